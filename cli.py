@@ -1,0 +1,323 @@
+"""The command `rescore`: thin commands that parse, call one function of the project, and print.
+
+Results go to stdout, progress and notices to stderr. Exit codes: 0 fine, 1 the run failed, 2 something the user can
+mend, 130 interrupted. Heavy libraries are imported inside commands, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lattices.errors import RescoreError
+
+if TYPE_CHECKING:
+    from rescore.evaluation import Evaluation
+
+app = typer.Typer(
+    help="Draft-refinement rescoring for blockwise parallel decoding: how many tokens does a step accept, how many "
+    "could it, which rescorer recovers how much, at what cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+bench = typer.Typer(help="Measurements of the machine and the base LM.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench")
+
+Base = Annotated[str, typer.Option(help="Base LM: smollm2-135m, a model folder, a .gguf file or a hub id.")]
+Heads = Annotated[str | None, typer.Option(help="Folder of block heads; default: those shipped for the base.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+Dtype = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]
+Tasks = Annotated[list[str], typer.Option("--task", help="Task; may be given several times.")]
+Limit = Annotated[int | None, typer.Option(help="Only the first N examples.")]
+Data = Annotated[str | None, typer.Option(help="JSON lines file with the task's examples.")]
+NewTokens = Annotated[int, typer.Option(help="Output tokens per example, at most.")]
+PromptTokens = Annotated[int | None, typer.Option(help="Cut prompts to this many tokens.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+
+
+def main() -> None:
+    """Runs the command line; the installed command `rescore` calls this."""
+    # glibc returns large blocks to the system at every free; keeping them makes CPU inference up to 1.5x faster. The
+    # settings are read when a process starts, so the process starts once more with them.
+    if sys.platform == "linux" and "MALLOC_TRIM_THRESHOLD_" not in os.environ and not _only_asks_for_help():
+        kept = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **kept})
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    debug = "--debug" in sys.argv
+    try:
+        app(args=[a for a in sys.argv[1:] if a != "--debug"], standalone_mode=False)
+    except typer.Exit as exit_:
+        sys.exit(exit_.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        sys.exit(_explain(error, debug))
+
+
+def _only_asks_for_help() -> bool:
+    return len(sys.argv) == 1 or "--help" in sys.argv or "--version" in sys.argv
+
+
+def _explain(error: Exception, debug: bool) -> int:
+    """Prints an error as one line on stderr; the exit code."""
+    import click
+
+    if debug:
+        raise error
+    if isinstance(error, RescoreError):
+        message, code = str(error), 2
+    elif isinstance(error, click.ClickException):
+        message, code = error.format_message(), 2
+    elif isinstance(error, click.Abort):
+        message, code = "interrupted", 130
+    else:
+        message, code = f"{type(error).__name__}: {error}".splitlines()[0] + " (--debug shows where)", 1
+    print(f"rescore: {message}", file=sys.stderr)
+    return code
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from rescore.results import versions
+
+        print("\n".join(f"{name} {version}" for name, version in versions().items()))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print versions.", callback=_version, is_eager=True)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options before the command."""
+
+
+@app.command(name="eval")
+def evaluate_command(
+    task: Tasks = ["squad"],  # noqa: B006 (typer copies it)
+    rescorer: Annotated[list[str], typer.Option(help="none or oracle; may be given several times.")] = ["none"],  # noqa: B006
+    k: Annotated[int, typer.Option(help="Tokens of each head that are in the lattice.")] = 16,
+    p: Annotated[int, typer.Option(help="Drafts that one step verifies.")] = 1,
+    h: Annotated[int | None, typer.Option(help="Use only the first h heads (block of h tokens).")] = None,
+    base: Base = "smollm2-135m",
+    heads: Heads = None,
+    limit: Limit = None,
+    mode: Annotated[str, typer.Option(help="replay (from a trace, fast) or live (decodes, measures time).")] = "replay",
+    verify: Annotated[str, typer.Option(help="Live: p drafts as one prefix tree (tree) or as rows (batch).")] = "tree",
+    data: Data = None,
+    trace: Annotated[str | None, typer.Option(help="Replay this trace folder instead of recording one.")] = None,
+    max_new_tokens: NewTokens = 64,
+    max_prompt_tokens: PromptTokens = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for per-example lines and results.json; resumable.")] = None,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap interval.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Block efficiency of rescorers on tasks: what a step accepts, and what it could (oracle)."""
+    from rescore.evaluation import EvalOptions, evaluate
+
+    chosen = EvalOptions(
+        tasks=tuple(task), rescorers=tuple(rescorer), base=base, heads=heads, h=h, k=k, p=p, limit=limit,
+        max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, mode=mode, verify=verify, data=data,
+        trace=trace, dtype=dtype, device=device, seed=seed,
+    )  # fmt: skip
+    with _progress() as progress:
+        evaluation = evaluate(chosen, out=out, progress=progress)
+    _print_evaluation(evaluation, as_json)
+
+
+def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
+    from rescore.report.tables import results_table
+
+    for notice in evaluation.notices:
+        print(f"rescore: {notice}", file=sys.stderr)
+    document = evaluation.document
+    print(json.dumps(document.as_dict(), ensure_ascii=False) if as_json else results_table(document))
+    if evaluation.interrupted:
+        print("rescore: interrupted; finished examples are kept and shown, the same command goes on", file=sys.stderr)
+        raise typer.Exit(130)
+
+
+@app.command()
+def oracle(
+    task: Tasks = ["squad"],  # noqa: B006
+    k: Annotated[str, typer.Option(help="Comma-separated k.")] = "1,2,4,8,16",
+    h: Annotated[int | None, typer.Option(help="Use only the first h heads.")] = None,
+    base: Base = "smollm2-135m",
+    heads: Heads = None,
+    limit: Limit = None,
+    data: Data = None,
+    trace: Annotated[str | None, typer.Option(help="Replay this trace folder instead of recording one.")] = None,
+    max_new_tokens: NewTokens = 64,
+    max_prompt_tokens: PromptTokens = None,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Oracle block efficiency by k: what a perfect choice from the top k of every head would reach."""
+    from rescore.evaluation import EvalOptions, oracle_by_k
+
+    try:
+        ks = [int(part) for part in k.split(",")]
+    except ValueError:
+        raise RescoreError(f"--k {k}: give whole numbers with commas between them, like 1,2,4,8,16") from None
+    chosen = EvalOptions(
+        tasks=tuple(task), base=base, heads=heads, h=h, limit=limit, data=data, trace=trace, k=max(ks),
+        max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, dtype=dtype, device=device,
+    )  # fmt: skip
+    with _progress() as progress:
+        evaluation = oracle_by_k(chosen, ks, progress=progress)
+    _print_evaluation(evaluation, as_json)
+
+
+@app.command(name="trace")
+def trace_command(
+    out: Annotated[Path, typer.Option(help="Folder for the trace; resumable.")],
+    task: Annotated[str, typer.Option(help="Task.")] = "squad",
+    base: Base = "smollm2-135m",
+    heads: Heads = None,
+    k: Annotated[int, typer.Option(help="Lattice entries kept per head.")] = 32,
+    limit: Limit = None,
+    data: Data = None,
+    max_new_tokens: NewTokens = 64,
+    max_prompt_tokens: PromptTokens = None,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+) -> None:
+    """Record a trace: greedy output and lattices of a task, for replay with `rescore eval --trace`."""
+    from rescore.evaluation import EvalOptions, trace_task
+
+    chosen = EvalOptions(
+        tasks=(task,), base=base, heads=heads, k=k, limit=limit, data=data, max_new_tokens=max_new_tokens,
+        max_prompt_tokens=max_prompt_tokens, dtype=dtype, device=device,
+    )  # fmt: skip
+    with _progress() as progress:
+        trace, notice = trace_task(chosen, out, progress=progress)
+    if notice:
+        print(f"rescore: {notice}", file=sys.stderr)
+    positions = sum(len(example.output_ids) for example in trace.examples)
+    print(f"{out}: {len(trace.examples)} examples, {positions} positions, h = {trace.header.h}, K = {trace.header.k}")
+
+
+@app.command(name="generate-corpus")
+def generate_corpus_command(
+    prompts: Annotated[Path, typer.Option(help='JSON lines {"prompt", "chat"} or text, a prompt a line.')],
+    out: Annotated[Path, typer.Option(help="Folder for the corpus; resumable.")],
+    base: Base = "smollm2-135m",
+    max_new_tokens: NewTokens = 96,
+    max_prompt_tokens: Annotated[int, typer.Option(help="Cut prompts to this many tokens.")] = 384,
+    batch_size: Annotated[int, typer.Option(help="Prompts decoded side by side.")] = 64,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+) -> None:
+    """Write the base LM's own greedy output for many prompts: what block heads learn from best."""
+    from lm.catalog import load_base
+    from lm.corpus import generate_corpus, read_prompts
+
+    model = load_base(base, dtype=dtype, device=device)
+    chosen = read_prompts(prompts, default_chat=model.is_chat)
+    with _progress() as progress:
+        summary = generate_corpus(
+            model, chosen, out, max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens,
+            batch_size=batch_size, progress=lambda done, total: progress("generate", done, total),
+        )  # fmt: skip
+    print(f"{summary.path}: {summary.examples} examples ({summary.made} new), {summary.output_tokens} output tokens")
+
+
+@app.command(name="train-heads")
+def train_heads_command(
+    corpus: Annotated[list[Path], typer.Option(help="Folder of generate-corpus, .jsonl of pairs, or text; several.")],
+    out: Annotated[Path, typer.Option(help="Folder for the heads; resumable.")],
+    base: Base = "smollm2-135m",
+    h: Annotated[int, typer.Option(help="Block length: h - 1 heads are trained.")] = 9,
+    inner_size: Annotated[int, typer.Option(help="Hidden layer of each head.")] = 640,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 2000,
+    positions: Annotated[int, typer.Option(help="Positions per step.")] = 2048,
+    heads_per_step: Annotated[int, typer.Option(help="Heads trained per step, drawn anew each time.")] = 4,
+    vocabulary: Annotated[int, typer.Option(help="Most frequent tokens in the loss; 0: all.")] = 8192,
+    soft: Annotated[float, typer.Option(help="Share of the base's own distribution in the target, 0 to 1.")] = 0.5,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate (AdamW, cosine).")] = 1e-3,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens taken of each text corpus, at most.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Train block heads on a frozen base LM."""
+    from lm.catalog import load_base
+    from lm.head_data import read_head_data
+    from lm.training import HeadTrainer, TrainingOptions
+
+    model = load_base(base, device=device)
+    chosen = TrainingOptions(
+        h=h, inner_size=inner_size, steps=steps, positions=positions, heads_per_step=heads_per_step,
+        vocabulary=vocabulary or None, soft=soft, learning_rate=learning_rate, seed=seed,
+    )  # fmt: skip
+    with _progress() as progress:
+        data = [
+            read_head_data(
+                model, path, out, max_tokens=max_tokens,
+                progress=lambda done, total: progress("hidden states", done, total),
+            )
+            for path in corpus
+        ]  # fmt: skip
+        accuracy = HeadTrainer(model, data, chosen).train(
+            out, progress=lambda step, total, loss: progress(f"train, loss {loss:.3f}", step, total)
+        )
+    from rescore.report.tables import accuracy_table
+
+    print(accuracy_table(accuracy))
+
+
+@bench.command(name="verify-curve")
+def verify_curve_command(
+    base: Base = "smollm2-135m",
+    cached: Annotated[int, typer.Option(help="Tokens in the cache.")] = 256,
+    repeats: Annotated[int, typer.Option(help="Timed calls of each size; the median counts.")] = 7,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Time of one forward of 1 to 144 tokens on a cache, with the memory bandwidth reached."""
+    from lm.catalog import load_base
+    from rescore.benchmarks import verify_curve
+    from rescore.report.tables import verify_curve_table
+
+    curve = verify_curve(load_base(base, dtype=dtype, device=device), cached=cached, repeats=repeats)
+    print(json.dumps(curve.as_dict()) if as_json else verify_curve_table(curve))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr; silent where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns: list[Any] = [
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    ]  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(description: str, done: int, total: int) -> None:
+            key = description.split(",")[0]
+            if key not in tasks:
+                tasks[key] = bar.add_task(description, total=total)
+            bar.update(tasks[key], description=description, completed=done, total=total)
+
+        yield show
+
+
+if __name__ == "__main__":
+    main()

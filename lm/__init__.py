@@ -1,0 +1,1 @@
+"""The models: base LM, block heads, generation, training, checkpoints. Knows lattices, not tasks."""

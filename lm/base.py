@@ -1,0 +1,166 @@
+"""The base LM: tokens in, final hidden states and logits out, with a cache that keeps what was accepted.
+
+Knows nothing about block heads, drafts or tasks. Any transformers causal LM whose layers are full attention serves;
+`lm.catalog.load_base` turns a name into one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lattices.errors import IncompatibleError, RescoreError
+from lm.cache import KVCache
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """What a base LM is, for keys of caches and for checks: two equal identities give the same numbers."""
+
+    name: str
+    weights_sha256: str
+    tokenizer_sha256: str
+    hidden_size: int
+    vocab_size: int
+    dtype: str
+
+
+class BaseLM:
+    """A causal LM with its tokenizer, in evaluation mode, on one device.
+
+    Attributes: `model`, `tokenizer`, `identity`, `device`, `dtype`, `hidden_size`, `vocab_size`, `context_length`
+    (positions), `eos_token_ids` (any of them ends the output), `is_chat` (has a chat template), `supports_tree`
+    (takes a 4D attention mask with every layer looking at the whole cache).
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, identity: BaseIdentity
+    ) -> None:
+        config = model.config.get_text_config(decoder=True)
+        layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if layer_types - {"full_attention", "sliding_attention"}:
+            kinds = ", ".join(sorted(layer_types - {"full_attention", "sliding_attention"}))
+            raise IncompatibleError(f"{identity.name} has {kinds} layers, whose state can't forget rejected tokens")
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.identity = identity
+        self.config = config
+        self.hidden_size: int = config.hidden_size
+        self.context_length: int = getattr(config, "max_position_embeddings", 1 << 30)
+        self.eos_token_ids = _eos_token_ids(model, tokenizer)
+        self.supports_tree = layer_types == {"full_attention"}
+        self.output_embeddings = model.get_output_embeddings()
+        self.vocab_size: int = self.output_embeddings.weight.shape[0]
+        self._hidden: torch.Tensor | None = None
+        self.output_embeddings.register_forward_pre_hook(self._remember_hidden)
+        logits, hidden = self.forward(torch.zeros(1, 2, dtype=torch.long, device=self.device))
+        if not torch.allclose(self.project(hidden).float(), logits.float(), rtol=1e-2, atol=1e-2):
+            raise IncompatibleError(f"{identity.name} changes its logits in a way that block heads can't follow")
+
+    def _remember_hidden(self, _module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        # The one place that every architecture agrees on: block heads read what the vocabulary projection reads.
+        # Contiguous, because torch multiplies a batch of slices by one copy of the projection per row (100x slower).
+        self._hidden = args[0].contiguous()
+        return (self._hidden,)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def heads_dtype(self) -> torch.dtype:
+        """The precision that block heads run in: at least float32, they are small."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def is_chat(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+    def encode_prompt(self, text: str, *, chat: bool, max_tokens: int | None = None) -> list[int]:
+        """Token ids of a prompt; `chat` puts it as the user's turn into the chat template.
+
+        More than `max_tokens` are cut from the end of `text`, never from the template.
+        """
+        if not text:
+            raise RescoreError("a prompt is empty; every example needs text to start from")
+        if not chat:
+            ids = self.tokenizer(text)["input_ids"]
+            return ids[:max_tokens] if max_tokens else ids
+        ids = self._chat_ids(text)
+        while max_tokens and len(ids) > max_tokens:
+            pieces = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            keep = len(pieces) - (len(ids) - max_tokens)
+            if keep <= 0:
+                raise RescoreError(f"a limit of {max_tokens} prompt tokens leaves no room beside the chat template")
+            text = text[: pieces[keep - 1][1]]
+            ids = self._chat_ids(text)
+        return ids
+
+    def _chat_ids(self, text: str) -> list[int]:
+        messages = [{"role": "user", "content": text}]
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """Text of output tokens, special tokens left out."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache for up to `capacity` positions."""
+        return KVCache(self.model.config, capacity)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        cache: KVCache | None = None,
+        *,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        last: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One call of the model.
+
+        input_ids `[b, n]`; `attention_mask` `[b, m]`, or bool `[b, 1, n, m]` with m = cached + n positions. Returns
+        logits `[b, l, vocab]` and final hidden states `[b, l, d]` of the last `last` tokens (0: of all n). The caller
+        tells the cache afterwards what to keep.
+        """
+        if position_ids is None and cache is not None:
+            start = cache.length
+            position_ids = torch.arange(start, start + input_ids.shape[1], device=self.device)[None]
+        output = self.model(
+            input_ids=input_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            logits_to_keep=last,
+        )
+        assert self._hidden is not None
+        hidden, self._hidden = self._hidden, None
+        return output.logits, hidden
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The base's vocabulary projection: `[..., d]` -> logits `[..., vocab]`, scaled as its architecture does."""
+        logits = functional.linear(hidden, self.output_embeddings.weight, self.output_embeddings.bias)
+        logits = logits * (getattr(self.config, "logit_scale", None) or 1.0)
+        logits = logits / (getattr(self.config, "logits_scaling", None) or 1.0)
+        softcap = getattr(self.config, "final_logit_softcapping", None)
+        return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    generation = getattr(model, "generation_config", None)
+    configured = getattr(generation, "eos_token_id", None)
+    if configured is None:
+        configured = tokenizer.eos_token_id
+    if configured is None:
+        return frozenset()
+    return frozenset([configured] if isinstance(configured, int) else configured)

@@ -1,0 +1,187 @@
+"""Block heads: from one final hidden state of the base LM to the lattice of the next h tokens.
+
+Head 1 is the base LM's own vocabulary projection. Head i >= 2 is a feed-forward layer with one hidden layer and a
+residual, followed by the same projection ([A] section 3; the residual is [B]'s). A checkpoint is a folder:
+`model.safetensors` with `inner.weight [h-1, d, inner]`, `inner.bias [h-1, inner]`, `outer.weight [h-1, inner, d]`,
+`outer.bias [h-1, d]`, and `config.json` (`BlockHeadsConfig`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional
+
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
+from lattices.lattice import Lattice
+from lm.base import BaseIdentity, BaseLM
+from lm.files import sha256_of_file, write_json, writing
+
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+SHIPPED = Path(__file__).parent / "weights"
+FEED_FORWARD = "feed_forward"
+
+
+@dataclass(frozen=True)
+class BlockHeadsConfig:
+    """What heads are and for which base: `h` counts head 1; `inner_size` is the hidden layer of each head."""
+
+    h: int
+    hidden_size: int
+    inner_size: int
+    vocab_size: int
+    base_name: str
+    tokenizer_sha256: str
+    architecture: str = FEED_FORWARD
+
+
+class BlockHeads(nn.Module):
+    """Heads 2..h as one batched feed-forward layer; starts as a copy of head 1 (the outer layer is zero)."""
+
+    def __init__(self, config: BlockHeadsConfig) -> None:
+        super().__init__()
+        self.config = config
+        count, d, inner = config.h - 1, config.hidden_size, config.inner_size
+        self.inner = nn.ParameterDict(
+            {"weight": nn.Parameter(torch.randn(count, d, inner) * d**-0.5), "bias": torch.zeros(count, inner)}
+        )
+        self.outer = nn.ParameterDict({"weight": torch.zeros(count, inner, d), "bias": torch.zeros(count, d)})
+
+    @property
+    def h(self) -> int:
+        return self.config.h
+
+    def forward(self, hidden: torch.Tensor, heads: list[int] | None = None) -> torch.Tensor:
+        """Final hidden states `[n, d]` -> what the projection reads for heads 2..h, `[h-1, n, d]`.
+
+        `heads` chooses some of the heads, counted from 0 for head 2.
+        """
+        chosen = slice(None) if heads is None else heads
+        inner = torch.matmul(hidden, self.inner["weight"][chosen]) + self.inner["bias"][chosen][:, None]
+        outer = torch.matmul(functional.silu(inner), self.outer["weight"][chosen])
+        return hidden + outer + self.outer["bias"][chosen][:, None]
+
+    @torch.inference_mode()
+    def lattice(
+        self, base: BaseLM, hidden: torch.Tensor, logits: torch.Tensor, k: int
+    ) -> tuple[Lattice, np.ndarray]:
+        """The lattice after each of n states, and the heads' entropies.
+
+        `hidden` `[n, d]` and head 1's `logits` `[n, vocab]`, as the base's forward gave them -> a `Lattice`
+        `[n, h, k]` and entropies `[n, h]` in nats.
+        """
+        if not 1 <= k <= base.vocab_size:
+            raise RescoreError(f"k = {k} is outside 1 to the vocabulary's {base.vocab_size}; choose a smaller k")
+        ahead = base.project(self(hidden.to(self.inner["weight"].dtype)).to(hidden.dtype))  # [h-1, n, vocab]
+        every = torch.cat([logits[:, None], ahead.transpose(0, 1)], dim=1)  # [n, h, vocab]
+        if every.dtype in (torch.float16, torch.bfloat16):
+            every = every.float()
+        values, token_ids = top_k_lowest_ids(every, k)
+        log_normaliser = torch.logsumexp(every, dim=-1, keepdim=True)  # [n, h, 1]
+        probabilities = torch.exp(every - log_normaliser)
+        entropies = log_normaliser[..., 0] - (probabilities * every).sum(-1)
+        logps = (values - log_normaliser).clamp(max=0.0).float()
+        lattice = Lattice(token_ids.to(torch.int32).cpu().numpy(), logps.cpu().numpy())
+        return lattice, entropies.float().cpu().numpy()
+
+    def first(self, h: int) -> BlockHeads:
+        """The same heads cut to a block of h tokens (heads do not depend on each other)."""
+        if not 2 <= h <= self.h:
+            raise RescoreError(f"h = {h}, but these heads propose blocks of {self.h}; choose --h from 2 to {self.h}")
+        cut = BlockHeads(dataclasses.replace(self.config, h=h))
+        cut.load_state_dict({name: value[: h - 1] for name, value in self.state_dict().items()})
+        weight = self.inner["weight"]
+        return cut.to(weight.device, weight.dtype).eval().requires_grad_(False)
+
+    def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
+        """Writes `model.safetensors` and then `config.json` into a folder, each whole or not at all."""
+        tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in self.state_dict().items()}
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = folder / f".{WEIGHTS_FILE}"
+            save_file(tensors, temporary)
+            os.replace(temporary, folder / WEIGHTS_FILE)
+        write_json(folder / CONFIG_FILE, dataclasses.asdict(self.config))
+
+
+def top_k_lowest_ids(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k highest of the last axis, falling, ties by lowest id: values and ids `[..., k]`."""
+    values, ids = torch.topk(logits, min(k + 1, logits.shape[-1]), dim=-1)
+    if not bool((values[..., 1:] == values[..., :-1]).any()):
+        return values[..., :k], ids[..., :k]
+    # torch.topk orders equal values as it likes, also across the k-th place; a stable sort does not.
+    values, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
+    return values[..., :k], ids[..., :k]
+
+
+def heads_folder(path: str | None, identity: BaseIdentity) -> Path:
+    """The checkpoint folder of `path`, or of the heads shipped for a base of this name (path None)."""
+    if path is not None:
+        return Path(path).expanduser()
+    folder = SHIPPED / identity.name / "heads"
+    if (folder / CONFIG_FILE).is_file():
+        return folder
+    known = sorted(f.parent.name for f in SHIPPED.glob("*/heads"))
+    raise RescoreError(
+        f"no block heads are shipped for {identity.name} (only for {', '.join(known)}); train some: "
+        f"rescore train-heads --base {identity.name} --corpus ... --out DIR, then --heads DIR"
+    )
+
+
+def load_heads(
+    path: str | None, identity: BaseIdentity, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> BlockHeads:
+    """Heads for a base: a checkpoint folder, or None for the ones shipped with the base's name.
+
+    Raises `IncompatibleError` if they were made for another hidden size, vocabulary or tokenizer.
+    """
+    folder = heads_folder(path, identity)
+    config = read_config(folder)
+    for field in ("hidden_size", "vocab_size", "tokenizer_sha256"):
+        made_for, wanted = getattr(config, field), getattr(identity, field)
+        if made_for != wanted:
+            raise IncompatibleError(
+                f"the heads in {folder} were made for {config.base_name}, not for {identity.name}: "
+                f"{field} is {made_for}, the base's is {wanted}; give other --heads"
+            )
+    heads = BlockHeads(config)
+    try:
+        tensors = load_file(folder / WEIGHTS_FILE)
+        heads.load_state_dict({name: value.float() for name, value in tensors.items()})
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise InvalidDataError(f"can't read {folder / WEIGHTS_FILE}: {str(error).splitlines()[0]}") from error
+    return heads.to(device, dtype).eval().requires_grad_(False)
+
+
+def read_config(folder: Path) -> BlockHeadsConfig:
+    """`config.json` of a checkpoint folder."""
+    path = folder / CONFIG_FILE
+    try:
+        fields = json.loads(path.read_text())
+        config = BlockHeadsConfig(**fields)
+    except OSError as error:
+        raise RescoreError(f"no block heads in {folder}: can't read {path.name} ({error.strerror})") from error
+    except (ValueError, TypeError) as error:
+        raise InvalidDataError(f"{path} is not a block heads configuration: {error}") from error
+    if config.architecture != FEED_FORWARD:
+        raise UnknownNameError("block head architecture", config.architecture, [FEED_FORWARD])
+    if config.h < 2:
+        raise InvalidDataError(f"{path} says h = {config.h}; block heads need h of at least 2")
+    return config
+
+
+def heads_sha256(folder: Path) -> str:
+    """sha256 of a checkpoint's weights."""
+    try:
+        return sha256_of_file(folder / WEIGHTS_FILE)
+    except OSError as error:
+        raise RescoreError(f"no block heads in {folder}: can't read {WEIGHTS_FILE} ({error.strerror})") from error

@@ -1,0 +1,106 @@
+"""The key/value cache of a decoder that proposes more tokens than it keeps.
+
+transformers' own dynamic cache copies everything it holds at every step and can only be cut at the end. Verification
+needs two more things: to write a block of proposals behind the kept tokens without copying these, and to keep an
+arbitrary path of the block (a path through a prefix tree, or one row of a batch of drafts). Knows nothing about heads,
+drafts or acceptance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+class BufferLayer(DynamicLayer):
+    """One layer's keys and values in a buffer `[b, heads, capacity, d_head]`, of which `length` positions are kept.
+
+    `update` with the buffer's own batch size writes behind the kept positions and returns a view, no copy. `update`
+    with a batch of p on a buffer of one row (p drafts on the same past) leaves the buffer as it is, and returns copies.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.length = 0
+        self.written = 0  # length plus the block written last; what `get_seq_length` reports inside a forward
+        self.block: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            rows, heads, _, d_head = key_states.shape
+            self.key_buffer = key_states.new_empty(rows, heads, self.capacity, d_head)
+            self.value_buffer = value_states.new_empty(rows, heads, self.capacity, value_states.shape[-1])
+        rows, end = key_states.shape[0], self.length + key_states.shape[2]
+        if rows != self.key_buffer.shape[0]:
+            self.block = (key_states, value_states)
+            past_keys = self.key_buffer[:, :, : self.length].expand(rows, -1, -1, -1)
+            past_values = self.value_buffer[:, :, : self.length].expand(rows, -1, -1, -1)
+            self.written = end
+            return torch.cat([past_keys, key_states], dim=2), torch.cat([past_values, value_states], dim=2)
+        assert end <= self.capacity, f"cache of {self.capacity} positions asked to hold {end}"
+        self.key_buffer[:, :, self.length : end] = key_states
+        self.value_buffer[:, :, self.length : end] = value_states
+        self.written = end
+        return self.key_buffer[:, :, :end], self.value_buffer[:, :, :end]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def keep(self, columns: Sequence[int], row: int) -> None:
+        """Keeps these positions of the block written last (counted from its start), of this row; forgets the rest."""
+        count, start = len(columns), self.length
+        target = slice(start, start + count)
+        if self.block is not None:
+            keys, values = self.block
+            self.key_buffer[0, :, target] = keys[row][:, list(columns)]
+            self.value_buffer[0, :, target] = values[row][:, list(columns)]
+            self.block = None
+        elif list(columns) != list(range(count)):
+            index = torch.tensor(columns, device=self.key_buffer.device) + start
+            self.key_buffer[:, :, target] = self.key_buffer[:, :, index]
+            self.value_buffer[:, :, target] = self.value_buffer[:, :, index]
+        self.length = self.written = start + count
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Keeps these rows of the batch, kept positions only."""
+        for name in ("key_buffer", "value_buffer"):
+            old = getattr(self, name)
+            new = old.new_empty(len(rows), *old.shape[1:])
+            new[:, :, : self.length] = old[rows, :, : self.length]
+            setattr(self, name, new)
+
+
+class KVCache(Cache):
+    """Keys and values of every layer; `keep` after each forward says which of its positions stay."""
+
+    def __init__(self, config: PreTrainedConfig, capacity: int) -> None:
+        text_config = config.get_text_config(decoder=True)
+        super().__init__(layers=[BufferLayer(capacity) for _ in range(text_config.num_hidden_layers)])
+        self.capacity = capacity
+
+    @property
+    def length(self) -> int:
+        """Positions kept."""
+        return self.layers[0].length
+
+    def keep(self, columns: Sequence[int], row: int = 0) -> None:
+        """Of the tokens in the last forward keep `columns` (from 0, in order), of batch row `row`."""
+        for layer in self.layers:
+            layer.keep(columns, row)
+
+    def keep_all(self) -> None:
+        """Keeps every token of the last forward, all rows."""
+        for layer in self.layers:
+            layer.length = layer.written
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Keeps these rows of the batch."""
+        for layer in self.layers:
+            layer.select_rows(rows)

@@ -1,0 +1,158 @@
+"""A corpus of the base LM's own greedy output: what block heads must predict, so what they should learn from.
+
+[B] (Stern et al. 2018, section 6.1) trains on such "distilled" data. Prompts come as JSON lines
+`{"prompt": text, "chat": bool}` (`chat` is optional) or as text, a prompt a line. The corpus is a folder:
+`corpus.jsonl`, one finished example a line `{"prompt", "chat", "prompt_ids", "output_ids", "text"}`, appended as they
+come; `hidden.f16`, the state that chose each output token (raw float16 rows of `hidden_size`, in the order of the
+lines), so that training need not run the base LM again; and `manifest.json`, written last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lm.base import BaseLM
+from lm.files import (
+    append_json_line,
+    open_appending,
+    read_json_lines,
+    sha256_of_file,
+    write_json,
+    writing,
+)
+from lm.generation import generate_greedy
+
+CORPUS_FILE, HIDDEN_FILE = "corpus.jsonl", "hidden.f16"
+MANIFEST_FILE, SETTINGS_FILE = "manifest.json", "settings.json"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Text to start from; `chat` puts it into the base's chat template."""
+
+    text: str
+    chat: bool
+
+
+@dataclass(frozen=True)
+class CorpusSummary:
+    """What a corpus holds: examples and tokens in `path`; `made` is how many of the examples this run made."""
+
+    path: str
+    examples: int
+    output_tokens: int
+    made: int
+
+
+def read_prompts(path: Path, *, default_chat: bool) -> list[Prompt]:
+    """Prompts of a `.jsonl` or text file. Raises `InvalidDataError` with the line number of a bad one."""
+    prompts = []
+    if path.suffix == ".jsonl":
+        for number, record in read_json_lines(path):
+            text = record.get("prompt")
+            if not isinstance(text, str) or not text.strip():
+                raise InvalidDataError(f"{path} line {number} has no text in the field 'prompt'")
+            prompts.append(Prompt(text, bool(record.get("chat", default_chat))))
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise RescoreError(f"can't read {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise InvalidDataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        prompts = [Prompt(line, default_chat) for line in lines if line.strip()]
+    if not prompts:
+        raise InvalidDataError(f"{path} holds no prompts")
+    return prompts
+
+
+def generate_corpus(
+    base: BaseLM,
+    prompts: Sequence[Prompt],
+    out: Path,
+    *,
+    max_new_tokens: int = 96,
+    max_prompt_tokens: int = 384,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> CorpusSummary:
+    """Writes the greedy output of every prompt to `out`; what an earlier, interrupted run made is kept.
+
+    Refuses to go on with other settings than the earlier run's (`IncompatibleError` shows the difference).
+    `progress(done, total)` is called after every example.
+    """
+    settings = {
+        "base": dataclasses.asdict(base.identity),
+        "max_new_tokens": max_new_tokens,
+        "max_prompt_tokens": max_prompt_tokens,
+    }
+    _check_settings(out, settings)
+    path, hidden_path = out / CORPUS_FILE, out / HIDDEN_FILE
+    done, rows = set(), 0
+    for record in _finished(path):
+        done.add((record["prompt"], record["chat"]))
+        rows += len(record["output_ids"])
+    missing = [p for p in dict.fromkeys(prompts) if (p.text, p.chat) not in done]
+    total, made = len(done) + len(missing), 0
+    encoded = [base.encode_prompt(p.text, chat=p.chat, max_tokens=max_prompt_tokens) for p in missing]
+    with writing(out), open_appending(path) as stream, hidden_path.open("ab") as hidden_stream:
+        # The line is written after its states: a kill in between leaves states without a line, which go here.
+        hidden_stream.truncate(rows * base.hidden_size * np.dtype(np.float16).itemsize)
+        for greedy in generate_greedy(
+            base, encoded, max_new_tokens=max_new_tokens, batch_size=batch_size, with_hidden=True
+        ):
+            assert greedy.hidden is not None
+            hidden_stream.write(greedy.hidden.astype(np.float16).tobytes())
+            hidden_stream.flush()
+            prompt = missing[greedy.index]
+            record = {
+                "prompt": prompt.text,
+                "chat": prompt.chat,
+                "prompt_ids": encoded[greedy.index],
+                "output_ids": greedy.output_ids.tolist(),
+                "text": base.decode_text(greedy.output_ids.tolist()),
+            }
+            append_json_line(stream, record)
+            made += 1
+            if progress:
+                progress(len(done) + made, total)
+    examples = output_tokens = 0
+    for record in _finished(path):
+        examples += 1
+        output_tokens += len(record["output_ids"])
+    summary = CorpusSummary(str(path), examples, output_tokens, made)
+    manifest = {
+        **settings,
+        "examples": examples,
+        "output_tokens": output_tokens,
+        "prompts_sha256": hashlib.sha256(json.dumps([[p.text, p.chat] for p in prompts]).encode()).hexdigest(),
+        "corpus_sha256": sha256_of_file(path),
+    }
+    write_json(out / MANIFEST_FILE, manifest)
+    return summary
+
+
+def _finished(path: Path) -> Iterator[dict[str, Any]]:
+    if path.is_file():
+        for _, record in read_json_lines(path, torn_tail=True):
+            yield record
+
+
+def _check_settings(out: Path, settings: dict[str, Any]) -> None:
+    path = out / SETTINGS_FILE
+    if not path.is_file():
+        write_json(path, settings)
+        return
+    earlier = json.loads(path.read_text())
+    changed = [f"{key}: {earlier.get(key)} -> {value}" for key, value in settings.items() if earlier.get(key) != value]
+    if changed:
+        raise IncompatibleError(f"{out} was begun with other settings ({'; '.join(changed)}); use another --out")

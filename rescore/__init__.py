@@ -1,0 +1,1 @@
+"""The pipeline: tasks, decoding and traces, rescorers, verification, accounting, results."""

@@ -1,0 +1,28 @@
+"""Which draft wins and how many of its tokens are accepted: the one rule for live decoding and for replay.
+
+The first token of a draft is the base LM's own choice from the call before, so it is always accepted ([B] section 4).
+A later token is accepted while it equals what the base chooses after the tokens before it. Knows arrays only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+
+def accept(
+    drafts: np.ndarray, choices: np.ndarray, remaining: np.ndarray, eos_token_ids: Iterable[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The winning draft and its accepted length n, 1 <= n <= h, for each of b blocks.
+
+    drafts int `[b, p, h]`; choices int `[b, p, h]`: the base's greedy token after draft token j and all before it
+    (anything where the tokens before are wrong); remaining int `[b]`: tokens the output may still grow by. Nothing
+    follows end-of-text. Returns `[b]` and `[b]`; of equally long acceptances the first draft wins.
+    """
+    ended = np.isin(drafts[..., :-1], list(eos_token_ids))
+    match = (drafts[..., 1:] == choices[..., :-1]) & ~ended
+    lengths = 1 + np.cumprod(match, axis=-1).sum(axis=-1)  # [b, p]
+    lengths = np.minimum(lengths, remaining[:, None])
+    rows = lengths.argmax(axis=-1)
+    return rows, np.take_along_axis(lengths, rows[:, None], axis=-1)[:, 0]

@@ -1,0 +1,171 @@
+"""The examples of a task: from the user's file, else from the hub, else from the sample that the task embeds.
+
+Which of the three it was is part of the result (`TaskData.source`), and the sample is never used without a notice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lattices.errors import InvalidDataError, RescoreError
+from lm.files import read_json_lines, sha256_of_file
+from rescore.tasks.base import Example, HubSource, Record, Task, checked_text, json_kind
+
+HUB_TIMEOUT = 3.0  # seconds for the hub to answer; `datasets` alone retries an unreachable hub for some 23 s
+REFUSALS = {403, 407, 429}  # statuses by which a proxy or the hub turns everybody away; the request carries no token
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Examples and their origin.
+
+    `source` is a JSON object for results: `kind` (`file`, `hub` or `sample`), where it was, and `sha256` of all of
+    it, whatever the limit. `notice` is a line for the user if the data are not the task's own.
+    """
+
+    examples: tuple[Example, ...]
+    source: dict[str, Any]
+    notice: str | None = None
+
+
+def load_examples(task: Task, *, data: Path | None = None, limit: int | None = None) -> TaskData:
+    """The first `limit` examples (all by default) of `task`, from `data` (JSON lines), the hub or the sample.
+
+    An example's id is the record's `id`, else its line number; one that came before gets `#line` appended. With no
+    network the hub's data set is taken from the cache of `datasets` if it is there. Raises `RescoreError` if there
+    are no data to be had or the limit is below 1, `InvalidDataError` that names line and field of a bad record.
+    """
+    if limit is not None and limit < 1:
+        raise RescoreError(f"the limit of examples must be at least 1, not {limit}; leave it out to take all")
+    if data is not None:
+        return _from_file(task, data, limit, kind="file")
+    if task.hub is None:
+        missing = f"task {task.name} has no data set on the hub"
+    else:
+        try:
+            return _from_hub(task, task.hub, limit)
+        except _UnreachableError as error:
+            missing = str(error)
+    if task.sample is None:
+        raise RescoreError(
+            f"no data for task {task.name}: {missing}; "
+            f"give --data PATH, a JSON lines file with the fields {', '.join(task.fields)}"
+        )
+    sample = _from_file(task, task.sample, limit, kind="sample")
+    notice = (
+        f"{missing}; using {len(sample.examples)} examples of the sample embedded for task {task.name}, "
+        "whose numbers do not compare with the real data set's (--data PATH gives other data)"
+    )
+    return TaskData(sample.examples, sample.source, notice)
+
+
+def _from_file(task: Task, path: Path, limit: int | None, *, kind: str) -> TaskData:
+    if not os.path.isfile(path):  # unlike `Path.is_file`, no error for a name too long or a folder closed to us
+        raise RescoreError(
+            f"{'not a file' if os.path.exists(path) else 'no such file'}: {path}; "
+            f"the data of task {task.name} are a JSON lines file with the fields {', '.join(task.fields)}"
+        )
+    examples = _examples(task, read_json_lines(path), limit, where=f"{path} line")
+    if not examples:
+        raise InvalidDataError(f"{path} is empty; task {task.name} needs lines with {', '.join(task.fields)}")
+    # The embedded sample goes by its name alone: where the package is installed says nothing about the data.
+    shown = str(path) if kind == "file" else path.name
+    return TaskData(examples, {"kind": kind, "path": shown, "sha256": sha256_of_file(path)})
+
+
+def _examples(
+    task: Task, records: Iterable[tuple[int, Record]], limit: int | None, *, where: str
+) -> tuple[Example, ...]:
+    examples: list[Example] = []
+    seen: set[str] = set()
+    for number, record in records:
+        try:
+            identity = _identity(record, number)
+            while identity in seen:
+                identity = f"{identity}#{number}"
+            examples.append(task.example(record, id=identity))
+        except InvalidDataError as error:
+            raise InvalidDataError(f"{where} {number}: {error}") from error
+        seen.add(identity)
+        if len(examples) == limit:
+            break
+    return tuple(examples)
+
+
+def _identity(record: Record, number: int) -> str:
+    value = record.get("id")
+    if value is None:
+        return str(number)
+    if isinstance(value, str):
+        return checked_text(value, "id")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidDataError(f"the field 'id' holds {json_kind(value)} where text or a whole number is needed")
+    return str(value)
+
+
+class _UnreachableError(Exception):
+    """The hub can't be reached and its data set is not in the local cache."""
+
+
+def _from_hub(task: Task, hub: HubSource, limit: int | None) -> TaskData:
+    from datasets import config, load_dataset
+
+    offline_by_choice = bool(config.HF_HUB_OFFLINE)
+    trouble = "HF_HUB_OFFLINE is set" if offline_by_choice else _hub_trouble(hub)
+    arguments: dict[str, Any] = {"name": hub.name, "split": hub.split, "revision": hub.revision}
+    try:
+        # In its offline mode `datasets` goes straight to its cache, instead of there after all its retries.
+        config.HF_HUB_OFFLINE = trouble is not None
+        dataset = load_dataset(hub.path, **arguments)
+    except Exception as error:  # `datasets` raises its own errors, the hub's, httpx's, pyarrow's and Python's
+        if isinstance(error, ConnectionError):
+            trouble = trouble or "the connection to the hub broke"
+        if trouble:
+            raise _UnreachableError(f"{trouble} and {hub.path} is not in the local cache") from error
+        summary = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise RescoreError(
+            f"can't load {hub.path} from the hub ({summary}); try again later, or give --data PATH"
+        ) from error
+    finally:
+        config.HF_HUB_OFFLINE = offline_by_choice
+    digest = hashlib.sha256()
+    for record in dataset:
+        digest.update(json.dumps(record, sort_keys=True, default=str).encode() + b"\n")
+    examples = _examples(task, enumerate(dataset, start=1), limit, where=f"{hub.path} record")
+    if not examples:
+        raise InvalidDataError(f"{hub.path} holds no records in its split {hub.split}; give --data PATH")
+    return TaskData(examples, {"kind": "hub", "path": hub.path, **arguments, "sha256": digest.hexdigest()})
+
+
+def _hub_trouble(hub: HubSource, timeout: float = HUB_TIMEOUT) -> str | None:
+    """What keeps the hub (`HF_ENDPOINT`, proxies honoured) from serving a data set, found out in `timeout` seconds.
+
+    Asks for the file that `datasets` asks for first. An answer such as "not found" is no trouble here: `datasets`
+    tells it better. The request runs in a thread of its own because looking up a host name takes no timeout.
+    """
+    from huggingface_hub import get_session, hf_hub_url
+
+    url = hf_hub_url(hub.path, "README.md", repo_type="dataset", revision=hub.revision)
+    statuses: list[int] = []
+
+    def ask() -> None:
+        try:
+            statuses.append(get_session().head(url, timeout=timeout).status_code)
+        except Exception:  # whatever keeps it from answering, it is not there for us
+            return
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if not statuses:
+        return "the hub can't be reached"
+    if statuses[0] >= 500 or statuses[0] in REFUSALS:
+        return f"the hub refuses to serve (HTTP {statuses[0]})"
+    return None

@@ -1,0 +1,62 @@
+"""Replayed decode: walks a trace from position t to t + n as a decoder would, without the base LM.
+
+For exact greedy verification this gives the live decoder's steps and accepted lengths, token for token. Examples walk
+side by side, so a rescorer sees batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lattices.errors import RescoreError
+from lattices.lattice import Lattice
+from rescore.acceptance import accept
+from rescore.rescorers.base import Context, Rescorer
+from rescore.tracing import TracedExample
+
+
+@dataclass
+class _Walk:
+    example: TracedExample
+    context: Context
+    accepted: list[int]
+
+    @property
+    def position(self) -> int:
+        return len(self.context.output_ids)
+
+
+def replay(examples: Sequence[TracedExample], rescorer: Rescorer, *, k: int, p: int = 1) -> list[list[int]]:
+    """Accepted length of every step of every example, with top-k lattices and p drafts a step."""
+    check_k(examples, k)
+    if p < 1:
+        raise RescoreError(f"p = {p}; at least one draft must be verified (--p 1)")
+    walks = [_Walk(e, Context(e.prompt_ids.tolist(), future=e.output_ids), []) for e in examples]
+    walking = walks
+    while walking:
+        lattices = Lattice(
+            np.stack([w.example.lattice.token_ids[w.position, :, :k] for w in walking]),
+            np.stack([w.example.lattice.logps[w.position, :, :k] for w in walking]),
+        )
+        drafts = rescorer.draft(lattices, [w.context for w in walking], p)  # [b, p, h]
+        choices = np.full((len(walking), drafts.shape[-1]), -1, dtype=np.int32)
+        for row, walk in enumerate(walking):
+            ahead = walk.example.output_ids[walk.position + 1 : walk.position + 1 + drafts.shape[-1]]
+            choices[row, : len(ahead)] = ahead  # -1 behind the end: nothing matches there
+        remaining = np.array([len(w.example.output_ids) - w.position for w in walking])
+        _, lengths = accept(drafts, np.broadcast_to(choices[:, None], drafts.shape), remaining, ())
+        for walk, n in zip(walking, lengths.tolist(), strict=True):
+            walk.context.output_ids.extend(walk.example.output_ids[walk.position : walk.position + n].tolist())
+            walk.accepted.append(n)
+        walking = [w for w in walking if w.position < len(w.example.output_ids)]
+    return [w.accepted for w in walks]
+
+
+def check_k(examples: Sequence[TracedExample], k: int) -> None:
+    """Raises `RescoreError` if k is not within what the trace holds."""
+    held = examples[0].lattice.k
+    if not 1 <= k <= held:
+        raise RescoreError(f"k = {k}, but the trace holds the top {held} of each head; choose --k from 1 to {held}")

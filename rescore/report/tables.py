@@ -1,0 +1,100 @@
+"""Plain-text tables for the terminal: aligned columns, numbers to the right, no colour, safe to paste."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rescore.results import Result, ResultsDocument
+
+if TYPE_CHECKING:
+    from lm.training import HeldOutAccuracy
+    from rescore.benchmarks import VerifyCurve
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> str:
+    """Aligned text; the first `text_columns` columns to the left, the rest to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.ljust(w) if i < text_columns else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
+
+
+def results_table(document: ResultsDocument) -> str:
+    """All results of a run: block efficiency, acceptance by position, and in live mode times."""
+    if not document.results:
+        return "no finished examples"
+    parts = [_efficiency(document.results), _acceptance(document.results)]
+    if any(r.latency for r in document.results):
+        parts.append(_times(document.results))
+    return "\n\n".join(parts)
+
+
+def _efficiency(results: Sequence[Result]) -> str:
+    header = ["task", "rescorer", "k", "p", "n", "steps", "tokens", "block eff.", "95 %", "macro", "oracle", "quality"]
+    rows = []
+    for r in results:
+        interval = f"{r.block_efficiency_ci95[0]:.3f}-{r.block_efficiency_ci95[1]:.3f}" if r.block_efficiency_ci95 else "-"
+        quality = f"{r.quality['value']:.3f} {r.quality['metric']}" if r.quality else "-"
+        rows.append([
+            r.task, r.rescorer, str(r.k), str(r.p), str(r.n), str(r.steps), str(r.tokens),
+            f"{r.block_efficiency:.3f}", interval, f"{r.block_efficiency_macro:.3f}",
+            f"{r.oracle_block_efficiency:.3f}", quality,
+        ])  # fmt: skip
+    note = "block eff. = tokens / steps, pooled; macro = mean over examples; oracle = best path of the top-k lattice."
+    return table(header, rows, text_columns=2) + "\n" + note
+
+
+def _acceptance(results: Sequence[Result]) -> str:
+    h = max(len(r.marginal) for r in results)
+    header = ["task", "rescorer", "steps that accepted", *(str(i) for i in range(1, h + 1))]
+    rows = []
+    for r in results:
+        pad = [""] * (h - len(r.marginal))
+        rows.append([r.task, r.rescorer, "exactly i (count)", *map(str, r.accepted_histogram[1:]), *pad])
+        rows.append(["", "", "at least i (share)", *(f"{m:.3f}" for m in r.marginal), *pad])
+        rows.append(["", "", "i, given i - 1", *(f"{c:.3f}" for c in r.conditional), *pad])
+    return table(header, rows, text_columns=3)
+
+
+def _times(results: Sequence[Result]) -> str:
+    header = ["task", "rescorer", "identical", "tok/s", "greedy tok/s", "speed-up", "greedy ms", "verify ms", "heads ms",
+              "rescore ms", "p50", "p95", "glue", "prefill ms"]  # fmt: skip
+    rows = []
+    for r in results:
+        t = r.latency
+        if t is None or r.identical is None:
+            continue
+        rows.append([
+            r.task, r.rescorer, f"{r.identical['identical']}/{r.identical['n']}",
+            f"{t['tokens_per_second']:.1f}", f"{t['autoregressive_tokens_per_second']:.1f}", f"{t['speedup']:.2f}x",
+            f"{t['autoregressive_ms']:.1f}", f"{t['verify_ms']:.1f}", f"{t['heads_ms']:.1f}", f"{t['rescore_ms']:.2f}",
+            f"{t['rescore_p50_ms']:.2f}", f"{t['rescore_p95_ms']:.2f}", f"{t['glue_share']:.1%}",
+            f"{t['prefill_ms']:.0f}",
+        ])  # fmt: skip
+    note = (
+        "ms per step (greedy: per token); speed-up = tok/s over greedy tok/s, prefill apart; "
+        "identical = outputs equal to greedy decoding."
+    )
+    return table(header, rows, text_columns=2) + "\n" + note
+
+
+def accuracy_table(accuracy: HeldOutAccuracy) -> str:
+    """Held-out accuracy of block heads."""
+    h = len(next(iter(accuracy.top.values())))
+    rows = [[f"top-{n}", *(f"{value:.3f}" for value in values)] for n, values in accuracy.top.items()]
+    note = f"accepted prefix at every position: {accuracy.accepted:.3f} arg-max, {accuracy.accepted_16:.3f} best of top 16"
+    return table(["head", *(str(i) for i in range(1, h + 1))], rows) + "\n" + note
+
+
+def verify_curve_table(curve: VerifyCurve) -> str:
+    """Time of a verify call by its size."""
+    rows = [
+        [str(n), f"{ms:.1f}", f"{ms / curve.milliseconds[0]:.2f}x", f"{gb:.1f}", f"{n / ms * 1e3:.0f}"]
+        for n, ms, gb in zip(curve.tokens, curve.milliseconds, curve.gb_per_second, strict=True)
+    ]
+    note = f"{curve.base}, {curve.dtype}, {curve.device}: forward of n tokens on {curve.cached} cached ones"
+    return table(["tokens", "ms", "against 1", "GB/s", "tok/s"], rows, text_columns=0) + "\n" + note

@@ -1,0 +1,122 @@
+"""What a task is: how a record of its data becomes a prompt and references, and how outputs are scored.
+
+Knows nothing about files, the hub or models; `rescore.data` reads the records, the pipeline does the rest.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lattices.errors import InvalidDataError
+
+Record = Mapping[str, Any]
+"""One line of a JSON lines file, or one row of a hub data set."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt to decode, with the answers that count as right; `id` is unique within its data."""
+
+    id: str
+    prompt: str
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score in 0..1 of one output against its references; reports give the mean over examples."""
+
+    name: str
+    score: Callable[[str, tuple[str, ...]], float]
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """Where the hub keeps a task's data: the arguments of `datasets.load_dataset`."""
+
+    path: str
+    name: str | None
+    split: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task: prompt, references, metric, and where its data come from.
+
+    `fields` are those a record must have. `template` holds names in braces that stand for text fields of the record,
+    or for what `variables` makes of the record if that is given; it is the whole record of how a prompt is made, so
+    it belongs in cache keys and results. `chat` puts the prompt into the base LM's chat template. `sample` is a JSON
+    lines file in the package that stands in where neither `--data` nor the hub gives data.
+    """
+
+    name: str
+    description: str
+    fields: tuple[str, ...]
+    template: str
+    references: Callable[[Record], tuple[str, ...]]
+    hub: HubSource | None = None
+    chat: bool = True
+    metric: Metric | None = None
+    variables: Callable[[Record], Mapping[str, str]] | None = None
+    sample: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.variables is None and (unknown := [name for name in self._names() if name not in self.fields]):
+            raise ValueError(f"the template of task {self.name!r} names {{{unknown[0]}}}, which is not in its fields")
+
+    def prompt(self, record: Record) -> str:
+        """The prompt of a record. Raises `InvalidDataError` that names the field that is missing or no text."""
+        if self.variables is not None:
+            return self.template.format(**self.variables(record))
+        return self.template.format(**{name: text_field(record, name) for name in self._names()})
+
+    def example(self, record: Record, *, id: str) -> Example:
+        """The example of a record. Raises `InvalidDataError` that names the field that is missing or wrong."""
+        for name in self.fields:
+            if name not in record:
+                raise InvalidDataError(f"no field {name!r} (task {self.name} needs: {', '.join(self.fields)})")
+        return Example(id, self.prompt(record), self.references(record))
+
+    def _names(self) -> list[str]:
+        return [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
+
+
+def text_field(record: Record, name: str) -> str:
+    """The text in a field. Raises `InvalidDataError` that names the field if it is missing or no valid text."""
+    if name not in record:
+        raise InvalidDataError(f"no field {name!r}")
+    return checked_text(record[name], name)
+
+
+def checked_text(value: object, name: str) -> str:
+    """`value` of the field `name`, if it is text. Raises `InvalidDataError` that says what it is instead."""
+    if not isinstance(value, str):
+        raise InvalidDataError(f"the field {name!r} holds {json_kind(value)} where text is needed")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
+        raise InvalidDataError(f"the field {name!r} holds half a surrogate pair, which is no valid text") from error
+    return value
+
+
+def only_reference(name: str) -> Callable[[Record], tuple[str, ...]]:
+    """References for a task whose one reference is the text of the field `name`."""
+    return lambda record: (text_field(record, name),)
+
+
+def json_kind(value: object) -> str:
+    """What JSON calls a value, for messages."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    if isinstance(value, Mapping):
+        return "an object"
+    return "text" if isinstance(value, str) else "a list"

@@ -1,0 +1,43 @@
+"""SQuAD v1.1: answer a question from a passage.
+
+Rajpurkar et al. 2016; prompt and metric as in [A]. The embedded sample, `squad_sample.jsonl`, is not SQuAD: its
+passages were written for this project, and many of the towns, persons and firms in them are invented.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from lattices.errors import InvalidDataError
+from rescore.tasks.base import HubSource, Record, Task, checked_text, json_kind
+from rescore.tasks.exact_match import EXACT_MATCH
+
+
+def accepted_answers(record: Record) -> tuple[str, ...]:
+    """The accepted answers, repeats left out, of `"answers": {"text": [...]}` (the hub's shape) or of a plain list.
+
+    Raises `InvalidDataError` if there is none or they are no text.
+    """
+    answers = record["answers"]
+    if isinstance(answers, Mapping):
+        if "text" not in answers:
+            raise InvalidDataError("the field 'answers' has no list 'text'")
+        answers = answers["text"]
+    if not isinstance(answers, list):
+        raise InvalidDataError(f"the field 'answers' holds {json_kind(answers)} where a list of text is needed")
+    if not answers:
+        raise InvalidDataError("the field 'answers' holds no answer")
+    return tuple(dict.fromkeys(checked_text(answer, "answers") for answer in answers))
+
+
+TASK = Task(
+    name="squad",
+    description="question answering from a passage (SQuAD v1.1)",
+    fields=("context", "question", "answers"),
+    template="question: {question} context: {context}",
+    references=accepted_answers,
+    hub=HubSource("rajpurkar/squad", "plain_text", "validation"),
+    metric=EXACT_MATCH,
+    sample=Path(__file__).with_name("squad_sample.jsonl"),
+)

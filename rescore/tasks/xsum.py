@@ -1,0 +1,15 @@
+"""XSum: a news article in one sentence (Narayan et al. 2018); prompt as in [A]."""
+
+from __future__ import annotations
+
+from rescore.tasks.base import HubSource, Task, only_reference
+
+TASK = Task(
+    name="xsum",
+    description="one-sentence summaries of news articles (XSum)",
+    fields=("document", "summary"),
+    template="Summarize: {document}",
+    references=only_reference("summary"),
+    # The main branch has held a loading script, which `datasets` 4 and later refuse; this one is the hub's export.
+    hub=HubSource("EdinburghNLP/xsum", None, "test", revision="refs/convert/parquet"),
+)

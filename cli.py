@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,22 +22,27 @@ from lattices.errors import RescoreError
 if TYPE_CHECKING:
     from rescore.evaluation import Evaluation
 
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+
 app = typer.Typer(
     help="Draft-refinement rescoring for blockwise parallel decoding: how many tokens does a step accept, how many "
     "could it, which rescorer recovers how much, at what cost.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-bench = typer.Typer(help="Measurements of the machine and the base LM.", no_args_is_help=True, rich_markup_mode=None)
+bench = typer.Typer(help="Measurements of the machine and the base LM.", rich_markup_mode=None)
 app.add_typer(bench, name="bench")
 
 Base = Annotated[str, typer.Option(help="Base LM: smollm2-135m, a model folder, a .gguf file or a hub id.")]
 Heads = Annotated[str | None, typer.Option(help="Folder of block heads; default: those shipped for the base.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 Dtype = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]
-Tasks = Annotated[list[str], typer.Option("--task", help="Task; may be given several times.")]
+TASK_NAMES = "squad, gsm8k, lambada, samsum, xsum or a plug-in's"
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option("--task", help=f"{TASK_NAMES}; may be given several times. Default: squad, or the task of --trace."),
+]
 Limit = Annotated[int | None, typer.Option(help="Only the first N examples.")]
 Data = Annotated[str | None, typer.Option(help="JSON lines file with the task's examples.")]
 NewTokens = Annotated[int, typer.Option(help="Output tokens per example, at most.")]
@@ -53,38 +59,34 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **kept})
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = "--debug" in sys.argv
     try:
-        app(args=[a for a in sys.argv[1:] if a != "--debug"], standalone_mode=False)
-    except typer.Exit as exit_:
-        sys.exit(exit_.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        # Not standalone: errors and exit codes come here instead of being printed by the library.
+        sys.exit(app(args=arguments or ["--help"], prog_name="rescore", standalone_mode=False))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(INTERRUPTED)
     except Exception as error:
-        sys.exit(_explain(error, debug))
+        if debug:
+            traceback.print_exc()
+        message, code = _explain(error)
+        print(f"rescore: {message}", file=sys.stderr)
+        sys.exit(code)
 
 
 def _only_asks_for_help() -> bool:
     return len(sys.argv) == 1 or "--help" in sys.argv or "--version" in sys.argv
 
 
-def _explain(error: Exception, debug: bool) -> int:
-    """Prints an error as one line on stderr; the exit code."""
-    import click
-
-    if debug:
-        raise error
+def _explain(error: Exception) -> tuple[str, int]:
+    """One line that says what is wrong, and the exit code."""
     if isinstance(error, RescoreError):
         message, code = str(error), 2
-    elif isinstance(error, click.ClickException):
+    elif hasattr(error, "format_message"):  # of click, which typer imports or, in later versions, brings along
         message, code = error.format_message(), 2
-    elif isinstance(error, click.Abort):
-        message, code = "interrupted", 130
     else:
-        message, code = f"{type(error).__name__}: {error}".splitlines()[0] + " (--debug shows where)", 1
-    print(f"rescore: {message}", file=sys.stderr)
-    return code
+        message, code = f"{type(error).__name__}: {error} (--debug shows where)", 1
+    return " ".join(message.split()), code
 
 
 def _version(wanted: bool) -> None:
@@ -97,16 +99,20 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", help="Print versions.", callback=_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print versions.", callback=_version, is_eager=True)
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Options before the command."""
+    """Options before the command; `--debug` may stand anywhere (`main` takes it)."""
 
 
 @app.command(name="eval")
 def evaluate_command(
-    task: Tasks = ["squad"],  # noqa: B006 (typer copies it)
-    rescorer: Annotated[list[str], typer.Option(help="none or oracle; may be given several times.")] = ["none"],  # noqa: B006
+    task: Tasks = None,
+    rescorer: Annotated[
+        list[str], typer.Option(help="none, oracle or a plug-in's name[:text]; may be given several times.")
+    ] = ["none"],  # noqa: B006 (typer copies it)
     k: Annotated[int, typer.Option(help="Tokens of each head that are in the lattice.")] = 16,
     p: Annotated[int, typer.Option(help="Drafts that one step verifies.")] = 1,
     h: Annotated[int | None, typer.Option(help="Use only the first h heads (block of h tokens).")] = None,
@@ -129,13 +135,17 @@ def evaluate_command(
     from rescore.evaluation import EvalOptions, evaluate
 
     chosen = EvalOptions(
-        tasks=tuple(task), rescorers=tuple(rescorer), base=base, heads=heads, h=h, k=k, p=p, limit=limit,
+        tasks=tuple(task or ()), rescorers=tuple(rescorer), base=base, heads=heads, h=h, k=k, p=p, limit=limit,
         max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, mode=mode, verify=verify, data=data,
         trace=trace, dtype=dtype, device=device, seed=seed,
     )  # fmt: skip
     with _progress() as progress:
         evaluation = evaluate(chosen, out=out, progress=progress)
     _print_evaluation(evaluation, as_json)
+    if evaluation.interrupted:
+        kept = f"and kept in {out}: the same command goes on" if out else "(--out DIR would keep them)"
+        print(f"rescore: interrupted; the finished examples are shown {kept}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED)
 
 
 def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
@@ -145,14 +155,11 @@ def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
         print(f"rescore: {notice}", file=sys.stderr)
     document = evaluation.document
     print(json.dumps(document.as_dict(), ensure_ascii=False) if as_json else results_table(document))
-    if evaluation.interrupted:
-        print("rescore: interrupted; finished examples are kept and shown, the same command goes on", file=sys.stderr)
-        raise typer.Exit(130)
 
 
 @app.command()
 def oracle(
-    task: Tasks = ["squad"],  # noqa: B006
+    task: Tasks = None,
     k: Annotated[str, typer.Option(help="Comma-separated k.")] = "1,2,4,8,16",
     h: Annotated[int | None, typer.Option(help="Use only the first h heads.")] = None,
     base: Base = "smollm2-135m",
@@ -174,7 +181,7 @@ def oracle(
     except ValueError:
         raise RescoreError(f"--k {k}: give whole numbers with commas between them, like 1,2,4,8,16") from None
     chosen = EvalOptions(
-        tasks=tuple(task), base=base, heads=heads, h=h, limit=limit, data=data, trace=trace, k=max(ks),
+        tasks=tuple(task or ()), base=base, heads=heads, h=h, limit=limit, data=data, trace=trace, k=max(ks),
         max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, dtype=dtype, device=device,
     )  # fmt: skip
     with _progress() as progress:
@@ -185,7 +192,7 @@ def oracle(
 @app.command(name="trace")
 def trace_command(
     out: Annotated[Path, typer.Option(help="Folder for the trace; resumable.")],
-    task: Annotated[str, typer.Option(help="Task.")] = "squad",
+    task: Annotated[str, typer.Option(help=f"{TASK_NAMES}.")] = "squad",
     base: Base = "smollm2-135m",
     heads: Heads = None,
     k: Annotated[int, typer.Option(help="Lattice entries kept per head.")] = 32,
@@ -299,7 +306,7 @@ def verify_curve_command(
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr; silent where stderr is no terminal."""
+    """A progress bar on stderr, silent where stderr is no terminal; Ctrl-C that ends the command is told there too."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -316,7 +323,11 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
                 tasks[key] = bar.add_task(description, total=total)
             bar.update(tasks[key], description=description, completed=done, total=total)
 
-        yield show
+        try:
+            yield show
+        except KeyboardInterrupt:
+            print("rescore: interrupted; what is finished is kept, the same command goes on", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ query rows instead: the same products, no copies. Registered with transformers a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -24,7 +26,7 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention `[b, heads, n, d]` x `[b, kv_heads, m, d]` -> `[b, n, heads, d]`; as transformers' sdpa, packed."""
     rows, heads, n, _ = query.shape

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -37,23 +38,23 @@ class BaseLM:
     (takes a 4D attention mask with every layer looking at the whole cache).
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, identity: BaseIdentity
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, identity: BaseIdentity) -> None:
         config = model.config.get_text_config(decoder=True)
-        layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if layer_types - {"full_attention", "sliding_attention"}:
-            kinds = ", ".join(sorted(layer_types - {"full_attention", "sliding_attention"}))
+        layer_types = _layer_types(config)
+        if other := layer_types - {"full_attention", "sliding_attention"}:
+            kinds = ", ".join(sorted(other))
             raise IncompatibleError(f"{identity.name} has {kinds} layers, whose state can't forget rejected tokens")
+        if getattr(model, "_is_stateful", False):  # transformers' mark of recurrent architectures
+            raise IncompatibleError(f"{identity.name} is recurrent: its state can't forget rejected tokens")
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer
         self.identity = identity
         self.config = config
         self.hidden_size: int = config.hidden_size
         self.context_length: int = getattr(config, "max_position_embeddings", 1 << 30)
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
         self.supports_tree = layer_types == {"full_attention"}
-        self.output_embeddings = model.get_output_embeddings()
+        self.output_embeddings: Any = model.get_output_embeddings()
         self.vocab_size: int = self.output_embeddings.weight.shape[0]
         self._hidden: torch.Tensor | None = None
         self.output_embeddings.register_forward_pre_hook(self._remember_hidden)
@@ -69,11 +70,13 @@ class BaseLM:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.dtype
+        dtype: torch.dtype = self.model.dtype
+        return dtype
 
     @property
     def heads_dtype(self) -> torch.dtype:
@@ -87,30 +90,40 @@ class BaseLM:
     def encode_prompt(self, text: str, *, chat: bool, max_tokens: int | None = None) -> list[int]:
         """Token ids of a prompt; `chat` puts it as the user's turn into the chat template.
 
-        More than `max_tokens` are cut from the end of `text`, never from the template.
+        More than `max_tokens` are cut from the end of `text`, never from the template. Raises `RescoreError` if there
+        is no text, no chat template, or no room for text beside the template.
         """
         if not text:
             raise RescoreError("a prompt is empty; every example needs text to start from")
-        if not chat:
-            ids = self.tokenizer(text)["input_ids"]
-            return ids[:max_tokens] if max_tokens else ids
-        ids = self._chat_ids(text)
-        while max_tokens and len(ids) > max_tokens:
+        if chat and not self.is_chat:
+            raise IncompatibleError(f"{self.identity.name} has no chat template; give its prompts as plain text")
+        ids = self._chat_ids(text) if chat else self._plain_ids(text)
+        while chat and max_tokens and len(ids) > max_tokens:
             pieces = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
             keep = len(pieces) - (len(ids) - max_tokens)
-            if keep <= 0:
+            # Several pieces can be parts of one character, which goes as a whole: every round takes something off.
+            end = min(pieces[keep - 1][1], len(text) - 1) if keep > 0 else 0
+            if end == 0:
                 raise RescoreError(f"a limit of {max_tokens} prompt tokens leaves no room beside the chat template")
-            text = text[: pieces[keep - 1][1]]
+            text = text[:end]
             ids = self._chat_ids(text)
+        if not ids:
+            raise RescoreError(f"a prompt has no tokens: {text[:40]!r}")
+        return ids[:max_tokens] if max_tokens else ids
+
+    def _plain_ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text)["input_ids"]
         return ids
 
     def _chat_ids(self, text: str) -> list[int]:
         messages = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        ids: list[int] = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return ids
 
     def decode_text(self, ids: Sequence[int]) -> str:
         """Text of output tokens, special tokens left out."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for up to `capacity` positions."""
@@ -154,6 +167,12 @@ class BaseLM:
         logits = logits / (getattr(self.config, "logits_scaling", None) or 1.0)
         softcap = getattr(self.config, "final_logit_softcapping", None)
         return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def _layer_types(config: Any) -> set[str]:
+    if types := getattr(config, "layer_types", None):
+        return set(types)
+    return {"sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"}
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

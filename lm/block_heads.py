@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 from torch.nn import functional
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lattices.lattice import Lattice
 from lm.base import BaseIdentity, BaseLM
-from lm.files import sha256_of_file, write_json, writing
+from lm.files import atomic_file, sha256_of_file, write_json
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 SHIPPED = Path(__file__).parent / "weights"
@@ -68,12 +68,11 @@ class BlockHeads(nn.Module):
         chosen = slice(None) if heads is None else heads
         inner = torch.matmul(hidden, self.inner["weight"][chosen]) + self.inner["bias"][chosen][:, None]
         outer = torch.matmul(functional.silu(inner), self.outer["weight"][chosen])
-        return hidden + outer + self.outer["bias"][chosen][:, None]
+        read: torch.Tensor = hidden + outer + self.outer["bias"][chosen][:, None]
+        return read
 
     @torch.inference_mode()
-    def lattice(
-        self, base: BaseLM, hidden: torch.Tensor, logits: torch.Tensor, k: int
-    ) -> tuple[Lattice, np.ndarray]:
+    def lattice(self, base: BaseLM, hidden: torch.Tensor, logits: torch.Tensor, k: int) -> tuple[Lattice, np.ndarray]:
         """The lattice after each of n states, and the heads' entropies.
 
         `hidden` `[n, d]` and head 1's `logits` `[n, vocab]`, as the base's forward gave them -> a `Lattice`
@@ -103,13 +102,13 @@ class BlockHeads(nn.Module):
         return cut.to(weight.device, weight.dtype).eval().requires_grad_(False)
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
-        """Writes `model.safetensors` and then `config.json` into a folder, each whole or not at all."""
+        """Writes `model.safetensors` and then `config.json` into a folder, each whole or not at all.
+
+        Raises `OutputError` if the folder can't be written.
+        """
         tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in self.state_dict().items()}
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / f".{WEIGHTS_FILE}"
-            save_file(tensors, temporary)
-            os.replace(temporary, folder / WEIGHTS_FILE)
+        with atomic_file(folder / WEIGHTS_FILE) as temporary:
+            temporary.write_bytes(to_bytes(tensors))
         write_json(folder / CONFIG_FILE, dataclasses.asdict(self.config))
 
 
@@ -127,12 +126,12 @@ def heads_folder(path: str | None, identity: BaseIdentity) -> Path:
     """The checkpoint folder of `path`, or of the heads shipped for a base of this name (path None)."""
     if path is not None:
         return Path(path).expanduser()
-    folder = SHIPPED / identity.name / "heads"
-    if (folder / CONFIG_FILE).is_file():
-        return folder
-    known = sorted(f.parent.name for f in SHIPPED.glob("*/heads"))
+    shipped = {config.parents[1].name: config.parent for config in SHIPPED.glob(f"*/heads/{CONFIG_FILE}")}
+    if identity.name in shipped:
+        return shipped[identity.name]
+    known = f" (only for {', '.join(sorted(shipped))})" if shipped else ""
     raise RescoreError(
-        f"no block heads are shipped for {identity.name} (only for {', '.join(known)}); train some: "
+        f"no block heads are shipped for {identity.name}{known}; train some: "
         f"rescore train-heads --base {identity.name} --corpus ... --out DIR, then --heads DIR"
     )
 
@@ -142,7 +141,8 @@ def load_heads(
 ) -> BlockHeads:
     """Heads for a base: a checkpoint folder, or None for the ones shipped with the base's name.
 
-    Raises `IncompatibleError` if they were made for another hidden size, vocabulary or tokenizer.
+    Raises `IncompatibleError` if they were made for another hidden size, vocabulary or tokenizer, `InvalidDataError`
+    for a broken file, `RescoreError` if there are none.
     """
     folder = heads_folder(path, identity)
     config = read_config(folder)
@@ -154,28 +154,46 @@ def load_heads(
                 f"{field} is {made_for}, the base's is {wanted}; give other --heads"
             )
     heads = BlockHeads(config)
+    weights = folder / WEIGHTS_FILE
     try:
-        tensors = load_file(folder / WEIGHTS_FILE)
-        heads.load_state_dict({name: value.float() for name, value in tensors.items()})
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise InvalidDataError(f"can't read {folder / WEIGHTS_FILE}: {str(error).splitlines()[0]}") from error
+        tensors = load_file(weights)
+    except OSError as error:
+        reason = error.strerror or error
+        raise RescoreError(f"no block heads in {folder}: can't read {weights.name} ({reason})") from error
+    except SafetensorError as error:
+        raise InvalidDataError(f"can't read {weights}: {error}; get or train the heads again") from error
+    found = {name: list(value.shape) for name, value in tensors.items()}
+    expected = {name: list(value.shape) for name, value in heads.state_dict().items()}
+    if found != expected:
+        differs = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))[0]
+        raise InvalidDataError(
+            f"{weights} does not fit its {CONFIG_FILE}: {differs} has shape {found.get(differs, 'none')}, "
+            f"not {expected.get(differs, 'none')}"
+        )
+    heads.load_state_dict(tensors)
     return heads.to(device, dtype).eval().requires_grad_(False)
 
 
 def read_config(folder: Path) -> BlockHeadsConfig:
-    """`config.json` of a checkpoint folder."""
+    """`config.json` of a checkpoint folder.
+
+    Raises `RescoreError` if there is none, `InvalidDataError` for anything but a `BlockHeadsConfig`,
+    `UnknownNameError` for an architecture from elsewhere.
+    """
     path = folder / CONFIG_FILE
     try:
-        fields = json.loads(path.read_text())
-        config = BlockHeadsConfig(**fields)
+        config = BlockHeadsConfig(**json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise RescoreError(f"no block heads in {folder}: can't read {path.name} ({error.strerror})") from error
     except (ValueError, TypeError) as error:
-        raise InvalidDataError(f"{path} is not a block heads configuration: {error}") from error
+        reason = str(error).removeprefix("BlockHeadsConfig.__init__() ")
+        raise InvalidDataError(f"{path} is not a block heads configuration: {reason}") from error
     if config.architecture != FEED_FORWARD:
-        raise UnknownNameError("block head architecture", config.architecture, [FEED_FORWARD])
-    if config.h < 2:
-        raise InvalidDataError(f"{path} says h = {config.h}; block heads need h of at least 2")
+        raise UnknownNameError("block head architecture", str(config.architecture), [FEED_FORWARD])
+    for name, least in (("h", 2), ("hidden_size", 1), ("inner_size", 1), ("vocab_size", 1)):
+        value = getattr(config, name)
+        if type(value) is not int or value < least:
+            raise InvalidDataError(f"{path} says {name} = {value!r}; it must be a whole number of at least {least}")
     return config
 
 

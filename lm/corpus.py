@@ -23,6 +23,8 @@ from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lm.base import BaseLM
 from lm.files import (
     append_json_line,
+    changed_settings,
+    is_text,
     open_appending,
     read_json_lines,
     sha256_of_file,
@@ -33,6 +35,7 @@ from lm.generation import generate_greedy
 
 CORPUS_FILE, HIDDEN_FILE = "corpus.jsonl", "hidden.f16"
 MANIFEST_FILE, SETTINGS_FILE = "manifest.json", "settings.json"
+STATE_BYTES = np.dtype(np.float16).itemsize  # per element of a state
 
 
 @dataclass(frozen=True)
@@ -54,17 +57,23 @@ class CorpusSummary:
 
 
 def read_prompts(path: Path, *, default_chat: bool) -> list[Prompt]:
-    """Prompts of a `.jsonl` or text file. Raises `InvalidDataError` with the line number of a bad one."""
+    """Prompts of a `.jsonl` or text file.
+
+    Raises `InvalidDataError` with the line number of a bad one, `RescoreError` if the file can't be read.
+    """
     prompts = []
     if path.suffix == ".jsonl":
         for number, record in read_json_lines(path):
-            text = record.get("prompt")
-            if not isinstance(text, str) or not text.strip():
+            text: Any = record.get("prompt")
+            if not is_text(text):
                 raise InvalidDataError(f"{path} line {number} has no text in the field 'prompt'")
-            prompts.append(Prompt(text, bool(record.get("chat", default_chat))))
+            chat = record.get("chat", default_chat)
+            if not isinstance(chat, bool):
+                raise InvalidDataError(f"{path} line {number} has {chat!r} in the field 'chat'; write true or false")
+            prompts.append(Prompt(text, chat))
     else:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 ends no line
         except OSError as error:
             raise RescoreError(f"can't read {path}: {error.strerror}") from error
         except UnicodeDecodeError as error:
@@ -87,9 +96,15 @@ def generate_corpus(
 ) -> CorpusSummary:
     """Writes the greedy output of every prompt to `out`; what an earlier, interrupted run made is kept.
 
-    Refuses to go on with other settings than the earlier run's (`IncompatibleError` shows the difference).
-    `progress(done, total)` is called after every example.
+    Refuses to go on with other settings than the earlier run's (`IncompatibleError` shows the difference). Raises
+    `RescoreError` for settings that make no sense, `OutputError` if `out` can't be written. `progress(done, total)` is
+    called after every example; an exception from it interrupts the run.
     """
+    for name, value in (
+        ("max_new_tokens", max_new_tokens), ("max_prompt_tokens", max_prompt_tokens), ("batch_size", batch_size)
+    ):  # fmt: skip
+        if value < 1:
+            raise RescoreError(f"{name} = {value}; it must be at least 1")
     settings = {
         "base": dataclasses.asdict(base.identity),
         "max_new_tokens": max_new_tokens,
@@ -104,9 +119,19 @@ def generate_corpus(
     missing = [p for p in dict.fromkeys(prompts) if (p.text, p.chat) not in done]
     total, made = len(done) + len(missing), 0
     encoded = [base.encode_prompt(p.text, chat=p.chat, max_tokens=max_prompt_tokens) for p in missing]
+    longest = max(map(len, encoded), default=0) + max_new_tokens
+    if longest > base.context_length:
+        raise RescoreError(
+            f"prompts and output of {longest} tokens exceed the context of {base.context_length} of "
+            f"{base.identity.name}; lower max_prompt_tokens or max_new_tokens"
+        )
+    if not (out / SETTINGS_FILE).is_file():
+        write_json(out / SETTINGS_FILE, settings)
     with writing(out), open_appending(path) as stream, hidden_path.open("ab") as hidden_stream:
         # The line is written after its states: a kill in between leaves states without a line, which go here.
-        hidden_stream.truncate(rows * base.hidden_size * np.dtype(np.float16).itemsize)
+        if (size := rows * base.hidden_size * STATE_BYTES) > hidden_stream.tell():
+            raise InvalidDataError(f"{hidden_path} lacks states of {path}; remove {out} or use another --out")
+        hidden_stream.truncate(size)
         for greedy in generate_greedy(
             base, encoded, max_new_tokens=max_new_tokens, batch_size=batch_size, with_hidden=True
         ):
@@ -142,17 +167,34 @@ def generate_corpus(
 
 
 def _finished(path: Path) -> Iterator[dict[str, Any]]:
-    if path.is_file():
-        for _, record in read_json_lines(path, torn_tail=True):
-            yield record
+    if not path.is_file():
+        return
+    for number, record in read_json_lines(path, torn_tail=True):
+        if not record.keys() >= {"prompt", "chat", "output_ids"}:
+            raise InvalidDataError(f"{path} line {number} is not an example of generate-corpus; use another --out")
+        yield record
 
 
 def _check_settings(out: Path, settings: dict[str, Any]) -> None:
-    path = out / SETTINGS_FILE
-    if not path.is_file():
-        write_json(path, settings)
+    if not (out / SETTINGS_FILE).is_file():
         return
-    earlier = json.loads(path.read_text())
-    changed = [f"{key}: {earlier.get(key)} -> {value}" for key, value in settings.items() if earlier.get(key) != value]
-    if changed:
+    if changed := changed_settings(read_settings(out), settings):
         raise IncompatibleError(f"{out} was begun with other settings ({'; '.join(changed)}); use another --out")
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What the corpus in a folder was begun with: `base` (fields of `BaseIdentity`) and limits.
+
+    Raises `RescoreError` if the folder was not made by `generate_corpus`.
+    """
+    path = folder / SETTINGS_FILE
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RescoreError(f"{folder} is not a folder made by generate-corpus: it has no {SETTINGS_FILE}") from error
+    except ValueError as error:
+        raise InvalidDataError(f"{path} is not valid JSON; remove {folder} or use another") from error
+    base = settings.get("base") if isinstance(settings, dict) else None
+    if not isinstance(base, dict) or not base.keys() >= {"name", "weights_sha256", "tokenizer_sha256"}:
+        raise InvalidDataError(f"{path} does not say which base LM made the corpus; remove {folder} or use another")
+    return dict(settings)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from safetensors import SafetensorError
 
 from lattices.errors import InvalidDataError, OutputError, RescoreError
 
@@ -33,16 +35,21 @@ def writing(path: Path) -> Iterator[None]:
     """Turns a failure to write (full disk, read-only folder, file in the way) into one clear line."""
     try:
         yield
-    except OSError as error:
-        raise OutputError(f"can't write {path}: {error.strerror or error}; what was written before is kept") from error
+    except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"can't write {path}: {reason}; what was written before is kept") from error
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` if the block ends well, and vanishes if not."""
+    """A temporary folder that becomes `folder` if the block ends well, and vanishes if not.
+
+    Raises `OutputError` if it can't be written.
+    """
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        temporary = _beside(folder)
+        temporary.mkdir()
         try:
             yield temporary
             if folder.is_dir():  # another process was faster, or an older version is replaced
@@ -53,43 +60,63 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             raise
 
 
-def write_json(path: Path, document: Any) -> None:
-    """Writes a JSON document atomically, indented, with a final newline."""
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary path that takes the place of `path` if the block ends well, and vanishes if not.
+
+    Raises `OutputError` if it can't be written.
+    """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        temporary = _beside(path)
         try:
-            with os.fdopen(descriptor, "w") as stream:
-                json.dump(document, stream, indent=2, ensure_ascii=False)
-                stream.write("\n")
+            yield temporary
             os.replace(temporary, path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
+
+
+def _beside(path: Path) -> Path:
+    # Not `tempfile`: what it makes only its owner may read, and the name it stands in for keeps those rights.
+    return path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Writes a JSON document atomically, indented, with a final newline. Raises `OutputError`."""
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        json.dump(document, stream, indent=2, ensure_ascii=False)
+        stream.write("\n")
 
 
 def read_json_lines(path: Path, *, torn_tail: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number from 1, object) of a JSON lines file; blank lines are passed over.
 
-    `torn_tail` tolerates a last line that a killed writer left unfinished. Raises `InvalidDataError` with the number
-    of the line that is not a JSON object, `RescoreError` if the file can't be read.
+    `torn_tail` passes over a last line without its line end: a killed writer left it, and `open_appending` cuts it off.
+    Raises `InvalidDataError` with the number of the line that is not a JSON object, `RescoreError` if the file
+    can't be read.
     """
     try:
         with path.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
+                if torn_tail and not line.endswith(b"\n"):
+                    return
                 if not line.strip():
                     continue
                 try:
                     value = json.loads(line)
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                    if torn_tail and not line.endswith(b"\n"):
-                        return
+                except (ValueError, RecursionError) as error:
                     raise InvalidDataError(f"{path} line {number} is not valid JSON") from error
                 if not isinstance(value, dict):
                     raise InvalidDataError(f"{path} line {number} is not a JSON object")
                 yield number, value
     except OSError as error:
         raise RescoreError(f"can't read {path}: {error.strerror}") from error
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value from JSON is text that a tokenizer takes: more than space, no half of a surrogate pair."""
+    return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def append_json_line(stream: IO[str], record: dict[str, Any]) -> None:
@@ -114,3 +141,15 @@ def open_appending(path: Path) -> IO[str]:
         else:
             stream.truncate(0)
     return path.open("a", encoding="utf-8")
+
+
+def changed_settings(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    """What keeps a run from being resumed: `name: found -> wanted` for each of `wanted` that differs, names dotted."""
+    changed = []
+    for key, value in wanted.items():
+        before = found.get(key)
+        if isinstance(before, dict) and isinstance(value, dict):
+            changed += changed_settings(before, value, f"{prefix}{key}.")
+        elif before != value:
+            changed.append(f"{prefix}{key}: {before} -> {value}")
+    return changed

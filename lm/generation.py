@@ -98,7 +98,9 @@ def _generate_batch(
             cache.select_rows(chosen)
             alive, best = alive[chosen], best[chosen]
             positions, attended = positions[chosen], attended[chosen]
-        mask = attended[:, None, None, : width + step + 1] if ragged else None
+        mask = attended[:, : width + step + 1] if ragged else None
+        if mask is not None and base.supports_tree:
+            mask = mask[:, None, None]  # ready for use; where layers have windows, the model adds these to a 2D mask
         logits, hidden = base.forward(best[:, None], cache, position_ids=positions, attention_mask=mask)
         cache.keep_all()
         positions = positions + 1

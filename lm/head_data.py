@@ -8,7 +8,6 @@ for the last two the base LM runs once over the text and the states are kept in 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -20,8 +19,8 @@ import torch
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lm.base import BaseLM
-from lm.corpus import CORPUS_FILE, HIDDEN_FILE, SETTINGS_FILE
-from lm.files import atomic_folder, read_json_lines, sha256_of_file
+from lm.corpus import CORPUS_FILE, HIDDEN_FILE, STATE_BYTES, read_settings
+from lm.files import atomic_folder, is_text, read_json_lines, sha256_of_file
 
 CHUNK = 256  # tokens of plain text that see each other; short chunks keep attention cheap on a CPU
 BATCH_TOKENS = 2048
@@ -55,66 +54,75 @@ def read_head_data(
 ) -> HeadData:
     """States and targets of one corpus: a folder made by `generate_corpus`, a `.jsonl` of chat pairs, or text.
 
-    States that must be computed are kept under `cache`. `max_tokens` bounds how much of a text is taken.
+    States that must be computed are kept under `cache`. `max_tokens` bounds how many targets a text gives. Raises
+    `RescoreError` for a corpus that is missing, empty or too short, `InvalidDataError` (with the line number) for a
+    broken one, `IncompatibleError` for the output of another base LM.
     """
     if path.is_dir():
         return _own_output(base, path)
     if not path.is_file():
         raise RescoreError(f"no corpus at {path}; give a text file, a .jsonl of pairs or a folder of generate-corpus")
     digest = sha256_of_file(path)
-    stamp = f"{digest}{base.identity.weights_sha256}{max_tokens}"
+    made_of = [digest, path.suffix, base.identity.weights_sha256, base.identity.tokenizer_sha256]
+    stamp = json.dumps([*made_of, base.tokenizer.chat_template, max_tokens])
     folder = cache / f"states-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}"
     if not folder.is_dir():
         sequences = list(_pairs(base, path) if path.suffix == ".jsonl" else _chunks(base, path))
         _run_base(base, _bounded(sequences, max_tokens), folder, path, progress)
     ends = np.fromfile(folder / "ends.i64", dtype=np.int64)
     targets = np.fromfile(folder / "targets.i32", dtype=np.int32)
-    states = np.memmap(folder / HIDDEN_FILE, dtype=np.float16, mode="r").reshape(-1, base.hidden_size)
-    return HeadData(states, targets, ends, str(path.name), digest)
+    return HeadData(_states(folder, len(targets), base.hidden_size), targets, ends, path.name, digest)
+
+
+def _states(folder: Path, rows: int, hidden_size: int) -> np.ndarray:
+    """The first rows of a folder's `hidden.f16`; a generation that still goes on may have written more."""
+    path = folder / HIDDEN_FILE
+    there = path.stat().st_size // (hidden_size * STATE_BYTES) if path.is_file() else 0
+    if there < rows:
+        raise InvalidDataError(f"{path} has the states of {there} of {rows} tokens; remove {folder} and make it again")
+    return np.memmap(path, dtype=np.float16, mode="r", shape=(rows, hidden_size))
 
 
 def _own_output(base: BaseLM, folder: Path) -> HeadData:
-    try:
-        made_by = json.loads((folder / SETTINGS_FILE).read_text())["base"]
-    except (OSError, ValueError, KeyError) as error:
-        raise RescoreError(f"{folder} is not a folder made by generate-corpus ({SETTINGS_FILE} is missing)") from error
-    expected = dataclasses.asdict(base.identity)
+    made_by = read_settings(folder)["base"]
     for field in ("weights_sha256", "tokenizer_sha256"):  # the name and dtype may differ
-        if made_by[field] != expected[field]:
-            raise IncompatibleError(f"the corpus in {folder} is the output of another base LM ({made_by['name']})")
+        if made_by[field] != getattr(base.identity, field):
+            raise IncompatibleError(
+                f"the corpus in {folder} is the output of another base LM ({made_by['name']}: {field} differs)"
+            )
     targets: list[int] = []
     ends: list[int] = []
-    for _, record in read_json_lines(folder / CORPUS_FILE, torn_tail=True):
+    for number, record in read_json_lines(folder / CORPUS_FILE, torn_tail=True):
+        if "output_ids" not in record:
+            raise InvalidDataError(f"{folder / CORPUS_FILE} line {number} has no field 'output_ids'")
         targets += record["output_ids"]
         ends.append(len(targets))
     if not targets:
         raise InvalidDataError(f"the corpus in {folder} is empty")
-    states = np.memmap(folder / HIDDEN_FILE, dtype=np.float16, mode="r").reshape(-1, base.hidden_size)
-    if len(states) < len(targets):
-        raise InvalidDataError(f"{folder / HIDDEN_FILE} has {len(states)} rows for {len(targets)} tokens; make it again")
     return HeadData(
-        states[: len(targets)],
+        _states(folder, len(targets), base.hidden_size),
         np.asarray(targets, dtype=np.int32),
         np.asarray(ends, dtype=np.int64),
-        str(folder.name),
+        folder.name,
         sha256_of_file(folder / CORPUS_FILE),
     )
 
 
 def _pairs(base: BaseLM, path: Path) -> Iterator[tuple[list[int], list[int]]]:
     for number, record in read_json_lines(path):
-        prompt, response = record.get("prompt"), record.get("response")
-        if not isinstance(prompt, str) or not isinstance(response, str) or not prompt or not response:
-            raise InvalidDataError(f"{path} line {number} needs text in the fields 'prompt' and 'response'")
+        for field in ("prompt", "response"):
+            if not is_text(record.get(field)):
+                raise InvalidDataError(f"{path} line {number} has no text in the field {field!r}")
+        prompt, response = record["prompt"], record["response"]
         prompt_ids = base.encode_prompt(prompt, chat=base.is_chat, max_tokens=2 * CHUNK)
         end = [base.tokenizer.eos_token_id] if base.tokenizer.eos_token_id is not None else []
-        response_ids = base.tokenizer(response, add_special_tokens=False)["input_ids"][:CHUNK] + end
-        yield prompt_ids, response_ids
+        response_ids = base.tokenizer(response, add_special_tokens=False)["input_ids"]
+        yield prompt_ids, response_ids[:CHUNK] if len(response_ids) > CHUNK else response_ids + end
 
 
 def _chunks(base: BaseLM, path: Path) -> Iterator[tuple[list[int], list[int]]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 ends no line
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidDataError(f"can't read {path} as UTF-8 text: {error}") from error
     text = "\n".join(line for line in lines if line.strip())
@@ -127,15 +135,20 @@ def _chunks(base: BaseLM, path: Path) -> Iterator[tuple[list[int], list[int]]]:
             yield chunk[:1], chunk[1:]
 
 
-def _bounded(
-    sequences: list[tuple[list[int], list[int]]], max_tokens: int | None
-) -> list[tuple[list[int], list[int]]]:
-    """Sequences spread evenly over the corpus, of `max_tokens` targets in all."""
+def _bounded(sequences: list[tuple[list[int], list[int]]], max_tokens: int | None) -> list[tuple[list[int], list[int]]]:
+    """Sequences spread evenly over the corpus, of at most `max_tokens` targets in all."""
     total = sum(len(targets) for _, targets in sequences)
     if max_tokens is None or total <= max_tokens:
         return sequences
-    share = max_tokens / total
-    return [s for i, s in enumerate(sequences) if int((i + 1) * share) > int(i * share)]
+    chosen, passed, taken = [], 0, 0
+    for sequence in sequences:
+        passed += len(sequence[1])
+        if taken + len(sequence[1]) <= max_tokens * passed // total:
+            chosen.append(sequence)
+            taken += len(sequence[1])
+    if not chosen:
+        raise RescoreError(f"max_tokens = {max_tokens} leaves nothing of a corpus of {total} tokens; raise it")
+    return chosen
 
 
 def _run_base(

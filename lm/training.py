@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +18,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
 
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lm.base import BaseLM
 from lm.block_heads import BlockHeads, BlockHeadsConfig
-from lm.files import append_json_line, open_appending, write_json, writing
+from lm.files import append_json_line, atomic_file, changed_settings, open_appending, write_json, writing
 from lm.head_data import HeadData
 
-CHECKPOINT_FILE, CHECKPOINT_STATE, LOG_FILE = "checkpoint.safetensors", "checkpoint.json", "training_log.jsonl"
+CHECKPOINT_FILE, LOG_FILE = "checkpoint.safetensors", "training_log.jsonl"
 CHUNK_ROWS = 512  # rows of logits that are alive at a time: 512 x vocabulary floats
 HELD_OUT_POSITIONS = 4096
 ACCURACY_AT = (1, 4, 16)
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,24 @@ class TrainingOptions:
     evaluate_every: int = 200
     seed: int = 0
     precision: str = "auto"
+
+    def check(self) -> None:
+        """Raises `RescoreError` for the first option that is out of its range."""
+        for name, least in (
+            ("h", 2), ("inner_size", 1), ("steps", 1), ("positions", 1), ("heads_per_step", 1), ("vocabulary", 1),
+            ("negatives", 0), ("warmup", 0), ("evaluate_every", 1), ("seed", 0), ("weight_decay", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise RescoreError(f"{name} = {value}; it must be at least {least}")
+        if not 0 <= self.soft <= 1:
+            raise RescoreError(f"soft = {self.soft}; it is a share, from 0 to 1")
+        if not 0 < self.held_out < 1:
+            raise RescoreError(f"held_out = {self.held_out}; it is a share, above 0 and below 1")
+        if not 0 < self.learning_rate < math.inf:
+            raise RescoreError(f"learning_rate = {self.learning_rate}; it must be above 0")
+        if self.precision not in ("auto", *PRECISIONS):
+            raise UnknownNameError("precision", self.precision, ("auto", *PRECISIONS))
 
 
 @dataclass(frozen=True)
@@ -111,10 +130,9 @@ class HeadTrainer:
     """One training: data, heads, optimiser. `train` runs it; `evaluate` measures the heads as they are."""
 
     def __init__(self, base: BaseLM, data: Sequence[HeadData], options: TrainingOptions) -> None:
+        options.check()
         self.base, self.data, self.options = base, list(data), options
         self.dtype = _precision(options.precision, base.device)
-        if not 2 <= options.h:
-            raise RescoreError(f"h = {options.h}; block heads need h of at least 2")
         segments = [(place, int(a), int(b)) for place, d in enumerate(self.data) for a, b in d.segments() if b - a > 1]
         if len(segments) < 2:
             raise InvalidDataError("the corpus has fewer than two segments of text; heads need more to learn from")
@@ -137,8 +155,17 @@ class HeadTrainer:
             self.heads.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, betas=(0.9, 0.98)
         )
         self.frequent = self._frequent_tokens()
-        self.weight = base.output_embeddings.weight.detach().to(self.dtype)
+        self.weight = self._projection()
         self.step = 0
+
+    def _projection(self) -> torch.Tensor:
+        """The base's vocabulary projection `[vocab, d]`, which must be all that makes logits of states."""
+        weight: torch.Tensor = self.base.output_embeddings.weight.detach()
+        probe = torch.ones(1, self.base.hidden_size, dtype=weight.dtype, device=weight.device)
+        if not torch.allclose(self.base.project(probe), probe @ weight.T, rtol=1e-2, atol=1e-2):
+            name = self.base.identity.name
+            raise IncompatibleError(f"{name} scales, caps or shifts its logits; heads can't be trained on that yet")
+        return weight.to(self.dtype)
 
     def _frequent_tokens(self) -> np.ndarray:
         counts = sum(np.bincount(d.targets, minlength=self.base.vocab_size) for d in self.data)
@@ -171,10 +198,8 @@ class HeadTrainer:
         place_of[tokens] = np.arange(len(tokens))
         places = torch.from_numpy(place_of[targets]).to(self.base.device)
         with torch.no_grad():
-            teacher = torch.cat([
-                torch.softmax((rows.to(self.dtype) @ projection.T).float(), -1).to(self.dtype)
-                for rows in states.split(CHUNK_ROWS)
-            ])  # [n, v]
+            chunks = ((rows.to(self.dtype) @ projection.T).float() for rows in states.split(CHUNK_ROWS))
+            teacher = torch.cat([torch.softmax(logits, -1).to(self.dtype) for logits in chunks])  # [n, v]
         odds = 1.0 / np.arange(2, options.h + 1)
         count = min(options.heads_per_step, options.h - 1)
         heads = np.sort(rng.choice(options.h - 1, count, replace=False, p=odds / odds.sum()))
@@ -184,20 +209,20 @@ class HeadTrainer:
             ahead = head + 1
             rows = torch.from_numpy(np.flatnonzero(remaining > ahead)).to(self.base.device)
             if len(rows):
-                losses.append(
-                    _SoftCrossEntropy.apply(
-                        output[rows], projection, places[rows + ahead], teacher[rows + ahead], options.soft
-                    )
-                )
+                goals = places[rows + ahead], teacher[rows + ahead], options.soft
+                losses.append(_SoftCrossEntropy.apply(output[rows], projection, *goals))  # type: ignore[no-untyped-call]
         return torch.stack(losses).sum() if losses else outputs.sum() * 0.0
 
     def train(self, out: Path, *, progress: Callable[[int, int, float], None] | None = None) -> HeldOutAccuracy:
         """Trains to the last step, writing checkpoints, the log and at the end the heads to `out`.
 
-        Goes on from a checkpoint in `out` if its options and data are the same. A loss that is not a number stops the
-        training with the last good checkpoint kept.
+        Goes on from a checkpoint in `out` if its options and data are the same (else `IncompatibleError` shows the
+        difference). A loss or gradient that is not a number stops the training (`RescoreError`) with the last good
+        checkpoint kept. `progress(step, steps, loss)` is called after every step; an exception from it interrupts.
         """
         options = self.options
+        with writing(out):  # a place that can't be written to shows now, not at the first checkpoint
+            out.mkdir(parents=True, exist_ok=True)
         self._resume(out)
         accuracy = None
         while self.step < options.steps:
@@ -205,14 +230,14 @@ class HeadTrainer:
                 group["lr"] = options.learning_rate * _schedule(self.step, options)
             loss = self._loss(self.step)
             value = float(loss.detach())
-            if not math.isfinite(value):
-                raise RescoreError(
-                    f"the loss is {value} at step {self.step + 1}; {out} keeps the checkpoint before; "
-                    f"lower --learning-rate and go on"
-                )
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.heads.parameters(), 1.0)
+            norm = float(torch.nn.utils.clip_grad_norm_(self.heads.parameters(), 1.0))
+            if not math.isfinite(value + norm):
+                raise RescoreError(
+                    f"the loss is {value} and its gradient {norm} at step {self.step + 1}; {out} keeps its last "
+                    f"checkpoint; begin again with a lower learning rate and another --out"
+                )
             self.optimizer.step()
             self.step += 1
             if progress:
@@ -269,30 +294,25 @@ class HeadTrainer:
         for name, parameter in self.heads.named_parameters():
             for key in ("exp_avg", "exp_avg_sq"):
                 tensors[f"{key}.{name}"] = self.optimizer.state[parameter][key]
-        with writing(out):
-            temporary = out / f".{CHECKPOINT_FILE}"
-            save_file(
-                {name: value.cpu().contiguous() for name, value in tensors.items()},
-                temporary,
-                metadata={"state": json.dumps({"step": self.step, **self._settings()})},
-            )
-            os.replace(temporary, out / CHECKPOINT_FILE)
+        metadata = {"state": json.dumps({"step": self.step, **self._settings()})}
+        with atomic_file(out / CHECKPOINT_FILE) as temporary:
+            temporary.write_bytes(to_bytes({n: v.cpu().contiguous() for n, v in tensors.items()}, metadata=metadata))
 
     def _resume(self, out: Path) -> None:
         path = out / CHECKPOINT_FILE
         if not path.is_file():
             return
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as stream:
-            state = json.loads((stream.metadata() or {})["state"])
+        try:
+            with safe_open(path, framework="pt", device=str(self.base.device)) as stream:
+                state = json.loads((stream.metadata() or {})["state"])
+                tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a mapping
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise InvalidDataError(f"can't read the checkpoint {path}; remove it to begin again ({error})") from error
         settings = json.loads(json.dumps(self._settings()))
-        changed = [f"{key}: {state[key]} -> {settings[key]}" for key in settings if state[key] != settings[key]]
-        if changed:
+        if changed := changed_settings(state, settings):
             raise IncompatibleError(
                 f"{out} holds a training with other settings ({'; '.join(changed)}); use another --out"
             )
-        tensors = load_file(path, device=str(self.base.device))
         self.heads.load_state_dict({n.removeprefix("heads."): v for n, v in tensors.items() if n.startswith("heads.")})
         self.step = state["step"]
         for name, parameter in self.heads.named_parameters():
@@ -326,4 +346,4 @@ def _precision(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if native else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return PRECISIONS[name]

@@ -13,6 +13,7 @@ import torch
 
 from lattices.errors import RescoreError
 from lm.base import BaseLM
+from lm.cache import BufferLayer
 
 VERIFY_SIZES = (1, 2, 4, 9, 16, 32, 64, 144)
 
@@ -58,8 +59,9 @@ def verify_curve(
             if turn:  # the first turn warms up
                 times[n].append(time.perf_counter() - start)
     weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
-    layer = cache.layers[0].key_buffer
-    kept = 2 * len(cache.layers) * layer[:, :, :cached].numel() * layer.element_size()
+    layer = cache.layers[0]
+    assert isinstance(layer, BufferLayer)
+    kept = 2 * len(cache.layers) * layer.key_buffer[:, :, :cached].nbytes  # keys and values
     medians = [float(np.median(times[n])) for n in sizes]
     return VerifyCurve(
         base=base.identity.name,

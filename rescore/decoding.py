@@ -19,7 +19,7 @@ from lm.base import BaseLM
 from lm.block_heads import BlockHeads
 from lm.cache import KVCache
 from rescore.acceptance import accept
-from rescore.rescorers.base import Context, Rescorer
+from rescore.rescorers.base import Context, Rescorer, check_drafts
 
 VERIFY_MODES = ("tree", "batch")
 
@@ -93,8 +93,10 @@ def decode(
             lattice, _ = heads.lattice(base, hidden, logits, k)
             seconds.heads += clock() - before
             before = clock()
-            drafts = rescorer.draft(lattice, [context], p)[0, :, :remaining].astype(np.int64)
+            every = rescorer.draft(lattice, [context], p)  # [1, p', h]
             rescore_seconds.append(clock() - before)
+            check_drafts(every, lattice, p)
+            drafts = every[0, :, :remaining].astype(np.int64)
 
         before = clock()
         call = _VERIFY["batch" if verify == "batch" or not base.supports_tree else "tree"](base, cache, drafts)
@@ -191,5 +193,3 @@ def first_difference(output_ids: Iterable[int], reference_ids: Iterable[int]) ->
         if a != b:
             return place
     return None if len(output) == len(reference) else min(len(output), len(reference))
-
-

@@ -14,7 +14,7 @@ import numpy as np
 from lattices.errors import RescoreError
 from lattices.lattice import Lattice
 from rescore.acceptance import accept
-from rescore.rescorers.base import Context, Rescorer
+from rescore.rescorers.base import Context, Rescorer, check_drafts
 from rescore.tracing import TracedExample
 
 
@@ -30,8 +30,12 @@ class _Walk:
 
 
 def replay(examples: Sequence[TracedExample], rescorer: Rescorer, *, k: int, p: int = 1) -> list[list[int]]:
-    """Accepted length of every step of every example, with top-k lattices and p drafts a step."""
-    check_k(examples, k)
+    """Accepted length of every step of every example, with top-k lattices and p drafts a step.
+
+    Raises `RescoreError` for k beyond what the trace holds, and for p < 1.
+    """
+    if examples:
+        check_k(examples[0].lattice.k, k)
     if p < 1:
         raise RescoreError(f"p = {p}; at least one draft must be verified (--p 1)")
     walks = [_Walk(e, Context(e.prompt_ids.tolist(), future=e.output_ids), []) for e in examples]
@@ -41,7 +45,8 @@ def replay(examples: Sequence[TracedExample], rescorer: Rescorer, *, k: int, p: 
             np.stack([w.example.lattice.token_ids[w.position, :, :k] for w in walking]),
             np.stack([w.example.lattice.logps[w.position, :, :k] for w in walking]),
         )
-        drafts = rescorer.draft(lattices, [w.context for w in walking], p)  # [b, p, h]
+        drafts = rescorer.draft(lattices, [w.context for w in walking], p)  # [b, p', h]
+        check_drafts(drafts, lattices, p)
         choices = np.full((len(walking), drafts.shape[-1]), -1, dtype=np.int32)
         for row, walk in enumerate(walking):
             ahead = walk.example.output_ids[walk.position + 1 : walk.position + 1 + drafts.shape[-1]]
@@ -55,8 +60,7 @@ def replay(examples: Sequence[TracedExample], rescorer: Rescorer, *, k: int, p: 
     return [w.accepted for w in walks]
 
 
-def check_k(examples: Sequence[TracedExample], k: int) -> None:
-    """Raises `RescoreError` if k is not within what the trace holds."""
-    held = examples[0].lattice.k
+def check_k(held: int, k: int) -> None:
+    """Raises `RescoreError` if k is not within the K = `held` entries per slot of a trace."""
     if not 1 <= k <= held:
         raise RescoreError(f"k = {k}, but the trace holds the top {held} of each head; choose --k from 1 to {held}")

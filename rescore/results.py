@@ -6,23 +6,29 @@ import dataclasses
 import importlib.metadata
 import json
 import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from lattices.errors import IncompatibleError
-from lm.files import append_json_line, open_appending, read_json_lines, write_json, writing
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lm.files import append_json_line, changed_settings, open_appending, read_json_lines, write_json, writing
 
 SCHEMA = "rescore.results/1"
 EXAMPLES_FILE, CONFIG_FILE, RESULTS_FILE = "examples.jsonl", "config.json", "results.json"
+RECORD = {"task": str, "rescorer": str, "id": str, "h": int, "accepted": list, "oracle_accepted": list}
 LIBRARIES = ("torch", "transformers", "numpy", "numba", "datasets")
 
 
 @dataclass(frozen=True)
 class Result:
-    """One rescorer on one task. Accounting fields as in `rescore.accounting.Accounting`; `oracle_block_efficiency` at
-    this k; `quality`: the task's metric of the output; `identical`: outputs equal to greedy decoding, in live mode;
-    `latency`: times in ms per step, in live mode (`rescore.evaluation`)."""
+    """One rescorer on one task: its name as typed, `n` examples, accounting as in `rescore.accounting.Accounting`.
+
+    `oracle_block_efficiency` at this k; `quality`: `{"metric", "value"}`, mean over examples of the task's metric of
+    the output, None where it has none or the text is not known; and in live mode, else None: `identical` `{"n",
+    "identical"}` outputs equal to greedy decoding, `latency` (`rescore.evaluation.latency`).
+    """
 
     task: str
     rescorer: str
@@ -41,12 +47,12 @@ class Result:
     conditional: list[float]
     quality: dict[str, Any] | None
     identical: dict[str, int] | None
-    latency: dict[str, float] | None
+    latency: dict[str, Any] | None
 
 
 @dataclass
 class ResultsDocument:
-    """`{schema, config, results}`: the whole configuration with versions and hashes, and one `Result` each."""
+    """`{schema, config, results}`: all of the configuration with versions and hashes, a `Result` for each result."""
 
     config: dict[str, Any]
     results: list[Result] = field(default_factory=list)
@@ -65,48 +71,68 @@ class ResultsDocument:
 class ExampleLog:
     """Finished examples of a run, in memory and (with a folder) appended to `examples.jsonl`; resumes what is there.
 
-    Raises `IncompatibleError` with the difference if the folder belongs to a run with another configuration.
+    `config` is what makes two runs the same, kept in `config.json`. Raises `IncompatibleError` with the difference if
+    the folder belongs to another one, `InvalidDataError` if it holds something else. A context manager.
     """
 
-    def __init__(self, folder: Path | None, options: Any) -> None:
+    def __init__(self, folder: Path | None, config: Mapping[str, Any]) -> None:
         self._records: dict[tuple[str, str, str], dict[str, Any]] = {}
         self._stream: IO[str] | None = None
         if folder is None:
             return
+        _claim(folder, json.loads(json.dumps(config)))
         path = folder / EXAMPLES_FILE
-        wanted = json.loads(json.dumps(dataclasses.asdict(options)))
-        if (folder / CONFIG_FILE).is_file():
-            found = json.loads((folder / CONFIG_FILE).read_text())
-            changed = [f"{key}: {found.get(key)} -> {wanted[key]}" for key in wanted if found.get(key) != wanted[key]]
-            if changed:
-                raise IncompatibleError(
-                    f"{folder} holds results of another configuration ({'; '.join(changed)}); use another --out"
-                )
-        else:
-            write_json(folder / CONFIG_FILE, wanted)
-        if path.is_file():
-            for _, record in read_json_lines(path, torn_tail=True):
-                self._records[record["task"], record["rescorer"], record["id"]] = record
         with writing(path):
-            self._stream = open_appending(path)
+            self._stream = open_appending(path)  # cuts off a torn last line
+        for number, record in read_json_lines(path):
+            if not all(isinstance(record.get(name), kind) for name, kind in RECORD.items()):
+                raise InvalidDataError(f"{path} line {number} is not a finished example; use another --out")
+            self._records[record["task"], record["rescorer"], record["id"]] = record
+
+    def __enter__(self) -> ExampleLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._stream is not None:
+            with suppress(OSError):  # what could not be written was reported when it was added
+                self._stream.close()
 
     def has(self, task: str, rescorer: str, example: str) -> bool:
         """Whether this example is finished."""
         return (task, rescorer, example) in self._records
 
     def add(self, record: dict[str, Any]) -> None:
-        """Takes a finished example (`task`, `rescorer`, `id` and what was measured); one already there stays."""
-        key = (record["task"], record["rescorer"], record["id"])
-        if key in self._records:
-            return
-        self._records[key] = record
+        """Takes a finished example: `task`, `rescorer`, `id` and what was measured. Raises `OutputError`."""
+        self._records[record["task"], record["rescorer"], record["id"]] = record
         if self._stream is not None:
             with writing(Path(self._stream.name)):
                 append_json_line(self._stream, record)
 
-    def records(self, task: str, rescorer: str) -> list[dict[str, Any]]:
-        """Finished examples of one rescorer on one task."""
-        return [r for (t, name, _), r in self._records.items() if t == task and name == rescorer]
+    def records(self, task: str, rescorer: str, ids: Sequence[str]) -> list[dict[str, Any]]:
+        """Finished examples of one rescorer on one task, in the order of `ids` (not in that of finishing)."""
+        found = (self._records.get((task, rescorer, example)) for example in ids)
+        return [record for record in found if record is not None]
+
+
+def _claim(folder: Path, config: dict[str, Any]) -> None:
+    """Writes `config.json`, or compares with the one that is there."""
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        if (folder / EXAMPLES_FILE).exists():
+            raise IncompatibleError(f"{folder} holds examples of a run without its {CONFIG_FILE}; use another --out")
+        write_json(path, config)
+        return
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise RescoreError(f"can't read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InvalidDataError(f"{path} is not valid JSON ({error}); use another --out") from error
+    changed = changed_settings(found, config) if isinstance(found, dict) else [f"{CONFIG_FILE} is not an object"]
+    if changed:
+        raise IncompatibleError(
+            f"{folder} holds results of another configuration ({'; '.join(changed)}); use another --out"
+        )
 
 
 def environment() -> dict[str, Any]:
@@ -126,10 +152,11 @@ def versions() -> dict[str, str]:
 
 
 def _git_revision() -> str | None:
+    """The commit, with `-dirty` where tracked files are changed; None outside a checkout."""
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():
         return None
-    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

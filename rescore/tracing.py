@@ -1,14 +1,15 @@
 """Traces: the base LM runs once over a task, and everything but wall-clock is replayed from what it left.
 
-A trace is a folder: `trace.json` (`TraceHeader`, schema below) and parts, each an Arrow data set of `datasets`
+A trace is a folder: `trace.json` (the fields of `TraceHeader`) and parts, each an Arrow data set of `datasets`
 (`save_to_disk`), memory-mapped when read. One row is one example; position i is the lattice that stands before output
 token i, i = 0..t-1, with entry [i, 0, 0] = output token i.
 
-    id               string
+    id               string                     unique in the trace
     prompt           string
     references       list<string>
+    output           string                     text of the output, null where it is not known
     prompt_ids       list<int32>   [prompt tokens]
-    output_ids       list<int32>   [t]          greedy output, end-of-text included where it came
+    output_ids       list<int32>   [t]          greedy output; end-of-text is its last token where it came
     token_ids        list<int32>   [t * h * K]  lattice token ids, each slot by falling log-probability
     logps            list<float32> [t * h * K]  natural-log probabilities
     entropies        list<float32> [t * h]      nats
@@ -23,6 +24,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,20 +36,22 @@ from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.lattice import Lattice
 from lm.base import BaseLM
 from lm.block_heads import BlockHeads
-from lm.files import atomic_folder, write_json
+from lm.catalog import first_line
+from lm.files import atomic_folder, changed_settings, write_json, writing
 from lm.generation import Greedy, generate_greedy
 from rescore.tasks.base import Example
 
 SCHEMA = "rescore.trace/1"
 HEADER_FILE = "trace.json"
 LATTICE_ROWS = 16  # positions whose full-vocabulary logits are alive at a time
+PART_EXAMPLES = 32  # examples per part: what a kill can lose, and the window in which prompts are sorted by length
 DEFAULT_K = 32
 
 
 @dataclass(frozen=True)
 class TraceHeader:
-    """What a trace was made of: `h`, `k` (lattice entries per slot, K), `vocab_size`, `eos_token_ids`, `settings`
-    (base, heads, task, template, limits: free for traces made elsewhere), `parts` (folder names)."""
+    """`trace.json`: `h`, `k` (lattice entries per slot, K), `vocab_size`, `eos_token_ids`, `settings` (what it was made
+    of: base, heads, task, template, limits; free for traces made elsewhere), `parts` (folder names), `schema`."""
 
     h: int
     k: int
@@ -60,11 +64,12 @@ class TraceHeader:
 
 @dataclass(frozen=True)
 class TracedExample:
-    """One example of a trace; arrays as in the schema, `lattice` `[t, h, K]`."""
+    """One example of a trace; arrays as in the schema, `lattice` `[t, h, K]`, `entropies` `[t, h]`."""
 
     id: str
     prompt: str
     references: tuple[str, ...]
+    output: str | None
     prompt_ids: np.ndarray
     output_ids: np.ndarray
     lattice: Lattice
@@ -74,7 +79,7 @@ class TracedExample:
 
 @dataclass(frozen=True)
 class Trace:
-    """A loaded trace."""
+    """A loaded trace; examples in the order of its rows."""
 
     header: TraceHeader
     examples: tuple[TracedExample, ...]
@@ -96,17 +101,22 @@ def record_trace(
 ) -> Trace:
     """Records what `folder` lacks of the examples and returns the trace of exactly these, in their order.
 
-    A part is written after every batch, so a killed recording goes on where it stopped. Raises `IncompatibleError` if
-    the folder holds a trace with other settings.
+    A part is written after every `PART_EXAMPLES`, so a killed recording goes on where it stopped.
+    `progress(done, total)` is called after every example. Raises `IncompatibleError` if the folder holds a trace with
+    other settings, `RescoreError` for prompts that do not fit into the context and for k beyond the vocabulary.
     """
-    header = TraceHeader(heads.h, k, base.vocab_size, sorted(base.eos_token_ids), settings, [])
+    if not 1 <= k <= base.vocab_size:
+        raise RescoreError(f"k = {k} is outside 1 to the vocabulary's {base.vocab_size}; choose another --k")
+    made_of: dict[str, Any] = {
+        "h": heads.h, "k": k, "vocab_size": base.vocab_size, "eos_token_ids": sorted(base.eos_token_ids),
+        "settings": settings,
+    }  # fmt: skip
+    header, done = TraceHeader(**made_of, parts=[]), set()
     if (folder / HEADER_FILE).is_file():
-        header = _same_settings(folder, header)
-        done = {e.id for e in load_trace(folder).examples} if header.parts else set()
-    else:
-        done = set()
+        header = read_header(folder)
+        check_settings(folder, header, **made_of)
+        done = {e.id for e in load_trace(folder).examples}
     missing = [e for e in examples if e.id not in done]
-    # Long prompts first would need the largest cache at once; batches of similar length come from `generate_greedy`.
     encoded = [base.encode_prompt(e.prompt, chat=chat, max_tokens=max_prompt_tokens) for e in missing]
     for example, ids in zip(missing, encoded, strict=True):
         if len(ids) + max_new_tokens > base.context_length:
@@ -114,37 +124,33 @@ def record_trace(
                 f"example {example.id}: a prompt of {len(ids)} tokens and {max_new_tokens} new ones do not fit into "
                 f"the context of {base.context_length}; cut prompts with --max-prompt-tokens"
             )
-    made = 0
-    for batch in _batches(generate_greedy(
-        base, encoded, max_new_tokens=max_new_tokens, batch_size=batch_size, with_hidden=True
-    ), batch_size):
-        rows = [_row(base, heads, missing[g.index], encoded[g.index], g, k) for g in batch]
+    with writing(folder):  # a place that can't be written to is told before the work, not after
+        folder.mkdir(parents=True, exist_ok=True)
+    made = len(examples) - len(missing)
+    for start in range(0, len(missing), PART_EXAMPLES):
+        prompts = encoded[start : start + PART_EXAMPLES]
+        rows: dict[int, dict[str, Any]] = {}
+        for greedy in generate_greedy(
+            base, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, with_hidden=True
+        ):
+            rows[greedy.index] = _row(base, heads, missing[start + greedy.index], prompts[greedy.index], greedy, k)
+            made += 1
+            if progress:
+                progress(made, len(examples))
         name = f"part-{len(header.parts):05d}"
-        _write_part(folder / name, rows)
+        # Rows stand in the order of the data, so that a trace cut to its first examples is what --limit would record.
+        _write_part(folder / name, [rows[place] for place in range(len(prompts))])
         header = dataclasses.replace(header, parts=[*header.parts, name])
         write_json(folder / HEADER_FILE, dataclasses.asdict(header))
-        made += len(batch)
-        if progress:
-            progress(len(examples) - len(missing) + made, len(examples))
     trace = load_trace(folder)
     by_id = {e.id: e for e in trace.examples}
     return Trace(trace.header, tuple(by_id[e.id] for e in examples))
 
 
-def trace_key(settings: dict[str, Any]) -> str:
-    """A folder name for a trace of these settings."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def _batches(generated: Iterator[Greedy], size: int) -> Iterator[list[Greedy]]:
-    batch: list[Greedy] = []
-    for greedy in generated:
-        batch.append(greedy)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def trace_key(settings: dict[str, Any], k: int) -> str:
+    """A folder name for the trace of these settings with k entries per slot."""
+    key = {"schema": SCHEMA, "k": k, "settings": settings}
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 
 @torch.inference_mode()
@@ -165,6 +171,7 @@ def _row(
         "id": example.id,
         "prompt": example.prompt,
         "references": list(example.references),
+        "output": base.decode_text(greedy.output_ids.tolist()),
         "prompt_ids": np.asarray(prompt_ids, dtype=np.int32),
         "output_ids": greedy.output_ids.astype(np.int32),
         "token_ids": token_ids.ravel(),
@@ -188,11 +195,12 @@ def _put_first(token_ids: np.ndarray, logps: np.ndarray, chosen: np.ndarray) -> 
 
 
 def _features() -> Any:
+    """The columns of a part, in the order of their documentation."""
     from datasets import Features, List, Value
 
-    ints, floats = List(Value("int32")), List(Value("float32"))
+    text, ints, floats = Value("string"), List(Value("int32")), List(Value("float32"))
     return Features({
-        "id": Value("string"), "prompt": Value("string"), "references": List(Value("string")),
+        "id": text, "prompt": text, "references": List(text), "output": text,
         "prompt_ids": ints, "output_ids": ints, "token_ids": ints,
         "logps": floats, "entropies": floats, "margins": floats,
     })  # fmt: skip
@@ -202,33 +210,29 @@ def _write_part(folder: Path, rows: list[dict[str, Any]]) -> None:
     import datasets
 
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    with _quiet(datasets), atomic_folder(folder) as temporary:
+    with _without_bars(), atomic_folder(folder) as temporary:
         datasets.Dataset.from_dict(columns, features=_features()).save_to_disk(temporary)
 
 
-def _quiet(datasets: Any) -> Any:
-    from contextlib import contextmanager
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keeps `datasets` from showing progress bars of its own."""
+    import datasets
 
-    @contextmanager
-    def without_bars() -> Iterator[None]:
-        shown = datasets.are_progress_bars_disabled()
-        datasets.disable_progress_bars()
-        try:
-            yield
-        finally:
-            if not shown:
-                datasets.enable_progress_bars()
-
-    return without_bars()
+    hidden = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not hidden:
+            datasets.enable_progress_bars()
 
 
-def _same_settings(folder: Path, wanted: TraceHeader) -> TraceHeader:
-    header = read_header(folder)
-    old, new = dataclasses.asdict(header), json.loads(json.dumps(dataclasses.asdict(wanted)))
-    changed = [f"{key}: {old[key]} -> {new[key]}" for key in new if key != "parts" and old[key] != new[key]]
-    if changed:
+def check_settings(folder: Path, header: TraceHeader, **wanted: Any) -> None:
+    """Raises `IncompatibleError` with the difference if fields of the header in `folder` are not the wanted ones."""
+    found = {name: getattr(header, name) for name in wanted}
+    if changed := changed_settings(found, json.loads(json.dumps(wanted))):
         raise IncompatibleError(f"{folder} holds a trace with other settings ({'; '.join(changed)}); use another --out")
-    return header
 
 
 def read_header(folder: Path) -> TraceHeader:
@@ -250,21 +254,29 @@ def read_header(folder: Path) -> TraceHeader:
     for name in ("h", "k", "vocab_size"):
         if not isinstance(getattr(header, name), int) or getattr(header, name) < 1:
             raise InvalidDataError(f"{path}: {name} must be a positive whole number")
+    if not isinstance(header.settings, dict):
+        raise InvalidDataError(f"{path}: settings must be an object")
+    for name, kind, what in (("eos_token_ids", int, "token ids"), ("parts", str, "folder names")):
+        values = getattr(header, name)
+        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+            raise InvalidDataError(f"{path}: {name} must be a list of {what}")
     return header
 
 
 def load_trace(folder: Path) -> Trace:
     """Opens a trace and checks it: columns and types, lengths, ids, log-probabilities, order.
 
-    Raises `InvalidDataError` naming the example and what is wrong with it.
+    Raises `InvalidDataError` naming the example and what is wrong with it, `RescoreError` if there is no trace.
     """
     header = read_header(folder)
-    if not header.parts:
-        raise InvalidDataError(f"the trace in {folder} is empty")
     examples: dict[str, TracedExample] = {}
     for part in header.parts:
         for example in _read_part(folder / part, header):
-            examples.setdefault(example.id, example)
+            if example.id in examples:
+                raise InvalidDataError(f"{folder / part}: the id {example.id!r} is there twice in the trace")
+            examples[example.id] = example
+    if not examples:
+        raise InvalidDataError(f"the trace in {folder} is empty")
     return Trace(header, tuple(examples.values()))
 
 
@@ -273,61 +285,70 @@ def _read_part(folder: Path, header: TraceHeader) -> Iterator[TracedExample]:
     import pyarrow
 
     try:
-        table = datasets.load_from_disk(str(folder)).data.table
+        table = datasets.Dataset.load_from_disk(str(folder)).data.table
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pyarrow.ArrowException) as error:
-        raise InvalidDataError(f"can't read the trace part {folder}: {str(error).splitlines()[0]}") from error
-    expected = _features().arrow_schema
-    for field in expected:
+        raise InvalidDataError(f"can't read the trace part {folder}: {first_line(error)}") from error
+    for field in _features().arrow_schema:
         if field.name not in table.column_names:
             raise InvalidDataError(f"{folder} has no column {field.name!r}")
         if table.schema.field(field.name).type != field.type:
             found = table.schema.field(field.name).type
             raise InvalidDataError(f"{folder}: column {field.name!r} is {found}, not {field.type}")
     for batch in table.to_batches():
-        columns = {name: batch.column(name) for name in expected.names}
         for row in range(batch.num_rows):
-            yield _checked_example(folder, header, columns, row)
+            yield _checked_example(folder, header, {name: batch.column(name)[row] for name in table.column_names})
 
 
-def _checked_example(folder: Path, header: TraceHeader, columns: dict[str, Any], row: int) -> TracedExample:
-    name = columns["id"][row].as_py()
+def _checked_example(folder: Path, header: TraceHeader, row: dict[str, Any]) -> TracedExample:
+    """The example of one row: Arrow scalars by column."""
+    where = f"{folder}: example {row['id'].as_py()!r}"
+
+    def filled(column: str) -> Any:
+        value = row[column].as_py()
+        if value is None or (isinstance(value, list) and None in value):
+            raise InvalidDataError(f"{where} has an empty entry in {column!r}")
+        return value
 
     def array(column: str) -> np.ndarray:
-        values = columns[column][row].values
+        values = row[column].values
         if values is None or values.null_count:
-            raise InvalidDataError(f"{folder}: example {name!r} has an empty entry in {column!r}")
+            raise InvalidDataError(f"{where} has an empty entry in {column!r}")
         found: np.ndarray = values.to_numpy(zero_copy_only=True)
         return found
 
     output_ids, h, k = array("output_ids"), header.h, header.k
     t = len(output_ids)
+    if t == 0:
+        raise InvalidDataError(f"{where} has no output tokens")
     sizes = {"token_ids": t * h * k, "logps": t * h * k, "entropies": t * h, "margins": t}
     for column, size in sizes.items():
         if len(array(column)) != size:
             raise InvalidDataError(
-                f"{folder}: example {name!r} has {len(array(column))} values in {column!r}; "
+                f"{where} has {len(array(column))} values in {column!r}; "
                 f"{t} output tokens, h = {h} and k = {k} need {size}"
             )
-    if t == 0:
-        raise InvalidDataError(f"{folder}: example {name!r} has no output tokens")
     for column in ("prompt_ids", "output_ids"):
         ids = array(column)
         if len(ids) and (ids.min() < 0 or ids.max() >= header.vocab_size):
-            raise InvalidDataError(f"{folder}: example {name!r} has ids outside the vocabulary in {column!r}")
+            raise InvalidDataError(f"{where} has ids outside the vocabulary in {column!r}")
+    if np.isin(output_ids[:-1], header.eos_token_ids).any():
+        raise InvalidDataError(f"{where} has output tokens after end-of-text; cut the output behind it")
+    for column in ("entropies", "margins"):
+        if np.isnan(array(column)).any():
+            raise InvalidDataError(f"{where} has NaN in {column!r}")
     lattice = Lattice(array("token_ids").reshape(t, h, k), array("logps").reshape(t, h, k))
     try:
         lattice.validate(header.vocab_size)
     except InvalidDataError as error:
-        raise InvalidDataError(f"{folder}: example {name!r}: {error}") from error
+        raise InvalidDataError(f"{where}: {error}") from error
     wrong = np.flatnonzero(lattice.token_ids[:, 0, 0] != output_ids)
     if len(wrong):
-        raise InvalidDataError(
-            f"{folder}: example {name!r}: the first entry of slot 1 at position {wrong[0]} is not the output token"
-        )
+        raise InvalidDataError(f"{where}: the first entry of slot 1 at position {wrong[0]} is not the output token")
     return TracedExample(
-        id=name,
-        prompt=columns["prompt"][row].as_py(),
-        references=tuple(columns["references"][row].as_py()),
+        id=filled("id"),
+        prompt=filled("prompt"),
+        references=tuple(filled("references")),
+        output=row["output"].as_py(),
         prompt_ids=array("prompt_ids"),
         output_ids=output_ids,
         lattice=lattice,

@@ -11,82 +11,117 @@ if TYPE_CHECKING:
     from lm.training import HeldOutAccuracy
     from rescore.benchmarks import VerifyCurve
 
+LABEL = ("task", "rescorer", "k", "p")  # the first columns of every table of results
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> str:
     """Aligned text; the first `text_columns` columns to the left, the rest to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [c.ljust(w) if i < text_columns else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        padded = [
+            cell.ljust(width) if place < text_columns else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
         return "  ".join(padded).rstrip()
 
     return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
 
 
 def results_table(document: ResultsDocument) -> str:
-    """All results of a run: block efficiency, acceptance by position, and in live mode times."""
+    """All results of a run: what was run, block efficiency, acceptance by position, and in live mode times."""
     if not document.results:
         return "no finished examples"
-    parts = [_efficiency(document.results), _acceptance(document.results)]
+    parts = [_caption(document), _efficiency(document.results), _acceptance(document.results)]
     if any(r.latency for r in document.results):
-        parts.append(_times(document.results))
+        parts += [_speed(document.results), _times(document.results)]
     return "\n\n".join(parts)
 
 
+def _caption(document: ResultsDocument) -> str:
+    options, h = document.config["options"], len(document.results[0].marginal)
+    way = f"live decode (p drafts as {options['verify']})" if options["mode"] == "live" else "replayed decode"
+    if options["trace"]:
+        return f"{way} of the trace {options['trace']}, h = {h}"
+    return f"{way} of {options['base']} in {options['dtype']}, h = {h}, up to {options['max_new_tokens']} new tokens"
+
+
+def _label(r: Result) -> list[str]:
+    return [r.task, r.rescorer, str(r.k), str(r.p)]
+
+
 def _efficiency(results: Sequence[Result]) -> str:
-    header = ["task", "rescorer", "k", "p", "n", "steps", "tokens", "block eff.", "95 %", "macro", "oracle", "quality"]
+    header = ["examples", "steps", "tokens", "block eff.", "95 %", "macro", "oracle", "quality"]
     rows = []
     for r in results:
-        interval = f"{r.block_efficiency_ci95[0]:.3f}-{r.block_efficiency_ci95[1]:.3f}" if r.block_efficiency_ci95 else "-"
+        interval = "{:.3f}-{:.3f}".format(*r.block_efficiency_ci95) if r.block_efficiency_ci95 else "-"
         quality = f"{r.quality['value']:.3f} {r.quality['metric']}" if r.quality else "-"
         rows.append([
-            r.task, r.rescorer, str(r.k), str(r.p), str(r.n), str(r.steps), str(r.tokens),
-            f"{r.block_efficiency:.3f}", interval, f"{r.block_efficiency_macro:.3f}",
-            f"{r.oracle_block_efficiency:.3f}", quality,
+            *_label(r), str(r.n), str(r.steps), str(r.tokens), f"{r.block_efficiency:.3f}", interval,
+            f"{r.block_efficiency_macro:.3f}", f"{r.oracle_block_efficiency:.3f}", quality,
         ])  # fmt: skip
-    note = "block eff. = tokens / steps, pooled; macro = mean over examples; oracle = best path of the top-k lattice."
-    return table(header, rows, text_columns=2) + "\n" + note
+    note = (
+        "block eff. = tokens / steps, pooled (1 = no gain, h = ceiling), with a bootstrap interval by example;\n"
+        "macro = mean over examples; oracle = block eff. of the best path of the top-k lattice."
+    )
+    return table([*LABEL, *header], rows, text_columns=2) + "\n" + note
 
 
 def _acceptance(results: Sequence[Result]) -> str:
     h = max(len(r.marginal) for r in results)
-    header = ["task", "rescorer", "steps that accepted", *(str(i) for i in range(1, h + 1))]
+    header = ["steps that accepted", *(str(i) for i in range(1, h + 1))]
     rows = []
     for r in results:
-        pad = [""] * (h - len(r.marginal))
-        rows.append([r.task, r.rescorer, "exactly i (count)", *map(str, r.accepted_histogram[1:]), *pad])
-        rows.append(["", "", "at least i (share)", *(f"{m:.3f}" for m in r.marginal), *pad])
-        rows.append(["", "", "i, given i - 1", *(f"{c:.3f}" for c in r.conditional), *pad])
-    return table(header, rows, text_columns=3)
+        pad, below = [""] * (h - len(r.marginal)), [""] * len(LABEL)
+        before = [1.0, *r.marginal[:-1]]
+        given = ["-" if b == 0 else f"{c:.3f}" for c, b in zip(r.conditional, before, strict=True)]
+        rows.append([*_label(r), "exactly i (count)", *map(str, r.accepted_histogram[1:]), *pad])
+        rows.append([*below, "at least i (share)", *(f"{m:.3f}" for m in r.marginal), *pad])
+        rows.append([*below, "i, given i - 1", *given, *pad])
+    return table([*LABEL, *header], rows, text_columns=2)
+
+
+def _speed(results: Sequence[Result]) -> str:
+    header = ["identical", "tok/s", "greedy tok/s", "speed-up", "predicted"]
+    rows = []
+    for r in results:
+        if (t := r.latency) is None or r.identical is None:
+            continue
+        rows.append([
+            *_label(r), f"{r.identical['identical']}/{r.identical['n']}", f"{t['tokens_per_second']:.1f}",
+            f"{t['autoregressive_tokens_per_second']:.1f}", f"{t['speedup']:.2f}x",
+            "-" if t["predicted_speedup"] is None else f"{t['predicted_speedup']:.2f}x",
+        ])  # fmt: skip
+    note = (
+        "greedy = autoregressive decoding in the same run; identical = outputs equal to it; prefill is apart;\n"
+        "speed-up = tok/s / greedy tok/s; predicted = block eff. x greedy ms / (verify + heads + rescore ms)."
+    )
+    return table([*LABEL, *header], rows, text_columns=2) + "\n" + note
 
 
 def _times(results: Sequence[Result]) -> str:
-    header = ["task", "rescorer", "identical", "tok/s", "greedy tok/s", "speed-up", "greedy ms", "verify ms", "heads ms",
-              "rescore ms", "p50", "p95", "glue", "prefill ms"]  # fmt: skip
+    header = ["greedy ms", "verify ms", "heads ms", "rescore ms", "p50", "p95", "glue", "prefill ms"]
     rows = []
     for r in results:
-        t = r.latency
-        if t is None or r.identical is None:
+        if (t := r.latency) is None:
             continue
         rows.append([
-            r.task, r.rescorer, f"{r.identical['identical']}/{r.identical['n']}",
-            f"{t['tokens_per_second']:.1f}", f"{t['autoregressive_tokens_per_second']:.1f}", f"{t['speedup']:.2f}x",
-            f"{t['autoregressive_ms']:.1f}", f"{t['verify_ms']:.1f}", f"{t['heads_ms']:.1f}", f"{t['rescore_ms']:.2f}",
-            f"{t['rescore_p50_ms']:.2f}", f"{t['rescore_p95_ms']:.2f}", f"{t['glue_share']:.1%}",
-            f"{t['prefill_ms']:.0f}",
+            *_label(r), f"{t['autoregressive_ms']:.1f}", f"{t['verify_ms']:.1f}", f"{t['heads_ms']:.1f}",
+            f"{t['rescore_ms']:.2f}", f"{t['rescore_p50_ms']:.2f}", f"{t['rescore_p95_ms']:.2f}",
+            f"{t['glue_share']:.1%}", f"{t['prefill_ms']:.0f}",
         ])  # fmt: skip
     note = (
-        "ms per step (greedy: per token); speed-up = tok/s over greedy tok/s, prefill apart; "
-        "identical = outputs equal to greedy decoding."
+        "ms per step (greedy: per token; prefill: per example); p50 and p95 are of rescore;\n"
+        "glue = share of a step that is none of these."
     )
-    return table(header, rows, text_columns=2) + "\n" + note
+    return table([*LABEL, *header], rows, text_columns=2) + "\n" + note
 
 
 def accuracy_table(accuracy: HeldOutAccuracy) -> str:
     """Held-out accuracy of block heads."""
     h = len(next(iter(accuracy.top.values())))
     rows = [[f"top-{n}", *(f"{value:.3f}" for value in values)] for n, values in accuracy.top.items()]
-    note = f"accepted prefix at every position: {accuracy.accepted:.3f} arg-max, {accuracy.accepted_16:.3f} best of top 16"
+    note = f"accepted at every position: {accuracy.accepted:.3f} arg-max, {accuracy.accepted_16:.3f} best of top 16"
     return table(["head", *(str(i) for i in range(1, h + 1))], rows) + "\n" + note
 
 

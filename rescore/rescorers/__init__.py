@@ -3,7 +3,7 @@ after the colon of `name:text` (empty without one) and returns a `Rescorer`."""
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
 from lattices.errors import RescoreError, UnknownNameError
 from rescore.rescorers.base import Context, Rescorer
@@ -17,19 +17,33 @@ BUILT_IN: dict[str, type[Unrescored] | type[Oracle]] = {"none": Unrescored, "ora
 
 
 def rescorer_names() -> list[str]:
-    """Names that `load_rescorer` takes."""
-    return sorted([*BUILT_IN, *(e.name for e in entry_points(group=ENTRY_POINTS))])
+    """Names that `load_rescorer` takes, sorted."""
+    return sorted({*BUILT_IN, *(point.name for point in entry_points(group=ENTRY_POINTS))})
 
 
 def load_rescorer(specification: str) -> Rescorer:
-    """The rescorer that `name` or `name:argument` stands for; `UnknownNameError` names the nearest."""
-    name, _, argument = specification.partition(":")
+    """The rescorer that `name` or `name:text` stands for; a built-in one goes before another package's of that name.
+
+    Raises `UnknownNameError` with the nearest names, `RescoreError` if another package's rescorer can't be loaded.
+    """
+    name, _, text = specification.partition(":")
     if name in BUILT_IN:
-        if argument:
-            raise RescoreError(f"the rescorer {name} takes no argument; write --rescorer {name}")
+        if text:
+            raise RescoreError(f"the rescorer {name} takes no text after a colon; write --rescorer {name}")
         return BUILT_IN[name]()
-    for entry in entry_points(group=ENTRY_POINTS):
-        if entry.name == name:
-            rescorer: Rescorer = entry.load()(argument)
-            return rescorer
+    for point in entry_points(group=ENTRY_POINTS, name=name):
+        return _load_entry_point(point, text)
     raise UnknownNameError("rescorer", name, rescorer_names())
+
+
+def _load_entry_point(point: EntryPoint, text: str) -> Rescorer:
+    origin = f"the rescorer {point.name!r} of the package {point.dist.name if point.dist else point.value}"
+    try:
+        rescorer: Rescorer = point.load()(text)
+    except RescoreError:
+        raise
+    except Exception as error:  # another package's code may raise anything
+        raise RescoreError(f"can't load {origin} ({error}); mend or uninstall that package") from error
+    if not callable(getattr(rescorer, "draft", None)):
+        raise RescoreError(f"{origin} has no method draft ({point.value}); mend or uninstall that package")
+    return rescorer

@@ -30,3 +30,14 @@ class Rescorer(Protocol):
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
         """Lattices `[n, h, k]` with their n contexts -> drafts int32 `[n, p', h]`, best first, p' <= p."""
         ...
+
+
+def check_drafts(drafts: np.ndarray, lattices: Lattice, p: int) -> None:
+    """Asserts what `Rescorer.draft` promises: one that breaks it would be credited with tokens it never drafted."""
+    n, h, _ = lattices.token_ids.shape
+    assert drafts.ndim == 3 and drafts.shape[::2] == (n, h) and 1 <= drafts.shape[1] <= p, (
+        f"a rescorer gave drafts of shape {list(drafts.shape)} where [{n}, 1 to {p}, {h}] is due"
+    )
+    assert (drafts[:, :, 0] == lattices.token_ids[:, :1, 0]).all(), (
+        "a rescorer gave a draft that does not begin with the lattice's first token"
+    )

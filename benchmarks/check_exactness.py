@@ -1,0 +1,79 @@
+"""Exactness on a real model: every way of decoding against transformers' greedy `generate`, and replay against live.
+
+    python benchmarks/check_exactness.py --task squad --data squad.jsonl --limit 50
+
+Float32, one example at a time. Prints, for one draft and for p drafts as batch and as tree: outputs identical token for
+token, and whether replay's accepted lengths equal the live decoder's at every step; then one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from lm.block_heads import load_heads
+from lm.catalog import load_base
+from rescore.data import load_examples
+from rescore.decoding import decode
+from rescore.replay import replay
+from rescore.report.tables import table
+from rescore.rescorers import load_rescorer
+from rescore.tasks import load_task
+from rescore.tracing import record_trace
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="squad")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--limit", type=int, default=50)
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--heads")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--k", type=int, default=16)
+    parser.add_argument("--p", type=int, default=16)
+    arguments = parser.parse_args()
+    task, limit = load_task(arguments.task), arguments.max_new_tokens
+    base = load_base(arguments.base)
+    heads = load_heads(arguments.heads, base.identity, device=base.device)
+    examples = load_examples(task, data=arguments.data, limit=arguments.limit).examples
+    rescorer = load_rescorer("none")
+    ways = {"p = 1": (1, "tree"), f"p = {arguments.p}, batch": (arguments.p, "batch"),
+            f"p = {arguments.p}, tree": (arguments.p, "tree")}  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        chat = task.chat and base.is_chat
+        trace = record_trace(base, heads, examples, Path(folder), settings={}, chat=chat, max_new_tokens=limit)
+        replayed = {way: replay(trace.examples, rescorer, k=arguments.k, p=p) for way, (p, _) in ways.items()}
+        identical, same_steps = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0)
+        traced = 0
+        for place, example in enumerate(trace.examples):
+            prompt = example.prompt_ids.tolist()
+            ids = torch.tensor([prompt], device=base.device)
+            mask = torch.ones_like(ids)
+            output = base.model.generate(
+                ids, attention_mask=mask, do_sample=False, max_new_tokens=limit, pad_token_id=0
+            )
+            expected = output[0, len(prompt) :].tolist()
+            traced += expected == example.output_ids.tolist()
+            for way, (p, verify) in ways.items():
+                decoded = decode(
+                    base, heads, prompt, rescorer=rescorer, k=arguments.k, p=p, max_new_tokens=limit, verify=verify
+                )
+                identical[way] += decoded.output_ids == expected
+                same_steps[way] += decoded.accepted == replayed[way][place]
+            print(f"{place + 1}/{len(examples)} {list(identical.values())} {list(same_steps.values())}", file=sys.stderr)
+        n = len(trace.examples)
+    rows = [["trace (batched greedy)", f"{traced}/{n}", "-"]]
+    rows += [[way, f"{identical[way]}/{n}", f"{same_steps[way]}/{n}"] for way in ways]
+    print(table(["decoding", "identical to generate", "replay = live"], rows))
+    print(json.dumps({"benchmark": "exactness", "task": task.name, "n": n, "max_new_tokens": limit,
+                      "trace_identical": traced, "identical": identical, "replay_equals_live": same_steps}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""What a run works on: options, models that are loaded when needed, and for every task its examples and its trace.
+
+`prepare` refuses whatever can be refused before the first forward of a model; `TaskInput.trace` does the recording.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
+from lm.files import cache_directory, sha256_of_file
+from rescore.data import TaskData, load_examples
+from rescore.decoding import VERIFY_MODES
+from rescore.replay import check_k
+from rescore.tasks import Metric, Task, load_task, task_names
+from rescore.tracing import (
+    DEFAULT_K,
+    HEADER_FILE,
+    Trace,
+    TraceHeader,
+    check_settings,
+    load_trace,
+    read_header,
+    record_trace,
+    trace_key,
+)
+
+if TYPE_CHECKING:
+    from lm.base import BaseLM
+    from lm.block_heads import BlockHeads
+
+DEFAULT_TASK = "squad"
+MODES = ("replay", "live")
+Progress = Callable[[str, int, int], None]  # what is being done, done, total
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What to evaluate.
+
+    `tasks` (none: squad, or the task that `trace` was recorded for) and `rescorers` by name; `base` and `heads` (path,
+    None for those shipped); `h`: use the first h heads only; `k`, `p`: lattice entries per head, drafts per step;
+    `limit`: the first so many examples; `max_new_tokens` an output; `max_prompt_tokens`: cuts prompts; `mode`: replay
+    or live; `verify`: tree or batch (live); `data`: JSON lines file; `trace`: folder to replay, wherever it was made;
+    `dtype` and `device` of the base; `seed` of the bootstrap interval, the one random thing in an evaluation.
+    """
+
+    tasks: tuple[str, ...] = ()
+    rescorers: tuple[str, ...] = ("none",)
+    base: str = "smollm2-135m"
+    heads: str | None = None
+    h: int | None = None
+    k: int = 16
+    p: int = 1
+    limit: int | None = None
+    max_new_tokens: int = 64
+    max_prompt_tokens: int | None = None
+    mode: str = "replay"
+    verify: str = "tree"
+    data: str | None = None
+    trace: str | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    seed: int = 0
+
+
+class Models:
+    """The base LM and heads of a run, loaded when first needed: a replay from the cache needs neither."""
+
+    def __init__(self, options: EvalOptions) -> None:
+        self.options = options
+
+    @cached_property
+    def base(self) -> BaseLM:
+        """The base LM."""
+        from lm.catalog import load_base
+
+        return load_base(self.options.base, dtype=self.options.dtype, device=self.options.device)
+
+    @cached_property
+    def heads(self) -> BlockHeads:
+        """All of the block heads."""
+        from lm.block_heads import load_heads
+
+        return load_heads(self.options.heads, self.base.identity, device=self.base.device, dtype=self.base.heads_dtype)
+
+    def trace_settings(self, task: Task, data: TaskData) -> dict[str, Any]:
+        """Everything that a trace depends on, but for its k; none of it needs the weights in memory."""
+        from lm.block_heads import heads_folder, heads_sha256, read_config
+        from lm.catalog import identify, load_tokenizer
+
+        identity = identify(self.options.base, dtype=self.options.dtype)
+        folder = heads_folder(self.options.heads, identity)
+        template = load_tokenizer(self.options.base).chat_template if task.chat else None
+        return {
+            "base": dataclasses.asdict(identity),
+            "heads_sha256": heads_sha256(folder),
+            "h": read_config(folder).h,
+            "task": task.name,
+            "template": task.template,
+            "chat": bool(template),
+            "chat_template": template,
+            "data_sha256": data.source["sha256"],
+            "max_new_tokens": self.options.max_new_tokens,
+            "max_prompt_tokens": self.options.max_prompt_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class TaskInput:
+    """One task of a run: its name and metric, `source` of its examples, `settings` of its trace, ids of its examples.
+
+    `folder` holds the trace, or will; `k` is what is recorded; `data` are the examples to record, unless the trace was
+    `given`.
+    """
+
+    name: str
+    metric: Metric | None
+    source: dict[str, Any]
+    settings: dict[str, Any]
+    ids: tuple[str, ...]
+    folder: Path
+    k: int
+    data: TaskData | None = None
+    given: Trace | None = None
+
+    @property
+    def notice(self) -> str | None:
+        """A line for the user if the examples are not the task's own."""
+        return self.data.notice if self.data else None
+
+    def held(self) -> Trace | None:
+        """The trace as far as it is recorded: of the examples of this run, in their order; None if nothing is.
+
+        Raises `IncompatibleError` if the folder holds another trace.
+        """
+        trace = self.given
+        if trace is None:
+            if not (self.folder / HEADER_FILE).is_file():
+                return None
+            trace = load_trace(self.folder)
+            check_settings(self.folder, trace.header, k=self.k, settings=self.settings)
+        by_id = {example.id: example for example in trace.examples}
+        return Trace(trace.header, tuple(by_id[name] for name in self.ids if name in by_id))
+
+    def trace(self, models: Models, *, progress: Progress | None = None) -> Trace:
+        """The whole trace; what it lacks is recorded now. Ctrl-C leaves what `held` gives."""
+        held = self.held()
+        if held is not None and len(held.examples) == len(self.ids):
+            return held
+        assert self.data is not None, "a trace that was given is whole"
+        return record_trace(
+            models.base,
+            models.heads,
+            self.data.examples,
+            self.folder,
+            settings=self.settings,
+            chat=self.settings["chat"],
+            max_new_tokens=models.options.max_new_tokens,
+            max_prompt_tokens=models.options.max_prompt_tokens,
+            k=self.k,
+            progress=(lambda done, total: progress(f"trace {self.name}", done, total)) if progress else None,
+        )
+
+
+def resolve(options: EvalOptions) -> EvalOptions:
+    """The options with the default task filled in and repeated names dropped.
+
+    Raises `RescoreError` for values that make no sense, whatever the models and data are.
+    """
+    _check(options)
+    tasks = options.tasks or (DEFAULT_TASK,)
+    if options.trace:
+        # A trace knows its task, or (made elsewhere) is called what the user likes, else like its folder.
+        folder = _path(options.trace)
+        recorded = _recorded_task(read_header(folder))
+        tasks = options.tasks or (recorded or folder.resolve().name,)
+        if recorded and set(tasks) != {recorded}:
+            raise IncompatibleError(f"{folder} is a trace of {recorded}, not of {' and '.join(tasks)}; drop --task")
+        if len(set(tasks)) > 1:
+            raise RescoreError(f"{folder} is the trace of one task; give one --task, or none")
+    else:
+        for name in tasks:
+            load_task(name)
+    return dataclasses.replace(
+        options, tasks=tuple(dict.fromkeys(tasks)), rescorers=tuple(dict.fromkeys(options.rescorers))
+    )
+
+
+def _recorded_task(header: TraceHeader) -> str | None:
+    task = header.settings.get("task")
+    return task if isinstance(task, str) else None
+
+
+def _check(options: EvalOptions) -> None:
+    if options.mode not in MODES:
+        raise UnknownNameError("mode", options.mode, MODES)
+    if options.verify not in VERIFY_MODES:
+        raise UnknownNameError("verify mode", options.verify, VERIFY_MODES)
+    if options.p < 1:
+        raise RescoreError(f"p = {options.p}; at least one draft must be verified (--p 1)")
+    if options.k < 1:
+        raise RescoreError(f"k = {options.k}; a lattice needs at least one token per head (--k 1)")
+    if options.h is not None and options.h < 2:
+        raise RescoreError(f"h = {options.h}; a block has at least 2 heads, the base LM's own and one more (--h 2)")
+    if options.limit is not None and options.limit < 1:
+        raise RescoreError(f"--limit {options.limit}; at least one example is needed")
+    if options.max_new_tokens < 1:
+        raise RescoreError(f"--max-new-tokens {options.max_new_tokens}; at least one token must be decoded")
+    if options.max_prompt_tokens is not None and options.max_prompt_tokens < 1:
+        raise RescoreError(f"--max-prompt-tokens {options.max_prompt_tokens}; a prompt needs at least one token")
+    if options.seed < 0:
+        raise RescoreError(f"--seed {options.seed}; a seed is 0 or more")
+    if options.trace and options.mode == "live":
+        raise RescoreError("a given trace can be replayed, not decoded live; drop --trace or --mode live")
+    for name in ("data", "heads"):
+        if options.trace and getattr(options, name):
+            raise RescoreError(f"a given trace has its own examples and lattices; drop --{name} or --trace")
+
+
+def prepare(options: EvalOptions, models: Models, *, k: int | None = None, out: Path | None = None) -> list[TaskInput]:
+    """The input of every task of resolved options; nothing is decoded yet.
+
+    The trace is recorded into `out` with `k` entries per slot; by default into the cache, with `DEFAULT_K` or what the
+    options need. Raises `RescoreError` for data, models, heads, k or h that can't be used.
+    """
+    if options.trace:
+        return [_given(options)]
+    return [_recorded(options, models, load_task(name), k, out) for name in options.tasks]
+
+
+def _given(options: EvalOptions) -> TaskInput:
+    assert options.trace is not None
+    folder = _path(options.trace)
+    trace = load_trace(folder)
+    check_k(trace.header.k, options.k)
+    _check_h(trace.header.h, options.h)
+    task = _recorded_task(trace.header)
+    return TaskInput(
+        name=options.tasks[0],
+        metric=load_task(task).metric if task in task_names() else None,
+        source={"kind": "trace", "path": options.trace, "sha256": _content_sha256(folder, trace.header.parts)},
+        settings={**trace.header.settings, "h": trace.header.h},
+        ids=tuple(example.id for example in trace.examples[: options.limit]),
+        folder=folder,
+        k=trace.header.k,
+        given=trace,
+    )
+
+
+def _recorded(options: EvalOptions, models: Models, task: Task, k: int | None, out: Path | None) -> TaskInput:
+    data = load_examples(task, data=_path(options.data) if options.data else None, limit=options.limit)
+    settings = models.trace_settings(task, data)
+    _check_h(settings["h"], options.h)
+    vocab_size = settings["base"]["vocab_size"]
+    if (wanted := k or options.k) > vocab_size:
+        raise RescoreError(f"k = {wanted} is outside 1 to the vocabulary's {vocab_size}; choose another --k")
+    k = k or min(max(DEFAULT_K, options.k), vocab_size)
+    return TaskInput(
+        name=task.name,
+        metric=task.metric,
+        source=data.source,
+        settings=settings,
+        ids=tuple(example.id for example in data.examples),
+        folder=out or cache_directory() / "traces" / f"{task.name}-{trace_key(settings, k)}",
+        k=k,
+        data=data,
+    )
+
+
+def _check_h(held: int, h: int | None) -> None:
+    if h is not None and h > held:
+        raise RescoreError(f"h = {h}, but these heads propose blocks of {held}; choose --h from 2 to {held}")
+
+
+def _content_sha256(folder: Path, parts: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for path in [folder / HEADER_FILE, *(file for part in parts for file in sorted((folder / part).glob("*.arrow")))]:
+        digest.update(sha256_of_file(path).encode())
+    return digest.hexdigest()
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()

@@ -1,0 +1,136 @@
+"""Tiny random models that need no download: a byte tokenizer, a two-layer Llama in float64, random block heads."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: a second thread only waits
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lm.base import BaseLM
+from lm.block_heads import BlockHeads, BlockHeadsConfig
+from lm.catalog import load_base
+
+END = "<|end|>"
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test has a cache directory of its own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("RESCORE_CACHE", str(folder))
+    return folder
+
+
+def byte_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
+    """256 bytes and an end-of-text token (id 256)."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
+    if chat:
+        fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def save_tiny_base(folder: Path, *, seed: int = 0, hidden_size: int = 32, chat: bool = True) -> Path:
+    """A random two-layer Llama with grouped-query attention over bytes, as a model folder."""
+    tokenizer = byte_tokenizer(chat=chat)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.6,  # larger than usual: outputs that vary, no near-ties
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_heads(base: BaseLM, *, h: int = 4, seed: int = 0, strength: float = 0.3) -> BlockHeads:
+    """Random heads near head 1, in the base's precision."""
+    torch.manual_seed(seed)
+    heads = BlockHeads(
+        BlockHeadsConfig(h, base.hidden_size, 16, base.vocab_size, base.identity.name, base.identity.tokenizer_sha256)
+    )
+    for parameter in heads.outer.values():
+        torch.nn.init.normal_(parameter, std=strength)
+    return heads.to(base.heads_dtype).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the tiny base LM."""
+    return save_tiny_base(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> BaseLM:
+    """The tiny base LM in float64."""
+    os.environ["RESCORE_CACHE"] = str(tmp_path_factory.mktemp("session-cache"))
+    return load_base(str(tiny_folder), dtype="float64", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_heads_folder(tiny_base: BaseLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of random heads (h = 4) for the tiny base LM."""
+    folder = tmp_path_factory.mktemp("heads") / "tiny"
+    make_heads(tiny_base).save(folder, dtype=torch.float32)
+    return folder
+
+
+def squad_records(count: int) -> list[dict[str, object]]:
+    """Questions of different lengths, so that batches are ragged."""
+    return [
+        {
+            "id": f"q{i}",
+            "context": f"In {1900 + i} the bridge was built" + " of stone" * (i % 3) + ".",
+            "question": f"When was bridge {i} built?",
+            "answers": {"text": [str(1900 + i)], "answer_start": [3]},
+        }
+        for i in range(count)
+    ]
+
+
+def write_lines(path: Path, records: Iterable[object]) -> Path:
+    """A JSON lines file."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture(scope="session")
+def squad_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six examples of the task squad."""
+    return write_lines(tmp_path_factory.mktemp("data") / "squad.jsonl", squad_records(6))
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """What a full disk does: writes beyond `size` bytes of a file fail, those before succeed."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

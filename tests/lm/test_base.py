@@ -1,0 +1,320 @@
+"""The base LM: prompts, forward passes, a cache that forgets what was rejected, and transformers' attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import byte_tokenizer, save_tiny_base
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
+
+from lattices.errors import IncompatibleError, RescoreError
+from lm import attention
+from lm.attention import PACKED
+from lm.base import BaseIdentity, BaseLM
+from lm.catalog import load_base
+
+exhaustive = settings(
+    deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+token_lists = st.lists(st.integers(0, 255), min_size=1, max_size=12)
+TINY = dict(
+    vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, initializer_range=0.6, max_position_embeddings=64,
+)  # fmt: skip
+
+
+def wrap(model: torch.nn.Module) -> BaseLM:
+    """A base LM around a model, in float64."""
+    identity = BaseIdentity("made", "w", "t", 32, 257, "float64")
+    return BaseLM(model.double(), byte_tokenizer(), identity=identity)
+
+
+def packed(config: LlamaConfig, kind: type = LlamaForCausalLM) -> BaseLM:
+    attention.register()
+    torch.manual_seed(0)
+    return wrap(kind._from_config(config, attn_implementation=PACKED))
+
+
+class TestPrompts:
+    def test_plain_text_is_its_tokens(self, tiny_base):
+        assert tiny_base.encode_prompt("ab é", chat=False) == byte_tokenizer()("ab é")["input_ids"]
+        assert tiny_base.encode_prompt("abc", chat=False, max_tokens=2) == tiny_base.encode_prompt("ab", chat=False)
+        assert tiny_base.encode_prompt("abc", chat=False, max_tokens=3) == tiny_base.encode_prompt("abc", chat=False)
+
+    def test_chat_is_the_users_turn_in_the_template(self, tiny_base):
+        assert tiny_base.decode_text(tiny_base.encode_prompt("hello", chat=True)) == "<user>hello<assistant>"
+
+    @exhaustive
+    @given(text=st.text(st.sampled_from("ab é😀\n<"), min_size=1, max_size=12), room=st.integers(-2, 50))
+    def test_a_limit_cuts_the_users_text_only(self, tiny_base, text, room):
+        template = len("<user><assistant>")
+        if room < 1:
+            with pytest.raises(RescoreError, match="leaves no room beside the chat template"):
+                tiny_base.encode_prompt(text, chat=True, max_tokens=template + room)
+            return
+        first = len(text[0].encode())
+        if room < first and room < len(text.encode()):  # not even one character
+            with pytest.raises(RescoreError, match="leaves no room"):
+                tiny_base.encode_prompt(text, chat=True, max_tokens=template + room)
+            return
+        ids = tiny_base.encode_prompt(text, chat=True, max_tokens=template + room)
+        assert len(ids) <= template + room
+        words = tiny_base.decode_text(ids).removeprefix("<user>").removesuffix("<assistant>")
+        assert text.startswith(words)
+        cut = len(text.encode()) > room
+        assert (words != text) == cut
+        if cut:  # as much as goes in
+            assert len(text[: len(words) + 1].encode()) > room
+
+    def test_no_text_is_refused(self, tiny_base):
+        for chat in (False, True):
+            with pytest.raises(RescoreError, match="prompt is empty"):
+                tiny_base.encode_prompt("", chat=chat)
+
+    def test_text_without_tokens_is_refused(self, tiny_base, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(tiny_base, "tokenizer", lambda _text: {"input_ids": []})
+        with pytest.raises(RescoreError, match="has no tokens"):
+            tiny_base.encode_prompt("\u200b", chat=False)
+
+    def test_chat_needs_a_template(self, tmp_path: Path):
+        base = load_base(str(save_tiny_base(tmp_path / "plain", chat=False)))
+        assert not base.is_chat
+        assert base.encode_prompt("a", chat=False)
+        with pytest.raises(IncompatibleError, match="no chat template"):
+            base.encode_prompt("a", chat=True)
+
+    def test_decoded_text_leaves_special_tokens_out(self, tiny_base):
+        (end,) = tiny_base.eos_token_ids
+        assert tiny_base.decode_text([*tiny_base.encode_prompt("hé", chat=False), end]) == "hé"
+
+
+class TestForward:
+    @exhaustive
+    @given(prompt=token_lists, last=st.integers(1, 12))
+    def test_the_last_n_are_the_tail_of_all(self, tiny_base, prompt, last):
+        ids = torch.tensor([prompt])
+        logits, hidden = tiny_base.forward(ids)
+        assert logits.shape == (1, len(prompt), 257)
+        assert hidden.shape == (1, len(prompt), 32)
+        tail_logits, tail_hidden = tiny_base.forward(ids, last=min(last, len(prompt)))
+        torch.testing.assert_close(tail_logits, logits[:, -last:])
+        torch.testing.assert_close(tail_hidden, hidden[:, -last:])
+
+    def test_projected_states_are_the_logits(self, tiny_base):
+        logits, hidden = tiny_base.forward(torch.tensor([[1, 2, 3], [4, 5, 6]]))
+        torch.testing.assert_close(tiny_base.project(hidden), logits)
+        torch.testing.assert_close(tiny_base.project(hidden[0, 1]), logits[0, 1])
+
+    def test_a_biased_projection_too(self):
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_embd=32, n_layer=1, n_head=2, n_positions=64))
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(257))
+        base = wrap(model)
+        logits, hidden = base.forward(torch.tensor([[1, 2, 3]]))
+        torch.testing.assert_close(base.project(hidden), logits)
+
+    def test_a_scaled_one_too(self):
+        model = GraniteForCausalLM(GraniteConfig(**TINY, logits_scaling=3.0))
+        base = wrap(model)
+        logits, hidden = base.forward(torch.tensor([[1, 2, 3]]))
+        torch.testing.assert_close(base.project(hidden), logits)
+
+    def test_a_model_that_changes_its_logits_otherwise_is_refused(self):
+        model = LlamaForCausalLM(LlamaConfig(**TINY))
+        model.lm_head.register_forward_hook(lambda _module, _args, logits: logits * 2)
+        with pytest.raises(IncompatibleError, match="changes its logits"):
+            wrap(model)
+
+    def test_what_it_says_about_itself(self, tiny_base):
+        assert tiny_base.dtype == tiny_base.heads_dtype == torch.float64
+        assert tiny_base.context_length == 512
+        assert tiny_base.eos_token_ids == {256}
+        assert tiny_base.supports_tree
+
+
+class TestRefusals:
+    def test_layers_that_cannot_forget(self):
+        config = LlamaConfig(**TINY)
+        config.layer_types = ["full_attention", "linear_attention"]
+        with pytest.raises(IncompatibleError, match="linear_attention layers") as caught:
+            wrap(LlamaForCausalLM(config))
+        assert "\n" not in str(caught.value)
+
+    def test_recurrent_architectures(self):
+        config = RwkvConfig(vocab_size=257, hidden_size=32, num_hidden_layers=2, context_length=16)
+        with pytest.raises(IncompatibleError, match="recurrent"):
+            wrap(RwkvForCausalLM(config))
+
+    def test_windows_take_no_tree(self):
+        assert not packed(MistralConfig(**TINY, sliding_window=5), MistralForCausalLM).supports_tree
+        assert packed(MistralConfig(**TINY, sliding_window=None), MistralForCausalLM).supports_tree
+
+
+MODELS = {
+    "full": lambda: packed(LlamaConfig(**TINY)),
+    "window": lambda: packed(MistralConfig(**TINY, sliding_window=4), MistralForCausalLM),
+    "learned positions": lambda: wrap(
+        GPT2LMHeadModel(GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def any_base(request: pytest.FixtureRequest) -> BaseLM:
+    """Base LMs of several architectures."""
+    return MODELS[request.param]()
+
+
+class TestCache:
+    @exhaustive
+    @given(
+        blocks=st.lists(st.tuples(token_lists, st.integers(0, 12)), min_size=1, max_size=4),
+        drafts=st.lists(st.lists(st.integers(0, 255), min_size=4, max_size=4), min_size=1, max_size=3),
+        row=st.integers(0, 2),
+        kept=st.integers(0, 4),
+        rest=token_lists,
+    )
+    def test_kept_prefixes_are_as_if_nothing_else_had_been_there(self, any_base, blocks, drafts, row, kept, rest):
+        cache = any_base.new_cache(64)
+        past: list[int] = []
+        for tokens, count in blocks:
+            logits, _ = any_base.forward(torch.tensor([tokens]), cache)
+            whole, _ = any_base.forward(torch.tensor([past + tokens]))
+            torch.testing.assert_close(logits, whole[:, len(past) :])
+            cache.keep(range(min(count, len(tokens))))
+            past += tokens[:count]
+            assert cache.length == len(past)
+        logits, _ = any_base.forward(torch.tensor(drafts), cache)  # several drafts on one past
+        for draft, scores in zip(drafts, logits, strict=True):
+            whole, _ = any_base.forward(torch.tensor([past + draft]))
+            torch.testing.assert_close(scores, whole[0, len(past) :])
+        row %= len(drafts)
+        cache.keep(range(kept), row)
+        past += drafts[row][:kept]
+        logits, _ = any_base.forward(torch.tensor([rest]), cache)
+        whole, _ = any_base.forward(torch.tensor([past + rest]))
+        torch.testing.assert_close(logits, whole[:, len(past) :])
+
+    @exhaustive
+    @given(
+        prompt=token_lists,
+        tree=st.lists(st.tuples(st.integers(0, 255), st.integers(0, 20)), min_size=1, max_size=8),
+        leaf=st.integers(0, 7),
+        rest=token_lists,
+    )
+    def test_a_path_through_a_tree_is_as_if_it_had_been_alone(self, tiny_base, prompt, tree, leaf, rest):
+        tokens = [token for token, _ in tree]
+        parents = [parent % (node + 1) - 1 for node, (_, parent) in enumerate(tree)]  # -1: the prompt
+        paths = []
+        for node, parent in enumerate(parents):
+            paths.append([*(paths[parent] if parent >= 0 else []), node])
+        start = len(prompt)
+        sees = torch.zeros(1, 1, len(tree), start + len(tree), dtype=torch.bool)
+        sees[..., :start] = True
+        for node, path in enumerate(paths):
+            sees[0, 0, node, [start + n for n in path]] = True
+        depths = torch.tensor([[start + len(path) - 1 for path in paths]])
+
+        cache = tiny_base.new_cache(40)
+        tiny_base.forward(torch.tensor([prompt]), cache)
+        cache.keep(range(start))
+        logits, _ = tiny_base.forward(torch.tensor([tokens]), cache, position_ids=depths, attention_mask=sees)
+        for node, path in enumerate(paths):
+            alone, _ = tiny_base.forward(torch.tensor([prompt + [tokens[n] for n in path]]))
+            torch.testing.assert_close(logits[0, node], alone[0, -1])
+
+        path = paths[leaf % len(paths)]
+        cache.keep(path)
+        past = prompt + [tokens[n] for n in path]
+        stepwise, _ = tiny_base.forward(torch.tensor([rest]), cache)
+        whole, _ = tiny_base.forward(torch.tensor([past + rest]))
+        torch.testing.assert_close(stepwise, whole[:, len(past) :])
+
+    def test_rows_of_a_batch_can_leave(self, any_base):
+        prompts = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+        cache = any_base.new_cache(10)
+        any_base.forward(prompts, cache)
+        cache.keep_all()
+        cache.select_rows(torch.tensor([2, 0]))
+        logits, _ = any_base.forward(torch.tensor([[10], [11]]), cache)
+        whole, _ = any_base.forward(torch.tensor([[7, 8, 9, 10], [1, 2, 3, 11]]))
+        torch.testing.assert_close(logits, whole[:, 3:])
+
+
+class TestPackedAttention:
+    """The same numbers as transformers' own attention, for every shape of call that is made here."""
+
+    @pytest.fixture(scope="class", params=[1, 2, 4], ids=lambda n: f"{n} kv heads")
+    def pair(self, request: pytest.FixtureRequest) -> tuple[BaseLM, BaseLM]:
+        config = LlamaConfig(**{**TINY, "num_key_value_heads": request.param})
+        ours = packed(config)
+        theirs = LlamaForCausalLM._from_config(LlamaConfig(**config.to_diff_dict()), attn_implementation="sdpa")
+        theirs.load_state_dict(ours.model.state_dict())
+        assert ours.model.config._attn_implementation == PACKED
+        assert theirs.config._attn_implementation == "sdpa"
+        return ours, wrap(theirs)
+
+    @staticmethod
+    def same(
+        pair: tuple[BaseLM, BaseLM], ids: torch.Tensor, *, cached: torch.Tensor | None = None, **arguments
+    ) -> None:
+        results = []
+        for base in pair:
+            cache = None
+            if cached is not None:
+                cache = base.new_cache(30)
+                base.forward(cached, cache)
+                cache.keep_all()
+            results.append(base.forward(ids, cache, **arguments))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+    def test_a_batch_of_prompts(self, pair):
+        self.same(pair, torch.randint(0, 257, (3, 7)))
+
+    def test_one_token(self, pair):
+        self.same(pair, torch.tensor([[5]]))
+        self.same(pair, torch.tensor([[5]]), cached=torch.randint(0, 257, (1, 6)))
+        self.same(pair, torch.randint(0, 257, (4, 1)), cached=torch.randint(0, 257, (4, 6)))
+
+    def test_a_block_on_a_past(self, pair):
+        self.same(pair, torch.randint(0, 257, (1, 5)), cached=torch.randint(0, 257, (1, 6)))
+
+    def test_drafts_on_one_past(self, pair):
+        self.same(pair, torch.randint(0, 257, (4, 5)), cached=torch.randint(0, 257, (1, 6)))
+
+    def test_a_tree(self, pair):
+        mask = torch.ones(1, 1, 4, 10, dtype=torch.bool)
+        mask[0, 0, :, 6:] = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]], dtype=torch.bool)
+        self.same(
+            pair,
+            torch.randint(0, 257, (1, 4)),
+            cached=torch.randint(0, 257, (1, 6)),
+            position_ids=torch.tensor([[6, 7, 7, 8]]),
+            attention_mask=mask,
+        )
+
+    def test_a_ragged_left_padded_batch(self, pair):
+        attended = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]], dtype=torch.bool)
+        positions = (attended.long().cumsum(1) - 1).clamp(min=0)
+        results = [
+            base.forward(torch.arange(15).reshape(3, 5), position_ids=positions, attention_mask=attended)[0]
+            for base in pair
+        ]
+        torch.testing.assert_close(results[0][attended], results[1][attended], rtol=1e-10, atol=1e-10)
+        alone, _ = pair[0].forward(torch.tensor([[3, 4]]))
+        torch.testing.assert_close(results[0][0, 3:], alone[0])

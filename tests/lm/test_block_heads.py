@@ -1,0 +1,263 @@
+"""Block heads: from states to lattices, cut to smaller blocks, on disk and back; ties go to the lowest token id."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_heads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from safetensors.torch import load_file, save_file
+
+from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError, UnknownNameError
+from lm import block_heads
+from lm.block_heads import BlockHeads, heads_folder, heads_sha256, load_heads, read_config, top_k_lowest_ids
+
+exhaustive = settings(deadline=None, derandomize=True, max_examples=100)
+
+
+def refused(call, kind: type[RescoreError] = RescoreError) -> str:
+    """The one line with which a call is refused."""
+    with pytest.raises(kind) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def folder(tiny_base, tmp_path: Path) -> Path:
+    """A checkpoint to break."""
+    make_heads(tiny_base).save(tmp_path / "heads")
+    return tmp_path / "heads"
+
+
+@pytest.fixture
+def states(tiny_base) -> tuple[torch.Tensor, torch.Tensor]:
+    """Final hidden states `[n, d]` and logits `[n, vocab]` of the tiny base LM."""
+    logits, hidden = tiny_base.forward(torch.tensor([list(range(20))]))
+    return hidden[0], logits[0]
+
+
+class TestLattice:
+    def test_fresh_heads_are_head_1(self, tiny_base, states):
+        hidden, logits = states
+        fresh = BlockHeads(make_heads(tiny_base, h=5).config).double().requires_grad_(False)
+        for output in fresh(hidden):
+            torch.testing.assert_close(output, hidden)
+        lattice, entropies = fresh.lattice(tiny_base, hidden, logits, 7)
+        for slot in range(1, 5):
+            np.testing.assert_array_equal(lattice.token_ids[:, slot], lattice.token_ids[:, 0])
+            np.testing.assert_allclose(lattice.logps[:, slot], lattice.logps[:, 0], rtol=1e-6)
+            np.testing.assert_allclose(entropies[:, slot], entropies[:, 0], rtol=1e-5)
+
+    @pytest.mark.parametrize("k", [1, 6, 257])
+    def test_it_is_the_top_of_the_log_softmax(self, tiny_base, states, k):
+        hidden, logits = states
+        heads = make_heads(tiny_base, h=4)
+        lattice, entropies = heads.lattice(tiny_base, hidden, logits, k)
+        lattice.validate(tiny_base.vocab_size)
+        assert lattice.token_ids.shape == (20, 4, k) and entropies.shape == (20, 4)
+        assert lattice.token_ids.dtype == np.int32 and entropies.dtype == np.float32
+        outputs = torch.stack([hidden, *heads(hidden)], dim=1)  # [n, h, d]
+        logps = torch.log_softmax(tiny_base.project(outputs), dim=-1)
+        best = logps.topk(k, dim=-1)
+        np.testing.assert_array_equal(lattice.token_ids, best.indices.numpy())
+        np.testing.assert_allclose(lattice.logps, best.values.numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(entropies, -(logps.exp() * logps).sum(-1).numpy(), rtol=1e-4, atol=1e-6)
+
+    def test_slot_1_is_the_logits_as_given(self, tiny_base, states):
+        hidden, logits = states
+        lattice, _ = make_heads(tiny_base).lattice(tiny_base, hidden, logits.flip(-1), 3)
+        np.testing.assert_array_equal(lattice.token_ids[:, 0], logits.flip(-1).topk(3).indices.numpy())
+
+    def test_a_certain_head_has_log_probability_0_and_no_entropy(self, tiny_base, states):
+        hidden, _ = states
+        certain = torch.full((20, 257), -1e4, dtype=torch.float64)
+        certain[:, 5] = 0
+        lattice, entropies = make_heads(tiny_base).lattice(tiny_base, hidden, certain, 2)
+        assert (lattice.token_ids[:, 0, 0] == 5).all() and (lattice.logps[:, 0, 0] == 0).all()
+        np.testing.assert_allclose(entropies[:, 0], 0, atol=1e-6)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_is_summed_in_float32(self, tiny_base, states, dtype, monkeypatch):
+        hidden, logits = (x.to(dtype) for x in states)
+        monkeypatch.setattr(tiny_base, "project", lambda x: (x.float() @ torch.ones(32, 257)).to(dtype))
+        lattice, entropies = make_heads(tiny_base).float().lattice(tiny_base, hidden, logits, 4)
+        lattice.validate(257)
+        expected = torch.log_softmax(logits.float(), -1).max(-1).values
+        np.testing.assert_allclose(lattice.logps[:, 0, 0], expected.numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(entropies[:, 1], np.log(257), rtol=1e-5)  # all tokens alike
+
+    @pytest.mark.parametrize("k", [0, -1, 258])
+    def test_a_k_outside_the_vocabulary_is_refused(self, tiny_base, states, k):
+        assert f"k = {k}" in refused(lambda: make_heads(tiny_base).lattice(tiny_base, *states, k))
+
+
+class TestFirst:
+    def test_heads_do_not_depend_on_later_ones(self, tiny_base, states):
+        hidden, logits = states
+        heads = make_heads(tiny_base, h=5)
+        for h in range(2, 6):
+            cut = heads.first(h)
+            assert cut.h == cut.config.h == h
+            torch.testing.assert_close(cut(hidden), heads(hidden)[: h - 1])
+            whole, _ = heads.lattice(tiny_base, hidden, logits, 3)
+            np.testing.assert_array_equal(
+                cut.lattice(tiny_base, hidden, logits, 3)[0].token_ids, whole.token_ids[:, :h]
+            )
+
+    def test_chosen_heads_only(self, tiny_base, states):
+        heads = make_heads(tiny_base, h=5)
+        torch.testing.assert_close(heads(states[0], [1, 3]), heads(states[0])[[1, 3]])
+
+    @pytest.mark.parametrize("h", [1, 0, 6])
+    def test_a_block_that_they_do_not_propose_is_refused(self, tiny_base, h):
+        assert "--h from 2 to 5" in refused(lambda: make_heads(tiny_base, h=5).first(h))
+
+
+class TestTopK:
+    @exhaustive
+    @given(
+        logits=arrays.arrays(
+            np.float32,
+            arrays.array_shapes(min_dims=1, max_dims=3, max_side=12),
+            elements=st.sampled_from([0.0, -0.0, 1.0, 2.0, -1.5, -np.inf]) | st.floats(-3, 3, width=16),
+        ),
+        data=st.data(),
+    )
+    def test_the_lowest_ids_win_ties(self, logits: np.ndarray, data: st.DataObject):
+        k = data.draw(st.integers(1, logits.shape[-1]))
+        values, ids = top_k_lowest_ids(torch.from_numpy(logits), k)
+        expected = np.argsort(-logits, axis=-1, kind="stable")[..., :k]
+        np.testing.assert_array_equal(ids.numpy(), expected)
+        np.testing.assert_array_equal(values.numpy(), np.take_along_axis(logits, expected, -1))
+
+    @pytest.mark.parametrize("k", [1, 5, 2000])
+    def test_in_a_large_vocabulary_too(self, k):
+        logits = torch.randint(0, 3, (4, 2000), generator=torch.Generator().manual_seed(0)).float()
+        expected = np.argsort(-logits.numpy(), axis=-1, kind="stable")[:, :k]
+        np.testing.assert_array_equal(top_k_lowest_ids(logits, k)[1].numpy(), expected)
+
+
+class TestFiles:
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 1e-3)])
+    def test_what_is_saved_is_loaded(self, tiny_base, tmp_path, states, dtype, tolerance):
+        heads = make_heads(tiny_base, h=3)
+        heads.save(tmp_path / "new" / "heads", dtype=dtype)
+        loaded = load_heads(str(tmp_path / "new" / "heads"), tiny_base.identity, dtype=torch.float64)
+        assert loaded.config == heads.config
+        assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+        torch.testing.assert_close(loaded(states[0]), heads(states[0]), rtol=tolerance, atol=10 * tolerance)
+        assert sorted(p.name for p in (tmp_path / "new" / "heads").iterdir()) == ["config.json", "model.safetensors"]
+        tensors = load_file(tmp_path / "new" / "heads" / "model.safetensors")
+        assert {name: tuple(t.shape) for name, t in tensors.items()} == {
+            "inner.weight": (2, 32, 16), "inner.bias": (2, 16), "outer.weight": (2, 16, 32), "outer.bias": (2, 32),
+        }  # fmt: skip
+        assert {t.dtype for t in tensors.values()} == {dtype}
+
+    def test_the_weights_hash_follows_the_weights(self, tiny_base, tmp_path):
+        for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+            make_heads(tiny_base, seed=seed).save(tmp_path / name)
+        a, b, c = (heads_sha256(tmp_path / name) for name in "abc")
+        assert a == b != c
+
+    def test_a_place_that_cannot_be_written_is_one_line(self, tiny_base, tmp_path):
+        (tmp_path / "file").write_text("")
+        (tmp_path / "heads" / "model.safetensors").mkdir(parents=True)
+        for place in (tmp_path / "file", tmp_path / "heads"):
+            assert "can't write" in refused(lambda place=place: make_heads(tiny_base).save(place), OutputError)
+        assert [p.name for p in (tmp_path / "heads").iterdir()] == ["model.safetensors"]
+
+    @pytest.mark.parametrize(
+        ("field", "value"), [("hidden_size", 33), ("vocab_size", 300), ("tokenizer_sha256", "0" * 64)]
+    )
+    def test_heads_of_another_base_are_refused(self, tiny_base, folder, field, value):
+        identity = dataclasses.replace(tiny_base.identity, name="other", **{field: value})
+        message = refused(lambda: load_heads(str(folder), identity), IncompatibleError)
+        assert field in message and "not for other" in message
+
+    def test_another_name_or_precision_of_the_base_is_no_matter(self, tiny_base, folder):
+        load_heads(str(folder), dataclasses.replace(tiny_base.identity, name="other", dtype="bfloat16"))
+
+    @pytest.mark.parametrize(
+        ("change", "kind", "named"),
+        [
+            ({"colour": "red"}, InvalidDataError, "colour"),
+            ({"h": None}, InvalidDataError, "h = None"),
+            ({"h": "4"}, InvalidDataError, "h = '4'"),
+            ({"h": True}, InvalidDataError, "h = True"),
+            ({"h": 1}, InvalidDataError, "at least 2"),
+            ({"h": 4.0}, InvalidDataError, "h = 4.0"),
+            ({"inner_size": 0}, InvalidDataError, "inner_size = 0"),
+            ({"architecture": "feed_forwards"}, UnknownNameError, "did you mean feed_forward?"),
+            ({"architecture": 3}, UnknownNameError, "architecture"),
+            ({"inner_size": 17}, InvalidDataError, "inner.bias has shape [3, 16], not [3, 17]"),
+            ({"h": 5}, InvalidDataError, "inner.bias has shape [3, 16], not [4, 16]"),
+        ],
+    )
+    def test_a_config_that_is_wrong(self, tiny_base, folder, change, kind, named):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        assert named in refused(lambda: load_heads(str(folder), tiny_base.identity), kind)
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '"x"', '{"h": 4}', b"\xff"])
+    def test_a_config_that_is_none(self, folder, content):
+        (folder / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+        message = refused(lambda: read_config(folder), InvalidDataError)
+        assert "is not a block heads configuration" in message
+
+    def test_missing_files(self, tiny_base, tmp_path, folder):
+        assert "no block heads in" in refused(lambda: load_heads(str(tmp_path / "none"), tiny_base.identity))
+        (folder / "model.safetensors").unlink()
+        assert "model.safetensors" in refused(lambda: load_heads(str(folder), tiny_base.identity))
+        assert "model.safetensors" in refused(lambda: heads_sha256(folder))
+
+    @pytest.mark.parametrize("keep", [0, 7, 200, -1])
+    def test_truncated_weights(self, tiny_base, folder, keep):
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:keep])
+        assert str(path) in refused(lambda: load_heads(str(folder), tiny_base.identity), InvalidDataError)
+
+    @pytest.mark.parametrize(
+        ("name", "tensor", "named"),
+        [
+            ("outer.bias", torch.zeros(3, 31), "outer.bias has shape [3, 31], not [3, 32]"),
+            ("outer.bias", None, "outer.bias has shape none, not [3, 32]"),
+            ("more", torch.zeros(1), "more has shape [1], not none"),
+        ],
+    )
+    def test_weights_of_another_shape(self, tiny_base, folder, name, tensor, named):
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name] = tensor
+        save_file({n: t for n, t in tensors.items() if t is not None}, folder / "model.safetensors")
+        assert named in refused(lambda: load_heads(str(folder), tiny_base.identity), InvalidDataError)
+
+
+class TestShipped:
+    def test_heads_come_with_a_base_by_its_name(self, tiny_base, tmp_path, monkeypatch):
+        monkeypatch.setattr(block_heads, "SHIPPED", tmp_path)
+        make_heads(tiny_base).save(tmp_path / "tiny" / "heads")
+        identity = dataclasses.replace(tiny_base.identity, name="tiny")
+        assert heads_folder(None, identity) == tmp_path / "tiny" / "heads"
+        assert load_heads(None, identity).h == 4
+        assert heads_folder("~/mine", identity) == Path.home() / "mine"
+
+    def test_without_any_the_command_to_train_some_is_shown(self, tiny_base, tmp_path, monkeypatch):
+        monkeypatch.setattr(block_heads, "SHIPPED", tmp_path)
+        identity = dataclasses.replace(tiny_base.identity, name="owner/other")
+        message = refused(lambda: heads_folder(None, identity))
+        assert "rescore train-heads --base owner/other" in message and "only for" not in message
+        make_heads(tiny_base).save(tmp_path / "tiny" / "heads")
+        assert "(only for tiny)" in refused(lambda: heads_folder(None, identity))
+
+    def test_a_models_folder_is_no_place_for_shipped_heads(self, tiny_base, tmp_path):
+        """A path as a name must not lead out of the package."""
+        make_heads(tiny_base).save(tmp_path / "model" / "heads")
+        identity = dataclasses.replace(tiny_base.identity, name=str(tmp_path / "model"))
+        assert "no block heads are shipped" in refused(lambda: heads_folder(None, identity))

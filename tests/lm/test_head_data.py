@@ -1,0 +1,286 @@
+"""Row i of every segment is the state that chooses the segment's token i, wherever the corpus comes from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_tiny_base
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
+from lm import head_data
+from lm.catalog import load_base
+from lm.corpus import Prompt, generate_corpus
+from lm.head_data import CHUNK, HeadData, read_head_data
+
+TEXT = "the quick brown fox, \u2028 the lazy dog\x0b; \u0085 é 😀.\n\n  \r\nAnd more of it\n" * 12
+PAIRS = [
+    {"prompt": "one\u2028two", "response": "a first answer"},
+    {"prompt": "three", "response": "é\n" * 5},
+    {"prompt": "p" * 600, "response": "cut prompt"},
+    {"prompt": "long answer", "response": "r" * (CHUNK + 40)},
+    {"prompt": "just as long", "response": "r" * CHUNK},
+]
+
+
+def refused(call, kind: type[RescoreError] = RescoreError) -> str:
+    """The one line with which a call is refused."""
+    with pytest.raises(kind) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def segments(data: HeadData) -> list[tuple[list[int], np.ndarray]]:
+    """(targets, states) of every segment."""
+    return [(data.targets[a:b].tolist(), data.states[a:b]) for a, b in data.segments()]
+
+
+def check_against_a_direct_forward(base, data: HeadData, contexts: dict[tuple[int, ...], list[int]]) -> None:
+    """`contexts` has, by a segment's targets, what stands before them."""
+    assert data.states.dtype == np.float16 and data.targets.dtype == np.int32 and data.ends.dtype == np.int64
+    assert data.states.shape == (len(data), base.hidden_size) and data.ends[-1] == len(data)
+    found = segments(data)
+    assert sorted(tuple(targets) for targets, _ in found) == sorted(contexts)
+    for targets, states in found:
+        context = contexts[tuple(targets)]
+        _, hidden = base.forward(torch.tensor([context + targets]))
+        expected = hidden[0, len(context) - 1 : -1]
+        np.testing.assert_allclose(states, expected.numpy(), rtol=2e-3, atol=2e-3)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_bytes(TEXT.encode())
+    return tmp_path / "text.txt"
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in PAIRS))
+    return tmp_path / "pairs.jsonl"
+
+
+@pytest.fixture
+def own_output(tiny_base, tmp_path: Path) -> Path:
+    generate_corpus(
+        tiny_base, [Prompt(t, chat) for t in ("a", "bcd", "ef") for chat in (True, False)], tmp_path / "own",
+        max_new_tokens=7,
+    )  # fmt: skip
+    return tmp_path / "own"
+
+
+@pytest.fixture
+def no_forward(tiny_base, monkeypatch: pytest.MonkeyPatch):
+    """The base LM must not be run from here on."""
+
+    def use() -> None:
+        monkeypatch.setattr(tiny_base, "forward", lambda *_args, **_kwargs: pytest.fail("the base LM was run"))
+
+    return use
+
+
+class TestText:
+    def test_it_is_cut_into_chunks_after_their_first_token(self, tiny_base, text, tmp_path):
+        data = read_head_data(tiny_base, text, tmp_path / "cache")
+        lines = [line for line in TEXT.replace("\r\n", "\n").split("\n") if line.strip()]
+        ids = tiny_base.encode_prompt("\n".join(lines), chat=False)
+        assert len(ids) > 2 * CHUNK
+        chunks = [ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK)]
+        check_against_a_direct_forward(tiny_base, data, {tuple(c[1:]): c[:1] for c in chunks})
+        assert data.source == "text.txt"
+
+    def test_one_token_left_over_is_nothing(self, tiny_base, tmp_path):
+        (tmp_path / "x.txt").write_text("a" * (CHUNK + 1))
+        data = read_head_data(tiny_base, tmp_path / "x.txt", tmp_path)
+        assert data.ends.tolist() == [CHUNK - 1]
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [(b"", "is empty"), (b" \n\n", "is empty"), (b"a", "too short"), (b"a\xff", "as UTF-8 text")],
+    )
+    def test_a_text_that_gives_nothing(self, tiny_base, tmp_path, content, message):
+        (tmp_path / "x.txt").write_bytes(content)
+        said = refused(lambda: read_head_data(tiny_base, tmp_path / "x.txt", tmp_path / "cache"), InvalidDataError)
+        assert message in said
+        assert not (tmp_path / "cache").exists()
+
+
+class TestPairs:
+    def test_the_answers_are_the_targets_and_end(self, tiny_base, pairs, tmp_path):
+        data = read_head_data(tiny_base, pairs, tmp_path / "cache")
+        (end,) = tiny_base.eos_token_ids
+        contexts = {}
+        for pair in PAIRS:
+            answer = tiny_base.encode_prompt(pair["response"], chat=False)
+            targets = answer[:CHUNK] if len(answer) > CHUNK else [*answer, end]  # what was cut off did not end here
+            contexts[tuple(targets)] = tiny_base.encode_prompt(pair["prompt"], chat=True, max_tokens=2 * CHUNK)
+        check_against_a_direct_forward(tiny_base, data, contexts)
+
+    def test_without_a_chat_template_prompts_are_plain(self, pairs, tmp_path):
+        base = load_base(str(save_tiny_base(tmp_path / "plain", chat=False)), dtype="float64")
+        data = read_head_data(base, pairs, tmp_path / "cache")
+        shortest = min(segments(data), key=lambda s: len(s[0]))
+        _, hidden = base.forward(torch.tensor([base.encode_prompt("p" * 512, chat=False)]))
+        np.testing.assert_allclose(shortest[1][0], hidden[0, -1].numpy(), rtol=2e-3, atol=2e-3)
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ('{"prompt": "a"}', "line 3 has no text in the field 'response'"),
+            ('{"response": "a"}', "line 3 has no text in the field 'prompt'"),
+            ('{"prompt": "a", "response": ["b"]}', "line 3 has no text in the field 'response'"),
+            ('{"prompt": "a", "response": ""}', "line 3 has no text in the field 'response'"),
+            ('{"prompt": "\\udc00", "response": "b"}', "line 3 has no text in the field 'prompt'"),
+            ('{"prompt": "a", ', "line 3 is not valid JSON"),
+        ],
+    )
+    def test_a_bad_line_is_named(self, tiny_base, tmp_path, line, message):
+        path = tmp_path / "x.jsonl"
+        path.write_text(json.dumps(PAIRS[0]) + "\n\n" + line + "\n")
+        said = refused(lambda: read_head_data(tiny_base, path, tmp_path / "cache"), InvalidDataError)
+        assert message in said and str(path) in said
+
+    def test_an_empty_file(self, tiny_base, tmp_path):
+        (tmp_path / "x.jsonl").write_text("")
+        said = refused(lambda: read_head_data(tiny_base, tmp_path / "x.jsonl", tmp_path / "cache"), InvalidDataError)
+        assert "too short" in said
+
+
+class TestOwnOutput:
+    def test_states_come_from_the_corpus(self, tiny_base, own_output, tmp_path, no_forward):
+        contexts = {}
+        for line in (own_output / "corpus.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            contexts[tuple(record["output_ids"])] = record["prompt_ids"]
+        data = read_head_data(tiny_base, own_output, tmp_path / "cache")
+        check_against_a_direct_forward(tiny_base, data, contexts)
+        projected = tiny_base.project(torch.from_numpy(np.array(data.states)).double())
+        assert projected.argmax(-1).tolist() == data.targets.tolist()
+        no_forward()
+        read_head_data(tiny_base, own_output, tmp_path / "cache")
+        assert not (tmp_path / "cache").exists()
+
+    def test_a_corpus_still_being_written_is_read_up_to_its_last_line(self, tiny_base, own_output, tmp_path):
+        whole = read_head_data(tiny_base, own_output, tmp_path)
+        with (own_output / "corpus.jsonl").open("a") as stream:
+            stream.write('{"output_ids": [1, 2')
+        with (own_output / "hidden.f16").open("ab") as stream:
+            stream.write(b"\0" * 65)
+        now = read_head_data(tiny_base, own_output, tmp_path)
+        np.testing.assert_array_equal(now.targets, whole.targets)
+        np.testing.assert_array_equal(now.states, whole.states)
+
+    def test_the_output_of_another_base_is_refused(self, own_output, tmp_path):
+        other = load_base(str(save_tiny_base(tmp_path / "other", seed=7)))
+        said = refused(lambda: read_head_data(other, own_output, tmp_path), IncompatibleError)
+        assert "another base LM" in said and "weights_sha256" in said
+
+    def test_another_precision_of_the_same_base_is_no_matter(self, tiny_base, tiny_folder, own_output, tmp_path):
+        data = read_head_data(load_base(str(tiny_folder), dtype="bfloat16"), own_output, tmp_path)
+        assert len(data) == len(read_head_data(tiny_base, own_output, tmp_path))
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("settings.json", None, "not a folder made by generate-corpus"),
+            ("settings.json", b"{", "is not valid JSON"),
+            ("settings.json", b'{"base": {"name": "x"}}', "does not say which base LM"),
+            ("corpus.jsonl", None, "can't read"),
+            ("corpus.jsonl", b"", "is empty"),
+            ("corpus.jsonl", b'{"prompt": "a"}\n', "line 1 has no field 'output_ids'"),
+            ("hidden.f16", None, "has the states of 0 of"),
+            ("hidden.f16", b"", "has the states of 0 of"),
+            ("hidden.f16", b"\0" * 129, "has the states of 2 of"),
+        ],
+    )
+    def test_a_folder_that_lacks_something(self, tiny_base, own_output, tmp_path, name, content, message):
+        (own_output / name).unlink()
+        if content is not None:
+            (own_output / name).write_bytes(content)
+        said = refused(lambda: read_head_data(tiny_base, own_output, tmp_path))
+        assert message in said and str(own_output) in said
+
+
+class TestKeptStates:
+    @pytest.mark.parametrize("kind", ["text", "pairs"])
+    def test_the_base_runs_once(self, tiny_base, tmp_path, no_forward, request, kind):
+        path = request.getfixturevalue(kind)
+        seen = []
+        first = read_head_data(tiny_base, path, tmp_path / "cache", progress=lambda *now: seen.append(now))
+        assert seen[-1] == (len(first.ends), len(first.ends))
+        no_forward()
+        again = read_head_data(tiny_base, path, tmp_path / "cache")
+        for field in ("states", "targets", "ends"):
+            np.testing.assert_array_equal(getattr(first, field), getattr(again, field))
+        assert again.sha256 == first.sha256
+
+    def test_another_text_base_limit_or_kind_of_file_has_states_of_its_own(self, tiny_base, text, tmp_path):
+        other = load_base(str(save_tiny_base(tmp_path / "other", seed=7)), dtype="float64")
+        as_pairs = tmp_path / "same.jsonl"
+        as_text = tmp_path / "same.txt"
+        for path in (as_pairs, as_text):
+            path.write_text(json.dumps(PAIRS[0]) + "\n")
+        cache = tmp_path / "cache"
+        read = [
+            read_head_data(tiny_base, text, cache),
+            read_head_data(other, text, cache),
+            read_head_data(tiny_base, text, cache, max_tokens=CHUNK),
+            read_head_data(tiny_base, as_pairs, cache),
+            read_head_data(tiny_base, as_text, cache),
+        ]
+        assert len(list(cache.iterdir())) == 5
+        assert not np.array_equal(read[0].states, read[1].states)
+        assert len({len(data) for data in read}) == 4
+
+    def test_an_interrupted_run_leaves_nothing(self, tiny_base, text, tmp_path):
+        def stop(_done: int, _total: int) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            read_head_data(tiny_base, text, tmp_path / "cache", progress=stop)
+        assert not list((tmp_path / "cache").iterdir())
+
+    def test_a_place_that_cannot_be_written(self, tiny_base, text, tmp_path):
+        (tmp_path / "file").write_text("")
+        assert "can't write" in refused(lambda: read_head_data(tiny_base, text, tmp_path / "file"), OutputError)
+
+    def test_a_missing_corpus(self, tiny_base, tmp_path):
+        assert "no corpus at" in refused(lambda: read_head_data(tiny_base, tmp_path / "none", tmp_path))
+
+
+class TestBounds:
+    @settings(deadline=None, derandomize=True)
+    @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=30), bound=st.integers(0, 150))
+    def test_at_most_so_many_targets_spread_evenly(self, sizes, bound):
+        sequences = [([place], [0] * size) for place, size in enumerate(sizes)]
+        try:
+            chosen = head_data._bounded(sequences, bound)
+        except RescoreError:
+            assert bound < max(sizes)
+            return
+        taken = sum(len(targets) for _, targets in chosen)
+        assert taken <= bound
+        if bound >= sum(sizes):
+            assert chosen == sequences
+        else:
+            assert bound - taken < max(sizes)  # the next one would have been too much
+            assert [s for s in sequences if s in chosen] == chosen
+            half = sum(len(t) for (place,), t in chosen if place < len(sizes) // 2)
+            share = bound * sum(sizes[: len(sizes) // 2]) / sum(sizes)
+            assert share - max(sizes) < half <= share
+
+    def test_a_bound_of_a_text(self, tiny_base, text, tmp_path):
+        whole = read_head_data(tiny_base, text, tmp_path)
+        bounded = read_head_data(tiny_base, text, tmp_path, max_tokens=len(whole) - 1)
+        assert CHUNK - 1 <= len(bounded) < len(whole)
+
+    @pytest.mark.parametrize("bound", [0, 5, -1])
+    def test_a_bound_that_leaves_nothing(self, tiny_base, text, tmp_path, bound):
+        said = refused(lambda: read_head_data(tiny_base, text, tmp_path / "cache", max_tokens=bound))
+        assert f"max_tokens = {bound} leaves nothing" in said

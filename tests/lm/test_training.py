@@ -1,0 +1,393 @@
+"""Training of heads: the loss is what it says, heads learn, and an interrupted training is the same training."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import itertools
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_tiny_base
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch.nn import functional
+
+from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
+from lm import training
+from lm.block_heads import load_heads
+from lm.catalog import load_base
+from lm.head_data import HeadData, read_head_data
+from lm.training import HeadTrainer, TrainingOptions
+
+SMALL = TrainingOptions(
+    h=4, inner_size=8, steps=10, positions=96, heads_per_step=2, vocabulary=60, negatives=8, warmup=2,
+    evaluate_every=4, held_out=0.2, precision="float32",
+)  # fmt: skip
+
+
+class StopError(Exception):
+    """An interruption from outside."""
+
+
+def refused(call, kind: type[RescoreError] = RescoreError) -> str:
+    """The one line with which a call is refused."""
+    with pytest.raises(kind) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def change(**options) -> TrainingOptions:
+    return dataclasses.replace(SMALL, **options)
+
+
+def make_data(base, sizes: list[int], *, seed: int = 0) -> HeadData:
+    """Segments of these sizes, states and targets at random."""
+    rng = np.random.default_rng(seed)
+    n = sum(sizes)
+    states = rng.standard_normal((n, base.hidden_size)).astype(np.float16)
+    targets = rng.integers(0, base.vocab_size, n).astype(np.int32)
+    return HeadData(states, targets, np.cumsum(sizes), "made", f"seed {seed}")
+
+
+@pytest.fixture
+def data(tiny_base) -> HeadData:
+    return make_data(tiny_base, [20, 7, 33, 2, 12, 40, 1, 9])
+
+
+class TestLoss:
+    @settings(deadline=None, derandomize=True, max_examples=60)
+    @given(
+        n=st.integers(0, 9),
+        v=st.integers(1, 12),
+        d=st.integers(1, 5),
+        soft=st.sampled_from([0.0, 0.5, 1.0]),
+        chunk=st.integers(1, 10),
+        unknown=st.booleans(),
+        seed=st.integers(0, 1000),
+    )
+    def test_value_and_gradient_are_those_of_autograd(self, n, v, d, soft, chunk, unknown, seed):
+        torch.manual_seed(seed)
+        projection = torch.randn(v, d)
+        targets = torch.randint(-1 if unknown else 0, v, (n,))
+        teacher = torch.softmax(torch.randn(n, v), -1)
+        ours = torch.randn(n, d, requires_grad=True)
+        theirs = ours.detach().double().requires_grad_()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training, "CHUNK_ROWS", chunk)
+            loss = training._SoftCrossEntropy.apply(ours, projection, targets, teacher, soft)
+        logps = torch.log_softmax(theirs @ projection.double().T, -1)
+        mixed = (1 - soft) * functional.one_hot(targets.clamp(min=0), v) + soft * teacher.double()
+        expected = -(mixed * logps).sum(-1)[targets >= 0].sum() / max(1, n)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+        (3 * loss).backward()
+        (3 * expected).backward()
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("soft", [0.0, 0.3, 1.0])
+    def test_a_step_sums_the_heads_losses(self, tiny_base, data, soft):
+        """With all heads, all positions and all tokens nothing is drawn by chance."""
+        options = change(soft=soft, heads_per_step=99, positions=10_000, vocabulary=None, held_out=0.01)
+        trainer = HeadTrainer(tiny_base, [data], options)
+        for parameter in trainer.heads.outer.values():
+            torch.nn.init.normal_(parameter, std=0.3)
+        weight = tiny_base.output_embeddings.weight.float()
+        losses = {head: [] for head in range(2, options.h + 1)}
+        for place, start, end in trainer.segments:
+            states = torch.from_numpy(trainer.data[place].states[start:end].astype(np.float32))
+            targets = torch.from_numpy(trainer.data[place].targets[start:end]).long()
+            teacher = torch.softmax(states @ weight.T, -1)
+            for head, outputs in enumerate(trainer.heads(states), start=2):
+                for row in range(len(states) - head + 1):
+                    ahead = row + head - 1  # the base chooses token `row` here, head i the token i - 1 further
+                    goal = (1 - soft) * functional.one_hot(targets[ahead], 257) + soft * teacher[ahead]
+                    losses[head].append(-(goal * torch.log_softmax(outputs[row] @ weight.T, -1)).sum())
+        expected = sum(torch.stack(of_head).mean() for of_head in losses.values())
+        torch.testing.assert_close(trainer._loss(0), expected, rtol=1e-4, atol=1e-4)
+
+    def test_a_step_is_drawn_by_seed_and_number(self, tiny_base, data):
+        trainer, other = HeadTrainer(tiny_base, [data], SMALL), HeadTrainer(tiny_base, [data], change(seed=1))
+        losses = [float(t._loss(step).detach()) for t, step in ((trainer, 3), (trainer, 3), (trainer, 4), (other, 3))]
+        assert losses[0] == losses[1] and len(set(losses)) == 3
+
+    @pytest.mark.parametrize("options", [{"h": 2, "heads_per_step": 5}, {"vocabulary": 1, "negatives": 0}, {"h": 60}])
+    def test_small_and_large_options(self, tiny_base, data, options):
+        trainer = HeadTrainer(tiny_base, [data], change(**options))
+        assert all(bool(trainer._loss(step).isfinite()) for step in range(5))
+
+    def test_the_vocabulary_is_the_frequent_tokens_and_some_others(self, tiny_base, data):
+        trainer = HeadTrainer(tiny_base, [data], change(vocabulary=5, negatives=7))
+        counts = np.bincount(data.targets, minlength=257)
+        assert counts[trainer.frequent].min() >= np.delete(counts, trainer.frequent).max()
+        drawn = [trainer._draw_vocabulary(np.random.default_rng(seed)) for seed in (0, 0, 1)]
+        for tokens in drawn:
+            assert len(set(tokens.tolist())) == 12 and tokens[:5].tolist() == trainer.frequent.tolist()
+        assert drawn[0].tolist() == drawn[1].tolist() != drawn[2].tolist()
+        everything = HeadTrainer(tiny_base, [data], change(vocabulary=None))
+        assert everything._draw_vocabulary(np.random.default_rng(0)).tolist() == list(range(257))
+
+
+class TestHeldOut:
+    def test_no_segment_is_both_trained_on_and_held_out(self, tiny_base, data):
+        trainer = HeadTrainer(tiny_base, [data, make_data(tiny_base, [5, 6], seed=1)], SMALL)
+        assert trainer.held_out and trainer.segments and not set(trainer.held_out) & set(trainer.segments)
+        together = sorted(trainer.held_out + trainer.segments)
+        rows = [(0, 0, 20), (0, 20, 27), (0, 27, 60), (0, 60, 62), (0, 62, 74), (0, 74, 114), (0, 115, 124)]
+        assert together == [*rows, (1, 0, 5), (1, 5, 11)]  # all but the one of a single token
+
+    def test_accuracy_is_counted_over_the_whole_vocabulary(self, tiny_base, data):
+        trainer = HeadTrainer(tiny_base, [data], change(h=3, held_out=0.9))
+        for parameter in trainer.heads.outer.values():
+            torch.nn.init.normal_(parameter, std=0.3)
+        weight = tiny_base.output_embeddings.weight.float()
+        found = {n: [[], [], []] for n in (1, 4, 16)}
+        accepted = {1: [], 16: []}
+        for _, start, end in trainer.held_out:
+            states = torch.from_numpy(data.states[start:end].astype(np.float32))
+            ranked = [(x @ weight.T).argsort(-1, descending=True) for x in (states, *trainer.heads(states))]
+            for row in range(end - start):
+                for n in found:
+                    prefix = True
+                    for head in range(min(3, end - start - row)):
+                        wanted = data.targets[start + row + head]
+                        hit = wanted in ranked[head][row, :n] or head == 0  # head 1 is the base's own choice
+                        found[n][head].append(hit)
+                        prefix = prefix and hit
+                        if n in accepted:
+                            accepted[n].append(prefix)
+        total = sum(end - start for _, start, end in trainer.held_out)
+        result = trainer.evaluate()
+        for n in found:
+            assert result.top[n] == pytest.approx([np.mean(of_head) for of_head in found[n]], abs=1e-4)
+        assert result.accepted == pytest.approx(sum(accepted[1]) / total, abs=1e-4)
+        assert result.accepted_16 == pytest.approx(sum(accepted[16]) / total, abs=1e-4)
+
+
+class TestTraining:
+    @pytest.fixture(scope="class")
+    def repetitive(self, tiny_base, tmp_path_factory) -> HeadData:
+        folder = tmp_path_factory.mktemp("text")
+        (folder / "text.txt").write_text("the cat sat on the mat, " * 200)
+        return read_head_data(tiny_base, folder / "text.txt", folder)
+
+    def test_heads_learn(self, tiny_base, repetitive, tmp_path):
+        options = change(steps=80, learning_rate=1e-2, inner_size=32, positions=512, heads_per_step=3, soft=0.0)
+        trainer = HeadTrainer(tiny_base, [repetitive], options)
+        before = trainer.evaluate()
+        losses = []
+        after = trainer.train(tmp_path / "out", progress=lambda step, total, loss: losses.append((step, total, loss)))
+        assert before.top[1][1] < 0.3
+        assert after.top[1][1] > before.top[1][1] + 0.3
+        assert after.accepted > before.accepted + 0.3
+        assert [(step, total) for step, total, _ in losses] == [(n, 80) for n in range(1, 81)]
+        assert np.mean([loss for *_, loss in losses[-5:]]) < 0.5 * losses[0][2]
+
+        heads = load_heads(str(tmp_path / "out"), tiny_base.identity)
+        assert heads.config.h == 4 and heads.config.inner_size == 32
+        trained = torch.cat([p.detach().flatten() for p in trainer.heads.parameters()])
+        saved = torch.cat([p.flatten() for p in heads.parameters()])
+        torch.testing.assert_close(saved, trained, rtol=1e-3, atol=1e-3)
+
+    def test_what_it_writes(self, tiny_base, data, tmp_path):
+        accuracy = HeadTrainer(tiny_base, [data], SMALL).train(tmp_path / "out")
+        names = sorted(p.name for p in (tmp_path / "out").iterdir())
+        assert names == [
+            "checkpoint.safetensors", "config.json", "model.safetensors", "training.json", "training_log.jsonl"
+        ]  # fmt: skip
+        log = [json.loads(line) for line in (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in log] == [4, 8, 10]
+        assert log[-1]["accepted"] == accuracy.accepted and log[-1]["top"]["1"] == accuracy.top[1]
+        document = json.loads((tmp_path / "out" / "training.json").read_text())
+        assert document["options"] == dataclasses.asdict(SMALL)
+        assert document["base"] == dataclasses.asdict(tiny_base.identity)
+        assert document["data"] == [{"source": "made", "sha256": "seed 0", "tokens": len(data)}]
+        assert document["held_out"]["accepted"] == accuracy.accepted
+
+    def test_all_segments_may_be_too_short_for_the_last_heads(self, tiny_base, tmp_path):
+        HeadTrainer(tiny_base, [make_data(tiny_base, [2] * 9)], change(h=6, steps=2)).train(tmp_path)
+
+    @pytest.mark.parametrize("stop", range(1, 11))
+    def test_an_interrupted_training_is_the_same_training(self, tiny_base, data, tmp_path, stop):
+        expected = HeadTrainer(tiny_base, [data], SMALL).train(tmp_path / "whole")
+
+        def interrupt(step: int, _steps: int, _loss: float) -> None:
+            if step == stop:
+                raise StopError
+
+        with pytest.raises(StopError):
+            HeadTrainer(tiny_base, [data], SMALL).train(tmp_path / "parts", progress=interrupt)
+        steps = []
+        accuracy = HeadTrainer(tiny_base, [data], SMALL).train(
+            tmp_path / "parts", progress=lambda step, *_: steps.append(step)
+        )
+        last_checkpoint = (stop - 1) // 4 * 4
+        assert steps == list(range(last_checkpoint + 1, 11))
+        assert accuracy == expected
+        for name in ("model.safetensors", "checkpoint.safetensors"):
+            whole, parts = load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name)
+            assert whole.keys() == parts.keys()
+            assert all(torch.equal(whole[key], parts[key]) for key in whole)
+        logs = [(tmp_path / place / "training_log.jsonl").read_text() for place in ("whole", "parts")]
+        assert logs[0] == logs[1]
+
+    def test_a_finished_training_is_left_as_it_is(self, tiny_base, data, tmp_path):
+        first = HeadTrainer(tiny_base, [data], SMALL).train(tmp_path)
+        before = (tmp_path / "model.safetensors").read_bytes()
+        again = HeadTrainer(tiny_base, [data], SMALL).train(tmp_path, progress=lambda *_: pytest.fail("trained"))
+        assert again == first and (tmp_path / "model.safetensors").read_bytes() == before
+
+
+class TestTrouble:
+    def test_other_settings_are_shown(self, tiny_base, data, tmp_path):
+        HeadTrainer(tiny_base, [data], SMALL).train(tmp_path / "out")
+        message = refused(
+            lambda: HeadTrainer(tiny_base, [data], change(steps=20, soft=0.1)).train(tmp_path / "out"),
+            IncompatibleError,
+        )
+        assert "options.steps: 10 -> 20; options.soft: 0.5 -> 0.1)" in message and "use another --out" in message
+        other_data = make_data(tiny_base, [20, 20], seed=4)
+        message = refused(lambda: HeadTrainer(tiny_base, [other_data], SMALL).train(tmp_path / "out"))
+        assert "seed 0" in message and "seed 4" in message
+        other_base = load_base(str(save_tiny_base(tmp_path / "other", seed=9)), dtype="float64")
+        message = refused(lambda: HeadTrainer(other_base, [data], SMALL).train(tmp_path / "out"))
+        assert "base.weights_sha256" in message and "options" not in message
+
+    @pytest.mark.parametrize("what", ["loss", "gradient"])
+    def test_numbers_that_are_none_stop_it_with_the_checkpoint_kept(self, tiny_base, data, tmp_path, monkeypatch, what):
+        loss_of = HeadTrainer._loss
+
+        def broken(self, step):
+            loss = loss_of(self, step)
+            if step == 5 and what == "loss":
+                return loss * math.nan
+            if step == 5:
+                loss.register_hook(lambda gradient: gradient * math.inf)
+            return loss
+
+        monkeypatch.setattr(HeadTrainer, "_loss", broken)
+        message = refused(lambda: HeadTrainer(tiny_base, [data], SMALL).train(tmp_path))
+        assert "at step 6" in message and "nan" in message and "lower learning rate" in message
+        assert not (tmp_path / "model.safetensors").exists()
+        tensors = load_file(tmp_path / "checkpoint.safetensors")
+        assert all(tensor.isfinite().all() for tensor in tensors.values())
+        monkeypatch.undo()
+        steps = []
+        HeadTrainer(tiny_base, [data], SMALL).train(tmp_path, progress=lambda step, *_: steps.append(step))
+        assert steps == list(range(5, 11))
+
+    def test_states_that_are_no_numbers(self, tiny_base, data, tmp_path):
+        bad = dataclasses.replace(data, states=np.full_like(data.states, np.inf))
+        assert "at step 1" in refused(lambda: HeadTrainer(tiny_base, [bad], SMALL).train(tmp_path))
+
+    @pytest.mark.parametrize("sizes", [[50], [50, 1], [1, 1, 1]])
+    def test_a_corpus_of_one_segment(self, tiny_base, sizes):
+        message = refused(lambda: HeadTrainer(tiny_base, [make_data(tiny_base, sizes)], SMALL), InvalidDataError)
+        assert "fewer than two segments" in message
+
+    def test_no_corpus(self, tiny_base):
+        refused(lambda: HeadTrainer(tiny_base, [], SMALL), InvalidDataError)
+
+    @pytest.mark.parametrize(
+        ("options", "named"),
+        [
+            ({"h": 1}, "h = 1; it must be at least 2"),
+            ({"h": 0}, "h = 0"),
+            ({"inner_size": 0}, "inner_size = 0"),
+            ({"steps": 0}, "steps = 0"),
+            ({"positions": 0}, "positions = 0"),
+            ({"heads_per_step": 0}, "heads_per_step = 0"),
+            ({"vocabulary": 0}, "vocabulary = 0"),
+            ({"negatives": -1}, "negatives = -1"),
+            ({"soft": -0.1}, "soft = -0.1"),
+            ({"soft": 1.01}, "soft = 1.01"),
+            ({"soft": math.nan}, "soft = nan"),
+            ({"learning_rate": 0.0}, "learning_rate = 0.0"),
+            ({"learning_rate": math.nan}, "learning_rate = nan"),
+            ({"learning_rate": math.inf}, "learning_rate = inf"),
+            ({"weight_decay": -1.0}, "weight_decay = -1.0"),
+            ({"warmup": -1}, "warmup = -1"),
+            ({"held_out": 0.0}, "held_out = 0.0"),
+            ({"held_out": 1.0}, "held_out = 1.0"),
+            ({"evaluate_every": 0}, "evaluate_every = 0"),
+            ({"seed": -1}, "seed = -1"),
+            ({"precision": "float23"}, "unknown precision 'float23'; did you mean float32"),
+            ({"precision": "float16"}, "unknown precision 'float16'"),
+        ],
+    )
+    def test_options_out_of_range(self, tiny_base, data, options, named):
+        assert named in refused(lambda: HeadTrainer(tiny_base, [data], change(**options)))
+
+    def test_a_base_whose_logits_are_more_than_a_projection(self, tiny_base, data, monkeypatch):
+        project = tiny_base.project
+        monkeypatch.setattr(tiny_base, "project", lambda hidden: project(hidden) / 2)
+        assert "scales" in refused(lambda: HeadTrainer(tiny_base, [data], SMALL), IncompatibleError)
+
+    @pytest.mark.parametrize("keep", [0, 20, -1])
+    def test_a_broken_checkpoint(self, tiny_base, data, tmp_path, keep):
+        HeadTrainer(tiny_base, [data], SMALL).train(tmp_path)
+        path = tmp_path / "checkpoint.safetensors"
+        path.write_bytes(path.read_bytes()[:keep])
+        message = refused(lambda: HeadTrainer(tiny_base, [data], SMALL).train(tmp_path), InvalidDataError)
+        assert "remove it to begin again" in message
+
+    def test_a_checkpoint_from_elsewhere(self, tiny_base, data, tmp_path):
+        trainer = HeadTrainer(tiny_base, [data], SMALL)
+        trainer.heads.save(tmp_path)
+        os.replace(tmp_path / "model.safetensors", tmp_path / "checkpoint.safetensors")
+        assert "can't read the checkpoint" in refused(lambda: trainer.train(tmp_path), InvalidDataError)
+
+    def test_a_full_disk_keeps_the_checkpoint_before(self, tiny_base, data, tmp_path, monkeypatch):
+        def full(_tensors, metadata=None):
+            if json.loads(metadata["state"])["step"] == 8:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return to_bytes(_tensors, metadata=metadata)
+
+        to_bytes = training.to_bytes
+        monkeypatch.setattr(training, "to_bytes", full)
+        message = refused(lambda: HeadTrainer(tiny_base, [data], SMALL).train(tmp_path), OutputError)
+        assert "No space left" in message
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.safetensors", "training_log.jsonl"]
+        monkeypatch.undo()
+        steps = []
+        HeadTrainer(tiny_base, [data], SMALL).train(tmp_path, progress=lambda step, *_: steps.append(step))
+        assert steps == list(range(5, 11))
+
+    def test_a_place_that_cannot_be_written(self, tiny_base, data, tmp_path):
+        (tmp_path / "file").write_text("")
+        for out in (tmp_path / "file", tmp_path / "file" / "out"):
+            steps: list[int] = []
+            trainer = HeadTrainer(tiny_base, [data], SMALL)
+            message = refused(
+                lambda trainer=trainer, out=out, steps=steps: trainer.train(
+                    out, progress=lambda step, *_: steps.append(step)
+                ),
+                OutputError,
+            )
+            assert "can't write" in message
+            assert not steps  # found out before, not after hours of work
+
+
+@settings(deadline=None, derandomize=True)
+@given(sizes=st.lists(st.integers(1, 9), max_size=8), positions=st.integers(1, 60))
+def test_until_takes_so_many_positions(sizes, positions):
+    ends = np.cumsum([0, *sizes]).tolist()
+    segments = [(0, a, b) for a, b in itertools.pairwise(ends)]
+    taken = training._until(positions, segments)
+    assert sum(b - a for _, a, b in taken) == min(positions, sum(sizes))
+    assert [s[1] for s in taken] == [s[1] for s in segments[: len(taken)]]
+    assert taken[:-1] == segments[: max(0, len(taken) - 1)]
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    options = change(steps=110, warmup=10)
+    rates = [training._schedule(step, options) for step in range(111)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.5) and rates[110] == pytest.approx(0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert [training._schedule(step, change(steps=2, warmup=0)) for step in range(2)] == [1.0, pytest.approx(0.5)]

@@ -1,0 +1,63 @@
+"""Accounting identities, for any accepted lengths, and one example by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rescore.acceptance import accept
+from rescore.accounting import account
+
+
+def test_one_example_by_hand():
+    accounting = account([[1, 3, 2], [4, 4]], h=5)
+    assert accounting.steps == 5
+    assert accounting.tokens == 14
+    assert accounting.block_efficiency == pytest.approx(14 / 5)
+    assert accounting.block_efficiency_macro == pytest.approx((2 + 4) / 2)
+    assert accounting.accepted_histogram == [0, 1, 1, 1, 2, 0]
+    assert accounting.marginal == pytest.approx([1, 0.8, 0.6, 0.4, 0])
+    assert accounting.conditional == pytest.approx([1, 0.8, 0.75, 2 / 3, 0])
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(1, 9).flatmap(
+    lambda h: st.tuples(
+        st.just(h),
+        st.lists(st.lists(st.integers(1, h), min_size=1, max_size=12), min_size=1, max_size=8),
+    )
+))  # fmt: skip
+def test_identities(case):
+    h, accepted = case
+    a = account(accepted, h)
+    assert len(a.accepted_histogram) == h + 1 and a.accepted_histogram[0] == 0
+    assert sum(a.accepted_histogram) == a.steps
+    assert sum(i * count for i, count in enumerate(a.accepted_histogram)) == a.tokens
+    assert sum(a.marginal) == pytest.approx(a.block_efficiency)
+    assert np.cumprod(a.conditional) == pytest.approx(a.marginal)
+    assert all(x >= y for x, y in zip(a.marginal, a.marginal[1:], strict=False))
+    assert 1 <= a.block_efficiency <= h
+    if len(accepted) == 1:
+        assert a.block_efficiency_ci95 is None
+    else:
+        low, high = a.block_efficiency_ci95
+        assert 1 <= low <= high <= h
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 5), st.integers(1, 6), st.integers(1, 6))
+def test_accept_agrees_with_its_definition(seed, b, p, h, remaining):
+    rng = np.random.default_rng(seed)
+    drafts, choices = rng.integers(0, 3, (b, p, h)), rng.integers(0, 3, (b, p, h))
+    rows, lengths = accept(drafts, choices, np.full(b, remaining), {2})
+    for i in range(b):
+        best = []
+        for r in range(p):
+            n = 1
+            while n < h and n < remaining and drafts[i, r, n - 1] != 2 and drafts[i, r, n] == choices[i, r, n - 1]:
+                n += 1
+            best.append(n)
+        assert lengths[i] == max(best)
+        assert rows[i] == best.index(max(best))

@@ -1,0 +1,445 @@
+"""Evaluations end to end on the tiny model: replay and live agree, traces are kept, interruptions lose nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import make_heads, save_tiny_base, squad_records, write_lines
+
+import lm.catalog
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
+from lm.files import cache_directory
+from rescore import data as data_module
+from rescore import evaluation, rescorers, tracing
+from rescore.evaluation import EvalOptions, evaluate, oracle_by_k, trace_task
+from rescore.results import Result
+from rescore.tracing import read_header
+
+Make = Callable[..., EvalOptions]
+
+
+class Peek:
+    """Drafts that are right for 1 to h tokens, by turns: the random heads alone are seldom right for two."""
+
+    def draft(self, lattices, contexts, p):
+        drafts = np.repeat(lattices.token_ids[:, None, :, 0], min(p, 2), axis=1)
+        for row, context in enumerate(contexts):
+            done = len(context.output_ids)
+            ahead = context.future[done : done + 1 + done % lattices.h]
+            drafts[row, -1, : len(ahead)] = ahead
+        return drafts
+
+
+@pytest.fixture(autouse=True)
+def peek(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rescorers.BUILT_IN, "peek", Peek)
+
+
+@pytest.fixture
+def make(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path) -> Make:
+    """Options for the tiny model (h = 4) and six examples."""
+    common: dict[str, Any] = {
+        "base": str(tiny_folder), "heads": str(tiny_heads_folder), "data": str(squad_file), "dtype": "float64",
+        "device": "cpu", "max_new_tokens": 14, "k": 8, "rescorers": ("none", "oracle", "peek"),
+    }  # fmt: skip
+    return lambda **changes: EvalOptions(**common | changes)
+
+
+def run(options: EvalOptions, **more: Any) -> list[Result]:
+    return evaluate(options, **more).document.results
+
+
+def without_times(results: list[Result]) -> list[Result]:
+    return [dataclasses.replace(r, latency=None, identical=None) for r in results]
+
+
+def no_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm.catalog, "load_base", lambda *_, **__: pytest.fail("the base LM was loaded"))
+
+
+class TestNumbers:
+    @pytest.mark.parametrize("verify", ["tree", "batch"])
+    @pytest.mark.parametrize("p", [1, 4])
+    def test_replay_gives_the_live_numbers_and_live_is_exact(self, make: Make, p: int, verify: str):
+        replayed = run(make(p=p))
+        live = run(make(p=p, verify=verify, mode="live"))
+        assert [r.identical for r in replayed] == [None] * 3 and [r.latency for r in replayed] == [None] * 3
+        assert [r.identical for r in live] == [{"n": 6, "identical": 6}] * 3
+        assert without_times(live) == replayed
+        assert replayed[2].accepted_histogram[2] and replayed[2].accepted_histogram[4], "long blocks occur"
+
+    @pytest.mark.parametrize("changes", [{}, {"p": 4}, {"k": 1}, {"k": 257}, {"h": 2}, {"h": 3, "p": 16}])
+    def test_the_identities_hold_for_every_rescorer(self, make: Make, changes: dict[str, Any]):
+        results = run(make(**changes))
+        h = changes.get("h", 4)
+        assert [r.rescorer for r in results] == ["none", "oracle", "peek"]
+        for r in results:
+            assert (r.task, r.k, r.p, r.alpha, r.n) == ("squad", changes.get("k", 8), changes.get("p", 1), None, 6)
+            assert len(r.accepted_histogram) == h + 1 and len(r.marginal) == len(r.conditional) == h
+            assert sum(r.accepted_histogram) == r.steps and r.accepted_histogram[0] == 0
+            assert sum(i * n for i, n in enumerate(r.accepted_histogram)) == r.tokens
+            assert r.block_efficiency == r.tokens / r.steps == pytest.approx(sum(r.marginal))
+            assert np.cumprod(r.conditional) == pytest.approx(r.marginal)
+            assert all(a >= b for a, b in itertools.pairwise([1.0, *r.marginal]))
+            low, high = r.block_efficiency_ci95 or (0, 0)
+            assert low <= r.block_efficiency <= high
+            assert r.oracle_block_efficiency == results[1].block_efficiency
+        assert len({r.tokens for r in results}) == 1, "every rescorer decodes the same output"
+        assert results[0].block_efficiency <= results[1].block_efficiency
+
+    def test_h_uses_the_first_heads_only(self, make: Make, tiny_base, tmp_path: Path):
+        make_heads(tiny_base).first(3).save(tmp_path / "heads", dtype=tiny_base.dtype)
+        cut = run(make(heads=str(tmp_path / "heads")))
+        assert run(make(h=3)) == cut == without_times(run(make(h=3, mode="live")))
+        with pytest.raises(RescoreError, match="h = 5, but these heads propose blocks of 4; choose --h from 2 to 4"):
+            run(make(h=5))
+
+    def test_the_oracle_of_the_whole_vocabulary_fills_blocks(self, make: Make):
+        (oracle,) = run(make(k=257, rescorers=("oracle",)))
+        assert oracle.accepted_histogram == [0, 0, 6, 0, 18], "14 tokens: three blocks of 4 and a rest of 2, six times"
+        assert oracle.block_efficiency == oracle.oracle_block_efficiency
+
+    def test_several_tasks_and_rescorers_in_the_order_given(self, make: Make, tmp_path: Path):
+        data = write_lines(tmp_path / "both.jsonl", [r | {"answer": "42"} for r in squad_records(3)])
+        found = run(make(tasks=("gsm8k", "squad", "gsm8k"), rescorers=("oracle", "none", "oracle"), data=str(data)))
+        names = [("gsm8k", "oracle"), ("gsm8k", "none"), ("squad", "oracle"), ("squad", "none")]
+        assert [(r.task, r.rescorer) for r in found] == names
+        assert found[2:] == run(make(rescorers=("oracle", "none"), data=str(data)))
+
+    def test_the_metric_scores_the_output(self, make: Make, tmp_path: Path):
+        trace, _ = trace_task(make(), tmp_path / "trace")
+        records = squad_records(6)
+        for record, example in list(zip(records, trace.examples, strict=True))[:3]:
+            record["answers"] = {"text": [example.output]}
+        (none,) = run(make(rescorers=("none",), data=str(write_lines(tmp_path / "right.jsonl", records))))
+        assert none.quality == {"metric": "exact match", "value": 0.5}
+
+    def test_the_seed_moves_the_interval_and_nothing_else(self, make: Make, tmp_path: Path):
+        data = str(write_lines(tmp_path / "squad.jsonl", squad_records(25)))
+        one, other, again = (run(make(data=data, k=32, rescorers=("oracle",), seed=s))[0] for s in (0, 1, 0))
+        assert one == again and one.block_efficiency_ci95 != other.block_efficiency_ci95
+        assert dataclasses.replace(one, block_efficiency_ci95=other.block_efficiency_ci95) == other
+
+    @pytest.mark.parametrize("limit", [1, 2])
+    def test_the_shortest_outputs_can_be_timed(self, make: Make, limit: int):
+        (result,) = run(make(mode="live", max_new_tokens=limit, rescorers=("none",)))
+        assert result.latency is not None and result.identical == {"n": 6, "identical": 6}
+        assert (result.latency["predicted_speedup"] is None) == (limit == 1), "one token needs no call"
+
+    def test_times_are_made_of_their_parts(self, make: Make):
+        (result,) = run(make(mode="live", rescorers=("none",)))
+        assert result.latency is not None
+        t = result.latency
+        assert all(value > 0 for value in t.values())
+        spent = t["verify_ms"] + t["heads_ms"] + t["rescore_ms"]
+        assert spent / (1 - t["glue_share"]) * result.steps == pytest.approx(
+            1e3 * result.tokens / t["tokens_per_second"]
+        )
+        assert t["autoregressive_ms"] * t["autoregressive_tokens_per_second"] == pytest.approx(1e3)
+        assert t["speedup"] == pytest.approx(t["tokens_per_second"] / t["autoregressive_tokens_per_second"])
+        assert t["predicted_speedup"] == pytest.approx(result.block_efficiency * t["autoregressive_ms"] / spent)
+
+
+class TestOracleByK:
+    def test_a_result_for_each_k_and_task(self, make: Make):
+        found = oracle_by_k(make(), [1, 2, 4, 40]).document.results
+        assert [(r.rescorer, r.k, r.p) for r in found] == [("oracle", k, 1) for k in (1, 2, 4, 40)]
+        for r in found:
+            (alone,) = run(make(rescorers=("oracle",), k=r.k))
+            assert r == alone
+        (unrescored,) = run(make(rescorers=("none",), k=1))
+        assert found[0].accepted_histogram == unrescored.accepted_histogram
+
+    def test_k_that_makes_no_sense_is_refused(self, make: Make):
+        for ks, message in (([0, 2], "k = 0"), ([4, 258], "k = 258 is outside 1 to the vocabulary's 257")):
+            with pytest.raises(RescoreError, match=message):
+                oracle_by_k(make(), ks)
+
+
+class TestTraces:
+    def test_the_second_run_needs_no_model(self, make: Make, monkeypatch: pytest.MonkeyPatch):
+        first = run(make())
+        no_base(monkeypatch)
+        assert run(make()) == first
+        assert run(make(limit=2)) != first
+        assert [r.k for r in run(make(k=32, p=3, h=2))] == [32] * 3
+
+    def test_k_above_what_is_cached_records_anew_and_both_stay(self, make: Make, monkeypatch: pytest.MonkeyPatch):
+        narrow, wide = run(make(k=16, limit=3)), run(make(k=40, limit=3))
+        assert [r.k for r in wide] == [40] * 3
+        both = (make(k=16, limit=5), make(k=40, limit=5))  # both can be extended
+        extended = [run(options) for options in both]
+        no_base(monkeypatch)
+        assert [run(make(k=16, limit=3)), run(make(k=40, limit=3))] == [narrow, wide]
+        assert [run(options) for options in both] == extended
+        kept = [read_header(folder) for folder in (cache_directory() / "traces").iterdir()]
+        assert sorted(header.k for header in kept) == [32, 40]
+
+    def test_k_above_the_vocabulary_is_refused_before_work(self, make: Make, monkeypatch: pytest.MonkeyPatch):
+        no_base(monkeypatch)
+        with pytest.raises(RescoreError, match="k = 300 is outside 1 to the vocabulary's 257; choose another --k"):
+            run(make(k=300))
+
+    def test_a_longer_limit_records_only_what_is_missing(self, make: Make):
+        seen: list[tuple[str, int, int]] = []
+        run(make(limit=2))
+        some = run(make(limit=5), progress=lambda *what: seen.append(what))
+        assert [what for what in seen if what[0] == "trace squad"] == [("trace squad", n, 5) for n in (3, 4, 5)]
+        assert [r.n for r in some] == [5, 5, 5]
+        whole = run(make())
+        assert whole == run(make(trace=str(next((cache_directory() / "traces").iterdir())), data=None, heads=None))
+
+    def test_other_heads_data_and_limits_have_traces_of_their_own(self, make: Make, tiny_base, tmp_path: Path):
+        make_heads(tiny_base, seed=5).save(tmp_path / "heads")
+        other = write_lines(tmp_path / "other.jsonl", squad_records(7)[1:])
+        for changes in ({}, {"heads": str(tmp_path / "heads")}, {"data": str(other)}, {"max_new_tokens": 9},
+                        {"max_prompt_tokens": 30}, {"dtype": "float32"}):  # fmt: skip
+            run(make(rescorers=("none",), limit=1, **changes))
+        assert len(list((cache_directory() / "traces").iterdir())) == 6
+
+    def test_a_recorded_trace_gives_the_same_results(self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        options = make(p=2)
+        trace, notice = trace_task(make(k=16), tmp_path / "trace")
+        assert (len(trace.examples), trace.header.k, trace.header.h, notice) == (6, 16, 4, None)
+        direct, shorter = run(options), run(make(limit=4, h=3))
+        no_base(monkeypatch)
+        given = {"trace": str(tmp_path / "trace"), "data": None, "heads": None, "base": "no-such-model"}
+        assert run(dataclasses.replace(options, **given)) == direct
+        assert run(make(limit=4, h=3, **given)) == shorter
+        assert [r.k for r in oracle_by_k(make(**given), [1, 16]).document.results] == [1, 16]
+
+    def test_a_trace_refuses_what_it_does_not_hold(self, make: Make, tmp_path: Path):
+        trace_task(make(k=8, tasks=("squad",)), tmp_path / "trace")
+        given = {"trace": str(tmp_path / "trace"), "data": None, "heads": None}
+        for changes, message in (
+            ({"k": 16}, "k = 16, but the trace holds the top 8 of each head; choose --k from 1 to 8"),
+            ({"h": 5}, "h = 5, but these heads propose blocks of 4"),
+            ({"tasks": ("gsm8k",)}, "trace is a trace of squad, not of gsm8k; drop --task"),
+            ({"mode": "live"}, "can be replayed, not decoded live"),
+            ({"data": "x.jsonl"}, "has its own examples and lattices; drop --data or --trace"),
+            ({"heads": "x"}, "drop --heads or --trace"),
+        ):
+            with pytest.raises(RescoreError, match=message):
+                run(make(**{**given, **changes}))
+        with pytest.raises(IncompatibleError, match=r"\(k: 8 -> 16\); use another --out"):
+            trace_task(make(k=16), tmp_path / "trace")
+
+    def test_a_trace_made_elsewhere_is_called_as_the_user_likes(self, make: Make, tmp_path: Path):
+        trace_task(make(), tmp_path / "medusa")
+        header = json.loads((tmp_path / "medusa" / "trace.json").read_text())
+        (tmp_path / "medusa" / "trace.json").write_text(json.dumps(header | {"settings": {}}))
+        given = make(trace=str(tmp_path / "medusa"), data=None, heads=None)
+        assert {(r.task, r.quality) for r in run(given)} == {("medusa", None)}
+        assert {r.task for r in run(dataclasses.replace(given, tasks=("mine",)))} == {"mine"}
+        with pytest.raises(RescoreError, match="is the trace of one task; give one --task, or none"):
+            run(dataclasses.replace(given, tasks=("mine", "yours")))
+
+
+class TestConfiguration:
+    def test_the_document_carries_all_that_the_numbers_depend_on(self, make: Make, squad_file: Path, tmp_path: Path):
+        run(make(seed=3), out=tmp_path / "run")
+        document = json.loads((tmp_path / "run" / "results.json").read_text())
+        config = document["config"]
+        assert config["options"] == json.loads(json.dumps(dataclasses.asdict(make(seed=3, tasks=("squad",)))))
+        assert {"rescore", "torch", "transformers"} <= set(config["versions"])
+        assert "git_revision" in config
+        identity = lm.catalog.identify(make().base, dtype="float64")
+        trace = config["traces"]["squad"]
+        assert trace["base"] == dataclasses.asdict(identity)
+        assert {len(trace["base"][name]) for name in ("weights_sha256", "tokenizer_sha256")} == {64}
+        assert len(trace["heads_sha256"]) == 64 and (trace["h"], trace["k"]) == (4, 32)
+        assert trace["template"] == "question: {question} context: {context}" and trace["chat"] is True
+        assert config["data"]["squad"]["path"] == str(squad_file)
+        assert config["data"]["squad"]["sha256"] == trace["data_sha256"]
+        assert config["notices"] == []
+        assert document["results"] == json.loads(json.dumps([dataclasses.asdict(r) for r in run(make(seed=3))]))
+
+    def test_a_given_trace_is_identified_by_its_content(self, make: Make, tmp_path: Path):
+        trace_task(make(limit=2), tmp_path / "trace")
+        given = make(trace=str(tmp_path / "trace"), data=None, heads=None)
+        one, again = (evaluate(given).document.config for _ in range(2))
+        assert one["data"]["squad"] == again["data"]["squad"]
+        assert one["data"]["squad"]["kind"] == "trace" and len(one["data"]["squad"]["sha256"]) == 64
+        assert one["traces"]["squad"]["base"]["name"] == make().base
+        trace_task(make(limit=3), tmp_path / "trace")
+        assert evaluate(given).document.config["data"]["squad"] != one["data"]["squad"]
+
+    def test_the_sample_stands_in_with_a_notice(self, make: Make, monkeypatch: pytest.MonkeyPatch):
+        found = evaluate(make(data=None, limit=2, max_prompt_tokens=200))
+        (notice,) = found.notices
+        assert "is not in the local cache; using 2 examples of the sample embedded for task squad" in notice
+        assert found.document.config["notices"] == [notice]
+        assert found.document.config["data"]["squad"]["kind"] == "sample"
+        assert [r.n for r in found.document.results] == [2, 2, 2]
+
+    def test_everything_is_checked_before_the_model_runs(self, make: Make, tmp_path: Path, monkeypatch):
+        data = write_lines(tmp_path / "squad.jsonl", squad_records(2))  # gsm8k lacks its field `answer`
+        no_base(monkeypatch)
+        with pytest.raises(InvalidDataError, match="line 1: no field 'answer'"):
+            run(make(tasks=("squad", "gsm8k"), data=str(data)))
+        with pytest.raises(UnknownNameError, match="unknown rescorer 'nine'"):
+            run(make(rescorers=("none", "nine")))
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"p": 0}, "p = 0"),
+            ({"k": 0}, "k = 0"),
+            ({"h": 1}, "h = 1; a block has at least 2 heads"),
+            ({"limit": 0}, "--limit 0"),
+            ({"seed": -1}, "--seed -1"),
+            ({"max_new_tokens": 0}, "--max-new-tokens 0"),
+            ({"max_prompt_tokens": 0}, "--max-prompt-tokens 0"),
+            ({"mode": "replya"}, "unknown mode 'replya'; did you mean replay"),
+            ({"verify": "trees"}, "unknown verify mode 'trees'; did you mean tree"),
+            ({"tasks": ("squat",)}, "unknown task 'squat'; did you mean squad"),
+            ({"dtype": "float23"}, "unknown dtype 'float23'; did you mean float32"),
+            ({"heads": "/nowhere"}, "no block heads in /nowhere"),
+            ({"base": "/nowhere"}, "/nowhere"),
+        ],
+    )
+    def test_options_that_make_no_sense_are_refused(self, make: Make, changes: dict[str, Any], message: str):
+        with pytest.raises(RescoreError, match=message):
+            run(make(**changes))
+
+    def test_heads_of_another_base_are_refused(self, make: Make, tmp_path: Path):
+        other = save_tiny_base(tmp_path / "wide", hidden_size=48)
+        with pytest.raises(IncompatibleError, match="hidden_size is 32, the base's is 48; give other --heads"):
+            run(make(base=str(other)))
+
+
+def stop_after(count: int, how: Callable[[], Any]) -> Callable[..., Any]:
+    """A progress callback that stops the run when so many examples are done."""
+
+    def progress(what: str, done: int, total: int) -> None:
+        if not what.startswith("trace") and done == count:
+            how()
+
+    return progress
+
+
+def ctrl_c() -> None:
+    raise KeyboardInterrupt
+
+
+def examples_of(folder: Path) -> list[tuple[str, str]]:
+    records = [json.loads(line) for line in (folder / "examples.jsonl").read_text().splitlines()]
+    return [(record["rescorer"], record["id"]) for record in records]
+
+
+class TestInterruption:
+    @pytest.mark.parametrize("how", [ctrl_c, lambda: signal.raise_signal(signal.SIGINT)], ids=["exception", "signal"])
+    @pytest.mark.parametrize("mode", ["replay", "live"])
+    def test_finished_examples_are_kept_and_the_same_command_goes_on(
+        self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, how: Callable[[], Any]
+    ):
+        monkeypatch.setattr(evaluation, "REPLAY_EXAMPLES", 2)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            cut = evaluate(make(mode=mode), out=tmp_path, progress=stop_after(2, how))
+        finally:
+            signal.signal(signal.SIGINT, before)
+        assert cut.interrupted and [r.n for r in cut.document.results] == [2, 2, 2]
+        assert without_times(cut.document.results) == run(make(limit=2))
+        assert {name for _, name in examples_of(tmp_path)} == {"q0", "q1"}
+        assert not (tmp_path / "results.json").exists()
+
+        kept = (tmp_path / "examples.jsonl").read_bytes()
+        with (tmp_path / "examples.jsonl").open("ab") as stream:
+            stream.write(b'{"task": "squad", "resc')  # killed while it wrote
+        whole = evaluate(make(mode=mode), out=tmp_path)
+        assert not whole.interrupted and without_times(whole.document.results) == run(make())
+        assert (tmp_path / "examples.jsonl").read_bytes().startswith(kept)
+        assert len(examples_of(tmp_path)) == len(set(examples_of(tmp_path))) == 18
+        saved = json.loads((tmp_path / "results.json").read_text())["results"]
+        assert saved == json.loads(json.dumps([dataclasses.asdict(r) for r in whole.document.results]))
+
+    def test_ctrl_c_inside_a_rescorer(self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(evaluation, "REPLAY_EXAMPLES", 2)
+        calls: list[int] = []
+
+        class Slow(Peek):
+            def draft(self, lattices, contexts, p):
+                calls.append(1)
+                if len(calls) == 8:  # in the second pair of examples
+                    ctrl_c()
+                return super().draft(lattices, contexts, p)
+
+        monkeypatch.setitem(rescorers.BUILT_IN, "slow", Slow)
+        options = make(rescorers=("none", "slow"))
+        cut = evaluate(options, out=tmp_path)
+        assert cut.interrupted
+        assert [(r.rescorer, r.n) for r in cut.document.results] == [("none", 4), ("slow", 2)]
+        assert evaluate(options, out=tmp_path).document.results == run(options)
+
+    @pytest.mark.parametrize("mode", ["replay", "live"])
+    def test_ctrl_c_while_the_trace_is_recorded(self, make: Make, tmp_path: Path, monkeypatch, mode: str):
+        monkeypatch.setattr(tracing, "PART_EXAMPLES", 2)
+
+        def progress(what: str, done: int, total: int) -> None:
+            if done == 5:
+                ctrl_c()
+
+        cut = evaluate(make(mode=mode), out=tmp_path, progress=progress)
+        assert cut.interrupted
+        expected = run(make(limit=4)) if mode == "replay" else []  # what is recorded is replayed, not decoded
+        assert cut.document.results == expected
+        seen: list[int] = []
+        whole = evaluate(make(mode=mode), out=tmp_path, progress=lambda what, done, _: seen.append((what, done)))
+        assert [n for what, n in seen if what == "trace squad"] == [5, 6], "four examples were recorded already"
+        assert without_times(whole.document.results) == run(make())
+
+    def test_ctrl_c_before_anything_is_finished(self, make: Make, tmp_path: Path):
+        cut = evaluate(make(), out=tmp_path, progress=lambda *_: ctrl_c())
+        assert cut.interrupted and cut.document.results == []
+        assert run(make(), out=tmp_path) == run(make())
+
+    def test_the_second_task_goes_on_where_it_stopped(self, make: Make, tmp_path: Path):
+        data = write_lines(tmp_path / "both.jsonl", [r | {"answer": "42"} for r in squad_records(3)])
+        options = make(tasks=("gsm8k", "squad"), data=str(data))
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what == "trace squad":
+                ctrl_c()
+
+        cut = evaluate(options, out=tmp_path / "run", progress=progress)
+        assert {r.task for r in cut.document.results} == {"gsm8k"}
+        assert run(options, out=tmp_path / "run") == run(options)
+
+    def test_a_finished_run_is_not_done_again(self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        live = run(make(mode="live"), out=tmp_path)
+        monkeypatch.setattr(evaluation, "decode", lambda *_, **__: pytest.fail("decoded again"))
+        assert run(make(mode="live"), out=tmp_path) == live
+
+    def test_a_changed_configuration_does_not_go_on(self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        data = write_lines(tmp_path / "squad.jsonl", squad_records(2))
+        run(make(data=str(data)), out=tmp_path / "run")
+        before = sorted((f.name, f.read_bytes()) for f in (tmp_path / "run").iterdir())
+        for changes, difference in (
+            ({"k": 4}, r"\(options.k: 8 -> 4\)"),
+            ({"rescorers": ("none",), "limit": 1}, r"options.rescorers: .*; options.limit: None -> 1"),
+            ({"max_new_tokens": 9}, r"options.max_new_tokens: 14 -> 9; traces.squad.max_new_tokens: 14 -> 9"),
+        ):
+            with pytest.raises(IncompatibleError, match=difference):
+                run(make(data=str(data), **changes), out=tmp_path / "run")
+        write_lines(data, squad_records(3))  # the same name, other examples
+        with pytest.raises(IncompatibleError, match=r"data.squad.sha256: .* -> .*; use another --out"):
+            run(make(data=str(data)), out=tmp_path / "run")
+        assert sorted((f.name, f.read_bytes()) for f in (tmp_path / "run").iterdir()) == before
+
+    def test_the_reason_for_the_sample_may_change(self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        first = evaluate(make(data=None, limit=1, max_prompt_tokens=200), out=tmp_path)
+        monkeypatch.delenv("HF_HUB_OFFLINE")
+        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(data_module, "_hub_trouble", lambda hub: "the hub can't be reached")
+        second = evaluate(make(data=None, limit=1, max_prompt_tokens=200), out=tmp_path)
+        assert first.notices != second.notices and "can't be reached" in second.notices[0]
+        assert first.document.results == second.document.results

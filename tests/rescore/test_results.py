@@ -1,0 +1,240 @@
+"""Results on disk: a log that survives kills and full disks, a summary that is whole or not there, and the tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import files_of_at_most
+
+from lattices.errors import IncompatibleError, InvalidDataError, OutputError
+from rescore import results
+from rescore.accounting import account
+from rescore.report.tables import results_table, table
+from rescore.results import ExampleLog, Result, ResultsDocument, environment, versions
+
+CONFIG = {"options": {"k": 16, "p": 1}, "traces": {"squad": {"base": {"weights_sha256": "abc"}}}}
+
+
+def record(example: str, rescorer: str = "none", task: str = "squad") -> dict[str, Any]:
+    return {
+        "task": task, "rescorer": rescorer, "id": example, "h": 2, "accepted": [1, 2], "oracle_accepted": [2, 1]
+    }  # fmt: skip
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "examples.jsonl").read_text().splitlines()]
+
+
+class TestExampleLog:
+    def test_finished_examples_are_on_disk_at_once_and_there_the_next_time(self, tmp_path: Path):
+        with ExampleLog(tmp_path / "run", CONFIG) as log:
+            log.add(record("a"))
+            assert lines(tmp_path / "run") == [record("a")]
+            log.add(record("a", "oracle"))
+        with ExampleLog(tmp_path / "run", CONFIG) as log:
+            assert log.has("squad", "none", "a") and log.has("squad", "oracle", "a")
+            assert not log.has("squad", "none", "b") and not log.has("xsum", "none", "a")
+            log.add(record("b"))
+        assert lines(tmp_path / "run") == [record("a"), record("a", "oracle"), record("b")]
+
+    def test_without_a_folder_it_remembers(self):
+        with ExampleLog(None, CONFIG) as log:
+            log.add(record("a"))
+            assert log.records("squad", "none", ["a"]) == [record("a")]
+
+    def test_records_come_in_the_order_asked_for_not_of_finishing(self):
+        with ExampleLog(None, CONFIG) as log:
+            for name in "cab":
+                log.add(record(name))
+            log.add(record("d", task="xsum"))
+        assert [r["id"] for r in log.records("squad", "none", ["a", "b", "z", "c"])] == ["a", "b", "c"]
+
+    @pytest.mark.parametrize("torn", ['{"task": "squ', '{"task": "squad"}', "\x00\x00"])
+    def test_a_torn_last_line_is_cut_off(self, tmp_path: Path, torn: str):
+        with ExampleLog(tmp_path, CONFIG) as log:
+            log.add(record("a"))
+        with (tmp_path / "examples.jsonl").open("a") as stream:
+            stream.write(torn)
+        with ExampleLog(tmp_path, CONFIG) as log:
+            log.add(record("b"))
+        assert lines(tmp_path) == [record("a"), record("b")]
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("{broken", "line 2 is not valid JSON"),
+            ("[1]", "line 2 is not a JSON object"),
+            ('{"task": "squad"}', "line 2 is not a finished example; use another --out"),
+            (json.dumps(record("b") | {"accepted": 3}), "line 2 is not a finished example"),
+        ],
+    )
+    def test_a_broken_line_is_refused_by_number(self, tmp_path: Path, line: str, message: str):
+        with ExampleLog(tmp_path, CONFIG) as log:
+            log.add(record("a"))
+        with (tmp_path / "examples.jsonl").open("a") as stream:
+            stream.write(line + "\n")
+        with pytest.raises(InvalidDataError, match=message):
+            ExampleLog(tmp_path, CONFIG)
+
+    def test_another_configuration_is_refused_with_the_difference(self, tmp_path: Path):
+        with ExampleLog(tmp_path, CONFIG):
+            pass
+        other = {"options": {"k": 8, "p": 1}, "traces": {"squad": {"base": {"weights_sha256": "def"}}}}
+        difference = r"\(options.k: 16 -> 8; traces.squad.base.weights_sha256: abc -> def\); use another --out"
+        with pytest.raises(IncompatibleError, match=difference):
+            ExampleLog(tmp_path, other)
+        assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+
+    def test_a_folder_of_something_else_is_refused(self, tmp_path: Path):
+        (tmp_path / "config.json").write_text("{")
+        with pytest.raises(InvalidDataError, match=r"config.json is not valid JSON"):
+            ExampleLog(tmp_path, CONFIG)
+        (tmp_path / "config.json").write_text("[]")
+        with pytest.raises(IncompatibleError, match=r"config.json is not an object"):
+            ExampleLog(tmp_path, CONFIG)
+        (tmp_path / "config.json").unlink()
+        (tmp_path / "examples.jsonl").write_text("{}\n")
+        with pytest.raises(IncompatibleError, match=r"examples of a run without its config.json; use another --out"):
+            ExampleLog(tmp_path, CONFIG)
+
+    def test_a_file_in_the_way_is_told(self, tmp_path: Path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(OutputError, match=r"can't write .*file.*exists"):
+            ExampleLog(tmp_path / "file", CONFIG)
+        with pytest.raises(OutputError, match=r"can't write .*file.*Not a directory"):
+            ExampleLog(tmp_path / "file" / "run", CONFIG)
+
+    def test_a_full_disk_is_told_and_keeps_what_was_finished(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+        full = pytest.raises(OutputError, match=r"can't write .*examples.jsonl: .*; what was written before is kept")
+        with files_of_at_most(len(json.dumps(record("0"))) * 4), full, ExampleLog(tmp_path, CONFIG) as log:
+            for number in range(5):
+                log.add(record(str(number)))
+        with ExampleLog(tmp_path, CONFIG) as log:
+            assert [number for number in range(5) if log.has("squad", "none", str(number))] == [0, 1, 2]
+            log.add(record("3"))
+        assert lines(tmp_path) == [record(str(number)) for number in range(4)]
+        assert capfd.readouterr().err == ""
+
+
+def result(**changes: Any) -> Result:
+    accounting = account([[1, 2, 3], [3, 1]], 3)
+    fields = {
+        "task": "squad", "rescorer": "none", "k": 16, "p": 1, "alpha": None, "n": 2, "oracle_block_efficiency": 2.5,
+        "quality": None, "identical": None, "latency": None, **vars(accounting),
+    }  # fmt: skip
+    return Result(**{**fields, **changes})
+
+
+OPTIONS = {"mode": "replay", "verify": "tree", "trace": None, "base": "tiny", "dtype": "float32", "max_new_tokens": 64}
+LATENCY = {
+    "prefill_ms": 123.4, "autoregressive_ms": 20.0, "verify_ms": 21.0, "heads_ms": 1.5, "rescore_ms": 0.25,
+    "rescore_p50_ms": 0.2, "rescore_p95_ms": 0.4, "glue_share": 0.031, "tokens_per_second": 87.6,
+    "autoregressive_tokens_per_second": 50.0, "speedup": 1.752, "predicted_speedup": 1.8,
+}  # fmt: skip
+
+
+class TestDocument:
+    def test_it_is_schema_config_and_results(self):
+        document = ResultsDocument({"seed": 1}, [result()]).as_dict()
+        assert list(document) == ["schema", "config", "results"]
+        assert document["schema"] == "rescore.results/1" and document["config"] == {"seed": 1}
+        (found,) = document["results"]
+        assert {
+            "task", "rescorer", "k", "p", "alpha", "block_efficiency", "block_efficiency_ci95",
+            "block_efficiency_macro", "oracle_block_efficiency", "steps", "tokens", "accepted_histogram", "marginal",
+            "conditional", "quality", "identical", "latency",
+        } <= set(found)  # fmt: skip
+        assert json.loads(json.dumps(document))["results"][0]["accepted_histogram"] == [0, 2, 1, 2]
+
+    def test_it_is_written_whole_or_not_at_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        ResultsDocument({"run": 1}).save(tmp_path)
+        with files_of_at_most(10), pytest.raises(OutputError, match=r"can't write .*results.json"):
+            ResultsDocument({"run": 2}).save(tmp_path)
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "replace", full)
+        with pytest.raises(OutputError, match=r"can't write .*results.json: No space left on device"):
+            ResultsDocument({"run": 3}).save(tmp_path)
+        assert [f.name for f in tmp_path.iterdir()] == ["results.json"]
+        assert json.loads((tmp_path / "results.json").read_text())["config"] == {"run": 1}
+
+    def test_the_environment_names_versions_and_revision(self, monkeypatch: pytest.MonkeyPatch):
+        assert {"rescore", "torch", "transformers", "numpy", "numba", "datasets"} <= set(versions())
+        assert environment()["versions"] == versions()
+        revision = environment()["git_revision"]
+        assert revision is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", revision)
+        monkeypatch.setattr(results, "LIBRARIES", ("no-such-library",))
+        assert versions()["no-such-library"] == "not installed"
+
+    def test_without_git_there_is_no_revision(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("PATH", "/nowhere")
+        assert environment()["git_revision"] is None
+
+
+class TestTables:
+    def test_columns_are_aligned(self):
+        assert table(["a", "b"], [["x", "1"], ["long", "22"]]).splitlines() == [
+            "a      b", "----  --", "x      1", "long  22",
+        ]  # fmt: skip
+
+    def test_it_says_what_was_run_and_what_came_of_it(self):
+        text = results_table(ResultsDocument({"options": OPTIONS}, [result(quality={"metric": "F1", "value": 0.25})]))
+        assert text.startswith("replayed decode of tiny in float32, h = 3, up to 64 new tokens\n")
+        low, high = account([[1, 2, 3], [3, 1]], 3).block_efficiency_ci95 or (0, 0)
+        cells = [
+            "squad",
+            "none",
+            "16",
+            "1",
+            "2",
+            "5",
+            "10",
+            "2.000",
+            f"{low:.3f}-{high:.3f}",
+            "2.000",
+            "2.500",
+            "0.250",
+        ]
+        assert " ".join(cells) + " F1" in " ".join(text.split())
+        assert re.search(r"exactly i \(count\) +2 +1 +2\n", text)
+        assert re.search(r"at least i \(share\) +1.000 +0.600 +0.400\n", text)
+        assert re.search(r"i, given i - 1 +1.000 +0.600 +0.667(\n|$)", text)
+        assert "tok/s" not in text
+
+    def test_what_nothing_reached_has_no_share(self):
+        found = result(**vars(account([[1, 1]], 3)))
+        text = results_table(ResultsDocument({"options": OPTIONS}, [found]))
+        assert re.search(r"i, given i - 1 +1.000 +0.000 +-(\n|$)", text)
+        assert re.search(r"1.000 +- +1.000 +2.500 +-\n", text), "one example has no interval, this task no metric"
+
+    def test_times_are_shown_in_live_mode(self):
+        live = result(identical={"n": 2, "identical": 1}, latency=LATENCY)
+        without_calls = result(
+            rescorer="oracle", identical=live.identical, latency=LATENCY | {"predicted_speedup": None}
+        )
+        text = results_table(ResultsDocument({"options": OPTIONS | {"mode": "live"}}, [live, without_calls]))
+        assert text.startswith("live decode (p drafts as tree) of tiny")
+        assert re.search(r"squad +none +16 +1 +1/2 +87.6 +50.0 +1.75x +1.80x\n", text)
+        assert re.search(r"oracle +16 +1 +1/2 +87.6 +50.0 +1.75x +-\n", text)
+        assert re.search(r"squad +none +16 +1 +20.0 +21.0 +1.5 +0.25 +0.20 +0.40 +3.1% +123\n", text)
+
+    def test_a_given_trace_is_named(self):
+        text = results_table(ResultsDocument({"options": OPTIONS | {"trace": "medusa"}}, [result()]))
+        assert text.startswith("replayed decode of the trace medusa, h = 3\n")
+
+    def test_nothing_finished_is_said(self):
+        assert results_table(ResultsDocument({"options": OPTIONS})) == "no finished examples"
+
+    def test_it_fits_into_120_columns(self):
+        wide = account([[9] * 900, [9] * 9000], 9)
+        fields = {"task": "multi_news", "rescorer": "neural-61m", "p": 16, "quality": {"metric": "ROUGE-L", "value": 1}}
+        live = {"identical": {"n": 1000, "identical": 1000}, "latency": LATENCY}
+        text = results_table(ResultsDocument({"options": OPTIONS}, [result(**{**vars(wide), **fields, **live})]))
+        assert max(map(len, text.splitlines())) <= 120

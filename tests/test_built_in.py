@@ -1,0 +1,16 @@
+"""The built-in model end to end, with the heads that are shipped: conversion, a trace, replay and live decoding."""
+
+from __future__ import annotations
+
+from rescore.evaluation import EvalOptions, evaluate
+
+
+def test_the_built_in_model_decodes_exactly_and_gains():
+    options = EvalOptions(rescorers=("none", "oracle"), limit=2, max_new_tokens=24)
+    replayed = evaluate(options).document.results
+    live = evaluate(EvalOptions(**{**options.__dict__, "mode": "live"})).document.results
+    for a, b in zip(replayed, live, strict=True):
+        assert a.accepted_histogram == b.accepted_histogram
+        assert b.identical == {"n": 2, "identical": 2}
+    unrescored, oracle = replayed
+    assert oracle.block_efficiency > unrescored.block_efficiency > 1.0

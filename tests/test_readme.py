@@ -1,0 +1,32 @@
+"""The README's Python example runs, here on the tiny model; and its commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import typer.main
+
+from cli import app
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_python_example_runs(tiny_folder, tiny_heads_folder, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    example = example.replace('base="smollm2-135m"', f'base="{tiny_folder}", heads="{tiny_heads_folder}"')
+    exec(example, {})
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["none", "oracle"]
+
+
+def test_the_commands_in_the_readme_exist():
+    commands = typer.main.get_command(app)
+    for line in re.findall(r"^rescore (.+)$", README.read_text(), re.M):
+        words = re.split(r"\s+#", line)[0].split()
+        command = commands
+        while hasattr(command, "commands"):
+            assert words[0] in command.commands, line
+            command = command.commands[words.pop(0)]
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known, line

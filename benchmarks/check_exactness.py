@@ -66,13 +66,15 @@ def main() -> None:
                 )
                 identical[way] += decoded.output_ids == expected
                 same_steps[way] += decoded.accepted == replayed[way][place]
-            print(f"{place + 1}/{len(examples)} {list(identical.values())} {list(same_steps.values())}", file=sys.stderr)
+            print(
+                f"{place + 1}/{len(examples)} {list(identical.values())} {list(same_steps.values())}", file=sys.stderr
+            )
         n = len(trace.examples)
     rows = [["trace (batched greedy)", f"{traced}/{n}", "-"]]
     rows += [[way, f"{identical[way]}/{n}", f"{same_steps[way]}/{n}"] for way in ways]
     print(table(["decoding", "identical to generate", "replay = live"], rows))
-    print(json.dumps({"benchmark": "exactness", "task": task.name, "n": n, "max_new_tokens": limit,
-                      "trace_identical": traced, "identical": identical, "replay_equals_live": same_steps}))  # fmt: skip
+    line = {"benchmark": "exactness", "task": task.name, "n": n, "max_new_tokens": limit, "trace_identical": traced}
+    print(json.dumps({**line, "identical": identical, "replay_equals_live": same_steps}))
 
 
 if __name__ == "__main__":

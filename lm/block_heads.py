@@ -72,25 +72,18 @@ class BlockHeads(nn.Module):
         return read
 
     @torch.inference_mode()
-    def lattice(self, base: BaseLM, hidden: torch.Tensor, logits: torch.Tensor, k: int) -> tuple[Lattice, np.ndarray]:
-        """The lattice after each of n states, and the heads' entropies.
+    def logits(self, base: BaseLM, hidden: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        """All heads' logits after each of n states, `[n, h, vocab]`, in float32 at least.
 
-        `hidden` `[n, d]` and head 1's `logits` `[n, vocab]`, as the base's forward gave them -> a `Lattice`
-        `[n, h, k]` and entropies `[n, h]` in nats.
+        `hidden` `[n, d]` and head 1's logits `first` `[n, vocab]`, as the base's forward gave them.
         """
-        if not 1 <= k <= base.vocab_size:
-            raise RescoreError(f"k = {k} is outside 1 to the vocabulary's {base.vocab_size}; choose a smaller k")
         ahead = base.project(self(hidden.to(self.inner["weight"].dtype)).to(hidden.dtype))  # [h-1, n, vocab]
-        every = torch.cat([logits[:, None], ahead.transpose(0, 1)], dim=1)  # [n, h, vocab]
-        if every.dtype in (torch.float16, torch.bfloat16):
-            every = every.float()
-        values, token_ids = top_k_lowest_ids(every, k)
-        log_normaliser = torch.logsumexp(every, dim=-1, keepdim=True)  # [n, h, 1]
-        probabilities = torch.exp(every - log_normaliser)
-        entropies = log_normaliser[..., 0] - (probabilities * every).sum(-1)
-        logps = (values - log_normaliser).clamp(max=0.0).float()
-        lattice = Lattice(token_ids.to(torch.int32).cpu().numpy(), logps.cpu().numpy())
-        return lattice, entropies.float().cpu().numpy()
+        every = torch.cat([first[:, None], ahead.transpose(0, 1)], dim=1)
+        return every.float() if every.dtype in (torch.float16, torch.bfloat16) else every
+
+    def lattice(self, base: BaseLM, hidden: torch.Tensor, first: torch.Tensor, k: int) -> Lattice:
+        """The lattice `[n, h, k]` after each of n states; arguments as for `logits`."""
+        return lattice_of(self.logits(base, hidden, first), k)
 
     def first(self, h: int) -> BlockHeads:
         """The same heads cut to a block of h tokens (heads do not depend on each other)."""
@@ -110,6 +103,21 @@ class BlockHeads(nn.Module):
         with atomic_file(folder / WEIGHTS_FILE) as temporary:
             temporary.write_bytes(to_bytes(tensors))
         write_json(folder / CONFIG_FILE, dataclasses.asdict(self.config))
+
+
+def lattice_of(logits: torch.Tensor, k: int) -> Lattice:
+    """The lattice `[n, h, k]` of logits `[n, h, vocab]`. Raises `RescoreError` for a k outside the vocabulary."""
+    if not 1 <= k <= logits.shape[-1]:
+        raise RescoreError(f"k = {k} is outside 1 to the vocabulary's {logits.shape[-1]}; choose another k")
+    values, token_ids = top_k_lowest_ids(logits, k)
+    logps = (values - torch.logsumexp(logits, dim=-1, keepdim=True)).clamp(max=0.0)
+    return Lattice(token_ids.to(torch.int32).cpu().numpy(), logps.float().cpu().numpy())
+
+
+def entropies_of(logits: torch.Tensor) -> np.ndarray:
+    """Entropies in nats, float32 `[n, h]`, of logits `[n, h, vocab]`."""
+    entropies: np.ndarray = torch.special.entr(torch.softmax(logits, dim=-1)).sum(-1).float().cpu().numpy()
+    return entropies
 
 
 def top_k_lowest_ids(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

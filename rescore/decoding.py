@@ -90,7 +90,7 @@ def decode(
             drafts = np.array([[next_token]], dtype=np.int64)  # [p, h]
         else:
             before = clock()
-            lattice, _ = heads.lattice(base, hidden, logits, k)
+            lattice = heads.lattice(base, hidden, logits, k)
             seconds.heads += clock() - before
             before = clock()
             every = rescorer.draft(lattice, [context], p)  # [1, p', h]

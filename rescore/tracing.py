@@ -35,7 +35,7 @@ import torch
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.lattice import Lattice
 from lm.base import BaseLM
-from lm.block_heads import BlockHeads
+from lm.block_heads import BlockHeads, entropies_of, lattice_of
 from lm.catalog import first_line
 from lm.files import atomic_folder, changed_settings, write_json, writing
 from lm.generation import Greedy, generate_greedy
@@ -161,10 +161,11 @@ def _row(
     ids, logps, entropies = [], [], []
     for start in range(0, len(greedy.output_ids), LATTICE_ROWS):
         hidden = torch.from_numpy(greedy.hidden[start : start + LATTICE_ROWS]).to(base.device, base.dtype)
-        lattice, entropy = heads.lattice(base, hidden, base.project(hidden), k)
+        logits = heads.logits(base, hidden, base.project(hidden))
+        lattice = lattice_of(logits, k)
         ids.append(lattice.token_ids)
         logps.append(lattice.logps)
-        entropies.append(entropy)
+        entropies.append(entropies_of(logits))
     token_ids, scores = np.concatenate(ids), np.concatenate(logps)
     _put_first(token_ids[:, 0], scores[:, 0], greedy.output_ids)
     return {

@@ -14,7 +14,9 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_the_python_example_runs(tiny_folder, tiny_heads_folder, capsys):
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
-    example = example.replace('base="smollm2-135m"', f'base="{tiny_folder}", heads="{tiny_heads_folder}"')
+    example = example.replace(
+        'base="smollm2-135m"', f'base="{tiny_folder}", heads="{tiny_heads_folder}", max_prompt_tokens=200'
+    )
     exec(example, {})
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == ["none", "oracle"]

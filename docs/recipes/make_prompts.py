@@ -16,8 +16,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-NAMES = "Amanda Tom Lucy Ben Hannah Omar Eva Jack Mia Leo Nina Paul Sara Rob Kate Igor Zoe Max Ann Phil".split()
-TOPICS = """dinner plans for Friday|a missed train|a birthday present|a broken laptop|moving to a new flat|an exam result
+NAMES = [
+    "Amanda", "Tom", "Lucy", "Ben", "Hannah", "Omar", "Eva", "Jack", "Mia", "Leo",
+    "Nina", "Paul", "Sara", "Rob", "Kate", "Igor", "Zoe", "Max", "Ann", "Phil",
+]  # fmt: skip
+TOPICS = """dinner plans for Friday
+a missed train|a birthday present|a broken laptop|moving to a new flat|an exam result
 a lost phone|holiday photos|a job interview|borrowing a car|a football match|a new film|a sick dog|a late delivery
 concert tickets|a school meeting|a recipe|the weekend weather|a gym membership|a flight delay|a wedding invitation
 a noisy neighbour|a new haircut|homework help|a doctor's appointment|camping gear|a surprise party|a coffee date
@@ -71,10 +75,10 @@ def seeds(corpora: Path) -> Iterator[dict]:
 
 def prompts(corpora: Path, written: Path) -> Iterator[dict]:
     rng = random.Random(2)
-    for question, in rng.sample(rows(corpora / "gsm8k_train.jsonl", "question"), 3000):
+    for (question,) in rng.sample(rows(corpora / "gsm8k_train.jsonl", "question"), 3000):
         yield {"prompt": question, "chat": True}
 
-    dialogues = [d for d, in rows(corpora / "samsum_train.jsonl", "dialogue")]
+    dialogues = [d for (d,) in rows(corpora / "samsum_train.jsonl", "dialogue")]
     for line in (written / "corpus.jsonl").read_text().strip().split("\n"):
         record = json.loads(line)
         if record["prompt"].startswith("Write two short questions"):
@@ -96,9 +100,9 @@ def prompts(corpora: Path, written: Path) -> Iterator[dict]:
     for dialogue in dialogues:
         yield {"prompt": f"Here is a dialogue: {dialogue}\nWrite a short summary!", "chat": True}
 
-    documents = [d for d, in rows(corpora / "xsum_train.jsonl", "document")]
+    documents = [d for (d,) in rows(corpora / "xsum_train.jsonl", "document")]
     for name, field in (("multi_news_train", "document"), ("cnn_dailymail_train", "article")):
-        for text, in rows(corpora / f"{name}.jsonl", field):
+        for (text,) in rows(corpora / f"{name}.jsonl", field):
             documents += list(chunks(" ".join(text.split()), 100, 260, rng))[:3]
     for line in rng.sample((corpora / "c4.txt").read_text().strip().split("\n"), 900):
         documents += list(chunks(line, 100, 260, rng))[:1]

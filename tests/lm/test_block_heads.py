@@ -17,7 +17,16 @@ from safetensors.torch import load_file, save_file
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError, UnknownNameError
 from lm import block_heads
-from lm.block_heads import BlockHeads, heads_folder, heads_sha256, load_heads, read_config, top_k_lowest_ids
+from lm.block_heads import (
+    BlockHeads,
+    entropies_of,
+    heads_folder,
+    heads_sha256,
+    lattice_of,
+    load_heads,
+    read_config,
+    top_k_lowest_ids,
+)
 
 exhaustive = settings(deadline=None, derandomize=True, max_examples=100)
 
@@ -50,7 +59,8 @@ class TestLattice:
         fresh = BlockHeads(make_heads(tiny_base, h=5).config).double().requires_grad_(False)
         for output in fresh(hidden):
             torch.testing.assert_close(output, hidden)
-        lattice, entropies = fresh.lattice(tiny_base, hidden, logits, 7)
+        every = fresh.logits(tiny_base, hidden, logits)
+        lattice, entropies = lattice_of(every, 7), entropies_of(every)
         for slot in range(1, 5):
             np.testing.assert_array_equal(lattice.token_ids[:, slot], lattice.token_ids[:, 0])
             np.testing.assert_allclose(lattice.logps[:, slot], lattice.logps[:, 0], rtol=1e-6)
@@ -60,7 +70,8 @@ class TestLattice:
     def test_it_is_the_top_of_the_log_softmax(self, tiny_base, states, k):
         hidden, logits = states
         heads = make_heads(tiny_base, h=4)
-        lattice, entropies = heads.lattice(tiny_base, hidden, logits, k)
+        every = heads.logits(tiny_base, hidden, logits)
+        lattice, entropies = lattice_of(every, k), entropies_of(every)
         lattice.validate(tiny_base.vocab_size)
         assert lattice.token_ids.shape == (20, 4, k) and entropies.shape == (20, 4)
         assert lattice.token_ids.dtype == np.int32 and entropies.dtype == np.float32
@@ -73,14 +84,15 @@ class TestLattice:
 
     def test_slot_1_is_the_logits_as_given(self, tiny_base, states):
         hidden, logits = states
-        lattice, _ = make_heads(tiny_base).lattice(tiny_base, hidden, logits.flip(-1), 3)
+        lattice = make_heads(tiny_base).lattice(tiny_base, hidden, logits.flip(-1), 3)
         np.testing.assert_array_equal(lattice.token_ids[:, 0], logits.flip(-1).topk(3).indices.numpy())
 
     def test_a_certain_head_has_log_probability_0_and_no_entropy(self, tiny_base, states):
         hidden, _ = states
         certain = torch.full((20, 257), -1e4, dtype=torch.float64)
         certain[:, 5] = 0
-        lattice, entropies = make_heads(tiny_base).lattice(tiny_base, hidden, certain, 2)
+        every = make_heads(tiny_base).logits(tiny_base, hidden, certain)
+        lattice, entropies = lattice_of(every, 2), entropies_of(every)
         assert (lattice.token_ids[:, 0, 0] == 5).all() and (lattice.logps[:, 0, 0] == 0).all()
         np.testing.assert_allclose(entropies[:, 0], 0, atol=1e-6)
 
@@ -88,7 +100,8 @@ class TestLattice:
     def test_half_precision_is_summed_in_float32(self, tiny_base, states, dtype, monkeypatch):
         hidden, logits = (x.to(dtype) for x in states)
         monkeypatch.setattr(tiny_base, "project", lambda x: (x.float() @ torch.ones(32, 257)).to(dtype))
-        lattice, entropies = make_heads(tiny_base).float().lattice(tiny_base, hidden, logits, 4)
+        every = make_heads(tiny_base).float().logits(tiny_base, hidden, logits)
+        lattice, entropies = lattice_of(every, 4), entropies_of(every)
         lattice.validate(257)
         expected = torch.log_softmax(logits.float(), -1).max(-1).values
         np.testing.assert_allclose(lattice.logps[:, 0, 0], expected.numpy(), rtol=1e-5, atol=1e-6)
@@ -107,10 +120,8 @@ class TestFirst:
             cut = heads.first(h)
             assert cut.h == cut.config.h == h
             torch.testing.assert_close(cut(hidden), heads(hidden)[: h - 1])
-            whole, _ = heads.lattice(tiny_base, hidden, logits, 3)
-            np.testing.assert_array_equal(
-                cut.lattice(tiny_base, hidden, logits, 3)[0].token_ids, whole.token_ids[:, :h]
-            )
+            whole = heads.lattice(tiny_base, hidden, logits, 3)
+            np.testing.assert_array_equal(cut.lattice(tiny_base, hidden, logits, 3).token_ids, whole.token_ids[:, :h])
 
     def test_chosen_heads_only(self, tiny_base, states):
         heads = make_heads(tiny_base, h=5)

@@ -256,6 +256,7 @@ def train_heads_command(
     vocabulary: Annotated[int, typer.Option(help="Most frequent tokens in the loss; 0: all.")] = 8192,
     soft: Annotated[float, typer.Option(help="Share of the base's own distribution in the target, 0 to 1.")] = 0.5,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate (AdamW, cosine).")] = 1e-3,
+    evaluate_every: Annotated[int, typer.Option(help="Steps between checkpoints with held-out accuracy.")] = 200,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens taken of each text corpus, at most.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Device = "auto",
@@ -268,7 +269,8 @@ def train_heads_command(
     model = load_base(base, device=device)
     chosen = TrainingOptions(
         h=h, inner_size=inner_size, steps=steps, positions=positions, heads_per_step=heads_per_step,
-        vocabulary=vocabulary or None, soft=soft, learning_rate=learning_rate, seed=seed,
+        vocabulary=vocabulary or None, soft=soft, learning_rate=learning_rate, evaluate_every=evaluate_every,
+        seed=seed,
     )  # fmt: skip
     with _progress() as progress:
         data = [

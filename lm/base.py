@@ -53,14 +53,25 @@ class BaseLM:
         self.hidden_size: int = config.hidden_size
         self.context_length: int = getattr(config, "max_position_embeddings", 1 << 30)
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
-        self.supports_tree = layer_types == {"full_attention"}
         self.output_embeddings: Any = model.get_output_embeddings()
         self.vocab_size: int = self.output_embeddings.weight.shape[0]
         self._hidden: torch.Tensor | None = None
         self.output_embeddings.register_forward_pre_hook(self._remember_hidden)
-        logits, hidden = self.forward(torch.zeros(1, 2, dtype=torch.long, device=self.device))
+        probe = torch.arange(3, device=self.device)[None] % self.vocab_size
+        logits, hidden = self.forward(probe)
         if not torch.allclose(self.project(hidden).float(), logits.float(), rtol=1e-2, atol=1e-2):
             raise IncompatibleError(f"{identity.name} changes its logits in a way that block heads can't follow")
+        self.supports_tree = layer_types == {"full_attention"} and self._follows_mask(probe, logits)
+
+    def _follows_mask(self, probe: torch.Tensor, logits: torch.Tensor) -> bool:
+        """Whether a 4D mask means to this architecture what it says; some add it to the scores, some refuse it."""
+        causal = torch.ones(1, 1, 3, 3, dtype=torch.bool, device=self.device).tril()
+        positions = torch.arange(3, device=self.device)[None]
+        try:
+            masked, _ = self.forward(probe, attention_mask=causal, position_ids=positions)
+        except (ValueError, TypeError, RuntimeError, IndexError):
+            return False
+        return torch.allclose(masked.float(), logits.float(), rtol=1e-2, atol=1e-2)
 
     def _remember_hidden(self, _module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         # The one place that every architecture agrees on: block heads read what the vocabulary projection reads.

@@ -131,8 +131,10 @@ class HeadTrainer:
 
     def __init__(self, base: BaseLM, data: Sequence[HeadData], options: TrainingOptions) -> None:
         options.check()
-        self.base, self.data, self.options = base, list(data), options
         self.dtype = _precision(options.precision, base.device)
+        # What `auto` stands for depends on the machine; the record and a resumed run need the precision itself.
+        options = dataclasses.replace(options, precision=str(self.dtype).removeprefix("torch."))
+        self.base, self.data, self.options = base, list(data), options
         segments = [(place, int(a), int(b)) for place, d in enumerate(self.data) for a, b in d.segments() if b - a > 1]
         if len(segments) < 2:
             raise InvalidDataError("the corpus has fewer than two segments of text; heads need more to learn from")
@@ -161,7 +163,8 @@ class HeadTrainer:
     def _projection(self) -> torch.Tensor:
         """The base's vocabulary projection `[vocab, d]`, which must be all that makes logits of states."""
         weight: torch.Tensor = self.base.output_embeddings.weight.detach()
-        probe = torch.ones(1, self.base.hidden_size, dtype=weight.dtype, device=weight.device)
+        # Large: a cap bends large logits only.
+        probe = torch.full((1, self.base.hidden_size), 100.0, dtype=weight.dtype, device=weight.device)
         if not torch.allclose(self.base.project(probe), probe @ weight.T, rtol=1e-2, atol=1e-2):
             name = self.base.identity.name
             raise IncompatibleError(f"{name} scales, caps or shifts its logits; heads can't be trained on that yet")

@@ -160,15 +160,15 @@ def _head(trace: Trace, task: TaskInput, typed: str, example: TracedExample) -> 
     """What every record of an example begins with."""
     return {
         "task": task.name, "rescorer": typed, "id": example.id, "h": trace.header.h,
-        "quality": _score(task.metric, example),
+        "quality": _score(task.metric, example.output, example),
     }  # fmt: skip
 
 
-def _score(metric: Metric | None, example: TracedExample) -> float | None:
-    """The task's metric of the greedy output; None where the task has none or the text is not known."""
-    if metric is None or example.output is None:
+def _score(metric: Metric | None, output: str | None, example: TracedExample) -> float | None:
+    """The task's metric of an output; None where the task has none or the text is not known."""
+    if metric is None or output is None:
         return None
-    return metric.score(example.output, example.references)
+    return metric.score(output, example.references)
 
 
 def _decode_live(
@@ -201,6 +201,7 @@ def _decode_live(
                 decoded = decode(base, heads, prompt, max_new_tokens=options.max_new_tokens, **request)
                 log.add({
                     **_head(trace, task, typed, example), "accepted": decoded.accepted, "oracle_accepted": oracle,
+                    "quality": _score(task.metric, base.decode_text(decoded.output_ids), example),
                     "output_ids": decoded.output_ids,
                     "first_difference": first_difference(decoded.output_ids, baseline.output_ids),
                     "seconds": dataclasses.asdict(decoded.seconds), "rescore_seconds": decoded.rescore_seconds,

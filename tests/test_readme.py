@@ -32,3 +32,9 @@ def test_the_commands_in_the_readme_exist():
             command = command.commands[words.pop(0)]
         known = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= known, line
+
+
+def test_no_text_waits_to_be_filled_in():
+    root = README.parent
+    for page in [README, *root.glob("docs/**/*.md"), *root.glob("lm/weights/**/*.md")]:
+        assert "@@" not in page.read_text(), page

@@ -65,6 +65,7 @@ def decode(
     token remains) is counted but needs no call.
     """
     check_request(base, heads, len(prompt_ids), k=k, p=p, max_new_tokens=max_new_tokens, verify=verify)
+    assert (heads is None) == (rescorer is None), "heads need a rescorer to choose drafts, and the other way round"
     seconds, clock = Seconds(), time.perf_counter
     h = heads.h if heads else 1
     context = Context(prompt_ids, future=future)

@@ -66,9 +66,8 @@ def main() -> None:
                 )
                 identical[way] += decoded.output_ids == expected
                 same_steps[way] += decoded.accepted == replayed[way][place]
-            print(
-                f"{place + 1}/{len(examples)} {list(identical.values())} {list(same_steps.values())}", file=sys.stderr
-            )
+            so_far = f"identical {list(identical.values())}, replay = live {list(same_steps.values())}"
+            print(f"{place + 1}/{len(examples)} {so_far}", file=sys.stderr)
         n = len(trace.examples)
     rows = [["trace (batched greedy)", f"{traced}/{n}", "-"]]
     rows += [[way, f"{identical[way]}/{n}", f"{same_steps[way]}/{n}"] for way in ways]

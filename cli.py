@@ -250,6 +250,9 @@ def train_heads_command(
     base: Base = "smollm2-135m",
     h: Annotated[int, typer.Option(help="Block length: h - 1 heads are trained.")] = 9,
     inner_size: Annotated[int, typer.Option(help="Hidden layer of each head.")] = 640,
+    initial: Annotated[
+        Path | None, typer.Option(help="Folder of heads to start from instead of untrained ones.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 2000,
     positions: Annotated[int, typer.Option(help="Positions per step.")] = 2048,
     heads_per_step: Annotated[int, typer.Option(help="Heads trained per step, drawn anew each time.")] = 4,
@@ -280,7 +283,7 @@ def train_heads_command(
             )
             for path in corpus
         ]  # fmt: skip
-        accuracy = HeadTrainer(model, data, chosen).train(
+        accuracy = HeadTrainer(model, data, chosen, initial=initial).train(
             out, progress=lambda step, total, loss: progress(f"train, loss {loss:.3f}", step, total)
         )
     from rescore.report.tables import accuracy_table

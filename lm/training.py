@@ -23,7 +23,7 @@ from safetensors.torch import save as to_bytes
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lm.base import BaseLM
-from lm.block_heads import BlockHeads, BlockHeadsConfig
+from lm.block_heads import BlockHeads, BlockHeadsConfig, heads_sha256, load_heads
 from lm.files import append_json_line, atomic_file, changed_settings, open_appending, write_json, writing
 from lm.head_data import HeadData
 
@@ -127,9 +127,14 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
 
 class HeadTrainer:
-    """One training: data, heads, optimiser. `train` runs it; `evaluate` measures the heads as they are."""
+    """One training: data, heads, optimiser. `train` runs it; `evaluate` measures the heads as they are.
 
-    def __init__(self, base: BaseLM, data: Sequence[HeadData], options: TrainingOptions) -> None:
+    `initial` is a folder of heads to start from (the same h and inner size) instead of untrained ones.
+    """
+
+    def __init__(
+        self, base: BaseLM, data: Sequence[HeadData], options: TrainingOptions, *, initial: Path | None = None
+    ) -> None:
         options.check()
         self.dtype = _precision(options.precision, base.device)
         # What `auto` stands for depends on the machine; the record and a resumed run need the precision itself.
@@ -153,12 +158,24 @@ class HeadTrainer:
         )
         torch.manual_seed(options.seed)
         self.heads = BlockHeads(config).to(base.device)
+        self.initial_sha256 = None
+        if initial is not None:
+            self._start_from(initial)
         self.optimizer = torch.optim.AdamW(
             self.heads.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, betas=(0.9, 0.98)
         )
         self.frequent = self._frequent_tokens()
         self.weight = self._projection()
         self.step = 0
+
+    def _start_from(self, folder: Path) -> None:
+        earlier = load_heads(str(folder), self.base.identity, device=self.base.device)
+        for name in ("h", "inner_size"):
+            found, wanted = getattr(earlier.config, name), getattr(self.options, name)
+            if found != wanted:
+                raise IncompatibleError(f"the heads in {folder} have {name} {found}, not {wanted}; ask for the same")
+        self.heads.load_state_dict(earlier.state_dict())
+        self.initial_sha256 = heads_sha256(folder)
 
     def _projection(self) -> torch.Tensor:
         """The base's vocabulary projection `[vocab, d]`, which must be all that makes logits of states."""
@@ -288,6 +305,7 @@ class HeadTrainer:
     def _settings(self) -> dict[str, Any]:
         return {
             "options": dataclasses.asdict(self.options),
+            "initial_sha256": self.initial_sha256,
             "base": dataclasses.asdict(self.base.identity),
             "data": [{"source": d.source, "sha256": d.sha256, "tokens": len(d)} for d in self.data],
         }

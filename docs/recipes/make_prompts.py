@@ -1,18 +1,19 @@
 """Makes the prompts from which `smollm2-135m` wrote the text that its block heads were trained on.
 
-    python docs/recipes/make_prompts.py CORPORA seeds OUT.jsonl        stage 1: ask for questions and dialogues
-    python docs/recipes/make_prompts.py CORPORA prompts OUT.jsonl SEEDS_CORPUS    stage 2: all prompts
+    python docs/recipes/make_prompts.py CORPORA seeds OUT.jsonl [--round 2]     stage 1: ask for questions and dialogues
+    python docs/recipes/make_prompts.py CORPORA prompts OUT.jsonl SEEDS_CORPUS [--round 2]    stage 2: prompts
 
 CORPORA is a folder with the training corpora (c4.txt, wikitext2.txt, gsm8k_train.jsonl ...). Stage 2 builds reading
-questions and dialogue summaries out of what the base LM wrote in stage 1. Evaluation examples are never read.
+questions and dialogue summaries out of what the base LM wrote in stage 1. Round 1 is broad; round 2 asks other things
+of the four kinds that the heads are measured on. Evaluation examples are never read.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,32 +65,47 @@ def passages(corpora: Path, rng: random.Random) -> list[str]:
     return found
 
 
-def seeds(corpora: Path) -> Iterator[dict]:
-    rng = random.Random(1)
-    for passage in passages(corpora, rng)[:1500]:
+def seeds(corpora: Path, seed: int, questions: int, chats: int) -> Iterator[dict]:
+    rng = random.Random(seed)
+    for passage in passages(corpora, rng)[:questions]:
         yield {"prompt": ASK.format(passage), "chat": True}
-    for _ in range(600):
+    for _ in range(chats):
         first, second = rng.sample(NAMES, 2)
         yield {"prompt": CHAT.format(first, second, rng.choice(TOPICS)), "chat": True}
 
 
-def prompts(corpora: Path, written: Path) -> Iterator[dict]:
-    rng = random.Random(2)
-    for (question,) in rng.sample(rows(corpora / "gsm8k_train.jsonl", "question"), 3000):
-        yield {"prompt": question, "chat": True}
+def school_problems(corpora: Path, rng: random.Random, count: int) -> list[str]:
+    return [question for (question,) in rng.sample(rows(corpora / "gsm8k_train.jsonl", "question"), count)]
 
-    dialogues = [d for (d,) in rows(corpora / "samsum_train.jsonl", "dialogue")]
+
+def written_in_stage_1(written: Path) -> tuple[list[str], list[list[str]]]:
+    """Reading questions with their passages, and the turns of chats, out of what the base wrote."""
+    questions: list[str] = []
+    chats: list[list[str]] = []
     for line in (written / "corpus.jsonl").read_text().strip().split("\n"):
         record = json.loads(line)
         if record["prompt"].startswith("Write two short questions"):
             context = record["prompt"].split("\n\n", 1)[1]
-            questions = re.findall(r"[A-Z][^\n?]{8,120}\?", record["text"])
-            for question in list(dict.fromkeys(questions))[:2]:
-                yield {"prompt": f"question: {question} context: {context}", "chat": True}
+            asked = re.findall(r"[A-Z][^\n?]{8,120}\?", record["text"])
+            questions += [f"question: {question} context: {context}" for question in list(dict.fromkeys(asked))[:2]]
         else:
             turns = re.findall(r"^\W*([A-Z]\w+)\W*: +(.+)$", record["text"], re.M)
             if len(turns) >= 3:
-                dialogues.append("\n".join(f"{name}: {said.strip(' *')}" for name, said in turns[:10]))
+                chats.append([f"{name}: {said.strip(' *')}" for name, said in turns[:10]])
+    return questions, chats
+
+
+def broad_prompts(corpora: Path, written: Path) -> Iterator[dict]:
+    """Round 1."""
+    rng = random.Random(2)
+    for question in school_problems(corpora, rng, 3000):
+        yield {"prompt": question, "chat": True}
+
+    dialogues = [d for (d,) in rows(corpora / "samsum_train.jsonl", "dialogue")]
+    questions, chats = written_in_stage_1(written)
+    for question in questions:
+        yield {"prompt": question, "chat": True}
+    dialogues += ["\n".join(turns) for turns in chats]
     instructions = rows(corpora / "instructions.jsonl", "prompt", "response")
     for prompt, response in instructions:
         text = prompt.split("### Instruction:\n")[-1].split("\n\n### Response")[0].strip()
@@ -119,11 +135,51 @@ def prompts(corpora: Path, written: Path) -> Iterator[dict]:
         yield {"prompt": " ".join(words[: rng.randint(30, max(31, len(words) - 5))]), "chat": False}
 
 
+def more_prompts(corpora: Path, written: Path) -> Iterator[dict]:
+    """Round 2: other school problems, other passages, cuts of chats, longer cuts of articles."""
+    first = set(school_problems(corpora, random.Random(2), 3000))
+    rng = random.Random(102)
+    for question in [q for (q,) in rows(corpora / "gsm8k_train.jsonl", "question") if q not in first][:2000]:
+        yield {"prompt": question, "chat": True}
+
+    questions, chats = written_in_stage_1(written)
+    for question in questions:
+        yield {"prompt": question, "chat": True}
+
+    chats += [d.replace("\r", "").split("\n") for (d,) in rows(corpora / "samsum_train.jsonl", "dialogue")]
+    for turns in chats:
+        for count in {len(turns), rng.randint(2, len(turns))}:
+            dialogue = "\n".join(turns[:count])
+            yield {"prompt": f"Here is a dialogue: {dialogue}\nWrite a short summary!", "chat": True}
+
+    documents = []
+    for name, field in (
+        ("xsum_train", "document"),
+        ("multi_news_train", "document"),
+        ("cnn_dailymail_train", "article"),
+    ):
+        for (text,) in rows(corpora / f"{name}.jsonl", field):
+            documents += list(chunks(" ".join(text.split()), 120, 280, rng))[:6]
+    rng.shuffle(documents)
+    for document in documents[:1600]:
+        yield {"prompt": f"Summarize: {document}", "chat": True}
+
+
 def main() -> None:
-    corpora, stage, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-    made = list(seeds(corpora)) if stage == "seeds" else list(prompts(corpora, Path(sys.argv[4])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("corpora", type=Path)
+    parser.add_argument("stage", choices=("seeds", "prompts"))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("written", type=Path, nargs="?", help="the corpus of stage 1, for stage 2")
+    parser.add_argument("--round", type=int, choices=(1, 2), default=1)
+    given = parser.parse_args()
+    if given.stage == "seeds":
+        seed, questions, chats = (1, 1500, 600) if given.round == 1 else (101, 1100, 500)
+        made = list(seeds(given.corpora, seed, questions, chats))
+    else:
+        made = list((broad_prompts if given.round == 1 else more_prompts)(given.corpora, given.written))
     random.Random(3).shuffle(made)
-    out.write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in made))
+    given.out.write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in made))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
 from lm import training
-from lm.block_heads import load_heads
+from lm.block_heads import heads_sha256, load_heads
 from lm.catalog import load_base
 from lm.head_data import HeadData, read_head_data
 from lm.training import HeadTrainer, TrainingOptions
@@ -131,6 +131,26 @@ class TestLoss:
         assert drawn[0].tolist() == drawn[1].tolist() != drawn[2].tolist()
         everything = HeadTrainer(tiny_base, [data], change(vocabulary=None))
         assert everything._draw_vocabulary(np.random.default_rng(0)).tolist() == list(range(257))
+
+
+class TestInitialHeads:
+    def test_training_starts_from_them(self, tiny_base, data, tmp_path):
+        first = HeadTrainer(tiny_base, [data], SMALL)
+        first.train(tmp_path / "first")
+        second = HeadTrainer(tiny_base, [data], change(learning_rate=1e-9, steps=1), initial=tmp_path / "first")
+        for name, value in second.heads.state_dict().items():
+            torch.testing.assert_close(value, first.heads.state_dict()[name], rtol=1e-3, atol=1e-3)
+        second.train(tmp_path / "second")
+        record = json.loads((tmp_path / "second" / "training.json").read_text())
+        assert record["initial_sha256"] == heads_sha256(tmp_path / "first")
+
+    @pytest.mark.parametrize("options", [{"h": 3}, {"inner_size": 5}])
+    def test_heads_of_another_shape_are_refused(self, tiny_base, data, tmp_path, options):
+        HeadTrainer(tiny_base, [data], change(steps=1)).train(tmp_path)
+        message = refused(
+            lambda: HeadTrainer(tiny_base, [data], change(**options), initial=tmp_path), IncompatibleError
+        )
+        assert next(iter(options)) in message
 
 
 class TestHeldOut:

@@ -20,6 +20,7 @@ import typer
 from lattices.errors import RescoreError
 
 if TYPE_CHECKING:
+    from lm.training import HeldOutAccuracy
     from rescore.evaluation import Evaluation
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
@@ -70,7 +71,7 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         message, code = _explain(error)
-        print(f"rescore: {message}", file=sys.stderr)
+        _notify(message)
         sys.exit(code)
 
 
@@ -140,19 +141,17 @@ def evaluate_command(
         trace=trace, dtype=dtype, device=device, seed=seed,
     )  # fmt: skip
     with _progress() as progress:
-        evaluation = evaluate(chosen, out=out, progress=progress)
+        evaluation = evaluate(chosen, out=out, progress=progress, notify=_notify)
     _print_evaluation(evaluation, as_json)
     if evaluation.interrupted:
         kept = f"and kept in {out}: the same command goes on" if out else "(--out DIR would keep them)"
-        print(f"rescore: interrupted; the finished examples are shown {kept}", file=sys.stderr)
+        _notify(f"interrupted; the finished examples are shown {kept}")
         raise typer.Exit(INTERRUPTED)
 
 
 def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
     from rescore.report.tables import results_table
 
-    for notice in evaluation.notices:
-        print(f"rescore: {notice}", file=sys.stderr)
     document = evaluation.document
     print(json.dumps(document.as_dict(), ensure_ascii=False) if as_json else results_table(document))
 
@@ -185,7 +184,7 @@ def oracle(
         max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, dtype=dtype, device=device,
     )  # fmt: skip
     with _progress() as progress:
-        evaluation = oracle_by_k(chosen, ks, progress=progress)
+        evaluation = oracle_by_k(chosen, ks, progress=progress, notify=_notify)
     _print_evaluation(evaluation, as_json)
 
 
@@ -211,9 +210,7 @@ def trace_command(
         max_prompt_tokens=max_prompt_tokens, dtype=dtype, device=device,
     )  # fmt: skip
     with _progress() as progress:
-        trace, notice = trace_task(chosen, out, progress=progress)
-    if notice:
-        print(f"rescore: {notice}", file=sys.stderr)
+        trace = trace_task(chosen, out, progress=progress, notify=_notify)
     positions = sum(len(example.output_ids) for example in trace.examples)
     print(f"{out}: {len(trace.examples)} examples, {positions} positions, h = {trace.header.h}, K = {trace.header.k}")
 
@@ -283,8 +280,18 @@ def train_heads_command(
             )
             for path in corpus
         ]  # fmt: skip
+        held_out = ""
+
+        def evaluated(step: int, total: int, accuracy: HeldOutAccuracy) -> None:
+            nonlocal held_out
+            held_out = f", accepted {accuracy.accepted:.3f} (best of top 16: {accuracy.accepted_16:.3f})"
+            if not sys.stderr.isatty():  # no bar to show it
+                _notify(f"step {step} of {total}{held_out}")
+
         accuracy = HeadTrainer(model, data, chosen, initial=initial).train(
-            out, progress=lambda step, total, loss: progress(f"train, loss {loss:.3f}", step, total)
+            out,
+            progress=lambda step, total, loss: progress(f"train, loss {loss:.3f}{held_out}", step, total),
+            evaluated=evaluated,
         )
     from rescore.report.tables import accuracy_table
 
@@ -298,7 +305,7 @@ def verify_curve_command(
     repeats: Annotated[int, typer.Option(help="Timed calls of each size; the median counts.")] = 7,
     dtype: Dtype = "float32",
     device: Device = "auto",
-    as_json: Json = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON line only, without the table.")] = False,
 ) -> None:
     """Time of one forward of 1 to 144 tokens on a cache, with the memory bandwidth reached."""
     from lm.catalog import load_base
@@ -306,7 +313,14 @@ def verify_curve_command(
     from rescore.report.tables import verify_curve_table
 
     curve = verify_curve(load_base(base, dtype=dtype, device=device), cached=cached, repeats=repeats)
-    print(json.dumps(curve.as_dict()) if as_json else verify_curve_table(curve))
+    if not as_json:
+        print(verify_curve_table(curve))
+    print(json.dumps(curve.as_dict()))
+
+
+def _notify(line: str) -> None:
+    """A line for the user, on stderr."""
+    print(f"rescore: {line}", file=sys.stderr)
 
 
 @contextmanager
@@ -331,7 +345,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         try:
             yield show
         except KeyboardInterrupt:
-            print("rescore: interrupted; what is finished is kept, the same command goes on", file=sys.stderr)
+            _notify("interrupted; what is finished is kept, the same command goes on")
             raise typer.Exit(INTERRUPTED) from None
 
 

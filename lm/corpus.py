@@ -27,6 +27,7 @@ from lm.files import (
     is_text,
     open_appending,
     read_json_lines,
+    read_json_object,
     sha256_of_file,
     write_json,
     writing,
@@ -188,13 +189,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Raises `RescoreError` if the folder was not made by `generate_corpus`.
     """
     path = folder / SETTINGS_FILE
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RescoreError(f"{folder} is not a folder made by generate-corpus: it has no {SETTINGS_FILE}") from error
-    except ValueError as error:
-        raise InvalidDataError(f"{path} is not valid JSON; remove {folder} or use another") from error
-    base = settings.get("base") if isinstance(settings, dict) else None
+    advice = f"remove {folder} or use another"
+    settings = read_json_object(path, missing=f"{folder} is not a folder made by generate-corpus", advice=advice)
+    base = settings.get("base")
     if not isinstance(base, dict) or not base.keys() >= {"name", "weights_sha256", "tokenizer_sha256"}:
-        raise InvalidDataError(f"{path} does not say which base LM made the corpus; remove {folder} or use another")
-    return dict(settings)
+        raise InvalidDataError(f"{path} does not say which base LM made the corpus; {advice}")
+    return settings

@@ -89,6 +89,23 @@ def write_json(path: Path, document: Any) -> None:
         stream.write("\n")
 
 
+def read_json_object(path: Path, *, missing: str, advice: str = "get or make it again") -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises `RescoreError` that begins with `missing` if the file can't be read, `InvalidDataError` that ends with
+    `advice` if it holds anything else.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RescoreError(f"{missing}: can't read {path.name} ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidDataError(f"{path} is not valid JSON ({error}); {advice}") from error
+    if not isinstance(document, dict):
+        raise InvalidDataError(f"{path} is not a JSON object; {advice}")
+    return document
+
+
 def read_json_lines(path: Path, *, torn_tail: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number from 1, object) of a JSON lines file; blank lines are passed over.
 

@@ -19,8 +19,8 @@ class Greedy:
     """The greedy output for one prompt.
 
     `index` of the prompt; `output_ids` int64 `[t]`, end-of-text included where it came; and, if asked for, `hidden`
-    float32 `[t, d]` (row i is the state that chose token i), `margins` float32 `[t]` (logit of the chosen token less
-    the runner-up's).
+    `[t, d]` in the base's `heads_dtype` (row i is the state that chose token i), `margins` float32 `[t]` (logit of the
+    chosen token less the runner-up's).
     """
 
     index: int
@@ -61,9 +61,8 @@ def _generate_batch(
     for row, prompt in enumerate(prompts):
         input_ids[row, width - len(prompt) :] = torch.tensor(list(prompt), device=device)
         attended[row, width - len(prompt) : width] = True
-    ragged = not bool(attended.all())
+    ragged = any(len(prompt) < width for prompt in prompts)
     positions = (attended[:, :width].long().cumsum(1) - 1).clamp(min=0)
-    eos = torch.tensor(sorted(base.eos_token_ids) or [-1], device=device)
 
     cache = base.new_cache(width + max_new_tokens)
     logits, hidden = base.forward(
@@ -71,32 +70,32 @@ def _generate_batch(
     )
     cache.keep_all()
     positions = positions[:, -1:] + 1
-    alive = torch.arange(rows, device=device)  # batch rows of the cache, as rows of `indices`
+    alive: list[int | None] = list(range(rows))  # batch rows of the cache, as rows of `indices`; None where finished
     tokens: list[list[int]] = [[] for _ in prompts]
-    states: list[list[np.ndarray]] = [[] for _ in prompts]
-    margins: list[list[float]] = [[] for _ in prompts]
+    places: list[list[int]] = [[] for _ in prompts]  # batch row of each token of a prompt
+    states: list[torch.Tensor] = []  # [alive, d] of each step; they stay on the device until the batch is done
+    margins: list[torch.Tensor] = []  # [alive]
 
     for step in range(max_new_tokens):
         best = logits[:, -1].argmax(-1)  # [alive]
         if with_hidden:
-            top = logits[:, -1].topk(2, dim=-1).values
-            margin = (top[:, 0] - top[:, 1]).float().cpu().numpy()
-            state = hidden[:, -1].float().cpu().numpy()
-        for place, (row, token) in enumerate(zip(alive.tolist(), best.tolist(), strict=True)):
-            if row < 0:
+            top = logits[:, -1].topk(2, dim=-1).values.to(base.heads_dtype)
+            margins.append(top[:, 0] - top[:, 1])
+            states.append(hidden[:, -1].to(base.heads_dtype))
+        for place, token in enumerate(best.tolist()):  # the only thing that a step waits for
+            if (owner := alive[place]) is None:
                 continue
-            tokens[row].append(token)
-            if with_hidden:
-                states[row].append(state[place])
-                margins[row].append(float(margin[place]))
-        alive[torch.isin(best, eos)] = -1
-        living = int((alive >= 0).sum())
-        if living == 0 or step + 1 == max_new_tokens:
+            tokens[owner].append(token)
+            places[owner].append(place)
+            if token in base.eos_token_ids:
+                alive[place] = None
+        living = [place for place, row in enumerate(alive) if row is not None]
+        if not living or step + 1 == max_new_tokens:
             break
-        if living <= 0.75 * len(alive):  # finished rows still cost their share of every forward
-            chosen = (alive >= 0).nonzero()[:, 0]
+        if len(living) <= 0.75 * len(alive):  # finished rows still cost their share of every forward
+            chosen = torch.tensor(living, device=device)
             cache.select_rows(chosen)
-            alive, best = alive[chosen], best[chosen]
+            alive, best = [alive[place] for place in living], best[chosen]
             positions, attended = positions[chosen], attended[chosen]
         mask = attended[:, : width + step + 1] if ragged else None
         if mask is not None and base.supports_tree:
@@ -105,10 +104,13 @@ def _generate_batch(
         cache.keep_all()
         positions = positions + 1
 
+    states_of = [of_step.cpu().numpy() for of_step in states]
+    margins_of = [of_step.float().cpu().numpy() for of_step in margins]
     for row, index in enumerate(indices):
+        steps = list(enumerate(places[row]))
         yield Greedy(
             index=index,
             output_ids=np.asarray(tokens[row], dtype=np.int64),
-            hidden=np.stack(states[row]) if with_hidden else None,
-            margins=np.asarray(margins[row], dtype=np.float32) if with_hidden else None,
+            hidden=np.stack([states_of[step][place] for step, place in steps]) if with_hidden else None,
+            margins=np.stack([margins_of[step][place] for step, place in steps]) if with_hidden else None,
         )

@@ -172,7 +172,7 @@ def _run_base(
                 both = sequences[index][0] + sequences[index][1]
                 ids[row, : len(both)] = torch.tensor(both)
             # Right padding: no token sees what stands behind it, so no mask is needed.
-            _, hidden = base.forward(ids)
+            _, hidden = base.forward(ids, projects=False)
             for row, index in enumerate(batch):
                 prompt, answer = sequences[index]
                 states = hidden[row, len(prompt) - 1 : len(prompt) + len(answer) - 1]

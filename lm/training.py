@@ -158,7 +158,7 @@ class HeadTrainer:
         )
         torch.manual_seed(options.seed)
         self.heads = BlockHeads(config).to(base.device)
-        self.initial_sha256 = None
+        self.initial_sha256: str | None = None
         if initial is not None:
             self._start_from(initial)
         self.optimizer = torch.optim.AdamW(
@@ -233,12 +233,19 @@ class HeadTrainer:
                 losses.append(_SoftCrossEntropy.apply(output[rows], projection, *goals))  # type: ignore[no-untyped-call]
         return torch.stack(losses).sum() if losses else outputs.sum() * 0.0
 
-    def train(self, out: Path, *, progress: Callable[[int, int, float], None] | None = None) -> HeldOutAccuracy:
+    def train(
+        self,
+        out: Path,
+        *,
+        progress: Callable[[int, int, float], None] | None = None,
+        evaluated: Callable[[int, int, HeldOutAccuracy], None] | None = None,
+    ) -> HeldOutAccuracy:
         """Trains to the last step, writing checkpoints, the log and at the end the heads to `out`.
 
         Goes on from a checkpoint in `out` if its options and data are the same (else `IncompatibleError` shows the
         difference). A loss or gradient that is not a number stops the training (`RescoreError`) with the last good
-        checkpoint kept. `progress(step, steps, loss)` is called after every step; an exception from it interrupts.
+        checkpoint kept. `progress(step, steps, loss)` is called after every step, `evaluated(step, steps, accuracy)`
+        after every checkpoint; an exception from one of them interrupts.
         """
         options = self.options
         with writing(out):  # a place that can't be written to shows now, not at the first checkpoint
@@ -268,6 +275,8 @@ class HeadTrainer:
                 with writing(out), open_appending(out / LOG_FILE) as stream:
                     append_json_line(stream, record)
                 self._checkpoint(out)
+                if evaluated:
+                    evaluated(self.step, options.steps, accuracy)
         accuracy = accuracy or self.evaluate()
         self.heads.save(out)
         write_json(out / "training.json", {**self._settings(), "held_out": dataclasses.asdict(accuracy)})

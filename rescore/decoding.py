@@ -19,6 +19,7 @@ from lm.base import BaseLM
 from lm.block_heads import BlockHeads
 from lm.cache import KVCache
 from rescore.acceptance import accept
+from rescore.checks import check_k, check_new_tokens, check_p
 from rescore.rescorers.base import Context, Rescorer, check_drafts
 
 VERIFY_MODES = ("tree", "batch")
@@ -38,12 +39,14 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Output tokens (end-of-text included), accepted length of each step, rescoring seconds of each step, times."""
+    """Output tokens (end-of-text included), accepted length of each step, rescoring seconds of each step, times;
+    `verify`: how drafts were verified, which need not be how it was asked for (`usable_verify`)."""
 
     output_ids: list[int]
     accepted: list[int]
     rescore_seconds: list[float] = field(default_factory=list)
     seconds: Seconds = field(default_factory=Seconds)
+    verify: str = "tree"
 
 
 def decode(
@@ -60,12 +63,14 @@ def decode(
 ) -> Decoded:
     """Decodes one prompt greedily, in blocks of `heads.h` tokens (without heads: one token a step).
 
-    `verify`: p drafts as one prefix tree with a tree attention mask, or as a `batch` of rows. `future`: the greedy
+    `verify`: p drafts as one prefix `tree` with a tree attention mask (where the base takes one, else as a batch), or
+    as a `batch` of rows. `future`: the greedy
     output, for the oracle only. A step whose outcome is known before it (its first token is end-of-text, or only one
     token remains) is counted but needs no call.
     """
     check_request(base, heads, len(prompt_ids), k=k, p=p, max_new_tokens=max_new_tokens, verify=verify)
     assert (heads is None) == (rescorer is None), "heads need a rescorer to choose drafts, and the other way round"
+    verify = usable_verify(base, verify, p)
     seconds, clock = Seconds(), time.perf_counter
     h = heads.h if heads else 1
     context = Context(prompt_ids, future=future)
@@ -100,7 +105,7 @@ def decode(
             drafts = every[0, :, :remaining].astype(np.int64)
 
         before = clock()
-        call = _VERIFY["batch" if verify == "batch" or not base.supports_tree else "tree"](base, cache, drafts)
+        call = _VERIFY[verify](base, cache, drafts)
         seconds.verify += clock() - before
 
         rows, lengths = accept(drafts[None], call.choices[None], np.array([remaining]), base.eos_token_ids)
@@ -114,7 +119,7 @@ def decode(
         next_token = int(call.choices[row, n - 1])
     seconds.total = clock() - start
     seconds.rescore = sum(rescore_seconds)
-    return Decoded(context.output_ids, accepted, rescore_seconds, seconds)
+    return Decoded(context.output_ids, accepted, rescore_seconds, seconds, verify)
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,11 @@ def _verify_tree(base: BaseLM, cache: KVCache, drafts: np.ndarray) -> _Call:
 _VERIFY = {"tree": _verify_tree, "batch": _verify_batch}
 
 
+def usable_verify(base: BaseLM, verify: str, p: int) -> str:
+    """`verify`, but `batch` where p drafts as a tree would need a mask that the base does not take."""
+    return verify if p == 1 or base.supports_tree else "batch"
+
+
 def check_request(
     base: BaseLM,
     heads: BlockHeads | None,
@@ -174,12 +184,10 @@ def check_request(
     """Raises `RescoreError` for what can't be decoded: sizes out of range, a prompt longer than the context."""
     if verify not in VERIFY_MODES:
         raise UnknownNameError("verify mode", verify, VERIFY_MODES)
-    if p < 1:
-        raise RescoreError(f"p = {p}; at least one draft must be verified (--p 1)")
-    if max_new_tokens < 1:
-        raise RescoreError(f"--max-new-tokens {max_new_tokens}; at least one token must be decoded")
-    if heads is not None and not 1 <= k <= base.vocab_size:
-        raise RescoreError(f"k = {k} is outside 1 to the vocabulary's {base.vocab_size}; choose another --k")
+    check_p(p)
+    check_new_tokens(max_new_tokens)
+    if heads is not None:
+        check_k(k, base.vocab_size)
     if prompt_tokens + max_new_tokens > base.context_length:
         raise RescoreError(
             f"a prompt of {prompt_tokens} tokens and {max_new_tokens} new ones do not fit into the context of "
@@ -194,3 +202,14 @@ def first_difference(output_ids: Iterable[int], reference_ids: Iterable[int]) ->
         if a != b:
             return place
     return None if len(output) == len(reference) else min(len(output), len(reference))
+
+
+def margin_at(base: BaseLM, prompt_ids: Sequence[int], output_ids: Sequence[int], place: int) -> float:
+    """The base's logit margin where it chooses output token `place` (from 0): its best logit less the runner-up's.
+
+    Near 0, two ways of computing the same logits may choose differently; in half precision they do.
+    """
+    before = torch.tensor([[*prompt_ids, *output_ids[:place]]], device=base.device)
+    logits, _ = base.forward(before, last=1)
+    best = logits[0, -1].topk(2).values.to(base.heads_dtype)
+    return float(best[0] - best[1])

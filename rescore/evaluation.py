@@ -6,15 +6,17 @@ The command line only parses, calls `evaluate`, `oracle_by_k` or `trace_task`, a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from lm.catalog import choose_device
 from rescore.accounting import account
-from rescore.decoding import decode, first_difference
+from rescore.decoding import decode, first_difference, margin_at, usable_verify
 from rescore.inputs import EvalOptions, Models, Progress, TaskInput, prepare, resolve
 from rescore.replay import replay
 from rescore.rescorers import Rescorer, load_rescorer
@@ -26,31 +28,55 @@ __all__ = ["EvalOptions", "Evaluation", "evaluate", "oracle_by_k", "trace_task"]
 
 REPLAY_EXAMPLES = 64  # replayed side by side; Ctrl-C loses what of these is not finished
 
+Notify = Callable[[str], None]  # takes a line for the user, before the work that it is about
+
 
 @dataclass
 class Evaluation:
     """What `evaluate` gives: the document, notices for the user, and whether Ctrl-C cut it short."""
 
     document: ResultsDocument
-    notices: list[str] = field(default_factory=list)
     interrupted: bool = False
 
+    @property
+    def notices(self) -> list[str]:
+        """What the user should know of how the numbers came about; part of the document."""
+        notices: list[str] = self.document.config["notices"]
+        return notices
 
-def evaluate(options: EvalOptions, *, out: Path | None = None, progress: Progress | None = None) -> Evaluation:
+    def notice(self, line: str, notify: Notify | None) -> None:
+        """Adds a notice, and tells it."""
+        self.notices.append(line)
+        if notify:
+            notify(line)
+
+
+def evaluate(
+    options: EvalOptions,
+    *,
+    out: Path | None = None,
+    progress: Progress | None = None,
+    notify: Notify | None = None,
+) -> Evaluation:
     """Runs every rescorer on every task and accounts for it.
 
-    `out`: a folder for `examples.jsonl` (one line per finished example, resumable) and `results.json` (last). Ctrl-C
-    keeps what is finished and returns it with `interrupted` set. Raises `RescoreError` for what can't be done.
+    `out`: a folder for `examples.jsonl` (one line per finished example, resumable) and `results.json` (last).
+    `notify` gets each of the notices once, before the work that it is about. Ctrl-C keeps what is finished and returns
+    it with `interrupted` set. Raises `RescoreError` for what can't be done.
     """
     options = resolve(options)
     rescorers = {name: load_rescorer(name) for name in options.rescorers}
     models = Models(options)
     inputs = prepare(options, models)
-    evaluation = _new_evaluation(options, inputs)
+    evaluation = _new_evaluation(options, inputs, notify)
     config = evaluation.document.config
     # Not in it: versions (a run may go on after an upgrade) and notices (why the hub did not serve, this time).
     with ExampleLog(out, {name: config[name] for name in ("options", "data", "traces")}) as log:
         try:
+            p = max(_drafts(typed, options.p) for typed in options.rescorers)
+            if options.mode == "live" and usable_verify(models.base, options.verify, p) != options.verify:
+                line = f"{options.base} takes no tree mask; its {p} drafts a step are verified as a batch"
+                evaluation.notice(line, notify)
             for task in inputs:
                 _run(options, task, models, rescorers, log, progress)
         except KeyboardInterrupt:
@@ -64,13 +90,15 @@ def evaluate(options: EvalOptions, *, out: Path | None = None, progress: Progres
     return evaluation
 
 
-def oracle_by_k(options: EvalOptions, ks: Sequence[int], *, progress: Progress | None = None) -> Evaluation:
+def oracle_by_k(
+    options: EvalOptions, ks: Sequence[int], *, progress: Progress | None = None, notify: Notify | None = None
+) -> Evaluation:
     """Oracle block efficiency of each task for each k: one result per task and k, `rescorer` = oracle."""
     options = resolve(dataclasses.replace(options, rescorers=("oracle",), k=max(ks), mode="replay"))
     at_k = [resolve(dataclasses.replace(options, k=k)) for k in ks]
     models = Models(options)
     inputs = prepare(options, models)
-    evaluation = _new_evaluation(options, inputs)
+    evaluation = _new_evaluation(options, inputs, notify)
     for task in inputs:
         trace = _first_heads(task.trace(models, progress=progress), options.h)
         for chosen in at_k:
@@ -83,23 +111,38 @@ def oracle_by_k(options: EvalOptions, ks: Sequence[int], *, progress: Progress |
     return evaluation
 
 
-def trace_task(options: EvalOptions, out: Path, *, progress: Progress | None = None) -> tuple[Trace, str | None]:
-    """Records the trace of the first task into `out`, with k = `options.k`; a notice if the data are a stand-in."""
+def trace_task(
+    options: EvalOptions, out: Path, *, progress: Progress | None = None, notify: Notify | None = None
+) -> Trace:
+    """Records the trace of the first task into `out`, with k = `options.k`; `notify` as for `evaluate`."""
     options = resolve(options)
     models = Models(options)
     task = prepare(options, models, k=options.k, out=out)[0]
-    return task.trace(models, progress=progress), task.notice
+    if notify and task.notice:
+        notify(task.notice)
+    return task.trace(models, progress=progress)
 
 
-def _new_evaluation(options: EvalOptions, inputs: Sequence[TaskInput]) -> Evaluation:
+def _new_evaluation(options: EvalOptions, inputs: Sequence[TaskInput], notify: Notify | None) -> Evaluation:
     config = {
         "options": dataclasses.asdict(options),
         **environment(),
+        "device": None if options.trace else choose_device(options.device),
+        "threads": torch.get_num_threads(),
         "data": {task.name: task.source for task in inputs},
         "traces": {task.name: {"k": task.k, **task.settings} for task in inputs},
-        "notices": [task.notice for task in inputs if task.notice],
+        "notices": [],
     }
-    return Evaluation(ResultsDocument(config), list(config["notices"]))
+    evaluation = Evaluation(ResultsDocument(config))
+    for task in inputs:
+        if task.notice:
+            evaluation.notice(task.notice, notify)
+    return evaluation
+
+
+def _drafts(typed: str, p: int) -> int:
+    """The p of a rescorer: the oracle knows which draft is best and puts up this one, whatever was asked for."""
+    return 1 if typed == "oracle" else p
 
 
 def _run(
@@ -147,7 +190,7 @@ def _replay(
         oracle = {example.id: lengths for example, lengths in zip(examples, best, strict=True)}
         for typed, rescorer in rescorers.items():
             missing = [e for e in examples if not log.has(task.name, typed, e.id)]
-            accepted = replay(missing, rescorer, k=options.k, p=options.p)
+            accepted = replay(missing, rescorer, k=options.k, p=_drafts(typed, options.p))
             for example, lengths in zip(missing, accepted, strict=True):
                 head = _head(trace, task, typed, example)
                 output = {"output_ids": example.output_ids.tolist()}
@@ -193,17 +236,19 @@ def _decode_live(
             baseline = decode(base, None, prompt, max_new_tokens=options.max_new_tokens)
             for typed, rescorer in missing.items():
                 request: dict[str, Any] = {
-                    "rescorer": rescorer, "k": options.k, "p": options.p, "verify": options.verify,
+                    "rescorer": rescorer, "k": options.k, "p": _drafts(typed, options.p), "verify": options.verify,
                     "future": np.asarray(baseline.output_ids),
                 }  # fmt: skip
                 if not warm:
                     decode(base, heads, prompt, max_new_tokens=min(2 * heads.h, options.max_new_tokens), **request)
                 decoded = decode(base, heads, prompt, max_new_tokens=options.max_new_tokens, **request)
+                differs = first_difference(decoded.output_ids, baseline.output_ids)
+                margin = None if differs is None else margin_at(base, prompt, baseline.output_ids, differs)
                 log.add({
                     **_head(trace, task, typed, example), "accepted": decoded.accepted, "oracle_accepted": oracle,
                     "quality": _score(task.metric, base.decode_text(decoded.output_ids), example),
                     "output_ids": decoded.output_ids,
-                    "first_difference": first_difference(decoded.output_ids, baseline.output_ids),
+                    "first_difference": differs, "margin": margin, "verify": decoded.verify,
                     "seconds": dataclasses.asdict(decoded.seconds), "rescore_seconds": decoded.rescore_seconds,
                     "autoregressive_tokens": len(baseline.output_ids),
                     "autoregressive_seconds": dataclasses.asdict(baseline.seconds),
@@ -219,27 +264,33 @@ def _result(options: EvalOptions, task: TaskInput, typed: str, records: list[dic
     oracle = account([r["oracle_accepted"] for r in records], h, seed=options.seed)
     scores = [r["quality"] for r in records if r["quality"] is not None]
     quality = {"metric": task.metric.name, "value": float(np.mean(scores))} if task.metric and scores else None
-    identical = times = None
+    identical = divergence = times = None
     if options.mode == "live":
         identical = {"n": len(records), "identical": sum(r["first_difference"] is None for r in records)}
+        divergence = [
+            {"id": r["id"], "position": r["first_difference"], "margin": r["margin"]}
+            for r in records
+            if r["first_difference"] is not None
+        ]
         times = latency(records, accounting.block_efficiency)
     return Result(
         task=task.name,
         rescorer=typed,
         k=options.k,
-        p=options.p,
+        p=_drafts(typed, options.p),
         alpha=None,
         n=len(records),
         oracle_block_efficiency=oracle.block_efficiency,
         **dataclasses.asdict(accounting),
         quality=quality,
         identical=identical,
+        divergence=divergence,
         latency=times,
     )
 
 
 def latency(records: list[dict[str, Any]], block_efficiency: float) -> dict[str, Any]:
-    """Times of live records, prefill apart.
+    """Times of live records, prefill apart, and `verify`: how drafts were verified (tree or batch).
 
     `verify_ms`, `heads_ms`, `rescore_ms` (and its `p50`, `p95`): per step; `glue_share` of a step's time that is none
     of these; `autoregressive_ms` per token; `prefill_ms` per example; tokens per second of both decoders and their
@@ -259,6 +310,7 @@ def latency(records: list[dict[str, Any]], block_efficiency: float) -> dict[str,
     parts = {part: total(part) / steps * 1e3 for part in ("verify", "heads", "rescore")}
     known = sum(parts.values())
     return {
+        "verify": records[0]["verify"],
         "prefill_ms": total("prefill") / len(records) * 1e3,
         "autoregressive_ms": autoregressive / greedy_tokens * 1e3,
         "verify_ms": parts["verify"],

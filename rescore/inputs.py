@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
 from lm.files import cache_directory, sha256_of_file
+from rescore.checks import check_held_k, check_k, check_new_tokens, check_p
 from rescore.data import TaskData, load_examples
 from rescore.decoding import VERIFY_MODES
-from rescore.replay import check_k
 from rescore.tasks import Metric, Task, load_task, task_names
 from rescore.tracing import (
     DEFAULT_K,
@@ -165,6 +165,7 @@ class TaskInput:
             max_new_tokens=models.options.max_new_tokens,
             max_prompt_tokens=models.options.max_prompt_tokens,
             k=self.k,
+            held=held,
             progress=(lambda done, total: progress(f"trace {self.name}", done, total)) if progress else None,
         )
 
@@ -203,16 +204,13 @@ def _check(options: EvalOptions) -> None:
         raise UnknownNameError("mode", options.mode, MODES)
     if options.verify not in VERIFY_MODES:
         raise UnknownNameError("verify mode", options.verify, VERIFY_MODES)
-    if options.p < 1:
-        raise RescoreError(f"p = {options.p}; at least one draft must be verified (--p 1)")
-    if options.k < 1:
-        raise RescoreError(f"k = {options.k}; a lattice needs at least one token per head (--k 1)")
+    check_p(options.p)
+    check_k(options.k)
+    check_new_tokens(options.max_new_tokens)
     if options.h is not None and options.h < 2:
         raise RescoreError(f"h = {options.h}; a block has at least 2 heads, the base LM's own and one more (--h 2)")
     if options.limit is not None and options.limit < 1:
         raise RescoreError(f"--limit {options.limit}; at least one example is needed")
-    if options.max_new_tokens < 1:
-        raise RescoreError(f"--max-new-tokens {options.max_new_tokens}; at least one token must be decoded")
     if options.max_prompt_tokens is not None and options.max_prompt_tokens < 1:
         raise RescoreError(f"--max-prompt-tokens {options.max_prompt_tokens}; a prompt needs at least one token")
     if options.seed < 0:
@@ -239,7 +237,7 @@ def _given(options: EvalOptions) -> TaskInput:
     assert options.trace is not None
     folder = _path(options.trace)
     trace = load_trace(folder)
-    check_k(trace.header.k, options.k)
+    check_held_k(trace.header.k, options.k)
     _check_h(trace.header.h, options.h)
     task = _recorded_task(trace.header)
     return TaskInput(
@@ -259,8 +257,7 @@ def _recorded(options: EvalOptions, models: Models, task: Task, k: int | None, o
     settings = models.trace_settings(task, data)
     _check_h(settings["h"], options.h)
     vocab_size = settings["base"]["vocab_size"]
-    if (wanted := k or options.k) > vocab_size:
-        raise RescoreError(f"k = {wanted} is outside 1 to the vocabulary's {vocab_size}; choose another --k")
+    check_k(k or options.k, vocab_size)
     k = k or min(max(DEFAULT_K, options.k), vocab_size)
     return TaskInput(
         name=task.name,

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lattices.errors import RescoreError
 from lattices.lattice import Lattice
 from rescore.acceptance import accept
+from rescore.checks import check_held_k, check_p
 from rescore.rescorers.base import Context, Rescorer, check_drafts
 from rescore.tracing import TracedExample
 
@@ -35,9 +35,8 @@ def replay(examples: Sequence[TracedExample], rescorer: Rescorer, *, k: int, p: 
     Raises `RescoreError` for k beyond what the trace holds, and for p < 1.
     """
     if examples:
-        check_k(examples[0].lattice.k, k)
-    if p < 1:
-        raise RescoreError(f"p = {p}; at least one draft must be verified (--p 1)")
+        check_held_k(examples[0].lattice.k, k)
+    check_p(p)
     walks = [_Walk(e, Context(e.prompt_ids.tolist(), future=e.output_ids), []) for e in examples]
     walking = walks
     while walking:
@@ -58,9 +57,3 @@ def replay(examples: Sequence[TracedExample], rescorer: Rescorer, *, k: int, p: 
             walk.accepted.append(n)
         walking = [w for w in walking if w.position < len(w.example.output_ids)]
     return [w.accepted for w in walks]
-
-
-def check_k(held: int, k: int) -> None:
-    """Raises `RescoreError` if k is not within the K = `held` entries per slot of a trace."""
-    if not 1 <= k <= held:
-        raise RescoreError(f"k = {k}, but the trace holds the top {held} of each head; choose --k from 1 to {held}")

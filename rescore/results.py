@@ -12,8 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
-from lm.files import append_json_line, changed_settings, open_appending, read_json_lines, write_json, writing
+from lattices.errors import IncompatibleError, InvalidDataError
+from lm.files import (
+    append_json_line,
+    changed_settings,
+    open_appending,
+    read_json_lines,
+    read_json_object,
+    write_json,
+    writing,
+)
 
 SCHEMA = "rescore.results/1"
 EXAMPLES_FILE, CONFIG_FILE, RESULTS_FILE = "examples.jsonl", "config.json", "results.json"
@@ -27,7 +35,8 @@ class Result:
 
     `oracle_block_efficiency` at this k; `quality`: `{"metric", "value"}`, mean over examples of the task's metric of
     the output, None where it has none or the text is not known; and in live mode, else None: `identical` `{"n",
-    "identical"}` outputs equal to greedy decoding, `latency` (`rescore.evaluation.latency`).
+    "identical"}` outputs equal to greedy decoding, `divergence` of the others (`{"id", "position", "margin"}`: the
+    first token that differs, from 0, and the greedy logit margin there), `latency` (`rescore.evaluation.latency`).
     """
 
     task: str
@@ -47,6 +56,7 @@ class Result:
     conditional: list[float]
     quality: dict[str, Any] | None
     identical: dict[str, int] | None
+    divergence: list[dict[str, Any]] | None
     latency: dict[str, Any] | None
 
 
@@ -122,14 +132,8 @@ def _claim(folder: Path, config: dict[str, Any]) -> None:
             raise IncompatibleError(f"{folder} holds examples of a run without its {CONFIG_FILE}; use another --out")
         write_json(path, config)
         return
-    try:
-        found = json.loads(path.read_text())
-    except OSError as error:
-        raise RescoreError(f"can't read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InvalidDataError(f"{path} is not valid JSON ({error}); use another --out") from error
-    changed = changed_settings(found, config) if isinstance(found, dict) else [f"{CONFIG_FILE} is not an object"]
-    if changed:
+    found = read_json_object(path, missing=f"can't tell whose results {folder} holds", advice="use another --out")
+    if changed := changed_settings(found, config):
         raise IncompatibleError(
             f"{folder} holds results of another configuration ({'; '.join(changed)}); use another --out"
         )

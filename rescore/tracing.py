@@ -37,8 +37,9 @@ from lattices.lattice import Lattice
 from lm.base import BaseLM
 from lm.block_heads import BlockHeads, entropies_of, lattice_of
 from lm.catalog import first_line
-from lm.files import atomic_folder, changed_settings, write_json, writing
+from lm.files import atomic_folder, changed_settings, read_json_object, write_json, writing
 from lm.generation import Greedy, generate_greedy
+from rescore.checks import check_k
 from rescore.tasks.base import Example
 
 SCHEMA = "rescore.trace/1"
@@ -97,25 +98,26 @@ def record_trace(
     max_prompt_tokens: int | None = None,
     k: int = DEFAULT_K,
     batch_size: int = 16,
+    held: Trace | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Trace:
     """Records what `folder` lacks of the examples and returns the trace of exactly these, in their order.
 
-    A part is written after every `PART_EXAMPLES`, so a killed recording goes on where it stopped.
+    A part is written after every `PART_EXAMPLES`, so a killed recording goes on where it stopped. `held`: what
+    `load_trace` gave of the folder, at least the examples asked for, if it has been called already.
     `progress(done, total)` is called after every example. Raises `IncompatibleError` if the folder holds a trace with
     other settings, `RescoreError` for prompts that do not fit into the context and for k beyond the vocabulary.
     """
-    if not 1 <= k <= base.vocab_size:
-        raise RescoreError(f"k = {k} is outside 1 to the vocabulary's {base.vocab_size}; choose another --k")
+    check_k(k, base.vocab_size)
     made_of: dict[str, Any] = {
         "h": heads.h, "k": k, "vocab_size": base.vocab_size, "eos_token_ids": sorted(base.eos_token_ids),
         "settings": settings,
     }  # fmt: skip
-    header, done = TraceHeader(**made_of, parts=[]), set()
-    if (folder / HEADER_FILE).is_file():
-        header = read_header(folder)
-        check_settings(folder, header, **made_of)
-        done = {e.id for e in load_trace(folder).examples}
+    if held is None and (folder / HEADER_FILE).is_file():
+        check_settings(folder, read_header(folder), **made_of)
+        held = load_trace(folder)
+    header = held.header if held else TraceHeader(**made_of, parts=[])
+    done = {e.id: e for e in held.examples} if held else {}
     missing = [e for e in examples if e.id not in done]
     encoded = [base.encode_prompt(e.prompt, chat=chat, max_tokens=max_prompt_tokens) for e in missing]
     for example, ids in zip(missing, encoded, strict=True):
@@ -142,9 +144,8 @@ def record_trace(
         _write_part(folder / name, [rows[place] for place in range(len(prompts))])
         header = dataclasses.replace(header, parts=[*header.parts, name])
         write_json(folder / HEADER_FILE, dataclasses.asdict(header))
-    trace = load_trace(folder)
-    by_id = {e.id: e for e in trace.examples}
-    return Trace(trace.header, tuple(by_id[e.id] for e in examples))
+        done |= {e.id: e for e in _read_part(folder / name, header)}
+    return Trace(header, tuple(done[e.id] for e in examples))
 
 
 def trace_key(settings: dict[str, Any], k: int) -> str:
@@ -239,14 +240,8 @@ def check_settings(folder: Path, header: TraceHeader, **wanted: Any) -> None:
 def read_header(folder: Path) -> TraceHeader:
     """`trace.json` of a trace folder, checked."""
     path = folder / HEADER_FILE
-    try:
-        fields = json.loads(path.read_text())
-    except OSError as error:
-        raise RescoreError(f"no trace in {folder}: can't read {HEADER_FILE} ({error.strerror})") from error
-    except ValueError as error:
-        raise InvalidDataError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
-        found = fields.get("schema") if isinstance(fields, dict) else type(fields).__name__
+    fields = read_json_object(path, missing=f"no trace in {folder}")
+    if (found := fields.get("schema")) != SCHEMA:
         raise InvalidDataError(f"{path} has schema {found!r}; this version reads {SCHEMA!r}")
     try:
         header = TraceHeader(**fields)

@@ -89,7 +89,8 @@ class TestEval:
                 ("squad", "oracle"),
             ]
             for r in run.document["results"]:
-                assert (r["k"], r["p"], r["alpha"], r["n"]) == (16, p, None, 6)
+                drafts = 1 if r["rescorer"] == "oracle" else p  # the oracle verifies one, whatever p is
+                assert (r["k"], r["p"], r["alpha"], r["n"]) == (16, drafts, None, 6)
                 assert len(r["accepted_histogram"]) == 5 and len(r["marginal"]) == len(r["conditional"]) == 4
                 assert sum(r["accepted_histogram"]) == r["steps"]
                 assert sum(i * n for i, n in enumerate(r["accepted_histogram"])) == r["tokens"]
@@ -97,7 +98,7 @@ class TestEval:
         for run in live:
             for r, other in zip(run.document["results"], replayed.document["results"], strict=True):
                 assert r["identical"] == {"n": 6, "identical": 6} and r["latency"]["verify_ms"] > 0
-                assert {**r, "identical": None, "latency": None} == other
+                assert {**r, "identical": None, "divergence": None, "latency": None} == other
 
     def test_the_table(self, rescore: Command, model: list[object]):
         run = rescore("eval", *model, "--rescorer", "none", "--rescorer", "oracle", "--mode", "live", "--limit", 2)
@@ -146,7 +147,7 @@ class TestEval:
         rescore("eval", "--trace", tmp_path / "trace", "--k", 16).refused("k = 16, but the trace holds the top 8")
 
     def test_the_sample_stands_in_where_the_hub_can_not_be_reached(
-        self, rescore: Command, model: list[object], monkeypatch: pytest.MonkeyPatch
+        self, rescore: Command, model: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
         monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
         monkeypatch.setattr(data_module, "_hub_trouble", lambda hub: "the hub can't be reached")
@@ -160,6 +161,16 @@ class TestEval:
         )
         assert run.document["config"]["data"]["squad"]["kind"] == "sample"
         assert run.err.removeprefix("rescore: ").strip() in run.document["config"]["notices"]
+        assert rescore("oracle", *options).err == run.err
+        assert rescore("trace", *options, "--out", tmp_path).err == run.err
+
+    def test_notices_do_not_wait_for_the_results(self, rescore: Command, model: list[object], monkeypatch):
+        monkeypatch.setattr("lm.base.BaseLM._follows_mask", lambda *_: False)
+        monkeypatch.setattr(evaluation, "decode", lambda *_, **__: 1 / 0)
+        run = rescore("eval", *model, "--mode", "live", "--p", 4)
+        first, second = run.err.splitlines()
+        assert first.endswith("takes no tree mask; its 4 drafts a step are verified as a batch")
+        assert second.startswith("rescore: ZeroDivisionError") and run.out == ""
 
 
 class TestOracle:
@@ -189,17 +200,24 @@ class TestOtherCommands:
         trained = rescore(
             "train-heads", *base, "--corpus", tmp_path / "own", "--out", tmp_path / "heads", "--h", 3, "--steps", 2,
             "--positions", 16, "--heads-per-step", 2, "--inner-size", 8, "--vocabulary", 0, "--device", "cpu",
+            "--evaluate-every", 1,
         )  # fmt: skip
         assert trained.code == 0 and re.match(r"head +2 +3\n", trained.out), trained
+        accuracy = r"accepted \d\.\d{3} \(best of top 16: \d\.\d{3}\)\n"
+        assert re.fullmatch(f"rescore: step 1 of 2, {accuracy}rescore: step 2 of 2, {accuracy}", trained.err)
         run = rescore("eval", *model, "--heads", tmp_path / "heads", "--json")
         assert len(run.document["results"][0]["marginal"]) == 3
 
     def test_verify_curve(self, rescore: Command, model: list[object]):
         command = ["bench", "verify-curve", *model[:2], "--cached", 16, "--repeats", 1, "--device", "cpu"]
-        curve = rescore(*command, "--json").document
+        run = rescore(*command, "--json")
+        assert run.code == 0 and run.out.count("\n") == 1
+        curve = run.document
         assert curve["tokens"] == [1, 2, 4, 9, 16, 32, 64, 144] and curve["cached"] == 16
         assert all(value > 0 for value in curve["milliseconds"] + curve["gb_per_second"])
-        assert re.match(r"tokens +ms +against 1 +GB/s +tok/s\n", rescore(*command).out)
+        out = rescore(*command).out
+        assert re.match(r"tokens +ms +against 1 +GB/s +tok/s\n", out), "the table, and then one JSON line"
+        assert json.loads(out.splitlines()[-1]).keys() == curve.keys()
         rescore(*command, "--repeats", 0).refused("at least 1")
         rescore(*command, "--cached", 500).refused("500 cached tokens do not fit into the context of 512")
 
@@ -220,6 +238,7 @@ def refusals(tiny: Path, heads: Path, data: Path, folder: Path) -> Iterator[tupl
     yield "no such mode", ["eval", *given, "--mode", "life"], r"unknown mode 'life'; did you mean live\?"
     yield "no such verify", ["eval", *given, "--verify", "three"], r"unknown verify mode 'three'; did you mean tree\?"
     yield "no such dtype", ["eval", *given, "--dtype", "float31"], r"unknown dtype 'float31'; did you mean float32"
+    yield "no such device", ["eval", *given, "--device", "foo"], r"unknown device 'foo'; known: auto, cpu, cuda\n"
     yield "no data file", ["eval", *model, "--data", folder / "none.jsonl"], "no such file: .*none.jsonl"
     yield "a folder as data", ["eval", *model, "--data", folder], "not a file: "
     yield "no such option", ["eval", "--retcorer", "none"], r"No such option.*--retcorer.*--rescorer"
@@ -404,7 +423,7 @@ class TestInterruption:
         assert 2 <= finished < 30 and re.search(rf"\nsquad +none +4 +1 +{finished} ", out)
         whole = rescore(*live, "--json").document["results"]
         replayed = rescore("eval", *options, "--json").document["results"]
-        assert [{**r, "identical": None, "latency": None} for r in whole] == replayed
+        assert [{**r, "identical": None, "divergence": None, "latency": None} for r in whole] == replayed
         assert whole[0]["identical"] == {"n": 30, "identical": 30}
 
 

@@ -35,12 +35,15 @@ def results_table(document: ResultsDocument) -> str:
     parts = [_caption(document), _efficiency(document.results), _acceptance(document.results)]
     if any(r.latency for r in document.results):
         parts += [_speed(document.results), _times(document.results)]
+    if any(r.divergence for r in document.results):
+        parts.append(_divergence(document.results))
     return "\n\n".join(parts)
 
 
 def _caption(document: ResultsDocument) -> str:
     options, h = document.config["options"], len(document.results[0].marginal)
-    way = f"live decode (p drafts as {options['verify']})" if options["mode"] == "live" else "replayed decode"
+    most = max(document.results, key=lambda r: r.p)
+    way = f"live decode (p drafts as {most.latency['verify']})" if most.latency else "replayed decode"
     if options["trace"]:
         return f"{way} of the trace {options['trace']}, h = {h}"
     return f"{way} of {options['base']} in {options['dtype']}, h = {h}, up to {options['max_new_tokens']} new tokens"
@@ -113,6 +116,24 @@ def _times(results: Sequence[Result]) -> str:
     note = (
         "ms per step (greedy: per token; prefill: per example); p50 and p95 are of rescore;\n"
         "glue = share of a step that is none of these."
+    )
+    return table([*LABEL, *header], rows, text_columns=2) + "\n" + note
+
+
+def _divergence(results: Sequence[Result]) -> str:
+    header = ["differ", "earliest at", "margin there", "largest margin"]
+    rows = []
+    for r in results:
+        if r.divergence:
+            earliest = min(r.divergence, key=lambda d: d["position"])
+            largest = max(d["margin"] for d in r.divergence)
+            differ = f"{len(r.divergence)}/{r.n}"
+            rows.append([
+                *_label(r), differ, str(earliest["position"]), f"{earliest['margin']:.4f}", f"{largest:.4f}",
+            ])  # fmt: skip
+    note = (
+        "outputs that differ from greedy decoding's, the first token that does (from 0), and the greedy logit margin\n"
+        "over the runner-up there: near-ties are decided differently in half precision, and hardly ever in float32."
     )
     return table([*LABEL, *header], rows, text_columns=2) + "\n" + note
 

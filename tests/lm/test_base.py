@@ -10,8 +10,14 @@ from conftest import byte_tokenizer, save_tiny_base
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -21,10 +27,11 @@ from transformers import (
     RwkvConfig,
     RwkvForCausalLM,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lattices.errors import IncompatibleError, RescoreError
 from lm import attention
-from lm.attention import PACKED
+from lm.attention import PACKED, packed_attention
 from lm.base import BaseIdentity, BaseLM
 from lm.catalog import load_base
 
@@ -139,6 +146,14 @@ class TestForward:
         with pytest.raises(IncompatibleError, match="changes its logits"):
             wrap(model)
 
+    def test_states_alone_cost_no_projection(self, tiny_base):
+        ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+        logits, hidden = tiny_base.forward(ids, projects=False)
+        assert logits.shape == (2, 0, 257)
+        torch.testing.assert_close(hidden, tiny_base.forward(ids)[1])
+        output = tiny_base.model(input_ids=ids)  # and others who call the model get their logits
+        torch.testing.assert_close(output.logits, tiny_base.forward(ids)[0])
+
     def test_what_it_says_about_itself(self, tiny_base):
         assert tiny_base.dtype == tiny_base.heads_dtype == torch.float64
         assert tiny_base.context_length == 512
@@ -162,6 +177,36 @@ class TestRefusals:
     def test_windows_take_no_tree(self):
         assert not packed(MistralConfig(**TINY, sliding_window=5), MistralForCausalLM).supports_tree
         assert packed(MistralConfig(**TINY, sliding_window=None), MistralForCausalLM).supports_tree
+
+
+IGNORANT = {
+    "refuses it": lambda: BloomForCausalLM(BloomConfig(vocab_size=257, hidden_size=32, n_layer=2, n_head=4)),
+    "adds it to the scores": lambda: GPTJForCausalLM(
+        GPTJConfig(vocab_size=257, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4, initializer_range=0.6)
+    ),
+    "adds it to its own causal mask": lambda: GPTNeoForCausalLM(
+        GPTNeoConfig(
+            vocab_size=257,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            attention_types=[[["global"], 2]],
+            max_position_embeddings=64,
+            initializer_range=0.6,
+        )
+    ),
+}
+
+
+class TestTreeMasks:
+    @pytest.mark.parametrize("what", IGNORANT)
+    def test_an_architecture_that_does_not_follow_them_is_found_out(self, what: str):
+        torch.manual_seed(0)
+        assert not wrap(IGNORANT[what]()).supports_tree
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+    def test_one_that_does_is_known_in_every_precision(self, tiny_folder: Path, dtype: str):
+        assert load_base(str(tiny_folder), dtype=dtype, device="cpu").supports_tree
 
 
 MODELS = {
@@ -244,6 +289,34 @@ class TestCache:
         whole, _ = tiny_base.forward(torch.tensor([past + rest]))
         torch.testing.assert_close(stepwise, whole[:, len(past) :])
 
+    def test_drafts_of_which_nothing_was_kept_leave_no_trace(self, tiny_base):
+        cache = tiny_base.new_cache(20)
+        tiny_base.forward(torch.tensor([[1, 2, 3]]), cache)
+        cache.keep(range(3))
+        tiny_base.forward(torch.tensor([[4, 5], [6, 7]]), cache)
+        tiny_base.forward(torch.tensor([[8, 9]]), cache)
+        cache.keep(range(2))
+        logits, _ = tiny_base.forward(torch.tensor([[10]]), cache)
+        whole, _ = tiny_base.forward(torch.tensor([[1, 2, 3, 8, 9, 10]]))
+        torch.testing.assert_close(logits, whole[:, 5:])
+
+    @pytest.mark.parametrize(("columns", "uploads"), [([0, 1], 0), ([0, 2], 1), ([1], 1)])
+    def test_an_index_goes_to_the_device_once_for_all_layers(self, tiny_base, monkeypatch, columns, uploads):
+        cache = tiny_base.new_cache(20)
+        tiny_base.forward(torch.tensor([[1, 2, 3]]), cache)
+        made, tensor = [], torch.tensor
+        monkeypatch.setattr(torch, "tensor", lambda *a, **k: made.append(a) or tensor(*a, **k))
+        cache.keep(columns)
+        assert len(made) == uploads and cache.length == len(columns)
+
+    def test_drafts_can_not_all_be_kept(self, tiny_base):
+        cache = tiny_base.new_cache(20)
+        tiny_base.forward(torch.tensor([[1, 2, 3]]), cache)
+        cache.keep(range(3))
+        tiny_base.forward(torch.tensor([[4, 5], [6, 7]]), cache)
+        with pytest.raises(AssertionError, match="can't all be kept"):
+            cache.keep_all()
+
     def test_rows_of_a_batch_can_leave(self, any_base):
         prompts = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
         cache = any_base.new_cache(10)
@@ -318,3 +391,22 @@ class TestPackedAttention:
         torch.testing.assert_close(results[0][attended], results[1][attended], rtol=1e-10, atol=1e-10)
         alone, _ = pair[0].forward(torch.tensor([[3, 4]]))
         torch.testing.assert_close(results[0][0, 3:], alone[0])
+
+    @pytest.mark.parametrize("n", [1, 3])
+    def test_a_position_bias_is_not_dropped(self, n: int):
+        """Some architectures hand one to their attention."""
+        module = torch.nn.Module().eval()
+        module.num_key_value_groups = 2
+        query, bias = torch.randn(2, 4, n, 8), torch.randn(1, 4, n, 6)
+        key, value = torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
+        mask = torch.ones(2, 1, n, 6, dtype=torch.bool)
+        ours, theirs, without = (
+            attend(module, query, key, value, mask, scaling=0.3, **more)[0]
+            for attend, more in (
+                (packed_attention, {"position_bias": bias}),
+                (sdpa_attention_forward, {"position_bias": bias}),
+                (packed_attention, {}),
+            )
+        )
+        torch.testing.assert_close(ours, theirs)
+        assert not torch.allclose(ours, without)

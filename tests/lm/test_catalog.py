@@ -48,8 +48,18 @@ class TestNames:
     def test_an_unknown_dtype_suggests_the_nearest(self, tiny_folder: Path):
         assert "did you mean float32" in refused(tiny_folder, UnknownNameError, dtype="floa32")
 
-    def test_an_unknown_device_is_one_line(self, tiny_folder: Path):
-        assert "abacus" in refused(tiny_folder, device="abacus")
+    @pytest.mark.parametrize("device", ["abacus", "foo", "cuda:x", "cuda:-1", "meta", ""])
+    def test_an_unknown_device_is_one_clear_line(self, tiny_folder: Path, device: str):
+        message = refused(tiny_folder, UnknownNameError, device=device)
+        assert message.startswith(f"unknown device {device!r}; ") and len(message) < 80
+
+    def test_the_device_is_resolved(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        chosen = {name: catalog.choose_device(name) for name in ("auto", "cpu", "cuda", "cuda:1")}
+        assert chosen == {"auto": "cuda:0", "cpu": "cpu", "cuda": "cuda:0", "cuda:1": "cuda:1"}
+        with pytest.raises(RescoreError, match=r"no GPU here for --device cuda:2 \(2 found\); use --device cpu"):
+            catalog.choose_device("cuda:2")
 
     def test_a_gpu_that_is_not_there(self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -114,8 +124,16 @@ class TestBrokenFolders:
 
     def test_missing_weights(self, folder: Path):
         (folder / "model.safetensors").unlink()
-        assert "model.safetensors" in refused(folder, InvalidDataError)
+        assert "no weight files" in refused(folder, InvalidDataError)
         with pytest.raises(InvalidDataError, match="no weight files"):
+            identify(str(folder))
+
+    def test_weights_that_are_pickles(self, folder: Path):
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        torch.save(tensors, folder / "pytorch_model.bin")
+        assert "has its weights as .bin only, and only safetensors are read here" in refused(folder, InvalidDataError)
+        with pytest.raises(InvalidDataError, match=r"as .bin only"):
             identify(str(folder))
 
     @pytest.mark.parametrize("keep", [0, 5, 100, -1000])

@@ -159,6 +159,34 @@ class TestReadJsonLines:
             one_line(caught)
 
 
+class TestReadJsonObject:
+    def test_an_object(self, tmp_path: Path):
+        (tmp_path / "x.json").write_bytes('{"é": [1]}'.encode())
+        assert files.read_json_object(tmp_path / "x.json", missing="nothing") == {"é": [1]}
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"", "is not valid JSON"),
+            (b"{", "is not valid JSON"),
+            (b'{"a": "\xff"}', "is not valid JSON"),
+            (b"[" * 100_000, "is not valid JSON"),
+            (b"[1]", "is not a JSON object"),
+            (b"null", "is not a JSON object"),
+        ],
+    )
+    def test_anything_else_is_one_line(self, tmp_path: Path, content: bytes, message: str):
+        (tmp_path / "x.json").write_bytes(content)
+        with pytest.raises(InvalidDataError, match=f"x.json {message}.*; bake another$") as caught:
+            files.read_json_object(tmp_path / "x.json", missing="no cake", advice="bake another")
+        one_line(caught)
+
+    def test_a_file_that_can_not_be_read(self, tmp_path: Path):
+        for path, reason in ((tmp_path / "none.json", "No such file"), (tmp_path, "Is a directory")):
+            with pytest.raises(RescoreError, match=f"^no cake: can't read {path.name} \\({reason}"):
+                files.read_json_object(path, missing="no cake")
+
+
 class TestAppending:
     @pytest.mark.parametrize(
         ("before", "kept"),

@@ -13,6 +13,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from lm import attention
 from lm.attention import PACKED
 from lm.base import BaseIdentity, BaseLM
+from lm.catalog import load_base
 from lm.generation import generate_greedy
 
 exhaustive = settings(
@@ -81,9 +82,9 @@ def test_every_prompt_gets_its_own_greedy_output(
         whole = torch.tensor([[*prompt, *result.output_ids.tolist()]])
         logits, hidden = base.forward(whole)
         choosing = slice(len(prompt) - 1, -1)
-        assert result.hidden.dtype == result.margins.dtype == np.float32
-        np.testing.assert_allclose(result.hidden, hidden[0, choosing].numpy(), rtol=1e-5, atol=1e-5)
-        projected = base.project(torch.from_numpy(result.hidden).double())
+        assert (result.hidden.dtype, result.margins.dtype) == (np.float64, np.float32)
+        np.testing.assert_allclose(result.hidden, hidden[0, choosing].numpy(), rtol=1e-9, atol=1e-9)
+        projected = base.project(torch.from_numpy(result.hidden))
         assert projected.argmax(-1).tolist() == result.output_ids.tolist()
         best = logits[0, choosing].topk(2).values
         np.testing.assert_allclose(result.margins, (best[:, 0] - best[:, 1]).numpy(), rtol=1e-4, atol=1e-5)
@@ -126,3 +127,29 @@ def test_finished_rows_are_dropped(tiny_base, monkeypatch):
     assert rows[0] == 8 and rows[-1] < 8 and rows == sorted(rows, reverse=True)
     for result in results:
         assert result.output_ids.tolist() == greedy(tiny_base, [result.index], 12, ends)
+
+
+def test_states_of_half_precision_are_float32(tiny_folder):
+    half = load_base(str(tiny_folder), dtype="bfloat16", device="cpu")
+    (result,) = generate_greedy(half, [[1, 2]], max_new_tokens=3, with_hidden=True)
+    assert (result.hidden.dtype, result.margins.dtype) == (np.float32, np.float32)
+
+
+def test_a_step_asks_the_device_once(tiny_base, monkeypatch):
+    """On a GPU every value that the host reads waits for all work before it."""
+    monkeypatch.setattr(tiny_base, "eos_token_ids", frozenset())
+    reads = []
+    for name in ("tolist", "item", "cpu", "__bool__", "__int__"):
+        true = getattr(torch.Tensor, name)
+
+        def spy(tensor, *arguments, true=true, name=name):
+            reads.append(name)
+            return true(tensor, *arguments)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    of_steps = []
+    for steps in (4, 9):
+        reads.clear()
+        list(generate_greedy(tiny_base, [[1, 2], [3]], max_new_tokens=steps))
+        of_steps.append(len(reads))
+    assert of_steps[1] - of_steps[0] == 5

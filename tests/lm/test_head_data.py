@@ -95,6 +95,16 @@ class TestText:
         check_against_a_direct_forward(tiny_base, data, {tuple(c[1:]): c[:1] for c in chunks})
         assert data.source == "text.txt"
 
+    def test_the_vocabulary_projection_is_not_computed(self, tiny_base, text, tmp_path):
+        """For a corpus it would be a large part of the work."""
+        rows = []
+        hook = tiny_base.output_embeddings.register_forward_hook(lambda _, args, out: rows.append(out.shape[1]))
+        try:
+            read_head_data(tiny_base, text, tmp_path / "cache")
+        finally:
+            hook.remove()
+        assert rows and not any(rows)
+
     def test_one_token_left_over_is_nothing(self, tiny_base, tmp_path):
         (tmp_path / "x.txt").write_text("a" * (CHUNK + 1))
         data = read_head_data(tiny_base, tmp_path / "x.txt", tmp_path)

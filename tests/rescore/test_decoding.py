@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lattices.errors import RescoreError
 from lm.base import BaseLM
 from rescore.accounting import account
-from rescore.decoding import decode, first_difference
+from rescore.decoding import decode, first_difference, margin_at
 from rescore.replay import replay
 from rescore.rescorers import load_rescorer
 from rescore.tasks import Example
@@ -135,6 +135,29 @@ def test_the_cache_holds_accepted_tokens_only(tiny_base):
     full, _ = tiny_base.forward(torch.tensor([whole]))
     stepwise, _ = tiny_base.forward(torch.tensor([decoded.output_ids]), cache)
     torch.testing.assert_close(full[:, 3:], stepwise)
+
+
+@pytest.mark.parametrize(
+    ("tree", "verify", "p", "used"),
+    [(True, "tree", 4, "tree"), (True, "batch", 4, "batch"), (False, "tree", 4, "batch"), (False, "tree", 1, "tree")],
+)
+def test_how_drafts_were_verified_is_told(tiny_base, monkeypatch, tree, verify, p, used):
+    """A base that takes no tree mask verifies drafts as rows; one draft needs no mask."""
+    monkeypatch.setattr(tiny_base, "supports_tree", tree)
+    decoded = decode(
+        tiny_base, make_heads(tiny_base), [1, 2], rescorer=load_rescorer("none"), k=4, p=p, max_new_tokens=8,
+        verify=verify,
+    )  # fmt: skip
+    assert decoded.verify == used and decoded.output_ids == greedy(tiny_base, [1, 2], 8)
+
+
+def test_the_margin_at_a_place_is_the_greedy_logit_over_the_runner_up(tiny_base):
+    prompt, output = [1, 2, 3], greedy(tiny_base, [1, 2, 3], 6)
+    logits, _ = tiny_base.forward(torch.tensor([prompt + output]))
+    best = logits[0].topk(2).values
+    for place in range(6):
+        expected = float(best[place + 2, 0] - best[place + 2, 1])
+        assert margin_at(tiny_base, prompt, output, place) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(

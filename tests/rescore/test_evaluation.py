@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_heads, save_tiny_base, squad_records, write_lines
 
 import lm.catalog
@@ -58,7 +59,7 @@ def run(options: EvalOptions, **more: Any) -> list[Result]:
 
 
 def without_times(results: list[Result]) -> list[Result]:
-    return [dataclasses.replace(r, latency=None, identical=None) for r in results]
+    return [dataclasses.replace(r, latency=None, identical=None, divergence=None) for r in results]
 
 
 def no_base(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,6 +74,8 @@ class TestNumbers:
         live = run(make(p=p, verify=verify, mode="live"))
         assert [r.identical for r in replayed] == [None] * 3 and [r.latency for r in replayed] == [None] * 3
         assert [r.identical for r in live] == [{"n": 6, "identical": 6}] * 3
+        assert [r.divergence for r in live] == [[]] * 3 and [r.divergence for r in replayed] == [None] * 3
+        assert [r.latency and r.latency["verify"] for r in live] == [verify] * 3
         assert without_times(live) == replayed
         assert replayed[2].accepted_histogram[2] and replayed[2].accepted_histogram[4], "long blocks occur"
 
@@ -82,7 +85,8 @@ class TestNumbers:
         h = changes.get("h", 4)
         assert [r.rescorer for r in results] == ["none", "oracle", "peek"]
         for r in results:
-            assert (r.task, r.k, r.p, r.alpha, r.n) == ("squad", changes.get("k", 8), changes.get("p", 1), None, 6)
+            p = 1 if r.rescorer == "oracle" else changes.get("p", 1)  # the oracle verifies one draft
+            assert (r.task, r.k, r.p, r.alpha, r.n) == ("squad", changes.get("k", 8), p, None, 6)
             assert len(r.accepted_histogram) == h + 1 and len(r.marginal) == len(r.conditional) == h
             assert sum(r.accepted_histogram) == r.steps and r.accepted_histogram[0] == 0
             assert sum(i * n for i, n in enumerate(r.accepted_histogram)) == r.tokens
@@ -115,12 +119,56 @@ class TestNumbers:
         assert found[2:] == run(make(rescorers=("oracle", "none"), data=str(data)))
 
     def test_the_metric_scores_the_output(self, make: Make, tmp_path: Path):
-        trace, _ = trace_task(make(), tmp_path / "trace")
+        trace = trace_task(make(), tmp_path / "trace")
         records = squad_records(6)
         for record, example in list(zip(records, trace.examples, strict=True))[:3]:
             record["answers"] = {"text": [example.output]}
         (none,) = run(make(rescorers=("none",), data=str(write_lines(tmp_path / "right.jsonl", records))))
         assert none.quality == {"metric": "exact match", "value": 0.5}
+
+    def test_an_output_that_differs_is_told_with_its_place_and_margin(self, make: Make, tiny_base, monkeypatch):
+        true_decode = evaluation.decode
+
+        def decode(base, heads, prompt, *, max_new_tokens, **request):
+            """As in half precision: one prompt's blocks go another way at token 5."""
+            decoded = true_decode(base, heads, prompt, max_new_tokens=max_new_tokens, **request)
+            if heads is not None and max_new_tokens == 14 and "bridge 2 " in base.decode_text(prompt):
+                decoded.output_ids[5] = (decoded.output_ids[5] + 1) % 256
+            return decoded
+
+        monkeypatch.setattr(evaluation, "decode", decode)
+        (found,) = run(make(mode="live", rescorers=("none",)))
+        assert found.identical == {"n": 6, "identical": 5}
+        ((place,),) = [found.divergence]
+        records = squad_records(6)[2]
+        text = f"question: {records['question']} context: {records['context']}"
+        prompt = tiny_base.encode_prompt(text, chat=True)
+        output = true_decode(tiny_base, None, prompt, max_new_tokens=14).output_ids
+        logits, _ = tiny_base.forward(torch.tensor([prompt + output[:5]]))
+        best = logits[0, -1].topk(2).values
+        assert place == {"id": "q2", "position": 5, "margin": pytest.approx(float(best[0] - best[1]), rel=1e-6)}
+
+    def test_live_quality_is_that_of_the_live_output(self, make: Make, tmp_path: Path, monkeypatch):
+        """Which in half precision need not be the trace's."""
+        trace = trace_task(make(), tmp_path / "trace")
+        records = squad_records(6)
+        for record, example in zip(records, trace.examples, strict=True):
+            record["answers"] = {"text": [example.output]}
+        data = str(write_lines(tmp_path / "right.jsonl", records))
+        true_decode, broken = evaluation.decode, []
+
+        def decode(base, heads, prompt, *, max_new_tokens, **request):
+            decoded = true_decode(base, heads, prompt, max_new_tokens=max_new_tokens, **request)
+            if heads is not None and max_new_tokens == 14 and len(broken) < 2:
+                broken.append(prompt)
+                decoded.output_ids[:] = [ord("x")] * 14
+            return decoded
+
+        monkeypatch.setattr(evaluation, "decode", decode)
+        (live,) = run(make(mode="live", rescorers=("none",), data=data))
+        (replayed,) = run(make(rescorers=("none",), data=data))
+        assert replayed.quality == {"metric": "exact match", "value": 1.0}
+        assert live.quality == {"metric": "exact match", "value": pytest.approx(4 / 6)}
 
     def test_the_seed_moves_the_interval_and_nothing_else(self, make: Make, tmp_path: Path):
         data = str(write_lines(tmp_path / "squad.jsonl", squad_records(25)))
@@ -138,7 +186,7 @@ class TestNumbers:
         (result,) = run(make(mode="live", rescorers=("none",)))
         assert result.latency is not None
         t = result.latency
-        assert all(value > 0 for value in t.values())
+        assert t["verify"] == "tree" and all(value > 0 for name, value in t.items() if name != "verify")
         spent = t["verify_ms"] + t["heads_ms"] + t["rescore_ms"]
         assert spent / (1 - t["glue_share"]) * result.steps == pytest.approx(
             1e3 * result.tokens / t["tokens_per_second"]
@@ -197,6 +245,16 @@ class TestTraces:
         whole = run(make())
         assert whole == run(make(trace=str(next((cache_directory() / "traces").iterdir())), data=None, heads=None))
 
+    def test_extending_a_trace_reads_each_part_once(self, make: Make, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(tracing, "PART_EXAMPLES", 2)
+        read_part, read = tracing._read_part, []
+        monkeypatch.setattr(tracing, "_read_part", lambda folder, *a: read.append(folder.name) or read_part(folder, *a))
+        run(make(limit=4))
+        assert read == ["part-00000", "part-00001"]
+        read.clear()
+        run(make())
+        assert read == ["part-00000", "part-00001", "part-00002"]
+
     def test_other_heads_data_and_limits_have_traces_of_their_own(self, make: Make, tiny_base, tmp_path: Path):
         make_heads(tiny_base, seed=5).save(tmp_path / "heads")
         other = write_lines(tmp_path / "other.jsonl", squad_records(7)[1:])
@@ -207,8 +265,8 @@ class TestTraces:
 
     def test_a_recorded_trace_gives_the_same_results(self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         options = make(p=2)
-        trace, notice = trace_task(make(k=16), tmp_path / "trace")
-        assert (len(trace.examples), trace.header.k, trace.header.h, notice) == (6, 16, 4, None)
+        trace = trace_task(make(k=16), tmp_path / "trace")
+        assert (len(trace.examples), trace.header.k, trace.header.h) == (6, 16, 4)
         direct, shorter = run(options), run(make(limit=4, h=3))
         no_base(monkeypatch)
         given = {"trace": str(tmp_path / "trace"), "data": None, "heads": None, "base": "no-such-model"}
@@ -251,6 +309,7 @@ class TestConfiguration:
         assert config["options"] == json.loads(json.dumps(dataclasses.asdict(make(seed=3, tasks=("squad",)))))
         assert {"rescore", "torch", "transformers"} <= set(config["versions"])
         assert "git_revision" in config
+        assert (config["device"], config["threads"]) == ("cpu", torch.get_num_threads())
         identity = lm.catalog.identify(make().base, dtype="float64")
         trace = config["traces"]["squad"]
         assert trace["base"] == dataclasses.asdict(identity)
@@ -267,6 +326,7 @@ class TestConfiguration:
         given = make(trace=str(tmp_path / "trace"), data=None, heads=None)
         one, again = (evaluate(given).document.config for _ in range(2))
         assert one["data"]["squad"] == again["data"]["squad"]
+        assert one["device"] is None, "nothing was computed by a model"
         assert one["data"]["squad"]["kind"] == "trace" and len(one["data"]["squad"]["sha256"]) == 64
         assert one["traces"]["squad"]["base"]["name"] == make().base
         trace_task(make(limit=3), tmp_path / "trace")
@@ -279,6 +339,35 @@ class TestConfiguration:
         assert found.document.config["notices"] == [notice]
         assert found.document.config["data"]["squad"]["kind"] == "sample"
         assert [r.n for r in found.document.results] == [2, 2, 2]
+
+    def test_notices_come_once_and_before_the_work(self, make: Make, tmp_path: Path):
+        happened: list[str] = []
+        listen: dict[str, Any] = {"notify": happened.append, "progress": lambda what, *_: happened.append(what)}
+        options = make(data=None, limit=2, max_prompt_tokens=200)
+        found = evaluate(options, **listen)
+        assert happened[0] == found.notices[0] and happened.count(found.notices[0]) == 1
+        assert set(happened[1:]) == {"trace squad", "replay squad"}
+        for do in (lambda: oracle_by_k(options, [1, 2], **listen), lambda: trace_task(options, tmp_path, **listen)):
+            happened.clear()
+            do()
+            assert happened[0] == found.notices[0] and happened.count(found.notices[0]) == 1
+
+    @pytest.mark.parametrize(("p", "said"), [(4, True), (1, False)])
+    def test_a_base_without_tree_masks_is_told_before_the_work(self, make: Make, monkeypatch, p: int, said: bool):
+        monkeypatch.setattr("lm.base.BaseLM._follows_mask", lambda *_: False)
+        happened: list[str] = []
+        found = evaluate(
+            make(mode="live", p=p, rescorers=("none", "oracle")),
+            notify=happened.append,
+            progress=lambda what, *_: happened.append(what),
+        )
+        line = f"{make().base} takes no tree mask; its 4 drafts a step are verified as a batch"
+        assert found.notices == found.document.config["notices"] == [line] * said
+        assert (happened[0] == line) == said and happened.count(line) == said
+        none, oracle = found.document.results
+        assert none.latency and none.latency["verify"] == ("batch" if said else "tree")
+        assert oracle.latency and oracle.latency["verify"] == "tree", "one draft needs no mask"
+        assert without_times([none, oracle]) == run(make(p=p, rescorers=("none", "oracle")))
 
     def test_everything_is_checked_before_the_model_runs(self, make: Make, tmp_path: Path, monkeypatch):
         data = write_lines(tmp_path / "squad.jsonl", squad_records(2))  # gsm8k lacks its field `answer`
@@ -301,6 +390,7 @@ class TestConfiguration:
             ({"mode": "replya"}, "unknown mode 'replya'; did you mean replay"),
             ({"verify": "trees"}, "unknown verify mode 'trees'; did you mean tree"),
             ({"tasks": ("squat",)}, "unknown task 'squat'; did you mean squad"),
+            ({"device": "foo"}, "unknown device 'foo'; known: auto, cpu, cuda"),
             ({"dtype": "float23"}, "unknown dtype 'float23'; did you mean float32"),
             ({"heads": "/nowhere"}, "no block heads in /nowhere"),
             ({"base": "/nowhere"}, "/nowhere"),

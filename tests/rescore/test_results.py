@@ -95,7 +95,7 @@ class TestExampleLog:
         with pytest.raises(InvalidDataError, match=r"config.json is not valid JSON"):
             ExampleLog(tmp_path, CONFIG)
         (tmp_path / "config.json").write_text("[]")
-        with pytest.raises(IncompatibleError, match=r"config.json is not an object"):
+        with pytest.raises(InvalidDataError, match=r"config.json is not a JSON object; use another --out"):
             ExampleLog(tmp_path, CONFIG)
         (tmp_path / "config.json").unlink()
         (tmp_path / "examples.jsonl").write_text("{}\n")
@@ -125,13 +125,14 @@ def result(**changes: Any) -> Result:
     accounting = account([[1, 2, 3], [3, 1]], 3)
     fields = {
         "task": "squad", "rescorer": "none", "k": 16, "p": 1, "alpha": None, "n": 2, "oracle_block_efficiency": 2.5,
-        "quality": None, "identical": None, "latency": None, **vars(accounting),
+        "quality": None, "identical": None, "divergence": None, "latency": None, **vars(accounting),
     }  # fmt: skip
     return Result(**{**fields, **changes})
 
 
 OPTIONS = {"mode": "replay", "verify": "tree", "trace": None, "base": "tiny", "dtype": "float32", "max_new_tokens": 64}
 LATENCY = {
+    "verify": "tree",
     "prefill_ms": 123.4, "autoregressive_ms": 20.0, "verify_ms": 21.0, "heads_ms": 1.5, "rescore_ms": 0.25,
     "rescore_p50_ms": 0.2, "rescore_p95_ms": 0.4, "glue_share": 0.031, "tokens_per_second": 87.6,
     "autoregressive_tokens_per_second": 50.0, "speedup": 1.752, "predicted_speedup": 1.8,
@@ -147,7 +148,7 @@ class TestDocument:
         assert {
             "task", "rescorer", "k", "p", "alpha", "block_efficiency", "block_efficiency_ci95",
             "block_efficiency_macro", "oracle_block_efficiency", "steps", "tokens", "accepted_histogram", "marginal",
-            "conditional", "quality", "identical", "latency",
+            "conditional", "quality", "identical", "divergence", "latency",
         } <= set(found)  # fmt: skip
         assert json.loads(json.dumps(document))["results"][0]["accepted_histogram"] == [0, 2, 1, 2]
 
@@ -224,6 +225,26 @@ class TestTables:
         assert re.search(r"squad +none +16 +1 +1/2 +87.6 +50.0 +1.75x +1.80x\n", text)
         assert re.search(r"oracle +16 +1 +1/2 +87.6 +50.0 +1.75x +-\n", text)
         assert re.search(r"squad +none +16 +1 +20.0 +21.0 +1.5 +0.25 +0.20 +0.40 +3.1% +123\n", text)
+
+    def test_how_drafts_were_verified_is_what_was_done(self):
+        """Not what was asked for; and of one draft there is nothing to tell."""
+        batch = result(p=16, identical={"n": 2, "identical": 2}, latency=LATENCY | {"verify": "batch"})
+        oracle = result(rescorer="oracle", identical={"n": 2, "identical": 2}, latency=LATENCY)
+        text = results_table(ResultsDocument({"options": OPTIONS | {"mode": "live"}}, [oracle, batch]))
+        assert text.startswith("live decode (p drafts as batch) of tiny")
+
+    def test_outputs_that_differ_are_shown(self):
+        live = {"identical": {"n": 2, "identical": 2}, "latency": LATENCY}
+        same = result(divergence=[], **live)
+        assert "differ" not in results_table(ResultsDocument({"options": OPTIONS | {"mode": "live"}}, [same]))
+        places = [
+            {"id": "a", "position": 30, "margin": 0.125},
+            {"id": "b", "position": 7, "margin": 0.0625},
+        ]
+        other = result(rescorer="oracle", divergence=places, **live)
+        text = results_table(ResultsDocument({"options": OPTIONS | {"mode": "live"}}, [same, other]))
+        assert re.search(r"differ +earliest at +margin there +largest margin\n", text)
+        assert re.search(r"\nsquad +oracle +16 +1 +2/2 +7 +0.0625 +0.1250\n", text)
 
     def test_a_given_trace_is_named(self):
         text = results_table(ResultsDocument({"options": OPTIONS | {"trace": "medusa"}}, [result()]))

@@ -1,0 +1,498 @@
+"""Counting n-grams out of core: sorted runs on disk, merged, and one table of all orders with its links.
+
+Knows nothing about text or smoothing. Input is a stream of word ids in which `</s>` (2) ends a sentence, as does
+`BREAK` (-1), which is not counted itself. Every sentence is preceded by as many `<s>` (1) as the order wants.
+
+How it works. An n-gram of the highest order is packed into as few 64-bit keys as it needs, last word in the highest
+bits, so that sorting numbers sorts n-grams by suffix. Chunks of the stream that fit the memory are sorted, counted and
+written as runs; the runs are merged by ranges of keys. In suffix order every lower order is a change of prefix of the
+key, so one pass over the merged counts gives all orders, each entry with the index of its suffix. The index of its
+context is found from the context of its suffix: the two differ by the first word only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numba import njit
+
+from lattices.errors import RescoreError
+from lattices.ngrams import SENTENCE_END, SENTENCE_START
+from lm.files import writing
+
+BREAK = -1
+LEAST_CHUNK = 1 << 18  # tokens of a run, however little memory there is
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class FullCounts:
+    """N-grams of the highest order in suffix order: `keys` uint64 `[m, columns]` and `counts` int64 `[m]`.
+
+    Reversed word j (0 = the last word) lies in column `j // per_key` at bits
+    `bits * (words of that column - 1 - j % per_key)`; see `key_layout`.
+    """
+
+    keys: np.ndarray
+    counts: np.ndarray
+    order: int
+    vocabulary_size: int
+
+
+@dataclass(frozen=True, eq=False)
+class NgramTable:
+    """All n-grams of orders 1 to N in one flat numbering, order after order, each order sorted by suffix.
+
+    `offsets` int64 `[N + 1]`: order n has the indices `offsets[n - 1] : offsets[n]`; a unigram's index is its word id.
+    Per index: `first` int32 (its first word), `last` int32 (its last), `suffix` and `context` (indices of the n-gram
+    without its first and without its last word; -1 for unigrams), `raw` int64 (occurrences) and `adjusted` int64
+    (Kneser-Ney's: distinct words to the left; raw counts for the highest order and for what begins with `<s>`).
+    `closing` holds the indices of the lower-order n-grams that end the very last entry: see `estimation`.
+    """
+
+    offsets: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    suffix: np.ndarray
+    context: np.ndarray
+    raw: np.ndarray
+    adjusted: np.ndarray
+    closing: np.ndarray
+
+    @property
+    def order(self) -> int:
+        """Length of the longest n-grams."""
+        return len(self.offsets) - 1
+
+    def span(self, n: int) -> slice:
+        """Indices of order n."""
+        return slice(int(self.offsets[n - 1]), int(self.offsets[n]))
+
+
+class Workspace:
+    """Gives out arrays, in memory as long as they fit the budget, then as memory-mapped files in a folder.
+
+    `budget` in bytes. Mapped pages belong to files, so the system can drop them when memory runs short.
+    """
+
+    def __init__(self, folder: Path, budget: int) -> None:
+        self._folder, self._left, self._made = folder, budget, 0
+
+    def empty(self, size: int, dtype: type | np.dtype) -> np.ndarray:
+        """An uninitialised array `[size]`. Raises `OutputError` if the folder can't be written."""
+        needed = size * np.dtype(dtype).itemsize
+        if needed <= self._left or not size:
+            self._left -= needed
+            return np.empty(size, dtype)
+        path = self._folder / f"table-{self._made:04d}.bin"
+        self._made += 1
+        with writing(path):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            mapped = np.memmap(path, dtype=dtype, mode="w+", shape=(size,))
+        path.unlink()  # the mapping keeps it; nothing is left behind
+        return np.asarray(mapped)
+
+
+def key_layout(order: int, vocabulary_size: int) -> tuple[int, int, int]:
+    """(bits of a word, words per 64-bit key, keys per n-gram)."""
+    bits = max(1, (vocabulary_size - 1).bit_length())
+    per_key = min(order, 64 // bits)
+    return bits, per_key, -(-order // per_key)
+
+
+def count_full(
+    ids: np.ndarray,
+    *,
+    order: int,
+    vocabulary_size: int,
+    folder: Path,
+    memory: int,
+    threads: int,
+    progress: Progress | None = None,
+) -> FullCounts:
+    """Counts the n-grams of the highest order in a stream `ids` int32 `[t]` (may be memory-mapped).
+
+    Runs are written to `folder`; those that an earlier call with the same arguments finished are used again, so the
+    caller empties the folder when anything changes. `memory` (bytes) bounds the arrays of all `threads` together.
+    Raises `OutputError` if the folder can't be written.
+    """
+    bits, per_key, columns = key_layout(order, vocabulary_size)
+    per_token = 8 * columns * (1 if columns == 1 else 3) + 8
+    chunk = max(LEAST_CHUNK, min(memory // (2 * threads * per_token), -(-len(ids) // threads)))
+    starts = range(0, len(ids), chunk)
+    done = 0
+
+    def make(index: int) -> Path:
+        begin = starts[index]
+        path = folder / f"run-{chunk}-{index:05d}.keys"
+        if not path.is_file():
+            end = min(begin + chunk, len(ids))
+            keys = np.empty((end - begin, columns), np.uint64)
+            keys = keys[: _fill_keys(ids, begin, end, order, bits, per_key, keys)]
+            keys = _sorted(keys)
+            counts = np.empty(len(keys), np.int64)
+            distinct = _combine(keys, counts)
+            _write_run(path, keys[:distinct], counts[:distinct])
+        return path
+
+    with writing(folder), ThreadPoolExecutor(threads) as pool:
+        folder.mkdir(parents=True, exist_ok=True)
+        runs = []
+        try:
+            for path in pool.map(make, range(len(starts))):
+                runs.append(_read_run(path, columns))
+                done += 1
+                if progress:
+                    progress("counting", min(len(ids), done * chunk), len(ids))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    keys, counts = runs[0] if len(runs) == 1 else _merge_runs(runs, folder, memory, threads, progress)
+    return FullCounts(keys, counts, order, vocabulary_size)
+
+
+def build_table(full: FullCounts, workspace: Workspace, *, threads: int = 1) -> NgramTable:
+    """All orders, with adjusted counts and links, from the counts of the highest.
+
+    Raises `RescoreError` if there are more n-grams than 32-bit indices (2.1e9).
+    """
+    order, size = full.order, full.vocabulary_size
+    bits, per_key, _ = key_layout(order, size)
+    sizes = np.zeros(order + 1, np.int64)
+    if order > 1:
+        _table_sizes(full.keys, order, bits, per_key, sizes)
+    sizes[1] = size
+    offsets = np.cumsum(sizes)
+    total = int(offsets[-1])
+    if total >= 1 << 31:
+        raise RescoreError(f"{total:,} n-grams are more than 2.1 billion; lower the order or take less text")
+    first, last = workspace.empty(total, np.int32), workspace.empty(total, np.int32)
+    suffix, context = workspace.empty(total, np.int32), workspace.empty(total, np.int32)
+    raw, adjusted = workspace.empty(total, np.int64), workspace.empty(total, np.int64)
+    first[:size] = last[:size] = np.arange(size, dtype=np.int32)
+    suffix[:size] = context[:size] = -1
+    raw[: offsets[order - 1]] = 0
+    adjusted[: offsets[order - 1]] = 0
+    closing = np.zeros(0, np.int64)
+    if order == 1:
+        raw[:], adjusted[:] = 0, 0
+        words = full.keys[:, 0].astype(np.int64)
+        raw[words] = adjusted[words] = full.counts
+    else:
+        current = np.zeros(order + 1, np.int64)
+        depth = _fill_table(
+            full.keys, full.counts, order, bits, per_key, offsets, first, last, suffix, raw, adjusted, current
+        )
+        closing = current[1 : depth + 1].copy()
+        children = workspace.empty(int(offsets[order - 1]) + 1, np.int32)
+        _child_ranges(suffix, offsets[1], children)
+        with ThreadPoolExecutor(threads) as pool:
+            for n in range(2, order + 1):
+                edges = np.linspace(offsets[n - 1], offsets[n], 4 * threads + 1).astype(np.int64)
+                jobs = [
+                    pool.submit(_link_contexts, first, suffix, context, children, edges[i], edges[i + 1], n)
+                    for i in range(len(edges) - 1)
+                ]
+                for job in jobs:
+                    job.result()
+    return NgramTable(offsets, first, last, suffix, context, raw, adjusted, closing)
+
+
+def _write_run(path: Path, keys: np.ndarray, counts: np.ndarray) -> None:
+    # The keys take their name last: a run is there when its keys are.
+    with path.with_suffix(".counts").open("wb") as stream:
+        counts.tofile(stream)
+    temporary = path.with_suffix(".part")
+    with temporary.open("wb") as stream:
+        keys.tofile(stream)
+    os.replace(temporary, path)
+
+
+def _read_run(path: Path, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    # Mapped as writable though never written: numba compiles apart for arrays that are not.
+    if not path.stat().st_size:
+        return np.zeros((0, columns), np.uint64), np.zeros(0, np.int64)
+    keys = np.memmap(path, np.uint64, "r+").reshape(-1, columns)
+    return np.asarray(keys), np.asarray(np.memmap(path.with_suffix(".counts"), np.int64, "r+"))
+
+
+def _merge_runs(
+    runs: Sequence[tuple[np.ndarray, np.ndarray]], folder: Path, memory: int, threads: int, progress: Progress | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """One run out of several: ranges of keys, small enough for the memory, are merged side by side."""
+    columns = runs[0][0].shape[1]
+    entries = sum(len(counts) for _, counts in runs)
+    room = memory // (2 * threads * 2 * 8 * (columns + 1))  # entries of a range: input and output, in all threads
+    parts = max(threads, -(-entries // max(room, LEAST_CHUNK // 4)))
+    sample = np.sort(np.concatenate([keys[:: max(1, len(keys) // 4096), 0] for keys, _ in runs]))
+    borders = sample[np.linspace(0, len(sample), parts, endpoint=False).astype(np.int64)[1:]]
+    edges = [np.concatenate(([0], np.searchsorted(k[:, 0], borders), [len(k)])) for k, _ in runs]
+
+    def merge(part: int) -> tuple[np.ndarray, np.ndarray]:
+        pieces = [(k[e[part] : e[part + 1]], c[e[part] : e[part + 1]]) for (k, c), e in zip(runs, edges, strict=True)]
+        while len(pieces) > 1:
+            pieces = [_merge_two(*pieces[i : i + 2]) for i in range(0, len(pieces) - 1, 2)] + (
+                pieces[-1:] if len(pieces) % 2 else []
+            )
+        return pieces[0]
+
+    path = folder / "merged.keys"
+    with (
+        writing(path),
+        ThreadPoolExecutor(threads) as pool,
+        path.open("wb") as keys_out,
+        path.with_suffix(".counts").open("wb") as counts_out,
+    ):
+        for begin in range(0, parts, threads):  # no more at a time than there is memory for
+            for keys, counts in pool.map(merge, range(begin, min(begin + threads, parts))):
+                keys.tofile(keys_out)
+                counts.tofile(counts_out)
+            if progress:
+                progress("merging", min(begin + threads, parts), parts)
+    return _read_run(path, columns)
+
+
+def _merge_two(one: tuple[np.ndarray, np.ndarray], two: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    size = len(one[1]) + len(two[1])
+    keys, counts = np.empty((size, one[0].shape[1]), np.uint64), np.empty(size, np.int64)
+    distinct = _merge_pair(one[0], one[1], two[0], two[1], keys, counts)
+    return keys[:distinct], counts[:distinct]
+
+
+def _sorted(keys: np.ndarray) -> np.ndarray:
+    """Rows of `[m, columns]` in order; numpy's sort of single numbers is vectorised, so it does the most of it."""
+    if keys.shape[1] == 1:
+        keys[:, 0].sort()
+        return keys
+    if keys.shape[1] > 2:
+        return keys[np.lexsort(keys.T[::-1])]
+    result = keys[np.argsort(keys[:, 0])]
+    _sort_ties(result)
+    return result
+
+
+@njit(cache=True, nogil=True)
+def _sort_ties(keys: np.ndarray) -> None:
+    """Rows with equal first columns are put in the order of the second."""
+    begin = 0
+    for i in range(1, len(keys) + 1):
+        if i == len(keys) or keys[i, 0] != keys[begin, 0]:
+            if i - begin > 1:
+                keys[begin:i, 1] = np.sort(keys[begin:i, 1])
+            begin = i
+
+
+@njit(cache=True, nogil=True)
+def _fill_keys(ids: np.ndarray, begin: int, end: int, order: int, bits: int, per_key: int, keys: np.ndarray) -> int:
+    """Keys of the n-grams that end at `ids[begin:end]`; returns how many there are."""
+    history = np.full(order, SENTENCE_START, np.uint64)  # [0] is the last word
+    start = begin
+    while start > max(0, begin - order + 1) and ids[start - 1] != SENTENCE_END and ids[start - 1] != BREAK:
+        start -= 1
+    columns = keys.shape[1]
+    rows = 0
+    for i in range(start, end):
+        word = ids[i]
+        if word != BREAK:
+            for j in range(order - 1, 0, -1):
+                history[j] = history[j - 1]
+            history[0] = np.uint64(word)
+            if i >= begin:
+                j = 0
+                for column in range(columns):
+                    key = np.uint64(0)
+                    for _ in range(min(per_key, order - column * per_key)):
+                        key = (key << np.uint64(bits)) | history[j]
+                        j += 1
+                    keys[rows, column] = key
+                rows += 1
+        if word in (BREAK, SENTENCE_END):
+            history[:] = SENTENCE_START
+    return rows
+
+
+@njit(cache=True, nogil=True)
+def _combine(keys: np.ndarray, counts: np.ndarray) -> int:
+    """Equal neighbours become one row with their number; in place, returns the number of rows."""
+    columns = keys.shape[1]
+    distinct = 0
+    for i in range(len(keys)):
+        same = distinct > 0
+        for c in range(columns):
+            if same and keys[distinct - 1, c] != keys[i, c]:
+                same = False
+        if same:
+            counts[distinct - 1] += 1
+        else:
+            for c in range(columns):
+                keys[distinct, c] = keys[i, c]
+            counts[distinct] = 1
+            distinct += 1
+    return distinct
+
+
+@njit(cache=True, nogil=True)
+def _merge_pair(
+    keys_a: np.ndarray,
+    counts_a: np.ndarray,
+    keys_b: np.ndarray,
+    counts_b: np.ndarray,
+    keys: np.ndarray,
+    counts: np.ndarray,
+) -> int:
+    """Two sorted runs into one, counts of equal rows added; returns the number of rows."""
+    columns = keys.shape[1]
+    a = b = rows = 0
+    while a < len(keys_a) or b < len(keys_b):
+        order = 0  # of a against b
+        if a == len(keys_a):
+            order = 1
+        elif b == len(keys_b):
+            order = -1
+        else:
+            for c in range(columns):
+                if keys_a[a, c] != keys_b[b, c]:
+                    order = -1 if keys_a[a, c] < keys_b[b, c] else 1
+                    break
+        if order <= 0:
+            for c in range(columns):
+                keys[rows, c] = keys_a[a, c]
+            counts[rows] = counts_a[a] + (counts_b[b] if order == 0 else 0)
+            a += 1
+            b += 1 if order == 0 else 0
+        else:
+            for c in range(columns):
+                keys[rows, c] = keys_b[b, c]
+            counts[rows] = counts_b[b]
+            b += 1
+        rows += 1
+    return rows
+
+
+@njit(cache=True, nogil=True)
+def _unpack(keys: np.ndarray, row: int, order: int, bits: int, per_key: int, words: np.ndarray) -> None:
+    """Words of a row, last word first."""
+    mask = (np.uint64(1) << np.uint64(bits)) - np.uint64(1)
+    for column in range(keys.shape[1]):
+        begin = column * per_key
+        key = keys[row, column]
+        for j in range(min(order, begin + per_key) - 1, begin - 1, -1):
+            words[j] = np.int64(key & mask)
+            key >>= np.uint64(bits)
+
+
+@njit(cache=True, nogil=True)
+def _agreement(words: np.ndarray, before: np.ndarray) -> tuple[int, int]:
+    """(how many last words two rows share, length of the longest n-gram that ends a row: back to the first `<s>`)."""
+    order = len(words)
+    same = 0
+    while same < order and words[same] == before[same]:
+        same += 1
+    longest = order
+    for j in range(order):
+        if words[j] == SENTENCE_START:
+            longest = j + 1
+            break
+    return same, longest
+
+
+@njit(cache=True, nogil=True)
+def _table_sizes(keys: np.ndarray, order: int, bits: int, per_key: int, sizes: np.ndarray) -> None:
+    """How many n-grams every order has, into `sizes[n]`."""
+    words, before = np.zeros(order, np.int64), np.full(order, -1, np.int64)
+    for i in range(len(keys)):
+        _unpack(keys, i, order, bits, per_key, words)
+        same, longest = _agreement(words, before)
+        for n in range(same + 1, longest + 1):
+            sizes[n] += 1
+        words, before = before, words
+
+
+@njit(cache=True, nogil=True)
+def _fill_table(
+    keys: np.ndarray,
+    counts: np.ndarray,
+    order: int,
+    bits: int,
+    per_key: int,
+    offsets: np.ndarray,
+    first: np.ndarray,
+    last: np.ndarray,
+    suffix: np.ndarray,
+    raw: np.ndarray,
+    adjusted: np.ndarray,
+    current: np.ndarray,
+) -> int:
+    """Fills the table but for contexts; `current[n]` is the n-gram that ends the last row, up to the returned n."""
+    words, before = np.zeros(order, np.int64), np.full(order, -1, np.int64)
+    free = offsets.copy()  # next index of order n is free[n - 1]
+    depth = 0
+    for i in range(len(keys)):
+        _unpack(keys, i, order, bits, per_key, words)
+        same, longest = _agreement(words, before)
+        depth = min(longest, order - 1)
+        for n in range(same + 1, longest + 1):
+            if n == 1:
+                current[1] = words[0]
+                continue
+            at = free[n - 1]
+            free[n - 1] += 1
+            first[at] = words[n - 1]
+            last[at] = words[0]
+            suffix[at] = current[n - 1]
+            raw[at] = 0
+            adjusted[at] = 0
+            adjusted[current[n - 1]] += 1  # one more word to the left of its suffix
+            current[n] = at
+        for n in range(1, depth + 1):
+            raw[current[n]] += counts[i]
+        # The highest order has no words to its left to count, nor has what begins with <s>: occurrences stand for them.
+        if longest == order:
+            raw[current[order]] = counts[i]
+        adjusted[current[longest]] = counts[i]
+        words, before = before, words
+    return depth
+
+
+@njit(cache=True, nogil=True)
+def _child_ranges(suffix: np.ndarray, begin: int, children: np.ndarray) -> None:
+    """`children[i] : children[i + 1]` are the n-grams with suffix i; they are sorted by it, order after order."""
+    at = begin
+    for i in range(len(children)):
+        while at < len(suffix) and suffix[at] < i:
+            at += 1
+        children[i] = at
+
+
+@njit(cache=True, nogil=True)
+def _link_contexts(
+    first: np.ndarray,
+    suffix: np.ndarray,
+    context: np.ndarray,
+    children: np.ndarray,
+    begin: int,
+    end: int,
+    n: int,
+) -> None:
+    """Contexts of the n-grams `begin:end` of order n, whose suffixes are linked already.
+
+    The context of (w1, ..., wn) is w1 before the context of its suffix, hence one of that one's children.
+    """
+    for i in range(begin, end):
+        if n == 2:
+            context[i] = first[i]
+            continue
+        inner = context[suffix[i]]
+        low, high = children[inner], children[inner + 1]
+        while low < high:
+            middle = (low + high) // 2
+            if first[middle] < first[i]:
+                low = middle + 1
+            else:
+                high = middle
+        context[i] = low

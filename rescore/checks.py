@@ -1,0 +1,31 @@
+"""Limits of a request: a run checks them before any work, and so do the functions that may be called without one."""
+
+from __future__ import annotations
+
+from lattices.errors import RescoreError
+
+
+def check_p(p: int) -> None:
+    """Raises `RescoreError` unless a step verifies at least one draft."""
+    if p < 1:
+        raise RescoreError(f"p = {p}; at least one draft must be verified (--p 1)")
+
+
+def check_k(k: int, vocab_size: int | None = None) -> None:
+    """Raises `RescoreError` unless 1 <= k <= `vocab_size` (None: not known yet)."""
+    if k < 1:
+        raise RescoreError(f"k = {k}; a lattice needs at least one token per head (--k 1)")
+    if vocab_size is not None and k > vocab_size:
+        raise RescoreError(f"k = {k} is outside 1 to the vocabulary's {vocab_size}; choose another --k")
+
+
+def check_held_k(held: int, k: int) -> None:
+    """Raises `RescoreError` unless k is within the K = `held` entries per slot of a trace."""
+    if not 1 <= k <= held:
+        raise RescoreError(f"k = {k}, but the trace holds the top {held} of each head; choose --k from 1 to {held}")
+
+
+def check_new_tokens(max_new_tokens: int) -> None:
+    """Raises `RescoreError` unless an output may have at least one token."""
+    if max_new_tokens < 1:
+        raise RescoreError(f"--max-new-tokens {max_new_tokens}; at least one token must be decoded")

@@ -1,0 +1,116 @@
+"""Perplexity and its counts: KenLM's own scores summed up as its `query` does."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import kenlm
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lattices.errors import RescoreError
+from lm.kenlm_model import KenlmModel
+from lm.score_ngram import AutomatonScorer, NgramScore, score_text
+
+TINY = Path(__file__).parent / "reference" / "kenlm" / "tiny.arpa"
+VOCABULARY = ("<unk>", "<s>", "</s>", "the", "cat", "sat", "7", "é")
+thorough = settings(deadline=None, derandomize=True, max_examples=100)
+texts = st.lists(st.lists(st.sampled_from([*VOCABULARY[3:], "zebra", "<unk>"]), max_size=6), min_size=1, max_size=4)
+
+
+@pytest.fixture(scope="module")
+def model() -> KenlmModel:
+    return KenlmModel.load(TINY)
+
+
+@dataclass(frozen=True)
+class FakeAutomaton:
+    """An automaton over word ids with integer states: KenLM's states, numbered."""
+
+    model: KenlmModel
+    states: list
+
+    def start(self) -> int:
+        return self._number(self.model.begin_sentence())
+
+    def advance(self, state: int, word: int) -> tuple[float, int]:
+        log10p, after = self.model.score(self.states[state], VOCABULARY[word])
+        return log10p, self._number(after)
+
+    def _number(self, state) -> int:
+        if state not in self.states:
+            self.states.append(state)
+        return self.states.index(state)
+
+
+@thorough
+@given(text=texts, end=st.booleans())
+def test_as_kenlms_query(model: KenlmModel, text: list[list[str]], end: bool):
+    reference = kenlm.Model(str(TINY))
+    scores = [score for line in text for score in reference.full_scores(" ".join(line), bos=True, eos=end)]
+    total, known = (math.fsum(s[0] for s in chosen) for chosen in (scores, [s for s in scores if not s[2]]))
+    unknown = sum(s[2] for s in scores)
+    score = score_text(model, text, end=end)
+    assert (score.sentences, score.tokens, score.unknown) == (len(text), len(scores), unknown)
+    assert score.hits == tuple(sum(s[1] == n for s in scores) for n in (1, 2, 3))
+    assert score.log10p == pytest.approx(total)
+    if scores:
+        assert score.perplexity == pytest.approx(10 ** (-total / len(scores)))
+        assert score.unknown_share == unknown / len(scores)
+    if len(scores) > unknown:
+        assert score.perplexity_known == pytest.approx(10 ** (-known / (len(scores) - unknown)))
+
+
+@thorough
+@given(text=texts)
+def test_an_automaton_scores_the_same_without_lengths(model: KenlmModel, text: list[list[str]]):
+    ids = [[VOCABULARY.index(word) if word in VOCABULARY else 0 for word in line] for line in text]
+    found = score_text(AutomatonScorer(FakeAutomaton(model, [])), ids)
+    expected = score_text(model, text)
+    assert found.hits is None
+    assert (found.tokens, found.unknown) == (expected.tokens, expected.unknown)
+    assert found.log10p == pytest.approx(expected.log10p)
+    assert found.perplexity_known == pytest.approx(expected.perplexity_known)
+
+
+def test_by_hand(model: KenlmModel):
+    score = score_text(model, [["the", "cat", "sat"], ["zebra"]])
+    # <s> the; <s> the cat; the cat sat; cat sat </s> | back-off of <s> and <unk>; </s> alone
+    assert score.log10p == pytest.approx(-0.3 - 0.2 - 0.1 - 0.15 - (0.4 + 1.6) - 0.9)
+    assert score.log10p_unknown == pytest.approx(-2.0)
+    assert (score.sentences, score.tokens, score.unknown, score.hits) == (2, 6, 1, (2, 1, 3))
+    assert score.perplexity == pytest.approx(10 ** (3.65 / 6))
+    assert score.perplexity_known == pytest.approx(10 ** (1.65 / 5))
+
+
+def test_ids_are_words_too():
+    assert score_text(KenlmModel.load(TINY), [[7, 8]]).unknown == 1
+    assert score_text(KenlmModel.load(TINY, words=VOCABULARY), [[3, 4]]) == score_text(
+        KenlmModel.load(TINY), [["the", "cat"]]
+    )
+
+
+def test_more_ids_may_be_unknown(model: KenlmModel):
+    scorer = AutomatonScorer(FakeAutomaton(model, []), is_unknown_id=lambda word: word == 7)
+    assert score_text(scorer, [[3, 7, 0]]).unknown == 2
+
+
+def test_an_empty_line_is_a_sentence_of_its_end(model: KenlmModel):
+    score = score_text(model, [[]])
+    assert (score.sentences, score.tokens, score.log10p) == (1, 1, pytest.approx(-0.4 - 0.9))
+
+
+def test_no_text_is_one_line(model: KenlmModel):
+    with pytest.raises(RescoreError, match="no text") as caught:
+        score_text(model, [])
+    assert "\n" not in str(caught.value)
+
+
+def test_extremes():
+    nothing = NgramScore(1, 0, 0, 0.0, 0.0, None)
+    assert all(map(math.isnan, (nothing.perplexity, nothing.perplexity_known, nothing.unknown_share)))
+    assert NgramScore(1, 1, 0, -1e6, 0.0, None).perplexity == math.inf
+    assert math.isnan(NgramScore(1, 2, 2, -4.0, -4.0, None).perplexity_known)

@@ -11,16 +11,19 @@ order, which the search relies on. Their rounding (1.2e-7) is of the size of the
 
 Layout, all int32:
 
-    states  [s, 8]   0 first arc slot, 1 arc slots, 2 suffix state, 3 back-off, 4 bound, 5 context length, 6-7 unused
-    arcs    [a, 4]   0 word (-1: empty slot), 1 next state, 2 score, 3 bound
+    cells   [c, 4]   a state is its header cell and the cells of its arcs behind it; its number is the header's place
+            header   0 arc cells, 1 suffix state, 2 back-off, 3 bound
+            arc      0 word (-1: empty), 1 next state, 2 score, 3 bound
     roots   [v, 4]   0 next state, 1 score, 2 bound, 3 base token id of the word (-1: not a number)
 
-A state with up to `LINEAR` arcs keeps them in a row, sorted by word; one with more is a hash table with linear probing,
-a power of two of slots. `bound` of an arc is the highest score that its word gets in any context that ends in the
-state's; of a state, the most that back-off from longer contexts can add above it (at least 0).
+The root is cell 0, without arcs. A state with up to `LINEAR` arcs keeps them in a row, sorted by word; one with more is
+a hash table with linear probing, a power of two of cells. States stand by rising context length: those with n words of
+context or more are the numbers from `level_starts[n]` on. `bound` of an arc is the highest score that its word gets in
+any context that ends in the state's; of a state, the most that back-off from longer contexts can add above it (at
+least 0).
 
-File: 8 bytes magic, 8 bytes length of a JSON header, the header (`order`, `counts`, shapes and offsets), the arrays at
-multiples of 64 bytes, the vocabulary as UTF-8 lines. Needs numpy and numba only.
+File: 8 bytes magic, 8 bytes length of a JSON header, the header (`order`, `counts`, `level_starts`, shapes and
+offsets), the arrays at multiples of 64 bytes, the vocabulary as UTF-8 lines. Needs numpy and numba only.
 """
 
 from __future__ import annotations
@@ -43,11 +46,12 @@ SCORE_SCALE = 1 << 22  # units per nat
 LN10 = float(np.log(10.0))
 LINEAR = 8
 LOWEST = -(1 << 30)  # -256 nats; KenLM's log10 probability of -100 for an absent <unk> is -230
+ABSENT = np.iinfo(np.int64).min
 ROOT = 0
 MAGIC = b"RSCNGRM1"
 ALIGNMENT = 64
 
-FIRST, SLOTS, SUFFIX, BACKOFF, STATE_BOUND, LENGTH = range(6)
+SLOTS, SUFFIX, BACKOFF, STATE_BOUND = range(4)
 WORD, NEXT, SCORE, BOUND = range(4)
 ROOT_NEXT, ROOT_SCORE, ROOT_BOUND, ROOT_TOKEN = range(4)
 
@@ -58,8 +62,8 @@ class Automaton:
 
     order: int
     counts: tuple[int, ...]
-    states: np.ndarray
-    arcs: np.ndarray
+    level_starts: tuple[int, ...]  # MAX_ORDER + 1 of them
+    cells: np.ndarray
     roots: np.ndarray
     vocabulary_bytes: np.ndarray  # uint8, words in UTF-8 with a line end after each
 
@@ -75,18 +79,18 @@ class Automaton:
 
     def advance(self, state: int, word: int) -> tuple[float, int]:
         """log10 probability of a word after a state, and the state after both. Word ids as in the vocabulary."""
-        score, after = advance(self.states, self.arcs, self.roots, state, word)
+        score, after = advance(self.cells, self.roots, state, word)
         return score / (SCORE_SCALE * LN10), after
 
     def state_after(self, words: Iterable[int], *, state: int = ROOT) -> int:
         """The state after some words, from a state on."""
         for word in words:
-            state = advance(self.states, self.arcs, self.roots, state, word)[1]
+            state = advance(self.cells, self.roots, state, word)[1]
         return int(state)
 
     def advance_many(self, states: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`advance` for pairs: states and words `[n]` -> scores int64 `[n]` (units of 1 / SCORE_SCALE nat), states."""
-        return _advance_many(self.states, self.arcs, self.roots, states.astype(np.int32), words.astype(np.int32))
+        return _advance_many(self.cells, self.roots, states.astype(np.int32), words.astype(np.int32))
 
     def words_of_tokens(self, vocab_size: int) -> np.ndarray:
         """Word id of every base token id, int32 `[vocab_size]`, for words that are decimal token ids; others: `<unk>`.
@@ -113,15 +117,15 @@ class Automaton:
             raise RescoreError(f"an n-gram model of order {model.order}; orders 1 to {MAX_ORDER} can be used")
         levels = _closed(model)
         vocabulary = "".join(f"{word}\n" for word in model.vocabulary).encode()
-        states, arcs, roots = _arrays(levels, len(model.vocabulary))
+        cells, roots, starts = _arrays(levels, len(model.vocabulary))
         roots[:, ROOT_TOKEN] = [int(w) if w.isascii() and w.isdecimal() else -1 for w in model.vocabulary]
         counts = tuple(len(order) for order in model.orders)
-        return cls(model.order, counts, states, arcs, roots, np.frombuffer(vocabulary, dtype=np.uint8))
+        return cls(model.order, counts, starts, cells, roots, np.frombuffer(vocabulary, dtype=np.uint8))
 
     def save(self, path: Path) -> None:
         """Writes the automaton, whole or not at all. `OSError` if the place can't be written to."""
-        header: dict[str, object] = {"order": self.order, "counts": self.counts}
-        arrays = {"states": self.states, "arcs": self.arcs, "roots": self.roots, "vocabulary": self.vocabulary_bytes}
+        header: dict[str, object] = {"order": self.order, "counts": self.counts, "level_starts": self.level_starts}
+        arrays = {"cells": self.cells, "roots": self.roots, "vocabulary": self.vocabulary_bytes}
         offset = 0
         for name, array in arrays.items():
             header[name] = {"shape": array.shape, "offset": offset}
@@ -157,65 +161,65 @@ class Automaton:
         try:
             header = json.loads(data[16:end].tobytes())
             parts = {}
-            for name in ("states", "arcs", "roots", "vocabulary"):
+            for name in ("cells", "roots", "vocabulary"):
                 shape, dtype = header[name]["shape"], np.uint8 if name == "vocabulary" else np.int32
                 start = end + header[name]["offset"]
                 stop = start + int(np.prod(shape)) * np.dtype(dtype).itemsize
                 if stop > len(data):
                     raise broken
                 parts[name] = np.frombuffer(data, dtype, int(np.prod(shape)), start).reshape(shape)
-            order, counts = int(header["order"]), tuple(header["counts"])
+            order, counts, starts = int(header["order"]), tuple(header["counts"]), tuple(header["level_starts"])
         except (ValueError, KeyError, TypeError) as error:
             raise broken from error
-        return cls(order, counts, parts["states"], parts["arcs"], parts["roots"], parts["vocabulary"])
+        return cls(order, counts, starts, parts["cells"], parts["roots"], parts["vocabulary"])
 
 
 @njit(cache=True, nogil=True, inline="always")
-def find_arc(states: np.ndarray, arcs: np.ndarray, state: int, word: int) -> int:
-    """The place of a word's arc in `arcs`, -1 if the state has none. Not for the root."""
-    first, slots = states[state, FIRST], states[state, SLOTS]
+def find_arc(cells: np.ndarray, state: int, word: int) -> int:
+    """The cell of a word's arc, -1 if the state has none."""
+    first, slots = state + 1, cells[state, SLOTS]
     if slots <= LINEAR:
         for place in range(first, first + slots):
-            if arcs[place, WORD] == word:
+            if cells[place, WORD] == word:
                 return place
         return -1
-    mask = slots - 1
-    step = hash_word(word) & mask
+    step = hash_word(word) & (slots - 1)
     while True:
-        found = arcs[first + step, WORD]
+        found = cells[first + step, WORD]
         if found == word:
             return first + step
         if found < 0:
             return -1
-        step = (step + 1) & mask
+        step = (step + 1) & (slots - 1)
 
 
 @njit(cache=True, nogil=True, inline="always")
 def hash_word(word: int) -> int:
     """Where the search for a word begins in a hash table, before the mask."""
-    return np.int64((np.uint64(word) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33))
+    place: int = np.int64((np.uint64(word) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33))
+    return place
 
 
 @njit(cache=True, nogil=True)
-def advance(states: np.ndarray, arcs: np.ndarray, roots: np.ndarray, state: int, word: int) -> tuple[int, int]:
+def advance(cells: np.ndarray, roots: np.ndarray, state: int, word: int) -> tuple[int, int]:
     """Score (units of 1 / SCORE_SCALE nat) of a word after a state, and the state after both."""
-    passed = np.int64(0)
+    passed: int = np.int64(0)
     while state != ROOT:
-        place = find_arc(states, arcs, state, word)
+        place = find_arc(cells, state, word)
         if place >= 0:
-            return passed + arcs[place, SCORE], arcs[place, NEXT]
-        passed += states[state, BACKOFF]
-        state = states[state, SUFFIX]
+            return passed + cells[place, SCORE], cells[place, NEXT]
+        passed += cells[state, BACKOFF]
+        state = cells[state, SUFFIX]
     return passed + roots[word, ROOT_SCORE], roots[word, ROOT_NEXT]
 
 
 @njit(cache=True, nogil=True)
 def _advance_many(
-    states: np.ndarray, arcs: np.ndarray, roots: np.ndarray, at: np.ndarray, words: np.ndarray
+    cells: np.ndarray, roots: np.ndarray, at: np.ndarray, words: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     scores, after = np.empty(len(words), dtype=np.int64), np.empty(len(words), dtype=np.int32)
     for i in range(len(words)):
-        scores[i], after[i] = advance(states, arcs, roots, at[i], words[i])
+        scores[i], after[i] = advance(cells, roots, at[i], words[i])
     return scores, after
 
 
@@ -245,50 +249,57 @@ def _closed(model: NgramModel) -> list[_Level]:
     words = [order.words.astype(np.int32) for order in model.orders]
     scores = [_fixed(order.log10p) for order in model.orders]
     backoffs = [_fixed(order.log10_backoff) for order in model.orders]
-    absent = np.iinfo(np.int64).min
-    for n in range(model.order - 1, 0, -1):  # words[n] has n-grams of order n + 1
-        needed = np.concatenate([words[n][:, :-1], words[n][:, 1:]])
-        place = _places(words[n - 1], needed)
-        if (place < 0).any():
-            new = np.unique(needed[place < 0], axis=0)
-            joined = np.concatenate([words[n - 1], new])
-            order = np.lexsort(joined.T[::-1])
-            words[n - 1] = joined[order]
-            scores[n - 1] = np.concatenate([scores[n - 1], np.full(len(new), absent)])[order]
-            backoffs[n - 1] = np.concatenate([backoffs[n - 1], np.zeros(len(new), dtype=np.int64)])[order]
+    links = _links(words, len(model.vocabulary))
+    if links is None:
+        _fill_holes(words, scores, backoffs)
+        links = _links(words, len(model.vocabulary))
+        assert links is not None, "holes were filled"
     levels: list[_Level] = []
-    for n in range(model.order):
-        none = np.zeros(len(words[n]), dtype=np.int64)
-        prefix = _places(words[n - 1], words[n][:, :-1]) if n else none
-        suffix = _places(words[n - 1], words[n][:, 1:]) if n else none
-        blank = scores[n] == absent
+    for n, (prefix, suffix) in enumerate(links):
+        blank = scores[n] == ABSENT
         if n:
             scores[n][blank] = levels[-1].backoff[prefix[blank]] + levels[-1].score[suffix[blank]]
         levels.append(_Level(words[n], scores[n], backoffs[n], prefix, suffix))
     return levels
 
 
-def _places(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Place of each wanted row in sorted rows int32 `[m, n]`, -1 where absent."""
-    if not len(rows):
-        return np.full(len(wanted), -1, dtype=np.int64)
-    keys, sought = _keys(rows), _keys(wanted)
-    place = np.minimum(np.searchsorted(keys, sought), len(keys) - 1)
-    return np.where(keys[place] == sought, place, -1)
+def _links(words: list[np.ndarray], vocabulary_size: int) -> list[tuple[np.ndarray, np.ndarray]] | None:
+    """Places of every n-gram's prefix and suffix one level below; None if one is missing."""
+    none = np.zeros(len(words[0]), dtype=np.int64)
+    links = [(none, none)]
+    unigram = np.full(vocabulary_size, -1, dtype=np.int64)
+    unigram[words[0][:, 0]] = np.arange(len(words[0]))
+    keys: list[np.ndarray] = []  # of levels 2 and up: place of the prefix x vocabulary + last word, rising
+    for n in range(1, len(words)):
+        found = []
+        for part in (words[n][:, :-1], words[n][:, 1:]):
+            place = unigram[part[:, 0]]
+            for level, last in zip(keys, part.T[1:], strict=True):
+                key = place * vocabulary_size + last
+                place = np.minimum(np.searchsorted(level, key), len(level) - 1)
+                place[level[place] != key] = -1
+            if (place < 0).any():
+                return None
+            found.append(place)
+        links.append((found[0], found[1]))
+        keys.append(found[0] * vocabulary_size + words[n][:, -1])
+        if not len(keys[-1]) and n + 1 < len(words):
+            keys[-1] = np.array([-1])  # so that a search in an empty level finds nothing
+    return links
 
 
-def _keys(rows: np.ndarray) -> np.ndarray:
-    """One sortable key per row: bytes compare as the words do."""
-    width = rows.shape[1]
-    if width == 1:
-        return rows[:, 0].astype(np.uint64)
-    if width == 2:
-        return (rows[:, 0].astype(np.uint64) << np.uint64(32)) | rows[:, 1].astype(np.uint64)
-    big_endian = np.ascontiguousarray(rows.astype(">u4"))
-    return big_endian.view(f"S{4 * width}")[:, 0]
+def _fill_holes(words: list[np.ndarray], scores: list[np.ndarray], backoffs: list[np.ndarray]) -> None:
+    """Puts the missing prefixes and suffixes in, in place; their scores are `ABSENT`."""
+    for n in range(len(words) - 1, 0, -1):
+        needed = np.concatenate([words[n][:, :-1], words[n][:, 1:]])
+        joined, first = np.unique(np.concatenate([words[n - 1], needed]), axis=0, return_index=True)
+        old = first < len(words[n - 1])  # the first place of a row that was there is its old one
+        for values, default in ((scores, ABSENT), (backoffs, 0)):
+            values[n - 1] = np.where(old, values[n - 1][np.where(old, first, 0)], default)
+        words[n - 1] = joined
 
 
-def _arrays(levels: list[_Level], vocabulary_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _arrays(levels: list[_Level], vocabulary_size: int) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
     order = len(levels)
     # Which n-grams are states: those that something follows or that have a weight of their own, and their suffixes.
     is_state = [level.backoff != 0 for level in levels[:-1]]
@@ -296,94 +307,75 @@ def _arrays(levels: list[_Level], vocabulary_size: int) -> tuple[np.ndarray, np.
         is_state[n][levels[n + 1].prefix] = True
         if n + 2 < order:
             is_state[n][levels[n + 1].suffix[is_state[n + 1]]] = True
-    number = [np.full(len(level.score), -1, dtype=np.int64) for level in levels]
-    count = 1
-    for n, chosen in enumerate(map(np.flatnonzero, is_state)):
-        number[n][chosen] = count + np.arange(len(chosen))
-        count += len(chosen)
+
+    # Their numbers: one header cell and the arcs' cells each.
+    cells_of: list[np.ndarray] = []  # arc cells of each n-gram's state
+    number: list[np.ndarray] = []  # -1: no state
+    starts, count = [0], 1
+    for n in range(order - 1):
+        starts.append(count)
+        chosen = np.flatnonzero(is_state[n])
+        degree = np.bincount(levels[n + 1].prefix, minlength=len(levels[n].score))
+        table = np.exp2(np.ceil(np.log2(np.maximum(degree, 1) * 1.5))).astype(np.int64)
+        cells_of.append(np.where(degree > LINEAR, table, degree))
+        taken = cells_of[n][chosen] + 1
+        number.append(np.full(len(levels[n].score), -1, dtype=np.int64))
+        number[n][chosen] = count + np.cumsum(taken) - taken
+        count += int(taken.sum())
+    if count >= 1 << 31:
+        raise RescoreError("the n-gram model is too large for one automaton (2^31 cells); prune it")
+    starts += [count] * (MAX_ORDER + 1 - len(starts))
+
     target: list[np.ndarray] = []  # the state after each n-gram
     for n, level in enumerate(levels):
         shorter = target[n - 1][level.suffix] if n else np.zeros(len(level.score), dtype=np.int64)
-        target.append(np.where(number[n] >= 0, number[n], shorter))
+        target.append(np.where(number[n] >= 0, number[n], shorter) if n + 1 < order else shorter)
 
-    states = np.zeros((count, 8), dtype=np.int32)
-    for n in range(order - 1):
-        chosen = np.flatnonzero(number[n] >= 0)
-        rows = number[n][chosen]
+    # Bounds, from the longest contexts down: what back-off can add above a state, the best score of an arc's word.
+    above = [np.zeros(len(level.score), dtype=np.int64) for level in levels]
+    root_above = 0
+    for n in range(order - 2, -1, -1):
+        chosen = np.flatnonzero(is_state[n])
+        most = levels[n].backoff[chosen] + above[n][chosen]
         if n:
-            states[rows, SUFFIX] = target[n - 1][levels[n].suffix[chosen]]
-        states[rows, BACKOFF] = levels[n].backoff[chosen]
-        states[rows, LENGTH] = n + 1
-    above = np.zeros(count, dtype=np.int64)
-    for row in _by_falling_length(states):
-        np.maximum.at(above, states[row, SUFFIX], states[row, BACKOFF] + above[row])
-    states[:, STATE_BOUND] = above
+            np.maximum.at(above[n - 1], levels[n].suffix[chosen], most)
+        else:
+            root_above = max(0, int(most.max(initial=0)))
+    bounds = [level.score + (above[n - 1][level.prefix] if n else root_above) for n, level in enumerate(levels)]
+    for n in range(order - 1, 0, -1):
+        np.maximum.at(bounds[n - 1], levels[n].suffix, bounds[n])
 
-    bounds = [level.score.copy() for level in levels]
-    for n in range(order - 1, -1, -1):
-        at = number[n - 1][levels[n].prefix] if n else np.zeros(len(levels[n].score), dtype=np.int64)
-        assert n == 0 or (at >= 0).all(), "what precedes an n-gram is a state"
-        bounds[n] += above[at]
-        if n + 1 < order:
-            np.maximum.at(bounds[n], levels[n + 1].suffix, bounds[n + 1])
+    cells = np.zeros((count, 4), dtype=np.int32)
+    cells[1:, WORD] = -1
+    for n in range(order - 1):
+        chosen = np.flatnonzero(is_state[n])
+        headers = number[n][chosen]
+        cells[headers, SLOTS] = cells_of[n][chosen]
+        cells[headers, SUFFIX] = target[n - 1][levels[n].suffix[chosen]] if n else ROOT
+        cells[headers, BACKOFF] = levels[n].backoff[chosen]
+        cells[headers, STATE_BOUND] = above[n][chosen]
+        longer = levels[n + 1]
+        arcs = np.stack([longer.words[:, -1], target[n + 1], longer.score, bounds[n + 1]], axis=1).astype(np.int32)
+        _fill(cells, number[n][longer.prefix], arcs)
 
     roots = np.zeros((vocabulary_size, 4), dtype=np.int32)
     unigrams = levels[0].words[:, 0]
     unknown = np.flatnonzero(unigrams == UNKNOWN)
     default = levels[0].score[unknown[0]] if len(unknown) else _fixed(np.array([-100.0]))[0]
-    roots[:, ROOT_SCORE] = default
-    roots[:, ROOT_BOUND] = default + above[ROOT]
-    roots[unigrams, ROOT_NEXT] = target[0]
-    roots[unigrams, ROOT_SCORE] = levels[0].score
+    roots[:, ROOT_SCORE], roots[:, ROOT_BOUND] = default, default + root_above
+    roots[unigrams, ROOT_NEXT], roots[unigrams, ROOT_SCORE] = target[0], levels[0].score
     roots[unigrams, ROOT_BOUND] = bounds[0]
-
-    owner = [number[n - 1][levels[n].prefix] for n in range(1, order)]
-    packed = [
-        np.stack([level.words[:, -1], target[n], level.score, bounds[n]], axis=1).astype(np.int32)
-        for n, level in enumerate(levels)
-        if n
-    ]
-    if not packed:
-        return states, np.zeros((0, 4), dtype=np.int32), roots
-    arcs = _place_arcs(states, np.concatenate(owner), np.concatenate(packed))
-    return states, arcs, roots
-
-
-def _by_falling_length(states: np.ndarray) -> list[np.ndarray]:
-    """State numbers in groups of one context length, longest first."""
-    lengths = states[:, LENGTH]
-    return [np.flatnonzero(lengths == n) for n in range(int(lengths.max(initial=0)), 0, -1)]
-
-
-def _place_arcs(states: np.ndarray, owner: np.ndarray, packed: np.ndarray) -> np.ndarray:
-    """Gives every state its slots and fills them; `states` is changed in place."""
-    order = np.lexsort((packed[:, WORD], owner))
-    owner, packed = owner[order], packed[order]
-    degree = np.bincount(owner, minlength=len(states)).astype(np.int64)
-    slots = degree.copy()
-    hashed = degree > LINEAR
-    slots[hashed] = 1 << np.ceil(np.log2(degree[hashed] * 1.5)).astype(np.int64)
-    first = np.concatenate([[0], np.cumsum(slots)])
-    if first[-1] >= 1 << 31:
-        raise RescoreError("the n-gram model is too large for one automaton (2^31 arc slots); prune it")
-    states[:, FIRST], states[:, SLOTS] = first[:-1], slots
-    arcs = np.zeros((int(first[-1]), 4), dtype=np.int32)
-    arcs[:, WORD] = -1
-    _fill(states, owner, packed, arcs)
-    return arcs
+    return cells, roots, tuple(starts)
 
 
 @njit(cache=True, nogil=True)
-def _fill(states: np.ndarray, owner: np.ndarray, packed: np.ndarray, arcs: np.ndarray) -> None:
+def _fill(cells: np.ndarray, owner: np.ndarray, arcs: np.ndarray) -> None:
+    """Puts arcs (sorted by owner and word) into the cells of the states that own them."""
     for i in range(len(owner)):
-        first, slots = states[owner[i], FIRST], states[owner[i], SLOTS]
-        if slots <= LINEAR:
-            place = first
-            while arcs[place, WORD] >= 0:
-                place += 1
-        else:
-            step = hash_word(packed[i, WORD]) & (slots - 1)
-            while arcs[first + step, WORD] >= 0:
-                step = (step + 1) & (slots - 1)
-            place = first + step
-        arcs[place] = packed[i]
+        first, slots = owner[i] + 1, cells[owner[i], SLOTS]
+        step = 0 if slots <= LINEAR else hash_word(arcs[i, WORD]) & (slots - 1)
+        while cells[first + step, WORD] >= 0:
+            step += 1
+            if slots > LINEAR:
+                step &= slots - 1
+        cells[first + step] = arcs[i]

@@ -8,13 +8,19 @@ lowest token ids (compared from slot 1 on) come first.
 A plain dynamic program looks up every arc of every (slot, automaton state) pair. Four things make this one quicker:
 
 1. A state's k arcs are scored at once: they are those of its suffix state plus its back-off weight, overridden by its
-   own few arcs. Rows are made when first needed and kept for the lattice.
-2. A bound. The arcs of the shortest states (one word of context) carry the highest score that any longer context gives
-   the word, so one backward pass over k x k pairs per slot bounds what any prefix can still gain.
+   own few arcs. Such a row is made when it is first needed and kept for the lattice.
+2. A bound. Arcs of states with one or two words of context carry the highest score that any longer context gives the
+   word, so one backward pass over k x k pairs per slot bounds what any prefix can still gain.
 3. A beam search with that bound finds p good paths. The worst of them is a floor: what can't reach it is not among the
    p best. The forward pass then makes only the states that can; it is exact, since it drops nothing else.
 4. A backward pass over these states gives the exact best completion of each, so the last walk, depth first, meets
    hardly anything but the p best paths.
+
+Rows, one for a pair of slot and state, lie in two arrays with these columns (k entries each where not said otherwise):
+
+    row64  n-gram score of each word | head's log-prob + weight x it | best score to here, from here (one each)
+    row32  state after each word | its row in the next slot (-1: on none of the p best paths)
+           | entry that led here, queue (one each)
 """
 
 from __future__ import annotations
@@ -27,8 +33,6 @@ from numba import njit
 from lattices.automaton import (
     BACKOFF,
     BOUND,
-    FIRST,
-    LENGTH,
     NEXT,
     ROOT,
     ROOT_NEXT,
@@ -42,6 +46,7 @@ from lattices.automaton import (
     Automaton,
     advance,
     find_arc,
+    hash_word,
 )
 from lattices.errors import RescoreError
 from lattices.lattice import Lattice
@@ -53,34 +58,21 @@ MAX_WEIGHT = 64.0
 LOWEST_HEAD = -1024.0  # nats; a head's log-prob below counts as this, so that sums stay in 64 bits
 BEAM = 16  # narrowest beam; a wider one costs more than its better floor saves
 NONE = -(1 << 60)  # no path
-FIRST_ROWS = 4096
+FIRST_ROWS = 2048
 LAST_RUN = 1 << 22  # runs that the hash table's keys can tell apart
 
 
-class _Tables(NamedTuple):
-    states: np.ndarray
-    arcs: np.ndarray
-    roots: np.ndarray
-
-
 class _Room(NamedTuple):
-    """Room to work in. A row is a pair of slot and state; `score`, `arc`, `next`, `child` are its k arcs."""
+    """Room to work in, kept between calls."""
 
-    score: np.ndarray  # [r, k] n-gram score of each word
-    arc: np.ndarray  # [r, k] head's log-prob + weight x score
-    next: np.ndarray  # [r, k] state after the word
-    child: np.ndarray  # [r, k] its row in the next slot, -1: can't be on one of the p best paths
-    forward: np.ndarray  # [r] best score of a path to here
-    backward: np.ndarray  # [r] best score from here to the end
-    queue: np.ndarray  # [r] rows in the order they were reached
-    keys: np.ndarray  # hash table (run, slot, state) -> row
-    rows: np.ndarray
+    row64: np.ndarray  # [r, 2k + 2]
+    row32: np.ndarray  # [r, 2k + 2]
+    table: np.ndarray  # [t, 2] hash table: (run, slot, state) and row
     entry_of: np.ndarray  # [v] entry of a word in the current slot, -1: not there
     same: np.ndarray  # [h, k] another entry with the same word, -1: none
     bound: np.ndarray  # [h, k, k] the most that a path can gain after two neighbouring entries
-    short: np.ndarray  # [h, k] rows of the states that know the word before only
-    before: np.ndarray  # [r] an entry of the slot before that leads to this row
-    counters: np.ndarray  # 0 rows in use, 1 run
+    short: np.ndarray  # [h, k] row of the state that knows only the entry before the slot
+    counters: np.ndarray  # 0 rows in use, 1 run, 2 where `_touch` puts what it read
 
 
 class NgramSearch:
@@ -92,7 +84,6 @@ class NgramSearch:
 
     def __init__(self, automaton: Automaton, words: np.ndarray, *, end_token: int | None = None) -> None:
         self.automaton, self.words, self.end_token = automaton, words, end_token
-        self._tables = _Tables(automaton.states, automaton.arcs, automaton.roots)
         self._room: _Room | None = None
 
     def state_after(self, token_ids: np.ndarray | list[int], *, from_start: bool = False) -> int:
@@ -123,407 +114,435 @@ class NgramSearch:
         drafts, scores = np.zeros((n, count, h), dtype=np.int32), np.zeros((n, count), dtype=np.int64)
         end = -1 if self.end_token is None else int(self.end_token)
         states = np.asarray(states, dtype=np.int32)
+        cells, roots, longer = self.automaton.cells, self.automaton.roots, self.automaton.level_starts[2]
         done, room = 0, self._room_for(h, k, FIRST_ROWS)
         while True:
-            done = _search(self._tables, room, token_ids, words, heads, states, factor, end, done, drafts, scores)
+            done = _search(
+                cells, roots, longer, *room, token_ids, words, heads, states, factor, end, done, drafts, scores
+            )
             if done == n:
                 return PBest(drafts, scores / ARC_SCALE)
-            room = self._room_for(h, k, 2 * len(room.forward))  # a lattice with more states than there is room for
+            room = self._room_for(h, k, 2 * len(room.row64))  # a lattice with more states than there is room for
 
     def _room_for(self, h: int, k: int, rows: int) -> _Room:
         if (old := self._room) is not None:
-            if len(old.forward) >= rows and old.score.shape[1] == k and old.same.shape[0] == h:
+            if len(old.row64) >= rows and old.same.shape == (h, k):
                 return old
-            rows = max(rows, len(old.forward))
-        table = 4 * rows
+            rows = max(rows, len(old.row64))
         self._room = _Room(
-            score=np.empty((rows, k), dtype=np.int64), arc=np.empty((rows, k), dtype=np.int64),
-            next=np.empty((rows, k), dtype=np.int32), child=np.empty((rows, k), dtype=np.int32),
-            forward=np.empty(rows, dtype=np.int64), backward=np.empty(rows, dtype=np.int64),
-            queue=np.empty(rows, dtype=np.int32), keys=np.zeros(table, dtype=np.int64),
-            rows=np.empty(table, dtype=np.int32),
+            row64=np.empty((rows, 2 * k + 2), dtype=np.int64),
+            row32=np.empty((rows, 2 * k + 2), dtype=np.int32),
+            table=np.zeros((4 * rows, 2), dtype=np.int64),
             entry_of=np.full(len(self.automaton.roots), -1, dtype=np.int32),
-            same=np.empty((h, k), dtype=np.int32), bound=np.empty((h, k, k), dtype=np.int64),
-            short=np.empty((h, k), dtype=np.int32), before=np.empty(rows, dtype=np.int32),
-            counters=np.zeros(2, dtype=np.int64),
-        )  # fmt: skip
+            same=np.empty((h, k), dtype=np.int32),
+            bound=np.empty((h, k, k), dtype=np.int64),
+            short=np.empty((h, k), dtype=np.int32),
+            counters=np.zeros(3, dtype=np.int64),
+        )
         return self._room
 
 
 @njit(cache=True, nogil=True)
-def _search(tables, room, token_ids, words, heads, states, weight, end, begin, drafts, scores):  # type: ignore[no-untyped-def]
+def _search(  # type: ignore[no-untyped-def]
+    cells, roots, longer, row64, row32, table, entry_of, same, bound, short, counters,
+    token_ids, words, heads, states, weight, end, begin, drafts, scores,
+):  # fmt: skip
     """Lattices from `begin` on; returns how many are done, fewer than n where the room was too small."""
     n, h, k = token_ids.shape
     p = scores.shape[1]
     width = max(p, BEAM)
-    beam_rows, beam_sums, beam_reach = (
-        np.empty((4, width), np.int32),
-        np.empty((2, width), np.int64),
-        np.empty(width, np.int64),
-    )
-    order, reach, cursor = np.empty((h, k), np.int32), np.empty((h, k), np.int64), np.empty(h + 1, np.int32)
-    counts, path_rows = np.empty(h + 1, np.int32), np.empty(h + 1, np.int32)
-    sums, path = np.empty(h + 1, np.int64), np.empty(h, np.int32)
+    beam32, beam64 = np.empty((4, width), np.int32), np.empty((3, width), np.int64)
+    step32, step64 = np.empty((h + 1, k + 3), np.int32), np.empty((h + 1, k + 1), np.int64)
+    path = np.empty(h, np.int32)
     for i in range(begin, n):
-        room.counters[0] = 0
-        room.counters[1] += 1
-        if room.counters[1] == LAST_RUN:
-            room.keys[:] = 0
-            room.counters[1] = 1
-        score, state = advance(tables.states, tables.arcs, tables.roots, states[i], words[i, 0, 0])
-        first = heads[i, 0, 0] + weight * score
-        if h == 1 or token_ids[i, 0, 0] == end:
+        counters[0] = 0
+        counters[1] += 1
+        if counters[1] == LAST_RUN:
+            table[:] = 0
+            counters[1] = 1
+        ids, slot_words, logps = token_ids[i], words[i], heads[i]
+        score, state = advance(cells, roots, states[i], slot_words[0, 0])
+        first = logps[0, 0] + weight * score
+        if h == 1 or ids[0, 0] == end:
             for j in range(h):
-                drafts[i, :, j] = token_ids[i, j, 0]
+                drafts[i, :, j] = ids[j, 0]
             scores[i] = first
             continue
-        _link_same_words(room, words[i])
-        if not _bounds(tables, room, token_ids[i], words[i], heads[i], weight, end):
+        # All rows that know one word of context, then the bounds that follow from them.
+        if not _short_rows(cells, roots, row64, row32, table, entry_of, same, short, counters,
+                           ids, slot_words, logps, weight, end):  # fmt: skip
             return i
-        floor = _beam(tables, room, token_ids[i], words[i], heads[i], weight, end, first, state, p,
-                      beam_rows, beam_sums, beam_reach)  # fmt: skip
-        start = _forward(tables, room, token_ids[i], words[i], heads[i], weight, end, first, state, floor)
+        _bounds(cells, longer, row64, row32, entry_of, same, bound, short, counters,
+                ids, slot_words, logps, weight, end)  # fmt: skip
+        floor = _beam(cells, roots, row64, row32, table, entry_of, same, bound, counters,
+                      ids, slot_words, logps, weight, end, first, state, p, beam32, beam64)  # fmt: skip
+        start = _forward(cells, roots, row64, row32, table, entry_of, same, bound, counters,
+                         ids, slot_words, logps, weight, end, first, state, floor)  # fmt: skip
         if start < 0:
             return i
-        _walk(room, token_ids[i], start, first, floor, drafts[i], scores[i],
-              order, reach, cursor, counts, path_rows, sums, path)  # fmt: skip
+        _walk(row64, row32, ids, start, first, floor, drafts[i], scores[i], step32, step64, path)
     return n
 
 
-@njit(cache=True, nogil=True)
-def _link_same_words(room, words):  # type: ignore[no-untyped-def]
-    """Several tokens of a slot can be one word (`<unk>`): `same` leads from an entry to the one before."""
-    h, k = words.shape
-    for j in range(h):
-        for e in range(k):
-            room.same[j, e] = -1
-            for other in range(e - 1, -1, -1):
-                if words[j, other] == words[j, e]:
-                    room.same[j, e] = other
-                    break
-
-
-@njit(cache=True, nogil=True)
-def _enter_slot(room, words, j):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True, inline="always")
+def _enter_slot(entry_of, words, j):  # type: ignore[no-untyped-def]
     for e in range(words.shape[1]):
-        room.entry_of[words[j, e]] = e
+        entry_of[words[j, e]] = e
 
 
-@njit(cache=True, nogil=True)
-def _leave_slot(room, words, j):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True, inline="always")
+def _leave_slot(entry_of, words, j):  # type: ignore[no-untyped-def]
     for e in range(words.shape[1]):
-        room.entry_of[words[j, e]] = -1
+        entry_of[words[j, e]] = -1
 
 
-@njit(cache=True, nogil=True)
-def _new_row(room, key, place):  # type: ignore[no-untyped-def]
-    row = room.counters[0]
-    if row == len(room.forward):
-        return np.int64(-1)
-    room.counters[0] = row + 1
-    room.keys[place] = key
-    room.rows[place] = row
-    room.forward[row] = NONE
-    return row
-
-
-@njit(cache=True, nogil=True)
-def _row(tables, room, token_ids, words, heads, weight, end, j, state):  # type: ignore[no-untyped-def]
-    """The row of a state in slot j (its word stamps entered), made if it is not there; -1: no room."""
-    mask = len(room.keys) - 1
-    key = (room.counters[1] << 40) | (np.int64(j) << 32) | np.int64(state)
-    place = (key * np.int64(0x9E3779B97F4A7C1)) >> 20 & mask
-    while room.keys[place] >> 40 == room.counters[1]:  # rows of earlier lattices are free places
-        if room.keys[place] == key:
-            return np.int64(room.rows[place])
+@njit(cache=True, nogil=True, inline="always")
+def _place(table, key):  # type: ignore[no-untyped-def]
+    """Where a key (run, slot, state) is in the hash table or goes; keys of earlier runs are free places."""
+    mask = len(table) - 1
+    place = np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)) & mask
+    while table[place, 0] != key and table[place, 0] >> 40 == key >> 40:
         place = (place + 1) & mask
-    k = token_ids.shape[1]
-    if state == len(tables.states):  # after end-of-text: one way on, which costs nothing
-        row = _new_row(room, key, place)
-        if row >= 0:
-            for e in range(k):
-                room.score[row, e], room.arc[row, e], room.next[row, e] = 0, 0 if e == 0 else NONE, state
-        return row
-    if state == ROOT:
-        row = _new_row(room, key, place)
-        if row >= 0:
-            for e in range(k):
-                room.score[row, e] = tables.roots[words[j, e], ROOT_SCORE]
-                room.next[row, e] = tables.roots[words[j, e], ROOT_NEXT]
-            _finish_row(tables, room, token_ids, heads, weight, end, j, row)
-        return row
-    shorter = _row(tables, room, token_ids, words, heads, weight, end, j, tables.states[state, SUFFIX])
-    while room.keys[place] >> 40 == room.counters[1]:  # making the shorter one may have taken the place
-        place = (place + 1) & mask
-    row = _new_row(room, key, place)
-    if row < 0 or shorter < 0:
-        return np.int64(-1)
-    backoff = np.int64(tables.states[state, BACKOFF])
+    return place
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _touch(cells, row32, row, k):  # type: ignore[no-untyped-def]
+    """Reads the headers of all states that a row leads to: side by side they wait for memory once, not k times."""
+    total = np.int64(0)
     for e in range(k):
-        room.score[row, e] = room.score[shorter, e] + backoff
-        room.next[row, e] = room.next[shorter, e]
-    first, slots = tables.states[state, FIRST], tables.states[state, SLOTS]
-    if slots <= 2 * k:
-        for at in range(first, first + slots):
-            word = tables.arcs[at, WORD]
-            if word >= 0:
-                e = room.entry_of[word]
-                while e >= 0:
-                    room.score[row, e] = tables.arcs[at, SCORE]
-                    room.next[row, e] = tables.arcs[at, NEXT]
-                    e = room.same[j, e]
-    else:
-        for e in range(k):
-            at = find_arc(tables.states, tables.arcs, state, words[j, e])
-            if at >= 0:
-                room.score[row, e] = tables.arcs[at, SCORE]
-                room.next[row, e] = tables.arcs[at, NEXT]
-    _finish_row(tables, room, token_ids, heads, weight, end, j, row)
-    return row
+        total += cells[min(row32[row, e], len(cells) - 1), SLOTS]
+    return total
 
 
 @njit(cache=True, nogil=True)
-def _finish_row(tables, room, token_ids, heads, weight, end, j, row):  # type: ignore[no-untyped-def]
-    for e in range(token_ids.shape[1]):
-        room.arc[row, e] = heads[j, e] + weight * room.score[row, e]
-        if token_ids[j, e] == end:
-            room.next[row, e] = len(tables.states)
-
-
-@njit(cache=True, nogil=True)
-def _bounds(tables, room, token_ids, words, heads, weight, end):  # type: ignore[no-untyped-def]
-    """Fills `room.bound[j, u, v]`: the most that a path through entries u of slot j - 1 and v of slot j gains after v.
-
-    It is exact where the automaton tells no more apart than these two words. Makes the rows of the shortest states on
-    the way; returns whether there was room for them.
-    """
-    h, k = token_ids.shape
-    room.bound[h - 1] = 0
-    for j in range(h - 1, 0, -1):
-        _enter_slot(room, words, j)
-        fits = True
-        for v in range(k if j > 1 else 1):
-            if token_ids[j - 1, v] == end:
-                room.bound[j - 1, :, v] = 0
-                continue
-            state = tables.roots[words[j - 1, v], ROOT_NEXT]
-            row = _row(tables, room, token_ids, words, heads, weight, end, j, state)
-            if row < 0:
-                fits = False
-                break
-            room.short[j, v] = row
-            best = np.int64(NONE)
+def _row(cells, roots, row64, row32, table, entry_of, same, counters, token_ids, words, heads, weight, end, j, state):  # type: ignore[no-untyped-def]
+    """The row of a state in slot j (which must be entered), made if it is not there; -1: no room for it."""
+    slot = (counters[1] << 40) | (np.int64(j) << 32)
+    place = _place(table, slot | np.int64(state))
+    if table[place, 0] == slot | np.int64(state):
+        return table[place, 1]
+    k = token_ids.shape[1]
+    # The longest suffix state whose row is there (-1: none); then one row after the other down to the state's own.
+    known = np.int64(-1)
+    missing = 1
+    shorter = np.int64(state)
+    while shorter != ROOT and shorter != len(cells):
+        shorter = np.int64(cells[shorter, SUFFIX])
+        place = _place(table, slot | shorter)
+        if table[place, 0] == slot | shorter:
+            known = table[place, 1]
+            break
+        missing += 1
+    if counters[0] + missing > len(row64):
+        return np.int64(-1)
+    while missing > 0:
+        missing -= 1
+        at_state = np.int64(state)
+        for _ in range(missing):
+            at_state = np.int64(cells[at_state, SUFFIX])
+        row = counters[0]
+        counters[0] = row + 1
+        place = _place(table, slot | at_state)
+        table[place, 0], table[place, 1] = slot | at_state, row
+        row64[row, 2 * k] = NONE
+        if at_state == len(cells):  # after end-of-text: one way on, which costs nothing
             for e in range(k):
-                total = room.arc[row, e] + room.bound[j, v, e]
-                if total > best:
-                    best = total
-            room.bound[j - 1, :, v] = best
-        if fits and j > 1:
-            _sharpen(tables, room, token_ids, words, heads, weight, end, j)
-        _leave_slot(room, words, j)
-        if not fits:
-            return False
+                row64[row, k + e] = 0 if e == 0 else NONE
+                row32[row, e] = at_state
+            return row
+        if at_state == ROOT:
+            for e in range(k):
+                row64[row, e] = roots[words[j, e], ROOT_SCORE]
+                row32[row, e] = roots[words[j, e], ROOT_NEXT]
+        else:
+            backoff = np.int64(cells[at_state, BACKOFF])
+            for e in range(k):
+                row64[row, e] = row64[known, e] + backoff
+                row32[row, e] = row32[known, e]
+            slots = cells[at_state, SLOTS]
+            if slots <= 2 * k:
+                for at in range(at_state + 1, at_state + 1 + slots):
+                    word = cells[at, WORD]
+                    if word >= 0:
+                        e = entry_of[word]
+                        while e >= 0:
+                            row64[row, e] = cells[at, SCORE]
+                            row32[row, e] = cells[at, NEXT]
+                            e = same[j, e]
+            else:
+                total = np.int64(0)  # as in `_touch`
+                for e in range(k):
+                    total += cells[at_state + 1 + (hash_word(words[j, e]) & (slots - 1)), WORD]
+                counters[2] += total
+                for e in range(k):
+                    at = find_arc(cells, at_state, words[j, e])
+                    if at >= 0:
+                        row64[row, e] = cells[at, SCORE]
+                        row32[row, e] = cells[at, NEXT]
+        for e in range(k):
+            row64[row, k + e] = heads[j, e] + weight * row64[row, e]
+        if end >= 0:
+            for e in range(k):
+                if token_ids[j, e] == end:
+                    row32[row, e] = len(cells)
+        known = row
+    return known
+
+
+@njit(cache=True, nogil=True)
+def _short_rows(  # type: ignore[no-untyped-def]
+    cells, roots, row64, row32, table, entry_of, same, short, counters, token_ids, words, heads, weight, end
+):
+    """Makes the row of every state that knows one word; links entries with the same word. Whether there was room."""
+    h, k = token_ids.shape
+    for j in range(1, h):
+        for e in range(k):
+            # Several tokens of a slot can be one word (<unk>): `same` leads from an entry to the one before.
+            same[j, e] = entry_of[words[j, e]]
+            entry_of[words[j, e]] = e
+        for v in range(k if j > 1 else 1):
+            state = len(cells) if token_ids[j - 1, v] == end else roots[words[j - 1, v], ROOT_NEXT]
+            row = _row(cells, roots, row64, row32, table, entry_of, same, counters,
+                       token_ids, words, heads, weight, end, j, state)  # fmt: skip
+            short[j, v] = row
+            if row < 0:
+                _leave_slot(entry_of, words, j)
+                return False
+        _leave_slot(entry_of, words, j)
     return True
 
 
 @njit(cache=True, nogil=True)
-def _sharpen(tables, room, token_ids, words, heads, weight, end, j):  # type: ignore[no-untyped-def]
-    """Bounds of the pairs (u, v) before slot j that are states of two words: their own few arcs and back-off."""
-    k = token_ids.shape[1]
-    for u in range(k if j > 2 else 1):
-        if token_ids[j - 2, u] == end:
-            continue
-        before = tables.roots[words[j - 2, u], ROOT_NEXT]
-        if before == ROOT:
-            continue
+def _bounds(  # type: ignore[no-untyped-def]
+    cells, longer, row64, row32, entry_of, same, bound, short, counters, token_ids, words, heads, weight, end
+):
+    """Fills `bound[j, u, v]`: the most that a path through entries u of slot j - 1 and v of slot j gains after v.
+
+    It is exact where the automaton tells no more apart than these two words. States from `longer` on know two words or
+    more.
+    """
+    h, k = token_ids.shape
+    for u in range(k):
         for v in range(k):
-            at = find_arc(tables.states, tables.arcs, before, words[j - 1, v])
-            if at < 0 or token_ids[j - 1, v] == end:
-                continue
-            state = tables.arcs[at, NEXT]
-            if tables.states[state, LENGTH] < 2:
-                continue
-            passed = np.int64(tables.states[state, BACKOFF]) + tables.states[state, STATE_BOUND]
-            best = room.bound[j - 1, u, v] + weight * passed
-            first, slots = tables.states[state, FIRST], tables.states[state, SLOTS]
-            for place in range(first, first + slots):
-                word = tables.arcs[place, WORD]
-                if word >= 0:
-                    e = room.entry_of[word]
-                    while e >= 0:
-                        total = heads[j, e] + weight * tables.arcs[place, BOUND] + room.bound[j, v, e]
-                        if total > best:
-                            best = total
-                        e = room.same[j, e]
-            room.bound[j - 1, u, v] = best
+            bound[h - 1, u, v] = 0
+    for j in range(h - 1, 0, -1):
+        _enter_slot(entry_of, words, j)
+        for v in range(k if j > 1 else 1):
+            row = short[j, v]
+            best = np.int64(NONE)
+            for e in range(k):
+                best = max(best, row64[row, k + e] + bound[j, v, e])
+            for u in range(k):
+                bound[j - 1, u, v] = best
+        for u in range((k if j > 2 else 1) if j > 1 else 0):
+            before = short[j - 1, u]
+            counters[2] += _touch(cells, row32, before, k)
+            for v in range(k):
+                # A pair that is a state of its own: its own few arcs, and its back-off. What longer contexts can add is
+                # in the arcs' and the state's bounds.
+                state = row32[before, v]
+                if state < longer or state == len(cells):
+                    continue
+                best = bound[j - 1, u, v] + weight * (np.int64(cells[state, BACKOFF]) + cells[state, STATE_BOUND])
+                slots = cells[state, SLOTS]
+                if slots <= 2 * k:
+                    for at in range(state + 1, state + 1 + slots):
+                        word = cells[at, WORD]
+                        if word >= 0:
+                            e = entry_of[word]
+                            while e >= 0:
+                                best = max(best, heads[j, e] + weight * cells[at, BOUND] + bound[j, v, e])
+                                e = same[j, e]
+                else:
+                    for e in range(k):
+                        at = find_arc(cells, state, words[j, e])
+                        if at >= 0:
+                            best = max(best, heads[j, e] + weight * cells[at, BOUND] + bound[j, v, e])
+                bound[j - 1, u, v] = best
+        _leave_slot(entry_of, words, j)
 
 
 @njit(cache=True, nogil=True)
-def _beam(tables, room, token_ids, words, heads, weight, end, first, state, p, rows, sums, reach):  # type: ignore[no-untyped-def]
+def _beam(  # type: ignore[no-untyped-def]
+    cells, roots, row64, row32, table, entry_of, same, bound, counters,
+    token_ids, words, heads, weight, end, first, state, p, beam32, beam64,
+):  # fmt: skip
     """A floor for the p-th best score: that of the p-th of the paths that a beam search finds (NONE: found fewer).
 
-    `rows` holds the states of the beam's paths and their last entries, `sums` their scores, `reach` these with the
-    bound added, falling.
+    `beam32`: state and last entry of every path of the beam, then what the next ones come from (path, entry);
+    `beam64`: their scores, the next ones', these with the bound added (falling).
     """
     h, k = token_ids.shape
-    width = len(reach)
-    now, after = 0, 1
-    rows[0, 0], rows[2, 0], sums[0, 0] = state, 0, first
+    width = beam32.shape[1]
+    beam32[0, 0], beam32[1, 0], beam64[0, 0] = state, 0, first
     count = 1
     for j in range(1, h):
-        _enter_slot(room, words, j)
+        _enter_slot(entry_of, words, j)
         found = 0
         for b in range(count):
-            row = _row(tables, room, token_ids, words, heads, weight, end, j, rows[now, b])
+            row = _row(cells, roots, row64, row32, table, entry_of, same, counters,
+                       token_ids, words, heads, weight, end, j, beam32[0, b])  # fmt: skip
             if row < 0:
-                _leave_slot(room, words, j)
+                _leave_slot(entry_of, words, j)
                 return np.int64(NONE)
+            last, done = beam32[1, b], beam64[0, b]
             for e in range(k):
-                if room.arc[row, e] == NONE:
-                    continue
-                total = sums[now, b] + room.arc[row, e]
-                most = total + room.bound[j, rows[now + 2, b], e]
+                most = done + row64[row, k + e] + bound[j, last, e]
                 if found == width:
-                    if most <= reach[width - 1]:
+                    if most <= beam64[2, width - 1]:
                         continue
                     place = width - 1
                 else:
+                    if most < NONE // 2:
+                        continue
                     place = found
                     found += 1
-                while place > 0 and reach[place - 1] < most:
-                    reach[place] = reach[place - 1]
-                    rows[after, place] = rows[after, place - 1]
-                    rows[after + 2, place] = rows[after + 2, place - 1]
-                    sums[after, place] = sums[after, place - 1]
+                while place > 0 and beam64[2, place - 1] < most:
+                    beam64[2, place] = beam64[2, place - 1]
+                    beam64[1, place] = beam64[1, place - 1]
+                    beam32[2, place] = beam32[2, place - 1]
+                    beam32[3, place] = beam32[3, place - 1]
                     place -= 1
-                reach[place] = most
-                rows[after, place] = room.next[row, e]
-                rows[after + 2, place] = e
-                sums[after, place] = total
-        _leave_slot(room, words, j)
-        now, after = after, now
+                beam64[2, place] = most
+                beam64[1, place] = done + row64[row, k + e]
+                beam32[2, place] = row
+                beam32[3, place] = e
+        _leave_slot(entry_of, words, j)
+        for b in range(found):
+            row, e = beam32[2, b], beam32[3, b]
+            beam32[0, b], beam32[1, b], beam64[0, b] = row32[row, e], e, beam64[1, b]
         count = found
-    return reach[p - 1] if count >= p else np.int64(NONE)
+    return beam64[2, p - 1] if count >= p else np.int64(NONE)
 
 
 @njit(cache=True, nogil=True)
-def _forward(tables, room, token_ids, words, heads, weight, end, first, state, floor):  # type: ignore[no-untyped-def]
-    """Makes all rows on paths of at least `floor`, and their `backward`; gives the first row, or -1: no room."""
+def _forward(  # type: ignore[no-untyped-def]
+    cells, roots, row64, row32, table, entry_of, same, bound, counters,
+    token_ids, words, heads, weight, end, first, state, floor,
+):  # fmt: skip
+    """Makes all rows on paths of at least `floor`, and their best scores to the end; the first row, or -1: no room."""
     h, k = token_ids.shape
-    _enter_slot(room, words, 1)
-    start = _row(tables, room, token_ids, words, heads, weight, end, 1, state)
-    _leave_slot(room, words, 1)
+    forward, backward, child_of, led_here, queue = 2 * k, 2 * k + 1, k, 2 * k, 2 * k + 1
+    _enter_slot(entry_of, words, 1)
+    start = _row(cells, roots, row64, row32, table, entry_of, same, counters,
+                 token_ids, words, heads, weight, end, 1, state)  # fmt: skip
+    _leave_slot(entry_of, words, 1)
     if start < 0:
         return start
-    room.forward[start] = first
-    room.before[start] = 0
-    room.queue[0] = start
+    row64[start, forward] = first
+    row32[start, led_here] = 0
+    row32[0, queue] = start
     begin, stop = 0, 1
     for j in range(1, h):
-        if j + 1 < h:
-            _enter_slot(room, words, j + 1)
         last = stop
+        if j + 1 < h:
+            _enter_slot(entry_of, words, j + 1)
         for at in range(begin, stop):
-            row = room.queue[at]
+            row = row32[at, queue]
+            before, done = row32[row, led_here], row64[row, forward]
             for e in range(k):
-                room.child[row, e] = -1
-                if room.arc[row, e] == NONE:
-                    continue
-                total = room.forward[row] + room.arc[row, e]
-                if total + room.bound[j, room.before[row], e] < floor:
+                total = done + row64[row, k + e]
+                if total + bound[j, before, e] < floor or total < NONE // 2:
+                    row32[row, child_of + e] = -1
                     continue
                 if j + 1 == h:
-                    room.child[row, e] = 0
+                    row32[row, child_of + e] = 0
                     continue
-                child = _row(tables, room, token_ids, words, heads, weight, end, j + 1, room.next[row, e])
+                child = _row(cells, roots, row64, row32, table, entry_of, same, counters,
+                             token_ids, words, heads, weight, end, j + 1, row32[row, e])  # fmt: skip
                 if child < 0:
-                    _leave_slot(room, words, j + 1)
+                    _leave_slot(entry_of, words, j + 1)
                     return child
-                room.child[row, e] = child
-                if room.forward[child] == NONE:
-                    room.before[child] = e
-                    room.queue[last] = child
+                row32[row, child_of + e] = child
+                if row64[child, forward] == NONE:
+                    row32[child, led_here] = e
+                    row32[last, queue] = child
                     last += 1
-                if total > room.forward[child]:
-                    room.forward[child] = total
+                row64[child, forward] = max(row64[child, forward], total)
         if j + 1 < h:
-            _leave_slot(room, words, j + 1)
+            _leave_slot(entry_of, words, j + 1)
             begin, stop = stop, last
-    # The rows of the last slot end their paths; what stands before them in the queue leads on.
+    # From the queue's end: the rows of the last slot end their paths, those before lead on.
     for at in range(stop - 1, -1, -1):
-        row = room.queue[at]
+        row = row32[at, queue]
         best = np.int64(NONE)
         for e in range(k):
-            child = room.child[row, e]
+            child = row32[row, child_of + e]
             if child < 0:
                 continue
-            total = room.arc[row, e]
+            total = row64[row, k + e]
             if at < begin:
-                if room.backward[child] == NONE:
-                    room.child[row, e] = -1
+                if row64[child, backward] == NONE:
+                    row32[row, child_of + e] = -1
                     continue
-                total += room.backward[child]
-            if total > best:
-                best = total
-        room.backward[row] = best
+                total += row64[child, backward]
+            best = max(best, total)
+        row64[row, backward] = best
     return start
 
 
 @njit(cache=True, nogil=True)
-def _expand(room, token_ids, j, row, total, least, order, reach):  # type: ignore[no-untyped-def]
-    """The entries of a row that can end at `least` or more, best first, equals by token id; returns how many."""
+def _expand(row64, row32, token_ids, j, row, done, least, step32, step64):  # type: ignore[no-untyped-def]
+    """The entries of a row that can end at `least` or more, best first, equals by token id: their places into
+    `step32[j]`, what they reach (by entry) into `step64[j]`; returns how many."""
     h, k = token_ids.shape
     count = 0
     for e in range(k):
-        child = room.child[row, e]
+        child = row32[row, k + e]
         if child < 0:
             continue
-        most = total + room.arc[row, e]
+        most = done + row64[row, k + e]
         if j + 1 < h:
-            most += room.backward[child]
+            most += row64[child, 2 * k + 1]
         if most < least:
             continue
-        reach[j, e] = most
+        step64[j, e] = most
         place = count
         while place > 0:
-            other = order[j, place - 1]
-            if reach[j, other] > most or (reach[j, other] == most and token_ids[j, other] < token_ids[j, e]):
+            other = step32[j, place - 1]
+            if step64[j, other] > most or (step64[j, other] == most and token_ids[j, other] < token_ids[j, e]):
                 break
-            order[j, place] = other
+            step32[j, place] = other
             place -= 1
-        order[j, place] = e
+        step32[j, place] = e
         count += 1
     return count
 
 
 @njit(cache=True, nogil=True)
-def _walk(room, token_ids, start, first, floor, drafts, scores, order, reach, cursor, counts, rows, sums, path):  # type: ignore[no-untyped-def]
-    """The p best paths through the rows, depth first, best entries first, into `drafts` `[p, h]`, `scores` `[p]`."""
-    h = len(token_ids)
+def _walk(row64, row32, token_ids, start, first, floor, drafts, scores, step32, step64, path):  # type: ignore[no-untyped-def]
+    """The p best paths through the rows, depth first, best entries first, into `drafts` `[p, h]`, `scores` `[p]`.
+
+    `step32[j]`: k entries, next of them to take, how many, row; `step64[j]`: what each reaches, score before slot j.
+    """
+    h, k = token_ids.shape
     p = len(scores)
-    found = 0
-    least = floor
+    cursor, count, at = k, k + 1, k + 2
+    found, least = 0, floor
     path[0] = token_ids[0, 0]
-    rows[1], sums[1] = start, first
-    cursor[1], counts[1] = 0, _expand(room, token_ids, 1, start, first, least, order, reach)
     j = 1
+    step32[1, at], step64[1, k], step32[1, cursor] = start, first, 0
+    step32[1, count] = _expand(row64, row32, token_ids, 1, start, first, least, step32, step64)
     while j > 0:
-        if cursor[j] == counts[j]:
+        if step32[j, cursor] == step32[j, count]:
             j -= 1
             continue
-        e = order[j, cursor[j]]
-        cursor[j] += 1
+        e = step32[j, step32[j, cursor]]
+        step32[j, cursor] += 1
         path[j] = token_ids[j, e]
-        if reach[j, e] < least:
-            cursor[j] = counts[j]  # they fall
+        if step64[j, e] < least:
+            step32[j, cursor] = step32[j, count]  # they fall
             continue
-        if found == p and reach[j, e] == scores[p - 1] and not _before(path, drafts[p - 1], j + 1):
+        if found == p and step64[j, e] == scores[p - 1] and not _before(path, drafts[p - 1], j + 1):
             continue
-        total = sums[j] + room.arc[rows[j], e]
+        row = step32[j, at]
+        total = step64[j, k] + row64[row, k + e]
         if j + 1 < h:
-            rows[j + 1], sums[j + 1] = room.child[rows[j], e], total
+            row = row32[row, k + e]
             j += 1
-            cursor[j], counts[j] = 0, _expand(room, token_ids, j, rows[j], total, least, order, reach)
+            step32[j, at], step64[j, k], step32[j, cursor] = row, total, 0
+            step32[j, count] = _expand(row64, row32, token_ids, j, row, total, least, step32, step64)
             continue
         place = found if found < p else p - 1
         while place > 0 and (

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lm.training import HeldOutAccuracy
     from rescore.evaluation import Evaluation
 
+Number = TypeVar("Number", int, float)
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 app = typer.Typer(
@@ -112,10 +113,14 @@ def options(
 def evaluate_command(
     task: Tasks = None,
     rescorer: Annotated[
-        list[str], typer.Option(help="none, oracle or a plug-in's name[:text]; may be given several times.")
+        list[str],
+        typer.Option(help="none, oracle, ngram[:PATH] or a plug-in's name[:text]; may be given several times."),
     ] = ["none"],  # noqa: B006 (typer copies it)
     k: Annotated[int, typer.Option(help="Tokens of each head that are in the lattice.")] = 16,
     p: Annotated[int, typer.Option(help="Drafts that one step verifies.")] = 1,
+    alpha: Annotated[
+        float | None, typer.Option(help="Weight of the rescorer; default: the tuned one (rescore tune), else its own.")
+    ] = None,
     h: Annotated[int | None, typer.Option(help="Use only the first h heads (block of h tokens).")] = None,
     base: Base = "smollm2-135m",
     heads: Heads = None,
@@ -136,9 +141,9 @@ def evaluate_command(
     from rescore.evaluation import EvalOptions, evaluate
 
     chosen = EvalOptions(
-        tasks=tuple(task or ()), rescorers=tuple(rescorer), base=base, heads=heads, h=h, k=k, p=p, limit=limit,
-        max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, mode=mode, verify=verify, data=data,
-        trace=trace, dtype=dtype, device=device, seed=seed,
+        tasks=tuple(task or ()), rescorers=tuple(rescorer), base=base, heads=heads, h=h, k=k, p=p, alpha=alpha,
+        limit=limit, max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, mode=mode, verify=verify,
+        data=data, trace=trace, dtype=dtype, device=device, seed=seed,
     )  # fmt: skip
     with _progress() as progress:
         evaluation = evaluate(chosen, out=out, progress=progress, notify=_notify)
@@ -175,10 +180,7 @@ def oracle(
     """Oracle block efficiency by k: what a perfect choice from the top k of every head would reach."""
     from rescore.evaluation import EvalOptions, oracle_by_k
 
-    try:
-        ks = [int(part) for part in k.split(",")]
-    except ValueError:
-        raise RescoreError(f"--k {k}: give whole numbers with commas between them, like 1,2,4,8,16") from None
+    ks = _numbers("--k", k, int)
     chosen = EvalOptions(
         tasks=tuple(task or ()), base=base, heads=heads, h=h, limit=limit, data=data, trace=trace, k=max(ks),
         max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, dtype=dtype, device=device,
@@ -186,6 +188,55 @@ def oracle(
     with _progress() as progress:
         evaluation = oracle_by_k(chosen, ks, progress=progress, notify=_notify)
     _print_evaluation(evaluation, as_json)
+
+
+@app.command(name="tune")
+def tune_command(
+    rescorer: Annotated[list[str], typer.Option(help="A rescorer with a weight, like ngram; several.")],
+    task: Tasks = None,
+    alphas: Annotated[str, typer.Option(help="Comma-separated weights; 0 is always among them.")] = (
+        "0.1,0.25,0.5,0.75,1,1.5,2"
+    ),
+    k: Annotated[str, typer.Option(help="Comma-separated k.")] = "16",
+    p: Annotated[str, typer.Option(help="Comma-separated p.")] = "1,16",
+    h: Annotated[int | None, typer.Option(help="Use only the first h heads.")] = None,
+    base: Base = "smollm2-135m",
+    heads: Heads = None,
+    limit: Annotated[int, typer.Option(help="Held-out examples, from the end of the data; at most half of it.")] = 100,
+    data: Data = None,
+    trace: Annotated[str | None, typer.Option(help="Replay this trace folder instead of recording one.")] = None,
+    max_new_tokens: NewTokens = 64,
+    max_prompt_tokens: PromptTokens = None,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Tune a rescorer's weight (alpha) by replay on held-out examples; `rescore eval` uses what it finds."""
+    from dataclasses import asdict
+
+    from rescore.evaluation import EvalOptions
+    from rescore.report.tables import tuning_table
+    from rescore.tuning import tune
+
+    chosen = EvalOptions(
+        tasks=tuple(task or ()), rescorers=tuple(rescorer), base=base, heads=heads, h=h, limit=limit, data=data,
+        trace=trace, max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, dtype=dtype, device=device,
+    )  # fmt: skip
+    with _progress() as progress:
+        found = tune(
+            chosen, alphas=_numbers("--alphas", alphas, float), ks=_numbers("--k", k, int),
+            ps=_numbers("--p", p, int), progress=progress, notify=_notify,
+        )  # fmt: skip
+    print(json.dumps([asdict(tuned) for tuned in found]) if as_json else tuning_table(found))
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+    """Comma-separated numbers of an option."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise RescoreError(f"{option} {text}: give {what} with commas between them, like 1,2,4") from None
 
 
 @app.command(name="trace")

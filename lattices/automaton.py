@@ -181,13 +181,13 @@ def find_arc(cells: np.ndarray, state: int, word: int) -> int:
     if slots <= LINEAR:
         for place in range(first, first + slots):
             if cells[place, WORD] == word:
-                return place
+                return int(place)
         return -1
     step = hash_word(word) & (slots - 1)
     while True:
         found = cells[first + step, WORD]
         if found == word:
-            return first + step
+            return int(first + step)
         if found < 0:
             return -1
         step = (step + 1) & (slots - 1)
@@ -196,14 +196,13 @@ def find_arc(cells: np.ndarray, state: int, word: int) -> int:
 @njit(cache=True, nogil=True, inline="always")
 def hash_word(word: int) -> int:
     """Where the search for a word begins in a hash table, before the mask."""
-    place: int = np.int64((np.uint64(word) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33))
-    return place
+    return int(np.int64((np.uint64(word) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33)))
 
 
 @njit(cache=True, nogil=True)
 def advance(cells: np.ndarray, roots: np.ndarray, state: int, word: int) -> tuple[int, int]:
     """Score (units of 1 / SCORE_SCALE nat) of a word after a state, and the state after both."""
-    passed: int = np.int64(0)
+    passed = 0
     while state != ROOT:
         place = find_arc(cells, state, word)
         if place >= 0:

@@ -46,7 +46,6 @@ from lattices.automaton import (
     Automaton,
     advance,
     find_arc,
-    hash_word,
 )
 from lattices.errors import RescoreError
 from lattices.lattice import Lattice
@@ -72,7 +71,7 @@ class _Room(NamedTuple):
     same: np.ndarray  # [h, k] another entry with the same word, -1: none
     bound: np.ndarray  # [h, k, k] the most that a path can gain after two neighbouring entries
     short: np.ndarray  # [h, k] row of the state that knows only the entry before the slot
-    counters: np.ndarray  # 0 rows in use, 1 run, 2 where `_touch` puts what it read
+    counters: np.ndarray  # 0 rows in use, 1 run
 
 
 class NgramSearch:
@@ -137,7 +136,7 @@ class NgramSearch:
             same=np.empty((h, k), dtype=np.int32),
             bound=np.empty((h, k, k), dtype=np.int64),
             short=np.empty((h, k), dtype=np.int32),
-            counters=np.zeros(3, dtype=np.int64),
+            counters=np.zeros(2, dtype=np.int64),
         )
         return self._room
 
@@ -172,8 +171,7 @@ def _search(  # type: ignore[no-untyped-def]
         if not _short_rows(cells, roots, row64, row32, table, entry_of, same, short, counters,
                            ids, slot_words, logps, weight, end):  # fmt: skip
             return i
-        _bounds(cells, longer, row64, row32, entry_of, same, bound, short, counters,
-                ids, slot_words, logps, weight, end)  # fmt: skip
+        _bounds(cells, longer, row64, row32, entry_of, same, bound, short, ids, slot_words, logps, weight, end)
         floor = _beam(cells, roots, row64, row32, table, entry_of, same, bound, counters,
                       ids, slot_words, logps, weight, end, first, state, p, beam32, beam64)  # fmt: skip
         start = _forward(cells, roots, row64, row32, table, entry_of, same, bound, counters,
@@ -206,15 +204,6 @@ def _place(table, key):  # type: ignore[no-untyped-def]
     return place
 
 
-@njit(cache=True, nogil=True, inline="always")
-def _touch(cells, row32, row, k):  # type: ignore[no-untyped-def]
-    """Reads the headers of all states that a row leads to: side by side they wait for memory once, not k times."""
-    total = np.int64(0)
-    for e in range(k):
-        total += cells[min(row32[row, e], len(cells) - 1), SLOTS]
-    return total
-
-
 @njit(cache=True, nogil=True)
 def _row(cells, roots, row64, row32, table, entry_of, same, counters, token_ids, words, heads, weight, end, j, state):  # type: ignore[no-untyped-def]
     """The row of a state in slot j (which must be entered), made if it is not there; -1: no room for it."""
@@ -238,9 +227,9 @@ def _row(cells, roots, row64, row32, table, entry_of, same, counters, token_ids,
         return np.int64(-1)
     while missing > 0:
         missing -= 1
-        at_state = np.int64(state)
+        at_state = int(state)
         for _ in range(missing):
-            at_state = np.int64(cells[at_state, SUFFIX])
+            at_state = int(cells[at_state, SUFFIX])
         row = counters[0]
         counters[0] = row + 1
         place = _place(table, slot | at_state)
@@ -271,10 +260,6 @@ def _row(cells, roots, row64, row32, table, entry_of, same, counters, token_ids,
                             row32[row, e] = cells[at, NEXT]
                             e = same[j, e]
             else:
-                total = np.int64(0)  # as in `_touch`
-                for e in range(k):
-                    total += cells[at_state + 1 + (hash_word(words[j, e]) & (slots - 1)), WORD]
-                counters[2] += total
                 for e in range(k):
                     at = find_arc(cells, at_state, words[j, e])
                     if at >= 0:
@@ -315,7 +300,7 @@ def _short_rows(  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _bounds(  # type: ignore[no-untyped-def]
-    cells, longer, row64, row32, entry_of, same, bound, short, counters, token_ids, words, heads, weight, end
+    cells, longer, row64, row32, entry_of, same, bound, short, token_ids, words, heads, weight, end
 ):
     """Fills `bound[j, u, v]`: the most that a path through entries u of slot j - 1 and v of slot j gains after v.
 
@@ -337,7 +322,6 @@ def _bounds(  # type: ignore[no-untyped-def]
                 bound[j - 1, u, v] = best
         for u in range((k if j > 2 else 1) if j > 1 else 0):
             before = short[j - 1, u]
-            counters[2] += _touch(cells, row32, before, k)
             for v in range(k):
                 # A pair that is a state of its own: its own few arcs, and its back-off. What longer contexts can add is
                 # in the arcs' and the state's bounds.

@@ -23,6 +23,7 @@ from rescore.rescorers import Rescorer, load_rescorer
 from rescore.results import ExampleLog, Result, ResultsDocument, environment
 from rescore.tasks import Metric
 from rescore.tracing import Trace, TracedExample
+from rescore.weights import alpha_notices, choose_alphas, fit_to, with_alphas
 
 __all__ = ["EvalOptions", "Evaluation", "evaluate", "oracle_by_k", "trace_task"]
 
@@ -70,21 +71,27 @@ def evaluate(
     inputs = prepare(options, models)
     evaluation = _new_evaluation(options, inputs, notify)
     config = evaluation.document.config
+    config["alphas"] = {task.name: choose_alphas(options, task, rescorers) for task in inputs}
+    for task in inputs:
+        for line in alpha_notices(config["alphas"][task.name], task):
+            evaluation.notice(line, notify)
     # Not in it: versions (a run may go on after an upgrade) and notices (why the hub did not serve, this time).
-    with ExampleLog(out, {name: config[name] for name in ("options", "data", "traces")}) as log:
+    with ExampleLog(out, {name: config[name] for name in ("options", "data", "traces", "alphas")}) as log:
         try:
             p = max(_drafts(typed, options.p) for typed in options.rescorers)
             if options.mode == "live" and usable_verify(models.base, options.verify, p) != options.verify:
                 line = f"{options.base} takes no tree mask; its {p} drafts a step are verified as a batch"
                 evaluation.notice(line, notify)
             for task in inputs:
-                _run(options, task, models, rescorers, log, progress)
+                weighted = with_alphas(task, rescorers, config["alphas"][task.name])
+                _run(options, task, models, weighted, log, progress)
         except KeyboardInterrupt:
             evaluation.interrupted = True
         for task in inputs:
             for typed in options.rescorers:
                 if records := log.records(task.name, typed, task.ids):
-                    evaluation.document.results.append(_result(options, task, typed, records))
+                    alpha = config["alphas"][task.name].get(typed, {}).get("alpha")
+                    evaluation.document.results.append(_result(options, task, typed, records, alpha=alpha))
     if out is not None and not evaluation.interrupted:
         evaluation.document.save(out)
     return evaluation
@@ -100,7 +107,7 @@ def oracle_by_k(
     inputs = prepare(options, models)
     evaluation = _new_evaluation(options, inputs, notify)
     for task in inputs:
-        trace = _first_heads(task.trace(models, progress=progress), options.h)
+        trace = first_heads(task.trace(models, progress=progress), options.h)
         for chosen in at_k:
             accepted = replay(trace.examples, load_rescorer("oracle"), k=chosen.k)
             records = [
@@ -155,19 +162,19 @@ def _run(
 ) -> None:
     """Finishes one task. Ctrl-C while its trace is recorded: what there is of it is replayed before it is passed on."""
     if options.mode == "live":
-        trace = _first_heads(task.trace(models, progress=progress), options.h)
-        _decode_live(options, task, trace, models, rescorers, log, progress)
+        trace = first_heads(task.trace(models, progress=progress), options.h)
+        _decode_live(options, task, trace, models, fit_to(trace, rescorers), log, progress)
         return
     try:
         trace = task.trace(models, progress=progress)
     except KeyboardInterrupt:
         if (held := task.held()) is not None:
-            _replay(options, task, _first_heads(held, options.h), rescorers, log, None)
+            _replay(options, task, first_heads(held, options.h), fit_to(held, rescorers), log, None)
         raise
-    _replay(options, task, _first_heads(trace, options.h), rescorers, log, progress)
+    _replay(options, task, first_heads(trace, options.h), fit_to(trace, rescorers), log, progress)
 
 
-def _first_heads(trace: Trace, h: int | None) -> Trace:
+def first_heads(trace: Trace, h: int | None) -> Trace:
     if h is None or h == trace.header.h:
         return trace
     examples = tuple(
@@ -258,7 +265,9 @@ def _decode_live(
             progress(f"decode {task.name}", place + 1, len(trace.examples))
 
 
-def _result(options: EvalOptions, task: TaskInput, typed: str, records: list[dict[str, Any]]) -> Result:
+def _result(
+    options: EvalOptions, task: TaskInput, typed: str, records: list[dict[str, Any]], *, alpha: float | None = None
+) -> Result:
     h = records[0]["h"]
     accounting = account([r["accepted"] for r in records], h, seed=options.seed)
     oracle = account([r["oracle_accepted"] for r in records], h, seed=options.seed)
@@ -278,7 +287,7 @@ def _result(options: EvalOptions, task: TaskInput, typed: str, records: list[dic
         rescorer=typed,
         k=options.k,
         p=_drafts(typed, options.p),
-        alpha=None,
+        alpha=alpha,
         n=len(records),
         oracle_block_efficiency=oracle.block_efficiency,
         **dataclasses.asdict(accounting),

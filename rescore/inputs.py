@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lm.block_heads import BlockHeads
 
 DEFAULT_TASK = "squad"
+MAX_ALPHA = 64.0
 MODES = ("replay", "live")
 Progress = Callable[[str, int, int], None]  # what is being done, done, total
 
@@ -46,7 +47,8 @@ class EvalOptions:
 
     `tasks` (none: squad, or the task that `trace` was recorded for) and `rescorers` by name; `base` and `heads` (path,
     None for those shipped); `h`: use the first h heads only; `k`, `p`: lattice entries per head, drafts per step;
-    `limit`: the first so many examples; `max_new_tokens` an output; `max_prompt_tokens`: cuts prompts; `mode`: replay
+    `alpha`: weight of the rescorer (None: the tuned one, else its default); `limit`: the first so many
+    examples; `max_new_tokens` an output; `max_prompt_tokens`: cuts prompts; `mode`: replay
     or live; `verify`: tree or batch (live); `data`: JSON lines file; `trace`: folder to replay, wherever it was made;
     `dtype` and `device` of the base; `seed` of the bootstrap interval, the one random thing in an evaluation.
     """
@@ -58,6 +60,7 @@ class EvalOptions:
     h: int | None = None
     k: int = 16
     p: int = 1
+    alpha: float | None = None
     limit: int | None = None
     max_new_tokens: int = 64
     max_prompt_tokens: int | None = None
@@ -135,6 +138,11 @@ class TaskInput:
         """A line for the user if the examples are not the task's own."""
         return self.data.notice if self.data else None
 
+    def last(self, count: int) -> TaskInput:
+        """The same with only the last examples."""
+        data = dataclasses.replace(self.data, examples=self.data.examples[-count:]) if self.data else None
+        return dataclasses.replace(self, ids=self.ids[-count:], data=data)
+
     def held(self) -> Trace | None:
         """The trace as far as it is recorded: of the examples of this run, in their order; None if nothing is.
 
@@ -209,6 +217,8 @@ def _check(options: EvalOptions) -> None:
     check_new_tokens(options.max_new_tokens)
     if options.h is not None and options.h < 2:
         raise RescoreError(f"h = {options.h}; a block has at least 2 heads, the base LM's own and one more (--h 2)")
+    if options.alpha is not None and not 0 <= options.alpha <= MAX_ALPHA:
+        raise RescoreError(f"--alpha {options.alpha:g}; a rescorer's weight is from 0 to {MAX_ALPHA:g}")
     if options.limit is not None and options.limit < 1:
         raise RescoreError(f"--limit {options.limit}; at least one example is needed")
     if options.max_prompt_tokens is not None and options.max_prompt_tokens < 1:

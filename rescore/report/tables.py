@@ -10,8 +10,9 @@ from rescore.results import Result, ResultsDocument
 if TYPE_CHECKING:
     from lm.training import HeldOutAccuracy
     from rescore.benchmarks import VerifyCurve
+    from rescore.tuning import Tuned
 
-LABEL = ("task", "rescorer", "k", "p")  # the first columns of every table of results
+LABEL = ("task", "rescorer", "k", "p", "alpha")  # the first columns of every table of results
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> str:
@@ -50,7 +51,7 @@ def _caption(document: ResultsDocument) -> str:
 
 
 def _label(r: Result) -> list[str]:
-    return [r.task, r.rescorer, str(r.k), str(r.p)]
+    return [r.task, r.rescorer, str(r.k), str(r.p), "-" if r.alpha is None else f"{r.alpha:g}"]
 
 
 def _efficiency(results: Sequence[Result]) -> str:
@@ -136,6 +137,23 @@ def _divergence(results: Sequence[Result]) -> str:
         "over the runner-up there: near-ties are decided differently in half precision, and hardly ever in float32."
     )
     return table([*LABEL, *header], rows, text_columns=2) + "\n" + note
+
+
+def tuning_table(found: Sequence[Tuned]) -> str:
+    """Block efficiency by weight, the best one marked, and what it gains over weight 0."""
+    alphas = sorted({alpha for tuned in found for alpha in tuned.alphas})
+    rows = []
+    for t in found:
+        by_alpha = dict(zip(t.alphas, t.block_efficiency, strict=True))
+        cells = [
+            "" if alpha not in by_alpha else f"{by_alpha[alpha]:.3f}{'*' if alpha == t.alpha else ' '}"
+            for alpha in alphas
+        ]
+        gain = by_alpha[t.alpha] / by_alpha[0.0] - 1.0
+        rows.append([t.task, t.rescorer, str(t.k), str(t.p), str(len(t.held_out)), *cells, f"{gain:+.1%}"])
+    header = ["task", "rescorer", "k", "p", "held out", *(f"{alpha:g} " for alpha in alphas), "gain"]
+    note = "block efficiency on the held-out examples by alpha; * the best, which rescore eval uses from now on."
+    return table(header, rows, text_columns=2) + "\n" + note
 
 
 def accuracy_table(accuracy: HeldOutAccuracy) -> str:

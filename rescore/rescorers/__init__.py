@@ -6,19 +6,21 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint, entry_points
 
 from lattices.errors import RescoreError, UnknownNameError
-from rescore.rescorers.base import Context, Rescorer
+from rescore.rescorers.base import Context, Rescorer, Target, WeightedRescorer
+from rescore.rescorers.ngram import Ngram
 from rescore.rescorers.oracle import Oracle
 from rescore.rescorers.unrescored import Unrescored
 
-__all__ = ["Context", "Rescorer", "load_rescorer", "rescorer_names"]
+__all__ = ["Context", "Rescorer", "Target", "WeightedRescorer", "load_rescorer", "rescorer_names"]
 
 ENTRY_POINTS = "rescore.rescorers"
-BUILT_IN: dict[str, type[Unrescored] | type[Oracle]] = {"none": Unrescored, "oracle": Oracle}
+PLAIN: dict[str, type[Unrescored] | type[Oracle]] = {"none": Unrescored, "oracle": Oracle}
+WITH_TEXT: dict[str, type[Ngram]] = {"ngram": Ngram}
 
 
 def rescorer_names() -> list[str]:
     """Names that `load_rescorer` takes, sorted."""
-    return sorted({*BUILT_IN, *(point.name for point in entry_points(group=ENTRY_POINTS))})
+    return sorted({*PLAIN, *WITH_TEXT, *(point.name for point in entry_points(group=ENTRY_POINTS))})
 
 
 def load_rescorer(specification: str) -> Rescorer:
@@ -27,10 +29,12 @@ def load_rescorer(specification: str) -> Rescorer:
     Raises `UnknownNameError` with the nearest names, `RescoreError` if another package's rescorer can't be loaded.
     """
     name, _, text = specification.partition(":")
-    if name in BUILT_IN:
+    if name in PLAIN:
         if text:
             raise RescoreError(f"the rescorer {name} takes no text after a colon; write --rescorer {name}")
-        return BUILT_IN[name]()
+        return PLAIN[name]()
+    if name in WITH_TEXT:
+        return WITH_TEXT[name](text)
     for point in entry_points(group=ENTRY_POINTS, name=name):
         return _load_entry_point(point, text)
     raise UnknownNameError("rescorer", name, rescorer_names())

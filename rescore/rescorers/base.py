@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,12 +23,52 @@ class Context:
     output_ids: list[int] = field(default_factory=list)
     future: np.ndarray | None = None
 
+    def last(self, count: int) -> list[int]:
+        """The last `count` tokens before the lattice, fewer where there are not so many."""
+        if count <= 0:
+            return []
+        if len(self.output_ids) >= count:
+            return self.output_ids[-count:]
+        return [*self.prompt_ids, *self.output_ids][-count:]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a rescorer is to work for: the base LM's vocabulary; None where a trace does not say."""
+
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    tokenizer_sha256: str | None
+
 
 class Rescorer(Protocol):
     """Turns lattices into drafts. The first token of every draft is the lattice's first: it is never rescored."""
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
         """Lattices `[n, h, k]` with their n contexts -> drafts int32 `[n, p', h]`, best first, p' <= p."""
+        ...
+
+
+@runtime_checkable
+class WeightedRescorer(Rescorer, Protocol):
+    """A rescorer that adds `alpha` x its own scores to the heads': alpha = 0 gives the unrescored drafts.
+
+    `identity` says what it scores with (hashes), so that tuned weights are found again.
+    """
+
+    alpha: float
+    identity: str
+
+    def fit(self, target: Target) -> WeightedRescorer:
+        """The rescorer for a base LM. Raises `IncompatibleError` if it was made for another tokenizer."""
+        ...
+
+    def weighted(self, alpha: float) -> WeightedRescorer:
+        """The same rescorer with another weight."""
+        ...
+
+    def coverage(self, token_ids: np.ndarray) -> float:
+        """Share of these tokens that it knows."""
         ...
 
 

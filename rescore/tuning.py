@@ -1,0 +1,91 @@
+"""Tunes the weight of rescorers by replay on held-out examples: the last ones of the data, never the test part."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lattices.errors import RescoreError
+from lm.files import write_json
+from rescore.accounting import account
+from rescore.evaluation import Notify, first_heads
+from rescore.inputs import EvalOptions, Models, Progress, prepare, resolve
+from rescore.replay import replay
+from rescore.rescorers import WeightedRescorer, load_rescorer
+from rescore.results import environment
+from rescore.weights import coverage_notices, fit_to, tuned_path
+
+DEFAULT_ALPHAS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+HELD_OUT = 100
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The sweep of one rescorer on one task at one k and p: `block_efficiency[i]` with `alphas[i]`, 0 among them, and
+    the best `alpha` (the smallest of equals). `held_out`: ids of the examples."""
+
+    task: str
+    rescorer: str
+    k: int
+    p: int
+    alphas: tuple[float, ...]
+    block_efficiency: tuple[float, ...]
+    alpha: float
+    held_out: tuple[str, ...]
+
+
+def tune(
+    options: EvalOptions,
+    *,
+    alphas: Sequence[float] = DEFAULT_ALPHAS,
+    ks: Sequence[int] = (16,),
+    ps: Sequence[int] = (1,),
+    progress: Progress | None = None,
+    notify: Notify | None = None,
+) -> list[Tuned]:
+    """Sweeps every weighted rescorer of the options on every task, and keeps the best weights for `evaluate`.
+
+    `options.limit` examples (default `HELD_OUT`) from the end of the data are used, at most half of them. Raises
+    `RescoreError` for a rescorer without weight and for what `evaluate` refuses.
+    """
+    limit = options.limit or HELD_OUT
+    options = resolve(dataclasses.replace(options, limit=None, k=max(ks), p=max(ps), mode="replay"))
+    for alpha in alphas:
+        resolve(dataclasses.replace(options, alpha=alpha))
+    swept = tuple(sorted({0.0, *alphas}))
+    rescorers = {}
+    for typed in options.rescorers:
+        rescorer = load_rescorer(typed)
+        if not isinstance(rescorer, WeightedRescorer):
+            raise RescoreError(f"the rescorer {typed} has no weight to tune; give one that has, like ngram")
+        rescorers[typed] = rescorer
+    models = Models(options)
+    found = []
+    for task in prepare(options, models):
+        task = task.last(max(1, min(limit, len(task.ids) // 2)))
+        if notify and task.notice:
+            notify(task.notice)
+        trace = first_heads(task.trace(models, progress=progress), options.h)
+        fitted = fit_to(trace, rescorers)
+        for line in coverage_notices(trace, fitted, options.k):
+            if notify:
+                notify(line)
+        runs = [(typed, k, p) for typed in rescorers for k in ks for p in ps]
+        for place, (typed, k, p) in enumerate(runs):
+            rescorer = fitted[typed]
+            assert isinstance(rescorer, WeightedRescorer)
+            efficiency = []
+            for number, alpha in enumerate(swept):
+                accepted = replay(trace.examples, rescorer.weighted(alpha), k=k, p=p)
+                efficiency.append(account(accepted, trace.header.h).block_efficiency)
+                if progress:
+                    progress(f"tune {task.name}", place * len(swept) + number + 1, len(runs) * len(swept))
+            best = swept[max(range(len(swept)), key=lambda i: (efficiency[i], -i))]
+            tuned = Tuned(task.name, typed, k, p, swept, tuple(efficiency), best, task.ids)
+            path = tuned_path(dataclasses.replace(options, k=k, p=p), task, rescorer)
+            document: dict[str, Any] = {**dataclasses.asdict(tuned), "identity": rescorer.identity, **environment()}
+            write_json(path, document)
+            found.append(tuned)
+    return found

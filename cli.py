@@ -297,7 +297,8 @@ def train_heads_command(
     out: Annotated[Path, typer.Option(help="Folder for the heads; resumable.")],
     base: Base = "smollm2-135m",
     h: Annotated[int, typer.Option(help="Block length: h - 1 heads are trained.")] = 9,
-    inner_size: Annotated[int, typer.Option(help="Hidden layer of each head.")] = 640,
+    inner_size: Annotated[int, typer.Option(help="Hidden layer of each head.")] = 560,
+    token_size: Annotated[int, typer.Option(help="Width in which heads see head 1's token; 0: not at all.")] = 128,
     initial: Annotated[
         Path | None, typer.Option(help="Folder of heads to start from instead of untrained ones.")
     ] = None,
@@ -319,8 +320,8 @@ def train_heads_command(
 
     model = load_base(base, device=device)
     chosen = TrainingOptions(
-        h=h, inner_size=inner_size, steps=steps, positions=positions, heads_per_step=heads_per_step,
-        vocabulary=vocabulary or None, soft=soft, learning_rate=learning_rate, evaluate_every=evaluate_every,
+        h=h, inner_size=inner_size, token_size=token_size, steps=steps, positions=positions,
+        heads_per_step=heads_per_step, vocabulary=vocabulary or None, soft=soft, learning_rate=learning_rate, evaluate_every=evaluate_every,
         seed=seed,
     )  # fmt: skip
     with _progress() as progress:

@@ -318,6 +318,8 @@ def _bounds(  # type: ignore[no-untyped-def]
             best = np.int64(NONE)
             for e in range(k):
                 best = max(best, row64[row, k + e] + bound[j, v, e])
+            if token_ids[j - 1, v] == end:
+                best = np.int64(0)
             for u in range(k):
                 bound[j - 1, u, v] = best
         for u in range((k if j > 2 else 1) if j > 1 else 0):
@@ -372,7 +374,9 @@ def _beam(  # type: ignore[no-untyped-def]
                 return np.int64(NONE)
             last, done = beam32[1, b], beam64[0, b]
             for e in range(k):
-                most = done + row64[row, k + e] + bound[j, last, e]
+                most = done + row64[row, k + e]
+                if row32[row, e] != len(cells):  # after end-of-text nothing is gained
+                    most += bound[j, last, e]
                 if found == width:
                     if most <= beam64[2, width - 1]:
                         continue
@@ -427,7 +431,8 @@ def _forward(  # type: ignore[no-untyped-def]
             before, done = row32[row, led_here], row64[row, forward]
             for e in range(k):
                 total = done + row64[row, k + e]
-                if total + bound[j, before, e] < floor or total < NONE // 2:
+                most = total if row32[row, e] == len(cells) else total + bound[j, before, e]
+                if most < floor or total < NONE // 2:
                     row32[row, child_of + e] = -1
                     continue
                 if j + 1 == h:

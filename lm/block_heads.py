@@ -1,9 +1,11 @@
 """Block heads: from one final hidden state of the base LM to the lattice of the next h tokens.
 
 Head 1 is the base LM's own vocabulary projection. Head i >= 2 is a feed-forward layer with one hidden layer and a
-residual, followed by the same projection ([A] section 3; the residual is [B]'s). A checkpoint is a folder:
-`model.safetensors` with `inner.weight [h-1, d, inner]`, `inner.bias [h-1, inner]`, `outer.weight [h-1, inner, d]`,
-`outer.bias [h-1, d]`, and `config.json` (`BlockHeadsConfig`).
+residual, followed by the same projection ([A] section 3; the residual is [B]'s). Head 1's choice is known before the
+other heads are asked, so they can see it beside the state (`token_size`), which neither paper does; the draft's later
+tokens they never see. A checkpoint is a folder: `model.safetensors` with `inner.weight [h-1, d, inner]`, `inner.bias
+[h-1, inner]`, `outer.weight [h-1, inner, d]`, `outer.bias [h-1, d]` and, with a token size, `token.shared [d, size]`,
+`token.weight [h-1, size, inner]`; and `config.json` (`BlockHeadsConfig`).
 """
 
 from __future__ import annotations
@@ -28,11 +30,13 @@ from lm.files import atomic_file, read_json_object, sha256_of_file, write_json
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 SHIPPED = Path(__file__).parent / "weights"
 FEED_FORWARD = "feed_forward"
+SHARED = "token.shared"  # the one tensor that is not one slice per head
 
 
 @dataclass(frozen=True)
 class BlockHeadsConfig:
-    """What heads are and for which base: `h` counts head 1; `inner_size` is the hidden layer of each head."""
+    """What heads are and for which base: `h` counts head 1; `inner_size` is the hidden layer of each head;
+    `token_size` the width in which they see the token that head 1 chose (0: they see the state only)."""
 
     h: int
     hidden_size: int
@@ -41,6 +45,7 @@ class BlockHeadsConfig:
     base_name: str
     tokenizer_sha256: str
     architecture: str = FEED_FORWARD
+    token_size: int = 0
 
 
 class BlockHeads(nn.Module):
@@ -54,29 +59,42 @@ class BlockHeads(nn.Module):
             {"weight": nn.Parameter(torch.randn(count, d, inner) * d**-0.5), "bias": torch.zeros(count, inner)}
         )
         self.outer = nn.ParameterDict({"weight": torch.zeros(count, inner, d), "bias": torch.zeros(count, d)})
+        if size := config.token_size:
+            self.token = nn.ParameterDict(
+                {"shared": torch.randn(d, size) * d**-0.5, "weight": torch.zeros(count, size, inner)}
+            )
 
     @property
     def h(self) -> int:
         return self.config.h
 
-    def forward(self, hidden: torch.Tensor, heads: list[int] | None = None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, rows: torch.Tensor, heads: list[int] | None = None) -> torch.Tensor:
         """Final hidden states `[n, d]` -> what the projection reads for heads 2..h, `[h-1, n, d]`.
 
+        `rows` `[n, d]`: the projection's row of the token that head 1 chose, read by heads with a `token_size`.
         `heads` chooses some of the heads, counted from 0 for head 2.
         """
         chosen = slice(None) if heads is None else heads
         inner = torch.matmul(hidden, self.inner["weight"][chosen]) + self.inner["bias"][chosen][:, None]
+        if self.config.token_size:
+            seen = functional.layer_norm(rows, rows.shape[-1:]) @ self.token["shared"]
+            inner = inner + torch.matmul(seen, self.token["weight"][chosen])
         outer = torch.matmul(functional.silu(inner), self.outer["weight"][chosen])
         read: torch.Tensor = hidden + outer + self.outer["bias"][chosen][:, None]
         return read
 
     @torch.inference_mode()
-    def logits(self, base: BaseLM, hidden: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    def logits(
+        self, base: BaseLM, hidden: torch.Tensor, first: torch.Tensor, tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """All heads' logits after each of n states, `[n, h, vocab]`, in float32 at least.
 
-        `hidden` `[n, d]` and head 1's logits `first` `[n, vocab]`, as the base's forward gave them.
+        `hidden` `[n, d]` and head 1's logits `first` `[n, vocab]`, as the base's forward gave them. `tokens` `[n]`:
+        what head 1 chose, where that is known better than by the arg-max of `first` (after rounding, for example).
         """
-        ahead = base.project(self(hidden.to(self.inner["weight"].dtype)).to(hidden.dtype))  # [h-1, n, vocab]
+        dtype = self.inner["weight"].dtype
+        rows = base.output_embeddings.weight[first.argmax(-1) if tokens is None else tokens].to(dtype)
+        ahead = base.project(self(hidden.to(dtype), rows).to(hidden.dtype))  # [h-1, n, vocab]
         every = torch.cat([first[:, None], ahead.transpose(0, 1)], dim=1)
         return every.float() if every.dtype in (torch.float16, torch.bfloat16) else every
 
@@ -89,7 +107,8 @@ class BlockHeads(nn.Module):
         if not 2 <= h <= self.h:
             raise RescoreError(f"h = {h}, but these heads propose blocks of {self.h}; choose --h from 2 to {self.h}")
         cut = BlockHeads(dataclasses.replace(self.config, h=h))
-        cut.load_state_dict({name: value[: h - 1] for name, value in self.state_dict().items()})
+        weights = self.state_dict().items()
+        cut.load_state_dict({name: value if name == SHARED else value[: h - 1] for name, value in weights})
         weight = self.inner["weight"]
         return cut.to(weight.device, weight.dtype).eval().requires_grad_(False)
 
@@ -201,7 +220,7 @@ def read_config(folder: Path) -> BlockHeadsConfig:
         raise InvalidDataError(f"{path} is not a block heads configuration: {reason}") from error
     if config.architecture != FEED_FORWARD:
         raise UnknownNameError("block head architecture", str(config.architecture), [FEED_FORWARD])
-    for name, least in (("h", 2), ("hidden_size", 1), ("inner_size", 1), ("vocab_size", 1)):
+    for name, least in (("h", 2), ("hidden_size", 1), ("inner_size", 1), ("vocab_size", 1), ("token_size", 0)):
         value = getattr(config, name)
         if type(value) is not int or value < least:
             raise InvalidDataError(f"{path} says {name} = {value!r}; it must be a whole number of at least {least}")

@@ -41,7 +41,8 @@ class TrainingOptions:
     `soft` share of the base's distribution in the target, `precision` of the vocabulary products."""
 
     h: int = 9
-    inner_size: int = 640
+    inner_size: int = 560
+    token_size: int = 128
     steps: int = 2000
     positions: int = 2048
     heads_per_step: int = 4
@@ -59,8 +60,8 @@ class TrainingOptions:
     def check(self) -> None:
         """Raises `RescoreError` for the first option that is out of its range."""
         for name, least in (
-            ("h", 2), ("inner_size", 1), ("steps", 1), ("positions", 1), ("heads_per_step", 1), ("vocabulary", 1),
-            ("negatives", 0), ("warmup", 0), ("evaluate_every", 1), ("seed", 0), ("weight_decay", 0),
+            ("h", 2), ("inner_size", 1), ("token_size", 0), ("steps", 1), ("positions", 1), ("heads_per_step", 1),
+            ("vocabulary", 1), ("negatives", 0), ("warmup", 0), ("evaluate_every", 1), ("seed", 0), ("weight_decay", 0),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value >= least:
@@ -155,6 +156,7 @@ class HeadTrainer:
             vocab_size=base.vocab_size,
             base_name=base.identity.name,
             tokenizer_sha256=base.identity.tokenizer_sha256,
+            token_size=options.token_size,
         )
         torch.manual_seed(options.seed)
         self.heads = BlockHeads(config).to(base.device)
@@ -170,11 +172,26 @@ class HeadTrainer:
 
     def _start_from(self, folder: Path) -> None:
         earlier = load_heads(str(folder), self.base.identity, device=self.base.device)
-        for name in ("h", "inner_size"):
-            found, wanted = getattr(earlier.config, name), getattr(self.options, name)
-            if found != wanted:
-                raise IncompatibleError(f"the heads in {folder} have {name} {found}, not {wanted}; ask for the same")
-        self.heads.load_state_dict(earlier.state_dict())
+        found, wanted = earlier.config, self.heads.config
+        if (
+            found.h != wanted.h
+            or found.inner_size < wanted.inner_size
+            or found.token_size not in (0, wanted.token_size)
+        ):
+            raise IncompatibleError(
+                f"the heads in {folder} have h = {found.h}, inner size {found.inner_size} and token size "
+                f"{found.token_size}; they can't become heads with {wanted.h}, {wanted.inner_size}, {wanted.token_size}"
+            )
+        weights = earlier.state_dict()
+        if found.inner_size > wanted.inner_size:  # the units that weigh least go
+            size = weights["inner.weight"].norm(dim=1) * weights["outer.weight"].norm(dim=2)  # [h-1, inner]
+            kept = size.topk(wanted.inner_size, dim=1).indices.sort(dim=1).values
+            for name, inner_last in (("inner.weight", True), ("outer.weight", False), ("token.weight", True)):
+                if name in weights:
+                    index = kept[:, None, :] if inner_last else kept[:, :, None]
+                    weights[name] = torch.take_along_dim(weights[name], index, dim=2 if inner_last else 1)
+            weights["inner.bias"] = torch.take_along_dim(weights["inner.bias"], kept, dim=1)
+        self.heads.load_state_dict({**self.heads.state_dict(), **weights})
         self.initial_sha256 = heads_sha256(folder)
 
     def _projection(self) -> torch.Tensor:
@@ -206,6 +223,10 @@ class HeadTrainer:
         remaining = np.concatenate([np.arange(b - a, 0, -1) for _, a, b in segments])
         return torch.from_numpy(states).to(self.base.device).float(), targets, remaining
 
+    def _rows(self, tokens: np.ndarray) -> torch.Tensor:
+        """The projection's rows of the tokens that head 1 chose, float32 `[n, d]`."""
+        return self.weight[torch.from_numpy(tokens.astype(np.int64)).to(self.base.device)].float()
+
     def _loss(self, step: int) -> torch.Tensor:
         options = self.options
         rng = np.random.default_rng([options.seed, step])
@@ -223,7 +244,7 @@ class HeadTrainer:
         odds = 1.0 / np.arange(2, options.h + 1)
         count = min(options.heads_per_step, options.h - 1)
         heads = np.sort(rng.choice(options.h - 1, count, replace=False, p=odds / odds.sum()))
-        outputs = self.heads(states, heads.tolist())  # [count, n, d]
+        outputs = self.heads(states, self._rows(targets), heads.tolist())  # [count, n, d]
         losses = []
         for output, head in zip(outputs, heads.tolist(), strict=True):
             ahead = head + 1
@@ -293,7 +314,7 @@ class HeadTrainer:
         for start in range(0, len(states), 256):
             rows = np.arange(start, min(start + 256, len(states)))
             block = states[rows]
-            every = torch.cat([block[None], self.heads(block)]).to(self.dtype)  # [h, n, d]
+            every = torch.cat([block[None], self.heads(block, self._rows(targets[rows]))]).to(self.dtype)  # [h, n, d]
             best = torch.stack([(x @ self.weight.T).topk(max(ACCURACY_AT), dim=-1).indices for x in every], dim=1)
             wanted = np.stack([targets[np.minimum(rows + i, len(targets) - 1)] for i in range(h)], axis=1)
             there = remaining[rows][:, None] > np.arange(h)  # [n, h]

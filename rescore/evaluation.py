@@ -23,7 +23,7 @@ from rescore.rescorers import Rescorer, load_rescorer
 from rescore.results import ExampleLog, Result, ResultsDocument, environment
 from rescore.tasks import Metric
 from rescore.tracing import Trace, TracedExample
-from rescore.weights import alpha_notices, choose_alphas, fit_to, with_alphas
+from rescore.weights import alpha_notices, choose_alphas, coverage_notices, fit_to, with_alphas
 
 __all__ = ["EvalOptions", "Evaluation", "evaluate", "oracle_by_k", "trace_task"]
 
@@ -84,7 +84,7 @@ def evaluate(
                 evaluation.notice(line, notify)
             for task in inputs:
                 weighted = with_alphas(task, rescorers, config["alphas"][task.name])
-                _run(options, task, models, weighted, log, progress)
+                _run(options, task, models, weighted, log, progress, lambda line: evaluation.notice(line, notify))
         except KeyboardInterrupt:
             evaluation.interrupted = True
         for task in inputs:
@@ -159,19 +159,29 @@ def _run(
     rescorers: dict[str, Rescorer],
     log: ExampleLog,
     progress: Progress | None,
+    notify: Notify,
 ) -> None:
     """Finishes one task. Ctrl-C while its trace is recorded: what there is of it is replayed before it is passed on."""
     if options.mode == "live":
         trace = first_heads(task.trace(models, progress=progress), options.h)
-        _decode_live(options, task, trace, models, fit_to(trace, rescorers), log, progress)
+        _decode_live(options, task, trace, models, _fitted(trace, rescorers, options.k, notify), log, progress)
         return
     try:
         trace = task.trace(models, progress=progress)
     except KeyboardInterrupt:
         if (held := task.held()) is not None:
-            _replay(options, task, first_heads(held, options.h), fit_to(held, rescorers), log, None)
+            fitted = _fitted(held, rescorers, options.k, notify)
+            _replay(options, task, first_heads(held, options.h), fitted, log, None)
         raise
-    _replay(options, task, first_heads(trace, options.h), fit_to(trace, rescorers), log, progress)
+    fitted = _fitted(trace, rescorers, options.k, notify)
+    _replay(options, task, first_heads(trace, options.h), fitted, log, progress)
+
+
+def _fitted(trace: Trace, rescorers: dict[str, Rescorer], k: int, notify: Notify) -> dict[str, Rescorer]:
+    fitted = fit_to(trace, rescorers)
+    for line in coverage_notices(trace, fitted, k):
+        notify(line)
+    return fitted
 
 
 def first_heads(trace: Trace, h: int | None) -> Trace:

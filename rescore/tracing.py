@@ -162,7 +162,8 @@ def _row(
     ids, logps, entropies = [], [], []
     for start in range(0, len(greedy.output_ids), LATTICE_ROWS):
         hidden = torch.from_numpy(greedy.hidden[start : start + LATTICE_ROWS]).to(base.device, base.dtype)
-        logits = heads.logits(base, hidden, base.project(hidden))
+        chosen = torch.from_numpy(greedy.output_ids[start : start + LATTICE_ROWS]).to(base.device)
+        logits = heads.logits(base, hidden, base.project(hidden), chosen)
         lattice = lattice_of(logits, k)
         ids.append(lattice.token_ids)
         logps.append(lattice.logps)

@@ -41,7 +41,7 @@ class Peek:
 
 @pytest.fixture(autouse=True)
 def peek(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(rescorers.BUILT_IN, "peek", Peek)
+    monkeypatch.setitem(rescorers.PLAIN, "peek", Peek)
 
 
 @pytest.fixture
@@ -463,7 +463,7 @@ class TestInterruption:
                     ctrl_c()
                 return super().draft(lattices, contexts, p)
 
-        monkeypatch.setitem(rescorers.BUILT_IN, "slow", Slow)
+        monkeypatch.setitem(rescorers.PLAIN, "slow", Slow)
         options = make(rescorers=("none", "slow"))
         cut = evaluate(options, out=tmp_path)
         assert cut.interrupted

@@ -1,0 +1,204 @@
+"""The rescorer `ngram`, its weight and tuning, end to end on the tiny model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lattices.automaton import Automaton
+from lattices.errors import IncompatibleError, RescoreError
+from lattices.lattice import Lattice
+from lattices.ngrams import SPECIAL_WORDS, NgramArrays, NgramModel
+from lattices.search import p_best
+from lm.arpa import write_arpa
+from lm.files import write_json
+from lm.ngram import load_ngram
+from rescore.evaluation import EvalOptions, evaluate
+from rescore.replay import replay
+from rescore.rescorers import Context, Target, WeightedRescorer, load_rescorer
+from rescore.tracing import load_trace
+from rescore.tuning import tune
+
+VOCAB = 257  # of the tiny tokenizer
+
+
+def bigram_model(seed: int = 0, *, words: range = range(VOCAB)) -> NgramModel:
+    """Random bigrams over token ids."""
+    rng = np.random.default_rng(seed)
+    vocabulary = (*SPECIAL_WORDS, *map(str, words))
+    v = len(vocabulary)
+    unigrams = NgramArrays(
+        np.arange(v, dtype=np.int32)[:, None],
+        -rng.uniform(1, 3, v).astype(np.float32),
+        -rng.uniform(0, 1, v).astype(np.float32),
+    )
+    pairs = np.unique(rng.integers(3, v, (40 * v, 2)), axis=0).astype(np.int32)
+    bigrams = NgramArrays(pairs, -rng.uniform(0, 2, len(pairs)).astype(np.float32), np.zeros(len(pairs), np.float32))
+    return NgramModel(vocabulary, (unigrams, bigrams))
+
+
+def save(folder: Path, model: NgramModel, *, tokenizer_sha256: str | None = None) -> Path:
+    """A folder as `build-ngram` writes it."""
+    folder.mkdir()
+    Automaton.compile(model).save(folder / "automaton.bin")
+    write_json(folder / "manifest.json", {"tokenizer_sha256": tokenizer_sha256})
+    return folder
+
+
+@pytest.fixture
+def ngram(tmp_path: Path) -> Path:
+    return save(tmp_path / "ngram", bigram_model())
+
+
+@pytest.fixture
+def options(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path, ngram: Path) -> EvalOptions:
+    return EvalOptions(
+        base=str(tiny_folder), heads=str(tiny_heads_folder), data=str(squad_file), dtype="float64", device="cpu",
+        max_new_tokens=14, k=8, rescorers=("none", f"ngram:{ngram}"),
+    )  # fmt: skip
+
+
+def random_lattices(seed: int, n: int = 20, h: int = 4, k: int = 6) -> Lattice:
+    rng = np.random.default_rng(seed)
+    token_ids = np.stack([[rng.permutation(VOCAB)[:k] for _ in range(h)] for _ in range(n)]).astype(np.int32)
+    return Lattice(token_ids, -np.sort(rng.uniform(0, 5, (n, h, k)), axis=-1).astype(np.float32))
+
+
+def fitted(path: Path, alpha: float) -> WeightedRescorer:
+    rescorer = load_rescorer(f"ngram:{path}")
+    assert isinstance(rescorer, WeightedRescorer)
+    return rescorer.fit(Target(VOCAB, (256,), None)).weighted(alpha)
+
+
+class TestDrafts:
+    @pytest.mark.parametrize("p", [1, 16])
+    def test_weight_zero_gives_the_unrescored_drafts(self, ngram: Path, p: int):
+        lattices = random_lattices(0)
+        drafts = fitted(ngram, 0.0).draft(lattices, [Context([1, 2])] * len(lattices), p)
+        assert drafts.tolist() == p_best(lattices, p).drafts.tolist()
+
+    def test_the_left_context_counts(self, ngram: Path):
+        lattices = random_lattices(1)
+        rescorer = fitted(ngram, 1.0)
+        apart = [
+            rescorer.draft(lattices, [context] * len(lattices), 1)
+            for context in (Context([7]), Context([7], [9]), Context([9]), Context([]))
+        ]
+        assert apart[1].tolist() == apart[2].tolist()
+        # Slot 1 is fixed, so in a bigram model what stands before it can't change the choice.
+        assert apart[0].tolist() == apart[1].tolist() == apart[3].tolist()
+
+    def test_a_strong_weight_follows_the_model(self, tmp_path: Path):
+        model = bigram_model()
+        likely = np.array([[3 + i, 3 + (i + 1) % 200] for i in range(200)], dtype=np.int32)
+        chain = NgramArrays(likely, np.full(200, -0.001, np.float32), np.zeros(200, np.float32))
+        path = save(tmp_path / "chain", dataclasses.replace(model, orders=(model.orders[0], chain)))
+        token_ids = np.array([[[10, 50, 60], [80, 11, 90], [70, 30, 12]]], dtype=np.int32)
+        lattice = Lattice(token_ids, np.log(np.array([[[0.5, 0.3, 0.2]] * 3], dtype=np.float32)))
+        assert fitted(path, 5.0).draft(lattice, [Context([])], 1).tolist() == [[[10, 11, 12]]]
+
+    def test_end_of_text_is_the_end_of_a_sentence(self, ngram: Path):
+        assert load_ngram(ngram).words_of_tokens(VOCAB, (256,))[256] == 2
+
+    def test_it_must_be_fitted(self, ngram: Path):
+        with pytest.raises(RescoreError, match="fitted"):
+            load_rescorer(f"ngram:{ngram}").draft(random_lattices(0), [Context([])] * 20, 1)
+
+
+class TestLoading:
+    def test_an_arpa_file_gives_the_same_drafts_and_is_compiled_once(self, ngram: Path, tmp_path: Path, monkeypatch):
+        arpa = tmp_path / "model.arpa.gz"
+        write_arpa(bigram_model(), arpa)
+        lattices, contexts = random_lattices(2), [Context([5])] * 20
+        expected = fitted(ngram, 1.0).draft(lattices, contexts, 4).tolist()
+        assert fitted(arpa, 1.0).draft(lattices, contexts, 4).tolist() == expected
+        monkeypatch.setattr(Automaton, "compile", lambda *_: pytest.fail("compiled again"))
+        assert fitted(arpa, 1.0).draft(lattices, contexts, 4).tolist() == expected
+
+    def test_what_is_no_model_is_refused(self, tmp_path: Path):
+        (tmp_path / "text").write_text("no automaton")
+        for path in (tmp_path, tmp_path / "absent", tmp_path / "text"):
+            with pytest.raises(RescoreError) as caught:
+                load_rescorer(f"ngram:{path}")
+            assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+    def test_a_model_for_another_tokenizer_is_refused(self, tmp_path: Path):
+        path = save(tmp_path / "foreign", bigram_model(), tokenizer_sha256="another")
+        with pytest.raises(IncompatibleError, match="tokenizer"):
+            load_rescorer(f"ngram:{path}").fit(Target(VOCAB, (), "this one"))
+
+    def test_the_shipped_model_fits_the_built_in_base(self):
+        rescorer = load_rescorer("ngram")
+        assert rescorer.automaton.order == 4 and rescorer.model.tokenizer_sha256
+
+
+class TestEvaluation:
+    def test_replay_equals_live_and_the_output_is_exact(self, options: EvalOptions):
+        for p in (1, 4):
+            chosen = dataclasses.replace(options, p=p, alpha=0.7)
+            replayed = evaluate(chosen).document.results[1]
+            live = evaluate(dataclasses.replace(chosen, mode="live")).document.results[1]
+            assert live.identical == {"n": 6, "identical": 6}
+            assert live.accepted_histogram == replayed.accepted_histogram
+            assert live.alpha == replayed.alpha == 0.7
+            assert sum(replayed.accepted_histogram) == replayed.steps
+            assert sum(i * n for i, n in enumerate(replayed.accepted_histogram)) == replayed.tokens
+
+    def test_weight_zero_is_none(self, options: EvalOptions):
+        none, ngram = evaluate(dataclasses.replace(options, p=4, alpha=0.0)).document.results
+        assert dataclasses.replace(ngram, rescorer="none", alpha=None) == none
+
+    def test_the_default_weight_is_told(self, options: EvalOptions):
+        evaluation = evaluate(options)
+        assert any("by default" in line for line in evaluation.notices)
+        assert evaluation.document.config["alphas"]["squad"][options.rescorers[1]]["from"] == "default"
+
+    @pytest.mark.parametrize("alpha", [-0.1, 65.0])
+    def test_a_weight_out_of_range_is_refused(self, options: EvalOptions, alpha: float):
+        with pytest.raises(RescoreError, match="--alpha"):
+            evaluate(dataclasses.replace(options, alpha=alpha))
+
+    def test_little_coverage_is_told(self, options: EvalOptions, tmp_path: Path):
+        path = save(tmp_path / "small", bigram_model(words=range(5)))
+        told: list[str] = []
+        evaluate(dataclasses.replace(options, rescorers=(f"ngram:{path}",)), notify=told.append)
+        assert any("of the lattices' tokens" in line for line in told)
+
+
+class TestTuning:
+    def test_the_best_weight_is_found_and_used(self, options: EvalOptions):
+        typed = options.rescorers[1]
+        alphas = (0.5, 2.0)
+        chosen = dataclasses.replace(options, rescorers=(typed,))
+        (tuned,) = tune(chosen, alphas=alphas, ks=(8,), ps=(1,))
+        assert tuned.alphas == (0.0, *alphas) and len(tuned.held_out) == 3
+        by_alpha = dict(zip(tuned.alphas, tuned.block_efficiency, strict=True))
+        assert by_alpha[tuned.alpha] == max(by_alpha.values())
+        assert tuned.alpha == min(a for a, b in by_alpha.items() if b == max(by_alpha.values()))
+        told: list[str] = []
+        result = evaluate(chosen, notify=told.append).document.results[0]
+        assert result.alpha == tuned.alpha
+        assert any("tuned on 3 of these 6" in line for line in told)
+        assert not any("default" in line for line in told)
+        assert evaluate(dataclasses.replace(chosen, alpha=0.9)).document.results[0].alpha == 0.9
+
+    def test_held_out_examples_are_the_last_ones(self, options: EvalOptions):
+        (tuned,) = tune(dataclasses.replace(options, rescorers=options.rescorers[1:], limit=2), alphas=(1.0,), ks=(8,))
+        assert tuned.held_out == ("q4", "q5")
+
+    def test_efficiency_is_that_of_replay(self, options: EvalOptions, tmp_path: Path, cache_folder: Path):
+        chosen = dataclasses.replace(options, rescorers=options.rescorers[1:])
+        (tuned,) = tune(chosen, alphas=(1.0,), ks=(8,), ps=(2,))
+        (folder,) = (cache_folder / "traces").iterdir()
+        examples = [e for e in load_trace(folder).examples if e.id in tuned.held_out]
+        rescorer = load_rescorer(chosen.rescorers[0]).fit(Target(VOCAB, (256,), None)).weighted(1.0)
+        accepted = replay(examples, rescorer, k=8, p=2)
+        tokens, steps = sum(map(sum, accepted)), sum(map(len, accepted))
+        assert tuned.block_efficiency[1] == tokens / steps
+
+    def test_a_rescorer_without_weight_is_refused(self, options: EvalOptions):
+        with pytest.raises(RescoreError, match="no weight"):
+            tune(options)

@@ -40,7 +40,7 @@ Base = Annotated[str, typer.Option(help="Base LM: smollm2-135m, a model folder, 
 Heads = Annotated[str | None, typer.Option(help="Folder of block heads; default: those shipped for the base.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 Dtype = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]
-TASK_NAMES = "squad, gsm8k, lambada, samsum, xsum or a plug-in's"
+TASK_NAMES = "squad, gsm8k, lambada, samsum, xsum, cnn_dailymail or a plug-in's"
 Tasks = Annotated[
     list[str] | None,
     typer.Option("--task", help=f"{TASK_NAMES}; may be given several times. Default: squad, or the task of --trace."),
@@ -321,8 +321,8 @@ def train_heads_command(
     model = load_base(base, device=device)
     chosen = TrainingOptions(
         h=h, inner_size=inner_size, token_size=token_size, steps=steps, positions=positions,
-        heads_per_step=heads_per_step, vocabulary=vocabulary or None, soft=soft, learning_rate=learning_rate, evaluate_every=evaluate_every,
-        seed=seed,
+        heads_per_step=heads_per_step, vocabulary=vocabulary or None, soft=soft, learning_rate=learning_rate,
+        evaluate_every=evaluate_every, seed=seed,
     )  # fmt: skip
     with _progress() as progress:
         data = [

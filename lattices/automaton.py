@@ -118,7 +118,9 @@ class Automaton:
         levels = _closed(model)
         vocabulary = "".join(f"{word}\n" for word in model.vocabulary).encode()
         cells, roots, starts = _arrays(levels, len(model.vocabulary))
-        roots[:, ROOT_TOKEN] = [int(w) if w.isascii() and w.isdecimal() else -1 for w in model.vocabulary]
+        roots[:, ROOT_TOKEN] = [
+            int(w) if w.isascii() and w.isdecimal() and len(w) < 10 else -1 for w in model.vocabulary
+        ]
         counts = tuple(len(order) for order in model.orders)
         return cls(model.order, counts, starts, cells, roots, np.frombuffer(vocabulary, dtype=np.uint8))
 
@@ -165,7 +167,7 @@ class Automaton:
                 shape, dtype = header[name]["shape"], np.uint8 if name == "vocabulary" else np.int32
                 start = end + header[name]["offset"]
                 stop = start + int(np.prod(shape)) * np.dtype(dtype).itemsize
-                if stop > len(data):
+                if stop > len(data) or min(start - end, *shape) < 0:
                     raise broken
                 parts[name] = np.frombuffer(data, dtype, int(np.prod(shape)), start).reshape(shape)
             order, counts, starts = int(header["order"]), tuple(header["counts"]), tuple(header["level_starts"])

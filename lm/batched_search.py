@@ -45,7 +45,7 @@ from lattices.lattice import Lattice
 from lattices.ngram_search import ARC_SCALE, LOWEST_HEAD, MAX_WEIGHT, NONE, WEIGHT_SCALE
 from lattices.search import p_best
 
-EXACT_ORDER = 3  # up to here the bound is exact
+DEPTH = 3  # words that the bound knows: exact up to order 4
 BEAM = 64
 MEMORY = 1 << 28  # bytes for the tensors of one chunk of lattices
 HASH_FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)  # that of `lattices.automaton.hash_word`, as a signed number
@@ -80,12 +80,16 @@ class BatchedNgramSearch:
         device: torch.device | str = "cpu",
         end_token: int | None = None,
         beam: int = BEAM,
+        depth: int = DEPTH,
         memory: int = MEMORY,
     ) -> None:
         if beam < 1:
             raise RescoreError(f"a beam of {beam} keeps nothing; choose one of at least 1")
+        if depth not in (2, 3):
+            raise RescoreError(f"a bound that knows {depth} words; choose 2 or 3")
         self.automaton, self.device, self.end_token = automaton, torch.device(device), end_token
         self.beam, self.memory = beam, memory
+        self.depth = max(2, min(depth, automaton.order - 1))
         self._cells = _tensor(automaton.cells).to(self.device).view(-1)
         self._roots = _tensor(automaton.roots).to(self.device)
         self._words = _tensor(words).to(self.device)
@@ -158,12 +162,11 @@ class BatchedNgramSearch:
         return BatchedPBest(torch.from_numpy(found.drafts).to(self.device), scores, scores[:, 0].clone(), exact)
 
     def _width(self, p: int) -> int:
-        return p if self.automaton.order <= EXACT_ORDER else max(p, self.beam)
+        return p if self.automaton.order <= self.depth + 1 else max(p, self.beam)
 
     def _bytes_per_lattice(self, h: int, k: int, p: int) -> int:
-        """About what `_search` takes: rows and bounds of all slots, pairs of one slot with their arcs, the beam."""
-        arcs = 12 * k**3 if self.automaton.order > 2 else 0
-        return 8 * (6 * h * k**2 + arcs + 16 * self._width(p) * k)
+        """About what `_search` takes: pairs and bounds of all slots, rows of one slot with their arcs, the beam."""
+        return 8 * (6 * h * k**2 + (h + 12) * k**self.depth + 16 * self._width(p) * k)
 
     # From here on: J = h - 1 slots without the first, entries by rising token id, states int64, scores int64 in units
     # of 1 / ARC_SCALE (paths) or 1 / SCORE_SCALE (n-grams).
@@ -181,10 +184,11 @@ class BatchedNgramSearch:
             return token_ids[:, :, :1].expand(n, p, 1), total.expand(n, p), total[:, 0], total[:, 0] > NONE
         heads = heads[:, 1:].gather(2, entry)
 
-        first = tuple(x.view(n, 1, k) for x in self._advance(state[:, 0], words[:, 0]))
+        score, after = self._advance(state[:, 0], words[:, 0])
+        first = score.view(n, 1, k), after.view(n, 1, k)
         pairs = self._bigrams(words)
         bounds = self._bounds(ids, words, heads, first, pairs, weight)
-        last = torch.zeros_like(state)
+        last, history = torch.zeros_like(state), torch.zeros_like(state)
         done = token_ids[:, :1, 0] == self.end_token if self.end_token is not None else None
         dropped = torch.full((n,), NONE, device=self.device)
         width = self._width(p)
@@ -197,7 +201,7 @@ class BatchedNgramSearch:
                 score, after = (x[:, j - 1].gather(1, rows) for x in pairs)  # [n, beam, k]
                 self._lengthen(score.view(-1, k), after.view(-1, k), state.view(-1), words[:, j], level=2)
             gain = heads[:, j, None] + weight * score
-            rest = bounds[j].gather(1, last[..., None].expand(-1, -1, k))
+            rest = bounds[j].view(n, -1, k).gather(1, history[..., None].expand(-1, -1, k))
             if done is not None:  # a path that has ended goes on with the arg-max, which costs nothing
                 free = torch.where(entry[:, j, None] == 0, 0, NONE).expand_as(gain)
                 gain = torch.where(done[..., None], free, gain)
@@ -207,6 +211,7 @@ class BatchedNgramSearch:
             dropped = torch.maximum(dropped, most)
             taken.append(chosen)
             last = chosen % k
+            history = (history.gather(1, chosen // k) * k + last) % k ** (self.depth - 1)
             total, state = totals.view(n, -1).gather(1, chosen), after.reshape(n, -1).gather(1, chosen)
             if done is not None:
                 done = done.gather(1, chosen // k) | (ids[:, j].gather(1, last) == self.end_token)
@@ -214,7 +219,7 @@ class BatchedNgramSearch:
         scores, place = total.sort(dim=1, descending=True, stable=True)
         scores, place = scores[:, :p], place[:, :p]
         exact = (scores[:, -1] > dropped) | (dropped < NONE // 2)
-        if self.automaton.order <= EXACT_ORDER:
+        if self.automaton.order <= self.depth + 1:
             exact = torch.ones_like(exact)
             dropped = scores[:, 0]
         if done is not None:  # ends leave fewer ways than places
@@ -238,41 +243,65 @@ class BatchedNgramSearch:
         return score.view(n, slots - 1, k, k), after.view(n, slots - 1, k, k)
 
     def _bounds(
-        self,
-        ids: Tensor,
-        words: Tensor,
-        heads: Tensor,
-        first: tuple[Tensor, ...],
-        pairs: tuple[Tensor, ...],
+        self, ids: Tensor, words: Tensor, heads: Tensor, first: tuple[Tensor, Tensor], pairs: tuple[Tensor, Tensor],
         weight: int,
-    ) -> list[Tensor]:
-        """For slots 1..J: the most that a path gains after entry u of the slot before and v of this one, `[n, u, v]`."""
-        n, slots, k = words.shape
-        bounds = [torch.zeros((n, 1 if slots == 1 else k, k), dtype=torch.int64, device=self.device)]
-        for j in range(slots - 2, -1, -1):
-            # After v alone, then the pairs (u, v) that are states of their own: their back-off and few arcs.
-            reach = heads[:, j + 1, None] + weight * pairs[0][:, j] + bounds[0]  # [n, v, e]
-            most = reach.amax(dim=2)  # [n, v]
-            state = first[1] if j == 0 else pairs[1][:, j - 1]  # [n, u, v]
-            for level in range(self.automaton.order - 1, 2, -1):
-                state = torch.where(state >= self.automaton.level_starts[level], self._cell(state, SUFFIX), state)
-            bound = most[:, None].repeat(1, state.shape[1], 1)
-            i, u, v = torch.where(state >= self.automaton.level_starts[2])
-            state = state[i, u, v]
-            more = weight * (self._cell(state, BACKOFF) + self._cell(state, STATE_BOUND))
-            best = most[i, v] + more
-            # Where a pair's own arc stands in for the best way on by back-off, the next best of these counts.
-            arc_of, e, place = self._own_arcs(state, words[:, j + 1], i)
-            owners, row = torch.unique(arc_of, return_inverse=True)
-            rows = reach[i[owners], v[owners]] + more[owners, None]  # [pairs with such arcs, e]
-            ahead = heads[i[arc_of], j + 1, e] + bounds[0][i[arc_of], v[arc_of], e]
-            rows[row, e] = ahead + weight * self._cell(place, BOUND)
-            best[owners] = rows.amax(dim=1)
-            bound[i, u, v] = best
+    ) -> list[Tensor]:  # fmt: skip
+        """For slots 1..J: the most that a path gains after its last `depth` entries, flat, the slot's own varying fastest.
+
+        `[n, k^depth]`; fewer where fewer slots came before, and there the states know the true left context.
+        """
+        (n, slots, k), depth = words.shape, self.depth
+        early = [first]
+        for j in range(1, min(depth, slots)):
+            early.append(self._rows(words, pairs, j, early[-1][1]))
+        bounds = [torch.zeros((n, k ** min(slots, depth)), dtype=torch.int64, device=self.device)]
+        here = early[-1]
+        for j in range(slots - 1, -1, -1):
+            ahead = here[0]  # of slot j + 1
+            if j < depth:
+                here = early[j]
+            else:
+                here = self._rows(words, pairs, j, pairs[1][:, j - 2] if depth > 2 else None)
+            if j == slots - 1:
+                continue
+            onward = bounds[0].view(n, -1, k)
+            reach = heads[:, j + 1, None] + weight * ahead + onward  # [n, histories of up to depth - 1 entries, k]
+            bound = reach.amax(dim=2)
+            if j + 1 >= depth:
+                # The same whatever came earlier, but for histories that are states of their own: their back-off and
+                # few arcs. Where an arc stands in for the best way on by back-off, the next best of these counts.
+                histories = bound.shape[1]
+                state = here[1].reshape(n, -1)
+                for level in range(self.automaton.order - 1, depth, -1):
+                    state = torch.where(state >= self.automaton.level_starts[level], self._cell(state, SUFFIX), state)
+                i, f = torch.where(state >= self.automaton.level_starts[depth])
+                state, g = state[i, f], f % histories
+                more = weight * (self._cell(state, BACKOFF) + self._cell(state, STATE_BOUND))
+                best = bound[i, g] + more
+                arc_of, e, place = self._own_arcs(state, words[:, j + 1], i)
+                owners, row = torch.unique(arc_of, return_inverse=True)
+                rows = reach[i[owners], g[owners]] + more[owners, None]  # [histories with such arcs, k]
+                i_of = i[arc_of]
+                rows[row, e] = heads[i_of, j + 1, e] + onward[i_of, g[arc_of], e] + weight * self._cell(place, BOUND)
+                best[owners] = rows.amax(dim=1)
+                bound = bound.repeat(1, k)
+                bound[i, f] = best
             if self.end_token is not None:
-                bound.masked_fill_((ids[:, j] == self.end_token)[:, None], 0)
+                bound.view(n, -1, k).masked_fill_((ids[:, j] == self.end_token)[:, None], 0)
             bounds.insert(0, bound)
         return bounds
+
+    def _rows(self, words: Tensor, pairs: tuple[Tensor, Tensor], j: int, states: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Scores and next states `[n, c k, k]` of slot j's words after `states` `[n, c, k]` that slot j - 1 led to.
+
+        None: after its words alone, c = 1.
+        """
+        n, k = len(words), words.shape[2]
+        if states is None:
+            return pairs[0][:, j - 1], pairs[1][:, j - 1]
+        score, after = (x[:, j - 1].repeat(1, states.shape[1], 1) for x in pairs)
+        self._lengthen(score.view(-1, k), after.view(-1, k), states.reshape(-1), words[:, j], level=2)
+        return score.view(n, -1, k), after.view(n, -1, k)
 
     def _advance(self, states: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and next states `[m, k]` of words `[m, k]` after states `[m]`, from nothing but the automaton."""

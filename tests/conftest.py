@@ -69,12 +69,11 @@ def save_tiny_base(folder: Path, *, seed: int = 0, hidden_size: int = 32, chat: 
 
 
 def make_heads(base: BaseLM, *, h: int = 4, seed: int = 0, strength: float = 0.3) -> BlockHeads:
-    """Random heads near head 1, in the base's precision."""
+    """Random heads near head 1 that see its token, in the base's precision."""
     torch.manual_seed(seed)
-    heads = BlockHeads(
-        BlockHeadsConfig(h, base.hidden_size, 16, base.vocab_size, base.identity.name, base.identity.tokenizer_sha256)
-    )
-    for parameter in heads.outer.values():
+    name, tokenizer = base.identity.name, base.identity.tokenizer_sha256
+    heads = BlockHeads(BlockHeadsConfig(h, base.hidden_size, 16, base.vocab_size, name, tokenizer, token_size=8))
+    for parameter in (*heads.outer.values(), heads.token["weight"]):
         torch.nn.init.normal_(parameter, std=strength)
     return heads.to(base.heads_dtype).eval().requires_grad_(False)
 

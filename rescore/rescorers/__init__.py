@@ -7,6 +7,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from lattices.errors import RescoreError, UnknownNameError
 from rescore.rescorers.base import Context, Rescorer, Target, WeightedRescorer
+from rescore.rescorers.context_ngram import ContextNgram
 from rescore.rescorers.ngram import Ngram
 from rescore.rescorers.oracle import Oracle
 from rescore.rescorers.unrescored import Unrescored
@@ -15,7 +16,7 @@ __all__ = ["Context", "Rescorer", "Target", "WeightedRescorer", "load_rescorer",
 
 ENTRY_POINTS = "rescore.rescorers"
 PLAIN: dict[str, type[Unrescored] | type[Oracle]] = {"none": Unrescored, "oracle": Oracle}
-WITH_TEXT: dict[str, type[Ngram]] = {"ngram": Ngram}
+WITH_TEXT: dict[str, type[Ngram] | type[ContextNgram]] = {"ngram": Ngram, "context-ngram": ContextNgram}
 
 
 def rescorer_names() -> list[str]:

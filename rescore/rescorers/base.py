@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,12 +16,14 @@ class Context:
     """What stands before a lattice: one object per example, growing as its output does.
 
     `prompt_ids` and `output_ids` so far; `future` (int `[t]`): the greedy tokens to come, where they are known already
-    (replay, or after the baseline ran). Only the oracle may look at the future.
+    (replay, or after the baseline ran). Only the oracle may look at the future. `kept`: what rescorers keep about the
+    example from step to step.
     """
 
     prompt_ids: Sequence[int]
     output_ids: list[int] = field(default_factory=list)
     future: np.ndarray | None = None
+    kept: dict[str, Any] = field(default_factory=dict)
 
     def last(self, count: int) -> list[int]:
         """The last `count` tokens before the lattice, fewer where there are not so many."""

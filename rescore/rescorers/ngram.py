@@ -38,6 +38,11 @@ class Ngram:
         """The compiled model."""
         return self.model.automaton
 
+    @property
+    def words(self) -> np.ndarray:
+        """The model's word of every token id of the base it was fitted to."""
+        return self._fitted().words
+
     def fit(self, target: Target) -> Ngram:
         """See `WeightedRescorer.fit`."""
         made_for = self.model.tokenizer_sha256
@@ -59,7 +64,7 @@ class Ngram:
 
     def coverage(self, token_ids: np.ndarray) -> float:
         """See `WeightedRescorer.coverage`."""
-        return float((self._fitted().words[token_ids] != UNKNOWN).mean()) if token_ids.size else 1.0
+        return float((self.words[token_ids] != UNKNOWN).mean()) if token_ids.size else 1.0
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
         """See `Rescorer.draft`."""

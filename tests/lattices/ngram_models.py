@@ -49,6 +49,18 @@ def random_model(
     return NgramModel(vocabulary, tuple(orders))
 
 
+def with_holes(model: NgramModel, rng: np.random.Generator, *, share: float) -> NgramModel:
+    """The model without a share of the n-grams (2 words or more) that none of the longer ones begins with."""
+    orders = list(model.orders)
+    for n in range(2, model.order):
+        first = {tuple(gram[:n]) for gram in orders[n].words.tolist()}
+        grams = orders[n - 1]
+        gone = np.array([tuple(gram) not in first for gram in grams.words.tolist()], dtype=bool)
+        kept = ~(gone & (rng.random(len(grams)) < share))
+        orders[n - 1] = NgramArrays(grams.words[kept], grams.log10p[kept], grams.log10_backoff[kept])
+    return NgramModel(model.vocabulary, tuple(orders))
+
+
 class BackOff:
     """Probability of a word after any context, straight from the definition: the ARPA file's float32 as log10
     probabilities (`score`), or rounded to the automaton's whole numbers (`units`)."""
@@ -81,7 +93,9 @@ class BackOff:
     def tells_apart(self, context: tuple[int, ...]) -> bool:
         """Whether the first word of a context matters: an n-gram (or a back-off weight) begins with all of it."""
         grams = (gram for gram in self.log10p if len(gram) >= len(context))
-        return any(gram[: len(context)] == context and (len(gram) > len(context) or self.backoff[gram]) for gram in grams)
+        return any(
+            gram[: len(context)] == context and (len(gram) > len(context) or self.backoff[gram]) for gram in grams
+        )
 
     def _cut(self, context: tuple[int, ...]) -> tuple[int, ...]:
         return context[max(0, len(context) - self.order + 1) :]

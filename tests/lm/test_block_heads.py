@@ -57,7 +57,7 @@ class TestLattice:
     def test_fresh_heads_are_head_1(self, tiny_base, states):
         hidden, logits = states
         fresh = BlockHeads(make_heads(tiny_base, h=5).config).double().requires_grad_(False)
-        for output in fresh(hidden):
+        for output in fresh(hidden, hidden):
             torch.testing.assert_close(output, hidden)
         every = fresh.logits(tiny_base, hidden, logits)
         lattice, entropies = lattice_of(every, 7), entropies_of(every)
@@ -75,12 +75,26 @@ class TestLattice:
         lattice.validate(tiny_base.vocab_size)
         assert lattice.token_ids.shape == (20, 4, k) and entropies.shape == (20, 4)
         assert lattice.token_ids.dtype == np.int32 and entropies.dtype == np.float32
-        outputs = torch.stack([hidden, *heads(hidden)], dim=1)  # [n, h, d]
+        rows = tiny_base.output_embeddings.weight[logits.argmax(-1)]
+        outputs = torch.stack([hidden, *heads(hidden, rows)], dim=1)  # [n, h, d]
         logps = torch.log_softmax(tiny_base.project(outputs), dim=-1)
         best = logps.topk(k, dim=-1)
         np.testing.assert_array_equal(lattice.token_ids, best.indices.numpy())
         np.testing.assert_allclose(lattice.logps, best.values.numpy(), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(entropies, -(logps.exp() * logps).sum(-1).numpy(), rtol=1e-4, atol=1e-6)
+
+    def test_heads_see_the_token_that_head_1_chose(self, tiny_base, states):
+        hidden, logits = states
+        heads = make_heads(tiny_base)
+        chosen = heads.logits(tiny_base, hidden, logits, logits.argmax(-1))
+        torch.testing.assert_close(chosen, heads.logits(tiny_base, hidden, logits))
+        other = heads.logits(tiny_base, hidden, logits, torch.zeros(20, dtype=torch.long))
+        assert not torch.allclose(other[:, 1:], chosen[:, 1:]) and torch.equal(other[:, 0], chosen[:, 0])
+        blind = BlockHeads(dataclasses.replace(heads.config, token_size=0)).double().requires_grad_(False)
+        zero = torch.zeros(20, dtype=torch.long)
+        torch.testing.assert_close(
+            blind.logits(tiny_base, hidden, logits, zero), blind.logits(tiny_base, hidden, logits)
+        )
 
     def test_slot_1_is_the_logits_as_given(self, tiny_base, states):
         hidden, logits = states
@@ -119,13 +133,13 @@ class TestFirst:
         for h in range(2, 6):
             cut = heads.first(h)
             assert cut.h == cut.config.h == h
-            torch.testing.assert_close(cut(hidden), heads(hidden)[: h - 1])
+            torch.testing.assert_close(cut(hidden, hidden), heads(hidden, hidden)[: h - 1])
             whole = heads.lattice(tiny_base, hidden, logits, 3)
             np.testing.assert_array_equal(cut.lattice(tiny_base, hidden, logits, 3).token_ids, whole.token_ids[:, :h])
 
     def test_chosen_heads_only(self, tiny_base, states):
         heads = make_heads(tiny_base, h=5)
-        torch.testing.assert_close(heads(states[0], [1, 3]), heads(states[0])[[1, 3]])
+        torch.testing.assert_close(heads(states[0], states[0], [1, 3]), heads(states[0], states[0])[[1, 3]])
 
     @pytest.mark.parametrize("h", [1, 0, 6])
     def test_a_block_that_they_do_not_propose_is_refused(self, tiny_base, h):
@@ -188,11 +202,13 @@ class TestFiles:
         loaded = load_heads(str(tmp_path / "new" / "heads"), tiny_base.identity, dtype=torch.float64)
         assert loaded.config == heads.config
         assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-        torch.testing.assert_close(loaded(states[0]), heads(states[0]), rtol=tolerance, atol=10 * tolerance)
+        both = states[0], states[0]
+        torch.testing.assert_close(loaded(*both), heads(*both), rtol=tolerance, atol=10 * tolerance)
         assert sorted(p.name for p in (tmp_path / "new" / "heads").iterdir()) == ["config.json", "model.safetensors"]
         tensors = load_file(tmp_path / "new" / "heads" / "model.safetensors")
         assert {name: tuple(t.shape) for name, t in tensors.items()} == {
             "inner.weight": (2, 32, 16), "inner.bias": (2, 16), "outer.weight": (2, 16, 32), "outer.bias": (2, 32),
+            "token.shared": (32, 8), "token.weight": (2, 8, 16),
         }  # fmt: skip
         assert {t.dtype for t in tensors.values()} == {dtype}
 

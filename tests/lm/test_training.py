@@ -26,7 +26,7 @@ from lm.head_data import HeadData, read_head_data
 from lm.training import HeadTrainer, TrainingOptions
 
 SMALL = TrainingOptions(
-    h=4, inner_size=8, steps=10, positions=96, heads_per_step=2, vocabulary=60, negatives=8, warmup=2,
+    h=4, inner_size=8, token_size=5, steps=10, positions=96, heads_per_step=2, vocabulary=60, negatives=8, warmup=2,
     evaluate_every=4, held_out=0.2, precision="float32",
 )  # fmt: skip
 
@@ -95,7 +95,7 @@ class TestLoss:
         """With all heads, all positions and all tokens nothing is drawn by chance."""
         options = change(soft=soft, heads_per_step=99, positions=10_000, vocabulary=None, held_out=0.01)
         trainer = HeadTrainer(tiny_base, [data], options)
-        for parameter in trainer.heads.outer.values():
+        for parameter in (*trainer.heads.outer.values(), trainer.heads.token["weight"]):
             torch.nn.init.normal_(parameter, std=0.3)
         weight = tiny_base.output_embeddings.weight.float()
         losses = {head: [] for head in range(2, options.h + 1)}
@@ -103,7 +103,7 @@ class TestLoss:
             states = torch.from_numpy(trainer.data[place].states[start:end].astype(np.float32))
             targets = torch.from_numpy(trainer.data[place].targets[start:end]).long()
             teacher = torch.softmax(states @ weight.T, -1)
-            for head, outputs in enumerate(trainer.heads(states), start=2):
+            for head, outputs in enumerate(trainer.heads(states, weight[targets]), start=2):
                 for row in range(len(states) - head + 1):
                     ahead = row + head - 1  # the base chooses token `row` here, head i the token i - 1 further
                     goal = (1 - soft) * functional.one_hot(targets[ahead], 257) + soft * teacher[ahead]
@@ -144,13 +144,27 @@ class TestInitialHeads:
         record = json.loads((tmp_path / "second" / "training.json").read_text())
         assert record["initial_sha256"] == heads_sha256(tmp_path / "first")
 
-    @pytest.mark.parametrize("options", [{"h": 3}, {"inner_size": 5}])
+    def test_heads_without_the_token_and_with_more_units_can_grow(self, tiny_base, data, tmp_path):
+        """What is pruned weighs nothing here, and what is new begins at zero: the heads give what they gave."""
+        first = HeadTrainer(tiny_base, [data], change(token_size=0, inner_size=12))
+        for parameter in first.heads.outer.values():
+            torch.nn.init.normal_(parameter, std=0.3)
+        with torch.no_grad():
+            first.heads.outer["weight"][0, ::3] = 0
+            first.heads.outer["weight"][1, :4] = 0
+            first.heads.outer["weight"][2, 8:] = 0
+        first.heads.save(tmp_path, dtype=torch.float32)
+        second = HeadTrainer(tiny_base, [data], SMALL, initial=tmp_path)
+        states, rows = torch.randn(5, 32), torch.randn(5, 32)
+        torch.testing.assert_close(second.heads(states, rows), first.heads(states, rows))
+
+    @pytest.mark.parametrize("options", [{"h": 3}, {"inner_size": 9}, {"token_size": 4}])
     def test_heads_of_another_shape_are_refused(self, tiny_base, data, tmp_path, options):
         HeadTrainer(tiny_base, [data], change(steps=1)).train(tmp_path)
         message = refused(
             lambda: HeadTrainer(tiny_base, [data], change(**options), initial=tmp_path), IncompatibleError
         )
-        assert next(iter(options)) in message
+        assert "can't become" in message
 
 
 class TestHeldOut:
@@ -163,14 +177,15 @@ class TestHeldOut:
 
     def test_accuracy_is_counted_over_the_whole_vocabulary(self, tiny_base, data):
         trainer = HeadTrainer(tiny_base, [data], change(h=3, held_out=0.9))
-        for parameter in trainer.heads.outer.values():
+        for parameter in (*trainer.heads.outer.values(), trainer.heads.token["weight"]):
             torch.nn.init.normal_(parameter, std=0.3)
         weight = tiny_base.output_embeddings.weight.float()
         found = {n: [[], [], []] for n in (1, 4, 16)}
         accepted = {1: [], 16: []}
         for _, start, end in trainer.held_out:
             states = torch.from_numpy(data.states[start:end].astype(np.float32))
-            ranked = [(x @ weight.T).argsort(-1, descending=True) for x in (states, *trainer.heads(states))]
+            ahead = trainer.heads(states, weight[data.targets[start:end]])
+            ranked = [(x @ weight.T).argsort(-1, descending=True) for x in (states, *ahead)]
             for row in range(end - start):
                 for n in found:
                     prefix = True

@@ -35,6 +35,7 @@ class TestPrompts:
             ("squad", {"question": "Who?", "context": "Ann.", "answers": ["Ann"]}, "question: Who? context: Ann."),
             ("gsm8k", {"question": "1 + 1?", "answer": "#### 2"}, "1 + 1?"),
             ("xsum", {"document": "News.", "summary": "N."}, "Summarize: News."),
+            ("cnn_dailymail", {"article": "News.", "highlights": "N."}, "summarize: News."),
             (
                 "samsum",
                 {"dialogue": "A: hi\nB: ho", "summary": "They greet."},
@@ -47,7 +48,7 @@ class TestPrompts:
         assert load_task(name).prompt(record) == prompt
 
     def test_only_lambada_goes_without_the_chat_template(self) -> None:
-        built_in = ["gsm8k", "lambada", "samsum", "squad", "xsum"]
+        built_in = ["cnn_dailymail", "gsm8k", "lambada", "samsum", "squad", "xsum"]
         assert [name for name in built_in if not load_task(name).chat] == ["lambada"]
 
     @given(question=TEXT, context=TEXT)

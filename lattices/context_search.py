@@ -1,0 +1,226 @@
+"""Beam search over a lattice rescored by an n-gram model interpolated with one of the context itself.
+
+Answers and summaries copy from their prompt. `ContextCounts` counts the n-grams of prompt and output so far, grows as
+the output does, and gives Witten-Bell probabilities (Witten and Bell 1991, method C): with c(h) occurrences of a
+history before some word and T(h) different words after it, P(w | h) = (c(hw) + T(h) P(w | shorter h)) / (c(h) + T(h));
+the shortest level is the share of the word among all. A word's probability is then
+
+    (1 - share) x P_general(w | true left context and path) + share x P_context(w | the same)
+
+Such a mixture has no small automaton, so the search is a beam (width `BEAM`), not exact: paths are ranked by their
+score and the most that the heads alone can still give. Needs numpy and numba only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numba import njit
+
+from lattices.automaton import ROOT, SCORE_SCALE, Automaton, advance
+from lattices.errors import RescoreError
+from lattices.lattice import Lattice
+from lattices.search import PBest, p_best
+
+CONTEXT_ORDER = 4
+BEAM = 64
+FIRST_SLOTS = 1 << 12
+
+
+class ContextCounts:
+    """N-grams of order 1 to `CONTEXT_ORDER` of a growing sequence of token ids.
+
+    `table` int64 `[t, 4]`: key (a 64-bit hash of the n-gram's length and tokens), its occurrences, its occurrences with
+    a token behind it, different tokens behind it. Two n-grams with one hash would be one; at the 10^4 n-grams of a
+    prompt this happens once in 10^11.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = np.zeros(0, dtype=np.int64)
+        self.table = np.zeros((FIRST_SLOTS, 4), dtype=np.int64)
+        self.used = 0
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Counts on through the tokens that follow those before."""
+        if not len(token_ids):
+            return
+        done = len(self.tokens)
+        self.tokens = np.concatenate([self.tokens, np.asarray(token_ids, dtype=np.int64)])
+        if 2 * (self.used + CONTEXT_ORDER * len(token_ids)) > len(self.table):
+            slots = len(self.table)
+            while 2 * CONTEXT_ORDER * len(self.tokens) > slots:
+                slots *= 2
+            self.table, self.used, done = np.zeros((2 * slots, 4), dtype=np.int64), 0, 0
+        self.used = _count(self.table, self.tokens, done, self.used)
+
+
+def context_p_best(
+    lattice: Lattice,
+    automaton: Automaton | None,
+    words: np.ndarray | None,
+    states: Sequence[int],
+    counts: Sequence[ContextCounts],
+    p: int,
+    *,
+    weight: float,
+    share: float,
+) -> PBest:
+    """Good drafts (up to p, best first) of every lattice `[n, h, k]`, rescored with the mixture of the module's text.
+
+    `counts` know all tokens before each lattice; `automaton`, `words` `[vocab_size]` and `states` as in `NgramSearch`;
+    without an automaton the general model is uniform over the vocabulary of the lattice's tokens. A weight of 0 gives
+    `lattices.search.p_best`. Raises `RescoreError` for a share outside 0 to 1 or p < 1.
+    """
+    if not 0 <= share <= 1:
+        raise RescoreError(f"a share of {share:g} for the context; it is from 0 to 1")
+    if p < 1:
+        raise RescoreError(f"p = {p} asks for no drafts; choose p of at least 1")
+    if weight == 0:
+        return p_best(lattice, p)
+    n, h, k = lattice.token_ids.shape
+    if automaton is None or words is None:
+        cells, roots = np.zeros((1, 4), dtype=np.int32), np.zeros((1, 4), dtype=np.int32)
+        roots[0, 1] = -round(np.log(50_000.0) * SCORE_SCALE)  # one word, one state: the same for every token
+        slot_words = np.zeros((n, h, k), dtype=np.int32)
+    else:
+        cells, roots, slot_words = automaton.cells, automaton.roots, words[lattice.token_ids]
+    width = max(BEAM, p)
+    count = min(p, k ** (h - 1))
+    drafts, scores = np.zeros((n, count, h), dtype=np.int32), np.full((n, count), -np.inf)
+    token_ids, logps = np.ascontiguousarray(lattice.token_ids), np.ascontiguousarray(lattice.logps)
+    for i in range(n):
+        known = counts[i]
+        left = np.full(CONTEXT_ORDER - 1, -1, dtype=np.int64)
+        last = known.tokens[len(known.tokens) - min(len(known.tokens), CONTEXT_ORDER - 1) :]
+        left[len(left) - len(last) :] = last
+        _search(
+            cells, roots, int(states[i]), known.table, len(known.tokens), left, token_ids[i], slot_words[i], logps[i],
+            weight, share, width, drafts[i], scores[i],
+        )  # fmt: skip
+    return PBest(drafts, scores)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _mix(key, token):  # type: ignore[no-untyped-def]
+    """The hash of an n-gram with one more token in front of what `key` stands for."""
+    mixed = (np.uint64(key) ^ (np.uint64(token) + np.uint64(0x9E3779B97F4A7C15))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
+    return np.int64(mixed ^ (mixed >> np.uint64(32))) | 1  # never 0, which is an empty slot
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _find(table, key):  # type: ignore[no-untyped-def]
+    """The slot of a key, or the empty one where it would stand."""
+    mask = len(table) - 1
+    slot = (key >> 1) & mask
+    while table[slot, 0] != 0 and table[slot, 0] != key:
+        slot = (slot + 1) & mask
+    return slot
+
+
+@njit(cache=True, nogil=True)
+def _count(table, tokens, begin, used):  # type: ignore[no-untyped-def]
+    """Counts the n-grams that end at places from `begin` on; returns the slots in use."""
+    for i in range(begin, len(tokens)):
+        for n in range(1, min(CONTEXT_ORDER, i + 1) + 1):
+            # Keys are built from the last token backwards, so that the history of a path is extended cheaply.
+            history = np.int64(1)
+            for j in range(1, n):
+                history = _mix(history, tokens[i - j])
+            gram = _find(table, _mix(history ^ np.int64(0x5555), tokens[i]))
+            new = table[gram, 0] == 0
+            if new:
+                table[gram, 0] = _mix(history ^ np.int64(0x5555), tokens[i])
+                used += 1
+            table[gram, 1] += 1
+            before = _find(table, _mix(history, -7))
+            if table[before, 0] == 0:
+                table[before, 0] = _mix(history, -7)
+                used += 1
+            table[before, 2] += 1
+            if new:
+                table[before, 3] += 1
+    return used
+
+
+@njit(cache=True, nogil=True)
+def _search(  # type: ignore[no-untyped-def]
+    cells, roots, state, table, seen, left, token_ids, words, logps, weight, share, width, drafts, scores
+):
+    h, k = token_ids.shape
+    order = CONTEXT_ORDER
+    remaining = np.zeros(h)  # the most that the heads give after each slot
+    for j in range(h - 2, -1, -1):
+        remaining[j] = remaining[j + 1] + logps[j + 1, 0]
+    paths = np.zeros((2, width, h), np.int32)
+    states = np.zeros((2, width), np.int64)
+    sums = np.zeros((2, width))
+    reach = np.empty(width)
+    came, entry, gained = np.empty(width, np.int64), np.empty(width, np.int64), np.empty(width)
+    history, total_of, types_of = np.zeros(order, np.int64), np.zeros(order, np.int64), np.zeros(order, np.int64)
+    _, after = advance(cells, roots, state, words[0, 0])
+    paths[0, 0, 0], states[0, 0], sums[0, 0] = token_ids[0, 0], after, logps[0, 0]
+    now, count = 0, 1
+    for j in range(1, h):
+        found = 0
+        for b in range(count):
+            # What the context knows of this path's histories, shortest first; it ends with the first unknown one.
+            levels = 0
+            key = np.int64(1)
+            for n in range(order):
+                if n > 0:
+                    token = paths[now, b, j - n] if j - n >= 0 else left[len(left) + j - n]
+                    if token < 0:
+                        break
+                    key = _mix(key, token)
+                slot = _find(table, _mix(key, -7))
+                if table[slot, 0] == 0:
+                    break
+                history[n], total_of[n], types_of[n] = key, table[slot, 2], table[slot, 3]
+                levels = n + 1
+            for e in range(k):
+                general, _ = advance(cells, roots, states[now, b], words[j, e])
+                likely = 0.0
+                for n in range(levels):
+                    slot = _find(table, _mix(history[n] ^ np.int64(0x5555), token_ids[j, e]))
+                    occurred = table[slot, 1] if table[slot, 0] != 0 else 0
+                    if n == 0:
+                        likely = occurred / total_of[0]
+                    else:
+                        likely = (occurred + types_of[n] * likely) / (total_of[n] + types_of[n])
+                mixed = (1.0 - share) * np.exp(general / SCORE_SCALE) + share * likely
+                total = sums[now, b] + logps[j, e] + weight * np.log(max(mixed, 1e-30))
+                most = total + remaining[j]
+                if found == width:
+                    if most <= reach[width - 1]:
+                        continue
+                    place = width - 1
+                else:
+                    place = found
+                    found += 1
+                while place > 0 and reach[place - 1] < most:
+                    reach[place], came[place] = reach[place - 1], came[place - 1]
+                    entry[place], gained[place] = entry[place - 1], gained[place - 1]
+                    place -= 1
+                reach[place], came[place], entry[place], gained[place] = most, b, e, total
+        after_slot = 1 - now
+        for place in range(found):
+            b, e = came[place], entry[place]
+            paths[after_slot, place, :j] = paths[now, b, :j]
+            paths[after_slot, place, j] = token_ids[j, e]
+            states[after_slot, place] = advance(cells, roots, states[now, b], words[j, e])[1]
+            sums[after_slot, place] = gained[place]
+        now, count = after_slot, found
+    for place in range(len(scores)):
+        chosen = min(place, count - 1)
+        drafts[place] = paths[now, chosen]
+        scores[place] = sums[now, chosen]
+
+
+def state_before(automaton: Automaton | None, words: np.ndarray | None, token_ids: Sequence[int]) -> int:
+    """The general model's state after tokens; 0 without a model."""
+    if automaton is None or words is None:
+        return ROOT
+    last = np.asarray(token_ids[max(0, len(token_ids) - automaton.order + 1) :], dtype=np.int64)
+    return automaton.state_after(words[last].tolist())

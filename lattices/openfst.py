@@ -1,0 +1,187 @@
+"""Lattices and automata as OpenFst text (AT&T format), for `fstcompile`, `pywrapfst` and what else reads it.
+
+    source TAB target TAB input label TAB output label TAB weight     an arc
+    state [TAB weight]                                                a final state
+
+The source of the first line is the start state. Weights are tropical: -weight x log-probability in nats. Labels are
+numbers, 0 is epsilon: token id + 1 on the input side of a lattice, word id + 1 everywhere else. `token_symbols` and
+`word_symbols` give the tables that name them.
+
+The composition of a lattice with an automaton has the lattice's paths, scored by heads and n-gram model. Its shortest
+path's input labels are the best draft *if* back-off is taken only where a state has no arc for the word. That is a
+failure (phi) transition; OpenFst's plain composition knows none and takes epsilon arcs freely. So there are two ways to
+write a state's back-off arc:
+
+- epsilon (the default): what [A] and most n-gram toolkits compose with. A word can then be scored by back-off although
+  its n-gram is there, which gives paths that score too well wherever back-off weight + shorter n-gram beats the n-gram,
+  and with n shortest paths the same draft several times.
+- a label of its own, phi (`phi_label`): exact, for readers with failure transitions (`fstcompose` with a phi matcher).
+
+`composition_text` expands exactly what one lattice needs of the automaton: no epsilon, nothing left to approximate.
+
+Needs numpy only. Source: OpenFst's documentation of `fstcompile`; [A] section 4 for the composition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+
+from lattices.automaton import (
+    BACKOFF,
+    LN10,
+    NEXT,
+    ROOT,
+    ROOT_NEXT,
+    ROOT_SCORE,
+    SCORE,
+    SCORE_SCALE,
+    SLOTS,
+    SUFFIX,
+    WORD,
+    Automaton,
+)
+from lattices.errors import RescoreError
+from lattices.lattice import Lattice
+from lattices.ngrams import SPECIAL_WORDS
+
+EPSILON = 0
+EPSILON_SYMBOL, PHI_SYMBOL = "<eps>", "<phi>"
+BLOCK_ARCS = 100_000  # written at a time
+
+
+def lattice_text(lattice: Lattice, words: np.ndarray) -> str:
+    """One lattice `[h, k]` as a transducer from tokens to words: states 0 to h, the arg-max only in slot 1.
+
+    `words` int32 `[vocab_size]` is the automaton's word of every token id. Raises `RescoreError` for a batch.
+    """
+    if lattice.token_ids.ndim != 2:
+        raise RescoreError(f"a lattice [heads, entries] is written, not {list(lattice.token_ids.shape)}; choose one")
+    lines = []
+    for j in range(lattice.h):
+        ids = lattice.token_ids[j, : None if j else 1]
+        costs = -lattice.logps[j, : len(ids)].astype(np.float64) + 0.0
+        for token, word, cost in zip(ids.tolist(), words[ids].tolist(), costs.tolist(), strict=True):
+            lines.append(f"{j}\t{j + 1}\t{token + 1}\t{word + 1}\t{cost:.9g}\n")
+    return "".join(lines) + f"{lattice.h}\n"
+
+
+def automaton_text(
+    automaton: Automaton, *, weight: float = 1.0, start: int = ROOT, phi_label: int | None = None
+) -> Iterator[str]:
+    """The automaton as an acceptor of words, in blocks of whole lines; `start` is the state it begins in.
+
+    Its states are numbered 0, 1, ... in the automaton's order (`dense_states`); all are final. The root has an arc for
+    every word, every other state one for each of its n-grams and one that backs off to its suffix state: epsilon, or
+    `phi_label` on both sides (`phi_label_of` gives one that is no word's). Raises `RescoreError` for a phi label that
+    is one, and for a start that is no state.
+    """
+    v = len(automaton.roots)
+    if phi_label is not None and phi_label <= v:
+        raise RescoreError(f"the label {phi_label} is a word's or epsilon; choose one from {v + 1} on for phi")
+    states = dense_states(automaton)
+    first = int(np.searchsorted(states, start))
+    if first == len(states) or states[first] != start:
+        raise RescoreError(f"{start} is no state of this automaton; take one that state_after gave")
+    factor = -weight / SCORE_SCALE
+    back_off = EPSILON if phi_label is None else phi_label
+    number = np.zeros(len(automaton.cells), dtype=np.int64)
+    number[states] = np.arange(len(states))
+    cells, roots = automaton.cells, automaton.roots
+
+    def arcs() -> Iterator[np.ndarray]:
+        """Columns source, target, label, score; the start state's own come first."""
+        order = [(first, first + 1), (0, first), (first + 1, len(states))]
+        for begin, end in order if first else [(0, len(states))]:
+            if begin == 0 < end:
+                words = np.arange(v)
+                yield np.stack([0 * words, number[roots[:, ROOT_NEXT]], words + 1, roots[:, ROOT_SCORE]], axis=1)
+                begin = 1
+            if begin >= end:
+                continue
+            headers = cells[states[begin:end]]
+            yield np.stack(
+                [np.arange(begin, end), number[headers[:, SUFFIX]], 0 * headers[:, 0] + back_off, headers[:, BACKOFF]],
+                axis=1,
+            )
+            # The cells of these states are a stretch of the array; what is neither header nor empty is an arc.
+            low = int(states[begin])
+            high = int(states[end]) if end < len(states) else len(cells)
+            owner = np.repeat(np.arange(begin, end), headers[:, SLOTS].astype(np.int64) + 1)
+            is_arc = cells[low:high, WORD] >= 0
+            is_arc[states[begin:end] - low] = False
+            places = np.flatnonzero(is_arc)
+            for at in range(0, len(places), BLOCK_ARCS):
+                chosen = places[at : at + BLOCK_ARCS]
+                found = cells[low + chosen]
+                yield np.stack([owner[chosen], number[found[:, NEXT]], found[:, WORD] + 1, found[:, SCORE]], axis=1)
+
+    for block in arcs():
+        costs = (block[:, 3] * factor + 0.0).tolist()
+        rows = zip(block[:, :3].tolist(), costs, strict=True)
+        yield "".join(f"{a}\t{b}\t{label}\t{label}\t{cost:.9g}\n" for (a, b, label), cost in rows)
+    for at in range(0, len(states), BLOCK_ARCS):
+        yield "".join(f"{state}\n" for state in range(at, min(at + BLOCK_ARCS, len(states))))
+
+
+def dense_states(automaton: Automaton) -> np.ndarray:
+    """The automaton's states `[s]`, rising: state i of the text is `dense_states(...)[i]`."""
+    # A header is not told apart from an arc by its content; they are found one after the other, level by level.
+    slots = automaton.cells[:, SLOTS].tolist()
+    states, state = [], ROOT
+    while state < len(slots):
+        states.append(state)
+        state += 1 + slots[state]
+    return np.array(states, dtype=np.int64)
+
+
+def phi_label_of(automaton: Automaton) -> int:
+    """The lowest label that is no word's."""
+    return len(automaton.roots) + 1
+
+
+def composition_text(lattice: Lattice, words: np.ndarray, automaton: Automaton, state: int, *, weight: float) -> str:
+    """The exact composition of one lattice `[h, k]` with the automaton, whose `state` the left context led to.
+
+    A transducer from tokens to words without epsilon and with k^(h-1) paths, each scored as
+    `lattices.ngram_search` does; its states are the pairs of slot and automaton state that are reached.
+    """
+    lines: list[str] = []
+    level = {state: 0}
+    count = 1
+    for j in range(lattice.h):
+        ids = lattice.token_ids[j, : None if j else 1].tolist()
+        heads = lattice.logps[j].tolist()
+        upcoming: dict[int, int] = {}
+        for at, source in level.items():
+            for e, token in enumerate(ids):
+                word = int(words[token])
+                log10p, after = automaton.advance(at, word)
+                if after not in upcoming:
+                    upcoming[after] = count
+                    count += 1
+                cost = -(heads[e] + weight * log10p * LN10) + 0.0
+                lines.append(f"{source}\t{upcoming[after]}\t{token + 1}\t{word + 1}\t{cost:.9g}\n")
+        level = upcoming
+    return "".join(lines) + "".join(f"{target}\n" for target in level.values())
+
+
+def token_symbols(vocab_size: int, *, text_of: Callable[[int], str] = str) -> Iterator[str]:
+    """The symbol table of token labels, line by line; `text_of` gives a token's symbol (default: its id)."""
+    return _symbols(text_of(token) for token in range(vocab_size))
+
+
+def word_symbols(automaton: Automaton, *, phi_label: int | None = None) -> Iterator[str]:
+    """The symbol table of word labels, line by line, with `<phi>` if there is a label for it."""
+    yield from _symbols(automaton.vocabulary)
+    if phi_label is not None:
+        yield f"{PHI_SYMBOL}\t{phi_label}\n"
+
+
+def _symbols(symbols: Iterable[str]) -> Iterator[str]:
+    yield f"{EPSILON_SYMBOL}\t{EPSILON}\n"
+    for label, symbol in enumerate(symbols, start=1):
+        # White space ends a symbol, and no two labels may share one.
+        clean = "".join(f"\\u{ord(c):04x}" if c.isspace() or c == "\\" else c for c in symbol)
+        yield f"{clean or f'<{label}>'}\t{label}\n"

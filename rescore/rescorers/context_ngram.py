@@ -1,0 +1,73 @@
+"""`context-ngram`: an n-gram model mixed with one of the prompt and the output so far; a beam, beyond [A].
+
+`context-ngram[:[PATH][@SHARE]]`: the general model is `ngram`'s, `none` for none; SHARE (default 0.5) is the context's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+
+from lattices.context_search import ContextCounts, context_p_best, state_before
+from lattices.errors import RescoreError
+from lattices.lattice import Lattice
+from rescore.rescorers.base import Context, Target
+from rescore.rescorers.ngram import DEFAULT_ALPHA, Ngram
+
+DEFAULT_SHARE = 0.5
+NO_MODEL = "none"
+
+
+class ContextNgram:
+    """See `rescore.rescorers.base.WeightedRescorer`."""
+
+    def __init__(self, text: str = "", *, alpha: float = DEFAULT_ALPHA) -> None:
+        path, _, share = text.rpartition("@") if "@" in text else (text, "", str(DEFAULT_SHARE))
+        try:
+            self.share = float(share)
+        except ValueError:
+            self.share = -1.0
+        if not 0 <= self.share <= 1:
+            raise RescoreError(f"context-ngram:{text}: the share after @ is a number from 0 to 1, like @0.5")
+        self.general = None if path == NO_MODEL else Ngram(path)
+        self.identity = f"context-ngram {self.general.identity if self.general else NO_MODEL} {self.share}"
+        self.alpha = alpha
+        self._words: np.ndarray | None = None
+
+    def fit(self, target: Target) -> ContextNgram:
+        """See `WeightedRescorer.fit`."""
+        fitted = copy.copy(self)
+        if self.general:
+            fitted._words = self.general.fit(target).words
+        return fitted
+
+    def weighted(self, alpha: float) -> ContextNgram:
+        """See `WeightedRescorer.weighted`."""
+        changed = copy.copy(self)
+        changed.alpha = alpha
+        return changed
+
+    def coverage(self, token_ids: np.ndarray) -> float:
+        """See `WeightedRescorer.coverage`; the context knows what the general model does not."""
+        return 1.0
+
+    def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
+        """See `Rescorer.draft`."""
+        automaton = self.general.automaton if self.general else None
+        counts = [_counts(context) for context in contexts]
+        states = [state_before(automaton, self._words, context.last(8)) for context in contexts]
+        best = context_p_best(lattices, automaton, self._words, states, counts, p, weight=self.alpha, share=self.share)
+        return best.drafts
+
+
+def _counts(context: Context) -> ContextCounts:
+    """The context's n-grams, counted on from where they were at the step before."""
+    counts: ContextCounts = context.kept.setdefault("context n-grams", ContextCounts())
+    done = len(counts.tokens)
+    if done == 0:
+        counts.extend(context.prompt_ids)
+        done = len(context.prompt_ids)
+    counts.extend(context.output_ids[done - len(context.prompt_ids) :])
+    return counts

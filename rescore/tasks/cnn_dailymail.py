@@ -1,0 +1,14 @@
+"""CNN/DailyMail: news articles and their highlights (See et al. 2017, version 3.0.0); prompt as in [A]."""
+
+from __future__ import annotations
+
+from rescore.tasks.base import HubSource, Task, only_reference
+
+TASK = Task(
+    name="cnn_dailymail",
+    description="highlights of news articles (CNN/DailyMail 3.0.0)",
+    fields=("article", "highlights"),
+    template="summarize: {article}",
+    references=only_reference("highlights"),
+    hub=HubSource("abisee/cnn_dailymail", "3.0.0", "test"),
+)

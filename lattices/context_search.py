@@ -18,14 +18,16 @@ from collections.abc import Sequence
 import numpy as np
 from numba import njit
 
-from lattices.automaton import ROOT, SCORE_SCALE, Automaton, advance
+from lattices.automaton import ROOT, ROOT_SCORE, SCORE_SCALE, advance
 from lattices.errors import RescoreError
 from lattices.lattice import Lattice
+from lattices.ngram_search import NgramSearch
 from lattices.search import PBest, p_best
 
 CONTEXT_ORDER = 4
 BEAM = 64
 FIRST_SLOTS = 1 << 12
+UNIFORM = 50_000  # words that are equally likely where there is no general model
 
 
 class ContextCounts:
@@ -57,9 +59,8 @@ class ContextCounts:
 
 def context_p_best(
     lattice: Lattice,
-    automaton: Automaton | None,
-    words: np.ndarray | None,
-    states: Sequence[int],
+    general: NgramSearch | None,
+    lefts: Sequence[Sequence[int]],
     counts: Sequence[ContextCounts],
     p: int,
     *,
@@ -68,9 +69,9 @@ def context_p_best(
 ) -> PBest:
     """Good drafts (up to p, best first) of every lattice `[n, h, k]`, rescored with the mixture of the module's text.
 
-    `counts` know all tokens before each lattice; `automaton`, `words` `[vocab_size]` and `states` as in `NgramSearch`;
-    without an automaton the general model is uniform over the vocabulary of the lattice's tokens. A weight of 0 gives
-    `lattices.search.p_best`. Raises `RescoreError` for a share outside 0 to 1 or p < 1.
+    `counts` know all tokens before each lattice, `lefts` the last of them; `general` holds the general model (None:
+    every token is equally likely). A weight of 0 gives `lattices.search.p_best`. Raises `RescoreError` for a share
+    outside 0 to 1 or p < 1.
     """
     if not 0 <= share <= 1:
         raise RescoreError(f"a share of {share:g} for the context; it is from 0 to 1")
@@ -79,12 +80,14 @@ def context_p_best(
     if weight == 0:
         return p_best(lattice, p)
     n, h, k = lattice.token_ids.shape
-    if automaton is None or words is None:
+    if general is None:
+        states = [ROOT] * n
         cells, roots = np.zeros((1, 4), dtype=np.int32), np.zeros((1, 4), dtype=np.int32)
-        roots[0, 1] = -round(np.log(50_000.0) * SCORE_SCALE)  # one word, one state: the same for every token
+        roots[0, ROOT_SCORE] = -round(np.log(UNIFORM) * SCORE_SCALE)  # one word, one state: the same for every token
         slot_words = np.zeros((n, h, k), dtype=np.int32)
     else:
-        cells, roots, slot_words = automaton.cells, automaton.roots, words[lattice.token_ids]
+        states = [general.state_after(left) for left in lefts]
+        cells, roots, slot_words = general.automaton.cells, general.automaton.roots, general.words[lattice.token_ids]
     width = max(BEAM, p)
     count = min(p, k ** (h - 1))
     drafts, scores = np.zeros((n, count, h), dtype=np.int32), np.full((n, count), -np.inf)
@@ -216,11 +219,3 @@ def _search(  # type: ignore[no-untyped-def]
         chosen = min(place, count - 1)
         drafts[place] = paths[now, chosen]
         scores[place] = sums[now, chosen]
-
-
-def state_before(automaton: Automaton | None, words: np.ndarray | None, token_ids: Sequence[int]) -> int:
-    """The general model's state after tokens; 0 without a model."""
-    if automaton is None or words is None:
-        return ROOT
-    last = np.asarray(token_ids[max(0, len(token_ids) - automaton.order + 1) :], dtype=np.int64)
-    return automaton.state_after(words[last].tolist())

@@ -25,6 +25,7 @@ Rows, one for a pair of slot and state, lie in two arrays with these columns (k 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +50,7 @@ from lattices.automaton import (
 )
 from lattices.errors import RescoreError
 from lattices.lattice import Lattice
+from lattices.ngrams import UNKNOWN
 from lattices.search import PBest, p_best
 
 WEIGHT_SCALE = 1 << 16
@@ -85,12 +87,21 @@ class NgramSearch:
         self.automaton, self.words, self.end_token = automaton, words, end_token
         self._room: _Room | None = None
 
-    def state_after(self, token_ids: np.ndarray | list[int], *, from_start: bool = False) -> int:
+    def state_after(self, token_ids: Sequence[int] | np.ndarray, *, from_start: bool = False) -> int:
         """The state after tokens; only the last order - 1 matter. `from_start`: `<s>` stands before them."""
         needed = max(0, self.automaton.order - 1)
         state = self.automaton.start if from_start and len(token_ids) < needed else ROOT
         last = np.asarray(token_ids[max(0, len(token_ids) - needed) :], dtype=np.int64)
         return self.automaton.state_after(self.words[last].tolist(), state=state)
+
+    def p_best_after(self, lattice: Lattice, lefts: Sequence[Sequence[int]], p: int, *, weight: float) -> PBest:
+        """`p_best` of lattices that stand after these token ids."""
+        states = np.array([self.state_after(left) for left in lefts], dtype=np.int32)
+        return self.p_best(lattice, states, p, weight=weight)
+
+    def coverage(self, token_ids: np.ndarray) -> float:
+        """Share of these tokens that the automaton knows."""
+        return float((self.words[token_ids] != UNKNOWN).mean()) if token_ids.size else 1.0
 
     def p_best(self, lattice: Lattice, states: np.ndarray, p: int, *, weight: float) -> PBest:
         """The p best drafts of every lattice `[n, h, k]` whose left context led to the automaton's `states` `[n]`.

@@ -24,7 +24,7 @@ Needs numpy only. Source: OpenFst's documentation of `fstcompile`; [A] section 4
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -44,7 +44,6 @@ from lattices.automaton import (
 )
 from lattices.errors import RescoreError
 from lattices.lattice import Lattice
-from lattices.ngrams import SPECIAL_WORDS
 
 EPSILON = 0
 EPSILON_SYMBOL, PHI_SYMBOL = "<eps>", "<phi>"
@@ -127,7 +126,7 @@ def automaton_text(
 
 def dense_states(automaton: Automaton) -> np.ndarray:
     """The automaton's states `[s]`, rising: state i of the text is `dense_states(...)[i]`."""
-    # A header is not told apart from an arc by its content; they are found one after the other, level by level.
+    # A header is not told apart from an arc by its content: each gives the place of the next.
     slots = automaton.cells[:, SLOTS].tolist()
     states, state = [], ROOT
     while state < len(slots):
@@ -168,12 +167,15 @@ def composition_text(lattice: Lattice, words: np.ndarray, automaton: Automaton, 
 
 
 def token_symbols(vocab_size: int, *, text_of: Callable[[int], str] = str) -> Iterator[str]:
-    """The symbol table of token labels, line by line; `text_of` gives a token's symbol (default: its id)."""
+    """The symbol table of token labels, line by line; `text_of` gives a token's symbol (default: its id).
+
+    White space, control characters and backslashes become \\uXXXX; a symbol that was there before ends in its label.
+    """
     return _symbols(text_of(token) for token in range(vocab_size))
 
 
 def word_symbols(automaton: Automaton, *, phi_label: int | None = None) -> Iterator[str]:
-    """The symbol table of word labels, line by line, with `<phi>` if there is a label for it."""
+    """The symbol table of word labels as in `token_symbols`, with `<phi>` if there is a label for it."""
     yield from _symbols(automaton.vocabulary)
     if phi_label is not None:
         yield f"{PHI_SYMBOL}\t{phi_label}\n"
@@ -181,7 +183,11 @@ def word_symbols(automaton: Automaton, *, phi_label: int | None = None) -> Itera
 
 def _symbols(symbols: Iterable[str]) -> Iterator[str]:
     yield f"{EPSILON_SYMBOL}\t{EPSILON}\n"
+    taken = {"", EPSILON_SYMBOL, PHI_SYMBOL}
     for label, symbol in enumerate(symbols, start=1):
-        # White space ends a symbol, and no two labels may share one.
-        clean = "".join(f"\\u{ord(c):04x}" if c.isspace() or c == "\\" else c for c in symbol)
-        yield f"{clean or f'<{label}>'}\t{label}\n"
+        if not symbol.isprintable() or " " in symbol or "\\" in symbol:
+            symbol = "".join(c if c.isprintable() and c not in " \\" else f"\\u{ord(c):04x}" for c in symbol)
+        if symbol in taken:
+            symbol += f"\\{label}"
+        taken.add(symbol)
+        yield f"{symbol}\t{label}\n"

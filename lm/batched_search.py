@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +48,7 @@ from lattices.search import p_best
 
 DEPTH = 3  # words that the bound knows: exact up to order 4
 BEAM = 64
+BUCKETS = 32  # per word of a slot, in the table that tells a word's entry
 MEMORY = 1 << 28  # bytes for the tensors of one chunk of lattices
 HASH_FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)  # that of `lattices.automaton.hash_word`, as a signed number
 
@@ -63,6 +65,29 @@ class BatchedPBest:
     scores: Tensor
     bound: Tensor
     exact: Tensor
+
+
+class _Words(NamedTuple):
+    """Rows of k words (a slot each), and where to find a word in its row: a hash table of entries with chains."""
+
+    ids: Tensor  # int32 [r, k]
+    first: Tensor  # int16 [r, buckets] last entry of the words in a bucket, -1: none
+    again: Tensor  # int16 [r, k] the entry before it in its bucket, -1: none
+
+    @classmethod
+    def of(cls, ids: Tensor) -> _Words:
+        r, k = ids.shape
+        size = BUCKETS << (k - 1).bit_length()
+        first = torch.full((r, size), -1, dtype=torch.int16, device=ids.device)
+        again = torch.empty((r, k), dtype=torch.int16, device=ids.device)
+        for e in range(k):
+            bucket = ids[:, e : e + 1].long() & size - 1
+            again[:, e : e + 1] = first.gather(1, bucket)
+            first.scatter_(1, bucket, torch.full_like(bucket, e, dtype=torch.int16))
+        return cls(ids, first, again)
+
+    def part(self, begin: int, end: int) -> _Words:
+        return _Words(self.ids[begin:end], self.first[begin:end], self.again[begin:end])
 
 
 class BatchedNgramSearch:
@@ -104,8 +129,8 @@ class BatchedNgramSearch:
         needed = min(self.automaton.order - 1, token_ids.shape[1])
         for column in token_ids[:, token_ids.shape[1] - needed :].to(self.device).T:
             known = column >= 0
-            words = self._words[column.clamp(min=0)]
-            states = torch.where(known, self._advance(states, words[:, None])[1][:, 0], states)
+            words = _Words.of(self._words[column.clamp(min=0).long()][:, None])
+            states = torch.where(known, self._advance(states, words)[1][:, 0], states)
         return states
 
     @torch.no_grad()
@@ -166,7 +191,7 @@ class BatchedNgramSearch:
 
     def _bytes_per_lattice(self, h: int, k: int, p: int) -> int:
         """About what `_search` takes: pairs and bounds of all slots, rows of one slot with their arcs, the beam."""
-        return 8 * (6 * h * k**2 + (h + 12) * k**self.depth + 16 * self._width(p) * k)
+        return 8 * (6 * h * k**2 + (h + 12) * k**self.depth + 16 * self._width(p) * k + 16 * h * k)
 
     # From here on: J = h - 1 slots without the first, entries by rising token id, states int64, scores int64 in units
     # of 1 / ARC_SCALE (paths) or 1 / SCORE_SCALE (n-grams).
@@ -177,16 +202,17 @@ class BatchedNgramSearch:
         slots = token_ids.shape[1] - 1
         ids, entry = token_ids[:, 1:].long().sort(dim=-1, stable=True)  # [n, J, k]
         heads = (logps.double().clamp(min=LOWEST_HEAD) * ARC_SCALE).round().long()
-        words = self._words[ids].contiguous()
-        score, state = self._advance(states.long(), self._words[token_ids[:, :1, 0].long()])
+        every = _Words.of(self._words[ids].transpose(0, 1).reshape(-1, k))  # [J n, k]
+        words = [every.part(n * j, n * (j + 1)) for j in range(slots)]
+        score, state = self._advance(states.long(), _Words.of(self._words[token_ids[:, :1, 0].long()]))
         total = heads[:, 0, :1] + weight * score  # [n, beam], as state, last and done
         if not slots:
             return token_ids[:, :, :1].expand(n, p, 1), total.expand(n, p), total[:, 0], total[:, 0] > NONE
         heads = heads[:, 1:].gather(2, entry)
 
-        score, after = self._advance(state[:, 0], words[:, 0])
+        score, after = self._advance(state[:, 0], words[0])
         first = score.view(n, 1, k), after.view(n, 1, k)
-        pairs = self._bigrams(words)
+        pairs = self._bigrams(every, n)
         bounds = self._bounds(ids, words, heads, first, pairs, weight)
         last, history = torch.zeros_like(state), torch.zeros_like(state)
         done = token_ids[:, :1, 0] == self.end_token if self.end_token is not None else None
@@ -198,8 +224,8 @@ class BatchedNgramSearch:
                 score, after = first
             else:
                 rows = last[..., None].expand(-1, -1, k)
-                score, after = (x[:, j - 1].gather(1, rows) for x in pairs)  # [n, beam, k]
-                self._lengthen(score.view(-1, k), after.view(-1, k), state.view(-1), words[:, j], level=2)
+                score, after = (x[j - 1].gather(1, rows) for x in pairs)  # [n, beam, k]
+                self._lengthen(score.view(-1, k), after.view(-1, k), state.view(-1), words[j], level=2)
             gain = heads[:, j, None] + weight * score
             rest = bounds[j].view(n, -1, k).gather(1, history[..., None].expand(-1, -1, k))
             if done is not None:  # a path that has ended goes on with the arg-max, which costs nothing
@@ -233,27 +259,26 @@ class BatchedNgramSearch:
             place = place // k
         return drafts, scores, torch.maximum(scores[:, 0], dropped), exact
 
-    def _bigrams(self, words: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and next states `[n, J - 1, k, k]` of each word of slots 2..J after each of the slot before alone."""
-        n, slots, k = words.shape
-        before = self._roots[words[:, :-1], ROOT_NEXT].long()  # [n, J - 1, k]
-        now = words[:, 1:].reshape(-1, k)
+    def _bigrams(self, words: _Words, n: int) -> tuple[Tensor, Tensor]:
+        """Scores and next states `[J - 1, n, k, k]` of each word of slots 2..J after each of the slot before alone."""
+        now, k = words.part(n, len(words.ids)), words.ids.shape[1]
+        before = self._roots[words.ids[: len(now.ids)], ROOT_NEXT].long()  # [(J - 1) n, k]
         score, after = (x.repeat_interleave(k, dim=0) for x in self._root_rows(now))
         self._lengthen(score, after, before.view(-1), now, level=1, highest=1)
-        return score.view(n, slots - 1, k, k), after.view(n, slots - 1, k, k)
+        return score.view(len(now.ids) // n, n, k, k), after.view(len(now.ids) // n, n, k, k)
 
     def _bounds(
-        self, ids: Tensor, words: Tensor, heads: Tensor, first: tuple[Tensor, Tensor], pairs: tuple[Tensor, Tensor],
+        self, ids: Tensor, words: list[_Words], heads: Tensor, first: tuple[Tensor, Tensor], pairs: tuple[Tensor, Tensor],
         weight: int,
     ) -> list[Tensor]:  # fmt: skip
         """For slots 1..J: the most that a path gains after its last `depth` entries, flat, the slot's own varying fastest.
 
         `[n, k^depth]`; fewer where fewer slots came before, and there the states know the true left context.
         """
-        (n, slots, k), depth = words.shape, self.depth
+        (n, slots, k), depth = ids.shape, self.depth
         early = [first]
         for j in range(1, min(depth, slots)):
-            early.append(self._rows(words, pairs, j, early[-1][1]))
+            early.append(self._rows(words[j], pairs, j, early[-1][1]))
         bounds = [torch.zeros((n, k ** min(slots, depth)), dtype=torch.int64, device=self.device)]
         here = early[-1]
         for j in range(slots - 1, -1, -1):
@@ -261,7 +286,7 @@ class BatchedNgramSearch:
             if j < depth:
                 here = early[j]
             else:
-                here = self._rows(words, pairs, j, pairs[1][:, j - 2] if depth > 2 else None)
+                here = self._rows(words[j], pairs, j, pairs[1][j - 2] if depth > 2 else None)
             if j == slots - 1:
                 continue
             onward = bounds[0].view(n, -1, k)
@@ -278,7 +303,7 @@ class BatchedNgramSearch:
                 state, g = state[i, f], f % histories
                 more = weight * (self._cell(state, BACKOFF) + self._cell(state, STATE_BOUND))
                 best = bound[i, g] + more
-                arc_of, e, place = self._own_arcs(state, words[:, j + 1], i)
+                arc_of, e, place = self._own_arcs(state, words[j + 1], i)
                 owners, row = torch.unique(arc_of, return_inverse=True)
                 rows = reach[i[owners], g[owners]] + more[owners, None]  # [histories with such arcs, k]
                 i_of = i[arc_of]
@@ -291,35 +316,36 @@ class BatchedNgramSearch:
             bounds.insert(0, bound)
         return bounds
 
-    def _rows(self, words: Tensor, pairs: tuple[Tensor, Tensor], j: int, states: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _rows(self, words: _Words, pairs: tuple[Tensor, Tensor], j: int, states: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scores and next states `[n, c k, k]` of slot j's words after `states` `[n, c, k]` that slot j - 1 led to.
 
         None: after its words alone, c = 1.
         """
-        n, k = len(words), words.shape[2]
+        n, k = words.ids.shape
         if states is None:
-            return pairs[0][:, j - 1], pairs[1][:, j - 1]
-        score, after = (x[:, j - 1].repeat(1, states.shape[1], 1) for x in pairs)
-        self._lengthen(score.view(-1, k), after.view(-1, k), states.reshape(-1), words[:, j], level=2)
+            return pairs[0][j - 1], pairs[1][j - 1]
+        score, after = (x[j - 1].repeat(1, states.shape[1], 1) for x in pairs)
+        self._lengthen(score.view(-1, k), after.view(-1, k), states.reshape(-1), words, level=2)
         return score.view(n, -1, k), after.view(n, -1, k)
 
-    def _advance(self, states: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+    def _advance(self, states: Tensor, words: _Words) -> tuple[Tensor, Tensor]:
         """Scores and next states `[m, k]` of words `[m, k]` after states `[m]`, from nothing but the automaton."""
         score, after = self._root_rows(words)
         self._lengthen(score, after, states, words, level=1)
         return score, after
 
-    def _root_rows(self, words: Tensor) -> tuple[Tensor, Tensor]:
-        return self._roots[words, ROOT_SCORE].long(), self._roots[words, ROOT_NEXT].long()
+    def _root_rows(self, words: _Words) -> tuple[Tensor, Tensor]:
+        return self._roots[words.ids, ROOT_SCORE].long(), self._roots[words.ids, ROOT_NEXT].long()
 
     def _lengthen(
-        self, score: Tensor, after: Tensor, states: Tensor, words: Tensor, *, level: int, highest: int | None = None
+        self, score: Tensor, after: Tensor, states: Tensor, words: _Words, *, level: int, highest: int | None = None
     ) -> None:
         """Turns rows `[m, k]` of the states' suffixes of `level - 1` words into their own rows, in place.
 
-        Rows of the same lattice stand together: row r is of `words[r // (m / len(words))]`.
+        States of the same row of words stand together.
         """
-        lattice = torch.arange(len(words), device=self.device).repeat_interleave(len(states) // max(1, len(words)))
+        row = torch.arange(len(words.ids), device=self.device)
+        row = row.repeat_interleave(len(states) // max(1, len(words.ids)))
         chain = []
         for length in range(highest or self.automaton.order - 1, level - 1, -1):
             rows = torch.where(states >= self.automaton.level_starts[length])[0]
@@ -328,48 +354,61 @@ class BatchedNgramSearch:
                 states = states.index_copy(0, rows, self._cell(states[rows], SUFFIX))
         for rows, at in reversed(chain):
             score.index_add_(0, rows, self._cell(at, BACKOFF)[:, None].expand(-1, score.shape[1]))
-            arc_of, e, place = self._own_arcs(at, words, lattice[rows])
+            arc_of, e, place = self._own_arcs(at, words, row[rows])
             score[rows[arc_of], e] = self._cell(place, SCORE)
             after[rows[arc_of], e] = self._cell(place, NEXT)
 
-    def _own_arcs(self, states: Tensor, words: Tensor, lattice: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """All arcs that states `[m]` have themselves for the words of their lattices, `words[lattice]` `[m, k]`.
+    def _own_arcs(self, states: Tensor, words: _Words, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All arcs that states `[m]` have themselves for the words of their rows `[m]`.
 
         Which state, which entry, which cell: three lists.
         """
-        slots = self._cell(states, SLOTS)
-        few = torch.where((slots > 0) & (slots <= LINEAR))[0]
+        slots, k = self._cell(states, SLOTS), words.ids.shape[1]
+        # Few cells: all of them are read and looked for among the row's words.
+        most = max(LINEAR, 2 * k)
+        few = torch.where((slots > 0) & (slots <= most))[0]
         lengths = slots[few]
         owner = few.repeat_interleave(lengths)  # one for every cell of these
-        skipped = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-        places = states[owner] + 1 + torch.arange(len(owner), device=self.device) - skipped
-        arc, e = torch.where(words[lattice[owner]] == self._cells[4 * places + WORD][:, None])
-        found = [(owner[arc], e, places[arc])]
+        skipped = (lengths.cumsum(0) - lengths - states[few] - 1).repeat_interleave(lengths)
+        place = torch.arange(len(owner), device=self.device) - skipped
+        there = self._cells.index_select(0, 4 * place + WORD)
+        row, size = rows[owner], words.first.shape[1]
+        e = words.first.view(-1).index_select(0, row * size + (there & size - 1))
+        found = []
+        while True:
+            on = torch.where(e >= 0)[0]
+            if not len(on):
+                break
+            owner, place, there, row, e = owner[on], place[on], there[on], row[on], e[on].long()
+            flat = row * k + e
+            hit = torch.where(words.ids.view(-1).index_select(0, flat) == there)[0]
+            found.append((owner[hit], e[hit], place[hit]))
+            e = words.again.view(-1).index_select(0, flat)
 
         # Hash tables: all words at once, then those that met another word once more, and so on.
-        many = torch.where(slots > LINEAR)[0]
-        word = words[lattice[many]]  # [hashed, k]
-        owner, e = (
-            many.repeat_interleave(word.shape[1]),
-            torch.arange(word.shape[1], device=self.device).repeat(len(many)),
-        )
-        word = word.reshape(-1).long()
-        step = (word * HASH_FACTOR >> 33) & (1 << 31) - 1
+        many = torch.where(slots > most)[0]
+        word = words.ids.index_select(0, rows[many]).view(-1)  # [hashed k]
+        asked = torch.arange(len(word), device=self.device)
+        first, last = (x[many].repeat_interleave(k) for x in (states + 1, slots - 1))
+        step = (word.long() * HASH_FACTOR >> 33) & ((1 << 31) - 1) & last
         tried = 0
-        while len(owner):
-            size = slots[owner]
-            place = states[owner] + 1 + (step + tried & size - 1)
-            there = self._cell(place, WORD)
+        while len(asked):
+            place = first + step
+            there = self._cells.index_select(0, 4 * place + WORD)
             hit = torch.where(there == word)[0]
-            found.append((owner[hit], e[hit], place[hit]))
+            found.append((many[asked[hit] // k], asked[hit] % k, place[hit]))
+            on = torch.where((there != word) & (there >= 0) & (last > tried))[0]
+            asked, first, last, word = asked[on], first[on], last[on], word[on]
+            step = (step[on] + 1) & last
             tried += 1
-            on = torch.where((there != word) & (there >= 0) & (size > tried))[0]
-            owner, e, word, step = owner[on], e[on], word[on], step[on]
+        if not found:
+            return many, many, many
         owners, entries, cells = zip(*found, strict=True)
         return torch.cat(owners), torch.cat(entries), torch.cat(cells)
 
     def _cell(self, places: Tensor, column: int) -> Tensor:
-        return self._cells[4 * places + column].long()
+        flat = (places << 2).add_(column).view(-1)
+        return self._cells.index_select(0, flat).long().view(places.shape)
 
 
 def _best(reach: Tensor, width: int) -> tuple[Tensor, Tensor]:

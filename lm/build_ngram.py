@@ -109,6 +109,7 @@ def build_ngram(
     _check_place(out)
     sources = find_sources(corpora)
     loaded, tokenizer_hash = _load(tokenizer)
+    corpora_read = [dataclasses.asdict(source) for source in sources]
     settings = {
         "format": COUNTING_FORMAT,
         "order": order,
@@ -117,7 +118,7 @@ def build_ngram(
         "surface": surface,
         "errors": errors,
         "field": field,
-        "corpora": [dataclasses.asdict(source) for source in sources],
+        "corpora": corpora_read,
     }
     work = out / COUNTING_FOLDER
     resumed = _prepare(work, settings)
@@ -161,6 +162,8 @@ def build_ngram(
         "kind": KIND,
         "version": importlib.metadata.version("rescore"),
         **{k: v for k, v in settings.items() if k != "format"},
+        # Where a file lay says nothing about the model; its hash does.
+        "corpora": [{**source, "name": _without_folder(source)} for source in corpora_read],
         "smoothing": smoothing,
         "prune": list(thresholds),
         "discount_fallback": fallback,
@@ -175,6 +178,11 @@ def build_ngram(
     }
     _write(model, out, manifest, progress)
     return summary
+
+
+def _without_folder(source: dict[str, Any]) -> str:
+    name: str = source["name"]
+    return name if source["kind"] == "hub" else Path(name).name
 
 
 def _write(model: NgramModel, out: Path, manifest: dict[str, Any], progress: Progress | None) -> None:

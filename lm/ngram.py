@@ -1,4 +1,4 @@
-"""N-gram models as they are used: loaded from a folder of `build-ngram`, an automaton file or an ARPA file."""
+"""N-gram models as they are used: from a folder of `build-ngram`, an automaton, an ARPA file or a KenLM binary."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ import numpy as np
 
 from lattices.automaton import Automaton
 from lattices.errors import RescoreError
+from lattices.ngram_search import NgramSearch
 from lattices.ngrams import SENTENCE_END
 from lm.build_ngram import AUTOMATON_FILE, MANIFEST_FILE
 from lm.files import atomic_file, cache_directory, read_json_object, sha256_of_file
+from lm.kenlm_model import MAGIC as KENLM_MAGIC
+from lm.kenlm_model import KenlmModel
+from lm.kenlm_search import KenlmSearch
 
 SHIPPED_FILE = "model.arpa.gz"  # a third of the automaton's size
 SHIPPED_NGRAM = Path(__file__).parent / "weights" / "smollm2-135m" / "ngram"
@@ -22,23 +26,36 @@ ARPA_SUFFIXES = (".arpa", ".arpa.gz", ".lm", ".gz")
 
 @dataclass(frozen=True)
 class LoadedNgram:
-    """An n-gram model: its file, automaton, and the tokenizer it was made for (None: not known)."""
+    """An n-gram model: its file, its automaton (a KenLM binary: KenLM), and the tokenizer it was made for (None: not
+    known)."""
 
     file: Path
-    automaton: Automaton
+    model: Automaton | KenlmModel
     tokenizer_sha256: str | None
+
+    @property
+    def order(self) -> int:
+        """Length of the longest n-grams."""
+        return self.model.order
 
     @cached_property
     def sha256(self) -> str:
         """sha256 of the file."""
         return sha256_of_file(self.file)
 
+    def search(self, vocab_size: int, eos_token_ids: Sequence[int]) -> NgramSearch | KenlmSearch:
+        """The search with this model over the lattices of a base LM. Raises as `words_of_tokens`."""
+        if isinstance(self.model, KenlmModel):
+            return KenlmSearch(self.model, eos_token_ids)
+        return NgramSearch(self.model, self.words_of_tokens(vocab_size, eos_token_ids))
+
     def words_of_tokens(self, vocab_size: int, eos_token_ids: Sequence[int]) -> np.ndarray:
         """The model's word of every base token id, int32 `[vocab_size]`: the base's end-of-text is `</s>`.
 
         Raises `InvalidDataError` if its words are no token ids.
         """
-        words = self.automaton.words_of_tokens(vocab_size)
+        assert isinstance(self.model, Automaton), "KenLM takes words as they are"
+        words = self.model.words_of_tokens(vocab_size)
         words[[token for token in eos_token_ids if token < vocab_size]] = SENTENCE_END
         return words
 
@@ -58,7 +75,9 @@ def load_ngram(path: Path) -> LoadedNgram:
         raise RescoreError(f"no n-gram model at {path}; give a folder of rescore build-ngram or an ARPA file")
     if path.name.endswith(ARPA_SUFFIXES):
         return LoadedNgram(path, _compiled(path), None)
-    return LoadedNgram(path, Automaton.load(path), None)
+    with path.open("rb") as stream:
+        binary = stream.read(len(KENLM_MAGIC)) == KENLM_MAGIC
+    return LoadedNgram(path, KenlmModel.load(path) if binary else Automaton.load(path), None)
 
 
 def _compiled(arpa: Path) -> Automaton:

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lattices.context_search import ContextCounts, context_p_best, state_before
+from lattices.automaton import MAX_ORDER
+from lattices.context_search import ContextCounts, context_p_best
 from lattices.errors import RescoreError
 from lattices.lattice import Lattice
+from lattices.ngram_search import NgramSearch
 from rescore.rescorers.base import Context, Target
 from rescore.rescorers.ngram import DEFAULT_ALPHA, Ngram
 
@@ -34,13 +36,16 @@ class ContextNgram:
         self.general = None if path == NO_MODEL else Ngram(path)
         self.identity = f"context-ngram {self.general.identity if self.general else NO_MODEL} {self.share}"
         self.alpha = alpha
-        self._words: np.ndarray | None = None
+        self._search: NgramSearch | None = None
 
     def fit(self, target: Target) -> ContextNgram:
         """See `WeightedRescorer.fit`."""
         fitted = copy.copy(self)
         if self.general:
-            fitted._words = self.general.fit(target).words
+            search = self.general.fit(target).search()
+            if not isinstance(search, NgramSearch):
+                raise RescoreError(f"context-ngram can't use the KenLM binary {self.general.path}; give its ARPA file")
+            fitted._search = search
         return fitted
 
     def weighted(self, alpha: float) -> ContextNgram:
@@ -55,10 +60,9 @@ class ContextNgram:
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
         """See `Rescorer.draft`."""
-        automaton = self.general.automaton if self.general else None
         counts = [_counts(context) for context in contexts]
-        states = [state_before(automaton, self._words, context.last(8)) for context in contexts]
-        best = context_p_best(lattices, automaton, self._words, states, counts, p, weight=self.alpha, share=self.share)
+        lefts = [context.last(MAX_ORDER - 1) for context in contexts]
+        best = context_p_best(lattices, self._search, lefts, counts, p, weight=self.alpha, share=self.share)
         return best.drafts
 
 

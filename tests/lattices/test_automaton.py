@@ -112,7 +112,7 @@ def test_scores_of_what_lmplz_makes_are_those_of_kenlm(name: str) -> None:
 def assert_is_kenlm(arpa: Path, *, pairs: int) -> None:
     """Random (context, word) pairs, a tenth of the words unknown; contexts follow `<s>` or nothing."""
     config = kenlm.Config()
-    config.show_progress = False
+    config.show_progress, config.arpa_complain = False, kenlm.ARPALoadComplain.NONE
     scorer = kenlm.Model(str(arpa), config)
     automaton = Automaton.compile(read_arpa(arpa))
     vocabulary = automaton.vocabulary

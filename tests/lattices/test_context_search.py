@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from ngram_models import random_model
 
 from lattices.automaton import ROOT, Automaton
-from lattices.context_search import CONTEXT_ORDER, ContextCounts, context_p_best, state_before
+from lattices.context_search import CONTEXT_ORDER, ContextCounts, context_p_best
 from lattices.errors import RescoreError
 from lattices.lattice import Lattice
+from lattices.ngram_search import NgramSearch
 from lattices.search import p_best
 
 WORDS = 7
@@ -49,11 +50,11 @@ def test_the_best_paths_of_a_small_lattice_are_found(seed: int, general: bool, s
     for part in np.array_split(tokens, steps):  # counting on gives what counting at once gives
         counts.extend(part.tolist())
     automaton = Automaton.compile(random_model(rng, order=3, words=WORDS)) if general else None
-    words = np.arange(WORDS, dtype=np.int32) if general else None
-    state = state_before(automaton, words, tokens)
+    search = NgramSearch(automaton, np.arange(WORDS, dtype=np.int32)) if automaton else None
+    state = search.state_after(tokens) if search else ROOT
     lattice = random_lattice(rng, h, k)
     weight, share, p = 0.7, float(rng.choice([0.0, 0.4, 1.0])), int(rng.integers(1, 9))
-    found = context_p_best(lattice, automaton, words, [state], [counts], p, weight=weight, share=share)
+    found = context_p_best(lattice, search, [tokens], [counts], p, weight=weight, share=share)
 
     paths = []
     for entries in itertools.product(range(k), repeat=h - 1):
@@ -89,13 +90,13 @@ def test_a_long_context_grows_the_table():
 
 def test_weight_zero_gives_the_unrescored_drafts():
     lattice = random_lattice(np.random.default_rng(1), 4, 4)
-    found = context_p_best(lattice, None, None, [ROOT], [ContextCounts()], 16, weight=0.0, share=0.5)
+    found = context_p_best(lattice, None, [[]], [ContextCounts()], 16, weight=0.0, share=0.5)
     assert found.drafts.tolist() == p_best(lattice, 16).drafts.tolist()
 
 
 def test_a_context_that_says_nothing_changes_nothing():
     lattice = random_lattice(np.random.default_rng(2), 4, 4)
-    found = context_p_best(lattice, None, None, [ROOT], [ContextCounts()], 4, weight=1.0, share=0.5)
+    found = context_p_best(lattice, None, [[]], [ContextCounts()], 4, weight=1.0, share=0.5)
     assert found.drafts.tolist() == p_best(lattice, 4).drafts.tolist()
 
 
@@ -104,6 +105,4 @@ def test_what_makes_no_sense_is_refused():
     for changed in ({"share": 1.5}, {"share": -0.1}, {"p": 0}):
         request = {"p": 1, "share": 0.5, **changed}
         with pytest.raises(RescoreError):
-            context_p_best(
-                lattice, None, None, [ROOT], [ContextCounts()], request["p"], weight=1.0, share=request["share"]
-            )
+            context_p_best(lattice, None, [[]], [ContextCounts()], request["p"], weight=1.0, share=request["share"])

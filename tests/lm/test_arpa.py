@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import re
 from pathlib import Path
 
 import kenlm
@@ -15,8 +16,9 @@ from hypothesis.extra.numpy import arrays
 
 from lattices.errors import InvalidDataError, OutputError, RescoreError
 from lattices.ngrams import SPECIAL_WORDS, NgramArrays, NgramModel
-from lm import arpa
+from lm import arpa, arpa_text
 from lm.arpa import read_arpa, write_arpa
+from lm.arpa_text import LineFormatter
 from tests.conftest import files_of_at_most
 
 TINY = Path(__file__).parent / "reference" / "kenlm" / "tiny.arpa"
@@ -286,7 +288,7 @@ class TestWriting:
         write_arpa(NgramModel((*SPECIAL_WORDS, "a"), (unigrams, bigrams)), tmp_path / "x.arpa")
         assert (tmp_path / "x.arpa").read_text() == (
             "\\data\\\nngram 1=4\nngram 2=2\n\n"
-            "\\1-grams:\n-1.25\t<unk>\t0\n0\t<s>\t-0.3\n-0.1\t</s>\t0\n-2\ta\t-1e-05\n\n"
+            "\\1-grams:\n-1.25\t<unk>\t0\n0\t<s>\t-0.3\n-0.1\t</s>\t0\n-2\ta\t-0.00001\n\n"
             "\\2-grams:\n-0.5\t<s> a\n-0.33333334\ta </s>\n\n"
             "\\end\\\n"
         )
@@ -296,12 +298,6 @@ class TestWriting:
     def test_a_read_gives_the_model_back(self, tmp_path: Path, model: NgramModel, name: str):
         write_arpa(model, tmp_path / name)
         assert_equal(read_arpa(tmp_path / name), model)
-
-    @random_models
-    @given(values=arrays(np.float32, 300, elements=st.floats(float(np.finfo(np.float32).min), 0, width=32)))
-    def test_floats_read_back_bit_for_bit(self, values: np.ndarray):
-        texts = arpa._format_floats(values)
-        np.testing.assert_array_equal(np.array([float(text) for text in texts]).astype(np.float32), values)
 
     @random_models
     @given(model=models(min_order=2))
@@ -328,7 +324,7 @@ class TestWriting:
 
     def test_blocks_do_not_show(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         write_arpa(read_arpa(TINY), tmp_path / "a.arpa")
-        monkeypatch.setattr(arpa, "BLOCK_LINES", 3)
+        monkeypatch.setattr(arpa_text, "BLOCK_BYTES", 1)
         write_arpa(read_arpa(TINY), tmp_path / "b.arpa")
         assert (tmp_path / "a.arpa").read_bytes() == (tmp_path / "b.arpa").read_bytes()
 
@@ -351,3 +347,86 @@ class TestWriting:
             write_arpa(read_arpa(TINY), tmp_path / "x.arpa")
         assert "\n" not in str(caught.value)
         assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("name", sorted(path.name for path in TINY.parents[1].glob("*.arpa.gz")))
+    def test_lmplzs_own_files_come_out_as_they_went_in(self, tmp_path: Path, name: str):
+        """Line by line but for their order: the words are sorted here."""
+        theirs = TINY.parents[1] / name
+        write_arpa(read_arpa(theirs), tmp_path / "x.arpa")
+        ours, expected = (tmp_path / "x.arpa").read_bytes(), gzip.decompress(theirs.read_bytes())
+        assert sorted(ours.splitlines()) == sorted(expected.splitlines())
+
+
+def written_numbers(values: np.ndarray) -> list[str]:
+    """What stands in the lines of 1-grams with these numbers as log-probs and as back-offs; both must be the same."""
+    ngrams = NgramArrays(np.zeros((len(values), 1), np.int32), values, values)
+    lines = b"".join(bytes(block) for block in LineFormatter(["w"]).blocks(ngrams, with_backoff=True)).decode()
+    fields = [line.split("\t") for line in lines.splitlines()]
+    assert [field[0] for field in fields] == [field[2] for field in fields]
+    return [field[0] for field in fields]
+
+
+def assert_reads_back(values: np.ndarray) -> None:
+    texts = written_numbers(values)
+    back = np.array([float(text) for text in texts]).astype(np.float32)
+    np.testing.assert_array_equal(back, values)
+    for text, value in zip(texts, values.tolist(), strict=True):
+        assert re.fullmatch(r"-?(0|[1-9]\d*)(\.\d*[1-9])?|-?[1-9](\.\d*[1-9])?e-?[1-9]\d?", text), text
+        digits = text.partition("e")[0].replace("-", "").replace(".", "").strip("0")
+        fewest = next(n for n in (7, 8, 9) if np.float32(f"{value:.{n - 1}e}") == np.float32(value))
+        assert len(digits) <= fewest
+        assert ("e" in text) == (value != 0 and not 1e-6 <= abs(float(text)) < 1e21), text
+
+
+class TestNumbers:
+    @random_models
+    @given(values=arrays(np.float32, 300, elements=st.floats(width=32, allow_nan=False, allow_infinity=False)))
+    def test_any_float_reads_back_bit_for_bit(self, values: np.ndarray):
+        assert_reads_back(values)
+
+    @random_models
+    @given(bits=arrays(np.uint32, 2000))
+    def test_any_bit_pattern_does(self, bits: np.ndarray):
+        values = bits.view(np.float32)
+        assert_reads_back(values[np.isfinite(values)])
+
+    def test_log_probs_do(self):
+        random = np.random.default_rng(0)
+        values = np.concatenate([-random.exponential(2, 20_000), -(10 ** random.uniform(-7, 2, 20_000))])
+        assert_reads_back(values.astype(np.float32))
+
+    def test_powers_of_two_and_ten_and_their_neighbours_do(self):
+        middle = np.concatenate([np.float32(2) ** np.arange(-149, 128), np.float32(10) ** np.arange(-45, 39)])
+        middle = middle.astype(np.float32)
+        below, above = np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(3e38))
+        assert_reads_back(np.concatenate([middle, below, above, -middle, -below, -above]))
+
+    @pytest.mark.parametrize(
+        ("value", "text"),
+        [
+            (-0.0, "0"),
+            (-99, "-99"),
+            (-100, "-100"),
+            (-1, "-1"),
+            (-0.30103, "-0.30103"),
+            (-9.9999999, "-10"),
+            (-1e-6, "-0.000001"),
+            (-1e-7, "-1e-7"),
+            (123456789, "123456790"),
+            (1e20, "100000000000000000000"),
+            (-1e21, "-1e21"),
+            (np.finfo(np.float32).max, "3.4028235e38"),
+        ],
+    )
+    def test_as_lmplz_writes_them(self, value: float, text: str):
+        assert written_numbers(np.float32([value])) == [text]
+
+    def test_a_word_longer_than_a_block(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(arpa_text, "BLOCK_BYTES", 1)
+        ngrams = NgramArrays(np.array([[0, 1], [1, 0]], np.int32), np.float32([-1, -2]), np.float32([0, 0]))
+        blocks = [bytes(block) for block in LineFormatter(["é" * 500, "b"]).blocks(ngrams, with_backoff=False)]
+        assert b"".join(blocks).decode() == f"-1\t{'é' * 500} b\n-2\tb {'é' * 500}\n"
+
+    def test_no_ngrams_no_lines(self):
+        none = NgramArrays(np.zeros((0, 3), np.int32), np.zeros(0, np.float32), np.zeros(0, np.float32))
+        assert list(LineFormatter(["a"]).blocks(none, with_backoff=False)) == []

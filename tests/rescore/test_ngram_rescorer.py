@@ -132,7 +132,7 @@ class TestLoading:
 
     def test_the_shipped_model_fits_the_built_in_base(self):
         rescorer = load_rescorer("ngram")
-        assert rescorer.automaton.order == 4 and rescorer.model.tokenizer_sha256
+        assert rescorer.model.order == 4 and rescorer.model.tokenizer_sha256
 
 
 class TestEvaluation:

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from lattices.errors import RescoreError
+from lattices.errors import IncompatibleError, RescoreError
 
 if TYPE_CHECKING:
+    from lattices.lattice import Lattice
+    from lm.build_ngram import NgramSummary
+    from lm.score_ngram import NgramScore
     from lm.training import HeldOutAccuracy
     from rescore.evaluation import Evaluation
+    from rescore.tracing import Trace
 
 Number = TypeVar("Number", int, float)
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
@@ -348,6 +353,185 @@ def train_heads_command(
     from rescore.report.tables import accuracy_table
 
     print(accuracy_table(accuracy))
+
+
+TEXTS = (
+    "text, .jsonl (--field), .gz or .zst of those, folders of them, a folder of rescore generate-corpus (the base LM's "
+    "own output, what the rescorer ngram learns from best), or hub:NAME[:SPLIT[:FIELD]] for a hub data set"
+)
+Field = Annotated[str, typer.Option(help="Field of JSON lines and hub data sets with the text or the token ids.")]
+Utf8Errors = Annotated[str, typer.Option("--errors", help="Bad UTF-8: strict (refuse) or replace.")]
+
+
+@app.command(name="build-ngram")
+def build_ngram_command(
+    corpus: Annotated[list[str], typer.Argument(help=f"One or more of: {TEXTS}.")],
+    out: Annotated[Path, typer.Option(help="Folder for the model; resumable.")],
+    order: Annotated[int, typer.Option(help="Length of the longest n-grams, 1 to 6.")] = 4,
+    tokenizer: Annotated[
+        str, typer.Option(help="Base LM whose token ids the words are (as --base), or words: split at white space.")
+    ] = "smollm2-135m",
+    prune: Annotated[str, typer.Option(help="Drop n-grams that occur at most so often, by order, like 0,0,1,2.")] = "",
+    discount_fallback: Annotated[
+        bool, typer.Option("--discount-fallback", help="Use discounts 0.5, 1, 1.5 where the corpus gives none.")
+    ] = False,
+    smoothing: Annotated[str, typer.Option(help="kneser-ney (modified, interpolated) or katz.")] = "kneser-ney",
+    max_ngrams: Annotated[
+        str | None, typer.Option(help="Prune by entropy down to so many n-grams, like 500K or 100M.")
+    ] = None,
+    surface: Annotated[bool, typer.Option("--surface", help="Write token strings instead of ids.")] = False,
+    memory: Annotated[str, typer.Option(help="Memory for the counts, like 4G; the rest goes to disk.")] = "4G",
+    threads: Annotated[int | None, typer.Option(help="Threads; default: one per core.")] = None,
+    errors: Utf8Errors = "strict",
+    field: Field = "text",
+    estimator: Annotated[str, typer.Option(help="own, or lmplz (KenLM's program, if on PATH).")] = "own",
+    as_json: Json = False,
+) -> None:
+    """Estimate an n-gram model from text: ARPA file, compiled automaton and manifest in one folder."""
+    from dataclasses import asdict
+
+    from lm.build_ngram import build_ngram
+
+    with _progress() as progress:
+        summary = build_ngram(
+            corpus, out, order=order, tokenizer=tokenizer, prune=_numbers("--prune", prune, int) if prune else (),
+            discount_fallback=(0.5, 1.0, 1.5) if discount_fallback else None, smoothing=smoothing,
+            max_ngrams=None if max_ngrams is None else _size("--max-ngrams", max_ngrams, 1000), surface=surface,
+            memory=_size("--memory", memory, 1024), threads=threads, errors=errors, field=field, estimator=estimator,
+            progress=progress,
+        )  # fmt: skip
+    print(json.dumps(asdict(summary)) if as_json else _built_table(summary))
+
+
+def _built_table(built: NgramSummary) -> str:
+    from rescore.report.tables import table
+
+    width = max(map(len, built.discounts))
+    names = ["D1", "D2", "D3+"] if width == 3 else [f"d{i + 1}" for i in range(width)]  # Kneser-Ney or Katz
+    origins = ["fallback" if n in built.fallback_orders else "corpus" for n in range(1, built.order + 1)]
+    rows = []
+    for n, (count, found, origin) in enumerate(zip(built.ngrams, built.discounts, origins, strict=True), start=1):
+        shown = [f"{discount:.4f}" for discount in found] + ["-"] * (width - len(found))
+        rows.append([str(n), f"{count:,}", *shown, origin])
+    lines = [
+        f"{built.path}: {sum(built.ngrams):,} n-grams from {built.tokens:,} tokens in {built.documents:,} documents",
+        "",
+        table(["order", "n-grams", *names, "from"], rows),
+        "",
+        f"files: {_file_sizes(sorted(Path(built.path).iterdir()))}",
+    ]
+    return "\n".join(lines)
+
+
+@app.command(name="score-ngram")
+def score_ngram_command(
+    text: Annotated[str, typer.Argument(help=f"One of: {TEXTS}.")],
+    ngram: Annotated[Path, typer.Option(help="Folder of build-ngram, ARPA file or KenLM binary.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="As in build-ngram; default: the model's (words for files without a manifest).")
+    ] = None,
+    errors: Utf8Errors = "strict",
+    field: Field = "text",
+    as_json: Json = False,
+) -> None:
+    """Perplexity of a text under an n-gram model, with the counts of unknown words."""
+    from lm.score_ngram import score_file
+
+    with _progress() as progress:
+        score = score_file(text, ngram, tokenizer=tokenizer, errors=errors, field=field, progress=progress)
+    if score.unknown_share > 0.9:
+        _notify(f"{ngram} does not know {score.unknown_share:.0%} of the words; is this the right --tokenizer?")
+    print(json.dumps(score.as_dict()) if as_json else _score_table(score, text))
+
+
+def _file_sizes(paths: Sequence[Path]) -> str:
+    sizes = [(path.name, path.stat().st_size) for path in paths]
+    return ", ".join(f"{name} ({size / 1e6:.1f} MB)" if size > 1e5 else f"{name} ({size:,} B)" for name, size in sizes)
+
+
+def _score_table(score: NgramScore, text: str) -> str:
+    from rescore.report.tables import table
+
+    rows = [
+        ["documents", f"{score.sentences:,}"],
+        ["tokens, ends of documents included", f"{score.tokens:,}"],
+        ["unknown tokens", f"{score.unknown:,} ({score.unknown_share:.2%})"],
+        ["log10 probability", f"{score.log10p:.2f}"],
+        ["perplexity", f"{score.perplexity:.2f}"],
+        ["perplexity without unknown tokens", f"{score.perplexity_known:.2f}"],
+    ]
+    rows += [[f"scored by {n}-grams", f"{count:,}"] for n, count in enumerate(score.hits or (), start=1)]
+    return table(["text", text], rows)
+
+
+@app.command(name="export-fst")
+def export_fst_command(
+    ngram: Annotated[Path, typer.Option(help="Folder of build-ngram, automaton or ARPA file.")],
+    out: Annotated[Path, typer.Option(help="Folder for the text files.")],
+    trace: Annotated[Path | None, typer.Option(help="Trace folder to take a lattice from.")] = None,
+    example: Annotated[str | None, typer.Option(help="Id of the trace's example; default: the first.")] = None,
+    position: Annotated[int, typer.Option(help="Output token before which the lattice stands, from 0.")] = 0,
+    k: Annotated[int, typer.Option(help="Tokens of each head that are in the lattice.")] = 16,
+    alpha: Annotated[float, typer.Option(help="Weight of the n-gram model.")] = 1.0,
+    phi: Annotated[
+        bool, typer.Option("--phi", help="Give back-off arcs a label of their own, for phi matchers; else epsilon.")
+    ] = False,
+) -> None:
+    """Write an n-gram automaton and one lattice of a trace, with their exact composition, as OpenFst text."""
+    from lattices import openfst
+    from lattices.automaton import Automaton
+    from lm.files import atomic_file
+    from lm.ngram import load_ngram
+    from rescore.weights import target_of
+
+    found = load_ngram(ngram)
+    if not isinstance(automaton := found.model, Automaton):
+        raise RescoreError(f"{ngram} is a KenLM binary, which can't be written out; give its ARPA file")
+    start, files = automaton.start, dict[str, Iterable[str]]()
+    if trace is not None:
+        traced, lattice, before = _traced_lattice(trace, example, position, k)
+        header, base = traced.header, target_of(traced)
+        if found.tokenizer_sha256 and base.tokenizer_sha256 not in (None, found.tokenizer_sha256):
+            raise IncompatibleError(f"{ngram} was made for another tokenizer than the base LM's of {trace}")
+        words = found.words_of_tokens(header.vocab_size, header.eos_token_ids)
+        start = automaton.state_after(words[before[len(before) - min(len(before), automaton.order - 1) :]].tolist())
+        files["lattice.txt"] = [openfst.lattice_text(lattice, words)]
+        files["composition.txt"] = [openfst.composition_text(lattice, words, automaton, start, weight=alpha)]
+        files["tokens.syms"] = openfst.token_symbols(header.vocab_size)
+    label = openfst.phi_label_of(automaton) if phi else None
+    files["automaton.txt"] = openfst.automaton_text(automaton, weight=alpha, start=start, phi_label=label)
+    files["words.syms"] = openfst.word_symbols(automaton, phi_label=label)
+    for name, blocks in files.items():
+        with atomic_file(out / name) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as stream:
+            stream.writelines(blocks)
+    print(f"{out}: {_file_sizes([out / name for name in files])}")
+
+
+def _traced_lattice(trace: Path, example: str | None, position: int, k: int) -> tuple[Trace, Lattice, list[int]]:
+    """The trace, the lattice `[h, k]` at a position of an example, and the token ids before it."""
+    from lattices.errors import UnknownNameError
+    from rescore.checks import check_held_k
+    from rescore.tracing import load_trace
+
+    loaded = load_trace(trace)
+    chosen = [e for e in loaded.examples if example in (None, e.id)]
+    if not chosen:
+        raise UnknownNameError("example", str(example), [e.id for e in loaded.examples])
+    first = chosen[0]
+    last = len(first.output_ids) - 1
+    if not 0 <= position <= last:
+        raise RescoreError(f"--position {position}: the example {first.id} has the positions 0 to {last}")
+    check_held_k(loaded.header.k, k)
+    before = [*first.prompt_ids.tolist(), *first.output_ids[:position].tolist()]
+    return loaded, first.lattice[position].top(k), before
+
+
+def _size(option: str, text: str, thousand: int) -> int:
+    """A number like 500K, 1.5M or 4G of an option; `thousand` is what K stands for."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kmgt]?)b?", text.strip().lower())
+    if not match:
+        raise RescoreError(f"{option} {text}: give a number, with K, M, G or T behind it if it is large, like 4G")
+    return int(float(match[1]) * thousand ** " kmgt".index(match[2] or " "))
 
 
 @bench.command(name="verify-curve")

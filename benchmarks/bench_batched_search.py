@@ -1,7 +1,7 @@
 """The batched p-best search in torch tensors against the compiled one, on lattices of real traces.
 
     python benchmarks/bench_batched_search.py --trace DIR... --automaton FILE... [--lattices 4000] [--k 16] [--p 1 16]
-        [--beam 64] [--weight 0.5] [--device cpu] [--threads 1]
+        [--beam 64] [--depth 3 2] [--weight 0.5] [--device cpu] [--threads 1]
 
 The positions of the traces, spread evenly and repeated as needed, with the automaton's states after their true left
 contexts; both searches get these ready-made. The compiled search runs on one core. Only the share that the batched
@@ -54,8 +54,10 @@ def best_seconds(run: Callable[[], Any], repeats: int) -> tuple[float, Any]:
     return min(seconds), result
 
 
-def measure(search: BatchedNgramSearch, words: np.ndarray, lattice: Lattice, contexts: np.ndarray, p: int, weight: float,
-            repeats: int) -> dict[str, Any]:  # fmt: skip
+def measure(
+    search: BatchedNgramSearch, words: np.ndarray, lattice: Lattice, contexts: np.ndarray,
+    p: int, weight: float, repeats: int,
+) -> dict[str, Any]:  # fmt: skip
     """Both searches over all lattices: microseconds each, the share proven exact and how good the others are."""
     device = search.device
     ids, logps = torch.from_numpy(lattice.token_ids).to(device), torch.from_numpy(lattice.logps).to(device)
@@ -79,7 +81,8 @@ def measure(search: BatchedNgramSearch, words: np.ndarray, lattice: Lattice, con
     return {
         "order": search.automaton.order,
         "p": p,
-        "beam": p if search.automaton.order <= 3 else max(p, search.beam),
+        "depth": search.depth,
+        "beam": p if search.automaton.order <= search.depth + 1 else max(p, search.beam),
         "batched_us": seconds / len(lattice) * 1e6,
         "compiled_us": reference_seconds / len(lattice) * 1e6,
         "ratio": seconds / reference_seconds,
@@ -95,7 +98,8 @@ def main() -> None:
     parser.add_argument("--lattices", type=int, default=4000)
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--p", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--beam", type=int, nargs="+", default=[64])
+    parser.add_argument("--beam", type=int, default=64)
+    parser.add_argument("--depth", type=int, nargs="+", default=[3, 2], help="words that the bound knows")
     parser.add_argument("--weight", type=float, default=0.5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -109,8 +113,10 @@ def main() -> None:
     for path in arguments.automaton:
         automaton = Automaton.load(path)
         words = automaton.words_of_tokens(traces[0].header.vocab_size)
-        for beam in arguments.beam if automaton.order > 3 else arguments.beam[:1]:
-            search = BatchedNgramSearch(automaton, words, device=arguments.device, beam=beam, memory=arguments.memory)
+        for depth in arguments.depth if automaton.order > 3 else arguments.depth[:1]:
+            search = BatchedNgramSearch(
+                automaton, words, device=arguments.device, beam=arguments.beam, depth=depth, memory=arguments.memory
+            )
             for p in arguments.p:
                 results.append(
                     measure(search, words, lattice, contexts, p, arguments.weight, arguments.repeats)
@@ -118,9 +124,9 @@ def main() -> None:
                 )
     h, k = lattice.token_ids.shape[1:]
     print(f"{len(lattice)} lattices of {h} x {k}, weight {arguments.weight}, {arguments.device}, us per lattice\n")
-    header = ["automaton", "order", "p", "beam", "batched", "compiled", "ratio", "proven exact", "same"]
+    header = ["automaton", "order", "p", "depth", "beam", "batched", "compiled", "ratio", "proven exact", "same"]
     rows = [
-        [r["automaton"], str(r["order"]), str(r["p"]), str(r["beam"]), f"{r['batched_us']:.0f}",
+        [r["automaton"], str(r["order"]), str(r["p"]), str(r["depth"]), str(r["beam"]), f"{r['batched_us']:.0f}",
          f"{r['compiled_us']:.0f}", f"{r['ratio']:.2f}", f"{r['proven_exact']:.1%}", f"{r['same']:.1%}"]
         for r in results
     ]  # fmt: skip

@@ -1,10 +1,10 @@
 """Exact p-best search over lattice and n-gram automaton: ours against OpenFst, on the same lattices in the same run.
 
 `python benchmarks/bench_ngram_search.py --automaton PATH... --trace FOLDER... [--limit N] [--weight W] [--k K]
-[--p P...] [--fst FOLDER] [--arpa PATH...]`, with the project installed; run it on one core (OMP_NUM_THREADS=1). An
-automaton is a folder of `build-ngram` or its `.bin`. The lattices are positions of the traces, evenly spread; their
-left contexts are prompt + output. Both sides start from the lattice's arrays, one lattice a call; each lattice counts
-with the best of several passes, in which the two sides take turns. Compiling is not counted.
+[--p P...] [--passes N] [--fst FOLDER] [--check N] [--arpa PATH...]`, with the project installed; run it on one core
+(OMP_NUM_THREADS=1). An automaton is a folder of `build-ngram` or its `.bin`. The lattices are positions of the traces,
+evenly spread; their left contexts are prompt + output. Both sides start from the lattice's arrays, one lattice a call;
+each lattice counts with the best of several passes, in which the two sides take turns. Compiling is not counted.
 
 OpenFst (`pip install pynini`; without it only ours is measured): the automaton is one transducer with back-off as
 epsilon, built once (`--fst` keeps it for the next run) and started in the state of the left context; a call makes the
@@ -39,7 +39,6 @@ from lm.build_ngram import AUTOMATON_FILE
 from lm.files import sha256_of_file
 from rescore.tracing import load_trace
 
-PASSES = 3
 LOADS = 20
 PAIRS = 1_000_000
 SAME = 1e-3  # nats: OpenFst adds in float32
@@ -152,9 +151,12 @@ def bench(
     dense = np.searchsorted(opponent.states, states).tolist() if opponent else []
     if opponent:
         result["openfst_built_s"] = round(opponent.seconds, 1)
-        made = [[seconds_of(partial(opponent.lattice, lattice, i)) for i in range(len(lattice))] for _ in range(PASSES)]
+        made = [
+            [seconds_of(partial(opponent.lattice, lattice, i)) for i in range(len(lattice))]
+            for _ in range(options.passes)
+        ]
         result["openfst_lattice_ms"] = percentiles(np.array(made))["p50_ms"]
-        free = [opponent.scores(opponent.p_best(lattice, i, dense[i], 1))[0] for i in range(len(lattice))]
+        free = np.array([opponent.scores(opponent.p_best(lattice, i, dense[i], 1))[0] for i in range(len(lattice))])
         ours = search.p_best(lattice, states, 1, weight=options.weight).scores[:, 0]
         if (ours > free + SAME).any():
             sys.exit("OpenFst's best path with free back-off scores worse than ours, which can't be")
@@ -169,8 +171,8 @@ def bench(
         result["exact_on"] = min(options.check, len(lattice))
     for p in options.p:
         search.p_best(lattice, states, p, weight=options.weight)  # compiles, and makes room
-        mine, other = np.empty((PASSES, len(lattice))), np.empty((PASSES, len(lattice)))
-        for turn in range(PASSES):
+        mine, other = np.empty((options.passes, len(lattice))), np.empty((options.passes, len(lattice)))
+        for turn in range(options.passes):
             for i, (one, state) in enumerate(one_by_one):
                 start = time.perf_counter()
                 search.p_best(one, state, p, weight=options.weight)
@@ -181,7 +183,7 @@ def bench(
                 opponent.p_best(lattice, i, dense[i], p)
                 other[turn, i] = time.perf_counter() - start
         whole = partial(search.p_best, lattice, states, p, weight=options.weight)
-        batch = min(seconds_of(whole) for _ in range(PASSES))
+        batch = min(seconds_of(whole) for _ in range(options.passes))
         measured: dict[str, Any] = {"ours": percentiles(mine), "batched_blocks_per_s": round(len(lattice) / batch)}
         if opponent:
             measured["openfst"] = percentiles(other)
@@ -240,6 +242,7 @@ def main() -> None:
     parser.add_argument("--weight", type=float, default=0.5)
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--p", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--passes", type=int, default=5)
     parser.add_argument("--fst", type=Path, help="a folder that keeps OpenFst's automata")
     parser.add_argument("--without-openfst", action="store_true")
     parser.add_argument(

@@ -5,12 +5,13 @@ what the compiled search does by walking hash tables is done here by gathers, fo
 No loop runs over lattices: there are loops over slots, context lengths and the probes of a hash table.
 
 1. The bigram rows: the n-gram scores of every slot's k words after each of the k words before, and the states there.
-2. Backward, the bound of `lattices.ngram_search`: the most that a path can gain after two neighbouring entries.
+2. Backward, a bound like that of `lattices.ngram_search`: the most that a path gains after its last `depth` entries.
+   It is the same for all histories with the same last entries but for those that are states of their own.
 3. Forward, a beam of prefixes, ranked by score + bound ("reach"), equals by token ids.
 
-Up to order 3 two words are all that a state knows, so the bound is what the best completion gains. A beam of p is exact
-then: a prefix that p others come before, by reach and then ids, has p whole paths before its own best one. From order 4
-on the bound is a bound. The beam is wider there, and the best reach that it ever dropped tells what it can have
+Up to order depth + 1 a state knows no more words, so the bound is what the best completion gains. A beam of p is exact
+then: a prefix that p others come before, by reach and then ids, has p whole paths before its own best one. Above that
+order the bound is a bound. The beam is wider there, and the best reach that it ever dropped tells what it can have
 missed: nothing if the p-th path found scores more.
 
 Entries are sorted by token id at the start and the beam is kept in the order of ids, so the candidates of a slot,
@@ -91,10 +92,12 @@ class _Words(NamedTuple):
 
 
 class BatchedNgramSearch:
-    """Searches batches of lattices with one automaton, whose arrays are put on `device` (on the CPU: shared, not copied).
+    """Searches batches of lattices with one automaton; its arrays are put on `device` (on the CPU: shared, not copied).
 
-    `words` int32 `[vocab_size]` and `end_token` as for `NgramSearch`. `beam`: prefixes kept for models of order 4 and
-    above (at least p). `memory`: about how many bytes a call may take besides its arguments and results.
+    `words` int32 `[vocab_size]` and `end_token` as for `NgramSearch`. `depth` 2 or 3: words that the bound knows; the
+    search is exact up to order depth + 1 and takes k^depth numbers a slot. `beam`: prefixes kept above that order (at
+    least p). `memory`: about how many bytes a call may take besides its arguments and results; each lattice takes what
+    it takes. Raises `RescoreError` for a beam or a depth that can't be.
     """
 
     def __init__(
@@ -177,7 +180,7 @@ class BatchedNgramSearch:
             ("token id", token_ids, len(self._words)),
             ("state", states, len(self.automaton.cells)),
         ):
-            if len(values) and not (0 <= int(values.min()) and int(values.max()) < end):
+            if len(values) and (int(values.min()) < 0 or int(values.max()) >= end):
                 raise InvalidDataError(f"a {what} is outside 0 to {end - 1}; is the n-gram model the right one?")
 
     def _unweighted(self, token_ids: Tensor, logps: Tensor, p: int) -> BatchedPBest:
@@ -191,7 +194,8 @@ class BatchedNgramSearch:
 
     def _bytes_per_lattice(self, h: int, k: int, p: int) -> int:
         """About what `_search` takes: pairs and bounds of all slots, rows of one slot with their arcs, the beam."""
-        return 8 * (6 * h * k**2 + (h + 12) * k**self.depth + 16 * self._width(p) * k + 16 * h * k)
+        numbers = 6 * h * k**2 + (h + 12) * k**self.depth + 16 * self._width(p) * k + 16 * h * k
+        return 8 * int(numbers)
 
     # From here on: J = h - 1 slots without the first, entries by rising token id, states int64, scores int64 in units
     # of 1 / ARC_SCALE (paths) or 1 / SCORE_SCALE (n-grams).
@@ -268,10 +272,10 @@ class BatchedNgramSearch:
         return score.view(len(now.ids) // n, n, k, k), after.view(len(now.ids) // n, n, k, k)
 
     def _bounds(
-        self, ids: Tensor, words: list[_Words], heads: Tensor, first: tuple[Tensor, Tensor], pairs: tuple[Tensor, Tensor],
-        weight: int,
+        self, ids: Tensor, words: list[_Words], heads: Tensor, first: tuple[Tensor, Tensor],
+        pairs: tuple[Tensor, Tensor], weight: int,
     ) -> list[Tensor]:  # fmt: skip
-        """For slots 1..J: the most that a path gains after its last `depth` entries, flat, the slot's own varying fastest.
+        """For slots 1..J: the most that a path gains after its last `depth` entries, flat, the slot's own fastest.
 
         `[n, k^depth]`; fewer where fewer slots came before, and there the states know the true left context.
         """
@@ -280,13 +284,12 @@ class BatchedNgramSearch:
         for j in range(1, min(depth, slots)):
             early.append(self._rows(words[j], pairs, j, early[-1][1]))
         bounds = [torch.zeros((n, k ** min(slots, depth)), dtype=torch.int64, device=self.device)]
-        here = early[-1]
+        here = first
         for j in range(slots - 1, -1, -1):
             ahead = here[0]  # of slot j + 1
-            if j < depth:
-                here = early[j]
-            else:
-                here = self._rows(words[j], pairs, j, pairs[1][j - 2] if depth > 2 else None)
+            if j >= depth:
+                early.append(self._rows(words[j], pairs, j, pairs[1][j - 2] if depth > 2 else None))
+            here = early.pop()
             if j == slots - 1:
                 continue
             onward = bounds[0].view(n, -1, k)
@@ -316,7 +319,9 @@ class BatchedNgramSearch:
             bounds.insert(0, bound)
         return bounds
 
-    def _rows(self, words: _Words, pairs: tuple[Tensor, Tensor], j: int, states: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _rows(
+        self, words: _Words, pairs: tuple[Tensor, Tensor], j: int, states: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Scores and next states `[n, c k, k]` of slot j's words after `states` `[n, c, k]` that slot j - 1 led to.
 
         None: after its words alone, c = 1.

@@ -144,6 +144,8 @@ def build_ngram(
             table, encoded.vocabulary, smoothing=smoothing, prune=thresholds, discount_fallback=fallback,
             max_ngrams=max_ngrams, workspace=workspace,
         )  # fmt: skip
+        if progress:
+            progress("estimating", 1, 1)
         del table
         model = result.model
         discounts = tuple(s.discounts for s in result.statistics)

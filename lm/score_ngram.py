@@ -1,19 +1,32 @@
 """Perplexity of a text under an n-gram model, with the counts that say what it is worth: unknown words, n-gram lengths.
 
-Knows nothing about files. A model is anything with `begin_sentence` and `score(state, word)`, the protocol that
-pyctcdecode has for its language models: `lm.kenlm_model.KenlmModel` with words as strings or ids, an automaton through
-`AutomatonScorer` with its word ids. The numbers are those of KenLM's `query`.
+`score_file` is what the command `score-ngram` does; `score_text` knows nothing about files. A model is anything with
+`begin_sentence` and `score(state, word)`, the protocol that pyctcdecode has for its language models:
+`lm.kenlm_model.KenlmModel` with words as strings or ids, an automaton through `AutomatonScorer` with its word ids. The
+numbers are those of KenLM's `query`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from lattices.errors import RescoreError
+import numpy as np
+
+from lattices.automaton import Automaton
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.ngrams import SENTENCE_END, UNKNOWN
+from lm.build_ngram import ARPA_FILE, AUTOMATON_FILE, MANIFEST_FILE, WORDS
+from lm.counting import BREAK
+from lm.files import read_json_object
+from lm.ngram import load_ngram
+from lm.ngram_corpus import EncodedCorpus, Progress, encode_corpora, find_sources
+
+SCORED_WORDS = 100_000  # between two calls of `progress`
 
 WordT = TypeVar("WordT")
 WordC = TypeVar("WordC", contravariant=True)
@@ -46,16 +59,6 @@ class LengthScorer(Protocol):
         """log10 probability, length of the n-gram, next state."""
 
 
-class Automaton(Protocol):
-    """What `AutomatonScorer` needs of `lattices.automaton`."""
-
-    def start(self) -> int:
-        """The state behind `<s>`."""
-
-    def advance(self, state: int, word: int, /) -> tuple[float, int]:
-        """log10 probability of a word id behind a state, and the next state."""
-
-
 @dataclass(frozen=True)
 class AutomatonScorer:
     """An automaton as an `NgramScorer` of word ids; 0 is unknown, and what `is_unknown_id` says besides."""
@@ -68,7 +71,7 @@ class AutomatonScorer:
         return SENTENCE_END
 
     def begin_sentence(self) -> int:
-        return self.automaton.start()
+        return self.automaton.start
 
     def score(self, state: int, word: int, /) -> tuple[float, int]:
         return self.automaton.advance(state, word)
@@ -106,6 +109,96 @@ class NgramScore:
     def unknown_share(self) -> float:
         """Unknown tokens / tokens; nan without tokens."""
         return self.unknown / self.tokens if self.tokens else math.nan
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON: what is no finite number is None."""
+        derived = {name: getattr(self, name) for name in ("perplexity", "perplexity_known", "unknown_share")}
+        return asdict(self) | {name: value if math.isfinite(value) else None for name, value in derived.items()}
+
+
+def score_file(
+    text: Path | str,
+    ngram: Path,
+    *,
+    tokenizer: str | None = None,
+    field: str = "text",
+    errors: str = "strict",
+    progress: Progress | None = None,
+) -> NgramScore:
+    """Scores a text (anything that `lm.ngram_corpus` reads, cut into documents and words as it does).
+
+    `ngram` is what `lm.ngram.load_ngram` takes: a folder of `build-ngram`, an automaton or ARPA file, scored by our
+    automaton, or a KenLM binary, scored by KenLM. `tokenizer` is the name of a base LM, or `words` for words at white
+    space; by default what the model's manifest says, and `words` for a file without one. Raises `IncompatibleError` for
+    a tokenizer that the model was not made for, `RescoreError` for what isn't there, `InvalidDataError` for what is
+    broken.
+    """
+    manifest = _manifest(ngram)
+    sources = find_sources([text])
+    loaded = _tokenizer(tokenizer, manifest, ngram)
+    found = load_ngram(ngram)
+    with tempfile.TemporaryDirectory(prefix="rescore-") as work:
+        encoded = encode_corpora(
+            sources, Path(work) / "stream.i32", tokenizer=loaded, left_context=found.order - 1, field=field,
+            errors=errors, surface=bool(manifest.get("surface")), progress=progress,
+        )  # fmt: skip
+        words = np.arange(len(encoded.vocabulary))
+        scorer: NgramScorer[Any]
+        if isinstance(found.model, Automaton):
+            place = {word: i for i, word in enumerate(found.model.vocabulary)}
+            words = np.array([place.get(word, UNKNOWN) for word in encoded.vocabulary])
+            scorer = AutomatonScorer(found.model)
+        else:
+            found.model.words = encoded.vocabulary
+            scorer = found.model
+        return score_text(scorer, _sentences(encoded, words, progress), end=False)
+
+
+def _manifest(ngram: Path) -> dict[str, Any]:
+    """The manifest of the folder of `build-ngram` that `ngram` is or lies in; empty if in none."""
+    if not ngram.exists():
+        raise RescoreError(f"no n-gram model at {ngram}; give a folder of rescore build-ngram, an ARPA or .bin file")
+    if ngram.is_dir():
+        return read_json_object(ngram / MANIFEST_FILE, missing=f"no n-gram model in {ngram}")
+    beside = ngram.parent / MANIFEST_FILE
+    if ngram.name in (ARPA_FILE, AUTOMATON_FILE) and beside.is_file():
+        return read_json_object(beside, missing=f"no n-gram model in {ngram.parent}")
+    return {}
+
+
+def _tokenizer(asked: str | None, manifest: dict[str, Any], ngram: Path) -> Any | None:
+    """The tokenizer to read the text with, None for words at white space."""
+    made_with, made_for = manifest.get("tokenizer", WORDS), manifest.get("tokenizer_sha256")
+    name = asked or made_with
+    if not isinstance(name, str) or (made_for is not None and not isinstance(made_for, str)):
+        raise InvalidDataError(f"the manifest of {ngram} has no tokenizer's name; build the model again")
+    foreign = f"{ngram} was made with the tokenizer {made_with}; give that, or leave --tokenizer out"
+    if name == WORDS:
+        if made_for:
+            raise IncompatibleError(foreign)
+        return None
+    if manifest and made_with == WORDS:
+        raise IncompatibleError(foreign)
+    from lm.catalog import load_tokenizer, tokenizer_sha256
+
+    loaded = load_tokenizer(name)
+    if made_for and tokenizer_sha256(loaded) != made_for:
+        if asked:
+            raise IncompatibleError(foreign)
+        raise IncompatibleError(f"the tokenizer {name} is not what {ngram} was made with: it has changed since")
+    return loaded
+
+
+def _sentences(encoded: EncodedCorpus, words: np.ndarray, progress: Progress | None) -> Iterator[list[int]]:
+    """The model's words of every document, `</s>` included; there is none where a document was cut."""
+    ids = encoded.ids()
+    begin = reported = 0
+    for end in np.flatnonzero((ids == SENTENCE_END) | (ids == BREAK)).tolist():
+        if progress and begin >= reported:
+            progress("scoring", begin, len(ids))
+            reported = begin + SCORED_WORDS
+        yield words[ids[begin : end + (ids[end] != BREAK)]].tolist()
+        begin = end + 1
 
 
 def score_text(model: NgramScorer[WordT], sequences: Iterable[Sequence[WordT]], *, end: bool = True) -> NgramScore:

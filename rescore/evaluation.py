@@ -18,7 +18,7 @@ from lm.catalog import choose_device
 from rescore.accounting import account
 from rescore.decoding import decode, first_difference, margin_at, usable_verify
 from rescore.inputs import EvalOptions, Models, Progress, TaskInput, prepare, resolve
-from rescore.replay import replay
+from rescore.replay import replay, unrescored_at
 from rescore.rescorers import Rescorer, load_rescorer
 from rescore.results import ExampleLog, Result, ResultsDocument, environment
 from rescore.tasks import Metric
@@ -111,7 +111,12 @@ def oracle_by_k(
         for chosen in at_k:
             accepted = replay(trace.examples, load_rescorer("oracle"), k=chosen.k)
             records = [
-                {**_head(trace, task, "oracle", example), "accepted": lengths, "oracle_accepted": lengths}
+                {
+                    **_head(trace, task, "oracle", example),
+                    "accepted": lengths,
+                    "oracle_accepted": lengths,
+                    "unrescored_accepted": unrescored_at(example, lengths),
+                }
                 for example, lengths in zip(trace.examples, accepted, strict=True)
             ]
             evaluation.document.results.append(_result(chosen, task, "oracle", records))
@@ -210,8 +215,11 @@ def _replay(
             accepted = replay(missing, rescorer, k=options.k, p=_drafts(typed, options.p))
             for example, lengths in zip(missing, accepted, strict=True):
                 head = _head(trace, task, typed, example)
-                output = {"output_ids": example.output_ids.tolist()}
-                log.add({**head, "accepted": lengths, "oracle_accepted": oracle[example.id], **output})
+                log.add({
+                    **head, "accepted": lengths, "oracle_accepted": oracle[example.id],
+                    "unrescored_accepted": unrescored_at(example, lengths),
+                    "output_ids": example.output_ids.tolist(),
+                })  # fmt: skip
         if progress:
             progress(f"replay {task.name}", start + len(examples), len(trace.examples))
 
@@ -261,7 +269,11 @@ def _decode_live(
                 decoded = decode(base, heads, prompt, max_new_tokens=options.max_new_tokens, **request)
                 differs = first_difference(decoded.output_ids, baseline.output_ids)
                 margin = None if differs is None else margin_at(base, prompt, baseline.output_ids, differs)
+                # Where the output is the trace's, so are the lattices that the steps began with.
+                traced = first_difference(decoded.output_ids, example.output_ids.tolist()) is None
+                against = {"unrescored_accepted": unrescored_at(example, decoded.accepted)} if traced else {}
                 log.add({
+                    **against,
                     **_head(trace, task, typed, example), "accepted": decoded.accepted, "oracle_accepted": oracle,
                     "quality": _score(task.metric, base.decode_text(decoded.output_ids), example),
                     "output_ids": decoded.output_ids,
@@ -299,6 +311,7 @@ def _result(
         p=_drafts(typed, options.p),
         alpha=alpha,
         n=len(records),
+        against_unrescored=_against_unrescored(records),
         oracle_block_efficiency=oracle.block_efficiency,
         **dataclasses.asdict(accounting),
         quality=quality,
@@ -306,6 +319,16 @@ def _result(
         divergence=divergence,
         latency=times,
     )
+
+
+def _against_unrescored(records: list[dict[str, Any]]) -> dict[str, float] | None:
+    """Shares of steps that accepted more (`won`), as many (`tied`) or fewer tokens than the unrescored draft there."""
+    if not all("unrescored_accepted" in r for r in records):
+        return None
+    pairs = [(n, plain) for r in records for n, plain in zip(r["accepted"], r["unrescored_accepted"], strict=True)]
+    won, lost = sum(n > plain for n, plain in pairs), sum(n < plain for n, plain in pairs)
+    total = len(pairs)
+    return {"won": won / total, "tied": (total - won - lost) / total, "lost": lost / total}
 
 
 def latency(records: list[dict[str, Any]], block_efficiency: float) -> dict[str, Any]:

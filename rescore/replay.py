@@ -57,3 +57,16 @@ def replay(examples: Sequence[TracedExample], rescorer: Rescorer, *, k: int, p: 
             walk.accepted.append(n)
         walking = [w for w in walking if w.position < len(w.example.output_ids)]
     return [w.accepted for w in walks]
+
+
+def unrescored_at(example: TracedExample, accepted: Sequence[int]) -> list[int]:
+    """What the unrescored draft would have accepted at each of the positions where these steps began."""
+    output, best = example.output_ids, example.lattice.token_ids[:, :, 0]  # [t], [t, h]
+    lengths = []
+    position = 0
+    for n in accepted:
+        ahead = output[position : position + best.shape[1]]
+        same = best[position, : len(ahead)] == ahead
+        lengths.append(len(ahead) if same.all() else max(1, int(same.argmin())))
+        position += n
+    return lengths

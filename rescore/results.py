@@ -33,10 +33,12 @@ LIBRARIES = ("torch", "transformers", "numpy", "numba", "datasets")
 class Result:
     """One rescorer on one task: its name as typed, `n` examples, accounting as in `rescore.accounting.Accounting`.
 
-    `oracle_block_efficiency` at this k; `quality`: `{"metric", "value"}`, mean over examples of the task's metric of
-    the output, None where it has none or the text is not known; and in live mode, else None: `identical` `{"n",
-    "identical"}` outputs equal to greedy decoding, `divergence` of the others (`{"id", "position", "margin"}`: the
-    first token that differs, from 0, and the greedy logit margin there), `latency` (`rescore.evaluation.latency`).
+    `oracle_block_efficiency` at this k; `against_unrescored`: shares of steps that `won`, `tied` and `lost` tokens
+    against the unrescored draft of their position (None where a live output is not the trace's); `quality`: `{"metric",
+    "value"}`, mean over examples of the task's metric of the output, None where it has none or the text is not known;
+    and in live mode, else None: `identical` `{"n", "identical"}` outputs equal to greedy decoding, `divergence` of the
+    others (`{"id", "position", "margin"}`: the first token that differs, from 0, and the greedy logit margin there),
+    `latency` (`rescore.evaluation.latency`).
     """
 
     task: str
@@ -49,6 +51,7 @@ class Result:
     block_efficiency_ci95: tuple[float, float] | None
     block_efficiency_macro: float
     oracle_block_efficiency: float
+    against_unrescored: dict[str, float] | None
     steps: int
     tokens: int
     accepted_histogram: list[int]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rescore.benchmarks import VerifyCurve
     from rescore.tuning import Tuned
 
-LABEL = ("task", "rescorer", "k", "p", "alpha")  # the first columns of every table of results
+LABEL = ("task", "rescorer", "k", "p")  # the first columns of every table of results
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> str:
@@ -33,7 +33,10 @@ def results_table(document: ResultsDocument) -> str:
     """All results of a run: what was run, block efficiency, acceptance by position, and in live mode times."""
     if not document.results:
         return "no finished examples"
-    parts = [_caption(document), _efficiency(document.results), _acceptance(document.results)]
+    parts = [_caption(document), _efficiency(document.results)]
+    if gains := _gains(document.results):
+        parts.append(gains)
+    parts.append(_acceptance(document.results))
     if any(r.latency for r in document.results):
         parts += [_speed(document.results), _times(document.results)]
     if any(r.divergence for r in document.results):
@@ -51,7 +54,7 @@ def _caption(document: ResultsDocument) -> str:
 
 
 def _label(r: Result) -> list[str]:
-    return [r.task, r.rescorer, str(r.k), str(r.p), "-" if r.alpha is None else f"{r.alpha:g}"]
+    return [r.task, r.rescorer, str(r.k), str(r.p)]
 
 
 def _efficiency(results: Sequence[Result]) -> str:
@@ -69,6 +72,24 @@ def _efficiency(results: Sequence[Result]) -> str:
         "macro = mean over examples; oracle = block eff. of the best path of the top-k lattice."
     )
     return table([*LABEL, *header], rows, text_columns=2) + "\n" + note
+
+
+def _gains(results: Sequence[Result]) -> str:
+    rows = []
+    for r in results:
+        if (against := r.against_unrescored) is None or (r.rescorer == "none" and r.p == 1):
+            continue
+        alpha = "-" if r.alpha is None else f"{r.alpha:g}"
+        plain = next((o for o in results if o.task == r.task and o.rescorer == "none" and o.p == 1), None)
+        gain = f"{r.block_efficiency / plain.block_efficiency - 1:+.1%}" if plain else "-"
+        rows.append([*_label(r), alpha, gain, *(f"{against[name]:.1%}" for name in ("won", "tied", "lost"))])
+    if not rows:
+        return ""
+    note = (
+        "alpha = weight of the rescorer; gain of block eff. over the unrescored draft (p = 1) where that was run too;\n"
+        "won, tied, lost: steps that accepted more, as many, fewer tokens than the unrescored draft there."
+    )
+    return table([*LABEL, "alpha", "gain", "won", "tied", "lost"], rows, text_columns=2) + "\n" + note
 
 
 def _acceptance(results: Sequence[Result]) -> str:

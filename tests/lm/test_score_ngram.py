@@ -33,6 +33,7 @@ class FakeAutomaton:
     model: KenlmModel
     states: list
 
+    @property
     def start(self) -> int:
         return self._number(self.model.begin_sentence())
 

@@ -251,7 +251,8 @@ def test_what_is_recorded(tiny_base, record, tmp_path: Path):
         assert traced.output == tiny_base.decode_text(output)
         logits, hidden = tiny_base.forward(torch.tensor([prompt + output]))
         before = slice(len(prompt) - 1, len(prompt) + len(output) - 1)  # the states that chose the output tokens
-        ahead = tiny_base.project(heads(hidden[0, before]))
+        chosen = tiny_base.output_embeddings.weight[logits[0, before].argmax(-1)]
+        ahead = tiny_base.project(heads(hidden[0, before], chosen))
         every = torch.cat([logits[:, before].transpose(0, 1), ahead.transpose(0, 1)], dim=1).numpy()  # [t, h, vocab]
         assert output == every[:, 0].argmax(-1).tolist()
         expected = Lattice.from_logits(every, 6)

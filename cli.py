@@ -375,7 +375,9 @@ def build_ngram_command(
     discount_fallback: Annotated[
         bool, typer.Option("--discount-fallback", help="Use discounts 0.5, 1, 1.5 where the corpus gives none.")
     ] = False,
-    smoothing: Annotated[str, typer.Option(help="kneser-ney (modified, interpolated) or katz.")] = "kneser-ney",
+    smoothing: Annotated[
+        str, typer.Option(help="kneser-ney (modified, interpolated) or katz (prunes 0,0,1,3 unless told).")
+    ] = "kneser-ney",
     max_ngrams: Annotated[
         str | None, typer.Option(help="Prune by entropy down to so many n-grams, like 500K or 100M.")
     ] = None,

@@ -1,7 +1,7 @@
 """ARPA files in and out: the text format of back-off n-gram models, in the layout that KenLM's `lmplz` prints.
 
 Knows nothing about estimation or scoring. Reads in blocks of lines with whole-column operations, about a second per
-million n-grams; writing is ten times as fast. Format: `\\data\\`, `ngram N=COUNT` lines, sections `\\N-grams:` of lines
+million n-grams; writing takes less. Format: `\\data\\`, `ngram N=COUNT` lines, sections `\\N-grams:` of lines
 `log10p TAB word ... [TAB log10 back-off]`, `\\end\\`.
 """
 

@@ -1,4 +1,4 @@
-"""The lines of an ARPA section, formatted by compiled code: about ten million n-grams a minute on one core.
+"""The lines of an ARPA section, formatted by compiled code: about five million n-grams a second on one core.
 
 Knows nothing about files. Numbers are written as `lmplz` writes them: plain from 1e-6 to 1e21, with an exponent
 outside of that (`1e-7`), without zeros at the end, negative zero as 0.

@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import kenlm
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lattices.errors import RescoreError
+from lattices.ngrams import SENTENCE_END
+from lm.counting import BREAK
 from lm.kenlm_model import KenlmModel
-from lm.score_ngram import AutomatonScorer, NgramScore, score_text
+from lm.ngram_corpus import EncodedCorpus
+from lm.score_ngram import AutomatonScorer, NgramScore, _sentences, score_file, score_text
 
 TINY = Path(__file__).parent / "reference" / "kenlm" / "tiny.arpa"
 VOCABULARY = ("<unk>", "<s>", "</s>", "the", "cat", "sat", "7", "é")
@@ -115,3 +119,44 @@ def test_extremes():
     assert all(map(math.isnan, (nothing.perplexity, nothing.perplexity_known, nothing.unknown_share)))
     assert NgramScore(1, 1, 0, -1e6, 0.0, None).perplexity == math.inf
     assert math.isnan(NgramScore(1, 2, 2, -4.0, -4.0, None).perplexity_known)
+
+
+def test_a_score_as_a_document():
+    assert NgramScore(1, 0, 0, 0.0, 0.0, None).as_dict() == {
+        "sentences": 1,
+        "tokens": 0,
+        "unknown": 0,
+        "log10p": 0.0,
+        "log10p_unknown": 0.0,
+        "hits": None,
+        "perplexity": None,
+        "perplexity_known": None,
+        "unknown_share": None,
+    }
+    assert NgramScore(1, 2, 1, -2.0, -1.5, (1, 1)).as_dict()["perplexity"] == pytest.approx(10)
+
+
+def test_a_file_is_scored_line_by_line(model: KenlmModel, tmp_path: Path):
+    text = tmp_path / "x.txt"
+    text.write_text("the cat sat\n\nzebra the\n")
+    by_ours = score_file(text, TINY)
+    expected = score_text(model, [["the", "cat", "sat"], [], ["zebra", "the"]])
+    assert (by_ours.sentences, by_ours.tokens, by_ours.unknown) == (3, expected.tokens, 1)
+    assert by_ours.log10p == pytest.approx(expected.log10p, abs=1e-5)
+    by_kenlm = score_file(text, TINY.with_name("trie.bin"))
+    assert by_kenlm.hits == expected.hits and by_kenlm.log10p == pytest.approx(expected.log10p)
+
+
+def test_progress_counts_up(tmp_path: Path):
+    calls: list[tuple[str, int, int]] = []
+    (tmp_path / "x.txt").write_text("the cat\n" * 3)
+    score_file(tmp_path / "x.txt", TINY, progress=lambda *call: calls.append(call))
+    assert {call[0] for call in calls} == {"reading", "scoring"}
+    assert all(0 <= done <= total for _, done, total in calls)
+
+
+def test_a_cut_document_has_no_end(tmp_path: Path):
+    encoded = EncodedCorpus(tmp_path / "ids", ("<unk>", "<s>", "</s>", "a"), (), 3, 3)
+    np.array([3, SENTENCE_END, 3, 3, BREAK, SENTENCE_END], np.int32).tofile(encoded.path)
+    found = list(_sentences(encoded, np.array([0, 1, 2, 7]), None))
+    assert found == [[7, 2], [7, 7], [2]]

@@ -379,4 +379,5 @@ def _fill(cells: np.ndarray, owner: np.ndarray, arcs: np.ndarray) -> None:
             step += 1
             if slots > LINEAR:
                 step &= slots - 1
-        cells[first + step] = arcs[i]
+        for column in range(4):  # a row at once takes numba seconds longer to compile
+            cells[first + step, column] = arcs[i, column]

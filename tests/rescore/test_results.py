@@ -125,7 +125,8 @@ def result(**changes: Any) -> Result:
     accounting = account([[1, 2, 3], [3, 1]], 3)
     fields = {
         "task": "squad", "rescorer": "none", "k": 16, "p": 1, "alpha": None, "n": 2, "oracle_block_efficiency": 2.5,
-        "against_unrescored": None, "quality": None, "identical": None, "divergence": None, "latency": None, **vars(accounting),
+        "against_unrescored": None, "quality": None, "identical": None, "divergence": None, "latency": None,
+        **vars(accounting),
     }  # fmt: skip
     return Result(**{**fields, **changes})
 

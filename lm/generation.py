@@ -13,6 +13,8 @@ import torch
 
 from lm.base import BaseLM
 
+ATTENTION_CELLS = 1 << 24  # prompt tokens squared x rows of a batch: 64 rows of 512, 4 of 2,048
+
 
 @dataclass(frozen=True)
 class Greedy:
@@ -41,11 +43,14 @@ def generate_greedy(
     """Yields the greedy output of every prompt, batch by batch, in an order of its own (see `Greedy.index`).
 
     Prompts are taken in windows of `window`; within one, those of similar length share a batch, so little is padding.
+    Long ones share it with fewer others than `batch_size`: attention takes memory by the square of the length.
     """
     for start in range(0, len(prompts), window):
         indices = sorted(range(start, min(start + window, len(prompts))), key=lambda i: -len(prompts[i]))
-        for first in range(0, len(indices), batch_size):
-            rows = indices[first : first + batch_size]
+        while indices:
+            longest = max(1, len(prompts[indices[0]]))
+            count = max(1, min(batch_size, ATTENTION_CELLS // longest**2))
+            rows, indices = indices[:count], indices[count:]
             yield from _generate_batch(base, rows, [prompts[i] for i in rows], max_new_tokens, with_hidden)
 
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import MistralConfig, MistralForCausalLM
 
-from lm import attention
+from lm import attention, generation
 from lm.attention import PACKED
 from lm.base import BaseIdentity, BaseLM
 from lm.catalog import load_base
@@ -153,3 +153,14 @@ def test_a_step_asks_the_device_once(tiny_base, monkeypatch):
         list(generate_greedy(tiny_base, [[1, 2], [3]], max_new_tokens=steps))
         of_steps.append(len(reads))
     assert of_steps[1] - of_steps[0] == 5
+
+
+def test_long_prompts_share_a_batch_with_fewer(tiny_base, monkeypatch):
+    monkeypatch.setattr(generation, "ATTENTION_CELLS", 4 * 10**2)
+    sizes = []
+    monkeypatch.setattr(
+        generation, "_generate_batch", lambda base, rows, prompts, *_: sizes.append([len(p) for p in prompts]) or []
+    )
+    lengths = [5] * 6 + [10] * 5 + [100]
+    assert list(generate_greedy(tiny_base, [[1] * n for n in lengths], max_new_tokens=1, batch_size=6)) == []
+    assert sizes == [[100], [10] * 4, [10, 5, 5, 5], [5, 5, 5]]

@@ -13,7 +13,7 @@ import torch
 
 from lm.base import BaseLM
 
-ATTENTION_CELLS = 1 << 24  # prompt tokens squared x rows of a batch: 64 rows of 512, 4 of 2,048
+ATTENTION_CELLS = 1 << 22  # prompt tokens squared x rows of a batch: 16 rows of 512, 1 of 2,048
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def evaluate_command(
     task: Tasks = None,
     rescorer: Annotated[
         list[str],
-        typer.Option(help="none, oracle, ngram[:PATH] or a plug-in's name[:text]; may be given several times."),
+        typer.Option(help="none, oracle, ngram[:PATH], context-ngram[:PATH] or a plug-in's name[:text]; several."),
     ] = ["none"],  # noqa: B006 (typer copies it)
     k: Annotated[int, typer.Option(help="Tokens of each head that are in the lattice.")] = 16,
     p: Annotated[int, typer.Option(help="Drafts that one step verifies.")] = 1,
@@ -199,9 +199,9 @@ def oracle(
 def tune_command(
     rescorer: Annotated[list[str], typer.Option(help="A rescorer with a weight, like ngram; several.")],
     task: Tasks = None,
-    alphas: Annotated[str, typer.Option(help="Comma-separated weights; 0 is always among them.")] = (
-        "0.1,0.25,0.5,0.75,1,1.5,2"
-    ),
+    alphas: Annotated[
+        str | None, typer.Option(help="Comma-separated weights; 0 is always among them. Default: nine from 0.1 to 5.")
+    ] = None,
     k: Annotated[str, typer.Option(help="Comma-separated k.")] = "16",
     p: Annotated[str, typer.Option(help="Comma-separated p.")] = "1,16",
     h: Annotated[int | None, typer.Option(help="Use only the first h heads.")] = None,
@@ -221,7 +221,7 @@ def tune_command(
 
     from rescore.evaluation import EvalOptions
     from rescore.report.tables import tuning_table
-    from rescore.tuning import tune
+    from rescore.tuning import DEFAULT_ALPHAS, tune
 
     chosen = EvalOptions(
         tasks=tuple(task or ()), rescorers=tuple(rescorer), base=base, heads=heads, h=h, limit=limit, data=data,
@@ -229,8 +229,8 @@ def tune_command(
     )  # fmt: skip
     with _progress() as progress:
         found = tune(
-            chosen, alphas=_numbers("--alphas", alphas, float), ks=_numbers("--k", k, int),
-            ps=_numbers("--p", p, int), progress=progress, notify=_notify,
+            chosen, alphas=_numbers("--alphas", alphas, float) if alphas else DEFAULT_ALPHAS,
+            ks=_numbers("--k", k, int), ps=_numbers("--p", p, int), progress=progress, notify=_notify,
         )  # fmt: skip
     print(json.dumps([asdict(tuned) for tuned in found]) if as_json else tuning_table(found))
 

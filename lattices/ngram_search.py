@@ -76,6 +76,15 @@ class _Room(NamedTuple):
     counters: np.ndarray  # 0 rows in use, 1 run
 
 
+def checked_weight(p: int, weight: float) -> int:
+    """The weight in units of 1 / `WEIGHT_SCALE`; raises `RescoreError` for p < 1 or a weight outside its range."""
+    if p < 1:
+        raise RescoreError(f"p = {p} asks for no drafts; choose p of at least 1")
+    if not 0 <= weight <= MAX_WEIGHT:
+        raise RescoreError(f"an n-gram weight of {weight}; choose one from 0 to {MAX_WEIGHT:g}")
+    return round(weight * WEIGHT_SCALE)
+
+
 class NgramSearch:
     """Searches lattices with one automaton; keeps its room to work in between calls, so it is not for two threads.
 
@@ -109,11 +118,7 @@ class NgramSearch:
         Gives p' = min(p, k^(h-1)) drafts each; `scores` in nats. A weight of 0 gives `lattices.search.p_best`, bit for
         bit. Raises `RescoreError` for p < 1 or a weight outside 0 to `MAX_WEIGHT`.
         """
-        if p < 1:
-            raise RescoreError(f"p = {p} asks for no drafts; choose p of at least 1")
-        if not 0 <= weight <= MAX_WEIGHT:
-            raise RescoreError(f"an n-gram weight of {weight}; choose one from 0 to {MAX_WEIGHT:g}")
-        factor = round(weight * WEIGHT_SCALE)
+        factor = checked_weight(p, weight)
         if factor == 0:
             return p_best(lattice, p)
         n, h, k = lattice.token_ids.shape

@@ -1,7 +1,8 @@
 """Exact p-best search with a KenLM binary, whose n-grams can't be enumerated: one call of KenLM per state and word.
 
 The same scores and order of paths as `lattices.ngram_search`, from a plain dynamic program over the last order - 1
-tokens, with a beam's p-th best path as the floor and the heads alone as the bound (an n-gram's log-prob is at most 0).
+tokens, with a beam's p-th best path as the floor and the heads alone as the bound. This bound needs log-probs of at
+most 0, which a proper model has; one whose back-offs make probabilities above 1 may lose paths here.
 Some hundred times slower than the automaton: for reference, and for models that come as binaries only.
 """
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from lattices.automaton import LN10, SCORE_SCALE
 from lattices.lattice import Lattice
-from lattices.ngram_search import ARC_SCALE, WEIGHT_SCALE
+from lattices.ngram_search import ARC_SCALE, LOWEST_HEAD, checked_weight
 from lattices.search import PBest, p_best
 from lm.kenlm_model import KenlmModel
 
@@ -37,13 +38,13 @@ class KenlmSearch:
 
     def p_best_after(self, lattice: Lattice, lefts: Sequence[Sequence[int]], p: int, *, weight: float) -> PBest:
         """The p best drafts of every lattice `[n, h, k]` after its left context; see `NgramSearch.p_best`."""
-        factor = round(weight * WEIGHT_SCALE)
+        factor = checked_weight(p, weight)
         if factor == 0:
             return p_best(lattice, p)
         n, h, k = lattice.token_ids.shape
         count = min(p, k ** (h - 1))
         drafts, scores = np.zeros((n, count, h), dtype=np.int32), np.zeros((n, count), dtype=np.int64)
-        heads = np.rint(lattice.logps.astype(np.float64) * ARC_SCALE).astype(np.int64)
+        heads = np.rint(np.maximum(lattice.logps, LOWEST_HEAD).astype(np.float64) * ARC_SCALE).astype(np.int64)
         for i in range(n):
             state = self.model.empty_context()
             for token in lefts[i][max(0, len(lefts[i]) - self.model.order + 1) :]:

@@ -130,7 +130,8 @@ class _SoftCrossEntropy(torch.autograd.Function):
 class HeadTrainer:
     """One training: data, heads, optimiser. `train` runs it; `evaluate` measures the heads as they are.
 
-    `initial` is a folder of heads to start from (the same h and inner size) instead of untrained ones.
+    `initial` is a folder of heads to start from instead of untrained ones: the same h, at least this inner size (the
+    units that weigh most stay), this token size or none.
     """
 
     def __init__(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from lattices.errors import RescoreError
@@ -15,9 +16,9 @@ from rescore.inputs import EvalOptions, Models, Progress, prepare, resolve
 from rescore.replay import replay
 from rescore.rescorers import WeightedRescorer, load_rescorer
 from rescore.results import environment
-from rescore.weights import coverage_notices, fit_to, tuned_path
+from rescore.weights import choose_alphas, coverage_notices, fit_to, tuned_path
 
-DEFAULT_ALPHAS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+DEFAULT_ALPHAS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 HELD_OUT = 100
 
 
@@ -41,7 +42,7 @@ def tune(
     *,
     alphas: Sequence[float] = DEFAULT_ALPHAS,
     ks: Sequence[int] = (16,),
-    ps: Sequence[int] = (1,),
+    ps: Sequence[int] = (1, 16),
     progress: Progress | None = None,
     notify: Notify | None = None,
 ) -> list[Tuned]:
@@ -50,10 +51,10 @@ def tune(
     `options.limit` examples (default `HELD_OUT`) from the end of the data are used, at most half of them. Raises
     `RescoreError` for a rescorer without weight and for what `evaluate` refuses.
     """
-    limit = options.limit or HELD_OUT
+    limit = HELD_OUT if options.limit is None else options.limit
+    for alpha, k, p in product(alphas, ks, ps):
+        resolve(dataclasses.replace(options, alpha=alpha, k=k, p=p))
     options = resolve(dataclasses.replace(options, limit=None, k=max(ks), p=max(ps), mode="replay"))
-    for alpha in alphas:
-        resolve(dataclasses.replace(options, alpha=alpha))
     swept = tuple(sorted({0.0, *alphas}))
     rescorers = {}
     for typed in options.rescorers:
@@ -67,6 +68,7 @@ def tune(
         task = task.last(max(1, min(limit, len(task.ids) // 2)))
         if notify and task.notice:
             notify(task.notice)
+        choose_alphas(options, task, rescorers)  # refuses a foreign tokenizer before anything is decoded
         trace = first_heads(task.trace(models, progress=progress), options.h)
         fitted = fit_to(trace, rescorers)
         for line in coverage_notices(trace, fitted, options.k):

@@ -26,11 +26,11 @@ def choose_alphas(
     Only for rescorers that have a weight. Raises `IncompatibleError` if one was made for another tokenizer.
     """
     chosen: dict[str, dict[str, Any]] = {}
-    base = task.settings.get("base")
     for typed, rescorer in rescorers.items():
         if not isinstance(rescorer, WeightedRescorer):
             continue
-        if isinstance(base, dict):  # before anything is decoded
+        if task.given is None:  # before anything is decoded; a trace made elsewhere need not say what its base is
+            base = task.settings["base"]
             rescorer.fit(Target(base["vocab_size"], (), base["tokenizer_sha256"]))
         path = tuned_path(options, task, rescorer)
         if options.alpha is not None:
@@ -48,7 +48,7 @@ def alpha_notices(alphas: Mapping[str, Mapping[str, Any]], task: TaskInput) -> l
     lines = []
     for typed, chosen in alphas.items():
         if chosen["from"] == "default":
-            advice = f"rescore tune --task {task.name} --rescorer {typed} finds the best"
+            advice = "rescore tune with the same task, rescorer, k, p and h finds the best"
             lines.append(f"{typed} on {task.name}: alpha {chosen['alpha']:g} by default; {advice}")
         elif shared := len(set(task.ids) & set(chosen.get("held_out", ()))):
             lines.append(f"{typed} on {task.name}: alpha was tuned on {shared} of these {len(task.ids)} examples")
@@ -95,10 +95,10 @@ def coverage_notices(trace: Trace, rescorers: Mapping[str, Rescorer], k: int) ->
 
 def tuned_path(options: EvalOptions, task: TaskInput, rescorer: WeightedRescorer) -> Path:
     """Where the tuned weight of a rescorer on a task is kept: one file per base, heads, rescorer, h, k and p."""
-    base = task.settings.get("base")
+    ours = "heads_sha256" in task.settings  # a trace made elsewhere goes by all that it says of itself
     made_of = {
         "task": task.name,
-        "base": base if isinstance(base, dict) else task.settings,
+        "base": task.settings["base"] if ours else task.settings,
         "heads": task.settings.get("heads_sha256"),
         "h": options.h or task.settings.get("h"),
         "rescorer": rescorer.identity,

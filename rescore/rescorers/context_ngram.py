@@ -55,11 +55,13 @@ class ContextNgram:
         return changed
 
     def coverage(self, token_ids: np.ndarray) -> float:
-        """See `WeightedRescorer.coverage`; the context knows what the general model does not."""
-        return 1.0
+        """See `WeightedRescorer.coverage`: that of the general model, 1 without one."""
+        return self._search.coverage(token_ids) if self._search else 1.0
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
         """See `Rescorer.draft`."""
+        if self.general and self._search is None:
+            raise RescoreError("a rescorer with an n-gram model must be fitted to a base LM first (fit)")
         counts = [_counts(context) for context in contexts]
         lefts = [context.last(MAX_ORDER - 1) for context in contexts]
         best = context_p_best(lattices, self._search, lefts, counts, p, weight=self.alpha, share=self.share)

@@ -215,7 +215,9 @@ class TestTuning:
         assert evaluate(dataclasses.replace(chosen, alpha=0.9)).document.results[0].alpha == 0.9
 
     def test_held_out_examples_are_the_last_ones(self, options: EvalOptions):
-        (tuned,) = tune(dataclasses.replace(options, rescorers=options.rescorers[1:], limit=2), alphas=(1.0,), ks=(8,))
+        (tuned,) = tune(
+            dataclasses.replace(options, rescorers=options.rescorers[1:], limit=2), alphas=(1.0,), ks=(8,), ps=(1,)
+        )
         assert tuned.held_out == ("q4", "q5")
 
     def test_efficiency_is_that_of_replay(self, options: EvalOptions, tmp_path: Path, cache_folder: Path):

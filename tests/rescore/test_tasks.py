@@ -1,4 +1,4 @@
-"""Tasks: prompts as in METHOD.md section 6, references of every shape in use, the registry, the embedded sample."""
+"""Tasks: prompts of the paper, references of every shape in use, the registry, the embedded sample."""
 
 from __future__ import annotations
 

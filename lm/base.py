@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lattices.errors import IncompatibleError, RescoreError
 from lm.cache import KVCache
+from lm.tree_cache import TreeCache
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class BaseLM:
     def forward(
         self,
         input_ids: torch.Tensor,
-        cache: KVCache | None = None,
+        cache: KVCache | TreeCache | None = None,
         *,
         position_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -166,6 +167,7 @@ class BaseLM:
         are all that is wanted, the vocabulary projection would be a large part of the work.
         """
         if position_ids is None and cache is not None:
+            assert isinstance(cache, KVCache), "the nodes of a tree have positions of their own"
             start = cache.length
             position_ids = torch.arange(start, start + input_ids.shape[1], device=self.device)[None]
         self._projects = projects
@@ -184,9 +186,19 @@ class BaseLM:
         hidden, self._hidden = self._hidden, None
         return output.logits, hidden
 
-    def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The base's vocabulary projection: `[..., d]` -> logits `[..., vocab]`, scaled as its architecture does."""
-        logits = functional.linear(hidden, self.output_embeddings.weight, self.output_embeddings.bias)
+    def project(self, hidden: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """The base's vocabulary projection: `[..., d]` -> logits `[..., vocab]`, scaled as its architecture does.
+
+        `token_ids` int64 `[b, k]`, for hidden `[b, w, d]`: the logits of these tokens only, `[b, w, k]`.
+        """
+        weight, bias = self.output_embeddings.weight, self.output_embeddings.bias
+        if token_ids is None or token_ids.numel() >= self.vocab_size:
+            logits = functional.linear(hidden, weight, bias)
+            if token_ids is not None:
+                logits = logits.gather(-1, token_ids[:, None].expand(-1, hidden.shape[1], -1))
+        else:
+            logits = hidden @ weight[token_ids].transpose(1, 2)
+            logits = logits if bias is None else logits + bias[token_ids][:, None]
         logits = logits * (getattr(self.config, "logit_scale", None) or 1.0)
         logits = logits / (getattr(self.config, "logits_scaling", None) or 1.0)
         softcap = getattr(self.config, "final_logit_softcapping", None)

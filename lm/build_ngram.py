@@ -28,7 +28,8 @@ from lattices.ngrams import SENTENCE_END, NgramModel
 from lm.counting import BREAK, Workspace, build_table, count_full
 from lm.estimation import KATZ_CUTOFFS, check_fallback, check_thresholds, estimate
 from lm.files import atomic_folder, write_json, writing
-from lm.ngram_corpus import CorpusSource, EncodedCorpus, encode_corpora, find_sources
+from lm.ngram_corpus import CorpusSource, EncodedCorpus, encode_corpora
+from lm.own_output import OwnOutput, corpus_sources
 
 WORDS = "words"  # the tokenizer's name that stands for none
 MAX_ORDER = 6
@@ -77,9 +78,13 @@ def build_ngram(
     errors: str = "strict",
     field: str = "text",
     estimator: str = "own",
+    own: OwnOutput | None = None,
     progress: Progress | None = None,
 ) -> NgramSummary:
     """Estimates an n-gram model from `corpora` (see `lm.ngram_corpus`) and writes it to the folder `out`.
+
+    A corpus may also be `own:PROMPTS`: greedy output for a file of prompts, generated as `own` says (default: by the
+    base of the tokenizer) and kept in the cache directory.
 
     `tokenizer` is the name of a base LM, or `words` for words at white space. `prune`, `discount_fallback`, `smoothing`
     and `max_ngrams` as in `lm.estimation.estimate`. `memory` (bytes) bounds the arrays in memory; larger ones are
@@ -106,9 +111,11 @@ def build_ngram(
     thresholds = check_thresholds(prune if prune or smoothing != "katz" else KATZ_CUTOFFS[:order], order)
     fallback = None if discount_fallback is None else check_fallback(discount_fallback)
     program = _find_lmplz() if estimator == "lmplz" else None
-    _check_place(out)
-    sources = find_sources(corpora)
+    check_place(out)
     loaded, tokenizer_hash = _load(tokenizer)
+    sources = corpus_sources(
+        corpora, own or OwnOutput(base=tokenizer), tokenizer_sha256=tokenizer_hash, progress=progress
+    )
     corpora_read = [dataclasses.asdict(source) for source in sources]
     settings = {
         "format": COUNTING_FORMAT,
@@ -178,7 +185,7 @@ def build_ngram(
         "discounts": summary.discounts,
         "fallback_orders": summary.fallback_orders,
     }
-    _write(model, out, manifest, progress)
+    write_model(model, out, manifest, progress=progress)
     return summary
 
 
@@ -187,7 +194,8 @@ def _without_folder(source: dict[str, Any]) -> str:
     return name if source["kind"] == "hub" else Path(name).name
 
 
-def _write(model: NgramModel, out: Path, manifest: dict[str, Any], progress: Progress | None) -> None:
+def write_model(model: NgramModel, out: Path, manifest: dict[str, Any], *, progress: Progress | None = None) -> None:
+    """Writes a model's folder as a whole. Raises `OutputError`."""
     from lattices.automaton import Automaton
     from lm.arpa import write_arpa
 
@@ -203,7 +211,7 @@ def _write(model: NgramModel, out: Path, manifest: dict[str, Any], progress: Pro
             progress("writing", 2, 2)
 
 
-def _check_place(out: Path) -> None:
+def check_place(out: Path) -> None:
     """The whole folder is replaced, so it must be new, empty or an earlier model's."""
     if out.is_file():
         raise OutputError(f"{out} is a file; the model is a folder, choose another --out")

@@ -33,9 +33,10 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 DEVICES = ("auto", "cpu", "cuda")
 
 
-def load_base(name: str = BUILT_IN, *, dtype: str = "float32", device: str = "auto") -> BaseLM:
+def load_base(name: str = BUILT_IN, *, dtype: str = "float32", device: str = "auto", config: Any = None) -> BaseLM:
     """Loads the base LM that `name` stands for (built-in name, folder, `.gguf` file or hub id).
 
+    `config`: another configuration than its own, of which the weights hold all that it asks for (fewer layers).
     Raises `RescoreError` with what to do if there is no such model, it can't be read or can't be reached.
     """
     if dtype not in DTYPES:
@@ -43,7 +44,7 @@ def load_base(name: str = BUILT_IN, *, dtype: str = "float32", device: str = "au
     device = choose_device(device)
     attention.register()
     folder = resolve_base(name)
-    config, tokenizer = _read_config(name, folder), _read_tokenizer(name, folder)
+    config, tokenizer = config or _read_config(name, folder), _read_tokenizer(name, folder)
     identity = _identity(name, folder, config, tokenizer, dtype)
     with _reading(f"can't load the model {name}"):
         implementation = attention.PACKED if device == "cpu" and _takes_sdpa(config) else None
@@ -70,6 +71,23 @@ def identify(name: str, *, dtype: str = "float32") -> BaseIdentity:
     """What `load_base` would load, without loading its weights. Raises as `load_base` does."""
     folder = resolve_base(name)
     return _identity(name, folder, _read_config(name, folder), _read_tokenizer(name, folder), dtype)
+
+
+def read_model_config(name: str = BUILT_IN) -> Any:
+    """The transformers configuration of the base LM that `name` stands for. Raises as `load_base` does."""
+    return _read_config(name, resolve_base(name))
+
+
+def load_embeddings(name: str = BUILT_IN) -> tuple[torch.Tensor, str]:
+    """The output embeddings `[vocab, d]` of the base LM that `name` stands for, and the sha256 of its weights.
+
+    Raises as `load_base` does.
+    """
+    config = read_model_config(name)
+    config.get_text_config(decoder=True).num_hidden_layers = 1  # the rest is not needed
+    base = load_base(name, device="cpu", config=config)
+    weight: torch.Tensor = base.output_embeddings.weight
+    return weight, base.identity.weights_sha256
 
 
 def load_tokenizer(name: str = BUILT_IN) -> PreTrainedTokenizerBase:
@@ -130,7 +148,8 @@ def choose_device(device: str) -> str:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cpu" or (device == "auto" and not count):
         return "cpu"
-    index = int(number or 0)
+    # Of several processes that a launcher started on this machine, each takes its own GPU.
+    index = int(number or os.environ.get("LOCAL_RANK", "0"))
     if index >= count:
         raise RescoreError(f"no GPU here for --device {device} ({count} found); use --device cpu")
     return f"cuda:{index}"
@@ -215,7 +234,8 @@ def _takes_sdpa(config: Any) -> bool:
 
 def weights_sha256(folder: Path) -> str:
     """sha256 over the weight files of a model folder. Raises `InvalidDataError` if none is a safetensors file."""
-    files = sorted(folder.glob("*.safetensors"))
+    # A training's checkpoints beside the model are no part of it.
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files and any(folder.glob("*.bin")):
         raise InvalidDataError(
             f"{folder} has its weights as .bin only, and only safetensors are read here; load the model with "

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from safetensors import SafetensorError
 
 from lattices.errors import InvalidDataError, OutputError, RescoreError
+
+ASIDE = ".old"  # ends the name of a folder that makes room for its next version
+LEFT_AFTER = 3600.0  # seconds without a change, after which a temporary folder is taken for a killed writer's
 
 
 def cache_directory() -> Path:
@@ -44,20 +49,54 @@ def writing(path: Path) -> Iterator[None]:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that becomes `folder` if the block ends well, and vanishes if not.
 
-    Raises `OutputError` if it can't be written.
+    An older version is moved aside, then deleted: a kill at any time leaves the old or the new one, at worst aside,
+    and the next call puts it back. What killed calls left beside `folder` goes as well. Raises `OutputError` if it
+    can't be written.
     """
     with writing(folder):
+        if folder.is_symlink():  # what it stands for is replaced, not the link
+            folder = folder.resolve()
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _clear_up(folder)
         temporary = _beside(folder)
         temporary.mkdir()
         try:
             yield temporary
-            if folder.is_dir():  # another process was faster, or an older version is replaced
-                shutil.rmtree(folder)
-            os.replace(temporary, folder)
+            _replace_folder(temporary, folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _replace_folder(temporary: Path, folder: Path) -> None:
+    """Moves `temporary` to `folder`, where an older version may be, or another process's that was faster."""
+    aside = temporary.with_name(temporary.name + ASIDE)
+    if folder.is_dir():
+        os.replace(folder, aside)
+    try:
+        os.replace(temporary, folder)
+    except BaseException:
+        with suppress(OSError):
+            os.replace(aside, folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _clear_up(folder: Path) -> None:
+    """Removes what killed calls left, and puts back a version that one of them had only moved aside."""
+    for aside in folder.parent.glob(f".{glob.escape(folder.name)}-????????{ASIDE}"):
+        with suppress(OSError):
+            if not folder.exists():
+                os.replace(aside, folder)
+        shutil.rmtree(aside, ignore_errors=True)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}-????????"):
+        with suppress(OSError):
+            if left.is_dir() and time.time() - _last_touched(left) > LEFT_AFTER:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _last_touched(folder: Path) -> float:
+    return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What block heads are trained on: final hidden states of the base LM beside the tokens they must predict.
+"""What heads and rescorers learn from: final hidden states of the base LM beside the tokens they must predict.
 
 Row i of a segment is the state that chose (or, on given text, should have chosen) the segment's token i; so head j at
 row i must predict token i + j - 1. States are kept as float16 on disk and memory-mapped. Sources: a corpus of the
@@ -28,11 +28,16 @@ BATCH_TOKENS = 2048
 
 @dataclass(frozen=True)
 class HeadData:
-    """States float16 `[n, d]` (memory-mapped), targets int32 `[n]`, segment ends int64 `[s]` (rows, rising)."""
+    """States float16 `[n, d]` (memory-mapped), targets int32 `[n]`, segment ends int64 `[s]` (rows, rising).
+
+    `contexts` int32: the tokens before each segment, one after the other, `context_ends` int64 `[s]` their ends.
+    """
 
     states: np.ndarray
     targets: np.ndarray
     ends: np.ndarray
+    contexts: np.ndarray
+    context_ends: np.ndarray
     source: str
     sha256: str
 
@@ -42,6 +47,11 @@ class HeadData:
     def segments(self) -> np.ndarray:
         """First and last-plus-one row of every segment, int64 `[s, 2]`."""
         return np.stack([np.concatenate([[0], self.ends[:-1]]), self.ends], axis=1)
+
+    def context(self, segment: int) -> np.ndarray:
+        """The tokens before a segment, int32: the prompt, whose last token's state is the segment's first."""
+        start = self.context_ends[segment - 1] if segment else 0
+        return self.contexts[start : self.context_ends[segment]]
 
 
 def read_head_data(
@@ -63,15 +73,17 @@ def read_head_data(
     if not path.is_file():
         raise RescoreError(f"no corpus at {path}; give a text file, a .jsonl of pairs or a folder of generate-corpus")
     digest = sha256_of_file(path)
-    made_of = [digest, path.suffix, base.identity.weights_sha256, base.identity.tokenizer_sha256]
+    made_of = ["with contexts", digest, path.suffix, base.identity.weights_sha256, base.identity.tokenizer_sha256]
     stamp = json.dumps([*made_of, base.tokenizer.chat_template, max_tokens])
     folder = cache / f"states-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}"
     if not folder.is_dir():
         sequences = list(_pairs(base, path) if path.suffix == ".jsonl" else _chunks(base, path))
         _run_base(base, _bounded(sequences, max_tokens), folder, path, progress)
     ends = np.fromfile(folder / "ends.i64", dtype=np.int64)
-    targets = np.fromfile(folder / "targets.i32", dtype=np.int32)
-    return HeadData(_states(folder, len(targets), base.hidden_size), targets, ends, path.name, digest)
+    targets, contexts = (np.fromfile(folder / f"{name}.i32", dtype=np.int32) for name in ("targets", "contexts"))
+    context_ends = np.fromfile(folder / "context_ends.i64", dtype=np.int64)
+    states = _states(folder, len(targets), base.hidden_size)
+    return HeadData(states, targets, ends, contexts, context_ends, path.name, digest)
 
 
 def _states(folder: Path, rows: int, hidden_size: int) -> np.ndarray:
@@ -92,17 +104,24 @@ def _own_output(base: BaseLM, folder: Path) -> HeadData:
             )
     targets: list[int] = []
     ends: list[int] = []
+    contexts: list[int] = []
+    context_ends: list[int] = []
     for number, record in read_json_lines(folder / CORPUS_FILE, torn_tail=True):
-        if "output_ids" not in record:
-            raise InvalidDataError(f"{folder / CORPUS_FILE} line {number} has no field 'output_ids'")
+        for field in ("prompt_ids", "output_ids"):
+            if field not in record:
+                raise InvalidDataError(f"{folder / CORPUS_FILE} line {number} has no field {field!r}")
         targets += record["output_ids"]
         ends.append(len(targets))
+        contexts += record["prompt_ids"]
+        context_ends.append(len(contexts))
     if not targets:
         raise InvalidDataError(f"the corpus in {folder} is empty")
     return HeadData(
         _states(folder, len(targets), base.hidden_size),
         np.asarray(targets, dtype=np.int32),
         np.asarray(ends, dtype=np.int64),
+        np.asarray(contexts, dtype=np.int32),
+        np.asarray(context_ends, dtype=np.int64),
         folder.name,
         sha256_of_file(folder / CORPUS_FILE),
     )
@@ -164,6 +183,8 @@ def _run_base(
     with atomic_folder(folder) as temporary, (temporary / HIDDEN_FILE).open("wb") as stream:
         targets: list[int] = []
         ends: list[int] = []
+        contexts: list[int] = []
+        context_ends: list[int] = []
         while order:
             longest = len(sequences[order[-1]][0]) + len(sequences[order[-1]][1])
             batch = [order.pop() for _ in range(min(len(order), max(1, BATCH_TOKENS // longest)))]
@@ -179,7 +200,11 @@ def _run_base(
                 stream.write(states.to(torch.float16).cpu().numpy().tobytes())
                 targets += answer
                 ends.append(len(targets))
+                contexts += prompt
+                context_ends.append(len(contexts))
             if progress:
                 progress(len(ends), len(sequences))
-        np.asarray(targets, dtype=np.int32).tofile(temporary / "targets.i32")
-        np.asarray(ends, dtype=np.int64).tofile(temporary / "ends.i64")
+        for name, tokens in (("targets", targets), ("contexts", contexts)):
+            np.asarray(tokens, dtype=np.int32).tofile(temporary / f"{name}.i32")
+        for name, places in (("ends", ends), ("context_ends", context_ends)):
+            np.asarray(places, dtype=np.int64).tofile(temporary / f"{name}.i64")

@@ -24,10 +24,11 @@ _Prefix = tuple[int, tuple[int, ...], Any]  # minus the score (so that sorting p
 
 
 class KenlmSearch:
-    """Searches lattices with a KenLM model whose words are decimal token ids; `eos_token_ids` are its `</s>`."""
+    """Searches lattices with a KenLM model whose words are decimal token ids; `eos_token_ids` are its `</s>`, and with
+    `end_token` (a token id) a path ends where it takes that token, as in `NgramSearch`."""
 
-    def __init__(self, model: KenlmModel, eos_token_ids: Sequence[int]) -> None:
-        self.model = model
+    def __init__(self, model: KenlmModel, eos_token_ids: Sequence[int], *, end_token: int | None = None) -> None:
+        self.model, self.end_token = model, end_token
         self._word = {token: model.sentence_end for token in eos_token_ids}
 
     def coverage(self, token_ids: np.ndarray) -> float:
@@ -50,6 +51,7 @@ class KenlmSearch:
             for token in lefts[i][max(0, len(lefts[i]) - self.model.order + 1) :]:
                 state = self.model.score(state, self._of(token))[1]
             found = self._search(lattice.token_ids[i].tolist(), heads[i].tolist(), state, factor, count)
+            found += [found[0]] * (count - len(found))  # end-of-text leaves fewer ways than places
             for place, (minus, tokens, _) in enumerate(found):
                 drafts[i, place], scores[i, place] = tokens, -minus
         return PBest(drafts, scores / ARC_SCALE)
@@ -59,17 +61,19 @@ class KenlmSearch:
 
     def _search(self, ids: list[list[int]], heads: list[list[int]], state: Any, factor: int, p: int) -> list[_Prefix]:
         h, kept = len(ids), self.model.order - 1
-        remaining = [sum(slot[0] for slot in heads[j + 1 :]) for j in range(h)]
+        remaining = self._remaining(ids, heads)
         known: dict[tuple[int, tuple[int, ...]], list[tuple[int, Any]]] = {}
 
         def longer(prefix: _Prefix, j: int) -> list[_Prefix]:
             minus, tokens, before = prefix
+            if before is None:  # after end-of-text: one way on, which costs nothing
+                return [(minus, (*tokens, ids[j][0]), None)]
             key = (j, tokens[max(0, len(tokens) - kept) :])
             if key not in known:  # what KenLM says depends on these tokens only (and what stood before slot 1)
                 scored = (self.model.score(before, self._of(token)) for token in ids[j])
                 known[key] = [(round(log10p * LN10 * SCORE_SCALE), after) for log10p, after in scored]
             return [
-                (minus - heads[j][e] - factor * score, (*tokens, ids[j][e]), after)
+                (minus - heads[j][e] - factor * score, (*tokens, ids[j][e]), None if self._ends(ids[j][e]) else after)
                 for e, (score, after) in enumerate(known[key])
             ]
 
@@ -79,16 +83,28 @@ class KenlmSearch:
             beam = sorted((new for prefix in beam for new in longer(prefix, j)), key=_order)[: max(BEAM, p)]
         floor = beam[p - 1][0] if len(beam) >= p else None  # minus scores: more than this is out
 
-        groups = {first[1][-kept:] if kept else (): [first]}
+        groups = {(first[2] is None, first[1][-kept:] if kept else ()): [first]}
         for j in range(1, h):
-            grown: dict[tuple[int, ...], list[_Prefix]] = {}
+            grown: dict[tuple[bool, tuple[int, ...]], list[_Prefix]] = {}
             for group in groups.values():
                 for prefix in group:
                     for new in longer(prefix, j):
-                        if floor is None or new[0] - remaining[j] <= floor:
-                            grown.setdefault(new[1][max(0, len(new[1]) - kept) :], []).append(new)
+                        ended = new[2] is None
+                        if floor is None or new[0] - (0 if ended else remaining[j]) <= floor:
+                            grown.setdefault((ended, new[1][max(0, len(new[1]) - kept) :]), []).append(new)
             groups = {key: sorted(group, key=_order)[:p] for key, group in grown.items()}
         return sorted((prefix for group in groups.values() for prefix in group), key=_order)[:p]
+
+    def _ends(self, token: int) -> bool:
+        return token == self.end_token
+
+    def _remaining(self, ids: list[list[int]], heads: list[list[int]]) -> list[int]:
+        """The most that the heads give from the slots behind each: all of them, or up to an end-of-text."""
+        remaining = [0]
+        for slot, scores in zip(ids[:0:-1], heads[:0:-1], strict=True):
+            ends = [score for token, score in zip(slot, scores, strict=True) if self._ends(token)]
+            remaining.insert(0, max([scores[0] + remaining[0], *ends]))
+        return remaining
 
 
 def _order(prefix: _Prefix) -> tuple[int, tuple[int, ...]]:

@@ -43,11 +43,14 @@ class LoadedNgram:
         """sha256 of the file."""
         return sha256_of_file(self.file)
 
-    def search(self, vocab_size: int, eos_token_ids: Sequence[int]) -> NgramSearch | KenlmSearch:
-        """The search with this model over the lattices of a base LM. Raises as `words_of_tokens`."""
+    def search(
+        self, vocab_size: int, eos_token_ids: Sequence[int], *, end_token: int | None = None
+    ) -> NgramSearch | KenlmSearch:
+        """The search with this model over the lattices of a base LM; behind `end_token` (a token id) nothing is scored,
+        and drafts that differ there only are one. Raises as `words_of_tokens`."""
         if isinstance(self.model, KenlmModel):
-            return KenlmSearch(self.model, eos_token_ids)
-        return NgramSearch(self.model, self.words_of_tokens(vocab_size, eos_token_ids))
+            return KenlmSearch(self.model, eos_token_ids, end_token=end_token)
+        return NgramSearch(self.model, self.words_of_tokens(vocab_size, eos_token_ids), end_token=end_token)
 
     def words_of_tokens(self, vocab_size: int, eos_token_ids: Sequence[int]) -> np.ndarray:
         """The model's word of every base token id, int32 `[vocab_size]`: the base's end-of-text is `</s>`.

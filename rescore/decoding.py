@@ -20,7 +20,7 @@ from lm.block_heads import BlockHeads
 from lm.cache import KVCache
 from rescore.acceptance import accept
 from rescore.checks import check_k, check_new_tokens, check_p
-from rescore.rescorers.base import Context, Rescorer, check_drafts
+from rescore.rescorers.base import Context, PrefilledRescorer, Rescorer, check_drafts
 
 VERIFY_MODES = ("tree", "batch")
 
@@ -83,6 +83,8 @@ def decode(
     cache.keep(range(len(prompt_ids)))
     logits, hidden = logits[0], hidden[0]  # [1, vocab], [1, d]
     next_token = int(logits[0].argmax())
+    if isinstance(rescorer, PrefilledRescorer):
+        rescorer.prefill([context])
     seconds.prefill = clock() - start
 
     start = clock()

@@ -1,6 +1,7 @@
 """Evaluates rescorers on tasks: by replay from a trace (recorded if need be) or by live decoding, with wall-clock.
 
-The command line only parses, calls `evaluate`, `oracle_by_k` or `trace_task`, and prints. Results: `rescore.results`.
+The command line only parses, calls `evaluate`, `oracle_by_k` or `trace_task`, and prints. Finished examples become
+results in `rescore.summary`.
 """
 
 from __future__ import annotations
@@ -8,28 +9,46 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
 from lm.catalog import choose_device
-from rescore.accounting import account
 from rescore.decoding import decode, first_difference, margin_at, usable_verify
-from rescore.inputs import EvalOptions, Models, Progress, TaskInput, prepare, resolve
+from rescore.inputs import EvalOptions, Models, Progress, Run, TaskInput, prepare, resolve
 from rescore.replay import replay, unrescored_at
 from rescore.rescorers import Rescorer, load_rescorer
 from rescore.results import ExampleLog, Result, ResultsDocument, environment
+from rescore.summary import summarize
 from rescore.tasks import Metric
 from rescore.tracing import Trace, TracedExample
-from rescore.weights import alpha_notices, choose_alphas, coverage_notices, fit_to, with_alphas
+from rescore.weights import (
+    Alphas,
+    alpha_notices,
+    check_tokenizers,
+    choose_alphas,
+    coverage_notices,
+    fit_to,
+    with_alphas,
+)
 
 __all__ = ["EvalOptions", "Evaluation", "evaluate", "oracle_by_k", "trace_task"]
+
+if TYPE_CHECKING:
+    from lm.base import BaseLM
 
 REPLAY_EXAMPLES = 64  # replayed side by side; Ctrl-C loses what of these is not finished
 
 Notify = Callable[[str], None]  # takes a line for the user, before the work that it is about
+
+
+class Ready(Protocol):
+    """Gives the rescorer of each of the options' runs, for a trace; live, beside the base LM."""
+
+    def __call__(self, trace: Trace, shared: BaseLM | None = None) -> dict[Run, Rescorer]: ...
 
 
 @dataclass
@@ -59,7 +78,7 @@ def evaluate(
     progress: Progress | None = None,
     notify: Notify | None = None,
 ) -> Evaluation:
-    """Runs every rescorer on every task and accounts for it.
+    """Runs every rescorer on every task, with every p, and accounts for it.
 
     `out`: a folder for `examples.jsonl` (one line per finished example, resumable) and `results.json` (last).
     `notify` gets each of the notices once, before the work that it is about. Ctrl-C keeps what is finished and returns
@@ -71,30 +90,46 @@ def evaluate(
     inputs = prepare(options, models)
     evaluation = _new_evaluation(options, inputs, notify)
     config = evaluation.document.config
-    config["alphas"] = {task.name: choose_alphas(options, task, rescorers) for task in inputs}
     for task in inputs:
-        for line in alpha_notices(config["alphas"][task.name], task):
+        check_tokenizers(task, rescorers)
+    alphas = {task.name: choose_alphas(options, task, rescorers) for task in inputs}
+    config["alphas"] = alphas
+    for task in inputs:
+        for line in alpha_notices(alphas[task.name], task):
             evaluation.notice(line, notify)
     # Not in it: versions (a run may go on after an upgrade) and notices (why the hub did not serve, this time).
     with ExampleLog(out, {name: config[name] for name in ("options", "data", "traces", "alphas")}) as log:
         try:
-            p = max(_drafts(typed, options.p) for typed in options.rescorers)
+            p = max(p for _, p in options.runs)
             if options.mode == "live" and usable_verify(models.base, options.verify, p) != options.verify:
                 line = f"{options.base} takes no tree mask; its {p} drafts a step are verified as a batch"
                 evaluation.notice(line, notify)
             for task in inputs:
-                weighted = with_alphas(task, rescorers, config["alphas"][task.name])
-                _run(options, task, models, weighted, log, progress, lambda line: evaluation.notice(line, notify))
+                tell = partial(evaluation.notice, notify=notify)
+                ready = partial(_ready, options, rescorers, alphas[task.name], tell)
+                _run(options, task, models, ready, log, progress)
         except KeyboardInterrupt:
             evaluation.interrupted = True
         for task in inputs:
-            for typed in options.rescorers:
-                if records := log.records(task.name, typed, task.ids):
-                    alpha = config["alphas"][task.name].get(typed, {}).get("alpha")
-                    evaluation.document.results.append(_result(options, task, typed, records, alpha=alpha))
+            evaluation.document.results += _results(options, task, log, alphas[task.name])
     if out is not None and not evaluation.interrupted:
         evaluation.document.save(out)
     return evaluation
+
+
+def _results(options: EvalOptions, task: TaskInput, log: ExampleLog, alphas: Alphas) -> list[Result]:
+    """What there is of a task, in the order of the options' runs."""
+    unrescored = log.records(task.name, "none", 1, task.ids)
+    results = []
+    for typed, p in options.runs:
+        if records := log.records(task.name, typed, p, task.ids):
+            alpha = alphas[typed][p]["alpha"] if typed in alphas else None
+            results.append(
+                summarize(
+                    records, k=options.k, metric=task.metric, seed=options.seed, alpha=alpha, unrescored=unrescored
+                )
+            )
+    return results
 
 
 def oracle_by_k(
@@ -112,14 +147,15 @@ def oracle_by_k(
             accepted = replay(trace.examples, load_rescorer("oracle"), k=chosen.k)
             records = [
                 {
-                    **_head(trace, task, "oracle", example),
+                    **_head(trace, task, ("oracle", 1), example),
                     "accepted": lengths,
                     "oracle_accepted": lengths,
                     "unrescored_accepted": unrescored_at(example, lengths),
                 }
                 for example, lengths in zip(trace.examples, accepted, strict=True)
             ]
-            evaluation.document.results.append(_result(chosen, task, "oracle", records))
+            found = summarize(records, k=chosen.k, metric=task.metric, seed=options.seed)
+            evaluation.document.results.append(found)
     return evaluation
 
 
@@ -139,7 +175,7 @@ def _new_evaluation(options: EvalOptions, inputs: Sequence[TaskInput], notify: N
     config = {
         "options": dataclasses.asdict(options),
         **environment(),
-        "device": None if options.trace else choose_device(options.device),
+        "device": choose_device(options.device),
         "threads": torch.get_num_threads(),
         "data": {task.name: task.source for task in inputs},
         "traces": {task.name: {"k": task.k, **task.settings} for task in inputs},
@@ -152,44 +188,45 @@ def _new_evaluation(options: EvalOptions, inputs: Sequence[TaskInput], notify: N
     return evaluation
 
 
-def _drafts(typed: str, p: int) -> int:
-    """The p of a rescorer: the oracle knows which draft is best and puts up this one, whatever was asked for."""
-    return 1 if typed == "oracle" else p
-
-
 def _run(
     options: EvalOptions,
     task: TaskInput,
     models: Models,
-    rescorers: dict[str, Rescorer],
+    ready: Ready,
     log: ExampleLog,
     progress: Progress | None,
-    notify: Notify,
 ) -> None:
     """Finishes one task. Ctrl-C while its trace is recorded: what there is of it is replayed before it is passed on."""
     if options.mode == "live":
         trace = first_heads(task.trace(models, progress=progress), options.h)
-        _decode_live(options, task, trace, models, _fitted(trace, rescorers, options.k, notify), log, progress)
+        _decode_live(options, task, trace, models, ready(trace, shared=models.base), log, progress)
         return
     try:
         trace = task.trace(models, progress=progress)
     except KeyboardInterrupt:
         if (held := task.held()) is not None:
-            fitted = _fitted(held, rescorers, options.k, notify)
-            _replay(options, task, first_heads(held, options.h), fitted, log, None)
+            _replay(options, task, first_heads(held, options.h), ready(held), log, None)
         raise
-    fitted = _fitted(trace, rescorers, options.k, notify)
-    _replay(options, task, first_heads(trace, options.h), fitted, log, progress)
+    _replay(options, task, first_heads(trace, options.h), ready(trace), log, progress)
 
 
-def _fitted(trace: Trace, rescorers: dict[str, Rescorer], k: int, notify: Notify) -> dict[str, Rescorer]:
-    fitted = fit_to(trace, rescorers)
-    for line in coverage_notices(trace, fitted, k):
+def _ready(
+    options: EvalOptions,
+    rescorers: dict[str, Rescorer],
+    alphas: Alphas,
+    notify: Notify,
+    trace: Trace,
+    shared: BaseLM | None = None,
+) -> dict[Run, Rescorer]:
+    """The rescorers fitted to a trace, with the weight of each run."""
+    fitted = fit_to(trace, rescorers, device=choose_device(options.device), shared=shared)
+    for line in coverage_notices(trace, fitted, options.k):
         notify(line)
-    return fitted
+    return with_alphas(options.runs, fitted, alphas)
 
 
 def first_heads(trace: Trace, h: int | None) -> Trace:
+    """The trace with the first h heads only (None: all)."""
     if h is None or h == trace.header.h:
         return trace
     examples = tuple(
@@ -202,7 +239,7 @@ def _replay(
     options: EvalOptions,
     task: TaskInput,
     trace: Trace,
-    rescorers: dict[str, Rescorer],
+    rescorers: dict[Run, Rescorer],
     log: ExampleLog,
     progress: Progress | None,
 ) -> None:
@@ -210,11 +247,11 @@ def _replay(
         examples = trace.examples[start : start + REPLAY_EXAMPLES]
         best = replay(examples, load_rescorer("oracle"), k=options.k)
         oracle = {example.id: lengths for example, lengths in zip(examples, best, strict=True)}
-        for typed, rescorer in rescorers.items():
-            missing = [e for e in examples if not log.has(task.name, typed, e.id)]
-            accepted = replay(missing, rescorer, k=options.k, p=_drafts(typed, options.p))
+        for (typed, p), rescorer in rescorers.items():
+            missing = [e for e in examples if not log.has(task.name, typed, p, e.id)]
+            accepted = replay(missing, rescorer, k=options.k, p=p)
             for example, lengths in zip(missing, accepted, strict=True):
-                head = _head(trace, task, typed, example)
+                head = _head(trace, task, (typed, p), example)
                 log.add({
                     **head, "accepted": lengths, "oracle_accepted": oracle[example.id],
                     "unrescored_accepted": unrescored_at(example, lengths),
@@ -224,10 +261,10 @@ def _replay(
             progress(f"replay {task.name}", start + len(examples), len(trace.examples))
 
 
-def _head(trace: Trace, task: TaskInput, typed: str, example: TracedExample) -> dict[str, Any]:
+def _head(trace: Trace, task: TaskInput, run: Run, example: TracedExample) -> dict[str, Any]:
     """What every record of an example begins with."""
     return {
-        "task": task.name, "rescorer": typed, "id": example.id, "h": trace.header.h,
+        "task": task.name, "rescorer": run[0], "p": run[1], "id": example.id, "h": trace.header.h,
         "quality": _score(task.metric, example.output, example),
     }  # fmt: skip
 
@@ -244,24 +281,24 @@ def _decode_live(
     task: TaskInput,
     trace: Trace,
     models: Models,
-    rescorers: dict[str, Rescorer],
+    rescorers: dict[Run, Rescorer],
     log: ExampleLog,
     progress: Progress | None,
 ) -> None:
-    """Decodes every example that is not finished: greedily as the baseline, then with each rescorer, in turns."""
+    """Decodes every example that is not finished: greedily as the baseline, then with each rescorer and p, in turns."""
     base, heads = models.base, models.heads if options.h is None else models.heads.first(options.h)
     warm = False
     for place, example in enumerate(trace.examples):
-        missing = {typed: r for typed, r in rescorers.items() if not log.has(task.name, typed, example.id)}
+        missing = {run: r for run, r in rescorers.items() if not log.has(task.name, *run, example.id)}
         if missing:
             prompt = example.prompt_ids.tolist()
             oracle = replay([example], load_rescorer("oracle"), k=options.k)[0]
             if not warm:  # the first calls of a process allocate and compile
                 decode(base, None, prompt, max_new_tokens=4)
             baseline = decode(base, None, prompt, max_new_tokens=options.max_new_tokens)
-            for typed, rescorer in missing.items():
+            for run, rescorer in missing.items():
                 request: dict[str, Any] = {
-                    "rescorer": rescorer, "k": options.k, "p": _drafts(typed, options.p), "verify": options.verify,
+                    "rescorer": rescorer, "k": options.k, "p": run[1], "verify": options.verify,
                     "future": np.asarray(baseline.output_ids),
                 }  # fmt: skip
                 if not warm:
@@ -274,7 +311,7 @@ def _decode_live(
                 against = {"unrescored_accepted": unrescored_at(example, decoded.accepted)} if traced else {}
                 log.add({
                     **against,
-                    **_head(trace, task, typed, example), "accepted": decoded.accepted, "oracle_accepted": oracle,
+                    **_head(trace, task, run, example), "accepted": decoded.accepted, "oracle_accepted": oracle,
                     "quality": _score(task.metric, base.decode_text(decoded.output_ids), example),
                     "output_ids": decoded.output_ids,
                     "first_difference": differs, "margin": margin, "verify": decoded.verify,
@@ -285,84 +322,3 @@ def _decode_live(
             warm = True
         if progress:
             progress(f"decode {task.name}", place + 1, len(trace.examples))
-
-
-def _result(
-    options: EvalOptions, task: TaskInput, typed: str, records: list[dict[str, Any]], *, alpha: float | None = None
-) -> Result:
-    h = records[0]["h"]
-    accounting = account([r["accepted"] for r in records], h, seed=options.seed)
-    oracle = account([r["oracle_accepted"] for r in records], h, seed=options.seed)
-    scores = [r["quality"] for r in records if r["quality"] is not None]
-    quality = {"metric": task.metric.name, "value": float(np.mean(scores))} if task.metric and scores else None
-    identical = divergence = times = None
-    if options.mode == "live":
-        identical = {"n": len(records), "identical": sum(r["first_difference"] is None for r in records)}
-        divergence = [
-            {"id": r["id"], "position": r["first_difference"], "margin": r["margin"]}
-            for r in records
-            if r["first_difference"] is not None
-        ]
-        times = latency(records, accounting.block_efficiency)
-    return Result(
-        task=task.name,
-        rescorer=typed,
-        k=options.k,
-        p=_drafts(typed, options.p),
-        alpha=alpha,
-        n=len(records),
-        against_unrescored=_against_unrescored(records),
-        oracle_block_efficiency=oracle.block_efficiency,
-        **dataclasses.asdict(accounting),
-        quality=quality,
-        identical=identical,
-        divergence=divergence,
-        latency=times,
-    )
-
-
-def _against_unrescored(records: list[dict[str, Any]]) -> dict[str, float] | None:
-    """Shares of steps that accepted more (`won`), as many (`tied`) or fewer tokens than the unrescored draft there."""
-    if not all("unrescored_accepted" in r for r in records):
-        return None
-    pairs = [(n, plain) for r in records for n, plain in zip(r["accepted"], r["unrescored_accepted"], strict=True)]
-    won, lost = sum(n > plain for n, plain in pairs), sum(n < plain for n, plain in pairs)
-    total = len(pairs)
-    return {"won": won / total, "tied": (total - won - lost) / total, "lost": lost / total}
-
-
-def latency(records: list[dict[str, Any]], block_efficiency: float) -> dict[str, Any]:
-    """Times of live records, prefill apart, and `verify`: how drafts were verified (tree or batch).
-
-    `verify_ms`, `heads_ms`, `rescore_ms` (and its `p50`, `p95`): per step; `glue_share` of a step's time that is none
-    of these; `autoregressive_ms` per token; `prefill_ms` per example; tokens per second of both decoders and their
-    ratio, `speedup`; `predicted_speedup` = block efficiency x autoregressive / (verify + heads + rescore), None where
-    no step needed a call.
-    """
-    steps = sum(len(r["accepted"]) for r in records)
-    tokens = sum(len(r["output_ids"]) for r in records)
-    greedy_tokens = sum(r["autoregressive_tokens"] for r in records)
-
-    def total(name: str, of: str = "seconds") -> float:
-        return float(sum(r[of][name] for r in records))
-
-    spent = total("total")
-    rescoring = np.array([s for r in records for s in r["rescore_seconds"]] or [0.0]) * 1e3
-    autoregressive = total("total", "autoregressive_seconds")
-    parts = {part: total(part) / steps * 1e3 for part in ("verify", "heads", "rescore")}
-    known = sum(parts.values())
-    return {
-        "verify": records[0]["verify"],
-        "prefill_ms": total("prefill") / len(records) * 1e3,
-        "autoregressive_ms": autoregressive / greedy_tokens * 1e3,
-        "verify_ms": parts["verify"],
-        "heads_ms": parts["heads"],
-        "rescore_ms": parts["rescore"],
-        "rescore_p50_ms": float(np.quantile(rescoring, 0.5)),
-        "rescore_p95_ms": float(np.quantile(rescoring, 0.95)),
-        "glue_share": 1.0 - known / (spent / steps * 1e3),
-        "tokens_per_second": tokens / spent,
-        "autoregressive_tokens_per_second": greedy_tokens / autoregressive,
-        "speedup": (tokens / spent) / (greedy_tokens / autoregressive),
-        "predicted_speedup": block_efficiency * (autoregressive / greedy_tokens * 1e3) / known if known else None,
-    }

@@ -39,6 +39,7 @@ DEFAULT_TASK = "squad"
 MAX_ALPHA = 64.0
 MODES = ("replay", "live")
 Progress = Callable[[str, int, int], None]  # what is being done, done, total
+Run = tuple[str, int]  # a rescorer as typed, and p
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,12 @@ class EvalOptions:
     """What to evaluate.
 
     `tasks` (none: squad, or the task that `trace` was recorded for) and `rescorers` by name; `base` and `heads` (path,
-    None for those shipped); `h`: use the first h heads only; `k`, `p`: lattice entries per head, drafts per step;
-    `alpha`: weight of the rescorer (None: the tuned one, else its default); `limit`: the first so many
-    examples; `max_new_tokens` an output; `max_prompt_tokens`: cuts prompts; `mode`: replay
-    or live; `verify`: tree or batch (live); `data`: JSON lines file; `trace`: folder to replay, wherever it was made;
-    `dtype` and `device` of the base; `seed` of the bootstrap interval, the one random thing in an evaluation.
+    None for those shipped); `h`: use the first h heads only; `k`: lattice entries per head; `p`: drafts per step, a
+    number or several, each of which is run (`resolve` makes it a tuple); `alpha`: weight of the rescorer (None: the
+    tuned one, else its default); `limit`: the first so many examples; `max_new_tokens` an output; `max_prompt_tokens`:
+    cuts prompts; `mode`: replay or live; `verify`: tree or batch (live); `data`: JSON lines file; `trace`: folder to
+    replay, wherever it was made; `dtype` and `device` of the base; `seed` of the bootstrap intervals, the one random
+    thing in an evaluation.
     """
 
     tasks: tuple[str, ...] = ()
@@ -59,7 +61,7 @@ class EvalOptions:
     heads: str | None = None
     h: int | None = None
     k: int = 16
-    p: int = 1
+    p: int | tuple[int, ...] = 1
     alpha: float | None = None
     limit: int | None = None
     max_new_tokens: int = 64
@@ -71,6 +73,16 @@ class EvalOptions:
     dtype: str = "float32"
     device: str = "auto"
     seed: int = 0
+
+    @property
+    def ps(self) -> tuple[int, ...]:
+        """Each p once, in the order given."""
+        return (self.p,) if isinstance(self.p, int) else tuple(dict.fromkeys(self.p))
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """What there is a result of, on each task. The oracle knows which draft is best: it is run with p = 1 only."""
+        return tuple((typed, p) for typed in self.rescorers for p in ((1,) if typed == "oracle" else self.ps))
 
 
 class Models:
@@ -179,7 +191,7 @@ class TaskInput:
 
 
 def resolve(options: EvalOptions) -> EvalOptions:
-    """The options with the default task filled in and repeated names dropped.
+    """The options with the default task filled in, p as a tuple, and repeated names and p dropped.
 
     Raises `RescoreError` for values that make no sense, whatever the models and data are.
     """
@@ -198,7 +210,7 @@ def resolve(options: EvalOptions) -> EvalOptions:
         for name in tasks:
             load_task(name)
     return dataclasses.replace(
-        options, tasks=tuple(dict.fromkeys(tasks)), rescorers=tuple(dict.fromkeys(options.rescorers))
+        options, tasks=tuple(dict.fromkeys(tasks)), rescorers=tuple(dict.fromkeys(options.rescorers)), p=options.ps
     )
 
 
@@ -212,7 +224,10 @@ def _check(options: EvalOptions) -> None:
         raise UnknownNameError("mode", options.mode, MODES)
     if options.verify not in VERIFY_MODES:
         raise UnknownNameError("verify mode", options.verify, VERIFY_MODES)
-    check_p(options.p)
+    if not options.ps:
+        raise RescoreError("no p is given; give one at least (--p 1)")
+    for p in options.ps:
+        check_p(p)
     check_k(options.k)
     check_new_tokens(options.max_new_tokens)
     if options.h is not None and options.h < 2:

@@ -25,20 +25,22 @@ from lm.files import (
 
 SCHEMA = "rescore.results/1"
 EXAMPLES_FILE, CONFIG_FILE, RESULTS_FILE = "examples.jsonl", "config.json", "results.json"
-RECORD = {"task": str, "rescorer": str, "id": str, "h": int, "accepted": list, "oracle_accepted": list}
+RECORD = {"task": str, "rescorer": str, "p": int, "id": str, "h": int, "accepted": list, "oracle_accepted": list}
 LIBRARIES = ("torch", "transformers", "numpy", "numba", "datasets")
 
 
 @dataclass(frozen=True)
 class Result:
-    """One rescorer on one task: its name as typed, `n` examples, accounting as in `rescore.accounting.Accounting`.
+    """One rescorer on one task at one p: its name as typed, `n` examples, accounting as in
+    `rescore.accounting.Accounting`.
 
-    `oracle_block_efficiency` at this k; `against_unrescored`: shares of steps that `won`, `tied` and `lost` tokens
-    against the unrescored draft of their position (None where a live output is not the trace's); `quality`: `{"metric",
-    "value"}`, mean over examples of the task's metric of the output, None where it has none or the text is not known;
-    and in live mode, else None: `identical` `{"n", "identical"}` outputs equal to greedy decoding, `divergence` of the
-    others (`{"id", "position", "margin"}`: the first token that differs, from 0, and the greedy logit margin there),
-    `latency` (`rescore.evaluation.latency`).
+    `oracle_block_efficiency` at this k; `gain` of block efficiency over `none` at p = 1 in the same run and its paired
+    interval (`rescore.accounting.Gain`; None where that was not run, and for it itself); `against_unrescored`: shares
+    of steps that `won`, `tied` and `lost` tokens against the unrescored draft of their position (None where a live
+    output is not the trace's); `quality`: `{"metric", "value"}`, mean over examples of the task's metric of the output,
+    None where it has none or the text is not known; and in live mode, else None: `identical` `{"n", "identical"}`
+    outputs equal to greedy decoding, `divergence` of the others (`{"id", "position", "margin"}`: the first token that
+    differs, from 0, and the greedy logit margin there), `latency` (`rescore.summary.latency`).
     """
 
     task: str
@@ -51,6 +53,8 @@ class Result:
     block_efficiency_ci95: tuple[float, float] | None
     block_efficiency_macro: float
     oracle_block_efficiency: float
+    gain: float | None
+    gain_ci95: tuple[float, float] | None
     against_unrescored: dict[str, float] | None
     steps: int
     tokens: int
@@ -89,7 +93,7 @@ class ExampleLog:
     """
 
     def __init__(self, folder: Path | None, config: Mapping[str, Any]) -> None:
-        self._records: dict[tuple[str, str, str], dict[str, Any]] = {}
+        self._records: dict[tuple[str, str, int, str], dict[str, Any]] = {}
         self._stream: IO[str] | None = None
         if folder is None:
             return
@@ -100,7 +104,7 @@ class ExampleLog:
         for number, record in read_json_lines(path):
             if not all(isinstance(record.get(name), kind) for name, kind in RECORD.items()):
                 raise InvalidDataError(f"{path} line {number} is not a finished example; use another --out")
-            self._records[record["task"], record["rescorer"], record["id"]] = record
+            self._records[_key(record)] = record
 
     def __enter__(self) -> ExampleLog:
         return self
@@ -110,21 +114,25 @@ class ExampleLog:
             with suppress(OSError):  # what could not be written was reported when it was added
                 self._stream.close()
 
-    def has(self, task: str, rescorer: str, example: str) -> bool:
+    def has(self, task: str, rescorer: str, p: int, example: str) -> bool:
         """Whether this example is finished."""
-        return (task, rescorer, example) in self._records
+        return (task, rescorer, p, example) in self._records
 
     def add(self, record: dict[str, Any]) -> None:
-        """Takes a finished example: `task`, `rescorer`, `id` and what was measured. Raises `OutputError`."""
-        self._records[record["task"], record["rescorer"], record["id"]] = record
+        """Takes a finished example: `task`, `rescorer`, `p`, `id` and what was measured. Raises `OutputError`."""
+        self._records[_key(record)] = record
         if self._stream is not None:
             with writing(Path(self._stream.name)):
                 append_json_line(self._stream, record)
 
-    def records(self, task: str, rescorer: str, ids: Sequence[str]) -> list[dict[str, Any]]:
-        """Finished examples of one rescorer on one task, in the order of `ids` (not in that of finishing)."""
-        found = (self._records.get((task, rescorer, example)) for example in ids)
+    def records(self, task: str, rescorer: str, p: int, ids: Sequence[str]) -> list[dict[str, Any]]:
+        """Finished examples of one rescorer on one task at one p, in the order of `ids` (not in that of finishing)."""
+        found = (self._records.get((task, rescorer, p, example)) for example in ids)
         return [record for record in found if record is not None]
+
+
+def _key(record: dict[str, Any]) -> tuple[str, str, int, str]:
+    return record["task"], record["rescorer"], record["p"], record["id"]
 
 
 def _claim(folder: Path, config: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any
 
 from lattices.errors import RescoreError
+from lm.catalog import choose_device
 from lm.files import write_json
 from rescore.accounting import account
 from rescore.evaluation import Notify, first_heads
@@ -16,7 +17,7 @@ from rescore.inputs import EvalOptions, Models, Progress, prepare, resolve
 from rescore.replay import replay
 from rescore.rescorers import WeightedRescorer, load_rescorer
 from rescore.results import environment
-from rescore.weights import choose_alphas, coverage_notices, fit_to, tuned_path
+from rescore.weights import check_tokenizers, coverage_notices, fit_to, tuned_path
 
 DEFAULT_ALPHAS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 HELD_OUT = 100
@@ -54,7 +55,7 @@ def tune(
     limit = HELD_OUT if options.limit is None else options.limit
     for alpha, k, p in product(alphas, ks, ps):
         resolve(dataclasses.replace(options, alpha=alpha, k=k, p=p))
-    options = resolve(dataclasses.replace(options, limit=None, k=max(ks), p=max(ps), mode="replay"))
+    options = resolve(dataclasses.replace(options, limit=None, k=max(ks), p=tuple(ps), mode="replay"))
     swept = tuple(sorted({0.0, *alphas}))
     rescorers = {}
     for typed in options.rescorers:
@@ -68,9 +69,9 @@ def tune(
         task = task.last(max(1, min(limit, len(task.ids) // 2)))
         if notify and task.notice:
             notify(task.notice)
-        choose_alphas(options, task, rescorers)  # refuses a foreign tokenizer before anything is decoded
+        check_tokenizers(task, rescorers)
         trace = first_heads(task.trace(models, progress=progress), options.h)
-        fitted = fit_to(trace, rescorers)
+        fitted = fit_to(trace, rescorers, device=choose_device(options.device))
         for line in coverage_notices(trace, fitted, options.k):
             if notify:
                 notify(line)
@@ -86,7 +87,7 @@ def tune(
                     progress(f"tune {task.name}", place * len(swept) + number + 1, len(runs) * len(swept))
             best = swept[max(range(len(swept)), key=lambda i: (efficiency[i], -i))]
             tuned = Tuned(task.name, typed, k, p, swept, tuple(efficiency), best, task.ids)
-            path = tuned_path(dataclasses.replace(options, k=k, p=p), task, rescorer)
+            path = tuned_path(dataclasses.replace(options, k=k), task, rescorer, p)
             document: dict[str, Any] = {**dataclasses.asdict(tuned), "identity": rescorer.identity, **environment()}
             write_json(path, document)
             found.append(tuned)

@@ -2,79 +2,102 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lm.base import BaseIdentity, BaseLM
 from lm.files import cache_directory, read_json_object
-from rescore.inputs import EvalOptions, TaskInput
+from rescore.inputs import EvalOptions, Run, TaskInput
 from rescore.rescorers import Rescorer, Target, WeightedRescorer
 from rescore.tracing import Trace
 
 LEAST_COVERAGE = 0.1
 
 
-def choose_alphas(
-    options: EvalOptions, task: TaskInput, rescorers: Mapping[str, Rescorer]
-) -> dict[str, dict[str, Any]]:
-    """By rescorer as typed: `alpha`, `from` (option, tuned or default) and, if tuned, `held_out` (ids of examples).
-
-    Only for rescorers that have a weight. Raises `IncompatibleError` if one was made for another tokenizer.
-    """
-    chosen: dict[str, dict[str, Any]] = {}
-    for typed, rescorer in rescorers.items():
-        if not isinstance(rescorer, WeightedRescorer):
-            continue
-        if task.given is None:  # before anything is decoded; a trace made elsewhere need not say what its base is
-            base = task.settings["base"]
-            rescorer.fit(Target(base["vocab_size"], (), base["tokenizer_sha256"]))
-        path = tuned_path(options, task, rescorer)
-        if options.alpha is not None:
-            chosen[typed] = {"alpha": options.alpha, "from": "option"}
-        elif path.is_file():
-            tuned = read_json_object(path, missing=f"can't use the tuned weight in {path}")
-            chosen[typed] = {"alpha": float(tuned["alpha"]), "from": "tuned", "held_out": tuned["held_out"]}
-        else:
-            chosen[typed] = {"alpha": rescorer.alpha, "from": "default"}
-    return chosen
+# By rescorer as typed and p: `alpha`, `from` (option, tuned or default) and, if tuned, `held_out` (ids of examples).
+Alphas = dict[str, dict[int, dict[str, Any]]]
 
 
-def alpha_notices(alphas: Mapping[str, Mapping[str, Any]], task: TaskInput) -> list[str]:
-    """What the user should know of these weights."""
-    lines = []
-    for typed, chosen in alphas.items():
-        if chosen["from"] == "default":
-            advice = "rescore tune with the same task, rescorer, k, p and h finds the best"
-            lines.append(f"{typed} on {task.name}: alpha {chosen['alpha']:g} by default; {advice}")
-        elif shared := len(set(task.ids) & set(chosen.get("held_out", ()))):
-            lines.append(f"{typed} on {task.name}: alpha was tuned on {shared} of these {len(task.ids)} examples")
-    return lines
+def check_tokenizers(task: TaskInput, rescorers: Mapping[str, Rescorer]) -> None:
+    """Before anything is decoded: raises `IncompatibleError` if a rescorer was made for another tokenizer."""
+    if task.given is not None:  # a trace made elsewhere need not say what its base is; `fit_to` goes by what it says
+        return
+    base = task.settings["base"]
+    for rescorer in rescorers.values():
+        if isinstance(rescorer, WeightedRescorer):
+            rescorer.fit(Target(base["vocab_size"], (), base["tokenizer_sha256"], BaseIdentity(**base)))
 
 
-def with_alphas(
-    task: TaskInput, rescorers: Mapping[str, Rescorer], alphas: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Rescorer]:
-    """The rescorers with their weights."""
+def choose_alphas(options: EvalOptions, task: TaskInput, rescorers: Mapping[str, Rescorer]) -> Alphas:
+    """The weights on a task of all the rescorers that have one, for every p of the options."""
     return {
-        typed: rescorer.weighted(alphas[typed]["alpha"]) if isinstance(rescorer, WeightedRescorer) else rescorer
+        typed: {p: _alpha(options, task, rescorer, p) for p in options.ps}
         for typed, rescorer in rescorers.items()
+        if isinstance(rescorer, WeightedRescorer)
     }
 
 
-def target_of(trace: Trace) -> Target:
-    """The base LM that a trace was recorded with."""
+def _alpha(options: EvalOptions, task: TaskInput, rescorer: WeightedRescorer, p: int) -> dict[str, Any]:
+    if options.alpha is not None:
+        return {"alpha": options.alpha, "from": "option"}
+    path = tuned_path(options, task, rescorer, p)
+    if path.is_file():
+        tuned = read_json_object(path, missing=f"can't use the tuned weight in {path}")
+        return {"alpha": float(tuned["alpha"]), "from": "tuned", "held_out": tuned["held_out"]}
+    return {"alpha": rescorer.alpha, "from": "default"}
+
+
+def alpha_notices(alphas: Alphas, task: TaskInput) -> list[str]:
+    """What the user should know of these weights: a line for each rescorer, or one for each p if they differ."""
+    ps_of: dict[tuple[str, str], list[int]] = {}
+    for typed, by_p in alphas.items():
+        for p, chosen in by_p.items():
+            if fact := _alpha_fact(chosen, task):
+                ps_of.setdefault((typed, fact), []).append(p)
+    return [f"{typed} on {task.name}, p = {' and '.join(map(str, ps))}: {fact}" for (typed, fact), ps in ps_of.items()]
+
+
+def _alpha_fact(chosen: Mapping[str, Any], task: TaskInput) -> str | None:
+    if chosen["from"] == "default":
+        advice = "rescore tune with the same task, rescorer, k, p and h finds the best"
+        return f"alpha {chosen['alpha']:g} by default; {advice}"
+    if shared := len(set(task.ids) & set(chosen.get("held_out", ()))):
+        return f"alpha was tuned on {shared} of these {len(task.ids)} examples"
+    return None
+
+
+def with_alphas(runs: Sequence[Run], rescorers: Mapping[str, Rescorer], alphas: Alphas) -> dict[Run, Rescorer]:
+    """The rescorer of each run, with its weight for that p."""
+    ready: dict[Run, Rescorer] = {}
+    for typed, p in runs:
+        rescorer = rescorers[typed]
+        if isinstance(rescorer, WeightedRescorer):
+            rescorer = rescorer.weighted(alphas[typed][p]["alpha"])
+        ready[typed, p] = rescorer
+    return ready
+
+
+def target_of(trace: Trace, *, device: str = "cpu", shared: BaseLM | None = None) -> Target:
+    """The base LM that a trace was recorded with, as far as the trace tells; for work on `device`."""
     base = trace.header.settings.get("base")
     tokenizer = base.get("tokenizer_sha256") if isinstance(base, dict) else None
-    return Target(trace.header.vocab_size, tuple(trace.header.eos_token_ids), tokenizer)
+    identity = None
+    if isinstance(base, dict) and base.keys() >= {field.name for field in dataclasses.fields(BaseIdentity)}:
+        identity = BaseIdentity(**{field.name: base[field.name] for field in dataclasses.fields(BaseIdentity)})
+    return Target(trace.header.vocab_size, tuple(trace.header.eos_token_ids), tokenizer, identity, device, shared)
 
 
-def fit_to(trace: Trace, rescorers: Mapping[str, Rescorer]) -> dict[str, Rescorer]:
-    """The rescorers fitted to a trace's base LM."""
-    target = target_of(trace)
+def fit_to(
+    trace: Trace, rescorers: Mapping[str, Rescorer], *, device: str = "cpu", shared: BaseLM | None = None
+) -> dict[str, Rescorer]:
+    """The rescorers fitted to a trace's base LM, which is `shared` where it is loaded."""
+    target = target_of(trace, device=device, shared=shared)
     return {
         typed: rescorer.fit(target) if isinstance(rescorer, WeightedRescorer) else rescorer
         for typed, rescorer in rescorers.items()
@@ -93,7 +116,7 @@ def coverage_notices(trace: Trace, rescorers: Mapping[str, Rescorer], k: int) ->
     return lines
 
 
-def tuned_path(options: EvalOptions, task: TaskInput, rescorer: WeightedRescorer) -> Path:
+def tuned_path(options: EvalOptions, task: TaskInput, rescorer: WeightedRescorer, p: int) -> Path:
     """Where the tuned weight of a rescorer on a task is kept: one file per base, heads, rescorer, h, k and p."""
     ours = "heads_sha256" in task.settings  # a trace made elsewhere goes by all that it says of itself
     made_of = {
@@ -103,7 +126,7 @@ def tuned_path(options: EvalOptions, task: TaskInput, rescorer: WeightedRescorer
         "h": options.h or task.settings.get("h"),
         "rescorer": rescorer.identity,
         "k": options.k,
-        "p": options.p,
+        "p": p,
     }
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()[:24]
     return cache_directory() / "tuned" / f"{task.name}-{key}.json"

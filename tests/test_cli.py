@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,21 @@ class TestEval:
         assert re.search(r"\nsquad +oracle +16 +1 +2/2 +\d", run.out)
         assert max(map(len, run.out.splitlines())) <= 120
 
+    def test_several_p_in_one_table(self, rescore: Command, model: list[object]):
+        asked = ["eval", *model, "--rescorer", "none", "--rescorer", "oracle", "--p", "1,4"]
+        run = rescore(*asked)
+        assert (run.code, run.err) == (0, "")
+        label, interval = r"squad +{} +16 +{} +", r"[+-]\d+\.\d% to [+-]\d+\.\d%"
+        for rescorer, p in (("none", 1), ("none", 4), ("oracle", 1)):
+            assert re.search(rf"\n{label.format(rescorer, p)}6 +\d+ +72 +\d\.\d{{3}} ", run.out)
+        assert re.search(r"\ntask +rescorer +k +p +alpha +gain +95 % +won +tied +lost\n", run.out)
+        for rescorer, p in (("none", 4), ("oracle", 1)):
+            assert re.search(rf"\n{label.format(rescorer, p)}- +[+-]\d+\.\d% +{interval} +\d+\.\d% ", run.out)
+        document = rescore(*asked, "--json").document
+        assert document["config"]["options"]["p"] == [1, 4]
+        assert [(r["rescorer"], r["p"]) for r in document["results"]] == [("none", 1), ("none", 4), ("oracle", 1)]
+        assert [r["gain"] is None for r in document["results"]] == [True, False, False]
+
     def test_k_h_limit_and_tasks(self, rescore: Command, model: list[object], tmp_path: Path):
         data = write_lines(tmp_path / "both.jsonl", [r | {"answer": "42"} for r in squad_records(3)])
         run = rescore(
@@ -123,7 +139,7 @@ class TestEval:
         again = rescore("eval", *model, "--out", tmp_path / "run", "--json")
         assert again.document == run.document
         rescore("eval", *model, "--out", tmp_path / "run", "--p", 2).refused(
-            r"another configuration \(options.p: 1 -> 2\); use another --out"
+            r"another configuration \(options.p: \[1\] -> \[2\]\); use another --out"
         )
 
     def test_a_trace_gives_the_same_numbers(self, rescore: Command, model: list[object], tmp_path: Path):
@@ -189,6 +205,23 @@ class TestOracle:
         rescore("oracle", "--k", k).refused(f"--k {re.escape(k)}: give whole numbers with commas between them")
 
 
+class TestTune:
+    def test_eval_uses_the_weight_of_each_p(self, rescore: Command, model: list[object], tmp_path: Path):
+        (tmp_path / "text.txt").write_text("In 1900 the bridge was built of stone.\n" * 30)
+        ngram = ["--tokenizer", model[1], "--order", 2, "--discount-fallback", "--out", tmp_path / "ngram"]
+        assert rescore("build-ngram", tmp_path / "text.txt", *ngram).code == 0
+        typed = f"ngram:{tmp_path / 'ngram'}"
+        before = rescore("eval", *model, "--rescorer", typed, "--p", "1,4", "--json")
+        assert before.err.startswith(f"rescore: {typed} on squad, p = 1 and 4: alpha 0.5 by default; rescore tune")
+        tuned = rescore("tune", *model, "--rescorer", typed, "--p", "1,4", "--alphas", "0.1,3", "--json").document
+        assert [(t["p"], t["alphas"]) for t in tuned] == [(1, [0.0, 0.1, 3.0]), (4, [0.0, 0.1, 3.0])]
+        after = rescore("eval", *model, "--rescorer", typed, "--p", "1,4", "--json")
+        assert "default" not in after.err and after.err.endswith("alpha was tuned on 3 of these 6 examples\n")
+        assert [(r["p"], r["alpha"]) for r in after.document["results"]] == [(t["p"], t["alpha"]) for t in tuned]
+        alphas = after.document["config"]["alphas"]["squad"][typed]
+        assert {p: chosen["from"] for p, chosen in alphas.items()} == {"1": "tuned", "4": "tuned"}
+
+
 class TestOtherCommands:
     def test_from_prompts_to_heads_to_numbers(self, rescore: Command, model: list[object], tmp_path: Path):
         base, prompts = model[:2], write_lines(tmp_path / "prompts.jsonl", [{"prompt": "x" * n} for n in range(1, 13)])
@@ -248,6 +281,8 @@ def refusals(tiny: Path, heads: Path, data: Path, folder: Path) -> Iterator[tupl
     yield "no command of bench", ["bench"], "Missing command"
     yield "a word too many", ["eval", "squad"], r"unexpected extra argument.*squad"
     yield "p below 1", ["eval", *given, "--p", 0], r"p = 0; at least one draft must be verified \(--p 1\)"
+    yield "one p below 1", ["eval", *given, "--p", "1,0"], "p = 0; at least one draft"
+    yield "no list of p", ["eval", *given, "--p", "1;16"], "--p 1;16: give whole numbers with commas"
     yield "k below 1", ["eval", *given, "--k", 0], "k = 0"
     yield "k above the vocabulary", ["eval", *given, "--k", 258], "k = 258 is outside 1 to the vocabulary's 257"
     yield "k of a trace above it", ["trace", *given, "--k", 258, "--out", folder / "t"], "k = 258 is outside"
@@ -453,6 +488,13 @@ class TestHelp:
         names = [line.split()[0] for line in run.out.splitlines()]
         assert names == ["rescore", "torch", "transformers", "numpy", "numba", "datasets"]
         assert all(re.fullmatch(r"\S+ \d+\.\S+", line) for line in run.out.splitlines())
+
+    def test_every_module_of_the_command_is_packaged_and_checked(self):
+        root = Path(cli.__file__).parent
+        settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]
+        modules = {path.stem for path in root.glob("*.py")}
+        assert set(settings["setuptools"]["py-modules"]) == modules
+        assert {f"{name}.py" for name in modules} <= set(settings["mypy"]["files"])
 
     def test_help_imports_no_heavy_library(self):
         program = f"""

@@ -111,7 +111,7 @@ class TestBuild:
         assert rescore("build-ngram", *options).code == 0
         assert read_arpa(tmp_path / "m" / "model.arpa").vocabulary[3:] == ("one", "two", "three", "four")
 
-    @pytest.mark.parametrize("where", ["encode_corpora", "count_full", "estimate", "_write"])
+    @pytest.mark.parametrize("where", ["encode_corpora", "count_full", "estimate", "write_model"])
     def test_a_killed_build_leaves_no_model_and_goes_on(
         self,
         rescore: Command,  # noqa: F811

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rescore.results import Result, ResultsDocument
 
 if TYPE_CHECKING:
+    from lm.build_ngram import NgramSummary
+    from lm.score_ngram import NgramScore
     from lm.training import HeldOutAccuracy
     from rescore.benchmarks import VerifyCurve
     from rescore.tuning import Tuned
 
 LABEL = ("task", "rescorer", "k", "p")  # the first columns of every table of results
+OUTCOMES = ("won", "tied", "lost")  # of a step against the unrescored draft
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> str:
@@ -77,19 +81,21 @@ def _efficiency(results: Sequence[Result]) -> str:
 def _gains(results: Sequence[Result]) -> str:
     rows = []
     for r in results:
-        if (against := r.against_unrescored) is None or (r.rescorer == "none" and r.p == 1):
+        if (r.rescorer == "none" and r.p == 1) or (r.gain is None and r.against_unrescored is None):
             continue
         alpha = "-" if r.alpha is None else f"{r.alpha:g}"
-        plain = next((o for o in results if o.task == r.task and o.rescorer == "none" and o.p == 1), None)
-        gain = f"{r.block_efficiency / plain.block_efficiency - 1:+.1%}" if plain else "-"
-        rows.append([*_label(r), alpha, gain, *(f"{against[name]:.1%}" for name in ("won", "tied", "lost"))])
+        gain = "-" if r.gain is None else f"{r.gain:+.1%}"
+        interval = "{:+.1%} to {:+.1%}".format(*r.gain_ci95) if r.gain_ci95 else "-"
+        shares = [f"{r.against_unrescored[name]:.1%}" if r.against_unrescored else "-" for name in OUTCOMES]
+        rows.append([*_label(r), alpha, gain, interval, *shares])
     if not rows:
         return ""
     note = (
-        "alpha = weight of the rescorer; gain of block eff. over the unrescored draft (p = 1) where that was run too;\n"
-        "won, tied, lost: steps that accepted more, as many, fewer tokens than the unrescored draft there."
+        "alpha = weight of the rescorer; gain of block eff. over none at p = 1 where that was run too, with a paired\n"
+        "bootstrap interval by example; won, tied, lost: steps that accepted more, as many, fewer tokens than the\n"
+        "unrescored draft would have there."
     )
-    return table([*LABEL, "alpha", "gain", "won", "tied", "lost"], rows, text_columns=2) + "\n" + note
+    return table([*LABEL, "alpha", "gain", "95 %", *OUTCOMES], rows, text_columns=2) + "\n" + note
 
 
 def _acceptance(results: Sequence[Result]) -> str:
@@ -196,3 +202,42 @@ def verify_curve_table(curve: VerifyCurve) -> str:
     ]
     note = f"{curve.base}, {curve.dtype}, {curve.device}: forward of n tokens on {curve.cached} cached ones"
     return table(["tokens", "ms", "against 1", "GB/s", "tok/s"], rows, text_columns=0) + "\n" + note
+
+
+def built_ngram_table(built: NgramSummary) -> str:
+    """N-grams and discounts of each order of a model, and the files that it is made of."""
+    width = max(map(len, built.discounts))
+    names = ["D1", "D2", "D3+"] if width == 3 else [f"d{i + 1}" for i in range(width)]  # Kneser-Ney or Katz
+    origins = ["fallback" if n in built.fallback_orders else "corpus" for n in range(1, built.order + 1)]
+    rows = []
+    for n, (count, found, origin) in enumerate(zip(built.ngrams, built.discounts, origins, strict=True), start=1):
+        shown = [f"{discount:.4f}" for discount in found] + ["-"] * (width - len(found))
+        rows.append([str(n), f"{count:,}", *shown, origin])
+    lines = [
+        f"{built.path}: {sum(built.ngrams):,} n-grams from {built.tokens:,} tokens in {built.documents:,} documents",
+        "",
+        table(["order", "n-grams", *names, "from"], rows),
+        "",
+        f"files: {file_sizes(sorted(Path(built.path).iterdir()))}",
+    ]
+    return "\n".join(lines)
+
+
+def ngram_score_table(score: NgramScore, text: str) -> str:
+    """Perplexity and counts of a scored text; `text` is its name."""
+    rows = [
+        ["documents", f"{score.sentences:,}"],
+        ["tokens, ends of documents included", f"{score.tokens:,}"],
+        ["unknown tokens", f"{score.unknown:,} ({score.unknown_share:.2%})"],
+        ["log10 probability", f"{score.log10p:.2f}"],
+        ["perplexity", f"{score.perplexity:.2f}"],
+        ["perplexity without unknown tokens", f"{score.perplexity_known:.2f}"],
+    ]
+    rows += [[f"scored by {n}-grams", f"{count:,}"] for n, count in enumerate(score.hits or (), start=1)]
+    return table(["text", text], rows)
+
+
+def file_sizes(paths: Sequence[Path]) -> str:
+    """Names of files with their sizes, on one line."""
+    sizes = [(path.name, path.stat().st_size) for path in paths]
+    return ", ".join(f"{name} ({size / 1e6:.1f} MB)" if size > 1e5 else f"{name} ({size:,} B)" for name, size in sizes)

@@ -3,12 +3,17 @@ after the colon of `name:text` (empty without one) and returns a `Rescorer`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 
 from lattices.errors import RescoreError, UnknownNameError
+from lm.neural import SIZES
 from rescore.rescorers.base import Context, Rescorer, Target, WeightedRescorer
 from rescore.rescorers.context_ngram import ContextNgram
+from rescore.rescorers.learned_bigram import LearnedBigram
+from rescore.rescorers.neural import Neural
 from rescore.rescorers.ngram import Ngram
+from rescore.rescorers.ngram_neural import NgramNeural
 from rescore.rescorers.oracle import Oracle
 from rescore.rescorers.unrescored import Unrescored
 
@@ -16,12 +21,18 @@ __all__ = ["Context", "Rescorer", "Target", "WeightedRescorer", "load_rescorer",
 
 ENTRY_POINTS = "rescore.rescorers"
 PLAIN: dict[str, type[Unrescored] | type[Oracle]] = {"none": Unrescored, "oracle": Oracle}
-WITH_TEXT: dict[str, type[Ngram] | type[ContextNgram]] = {"ngram": Ngram, "context-ngram": ContextNgram}
+WITH_TEXT: dict[str, Callable[[str], WeightedRescorer]] = {
+    "ngram": Ngram,
+    "context-ngram": ContextNgram,
+    "learned-bigram": LearnedBigram,
+    "neural": Neural,
+    "ngram-neural": NgramNeural,
+}
 
 
 def rescorer_names() -> list[str]:
     """Names that `load_rescorer` takes, sorted."""
-    return sorted({*PLAIN, *WITH_TEXT, *(point.name for point in entry_points(group=ENTRY_POINTS))})
+    return sorted({*PLAIN, *WITH_TEXT, *SIZES, *(point.name for point in entry_points(group=ENTRY_POINTS))})
 
 
 def load_rescorer(specification: str) -> Rescorer:
@@ -30,10 +41,10 @@ def load_rescorer(specification: str) -> Rescorer:
     Raises `UnknownNameError` with the nearest names, `RescoreError` if another package's rescorer can't be loaded.
     """
     name, _, text = specification.partition(":")
-    if name in PLAIN:
+    if name in PLAIN or name in SIZES:
         if text:
             raise RescoreError(f"the rescorer {name} takes no text after a colon; write --rescorer {name}")
-        return PLAIN[name]()
+        return PLAIN[name]() if name in PLAIN else Neural(name)
     if name in WITH_TEXT:
         return WITH_TEXT[name](text)
     for point in entry_points(group=ENTRY_POINTS, name=name):

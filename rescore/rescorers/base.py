@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from lattices.lattice import Lattice
+
+if TYPE_CHECKING:
+    from lm.base import BaseIdentity, BaseLM
 
 
 @dataclass
@@ -36,11 +39,15 @@ class Context:
 
 @dataclass(frozen=True)
 class Target:
-    """What a rescorer is to work for: the base LM's vocabulary; None where a trace does not say."""
+    """What a rescorer is to work for: the base LM's vocabulary and identity (None where a trace does not say), the
+    device to work on, and the base LM itself where it is loaded (`shared`: its weights need not be loaded twice)."""
 
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     tokenizer_sha256: str | None
+    base: BaseIdentity | None = None
+    device: str = "cpu"
+    shared: BaseLM | None = None
 
 
 class Rescorer(Protocol):
@@ -71,6 +78,15 @@ class WeightedRescorer(Rescorer, Protocol):
 
     def coverage(self, token_ids: np.ndarray) -> float:
         """Share of these tokens that it knows."""
+        ...
+
+
+@runtime_checkable
+class PrefilledRescorer(Rescorer, Protocol):
+    """A rescorer that reads prompts before the first lattice comes; live decoding times that apart."""
+
+    def prefill(self, contexts: Sequence[Context]) -> None:
+        """Reads the prompts of new examples."""
         ...
 
 

@@ -15,6 +15,7 @@ from lattices.context_search import ContextCounts, context_p_best
 from lattices.errors import RescoreError
 from lattices.lattice import Lattice
 from lattices.ngram_search import NgramSearch
+from lattices.search import PBest
 from rescore.rescorers.base import Context, Target
 from rescore.rescorers.ngram import DEFAULT_ALPHA, Ngram
 
@@ -60,12 +61,15 @@ class ContextNgram:
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
         """See `Rescorer.draft`."""
+        return self.best(lattices, contexts, p).drafts
+
+    def best(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> PBest:
+        """The p best drafts with their scores."""
         if self.general and self._search is None:
             raise RescoreError("a rescorer with an n-gram model must be fitted to a base LM first (fit)")
         counts = [_counts(context) for context in contexts]
         lefts = [context.last(MAX_ORDER - 1) for context in contexts]
-        best = context_p_best(lattices, self._search, lefts, counts, p, weight=self.alpha, share=self.share)
-        return best.drafts
+        return context_p_best(lattices, self._search, lefts, counts, p, weight=self.alpha, share=self.share)
 
 
 def _counts(context: Context) -> ContextCounts:

@@ -2,6 +2,13 @@
 
 `ngram:PATH` takes a folder of `rescore build-ngram`, its `automaton.bin`, an ARPA file (compiled once, then cached) or
 a KenLM binary (slow: it can't be compiled); `ngram` alone the model that is shipped for the base.
+
+Nothing behind end-of-text is ever accepted. Of several drafts a step none repeats another up to there: paths that
+differ behind it only are one, scored up to it. With p = 1 every path is scored to its end: a path that stops early adds
+up fewer log-probs, so it would win too often, and with one draft a wrong end costs the step (measured on 60 examples of
+each task, alpha 0.5: with paths that end, block efficiency at p = 16 is +2.2 % on samsum, +3.0 % on squad, +0.3 % on
+xsum, -0.3 % on gsm8k; at p = 1 it would be -2.2 %, -0.1 %, -0.8 %, -0.6 %). The search knows one end-of-text: of
+several it is the highest id, as the end of a chat's turn came into vocabularies after the end of a text.
 """
 
 from __future__ import annotations
@@ -15,6 +22,7 @@ import numpy as np
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.lattice import Lattice
 from lattices.ngram_search import NgramSearch
+from lattices.search import PBest
 from lm.kenlm_search import KenlmSearch
 from lm.ngram import SHIPPED_NGRAM, load_ngram
 from rescore.rescorers.base import Context, Target
@@ -31,6 +39,7 @@ class Ngram:
         self.identity = f"ngram {self.model.sha256}"
         self.alpha = alpha
         self._search: NgramSearch | KenlmSearch | None = None
+        self._ending: NgramSearch | KenlmSearch | None = None  # the same with paths that end at end-of-text
 
     def search(self) -> NgramSearch | KenlmSearch:
         """The search it was fitted with. Raises `RescoreError` if it was not."""
@@ -48,6 +57,10 @@ class Ngram:
             )
         fitted = copy.copy(self)
         fitted._search = self.model.search(target.vocab_size, target.eos_token_ids)
+        ends = [token for token in target.eos_token_ids if token < target.vocab_size]
+        fitted._ending = fitted._search
+        if ends:
+            fitted._ending = self.model.search(target.vocab_size, target.eos_token_ids, end_token=max(ends))
         return fitted
 
     def weighted(self, alpha: float) -> Ngram:
@@ -62,5 +75,10 @@ class Ngram:
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
         """See `Rescorer.draft`."""
+        return self.best(lattices, contexts, p).drafts
+
+    def best(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> PBest:
+        """The p best drafts with their scores."""
         lefts = [context.last(self.model.order - 1) for context in contexts]
-        return self.search().p_best_after(lattices, lefts, p, weight=self.alpha).drafts
+        search = self._ending if p > 1 and self._ending else self.search()
+        return search.p_best_after(lattices, lefts, p, weight=self.alpha)

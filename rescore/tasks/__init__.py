@@ -8,14 +8,14 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint, entry_points
 
 from lattices.errors import RescoreError, UnknownNameError
-from rescore.tasks import cnn_dailymail, gsm8k, lambada, samsum, squad, xsum
+from rescore.tasks import cnn_dailymail, gsm8k, lambada, multi_news, samsum, squad, xsum
 from rescore.tasks.base import Example, HubSource, Metric, Record, Task
 
 __all__ = ["Example", "HubSource", "Metric", "Record", "Task", "load_task", "task_names"]
 
 ENTRY_POINT_GROUP = "rescore.tasks"
 _BUILT_IN: dict[str, Task] = {
-    module.TASK.name: module.TASK for module in (cnn_dailymail, gsm8k, lambada, samsum, squad, xsum)
+    module.TASK.name: module.TASK for module in (cnn_dailymail, gsm8k, lambada, multi_news, samsum, squad, xsum)
 }
 
 

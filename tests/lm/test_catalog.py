@@ -60,6 +60,8 @@ class TestNames:
         assert chosen == {"auto": "cuda:0", "cpu": "cpu", "cuda": "cuda:0", "cuda:1": "cuda:1"}
         with pytest.raises(RescoreError, match=r"no GPU here for --device cuda:2 \(2 found\); use --device cpu"):
             catalog.choose_device("cuda:2")
+        monkeypatch.setenv("LOCAL_RANK", "1")  # the second process that a launcher started here
+        assert catalog.choose_device("auto") == catalog.choose_device("cuda") == "cuda:1"
 
     def test_a_gpu_that_is_not_there(self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

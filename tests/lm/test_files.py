@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,68 @@ class TestAtomicFolder:
             pass
         assert [p.name for p in tmp_path.iterdir()] == ["b"]
         assert (tmp_path / "b").read_text() == "mine"
+
+    def test_there_is_a_version_at_every_moment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        with files.atomic_folder(tmp_path / "b") as temporary:
+            (temporary / "old").write_text("")
+        replace, seen = os.replace, []
+
+        def spy(*arguments):
+            replace(*arguments)
+            seen.append(sorted(p.parent.name == "b" for p in tmp_path.rglob("old")))
+
+        monkeypatch.setattr(files.os, "replace", spy)
+        with files.atomic_folder(tmp_path / "b") as temporary:
+            (temporary / "new").write_text("")
+        assert seen == [[False], [False]], "the old one was moved, not deleted, until the new one was there"
+        assert [p.name for p in tmp_path.rglob("*")] == ["b", "new"]
+
+    def test_the_old_version_comes_back_if_the_new_one_can_not_be_moved(self, tmp_path: Path, monkeypatch):
+        with files.atomic_folder(tmp_path / "b") as temporary:
+            (temporary / "old").write_text("")
+        replace = os.replace
+
+        def refuses_the_new(source, target):
+            if Path(target).name == "b" and (Path(source) / "new").exists():
+                raise FULL
+            replace(source, target)
+
+        monkeypatch.setattr(files.os, "replace", refuses_the_new)
+        with pytest.raises(OutputError, match="No space left"), files.atomic_folder(tmp_path / "b") as temporary:
+            (temporary / "new").write_text("")
+        assert [p.name for p in tmp_path.rglob("*")] == ["b", "old"]
+
+    def test_a_version_that_a_kill_left_aside_is_put_back(self, tmp_path: Path):
+        aside = tmp_path / f".b-0123abcd{files.ASIDE}"
+        aside.mkdir()
+        (aside / "old").write_text("")
+        with pytest.raises(ValueError), files.atomic_folder(tmp_path / "b"):
+            assert [p.name for p in (tmp_path / "b").iterdir()] == ["old"]
+            raise ValueError
+        assert [p.name for p in tmp_path.rglob("*")] == ["b", "old"]
+
+    def test_what_kills_left_goes(self, tmp_path: Path):
+        names = [".b-0123abcd", ".b-4567cdef", f".b-89abcdef{files.ASIDE}", ".bb-0123abcd", "b"]
+        for name in names:
+            (tmp_path / name / "part").mkdir(parents=True)
+            (tmp_path / name / "part" / "x").write_text("")
+        before = time.time() - 2 * files.LEFT_AFTER
+        for path in [p for name in (".b-0123abcd", ".bb-0123abcd") for p in (tmp_path / name).rglob("*")]:
+            os.utime(path, (before, before))
+        for name in (".b-0123abcd", ".b-4567cdef", ".bb-0123abcd"):
+            os.utime(tmp_path / name, (before, before))
+        with files.atomic_folder(tmp_path / "b"):
+            pass
+        left = sorted(p.name for p in tmp_path.iterdir())
+        assert left == [".b-4567cdef", ".bb-0123abcd", "b"], "another writer may be at work; the other is not b's"
+
+    def test_a_link_stays_one(self, tmp_path: Path):
+        (tmp_path / "disk" / "model").mkdir(parents=True)
+        (tmp_path / "b").symlink_to(tmp_path / "disk" / "model")
+        with files.atomic_folder(tmp_path / "b") as temporary:
+            (temporary / "new").write_text("")
+        assert (tmp_path / "b").is_symlink() and (tmp_path / "disk" / "model" / "new").is_file()
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "disk"]
 
 
 class TestAtomicFile:

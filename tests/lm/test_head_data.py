@@ -47,8 +47,11 @@ def check_against_a_direct_forward(base, data: HeadData, contexts: dict[tuple[in
     assert data.states.shape == (len(data), base.hidden_size) and data.ends[-1] == len(data)
     found = segments(data)
     assert sorted(tuple(targets) for targets, _ in found) == sorted(contexts)
-    for targets, states in found:
+    assert data.contexts.dtype == np.int32 and data.context_ends.dtype == np.int64
+    assert data.context_ends.shape == data.ends.shape and data.context_ends[-1] == len(data.contexts)
+    for segment, (targets, states) in enumerate(found):
         context = contexts[tuple(targets)]
+        assert data.context(segment).tolist() == context
         _, hidden = base.forward(torch.tensor([context + targets]))
         expected = hidden[0, len(context) - 1 : -1]
         np.testing.assert_allclose(states, expected.numpy(), rtol=2e-3, atol=2e-3)
@@ -203,7 +206,8 @@ class TestOwnOutput:
             ("settings.json", b'{"base": {"name": "x"}}', "does not say which base LM"),
             ("corpus.jsonl", None, "can't read"),
             ("corpus.jsonl", b"", "is empty"),
-            ("corpus.jsonl", b'{"prompt": "a"}\n', "line 1 has no field 'output_ids'"),
+            ("corpus.jsonl", b'{"prompt": "a"}\n', "line 1 has no field 'prompt_ids'"),
+            ("corpus.jsonl", b'{"prompt_ids": [1]}\n', "line 1 has no field 'output_ids'"),
             ("hidden.f16", None, "has the states of 0 of"),
             ("hidden.f16", b"", "has the states of 0 of"),
             ("hidden.f16", b"\0" * 129, "has the states of 2 of"),
@@ -226,7 +230,7 @@ class TestKeptStates:
         assert seen[-1] == (len(first.ends), len(first.ends))
         no_forward()
         again = read_head_data(tiny_base, path, tmp_path / "cache")
-        for field in ("states", "targets", "ends"):
+        for field in ("states", "targets", "ends", "contexts", "context_ends"):
             np.testing.assert_array_equal(getattr(first, field), getattr(again, field))
         assert again.sha256 == first.sha256
 

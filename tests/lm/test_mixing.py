@@ -8,7 +8,7 @@ import pytest
 from lattices.automaton import Automaton
 from lattices.errors import RescoreError
 from lattices.ngrams import SPECIAL_WORDS, NgramArrays, NgramModel
-from lm.mixing import mix
+from lm.mixing import Mixture, mix
 
 
 def normalised_model(seed: int, words: tuple[str, ...], order: int) -> NgramModel:
@@ -87,3 +87,19 @@ def test_weights_that_make_no_sense_are_refused(weights):
     model = normalised_model(2, ("a",), 2)
     with pytest.raises(RescoreError, match="weights"):
         mix([model, model], weights)
+
+
+def test_one_look_up_serves_all_weights():
+    models = [normalised_model(0, ("a", "b", "c"), 3), normalised_model(1, ("b", "d"), 2)]
+    mixture = Mixture(models)
+    for weights in ((0.1, 0.9), (0.5, 0.5), (8, 2)):
+        ours, alone = mixture.at(weights), mix(models, weights)
+        assert ours.vocabulary == alone.vocabulary
+        for a, b in zip(ours.orders, alone.orders, strict=True):
+            np.testing.assert_array_equal(a.log10p, b.log10p)
+            np.testing.assert_array_equal(a.log10_backoff, b.log10_backoff)
+
+
+def test_one_model_is_no_mixture():
+    with pytest.raises(RescoreError, match="two n-gram models or more"):
+        mix([normalised_model(2, ("a",), 2)], [1.0])

@@ -103,6 +103,35 @@ class TestDrafts:
     def test_end_of_text_is_the_end_of_a_sentence(self, ngram: Path):
         assert load_ngram(ngram).words_of_tokens(VOCAB, (256,))[256] == 2
 
+    @pytest.mark.parametrize("eos", [(256,), (9, 256)])
+    def test_several_drafts_never_repeat_each_other_up_to_end_of_text(self, ngram: Path, eos: tuple[int, ...]):
+        lattices = random_lattices(3, h=6)
+        lattices.token_ids[:, 2, 1] = 256  # a likely end-of-text, after which most paths are the same
+        lattices.token_ids[:, 4, 0] = 256
+        rescorer = load_rescorer(f"ngram:{ngram}").fit(Target(VOCAB, eos, None)).weighted(0.3)
+        drafts = rescorer.draft(lattices, [Context([5])] * len(lattices), 16)
+        ended = 0
+        for of_lattice in drafts.tolist():
+            up_to_end = {tuple(d[: d.index(256) + 1]) if 256 in d else tuple(d) for d in of_lattice}
+            assert len(up_to_end) == 16
+            ended += any(256 in d for d in of_lattice)
+        assert ended > 10, "the test is of drafts that end"
+
+    def test_one_draft_is_scored_to_its_end(self, ngram: Path):
+        lattices = random_lattices(3, h=6)
+        lattices.token_ids[:, 2, 1] = 256
+        model = load_ngram(ngram)
+        plain = model.search(VOCAB, (256,)).p_best_after(lattices, [[5]] * len(lattices), 1, weight=0.3).drafts
+        fitted_to_end = load_rescorer(f"ngram:{ngram}").fit(Target(VOCAB, (256,), None)).weighted(0.3)
+        assert fitted_to_end.draft(lattices, [Context([5])] * len(lattices), 1).tolist() == plain.tolist()
+
+    def test_without_end_of_text_nothing_ends(self, ngram: Path):
+        lattices, contexts = random_lattices(4), [Context([5])] * 20
+        rescorer = load_rescorer(f"ngram:{ngram}").weighted(1.0)
+        expected = load_ngram(ngram).search(VOCAB, ()).p_best_after(lattices, [[5]] * 20, 4, weight=1.0).drafts
+        for eos in ((), (VOCAB + 3,)):  # none, or one that the base's vocabulary does not hold
+            assert rescorer.fit(Target(VOCAB, eos, None)).draft(lattices, contexts, 4).tolist() == expected.tolist()
+
     def test_it_must_be_fitted(self, ngram: Path):
         with pytest.raises(RescoreError, match="fitted"):
             load_rescorer(f"ngram:{ngram}").draft(random_lattices(0), [Context([])] * 20, 1)
@@ -154,7 +183,7 @@ class TestEvaluation:
     def test_the_default_weight_is_told(self, options: EvalOptions):
         evaluation = evaluate(options)
         assert any("by default" in line for line in evaluation.notices)
-        assert evaluation.document.config["alphas"]["squad"][options.rescorers[1]]["from"] == "default"
+        assert evaluation.document.config["alphas"]["squad"][options.rescorers[1]][1]["from"] == "default"
 
     @pytest.mark.parametrize("alpha", [-0.1, 65.0])
     def test_a_weight_out_of_range_is_refused(self, options: EvalOptions, alpha: float):

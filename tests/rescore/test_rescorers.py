@@ -68,13 +68,16 @@ def test_unknown_names_are_told_the_nearest(plug_in):
     plug_in(fixed=f"{__name__}:Fixed")
     with pytest.raises(UnknownNameError, match="unknown rescorer 'orakle'; did you mean oracle"):
         load_rescorer("orakle")
-    with pytest.raises(UnknownNameError, match="known: context-ngram, fixed, ngram, none, oracle"):
+    with pytest.raises(UnknownNameError, match="known: context-ngram, fixed, learned-bigram, neural"):
         load_rescorer("zzz:4")
 
 
 def test_other_packages_register_rescorers(plug_in):
     plug_in(fixed=f"{__name__}:Fixed", none=f"{__name__}:Fixed")
-    assert rescorer_names() == ["context-ngram", "fixed", "ngram", "none", "oracle"]
+    assert rescorer_names() == [
+        "context-ngram", "fixed", "learned-bigram", "neural", "neural-32m", "neural-61m", "neural-94m", "ngram",
+        "ngram-neural", "none", "oracle",
+    ]  # fmt: skip
     assert load_rescorer("fixed:8,9").draft(LATTICE, [Context([])], 1).tolist() == [[[5, 8, 9]]]
     assert isinstance(load_rescorer("none"), rescorers.Unrescored), "a built-in name can't be taken over"
 

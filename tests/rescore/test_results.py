@@ -20,9 +20,9 @@ from rescore.results import ExampleLog, Result, ResultsDocument, environment, ve
 CONFIG = {"options": {"k": 16, "p": 1}, "traces": {"squad": {"base": {"weights_sha256": "abc"}}}}
 
 
-def record(example: str, rescorer: str = "none", task: str = "squad") -> dict[str, Any]:
+def record(example: str, rescorer: str = "none", p: int = 1, task: str = "squad") -> dict[str, Any]:
     return {
-        "task": task, "rescorer": rescorer, "id": example, "h": 2, "accepted": [1, 2], "oracle_accepted": [2, 1]
+        "task": task, "rescorer": rescorer, "p": p, "id": example, "h": 2, "accepted": [1, 2], "oracle_accepted": [2, 1]
     }  # fmt: skip
 
 
@@ -37,22 +37,31 @@ class TestExampleLog:
             assert lines(tmp_path / "run") == [record("a")]
             log.add(record("a", "oracle"))
         with ExampleLog(tmp_path / "run", CONFIG) as log:
-            assert log.has("squad", "none", "a") and log.has("squad", "oracle", "a")
-            assert not log.has("squad", "none", "b") and not log.has("xsum", "none", "a")
+            assert log.has("squad", "none", 1, "a") and log.has("squad", "oracle", 1, "a")
+            assert not log.has("squad", "none", 1, "b") and not log.has("xsum", "none", 1, "a")
             log.add(record("b"))
         assert lines(tmp_path / "run") == [record("a"), record("a", "oracle"), record("b")]
+
+    def test_every_p_is_finished_by_itself(self, tmp_path: Path):
+        with ExampleLog(tmp_path, CONFIG) as log:
+            log.add(record("a", p=16))
+        with ExampleLog(tmp_path, CONFIG) as log:
+            assert log.has("squad", "none", 16, "a") and not log.has("squad", "none", 1, "a")
+            log.add(record("a", p=1))
+            assert log.records("squad", "none", 16, ["a"]) == [record("a", p=16)]
+        assert lines(tmp_path) == [record("a", p=16), record("a", p=1)]
 
     def test_without_a_folder_it_remembers(self):
         with ExampleLog(None, CONFIG) as log:
             log.add(record("a"))
-            assert log.records("squad", "none", ["a"]) == [record("a")]
+            assert log.records("squad", "none", 1, ["a"]) == [record("a")]
 
     def test_records_come_in_the_order_asked_for_not_of_finishing(self):
         with ExampleLog(None, CONFIG) as log:
             for name in "cab":
                 log.add(record(name))
             log.add(record("d", task="xsum"))
-        assert [r["id"] for r in log.records("squad", "none", ["a", "b", "z", "c"])] == ["a", "b", "c"]
+        assert [r["id"] for r in log.records("squad", "none", 1, ["a", "b", "z", "c"])] == ["a", "b", "c"]
 
     @pytest.mark.parametrize("torn", ['{"task": "squ', '{"task": "squad"}', "\x00\x00"])
     def test_a_torn_last_line_is_cut_off(self, tmp_path: Path, torn: str):
@@ -71,6 +80,7 @@ class TestExampleLog:
             ("[1]", "line 2 is not a JSON object"),
             ('{"task": "squad"}', "line 2 is not a finished example; use another --out"),
             (json.dumps(record("b") | {"accepted": 3}), "line 2 is not a finished example"),
+            (json.dumps(record("b") | {"p": None}), "line 2 is not a finished example"),
         ],
     )
     def test_a_broken_line_is_refused_by_number(self, tmp_path: Path, line: str, message: str):
@@ -115,7 +125,7 @@ class TestExampleLog:
             for number in range(5):
                 log.add(record(str(number)))
         with ExampleLog(tmp_path, CONFIG) as log:
-            assert [number for number in range(5) if log.has("squad", "none", str(number))] == [0, 1, 2]
+            assert [number for number in range(5) if log.has("squad", "none", 1, str(number))] == [0, 1, 2]
             log.add(record("3"))
         assert lines(tmp_path) == [record(str(number)) for number in range(4)]
         assert capfd.readouterr().err == ""
@@ -125,7 +135,8 @@ def result(**changes: Any) -> Result:
     accounting = account([[1, 2, 3], [3, 1]], 3)
     fields = {
         "task": "squad", "rescorer": "none", "k": 16, "p": 1, "alpha": None, "n": 2, "oracle_block_efficiency": 2.5,
-        "against_unrescored": None, "quality": None, "identical": None, "divergence": None, "latency": None,
+        "gain": None, "gain_ci95": None, "against_unrescored": None, "quality": None, "identical": None,
+        "divergence": None, "latency": None,
         **vars(accounting),
     }  # fmt: skip
     return Result(**{**fields, **changes})
@@ -148,7 +159,8 @@ class TestDocument:
         (found,) = document["results"]
         assert {
             "task", "rescorer", "k", "p", "alpha", "block_efficiency", "block_efficiency_ci95",
-            "block_efficiency_macro", "oracle_block_efficiency", "steps", "tokens", "accepted_histogram", "marginal",
+            "block_efficiency_macro", "oracle_block_efficiency", "gain", "gain_ci95",
+            "against_unrescored", "steps", "tokens", "accepted_histogram", "marginal",
             "conditional", "quality", "identical", "divergence", "latency",
         } <= set(found)  # fmt: skip
         assert json.loads(json.dumps(document))["results"][0]["accepted_histogram"] == [0, 2, 1, 2]
@@ -216,6 +228,21 @@ class TestTables:
         assert re.search(r"i, given i - 1 +1.000 +0.000 +-(\n|$)", text)
         assert re.search(r"1.000 +- +1.000 +2.500 +-\n", text), "one example has no interval, this task no metric"
 
+    def test_gains_are_shown_with_their_interval(self):
+        shares = {"won": 0.5, "tied": 0.25, "lost": 0.25}
+        results = [
+            result(),
+            result(rescorer="ngram", p=16, alpha=0.5, gain=0.25, gain_ci95=(-0.1, 0.5), against_unrescored=shares),
+            result(rescorer="oracle", gain=1.5, gain_ci95=None),
+            result(rescorer="context-ngram", against_unrescored=shares),
+        ]
+        text = results_table(ResultsDocument({"options": OPTIONS}, results))
+        assert re.search(r"\ntask +rescorer +k +p +alpha +gain +95 % +won +tied +lost\n", text)
+        assert re.search(r"\nsquad +ngram +16 +16 +0.5 +\+25.0% +-10.0% to \+50.0% +50.0% +25.0% +25.0%\n", text)
+        assert re.search(r"\nsquad +oracle +16 +1 +- +\+150.0% +- +- +- +-\n", text)
+        assert re.search(r"\nsquad +context-ngram +16 +1 +- +- +- +50.0% +25.0% +25.0%\n", text)
+        assert len(re.findall(r"\nsquad +none ", text)) == 2, "none at p = 1 has no gain over itself"
+
     def test_times_are_shown_in_live_mode(self):
         live = result(identical={"n": 2, "identical": 1}, latency=LATENCY)
         without_calls = result(
@@ -256,7 +283,11 @@ class TestTables:
 
     def test_it_fits_into_120_columns(self):
         wide = account([[9] * 900, [9] * 9000], 9)
-        fields = {"task": "multi_news", "rescorer": "neural-61m", "p": 16, "quality": {"metric": "ROUGE-L", "value": 1}}
+        fields = {
+            "task": "cnn_dailymail", "rescorer": "context-ngram", "p": 16, "quality": {"metric": "ROUGE-L", "value": 1},
+            "alpha": 0.125, "gain": 1.25, "gain_ci95": (1.0, 1.5),
+            "against_unrescored": {"won": 1.0, "tied": 0.0, "lost": 0.0},
+        }  # fmt: skip
         live = {"identical": {"n": 1000, "identical": 1000}, "latency": LATENCY}
         text = results_table(ResultsDocument({"options": OPTIONS}, [result(**{**vars(wide), **fields, **live})]))
         assert max(map(len, text.splitlines())) <= 120

@@ -14,6 +14,7 @@ from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
 from rescore.tasks import Example, HubSource, Record, Task, load_task, task_names
 from rescore.tasks.base import only_reference
 
+BUILT_IN = ["cnn_dailymail", "gsm8k", "lambada", "multi_news", "samsum", "squad", "xsum"]
 TEXT = st.text(st.characters(codec="utf-8"))
 
 
@@ -37,6 +38,11 @@ class TestPrompts:
             ("xsum", {"document": "News.", "summary": "N."}, "Summarize: News."),
             ("cnn_dailymail", {"article": "News.", "highlights": "N."}, "summarize: News."),
             (
+                "multi_news",
+                {"document": "News. ||||| More.", "summary": "N."},
+                "Write a summary based on this article: News. ||||| More.",
+            ),
+            (
                 "samsum",
                 {"dialogue": "A: hi\nB: ho", "summary": "They greet."},
                 "Here is a dialogue: A: hi\nB: ho\nWrite a short summary!",
@@ -48,8 +54,7 @@ class TestPrompts:
         assert load_task(name).prompt(record) == prompt
 
     def test_only_lambada_goes_without_the_chat_template(self) -> None:
-        built_in = ["cnn_dailymail", "gsm8k", "lambada", "samsum", "squad", "xsum"]
-        assert [name for name in built_in if not load_task(name).chat] == ["lambada"]
+        assert [name for name in BUILT_IN if not load_task(name).chat] == ["lambada"]
 
     @given(question=TEXT, context=TEXT)
     def test_the_text_of_a_record_is_kept_as_it_is(self, question: str, context: str) -> None:
@@ -112,13 +117,16 @@ class TestReferences:
         record = {
             "question": "q",
             "answer": "a",
+            "article": "d",
+            "highlights": "h",
             "document": "d",
             "dialogue": "d",
             "summary": "s",
             "text": "so it goes",
         }
-        found = {name: load_task(name).references(record) for name in ("gsm8k", "xsum", "samsum", "lambada")}
-        assert found == {"gsm8k": ("a",), "xsum": ("s",), "samsum": ("s",), "lambada": ("goes",)}
+        found = {name: load_task(name).references(record) for name in BUILT_IN if name != "squad"}
+        summaries = {name: ("s",) for name in ("multi_news", "samsum", "xsum")}
+        assert found == {"cnn_dailymail": ("h",), "gsm8k": ("a",), "lambada": ("goes",), **summaries}
 
 
 class TestRecords:
@@ -144,7 +152,7 @@ class TestRecords:
 
 class TestRegistry:
     def test_every_built_in_task_loads_under_its_own_name(self) -> None:
-        assert {"gsm8k", "lambada", "samsum", "squad", "xsum"} <= set(task_names())
+        assert set(BUILT_IN) <= set(task_names())
         assert task_names() == sorted(set(task_names()))
         for name in task_names():
             assert load_task(name).name == name
@@ -153,7 +161,9 @@ class TestRegistry:
         squad = load_task("squad")
         assert squad.metric is not None and squad.metric.name == "exact match"
         assert squad.sample is not None and squad.sample.is_file()
-        assert all(isinstance(load_task(name).hub, HubSource) for name in ("gsm8k", "xsum", "samsum", "lambada"))
+        assert all(isinstance(load_task(name).hub, HubSource) for name in BUILT_IN)
+        others = [load_task(name) for name in BUILT_IN if name != "squad"]
+        assert all(task.metric is None and task.sample is None for task in others)
 
     def test_an_unknown_name_gets_the_nearest_ones(self) -> None:
         with pytest.raises(UnknownNameError, match=r"unknown task 'squat'; did you mean squad"):

@@ -1,0 +1,249 @@
+"""Commands for n-gram models: `build-ngram` estimates one, `mix-ngram` interpolates several, `compare-ngrams` finds the
+corpus that helps most, `score-ngram` scores text, `export-fst` writes a model out."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli_options import (
+    TASK_NAMES,
+    Base,
+    Data,
+    Device,
+    Dtype,
+    FirstHeads,
+    GivenTrace,
+    Heads,
+    Json,
+    NewTokens,
+    PromptTokens,
+    notify,
+    numbers,
+    progress_bar,
+)
+from lattices.errors import RescoreError
+
+ngram_models = typer.Typer(rich_markup_mode=None)
+
+TEXTS = (
+    "text, .jsonl (--field), .gz or .zst of those, folders of them, a folder of rescore generate-corpus (the base LM's "
+    "own output, what the rescorer ngram learns from best), or hub:NAME[:SPLIT[:FIELD]] for a hub data set"
+)
+OWN = "own:PROMPTS for the base LM's own output for a file of prompts, generated once and kept"
+OWN_TOKENS = "Output tokens for each prompt of own:PROMPTS, at most."
+Field = Annotated[str, typer.Option(help="Field of JSON lines and hub data sets with the text or the token ids.")]
+Utf8Errors = Annotated[str, typer.Option("--errors", help="Bad UTF-8: strict (refuse) or replace.")]
+
+
+@ngram_models.command(name="build-ngram")
+def build_ngram_command(
+    corpus: Annotated[list[str], typer.Argument(help=f"One or more of: {TEXTS}; {OWN}.")],
+    out: Annotated[Path, typer.Option(help="Folder for the model; resumable.")],
+    order: Annotated[int, typer.Option(help="Length of the longest n-grams, 1 to 6.")] = 4,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Base LM whose token ids the words are, or words: split at white space. Default: --base, else "
+            "smollm2-135m."
+        ),
+    ] = None,
+    prune: Annotated[str, typer.Option(help="Drop n-grams that occur at most so often, by order, like 0,0,1,2.")] = "",
+    discount_fallback: Annotated[
+        bool, typer.Option("--discount-fallback", help="Use discounts 0.5, 1, 1.5 where the corpus gives none.")
+    ] = False,
+    smoothing: Annotated[
+        str, typer.Option(help="kneser-ney (modified, interpolated) or katz (prunes 0,0,1,3 unless told).")
+    ] = "kneser-ney",
+    max_ngrams: Annotated[
+        str | None, typer.Option(help="Prune by entropy down to so many n-grams, like 500K or 100M.")
+    ] = None,
+    surface: Annotated[bool, typer.Option("--surface", help="Write token strings instead of ids.")] = False,
+    memory: Annotated[str, typer.Option(help="Memory for the counts, like 4G; the rest goes to disk.")] = "4G",
+    threads: Annotated[int | None, typer.Option(help="Threads; default: one per core.")] = None,
+    errors: Utf8Errors = "strict",
+    field: Field = "text",
+    estimator: Annotated[str, typer.Option(help="own, or lmplz (KenLM's program, if on PATH).")] = "own",
+    base: Annotated[
+        str | None, typer.Option(help="Base LM that writes the output for own:PROMPTS. Default: --tokenizer.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help=OWN_TOKENS)] = 96,
+    max_prompt_tokens: Annotated[int, typer.Option(help="Cut prompts of own:PROMPTS to this many tokens.")] = 384,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Estimate an n-gram model from text: ARPA file, compiled automaton and manifest in one folder."""
+    from dataclasses import asdict
+
+    from lm.build_ngram import build_ngram
+    from lm.own_output import OwnOutput
+    from rescore.report.tables import built_ngram_table
+
+    tokenizer = tokenizer or base or "smollm2-135m"
+    own = OwnOutput(
+        base=base or tokenizer, max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, dtype=dtype,
+        device=device,
+    )  # fmt: skip
+    with progress_bar() as progress:
+        summary = build_ngram(
+            corpus, out, order=order, tokenizer=tokenizer, prune=numbers("--prune", prune, int) if prune else (),
+            discount_fallback=(0.5, 1.0, 1.5) if discount_fallback else None, smoothing=smoothing,
+            max_ngrams=None if max_ngrams is None else _size("--max-ngrams", max_ngrams, 1000), surface=surface,
+            memory=_size("--memory", memory, 1024), threads=threads, errors=errors, field=field, estimator=estimator,
+            own=own, progress=progress,
+        )  # fmt: skip
+    print(json.dumps(asdict(summary)) if as_json else built_ngram_table(summary))
+
+
+@ngram_models.command(name="mix-ngram")
+def mix_ngram_command(
+    model: Annotated[
+        list[str], typer.Argument(help="Two or more: folders of build-ngram, ARPA files, own (the shipped model).")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the mixture, a model like those of build-ngram.")],
+    weights: Annotated[
+        str | None, typer.Option(help="Comma-separated weights, one for each model, like 0.7,0.3.")
+    ] = None,
+    tune: Annotated[
+        Path | None, typer.Option(help="Trace folder: find the weights by block efficiency on its last examples.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Tune: held-out examples, at most half of the trace.")] = 40,
+    k: Annotated[int, typer.Option(help="Tune: tokens of each head that are in the lattice.")] = 16,
+    alpha: Annotated[float, typer.Option(help="Tune: weight of the rescorer.")] = 0.5,
+    as_json: Json = False,
+) -> None:
+    """Interpolate n-gram models into one: p = the weighted sum of theirs, with weights given or tuned by replay."""
+    from dataclasses import asdict
+
+    from lm.mix_ngram import find_parts, mix_ngrams
+    from rescore.report.ngram_tables import mixture_table, mixture_tuning_table
+
+    if (weights is None) == (tune is None):
+        raise RescoreError("give the weights of the mixture (--weights 0.7,0.3) or a trace to tune them on (--tune)")
+    parts, tuned = find_parts(model), None
+    with progress_bar() as progress:
+        if tune is not None:
+            from rescore.ngram_mixing import tune_mixture
+
+            tuned = tune_mixture(parts, tune, limit=limit, k=k, alpha=alpha, progress=progress)
+        chosen = tuned.weights if tuned else numbers("--weights", weights or "", float)
+        mixed = mix_ngrams(parts, chosen, out, tuned=asdict(tuned) if tuned else None, progress=progress)
+    if as_json:
+        print(json.dumps({**asdict(mixed), "tuned": asdict(tuned) if tuned else None}))
+        return
+    if tuned:
+        print(mixture_tuning_table(tuned) + "\n")
+    print(mixture_table(mixed))
+
+
+@ngram_models.command(name="compare-ngrams")
+def compare_ngrams_command(
+    corpus: Annotated[
+        list[str],
+        typer.Option(
+            help="NAME=SOURCE or NAME:FIELD=SOURCE (field of JSON lines), several times; SOURCE as in build-ngram, "
+            "own:PROMPTS included, or own: the model shipped for the base."
+        ),
+    ],
+    task: Annotated[str | None, typer.Option(help=f"{TASK_NAMES}. Default: squad, or the task of --trace.")] = None,
+    order: Annotated[str, typer.Option(help="Comma-separated orders of the models to train.")] = "2,4",
+    p: Annotated[str, typer.Option(help="Comma-separated numbers of drafts that one step verifies.")] = "1,16",
+    k: Annotated[int, typer.Option(help="Tokens of each head that are in the lattice.")] = 16,
+    limit: Annotated[int | None, typer.Option(help="Evaluate the first N examples; default: all not held out.")] = None,
+    held_out: Annotated[
+        int | None, typer.Option(help="Tune alpha on the last M examples; default: 40, at most half of all.")
+    ] = None,
+    alphas: Annotated[
+        str | None, typer.Option(help="Comma-separated weights; 0 is always among them. Default: nine from 0.1 to 5.")
+    ] = None,
+    h: FirstHeads = None,
+    base: Base = "smollm2-135m",
+    heads: Heads = None,
+    data: Data = None,
+    trace: GivenTrace = None,
+    max_new_tokens: NewTokens = 64,
+    max_prompt_tokens: PromptTokens = None,
+    own_tokens: Annotated[int, typer.Option(help=OWN_TOKENS)] = 96,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap intervals.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Compare n-gram models by corpus and order: train, tune alpha, and evaluate each on one task, in one table."""
+    from dataclasses import asdict
+
+    from lm.own_output import OwnOutput
+    from rescore.evaluation import EvalOptions
+    from rescore.ngram_comparison import compare_ngrams, read_corpus
+    from rescore.report.ngram_tables import comparison_table
+    from rescore.tuning import DEFAULT_ALPHAS
+
+    chosen = EvalOptions(
+        tasks=(task,) if task else (), base=base, heads=heads, h=h, k=k, p=tuple(numbers("--p", p, int)), limit=limit,
+        max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, data=data, trace=trace, dtype=dtype,
+        device=device, seed=seed,
+    )  # fmt: skip
+    with progress_bar() as progress:
+        found = compare_ngrams(
+            chosen, [read_corpus(text) for text in corpus], orders=numbers("--order", order, int), held_out=held_out,
+            alphas=numbers("--alphas", alphas, float) if alphas else DEFAULT_ALPHAS,
+            own=OwnOutput(base=base, max_new_tokens=own_tokens, dtype=dtype, device=device), progress=progress,
+            notify=notify,
+        )  # fmt: skip
+    print(json.dumps(asdict(found)) if as_json else comparison_table(found))
+
+
+@ngram_models.command(name="score-ngram")
+def score_ngram_command(
+    text: Annotated[str, typer.Argument(help=f"One of: {TEXTS}.")],
+    ngram: Annotated[Path, typer.Option(help="Folder of build-ngram, ARPA file or KenLM binary.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="As in build-ngram; default: the model's (words for files without a manifest).")
+    ] = None,
+    errors: Utf8Errors = "strict",
+    field: Field = "text",
+    as_json: Json = False,
+) -> None:
+    """Perplexity of a text under an n-gram model, with the counts of unknown words."""
+    from lm.score_ngram import score_file
+    from rescore.report.tables import ngram_score_table
+
+    with progress_bar() as progress:
+        score = score_file(text, ngram, tokenizer=tokenizer, errors=errors, field=field, progress=progress)
+    if score.unknown_share > 0.9:
+        notify(f"{ngram} does not know {score.unknown_share:.0%} of the words; is this the right --tokenizer?")
+    print(json.dumps(score.as_dict()) if as_json else ngram_score_table(score, text))
+
+
+@ngram_models.command(name="export-fst")
+def export_fst_command(
+    ngram: Annotated[Path, typer.Option(help="Folder of build-ngram, automaton or ARPA file.")],
+    out: Annotated[Path, typer.Option(help="Folder for the text files.")],
+    trace: Annotated[Path | None, typer.Option(help="Trace folder to take a lattice from.")] = None,
+    example: Annotated[str | None, typer.Option(help="Id of the trace's example; default: the first.")] = None,
+    position: Annotated[int, typer.Option(help="Output token before which the lattice stands, from 0.")] = 0,
+    k: Annotated[int, typer.Option(help="Tokens of each head that are in the lattice.")] = 16,
+    alpha: Annotated[float, typer.Option(help="Weight of the n-gram model.")] = 1.0,
+    phi: Annotated[
+        bool, typer.Option("--phi", help="Give back-off arcs a label of their own, for phi matchers; else epsilon.")
+    ] = False,
+) -> None:
+    """Write an n-gram automaton and one lattice of a trace, with their exact composition, as OpenFst text."""
+    from rescore.openfst_export import export_openfst
+    from rescore.report.tables import file_sizes
+
+    written = export_openfst(ngram, out, trace=trace, example=example, position=position, k=k, alpha=alpha, phi=phi)
+    print(f"{out}: {file_sizes(written)}")
+
+
+def _size(option: str, text: str, thousand: int) -> int:
+    """A number like 500K, 1.5M or 4G of an option; `thousand` is what K stands for."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kmgt]?)b?", text.strip().lower())
+    if not match:
+        raise RescoreError(f"{option} {text}: give a number, with K, M, G or T behind it if it is large, like 4G")
+    return int(float(match[1]) * thousand ** " kmgt".index(match[2] or " "))

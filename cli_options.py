@@ -1,0 +1,72 @@
+"""What the commands of `cli`, `cli_ngram` and `cli_training` share: option types, notices, the progress bar."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from lattices.errors import RescoreError
+
+Number = TypeVar("Number", int, float)
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+TASK_NAMES = "squad, gsm8k, lambada, samsum, xsum, cnn_dailymail, multi_news or a plug-in's"
+
+Base = Annotated[str, typer.Option(help="Base LM: smollm2-135m, a model folder, a .gguf file or a hub id.")]
+Heads = Annotated[str | None, typer.Option(help="Folder of block heads; default: those shipped for the base.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+Dtype = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option("--task", help=f"{TASK_NAMES}; may be given several times. Default: squad, or the task of --trace."),
+]
+Limit = Annotated[int | None, typer.Option(help="Only the first N examples.")]
+Data = Annotated[str | None, typer.Option(help="JSON lines file with the task's examples.")]
+GivenTrace = Annotated[str | None, typer.Option(help="Replay this trace folder instead of recording one.")]
+FirstHeads = Annotated[int | None, typer.Option(help="Use only the first h heads (block of h tokens).")]
+NewTokens = Annotated[int, typer.Option(help="Output tokens per example, at most.")]
+PromptTokens = Annotated[int | None, typer.Option(help="Cut prompts to this many tokens.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+
+
+def numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+    """Comma-separated numbers of an option. Raises `RescoreError` for text that is none."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise RescoreError(f"{option} {text}: give {what} with commas between them, like 1,2,4") from None
+
+
+def notify(line: str) -> None:
+    """A line for the user, on stderr."""
+    print(f"rescore: {line}", file=sys.stderr)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr, silent where stderr is no terminal; Ctrl-C that ends the command is told there too."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns: list[Any] = [
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    ]  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(description: str, done: int, total: int) -> None:
+            key = description.split(",")[0]
+            if key not in tasks:
+                tasks[key] = bar.add_task(description, total=total)
+            bar.update(tasks[key], description=description, completed=done, total=total)
+
+        try:
+            yield show
+        except KeyboardInterrupt:
+            notify("interrupted; what is finished is kept, the same command goes on")
+            raise typer.Exit(INTERRUPTED) from None

@@ -1,0 +1,226 @@
+"""Commands that train: `generate-corpus` writes what is learned from; `train-heads`, `train-rescorer`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli_options import Base, Device, Dtype, Heads, NewTokens, notify, progress_bar
+
+if TYPE_CHECKING:
+    from lm.base import BaseLM
+    from lm.head_data import HeadData
+    from lm.rescorer_training import HeldOutText
+    from lm.training import HeldOutAccuracy
+    from lm.workers import Workers
+
+training = typer.Typer(rich_markup_mode=None)
+
+
+def _read_corpora(
+    model: BaseLM,
+    corpora: list[Path],
+    out: Path,
+    max_tokens: int | None,
+    progress: Callable[[str, int, int], None],
+) -> tuple[list[HeadData], Workers]:
+    """The training data, and the processes that share the work; the first one runs the base over text, once."""
+    from lm.head_data import read_head_data
+    from lm.workers import start_workers
+
+    workers = start_workers(model.device)
+    if not workers.is_first:
+        workers.wait()
+    data = [
+        read_head_data(
+            model, path, out, max_tokens=max_tokens,
+            progress=lambda done, total: progress("hidden states", done, total),
+        )
+        for path in corpora
+    ]  # fmt: skip
+    if workers.is_first:
+        workers.wait()
+    return data, workers
+
+
+@training.command(name="generate-corpus")
+def generate_corpus_command(
+    prompts: Annotated[Path, typer.Option(help='JSON lines {"prompt", "chat"} or text, a prompt a line.')],
+    out: Annotated[Path, typer.Option(help="Folder for the corpus; resumable.")],
+    base: Base = "smollm2-135m",
+    max_new_tokens: NewTokens = 96,
+    max_prompt_tokens: Annotated[int, typer.Option(help="Cut prompts to this many tokens.")] = 384,
+    batch_size: Annotated[int, typer.Option(help="Prompts decoded side by side.")] = 64,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+) -> None:
+    """Write the base LM's own greedy output for many prompts: what block heads learn from best."""
+    from lm.catalog import load_base
+    from lm.corpus import generate_corpus, read_prompts
+
+    model = load_base(base, dtype=dtype, device=device)
+    chosen = read_prompts(prompts, default_chat=model.is_chat)
+    with progress_bar() as progress:
+        summary = generate_corpus(
+            model, chosen, out, max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens,
+            batch_size=batch_size, progress=lambda done, total: progress("generate", done, total),
+        )  # fmt: skip
+    print(f"{summary.path}: {summary.examples} examples ({summary.made} new), {summary.output_tokens} output tokens")
+
+
+@training.command(name="train-heads")
+def train_heads_command(
+    corpus: Annotated[list[Path], typer.Option(help="Folder of generate-corpus, .jsonl of pairs, or text; several.")],
+    out: Annotated[Path, typer.Option(help="Folder for the heads; resumable.")],
+    base: Base = "smollm2-135m",
+    h: Annotated[int, typer.Option(help="Block length: h - 1 heads are trained.")] = 9,
+    inner_size: Annotated[int, typer.Option(help="Hidden layer of each head.")] = 560,
+    token_size: Annotated[int, typer.Option(help="Width in which heads see head 1's token; 0: not at all.")] = 128,
+    initial: Annotated[
+        Path | None, typer.Option(help="Folder of heads to start from instead of untrained ones.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 2000,
+    positions: Annotated[int, typer.Option(help="Positions per step.")] = 2048,
+    heads_per_step: Annotated[int, typer.Option(help="Heads trained per step, drawn anew each time.")] = 4,
+    vocabulary: Annotated[int, typer.Option(help="Most frequent tokens in the loss; 0: all.")] = 8192,
+    soft: Annotated[float, typer.Option(help="Share of the base's own distribution in the target, 0 to 1.")] = 0.5,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate (AdamW, cosine).")] = 1e-3,
+    evaluate_every: Annotated[int, typer.Option(help="Steps between checkpoints with held-out accuracy.")] = 200,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens taken of each text corpus, at most.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Train block heads on a frozen base LM."""
+    from lm.catalog import load_base
+    from lm.training import HeadTrainer, TrainingOptions
+
+    chosen = TrainingOptions(
+        h=h, inner_size=inner_size, token_size=token_size, steps=steps, positions=positions,
+        heads_per_step=heads_per_step, vocabulary=vocabulary or None, soft=soft, learning_rate=learning_rate,
+        evaluate_every=evaluate_every, seed=seed,
+    )  # fmt: skip
+    chosen.check()
+    model = load_base(base, device=device)
+    with progress_bar() as progress:
+        data, workers = _read_corpora(model, corpus, out, max_tokens, progress)
+        held_out = ""
+
+        def evaluated(step: int, total: int, accuracy: HeldOutAccuracy) -> None:
+            nonlocal held_out
+            held_out = f", accepted {accuracy.accepted:.3f} (best of top 16: {accuracy.accepted_16:.3f})"
+            if workers.is_first and not sys.stderr.isatty():  # no bar to show it
+                notify(f"step {step} of {total}{held_out}")
+
+        accuracy = HeadTrainer(model, data, chosen, initial=initial).train(
+            out,
+            progress=lambda step, total, loss: progress(f"train, loss {loss:.3f}{held_out}", step, total),
+            evaluated=evaluated,
+        )
+    if workers.is_first:
+        from rescore.report.tables import accuracy_table
+
+        print(accuracy_table(accuracy))
+
+
+@training.command(name="train-rescorer")
+def train_rescorer_command(
+    size: Annotated[str, typer.Argument(help="neural-32m, neural-61m or neural-94m.")],
+    corpus: Annotated[list[Path], typer.Option(help="Folder of generate-corpus, .jsonl of pairs, or text; several.")],
+    out: Annotated[Path, typer.Option(help="Folder for the rescorer; resumable.")],
+    base: Annotated[str, typer.Option("--base", "--tokenizer", help="Base LM it is to rescore for.")] = "smollm2-135m",
+    init: Annotated[str, typer.Option(help="base: the base's first layers, the last ones trained; scratch.")] = "base",
+    tuned_layers: Annotated[int, typer.Option(help="Last layers that are trained (init base).")] = 3,
+    steps: Annotated[int, typer.Option(help="Training steps, at most.")] = 1000,
+    positions: Annotated[int, typer.Option(help="Tokens per step, prompts included.")] = 4096,
+    micro_batch: Annotated[int, typer.Option(help="Tokens at a time; fewer need less memory.")] = 4096,
+    vocabulary: Annotated[int, typer.Option(help="Most frequent tokens in the loss; 0: all.")] = 16384,
+    soft: Annotated[float, typer.Option(help="Share of the base's own distribution in the target, 0 to 1.")] = 0.5,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate (AdamW, cosine).")] = 5e-4,
+    evaluate_every: Annotated[int, typer.Option(help="Steps between checkpoints with held-out perplexity.")] = 100,
+    patience: Annotated[int, typer.Option(help="Checkpoints without a better one before it stops.")] = 5,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens taken of each text corpus, at most.")] = None,
+    precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: what the machine is fast in.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Train a small neural LM that rescores drafts. Several GPUs or machines: start it with torchrun."""
+    from lm.catalog import load_base
+    from lm.rescorer_training import RescorerOptions, RescorerTrainer
+
+    chosen = RescorerOptions(
+        size=size, init=init, tuned_layers=tuned_layers, steps=steps, positions=positions, micro_batch=micro_batch,
+        vocabulary=vocabulary or None, soft=soft, learning_rate=learning_rate, evaluate_every=evaluate_every,
+        patience=patience, precision=precision, seed=seed,
+    )  # fmt: skip
+    chosen.check()
+    model = load_base(base, device=device)
+    with progress_bar() as progress:
+        data, workers = _read_corpora(model, corpus, out, max_tokens, progress)
+        held_out = ""
+
+        def evaluated(step: int, total: int, text: HeldOutText) -> None:
+            nonlocal held_out
+            held_out = f", held-out perplexity {text.perplexity:.3f}"
+            if workers.is_first and not sys.stderr.isatty():  # no bar to show it
+                notify(f"step {step} of {total}{held_out} (the base's own: {text.base_perplexity:.3f})")
+
+        text = RescorerTrainer(model, data, chosen).train(
+            out,
+            progress=lambda step, total, loss: progress(f"train, loss {loss:.3f}{held_out}", step, total),
+            evaluated=evaluated,
+        )
+    if workers.is_first:
+        print(
+            f"{out}: held-out perplexity {text.perplexity:.3f} (the base's own {text.base_perplexity:.3f}), "
+            f"{text.agreement:.1%} of {text.tokens} tokens are its first choice"
+        )
+
+
+@training.command(name="train-bigram")
+def train_bigram_command(
+    corpus: Annotated[list[Path], typer.Option(help="Folder of generate-corpus, .jsonl of pairs, or text; several.")],
+    out: Annotated[Path, typer.Option(help="Folder for the learned bigram; resumable.")],
+    base: Base = "smollm2-135m",
+    heads: Heads = None,
+    rank: Annotated[int, typer.Option(help="Rank of the pair scores.")] = 128,
+    k: Annotated[int, typer.Option(help="Tokens of each head in a lattice.")] = 16,
+    rows: Annotated[int, typer.Option(help="Lattices taken of each corpus.")] = 30000,
+    batch: Annotated[int, typer.Option(help="Lattices per step.")] = 512,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 1500,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate (AdamW, cosine).")] = 2e-3,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens taken of each text corpus, at most.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Train a learned bigram on the heads' lattices of a corpus."""
+    from lm.block_heads import load_heads
+    from lm.catalog import load_base
+    from lm.learned_bigram import BigramOptions, BigramTrainer, lattices_of_corpus
+
+    chosen = BigramOptions(
+        rank=rank, k=k, rows=rows, batch=batch, steps=steps, learning_rate=learning_rate, seed=seed
+    )  # fmt: skip
+    chosen.check()
+    model = load_base(base, device=device)
+    block_heads = load_heads(heads, model.identity, device=model.device, dtype=model.heads_dtype)
+    with progress_bar() as progress:
+        corpora, workers = _read_corpora(model, corpus, out, max_tokens, progress)
+        data = [
+            lattices_of_corpus(
+                model, block_heads, source, k=k, rows=rows, seed=seed,
+                progress=lambda done, total: progress("lattices", done, total),
+            )
+            for source in corpora
+        ]  # fmt: skip
+        paths = BigramTrainer(model, data, chosen).train(
+            out, progress=lambda step, total, loss: progress(f"train, loss {loss:.3f}", step, total)
+        )
+    if workers.is_first:
+        print(
+            f"{out}: {paths.loss:.4f} nats a held-out lattice, {paths.unrescored_loss:.4f} without it "
+            f"({paths.lattices} lattices)"
+        )

@@ -1,0 +1,107 @@
+"""`own:PROMPTS` as a corpus: the base LM's own greedy output for a file of prompts, generated once and kept.
+
+The folder (of `lm.corpus.generate_corpus`, without the hidden states) lies in the cache directory, under a key of all
+that the output depends on: the base, the prompts and the limits. A killed generation goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lattices.errors import IncompatibleError, RescoreError
+from lm.files import cache_directory
+from lm.ngram_corpus import CorpusSource, find_sources
+
+OWN_PREFIX = "own:"
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class OwnOutput:
+    """How own output is generated: by which base LM, in which precision, where, and how many tokens of each prompt are
+    read and written, at most (as in `generate_corpus`)."""
+
+    base: str = "smollm2-135m"
+    max_new_tokens: int = 96
+    max_prompt_tokens: int = 384
+    batch_size: int = 64
+    dtype: str = "float32"
+    device: str = "auto"
+
+
+def corpus_sources(
+    corpora: Sequence[Path | str],
+    settings: OwnOutput,
+    *,
+    tokenizer_sha256: str | None,
+    progress: Progress | None = None,
+) -> list[CorpusSource]:
+    """What `corpora` stand for, in order: as `lm.ngram_corpus.find_sources`, and `own:PROMPTS`, which is generated.
+
+    `tokenizer_sha256`: of the tokenizer that the words are of, None for words at white space. Raises `RescoreError` for
+    what isn't there (before anything is generated) and settings that can't be used, `IncompatibleError` if the base has
+    another tokenizer.
+    """
+    if not corpora:
+        return find_sources(corpora)
+    found = [[] if _prompts(corpus) else find_sources([corpus]) for corpus in corpora]
+    for place, corpus in enumerate(corpora):
+        if prompts := _prompts(corpus):
+            folder = own_output(Path(prompts), settings, tokenizer_sha256=tokenizer_sha256, progress=progress)
+            found[place] = find_sources([folder])
+    return [source for sources in found for source in sources]
+
+
+def _prompts(corpus: Path | str) -> str | None:
+    return corpus.removeprefix(OWN_PREFIX) if isinstance(corpus, str) and corpus.startswith(OWN_PREFIX) else None
+
+
+def own_output(
+    prompts: Path, settings: OwnOutput, *, tokenizer_sha256: str | None, progress: Progress | None = None
+) -> Path:
+    """The folder of the base's output for `prompts` (a file as `lm.corpus.read_prompts` takes it), generated if it is
+    not there or not whole. Raises as `corpus_sources`."""
+    from lm.catalog import identify, load_base, load_tokenizer
+    from lm.corpus import HIDDEN_FILE, MANIFEST_FILE, generate_corpus, read_prompts
+
+    for name in ("max_new_tokens", "max_prompt_tokens", "batch_size"):
+        if (value := getattr(settings, name)) < 1:
+            raise RescoreError(f"{name} = {value}; it must be at least 1")
+    prompts = prompts.expanduser()
+    if tokenizer_sha256 is None:
+        raise RescoreError(
+            f"{OWN_PREFIX}{prompts} is counted by the base's tokens, not by words; choose its --tokenizer"
+        )
+    identity = identify(settings.base, dtype=settings.dtype)
+    if tokenizer_sha256 != identity.tokenizer_sha256:
+        raise IncompatibleError(
+            f"{OWN_PREFIX}{prompts} is output of {settings.base} and counted by its tokens; choose --tokenizer "
+            f"{settings.base}, or another --base"
+        )
+    chosen = read_prompts(prompts, default_chat=bool(load_tokenizer(settings.base).chat_template))
+    made_of = {
+        "base": dataclasses.asdict(identity),
+        "max_new_tokens": settings.max_new_tokens,
+        "max_prompt_tokens": settings.max_prompt_tokens,
+        "prompts": [[prompt.text, prompt.chat] for prompt in chosen],
+    }
+    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:24]
+    folder = cache_directory() / "own-output" / f"{prompts.stem}-{key}"
+    if (folder / MANIFEST_FILE).is_file():
+        return folder
+    generate_corpus(
+        load_base(settings.base, dtype=settings.dtype, device=settings.device),
+        chosen,
+        folder,
+        max_new_tokens=settings.max_new_tokens,
+        max_prompt_tokens=settings.max_prompt_tokens,
+        batch_size=settings.batch_size,
+        progress=(lambda done, total: progress(f"generate {prompts.name}", done, total)) if progress else None,
+    )
+    (folder / HIDDEN_FILE).unlink()  # the states are for training heads, and a hundred times the text
+    return folder

@@ -1,0 +1,335 @@
+"""Trains small neural LMs as rescorers: from scratch ([A] section 5), or from the base's own first layers.
+
+Data as for heads (`lm.head_data`): segments of text with the base's final states, best the base's own greedy output
+behind its prompts. Loss at a token of a segment: cross-entropy against (1 - soft) x the token + soft x the base's own
+distribution there. Everything random follows from (seed, step).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
+from lm.base import BaseLM
+from lm.files import atomic_file
+from lm.head_data import HeadData
+from lm.losses import (
+    CHUNK_ROWS,
+    VocabularySubset,
+    check_precision,
+    choose_precision,
+    frozen_projection,
+    soft_cross_entropy,
+    teacher_probabilities,
+)
+from lm.neural import DeltaConfig, first_layers, named_size, save_delta, scratch_model
+from lm.trainer import Trainer
+
+INITS = ("base", "scratch")
+BEST_FILE = "best.safetensors"
+HELD_OUT_TOKENS = 8192
+POOL = 8  # batches drawn at a time and sorted by length: less padding
+
+
+@dataclass(frozen=True)
+class RescorerOptions:
+    """How a rescorer is trained. `size` by name; `init`: base or scratch; `tuned_layers` of the last layers move (init
+    base). `positions` tokens per step, prompts and padding included, `micro_batch` of them at a time. `vocabulary`,
+    `negatives`, `soft`, `precision` as for heads. `patience`: evaluations without a better held-out loss before it
+    stops; the best weights are the result."""
+
+    size: str = "neural-61m"
+    init: str = "base"
+    tuned_layers: int = 3
+    steps: int = 1000
+    positions: int = 4096
+    micro_batch: int = 4096
+    vocabulary: int | None = 16384
+    negatives: int = 2048
+    soft: float = 0.5
+    learning_rate: float = 5e-4
+    warmup: int = 50
+    weight_decay: float = 0.01
+    held_out: float = 0.03
+    evaluate_every: int = 100
+    patience: int = 5
+    seed: int = 0
+    precision: str = "auto"
+
+    def check(self) -> None:
+        """Raises `RescoreError` for the first option that is out of its range."""
+        named_size(self.size)
+        if self.init not in INITS:
+            raise UnknownNameError("init", self.init, INITS)
+        for name, least in (
+            ("tuned_layers", 1), ("steps", 1), ("positions", 1), ("micro_batch", 1), ("vocabulary", 1),
+            ("negatives", 0), ("warmup", 0), ("evaluate_every", 1), ("patience", 1), ("seed", 0), ("weight_decay", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise RescoreError(f"{name} = {value}; it must be at least {least}")
+        if not 0 <= self.soft <= 1:
+            raise RescoreError(f"soft = {self.soft}; it is a share, from 0 to 1")
+        if not 0 < self.held_out < 1:
+            raise RescoreError(f"held_out = {self.held_out}; it is a share, above 0 and below 1")
+        if not 0 < self.learning_rate < math.inf:
+            raise RescoreError(f"learning_rate = {self.learning_rate}; it must be above 0")
+        check_precision(self.precision)
+
+
+@dataclass(frozen=True)
+class HeldOutText:
+    """On held-out segments, whole vocabulary: mean `loss` (nats a token) and its `perplexity`, the base's own
+    `base_perplexity` on the same tokens, `agreement` = share of tokens that are the rescorer's arg-max."""
+
+    loss: float
+    perplexity: float
+    base_perplexity: float
+    agreement: float
+    tokens: int
+
+
+Segment = tuple[int, int]  # place of the data, segment in it
+
+
+class RescorerTrainer(Trainer[HeldOutText]):
+    """One training of a rescorer; see `RescorerOptions` and `Trainer.train`."""
+
+    memory_option = "--micro-batch"
+
+    def __init__(self, base: BaseLM, data: Sequence[HeadData], options: RescorerOptions) -> None:
+        options.check()
+        self.dtype = choose_precision(options.precision, base.device)
+        options = dataclasses.replace(options, precision=str(self.dtype).removeprefix("torch."))
+        self.base, self.data, self.options = base, list(data), options
+        self.ends = [d.segments() for d in self.data]
+        segments = [(place, i) for place, ends in enumerate(self.ends) for i, (a, b) in enumerate(ends) if b > a]
+        if len(segments) < 2:
+            raise InvalidDataError(
+                "the corpus has fewer than two segments of text; a rescorer needs more to learn from"
+            )
+        order = np.random.default_rng([options.seed, 0xDA7A]).permutation(len(segments))
+        held = max(1, min(int(len(segments) * options.held_out), len(segments) - 1))
+        self.held_out = self._until(HELD_OUT_TOKENS, [segments[i] for i in order[:held]])
+        self.segments = [segments[i] for i in order[held:]]
+        self.lengths = np.array([self._length(s) for s in self.segments])
+        torch.manual_seed(options.seed)
+        self.model: Any = self._new_model()
+        targets = [d.targets for d in self.data]
+        self.subset = VocabularySubset(targets, base.vocab_size, options.vocabulary, options.negatives)
+        self.teacher = frozen_projection(base, self.dtype)
+        self.best, self.since_best = math.inf, 0
+        moving = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        super().__init__(moving, options, base.device)
+
+    def _new_model(self) -> Any:
+        options, device = self.options, self.base.device
+        if options.init == "scratch":
+            scratch: Any = scratch_model(options.size, self.base)
+            return scratch.to(device)
+        layers = named_size(options.size).base_layers
+        model: Any = first_layers(self.base.identity.name, layers, device=str(device)).model
+        if not (hasattr(model.base_model, "layers") and hasattr(model.base_model, "norm")):
+            raise IncompatibleError(
+                f"{self.base.identity.name} does not name its layers as Llama does; use --init scratch for it"
+            )
+        tuned = [*model.base_model.layers[-options.tuned_layers :], model.base_model.norm]
+        for part in tuned:
+            part.requires_grad_(True)
+        return model
+
+    def _length(self, segment: Segment) -> int:
+        place, i = segment
+        start, end = self.ends[place][i]
+        return len(self.data[place].context(i)) + int(end - start) - 1
+
+    def _targets(self, segment: Segment) -> int:
+        start, end = self.ends[segment[0]][segment[1]]
+        return int(end - start)
+
+    def _until(self, tokens: int, segments: list[Segment]) -> list[Segment]:
+        taken = []
+        for segment in segments:
+            if tokens <= 0:
+                break
+            taken.append(segment)
+            tokens -= self._targets(segment)
+        return taken
+
+    def _batch(self, rng: np.random.Generator) -> list[Segment]:
+        """Segments of one step, of similar length: at most `positions` tokens with their padding, at least one."""
+        drawn = rng.permutation(len(self.segments))
+        pool = drawn[: max(1, POOL * self.options.positions // max(1, int(self.lengths.mean())))]
+        pool = pool[np.argsort(self.lengths[pool], kind="stable")]
+        first = int(rng.integers(len(pool)))
+        chosen: list[Segment] = []
+        longest = 0
+        for index in [*pool[first:], *pool[:first][::-1]]:
+            longest = max(longest, int(self.lengths[index]))
+            if chosen and longest * (len(chosen) + 1) > self.options.positions:
+                break
+            chosen.append(self.segments[index])
+        return chosen
+
+    def _losses(self, step: int) -> Iterator[torch.Tensor]:
+        rng = np.random.default_rng([self.options.seed, step])
+        segments = self._batch(rng)
+        tokens = self.subset.draw(rng)
+        count = sum(map(self._targets, segments))  # over all processes
+        for batch in self._micro_batches(segments)[self.workers.rank :: self.workers.count]:
+            yield self._loss(batch, tokens) / count
+
+    def _micro_batches(self, segments: list[Segment]) -> list[list[Segment]]:
+        size = max(1, self.options.micro_batch // max(map(self._length, segments)))
+        size = min(size, -(-len(segments) // self.workers.count))
+        return [segments[i : i + size] for i in range(0, len(segments), size)]
+
+    def _loss(self, segments: list[Segment], tokens: np.ndarray) -> torch.Tensor:
+        """Sum over all targets of the segments of the loss over the vocabulary subset `tokens`."""
+        hidden, states, targets = self._forward(segments)
+        index = torch.from_numpy(tokens).to(self.device)
+        weight = self.model.get_output_embeddings().weight
+        places = torch.from_numpy(self.subset.places(tokens, targets)).to(self.device)
+        teacher = teacher_probabilities(states, self.teacher[index])
+        if weight.requires_grad:
+            return _open_cross_entropy(hidden, weight[index], places, teacher, self.options.soft)
+        return soft_cross_entropy(hidden, weight[index].to(self.dtype), places, teacher, self.options.soft)
+
+    def _forward(self, segments: list[Segment]) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+        """Final states of the rescorer `[n, d]` and of the base `[n, d]` before each of the targets `[n]`."""
+        longest = max(map(self._length, segments))
+        ids = torch.zeros(len(segments), longest, dtype=torch.long)
+        rows, columns = [], []
+        for row, (place, i) in enumerate(segments):
+            data, (start, end) = self.data[place], self.ends[place][i]
+            context = data.context(i)
+            sequence = np.concatenate([context, data.targets[start : end - 1]])
+            ids[row, : len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
+            columns.append(np.arange(len(context) - 1, len(sequence)))
+            rows.append(np.full(len(columns[-1]), row))
+        # Right padding: no token sees what stands behind it. The mask is there because attention with one is faster.
+        mask = torch.ones(longest, longest, dtype=torch.bool, device=self.device).tril()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            output = self.model.base_model(
+                input_ids=ids.to(self.device), attention_mask=mask.expand(len(segments), 1, -1, -1), use_cache=False
+            )
+        index = [torch.from_numpy(np.concatenate(part)).to(self.device) for part in (rows, columns)]
+        hidden = output.last_hidden_state[index[0], index[1]].float()
+        at = [slice(*self.ends[place][i]) for place, i in segments]
+        states = np.concatenate([self.data[place].states[s] for (place, _), s in zip(segments, at, strict=True)])
+        targets = np.concatenate([self.data[place].targets[s] for (place, _), s in zip(segments, at, strict=True)])
+        return hidden, torch.from_numpy(states).to(self.device).float(), targets
+
+    @torch.no_grad()
+    def evaluate(self) -> HeldOutText:
+        """Perplexity on the held-out segments, over the whole vocabulary, beside the base's."""
+        weight = self.model.get_output_embeddings().weight.to(self.dtype)
+        sums = {"ours": 0.0, "base": 0.0, "agree": 0.0}
+        count = 0
+        for segment in self.held_out:
+            hidden, states, targets = self._forward([segment])
+            wanted = torch.from_numpy(targets.astype(np.int64)).to(self.device)
+            for rows in torch.arange(len(wanted)).split(CHUNK_ROWS):
+                for name, read, projection in (("ours", hidden, weight), ("base", states, self.teacher)):
+                    logits = (read[rows].to(self.dtype) @ projection.T).float()
+                    sums[name] += float(torch.nn.functional.cross_entropy(logits, wanted[rows], reduction="sum"))
+                    if name == "ours":
+                        sums["agree"] += float((logits.argmax(-1) == wanted[rows]).sum())
+            count += len(wanted)
+        loss = sums["ours"] / count
+        return HeldOutText(
+            round(loss, 4), _perplexity(loss), _perplexity(sums["base"] / count),
+            round(sums["agree"] / count, 4), count,
+        )  # fmt: skip
+
+    def _after_evaluation(self, measured: HeldOutText, out: Path) -> None:
+        if not math.isfinite(measured.loss):
+            raise RescoreError(
+                f"the held-out loss is {measured.loss} at step {self.step}; {out} keeps its last checkpoint; begin "
+                "again with a lower learning rate and another --out"
+            )
+        if measured.loss < self.best:
+            self.best, self.since_best = measured.loss, 0
+            if self.workers.is_first:
+                with atomic_file(out / BEST_FILE) as temporary:
+                    tensors = {n: p.detach().cpu().contiguous() for n, p in self.parameters.items()}
+                    temporary.write_bytes(to_bytes(tensors))
+        else:
+            self.since_best += 1
+            self.stopped = self.since_best >= self.options.patience
+
+    @torch.no_grad()
+    def _finish(self, out: Path) -> None:
+        try:
+            best = load_file(out / BEST_FILE, device=str(self.device))
+        except (OSError, SafetensorError) as error:
+            raise InvalidDataError(
+                f"can't read the best weights {out / BEST_FILE}; begin again with another --out ({error})"
+            ) from error
+        for name, parameter in self.parameters.items():
+            parameter.copy_(best[name])
+
+    def _save(self, out: Path) -> None:
+        if self.options.init == "scratch":
+            self._save_whole(out)
+            return
+        identity = self.base.identity
+        layers = named_size(self.options.size).base_layers
+        config = DeltaConfig(
+            size=self.options.size,
+            layers=layers,
+            tuned_layers=min(self.options.tuned_layers, layers),
+            base_name=identity.name,
+            base_weights_sha256=identity.weights_sha256,
+            tokenizer_sha256=identity.tokenizer_sha256,
+        )
+        save_delta(self.model, sorted(self.parameters), config, out)
+
+    def _save_whole(self, out: Path) -> None:
+        """Writes a model's folder; every file takes its place when all are written, the configuration last."""
+        with tempfile.TemporaryDirectory(dir=out, prefix=".saving-") as temporary:
+            self.model.save_pretrained(temporary)
+            self.base.tokenizer.save_pretrained(temporary)
+            for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json"):
+                os.replace(file, out / file.name)
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "options": dataclasses.asdict(self.options),
+            "base": dataclasses.asdict(self.base.identity),
+            "data": [{"source": d.source, "sha256": d.sha256, "tokens": len(d)} for d in self.data],
+        }
+
+    def _checkpoint_state(self) -> dict[str, Any]:
+        return {"best": self.best, "since_best": self.since_best}
+
+    def _restore_state(self, state: dict[str, Any]) -> None:
+        self.best, self.since_best = state["best"], state["since_best"]
+
+
+def _perplexity(loss: float) -> float:
+    return round(math.exp(min(loss, 700.0)), 3)  # of a larger loss it is no float
+
+
+def _open_cross_entropy(
+    states: torch.Tensor, projection: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor, soft: float
+) -> torch.Tensor:
+    """The same loss as `soft_cross_entropy` where the projection learns as well: the logits are kept."""
+    logp = torch.log_softmax(states @ projection.T, dim=-1)
+    known = targets >= 0
+    hard = -logp.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    mixed = (1.0 - soft) * hard - soft * (teacher.float() * logp).sum(-1)
+    return (mixed * known).sum()

@@ -1,0 +1,229 @@
+"""The training loop that heads and rescorers share: schedule, checkpoints, resume, log, and a stop before NaN.
+
+A subclass says what is trained, the losses of a step's micro-batches and how it is measured. Everything random must
+follow from (seed, step): then an interrupted and resumed training is the same training, and so is one of several
+processes (`lm.workers`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lm.files import (
+    append_json_line,
+    atomic_file,
+    changed_settings,
+    open_appending,
+    read_json_lines,
+    write_json,
+    writing,
+)
+from lm.memory import enough_memory
+from lm.workers import start_workers
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+CHECKPOINT_FILE, LOG_FILE, TRAINING_FILE = "checkpoint.safetensors", "training_log.jsonl", "training.json"
+
+
+class Schedule(Protocol):
+    """What the loop reads of a training's options."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def evaluate_every(self) -> int: ...
+
+
+Measured = TypeVar("Measured", bound="DataclassInstance")  # what `evaluate` gives
+
+
+class Trainer(ABC, Generic[Measured]):
+    """One training. `train` runs it; `evaluate` measures what there is so far."""
+
+    memory_option = "--positions"  # of the command; less of it needs less memory
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], schedule: Schedule, device: torch.device) -> None:
+        self.parameters, self.schedule, self.device = dict(parameters), schedule, device
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.98)
+        )
+        self.workers = start_workers(device)
+        self.step = 0
+        self.stopped = False  # before the last step, because held-out text got worse
+
+    @abstractmethod
+    def _losses(self, step: int) -> Iterator[torch.Tensor]:
+        """The losses of this process's micro-batches of a step; over all processes they add up to the step's loss."""
+
+    @abstractmethod
+    def evaluate(self) -> Measured:
+        """What was learned, on held-out text."""
+
+    @abstractmethod
+    def _settings(self) -> dict[str, Any]:
+        """Everything that the result depends on: a checkpoint with other settings is refused."""
+
+    @abstractmethod
+    def _save(self, out: Path) -> None:
+        """Writes what was trained."""
+
+    def _checkpoint_state(self) -> dict[str, Any]:
+        """What else a checkpoint keeps (JSON)."""
+        return {}
+
+    def _restore_state(self, state: dict[str, Any]) -> None:
+        """Takes back `_checkpoint_state`."""
+
+    def _after_evaluation(self, measured: Measured, out: Path) -> None:
+        """Called after each evaluation, before the checkpoint; may set `stopped`."""
+
+    def train(
+        self,
+        out: Path,
+        *,
+        progress: Callable[[int, int, float], None] | None = None,
+        evaluated: Callable[[int, int, Measured], None] | None = None,
+    ) -> Measured:
+        """Trains to the last step, writing checkpoints, the log and at the end the result to `out`.
+
+        Goes on from a checkpoint in `out` if its options and data are the same (else `IncompatibleError` shows the
+        difference). A loss or gradient that is not a number stops the training (`RescoreError`) with the last good
+        checkpoint kept. `progress(step, steps, loss)` is called after every step, `evaluated(step, steps, measured)`
+        after every checkpoint; an exception from one of them interrupts.
+        """
+        schedule = self.schedule
+        with writing(out):  # a place that can't be written to shows now, not at the first checkpoint
+            out.mkdir(parents=True, exist_ok=True)
+        self._resume(out)
+        if self.workers.sum(self.step, self.device) != self.workers.count * self.step:
+            raise RescoreError(f"the processes found different checkpoints in {out}; give them a folder they all see")
+        measured: Measured | None = None
+        while self.step < schedule.steps and not self.stopped:
+            for group in self.optimizer.param_groups:
+                group["lr"] = schedule.learning_rate * rate_at(self.step, schedule)
+            advice = f"{out} keeps the last checkpoint; a smaller {self.memory_option} needs less"
+            with enough_memory(advice, at=f"step {self.step + 1}"):
+                value = self._step(out)
+            self.step += 1
+            if progress:
+                progress(self.step, schedule.steps, value)
+            if self.step % schedule.evaluate_every == 0 or self.step == schedule.steps:
+                with enough_memory(advice, at=f"the evaluation after step {self.step}"):
+                    measured = self.evaluate()
+                self._after_evaluation(measured, out)
+                self.stopped = self.workers.sum(self.stopped, self.device) > 0  # all together
+                if self.workers.is_first:
+                    with writing(out), open_appending(out / LOG_FILE) as stream:
+                        append_json_line(stream, {"step": self.step, "loss": value, **dataclasses.asdict(measured)})
+                    self._checkpoint(out)
+                if evaluated:
+                    evaluated(self.step, schedule.steps, measured)
+        self.workers.wait()
+        self._finish(out)
+        measured = self.evaluate()
+        if self.workers.is_first:
+            self._save(out)
+            record = {**self._settings(), "step": self.step, "held_out": dataclasses.asdict(measured)}
+            write_json(out / TRAINING_FILE, record)
+        self.workers.wait()
+        return measured
+
+    def _finish(self, out: Path) -> None:
+        """Called after the last step, before the result is measured and saved."""
+
+    def _step(self, out: Path) -> float:
+        """One step of the optimiser; its loss."""
+        value = 0.0
+        self.optimizer.zero_grad(set_to_none=True)
+        for loss in self._losses(self.step):
+            value += float(loss.detach())
+            loss.backward()  # type: ignore[no-untyped-call]
+        self.workers.sum_gradients(self.parameters.values())
+        value = self.workers.sum(value, self.device)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0))
+        if not math.isfinite(value + norm):
+            raise RescoreError(
+                f"the loss is {value} and its gradient {norm} at step {self.step + 1}; {out} keeps its last "
+                f"checkpoint; begin again with a lower learning rate and another --out"
+            )
+        self.optimizer.step()
+        return value
+
+    def _checkpoint(self, out: Path) -> None:
+        tensors = {f"weights.{name}": value.detach() for name, value in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{key}.{name}"] = self.optimizer.state[parameter][key]
+        state = {"step": self.step, "stopped": self.stopped, **self._checkpoint_state(), **self._settings()}
+        metadata = {"state": json.dumps(state)}
+        with atomic_file(out / CHECKPOINT_FILE) as temporary:
+            temporary.write_bytes(to_bytes({n: v.cpu().contiguous() for n, v in tensors.items()}, metadata=metadata))
+
+    def _resume(self, out: Path) -> None:
+        path = out / CHECKPOINT_FILE
+        if path.is_file():
+            self._read_checkpoint(path, out)
+        if self.workers.is_first:
+            self._cut_log(out / LOG_FILE)
+
+    def _cut_log(self, path: Path) -> None:
+        """Takes off the evaluations after the checkpoint (a kill between the two left them): they come again."""
+        if not path.is_file():
+            return
+        records = [record for _, record in read_json_lines(path, torn_tail=True)]
+        kept = [record for record in records if record.get("step", 0) <= self.step]
+        if len(kept) < len(records):
+            with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+                for record in kept:
+                    append_json_line(stream, record)
+
+    def _read_checkpoint(self, path: Path, out: Path) -> None:
+        settings = json.loads(json.dumps(self._settings()))
+        parts = ("weights", "exp_avg", "exp_avg_sq")
+        try:
+            with safe_open(path, framework="pt", device=str(self.device)) as stream:
+                state = json.loads((stream.metadata() or {})["state"])
+                if changed := changed_settings(state, settings):
+                    raise IncompatibleError(
+                        f"{out} holds a training with other settings ({'; '.join(changed)}); use another --out"
+                    )
+                self.step, self.stopped = state["step"], state["stopped"]
+                tensors = {f"{p}.{n}": stream.get_tensor(f"{p}.{n}") for n in self.parameters for p in parts}
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise InvalidDataError(f"can't read the checkpoint {path}; remove it to begin again ({error})") from error
+        self._restore_state(state)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"weights.{name}"])
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(self.step)),
+                    "exp_avg": tensors[f"exp_avg.{name}"],
+                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
+                }
+
+
+def rate_at(step: int, schedule: Schedule) -> float:
+    """Share of the learning rate at a step: linear warm-up, then cosine to zero."""
+    if step < schedule.warmup:
+        return (step + 1) / schedule.warmup
+    share = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))

@@ -1,0 +1,268 @@
+"""Compares n-gram models by the corpus and order they are made of: trained, tuned and evaluated by one call.
+
+Every model is built once and kept in the cache directory, keyed by its corpus and settings. Alpha is tuned for each
+model and p on the last examples of the task, the comparison is made on the first ones; no example is in both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lattices.errors import IncompatibleError, RescoreError
+from lm.build_ngram import COUNTING_FORMAT, MANIFEST_FILE, MAX_ORDER, build_ngram
+from lm.files import cache_directory, read_json_object
+from lm.mix_ngram import SHIPPED
+from lm.ngram import SHIPPED_NGRAM
+from lm.own_output import OwnOutput, corpus_sources
+from rescore.accounting import account, paired_gain
+from rescore.evaluation import Notify, first_heads
+from rescore.inputs import EvalOptions, Models, Progress, TaskInput, prepare, resolve
+from rescore.replay import replay
+from rescore.rescorers.ngram import Ngram
+from rescore.rescorers.unrescored import Unrescored
+from rescore.tracing import Trace
+from rescore.tuning import DEFAULT_ALPHAS
+from rescore.weights import coverage_notices, target_of
+
+HELD_OUT = 40
+FALLBACK = (0.5, 1.0, 1.5)  # discounts, where a corpus is too small to give its own
+CORPUS = re.compile(r"(?P<name>[^=:/\s]+)(:(?P<field>[^=:/\s]+))?=(?P<source>.+)")
+
+
+@dataclass(frozen=True)
+class NgramCorpus:
+    """A corpus to compare: what it is called, what `build_ngram` takes (or `own`: the model shipped for the base), and
+    the field of its JSON lines."""
+
+    name: str
+    source: str
+    field: str = "text"
+
+
+@dataclass(frozen=True)
+class UnrescoredDrafts:
+    """Block efficiency of the heads alone at one p, with its 95 % interval (None for one example)."""
+
+    p: int
+    block_efficiency: float
+    block_efficiency_ci95: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class ComparedNgram:
+    """One model at one p: `ngrams` of all orders from `tokens` of the corpus; `path`: its folder, for `ngram:PATH`.
+
+    `alpha` was tuned; `gain` of block efficiency over the unrescored drafts at the same p, with its paired interval.
+    """
+
+    corpus: str
+    source: str
+    tokens: int
+    ngrams: int
+    order: int
+    p: int
+    alpha: float
+    block_efficiency: float
+    block_efficiency_ci95: tuple[float, float] | None
+    gain: float
+    gain_ci95: tuple[float, float] | None
+    path: str
+
+
+@dataclass(frozen=True)
+class NgramComparison:
+    """What `compare_ngrams` found, on the `examples` (ids), with alpha tuned on `held_out` (ids)."""
+
+    task: str
+    k: int
+    examples: tuple[str, ...]
+    held_out: tuple[str, ...]
+    unrescored: tuple[UnrescoredDrafts, ...]
+    ngrams: tuple[ComparedNgram, ...]
+
+
+@dataclass(frozen=True)
+class _Model:
+    corpus: NgramCorpus
+    path: Path
+    order: int
+    tokens: int
+    ngrams: int
+
+
+def read_corpus(text: str) -> NgramCorpus:
+    """The corpus that `NAME=SOURCE` or `NAME:FIELD=SOURCE` stands for. Raises `RescoreError` for anything else."""
+    if not (match := CORPUS.fullmatch(text)):
+        raise RescoreError(f"--corpus {text}: give NAME=SOURCE, or NAME:FIELD=SOURCE for a field of JSON lines")
+    return NgramCorpus(match["name"], match["source"], match["field"] or "text")
+
+
+def compare_ngrams(
+    options: EvalOptions,
+    corpora: Sequence[NgramCorpus],
+    *,
+    orders: Sequence[int] = (2, 4),
+    held_out: int | None = None,
+    alphas: Sequence[float] = DEFAULT_ALPHAS,
+    own: OwnOutput | None = None,
+    progress: Progress | None = None,
+    notify: Notify | None = None,
+) -> NgramComparison:
+    """Trains a model of every corpus and order, tunes its alpha for every p of the options, and evaluates it.
+
+    `options`: one task; `limit` examples are evaluated, from the first on (None: all but those held out), `held_out`
+    from the end are tuned on (None: `HELD_OUT`, at most half of all); rescorers and alpha of the options do not matter.
+    The corpus `own` is the shipped model, in its one order. `own` says how output for `own:PROMPTS` is generated
+    (default: by the base of the options). Raises `RescoreError` for what `build_ngram` and `evaluate` refuse, and for
+    examples that would be both tuned and evaluated on.
+    """
+    _check(corpora, orders)
+    for alpha in alphas:
+        resolve(dataclasses.replace(options, alpha=alpha))
+    options = resolve(dataclasses.replace(options, alpha=None, rescorers=("none",), mode="replay"))
+    if len(options.tasks) > 1:
+        raise RescoreError("n-gram models are compared on one task at a time; give one --task")
+    models = Models(options)
+    (task,) = prepare(dataclasses.replace(options, limit=None), models)
+    evaluated, tuned_on = _split(task, options.limit, held_out)
+    if notify and task.notice:
+        notify(task.notice)
+    tokenizer = _tokenizer_sha256(options.base)
+    if task.given and target_of(task.given).tokenizer_sha256 not in (None, tokenizer):
+        raise IncompatibleError(
+            f"{options.trace} was recorded with another tokenizer than {options.base}'s; give --base"
+        )
+    own = own or OwnOutput(base=options.base, dtype=options.dtype, device=options.device)
+    trained = [
+        model for corpus in corpora for model in _train(corpus, orders, options.base, tokenizer, own, progress)
+    ]  # fmt: skip
+    trace = first_heads(evaluated.trace(models, progress=progress), options.h)
+    held = first_heads(tuned_on.trace(models, progress=progress), options.h)
+
+    plain = {p: replay(trace.examples, Unrescored(), k=options.k, p=p) for p in options.ps}
+    found: list[ComparedNgram] = []
+    told: set[NgramCorpus] = set()
+    for model in trained:
+        rescorer = Ngram(str(model.path)).fit(target_of(trace))
+        if notify and model.corpus not in told:
+            told.add(model.corpus)
+            for line in coverage_notices(trace, {model.corpus.name: rescorer}, options.k):
+                notify(line)
+        for p in options.ps:
+            if progress:
+                progress("tune and evaluate", len(found), len(trained) * len(options.ps))
+            alpha = best_alpha(held, rescorer, alphas, k=options.k, p=p)
+            accepted = replay(trace.examples, rescorer.weighted(alpha), k=options.k, p=p)
+            found.append(_compared(model, p, alpha, accepted, plain[p], trace.header.h, options.seed))
+    unrescored = tuple(_unrescored(p, accepted, trace.header.h, options.seed) for p, accepted in plain.items())
+    return NgramComparison(task.name, options.k, evaluated.ids, tuned_on.ids, unrescored, tuple(found))
+
+
+def best_alpha(trace: Trace, rescorer: Ngram, alphas: Sequence[float], *, k: int, p: int) -> float:
+    """The weight of the best block efficiency on a trace, 0 among them; the smallest of equals."""
+
+    def efficiency(alpha: float) -> float:
+        return account(replay(trace.examples, rescorer.weighted(alpha), k=k, p=p), trace.header.h).block_efficiency
+
+    return max(sorted({0.0, *alphas}), key=efficiency)
+
+
+def _check(corpora: Sequence[NgramCorpus], orders: Sequence[int]) -> None:
+    if not corpora:
+        raise RescoreError("no corpus to compare; give --corpus NAME=SOURCE once or more")
+    names = [corpus.name for corpus in corpora]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise RescoreError(f"two corpora are called {twice[0]}; give each a name of its own")
+    for order in orders:
+        if not 1 <= order <= MAX_ORDER:
+            raise RescoreError(f"order {order} is not supported; choose 1 to {MAX_ORDER}")
+
+
+def _split(task: TaskInput, limit: int | None, held_out: int | None) -> tuple[TaskInput, TaskInput]:
+    """The first `limit` examples and the last `held_out`."""
+    total = len(task.ids)
+    if total < 2:
+        raise RescoreError("one example to evaluate and one to tune alpha on are needed; give more data")
+    if held_out is not None and held_out < 1:
+        raise RescoreError(f"--held-out {held_out}; at least one example is needed to tune alpha on")
+    last = held_out or min(HELD_OUT, total // 2)
+    first = total - last if limit is None else limit
+    if first < 1 or first + last > total:
+        raise RescoreError(
+            f"{max(first, 1)} examples to evaluate and {last} held out are more than the {total} there are; "
+            "lower --limit or --held-out"
+        )
+    data = task.data and dataclasses.replace(task.data, examples=task.data.examples[:first])
+    return dataclasses.replace(task, ids=task.ids[:first], data=data), task.last(last)
+
+
+def _tokenizer_sha256(base: str) -> str:
+    from lm.catalog import load_tokenizer, tokenizer_sha256
+
+    return tokenizer_sha256(load_tokenizer(base))
+
+
+def _train(
+    corpus: NgramCorpus, orders: Sequence[int], base: str, tokenizer: str, own: OwnOutput, progress: Progress | None
+) -> list[_Model]:
+    """The models of a corpus by order, from the cache as far as they are there."""
+    if corpus.source == SHIPPED:
+        return [_described(corpus, SHIPPED_NGRAM)]
+    sources = corpus_sources([corpus.source], own, tokenizer_sha256=tokenizer, progress=progress)
+    read: list[dict[str, Any]] = [dataclasses.asdict(source) for source in sources]
+    found = []
+    for order in dict.fromkeys(orders):
+        made_of = {
+            "format": COUNTING_FORMAT,
+            "corpora": [{"kind": s["kind"], "sha256": s["sha256"], "size": s["size"]} for s in read],
+            "field": corpus.field,
+            "tokenizer_sha256": tokenizer,
+            "order": order,
+            "discount_fallback": FALLBACK,
+        }
+        key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:24]
+        folder = cache_directory() / "compared-ngrams" / f"{order}-gram-{key}"
+        if not (folder / MANIFEST_FILE).is_file():
+            build_ngram(
+                [corpus.source], folder, order=order, tokenizer=base, discount_fallback=FALLBACK, field=corpus.field,
+                own=own, progress=progress,
+            )  # fmt: skip
+        found.append(_described(corpus, folder))
+    return found
+
+
+def _described(corpus: NgramCorpus, folder: Path) -> _Model:
+    manifest = read_json_object(folder / MANIFEST_FILE, missing=f"no n-gram model in {folder}")
+    return _Model(corpus, folder, manifest["order"], manifest["tokens"], sum(manifest["ngrams"]))
+
+
+def _compared(
+    model: _Model, p: int, alpha: float, accepted: list[list[int]], plain: list[list[int]], h: int, seed: int
+) -> ComparedNgram:
+    accounting, gain = account(accepted, h, seed=seed), paired_gain(accepted, plain, seed=seed)
+    return ComparedNgram(
+        corpus=model.corpus.name,
+        source=model.corpus.source,
+        tokens=model.tokens,
+        ngrams=model.ngrams,
+        order=model.order,
+        p=p,
+        alpha=alpha,
+        block_efficiency=accounting.block_efficiency,
+        block_efficiency_ci95=accounting.block_efficiency_ci95,
+        gain=gain.gain,
+        gain_ci95=gain.gain_ci95,
+        path=str(model.path),
+    )
+
+
+def _unrescored(p: int, accepted: list[list[int]], h: int, seed: int) -> UnrescoredDrafts:
+    accounting = account(accepted, h, seed=seed)
+    return UnrescoredDrafts(p, accounting.block_efficiency, accounting.block_efficiency_ci95)

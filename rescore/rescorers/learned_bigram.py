@@ -1,0 +1,87 @@
+"""`learned-bigram[:PATH]`: the p best paths by the heads' log-probs + alpha x learned pair scores, exactly."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from lattices.errors import IncompatibleError, RescoreError
+from lattices.lattice import Lattice
+from lattices.pair_search import pair_p_best
+from lattices.search import p_best
+from lm.catalog import BUILT_IN, load_embeddings
+from lm.learned_bigram import LearnedBigram as BigramWeights
+from lm.learned_bigram import load_bigram, shipped_bigram
+from rescore.rescorers.base import Context, Target
+
+DEFAULT_ALPHA = 1.0  # it was trained to stand beside the heads at this weight
+
+
+class _Tables:
+    """What each token says as the first and the second of a pair; made when first needed, shared by all weights."""
+
+    def __init__(self, model: BigramWeights, base: str | None) -> None:
+        self.model, self.base = model, base
+
+    @cached_property
+    def both(self) -> tuple[np.ndarray, np.ndarray]:
+        """Float32 `[vocab, rank]` each."""
+        if self.base is None:
+            raise RescoreError("a learned bigram must be fitted to a base LM first (fit)")
+        embeddings, weights_sha256 = load_embeddings(self.base)
+        if weights_sha256 != self.model.config.base_weights_sha256:
+            raise IncompatibleError(f"what {self.base} stands for has changed: the learned bigram needs other weights")
+        return self.model.tables(embeddings)
+
+
+class LearnedBigram:
+    """See `rescore.rescorers.base.WeightedRescorer`."""
+
+    def __init__(self, text: str = "", *, alpha: float = DEFAULT_ALPHA) -> None:
+        self.path = Path(text).expanduser() if text else shipped_bigram(BUILT_IN)
+        self.model = load_bigram(self.path)
+        self.identity = f"learned-bigram {self.model.sha256}"
+        self.alpha = alpha
+        self._tables = _Tables(self.model, None)
+
+    def fit(self, target: Target) -> LearnedBigram:
+        """See `WeightedRescorer.fit`."""
+        config = self.model.config
+        if target.base is None:
+            raise IncompatibleError(f"the trace does not name its base LM, and {self.path} needs its embeddings")
+        if target.base.weights_sha256 != config.base_weights_sha256:
+            raise IncompatibleError(
+                f"the learned bigram {self.path} was made for {config.base_name}, not for {target.base.name}; "
+                "train one for it: rescore train-bigram"
+            )
+        fitted = copy.copy(self)
+        fitted._tables = _Tables(self.model, target.base.name)
+        return fitted
+
+    def weighted(self, alpha: float) -> LearnedBigram:
+        """See `WeightedRescorer.weighted`."""
+        changed = copy.copy(self)
+        changed.alpha = alpha
+        return changed
+
+    def coverage(self, token_ids: np.ndarray) -> float:
+        """See `WeightedRescorer.coverage`: it scores all tokens of its base."""
+        return 1.0
+
+    def prefill(self, contexts: Sequence[Context]) -> None:
+        """See `PrefilledRescorer.prefill`: makes the tables, once."""
+        if self.alpha != 0:
+            _ = self._tables.both
+
+    def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
+        """See `Rescorer.draft`."""
+        if self.alpha == 0:
+            return p_best(lattices, p).drafts
+        left, right = self._tables.both
+        ids = lattices.token_ids
+        pairs = left[ids[:, :-1]] @ right[ids[:, 1:]].transpose(0, 1, 3, 2)  # [n, h-1, k, k]
+        return pair_p_best(lattices, pairs, p, weight=self.alpha).drafts

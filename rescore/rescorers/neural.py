@@ -1,0 +1,172 @@
+"""`neural-32m`, `neural-61m`, `neural-94m`, `neural:PATH`: local rescoring by a small LM ([A] section 4).
+
+One draft: left to right over the slots, the heads' log-probs + alpha x the LM's logits within the lattice's k tokens,
+arg-max, go on. p drafts, beyond [A]: a beam of p paths by the sum of the heads' log-probs + alpha x the LM's
+log-probs among the k tokens of each slot. The first slot is never rescored. Either way h - 1 dependent forwards a
+block; the key/value cache follows the accepted output.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from lattices.errors import IncompatibleError, RescoreError
+from lattices.lattice import Lattice
+from lattices.search import p_best
+from lm.neural import NeuralLM, NeuralSource, check_fits, find_neural, load_neural, tokenizer_sha256_of
+from rescore.rescorers.base import Context, Target
+from rescore.rescorers.neural_state import Group, groups_of
+
+DEFAULT_ALPHA = 0.5
+# Several rescorers of a run, and their weights, use one LM.
+_LOADED: WeakValueDictionary[tuple[NeuralSource, Target], NeuralLM] = WeakValueDictionary()
+
+
+class NeuralModel:
+    """A neural rescorer's LM, found at once, checked against a base LM, and loaded when it is first needed."""
+
+    def __init__(self, text: str) -> None:
+        if not text:
+            raise RescoreError("neural needs a model: neural:FOLDER or a hub id, or one of neural-32m, -61m, -94m")
+        self.source = find_neural(text)
+        self.identity = f"neural {self.source.sha256}"
+        self.target: Target | None = None
+        self._loaded: NeuralLM | None = None
+
+    def fit(self, target: Target) -> NeuralModel:
+        """For a base LM. Raises `IncompatibleError` if it was made for another tokenizer or other weights."""
+        if target.base is not None:
+            check_fits(self.source, target.base)
+        elif self.source.delta is None:
+            made_for = tokenizer_sha256_of(self.source.folder)
+            if target.tokenizer_sha256 not in (None, made_for):
+                raise IncompatibleError(
+                    f"the rescorer {self.source.name} has another tokenizer than the trace's base LM"
+                )
+        else:
+            raise IncompatibleError(
+                f"the rescorer {self.source.name} needs the base LM it was made for, and the trace does not name its "
+                "own; give neural:FOLDER with a whole model"
+            )
+        fitted = copy.copy(self)
+        fitted.target = target
+        return fitted
+
+    def load(self) -> NeuralLM:
+        """The LM. Raises as `load_neural`."""
+        if self.target is None:
+            raise RescoreError("a neural rescorer must be fitted to a base LM first (fit)")
+        key = (self.source, self.target)
+        if (model := _LOADED.get(key)) is None:
+            base = self.target.base
+            model = load_neural(
+                self.source,
+                vocab_size=self.target.vocab_size,
+                base_name=base.name if base else "the base LM",
+                dtype=base.dtype if base else "float32",
+                device=self.target.device,
+                shared=self.target.shared,
+            )
+            _LOADED[key] = model
+        self._loaded = model  # keeps it alive
+        return model
+
+
+class Neural:
+    """See `rescore.rescorers.base.WeightedRescorer`."""
+
+    def __init__(self, text: str, *, alpha: float = DEFAULT_ALPHA) -> None:
+        self.model = NeuralModel(text)
+        self.identity = self.model.identity
+        self.alpha = alpha
+
+    def fit(self, target: Target) -> Neural:
+        """See `WeightedRescorer.fit`."""
+        fitted = copy.copy(self)
+        fitted.model = self.model.fit(target)
+        return fitted
+
+    def weighted(self, alpha: float) -> Neural:
+        """See `WeightedRescorer.weighted`."""
+        changed = copy.copy(self)
+        changed.alpha = alpha
+        return changed
+
+    def coverage(self, token_ids: np.ndarray) -> float:
+        """See `WeightedRescorer.coverage`: its vocabulary is the base's."""
+        return 1.0
+
+    def prefill(self, contexts: Sequence[Context]) -> None:
+        """See `PrefilledRescorer.prefill`."""
+        if self.alpha != 0:
+            self._groups(contexts)
+
+    def _groups(self, contexts: Sequence[Context]) -> list[tuple[Group, np.ndarray]]:
+        model = self.model.load()
+        return groups_of(model, f"{self.identity} {id(model)}", contexts)
+
+    def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
+        """See `Rescorer.draft`."""
+        if self.alpha == 0:
+            return p_best(lattices, p).drafts
+        model = self.model.load()
+        drafts = np.zeros((len(contexts), min(p, lattices.k ** (lattices.h - 1)), lattices.h), dtype=np.int32)
+        for group, rows in self._groups(contexts):
+            some = Lattice(lattices.token_ids[rows], lattices.logps[rows])
+            drafts[rows] = local_drafts(model, group, some, self.alpha, p)
+        return drafts
+
+
+@dataclasses.dataclass
+class _Beam:
+    """The best w partial paths of b lattices: tokens `[b, w, j]`, scores `[b, w]` falling, and their order by ids."""
+
+    tokens: np.ndarray
+    scores: np.ndarray
+    by_ids: np.ndarray  # [b, w], place of each path when they are sorted by token ids
+
+
+def local_drafts(model: NeuralLM, group: Group, lattices: Lattice, alpha: float, p: int) -> np.ndarray:
+    """Drafts int32 `[b, p', h]` of the lattices `[b, h, k]` behind a group's contexts, best first, ties by lowest ids.
+
+    p = 1 adds alpha x logits, as [A] does; a beam compares paths, so it adds log-probs among each slot's tokens.
+    """
+    b, h, _ = lattices.token_ids.shape
+    beam = _Beam(lattices.token_ids[:, :1, :1], np.zeros((b, 1)), np.zeros((b, 1), dtype=np.int64))
+    hidden = group.begin(lattices.token_ids[:, 0, 0])[:, None]  # [b, w, d]
+    parents = np.full((b, 1), -1)
+    for slot in range(1, h):
+        ids = lattices.token_ids[:, slot]  # [b, k]
+        scores = model.score(hidden, ids)  # [b, w, k]
+        if p > 1:
+            scores -= np.logaddexp.reduce(scores, axis=-1, keepdims=True)
+        steps = lattices.logps[:, slot].astype(np.float64)[:, None] + alpha * scores
+        beam, came_from = _extended(beam, ids, steps, p)
+        if slot < h - 1:
+            before = group.cache.nodes
+            parents = np.take_along_axis(parents, came_from, axis=1)
+            hidden = group.read(beam.tokens[:, :, -1], parents)
+            parents = np.broadcast_to(np.arange(before, group.cache.nodes), came_from.shape)
+    return beam.tokens.astype(np.int32)
+
+
+def _extended(beam: _Beam, ids: np.ndarray, steps: np.ndarray, p: int) -> tuple[_Beam, np.ndarray]:
+    """The p best paths one token longer (ids `[b, k]`, steps `[b, w, k]`), and the path `[b, p']` that each extends."""
+    b, w, k = steps.shape
+    scores = (beam.scores[:, :, None] + steps).reshape(b, w * k)
+    # Paths in the order of their ids first, so that a stable sort by score leaves equals in that order.
+    by_ids = np.lexsort((np.tile(ids, (1, w)), np.repeat(beam.by_ids, k, axis=1)), axis=1)
+    sorted_scores = np.take_along_axis(scores, by_ids, axis=1)
+    best = np.argsort(-sorted_scores, axis=1, kind="stable")[:, :p]  # [b, p'], places in `by_ids`
+    chosen = np.take_along_axis(by_ids, best, axis=1)
+    came_from = chosen // k
+    tokens = np.take_along_axis(beam.tokens, came_from[:, :, None], axis=1)
+    last = np.take_along_axis(ids, chosen % k, axis=1)
+    longer = np.concatenate([tokens, last[:, :, None]], axis=2)
+    rank = np.argsort(np.argsort(best, axis=1), axis=1)  # `best` counts in the order of ids
+    return _Beam(longer, np.take_along_axis(scores, chosen, axis=1), rank), came_from

@@ -1,0 +1,159 @@
+"""What a neural rescorer has read of the examples it follows: their settled tokens, and the nodes of the last drafts.
+
+Examples that begin together are read together, in groups of similar length (less padding). An example keeps its place
+in `Context.kept`, so every rescorer object and every weight has its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from lm.neural import NeuralLM
+from rescore.rescorers.base import Context
+
+GROUP_ROWS = 32
+GROUP_TOKENS = 16384  # of the prompts of a group, padding included
+
+
+@dataclass(eq=False)
+class Group:
+    """Examples whose tokens lie in one cache, a row each.
+
+    `nodes[row]`: (parent, token) -> node of what was read behind the settled tokens, parent -1 for the first.
+    """
+
+    model: NeuralLM
+    contexts: list[Context]
+    nodes: list[dict[tuple[int, int], int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.nodes = [{} for _ in self.contexts]
+        prompts = tuple(tuple(context.prompt_ids) for context in self.contexts)
+        if len(prompts) > 1 and (cache := self.model.remembered(prompts)) is not None:
+            self.cache = cache
+            return
+        self.cache = self.model.new_cache(len(self.contexts))
+        if not any(prompts):
+            return
+        self.model.read_text(self.cache, _padded([list(prompt) for prompt in prompts])[0])
+        self._forget([list(range(len(prompt))) for prompt in prompts])
+        if len(prompts) > 1:  # a replay of many examples, which a sweep repeats; live decoding comes by once
+            self.model.remember(prompts, self.cache)
+
+    def keep(self, contexts: Sequence[Context]) -> None:
+        """Drops the rows of all other examples."""
+        if len(contexts) < len(self.contexts):
+            self._settle_nodes()
+            wanted = {id(context) for context in contexts}
+            rows = [row for row, context in enumerate(self.contexts) if id(context) in wanted]
+            self.cache.select(rows)
+            self.contexts = [self.contexts[row] for row in rows]
+            self.nodes = [{} for _ in rows]
+
+    def begin(self, first: np.ndarray) -> torch.Tensor:
+        """Settles what was accepted and reads what is new and `first` `[b]`; the states after it, `[b, d]`."""
+        pending = self._pending(first)
+        lengths = np.array([len(tokens) for tokens in pending])
+        hidden = self.model.read_text(self.cache, _padded(pending)[0])
+        self._forget([list(range(n)) for n in lengths])
+        return hidden[torch.arange(len(lengths)), torch.from_numpy(lengths - 1)]
+
+    def begin_with_trees(
+        self, first: np.ndarray, tokens: np.ndarray, parents: np.ndarray, counts: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `begin`, and reads a tree behind `first` in the same forward.
+
+        tokens, parents int `[b, n]` (parent -1: `first`), of which the first `counts` `[b]` are there. Returns states
+        `[b, d]` after `first` and `[b, n, d]` after the nodes.
+        """
+        pending = self._pending(first)
+        lengths = np.array([len(chain) for chain in pending])
+        longest = int(lengths.max())
+        chains, chain_parents = _padded(pending)
+        offset = np.where(parents < 0, lengths[:, None] - 1, parents + longest)
+        hidden = self.model.read(
+            self.cache, np.concatenate([chains, tokens], axis=1), np.concatenate([chain_parents, offset], axis=1)
+        )
+        for row, chain in enumerate(pending):
+            self._remember(row, range(len(chain)), range(-1, len(chain) - 1), chain)
+            there = range(longest, longest + int(counts[row]))
+            self._remember(row, there, offset[row].tolist(), tokens[row].tolist())
+        return hidden[torch.arange(len(lengths)), torch.from_numpy(lengths - 1)], hidden[:, longest:]
+
+    def read(self, tokens: np.ndarray, parents: np.ndarray) -> torch.Tensor:
+        """Reads new nodes, tokens and parents int `[b, n]`; the states after them, `[b, n, d]`."""
+        start = self.cache.nodes
+        hidden = self.model.read(self.cache, tokens, parents)
+        new = range(start, start + tokens.shape[1])
+        for row in range(len(tokens)):
+            self._remember(row, new, parents[row].tolist(), tokens[row].tolist())
+        return hidden
+
+    def _remember(self, row: int, nodes: Sequence[int], parents: Sequence[int], tokens: Sequence[int]) -> None:
+        for node, parent, token in zip(nodes, parents, tokens, strict=False):
+            self.nodes[row].setdefault((parent, token), node)
+
+    def _pending(self, first: np.ndarray) -> list[list[int]]:
+        """After settling the nodes that were accepted: each row's tokens that were never read, `first` the last."""
+        self._settle_nodes()
+        return [[*self._unsettled(row), int(token)] for row, token in enumerate(first)]
+
+    def _unsettled(self, row: int) -> list[int]:
+        context, settled = self.contexts[row], int(self.cache.lengths[row])
+        prompt = len(context.prompt_ids)
+        if settled >= prompt:
+            return context.output_ids[settled - prompt :]
+        return [*context.prompt_ids[settled:], *context.output_ids]
+
+    def _settle_nodes(self) -> None:
+        paths = []
+        for row, known in enumerate(self.nodes):
+            path: list[int] = []
+            if known:
+                for token in self._unsettled(row):
+                    node = known.get((path[-1] if path else -1, token))
+                    if node is None:
+                        break
+                    path.append(node)
+            paths.append(path)
+        self._forget(paths)
+
+    def _forget(self, settled: list[list[int]]) -> None:
+        self.cache.settle(settled)
+        self.nodes = [{} for _ in self.contexts]
+
+
+def _padded(chains: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Chains of tokens as nodes: tokens and parents int64 `[b, longest]`, padded behind their ends."""
+    longest = max(map(len, chains))
+    tokens = np.zeros((len(chains), longest), dtype=np.int64)
+    for row, chain in enumerate(chains):
+        tokens[row, : len(chain)] = chain
+    return tokens, np.broadcast_to(np.arange(-1, longest - 1), tokens.shape)
+
+
+def groups_of(model: NeuralLM, key: str, contexts: Sequence[Context]) -> list[tuple[Group, np.ndarray]]:
+    """The groups that follow these examples, and where each of their rows stands in `contexts`, int64 `[b]`.
+
+    Examples that are new are put into groups of their own; those of a group that are not asked for any more leave it.
+    """
+    new = [i for i, context in enumerate(contexts) if key not in context.kept]
+    new.sort(key=lambda i: len(contexts[i].prompt_ids))
+    while new:
+        # By falling length from the end: the longest prompt of a group says how many fit.
+        rows = max(1, min(GROUP_ROWS, GROUP_TOKENS // max(1, len(contexts[new[-1]].prompt_ids))))
+        members = [contexts[new.pop()] for _ in range(min(rows, len(new)))]
+        group = Group(model, members)
+        for context in members:
+            context.kept[key] = group
+    found: list[tuple[Group, np.ndarray]] = []
+    for group in dict.fromkeys(context.kept[key] for context in contexts):
+        asked = [context for context in contexts if context.kept[key] is group]
+        group.keep(asked)
+        place = {id(context): i for i, context in enumerate(contexts)}
+        found.append((group, np.array([place[id(context)] for context in group.contexts])))
+    return found

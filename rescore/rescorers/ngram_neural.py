@@ -1,0 +1,124 @@
+"""`ngram-neural[:[MODEL][@FIRST]]`: n-gram first, neural second; beyond [A].
+
+FIRST (`ngram`, default, or `context-ngram`, each with its own text and default weight) gives its 8 best drafts; one
+forward of MODEL (default `neural-61m`) over their prefix tree scores them all, and they are put in order by FIRST's
+score + alpha x the LM's log-probs among the k tokens of each slot. No sequential loop.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+
+from lattices.errors import RescoreError
+from lattices.lattice import Lattice
+from lattices.prefix_tree import build_prefix_tree
+from lattices.search import PBest, p_best
+from lm.neural import NeuralLM
+from rescore.rescorers.base import Context, Target
+from rescore.rescorers.context_ngram import ContextNgram
+from rescore.rescorers.neural import DEFAULT_ALPHA, NeuralModel
+from rescore.rescorers.neural_state import Group, groups_of
+from rescore.rescorers.ngram import Ngram
+
+DEFAULT_MODEL = "neural-61m"
+CANDIDATES = 8  # the forward reads every node of their tree
+FIRST: dict[str, type[Ngram] | type[ContextNgram]] = {"ngram": Ngram, "context-ngram": ContextNgram}
+
+
+class NgramNeural:
+    """See `rescore.rescorers.base.WeightedRescorer`."""
+
+    def __init__(self, text: str = "", *, alpha: float = DEFAULT_ALPHA) -> None:
+        model, _, first = text.partition("@")
+        name, _, first_text = (first or "ngram").partition(":")
+        if name not in FIRST:
+            raise RescoreError(f"ngram-neural:{text}: what comes first is {' or '.join(FIRST)}, like @context-ngram")
+        self.first = FIRST[name](first_text)
+        self.model = NeuralModel(model or DEFAULT_MODEL)
+        self.identity = f"ngram-neural {self.first.identity} {self.first.alpha} {self.model.identity}"
+        self.alpha = alpha
+        self.eos_token_ids: tuple[int, ...] = ()
+
+    def fit(self, target: Target) -> NgramNeural:
+        """See `WeightedRescorer.fit`."""
+        fitted = copy.copy(self)
+        fitted.first, fitted.model = self.first.fit(target), self.model.fit(target)
+        fitted.eos_token_ids = target.eos_token_ids
+        return fitted
+
+    def weighted(self, alpha: float) -> NgramNeural:
+        """See `WeightedRescorer.weighted`: the weight of the neural LM; 0 takes the n-gram away as well."""
+        changed = copy.copy(self)
+        changed.alpha = alpha
+        return changed
+
+    def coverage(self, token_ids: np.ndarray) -> float:
+        """See `WeightedRescorer.coverage`: that of the n-gram."""
+        return self.first.coverage(token_ids)
+
+    def prefill(self, contexts: Sequence[Context]) -> None:
+        """See `PrefilledRescorer.prefill`."""
+        if self.alpha != 0:
+            self._groups(contexts)
+
+    def _groups(self, contexts: Sequence[Context]) -> list[tuple[Group, np.ndarray]]:
+        model = self.model.load()
+        return groups_of(model, f"{self.identity} {id(model)}", contexts)
+
+    def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
+        """See `Rescorer.draft`."""
+        if self.alpha == 0:
+            return p_best(lattices, p).drafts
+        best = self.first.best(lattices, contexts, max(p, CANDIDATES))
+        model = self.model.load()
+        drafts = np.zeros_like(best.drafts[:, :p])
+        for group, rows in self._groups(contexts):
+            some = Lattice(lattices.token_ids[rows], lattices.logps[rows])
+            candidates = PBest(best.drafts[rows], best.scores[rows])
+            logps = path_logps(model, group, some, candidates.drafts, self.eos_token_ids)
+            scores = candidates.scores + self.alpha * logps
+            order = np.argsort(-scores, axis=1, kind="stable")[:, :p]  # equals stay in the n-gram's order
+            drafts[rows] = np.take_along_axis(candidates.drafts, order[:, :, None], axis=1)
+        return drafts
+
+
+def path_logps(
+    model: NeuralLM, group: Group, lattices: Lattice, drafts: np.ndarray, eos_token_ids: Sequence[int]
+) -> np.ndarray:
+    """The LM's log-probs of drafts `[b, p, h]` of lattices `[b, h, k]`, among the k tokens of each slot: `[b, p]`.
+
+    What stands behind an end-of-text counts nothing. One forward: a draft's tokens from the second to the last but one
+    are nodes of its row's tree, which the drafts share as far as they agree.
+    """
+    b, p, h = drafts.shape
+    trees = [build_prefix_tree(row[:, 1 : h - 1]) for row in drafts]
+    most = max(len(tree.tokens) for tree in trees)
+    tokens, parents = np.zeros((b, most), dtype=np.int64), np.full((b, most), -1)
+    for row, tree in enumerate(trees):
+        tokens[row, : len(tree.tokens)] = tree.tokens
+        parents[row, : len(tree.tokens)] = tree.parents
+    counts = np.array([len(tree.tokens) for tree in trees])
+    after_first, after_nodes = group.begin_with_trees(lattices.token_ids[:, 0, 0], tokens, parents, counts)
+    total, ended = np.zeros((b, p)), np.zeros((b, p), dtype=bool)
+    for slot in range(1, h):
+        ids = lattices.token_ids[:, slot]  # [b, k]
+        if slot == 1:
+            hidden, place = after_first[:, None], np.zeros((b, p), dtype=np.int64)
+        else:
+            # A node's slot is its depth; each row's nodes of this slot, without repetition.
+            nodes = [np.unique(tree.nodes[:, slot - 2], return_inverse=True) for tree in trees]
+            width = max(len(unique) for unique, _ in nodes)
+            at, place = np.zeros((b, width), dtype=np.int64), np.zeros((b, p), dtype=np.int64)
+            for row, (unique, inverse) in enumerate(nodes):
+                at[row, : len(unique)] = unique
+                place[row] = inverse
+            hidden = after_nodes[np.arange(b)[:, None], at]  # [b, width, d]
+        logps = model.score(hidden, ids)
+        logps -= np.logaddexp.reduce(logps, axis=-1, keepdims=True)  # [b, width, k]
+        chosen = (ids[:, None] == drafts[:, :, slot, None]).argmax(-1)  # [b, p], place among the slot's tokens
+        total += np.where(ended, 0.0, logps[np.arange(b)[:, None], place, chosen])
+        ended |= np.isin(drafts[:, :, slot], eos_token_ids)
+    return total

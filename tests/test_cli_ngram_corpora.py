@@ -1,0 +1,173 @@
+"""The commands mix-ngram and compare-ngrams, and own output as a corpus, end to end on the tiny model."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import write_lines
+from test_cli import Command, rescore  # noqa: F401 (a fixture)
+
+FABLE = Path(__file__).parent / "lm" / "reference" / "fable.txt"
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    return write_lines(tmp_path / "prompts.jsonl", [{"prompt": "x" * n} for n in range(1, 9)])
+
+
+@pytest.fixture
+def model(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path) -> list[object]:
+    return [
+        "--base", tiny_folder, "--heads", tiny_heads_folder, "--data", squad_file, "--max-new-tokens", 12,
+        "--device", "cpu",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def two(rescore: Command, tiny_folder: Path, prompts: Path, tmp_path: Path) -> list[Path]:  # noqa: F811
+    """A trigram model of a text and one of own output, over the tiny base's tokens."""
+    for name, corpus in (("fable", FABLE), ("own-output", f"own:{prompts}")):
+        run = rescore(
+            "build-ngram", corpus, "--tokenizer", tiny_folder, "--order", 3, "--discount-fallback",
+            "--max-new-tokens", 10, "--device", "cpu", "--out", tmp_path / name,
+        )  # fmt: skip
+        assert run.code == 0, run
+    return [tmp_path / "fable", tmp_path / "own-output"]
+
+
+@pytest.fixture
+def trace(rescore: Command, model: list[object], tmp_path: Path) -> Path:  # noqa: F811
+    assert rescore("trace", *model, "--k", 16, "--out", tmp_path / "trace").code == 0
+    return tmp_path / "trace"
+
+
+class TestOwnOutput:
+    def test_as_generate_corpus_makes_it(self, rescore: Command, two, prompts, tiny_folder, tmp_path: Path):  # noqa: F811
+        options = ["--prompts", prompts, "--max-new-tokens", 10, "--device", "cpu", "--out", tmp_path / "own"]
+        assert rescore("generate-corpus", "--base", tiny_folder, *options).code == 0
+        rest = ["--order", 3, "--discount-fallback", "--out", tmp_path / "m"]
+        assert rescore("build-ngram", tmp_path / "own", "--tokenizer", tiny_folder, *rest).code == 0
+        assert (tmp_path / "m" / "model.arpa").read_bytes() == (two[1] / "model.arpa").read_bytes()
+
+    def test_the_base_is_the_tokenizer_unless_told(self, rescore: Command, two, prompts, tiny_folder):  # noqa: F811
+        options = [f"own:{prompts}", "--base", tiny_folder, "--order", 3, "--discount-fallback", "--max-new-tokens", 10]
+        before = (two[1] / "model.arpa").read_bytes()
+        assert rescore("build-ngram", *options, "--device", "cpu", "--out", two[1]).code == 0
+        assert (two[1] / "model.arpa").read_bytes() == before
+
+    def test_mistakes(self, rescore: Command, prompts, tiny_folder, tmp_path: Path):  # noqa: F811
+        out = ["--out", tmp_path / "m"]
+        for arguments, message in (
+            ([f"own:{tmp_path}/none", "--tokenizer", tiny_folder], "can't read .*none"),
+            ([f"own:{prompts}", "--tokenizer", "words"], "counted by the base's tokens, not by words"),
+            ([f"own:{prompts}", "--tokenizer", tiny_folder, "--max-new-tokens", 0], "max_new_tokens = 0"),
+            ([f"own:{prompts}", "--tokenizer", tiny_folder, "--max-new-tokens", 9999], "exceed the context of 512"),
+            ([f"own:{prompts}", "--tokenizer", "smollm2-135m", "--base", tiny_folder], "choose --tokenizer .*tiny"),
+            ([f"own:{prompts}", "--tokenizer", tiny_folder, "--base", "nonsense"], "unknown model 'nonsense'"),
+        ):
+            rescore("build-ngram", *arguments, *out).refused(message)
+            assert not (tmp_path / "m").exists()
+
+
+class TestMix:
+    def test_given_weights(self, rescore: Command, two, trace, tmp_path: Path):  # noqa: F811
+        run = rescore("mix-ngram", *two, "--weights", "7,3", "--out", tmp_path / "mixed")
+        assert (run.code, run.err) == (0, "")
+        lines = run.out.splitlines()
+        assert re.fullmatch(rf"{tmp_path}/mixed: n-grams: [\d,]+ of order 1, .* of order 3", lines[0])
+        assert [line.split()[-1] for line in lines[4:6]] == ["0.700", "0.300"]
+        assert lines[-1].startswith("files: automaton.bin (")
+        found = rescore("mix-ngram", *two, "--weights", "0.7,0.3", "--out", tmp_path / "mixed", "--json").document
+        assert found["weights"] == pytest.approx([0.7, 0.3]) and found["tuned"] is None and len(found["ngrams"]) == 3
+        names = [f"ngram:{path}" for path in (*two, tmp_path / "mixed")]
+        chosen = [argument for name in names for argument in ("--rescorer", name)]
+        results = rescore("eval", "--trace", trace, *chosen, "--alpha", 1, "--k", 8, "--json").document["results"]
+        assert [r["rescorer"] for r in results] == names
+
+    def test_tuned_weights(self, rescore: Command, two, trace, tmp_path: Path):  # noqa: F811
+        command = ["mix-ngram", *two, "--tune", trace, "--limit", 2, "--k", 8, "--out", tmp_path / "mixed"]
+        run = rescore(*command)
+        assert (run.code, run.err) == (0, "")
+        lines = run.out.splitlines()
+        assert lines[0].split() == ["fable", "own-output", "block", "eff."]
+        assert [line.split()[0] for line in lines[2:13]] == ["1", "0", *(f"0.{n}" for n in range(1, 10))]
+        (best,) = (line for line in lines[2:13] if "*" in line)
+        assert "on 2 held-out examples at k = 8, p = 1, alpha = 0.5" in lines[13]
+        manifest = json.loads((tmp_path / "mixed" / "manifest.json").read_text())
+        weights = [part["weight"] for part in manifest["mixture"]]
+        assert weights == pytest.approx([float(cell) for cell in best.split()[:2]])
+        document = rescore(*command, "--json").document
+        assert document["weights"] == pytest.approx(weights) == document["tuned"]["weights"]
+        assert manifest["tuned"] == document["tuned"]
+
+    def test_mistakes(self, rescore: Command, two, trace, tmp_path: Path):  # noqa: F811
+        out, weights = ["--out", tmp_path / "x"], ["--weights", "1,1"]
+        for arguments, message in (
+            ([*two, *out], "give the weights of the mixture .* or a trace"),
+            ([*two, *weights, "--tune", trace, *out], "give the weights of the mixture .* or a trace"),
+            ([two[0], *weights, *out], "two n-gram models or more"),
+            ([*two, "--weights", "1", *out], "1 weights for 2 n-gram models; give one for each"),
+            ([*two, "--weights", "1,x", *out], "--weights 1,x: give numbers"),
+            ([*two, "--weights", "1,-1", *out], "must be numbers above 0"),
+            ([two[0], "own", *weights, *out], "mix models that were built with one tokenizer"),
+            ([two[0], tmp_path / "none", *weights, *out], "no n-gram model at .*none"),
+            ([*two, *weights, "--out", two[0]], "one of the models to mix"),
+            ([*two, *weights, "--out", "/proc/none/x"], "can't write /proc/none/x"),
+            ([*two, "--tune", tmp_path / "none", *out], "no trace in .*none"),
+            ([*two, "--tune", trace, "--k", 99, *out], "k = 99, but the trace holds"),
+        ):
+            rescore("mix-ngram", *arguments).refused(message)
+        assert not (tmp_path / "x").exists()
+
+
+class TestCompare:
+    def test_the_table_and_the_document(self, rescore: Command, model, prompts, squad_file):  # noqa: F811
+        corpora = [f"fable={FABLE}", f"task:question={squad_file}", f"output=own:{prompts}"]
+        command = ["compare-ngrams", "--task", "squad", *model, "--order", "2,3", "--p", "1,4", "--k", 8]
+        command += ["--held-out", 2, "--limit", 3, "--alphas", "0.5,2", "--own-tokens", 10]
+        command += [argument for corpus in corpora for argument in ("--corpus", corpus)]
+        found = rescore(*command, "--json").document
+        assert len(found["ngrams"]) == 3 * 2 * 2 and len(found["examples"]) == 3 and len(found["held_out"]) == 2
+        assert {n["alpha"] for n in found["ngrams"]} <= {0.0, 0.5, 2.0}
+        run = rescore(*command)
+        assert run.code == 0
+        assert re.fullmatch(r"rescore: fable knows only .* of the lattices' tokens; was it .*\n", run.err), "told once"
+        lines = run.out.splitlines()
+        assert lines[0] == "squad, k = 8: 3 examples replayed, alpha tuned on 2 others"
+        for n, line in zip(found["ngrams"], lines[6:], strict=False):
+            cells = line.replace("*", " ").split()
+            assert cells[:4] == [n["corpus"], f"{n['tokens']:,}", f"{n['ngrams']:,}", str(n["order"])]
+            assert cells[6] == f"{n['block_efficiency']:.3f}"
+        used = re.search(r"p = 4: --rescorer (ngram:\S+) --alpha (\S+)", run.out)
+        assert used
+        evaluated = rescore(
+            "eval", *model, "--k", 8, "--p", 4, "--limit", 3, "--rescorer", used[1], "--alpha", used[2], "--json"
+        ).document["results"][0]
+        best = max(n["block_efficiency"] for n in found["ngrams"] if n["p"] == 4)
+        assert evaluated["block_efficiency"] == best
+
+    def test_mistakes(self, rescore: Command, model, tmp_path: Path):  # noqa: F811
+        fable = ["--corpus", f"fable={FABLE}"]
+        for arguments, message in (
+            (["--corpus", FABLE], "give NAME=SOURCE"),
+            ([*fable, *fable], "two corpora are called fable"),
+            (["--corpus", f"none={tmp_path}/none"], "can't read .*none"),
+            ([*fable, "--order", "2,x"], "--order 2,x: give whole numbers"),
+            ([*fable, "--order", "9"], "order 9 is not supported"),
+            ([*fable, "--p", "0"], "p = 0; at least one draft"),
+            ([*fable, "--k", "0"], "k = 0"),
+            ([*fable, "--limit", 4, "--held-out", 3], "more than the 6 there are"),
+            ([*fable, "--task", "nonsense"], "unknown task 'nonsense'"),
+            (["--corpus", "own=own"], "was made for another tokenizer"),
+            ([], "Missing option '--corpus'"),
+        ):
+            rescore("compare-ngrams", *model, *arguments).refused(message)
+
+
+@pytest.mark.parametrize("command", ["mix-ngram", "compare-ngrams"])
+def test_every_command_has_help(rescore: Command, command: str):  # noqa: F811
+    run = rescore(command, "--help")
+    assert (run.code, run.err) == (0, "") and run.out.startswith(f"Usage: rescore {command} ")

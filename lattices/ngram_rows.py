@@ -119,12 +119,14 @@ ask_for: Any = intrinsic(_ask_for)
 
 @inlined
 def enter_slot(entry_of, words, j):  # type: ignore[no-untyped-def]
+    """Notes for each word of slot j which of its tokens it is."""
     for e in range(words.shape[1]):
         entry_of[words[j, e]] = e
 
 
 @inlined
 def leave_slot(entry_of, words, j):  # type: ignore[no-untyped-def]
+    """Takes the notes of slot j back."""
     for e in range(words.shape[1]):
         entry_of[words[j, e]] = -1
 

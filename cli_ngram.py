@@ -103,7 +103,7 @@ def build_ngram_command(
 @ngram_models.command(name="mix-ngram")
 def mix_ngram_command(
     model: Annotated[
-        list[str], typer.Argument(help="Two or more: folders of build-ngram, ARPA files, own (the shipped model).")
+        list[str], typer.Argument(help="Two or more: folders of build-ngram, ARPA files, shipped (the shipped model).")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the mixture, a model like those of build-ngram.")],
     weights: Annotated[
@@ -123,6 +123,8 @@ def mix_ngram_command(
     from lm.mix_ngram import find_parts, mix_ngrams
     from rescore.report.ngram_tables import mixture_table, mixture_tuning_table
 
+    if len(model) < 2:
+        raise RescoreError("a mixture is made of two n-gram models or more, and one is given")
     if (weights is None) == (tune is None):
         raise RescoreError("give the weights of the mixture (--weights 0.7,0.3) or a trace to tune them on (--tune)")
     parts, tuned = find_parts(model), None
@@ -133,6 +135,8 @@ def mix_ngram_command(
             tuned = tune_mixture(parts, tune, limit=limit, k=k, alpha=alpha, progress=progress)
         chosen = tuned.weights if tuned else numbers("--weights", weights or "", float)
         mixed = mix_ngrams(parts, chosen, out, tuned=asdict(tuned) if tuned else None, progress=progress)
+    if abs(sum(chosen) - 1.0) > 1e-6:
+        notify(f"the weights add up to {sum(chosen):g}; they are scaled to 1")
     if as_json:
         print(json.dumps({**asdict(mixed), "tuned": asdict(tuned) if tuned else None}))
         return
@@ -147,7 +151,7 @@ def compare_ngrams_command(
         list[str],
         typer.Option(
             help="NAME=SOURCE or NAME:FIELD=SOURCE (field of JSON lines), several times; SOURCE as in build-ngram, "
-            "own:PROMPTS included, or own: the model shipped for the base."
+            "own:PROMPTS included, or shipped: the model shipped for the base."
         ),
     ],
     task: Annotated[str | None, typer.Option(help=f"{TASK_NAMES}. Default: squad, or the task of --trace.")] = None,

@@ -133,7 +133,7 @@ def train_rescorer_command(
     out: Annotated[Path, typer.Option(help="Folder for the rescorer; resumable.")],
     base: Annotated[str, typer.Option("--base", "--tokenizer", help="Base LM it is to rescore for.")] = "smollm2-135m",
     init: Annotated[str, typer.Option(help="base: the base's first layers, the last ones trained; scratch.")] = "base",
-    tuned_layers: Annotated[int, typer.Option(help="Last layers that are trained (init base).")] = 3,
+    tuned_layers: Annotated[int, typer.Option(help="Last layers that are trained, at most all (init base).")] = 3,
     steps: Annotated[int, typer.Option(help="Training steps, at most.")] = 1000,
     positions: Annotated[int, typer.Option(help="Tokens per step, prompts included.")] = 4096,
     micro_batch: Annotated[int, typer.Option(help="Tokens at a time; fewer need less memory.")] = 4096,

@@ -77,7 +77,7 @@ def load_bigram(folder: Path) -> LearnedBigram:
         reason = str(error).removeprefix("BigramConfig.__init__() ")
         raise InvalidDataError(f"{folder / CONFIG_FILE} is not the configuration of a bigram: {reason}") from error
     except OSError as error:
-        raise RescoreError(f"{missing} ({error})") from error
+        raise RescoreError(f"{missing} ({error.strerror or error})") from error
     except SafetensorError as error:
         raise InvalidDataError(f"can't read {folder / WEIGHTS_FILE}: {error}; get or train it again") from error
     shapes = {name: list(value.shape) for name, value in tensors.items()}

@@ -21,7 +21,7 @@ from lm.kenlm_model import MAGIC as KENLM_MAGIC
 from lm.mixing import check_weights, mix
 from lm.ngram import ARPA_SUFFIXES, SHIPPED_FILE, SHIPPED_NGRAM
 
-SHIPPED = "own"  # the name that stands for the shipped model; a folder of that name is ./own
+SHIPPED = "shipped"  # the name that stands for the shipped model; a folder of that name is ./shipped
 
 
 @dataclass(frozen=True)

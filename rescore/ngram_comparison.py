@@ -38,8 +38,8 @@ CORPUS = re.compile(r"(?P<name>[^=:/\s]+)(:(?P<field>[^=:/\s]+))?=(?P<source>.+)
 
 @dataclass(frozen=True)
 class NgramCorpus:
-    """A corpus to compare: what it is called, what `build_ngram` takes (or `own`: the model shipped for the base), and
-    the field of its JSON lines."""
+    """A corpus to compare: what it is called, what `build_ngram` takes (or `shipped`: the model shipped for the base),
+    and the field of its JSON lines."""
 
     name: str
     source: str
@@ -119,7 +119,7 @@ def compare_ngrams(
 
     `options`: one task; `limit` examples are evaluated, from the first on (None: all but those held out), `held_out`
     from the end are tuned on (None: `HELD_OUT`, at most half of all); rescorers and alpha of the options do not matter.
-    The corpus `own` is the shipped model, in its one order. `own` says how output for `own:PROMPTS` is generated
+    The corpus `shipped` is the shipped model, in its one order. `own` says how output for `own:PROMPTS` is generated
     (default: by the base of the options). Raises `RescoreError` for what `build_ngram` and `evaluate` refuse, and for
     examples that would be both tuned and evaluated on.
     """

@@ -112,7 +112,7 @@ class TestMix:
             ([*two, "--weights", "1", *out], "1 weights for 2 n-gram models; give one for each"),
             ([*two, "--weights", "1,x", *out], "--weights 1,x: give numbers"),
             ([*two, "--weights", "1,-1", *out], "must be numbers above 0"),
-            ([two[0], "own", *weights, *out], "mix models that were built with one tokenizer"),
+            ([two[0], "shipped", *weights, *out], "mix models that were built with one tokenizer"),
             ([two[0], tmp_path / "none", *weights, *out], "no n-gram model at .*none"),
             ([*two, *weights, "--out", two[0]], "one of the models to mix"),
             ([*two, *weights, "--out", "/proc/none/x"], "can't write /proc/none/x"),
@@ -161,7 +161,7 @@ class TestCompare:
             ([*fable, "--k", "0"], "k = 0"),
             ([*fable, "--limit", 4, "--held-out", 3], "more than the 6 there are"),
             ([*fable, "--task", "nonsense"], "unknown task 'nonsense'"),
-            (["--corpus", "own=own"], "was made for another tokenizer"),
+            (["--corpus", "own=shipped"], "was made for another tokenizer"),
             ([], "Missing option '--corpus'"),
         ):
             rescore("compare-ngrams", *model, *arguments).refused(message)

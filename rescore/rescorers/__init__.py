@@ -45,6 +45,8 @@ def load_rescorer(specification: str) -> Rescorer:
         if text:
             raise RescoreError(f"the rescorer {name} takes no text after a colon; write --rescorer {name}")
         return PLAIN[name]() if name in PLAIN else Neural(name)
+    if specification.endswith(":"):
+        raise RescoreError(f"--rescorer {specification}: nothing stands behind the colon; write {name} or {name}:TEXT")
     if name in WITH_TEXT:
         return WITH_TEXT[name](text)
     for point in entry_points(group=ENTRY_POINTS, name=name):

@@ -84,7 +84,7 @@ def test_arpa_files_go_with_folders(two: list[str], tmp_path: Path) -> None:
 
 
 def test_own_is_the_shipped_model() -> None:
-    first, second = find_parts(["own", "own"])
+    first, second = find_parts(["shipped", "shipped"])
     assert first.file.name == "model.arpa.gz" and first.tokenizer == "smollm2-135m" and first == second
 
 
@@ -104,7 +104,7 @@ def test_what_can_not_be_mixed(two: list[str], tmp_path: Path, tiny_folder: Path
     ):
         with pytest.raises(RescoreError, match=said):
             find_parts(names)
-    for names in ([two[0], tokens], [tokens, surface], [tokens, "own"]):
+    for names in ([two[0], tokens], [tokens, surface], [tokens, "shipped"]):
         assert "one tokenizer" in refused(lambda names=names: find_parts(names), IncompatibleError)
 
 

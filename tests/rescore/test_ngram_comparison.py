@@ -117,8 +117,8 @@ def test_half_is_held_out_at_most(options, corpora):
 
 def test_own_is_the_shipped_model(options, tmp_path: Path):
     with pytest.raises(IncompatibleError, match="another tokenizer"):  # it is smollm2-135m's
-        compare_ngrams(options, [NgramCorpus("own", "own")], alphas=ALPHAS)
-    (shipped,) = module._train(NgramCorpus("own", "own"), (2, 4), options.base, "", OwnOutput(), None)
+        compare_ngrams(options, [NgramCorpus("own", "shipped")], alphas=ALPHAS)
+    (shipped,) = module._train(NgramCorpus("own", "shipped"), (2, 4), options.base, "", OwnOutput(), None)
     assert (shipped.order, shipped.tokens) == (4, 399_425) and shipped.ngrams == 475_428
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -79,6 +80,18 @@ class WeightedRescorer(Rescorer, Protocol):
     def coverage(self, token_ids: np.ndarray) -> float:
         """Share of these tokens that it knows."""
         ...
+
+
+class Weighted:
+    """The part of a `WeightedRescorer` that is the same in all of ours."""
+
+    alpha: float
+
+    def weighted(self, alpha: float) -> Self:
+        """See `WeightedRescorer.weighted`."""
+        changed = copy.copy(self)
+        changed.alpha = alpha
+        return changed
 
 
 @runtime_checkable

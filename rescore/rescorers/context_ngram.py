@@ -16,14 +16,14 @@ from lattices.errors import RescoreError
 from lattices.lattice import Lattice
 from lattices.ngram_search import NgramSearch
 from lattices.search import PBest
-from rescore.rescorers.base import Context, Target
+from rescore.rescorers.base import Context, Target, Weighted
 from rescore.rescorers.ngram import DEFAULT_ALPHA, Ngram
 
 DEFAULT_SHARE = 0.5
 NO_MODEL = "none"
 
 
-class ContextNgram:
+class ContextNgram(Weighted):
     """See `rescore.rescorers.base.WeightedRescorer`."""
 
     def __init__(self, text: str = "", *, alpha: float = DEFAULT_ALPHA) -> None:
@@ -48,12 +48,6 @@ class ContextNgram:
                 raise RescoreError(f"context-ngram can't use the KenLM binary {self.general.path}; give its ARPA file")
             fitted._search = search
         return fitted
-
-    def weighted(self, alpha: float) -> ContextNgram:
-        """See `WeightedRescorer.weighted`."""
-        changed = copy.copy(self)
-        changed.alpha = alpha
-        return changed
 
     def coverage(self, token_ids: np.ndarray) -> float:
         """See `WeightedRescorer.coverage`: that of the general model, 1 without one."""

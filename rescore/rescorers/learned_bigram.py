@@ -16,7 +16,7 @@ from lattices.search import p_best
 from lm.catalog import BUILT_IN, load_embeddings
 from lm.learned_bigram import LearnedBigram as BigramWeights
 from lm.learned_bigram import load_bigram, shipped_bigram
-from rescore.rescorers.base import Context, Target
+from rescore.rescorers.base import Context, Target, Weighted
 
 DEFAULT_ALPHA = 1.0  # it was trained to stand beside the heads at this weight
 
@@ -38,7 +38,7 @@ class _Tables:
         return self.model.tables(embeddings)
 
 
-class LearnedBigram:
+class LearnedBigram(Weighted):
     """See `rescore.rescorers.base.WeightedRescorer`."""
 
     def __init__(self, text: str = "", *, alpha: float = DEFAULT_ALPHA) -> None:
@@ -61,12 +61,6 @@ class LearnedBigram:
         fitted = copy.copy(self)
         fitted._tables = _Tables(self.model, target.base.name)
         return fitted
-
-    def weighted(self, alpha: float) -> LearnedBigram:
-        """See `WeightedRescorer.weighted`."""
-        changed = copy.copy(self)
-        changed.alpha = alpha
-        return changed
 
     def coverage(self, token_ids: np.ndarray) -> float:
         """See `WeightedRescorer.coverage`: it scores all tokens of its base."""

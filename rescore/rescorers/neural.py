@@ -19,7 +19,7 @@ from lattices.errors import IncompatibleError, RescoreError
 from lattices.lattice import Lattice
 from lattices.search import p_best
 from lm.neural import NeuralLM, NeuralSource, check_fits, find_neural, load_neural, tokenizer_sha256_of
-from rescore.rescorers.base import Context, Target
+from rescore.rescorers.base import Context, Target, Weighted
 from rescore.rescorers.neural_state import Group, groups_of
 
 DEFAULT_ALPHA = 0.5
@@ -77,7 +77,23 @@ class NeuralModel:
         return model
 
 
-class Neural:
+class FollowsExamples(Weighted):
+    """What the rescorers with a neural LM share: they read on where they were in each example."""
+
+    model: NeuralModel
+    identity: str
+
+    def prefill(self, contexts: Sequence[Context]) -> None:
+        """See `PrefilledRescorer.prefill`."""
+        if self.alpha != 0:
+            self._groups(contexts)
+
+    def _groups(self, contexts: Sequence[Context]) -> list[tuple[Group, np.ndarray]]:
+        model = self.model.load()
+        return groups_of(model, f"{self.identity} {id(model)}", contexts)
+
+
+class Neural(FollowsExamples):
     """See `rescore.rescorers.base.WeightedRescorer`."""
 
     def __init__(self, text: str, *, alpha: float = DEFAULT_ALPHA) -> None:
@@ -91,24 +107,9 @@ class Neural:
         fitted.model = self.model.fit(target)
         return fitted
 
-    def weighted(self, alpha: float) -> Neural:
-        """See `WeightedRescorer.weighted`."""
-        changed = copy.copy(self)
-        changed.alpha = alpha
-        return changed
-
     def coverage(self, token_ids: np.ndarray) -> float:
         """See `WeightedRescorer.coverage`: its vocabulary is the base's."""
         return 1.0
-
-    def prefill(self, contexts: Sequence[Context]) -> None:
-        """See `PrefilledRescorer.prefill`."""
-        if self.alpha != 0:
-            self._groups(contexts)
-
-    def _groups(self, contexts: Sequence[Context]) -> list[tuple[Group, np.ndarray]]:
-        model = self.model.load()
-        return groups_of(model, f"{self.identity} {id(model)}", contexts)
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
         """See `Rescorer.draft`."""

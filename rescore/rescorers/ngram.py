@@ -25,12 +25,12 @@ from lattices.ngram_search import NgramSearch
 from lattices.search import PBest
 from lm.kenlm_search import KenlmSearch
 from lm.ngram import SHIPPED_NGRAM, load_ngram
-from rescore.rescorers.base import Context, Target
+from rescore.rescorers.base import Context, Target, Weighted
 
 DEFAULT_ALPHA = 0.5
 
 
-class Ngram:
+class Ngram(Weighted):
     """Exact global rescoring with one n-gram automaton; see `rescore.rescorers.base.WeightedRescorer`."""
 
     def __init__(self, text: str = "", *, alpha: float = DEFAULT_ALPHA) -> None:
@@ -62,12 +62,6 @@ class Ngram:
         if ends:
             fitted._ending = self.model.search(target.vocab_size, target.eos_token_ids, end_token=max(ends))
         return fitted
-
-    def weighted(self, alpha: float) -> Ngram:
-        """See `WeightedRescorer.weighted`."""
-        changed = copy.copy(self)
-        changed.alpha = alpha
-        return changed
 
     def coverage(self, token_ids: np.ndarray) -> float:
         """See `WeightedRescorer.coverage`."""

@@ -2,7 +2,7 @@
 
 FIRST (`ngram`, default, or `context-ngram`, each with its own text and default weight) gives its 8 best drafts; one
 forward of MODEL (default `neural-61m`) over their prefix tree scores them all, and they are put in order by FIRST's
-score + alpha x the LM's log-probs among the k tokens of each slot. No sequential loop.
+score + alpha x the LM's log-probs among the k tokens of each slot. No sequential loop. alpha = 0: unrescored drafts.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from lattices.search import PBest, p_best
 from lm.neural import NeuralLM
 from rescore.rescorers.base import Context, Target
 from rescore.rescorers.context_ngram import ContextNgram
-from rescore.rescorers.neural import DEFAULT_ALPHA, NeuralModel
-from rescore.rescorers.neural_state import Group, groups_of
+from rescore.rescorers.neural import DEFAULT_ALPHA, FollowsExamples, NeuralModel
+from rescore.rescorers.neural_state import Group
 from rescore.rescorers.ngram import Ngram
 
 DEFAULT_MODEL = "neural-61m"
@@ -28,7 +28,7 @@ CANDIDATES = 8  # the forward reads every node of their tree
 FIRST: dict[str, type[Ngram] | type[ContextNgram]] = {"ngram": Ngram, "context-ngram": ContextNgram}
 
 
-class NgramNeural:
+class NgramNeural(FollowsExamples):
     """See `rescore.rescorers.base.WeightedRescorer`."""
 
     def __init__(self, text: str = "", *, alpha: float = DEFAULT_ALPHA) -> None:
@@ -49,24 +49,9 @@ class NgramNeural:
         fitted.eos_token_ids = target.eos_token_ids
         return fitted
 
-    def weighted(self, alpha: float) -> NgramNeural:
-        """See `WeightedRescorer.weighted`: the weight of the neural LM; 0 takes the n-gram away as well."""
-        changed = copy.copy(self)
-        changed.alpha = alpha
-        return changed
-
     def coverage(self, token_ids: np.ndarray) -> float:
         """See `WeightedRescorer.coverage`: that of the n-gram."""
         return self.first.coverage(token_ids)
-
-    def prefill(self, contexts: Sequence[Context]) -> None:
-        """See `PrefilledRescorer.prefill`."""
-        if self.alpha != 0:
-            self._groups(contexts)
-
-    def _groups(self, contexts: Sequence[Context]) -> list[tuple[Group, np.ndarray]]:
-        model = self.model.load()
-        return groups_of(model, f"{self.identity} {id(model)}", contexts)
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
         """See `Rescorer.draft`."""

@@ -8,7 +8,7 @@ import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,10 +21,8 @@ from lm.files import cache_directory
 from rescore import data as data_module
 from rescore import evaluation, rescorers, tracing
 from rescore.evaluation import EvalOptions, evaluate, oracle_by_k, trace_task
-from rescore.rescorers.unrescored import Unrescored
-from rescore.results import ExampleLog, Result
+from rescore.results import Result
 from rescore.tracing import read_header
-from rescore.tuning import tune
 
 Make = Callable[..., EvalOptions]
 
@@ -196,108 +194,6 @@ class TestNumbers:
         assert t["autoregressive_ms"] * t["autoregressive_tokens_per_second"] == pytest.approx(1e3)
         assert t["speedup"] == pytest.approx(t["tokens_per_second"] / t["autoregressive_tokens_per_second"])
         assert t["predicted_speedup"] == pytest.approx(result.block_efficiency * t["autoregressive_ms"] / spent)
-
-
-class Weighted:
-    """Right like `Peek` with the weight 1 at p = 1 and 2 at a larger p, else unrescored."""
-
-    identity = "weighted"
-
-    def __init__(self, alpha: float = 0.5) -> None:
-        self.alpha = alpha
-
-    def fit(self, target):
-        return self
-
-    def weighted(self, alpha):
-        return Weighted(alpha)
-
-    def coverage(self, token_ids):
-        return 1.0
-
-    def draft(self, lattices, contexts, p):
-        return (Peek() if self.alpha == min(p, 2) else Unrescored()).draft(lattices, contexts, p)
-
-
-class TestSeveralP:
-    RUNS: ClassVar = [("none", 1), ("none", 4), ("oracle", 1), ("peek", 1), ("peek", 4)]
-
-    @pytest.mark.parametrize("mode", ["replay", "live"])
-    def test_every_p_gives_what_it_gives_alone(self, make: Make, mode: str):
-        found = run(make(p=(1, 4, 1), mode=mode))
-        assert [(r.rescorer, r.p) for r in found] == self.RUNS, "the oracle is run once"
-        alone = {(r.rescorer, r.p): r for p in (1, 4) for r in run(make(p=p))}
-        for r in without_times(found):
-            assert dataclasses.replace(r, gain=None, gain_ci95=None) == dataclasses.replace(
-                alone[r.rescorer, r.p], gain=None, gain_ci95=None
-            )
-        if mode == "live":
-            assert [r.identical for r in found] == [{"n": 6, "identical": 6}] * 5
-
-    def test_a_number_is_the_same_as_a_tuple_of_one(self, make: Make, tmp_path: Path):
-        one = evaluate(make(p=4), out=tmp_path)
-        assert one.document.config["options"]["p"] == (4,)
-        assert run(make(p=(4,)), out=tmp_path) == one.document.results
-
-    def test_the_gain_is_over_none_at_p_1(self, make: Make):
-        none, *others = run(make(p=(1, 4)))
-        assert (none.gain, none.gain_ci95) == (None, None)
-        for r in others:
-            assert r.gain == pytest.approx(r.block_efficiency / none.block_efficiency - 1)
-            assert r.gain_ci95 is not None and r.gain_ci95[0] <= r.gain <= r.gain_ci95[1]
-        assert [r.gain for r in run(make(p=4))] == [None] * 3, "there is nothing to compare with"
-        assert [r.gain_ci95 for r in run(make(p=(1, 4), limit=1))] == [None] * 5
-
-    def test_weights_are_looked_up_for_each_p(self, make: Make, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setitem(rescorers.PLAIN, "weighted", Weighted)
-        chosen = make(rescorers=("none", "weighted"), p=(1, 4))
-        before = evaluate(chosen)
-        (line,) = before.notices
-        assert line.startswith("weighted on squad, p = 1 and 4: alpha 0.5 by default")
-        assert [r.gain for r in before.document.results][2] == 0.0
-        tuned = tune(make(rescorers=("weighted",)), alphas=(1.0, 2.0), ks=(8,), ps=(1, 4))
-        assert [(t.p, t.alpha) for t in tuned] == [(1, 1.0), (4, 2.0)]
-        after = evaluate(chosen)
-        found = [(r.rescorer, r.p, r.alpha) for r in after.document.results]
-        assert found == [("none", 1, None), ("none", 4, None), ("weighted", 1, 1.0), ("weighted", 4, 2.0)]
-        alphas = after.document.config["alphas"]["squad"]["weighted"]
-        assert {p: (a["alpha"], a["from"]) for p, a in alphas.items()} == {1: (1.0, "tuned"), 4: (2.0, "tuned")}
-        assert after.notices == ["weighted on squad, p = 1 and 4: alpha was tuned on 3 of these 6 examples"]
-        peek = {r.p: r for r in run(make(rescorers=("peek",), p=(1, 4)))}
-        for r in after.document.results[2:]:
-            assert r.accepted_histogram == peek[r.p].accepted_histogram
-        other = evaluate(make(rescorers=("weighted",), p=(1, 2)))
-        assert other.notices[1].startswith("weighted on squad, p = 2: alpha 0.5 by default")
-
-    def test_a_weight_that_is_tuned_later_is_another_configuration(self, make: Make, tmp_path: Path, monkeypatch):
-        monkeypatch.setitem(rescorers.PLAIN, "weighted", Weighted)
-        chosen = make(rescorers=("weighted",), p=(1, 4))
-        run(chosen, out=tmp_path)
-        tune(make(rescorers=("weighted",)), alphas=(1.0, 2.0), ks=(8,), ps=(4,))
-        with pytest.raises(IncompatibleError, match=r"\(alphas.squad.weighted.4.alpha: 0.5 -> 2.0; "):
-            run(chosen, out=tmp_path)
-
-    @pytest.mark.parametrize("mode", ["replay", "live"])
-    def test_it_goes_on_where_it_stopped(self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str):
-        """One p of an example may be finished and the other not; the gain is over examples that both finished."""
-        monkeypatch.setattr(evaluation, "REPLAY_EXAMPLES", 2)
-        options, add = make(p=(1, 4), mode=mode), ExampleLog.add
-
-        def stop(self: ExampleLog, record: dict[str, Any]) -> None:
-            if (record["rescorer"], record["p"], record["id"]) == ("peek", 4, "q2"):
-                ctrl_c()
-            add(self, record)
-
-        with monkeypatch.context() as stopping:
-            stopping.setattr(ExampleLog, "add", stop)
-            cut = evaluate(options, out=tmp_path)
-        finished = 4 if mode == "replay" else 3
-        assert cut.interrupted and [r.n for r in cut.document.results] == [finished] * 4 + [2]
-        last, two = cut.document.results[-1], run(make(p=(1, 4), limit=2))[-1]
-        assert without_times([last]) == [two] and two.gain is not None
-        again = evaluate(options, out=tmp_path)
-        assert without_times(again.document.results) == run(make(p=(1, 4)))
-        assert len(examples_of(tmp_path)) == len(set(examples_of(tmp_path))) == 30
 
 
 class TestOracleByK:

@@ -67,12 +67,12 @@ def _alpha_fact(chosen: Mapping[str, Any], task: TaskInput) -> str | None:
     if chosen["from"] == "default":
         advice = "rescore tune with the same task, rescorer, k, p and h finds the best"
         return f"alpha {chosen['alpha']:g} by default; {advice}"
-    if chosen["alpha"] == 0 and chosen["from"] == "tuned":
-        held_out = len(chosen.get("held_out", ()))
-        return f"alpha 0 was best on the {held_out} held-out examples: these drafts are the unrescored ones"
-    if shared := len(set(task.ids) & set(chosen.get("held_out", ()))):
-        return f"alpha was tuned on {shared} of these {len(task.ids)} examples"
-    return None
+    held_out, facts = chosen.get("held_out", ()), []
+    if chosen["from"] == "tuned" and chosen["alpha"] == 0:
+        facts.append(f"alpha 0 was best on {len(held_out)} held-out examples: its drafts are the unrescored ones")
+    if shared := len(set(task.ids) & set(held_out)):
+        facts.append(f"alpha was tuned on {shared} of these {len(task.ids)} examples")
+    return "; ".join(facts) or None
 
 
 def with_alphas(runs: Sequence[Run], rescorers: Mapping[str, Rescorer], alphas: Alphas) -> dict[Run, Rescorer]:

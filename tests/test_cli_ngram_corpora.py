@@ -75,7 +75,7 @@ class TestOwnOutput:
 class TestMix:
     def test_given_weights(self, rescore: Command, two, trace, tmp_path: Path):  # noqa: F811
         run = rescore("mix-ngram", *two, "--weights", "7,3", "--out", tmp_path / "mixed")
-        assert (run.code, run.err) == (0, "")
+        assert (run.code, run.err) == (0, "rescore: the weights add up to 10; they are scaled to 1\n")
         lines = run.out.splitlines()
         assert re.fullmatch(rf"{tmp_path}/mixed: n-grams: [\d,]+ of order 1, .* of order 3", lines[0])
         assert [line.split()[-1] for line in lines[4:6]] == ["0.700", "0.300"]

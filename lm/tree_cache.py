@@ -68,8 +68,8 @@ class RowsLayer(DynamicLayer):
 class TreeCache(Cache):
     """Settled tokens and the nodes behind them; see the module's text.
 
-    `lengths` int64 `[b]`: settled tokens of each row; `parents`: for each node added since, in order, an int64 `[b]`
-    array of the node that it follows (-1: the last settled token).
+    `lengths` int64 `[b]`: settled tokens of each row; `nodes`: how many stand behind them in every row; `end`: columns
+    in use, settled or not.
     """
 
     def __init__(self, config: PreTrainedConfig, rows: int, device: torch.device) -> None:

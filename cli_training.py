@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli_options import Base, Device, Dtype, Heads, NewTokens, notify, progress_bar
+from cli_options import Base, Device, Dtype, Heads, NewTokens, notify, numbers, progress_bar
 
 if TYPE_CHECKING:
     from lm.base import BaseLM
@@ -78,30 +78,53 @@ def train_heads_command(
     out: Annotated[Path, typer.Option(help="Folder for the heads; resumable.")],
     base: Base = "smollm2-135m",
     h: Annotated[int, typer.Option(help="Block length: h - 1 heads are trained.")] = 9,
-    inner_size: Annotated[int, typer.Option(help="Hidden layer of each head.")] = 560,
-    token_size: Annotated[int, typer.Option(help="Width in which heads see head 1's token; 0: not at all.")] = 128,
+    architecture: Annotated[
+        str, typer.Option(help="feed_forward, shared (one hidden layer for all), medusa, or sequential (Hydra-like).")
+    ] = "feed_forward",
+    inner_size: Annotated[
+        int | None, typer.Option(help="Width of the hidden layer; 560 by default, not for medusa.")
+    ] = None,
+    token_size: Annotated[int, typer.Option(help="Width in which heads see drafted tokens; 0: not at all.")] = 128,
+    blocks: Annotated[int, typer.Option(help="Residual blocks of a medusa head.")] = 1,
     initial: Annotated[
         Path | None, typer.Option(help="Folder of heads to start from instead of untrained ones.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 2000,
     positions: Annotated[int, typer.Option(help="Positions per step.")] = 2048,
-    heads_per_step: Annotated[int, typer.Option(help="Heads trained per step, drawn anew each time.")] = 4,
+    heads_per_step: Annotated[int, typer.Option(help="Heads in a step's loss, drawn anew each time; 0: all.")] = 4,
+    head_weights: Annotated[
+        str | None, typer.Option(help="Weights of heads 2 to h in the loss, like 1,0.8,0.6; equal by default.")
+    ] = None,
     vocabulary: Annotated[int, typer.Option(help="Most frequent tokens in the loss; 0: all.")] = 8192,
     soft: Annotated[float, typer.Option(help="Share of the base's own distribution in the target, 0 to 1.")] = 0.5,
+    tune: Annotated[
+        str, typer.Option(help="none: the base is frozen; lora or full: it is fine-tuned with the heads.")
+    ] = "none",
+    lora_rank: Annotated[int, typer.Option(help="Rank of the base's changes (tune lora).")] = 16,
+    base_learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate of a tuned base; 5e-4 for lora, 3e-5 for full.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory for a tuned base, more time.")
+    ] = False,
+    micro_batch: Annotated[int, typer.Option(help="Tokens that a tuned base reads at a time.")] = 4096,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate (AdamW, cosine).")] = 1e-3,
     evaluate_every: Annotated[int, typer.Option(help="Steps between checkpoints with held-out accuracy.")] = 200,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens taken of each text corpus, at most.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Device = "auto",
 ) -> None:
-    """Train block heads on a frozen base LM."""
+    """Train block heads, on a frozen base LM or together with it. Several GPUs or machines: start it with torchrun."""
     from lm.catalog import load_base
     from lm.training import HeadTrainer, TrainingOptions
 
     chosen = TrainingOptions(
-        h=h, inner_size=inner_size, token_size=token_size, steps=steps, positions=positions,
-        heads_per_step=heads_per_step, vocabulary=vocabulary or None, soft=soft, learning_rate=learning_rate,
-        evaluate_every=evaluate_every, seed=seed,
+        h=h, architecture=architecture, inner_size=inner_size, token_size=token_size, blocks=blocks, steps=steps,
+        positions=positions, micro_batch=micro_batch, heads_per_step=heads_per_step or None,
+        head_weights=tuple(numbers("--head-weights", head_weights, float)) if head_weights else None,
+        vocabulary=vocabulary or None, soft=soft, tune=tune, lora_rank=lora_rank,
+        base_learning_rate=base_learning_rate, gradient_checkpointing=gradient_checkpointing,
+        learning_rate=learning_rate, evaluate_every=evaluate_every, seed=seed,
     )  # fmt: skip
     chosen.check()
     model = load_base(base, device=device)

@@ -1,17 +1,14 @@
 """Block heads: from one final hidden state of the base LM to the lattice of the next h tokens.
 
-Head 1 is the base LM's own vocabulary projection. Head i >= 2 is a feed-forward layer with one hidden layer and a
-residual, followed by the same projection ([A] section 3; the residual is [B]'s). Head 1's choice is known before the
-other heads are asked, so they can see it beside the state (`token_size`), which neither paper does; the draft's later
-tokens they never see. A checkpoint is a folder: `model.safetensors` with `inner.weight [h-1, d, inner]`, `inner.bias
-[h-1, inner]`, `outer.weight [h-1, inner, d]`, `outer.bias [h-1, d]` and, with a token size, `token.shared [d, size]`,
-`token.weight [h-1, size, inner]`; and `config.json` (`BlockHeadsConfig`).
+Head 1 is the base LM's own vocabulary projection. Heads 2..h are a network (`lm.head_nets`) followed by the same
+projection ([A] section 3). Head 1's choice is known before the other heads are asked, so they can see it beside the
+state (`token_size`), which neither paper does. A checkpoint is a folder: `model.safetensors`, the network's tensors,
+and `config.json` (`BlockHeadsConfig`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,67 +17,42 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import nn
-from torch.nn import functional
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lattices.lattice import Lattice
+from lm.adapters import TUNED_FILE
 from lm.base import BaseIdentity, BaseLM
 from lm.files import atomic_file, read_json_object, sha256_of_file, write_json
+from lm.head_nets import NETS, SEQUENTIAL, BlockHeadsConfig
 
-WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+WEIGHTS_FILE, CONFIG_FILE, HEADS_FOLDER = "model.safetensors", "config.json", "heads"
 SHIPPED = Path(__file__).parent / "weights"
-FEED_FORWARD = "feed_forward"
-SHARED = "token.shared"  # the one tensor that is not one slice per head
-
-
-@dataclass(frozen=True)
-class BlockHeadsConfig:
-    """What heads are and for which base: `h` counts head 1; `inner_size` is the hidden layer of each head;
-    `token_size` the width in which they see the token that head 1 chose (0: they see the state only)."""
-
-    h: int
-    hidden_size: int
-    inner_size: int
-    vocab_size: int
-    base_name: str
-    tokenizer_sha256: str
-    architecture: str = FEED_FORWARD
-    token_size: int = 0
 
 
 class BlockHeads(nn.Module):
-    """Heads 2..h as one batched feed-forward layer; starts as a copy of head 1 (the outer layer is zero)."""
+    """Heads 2..h; they start as copies of head 1."""
 
     def __init__(self, config: BlockHeadsConfig) -> None:
         super().__init__()
         self.config = config
-        count, d, inner = config.h - 1, config.hidden_size, config.inner_size
-        self.inner = nn.ParameterDict(
-            {"weight": nn.Parameter(torch.randn(count, d, inner) * d**-0.5), "bias": torch.zeros(count, inner)}
-        )
-        self.outer = nn.ParameterDict({"weight": torch.zeros(count, inner, d), "bias": torch.zeros(count, d)})
-        if size := config.token_size:
-            self.token = nn.ParameterDict(
-                {"shared": torch.randn(d, size) * d**-0.5, "weight": torch.zeros(count, size, inner)}
-            )
+        self.net = NETS[config.architecture](config)
 
     @property
     def h(self) -> int:
         return self.config.h
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights."""
+        return next(self.net.parameters()).dtype
+
     def forward(self, hidden: torch.Tensor, rows: torch.Tensor, heads: list[int] | None = None) -> torch.Tensor:
         """Final hidden states `[n, d]` -> what the projection reads for heads 2..h, `[h-1, n, d]`.
 
-        `rows` `[n, d]`: the projection's row of the token that head 1 chose, read by heads with a `token_size`.
-        `heads` chooses some of the heads, counted from 0 for head 2.
+        `rows` `[n, s, d]`: the projection's rows of the draft's first tokens, as many as the network sees (more are
+        ignored). `heads` chooses some of the heads, counted from 0 for head 2.
         """
-        chosen = slice(None) if heads is None else heads
-        inner = torch.matmul(hidden, self.inner["weight"][chosen]) + self.inner["bias"][chosen][:, None]
-        if self.config.token_size:
-            seen = functional.layer_norm(rows, rows.shape[-1:]) @ self.token["shared"]
-            inner = inner + torch.matmul(seen, self.token["weight"][chosen])
-        outer = torch.matmul(functional.silu(inner), self.outer["weight"][chosen])
-        read: torch.Tensor = hidden + outer + self.outer["bias"][chosen][:, None]
+        read: torch.Tensor = self.net(hidden, rows, list(range(self.h - 1)) if heads is None else heads)
         return read
 
     @torch.inference_mode()
@@ -92,32 +64,37 @@ class BlockHeads(nn.Module):
         `hidden` `[n, d]` and head 1's logits `first` `[n, vocab]`, as the base's forward gave them. `tokens` `[n]`:
         what head 1 chose, where that is known better than by the arg-max of `first` (after rounding, for example).
         """
-        dtype = self.inner["weight"].dtype
-        rows = base.output_embeddings.weight[first.argmax(-1) if tokens is None else tokens].to(dtype)
-        ahead = base.project(self(hidden.to(dtype), rows).to(hidden.dtype))  # [h-1, n, vocab]
-        every = torch.cat([first[:, None], ahead.transpose(0, 1)], dim=1)
-        return every.float() if every.dtype in (torch.float16, torch.bfloat16) else every
+        rows = base.output_embeddings.weight[first.argmax(-1) if tokens is None else tokens][:, None].to(self.dtype)
+        every = [first[:, None]]
+        # A sequential head is asked when the tokens before its own are known; the others are asked at once.
+        sequential = self.config.architecture == SEQUENTIAL
+        for heads in [[i] for i in range(self.h - 1)] if sequential else [None]:
+            ahead = base.project(self(hidden.to(self.dtype), rows, heads).to(hidden.dtype))  # [heads, n, vocab]
+            every.append(ahead.transpose(0, 1))
+            if sequential:
+                best = base.output_embeddings.weight[ahead[0].argmax(-1)]
+                rows = torch.cat([rows, best[:, None].to(self.dtype)], dim=1)
+        logits = torch.cat(every, dim=1)
+        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
     def lattice(self, base: BaseLM, hidden: torch.Tensor, first: torch.Tensor, k: int) -> Lattice:
         """The lattice `[n, h, k]` after each of n states; arguments as for `logits`."""
         return lattice_of(self.logits(base, hidden, first), k)
 
     def first(self, h: int) -> BlockHeads:
-        """The same heads cut to a block of h tokens (heads do not depend on each other)."""
+        """The same heads cut to a block of h tokens (no head depends on later ones)."""
         if not 2 <= h <= self.h:
             raise RescoreError(f"h = {h}, but these heads propose blocks of {self.h}; choose --h from 2 to {self.h}")
-        cut = BlockHeads(dataclasses.replace(self.config, h=h))
-        weights = self.state_dict().items()
-        cut.load_state_dict({name: value if name == SHARED else value[: h - 1] for name, value in weights})
-        weight = self.inner["weight"]
-        return cut.to(weight.device, weight.dtype).eval().requires_grad_(False)
+        cut = BlockHeads(dataclasses.replace(self.config, h=h)).to(next(self.net.parameters()).device, self.dtype)
+        cut.net.load_state_dict({name: self.net.cut(name, value, h) for name, value in self.net.state_dict().items()})
+        return cut.eval().requires_grad_(False)
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
         """Writes `model.safetensors` and then `config.json` into a folder, each whole or not at all.
 
         Raises `OutputError` if the folder can't be written.
         """
-        tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in self.state_dict().items()}
+        tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in self.net.state_dict().items()}
         with atomic_file(folder / WEIGHTS_FILE) as temporary:
             temporary.write_bytes(to_bytes(tensors))
         write_json(folder / CONFIG_FILE, dataclasses.asdict(self.config))
@@ -154,9 +131,12 @@ def top_k_lowest_ids(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.
 
 
 def heads_folder(path: str | None, identity: BaseIdentity) -> Path:
-    """The checkpoint folder of `path`, or of the heads shipped for a base of this name (path None)."""
+    """The checkpoint folder of `path`; without one, of the heads tuned with the base, or shipped for its name."""
     if path is not None:
         return Path(path).expanduser()
+    beside = Path(identity.name).expanduser() / HEADS_FOLDER
+    if (beside.parent / TUNED_FILE).is_file() and (beside / CONFIG_FILE).is_file():
+        return beside  # trained together with this base
     shipped = {config.parents[1].name: config.parent for config in SHIPPED.glob(f"*/heads/{CONFIG_FILE}")}
     if identity.name in shipped:
         return shipped[identity.name]
@@ -194,14 +174,14 @@ def load_heads(
     except SafetensorError as error:
         raise InvalidDataError(f"can't read {weights}: {error}; get or train the heads again") from error
     found = {name: list(value.shape) for name, value in tensors.items()}
-    expected = {name: list(value.shape) for name, value in heads.state_dict().items()}
+    expected = {name: list(value.shape) for name, value in heads.net.state_dict().items()}
     if found != expected:
         differs = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))[0]
         raise InvalidDataError(
             f"{weights} does not fit its {CONFIG_FILE}: {differs} has shape {found.get(differs, 'none')}, "
             f"not {expected.get(differs, 'none')}"
         )
-    heads.load_state_dict(tensors)
+    heads.net.load_state_dict(tensors)
     return heads.to(device, dtype).eval().requires_grad_(False)
 
 
@@ -218,9 +198,11 @@ def read_config(folder: Path) -> BlockHeadsConfig:
     except TypeError as error:
         reason = str(error).removeprefix("BlockHeadsConfig.__init__() ")
         raise InvalidDataError(f"{path} is not a block heads configuration: {reason}") from error
-    if config.architecture != FEED_FORWARD:
-        raise UnknownNameError("block head architecture", str(config.architecture), [FEED_FORWARD])
-    for name, least in (("h", 2), ("hidden_size", 1), ("inner_size", 1), ("vocab_size", 1), ("token_size", 0)):
+    if config.architecture not in list(NETS):  # it may be of any type
+        raise UnknownNameError("block head architecture", str(config.architecture), NETS)
+    sizes = {"h": 2, "hidden_size": 1, "inner_size": 1, "vocab_size": 1, "token_size": 0, "blocks": 1}
+    sizes["token_size"] = int(config.architecture == SEQUENTIAL)
+    for name, least in sizes.items():
         value = getattr(config, name)
         if type(value) is not int or value < least:
             raise InvalidDataError(f"{path} says {name} = {value!r}; it must be a whole number of at least {least}")

@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from lattices.errors import InvalidDataError, OutputError, RescoreError, UnknownNameError
 from lm import attention
+from lm.adapters import ADAPTER_FILE, base_of_adapter, check_base, is_adapter, merged
 from lm.base import BaseIdentity, BaseLM
 from lm.files import atomic_file, atomic_folder, cache_directory, sha256_of_file
 
@@ -43,9 +45,10 @@ def load_base(name: str = BUILT_IN, *, dtype: str = "float32", device: str = "au
         raise UnknownNameError("dtype", dtype, DTYPES)
     device = choose_device(device)
     attention.register()
-    folder = resolve_base(name)
+    found = resolve_base(name)
+    folder = found.folder
     config, tokenizer = config or _read_config(name, folder), _read_tokenizer(name, folder)
-    identity = _identity(name, folder, config, tokenizer, dtype)
+    identity = _identity(name, found, config, tokenizer, dtype)
     with _reading(f"can't load the model {name}"):
         implementation = attention.PACKED if device == "cpu" and _takes_sdpa(config) else None
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -64,18 +67,21 @@ def load_base(name: str = BUILT_IN, *, dtype: str = "float32", device: str = "au
             f"{name} has weights that don't fit its config.json: {absent[0]} (of {len(absent)}) is missing or has "
             f"another shape; get the model's folder again"
         )
+    if found.adapter is not None:
+        with _reading(f"can't apply the adapter in {found.adapter}"):
+            model = merged(model, found.adapter)
     return BaseLM(model, tokenizer, identity=identity)
 
 
 def identify(name: str, *, dtype: str = "float32") -> BaseIdentity:
     """What `load_base` would load, without loading its weights. Raises as `load_base` does."""
-    folder = resolve_base(name)
-    return _identity(name, folder, _read_config(name, folder), _read_tokenizer(name, folder), dtype)
+    found = resolve_base(name)
+    return _identity(name, found, _read_config(name, found.folder), _read_tokenizer(name, found.folder), dtype)
 
 
 def read_model_config(name: str = BUILT_IN) -> Any:
     """The transformers configuration of the base LM that `name` stands for. Raises as `load_base` does."""
-    return _read_config(name, resolve_base(name))
+    return _read_config(name, resolve_base(name).folder)
 
 
 def load_embeddings(name: str = BUILT_IN) -> tuple[torch.Tensor, str]:
@@ -92,15 +98,21 @@ def load_embeddings(name: str = BUILT_IN) -> tuple[torch.Tensor, str]:
 
 def load_tokenizer(name: str = BUILT_IN) -> PreTrainedTokenizerBase:
     """The tokenizer of the base LM that `name` stands for, without its weights. Raises as `load_base` does."""
-    return _read_tokenizer(name, resolve_base(name))
+    return _read_tokenizer(name, resolve_base(name).folder)
 
 
-def _identity(name: str, folder: Path, config: Any, tokenizer: PreTrainedTokenizerBase, dtype: str) -> BaseIdentity:
+def _identity(
+    name: str, found: ModelFolder, config: Any, tokenizer: PreTrainedTokenizerBase, dtype: str
+) -> BaseIdentity:
     with _reading(f"can't tell what {name} is"):
         text_config = config.get_text_config(decoder=True)
+        weights = weights_sha256(found.folder)
+        if found.adapter is not None:
+            check_base(found.adapter, found.name, weights)
+            weights = hashlib.sha256((weights + _remembered_sha256(found.adapter / ADAPTER_FILE)).encode()).hexdigest()
         return BaseIdentity(
             name=name,
-            weights_sha256=weights_sha256(folder),
+            weights_sha256=weights,
             tokenizer_sha256=tokenizer_sha256(tokenizer),
             hidden_size=text_config.hidden_size,
             vocab_size=text_config.vocab_size,
@@ -155,8 +167,28 @@ def choose_device(device: str) -> str:
     return f"cuda:{index}"
 
 
-def resolve_base(name: str) -> Path:
-    """The local folder (transformers layout) of a base LM; converts GGUF and fetches from the hub if need be."""
+@dataclass(frozen=True)
+class ModelFolder:
+    """Where a base LM lies: the `folder` of its weights in transformers' layout (of the base LM `name`), and the folder
+    of the `adapter` that changes them, if any."""
+
+    name: str
+    folder: Path
+    adapter: Path | None = None
+
+
+def resolve_base(name: str) -> ModelFolder:
+    """Where a base LM lies on this machine; converts GGUF and fetches from the hub if need be."""
+    folder = _folder(name)
+    if not is_adapter(folder):
+        return ModelFolder(name, folder)
+    under = base_of_adapter(folder)
+    if is_adapter(beneath := _folder(under)):
+        raise InvalidDataError(f"the adapter in {folder} is for {under}, itself an adapter; merge that one first")
+    return ModelFolder(under, beneath, folder)
+
+
+def _folder(name: str) -> Path:
     if name == BUILT_IN:
         return _converted(_built_in_gguf(), original="smollm2-135m")
     path = Path(os.path.expanduser(name))  # leaves a `~name` that stands for nobody as it is
@@ -165,7 +197,7 @@ def resolve_base(name: str) -> Path:
             raise RescoreError(f"no file {name}; give an existing .gguf file, a model folder or {BUILT_IN}")
         return _converted(path, original=path.stem)
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and not is_adapter(path):
             raise RescoreError(f"the folder {path} has no config.json; a model folder is what save_pretrained writes")
         return path
     if name.count("/") != 1 or name.startswith((".", "/", "~")):

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -114,6 +115,19 @@ def atomic_file(path: Path) -> Iterator[Path]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def replaced_files(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files take their places in `folder`, beside what is there, when all are written.
+
+    Configurations come last, so that a folder with one is whole.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+        yield Path(temporary)
+        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name.endswith("config.json")):
+            os.replace(file, folder / file.name)
 
 
 def _beside(path: Path) -> Path:

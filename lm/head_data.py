@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +53,93 @@ class HeadData:
         """The tokens before a segment, int32: the prompt, whose last token's state is the segment's first."""
         start = self.context_ends[segment - 1] if segment else 0
         return self.contexts[start : self.context_ends[segment]]
+
+
+class Segment(NamedTuple):
+    """Some rows of a segment: `place` of its data among several, `number` of the segment in it, first and last-plus-one
+    row; `start` is the segment's own first row."""
+
+    place: int
+    number: int
+    start: int
+    end: int
+
+    @property
+    def targets(self) -> int:
+        """How many tokens are to be predicted."""
+        return self.end - self.start
+
+
+def segments_of(data: Sequence[HeadData], *, least: int = 1) -> list[Segment]:
+    """Every segment with at least so many targets, in order."""
+    found = []
+    for place, source in enumerate(data):
+        for number, (start, end) in enumerate(source.segments().tolist()):
+            if end - start >= least:
+                found.append(Segment(place, number, start, end))
+    return found
+
+
+def until(targets: int, segments: Sequence[Segment]) -> list[Segment]:
+    """The first segments that hold so many targets, the last one cut."""
+    taken: list[Segment] = []
+    for segment in segments:
+        if targets <= 0:
+            break
+        taken.append(segment._replace(end=min(segment.end, segment.start + targets)))
+        targets -= segment.targets
+    return taken
+
+
+def split(segments: Sequence[Segment], held_out: float, seed: int) -> tuple[list[Segment], list[Segment]]:
+    """Segments at random: those to learn from, and this share (at least one) to measure on."""
+    order = np.random.default_rng([seed, 0xDA7A]).permutation(len(segments))
+    held = max(1, min(int(len(segments) * held_out), len(segments) - 1))
+    return [segments[i] for i in order[held:]], [segments[i] for i in order[:held]]
+
+
+def tokens_read(data: Sequence[HeadData], segment: Segment) -> int:
+    """Tokens that an LM reads to predict a segment's: the context, and all targets but the last."""
+    return len(data[segment.place].context(segment.number)) + segment.targets - 1
+
+
+def padded_batch(
+    data: Sequence[HeadData], segments: Sequence[Segment]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What an LM reads to predict the segments' targets: ids int64 `[b, longest]`, padded on the right, and the row and
+    column of the token before each of the n targets, int64 `[n]` each."""
+    longest = max(tokens_read(data, segment) for segment in segments)
+    ids = torch.zeros(len(segments), longest, dtype=torch.long)
+    rows, columns = [], []
+    for row, (place, number, start, end) in enumerate(segments):
+        context = data[place].context(number)
+        sequence = np.concatenate([context, data[place].targets[start : end - 1]])
+        ids[row, : len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
+        columns.append(np.arange(len(context) - 1, len(sequence)))
+        rows.append(np.full(len(columns[-1]), row))
+    return ids, torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(columns))
+
+
+def body_states(
+    model: Any, data: Sequence[HeadData], segments: Sequence[Segment], *, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """What the body of a transformers causal LM makes of whole segments: float32 `[n, d]`, a state per target."""
+    ids, rows, columns = padded_batch(data, segments)
+    longest = ids.shape[1]
+    # Right padding: no token sees what stands behind it. The mask is there because attention with one is faster.
+    mask = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        output = model.base_model(
+            input_ids=ids.to(device), attention_mask=mask.expand(len(ids), 1, -1, -1), use_cache=False
+        )
+    states: torch.Tensor = output.last_hidden_state[rows.to(device), columns.to(device)].float()
+    return states
+
+
+def cached(data: Sequence[HeadData], segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
+    """The base's own states before the segments' targets, float16 `[n, d]`, and the targets, int32 `[n]`."""
+    states = np.concatenate([data[s.place].states[s.start : s.end] for s in segments])
+    return states, np.concatenate([data[s.place].targets[s.start : s.end] for s in segments])
 
 
 def read_head_data(

@@ -158,12 +158,15 @@ def find_neural(text: str, *, shipped_for: str = "smollm2-135m") -> NeuralSource
         raise RescoreError(f"{text} is no rescorer: give the folder that train-rescorer or save_pretrained wrote")
     else:
         try:
-            folder = resolve_base(text)
+            found = resolve_base(text)
         except RescoreError as error:
             raise RescoreError(
                 f"no neural rescorer {text} ({error}); train one: rescore train-rescorer neural-61m --corpus ... "
                 "--out DIR, then --rescorer neural:DIR"
             ) from error
+        if found.adapter is not None:
+            raise RescoreError(f"{text} is an adapter; a rescorer must be a whole model: merge it into its base first")
+        folder = found.folder
     fields = read_json_object(folder / CONFIG_FILE, missing=f"no neural rescorer in {folder}")
     if fields.get("kind") != DELTA:
         return NeuralSource(text, folder, None)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +22,8 @@ from safetensors.torch import save as to_bytes
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lm.base import BaseLM
-from lm.files import atomic_file
-from lm.head_data import HeadData
+from lm.files import atomic_file, replaced_files
+from lm.head_data import HeadData, Segment, body_states, cached, segments_of, split, tokens_read, until
 from lm.losses import (
     CHUNK_ROWS,
     VocabularySubset,
@@ -102,9 +100,6 @@ class HeldOutText:
     tokens: int
 
 
-Segment = tuple[int, int]  # place of the data, segment in it
-
-
 class RescorerTrainer(Trainer[HeldOutText]):
     """One training of a rescorer; see `RescorerOptions` and `Trainer.train`."""
 
@@ -115,17 +110,14 @@ class RescorerTrainer(Trainer[HeldOutText]):
         self.dtype = choose_precision(options.precision, base.device)
         options = dataclasses.replace(options, precision=str(self.dtype).removeprefix("torch."))
         self.base, self.data, self.options = base, list(data), options
-        self.ends = [d.segments() for d in self.data]
-        segments = [(place, i) for place, ends in enumerate(self.ends) for i, (a, b) in enumerate(ends) if b > a]
+        segments = segments_of(self.data)
         if len(segments) < 2:
             raise InvalidDataError(
                 "the corpus has fewer than two segments of text; a rescorer needs more to learn from"
             )
-        order = np.random.default_rng([options.seed, 0xDA7A]).permutation(len(segments))
-        held = max(1, min(int(len(segments) * options.held_out), len(segments) - 1))
-        self.held_out = self._until(HELD_OUT_TOKENS, [segments[i] for i in order[:held]])
-        self.segments = [segments[i] for i in order[held:]]
-        self.lengths = np.array([self._length(s) for s in self.segments])
+        self.segments, held_out = split(segments, options.held_out, options.seed)
+        self.held_out = until(HELD_OUT_TOKENS, held_out)
+        self.lengths = np.array([tokens_read(self.data, s) for s in self.segments])
         torch.manual_seed(options.seed)
         self.model: Any = self._new_model()
         targets = [d.targets for d in self.data]
@@ -151,24 +143,6 @@ class RescorerTrainer(Trainer[HeldOutText]):
             part.requires_grad_(True)
         return model
 
-    def _length(self, segment: Segment) -> int:
-        place, i = segment
-        start, end = self.ends[place][i]
-        return len(self.data[place].context(i)) + int(end - start) - 1
-
-    def _targets(self, segment: Segment) -> int:
-        start, end = self.ends[segment[0]][segment[1]]
-        return int(end - start)
-
-    def _until(self, tokens: int, segments: list[Segment]) -> list[Segment]:
-        taken = []
-        for segment in segments:
-            if tokens <= 0:
-                break
-            taken.append(segment)
-            tokens -= self._targets(segment)
-        return taken
-
     def _batch(self, rng: np.random.Generator) -> list[Segment]:
         """Segments of one step, of similar length: at most `positions` tokens with their padding, at least one."""
         drawn = rng.permutation(len(self.segments))
@@ -188,12 +162,12 @@ class RescorerTrainer(Trainer[HeldOutText]):
         rng = np.random.default_rng([self.options.seed, step])
         segments = self._batch(rng)
         tokens = self.subset.draw(rng)
-        count = sum(map(self._targets, segments))  # over all processes
+        count = sum(s.targets for s in segments)  # over all processes
         for batch in self._micro_batches(segments)[self.workers.rank :: self.workers.count]:
             yield self._loss(batch, tokens) / count
 
     def _micro_batches(self, segments: list[Segment]) -> list[list[Segment]]:
-        size = max(1, self.options.micro_batch // max(map(self._length, segments)))
+        size = max(1, self.options.micro_batch // max(tokens_read(self.data, s) for s in segments))
         size = min(size, -(-len(segments) // self.workers.count))
         return [segments[i : i + size] for i in range(0, len(segments), size)]
 
@@ -210,27 +184,8 @@ class RescorerTrainer(Trainer[HeldOutText]):
 
     def _forward(self, segments: list[Segment]) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         """Final states of the rescorer `[n, d]` and of the base `[n, d]` before each of the targets `[n]`."""
-        longest = max(map(self._length, segments))
-        ids = torch.zeros(len(segments), longest, dtype=torch.long)
-        rows, columns = [], []
-        for row, (place, i) in enumerate(segments):
-            data, (start, end) = self.data[place], self.ends[place][i]
-            context = data.context(i)
-            sequence = np.concatenate([context, data.targets[start : end - 1]])
-            ids[row, : len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
-            columns.append(np.arange(len(context) - 1, len(sequence)))
-            rows.append(np.full(len(columns[-1]), row))
-        # Right padding: no token sees what stands behind it. The mask is there because attention with one is faster.
-        mask = torch.ones(longest, longest, dtype=torch.bool, device=self.device).tril()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            output = self.model.base_model(
-                input_ids=ids.to(self.device), attention_mask=mask.expand(len(segments), 1, -1, -1), use_cache=False
-            )
-        index = [torch.from_numpy(np.concatenate(part)).to(self.device) for part in (rows, columns)]
-        hidden = output.last_hidden_state[index[0], index[1]].float()
-        at = [slice(*self.ends[place][i]) for place, i in segments]
-        states = np.concatenate([self.data[place].states[s] for (place, _), s in zip(segments, at, strict=True)])
-        targets = np.concatenate([self.data[place].targets[s] for (place, _), s in zip(segments, at, strict=True)])
+        hidden = body_states(self.model, self.data, segments, device=self.device, dtype=self.dtype)
+        states, targets = cached(self.data, segments)
         return hidden, torch.from_numpy(states).to(self.device).float(), targets
 
     @torch.no_grad()
@@ -300,11 +255,9 @@ class RescorerTrainer(Trainer[HeldOutText]):
 
     def _save_whole(self, out: Path) -> None:
         """Writes a model's folder; every file takes its place when all are written, the configuration last."""
-        with tempfile.TemporaryDirectory(dir=out, prefix=".saving-") as temporary:
+        with replaced_files(out) as temporary:
             self.model.save_pretrained(temporary)
             self.base.tokenizer.save_pretrained(temporary)
-            for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json"):
-                os.replace(file, out / file.name)
 
     def _settings(self) -> dict[str, Any]:
         return {

@@ -61,11 +61,23 @@ class Trainer(ABC, Generic[Measured]):
 
     memory_option = "--positions"  # of the command; less of it needs less memory
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], schedule: Schedule, device: torch.device) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        schedule: Schedule,
+        device: torch.device,
+        *,
+        rates: Mapping[str, float] | None = None,
+    ) -> None:
+        """`rates`: for parameters whose learning rate is not the schedule's, its ratio to that."""
         self.parameters, self.schedule, self.device = dict(parameters), schedule, device
+        by_rate: dict[float, list[torch.nn.Parameter]] = {}
+        for name, parameter in self.parameters.items():
+            by_rate.setdefault((rates or {}).get(name, 1.0), []).append(parameter)
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.98)
-        )
+            [{"params": group, "rate": rate} for rate, group in by_rate.items()],
+            lr=schedule.learning_rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.98),
+        )  # fmt: skip
         self.workers = start_workers(device)
         self.step = 0
         self.stopped = False  # before the last step, because held-out text got worse
@@ -119,7 +131,7 @@ class Trainer(ABC, Generic[Measured]):
         measured: Measured | None = None
         while self.step < schedule.steps and not self.stopped:
             for group in self.optimizer.param_groups:
-                group["lr"] = schedule.learning_rate * rate_at(self.step, schedule)
+                group["lr"] = schedule.learning_rate * group["rate"] * rate_at(self.step, schedule)
             advice = f"{out} keeps the last checkpoint; a smaller {self.memory_option} needs less"
             with enough_memory(advice, at=f"step {self.step + 1}"):
                 value = self._step(out)

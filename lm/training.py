@@ -1,9 +1,11 @@
-"""Trains block heads on a frozen base LM, from cached hidden states; the base itself is never run here.
+"""Trains block heads on a base LM: frozen (from cached states, without running it), or fine-tuned together with them.
 
 Loss of head i at a position: cross-entropy against (1 - soft) x the token that stands i steps ahead + soft x the base's
 own distribution there, which the cached state of that position gives through the vocabulary projection. A step draws
-whole segments and a few of the heads. Everything random follows from (seed, step), so a resumed training is the same
-training. Sources: [A] section 3 (sum of the heads' cross-entropies), [B] section 6 (distilled data, random heads).
+whole segments and some of the heads. With a base that is fine-tuned head 1, the base itself, is one of them: its
+targets are the same text, so what it is taught is to write it. Everything random follows from (seed, step), so a
+resumed training is the same training. Sources: [A] section 3 (sum of the heads' cross-entropies), [B] section 6
+(distilled data, one random head a step, fine-tuning).
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lm.base import BaseLM
-from lm.block_heads import BlockHeads, BlockHeadsConfig, heads_sha256, load_heads
-from lm.head_data import HeadData
+from lm.block_heads import HEADS_FOLDER, BlockHeads, heads_sha256, load_heads
+from lm.head_data import HeadData, Segment, cached, segments_of, split, tokens_read, until
+from lm.head_nets import FEED_FORWARD, MEDUSA, NETS, SEQUENTIAL, BlockHeadsConfig
 from lm.losses import (
     VocabularySubset,
     check_precision,
@@ -31,26 +34,44 @@ from lm.losses import (
     teacher_probabilities,
 )
 from lm.trainer import Trainer
+from lm.tuned_base import FROZEN, FULL, LORA, TUNINGS, TunedBase
 
 HELD_OUT_POSITIONS = 4096
 ACCURACY_AT = (1, 4, 16)
+INNER_SIZE = 560  # of the architectures with a hidden layer
+BASE_LEARNING_RATES = {LORA: 5e-4, FULL: 3e-5}
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How heads are trained. `positions` per step (whole segments), `heads_per_step` drawn with odds 1/i for head i,
-    `vocabulary` most frequent target tokens in the loss plus `negatives` others drawn per step (None: all tokens),
-    `soft` share of the base's distribution in the target, `precision` of the vocabulary products."""
+    """How heads are trained.
+
+    The heads: `h`, `architecture`, `inner_size`, `token_size`, `blocks` (`lm.head_nets`). The loss: `heads_per_step`
+    drawn with odds 1/i for head i (None: all, [A]'s sum; 1: [B]'s random head), `head_weights` of heads 2..h (None:
+    equal), `vocabulary` most frequent target tokens plus `negatives` others drawn per step (None: all tokens), `soft`
+    share of the base's distribution in the target. The base: `tune` none, lora (`lora_rank`) or full, its own
+    `base_learning_rate` (None: 5e-4 for lora, 3e-5 in full), `gradient_checkpointing`. A step: `positions` (whole
+    segments), with a tuned base in parts of `micro_batch` tokens; `precision` of the vocabulary products and of a tuned
+    base's forwards.
+    """
 
     h: int = 9
-    inner_size: int = 560
+    architecture: str = FEED_FORWARD
+    inner_size: int | None = None
     token_size: int = 128
+    blocks: int = 1
     steps: int = 2000
     positions: int = 2048
-    heads_per_step: int = 4
+    micro_batch: int = 4096
+    heads_per_step: int | None = 4
+    head_weights: tuple[float, ...] | None = None
     vocabulary: int | None = 8192
     negatives: int = 1024
     soft: float = 0.5
+    tune: str = FROZEN
+    lora_rank: int = 16
+    base_learning_rate: float | None = None
+    gradient_checkpointing: bool = False
     learning_rate: float = 1e-3
     warmup: int = 100
     weight_decay: float = 0.01
@@ -62,8 +83,9 @@ class TrainingOptions:
     def check(self) -> None:
         """Raises `RescoreError` for the first option that is out of its range."""
         for name, least in (
-            ("h", 2), ("inner_size", 1), ("token_size", 0), ("steps", 1), ("positions", 1), ("heads_per_step", 1),
-            ("vocabulary", 1), ("negatives", 0), ("warmup", 0), ("evaluate_every", 1), ("seed", 0), ("weight_decay", 0),
+            ("h", 2), ("inner_size", 1), ("token_size", 0), ("blocks", 1), ("steps", 1), ("positions", 1),
+            ("micro_batch", 1), ("heads_per_step", 1), ("vocabulary", 1), ("negatives", 0), ("lora_rank", 1),
+            ("warmup", 0), ("evaluate_every", 1), ("seed", 0), ("weight_decay", 0),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value >= least:
@@ -72,15 +94,39 @@ class TrainingOptions:
             raise RescoreError(f"soft = {self.soft}; it is a share, from 0 to 1")
         if not 0 < self.held_out < 1:
             raise RescoreError(f"held_out = {self.held_out}; it is a share, above 0 and below 1")
-        if not 0 < self.learning_rate < math.inf:
-            raise RescoreError(f"learning_rate = {self.learning_rate}; it must be above 0")
+        for name in ("learning_rate", "base_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate < math.inf:
+                raise RescoreError(f"{name} = {rate}; it must be above 0")
+        if self.architecture not in NETS:
+            raise UnknownNameError("block head architecture", self.architecture, NETS)
+        if self.architecture == SEQUENTIAL and self.token_size == 0:
+            raise RescoreError("token_size = 0; sequential heads see drafted tokens and need a width for them")
+        if self.architecture == MEDUSA and self.inner_size is not None:
+            raise RescoreError("medusa heads are as wide as the states; inner_size is not for them, blocks is")
+        if self.architecture != MEDUSA and self.blocks != 1:
+            raise RescoreError(f"blocks = {self.blocks}; only medusa heads have residual blocks")
+        if self.head_weights is not None:
+            if len(self.head_weights) != self.h - 1:
+                raise RescoreError(
+                    f"head_weights has {len(self.head_weights)} weights; heads 2 to {self.h} need one each"
+                )
+            if not all(0 <= weight < math.inf for weight in self.head_weights) or not any(self.head_weights):
+                raise RescoreError(f"head_weights = {self.head_weights}; weights are 0 or more, one of them above 0")
+        if self.tune not in TUNINGS:
+            raise UnknownNameError("way to tune the base", self.tune, TUNINGS)
+        if self.tune == FROZEN and (self.gradient_checkpointing or self.base_learning_rate is not None):
+            raise RescoreError(
+                "gradient_checkpointing and base_learning_rate are for a tuned base (tune: lora or full)"
+            )
         check_precision(self.precision)
 
 
 @dataclass(frozen=True)
 class HeldOutAccuracy:
     """On held-out positions: `top[n][i]` = share where the token is among head i+1's best n (list of length h);
-    `accepted` = mean accepted prefix of the arg-max draft, `accepted_16` = of the best path in the top 16."""
+    `accepted` = mean accepted prefix of the arg-max draft, `accepted_16` = of the best path in the top 16, both where
+    head 1 is right (on text that is not the base's own output it may not be)."""
 
     top: dict[int, list[float]]
     accepted: float
@@ -90,8 +136,8 @@ class HeldOutAccuracy:
 class HeadTrainer(Trainer[HeldOutAccuracy]):
     """One training: data, heads, optimiser. `train` runs it; `evaluate` measures the heads as they are.
 
-    `initial` is a folder of heads to start from instead of untrained ones: the same h, at least this inner size (the
-    units that weigh most stay), this token size or none.
+    `initial` is a folder of heads to start from instead of untrained ones, of the same shape. With a tuned base the
+    model of `base` is changed in place.
     """
 
     def __init__(
@@ -102,22 +148,22 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         # What `auto` stands for depends on the machine; the record and a resumed run need the precision itself.
         options = dataclasses.replace(options, precision=str(self.dtype).removeprefix("torch."))
         self.base, self.data, self.options = base, list(data), options
-        segments = [(place, int(a), int(b)) for place, d in enumerate(self.data) for a, b in d.segments() if b - a > 1]
+        segments = segments_of(self.data, least=2)
         if len(segments) < 2:
             raise InvalidDataError("the corpus has fewer than two segments of text; heads need more to learn from")
-        order = np.random.default_rng([options.seed, 0xDA7A]).permutation(len(segments))
-        held = max(1, min(int(len(segments) * options.held_out), len(segments) - 1))
-        self.held_out = _until(HELD_OUT_POSITIONS, [segments[i] for i in order[:held]])
-        self.segments = [segments[i] for i in order[held:]]
-        self.sizes = np.array([b - a for _, a, b in self.segments])
+        self.segments, held_out = split(segments, options.held_out, options.seed)
+        self.held_out = until(HELD_OUT_POSITIONS, held_out)
+        self.mean_size = int(np.mean([s.targets for s in self.segments]))
         config = BlockHeadsConfig(
             h=options.h,
             hidden_size=base.hidden_size,
-            inner_size=options.inner_size,
+            inner_size=base.hidden_size if options.architecture == MEDUSA else options.inner_size or INNER_SIZE,
             vocab_size=base.vocab_size,
             base_name=base.identity.name,
             tokenizer_sha256=base.identity.tokenizer_sha256,
+            architecture=options.architecture,
             token_size=options.token_size,
+            blocks=options.blocks,
         )
         torch.manual_seed(options.seed)
         self.heads = BlockHeads(config).to(base.device)
@@ -127,103 +173,141 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         targets = [d.targets for d in self.data]
         self.subset = VocabularySubset(targets, base.vocab_size, options.vocabulary, options.negatives)
         self.weight = frozen_projection(base, self.dtype)
-        super().__init__(dict(self.heads.named_parameters()), options, base.device)
+        self.tuned: TunedBase | None = None
+        parameters, rates = dict(self.heads.net.named_parameters()), {}
+        if options.tune != FROZEN:
+            self.tuned = TunedBase(
+                base,
+                options.tune,
+                rank=options.lora_rank,
+                gradient_checkpointing=options.gradient_checkpointing,
+                dtype=self.dtype,
+            )
+            rate = options.base_learning_rate or BASE_LEARNING_RATES[options.tune]
+            parameters |= {f"base.{name}": p for name, p in self.tuned.parameters.items()}
+            rates = {f"base.{name}": rate / options.learning_rate for name in self.tuned.parameters}
+        super().__init__(parameters, options, base.device, rates=rates)
 
     def _start_from(self, folder: Path) -> None:
         earlier = load_heads(str(folder), self.base.identity, device=self.base.device)
-        found, wanted = earlier.config, self.heads.config
-        if (
-            found.h != wanted.h
-            or found.inner_size < wanted.inner_size
-            or found.token_size not in (0, wanted.token_size)
-        ):
+        names = ("h", "architecture", "inner_size", "token_size", "blocks")
+        differs = [n for n in names if getattr(earlier.config, n) != getattr(self.heads.config, n)]
+        if differs:
+            found, wanted = (getattr(c, differs[0]) for c in (earlier.config, self.heads.config))
             raise IncompatibleError(
-                f"the heads in {folder} have h = {found.h}, inner size {found.inner_size} and token size "
-                f"{found.token_size}; they can't become heads with {wanted.h}, {wanted.inner_size}, {wanted.token_size}"
+                f"the heads in {folder} have {differs[0]} = {found}, not {wanted}; training starts from the same shape"
             )
-        weights = earlier.state_dict()
-        if found.inner_size > wanted.inner_size:  # the units that weigh least go
-            size = weights["inner.weight"].norm(dim=1) * weights["outer.weight"].norm(dim=2)  # [h-1, inner]
-            kept = size.topk(wanted.inner_size, dim=1).indices.sort(dim=1).values
-            for name, inner_last in (("inner.weight", True), ("outer.weight", False), ("token.weight", True)):
-                if name in weights:
-                    index = kept[:, None, :] if inner_last else kept[:, :, None]
-                    weights[name] = torch.take_along_dim(weights[name], index, dim=2 if inner_last else 1)
-            weights["inner.bias"] = torch.take_along_dim(weights["inner.bias"], kept, dim=1)
-        self.heads.load_state_dict({**self.heads.state_dict(), **weights})
+        self.heads.load_state_dict(earlier.state_dict())
         self.initial_sha256 = heads_sha256(folder)
 
-    def _batch(self, segments: Sequence[tuple[int, int, int]]) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
-        """States `[n, d]`, targets `[n]` and each row's distance to its segment's end `[n]`."""
-        states = np.concatenate([self.data[p].states[a:b] for p, a, b in segments])
-        targets = np.concatenate([self.data[p].targets[a:b] for p, a, b in segments])
-        remaining = np.concatenate([np.arange(b - a, 0, -1) for _, a, b in segments])
-        return torch.from_numpy(states).to(self.base.device).float(), targets, remaining
+    def _rows(self, targets: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
+        """The projection's rows of the tokens of the right draft from each position, as many as the heads see.
 
-    def _rows(self, tokens: np.ndarray) -> torch.Tensor:
-        """The projection's rows of the tokens that head 1 chose, float32 `[n, d]`."""
-        return self.weight[torch.from_numpy(tokens.astype(np.int64)).to(self.base.device)].float()
+        `offsets` `[n, s]`: where they stand in `targets`. float32 `[n, s, d]`.
+        """
+        tokens = targets[np.minimum(offsets, len(targets) - 1)].astype(np.int64)
+        return self.weight[torch.from_numpy(tokens).to(self.base.device)].float()
 
     def _losses(self, step: int) -> Iterator[torch.Tensor]:
         options, workers = self.options, self.workers
         rng = np.random.default_rng([options.seed, step])
-        chosen = rng.permutation(len(self.segments))[: max(1, 4 * options.positions // int(self.sizes.mean()) + 1)]
-        segments = _until(options.positions, [self.segments[i] for i in chosen])
+        chosen = rng.permutation(len(self.segments))[: max(1, 4 * options.positions // self.mean_size + 1)]
+        segments = until(options.positions, [self.segments[i] for i in chosen])
         tokens = self.subset.draw(rng)
-        odds = 1.0 / np.arange(2, options.h + 1)
-        count = min(options.heads_per_step, options.h - 1)
-        heads = np.sort(rng.choice(options.h - 1, count, replace=False, p=odds / odds.sum())).tolist()
-        sizes = np.array([end - start for _, start, end in segments])
-        in_all = [int(np.maximum(sizes - head - 1, 0).sum()) for head in heads]  # over all processes
-        if segments := segments[workers.rank :: workers.count]:
-            yield self._loss(segments, tokens, heads, in_all)
+        candidates = np.arange(2 if self.tuned is None else 1, options.h + 1)
+        count = len(candidates) if options.heads_per_step is None else min(options.heads_per_step, len(candidates))
+        odds = 1.0 / candidates
+        heads = np.sort(rng.choice(candidates, count, replace=False, p=odds / odds.sum())).tolist()
+        sizes = np.array([s.targets for s in segments])
+        in_all = [int(np.maximum(sizes - head + 1, 0).sum()) for head in heads]  # over all processes
+        for part in self._micro_batches(segments)[workers.rank :: workers.count]:
+            yield self._loss(part, tokens, heads, in_all)
 
-    def _loss(
-        self, segments: list[tuple[int, int, int]], tokens: np.ndarray, heads: list[int], in_all: list[int]
-    ) -> torch.Tensor:
-        """Sum over `heads` (from 0 for head 2) of the loss at all rows of the segments / rows of all processes."""
-        states, targets, remaining = self._batch(segments)
+    def _micro_batches(self, segments: list[Segment]) -> list[list[Segment]]:
+        """The segments in parts: one for each process, and no larger than a tuned base should read at a time."""
+        if self.tuned is None:
+            return [part for rank in range(self.workers.count) if (part := segments[rank :: self.workers.count])]
+        by_length = sorted(segments, key=lambda s: tokens_read(self.data, s))
+        parts: list[list[Segment]] = [[]]
+        for segment in by_length:
+            if parts[-1] and tokens_read(self.data, segment) * (len(parts[-1]) + 1) > self.options.micro_batch:
+                parts.append([])
+            parts[-1].append(segment)
+        return parts
+
+    def _loss(self, segments: list[Segment], tokens: np.ndarray, heads: list[int], in_all: list[int]) -> torch.Tensor:
+        """Sum over `heads` (counted as always, 1 is the base) of the loss at all rows of the segments / `in_all`."""
+        cached_states, targets = cached(self.data, segments)
+        n = len(targets)
+        remaining = np.concatenate([np.arange(s.targets, 0, -1) for s in segments])
+        from_cache = torch.from_numpy(cached_states).to(self.base.device).float()
         projection = self.weight[torch.from_numpy(tokens).to(self.base.device)]  # [v, d]
         places = torch.from_numpy(self.subset.places(tokens, targets)).to(self.base.device)
-        teacher = teacher_probabilities(states, projection)  # [n, v]
-        outputs = self.heads(states, self._rows(targets), heads)  # [count, n, d]
-        total: torch.Tensor = outputs.sum() * 0.0
-        for output, head, count in zip(outputs, heads, in_all, strict=True):
-            ahead = head + 1
-            rows = torch.from_numpy(np.flatnonzero(remaining > ahead)).to(self.base.device)
-            if len(rows):
-                goals = places[rows + ahead], teacher[rows + ahead], self.options.soft
-                total = total + soft_cross_entropy(output[rows], projection, *goals) / count
+        teacher = teacher_probabilities(from_cache, projection)  # [n, v]
+        states = from_cache if self.tuned is None else self.tuned.states(self.data, segments)
+        rows = self._rows(targets, np.arange(n)[:, None] + np.arange(max(1, self.heads.net.sees)))
+        ahead_of = [head for head in heads if head > 1]
+        outputs: dict[int, torch.Tensor] = {1: states}
+        if ahead_of:
+            read = self.heads(states, rows, [head - 2 for head in ahead_of])  # [count, n, d]
+            outputs |= dict(zip(ahead_of, read, strict=True))
+        weights = self.options.head_weights or (1.0,) * (self.options.h - 1)
+        total: torch.Tensor = sum((outputs[head].sum() * 0.0 for head in heads), torch.zeros((), device=states.device))
+        for head, count in zip(heads, in_all, strict=True):
+            at = torch.from_numpy(np.flatnonzero(remaining >= head)).to(self.base.device)
+            if len(at):
+                goals = places[at + head - 1], teacher[at + head - 1], self.options.soft
+                weight = weights[head - 2] if head > 1 else 1.0
+                total = total + soft_cross_entropy(outputs[head][at], projection, *goals) * (weight / count)
         return total
 
     @torch.no_grad()
     def evaluate(self) -> HeldOutAccuracy:
         """Accuracy on the held-out segments, over the whole vocabulary."""
-        hits = {n: np.zeros(self.options.h) for n in ACCURACY_AT}
-        counts = np.zeros(self.options.h)
-        accepted = {1: 0.0, 16: 0.0}
-        states, targets, remaining = self._batch(self.held_out)
         h = self.options.h
-        for start in range(0, len(states), 256):
-            rows = np.arange(start, min(start + 256, len(states)))
-            block = states[rows]
-            every = torch.cat([block[None], self.heads(block, self._rows(targets[rows]))]).to(self.dtype)  # [h, n, d]
-            best = torch.stack([(x @ self.weight.T).topk(max(ACCURACY_AT), dim=-1).indices for x in every], dim=1)
-            wanted = np.stack([targets[np.minimum(rows + i, len(targets) - 1)] for i in range(h)], axis=1)
-            there = remaining[rows][:, None] > np.arange(h)  # [n, h]
-            match = (best.cpu().numpy() == wanted[..., None]) & there[..., None]  # [n, h, 16]
-            match[:, 0, 0] = True  # head 1 is the base LM: what it chose is the target
-            counts += there.sum(0)
-            for n in ACCURACY_AT:
-                hits[n] += match[:, :, :n].any(-1).sum(0)
-            for n in accepted:
-                accepted[n] += np.cumprod(match[:, :, :n].any(-1), axis=1).sum()
-        total = len(states)
+        hits = {n: np.zeros(h) for n in ACCURACY_AT}
+        counts = np.zeros(h)
+        accepted = {1: 0.0, 16: 0.0}
+        total = 0
+        for segments in self._micro_batches(self.held_out):
+            cached_states, targets = cached(self.data, segments)
+            remaining = np.concatenate([np.arange(s.targets, 0, -1) for s in segments])
+            if self.tuned is None:
+                states = torch.from_numpy(cached_states).to(self.base.device).float()
+            else:
+                states = self.tuned.states(self.data, segments)
+            for start in range(0, len(states), 256):
+                rows = np.arange(start, min(start + 256, len(states)))
+                best = self._best(states[rows], targets[rows])  # [n, h, 16]
+                wanted = np.stack([targets[np.minimum(rows + i, len(targets) - 1)] for i in range(h)], axis=1)
+                there = remaining[rows][:, None] > np.arange(h)  # [n, h]
+                match = (best == wanted[..., None]) & there[..., None]
+                counts += there.sum(0)
+                for n in ACCURACY_AT:
+                    hits[n] += match[:, :, :n].any(-1).sum(0)
+                match[:, 0, 0] = True
+                for n in accepted:
+                    accepted[n] += np.cumprod(match[:, :, :n].any(-1), axis=1).sum()
+            total += len(states)
         return HeldOutAccuracy(
             {n: (hits[n] / np.maximum(counts, 1)).round(4).tolist() for n in ACCURACY_AT},
             round(float(accepted[1]) / total, 4),
             round(float(accepted[16]) / total, 4),
         )
+
+    def _best(self, states: torch.Tensor, first: np.ndarray) -> np.ndarray:
+        """The 16 best tokens of every head after each of n states, where the first token is known: `[n, h, 16]`."""
+        most = max(ACCURACY_AT)
+        best = [(states.to(self.dtype) @ self.weight.T).topk(most, dim=-1).indices]
+        drafted = [torch.from_numpy(first.astype(np.int64)).to(self.base.device)]
+        for head in range(self.options.h - 1):
+            rows = self.weight[torch.stack(drafted, dim=1)].float()  # [n, s, d]
+            read = self.heads(states, rows, [head])[0]
+            best.append((read.to(self.dtype) @ self.weight.T).topk(most, dim=-1).indices)
+            if self.heads.net.sees > 1:
+                drafted.append(best[-1][:, 0])
+        found: np.ndarray = torch.stack(best, dim=1).cpu().numpy()
+        return found
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -234,15 +318,8 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         }
 
     def _save(self, out: Path) -> None:
-        self.heads.save(out)
-
-
-def _until(positions: int, segments: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """The first segments that hold `positions` positions, the last one cut."""
-    taken, left = [], positions
-    for place, start, end in segments:
-        if left <= 0:
-            break
-        taken.append((place, start, min(end, start + left)))
-        left -= end - start
-    return taken
+        if self.tuned is None:
+            self.heads.save(out)
+        else:
+            self.heads.save(out / HEADS_FOLDER)
+            self.tuned.save(out)

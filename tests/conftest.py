@@ -19,8 +19,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lm.base import BaseLM
-from lm.block_heads import BlockHeads, BlockHeadsConfig
+from lm.block_heads import BlockHeads
 from lm.catalog import load_base
+from lm.head_nets import BlockHeadsConfig
 
 END = "<|end|>"
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
@@ -73,7 +74,7 @@ def make_heads(base: BaseLM, *, h: int = 4, seed: int = 0, strength: float = 0.3
     torch.manual_seed(seed)
     name, tokenizer = base.identity.name, base.identity.tokenizer_sha256
     heads = BlockHeads(BlockHeadsConfig(h, base.hidden_size, 16, base.vocab_size, name, tokenizer, token_size=8))
-    for parameter in (*heads.outer.values(), heads.token["weight"]):
+    for parameter in (*heads.net.outer.values(), heads.net.token["weight"]):
         torch.nn.init.normal_(parameter, std=strength)
     return heads.to(base.heads_dtype).eval().requires_grad_(False)
 

@@ -35,6 +35,52 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_lines(tmp_path_factory.mktemp("corpus") / "pairs.jsonl", pairs)
 
 
+class TestTrainHeads:
+    @pytest.mark.parametrize("architecture", ["sequential", "medusa"])
+    def test_an_architecture_from_training_to_drafts(
+        self,
+        rescore: Command,  # noqa: F811
+        tiny_folder: Path,
+        squad_file: Path,
+        corpus: Path,
+        tmp_path: Path,
+        architecture: str,
+    ):
+        run = rescore(
+            "train-heads", "--base", tiny_folder, "--corpus", corpus, "--out", tmp_path / "heads", *CPU, "--h", 4,
+            "--architecture", architecture, "--token-size", 4, "--steps", 2, "--positions", 60, "--heads-per-step", 0,
+            "--head-weights", "1,0.5,0.25",
+        )  # fmt: skip
+        assert run.code == 0, run
+        assert json.loads((tmp_path / "heads" / "config.json").read_text())["architecture"] == architecture
+        drafts = rescore(
+            "eval", "--base", tiny_folder, "--heads", tmp_path / "heads", "--data", squad_file, *CPU, "--limit", 2,
+            "--max-new-tokens", 8, "--k", 4, "--mode", "live", "--json",
+        )  # fmt: skip
+        assert drafts.code == 0, drafts
+        assert drafts.document["results"][0]["identical"] == {"n": 2, "identical": 2}
+
+    def test_a_tuned_base_is_evaluated_with_its_own_heads(
+        self,
+        rescore: Command,  # noqa: F811
+        tiny_folder: Path,
+        squad_file: Path,
+        corpus: Path,
+        tmp_path: Path,
+    ):
+        out = tmp_path / "out"
+        run = rescore(
+            "train-heads", "--base", tiny_folder, "--corpus", corpus, "--out", out, *CPU, "--h", 3,
+            "--inner-size", 6, "--tune", "lora", "--lora-rank", 2, "--steps", 2, "--positions", 60,
+        )  # fmt: skip
+        assert run.code == 0, run
+        drafts = rescore(
+            "eval", "--base", out, "--data", squad_file, *CPU, "--limit", 2, "--max-new-tokens", 8, "--k", 4, "--json"
+        )
+        assert drafts.code == 0, drafts
+        assert len(drafts.document["results"][0]["marginal"]) == 3
+
+
 class TestTrainRescorer:
     def test_from_the_base_to_drafts(
         self,

@@ -1,6 +1,6 @@
 """`ngram-neural[:[MODEL][@FIRST]]`: n-gram first, neural second; beyond [A].
 
-FIRST (`ngram`, default, or `context-ngram`, each with its own text and default weight) gives its 8 best drafts; one
+FIRST (`context-ngram`, default, or `ngram`, each with its own text and default weight) gives its 8 best drafts; one
 forward of MODEL (default `neural-61m`) over their prefix tree scores them all, and they are put in order by FIRST's
 score + alpha x the LM's log-probs among the k tokens of each slot. No sequential loop. alpha = 0: unrescored drafts.
 """
@@ -33,9 +33,9 @@ class NgramNeural(FollowsExamples):
 
     def __init__(self, text: str = "", *, alpha: float = DEFAULT_ALPHA) -> None:
         model, _, first = text.partition("@")
-        name, _, first_text = (first or "ngram").partition(":")
+        name, _, first_text = (first or "context-ngram").partition(":")
         if name not in FIRST:
-            raise RescoreError(f"ngram-neural:{text}: what comes first is {' or '.join(FIRST)}, like @context-ngram")
+            raise RescoreError(f"ngram-neural:{text}: what comes first is {' or '.join(FIRST)}, like @ngram")
         self.first = FIRST[name](first_text)
         self.model = NeuralModel(model or DEFAULT_MODEL)
         self.identity = f"ngram-neural {self.first.identity} {self.first.alpha} {self.model.identity}"

@@ -57,7 +57,7 @@ class TestLattice:
     def test_fresh_heads_are_head_1(self, tiny_base, states):
         hidden, logits = states
         fresh = BlockHeads(make_heads(tiny_base, h=5).config).double().requires_grad_(False)
-        for output in fresh(hidden, hidden):
+        for output in fresh(hidden, hidden[:, None]):
             torch.testing.assert_close(output, hidden)
         every = fresh.logits(tiny_base, hidden, logits)
         lattice, entropies = lattice_of(every, 7), entropies_of(every)
@@ -76,7 +76,7 @@ class TestLattice:
         assert lattice.token_ids.shape == (20, 4, k) and entropies.shape == (20, 4)
         assert lattice.token_ids.dtype == np.int32 and entropies.dtype == np.float32
         rows = tiny_base.output_embeddings.weight[logits.argmax(-1)]
-        outputs = torch.stack([hidden, *heads(hidden, rows)], dim=1)  # [n, h, d]
+        outputs = torch.stack([hidden, *heads(hidden, rows[:, None])], dim=1)  # [n, h, d]
         logps = torch.log_softmax(tiny_base.project(outputs), dim=-1)
         best = logps.topk(k, dim=-1)
         np.testing.assert_array_equal(lattice.token_ids, best.indices.numpy())
@@ -133,13 +133,15 @@ class TestFirst:
         for h in range(2, 6):
             cut = heads.first(h)
             assert cut.h == cut.config.h == h
-            torch.testing.assert_close(cut(hidden, hidden), heads(hidden, hidden)[: h - 1])
+            torch.testing.assert_close(cut(hidden, hidden[:, None]), heads(hidden, hidden[:, None])[: h - 1])
             whole = heads.lattice(tiny_base, hidden, logits, 3)
             np.testing.assert_array_equal(cut.lattice(tiny_base, hidden, logits, 3).token_ids, whole.token_ids[:, :h])
 
     def test_chosen_heads_only(self, tiny_base, states):
         heads = make_heads(tiny_base, h=5)
-        torch.testing.assert_close(heads(states[0], states[0], [1, 3]), heads(states[0], states[0])[[1, 3]])
+        torch.testing.assert_close(
+            heads(states[0], states[0][:, None], [1, 3]), heads(states[0], states[0][:, None])[[1, 3]]
+        )
 
     @pytest.mark.parametrize("h", [1, 0, 6])
     def test_a_block_that_they_do_not_propose_is_refused(self, tiny_base, h):
@@ -202,7 +204,7 @@ class TestFiles:
         loaded = load_heads(str(tmp_path / "new" / "heads"), tiny_base.identity, dtype=torch.float64)
         assert loaded.config == heads.config
         assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-        both = states[0], states[0]
+        both = states[0], states[0][:, None]
         torch.testing.assert_close(loaded(*both), heads(*both), rtol=tolerance, atol=10 * tolerance)
         assert sorted(p.name for p in (tmp_path / "new" / "heads").iterdir()) == ["config.json", "model.safetensors"]
         tensors = load_file(tmp_path / "new" / "heads" / "model.safetensors")

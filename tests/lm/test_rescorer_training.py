@@ -18,7 +18,7 @@ from torch.nn import functional
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lm import neural, rescorer_training
 from lm.catalog import load_base
-from lm.head_data import HeadData, read_head_data
+from lm.head_data import HeadData, read_head_data, tokens_read
 from lm.neural import NeuralSize, check_fits, find_neural, load_neural
 from lm.rescorer_training import RescorerOptions, RescorerTrainer
 
@@ -71,7 +71,7 @@ def interrupted_at(stop: int):
 
 def texts_of(trainer: RescorerTrainer, segments) -> Iterator[tuple[list[int], list[int], np.ndarray]]:
     """Context, targets and the base's states of segments, straight from the data."""
-    for place, i in segments:
+    for place, i, _, _ in segments:
         data = trainer.data[place]
         start, end = data.segments()[i]
         yield data.context(i).tolist(), data.targets[start:end].tolist(), data.states[start:end].astype(np.float32)
@@ -122,7 +122,7 @@ class TestLoss:
             trainer = RescorerTrainer(tiny_base, [data], change(positions=positions))
             for step in range(20):
                 batch = trainer._batch(np.random.default_rng(step))
-                longest = max(map(trainer._length, batch))
+                longest = max(tokens_read(trainer.data, s) for s in batch)
                 assert len(set(batch)) == len(batch) and set(batch) <= set(trainer.segments)
                 assert len(batch) == 1 or longest * len(batch) <= positions
             assert positions > 1 or len(batch) == 1
@@ -138,7 +138,7 @@ class TestLoss:
         context_ends = np.concatenate([data.context_ends[:3], data.context_ends[2:]])
         holed = dataclasses.replace(data, ends=ends, context_ends=context_ends)
         trainer = RescorerTrainer(tiny_base, [holed], SMALL)
-        assert all(trainer._targets(s) for s in trainer.segments + trainer.held_out)
+        assert all(s.targets for s in trainer.segments + trainer.held_out)
         assert len(trainer.segments) + len(trainer.held_out) == len(data.ends)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
@@ -33,7 +34,14 @@ def train_both(folder: Path, base_folder: str) -> None:
     }  # fmt: skip
     heads = TrainingOptions(h=4, inner_size=8, token_size=5, positions=200, heads_per_step=2, **shared)
     rescorer = RescorerOptions(size="neural-32m", positions=700, micro_batch=200, patience=9, **shared)
-    trainers = {"heads": HeadTrainer(base, data, heads), "rescorer": RescorerTrainer(base, data, rescorer)}
+    sequential = dataclasses.replace(heads, architecture="sequential", heads_per_step=None)
+    tuned = dataclasses.replace(heads, tune="lora", lora_rank=2, micro_batch=150, gradient_checkpointing=True)
+    trainers = {
+        "heads": HeadTrainer(base, data, heads),
+        "sequential": HeadTrainer(base, data, sequential),
+        "rescorer": RescorerTrainer(base, data, rescorer),
+        "tuned": HeadTrainer(load_base(base_folder, device="cpu"), data, tuned),  # changes its base
+    }
     for name, trainer in trainers.items():
         out = folder / f"{name}-{trainer.workers.count}"
         trainer.train(out)
@@ -78,7 +86,7 @@ def trained(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.mark.parametrize("name", ["heads", "rescorer"])
+@pytest.mark.parametrize("name", ["heads", "sequential", "rescorer", "tuned"])
 def test_two_processes_give_what_one_gives(trained: Path, name: str):
     one, two = trained / f"{name}-1", trained / f"{name}-2"
     logs = [(out / "training_log.jsonl").read_text().splitlines() for out in (one, two)]

@@ -1,0 +1,74 @@
+"""Adapters: low-rank changes of a base LM's weights, in a folder of peft's layout, which stands for the changed base.
+
+`adapter_config.json` names the base LM, `adapter_model.safetensors` holds the changes; `tuned.json`, where
+`rescore train-heads` made it, says which weights they are changes of, and the folder `heads` the heads for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lm.files import read_json_object
+
+ADAPTER_CONFIG, ADAPTER_FILE, TUNED_FILE = "adapter_config.json", "adapter_model.safetensors", "tuned.json"
+
+
+@dataclass(frozen=True)
+class TunedFrom:
+    """`tuned.json`: the base LM that an adapter belongs to."""
+
+    base_name: str
+    base_weights_sha256: str
+    tokenizer_sha256: str
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter rather than a whole model."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def base_of_adapter(folder: Path) -> str:
+    """The base LM that an adapter in a folder was made for, by name. Raises `InvalidDataError` if it does not say."""
+    path = folder / ADAPTER_CONFIG
+    fields = read_json_object(path, missing=f"no adapter in {folder}")
+    if fields.get("peft_type") != "LORA":
+        raise InvalidDataError(f"{path} is of the type {fields.get('peft_type')!r}; only LORA adapters are read here")
+    name = fields.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise InvalidDataError(f"{path} does not name its base LM (base_model_name_or_path); fill it in")
+    return name
+
+
+def check_base(folder: Path, name: str, weights_sha256: str) -> None:
+    """Raises `IncompatibleError` if an adapter that says which weights it belongs to was made for others."""
+    path = folder / TUNED_FILE
+    if not path.is_file():
+        return
+    found = read_json_object(path, missing=f"no {path}").get("base_weights_sha256")
+    if found != weights_sha256:
+        raise IncompatibleError(
+            f"the adapter in {folder} was trained on other weights of {name} (sha256 {str(found)[:12]}..., "
+            f"here {weights_sha256[:12]}...); train it again"
+        )
+
+
+def merged(model: Any, folder: Path) -> Any:
+    """The model with an adapter's changes in its weights. Raises `RescoreError` if there are none."""
+    from peft import PeftModel, get_peft_model_state_dict  # takes a second
+
+    if not (folder / ADAPTER_FILE).is_file():
+        raise RescoreError(f"no {ADAPTER_FILE} in {folder}; get or train the adapter again")
+    dtype = model.dtype
+    adapted = PeftModel.from_pretrained(model.float() if dtype in (torch.float16, torch.bfloat16) else model, folder)
+    with safe_open(folder / ADAPTER_FILE, framework="pt") as stream:
+        found = set(stream.keys())
+    if differs := sorted(found ^ set(get_peft_model_state_dict(adapted))):  # peft would only warn
+        raise InvalidDataError(f"{folder / ADAPTER_FILE} does not fit its base LM: {differs[0]} (of {len(differs)})")
+    whole: Any = adapted.merge_and_unload()
+    return whole.to(dtype)

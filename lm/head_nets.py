@@ -1,0 +1,177 @@
+"""The networks of block heads 2..h: four architectures behind one interface.
+
+All read the base LM's final hidden state and give what its vocabulary projection reads; all start as copies of head 1.
+
+    feed_forward  one hidden layer per head, residual                                     ([A] section 3)
+    shared        one hidden layer for all heads, an output layer per head, residual       ([B] section 6)
+    medusa        per head `blocks` times x + SiLU(W x + b)                                ([C])
+    sequential    feed_forward that also sees every token drafted before its own           (Hydra: Ankner et al. 2024)
+
+The first three see, beside the state, at most the token that head 1 chose (`token_size`); so their lattice belongs to
+the state. A sequential head sees the arg-max of all heads before it: its lattice is conditioned on the best path.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+FEED_FORWARD, SHARED, MEDUSA, SEQUENTIAL = "feed_forward", "shared", "medusa", "sequential"
+
+
+@dataclass(frozen=True)
+class BlockHeadsConfig:
+    """What heads are and for which base: `h` counts head 1; `inner_size` is the width of the hidden layer (medusa: the
+    hidden size); `token_size` the width in which heads see drafted tokens (0: they see the state only); `blocks` the
+    residual blocks of a medusa head."""
+
+    h: int
+    hidden_size: int
+    inner_size: int
+    vocab_size: int
+    base_name: str
+    tokenizer_sha256: str
+    architecture: str = FEED_FORWARD
+    token_size: int = 0
+    blocks: int = 1
+
+
+class HeadNet(nn.Module):
+    """Heads 2..h, batched. `sees`: how many of the drafted tokens they can see (0, 1, or h - 1)."""
+
+    def __init__(self, config: BlockHeadsConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.sees = 1 if config.token_size else 0
+        if config.token_size:
+            d = config.hidden_size
+            self.token = nn.ParameterDict({"shared": torch.randn(d, config.token_size) * d**-0.5})
+
+    @abstractmethod
+    def forward(self, hidden: torch.Tensor, rows: torch.Tensor, heads: list[int]) -> torch.Tensor:
+        """States `[n, d]` -> what the projection reads for each of `heads` (from 0 for head 2), `[len(heads), n, d]`.
+
+        `rows` `[n, s, d]`: the projection's rows of the tokens 1..s of the draft, s = `sees`; head i of a sequential
+        net reads the first i + 1 of them, and there may be no more.
+        """
+
+    @abstractmethod
+    def cut(self, name: str, value: torch.Tensor, h: int) -> torch.Tensor:
+        """A tensor of the state, as the first h heads have it."""
+
+    def seen(self, rows: torch.Tensor) -> torch.Tensor:
+        """What heads see of the tokens: `[n, s, token_size]`."""
+        seen: torch.Tensor = functional.layer_norm(rows, rows.shape[-1:]) @ self.token["shared"]
+        return seen
+
+
+class FeedForward(HeadNet):
+    """`inner.weight [h-1, d, inner]`, `inner.bias [h-1, inner]`, `outer.weight [h-1, inner, d]`, `outer.bias [h-1, d]`;
+    with a token size `token.shared [d, size]`, `token.weight [h-1, size, inner]`."""
+
+    def __init__(self, config: BlockHeadsConfig) -> None:
+        super().__init__(config)
+        count, d, inner = config.h - 1, config.hidden_size, config.inner_size
+        self.inner = nn.ParameterDict(
+            {"weight": nn.Parameter(torch.randn(count, d, inner) * d**-0.5), "bias": torch.zeros(count, inner)}
+        )
+        self.outer = nn.ParameterDict({"weight": torch.zeros(count, inner, d), "bias": torch.zeros(count, d)})
+        if config.token_size:
+            self.token["weight"] = torch.zeros(count, config.token_size, inner)
+
+    def forward(self, hidden: torch.Tensor, rows: torch.Tensor, heads: list[int]) -> torch.Tensor:
+        inner = torch.matmul(hidden, self.inner["weight"][heads]) + self.inner["bias"][heads][:, None]
+        if self.sees:
+            inner = inner + torch.matmul(self.seen(rows)[:, 0], self.token["weight"][heads])
+        return self._outer(hidden, inner, heads)
+
+    def _outer(self, hidden: torch.Tensor, inner: torch.Tensor, heads: list[int]) -> torch.Tensor:
+        outer = torch.matmul(functional.silu(inner), self.outer["weight"][heads])
+        read: torch.Tensor = hidden + outer + self.outer["bias"][heads][:, None]
+        return read
+
+    def cut(self, name: str, value: torch.Tensor, h: int) -> torch.Tensor:
+        return value if name == "token.shared" else value[: h - 1]
+
+
+class Sequential(FeedForward):
+    """As feed-forward, but `token.weight [h(h-1)/2, size, inner]`: head 2's token 1, head 3's tokens 1 and 2, ..."""
+
+    def __init__(self, config: BlockHeadsConfig) -> None:
+        super().__init__(config)
+        self.sees = config.h - 1
+        pairs = config.h * (config.h - 1) // 2
+        self.token["weight"] = torch.zeros(pairs, config.token_size, config.inner_size)
+
+    def forward(self, hidden: torch.Tensor, rows: torch.Tensor, heads: list[int]) -> torch.Tensor:
+        inner = torch.matmul(hidden, self.inner["weight"][heads]) + self.inner["bias"][heads][:, None]
+        seen = self.seen(rows)  # [n, s, size]
+        tokens = []
+        for head in heads:
+            first = head * (head + 1) // 2
+            weight = self.token["weight"][first : first + head + 1]  # [head + 1, size, inner]
+            tokens.append(seen[:, : head + 1].flatten(1) @ weight.flatten(0, 1))
+        return self._outer(hidden, inner + torch.stack(tokens), heads)
+
+    def cut(self, name: str, value: torch.Tensor, h: int) -> torch.Tensor:
+        return value[: h * (h - 1) // 2] if name == "token.weight" else super().cut(name, value, h)
+
+
+class Shared(HeadNet):
+    """`inner.weight [d, inner]`, `inner.bias [inner]`, `outer.weight [h-1, inner, d]`, `outer.bias [h-1, d]`; with a
+    token size `token.shared [d, size]`, `token.weight [size, inner]`."""
+
+    def __init__(self, config: BlockHeadsConfig) -> None:
+        super().__init__(config)
+        count, d, inner = config.h - 1, config.hidden_size, config.inner_size
+        self.inner = nn.ParameterDict({"weight": torch.randn(d, inner) * d**-0.5, "bias": torch.zeros(inner)})
+        self.outer = nn.ParameterDict({"weight": torch.zeros(count, inner, d), "bias": torch.zeros(count, d)})
+        if config.token_size:
+            self.token["weight"] = torch.zeros(config.token_size, inner)
+
+    def forward(self, hidden: torch.Tensor, rows: torch.Tensor, heads: list[int]) -> torch.Tensor:
+        inner = hidden @ self.inner["weight"] + self.inner["bias"]
+        if self.sees:
+            inner = inner + self.seen(rows)[:, 0] @ self.token["weight"]
+        outer = torch.matmul(functional.silu(inner), self.outer["weight"][heads])
+        read: torch.Tensor = hidden + outer + self.outer["bias"][heads][:, None]
+        return read
+
+    def cut(self, name: str, value: torch.Tensor, h: int) -> torch.Tensor:
+        return value[: h - 1] if name.startswith("outer.") else value
+
+
+class Medusa(HeadNet):
+    """`block.weight [h-1, blocks, d, d]`, `block.bias [h-1, blocks, d]`; with a token size `token.shared [d, size]`,
+    `token.weight [h-1, size, d]`, which joins the first block."""
+
+    def __init__(self, config: BlockHeadsConfig) -> None:
+        super().__init__(config)
+        count, d, blocks = config.h - 1, config.hidden_size, config.blocks
+        self.block = nn.ParameterDict(
+            {"weight": torch.zeros(count, blocks, d, d), "bias": torch.zeros(count, blocks, d)}
+        )
+        if config.token_size:
+            self.token["weight"] = torch.zeros(count, config.token_size, d)
+
+    def forward(self, hidden: torch.Tensor, rows: torch.Tensor, heads: list[int]) -> torch.Tensor:
+        weight, bias = self.block["weight"][heads], self.block["bias"][heads]
+        x = hidden.expand(len(heads), -1, -1)
+        for block in range(self.config.blocks):
+            inner = torch.matmul(x, weight[:, block]) + bias[:, block, None]
+            if block == 0 and self.sees:
+                inner = inner + torch.matmul(self.seen(rows)[:, 0], self.token["weight"][heads])
+            x = x + functional.silu(inner)
+        return x
+
+    def cut(self, name: str, value: torch.Tensor, h: int) -> torch.Tensor:
+        return value if name == "token.shared" else value[: h - 1]
+
+
+NETS: dict[str, type[HeadNet]] = {
+    FEED_FORWARD: FeedForward, SHARED: Shared, MEDUSA: Medusa, SEQUENTIAL: Sequential,
+}  # fmt: skip

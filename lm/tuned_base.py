@@ -1,0 +1,73 @@
+"""A base LM that is fine-tuned together with its heads, by low-rank adapters (LoRA) or in full; [B] section 6.
+
+What it leaves is another base LM, with an output of its own, in a folder that `--base` takes: an adapter in peft's
+layout, or a whole model as `save_pretrained` writes it, beside `tuned.json` (which base it comes from). The heads
+trained with it lie in its folder `heads`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from lattices.errors import IncompatibleError
+from lm.adapters import ADAPTER_FILE, TUNED_FILE, TunedFrom
+from lm.base import BaseLM
+from lm.files import replaced_files, write_json, writing
+from lm.head_data import HeadData, Segment, body_states
+
+FROZEN, LORA, FULL = "none", "lora", "full"
+TUNINGS = (FROZEN, LORA, FULL)
+
+
+class TunedBase:
+    """The base LM's layers while they learn. Changes the model of `base` in place.
+
+    `how`: LoRA of this rank on every linear layer (alpha = 2 x rank, as peft's users have it), or every weight but the
+    embeddings, which the heads' projection shares and which stay as they are.
+    """
+
+    def __init__(self, base: BaseLM, how: str, *, rank: int, gradient_checkpointing: bool, dtype: torch.dtype) -> None:
+        self.base, self.how, self.dtype = base, how, dtype
+        self.model: Any = base.model
+        if not hasattr(self.model, "base_model") or self.model.base_model is self.model:
+            raise IncompatibleError(f"{base.identity.name} can't be fine-tuned here: its layers have no body apart")
+        if how == LORA:
+            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+            config.base_model_name_or_path = base.identity.name
+            # Puts the adapter into the model's own layers; the wrapper knows the names that other readers expect.
+            self.adapted = get_peft_model(self.model, config)
+        else:
+            self.model.requires_grad_(True)
+            for embeddings in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+                embeddings.requires_grad_(False)
+        if gradient_checkpointing:
+            self.model.train()  # transformers checkpoints in training mode only
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.enable_input_require_grads()
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def states(self, data: Sequence[HeadData], segments: Sequence[Segment]) -> torch.Tensor:
+        """Final states before every target of the segments, float32 `[n, d]`, with their gradients."""
+        return body_states(self.model, data, segments, device=self.base.device, dtype=self.dtype)
+
+    def save(self, out: Path) -> None:
+        """Writes what was learned as a base LM's folder."""
+        with writing(out), replaced_files(out) as temporary:
+            identity = self.base.identity
+            tuned = TunedFrom(identity.name, identity.weights_sha256, identity.tokenizer_sha256)
+            write_json(temporary / TUNED_FILE, dataclasses.asdict(tuned))
+            if self.how == FULL:
+                self.model.save_pretrained(temporary)
+                self.base.tokenizer.save_pretrained(temporary)
+            else:
+                tensors = get_peft_model_state_dict(self.adapted)
+                halves = {n: value.detach().to("cpu", torch.float16).contiguous() for n, value in tensors.items()}
+                save_file(halves, temporary / ADAPTER_FILE, metadata={"format": "pt"})
+                self.adapted.peft_config["default"].save_pretrained(str(temporary))

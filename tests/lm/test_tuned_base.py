@@ -1,0 +1,208 @@
+"""A base LM fine-tuned with its heads: it learns, resumes, and what it leaves is a base LM of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_tiny_base
+from safetensors.torch import load_file, save_file
+from test_training import SMALL
+
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lm.block_heads import heads_folder, load_heads
+from lm.catalog import identify, load_base
+from lm.head_data import read_head_data
+from lm.neural import find_neural
+from lm.training import HeadTrainer, TrainingOptions
+from rescore.decoding import decode, first_difference
+from rescore.rescorers import load_rescorer
+
+TUNED = dataclasses.replace(
+    SMALL, tune="lora", lora_rank=3, heads_per_step=None, vocabulary=None, steps=6, evaluate_every=2, micro_batch=120,
+    learning_rate=5e-3, base_learning_rate=2e-2,
+)  # fmt: skip
+SENTENCE = "the cat sat on the mat, and so did the dog; "
+
+
+class StopError(Exception):
+    """An interruption from outside."""
+
+
+@pytest.fixture
+def folder(tiny_folder: Path) -> str:
+    """The tiny base LM's, which a training does not change."""
+    return str(tiny_folder)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.jsonl"
+    lines = [{"prompt": "p" * (1 + i % 4), "response": SENTENCE * (1 + i % 2)} for i in range(16)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def trainer_of(folder: str, pairs: Path, options: TrainingOptions, cache: Path) -> HeadTrainer:
+    """A trainer with a base of its own, which it may change."""
+    base = load_base(folder, device="cpu")
+    return HeadTrainer(base, [read_head_data(base, pairs, cache)], options)
+
+
+def test_an_untouched_adapter_changes_nothing(folder, pairs, tmp_path):
+    """Before the first step the states are the cached ones, so the losses of heads 2..h are those of a frozen base."""
+    tuned = trainer_of(folder, pairs, TUNED, tmp_path)
+    segments = tuned.segments[:5]
+    states = tuned.tuned.states(tuned.data, segments)
+    cached = np.concatenate([tuned.data[0].states[s.start : s.end] for s in segments]).astype(np.float32)
+    np.testing.assert_allclose(states.detach().numpy(), cached, rtol=5e-3, atol=5e-3)
+    parts = tuned._micro_batches(segments)
+    assert len(parts) > 1 and sorted(s for part in parts for s in part) == sorted(segments)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("how", ["lora", "full"])
+def test_micro_batches_and_checkpointing_do_not_change_the_gradients(folder, pairs, tmp_path, how, checkpointing):
+    def gradients(**change) -> dict[str, torch.Tensor]:
+        trainer = trainer_of(folder, pairs, dataclasses.replace(TUNED, tune=how, positions=300, **change), tmp_path)
+        torch.manual_seed(3)
+        for name, parameter in trainer.parameters.items():
+            if "lora_B" in name or "outer" in name or name == "token.weight":
+                torch.nn.init.normal_(parameter, std=0.1)
+        for loss in trainer._losses(0):
+            loss.backward()
+        return {name: parameter.grad for name, parameter in trainer.parameters.items()}
+
+    whole, parts = gradients(micro_batch=10_000), gradients(micro_batch=70, gradient_checkpointing=checkpointing)
+    assert whole.keys() == parts.keys() and any(name.startswith("base.") for name in whole)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-6)
+        assert bool((gradient != 0).any()), name
+
+
+def test_in_full_everything_moves_but_the_embeddings(folder, pairs, tmp_path):
+    trainer = trainer_of(folder, pairs, dataclasses.replace(TUNED, tune="full"), tmp_path)
+    moving = {name for name in trainer.parameters if name.startswith("base.")}
+    model = {f"base.{name}" for name, _ in trainer.base.model.named_parameters()}
+    assert model - moving == {"base.model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize("how", ["lora", "full"])
+def test_from_training_to_a_base_of_its_own(folder, pairs, tmp_path, how):
+    """The tuned base has learned the sentence, its heads more of it than heads of a frozen base; decoding is exact."""
+    options = dataclasses.replace(TUNED, tune=how, steps=120, evaluate_every=120, soft=0.0, base_learning_rate=2e-2)
+    trainer = trainer_of(folder, pairs, options, tmp_path)
+    before = trainer.evaluate()
+    after = trainer.train(tmp_path / "out")
+    assert after.top[1][0] > before.top[1][0] + 0.3  # head 1, the base itself
+    assert after.accepted > before.accepted + 0.5
+    frozen = trainer_of(folder, pairs, dataclasses.replace(SMALL, steps=120, evaluate_every=120), tmp_path)
+    assert after.accepted > frozen.train(tmp_path / "frozen").accepted + 0.3
+
+    name = str(tmp_path / "out")
+    tuned = load_base(name, device="cpu")
+    assert tuned.identity.weights_sha256 not in ("", trainer.base.identity.weights_sha256)
+    assert tuned.identity == identify(name) and tuned.identity.name == name
+    segments = trainer.held_out
+    with torch.no_grad():
+        expected = trainer.tuned.states(trainer.data, segments)
+    ids = [trainer.data[0].context(s.number).tolist() + trainer.data[0].targets[s.start : s.end - 1].tolist()
+           for s in segments]  # fmt: skip
+    found = torch.cat(
+        [tuned.forward(torch.tensor([i]))[1][0, -s.targets :] for i, s in zip(ids, segments, strict=True)]
+    )
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)  # the adapter was rounded to float16
+
+    assert heads_folder(None, tuned.identity) == tmp_path / "out" / "heads"
+    heads = load_heads(None, tuned.identity)
+    prompt = tuned.encode_prompt("pp", chat=True)
+    greedy = decode(tuned, None, prompt, max_new_tokens=24)
+    ours = decode(tuned, heads, prompt, rescorer=load_rescorer("none"), k=4, max_new_tokens=24)
+    assert first_difference(ours.output_ids, greedy.output_ids) is None
+    assert len(ours.accepted) < len(greedy.accepted)
+
+
+@pytest.mark.parametrize("how", ["lora", "full"])
+def test_an_interrupted_training_is_the_same_training(folder, pairs, tmp_path, how):
+    options = dataclasses.replace(TUNED, tune=how)
+    trainer_of(folder, pairs, options, tmp_path).train(tmp_path / "whole")
+
+    def interrupt(step: int, _steps: int, _loss: float) -> None:
+        if step == 5:
+            raise StopError
+
+    with pytest.raises(StopError):
+        trainer_of(folder, pairs, options, tmp_path).train(tmp_path / "parts", progress=interrupt)
+    trainer_of(folder, pairs, options, tmp_path).train(tmp_path / "parts")
+    for path in (tmp_path / "whole").rglob("*.safetensors"):
+        ours, theirs = load_file(tmp_path / "parts" / path.relative_to(tmp_path / "whole")), load_file(path)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), path
+    log = (tmp_path / "parts" / "training_log.jsonl").read_text()
+    assert log == (tmp_path / "whole" / "training_log.jsonl").read_text()
+
+
+class TestTrouble:
+    @pytest.fixture
+    def adapter(self, folder, pairs, tmp_path) -> Path:
+        out = tmp_path / "adapter"
+        trainer_of(folder, pairs, dataclasses.replace(TUNED, steps=1), tmp_path).train(out)
+        return out
+
+    def refused(self, call, kind: type[RescoreError] = RescoreError) -> str:
+        with pytest.raises(kind) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    def test_an_adapter_of_other_weights_is_refused(self, adapter, tmp_path):
+        other = save_tiny_base(tmp_path / "other", seed=5)
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(other)}))
+        assert "other weights" in self.refused(lambda: load_base(str(adapter)), IncompatibleError)
+
+    @pytest.mark.parametrize(
+        ("change", "named"),
+        [({"peft_type": "PREFIX_TUNING"}, "only LORA"), ({"base_model_name_or_path": None}, "does not name its base")],
+    )
+    def test_a_config_that_is_wrong(self, adapter, change, named):
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, **change}))
+        assert named in self.refused(lambda: load_base(str(adapter)), InvalidDataError)
+
+    def test_an_adapter_of_an_adapter_is_refused(self, adapter, tmp_path):
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (tmp_path / "second").mkdir()
+        second = {**config, "base_model_name_or_path": str(adapter)}
+        (tmp_path / "second" / "adapter_config.json").write_text(json.dumps(second))
+        assert "itself an adapter" in self.refused(lambda: load_base(str(tmp_path / "second")), InvalidDataError)
+
+    @pytest.mark.parametrize("keep", [0, 9, -5])
+    def test_a_truncated_adapter(self, adapter, keep):
+        path = adapter / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:keep])
+        self.refused(lambda: load_base(str(adapter)), InvalidDataError)
+
+    def test_an_adapter_without_weights(self, adapter):
+        (adapter / "adapter_model.safetensors").unlink()
+        assert "adapter_model.safetensors" in self.refused(lambda: load_base(str(adapter)))
+
+    def test_an_adapter_of_other_shapes(self, adapter):
+        path = adapter / "adapter_model.safetensors"
+        tensors = load_file(path)
+        first = sorted(tensors)[0]
+        save_file({**tensors, first: torch.zeros(2, 2)}, path)
+        self.refused(lambda: load_base(str(adapter)), InvalidDataError)
+
+    def test_no_rescorer_is_an_adapter(self, adapter):
+        assert "merge it" in self.refused(lambda: find_neural(str(adapter)))
+
+    def test_other_options_are_shown(self, folder, pairs, tmp_path):
+        trainer_of(folder, pairs, dataclasses.replace(TUNED, steps=2), tmp_path).train(tmp_path / "out")
+        other = trainer_of(folder, pairs, dataclasses.replace(TUNED, steps=2, lora_rank=4), tmp_path)
+        message = self.refused(lambda: other.train(tmp_path / "out"), IncompatibleError)
+        assert "lora_rank" in message and "3" in message and "4" in message

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from lm.training import HeldOutAccuracy
     from lm.workers import Workers
 
+MaxTokens = Annotated[int | None, typer.Option(help="Tokens taken of each text corpus, at most.")]
+CacheGB = Annotated[float, typer.Option(help="Limit of a text corpus's cached states, in 10^9 bytes.")]
+
 training = typer.Typer(rich_markup_mode=None)
 
 
@@ -26,6 +29,7 @@ def _read_corpora(
     corpora: list[Path],
     out: Path,
     max_tokens: int | None,
+    cache_gb: float,
     progress: Callable[[str, int, int], None],
 ) -> tuple[list[HeadData], Workers]:
     """The training data, and the processes that share the work; the first one runs the base over text, once."""
@@ -37,7 +41,7 @@ def _read_corpora(
         workers.wait()
     data = [
         read_head_data(
-            model, path, out, max_tokens=max_tokens,
+            model, path, out, max_tokens=max_tokens, cache_gb=cache_gb,
             progress=lambda done, total: progress("hidden states", done, total),
         )
         for path in corpora
@@ -110,7 +114,8 @@ def train_heads_command(
     micro_batch: Annotated[int, typer.Option(help="Tokens that a tuned base reads at a time.")] = 4096,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate (AdamW, cosine).")] = 1e-3,
     evaluate_every: Annotated[int, typer.Option(help="Steps between checkpoints with held-out accuracy.")] = 200,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens taken of each text corpus, at most.")] = None,
+    max_tokens: MaxTokens = None,
+    cache_gb: CacheGB = 20.0,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Device = "auto",
 ) -> None:
@@ -129,7 +134,7 @@ def train_heads_command(
     chosen.check()
     model = load_base(base, device=device)
     with progress_bar() as progress:
-        data, workers = _read_corpora(model, corpus, out, max_tokens, progress)
+        data, workers = _read_corpora(model, corpus, out, max_tokens, cache_gb, progress)
         held_out = ""
 
         def evaluated(step: int, total: int, accuracy: HeldOutAccuracy) -> None:
@@ -165,7 +170,8 @@ def train_rescorer_command(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate (AdamW, cosine).")] = 5e-4,
     evaluate_every: Annotated[int, typer.Option(help="Steps between checkpoints with held-out perplexity.")] = 100,
     patience: Annotated[int, typer.Option(help="Checkpoints without a better one before it stops.")] = 5,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens taken of each text corpus, at most.")] = None,
+    max_tokens: MaxTokens = None,
+    cache_gb: CacheGB = 20.0,
     precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: what the machine is fast in.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Device = "auto",
@@ -182,7 +188,7 @@ def train_rescorer_command(
     chosen.check()
     model = load_base(base, device=device)
     with progress_bar() as progress:
-        data, workers = _read_corpora(model, corpus, out, max_tokens, progress)
+        data, workers = _read_corpora(model, corpus, out, max_tokens, cache_gb, progress)
         held_out = ""
 
         def evaluated(step: int, total: int, text: HeldOutText) -> None:
@@ -215,7 +221,8 @@ def train_bigram_command(
     batch: Annotated[int, typer.Option(help="Lattices per step.")] = 512,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1500,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate (AdamW, cosine).")] = 2e-3,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens taken of each text corpus, at most.")] = None,
+    max_tokens: MaxTokens = None,
+    cache_gb: CacheGB = 20.0,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Device = "auto",
 ) -> None:
@@ -231,7 +238,7 @@ def train_bigram_command(
     model = load_base(base, device=device)
     block_heads = load_heads(heads, model.identity, device=model.device, dtype=model.heads_dtype)
     with progress_bar() as progress:
-        corpora, workers = _read_corpora(model, corpus, out, max_tokens, progress)
+        corpora, workers = _read_corpora(model, corpus, out, max_tokens, cache_gb, progress)
         data = [
             lattices_of_corpus(
                 model, block_heads, source, k=k, rows=rows, seed=seed,

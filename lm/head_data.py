@@ -3,7 +3,8 @@
 Row i of a segment is the state that chose (or, on given text, should have chosen) the segment's token i; so head j at
 row i must predict token i + j - 1. States are kept as float16 on disk and memory-mapped. Sources: a corpus of the
 base's own output (`lm.corpus`, states included), chat pairs (JSON lines with `prompt` and `response`) and plain text;
-for the last two the base LM runs once over the text and the states are kept in the training folder.
+for the last two the base LM runs once over the text and the states are kept in the training folder, in shards: what an
+interrupted run has finished is not done again.
 """
 
 from __future__ import annotations
@@ -21,10 +22,39 @@ import torch
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lm.base import BaseLM
 from lm.corpus import CORPUS_FILE, HIDDEN_FILE, STATE_BYTES, read_settings
-from lm.files import atomic_folder, is_text, read_json_lines, sha256_of_file
+from lm.files import atomic_folder, is_text, read_json_lines, sha256_of_file, write_json
 
 CHUNK = 256  # tokens of plain text that see each other; short chunks keep attention cheap on a CPU
 BATCH_TOKENS = 2048
+DONE_FILE = "done.json"
+SHARD_TARGETS = 1 << 16  # of a text's cached states; what a kill can lose
+CACHE_GB = 20.0
+
+
+class Rows:
+    """Arrays of rows `[n_i, d]`, one after the other, as one; a slice of it is an array in memory."""
+
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        self.parts = list(parts)
+        self.starts = np.cumsum([0, *map(len, self.parts)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, end, step = rows.indices(len(self))
+        assert step == 1, "rows that follow each other"
+        first, last = np.searchsorted(self.starts, (start, max(start, end - 1)), side="right") - 1
+        cut = [
+            self.parts[i][max(0, start - self.starts[i]) : max(0, end - self.starts[i])]
+            for i in range(first, min(last + 1, len(self.parts)))
+        ]
+        return np.concatenate(cut) if cut else np.array(self.parts[0][:0])
+
+    def at(self, places: np.ndarray) -> np.ndarray:
+        """The rows at these places, int64 `[n]`."""
+        part = np.searchsorted(self.starts, places, side="right") - 1
+        return np.stack([self.parts[i][place - self.starts[i]] for i, place in zip(part, places, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -34,7 +64,7 @@ class HeadData:
     `contexts` int32: the tokens before each segment, one after the other, `context_ends` int64 `[s]` their ends.
     """
 
-    states: np.ndarray
+    states: Rows
     targets: np.ndarray
     ends: np.ndarray
     contexts: np.ndarray
@@ -148,13 +178,14 @@ def read_head_data(
     cache: Path,
     *,
     max_tokens: int | None = None,
+    cache_gb: float = CACHE_GB,
     progress: Callable[[int, int], None] | None = None,
 ) -> HeadData:
     """States and targets of one corpus: a folder made by `generate_corpus`, a `.jsonl` of chat pairs, or text.
 
-    States that must be computed are kept under `cache`. `max_tokens` bounds how many targets a text gives. Raises
-    `RescoreError` for a corpus that is missing, empty or too short, `InvalidDataError` (with the line number) for a
-    broken one, `IncompatibleError` for the output of another base LM.
+    States that must be computed are kept under `cache`, in at most `cache_gb` (10^9 bytes). `max_tokens` bounds how
+    many targets a text gives. Raises `RescoreError` for a corpus that is missing, empty, too short or too large,
+    `InvalidDataError` (with the line number) for a broken one, `IncompatibleError` for the output of another base LM.
     """
     if path.is_dir():
         return _own_output(base, path)
@@ -164,14 +195,46 @@ def read_head_data(
     made_of = ["with contexts", digest, path.suffix, base.identity.weights_sha256, base.identity.tokenizer_sha256]
     stamp = json.dumps([*made_of, base.tokenizer.chat_template, max_tokens])
     folder = cache / f"states-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}"
-    if not folder.is_dir():
-        sequences = list(_pairs(base, path) if path.suffix == ".jsonl" else _chunks(base, path))
-        _run_base(base, _bounded(sequences, max_tokens), folder, path, progress)
-    ends = np.fromfile(folder / "ends.i64", dtype=np.int64)
+    if not (folder / DONE_FILE).is_file():
+        sequences = _bounded(list(_pairs(base, path) if path.suffix == ".jsonl" else _chunks(base, path)), max_tokens)
+        if not sequences:
+            raise InvalidDataError(f"the corpus {path} is too short to train on")
+        targets = sum(len(answer) for _, answer in sequences)
+        needed = targets * base.hidden_size * STATE_BYTES / 1e9
+        if needed > cache_gb:
+            raise RescoreError(
+                f"the states of {path} ({targets} tokens) take {needed:.3g} GB, more than the limit of {cache_gb:g}; "
+                "raise --cache-gb or lower --max-tokens"
+            )
+        _run_base(base, sequences, folder, progress)
+    shards = [_read_shard(shard, base.hidden_size) for shard in sorted(folder.glob("shard-*"))]
+    return _joined(shards, path.name, digest)
+
+
+class Shard(NamedTuple):
+    """The fields of `HeadData`, of some of its segments."""
+
+    targets: np.ndarray
+    ends: np.ndarray
+    contexts: np.ndarray
+    context_ends: np.ndarray
+    states: np.ndarray
+
+
+def _read_shard(folder: Path, hidden_size: int) -> Shard:
+    ends, context_ends = (np.fromfile(folder / f"{name}.i64", dtype=np.int64) for name in ("ends", "context_ends"))
     targets, contexts = (np.fromfile(folder / f"{name}.i32", dtype=np.int32) for name in ("targets", "contexts"))
-    context_ends = np.fromfile(folder / "context_ends.i64", dtype=np.int64)
-    states = _states(folder, len(targets), base.hidden_size)
-    return HeadData(states, targets, ends, contexts, context_ends, path.name, digest)
+    return Shard(targets, ends, contexts, context_ends, _states(folder, len(targets), hidden_size))
+
+
+def _joined(shards: list[Shard], source: str, digest: str) -> HeadData:
+    every = {name: [getattr(shard, name) for shard in shards] for name in Shard._fields}
+    for of, what in (("targets", "ends"), ("contexts", "context_ends")):
+        before = np.cumsum([0, *map(len, every[of])])
+        every[what] = [ends + start for ends, start in zip(every[what], before[:-1], strict=True)]
+    return HeadData(
+        Rows(every.pop("states")), **{n: np.concatenate(p) for n, p in every.items()}, source=source, sha256=digest
+    )
 
 
 def _states(folder: Path, rows: int, hidden_size: int) -> np.ndarray:
@@ -205,7 +268,7 @@ def _own_output(base: BaseLM, folder: Path) -> HeadData:
     if not targets:
         raise InvalidDataError(f"the corpus in {folder} is empty")
     return HeadData(
-        _states(folder, len(targets), base.hidden_size),
+        Rows([_states(folder, len(targets), base.hidden_size)]),
         np.asarray(targets, dtype=np.int32),
         np.asarray(ends, dtype=np.int64),
         np.asarray(contexts, dtype=np.int32),
@@ -262,13 +325,29 @@ def _run_base(
     base: BaseLM,
     sequences: list[tuple[list[int], list[int]]],
     folder: Path,
-    path: Path,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    if not sequences:
-        raise InvalidDataError(f"the corpus {path} is too short to train on")
+    """Writes the states of all sequences, shard by shard; shards that are there stay."""
+    ends = np.cumsum([len(targets) for _, targets in sequences])
+    cuts = np.searchsorted(ends, np.arange(SHARD_TARGETS, ends[-1] + SHARD_TARGETS, SHARD_TARGETS)) + 1
+    start = 0
+    for number, end in enumerate(np.unique(np.minimum(cuts, len(sequences))).tolist()):
+        if not (shard := folder / f"shard-{number:05d}").is_dir():
+            _write_shard(base, sequences[start:end], shard, start, len(sequences), progress)
+        start = end
+    write_json(folder / DONE_FILE, {"sequences": len(sequences), "targets": int(ends[-1])})
+
+
+def _write_shard(
+    base: BaseLM,
+    sequences: list[tuple[list[int], list[int]]],
+    shard: Path,
+    done: int,
+    total: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
-    with atomic_folder(folder) as temporary, (temporary / HIDDEN_FILE).open("wb") as stream:
+    with atomic_folder(shard) as temporary, (temporary / HIDDEN_FILE).open("wb") as stream:
         targets: list[int] = []
         ends: list[int] = []
         contexts: list[int] = []
@@ -291,7 +370,7 @@ def _run_base(
                 contexts += prompt
                 context_ends.append(len(contexts))
             if progress:
-                progress(len(ends), len(sequences))
+                progress(done + len(ends), total)
         for name, tokens in (("targets", targets), ("contexts", contexts)):
             np.asarray(tokens, dtype=np.int32).tofile(temporary / f"{name}.i32")
         for name, places in (("ends", ends), ("context_ends", context_ends)):

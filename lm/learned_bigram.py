@@ -120,7 +120,7 @@ def lattices_of_corpus(
     ids, logps = [], []
     for start in range(0, len(chosen), BATCH_ROWS):
         at = chosen[start : start + BATCH_ROWS]
-        hidden = torch.from_numpy(np.array(data.states[at])).to(base.device, base.dtype)
+        hidden = torch.from_numpy(data.states.at(at)).to(base.device, base.dtype)
         lattice = heads.lattice(base, hidden, base.project(hidden), k)
         ids.append(lattice.token_ids)
         logps.append(lattice.logps)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny_base
+from conftest import files_of_at_most, save_tiny_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +16,7 @@ from lattices.errors import IncompatibleError, InvalidDataError, OutputError, Re
 from lm import head_data
 from lm.catalog import load_base
 from lm.corpus import Prompt, generate_corpus
-from lm.head_data import CHUNK, HeadData, read_head_data
+from lm.head_data import CHUNK, HeadData, Rows, read_head_data
 
 TEXT = "the quick brown fox, \u2028 the lazy dog\x0b; \u0085 é 😀.\n\n  \r\nAnd more of it\n" * 12
 PAIRS = [
@@ -41,10 +41,29 @@ def segments(data: HeadData) -> list[tuple[list[int], np.ndarray]]:
     return [(data.targets[a:b].tolist(), data.states[a:b]) for a, b in data.segments()]
 
 
+def same(first: HeadData, second: HeadData) -> None:
+    for field in ("targets", "ends", "contexts", "context_ends"):
+        np.testing.assert_array_equal(getattr(first, field), getattr(second, field))
+    np.testing.assert_array_equal(first.states[:], second.states[:])
+
+
+@settings(deadline=None, derandomize=True)
+@given(sizes=st.lists(st.integers(0, 4), min_size=1, max_size=5), data=st.data())
+def test_rows_of_parts_are_rows_of_the_whole(sizes, data):
+    parts = [np.arange(n * 2).reshape(n, 2) + 100 * i for i, n in enumerate(sizes)]
+    rows, whole = Rows(parts), np.concatenate(parts)
+    start, end = data.draw(st.integers(-3, len(whole) + 2)), data.draw(st.integers(-3, len(whole) + 2))
+    np.testing.assert_array_equal(rows[start:end], whole[start:end])
+    assert len(rows) == len(whole)
+    if len(whole):
+        places = np.array(data.draw(st.lists(st.integers(0, len(whole) - 1), min_size=1)))
+        np.testing.assert_array_equal(rows.at(places), whole[places])
+
+
 def check_against_a_direct_forward(base, data: HeadData, contexts: dict[tuple[int, ...], list[int]]) -> None:
     """`contexts` has, by a segment's targets, what stands before them."""
-    assert data.states.dtype == np.float16 and data.targets.dtype == np.int32 and data.ends.dtype == np.int64
-    assert data.states.shape == (len(data), base.hidden_size) and data.ends[-1] == len(data)
+    assert data.states[:].dtype == np.float16 and data.targets.dtype == np.int32 and data.ends.dtype == np.int64
+    assert data.states[:].shape == (len(data), base.hidden_size) and data.ends[-1] == len(data)
     found = segments(data)
     assert sorted(tuple(targets) for targets, _ in found) == sorted(contexts)
     assert data.contexts.dtype == np.int32 and data.context_ends.dtype == np.int64
@@ -173,7 +192,7 @@ class TestOwnOutput:
             contexts[tuple(record["output_ids"])] = record["prompt_ids"]
         data = read_head_data(tiny_base, own_output, tmp_path / "cache")
         check_against_a_direct_forward(tiny_base, data, contexts)
-        projected = tiny_base.project(torch.from_numpy(np.array(data.states)).double())
+        projected = tiny_base.project(torch.from_numpy(data.states[:]).double())
         assert projected.argmax(-1).tolist() == data.targets.tolist()
         no_forward()
         read_head_data(tiny_base, own_output, tmp_path / "cache")
@@ -187,7 +206,7 @@ class TestOwnOutput:
             stream.write(b"\0" * 65)
         now = read_head_data(tiny_base, own_output, tmp_path)
         np.testing.assert_array_equal(now.targets, whole.targets)
-        np.testing.assert_array_equal(now.states, whole.states)
+        np.testing.assert_array_equal(now.states[:], whole.states[:])
 
     def test_the_output_of_another_base_is_refused(self, own_output, tmp_path):
         other = load_base(str(save_tiny_base(tmp_path / "other", seed=7)))
@@ -230,8 +249,7 @@ class TestKeptStates:
         assert seen[-1] == (len(first.ends), len(first.ends))
         no_forward()
         again = read_head_data(tiny_base, path, tmp_path / "cache")
-        for field in ("states", "targets", "ends", "contexts", "context_ends"):
-            np.testing.assert_array_equal(getattr(first, field), getattr(again, field))
+        same(first, again)
         assert again.sha256 == first.sha256
 
     def test_another_text_base_limit_or_kind_of_file_has_states_of_its_own(self, tiny_base, text, tmp_path):
@@ -249,16 +267,57 @@ class TestKeptStates:
             read_head_data(tiny_base, as_text, cache),
         ]
         assert len(list(cache.iterdir())) == 5
-        assert not np.array_equal(read[0].states, read[1].states)
+        assert not np.array_equal(read[0].states[:], read[1].states[:])
         assert len({len(data) for data in read}) == 4
 
-    def test_an_interrupted_run_leaves_nothing(self, tiny_base, text, tmp_path):
-        def stop(_done: int, _total: int) -> None:
-            raise KeyboardInterrupt
+    @pytest.mark.parametrize("targets", [1, 300, 700])
+    def test_shards_are_one_corpus(self, tiny_base, text, tmp_path, monkeypatch, targets):
+        whole = read_head_data(tiny_base, text, tmp_path / "whole")
+        monkeypatch.setattr(head_data, "SHARD_TARGETS", targets)
+        parts = read_head_data(tiny_base, text, tmp_path / "parts")
+        assert len(parts.states.parts) > 1 and len(parts) == len(whole)
+        ours, theirs = sorted(segments(parts), key=lambda s: s[0]), sorted(segments(whole), key=lambda s: s[0])
+        for (tokens, states), (expected, expected_states) in zip(ours, theirs, strict=True):
+            assert tokens == expected
+            np.testing.assert_allclose(states, expected_states, rtol=2e-3, atol=2e-3)
+        contexts = {tuple(t): parts.context(i).tolist() for i, (t, _) in enumerate(segments(parts))}
+        check_against_a_direct_forward(tiny_base, parts, contexts)
+
+    def test_an_interrupted_run_goes_on(self, tiny_base, text, tmp_path, monkeypatch):
+        monkeypatch.setattr(head_data, "SHARD_TARGETS", 300)
+        whole = read_head_data(tiny_base, text, tmp_path / "whole")
+        counts = []
+
+        def stop(done: int, _total: int) -> None:
+            counts.append(done)
+            if done >= 3:
+                raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            read_head_data(tiny_base, text, tmp_path / "cache", progress=stop)
-        assert not list((tmp_path / "cache").iterdir())
+            read_head_data(tiny_base, text, tmp_path / "parts", progress=stop)
+        (folder,) = (tmp_path / "parts").iterdir()
+        assert [p.name for p in folder.iterdir()] == ["shard-00000"]  # whole ones only
+        rest = []
+        again = read_head_data(tiny_base, text, tmp_path / "parts", progress=lambda done, _: rest.append(done))
+        assert min(rest) > 2  # what was finished is not done again
+        same(whole, again)
+
+    def test_a_full_disk_is_one_line_and_what_it_kept_is_gone_on_from(self, tiny_base, text, tmp_path, monkeypatch):
+        monkeypatch.setattr(head_data, "SHARD_TARGETS", 300)
+        whole = read_head_data(tiny_base, text, tmp_path / "whole")
+        sizes = [f.stat().st_size for f in sorted((tmp_path / "whole").rglob("hidden.f16"))]
+        assert sizes[-1] < max(sizes)
+        with files_of_at_most(max(sizes) - 1):
+            message = refused(lambda: read_head_data(tiny_base, text, tmp_path / "parts"), OutputError)
+        assert "can't write" in message
+        assert all(p.name.startswith("shard-") for p in (tmp_path / "parts").glob("*/*"))
+        same(whole, read_head_data(tiny_base, text, tmp_path / "parts"))
+
+    def test_more_than_the_limit_is_refused_before_the_work(self, tiny_base, text, tmp_path, no_forward):
+        no_forward()
+        message = refused(lambda: read_head_data(tiny_base, text, tmp_path / "cache", cache_gb=1e-5))
+        assert "--cache-gb" in message and "GB" in message
+        assert not (tmp_path / "cache").exists()
 
     def test_a_place_that_cannot_be_written(self, tiny_base, text, tmp_path):
         (tmp_path / "file").write_text("")

@@ -11,6 +11,7 @@ from test_training import SMALL, make_data
 
 from lattices.errors import RescoreError, UnknownNameError
 from lm.block_heads import BlockHeads, lattice_of, load_heads
+from lm.head_data import Rows
 from lm.head_nets import NETS, BlockHeadsConfig
 from lm.training import HeadTrainer
 
@@ -84,7 +85,7 @@ class TestEach:
     def test_it_learns_what_repeats(self, tiny_base, architecture, tmp_path):
         data = make_data(tiny_base, [30] * 12)
         targets = np.tile(np.arange(10, 16, dtype=np.int32), 60)
-        data = dataclasses.replace(data, targets=targets, states=data.states * np.float16(0.1))
+        data = dataclasses.replace(data, targets=targets, states=Rows([data.states[:] * np.float16(0.1)]))
         wide = None if architecture == "medusa" else 32
         options = dataclasses.replace(
             SMALL, architecture=architecture, inner_size=wide, token_size=16, steps=60, heads_per_step=None,
@@ -126,9 +127,8 @@ class TestSequential:
             a, b = rng.integers(0, 6, 2)
             targets[start : start + 6] = [a, 10 + b, 20 + (a + b) % 6, 40, 41, 42]
         data = dataclasses.replace(make_data(tiny_base, [6] * 200), targets=targets)
-        states = data.states.copy()
-        states[:] = 0.1
-        data = dataclasses.replace(data, states=states)
+        states = np.full((1200, 32), 0.1, dtype=np.float16)
+        data = dataclasses.replace(data, states=Rows([states]))
 
         def third(architecture: str) -> float:
             options = dataclasses.replace(

@@ -232,7 +232,7 @@ class TestCorpus:
             for row in range(start, end):
                 tokens = data.targets[row : min(end, row + 4)].tolist()
                 every.append(tokens + [-1] * (4 - len(tokens)))
-        hidden = torch.from_numpy(np.array(data.states)).to(tiny_base.dtype)
+        hidden = torch.from_numpy(data.states[:]).to(tiny_base.dtype)
         whole = heads.lattice(tiny_base, hidden, tiny_base.project(hidden), 3)
         count = min(rows, len(data))
         assert seen[-1] == (count, count) and found.targets.shape == (count, 4)

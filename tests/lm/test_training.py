@@ -22,7 +22,7 @@ from lattices.errors import IncompatibleError, InvalidDataError, OutputError, Re
 from lm import trainer as trainer_module
 from lm.block_heads import heads_sha256, load_heads
 from lm.catalog import load_base
-from lm.head_data import HeadData, Segment, read_head_data, segments_of, until
+from lm.head_data import HeadData, Rows, Segment, read_head_data, segments_of, until
 from lm.training import HeadTrainer, TrainingOptions
 
 SMALL = TrainingOptions(
@@ -54,7 +54,9 @@ def make_data(base, sizes: list[int], *, seed: int = 0) -> HeadData:
     states = rng.standard_normal((n, base.hidden_size)).astype(np.float16)
     targets = rng.integers(0, base.vocab_size, n).astype(np.int32)
     contexts = np.zeros(len(sizes), dtype=np.int32)  # heads do not look at them
-    return HeadData(states, targets, np.cumsum(sizes), contexts, np.arange(1, len(sizes) + 1), "made", f"seed {seed}")
+    return HeadData(
+        Rows([states]), targets, np.cumsum(sizes), contexts, np.arange(1, len(sizes) + 1), "made", f"seed {seed}"
+    )
 
 
 def loss_of_step(trainer: HeadTrainer, step: int) -> torch.Tensor:
@@ -270,7 +272,7 @@ class TestTrouble:
         assert steps == list(range(5, 11))
 
     def test_states_that_are_no_numbers(self, tiny_base, data, tmp_path):
-        bad = dataclasses.replace(data, states=np.full_like(data.states, np.inf))
+        bad = dataclasses.replace(data, states=Rows([np.full_like(data.states[:], np.inf)]))
         assert "at step 1" in refused(lambda: HeadTrainer(tiny_base, [bad], SMALL).train(tmp_path))
 
     @pytest.mark.parametrize("sizes", [[50], [50, 1], [1, 1, 1]])

@@ -59,10 +59,12 @@ def generate_corpus_command(
     max_new_tokens: NewTokens = 96,
     max_prompt_tokens: Annotated[int, typer.Option(help="Cut prompts to this many tokens.")] = 384,
     batch_size: Annotated[int, typer.Option(help="Prompts decoded side by side.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0: greedy; above: tokens are drawn.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of what is drawn.")] = 0,
     dtype: Dtype = "float32",
     device: Device = "auto",
 ) -> None:
-    """Write the base LM's own greedy output for many prompts: what block heads learn from best."""
+    """Write the base LM's own output for many prompts: what block heads learn from best."""
     from lm.catalog import load_base
     from lm.corpus import generate_corpus, read_prompts
 
@@ -71,9 +73,11 @@ def generate_corpus_command(
     with progress_bar() as progress:
         summary = generate_corpus(
             model, chosen, out, max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens,
-            batch_size=batch_size, progress=lambda done, total: progress("generate", done, total),
+            batch_size=batch_size, temperature=temperature, seed=seed,
+            progress=lambda done, total: progress("generate", done, total),
         )  # fmt: skip
-    print(f"{summary.path}: {summary.examples} examples ({summary.made} new), {summary.output_tokens} output tokens")
+    told = f"{summary.examples} examples ({summary.made} new, {summary.duplicates} duplicates)"
+    print(f"{summary.path}: {told}, {summary.output_tokens} output tokens")
 
 
 @training.command(name="train-heads")

@@ -1,9 +1,9 @@
-"""A corpus of the base LM's own greedy output: what block heads must predict, so what they should learn from.
+"""A corpus of the base LM's own output, greedy or sampled: what block heads must predict and should learn from.
 
 [B] (Stern et al. 2018, section 6.1) trains on such "distilled" data. Prompts come as JSON lines
 `{"prompt": text, "chat": bool}` (`chat` is optional) or as text, a prompt a line. The corpus is a folder:
 `corpus.jsonl`, one finished example a line `{"prompt", "chat", "prompt_ids", "output_ids", "text"}`, appended as they
-come; `hidden.f16`, the state that chose each output token (raw float16 rows of `hidden_size`, in the order of the
+come (an output that was there before: `"duplicate": true` and no tokens); `hidden.f16`, the state that chose each output token (raw float16 rows of `hidden_size`, in the order of the
 lines), so that training need not run the base LM again; and `manifest.json`, written last.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from lm.files import (
     write_json,
     writing,
 )
-from lm.generation import generate_greedy
+from lm.generation import generate
 
 CORPUS_FILE, HIDDEN_FILE = "corpus.jsonl", "hidden.f16"
 MANIFEST_FILE, SETTINGS_FILE = "manifest.json", "settings.json"
@@ -49,10 +50,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class CorpusSummary:
-    """What a corpus holds: examples and tokens in `path`; `made` is how many of the examples this run made."""
+    """What a corpus holds: examples and tokens in `path`, the examples whose output was there already, and how many
+    this run made."""
 
     path: str
     examples: int
+    duplicates: int
     output_tokens: int
     made: int
 
@@ -93,9 +96,14 @@ def generate_corpus(
     max_new_tokens: int = 96,
     max_prompt_tokens: int = 384,
     batch_size: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> CorpusSummary:
-    """Writes the greedy output of every prompt to `out`; what an earlier, interrupted run made is kept.
+    """Writes the output of every prompt to `out`; what an earlier, interrupted run made is kept.
+
+    Greedy at temperature 0, else sampled by `seed`. A prompt that comes twice is taken once; an output that is there
+    already is not written again: its line says so (`duplicate`) and holds no tokens.
 
     Refuses to go on with other settings than the earlier run's (`IncompatibleError` shows the difference). Raises
     `RescoreError` for settings that make no sense, `OutputError` if `out` can't be written. `progress(done, total)` is
@@ -106,16 +114,20 @@ def generate_corpus(
     ):  # fmt: skip
         if value < 1:
             raise RescoreError(f"{name} = {value}; it must be at least 1")
+    if not 0 <= temperature < math.inf or seed < 0:
+        raise RescoreError(f"temperature = {temperature:g}, seed = {seed}; both are 0 or more")
     settings = {
         "base": dataclasses.asdict(base.identity),
         "max_new_tokens": max_new_tokens,
         "max_prompt_tokens": max_prompt_tokens,
+        **({"temperature": temperature, "seed": seed} if temperature else {}),
     }
     _check_settings(out, settings)
     path, hidden_path = out / CORPUS_FILE, out / HIDDEN_FILE
-    done, rows = set(), 0
+    done, outputs, rows = set(), set(), 0
     for record in _finished(path):
         done.add((record["prompt"], record["chat"]))
+        outputs.add(tuple(record["output_ids"]))
         rows += len(record["output_ids"])
     missing = [p for p in dict.fromkeys(prompts) if (p.text, p.chat) not in done]
     total, made = len(done) + len(missing), 0
@@ -133,32 +145,35 @@ def generate_corpus(
         if (size := rows * base.hidden_size * STATE_BYTES) > hidden_stream.tell():
             raise InvalidDataError(f"{hidden_path} lacks states of {path}; remove {out} or use another --out")
         hidden_stream.truncate(size)
-        for greedy in generate_greedy(
-            base, encoded, max_new_tokens=max_new_tokens, batch_size=batch_size, with_hidden=True
-        ):
-            assert greedy.hidden is not None
-            hidden_stream.write(greedy.hidden.astype(np.float16).tobytes())
-            hidden_stream.flush()
-            prompt = missing[greedy.index]
-            record = {
-                "prompt": prompt.text,
-                "chat": prompt.chat,
-                "prompt_ids": encoded[greedy.index],
-                "output_ids": greedy.output_ids.tolist(),
-                "text": base.decode_text(greedy.output_ids.tolist()),
-            }
-            append_json_line(stream, record)
+        for made_of in generate(
+            base, encoded, max_new_tokens=max_new_tokens, batch_size=batch_size, with_hidden=True,
+            temperature=temperature, seed=seed,
+        ):  # fmt: skip
+            assert made_of.hidden is not None
+            prompt, output_ids = missing[made_of.index], made_of.output_ids.tolist()
+            line: dict[str, Any] = {"prompt": prompt.text, "chat": prompt.chat}
+            if tuple(output_ids) in outputs:
+                line |= {"prompt_ids": [], "output_ids": [], "text": "", "duplicate": True}
+            else:
+                outputs.add(tuple(output_ids))
+                hidden_stream.write(made_of.hidden.astype(np.float16).tobytes())
+                hidden_stream.flush()
+                text = base.decode_text(output_ids)
+                line |= {"prompt_ids": encoded[made_of.index], "output_ids": output_ids, "text": text}
+            append_json_line(stream, line)
             made += 1
             if progress:
                 progress(len(done) + made, total)
-    examples = output_tokens = 0
+    examples = duplicates = output_tokens = 0
     for record in _finished(path):
         examples += 1
+        duplicates += bool(record.get("duplicate"))
         output_tokens += len(record["output_ids"])
-    summary = CorpusSummary(str(path), examples, output_tokens, made)
+    summary = CorpusSummary(str(path), examples, duplicates, output_tokens, made)
     manifest = {
         **settings,
         "examples": examples,
+        "duplicates": duplicates,
         "output_tokens": output_tokens,
         "prompts_sha256": hashlib.sha256(json.dumps([[p.text, p.chat] for p in prompts]).encode()).hexdigest(),
         "corpus_sha256": sha256_of_file(path),

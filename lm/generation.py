@@ -17,12 +17,12 @@ ATTENTION_CELLS = 1 << 22  # prompt tokens squared x rows of a batch: 16 rows of
 
 
 @dataclass(frozen=True)
-class Greedy:
-    """The greedy output for one prompt.
+class Generated:
+    """The output for one prompt.
 
     `index` of the prompt; `output_ids` int64 `[t]`, end-of-text included where it came; and, if asked for, `hidden`
-    `[t, d]` in the base's `heads_dtype` (row i is the state that chose token i), `margins` float32 `[t]` (logit of the
-    chosen token less the runner-up's).
+    `[t, d]` in the base's `heads_dtype` (row i is the state that chose token i), `margins` float32 `[t]` (the highest
+    logit, which greedy output follows, less the runner-up's).
     """
 
     index: int
@@ -31,7 +31,7 @@ class Greedy:
     margins: np.ndarray | None = None
 
 
-def generate_greedy(
+def generate(
     base: BaseLM,
     prompts: Sequence[Sequence[int]],
     *,
@@ -39,11 +39,14 @@ def generate_greedy(
     batch_size: int = 64,
     window: int = 1024,
     with_hidden: bool = False,
-) -> Iterator[Greedy]:
-    """Yields the greedy output of every prompt, batch by batch, in an order of its own (see `Greedy.index`).
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Iterator[Generated]:
+    """Yields the output of every prompt, batch by batch, in an order of its own (see `Generated.index`).
 
     Prompts are taken in windows of `window`; within one, those of similar length share a batch, so little is padding.
-    Long ones share it with fewer others than `batch_size`: attention takes memory by the square of the length.
+    Long ones share it with fewer others than `batch_size`: attention takes memory by the square of the length. Greedy
+    at temperature 0; above it tokens are drawn, by random numbers that follow from the seed and the prompt alone.
     """
     for start in range(0, len(prompts), window):
         indices = sorted(range(start, min(start + window, len(prompts))), key=lambda i: -len(prompts[i]))
@@ -51,13 +54,21 @@ def generate_greedy(
             longest = max(1, len(prompts[indices[0]]))
             count = max(1, min(batch_size, ATTENTION_CELLS // longest**2))
             rows, indices = indices[:count], indices[count:]
-            yield from _generate_batch(base, rows, [prompts[i] for i in rows], max_new_tokens, with_hidden)
+            yield from _generate_batch(
+                base, rows, [prompts[i] for i in rows], max_new_tokens, with_hidden, temperature, seed
+            )
 
 
 @torch.inference_mode()
 def _generate_batch(
-    base: BaseLM, indices: list[int], prompts: list[Sequence[int]], max_new_tokens: int, with_hidden: bool
-) -> Iterator[Greedy]:
+    base: BaseLM,
+    indices: list[int],
+    prompts: list[Sequence[int]],
+    max_new_tokens: int,
+    with_hidden: bool,
+    temperature: float,
+    seed: int,
+) -> Iterator[Generated]:
     width = max(len(prompt) for prompt in prompts)
     rows, device = len(prompts), base.device
     input_ids = torch.zeros(rows, width, dtype=torch.long, device=device)
@@ -81,8 +92,13 @@ def _generate_batch(
     states: list[torch.Tensor] = []  # [alive, d] of each step; they stay on the device until the batch is done
     margins: list[torch.Tensor] = []  # [alive]
 
+    draws = _draws(prompts, max_new_tokens, seed).to(device) if temperature > 0 else None  # [rows, steps]
     for step in range(max_new_tokens):
-        best = logits[:, -1].argmax(-1)  # [alive]
+        if draws is None:
+            best = logits[:, -1].argmax(-1)  # [alive]
+        else:
+            owners = torch.tensor([0 if row is None else row for row in alive], device=device)
+            best = sampled(logits[:, -1], draws[owners, step], temperature)
         if with_hidden:
             top = logits[:, -1].topk(2, dim=-1).values.to(base.heads_dtype)
             margins.append(top[:, 0] - top[:, 1])
@@ -113,9 +129,23 @@ def _generate_batch(
     margins_of = [of_step.float().cpu().numpy() for of_step in margins]
     for row, index in enumerate(indices):
         steps = list(enumerate(places[row]))
-        yield Greedy(
+        yield Generated(
             index=index,
             output_ids=np.asarray(tokens[row], dtype=np.int64),
             hidden=np.stack([states_of[step][place] for step, place in steps]) if with_hidden else None,
             margins=np.stack([margins_of[step][place] for step, place in steps]) if with_hidden else None,
         )
+
+
+def sampled(logits: torch.Tensor, draws: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Tokens int64 `[n]` drawn from softmax(logits / temperature), logits `[n, vocab]`, by draws `[n]` in [0, 1)."""
+    cumulated = torch.softmax(logits.double() / temperature, dim=-1).cumsum(-1)
+    whole = cumulated[:, -1:]
+    places = torch.searchsorted(cumulated, draws.double()[:, None] * whole, right=True)[:, 0]
+    return places.minimum((cumulated < whole).sum(-1))  # a draw that was rounded up to 1: the last that can come
+
+
+def _draws(prompts: list[Sequence[int]], steps: int, seed: int) -> torch.Tensor:
+    """Uniform numbers `[prompts, steps]`: a prompt has the same ones in every batch."""
+    rows = [np.random.default_rng([seed, *prompt]).random(steps) for prompt in prompts]
+    return torch.from_numpy(np.stack(rows))

@@ -38,7 +38,7 @@ from lm.base import BaseLM
 from lm.block_heads import BlockHeads, entropies_of, lattice_of
 from lm.catalog import first_line
 from lm.files import atomic_folder, changed_settings, read_json_object, write_json, writing
-from lm.generation import Greedy, generate_greedy
+from lm.generation import Generated, generate
 from rescore.checks import check_k
 from rescore.tasks.base import Example
 
@@ -132,9 +132,7 @@ def record_trace(
     for start in range(0, len(missing), PART_EXAMPLES):
         prompts = encoded[start : start + PART_EXAMPLES]
         rows: dict[int, dict[str, Any]] = {}
-        for greedy in generate_greedy(
-            base, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, with_hidden=True
-        ):
+        for greedy in generate(base, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, with_hidden=True):
             rows[greedy.index] = _row(base, heads, missing[start + greedy.index], prompts[greedy.index], greedy, k)
             made += 1
             if progress:
@@ -156,7 +154,7 @@ def trace_key(settings: dict[str, Any], k: int) -> str:
 
 @torch.inference_mode()
 def _row(
-    base: BaseLM, heads: BlockHeads, example: Example, prompt_ids: list[int], greedy: Greedy, k: int
+    base: BaseLM, heads: BlockHeads, example: Example, prompt_ids: list[int], greedy: Generated, k: int
 ) -> dict[str, Any]:
     assert greedy.hidden is not None and greedy.margins is not None
     ids, logps, entropies = [], [], []

@@ -20,6 +20,7 @@ from lattices.errors import IncompatibleError, InvalidDataError, OutputError, Re
 from lm import corpus
 from lm.catalog import load_base
 from lm.corpus import Prompt, generate_corpus, read_prompts
+from lm.head_data import read_head_data
 
 exhaustive = settings(
     deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -138,6 +139,7 @@ class TestGeneration:
             "max_new_tokens": 5,
             "max_prompt_tokens": 40,
             "examples": 4,
+            "duplicates": 0,
             "output_tokens": sum(len(r["output_ids"]) for r in records(tmp_path)),
             "prompts_sha256": hashlib.sha256(json.dumps([[p.text, p.chat] for p in PROMPTS]).encode()).hexdigest(),
             "corpus_sha256": hashlib.sha256((tmp_path / "corpus.jsonl").read_bytes()).hexdigest(),
@@ -149,6 +151,36 @@ class TestGeneration:
         again = generate_corpus(tiny_base, [*twice, PROMPTS[3], PROMPTS[3]], tmp_path, max_new_tokens=3)
         assert (again.examples, again.made) == (4, 1)
         check_states(tiny_base, tmp_path)
+
+    def test_an_output_that_comes_twice_is_written_once(self, tiny_base, tmp_path: Path, monkeypatch):
+        """Under one token of output many prompts end alike."""
+        prompts = [Prompt(chr(97 + i % 26) * (1 + i // 26), False) for i in range(60)]
+        for limit in (30, 60):  # the second run goes on with what the first one has seen
+            summary = generate_corpus(tiny_base, prompts[:limit], tmp_path, max_new_tokens=1)
+        lines = records(tmp_path)
+        kept = [line for line in lines if not line.get("duplicate")]
+        assert summary.examples == len(lines) == 60 and summary.duplicates == 60 - len(kept) > 0
+        outputs = [tuple(line["output_ids"]) for line in kept]
+        assert len(set(outputs)) == len(outputs) and {len(o) for o in outputs} == {1}
+        assert all(line["output_ids"] == line["prompt_ids"] == [] for line in lines if line.get("duplicate"))
+        data = read_head_data(tiny_base, tmp_path, tmp_path / "cache")
+        assert data.targets.tolist() == [token for (token,) in outputs]
+        assert generate_corpus(tiny_base, prompts, tmp_path, max_new_tokens=1).made == 0
+
+    def test_sampled_output_is_that_of_its_seed(self, tiny_base, tmp_path: Path):
+        for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+            generate_corpus(tiny_base, PROMPTS, tmp_path / name, max_new_tokens=6, temperature=1.0, seed=seed)
+        a, b, c = ([line["output_ids"] for line in records(tmp_path / name)] for name in "abc")
+        assert a == b != c
+        message = refused(
+            lambda: generate_corpus(tiny_base, PROMPTS, tmp_path / "a", max_new_tokens=6, temperature=0.5, seed=1),
+            IncompatibleError,
+        )
+        assert "temperature" in message
+
+    @pytest.mark.parametrize("options", [{"temperature": -1.0}, {"temperature": float("nan")}, {"seed": -1}])
+    def test_what_can_not_be_drawn(self, tiny_base, tmp_path: Path, options):
+        assert "0 or more" in refused(lambda: generate_corpus(tiny_base, PROMPTS, tmp_path, **options))
 
     def test_a_finished_corpus_is_left_as_it_is(self, tiny_base, tmp_path: Path):
         generate_corpus(tiny_base, PROMPTS, tmp_path, max_new_tokens=3)

@@ -14,7 +14,7 @@ from lm import attention, generation
 from lm.attention import PACKED
 from lm.base import BaseIdentity, BaseLM
 from lm.catalog import load_base
-from lm.generation import generate_greedy
+from lm.generation import generate, sampled
 
 exhaustive = settings(
     deadline=None, derandomize=True, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -66,9 +66,7 @@ def test_every_prompt_gets_its_own_greedy_output(
     end_tokens = {free[place % len(free)] for place in ends}  # rows end at different steps, some never
     monkeypatch.setattr(base, "eos_token_ids", frozenset(end_tokens))
     results = list(
-        generate_greedy(
-            base, prompts, max_new_tokens=limit, batch_size=batch_size, window=window, with_hidden=with_hidden
-        )
+        generate(base, prompts, max_new_tokens=limit, batch_size=batch_size, window=window, with_hidden=with_hidden)
     )
     assert sorted(result.index for result in results) == list(range(len(prompts)))
     for result in results:
@@ -91,8 +89,39 @@ def test_every_prompt_gets_its_own_greedy_output(
         assert (result.margins >= 0).all()
 
 
+@exhaustive
+@given(prompts=prompt_lists, batch_size=st.integers(1, 10), window=st.integers(1, 10), seed=st.integers(0, 3))
+def test_sampled_output_does_not_depend_on_the_batch(base, prompts, batch_size, window, seed):
+    options = {"max_new_tokens": 6, "temperature": 0.8, "seed": seed, "with_hidden": True}
+    together = {r.index: r for r in generate(base, prompts, batch_size=batch_size, window=window, **options)}
+    for index, prompt in enumerate(prompts):
+        (alone,) = generate(base, [prompt], **options)
+        assert together[index].output_ids.tolist() == alone.output_ids.tolist()
+        np.testing.assert_allclose(together[index].hidden, alone.hidden, rtol=1e-9, atol=1e-9)
+
+
+@exhaustive
+@given(temperature=st.sampled_from([0.3, 1.0, 2.5]), seed=st.integers(0, 9))
+def test_tokens_are_drawn_by_their_probability(temperature, seed):
+    """With draws spread evenly over [0, 1) every token comes as often as its probability says, to one draw."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(1, 30, generator=generator)
+    logits[0, 4] = -torch.inf
+    count = 5000
+    draws = (torch.arange(count) + 0.5) / count
+    tokens = sampled(logits.expand(count, -1), draws, temperature)
+    wanted = torch.softmax(logits[0].double() / temperature, -1)
+    assert float((torch.bincount(tokens, minlength=30) / count - wanted).abs().max()) <= 1.01 / count
+    assert 4 not in tokens.tolist()
+
+
+def test_the_highest_draw_is_a_token_that_can_come():
+    logits = torch.tensor([[0.0, 1.0, -torch.inf, -torch.inf]])
+    assert sampled(logits, torch.tensor([1.0 - 1e-16]), 1.0).tolist() == [1]
+
+
 def test_no_prompts_give_nothing(tiny_base):
-    assert list(generate_greedy(tiny_base, [], max_new_tokens=3)) == []
+    assert list(generate(tiny_base, [], max_new_tokens=3)) == []
 
 
 def test_prompts_of_similar_length_share_a_batch(tiny_base, monkeypatch):
@@ -107,7 +136,7 @@ def test_prompts_of_similar_length_share_a_batch(tiny_base, monkeypatch):
     monkeypatch.setattr(tiny_base, "forward", spy)
     monkeypatch.setattr(tiny_base, "eos_token_ids", frozenset())
     prompts = [[1] * n for n in (2, 9, 3, 8, 2, 9)]
-    list(generate_greedy(tiny_base, prompts, max_new_tokens=2, batch_size=3))
+    list(generate(tiny_base, prompts, max_new_tokens=2, batch_size=3))
     assert widths == [(3, 9), (3, 1), (3, 3), (3, 1)]
 
 
@@ -123,7 +152,7 @@ def test_finished_rows_are_dropped(tiny_base, monkeypatch):
         return forward(input_ids, *args, **kwargs)
 
     monkeypatch.setattr(tiny_base, "forward", spy)
-    results = list(generate_greedy(tiny_base, [[n] for n in range(8)], max_new_tokens=12))
+    results = list(generate(tiny_base, [[n] for n in range(8)], max_new_tokens=12))
     assert rows[0] == 8 and rows[-1] < 8 and rows == sorted(rows, reverse=True)
     for result in results:
         assert result.output_ids.tolist() == greedy(tiny_base, [result.index], 12, ends)
@@ -131,7 +160,7 @@ def test_finished_rows_are_dropped(tiny_base, monkeypatch):
 
 def test_states_of_half_precision_are_float32(tiny_folder):
     half = load_base(str(tiny_folder), dtype="bfloat16", device="cpu")
-    (result,) = generate_greedy(half, [[1, 2]], max_new_tokens=3, with_hidden=True)
+    (result,) = generate(half, [[1, 2]], max_new_tokens=3, with_hidden=True)
     assert (result.hidden.dtype, result.margins.dtype) == (np.float32, np.float32)
 
 
@@ -150,7 +179,7 @@ def test_a_step_asks_the_device_once(tiny_base, monkeypatch):
     of_steps = []
     for steps in (4, 9):
         reads.clear()
-        list(generate_greedy(tiny_base, [[1, 2], [3]], max_new_tokens=steps))
+        list(generate(tiny_base, [[1, 2], [3]], max_new_tokens=steps))
         of_steps.append(len(reads))
     assert of_steps[1] - of_steps[0] == 5
 
@@ -162,5 +191,5 @@ def test_long_prompts_share_a_batch_with_fewer(tiny_base, monkeypatch):
         generation, "_generate_batch", lambda base, rows, prompts, *_: sizes.append([len(p) for p in prompts]) or []
     )
     lengths = [5] * 6 + [10] * 5 + [100]
-    assert list(generate_greedy(tiny_base, [[1] * n for n in lengths], max_new_tokens=1, batch_size=6)) == []
+    assert list(generate(tiny_base, [[1] * n for n in lengths], max_new_tokens=1, batch_size=6)) == []
     assert sizes == [[100], [10] * 4, [10, 5, 5, 5], [5, 5, 5]]

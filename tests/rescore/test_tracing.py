@@ -252,7 +252,7 @@ def test_what_is_recorded(tiny_base, record, tmp_path: Path):
         logits, hidden = tiny_base.forward(torch.tensor([prompt + output]))
         before = slice(len(prompt) - 1, len(prompt) + len(output) - 1)  # the states that chose the output tokens
         chosen = tiny_base.output_embeddings.weight[logits[0, before].argmax(-1)]
-        ahead = tiny_base.project(heads(hidden[0, before], chosen))
+        ahead = tiny_base.project(heads(hidden[0, before], chosen[:, None]))
         every = torch.cat([logits[:, before].transpose(0, 1), ahead.transpose(0, 1)], dim=1).numpy()  # [t, h, vocab]
         assert output == every[:, 0].argmax(-1).tolist()
         expected = Lattice.from_logits(every, 6)
@@ -267,7 +267,7 @@ def test_what_is_recorded(tiny_base, record, tmp_path: Path):
 
 def test_what_was_recorded_is_not_recorded_again(record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole = record(tmp_path)
-    monkeypatch.setattr(tracing, "generate_greedy", lambda *_, **__: pytest.fail("the base LM ran again"))
+    monkeypatch.setattr(tracing, "generate", lambda *_, **__: pytest.fail("the base LM ran again"))
     assert same(record(tmp_path), whole)
     assert [e.id for e in record(tmp_path, 3).examples] == ["e0", "e1", "e2"]
 
@@ -316,7 +316,7 @@ def test_other_settings_are_refused_with_the_difference(record, tmp_path: Path):
     ],
 )
 def test_what_can_not_be_recorded_is_refused_before_work(record, tmp_path: Path, monkeypatch, changes, message):
-    monkeypatch.setattr(tracing, "generate_greedy", lambda *_, **__: pytest.fail("the base LM ran"))
+    monkeypatch.setattr(tracing, "generate", lambda *_, **__: pytest.fail("the base LM ran"))
     with pytest.raises(RescoreError, match=message):
         record(tmp_path, **changes)
     assert not list(tmp_path.iterdir())

@@ -3,8 +3,9 @@
 [B] (Stern et al. 2018, section 6.1) trains on such "distilled" data. Prompts come as JSON lines
 `{"prompt": text, "chat": bool}` (`chat` is optional) or as text, a prompt a line. The corpus is a folder:
 `corpus.jsonl`, one finished example a line `{"prompt", "chat", "prompt_ids", "output_ids", "text"}`, appended as they
-come (an output that was there before: `"duplicate": true` and no tokens); `hidden.f16`, the state that chose each output token (raw float16 rows of `hidden_size`, in the order of the
-lines), so that training need not run the base LM again; and `manifest.json`, written last.
+come (an output that was there before: `"duplicate": true` and no tokens); `hidden.f16`, the state that chose each
+output token (raw float16 rows of `hidden_size`, in the order of the lines), so that training need not run the base LM
+again; and `manifest.json`, written last.
 """
 
 from __future__ import annotations

@@ -47,9 +47,11 @@ class HeadNet(nn.Module):
         super().__init__()
         self.config = config
         self.sees = 1 if config.token_size else 0
-        if config.token_size:
-            d = config.hidden_size
-            self.token = nn.ParameterDict({"shared": torch.randn(d, config.token_size) * d**-0.5})
+
+    def _see_tokens(self, *shape: int) -> None:
+        """Adds the weights by which heads see tokens, `token.weight` of this shape; they weigh nothing at first."""
+        d, size = self.config.hidden_size, self.config.token_size
+        self.token = nn.ParameterDict({"shared": torch.randn(d, size) * d**-0.5, "weight": torch.zeros(*shape)})
 
     @abstractmethod
     def forward(self, hidden: torch.Tensor, rows: torch.Tensor, heads: list[int]) -> torch.Tensor:
@@ -81,13 +83,16 @@ class FeedForward(HeadNet):
         )
         self.outer = nn.ParameterDict({"weight": torch.zeros(count, inner, d), "bias": torch.zeros(count, d)})
         if config.token_size:
-            self.token["weight"] = torch.zeros(count, config.token_size, inner)
+            self._see_tokens(*self._token_shape())
 
     def forward(self, hidden: torch.Tensor, rows: torch.Tensor, heads: list[int]) -> torch.Tensor:
         inner = torch.matmul(hidden, self.inner["weight"][heads]) + self.inner["bias"][heads][:, None]
         if self.sees:
             inner = inner + torch.matmul(self.seen(rows)[:, 0], self.token["weight"][heads])
         return self._outer(hidden, inner, heads)
+
+    def _token_shape(self) -> tuple[int, ...]:
+        return self.config.h - 1, self.config.token_size, self.config.inner_size
 
     def _outer(self, hidden: torch.Tensor, inner: torch.Tensor, heads: list[int]) -> torch.Tensor:
         outer = torch.matmul(functional.silu(inner), self.outer["weight"][heads])
@@ -104,8 +109,9 @@ class Sequential(FeedForward):
     def __init__(self, config: BlockHeadsConfig) -> None:
         super().__init__(config)
         self.sees = config.h - 1
-        pairs = config.h * (config.h - 1) // 2
-        self.token["weight"] = torch.zeros(pairs, config.token_size, config.inner_size)
+
+    def _token_shape(self) -> tuple[int, ...]:
+        return self.config.h * (self.config.h - 1) // 2, self.config.token_size, self.config.inner_size
 
     def forward(self, hidden: torch.Tensor, rows: torch.Tensor, heads: list[int]) -> torch.Tensor:
         inner = torch.matmul(hidden, self.inner["weight"][heads]) + self.inner["bias"][heads][:, None]
@@ -131,7 +137,7 @@ class Shared(HeadNet):
         self.inner = nn.ParameterDict({"weight": torch.randn(d, inner) * d**-0.5, "bias": torch.zeros(inner)})
         self.outer = nn.ParameterDict({"weight": torch.zeros(count, inner, d), "bias": torch.zeros(count, d)})
         if config.token_size:
-            self.token["weight"] = torch.zeros(config.token_size, inner)
+            self._see_tokens(config.token_size, inner)
 
     def forward(self, hidden: torch.Tensor, rows: torch.Tensor, heads: list[int]) -> torch.Tensor:
         inner = hidden @ self.inner["weight"] + self.inner["bias"]
@@ -156,7 +162,7 @@ class Medusa(HeadNet):
             {"weight": torch.zeros(count, blocks, d, d), "bias": torch.zeros(count, blocks, d)}
         )
         if config.token_size:
-            self.token["weight"] = torch.zeros(count, config.token_size, d)
+            self._see_tokens(count, config.token_size, d)
 
     def forward(self, hidden: torch.Tensor, rows: torch.Tensor, heads: list[int]) -> torch.Tensor:
         weight, bias = self.block["weight"][heads], self.block["bias"][heads]

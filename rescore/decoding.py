@@ -39,11 +39,13 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Output tokens (end-of-text included), accepted length of each step, rescoring seconds of each step, times;
+    """Output tokens (end-of-text included), accepted length of each step and its winning draft (as far as the output
+    may still grow; a step without a call has its one token), rescoring seconds of each step, times;
     `verify`: how drafts were verified, which need not be how it was asked for (`usable_verify`)."""
 
     output_ids: list[int]
     accepted: list[int]
+    drafts: list[list[int]]
     rescore_seconds: list[float] = field(default_factory=list)
     seconds: Seconds = field(default_factory=Seconds)
     verify: str = "tree"
@@ -75,6 +77,7 @@ def decode(
     h = heads.h if heads else 1
     context = Context(prompt_ids, future=future)
     accepted: list[int] = []
+    won: list[list[int]] = []
     rescore_seconds: list[float] = []
 
     start = clock()
@@ -93,6 +96,7 @@ def decode(
         if next_token in base.eos_token_ids or remaining == 1:
             context.output_ids.append(next_token)
             accepted.append(1)
+            won.append([next_token])
             break
         if heads is None or rescorer is None:
             drafts = np.array([[next_token]], dtype=np.int64)  # [p, h]
@@ -115,13 +119,14 @@ def decode(
         tokens = drafts[row, :n].tolist()
         context.output_ids.extend(tokens)
         accepted.append(n)
+        won.append(drafts[row].tolist())
         if tokens[-1] in base.eos_token_ids or len(context.output_ids) == max_new_tokens:
             break
         logits, hidden = call.keep(cache, row, n)
         next_token = int(call.choices[row, n - 1])
     seconds.total = clock() - start
     seconds.rescore = sum(rescore_seconds)
-    return Decoded(context.output_ids, accepted, rescore_seconds, seconds, verify)
+    return Decoded(context.output_ids, accepted, won, rescore_seconds, seconds, verify)
 
 
 @dataclass(frozen=True)

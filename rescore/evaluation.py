@@ -19,7 +19,7 @@ import torch
 from lm.catalog import choose_device
 from rescore.decoding import decode, first_difference, margin_at, usable_verify
 from rescore.inputs import EvalOptions, Models, Progress, Run, TaskInput, prepare, resolve
-from rescore.replay import replay, unrescored_at
+from rescore.replay import replay, replay_steps, unrescored_at
 from rescore.rescorers import Rescorer, load_rescorer
 from rescore.results import ExampleLog, Result, ResultsDocument, environment
 from rescore.summary import summarize
@@ -249,12 +249,12 @@ def _replay(
         oracle = {example.id: lengths for example, lengths in zip(examples, best, strict=True)}
         for (typed, p), rescorer in rescorers.items():
             missing = [e for e in examples if not log.has(task.name, typed, p, e.id)]
-            accepted = replay(missing, rescorer, k=options.k, p=p)
-            for example, lengths in zip(missing, accepted, strict=True):
+            replayed = replay_steps(missing, rescorer, k=options.k, p=p)
+            for example, steps in zip(missing, replayed, strict=True):
                 head = _head(trace, task, (typed, p), example)
                 log.add({
-                    **head, "accepted": lengths, "oracle_accepted": oracle[example.id],
-                    "unrescored_accepted": unrescored_at(example, lengths),
+                    **head, "accepted": steps.accepted, "drafts": steps.drafts, "oracle_accepted": oracle[example.id],
+                    "unrescored_accepted": unrescored_at(example, steps.accepted),
                     "output_ids": example.output_ids.tolist(),
                 })  # fmt: skip
         if progress:
@@ -311,7 +311,8 @@ def _decode_live(
                 against = {"unrescored_accepted": unrescored_at(example, decoded.accepted)} if traced else {}
                 log.add({
                     **against,
-                    **_head(trace, task, run, example), "accepted": decoded.accepted, "oracle_accepted": oracle,
+                    **_head(trace, task, run, example), "accepted": decoded.accepted, "drafts": decoded.drafts,
+                    "oracle_accepted": oracle,
                     "quality": _score(task.metric, base.decode_text(decoded.output_ids), example),
                     "output_ids": decoded.output_ids,
                     "first_difference": differs, "margin": margin, "verify": decoded.verify,

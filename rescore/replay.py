@@ -7,7 +7,7 @@ side by side, so a rescorer sees batches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,11 +18,20 @@ from rescore.rescorers.base import Context, Rescorer, check_drafts
 from rescore.tracing import TracedExample
 
 
+@dataclass(frozen=True)
+class Steps:
+    """The steps of one decode: tokens `accepted` by each, and its winning draft (h token ids, at the end of the output
+    those behind it included)."""
+
+    accepted: list[int] = field(default_factory=list)
+    drafts: list[list[int]] = field(default_factory=list)
+
+
 @dataclass
 class _Walk:
     example: TracedExample
     context: Context
-    accepted: list[int]
+    steps: Steps
 
     @property
     def position(self) -> int:
@@ -30,14 +39,19 @@ class _Walk:
 
 
 def replay(examples: Sequence[TracedExample], rescorer: Rescorer, *, k: int, p: int = 1) -> list[list[int]]:
-    """Accepted length of every step of every example, with top-k lattices and p drafts a step.
+    """Accepted length of every step of every example; see `replay_steps`."""
+    return [steps.accepted for steps in replay_steps(examples, rescorer, k=k, p=p)]
+
+
+def replay_steps(examples: Sequence[TracedExample], rescorer: Rescorer, *, k: int, p: int = 1) -> list[Steps]:
+    """The steps of every example, with top-k lattices and p drafts a step.
 
     Raises `RescoreError` for k beyond what the trace holds, and for p < 1.
     """
     if examples:
         check_held_k(examples[0].lattice.k, k)
     check_p(p)
-    walks = [_Walk(e, Context(e.prompt_ids.tolist(), future=e.output_ids), []) for e in examples]
+    walks = [_Walk(e, Context(e.prompt_ids.tolist(), future=e.output_ids), Steps()) for e in examples]
     walking = walks
     while walking:
         lattices = Lattice(
@@ -51,12 +65,14 @@ def replay(examples: Sequence[TracedExample], rescorer: Rescorer, *, k: int, p: 
             ahead = walk.example.output_ids[walk.position + 1 : walk.position + 1 + drafts.shape[-1]]
             choices[row, : len(ahead)] = ahead  # -1 behind the end: nothing matches there
         remaining = np.array([len(w.example.output_ids) - w.position for w in walking])
-        _, lengths = accept(drafts, np.broadcast_to(choices[:, None], drafts.shape), remaining, ())
-        for walk, n in zip(walking, lengths.tolist(), strict=True):
+        rows, lengths = accept(drafts, np.broadcast_to(choices[:, None], drafts.shape), remaining, ())
+        winning = np.take_along_axis(drafts, rows[:, None, None], axis=1)[:, 0].tolist()
+        for walk, n, draft in zip(walking, lengths.tolist(), winning, strict=True):
             walk.context.output_ids.extend(walk.example.output_ids[walk.position : walk.position + n].tolist())
-            walk.accepted.append(n)
+            walk.steps.accepted.append(n)
+            walk.steps.drafts.append(draft)
         walking = [w for w in walking if w.position < len(w.example.output_ids)]
-    return [w.accepted for w in walks]
+    return [w.steps for w in walks]
 
 
 def unrescored_at(example: TracedExample, accepted: Sequence[int]) -> list[int]:

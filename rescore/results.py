@@ -23,9 +23,18 @@ from lm.files import (
     writing,
 )
 
-SCHEMA = "rescore.results/1"
+SCHEMA = "rescore.results/2"
 EXAMPLES_FILE, CONFIG_FILE, RESULTS_FILE = "examples.jsonl", "config.json", "results.json"
-RECORD = {"task": str, "rescorer": str, "p": int, "id": str, "h": int, "accepted": list, "oracle_accepted": list}
+RECORD = {
+    "task": str,
+    "rescorer": str,
+    "p": int,
+    "id": str,
+    "h": int,
+    "accepted": list,
+    "drafts": list,
+    "oracle_accepted": list,
+}
 LIBRARIES = ("torch", "transformers", "numpy", "numba", "datasets")
 
 

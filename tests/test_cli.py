@@ -229,7 +229,9 @@ class TestOtherCommands:
             "generate-corpus", *base, "--prompts", prompts, "--out", tmp_path / "own", "--max-new-tokens", 12,
             "--device", "cpu",
         )  # fmt: skip
-        assert made.code == 0 and re.search(r"own/corpus.jsonl: 12 examples \(12 new\), 144 output tokens\n", made.out)
+        assert made.code == 0 and re.search(
+            r"own/corpus.jsonl: 12 examples \(12 new, 0 duplicates\), 144 output tokens\n", made.out
+        )
         trained = rescore(
             "train-heads", *base, "--corpus", tmp_path / "own", "--out", tmp_path / "heads", "--h", 3, "--steps", 2,
             "--positions", 16, "--heads-per-step", 2, "--inner-size", 8, "--vocabulary", 0, "--device", "cpu",
@@ -393,15 +395,15 @@ class TestInterruption:
         self, rescore: Command, model: list[object], tmp_path: Path, monkeypatch
     ):
         monkeypatch.setattr(evaluation, "REPLAY_EXAMPLES", 2)
-        true_replay, calls = evaluation.replay, []
+        true_replay, calls = evaluation.replay_steps, []
 
         def interrupted_replay(*arguments: Any, **options: Any) -> Any:
             calls.append(1)
-            if len(calls) == 6:  # oracle and none for each pair of examples
+            if len(calls) == 3:  # once for each pair of examples
                 signal.raise_signal(signal.SIGINT)
             return true_replay(*arguments, **options)
 
-        monkeypatch.setattr(evaluation, "replay", interrupted_replay)
+        monkeypatch.setattr(evaluation, "replay_steps", interrupted_replay)
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             run = rescore("eval", *model, "--out", tmp_path / "run")

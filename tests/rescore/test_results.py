@@ -22,7 +22,8 @@ CONFIG = {"options": {"k": 16, "p": 1}, "traces": {"squad": {"base": {"weights_s
 
 def record(example: str, rescorer: str = "none", p: int = 1, task: str = "squad") -> dict[str, Any]:
     return {
-        "task": task, "rescorer": rescorer, "p": p, "id": example, "h": 2, "accepted": [1, 2], "oracle_accepted": [2, 1]
+        "task": task, "rescorer": rescorer, "p": p, "id": example, "h": 2, "accepted": [1, 2],
+        "drafts": [[3, 4], [5, 6]], "oracle_accepted": [2, 1]
     }  # fmt: skip
 
 
@@ -155,7 +156,7 @@ class TestDocument:
     def test_it_is_schema_config_and_results(self):
         document = ResultsDocument({"seed": 1}, [result()]).as_dict()
         assert list(document) == ["schema", "config", "results"]
-        assert document["schema"] == "rescore.results/1" and document["config"] == {"seed": 1}
+        assert document["schema"] == "rescore.results/2" and document["config"] == {"seed": 1}
         (found,) = document["results"]
         assert {
             "task", "rescorer", "k", "p", "alpha", "block_efficiency", "block_efficiency_ci95",

@@ -142,7 +142,7 @@ def oracle_by_k(
     inputs = prepare(options, models)
     evaluation = _new_evaluation(options, inputs, notify)
     for task in inputs:
-        trace = first_heads(task.trace(models, progress=progress), options.h)
+        trace = task.trace(models, progress=progress).first_heads(options.h)
         for chosen in at_k:
             accepted = replay(trace.examples, load_rescorer("oracle"), k=chosen.k)
             records = [
@@ -198,16 +198,16 @@ def _run(
 ) -> None:
     """Finishes one task. Ctrl-C while its trace is recorded: what there is of it is replayed before it is passed on."""
     if options.mode == "live":
-        trace = first_heads(task.trace(models, progress=progress), options.h)
+        trace = task.trace(models, progress=progress).first_heads(options.h)
         _decode_live(options, task, trace, models, ready(trace, shared=models.base), log, progress)
         return
     try:
         trace = task.trace(models, progress=progress)
     except KeyboardInterrupt:
         if (held := task.held()) is not None:
-            _replay(options, task, first_heads(held, options.h), ready(held), log, None)
+            _replay(options, task, held.first_heads(options.h), ready(held), log, None)
         raise
-    _replay(options, task, first_heads(trace, options.h), ready(trace), log, progress)
+    _replay(options, task, trace.first_heads(options.h), ready(trace), log, progress)
 
 
 def _ready(
@@ -223,16 +223,6 @@ def _ready(
     for line in coverage_notices(trace, fitted, options.k):
         notify(line)
     return with_alphas(options.runs, fitted, alphas)
-
-
-def first_heads(trace: Trace, h: int | None) -> Trace:
-    """The trace with the first h heads only (None: all)."""
-    if h is None or h == trace.header.h:
-        return trace
-    examples = tuple(
-        dataclasses.replace(e, lattice=e.lattice.first_heads(h), entropies=e.entropies[:, :h]) for e in trace.examples
-    )
-    return Trace(dataclasses.replace(trace.header, h=h), examples)
 
 
 def _replay(

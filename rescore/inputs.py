@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
-from lm.files import cache_directory, sha256_of_file
+from lm.files import sha256_of_file
 from rescore.checks import check_held_k, check_k, check_new_tokens, check_p
 from rescore.data import TaskData, load_examples
 from rescore.decoding import VERIFY_MODES
@@ -28,7 +28,7 @@ from rescore.tracing import (
     load_trace,
     read_header,
     record_trace,
-    trace_key,
+    trace_folder,
 )
 
 if TYPE_CHECKING:
@@ -290,7 +290,7 @@ def _recorded(options: EvalOptions, models: Models, task: Task, k: int | None, o
         source=data.source,
         settings=settings,
         ids=tuple(example.id for example in data.examples),
-        folder=out or cache_directory() / "traces" / f"{task.name}-{trace_key(settings, k)}",
+        folder=out or trace_folder(task.name, settings, k),
         k=k,
         data=data,
     )

@@ -22,7 +22,7 @@ from lm.mix_ngram import SHIPPED
 from lm.ngram import SHIPPED_NGRAM
 from lm.own_output import OwnOutput, corpus_sources
 from rescore.accounting import account, paired_gain
-from rescore.evaluation import Notify, first_heads
+from rescore.evaluation import Notify
 from rescore.inputs import EvalOptions, Models, Progress, TaskInput, prepare, resolve
 from rescore.replay import replay
 from rescore.rescorers.ngram import Ngram
@@ -143,8 +143,8 @@ def compare_ngrams(
     trained = [
         model for corpus in corpora for model in _train(corpus, orders, options.base, tokenizer, own, progress)
     ]  # fmt: skip
-    trace = first_heads(evaluated.trace(models, progress=progress), options.h)
-    held = first_heads(tuned_on.trace(models, progress=progress), options.h)
+    trace = evaluated.trace(models, progress=progress).first_heads(options.h)
+    held = tuned_on.trace(models, progress=progress).first_heads(options.h)
 
     plain = {p: replay(trace.examples, Unrescored(), k=options.k, p=p) for p in options.ps}
     found: list[ComparedNgram] = []

@@ -37,7 +37,7 @@ from lattices.lattice import Lattice
 from lm.base import BaseLM
 from lm.block_heads import BlockHeads, entropies_of, lattice_of
 from lm.catalog import first_line
-from lm.files import atomic_folder, changed_settings, read_json_object, write_json, writing
+from lm.files import atomic_folder, cache_directory, changed_settings, read_json_object, write_json, writing
 from lm.generation import Generated, generate
 from rescore.checks import check_k
 from rescore.tasks.base import Example
@@ -84,6 +84,16 @@ class Trace:
 
     header: TraceHeader
     examples: tuple[TracedExample, ...]
+
+    def first_heads(self, h: int | None) -> Trace:
+        """The trace with the first h heads only (None: all)."""
+        if h is None or h == self.header.h:
+            return self
+        cut = (
+            dataclasses.replace(e, lattice=e.lattice.first_heads(h), entropies=e.entropies[:, :h])
+            for e in self.examples
+        )
+        return Trace(dataclasses.replace(self.header, h=h), tuple(cut))
 
 
 def record_trace(
@@ -146,10 +156,11 @@ def record_trace(
     return Trace(header, tuple(done[e.id] for e in examples))
 
 
-def trace_key(settings: dict[str, Any], k: int) -> str:
-    """A folder name for the trace of these settings with k entries per slot."""
+def trace_folder(task: str, settings: dict[str, Any], k: int) -> Path:
+    """Where the cache keeps the trace of a task with these settings and k entries per slot."""
     key = {"schema": SCHEMA, "k": k, "settings": settings}
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    return cache_directory() / "traces" / f"{task}-{digest}"
 
 
 @torch.inference_mode()

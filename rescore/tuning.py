@@ -12,7 +12,7 @@ from lattices.errors import RescoreError
 from lm.catalog import choose_device
 from lm.files import write_json
 from rescore.accounting import account
-from rescore.evaluation import Notify, first_heads
+from rescore.evaluation import Notify
 from rescore.inputs import EvalOptions, Models, Progress, prepare, resolve
 from rescore.replay import replay
 from rescore.rescorers import WeightedRescorer, load_rescorer
@@ -70,7 +70,7 @@ def tune(
         if notify and task.notice:
             notify(task.notice)
         check_tokenizers(task, rescorers)
-        trace = first_heads(task.trace(models, progress=progress), options.h)
+        trace = task.trace(models, progress=progress).first_heads(options.h)
         fitted = fit_to(trace, rescorers, device=choose_device(options.device))
         for line in coverage_notices(trace, fitted, options.k):
             if notify:

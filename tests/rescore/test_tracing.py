@@ -23,7 +23,7 @@ from rescore import tracing
 from rescore.replay import replay
 from rescore.rescorers import load_rescorer
 from rescore.tasks import Example
-from rescore.tracing import load_trace, read_header, record_trace, trace_key
+from rescore.tracing import load_trace, read_header, record_trace, trace_folder
 
 H, K, VOCAB, EOS = 3, 4, 50, 0
 Row = dict[str, Any]
@@ -332,8 +332,10 @@ def test_a_full_disk_keeps_the_parts_before(record, tmp_path: Path):
 
 
 def test_the_key_of_a_trace_is_its_settings_and_k():
-    assert trace_key({"a": 1, "b": 2}, 32) == trace_key({"b": 2, "a": 1}, 32)
-    assert len({trace_key({"a": 1}, 32), trace_key({"a": 1}, 40), trace_key({"a": 2}, 32)}) == 3
+    assert trace_folder("t", {"a": 1, "b": 2}, 32) == trace_folder("t", {"b": 2, "a": 1}, 32)
+    assert (
+        len({trace_folder(t, {"a": a}, k) for t, a, k in (("t", 1, 32), ("t", 1, 40), ("t", 2, 32), ("u", 1, 32))}) == 4
+    )
 
 
 @pytest.mark.parametrize("place", [1, 3, None])

@@ -1,0 +1,95 @@
+"""Finished runs are read back: results, records, and the trace that they were replayed from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from rescore.evaluation import EvalOptions, evaluate, trace_task
+from rescore.runs import load_run
+
+
+@pytest.fixture
+def options(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path) -> dict:
+    return {
+        "base": str(tiny_folder), "heads": str(tiny_heads_folder), "data": str(squad_file), "device": "cpu", "k": 4,
+        "max_new_tokens": 8, "limit": 3, "rescorers": ("none", "oracle"), "p": (1, 2),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folder(options, tmp_path: Path, cache_folder: Path) -> Path:
+    evaluate(EvalOptions(**options), out=tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_what_was_evaluated_is_there(folder):
+    run = load_run(folder)
+    assert run.tasks == ["squad"] and run.rescorers == [("none", 1), ("none", 2), ("oracle", 1)]
+    for result in run.results:
+        records = run.records["squad", result["rescorer"], result["p"]]
+        assert sum(len(r["accepted"]) for r in records) == result["steps"] and len(records) == result["n"] == 3
+        for record in records:
+            assert len(record["drafts"]) == len(record["accepted"])
+            position = 0
+            for n, draft in zip(record["accepted"], record["drafts"], strict=True):
+                assert len(draft) == 4 and draft[:n] == record["output_ids"][position : position + n]
+                position += n
+
+
+@pytest.mark.parametrize("h", [None, 2])
+def test_the_trace_is_found_in_the_cache_and_cut(options, tmp_path, cache_folder, h):
+    evaluate(EvalOptions(**{**options, "limit": 4}))  # the cache holds more than the run
+    evaluate(EvalOptions(**{**options, "h": h}), out=tmp_path / "run")
+    trace = load_run(tmp_path / "run").trace("squad")
+    assert trace is not None and len(trace.examples) == 3 and trace.header.h == (h or 4)
+
+
+def test_a_given_trace_is_found_where_it_was(options, tmp_path, cache_folder):
+    trace_task(EvalOptions(**{**options, "rescorers": ("none",), "p": 1}), tmp_path / "trace")
+    given = EvalOptions(trace=str(tmp_path / "trace"), rescorers=("none",), k=4, device="cpu")
+    evaluate(given, out=tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    found = run.trace("squad")
+    assert found is not None and len(found.examples) == 3
+    (tmp_path / "trace" / "trace.json").unlink()
+    assert run.trace("squad") is None
+
+
+def refused(call, kind: type[RescoreError] = RescoreError) -> str:
+    with pytest.raises(kind) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+class TestTrouble:
+    def test_no_folder_and_no_results(self, tmp_path):
+        assert "rescore eval --out" in refused(lambda: load_run(tmp_path / "none"))
+        assert "rescore eval --out" in refused(lambda: load_run(tmp_path))
+
+    def test_a_run_still_going_on(self, folder):
+        (folder / "results.json").unlink()
+        assert "has not finished" in refused(lambda: load_run(folder))
+
+    def test_an_older_schema(self, folder):
+        document = json.loads((folder / "results.json").read_text())
+        (folder / "results.json").write_text(json.dumps({**document, "schema": "rescore.results/1"}))
+        assert "rescore.results/1" in refused(lambda: load_run(folder), InvalidDataError)
+
+    def test_records_that_are_gone(self, folder):
+        lines = (folder / "examples.jsonl").read_text().splitlines(keepends=True)
+        (folder / "examples.jsonl").write_text("".join(lines[:-1]))
+        assert "has 2 of the 3 examples of" in refused(lambda: load_run(folder), InvalidDataError)
+
+    def test_another_trace_in_its_place(self, options, tmp_path, cache_folder):
+        trace_task(EvalOptions(**{**options, "rescorers": ("none",), "p": 1}), tmp_path / "trace")
+        evaluate(EvalOptions(trace=str(tmp_path / "trace"), rescorers=("none",), k=4, device="cpu"), out=tmp_path / "r")
+        for line in (lines := (tmp_path / "r" / "examples.jsonl").read_text().splitlines()):
+            assert json.loads(line)["id"]
+        lines[0] = json.dumps({**json.loads(lines[0]), "id": "another"})
+        (tmp_path / "r" / "examples.jsonl").write_text("\n".join(lines) + "\n")
+        assert "another trace" in refused(lambda: load_run(tmp_path / "r").trace("squad"), IncompatibleError)

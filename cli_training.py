@@ -118,6 +118,9 @@ def train_heads_command(
     micro_batch: Annotated[int, typer.Option(help="Tokens that a tuned base reads at a time.")] = 4096,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate (AdamW, cosine).")] = 1e-3,
     evaluate_every: Annotated[int, typer.Option(help="Steps between checkpoints with held-out accuracy.")] = 200,
+    weights: Annotated[
+        str, typer.Option(help="How the heads are stored: float16, or int8 (half the size).")
+    ] = "float16",
     max_tokens: MaxTokens = None,
     cache_gb: CacheGB = 20.0,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
@@ -147,7 +150,7 @@ def train_heads_command(
             if workers.is_first and not sys.stderr.isatty():  # no bar to show it
                 notify(f"step {step} of {total}{held_out}")
 
-        accuracy = HeadTrainer(model, data, chosen, initial=initial).train(
+        accuracy = HeadTrainer(model, data, chosen, initial=initial, stored=weights).train(
             out,
             progress=lambda step, total, loss: progress(f"train, loss {loss:.3f}{held_out}", step, total),
             evaluated=evaluated,

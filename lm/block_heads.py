@@ -24,6 +24,7 @@ from lm.adapters import TUNED_FILE
 from lm.base import BaseIdentity, BaseLM
 from lm.files import atomic_file, read_json_object, sha256_of_file, write_json
 from lm.head_nets import NETS, SEQUENTIAL, BlockHeadsConfig
+from lm.int8 import from_int8, to_int8
 
 WEIGHTS_FILE, CONFIG_FILE, HEADS_FOLDER = "model.safetensors", "config.json", "heads"
 SHIPPED = Path(__file__).parent / "weights"
@@ -92,9 +93,13 @@ class BlockHeads(nn.Module):
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
         """Writes `model.safetensors` and then `config.json` into a folder, each whole or not at all.
 
-        Raises `OutputError` if the folder can't be written.
+        `dtype` int8: as `lm.int8` has it, half the size. Raises `OutputError` if the folder can't be written.
         """
-        tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in self.net.state_dict().items()}
+        state = self.net.state_dict()
+        if dtype == torch.int8:
+            tensors = to_int8(state)
+        else:
+            tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in state.items()}
         with atomic_file(folder / WEIGHTS_FILE) as temporary:
             temporary.write_bytes(to_bytes(tensors))
         write_json(folder / CONFIG_FILE, dataclasses.asdict(self.config))
@@ -167,7 +172,7 @@ def load_heads(
     heads = BlockHeads(config)
     weights = folder / WEIGHTS_FILE
     try:
-        tensors = load_file(weights)
+        tensors = from_int8(load_file(weights), weights)
     except OSError as error:
         reason = error.strerror or error
         raise RescoreError(f"no block heads in {folder}: can't read {weights.name} ({reason})") from error

@@ -26,13 +26,13 @@ from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, U
 from lm.base import BaseIdentity, BaseLM
 from lm.catalog import load_base, read_model_config, resolve_base, tokenizer_sha256, weights_sha256
 from lm.files import atomic_file, read_json_object, sha256_of_file, write_json
+from lm.int8 import from_int8, to_int8
 from lm.memory import enough_memory
 from lm.tree_cache import TreeCache
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 SHIPPED = Path(__file__).parent / "weights"
 DELTA = "delta"
-SCALE = ".scale"
 ADVICE = "a lower --k, --p or --max-prompt-tokens needs less"
 REMEMBERED_BYTES = 1 << 30
 
@@ -111,16 +111,8 @@ def first_layers(name: str, layers: int, *, dtype: str = "float32", device: str 
 
 def save_delta(model: torch.nn.Module, names: list[str], config: DeltaConfig, folder: Path) -> None:
     """Writes the tensors `names` of a model as a delta, weights first. Raises `OutputError`."""
-    tensors: dict[str, torch.Tensor] = {}
     state = model.state_dict()
-    for name in names:
-        value = state[name].detach().float().cpu()
-        if value.ndim < 2:
-            tensors[name] = value.contiguous()
-            continue
-        scale = value.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127.0
-        tensors[name] = (value / scale).round().to(torch.int8)
-        tensors[name + SCALE] = scale
+    tensors = to_int8({name: state[name] for name in names})
     with atomic_file(folder / WEIGHTS_FILE) as temporary:
         temporary.write_bytes(to_bytes(tensors))
     write_json(folder / CONFIG_FILE, dataclasses.asdict(config))
@@ -243,7 +235,7 @@ def load_neural(
 def _read_delta(source: NeuralSource) -> dict[str, torch.Tensor]:
     path = source.folder / WEIGHTS_FILE
     try:
-        return load_file(path)
+        return from_int8(load_file(path), path)
     except OSError as error:
         raise RescoreError(
             f"no rescorer weights in {source.folder} ({error}); get them again or train it: rescore train-rescorer"
@@ -254,18 +246,13 @@ def _read_delta(source: NeuralSource) -> dict[str, torch.Tensor]:
 
 def _add_delta(model: torch.nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
     state = model.state_dict()
-    for name, stored in tensors.items():
-        if name.endswith(SCALE):
-            continue
-        if name not in state or state[name].shape != stored.shape:
+    for name, value in tensors.items():
+        if name not in state or state[name].shape != value.shape:
             raise InvalidDataError(
-                f"{folder / WEIGHTS_FILE} does not fit its base: {name} has shape {list(stored.shape)}, "
+                f"{folder / WEIGHTS_FILE} does not fit its base: {name} has shape {list(value.shape)}, "
                 f"not {list(state[name].shape) if name in state else 'none'}"
             )
-        scale = tensors.get(name + SCALE)
-        if (scale is None) == (stored.dtype == torch.int8) or (scale is not None and scale.shape != (len(stored), 1)):
-            raise InvalidDataError(f"{folder / WEIGHTS_FILE} has no scale that fits {name}; get or train it again")
-        state[name].copy_(stored.float() if scale is None else stored.float() * scale)
+        state[name].copy_(value)
 
 
 def _share(model: torch.nn.Module, base: torch.nn.Module, own: dict[str, torch.Tensor]) -> None:

@@ -39,6 +39,7 @@ from lm.tuned_base import FROZEN, FULL, LORA, TUNINGS, TunedBase
 HELD_OUT_POSITIONS = 4096
 ACCURACY_AT = (1, 4, 16)
 INNER_SIZE = 560  # of the architectures with a hidden layer
+STORED = {"float16": torch.float16, "int8": torch.int8}
 BASE_LEARNING_RATES = {LORA: 5e-4, FULL: 3e-5}
 
 
@@ -136,14 +137,23 @@ class HeldOutAccuracy:
 class HeadTrainer(Trainer[HeldOutAccuracy]):
     """One training: data, heads, optimiser. `train` runs it; `evaluate` measures the heads as they are.
 
-    `initial` is a folder of heads to start from instead of untrained ones, of the same shape. With a tuned base the
-    model of `base` is changed in place.
+    `initial` is a folder of heads to start from instead of untrained ones, of the same shape. The heads are `stored` as
+    float16 or int8. With a tuned base the model of `base` is changed in place.
     """
 
     def __init__(
-        self, base: BaseLM, data: Sequence[HeadData], options: TrainingOptions, *, initial: Path | None = None
+        self,
+        base: BaseLM,
+        data: Sequence[HeadData],
+        options: TrainingOptions,
+        *,
+        initial: Path | None = None,
+        stored: str = "float16",
     ) -> None:
         options.check()
+        if stored not in STORED:
+            raise UnknownNameError("precision of stored heads", stored, STORED)
+        self.stored = STORED[stored]
         self.dtype = choose_precision(options.precision, base.device)
         # What `auto` stands for depends on the machine; the record and a resumed run need the precision itself.
         options = dataclasses.replace(options, precision=str(self.dtype).removeprefix("torch."))
@@ -319,7 +329,7 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
 
     def _save(self, out: Path) -> None:
         if self.tuned is None:
-            self.heads.save(out)
+            self.heads.save(out, dtype=self.stored)
         else:
-            self.heads.save(out / HEADS_FOLDER)
+            self.heads.save(out / HEADS_FOLDER, dtype=self.stored)
             self.tuned.save(out)

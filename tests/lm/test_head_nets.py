@@ -82,6 +82,17 @@ class TestEach:
         ours, theirs = (lattice_of(x.logits(tiny_base, *states), 5) for x in (heads, loaded))
         np.testing.assert_array_equal(ours.token_ids, theirs.token_ids)
 
+    def test_a_byte_a_weight_is_nearly_the_same(self, tiny_base, architecture, tmp_path):
+        heads = heads_of(tiny_base, architecture)
+        for name in ("float16", "int8"):
+            heads.save(tmp_path / name, dtype=getattr(torch, name))
+        sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("int8", "float16")]
+        assert sizes[0] < sizes[1]
+        loaded = load_heads(str(tmp_path / "int8"), tiny_base.identity, dtype=torch.float64).net.state_dict()
+        for name, value in heads.net.state_dict().items():
+            bound = value.abs().amax(-1, keepdim=True) / 127 / 2 if value.ndim > 1 else torch.tensor(0.0)
+            assert bool(((loaded[name] - value).abs() <= bound + 1e-6).all()), name
+
     def test_it_learns_what_repeats(self, tiny_base, architecture, tmp_path):
         data = make_data(tiny_base, [30] * 12)
         targets = np.tile(np.arange(10, 16, dtype=np.int32), 60)

@@ -18,8 +18,8 @@ from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, U
 from lm import neural
 from lm.base import BaseLM
 from lm.catalog import load_base
+from lm.int8 import SCALE
 from lm.neural import (
-    SCALE,
     SIZES,
     DeltaConfig,
     check_fits,

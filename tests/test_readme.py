@@ -38,3 +38,10 @@ def test_no_text_waits_to_be_filled_in():
     root = README.parent
     for page in [README, *root.glob("docs/**/*.md"), *root.glob("lm/weights/**/*.md")]:
         assert "@@" not in page.read_text(), page
+
+
+def test_the_reference_of_commands_is_what_the_commands_say():
+    import runpy
+
+    written = runpy.run_path(str(README.parent / "docs" / "make_cli.py"))
+    assert (README.parent / "docs" / "cli.md").read_text() == written["reference"](), "run python docs/make_cli.py"

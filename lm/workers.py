@@ -7,11 +7,14 @@ that so many processes do what one would have done. Only the first one writes fi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed
+
+from lattices.errors import RescoreError
 
 
 @dataclass(frozen=True)
@@ -32,20 +35,35 @@ class Workers:
             for parameter in parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                torch.distributed.all_reduce(parameter.grad)
+                with _together():
+                    torch.distributed.all_reduce(parameter.grad)
 
     def sum(self, value: float, device: torch.device) -> float:
         """The sum of a number over all processes."""
         if self.count == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64, device=device)
-        torch.distributed.all_reduce(total)
+        with _together():
+            torch.distributed.all_reduce(total)
         return float(total)
 
     def wait(self) -> None:
         """Until every process is here."""
         if self.count > 1:
-            torch.distributed.barrier()
+            with _together():
+                torch.distributed.barrier()
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """One line where torch tells at length that another process no longer answers."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.distributed.DistBackendError is one
+        raise RescoreError(
+            "another process of this training has died or no longer answers; see its own message, then start all of "
+            "them again: the training goes on from its last checkpoint"
+        ) from error
 
 
 def start_workers(device: torch.device) -> Workers:

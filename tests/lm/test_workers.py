@@ -17,6 +17,7 @@ import torch
 import torch.distributed
 from safetensors.torch import load_file, save_file
 
+from lattices.errors import RescoreError
 from lm.catalog import load_base
 from lm.head_data import read_head_data
 from lm.rescorer_training import RescorerOptions, RescorerTrainer
@@ -100,6 +101,46 @@ def test_two_processes_give_what_one_gives(trained: Path, name: str):
         torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-5)
     names = {path.name for path in one.iterdir()}
     assert {path.name for path in two.iterdir()} == names | {"rank1"}
+
+
+LEAVES = """
+import os, sys
+from datetime import timedelta
+import torch, torch.distributed
+torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+torch.distributed.barrier()
+os._exit(9)  # as a kill does
+"""
+
+
+@pytest.mark.parametrize("call", ["sum", "wait", "sum_gradients"])
+def test_a_process_that_dies_is_told_in_one_line(monkeypatch, call):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port))):
+        monkeypatch.setenv(name, value)
+    other = subprocess.Popen([sys.executable, "-c", LEAVES], env={**os.environ, "RANK": "1"}, stderr=subprocess.PIPE)
+    monkeypatch.setenv("RANK", "0")
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    try:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+        workers = start_workers(torch.device("cpu"))
+        workers.wait()
+        assert other.wait(timeout=60) == 9
+        calls = {
+            "sum": lambda: workers.sum(1.0, torch.device("cpu")),
+            "wait": workers.wait,
+            "sum_gradients": lambda: workers.sum_gradients([parameter]),
+        }
+        with pytest.raises(RescoreError, match="goes on from its last checkpoint") as caught:
+            calls[call]()
+        assert "\n" not in str(caught.value)
+    finally:
+        other.kill()
+        other.communicate()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 class TestAlone:

@@ -109,6 +109,9 @@ def train_heads_command(
         str, typer.Option(help="none: the base is frozen; lora or full: it is fine-tuned with the heads.")
     ] = "none",
     lora_rank: Annotated[int, typer.Option(help="Rank of the base's changes (tune lora).")] = 16,
+    tuned_layers: Annotated[
+        int | None, typer.Option(help="Only so many of a tuned base's last layers: cheaper steps. Default: all.")
+    ] = None,
     base_learning_rate: Annotated[
         float | None, typer.Option(help="Peak learning rate of a tuned base; 5e-4 for lora, 3e-5 for full.")
     ] = None,
@@ -134,7 +137,7 @@ def train_heads_command(
         h=h, architecture=architecture, inner_size=inner_size, token_size=token_size, blocks=blocks, steps=steps,
         positions=positions, micro_batch=micro_batch, heads_per_step=heads_per_step or None,
         head_weights=tuple(numbers("--head-weights", head_weights, float)) if head_weights else None,
-        vocabulary=vocabulary or None, soft=soft, tune=tune, lora_rank=lora_rank,
+        vocabulary=vocabulary or None, soft=soft, tune=tune, lora_rank=lora_rank, tuned_layers=tuned_layers,
         base_learning_rate=base_learning_rate, gradient_checkpointing=gradient_checkpointing,
         learning_rate=learning_rate, evaluate_every=evaluate_every, seed=seed,
     )  # fmt: skip

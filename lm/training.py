@@ -50,10 +50,10 @@ class TrainingOptions:
     The heads: `h`, `architecture`, `inner_size`, `token_size`, `blocks` (`lm.head_nets`). The loss: `heads_per_step`
     drawn with odds 1/i for head i (None: all, [A]'s sum; 1: [B]'s random head), `head_weights` of heads 2..h (None:
     equal), `vocabulary` most frequent target tokens plus `negatives` others drawn per step (None: all tokens), `soft`
-    share of the base's distribution in the target. The base: `tune` none, lora (`lora_rank`) or full, its own
-    `base_learning_rate` (None: 5e-4 for lora, 3e-5 in full), `gradient_checkpointing`. A step: `positions` (whole
-    segments), with a tuned base in parts of `micro_batch` tokens; `precision` of the vocabulary products and of a tuned
-    base's forwards.
+    share of the base's distribution in the target. The base: `tune` none, lora (`lora_rank`) or full, `tuned_layers`
+    of its last layers (None: all), its own `base_learning_rate` (None: 5e-4 for lora, 3e-5 in full),
+    `gradient_checkpointing`. A step: `positions` (whole segments), with a tuned base in parts of `micro_batch` tokens;
+    `precision` of the vocabulary products and of a tuned base's forwards.
     """
 
     h: int = 9
@@ -71,6 +71,7 @@ class TrainingOptions:
     soft: float = 0.5
     tune: str = FROZEN
     lora_rank: int = 16
+    tuned_layers: int | None = None
     base_learning_rate: float | None = None
     gradient_checkpointing: bool = False
     learning_rate: float = 1e-3
@@ -86,6 +87,7 @@ class TrainingOptions:
         for name, least in (
             ("h", 2), ("inner_size", 1), ("token_size", 0), ("blocks", 1), ("steps", 1), ("positions", 1),
             ("micro_batch", 1), ("heads_per_step", 1), ("vocabulary", 1), ("negatives", 0), ("lora_rank", 1),
+            ("tuned_layers", 1),
             ("warmup", 0), ("evaluate_every", 1), ("seed", 0), ("weight_decay", 0),
         ):  # fmt: skip
             value = getattr(self, name)
@@ -190,6 +192,7 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
                 base,
                 options.tune,
                 rank=options.lora_rank,
+                layers=options.tuned_layers,
                 gradient_checkpointing=options.gradient_checkpointing,
                 dtype=self.dtype,
             )

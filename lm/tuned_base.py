@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from lattices.errors import IncompatibleError
+from lattices.errors import IncompatibleError, RescoreError
 from lm.adapters import ADAPTER_FILE, TUNED_FILE, TunedFrom
 from lm.base import BaseLM
 from lm.files import replaced_files, write_json, writing
@@ -30,21 +30,44 @@ class TunedBase:
     """The base LM's layers while they learn. Changes the model of `base` in place.
 
     `how`: LoRA of this rank on every linear layer (alpha = 2 x rank, as peft's users have it), or every weight but the
-    embeddings, which the heads' projection shares and which stay as they are.
+    embeddings, which the heads' projection shares and which stay as they are. `layers`: only that many of the last
+    layers (in full, the final norm as well); nothing is propagated back below them, so a step costs less.
     """
 
-    def __init__(self, base: BaseLM, how: str, *, rank: int, gradient_checkpointing: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        base: BaseLM,
+        how: str,
+        *,
+        rank: int,
+        layers: int | None,
+        gradient_checkpointing: bool,
+        dtype: torch.dtype,
+    ) -> None:
         self.base, self.how, self.dtype = base, how, dtype
         self.model: Any = base.model
         if not hasattr(self.model, "base_model") or self.model.base_model is self.model:
             raise IncompatibleError(f"{base.identity.name} can't be fine-tuned here: its layers have no body apart")
+        total = base.config.num_hidden_layers
+        if layers is not None and layers > total:
+            raise RescoreError(f"tuned_layers = {layers}, but {base.identity.name} has {total} layers")
         if how == LORA:
-            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+            body = self.model.base_model.named_modules()
+            linear = sorted({name.rsplit(".", 1)[-1] for name, m in body if isinstance(m, torch.nn.Linear)})
+            chosen = None if layers is None else list(range(total - layers, total))
+            config = LoraConfig(
+                r=rank, lora_alpha=2 * rank, target_modules=linear, layers_to_transform=chosen,
+                task_type="CAUSAL_LM",
+            )  # fmt: skip
             config.base_model_name_or_path = base.identity.name
             # Puts the adapter into the model's own layers; the wrapper knows the names that other readers expect.
             self.adapted = get_peft_model(self.model, config)
         else:
-            self.model.requires_grad_(True)
+            tuned = self.model.base_model
+            if layers is not None and not (hasattr(tuned, "layers") and hasattr(tuned, "norm")):
+                raise IncompatibleError(f"{base.identity.name} does not name its layers as Llama does; tune them all")
+            for part in [tuned] if layers is None else [*tuned.layers[total - layers :], tuned.norm]:
+                part.requires_grad_(True)
             for embeddings in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
                 embeddings.requires_grad_(False)
         if gradient_checkpointing:

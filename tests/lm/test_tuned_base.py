@@ -92,6 +92,19 @@ def test_in_full_everything_moves_but_the_embeddings(folder, pairs, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["lora", "full"])
+def test_only_the_last_layers(folder, pairs, tmp_path, how):
+    def moving(layers: int | None) -> set[str]:
+        options = dataclasses.replace(TUNED, tune=how, tuned_layers=layers)
+        return {n for n in trainer_of(folder, pairs, options, tmp_path).parameters if n.startswith("base.")}
+
+    every, last = moving(None), moving(1)
+    assert last < every
+    assert {n for n in last if ".layers." in n} == {n for n in every if ".layers.1." in n}
+    with pytest.raises(RescoreError, match="has 2 layers"):
+        moving(3)
+
+
+@pytest.mark.parametrize("how", ["lora", "full"])
 def test_from_training_to_a_base_of_its_own(folder, pairs, tmp_path, how):
     """The tuned base has learned the sentence, its heads more of it than heads of a frozen base; decoding is exact."""
     options = dataclasses.replace(TUNED, tune=how, steps=120, evaluate_every=120, soft=0.0, base_learning_rate=2e-2)

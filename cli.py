@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli_compare import comparing
 from cli_ngram import ngram_models
 from cli_options import (
     INTERRUPTED,
@@ -51,6 +52,7 @@ app = typer.Typer(
 bench = typer.Typer(help="Measurements of the machine and the base LM.", rich_markup_mode=None)
 app.add_typer(training)
 app.add_typer(ngram_models)
+app.add_typer(comparing)
 app.add_typer(bench, name="bench")
 
 

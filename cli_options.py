@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from lattices.errors import RescoreError
+from rescore.terminal import printable
 
 Number = TypeVar("Number", int, float)
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
@@ -43,7 +44,7 @@ def numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Numbe
 
 def notify(line: str) -> None:
     """A line for the user, on stderr."""
-    print(f"rescore: {line}", file=sys.stderr)
+    print(f"rescore: {printable(line, joiners=True)}", file=sys.stderr)
 
 
 @contextmanager

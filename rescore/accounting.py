@@ -41,6 +41,21 @@ class Gain:
     gain_ci95: tuple[float, float] | None
 
 
+@dataclass(frozen=True)
+class Difference:
+    """One side's block efficiency against the other's on the same examples: `difference` (B less A, tokens a step) and
+    `gain` (B over A, less 1) with their paired bootstrap intervals by example (None for fewer than two examples);
+    `won`, `tied`, `lost`: examples that B decodes with more, as many, fewer tokens a step."""
+
+    difference: float
+    difference_ci95: tuple[float, float] | None
+    gain: float
+    gain_ci95: tuple[float, float] | None
+    won: int
+    tied: int
+    lost: int
+
+
 def account(accepted: Sequence[Sequence[int]], h: int, *, seed: int = 0) -> Accounting:
     """Accounts for the accepted lengths of each step of each example; h is the block's length."""
     steps = np.array([len(example) for example in accepted], dtype=np.int64)  # [examples]
@@ -73,16 +88,33 @@ def account(accepted: Sequence[Sequence[int]], h: int, *, seed: int = 0) -> Acco
 def paired_gain(accepted: Sequence[Sequence[int]], plain: Sequence[Sequence[int]], *, seed: int = 0) -> Gain:
     """What rescored decodes gain over unrescored ones: `accepted[i]` and `plain[i]` are the accepted lengths of each
     step of the same example i. Every resample of the bootstrap draws the same examples on both sides."""
-    assert len(accepted) == len(plain) > 0, "a gain is between two decodes of each example"
-    counts = np.array([[(sum(e), len(e)) for e in side] for side in (accepted, plain)], dtype=np.int64)
+    found = paired_difference(plain, accepted, seed=seed)
+    return Gain(found.gain, found.gain_ci95)
+
+
+def paired_difference(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]], *, seed: int = 0) -> Difference:
+    """B against A: `a[i]` and `b[i]` are the accepted lengths of each step of the same example i, as `paired_gain`."""
+    assert len(a) == len(b) > 0, "a gain is between two decodes of each example"
+    counts = np.array([[(sum(e), len(e)) for e in side] for side in (a, b)], dtype=np.int64)
     tokens, steps = counts[..., 0], counts[..., 1]  # [2, examples]
-    interval = None
-    if len(accepted) > 1:
-        draws = _draws(len(accepted), seed)
+    assert steps.min() > 0, "an example without steps can't be accounted for"
+    differences = gains = None
+    if len(a) > 1:
+        draws = _draws(len(a), seed)
         pooled = tokens[:, draws].sum(axis=2) / steps[:, draws].sum(axis=2)  # [2, resamples]
-        interval = _middle(pooled[0] / pooled[1] - 1.0)
-    rescored, unrescored = tokens.sum(axis=1) / steps.sum(axis=1)
-    return Gain(float(rescored / unrescored - 1.0), interval)
+        differences, gains = _middle(pooled[1] - pooled[0]), _middle(pooled[1] / pooled[0] - 1.0)
+    before, after = tokens.sum(axis=1) / steps.sum(axis=1)
+    ahead = tokens[1] * steps[0] - tokens[0] * steps[1]  # in whole numbers: 2/3 and 4/6 tie
+    won, lost = int((ahead > 0).sum()), int((ahead < 0).sum())
+    return Difference(
+        difference=float(after - before),
+        difference_ci95=differences,
+        gain=float(after / before - 1.0),
+        gain_ci95=gains,
+        won=won,
+        tied=len(a) - won - lost,
+        lost=lost,
+    )
 
 
 def _draws(examples: int, seed: int) -> np.ndarray:

@@ -32,10 +32,12 @@ from cli_options import (
     NewTokens,
     PromptTokens,
     Tasks,
+    TaskTokens,
     notify,
     numbers,
     progress_bar,
 )
+from cli_tasks import tasks
 from cli_training import training
 from lattices.errors import RescoreError
 
@@ -53,6 +55,7 @@ bench = typer.Typer(help="Measurements of the machine and the base LM.", rich_ma
 app.add_typer(training)
 app.add_typer(ngram_models)
 app.add_typer(comparing)
+app.add_typer(tasks)
 app.add_typer(bench, name="bench")
 
 
@@ -136,7 +139,7 @@ def evaluate_command(
     verify: Annotated[str, typer.Option(help="Live: p drafts as one prefix tree (tree) or as rows (batch).")] = "tree",
     data: Data = None,
     trace: GivenTrace = None,
-    max_new_tokens: NewTokens = 64,
+    max_new_tokens: TaskTokens = None,
     max_prompt_tokens: PromptTokens = None,
     out: Annotated[Path | None, typer.Option(help="Folder for per-example lines and results.json; resumable.")] = None,
     dtype: Dtype = "float32",
@@ -179,7 +182,7 @@ def oracle(
     limit: Limit = None,
     data: Data = None,
     trace: GivenTrace = None,
-    max_new_tokens: NewTokens = 64,
+    max_new_tokens: TaskTokens = None,
     max_prompt_tokens: PromptTokens = None,
     dtype: Dtype = "float32",
     device: Device = "auto",
@@ -213,7 +216,7 @@ def tune_command(
     limit: Annotated[int, typer.Option(help="Held-out examples, from the end of the data; at most half of it.")] = 100,
     data: Data = None,
     trace: GivenTrace = None,
-    max_new_tokens: NewTokens = 64,
+    max_new_tokens: TaskTokens = None,
     max_prompt_tokens: PromptTokens = None,
     dtype: Dtype = "float32",
     device: Device = "auto",
@@ -247,7 +250,7 @@ def trace_command(
     k: Annotated[int, typer.Option(help="Lattice entries kept per head.")] = 32,
     limit: Limit = None,
     data: Data = None,
-    max_new_tokens: NewTokens = 64,
+    max_new_tokens: TaskTokens = None,
     max_prompt_tokens: PromptTokens = None,
     dtype: Dtype = "float32",
     device: Device = "auto",

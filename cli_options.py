@@ -14,7 +14,10 @@ from rescore.terminal import printable
 
 Number = TypeVar("Number", int, float)
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
-TASK_NAMES = "squad, gsm8k, lambada, samsum, xsum, cnn_dailymail, multi_news or a plug-in's"
+TASK_NAMES = (
+    "cnn_dailymail, gsm8k, lambada, mt_bench, multi_news, newsroom, qa, rag, samsum, squad, summarization, "
+    "translation, xsum (rescore tasks shows them), a plug-in's, or a YAML file of your own, like ./mine.yaml"
+)
 
 Base = Annotated[str, typer.Option(help="Base LM: smollm2-135m, a model folder, a .gguf file or a hub id.")]
 Heads = Annotated[str | None, typer.Option(help="Folder of block heads; default: those shipped for the base.")]
@@ -29,6 +32,9 @@ Data = Annotated[str | None, typer.Option(help="JSON lines file with the task's 
 GivenTrace = Annotated[str | None, typer.Option(help="Replay this trace folder instead of recording one.")]
 FirstHeads = Annotated[int | None, typer.Option(help="Use only the first h heads (block of h tokens).")]
 NewTokens = Annotated[int, typer.Option(help="Output tokens per example, at most.")]
+TaskTokens = Annotated[
+    int | None, typer.Option(help="Output tokens per example, at most. Default: what the task's file says, else 64.")
+]
 PromptTokens = Annotated[int | None, typer.Option(help="Cut prompts to this many tokens.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 

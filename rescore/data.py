@@ -1,6 +1,7 @@
-"""The examples of a task: from the user's file, else from the hub, else from the sample that the task embeds.
+"""The examples of a task: from the user's file, else the task's own file or its hub data set, else the sample that it
+embeds.
 
-Which of the three it was is part of the result (`TaskData.source`), and the sample is never used without a notice.
+Which of these it was is part of the result (`TaskData.source`), and the sample is never used without a notice.
 """
 
 from __future__ import annotations
@@ -36,18 +37,21 @@ class TaskData:
 
 
 def load_examples(task: Task, *, data: Path | None = None, limit: int | None = None) -> TaskData:
-    """The first `limit` examples (all by default) of `task`, from `data` (JSON lines), the hub or the sample.
+    """The first `limit` examples (default: the task's limit, else all) of `task`, from `data` (JSON lines), the task's
+    file, the hub or the sample.
 
-    An example's id is the record's `id`, else its line number; one that came before gets `#line` appended. With no
-    network the hub's data set is taken from the cache of `datasets` if it is there. Raises `RescoreError` if there
-    are no data to be had or the limit is below 1, `InvalidDataError` that names line and field of a bad record.
+    Rows that are not the task's (`Task.row`) are passed over and do not count. An example's id is the record's `id`,
+    else its line number; one that came before gets `#line` appended. With no network the hub's data set is taken from
+    the cache of `datasets` if it is there. Raises `RescoreError` if there are no data to be had or the limit is below
+    1, `InvalidDataError` that names line and field of a bad record.
     """
     if limit is not None and limit < 1:
         raise RescoreError(f"the limit of examples must be at least 1, not {limit}; leave it out to take all")
-    if data is not None:
-        return _from_file(task, data, limit, kind="file")
+    limit = limit or task.limits.examples
+    if (path := data or task.file) is not None:
+        return _from_file(task, path, limit, kind="file")
     if task.hub is None:
-        missing = f"task {task.name} has no data set on the hub"
+        missing = task.without_hub
     else:
         try:
             return _from_hub(task, task.hub, limit)
@@ -55,8 +59,7 @@ def load_examples(task: Task, *, data: Path | None = None, limit: int | None = N
             missing = str(error)
     if task.sample is None:
         raise RescoreError(
-            f"no data for task {task.name}: {missing}; "
-            f"give --data PATH, a JSON lines file with the fields {', '.join(task.fields)}"
+            f"no data for task {task.name}: {missing}; give --data PATH, a JSON lines file with {_wanted(task)}"
         )
     sample = _from_file(task, task.sample, limit, kind="sample")
     notice = (
@@ -70,14 +73,20 @@ def _from_file(task: Task, path: Path, limit: int | None, *, kind: str) -> TaskD
     if not os.path.isfile(path):  # unlike `Path.is_file`, no error for a name too long or a folder closed to us
         raise RescoreError(
             f"{'not a file' if os.path.exists(path) else 'no such file'}: {path}; "
-            f"the data of task {task.name} are a JSON lines file with the fields {', '.join(task.fields)}"
+            f"the data of task {task.name} are a JSON lines file with {_wanted(task)}"
         )
     examples = _examples(task, read_json_lines(path), limit, where=f"{path} line")
     if not examples:
-        raise InvalidDataError(f"{path} is empty; task {task.name} needs lines with {', '.join(task.fields)}")
+        nothing = "is empty" if next(read_json_lines(path), None) is None else f"has no rows of task {task.name}"
+        raise InvalidDataError(f"{path} {nothing}; task {task.name} needs {_wanted(task)}")
     # The embedded sample goes by its name alone: where the package is installed says nothing about the data.
     shown = str(path) if kind == "file" else path.name
     return TaskData(examples, {"kind": kind, "path": shown, "sha256": sha256_of_file(path)})
+
+
+def _wanted(task: Task) -> str:
+    """The rows of a task's data, in words."""
+    return task.rows or f"the fields {', '.join(task.fields)}"
 
 
 def _examples(
@@ -85,8 +94,11 @@ def _examples(
 ) -> tuple[Example, ...]:
     examples: list[Example] = []
     seen: set[str] = set()
-    for number, record in records:
+    for number, row in records:
         try:
+            record = task.row(row) if task.row else row
+            if record is None:
+                continue
             identity = _identity(record, number)
             while identity in seen:
                 identity = f"{identity}#{number}"
@@ -120,6 +132,8 @@ def _from_hub(task: Task, hub: HubSource, limit: int | None) -> TaskData:
     offline_by_choice = bool(config.HF_HUB_OFFLINE)
     trouble = "HF_HUB_OFFLINE is set" if offline_by_choice else _hub_trouble(hub)
     arguments: dict[str, Any] = {"name": hub.name, "split": hub.split, "revision": hub.revision}
+    if hub.data_files is not None:
+        arguments["data_files"] = hub.data_files
     try:
         # In its offline mode `datasets` goes straight to its cache, instead of there after all its retries.
         config.HF_HUB_OFFLINE = trouble is not None
@@ -140,7 +154,8 @@ def _from_hub(task: Task, hub: HubSource, limit: int | None) -> TaskData:
         digest.update(json.dumps(record, sort_keys=True, default=str).encode() + b"\n")
     examples = _examples(task, enumerate(dataset, start=1), limit, where=f"{hub.path} record")
     if not examples:
-        raise InvalidDataError(f"{hub.path} holds no records in its split {hub.split}; give --data PATH")
+        nothing = f"no records of task {task.name} in its split {hub.split}"
+        raise InvalidDataError(f"{hub.path} holds {nothing}; give --data PATH")
     return TaskData(examples, {"kind": "hub", "path": hub.path, **arguments, "sha256": digest.hexdigest()})
 
 

@@ -23,7 +23,6 @@ from rescore.replay import replay, replay_steps, unrescored_at
 from rescore.rescorers import Rescorer, load_rescorer
 from rescore.results import ExampleLog, Result, ResultsDocument, environment
 from rescore.summary import summarize
-from rescore.tasks import Metric
 from rescore.tracing import Trace, TracedExample
 from rescore.weights import (
     Alphas,
@@ -124,11 +123,7 @@ def _results(options: EvalOptions, task: TaskInput, log: ExampleLog, alphas: Alp
     for typed, p in options.runs:
         if records := log.records(task.name, typed, p, task.ids):
             alpha = alphas[typed][p]["alpha"] if typed in alphas else None
-            results.append(
-                summarize(
-                    records, k=options.k, metric=task.metric, seed=options.seed, alpha=alpha, unrescored=unrescored
-                )
-            )
+            results.append(summarize(records, k=options.k, seed=options.seed, alpha=alpha, unrescored=unrescored))
     return results
 
 
@@ -143,18 +138,19 @@ def oracle_by_k(
     evaluation = _new_evaluation(options, inputs, notify)
     for task in inputs:
         trace = task.trace(models, progress=progress).first_heads(options.h)
+        quality = [_quality(task, example.output, example) for example in trace.examples]
         for chosen in at_k:
             accepted = replay(trace.examples, load_rescorer("oracle"), k=chosen.k)
             records = [
                 {
-                    **_head(trace, task, ("oracle", 1), example),
+                    **_head(trace, task, ("oracle", 1), example, scores),
                     "accepted": lengths,
                     "oracle_accepted": lengths,
                     "unrescored_accepted": unrescored_at(example, lengths),
                 }
-                for example, lengths in zip(trace.examples, accepted, strict=True)
+                for example, lengths, scores in zip(trace.examples, accepted, quality, strict=True)
             ]
-            found = summarize(records, k=chosen.k, metric=task.metric, seed=options.seed)
+            found = summarize(records, k=chosen.k, seed=options.seed)
             evaluation.document.results.append(found)
     return evaluation
 
@@ -237,11 +233,12 @@ def _replay(
         examples = trace.examples[start : start + REPLAY_EXAMPLES]
         best = replay(examples, load_rescorer("oracle"), k=options.k)
         oracle = {example.id: lengths for example, lengths in zip(examples, best, strict=True)}
+        quality = {example.id: _quality(task, example.output, example) for example in examples}
         for (typed, p), rescorer in rescorers.items():
             missing = [e for e in examples if not log.has(task.name, typed, p, e.id)]
             replayed = replay_steps(missing, rescorer, k=options.k, p=p)
             for example, steps in zip(missing, replayed, strict=True):
-                head = _head(trace, task, (typed, p), example)
+                head = _head(trace, task, (typed, p), example, quality[example.id])
                 log.add({
                     **head, "accepted": steps.accepted, "drafts": steps.drafts, "oracle_accepted": oracle[example.id],
                     "unrescored_accepted": unrescored_at(example, steps.accepted),
@@ -251,19 +248,19 @@ def _replay(
             progress(f"replay {task.name}", start + len(examples), len(trace.examples))
 
 
-def _head(trace: Trace, task: TaskInput, run: Run, example: TracedExample) -> dict[str, Any]:
+def _head(trace: Trace, task: TaskInput, run: Run, example: TracedExample, quality: dict[str, float]) -> dict[str, Any]:
     """What every record of an example begins with."""
     return {
         "task": task.name, "rescorer": run[0], "p": run[1], "id": example.id, "h": trace.header.h,
-        "quality": _score(task.metric, example.output, example),
+        "quality": quality,
     }  # fmt: skip
 
 
-def _score(metric: Metric | None, output: str | None, example: TracedExample) -> float | None:
-    """The task's metric of an output; None where the task has none or the text is not known."""
-    if metric is None or output is None:
-        return None
-    return metric.score(output, example.references)
+def _quality(task: TaskInput, output: str | None, example: TracedExample) -> dict[str, float]:
+    """The task's metrics of an output by name; none where its text is not known or nothing is there to compare with."""
+    if output is None or not example.references:
+        return {}
+    return {metric.name: metric.score(output, example.references) for metric in task.metrics}
 
 
 def _decode_live(
@@ -277,6 +274,7 @@ def _decode_live(
 ) -> None:
     """Decodes every example that is not finished: greedily as the baseline, then with each rescorer and p, in turns."""
     base, heads = models.base, models.heads if options.h is None else models.heads.first(options.h)
+    limit = task.settings["max_new_tokens"]
     warm = False
     for place, example in enumerate(trace.examples):
         missing = {run: r for run, r in rescorers.items() if not log.has(task.name, *run, example.id)}
@@ -285,25 +283,25 @@ def _decode_live(
             oracle = replay([example], load_rescorer("oracle"), k=options.k)[0]
             if not warm:  # the first calls of a process allocate and compile
                 decode(base, None, prompt, max_new_tokens=4)
-            baseline = decode(base, None, prompt, max_new_tokens=options.max_new_tokens)
+            baseline = decode(base, None, prompt, max_new_tokens=limit)
             for run, rescorer in missing.items():
                 request: dict[str, Any] = {
                     "rescorer": rescorer, "k": options.k, "p": run[1], "verify": options.verify,
                     "future": np.asarray(baseline.output_ids),
                 }  # fmt: skip
                 if not warm:
-                    decode(base, heads, prompt, max_new_tokens=min(2 * heads.h, options.max_new_tokens), **request)
-                decoded = decode(base, heads, prompt, max_new_tokens=options.max_new_tokens, **request)
+                    decode(base, heads, prompt, max_new_tokens=min(2 * heads.h, limit), **request)
+                decoded = decode(base, heads, prompt, max_new_tokens=limit, **request)
                 differs = first_difference(decoded.output_ids, baseline.output_ids)
                 margin = None if differs is None else margin_at(base, prompt, baseline.output_ids, differs)
                 # Where the output is the trace's, so are the lattices that the steps began with.
                 traced = first_difference(decoded.output_ids, example.output_ids.tolist()) is None
                 against = {"unrescored_accepted": unrescored_at(example, decoded.accepted)} if traced else {}
+                quality = _quality(task, base.decode_text(decoded.output_ids), example)
                 log.add({
                     **against,
-                    **_head(trace, task, run, example), "accepted": decoded.accepted, "drafts": decoded.drafts,
-                    "oracle_accepted": oracle,
-                    "quality": _score(task.metric, base.decode_text(decoded.output_ids), example),
+                    **_head(trace, task, run, example, quality), "accepted": decoded.accepted,
+                    "drafts": decoded.drafts, "oracle_accepted": oracle,
                     "output_ids": decoded.output_ids,
                     "first_difference": differs, "margin": margin, "verify": decoded.verify,
                     "seconds": dataclasses.asdict(decoded.seconds), "rescore_seconds": decoded.rescore_seconds,

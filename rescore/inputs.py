@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,8 @@ from lm.files import sha256_of_file
 from rescore.checks import check_held_k, check_k, check_new_tokens, check_p
 from rescore.data import TaskData, load_examples
 from rescore.decoding import VERIFY_MODES
-from rescore.tasks import Metric, Task, load_task, task_names
+from rescore.tasks import Metric, Task, is_task_file, load_task, task_names
+from rescore.tasks.metrics import find_metric
 from rescore.tracing import (
     DEFAULT_K,
     HEADER_FILE,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from lm.block_heads import BlockHeads
 
 DEFAULT_TASK = "squad"
+DEFAULT_NEW_TOKENS = 64
 MAX_ALPHA = 64.0
 MODES = ("replay", "live")
 Progress = Callable[[str, int, int], None]  # what is being done, done, total
@@ -46,13 +49,13 @@ Run = tuple[str, int]  # a rescorer as typed, and p
 class EvalOptions:
     """What to evaluate.
 
-    `tasks` (none: squad, or the task that `trace` was recorded for) and `rescorers` by name; `base` and `heads` (path,
-    None for those shipped); `h`: use the first h heads only; `k`: lattice entries per head; `p`: drafts per step, a
-    number or several, each of which is run (`resolve` makes it a tuple); `alpha`: weight of the rescorer (None: the
-    tuned one, else its default); `limit`: the first so many examples; `max_new_tokens` an output; `max_prompt_tokens`:
-    cuts prompts; `mode`: replay or live; `verify`: tree or batch (live); `data`: JSON lines file; `trace`: folder to
-    replay, wherever it was made; `dtype` and `device` of the base; `seed` of the bootstrap intervals, the one random
-    thing in an evaluation.
+    `tasks` (none: squad, or the task that `trace` was recorded for) by name or as YAML files, `rescorers` by name;
+    `base` and `heads` (path, None for those shipped); `h`: use the first h heads only; `k`: lattice entries per head;
+    `p`: drafts per step, a number or several, each of which is run (`resolve` makes it a tuple); `alpha`: weight of the
+    rescorer (None: the tuned one, else its default); `limit`: the first so many examples; `max_new_tokens` an output;
+    `max_prompt_tokens`: cuts prompts (these three, None: what the task's file says, else all, 64 and no cut); `mode`:
+    replay or live; `verify`: tree or batch (live); `data`: JSON lines file; `trace`: folder to replay, wherever it was
+    made; `dtype` and `device` of the base; `seed` of the bootstrap intervals, the one random thing in an evaluation.
     """
 
     tasks: tuple[str, ...] = ()
@@ -64,7 +67,7 @@ class EvalOptions:
     p: int | tuple[int, ...] = 1
     alpha: float | None = None
     limit: int | None = None
-    max_new_tokens: int = 64
+    max_new_tokens: int | None = None
     max_prompt_tokens: int | None = None
     mode: str = "replay"
     verify: str = "tree"
@@ -110,10 +113,10 @@ class Models:
         from lm.block_heads import heads_folder, heads_sha256, read_config
         from lm.catalog import identify, load_tokenizer
 
-        identity = identify(self.options.base, dtype=self.options.dtype)
+        options, identity = self.options, identify(self.options.base, dtype=self.options.dtype)
         folder = heads_folder(self.options.heads, identity)
         template = load_tokenizer(self.options.base).chat_template if task.chat else None
-        return {
+        settings = {
             "base": dataclasses.asdict(identity),
             "heads_sha256": heads_sha256(folder),
             "h": read_config(folder).h,
@@ -122,21 +125,23 @@ class Models:
             "chat": bool(template),
             "chat_template": template,
             "data_sha256": data.source["sha256"],
-            "max_new_tokens": self.options.max_new_tokens,
-            "max_prompt_tokens": self.options.max_prompt_tokens,
+            "max_new_tokens": options.max_new_tokens,
+            "max_prompt_tokens": options.max_prompt_tokens or task.limits.prompt_tokens,
         }
+        # A task of the user's own is what its file says: with another word in it, it is another task.
+        return settings if task.definition is None else {**settings, "definition": dict(task.definition)}
 
 
 @dataclass(frozen=True)
 class TaskInput:
-    """One task of a run: its name and metric, `source` of its examples, `settings` of its trace, ids of its examples.
+    """One task of a run: its name and metrics, `source` of its examples, `settings` of its trace, ids of its examples.
 
     `folder` holds the trace, or will; `k` is what is recorded; `data` are the examples to record, unless the trace was
     `given`.
     """
 
     name: str
-    metric: Metric | None
+    metrics: tuple[Metric, ...]
     source: dict[str, Any]
     settings: dict[str, Any]
     ids: tuple[str, ...]
@@ -182,8 +187,8 @@ class TaskInput:
             self.folder,
             settings=self.settings,
             chat=self.settings["chat"],
-            max_new_tokens=models.options.max_new_tokens,
-            max_prompt_tokens=models.options.max_prompt_tokens,
+            max_new_tokens=self.settings["max_new_tokens"],
+            max_prompt_tokens=self.settings["max_prompt_tokens"],
             k=self.k,
             held=held,
             progress=(lambda done, total: progress(f"trace {self.name}", done, total)) if progress else None,
@@ -191,7 +196,7 @@ class TaskInput:
 
 
 def resolve(options: EvalOptions) -> EvalOptions:
-    """The options with the default task filled in, p as a tuple, and repeated names and p dropped.
+    """The options with the default task and the length of outputs filled in, p as a tuple, and repeats dropped.
 
     Raises `RescoreError` for values that make no sense, whatever the models and data are.
     """
@@ -202,16 +207,35 @@ def resolve(options: EvalOptions) -> EvalOptions:
         folder = _path(options.trace)
         recorded = _recorded_task(read_header(folder))
         tasks = options.tasks or (recorded or folder.resolve().name,)
-        if recorded and set(tasks) != {recorded}:
+        names = {load_task(task).name if is_task_file(task) else task for task in tasks}
+        if recorded and names != {recorded}:
             raise IncompatibleError(f"{folder} is a trace of {recorded}, not of {' and '.join(tasks)}; drop --task")
         if len(set(tasks)) > 1:
             raise RescoreError(f"{folder} is the trace of one task; give one --task, or none")
+        new_tokens = options.max_new_tokens or DEFAULT_NEW_TOKENS
     else:
-        for name in tasks:
-            load_task(name)
+        tasks = tuple(dict.fromkeys(tasks))
+        new_tokens = _new_tokens(options, [load_task(task) for task in tasks])
     return dataclasses.replace(
-        options, tasks=tuple(dict.fromkeys(tasks)), rescorers=tuple(dict.fromkeys(options.rescorers)), p=options.ps
-    )
+        options, tasks=tuple(dict.fromkeys(tasks)), rescorers=tuple(dict.fromkeys(options.rescorers)), p=options.ps,
+        max_new_tokens=new_tokens,
+    )  # fmt: skip
+
+
+def _new_tokens(options: EvalOptions, tasks: Sequence[Task]) -> int:
+    """The length of outputs: as given, else what the tasks' files say, on which they have to agree."""
+    by_name: dict[str, int] = {}
+    for task in tasks:
+        if task.name in by_name:
+            raise RescoreError(f"two of the tasks are called {task.name}; give one of them another name: in its file")
+        by_name[task.name] = task.limits.new_tokens or DEFAULT_NEW_TOKENS
+    lengths = {options.max_new_tokens} if options.max_new_tokens else set(by_name.values())
+    if len(lengths) > 1:
+        said = ", ".join(f"{name} {length}" for name, length in by_name.items())
+        raise RescoreError(f"the tasks have outputs of different lengths ({said}); give --max-new-tokens for all")
+    length = lengths.pop()
+    assert length is not None
+    return length
 
 
 def _recorded_task(header: TraceHeader) -> str | None:
@@ -229,7 +253,8 @@ def _check(options: EvalOptions) -> None:
     for p in options.ps:
         check_p(p)
     check_k(options.k)
-    check_new_tokens(options.max_new_tokens)
+    if options.max_new_tokens is not None:
+        check_new_tokens(options.max_new_tokens)
     if options.h is not None and options.h < 2:
         raise RescoreError(f"h = {options.h}; a block has at least 2 heads, the base LM's own and one more (--h 2)")
     if options.alpha is not None and not 0 <= options.alpha <= MAX_ALPHA:
@@ -264,10 +289,11 @@ def _given(options: EvalOptions) -> TaskInput:
     trace = load_trace(folder)
     check_held_k(trace.header.k, options.k)
     _check_h(trace.header.h, options.h)
-    task = _recorded_task(trace.header)
+    typed = options.tasks[0]
+    own = load_task(typed) if is_task_file(typed) else None
     return TaskInput(
-        name=options.tasks[0],
-        metric=load_task(task).metric if task in task_names() else None,
+        name=own.name if own else typed,
+        metrics=own.metrics if own else _recorded_metrics(trace.header),
         source={"kind": "trace", "path": options.trace, "sha256": _content_sha256(folder, trace.header.parts)},
         settings={**trace.header.settings, "h": trace.header.h},
         ids=tuple(example.id for example in trace.examples[: options.limit]),
@@ -275,6 +301,20 @@ def _given(options: EvalOptions) -> TaskInput:
         k=trace.header.k,
         given=trace,
     )
+
+
+def _recorded_metrics(header: TraceHeader) -> tuple[Metric, ...]:
+    """The metrics of the task that a trace was recorded for, as far as they are known here."""
+    task = _recorded_task(header)
+    if task in task_names():
+        return load_task(task).metrics
+    definition = header.settings.get("definition")
+    named = definition.get("metric") if isinstance(definition, dict) else None
+    found = []
+    for name in named if isinstance(named, list) else [named]:
+        with suppress(RescoreError):  # a trace may come from a version that has other metrics
+            found.append(find_metric(str(name)))
+    return tuple(found)
 
 
 def _recorded(options: EvalOptions, models: Models, task: Task, k: int | None, out: Path | None) -> TaskInput:
@@ -286,7 +326,7 @@ def _recorded(options: EvalOptions, models: Models, task: Task, k: int | None, o
     k = k or min(max(DEFAULT_K, options.k), vocab_size)
     return TaskInput(
         name=task.name,
-        metric=task.metric,
+        metrics=task.metrics,
         source=data.source,
         settings=settings,
         ids=tuple(example.id for example in data.examples),

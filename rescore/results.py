@@ -23,7 +23,7 @@ from lm.files import (
     writing,
 )
 
-SCHEMA = "rescore.results/2"
+SCHEMA = "rescore.results/3"
 EXAMPLES_FILE, CONFIG_FILE, RESULTS_FILE = "examples.jsonl", "config.json", "results.json"
 RECORD = {
     "task": str,
@@ -34,6 +34,7 @@ RECORD = {
     "accepted": list,
     "drafts": list,
     "oracle_accepted": list,
+    "quality": dict,
 }
 LIBRARIES = ("torch", "transformers", "numpy", "numba", "datasets")
 
@@ -46,10 +47,10 @@ class Result:
     `oracle_block_efficiency` at this k; `gain` of block efficiency over `none` at p = 1 in the same run and its paired
     interval (`rescore.accounting.Gain`; None where that was not run, and for it itself); `against_unrescored`: shares
     of steps that `won`, `tied` and `lost` tokens against the unrescored draft of their position (None where a live
-    output is not the trace's); `quality`: `{"metric", "value"}`, mean over examples of the task's metric of the output,
-    None where it has none or the text is not known; and in live mode, else None: `identical` `{"n", "identical"}`
-    outputs equal to greedy decoding, `divergence` of the others (`{"id", "position", "margin"}`: the first token that
-    differs, from 0, and the greedy logit margin there), `latency` (`rescore.summary.latency`).
+    output is not the trace's); `quality`: by name of each of the task's metrics, the mean of the outputs' scores over
+    the examples that have references (empty where the text is not known); and in live mode, else None: `identical`
+    `{"n", "identical"}` outputs equal to greedy decoding, `divergence` of the others (`{"id", "position", "margin"}`:
+    the first token that differs, from 0, and the greedy logit margin there), `latency` (`rescore.summary.latency`).
     """
 
     task: str
@@ -70,7 +71,7 @@ class Result:
     accepted_histogram: list[int]
     marginal: list[float]
     conditional: list[float]
-    quality: dict[str, Any] | None
+    quality: dict[str, float]
     identical: dict[str, int] | None
     divergence: list[dict[str, Any]] | None
     latency: dict[str, Any] | None

@@ -10,7 +10,6 @@ import numpy as np
 
 from rescore.accounting import Gain, account, paired_gain
 from rescore.results import Result
-from rescore.tasks import Metric
 
 Record = dict[str, Any]  # a line of examples.jsonl (docs/formats.md)
 
@@ -19,20 +18,18 @@ def summarize(
     records: Sequence[Record],
     *,
     k: int,
-    metric: Metric | None,
     seed: int,
     alpha: float | None = None,
     unrescored: Sequence[Record] = (),
 ) -> Result:
     """The result of the records (one at least) of one task, rescorer and p.
 
-    `metric` of the task and `alpha` of the rescorer are named in the result; `seed` of the bootstrap; `unrescored`: the
-    records of `none` at p = 1 of the same run, which the gain is over (none: no gain).
+    `alpha` of the rescorer is named in the result; `seed` of the bootstrap; `unrescored`: the records of `none` at
+    p = 1 of the same run, which the gain is over (none: no gain).
     """
     first, h = records[0], records[0]["h"]
     accounting = account([r["accepted"] for r in records], h, seed=seed)
     oracle = account([r["oracle_accepted"] for r in records], h, seed=seed)
-    scores = [r["quality"] for r in records if r["quality"] is not None]
     live = "seconds" in first
     gain = _gain(records, unrescored, seed=seed)
     return Result(
@@ -47,7 +44,7 @@ def summarize(
         gain_ci95=gain.gain_ci95 if gain else None,
         against_unrescored=_against_unrescored(records),
         **dataclasses.asdict(accounting),
-        quality={"metric": metric.name, "value": float(np.mean(scores))} if metric and scores else None,
+        quality=_quality(records),
         identical=_identical(records) if live else None,
         divergence=_divergence(records) if live else None,
         latency=latency(records, accounting.block_efficiency) if live else None,
@@ -61,6 +58,15 @@ def _gain(records: Sequence[Record], unrescored: Sequence[Record], *, seed: int)
     plain = {r["id"]: r["accepted"] for r in unrescored}
     both = [r for r in records if r["id"] in plain]
     return paired_gain([r["accepted"] for r in both], [plain[r["id"]] for r in both], seed=seed) if both else None
+
+
+def _quality(records: Sequence[Record]) -> dict[str, float]:
+    """By metric the mean over the examples that have it."""
+    scores: dict[str, list[float]] = {}
+    for r in records:
+        for name, score in r["quality"].items():
+            scores.setdefault(name, []).append(score)
+    return {name: float(np.mean(values)) for name, values in scores.items()}
 
 
 def _identical(records: Sequence[Record]) -> dict[str, int]:

@@ -263,7 +263,7 @@ def refusals(tiny: Path, heads: Path, data: Path, folder: Path) -> Iterator[tupl
     given = [*model, "--data", data]
     yield "no such model", ["eval", "--base", "smollm2-135n"], r"unknown model .*did you mean smollm2-135m\?"
     yield "no such model folder", ["eval", "--base", folder / "none"], "none"
-    yield "no such task", ["eval", *given, "--task", "squat"], r"unknown task 'squat'; did you mean squad\?"
+    yield "no such task", ["eval", *given, "--task", "squat"], r"unknown task 'squat'; did you mean squad or qa\?"
     yield (
         "no such rescorer",
         ["eval", *given, "--rescorer", "orcale"],
@@ -297,7 +297,7 @@ def refusals(tiny: Path, heads: Path, data: Path, folder: Path) -> Iterator[tupl
     yield "out below a file", ["trace", *given, "--out", data / "x"], "can't write .*squad.jsonl/x: Not a directory"
     yield "trace to a file", ["trace", *given, "--out", data], "can't write .*squad.jsonl: File exists"
     lines = {
-        "empty": ("", "empty.jsonl is empty; task squad needs lines with context, question, answers"),
+        "empty": ("", "empty.jsonl is empty; task squad needs the fields context, question, answers"),
         "blank": ("\n \n", "is empty"),
         "no JSON": (json.dumps(squad_records(1)[0]) + "\n{oops}\n", "line 2 is not valid JSON"),
         "no object": ("[1, 2]\n", "line 1 is not a JSON object"),
@@ -378,7 +378,7 @@ class TestMistakes:
             run = rescore(*arguments)
             assert (run.code, run.out) == (2, "")
             assert run.err.startswith("Traceback") and "UnknownNameError" in run.err
-            assert run.err.endswith("rescore: unknown task 'squat'; did you mean squad?\n")
+            assert run.err.endswith("rescore: unknown task 'squat'; did you mean squad or qa?\n")
 
     def test_an_unforeseen_error_is_one_line_too(self, rescore: Command, model: list[object], monkeypatch):
         def fail(*_: object, **__: object) -> None:

@@ -66,7 +66,7 @@ def _efficiency(results: Sequence[Result]) -> str:
     rows = []
     for r in results:
         interval = "{:.3f}-{:.3f}".format(*r.block_efficiency_ci95) if r.block_efficiency_ci95 else "-"
-        quality = f"{r.quality['value']:.3f} {r.quality['metric']}" if r.quality else "-"
+        quality = ", ".join(f"{value:.3f} {metric}" for metric, value in r.quality.items()) or "-"
         rows.append([
             *_label(r), str(r.n), str(r.steps), str(r.tokens), f"{r.block_efficiency:.3f}", interval,
             f"{r.block_efficiency_macro:.3f}", f"{r.oracle_block_efficiency:.3f}", quality,

@@ -1,4 +1,4 @@
-"""The tasks by name: those in this folder, and those that other packages bring.
+"""The tasks by name: those in this folder, those that other packages bring, and YAML files of the user's own.
 
 Another package adds a task with an entry point in the group `rescore.tasks` that loads to a `Task`.
 """
@@ -6,24 +6,31 @@ Another package adds a task with an entry point in the group `rescore.tasks` tha
 from __future__ import annotations
 
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 
-from lattices.errors import RescoreError, UnknownNameError
-from rescore.tasks import cnn_dailymail, gsm8k, lambada, multi_news, samsum, squad, xsum
-from rescore.tasks.base import Example, HubSource, Metric, Record, Task
+from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
+from rescore.tasks import cnn_dailymail, gsm8k, lambada, multi_news, newsroom, samsum, spec_bench, squad, xsum
+from rescore.tasks.base import Example, HubSource, Limits, Metric, Record, Task
+from rescore.tasks.task_file import is_task_file, load_task_file
 
-__all__ = ["Example", "HubSource", "Metric", "Record", "Task", "load_task", "task_names"]
+__all__ = ["Example", "HubSource", "Limits", "Metric", "Record", "Task", "is_task_file", "load_task", "task_names"]
 
 ENTRY_POINT_GROUP = "rescore.tasks"
-_BUILT_IN: dict[str, Task] = {
-    module.TASK.name: module.TASK for module in (cnn_dailymail, gsm8k, lambada, multi_news, samsum, squad, xsum)
-}
+_MODULES = (cnn_dailymail, gsm8k, lambada, multi_news, newsroom, samsum, squad, xsum)
+_BUILT_IN: dict[str, Task] = {module.TASK.name: module.TASK for module in _MODULES} | dict(spec_bench.TASKS)
 
 
 def load_task(name: str) -> Task:
-    """The task called `name`; a built-in one goes before another package's of the same name.
+    """The task called `name`, or of the YAML file that `name` is the path of (it ends in .yaml or .yml).
 
-    Raises `UnknownNameError` with the nearest names, `RescoreError` if another package's task can't be loaded.
+    A built-in one goes before another package's of the same name. Raises `UnknownNameError` with the nearest names,
+    `RescoreError` if another package's task can't be loaded, `InvalidDataError` for what is wrong in a YAML file.
     """
+    if is_task_file(name):
+        task = load_task_file(Path(name).expanduser())
+        if task.name in task_names():
+            raise InvalidDataError(f"{name}: {task.name!r} is the name of another task; give it one with name: my-task")
+        return task
     if name in _BUILT_IN:
         return _BUILT_IN[name]
     for point in entry_points(group=ENTRY_POINT_GROUP, name=name):

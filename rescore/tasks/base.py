@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,20 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt to decode, with the answers that count as right; `id` is unique within its data."""
+    """One prompt to decode, with the answers that count as right; `id` is unique within its data.
+
+    `passage` is the whole text that the base LM's perplexity is of, where the task has one.
+    """
 
     id: str
     prompt: str
     references: tuple[str, ...]
+    passage: str | None = None
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A score in 0..1 of one output against its references; reports give the mean over examples."""
+    """A score in 0..1 of one output against its references (one at least); reports give the mean over examples."""
 
     name: str
     score: Callable[[str, tuple[str, ...]], float]
@@ -42,16 +46,31 @@ class HubSource:
     name: str | None
     split: str
     revision: str | None = None
+    data_files: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What holds where the command line says nothing: the first so many examples, tokens of an output and a prompt."""
+
+    examples: int | None = None
+    new_tokens: int | None = None
+    prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A task: prompt, references, metric, and where its data come from.
+    """A task: prompt, references, metrics, and where its data come from.
 
     `fields` are those a record must have. `template` holds names in braces that stand for text fields of the record,
     or for what `variables` makes of the record if that is given; it is the whole record of how a prompt is made, so
-    it belongs in cache keys and results. `chat` puts the prompt into the base LM's chat template. `sample` is a JSON
-    lines file in the package that stands in where neither `--data` nor the hub gives data.
+    it belongs in cache keys and results. `row` comes before all this: it gives the record, with these fields, of a row
+    that may have another shape, or None for a row that is not this task's (`rows` says in words which are). `chat`
+    puts the prompt into the base LM's chat template. `passage` names the text field that perplexity is of.
+
+    Data come from `file` (JSON lines) or from the `hub`; `without_hub` tells a user why there is none, and what to do.
+    `sample` is a JSON lines file in the package that stands in where neither `--data` nor the hub gives data.
+    `definition` is all that a user's own file says of the task (None: built in), part of what a trace is made of.
     """
 
     name: str
@@ -59,15 +78,24 @@ class Task:
     fields: tuple[str, ...]
     template: str
     references: Callable[[Record], tuple[str, ...]]
-    hub: HubSource | None = None
+    metrics: tuple[Metric, ...] = ()
     chat: bool = True
-    metric: Metric | None = None
     variables: Callable[[Record], Mapping[str, str]] | None = None
+    row: Callable[[Record], Record | None] | None = None
+    rows: str = ""
+    passage: str | None = None
+    limits: Limits = field(default_factory=Limits)
+    file: Path | None = None
+    hub: HubSource | None = None
+    without_hub: str = "it has no data set on the hub"
     sample: Path | None = None
+    definition: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.variables is None and (unknown := [name for name in self._names() if name not in self.fields]):
             raise ValueError(f"the template of task {self.name!r} names {{{unknown[0]}}}, which is not in its fields")
+        if len({metric.name for metric in self.metrics}) < len(self.metrics):
+            raise ValueError(f"task {self.name!r} has two metrics of one name")
 
     def prompt(self, record: Record) -> str:
         """The prompt of a record. Raises `InvalidDataError` that names the field that is missing or no text."""
@@ -80,7 +108,8 @@ class Task:
         for name in self.fields:
             if name not in record:
                 raise InvalidDataError(f"no field {name!r} (task {self.name} needs: {', '.join(self.fields)})")
-        return Example(id, self.prompt(record), self.references(record))
+        passage = None if self.passage is None else text_field(record, self.passage)
+        return Example(id, self.prompt(record), self.references(record), passage)
 
     def _names(self) -> list[str]:
         return [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
@@ -107,6 +136,15 @@ def checked_text(value: object, name: str) -> str:
 def only_reference(name: str) -> Callable[[Record], tuple[str, ...]]:
     """References for a task whose one reference is the text of the field `name`."""
     return lambda record: (text_field(record, name),)
+
+
+def text_list(value: object, name: str) -> tuple[str, ...]:
+    """A list of text, one at least, repeats left out. Raises `InvalidDataError` that names the field if it is none."""
+    if not isinstance(value, list):
+        raise InvalidDataError(f"the field {name!r} holds {json_kind(value)} where a list of text is needed")
+    if not value:
+        raise InvalidDataError(f"the field {name!r} holds an empty list where text is needed")
+    return tuple(dict.fromkeys(checked_text(entry, name) for entry in value))
 
 
 def json_kind(value: object) -> str:

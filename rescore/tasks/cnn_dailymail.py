@@ -1,8 +1,9 @@
-"""CNN/DailyMail: news articles and their highlights (See et al. 2017, version 3.0.0); prompt as in [A]."""
+"""CNN/DailyMail: news articles and their highlights (See et al. 2017, version 3.0.0); prompt and metric as in [A]."""
 
 from __future__ import annotations
 
 from rescore.tasks.base import HubSource, Task, only_reference
+from rescore.tasks.metrics import ROUGE_L
 
 TASK = Task(
     name="cnn_dailymail",
@@ -10,5 +11,6 @@ TASK = Task(
     fields=("article", "highlights"),
     template="summarize: {article}",
     references=only_reference("highlights"),
+    metrics=(ROUGE_L,),
     hub=HubSource("abisee/cnn_dailymail", "3.0.0", "test"),
 )

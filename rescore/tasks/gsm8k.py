@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import re
+from rescore.tasks.base import HubSource, Record, Task, only_reference
+from rescore.tasks.metrics import FINAL_ANSWER
+from rescore.tasks.spec_bench import MATH, row_of
 
-from rescore.tasks.base import HubSource, Metric, Task, only_reference
-
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?", re.ASCII)
-
-
-def final_answer(output: str, references: tuple[str, ...]) -> float:
-    """1.0 if the last number of the output is the last number of a reference (behind its `####`), else 0.0."""
-    found = _last_number(output)
-    return float(found is not None and any(found == _last_number(reference) for reference in references))
+_OF_SPEC_BENCH = row_of(MATH)
 
 
-def _last_number(text: str) -> float | None:
-    numbers = _NUMBER.findall(text)
-    return float(numbers[-1].replace(",", "")) if numbers else None
+def row(record: Record) -> Record | None:
+    """GSM8K's own rows as they are, Spec-Bench's (which have turns) in the same shape, None for other categories."""
+    if "question" in record or "turns" not in record:
+        return record
+    found = _OF_SPEC_BENCH(record)
+    if found is None:
+        return None
+    answers = {"answer": found["references"][0]} if found["references"] else {}
+    return {"id": found["id"], "question": found["prompt"], **answers}
 
 
 TASK = Task(
@@ -26,6 +26,8 @@ TASK = Task(
     fields=("question", "answer"),
     template="{question}",
     references=only_reference("answer"),
-    metric=Metric("final answer", final_answer),
+    row=row,
+    rows=f"the fields question, answer (or Spec-Bench's rows of category {MATH})",
+    metrics=(FINAL_ANSWER,),
     hub=HubSource("openai/gsm8k", "main", "test"),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lattices.errors import InvalidDataError
 from rescore.tasks.base import HubSource, Record, Task, text_field
+from rescore.tasks.metrics import LAST_WORD
 
 
 def split_last_word(record: Record) -> tuple[str, str]:
@@ -21,6 +22,8 @@ TASK = Task(
     template="{text_without_last_word}",
     variables=lambda record: {"text_without_last_word": split_last_word(record)[0]},
     references=lambda record: (split_last_word(record)[1],),
+    metrics=(LAST_WORD,),
+    passage="text",
     hub=HubSource("EleutherAI/lambada_openai", "default", "test"),
     chat=False,
 )

@@ -1,7 +1,8 @@
 """SQuAD v1.1: answer a question from a passage.
 
-Rajpurkar et al. 2016; prompt and metric as in [A]. The embedded sample, `squad_sample.jsonl`, is not SQuAD: its
-passages were written for this project, and many of the towns, persons and firms in them are invented.
+Rajpurkar et al. 2016; prompt as in [A], exact match and F1 as in the official evaluation. The embedded sample,
+`squad_sample.jsonl`, is not SQuAD: its passages were written for this project, and many of the towns, persons and
+firms in them are invented.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lattices.errors import InvalidDataError
-from rescore.tasks.base import HubSource, Record, Task, checked_text, json_kind
-from rescore.tasks.exact_match import EXACT_MATCH
+from rescore.tasks.base import HubSource, Record, Task, text_list
+from rescore.tasks.metrics import EXACT_MATCH, F1
 
 
 def accepted_answers(record: Record) -> tuple[str, ...]:
@@ -24,11 +25,9 @@ def accepted_answers(record: Record) -> tuple[str, ...]:
         if "text" not in answers:
             raise InvalidDataError("the field 'answers' has no list 'text'")
         answers = answers["text"]
-    if not isinstance(answers, list):
-        raise InvalidDataError(f"the field 'answers' holds {json_kind(answers)} where a list of text is needed")
-    if not answers:
+    if answers == []:
         raise InvalidDataError("the field 'answers' holds no answer")
-    return tuple(dict.fromkeys(checked_text(answer, "answers") for answer in answers))
+    return text_list(answers, "answers")
 
 
 TASK = Task(
@@ -38,6 +37,6 @@ TASK = Task(
     template="question: {question} context: {context}",
     references=accepted_answers,
     hub=HubSource("rajpurkar/squad", "plain_text", "validation"),
-    metric=EXACT_MATCH,
+    metrics=(EXACT_MATCH, F1),
     sample=Path(__file__).with_name("squad_sample.jsonl"),
 )

@@ -1,8 +1,9 @@
-"""XSum: a news article in one sentence (Narayan et al. 2018); prompt as in [A]."""
+"""XSum: a news article in one sentence (Narayan et al. 2018); prompt and metric as in [A]."""
 
 from __future__ import annotations
 
 from rescore.tasks.base import HubSource, Task, only_reference
+from rescore.tasks.metrics import ROUGE_L
 
 TASK = Task(
     name="xsum",
@@ -10,6 +11,7 @@ TASK = Task(
     fields=("document", "summary"),
     template="Summarize: {document}",
     references=only_reference("summary"),
+    metrics=(ROUGE_L,),
     # The main branch has held a loading script, which `datasets` 4 and later refuse; this one is the hub's export.
     hub=HubSource("EdinburghNLP/xsum", None, "test", revision="refs/convert/parquet"),
 )

@@ -121,7 +121,7 @@ class TestBadFile:
         path = tmp_path / "empty.jsonl"
         path.write_text(content)
         with pytest.raises(
-            InvalidDataError, match=r"empty\.jsonl is empty; task gsm8k needs lines with question, answer"
+            InvalidDataError, match=r"empty\.jsonl is empty; task gsm8k needs the fields question, answer"
         ):
             load_examples(load_task("gsm8k"), data=path)
 
@@ -200,7 +200,7 @@ class TestHub:
 
     def test_an_empty_split(self, hub: Any) -> None:
         hub([])
-        with pytest.raises(InvalidDataError, match="openai/gsm8k holds no records in its split test"):
+        with pytest.raises(InvalidDataError, match="openai/gsm8k holds no records of task gsm8k in its split test"):
             load_examples(load_task("gsm8k"))
 
     def test_what_the_hub_refuses_is_one_line_and_no_reason_for_the_sample(self, hub: Any) -> None:
@@ -217,7 +217,7 @@ class TestHub:
 
     def test_a_task_without_a_hub_data_set_asks_for_a_file(self) -> None:
         task = Task(name="own", description="", fields=("text",), template="{text}", references=only_reference("text"))
-        with pytest.raises(RescoreError, match=r"task own has no data set on the hub; give --data PATH.* text"):
+        with pytest.raises(RescoreError, match=r"task own: it has no data set on the hub; give --data PATH.* text"):
             load_examples(task)
 
 

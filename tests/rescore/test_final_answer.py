@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rescore.tasks.gsm8k import final_answer
+from rescore.tasks.metrics.answers import final_answer
 
 REFERENCE = "She sold 48/2 = <<48/2=24>>24 clips in May.\n#### 1,272"
 

@@ -23,7 +23,7 @@ CONFIG = {"options": {"k": 16, "p": 1}, "traces": {"squad": {"base": {"weights_s
 def record(example: str, rescorer: str = "none", p: int = 1, task: str = "squad") -> dict[str, Any]:
     return {
         "task": task, "rescorer": rescorer, "p": p, "id": example, "h": 2, "accepted": [1, 2],
-        "drafts": [[3, 4], [5, 6]], "oracle_accepted": [2, 1]
+        "drafts": [[3, 4], [5, 6]], "oracle_accepted": [2, 1], "quality": {"F1": 0.5},
     }  # fmt: skip
 
 
@@ -82,6 +82,7 @@ class TestExampleLog:
             ('{"task": "squad"}', "line 2 is not a finished example; use another --out"),
             (json.dumps(record("b") | {"accepted": 3}), "line 2 is not a finished example"),
             (json.dumps(record("b") | {"p": None}), "line 2 is not a finished example"),
+            (json.dumps(record("b") | {"quality": 0.5}), "line 2 is not a finished example"),  # of an older version
         ],
     )
     def test_a_broken_line_is_refused_by_number(self, tmp_path: Path, line: str, message: str):
@@ -136,7 +137,7 @@ def result(**changes: Any) -> Result:
     accounting = account([[1, 2, 3], [3, 1]], 3)
     fields = {
         "task": "squad", "rescorer": "none", "k": 16, "p": 1, "alpha": None, "n": 2, "oracle_block_efficiency": 2.5,
-        "gain": None, "gain_ci95": None, "against_unrescored": None, "quality": None, "identical": None,
+        "gain": None, "gain_ci95": None, "against_unrescored": None, "quality": {}, "identical": None,
         "divergence": None, "latency": None,
         **vars(accounting),
     }  # fmt: skip
@@ -156,7 +157,7 @@ class TestDocument:
     def test_it_is_schema_config_and_results(self):
         document = ResultsDocument({"seed": 1}, [result()]).as_dict()
         assert list(document) == ["schema", "config", "results"]
-        assert document["schema"] == "rescore.results/2" and document["config"] == {"seed": 1}
+        assert document["schema"] == "rescore.results/3" and document["config"] == {"seed": 1}
         (found,) = document["results"]
         assert {
             "task", "rescorer", "k", "p", "alpha", "block_efficiency", "block_efficiency_ci95",
@@ -200,7 +201,7 @@ class TestTables:
         ]  # fmt: skip
 
     def test_it_says_what_was_run_and_what_came_of_it(self):
-        text = results_table(ResultsDocument({"options": OPTIONS}, [result(quality={"metric": "F1", "value": 0.25})]))
+        text = results_table(ResultsDocument({"options": OPTIONS}, [result(quality={"exact match": 0.5, "F1": 0.25})]))
         assert text.startswith("replayed decode of tiny in float32, h = 3, up to 64 new tokens\n")
         low, high = account([[1, 2, 3], [3, 1]], 3).block_efficiency_ci95 or (0, 0)
         cells = [
@@ -215,9 +216,12 @@ class TestTables:
             f"{low:.3f}-{high:.3f}",
             "2.000",
             "2.500",
+            "0.500",
+            "exact match,",
             "0.250",
+            "F1",
         ]
-        assert " ".join(cells) + " F1" in " ".join(text.split())
+        assert " ".join(cells) in " ".join(text.split())
         assert re.search(r"exactly i \(count\) +2 +1 +2\n", text)
         assert re.search(r"at least i \(share\) +1.000 +0.600 +0.400\n", text)
         assert re.search(r"i, given i - 1 +1.000 +0.600 +0.667(\n|$)", text)
@@ -285,7 +289,7 @@ class TestTables:
     def test_it_fits_into_120_columns(self):
         wide = account([[9] * 900, [9] * 9000], 9)
         fields = {
-            "task": "cnn_dailymail", "rescorer": "context-ngram", "p": 16, "quality": {"metric": "ROUGE-L", "value": 1},
+            "task": "cnn_dailymail", "rescorer": "context-ngram", "p": 16, "quality": {"ROUGE-L": 1.0},
             "alpha": 0.125, "gain": 1.25, "gain_ci95": (1.0, 1.5),
             "against_unrescored": {"won": 1.0, "tied": 0.0, "lost": 0.0},
         }  # fmt: skip

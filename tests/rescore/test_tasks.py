@@ -14,7 +14,8 @@ from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
 from rescore.tasks import Example, HubSource, Record, Task, load_task, task_names
 from rescore.tasks.base import only_reference
 
-BUILT_IN = ["cnn_dailymail", "gsm8k", "lambada", "multi_news", "samsum", "squad", "xsum"]
+BUILT_IN = ["cnn_dailymail", "gsm8k", "lambada", "multi_news", "newsroom", "samsum", "squad", "xsum"]
+SPEC_BENCH = ["mt_bench", "qa", "rag", "summarization", "translation"]
 TEXT = st.text(st.characters(codec="utf-8"))
 
 
@@ -48,6 +49,11 @@ class TestPrompts:
                 "Here is a dialogue: A: hi\nB: ho\nWrite a short summary!",
             ),
             ("lambada", {"text": "One two\n three"}, "One two"),
+            (
+                "newsroom",
+                {"title": "Rain", "text": "It rains.", "summary": "R."},
+                "Please write a short summary for the following article: Rain It rains.",
+            ),
         ],
     )
     def test_prompt_of_a_record(self, name: str, record: Record, prompt: str) -> None:
@@ -122,10 +128,11 @@ class TestReferences:
             "document": "d",
             "dialogue": "d",
             "summary": "s",
+            "title": "t",
             "text": "so it goes",
         }
         found = {name: load_task(name).references(record) for name in BUILT_IN if name != "squad"}
-        summaries = {name: ("s",) for name in ("multi_news", "samsum", "xsum")}
+        summaries = {name: ("s",) for name in ("multi_news", "newsroom", "samsum", "xsum")}
         assert found == {"cnn_dailymail": ("h",), "gsm8k": ("a",), "lambada": ("goes",), **summaries}
 
 
@@ -157,13 +164,20 @@ class TestRegistry:
         for name in task_names():
             assert load_task(name).name == name
 
-    def test_what_has_a_metric_and_a_sample_so_far(self) -> None:
-        squad = load_task("squad")
-        assert squad.metric is not None and squad.metric.name == "exact match"
-        assert squad.sample is not None and squad.sample.is_file()
-        assert all(isinstance(load_task(name).hub, HubSource) for name in BUILT_IN)
-        others = [load_task(name) for name in BUILT_IN if name != "squad"]
-        assert {task.name for task in others if task.metric} == {"gsm8k"} and not any(task.sample for task in others)
+    def test_metrics_hub_and_sample(self) -> None:
+        metrics = {name: [metric.name for metric in load_task(name).metrics] for name in BUILT_IN + SPEC_BENCH}
+        answers, summaries = ["exact match", "F1"], ("cnn_dailymail", "multi_news", "newsroom", "samsum", "xsum")
+        assert metrics == {
+            **{name: ["ROUGE-L"] for name in (*summaries, "summarization")},
+            **{name: answers for name in ("squad", "qa", "rag")},
+            "gsm8k": ["final answer"], "lambada": ["last word"], "translation": ["chrF", "BLEU"], "mt_bench": [],
+        }  # fmt: skip
+        tasks = [load_task(name) for name in BUILT_IN + SPEC_BENCH]
+        assert {task.name for task in tasks if not isinstance(task.hub, HubSource)} == {"newsroom"}
+        assert {task.name for task in tasks if task.sample} == {"squad"}
+        sample = load_task("squad").sample
+        assert sample is not None and sample.is_file()
+        assert {task.name for task in tasks if task.passage} == {"lambada"}
 
     def test_an_unknown_name_gets_the_nearest_ones(self) -> None:
         with pytest.raises(UnknownNameError, match=r"unknown task 'squat'; did you mean squad"):
@@ -228,8 +242,8 @@ class TestSquadSample:
 
     def test_every_answer_scores_1_and_the_question_scores_0(self, records: list[dict[str, Any]]) -> None:
         task = load_task("squad")
-        assert task.metric is not None
         for record in records:
             example = task.example(record, id=record["id"])
-            assert all(task.metric.score(answer, example.references) == 1.0 for answer in example.references)
-            assert task.metric.score(record["question"], example.references) == 0.0
+            for metric in task.metrics:
+                assert all(metric.score(answer, example.references) == 1.0 for answer in example.references)
+            assert task.metrics[0].score(record["question"], example.references) == 0.0

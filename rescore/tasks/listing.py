@@ -1,0 +1,71 @@
+"""The tasks as a list to show: what each asks, needs and is scored by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lattices.errors import RescoreError
+from rescore.tasks import Task, load_task, task_names
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """One task in words: `source` is where its data come from by default, `rows` what a `--data` file must hold,
+    `limits` what its file says; `problem` is why another package's task can't be loaded (all else is empty then)."""
+
+    name: str
+    description: str = ""
+    prompt: str = ""
+    chat: bool = True
+    rows: str = ""
+    metrics: tuple[str, ...] = ()
+    source: str = ""
+    passage: str | None = None
+    limits: dict[str, int | None] | None = None
+    problem: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return asdict(self)
+
+
+def list_tasks(names: Sequence[str] = ()) -> list[TaskFacts]:
+    """The facts of the tasks (names or YAML files; none: of all there are, broken ones told in `problem`).
+
+    Raises `RescoreError` for a task asked for by name that can't be loaded.
+    """
+    if names:
+        return [facts_of(load_task(name)) for name in names]
+    found = []
+    for name in task_names():
+        try:
+            found.append(facts_of(load_task(name)))
+        except RescoreError as error:
+            found.append(TaskFacts(name, problem=str(error)))
+    return found
+
+
+def facts_of(task: Task) -> TaskFacts:
+    """The facts of one task."""
+    return TaskFacts(
+        name=task.name,
+        description=task.description,
+        prompt=task.template,
+        chat=task.chat,
+        rows=task.rows or f"the fields {', '.join(task.fields)}",
+        metrics=tuple(metric.name for metric in task.metrics),
+        source=_source(task),
+        passage=task.passage,
+        limits=asdict(task.limits),
+    )
+
+
+def _source(task: Task) -> str:
+    if task.file is not None:
+        return str(task.file)
+    if task.hub is None:
+        return f"--data ({task.without_hub})"
+    parts = [task.hub.path, task.hub.name, task.hub.split, task.hub.revision, task.hub.data_files]
+    return " ".join(part for part in parts if part)

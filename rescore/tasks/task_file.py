@@ -1,0 +1,189 @@
+"""A user's own task: one YAML file, no code (docs/formats.md has an example and all keys).
+
+source:      {file: JSON lines} or {hub: id, split, config, revision, files}
+prompt:      text with fields of a record in braces
+reference:   a field with the right answer or a list of them, dots into objects (answers.text)
+metric:      a name or a list of names
+limits:      {examples, new_tokens, prompt_tokens}
+name, description, chat, passage
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lattices.errors import InvalidDataError, RescoreError
+from rescore.tasks.base import HubSource, Limits, Metric, Record, Task, checked_text, json_kind, text_list
+from rescore.tasks.metrics import find_metric
+from rescore.yaml_input import Value, read_yaml
+
+SUFFIXES = (".yaml", ".yml")
+KEYS = ("name", "description", "source", "prompt", "reference", "metric", "limits", "chat", "passage")
+SOURCE_KEYS = ("file", "hub", "config", "split", "revision", "files")
+LIMIT_KEYS = ("examples", "new_tokens", "prompt_tokens")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def is_task_file(name: str) -> bool:
+    """Whether what is given for a task is a YAML file's path, not a name."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def load_task_file(path: Path) -> Task:
+    """The task of a YAML file.
+
+    A relative `source.file` is looked for beside the YAML file; the name is the file's unless it gives one. Raises
+    `RescoreError` if the file can't be read, `InvalidDataError` with the line of what is wrong in it.
+    """
+    top = read_yaml(path)
+    fields = top.fields(KEYS, required=("source", "prompt"))
+    name = _name(fields["name"]) if "name" in fields else _name_of_file(path)
+    source = fields["source"].fields(SOURCE_KEYS)
+    template, used = _template(fields["prompt"])
+    reference = _field_path(fields["reference"]) if "reference" in fields else ""
+    passage = _text(fields["passage"]) if "passage" in fields else None
+    return Task(
+        name=name,
+        description=" ".join(_text(fields["description"]).split()) if "description" in fields else f"of {path.name}",
+        fields=tuple(dict.fromkeys([*used, *_top(reference), *_top(passage or "")])),
+        template=template,
+        references=_references(reference),
+        metrics=_metrics(fields["metric"], bool(reference)) if "metric" in fields else (),
+        chat=fields["chat"].flag() if "chat" in fields else True,
+        passage=passage,
+        limits=_limits(fields["limits"]) if "limits" in fields else Limits(),
+        file=_file(fields["source"], source, path),
+        hub=_hub(fields["source"], source),
+        definition=_definition(top),
+    )
+
+
+def _text(value: Value) -> str:
+    text = value.text()
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # YAML can spell half a surrogate pair, which no tokenizer takes
+        raise value.wrong("half a surrogate pair is no valid text; write the character itself") from None
+    return text
+
+
+def _name(value: Value) -> str:
+    name = _text(value)
+    if not _NAME.fullmatch(name):
+        raise value.wrong(f"{name[:80]!r} is no name; give up to 64 letters, digits, dots, _ and -")
+    return name
+
+
+def _name_of_file(path: Path) -> str:
+    if not _NAME.fullmatch(path.stem):
+        raise InvalidDataError(
+            f"{path} gives no name, and its own is none of letters, digits, dots, _ and -; add name: my-task"
+        )
+    return path.stem
+
+
+def _template(value: Value) -> tuple[str, list[str]]:
+    """The template of a prompt and the fields that it names."""
+    template = _text(value)
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise value.wrong(f"{error}; a field stands in braces, {{{{ and }}}} are braces themselves") from None
+    used = []
+    for _, name, form, conversion in parts:
+        if name is None:
+            continue
+        if not name or form or conversion or re.search(r"[][.\s]", name) or name.isdecimal():
+            raise value.wrong(f"{{{name}}} names no field; give its bare name in braces, like {{text}}")
+        used.append(name)
+    if not used:
+        raise value.wrong("no field in braces, so every prompt would be the same; add one, like {text}")
+    return template, used
+
+
+def _field_path(value: Value) -> str:
+    path = _text(value)
+    if not all(path.split(".")):
+        raise value.wrong(f"{path!r} is no field; give its name, with dots into objects (answers.text)")
+    return path
+
+
+def _top(path: str) -> list[str]:
+    return [path.split(".")[0]] if path else []
+
+
+def _references(path: str) -> Callable[[Record], tuple[str, ...]]:
+    """What gives the references of a record: text or a list of text at the path; none without a path."""
+
+    def references(record: Record) -> tuple[str, ...]:
+        value: object = record
+        for step in path.split("."):
+            if not isinstance(value, Mapping) or step not in value:
+                raise InvalidDataError(f"no field {path!r}")
+            value = value[step]
+        if isinstance(value, str):
+            return (checked_text(value, path),)
+        if not isinstance(value, list):
+            raise InvalidDataError(f"the field {path!r} holds {json_kind(value)} where text or a list of it is needed")
+        return text_list(value, path)
+
+    return references if path else lambda record: ()
+
+
+def _metrics(value: Value, has_reference: bool) -> tuple[Metric, ...]:
+    if not has_reference:
+        raise value.wrong("a metric needs answers to compare with; add reference: FIELD")
+    metrics: dict[str, Metric] = {}
+    for entry in value.items():
+        try:
+            metric = find_metric(_text(entry))
+        except InvalidDataError:
+            raise
+        except RescoreError as error:
+            raise entry.wrong(str(error)) from None
+        if metric.name in metrics:
+            raise entry.wrong(f"the metric {metric.name!r} is there twice; keep one")
+        metrics[metric.name] = metric
+    return tuple(metrics.values())
+
+
+def _limits(value: Value) -> Limits:
+    found = {key: limit.whole(least=1) for key, limit in value.fields(LIMIT_KEYS).items()}
+    return Limits(**found)
+
+
+def _file(value: Value, source: Mapping[str, Value], path: Path) -> Path | None:
+    if "file" not in source:
+        return None
+    if others := [key for key in SOURCE_KEYS if key != "file" and key in source]:
+        raise value.wrong(f"file and {others[0]} can't stand together; keep one of file and hub")
+    return path.parent / Path(_text(source["file"])).expanduser()
+
+
+def _hub(value: Value, source: Mapping[str, Value]) -> HubSource | None:
+    if "file" in source:
+        return None
+    for key in ("hub", "split"):
+        if key not in source:
+            raise value.wrong(f"the key {key!r} is missing; give file: PATH, or hub: ID and split: NAME")
+    found = {key: _text(entry) for key, entry in source.items()}
+    return HubSource(
+        found["hub"], found.get("config"), found["split"], found.get("revision"), data_files=found.get("files")
+    )
+
+
+def _definition(top: Value) -> dict[str, Any]:
+    """All that the file says, as plain values: what makes two versions of a task two tasks."""
+
+    def plain(value: Value) -> Any:
+        if value.is_mapping:
+            return {key: plain(entry) for key, entry in value.fields(None).items()}
+        entries = value.items()
+        return str(value.node.value) if entries == [value] else [plain(entry) for entry in entries]
+
+    found: dict[str, Any] = plain(top)
+    return found

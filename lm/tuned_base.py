@@ -8,6 +8,7 @@ trained with it lie in its folder `heads`.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,12 @@ class TunedBase:
                 r=rank, lora_alpha=2 * rank, target_modules=linear, layers_to_transform=chosen,
                 task_type="CAUSAL_LM",
             )  # fmt: skip
-            config.base_model_name_or_path = base.identity.name
             # Puts the adapter into the model's own layers; the wrapper knows the names that other readers expect.
-            self.adapted = get_peft_model(self.model, config)
+            with warnings.catch_warnings(action="ignore"):  # what peft asks of transformers is about to be renamed
+                self.adapted = get_peft_model(self.model, config)
+            local = Path(base.identity.name).expanduser()
+            name = str(local.resolve()) if local.exists() else base.identity.name
+            self.adapted.peft_config["default"].base_model_name_or_path = name
         else:
             tuned = self.model.base_model
             if layers is not None and not (hasattr(tuned, "layers") and hasattr(tuned, "norm")):

@@ -130,6 +130,9 @@ def test_from_training_to_a_base_of_its_own(folder, pairs, tmp_path, how):
     )
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)  # the adapter was rounded to float16
 
+    if how == "lora":  # by the name it was loaded by, not by where that lies here
+        config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == folder
     assert heads_folder(None, tuned.identity) == tmp_path / "out" / "heads"
     heads = load_heads(None, tuned.identity)
     prompt = tuned.encode_prompt("pp", chat=True)

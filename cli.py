@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli_analysis import analysing
 from cli_compare import comparing
 from cli_ngram import ngram_models
 from cli_options import (
@@ -29,7 +30,6 @@ from cli_options import (
     Heads,
     Json,
     Limit,
-    NewTokens,
     PromptTokens,
     Tasks,
     TaskTokens,
@@ -54,6 +54,7 @@ app = typer.Typer(
 bench = typer.Typer(help="Measurements of the machine and the base LM.", rich_markup_mode=None)
 app.add_typer(training)
 app.add_typer(ngram_models)
+app.add_typer(analysing)
 app.add_typer(comparing)
 app.add_typer(tasks)
 app.add_typer(bench, name="bench")

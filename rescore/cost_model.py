@@ -1,27 +1,31 @@
 """Cost model: what one decoded token costs, by method ([A], METHOD section 7.6).
 
-Counted per token of output, batch size 1, at a context of c tokens in the cache:
+Counted for one sequence, with c tokens in the cache, b bytes per number (weights and cache alike):
 
-weight bytes parameters that a step reads from memory, each call of a model reading all it uses once KV bytes keys and
-values of earlier tokens that a step reads from the cache FLOPs two per weight and token for matrices, and attention:
-per layer, head and head dimension two for the scores and two for the sum, for each token and each cached token
+    weight bytes   parameters that a step reads from memory; each call of a model reads all that it uses once
+    KV bytes       keys and values of earlier tokens that a step reads from the cache
+    FLOPs          2 per weight and token, and for attention 4 per query number and cached token (2 scores, 2 sum)
 
-A step verifies T tokens in one call of the base LM and accepts `block_efficiency` of them. For the base LM let W be the
-parameters that a call reads (all but the embedding table's rows: of it one row per token is read; the vocabulary
-projection V = vocab x d is in W whether it is tied or not), A = sum over layers of query heads x head size, and KV(c) =
-2 x sum over layers of KV heads x head size x min(c, window) the numbers that the cache holds; b = bytes per number.
+A step verifies T tokens in one call of the base LM and accepts `block_efficiency` of them. Of the base LM, W are the
+parameters that a call reads: all but the rows of tables (embeddings, learned positions), of which one per token is
+read; the vocabulary projection, V, is in W whether it is tied or not. H are the parameters of heads 2..h. Q(c) = sum
+over layers of query heads x head size x min(c, window); KV(c) = 2 x sum over layers of key-value heads x head size x
+min(c, window). Primed: the same of the small LM.
 
-autoregressive weights b W; KV b KV(c); FLOPs 2 W + 4 A c (one token a step) verify weights b W; KV b KV(c) x copies;
-FLOPs T (2 W + 4 A c) heads 2..h weights b (H + V); FLOPs 2 (H + (h - 1) V), H the parameters of the heads n-gram none
-of the three: a lattice is searched on the host in microseconds, and reads some hundred n-grams neural h - 1 dependent
-calls of one token: weights b (h - 1) W'; KV b (h - 1) KV'(c); FLOPs (h - 1) (2 W' + 4 A' c), of the small LM
+    autoregressive   weights b W            KV b KV(c)            FLOPs 2 W + 4 Q(c)              (a step is one token)
+    verify           weights b W            KV b KV(c) x copies   FLOPs T (2 W + 4 Q(c))
+    heads 2..h       weights b (H + V)                            FLOPs 2 (H + (h - 1) V)
+    n-gram           none: the search runs on the host and reads a few hundred n-grams a lattice
+    neural           weights b (h - 1) W'   KV b (h - 1) KV'(c)   FLOPs (h - 1) (2 W' + 4 Q'(c))
 
-Unrescored = verify + heads; the others add their rescorer; per token = per step / block efficiency. p drafts of h
-tokens are T = p h tokens; as a `batch` every draft reads the cache of its own row (copies = p), as a `tree` the cache
-is read once (copies = 1), and shared prefixes could save tokens (T = 1 + p (h - 1) at most, since the first token is
-shared). The heads read the projection again, because they start from the last accepted token, which the verify call
-decides. Left out: activations, cache writes, embedding rows, sampling, attention among the tokens of one call (at most
-T of c). Lengths are where sliding windows end: a layer with one reads at most its window.
+Unrescored is verify + heads; the other methods add their rescorer; per token = per step / block efficiency. p drafts as
+a `batch` are T = p h tokens, every row reading a cache of its own (copies = p). As a prefix `tree` the cache is read
+once (copies = 1) and the first token is shared: T = 1 + p (h - 1), an upper bound, since more prefixes may be. With one
+draft both are h tokens. The heads read the projection a second time, because they start from the state of the last
+accepted token, which the verify call decides. The neural rescorer makes h - 1 dependent calls of one token.
+
+Left out, being small beside the rest: activations, writes to the cache, table rows, attention among the tokens of one
+call, and the search.
 """
 
 from __future__ import annotations
@@ -31,8 +35,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
+
 CONTEXTS = (128, 512, 1024, 2048)  # tokens ([A])
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # per number, of weights and cache
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # per number
+VERIFY = ("tree", "batch")
+AUTOREGRESSIVE, NEURAL = "autoregressive", "neural-61m"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of [A]'s cost table: its `name`, and the rescorer (as typed) and p that it is in results; `neural`: a small
+    LM is called besides."""
+
+    name: str
+    rescorer: str | None
+    p: int
+    neural: bool = False
+
+
+METHODS = (
+    Method(AUTOREGRESSIVE, None, 1),
+    Method("unrescored", "none", 1),
+    Method("4-gram", "ngram", 1),
+    Method(NEURAL, "neural-61m", 1, neural=True),
+    Method("16-best 0-gram", "none", 16),
+    Method("16-best 4-gram", "ngram", 16),
+)
 
 
 @dataclass(frozen=True)
@@ -45,19 +74,33 @@ class LayerShape:
     head_size: int
     window: int | None = None
 
+    def seen(self, context: int) -> int:
+        """Cached tokens that the layer reads."""
+        return context if self.window is None else min(context, self.window)
+
 
 @dataclass(frozen=True)
 class Decoder:
-    """A decoder-only LM as the cost model sees it: `parameters` (all, tied tables once), `read_parameters` (W: what one
-    call reads), `projection_parameters` (V), and the attention of each layer. `assumption`: what of it is not public
-    and assumed here (None: nothing)."""
+    """A decoder-only LM as the cost model sees it: `parameters` (all, tied tables once), `read_parameters` (W),
+    `projection_parameters` (V), `hidden_size`, `vocab_size`, and the attention of each layer. `assumption`: what of it
+    is not public and assumed here (None: nothing)."""
 
     name: str
     parameters: int
     read_parameters: int
     projection_parameters: int
+    hidden_size: int
+    vocab_size: int
     layers: tuple[LayerShape, ...]
     assumption: str | None = None
+
+    def cached_numbers(self, context: int) -> int:
+        """KV(c): numbers that one token reads from a cache of `context` tokens."""
+        return sum(2 * layer.kv_heads * layer.head_size * layer.seen(context) for layer in self.layers)
+
+    def attention_flops(self, context: int) -> int:
+        """4 Q(c): FLOPs of one token's attention to `context` cached tokens."""
+        return sum(4 * layer.heads * layer.head_size * layer.seen(context) for layer in self.layers)
 
 
 @dataclass(frozen=True)
@@ -70,9 +113,9 @@ class MethodCost:
     p: int
     context: int
     block_efficiency: float | None
-    step_weight_bytes: float
-    step_kv_bytes: float
-    step_flops: float
+    step_weight_bytes: int
+    step_kv_bytes: int
+    step_flops: int
     weight_bytes: float | None
     kv_bytes: float | None
     flops: float | None
@@ -83,8 +126,8 @@ class MethodCost:
 
 @dataclass(frozen=True)
 class CostTable:
-    """The methods x contexts (`costs`, methods outermost) of one base LM in one precision: `h` block tokens,
-    `heads_parameters`, the small LM of neural-61m (None: left out) and how drafts are verified (`tree` or `batch`)."""
+    """The methods x contexts (`costs`, methods outermost) of one base LM in one precision: `h` block tokens, parameters
+    of heads 2..h, the small LM of neural-61m (None: left out) and how drafts are verified (`tree` or `batch`)."""
 
     base: Decoder
     dtype: str
@@ -100,17 +143,6 @@ class CostTable:
         return dataclasses.asdict(self)
 
 
-# Methods of [A]'s table: the rescorer of each and its p, as they are found in results.
-METHODS: tuple[tuple[str, str | None, int], ...] = (
-    ("autoregressive", None, 1),
-    ("unrescored", "none", 1),
-    ("4-gram", "ngram", 1),
-    ("neural-61m", "neural-61m", 1),
-    ("16-best 0-gram", "none", 16),
-    ("16-best 4-gram", "ngram", 16),
-)
-
-
 def cost_table(
     base: Decoder,
     *,
@@ -122,9 +154,88 @@ def cost_table(
     verify: str = "tree",
     contexts: Sequence[int] = CONTEXTS,
 ) -> CostTable:
-    """Costs of every method of `METHODS`; `block_efficiency` by method (autoregressive is 1).
+    """Costs of every method of `METHODS`; `block_efficiency` by method (autoregressive decoding's is 1).
 
-    Raises `RescoreError` for an h below 2, a context below 1 or a block efficiency outside 1 to h, `UnknownNameError`
-    for a method, dtype or way of verifying that there is not.
+    Raises `RescoreError` for an h below 2, a context below 1, a block efficiency outside 1 to h or a small LM over
+    another vocabulary, `UnknownNameError` for a method, dtype or way of verifying that there is not.
     """
-    raise NotImplementedError
+    _check(base, h, neural, block_efficiency, dtype, verify, contexts)
+    costs: list[MethodCost] = []
+    plain: dict[int, tuple[int, int, int]] = {}
+    for method in METHODS:
+        if method.neural and neural is None:
+            continue
+        for context in contexts:
+            step = _step(method, base, h, heads_parameters, neural, BYTES[dtype], verify, context)
+            plain.setdefault(context, step)  # the first method is autoregressive
+            efficiency = 1.0 if method.rescorer is None else block_efficiency.get(method.name)
+            costs.append(_cost(method, context, efficiency, step, plain[context]))
+    return CostTable(base, dtype, h, heads_parameters, neural, verify, tuple(contexts), tuple(costs))
+
+
+def _step(
+    method: Method, base: Decoder, h: int, heads: int, neural: Decoder | None, size: int, verify: str, context: int
+) -> tuple[int, int, int]:
+    """Weight bytes, KV bytes and FLOPs of one step."""
+    per_token = 2 * base.read_parameters + base.attention_flops(context)
+    weights, cached = base.read_parameters, base.cached_numbers(context)
+    if method.rescorer is None:
+        return size * weights, size * cached, per_token
+    tokens, copies = (method.p * h, method.p) if verify == "batch" else (1 + method.p * (h - 1), 1)
+    weights += heads + base.projection_parameters
+    cached *= copies
+    flops = tokens * per_token + 2 * (heads + (h - 1) * base.projection_parameters)
+    if method.neural:
+        assert neural is not None, "a method that calls a small LM needs one"
+        weights += (h - 1) * neural.read_parameters
+        cached += (h - 1) * neural.cached_numbers(context)
+        flops += (h - 1) * (2 * neural.read_parameters + neural.attention_flops(context))
+    return size * weights, size * cached, flops
+
+
+def _cost(
+    method: Method, context: int, efficiency: float | None, step: tuple[int, int, int], plain: tuple[int, int, int]
+) -> MethodCost:
+    token = [None if efficiency is None else cost / efficiency for cost in step]
+    change = [None if cost is None else cost / before - 1.0 for cost, before in zip(token, plain, strict=True)]
+    return MethodCost(method.name, method.p, context, efficiency, *step, *token, *change)
+
+
+def _check(
+    base: Decoder,
+    h: int,
+    neural: Decoder | None,
+    block_efficiency: Mapping[str, float],
+    dtype: str,
+    verify: str,
+    contexts: Sequence[int],
+) -> None:
+    for kind, name, known in (("dtype", dtype, BYTES), ("verify mode", verify, VERIFY)):
+        if name not in known:
+            raise UnknownNameError(kind, name, known)
+    if h < 2:
+        raise RescoreError(f"h = {h}; a block has at least 2 tokens (--h 2)")
+    if wrong := [context for context in contexts if context < 1]:
+        raise RescoreError(f"a context of {wrong[0]} tokens; give contexts of at least 1")
+    for name, value in block_efficiency.items():
+        if name not in (methods := [m.name for m in METHODS if m.rescorer is not None]):
+            raise UnknownNameError("method", name, methods)
+        if not 1 <= value <= h:
+            raise RescoreError(f"a block efficiency of {value:g} for {name}; it is between 1 and h = {h}")
+    if neural is not None and neural.vocab_size != base.vocab_size:
+        raise IncompatibleError(
+            f"{neural.name} has {neural.vocab_size} tokens, {base.name} {base.vocab_size}; a rescorer reads the base's"
+        )
+
+
+def heads_parameters(h: int, hidden_size: int, inner_size: int | None = None) -> int:
+    """Parameters of heads 2..h as [A] section 3 has them: a hidden layer of `inner_size` (default: the hidden size) and
+    an output layer each, with biases."""
+    inner = hidden_size if inner_size is None else inner_size
+    return (h - 1) * (2 * hidden_size * inner + inner + hidden_size)
+
+
+def block_efficiencies(results: Sequence[Mapping[str, Any]], task: str) -> dict[str, float]:
+    """Block efficiency by method of the results of a task (`rescore.results.Result`); methods not run are not in it."""
+    found = {(r["rescorer"], r["p"]): float(r["block_efficiency"]) for r in results if r["task"] == task}
+    return {m.name: found[m.rescorer, m.p] for m in METHODS if (m.rescorer, m.p) in found}

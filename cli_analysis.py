@@ -1,0 +1,138 @@
+"""Commands that look into traces and results: `analyse` (repetition, entropy, oracle, outcomes, ranks, calibration ...)
+and `cost` (what a decoded token costs by method)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli_options import FirstHeads, Json, numbers
+from lattices.errors import RescoreError
+
+analysing = typer.Typer(rich_markup_mode=None)
+
+
+@analysing.command(name="analyse")
+def analyse_command(
+    trace: Annotated[list[Path] | None, typer.Option(help="Trace folder; several for h_max over tasks.")] = None,
+    results: Annotated[
+        list[Path] | None, typer.Option(help="Folder of rescore eval --out; several for one table of all.")
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            help="Analyses of the trace, comma-separated: repetition, entropy, oracle, p_curve, ranks, acceptance, "
+            "calibration. Default: all."
+        ),
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="With --results: A=B, the gain of rescorer A over B, paired by example; several."),
+    ] = None,
+    h: FirstHeads = None,
+    k: Annotated[int | None, typer.Option(help="With --trace: entries per head of p-best drafts. Default: 16.")] = None,
+    limit: Annotated[int | None, typer.Option(help="With --trace: only the first N examples.")] = None,
+    bins: Annotated[int, typer.Option(help="Bins of the calibration.")] = 15,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap intervals.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Analyse traces or finished runs: repetition, entropy and h_max, oracle, wins and losses, ranks, calibration."""
+    from rescore.analysis import ANALYSES
+    from rescore.analysis.collect import analyse_folders
+    from rescore.analysis.text import findings_text
+
+    if bool(trace) == bool(results):
+        raise RescoreError("give trace folders (--trace) or folders of rescore eval (--results)")
+    pairs = []
+    for text in against or ():
+        rescorer, _, other = text.partition("=")
+        if not rescorer or not other:
+            raise RescoreError(f"--against {text}: give two rescorers of the results, like ngram:own=ngram")
+        pairs.append((rescorer, other))
+    names = tuple(only.split(",")) if only is not None else ANALYSES
+    found = analyse_folders(
+        traces=trace or (),
+        results=results or (),
+        only=names,
+        against=pairs,
+        h=h,
+        k=k,
+        limit=limit,
+        bins=bins,
+        seed=seed,
+    )
+    print(json.dumps(found.as_dict(), ensure_ascii=False) if as_json else findings_text(found))
+
+
+@analysing.command(name="cost")
+def cost_command(
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Base LM: smollm2-135m, a model folder, a .gguf file, a hub id, or paper-1.5b (the paper's base LM, "
+            "dimensions assumed). Default: smollm2-135m."
+        ),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="config.json of a transformers model, instead of --base.")] = None,
+    heads: Annotated[
+        Path | None,
+        typer.Option(help="Folder of block heads. Default: shipped for the base, else as the paper has them."),
+    ] = None,
+    h: Annotated[int, typer.Option(help="Tokens of a block.")] = 9,
+    results: Annotated[
+        Path | None, typer.Option(help="Folder of rescore eval --out with the block efficiencies.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Task of --results. Default: the only one.")] = None,
+    block_efficiency: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="METHOD=NUMBER, several: unrescored, 4-gram, neural-61m, '16-best 0-gram', '16-best 4-gram'."
+        ),
+    ] = None,
+    contexts: Annotated[str, typer.Option(help="Comma-separated tokens in the cache.")] = "128,512,1024,2048",
+    dtype: Annotated[str, typer.Option(help="Comma-separated: float16, bfloat16, float32.")] = "float16,float32",
+    verify: Annotated[str, typer.Option(help="p drafts as one prefix tree (tree) or as rows (batch).")] = "tree",
+    as_json: Json = False,
+) -> None:
+    """Cost model: weights and KV cache read and FLOPs per decoded token, by method and context."""
+    from rescore.cost_decoders import decoder_of, decoder_of_file, heads_of, neural_for
+    from rescore.cost_model import cost_table
+    from rescore.cost_text import cost_text
+
+    if base is not None and config is not None:
+        raise RescoreError("give --base or --config, not both")
+    efficiencies = _efficiencies(results, task, block_efficiency or ())
+    decoder = decoder_of_file(config) if config else decoder_of(base or "smollm2-135m")
+    count = heads_of(decoder, heads, h)
+    tables = [
+        cost_table(
+            decoder, h=h, heads_parameters=count, neural=neural_for(decoder), block_efficiency=efficiencies,
+            dtype=precision.strip(), verify=verify, contexts=numbers("--contexts", contexts, int),
+        )
+        for precision in dtype.split(",")
+    ]  # fmt: skip
+    print(json.dumps([t.as_dict() for t in tables]) if as_json else "\n\n".join(map(cost_text, tables)))
+
+
+def _efficiencies(results: Path | None, task: str | None, given: list[str] | tuple[str, ...]) -> dict[str, float]:
+    """Block efficiencies by method: those of a results folder, then those given by hand."""
+    from rescore.cost_model import block_efficiencies
+    from rescore.runs import load_run
+
+    found: dict[str, float] = {}
+    if results is not None:
+        run = load_run(results)
+        if task is None and len(run.tasks) > 1:
+            raise RescoreError(f"{results} has several tasks; give one with --task: {', '.join(run.tasks)}")
+        if task is not None and task not in run.tasks:
+            raise RescoreError(f"{results} has no task {task}; give one of {', '.join(run.tasks)}")
+        found |= block_efficiencies(run.results, task or run.tasks[0])
+    for text in given:
+        method, _, value = text.rpartition("=")
+        if not method:
+            raise RescoreError(f"--block-efficiency {text}: give a method and a number, like 4-gram=1.5")
+        found[method] = numbers("--block-efficiency", value, float)[0]
+    return found

@@ -1,0 +1,220 @@
+"""Decoders for the cost model: any transformers configuration, the base LM of [A] as far as it is known, small LMs.
+
+Parameters are counted by building the model without memory for its weights, so that biases, norms and tied tables are
+as the architecture has them. Nothing is downloaded but the configuration of a hub id.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from rescore.cost_model import NEURAL, Decoder, LayerShape, heads_parameters
+
+PAPER_BASE = "paper-1.5b"
+PAPER_ASSUMPTION = (
+    "1.5B parameters, decoder-only and h = 9 are the paper's; 28 layers, hidden size 2048 (16 heads of 128), "
+    "feed-forward 8192 and 32,000 tokens are assumed, since its dimensions are not public"
+)
+PAPER_NEURAL_ASSUMPTION = (
+    "61M parameters with embeddings are the paper's; 8 layers, hidden size 640 (10 heads of 64) and gated feed-forward "
+    "1776 are assumed"
+)
+
+
+def dense_decoder(
+    name: str,
+    *,
+    layers: int,
+    hidden_size: int,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    inner_size: int,
+    gated: bool,
+    vocab_size: int,
+    tied: bool = True,
+    assumption: str | None = None,
+) -> Decoder:
+    """A plain decoder: per layer query, key, value and output matrices, a feed-forward of two matrices (three if
+    `gated`) and two norms; a last norm; no biases."""
+    attention = 2 * hidden_size * head_size * (heads + kv_heads)
+    layer = attention + (3 if gated else 2) * hidden_size * inner_size + 2 * hidden_size
+    projection = vocab_size * hidden_size
+    read = layers * layer + hidden_size + projection
+    return Decoder(
+        name=name,
+        parameters=read + (0 if tied else projection),
+        read_parameters=read,
+        projection_parameters=projection,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        layers=(LayerShape(heads, kv_heads, head_size),) * layers,
+        assumption=assumption,
+    )
+
+
+def paper_base() -> Decoder:
+    """The 1.5B base LM of [A]; what is assumed of it is in `assumption`."""
+    return dense_decoder(
+        PAPER_BASE, layers=28, hidden_size=2048, heads=16, kv_heads=16, head_size=128, inner_size=8192, gated=False,
+        vocab_size=32_000, assumption=PAPER_ASSUMPTION,
+    )  # fmt: skip
+
+
+def neural_for(base: Decoder) -> Decoder:
+    """The small LM neural-61m over a base's tokens: for the base of [A] one of 61M parameters; where one is shipped for
+    the base, that (the base's first layers); else what `rescore train-rescorer neural-61m --init scratch` makes."""
+    if base.name == PAPER_BASE:
+        return dense_decoder(
+            NEURAL, layers=8, hidden_size=640, heads=10, kv_heads=10, head_size=64, inner_size=1776, gated=True,
+            vocab_size=base.vocab_size, assumption=PAPER_NEURAL_ASSUMPTION,
+        )  # fmt: skip
+    from lm.block_heads import SHIPPED
+    from lm.catalog import read_model_config
+    from lm.neural import named_size
+
+    size = named_size(NEURAL)
+    if "/" not in base.name and (SHIPPED / base.name / NEURAL).is_dir():
+        config = read_model_config(base.name)
+        config.get_text_config(decoder=True).num_hidden_layers = size.base_layers
+        return decoder_of_config(config, name=NEURAL)
+    return dense_decoder(
+        NEURAL, layers=size.layers, hidden_size=size.hidden_size, heads=size.attention_heads,
+        kv_heads=size.attention_heads, head_size=size.hidden_size // size.attention_heads,
+        inner_size=size.intermediate_size, gated=True, vocab_size=base.vocab_size,
+    )  # fmt: skip
+
+
+def decoder_of(name: str) -> Decoder:
+    """The decoder of a base LM: `paper-1.5b`, a built-in name, a model folder, a GGUF file or a hub id.
+
+    Raises `RescoreError` as `lm.catalog.load_base` does, and as `decoder_of_config`.
+    """
+    if name == PAPER_BASE:
+        return paper_base()
+    from lm.catalog import read_model_config
+
+    return decoder_of_config(read_model_config(name), name=name)
+
+
+def decoder_of_file(path: Path) -> Decoder:
+    """The decoder of a transformers `config.json`.
+
+    Raises `InvalidDataError` for a file that is none, and as `decoder_of_config`.
+    """
+    from transformers import AutoConfig
+
+    from lm.files import read_json_object
+
+    fields = read_json_object(path, missing=f"no configuration in {path}")
+    kind = fields.pop("model_type", None)
+    if not isinstance(kind, str):
+        raise InvalidDataError(f"{path} has no model_type; give the config.json of a transformers model")
+    try:
+        config = AutoConfig.for_model(kind, **fields)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InvalidDataError(f"{path} is no configuration that transformers knows: {_first(error)}") from error
+    return decoder_of_config(config, name=str(path))
+
+
+def decoder_of_config(config: Any, *, name: str) -> Decoder:
+    """The decoder of a transformers configuration.
+
+    Raises `IncompatibleError` for what this cost model says nothing about: experts, of which a call reads as many as
+    its tokens choose, compressed caches, recurrent layers, models that are no causal LM.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    text = config.get_text_config(decoder=True)
+    _refuse_other_kinds(text, name)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise IncompatibleError(f"{name} is no causal LM that can be counted: {_first(error)}") from error
+    output = model.get_output_embeddings()
+    if output is None:
+        raise IncompatibleError(f"{name} has no vocabulary projection; give the configuration of a causal LM")
+    every = {id(parameter): parameter.numel() for parameter in model.parameters()}  # a tied table counts once
+    tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    tables.pop(id(output.weight), None)
+    total = sum(every.values())
+    return Decoder(
+        name=name,
+        parameters=total,
+        read_parameters=total - sum(tables.values()),
+        projection_parameters=sum(parameter.numel() for parameter in output.parameters()),
+        hidden_size=int(text.hidden_size),
+        vocab_size=int(output.weight.shape[0]),
+        layers=_layers(text),
+    )
+
+
+def _refuse_other_kinds(text: Any, name: str) -> None:
+    for field in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
+        if (getattr(text, field, None) or 0) > 1:
+            raise IncompatibleError(f"{name} has experts, of which a call reads more the more tokens it verifies; "
+                                    "give a dense model")  # fmt: skip
+    if getattr(text, "kv_lora_rank", None):
+        raise IncompatibleError(f"{name} keeps a compressed cache, which is not modelled; give a model with plain keys "
+                                "and values")  # fmt: skip
+    other = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if other:
+        raise IncompatibleError(
+            f"{name} has {', '.join(sorted(other))} layers, whose state can't forget rejected tokens"
+        )
+
+
+def _layers(text: Any) -> tuple[LayerShape, ...]:
+    heads = int(text.num_attention_heads)
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or (1 if getattr(text, "multi_query", False) else heads))
+    head_size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    window = getattr(text, "sliding_window", None)
+    if not getattr(text, "use_sliding_window", True):
+        window = None
+    types = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
+    return tuple(LayerShape(heads, kv_heads, head_size, window if t == "sliding_attention" else None) for t in types)
+
+
+def heads_of(base: Decoder, folder: Path | None, h: int) -> int:
+    """Parameters of heads 2..h: of a checkpoint folder, cut to h; without one those shipped for the base, else [A]'s.
+
+    Raises `RescoreError` for a folder without heads or heads of another base."""
+    from lm.block_heads import CONFIG_FILE, HEADS_FOLDER, SHIPPED
+
+    if folder is None:
+        shipped = SHIPPED / base.name / HEADS_FOLDER
+        if "/" in base.name or not (shipped / CONFIG_FILE).is_file():
+            return heads_parameters(h, base.hidden_size)
+        folder = shipped
+    return _counted_heads(base, folder, h)
+
+
+def _counted_heads(base: Decoder, folder: Path, h: int) -> int:
+    import dataclasses
+
+    import torch
+
+    from lm.block_heads import BlockHeads, read_config
+
+    config = read_config(folder)
+    if config.hidden_size != base.hidden_size:
+        raise IncompatibleError(
+            f"the heads in {folder} are for a hidden size of {config.hidden_size}, {base.name} has {base.hidden_size}"
+        )
+    if not 2 <= h <= config.h:
+        raise RescoreError(
+            f"h = {h}, but the heads in {folder} propose blocks of {config.h}; choose --h from 2 to {config.h}"
+        )
+    with torch.device("meta"):
+        heads = BlockHeads(dataclasses.replace(config, h=h))
+    return sum(parameter.numel() for parameter in heads.parameters())
+
+
+def _first(error: BaseException) -> str:
+    from lm.catalog import first_line
+
+    return first_line(error)

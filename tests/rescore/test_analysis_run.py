@@ -1,0 +1,217 @@
+"""Analyses of finished runs: repetition before and after, wins and losses with causes, tables, contrasts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from analysis_traces import small_trace
+
+from lattices.errors import RescoreError, UnknownNameError
+from rescore.analysis import analyse_run, contrast, efficiency_table
+from rescore.analysis.outcomes import outcomes_of
+from rescore.analysis.p_curve import curves_of_results
+from rescore.analysis.repetition import before_after
+from rescore.analysis.run_records import alpha_source, wallclock_in
+from rescore.evaluation import EvalOptions, evaluate
+from rescore.runs import load_run
+
+# A decode of `small_trace` (output 1 2 3 4 5, unrescored drafts 1 1 1, 2 3 3, 3 8 5, 4 5 5, 5 5 8):
+#   at 0 the draft 1 2 3 is accepted whole; the unrescored 1 1 1 for 1: a win, and its wrong token repeats: repair.
+#   at 3 the draft 4 4 5 is accepted for 1; the unrescored 4 5 5 for 2: a loss, and its wrong token repeats: regress.
+#   at 4 the draft 5 5 8 is the unrescored one: a tie.
+RECORD = {
+    "id": "a", "accepted": [3, 1, 1], "unrescored_accepted": [1, 2, 1], "output_ids": [1, 2, 3, 4, 5],
+    "drafts": [[1, 2, 3], [4, 4, 5], [5, 5, 8]],
+}  # fmt: skip
+
+
+class TestOutcomes:
+    def test_by_hand(self):
+        found = outcomes_of([RECORD], 3, small_trace().examples)
+        assert (found.steps, found.won, found.tied, found.lost) == (3, 1, 1, 1)
+        assert (found.tokens_won, found.tokens_lost) == (2, 1)
+        # Unrescored 1, chosen 3; unrescored 2, chosen 1; both 1.
+        assert found.joint == ((1, 0, 1), (1, 0, 0), (0, 0, 0))
+        assert (found.repairs, found.regressions) == (1, 1) and found.repair_share == found.regress_share == 1
+        # Equal neighbours 2 -> 0 in the win; 1 -> 1 (5 5, then 4 4) in the loss.
+        assert (found.fewer_repeats, found.more_repeats) == (1, 0)
+
+    def test_other_causes(self):
+        # At 0 the unrescored draft repeats behind the token that decides nothing: here 1 2 8 wins (2 against 1), and
+        # the wrong token 1 repeats 1: repair. At 2 the draft 3 4 5 wins over 3 8 5, which repeats nothing.
+        record = {
+            **RECORD, "accepted": [2, 3], "unrescored_accepted": [1, 1], "drafts": [[1, 2, 8], [3, 4, 5]],
+        }  # fmt: skip
+        found = outcomes_of([record], 3, small_trace().examples)
+        assert (found.won, found.repairs, found.repair_share) == (2, 1, 0.5)
+        assert found.lost == 0 and found.regress_share is None and found.fewer_repeats == 1
+
+    def test_causes_need_trace_and_drafts(self):
+        without = {name: value for name, value in RECORD.items() if name != "drafts"}
+        for found in (outcomes_of([RECORD], 3), outcomes_of([without], 3, small_trace().examples)):
+            assert (found.won, found.repairs, found.repair_share) == (1, None, None)
+
+    def test_another_output_is_left_out(self):
+        other = {name: value for name, value in RECORD.items() if name != "unrescored_accepted"}
+        assert outcomes_of([other], 3, small_trace().examples) is None and outcomes_of([], 3) is None
+
+
+class TestBeforeAfter:
+    def test_by_hand(self):
+        found = before_after([RECORD], small_trace().examples)
+        # Before, at 0, 3, 4: 1 1 1, 4 5 5, 5 5 8: 4 of 6 pairs, runs 3 2 2. After: 1 2 3, 4 4 5, 5 5 8: 2 of 6, 1 2 2.
+        assert found.examples == 1
+        assert found.before.share == pytest.approx(4 / 6) and found.before.mean_longest_run == pytest.approx(7 / 3)
+        assert found.after.share == pytest.approx(2 / 6) and found.after.mean_longest_run == pytest.approx(5 / 3)
+
+    def test_live_drafts_that_end_early_are_compared_as_far_as_they_go(self):
+        record = {**RECORD, "drafts": [[1, 2, 3], [4, 4], [5]]}
+        found = before_after([record], small_trace().examples)
+        # Before: 1 1 1, 4 5, 5: 2 of 3 pairs. After: 1 2 3, 4 4, 5: 1 of 3.
+        assert found.before.share == pytest.approx(2 / 3) and found.after.share == pytest.approx(1 / 3)
+
+    def test_other_outputs_are_left_out(self):
+        assert before_after([{**RECORD, "output_ids": [1, 2, 9]}], small_trace().examples) is None
+        assert before_after([{**RECORD, "id": "b"}], small_trace().examples) is None
+
+
+@pytest.fixture
+def run(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path, tmp_path: Path, cache_folder: Path):
+    options = EvalOptions(
+        base=str(tiny_folder), heads=str(tiny_heads_folder), data=str(squad_file), device="cpu", k=4, p=(1, 3),
+        max_new_tokens=8, limit=3, rescorers=("none", "context-ngram:none", "oracle"),
+    )  # fmt: skip
+    evaluate(options, out=tmp_path / "run")
+    return load_run(tmp_path / "run")
+
+
+class TestRun:
+    def test_everything_is_in_it(self, run):
+        found = analyse_run(run, "squad")
+        json.dumps(found.as_dict(), allow_nan=False)
+        assert (found.task, found.h, found.k, found.examples, found.mode) == ("squad", 4, 4, 3, "replay")
+        for part, result in zip(found.rescorers, run.results, strict=True):
+            shares, outcomes = result["against_unrescored"], part.outcomes
+            assert (part.rescorer, part.p, part.alpha) == (result["rescorer"], result["p"], result["alpha"])
+            assert part.efficiency.block_efficiency == result["block_efficiency"]
+            assert outcomes.won / outcomes.steps == pytest.approx(shares["won"])
+            assert outcomes.lost / outcomes.steps == pytest.approx(shares["lost"])
+            assert np.array(outcomes.joint).sum() == outcomes.steps == result["steps"]
+            assert outcomes.repairs is not None and part.wallclock is None
+            assert part.repetition.examples == 3
+        plain = found.rescorers[0]
+        assert plain.repetition.before == plain.repetition.after == found.trace.repetition.decode
+        assert found.trace.oracle.unrescored.block_efficiency == plain.efficiency.block_efficiency
+        by_k = dict(zip(found.trace.oracle.ks, found.trace.oracle.by_k, strict=True))
+        assert by_k[4].block_efficiency == found.rescorers[-1].efficiency.block_efficiency
+        sources = {r.rescorer: r.alpha_source for r in found.rescorers}
+        assert sources == {"none": None, "context-ngram:none": "default", "oracle": None}
+        curves = {curve.rescorer: curve for curve in found.by_p}
+        assert set(curves) == {"none", "context-ngram:none"} and curves["none"].ps == (1, 3)
+
+    def test_a_trace_that_is_gone(self, run):
+        gone = dataclasses.replace(run, config={**run.config, "options": {**run.config["options"], "trace": "/gone"}})
+        found = analyse_run(gone, "squad")
+        assert found.trace is None and found.rescorers[0].repetition is None
+        assert found.rescorers[0].outcomes.won == 0 and found.rescorers[0].outcomes.repairs is None
+
+    def test_refused(self, run):
+        with pytest.raises(UnknownNameError, match="did you mean squad"):
+            analyse_run(run, "squat")
+        with pytest.raises(UnknownNameError, match="rescorer of these results on squad at p = 1"):
+            contrast(run, "squad", "none", "ngram")
+
+    def test_table_and_contrast(self, run):
+        found = efficiency_table([run])
+        assert found.tasks == ("squad",) and len(found.rows) == 5
+        assert [(row.rescorer, row.p, row.h, row.k) for row in found.rows][:2] == [("none", 1, 4, 4), ("none", 3, 4, 4)]
+        assert found.rows[0].mean_gain is None and found.rows[-1].mean_gain == run.results[-1]["gain"]
+        paired = contrast(run, "squad", "oracle", "none")
+        assert paired.gain == run.results[-1]["gain"] and list(paired.gain_ci95) == run.results[-1]["gain_ci95"]
+        with pytest.raises(RescoreError, match="in two of the folders"):
+            efficiency_table([run, run])
+
+
+def result(rescorer: str, p: int, efficiency: float, *, task: str = "squad", h: int = 3, gain: float | None = None):
+    return {
+        "task": task, "rescorer": rescorer, "p": p, "k": 16, "alpha": None, "n": 2, "steps": 10, "tokens": 12,
+        "block_efficiency": efficiency, "block_efficiency_ci95": None, "block_efficiency_macro": efficiency,
+        "gain": gain, "gain_ci95": None, "marginal": [1.0] * h, "latency": None,
+    }  # fmt: skip
+
+
+def test_rows_of_several_runs(tmp_path):
+    from rescore.runs import FinishedRun
+
+    runs = [
+        FinishedRun(tmp_path, {}, [result("none", 1, 1.2), result("ngram", 1, 1.3, gain=0.08)], {}),
+        FinishedRun(tmp_path, {}, [result("ngram", 1, 1.5, task="xsum", gain=0.1)], {}),
+        FinishedRun(tmp_path, {}, [result("ngram", 1, 1.6, h=9, gain=0.2)], {}),
+    ]
+    found = efficiency_table(runs)
+    assert found.tasks == ("squad", "xsum")
+    assert [(row.rescorer, row.h) for row in found.rows] == [("none", 3), ("ngram", 3), ("ngram", 9)]
+    assert [cell and cell.block_efficiency for cell in found.rows[1].cells] == [1.3, 1.5]
+    assert found.rows[1].mean_gain == pytest.approx(0.09)  # (0.08 + 0.1) / 2
+    assert found.rows[2].cells[1] is None
+
+
+def test_curves_are_sorted_by_p_and_need_several():
+    found = curves_of_results([result("none", 16, 1.5), result("none", 1, 1.2), result("oracle", 1, 2.0)])
+    assert len(found) == 1 and found[0].ps == (1, 16)
+    assert [point.block_efficiency for point in found[0].points] == [1.2, 1.5]
+
+
+def test_what_results_say_beside():
+    config = {"alphas": {"squad": {"ngram": {"1": {"alpha": 0.5, "from": "tuned"}}}}}
+    assert alpha_source(config, "squad", "ngram", 1) == "tuned" and alpha_source(config, "squad", "none", 1) is None
+    latency = {
+        "verify": "tree", "prefill_ms": 1.0, "autoregressive_ms": 2.0, "verify_ms": 3.0, "heads_ms": 1.0,
+        "rescore_ms": 0.5, "rescore_p50_ms": 0.4, "rescore_p95_ms": 0.9, "glue_share": 0.01, "tokens_per_second": 9.0,
+        "autoregressive_tokens_per_second": 9.0, "speedup": 1.1, "predicted_speedup": None,
+    }  # fmt: skip
+    found = wallclock_in({"latency": latency})
+    assert (found.rescore_p95_ms, found.speedup, found.predicted_speedup) == (0.9, 1.1, None)
+
+
+class TestFolders:
+    def test_traces_and_results(self, run):
+        from rescore.analysis.collect import analyse_folders
+        from rescore.analysis.text import findings_text
+
+        found = analyse_folders(results=[run.folder], against=[("oracle", "none")])
+        json.dumps(found.as_dict(), allow_nan=False)
+        assert [c.rescorer for c in found.contrasts] == ["oracle"] and found.table is not None
+        text = findings_text(found)
+        for line in (
+            "squad: 3 examples, replay",
+            "entropy of head",
+            "recall of head",
+            "repair",
+            "mean gain",
+            "against",
+        ):
+            assert line in text
+        folder = next(path for path in cache_of().glob("traces/*") if path.is_dir())
+        traces = analyse_folders(traces=[folder, folder], h=2, limit=2, only=("entropy", "oracle"))
+        assert [(t.examples, t.h, t.ranks) for t in traces.traces] == [(2, 2, None)] * 2 and traces.table is None
+        assert "Pearson's R" in findings_text(traces)
+
+
+def cache_of() -> Path:
+    from lm.files import cache_directory
+
+    return cache_directory()
+
+
+def test_texts_of_nothing():
+    from analysis_traces import trace_of
+
+    from rescore.analysis import analyse_trace
+    from rescore.analysis.text import trace_text
+
+    assert "0 examples" in trace_text(analyse_trace(trace_of([])))

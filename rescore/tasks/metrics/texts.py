@@ -64,7 +64,9 @@ def bleu(output: str, references: tuple[str, ...]) -> float:
 
     The mean over sentences is not the BLEU of the corpus, which pools its n-gram counts.
     """
-    return float(_bleu_scorer().sentence_score(output, list(references)).score) / 100 if references else 0.0
+    if not references:
+        return 0.0
+    return min(1.0, float(_bleu_scorer().sentence_score(output, list(references)).score) / 100)  # it rounds above 100
 
 
 ROUGE_1 = Metric("ROUGE-1", rouge_1)

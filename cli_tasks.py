@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli_options import Base, Data, Device, Dtype, Json, Limit, notify, progress_bar
+from rescore.terminal import printable
 
 if TYPE_CHECKING:
     from rescore.tasks.listing import TaskFacts
@@ -37,7 +38,9 @@ def tasks_command(
 def _table(found: list[TaskFacts]) -> str:
     from rescore.report.tables import table
 
-    rows = [[facts.name, facts.problem or facts.description, ", ".join(facts.metrics) or "-"] for facts in found]
+    rows = [
+        [facts.name, printable(facts.problem or facts.description), ", ".join(facts.metrics) or "-"] for facts in found
+    ]
     note = (
         "rescore tasks NAME shows prompt, data and limits; --task ./mine.yaml is a task of your own (docs/formats.md)."
     )
@@ -48,11 +51,11 @@ def _in_full(facts: TaskFacts) -> str:
     limits = ", ".join(f"{name} {limit}" for name, limit in (facts.limits or {}).items() if limit is not None)
     lines = {
         "task": facts.name,
-        "what it is": facts.description,
-        "prompt": facts.prompt.strip().replace("\n", "\n" + " " * 12),
+        "what it is": printable(facts.description),
+        "prompt": ("\n" + " " * 12).join(map(printable, facts.prompt.strip().split("\n"))),
         "chat": "in the chat template, where the base LM has one" if facts.chat else "no, plain text",
         "metrics": ", ".join(facts.metrics) or "-",
-        "data": facts.source,
+        "data": printable(facts.source),
         "--data": f"JSON lines with {facts.rows}",
         "passages": facts.passage or "-",
         "limits": limits or "-",

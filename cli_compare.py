@@ -3,13 +3,19 @@ one example block by block."""
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cli_options import Json, notify
+from cli_options import INTERRUPTED, Json, notify, progress_bar
+
+PLAIN_WIDTH = 160  # columns where stdout is no terminal and COLUMNS does not say
 
 comparing = typer.Typer(rich_markup_mode=None)
 
@@ -40,3 +46,70 @@ def compare_command(
     for line in comparison.notices:
         notify(line)
     print(json.dumps(comparison.as_dict()) if as_json else comparison_table(comparison))
+
+
+@comparing.command(name="suite")
+def suite_command(
+    plan: Annotated[Path, typer.Argument(metavar="TABLE.yaml", help="Tasks, rescorers, k: see docs/formats.md.")],
+    out: Annotated[Path, typer.Option(help="Folder for results, table.md and table.csv; resumable.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with TASK.jsonl for each task whose data the file does not name.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a whole table, tasks x rescorers x k, from one YAML file; goes on where it was stopped."""
+    from rescore.suite import run_suite
+    from rescore.suite_plan import read_plan
+    from rescore.suite_table import text_table
+
+    chosen = read_plan(plan, data=data)
+    with progress_bar() as progress:
+        suite = run_suite(chosen, out, source=plan.name, progress=progress, notify=notify)
+    if as_json:
+        print(json.dumps(suite.as_dict()))
+    else:
+        print(text_table(suite.results) if suite.results else "no finished examples")
+    if suite.interrupted:
+        notify(f"interrupted; the finished examples are kept in {out}: the same command goes on")
+        raise typer.Exit(INTERRUPTED)
+
+
+@comparing.command(name="inspect")
+def inspect_command(
+    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="Folder of rescore eval --out or rescore suite.")],
+    example: Annotated[str, typer.Option(help="Id of the example, or its number from 1.")] = "1",
+    task: Annotated[str | None, typer.Option(help="Task, where the results have several.")] = None,
+    steps: Annotated[str, typer.Option(help="Blocks to show: 3, 1-5, 6- or all.")] = "1-5",
+    rescorer: Annotated[list[str] | None, typer.Option(help="Rescorer as it was typed; several. Default: all.")] = None,
+    p: Annotated[int | None, typer.Option(help="Only the drafts with this p.")] = None,
+    k: Annotated[int | None, typer.Option(help="Of a suite with several k: this one.")] = None,
+    top: Annotated[int, typer.Option(help="Tokens of each slot of the lattice to show.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Show one example block by block: the lattice, each rescorer's draft, what was accepted, what the base wanted."""
+    from rich.console import Console
+
+    from rescore.inspection import inspect_example
+    from rescore.inspection_view import inspection_lines
+
+    found = inspect_example(results, example, task=task, rescorers=rescorer or (), p=p, k=k, steps=steps, top=top)
+    for line in found.notices:
+        notify(line)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+        return
+    console = Console(highlight=False, markup=False, emoji=False)
+    colour = console.is_terminal and not os.environ.get("NO_COLOR")
+    width = console.width if console.is_terminal else shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns
+    lines = inspection_lines(found, width=width)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Unicode still shows what it can
+    try:
+        for shown in lines:
+            if colour:
+                console.print(shown, soft_wrap=True)
+            else:
+                print(shown.plain)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

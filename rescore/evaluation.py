@@ -7,7 +7,8 @@ results in `rescore.summary`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,9 @@ __all__ = ["EvalOptions", "Evaluation", "evaluate", "oracle_by_k", "trace_task"]
 if TYPE_CHECKING:
     from lm.base import BaseLM
 
-REPLAY_EXAMPLES = 64  # replayed side by side; Ctrl-C loses what of these is not finished
+REPLAY_EXAMPLES = 64  # replayed side by side, at most; a kill loses what of these is not finished
+FIRST_EXAMPLES = 4  # of these, before it is known how long they take
+REPLAY_SECONDS = 20.0  # where a rescorer took longer, half as many follow side by side, else twice
 
 Notify = Callable[[str], None]  # takes a line for the user, before the work that it is about
 
@@ -74,24 +77,31 @@ def evaluate(
     options: EvalOptions,
     *,
     out: Path | None = None,
+    weights: Mapping[Run, dict[str, Any]] | None = None,
+    trace_k: int | None = None,
     progress: Progress | None = None,
     notify: Notify | None = None,
 ) -> Evaluation:
     """Runs every rescorer on every task, with every p, and accounts for it.
 
     `out`: a folder for `examples.jsonl` (one line per finished example, resumable) and `results.json` (last).
+    `weights`: for runs whose weight the caller knows, as in `rescore.weights.Alphas`; `trace_k`: entries per slot of a
+    trace that is recorded (default: what these options need).
     `notify` gets each of the notices once, before the work that it is about. Ctrl-C keeps what is finished and returns
     it with `interrupted` set. Raises `RescoreError` for what can't be done.
     """
     options = resolve(options)
     rescorers = {name: load_rescorer(name) for name in options.rescorers}
     models = Models(options)
-    inputs = prepare(options, models)
+    inputs = prepare(options, models, k=trace_k)
     evaluation = _new_evaluation(options, inputs, notify)
     config = evaluation.document.config
     for task in inputs:
         check_tokenizers(task, rescorers)
     alphas = {task.name: choose_alphas(options, task, rescorers) for task in inputs}
+    for (typed, p), chosen in (weights or {}).items():
+        for by_name in alphas.values():
+            by_name[typed][p] = chosen
     config["alphas"] = alphas
     for task in inputs:
         for line in alpha_notices(alphas[task.name], task):
@@ -229,14 +239,17 @@ def _replay(
     log: ExampleLog,
     progress: Progress | None,
 ) -> None:
-    for start in range(0, len(trace.examples), REPLAY_EXAMPLES):
-        examples = trace.examples[start : start + REPLAY_EXAMPLES]
+    start, side_by_side = 0, min(FIRST_EXAMPLES, REPLAY_EXAMPLES)
+    while examples := trace.examples[start : start + side_by_side]:
+        slowest = 0.0
         best = replay(examples, load_rescorer("oracle"), k=options.k)
         oracle = {example.id: lengths for example, lengths in zip(examples, best, strict=True)}
         quality = {example.id: _quality(task, example.output, example) for example in examples}
         for (typed, p), rescorer in rescorers.items():
             missing = [e for e in examples if not log.has(task.name, typed, p, e.id)]
+            began = time.monotonic()
             replayed = replay_steps(missing, rescorer, k=options.k, p=p)
+            slowest = max(slowest, time.monotonic() - began)
             for example, steps in zip(missing, replayed, strict=True):
                 head = _head(trace, task, (typed, p), example, quality[example.id])
                 log.add({
@@ -246,6 +259,8 @@ def _replay(
                 })  # fmt: skip
         if progress:
             progress(f"replay {task.name}", start + len(examples), len(trace.examples))
+        start += len(examples)
+        side_by_side = min(REPLAY_EXAMPLES, 2 * side_by_side) if slowest < REPLAY_SECONDS else max(1, side_by_side // 2)
 
 
 def _head(trace: Trace, task: TaskInput, run: Run, example: TracedExample, quality: dict[str, float]) -> dict[str, Any]:

@@ -55,7 +55,8 @@ class EvalOptions:
     rescorer (None: the tuned one, else its default); `limit`: the first so many examples; `max_new_tokens` an output;
     `max_prompt_tokens`: cuts prompts (these three, None: what the task's file says, else all, 64 and no cut); `mode`:
     replay or live; `verify`: tree or batch (live); `data`: JSON lines file; `trace`: folder to replay, wherever it was
-    made; `dtype` and `device` of the base; `seed` of the bootstrap intervals, the one random thing in an evaluation.
+    made; `dtype` and `device` of the base; `seed` of the bootstrap intervals, the one random thing in an evaluation;
+    `own_p`: rescorers whose p are others than `p`.
     """
 
     tasks: tuple[str, ...] = ()
@@ -76,6 +77,7 @@ class EvalOptions:
     dtype: str = "float32"
     device: str = "auto"
     seed: int = 0
+    own_p: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @property
     def ps(self) -> tuple[int, ...]:
@@ -84,8 +86,12 @@ class EvalOptions:
 
     @property
     def runs(self) -> tuple[Run, ...]:
-        """What there is a result of, on each task. The oracle knows which draft is best: it is run with p = 1 only."""
-        return tuple((typed, p) for typed in self.rescorers for p in ((1,) if typed == "oracle" else self.ps))
+        """What there is a result of, on each task."""
+        return tuple((typed, p) for typed in self.rescorers for p in self.ps_of(typed))
+
+    def ps_of(self, typed: str) -> tuple[int, ...]:
+        """Each p of one rescorer. The oracle knows which draft is best: it is run with p = 1 only."""
+        return (1,) if typed == "oracle" else dict(self.own_p).get(typed, self.ps)
 
 
 class Models:
@@ -250,7 +256,7 @@ def _check(options: EvalOptions) -> None:
         raise UnknownNameError("verify mode", options.verify, VERIFY_MODES)
     if not options.ps:
         raise RescoreError("no p is given; give one at least (--p 1)")
-    for p in options.ps:
+    for p in (*options.ps, *(p for _, ps in options.own_p for p in ps)):
         check_p(p)
     check_k(options.k)
     if options.max_new_tokens is not None:

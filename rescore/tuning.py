@@ -44,13 +44,15 @@ def tune(
     alphas: Sequence[float] = DEFAULT_ALPHAS,
     ks: Sequence[int] = (16,),
     ps: Sequence[int] = (1, 16),
+    trace_k: int | None = None,
+    keep: bool = True,
     progress: Progress | None = None,
     notify: Notify | None = None,
 ) -> list[Tuned]:
-    """Sweeps every weighted rescorer of the options on every task, and keeps the best weights for `evaluate`.
+    """Sweeps every weighted rescorer of the options on every task, and keeps the best weights for `evaluate` (`keep`).
 
-    `options.limit` examples (default `HELD_OUT`) from the end of the data are used, at most half of them. Raises
-    `RescoreError` for a rescorer without weight and for what `evaluate` refuses.
+    `options.limit` examples (default `HELD_OUT`) from the end of the data are used, at most half of them; `trace_k` as
+    for `evaluate`. Raises `RescoreError` for a rescorer without weight and for what `evaluate` refuses.
     """
     limit = HELD_OUT if options.limit is None else options.limit
     for alpha, k, p in product(alphas, ks, ps):
@@ -65,7 +67,7 @@ def tune(
         rescorers[typed] = rescorer
     models = Models(options)
     found = []
-    for task in prepare(options, models):
+    for task in prepare(options, models, k=trace_k):
         task = task.last(max(1, min(limit, len(task.ids) // 2)))
         if notify and task.notice:
             notify(task.notice)
@@ -87,8 +89,9 @@ def tune(
                     progress(f"tune {task.name}", place * len(swept) + number + 1, len(runs) * len(swept))
             best = swept[max(range(len(swept)), key=lambda i: (efficiency[i], -i))]
             tuned = Tuned(task.name, typed, k, p, swept, tuple(efficiency), best, task.ids)
-            path = tuned_path(dataclasses.replace(options, k=k), task, rescorer, p)
-            document: dict[str, Any] = {**dataclasses.asdict(tuned), "identity": rescorer.identity, **environment()}
-            write_json(path, document)
+            if keep:
+                path = tuned_path(dataclasses.replace(options, k=k), task, rescorer, p)
+                document: dict[str, Any] = {**dataclasses.asdict(tuned), "identity": rescorer.identity, **environment()}
+                write_json(path, document)
             found.append(tuned)
     return found

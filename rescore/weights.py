@@ -35,9 +35,9 @@ def check_tokenizers(task: TaskInput, rescorers: Mapping[str, Rescorer]) -> None
 
 
 def choose_alphas(options: EvalOptions, task: TaskInput, rescorers: Mapping[str, Rescorer]) -> Alphas:
-    """The weights on a task of all the rescorers that have one, for every p of the options."""
+    """The weights on a task of all the rescorers that have one, for every p that they are run with."""
     return {
-        typed: {p: _alpha(options, task, rescorer, p) for p in options.ps}
+        typed: {p: _alpha(options, task, rescorer, p) for p in options.ps_of(typed)}
         for typed, rescorer in rescorers.items()
         if isinstance(rescorer, WeightedRescorer)
     }

@@ -10,6 +10,8 @@ import pytest
 from conftest import write_lines
 from test_cli import Command, model, rescore
 
+from rescore.results import ExampleLog
+
 __all__ = ["model", "rescore"]  # fixtures
 
 
@@ -47,3 +49,70 @@ class TestCompare:
         rescore("compare", results, "--a-p", 1, "--b-p", 2).refused("has not finished")
         write_lines(results / "results.json", [[]])
         rescore("compare", results, "--a-p", 1, "--b-p", 2).refused("is not a JSON object")
+
+
+class TestInspect:
+    def test_one_example(self, rescore: Command, results: Path):
+        run = rescore("inspect", results, "--example", "q1", "--steps", "1-2", "--rescorer", "none", "--p", 1)
+        assert (run.code, run.err) == (0, "") and "\x1b" not in run.out
+        assert run.out.startswith("squad, example q1 (2 of 6), h = 4, k = 16\nprompt: question: ")
+        assert re.search(
+            r"\nblock 1, output token 1: none p=1 accepts \d\n +slot +base wanted +rank +lattice 1 ", run.out
+        )
+        assert re.search(r"\n +1 +\S+ +1 .*\[\S+\]\n", run.out) and "--steps 3- shows more" in run.out
+
+    def test_colour_where_stdout_is_a_terminal(self, rescore: Command, results: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TERM", "xterm-256color")
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        assert "\x1b[32m[" in rescore("inspect", results).out
+        monkeypatch.setenv("NO_COLOR", "1")
+        assert "\x1b" not in rescore("inspect", results).out
+
+    def test_the_document(self, rescore: Command, results: Path):
+        document = rescore("inspect", results, "--steps", "all", "--json").document
+        assert document["total"] == len(document["blocks"]) and document["blocks"][0]["slots"][0]["rank"] == 1
+
+    def test_mistakes(self, rescore: Command, results: Path):
+        rescore("inspect", results, "--example", "q9").refused("unknown example 'q9'")
+        rescore("inspect", results, "--example", "\x1b[2J").refused(r"unknown example '\\x1b\[2J'")
+        rescore("inspect", results, "--steps", "9-1").refused("choose from these")
+
+
+class TestSuite:
+    @pytest.fixture
+    def plan(self, model: list[object], squad_file: Path, tmp_path: Path) -> Path:
+        path = tmp_path / "table.yaml"
+        path.write_text(
+            f"base: {model[1]}\nheads: {model[3]}\ndevice: cpu\nlimit: 3\nmax_new_tokens: 6\nk: 4\n"
+            f"tasks: squad\nrescorers: [none, oracle]\n"
+        )
+        return path
+
+    def test_a_table(self, rescore: Command, plan: Path, squad_file: Path, tmp_path: Path):
+        asked = ["suite", plan, "--data", squad_file.parent, "--out", tmp_path / "out"]
+        run = rescore(*asked)
+        assert (run.code, run.err) == (0, "")
+        assert re.search(r"\nsquad +oracle \(1\) +- +\d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\) ", run.out)
+        assert rescore(*asked).out == run.out
+        assert rescore(*asked, "--json").document["schema"] == "rescore.suite/1"
+        plan.write_text(plan.read_text().replace("limit: 3", "limit: 4"))
+        rescore(*asked).refused("limit: 3 -> 4.; use another --out")
+        plan.write_text(plan.read_text() + "rescorer: none\n")
+        rescore(*asked).refused("table.yaml line 9: unknown key 'rescorer'; did you mean 'rescorers'")
+
+    def test_ctrl_c(self, rescore: Command, plan: Path, squad_file: Path, tmp_path: Path, monkeypatch: Any):
+        add, calls = ExampleLog.add, []
+
+        def stop(self: ExampleLog, record: dict[str, Any]) -> None:
+            calls.append(1)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            add(self, record)
+
+        asked = ["suite", plan, "--data", squad_file.parent, "--out", tmp_path / "out"]
+        with monkeypatch.context() as stopping:
+            stopping.setattr(ExampleLog, "add", stop)
+            run = rescore(*asked)
+        assert run.code == 130 and "the same command goes on" in run.err and "none (1)" in run.out
+        assert rescore(*asked).code == 0

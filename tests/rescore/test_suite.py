@@ -1,0 +1,288 @@
+"""A whole table from one YAML: what it makes, how it goes on at the next example, what it refuses and on which line."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import squad_records, write_lines
+
+import lm.catalog
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lm.files import cache_directory
+from rescore import suite as suite_module
+from rescore import tracing
+from rescore.comparison import Selection, compare
+from rescore.evaluation import EvalOptions, evaluate, trace_task
+from rescore.inspection import inspect_example
+from rescore.results import ExampleLog
+from rescore.runs import load_run
+from rescore.suite import Suite, run_suite
+from rescore.suite_plan import Plan, read_plan
+from rescore.suite_table import COLUMNS, markdown_table, text_table
+
+BODY = """\
+limit: 4
+max_new_tokens: 8
+k: [4, 2]
+p: [1, 2]
+device: cpu
+tasks:
+  - name: squad
+    data: DATA/squad.jsonl
+  - name: gsm8k
+    data: DATA/gsm8k.jsonl
+    limit: 3
+rescorers:
+  - none
+  - name: context-ngram:none
+    p: 1
+    tune: {limit: 2, alphas: [0.5, 1]}
+  - oracle
+"""
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path, tiny_folder: Path, tiny_heads_folder: Path) -> Write:
+    """A suite for the tiny model, with lines of it replaced."""
+    write_lines(tmp_path / "squad.jsonl", squad_records(6))
+    write_lines(tmp_path / "gsm8k.jsonl", [r | {"answer": "42"} for r in squad_records(6)])
+
+    def written(*changes: tuple[str, str], body: str = BODY) -> Path:
+        text = f"base: {tiny_folder}\nheads: {tiny_heads_folder}\n" + body.replace("DATA", str(tmp_path))
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new)
+        (tmp_path / "table.yaml").write_text(text)
+        return tmp_path / "table.yaml"
+
+    return written
+
+
+def run(path: Path, out: Path, **more: Any) -> Suite:
+    return run_suite(read_plan(path), out, source=path.name, **more)
+
+
+def records(out: Path) -> list[tuple[Any, ...]]:
+    found = []
+    for path in sorted(out.glob("runs/*/examples.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        found += [(path.parent.name, r["rescorer"], r["p"], r["id"]) for r in lines]
+    return found
+
+
+def refused(call: Callable[[], object], message: str, kind: type[RescoreError] = RescoreError) -> None:
+    with pytest.raises(kind) as caught:
+        call()
+    assert "\n" not in str(caught.value) and message in str(caught.value), str(caught.value)
+
+
+class TestTable:
+    def test_every_task_k_and_rescorer_has_its_result(self, write: Write, tmp_path: Path):
+        suite = run(write(), tmp_path / "out")
+        ran = [("none", 1), ("none", 2), ("context-ngram:none", 1), ("oracle", 1)]
+        wanted = [(task, k, *side) for task in ("squad", "gsm8k") for k in (4, 2) for side in ran]
+        assert [(r["task"], r["k"], r["rescorer"], r["p"]) for r in suite.results] == wanted
+        assert [r["n"] for r in suite.results] == [4] * 8 + [3] * 8
+        assert {r["alpha"] for r in suite.results if r["rescorer"] == "context-ngram:none"} <= {0.0, 0.5, 1.0}
+        assert [(t["task"], t["k"], t["p"], len(t["held_out"])) for t in suite.tuned] == [
+            ("squad", 4, 1, 2), ("squad", 2, 1, 2), ("gsm8k", 4, 1, 2), ("gsm8k", 2, 1, 2)
+        ]  # fmt: skip
+        assert len(list((cache_directory() / "traces").iterdir())) == 2, "k shares the trace of its task"
+        assert not (cache_directory() / "tuned").exists(), "the weights are the suite's own"
+
+    def test_its_folders_are_those_of_eval(self, write: Write, tmp_path: Path):
+        suite = run(write(), tmp_path / "out")
+        assert [r["folder"] for r in suite.runs] == ["runs/squad-k4", "runs/squad-k2", "runs/gsm8k-k4", "runs/gsm8k-k2"]
+        found = load_run(tmp_path / "out" / "runs/squad-k4")
+        options = {**found.config["options"], "tasks": ("squad",), "rescorers": ("none", "oracle"), "own_p": ()}
+        plain = evaluate(EvalOptions(**{**options, "p": (1, 2)})).document.as_dict()["results"]
+        same = [r for r in suite.results if (r["task"], r["k"]) == ("squad", 4) and r["alpha"] is None]
+        assert [{**r, "h": None} for r in same] == [{**r, "h": None} for r in json.loads(json.dumps(plain))]
+        assert compare(tmp_path / "out", selection=Selection(a_rescorer="none", b_rescorer="oracle")).rows[0].n == 4
+        assert inspect_example(tmp_path / "out", "2", task="gsm8k", k=2).k == 2
+
+    def test_the_files(self, write: Write, tmp_path: Path):
+        suite = run(write(), tmp_path / "out")
+        manifest = json.loads((tmp_path / "out" / "suite.json").read_text())
+        assert manifest["schema"] == "rescore.suite/1" and manifest["results"] == suite.results
+        page = (tmp_path / "out" / "table.md").read_text()
+        assert "`rescore suite table.yaml --out DIR`" in page and "3 or 4 examples of a task" in page
+        assert re.search(r"^\| squad \| oracle \(1\) \| 4 \| - \| \d\.\d{3} \(.* to .*\) \| \+", page, re.M)
+        rows = list(csv.reader((tmp_path / "out" / "table.csv").open()))
+        assert tuple(rows[0]) == COLUMNS and len(rows) == 17 and rows[1][:6] == ["squad", "4", "4", "none", "1", ""]
+        assert float(rows[4][9]) == suite.results[3]["block_efficiency"]
+
+    def test_several_h_and_large_k(self, write: Write, tmp_path: Path):
+        body = "k: [2, 40]\nh: [2, 4]\nlimit: 2\nmax_new_tokens: 6\ndevice: cpu\ntasks: squad\nrescorers: none\n"
+        suite = run_suite(read_plan(write(body=body), data=tmp_path), tmp_path / "out")
+        assert [(r["k"], r["h"]) for r in suite.results] == [(2, 2), (40, 2), (2, 4), (40, 4)]
+        assert len(list((cache_directory() / "traces").iterdir())) == 1
+        assert "| 40 | 4 |" in markdown_table(suite.results, suite.plan, "")
+
+    def test_given_traces(self, write: Write, tmp_path: Path):
+        options = read_plan(write()).options(read_plan(write()).tasks[0], k=4, h=None)
+        trace_task(dataclasses.replace(options, limit=3), tmp_path / "trace")
+        body = f"device: cpu\nk: 4\ntasks:\n- trace: {tmp_path / 'trace'}\nrescorers: [none, oracle]\n"
+        suite = run(write(body=body), tmp_path / "out")
+        assert [(r["task"], r["n"]) for r in suite.results] == [("squad", 3)] * 2
+        assert run(write(body=body), tmp_path / "out").results == suite.results
+
+    def test_names_cannot_break_the_table(self, write: Write, tmp_path: Path):
+        suite = run(write(), tmp_path / "out")
+        nasty = [{**suite.results[0], "task": "a|b<img>\x1b[2J`x`"}]
+        assert r"| a\|b&lt;img>\x1b" in markdown_table(nasty, suite.plan, "").replace("\\\\", "\\").replace(
+            r"\x1b\[", r"\x1b"
+        )
+        assert "\x1b" not in text_table(nasty)
+
+
+class TestGoingOn:
+    @pytest.mark.parametrize("at", [1, 3, 7, 20])
+    def test_a_kill_loses_no_finished_example(self, write: Write, tmp_path: Path, monkeypatch: Any, at: int):
+        """As after a kill: what was appended stays, the last line may be torn."""
+        whole = run(write(), tmp_path / "whole")
+        add, calls = ExampleLog.add, []
+
+        def die(self: ExampleLog, record: dict[str, Any]) -> None:
+            calls.append(1)
+            if len(calls) == at:
+                raise SystemError("killed")
+            add(self, record)
+
+        with monkeypatch.context() as dying:
+            dying.setattr(ExampleLog, "add", die)
+            with pytest.raises(SystemError):
+                run(write(), tmp_path / "out")
+        assert not (tmp_path / "out" / "suite.json").exists() and len(records(tmp_path / "out")) == at - 1
+        with (tmp_path / "out" / "tuned.jsonl").open("a") as stream:
+            stream.write('{"task": "gs')
+        refused(lambda: compare(tmp_path / "out", selection=Selection(a_p=1, b_p=2)), "has not finished")
+        calls.clear()
+
+        def count(self: ExampleLog, record: dict[str, Any]) -> None:
+            calls.append(1)
+            add(self, record)
+
+        monkeypatch.setattr(ExampleLog, "add", count)
+        again = run(write(), tmp_path / "out")
+        assert len(calls) == len(records(tmp_path / "whole")) - (at - 1)
+        assert again.results == whole.results and sorted(records(tmp_path / "out")) == sorted(
+            records(tmp_path / "whole")
+        )
+
+    def test_ctrl_c_keeps_and_shows_what_is_finished(self, write: Write, tmp_path: Path, monkeypatch: Any):
+        add, calls = ExampleLog.add, []
+
+        def stop(self: ExampleLog, record: dict[str, Any]) -> None:
+            calls.append(1)
+            if len(calls) == 20:
+                raise KeyboardInterrupt
+            add(self, record)
+
+        with monkeypatch.context() as stopping:
+            stopping.setattr(ExampleLog, "add", stop)
+            cut = run(write(), tmp_path / "out")
+        assert cut.interrupted and [r["k"] for r in cut.results] == [4, 4, 4, 4, 2]
+        assert not (tmp_path / "out" / "table.md").exists() and len(cut.runs) == 1
+        again = run(write(), tmp_path / "out")
+        assert not again.interrupted and again.results[:4] == cut.results[:4]
+
+    def test_ctrl_c_while_tuning(self, write: Write, tmp_path: Path, monkeypatch: Any):
+        def stop(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as stopping:
+            stopping.setattr(suite_module, "tune", stop)
+            cut = run(write(), tmp_path / "out")
+        assert cut.interrupted and cut.results == []
+        assert len(run(write(), tmp_path / "out").results) == 16
+
+    def test_what_is_finished_needs_no_model(self, write: Write, tmp_path: Path, monkeypatch: Any):
+        first = run(write(), tmp_path / "out")
+        monkeypatch.setattr(lm.catalog, "load_base", lambda *_, **__: pytest.fail("the base LM was loaded"))
+        monkeypatch.setattr(suite_module, "tune", lambda *_, **__: pytest.fail("tuned again"))
+        monkeypatch.setattr(suite_module, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
+        assert run(write(), tmp_path / "out").results == first.results
+
+    def test_each_trace_is_recorded_once(self, write: Write, tmp_path: Path, monkeypatch: Any):
+        made: list[int] = []
+        generate = tracing.generate
+
+        def counted(base: Any, prompts: list[Any], **more: Any) -> Any:
+            made.append(len(prompts))
+            return generate(base, prompts, **more)
+
+        monkeypatch.setattr(tracing, "generate", counted)
+        run(write(), tmp_path / "out")
+        assert sum(made) == (4 + 2) + (3 + 2), "the evaluated examples and those held out, of each task"
+
+    def test_new_data_are_told(self, write: Write, tmp_path: Path):
+        run(write(), tmp_path / "out")
+        write_lines(tmp_path / "squad.jsonl", squad_records(5))
+        refused(lambda: run(write(), tmp_path / "out"), "data.squad.sha256", IncompatibleError)
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("old", "new", "message"),
+        [
+            ("limit: 4", "limt: 4", "line 3: unknown key 'limt'; did you mean 'limit'?"),
+            ("limit: 3", "lines: 3", "line 13: unknown key 'lines' in 'tasks[2]'"),
+            ("limit: 4", "limit: four", "line 3: limit: text ('four') stands where a whole number is needed"),
+            ("limit: 4", "limit: 0", "line 3: limit: 0 is too small"),
+            ("k: [4, 2]", "k: [4, x]", "line 5: k[2]: text ('x')"),
+            ("k: [4, 2]", "h: 1", "line 5: h: 1 is too small; give 2 or more"),
+            ("name: gsm8k", "name: gsmk", "line 11: tasks[2].name: unknown task 'gsmk'; did you mean gsm8k"),
+            ("name: gsm8k", "name: squad", "line 11: tasks[2]: the task squad is there twice"),
+            ("- oracle", "- orcale", "line 19: rescorers[3]: unknown rescorer 'orcale'; did you mean oracle"),
+            ("- oracle", "- none", "line 19: rescorers[3]: the rescorer none is there twice"),
+            ("- oracle", "- {name: oracle, alpha: 1}", "has no weight; drop alpha"),
+            ("tune: {", "alpha: 1\n    tune: {", "a weight that is given is not tuned"),
+            ("tune: {", "alpha: 65\n    x: {", "unknown key 'x' in 'rescorers[2]'"),
+            ("alphas: [0.5, 1]", "alphas: [0.5, -1]", "line 18: rescorers[2].tune.alphas[2]: -1 is outside 0 to 64"),
+            ("device: cpu", "mode: lives", "line 7: mode: 'lives' is not known; did you mean 'live'?"),
+            ("name: gsm8k", "trace: x", "a trace has its own examples; drop data or trace"),
+        ],
+    )
+    def test_with_the_line(self, write: Write, old: str, new: str, message: str):
+        refused(lambda: read_plan(write((old, new))), message, InvalidDataError)
+
+    def test_no_tasks(self, write: Write):
+        refused(lambda: read_plan(write(body="rescorers: none\n")), "line 1: the key 'tasks' is missing")
+
+    def test_data_that_are_not_there_before_any_work(self, write: Write, tmp_path: Path, monkeypatch: Any):
+        monkeypatch.setattr(lm.catalog, "load_base", lambda *_, **__: pytest.fail("the base LM was loaded"))
+        refused(lambda: run(write(("gsm8k.jsonl", "none.jsonl")), tmp_path / "out"), "no such file")
+        refused(lambda: run(write(("k: [4, 2]", "k: 258")), tmp_path / "b"), "vocabulary's 257")
+
+    def test_a_changed_plan_with_the_difference(self, write: Write, tmp_path: Path):
+        run(write(("k: [4, 2]", "k: 4")), tmp_path / "out")
+        changes = ("k: [4, 2]", "k: 4"), ("limit: 3", "limit: 2"), ("  - oracle\n", "")
+        message = "tasks.gsm8k.limit: 3 -> 2; rescorers.oracle: removed)"
+        refused(lambda: run(write(*changes), tmp_path / "out"), message, IncompatibleError)
+
+    def test_a_folder_of_something_else(self, write: Write, tmp_path: Path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "notes").touch()
+        refused(lambda: run(write(), tmp_path / "out"), "holds something else than a suite")
+
+    def test_a_broken_list_of_weights(self, write: Write, tmp_path: Path):
+        run(write(), tmp_path / "out")
+        (tmp_path / "out" / "tuned.jsonl").write_text("{}\n")
+        refused(lambda: run(write(), tmp_path / "out"), "tuned.jsonl line 1 is no tuned weight", InvalidDataError)
+
+
+def test_the_suite_of_the_readme_can_be_read():
+    path = Path(__file__).parents[2] / "docs" / "suites" / "main.yaml"
+    plan = read_plan(path, data=Path("folder"))
+    assert isinstance(plan, Plan) and plan.tasks[0].data == "folder/squad.jsonl" and len(plan.tasks) == 7
+    assert [(r.name, r.p) for r in plan.rescorers][:2] == [("none", (1, 16)), ("ngram", (1, 16))]
+    assert {r.name: tuning.limit for r, tuning in plan.tuned}["neural-94m"] == 32

@@ -8,10 +8,11 @@ from typing import Any
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lm.files import read_json_lines, read_json_object
-from rescore.results import CONFIG_FILE, EXAMPLES_FILE, RESULTS_FILE, SCHEMA
+from rescore.results import CONFIG_FILE, EXAMPLES_FILE, RECORD, RESULTS_FILE, SCHEMA
 from rescore.tracing import HEADER_FILE, Trace, load_trace, trace_folder
 
 Record = dict[str, Any]  # a line of examples.jsonl (docs/formats.md)
+NEEDED = {"task", "rescorer", "k", "p", "alpha", "n", "marginal"}  # of a result, by what reads finished runs
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,13 @@ def load_run(folder: Path) -> FinishedRun:
     config, results = document.get("config"), document.get("results")
     if not isinstance(config, dict) or not isinstance(results, list) or not results:
         raise InvalidDataError(f"{folder / RESULTS_FILE} holds no results; run the evaluation again")
+    if not all(isinstance(result, dict) and result.keys() >= NEEDED for result in results):
+        raise InvalidDataError(f"{folder / RESULTS_FILE} holds no whole results; run the evaluation again")
     records: dict[tuple[str, str, int], list[Record]] = {}
-    for _, record in read_json_lines(folder / EXAMPLES_FILE, torn_tail=True):
+    for number, record in read_json_lines(folder / EXAMPLES_FILE, torn_tail=True):
+        if not all(isinstance(record.get(name), kind) for name, kind in RECORD.items()):
+            where = f"{folder / EXAMPLES_FILE} line {number}"
+            raise InvalidDataError(f"{where} is not a finished example; run the evaluation again")
         records.setdefault((record["task"], record["rescorer"], record["p"]), []).append(record)
     for result in results:
         n = len(records.get((result["task"], result["rescorer"], result["p"]), ()))

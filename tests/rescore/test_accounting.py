@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rescore.acceptance import accept
-from rescore.accounting import Gain, account, paired_gain
+from rescore.accounting import Gain, account, paired_difference, paired_gain
 
 
 def test_one_example_by_hand():
@@ -87,3 +87,15 @@ def test_accept_agrees_with_its_definition(seed, b, p, h, remaining):
             best.append(n)
         assert lengths[i] == max(best)
         assert rows[i] == best.index(max(best))
+
+
+def test_a_difference_is_between_the_same_examples():
+    found = paired_difference([[2, 1], [3], [1, 1]], [[3], [3], [1, 1]])
+    assert found.difference == pytest.approx(8 / 4 - 8 / 5) and found.gain == pytest.approx(1 / 4)
+    assert (found.won, found.tied, found.lost) == (1, 2, 0)
+    low, high = found.difference_ci95 or (1.0, -1.0)
+    assert low == 0.0 and high == pytest.approx(1.5), "resamples of ties alone, and of the won example alone"
+    assert paired_difference([[2, 1], [1]], [[3], [1]]).gain == paired_gain([[3], [1]], [[2, 1], [1]]).gain
+    single = paired_difference([[2]], [[1, 1]])
+    assert single.difference_ci95 is None and single.gain_ci95 is None and single.lost == 1
+    assert paired_difference([[1, 1, 1], [2]], [[1, 1, 1], [2]]).tied == 2

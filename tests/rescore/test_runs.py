@@ -85,6 +85,16 @@ class TestTrouble:
         (folder / "examples.jsonl").write_text("".join(lines[:-1]))
         assert "has 2 of the 3 examples of" in refused(lambda: load_run(folder), InvalidDataError)
 
+    def test_broken_lines_and_results(self, folder):
+        lines = (folder / "examples.jsonl").read_text()
+        (folder / "examples.jsonl").write_text('{"task": "squad"}\n' + lines)
+        assert "line 1 is not a finished example" in refused(lambda: load_run(folder), InvalidDataError)
+        (folder / "examples.jsonl").write_text(lines)
+        document = json.loads((folder / "results.json").read_text())
+        for results in ([7], [{"task": "squad"}]):
+            (folder / "results.json").write_text(json.dumps({**document, "results": results}))
+            assert "holds no whole results" in refused(lambda: load_run(folder), InvalidDataError)
+
     def test_another_trace_in_its_place(self, options, tmp_path, cache_folder):
         trace_task(EvalOptions(**{**options, "rescorers": ("none",), "p": 1}), tmp_path / "trace")
         evaluate(EvalOptions(trace=str(tmp_path / "trace"), rescorers=("none",), k=4, device="cpu"), out=tmp_path / "r")

@@ -37,6 +37,7 @@ from cli_options import (
     numbers,
     progress_bar,
 )
+from cli_report import reporting
 from cli_tasks import tasks
 from cli_training import training
 from lattices.errors import RescoreError
@@ -57,6 +58,7 @@ app.add_typer(ngram_models)
 app.add_typer(analysing)
 app.add_typer(comparing)
 app.add_typer(tasks)
+app.add_typer(reporting)
 app.add_typer(bench, name="bench")
 
 

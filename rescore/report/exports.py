@@ -1,0 +1,151 @@
+"""A report as Markdown and as CSV: the same numbers for papers, pull requests and spreadsheets."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from rescore.report.figures import Section, interval, number, percent
+from rescore.report.headline import Headline, recovered
+from rescore.report.sources import TaskView
+from rescore.report.token_text import harmless
+
+COLUMNS = (
+    "task",
+    "rescorer",
+    "p",
+    "k",
+    "h",
+    "mode",
+    "alpha",
+    "examples",
+    "steps",
+    "tokens",
+    "block_efficiency",
+    "block_efficiency_low",
+    "block_efficiency_high",
+    "block_efficiency_macro",
+    "oracle_block_efficiency",
+    "gain",
+    "gain_low",
+    "gain_high",
+    "oracle_gap_recovered",
+    "won",
+    "tied",
+    "lost",
+    "quality",
+    "verify_ms",
+    "heads_ms",
+    "rescore_ms",
+    "autoregressive_ms",
+    "speedup",
+    "results",
+)
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would compute
+
+
+def csv_text(views: Sequence[TaskView]) -> str:
+    """A line for every task, rescorer and p, with a header; empty cells where a number is not known."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow([*COLUMNS, *(f"marginal_{i}" for i in range(1, _most(views) + 1))])
+    for view in views:
+        for r in view.results:
+            outcomes, latency = r["against_unrescored"] or {}, r["latency"] or {}
+            quality = r.get("quality")
+            metrics = "; ".join(f"{name} {value:.4f}" for name, value in quality.items()) if quality else ""
+            writer.writerow(
+                [
+                    _plain(view.label),
+                    _plain(r["rescorer"]),
+                    r["p"],
+                    r["k"],
+                    len(r["marginal"]),
+                    view.analysis.mode,
+                    _cell(r["alpha"]),
+                    r["n"],
+                    r["steps"],
+                    r["tokens"],
+                    _cell(r["block_efficiency"]),
+                    *_pair(r["block_efficiency_ci95"]),
+                    _cell(r["block_efficiency_macro"]),
+                    _cell(r["oracle_block_efficiency"]),
+                    _cell(r["gain"]),
+                    *_pair(r["gain_ci95"]),
+                    _cell(recovered(r, view.unrescored)),
+                    *(_cell(outcomes.get(name)) for name in ("won", "tied", "lost")),
+                    _plain(metrics),
+                    *(
+                        _cell(latency.get(name))
+                        for name in ("verify_ms", "heads_ms", "rescore_ms", "autoregressive_ms", "speedup")
+                    ),
+                    _plain(str(view.run.folder)),
+                    *map(_cell, r["marginal"]),
+                ]
+            )
+    return stream.getvalue()
+
+
+def _most(views: Sequence[TaskView]) -> int:
+    return max(len(r["marginal"]) for view in views for r in view.results)
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def _pair(values: Sequence[float] | None) -> tuple[str, str]:
+    return ("", "") if values is None else (_cell(values[0]), _cell(values[1]))
+
+
+def _plain(text: str) -> str:
+    """Text that a spreadsheet takes as text."""
+    return f"'{text}" if text.startswith(FORMULA) else text
+
+
+def markdown_text(
+    views: Sequence[TaskView], headline: Headline, sections: Sequence[Section], missing: Sequence[str]
+) -> str:
+    """Sentences, the table of rescorers x tasks, and the numbers of every chart."""
+    parts = ["# How many tokens does a step accept?", *map(_escaped, headline.sentences)]
+    if missing:
+        parts.append("**Not shown here**\n\n" + "\n".join(f"- {_escaped(line)}" for line in missing))
+    rows = [[row.rescorer, str(row.p), *(_headline_cell(cell) for cell in row.cells)] for row in headline.rows]
+    parts.append(_table(["rescorer", "p", *(view.label for view in views)], rows))
+    parts.append(
+        "Tokens a step (block efficiency); in brackets the gain over the unrescored draft with its 95 % interval, "
+        "and the share of the oracle's gap recovered."
+    )
+    for section in sections:
+        body = _table(section.header, section.rows) if section.rows else _escaped(section.lacking)
+        parts.append(f"## {section.title}\n\n{_escaped(section.reading)}\n\n{body}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _headline_cell(cell: Any) -> str:
+    if cell is None:
+        return ""
+    r = cell.result
+    if r["gain"] is None:
+        return f"{number(r['block_efficiency'])} ({interval(r['block_efficiency_ci95'])})"
+    found = [percent(r["gain"], sign=True)]
+    if r["gain_ci95"]:
+        found[0] += f", {interval(r['gain_ci95'], gain=True)}"
+    if cell.share is not None:
+        found.append(f"{percent(cell.share, 0)} of the gap")
+    if cell.speedup is not None:
+        found.append(f"{cell.speedup:.2f}x the speed")
+    return f"{number(r['block_efficiency'])} ({'; '.join(found)})"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(c if c == "---" else _escaped(c) for c in line) + " |" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown and the HTML in it leave as it is, on one line."""
+    return re.sub(r"([\\`*_\[\]<>|#&~])", r"\\\1", " ".join(harmless(text).split()))

@@ -1,0 +1,197 @@
+"""What a report is made of: finished runs with their traces and analyses, and notices of what is missing.
+
+Bad results are refused with one line; a trace that is gone or broken only costs what is read from it.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lattices.errors import InvalidDataError, RescoreError
+from rescore.analysis import HmaxCorrelation, RunAnalysis, analyse_run, correlate_h_max
+from rescore.inputs import Progress
+from rescore.report.sweeps import kept_sweeps
+from rescore.results import CONFIG_FILE, RESULTS_FILE
+from rescore.runs import FinishedRun, load_run
+from rescore.tracing import Trace, trace_folder
+from rescore.tuning import Tuned
+
+NUMBERS = ("k", "p", "n", "block_efficiency", "block_efficiency_macro", "oracle_block_efficiency", "steps", "tokens")
+LISTS = ("accepted_histogram", "marginal", "conditional")
+
+
+@dataclass(frozen=True)
+class LoadedRun(FinishedRun):
+    """A finished run whose traces are loaded: once for all that reads them, and None where they can't be."""
+
+    traces: dict[str, Trace | None]
+
+    def trace(self, task: str) -> Trace | None:
+        """The trace of a task, as it was loaded."""
+        return self.traces[task]
+
+
+@dataclass(frozen=True)
+class TaskView:
+    """One task of one run: a column of the report. `label` is the task's name, with the folder's where two runs have
+    the task; `results` (fields of `rescore.results.Result`) in the order of the run; `sweeps`: of the weights that the
+    run used."""
+
+    label: str
+    task: str
+    run: LoadedRun
+    results: tuple[dict[str, Any], ...]
+    analysis: RunAnalysis
+    sweeps: tuple[Tuned, ...]
+
+    @property
+    def live(self) -> bool:
+        """Whether time was measured."""
+        return any(result["latency"] for result in self.results)
+
+    @property
+    def unrescored(self) -> dict[str, Any] | None:
+        """The result of `none` with one draft a step, where that was run."""
+        return next((r for r in self.results if r["rescorer"] == "none" and r["p"] == 1), None)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """All views in the order of the folders, the correlation of h_max with block efficiency over them, and `missing`: a
+    sentence for each thing that the report can't show, with how to get it."""
+
+    views: tuple[TaskView, ...]
+    h_max: HmaxCorrelation | None
+    missing: tuple[str, ...]
+
+
+def load_sources(folders: Sequence[Path], *, progress: Progress | None = None) -> Sources:
+    """Reads results folders (or folders of results folders) and analyses them.
+
+    Raises `RescoreError` for a folder without finished results, `InvalidDataError` for one of another schema or with
+    anything else in it.
+    """
+    runs = [_load(folder) for folder in dict.fromkeys(found for folder in folders for found in _results_in(folder))]
+    missing: list[str] = []
+    loaded = [
+        LoadedRun(run.folder, run.config, run.results, run.records, {t: _trace(run, t, missing) for t in run.tasks})
+        for run in runs
+    ]
+    pairs = [(run, task) for run in loaded for task in run.tasks]
+    labels = _labels(pairs)
+    views = []
+    for place, ((run, task), label) in enumerate(zip(pairs, labels, strict=True)):
+        if progress:
+            progress("analyse", place, len(pairs))
+        results = tuple(result for result in run.results if result["task"] == task)
+        analysis = analyse_run(run, task)
+        views.append(TaskView(label, task, run, results, analysis, kept_sweeps(run.config, task)))
+    traces = [view.analysis.trace for view in views if view.analysis.trace is not None]
+    missing += _gaps(views)
+    return Sources(tuple(views), correlate_h_max(traces) if traces else None, tuple(missing))
+
+
+def _results_in(folder: Path) -> list[Path]:
+    """The folder itself, or the results folders in it where it is none."""
+    if folder.is_dir() and not (folder / RESULTS_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
+        inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
+        return inside or [folder]
+    return [folder]
+
+
+def _load(folder: Path) -> FinishedRun:
+    broken = InvalidDataError(f"{folder} does not hold what rescore eval writes; run the evaluation again")
+    try:
+        run = load_run(folder)
+        for result in run.results:
+            numbers = all(isinstance(result[name], int | float) for name in NUMBERS)
+            if not numbers or not all(isinstance(result[name], list) for name in LISTS):
+                raise broken
+        for task in run.tasks:
+            run.config["traces"][task], run.config["options"]["h"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise broken from error
+    return run
+
+
+def _trace(run: FinishedRun, task: str, missing: list[str]) -> Trace | None:
+    try:
+        trace = run.trace(task)
+    except RescoreError as error:
+        missing.append(f"The trace of {task} can't be used ({error}), so what is read from it is not shown.")
+        return None
+    if trace is None:
+        missing.append(
+            f"The trace of {task} is no longer there, so its lattices, entropies and oracle curves are not shown. "
+            f"To record it again: {trace_command(run, task)}"
+        )
+    return trace
+
+
+def trace_command(run: FinishedRun, task: str) -> str:
+    """The command that records the trace of a task of the run where the run looks for it."""
+    options, made_of = run.config["options"], dict(run.config["traces"][task])
+    k = made_of.pop("k")
+    folder = options.get("trace") or str(trace_folder(task, made_of, k))
+    of_run = [r for (name, _, _), records in run.records.items() if name == task for r in records]
+    base = made_of.get("base")
+    arguments: dict[str, Any] = {
+        "task": task,
+        "base": base["name"] if isinstance(base, dict) and "name" in base else options.get("base"),
+        "heads": options.get("heads"),
+        "k": k,
+        "limit": len({r["id"] for r in of_run}),
+        "max-new-tokens": made_of.get("max_new_tokens"),
+        "max-prompt-tokens": made_of.get("max_prompt_tokens"),
+        "data": options.get("data"),
+        "out": folder,
+    }
+    words = [f"--{name} {shlex.quote(str(value))}" for name, value in arguments.items() if value is not None]
+    return " ".join(["rescore trace", *words])
+
+
+def _labels(pairs: Sequence[tuple[FinishedRun, str]]) -> list[str]:
+    """Names of the views, every one different."""
+    often = Counter(task for _, task in pairs)
+    names = [task if often[task] == 1 else f"{task} ({run.folder.resolve().name})" for run, task in pairs]
+    seen: Counter[str] = Counter()
+    labels = []
+    for name in names:
+        seen[name] += 1
+        labels.append(name if seen[name] == 1 else f"{name} [{seen[name]}]")
+    return labels
+
+
+def _gaps(views: Sequence[TaskView]) -> list[str]:
+    """What the results themselves leave open."""
+    lines = []
+    if lonely := [view.label for view in views if max(r["n"] for r in view.results) < 2]:
+        lines.append(
+            f"{', '.join(lonely)}: one example only, so there is no interval; an interval needs two examples or more "
+            "(rescore eval --limit)."
+        )
+    if plain := [view.label for view in views if view.unrescored is None]:
+        lines.append(
+            f"{', '.join(plain)}: the unrescored drafts were not run, so there are no gains; "
+            "add --rescorer none to rescore eval, and 1 to its --p."
+        )
+    everything = {(r["rescorer"], r["p"]) for view in views for r in view.results}
+    for view in views:
+        lacking = everything - {(r["rescorer"], r["p"]) for r in view.results}
+        if lacking:
+            names = ", ".join(f"{rescorer} (p = {p})" for rescorer, p in sorted(lacking))
+            lines.append(f"{view.label}: not run there: {names}. Empty cells of the tables are these.")
+    return lines
+
+
+def json_text(value: Any) -> str:
+    """JSON for a script element: no `</`, no `<!--`, and nothing that JavaScript takes for the end of a line."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    escaped = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return escaped.encode("utf-8", "backslashreplace").decode("utf-8")  # a lone surrogate has no UTF-8

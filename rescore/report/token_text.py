@@ -1,0 +1,121 @@
+"""Text of tokens and prompts for a page: white space and invisible characters become visible, nothing is lost.
+
+A token need not be text: it may be part of a character. Then its bytes are shown.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lattices.errors import RescoreError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPACE, NEWLINE, TAB = "\u2423", "\u21b5", "\u21e5"
+HEAD, TAIL = 1200, 600  # characters of a long text that are kept
+_VISIBLE = {" ": SPACE, "\n": NEWLINE, "\t": TAB}
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """A text, or its beginning and end with the number of characters between them that are left out."""
+
+    head: str
+    tail: str
+    left_out: int
+
+
+def visible(text: str) -> str:
+    """One line in which every character shows: a mark for space, new line and tab, the code for other control and
+    format characters, lone surrogates and marks of direction."""
+    return "".join(_VISIBLE.get(c) or (_code(c) if _hidden(c, joiners=True) else c) for c in text)
+
+
+def harmless(text: str) -> str:
+    """Text as it is, white space included, but for control characters, lone surrogates and marks of direction, whose
+    code is shown. Joiners stay: emoji and some scripts are written with them."""
+    return "".join(_code(c) if c not in _VISIBLE and _hidden(c, joiners=False) else c for c in text)
+
+
+def excerpt(text: str) -> Excerpt:
+    """`harmless` text, cut in the middle where it is long."""
+    if len(text) <= HEAD + TAIL:
+        return Excerpt(harmless(text), "", 0)
+    return Excerpt(harmless(text[:HEAD]), harmless(text[-TAIL:]), len(text) - HEAD - TAIL)
+
+
+def _hidden(character: str, *, joiners: bool) -> bool:
+    category = unicodedata.category(character)
+    if character in "\u200c\u200d":
+        return joiners
+    return category in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") or (category == "Zs" and character != " ")
+
+
+def _code(character: str) -> str:
+    return f"\u27e8U+{ord(character):04X}\u27e9"
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase | None, ids: Iterable[int]) -> dict[int, str]:
+    """The visible text of each token id; `#id` without a tokenizer and for ids that it does not know."""
+    if tokenizer is None:
+        return {token: f"#{token}" for token in ids}
+    wanted = sorted(set(ids))
+    pieces: list[Any] = [tokenizer.convert_ids_to_tokens(token) for token in wanted]
+    return {token: _text(tokenizer, token, piece) for token, piece in zip(wanted, pieces, strict=True)}
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, token: int, piece: str | None) -> str:
+    if piece is None:
+        return f"#{token}"
+    text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+    if "\ufffd" in text:  # part of a character: bytes, where the tokenizer's alphabet tells them
+        if raw := _bytes_of(piece):
+            return "".join(f"\\x{byte:02X}" for byte in raw)
+    elif piece.startswith("\u2581") and not text.startswith(" "):  # SentencePiece, whose decoding strips it
+        text = " " + text
+    return visible(text) or f"#{token}"
+
+
+def _bytes_of(piece: str) -> bytes | None:
+    if piece.startswith("<0x") and piece.endswith(">"):
+        return bytes([int(piece[3:-1], 16)])
+    alphabet = _byte_alphabet()
+    return bytes(alphabet[c] for c in piece) if all(c in alphabet for c in piece) else None
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level BPE writes bytes as (GPT-2's table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def tokenizer_of(base: Any) -> tuple[PreTrainedTokenizerBase | None, str | None]:
+    """The tokenizer of a trace's base (`name` and `tokenizer_sha256` of its settings), and a sentence if there is none.
+
+    Nothing is fetched: a model of the hub must be on this machine already.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    from lm.catalog import load_tokenizer, tokenizer_sha256
+
+    name = base.get("name") if isinstance(base, dict) else None
+    if not isinstance(name, str):
+        return None, "The trace does not name its base model, so tokens are shown as ids."
+    ids = "so tokens are shown as ids; rescore report on a machine that has the model shows text."
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".gguf"):
+        from pathlib import Path
+
+        if not Path(name).is_dir() and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return None, f"{name} is not on this machine, {ids}"
+    try:
+        tokenizer = load_tokenizer(name)
+    except RescoreError as error:
+        return None, f"The tokenizer of {name} can't be loaded ({error}), {ids}"
+    if (wanted := base.get("tokenizer_sha256")) is not None and tokenizer_sha256(tokenizer) != wanted:
+        return None, f"The tokenizer of {name} is not the one that the trace was made with, {ids}"
+    return tokenizer, None

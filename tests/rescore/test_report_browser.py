@@ -1,0 +1,139 @@
+"""The page in a real browser: no errors, no sideways scrolling, the explorer by mouse and keyboard, tables without
+JavaScript, paper. Skipped where there is no Chromium."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_report_page import data_file, options, results  # noqa: F401 (fixtures)
+
+from rescore.report.page import write_report
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install rescore[dev])")
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def address(results: Path, tmp_path: Path) -> str:  # noqa: F811
+    return write_report([results], tmp_path / "report.html").html.as_uri()
+
+
+def opened(browser, address: str, **context):
+    """A page with the messages and requests that it made."""
+    page = browser.new_context(**context).new_page()
+    page.complaints, page.requests = [], []
+    page.on("console", lambda m: page.complaints.append(m.text) if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.on("request", lambda request: page.requests.append(request.url))
+    page.on("dialog", lambda dialog: (page.complaints.append(dialog.message), dialog.dismiss()))
+    page.goto(address)
+    return page
+
+
+def show_all(page) -> int:
+    """Scrolls to every chart; how many there are."""
+    plots = page.locator(".plot")
+    for i in range(plots.count()):
+        plots.nth(i).scroll_into_view_if_needed()
+        page.wait_for_selector(f".plot >> nth={i} >> .main-svg >> nth=0", state="attached")
+    return plots.count()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_opens_cleanly_at_any_width(browser, address, width, scheme):
+    page = opened(browser, address, viewport={"width": width, "height": 800}, color_scheme=scheme)
+    assert show_all(page) >= 8
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    for details in page.locator("details").all():
+        details.evaluate("element => { element.open = true; }")
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert page.complaints == [] and all(url.startswith(("file:", "data:", "blob:")) for url in page.requests)
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert ground == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 23, 28)")
+    drawn = page.locator(".plot .main-svg").first.evaluate("svg => svg.style.background")
+    assert drawn == ground
+
+
+def test_the_explorer_by_keyboard(browser, address):
+    page = opened(browser, address)
+    page.locator("#explorer-app").focus()
+    status = page.locator("#ex-status")
+    assert status.text_content().startswith("Step 1 of ")
+    page.keyboard.press("ArrowRight")
+    assert status.text_content().startswith("Step 2 of ")
+    assert page.locator(".block").nth(1).get_attribute("aria-pressed") == "true"
+    page.keyboard.press("End")
+    steps = page.locator(".block").count()
+    assert status.text_content().startswith(f"Step {steps} of {steps}")
+    assert page.locator("#ex-drafts td.why", has_text="the output ends here").count() > 0
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowLeft")
+    assert status.text_content().startswith("Step 1 of ")
+    assert page.complaints == []
+
+
+def test_the_explorer_by_mouse(browser, address):
+    page = opened(browser, address)
+    page.click("#ex-next")
+    page.locator(".block").last.click()
+    assert page.locator("#ex-next").is_disabled()
+    page.select_option("#ex-decode", label="oracle")
+    assert "of oracle" in page.text_content("#ex-status")
+    page.select_option("#ex-example", index=2)
+    page.click("summary:has-text('Prompt and reference')")
+    assert page.text_content("#ex-status").startswith("Step 1 of ")
+    assert page.locator("#ex-lattice tbody tr").count() == 4
+    assert page.locator("#ex-lattice td.wanted").count() >= 1
+    rows = page.locator("#ex-drafts tbody tr")
+    assert "base" in rows.first.text_content() and rows.count() >= 3
+    assert page.complaints == []
+
+
+def test_hostile_prompts_are_shown_as_text(browser, address):
+    page = opened(browser, address)
+    names = page.locator("#ex-example option").all_text_contents()
+    hostile = next(i for i, name in enumerate(names) if "id 1" in name)
+    page.select_option("#ex-example", index=hostile)
+    assert "<script>alert(1)</script><img src=x onerror=alert(2)>" in page.text_content("#ex-prompt")
+    assert page.complaints == [] and page.locator("main img").count() == 0
+
+
+def test_switches_of_the_legend_hide_a_rescorer(browser, address):
+    page = opened(browser, address)
+    show_all(page)
+    page.locator("#legend input[data-rescorer='oracle']").uncheck()
+    page.wait_for_function(
+        "document.querySelector('#acceptance .plot').data.filter(t => t.visible === false).length === 1"
+    )
+    assert page.complaints == []
+
+
+def test_tables_are_readable_without_javascript(browser, address):
+    page = opened(browser, address, java_script_enabled=False)
+    assert page.locator("table.headline td .number").count() == 3
+    assert page.locator("table.headline").is_visible()
+    assert page.locator("noscript").count() == 2 and not page.locator("#explorer-app").is_visible()
+    page.click("#acceptance summary")
+    assert page.locator("#acceptance table").is_visible()
+
+
+def test_prints_with_all_charts(browser, address):
+    page = opened(browser, address, color_scheme="dark")
+    pdf = page.pdf(format="A4")
+    assert pdf.startswith(b"%PDF") and page.complaints == []
+    assert page.locator(".plot[data-drawn]").count() == page.locator(".plot").count()

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 
 from rescore.analysis import Outcomes
 from rescore.report.cost_charts import Looks, alpha_section, drafts_section, name_of, rule, time_section
+from rescore.report.cost_model_charts import cost_model_section
 from rescore.report.figures import (
     Chart,
     Section,
@@ -38,6 +39,7 @@ def rescorer_sections(views: Sequence[TaskView], looks: Looks) -> list[Section]:
         alpha_section(views, looks, dash),
         drafts_section(views, looks),
         _repetition(views, looks),
+        cost_model_section(views),
     ]
 
 

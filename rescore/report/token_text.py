@@ -8,6 +8,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lattices.errors import RescoreError
@@ -94,24 +95,28 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
+def is_here(name: str) -> bool:
+    """Whether a base LM can be asked for without fetching it: anything but a hub id that is not in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf") or Path(name).is_dir():
+        return True
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
 def tokenizer_of(base: Any) -> tuple[PreTrainedTokenizerBase | None, str | None]:
     """The tokenizer of a trace's base (`name` and `tokenizer_sha256` of its settings), and a sentence if there is none.
 
     Nothing is fetched: a model of the hub must be on this machine already.
     """
-    from huggingface_hub import try_to_load_from_cache
-
     from lm.catalog import load_tokenizer, tokenizer_sha256
 
     name = base.get("name") if isinstance(base, dict) else None
     if not isinstance(name, str):
         return None, "The trace does not name its base model, so tokens are shown as ids."
     ids = "so tokens are shown as ids; rescore report on a machine that has the model shows text."
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".gguf"):
-        from pathlib import Path
-
-        if not Path(name).is_dir() and not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            return None, f"{name} is not on this machine, {ids}"
+    if not is_here(name):
+        return None, f"{name} is not on this machine, {ids}"
     try:
         tokenizer = load_tokenizer(name)
     except RescoreError as error:

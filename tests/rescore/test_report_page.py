@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from lattices.errors import InvalidDataError, OutputError, RescoreError
+from rescore.cost_decoders import decoder_of, heads_of
+from rescore.cost_model import cost_table
 from rescore.evaluation import EvalOptions, evaluate
 from rescore.report.page import write_report
+from rescore.runs import load_run
 
 HOSTILE = (
     "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7*7 }} \u202eevil\u0007 "
@@ -276,3 +279,28 @@ class TestTrouble:
     def test_a_place_that_cannot_be_written(self, results, tmp_path):
         (tmp_path / "file").write_text("")
         self.refused(lambda: write_report([results], tmp_path / "file" / "report.html"), OutputError)
+
+
+def test_the_cost_model_has_the_methods_that_were_run(options, tmp_path, cache_folder):
+    """Per token: what a step costs by `rescore.cost_model`, over the tokens of a step."""
+    folder = run_into(tmp_path / "run", options, rescorers=("none", "oracle"), p=(1, 16))
+    written = write_report([folder], tmp_path / "report.html")
+    run = load_run(folder)
+    decoder = decoder_of(options["base"])
+    table = cost_table(
+        decoder, h=4, heads_parameters=heads_of(decoder, Path(options["heads"]), 4), neural=None, dtype="float32",
+        block_efficiency={"unrescored": run.results[0]["block_efficiency"]}, contexts=(512,),
+    )  # fmt: skip
+    (cost,) = [c for c in table.costs if c.method == "unrescored"]
+    page = written.html.read_text()
+    section = page[page.index('<section id="cost-model"') :]
+    section = section[: section.index("</section>")]
+    cells = re.findall(r"<td>(.*?)</td>", section)
+    place = cells.index("unrescored")
+    row = next(
+        cells[i - 1 : i + 10] for i in range(place, len(cells)) if cells[i : i + 3] == ["unrescored", "1", "512"]
+    )
+    assert row[5:8] == [
+        f"{cost.weight_bytes / 1e9:.3f}", f"{cost.kv_bytes / 1e6:.2f}", f"{cost.flops / 1e9:.2f}",
+    ]  # fmt: skip
+    assert "16-best 0-gram" in cells and "autoregressive" in cells and "4-gram" not in cells

@@ -108,7 +108,9 @@ def train_heads_command(
     tune: Annotated[
         str, typer.Option(help="none: the base is frozen; lora or full: it is fine-tuned with the heads.")
     ] = "none",
-    lora_rank: Annotated[int, typer.Option(help="Rank of the base's changes (tune lora).")] = 16,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Rank of the base's changes (tune lora); 16 by default.")
+    ] = None,
     tuned_layers: Annotated[
         int | None, typer.Option(help="Only so many of a tuned base's last layers: cheaper steps. Default: all.")
     ] = None,

@@ -205,8 +205,8 @@ def read_config(folder: Path) -> BlockHeadsConfig:
         raise InvalidDataError(f"{path} is not a block heads configuration: {reason}") from error
     if config.architecture not in list(NETS):  # it may be of any type
         raise UnknownNameError("block head architecture", str(config.architecture), NETS)
-    sizes = {"h": 2, "hidden_size": 1, "inner_size": 1, "vocab_size": 1, "token_size": 0, "blocks": 1}
-    sizes["token_size"] = int(config.architecture == SEQUENTIAL)
+    sizes = {"h": 2, "hidden_size": 1, "inner_size": 1, "vocab_size": 1, "blocks": 1}
+    sizes["token_size"] = 1 if config.architecture == SEQUENTIAL else 0
     for name, least in sizes.items():
         value = getattr(config, name)
         if type(value) is not int or value < least:

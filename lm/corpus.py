@@ -121,7 +121,8 @@ def generate_corpus(
         "base": dataclasses.asdict(base.identity),
         "max_new_tokens": max_new_tokens,
         "max_prompt_tokens": max_prompt_tokens,
-        **({"temperature": temperature, "seed": seed} if temperature else {}),
+        "temperature": temperature,
+        "seed": seed if temperature else 0,  # greedy output has none
     }
     _check_settings(out, settings)
     path, hidden_path = out / CORPUS_FILE, out / HIDDEN_FILE
@@ -195,7 +196,8 @@ def _finished(path: Path) -> Iterator[dict[str, Any]]:
 def _check_settings(out: Path, settings: dict[str, Any]) -> None:
     if not (out / SETTINGS_FILE).is_file():
         return
-    if changed := changed_settings(read_settings(out), settings):
+    found = {"temperature": 0.0, "seed": 0, **read_settings(out)}  # corpora from before there was sampling
+    if changed := changed_settings(found, settings):
         raise IncompatibleError(f"{out} was begun with other settings ({'; '.join(changed)}); use another --out")
 
 

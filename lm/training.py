@@ -39,6 +39,7 @@ from lm.tuned_base import FROZEN, FULL, LORA, TUNINGS, TunedBase
 HELD_OUT_POSITIONS = 4096
 ACCURACY_AT = (1, 4, 16)
 INNER_SIZE = 560  # of the architectures with a hidden layer
+LORA_RANK = 16
 STORED = {"float16": torch.float16, "int8": torch.int8}
 BASE_LEARNING_RATES = {LORA: 5e-4, FULL: 3e-5}
 
@@ -50,8 +51,8 @@ class TrainingOptions:
     The heads: `h`, `architecture`, `inner_size`, `token_size`, `blocks` (`lm.head_nets`). The loss: `heads_per_step`
     drawn with odds 1/i for head i (None: all, [A]'s sum; 1: [B]'s random head), `head_weights` of heads 2..h (None:
     equal), `vocabulary` most frequent target tokens plus `negatives` others drawn per step (None: all tokens), `soft`
-    share of the base's distribution in the target. The base: `tune` none, lora (`lora_rank`) or full, `tuned_layers`
-    of its last layers (None: all), its own `base_learning_rate` (None: 5e-4 for lora, 3e-5 in full),
+    share of the base's distribution in the target. The base: `tune` none, lora (`lora_rank`, None: 16) or full,
+    `tuned_layers` of its last layers (None: all), its own `base_learning_rate` (None: 5e-4 for lora, 3e-5 in full),
     `gradient_checkpointing`. A step: `positions` (whole segments), with a tuned base in parts of `micro_batch` tokens;
     `precision` of the vocabulary products and of a tuned base's forwards.
     """
@@ -70,7 +71,7 @@ class TrainingOptions:
     negatives: int = 1024
     soft: float = 0.5
     tune: str = FROZEN
-    lora_rank: int = 16
+    lora_rank: int | None = None
     tuned_layers: int | None = None
     base_learning_rate: float | None = None
     gradient_checkpointing: bool = False
@@ -118,18 +119,20 @@ class TrainingOptions:
                 raise RescoreError(f"head_weights = {self.head_weights}; weights are 0 or more, one of them above 0")
         if self.tune not in TUNINGS:
             raise UnknownNameError("way to tune the base", self.tune, TUNINGS)
-        if self.tune == FROZEN and (self.gradient_checkpointing or self.base_learning_rate is not None):
-            raise RescoreError(
-                "gradient_checkpointing and base_learning_rate are for a tuned base (tune: lora or full)"
-            )
+        for_tuned = ("gradient_checkpointing", "base_learning_rate", "tuned_layers")
+        if self.tune == FROZEN and any(getattr(self, name) for name in for_tuned):
+            raise RescoreError(f"{', '.join(for_tuned)} are for a tuned base (tune: lora or full)")
+        if self.tune != LORA and self.lora_rank is not None:
+            raise RescoreError(f"lora_rank = {self.lora_rank} is for a base tuned by LoRA (tune: lora)")
         check_precision(self.precision)
 
 
 @dataclass(frozen=True)
 class HeldOutAccuracy:
     """On held-out positions: `top[n][i]` = share where the token is among head i+1's best n (list of length h);
-    `accepted` = mean accepted prefix of the arg-max draft, `accepted_16` = of the best path in the top 16, both where
-    head 1 is right (on text that is not the base's own output it may not be)."""
+    `accepted` = mean accepted prefix of the arg-max draft, `accepted_16` = of the best path in the top 16, both with
+    the first token taken as right. They are agreement with the text: where that is not the base's own output (gold
+    text, a base that was fine-tuned since), decoding accepts other numbers."""
 
     top: dict[int, list[float]]
     accepted: float
@@ -191,7 +194,7 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
             self.tuned = TunedBase(
                 base,
                 options.tune,
-                rank=options.lora_rank,
+                rank=options.lora_rank or LORA_RANK,
                 layers=options.tuned_layers,
                 gradient_checkpointing=options.gradient_checkpointing,
                 dtype=self.dtype,

@@ -74,10 +74,14 @@ class TunedBase:
                 part.requires_grad_(True)
             for embeddings in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
                 embeddings.requires_grad_(False)
+        _without_dropout(self.model)  # what is random must follow from seed and step, and no evaluation be random
         if gradient_checkpointing:
             self.model.train()  # transformers checkpoints in training mode only
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            self.model.enable_input_require_grads()
+            enable = getattr(self.model, "activation_checkpointing_enable", None)  # its newer name
+            (enable or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
+            # transformers does this for adapters, for a way of checkpointing that is not ours: it would propagate
+            # gradients down to the embeddings.
+            self.model.disable_input_require_grads()
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def states(self, data: Sequence[HeadData], segments: Sequence[Segment]) -> torch.Tensor:
@@ -98,3 +102,12 @@ class TunedBase:
                 halves = {n: value.detach().to("cpu", torch.float16).contiguous() for n, value in tensors.items()}
                 save_file(halves, temporary / ADAPTER_FILE, metadata={"format": "pt"})
                 self.adapted.peft_config["default"].save_pretrained(str(temporary))
+
+
+def _without_dropout(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "activation_dropout"):  # kept as numbers by some architectures
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

@@ -59,6 +59,8 @@ def _together() -> Iterator[None]:
     """One line where torch tells at length that another process no longer answers."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # torch.distributed.DistBackendError is one
         raise RescoreError(
             "another process of this training has died or no longer answers; see its own message, then start all of "

@@ -140,6 +140,8 @@ class TestGeneration:
             "max_prompt_tokens": 40,
             "examples": 4,
             "duplicates": 0,
+            "temperature": 0.0,
+            "seed": 0,
             "output_tokens": sum(len(r["output_ids"]) for r in records(tmp_path)),
             "prompts_sha256": hashlib.sha256(json.dumps([[p.text, p.chat] for p in PROMPTS]).encode()).hexdigest(),
             "corpus_sha256": hashlib.sha256((tmp_path / "corpus.jsonl").read_bytes()).hexdigest(),
@@ -172,11 +174,27 @@ class TestGeneration:
             generate_corpus(tiny_base, PROMPTS, tmp_path / name, max_new_tokens=6, temperature=1.0, seed=seed)
         a, b, c = ([line["output_ids"] for line in records(tmp_path / name)] for name in "abc")
         assert a == b != c
-        message = refused(
-            lambda: generate_corpus(tiny_base, PROMPTS, tmp_path / "a", max_new_tokens=6, temperature=0.5, seed=1),
-            IncompatibleError,
+        for changed in ({"temperature": 0.5, "seed": 1}, {"temperature": 0.0}, {"temperature": 1.0, "seed": 2}):
+            message = refused(
+                lambda changed=changed: generate_corpus(
+                    tiny_base, PROMPTS, tmp_path / "a", max_new_tokens=6, **changed
+                ),
+                IncompatibleError,
+            )
+            assert "temperature" in message or "seed" in message
+        manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+        assert (manifest["temperature"], manifest["seed"]) == (1.0, 1)
+
+    def test_a_greedy_corpus_from_before_there_was_sampling_goes_on_greedily_only(self, tiny_base, tmp_path: Path):
+        generate_corpus(tiny_base, PROMPTS[:2], tmp_path, max_new_tokens=3)
+        settings = json.loads((tmp_path / "settings.json").read_text())
+        older = {name: value for name, value in settings.items() if name not in ("temperature", "seed")}
+        (tmp_path / "settings.json").write_text(json.dumps(older))
+        generate_corpus(tiny_base, PROMPTS, tmp_path, max_new_tokens=3, seed=5)
+        sampled = {"max_new_tokens": 3, "temperature": 1.0}
+        assert "temperature" in refused(
+            lambda: generate_corpus(tiny_base, PROMPTS, tmp_path, **sampled), IncompatibleError
         )
-        assert "temperature" in message
 
     @pytest.mark.parametrize("options", [{"temperature": -1.0}, {"temperature": float("nan")}, {"seed": -1}])
     def test_what_can_not_be_drawn(self, tiny_base, tmp_path: Path, options):

@@ -174,6 +174,9 @@ class TestOptions:
             ({"gradient_checkpointing": True}, "for a tuned base"),
             ({"base_learning_rate": 1e-4}, "for a tuned base"),
             ({"base_learning_rate": 0.0, "tune": "lora"}, "base_learning_rate"),
+            ({"tuned_layers": 1}, "for a tuned base"),
+            ({"lora_rank": 4}, "tuned by LoRA"),
+            ({"lora_rank": 4, "tune": "full"}, "tuned by LoRA"),
         ],
     )
     def test_what_does_not_fit_together_is_refused(self, options, named):

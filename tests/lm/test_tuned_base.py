@@ -23,7 +23,7 @@ from rescore.decoding import decode, first_difference
 from rescore.rescorers import load_rescorer
 
 TUNED = dataclasses.replace(
-    SMALL, tune="lora", lora_rank=3, heads_per_step=None, vocabulary=None, steps=6, evaluate_every=2, micro_batch=120,
+    SMALL, tune="lora", heads_per_step=None, vocabulary=None, steps=6, evaluate_every=2, micro_batch=120,
     learning_rate=5e-3, base_learning_rate=2e-2,
 )  # fmt: skip
 SENTENCE = "the cat sat on the mat, and so did the dog; "
@@ -82,6 +82,28 @@ def test_micro_batches_and_checkpointing_do_not_change_the_gradients(folder, pai
     for name, gradient in whole.items():
         torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-6)
         assert bool((gradient != 0).any()), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_base_with_dropout_is_trained_without(tmp_path, pairs, checkpointing):
+    save_tiny_base(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    options = dataclasses.replace(TUNED, gradient_checkpointing=checkpointing)
+    trainer = trainer_of(str(tmp_path / "base"), pairs, options, tmp_path)
+    states = [trainer.tuned.states(trainer.data, trainer.segments[:3]) for _ in range(2)]
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_nothing_is_propagated_below_the_last_layers(folder, pairs, tmp_path, checkpointing):
+    options = dataclasses.replace(TUNED, tuned_layers=1, gradient_checkpointing=checkpointing)
+    trainer = trainer_of(folder, pairs, options, tmp_path)
+    seen = {}
+    for place, layer in enumerate(trainer.base.model.model.layers):
+        layer.register_forward_hook(lambda _m, _i, out, place=place: seen.__setitem__(place, out.requires_grad))
+    trainer.tuned.states(trainer.data, trainer.segments[:2])
+    assert seen == {0: False, 1: True}
 
 
 def test_in_full_everything_moves_but_the_embeddings(folder, pairs, tmp_path):
@@ -221,4 +243,4 @@ class TestTrouble:
         trainer_of(folder, pairs, dataclasses.replace(TUNED, steps=2), tmp_path).train(tmp_path / "out")
         other = trainer_of(folder, pairs, dataclasses.replace(TUNED, steps=2, lora_rank=4), tmp_path)
         message = self.refused(lambda: other.train(tmp_path / "out"), IncompatibleError)
-        assert "lora_rank" in message and "3" in message and "4" in message
+        assert "lora_rank" in message and "4" in message

@@ -9,22 +9,18 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from lattices.errors import InvalidDataError, RescoreError
-
-MAX_ENTRIES = int(np.iinfo(np.int16).max)
+from lattices.errors import RescoreError
 
 
 def target_ranks(lattice_ids: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """The place, from 0, of every target in its slot.
 
-    `lattice_ids` int32 `[n, h, K]`, `targets` int32 `[n, h]` -> int16 `[n, h]`; K where the slot lacks the target or
-    the target is -1. Raises `InvalidDataError` if K does not fit into int16.
+    `lattice_ids` int32 `[n, h, K]`, `targets` int32 `[n, h]` -> int32 `[n, h]`; K where the slot lacks the target or
+    the target is -1.
     """
-    n, h, entries = lattice_ids.shape
+    n, h = lattice_ids.shape[:2]
     assert targets.shape == (n, h), (lattice_ids.shape, targets.shape)
-    if entries > MAX_ENTRIES:
-        raise InvalidDataError(f"a lattice of k = {entries} is too wide for ranks; cut it to at most {MAX_ENTRIES}")
-    ranks = np.empty((n, h), dtype=np.int16)
+    ranks = np.empty((n, h), dtype=np.int32)
     ids, targets = np.ascontiguousarray(lattice_ids, np.int32), np.ascontiguousarray(targets, np.int32)
     _target_ranks(ids, targets, ranks)
     return ranks

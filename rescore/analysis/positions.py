@@ -61,7 +61,7 @@ class Positions:
 
     @cached_property
     def ranks(self) -> np.ndarray:
-        """Rank of every target in its slot, int16 `[n, h]`, K where it is lacking."""
+        """Rank of every target in its slot, int32 `[n, h]`, K where it is lacking."""
         return target_ranks(self.lattice.token_ids, self.targets)
 
     def accepted(self, drafts: np.ndarray) -> np.ndarray:

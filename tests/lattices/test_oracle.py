@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lattices.errors import InvalidDataError, RescoreError
+from lattices.errors import RescoreError
 from lattices.lattice import Lattice
 from lattices.oracle import oracle_accepted, oracle_path, target_ranks
 from lattices.search import p_best
@@ -41,7 +41,7 @@ def paths_of(token_ids: np.ndarray) -> list[np.ndarray]:
 def test_ranks_are_places_in_the_slot() -> None:
     ids = np.array([[[5, 3], [1, 2], [4, 0], [9, 8]]], dtype=np.int32)
     ranks = target_ranks(ids, np.array([[5, 2, 7, -1]], dtype=np.int32))
-    assert ranks.dtype == np.int16
+    assert ranks.dtype == np.int32
     assert ranks.tolist() == [[0, 1, 2, 2]]
 
 
@@ -133,5 +133,9 @@ def test_views_read_only_arrays_int64_targets_and_no_blocks_will_do() -> None:
 def test_what_cannot_be_answered_is_refused() -> None:
     with pytest.raises(RescoreError, match="k = 0 leaves no lattice"):
         oracle_accepted(np.zeros((1, 3), dtype=np.int16), 0)
-    with pytest.raises(InvalidDataError, match="k = 40000 is too wide for ranks; cut it to at most 32767"):
-        target_ranks(np.zeros((1, 1, 40_000), dtype=np.int32), np.zeros((1, 1), dtype=np.int32))
+
+
+def test_a_slot_may_hold_a_whole_vocabulary() -> None:
+    lattice = np.stack([np.roll(np.arange(130_000, dtype=np.int32), shift) for shift in (0, 70_000)])[None]
+    np.testing.assert_array_equal(target_ranks(lattice, np.array([[0, 5]], dtype=np.int32)), [[0, 70_005]])
+    assert oracle_accepted(target_ranks(lattice, np.array([[0, 5]], dtype=np.int32)), 130_000).tolist() == [2]

@@ -83,6 +83,7 @@ def inspect_command(
     rescorer: Annotated[list[str] | None, typer.Option(help="Rescorer as it was typed; several. Default: all.")] = None,
     p: Annotated[int | None, typer.Option(help="Only the drafts with this p.")] = None,
     k: Annotated[int | None, typer.Option(help="Of a suite with several k: this one.")] = None,
+    h: Annotated[int | None, typer.Option(help="Of a suite with several h: this one.")] = None,
     top: Annotated[int, typer.Option(help="Tokens of each slot of the lattice to show.")] = 3,
     as_json: Json = False,
 ) -> None:
@@ -92,7 +93,7 @@ def inspect_command(
     from rescore.inspection import inspect_example
     from rescore.inspection_view import inspection_lines
 
-    found = inspect_example(results, example, task=task, rescorers=rescorer or (), p=p, k=k, steps=steps, top=top)
+    found = inspect_example(results, example, task=task, rescorers=rescorer or (), p=p, k=k, h=h, steps=steps, top=top)
     for line in found.notices:
         notify(line)
     if as_json:

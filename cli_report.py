@@ -16,7 +16,7 @@ reporting = typer.Typer(rich_markup_mode=None)
 @reporting.command(name="report")
 def report_command(
     results: Annotated[
-        list[Path], typer.Argument(help="Folders that rescore eval --out wrote, or a folder of such folders.")
+        list[Path], typer.Argument(help="Folders of rescore eval --out or rescore suite, or a folder of such folders.")
     ],
     out: Annotated[
         Path, typer.Option(help="The page, a name that ends with .html; .md and .csv are written beside it.")

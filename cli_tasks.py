@@ -38,9 +38,7 @@ def tasks_command(
 def _table(found: list[TaskFacts]) -> str:
     from rescore.report.tables import table
 
-    rows = [
-        [facts.name, printable(facts.problem or facts.description), ", ".join(facts.metrics) or "-"] for facts in found
-    ]
+    rows = [[facts.name, facts.problem or facts.description, ", ".join(facts.metrics) or "-"] for facts in found]
     note = (
         "rescore tasks NAME shows prompt, data and limits; --task ./mine.yaml is a task of your own (docs/formats.md)."
     )

@@ -79,9 +79,12 @@ def identify(name: str, *, dtype: str = "float32") -> BaseIdentity:
     return _identity(name, found, _read_config(name, found.folder), _read_tokenizer(name, found.folder), dtype)
 
 
-def read_model_config(name: str = BUILT_IN) -> Any:
-    """The transformers configuration of the base LM that `name` stands for. Raises as `load_base` does."""
-    return _read_config(name, resolve_base(name).folder)
+def read_model_config(name: str = BUILT_IN, *, local_files_only: bool = False) -> Any:
+    """The transformers configuration of the base LM that `name` stands for. Raises as `load_base` does.
+
+    `local_files_only`: nothing is fetched.
+    """
+    return _read_config(name, resolve_base(name, local_files_only=local_files_only).folder)
 
 
 def load_embeddings(name: str = BUILT_IN) -> tuple[torch.Tensor, str]:
@@ -96,9 +99,12 @@ def load_embeddings(name: str = BUILT_IN) -> tuple[torch.Tensor, str]:
     return weight, base.identity.weights_sha256
 
 
-def load_tokenizer(name: str = BUILT_IN) -> PreTrainedTokenizerBase:
-    """The tokenizer of the base LM that `name` stands for, without its weights. Raises as `load_base` does."""
-    return _read_tokenizer(name, resolve_base(name).folder)
+def load_tokenizer(name: str = BUILT_IN, *, local_files_only: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base LM that `name` stands for, without its weights. Raises as `load_base` does.
+
+    `local_files_only`: nothing is fetched.
+    """
+    return _read_tokenizer(name, resolve_base(name, local_files_only=local_files_only).folder)
 
 
 def _identity(
@@ -177,18 +183,19 @@ class ModelFolder:
     adapter: Path | None = None
 
 
-def resolve_base(name: str) -> ModelFolder:
-    """Where a base LM lies on this machine; converts GGUF and fetches from the hub if need be."""
-    folder = _folder(name)
+def resolve_base(name: str, *, local_files_only: bool = False) -> ModelFolder:
+    """Where a base LM lies on this machine; converts GGUF if need be, and fetches from the hub unless
+    `local_files_only`."""
+    folder = _folder(name, local_files_only)
     if not is_adapter(folder):
         return ModelFolder(name, folder)
     under = base_of_adapter(folder)
-    if is_adapter(beneath := _folder(under)):
+    if is_adapter(beneath := _folder(under, local_files_only)):
         raise InvalidDataError(f"the adapter in {folder} is for {under}, itself an adapter; merge that one first")
     return ModelFolder(under, beneath, folder)
 
 
-def _folder(name: str) -> Path:
+def _folder(name: str, local_files_only: bool) -> Path:
     if name == BUILT_IN:
         return _converted(_built_in_gguf(), original="smollm2-135m")
     path = Path(os.path.expanduser(name))  # leaves a `~name` that stands for nobody as it is
@@ -203,16 +210,18 @@ def _folder(name: str) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         hint = "a model is a built-in name, a folder, a .gguf file or a hub id (owner/name)"
         raise UnknownNameError("model", name, [BUILT_IN], hint)
-    return _from_hub(name)
+    return _from_hub(name, local_files_only)
 
 
-def _from_hub(repository: str) -> Path:
+def _from_hub(repository: str, local_files_only: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
     try:
-        return Path(snapshot_download(repository, allow_patterns=patterns))
+        return Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=local_files_only))
     except Exception as error:  # the hub's own errors, its HTTP library's and Python's
+        if local_files_only:
+            raise RescoreError(f"{repository} is not on this machine, and nothing is fetched here") from error
         raise RescoreError(
             f"can't fetch {repository} from the hub ({first_line(error)}); check the name and the network, "
             f"or give a local folder or {BUILT_IN}"

@@ -1,4 +1,4 @@
-"""Block efficiency and what belongs to it, from the accepted lengths of every step (METHOD: accounting).
+"""Block efficiency and what belongs to it, from the accepted lengths of every step (docs/numbers.md).
 
 A step counts the n tokens it accepted, 1 <= n <= h; the token that the same call already chose for the next block is
 counted there. Prefill is not a step. So sum(histogram) = steps, sum(i x histogram[i]) = tokens, and the sum of the
@@ -20,7 +20,7 @@ class Accounting:
     """`block_efficiency` = tokens / steps over all steps (micro), `block_efficiency_macro` = mean over examples;
     `block_efficiency_ci95`: bootstrap interval of the micro value by example, None for fewer than two examples;
     `accepted_histogram[i]` = steps that accepted exactly i tokens, i = 0..h; `marginal[i-1]` = share of steps that
-    accepted at least i, `conditional[i-1]` = marginal(i) / marginal(i-1), i = 1..h."""
+    accepted at least i, `conditional[i-1]` = marginal(i) / marginal(i-1), None where no step got that far, i = 1..h."""
 
     block_efficiency: float
     block_efficiency_ci95: tuple[float, float] | None
@@ -29,7 +29,7 @@ class Accounting:
     tokens: int
     accepted_histogram: list[int]
     marginal: list[float]
-    conditional: list[float]
+    conditional: list[float | None]
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,7 @@ def account(accepted: Sequence[Sequence[int]], h: int, *, seed: int = 0) -> Acco
     total = int(steps.sum())
     at_least = histogram[::-1].cumsum()[::-1]  # steps that accepted at least i, i = 0..h
     marginal = at_least[1:] / total
-    before = np.concatenate([[1.0], marginal[:-1]])
-    conditional = np.divide(marginal, before, out=np.zeros(h), where=before > 0)
+    before = [1.0, *marginal[:-1].tolist()]
     interval = None
     if len(accepted) > 1:
         draws = _draws(len(accepted), seed)
@@ -81,8 +80,22 @@ def account(accepted: Sequence[Sequence[int]], h: int, *, seed: int = 0) -> Acco
         tokens=int(tokens.sum()),
         accepted_histogram=histogram.tolist(),
         marginal=marginal.tolist(),
-        conditional=conditional.tolist(),
+        conditional=[m / b if b else None for m, b in zip(marginal.tolist(), before, strict=True)],
     )
+
+
+def marginal_intervals(accepted: Sequence[Sequence[int]], h: int, *, seed: int = 0) -> list[tuple[float, float]] | None:
+    """The 95 % bootstrap interval of marginal(i), i = 1..h, from the accepted lengths of each step of each example.
+
+    Every resample draws whole examples. None for fewer than two examples with steps.
+    """
+    counts = [np.bincount(np.asarray(example, dtype=np.int64), minlength=h + 1) for example in accepted if example]
+    if len(counts) < 2:
+        return None
+    at_least = np.stack(counts)[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1 : h + 1]  # [examples, h]
+    drawn = [np.bincount(draw, minlength=len(counts)) for draw in _draws(len(counts), seed)]
+    tokens = np.stack(drawn) @ at_least  # [resamples, h]; every step accepts the first token
+    return [_middle(shares) for shares in (tokens / tokens[:, :1]).T]
 
 
 def paired_gain(accepted: Sequence[Sequence[int]], plain: Sequence[Sequence[int]], *, seed: int = 0) -> Gain:

@@ -14,8 +14,7 @@ from typing import Any
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from rescore.accounting import Difference, paired_difference
-from rescore.runs import FinishedRun, Record
-from rescore.suite_files import load_runs
+from rescore.runs import FinishedRun, Record, load_runs
 from rescore.terminal import shortened
 
 SCHEMA = "rescore.comparison/1"

@@ -31,7 +31,7 @@ def _row(row: ComparedRow, same_k: bool) -> list[str]:
     interval = "{:+.3f} to {:+.3f}".format(*d.difference_ci95) if d.difference_ci95 else "-"
     gains = "{:+.1%} to {:+.1%}".format(*d.gain_ci95) if d.gain_ci95 else "-"
     return [
-        printable(row.task), _side(row.a, same_k), _side(row.b, same_k), str(row.n), f"{row.a.block_efficiency:.3f}",
+        row.task, _side(row.a, same_k), _side(row.b, same_k), str(row.n), f"{row.a.block_efficiency:.3f}",
         f"{row.b.block_efficiency:.3f}", f"{d.difference:+.3f}", interval, f"{d.gain:+.1%}", gains, str(d.won),
         str(d.tied), str(d.lost),
     ]  # fmt: skip
@@ -41,4 +41,4 @@ def _side(side: SideResult, same_k: bool) -> str:
     facts = [] if same_k else [f"k={side.k}"]
     facts += [f"p={side.p}"]
     facts += [] if side.alpha is None else [f"alpha={side.alpha:g}"]
-    return f"{printable(side.rescorer)} {' '.join(facts)}"
+    return f"{side.rescorer} {' '.join(facts)}"

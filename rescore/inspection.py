@@ -17,8 +17,7 @@ import numpy as np
 
 from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
 from rescore.report.token_text import token_texts, tokenizer_of
-from rescore.runs import FinishedRun, Record
-from rescore.suite_files import load_runs
+from rescore.runs import FinishedRun, Record, load_runs
 from rescore.tracing import TracedExample
 
 SHOWN_BLOCKS = 5
@@ -101,18 +100,19 @@ def inspect_example(
     rescorers: Collection[str] = (),
     p: int | None = None,
     k: int | None = None,
+    h: int | None = None,
     steps: str = f"1-{SHOWN_BLOCKS}",
     top: int = SHOWN_TOKENS,
 ) -> Inspection:
     """One example of the results in a folder (of `rescore eval --out` or `rescore suite`).
 
-    `example`: its id, or its number from 1; `task`: needed where there are several; `rescorers` as typed and `p` (all
-    by default); `k`: of a suite with several; `steps`: the blocks wanted, `3`, `1-5`, `6-` or `all`; `top`: the best
-    so many tokens of each slot. Raises `RescoreError` for what is not there, and what `load_runs` raises.
+    `example`: its id, or its number from 1; `task`, `k`, `h`: needed where there are several; `rescorers` as typed and
+    `p` (all by default); `steps`: the blocks wanted, `3`, `1-5`, `6-` or `all`; `top`: the best so many tokens of each
+    slot. Raises `RescoreError` for what is not there, and what `load_runs` raises.
     """
     if top < 1:
         raise RescoreError(f"--top {top}; show at least one token of each slot")
-    run, task = _choose_run(folder, load_runs(folder), task, k)
+    run, task = _choose_run(folder, load_runs(folder), task, {"k": k, "h": h})
     results = _choose_results(run, task, rescorers, p)
     records = {(r["rescorer"], r["p"]): run.records[task, r["rescorer"], r["p"]] for r in results}
     ids = list(dict.fromkeys(record["id"] for found in records.values() for record in found))
@@ -123,11 +123,11 @@ def inspect_example(
     notices: list[str] = []
     traced = _traced(run, task, name, notices)
     output = traced.output_ids.tolist() if traced else next(iter(decodes.values()))["output_ids"]
-    h = len(results[0]["marginal"])
+    h_of_run = len(results[0]["marginal"])
     drafts = _drafts(decodes, output, notices)
     wanted = _wanted_steps(steps, len(drafts))
     blocks = [
-        Block(number, position, _slots(output, position, h, results[0]["k"], traced, top), drafts[position])
+        Block(number, position, _slots(output, position, h_of_run, results[0]["k"], traced, top), drafts[position])
         for number, position in enumerate(sorted(drafts), start=1)
         if number in wanted
     ]
@@ -139,7 +139,7 @@ def inspect_example(
         id=name,
         number=ids.index(name) + 1,
         examples=len(ids),
-        h=h,
+        h=h_of_run,
         k=results[0]["k"],
         prompt=traced.prompt if traced else None,
         references=list(traced.references) if traced else [],
@@ -156,7 +156,10 @@ def inspect_example(
     )
 
 
-def _choose_run(folder: Path, runs: Sequence[FinishedRun], task: str | None, k: int | None) -> tuple[FinishedRun, str]:
+def _choose_run(
+    folder: Path, runs: Sequence[FinishedRun], task: str | None, wanted: dict[str, int | None]
+) -> tuple[FinishedRun, str]:
+    """The run of a task with the k and h that are wanted (None: the only one there is)."""
     tasks = list(dict.fromkeys(name for run in runs for name in run.tasks))
     if task is None:
         if len(tasks) > 1:
@@ -164,12 +167,21 @@ def _choose_run(folder: Path, runs: Sequence[FinishedRun], task: str | None, k: 
         task = tasks[0]
     elif task not in tasks:
         raise UnknownNameError("task of these results", task, tasks)
-    of_task = [run for run in runs if task in run.tasks]
-    found = [run for run in of_task if k is None or any(r["task"] == task and r["k"] == k for r in run.results)]
-    if not found:
-        held = sorted({r["k"] for run in of_task for r in run.results if r["task"] == task})
-        raise RescoreError(f"{folder} has no results of {task} with k = {k}, only {', '.join(map(str, held))}")
-    return found[0], task
+    found = [(run, _shape(run, task)) for run in runs if task in run.tasks]
+    for name, value in wanted.items():
+        held = sorted({shape[name] for _, shape in found})
+        of_it = ", ".join(map(str, held))
+        if value is None and len(held) > 1:
+            raise RescoreError(f"{folder} has several {name} of {task}; choose one with --{name}: {of_it}")
+        if value is not None and value not in held:
+            raise RescoreError(f"{folder} has no results of {task} with {name} = {value}, only {of_it}")
+        found = [(run, shape) for run, shape in found if value in (None, shape[name])]
+    return found[0][0], task
+
+
+def _shape(run: FinishedRun, task: str) -> dict[str, int]:
+    result = next(r for r in run.results if r["task"] == task)
+    return {"k": result["k"], "h": len(result["marginal"])}
 
 
 def _choose_results(run: FinishedRun, task: str, rescorers: Collection[str], p: int | None) -> list[dict[str, Any]]:

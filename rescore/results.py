@@ -70,7 +70,7 @@ class Result:
     tokens: int
     accepted_histogram: list[int]
     marginal: list[float]
-    conditional: list[float]
+    conditional: list[float | None]
     quality: dict[str, float]
     identical: dict[str, int] | None
     divergence: list[dict[str, Any]] | None

@@ -2,28 +2,118 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lm.files import read_json_lines, read_json_object
 from rescore.results import CONFIG_FILE, EXAMPLES_FILE, RECORD, RESULTS_FILE, SCHEMA
+from rescore.suite_files import MANIFEST_FILE, PLAN_FILE, read_manifest
 from rescore.tracing import HEADER_FILE, Trace, load_trace, trace_folder
 
 Record = dict[str, Any]  # a line of examples.jsonl (docs/formats.md)
-NEEDED = {"task", "rescorer", "k", "p", "alpha", "n", "marginal"}  # of a result, by what reads finished runs
+Check = Callable[[Any], bool]
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _or_null(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def _list_of(check: Check, length: int | None = None) -> Check:
+    return lambda value: (
+        isinstance(value, list) and length in (None, len(value)) and all(check(entry) for entry in value)
+    )
+
+
+def _by_name(check: Check, *needed: str) -> Check:
+    """An object with text keys, `needed` among them, whose values pass."""
+    return lambda value: (
+        isinstance(value, dict) and value.keys() >= set(needed) and all(check(entry) for entry in value.values())
+    )
+
+
+def _object(**fields: Check) -> Check:
+    """An object that has these fields, and others."""
+    return lambda value: (
+        isinstance(value, dict) and all(name in value and check(value[name]) for name, check in fields.items())
+    )
+
+
+_INTERVAL = _or_null(_list_of(_number, 2))
+_TIMES = (
+    "prefill_ms", "autoregressive_ms", "verify_ms", "heads_ms", "rescore_ms", "rescore_p50_ms", "rescore_p95_ms",
+    "glue_share", "tokens_per_second", "autoregressive_tokens_per_second", "speedup",
+)  # fmt: skip
+# Every field of `rescore.results.Result`.
+RESULT: dict[str, Check] = {
+    "task": _text,
+    "rescorer": _text,
+    "k": _whole,
+    "p": _whole,
+    "alpha": _or_null(_number),
+    "n": _whole,
+    "block_efficiency": _number,
+    "block_efficiency_ci95": _INTERVAL,
+    "block_efficiency_macro": _number,
+    "oracle_block_efficiency": _number,
+    "gain": _or_null(_number),
+    "gain_ci95": _INTERVAL,
+    "against_unrescored": _or_null(_by_name(_number, "won", "tied", "lost")),
+    "steps": _whole,
+    "tokens": _whole,
+    "accepted_histogram": _list_of(_whole),
+    "marginal": lambda value: _list_of(_number)(value) and bool(value),
+    "conditional": _list_of(_or_null(_number)),
+    "quality": _by_name(_number),
+    "identical": _or_null(_by_name(_whole, "n", "identical")),
+    "divergence": _or_null(_list_of(_object(id=_text, position=_whole, margin=_number))),
+    "latency": _or_null(
+        _object(verify=_text, predicted_speedup=_or_null(_number), **dict.fromkeys(_TIMES, _number)),
+    ),
+}
+_OPTIONS = _object(
+    mode=_text, base=_text, dtype=_text, heads=_or_null(_text), trace=_or_null(_text), data=_or_null(_text),
+    h=_or_null(_whole), k=_whole, seed=_whole,
+)  # fmt: skip
+# What is read of the configuration.
+CONFIG: dict[str, Check] = {
+    "options": _OPTIONS,
+    "traces": _by_name(_object(k=_whole)),
+    "data": _by_name(_object()),
+    "versions": _by_name(_text),
+    "notices": _list_of(_text),
+    "alphas": _by_name(_by_name(_by_name(lambda chosen: _object(alpha=_number)(chosen) and _text(chosen.get("from"))))),
+}
+_TOKENS = _list_of(_whole)
+_MEASURED = {"accepted": _TOKENS, "drafts": _list_of(_TOKENS), "oracle_accepted": _TOKENS, "output_ids": _TOKENS}
 
 
 @dataclass(frozen=True)
 class FinishedRun:
     """One results folder: `config` and `results` of its `results.json` (fields of `rescore.results.Result`), and
-    `records`, the lines of `examples.jsonl`, by (task, rescorer as typed, p), in the order of finishing."""
+    `records`, the lines of `examples.jsonl`, by (task, rescorer as typed, p), in the order of finishing. `traces`: by
+    task those that were asked for, which are read once; a task that is set to None here counts as having none."""
 
     folder: Path
     config: dict[str, Any]
     results: list[dict[str, Any]]
     records: dict[tuple[str, str, int], list[Record]]
+    traces: dict[str, Trace | None] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     @property
     def tasks(self) -> list[str]:
@@ -42,6 +132,11 @@ class FinishedRun:
 
         Raises `InvalidDataError` if it is there and broken.
         """
+        if task not in self.traces:
+            self.traces[task] = self._read_trace(task)
+        return self.traces[task]
+
+    def _read_trace(self, task: str) -> Trace | None:
         made_of = dict(self.config["traces"][task])
         given = self.config["options"].get("trace")
         k = made_of.pop("k")
@@ -57,8 +152,20 @@ class FinishedRun:
         return cut.first_heads(self.config["options"]["h"])
 
 
+def load_runs(folder: Path) -> list[FinishedRun]:
+    """The runs in a folder of `rescore eval --out` (one) or `rescore suite --out` (one for each task, k and h).
+
+    Raises as `load_run`, and `RescoreError` for a suite that has not finished.
+    """
+    if (folder / MANIFEST_FILE).is_file():
+        return [load_run(folder / entry["folder"]) for entry in read_manifest(folder)["runs"]]
+    if (folder / PLAN_FILE).is_file():
+        raise RescoreError(f"the suite in {folder} has not finished; the command that began it goes on")
+    return [load_run(folder)]
+
+
 def load_run(folder: Path) -> FinishedRun:
-    """Reads a results folder.
+    """Reads a results folder of `rescore eval --out`.
 
     Raises `RescoreError` if there is none or its run has not finished, `InvalidDataError` for a broken or older one.
     """
@@ -74,11 +181,11 @@ def load_run(folder: Path) -> FinishedRun:
     config, results = document.get("config"), document.get("results")
     if not isinstance(config, dict) or not isinstance(results, list) or not results:
         raise InvalidDataError(f"{folder / RESULTS_FILE} holds no results; run the evaluation again")
-    if not all(isinstance(result, dict) and result.keys() >= NEEDED for result in results):
-        raise InvalidDataError(f"{folder / RESULTS_FILE} holds no whole results; run the evaluation again")
+    _check(folder / RESULTS_FILE, config, results)
     records: dict[tuple[str, str, int], list[Record]] = {}
     for number, record in read_json_lines(folder / EXAMPLES_FILE, torn_tail=True):
-        if not all(isinstance(record.get(name), kind) for name, kind in RECORD.items()):
+        typed = all(isinstance(record.get(name), kind) for name, kind in RECORD.items())
+        if not typed or not all(check(record.get(name)) for name, check in _MEASURED.items()):
             where = f"{folder / EXAMPLES_FILE} line {number}"
             raise InvalidDataError(f"{where} is not a finished example; run the evaluation again")
         records.setdefault((record["task"], record["rescorer"], record["p"]), []).append(record)
@@ -90,3 +197,19 @@ def load_run(folder: Path) -> FinishedRun:
                 f"{result['task']}; run the evaluation again"
             )
     return FinishedRun(folder, config, results, records)
+
+
+def _check(path: Path, config: dict[str, Any], results: list[Any]) -> None:
+    """Raises `InvalidDataError` with the first thing that readers of a finished run would stumble over."""
+    for number, result in enumerate(results, start=1):
+        if not isinstance(result, dict):
+            raise InvalidDataError(f"{path} holds no whole results: result {number}; run the evaluation again")
+        if wrong := next((name for name, check in RESULT.items() if name not in result or not check(result[name])), ""):
+            raise InvalidDataError(
+                f"{path} holds no whole results: {wrong} of result {number}; run the evaluation again"
+            )
+    wrong = next((name for name, check in CONFIG.items() if name not in config or not check(config[name])), "")
+    if not wrong and (gone := [r["task"] for r in results if r["task"] not in config["traces"]]):
+        wrong = f"traces.{gone[0]}"
+    if wrong:
+        raise InvalidDataError(f"{path} holds no whole configuration: {wrong}; run the evaluation again")

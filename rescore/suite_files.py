@@ -1,29 +1,16 @@
-"""Where a suite keeps what: names of its files, and its results folders read back like a single run's."""
+"""Where a suite keeps what: names of its files, and its manifest."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from lattices.errors import InvalidDataError, RescoreError
+from lattices.errors import InvalidDataError
 from lm.files import read_json_object
-from rescore.runs import FinishedRun, load_run
 
 SCHEMA = "rescore.suite/1"
 PLAN_FILE, MANIFEST_FILE, TUNED_FILE = "plan.json", "suite.json", "tuned.jsonl"
 TABLE_FILE, CSV_FILE, RUNS_FOLDER = "table.md", "table.csv", "runs"
-
-
-def load_runs(folder: Path) -> list[FinishedRun]:
-    """The runs in a folder of `rescore eval --out` (one) or `rescore suite --out` (one for each task, k and h).
-
-    Raises as `load_run`, and `RescoreError` for a suite that has not finished.
-    """
-    if (folder / MANIFEST_FILE).is_file():
-        return [load_run(folder / entry["folder"]) for entry in read_manifest(folder)["runs"]]
-    if (folder / PLAN_FILE).is_file():
-        raise RescoreError(f"the suite in {folder} has not finished; the command that began it goes on")
-    return [load_run(folder)]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from typing import Any
 
+from rescore.report.csv_table import csv_document
 from rescore.report.tables import OUTCOMES, table
 from rescore.suite_plan import Plan
 from rescore.terminal import printable
@@ -21,7 +20,7 @@ COLUMNS = (
 
 def markdown_table(results: Sequence[Row], plan: Plan, source: str) -> str:
     """A Markdown page: how it was made, and a line for each task, rescorer and p."""
-    head, *rows = _cells(results, interval="{} ({})")
+    head, *rows = _cells(results)
     lines = ["| " + " | ".join(map(_escaped, cells)) + " |" for cells in [head, *rows]]
     lines.insert(1, "|" + "---|" * len(head))
     made = (
@@ -34,26 +33,23 @@ def markdown_table(results: Sequence[Row], plan: Plan, source: str) -> str:
 
 def text_table(results: Sequence[Row]) -> str:
     """The same lines for the terminal."""
-    head, *rows = _cells(results, interval="{} ({})")
-    return table(head, [[printable(cell) for cell in row] for row in rows], text_columns=2)
+    head, *rows = _cells(results)
+    return table(head, rows, text_columns=2)
 
 
 def csv_table(results: Sequence[Row]) -> str:
     """One line for each task, k, h, rescorer and p, numbers as they are, empty where there is none."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    rows = []
     for r in results:
-        ci, gain_ci = r["block_efficiency_ci95"] or ("", ""), r["gain_ci95"] or ("", "")
+        none = (None, None)
         against, latency = r["against_unrescored"] or {}, r["latency"] or {}
-        cells = [
+        rows.append([
             r["task"], r["k"], r["h"], r["rescorer"], r["p"], r["alpha"], r["n"], r["steps"], r["tokens"],
-            r["block_efficiency"], *ci, r["block_efficiency_macro"], r["gain"], *gain_ci,
-            *(against.get(name) for name in OUTCOMES), r["oracle_block_efficiency"], latency.get("tokens_per_second"),
-            latency.get("speedup"),
-        ]  # fmt: skip
-        writer.writerow(["" if cell is None else cell for cell in cells])
-    return stream.getvalue()
+            r["block_efficiency"], *(r["block_efficiency_ci95"] or none), r["block_efficiency_macro"], r["gain"],
+            *(r["gain_ci95"] or none), *(against.get(name) for name in OUTCOMES), r["oracle_block_efficiency"],
+            latency.get("tokens_per_second"), latency.get("speedup"),
+        ])  # fmt: skip
+    return csv_document(COLUMNS, rows)
 
 
 def _caption(results: Sequence[Row], plan: Plan) -> str:
@@ -76,7 +72,7 @@ def _values(results: Sequence[Row], name: str) -> str:
     return " or ".join(map(str, sorted({r[name] for r in results})))
 
 
-def _cells(results: Sequence[Row], *, interval: str) -> list[list[str]]:
+def _cells(results: Sequence[Row]) -> list[list[str]]:
     """Header and rows; k, h and speed only where they say something."""
     several = [name for name in ("k", "h") if len({r[name] for r in results}) > 1]
     live = any(r["latency"] for r in results)
@@ -86,9 +82,9 @@ def _cells(results: Sequence[Row], *, interval: str) -> list[list[str]]:
         ci, gain_ci, against = r["block_efficiency_ci95"], r["gain_ci95"], r["against_unrescored"]
         efficiency, gain = f"{r['block_efficiency']:.3f}", "" if r["gain"] is None else f"{r['gain']:+.1%}"
         if ci:
-            efficiency = interval.format(efficiency, "{:.3f} to {:.3f}".format(*ci))
+            efficiency = "{} ({:.3f} to {:.3f})".format(efficiency, *ci)
         if gain_ci:
-            gain = interval.format(gain, "{:+.1%} to {:+.1%}".format(*gain_ci))
+            gain = "{} ({:+.1%} to {:+.1%})".format(gain, *gain_ci)
         plain = r["rescorer"] == "none" and r["p"] == 1
         outcomes = " / ".join(f"{against[name]:.1%}" for name in OUTCOMES) if against and not plain else ""
         rows.append([

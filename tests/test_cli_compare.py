@@ -77,6 +77,7 @@ class TestInspect:
         rescore("inspect", results, "--example", "q9").refused("unknown example 'q9'")
         rescore("inspect", results, "--example", "\x1b[2J").refused(r"unknown example '\\x1b\[2J'")
         rescore("inspect", results, "--steps", "9-1").refused("choose from these")
+        rescore("inspect", results, "--h", 3).refused("no results of squad with h = 3, only 4")
 
 
 class TestSuite:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rescore.analysis import ANALYSES, analyse_run, analyse_trace, contrast, correlate_h_max, efficiency_table
 from rescore.analysis.calibration import DEFAULT_BINS
 from rescore.analysis.records import Contrast, EfficiencyTable, HmaxCorrelation, Record, RunAnalysis, TraceAnalysis
-from rescore.runs import load_run
+from rescore.runs import load_runs
 from rescore.tracing import load_trace
 
 
@@ -50,7 +50,7 @@ def analyse_folders(
             trace = dataclasses.replace(trace, examples=trace.examples[:limit])
         name = str(trace.header.settings.get("task") or folder.resolve().name)
         of_traces.append(analyse_trace(trace, name=name, only=only, k=k, bins=bins, seed=seed))
-    runs = [load_run(folder) for folder in results]
+    runs = [run for folder in results for run in load_runs(folder)]
     of_runs = [analyse_run(run, task, only=only, seed=seed) for run in runs for task in run.tasks]
     contrasts = [
         contrast(run, task, *pair, p=p, seed=seed)

@@ -23,6 +23,7 @@ from rescore.analysis.records import (
     TraceRepetition,
 )
 from rescore.report.tables import table
+from rescore.terminal import printable
 
 
 def findings_text(found: Findings) -> str:
@@ -39,7 +40,8 @@ def findings_text(found: Findings) -> str:
 
 def trace_text(found: TraceAnalysis) -> str:
     """All analyses of a trace that there are."""
-    title = f"{found.name}: {found.examples} examples, {found.positions} positions, h = {found.h}, K = {found.entries}"
+    facts = f"{found.examples} examples, {found.positions} positions, h = {found.h}, K = {found.entries}"
+    title = f"{printable(found.name)}: {facts}"
     parts = [title]
     if found.repetition:
         parts.append(_trace_repetition(found.repetition))
@@ -60,7 +62,7 @@ def trace_text(found: TraceAnalysis) -> str:
 
 def run_text(found: RunAnalysis) -> str:
     """All analyses of one task of a run."""
-    parts = [f"{found.task}: {found.examples} examples, {found.mode}, h = {found.h}, k = {found.k}"]
+    parts = [f"{printable(found.task)}: {found.examples} examples, {found.mode}, h = {found.h}, k = {found.k}"]
     parts += [part for part in (_outcomes(found.rescorers), _before_after(found.rescorers)) if part]
     if found.by_p:
         parts.append(_by_p(found.by_p))

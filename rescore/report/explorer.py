@@ -46,9 +46,14 @@ def explorer_data(view: TaskView, looks: Mapping[str, Look], tokenizer: Any, *, 
     seen: set[int] = set()
     found = [_example(name, by_id[name], decodes, traced.get(name), k, shown, seen) for name in ids]
     return {
-        "label": view.label,
+        "label": harmless(view.label),
         "decodes": [
-            {"name": decode_name(rescorer, p), "rescorer": rescorer, "p": p, "colour": looks[rescorer].colour}
+            {
+                "name": harmless(decode_name(rescorer, p)),
+                "rescorer": harmless(rescorer),
+                "p": p,
+                "colour": looks[rescorer].colour,
+            }
             for rescorer, p in decodes
         ],
         "walked": decodes.index(walked),
@@ -56,7 +61,7 @@ def explorer_data(view: TaskView, looks: Mapping[str, Look], tokenizer: Any, *, 
         "k": k,
         "shown": shown,
         "lattices": trace is not None,
-        "chosen": chosen,
+        "chosen": harmless(chosen),
         "vocabulary": token_texts(tokenizer, seen),
         "examples": found,
     }

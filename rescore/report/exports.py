@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Sequence
 from typing import Any
 
+from rescore.report.csv_table import csv_document
 from rescore.report.figures import Section, interval, number, percent
 from rescore.report.headline import Headline, recovered
 from rescore.report.sources import TaskView
+from rescore.report.tables import OUTCOMES
 from rescore.report.token_text import harmless
 
 COLUMNS = (
@@ -44,66 +44,49 @@ COLUMNS = (
     "speedup",
     "results",
 )
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would compute
 
 
 def csv_text(views: Sequence[TaskView]) -> str:
     """A line for every task, rescorer and p, with a header; empty cells where a number is not known."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([*COLUMNS, *(f"marginal_{i}" for i in range(1, _most(views) + 1))])
-    for view in views:
-        for r in view.results:
-            outcomes, latency = r["against_unrescored"] or {}, r["latency"] or {}
-            quality = r.get("quality")
-            metrics = "; ".join(f"{name} {value:.4f}" for name, value in quality.items()) if quality else ""
-            writer.writerow(
-                [
-                    _plain(view.label),
-                    _plain(r["rescorer"]),
-                    r["p"],
-                    r["k"],
-                    len(r["marginal"]),
-                    view.analysis.mode,
-                    _cell(r["alpha"]),
-                    r["n"],
-                    r["steps"],
-                    r["tokens"],
-                    _cell(r["block_efficiency"]),
-                    *_pair(r["block_efficiency_ci95"]),
-                    _cell(r["block_efficiency_macro"]),
-                    _cell(r["oracle_block_efficiency"]),
-                    _cell(r["gain"]),
-                    *_pair(r["gain_ci95"]),
-                    _cell(recovered(r, view.unrescored)),
-                    *(_cell(outcomes.get(name)) for name in ("won", "tied", "lost")),
-                    _plain(metrics),
-                    *(
-                        _cell(latency.get(name))
-                        for name in ("verify_ms", "heads_ms", "rescore_ms", "autoregressive_ms", "speedup")
-                    ),
-                    _plain(str(view.run.folder)),
-                    *map(_cell, r["marginal"]),
-                ]
-            )
-    return stream.getvalue()
+    header = [*COLUMNS, *(f"marginal_{i}" for i in range(1, _most(views) + 1))]
+    return csv_document(header, [_line(view, r) for view in views for r in view.results])
+
+
+def _line(view: TaskView, r: dict[str, Any]) -> list[str | int | float | None]:
+    outcomes, latency = r["against_unrescored"] or {}, r["latency"] or {}
+    return [
+        view.label,
+        r["rescorer"],
+        r["p"],
+        r["k"],
+        len(r["marginal"]),
+        view.analysis.mode,
+        _cell(r["alpha"]),
+        r["n"],
+        r["steps"],
+        r["tokens"],
+        _cell(r["block_efficiency"]),
+        *map(_cell, r["block_efficiency_ci95"] or (None, None)),
+        _cell(r["block_efficiency_macro"]),
+        _cell(r["oracle_block_efficiency"]),
+        _cell(r["gain"]),
+        *map(_cell, r["gain_ci95"] or (None, None)),
+        _cell(recovered(r, view.unrescored)),
+        *(_cell(outcomes.get(name)) for name in OUTCOMES),
+        "; ".join(f"{name} {value:.4f}" for name, value in r["quality"].items()),
+        *(_cell(latency.get(name)) for name in ("verify_ms", "heads_ms", "rescore_ms", "autoregressive_ms", "speedup")),
+        str(view.run.folder),
+        *map(_cell, r["marginal"]),
+    ]
 
 
 def _most(views: Sequence[TaskView]) -> int:
     return max(len(r["marginal"]) for view in views for r in view.results)
 
 
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.6g}"
-
-
-def _pair(values: Sequence[float] | None) -> tuple[str, str]:
-    return ("", "") if values is None else (_cell(values[0]), _cell(values[1]))
-
-
-def _plain(text: str) -> str:
-    """Text that a spreadsheet takes as text."""
-    return f"'{text}" if text.startswith(FORMULA) else text
+def _cell(value: float | None) -> float | None:
+    """A number to six digits."""
+    return None if value is None else float(f"{value:.6g}")
 
 
 def markdown_text(

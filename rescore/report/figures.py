@@ -12,6 +12,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from rescore.report.token_text import harmless
+
 HEIGHT = 270
 NONE = "-"  # in a table, what is not known
 DIGITS = 5  # of numbers in figures; finer than a pixel
@@ -109,13 +111,13 @@ def bars(up: Sequence[float], down: Sequence[float], colour: str) -> dict[str, A
 
 
 def meta_of(rescorer: tuple[str, int] | None) -> dict[str, Any] | None:
-    """What the page's switches go by."""
-    return None if rescorer is None else {"rescorer": rescorer[0], "p": rescorer[1]}
+    """What the page's switches go by; a name as the page shows it."""
+    return None if rescorer is None else {"rescorer": harmless(rescorer[0]), "p": rescorer[1]}
 
 
 def safe(text: str) -> str:
-    """Text for Plotly, which reads some HTML tags and entities in it."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    """Harmless text for Plotly, which reads some HTML tags and entities in it."""
+    return harmless(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -120,7 +120,7 @@ def _best_of(rows: Sequence[Row], p: int) -> str | None:
     surely = sum(1 for cell in cells if cell.result["gain_ci95"] and cell.result["gain_ci95"][0] > 0)
     known = sum(1 for cell in cells if cell.result["gain_ci95"])
     if known and surely < known:
-        line += f" On {known - surely} of {known} tasks its interval includes no gain."
+        line += f" On {known - surely} of {known} tasks the interval of its gain is not wholly above zero."
     return line
 
 

@@ -156,7 +156,10 @@ def _policy(scripts: Sequence[str]) -> str:
     """The page's own security policy: its scripts by hash, styles and images of its own, and no connection."""
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     named = " ".join(f"'sha256-{digest}'" for digest in hashes)
-    return f"default-src 'none'; script-src {named}; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
+    return (
+        f"default-src 'none'; script-src {named}; style-src 'unsafe-inline'; img-src data: blob:; font-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
 
 
 def _facts(views: Sequence[TaskView]) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from rescore.accounting import marginal_intervals
 from rescore.analysis import Outcomes
 from rescore.report.cost_charts import Looks, alpha_section, drafts_section, name_of, rule, time_section
 from rescore.report.cost_model_charts import cost_model_section
@@ -23,7 +24,6 @@ from rescore.report.figures import (
     percent,
     safe,
 )
-from rescore.report.intervals import marginal_ci95
 from rescore.report.sources import TaskView
 from rescore.report.style import dashes, decode_name
 
@@ -122,7 +122,8 @@ def _acceptance(views: Sequence[TaskView], looks: Looks, dash: dict[int, str]) -
         traces = []
         for result in view.results:
             rescorer, p, marginal = result["rescorer"], result["p"], result["marginal"]
-            found = marginal_ci95([r["accepted"] for r in view.run.records[view.task, rescorer, p]], len(marginal))
+            accepted = [r["accepted"] for r in view.run.records[view.task, rescorer, p]]
+            found = marginal_intervals(accepted, len(marginal), seed=view.run.config["options"]["seed"])
             error = None
             if found is not None:
                 error = (
@@ -143,9 +144,9 @@ def _acceptance(views: Sequence[TaskView], looks: Looks, dash: dict[int, str]) -
                 )
             )
             for kind, values in (("at least i", marginal), ("i, given i - 1", result["conditional"])):
-                shown = [f"{value:.3f}" for value in values]
+                shown = [number(value) for value in values]
                 if kind == "at least i" and found is not None:
-                    shown = [f"{v} ({low:.3f} to {high:.3f})" for v, (low, high) in zip(shown, found, strict=True)]
+                    shown = [f"{v} ({interval(ci95)})" for v, ci95 in zip(shown, found, strict=True)]
                 rows.append((view.label, rescorer, str(p), kind, *shown))
         charts.append(
             Chart(

@@ -13,28 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lattices.errors import InvalidDataError, RescoreError
+from lattices.errors import RescoreError
 from rescore.analysis import HmaxCorrelation, RunAnalysis, analyse_run, correlate_h_max
 from rescore.inputs import Progress
 from rescore.report.sweeps import kept_sweeps
 from rescore.results import CONFIG_FILE, RESULTS_FILE
-from rescore.runs import FinishedRun, load_run
-from rescore.tracing import Trace, trace_folder
+from rescore.runs import FinishedRun, load_runs
+from rescore.suite_files import PLAN_FILE
+from rescore.tracing import trace_folder
 from rescore.tuning import Tuned
-
-NUMBERS = ("k", "p", "n", "block_efficiency", "block_efficiency_macro", "oracle_block_efficiency", "steps", "tokens")
-LISTS = ("accepted_histogram", "marginal", "conditional")
-
-
-@dataclass(frozen=True)
-class LoadedRun(FinishedRun):
-    """A finished run whose traces are loaded: once for all that reads them, and None where they can't be."""
-
-    traces: dict[str, Trace | None]
-
-    def trace(self, task: str) -> Trace | None:
-        """The trace of a task, as it was loaded."""
-        return self.traces[task]
 
 
 @dataclass(frozen=True)
@@ -45,7 +32,7 @@ class TaskView:
 
     label: str
     task: str
-    run: LoadedRun
+    run: FinishedRun
     results: tuple[dict[str, Any], ...]
     analysis: RunAnalysis
     sweeps: tuple[Tuned, ...]
@@ -72,18 +59,18 @@ class Sources:
 
 
 def load_sources(folders: Sequence[Path], *, progress: Progress | None = None) -> Sources:
-    """Reads results folders (or folders of results folders) and analyses them.
+    """Reads results folders of `rescore eval` or `rescore suite` (or folders of them) and analyses them.
 
     Raises `RescoreError` for a folder without finished results, `InvalidDataError` for one of another schema or with
     anything else in it.
     """
-    runs = [_load(folder) for folder in dict.fromkeys(found for folder in folders for found in _results_in(folder))]
+    found = [run for given in folders for folder in _results_in(given) for run in load_runs(folder)]
+    runs = list({run.folder.resolve(): run for run in found}.values())
     missing: list[str] = []
-    loaded = [
-        LoadedRun(run.folder, run.config, run.results, run.records, {t: _trace(run, t, missing) for t in run.tasks})
-        for run in runs
-    ]
-    pairs = [(run, task) for run in loaded for task in run.tasks]
+    for run in runs:
+        for task in run.tasks:
+            _read_trace(run, task, missing)
+    pairs = [(run, task) for run in runs for task in run.tasks]
     labels = _labels(pairs)
     views = []
     for place, ((run, task), label) in enumerate(zip(pairs, labels, strict=True)):
@@ -91,47 +78,34 @@ def load_sources(folders: Sequence[Path], *, progress: Progress | None = None) -
             progress("analyse", place, len(pairs))
         results = tuple(result for result in run.results if result["task"] == task)
         analysis = analyse_run(run, task)
-        views.append(TaskView(label, task, run, results, analysis, kept_sweeps(run.config, task)))
+        views.append(TaskView(label, task, run, results, analysis, kept_sweeps(run, task)))
     traces = [view.analysis.trace for view in views if view.analysis.trace is not None]
     missing += _gaps(views)
     return Sources(tuple(views), correlate_h_max(traces) if traces else None, tuple(missing))
 
 
 def _results_in(folder: Path) -> list[Path]:
-    """The folder itself, or the results folders in it where it is none."""
-    if folder.is_dir() and not (folder / RESULTS_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
-        inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
+    """The folder itself, or the folders of runs and suites in it where it is none."""
+    begun = (RESULTS_FILE, CONFIG_FILE, PLAN_FILE)
+    if folder.is_dir() and not any((folder / name).is_file() for name in begun):
+        inside = sorted({path.parent for name in (CONFIG_FILE, PLAN_FILE) for path in folder.glob(f"*/{name}")})
         return inside or [folder]
     return [folder]
 
 
-def _load(folder: Path) -> FinishedRun:
-    broken = InvalidDataError(f"{folder} does not hold what rescore eval writes; run the evaluation again")
-    try:
-        run = load_run(folder)
-        for result in run.results:
-            numbers = all(isinstance(result[name], int | float) for name in NUMBERS)
-            if not numbers or not all(isinstance(result[name], list) for name in LISTS):
-                raise broken
-        for task in run.tasks:
-            run.config["traces"][task], run.config["options"]["h"]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise broken from error
-    return run
-
-
-def _trace(run: FinishedRun, task: str, missing: list[str]) -> Trace | None:
+def _read_trace(run: FinishedRun, task: str, missing: list[str]) -> None:
+    """Reads a trace once for all that need it; says if there is none, or none that can be used."""
     try:
         trace = run.trace(task)
     except RescoreError as error:
         missing.append(f"The trace of {task} can't be used ({error}), so what is read from it is not shown.")
-        return None
+        run.traces[task] = None
+        return
     if trace is None:
         missing.append(
             f"The trace of {task} is no longer there, so its lattices, entropies and oracle curves are not shown. "
             f"To record it again: {trace_command(run, task)}"
         )
-    return trace
 
 
 def trace_command(run: FinishedRun, task: str) -> str:

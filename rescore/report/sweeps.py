@@ -1,38 +1,69 @@
-"""Sweeps of weights that `rescore tune` kept: the ones that a run's weights came from."""
+"""Sweeps of weights: the ones that a run's weights came from, kept by `rescore tune` or by the run's suite."""
 
 from __future__ import annotations
 
+import glob
+import math
+from collections.abc import Iterator
 from typing import Any
 
 from lattices.errors import RescoreError
-from lm.files import cache_directory, read_json_object
+from lm.files import cache_directory, read_json_lines, read_json_object
+from rescore.runs import FinishedRun
+from rescore.suite_files import RUNS_FOLDER, TUNED_FILE
 from rescore.tuning import Tuned
 
 FIELDS = ("task", "rescorer", "k", "p", "alphas", "block_efficiency", "alpha", "held_out")
 
 
-def kept_sweeps(config: dict[str, Any], task: str) -> tuple[Tuned, ...]:
-    """The sweeps in the cache behind the tuned weights of a task of a run, in the run's order.
+def kept_sweeps(run: FinishedRun, task: str) -> tuple[Tuned, ...]:
+    """The sweeps behind the tuned weights of a task of a run, in the run's order: its suite's, and those in the cache.
 
-    A sweep belongs to a weight if task, rescorer, k, p, the held-out examples and the best weight are the same. Files
-    that can't be read are passed over: a sweep is shown where there is one.
+    A sweep belongs to a weight if task, rescorer, k, h (where it says), p, the held-out examples and the best weight
+    are the same. Files that can't be read are passed over: a sweep is shown where there is one.
     """
+    options = run.config["options"]
     wanted = {
         (typed, int(p)): chosen
-        for typed, by_p in config.get("alphas", {}).get(task, {}).items()
+        for typed, by_p in run.config["alphas"].get(task, {}).items()
         for p, chosen in by_p.items()
-        if chosen.get("from") == "tuned"
+        if chosen["from"] == "tuned" and p.isdecimal()
     }
     found: dict[tuple[str, int], Tuned] = {}
-    for path in sorted((cache_directory() / "tuned").glob(f"{task}-*.json")) if wanted else ():
-        try:
-            fields = read_json_object(path, missing=f"can't read {path}")
-            tuned = Tuned(**{name: fields[name] for name in FIELDS})
-        except (RescoreError, KeyError):
+    for fields in _kept(run, task) if wanted else ():
+        if not _is_sweep(fields) or fields.get("h", options["h"]) != options["h"]:
             continue
+        tuned = Tuned(**{name: fields[name] for name in FIELDS})
         chosen = wanted.get((tuned.rescorer, tuned.p))
-        if chosen is None or tuned.task != task or tuned.k != config["options"].get("k"):
+        if chosen is None or tuned.task != task or tuned.k != options["k"]:
             continue
-        if tuned.alpha == chosen["alpha"] and list(tuned.held_out) == list(chosen.get("held_out", ())):
-            found[tuned.rescorer, tuned.p] = tuned
+        if tuned.alpha == chosen["alpha"] and list(tuned.held_out) == chosen.get("held_out"):
+            found.setdefault((tuned.rescorer, tuned.p), tuned)
     return tuple(found[key] for key in wanted if key in found)
+
+
+def _kept(run: FinishedRun, task: str) -> Iterator[dict[str, Any]]:
+    """Lines of the suite's file, then documents of the cache; what can't be read is passed over."""
+    folder = run.folder.resolve().parent
+    if folder.name == RUNS_FOLDER:
+        try:
+            for _, fields in read_json_lines(folder.parent / TUNED_FILE, torn_tail=True):
+                yield fields
+        except RescoreError:
+            pass
+    for path in sorted((cache_directory() / "tuned").glob(f"{glob.escape(task)}-*.json")):
+        try:
+            yield read_json_object(path, missing=f"can't read {path}")
+        except RescoreError:
+            continue
+
+
+def _is_sweep(fields: dict[str, Any]) -> bool:
+    """Whether a document has what a chart draws: as many finite numbers on both axes."""
+    x, y = fields.get("alphas"), fields.get("block_efficiency")
+    if not fields.keys() >= set(FIELDS) or not isinstance(x, list) or not isinstance(y, list) or len(x) != len(y):
+        return False
+    if not isinstance(fields["rescorer"], str) or type(fields["p"]) is not int:
+        return False
+    numbers = all(type(n) in (int, float) and math.isfinite(n) for n in (*x, *y))
+    return numbers and isinstance(fields["held_out"], list)

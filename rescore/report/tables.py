@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rescore.results import Result, ResultsDocument
+from rescore.terminal import printable
 
 if TYPE_CHECKING:
     from lm.build_ngram import NgramSummary
@@ -20,8 +21,10 @@ OUTCOMES = ("won", "tied", "lost")  # of a step against the unrescored draft
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> str:
-    """Aligned text; the first `text_columns` columns to the left, the rest to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    """Aligned text; the first `text_columns` columns to the left, the rest to the right. No cell can control a
+    terminal."""
+    shown = [[printable(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
         padded = [
@@ -30,7 +33,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns:
         ]
         return "  ".join(padded).rstrip()
 
-    return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
+    return "\n".join([line(shown[0]), "  ".join("-" * w for w in widths), *map(line, shown[1:])])
 
 
 def results_table(document: ResultsDocument) -> str:
@@ -53,8 +56,9 @@ def _caption(document: ResultsDocument) -> str:
     most = max(document.results, key=lambda r: r.p)
     way = f"live decode (p drafts as {most.latency['verify']})" if most.latency else "replayed decode"
     if options["trace"]:
-        return f"{way} of the trace {options['trace']}, h = {h}"
-    return f"{way} of {options['base']} in {options['dtype']}, h = {h}, up to {options['max_new_tokens']} new tokens"
+        return f"{way} of the trace {printable(options['trace'])}, h = {h}"
+    made = f"{printable(options['base'])} in {options['dtype']}, h = {h}, up to {options['max_new_tokens']} new tokens"
+    return f"{way} of {made}"
 
 
 def _label(r: Result) -> list[str]:
@@ -104,8 +108,7 @@ def _acceptance(results: Sequence[Result]) -> str:
     rows = []
     for r in results:
         pad, below = [""] * (h - len(r.marginal)), [""] * len(LABEL)
-        before = [1.0, *r.marginal[:-1]]
-        given = ["-" if b == 0 else f"{c:.3f}" for c, b in zip(r.conditional, before, strict=True)]
+        given = ["-" if c is None else f"{c:.3f}" for c in r.conditional]
         rows.append([*_label(r), "exactly i (count)", *map(str, r.accepted_histogram[1:]), *pad])
         rows.append([*below, "at least i (share)", *(f"{m:.3f}" for m in r.marginal), *pad])
         rows.append([*below, "i, given i - 1", *given, *pad])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lattices.errors import RescoreError
@@ -96,12 +95,14 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def is_here(name: str) -> bool:
-    """Whether a base LM can be asked for without fetching it: anything but a hub id that is not in the hub's cache."""
-    from huggingface_hub import try_to_load_from_cache
+    """Whether a base LM, and what it is an adapter of, is on this machine."""
+    from lm.catalog import resolve_base
 
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf") or Path(name).is_dir():
-        return True
-    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    try:
+        resolve_base(name, local_files_only=True)
+    except RescoreError:
+        return False
+    return True
 
 
 def tokenizer_of(base: Any) -> tuple[PreTrainedTokenizerBase | None, str | None]:
@@ -115,10 +116,8 @@ def tokenizer_of(base: Any) -> tuple[PreTrainedTokenizerBase | None, str | None]
     if not isinstance(name, str):
         return None, "The trace does not name its base model, so tokens are shown as ids."
     ids = "so tokens are shown as ids; rescore report on a machine that has the model shows text."
-    if not is_here(name):
-        return None, f"{name} is not on this machine, {ids}"
     try:
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(name, local_files_only=True)
     except RescoreError as error:
         return None, f"The tokenizer of {name} can't be loaded ({error}), {ids}"
     if (wanted := base.get("tokenizer_sha256")) is not None and tokenizer_sha256(tokenizer) != wanted:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rescore.acceptance import accept
-from rescore.accounting import Gain, account, paired_difference, paired_gain
+from rescore.accounting import Gain, account, marginal_intervals, paired_difference, paired_gain
 
 
 def test_one_example_by_hand():
@@ -20,6 +20,7 @@ def test_one_example_by_hand():
     assert accounting.accepted_histogram == [0, 1, 1, 1, 2, 0]
     assert accounting.marginal == pytest.approx([1, 0.8, 0.6, 0.4, 0])
     assert accounting.conditional == pytest.approx([1, 0.8, 0.75, 2 / 3, 0])
+    assert account([[1], [2]], h=4).conditional == [1, 0.5, 0, None], "no step came so far that it could go on"
 
 
 def test_a_paired_gain_by_hand():
@@ -62,7 +63,7 @@ def test_identities(case):
     assert sum(a.accepted_histogram) == a.steps
     assert sum(i * count for i, count in enumerate(a.accepted_histogram)) == a.tokens
     assert sum(a.marginal) == pytest.approx(a.block_efficiency)
-    assert np.cumprod(a.conditional) == pytest.approx(a.marginal)
+    assert np.cumprod([c or 0.0 for c in a.conditional]) == pytest.approx(a.marginal)
     assert all(x >= y for x, y in zip(a.marginal, a.marginal[1:], strict=False))
     assert 1 <= a.block_efficiency <= h
     if len(accepted) == 1:
@@ -99,3 +100,14 @@ def test_a_difference_is_between_the_same_examples():
     single = paired_difference([[2]], [[1, 1]])
     assert single.difference_ci95 is None and single.gain_ci95 is None and single.lost == 1
     assert paired_difference([[1, 1, 1], [2]], [[1, 1, 1], [2]]).tied == 2
+
+
+def test_the_middle_of_intervals_of_acceptance():
+    rng = np.random.default_rng(1)
+    accepted = [rng.integers(1, 5, size=20).tolist() for _ in range(50)]
+    found = marginal_intervals(accepted, 4)
+    assert found is not None and found[0] == (1.0, 1.0)
+    assert all(low <= m <= high for (low, high), m in zip(found, account(accepted, 4).marginal, strict=True))
+    assert all(high - low > 0.01 for low, high in found[1:])
+    assert marginal_intervals(accepted, 4, seed=1) != found
+    assert marginal_intervals([[1, 2]], 4) is None and marginal_intervals([[1], []], 4) is None

@@ -91,7 +91,7 @@ class TestNumbers:
             assert sum(r.accepted_histogram) == r.steps and r.accepted_histogram[0] == 0
             assert sum(i * n for i, n in enumerate(r.accepted_histogram)) == r.tokens
             assert r.block_efficiency == r.tokens / r.steps == pytest.approx(sum(r.marginal))
-            assert np.cumprod(r.conditional) == pytest.approx(r.marginal)
+            assert np.cumprod([c or 0.0 for c in r.conditional]) == pytest.approx(r.marginal)
             assert all(a >= b for a, b in itertools.pairwise([1.0, *r.marginal]))
             low, high = r.block_efficiency_ci95 or (0, 0)
             assert low <= r.block_efficiency <= high

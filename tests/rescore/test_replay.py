@@ -96,7 +96,7 @@ def test_the_identities_of_accounting_hold(seed, h, k, p):
         assert len(found.accepted_histogram) == h + 1 and found.accepted_histogram[0] == 0
         assert found.block_efficiency == found.tokens / found.steps
         assert sum(found.marginal) == pytest.approx(found.block_efficiency)
-        assert np.cumprod(found.conditional) == pytest.approx(found.marginal)
+        assert np.cumprod([c or 0.0 for c in found.conditional]) == pytest.approx(found.marginal)
         assert all(a >= b for a, b in itertools.pairwise(found.marginal))
 
 

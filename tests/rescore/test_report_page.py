@@ -118,6 +118,32 @@ def test_nothing_is_loaded_from_elsewhere(results, tmp_path):
         assert tag != "link" and attributes.get("href", "#").startswith("#")
     policy = next(a["content"] for t, a in page.tags if t == "meta" and "Policy" in a.get("http-equiv", ""))
     assert policy.startswith("default-src 'none'; script-src 'sha256-") and "unsafe-eval" not in policy
+    assert "base-uri 'none'" in policy and "form-action 'none'" in policy
+
+
+def test_names_cannot_reach_the_terminal_or_a_spreadsheet(results, tmp_path):
+    """A rescorer's name comes from the results; here with an escape sequence, a mark of direction and a formula."""
+    for name in ("results.json", "examples.jsonl"):
+        text = (results / name).read_text()
+        (results / name).write_text(text.replace('"oracle"', json.dumps("=o\x1b[2J\u202e")))
+    written = report(results, tmp_path)
+    assert "'=o\\x1b[2J\\u202e" in written.csv.read_text()
+    page = Page(written.html)
+    library = next(text for attributes, text in page.blocks if attributes.get("id") == "plotly")
+    for text in (page.text.replace(library, ""), written.csv.read_text(), written.markdown.read_text()):
+        assert not any(c in text for c in "\x1b\u202e")
+    shown = [attributes["data-rescorer"] for _, attributes in page.tags if "data-rescorer" in attributes]
+    (figures,) = page.json(id="figures")
+    drawn = {trace["meta"]["rescorer"] for trace in figures["efficiency-0"]["data"]}
+    assert drawn == set(shown) == {"none", "=o\u27e8U+001B\u27e9[2J\u27e8U+202E\u27e9"}
+
+
+def test_positions_that_no_step_reached_have_no_conditional_share(results, tmp_path):
+    document = json.loads((results / "results.json").read_text())
+    document["results"][0].update(marginal=[1.0, 0.5, 0.0, 0.0], conditional=[1.0, 0.5, 0.0, None])
+    (results / "results.json").write_text(json.dumps(document))
+    markdown = report(results, tmp_path).markdown.read_text()
+    assert "| squad | none | 1 | i, given i - 1 | 1.000 | 0.500 | 0.000 | - |" in markdown
 
 
 def test_untrusted_text_stays_text(results, tmp_path):
@@ -265,7 +291,7 @@ class TestTrouble:
         (results / "results.json").write_text(json.dumps({**document, "schema": "rescore.results/1"}))
         assert "rescore.results/1" in self.refused(lambda: report(results, tmp_path), InvalidDataError)
 
-    @pytest.mark.parametrize("change", [{"marginal": None}, {"block_efficiency": "much"}, {"task": 7}])
+    @pytest.mark.parametrize("change", [{"marginal": None}, {"block_efficiency": "much"}, {"task": 7}, {"gain": "x"}])
     def test_results_with_something_else_in_them(self, results, tmp_path, change):
         document = json.loads((results / "results.json").read_text())
         document["results"][0].update(change)
@@ -288,7 +314,7 @@ def test_the_cost_model_has_the_methods_that_were_run(options, tmp_path, cache_f
     run = load_run(folder)
     decoder = decoder_of(options["base"])
     table = cost_table(
-        decoder, h=4, heads_parameters=heads_of(decoder, Path(options["heads"]), 4), neural=None, dtype="float32",
+        decoder, h=4, heads=heads_of(decoder, Path(options["heads"]), 4), neural=None, dtype="float32",
         block_efficiency={"unrescored": run.results[0]["block_efficiency"]}, contexts=(512,),
     )  # fmt: skip
     (cost,) = [c for c in table.costs if c.method == "unrescored"]

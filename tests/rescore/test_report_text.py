@@ -6,18 +6,19 @@ import json
 import re
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from conftest import byte_tokenizer
 
-from rescore.accounting import account
-from rescore.report.exports import _escaped, _plain
+from rescore.report.csv_table import csv_document, plain
+from rescore.report.exports import _escaped
 from rescore.report.figures import safe
 from rescore.report.headline import make_headline, recovered
-from rescore.report.intervals import marginal_ci95
 from rescore.report.sources import json_text
 from rescore.report.style import COLOURS, looks
+from rescore.report.sweeps import kept_sweeps
+from rescore.report.tables import table
 from rescore.report.token_text import excerpt, harmless, token_texts, tokenizer_of, visible
+from rescore.runs import FinishedRun
 
 
 def test_every_character_of_a_token_shows():
@@ -47,6 +48,25 @@ def test_models_that_are_not_here_are_not_fetched():
     assert tokenizer_of({"anything": 1})[0] is None
 
 
+@pytest.mark.parametrize("through_adapter", [False, True])
+def test_the_hub_is_asked_for_nothing_even_where_part_of_a_model_is_cached(tmp_path, monkeypatch, through_adapter):
+    """The name comes from results of others: it may be a hub id, or a folder whose adapter names one."""
+    asked = []
+
+    def snapshot_download(repository, **options):
+        asked.append((repository, options["local_files_only"]))
+        return str(tmp_path / "cached")  # as the hub's library does with only config.json in its cache
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    (tmp_path / "cached").mkdir()
+    (tmp_path / "cached" / "config.json").write_text("{}")
+    fields = {"peft_type": "LORA", "base_model_name_or_path": "somebody/base"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    name = str(tmp_path) if through_adapter else "somebody/base"
+    tokenizer, note = tokenizer_of({"name": name})
+    assert tokenizer is None and "can't be loaded" in note and asked == [("somebody/base", True)]
+
+
 def test_json_for_a_script_element():
     text = json_text({"a": "</script><!--\u2028\ud800"})
     assert "<" not in text and "\u2028" not in text
@@ -56,24 +76,19 @@ def test_json_for_a_script_element():
 def test_text_for_other_readers():
     assert safe("<b>&") == "&lt;b&gt;&amp;"
     assert _escaped("a|b\n<i>`x`") == r"a\|b \<i\>\`x\`"
-    assert _plain("=1+1") == "'=1+1" and _plain("ngram") == "ngram"
+    assert plain("=1+1") == "'=1+1" and plain("ngram") == "ngram" and plain("\x1b[2J\t") == "\\x1b[2J\\t"
+    assert csv_document(["a", "b"], [["=1", -0.5], ["-x", None]]) == "a,b\n'=1,-0.5\n'-x,\n"
+
+
+def test_no_cell_of_a_table_controls_a_terminal():
+    shown = table(["task\x1b[2J", "n"], [["a\u202eb\n", "1"]])
+    assert shown == "task\\x1b[2J  n\n-----------  -\na\\u202eb\\n   1"
 
 
 def test_a_rescorer_looks_the_same_whatever_else_was_run():
     found = looks(["none", *map(str, range(30)), "oracle", "none"])
     assert len({(look.colour, look.marker) for look in found.values()}) == 32
     assert found["none"] == looks(["oracle", "none"])["none"] and found["0"].colour == COLOURS[0]
-
-
-def test_the_middle_of_intervals_of_acceptance():
-    rng = np.random.default_rng(1)
-    accepted = [rng.integers(1, 5, size=20).tolist() for _ in range(50)]
-    marginal = account(accepted, 4).marginal
-    found = marginal_ci95(accepted, 4)
-    assert found is not None and found[0] == (1.0, 1.0)
-    assert all(low <= m <= high for (low, high), m in zip(found, marginal, strict=True))
-    assert all(high - low > 0.01 for low, high in found[1:])
-    assert marginal_ci95([[1, 2]], 4) is None and marginal_ci95([[1], []], 4) is None
 
 
 def result(rescorer: str, value: float, *, p: int = 1, gain: float | None = None, low: float = 0.0) -> dict:
@@ -103,7 +118,7 @@ def test_a_gain_that_is_none_is_said():
     found = make_headline([view(result("none", 1.2), result("a", 1.1, gain=-0.08, low=-0.2))])
     assert "no rescorer gains anything" in found.sentences[1] and not found.rows[1].cells[0].best
     found = make_headline([view(result("none", 1.2), result("a", 1.3, gain=0.08, low=-0.2))])
-    assert "includes no gain" in found.sentences[1]
+    assert "On 1 of 1 tasks the interval of its gain is not wholly above zero." in found.sentences[1]
 
 
 def test_a_page_without_unrescored_drafts_or_a_gap():
@@ -111,3 +126,18 @@ def test_a_page_without_unrescored_drafts_or_a_gap():
     assert "perfect choice" in found.sentences[0] and found.rows[0].cells[0].share is None
     assert recovered(result("a", 2.0), result("none", 2.0)) is None
     assert not re.search(r"nan|None", " ".join(found.sentences))
+
+
+def test_sweeps_of_tasks_whose_names_are_patterns(tmp_path, monkeypatch):
+    monkeypatch.setenv("RESCORE_CACHE", str(tmp_path))
+    sweep = {
+        "task": "a[b]", "rescorer": "ngram", "k": 4, "p": 1, "alphas": [0.0, 1.0], "block_efficiency": [1.0, 1.5],
+        "alpha": 1.0, "held_out": ["x"],
+    }  # fmt: skip
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "a[b]-0.json").write_text(json.dumps(sweep))
+    chosen = {"alpha": 1.0, "from": "tuned", "held_out": ["x"]}
+    config = {"options": {"k": 4, "h": None}, "alphas": {"a[b]": {"ngram": {"1": chosen}}}}
+    run = FinishedRun(tmp_path, config, [], {})
+    (found,) = kept_sweeps(run, "a[b]")
+    assert found.block_efficiency == [1.0, 1.5]

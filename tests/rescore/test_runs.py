@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+from conftest import write_lines
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from rescore.evaluation import EvalOptions, evaluate, trace_task
+from rescore.results import Result
 from rescore.runs import load_run
 
 
@@ -56,7 +59,7 @@ def test_a_given_trace_is_found_where_it_was(options, tmp_path, cache_folder):
     found = run.trace("squad")
     assert found is not None and len(found.examples) == 3
     (tmp_path / "trace" / "trace.json").unlink()
-    assert run.trace("squad") is None
+    assert load_run(tmp_path / "run").trace("squad") is None and run.trace("squad") is found, "it is read once"
 
 
 def refused(call, kind: type[RescoreError] = RescoreError) -> str:
@@ -94,6 +97,39 @@ class TestTrouble:
         for results in ([7], [{"task": "squad"}]):
             (folder / "results.json").write_text(json.dumps({**document, "results": results}))
             assert "holds no whole results" in refused(lambda: load_run(folder), InvalidDataError)
+
+    @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Result)])
+    def test_every_field_of_a_result_is_needed(self, folder, name):
+        document = json.loads((folder / "results.json").read_text())
+        value = document["results"][1].pop(name)
+        (folder / "results.json").write_text(json.dumps(document))
+        assert f"{name} of result 2" in refused(lambda: load_run(folder), InvalidDataError)
+        infinite = {"block_efficiency": float("nan"), "gain": float("inf")}
+        document["results"][1][name] = infinite.get(name, {"a": value})
+        (folder / "results.json").write_text(json.dumps(document))
+        assert f"{name} of result 2" in refused(lambda: load_run(folder), InvalidDataError)
+
+    @pytest.mark.parametrize(
+        ("path", "value"),
+        [("options", None), ("options.h", "4"), ("options.seed", -1), ("options.mode", None), ("traces", {}),
+         ("traces.squad", []), ("traces.squad.k", None), ("alphas", {"squad": {"ngram": {"1": 2.0}}}),
+         ("notices", "a")],
+    )  # fmt: skip
+    def test_what_is_read_of_the_configuration(self, folder, path, value):
+        document = json.loads((folder / "results.json").read_text())
+        *outer, last = path.split(".")
+        place = document["config"]
+        for part in outer:
+            place = place[part]
+        place[last] = value
+        (folder / "results.json").write_text(json.dumps(document))
+        assert "holds no whole configuration" in refused(lambda: load_run(folder), InvalidDataError)
+
+    @pytest.mark.parametrize("change", [{"accepted": [1.5]}, {"drafts": [7]}, {"output_ids": None}])
+    def test_examples_with_something_else_in_them(self, folder, change):
+        lines = [json.loads(line) for line in (folder / "examples.jsonl").read_text().splitlines()]
+        write_lines(folder / "examples.jsonl", [{**lines[0], **change}, *lines[1:]])
+        assert "line 1 is not a finished example" in refused(lambda: load_run(folder), InvalidDataError)
 
     def test_another_trace_in_its_place(self, options, tmp_path, cache_folder):
         trace_task(EvalOptions(**{**options, "rescorers": ("none",), "p": 1}), tmp_path / "trace")

@@ -18,14 +18,17 @@ from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lm.files import cache_directory
 from rescore import suite as suite_module
 from rescore import tracing
+from rescore.analysis.collect import analyse_folders
 from rescore.comparison import Selection, compare
 from rescore.evaluation import EvalOptions, evaluate, trace_task
 from rescore.inspection import inspect_example
+from rescore.report.page import write_report
+from rescore.report.sources import load_sources
 from rescore.results import ExampleLog
-from rescore.runs import load_run
+from rescore.runs import load_run, load_runs
 from rescore.suite import Suite, run_suite
 from rescore.suite_plan import Plan, read_plan
-from rescore.suite_table import COLUMNS, markdown_table, text_table
+from rescore.suite_table import COLUMNS, csv_table, markdown_table, text_table
 
 BODY = """\
 limit: 4
@@ -127,6 +130,36 @@ class TestTable:
         assert len(list((cache_directory() / "traces").iterdir())) == 1
         assert "| 40 | 4 |" in markdown_table(suite.results, suite.plan, "")
 
+    def test_every_reader_takes_its_folder(self, write: Write, tmp_path: Path):
+        run(write(), tmp_path / "out")
+        runs = load_runs(tmp_path / "out")
+        assert [r.folder.name for r in runs] == ["squad-k4", "squad-k2", "gsm8k-k4", "gsm8k-k2"]
+        written = write_report([tmp_path / "out"], tmp_path / "report.html", examples=0)
+        assert len(list(csv.DictReader(written.csv.open()))) == 16
+        assert write_report([tmp_path], tmp_path / "again.html", examples=0).csv.read_text() == written.csv.read_text()
+        found = analyse_folders(results=[tmp_path / "out"])
+        assert [(r.task, r.k) for r in found.runs] == [("squad", 4), ("squad", 2), ("gsm8k", 4), ("gsm8k", 2)]
+
+    def test_its_sweeps_are_in_the_report(self, write: Write, tmp_path: Path):
+        suite = run(write(), tmp_path / "out")
+        found = [sweep for view in load_sources([tmp_path / "out"]).views for sweep in view.sweeps]
+        assert [(s.task, s.k, s.alphas, s.alpha) for s in found] == [
+            (t["task"], t["k"], t["alphas"], t["alpha"]) for t in suite.tuned
+        ]
+        lines = (tmp_path / "out" / "tuned.jsonl").read_text().splitlines()
+        broken = [json.loads(lines[0]) | {"alphas": "much"}, *map(json.loads, lines[1:])]
+        write_lines(tmp_path / "out" / "tuned.jsonl", broken)
+        assert load_sources([tmp_path / "out"]).views[0].sweeps == ()
+
+    def test_inspect_asks_which_run(self, write: Write, tmp_path: Path):
+        out = tmp_path / "out"
+        run(write(("k: [4, 2]", "k: [4, 2]\nh: [2, 3]")), out)
+        refused(lambda: inspect_example(out, task="squad"), "has several k of squad; choose one with --k: 2, 4")
+        refused(lambda: inspect_example(out, task="squad", k=2), "has several h of squad; choose one with --h: 2, 3")
+        refused(lambda: inspect_example(out, task="squad", k=2, h=4), "with h = 4, only 2, 3")
+        found = inspect_example(out, task="squad", k=2, h=3)
+        assert (found.k, found.h) == (2, 3)
+
     def test_given_traces(self, write: Write, tmp_path: Path):
         options = read_plan(write()).options(read_plan(write()).tasks[0], k=4, h=None)
         trace_task(dataclasses.replace(options, limit=3), tmp_path / "trace")
@@ -142,6 +175,7 @@ class TestTable:
             r"\x1b\[", r"\x1b"
         )
         assert "\x1b" not in text_table(nasty)
+        assert "\n'=1+1\\x1b[2J," in csv_table([{**suite.results[0], "task": "=1+1\x1b[2J"}])
 
 
 class TestGoingOn:

@@ -13,7 +13,7 @@
   const example = () => view().examples[state.example];
 
   function make(tag, options = {}, ...children) {
-    const { dataset, style, attributes, ...properties } = options;
+    const { style, attributes, ...properties } = options;
     const element = Object.assign(document.createElement(tag), properties);
     for (const [name, value] of Object.entries(attributes || {})) element.setAttribute(name, value);
     if (style) element.style.cssText = style;
@@ -93,7 +93,7 @@
     state.decode = decode;
     const ids = outputOf(decode), accepted = example().accepted[decode], starts = startsOf(decode);
     $("ex-output").replaceChildren(...accepted.map((n, step) => {
-      const button = make("button", { type: "button", className: "block", dataset: {}, onclick: () => go(step) });
+      const button = make("button", { type: "button", className: "block", onclick: () => go(step) });
       button.tabIndex = -1;
       for (let i = starts[step]; i < starts[step] + n && i < ids.length; i++) {
         button.append(token(ids[i], i > starts[step] ? "saved" : ""));

@@ -4,6 +4,7 @@ and `cost` (what a decoded token costs by method)."""
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +36,7 @@ def analyse_command(
     h: FirstHeads = None,
     k: Annotated[int | None, typer.Option(help="With --trace: entries per head of p-best drafts. Default: 16.")] = None,
     limit: Annotated[int | None, typer.Option(help="With --trace: only the first N examples.")] = None,
-    bins: Annotated[int, typer.Option(help="Bins of the calibration.")] = 15,
+    bins: Annotated[int | None, typer.Option(help="With --trace: bins of the calibration. Default: 15.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap intervals.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -73,17 +74,20 @@ def cost_command(
         str | None,
         typer.Option(
             help="Base LM: smollm2-135m, a model folder, a .gguf file, a hub id, or paper-1.5b (the paper's base LM, "
-            "dimensions assumed). Default: smollm2-135m."
+            "dimensions assumed). Default: that of --results, else smollm2-135m."
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="config.json of a transformers model, instead of --base.")] = None,
     heads: Annotated[
         Path | None,
-        typer.Option(help="Folder of block heads. Default: shipped for the base, else as the paper has them."),
+        typer.Option(
+            help="Folder of block heads. Default: those of --results, of a tuned base or shipped for the base, else as "
+            "the paper has them."
+        ),
     ] = None,
-    h: Annotated[int, typer.Option(help="Tokens of a block.")] = 9,
+    h: Annotated[int | None, typer.Option(help="Tokens of a block. Default: as in --results, else 9.")] = None,
     results: Annotated[
-        Path | None, typer.Option(help="Folder of rescore eval --out with the block efficiencies.")
+        Path | None, typer.Option(help="Folder of rescore eval --out: its base LM, heads, h and block efficiencies.")
     ] = None,
     task: Annotated[str | None, typer.Option(help="Task of --results. Default: the only one.")] = None,
     block_efficiency: Annotated[
@@ -94,45 +98,35 @@ def cost_command(
     ] = None,
     contexts: Annotated[str, typer.Option(help="Comma-separated tokens in the cache.")] = "128,512,1024,2048",
     dtype: Annotated[str, typer.Option(help="Comma-separated: float16, bfloat16, float32.")] = "float16,float32",
-    verify: Annotated[str, typer.Option(help="p drafts as one prefix tree (tree) or as rows (batch).")] = "tree",
+    verify: Annotated[
+        str | None,
+        typer.Option(
+            help="p drafts as one prefix tree (tree) or as rows (batch). Default: as live --results had it, else tree."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Cost model: weights and KV cache read and FLOPs per decoded token, by method and context."""
-    from rescore.cost_decoders import decoder_of, decoder_of_file, heads_of, neural_for
+    from rescore.cost_decoders import neural_for
+    from rescore.cost_inputs import cost_inputs, cost_inputs_of_run
     from rescore.cost_model import cost_table
     from rescore.cost_text import cost_text
+    from rescore.runs import load_run
 
-    if base is not None and config is not None:
-        raise RescoreError("give --base or --config, not both")
-    efficiencies = _efficiencies(results, task, block_efficiency or ())
-    decoder = decoder_of_file(config) if config else decoder_of(base or "smollm2-135m")
-    count = heads_of(decoder, heads, h)
+    efficiencies = {}
+    for text in block_efficiency or ():
+        method, _, value = text.rpartition("=")
+        if not method:
+            raise RescoreError(f"--block-efficiency {text}: give a method and a number, like 4-gram=1.5")
+        efficiencies[method] = numbers("--block-efficiency", value, float)[0]
+    asked = partial(cost_inputs_of_run, load_run(results), task) if results else cost_inputs
+    found = asked(base=base, config=config, heads=heads, h=h, verify=verify, block_efficiency=efficiencies)
     tables = [
         cost_table(
-            decoder, h=h, heads_parameters=count, neural=neural_for(decoder), block_efficiency=efficiencies,
-            dtype=precision.strip(), verify=verify, contexts=numbers("--contexts", contexts, int),
+            found.base, h=found.h, heads=found.heads, neural=neural_for(found.base), dtype=precision.strip(),
+            block_efficiency=found.block_efficiency, verify=found.verify,
+            contexts=numbers("--contexts", contexts, int),
         )
         for precision in dtype.split(",")
     ]  # fmt: skip
     print(json.dumps([t.as_dict() for t in tables]) if as_json else "\n\n".join(map(cost_text, tables)))
-
-
-def _efficiencies(results: Path | None, task: str | None, given: list[str] | tuple[str, ...]) -> dict[str, float]:
-    """Block efficiencies by method: those of a results folder, then those given by hand."""
-    from rescore.cost_model import block_efficiencies
-    from rescore.runs import load_run
-
-    found: dict[str, float] = {}
-    if results is not None:
-        run = load_run(results)
-        if task is None and len(run.tasks) > 1:
-            raise RescoreError(f"{results} has several tasks; give one with --task: {', '.join(run.tasks)}")
-        if task is not None and task not in run.tasks:
-            raise RescoreError(f"{results} has no task {task}; give one of {', '.join(run.tasks)}")
-        found |= block_efficiencies(run.results, task or run.tasks[0])
-    for text in given:
-        method, _, value = text.rpartition("=")
-        if not method:
-            raise RescoreError(f"--block-efficiency {text}: give a method and a number, like 4-gram=1.5")
-        found[method] = numbers("--block-efficiency", value, float)[0]
-    return found

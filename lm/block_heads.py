@@ -135,16 +135,25 @@ def top_k_lowest_ids(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.
     return values[..., :k], ids.gather(-1, order)[..., :k]
 
 
+def known_heads(name: str) -> Path | None:
+    """The checkpoint folder of the heads tuned with the base LM of this name, or shipped for it; None without any."""
+    beside = Path(name).expanduser() / HEADS_FOLDER
+    if (beside.parent / TUNED_FILE).is_file() and (beside / CONFIG_FILE).is_file():
+        return beside  # trained together with this base
+    return _shipped().get(name)
+
+
+def _shipped() -> dict[str, Path]:
+    return {config.parents[1].name: config.parent for config in SHIPPED.glob(f"*/heads/{CONFIG_FILE}")}
+
+
 def heads_folder(path: str | None, identity: BaseIdentity) -> Path:
     """The checkpoint folder of `path`; without one, of the heads tuned with the base, or shipped for its name."""
     if path is not None:
         return Path(path).expanduser()
-    beside = Path(identity.name).expanduser() / HEADS_FOLDER
-    if (beside.parent / TUNED_FILE).is_file() and (beside / CONFIG_FILE).is_file():
-        return beside  # trained together with this base
-    shipped = {config.parents[1].name: config.parent for config in SHIPPED.glob(f"*/heads/{CONFIG_FILE}")}
-    if identity.name in shipped:
-        return shipped[identity.name]
+    if (folder := known_heads(identity.name)) is not None:
+        return folder
+    shipped = _shipped()
     known = f" (only for {', '.join(sorted(shipped))})" if shipped else ""
     raise RescoreError(
         f"no block heads are shipped for {identity.name}{known}; train some: "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
-from rescore.cost_model import NEURAL, Decoder, LayerShape, heads_parameters
+from rescore.cost_model import NEURAL, Decoder, HeadsShape, LayerShape, heads_parameters
 
 PAPER_BASE = "paper-1.5b"
 PAPER_ASSUMPTION = (
@@ -87,7 +87,7 @@ def neural_for(base: Decoder) -> Decoder:
     )  # fmt: skip
 
 
-def decoder_of(name: str) -> Decoder:
+def decoder_of(name: str, *, local_files_only: bool = False) -> Decoder:
     """The decoder of a base LM: `paper-1.5b`, a built-in name, a model folder, a GGUF file or a hub id.
 
     Raises `RescoreError` as `lm.catalog.load_base` does, and as `decoder_of_config`.
@@ -96,7 +96,7 @@ def decoder_of(name: str) -> Decoder:
         return paper_base()
     from lm.catalog import read_model_config
 
-    return decoder_of_config(read_model_config(name), name=name)
+    return decoder_of_config(read_model_config(name, local_files_only=local_files_only), name=name)
 
 
 def decoder_of_file(path: Path) -> Decoder:
@@ -123,18 +123,23 @@ def decoder_of_config(config: Any, *, name: str) -> Decoder:
     """The decoder of a transformers configuration.
 
     Raises `IncompatibleError` for what this cost model says nothing about: experts, of which a call reads as many as
-    its tokens choose, compressed caches, recurrent layers, models that are no causal LM.
+    its tokens choose, compressed caches, recurrent layers, models that are no causal LM (encoders such as BERT among
+    them, which transformers would take for one).
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    _refuse_encoders(config, name)
     text = config.get_text_config(decoder=True)
     _refuse_other_kinds(text, name)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+    except Exception as error:  # of any kind: as the configuration leads it to
         raise IncompatibleError(f"{name} is no causal LM that can be counted: {_first(error)}") from error
+    if model._is_stateful:
+        raise IncompatibleError(f"{name} ({config.model_type}) has recurrent layers, whose state can't forget rejected "
+                                "tokens; give a model of attention layers")  # fmt: skip
     output = model.get_output_embeddings()
     if output is None:
         raise IncompatibleError(f"{name} has no vocabulary projection; give the configuration of a causal LM")
@@ -149,8 +154,19 @@ def decoder_of_config(config: Any, *, name: str) -> Decoder:
         projection_parameters=sum(parameter.numel() for parameter in output.parameters()),
         hidden_size=int(text.hidden_size),
         vocab_size=int(output.weight.shape[0]),
-        layers=_layers(text),
+        layers=_layers(text, name),
     )
+
+
+def _refuse_encoders(config: Any, name: str) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    # That is_decoder is false says nothing by itself: GPT-NeoX has the field and never reads it.
+    encoder = config.model_type in {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}
+    if getattr(config, "is_encoder_decoder", False) or (encoder and not getattr(config, "is_decoder", False)):
+        raise IncompatibleError(
+            f"{name} ({config.model_type}) has an encoder and is no causal LM; give a decoder-only one"
+        )
 
 
 def _refuse_other_kinds(text: Any, name: str) -> None:
@@ -168,7 +184,14 @@ def _refuse_other_kinds(text: Any, name: str) -> None:
         )
 
 
-def _layers(text: Any) -> tuple[LayerShape, ...]:
+def _layers(text: Any, name: str) -> tuple[LayerShape, ...]:
+    try:
+        return _attention_layers(text)
+    except Exception as error:  # of any kind: a family may have names of its own, or layers of several shapes
+        raise IncompatibleError(f"{name} has attention that can't be counted: {_first(error)}") from error
+
+
+def _attention_layers(text: Any) -> tuple[LayerShape, ...]:
     heads = int(text.num_attention_heads)
     kv_heads = int(getattr(text, "num_key_value_heads", None) or (1 if getattr(text, "multi_query", False) else heads))
     head_size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
@@ -179,26 +202,24 @@ def _layers(text: Any) -> tuple[LayerShape, ...]:
     return tuple(LayerShape(heads, kv_heads, head_size, window if t == "sliding_attention" else None) for t in types)
 
 
-def heads_of(base: Decoder, folder: Path | None, h: int) -> int:
-    """Parameters of heads 2..h: of a checkpoint folder, cut to h; without one those shipped for the base, else [A]'s.
+def heads_of(base: Decoder, folder: Path | None, h: int) -> HeadsShape:
+    """Heads 2..h: of a checkpoint folder, cut to h; without one those tuned with the base or shipped for it, else as
+    [A] has them.
 
     Raises `RescoreError` for a folder without heads or heads of another base."""
-    from lm.block_heads import CONFIG_FILE, HEADS_FOLDER, SHIPPED
+    from lm.block_heads import known_heads
 
-    if folder is None:
-        shipped = SHIPPED / base.name / HEADS_FOLDER
-        if "/" in base.name or not (shipped / CONFIG_FILE).is_file():
-            return heads_parameters(h, base.hidden_size)
-        folder = shipped
-    return _counted_heads(base, folder, h)
+    folder = folder or known_heads(base.name)
+    return HeadsShape(heads_parameters(h, base.hidden_size)) if folder is None else _counted_heads(base, folder, h)
 
 
-def _counted_heads(base: Decoder, folder: Path, h: int) -> int:
+def _counted_heads(base: Decoder, folder: Path, h: int) -> HeadsShape:
     import dataclasses
 
     import torch
 
     from lm.block_heads import BlockHeads, read_config
+    from lm.head_nets import SEQUENTIAL
 
     config = read_config(folder)
     if config.hidden_size != base.hidden_size:
@@ -211,7 +232,8 @@ def _counted_heads(base: Decoder, folder: Path, h: int) -> int:
         )
     with torch.device("meta"):
         heads = BlockHeads(dataclasses.replace(config, h=h))
-    return sum(parameter.numel() for parameter in heads.parameters())
+    reads = h - 1 if config.architecture == SEQUENTIAL else 1
+    return HeadsShape(sum(parameter.numel() for parameter in heads.parameters()), reads)
 
 
 def _first(error: BaseException) -> str:

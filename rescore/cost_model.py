@@ -1,4 +1,4 @@
-"""Cost model: what one decoded token costs, by method ([A], METHOD section 7.6).
+"""Cost model: what one decoded token costs, by method (Kim et al. 2024, [A]; docs/analyses.md).
 
 Counted for one sequence, with c tokens in the cache, b bytes per number (weights and cache alike):
 
@@ -8,21 +8,22 @@ Counted for one sequence, with c tokens in the cache, b bytes per number (weight
 
 A step verifies T tokens in one call of the base LM and accepts `block_efficiency` of them. Of the base LM, W are the
 parameters that a call reads: all but the rows of tables (embeddings, learned positions), of which one per token is
-read; the vocabulary projection, V, is in W whether it is tied or not. H are the parameters of heads 2..h. Q(c) = sum
-over layers of query heads x head size x min(c, window); KV(c) = 2 x sum over layers of key-value heads x head size x
-min(c, window). Primed: the same of the small LM.
+read; the vocabulary projection, V, is in W whether it is tied or not. H are the parameters of heads 2..h, which read
+the projection R times a step: once where all are asked in one call, h - 1 times where each is asked for what the one
+before it chose (architecture "sequential"). Q(c) = sum over layers of query heads x head size x min(c, window); KV(c) =
+2 x sum over layers of key-value heads x head size x min(c, window). Primed: the same of the small LM.
 
     autoregressive   weights b W            KV b KV(c)            FLOPs 2 W + 4 Q(c)              (a step is one token)
     verify           weights b W            KV b KV(c) x copies   FLOPs T (2 W + 4 Q(c))
-    heads 2..h       weights b (H + V)                            FLOPs 2 (H + (h - 1) V)
+    heads 2..h       weights b (H + R V)                          FLOPs 2 (H + (h - 1) V)
     n-gram           none: the search runs on the host and reads a few hundred n-grams a lattice
     neural           weights b (h - 1) W'   KV b (h - 1) KV'(c)   FLOPs (h - 1) (2 W' + 4 Q'(c))
 
 Unrescored is verify + heads; the other methods add their rescorer; per token = per step / block efficiency. p drafts as
 a `batch` are T = p h tokens, every row reading a cache of its own (copies = p). As a prefix `tree` the cache is read
 once (copies = 1) and the first token is shared: T = 1 + p (h - 1), an upper bound, since more prefixes may be. With one
-draft both are h tokens. The heads read the projection a second time, because they start from the state of the last
-accepted token, which the verify call decides. The neural rescorer makes h - 1 dependent calls of one token.
+draft both are h tokens. The heads read the projection once more than the base LM, because they start from the state of
+the last accepted token, which the verify call decides. The neural rescorer makes h - 1 dependent calls of one token.
 
 Left out, being small beside the rest: activations, writes to the cache, table rows, attention among the tokens of one
 call, and the search.
@@ -40,6 +41,7 @@ from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
 CONTEXTS = (128, 512, 1024, 2048)  # tokens ([A])
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # per number
 VERIFY = ("tree", "batch")
+DEFAULT_H = 9  # tokens of a block ([A])
 AUTOREGRESSIVE, NEURAL = "autoregressive", "neural-61m"
 
 
@@ -104,6 +106,15 @@ class Decoder:
 
 
 @dataclass(frozen=True)
+class HeadsShape:
+    """Heads 2..h as the cost model sees them: their `parameters` (H), and how often a step reads the vocabulary
+    projection for them (R, `projection_reads`)."""
+
+    parameters: int
+    projection_reads: int = 1
+
+
+@dataclass(frozen=True)
 class MethodCost:
     """One method at one context: `weight_bytes`, `kv_bytes` and `flops` per decoded token and (`step_...`) per step;
     `..._change` of each against autoregressive decoding (-0.25: a quarter less). `p` drafts a step. Per token and
@@ -126,13 +137,13 @@ class MethodCost:
 
 @dataclass(frozen=True)
 class CostTable:
-    """The methods x contexts (`costs`, methods outermost) of one base LM in one precision: `h` block tokens, parameters
+    """The methods x contexts (`costs`, methods outermost) of one base LM in one precision: `h` block tokens, the shape
     of heads 2..h, the small LM of neural-61m (None: left out) and how drafts are verified (`tree` or `batch`)."""
 
     base: Decoder
     dtype: str
     h: int
-    heads_parameters: int
+    heads: HeadsShape
     neural: Decoder | None
     verify: str
     contexts: tuple[int, ...]
@@ -146,8 +157,8 @@ class CostTable:
 def cost_table(
     base: Decoder,
     *,
-    h: int = 9,
-    heads_parameters: int,
+    h: int = DEFAULT_H,
+    heads: HeadsShape,
     neural: Decoder | None,
     block_efficiency: Mapping[str, float],
     dtype: str = "float16",
@@ -166,15 +177,22 @@ def cost_table(
         if method.neural and neural is None:
             continue
         for context in contexts:
-            step = _step(method, base, h, heads_parameters, neural, BYTES[dtype], verify, context)
+            step = _step(method, base, h, heads, neural, BYTES[dtype], verify, context)
             plain.setdefault(context, step)  # the first method is autoregressive
             efficiency = 1.0 if method.rescorer is None else block_efficiency.get(method.name)
             costs.append(_cost(method, context, efficiency, step, plain[context]))
-    return CostTable(base, dtype, h, heads_parameters, neural, verify, tuple(contexts), tuple(costs))
+    return CostTable(base, dtype, h, heads, neural, verify, tuple(contexts), tuple(costs))
 
 
 def _step(
-    method: Method, base: Decoder, h: int, heads: int, neural: Decoder | None, size: int, verify: str, context: int
+    method: Method,
+    base: Decoder,
+    h: int,
+    heads: HeadsShape,
+    neural: Decoder | None,
+    size: int,
+    verify: str,
+    context: int,
 ) -> tuple[int, int, int]:
     """Weight bytes, KV bytes and FLOPs of one step."""
     per_token = 2 * base.read_parameters + base.attention_flops(context)
@@ -182,9 +200,9 @@ def _step(
     if method.rescorer is None:
         return size * weights, size * cached, per_token
     tokens, copies = (method.p * h, method.p) if verify == "batch" else (1 + method.p * (h - 1), 1)
-    weights += heads + base.projection_parameters
+    weights += heads.parameters + heads.projection_reads * base.projection_parameters
     cached *= copies
-    flops = tokens * per_token + 2 * (heads + (h - 1) * base.projection_parameters)
+    flops = tokens * per_token + 2 * (heads.parameters + (h - 1) * base.projection_parameters)
     if method.neural:
         assert neural is not None, "a method that calls a small LM needs one"
         weights += (h - 1) * neural.read_parameters

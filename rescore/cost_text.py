@@ -9,7 +9,10 @@ from rescore.report.tables import table
 def cost_text(found: CostTable) -> str:
     """Per decoded token and method at every context: weights and cache read, FLOPs, and their change."""
     way = f"h = {found.h}, drafts verified as a {found.verify}"
-    lines = [f"{found.dtype}, {way}; heads 2..{found.h}: {found.heads_parameters:,} parameters", _shape(found.base)]
+    heads = f"heads 2..{found.h}: {found.heads.parameters:,} parameters"
+    if found.heads.projection_reads > 1:
+        heads += f", the vocabulary projection read {found.heads.projection_reads} times"
+    lines = [f"{found.dtype}, {way}; {heads}", _shape(found.base)]
     if found.neural:
         lines.append(_shape(found.neural))
     header = ["method", "p", "context", "block eff.", "weights GB", "", "KV MB", "", "GFLOPs", ""]

@@ -55,11 +55,13 @@ def test_results(rescore, folders):
     assert code == 0 and json.loads(out)["runs"][0]["rescorers"][0]["rescorer"] == "none"
 
 
-def test_costs(rescore, folders, tiny_folder):
+def test_costs(rescore, folders, tiny_folder, tiny_heads_folder):
     code, out, _ = rescore("cost", "--base", "paper-1.5b", "--block-efficiency", "unrescored=1.5", "--contexts", "128")
     assert code == 0 and "ASSUMED" in out and "float16" in out and "float32" in out
-    code, out, _ = rescore("cost", "--config", tiny_folder / "config.json", "--results", folders[1], "--h", 4, "--json")
-    costs = json.loads(out)[0]["costs"]
+    code, out, _ = rescore("cost", "--results", folders[1], "--heads", tiny_heads_folder, "--json")
+    found = json.loads(out)[0]
+    assert (found["h"], found["base"]["name"], found["heads"]["projection_reads"]) == (4, str(tiny_folder), 1)
+    costs = found["costs"]
     known = {cost["method"] for cost in costs if cost["block_efficiency"] is not None}
     assert code == 0 and known == {"autoregressive", "unrescored", "16-best 0-gram"}
 
@@ -72,6 +74,9 @@ def test_costs(rescore, folders, tiny_folder):
         (("analyse", "--trace", "{trace}", "--only", "rank"), "did you mean ranks"),
         (("analyse", "--results", "{run}", "--against", "oracle"), "give two rescorers"),
         (("analyse", "--results", "{run}", "--against", "oracle=ngram"), "unknown rescorer of these results"),
+        (("analyse", "--results", "{run}", "--limit", "1"), "--limit is for traces"),
+        (("cost", "--results", "{run}", "--h", "3"), "drop --h"),
+        (("cost", "--results", "{run}"), "give their folder: --heads"),
         (("cost", "--base", "x", "--config", "y"), "give --base or --config, not both"),
         (("cost", "--base", "paper-1.5b", "--block-efficiency", "1.5"), "give a method and a number"),
         (("cost", "--base", "paper-1.5b", "--block-efficiency", "unrescored=many"), "give numbers"),

@@ -138,11 +138,20 @@ def _rescorer(run: FinishedRun, result: Mapping[str, Any], examples: Sequence[Tr
 
 
 def correlate_h_max(traces: Sequence[TraceAnalysis]) -> HmaxCorrelation:
-    """h_max against the unrescored block efficiency over traces of several tasks (those with both)."""
-    points = []
+    """h_max against the unrescored block efficiency over traces of several tasks (those with both).
+
+    A task is one point, whatever number of traces it has, and all points have one h: of the h that the most tasks have,
+    the largest. Of several traces of a task with this h, that of most positions counts (of equals the first).
+    """
+    by_h: dict[int, dict[str, tuple[int, HmaxPoint]]] = {}  # h -> task -> positions and point
     for trace in traces:
         if trace.entropy is None or trace.entropy.h_max is None or trace.oracle is None:
             continue
         if (efficiency := trace.oracle.unrescored.block_efficiency) is not None:
-            points.append(HmaxPoint(trace.name, trace.entropy.h_max, efficiency))
-    return correlation(points)
+            tasks = by_h.setdefault(trace.h, {})
+            if trace.name not in tasks or trace.positions > tasks[trace.name][0]:
+                tasks[trace.name] = trace.positions, HmaxPoint(trace.name, trace.entropy.h_max, efficiency)
+    if not by_h:
+        return correlation(())
+    h = max(by_h, key=lambda h: (len(by_h[h]), h))
+    return correlation([point for _, point in by_h[h].values()], h)

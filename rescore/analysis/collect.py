@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lattices.errors import RescoreError
 from rescore.analysis import ANALYSES, analyse_run, analyse_trace, contrast, correlate_h_max, efficiency_table
 from rescore.analysis.calibration import DEFAULT_BINS
 from rescore.analysis.records import Contrast, EfficiencyTable, HmaxCorrelation, Record, RunAnalysis, TraceAnalysis
@@ -35,14 +36,21 @@ def analyse_folders(
     h: int | None = None,
     k: int | None = None,
     limit: int | None = None,
-    bins: int = DEFAULT_BINS,
+    bins: int | None = None,
     seed: int = 0,
 ) -> Findings:
     """Analyses of trace folders (with the first h heads, `limit` examples) and of results folders.
 
-    `against`: pairs of rescorers of the results, as typed, which are compared wherever both were run. Raises as
+    `against`: pairs of rescorers of the results, as typed, which are compared wherever both were run; h, `k`, `limit`
+    and `bins` are for traces alone. Raises `RescoreError` for options that the folders have no use for, and as
     `load_trace`, `load_run`, `analyse_trace` and `efficiency_table` do.
     """
+    own = {"--h": h, "--k": k, "--limit": limit, "--bins": bins}
+    if results and (given := [option for option, value in own.items() if value is not None]):
+        raise RescoreError(f"{given[0]} is for traces; a run is analysed as it was decoded, so drop {given[0]}")
+    if against and not results:
+        raise RescoreError("--against compares rescorers of a run; give its folder: --results")
+    bins = DEFAULT_BINS if bins is None else bins
     of_traces = []
     for folder in traces:
         trace = load_trace(folder).first_heads(h)

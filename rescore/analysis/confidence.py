@@ -37,10 +37,10 @@ def entropies_of(positions: Positions, vocab_size: int) -> Entropies:
     return Entropies(len(found), LEVELS, tuple(edges.tolist()), heads, h_max(means))
 
 
-def correlation(points: Sequence[HmaxPoint]) -> HmaxCorrelation:
-    """Pearson's R of h_max and block efficiency over tasks."""
+def correlation(points: Sequence[HmaxPoint], h: int | None = None) -> HmaxCorrelation:
+    """Pearson's R of h_max and block efficiency over tasks, each of which is one of the points, with h heads."""
     x = np.array([p.h_max for p in points], dtype=np.float64)
     y = np.array([p.block_efficiency for p in points], dtype=np.float64)
     if len(points) < MIN_POINTS or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return HmaxCorrelation(tuple(points), None)
-    return HmaxCorrelation(tuple(points), float(np.corrcoef(x, y)[0, 1]))
+        return HmaxCorrelation(h, tuple(points), None)
+    return HmaxCorrelation(h, tuple(points), float(np.corrcoef(x, y)[0, 1]))

@@ -1,4 +1,4 @@
-"""What a perfect choice would reach ([A] section 7): by k, by number of refined heads, by length of the block.
+"""What a perfect choice would reach (docs/analyses.md): by k, by number of refined heads, by length of the block.
 
 All numbers are replayed decodes, read from the ranks of the base LM's own tokens alone.
 """
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from rescore.analysis.positions import Positions, efficiency_of, leading
 from rescore.analysis.records import OracleCurves
+from rescore.checks import check_held_k
 
 
 def doubling(limit: int) -> tuple[int, ...]:
@@ -25,7 +26,7 @@ def oracle_curves(positions: Positions, ks: Sequence[int] | None = None, *, seed
     h, ranks = positions.h, positions.ranks
     ks = tuple(ks) if ks is not None else doubling(positions.lattice.k)
     for k in ks:
-        positions.lattice.top(k)
+        check_held_k(positions.lattice.k, k)
     unrescored = leading(ranks == 0)  # [n]
     plain = positions.block_efficiency(unrescored)
     by_k, by_refined, by_heads = [], [], []

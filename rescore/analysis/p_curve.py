@@ -1,4 +1,4 @@
-"""Block efficiency by number of drafts, p ([A] section 7: p-best drafts from one top-k lattice)."""
+"""Block efficiency by number of drafts, p (Kim et al. 2024: p-best drafts from one top-k lattice)."""
 
 from __future__ import annotations
 

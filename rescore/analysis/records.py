@@ -106,8 +106,10 @@ class HmaxPoint(Record):
 
 @dataclass(frozen=True)
 class HmaxCorrelation(Record):
-    """Pearson's R of h_max and block efficiency over `points`; None for fewer than three, or where one never varies."""
+    """Pearson's R of h_max and block efficiency over `points`, one for each task, all of blocks of `h` tokens (None: no
+    points); None for fewer than three, or where one never varies."""
 
+    h: int | None
     points: tuple[HmaxPoint, ...]
     pearson: float | None
 

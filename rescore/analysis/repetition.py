@@ -43,7 +43,7 @@ def before_after(records: Sequence[Record], examples: Sequence[TracedExample]) -
     `records` of one rescorer and p; `examples` of the trace. Records without drafts, and those whose output is not the
     trace's (live decoding in half precision), are left out; None if none is left.
     """
-    pairs = [_drafts(record, example) for record, example in traced(records, examples)]
+    pairs = [step_drafts(record, example) for record, example in traced(records, examples)]
     if not pairs:
         return None
     before, after = (np.concatenate(side) for side in zip(*pairs, strict=True))
@@ -62,10 +62,6 @@ def step_drafts(record: Record, example: TracedExample) -> tuple[np.ndarray, np.
 
     Live decoding cuts drafts at the length limit; both then end with -1 from there on.
     """
-    return _drafts(record, example)
-
-
-def _drafts(record: Record, example: TracedExample) -> tuple[np.ndarray, np.ndarray]:
     accepted = np.asarray(record["accepted"], dtype=np.int64)
     starts = np.cumsum(accepted) - accepted
     before = example.lattice.token_ids[starts, :, 0].copy()

@@ -1,4 +1,4 @@
-"""Rescorers x tasks over one or several finished runs, and one rescorer against another ([A] section 7, table)."""
+"""Rescorers x tasks over one or several finished runs, and one rescorer against another (docs/analyses.md)."""
 
 from __future__ import annotations
 

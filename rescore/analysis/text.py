@@ -93,7 +93,10 @@ def h_max_text(found: HmaxCorrelation) -> str:
     """h_max and block efficiency by task, and their correlation."""
     rows = [[p.name, str(p.h_max), f"{p.block_efficiency:.3f}"] for p in found.points]
     r = "too few tasks, or one never varies" if found.pearson is None else f"{found.pearson:.2f}"
-    return table(["task", "h_max", "block eff."], rows) + f"\nPearson's R of h_max and block efficiency: {r}"
+    return (
+        table(["task", "h_max", "block eff."], rows)
+        + f"\nPearson's R of h_max and block efficiency, h = {found.h}: {r}"
+    )
 
 
 def contrast_text(found: Sequence[Contrast]) -> str:

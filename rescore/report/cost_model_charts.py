@@ -1,14 +1,14 @@
-"""What a decoded token costs by the cost model (METHOD section 7, 6): weights and cache read, arithmetic."""
+"""What a decoded token costs by the cost model (docs/analyses.md): weights and cache read, arithmetic."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import plotly.graph_objects as go
 
 from lattices.errors import RescoreError
-from rescore.cost_model import AUTOREGRESSIVE, CostTable, block_efficiencies, cost_table
+from rescore.cost_inputs import cost_inputs_of_run
+from rescore.cost_model import AUTOREGRESSIVE, CostTable, cost_table
 from rescore.report.cost_charts import rule
 from rescore.report.figures import NONE, Chart, Section, axis, figure, number
 from rescore.report.sources import TaskView
@@ -52,7 +52,7 @@ def cost_model_section(views: Sequence[TaskView]) -> Section:
         ("task", "method", "p", "cached tokens", "tokens a step", "weights, GB", "KV cache, MB", "GFLOPs", "weights ±",
          "KV cache ±", "FLOPs ±"),
         tuple(rows),
-        lacking="The base model's shape is not at hand here, or none of the methods of the cost model was run. "
+        lacking="The base model or its heads are not at hand here, or none of the methods of the cost model was run. "
         "rescore cost --base MODEL --results FOLDER --task TASK prints it.",
         legend=tuple((name, colour) for name, _, colour in QUANTITIES),
     )  # fmt: skip
@@ -63,20 +63,18 @@ def _change(share: float | None) -> str:
 
 
 def _table(view: TaskView) -> CostTable | None:
-    """The costs of the task's methods in the run's precision; None where the base model's shape can't be told."""
-    from rescore.cost_decoders import decoder_of, heads_of, neural_for
+    """The costs of the task's methods in the run's precision; None where the shape of the base model or of its heads
+    can't be told."""
+    from rescore.cost_decoders import neural_for
 
-    options = view.run.config["options"]
     name = (view.run.config["traces"][view.task].get("base") or {}).get("name")
     if not isinstance(name, str) or not is_here(name):
         return None
-    h = len(view.results[0]["marginal"])
     try:
-        base = decoder_of(name)
-        heads = heads_of(base, Path(options["heads"]).expanduser() if options.get("heads") else None, h)
+        found = cost_inputs_of_run(view.run, view.task, local_files_only=True)
         return cost_table(
-            base, h=h, heads_parameters=heads, neural=neural_for(base), dtype=options["dtype"],
-            block_efficiency=block_efficiencies(view.results, view.task),
+            found.base, h=found.h, heads=found.heads, neural=neural_for(found.base), verify=found.verify,
+            dtype=view.run.config["options"]["dtype"], block_efficiency=found.block_efficiency,
         )  # fmt: skip
     except RescoreError:  # a model or heads that have gone since, or a kind that the model does not describe
         return None

@@ -199,7 +199,16 @@ class TestFolders:
         folder = next(path for path in cache_of().glob("traces/*") if path.is_dir())
         traces = analyse_folders(traces=[folder, folder], h=2, limit=2, only=("entropy", "oracle"))
         assert [(t.examples, t.h, t.ranks) for t in traces.traces] == [(2, 2, None)] * 2 and traces.table is None
-        assert "Pearson's R" in findings_text(traces)
+        assert len(traces.h_max.points) == 1 and "Pearson's R" not in findings_text(traces)  # one task, twice
+
+    @pytest.mark.parametrize("option", ["h", "k", "limit", "bins"])
+    def test_options_of_traces_are_refused_for_runs(self, run, option):
+        from rescore.analysis.collect import analyse_folders
+
+        with pytest.raises(RescoreError, match=f"--{option} is for traces"):
+            analyse_folders(results=[run.folder], **{option: 2})
+        with pytest.raises(RescoreError, match="give its folder: --results"):
+            analyse_folders(against=[("oracle", "none")])
 
 
 def cache_of() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -14,9 +15,10 @@ from lattices.oracle import oracle_accepted
 from rescore.accounting import account
 from rescore.analysis import ANALYSES, analyse_trace, correlate_h_max
 from rescore.analysis.confidence import correlation
-from rescore.analysis.oracle_curves import doubling
+from rescore.analysis.oracle_curves import doubling, oracle_curves
 from rescore.analysis.positions import Positions
 from rescore.analysis.records import HmaxPoint
+from rescore.analysis.text import h_max_text
 from rescore.replay import replay
 from rescore.rescorers import load_rescorer
 from rescore.tracing import Trace, TracedExample
@@ -191,6 +193,8 @@ def test_only_what_is_asked_for():
 
 
 def test_refused():
+    with pytest.raises(RescoreError, match="the trace holds the top 3"):
+        oracle_curves(Positions.of(small_trace()), (1, 4))
     with pytest.raises(UnknownNameError, match="did you mean entropy"):
         analyse_trace(small_trace(), only=("entropi",))
     with pytest.raises(RescoreError, match="the trace holds the top 3"):
@@ -207,6 +211,19 @@ def test_h_max_over_tasks():
     assert correlation([HmaxPoint(p.name, 2, p.block_efficiency) for p in points]).pearson is None
     assert correlate_h_max([analyse_trace(small_trace())] * 3).pearson is None
     assert correlate_h_max([analyse_trace(small_trace(), only=("entropy",))]).points == ()
+
+
+def test_h_max_counts_a_task_once_and_at_one_h():
+    found = analyse_trace(small_trace(), name="squad")
+    at = {h: analyse_trace(small_trace().first_heads(h), name="squad") for h in (1, 2)}
+    # Runs of one task with k in {2, 3} and h in {1, 2, 3}.
+    once = correlate_h_max([found, dataclasses.replace(found, k=2), at[2], at[1], at[1]])
+    assert (once.h, [p.name for p in once.points], once.pearson) == (3, ["squad"], None)
+    # Two tasks have h = 2, one has 3; the trace of most positions stands for a task.
+    more = dataclasses.replace(at[2], positions=9, entropy=dataclasses.replace(at[2].entropy, h_max=1))
+    several = correlate_h_max([found, at[2], dataclasses.replace(at[2], name="xsum"), more])
+    assert several.h == 2 and [(p.name, p.h_max) for p in several.points] == [("squad", 1), ("xsum", 2)]
+    assert "h = 2: too few tasks" in h_max_text(several)
 
 
 def test_doubling():

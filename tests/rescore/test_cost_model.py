@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from conftest import save_tiny_base
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
+from lm.block_heads import BlockHeads
+from lm.head_nets import BlockHeadsConfig
 from rescore.cost_decoders import (
+    _layers,
     decoder_of,
     decoder_of_config,
     decoder_of_file,
@@ -18,8 +25,12 @@ from rescore.cost_decoders import (
     neural_for,
     paper_base,
 )
-from rescore.cost_model import BYTES, METHODS, block_efficiencies, cost_table, heads_parameters
+from rescore.cost_inputs import cost_inputs, cost_inputs_of_run
+from rescore.cost_model import BYTES, METHODS, HeadsShape, block_efficiencies, cost_table, heads_parameters
 from rescore.cost_text import cost_text
+from rescore.evaluation import EvalOptions, evaluate
+from rescore.report.cost_model_charts import cost_model_section
+from rescore.runs import FinishedRun, load_run
 
 # Toy base: 2 layers, d = 4, 2 heads of 2, 1 KV head, feed-forward 8 (not gated), 10 tokens, tied.
 #   layer: q 4 x 4, k 4 x 2, v 4 x 2, o 4 x 4 = 48; feed-forward 2 x 4 x 8 = 64; norms 8: 120. W = 240 + 4 + V 40 = 284.
@@ -32,12 +43,12 @@ TOY = dense_decoder(
 SMALL = dense_decoder(
     "small", layers=1, hidden_size=2, heads=1, kv_heads=1, head_size=2, inner_size=4, gated=True, vocab_size=10
 )
-HEADS = 50
+HEADS = HeadsShape(50)
 GIVEN = {"unrescored": 1.25, "4-gram": 1.5, "neural-61m": 2.0, "16-best 0-gram": 1.6}
 
 
 def toy_costs(**options):
-    arguments = {"h": 3, "heads_parameters": HEADS, "neural": SMALL, "block_efficiency": GIVEN, "contexts": (100,)}
+    arguments = {"h": 3, "heads": HEADS, "neural": SMALL, "block_efficiency": GIVEN, "contexts": (100,)}
     found = cost_table(TOY, **{**arguments, **options})
     return {cost.method: cost for cost in found.costs}
 
@@ -81,6 +92,13 @@ class TestToy:
         assert (batch.step_flops, batch.step_kv_bytes) == (48 * 3768 + 260, 25600)
         assert tree.step_weight_bytes == batch.step_weight_bytes == 748
 
+    def test_sequential_heads_read_the_projection_each(self):
+        # h = 3: two calls behind one another. Weights 284 + 50 + 2 x 40 = 414; cache and FLOPs as before.
+        cost = toy_costs(heads=HeadsShape(50, 2))["unrescored"]
+        assert (cost.step_weight_bytes, cost.step_kv_bytes, cost.step_flops) == (828, 1600, 11564)
+        found = cost_table(TOY, h=3, heads=HeadsShape(50, 2), neural=None, block_efficiency=GIVEN)
+        assert "projection read 2 times" in cost_text(found)
+
     def test_what_is_not_known_shows_the_step_only(self):
         cost = toy_costs()["16-best 4-gram"]
         assert cost.block_efficiency is None and cost.weight_bytes is None and cost.step_weight_bytes == 748
@@ -96,7 +114,7 @@ class TestToy:
         assert BYTES["float16"] == 2
 
     def test_the_text_has_every_row(self):
-        found = cost_table(TOY, h=3, heads_parameters=HEADS, neural=None, block_efficiency=GIVEN)
+        found = cost_table(TOY, h=3, heads=HEADS, neural=None, block_efficiency=GIVEN)
         json.dumps(found.as_dict(), allow_nan=False)
         assert len(found.costs) == 4 * (len(METHODS) - 1)
         text = cost_text(found)
@@ -142,7 +160,7 @@ class TestDecoders:
         base = paper_base()
         assert base.parameters == pytest.approx(1.5e9, rel=0.02) and "not public" in base.assumption
         assert neural_for(base).parameters == pytest.approx(61e6, rel=0.01) and neural_for(base).assumption
-        found = cost_table(base, heads_parameters=heads_of(base, None, 9), neural=None, block_efficiency={})
+        found = cost_table(base, heads=heads_of(base, None, 9), neural=None, block_efficiency={})
         assert "ASSUMED" in cost_text(found)
 
     def test_a_llama_as_the_formula_has_it(self):
@@ -180,6 +198,25 @@ class TestDecoders:
         with pytest.raises(IncompatibleError, match="no causal LM"):
             decoder_of_config(AutoConfig.for_model("vit"), name="vit")
 
+    def test_attention_of_names_of_its_own(self):
+        with pytest.raises(IncompatibleError, match="other has attention that can't be counted"):
+            _layers(SimpleNamespace(hidden_size=4, num_hidden_layers=1), "other")
+
+    @pytest.mark.parametrize("kind", ["rwkv", "mamba", "recurrent_gemma"])
+    def test_recurrent_layers_are_refused(self, kind):
+        small = {"num_hidden_layers": 3, "hidden_size": 64, "vocab_size": 10}
+        with pytest.raises(IncompatibleError, match="can't forget"):
+            decoder_of_config(AutoConfig.for_model(kind, **small), name=kind)
+
+    def test_encoders_are_refused(self):
+        small = {"num_hidden_layers": 1, "hidden_size": 4, "num_attention_heads": 2, "vocab_size": 10}
+        small["intermediate_size"] = 8
+        for kind in ("bert", "bert-generation", "bart"):
+            with pytest.raises(IncompatibleError, match="no causal LM"):
+                decoder_of_config(AutoConfig.for_model(kind, **small), name=kind)
+        assert decoder_of_config(AutoConfig.for_model("bert", is_decoder=True, **small), name="bert").vocab_size == 10
+        assert decoder_of_config(AutoConfig.for_model("gpt_neox", **small), name="neox").vocab_size == 10
+
     def test_a_configuration_file(self, tiny_folder: Path, tmp_path: Path):
         found = decoder_of_file(tiny_folder / "config.json")
         assert found.layers == decoder_of(str(tiny_folder)).layers and found.hidden_size == 32
@@ -197,13 +234,29 @@ class TestDecoders:
         assert heads_parameters(3, 4, 5) == 98 and heads_parameters(3, 4) == 2 * (16 + 4 + 16 + 4)
         base = decoder_of(str(tiny_folder))
         # Three heads, d = 32, inner 16, token size 8: 3 x (32 x 16 + 16 + 16 x 32 + 32 + 8 x 16) + 32 x 8.
-        assert heads_of(base, tiny_heads_folder, 4) == 3 * (512 + 16 + 512 + 32 + 128) + 256
-        assert heads_of(base, tiny_heads_folder, 2) == 1200 + 256
-        assert heads_of(base, None, 3) == heads_parameters(3, 32)
+        assert heads_of(base, tiny_heads_folder, 4) == HeadsShape(3 * (512 + 16 + 512 + 32 + 128) + 256)
+        assert heads_of(base, tiny_heads_folder, 2) == HeadsShape(1200 + 256)
+        assert heads_of(base, None, 3) == HeadsShape(heads_parameters(3, 32))
         with pytest.raises(RescoreError, match="choose --h from 2 to 4"):
             heads_of(base, tiny_heads_folder, 5)
         with pytest.raises(IncompatibleError, match="hidden size of 32"):
             heads_of(TOY, tiny_heads_folder, 3)
+
+    def test_sequential_heads(self, tiny_base, tiny_folder: Path, tmp_path: Path):
+        config = BlockHeadsConfig(4, 32, 16, 257, "tiny", "0", architecture="sequential", token_size=8)
+        BlockHeads(config).save(tmp_path)
+        # Three heads, d = 32, inner 16; tokens seen 1 + 2 + 3, each 8 x 16; 32 x 8 shared.
+        shape = heads_of(decoder_of(str(tiny_folder)), tmp_path, 4)
+        assert shape == HeadsShape(3 * (512 + 16 + 512 + 32) + 6 * 128 + 256, projection_reads=3)
+        assert heads_of(decoder_of(str(tiny_folder)), tmp_path, 2).projection_reads == 1
+
+    def test_a_tuned_base_has_heads_of_its_own(self, tiny_folder: Path, tiny_heads_folder: Path, tmp_path: Path):
+        tuned = tmp_path / "tuned"
+        shutil.copytree(tiny_folder, tuned)
+        shutil.copytree(tiny_heads_folder, tuned / "heads")
+        assert heads_of(decoder_of(str(tuned)), None, 4) == HeadsShape(heads_parameters(4, 32))
+        (tuned / "tuned.json").write_text("{}")
+        assert heads_of(decoder_of(str(tuned)), None, 4) == heads_of(decoder_of(str(tuned)), tiny_heads_folder, 4)
 
 
 def test_block_efficiencies_of_results():
@@ -216,4 +269,81 @@ def test_block_efficiencies_of_results():
     ]  # fmt: skip
     assert block_efficiencies(results, "squad") == {"unrescored": 1.2, "16-best 0-gram": 1.4, "4-gram": 1.3}
     with pytest.raises(UnknownNameError):
-        cost_table(TOY, heads_parameters=1, neural=None, block_efficiency={"oracle": 2.0})
+        cost_table(TOY, heads=HEADS, neural=None, block_efficiency={"oracle": 2.0})
+
+
+@pytest.fixture
+def run(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path, tmp_path: Path) -> FinishedRun:
+    """A finished run with the first three heads, and one and two drafts a step."""
+    options = EvalOptions(
+        base=str(tiny_folder), heads=str(tiny_heads_folder), data=str(squad_file), device="cpu", h=3, k=4, p=(1, 16),
+        max_new_tokens=6, limit=2,
+    )  # fmt: skip
+    evaluate(options, out=tmp_path / "run")
+    return load_run(tmp_path / "run")
+
+
+def changed(run: FinishedRun, *, settings: dict | None = None, **options) -> FinishedRun:
+    """The run with other settings of its trace or other options."""
+    traces = {"squad": {**run.config["traces"]["squad"], **(settings or {})}}
+    config = {**run.config, "options": {**run.config["options"], **options}, "traces": traces}
+    return dataclasses.replace(run, config=config)
+
+
+class TestInputs:
+    def test_by_hand(self, tiny_folder: Path):
+        found = cost_inputs(base=str(tiny_folder), block_efficiency={"4-gram": 1.5})
+        assert (found.h, found.verify, found.block_efficiency) == (9, "tree", {"4-gram": 1.5})
+
+    def test_of_a_run(self, run, tiny_folder: Path, tiny_heads_folder: Path):
+        found = cost_inputs_of_run(run, block_efficiency={"4-gram": 1.5})
+        base = decoder_of(str(tiny_folder))
+        assert (found.base, found.h, found.verify) == (base, 3, "tree")
+        assert found.heads == heads_of(base, tiny_heads_folder, 3)
+        assert found.block_efficiency == {**block_efficiencies(run.results, "squad"), "4-gram": 1.5}
+        assert cost_inputs_of_run(run, "squad", config=tiny_folder / "config.json", h=3).heads == found.heads
+
+    def test_what_is_not_the_run_s_is_refused(self, run, tiny_folder: Path, tiny_heads_folder: Path, tmp_path: Path):
+        other = save_tiny_base(tmp_path / "other", seed=1)
+        wide = save_tiny_base(tmp_path / "wide", hidden_size=64)
+        same = tmp_path / "same"
+        shutil.copytree(tiny_folder, same)
+        heads = tmp_path / "heads"
+        shutil.copytree(tiny_heads_folder, heads)
+        assert cost_inputs_of_run(run, base=str(same), heads=heads).heads == cost_inputs_of_run(run).heads
+        (heads / "model.safetensors").write_bytes(b"other")
+        for given, message in (
+            ({"h": 4}, "decoded blocks of 3"),
+            ({"base": str(other)}, "was decoded with"),
+            ({"base": "paper-1.5b"}, "was decoded with"),
+            ({"config": wide / "config.json"}, "hidden_size 64"),
+            ({"heads": heads}, "are not those of"),
+        ):
+            with pytest.raises(IncompatibleError, match=message):
+                cost_inputs_of_run(run, **given)
+
+    def test_what_a_run_does_not_say(self, run, tiny_folder: Path):
+        with pytest.raises(RescoreError, match="where its heads lie"):  # a run of a given trace
+            cost_inputs_of_run(changed(run, heads=None))
+        elsewhere = changed(run, heads=None, settings={"base": None, "heads_sha256": None})
+        with pytest.raises(RescoreError, match="what its base LM is"):
+            cost_inputs_of_run(elsewhere)
+        assert cost_inputs_of_run(elsewhere, base=str(tiny_folder)).heads == HeadsShape(heads_parameters(3, 32))
+
+    def test_verified_as_the_live_run_was(self, run):
+        assert cost_inputs_of_run(changed(run, verify="batch")).verify == "tree"  # a replay
+        live = changed(run, mode="live", verify="batch")
+        assert cost_inputs_of_run(live).verify == "batch" and cost_inputs_of_run(live, verify="tree").verify == "tree"
+        # The base took no tree mask, so several drafts became a batch.
+        results = [{**r, "latency": {"verify": "tree" if r["p"] == 1 else "batch"}} for r in run.results]
+        fell_back = dataclasses.replace(changed(run, mode="live"), results=results)
+        assert cost_inputs_of_run(fell_back).verify == "batch"
+
+
+def test_the_report_s_drafts_are_verified_as_the_run_s(run):
+    def of(found: FinishedRun) -> tuple[str, ...]:
+        view = SimpleNamespace(label="squad", task="squad", run=found, results=tuple(found.results))
+        section = cost_model_section([view])
+        return next(row for row in section.rows if row[1:4] == ("16-best 0-gram", "16", "512"))
+
+    assert of(changed(run, mode="live", verify="batch"))[6] != of(run)[6]  # the KV cache of 16 rows

@@ -149,7 +149,7 @@ class TestDecoders:
     def test_the_small_lm_shipped_for_a_base_is_its_first_layers(self, monkeypatch):
         shape = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
         config = LlamaConfig(vocab_size=49152, num_hidden_layers=30, tie_word_embeddings=True, **shape)
-        monkeypatch.setattr("lm.catalog.read_model_config", lambda name: config)
+        monkeypatch.setattr("lm.catalog.read_model_config", lambda name, **options: config)
         base = decoder_of("smollm2-135m")
         found = neural_for(base)
         # 21 of 30 layers less: 576 x (576 x 2 + 192 x 2) + 3 x 576 x 1536 + 2 x 576 = 3,540,096 each.

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,11 @@ def merged(model: Any, folder: Path) -> Any:
     if not (folder / ADAPTER_FILE).is_file():
         raise RescoreError(f"no {ADAPTER_FILE} in {folder}; get or train the adapter again")
     dtype = model.dtype
-    adapted = PeftModel.from_pretrained(model.float() if dtype in (torch.float16, torch.bfloat16) else model, folder)
+    whole = model.float() if dtype in (torch.float16, torch.bfloat16) else model
+    with warnings.catch_warnings(action="ignore"):  # what peft asks of transformers is about to be renamed
+        adapted = PeftModel.from_pretrained(whole, folder)
     with safe_open(folder / ADAPTER_FILE, framework="pt") as stream:
         found = set(stream.keys())
     if differs := sorted(found ^ set(get_peft_model_state_dict(adapted))):  # peft would only warn
         raise InvalidDataError(f"{folder / ADAPTER_FILE} does not fit its base LM: {differs[0]} (of {len(differs)})")
-    whole: Any = adapted.merge_and_unload()
-    return whole.to(dtype)
+    return adapted.merge_and_unload().to(dtype)

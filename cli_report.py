@@ -35,4 +35,4 @@ def report_command(
     if as_json:
         print(json.dumps({"files": [str(path) for path in files], "missing": list(written.missing)}))
     else:
-        print("\n".join(f"{path} ({path.stat().st_size / 1e6:.1f} MB)" for path in files))
+        print("\n".join(f"{path} ({path.stat().st_size / 1e3:,.0f} kB)" for path in files))

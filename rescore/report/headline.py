@@ -116,7 +116,10 @@ def _best_of(rows: Sequence[Row], p: int) -> str | None:
     shares = [cell.share for cell in cells if cell.share is not None]
     part = f", {_shares(shares)} of the way to the oracle" if shares else ""
     among = f"the best of {len(whole)} rescorers is" if len(whole) > 1 else "the rescorer is"
-    line = f"With {drafts} a step {among} {best}, with {_percents(found)} tokens a step{part}."
+    alone = next((row for row in rows if row.p == p and row.rescorer == "none" and p > 1), None)
+    unrescored = [c.result["gain"] for c in alone.cells if c and c.result["gain"] is not None] if alone else []
+    beside = f"; {p} drafts without rescoring bring {_percents(unrescored)}" if unrescored else ""
+    line = f"With {drafts} a step {among} {best}, with {_percents(found)} tokens a step{part}{beside}."
     surely = sum(1 for cell in cells if cell.result["gain_ci95"] and cell.result["gain_ci95"][0] > 0)
     known = sum(1 for cell in cells if cell.result["gain_ci95"])
     if known and surely < known:
@@ -128,8 +131,8 @@ def _time(views: Sequence[TaskView], rows: Sequence[Row]) -> str:
     timed = [(cell.speedup, row.rescorer, row.p) for row in rows for cell in row.cells if cell and cell.speedup]
     if not timed:
         return (
-            "These are replayed results, without times; whether a rescorer is worth its time, rescore eval --mode live "
-            "measures."
+            "These results were replayed, so no time was measured: rescore eval --mode live with the same task and "
+            "rescorers shows whether one is worth its time."
         )
     speed, rescorer, p = max(timed)
     drafts = "one draft" if p == 1 else f"{p} drafts"

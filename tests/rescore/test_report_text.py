@@ -111,7 +111,13 @@ def test_the_first_screen_says_who_is_best_and_how_much_is_left():
     assert recovered(best, result("none", 1.2)) == pytest.approx(0.375)
     assert "accepts 1.20 tokens" in found.sentences[0] and "2.00" in found.sentences[0]
     assert "the best of 2 rescorers is b, with +25.0% tokens a step, 38% of the way" in found.sentences[1]
-    assert "without times" in found.sentences[-1]
+    assert "no time was measured" in found.sentences[-1]
+
+
+def test_what_more_drafts_bring_by_themselves_stands_beside_the_rescorers_gain():
+    drafts = result("none", 1.5, p=16, gain=0.25), result("a", 1.8, p=16, gain=0.5, low=0.4)
+    (line,) = [s for s in make_headline([view(result("none", 1.2), *drafts)]).sentences if "16 drafts a step" in s]
+    assert "+50.0% tokens a step" in line and line.endswith("16 drafts without rescoring bring +25.0%.")
 
 
 def test_a_gain_that_is_none_is_said():

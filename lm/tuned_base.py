@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from lattices.errors import IncompatibleError, RescoreError
 from lm.adapters import ADAPTER_FILE, TUNED_FILE, TunedFrom
 from lm.base import BaseLM
+from lm.catalog import BUILT_IN
 from lm.files import replaced_files, write_json, writing
 from lm.head_data import HeadData, Segment, body_states
 
@@ -64,7 +65,7 @@ class TunedBase:
             with warnings.catch_warnings(action="ignore"):  # what peft asks of transformers is about to be renamed
                 self.adapted = get_peft_model(self.model, config)
             local = Path(base.identity.name).expanduser()
-            name = str(local.resolve()) if local.exists() else base.identity.name
+            name = str(local.resolve()) if local.exists() and base.identity.name != BUILT_IN else base.identity.name
             self.adapted.peft_config["default"].base_model_name_or_path = name
         else:
             tuned = self.model.base_model

@@ -28,7 +28,7 @@ from lm.base import BaseLM
 from lm.block_heads import SHIPPED, BlockHeads
 from lm.files import atomic_file, read_json_object, sha256_of_file, write_json
 from lm.head_data import HeadData
-from lm.trainer import Trainer
+from lm.trainer import Trainer, check_training
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 FOLDER = "learned-bigram"
@@ -148,16 +148,7 @@ class BigramOptions:
 
     def check(self) -> None:
         """Raises `RescoreError` for the first option that is out of its range."""
-        for name, least in (
-            ("rank", 1), ("k", 2), ("rows", 2), ("batch", 1), ("steps", 1), ("warmup", 0), ("evaluate_every", 1),
-            ("seed", 0), ("weight_decay", 0),
-        ):  # fmt: skip
-            if not getattr(self, name) >= least:
-                raise RescoreError(f"{name} = {getattr(self, name)}; it must be at least {least}")
-        if not 0 < self.held_out < 1:
-            raise RescoreError(f"held_out = {self.held_out}; it is a share, above 0 and below 1")
-        if not 0 < self.learning_rate < math.inf:
-            raise RescoreError(f"learning_rate = {self.learning_rate}; it must be above 0")
+        check_training(self, {"rank": 1, "k": 2, "rows": 2, "batch": 1})
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from lm.losses import (
     teacher_probabilities,
 )
 from lm.neural import DeltaConfig, first_layers, named_size, save_delta, scratch_model
-from lm.trainer import Trainer
+from lm.trainer import Trainer, check_training
 
 INITS = ("base", "scratch")
 BEST_FILE = "best.safetensors"
@@ -72,19 +72,9 @@ class RescorerOptions:
         named_size(self.size)
         if self.init not in INITS:
             raise UnknownNameError("init", self.init, INITS)
-        for name, least in (
-            ("tuned_layers", 1), ("steps", 1), ("positions", 1), ("micro_batch", 1), ("vocabulary", 1),
-            ("negatives", 0), ("warmup", 0), ("evaluate_every", 1), ("patience", 1), ("seed", 0), ("weight_decay", 0),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise RescoreError(f"{name} = {value}; it must be at least {least}")
-        if not 0 <= self.soft <= 1:
-            raise RescoreError(f"soft = {self.soft}; it is a share, from 0 to 1")
-        if not 0 < self.held_out < 1:
-            raise RescoreError(f"held_out = {self.held_out}; it is a share, above 0 and below 1")
-        if not 0 < self.learning_rate < math.inf:
-            raise RescoreError(f"learning_rate = {self.learning_rate}; it must be above 0")
+        check_training(self, {
+            "tuned_layers": 1, "positions": 1, "micro_batch": 1, "vocabulary": 1, "negatives": 0, "patience": 1,
+        })  # fmt: skip
         check_precision(self.precision)
 
 

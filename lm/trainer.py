@@ -233,6 +233,28 @@ class Trainer(ABC, Generic[Measured]):
                 }
 
 
+def check_training(options: Schedule, least: Mapping[str, float]) -> None:
+    """Raises `RescoreError` for the first option of a training that is out of its range.
+
+    `least`: of the options that are numbers, what each must at least be (None stands for no limit); those of the
+    schedule, shares (`soft`, `held_out`) and learning rates are checked in all trainings that have them.
+    """
+    schedule = {"steps": 1, "warmup": 0, "evaluate_every": 1, "seed": 0, "weight_decay": 0}
+    for name, bound in {**least, **schedule}.items():
+        value = getattr(options, name)
+        if value is not None and not value >= bound:
+            raise RescoreError(f"{name} = {value}; it must be at least {bound}")
+    soft, held_out = getattr(options, "soft", 0.0), getattr(options, "held_out", 0.5)
+    if not 0 <= soft <= 1:
+        raise RescoreError(f"soft = {soft}; it is a share, from 0 to 1")
+    if not 0 < held_out < 1:
+        raise RescoreError(f"held_out = {held_out}; it is a share, above 0 and below 1")
+    for name in ("learning_rate", "base_learning_rate"):
+        rate = getattr(options, name, None)
+        if rate is not None and not 0 < rate < math.inf:
+            raise RescoreError(f"{name} = {rate}; it must be above 0")
+
+
 def rate_at(step: int, schedule: Schedule) -> float:
     """Share of the learning rate at a step: linear warm-up, then cosine to zero."""
     if step < schedule.warmup:

@@ -33,7 +33,7 @@ from lm.losses import (
     soft_cross_entropy,
     teacher_probabilities,
 )
-from lm.trainer import Trainer
+from lm.trainer import Trainer, check_training
 from lm.tuned_base import FROZEN, FULL, LORA, TUNINGS, TunedBase
 
 HELD_OUT_POSITIONS = 4096
@@ -85,23 +85,10 @@ class TrainingOptions:
 
     def check(self) -> None:
         """Raises `RescoreError` for the first option that is out of its range."""
-        for name, least in (
-            ("h", 2), ("inner_size", 1), ("token_size", 0), ("blocks", 1), ("steps", 1), ("positions", 1),
-            ("micro_batch", 1), ("heads_per_step", 1), ("vocabulary", 1), ("negatives", 0), ("lora_rank", 1),
-            ("tuned_layers", 1),
-            ("warmup", 0), ("evaluate_every", 1), ("seed", 0), ("weight_decay", 0),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise RescoreError(f"{name} = {value}; it must be at least {least}")
-        if not 0 <= self.soft <= 1:
-            raise RescoreError(f"soft = {self.soft}; it is a share, from 0 to 1")
-        if not 0 < self.held_out < 1:
-            raise RescoreError(f"held_out = {self.held_out}; it is a share, above 0 and below 1")
-        for name in ("learning_rate", "base_learning_rate"):
-            rate = getattr(self, name)
-            if rate is not None and not 0 < rate < math.inf:
-                raise RescoreError(f"{name} = {rate}; it must be above 0")
+        check_training(self, {
+            "h": 2, "inner_size": 1, "token_size": 0, "blocks": 1, "positions": 1, "micro_batch": 1,
+            "heads_per_step": 1, "vocabulary": 1, "negatives": 0, "lora_rank": 1, "tuned_layers": 1,
+        })  # fmt: skip
         if self.architecture not in NETS:
             raise UnknownNameError("block head architecture", self.architecture, NETS)
         if self.architecture == SEQUENTIAL and self.token_size == 0:

@@ -73,6 +73,18 @@ def axis(title: str, **options: Any) -> dict[str, Any]:
     return {"title": {"text": title, "standoff": 6}, "automargin": True, "zeroline": False, **options}
 
 
+def one_below_the_other(names: Sequence[str]) -> dict[str, Any]:
+    """Layout of a figure with a row for each name, the first one on top."""
+    return {
+        "height": 86 + 25 * len(names),
+        "margin": {"l": 20, "r": 14, "t": 10, "b": 44},
+        "yaxis": {
+            "automargin": True, "autorange": "reversed", "ticksuffix": " ", "type": "category",
+            "categoryorder": "array", "categoryarray": names,
+        },
+    }  # fmt: skip
+
+
 def line(
     x: Sequence[Any],
     y: Sequence[Any],

@@ -21,6 +21,7 @@ from rescore.report.figures import (
     line,
     meta_of,
     number,
+    one_below_the_other,
     percent,
     safe,
 )
@@ -87,18 +88,9 @@ def _efficiency(views: Sequence[TaskView], looks: Looks) -> Section:
                 view.label,
                 figure(
                     traces,
-                    height=86 + 25 * len(names),
+                    **one_below_the_other(names),
                     xaxis=axis("tokens a step"),
-                    yaxis={
-                        "automargin": True,
-                        "autorange": "reversed",
-                        "ticksuffix": " ",
-                        "type": "category",
-                        "categoryorder": "array",
-                        "categoryarray": names,
-                    },
                     shapes=[rule(x=ceiling)],
-                    margin={"l": 20, "r": 14, "t": 10, "b": 44},
                 ),
             )
         )
@@ -203,19 +195,10 @@ def _outcomes(views: Sequence[TaskView], looks: Looks) -> Section:
                 view.label,
                 figure(
                     traces,
-                    height=86 + 25 * len(names),
+                    **one_below_the_other(names),
                     barmode="relative",
                     bargap=0.35,
                     xaxis=axis("lost | won, share of steps", tickformat=".0%", zeroline=True),
-                    yaxis={
-                        "automargin": True,
-                        "autorange": "reversed",
-                        "ticksuffix": " ",
-                        "type": "category",
-                        "categoryorder": "array",
-                        "categoryarray": names,
-                    },
-                    margin={"l": 20, "r": 14, "t": 10, "b": 44},
                 ),
             )
         )
@@ -301,18 +284,9 @@ def _repetition(views: Sequence[TaskView], looks: Looks) -> Section:
                 view.label,
                 figure(
                     traces,
-                    height=86 + 25 * len(names),
+                    **one_below_the_other(names),
                     xaxis=axis("equal neighbours in drafts", tickformat=".0%", rangemode="tozero"),
-                    yaxis={
-                        "automargin": True,
-                        "autorange": "reversed",
-                        "ticksuffix": " ",
-                        "type": "category",
-                        "categoryorder": "array",
-                        "categoryarray": names,
-                    },
                     shapes=[] if own is None else [rule(x=own, colour="#7d8590")],
-                    margin={"l": 20, "r": 14, "t": 10, "b": 44},
                 ),
                 caption,
             )

@@ -104,10 +104,10 @@ def _best_of(rows: Sequence[Row], p: int) -> str | None:
     most = max((len(cells) for cells in gains.values()), default=0)
     whole = {name: cells for name, cells in gains.items() if len(cells) == most}
     drafts = "one draft" if p == 1 else f"{p} drafts"
+    alone = next((row for row in rows if row.p == p and row.rescorer == "none" and p > 1), None)
+    unrescored = [c.result["gain"] for c in alone.cells if c and c.result["gain"] is not None] if alone else []
     if not whole:
-        plain = next((row for row in rows if row.p == p and row.rescorer == "none" and p > 1), None)
-        found = [c.result["gain"] for c in plain.cells if c and c.result["gain"] is not None] if plain else []
-        return f"With {drafts} a step and no rescoring the gain is {_percents(found)}." if found else None
+        return f"With {drafts} a step and no rescoring the gain is {_percents(unrescored)}." if unrescored else None
     best = max(whole, key=lambda name: fmean(cell.result["gain"] for cell in whole[name]))
     cells = whole[best]
     found = [cell.result["gain"] for cell in cells]
@@ -116,8 +116,6 @@ def _best_of(rows: Sequence[Row], p: int) -> str | None:
     shares = [cell.share for cell in cells if cell.share is not None]
     part = f", {_shares(shares)} of the way to the oracle" if shares else ""
     among = f"the best of {len(whole)} rescorers is" if len(whole) > 1 else "the rescorer is"
-    alone = next((row for row in rows if row.p == p and row.rescorer == "none" and p > 1), None)
-    unrescored = [c.result["gain"] for c in alone.cells if c and c.result["gain"] is not None] if alone else []
     beside = f"; {p} drafts without rescoring bring {_percents(unrescored)}" if unrescored else ""
     line = f"With {drafts} a step {among} {best}, with {_percents(found)} tokens a step{part}{beside}."
     surely = sum(1 for cell in cells if cell.result["gain_ci95"] and cell.result["gain_ci95"][0] > 0)

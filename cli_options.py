@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar
@@ -13,6 +14,7 @@ from lattices.errors import RescoreError
 from rescore.terminal import printable
 
 Number = TypeVar("Number", int, float)
+LINE_EVERY = 60.0  # seconds between lines of progress where there is no terminal
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 TASK_NAMES = (
     "cnn_dailymail, gsm8k, lambada, mt_bench, multi_news, newsroom, qa, rag, samsum, squad, summarization, "
@@ -55,7 +57,8 @@ def notify(line: str) -> None:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr, silent where stderr is no terminal; Ctrl-C that ends the command is told there too."""
+    """A progress bar on stderr; where stderr is no terminal, a line a minute. Ctrl-C that ends the command is told
+    there too."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -65,8 +68,13 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     ]  # fmt: skip
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         tasks: dict[str, Any] = {}
+        told = time.monotonic()
 
         def show(description: str, done: int, total: int) -> None:
+            nonlocal told
+            if not console.is_terminal and time.monotonic() - told >= LINE_EVERY:
+                told = time.monotonic()
+                notify(f"{description}: {done} of {total}")
             key = description.split(",")[0]
             if key not in tasks:
                 tasks[key] = bar.add_task(description, total=total)

@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli_options import Base, Data, Device, Dtype, Json, Limit, notify, progress_bar
-from rescore.terminal import printable
+from rescore.terminal import printable, shortened
 
 if TYPE_CHECKING:
     from rescore.tasks.listing import TaskFacts
 
 tasks = typer.Typer(rich_markup_mode=None)
+FIRST_PROMPT = 160  # characters of it that are shown
 
 
 @tasks.command(name="tasks")
 def tasks_command(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Show these in full: names or YAML files, which are checked.")
+        list[str] | None,
+        typer.Argument(help="Show these in full: names, or YAML files, which are checked and whose data are read."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -58,6 +60,10 @@ def _in_full(facts: TaskFacts) -> str:
         "passages": facts.passage or "-",
         "limits": limits or "-",
     }
+    if facts.first_prompt is not None:
+        lines["examples"] = f"{facts.examples}, the first prompt: " + shortened(
+            printable(facts.first_prompt), head=FIRST_PROMPT, tail=0
+        )
     return "\n".join(f"{name:<10}  {text}" for name, text in lines.items())
 
 

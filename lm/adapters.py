@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,17 +62,29 @@ def check_base(folder: Path, name: str, weights_sha256: str) -> None:
 
 
 def merged(model: Any, folder: Path) -> Any:
-    """The model with an adapter's changes in its weights. Raises `RescoreError` if there are none."""
+    """The model with an adapter's changes in its weights. Raises `RescoreError` if there are none.
+
+    A model cut to its first layers takes what the adapter has for these.
+    """
     from peft import PeftModel, get_peft_model_state_dict  # takes a second
 
     if not (folder / ADAPTER_FILE).is_file():
         raise RescoreError(f"no {ADAPTER_FILE} in {folder}; get or train the adapter again")
+    with safe_open(folder / ADAPTER_FILE, framework="pt") as stream:
+        found = list(stream.keys())
+    wanted = _of_layers(found, model.config.get_text_config(decoder=True).num_hidden_layers)
+    if found and not wanted:
+        return model
     dtype = model.dtype
     whole = model.float() if dtype in (torch.float16, torch.bfloat16) else model
     with warnings.catch_warnings(action="ignore"):  # what peft asks of transformers is about to be renamed
         adapted = PeftModel.from_pretrained(whole, folder)
-    with safe_open(folder / ADAPTER_FILE, framework="pt") as stream:
-        found = set(stream.keys())
-    if differs := sorted(found ^ set(get_peft_model_state_dict(adapted))):  # peft would only warn
+    if differs := sorted(wanted ^ set(get_peft_model_state_dict(adapted))):  # peft would only warn
         raise InvalidDataError(f"{folder / ADAPTER_FILE} does not fit its base LM: {differs[0]} (of {len(differs)})")
     return adapted.merge_and_unload().to(dtype)
+
+
+def _of_layers(names: Collection[str], layers: int) -> set[str]:
+    """The tensors of an adapter that change one of the first `layers` layers, or no layer."""
+    numbers = {name: re.search(r"\.layers\.(\d+)\.", name) for name in names}
+    return {name for name, number in numbers.items() if number is None or int(number[1]) < layers}

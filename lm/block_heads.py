@@ -22,12 +22,11 @@ from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, U
 from lattices.lattice import Lattice
 from lm.adapters import TUNED_FILE
 from lm.base import BaseIdentity, BaseLM
-from lm.files import atomic_file, read_json_object, sha256_of_file, write_json
+from lm.files import SHIPPED, atomic_file, read_json_object, sha256_of_file, write_json
 from lm.head_nets import NETS, SEQUENTIAL, BlockHeadsConfig
 from lm.int8 import from_int8, to_int8
 
 WEIGHTS_FILE, CONFIG_FILE, HEADS_FOLDER = "model.safetensors", "config.json", "heads"
-SHIPPED = Path(__file__).parent / "weights"
 
 
 class BlockHeads(nn.Module):

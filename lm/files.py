@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from lattices.errors import InvalidDataError, OutputError, RescoreError
 
 ASIDE = ".old"  # ends the name of a folder that makes room for its next version
+SHIPPED = Path(__file__).parent / "weights"  # trained weights that come with the package, by base LM
 LEFT_AFTER = 3600.0  # seconds without a change, after which a temporary folder is taken for a killed writer's
 
 

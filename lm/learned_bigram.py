@@ -25,8 +25,8 @@ from safetensors.torch import save as to_bytes
 from lattices.errors import InvalidDataError, RescoreError
 from lattices.lattice import Lattice
 from lm.base import BaseLM
-from lm.block_heads import SHIPPED, BlockHeads
-from lm.files import atomic_file, read_json_object, sha256_of_file, write_json
+from lm.block_heads import BlockHeads
+from lm.files import SHIPPED, atomic_file, read_json_object, sha256_of_file, write_json
 from lm.head_data import HeadData
 from lm.trainer import Trainer, check_training
 

@@ -14,13 +14,13 @@ from lattices.errors import RescoreError
 from lattices.ngram_search import NgramSearch
 from lattices.ngrams import SENTENCE_END
 from lm.build_ngram import AUTOMATON_FILE, MANIFEST_FILE
-from lm.files import atomic_file, cache_directory, read_json_object, sha256_of_file
+from lm.files import SHIPPED, atomic_file, cache_directory, read_json_object, sha256_of_file
 from lm.kenlm_model import MAGIC as KENLM_MAGIC
 from lm.kenlm_model import KenlmModel
 from lm.kenlm_search import KenlmSearch
 
 SHIPPED_FILE = "model.arpa.gz"  # a third of the automaton's size
-SHIPPED_NGRAM = Path(__file__).parent / "weights" / "smollm2-135m" / "ngram"
+SHIPPED_NGRAM = SHIPPED / "smollm2-135m" / "ngram"
 ARPA_SUFFIXES = (".arpa", ".arpa.gz", ".lm", ".gz")
 
 

@@ -99,10 +99,7 @@ def compare(a: Path, b: Path | None = None, *, selection: Selection | None = Non
     chosen = selection or Selection()
     other = a if b is None else b
     if a.resolve() == other.resolve() and chosen.of_a == chosen.of_b:
-        raise RescoreError(
-            f"{a} would be compared with itself; name two results, or two rescorers of it "
-            "(--a-rescorer none --b-rescorer ngram) or p (--a-p 1 --b-p 16)"
-        )
+        raise RescoreError(f"{a} would be compared with itself; {_advice(load_runs(a))}")
     runs_a, runs_b = load_runs(a), load_runs(other)
     comparison = Comparison(str(a), str(other))
     _check_known(runs_a, "A", chosen.of_a)
@@ -116,6 +113,17 @@ def compare(a: Path, b: Path | None = None, *, selection: Selection | None = Non
         facts = "; ".join(comparison.notices)
         raise RescoreError(f"{a} and {other} have nothing in common to compare{f' ({facts})' if facts else ''}")
     return comparison
+
+
+def _advice(runs: Sequence[FinishedRun]) -> str:
+    """What of one folder's results can be compared with what."""
+    names = list(dict.fromkeys(name for run in runs for name, _ in run.rescorers))
+    ps = sorted({p for run in runs for _, p in run.rescorers})
+    if len(names) > 1:
+        return f"name two results, or two rescorers of it, like --a-rescorer {names[0]} --b-rescorer {names[1]}"
+    if len(ps) > 1:
+        return f"name two results, or two p of it, like --a-p {ps[0]} --b-p {ps[-1]}"
+    return "name two results"
 
 
 def _check_known(runs: Sequence[FinishedRun], letter: str, wanted: tuple[str | None, int | None]) -> None:

@@ -71,8 +71,8 @@ def neural_for(base: Decoder) -> Decoder:
             NEURAL, layers=8, hidden_size=640, heads=10, kv_heads=10, head_size=64, inner_size=1776, gated=True,
             vocab_size=base.vocab_size, assumption=PAPER_NEURAL_ASSUMPTION,
         )  # fmt: skip
-    from lm.block_heads import SHIPPED
     from lm.catalog import read_model_config
+    from lm.files import SHIPPED
     from lm.neural import named_size
 
     size = named_size(NEURAL)

@@ -38,8 +38,18 @@ class TestTasks:
         run = rescore("tasks", "newsroom", mine)
         assert run.code == 0
         for text in ("may not be redistributed", "{title} {text}", "the fields title, text, summary", "Go on: {text}",
-                     "Now!", "texts.jsonl", "examples 2"):  # fmt: skip
+                     "Now!", "texts.jsonl", "examples 2",
+                     r"2, the first prompt: Go on: The bridge was built of stone.\nNow!"):  # fmt: skip
             assert text in run.out
+
+    def test_the_data_of_a_file_are_read(self, rescore: Command, mine: Path):  # noqa: F811
+        write_lines(mine.parent / "texts.jsonl", [{"text": "fine"}, {"txt": "a typing error"}])
+        rescore("tasks", mine).refused("texts.jsonl line 2: .*text")
+
+    def test_an_unknown_task_whose_file_is_there(self, rescore: Command, mine: Path, monkeypatch):  # noqa: F811
+        rescore("eval", "--task", "mine").refused("unknown task 'mine'; .*a YAML file, like ./mine.yaml")
+        monkeypatch.chdir(mine.parent)
+        rescore("eval", "--task", "mine").refused("unknown task 'mine'; .*there is a file mine.yaml")
 
     def test_a_mistake_in_a_file_is_one_line(self, rescore: Command, mine: Path):  # noqa: F811
         mine.write_text(MINE.replace("passage", "pasage"))

@@ -11,7 +11,7 @@ from pathlib import Path
 from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
 from rescore.tasks import cnn_dailymail, gsm8k, lambada, multi_news, newsroom, samsum, spec_bench, squad, xsum
 from rescore.tasks.base import Example, HubSource, Limits, Metric, Record, Task
-from rescore.tasks.task_file import is_task_file, load_task_file
+from rescore.tasks.task_file import SUFFIXES, is_task_file, load_task_file
 
 __all__ = ["Example", "HubSource", "Limits", "Metric", "Record", "Task", "is_task_file", "load_task", "task_names"]
 
@@ -35,7 +35,9 @@ def load_task(name: str) -> Task:
         return _BUILT_IN[name]
     for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
         return _load_entry_point(point)
-    raise UnknownNameError("task", name, task_names())
+    files = [file for suffix in SUFFIXES if (file := Path(f"{name}{suffix}")).is_file()]
+    hint = f"there is a file {files[0]}" if files else "a task of your own is a YAML file, like ./mine.yaml"
+    raise UnknownNameError("task", name, task_names(), hint)
 
 
 def task_names() -> list[str]:

@@ -7,13 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lattices.errors import RescoreError
+from rescore.data import load_examples
 from rescore.tasks import Task, load_task, task_names
 
 
 @dataclass(frozen=True)
 class TaskFacts:
     """One task in words: `source` is where its data come from by default, `rows` what a `--data` file must hold,
-    `limits` what its file says; `problem` is why another package's task can't be loaded (all else is empty then)."""
+    `limits` what its file says; `examples` and `first_prompt` are there where its data lie in a file of its own, which
+    has been read then; `problem` is why another package's task can't be loaded (all else is empty then)."""
 
     name: str
     description: str = ""
@@ -24,6 +26,8 @@ class TaskFacts:
     source: str = ""
     passage: str | None = None
     limits: dict[str, int | None] | None = None
+    examples: int | None = None
+    first_prompt: str | None = None
     problem: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -34,7 +38,7 @@ class TaskFacts:
 def list_tasks(names: Sequence[str] = ()) -> list[TaskFacts]:
     """The facts of the tasks (names or YAML files; none: of all there are, broken ones told in `problem`).
 
-    Raises `RescoreError` for a task asked for by name that can't be loaded.
+    Raises `RescoreError` for a task asked for by name that can't be loaded, or whose own data file can't be read.
     """
     if names:
         return [facts_of(load_task(name)) for name in names]
@@ -48,7 +52,8 @@ def list_tasks(names: Sequence[str] = ()) -> list[TaskFacts]:
 
 
 def facts_of(task: Task) -> TaskFacts:
-    """The facts of one task."""
+    """The facts of one task. Raises as `load_examples` for a task with a data file of its own."""
+    examples = load_examples(task).examples if task.file is not None else None
     return TaskFacts(
         name=task.name,
         description=task.description,
@@ -59,6 +64,8 @@ def facts_of(task: Task) -> TaskFacts:
         source=_source(task),
         passage=task.passage,
         limits=asdict(task.limits),
+        examples=len(examples) if examples is not None else None,
+        first_prompt=examples[0].prompt if examples else None,
     )
 
 

@@ -15,9 +15,9 @@ from test_training import SMALL
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lm.block_heads import heads_folder, load_heads
-from lm.catalog import identify, load_base
+from lm.catalog import identify, load_base, load_embeddings
 from lm.head_data import read_head_data
-from lm.neural import find_neural
+from lm.neural import DeltaConfig, check_fits, find_neural, first_layers, load_neural, save_delta
 from lm.training import HeadTrainer, TrainingOptions
 from rescore.decoding import decode, first_difference
 from rescore.rescorers import load_rescorer
@@ -27,6 +27,36 @@ TUNED = dataclasses.replace(
     learning_rate=5e-3, base_learning_rate=2e-2,
 )  # fmt: skip
 SENTENCE = "the cat sat on the mat, and so did the dog; "
+
+
+def lora_of_last_layer(folder: str, pairs: Path, tmp_path: Path) -> Path:
+    out = tmp_path / "adapter"
+    trainer_of(folder, pairs, dataclasses.replace(TUNED, tuned_layers=1), tmp_path).train(out)
+    return out
+
+
+def test_a_base_cut_below_its_changed_layers_is_the_untuned_one(folder, pairs, tmp_path):
+    tuned = lora_of_last_layer(folder, pairs, tmp_path)
+    ids = torch.tensor([[5, 6, 7]])
+    cut, of_base = first_layers(str(tuned), 1), first_layers(folder, 1)
+    assert torch.equal(cut.forward(ids)[1], of_base.forward(ids)[1])
+    assert torch.equal(load_embeddings(str(tuned))[0], load_embeddings(folder)[0])
+    assert not torch.equal(load_base(str(tuned)).forward(ids)[1], load_base(folder).forward(ids)[1])
+
+
+def test_a_delta_of_the_untuned_base_rescores_for_the_tuned_one(folder, pairs, tmp_path):
+    base, tuned = load_base(folder), load_base(str(lora_of_last_layer(folder, pairs, tmp_path)))
+    config = DeltaConfig("neural-32m", 1, 1, folder, base.identity.weights_sha256, base.identity.tokenizer_sha256)
+    save_delta(first_layers(folder, 1).model, ["model.norm.weight"], config, tmp_path / "delta")
+    source = find_neural(str(tmp_path / "delta"))
+    check_fits(source, tuned.identity)
+    given = {"vocab_size": base.vocab_size, "base_name": tuned.identity.name}
+    found = load_neural(source, **given, shared=tuned)
+    expected = load_neural(source, vocab_size=base.vocab_size, base_name=folder)
+    for (name, a), (_, b) in zip(*(m.model.model.named_parameters() for m in (found, expected)), strict=True):
+        assert torch.equal(a, b), name
+    with pytest.raises(IncompatibleError, match="needs the weights"):
+        check_fits(source, load_base(str(save_tiny_base(tmp_path / "other", seed=5))).identity)
 
 
 class StopError(Exception):

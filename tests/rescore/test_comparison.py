@@ -145,7 +145,9 @@ class TestRefused:
 
     def test_itself(self, make: Make):
         a = make("a")
-        refused(lambda: compare(a), "would be compared with itself")
+        refused(
+            lambda: compare(a), "compared with itself; name two results, or two rescorers of it, like --a-rescorer none"
+        )
         refused(lambda: compare(a, a, selection=Selection(rescorer="none")), "would be compared with itself")
 
     def test_a_rescorer_or_p_that_is_not_there(self, make: Make):

@@ -253,7 +253,7 @@ def train_bigram_command(
         corpora, workers = _read_corpora(model, corpus, out, max_tokens, cache_gb, progress)
         data = [
             lattices_of_corpus(
-                model, block_heads, source, k=k, rows=rows, seed=seed,
+                model, block_heads, source, k=k, rows=rows, seed=seed, cache=out,
                 progress=lambda done, total: progress("lattices", done, total),
             )
             for source in corpora

@@ -10,6 +10,8 @@ base's own continuation, as far as the lattice holds it, should have the most pr
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save as arrays_to_bytes
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
@@ -26,13 +30,14 @@ from lattices.errors import InvalidDataError, RescoreError
 from lattices.lattice import Lattice
 from lm.base import BaseLM
 from lm.block_heads import BlockHeads
-from lm.files import SHIPPED, atomic_file, read_json_object, sha256_of_file, write_json
+from lm.files import SHIPPED, atomic_file, read_json_object, sha256_of_file, write_json, writing
 from lm.head_data import HeadData
 from lm.trainer import Trainer, check_training
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 FOLDER = "learned-bigram"
 BATCH_ROWS = 256
+SHARD_ROWS = 4096  # lattices that are kept together; what a kill can lose
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ def load_bigram(folder: Path) -> LearnedBigram:
 @dataclass(frozen=True)
 class TargetLattices:
     """Lattices int32, float32 `[n, h, k]`, the base's continuation `[n, h]` (-1 behind its end), and the segment of
-    the corpus that each is of, int64 `[n]`."""
+    the corpus that each is of, int64 `[n]`. `sha256` is of all that they were made of."""
 
     lattice: Lattice
     targets: np.ndarray
@@ -107,27 +112,78 @@ def lattices_of_corpus(
     k: int,
     rows: int,
     seed: int,
+    cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TargetLattices:
-    """Lattices at up to `rows` positions of a corpus, drawn at random; targets as the corpus has them."""
+    """Lattices at up to `rows` positions of a corpus, drawn at random; targets as the corpus has them.
+
+    In the folder `cache` they are kept as they come, and what is there already is not made again.
+    """
     h = heads.h
+    sha256 = _made_of(base, heads, data, k, rows, seed)
+    kept = cache / f"lattices-{sha256[:16]}" if cache else None
     rng = np.random.default_rng([seed, 0xB16])
     chosen = np.sort(rng.permutation(len(data))[:rows])
     segments = np.searchsorted(data.ends, chosen, side="right")
     ends = data.ends[segments]
     places = chosen[:, None] + np.arange(h)
     targets = np.where(places < ends[:, None], data.targets[np.minimum(places, len(data) - 1)], -1)
+
+    def made(count: int) -> None:
+        if progress:
+            progress(count, len(chosen))
+
+    parts = []
+    for start in range(0, len(chosen), SHARD_ROWS):
+        path = kept / f"{start:09d}.safetensors" if kept else None
+        if path is not None and path.is_file():
+            parts.append(_read_shard(path))
+        else:
+            parts.append(_lattices_at(base, heads, data, chosen[start : start + SHARD_ROWS], k, start, made))
+            if path is not None:
+                shard = {"token_ids": parts[-1].token_ids, "logps": parts[-1].logps}
+                with writing(path.parent):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_file(path) as temporary:
+                    temporary.write_bytes(arrays_to_bytes(shard))
+    lattices = Lattice(np.concatenate([p.token_ids for p in parts]), np.concatenate([p.logps for p in parts]))
+    return TargetLattices(lattices, targets, segments, data.source, sha256)
+
+
+def _lattices_at(
+    base: BaseLM,
+    heads: BlockHeads,
+    data: HeadData,
+    places: np.ndarray,
+    k: int,
+    before: int,
+    made: Callable[[int], None],
+) -> Lattice:
     ids, logps = [], []
-    for start in range(0, len(chosen), BATCH_ROWS):
-        at = chosen[start : start + BATCH_ROWS]
-        hidden = torch.from_numpy(data.states.at(at)).to(base.device, base.dtype)
+    for start in range(0, len(places), BATCH_ROWS):
+        hidden = torch.from_numpy(data.states.at(places[start : start + BATCH_ROWS])).to(base.device, base.dtype)
         lattice = heads.lattice(base, hidden, base.project(hidden), k)
         ids.append(lattice.token_ids)
         logps.append(lattice.logps)
-        if progress:
-            progress(start + len(at), len(chosen))
-    lattices = Lattice(np.concatenate(ids), np.concatenate(logps))
-    return TargetLattices(lattices, targets, segments, data.source, data.sha256)
+        made(before + start + len(hidden))
+    return Lattice(np.concatenate(ids), np.concatenate(logps))
+
+
+def _read_shard(path: Path) -> Lattice:
+    try:
+        tensors = load_arrays(path)
+        return Lattice(tensors["token_ids"], tensors["logps"])
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InvalidDataError(f"can't read {path}: {error}; remove it, and it is made again") from error
+
+
+def _made_of(base: BaseLM, heads: BlockHeads, data: HeadData, k: int, rows: int, seed: int) -> str:
+    settings = [base.identity.weights_sha256, base.identity.dtype, data.sha256, k, rows, seed]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    digest.update(json.dumps(dataclasses.asdict(heads.config)).encode())
+    for _, value in sorted(heads.net.state_dict().items()):
+        digest.update(value.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

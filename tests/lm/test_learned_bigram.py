@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.lattice import Lattice
+from lm import learned_bigram
 from lm.head_data import read_head_data
 from lm.learned_bigram import BigramOptions, BigramTrainer, TargetLattices, lattices_of_corpus, load_bigram
 
@@ -236,7 +237,7 @@ class TestCorpus:
         whole = heads.lattice(tiny_base, hidden, tiny_base.project(hidden), 3)
         count = min(rows, len(data))
         assert seen[-1] == (count, count) and found.targets.shape == (count, 4)
-        assert found.source == "pairs.jsonl" and found.sha256 == data.sha256
+        assert found.source == "pairs.jsonl" and len(found.sha256) == 64
         places = []
         for ids, target in zip(found.lattice.token_ids, found.targets.tolist(), strict=True):
             (at,) = [i for i in range(len(data)) if every[i] == target and (whole.token_ids[i] == ids).all()][:1]
@@ -246,6 +247,36 @@ class TestCorpus:
         again = lattices_of_corpus(tiny_base, heads, data, k=3, rows=rows, seed=0)
         assert (again.targets == found.targets).all()
         BigramTrainer(tiny_base, [found], SMALL).train(tmp_path / "out")  # a text that the base did not write
+
+    def test_what_a_stopped_run_made_is_kept(self, tiny_base, tmp_path, monkeypatch):
+        monkeypatch.setattr(learned_bigram, "SHARD_ROWS", 4)
+        (tmp_path / "text.txt").write_text("the cat sat on the mat")
+        data, heads = read_head_data(tiny_base, tmp_path / "text.txt", tmp_path), make_heads(tiny_base)
+        expected = lattices_of_corpus(tiny_base, heads, data, k=3, rows=10, seed=0)
+        made = []
+
+        def interrupt(done: int, total: int) -> None:
+            made.append((done, total))
+            if len(made) == 3:
+                raise StopError
+
+        def again(heads, progress=None):
+            return lattices_of_corpus(
+                tiny_base, heads, data, k=3, rows=10, seed=0, cache=tmp_path / "out", progress=progress
+            )
+
+        with pytest.raises(StopError):
+            again(heads, interrupt)
+        resumed = []
+        found = again(heads, lambda *now: resumed.append(now))
+        assert made == [(4, 10), (8, 10), (10, 10)] and resumed == [(10, 10)]
+        assert (found.lattice.token_ids == expected.lattice.token_ids).all()
+        assert (found.lattice.logps == expected.lattice.logps).all() and found.sha256 == expected.sha256
+        other = again(make_heads(tiny_base, seed=7), lambda *now: resumed.append(now))
+        assert len(resumed) == 4 and other.sha256 != found.sha256  # other heads' lattices are other ones
+        shard = sorted((tmp_path / "out").glob("*/*.safetensors"))[0]
+        shard.write_bytes(b"broken")
+        assert "remove it" in refused(lambda: [again(heads), again(make_heads(tiny_base, seed=7))], InvalidDataError)
 
     def test_k_above_the_vocabulary(self, tiny_base, tmp_path):
         (tmp_path / "text.txt").write_text("the cat sat")

@@ -4,7 +4,7 @@
   const plots = [...document.querySelectorAll(".plot")];
   const hidden = { rescorer: new Set(), p: new Set() };
   const dark = matchMedia("(prefers-color-scheme: dark)");
-  const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+  const config = { displaylogo: false, responsive: true, modeBarButtons: [["toImage", "resetScale2d"]] };
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 

@@ -30,7 +30,7 @@ from rescore.results import RESULTS_FILE, environment
 from rescore.runs import load_run
 from rescore.suite_files import CSV_FILE, MANIFEST_FILE, PLAN_FILE, RUNS_FOLDER, SCHEMA, TABLE_FILE, TUNED_FILE
 from rescore.suite_plan import Plan, SuiteRescorer, SuiteTask, SuiteTuning
-from rescore.suite_table import csv_table, markdown_table
+from rescore.suite_table import csv_table, suite_page
 from rescore.tracing import DEFAULT_K
 from rescore.tuning import tune
 
@@ -103,7 +103,7 @@ def run_suite(
         suite.tuned = weights.kept
     if not suite.interrupted:
         with atomic_file(out / TABLE_FILE) as temporary:
-            temporary.write_text(markdown_table(suite.results, suite.plan, suite.source), encoding="utf-8")
+            temporary.write_text(suite_page(suite.results, suite.plan, suite.source), encoding="utf-8")
         with atomic_file(out / CSV_FILE) as temporary:
             temporary.write_text(csv_table(suite.results), encoding="utf-8", newline="")
         write_json(out / MANIFEST_FILE, suite.as_dict())

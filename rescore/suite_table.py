@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rescore.report.csv_table import csv_document
+from rescore.report.markdown import escaped, markdown_table
 from rescore.report.tables import OUTCOMES, table
 from rescore.suite_plan import Plan
 from rescore.terminal import printable
@@ -18,17 +19,15 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def markdown_table(results: Sequence[Row], plan: Plan, source: str) -> str:
+def suite_page(results: Sequence[Row], plan: Plan, source: str) -> str:
     """A Markdown page: how it was made, and a line for each task, rescorer and p."""
     head, *rows = _cells(results)
-    lines = ["| " + " | ".join(map(_escaped, cells)) + " |" for cells in [head, *rows]]
-    lines.insert(1, "|" + "---|" * len(head))
     made = (
         f"Made by `rescore suite {printable(source).replace('`', '')} --out DIR`"
         if source
         else "Made by `rescore suite`"
     )
-    return f"{_caption(results, plan)} {made}.\n\n" + "\n".join(lines) + "\n"
+    return f"{_caption(results, plan)} {made}.\n\n{markdown_table(head, rows)}\n"
 
 
 def text_table(results: Sequence[Row]) -> str:
@@ -62,7 +61,7 @@ def _caption(results: Sequence[Row], plan: Plan) -> str:
     if limits := sorted({tuning.limit for _, tuning in plan.tuned}):
         facts.append(f"alpha tuned on the last {' or '.join(map(str, limits))} examples of the data")
     return (
-        f"{', '.join(map(_escaped, facts))}. Block efficiency and its gain over `none` with p = 1 have 95 % bootstrap "
+        f"{', '.join(map(escaped, facts))}. Block efficiency and its gain over `none` with p = 1 have 95 % bootstrap "
         "intervals by example, those of gains paired; won, tied, lost: steps that accepted more, as many, fewer tokens "
         "than the unrescored draft would have there; oracle: the best path of the lattice."
     )
@@ -93,10 +92,3 @@ def _cells(results: Sequence[Row]) -> list[list[str]]:
             f"{r['oracle_block_efficiency']:.3f}", *([f"{r['latency']['speedup']:.2f}x"] if r["latency"] else []),
         ])  # fmt: skip
     return rows
-
-
-def _escaped(text: str) -> str:
-    """Text in a Markdown table: no markup, no HTML, no new cell."""
-    for character in "\\`*|[]<":
-        text = text.replace(character, "\\" + character) if character != "<" else text.replace("<", "&lt;")
-    return printable(text)

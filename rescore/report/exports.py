@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from rescore.report.csv_table import csv_document
 from rescore.report.figures import Section, interval, number, percent
 from rescore.report.headline import Headline, recovered
+from rescore.report.markdown import escaped, markdown_table
 from rescore.report.sources import TaskView
 from rescore.report.tables import OUTCOMES
-from rescore.report.token_text import harmless
 
 COLUMNS = (
     "task",
@@ -93,18 +92,18 @@ def markdown_text(
     views: Sequence[TaskView], headline: Headline, sections: Sequence[Section], missing: Sequence[str]
 ) -> str:
     """Sentences, the table of rescorers x tasks, and the numbers of every chart."""
-    parts = ["# How many tokens does a step accept?", *map(_escaped, headline.sentences)]
+    parts = ["# How many tokens does a step accept?", *map(escaped, headline.sentences)]
     if missing:
-        parts.append("**Not shown here**\n\n" + "\n".join(f"- {_escaped(line)}" for line in missing))
+        parts.append("**Not shown here**\n\n" + "\n".join(f"- {escaped(line)}" for line in missing))
     rows = [[row.rescorer, str(row.p), *(_headline_cell(cell) for cell in row.cells)] for row in headline.rows]
-    parts.append(_table(["rescorer", "p", *(view.label for view in views)], rows))
+    parts.append(markdown_table(["rescorer", "p", *(view.label for view in views)], rows))
     parts.append(
         "Tokens a step (block efficiency); in brackets the gain over the unrescored draft with its 95 % interval, "
         "and the share of the oracle's gap recovered."
     )
     for section in sections:
-        body = _table(section.header, section.rows) if section.rows else _escaped(section.lacking)
-        parts.append(f"## {section.title}\n\n{_escaped(section.reading)}\n\n{body}")
+        body = markdown_table(section.header, section.rows) if section.rows else escaped(section.lacking)
+        parts.append(f"## {section.title}\n\n{escaped(section.reading)}\n\n{body}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -122,13 +121,3 @@ def _headline_cell(cell: Any) -> str:
     if cell.speedup is not None:
         found.append(f"{cell.speedup:.2f}x the speed")
     return f"{number(r['block_efficiency'])} ({'; '.join(found)})"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(c if c == "---" else _escaped(c) for c in line) + " |" for line in lines)
-
-
-def _escaped(text: str) -> str:
-    """Text that Markdown and the HTML in it leave as it is, on one line."""
-    return re.sub(r"([\\`*_\[\]<>|#&~])", r"\\\1", " ".join(harmless(text).split()))

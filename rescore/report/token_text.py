@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lattices.errors import RescoreError
+from rescore.terminal import INVISIBLE, JOINERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,9 +51,9 @@ def excerpt(text: str) -> Excerpt:
 
 def _hidden(character: str, *, joiners: bool) -> bool:
     category = unicodedata.category(character)
-    if character in "\u200c\u200d":
+    if character in JOINERS:
         return joiners
-    return category in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") or (category == "Zs" and character != " ")
+    return category in INVISIBLE or (category == "Zs" and character != " ")
 
 
 def _code(character: str) -> str:

@@ -10,9 +10,9 @@ import pytest
 from conftest import byte_tokenizer
 
 from rescore.report.csv_table import csv_document, plain
-from rescore.report.exports import _escaped
 from rescore.report.figures import safe
 from rescore.report.headline import make_headline, recovered
+from rescore.report.markdown import escaped
 from rescore.report.sources import json_text
 from rescore.report.style import COLOURS, looks
 from rescore.report.sweeps import kept_sweeps
@@ -75,7 +75,7 @@ def test_json_for_a_script_element():
 
 def test_text_for_other_readers():
     assert safe("<b>&") == "&lt;b&gt;&amp;"
-    assert _escaped("a|b\n<i>`x`") == r"a\|b \<i\>\`x\`"
+    assert escaped("a|b\n<i>`x`") == r"a\|b \<i\>\`x\`"
     assert plain("=1+1") == "'=1+1" and plain("ngram") == "ngram" and plain("\x1b[2J\t") == "\\x1b[2J\\t"
     assert csv_document(["a", "b"], [["=1", -0.5], ["-x", None]]) == "a,b\n'=1,-0.5\n'-x,\n"
 

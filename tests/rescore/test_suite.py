@@ -28,7 +28,7 @@ from rescore.results import ExampleLog
 from rescore.runs import load_run, load_runs
 from rescore.suite import Suite, run_suite
 from rescore.suite_plan import Plan, read_plan
-from rescore.suite_table import COLUMNS, csv_table, markdown_table, text_table
+from rescore.suite_table import COLUMNS, csv_table, suite_page, text_table
 
 BODY = """\
 limit: 4
@@ -128,7 +128,7 @@ class TestTable:
         suite = run_suite(read_plan(write(body=body), data=tmp_path), tmp_path / "out")
         assert [(r["k"], r["h"]) for r in suite.results] == [(2, 2), (40, 2), (2, 4), (40, 4)]
         assert len(list((cache_directory() / "traces").iterdir())) == 1
-        assert "| 40 | 4 |" in markdown_table(suite.results, suite.plan, "")
+        assert "| 40 | 4 |" in suite_page(suite.results, suite.plan, "")
 
     def test_every_reader_takes_its_folder(self, write: Write, tmp_path: Path):
         run(write(), tmp_path / "out")
@@ -171,9 +171,8 @@ class TestTable:
     def test_names_cannot_break_the_table(self, write: Write, tmp_path: Path):
         suite = run(write(), tmp_path / "out")
         nasty = [{**suite.results[0], "task": "a|b<img>\x1b[2J`x`"}]
-        assert r"| a\|b&lt;img>\x1b" in markdown_table(nasty, suite.plan, "").replace("\\\\", "\\").replace(
-            r"\x1b\[", r"\x1b"
-        )
+        page = suite_page(nasty, suite.plan, "")
+        assert r"| a\|b\<img\>⟨U+001B⟩\[2J\`x\` |" in page and "\x1b" not in page
         assert "\x1b" not in text_table(nasty)
         assert "\n'=1+1\\x1b[2J," in csv_table([{**suite.results[0], "task": "=1+1\x1b[2J"}])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import typer.main
 
 from cli import app
@@ -22,9 +23,13 @@ def test_the_python_example_runs(tiny_folder, tiny_heads_folder, capsys):
     assert [line.split()[0] for line in printed] == ["none", "oracle"]
 
 
-def test_the_commands_in_the_readme_exist():
+PAGES = [README, *sorted(README.parent.glob("docs/*.md"))]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "cli.md"], ids=lambda page: page.stem)
+def test_the_commands_that_are_told_exist(page: Path):
     commands = typer.main.get_command(app)
-    for line in re.findall(r"^rescore (.+)$", README.read_text(), re.M):
+    for line in re.findall(r"^rescore (.+)$", page.read_text(), re.M):
         words = re.split(r"\s+#", line)[0].split()
         command = commands
         while hasattr(command, "commands"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Generic, TypeVar
 
 import typer
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lm.training import HeldOutAccuracy
     from lm.workers import Workers
 
+Measured = TypeVar("Measured")  # what an evaluation of a training gives
 MaxTokens = Annotated[int | None, typer.Option(help="Tokens taken of each text corpus, at most.")]
 CacheGB = Annotated[float, typer.Option(help="Limit of a text corpus's cached states, in 10^9 bytes.")]
 
@@ -51,6 +52,27 @@ def _read_corpora(
     return data, workers
 
 
+class _Told(Generic[Measured]):
+    """What a training tells: the loss on its bar, and behind it, or without a terminal on a line of its own, what
+    `held_out` says of the last evaluation."""
+
+    def __init__(
+        self, progress: Callable[[str, int, int], None], workers: Workers, held_out: Callable[[Measured], str]
+    ) -> None:
+        self._show, self._workers, self._held_out = progress, workers, held_out
+        self._last = ""
+
+    def progress(self, step: int, total: int, loss: float) -> None:
+        """See `Trainer.train`."""
+        self._show(f"train, loss {loss:.3f}{self._last}", step, total)
+
+    def evaluated(self, step: int, total: int, measured: Measured) -> None:
+        """See `Trainer.train`."""
+        self._last = f", {self._held_out(measured)}"
+        if self._workers.is_first and not sys.stderr.isatty():  # no bar to show it
+            notify(f"step {step} of {total}{self._last}")
+
+
 @training.command(name="generate-corpus")
 def generate_corpus_command(
     prompts: Annotated[Path, typer.Option(help='JSON lines {"prompt", "chat"} or text, a prompt a line.')],
@@ -77,7 +99,8 @@ def generate_corpus_command(
             progress=lambda done, total: progress("generate", done, total),
         )  # fmt: skip
     told = f"{summary.examples} examples ({summary.made} new, {summary.duplicates} duplicates)"
-    print(f"{summary.path}: {told}, {summary.output_tokens} output tokens")
+    speed = f", {summary.tokens_per_second:.0f} a second" if summary.made else ""
+    print(f"{summary.path}: {told}, {summary.output_tokens} output tokens{speed}")
 
 
 @training.command(name="train-heads")
@@ -147,19 +170,11 @@ def train_heads_command(
     model = load_base(base, device=device)
     with progress_bar() as progress:
         data, workers = _read_corpora(model, corpus, out, max_tokens, cache_gb, progress)
-        held_out = ""
-
-        def evaluated(step: int, total: int, accuracy: HeldOutAccuracy) -> None:
-            nonlocal held_out
-            held_out = f", accepted {accuracy.accepted:.3f} (best of top 16: {accuracy.accepted_16:.3f})"
-            if workers.is_first and not sys.stderr.isatty():  # no bar to show it
-                notify(f"step {step} of {total}{held_out}")
-
-        accuracy = HeadTrainer(model, data, chosen, initial=initial, stored=weights).train(
-            out,
-            progress=lambda step, total, loss: progress(f"train, loss {loss:.3f}{held_out}", step, total),
-            evaluated=evaluated,
+        told: _Told[HeldOutAccuracy] = _Told(
+            progress, workers, lambda of: f"accepted {of.accepted:.3f} (best of top 16: {of.accepted_16:.3f})"
         )
+        trainer = HeadTrainer(model, data, chosen, initial=initial, stored=weights)
+        accuracy = trainer.train(out, progress=told.progress, evaluated=told.evaluated)
     if workers.is_first:
         from rescore.report.tables import accuracy_table
 
@@ -201,19 +216,13 @@ def train_rescorer_command(
     model = load_base(base, device=device)
     with progress_bar() as progress:
         data, workers = _read_corpora(model, corpus, out, max_tokens, cache_gb, progress)
-        held_out = ""
-
-        def evaluated(step: int, total: int, text: HeldOutText) -> None:
-            nonlocal held_out
-            held_out = f", held-out perplexity {text.perplexity:.3f}"
-            if workers.is_first and not sys.stderr.isatty():  # no bar to show it
-                notify(f"step {step} of {total}{held_out} (the base's own: {text.base_perplexity:.3f})")
-
-        text = RescorerTrainer(model, data, chosen).train(
-            out,
-            progress=lambda step, total, loss: progress(f"train, loss {loss:.3f}{held_out}", step, total),
-            evaluated=evaluated,
+        told: _Told[HeldOutText] = _Told(
+            progress,
+            workers,
+            lambda of: f"held-out perplexity {of.perplexity:.3f} (the base's own: {of.base_perplexity:.3f})",
         )
+        trainer = RescorerTrainer(model, data, chosen)
+        text = trainer.train(out, progress=told.progress, evaluated=told.evaluated)
     if workers.is_first:
         print(
             f"{out}: held-out perplexity {text.perplexity:.3f} (the base's own {text.base_perplexity:.3f}), "

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,14 +52,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class CorpusSummary:
-    """What a corpus holds: examples and tokens in `path`, the examples whose output was there already, and how many
-    this run made."""
+    """What a corpus holds: examples and tokens in `path`, the examples whose output was there already, how many this
+    run made, and the output tokens a second that it decoded (duplicates too)."""
 
     path: str
     examples: int
     duplicates: int
     output_tokens: int
     made: int
+    tokens_per_second: float
 
 
 def read_prompts(path: Path, *, default_chat: bool) -> list[Prompt]:
@@ -132,7 +134,7 @@ def generate_corpus(
         outputs.add(tuple(record["output_ids"]))
         rows += len(record["output_ids"])
     missing = [p for p in dict.fromkeys(prompts) if (p.text, p.chat) not in done]
-    total, made = len(done) + len(missing), 0
+    total, made, decoded, began = len(done) + len(missing), 0, 0, time.perf_counter()
     encoded = [base.encode_prompt(p.text, chat=p.chat, max_tokens=max_prompt_tokens) for p in missing]
     longest = max(map(len, encoded), default=0) + max_new_tokens
     if longest > base.context_length:
@@ -164,14 +166,16 @@ def generate_corpus(
                 line |= {"prompt_ids": encoded[made_of.index], "output_ids": output_ids, "text": text}
             append_json_line(stream, line)
             made += 1
+            decoded += len(output_ids)
             if progress:
                 progress(len(done) + made, total)
+    speed = decoded / (time.perf_counter() - began)
     examples = duplicates = output_tokens = 0
     for record in _finished(path):
         examples += 1
         duplicates += bool(record.get("duplicate"))
         output_tokens += len(record["output_ids"])
-    summary = CorpusSummary(str(path), examples, duplicates, output_tokens, made)
+    summary = CorpusSummary(str(path), examples, duplicates, output_tokens, made, speed)
     manifest = {
         **settings,
         "examples": examples,

@@ -118,7 +118,7 @@ def train_heads_command(
     token_size: Annotated[int, typer.Option(help="Width in which heads see drafted tokens; 0: not at all.")] = 128,
     blocks: Annotated[int, typer.Option(help="Residual blocks of a medusa head.")] = 1,
     initial: Annotated[
-        Path | None, typer.Option(help="Folder of heads to start from instead of untrained ones.")
+        Path | None, typer.Option(help="Folder of heads to start from; sequential from feed_forward ones, too.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 2000,
     positions: Annotated[int, typer.Option(help="Positions per step.")] = 2048,

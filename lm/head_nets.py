@@ -127,6 +127,16 @@ class Sequential(FeedForward):
         return value[: h * (h - 1) // 2] if name == "token.weight" else super().cut(name, value, h)
 
 
+def as_sequential(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state of a sequential net that does what the feed-forward net of `state`, which sees a token, does: it weighs
+    nothing but the first token yet."""
+    of_first = state["token.weight"]  # [h-1, size, inner]
+    count = len(of_first)
+    weight = of_first.new_zeros(count * (count + 1) // 2, *of_first.shape[1:])
+    weight[[head * (head + 1) // 2 for head in range(count)]] = of_first
+    return {**state, "token.weight": weight}
+
+
 class Shared(HeadNet):
     """`inner.weight [d, inner]`, `inner.bias [inner]`, `outer.weight [h-1, inner, d]`, `outer.bias [h-1, d]`; with a
     token size `token.shared [d, size]`, `token.weight [size, inner]`."""

@@ -24,7 +24,7 @@ from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, U
 from lm.base import BaseLM
 from lm.block_heads import HEADS_FOLDER, BlockHeads, heads_sha256, load_heads
 from lm.head_data import HeadData, Segment, cached, segments_of, split, tokens_read, until
-from lm.head_nets import FEED_FORWARD, MEDUSA, NETS, SEQUENTIAL, BlockHeadsConfig
+from lm.head_nets import FEED_FORWARD, MEDUSA, NETS, SEQUENTIAL, BlockHeadsConfig, as_sequential
 from lm.losses import (
     VocabularySubset,
     check_precision,
@@ -129,7 +129,8 @@ class HeldOutAccuracy:
 class HeadTrainer(Trainer[HeldOutAccuracy]):
     """One training: data, heads, optimiser. `train` runs it; `evaluate` measures the heads as they are.
 
-    `initial` is a folder of heads to start from instead of untrained ones, of the same shape. The heads are `stored` as
+    `initial` is a folder of heads to start from instead of untrained ones, of the same shape; sequential ones may start
+    from feed-forward ones, which they then equal. The heads are `stored` as
     float16 or int8. With a tuned base the model of `base` is changed in place.
     """
 
@@ -193,14 +194,16 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
 
     def _start_from(self, folder: Path) -> None:
         earlier = load_heads(str(folder), self.base.identity, device=self.base.device)
-        names = ("h", "architecture", "inner_size", "token_size", "blocks")
+        grows = (earlier.config.architecture, self.heads.config.architecture) == (FEED_FORWARD, SEQUENTIAL)
+        names = ("h", *(() if grows else ("architecture",)), "inner_size", "token_size", "blocks")
         differs = [n for n in names if getattr(earlier.config, n) != getattr(self.heads.config, n)]
         if differs:
             found, wanted = (getattr(c, differs[0]) for c in (earlier.config, self.heads.config))
             raise IncompatibleError(
                 f"the heads in {folder} have {differs[0]} = {found}, not {wanted}; training starts from the same shape"
             )
-        self.heads.load_state_dict(earlier.state_dict())
+        state = earlier.net.state_dict()
+        self.heads.net.load_state_dict(as_sequential(state) if grows else state)
         self.initial_sha256 = heads_sha256(folder)
 
     def _rows(self, targets: np.ndarray, offsets: np.ndarray) -> torch.Tensor:

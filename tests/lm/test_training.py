@@ -115,6 +115,25 @@ class TestInitialHeads:
         record = json.loads((tmp_path / "second" / "training.json").read_text())
         assert record["initial_sha256"] == heads_sha256(tmp_path / "first")
 
+    def test_sequential_heads_go_on_from_feed_forward_ones(self, tiny_base, data, tmp_path):
+        first = HeadTrainer(tiny_base, [data], change(token_size=4))
+        first.train(tmp_path / "first")
+        options = change(token_size=4, architecture="sequential")
+        second = HeadTrainer(tiny_base, [data], options, initial=tmp_path / "first")
+        found, expected = second.evaluate(), first.evaluate()
+        assert found.accepted == pytest.approx(expected.accepted, abs=0.02)  # float16 on the way
+        states = torch.randn(3, tiny_base.hidden_size)
+        rows = torch.randn(3, 3, tiny_base.hidden_size)
+        torch.testing.assert_close(
+            second.heads(states, rows), load_heads(str(tmp_path / "first"), tiny_base.identity)(states, rows)
+        )
+        back = HeadTrainer(tiny_base, [data], options)
+        back.train(tmp_path / "sequential")
+        assert "architecture = sequential, not feed_forward" in refused(
+            lambda: HeadTrainer(tiny_base, [data], change(token_size=4), initial=tmp_path / "sequential"),
+            IncompatibleError,
+        )
+
     @pytest.mark.parametrize("options", [{"h": 3}, {"inner_size": 9}, {"token_size": 4}])
     def test_heads_of_another_shape_are_refused(self, tiny_base, data, tmp_path, options):
         HeadTrainer(tiny_base, [data], change(steps=1)).train(tmp_path)

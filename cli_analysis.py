@@ -87,7 +87,8 @@ def cost_command(
     ] = None,
     h: Annotated[int | None, typer.Option(help="Tokens of a block. Default: as in --results, else 9.")] = None,
     results: Annotated[
-        Path | None, typer.Option(help="Folder of rescore eval --out: its base LM, heads, h and block efficiencies.")
+        Path | None,
+        typer.Option(help="Folder of rescore eval or suite --out: its base LM, heads, h and block efficiencies."),
     ] = None,
     task: Annotated[str | None, typer.Option(help="Task of --results. Default: the only one.")] = None,
     block_efficiency: Annotated[
@@ -111,7 +112,7 @@ def cost_command(
     from rescore.cost_inputs import cost_inputs, cost_inputs_of_run
     from rescore.cost_model import cost_table
     from rescore.cost_text import cost_text
-    from rescore.runs import load_run
+    from rescore.runs import run_of_task
 
     efficiencies = {}
     for text in block_efficiency or ():
@@ -119,7 +120,7 @@ def cost_command(
         if not method:
             raise RescoreError(f"--block-efficiency {text}: give a method and a number, like 4-gram=1.5")
         efficiencies[method] = numbers("--block-efficiency", value, float)[0]
-    asked = partial(cost_inputs_of_run, load_run(results), task) if results else cost_inputs
+    asked = partial(cost_inputs_of_run, run_of_task(results, task, h=h), task) if results else cost_inputs
     found = asked(base=base, config=config, heads=heads, h=h, verify=verify, block_efficiency=efficiencies)
     tables = [
         cost_table(

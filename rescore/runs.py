@@ -164,6 +164,28 @@ def load_runs(folder: Path) -> list[FinishedRun]:
     return [load_run(folder)]
 
 
+def run_of_task(folder: Path, task: str | None, *, h: int | None = None) -> FinishedRun:
+    """The only run in a folder as `load_runs` has it, or that of a task (and of blocks of h tokens).
+
+    Raises as `load_runs`, and `RescoreError` where several are left.
+    """
+    runs = load_runs(folder)
+    if len(runs) == 1:
+        return runs[0]
+    fitting = [run for run in runs if task is None or task in run.tasks]
+    if h is not None:
+        fitting = [run for run in fitting if len(run.results[0]["marginal"]) == h] or fitting
+    if len(fitting) == 1:
+        return fitting[0]
+    tasks = ", ".join(dict.fromkeys(name for run in runs for name in run.tasks))
+    if not fitting:
+        raise RescoreError(f"{folder} has no task {task}; give one of {tasks}")
+    if task is None:
+        raise RescoreError(f"{folder} has several runs; give one task with --task: {tasks}")
+    folders = ", ".join(str(run.folder) for run in fitting)
+    raise RescoreError(f"{folder} has several runs of {task}; give the folder of one: {folders}")
+
+
 def load_run(folder: Path) -> FinishedRun:
     """Reads a results folder of `rescore eval --out`.
 

@@ -25,7 +25,7 @@ from rescore.inspection import inspect_example
 from rescore.report.page import write_report
 from rescore.report.sources import load_sources
 from rescore.results import ExampleLog
-from rescore.runs import load_run, load_runs
+from rescore.runs import load_run, load_runs, run_of_task
 from rescore.suite import Suite, run_suite
 from rescore.suite_plan import Plan, read_plan
 from rescore.suite_table import COLUMNS, csv_table, suite_page, text_table
@@ -167,6 +167,15 @@ class TestTable:
         suite = run(write(body=body), tmp_path / "out")
         assert [(r["task"], r["n"]) for r in suite.results] == [("squad", 3)] * 2
         assert run(write(body=body), tmp_path / "out").results == suite.results
+
+    def test_one_run_of_several_is_chosen_by_task_and_h(self, write: Write, tmp_path: Path):
+        run(write(("k: [4, 2]", "k: 4\nh: [2, 3]")), tmp_path / "out")
+        found = run_of_task(tmp_path / "out", "gsm8k", h=3)
+        assert found.tasks == ["gsm8k"] and len(found.results[0]["marginal"]) == 3
+        refused(lambda: run_of_task(tmp_path / "out", None), "give one task with --task: squad, gsm8k")
+        refused(lambda: run_of_task(tmp_path / "out", "xsum"), "has no task xsum; give one of squad, gsm8k")
+        refused(lambda: run_of_task(tmp_path / "out", "squad"), "several runs of squad; give the folder of one")
+        assert run_of_task(found.folder, None).folder == found.folder
 
     def test_names_cannot_break_the_table(self, write: Write, tmp_path: Path):
         suite = run(write(), tmp_path / "out")
@@ -318,4 +327,7 @@ def test_the_suite_of_the_readme_can_be_read():
     plan = read_plan(path, data=Path("folder"))
     assert isinstance(plan, Plan) and plan.tasks[0].data == "folder/squad.jsonl" and len(plan.tasks) == 7
     assert [(r.name, r.p) for r in plan.rescorers][:2] == [("none", (1, 16)), ("ngram", (1, 16))]
-    assert {r.name: tuning.limit for r, tuning in plan.tuned}["neural-94m"] == 32
+    assert {r.name: tuning.limit for r, tuning in plan.tuned} == {
+        "ngram": 50, "context-ngram": 50, "learned-bigram": 50,
+    }  # fmt: skip
+    assert plan.fixed["neural-61m", 1]["alpha"] == 0.5

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli_analysis import analysing
+from cli_bench import bench
 from cli_compare import comparing
 from cli_ngram import ngram_models
 from cli_options import (
@@ -52,7 +53,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-bench = typer.Typer(help="Measurements of the machine and the base LM.", rich_markup_mode=None)
 app.add_typer(training)
 app.add_typer(ngram_models)
 app.add_typer(analysing)
@@ -269,26 +269,6 @@ def trace_command(
         trace = trace_task(chosen, out, progress=progress, notify=notify)
     positions = sum(len(example.output_ids) for example in trace.examples)
     print(f"{out}: {len(trace.examples)} examples, {positions} positions, h = {trace.header.h}, K = {trace.header.k}")
-
-
-@bench.command(name="verify-curve")
-def verify_curve_command(
-    base: Base = "smollm2-135m",
-    cached: Annotated[int, typer.Option(help="Tokens in the cache.")] = 256,
-    repeats: Annotated[int, typer.Option(help="Timed calls of each size; the median counts.")] = 7,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON line only, without the table.")] = False,
-) -> None:
-    """Time of one forward of 1 to 144 tokens on a cache, with the memory bandwidth reached."""
-    from lm.catalog import load_base
-    from rescore.benchmarks import verify_curve
-    from rescore.report.tables import verify_curve_table
-
-    curve = verify_curve(load_base(base, dtype=dtype, device=device), cached=cached, repeats=repeats)
-    if not as_json:
-        print(verify_curve_table(curve))
-    print(json.dumps(curve.as_dict()))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 from lattices.lattice import Lattice
 from lm.neural import NeuralLM
 from rescore.accounting import account
+from rescore.block_length import TimedRescorer
 from rescore.replay import replay
 from rescore.report.tables import table
 from rescore.rescorers import Context, Rescorer, WeightedRescorer, load_rescorer
@@ -29,20 +30,17 @@ from rescore.tracing import TracedExample, load_trace
 from rescore.weights import fit_to
 
 
-class Timed:
-    """A rescorer that notes the seconds of every call but an example's first."""
+class Timed(TimedRescorer):
+    """Notes the tokens that the neural LM read in these calls, too."""
 
     def __init__(self, rescorer: Rescorer, model: NeuralLM | None) -> None:
-        self.rescorer, self.model = rescorer, model
-        self.seconds: list[float] = []
-        self.tokens = 0  # that the neural LM read in these calls
+        super().__init__(rescorer)
+        self.model, self.tokens = model, 0
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
         before = self.model.tokens_read if self.model else 0
-        start = time.perf_counter()
-        drafts = self.rescorer.draft(lattices, contexts, p)
+        drafts = super().draft(lattices, contexts, p)
         if contexts[0].output_ids:
-            self.seconds.append(time.perf_counter() - start)
             self.tokens += self.model.tokens_read - before if self.model else 0
         return drafts
 

@@ -85,6 +85,10 @@ class Trace:
     header: TraceHeader
     examples: tuple[TracedExample, ...]
 
+    def first_examples(self, limit: int) -> Trace:
+        """The trace of the first `limit` examples."""
+        return Trace(self.header, self.examples[:limit])
+
     def first_heads(self, h: int | None) -> Trace:
         """The trace with the first h heads only (None: all)."""
         if h is None or h == self.header.h:

@@ -256,6 +256,28 @@ class TestOtherCommands:
         rescore(*command, "--repeats", 0).refused("at least 1")
         rescore(*command, "--cached", 500).refused("500 cached tokens do not fit into the context of 512")
 
+    def test_block_length(self, rescore: Command, model: list[object], tmp_path: Path):
+        assert rescore("trace", *model, "--out", tmp_path / "trace", "--limit", 3).code == 0
+        quick = ["--cached", 16, "--repeats", 1, "--device", "cpu", "--limit", 2, "--k", 4]
+        command = ["bench", "block-length", "--trace", tmp_path / "trace", *model[:4], *quick]
+        run = rescore(*command, "--json", "--rescorer", "context-ngram:none", "--alpha", 1)
+        found = run.document
+        assert (found["examples"], found["alpha"], found["rescorer"]) == (2, 1, "context-ngram:none")
+        assert [length["h"] for length in found["lengths"]] == [2, 3, 4] and found["best_h"] in (2, 3, 4)
+        for length in found["lengths"]:
+            step = length["verify_ms"] + length["heads_ms"] + length["rescoring_ms"]
+            foreseen = length["block_efficiency"] * found["greedy_ms"] / step
+            assert length["speedup"] == pytest.approx(foreseen) and length["heads_ms"] > 0
+        replayed = rescore("eval", "--trace", tmp_path / "trace", "--h", 3, "--limit", 2, "--k", 4, "--json")
+        efficiency = replayed.document["results"][0]["block_efficiency"]
+        plain = rescore(*command)
+        assert re.match(r"h +block eff. +95 % +verify ms", plain.out) and plain.out.count("*") == 2
+        assert json.loads(plain.out.splitlines()[-1])["lengths"][1]["block_efficiency"] == pytest.approx(efficiency)
+        rescore(*command, "--alpha", 1).refused("none has no weight")
+        rescore(*command, "--limit", 0).refused("--limit 0")
+        rescore(*command, "--k", 99).refused("the trace holds the top")
+        rescore(*command, "--repeats", 0).refused("at least 1")
+
 
 def refusals(tiny: Path, heads: Path, data: Path, folder: Path) -> Iterator[tuple[str, list[object], str]]:
     """(what is wrong, arguments, what the one line says)."""

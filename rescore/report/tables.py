@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lm.score_ngram import NgramScore
     from lm.training import HeldOutAccuracy
     from rescore.benchmarks import VerifyCurve
+    from rescore.block_length import BlockLengths
     from rescore.tuning import Tuned
 
 LABEL = ("task", "rescorer", "k", "p")  # the first columns of every table of results
@@ -208,6 +209,27 @@ def verify_curve_table(curve: VerifyCurve) -> str:
     ]
     note = f"{curve.base}, {curve.dtype}, {curve.device}: forward of n tokens on {curve.cached} cached ones"
     return table(["tokens", "ms", "against 1", "GB/s", "tok/s"], rows, text_columns=0) + "\n" + note
+
+
+def block_length_table(found: BlockLengths) -> str:
+    """What each block length accepts, costs and saves; the fastest marked."""
+    rows = []
+    for length in found.lengths:
+        ci = length.block_efficiency_ci95
+        mark = "*" if length is found.best else " "
+        rows.append([
+            str(length.h), f"{length.block_efficiency:.3f}", "-" if ci is None else "{:.3f}-{:.3f}".format(*ci),
+            f"{length.verify_ms:.1f}", f"{length.heads_ms:.1f}", f"{length.rescoring_ms:.2f}",
+            f"{length.speedup:.2f}x{mark}",
+        ])  # fmt: skip
+    of = found.rescorer + ("" if found.alpha is None else f", alpha {found.alpha:g}")
+    note = (
+        f"{found.base} on {found.examples} examples of {found.task or 'a trace'}, {of}, k = {found.k}, {found.dtype}, "
+        f"{found.device}, {found.cached} cached tokens; greedy decoding\ntakes {found.greedy_ms:.1f} ms a token. "
+        "Times are medians, the speed-up (* the best) is foreseen from them; eval --mode live measures it."
+    )
+    header = ["h", "block eff.", "95 %", "verify ms", "heads ms", "rescoring ms", "speed-up "]
+    return table(header, rows, text_columns=0) + "\n" + note
 
 
 def built_ngram_table(built: NgramSummary) -> str:

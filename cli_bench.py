@@ -42,7 +42,9 @@ def block_length_command(
     base: Base = "smollm2-135m",
     heads: Heads = None,
     rescorer: Annotated[str, typer.Option(help="Which drafts: none, ngram, context-ngram ... (one a step).")] = "none",
-    alpha: Annotated[float | None, typer.Option(help="The rescorer's weight. Default: its own.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="The rescorer's weight. Default: its own, not a tuned one.")
+    ] = None,
     k: Annotated[int, typer.Option(help="Tokens of each head in a lattice.")] = 16,
     limit: Annotated[int, typer.Option(help="Only the first N examples of the trace.")] = 20,
     cached: Cached = 256,
@@ -52,8 +54,8 @@ def block_length_command(
     as_json: JsonLine = False,
 ) -> None:
     """Which block length pays here: acceptance from a trace against what verify, heads and rescoring cost."""
-    from lattices.errors import RescoreError
-    from lm.block_heads import load_heads
+    from lattices.errors import IncompatibleError, RescoreError
+    from lm.block_heads import heads_folder, heads_sha256, load_heads
     from lm.catalog import load_base
     from rescore.block_length import block_lengths
     from rescore.report.tables import block_length_table
@@ -70,6 +72,9 @@ def block_length_command(
         raise RescoreError(f"--limit {limit}; at least one example must be replayed")
     recorded = load_trace(trace).first_examples(limit)
     model = load_base(base, dtype=dtype, device=device)
+    folder = heads_folder(heads, model.identity)
+    if recorded.header.settings.get("heads_sha256") not in (None, heads_sha256(folder)):
+        raise IncompatibleError(f"{trace} was recorded with other heads than those in {folder}; give its own: --heads")
     block_heads = load_heads(heads, model.identity, device=model.device, dtype=model.heads_dtype)
     fitted = fit_to(recorded, {rescorer: chosen}, device=str(model.device), shared=model)[rescorer]
     with progress_bar() as progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -68,11 +69,12 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     ]  # fmt: skip
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         tasks: dict[str, Any] = {}
+        says_lines = not console.is_terminal and os.environ.get("RANK", "0") == "0"  # one of several processes
         told = time.monotonic()
 
         def show(description: str, done: int, total: int) -> None:
             nonlocal told
-            if not console.is_terminal and time.monotonic() - told >= LINE_EVERY:
+            if says_lines and time.monotonic() - told >= LINE_EVERY:
                 told = time.monotonic()
                 notify(f"{description}: {done} of {total}")
             key = description.split(",")[0]

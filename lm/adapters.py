@@ -61,10 +61,11 @@ def check_base(folder: Path, name: str, weights_sha256: str) -> None:
         )
 
 
-def merged(model: Any, folder: Path) -> Any:
-    """The model with an adapter's changes in its weights. Raises `RescoreError` if there are none.
+def merged(model: Any, folder: Path, *, cut: bool = False) -> Any:
+    """The model with an adapter's changes in its weights.
 
-    A model cut to its first layers takes what the adapter has for these.
+    `cut`: the model has only its first layers, and takes what the adapter has for these. Raises `RescoreError` if
+    there are no weights, `InvalidDataError` if they do not fit.
     """
     from peft import PeftModel, get_peft_model_state_dict  # takes a second
 
@@ -72,9 +73,11 @@ def merged(model: Any, folder: Path) -> Any:
         raise RescoreError(f"no {ADAPTER_FILE} in {folder}; get or train the adapter again")
     with safe_open(folder / ADAPTER_FILE, framework="pt") as stream:
         found = list(stream.keys())
-    wanted = _of_layers(found, model.config.get_text_config(decoder=True).num_hidden_layers)
-    if found and not wanted:
-        return model
+    wanted = set(found)
+    if cut:
+        wanted = _of_layers(found, model.config.get_text_config(decoder=True).num_hidden_layers)
+        if not wanted:
+            return model
     dtype = model.dtype
     whole = model.float() if dtype in (torch.float16, torch.bfloat16) else model
     with warnings.catch_warnings(action="ignore"):  # what peft asks of transformers is about to be renamed

@@ -49,13 +49,13 @@ def load_base(name: str = BUILT_IN, *, dtype: str = "float32", device: str = "au
     attention.register()
     found = resolve_base(name)
     folder = found.folder
-    config, tokenizer = config or _read_config(name, folder), _read_tokenizer(name, folder)
-    identity = _identity(name, found, config, tokenizer, dtype)
+    chosen, tokenizer = config or _read_config(name, folder), _read_tokenizer(name, folder)
+    identity = _identity(name, found, chosen, tokenizer, dtype)
     with _reading(f"can't load the model {name}"):
-        implementation = attention.PACKED if device == "cpu" and _takes_sdpa(config) else None
+        implementation = attention.PACKED if device == "cpu" and _takes_sdpa(chosen) else None
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            config=config,
+            config=chosen,
             dtype=DTYPES[dtype],
             attn_implementation=implementation,
             use_safetensors=True,
@@ -71,7 +71,7 @@ def load_base(name: str = BUILT_IN, *, dtype: str = "float32", device: str = "au
         )
     if found.adapter is not None:
         with _reading(f"can't apply the adapter in {found.adapter}"):
-            model = merged(model, found.adapter)
+            model = merged(model, found.adapter, cut=config is not None)
     return BaseLM(model, tokenizer, identity=identity)
 
 
@@ -79,6 +79,18 @@ def identify(name: str, *, dtype: str = "float32") -> BaseIdentity:
     """What `load_base` would load, without loading its weights. Raises as `load_base` does."""
     found = resolve_base(name)
     return _identity(name, found, _read_config(name, found.folder), _read_tokenizer(name, found.folder), dtype)
+
+
+def under_adapter(name: str) -> BaseIdentity | None:
+    """The base LM that the adapter called `name` changes; None if `name` is no adapter on this machine.
+
+    What a rescorer knows about that base LM serves its fine-tuned kin too: the verifier is another, the text alike.
+    """
+    try:
+        found = resolve_base(name, local_files_only=True)
+    except RescoreError:
+        return None
+    return identify(found.name) if found.adapter is not None else None
 
 
 def read_model_config(name: str = BUILT_IN, *, local_files_only: bool = False) -> Any:
@@ -201,6 +213,8 @@ def _folder(name: str, local_files_only: bool) -> Path:
     if name == BUILT_IN:
         return _converted(_built_in_gguf(), original="smollm2-135m")
     if name == FINE_TUNED:
+        if not is_adapter(SHIPPED / name):
+            raise RescoreError(f"the weights of {name} are not in this installation; install rescore again")
         return SHIPPED / name
     path = Path(os.path.expanduser(name))  # leaves a `~name` that stands for nobody as it is
     if path.suffix == ".gguf":

@@ -30,7 +30,7 @@ from lattices.errors import InvalidDataError, RescoreError
 from lattices.lattice import Lattice
 from lm.base import BaseLM
 from lm.block_heads import BlockHeads
-from lm.files import SHIPPED, atomic_file, read_json_object, sha256_of_file, write_json, writing
+from lm.files import SHIPPED, atomic_file, read_json_object, sha256_of_file, write_json
 from lm.head_data import HeadData
 from lm.trainer import Trainer, check_training
 
@@ -95,13 +95,14 @@ def load_bigram(folder: Path) -> LearnedBigram:
 @dataclass(frozen=True)
 class TargetLattices:
     """Lattices int32, float32 `[n, h, k]`, the base's continuation `[n, h]` (-1 behind its end), and the segment of
-    the corpus that each is of, int64 `[n]`. `sha256` is of all that they were made of."""
+    the corpus that each is of, int64 `[n]`. `sha256` is the corpus', `made_of` of all that they follow from."""
 
     lattice: Lattice
     targets: np.ndarray
     segments: np.ndarray
     source: str
     sha256: str
+    made_of: str = ""
 
 
 def lattices_of_corpus(
@@ -120,8 +121,8 @@ def lattices_of_corpus(
     In the folder `cache` they are kept as they come, and what is there already is not made again.
     """
     h = heads.h
-    sha256 = _made_of(base, heads, data, k, rows, seed)
-    kept = cache / f"lattices-{sha256[:16]}" if cache else None
+    made_of = _made_of(base, heads, data, k, rows, seed)
+    kept = cache / f"lattices-{made_of[:16]}" if cache else None
     rng = np.random.default_rng([seed, 0xB16])
     chosen = np.sort(rng.permutation(len(data))[:rows])
     segments = np.searchsorted(data.ends, chosen, side="right")
@@ -142,12 +143,10 @@ def lattices_of_corpus(
             parts.append(_lattices_at(base, heads, data, chosen[start : start + SHARD_ROWS], k, start, made))
             if path is not None:
                 shard = {"token_ids": parts[-1].token_ids, "logps": parts[-1].logps}
-                with writing(path.parent):
-                    path.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_file(path) as temporary:
                     temporary.write_bytes(arrays_to_bytes(shard))
     lattices = Lattice(np.concatenate([p.token_ids for p in parts]), np.concatenate([p.logps for p in parts]))
-    return TargetLattices(lattices, targets, segments, data.source, sha256)
+    return TargetLattices(lattices, targets, segments, data.source, data.sha256, made_of)
 
 
 def _lattices_at(
@@ -178,9 +177,11 @@ def _read_shard(path: Path) -> Lattice:
 
 
 def _made_of(base: BaseLM, heads: BlockHeads, data: HeadData, k: int, rows: int, seed: int) -> str:
-    settings = [base.identity.weights_sha256, base.identity.dtype, data.sha256, k, rows, seed]
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    digest.update(json.dumps(dataclasses.asdict(heads.config)).encode())
+    """sha256 of all that lattices follow from; a corpus' own hash says neither how it was cut nor templated."""
+    settings = [base.identity.weights_sha256, base.identity.dtype, dataclasses.asdict(heads.config), k, rows, seed]
+    digest = hashlib.sha256(json.dumps([*settings, base.tokenizer.chat_template, SHARD_ROWS]).encode())
+    for tokens in (data.targets, data.ends, data.contexts, data.context_ends):
+        digest.update(np.ascontiguousarray(tokens).tobytes())
     for _, value in sorted(heads.net.state_dict().items()):
         digest.update(value.float().cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -297,7 +298,10 @@ class BigramTrainer(Trainer[HeldOutPaths]):
         return {
             "options": dataclasses.asdict(self.options),
             "base": dataclasses.asdict(self.base.identity),
-            "data": [{"source": d.source, "sha256": d.sha256, "lattices": len(d.targets)} for d in self.data],
+            "data": [
+                {"source": d.source, "sha256": d.sha256, "lattices": len(d.targets), "made_of": d.made_of}
+                for d in self.data
+            ],
         }
 
 

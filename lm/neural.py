@@ -24,7 +24,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lm.base import BaseIdentity, BaseLM
-from lm.catalog import identify, load_base, read_model_config, resolve_base, tokenizer_sha256, weights_sha256
+from lm.catalog import (
+    load_base,
+    read_model_config,
+    resolve_base,
+    tokenizer_sha256,
+    under_adapter,
+    weights_sha256,
+)
 from lm.files import SHIPPED, atomic_file, read_json_object, sha256_of_file, write_json
 from lm.int8 import from_int8, to_int8
 from lm.memory import enough_memory
@@ -180,7 +187,7 @@ def check_fits(source: NeuralSource, base: BaseIdentity) -> None:
         made_for, what, wanted = source.delta.tokenizer_sha256, "tokenizer", base.tokenizer_sha256
     else:
         made_for, what, wanted = source.delta.base_weights_sha256, "weights", base.weights_sha256
-        if made_for != wanted and (under := _under_adapter(base.name)) is not None:
+        if made_for != wanted and (under := under_adapter(base.name)) is not None:
             wanted = under.weights_sha256
     if made_for != wanted:
         of = f" of {source.delta.base_name}" if source.delta else ""
@@ -188,18 +195,6 @@ def check_fits(source: NeuralSource, base: BaseIdentity) -> None:
             f"the rescorer {source.name} needs the {what}{of} it was made for, and {base.name} has others; "
             "train one for it: rescore train-rescorer"
         )
-
-
-def _under_adapter(name: str) -> BaseIdentity | None:
-    """The base LM that the adapter called `name` changes; None if `name` is no adapter on this machine.
-
-    What a delta knows about a base holds well enough for its fine-tuned kin: it is a rescorer, not the verifier.
-    """
-    try:
-        found = resolve_base(name, local_files_only=True)
-    except RescoreError:
-        return None
-    return identify(found.name) if found.adapter is not None else None
 
 
 def tokenizer_sha256_of(folder: Path) -> str:
@@ -226,7 +221,8 @@ def load_neural(
     if source.delta is None:
         model = load_base(str(source.folder), dtype=dtype, device=device)
     else:
-        if (under := _under_adapter(base_name)) is not None:
+        under = under_adapter(base_name)
+        if under is not None and under.weights_sha256 == source.delta.base_weights_sha256:
             base_name, shared = under.name, None  # the base in memory is the changed one
         model = first_layers(base_name, source.delta.layers, dtype=dtype, device=device)
         if model.identity.weights_sha256 != source.delta.base_weights_sha256:

@@ -180,10 +180,10 @@ def run_of_task(folder: Path, task: str | None, *, h: int | None = None) -> Fini
     tasks = ", ".join(dict.fromkeys(name for run in runs for name in run.tasks))
     if not fitting:
         raise RescoreError(f"{folder} has no task {task}; give one of {tasks}")
-    if task is None:
+    if task is None and "," in tasks:
         raise RescoreError(f"{folder} has several runs; give one task with --task: {tasks}")
     folders = ", ".join(str(run.folder) for run in fitting)
-    raise RescoreError(f"{folder} has several runs of {task}; give the folder of one: {folders}")
+    raise RescoreError(f"{folder} has several runs of {task or tasks}; give the folder of one: {folders}")
 
 
 def load_run(folder: Path) -> FinishedRun:

@@ -20,6 +20,8 @@ import torch
 from conftest import byte_tokenizer, files_of_at_most, make_heads, save_tiny_base, squad_records, write_lines
 
 import cli
+import cli_options
+from lm.base import BaseLM
 from rescore import data as data_module
 from rescore import evaluation, tracing
 from rescore.tasks import task_names
@@ -256,7 +258,7 @@ class TestOtherCommands:
         rescore(*command, "--repeats", 0).refused("at least 1")
         rescore(*command, "--cached", 500).refused("500 cached tokens do not fit into the context of 512")
 
-    def test_block_length(self, rescore: Command, model: list[object], tmp_path: Path):
+    def test_block_length(self, rescore: Command, model: list[object], tiny_base: BaseLM, tmp_path: Path):
         assert rescore("trace", *model, "--out", tmp_path / "trace", "--limit", 3).code == 0
         quick = ["--cached", 16, "--repeats", 1, "--device", "cpu", "--limit", 2, "--k", 4]
         command = ["bench", "block-length", "--trace", tmp_path / "trace", *model[:4], *quick]
@@ -267,16 +269,30 @@ class TestOtherCommands:
         for length in found["lengths"]:
             step = length["verify_ms"] + length["heads_ms"] + length["rescoring_ms"]
             foreseen = length["block_efficiency"] * found["greedy_ms"] / step
-            assert length["speedup"] == pytest.approx(foreseen) and length["heads_ms"] > 0
+            assert length["speedup"] == pytest.approx(foreseen)
+            assert length["heads_ms"] > 0 and length["rescoring_ms"] > 0
         replayed = rescore("eval", "--trace", tmp_path / "trace", "--h", 3, "--limit", 2, "--k", 4, "--json")
         efficiency = replayed.document["results"][0]["block_efficiency"]
         plain = rescore(*command)
         assert re.match(r"h +block eff. +95 % +verify ms", plain.out) and plain.out.count("*") == 2
         assert json.loads(plain.out.splitlines()[-1])["lengths"][1]["block_efficiency"] == pytest.approx(efficiency)
+        make_heads(tiny_base, seed=3).save(tmp_path / "other")
+        rescore(*command, "--heads", tmp_path / "other").refused("recorded with other heads than those in")
         rescore(*command, "--alpha", 1).refused("none has no weight")
         rescore(*command, "--limit", 0).refused("--limit 0")
         rescore(*command, "--k", 99).refused("the trace holds the top")
         rescore(*command, "--repeats", 0).refused("at least 1")
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", ["rescore: work: 1 of 2", "rescore: work: 2 of 2"]), ("1", [])])
+def test_progress_without_a_terminal_is_a_line_a_minute(monkeypatch, capsys, rank, lines):
+    monkeypatch.setenv("RANK", rank)
+    with cli_options.progress_bar() as progress:
+        progress("work", 1, 2)  # within the first minute
+        monkeypatch.setattr(cli_options, "LINE_EVERY", 0.0)
+        progress("work", 1, 2)
+        progress("work", 2, 2)
+    assert capsys.readouterr().err.splitlines() == lines
 
 
 def refusals(tiny: Path, heads: Path, data: Path, folder: Path) -> Iterator[tuple[str, list[object], str]]:

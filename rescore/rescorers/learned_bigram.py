@@ -13,7 +13,7 @@ from lattices.errors import IncompatibleError, RescoreError
 from lattices.lattice import Lattice
 from lattices.pair_search import pair_p_best
 from lattices.search import p_best
-from lm.catalog import BUILT_IN, load_embeddings
+from lm.catalog import BUILT_IN, load_embeddings, under_adapter
 from lm.learned_bigram import LearnedBigram as BigramWeights
 from lm.learned_bigram import load_bigram, shipped_bigram
 from rescore.rescorers.base import Context, Target, Weighted
@@ -53,13 +53,16 @@ class LearnedBigram(Weighted):
         config = self.model.config
         if target.base is None:
             raise IncompatibleError(f"the trace does not name its base LM, and {self.path} needs its embeddings")
-        if target.base.weights_sha256 != config.base_weights_sha256:
+        base = target.base
+        if base.weights_sha256 != config.base_weights_sha256:
+            base = under_adapter(base.name) or base  # adapters leave the embeddings as they are
+        if base.weights_sha256 != config.base_weights_sha256:
             raise IncompatibleError(
                 f"the learned bigram {self.path} was made for {config.base_name}, not for {target.base.name}; "
                 "train one for it: rescore train-bigram"
             )
         fitted = copy.copy(self)
-        fitted._tables = _Tables(self.model, target.base.name)
+        fitted._tables = _Tables(self.model, base.name)
         return fitted
 
     def coverage(self, token_ids: np.ndarray) -> float:

@@ -41,7 +41,7 @@ def list_tasks(names: Sequence[str] = ()) -> list[TaskFacts]:
     Raises `RescoreError` for a task asked for by name that can't be loaded, or whose own data file can't be read.
     """
     if names:
-        return [facts_of(load_task(name)) for name in names]
+        return [facts_of(load_task(name), reads=True) for name in names]
     found = []
     for name in task_names():
         try:
@@ -51,9 +51,9 @@ def list_tasks(names: Sequence[str] = ()) -> list[TaskFacts]:
     return found
 
 
-def facts_of(task: Task) -> TaskFacts:
-    """The facts of one task. Raises as `load_examples` for a task with a data file of its own."""
-    examples = load_examples(task).examples if task.file is not None else None
+def facts_of(task: Task, *, reads: bool = False) -> TaskFacts:
+    """The facts of one task. `reads` the data file that is its own, if it has one, and raises as `load_examples`."""
+    examples = load_examples(task).examples if reads and task.file is not None else None
     return TaskFacts(
         name=task.name,
         description=task.description,

@@ -237,7 +237,7 @@ class TestCorpus:
         whole = heads.lattice(tiny_base, hidden, tiny_base.project(hidden), 3)
         count = min(rows, len(data))
         assert seen[-1] == (count, count) and found.targets.shape == (count, 4)
-        assert found.source == "pairs.jsonl" and len(found.sha256) == 64
+        assert found.source == "pairs.jsonl" and found.sha256 == data.sha256
         places = []
         for ids, target in zip(found.lattice.token_ids, found.targets.tolist(), strict=True):
             (at,) = [i for i in range(len(data)) if every[i] == target and (whole.token_ids[i] == ids).all()][:1]
@@ -271,12 +271,24 @@ class TestCorpus:
         found = again(heads, lambda *now: resumed.append(now))
         assert made == [(4, 10), (8, 10), (10, 10)] and resumed == [(10, 10)]
         assert (found.lattice.token_ids == expected.lattice.token_ids).all()
-        assert (found.lattice.logps == expected.lattice.logps).all() and found.sha256 == expected.sha256
+        assert (found.lattice.logps == expected.lattice.logps).all() and found.made_of == expected.made_of
         other = again(make_heads(tiny_base, seed=7), lambda *now: resumed.append(now))
-        assert len(resumed) == 4 and other.sha256 != found.sha256  # other heads' lattices are other ones
+        assert len(resumed) == 4 and other.made_of != found.made_of  # other heads' lattices are other ones
         shard = sorted((tmp_path / "out").glob("*/*.safetensors"))[0]
         shard.write_bytes(b"broken")
         assert "remove it" in refused(lambda: [again(heads), again(make_heads(tiny_base, seed=7))], InvalidDataError)
+
+    def test_what_was_kept_of_less_text_is_not_taken_for_more(self, tiny_base, tmp_path):
+        (tmp_path / "text.txt").write_text("the cat sat on the mat and so did the dog. " * 30)
+        heads, found = make_heads(tiny_base), {}
+        for most in (300, 600):
+            data = read_head_data(tiny_base, tmp_path / "text.txt", tmp_path, max_tokens=most)
+            kept = lattices_of_corpus(tiny_base, heads, data, k=3, rows=40, seed=0, cache=tmp_path / "out")
+            fresh = lattices_of_corpus(tiny_base, heads, data, k=3, rows=40, seed=0)
+            assert (kept.lattice.token_ids == fresh.lattice.token_ids).all()
+            assert (kept.targets == fresh.targets).all()
+            found[most] = kept.made_of
+        assert found[300] != found[600]
 
     def test_k_above_the_vocabulary(self, tiny_base, tmp_path):
         (tmp_path / "text.txt").write_text("the cat sat")

@@ -55,8 +55,39 @@ def test_a_delta_of_the_untuned_base_rescores_for_the_tuned_one(folder, pairs, t
     expected = load_neural(source, vocab_size=base.vocab_size, base_name=folder)
     for (name, a), (_, b) in zip(*(m.model.model.named_parameters() for m in (found, expected)), strict=True):
         assert torch.equal(a, b), name
+    other = str(save_tiny_base(tmp_path / "other", seed=5))
     with pytest.raises(IncompatibleError, match="needs the weights"):
-        check_fits(source, load_base(str(save_tiny_base(tmp_path / "other", seed=5))).identity)
+        check_fits(source, identify(other))
+    trainer_of(other, pairs, dataclasses.replace(TUNED, steps=1), tmp_path).train(tmp_path / "of-other")
+    with pytest.raises(IncompatibleError, match="needs the weights"):
+        check_fits(source, identify(str(tmp_path / "of-other")))
+
+
+def test_a_delta_of_the_tuned_base_is_of_its_own_layers(folder, pairs, tmp_path):
+    trainer_of(folder, pairs, TUNED, tmp_path).train(tmp_path / "adapter")  # changes all layers
+    name = str(tmp_path / "adapter")
+    tuned, cut = load_base(name), first_layers(name, 1)
+    for (at, a), (_, b) in zip(
+        cut.model.model.layers[0].named_parameters(), tuned.model.model.layers[0].named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(a, b, msg=at)
+    identity = tuned.identity
+    config = DeltaConfig("neural-32m", 1, 1, name, identity.weights_sha256, identity.tokenizer_sha256)
+    save_delta(cut.model, ["model.norm.weight"], config, tmp_path / "delta")
+    source = find_neural(str(tmp_path / "delta"))
+    check_fits(source, identity)
+    found = load_neural(source, vocab_size=tuned.vocab_size, base_name=name, shared=tuned)
+    weight = found.model.model.model.layers[0].mlp.up_proj.weight
+    torch.testing.assert_close(weight, tuned.model.model.layers[0].mlp.up_proj.weight)
+
+
+def test_an_adapter_for_more_layers_is_refused(folder, pairs, tmp_path):
+    adapter = lora_of_last_layer(folder, pairs, tmp_path) / "adapter_model.safetensors"
+    tensors = load_file(adapter)
+    more = {name.replace(".layers.1.", ".layers.7."): value.clone() for name, value in tensors.items()}
+    save_file(tensors | more, adapter)
+    with pytest.raises(InvalidDataError, match="does not fit its base LM"):
+        load_base(str(adapter.parent))
 
 
 class StopError(Exception):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +106,19 @@ class TestRefusals:
         other = load_base(str(save_tiny_base(tmp_path / "other", seed=9)), device="cpu")
         with pytest.raises(IncompatibleError, match=r"was made for .*, not for .*; train one for it: rescore train-bi"):
             load_rescorer(f"learned-bigram:{folder}").fit(target(other))
+
+    def test_an_adapter_of_its_base_is_served(self, folder, tiny_base, tmp_path):
+        """Adapters leave the embeddings as they are; and of what it was made for it is enough to have the base."""
+        adapter = tmp_path / "adapter"
+        adapter.mkdir()
+        config = {"peft_type": "LORA", "base_model_name_or_path": tiny_base.identity.name}
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        identity = dataclasses.replace(tiny_base.identity, name=str(adapter), weights_sha256="other")
+        of_adapter = Target(tiny_base.vocab_size, (256,), tiny_base.identity.tokenizer_sha256, identity)
+        lattices = lattices_at(1, 3)
+        found = load_rescorer(f"learned-bigram:{folder}").fit(of_adapter).draft(lattices, contexts(3), 2)
+        expected = load_rescorer(f"learned-bigram:{folder}").fit(target(tiny_base)).draft(lattices, contexts(3), 2)
+        assert (found == expected).all()
 
     def test_a_trace_that_does_not_name_its_base(self, folder):
         with pytest.raises(IncompatibleError, match="does not name its base LM"):

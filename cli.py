@@ -34,6 +34,7 @@ from cli_options import (
     PromptTokens,
     Tasks,
     TaskTokens,
+    known_tasks,
     notify,
     numbers,
     progress_bar,
@@ -151,10 +152,11 @@ def evaluate_command(
     as_json: Json = False,
 ) -> None:
     """Block efficiency of rescorers on tasks: what a step accepts, and what it could (oracle)."""
+    known = known_tasks(task or (), trace)
     from rescore.evaluation import EvalOptions, evaluate
 
     chosen = EvalOptions(
-        tasks=tuple(task or ()), rescorers=tuple(rescorer), base=base, heads=heads, h=h, k=k,
+        tasks=known, rescorers=tuple(rescorer), base=base, heads=heads, h=h, k=k,
         p=tuple(numbers("--p", p, int)), alpha=alpha, limit=limit, max_new_tokens=max_new_tokens,
         max_prompt_tokens=max_prompt_tokens, mode=mode, verify=verify, data=data, trace=trace, dtype=dtype,
         device=device, seed=seed,
@@ -164,7 +166,8 @@ def evaluate_command(
     _print_evaluation(evaluation, as_json)
     if evaluation.interrupted:
         kept = f"and kept in {out}: the same command goes on" if out else "(--out DIR would keep them)"
-        notify(f"interrupted; the finished examples are shown {kept}")
+        shown = f"the finished examples are shown {kept}" if evaluation.document.results else "none was finished yet"
+        notify(f"interrupted; {shown}")
         raise typer.Exit(INTERRUPTED)
 
 
@@ -192,11 +195,12 @@ def oracle(
     as_json: Json = False,
 ) -> None:
     """Oracle block efficiency by k: what a perfect choice from the top k of every head would reach."""
+    known = known_tasks(task or (), trace)
     from rescore.evaluation import EvalOptions, oracle_by_k
 
     ks = numbers("--k", k, int)
     chosen = EvalOptions(
-        tasks=tuple(task or ()), base=base, heads=heads, h=h, limit=limit, data=data, trace=trace, k=max(ks),
+        tasks=known, base=base, heads=heads, h=h, limit=limit, data=data, trace=trace, k=max(ks),
         max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, dtype=dtype, device=device,
     )  # fmt: skip
     with progress_bar() as progress:
@@ -226,6 +230,7 @@ def tune_command(
     as_json: Json = False,
 ) -> None:
     """Tune a rescorer's weight (alpha) by replay on held-out examples; `rescore eval` uses what it finds."""
+    known = known_tasks(task or (), trace)
     from dataclasses import asdict
 
     from rescore.evaluation import EvalOptions
@@ -233,7 +238,7 @@ def tune_command(
     from rescore.tuning import DEFAULT_ALPHAS, tune
 
     chosen = EvalOptions(
-        tasks=tuple(task or ()), rescorers=tuple(rescorer), base=base, heads=heads, h=h, limit=limit, data=data,
+        tasks=known, rescorers=tuple(rescorer), base=base, heads=heads, h=h, limit=limit, data=data,
         trace=trace, max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, dtype=dtype, device=device,
     )  # fmt: skip
     with progress_bar() as progress:
@@ -259,10 +264,11 @@ def trace_command(
     device: Device = "auto",
 ) -> None:
     """Record a trace: greedy output and lattices of a task, for replay with `rescore eval --trace`."""
+    known = known_tasks((task,), None)
     from rescore.evaluation import EvalOptions, trace_task
 
     chosen = EvalOptions(
-        tasks=(task,), base=base, heads=heads, k=k, limit=limit, data=data, max_new_tokens=max_new_tokens,
+        tasks=known, base=base, heads=heads, k=k, limit=limit, data=data, max_new_tokens=max_new_tokens,
         max_prompt_tokens=max_prompt_tokens, dtype=dtype, device=device,
     )  # fmt: skip
     with progress_bar() as progress:

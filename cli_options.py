@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar
 
@@ -22,7 +22,12 @@ TASK_NAMES = (
     "translation, xsum (rescore tasks shows them), a plug-in's, or a YAML file of your own, like ./mine.yaml"
 )
 
-Base = Annotated[str, typer.Option(help="Base LM: smollm2-135m, a model folder, a .gguf file or a hub id.")]
+Base = Annotated[
+    str,
+    typer.Option(
+        help="Base LM: smollm2-135m, smollm2-135m-bpd (tuned with its heads), a model folder, .gguf file or hub id."
+    ),
+]
 Heads = Annotated[str | None, typer.Option(help="Folder of block heads; default: those shipped for the base.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 Dtype = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]
@@ -49,6 +54,17 @@ def numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Numbe
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
         raise RescoreError(f"{option} {text}: give {what} with commas between them, like 1,2,4") from None
+
+
+def known_tasks(names: Iterable[str], trace: str | None) -> tuple[str, ...]:
+    """The tasks asked for. A mistake is told before the heavy libraries are loaded; a given trace's name may be any."""
+    from rescore.tasks import load_task
+
+    chosen = tuple(names)
+    if trace is None:
+        for name in chosen:
+            load_task(name)
+    return chosen
 
 
 def notify(line: str) -> None:

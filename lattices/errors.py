@@ -21,7 +21,7 @@ class UnknownNameError(RescoreError):
         names = sorted(known)
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         advice = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
-        super().__init__(f"unknown {kind} {name!r}; {advice}{'; ' + hint if hint else ''}")
+        super().__init__(f"unknown {kind} {name!r}; {advice}{f' ({hint})' if hint else ''}")
 
 
 class InvalidDataError(RescoreError):

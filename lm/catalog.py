@@ -226,7 +226,7 @@ def _folder(name: str, local_files_only: bool) -> Path:
             raise RescoreError(f"the folder {path} has no config.json; a model folder is what save_pretrained writes")
         return path
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        hint = "a model is a built-in name, a folder, a .gguf file or a hub id (owner/name)"
+        hint = "a model is a built-in name, a folder, a .gguf file or a hub id like owner/name"
         raise UnknownNameError("model", name, [BUILT_IN, FINE_TUNED], hint)
     return _from_hub(name, local_files_only)
 

@@ -48,12 +48,13 @@ AUTOREGRESSIVE, NEURAL = "autoregressive", "neural-61m"
 @dataclass(frozen=True)
 class Method:
     """A row of [A]'s cost table: its `name`, and the rescorer (as typed) and p that it is in results; `neural`: a small
-    LM is called besides."""
+    LM is called besides; `ours`: not one of [A]'s, shown where its block efficiency is known."""
 
     name: str
     rescorer: str | None
     p: int
     neural: bool = False
+    ours: bool = False
 
 
 METHODS = (
@@ -63,6 +64,8 @@ METHODS = (
     Method(NEURAL, "neural-61m", 1, neural=True),
     Method("16-best 0-gram", "none", 16),
     Method("16-best 4-gram", "ngram", 16),
+    Method("context n-gram", "context-ngram", 1, ours=True),
+    Method("16-best context n-gram", "context-ngram", 16, ours=True),
 )
 
 
@@ -174,7 +177,7 @@ def cost_table(
     costs: list[MethodCost] = []
     plain: dict[int, tuple[int, int, int]] = {}
     for method in METHODS:
-        if method.neural and neural is None:
+        if (method.neural and neural is None) or (method.ours and method.name not in block_efficiency):
             continue
         for context in contexts:
             step = _step(method, base, h, heads, neural, BYTES[dtype], verify, context)

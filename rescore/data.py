@@ -59,7 +59,7 @@ def load_examples(task: Task, *, data: Path | None = None, limit: int | None = N
             missing = str(error)
     if task.sample is None:
         raise RescoreError(
-            f"no data for task {task.name}: {missing}; give --data PATH, a JSON lines file with {_wanted(task)}"
+            f"no data for task {task.name}: {missing}; give --data PATH, a JSON lines file with {wanted_rows(task)}"
         )
     sample = _from_file(task, task.sample, limit, kind="sample")
     notice = (
@@ -73,20 +73,20 @@ def _from_file(task: Task, path: Path, limit: int | None, *, kind: str) -> TaskD
     if not os.path.isfile(path):  # unlike `Path.is_file`, no error for a name too long or a folder closed to us
         raise RescoreError(
             f"{'not a file' if os.path.exists(path) else 'no such file'}: {path}; "
-            f"the data of task {task.name} are a JSON lines file with {_wanted(task)}"
+            f"the data of task {task.name} are a JSON lines file with {wanted_rows(task)}"
         )
     examples = _examples(task, read_json_lines(path), limit, where=f"{path} line")
     if not examples:
         nothing = "is empty" if next(read_json_lines(path), None) is None else f"has no rows of task {task.name}"
-        raise InvalidDataError(f"{path} {nothing}; task {task.name} needs {_wanted(task)}")
+        raise InvalidDataError(f"{path} {nothing}; task {task.name} needs {wanted_rows(task)}")
     # The embedded sample goes by its name alone: where the package is installed says nothing about the data.
     shown = str(path) if kind == "file" else path.name
     return TaskData(examples, {"kind": kind, "path": shown, "sha256": sha256_of_file(path)})
 
 
-def _wanted(task: Task) -> str:
+def wanted_rows(task: Task) -> str:
     """The rows of a task's data, in words."""
-    return task.rows or f"the fields {', '.join(task.fields)}"
+    return task.rows or f"the {'field' if len(task.fields) == 1 else 'fields'} {', '.join(task.fields)}"
 
 
 def _examples(

@@ -192,7 +192,7 @@ def load_run(folder: Path) -> FinishedRun:
     Raises `RescoreError` if there is none or its run has not finished, `InvalidDataError` for a broken or older one.
     """
     if not folder.is_dir():
-        raise RescoreError(f"no results in {folder}; rescore eval --out {folder} writes them")
+        raise RescoreError(f"no such folder: {folder}; rescore eval --out {folder} writes them")
     if not (folder / RESULTS_FILE).is_file():
         if (folder / CONFIG_FILE).is_file():
             raise RescoreError(f"the run in {folder} has not finished; the command that began it goes on")

@@ -92,8 +92,8 @@ def run_suite(
     with _Weights(out / TUNED_FILE) as weights:
         try:
             for part in parts:
-                chosen = _tune(plan, part, weights, trace_k, progress, tell)
-                results, interrupted = _evaluate(part, out, {**plan.fixed, **chosen}, trace_k, progress, tell)
+                chosen = {**plan.defaults, **plan.fixed, **_tune(plan, part, weights, trace_k, progress, tell)}
+                results, interrupted = _evaluate(part, out, chosen, trace_k, progress, tell)
                 suite.results += results
                 if interrupted:
                     raise KeyboardInterrupt

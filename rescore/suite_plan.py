@@ -93,6 +93,16 @@ class Plan:
         return {(r.name, p): {"alpha": r.alpha, "from": "option"} for r in chosen for p in r.p}
 
     @property
+    def defaults(self) -> dict[Run, dict[str, Any]]:
+        """Every rescorer's own weight: what others have tuned on this machine is no part of a suite."""
+        weighted = ((r, load_rescorer(r.name)) for r in self.rescorers)
+        return {
+            (r.name, p): {"alpha": rescorer.alpha, "from": "default"}
+            for r, rescorer in weighted if isinstance(rescorer, WeightedRescorer)
+            for p in r.p
+        }  # fmt: skip
+
+    @property
     def tuned(self) -> list[tuple[SuiteRescorer, SuiteTuning]]:
         """The rescorers whose weight is to be tuned, and how."""
         weighted = (

@@ -91,7 +91,10 @@ def tune(
             tuned = Tuned(task.name, typed, k, p, swept, tuple(efficiency), best, task.ids)
             if keep:
                 path = tuned_path(dataclasses.replace(options, k=k), task, rescorer, p)
-                document: dict[str, Any] = {**dataclasses.asdict(tuned), "identity": rescorer.identity, **environment()}
+                document: dict[str, Any] = {
+                    **dataclasses.asdict(tuned), "identity": rescorer.identity,
+                    "data_sha256": task.settings.get("data_sha256"), **environment(),
+                }  # fmt: skip
                 write_json(path, document)
             found.append(tuned)
     return found

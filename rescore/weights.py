@@ -20,7 +20,8 @@ from rescore.tracing import Trace
 LEAST_COVERAGE = 0.1
 
 
-# By rescorer as typed and p: `alpha`, `from` (option, tuned or default) and, if tuned, `held_out` (ids of examples).
+# By rescorer as typed and p: `alpha`, `from` (option, tuned or default) and, if tuned, `held_out` (ids of examples) and
+# `other_data`, if these were of another file.
 Alphas = dict[str, dict[int, dict[str, Any]]]
 
 
@@ -49,7 +50,10 @@ def _alpha(options: EvalOptions, task: TaskInput, rescorer: WeightedRescorer, p:
     path = tuned_path(options, task, rescorer, p)
     if path.is_file():
         tuned = read_json_object(path, missing=f"can't use the tuned weight in {path}")
-        return {"alpha": float(tuned["alpha"]), "from": "tuned", "held_out": tuned["held_out"]}
+        found = {"alpha": float(tuned["alpha"]), "from": "tuned", "held_out": tuned["held_out"]}
+        if tuned.get("data_sha256") != task.settings.get("data_sha256"):
+            found["other_data"] = True
+        return found
     return {"alpha": rescorer.alpha, "from": "default"}
 
 
@@ -70,7 +74,9 @@ def _alpha_fact(chosen: Mapping[str, Any], task: TaskInput) -> str | None:
     held_out, facts = chosen.get("held_out", ()), []
     if chosen["from"] == "tuned" and chosen["alpha"] == 0:
         facts.append(f"alpha 0 was best on {len(held_out)} held-out examples: its drafts are the unrescored ones")
-    if shared := len(set(task.ids) & set(held_out)):
+    if chosen.get("other_data"):
+        facts.append(f"alpha {chosen['alpha']:g} was tuned on other data of this task")
+    elif shared := len(set(task.ids) & set(held_out)):
         facts.append(f"alpha was tuned on {shared} of these {len(task.ids)} examples")
     return "; ".join(facts) or None
 

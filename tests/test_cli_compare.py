@@ -43,7 +43,7 @@ class TestCompare:
 
     def test_mistakes(self, rescore: Command, results: Path, tmp_path: Path):
         rescore("compare", results).refused("would be compared with itself")
-        rescore("compare", results, tmp_path / "none").refused("no results in .*; rescore eval --out")
+        rescore("compare", results, tmp_path / "none").refused("no such folder: .*; rescore eval --out")
         rescore("compare", results, "--a-rescorer", "none", "--b-rescorer", "orcale").refused("did you mean oracle")
         (results / "results.json").unlink()
         rescore("compare", results, "--a-p", 1, "--b-p", 2).refused("has not finished")

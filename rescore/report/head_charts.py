@@ -132,7 +132,7 @@ def _refined(traces: Traces) -> Section:
         "Gain over the unrescored drafts if the choice is perfect in the first so many slots and the arg-max in "
         "the rest. Where a curve goes flat, later heads have nothing more to give.",
         tuple(charts),
-        ("task", "k", *(f"{m} heads" for m in range(widest))),
+        ("task", "k", *("1 head" if m == 1 else f"{m} heads" for m in range(widest))),
         padded,
         lacking=NO_TRACE,
         legend=tuple(legend.items()),

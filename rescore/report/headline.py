@@ -14,12 +14,14 @@ from rescore.report.sources import TaskView
 class Cell:
     """One decode of one task: `share` of the oracle's gap recovered = (block efficiency - unrescored) / (oracle -
     unrescored), None without the unrescored drafts or a gap; `speedup` over autoregressive decoding, live only; `best`:
-    no other rescorer with this p has more on the task (`none` and `oracle` apart)."""
+    of several rescorers with this p the one with the most on the task (`none` and `oracle` apart); `sure`: the interval
+    of its gain lies above zero."""
 
     result: dict[str, Any]
     share: float | None
     speedup: float | None
     best: bool
+    sure: bool
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,11 @@ def _cell(view: TaskView, rescorer: str, p: int) -> Cell | None:
     rivals = [r for r in view.results if r["p"] == p and r["rescorer"] not in ("none", "oracle")]
     most = max((r["block_efficiency"] for r in rivals), default=None)
     plain = next((r["block_efficiency"] for r in view.results if r["p"] == p and r["rescorer"] == "none"), 0.0)
-    best = result in rivals and result["block_efficiency"] == most and most > plain
+    best = len(rivals) > 1 and result in rivals and result["block_efficiency"] == most and most > plain
+    sure = rescorer not in ("none", "oracle") and bool(result["gain_ci95"]) and result["gain_ci95"][0] > 0
     latency = result["latency"]
     speedup = float(latency["speedup"]) if latency else None
-    return Cell(result, recovered(result, view.unrescored), speedup, best)
+    return Cell(result, recovered(result, view.unrescored), speedup, best, sure)
 
 
 def _sentences(views: Sequence[TaskView], rows: Sequence[Row]) -> list[str]:
@@ -115,13 +118,14 @@ def _best_of(rows: Sequence[Row], p: int) -> str | None:
         return f"With {drafts} a step no rescorer gains anything on average; {best} comes nearest ({_percents(found)})."
     shares = [cell.share for cell in cells if cell.share is not None]
     part = f", {_shares(shares)} of the way to the oracle" if shares else ""
-    among = f"the best of {len(whole)} rescorers is" if len(whole) > 1 else "the rescorer is"
+    among = f"the best of {len(whole)} rescorers is" if len(whole) > 1 else "the only rescorer is"
     beside = f"; {p} drafts without rescoring bring {_percents(unrescored)}" if unrescored else ""
     line = f"With {drafts} a step {among} {best}, with {_percents(found)} tokens a step{part}{beside}."
     surely = sum(1 for cell in cells if cell.result["gain_ci95"] and cell.result["gain_ci95"][0] > 0)
     known = sum(1 for cell in cells if cell.result["gain_ci95"])
     if known and surely < known:
-        line += f" On {known - surely} of {known} tasks the interval of its gain is not wholly above zero."
+        where = f"On {known - surely} of {known} tasks its" if known > 1 else "Its"
+        line += f" {where} gain is not certain: the interval includes zero."
     return line
 
 

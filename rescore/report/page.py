@@ -66,7 +66,12 @@ def write_report(
     ]
     headline = make_headline(sources.views)
     explorers, notes = _explorers(sources.views, found, examples)
-    missing = (*sources.missing, *notes)
+    samples = (
+        f"{view.label}: the examples are those embedded for the task, whose numbers do not compare with the real data "
+        "set's (rescore eval --data PATH)"
+        for view in sources.views if view.is_sample
+    )  # fmt: skip
+    missing = (*samples, *sources.missing, *notes)
     texts = {
         out: page_html(sources, headline, sections, explorers, missing, found),
         out.with_suffix(".md"): markdown_text(sources.views, headline, sections, missing),

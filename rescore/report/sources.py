@@ -43,6 +43,12 @@ class TaskView:
         return any(result["latency"] for result in self.results)
 
     @property
+    def is_sample(self) -> bool:
+        """Whether the examples are those embedded for the task, not its data set's."""
+        data = self.run.config.get("data", {}).get(self.task)
+        return isinstance(data, dict) and data.get("kind") == "sample"
+
+    @property
     def unrescored(self) -> dict[str, Any] | None:
         """The result of `none` with one draft a step, where that was run."""
         return next((r for r in self.results if r["rescorer"] == "none" and r["p"] == 1), None)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lattices.errors import RescoreError
-from rescore.data import load_examples
+from rescore.data import load_examples, wanted_rows
 from rescore.tasks import Task, load_task, task_names
 
 
@@ -59,7 +59,7 @@ def facts_of(task: Task, *, reads: bool = False) -> TaskFacts:
         description=task.description,
         prompt=task.template,
         chat=task.chat,
-        rows=task.rows or f"the fields {', '.join(task.fields)}",
+        rows=wanted_rows(task),
         metrics=tuple(metric.name for metric in task.metrics),
         source=_source(task),
         passage=task.passage,

@@ -116,9 +116,17 @@ class TestToy:
     def test_the_text_has_every_row(self):
         found = cost_table(TOY, h=3, heads=HEADS, neural=None, block_efficiency=GIVEN)
         json.dumps(found.as_dict(), allow_nan=False)
-        assert len(found.costs) == 4 * (len(METHODS) - 1)
+        assert len(found.costs) == 4 * len([m for m in METHODS if not m.neural and not m.ours])
         text = cost_text(found)
         assert "16-best 4-gram" in text and "neural-61m" not in text and "ASSUMED" not in text
+
+    def test_the_ngrams_of_the_prompt_cost_what_an_ngram_does_and_stand_where_they_were_run(self):
+        assert "context n-gram" not in toy_costs()
+        results = [{"task": "t", "rescorer": "context-ngram", "p": 1, "block_efficiency": 1.5}]
+        given = {"4-gram": 1.5} | block_efficiencies(results, "t")
+        found = toy_costs(block_efficiency=given)
+        ours, theirs = found["context n-gram"], found["4-gram"]
+        assert dataclasses.replace(ours, method="4-gram") == theirs and "16-best context n-gram" not in found
 
 
 class TestRefused:

@@ -243,6 +243,15 @@ class TestTuning:
         assert not any("default" in line for line in told)
         assert evaluate(dataclasses.replace(chosen, alpha=0.9)).document.results[0].alpha == 0.9
 
+    def test_a_weight_of_other_data_is_told(self, options: EvalOptions, tmp_path: Path):
+        chosen = dataclasses.replace(options, rescorers=options.rescorers[1:])
+        tune(chosen, alphas=(0.5, 2.0), ks=(8,), ps=(1,))
+        lines = Path(options.data).read_text().splitlines()
+        (tmp_path / "less.jsonl").write_text("\n".join(lines[:3]) + "\n")
+        told: list[str] = []
+        evaluate(dataclasses.replace(chosen, data=str(tmp_path / "less.jsonl")), notify=told.append)
+        assert any("was tuned on other data of this task" in line for line in told)
+
     def test_held_out_examples_are_the_last_ones(self, options: EvalOptions):
         (tuned,) = tune(
             dataclasses.replace(options, rescorers=options.rescorers[1:], limit=2), alphas=(1.0,), ks=(8,), ps=(1,)

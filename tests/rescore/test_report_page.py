@@ -106,6 +106,16 @@ def test_three_files_with_the_same_numbers(results, tmp_path):
     assert not written.missing
 
 
+def test_the_embedded_sample_is_told_at_the_top(options, tmp_path, cache_folder, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    given = {name: value for name, value in options.items() if name != "data"}
+    written = report(run_into(tmp_path / "run", given, limit=2, max_prompt_tokens=400), tmp_path)
+    head = written.html.read_text().split("<main")[0]
+    assert "squad: the examples are those embedded for the task" in head
+    assert "replay, embedded sample" in written.html.read_text()
+    assert "embedded for the task" in written.markdown.read_text()
+
+
 def test_equal_results_give_equal_pages(results, tmp_path):
     first = report(results, tmp_path).html.read_bytes()
     assert report(results, tmp_path).html.read_bytes() == first

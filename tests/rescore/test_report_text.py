@@ -124,7 +124,19 @@ def test_a_gain_that_is_none_is_said():
     found = make_headline([view(result("none", 1.2), result("a", 1.1, gain=-0.08, low=-0.2))])
     assert "no rescorer gains anything" in found.sentences[1] and not found.rows[1].cells[0].best
     found = make_headline([view(result("none", 1.2), result("a", 1.3, gain=0.08, low=-0.2))])
-    assert "On 1 of 1 tasks the interval of its gain is not wholly above zero." in found.sentences[1]
+    assert found.sentences[1].endswith("Its gain is not certain: the interval includes zero.")
+    assert "the only rescorer is a" in found.sentences[1]
+
+
+def test_what_is_best_and_what_is_sure():
+    """The best of one is none, and what may be chance is not shown as a gain."""
+    both = result("a", 1.3, gain=0.08, low=-0.2), result("b", 1.25, gain=0.04, low=0.01)
+    cells = {row.rescorer: row.cells[0] for row in make_headline([view(result("none", 1.2), *both)]).rows}
+    assert [(cells[name].best, cells[name].sure) for name in ("none", "a", "b")] == [
+        (False, False), (True, False), (False, True),
+    ]  # fmt: skip
+    alone = make_headline([view(result("none", 1.2), both[1])]).rows[1].cells[0]
+    assert not alone.best and alone.sure
 
 
 def test_a_page_without_unrescored_drafts_or_a_gap():

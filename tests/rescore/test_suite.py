@@ -24,11 +24,13 @@ from rescore.evaluation import EvalOptions, evaluate, trace_task
 from rescore.inspection import inspect_example
 from rescore.report.page import write_report
 from rescore.report.sources import load_sources
+from rescore.rescorers import load_rescorer
 from rescore.results import ExampleLog
 from rescore.runs import load_run, load_runs, run_of_task
 from rescore.suite import Suite, run_suite
 from rescore.suite_plan import Plan, read_plan
 from rescore.suite_table import COLUMNS, csv_table, suite_page, text_table
+from rescore.tuning import tune
 
 BODY = """\
 limit: 4
@@ -167,6 +169,15 @@ class TestTable:
         suite = run(write(body=body), tmp_path / "out")
         assert [(r["task"], r["n"]) for r in suite.results] == [("squad", 3)] * 2
         assert run(write(body=body), tmp_path / "out").results == suite.results
+
+    def test_what_was_tuned_outside_is_no_part_of_it(self, write: Write, tmp_path: Path):
+        path = write(("    tune: {limit: 2, alphas: [0.5, 1]}\n", ""))
+        plan = read_plan(path)
+        options = dataclasses.replace(plan.options(plan.tasks[0], k=4, h=None), own_p=(), p=(1,))
+        tune(dataclasses.replace(options, rescorers=("context-ngram:none",)), alphas=(3.0,), ks=(4,), ps=(1,))
+        assert (cache_directory() / "tuned").exists()
+        used = {r["alpha"] for r in run(path, tmp_path / "out").results if r["rescorer"] == "context-ngram:none"}
+        assert used == {load_rescorer("context-ngram:none").alpha}
 
     def test_one_run_of_several_is_chosen_by_task_and_h(self, write: Write, tmp_path: Path):
         run(write(("k: [4, 2]", "k: 4\nh: [2, 3]")), tmp_path / "out")

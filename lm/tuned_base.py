@@ -99,7 +99,7 @@ class TunedBase:
                 self.model.save_pretrained(temporary)
                 self.base.tokenizer.save_pretrained(temporary)
             else:
-                tensors = get_peft_model_state_dict(self.adapted)
+                tensors = get_peft_model_state_dict(self.adapted, save_embedding_layers=False)
                 halves = {n: value.detach().to("cpu", torch.float16).contiguous() for n, value in tensors.items()}
                 save_file(halves, temporary / ADAPTER_FILE, metadata={"format": "pt"})
                 self.adapted.peft_config["default"].save_pretrained(str(temporary))

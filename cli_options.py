@@ -24,9 +24,7 @@ TASK_NAMES = (
 
 Base = Annotated[
     str,
-    typer.Option(
-        help="Base LM: smollm2-135m, smollm2-135m-bpd (tuned with its heads), a model folder, .gguf file or hub id."
-    ),
+    typer.Option(help="Base LM: smollm2-135m, a model folder, a .gguf file or a hub id."),
 ]
 Heads = Annotated[str | None, typer.Option(help="Folder of block heads; default: those shipped for the base.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]

@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test lint docs clean
 
 demo: $(STAMP)
-	$(BIN)/rescore eval --task squad --data rescore/tasks/squad_sample.jsonl --k 16 --rescorer none --rescorer ngram --rescorer neural-61m --rescorer oracle
+	$(BIN)/rescore eval --task squad --data rescore/tasks/squad_sample.jsonl --k 16 --rescorer none --rescorer context-ngram --rescorer neural-61m --rescorer oracle
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

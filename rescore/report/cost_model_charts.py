@@ -10,7 +10,7 @@ from lattices.errors import RescoreError
 from rescore.cost_inputs import cost_inputs_of_run
 from rescore.cost_model import AUTOREGRESSIVE, CostTable, cost_table
 from rescore.report.cost_charts import rule
-from rescore.report.figures import NONE, Chart, Section, axis, figure, number
+from rescore.report.figures import NONE, Chart, Section, axis, figure, number, one_below_the_other
 from rescore.report.sources import TaskView
 from rescore.report.token_text import is_here
 
@@ -46,8 +46,8 @@ def cost_model_section(views: Sequence[TaskView]) -> Section:
         "What a token costs, by the model's shape",
         "Counted from the base model's shape, not measured: what one decoded token reads of weights and of the cache "
         "of keys and values, and its arithmetic, as multiples of greedy decoding's (the dashed line at 1), with "
-        f"{SHOWN_CONTEXT} tokens in the cache. Where memory is the limit, weights and cache below the line are time "
-        "saved; where arithmetic is, FLOPs above it are time lost.",
+        f"{SHOWN_CONTEXT} tokens in the cache. Where memory is the limit, weights and cache left of the line are time "
+        "saved; where arithmetic is, FLOPs beyond it are time lost.",
         tuple(charts),
         ("task", "method", "p", "cached tokens", "tokens a step", "weights, GB", "KV cache, MB", "GFLOPs", "weights ±",
          "KV cache ±", "FLOPs ±"),
@@ -89,15 +89,18 @@ def _figure(table: CostTable) -> dict[str, object]:
         times = [getattr(c, field) / getattr(plain, field) for c in shown]
         bars.append(
             go.Bar(
-                x=[c.method for c in shown],
-                y=[ratio - 1 for ratio in times],
-                base=1,  # bars leave the line at 1, up or down
+                x=[ratio - 1 for ratio in times],
+                y=[c.method for c in shown],
+                orientation="h",
+                base=1,  # bars leave the line at 1, to either side
                 customdata=times,
                 name=name,
                 marker={"color": colour},
-                hovertemplate=f"<b>%{{x}}</b><br>{name}: %{{customdata:.2f}} times greedy's<extra></extra>",
+                hovertemplate=f"<b>%{{y}}</b><br>{name}: %{{customdata:.2f}} times greedy's<extra></extra>",
             )
         )
     ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200]
     values = axis("times greedy decoding", type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
-    return figure(bars, barmode="group", shapes=[rule(y=1)], xaxis=axis(""), yaxis=values)
+    layout = one_below_the_other([c.method for c in shown])
+    layout["height"] = 86 + 40 * len(shown)  # three bars each
+    return figure(bars, barmode="group", shapes=[rule(x=1)], xaxis=values, **layout)

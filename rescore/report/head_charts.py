@@ -207,6 +207,18 @@ def _last_filled(edges: Sequence[float], histograms: Sequence[Sequence[int]]) ->
     return float(edges[max(filled, default=0) + 1])
 
 
+def _label_places(points: Sequence[tuple[int, float]]) -> list[str]:
+    """Where the label of each (x, y) stands so that labels of one column do not cover each other."""
+    places = ["top center"] * len(points)
+    for x in {x for x, _ in points}:
+        column = sorted((i for i, point in enumerate(points) if point[0] == x), key=lambda i: -points[i][1])
+        for rank, i in enumerate(column[1:-1]):
+            places[i] = ("middle left", "middle right")[rank % 2]
+        if len(column) > 1:
+            places[column[-1]] = "bottom center"
+    return places
+
+
 def _h_max(found: HmaxCorrelation | None, labels: Sequence[str]) -> Section:
     points = found.points if found is not None else ()
     names = list(labels) if len(labels) == len(points) else [point.name for point in points]
@@ -225,7 +237,7 @@ def _h_max(found: HmaxCorrelation | None, labels: Sequence[str]) -> Section:
                     y=[p.block_efficiency for p in points],
                     mode="markers+text",
                     text=[safe(name) for name in names],
-                    textposition="top center",
+                    textposition=_label_places([(p.h_max, p.block_efficiency) for p in points]),
                     cliponaxis=False,
                     marker={"size": 10, "color": UNRESCORED},
                     hovertemplate="<b>%{text}</b><br>h_max %{x}: %{y:.3f} tokens a step<extra></extra>",

@@ -11,6 +11,7 @@ from conftest import byte_tokenizer
 
 from rescore.report.csv_table import csv_document, plain
 from rescore.report.figures import safe
+from rescore.report.head_charts import _label_places
 from rescore.report.headline import make_headline, recovered
 from rescore.report.markdown import escaped
 from rescore.report.sources import json_text
@@ -137,6 +138,12 @@ def test_what_is_best_and_what_is_sure():
     ]  # fmt: skip
     alone = make_headline([view(result("none", 1.2), both[1])]).rows[1].cells[0]
     assert not alone.best and alone.sure
+
+
+def test_labels_of_one_column_stand_apart():
+    assert _label_places([(8, 1.3), (6, 2.0), (8, 1.5), (8, 1.4), (6, 1.0)]) == [
+        "bottom center", "top center", "top center", "middle left", "bottom center",
+    ]  # fmt: skip
 
 
 def test_a_page_without_unrescored_drafts_or_a_gap():

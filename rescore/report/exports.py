@@ -94,7 +94,8 @@ def markdown_text(
     """Sentences, the table of rescorers x tasks, and the numbers of every chart."""
     parts = ["# How many tokens does a step accept?", *map(escaped, headline.sentences)]
     if missing:
-        parts.append("**Not shown here**\n\n" + "\n".join(f"- {escaped(line)}" for line in missing))
+        lines = "\n".join(f"- {escaped(line)}" for line in missing)
+        parts.append(f"**To know: what the numbers are of, and what is not shown here**\n\n{lines}")
     rows = [[row.rescorer, str(row.p), *(_headline_cell(cell) for cell in row.cells)] for row in headline.rows]
     parts.append(markdown_table(["rescorer", "p", *(view.label for view in views)], rows))
     parts.append(

@@ -149,6 +149,9 @@ def train_heads_command(
     weights: Annotated[
         str, typer.Option(help="How the heads are stored: float16, or int8 (half the size).")
     ] = "float16",
+    held_out: Annotated[
+        Path | None, typer.Option(help="Corpus to measure on, kept out whole; a share of --corpus by default.")
+    ] = None,
     max_tokens: MaxTokens = None,
     cache_gb: CacheGB = 20.0,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
@@ -169,11 +172,13 @@ def train_heads_command(
     chosen.check()
     model = load_base(base, device=device)
     with progress_bar() as progress:
-        data, workers = _read_corpora(model, corpus, out, max_tokens, cache_gb, progress)
+        given = [*corpus, held_out] if held_out else corpus
+        data, workers = _read_corpora(model, given, out, max_tokens, cache_gb, progress)
+        apart = data.pop() if held_out else None
         told: _Told[HeldOutAccuracy] = _Told(
             progress, workers, lambda of: f"accepted {of.accepted:.3f} (best of top 16: {of.accepted_16:.3f})"
         )
-        trainer = HeadTrainer(model, data, chosen, initial=initial, stored=weights)
+        trainer = HeadTrainer(model, data, chosen, initial=initial, stored=weights, held_out=apart)
         accuracy = trainer.train(out, progress=told.progress, evaluated=told.evaluated)
     if workers.is_first:
         from rescore.report.tables import accuracy_table

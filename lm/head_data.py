@@ -23,6 +23,7 @@ from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lm.base import BaseLM
 from lm.corpus import CORPUS_FILE, HIDDEN_FILE, STATE_BYTES, read_settings
 from lm.files import atomic_folder, is_text, read_json_lines, sha256_of_file, write_json
+from lm.losses import choose_precision
 
 CHUNK = 256  # tokens of plain text that see each other; short chunks keep attention cheap on a CPU
 BATCH_TOKENS = 2048
@@ -179,12 +180,14 @@ def read_head_data(
     *,
     max_tokens: int | None = None,
     cache_gb: float = CACHE_GB,
+    precision: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> HeadData:
     """States and targets of one corpus: a folder made by `generate_corpus`, a `.jsonl` of chat pairs, or text.
 
-    States that must be computed are kept under `cache`, in at most `cache_gb` (10^9 bytes). `max_tokens` bounds how
-    many targets a text gives. Raises `RescoreError` for a corpus that is missing, empty, too short or too large,
+    States that must be computed are kept under `cache`, in at most `cache_gb` (10^9 bytes); the base computes them in
+    `precision` (as `lm.losses.choose_precision`: they are stored in 16 bits anyway). `max_tokens` bounds how many
+    targets a text gives. Raises `RescoreError` for a corpus that is missing, empty, too short or too large,
     `InvalidDataError` (with the line number) for a broken one, `IncompatibleError` for the output of another base LM.
     """
     if path.is_dir():
@@ -192,8 +195,9 @@ def read_head_data(
     if not path.is_file():
         raise RescoreError(f"no corpus at {path}; give a text file, a .jsonl of pairs or a folder of generate-corpus")
     digest = sha256_of_file(path)
-    made_of = ["with contexts", digest, path.suffix, base.identity.weights_sha256, base.identity.tokenizer_sha256]
-    stamp = json.dumps([*made_of, base.tokenizer.chat_template, max_tokens])
+    dtype = choose_precision(precision, base.device)
+    of_base = [base.identity.weights_sha256, base.identity.tokenizer_sha256, base.tokenizer.chat_template]
+    stamp = json.dumps(["with contexts", str(dtype), digest, path.suffix, *of_base, max_tokens])
     folder = cache / f"states-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}"
     if not (folder / DONE_FILE).is_file():
         sequences = _bounded(list(_pairs(base, path) if path.suffix == ".jsonl" else _chunks(base, path)), max_tokens)
@@ -206,7 +210,7 @@ def read_head_data(
                 f"the states of {path} ({targets} tokens) take {needed:.3g} GB, more than the limit of {cache_gb:g}; "
                 "raise --cache-gb or lower --max-tokens"
             )
-        _run_base(base, sequences, folder, progress)
+        _run_base(base, sequences, folder, dtype, progress)
     shards = [_read_shard(shard, base.hidden_size) for shard in sorted(folder.glob("shard-*"))]
     return _joined(shards, path.name, digest)
 
@@ -325,6 +329,7 @@ def _run_base(
     base: BaseLM,
     sequences: list[tuple[list[int], list[int]]],
     folder: Path,
+    dtype: torch.dtype,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Writes the states of all sequences, shard by shard; shards that are there stay."""
@@ -333,7 +338,8 @@ def _run_base(
     start = 0
     for number, end in enumerate(np.unique(np.minimum(cuts, len(sequences))).tolist()):
         if not (shard := folder / f"shard-{number:05d}").is_dir():
-            _write_shard(base, sequences[start:end], shard, start, len(sequences), progress)
+            with torch.autocast(base.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                _write_shard(base, sequences[start:end], shard, start, len(sequences), progress)
         start = end
     write_json(folder / DONE_FILE, {"sequences": len(sequences), "targets": int(ends[-1])})
 

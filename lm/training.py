@@ -129,9 +129,11 @@ class HeldOutAccuracy:
 class HeadTrainer(Trainer[HeldOutAccuracy]):
     """One training: data, heads, optimiser. `train` runs it; `evaluate` measures the heads as they are.
 
-    `initial` is a folder of heads to start from instead of untrained ones, of the same shape; sequential ones may start
-    from feed-forward ones, which they then equal. The heads are `stored` as
-    float16 or int8. With a tuned base the model of `base` is changed in place.
+    `initial` is a folder of heads to start from instead of untrained ones, of the same shape; sequential ones may
+    start from feed-forward ones, which they then equal. The heads are `stored` as float16 or int8. With a tuned base
+    the model of `base` is changed in place. What is measured is a share of the segments of `data`, held out at random,
+    or `held_out`: text of another origin. Segments of `data` can be neighbours (parts of a document, two questions
+    about it), and a share of them flatters.
     """
 
     def __init__(
@@ -142,6 +144,7 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         *,
         initial: Path | None = None,
         stored: str = "float16",
+        held_out: HeadData | None = None,
     ) -> None:
         options.check()
         if stored not in STORED:
@@ -154,8 +157,18 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         segments = segments_of(self.data, least=2)
         if len(segments) < 2:
             raise InvalidDataError("the corpus has fewer than two segments of text; heads need more to learn from")
-        self.segments, held_out = split(segments, options.held_out, options.seed)
-        self.held_out = until(HELD_OUT_POSITIONS, held_out)
+        self.measured_on = held_out
+        if held_out is None:
+            self.segments, measured = split(segments, options.held_out, options.seed)
+        else:
+            if held_out.sha256 in {d.sha256 for d in data}:
+                raise RescoreError(f"{held_out.source} can't be both trained on and held out")
+            self.segments, place = segments, len(self.data)
+            self.data.append(held_out)
+            measured = [segment._replace(place=place) for segment in segments_of([held_out], least=2)]
+            if not measured:
+                raise InvalidDataError(f"{held_out.source} has no text of two tokens; heads can't be measured on it")
+        self.held_out = until(HELD_OUT_POSITIONS, measured)
         self.mean_size = int(np.mean([s.targets for s in self.segments]))
         config = BlockHeadsConfig(
             h=options.h,
@@ -173,7 +186,7 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         self.initial_sha256: str | None = None
         if initial is not None:
             self._start_from(initial)
-        targets = [d.targets for d in self.data]
+        targets = [d.targets for d in data]
         self.subset = VocabularySubset(targets, base.vocab_size, options.vocabulary, options.negatives)
         self.weight = frozen_projection(base, self.dtype)
         self.tuned: TunedBase | None = None
@@ -316,11 +329,13 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         return found
 
     def _settings(self) -> dict[str, Any]:
+        sources = [{"source": d.source, "sha256": d.sha256, "tokens": len(d)} for d in self.data]
         return {
             "options": dataclasses.asdict(self.options),
             "initial_sha256": self.initial_sha256,
             "base": dataclasses.asdict(self.base.identity),
-            "data": [{"source": d.source, "sha256": d.sha256, "tokens": len(d)} for d in self.data],
+            "data": sources if self.measured_on is None else sources[:-1],
+            "measured_on": None if self.measured_on is None else sources[-1],
         }
 
     def _save(self, out: Path) -> None:

@@ -69,11 +69,14 @@ class TestTrainHeads:
         tmp_path: Path,
     ):
         out = tmp_path / "out"
+        apart = write_lines(tmp_path / "apart.jsonl", [{"prompt": "Which one?", "response": "This one, it said."}])
         run = rescore(
             "train-heads", "--base", tiny_folder, "--corpus", corpus, "--out", out, *CPU, "--h", 3,
             "--inner-size", 6, "--tune", "lora", "--lora-rank", 2, "--steps", 2, "--positions", 60,
+            "--held-out", apart,
         )  # fmt: skip
         assert run.code == 0, run
+        assert json.loads((out / "training.json").read_text())["measured_on"]["source"] == "apart.jsonl"
         drafts = rescore(
             "eval", "--base", out, "--data", squad_file, *CPU, "--limit", 2, "--max-new-tokens", 8, "--k", 4, "--json"
         )

@@ -1,11 +1,12 @@
 """Makes the prompts from which `smollm2-135m` wrote the text that its block heads were trained on.
 
-    python docs/recipes/make_prompts.py CORPORA seeds OUT.jsonl [--round 2]     stage 1: ask for questions and dialogues
-    python docs/recipes/make_prompts.py CORPORA prompts OUT.jsonl SEEDS_CORPUS [--round 2]    stage 2: prompts
+    python docs/recipes/make_prompts.py CORPORA seeds OUT.jsonl [--round N]     stage 1: ask for questions and dialogues
+    python docs/recipes/make_prompts.py CORPORA prompts OUT.jsonl SEEDS_CORPUS [--round N]    stage 2: prompts
 
 CORPORA is a folder with the training corpora (c4.txt, wikitext2.txt, gsm8k_train.jsonl ...). Stage 2 builds reading
 questions and dialogue summaries out of what the base LM wrote in stage 1. Round 1 is broad; round 2 asks other things
-of the four kinds that the heads are measured on. Evaluation examples are never read.
+of the four kinds that the heads are measured on; round 3 goes on where round 2 ended (other passages, no school
+problems). Evaluation examples are never read.
 """
 
 from __future__ import annotations
@@ -54,20 +55,20 @@ def chunks(text: str, low: int, high: int, rng: random.Random) -> Iterator[str]:
             piece, goal = [], rng.randint(low, high)
 
 
-def passages(corpora: Path, rng: random.Random) -> list[str]:
-    """Encyclopedic and web passages of 60 to 160 words."""
+def passages(corpora: Path, rng: random.Random, web: slice = slice(0, 2)) -> list[str]:
+    """Encyclopedic and web passages of 60 to 160 words; `web`: which of a web page's."""
     wiki = [line.strip() for line in (corpora / "wikitext2.txt").read_text().strip().split("\n")]
     wiki = [re.sub(r" ([,.;:)'])", r"\1", line.replace(" @-@ ", "-").replace(" @,@ ", ",")) for line in wiki]
     found = [c for line in wiki if len(line.split()) > 60 and "=" not in line[:3] for c in chunks(line, 60, 160, rng)]
     for line in (corpora / "c4.txt").read_text().strip().split("\n"):
-        found += list(chunks(line, 60, 160, rng))[:2]
+        found += list(chunks(line, 60, 160, rng))[web]
     rng.shuffle(found)
     return found
 
 
-def seeds(corpora: Path, seed: int, questions: int, chats: int) -> Iterator[dict]:
+def seeds(corpora: Path, seed: int, questions: int, chats: int, web: slice = slice(0, 2)) -> Iterator[dict]:
     rng = random.Random(seed)
-    for passage in passages(corpora, rng)[:questions]:
+    for passage in passages(corpora, rng, web)[:questions]:
         yield {"prompt": ASK.format(passage), "chat": True}
     for _ in range(chats):
         first, second = rng.sample(NAMES, 2)
@@ -165,19 +166,41 @@ def more_prompts(corpora: Path, written: Path) -> Iterator[dict]:
         yield {"prompt": f"Summarize: {document}", "chat": True}
 
 
+def still_more_prompts(corpora: Path, written: Path) -> Iterator[dict]:
+    """Round 3: questions and chats of a sampled stage 1, web pages, later parts of articles."""
+    rng = random.Random(203)
+    questions, chats = written_in_stage_1(written)
+    for question in questions:
+        yield {"prompt": question, "chat": True}
+    for turns in chats:
+        yield {"prompt": f"Here is a dialogue: {chr(10).join(turns)}\nWrite a short summary!", "chat": True}
+    documents = []
+    for line in (corpora / "c4.txt").read_text().strip().split("\n"):
+        documents += list(chunks(line, 120, 280, rng))[:1]
+    for (text,) in rows(corpora / "multi_news_train.jsonl", "document"):
+        documents += list(chunks(" ".join(text.split()), 120, 280, rng))[6:9]
+    rng.shuffle(documents)
+    for document in documents[:900]:
+        yield {"prompt": f"Summarize: {document}", "chat": True}
+
+
+ROUNDS = {  # seeds' arguments, and stage 2
+    1: ((1, 1500, 600), broad_prompts),
+    2: ((101, 1100, 500), more_prompts),
+    3: ((201, 500, 300, slice(2, None)), still_more_prompts),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpora", type=Path)
     parser.add_argument("stage", choices=("seeds", "prompts"))
     parser.add_argument("out", type=Path)
     parser.add_argument("written", type=Path, nargs="?", help="the corpus of stage 1, for stage 2")
-    parser.add_argument("--round", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--round", type=int, choices=ROUNDS, default=1)
     given = parser.parse_args()
-    if given.stage == "seeds":
-        seed, questions, chats = (1, 1500, 600) if given.round == 1 else (101, 1100, 500)
-        made = list(seeds(given.corpora, seed, questions, chats))
-    else:
-        made = list((broad_prompts if given.round == 1 else more_prompts)(given.corpora, given.written))
+    of_seeds, of_prompts = ROUNDS[given.round]
+    made = list(seeds(given.corpora, *of_seeds) if given.stage == "seeds" else of_prompts(given.corpora, given.written))
     random.Random(3).shuffle(made)
     given.out.write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in made))
 

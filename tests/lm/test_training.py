@@ -151,6 +151,23 @@ class TestHeldOut:
         assert together == segments_of(trainer.data, least=2)  # all but the one of a single token
         assert len(together) == 9 and [s.number for s in together] == [0, 1, 2, 3, 4, 5, 7, 0, 1]
 
+    def test_text_of_another_origin_is_measured_on_and_never_trained_on(self, tiny_base, data):
+        apart = make_data(tiny_base, [9, 1, 14], seed=2)
+        trainer = HeadTrainer(tiny_base, [data], SMALL, held_out=apart)
+        assert trainer.segments == segments_of([data], least=2)
+        assert [(s.place, s.number) for s in trainer.held_out] == [(1, 0), (1, 2)]
+        alone = HeadTrainer(tiny_base, [data], SMALL)
+        assert (trainer.subset.frequent == alone.subset.frequent).all()
+        whole = HeadTrainer(tiny_base, [apart, data], SMALL)
+        whole.held_out = segments_of([apart], least=2)
+        assert trainer.evaluate() == whole.evaluate()
+        assert trainer._settings()["data"] == alone._settings()["data"]
+        assert trainer._settings()["measured_on"]["sha256"] == "seed 2"
+        message = refused(lambda: HeadTrainer(tiny_base, [data], SMALL, held_out=make_data(tiny_base, [1], seed=3)))
+        assert "measured on it" in message
+        message = refused(lambda: HeadTrainer(tiny_base, [data], SMALL, held_out=data))
+        assert message == "made can't be both trained on and held out"
+
     def test_accuracy_is_counted_over_the_whole_vocabulary(self, tiny_base, data):
         trainer = HeadTrainer(tiny_base, [data], change(h=3, held_out=0.9))
         for parameter in (*trainer.heads.net.outer.values(), trainer.heads.net.token["weight"]):

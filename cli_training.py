@@ -89,6 +89,7 @@ def generate_corpus_command(
     """Write the base LM's own output for many prompts: what block heads learn from best."""
     from lm.catalog import load_base
     from lm.corpus import generate_corpus, read_prompts
+    from lm.machine import measure_limits
 
     model = load_base(base, dtype=dtype, device=device)
     chosen = read_prompts(prompts, default_chat=model.is_chat)
@@ -99,8 +100,15 @@ def generate_corpus_command(
             progress=lambda done, total: progress("generate", done, total),
         )  # fmt: skip
     told = f"{summary.examples} examples ({summary.made} new, {summary.duplicates} duplicates)"
-    speed = f", {summary.tokens_per_second:.0f} a second" if summary.made else ""
-    print(f"{summary.path}: {told}, {summary.output_tokens} output tokens{speed}")
+    print(f"{summary.path}: {told}, {summary.output_tokens} output tokens")
+    if summary.made:
+        limits = measure_limits(model.device, model.dtype)
+        print(
+            f"{summary.decoded / summary.seconds:.0f} output tokens a second: "
+            f"{summary.work.flops / summary.seconds / limits.flops:.0%} of the {dtype} products and "
+            f"{summary.work.bytes_read / summary.seconds / limits.bytes_read:.0%} of the memory reads "
+            "that this machine gives at best"
+        )
 
 
 @training.command(name="train-heads")

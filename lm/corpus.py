@@ -36,6 +36,7 @@ from lm.files import (
     writing,
 )
 from lm.generation import generate
+from lm.machine import Work
 
 CORPUS_FILE, HIDDEN_FILE = "corpus.jsonl", "hidden.f16"
 MANIFEST_FILE, SETTINGS_FILE = "manifest.json", "settings.json"
@@ -53,14 +54,16 @@ class Prompt:
 @dataclass(frozen=True)
 class CorpusSummary:
     """What a corpus holds: examples and tokens in `path`, the examples whose output was there already, how many this
-    run made, and the output tokens a second that it decoded (duplicates too)."""
+    run made, and in how many seconds it decoded how many output tokens (duplicates too) by how much `work`."""
 
     path: str
     examples: int
     duplicates: int
     output_tokens: int
     made: int
-    tokens_per_second: float
+    seconds: float
+    decoded: int
+    work: Work
 
 
 def read_prompts(path: Path, *, default_chat: bool) -> list[Prompt]:
@@ -134,7 +137,7 @@ def generate_corpus(
         outputs.add(tuple(record["output_ids"]))
         rows += len(record["output_ids"])
     missing = [p for p in dict.fromkeys(prompts) if (p.text, p.chat) not in done]
-    total, made, decoded, began = len(done) + len(missing), 0, 0, time.perf_counter()
+    total, made, decoded, work, began = len(done) + len(missing), 0, 0, Work(), time.perf_counter()
     encoded = [base.encode_prompt(p.text, chat=p.chat, max_tokens=max_prompt_tokens) for p in missing]
     longest = max(map(len, encoded), default=0) + max_new_tokens
     if longest > base.context_length:
@@ -151,7 +154,7 @@ def generate_corpus(
         hidden_stream.truncate(size)
         for made_of in generate(
             base, encoded, max_new_tokens=max_new_tokens, batch_size=batch_size, with_hidden=True,
-            temperature=temperature, seed=seed,
+            temperature=temperature, seed=seed, work=work,
         ):  # fmt: skip
             assert made_of.hidden is not None
             prompt, output_ids = missing[made_of.index], made_of.output_ids.tolist()
@@ -169,13 +172,13 @@ def generate_corpus(
             decoded += len(output_ids)
             if progress:
                 progress(len(done) + made, total)
-    speed = decoded / (time.perf_counter() - began)
+    seconds = time.perf_counter() - began
     examples = duplicates = output_tokens = 0
     for record in _finished(path):
         examples += 1
         duplicates += bool(record.get("duplicate"))
         output_tokens += len(record["output_ids"])
-    summary = CorpusSummary(str(path), examples, duplicates, output_tokens, made, speed)
+    summary = CorpusSummary(str(path), examples, duplicates, output_tokens, made, seconds, decoded, work)
     manifest = {
         **settings,
         "examples": examples,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from lm.base import BaseLM
+from lm.machine import Work
 
 ATTENTION_CELLS = 1 << 22  # prompt tokens squared x rows of a batch: 16 rows of 512, 1 of 2,048
 
@@ -41,12 +42,14 @@ def generate(
     with_hidden: bool = False,
     temperature: float = 0.0,
     seed: int = 0,
+    work: Work | None = None,
 ) -> Iterator[Generated]:
     """Yields the output of every prompt, batch by batch, in an order of its own (see `Generated.index`).
 
     Prompts are taken in windows of `window`; within one, those of similar length share a batch, so little is padding.
     Long ones share it with fewer others than `batch_size`: attention takes memory by the square of the length. Greedy
     at temperature 0; above it tokens are drawn, by random numbers that follow from the seed and the prompt alone.
+    `work` counts what the base does for prompts and tokens that are yielded.
     """
     for start in range(0, len(prompts), window):
         indices = sorted(range(start, min(start + window, len(prompts))), key=lambda i: -len(prompts[i]))
@@ -55,7 +58,7 @@ def generate(
             count = max(1, min(batch_size, ATTENTION_CELLS // longest**2))
             rows, indices = indices[:count], indices[count:]
             yield from _generate_batch(
-                base, rows, [prompts[i] for i in rows], max_new_tokens, with_hidden, temperature, seed
+                base, rows, [prompts[i] for i in rows], max_new_tokens, with_hidden, temperature, seed, work or Work()
             )
 
 
@@ -68,6 +71,7 @@ def _generate_batch(
     with_hidden: bool,
     temperature: float,
     seed: int,
+    work: Work,
 ) -> Iterator[Generated]:
     width = max(len(prompt) for prompt in prompts)
     rows, device = len(prompts), base.device
@@ -85,6 +89,7 @@ def _generate_batch(
         input_ids, cache, position_ids=positions, attention_mask=attended[:, :width] if ragged else None, last=1
     )
     cache.keep_all()
+    work.add(base, tokens=sum(map(len, prompts)), projected=rows, cached=0)
     positions = positions[:, -1:] + 1
     alive: list[int | None] = list(range(rows))  # batch rows of the cache, as rows of `indices`; None where finished
     tokens: list[list[int]] = [[] for _ in prompts]
@@ -123,6 +128,8 @@ def _generate_batch(
             mask = mask[:, None, None]  # ready for use; where layers have windows, the model adds these to a 2D mask
         logits, hidden = base.forward(best[:, None], cache, position_ids=positions, attention_mask=mask)
         cache.keep_all()
+        read = sum(len(prompts[row]) + step + 1 for row in alive if row is not None)
+        work.add(base, tokens=len(living), projected=len(living), cached=read)
         positions = positions + 1
 
     states_of = [of_step.cpu().numpy() for of_step in states]

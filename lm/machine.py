@@ -1,0 +1,77 @@
+"""How near work comes to what the machine could do: FLOPs and bytes counted, against measured limits.
+
+Counted are products with weights (2 FLOPs per weight and token) and reads of weights and cache, as in the cost model;
+attention's own FLOPs, writes and padding are not, so a share is what was of use.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lm.base import BaseLM
+
+REPEATS = 5
+
+
+@dataclass
+class Work:
+    """What was asked of a machine: `flops`, and `bytes_read` of weights and cache."""
+
+    flops: float = 0.0
+    bytes_read: float = 0.0
+
+    def add(self, base: BaseLM, *, tokens: int, projected: int, cached: int) -> None:
+        """One call of the base LM: tokens read, those of them that the vocabulary projection read, and positions of
+        the cache that were read, over all rows."""
+        embeddings = base.model.get_input_embeddings().weight
+        projection = base.output_embeddings.weight.numel()
+        apart = {id(embeddings): embeddings.numel(), id(base.output_embeddings.weight): projection}  # they may be one
+        body = sum(p.numel() for p in base.model.parameters()) - sum(apart.values())
+        self.flops += 2.0 * (body * tokens + projection * projected)
+        size = base.output_embeddings.weight.element_size()
+        heads = getattr(base.config, "num_key_value_heads", None) or base.config.num_attention_heads
+        width = getattr(base.config, "head_dim", None) or base.hidden_size // base.config.num_attention_heads
+        position = 2 * base.config.num_hidden_layers * heads * width
+        self.bytes_read += size * float(body + projection + position * cached)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device gives at best, as measured: FLOPs a second of a matrix product, bytes a second read from memory."""
+
+    flops: float
+    bytes_read: float
+
+
+def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
+    """Measures both, in under a second: a large matrix product, and a pass over more than a CPU's caches hold."""
+    large = device.type == "cuda"
+    n = 8192 if large else 1536
+    a, b = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
+    many = torch.ones((4 if large else 1) << 27, device=device, dtype=torch.uint8).view(torch.int64)
+    return Limits(
+        flops=2.0 * n**3 / _fastest(lambda: a @ b, device),
+        bytes_read=many.numel() * many.element_size() / _fastest(many.max, device),
+    )
+
+
+def _fastest(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest call of several, after one to warm up."""
+    call()
+    found = []
+    for _ in range(REPEATS):
+        _wait(device)
+        began = time.perf_counter()
+        call()
+        _wait(device)
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

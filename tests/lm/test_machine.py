@@ -1,0 +1,56 @@
+"""What a generation asks of a machine is counted as it was done; limits are what a machine gives."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lm.catalog import load_base
+from lm.generation import generate
+from lm.machine import Work, measure_limits
+
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [14, 15, 16]]
+
+
+def parameters(base) -> tuple[int, int]:
+    """Weights of the body and of the projection, from a forward's own modules."""
+    projection = base.output_embeddings.weight.numel()
+    linear = [m for m in base.model.modules() if isinstance(m, torch.nn.Linear) and m is not base.output_embeddings]
+    norms = [p for n, p in base.model.named_parameters() if "norm" in n]
+    return sum(m.weight.numel() for m in linear) + sum(p.numel() for p in norms), projection
+
+
+def test_a_generation_counts_the_tokens_that_are_of_use(tiny_base):
+    work = Work()
+    made = list(generate(tiny_base, PROMPTS, max_new_tokens=6, batch_size=3, work=work))
+    body, projection = parameters(tiny_base)
+    again = sum(len(of.output_ids) - 1 for of in made)  # the last token of an output is not read
+    tokens, projected = sum(map(len, PROMPTS)) + again, len(PROMPTS) + again
+    assert work.flops == 2 * (body * tokens + projection * projected)
+
+
+def test_weights_are_read_once_a_call_and_the_cache_by_every_row(tiny_base):
+    work = Work()
+    list(generate(tiny_base, [[5, 6, 7], [8, 9]], max_new_tokens=2, work=work))
+    body, projection = parameters(tiny_base)
+    config = tiny_base.config
+    position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    assert tiny_base.dtype == torch.float64
+    assert work.bytes_read == 8 * (2 * (body + projection) + position * (3 + 1 + 2 + 1))
+
+
+def test_half_precision_reads_half(tiny_folder):
+    def read(dtype: str) -> float:
+        work = Work()
+        work.add(load_base(str(tiny_folder), dtype=dtype), tokens=3, projected=1, cached=10)
+        return work.bytes_read
+
+    assert read("bfloat16") == read("float32") / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_limits_are_positive(dtype):
+    limits = measure_limits(torch.device("cpu"), dtype)
+    assert 1e6 < limits.flops < math.inf and 1e6 < limits.bytes_read < math.inf

@@ -98,6 +98,10 @@ class Trainer(ABC, Generic[Measured]):
     def _save(self, out: Path) -> None:
         """Writes what was trained."""
 
+    def _begins_trained(self) -> bool:
+        """Whether what is trained was trained before, so that it is worth knowing how good it is before step 1."""
+        return False
+
     def _checkpoint_state(self) -> dict[str, Any]:
         """What else a checkpoint keeps (JSON)."""
         return {}
@@ -118,9 +122,10 @@ class Trainer(ABC, Generic[Measured]):
         """Trains to the last step, writing checkpoints, the log and at the end the result to `out`.
 
         Goes on from a checkpoint in `out` if its options and data are the same (else `IncompatibleError` shows the
-        difference). A loss or gradient that is not a number stops the training (`RescoreError`) with the last good
-        checkpoint kept. `progress(step, steps, loss)` is called after every step, `evaluated(step, steps, measured)`
-        after every checkpoint; an exception from one of them interrupts.
+        difference). What was trained before is measured before the first step, too. A loss or gradient that is not a
+        number stops the training (`RescoreError`) with the last good checkpoint kept. `progress(step, steps, loss)` is
+        called after every step, `evaluated(step, steps, measured)` after every checkpoint; an exception from one of
+        them interrupts.
         """
         schedule = self.schedule
         with writing(out):  # a place that can't be written to shows now, not at the first checkpoint
@@ -129,6 +134,13 @@ class Trainer(ABC, Generic[Measured]):
         if self.workers.sum(self.step, self.device) != self.workers.count * self.step:
             raise RescoreError(f"the processes found different checkpoints in {out}; give them a folder they all see")
         measured: Measured | None = None
+        if self.step == 0 and self._begins_trained():
+            with enough_memory(f"a smaller {self.memory_option} needs less", at="the evaluation before step 1"):
+                measured = self.evaluate()
+            if self.workers.is_first:
+                self._log(out, measured)
+            if evaluated:
+                evaluated(0, schedule.steps, measured)
         while self.step < schedule.steps and not self.stopped:
             for group in self.optimizer.param_groups:
                 group["lr"] = schedule.learning_rate * group["rate"] * rate_at(self.step, schedule)
@@ -144,8 +156,7 @@ class Trainer(ABC, Generic[Measured]):
                 self._after_evaluation(measured, out)
                 self.stopped = self.workers.sum(self.stopped, self.device) > 0  # all together
                 if self.workers.is_first:
-                    with writing(out), open_appending(out / LOG_FILE) as stream:
-                        append_json_line(stream, {"step": self.step, "loss": value, **dataclasses.asdict(measured)})
+                    self._log(out, measured, loss=value)
                     self._checkpoint(out)
                 if evaluated:
                     evaluated(self.step, schedule.steps, measured)
@@ -180,6 +191,10 @@ class Trainer(ABC, Generic[Measured]):
         self.optimizer.step()
         return value
 
+    def _log(self, out: Path, measured: Measured, **more: float) -> None:
+        with writing(out), open_appending(out / LOG_FILE) as stream:
+            append_json_line(stream, {"step": self.step, **more, **dataclasses.asdict(measured)})
+
     def _checkpoint(self, out: Path) -> None:
         tensors = {f"weights.{name}": value.detach() for name, value in self.parameters.items()}
         for name, parameter in self.parameters.items():
@@ -202,7 +217,7 @@ class Trainer(ABC, Generic[Measured]):
         if not path.is_file():
             return
         records = [record for _, record in read_json_lines(path, torn_tail=True)]
-        kept = [record for record in records if record.get("step", 0) <= self.step]
+        kept = [record for record in records if self.step and record.get("step", 0) <= self.step]
         if len(kept) < len(records):
             with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
                 for record in kept:

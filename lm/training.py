@@ -328,6 +328,9 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         found: np.ndarray = torch.stack(best, dim=1).cpu().numpy()
         return found
 
+    def _begins_trained(self) -> bool:
+        return self.initial_sha256 is not None
+
     def _settings(self) -> dict[str, Any]:
         sources = [{"source": d.source, "sha256": d.sha256, "tokens": len(d)} for d in self.data]
         return {

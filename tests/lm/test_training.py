@@ -115,6 +115,25 @@ class TestInitialHeads:
         record = json.loads((tmp_path / "second" / "training.json").read_text())
         assert record["initial_sha256"] == heads_sha256(tmp_path / "first")
 
+    def test_how_good_they_are_is_measured_before_the_first_step(self, tiny_base, data, tmp_path):
+        HeadTrainer(tiny_base, [data], SMALL).train(tmp_path / "first")
+
+        def stop(step: int, _steps: int, _loss: float) -> None:
+            if step == 2:
+                raise StopError
+
+        def trainer() -> HeadTrainer:
+            return HeadTrainer(tiny_base, [data], SMALL, initial=tmp_path / "first")
+
+        expected, seen = trainer().evaluate(), []
+        with pytest.raises(StopError):  # before the first checkpoint: all of it begins again
+            trainer().train(tmp_path / "second", progress=stop)
+        trainer().train(tmp_path / "second", evaluated=lambda step, _steps, measured: seen.append((step, measured)))
+        assert [step for step, _ in seen] == [0, 4, 8, 10] and seen[0][1] == expected
+        log = [json.loads(line) for line in (tmp_path / "second" / "training_log.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in log] == [0, 4, 8, 10] and "loss" not in log[0]
+        assert log[0]["accepted"] == expected.accepted
+
     def test_sequential_heads_go_on_from_feed_forward_ones(self, tiny_base, data, tmp_path):
         first = HeadTrainer(tiny_base, [data], change(token_size=4))
         first.train(tmp_path / "first")

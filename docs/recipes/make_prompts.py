@@ -5,8 +5,8 @@
 
 CORPORA is a folder with the training corpora (c4.txt, wikitext2.txt, gsm8k_train.jsonl ...). Stage 2 builds reading
 questions and dialogue summaries out of what the base LM wrote in stage 1. Round 1 is broad; round 2 asks other things
-of the four kinds that the heads are measured on; round 3 goes on where round 2 ended (other passages, no school
-problems). Evaluation examples are never read.
+of the four kinds that the heads are measured on; round 3 is about other passages and has no school
+problems. Evaluation examples are never read.
 """
 
 from __future__ import annotations

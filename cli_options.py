@@ -22,7 +22,12 @@ TASK_NAMES = (
     "translation, xsum (rescore tasks shows them), a plug-in's, or a YAML file of your own, like ./mine.yaml"
 )
 
-Base = Annotated[str, typer.Option(help="Base LM: smollm2-135m, a model folder, a .gguf file or a hub id.")]
+Base = Annotated[
+    str,
+    typer.Option(
+        help="Base LM: smollm2-135m, smollm2-135m-bpd (tuned with its heads), a model folder, .gguf file or hub id."
+    ),
+]
 Heads = Annotated[str | None, typer.Option(help="Folder of block heads; default: those shipped for the base.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 Dtype = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]

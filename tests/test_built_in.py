@@ -1,12 +1,15 @@
-"""The built-in model end to end, with the heads that are shipped: conversion, a trace, replay and live decoding."""
+"""The built-in models end to end, with the heads that are shipped: conversion, a trace, replay and live decoding."""
 
 from __future__ import annotations
+
+import pytest
 
 from rescore.evaluation import EvalOptions, evaluate
 
 
-def test_the_built_in_model_decodes_exactly_and_gains():
-    options = EvalOptions(rescorers=("none", "oracle"), limit=2, max_new_tokens=24)
+@pytest.mark.parametrize("base", ["smollm2-135m", "smollm2-135m-bpd"])
+def test_a_built_in_model_decodes_exactly_and_gains(base):
+    options = EvalOptions(base=base, rescorers=("none", "oracle"), limit=2, max_new_tokens=24)
     replayed = evaluate(options).document.results
     live = evaluate(EvalOptions(**{**options.__dict__, "mode": "live"})).document.results
     for a, b in zip(replayed, live, strict=True):

@@ -302,7 +302,7 @@ def refusals(tiny: Path, heads: Path, data: Path, folder: Path) -> Iterator[tupl
     """(what is wrong, arguments, what the one line says)."""
     model = ["--base", tiny, "--heads", heads, "--dtype", "float64", "--max-new-tokens", 8]
     given = [*model, "--data", data]
-    yield "no such model", ["eval", "--base", "smollm2-135n"], r"unknown model .*did you mean smollm2-135m\?"
+    yield "no such model", ["eval", "--base", "smollm2-135n"], r"unknown model .*did you mean smollm2-135m or"
     yield "no such model folder", ["eval", "--base", folder / "none"], "none"
     yield "no such task", ["eval", *given, "--task", "squat"], r"unknown task 'squat'; did you mean squad or qa\?"
     yield (

@@ -189,7 +189,7 @@ def build_refusals(tiny: Path, folder: Path) -> Iterator[tuple[str, list[object]
     yield "no such file", [folder / "none.txt", *WORDS], "can't read .*none.txt: No such file"
     (folder / "nothing").mkdir()
     yield "empty folder", [folder / "nothing", *WORDS], "holds no .txt or .jsonl"
-    yield "no such tokenizer", [FABLE, "--tokenizer", "smollm2-135n"], r"did you mean smollm2-135m\?"
+    yield "no such tokenizer", [FABLE, "--tokenizer", "smollm2-135n"], r"did you mean smollm2-135m or"
     yield "no such smoothing", [*fable, "--smoothing", "kats"], "did you mean katz"
     yield "no such estimator", [*fable, "--estimator", "lmpls"], "did you mean lmplz"
     for option, value in (("--memory", "4X"), ("--memory", ""), ("--memory", "-4G"), ("--max-ngrams", "many")):

@@ -40,8 +40,12 @@ def edit_config(folder: Path, **fields: object) -> None:
 
 
 class TestNames:
+    def test_a_built_in_adapter_that_is_not_there(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(catalog, "SHIPPED", tmp_path)
+        assert "smollm2-135m-bpd are not in this installation" in refused("smollm2-135m-bpd")
+
     def test_an_unknown_name_suggests_the_nearest(self):
-        assert "did you mean smollm2-135m?" in refused("smolm2-135m", UnknownNameError)
+        assert "did you mean smollm2-135m or smollm2-135m-bpd?" in refused("smolm2-135m", UnknownNameError)
         assert "known: smollm2-135m" in refused("x" * 30, UnknownNameError)
         assert "hub id" in refused("~nobody/x/y", UnknownNameError)
 

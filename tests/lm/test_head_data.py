@@ -127,6 +127,19 @@ class TestText:
             hook.remove()
         assert rows and not any(rows)
 
+    def test_the_precision_is_part_of_what_is_kept(self, tiny_folder, text, tmp_path):
+        base = load_base(str(tiny_folder))
+        whole, half, again = (
+            read_head_data(base, text, tmp_path / "cache", precision=precision)
+            for precision in ("float32", "bfloat16", "float32")
+        )
+        assert len(list((tmp_path / "cache").iterdir())) == 2
+        exact, rounded, kept = (
+            np.asarray(data.states[0 : len(data)], dtype=np.float32) for data in (whole, half, again)
+        )
+        assert (exact == kept).all() and (exact != rounded).any()
+        assert np.abs(exact - rounded).mean() < 0.05 * np.abs(exact).mean()
+
     def test_one_token_left_over_is_nothing(self, tiny_base, tmp_path):
         (tmp_path / "x.txt").write_text("a" * (CHUNK + 1))
         data = read_head_data(tiny_base, tmp_path / "x.txt", tmp_path)

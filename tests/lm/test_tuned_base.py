@@ -111,7 +111,7 @@ def pairs(tmp_path: Path) -> Path:
 def trainer_of(folder: str, pairs: Path, options: TrainingOptions, cache: Path) -> HeadTrainer:
     """A trainer with a base of its own, which it may change."""
     base = load_base(folder, device="cpu")
-    return HeadTrainer(base, [read_head_data(base, pairs, cache)], options)
+    return HeadTrainer(base, [read_head_data(base, pairs, cache, precision=options.precision)], options)
 
 
 def test_an_untouched_adapter_changes_nothing(folder, pairs, tmp_path):

@@ -105,9 +105,9 @@ def generate_corpus_command(
         limits = measure_limits(model.device, model.dtype)
         print(
             f"{summary.decoded / summary.seconds:.0f} output tokens a second: "
-            f"{summary.work.flops / summary.seconds / limits.flops:.0%} of the {dtype} products and "
-            f"{summary.work.bytes_read / summary.seconds / limits.bytes_read:.0%} of the memory reads "
-            "that this machine gives at best"
+            f"{summary.work.flops / summary.seconds / limits.flops:.0%} of the {dtype} FLOPs and "
+            f"{summary.work.bytes_read / summary.seconds / limits.bytes_read:.0%} of the memory bandwidth "
+            "that this machine reaches at best"
         )
 
 

@@ -137,7 +137,7 @@ def generate_corpus(
         outputs.add(tuple(record["output_ids"]))
         rows += len(record["output_ids"])
     missing = [p for p in dict.fromkeys(prompts) if (p.text, p.chat) not in done]
-    total, made, decoded, work, began = len(done) + len(missing), 0, 0, Work(), time.perf_counter()
+    total, made, decoded, work, began = len(done) + len(missing), 0, 0, Work(base), time.perf_counter()
     encoded = [base.encode_prompt(p.text, chat=p.chat, max_tokens=max_prompt_tokens) for p in missing]
     longest = max(map(len, encoded), default=0) + max_new_tokens
     if longest > base.context_length:

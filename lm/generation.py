@@ -58,7 +58,7 @@ def generate(
             count = max(1, min(batch_size, ATTENTION_CELLS // longest**2))
             rows, indices = indices[:count], indices[count:]
             yield from _generate_batch(
-                base, rows, [prompts[i] for i in rows], max_new_tokens, with_hidden, temperature, seed, work or Work()
+                base, rows, [prompts[i] for i in rows], max_new_tokens, with_hidden, temperature, seed, work
             )
 
 
@@ -71,7 +71,7 @@ def _generate_batch(
     with_hidden: bool,
     temperature: float,
     seed: int,
-    work: Work,
+    work: Work | None,
 ) -> Iterator[Generated]:
     width = max(len(prompt) for prompt in prompts)
     rows, device = len(prompts), base.device
@@ -89,7 +89,8 @@ def _generate_batch(
         input_ids, cache, position_ids=positions, attention_mask=attended[:, :width] if ragged else None, last=1
     )
     cache.keep_all()
-    work.add(base, tokens=sum(map(len, prompts)), projected=rows, cached=0)
+    if work:
+        work.add(tokens=sum(map(len, prompts)), projected=rows, cached=0)
     positions = positions[:, -1:] + 1
     alive: list[int | None] = list(range(rows))  # batch rows of the cache, as rows of `indices`; None where finished
     tokens: list[list[int]] = [[] for _ in prompts]
@@ -128,8 +129,9 @@ def _generate_batch(
             mask = mask[:, None, None]  # ready for use; where layers have windows, the model adds these to a 2D mask
         logits, hidden = base.forward(best[:, None], cache, position_ids=positions, attention_mask=mask)
         cache.keep_all()
-        read = sum(len(prompts[row]) + step + 1 for row in alive if row is not None)
-        work.add(base, tokens=len(living), projected=len(living), cached=read)
+        if work:
+            read = sum(len(prompts[row]) + step + 1 for row in alive if row is not None)
+            work.add(tokens=len(living), projected=len(living), cached=read)
         positions = positions + 1
 
     states_of = [of_step.cpu().numpy() for of_step in states]

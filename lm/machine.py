@@ -17,26 +17,25 @@ from lm.base import BaseLM
 REPEATS = 5
 
 
-@dataclass
 class Work:
-    """What was asked of a machine: `flops`, and `bytes_read` of weights and cache."""
+    """What a base LM asked of a machine: `flops`, and `bytes_read` of weights and cache."""
 
-    flops: float = 0.0
-    bytes_read: float = 0.0
-
-    def add(self, base: BaseLM, *, tokens: int, projected: int, cached: int) -> None:
-        """One call of the base LM: tokens read, those of them that the vocabulary projection read, and positions of
-        the cache that were read, over all rows."""
-        embeddings = base.model.get_input_embeddings().weight
-        projection = base.output_embeddings.weight.numel()
-        apart = {id(embeddings): embeddings.numel(), id(base.output_embeddings.weight): projection}  # they may be one
-        body = sum(p.numel() for p in base.model.parameters()) - sum(apart.values())
-        self.flops += 2.0 * (body * tokens + projection * projected)
-        size = base.output_embeddings.weight.element_size()
+    def __init__(self, base: BaseLM) -> None:
+        self.flops = self.bytes_read = 0.0
+        embeddings, projection = base.model.get_input_embeddings().weight, base.output_embeddings.weight
+        apart = {id(weight): weight.numel() for weight in (embeddings, projection)}  # they may be one
+        self._projection = projection.numel()
+        self._body = sum(p.numel() for p in base.model.parameters()) - sum(apart.values())
+        self._size = projection.element_size()
         heads = getattr(base.config, "num_key_value_heads", None) or base.config.num_attention_heads
         width = getattr(base.config, "head_dim", None) or base.hidden_size // base.config.num_attention_heads
-        position = 2 * base.config.num_hidden_layers * heads * width
-        self.bytes_read += size * float(body + projection + position * cached)
+        self._position = 2 * base.config.num_hidden_layers * heads * width  # numbers in the cache
+
+    def add(self, *, tokens: int, projected: int, cached: int) -> None:
+        """One call of the base LM: tokens read, those of them that the vocabulary projection read, and positions of
+        the cache that were read, over all rows."""
+        self.flops += 2.0 * (self._body * tokens + self._projection * projected)
+        self.bytes_read += float(self._size) * (self._body + self._projection + self._position * cached)
 
 
 @dataclass(frozen=True)

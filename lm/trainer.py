@@ -217,6 +217,7 @@ class Trainer(ABC, Generic[Measured]):
         if not path.is_file():
             return
         records = [record for _, record in read_json_lines(path, torn_tail=True)]
+        # Without a checkpoint all of them come again, that of step 0 too.
         kept = [record for record in records if self.step and record.get("step", 0) <= self.step]
         if len(kept) < len(records):
             with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:

@@ -233,8 +233,8 @@ class TestOtherCommands:
         )  # fmt: skip
         assert made.code == 0 and re.search(
             r"own/corpus.jsonl: 12 examples \(12 new, 0 duplicates\), 144 output tokens\n"
-            r"\d+ output tokens a second: \d+% of the float32 products and \d+% of the memory reads that this machine "
-            r"gives at best\n",
+            r"\d+ output tokens a second: \d+% of the float32 FLOPs and \d+% of the memory bandwidth that this machine "
+            r"reaches at best\n",
             made.out,
         )
         trained = rescore(

@@ -23,7 +23,7 @@ def parameters(base) -> tuple[int, int]:
 
 
 def test_a_generation_counts_the_tokens_that_are_of_use(tiny_base):
-    work = Work()
+    work = Work(tiny_base)
     made = list(generate(tiny_base, PROMPTS, max_new_tokens=6, batch_size=3, work=work))
     body, projection = parameters(tiny_base)
     again = sum(len(of.output_ids) - 1 for of in made)  # the last token of an output is not read
@@ -32,7 +32,7 @@ def test_a_generation_counts_the_tokens_that_are_of_use(tiny_base):
 
 
 def test_weights_are_read_once_a_call_and_the_cache_by_every_row(tiny_base):
-    work = Work()
+    work = Work(tiny_base)
     list(generate(tiny_base, [[5, 6, 7], [8, 9]], max_new_tokens=2, work=work))
     body, projection = parameters(tiny_base)
     config = tiny_base.config
@@ -43,8 +43,8 @@ def test_weights_are_read_once_a_call_and_the_cache_by_every_row(tiny_base):
 
 def test_half_precision_reads_half(tiny_folder):
     def read(dtype: str) -> float:
-        work = Work()
-        work.add(load_base(str(tiny_folder), dtype=dtype), tokens=3, projected=1, cached=10)
+        work = Work(load_base(str(tiny_folder), dtype=dtype))
+        work.add(tokens=3, projected=1, cached=10)
         return work.bytes_read
 
     assert read("bfloat16") == read("float32") / 2

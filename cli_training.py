@@ -1,4 +1,5 @@
-"""Commands that train: `generate-corpus` writes what is learned from; `train-heads`, `train-rescorer`."""
+"""Commands that train: `generate-corpus` writes what is learned from; `train-heads`, `train-rescorer`,
+`train-bigram`."""
 
 from __future__ import annotations
 
@@ -22,6 +23,8 @@ Measured = TypeVar("Measured")  # what an evaluation of a training gives
 MaxTokens = Annotated[int | None, typer.Option(help="Tokens taken of each text corpus, at most.")]
 CacheGB = Annotated[float, typer.Option(help="Limit of a text corpus's cached states, in 10^9 bytes.")]
 
+Precision = Annotated[str, typer.Option(help="float32, bfloat16, or auto: what the machine is fast in.")]
+
 training = typer.Typer(rich_markup_mode=None)
 
 
@@ -31,6 +34,7 @@ def _read_corpora(
     out: Path,
     max_tokens: int | None,
     cache_gb: float,
+    precision: str,
     progress: Callable[[str, int, int], None],
 ) -> tuple[list[HeadData], Workers]:
     """The training data, and the processes that share the work; the first one runs the base over text, once."""
@@ -42,7 +46,7 @@ def _read_corpora(
         workers.wait()
     data = [
         read_head_data(
-            model, path, out, max_tokens=max_tokens, cache_gb=cache_gb,
+            model, path, out, max_tokens=max_tokens, cache_gb=cache_gb, precision=precision,
             progress=lambda done, total: progress("hidden states", done, total),
         )
         for path in corpora
@@ -158,10 +162,12 @@ def train_heads_command(
         str, typer.Option(help="How the heads are stored: float16, or int8 (half the size).")
     ] = "float16",
     held_out: Annotated[
-        Path | None, typer.Option(help="Corpus to measure on, kept out whole; a share of --corpus by default.")
+        Path | None,
+        typer.Option(help="Corpus to measure on (4,096 tokens of it), never trained on; default: a share of --corpus."),
     ] = None,
     max_tokens: MaxTokens = None,
     cache_gb: CacheGB = 20.0,
+    precision: Precision = "auto",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Device = "auto",
 ) -> None:
@@ -175,13 +181,13 @@ def train_heads_command(
         head_weights=tuple(numbers("--head-weights", head_weights, float)) if head_weights else None,
         vocabulary=vocabulary or None, soft=soft, tune=tune, lora_rank=lora_rank, tuned_layers=tuned_layers,
         base_learning_rate=base_learning_rate, gradient_checkpointing=gradient_checkpointing,
-        learning_rate=learning_rate, evaluate_every=evaluate_every, seed=seed,
+        learning_rate=learning_rate, evaluate_every=evaluate_every, seed=seed, precision=precision,
     )  # fmt: skip
     chosen.check()
     model = load_base(base, device=device)
     with progress_bar() as progress:
         given = [*corpus, held_out] if held_out else corpus
-        data, workers = _read_corpora(model, given, out, max_tokens, cache_gb, progress)
+        data, workers = _read_corpora(model, given, out, max_tokens, cache_gb, precision, progress)
         apart = data.pop() if held_out else None
         told: _Told[HeldOutAccuracy] = _Told(
             progress, workers, lambda of: f"accepted {of.accepted:.3f} (best of top 16: {of.accepted_16:.3f})"
@@ -212,7 +218,7 @@ def train_rescorer_command(
     patience: Annotated[int, typer.Option(help="Checkpoints without a better one before it stops.")] = 5,
     max_tokens: MaxTokens = None,
     cache_gb: CacheGB = 20.0,
-    precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: what the machine is fast in.")] = "auto",
+    precision: Precision = "auto",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Device = "auto",
 ) -> None:
@@ -228,7 +234,7 @@ def train_rescorer_command(
     chosen.check()
     model = load_base(base, device=device)
     with progress_bar() as progress:
-        data, workers = _read_corpora(model, corpus, out, max_tokens, cache_gb, progress)
+        data, workers = _read_corpora(model, corpus, out, max_tokens, cache_gb, precision, progress)
         told: _Told[HeldOutText] = _Told(
             progress,
             workers,
@@ -272,7 +278,7 @@ def train_bigram_command(
     model = load_base(base, device=device)
     block_heads = load_heads(heads, model.identity, device=model.device, dtype=model.heads_dtype)
     with progress_bar() as progress:
-        corpora, workers = _read_corpora(model, corpus, out, max_tokens, cache_gb, progress)
+        corpora, workers = _read_corpora(model, corpus, out, max_tokens, cache_gb, "auto", progress)
         data = [
             lattices_of_corpus(
                 model, block_heads, source, k=k, rows=rows, seed=seed, cache=out,

@@ -136,10 +136,12 @@ def top_k_lowest_ids(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.
 
 def known_heads(name: str) -> Path | None:
     """The checkpoint folder of the heads tuned with the base LM of this name, or shipped for it; None without any."""
+    if (shipped := _shipped().get(name)) is not None:  # a built-in name is no folder that happens to be called so
+        return shipped
     beside = Path(name).expanduser() / HEADS_FOLDER
     if (beside.parent / TUNED_FILE).is_file() and (beside / CONFIG_FILE).is_file():
         return beside  # trained together with this base
-    return _shipped().get(name)
+    return None
 
 
 def _shipped() -> dict[str, Path]:

@@ -288,7 +288,8 @@ def _converted(gguf: Path, *, original: str) -> Path:
 def _takes_sdpa(config: Any) -> bool:
     softcap = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
     architecture: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    return softcap is None and bool(getattr(architecture, "_supports_sdpa", False))
+    takes_ours = getattr(architecture, "_supports_attention_backend", False)
+    return softcap is None and bool(takes_ours and getattr(architecture, "_supports_sdpa", False))
 
 
 def weights_sha256(folder: Path) -> str:

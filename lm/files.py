@@ -122,13 +122,14 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def replaced_files(folder: Path) -> Iterator[Path]:
     """A temporary folder whose files take their places in `folder`, beside what is there, when all are written.
 
-    Configurations come last, so that a folder with one is whole.
+    Configurations come last, so that a folder with one is whole. Raises `OutputError` if it can't be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        yield Path(temporary)
-        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name.endswith("config.json")):
-            os.replace(file, folder / file.name)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+            yield Path(temporary)
+            for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name.endswith("config.json")):
+                os.replace(file, folder / file.name)
 
 
 def _beside(path: Path) -> Path:

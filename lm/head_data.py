@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -86,6 +86,13 @@ class HeadData:
         return self.contexts[start : self.context_ends[segment]]
 
 
+class _Source(Protocol):
+    @property
+    def source(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+
+
 class Segment(NamedTuple):
     """Some rows of a segment: `place` of its data among several, `number` of the segment in it, first and last-plus-one
     row; `start` is the segment's own first row."""
@@ -129,6 +136,15 @@ def split(segments: Sequence[Segment], held_out: float, seed: int) -> tuple[list
     return [segments[i] for i in order[held:]], [segments[i] for i in order[:held]]
 
 
+def check_apart(data: Sequence[_Source]) -> None:
+    """Raises `RescoreError` if a corpus is there twice: what one copy holds out would be learned from the other."""
+    seen: set[str] = set()
+    for source in data:
+        if source.sha256 in seen:
+            raise RescoreError(f"{source.source} is there twice among the corpora; give each of them once")
+        seen.add(source.sha256)
+
+
 def tokens_read(data: Sequence[HeadData], segment: Segment) -> int:
     """Tokens that an LM reads to predict a segment's: the context, and all targets but the last."""
     return len(data[segment.place].context(segment.number)) + segment.targets - 1
@@ -152,16 +168,25 @@ def padded_batch(
 
 
 def body_states(
-    model: Any, data: Sequence[HeadData], segments: Sequence[Segment], *, device: torch.device, dtype: torch.dtype
+    model: Any,
+    data: Sequence[HeadData],
+    segments: Sequence[Segment],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    takes_masks: bool,
 ) -> torch.Tensor:
-    """What the body of a transformers causal LM makes of whole segments: float32 `[n, d]`, a state per target."""
+    """What the body of a transformers causal LM makes of whole segments: float32 `[n, d]`, a state per target.
+
+    `takes_masks`: whether all that the model lets tokens see is in a mask it is given (`BaseLM.supports_tree`).
+    """
     ids, rows, columns = padded_batch(data, segments)
     longest = ids.shape[1]
-    # Right padding: no token sees what stands behind it. The mask is there because attention with one is faster.
-    mask = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
+    # Right padding: no token sees what stands behind it. A mask, where the model takes one, makes attention faster.
+    causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril().expand(len(ids), 1, -1, -1)
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         output = model.base_model(
-            input_ids=ids.to(device), attention_mask=mask.expand(len(ids), 1, -1, -1), use_cache=False
+            input_ids=ids.to(device), attention_mask=causal if takes_masks else None, use_cache=False
         )
     states: torch.Tensor = output.last_hidden_state[rows.to(device), columns.to(device)].float()
     return states
@@ -265,6 +290,11 @@ def _own_output(base: BaseLM, folder: Path) -> HeadData:
         for field in ("prompt_ids", "output_ids"):
             if field not in record:
                 raise InvalidDataError(f"{folder / CORPUS_FILE} line {number} has no field {field!r}")
+            if not _are_tokens(record[field], base.vocab_size):
+                raise InvalidDataError(
+                    f"{folder / CORPUS_FILE} line {number} has other things than token ids below "
+                    f"{base.vocab_size} in the field {field!r}; make the corpus again"
+                )
         targets += record["output_ids"]
         ends.append(len(targets))
         contexts += record["prompt_ids"]
@@ -282,16 +312,21 @@ def _own_output(base: BaseLM, folder: Path) -> HeadData:
     )
 
 
+def _are_tokens(ids: Any, vocab_size: int) -> bool:
+    return isinstance(ids, list) and all(type(token) is int and 0 <= token < vocab_size for token in ids)
+
+
 def _pairs(base: BaseLM, path: Path) -> Iterator[tuple[list[int], list[int]]]:
     for number, record in read_json_lines(path):
         for field in ("prompt", "response"):
             if not is_text(record.get(field)):
                 raise InvalidDataError(f"{path} line {number} has no text in the field {field!r}")
-        prompt, response = record["prompt"], record["response"]
-        prompt_ids = base.encode_prompt(prompt, chat=base.is_chat, max_tokens=2 * CHUNK)
         end = [base.tokenizer.eos_token_id] if base.tokenizer.eos_token_id is not None else []
-        response_ids = base.tokenizer(response, add_special_tokens=False)["input_ids"]
-        yield prompt_ids, response_ids[:CHUNK] if len(response_ids) > CHUNK else response_ids + end
+        response_ids = base.tokenizer(record["response"], add_special_tokens=False)["input_ids"]
+        longest = min(CHUNK, base.context_length // 2)
+        answer = response_ids[:longest] if len(response_ids) > longest else response_ids + end
+        room = min(2 * CHUNK, base.context_length - len(answer))
+        yield base.encode_prompt(record["prompt"], chat=base.is_chat, max_tokens=room), answer
 
 
 def _chunks(base: BaseLM, path: Path) -> Iterator[tuple[list[int], list[int]]]:
@@ -303,8 +338,9 @@ def _chunks(base: BaseLM, path: Path) -> Iterator[tuple[list[int], list[int]]]:
     if not text:
         raise InvalidDataError(f"the corpus {path} is empty")
     ids = base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    for start in range(0, len(ids) - 1, CHUNK):
-        chunk = ids[start : start + CHUNK]
+    size = min(CHUNK, base.context_length)
+    for start in range(0, len(ids) - 1, size):
+        chunk = ids[start : start + size]
         if len(chunk) > 1:
             yield chunk[:1], chunk[1:]
 

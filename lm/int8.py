@@ -14,7 +14,7 @@ LARGEST = 127.0
 
 
 def to_int8(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Matrices (and stacks of them) as int8 beside their scales, vectors as float32."""
+    """Matrices and stacks of matrices or vectors as int8 beside their scales, single vectors as float32."""
     stored: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         value = tensor.detach().float().cpu()

@@ -31,7 +31,7 @@ from lattices.lattice import Lattice
 from lm.base import BaseLM
 from lm.block_heads import BlockHeads
 from lm.files import SHIPPED, atomic_file, read_json_object, sha256_of_file, write_json
-from lm.head_data import HeadData
+from lm.head_data import HeadData, check_apart
 from lm.trainer import Trainer, check_training
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -225,6 +225,7 @@ class BigramTrainer(Trainer[HeldOutPaths]):
     def __init__(self, base: BaseLM, data: Sequence[TargetLattices], options: BigramOptions) -> None:
         options.check()
         self.base, self.data, self.options = base, list(data), options
+        check_apart(data)
         if sum(len(d.targets) for d in self.data) == 0:
             raise InvalidDataError("the corpus gives no lattices; a bigram needs text to learn from")
         self.ids = np.concatenate([d.lattice.token_ids for d in self.data])

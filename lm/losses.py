@@ -29,7 +29,7 @@ class SoftCrossEntropy(torch.autograd.Function):
         states: torch.Tensor,  # [n, d]
         projection: torch.Tensor,  # [v, d]
         targets: torch.Tensor,  # [n], place in the vocabulary subset or -1
-        teacher: torch.Tensor,  # [n, v] probabilities
+        teacher: torch.Tensor | None,  # [n, v] probabilities; None where `soft` is 0
         soft: float,
     ) -> torch.Tensor:
         gradient = torch.empty_like(states)
@@ -41,7 +41,7 @@ class SoftCrossEntropy(torch.autograd.Function):
             known = targets[rows] >= 0
             hard = (1.0 - soft) * known.float()
             place = targets[rows].clamp(min=0)[:, None]
-            wanted = teacher[rows].float() * (soft * known.float())[:, None]
+            wanted = torch.zeros_like(logits) if teacher is None else teacher[rows] * (soft * known.float())[:, None]
             wanted.scatter_add_(1, place, hard[:, None])
             mass = wanted.sum(-1, keepdim=True)
             total += (mass * log_normaliser).sum() - (wanted * logits).sum()
@@ -57,7 +57,7 @@ class SoftCrossEntropy(torch.autograd.Function):
 
 
 def soft_cross_entropy(
-    states: torch.Tensor, projection: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor, soft: float
+    states: torch.Tensor, projection: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor | None, soft: float
 ) -> torch.Tensor:
     """`SoftCrossEntropy` with its arguments' types."""
     loss: torch.Tensor = SoftCrossEntropy.apply(states, projection, targets, teacher, soft)  # type: ignore[no-untyped-call]

@@ -23,7 +23,7 @@ from safetensors.torch import save as to_bytes
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lm.base import BaseLM
 from lm.files import atomic_file, replaced_files
-from lm.head_data import HeadData, Segment, body_states, cached, segments_of, split, tokens_read, until
+from lm.head_data import HeadData, Segment, body_states, cached, check_apart, segments_of, split, tokens_read, until
 from lm.losses import (
     CHUNK_ROWS,
     VocabularySubset,
@@ -100,6 +100,7 @@ class RescorerTrainer(Trainer[HeldOutText]):
         self.dtype = choose_precision(options.precision, base.device)
         options = dataclasses.replace(options, precision=str(self.dtype).removeprefix("torch."))
         self.base, self.data, self.options = base, list(data), options
+        check_apart(self.data)
         segments = segments_of(self.data)
         if len(segments) < 2:
             raise InvalidDataError(
@@ -121,9 +122,12 @@ class RescorerTrainer(Trainer[HeldOutText]):
         options, device = self.options, self.base.device
         if options.init == "scratch":
             scratch: Any = scratch_model(options.size, self.base)
+            self.takes_masks = True
             return scratch.to(device)
         layers = named_size(options.size).base_layers
-        model: Any = first_layers(self.base.identity.name, layers, device=str(device)).model
+        first = first_layers(self.base.identity.name, layers, device=str(device))
+        model: Any = first.model
+        self.takes_masks = first.supports_tree
         if not (hasattr(model.base_model, "layers") and hasattr(model.base_model, "norm")):
             raise IncompatibleError(
                 f"{self.base.identity.name} does not name its layers as Llama does; use --init scratch for it"
@@ -167,14 +171,16 @@ class RescorerTrainer(Trainer[HeldOutText]):
         index = torch.from_numpy(tokens).to(self.device)
         weight = self.model.get_output_embeddings().weight
         places = torch.from_numpy(self.subset.places(tokens, targets)).to(self.device)
-        teacher = teacher_probabilities(states, self.teacher[index])
+        teacher = teacher_probabilities(states, self.teacher[index]) if self.options.soft else None
         if weight.requires_grad:
             return _open_cross_entropy(hidden, weight[index], places, teacher, self.options.soft)
         return soft_cross_entropy(hidden, weight[index].to(self.dtype), places, teacher, self.options.soft)
 
     def _forward(self, segments: list[Segment]) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         """Final states of the rescorer `[n, d]` and of the base `[n, d]` before each of the targets `[n]`."""
-        hidden = body_states(self.model, self.data, segments, device=self.device, dtype=self.dtype)
+        hidden = body_states(
+            self.model, self.data, segments, device=self.device, dtype=self.dtype, takes_masks=self.takes_masks
+        )
         states, targets = cached(self.data, segments)
         return hidden, torch.from_numpy(states).to(self.device).float(), targets
 
@@ -217,7 +223,7 @@ class RescorerTrainer(Trainer[HeldOutText]):
             self.stopped = self.since_best >= self.options.patience
 
     @torch.no_grad()
-    def _finish(self, out: Path) -> None:
+    def _finish(self, out: Path) -> bool:
         try:
             best = load_file(out / BEST_FILE, device=str(self.device))
         except (OSError, SafetensorError) as error:
@@ -226,6 +232,7 @@ class RescorerTrainer(Trainer[HeldOutText]):
             ) from error
         for name, parameter in self.parameters.items():
             parameter.copy_(best[name])
+        return True
 
     def _save(self, out: Path) -> None:
         if self.options.init == "scratch":
@@ -268,11 +275,13 @@ def _perplexity(loss: float) -> float:
 
 
 def _open_cross_entropy(
-    states: torch.Tensor, projection: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor, soft: float
+    states: torch.Tensor, projection: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor | None, soft: float
 ) -> torch.Tensor:
     """The same loss as `soft_cross_entropy` where the projection learns as well: the logits are kept."""
     logp = torch.log_softmax(states @ projection.T, dim=-1)
     known = targets >= 0
     hard = -logp.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    mixed = (1.0 - soft) * hard - soft * (teacher.float() * logp).sum(-1)
+    mixed = (1.0 - soft) * hard
+    if teacher is not None:
+        mixed = mixed - soft * (teacher.float() * logp).sum(-1)
     return (mixed * known).sum()

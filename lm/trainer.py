@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 CHECKPOINT_FILE, LOG_FILE, TRAINING_FILE = "checkpoint.safetensors", "training_log.jsonl", "training.json"
+RESULT_FILES = ("config.json", "adapter_config.json", "model.safetensors", "adapter_model.safetensors")
 
 
 class Schedule(Protocol):
@@ -128,6 +129,7 @@ class Trainer(ABC, Generic[Measured]):
         them interrupts.
         """
         schedule = self.schedule
+        self._check_place(out)
         with writing(out):  # a place that can't be written to shows now, not at the first checkpoint
             out.mkdir(parents=True, exist_ok=True)
         self._resume(out)
@@ -151,6 +153,7 @@ class Trainer(ABC, Generic[Measured]):
             if progress:
                 progress(self.step, schedule.steps, value)
             if self.step % schedule.evaluate_every == 0 or self.step == schedule.steps:
+                self._check_weights(out)
                 with enough_memory(advice, at=f"the evaluation after step {self.step}"):
                     measured = self.evaluate()
                 self._after_evaluation(measured, out)
@@ -161,8 +164,9 @@ class Trainer(ABC, Generic[Measured]):
                 if evaluated:
                     evaluated(self.step, schedule.steps, measured)
         self.workers.wait()
-        self._finish(out)
-        measured = self.evaluate()
+        if self._finish(out) or measured is None:
+            with enough_memory(f"{out} keeps the last checkpoint", at="the last evaluation"):
+                measured = self.evaluate()
         if self.workers.is_first:
             self._save(out)
             record = {**self._settings(), "step": self.step, "held_out": dataclasses.asdict(measured)}
@@ -170,8 +174,15 @@ class Trainer(ABC, Generic[Measured]):
         self.workers.wait()
         return measured
 
-    def _finish(self, out: Path) -> None:
-        """Called after the last step, before the result is measured and saved."""
+    def _check_place(self, out: Path) -> None:
+        """Raises `RescoreError` for a folder whose files a training would replace by its own."""
+        ours = any((out / name).is_file() for name in (CHECKPOINT_FILE, LOG_FILE))
+        if not ours and (found := [name for name in RESULT_FILES if (out / name).exists()]):
+            raise RescoreError(f"{out} holds something else than this training ({found[0]}); use another --out")
+
+    def _finish(self, out: Path) -> bool:
+        """Called after the last step, before the result is saved; whether that is other than what was measured last."""
+        return False
 
     def _step(self, out: Path) -> float:
         """One step of the optimiser; its loss."""
@@ -190,6 +201,14 @@ class Trainer(ABC, Generic[Measured]):
             )
         self.optimizer.step()
         return value
+
+    def _check_weights(self, out: Path) -> None:
+        # The gradient was finite, but what the last update made of the weights may not be.
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters.values()):
+            raise RescoreError(
+                f"the weights are not finite after step {self.step}; {out} keeps its last checkpoint; begin again with "
+                "a lower learning rate and another --out"
+            )
 
     def _log(self, out: Path, measured: Measured, **more: float) -> None:
         with writing(out), open_appending(out / LOG_FILE) as stream:
@@ -267,8 +286,8 @@ def check_training(options: Schedule, least: Mapping[str, float]) -> None:
         raise RescoreError(f"held_out = {held_out}; it is a share, above 0 and below 1")
     for name in ("learning_rate", "base_learning_rate"):
         rate = getattr(options, name, None)
-        if rate is not None and not 0 < rate < math.inf:
-            raise RescoreError(f"{name} = {rate}; it must be above 0")
+        if rate is not None and not 0 < rate <= 1:
+            raise RescoreError(f"{name} = {rate}; it must be above 0 and at most 1")
 
 
 def rate_at(step: int, schedule: Schedule) -> float:

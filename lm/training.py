@@ -23,7 +23,7 @@ import torch
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lm.base import BaseLM
 from lm.block_heads import HEADS_FOLDER, BlockHeads, heads_sha256, load_heads
-from lm.head_data import HeadData, Segment, cached, segments_of, split, tokens_read, until
+from lm.head_data import HeadData, Segment, cached, check_apart, segments_of, split, tokens_read, until
 from lm.head_nets import FEED_FORWARD, MEDUSA, NETS, SEQUENTIAL, BlockHeadsConfig, as_sequential
 from lm.losses import (
     VocabularySubset,
@@ -49,12 +49,12 @@ class TrainingOptions:
     """How heads are trained.
 
     The heads: `h`, `architecture`, `inner_size`, `token_size`, `blocks` (`lm.head_nets`). The loss: `heads_per_step`
-    drawn with odds 1/i for head i (None: all, [A]'s sum; 1: [B]'s random head), `head_weights` of heads 2..h (None:
-    equal), `vocabulary` most frequent target tokens plus `negatives` others drawn per step (None: all tokens), `soft`
-    share of the base's distribution in the target. The base: `tune` none, lora (`lora_rank`, None: 16) or full,
-    `tuned_layers` of its last layers (None: all), its own `base_learning_rate` (None: 5e-4 for lora, 3e-5 in full),
-    `gradient_checkpointing`. A step: `positions` (whole segments), with a tuned base in parts of `micro_batch` tokens;
-    `precision` of the vocabulary products and of a tuned base's forwards.
+    drawn with odds 1/i for head i (None: all, [A]'s sum; 1: [B]'s random head, each as likely as the others),
+    `head_weights` of heads 2..h (None: equal), `vocabulary` most frequent target tokens plus `negatives` others drawn
+    per step (None: all tokens), `soft` share of the base's distribution in the target. The base: `tune` none, lora
+    (`lora_rank`, None: 16) or full, `tuned_layers` of its last layers (None: all), its own `base_learning_rate` (None:
+    5e-4 for lora, 3e-5 in full), `gradient_checkpointing`. A step: `positions` (whole segments), with a tuned base in
+    parts of `micro_batch` tokens; `precision` of the vocabulary products and of a tuned base's forwards.
     """
 
     h: int = 9
@@ -153,7 +153,8 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         self.dtype = choose_precision(options.precision, base.device)
         # What `auto` stands for depends on the machine; the record and a resumed run need the precision itself.
         options = dataclasses.replace(options, precision=str(self.dtype).removeprefix("torch."))
-        self.base, self.data, self.options = base, list(data), options
+        self.base, self.data, self.options, self.initial = base, list(data), options, initial
+        check_apart(self.data)
         segments = segments_of(self.data, least=2)
         if len(segments) < 2:
             raise InvalidDataError("the corpus has fewer than two segments of text; heads need more to learn from")
@@ -235,7 +236,7 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         tokens = self.subset.draw(rng)
         candidates = np.arange(2 if self.tuned is None else 1, options.h + 1)
         count = len(candidates) if options.heads_per_step is None else min(options.heads_per_step, len(candidates))
-        odds = 1.0 / candidates
+        odds = np.ones(len(candidates)) if count == 1 else 1.0 / candidates
         heads = np.sort(rng.choice(candidates, count, replace=False, p=odds / odds.sum())).tolist()
         sizes = np.array([s.targets for s in segments])
         in_all = [int(np.maximum(sizes - head + 1, 0).sum()) for head in heads]  # over all processes
@@ -262,7 +263,7 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         from_cache = torch.from_numpy(cached_states).to(self.base.device).float()
         projection = self.weight[torch.from_numpy(tokens).to(self.base.device)]  # [v, d]
         places = torch.from_numpy(self.subset.places(tokens, targets)).to(self.base.device)
-        teacher = teacher_probabilities(from_cache, projection)  # [n, v]
+        teacher = teacher_probabilities(from_cache, projection) if self.options.soft else None  # [n, v]
         states = from_cache if self.tuned is None else self.tuned.states(self.data, segments)
         rows = self._rows(targets, np.arange(n)[:, None] + np.arange(max(1, self.heads.net.sees)))
         ahead_of = [head for head in heads if head > 1]
@@ -275,7 +276,8 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         for head, count in zip(heads, in_all, strict=True):
             at = torch.from_numpy(np.flatnonzero(remaining >= head)).to(self.base.device)
             if len(at):
-                goals = places[at + head - 1], teacher[at + head - 1], self.options.soft
+                ahead = at + head - 1
+                goals = places[ahead], None if teacher is None else teacher[ahead], self.options.soft
                 weight = weights[head - 2] if head > 1 else 1.0
                 total = total + soft_cross_entropy(outputs[head][at], projection, *goals) * (weight / count)
         return total
@@ -328,6 +330,12 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         found: np.ndarray = torch.stack(best, dim=1).cpu().numpy()
         return found
 
+    def _check_place(self, out: Path) -> None:
+        super()._check_place(out)
+        here = {folder.resolve() for folder in (out, out / HEADS_FOLDER)}
+        if self.initial is not None and self.initial.expanduser().resolve() in here:
+            raise RescoreError(f"{self.initial} would be replaced by what is trained from it; use another --out")
+
     def _begins_trained(self) -> bool:
         return self.initial_sha256 is not None
 
@@ -335,6 +343,7 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         sources = [{"source": d.source, "sha256": d.sha256, "tokens": len(d)} for d in self.data]
         return {
             "options": dataclasses.asdict(self.options),
+            "stored": str(self.stored).removeprefix("torch."),
             "initial_sha256": self.initial_sha256,
             "base": dataclasses.asdict(self.base.identity),
             "data": sources if self.measured_on is None else sources[:-1],

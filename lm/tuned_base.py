@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from lattices.errors import IncompatibleError, RescoreError
 from lm.adapters import ADAPTER_FILE, TUNED_FILE, TunedFrom
 from lm.base import BaseLM
-from lm.catalog import BUILT_IN
-from lm.files import replaced_files, write_json, writing
+from lm.catalog import BUILT_IN, resolve_base
+from lm.files import replaced_files, write_json
 from lm.head_data import HeadData, Segment, body_states
 
 FROZEN, LORA, FULL = "none", "lora", "full"
@@ -55,7 +55,16 @@ class TunedBase:
             raise RescoreError(f"tuned_layers = {layers}, but {base.identity.name} has {total} layers")
         if how == LORA:
             body = self.model.base_model.named_modules()
+            if resolve_base(base.identity.name).adapter is not None:
+                raise IncompatibleError(
+                    f"{base.identity.name} is an adapter itself, and one on top of it could not be loaded; tune it in "
+                    f"full (tune: full), or begin from the base that it changes"
+                )
             linear = sorted({name.rsplit(".", 1)[-1] for name, m in body if isinstance(m, torch.nn.Linear)})
+            if not linear:
+                raise IncompatibleError(
+                    f"{base.identity.name} has no linear layers for LoRA; tune it in full (tune: full)"
+                )
             chosen = None if layers is None else list(range(total - layers, total))
             config = LoraConfig(
                 r=rank, lora_alpha=2 * rank, target_modules=linear, layers_to_transform=chosen,
@@ -87,11 +96,13 @@ class TunedBase:
 
     def states(self, data: Sequence[HeadData], segments: Sequence[Segment]) -> torch.Tensor:
         """Final states before every target of the segments, float32 `[n, d]`, with their gradients."""
-        return body_states(self.model, data, segments, device=self.base.device, dtype=self.dtype)
+        return body_states(
+            self.model, data, segments, device=self.base.device, dtype=self.dtype, takes_masks=self.base.supports_tree
+        )
 
     def save(self, out: Path) -> None:
         """Writes what was learned as a base LM's folder."""
-        with writing(out), replaced_files(out) as temporary:
+        with replaced_files(out) as temporary:
             identity = self.base.identity
             tuned = TunedFrom(identity.name, identity.weights_sha256, identity.tokenizer_sha256)
             write_json(temporary / TUNED_FILE, dataclasses.asdict(tuned))

@@ -22,6 +22,7 @@ from lm.block_heads import (
     entropies_of,
     heads_folder,
     heads_sha256,
+    known_heads,
     lattice_of,
     load_heads,
     read_config,
@@ -311,6 +312,16 @@ class TestShipped:
         assert "rescore train-heads --base owner/other" in message and "only for" not in message
         make_heads(tiny_base).save(tmp_path / "tiny" / "heads")
         assert "(only for tiny)" in refused(lambda: heads_folder(None, identity))
+
+    def test_a_built_in_name_is_no_folder_of_that_name(self, tiny_base, tmp_path, monkeypatch):
+        """As the catalog has it: heads of another training must not stand in for the shipped ones."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(block_heads, "SHIPPED", tmp_path / "shipped")
+        for folder in (tmp_path / "tiny", tmp_path / "shipped" / "tiny"):
+            make_heads(tiny_base).save(folder / "heads")
+            (folder / "tuned.json").write_text("{}")
+        assert known_heads("tiny") == tmp_path / "shipped" / "tiny" / "heads"
+        assert known_heads("./tiny") == Path("tiny/heads")
 
     def test_a_models_folder_is_no_place_for_shipped_heads(self, tiny_base, tmp_path):
         """A path as a name must not lead out of the package."""

@@ -11,12 +11,14 @@ import torch
 from conftest import files_of_at_most, save_tiny_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import MistralConfig, MistralForCausalLM
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
-from lm import head_data
+from lm import attention, head_data
+from lm.base import BaseLM
 from lm.catalog import load_base
 from lm.corpus import Prompt, generate_corpus
-from lm.head_data import CHUNK, HeadData, Rows, read_head_data
+from lm.head_data import CHUNK, HeadData, Rows, body_states, read_head_data, segments_of
 
 TEXT = "the quick brown fox, \u2028 the lazy dog\x0b; \u0085 é 😀.\n\n  \r\nAnd more of it\n" * 12
 PAIRS = [
@@ -164,7 +166,8 @@ class TestPairs:
         for pair in PAIRS:
             answer = tiny_base.encode_prompt(pair["response"], chat=False)
             targets = answer[:CHUNK] if len(answer) > CHUNK else [*answer, end]  # what was cut off did not end here
-            contexts[tuple(targets)] = tiny_base.encode_prompt(pair["prompt"], chat=True, max_tokens=2 * CHUNK)
+            room = min(2 * CHUNK, tiny_base.context_length - len(targets))
+            contexts[tuple(targets)] = tiny_base.encode_prompt(pair["prompt"], chat=True, max_tokens=room)
         check_against_a_direct_forward(tiny_base, data, contexts)
 
     def test_without_a_chat_template_prompts_are_plain(self, pairs, tmp_path):
@@ -240,6 +243,12 @@ class TestOwnOutput:
             ("corpus.jsonl", b"", "is empty"),
             ("corpus.jsonl", b'{"prompt": "a"}\n', "line 1 has no field 'prompt_ids'"),
             ("corpus.jsonl", b'{"prompt_ids": [1]}\n', "line 1 has no field 'output_ids'"),
+            ("corpus.jsonl", b'{"prompt_ids": [1], "output_ids": null}\n', "in the field 'output_ids'"),
+            ("corpus.jsonl", b'{"prompt_ids": [1], "output_ids": "12"}\n', "in the field 'output_ids'"),
+            ("corpus.jsonl", b'{"prompt_ids": [1], "output_ids": [1.5]}\n', "line 1 has other things than token ids"),
+            ("corpus.jsonl", b'{"prompt_ids": [1], "output_ids": [true]}\n', "line 1 has other things than token ids"),
+            ("corpus.jsonl", b'{"prompt_ids": [-1], "output_ids": [1]}\n', "in the field 'prompt_ids'"),
+            ("corpus.jsonl", b'{"prompt_ids": [1], "output_ids": [99999]}\n', "in the field 'output_ids'"),
             ("hidden.f16", None, "has the states of 0 of"),
             ("hidden.f16", b"", "has the states of 0 of"),
             ("hidden.f16", b"\0" * 129, "has the states of 2 of"),
@@ -251,6 +260,39 @@ class TestOwnOutput:
             (own_output / name).write_bytes(content)
         said = refused(lambda: read_head_data(tiny_base, own_output, tmp_path))
         assert message in said and str(own_output) in said
+
+
+class TestBodyStates:
+    """What a tuned base or a rescorer computes with gradients is what the base itself would."""
+
+    @pytest.mark.parametrize("window", [None, 4])
+    def test_they_are_the_forwards_own(self, tmp_path, text, window):
+        folder = save_tiny_base(tmp_path / "base")
+        attention.register()
+        torch.manual_seed(0)
+        config = MistralConfig(**{**json.loads((folder / "config.json").read_text()), "sliding_window": window})
+        model = MistralForCausalLM._from_config(config, attn_implementation=attention.PACKED)
+        plain = load_base(str(folder))
+        base = BaseLM(model, plain.tokenizer, identity=plain.identity)
+        assert base.supports_tree == (window is None)
+        data = read_head_data(base, text, tmp_path / "cache", precision="float32")
+        segments = segments_of([data])
+        assert len(segments) > 1
+        found = body_states(
+            model, [data], segments, device=base.device, dtype=torch.float32, takes_masks=base.supports_tree
+        )
+        np.testing.assert_allclose(found.detach().numpy(), data.states[:].astype(np.float32), rtol=5e-3, atol=5e-3)
+
+
+class TestContext:
+    """No text is longer than what the base can read."""
+
+    @pytest.mark.parametrize("kind", ["text", "pairs"])
+    def test_it_bounds_prompts_and_answers(self, tiny_base, tmp_path, monkeypatch, request, kind):
+        monkeypatch.setattr(tiny_base, "context_length", 40)
+        data = read_head_data(tiny_base, request.getfixturevalue(kind), tmp_path / "cache")
+        read = [len(data.context(s.number)) + s.targets for s in segments_of([data])]
+        assert max(read) == 40 and min(len(data.context(s.number)) for s in segments_of([data])) >= 1
 
 
 class TestKeptStates:

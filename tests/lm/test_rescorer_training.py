@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer, save_tiny_base
+from conftest import byte_tokenizer, files_of_at_most, save_tiny_base
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
 from lm import neural, rescorer_training
 from lm.catalog import load_base
 from lm.head_data import HeadData, read_head_data, tokens_read
@@ -367,6 +367,20 @@ def test_other_tokens_than_the_bases_are_refused_later(tiny_base, data, tmp_path
     assert "tokenizer" in refused(
         lambda: check_fits(source, load_base(str(folder), device="cpu").identity), IncompatibleError
     )
+
+
+def test_a_disk_that_is_full_at_the_end(tiny_base, data, tmp_path, monkeypatch):
+    """The whole model is larger than a checkpoint of some of its weights: it may be the first that does not fit."""
+    trainer = RescorerTrainer(tiny_base, [data], SCRATCH)
+    save = trainer._save
+
+    def on_a_full_disk(out: Path) -> None:
+        with files_of_at_most(1000):
+            save(out)
+
+    monkeypatch.setattr(trainer, "_save", on_a_full_disk)
+    assert "can't write" in refused(lambda: trainer.train(tmp_path), OutputError)
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_bfloat16_trains_too(tiny_base, data, tmp_path: Path):

@@ -206,6 +206,28 @@ class TestTrouble:
         assert steps == list(range(5, 11))
         assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
 
+    def test_weights_that_are_no_numbers_stop_it_with_the_checkpoint_kept(self, tmp_path, monkeypatch):
+        toy = Toy()
+        step = toy.optimizer.step
+
+        def broken() -> None:
+            step()
+            if toy.step == 9:
+                with torch.no_grad():
+                    next(iter(toy.parameters.values())).fill_(math.inf)
+
+        monkeypatch.setattr(toy.optimizer, "step", broken)
+        with pytest.raises(RescoreError, match=r"weights are not finite after step \d+; .* keeps its last checkpoint"):
+            toy.train(tmp_path)
+        assert all(value.isfinite().all() for value in load_file(tmp_path / KEPT).values())
+
+    @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "adapter_config.json"])
+    def test_the_folder_of_a_model_is_not_overwritten(self, tmp_path, name):
+        (tmp_path / name).write_bytes(b"theirs")
+        with pytest.raises(RescoreError, match=f"holds something else than this training .{name}.; use another --out"):
+            Toy().train(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+
     def test_out_of_memory_names_the_option(self, tmp_path, monkeypatch):
         losses = Toy._losses
 

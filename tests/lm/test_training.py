@@ -91,6 +91,20 @@ class TestLoss:
         expected = sum(torch.stack(of_head).mean() for of_head in losses.values())
         torch.testing.assert_close(loss_of_step(trainer, 0), expected, rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.parametrize(("per_step", "shares"), [(1, [1 / 3] * 3), (2, None)])
+    def test_one_head_a_step_is_each_as_often(self, tiny_base, data, monkeypatch, per_step, shares):
+        """[B]'s objective: one of the sub-losses, uniformly; several are drawn with odds 1/i instead."""
+        trainer = HeadTrainer(tiny_base, [data], change(heads_per_step=per_step, positions=1))
+        drawn: list[int] = []
+        monkeypatch.setattr(trainer, "_loss", lambda _part, _tokens, heads, _in_all: drawn.extend(heads))
+        for step in range(1500):
+            list(trainer._losses(step))
+        found = [drawn.count(head) / len(drawn) for head in (2, 3, 4)]
+        if shares:
+            assert found == pytest.approx(shares, abs=0.05)
+        else:
+            assert found == sorted(found, reverse=True) and found[0] > found[2] + 0.05
+
     def test_a_step_is_drawn_by_seed_and_number(self, tiny_base, data):
         trainer, other = HeadTrainer(tiny_base, [data], SMALL), HeadTrainer(tiny_base, [data], change(seed=1))
         losses = [
@@ -335,6 +349,17 @@ class TestTrouble:
         message = refused(lambda: HeadTrainer(tiny_base, [make_data(tiny_base, sizes)], SMALL), InvalidDataError)
         assert "fewer than two segments" in message
 
+    def test_a_corpus_that_is_there_twice(self, tiny_base, data):
+        """Else what one copy holds out would be learned from the other."""
+        assert "is there twice" in refused(lambda: HeadTrainer(tiny_base, [data, data], SMALL))
+
+    def test_the_heads_it_begins_with_are_not_replaced(self, tiny_base, data, tmp_path):
+        HeadTrainer(tiny_base, [data], SMALL).train(tmp_path)
+        kept = (tmp_path / "model.safetensors").read_bytes()
+        again = HeadTrainer(tiny_base, [data], SMALL, initial=tmp_path)
+        assert "another --out" in refused(lambda: again.train(tmp_path))
+        assert (tmp_path / "model.safetensors").read_bytes() == kept
+
     def test_no_corpus(self, tiny_base):
         refused(lambda: HeadTrainer(tiny_base, [], SMALL), InvalidDataError)
 
@@ -355,6 +380,7 @@ class TestTrouble:
             ({"learning_rate": 0.0}, "learning_rate = 0.0"),
             ({"learning_rate": math.nan}, "learning_rate = nan"),
             ({"learning_rate": math.inf}, "learning_rate = inf"),
+            ({"learning_rate": 1.5}, "learning_rate = 1.5; it must be above 0 and at most 1"),
             ({"weight_decay": -1.0}, "weight_decay = -1.0"),
             ({"warmup": -1}, "warmup = -1"),
             ({"held_out": 0.0}, "held_out = 0.0"),

@@ -12,6 +12,7 @@ import torch
 from conftest import save_tiny_base
 from safetensors.torch import load_file, save_file
 from test_training import SMALL
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lm.block_heads import heads_folder, load_heads
@@ -279,6 +280,23 @@ class TestTrouble:
         second = {**config, "base_model_name_or_path": str(adapter)}
         (tmp_path / "second" / "adapter_config.json").write_text(json.dumps(second))
         assert "itself an adapter" in self.refused(lambda: load_base(str(tmp_path / "second")), InvalidDataError)
+
+    def test_an_adapter_on_an_adapter_is_not_trained(self, adapter, pairs, tmp_path):
+        said = self.refused(lambda: trainer_of(str(adapter), pairs, TUNED, tmp_path), IncompatibleError)
+        assert "adapter itself" in said and "tune: full" in said
+        trainer_of(str(adapter), pairs, dataclasses.replace(TUNED, tune="full", steps=1), tmp_path).train(
+            tmp_path / "f"
+        )
+        load_base(str(tmp_path / "f"))
+
+    def test_a_base_without_linear_layers_takes_no_adapter(self, pairs, tmp_path):
+        folder = save_tiny_base(tmp_path / "gpt2")
+        config = GPT2Config(
+            vocab_size=load_base(str(folder)).vocab_size, n_embd=32, n_layer=1, n_head=2, n_positions=64
+        )
+        GPT2LMHeadModel(config).save_pretrained(folder)
+        said = self.refused(lambda: trainer_of(str(folder), pairs, TUNED, tmp_path), IncompatibleError)
+        assert "no linear layers" in said
 
     @pytest.mark.parametrize("keep", [0, 9, -5])
     def test_a_truncated_adapter(self, adapter, keep):

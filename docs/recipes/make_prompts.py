@@ -5,8 +5,9 @@
 
 CORPORA is a folder with the training corpora (c4.txt, wikitext2.txt, gsm8k_train.jsonl ...). Stage 2 builds reading
 questions and dialogue summaries out of what the base LM wrote in stage 1. Round 1 is broad; round 2 asks other things
-of the four kinds that the heads are measured on; round 3 is about other passages and has no school
-problems. Evaluation examples are never read.
+of the four kinds that the heads are measured on; round 3 is about other passages and has no school problems. What is
+evaluated must not be learned: `--without TASKS` (a folder of .jsonl files) leaves out prompts that share 13 words in a
+row with an example in it. Rounds 1 to 3 were made before there was this option (docs/heads.md says what it finds).
 """
 
 from __future__ import annotations
@@ -36,6 +37,28 @@ SUMMARIES = [
     ("Write a summary based on this article: {}", 2),
     ("Please write a short summary for the following article: {}", 1),
 ]
+
+
+def runs(text: str, length: int = 13) -> set[str]:
+    """All runs of so many words."""
+    words = re.findall(r"\w+", text.lower())
+    return {" ".join(words[i : i + length]) for i in range(len(words) - length + 1)}
+
+
+def strings(value: object) -> Iterator[str]:
+    """Every text in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from strings(part)
+
+
+def without(prompts: list[dict], tasks: Path) -> list[dict]:
+    """The prompts that have no run of words in common with an example of the tasks."""
+    lines = (line for path in tasks.glob("*.jsonl") for line in path.read_text().split("\n") if line)
+    evaluated = {run for line in lines for text in strings(json.loads(line)) for run in runs(text)}
+    return [prompt for prompt in prompts if not runs(prompt["prompt"]) & evaluated]
 
 
 def rows(path: Path, *fields: str) -> list[list[str]]:
@@ -198,10 +221,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("written", type=Path, nargs="?", help="the corpus of stage 1, for stage 2")
     parser.add_argument("--round", type=int, choices=ROUNDS, default=1)
+    parser.add_argument("--without", type=Path, metavar="TASKS", help="leave out what stands in these tasks")
     given = parser.parse_args()
     of_seeds, of_prompts = ROUNDS[given.round]
     made = list(seeds(given.corpora, *of_seeds) if given.stage == "seeds" else of_prompts(given.corpora, given.written))
     random.Random(3).shuffle(made)
+    if given.without:
+        made = without(made, given.without)
     given.out.write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in made))
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Generic, TypeVar
@@ -57,24 +56,21 @@ def _read_corpora(
 
 
 class _Told(Generic[Measured]):
-    """What a training tells: the loss on its bar, and behind it, or without a terminal on a line of its own, what
-    `held_out` says of the last evaluation."""
+    """What a training tells: the loss on its bar, and on a line of its own what `held_out` says of each evaluation."""
 
     def __init__(
         self, progress: Callable[[str, int, int], None], workers: Workers, held_out: Callable[[Measured], str]
     ) -> None:
         self._show, self._workers, self._held_out = progress, workers, held_out
-        self._last = ""
 
     def progress(self, step: int, total: int, loss: float) -> None:
         """See `Trainer.train`."""
-        self._show(f"train, loss {loss:.3f}{self._last}", step, total)
+        self._show(f"train, loss {loss:.3f}", step, total)
 
     def evaluated(self, step: int, total: int, measured: Measured) -> None:
         """See `Trainer.train`."""
-        self._last = f", {self._held_out(measured)}"
-        if self._workers.is_first and not sys.stderr.isatty():  # no bar to show it
-            notify(f"step {step} of {total}{self._last}")
+        if self._workers.is_first:
+            notify(f"step {step} of {total}, {self._held_out(measured)}")
 
 
 @training.command(name="generate-corpus")
@@ -172,7 +168,9 @@ def train_heads_command(
     device: Device = "auto",
 ) -> None:
     """Train block heads, on a frozen base LM or together with it. Several GPUs or machines: start it with torchrun."""
+    from lm.block_heads import read_config
     from lm.catalog import load_base
+    from lm.head_data import check_there
     from lm.training import HeadTrainer, TrainingOptions
 
     chosen = TrainingOptions(
@@ -181,23 +179,30 @@ def train_heads_command(
         head_weights=tuple(numbers("--head-weights", head_weights, float)) if head_weights else None,
         vocabulary=vocabulary or None, soft=soft, tune=tune, lora_rank=lora_rank, tuned_layers=tuned_layers,
         base_learning_rate=base_learning_rate, gradient_checkpointing=gradient_checkpointing,
-        learning_rate=learning_rate, evaluate_every=evaluate_every, seed=seed, precision=precision,
+        learning_rate=learning_rate, evaluate_every=evaluate_every, seed=seed, precision=precision, stored=weights,
     )  # fmt: skip
     chosen.check()
+    given = [*corpus, held_out] if held_out else corpus
+    check_there(given)
+    if initial:
+        read_config(initial.expanduser())
     model = load_base(base, device=device)
     with progress_bar() as progress:
-        given = [*corpus, held_out] if held_out else corpus
         data, workers = _read_corpora(model, given, out, max_tokens, cache_gb, precision, progress)
         apart = data.pop() if held_out else None
         told: _Told[HeldOutAccuracy] = _Told(
             progress, workers, lambda of: f"accepted {of.accepted:.3f} (best of top 16: {of.accepted_16:.3f})"
         )
-        trainer = HeadTrainer(model, data, chosen, initial=initial, stored=weights, held_out=apart)
+        trainer = HeadTrainer(model, data, chosen, initial=initial, held_out=apart)
         accuracy = trainer.train(out, progress=told.progress, evaluated=told.evaluated)
     if workers.is_first:
         from rescore.report.tables import accuracy_table
 
         print(accuracy_table(accuracy))
+        print(
+            f"{out}: heads 2 to {h}; rescore eval "
+            + (f"--base {base} --heads {out}" if tune == "none" else f"--base {out}")
+        )
 
 
 @training.command(name="train-rescorer")
@@ -224,6 +229,7 @@ def train_rescorer_command(
 ) -> None:
     """Train a small neural LM that rescores drafts. Several GPUs or machines: start it with torchrun."""
     from lm.catalog import load_base
+    from lm.head_data import check_there
     from lm.rescorer_training import RescorerOptions, RescorerTrainer
 
     chosen = RescorerOptions(
@@ -232,6 +238,7 @@ def train_rescorer_command(
         patience=patience, precision=precision, seed=seed,
     )  # fmt: skip
     chosen.check()
+    check_there(corpus)
     model = load_base(base, device=device)
     with progress_bar() as progress:
         data, workers = _read_corpora(model, corpus, out, max_tokens, cache_gb, precision, progress)
@@ -269,12 +276,14 @@ def train_bigram_command(
     """Train a learned bigram on the heads' lattices of a corpus."""
     from lm.block_heads import load_heads
     from lm.catalog import load_base
+    from lm.head_data import check_there
     from lm.learned_bigram import BigramOptions, BigramTrainer, lattices_of_corpus
 
     chosen = BigramOptions(
         rank=rank, k=k, rows=rows, batch=batch, steps=steps, learning_rate=learning_rate, seed=seed
     )  # fmt: skip
     chosen.check()
+    check_there(corpus)
     model = load_base(base, device=device)
     block_heads = load_heads(heads, model.identity, device=model.device, dtype=model.heads_dtype)
     with progress_bar() as progress:

@@ -207,7 +207,7 @@ def read_config(folder: Path) -> BlockHeadsConfig:
     `UnknownNameError` for an architecture from elsewhere.
     """
     path = folder / CONFIG_FILE
-    fields = read_json_object(path, missing=f"no block heads in {folder}")
+    fields = read_json_object(path, missing=_no_heads(folder))
     try:
         config = BlockHeadsConfig(**fields)
     except TypeError as error:
@@ -224,9 +224,24 @@ def read_config(folder: Path) -> BlockHeadsConfig:
     return config
 
 
+def _no_heads(folder: Path) -> str:
+    inside = folder / HEADS_FOLDER
+    return f"no block heads in {folder}" + (f" (but in {inside})" if (inside / CONFIG_FILE).is_file() else "")
+
+
+def of_other_weights(path: str | None, identity: BaseIdentity) -> str | None:
+    """A line about heads (`path` as for `load_heads`) that were trained for other weights of a base; None if not."""
+    folder = heads_folder(path, identity)
+    if read_config(folder).base_weights_sha256 in (None, identity.weights_sha256):
+        return None
+    own = known_heads(identity.name)
+    hint = f"; its own lie in {own}" if own is not None else ""
+    return f"the heads in {folder} were trained for other weights than {identity.name}'s and will accept less{hint}"
+
+
 def heads_sha256(folder: Path) -> str:
     """sha256 of a checkpoint's weights."""
     try:
         return sha256_of_file(folder / WEIGHTS_FILE)
     except OSError as error:
-        raise RescoreError(f"no block heads in {folder}: can't read {WEIGHTS_FILE} ({error.strerror})") from error
+        raise RescoreError(f"{_no_heads(folder)}: can't read {WEIGHTS_FILE} ({error.strerror})") from error

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
 from lm.base import BaseLM
 from lm.files import (
     append_json_line,
@@ -120,8 +120,12 @@ def generate_corpus(
     ):  # fmt: skip
         if value < 1:
             raise RescoreError(f"{name} = {value}; it must be at least 1")
-    if not 0 <= temperature < math.inf or seed < 0:
-        raise RescoreError(f"temperature = {temperature:g}, seed = {seed}; both are 0 or more")
+    if not 0 <= temperature < math.inf:
+        raise RescoreError(f"temperature = {temperature:g}; it must be 0 (greedy) or more")
+    if seed < 0:
+        raise RescoreError(f"seed = {seed}; it must be 0 or more")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; --out is a folder")
     settings = {
         "base": dataclasses.asdict(base.identity),
         "max_new_tokens": max_new_tokens,

@@ -136,6 +136,15 @@ def split(segments: Sequence[Segment], held_out: float, seed: int) -> tuple[list
     return [segments[i] for i in order[held:]], [segments[i] for i in order[:held]]
 
 
+def check_there(corpora: Sequence[Path]) -> None:
+    """Raises `RescoreError` for a corpus that is not there."""
+    for path in corpora:
+        if not path.exists():
+            raise RescoreError(
+                f"no corpus at {path}; give a text file, a .jsonl of pairs or a folder of generate-corpus"
+            )
+
+
 def check_apart(data: Sequence[_Source]) -> None:
     """Raises `RescoreError` if a corpus is there twice: what one copy holds out would be learned from the other."""
     seen: set[str] = set()
@@ -217,8 +226,7 @@ def read_head_data(
     """
     if path.is_dir():
         return _own_output(base, path)
-    if not path.is_file():
-        raise RescoreError(f"no corpus at {path}; give a text file, a .jsonl of pairs or a folder of generate-corpus")
+    check_there([path])
     digest = sha256_of_file(path)
     dtype = choose_precision(precision, base.device)
     of_base = [base.identity.weights_sha256, base.identity.tokenizer_sha256, base.tokenizer.chat_template]
@@ -227,7 +235,8 @@ def read_head_data(
     if not (folder / DONE_FILE).is_file():
         sequences = _bounded(list(_pairs(base, path) if path.suffix == ".jsonl" else _chunks(base, path)), max_tokens)
         if not sequences:
-            raise InvalidDataError(f"the corpus {path} is too short to train on")
+            what = "empty" if path.stat().st_size == 0 else "too short to train on"
+            raise InvalidDataError(f"the corpus {path} is {what}")
         targets = sum(len(answer) for _, answer in sequences)
         needed = targets * base.hidden_size * STATE_BYTES / 1e9
         if needed > cache_gb:
@@ -280,7 +289,8 @@ def _own_output(base: BaseLM, folder: Path) -> HeadData:
     for field in ("weights_sha256", "tokenizer_sha256"):  # the name and dtype may differ
         if made_by[field] != getattr(base.identity, field):
             raise IncompatibleError(
-                f"the corpus in {folder} is the output of another base LM ({made_by['name']}: {field} differs)"
+                f"the corpus in {folder} is the output of another base LM ({made_by['name']}: {field} differs); make "
+                f"one: rescore generate-corpus --base {base.identity.name} --prompts ... --out DIR"
             )
     targets: list[int] = []
     ends: list[int] = []

@@ -27,7 +27,7 @@ FEED_FORWARD, SHARED, MEDUSA, SEQUENTIAL = "feed_forward", "shared", "medusa", "
 class BlockHeadsConfig:
     """What heads are and for which base: `h` counts head 1; `inner_size` is the width of the hidden layer (medusa: the
     hidden size); `token_size` the width in which heads see drafted tokens (0: they see the state only); `blocks` the
-    residual blocks of a medusa head."""
+    residual blocks of a medusa head; `base_weights_sha256` the weights they were trained for (None: not known)."""
 
     h: int
     hidden_size: int
@@ -38,6 +38,7 @@ class BlockHeadsConfig:
     architecture: str = FEED_FORWARD
     token_size: int = 0
     blocks: int = 1
+    base_weights_sha256: str | None = None
 
 
 class HeadNet(nn.Module):

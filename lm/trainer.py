@@ -10,9 +10,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import signal
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
@@ -125,16 +129,27 @@ class Trainer(ABC, Generic[Measured]):
         Goes on from a checkpoint in `out` if its options and data are the same (else `IncompatibleError` shows the
         difference). What was trained before is measured before the first step, too. A loss or gradient that is not a
         number stops the training (`RescoreError`) with the last good checkpoint kept. `progress(step, steps, loss)` is
-        called after every step, `evaluated(step, steps, measured)` after every checkpoint; an exception from one of
-        them interrupts.
+        called after every step, `evaluated(step, steps, measured)` after every evaluation; an exception from one of
+        them interrupts. Ctrl-C of a single process takes effect behind its step and leaves a checkpoint; a second one
+        at once.
         """
-        schedule = self.schedule
         self._check_place(out)
         with writing(out):  # a place that can't be written to shows now, not at the first checkpoint
             out.mkdir(parents=True, exist_ok=True)
         self._resume(out)
         if self.workers.sum(self.step, self.device) != self.workers.count * self.step:
             raise RescoreError(f"the processes found different checkpoints in {out}; give them a folder they all see")
+        with _held_back_interrupt(alone=self.workers.count == 1) as interrupted:
+            return self._train(out, interrupted, progress, evaluated)
+
+    def _train(
+        self,
+        out: Path,
+        interrupted: Callable[[], bool],
+        progress: Callable[[int, int, float], None] | None,
+        evaluated: Callable[[int, int, Measured], None] | None,
+    ) -> Measured:
+        schedule = self.schedule
         measured: Measured | None = None
         if self.step == 0 and self._begins_trained():
             with enough_memory(f"a smaller {self.memory_option} needs less", at="the evaluation before step 1"):
@@ -163,6 +178,11 @@ class Trainer(ABC, Generic[Measured]):
                     self._checkpoint(out)
                 if evaluated:
                     evaluated(self.step, schedule.steps, measured)
+            elif interrupted():
+                self._check_weights(out)
+                self._checkpoint(out)
+            if interrupted():
+                raise KeyboardInterrupt
         self.workers.wait()
         if self._finish(out) or measured is None:
             with enough_memory(f"{out} keeps the last checkpoint", at="the last evaluation"):
@@ -266,6 +286,28 @@ class Trainer(ABC, Generic[Measured]):
                     "exp_avg": tensors[f"exp_avg.{name}"],
                     "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
                 }
+
+
+@contextmanager
+def _held_back_interrupt(*, alone: bool) -> Iterator[Callable[[], bool]]:
+    """Whether there was a Ctrl-C, instead of a `KeyboardInterrupt` in the middle of a step; the second one is one."""
+    came = False
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        if came:
+            raise KeyboardInterrupt
+        came = True
+
+    # Only the main thread hears signals; several processes have to stop together, which their launcher sees to.
+    if not alone or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, hold)
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def check_training(options: Schedule, least: Mapping[str, float]) -> None:

@@ -23,6 +23,7 @@ import torch
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lm.base import BaseLM
 from lm.block_heads import HEADS_FOLDER, BlockHeads, heads_sha256, load_heads
+from lm.catalog import identify
 from lm.head_data import HeadData, Segment, cached, check_apart, segments_of, split, tokens_read, until
 from lm.head_nets import FEED_FORWARD, MEDUSA, NETS, SEQUENTIAL, BlockHeadsConfig, as_sequential
 from lm.losses import (
@@ -54,7 +55,8 @@ class TrainingOptions:
     per step (None: all tokens), `soft` share of the base's distribution in the target. The base: `tune` none, lora
     (`lora_rank`, None: 16) or full, `tuned_layers` of its last layers (None: all), its own `base_learning_rate` (None:
     5e-4 for lora, 3e-5 in full), `gradient_checkpointing`. A step: `positions` (whole segments), with a tuned base in
-    parts of `micro_batch` tokens; `precision` of the vocabulary products and of a tuned base's forwards.
+    parts of `micro_batch` tokens; `precision` of the vocabulary products and of a tuned base's forwards. The result is
+    `stored` as float16 or int8.
     """
 
     h: int = 9
@@ -82,6 +84,7 @@ class TrainingOptions:
     evaluate_every: int = 200
     seed: int = 0
     precision: str = "auto"
+    stored: str = "float16"
 
     def check(self) -> None:
         """Raises `RescoreError` for the first option that is out of its range."""
@@ -106,34 +109,38 @@ class TrainingOptions:
                 raise RescoreError(f"head_weights = {self.head_weights}; weights are 0 or more, one of them above 0")
         if self.tune not in TUNINGS:
             raise UnknownNameError("way to tune the base", self.tune, TUNINGS)
-        for_tuned = ("gradient_checkpointing", "base_learning_rate", "tuned_layers")
-        if self.tune == FROZEN and any(getattr(self, name) for name in for_tuned):
-            raise RescoreError(f"{', '.join(for_tuned)} are for a tuned base (tune: lora or full)")
+        for name in ("gradient_checkpointing", "base_learning_rate", "tuned_layers"):
+            if self.tune == FROZEN and getattr(self, name):
+                raise RescoreError(f"{name} is for a tuned base (tune: lora or full)")
         if self.tune != LORA and self.lora_rank is not None:
             raise RescoreError(f"lora_rank = {self.lora_rank} is for a base tuned by LoRA (tune: lora)")
         check_precision(self.precision)
+        if self.stored not in STORED:
+            raise UnknownNameError("precision of stored heads", self.stored, STORED)
 
 
 @dataclass(frozen=True)
 class HeldOutAccuracy:
     """On held-out positions: `top[n][i]` = share where the token is among head i+1's best n (list of length h);
     `accepted` = mean accepted prefix of the arg-max draft, `accepted_16` = of the best path in the top 16, both with
-    the first token taken as right. They are agreement with the text: where that is not the base's own output (gold
-    text, a base that was fine-tuned since), decoding accepts other numbers."""
+    the first token taken as right; of `positions` in `segments` (outputs, chunks of text). They are agreement with the
+    text: where that is not the base's own output (gold text, a base that was fine-tuned since), decoding accepts other
+    numbers."""
 
     top: dict[int, list[float]]
     accepted: float
     accepted_16: float
+    positions: int
+    segments: int
 
 
 class HeadTrainer(Trainer[HeldOutAccuracy]):
     """One training: data, heads, optimiser. `train` runs it; `evaluate` measures the heads as they are.
 
     `initial` is a folder of heads to start from instead of untrained ones, of the same shape; sequential ones may
-    start from feed-forward ones, which they then equal. The heads are `stored` as float16 or int8. With a tuned base
-    the model of `base` is changed in place. What is measured is a share of the segments of `data`, held out at random,
-    or `held_out`: text of another origin. Segments of `data` can be neighbours (parts of a document, two questions
-    about it), and a share of them flatters.
+    start from feed-forward ones, which they then equal. With a tuned base the model of `base` is changed in place.
+    What is measured is a share of the segments of `data`, held out at random, or `held_out`: text of another origin.
+    Segments of `data` can be neighbours (parts of a document, two questions about it), and a share of them flatters.
     """
 
     def __init__(
@@ -143,13 +150,10 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         options: TrainingOptions,
         *,
         initial: Path | None = None,
-        stored: str = "float16",
         held_out: HeadData | None = None,
     ) -> None:
         options.check()
-        if stored not in STORED:
-            raise UnknownNameError("precision of stored heads", stored, STORED)
-        self.stored = STORED[stored]
+        self.stored = STORED[options.stored]
         self.dtype = choose_precision(options.precision, base.device)
         # What `auto` stands for depends on the machine; the record and a resumed run need the precision itself.
         options = dataclasses.replace(options, precision=str(self.dtype).removeprefix("torch."))
@@ -181,6 +185,7 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
             architecture=options.architecture,
             token_size=options.token_size,
             blocks=options.blocks,
+            base_weights_sha256=base.identity.weights_sha256,
         )
         torch.manual_seed(options.seed)
         self.heads = BlockHeads(config).to(base.device)
@@ -214,7 +219,8 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         if differs:
             found, wanted = (getattr(c, differs[0]) for c in (earlier.config, self.heads.config))
             raise IncompatibleError(
-                f"the heads in {folder} have {differs[0]} = {found}, not {wanted}; training starts from the same shape"
+                f"the heads in {folder} have {differs[0]} = {found}, not {wanted}; training starts from the same "
+                f"shape: give --{differs[0].replace('_', '-')} {found}"
             )
         state = earlier.net.state_dict()
         self.heads.net.load_state_dict(as_sequential(state) if grows else state)
@@ -314,6 +320,8 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
             {n: (hits[n] / np.maximum(counts, 1)).round(4).tolist() for n in ACCURACY_AT},
             round(float(accepted[1]) / total, 4),
             round(float(accepted[16]) / total, 4),
+            total,
+            len(self.held_out),
         )
 
     def _best(self, states: torch.Tensor, first: np.ndarray) -> np.ndarray:
@@ -343,7 +351,6 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         sources = [{"source": d.source, "sha256": d.sha256, "tokens": len(d)} for d in self.data]
         return {
             "options": dataclasses.asdict(self.options),
-            "stored": str(self.stored).removeprefix("torch."),
             "initial_sha256": self.initial_sha256,
             "base": dataclasses.asdict(self.base.identity),
             "data": sources if self.measured_on is None else sources[:-1],
@@ -354,5 +361,7 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         if self.tuned is None:
             self.heads.save(out, dtype=self.stored)
         else:
-            self.heads.save(out / HEADS_FOLDER, dtype=self.stored)
             self.tuned.save(out)
+            tuned = identify(str(out)).weights_sha256
+            self.heads.config = dataclasses.replace(self.heads.config, base_weights_sha256=tuned)
+            self.heads.save(out / HEADS_FOLDER, dtype=self.stored)

@@ -67,7 +67,9 @@ class Evaluation:
         return notices
 
     def notice(self, line: str, notify: Notify | None) -> None:
-        """Adds a notice, and tells it."""
+        """Adds a notice, and tells it; one that is about several tasks once."""
+        if line in self.notices:
+            return
         self.notices.append(line)
         if notify:
             notify(line)
@@ -172,8 +174,9 @@ def trace_task(
     options = resolve(options)
     models = Models(options)
     task = prepare(options, models, k=options.k, out=out)[0]
-    if notify and task.notice:
-        notify(task.notice)
+    if notify:
+        for line in task.notices:
+            notify(line)
     return task.trace(models, progress=progress)
 
 
@@ -189,8 +192,8 @@ def _new_evaluation(options: EvalOptions, inputs: Sequence[TaskInput], notify: N
     }
     evaluation = Evaluation(ResultsDocument(config))
     for task in inputs:
-        if task.notice:
-            evaluation.notice(task.notice, notify)
+        for line in task.notices:
+            evaluation.notice(line, notify)
     return evaluation
 
 

@@ -114,6 +114,13 @@ class Models:
 
         return load_heads(self.options.heads, self.base.identity, device=self.base.device, dtype=self.base.heads_dtype)
 
+    def about_heads(self) -> str | None:
+        """What the user should know of the heads, if anything."""
+        from lm.block_heads import of_other_weights
+        from lm.catalog import identify
+
+        return of_other_weights(self.options.heads, identify(self.options.base, dtype=self.options.dtype))
+
     def trace_settings(self, task: Task, data: TaskData) -> dict[str, Any]:
         """Everything that a trace depends on, but for its k; none of it needs the weights in memory."""
         from lm.block_heads import heads_folder, heads_sha256, read_config
@@ -143,7 +150,7 @@ class TaskInput:
     """One task of a run: its name and metrics, `source` of its examples, `settings` of its trace, ids of its examples.
 
     `folder` holds the trace, or will; `k` is what is recorded; `data` are the examples to record, unless the trace was
-    `given`.
+    `given`. `about_heads`: what the user should know of them.
     """
 
     name: str
@@ -155,11 +162,12 @@ class TaskInput:
     k: int
     data: TaskData | None = None
     given: Trace | None = None
+    about_heads: str | None = None
 
     @property
-    def notice(self) -> str | None:
-        """A line for the user if the examples are not the task's own."""
-        return self.data.notice if self.data else None
+    def notices(self) -> list[str]:
+        """Lines for the user: examples that are not the task's own, heads that are not the base's."""
+        return [line for line in (self.data and self.data.notice, self.about_heads) if line]
 
     def last(self, count: int) -> TaskInput:
         """The same with only the last examples."""
@@ -339,6 +347,7 @@ def _recorded(options: EvalOptions, models: Models, task: Task, k: int | None, o
         folder=out or trace_folder(task.name, settings, k),
         k=k,
         data=data,
+        about_heads=models.about_heads(),
     )
 
 

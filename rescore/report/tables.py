@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rescore.block_length import BlockLengths
     from rescore.tuning import Tuned
 
+FEW_POSITIONS = 1000  # held out: fewer tell little apart
 LABEL = ("task", "rescorer", "k", "p")  # the first columns of every table of results
 OUTCOMES = ("won", "tied", "lost")  # of a step against the unrescored draft
 
@@ -196,8 +197,11 @@ def accuracy_table(accuracy: HeldOutAccuracy) -> str:
     rows = [[f"top-{n}", *(f"{value:.3f}" for value in values[1:])] for n, values in accuracy.top.items()]
     note = (
         f"accepted at every position, token 1 counted as right: {accuracy.accepted:.3f} arg-max, "
-        f"{accuracy.accepted_16:.3f} best of top 16"
+        f"{accuracy.accepted_16:.3f} best of top 16;\n"
+        f"measured on {accuracy.positions} positions of {accuracy.segments} held-out texts"
     )
+    if accuracy.positions < FEW_POSITIONS:
+        note += ": too few to compare trainings by (--held-out takes a corpus to measure on)"
     return table(["head", *(str(i) for i in range(2, h + 1))], rows) + "\n" + note
 
 

@@ -25,6 +25,7 @@ from lm.block_heads import (
     known_heads,
     lattice_of,
     load_heads,
+    of_other_weights,
     read_config,
     top_k_lowest_ids,
 )
@@ -304,6 +305,24 @@ class TestShipped:
         assert heads_folder(None, identity) == tmp_path / "tiny" / "heads"
         assert load_heads(None, identity).h == 4
         assert heads_folder("~/mine", identity) == Path.home() / "mine"
+
+    def test_heads_of_other_weights_are_told(self, tiny_base, tmp_path, monkeypatch):
+        monkeypatch.setattr(block_heads, "SHIPPED", tmp_path)
+        heads = make_heads(tiny_base)
+        heads.save(tmp_path / "tiny" / "heads")
+        identity = dataclasses.replace(tiny_base.identity, name="tiny")
+        assert of_other_weights(None, identity) is None  # of an earlier version, which did not say
+        heads.config = dataclasses.replace(heads.config, base_weights_sha256=identity.weights_sha256)
+        heads.save(tmp_path / "mine")
+        assert of_other_weights(str(tmp_path / "mine"), identity) is None
+        other = dataclasses.replace(identity, weights_sha256="0" * 64)
+        said = of_other_weights(str(tmp_path / "mine"), other)
+        assert "other weights than tiny's" in said and f"its own lie in {tmp_path / 'tiny' / 'heads'}" in said
+
+    def test_those_of_a_tuned_base_lie_in_its_folder(self, tiny_base, tmp_path):
+        make_heads(tiny_base).save(tmp_path / "tuned" / "heads")
+        said = refused(lambda: load_heads(str(tmp_path / "tuned"), tiny_base.identity))
+        assert f"(but in {tmp_path / 'tuned' / 'heads'})" in said
 
     def test_without_any_the_command_to_train_some_is_shown(self, tiny_base, tmp_path, monkeypatch):
         monkeypatch.setattr(block_heads, "SHIPPED", tmp_path)

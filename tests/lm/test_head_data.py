@@ -197,7 +197,7 @@ class TestPairs:
     def test_an_empty_file(self, tiny_base, tmp_path):
         (tmp_path / "x.jsonl").write_text("")
         said = refused(lambda: read_head_data(tiny_base, tmp_path / "x.jsonl", tmp_path / "cache"), InvalidDataError)
-        assert "too short" in said
+        assert "is empty" in said
 
 
 class TestOwnOutput:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +144,43 @@ def test_it_stops_early_where_the_training_says_so(tmp_path):
     assert json.loads((tmp_path / "training.json").read_text())["step"] == 8
     again = Toy(Plan(stop_at=2)).train(tmp_path, progress=lambda *_: pytest.fail("trained"))
     assert again == found
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5, 8, 10])
+def test_ctrl_c_leaves_a_checkpoint_of_its_step(tmp_path, stop):
+    Toy().train(tmp_path / "whole")
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def press(step: int, *_: object) -> None:
+        seen.append(step)
+        if step == stop:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        Toy().train(tmp_path / "parts", progress=press)
+    assert signal.getsignal(signal.SIGINT) is before and seen == list(range(1, stop + 1))
+    Toy().train(tmp_path / "parts", progress=lambda step, *_: seen.append(step))
+    assert seen == list(range(1, 11))
+    kept, whole = (load_file(tmp_path / name / KEPT) for name in ("parts", "whole"))
+    assert kept.keys() == whole.keys() and all(torch.equal(kept[name], whole[name]) for name in kept)
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path, monkeypatch):
+    losses = Toy._losses
+
+    def pressed_twice(self, step: int) -> Iterator[torch.Tensor]:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the step went on")
+        yield
+
+    monkeypatch.setattr(
+        Toy, "_losses", lambda self, step: pressed_twice(self, step) if step == 4 else losses(self, step)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        Toy().train(tmp_path)
+    assert not (tmp_path / "training.json").exists()
 
 
 class TestLog:

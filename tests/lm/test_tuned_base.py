@@ -15,7 +15,7 @@ from test_training import SMALL
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
-from lm.block_heads import heads_folder, load_heads
+from lm.block_heads import heads_folder, load_heads, of_other_weights
 from lm.catalog import identify, load_base, load_embeddings
 from lm.head_data import read_head_data
 from lm.neural import DeltaConfig, check_fits, find_neural, first_layers, load_neural, save_delta
@@ -218,6 +218,8 @@ def test_from_training_to_a_base_of_its_own(folder, pairs, tmp_path, how):
         config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == folder
     assert heads_folder(None, tuned.identity) == tmp_path / "out" / "heads"
+    assert of_other_weights(None, tuned.identity) is None
+    assert "other weights" in of_other_weights(str(tmp_path / "out" / "heads"), identify(folder))
     heads = load_heads(None, tuned.identity)
     prompt = tuned.encode_prompt("pp", chat=True)
     greedy = decode(tuned, None, prompt, max_new_tokens=24)

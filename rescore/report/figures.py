@@ -141,7 +141,7 @@ def percent(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
     """A share or gain of a table."""
     if value is None:
         return NONE
-    return f"{value:+.{digits}%}" if sign else f"{value:.{digits}%}"
+    return f"{value:+.{digits}%}" if sign else f"{value:z.{digits}%}"  # z: no -0 %
 
 
 def interval(values: Sequence[float] | None, *, gain: bool = False) -> str:

@@ -10,7 +10,7 @@ import pytest
 from conftest import byte_tokenizer
 
 from rescore.report.csv_table import csv_document, plain
-from rescore.report.figures import safe
+from rescore.report.figures import percent, safe
 from rescore.report.head_charts import _label_places
 from rescore.report.headline import make_headline, recovered
 from rescore.report.markdown import escaped
@@ -166,3 +166,10 @@ def test_sweeps_of_tasks_whose_names_are_patterns(tmp_path, monkeypatch):
     run = FinishedRun(tmp_path, config, [], {})
     (found,) = kept_sweeps(run, "a[b]")
     assert found.block_efficiency == [1.0, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("value", "sign", "shown"), [(-0.0004, False, "0%"), (0.25, False, "25%"), (-0.06, True, "-6%"), (None, False, "-")]
+)
+def test_shares_have_no_negative_zero(value, sign, shown):
+    assert percent(value, 0, sign=sign) == shown

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 Measured = TypeVar("Measured")  # what an evaluation of a training gives
 MaxTokens = Annotated[int | None, typer.Option(help="Tokens taken of each text corpus, at most.")]
 CacheGB = Annotated[float, typer.Option(help="Limit of a text corpus's cached states, in 10^9 bytes.")]
-
 Precision = Annotated[str, typer.Option(help="float32, bfloat16, or auto: what the machine is fast in.")]
 
 training = typer.Typer(rich_markup_mode=None)

@@ -153,7 +153,6 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         held_out: HeadData | None = None,
     ) -> None:
         options.check()
-        self.stored = STORED[options.stored]
         self.dtype = choose_precision(options.precision, base.device)
         # What `auto` stands for depends on the machine; the record and a resumed run need the precision itself.
         options = dataclasses.replace(options, precision=str(self.dtype).removeprefix("torch."))
@@ -358,10 +357,11 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         }
 
     def _save(self, out: Path) -> None:
+        stored = STORED[self.options.stored]
         if self.tuned is None:
-            self.heads.save(out, dtype=self.stored)
+            self.heads.save(out, dtype=stored)
         else:
             self.tuned.save(out)
             tuned = identify(str(out)).weights_sha256
             self.heads.config = dataclasses.replace(self.heads.config, base_weights_sha256=tuned)
-            self.heads.save(out / HEADS_FOLDER, dtype=self.stored)
+            self.heads.save(out / HEADS_FOLDER, dtype=stored)

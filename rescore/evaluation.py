@@ -174,9 +174,7 @@ def trace_task(
     options = resolve(options)
     models = Models(options)
     task = prepare(options, models, k=options.k, out=out)[0]
-    if notify:
-        for line in task.notices:
-            notify(line)
+    task.tell(notify)
     return task.trace(models, progress=progress)
 
 
@@ -192,8 +190,7 @@ def _new_evaluation(options: EvalOptions, inputs: Sequence[TaskInput], notify: N
     }
     evaluation = Evaluation(ResultsDocument(config))
     for task in inputs:
-        for line in task.notices:
-            evaluation.notice(line, notify)
+        task.tell(partial(evaluation.notice, notify=notify))
     return evaluation
 
 

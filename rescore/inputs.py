@@ -34,7 +34,7 @@ from rescore.tracing import (
 )
 
 if TYPE_CHECKING:
-    from lm.base import BaseLM
+    from lm.base import BaseIdentity, BaseLM
     from lm.block_heads import BlockHeads
 
 DEFAULT_TASK = "squad"
@@ -108,6 +108,13 @@ class Models:
         return load_base(self.options.base, dtype=self.options.dtype, device=self.options.device)
 
     @cached_property
+    def identity(self) -> BaseIdentity:
+        """Which base LM that is, told without its weights in memory."""
+        from lm.catalog import identify
+
+        return identify(self.options.base, dtype=self.options.dtype)
+
+    @cached_property
     def heads(self) -> BlockHeads:
         """All of the block heads."""
         from lm.block_heads import load_heads
@@ -117,16 +124,15 @@ class Models:
     def about_heads(self) -> str | None:
         """What the user should know of the heads, if anything."""
         from lm.block_heads import of_other_weights
-        from lm.catalog import identify
 
-        return of_other_weights(self.options.heads, identify(self.options.base, dtype=self.options.dtype))
+        return of_other_weights(self.options.heads, self.identity)
 
     def trace_settings(self, task: Task, data: TaskData) -> dict[str, Any]:
         """Everything that a trace depends on, but for its k; none of it needs the weights in memory."""
         from lm.block_heads import heads_folder, heads_sha256, read_config
-        from lm.catalog import identify, load_tokenizer
+        from lm.catalog import load_tokenizer
 
-        options, identity = self.options, identify(self.options.base, dtype=self.options.dtype)
+        options, identity = self.options, self.identity
         folder = heads_folder(self.options.heads, identity)
         template = load_tokenizer(self.options.base).chat_template if task.chat else None
         settings = {
@@ -164,10 +170,11 @@ class TaskInput:
     given: Trace | None = None
     about_heads: str | None = None
 
-    @property
-    def notices(self) -> list[str]:
-        """Lines for the user: examples that are not the task's own, heads that are not the base's."""
-        return [line for line in (self.data and self.data.notice, self.about_heads) if line]
+    def tell(self, notify: Callable[[str], None] | None) -> None:
+        """Passes on what the user should know: examples that are not the task's own, heads that are not the base's."""
+        for line in (self.data and self.data.notice, self.about_heads):
+            if line and notify:
+                notify(line)
 
     def last(self, count: int) -> TaskInput:
         """The same with only the last examples."""

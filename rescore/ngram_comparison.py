@@ -132,9 +132,7 @@ def compare_ngrams(
     models = Models(options)
     (task,) = prepare(dataclasses.replace(options, limit=None), models)
     evaluated, tuned_on = _split(task, options.limit, held_out)
-    if notify:
-        for line in task.notices:
-            notify(line)
+    task.tell(notify)
     tokenizer = _tokenizer_sha256(options.base)
     if task.given and target_of(task.given).tokenizer_sha256 not in (None, tokenizer):
         raise IncompatibleError(

@@ -69,9 +69,7 @@ def tune(
     found = []
     for task in prepare(options, models, k=trace_k):
         task = task.last(max(1, min(limit, len(task.ids) // 2)))
-        if notify:
-            for line in task.notices:
-                notify(line)
+        task.tell(notify)
         check_tokenizers(task, rescorers)
         trace = task.trace(models, progress=progress).first_heads(options.h)
         fitted = fit_to(trace, rescorers, device=choose_device(options.device))

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import byte_tokenizer
 
+from lm.training import HeldOutAccuracy
 from rescore.report.csv_table import csv_document, plain
 from rescore.report.figures import percent, safe
 from rescore.report.head_charts import _label_places
@@ -17,7 +18,7 @@ from rescore.report.markdown import escaped
 from rescore.report.sources import json_text
 from rescore.report.style import COLOURS, looks
 from rescore.report.sweeps import kept_sweeps
-from rescore.report.tables import table
+from rescore.report.tables import accuracy_table, table
 from rescore.report.token_text import excerpt, harmless, token_texts, tokenizer_of, visible
 from rescore.runs import FinishedRun
 
@@ -173,3 +174,10 @@ def test_sweeps_of_tasks_whose_names_are_patterns(tmp_path, monkeypatch):
 )
 def test_shares_have_no_negative_zero(value, sign, shown):
     assert percent(value, 0, sign=sign) == shown
+
+
+@pytest.mark.parametrize(("positions", "few"), [(999, True), (1000, False)])
+def test_accuracy_on_little_text_says_so(positions, few):
+    shown = accuracy_table(HeldOutAccuracy({1: [1.0, 0.5]}, 1.5, 1.5, positions, 7))
+    assert f"measured on {positions} positions of 7 held-out texts" in shown
+    assert ("--held-out" in shown) == few

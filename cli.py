@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,6 +75,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = "--debug" in sys.argv
+    if not debug:  # what a library says of its next version is for us: the test suite fails of it
+        warnings.simplefilter("ignore")
     try:
         # Not standalone: errors and exit codes come here instead of being printed by the library.
         sys.exit(app(args=arguments or ["--help"], prog_name="rescore", standalone_mode=False))

@@ -24,7 +24,7 @@ from lm.files import cache_directory
 from rescore.report.tables import table
 from rescore.tasks import load_task
 
-COMMAND = [sys.executable, "-m", "cli"]
+COMMAND = [sys.executable, "-m", "rescore"]
 REPEATS = 5
 LOAD = """
 import time

@@ -484,7 +484,7 @@ class TestInterruption:
         options = [*model, "--data", data, "--rescorer", "none", "--k", 4]
         live = ["eval", *options, "--mode", "live", "--out", tmp_path / "run"]
         process = subprocess.Popen(
-            [sys.executable, "-m", "cli", *map(str, live)],
+            [sys.executable, "-m", "rescore", *map(str, live)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -536,7 +536,7 @@ class TestHelp:
         root = Path(cli.__file__).parent
         settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]
         modules = {path.stem for path in root.glob("*.py")}
-        assert set(settings["setuptools"]["py-modules"]) == modules
+        assert {f"{name}.py" for name in modules} <= set(settings["hatch"]["build"]["targets"]["wheel"]["only-include"])
         assert {f"{name}.py" for name in modules} <= set(settings["mypy"]["files"])
 
     def test_help_imports_no_heavy_library(self):
@@ -558,6 +558,6 @@ print(sorted({{"torch", "transformers", "datasets", "numba", "numpy", "pyarrow"}
     def test_the_command_starts_itself_anew_with_its_settings(self):
         environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
         found = subprocess.run(
-            [sys.executable, "-m", "cli", "eval", "--k", "x"], capture_output=True, text=True, env=environment
+            [sys.executable, "-m", "rescore", "eval", "--k", "x"], capture_output=True, text=True, env=environment
         )
         assert found.returncode == 2 and re.fullmatch(r"rescore: Invalid value for '--k': .*\n", found.stderr)

@@ -51,6 +51,7 @@ def _alpha(options: EvalOptions, task: TaskInput, rescorer: WeightedRescorer, p:
     if path.is_file():
         tuned = read_json_object(path, missing=f"can't use the tuned weight in {path}")
         found = {"alpha": float(tuned["alpha"]), "from": "tuned", "held_out": tuned["held_out"]}
+        found["held_out_groups"] = tuned.get("held_out_groups", [])
         if tuned.get("data_sha256") != task.settings.get("data_sha256"):
             found["other_data"] = True
         return found
@@ -78,6 +79,8 @@ def _alpha_fact(chosen: Mapping[str, Any], task: TaskInput) -> str | None:
         facts.append(f"alpha {chosen['alpha']:g} was tuned on other data of this task")
     elif shared := len(set(task.ids) & set(held_out)):
         facts.append(f"alpha was tuned on {shared} of these {len(task.ids)} examples")
+    if shared := sum(group in chosen.get("held_out_groups", ()) for group in task.groups):
+        facts.append(f"{shared} of these {len(task.ids)} examples share a source with those that alpha was tuned on")
     return "; ".join(facts) or None
 
 

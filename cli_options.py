@@ -42,8 +42,8 @@ LeaveOut = Annotated[
     str | None,
     typer.Option(
         "--leave-out",
-        help="Leave out the examples of this list: a file of rescore overlap --out, or shipped: those that share text with "
-        "what the shipped models were trained on.",
+        help="Leave out the examples of this list: a file of rescore overlap --out, or shipped: those that share text "
+        "with what the shipped models were trained on.",
     ),
 ]
 Data = Annotated[str | None, typer.Option(help="JSON lines file with the task's examples.")]

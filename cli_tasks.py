@@ -1,5 +1,5 @@
-"""Commands for tasks: `tasks` lists them, `perplexity` scores the base LM on their passages, `overlap` finds examples that
-share text with training corpora."""
+"""Commands for tasks: `tasks` lists them, `perplexity` scores the base LM on their passages, `overlap` finds examples
+that share text with training corpora."""
 
 from __future__ import annotations
 

@@ -47,7 +47,8 @@ class Gain:
 class Difference:
     """One side's block efficiency against the other's on the same examples: `difference` (B less A, tokens a step) and
     `gain` (B over A, less 1) with their paired intervals by group (None for fewer than four groups); `groups`: how many
-    groups the examples are of; `won`, `tied`, `lost`: examples that B decodes with more, as many, fewer tokens a step."""
+    groups the examples are of; `won`, `tied`, `lost`: examples that B decodes with more, as many, fewer tokens a
+    step."""
 
     groups: int
     difference: float

@@ -1,11 +1,11 @@
 """95 % intervals by the studentised bootstrap over groups, for ratios of totals and what is made of them.
 
-Every resample draws as many groups as there are, with replacement; its statistic less the sample's is divided by its own
-standard error, and the quantiles of that (not a normal distribution's) are laid around the sample's statistic: Efron and
-Tibshirani 1993, chapter 12.5 ("bootstrap-t"). The standard error is the linearised one of a function of totals (the
-ratio estimator of survey sampling, Cochran 1977, chapter 2). With 10 to 20 groups of skewed sizes and effects it covers
-93 to 95 %, where percentiles (and BCa, which corrects bias and skewness but not the too small spread of few groups)
-cover 86 to 90 %: tests/rescore/test_bootstrap.py.
+Every resample draws as many groups as there are, with replacement; its statistic less the sample's is divided by its
+own standard error, and the quantiles of that (not a normal distribution's) are laid around the sample's statistic:
+Efron and Tibshirani 1993, chapter 12.5 ("bootstrap-t"). The standard error is the linearised one of a function of
+totals (the ratio estimator of survey sampling, Cochran 1977, chapter 2). With 10 to 20 groups of skewed sizes and
+effects it covers 93 to 95 %, where percentiles (and BCa, which corrects bias and skewness but not the too small spread
+of few groups) cover 86 to 90 %: tests/rescore/test_bootstrap.py.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def interval(
 ) -> tuple[float, float] | None:
     """The 95 % interval of a statistic of the sums over groups; None for fewer than `LEAST_GROUPS` groups.
 
-    `totals` `[groups, m]`; `statistic` must not change when all sums grow by one factor (as ratios don't). `within`: the
-    range of what is estimated, to which the interval is cut.
+    `totals` `[groups, m]`; `statistic` must not change when all sums grow by one factor (as ratios don't). `within`:
+    the range of what is estimated, to which the interval is cut.
     """
     groups, columns = totals.shape
     if groups < LEAST_GROUPS:
@@ -72,7 +72,7 @@ def interval(
 def _with_error(
     sums: np.ndarray, products: np.ndarray, statistic: Statistic, groups: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Values and standard errors of the statistic: `[...]` each, from sums `[..., m]` and of products `[..., m * m]`."""
+    """Values and standard errors of the statistic, `[...]` each: of sums `[..., m]` and sums of products `[..., m * m]`."""
     value, gradient = statistic(sums)
     weights = (gradient[..., :, None] * gradient[..., None, :]).reshape(products.shape)
     # The gradient is at right angles to the sums (the factor above), so nothing need be centred.

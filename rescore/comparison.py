@@ -60,7 +60,8 @@ class SideResult:
 
 @dataclass(frozen=True)
 class ComparedRow:
-    """B against A on the `n` examples (of so many `groups`) of a task that both have; `only_a`, `only_b`: how many one of them lacks."""
+    """B against A on the `n` examples (of so many `groups`) of a task that both have; `only_a`, `only_b`: how many one
+    of them lacks."""
 
     task: str
     h: int

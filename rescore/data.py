@@ -28,8 +28,9 @@ REFUSALS = {403, 407, 429}  # statuses by which a proxy or the hub turns everybo
 class TaskData:
     """Examples and their origin.
 
-    `source` is a JSON object for results: `kind` (`file`, `hub` or `sample`), where it was, and `sha256` of all of
-    it, whatever the limit, and where examples were left out their ids, `left_out`. `notice` is a line for the user if the data are not the task's own.
+    `source` is a JSON object for results: `kind` (`file`, `hub` or `sample`), where it was, and `sha256` of all of it,
+    whatever the limit, and where examples were left out their ids, `left_out`. `notice` is a line for the user if the
+    data are not the task's own.
     """
 
     examples: tuple[Example, ...]
@@ -43,9 +44,9 @@ def load_examples(
     """`limit` examples (default: the task's limit, else all) of `task`, from `data` (JSON lines), the task's
     file, the hub or the sample.
 
-    Their order is that of the data, but one of each group stands before a second one of any, which before the third ones
-    (`rescore.groups.one_of_each_first`): with a limit as many sources as there are, and the first so many of a smaller
-    limit are those of a larger one. `leave_out`: digests of prompts that are left out, before the limit counts.
+    Their order is that of the data, but one of each group stands before a second one of any, which before the third
+    ones (`rescore.groups.one_of_each_first`): with a limit as many sources as there are, and the first so many of a
+    smaller limit are those of a larger one. `leave_out`: digests of prompts that are left out, before the limit counts.
 
     Rows that are not the task's (`Task.row`) are passed over and do not count. An example's id is the record's `id`,
     else its line number; one that came before gets `#line` appended. With no network the hub's data set is taken from

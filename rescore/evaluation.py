@@ -254,7 +254,8 @@ def _replay(
             for example, steps in zip(missing, replayed, strict=True):
                 head = _head(trace, task, (typed, p), example, quality[example.id])
                 log.add({
-                    **head, "cut": is_cut(example.output_ids, trace.header.eos_token_ids), "accepted": steps.accepted, "drafts": steps.drafts, "oracle_accepted": oracle[example.id],
+                    **head, "cut": is_cut(example.output_ids, trace.header.eos_token_ids),
+                    "accepted": steps.accepted, "drafts": steps.drafts, "oracle_accepted": oracle[example.id],
                     "unrescored_accepted": unrescored_at(example, steps.accepted),
                     "output_ids": example.output_ids.tolist(),
                 })  # fmt: skip

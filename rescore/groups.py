@@ -1,7 +1,7 @@
 """Groups of examples that share a source (a passage, a document, a conversation): they are not independent.
 
-Intervals draw whole groups (`rescore.bootstrap`), a limit takes one example of each group before a second one of any, and
-held-out examples share no group with those that are evaluated.
+Intervals draw whole groups (`rescore.bootstrap`), a limit takes one example of each group before a second one of any,
+and held-out examples share no group with those that are evaluated.
 """
 
 from __future__ import annotations

@@ -54,12 +54,12 @@ class EvalOptions:
     `tasks` (none: squad, or the task that `trace` was recorded for) by name or as YAML files, `rescorers` by name;
     `base` and `heads` (path, None for those shipped); `h`: use the first h heads only; `k`: lattice entries per head;
     `p`: drafts per step, a number or several, each of which is run (`resolve` makes it a tuple); `alpha`: weight of the
-    rescorer (None: the tuned one, else its default); `limit`: the first so many examples, one of each group before a second one
-    of any; `leave_out`: `shipped` or a file of `rescore overlap`, whose examples are left out; `max_new_tokens` an output;
-    `max_prompt_tokens`: cuts prompts (these three, None: what the task's file says, else all, 64 and no cut); `mode`:
-    replay or live; `verify`: tree or batch (live); `data`: JSON lines file; `trace`: folder to replay, wherever it was
-    made; `dtype` and `device` of the base; `seed` of the bootstrap intervals, the one random thing in an evaluation;
-    `own_p`: rescorers whose p are others than `p`.
+    rescorer (None: the tuned one, else its default); `limit`: the first so many examples, one of each group before a
+    second one of any; `leave_out`: `shipped` or a file of `rescore overlap`, whose examples are left out;
+    `max_new_tokens` an output; `max_prompt_tokens`: cuts prompts (these three, None: what the task's file says, else
+    all, 64 and no cut); `mode`: replay or live; `verify`: tree or batch (live); `data`: JSON lines file; `trace`:
+    folder to replay, wherever it was made; `dtype` and `device` of the base; `seed` of the bootstrap intervals, the one
+    random thing in an evaluation; `own_p`: rescorers whose p are others than `p`.
     """
 
     tasks: tuple[str, ...] = ()

@@ -79,7 +79,8 @@ class ComparedNgram:
 
 @dataclass(frozen=True)
 class NgramComparison:
-    """What `compare_ngrams` found, on the `examples` (ids; of so many `groups`), with alpha tuned on `held_out` (ids)."""
+    """What `compare_ngrams` found, on the `examples` (ids; of so many `groups`), with alpha tuned on `held_out`
+    (ids)."""
 
     task: str
     k: int
@@ -119,11 +120,11 @@ def compare_ngrams(
 ) -> NgramComparison:
     """Trains a model of every corpus and order, tunes its alpha for every p of the options, and evaluates it.
 
-    `options`: one task; `limit` examples are evaluated, from the first on (None: all but those held out), `held_out`
-    of the last groups are tuned on (None: `HELD_OUT`, at most half of all); rescorers and alpha of the options do not matter.
-    The corpus `shipped` is the shipped model, in its one order. `own` says how output for `own:PROMPTS` is generated
-    (default: by the base of the options). Raises `RescoreError` for what `build_ngram` and `evaluate` refuse, and for
-    examples that would be both tuned and evaluated on.
+    `options`: one task; `limit` examples are evaluated, from the first on (None: all but those held out), `held_out` of
+    the last groups are tuned on (None: `HELD_OUT`, at most half of all); rescorers and alpha of the options do not
+    matter. The corpus `shipped` is the shipped model, in its one order. `own` says how output for `own:PROMPTS` is
+    generated (default: by the base of the options). Raises `RescoreError` for what `build_ngram` and `evaluate` refuse,
+    and for examples that would be both tuned and evaluated on.
     """
     _check(corpora, orders)
     for alpha in alphas:

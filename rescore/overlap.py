@@ -44,8 +44,8 @@ class SharedText:
 
 @dataclass(frozen=True)
 class TaskOverlap:
-    """One task: its number of `examples`, where they come from (`source`), and those that share text (`found`), in their
-    order."""
+    """One task: its number of `examples`, where they come from (`source`), and those that share text (`found`), in
+    their order."""
 
     task: str
     examples: int

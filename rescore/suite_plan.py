@@ -19,7 +19,8 @@ from rescore.yaml_input import Value, read_yaml
 
 LIMITS = ("limit", "max_new_tokens", "max_prompt_tokens")
 KEYS = (
-    "base", "heads", "dtype", "device", "mode", "verify", "seed", "tasks", "rescorers", "k", "p", "h", "tune", "leave_out", *LIMITS,
+    "base", "heads", "dtype", "device", "mode", "verify", "seed", "tasks", "rescorers", "k", "p", "h", "tune",
+    "leave_out", *LIMITS,
 )  # fmt: skip
 Made = TypeVar("Made")
 

@@ -35,7 +35,7 @@ class Efficiency(Record):
 
 @dataclass(frozen=True)
 class Repetition(Record):
-    """Consecutive repetition in `drafts` drafts.
+    """Consecutive repetition in `drafts` drafts, all of h tokens: cut ones do not count.
 
     `share`: of the neighbouring pairs of tokens, those that are equal; `repeating`: of the drafts, those with at least
     one such pair; `mean_longest_run`: the mean over drafts of the longest run of one token (1: no repetition);
@@ -53,7 +53,7 @@ class Repetition(Record):
 class TraceRepetition(Record):
     """Repetition in a trace: `decode`: of the unrescored drafts at the steps of the unrescored decode (the figure to
     compare with); `every_position`: of the unrescored drafts at all positions; `output`: of what the base LM itself
-    goes on with at all positions (the next h tokens), which no rescorer should fall below."""
+    goes on with at all positions that have h tokens before the end of the output, which no rescorer should fall below."""
 
     decode: Repetition
     every_position: Repetition
@@ -363,8 +363,8 @@ class EfficiencyTable(Record):
 
 @dataclass(frozen=True)
 class Contrast(Record):
-    """Two rescorers of one run on one task, paired by example (`n` of so many `groups`): `gain` of `rescorer` over `against` (0.01 = 1 % more
-    tokens a step) with its paired 95 % interval; for in-domain against general rescorers."""
+    """Two rescorers of one run on one task, paired by example (`n` of so many `groups`): `gain` of `rescorer` over
+    `against` (0.01 = 1 % more tokens a step) with its paired 95 % interval; for in-domain against general rescorers."""
 
     task: str
     p: int

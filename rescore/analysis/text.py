@@ -40,7 +40,7 @@ def findings_text(found: Findings) -> str:
 
 def trace_text(found: TraceAnalysis) -> str:
     """All analyses of a trace that there are."""
-    facts = f"{found.examples} examples ({found.groups} groups), {found.positions} positions, h = {found.h}, K = {found.entries}"
+    facts = f"{_examples(found)}, {found.positions} positions, h = {found.h}, K = {found.entries}"
     title = f"{printable(found.name)}: {facts}"
     parts = [title]
     if found.repetition:
@@ -60,11 +60,13 @@ def trace_text(found: TraceAnalysis) -> str:
     return "\n\n".join(parts)
 
 
+def _examples(found: TraceAnalysis | RunAnalysis) -> str:
+    return f"{found.examples} examples ({found.groups} groups)"
+
+
 def run_text(found: RunAnalysis) -> str:
     """All analyses of one task of a run."""
-    parts = [
-        f"{printable(found.task)}: {found.examples} examples ({found.groups} groups), {found.mode}, h = {found.h}, k = {found.k}"
-    ]
+    parts = [f"{printable(found.task)}: {_examples(found)}, {found.mode}, h = {found.h}, k = {found.k}"]
     parts += [part for part in (_outcomes(found.rescorers), _before_after(found.rescorers)) if part]
     if found.by_p:
         parts.append(_by_p(found.by_p))
@@ -105,8 +107,8 @@ def contrast_text(found: Sequence[Contrast]) -> str:
     """Rescorers against others, paired by example."""
     rows = [
         [
-            c.task, c.rescorer, c.against, str(c.p), str(c.n), str(c.groups), f"{c.block_efficiency:.3f}", f"{c.against_block_efficiency:.3f}",
-            f"{c.gain:+.1%}", "-" if c.gain_ci95 is None else "{:+.1%} to {:+.1%}".format(*c.gain_ci95),
+            c.task, c.rescorer, c.against, str(c.p), str(c.n), str(c.groups), f"{c.block_efficiency:.3f}",
+            f"{c.against_block_efficiency:.3f}", f"{c.gain:+.1%}", "-" if c.gain_ci95 is None else "{:+.1%} to {:+.1%}".format(*c.gain_ci95),
         ]
         for c in found
     ]  # fmt: skip

@@ -80,9 +80,9 @@ def _efficiency(results: Sequence[Result]) -> str:
             f"{r.block_efficiency_macro:.3f}", f"{r.oracle_block_efficiency:.3f}",
         ])  # fmt: skip
     note = (
-        "block eff. = tokens / steps, pooled (1 = no gain, h = ceiling), with its 95 % interval (studentised bootstrap\n"
-        f"by group: examples of one source; - for fewer than {LEAST_GROUPS} groups); macro = mean over examples; oracle = block\n"
-        "eff. of the best path of the top-k lattice."
+        "block eff. = tokens / steps, pooled (1 = no gain, h = ceiling); 95 %: studentised bootstrap by group (examples of\n"
+        f"one source), - for fewer than {LEAST_GROUPS} groups; macro = mean over examples; oracle = block eff. of the best\n"
+        "path of the top-k lattice."
     )
     return table([*LABEL, *header], rows, text_columns=2) + "\n" + note
 
@@ -118,8 +118,8 @@ def _gains(results: Sequence[Result]) -> str:
         return ""
     note = (
         "alpha = weight of the rescorer; gain of block eff. over none at p = 1 where that was run too, with a paired\n"
-        "interval by group; won, tied, lost: steps that accepted more, as many, fewer tokens than the unrescored draft\n"
-        "would have there."
+        "interval by group; won, tied, lost: steps that accepted more, as many, fewer tokens than the unrescored\n"
+        "draft would have there."
     )
     return table([*LABEL, "alpha", "gain", "95 %", *OUTCOMES], rows, text_columns=2) + "\n" + note
 
@@ -248,7 +248,8 @@ def block_length_table(found: BlockLengths) -> str:
         ])  # fmt: skip
     of = found.rescorer + ("" if found.alpha is None else f", alpha {found.alpha:g}")
     note = (
-        f"{found.base} on {found.examples} examples ({found.groups} groups) of {found.task or 'a trace'}, {of}, k = {found.k}, {found.dtype}, "
+        f"{found.base} on {found.examples} examples ({found.groups} groups) of {found.task or 'a trace'}, {of}, "
+        f"k = {found.k}, {found.dtype}, "
         f"{found.device}, {found.cached} cached tokens; greedy decoding\ntakes {found.greedy_ms:.1f} ms a token. "
         "Times are medians, the speed-up (* the best) is foreseen from them; eval --mode live measures it."
     )

@@ -69,12 +69,12 @@ class Limits:
 class Task:
     """A task: prompt, references, metrics, and where its data come from.
 
-    `fields` are those a record must have. `template` holds names in braces that stand for text fields of the record,
-    or for what `variables` makes of the record if that is given; it is the whole record of how a prompt is made, so
-    it belongs in cache keys and results. `row` comes before all this: it gives the record, with these fields, of a row
-    that may have another shape, or None for a row that is not this task's (`rows` says in words which are). `chat`
-    puts the prompt into the base LM's chat template. `passage` names the text field that perplexity is of. `group` gives
-    the text of the source that examples share (a passage, a document, a conversation); None: the prompt itself, so that
+    `fields` are those a record must have. `template` holds names in braces that stand for text fields of the record, or
+    for what `variables` makes of the record if that is given; it is the whole record of how a prompt is made, so it
+    belongs in cache keys and results. `row` comes before all this: it gives the record, with these fields, of a row
+    that may have another shape, or None for a row that is not this task's (`rows` says in words which are). `chat` puts
+    the prompt into the base LM's chat template. `passage` names the text field that perplexity is of. `group` gives the
+    text of the source that examples share (a passage, a document, a conversation); None: the prompt itself, so that
     only examples that ask the same are of one group.
 
     Data come from `file` (JSON lines) or from the `hub`; `without_hub` tells a user why there is none, and what to do.

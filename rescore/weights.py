@@ -79,8 +79,9 @@ def _alpha_fact(chosen: Mapping[str, Any], task: TaskInput) -> str | None:
         facts.append(f"alpha {chosen['alpha']:g} was tuned on other data of this task")
     elif shared := len(set(task.ids) & set(held_out)):
         facts.append(f"alpha was tuned on {shared} of these {len(task.ids)} examples")
-    if shared := sum(group in chosen.get("held_out_groups", ()) for group in task.groups):
-        facts.append(f"{shared} of these {len(task.ids)} examples share a source with those that alpha was tuned on")
+    groups = set(chosen.get("held_out_groups", ()))
+    if near := sum(g in groups and name not in held_out for name, g in zip(task.ids, task.groups, strict=True)):
+        facts.append(f"alpha was tuned on examples that share their source with {near} of these {len(task.ids)}")
     return "; ".join(facts) or None
 
 

@@ -103,7 +103,7 @@ class TestRun:
             assert outcomes.lost / outcomes.steps == pytest.approx(shares["lost"])
             assert np.array(outcomes.joint).sum() == outcomes.steps == result["steps"]
             assert outcomes.repairs is not None and part.wallclock is None
-            assert part.repetition.examples == 3
+            assert part.repetition.examples == 6
         plain = found.rescorers[0]
         assert plain.repetition.before == plain.repetition.after == found.trace.repetition.decode
         assert found.trace.oracle.unrescored.block_efficiency == plain.efficiency.block_efficiency

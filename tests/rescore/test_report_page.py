@@ -270,7 +270,7 @@ def test_an_example_without_steps_is_passed_over(results, tmp_path):
             line.update(accepted=[], drafts=[], oracle_accepted=[], unrescored_accepted=[], output_ids=[])
     (results / "examples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (data,) = Page(report(results, tmp_path).html).json(class_="explorer-data")
-    assert len(data["examples"]) == 2
+    assert len(data["examples"]) == 4
 
 
 def test_live_results_have_times(options, tmp_path, cache_folder):

@@ -149,7 +149,7 @@ class _Runs:
             held += [get(word, 0) for word in _words(text)]
             if len(held) >= BATCH:
                 yield self._hashes(np.array(held, dtype=np.uint64))
-                held = held[len(held) - self.n + 1 :]
+                held = held[max(0, len(held) - self.n + 1) :]
         yield self._hashes(np.array(held, dtype=np.uint64))
 
     def _key(self, word: str) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,7 @@ def _read(path: Path) -> frozenset[str]:
 
 def write_leave_out(overlap: Overlap, path: Path, *, about: str = "") -> None:
     """Writes the found examples as a list, without their text; `about`: a comment at its top. Raises `OutputError`."""
-    lines = [f"# {line}" for line in about.splitlines()]
+    lines = [f"# {line}" for paragraph in about.splitlines() for line in textwrap.wrap(paragraph, 110)]
     lines += [f"schema: {SCHEMA}", f"n: {overlap.n}"]
     tasks = [task for task in overlap.tasks if task.found]
     lines += ["tasks:"] if tasks else []

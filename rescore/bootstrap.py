@@ -4,8 +4,9 @@ Every resample draws as many groups as there are, with replacement; its statisti
 own standard error, and the quantiles of that (not a normal distribution's) are laid around the sample's statistic:
 Efron and Tibshirani 1993, chapter 12.5 ("bootstrap-t"). The standard error is the linearised one of a function of
 totals (the ratio estimator of survey sampling, Cochran 1977, chapter 2). With 10 to 20 groups of skewed sizes and
-effects it covers the truth in 92 to 94 of 100 samples, with tamer ones in 95, where percentiles (and BCa, which corrects
-bias and skewness but not that few groups spread too little) cover it in 82 to 90: tests/rescore/test_bootstrap.py.
+effects it covers the truth in 92 to 94 of 100 samples, with tamer ones in 95, where percentiles (and BCa, which
+corrects bias and skewness but not that few groups spread too little) cover it in 82 to 90:
+tests/rescore/test_bootstrap.py.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def interval(
 def _with_error(
     sums: np.ndarray, products: np.ndarray, statistic: Statistic, groups: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Values and standard errors of the statistic, `[...]` each: of sums `[..., m]` and sums of products `[..., m * m]`."""
+    """Values and standard errors of the statistic, `[...]` each, from sums `[..., m]` and of products `[..., m^2]`."""
     value, gradient = statistic(sums)
     weights = (gradient[..., :, None] * gradient[..., None, :]).reshape(products.shape)
     # The gradient is at right angles to the sums (the factor above), so nothing need be centred.

@@ -34,7 +34,8 @@ def _row(row: ComparedRow, same_k: bool) -> list[str]:
     gains = "{:+.1%} to {:+.1%}".format(*d.gain_ci95) if d.gain_ci95 else "-"
     return [
         row.task, _side(row.a, same_k), _side(row.b, same_k), str(row.n), str(row.groups),
-        f"{row.a.block_efficiency:.3f}", f"{row.b.block_efficiency:.3f}", f"{d.difference:+.3f}", interval, f"{d.gain:+.1%}", gains, str(d.won),
+        f"{row.a.block_efficiency:.3f}", f"{row.b.block_efficiency:.3f}",
+        f"{d.difference:+.3f}", interval, f"{d.gain:+.1%}", gains, str(d.won),
         str(d.tied), str(d.lost),
     ]  # fmt: skip
 

@@ -20,8 +20,8 @@ PAPER_ASSUMPTION = (
     "2048 (16 heads of 128), feed-forward 8192 and 2,048 positions are assumed, since they are not public"
 )
 PAPER_NEURAL_ASSUMPTION = (
-    "61M parameters with embeddings, 12 heads a layer and learned positions are the paper's; 3 layers, hidden size 768, "
-    "feed-forward 3072 and 2,048 positions are assumed"
+    "61M parameters with embeddings, 12 heads a layer and learned positions are the paper's; 3 layers, hidden size "
+    "768, feed-forward 3072 and 2,048 positions are assumed"
 )
 
 

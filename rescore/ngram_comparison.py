@@ -208,8 +208,8 @@ def _split(task: TaskInput, limit: int | None, held_out: int | None) -> tuple[Ta
     first = len(apart) if limit is None else limit
     if first < 1 or first > len(apart) or (held_out is not None and len(tuned_on.ids) < held_out):
         raise RescoreError(
-            f"{max(first, 1)} examples to evaluate (of other sources) and {last} held out are more than the {total} there "
-            "are; lower --limit or --held-out"
+            f"{max(first, 1)} examples to evaluate (of other sources) and {last} held out are more than the {total} "
+            "there are; lower --limit or --held-out"
         )
     return task.of(apart[:first]), tuned_on
 

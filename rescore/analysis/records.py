@@ -53,7 +53,8 @@ class Repetition(Record):
 class TraceRepetition(Record):
     """Repetition in a trace: `decode`: of the unrescored drafts at the steps of the unrescored decode (the figure to
     compare with); `every_position`: of the unrescored drafts at all positions; `output`: of what the base LM itself
-    goes on with at all positions that have h tokens before the end of the output, which no rescorer should fall below."""
+    goes on with at all positions that have h tokens before the end of the output, which no rescorer should fall
+    below."""
 
     decode: Repetition
     every_position: Repetition

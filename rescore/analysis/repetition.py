@@ -14,8 +14,8 @@ from rescore.tracing import TracedExample
 
 
 def repetition_of(drafts: np.ndarray) -> Repetition:
-    """Repetition in drafts int `[n, h]`. Those that end with -1 are cut, by the end of an output or the limit of tokens,
-    and do not count: a short one has less room to repeat anything."""
+    """Repetition in drafts int `[n, h]`. Those that end with -1 are cut, by the end of an output or the limit of
+    tokens, and do not count: a short one has less room to repeat anything."""
     drafts = drafts[(drafts >= 0).all(axis=1)]
     same = equal_neighbours(drafts)  # [n, h-1]
     return Repetition(

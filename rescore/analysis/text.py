@@ -108,7 +108,8 @@ def contrast_text(found: Sequence[Contrast]) -> str:
     rows = [
         [
             c.task, c.rescorer, c.against, str(c.p), str(c.n), str(c.groups), f"{c.block_efficiency:.3f}",
-            f"{c.against_block_efficiency:.3f}", f"{c.gain:+.1%}", "-" if c.gain_ci95 is None else "{:+.1%} to {:+.1%}".format(*c.gain_ci95),
+            f"{c.against_block_efficiency:.3f}", f"{c.gain:+.1%}",
+            "-" if c.gain_ci95 is None else "{:+.1%} to {:+.1%}".format(*c.gain_ci95),
         ]
         for c in found
     ]  # fmt: skip

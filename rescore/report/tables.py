@@ -80,9 +80,9 @@ def _efficiency(results: Sequence[Result]) -> str:
             f"{r.block_efficiency_macro:.3f}", f"{r.oracle_block_efficiency:.3f}",
         ])  # fmt: skip
     note = (
-        "block eff. = tokens / steps, pooled (1 = no gain, h = ceiling); 95 %: studentised bootstrap by group (examples of\n"
-        f"one source), - for fewer than {LEAST_GROUPS} groups; macro = mean over examples; oracle = block eff. of the best\n"
-        "path of the top-k lattice."
+        "block eff. = tokens / steps, pooled (1 = no gain, h = ceiling); 95 % = its interval (studentised bootstrap\n"
+        f"by group: examples of one source; - for fewer than {LEAST_GROUPS} groups); macro = mean over examples;\n"
+        "oracle = block eff. of the best path of the top-k lattice."
     )
     return table([*LABEL, *header], rows, text_columns=2) + "\n" + note
 

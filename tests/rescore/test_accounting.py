@@ -40,7 +40,7 @@ def test_equal_decodes_gain_nothing_and_few_examples_have_no_interval():
 
 
 def test_examples_of_one_group_count_as_one():
-    """Copies of an example say nothing new: the interval is that of one of each, where by example it would be narrow."""
+    """Copies of an example say nothing new: the interval is that of one of each; by example it would be narrow."""
     rng = np.random.default_rng(3)
     each = [rng.integers(1, 6, size=30).tolist() for _ in range(8)]
     copies, groups = each * 10, [str(i) for i in range(8)] * 10

@@ -139,7 +139,8 @@ class TestRun:
 
 def result(rescorer: str, p: int, efficiency: float, *, task: str = "squad", h: int = 3, gain: float | None = None):
     return {
-        "task": task, "rescorer": rescorer, "p": p, "k": 16, "alpha": None, "n": 2, "groups": 2, "steps": 10, "tokens": 12,
+        "task": task, "rescorer": rescorer, "p": p, "k": 16, "alpha": None, "n": 2, "groups": 2,
+        "steps": 10, "tokens": 12,
         "block_efficiency": efficiency, "block_efficiency_ci95": None, "block_efficiency_macro": efficiency,
         "gain": gain, "gain_ci95": None, "marginal": [1.0] * h, "latency": None,
     }  # fmt: skip

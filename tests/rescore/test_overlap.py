@@ -164,7 +164,7 @@ class TestList:
             read_leave_out(str(tmp_path / "list.yaml"))
 
     def test_no_file_and_no_name(self, tmp_path: Path):
-        with pytest.raises(RescoreError, match="can't read .*none.yaml"):
+        with pytest.raises(RescoreError, match=r"can't read .*none\.yaml"):
             read_leave_out(str(tmp_path / "none.yaml"))
         with pytest.raises(RescoreError, match="--leave-out is empty"):
             read_leave_out(" ")

@@ -63,22 +63,22 @@ def final_answer(output: str, references: tuple[str, ...]) -> float:
 def last_number(text: str) -> Decimal | None:
     """The last number of a text, None without one; equal numbers are equal however they are written (7, 7.00, 1e3).
 
-    ASCII digits, with commas for thousands or without, a point and decimals or decimals alone (.5), an exponent. A `-` or
-    U+2212 right before it, or before its currency sign, is its sign unless a digit, letter, % or closing bracket stands
-    right before that: `9-4` ends with 4. What comes behind (%, units, a full stop) is no part of it; of a fraction the
-    number below the stroke is the last one.
+    ASCII digits, with commas for thousands or without, a point and decimals or decimals alone (.5), an exponent. A `-`
+    or U+2212 right before it, or before its currency sign, is its sign unless a digit, letter, % or closing bracket
+    stands right before that: `9-4` ends with 4. What comes behind (%, units, a full stop) is no part of it; of a
+    fraction the number below the stroke is the last one.
     """
-    found = None
-    for found in _NUMBER.finditer(text):
-        pass
-    if found is None:
+    numbers = list(_NUMBER.finditer(text))
+    if not numbers:
         return None
+    found = numbers[-1]
     value = Decimal((found["number"].replace(",", "") + (found["exponent"] or "")).replace("\u2212", "-"))
     return -value if found["sign"] else value
 
 
 def last_word(output: str, references: tuple[str, ...]) -> float:
-    """1.0 if the output, space before it left out, begins with a reference and no letter, digit or accent goes on, else 0.0.
+    """1.0 if the output, space before it left out, begins with a reference and no letter, digit or accent goes on, else
+    0.0.
 
     So `dock.` and `dock's` are the word `dock`, `docks` and `Dock` are not.
     """

@@ -131,6 +131,7 @@ def trace_command(run: FinishedRun, task: str) -> str:
         "max-new-tokens": made_of.get("max_new_tokens"),
         "max-prompt-tokens": made_of.get("max_prompt_tokens"),
         "data": options.get("data"),
+        "leave-out": options.get("leave_out"),
         "out": folder,
     }
     words = [f"--{name} {shlex.quote(str(value))}" for name, value in arguments.items() if value is not None]

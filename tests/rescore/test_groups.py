@@ -16,11 +16,16 @@ from rescore.analysis.collect import analyse_folders
 from rescore.data import load_examples
 from rescore.evaluation import EvalOptions, evaluate, trace_task
 from rescore.groups import count_groups, digest, held_out, one_of_each_first
+from rescore.inputs import Models, prepare, resolve
 from rescore.runs import load_run
+from rescore.suite import run_suite
+from rescore.suite_plan import read_plan
+from rescore.summary import is_cut, summarize
 from rescore.tasks import Task, load_task
 from rescore.tasks.task_file import load_task_file
 from rescore.tracing import load_trace
 from rescore.tuning import tune
+from rescore.weights import alpha_notices
 
 GROUPS = st.lists(st.sampled_from("abcdef"), max_size=20)
 
@@ -192,3 +197,45 @@ class TestRuns:
         assert not evaluated & set(tuned.held_out_groups)
         (tuned,) = tune(options, alphas=(0.5,), ks=(4,), ps=(1,), evaluated=evaluated, keep=False)
         assert set(tuned.held_out) == {f"p{p}q{q}" for p in (2, 3) for q in range(3)}
+
+    def test_a_weight_that_was_tuned_on_the_same_sources_is_told(self, model: dict[str, Any], tmp_path: Path):
+        data = str(write_lines(tmp_path / "squad.jsonl", paragraphs(2, 2, 2)))
+        options = resolve(EvalOptions(**model, data=data, limit=5))
+        (task,) = prepare(options, Models(options))
+        held = {"alpha": 0.5, "from": "tuned", "held_out": ["p2q1"], "held_out_groups": [task.groups[2]]}
+        (line,) = alpha_notices({"ngram": {1: held}}, task)
+        assert line.endswith("alpha was tuned on examples that share their source with 1 of these 5")
+        (line,) = alpha_notices({"ngram": {1: held | {"held_out": ["p2q0"]}}}, task)
+        assert line.endswith("alpha was tuned on 1 of these 5 examples")
+        assert alpha_notices({"ngram": {1: held | {"held_out_groups": ["other"]}}}, task) == []
+
+    def test_a_suite_tunes_on_none_of_the_sources_that_it_evaluates(self, model: dict[str, Any], tmp_path: Path):
+        data = write_lines(tmp_path / "squad.jsonl", paragraphs(4, 4, 4))
+        body = "".join(f"{name}: {model[name]}\n" for name in ("base", "heads", "device", "k", "max_new_tokens"))
+        body += f"limit: 2\ntune: {{limit: 9, alphas: [0.5]}}\ntasks: [{{name: squad, data: {data}}}]\n"
+        (tmp_path / "table.yaml").write_text(body + "rescorers: ['context-ngram:none']\n")
+        suite = run_suite(read_plan(tmp_path / "table.yaml"), tmp_path / "out")
+        assert suite.tuned[0]["held_out"] == ["p2q0", "p2q1", "p2q2", "p2q3"], (
+            "more of the one that is left, not others"
+        )
+        assert suite.tuned[0]["held_out_groups"] == [digest("Bridge 2 was built in 1920.")]
+        assert [(r["n"], r["groups"]) for r in suite.results] == [(2, 2)]
+        assert not any("tuned on" in line for line in suite.notices)
+
+
+def test_the_share_of_outputs_that_were_cut(model: dict[str, Any], tmp_path: Path):
+    data = str(write_lines(tmp_path / "squad.jsonl", squad_records(4)))
+    cut, whole = EvalOptions(**{**model, "max_new_tokens": 1}, data=data), [7, 8, 256]
+    for mode in ("replay", "live"):
+        (result,) = evaluate(dataclasses.replace(cut, mode=mode)).document.results
+        assert result.cut_at_limit == 1.0 and set(result.quality) == {"exact match", "F1"}
+    assert is_cut(whole, {256}) is False and is_cut(whole[:2], {256}) is True and is_cut(whole, ()) is None
+    records = [{**record, "cut": value} for record, value in zip([EMPTY] * 4, (True, False, True, True), strict=True)]
+    assert summarize(records, k=4, seed=0).cut_at_limit == 0.75
+    assert summarize([*records, {**EMPTY, "cut": None}], k=4, seed=0).cut_at_limit is None
+
+
+EMPTY: dict[str, Any] = {
+    "task": "squad", "rescorer": "none", "p": 1, "id": "a", "group": "g", "h": 2, "accepted": [1],
+    "oracle_accepted": [1], "quality": {},
+}  # fmt: skip

@@ -31,6 +31,7 @@ from cli_options import (
     GivenTrace,
     Heads,
     Json,
+    LeaveOut,
     Limit,
     PromptTokens,
     Tasks,
@@ -146,6 +147,7 @@ def evaluate_command(
     verify: Annotated[str, typer.Option(help="Live: p drafts as one prefix tree (tree) or as rows (batch).")] = "tree",
     data: Data = None,
     trace: GivenTrace = None,
+    leave_out: LeaveOut = None,
     max_new_tokens: TaskTokens = None,
     max_prompt_tokens: PromptTokens = None,
     out: Annotated[Path | None, typer.Option(help="Folder for per-example lines and results.json; resumable.")] = None,
@@ -163,6 +165,7 @@ def evaluate_command(
         p=tuple(numbers("--p", p, int)), alpha=alpha, limit=limit, max_new_tokens=max_new_tokens,
         max_prompt_tokens=max_prompt_tokens, mode=mode, verify=verify, data=data, trace=trace, dtype=dtype,
         device=device, seed=seed,
+        leave_out=leave_out,
     )  # fmt: skip
     with progress_bar() as progress:
         evaluation = evaluate(chosen, out=out, progress=progress, notify=notify)
@@ -191,6 +194,7 @@ def oracle(
     limit: Limit = None,
     data: Data = None,
     trace: GivenTrace = None,
+    leave_out: LeaveOut = None,
     max_new_tokens: TaskTokens = None,
     max_prompt_tokens: PromptTokens = None,
     dtype: Dtype = "float32",
@@ -205,6 +209,7 @@ def oracle(
     chosen = EvalOptions(
         tasks=known, base=base, heads=heads, h=h, limit=limit, data=data, trace=trace, k=max(ks),
         max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, dtype=dtype, device=device,
+        leave_out=leave_out,
     )  # fmt: skip
     with progress_bar() as progress:
         evaluation = oracle_by_k(chosen, ks, progress=progress, notify=notify)
@@ -223,9 +228,12 @@ def tune_command(
     h: FirstHeads = None,
     base: Base = "smollm2-135m",
     heads: Heads = None,
-    limit: Annotated[int, typer.Option(help="Held-out examples, from the end of the data; at most half of it.")] = 100,
+    limit: Annotated[
+        int, typer.Option(help="Held-out examples, of the last sources of the data; at most half of them.")
+    ] = 100,
     data: Data = None,
     trace: GivenTrace = None,
+    leave_out: LeaveOut = None,
     max_new_tokens: TaskTokens = None,
     max_prompt_tokens: PromptTokens = None,
     dtype: Dtype = "float32",
@@ -243,6 +251,7 @@ def tune_command(
     chosen = EvalOptions(
         tasks=known, rescorers=tuple(rescorer), base=base, heads=heads, h=h, limit=limit, data=data,
         trace=trace, max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, dtype=dtype, device=device,
+        leave_out=leave_out,
     )  # fmt: skip
     with progress_bar() as progress:
         found = tune(
@@ -261,6 +270,7 @@ def trace_command(
     k: Annotated[int, typer.Option(help="Lattice entries kept per head.")] = 32,
     limit: Limit = None,
     data: Data = None,
+    leave_out: LeaveOut = None,
     max_new_tokens: TaskTokens = None,
     max_prompt_tokens: PromptTokens = None,
     dtype: Dtype = "float32",
@@ -273,6 +283,7 @@ def trace_command(
     chosen = EvalOptions(
         tasks=known, base=base, heads=heads, k=k, limit=limit, data=data, max_new_tokens=max_new_tokens,
         max_prompt_tokens=max_prompt_tokens, dtype=dtype, device=device,
+        leave_out=leave_out,
     )  # fmt: skip
     with progress_bar() as progress:
         trace = trace_task(chosen, out, progress=progress, notify=notify)

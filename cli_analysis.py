@@ -74,7 +74,7 @@ def cost_command(
         str | None,
         typer.Option(
             help="Base LM: smollm2-135m, a model folder, a .gguf file, a hub id, or paper-1.5b (the paper's base LM, "
-            "dimensions assumed). Default: that of --results, else smollm2-135m."
+            "layers and widths assumed). Default: that of --results, else smollm2-135m."
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="config.json of a transformers model, instead of --base.")] = None,

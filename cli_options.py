@@ -35,7 +35,17 @@ Tasks = Annotated[
     list[str] | None,
     typer.Option("--task", help=f"{TASK_NAMES}; may be given several times. Default: squad, or the task of --trace."),
 ]
-Limit = Annotated[int | None, typer.Option(help="Only the first N examples.")]
+Limit = Annotated[
+    int | None, typer.Option(help="Only N examples: one of each source (passage, document) before a second one of any.")
+]
+LeaveOut = Annotated[
+    str | None,
+    typer.Option(
+        "--leave-out",
+        help="Leave out the examples of this list: a file of rescore overlap --out, or shipped: those that share text "
+        "with what the shipped models were trained on.",
+    ),
+]
 Data = Annotated[str | None, typer.Option(help="JSON lines file with the task's examples.")]
 GivenTrace = Annotated[str | None, typer.Option(help="Replay this trace folder instead of recording one.")]
 FirstHeads = Annotated[int | None, typer.Option(help="Use only the first h heads (block of h tokens).")]

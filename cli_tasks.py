@@ -1,8 +1,10 @@
-"""Commands for tasks: `tasks` lists them, `perplexity` scores the base LM on their passages."""
+"""Commands for tasks: `tasks` lists them, `perplexity` scores the base LM on their passages, `overlap` finds examples
+that share text with training corpora."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +13,7 @@ from cli_options import Base, Data, Device, Dtype, Json, Limit, notify, progress
 from rescore.terminal import printable, shortened
 
 if TYPE_CHECKING:
+    from rescore.overlap import Overlap
     from rescore.tasks.listing import TaskFacts
 
 tasks = typer.Typer(rich_markup_mode=None)
@@ -102,3 +105,48 @@ def perplexity_command(
         f"{found.task}: perplexity {found.perplexity:.3f} over {found.tokens:,} tokens of {found.passages:,} passages "
         f"({base} in {dtype}, window {found.window}, stride {found.stride})"
     )
+
+
+@tasks.command(name="overlap")
+def overlap_command(
+    task: Annotated[list[str], typer.Option(help="A task, by name or as a YAML file; several.")],
+    corpus: Annotated[
+        list[Path], typer.Option(help="Training text: .txt, .jsonl (also .gz, .zst) or a folder of these; several.")
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="JSON lines file with the task's examples, or a folder with TASK.jsonl for each."),
+    ] = None,
+    n: Annotated[int, typer.Option(help="Words in a row that count as shared text.")] = 13,
+    threshold: Annotated[
+        float, typer.Option(help="Only examples of which more than this share of the runs is in the corpora.")
+    ] = 0.0,
+    limit: Limit = None,
+    out: Annotated[Path | None, typer.Option(help="Write the list for --leave-out (ids and digests, no text).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find examples that share runs of 13 words (prompt or references) with training corpora."""
+    from rescore.overlap import find_overlap
+    from rescore.overlap_file import write_leave_out
+
+    with progress_bar() as progress:
+        found = find_overlap(task, corpus, data=data, n=n, threshold=threshold, limit=limit, progress=progress)
+    if out is not None:
+        write_leave_out(found, out, about=f"Examples that share {n} words in a row with {', '.join(found.corpora)}")
+    print(json.dumps(found.as_dict(), ensure_ascii=False) if as_json else _overlap_table(found))
+
+
+def _overlap_table(found: Overlap) -> str:
+    from rescore.report.tables import table
+
+    rows = [
+        [task.task, shared.id, ", ".join(shared.corpora), f"{shared.share:.1%}"]
+        for task in found.tasks
+        for shared in task.found
+    ]
+    told = ", ".join(f"{task.task} {len(task.found)} of {task.examples}" for task in found.tasks)
+    note = f"examples that share {found.n} words in a row with the corpora: {told}"
+    if not rows:
+        return note
+    shares = f"shared: of the runs of {found.n} words in prompt and references, those that are in the corpora too"
+    return table(["task", "example", "corpora", "shared"], rows, text_columns=3) + f"\n{shares};\n{note}"

@@ -85,7 +85,7 @@ def generate_corpus_command(
     dtype: Dtype = "float32",
     device: Device = "auto",
 ) -> None:
-    """Write the base LM's own output for many prompts: what block heads learn from best."""
+    """Write the base LM's own output for many prompts: what block heads and rescorers learn from."""
     from lm.catalog import load_base
     from lm.corpus import generate_corpus, read_prompts
     from lm.machine import measure_limits

@@ -579,3 +579,33 @@ def _own_tokens(folder: Path, numbering: Any, tokenizer: Any, left_context: int)
             finished = output[-1] == numbering.end_of_text
             kept = [*prompt[max(0, len(prompt) - left_context) :], *output]
             yield np.array([*kept, DOCUMENT_END if finished else DOCUMENT_CUT], np.int64)
+
+
+def source_texts(source: CorpusSource, *, errors: str = "strict") -> Iterator[tuple[str, bool]]:
+    """All text of a source (not of the hub), in pieces, and whether a piece goes on where the one before it stopped: a
+    text file in blocks of whole lines, of records every string apart. Raises as `encode_corpora` does for bad files."""
+    path = Path(source.name)
+    if source.kind == "own":
+        from lm.corpus import CORPUS_FILE
+
+        path = path / CORPUS_FILE
+    for first, block in _blocks(path, errors):
+        if source.kind == "text":
+            yield block.decode("utf-8"), True
+            continue
+        for number, line in enumerate(block.split(b"\n")[:-1], start=first):
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise InvalidDataError(f"{path} line {number} is not valid JSON") from error
+                yield from ((text, False) for text in _strings(record))
+
+
+def _strings(value: object) -> Iterator[str]:
+    """Every string in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)

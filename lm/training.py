@@ -123,9 +123,9 @@ class TrainingOptions:
 class HeldOutAccuracy:
     """On held-out positions: `top[n][i]` = share where the token is among head i+1's best n (list of length h);
     `accepted` = mean accepted prefix of the arg-max draft, `accepted_16` = of the best path in the top 16, both with
-    the first token taken as right; of `positions` in `segments` (outputs, chunks of text). They are agreement with the
-    text: where that is not the base's own output (gold text, a base that was fine-tuned since), decoding accepts other
-    numbers."""
+    the first token taken as right and none behind the end of a segment; of `positions` in `segments` (outputs, chunks
+    of text). They are agreement with the text: where that is not the base's own output (gold text, a base that was
+    fine-tuned since), decoding accepts other numbers."""
 
     top: dict[int, list[float]]
     accepted: float

@@ -12,16 +12,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BOOTSTRAP_RESAMPLES = 2000
+from rescore.bootstrap import interval, ratio, ratio_difference, ratio_gain
 
 
 @dataclass(frozen=True)
 class Accounting:
     """`block_efficiency` = tokens / steps over all steps (micro), `block_efficiency_macro` = mean over examples;
-    `block_efficiency_ci95`: bootstrap interval of the micro value by example, None for fewer than two examples;
+    `block_efficiency_ci95`: interval of the micro value by group (`rescore.bootstrap`), None for fewer than
+    four groups; `groups`: how many groups the examples are of;
     `accepted_histogram[i]` = steps that accepted exactly i tokens, i = 0..h; `marginal[i-1]` = share of steps that
     accepted at least i, `conditional[i-1]` = marginal(i) / marginal(i-1), None where no step got that far, i = 1..h."""
 
+    groups: int
     block_efficiency: float
     block_efficiency_ci95: tuple[float, float] | None
     block_efficiency_macro: float
@@ -35,7 +37,7 @@ class Accounting:
 @dataclass(frozen=True)
 class Gain:
     """`gain`: one block efficiency over another, less 1 (0.25 = 25 % more tokens a step); `gain_ci95`: its paired
-    bootstrap interval by example, None for fewer than two examples."""
+    interval by group, None for fewer than four groups."""
 
     gain: float
     gain_ci95: tuple[float, float] | None
@@ -44,9 +46,11 @@ class Gain:
 @dataclass(frozen=True)
 class Difference:
     """One side's block efficiency against the other's on the same examples: `difference` (B less A, tokens a step) and
-    `gain` (B over A, less 1) with their paired bootstrap intervals by example (None for fewer than two examples);
-    `won`, `tied`, `lost`: examples that B decodes with more, as many, fewer tokens a step."""
+    `gain` (B over A, less 1) with their paired intervals by group (None for fewer than four groups); `groups`: how many
+    groups the examples are of; `won`, `tied`, `lost`: examples that B decodes with more, as many, fewer tokens a
+    step."""
 
+    groups: int
     difference: float
     difference_ci95: tuple[float, float] | None
     gain: float
@@ -56,7 +60,10 @@ class Difference:
     lost: int
 
 
-def account(accepted: Sequence[Sequence[int]], h: int, *, seed: int = 0) -> Accounting:
+Groups = Sequence[str] | None  # of each example, by any key; None: every example is a group of its own
+
+
+def account(accepted: Sequence[Sequence[int]], h: int, *, groups: Groups = None, seed: int = 0) -> Accounting:
     """Accounts for the accepted lengths of each step of each example; h is the block's length."""
     steps = np.array([len(example) for example in accepted], dtype=np.int64)  # [examples]
     tokens = np.array([sum(example) for example in accepted], dtype=np.int64)
@@ -68,13 +75,11 @@ def account(accepted: Sequence[Sequence[int]], h: int, *, seed: int = 0) -> Acco
     at_least = histogram[::-1].cumsum()[::-1]  # steps that accepted at least i, i = 0..h
     marginal = at_least[1:] / total
     before = [1.0, *marginal[:-1].tolist()]
-    interval = None
-    if len(accepted) > 1:
-        draws = _draws(len(accepted), seed)
-        interval = _middle(tokens[draws].sum(axis=1) / steps[draws].sum(axis=1))
+    totals = _by_group(np.stack([tokens, steps], axis=1), groups)
     return Accounting(
+        groups=len(totals),
         block_efficiency=float(tokens.sum() / total),
-        block_efficiency_ci95=interval,
+        block_efficiency_ci95=interval(totals, ratio, seed=seed, within=(1.0, h)),
         block_efficiency_macro=float((tokens / steps).mean()),
         steps=total,
         tokens=int(tokens.sum()),
@@ -84,58 +89,63 @@ def account(accepted: Sequence[Sequence[int]], h: int, *, seed: int = 0) -> Acco
     )
 
 
-def marginal_intervals(accepted: Sequence[Sequence[int]], h: int, *, seed: int = 0) -> list[tuple[float, float]] | None:
-    """The 95 % bootstrap interval of marginal(i), i = 1..h, from the accepted lengths of each step of each example.
+def marginal_intervals(
+    accepted: Sequence[Sequence[int]], h: int, *, groups: Groups = None, seed: int = 0
+) -> list[tuple[float, float]] | None:
+    """The 95 % interval of marginal(i), i = 1..h, from the accepted lengths of each step of each example.
 
-    Every resample draws whole examples. None for fewer than two examples with steps.
+    Examples without steps do not count. None for fewer than four groups.
     """
-    counts = [np.bincount(np.asarray(example, dtype=np.int64), minlength=h + 1) for example in accepted if example]
-    if len(counts) < 2:
+    kept = [place for place, example in enumerate(accepted) if example]
+    counts = [np.bincount(np.asarray(accepted[place], dtype=np.int64), minlength=h + 1) for place in kept]
+    if not counts:
         return None
     at_least = np.stack(counts)[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1 : h + 1]  # [examples, h]
-    drawn = [np.bincount(draw, minlength=len(counts)) for draw in _draws(len(counts), seed)]
-    tokens = np.stack(drawn) @ at_least  # [resamples, h]; every step accepts the first token
-    return [_middle(shares) for shares in (tokens / tokens[:, :1]).T]
+    totals = _by_group(at_least, None if groups is None else [groups[place] for place in kept])
+    found = [interval(totals[:, [i, 0]], ratio, seed=seed, within=(0.0, 1.0)) for i in range(h)]
+    return [ci95 for ci95 in found if ci95] or None  # every step accepts the first token
 
 
-def paired_gain(accepted: Sequence[Sequence[int]], plain: Sequence[Sequence[int]], *, seed: int = 0) -> Gain:
+def paired_gain(
+    accepted: Sequence[Sequence[int]], plain: Sequence[Sequence[int]], *, groups: Groups = None, seed: int = 0
+) -> Gain:
     """What rescored decodes gain over unrescored ones: `accepted[i]` and `plain[i]` are the accepted lengths of each
-    step of the same example i. Every resample of the bootstrap draws the same examples on both sides."""
-    found = paired_difference(plain, accepted, seed=seed)
+    step of the same example i. Every resample of the bootstrap draws the same groups on both sides."""
+    found = paired_difference(plain, accepted, groups=groups, seed=seed)
     return Gain(found.gain, found.gain_ci95)
 
 
-def paired_difference(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]], *, seed: int = 0) -> Difference:
+def paired_difference(
+    a: Sequence[Sequence[int]], b: Sequence[Sequence[int]], *, groups: Groups = None, seed: int = 0
+) -> Difference:
     """B against A: `a[i]` and `b[i]` are the accepted lengths of each step of the same example i, as `paired_gain`."""
     assert len(a) == len(b) > 0, "a gain is between two decodes of each example"
     counts = np.array([[(sum(e), len(e)) for e in side] for side in (a, b)], dtype=np.int64)
     tokens, steps = counts[..., 0], counts[..., 1]  # [2, examples]
     assert steps.min() > 0, "an example without steps can't be accounted for"
-    differences = gains = None
-    if len(a) > 1:
-        draws = _draws(len(a), seed)
-        pooled = tokens[:, draws].sum(axis=2) / steps[:, draws].sum(axis=2)  # [2, resamples]
-        differences, gains = _middle(pooled[1] - pooled[0]), _middle(pooled[1] / pooled[0] - 1.0)
+    totals = _by_group(np.stack([tokens[0], steps[0], tokens[1], steps[1]], axis=1), groups)
     before, after = tokens.sum(axis=1) / steps.sum(axis=1)
     ahead = tokens[1] * steps[0] - tokens[0] * steps[1]  # in whole numbers: 2/3 and 4/6 tie
     won, lost = int((ahead > 0).sum()), int((ahead < 0).sum())
     return Difference(
+        groups=len(totals),
         difference=float(after - before),
-        difference_ci95=differences,
+        difference_ci95=interval(totals, ratio_difference, seed=seed),
         gain=float(after / before - 1.0),
-        gain_ci95=gains,
+        gain_ci95=interval(totals, ratio_gain, seed=seed, within=(-1.0, np.inf)),
         won=won,
         tied=len(a) - won - lost,
         lost=lost,
     )
 
 
-def _draws(examples: int, seed: int) -> np.ndarray:
-    """Indices of resampled examples, `[BOOTSTRAP_RESAMPLES, examples]`."""
-    return np.random.default_rng(seed).integers(examples, size=(BOOTSTRAP_RESAMPLES, examples))
-
-
-def _middle(values: np.ndarray) -> tuple[float, float]:
-    """The interval that the middle 95 % of the values are in."""
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
+def _by_group(values: np.ndarray, groups: Groups) -> np.ndarray:
+    """Sums over the examples of each group: `[examples, m]` -> `[groups, m]`, groups in the order of their first."""
+    if groups is None:
+        return values
+    assert len(groups) == len(values), "every example has a group"
+    place: dict[str, int] = {}
+    rows = [place.setdefault(group, len(place)) for group in groups]
+    totals = np.zeros((len(place), values.shape[1]), dtype=values.dtype)
+    np.add.at(totals, rows, values)
+    return totals

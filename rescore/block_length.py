@@ -26,6 +26,7 @@ from lm.block_heads import BlockHeads
 from rescore.accounting import account
 from rescore.benchmarks import verify_curve
 from rescore.checks import check_held_k
+from rescore.groups import count_groups
 from rescore.replay import replay
 from rescore.rescorers import Context, Rescorer
 from rescore.tracing import Trace
@@ -55,6 +56,7 @@ class BlockLengths:
     alpha: float | None
     k: int
     examples: int
+    groups: int
     dtype: str
     device: str
     cached: int
@@ -115,12 +117,13 @@ def block_lengths(
     hs = list(range(2, longest + 1))
     curve = verify_curve(base, cached=cached, repeats=repeats, sizes=(1, *hs))
     greedy = curve.milliseconds[0]
+    groups = [example.group for example in trace.examples]
     lengths = []
     for h, verify_ms in zip(hs, curve.milliseconds[1:], strict=True):
         timed = TimedRescorer(rescorer)
         examples = trace.first_heads(h).examples
         accepted = [steps for example in examples for steps in replay([example], timed, k=k)]
-        accounting = account(accepted, h)
+        accounting = account(accepted, h, groups=groups)
         heads_ms = _heads_ms(base, heads.first(h), k, repeats)
         rescoring_ms = float(np.median(timed.seconds)) * 1e3 if timed.seconds else 0.0
         step_ms = verify_ms + heads_ms + rescoring_ms
@@ -134,7 +137,8 @@ def block_lengths(
             progress(len(lengths), len(hs))
     return BlockLengths(
         base=base.identity.name, task=trace.header.settings.get("task"), rescorer=name,
-        alpha=getattr(rescorer, "alpha", None), k=k, examples=len(trace.examples), dtype=base.identity.dtype,
+        alpha=getattr(rescorer, "alpha", None), k=k, examples=len(trace.examples),
+        groups=count_groups(groups), dtype=base.identity.dtype,
         device=str(base.device), cached=cached, greedy_ms=greedy, lengths=lengths,
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from rescore.accounting import Difference, paired_difference
+from rescore.bootstrap import LEAST_GROUPS
 from rescore.runs import FinishedRun, Record, load_runs
 from rescore.terminal import shortened
 
@@ -59,11 +60,13 @@ class SideResult:
 
 @dataclass(frozen=True)
 class ComparedRow:
-    """B against A on the `n` examples of a task that both have; `only_a`, `only_b`: how many one of them lacks."""
+    """B against A on the `n` examples (of so many `groups`) of a task that both have; `only_a`, `only_b`: how many one
+    of them lacks."""
 
     task: str
     h: int
     n: int
+    groups: int
     only_a: int
     only_b: int
     a: SideResult
@@ -250,14 +253,16 @@ def _row(
             f"{task}: the {len(common)} examples that both have are compared, of {len(steps_a)} in A and "
             f"{len(steps_b)} in B"
         )
-    if len(common) == 1:
-        comparison.notice(f"{task}: one example only, which gives no interval")
     kept_a, kept_b = [steps_a[name] for name in common], [steps_b[name] for name in common]
-    found = paired_difference(kept_a, kept_b, seed=seed)
+    groups = _groups(run_a, task, side_a, common)
+    found = paired_difference(kept_a, kept_b, groups=groups, seed=seed)
+    if found.groups < LEAST_GROUPS:
+        comparison.notice(f"{task}: too few groups for an interval ({found.groups}; {LEAST_GROUPS} are needed)")
     return ComparedRow(
         task=task,
         h=len(_result(run_a, task, side_a)["marginal"]),
         n=len(common),
+        groups=found.groups,
         only_a=len(steps_a) - len(common),
         only_b=len(steps_b) - len(common),
         a=_side_result(run_a, task, side_a, kept_a),
@@ -278,6 +283,12 @@ def _steps(run: FinishedRun, task: str, side: Side, comparison: Comparison) -> d
         else:
             comparison.notice(f"{task}: example {record['id']!r} has no steps in {run.folder}: left out")
     return found
+
+
+def _groups(run: FinishedRun, task: str, side: Side, ids: Sequence[str]) -> list[str]:
+    """The groups of these examples, as A has them."""
+    of_id = {record["id"]: record["group"] for record in run.records[task, *side]}
+    return [of_id[name] for name in ids]
 
 
 def _side_result(run: FinishedRun, task: str, side: Side, kept: Sequence[Sequence[int]]) -> SideResult:

@@ -8,14 +8,16 @@ from rescore.terminal import printable
 
 NOTE = (
     "difference = block eff. of B less that of A, gain = B over A, on the examples that both have, with paired 95 %\n"
-    "bootstrap intervals by example; won, tied, lost: examples that B decodes with more, as many, fewer tokens a step."
+    "intervals (studentised bootstrap by group: examples of one source); won, tied, lost: examples that B decodes\n"
+    "with more, as many, fewer tokens a step."
 )
 
 
 def comparison_table(comparison: Comparison) -> str:
     """A line for each row of the comparison."""
     header = [
-        "task", "A", "B", "examples", "block eff. A", "B", "difference", "95 %", "gain", "95 %", "won", "tied", "lost",
+        "task", "A", "B", "examples", "groups", "block eff. A", "B", "difference", "95 %", "gain", "95 %",
+        "won", "tied", "lost",
     ]  # fmt: skip
     rows = [_row(row, _same_k(comparison)) for row in comparison.rows]
     lines = [f"A = {comparison.a}", f"B = {comparison.b}"]
@@ -31,8 +33,9 @@ def _row(row: ComparedRow, same_k: bool) -> list[str]:
     interval = "{:+.3f} to {:+.3f}".format(*d.difference_ci95) if d.difference_ci95 else "-"
     gains = "{:+.1%} to {:+.1%}".format(*d.gain_ci95) if d.gain_ci95 else "-"
     return [
-        row.task, _side(row.a, same_k), _side(row.b, same_k), str(row.n), f"{row.a.block_efficiency:.3f}",
-        f"{row.b.block_efficiency:.3f}", f"{d.difference:+.3f}", interval, f"{d.gain:+.1%}", gains, str(d.won),
+        row.task, _side(row.a, same_k), _side(row.b, same_k), str(row.n), str(row.groups),
+        f"{row.a.block_efficiency:.3f}", f"{row.b.block_efficiency:.3f}",
+        f"{d.difference:+.3f}", interval, f"{d.gain:+.1%}", gains, str(d.won),
         str(d.tied), str(d.lost),
     ]  # fmt: skip
 

@@ -13,13 +13,15 @@ from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from rescore.cost_model import NEURAL, Decoder, HeadsShape, LayerShape, heads_parameters
 
 PAPER_BASE = "paper-1.5b"
+PAPER_VOCABULARY, PAPER_NEURAL_HEADS = 50_257, 12  # facts of [A]
+PAPER_POSITIONS = 2048  # assumed: the longest context of its cost table
 PAPER_ASSUMPTION = (
-    "1.5B parameters, decoder-only and h = 9 are the paper's; 28 layers, hidden size 2048 (16 heads of 128), "
-    "feed-forward 8192 and 32,000 tokens are assumed, since its dimensions are not public"
+    "1.5B parameters, decoder-only, h = 9, 50,257 tokens and learned positions are the paper's; 28 layers, hidden size "
+    "2048 (16 heads of 128), feed-forward 8192 and 2,048 positions are assumed, since they are not public"
 )
 PAPER_NEURAL_ASSUMPTION = (
-    "61M parameters with embeddings are the paper's; 8 layers, hidden size 640 (10 heads of 64) and gated feed-forward "
-    "1776 are assumed"
+    "61M parameters with embeddings, 12 heads a layer and learned positions are the paper's; 3 layers, hidden size "
+    "768, feed-forward 3072 and 2,048 positions are assumed"
 )
 
 
@@ -34,18 +36,20 @@ def dense_decoder(
     inner_size: int,
     gated: bool,
     vocab_size: int,
+    positions: int = 0,
     tied: bool = True,
     assumption: str | None = None,
 ) -> Decoder:
     """A plain decoder: per layer query, key, value and output matrices, a feed-forward of two matrices (three if
-    `gated`) and two norms; a last norm; no biases."""
+    `gated`) and two norms; a last norm; no biases. `positions`: rows of a table of learned positions, of which a token
+    reads one."""
     attention = 2 * hidden_size * head_size * (heads + kv_heads)
     layer = attention + (3 if gated else 2) * hidden_size * inner_size + 2 * hidden_size
     projection = vocab_size * hidden_size
     read = layers * layer + hidden_size + projection
     return Decoder(
         name=name,
-        parameters=read + (0 if tied else projection),
+        parameters=read + (0 if tied else projection) + positions * hidden_size,
         read_parameters=read,
         projection_parameters=projection,
         hidden_size=hidden_size,
@@ -56,10 +60,10 @@ def dense_decoder(
 
 
 def paper_base() -> Decoder:
-    """The 1.5B base LM of [A]; what is assumed of it is in `assumption`."""
+    """The 1.5B base LM of [A] (vocabulary, learned positions and h are its own); what is assumed is in `assumption`."""
     return dense_decoder(
         PAPER_BASE, layers=28, hidden_size=2048, heads=16, kv_heads=16, head_size=128, inner_size=8192, gated=False,
-        vocab_size=32_000, assumption=PAPER_ASSUMPTION,
+        vocab_size=PAPER_VOCABULARY, positions=PAPER_POSITIONS, assumption=PAPER_ASSUMPTION,
     )  # fmt: skip
 
 
@@ -68,8 +72,9 @@ def neural_for(base: Decoder) -> Decoder:
     the base, that (the base's first layers); else what `rescore train-rescorer neural-61m --init scratch` makes."""
     if base.name == PAPER_BASE:
         return dense_decoder(
-            NEURAL, layers=8, hidden_size=640, heads=10, kv_heads=10, head_size=64, inner_size=1776, gated=True,
-            vocab_size=base.vocab_size, assumption=PAPER_NEURAL_ASSUMPTION,
+            NEURAL, layers=3, hidden_size=768, heads=PAPER_NEURAL_HEADS, kv_heads=PAPER_NEURAL_HEADS, head_size=64,
+            inner_size=3072, gated=False, vocab_size=base.vocab_size, positions=PAPER_POSITIONS,
+            assumption=PAPER_NEURAL_ASSUMPTION,
         )  # fmt: skip
     from lm.catalog import read_model_config
     from lm.files import SHIPPED

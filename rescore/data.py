@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lattices.errors import InvalidDataError, RescoreError
 from lm.files import read_json_lines, sha256_of_file
+from rescore.groups import digest, one_of_each_first
 from rescore.tasks.base import Example, HubSource, Record, Task, checked_text, json_kind
 
 HUB_TIMEOUT = 3.0  # seconds for the hub to answer; `datasets` alone retries an unreachable hub for some 23 s
@@ -27,8 +28,9 @@ REFUSALS = {403, 407, 429}  # statuses by which a proxy or the hub turns everybo
 class TaskData:
     """Examples and their origin.
 
-    `source` is a JSON object for results: `kind` (`file`, `hub` or `sample`), where it was, and `sha256` of all of
-    it, whatever the limit. `notice` is a line for the user if the data are not the task's own.
+    `source` is a JSON object for results: `kind` (`file`, `hub` or `sample`), where it was, and `sha256` of all of it,
+    whatever the limit, and where examples were left out their ids, `left_out`. `notice` is a line for the user if the
+    data are not the task's own.
     """
 
     examples: tuple[Example, ...]
@@ -36,9 +38,15 @@ class TaskData:
     notice: str | None = None
 
 
-def load_examples(task: Task, *, data: Path | None = None, limit: int | None = None) -> TaskData:
-    """The first `limit` examples (default: the task's limit, else all) of `task`, from `data` (JSON lines), the task's
+def load_examples(
+    task: Task, *, data: Path | None = None, limit: int | None = None, leave_out: Collection[str] = ()
+) -> TaskData:
+    """`limit` examples (default: the task's limit, else all) of `task`, from `data` (JSON lines), the task's
     file, the hub or the sample.
+
+    Their order is that of the data, but one of each group stands before a second one of any, which before the third
+    ones (`rescore.groups.one_of_each_first`): with a limit as many sources as there are, and the first so many of a
+    smaller limit are those of a larger one. `leave_out`: digests of prompts that are left out, before the limit counts.
 
     Rows that are not the task's (`Task.row`) are passed over and do not count. An example's id is the record's `id`,
     else its line number; one that came before gets `#line` appended. With no network the hub's data set is taken from
@@ -49,19 +57,19 @@ def load_examples(task: Task, *, data: Path | None = None, limit: int | None = N
         raise RescoreError(f"the limit of examples must be at least 1, not {limit}; leave it out to take all")
     limit = limit or task.limits.examples
     if (path := data or task.file) is not None:
-        return _from_file(task, path, limit, kind="file")
+        return _chosen(task, _from_file(task, path, kind="file"), limit, leave_out)
     if task.hub is None:
         missing = task.without_hub
     else:
         try:
-            return _from_hub(task, task.hub, limit)
+            return _chosen(task, _from_hub(task, task.hub), limit, leave_out)
         except _UnreachableError as error:
             missing = str(error)
     if task.sample is None:
         raise RescoreError(
             f"no data for task {task.name}: {missing}; give --data PATH, a JSON lines file with {wanted_rows(task)}"
         )
-    sample = _from_file(task, task.sample, limit, kind="sample")
+    sample = _chosen(task, _from_file(task, task.sample, kind="sample"), limit, leave_out)
     notice = (
         f"{missing}; using {len(sample.examples)} examples of the sample embedded for task {task.name}, "
         "whose numbers do not compare with the real data set's (--data PATH gives other data)"
@@ -69,13 +77,28 @@ def load_examples(task: Task, *, data: Path | None = None, limit: int | None = N
     return TaskData(sample.examples, sample.source, notice)
 
 
-def _from_file(task: Task, path: Path, limit: int | None, *, kind: str) -> TaskData:
+def _chosen(task: Task, found: TaskData, limit: int | None, leave_out: Collection[str]) -> TaskData:
+    """The first `limit` of the examples that are not left out, one of each group first."""
+    examples, source = found.examples, found.source
+    if leave_out:
+        examples = tuple(example for example in found.examples if digest(example.prompt) not in leave_out)
+        kept = {example.id for example in examples}
+        source = {**source, "left_out": [example.id for example in found.examples if example.id not in kept]}
+        if not examples:
+            raise RescoreError(
+                f"all {len(found.examples)} examples of {task.name} are to be left out; drop --leave-out"
+            )
+    order = one_of_each_first([example.group for example in examples])
+    return TaskData(tuple(examples[place] for place in order[:limit]), source)
+
+
+def _from_file(task: Task, path: Path, *, kind: str) -> TaskData:
     if not os.path.isfile(path):  # unlike `Path.is_file`, no error for a name too long or a folder closed to us
         raise RescoreError(
             f"{'not a file' if os.path.exists(path) else 'no such file'}: {path}; "
             f"the data of task {task.name} are a JSON lines file with {wanted_rows(task)}"
         )
-    examples = _examples(task, read_json_lines(path), limit, where=f"{path} line")
+    examples = _examples(task, read_json_lines(path), where=f"{path} line")
     if not examples:
         nothing = "is empty" if next(read_json_lines(path), None) is None else f"has no rows of task {task.name}"
         raise InvalidDataError(f"{path} {nothing}; task {task.name} needs {wanted_rows(task)}")
@@ -89,9 +112,7 @@ def wanted_rows(task: Task) -> str:
     return task.rows or f"the {'field' if len(task.fields) == 1 else 'fields'} {', '.join(task.fields)}"
 
 
-def _examples(
-    task: Task, records: Iterable[tuple[int, Record]], limit: int | None, *, where: str
-) -> tuple[Example, ...]:
+def _examples(task: Task, records: Iterable[tuple[int, Record]], *, where: str) -> tuple[Example, ...]:
     examples: list[Example] = []
     seen: set[str] = set()
     for number, row in records:
@@ -106,8 +127,6 @@ def _examples(
         except InvalidDataError as error:
             raise InvalidDataError(f"{where} {number}: {error}") from error
         seen.add(identity)
-        if len(examples) == limit:
-            break
     return tuple(examples)
 
 
@@ -126,7 +145,7 @@ class _UnreachableError(Exception):
     """The hub can't be reached and its data set is not in the local cache."""
 
 
-def _from_hub(task: Task, hub: HubSource, limit: int | None) -> TaskData:
+def _from_hub(task: Task, hub: HubSource) -> TaskData:
     from datasets import config, load_dataset
 
     offline_by_choice = bool(config.HF_HUB_OFFLINE)
@@ -152,7 +171,7 @@ def _from_hub(task: Task, hub: HubSource, limit: int | None) -> TaskData:
     digest = hashlib.sha256()
     for record in dataset:
         digest.update(json.dumps(record, sort_keys=True, default=str).encode() + b"\n")
-    examples = _examples(task, enumerate(dataset, start=1), limit, where=f"{hub.path} record")
+    examples = _examples(task, enumerate(dataset, start=1), where=f"{hub.path} record")
     if not examples:
         nothing = f"no records of task {task.name} in its split {hub.split}"
         raise InvalidDataError(f"{hub.path} holds {nothing}; give --data PATH")

@@ -23,7 +23,7 @@ from rescore.inputs import EvalOptions, Models, Progress, Run, TaskInput, prepar
 from rescore.replay import replay, replay_steps, unrescored_at
 from rescore.rescorers import Rescorer, load_rescorer
 from rescore.results import ExampleLog, Result, ResultsDocument, environment
-from rescore.summary import summarize
+from rescore.summary import is_cut, summarize
 from rescore.tracing import Trace, TracedExample
 from rescore.weights import (
     Alphas,
@@ -156,6 +156,7 @@ def oracle_by_k(
             records = [
                 {
                     **_head(trace, task, ("oracle", 1), example, scores),
+                    "cut": is_cut(example.output_ids, trace.header.eos_token_ids),
                     "accepted": lengths,
                     "oracle_accepted": lengths,
                     "unrescored_accepted": unrescored_at(example, lengths),
@@ -253,7 +254,8 @@ def _replay(
             for example, steps in zip(missing, replayed, strict=True):
                 head = _head(trace, task, (typed, p), example, quality[example.id])
                 log.add({
-                    **head, "accepted": steps.accepted, "drafts": steps.drafts, "oracle_accepted": oracle[example.id],
+                    **head, "cut": is_cut(example.output_ids, trace.header.eos_token_ids),
+                    "accepted": steps.accepted, "drafts": steps.drafts, "oracle_accepted": oracle[example.id],
                     "unrescored_accepted": unrescored_at(example, steps.accepted),
                     "output_ids": example.output_ids.tolist(),
                 })  # fmt: skip
@@ -266,8 +268,8 @@ def _replay(
 def _head(trace: Trace, task: TaskInput, run: Run, example: TracedExample, quality: dict[str, float]) -> dict[str, Any]:
     """What every record of an example begins with."""
     return {
-        "task": task.name, "rescorer": run[0], "p": run[1], "id": example.id, "h": trace.header.h,
-        "quality": quality,
+        "task": task.name, "rescorer": run[0], "p": run[1], "id": example.id, "group": example.group,
+        "h": trace.header.h, "quality": quality,
     }  # fmt: skip
 
 
@@ -315,7 +317,8 @@ def _decode_live(
                 quality = _quality(task, base.decode_text(decoded.output_ids), example)
                 log.add({
                     **against,
-                    **_head(trace, task, run, example, quality), "accepted": decoded.accepted,
+                    **_head(trace, task, run, example, quality),
+                    "cut": is_cut(decoded.output_ids, base.eos_token_ids), "accepted": decoded.accepted,
                     "drafts": decoded.drafts, "oracle_accepted": oracle,
                     "output_ids": decoded.output_ids,
                     "first_difference": differs, "margin": margin, "verify": decoded.verify,

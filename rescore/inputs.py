@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +19,8 @@ from lm.files import sha256_of_file
 from rescore.checks import check_held_k, check_k, check_new_tokens, check_p
 from rescore.data import TaskData, load_examples
 from rescore.decoding import VERIFY_MODES
+from rescore.groups import digest, held_out
+from rescore.overlap_file import read_leave_out
 from rescore.tasks import Metric, Task, is_task_file, load_task, task_names
 from rescore.tasks.metrics import find_metric
 from rescore.tracing import (
@@ -52,11 +54,12 @@ class EvalOptions:
     `tasks` (none: squad, or the task that `trace` was recorded for) by name or as YAML files, `rescorers` by name;
     `base` and `heads` (path, None for those shipped); `h`: use the first h heads only; `k`: lattice entries per head;
     `p`: drafts per step, a number or several, each of which is run (`resolve` makes it a tuple); `alpha`: weight of the
-    rescorer (None: the tuned one, else its default); `limit`: the first so many examples; `max_new_tokens` an output;
-    `max_prompt_tokens`: cuts prompts (these three, None: what the task's file says, else all, 64 and no cut); `mode`:
-    replay or live; `verify`: tree or batch (live); `data`: JSON lines file; `trace`: folder to replay, wherever it was
-    made; `dtype` and `device` of the base; `seed` of the bootstrap intervals, the one random thing in an evaluation;
-    `own_p`: rescorers whose p are others than `p`.
+    rescorer (None: the tuned one, else its default); `limit`: the first so many examples, one of each group before a
+    second one of any; `leave_out`: `shipped` or a file of `rescore overlap`, whose examples are left out;
+    `max_new_tokens` an output; `max_prompt_tokens`: cuts prompts (these three, None: what the task's file says, else
+    all, 64 and no cut); `mode`: replay or live; `verify`: tree or batch (live); `data`: JSON lines file; `trace`:
+    folder to replay, wherever it was made; `dtype` and `device` of the base; `seed` of the bootstrap intervals, the one
+    random thing in an evaluation; `own_p`: rescorers whose p are others than `p`.
     """
 
     tasks: tuple[str, ...] = ()
@@ -78,6 +81,7 @@ class EvalOptions:
     device: str = "auto"
     seed: int = 0
     own_p: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    leave_out: str | None = None
 
     @property
     def ps(self) -> tuple[int, ...]:
@@ -153,7 +157,8 @@ class Models:
 
 @dataclass(frozen=True)
 class TaskInput:
-    """One task of a run: its name and metrics, `source` of its examples, `settings` of its trace, ids of its examples.
+    """One task of a run: its name and metrics, `source` of its examples, `settings` of its trace, ids of its examples
+    and their `groups` (`rescore.groups`).
 
     `folder` holds the trace, or will; `k` is what is recorded; `data` are the examples to record, unless the trace was
     `given`. `about_heads`: what the user should know of them.
@@ -164,6 +169,7 @@ class TaskInput:
     source: dict[str, Any]
     settings: dict[str, Any]
     ids: tuple[str, ...]
+    groups: tuple[str, ...]
     folder: Path
     k: int
     data: TaskData | None = None
@@ -172,14 +178,30 @@ class TaskInput:
 
     def tell(self, notify: Callable[[str], None] | None) -> None:
         """Passes on what the user should know: examples that are not the task's own, heads that are not the base's."""
-        for line in (self.data and self.data.notice, self.about_heads):
+        for line in (self.data and self.data.notice, self._left_out(), self.about_heads):
             if line and notify:
                 notify(line)
 
-    def last(self, count: int) -> TaskInput:
-        """The same with only the last examples."""
-        data = dataclasses.replace(self.data, examples=self.data.examples[-count:]) if self.data else None
-        return dataclasses.replace(self, ids=self.ids[-count:], data=data)
+    def _left_out(self) -> str | None:
+        if not (ids := self.source.get("left_out")):
+            return None
+        shown = ", ".join(ids[:5]) + (" ..." if len(ids) > 5 else "")
+        return f"{self.name}: {len(ids)} examples of the data are left out ({shown})"
+
+    def of(self, places: Sequence[int]) -> TaskInput:
+        """The same with only the examples at these places."""
+        examples = tuple(self.data.examples[place] for place in places) if self.data else ()
+        return dataclasses.replace(
+            self,
+            ids=tuple(self.ids[place] for place in places),
+            groups=tuple(self.groups[place] for place in places),
+            data=dataclasses.replace(self.data, examples=examples) if self.data else None,
+        )
+
+    def held_out(self, count: int, *, evaluated: Collection[str] = ()) -> TaskInput:
+        """The same with only `count` held-out examples (`rescore.groups.held_out`), apart from the `evaluated` groups
+        where there are others."""
+        return self.of(held_out(self.groups, count, evaluated=evaluated))
 
     def held(self) -> Trace | None:
         """The trace as far as it is recorded: of the examples of this run, in their order; None if nothing is.
@@ -193,7 +215,15 @@ class TaskInput:
             trace = load_trace(self.folder)
             check_settings(self.folder, trace.header, k=self.k, settings=self.settings)
         by_id = {example.id: example for example in trace.examples}
-        return Trace(trace.header, tuple(by_id[name] for name in self.ids if name in by_id))
+        # The data say what belongs together: a trace may be older than its column.
+        return Trace(
+            trace.header,
+            tuple(
+                dataclasses.replace(by_id[name], group=group)
+                for name, group in zip(self.ids, self.groups, strict=True)
+                if name in by_id
+            ),
+        )
 
     def trace(self, models: Models, *, progress: Progress | None = None) -> Trace:
         """The whole trace; what it lacks is recorded now. Ctrl-C leaves what `held` gives."""
@@ -308,6 +338,8 @@ def _given(options: EvalOptions) -> TaskInput:
     assert options.trace is not None
     folder = _path(options.trace)
     trace = load_trace(folder)
+    given, left_out = _without(trace, read_leave_out(options.leave_out))
+    given = given.first_examples(options.limit)
     check_held_k(trace.header.k, options.k)
     _check_h(trace.header.h, options.h)
     typed = options.tasks[0]
@@ -315,13 +347,30 @@ def _given(options: EvalOptions) -> TaskInput:
     return TaskInput(
         name=own.name if own else typed,
         metrics=own.metrics if own else _recorded_metrics(trace.header),
-        source={"kind": "trace", "path": options.trace, "sha256": _content_sha256(folder, trace.header.parts)},
+        source={
+            "kind": "trace",
+            "path": options.trace,
+            "sha256": _content_sha256(folder, trace.header.parts),
+            **left_out,
+        },
         settings={**trace.header.settings, "h": trace.header.h},
-        ids=tuple(example.id for example in trace.examples[: options.limit]),
+        ids=tuple(example.id for example in given.examples),
+        groups=tuple(example.group for example in given.examples),
         folder=folder,
         k=trace.header.k,
         given=trace,
     )
+
+
+def _without(trace: Trace, leave_out: Collection[str]) -> tuple[Trace, dict[str, Any]]:
+    """The trace without the examples that have these prompts, and for its source which these are."""
+    if not leave_out:
+        return trace, {}
+    kept = tuple(example for example in trace.examples if digest(example.prompt) not in leave_out)
+    if not kept:
+        raise RescoreError("all examples of the trace are to be left out; drop --leave-out")
+    ids = {example.id for example in kept}
+    return Trace(trace.header, kept), {"left_out": [e.id for e in trace.examples if e.id not in ids]}
 
 
 def _recorded_metrics(header: TraceHeader) -> tuple[Metric, ...]:
@@ -339,7 +388,10 @@ def _recorded_metrics(header: TraceHeader) -> tuple[Metric, ...]:
 
 
 def _recorded(options: EvalOptions, models: Models, task: Task, k: int | None, out: Path | None) -> TaskInput:
-    data = load_examples(task, data=_path(options.data) if options.data else None, limit=options.limit)
+    data = load_examples(
+        task, data=_path(options.data) if options.data else None, limit=options.limit,
+        leave_out=read_leave_out(options.leave_out),
+    )  # fmt: skip
     settings = models.trace_settings(task, data)
     _check_h(settings["h"], options.h)
     vocab_size = settings["base"]["vocab_size"]
@@ -351,6 +403,7 @@ def _recorded(options: EvalOptions, models: Models, task: Task, k: int | None, o
         source=data.source,
         settings=settings,
         ids=tuple(example.id for example in data.examples),
+        groups=tuple(example.group for example in data.examples),
         folder=out or trace_folder(task.name, settings, k),
         k=k,
         data=data,

@@ -1,7 +1,7 @@
 """Compares n-gram models by the corpus and order they are made of: trained, tuned and evaluated by one call.
 
 Every model is built once and kept in the cache directory, keyed by its corpus and settings. Alpha is tuned for each
-model and p on the last examples of the task, the comparison is made on the first ones; no example is in both.
+model and p on examples of the task's last groups, the comparison is made on the first ones; no group is in both.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from lm.files import cache_directory, read_json_object
 from lm.mix_ngram import SHIPPED
 from lm.ngram import SHIPPED_NGRAM
 from lm.own_output import OwnOutput, corpus_sources
-from rescore.accounting import account, paired_gain
+from rescore.accounting import Accounting, Gain, account, paired_gain
 from rescore.evaluation import Notify
+from rescore.groups import count_groups
 from rescore.inputs import EvalOptions, Models, Progress, TaskInput, prepare, resolve
 from rescore.replay import replay
 from rescore.rescorers.ngram import Ngram
@@ -48,7 +49,7 @@ class NgramCorpus:
 
 @dataclass(frozen=True)
 class UnrescoredDrafts:
-    """Block efficiency of the heads alone at one p, with its 95 % interval (None for one example)."""
+    """Block efficiency of the heads alone at one p, with its 95 % interval (None for few groups)."""
 
     p: int
     block_efficiency: float
@@ -78,11 +79,13 @@ class ComparedNgram:
 
 @dataclass(frozen=True)
 class NgramComparison:
-    """What `compare_ngrams` found, on the `examples` (ids), with alpha tuned on `held_out` (ids)."""
+    """What `compare_ngrams` found, on the `examples` (ids; of so many `groups`), with alpha tuned on `held_out`
+    (ids)."""
 
     task: str
     k: int
     examples: tuple[str, ...]
+    groups: int
     held_out: tuple[str, ...]
     unrescored: tuple[UnrescoredDrafts, ...]
     ngrams: tuple[ComparedNgram, ...]
@@ -117,11 +120,11 @@ def compare_ngrams(
 ) -> NgramComparison:
     """Trains a model of every corpus and order, tunes its alpha for every p of the options, and evaluates it.
 
-    `options`: one task; `limit` examples are evaluated, from the first on (None: all but those held out), `held_out`
-    from the end are tuned on (None: `HELD_OUT`, at most half of all); rescorers and alpha of the options do not matter.
-    The corpus `shipped` is the shipped model, in its one order. `own` says how output for `own:PROMPTS` is generated
-    (default: by the base of the options). Raises `RescoreError` for what `build_ngram` and `evaluate` refuse, and for
-    examples that would be both tuned and evaluated on.
+    `options`: one task; `limit` examples are evaluated, from the first on (None: all but those held out), `held_out` of
+    the last groups are tuned on (None: `HELD_OUT`, at most half of all); rescorers and alpha of the options do not
+    matter. The corpus `shipped` is the shipped model, in its one order. `own` says how output for `own:PROMPTS` is
+    generated (default: by the base of the options). Raises `RescoreError` for what `build_ngram` and `evaluate` refuse,
+    and for examples that would be both tuned and evaluated on.
     """
     _check(corpora, orders)
     for alpha in alphas:
@@ -145,6 +148,7 @@ def compare_ngrams(
     trace = evaluated.trace(models, progress=progress).first_heads(options.h)
     held = tuned_on.trace(models, progress=progress).first_heads(options.h)
 
+    groups = evaluated.groups
     plain = {p: replay(trace.examples, Unrescored(), k=options.k, p=p) for p in options.ps}
     found: list[ComparedNgram] = []
     told: set[NgramCorpus] = set()
@@ -159,9 +163,16 @@ def compare_ngrams(
                 progress("tune and evaluate", len(found), len(trained) * len(options.ps))
             alpha = best_alpha(held, rescorer, alphas, k=options.k, p=p)
             accepted = replay(trace.examples, rescorer.weighted(alpha), k=options.k, p=p)
-            found.append(_compared(model, p, alpha, accepted, plain[p], trace.header.h, options.seed))
-    unrescored = tuple(_unrescored(p, accepted, trace.header.h, options.seed) for p, accepted in plain.items())
-    return NgramComparison(task.name, options.k, evaluated.ids, tuned_on.ids, unrescored, tuple(found))
+            accounting = account(accepted, trace.header.h, groups=groups, seed=options.seed)
+            gain = paired_gain(accepted, plain[p], groups=groups, seed=options.seed)
+            found.append(_compared(model, p, alpha, accounting, gain))
+    unrescored = []
+    for p, accepted in plain.items():
+        accounting = account(accepted, trace.header.h, groups=groups, seed=options.seed)
+        unrescored.append(UnrescoredDrafts(p, accounting.block_efficiency, accounting.block_efficiency_ci95))
+    return NgramComparison(
+        task.name, options.k, evaluated.ids, count_groups(groups), tuned_on.ids, tuple(unrescored), tuple(found)
+    )
 
 
 def best_alpha(trace: Trace, rescorer: Ngram, alphas: Sequence[float], *, k: int, p: int) -> float:
@@ -185,21 +196,22 @@ def _check(corpora: Sequence[NgramCorpus], orders: Sequence[int]) -> None:
 
 
 def _split(task: TaskInput, limit: int | None, held_out: int | None) -> tuple[TaskInput, TaskInput]:
-    """The first `limit` examples and the last `held_out`."""
+    """The first `limit` examples and `held_out` of the last groups; no group is in both."""
     total = len(task.ids)
     if total < 2:
         raise RescoreError("one example to evaluate and one to tune alpha on are needed; give more data")
     if held_out is not None and held_out < 1:
         raise RescoreError(f"--held-out {held_out}; at least one example is needed to tune alpha on")
     last = held_out or min(HELD_OUT, total // 2)
-    first = total - last if limit is None else limit
-    if first < 1 or first + last > total:
+    tuned_on = task.held_out(last, evaluated=set(task.groups[: limit or 1]))
+    apart = [place for place, group in enumerate(task.groups) if group not in tuned_on.groups]
+    first = len(apart) if limit is None else limit
+    if first < 1 or first > len(apart) or (held_out is not None and len(tuned_on.ids) < held_out):
         raise RescoreError(
-            f"{max(first, 1)} examples to evaluate and {last} held out are more than the {total} there are; "
-            "lower --limit or --held-out"
+            f"{max(first, 1)} examples to evaluate (of other sources) and {last} held out are more than the {total} "
+            "there are; lower --limit or --held-out"
         )
-    data = task.data and dataclasses.replace(task.data, examples=task.data.examples[:first])
-    return dataclasses.replace(task, ids=task.ids[:first], data=data), task.last(last)
+    return task.of(apart[:first]), tuned_on
 
 
 def _tokenizer_sha256(base: str) -> str:
@@ -242,10 +254,7 @@ def _described(corpus: NgramCorpus, folder: Path) -> _Model:
     return _Model(corpus, folder, manifest["order"], manifest["tokens"], sum(manifest["ngrams"]))
 
 
-def _compared(
-    model: _Model, p: int, alpha: float, accepted: list[list[int]], plain: list[list[int]], h: int, seed: int
-) -> ComparedNgram:
-    accounting, gain = account(accepted, h, seed=seed), paired_gain(accepted, plain, seed=seed)
+def _compared(model: _Model, p: int, alpha: float, accounting: Accounting, gain: Gain) -> ComparedNgram:
     return ComparedNgram(
         corpus=model.corpus.name,
         source=model.corpus.source,
@@ -260,8 +269,3 @@ def _compared(
         gain_ci95=gain.gain_ci95,
         path=str(model.path),
     )
-
-
-def _unrescored(p: int, accepted: list[list[int]], h: int, seed: int) -> UnrescoredDrafts:
-    accounting = account(accepted, h, seed=seed)
-    return UnrescoredDrafts(p, accounting.block_efficiency, accounting.block_efficiency_ci95)

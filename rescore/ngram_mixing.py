@@ -17,6 +17,7 @@ from lm.mixing import Mixture
 from lm.ngram import LoadedNgram
 from rescore.accounting import account
 from rescore.checks import check_held_k
+from rescore.groups import held_out
 from rescore.inputs import MAX_ALPHA, Progress
 from rescore.replay import replay
 from rescore.rescorers import Context
@@ -84,7 +85,7 @@ def tune_mixture(
     for part in parts:
         if part.tokenizer_sha256 and made_for and part.tokenizer_sha256 != made_for:
             raise IncompatibleError(f"{part.name} was made for another tokenizer than the base LM's of {trace}")
-    examples = loaded.examples[-max(1, min(limit, len(loaded.examples) // 2)) :]
+    examples = [loaded.examples[place] for place in held_out([e.group for e in loaded.examples], limit)]
     models = []
     for done, part in enumerate(parts):
         if progress:

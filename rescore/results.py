@@ -23,13 +23,14 @@ from lm.files import (
     writing,
 )
 
-SCHEMA = "rescore.results/3"
+SCHEMA = "rescore.results/4"
 EXAMPLES_FILE, CONFIG_FILE, RESULTS_FILE = "examples.jsonl", "config.json", "results.json"
 RECORD = {
     "task": str,
     "rescorer": str,
     "p": int,
     "id": str,
+    "group": str,
     "h": int,
     "accepted": list,
     "drafts": list,
@@ -41,14 +42,15 @@ LIBRARIES = ("torch", "transformers", "numpy", "numba", "datasets")
 
 @dataclass(frozen=True)
 class Result:
-    """One rescorer on one task at one p: its name as typed, `n` examples, accounting as in
+    """One rescorer on one task at one p: its name as typed, `n` examples of so many `groups`, accounting as in
     `rescore.accounting.Accounting`.
 
     `oracle_block_efficiency` at this k; `gain` of block efficiency over `none` at p = 1 in the same run and its paired
     interval (`rescore.accounting.Gain`; None where that was not run, and for it itself); `against_unrescored`: shares
     of steps that `won`, `tied` and `lost` tokens against the unrescored draft of their position (None where a live
     output is not the trace's); `quality`: by name of each of the task's metrics, the mean of the outputs' scores over
-    the examples that have references (empty where the text is not known); and in live mode, else None: `identical`
+    the examples that have references (empty where the text is not known), `cut_at_limit`: the share of all outputs that
+    did not come to their end (None where the end-of-text token is not known); and in live mode, else None: `identical`
     `{"n", "identical"}` outputs equal to greedy decoding, `divergence` of the others (`{"id", "position", "margin"}`:
     the first token that differs, from 0, and the greedy logit margin there), `latency` (`rescore.summary.latency`).
     """
@@ -59,6 +61,7 @@ class Result:
     p: int
     alpha: float | None
     n: int
+    groups: int
     block_efficiency: float
     block_efficiency_ci95: tuple[float, float] | None
     block_efficiency_macro: float
@@ -72,6 +75,7 @@ class Result:
     marginal: list[float]
     conditional: list[float | None]
     quality: dict[str, float]
+    cut_at_limit: float | None
     identical: dict[str, int] | None
     divergence: list[dict[str, Any]] | None
     latency: dict[str, Any] | None

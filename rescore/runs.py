@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -67,6 +68,7 @@ RESULT: dict[str, Check] = {
     "p": _whole,
     "alpha": _or_null(_number),
     "n": _whole,
+    "groups": _whole,
     "block_efficiency": _number,
     "block_efficiency_ci95": _INTERVAL,
     "block_efficiency_macro": _number,
@@ -80,6 +82,7 @@ RESULT: dict[str, Check] = {
     "marginal": lambda value: _list_of(_number)(value) and bool(value),
     "conditional": _list_of(_or_null(_number)),
     "quality": _by_name(_number),
+    "cut_at_limit": _or_null(_number),
     "identical": _or_null(_by_name(_whole, "n", "identical")),
     "divergence": _or_null(_list_of(_object(id=_text, position=_whole, margin=_number))),
     "latency": _or_null(
@@ -144,11 +147,13 @@ class FinishedRun:
         if not (folder / HEADER_FILE).is_file():
             return None
         trace = load_trace(folder)
-        ids = list(dict.fromkeys(r["id"] for (of, _, _), found in self.records.items() if of == task for r in found))
+        of_task = [r for (of, _, _), found in self.records.items() if of == task for r in found]
+        groups = {r["id"]: r["group"] for r in of_task}
         by_id = {example.id: example for example in trace.examples}
-        if missing := [name for name in ids if name not in by_id]:
+        if missing := [name for name in groups if name not in by_id]:
             raise IncompatibleError(f"{folder} lacks the example {missing[0]!r} of {self.folder}; it is another trace")
-        cut = Trace(trace.header, tuple(by_id[name] for name in ids))
+        examples = (dataclasses.replace(by_id[name], group=group) for name, group in groups.items())
+        cut = Trace(trace.header, tuple(examples))
         return cut.first_heads(self.config["options"]["h"])
 
 

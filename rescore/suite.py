@@ -35,6 +35,8 @@ from rescore.tracing import DEFAULT_K
 from rescore.tuning import tune
 
 Notify = Callable[[str], None]
+CHOSEN = ("alpha", "held_out", "held_out_groups")  # of a tuned weight: what a result says of it
+SWEPT = ("alphas", "block_efficiency", *CHOSEN)  # what is kept of a sweep
 
 
 @dataclass
@@ -200,7 +202,7 @@ def _tune(
             if found is None:
                 found = {**key, **_sweep(tuning, part, rescorer, p, trace_k, progress, notify)}
                 weights.add(found)
-            chosen[rescorer.name, p] = {"alpha": found["alpha"], "from": "tuned", "held_out": found["held_out"]}
+            chosen[rescorer.name, p] = {"from": "tuned", **{name: found[name] for name in CHOSEN if name in found}}
     return chosen
 
 
@@ -214,11 +216,12 @@ def _sweep(
     notify: Notify,
 ) -> dict[str, Any]:
     options = dataclasses.replace(part.options, rescorers=(rescorer.name,), own_p=(), limit=tuning.limit)
+    evaluated = set(part.input.groups)
     (found,) = tune(
-        options, alphas=tuning.alphas, ks=(part.k,), ps=(p,), trace_k=trace_k, keep=False, progress=progress,
-        notify=notify,
+        options, alphas=tuning.alphas, ks=(part.k,), ps=(p,), trace_k=trace_k, evaluated=evaluated, keep=False,
+        progress=progress, notify=notify,
     )  # fmt: skip
-    return {name: getattr(found, name) for name in ("alphas", "block_efficiency", "alpha", "held_out")}
+    return {name: getattr(found, name) for name in SWEPT}
 
 
 def _evaluate(

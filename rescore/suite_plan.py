@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from lattices.errors import RescoreError
 from rescore.decoding import VERIFY_MODES
 from rescore.inputs import MAX_ALPHA, MODES, EvalOptions, Run
+from rescore.overlap_file import read_leave_out
 from rescore.rescorers import WeightedRescorer, load_rescorer
 from rescore.tasks import load_task
 from rescore.tuning import DEFAULT_ALPHAS, HELD_OUT
@@ -18,7 +19,8 @@ from rescore.yaml_input import Value, read_yaml
 
 LIMITS = ("limit", "max_new_tokens", "max_prompt_tokens")
 KEYS = (
-    "base", "heads", "dtype", "device", "mode", "verify", "seed", "tasks", "rescorers", "k", "p", "h", "tune", *LIMITS,
+    "base", "heads", "dtype", "device", "mode", "verify", "seed", "tasks", "rescorers", "k", "p", "h", "tune",
+    "leave_out", *LIMITS,
 )  # fmt: skip
 Made = TypeVar("Made")
 
@@ -37,7 +39,7 @@ class SuiteTask:
 
 @dataclass(frozen=True)
 class SuiteTuning:
-    """Weights are tuned first, on the last `limit` examples of the data (at most half of them), over `alphas`."""
+    """Weights are tuned first, on `limit` examples of the last groups of the data, over `alphas`."""
 
     limit: int = HELD_OUT
     alphas: tuple[float, ...] = DEFAULT_ALPHAS
@@ -73,6 +75,7 @@ class Plan:
     dtype: str = "float32"
     device: str = "auto"
     seed: int = 0
+    leave_out: str | None = None
 
     def options(self, task: SuiteTask, *, k: int, h: int | None) -> EvalOptions:
         """The evaluation of one task with one k and h."""
@@ -83,7 +86,7 @@ class Plan:
             p=tuple(dict.fromkeys(p for r in self.rescorers for p in r.p)),
             own_p=tuple((r.name, r.p) for r in self.rescorers if r.name != "oracle"),
             mode=self.mode, verify=self.verify, data=task.data, trace=task.trace, dtype=self.dtype, device=self.device,
-            seed=self.seed, **limits,
+            seed=self.seed, leave_out=self.leave_out, **limits,
         )  # fmt: skip
 
     @property
@@ -139,6 +142,7 @@ def read_plan(path: Path, *, data: Path | None = None) -> Plan:
         dtype=top["dtype"].choice(("float32", "float64", "bfloat16", "float16")) if "dtype" in top else Plan.dtype,
         device=top["device"].text() if "device" in top else Plan.device,
         seed=top["seed"].whole(least=0) if "seed" in top else 0,
+        leave_out=_leave_out(top["leave_out"]) if "leave_out" in top else None,
         **_limits(top),
     )
     for task, value in zip(plan.tasks, top["tasks"].items(), strict=True):
@@ -163,6 +167,12 @@ def _task(value: Value, data: Path | None) -> SuiteTask:
         if given is None and data is not None:
             given = str(data / f"{known}.jsonl")
     return SuiteTask(name, given, trace, **_limits(fields))
+
+
+def _leave_out(value: Value) -> str:
+    text = value.text()
+    _told(value, lambda: read_leave_out(text))
+    return text
 
 
 def _keys(value: Value) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,9 @@ def summarize(
     p = 1 of the same run, which the gain is over (none: no gain).
     """
     first, h = records[0], records[0]["h"]
-    accounting = account([r["accepted"] for r in records], h, seed=seed)
-    oracle = account([r["oracle_accepted"] for r in records], h, seed=seed)
+    groups = [r["group"] for r in records]
+    accounting = account([r["accepted"] for r in records], h, groups=groups, seed=seed)
+    oracle = account([r["oracle_accepted"] for r in records], h)
     live = "seconds" in first
     gain = _gain(records, unrescored, seed=seed)
     return Result(
@@ -45,6 +46,7 @@ def summarize(
         against_unrescored=_against_unrescored(records),
         **dataclasses.asdict(accounting),
         quality=_quality(records),
+        cut_at_limit=_cut_at_limit(records),
         identical=_identical(records) if live else None,
         divergence=_divergence(records) if live else None,
         latency=latency(records, accounting.block_efficiency) if live else None,
@@ -57,7 +59,10 @@ def _gain(records: Sequence[Record], unrescored: Sequence[Record], *, seed: int)
         return None
     plain = {r["id"]: r["accepted"] for r in unrescored}
     both = [r for r in records if r["id"] in plain]
-    return paired_gain([r["accepted"] for r in both], [plain[r["id"]] for r in both], seed=seed) if both else None
+    if not both:
+        return None
+    groups = [r["group"] for r in both]
+    return paired_gain([r["accepted"] for r in both], [plain[r["id"]] for r in both], groups=groups, seed=seed)
 
 
 def _quality(records: Sequence[Record]) -> dict[str, float]:
@@ -67,6 +72,17 @@ def _quality(records: Sequence[Record]) -> dict[str, float]:
         for name, score in r["quality"].items():
             scores.setdefault(name, []).append(score)
     return {name: float(np.mean(values)) for name, values in scores.items()}
+
+
+def is_cut(output_ids: Sequence[int] | np.ndarray, eos_token_ids: Collection[int]) -> bool | None:
+    """Whether an output stopped at the limit of tokens, before its end-of-text; None where that token is not known."""
+    return int(output_ids[-1]) not in eos_token_ids if eos_token_ids else None
+
+
+def _cut_at_limit(records: Sequence[Record]) -> float | None:
+    """The share of the outputs that were cut; None where that is not known of all."""
+    known = [r["cut"] for r in records if r.get("cut") is not None]
+    return sum(known) / len(records) if len(known) == len(records) else None
 
 
 def _identical(records: Sequence[Record]) -> dict[str, int]:

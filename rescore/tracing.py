@@ -14,6 +14,7 @@ token i, i = 0..t-1, with entry [i, 0, 0] = output token i.
     logps            list<float32> [t * h * K]  natural-log probabilities
     entropies        list<float32> [t * h]      nats
     margins          list<float32> [t]          logit of the greedy token less the runner-up's
+    group            string                     key of the source that examples share; optional, null: none is shared
 
 A trace made elsewhere (Medusa, EAGLE, MTP, DFlash ...) needs the same folder; `load_trace` checks everything.
 """
@@ -40,6 +41,7 @@ from lm.catalog import first_line
 from lm.files import atomic_folder, cache_directory, changed_settings, read_json_object, write_json, writing
 from lm.generation import Generated, generate
 from rescore.checks import check_k
+from rescore.groups import digest, one_of_each_first
 from rescore.tasks.base import Example
 
 SCHEMA = "rescore.trace/1"
@@ -47,6 +49,7 @@ HEADER_FILE = "trace.json"
 LATTICE_ROWS = 16  # positions whose full-vocabulary logits are alive at a time
 PART_EXAMPLES = 32  # examples per part: what a kill can lose, and the window in which prompts are sorted by length
 DEFAULT_K = 32
+OPTIONAL = ("group",)  # columns that older traces and those of others may lack
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,10 @@ class TraceHeader:
 
 @dataclass(frozen=True)
 class TracedExample:
-    """One example of a trace; arrays as in the schema, `lattice` `[t, h, K]`, `entropies` `[t, h]`."""
+    """One example of a trace; arrays as in the schema, `lattice` `[t, h, K]`, `entropies` `[t, h]`.
+
+    A `group` that is not known is that of the prompt, or where there is none the example's own.
+    """
 
     id: str
     prompt: str
@@ -76,6 +82,11 @@ class TracedExample:
     lattice: Lattice
     entropies: np.ndarray
     margins: np.ndarray
+    group: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.group:
+            object.__setattr__(self, "group", digest(self.prompt or self.id))
 
 
 @dataclass(frozen=True)
@@ -85,9 +96,10 @@ class Trace:
     header: TraceHeader
     examples: tuple[TracedExample, ...]
 
-    def first_examples(self, limit: int) -> Trace:
-        """The trace of the first `limit` examples."""
-        return Trace(self.header, self.examples[:limit])
+    def first_examples(self, limit: int | None) -> Trace:
+        """The trace of the first `limit` examples (None: all), one of each group before a second one of any."""
+        order = one_of_each_first([example.group for example in self.examples])
+        return Trace(self.header, tuple(self.examples[place] for place in order[:limit]))
 
     def first_heads(self, h: int | None) -> Trace:
         """The trace with the first h heads only (None: all)."""
@@ -194,6 +206,7 @@ def _row(
         "logps": scores.ravel(),
         "entropies": np.concatenate(entropies).ravel(),
         "margins": greedy.margins,
+        "group": example.group,
     }
 
 
@@ -218,7 +231,7 @@ def _features() -> Any:
     return Features({
         "id": text, "prompt": text, "references": List(text), "output": text,
         "prompt_ids": ints, "output_ids": ints, "token_ids": ints,
-        "logps": floats, "entropies": floats, "margins": floats,
+        "logps": floats, "entropies": floats, "margins": floats, "group": text,
     })  # fmt: skip
 
 
@@ -300,6 +313,8 @@ def _read_part(folder: Path, header: TraceHeader) -> Iterator[TracedExample]:
         raise InvalidDataError(f"can't read the trace part {folder}: {first_line(error)}") from error
     for field in _features().arrow_schema:
         if field.name not in table.column_names:
+            if field.name in OPTIONAL:
+                continue
             raise InvalidDataError(f"{folder} has no column {field.name!r}")
         if table.schema.field(field.name).type != field.type:
             found = table.schema.field(field.name).type
@@ -364,4 +379,5 @@ def _checked_example(folder: Path, header: TraceHeader, row: dict[str, Any]) -> 
         lattice=lattice,
         entropies=array("entropies").reshape(t, h),
         margins=array("margins"),
+        group=(row["group"].as_py() or "") if "group" in row else "",
     )

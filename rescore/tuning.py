@@ -1,9 +1,9 @@
-"""Tunes the weight of rescorers by replay on held-out examples: the last ones of the data, never the test part."""
+"""Tunes the weight of rescorers by replay on held-out examples: of the last groups of the data."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -26,7 +26,7 @@ HELD_OUT = 100
 @dataclass(frozen=True)
 class Tuned:
     """The sweep of one rescorer on one task at one k and p: `block_efficiency[i]` with `alphas[i]`, 0 among them, and
-    the best `alpha` (the smallest of equals). `held_out`: ids of the examples."""
+    the best `alpha` (the smallest of equals). `held_out`: ids of the examples, `held_out_groups`: their groups."""
 
     task: str
     rescorer: str
@@ -36,6 +36,7 @@ class Tuned:
     block_efficiency: tuple[float, ...]
     alpha: float
     held_out: tuple[str, ...]
+    held_out_groups: tuple[str, ...] = ()
 
 
 def tune(
@@ -45,14 +46,16 @@ def tune(
     ks: Sequence[int] = (16,),
     ps: Sequence[int] = (1, 16),
     trace_k: int | None = None,
+    evaluated: Collection[str] = (),
     keep: bool = True,
     progress: Progress | None = None,
     notify: Notify | None = None,
 ) -> list[Tuned]:
     """Sweeps every weighted rescorer of the options on every task, and keeps the best weights for `evaluate` (`keep`).
 
-    `options.limit` examples (default `HELD_OUT`) from the end of the data are used, at most half of them; `trace_k` as
-    for `evaluate`. Raises `RescoreError` for a rescorer without weight and for what `evaluate` refuses.
+    `options.limit` examples (default `HELD_OUT`) of the last groups of the data are used, at most half of the groups
+    (`rescore.groups.held_out`); `evaluated`: groups that are not tuned on while there are others; `trace_k` as for
+    `evaluate`. Raises `RescoreError` for a rescorer without weight and for what `evaluate` refuses.
     """
     limit = HELD_OUT if options.limit is None else options.limit
     for alpha, k, p in product(alphas, ks, ps):
@@ -68,7 +71,7 @@ def tune(
     models = Models(options)
     found = []
     for task in prepare(options, models, k=trace_k):
-        task = task.last(max(1, min(limit, len(task.ids) // 2)))
+        task = task.held_out(limit, evaluated=evaluated)
         task.tell(notify)
         check_tokenizers(task, rescorers)
         trace = task.trace(models, progress=progress).first_heads(options.h)
@@ -87,7 +90,8 @@ def tune(
                 if progress:
                     progress(f"tune {task.name}", place * len(swept) + number + 1, len(runs) * len(swept))
             best = swept[max(range(len(swept)), key=lambda i: (efficiency[i], -i))]
-            tuned = Tuned(task.name, typed, k, p, swept, tuple(efficiency), best, task.ids)
+            groups = tuple(dict.fromkeys(task.groups))
+            tuned = Tuned(task.name, typed, k, p, swept, tuple(efficiency), best, task.ids, groups)
             if keep:
                 path = tuned_path(dataclasses.replace(options, k=k), task, rescorer, p)
                 document: dict[str, Any] = {

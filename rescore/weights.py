@@ -51,6 +51,7 @@ def _alpha(options: EvalOptions, task: TaskInput, rescorer: WeightedRescorer, p:
     if path.is_file():
         tuned = read_json_object(path, missing=f"can't use the tuned weight in {path}")
         found = {"alpha": float(tuned["alpha"]), "from": "tuned", "held_out": tuned["held_out"]}
+        found["held_out_groups"] = tuned.get("held_out_groups", [])
         if tuned.get("data_sha256") != task.settings.get("data_sha256"):
             found["other_data"] = True
         return found
@@ -78,6 +79,9 @@ def _alpha_fact(chosen: Mapping[str, Any], task: TaskInput) -> str | None:
         facts.append(f"alpha {chosen['alpha']:g} was tuned on other data of this task")
     elif shared := len(set(task.ids) & set(held_out)):
         facts.append(f"alpha was tuned on {shared} of these {len(task.ids)} examples")
+    groups = set(chosen.get("held_out_groups", ()))
+    if near := sum(g in groups and name not in held_out for name, g in zip(task.ids, task.groups, strict=True)):
+        facts.append(f"alpha was tuned on examples that share their source with {near} of these {len(task.ids)}")
     return "; ".join(facts) or None
 
 

@@ -106,7 +106,7 @@ class TestEval:
     def test_the_table(self, rescore: Command, model: list[object]):
         run = rescore("eval", *model, "--rescorer", "none", "--rescorer", "oracle", "--mode", "live", "--limit", 2)
         assert (run.code, run.err) == (0, "")
-        assert re.search(r"\nsquad +none +16 +1 +2 +\d+ +24 +1\.\d{3} ", run.out)
+        assert re.search(r"\nsquad +none +16 +1 +2 +2 +\d+ +24 +1\.\d{3} ", run.out)
         assert re.search(r"\nsquad +oracle +16 +1 +2/2 +\d", run.out)
         assert max(map(len, run.out.splitlines())) <= 120
 
@@ -116,7 +116,7 @@ class TestEval:
         assert (run.code, run.err) == (0, "")
         label, interval = r"squad +{} +16 +{} +", r"[+-]\d+\.\d% to [+-]\d+\.\d%"
         for rescorer, p in (("none", 1), ("none", 4), ("oracle", 1)):
-            assert re.search(rf"\n{label.format(rescorer, p)}6 +\d+ +72 +\d\.\d{{3}} ", run.out)
+            assert re.search(rf"\n{label.format(rescorer, p)}6 +6 +\d+ +72 +\d\.\d{{3}} ", run.out)
         assert re.search(r"\ntask +rescorer +k +p +alpha +gain +95 % +won +tied +lost\n", run.out)
         for rescorer, p in (("none", 4), ("oracle", 1)):
             assert re.search(rf"\n{label.format(rescorer, p)}- +[+-]\d+\.\d% +{interval} +\d+\.\d% ", run.out)

@@ -29,7 +29,7 @@ class TestCompare:
         assert (run.code, run.err) == (0, "")
         interval = r"[+-]\d\.\d{3} to [+-]\d\.\d{3}"
         assert re.search(
-            rf"\nsquad  none p=1 +oracle p=1 +6 +1\.\d{{3}} +\d\.\d{{3}} +\+\d\.\d{{3}}  {interval} ", run.out
+            rf"\nsquad  none p=1 +oracle p=1 +6 +6 +1\.\d{{3}} +\d\.\d{{3}} +\+\d\.\d{{3}}  {interval} ", run.out
         )
 
     def test_the_document(self, rescore: Command, model: list[object], results: Path, tmp_path: Path):
@@ -85,7 +85,7 @@ class TestSuite:
     def plan(self, model: list[object], squad_file: Path, tmp_path: Path) -> Path:
         path = tmp_path / "table.yaml"
         path.write_text(
-            f"base: {model[1]}\nheads: {model[3]}\ndevice: cpu\nlimit: 3\nmax_new_tokens: 6\nk: 4\n"
+            f"base: {model[1]}\nheads: {model[3]}\ndevice: cpu\nlimit: 4\nmax_new_tokens: 6\nk: 4\n"
             f"tasks: squad\nrescorers: [none, oracle]\n"
         )
         return path
@@ -94,11 +94,11 @@ class TestSuite:
         asked = ["suite", plan, "--data", squad_file.parent, "--out", tmp_path / "out"]
         run = rescore(*asked)
         assert (run.code, run.err) == (0, "")
-        assert re.search(r"\nsquad +oracle \(1\) +- +\d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\) ", run.out)
+        assert re.search(r"\nsquad +4 \(4\) +oracle \(1\) +- +\d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\) ", run.out)
         assert rescore(*asked).out == run.out
         assert rescore(*asked, "--json").document["schema"] == "rescore.suite/1"
-        plan.write_text(plan.read_text().replace("limit: 3", "limit: 4"))
-        rescore(*asked).refused("limit: 3 -> 4.; use another --out")
+        plan.write_text(plan.read_text().replace("limit: 4", "limit: 5"))
+        rescore(*asked).refused("limit: 4 -> 5.; use another --out")
         plan.write_text(plan.read_text() + "rescorer: none\n")
         rescore(*asked).refused("table.yaml line 9: unknown key 'rescorer'; did you mean 'rescorers'")
 

@@ -136,7 +136,7 @@ class TestCompare:
         assert run.code == 0
         assert re.fullmatch(r"rescore: fable knows only .* of the lattices' tokens; was it .*\n", run.err), "told once"
         lines = run.out.splitlines()
-        assert lines[0] == "squad, k = 8: 3 examples replayed, alpha tuned on 2 others"
+        assert lines[0] == "squad, k = 8: 3 examples (3 groups) replayed, alpha tuned on 2 others"
         for n, line in zip(found["ngrams"], lines[6:], strict=False):
             cells = line.replace("*", " ").split()
             assert cells[:4] == [n["corpus"], f"{n['tokens']:,}", f"{n['ngrams']:,}", str(n["order"])]

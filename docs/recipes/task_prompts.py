@@ -3,7 +3,8 @@
     python docs/recipes/task_prompts.py TASKS OUT.jsonl [--tasks squad,gsm8k,xsum,samsum] [--skip 100] [--count 25]
 
 TASKS is a folder with a file TASK.jsonl for each. The first `--skip` examples are those that results are measured on;
-they are left out. The prompts come in turns, so that a part of them is a part of every task.
+they are left out (one of each source comes first: the model cards' `dev` was made before, in the order of the files).
+The prompts come in turns, so that a part of them is a part of every task.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ from rescore.analysis.repetition import before_after, trace_repetition
 from rescore.analysis.run_records import alpha_source, efficiency_in, wallclock_in
 from rescore.analysis.tables import contrast, efficiency_table
 from rescore.checks import check_held_k
+from rescore.groups import count_groups
 from rescore.runs import FinishedRun
 from rescore.tracing import Trace, TracedExample
 
@@ -81,6 +82,7 @@ def analyse_trace(
     return TraceAnalysis(
         name=name or str(header.settings.get("task", "trace")),
         examples=len(trace.examples),
+        groups=count_groups([example.group for example in trace.examples]),
         positions=len(positions),
         h=header.h,
         k=k,
@@ -110,6 +112,7 @@ def analyse_run(run: FinishedRun, task: str, *, only: Collection[str] = ANALYSES
         h=len(results[0]["marginal"]),
         k=k,
         examples=max(result["n"] for result in results),
+        groups=max(result["groups"] for result in results),
         mode=run.config["options"]["mode"],
         rescorers=tuple(_rescorer(run, result, trace.examples if trace else ()) for result in results),
         by_p=curves_of_results(results),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +54,7 @@ def analyse_folders(
     for folder in traces:
         trace = load_trace(folder).first_heads(h)
         if limit is not None:
-            trace = dataclasses.replace(trace, examples=trace.examples[:limit])
+            trace = trace.first_examples(limit)
         name = str(trace.header.settings.get("task") or folder.resolve().name)
         of_traces.append(analyse_trace(trace, name=name, only=only, k=k, bins=bins, seed=seed))
     runs = [run for folder in results for run in load_runs(folder)]

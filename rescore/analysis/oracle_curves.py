@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rescore.analysis.positions import Positions, efficiency_of, leading
+from rescore.analysis.positions import Positions, leading
 from rescore.analysis.records import OracleCurves
 from rescore.checks import check_held_k
 
@@ -37,12 +37,12 @@ def oracle_curves(positions: Positions, ks: Sequence[int] | None = None, *, seed
             right[:, 1 : refined + 1] = ranks[:, 1 : refined + 1] < k
             row.append(positions.block_efficiency(leading(right)))
         reached = leading(ranks < k)
-        by_k.append(efficiency_of(positions.steps(reached), h, seed=seed))
+        by_k.append(positions.efficiency(reached, seed=seed))
         by_refined.append(tuple(row))
         by_heads.append(tuple(positions.block_efficiency(reached.clip(max=heads)) for heads in range(1, h + 1)))
     return OracleCurves(
         ks=ks,
-        unrescored=efficiency_of(positions.steps(unrescored), h, seed=seed),
+        unrescored=positions.efficiency(unrescored, seed=seed),
         by_k=tuple(by_k),
         by_refined=tuple(by_refined),
         gain_by_refined=tuple(tuple(_gain(value, plain) for value in row) for row in by_refined),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lattices.search import p_best
-from rescore.analysis.positions import Positions, efficiency_of, leading
+from rescore.analysis.positions import Positions, leading
 from rescore.analysis.records import PCurve
 from rescore.analysis.run_records import efficiency_in
 
@@ -23,7 +23,7 @@ def unrescored_by_p(positions: Positions, k: int, ps: Sequence[int] = PS, *, see
     lattice = positions.lattice.top(k)
     drafts = p_best(lattice, max(ps)).drafts  # [n, p', h]; the first q of the p best are the q best
     lengths = np.stack([leading(drafts[:, i] == positions.targets) for i in range(drafts.shape[1])], axis=1)  # [n, p']
-    points = [efficiency_of(positions.steps(lengths[:, :p].max(axis=1, initial=1)), positions.h, seed=seed) for p in ps]
+    points = [positions.efficiency(lengths[:, :p].max(axis=1, initial=1), seed=seed) for p in ps]
     return PCurve("none", k, tuple(ps), (None,) * len(ps), tuple(points))
 
 

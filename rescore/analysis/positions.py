@@ -19,12 +19,14 @@ from rescore.tracing import Trace
 @dataclass(frozen=True, eq=False)
 class Positions:
     """The n positions of a trace's examples, one after the other: `lattice` `[n, h, K]`, `entropies` `[n, h]` (nats),
-    `targets` int32 `[n, h]` (-1 behind the end of the output), `lengths` int64 `[examples]`, output tokens of each."""
+    `targets` int32 `[n, h]` (-1 behind the end of the output), `lengths` int64 `[examples]`, output tokens of each, and
+    the `groups` of the examples (`rescore.groups`; empty: every example is its own)."""
 
     lattice: Lattice
     entropies: np.ndarray
     targets: np.ndarray
     lengths: np.ndarray
+    groups: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, trace: Trace) -> Positions:
@@ -39,7 +41,8 @@ class Positions:
             np.concatenate([e.lattice.logps for e in examples]),
         )
         targets = np.concatenate([targets_ahead(e.output_ids, h) for e in examples])
-        return cls(lattice, np.concatenate([e.entropies for e in examples]), targets, lengths)
+        entropies = np.concatenate([e.entropies for e in examples])
+        return cls(lattice, entropies, targets, lengths, tuple(e.group for e in examples))
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -75,6 +78,10 @@ class Positions:
         every, chosen = np.split(accepted, bounds), np.split(starts, bounds)
         return [a[s].tolist() for a, s in zip(every, chosen, strict=True)] if len(self.lengths) else []
 
+    def efficiency(self, accepted: np.ndarray, *, seed: int = 0) -> Efficiency:
+        """The block efficiency of the decode, from the accepted lengths of all positions `[n]`."""
+        return efficiency_of(self.steps(accepted), self.h, groups=self.groups or None, seed=seed)
+
     def block_efficiency(self, accepted: np.ndarray) -> float | None:
         """Pooled tokens / steps of the decode; None without positions."""
         steps = int(decode_starts(accepted, self.lengths).sum())
@@ -87,11 +94,14 @@ def leading(right: np.ndarray) -> np.ndarray:
     return run
 
 
-def efficiency_of(steps: Sequence[Sequence[int]], h: int, *, seed: int = 0) -> Efficiency:
+def efficiency_of(
+    steps: Sequence[Sequence[int]], h: int, *, groups: Sequence[str] | None = None, seed: int = 0
+) -> Efficiency:
     """The record of a decode's accepted lengths by example; empty if nothing was decoded."""
     if not any(steps):
         return Efficiency(0, 0, None, None, None)
-    found = account([s for s in steps if s], h, seed=seed)
+    kept = None if groups is None else [group for group, s in zip(groups, steps, strict=True) if s]
+    found = account([s for s in steps if s], h, groups=kept, seed=seed)
     return Efficiency(
         found.steps, found.tokens, found.block_efficiency, found.block_efficiency_ci95, found.block_efficiency_macro
     )

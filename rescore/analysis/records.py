@@ -22,8 +22,8 @@ class Record:
 
 @dataclass(frozen=True)
 class Efficiency(Record):
-    """Block efficiency of one decode (see `rescore.accounting.Accounting`): `tokens` / `steps`, its 95 % bootstrap
-    interval by example (None for fewer than two examples) and the mean over examples; None where nothing was decoded.
+    """Block efficiency of one decode (see `rescore.accounting.Accounting`): `tokens` / `steps`, its 95 %
+    interval by group (None for fewer than four groups) and the mean over examples; None where nothing was decoded.
     """
 
     steps: int
@@ -35,7 +35,7 @@ class Efficiency(Record):
 
 @dataclass(frozen=True)
 class Repetition(Record):
-    """Consecutive repetition in `drafts` drafts.
+    """Consecutive repetition in `drafts` drafts, all of h tokens: cut ones do not count.
 
     `share`: of the neighbouring pairs of tokens, those that are equal; `repeating`: of the drafts, those with at least
     one such pair; `mean_longest_run`: the mean over drafts of the longest run of one token (1: no repetition);
@@ -53,7 +53,8 @@ class Repetition(Record):
 class TraceRepetition(Record):
     """Repetition in a trace: `decode`: of the unrescored drafts at the steps of the unrescored decode (the figure to
     compare with); `every_position`: of the unrescored drafts at all positions; `output`: of what the base LM itself
-    goes on with at all positions (the next h tokens), which no rescorer should fall below."""
+    goes on with at all positions that have h tokens before the end of the output, which no rescorer should fall
+    below."""
 
     decode: Repetition
     every_position: Repetition
@@ -287,13 +288,14 @@ class RescorerAnalysis(Record):
 
 @dataclass(frozen=True)
 class TraceAnalysis(Record):
-    """All analyses of one trace; an analysis that was not asked for is None.
+    """All analyses of one trace (`examples` of so many `groups`); an analysis that was not asked for is None.
 
     `k`: entries per slot of `p_curve` (of the rest: all that the trace holds, `entries`, or what it says).
     """
 
     name: str
     examples: int
+    groups: int
     positions: int
     h: int
     k: int
@@ -316,6 +318,7 @@ class RunAnalysis(Record):
     h: int
     k: int
     examples: int
+    groups: int
     mode: str
     rescorers: tuple[RescorerAnalysis, ...]
     by_p: tuple[PCurve, ...]
@@ -324,7 +327,8 @@ class RunAnalysis(Record):
 
 @dataclass(frozen=True)
 class TableCell(Record):
-    """One rescorer on one task: its block efficiency, gain over unrescored, weight."""
+    """One rescorer on one task: its block efficiency, gain over unrescored, weight, and `n` examples of so many
+    `groups`."""
 
     task: str
     block_efficiency: float
@@ -334,6 +338,7 @@ class TableCell(Record):
     alpha: float | None
     alpha_source: str | None
     n: int
+    groups: int
 
 
 @dataclass(frozen=True)
@@ -359,13 +364,15 @@ class EfficiencyTable(Record):
 
 @dataclass(frozen=True)
 class Contrast(Record):
-    """Two rescorers of one run on one task, paired by example: `gain` of `rescorer` over `against` (0.01 = 1 % more
-    tokens a step) with its paired 95 % interval; for in-domain against general rescorers."""
+    """Two rescorers of one run on one task, paired by example (`n` of so many `groups`): `gain` of `rescorer` over
+    `against` (0.01 = 1 % more tokens a step) with its paired 95 % interval; for in-domain against general rescorers."""
 
     task: str
     p: int
     rescorer: str
     against: str
+    n: int
+    groups: int
     block_efficiency: float
     against_block_efficiency: float
     gain: float

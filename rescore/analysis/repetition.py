@@ -14,16 +14,16 @@ from rescore.tracing import TracedExample
 
 
 def repetition_of(drafts: np.ndarray) -> Repetition:
-    """Repetition in drafts int `[n, h]`; shorter ones end with -1 and count the pairs that they have."""
+    """Repetition in drafts int `[n, h]`. Those that end with -1 are cut, by the end of an output or the limit of
+    tokens, and do not count: a short one has less room to repeat anything."""
+    drafts = drafts[(drafts >= 0).all(axis=1)]
     same = equal_neighbours(drafts)  # [n, h-1]
-    there = drafts[:, 1:] >= 0
-    pairs, equal = there.sum(axis=0), same.sum(axis=0)
     return Repetition(
         drafts=len(drafts),
-        share=share(equal.sum(), pairs.sum()),
+        share=share(same.sum(), same.size),
         repeating=share(same.any(axis=1).sum(), len(drafts)),
         mean_longest_run=share(longest_runs(drafts).sum(), len(drafts)),
-        by_pair=tuple(share(e, p) for e, p in zip(equal, pairs, strict=True)),
+        by_pair=tuple(share(equal, len(drafts)) for equal in same.sum(axis=0)),
     )
 
 
@@ -60,7 +60,7 @@ def traced(records: Sequence[Record], examples: Sequence[TracedExample]) -> list
 def step_drafts(record: Record, example: TracedExample) -> tuple[np.ndarray, np.ndarray]:
     """The unrescored and the winning draft of every step, int32 `[steps, h]` each.
 
-    Live decoding cuts drafts at the length limit; both then end with -1 from there on.
+    Live decoding cuts drafts at the limit of tokens; both then end with -1 from there on.
     """
     accepted = np.asarray(record["accepted"], dtype=np.int64)
     starts = np.cumsum(accepted) - accepted

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lattices.errors import RescoreError, UnknownNameError
-from rescore.accounting import account, paired_gain
+from rescore.accounting import account, paired_difference
 from rescore.analysis.records import Contrast, EfficiencyTable, TableCell, TableRow
 from rescore.analysis.run_records import alpha_source
 from rescore.runs import FinishedRun
@@ -39,6 +39,7 @@ def efficiency_table(runs: Sequence[FinishedRun]) -> EfficiencyTable:
                 alpha=result["alpha"],
                 alpha_source=alpha_source(run.config, result["task"], result["rescorer"], result["p"]),
                 n=result["n"],
+                groups=result["groups"],
             )
     return EfficiencyTable(
         tasks,
@@ -61,14 +62,17 @@ def contrast(run: FinishedRun, task: str, rescorer: str, against: str, *, p: int
         raise RescoreError(f"{rescorer} and {against} have no example of {task} in common; evaluate both on the same")
     ours, theirs = ([side[name] for name in both] for side in sides)
     h = run.records[task, rescorer, p][0]["h"]
-    gain = paired_gain(ours, theirs, seed=seed)
+    of_id = {r["id"]: r["group"] for r in run.records[task, rescorer, p]}
+    gain = paired_difference(theirs, ours, groups=[of_id[name] for name in both], seed=seed)
     return Contrast(
         task=task,
         p=p,
         rescorer=rescorer,
         against=against,
-        block_efficiency=account(ours, h, seed=seed).block_efficiency,
-        against_block_efficiency=account(theirs, h, seed=seed).block_efficiency,
+        n=len(both),
+        groups=gain.groups,
+        block_efficiency=account(ours, h).block_efficiency,
+        against_block_efficiency=account(theirs, h).block_efficiency,
         gain=gain.gain,
         gain_ci95=gain.gain_ci95,
     )

@@ -40,7 +40,7 @@ def findings_text(found: Findings) -> str:
 
 def trace_text(found: TraceAnalysis) -> str:
     """All analyses of a trace that there are."""
-    facts = f"{found.examples} examples, {found.positions} positions, h = {found.h}, K = {found.entries}"
+    facts = f"{_examples(found)}, {found.positions} positions, h = {found.h}, K = {found.entries}"
     title = f"{printable(found.name)}: {facts}"
     parts = [title]
     if found.repetition:
@@ -60,9 +60,13 @@ def trace_text(found: TraceAnalysis) -> str:
     return "\n\n".join(parts)
 
 
+def _examples(found: TraceAnalysis | RunAnalysis) -> str:
+    return f"{found.examples} examples ({found.groups} groups)"
+
+
 def run_text(found: RunAnalysis) -> str:
     """All analyses of one task of a run."""
-    parts = [f"{printable(found.task)}: {found.examples} examples, {found.mode}, h = {found.h}, k = {found.k}"]
+    parts = [f"{printable(found.task)}: {_examples(found)}, {found.mode}, h = {found.h}, k = {found.k}"]
     parts += [part for part in (_outcomes(found.rescorers), _before_after(found.rescorers)) if part]
     if found.by_p:
         parts.append(_by_p(found.by_p))
@@ -103,12 +107,14 @@ def contrast_text(found: Sequence[Contrast]) -> str:
     """Rescorers against others, paired by example."""
     rows = [
         [
-            c.task, c.rescorer, c.against, str(c.p), f"{c.block_efficiency:.3f}", f"{c.against_block_efficiency:.3f}",
-            f"{c.gain:+.1%}", "-" if c.gain_ci95 is None else "{:+.1%} to {:+.1%}".format(*c.gain_ci95),
+            c.task, c.rescorer, c.against, str(c.p), str(c.n), str(c.groups), f"{c.block_efficiency:.3f}",
+            f"{c.against_block_efficiency:.3f}", f"{c.gain:+.1%}",
+            "-" if c.gain_ci95 is None else "{:+.1%} to {:+.1%}".format(*c.gain_ci95),
         ]
         for c in found
     ]  # fmt: skip
-    return table(["task", "rescorer", "against", "p", "block eff.", "other's", "gain", "95 %"], rows, text_columns=3)
+    header = ["task", "rescorer", "against", "p", "examples", "groups", "block eff.", "other's", "gain", "95 %"]
+    return table(header, rows, text_columns=3)
 
 
 def _number(value: float | None, digits: int = 3) -> str:

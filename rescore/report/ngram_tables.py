@@ -44,11 +44,13 @@ def comparison_table(found: NgramComparison) -> str:
             _interval(r.gain_ci95, percent=True),
         ])  # fmt: skip
     note = (
-        "gain over the unrescored drafts (none) at the same p, with a paired bootstrap interval by example;\n"
+        "gain over the unrescored drafts (none) at the same p, with a paired interval by group;\n"
         "* best of its p. To use it:"
     )
     used = [f"  p = {p}: --rescorer {_rescorer(r)} --alpha {r.alpha:g}" for p, r in best.items()]
-    examples = f"{len(found.examples)} examples replayed, alpha tuned on {len(found.held_out)} others"
+    examples = (
+        f"{len(found.examples)} examples ({found.groups} groups) replayed, alpha tuned on {len(found.held_out)} others"
+    )
     return "\n".join([f"{found.task}, k = {found.k}: {examples}", "", table(header, rows), note, *used])
 
 

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from lattices.errors import RescoreError
 from lm.files import atomic_file
+from rescore.bootstrap import LEAST_GROUPS
 from rescore.inputs import Progress
 from rescore.report.explorer import SHOWN, explorer_data
 from rescore.report.exports import csv_text, markdown_text
@@ -144,7 +145,7 @@ def page_html(
         decode_name=decode_name,
         shown=SHOWN,
         facts=_facts(views),
-        one_example=all(r["n"] < 2 for view in views for r in view.results),
+        few_groups=all(r["groups"] < LEAST_GROUPS for view in views for r in view.results),
         version=versions()["rescore"],
     )
 
@@ -185,6 +186,7 @@ def _facts(views: Sequence[TaskView]) -> list[tuple[str, list[tuple[str, str]]]]
             ("data", " ".join(str(data[name]) for name in ("kind", "path", "sha256") if data.get(name))),
             ("trace", options.get("trace")),
             ("examples", max(r["n"] for r in view.results)),
+            ("groups (sources that examples share)", max(r["groups"] for r in view.results)),
             ("h, k", f"{view.analysis.h}, {view.analysis.k}"),
             ("new tokens, at most", made_of.get("max_new_tokens")),
             ("prompt tokens, at most", made_of.get("max_prompt_tokens")),
@@ -213,5 +215,7 @@ def _quality(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         quality = result.get("quality")
         if isinstance(quality, dict) and quality:
-            return ", ".join(f"{name} {value:.3f}" for name, value in quality.items() if isinstance(value, int | float))
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in quality.items())
+            cut = result["cut_at_limit"]
+            return shown if cut is None else f"{shown} ({cut:.0%} of the outputs cut at the token limit)"
     return ""

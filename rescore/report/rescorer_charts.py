@@ -98,7 +98,7 @@ def _efficiency(views: Sequence[TaskView], looks: Looks) -> Section:
         "efficiency",
         "Block efficiency",
         "Farther right is better: the mark is the mean number of tokens that a step accepts, the bar its 95 % "
-        "interval over examples, the dashed line the oracle. 1 would be no gain over autoregressive decoding.",
+        "interval by group, the dashed line the oracle. 1 would be no gain over autoregressive decoding.",
         tuple(charts),
         ("task", "rescorer", "p", "block eff.", "95 %", "gain", "95 %", "macro", "steps", "tokens"),
         tuple(rows),
@@ -115,7 +115,8 @@ def _acceptance(views: Sequence[TaskView], looks: Looks, dash: dict[int, str]) -
         for result in view.results:
             rescorer, p, marginal = result["rescorer"], result["p"], result["marginal"]
             accepted = [r["accepted"] for r in view.run.records[view.task, rescorer, p]]
-            found = marginal_intervals(accepted, len(marginal), seed=view.run.config["options"]["seed"])
+            groups = [r["group"] for r in view.run.records[view.task, rescorer, p]]
+            found = marginal_intervals(accepted, len(marginal), groups=groups, seed=view.run.config["options"]["seed"])
             error = None
             if found is not None:
                 error = (
@@ -156,7 +157,7 @@ def _acceptance(views: Sequence[TaskView], looks: Looks, dash: dict[int, str]) -
         "acceptance",
         "Acceptance by position",
         "Each point is the share of steps that accepted at least i tokens (marginal; their sum is the block "
-        "efficiency), with its 95 % interval over examples; the first token is always accepted, and a slower fall "
+        "efficiency), with its 95 % interval by group; the first token is always accepted, and a slower fall "
         "is better.",
         tuple(charts),
         ("task", "rescorer", "p", "share of steps", *(str(i) for i in range(1, widest + 1))),

@@ -15,6 +15,7 @@ from typing import Any
 
 from lattices.errors import RescoreError
 from rescore.analysis import HmaxCorrelation, RunAnalysis, analyse_run, correlate_h_max
+from rescore.bootstrap import LEAST_GROUPS
 from rescore.inputs import Progress
 from rescore.report.sweeps import kept_sweeps
 from rescore.results import CONFIG_FILE, RESULTS_FILE
@@ -130,6 +131,7 @@ def trace_command(run: FinishedRun, task: str) -> str:
         "max-new-tokens": made_of.get("max_new_tokens"),
         "max-prompt-tokens": made_of.get("max_prompt_tokens"),
         "data": options.get("data"),
+        "leave-out": options.get("leave_out"),
         "out": folder,
     }
     words = [f"--{name} {shlex.quote(str(value))}" for name, value in arguments.items() if value is not None]
@@ -151,10 +153,10 @@ def _labels(pairs: Sequence[tuple[FinishedRun, str]]) -> list[str]:
 def _gaps(views: Sequence[TaskView]) -> list[str]:
     """What the results themselves leave open."""
     lines = []
-    if lonely := [view.label for view in views if max(r["n"] for r in view.results) < 2]:
+    if few := [view.label for view in views if max(r["groups"] for r in view.results) < LEAST_GROUPS]:
         lines.append(
-            f"{', '.join(lonely)}: one example only, so there is no interval; an interval needs two examples or more "
-            "(rescore eval --limit)."
+            f"{', '.join(few)}: too few groups (sources that examples share) for an interval, which needs "
+            f"{LEAST_GROUPS} or more (rescore eval --limit)."
         )
     if plain := [view.label for view in views if view.unrescored is None]:
         lines.append(

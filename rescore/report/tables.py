@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rescore.bootstrap import LEAST_GROUPS
 from rescore.results import Result, ResultsDocument
 from rescore.terminal import printable
 
@@ -43,6 +44,8 @@ def results_table(document: ResultsDocument) -> str:
     if not document.results:
         return "no finished examples"
     parts = [_caption(document), _efficiency(document.results)]
+    if quality := _quality(document.results):
+        parts.append(quality)
     if gains := _gains(document.results):
         parts.append(gains)
     parts.append(_acceptance(document.results))
@@ -68,20 +71,37 @@ def _label(r: Result) -> list[str]:
 
 
 def _efficiency(results: Sequence[Result]) -> str:
-    header = ["examples", "steps", "tokens", "block eff.", "95 %", "macro", "oracle", "quality"]
+    header = ["examples", "groups", "steps", "tokens", "block eff.", "95 %", "macro", "oracle"]
     rows = []
     for r in results:
         interval = "{:.3f}-{:.3f}".format(*r.block_efficiency_ci95) if r.block_efficiency_ci95 else "-"
-        quality = ", ".join(f"{value:.3f} {metric}" for metric, value in r.quality.items()) or "-"
         rows.append([
-            *_label(r), str(r.n), str(r.steps), str(r.tokens), f"{r.block_efficiency:.3f}", interval,
-            f"{r.block_efficiency_macro:.3f}", f"{r.oracle_block_efficiency:.3f}", quality,
+            *_label(r), str(r.n), str(r.groups), str(r.steps), str(r.tokens), f"{r.block_efficiency:.3f}", interval,
+            f"{r.block_efficiency_macro:.3f}", f"{r.oracle_block_efficiency:.3f}",
         ])  # fmt: skip
     note = (
-        "block eff. = tokens / steps, pooled (1 = no gain, h = ceiling), with a bootstrap interval by example;\n"
-        "macro = mean over examples; oracle = block eff. of the best path of the top-k lattice."
+        "block eff. = tokens / steps, pooled (1 = no gain, h = ceiling); 95 % = its interval (studentised bootstrap\n"
+        f"by group: examples of one source; - for fewer than {LEAST_GROUPS} groups); macro = mean over examples;\n"
+        "oracle = block eff. of the best path of the top-k lattice."
     )
     return table([*LABEL, *header], rows, text_columns=2) + "\n" + note
+
+
+def _quality(results: Sequence[Result]) -> str:
+    """The scores of the outputs beside the share of them that was cut; one line for a task where all have the same."""
+    rows = []
+    for task in dict.fromkeys(r.task for r in results):
+        of_task = [r for r in results if r.task == task and r.quality]
+        same = all((r.quality, r.cut_at_limit) == (of_task[0].quality, of_task[0].cut_at_limit) for r in of_task)
+        for r in of_task[:1] if same else of_task:
+            label = [task, "all", "", ""] if same and len(of_task) > 1 else _label(r)
+            scores = ", ".join(f"{value:.3f} {metric}" for metric, value in r.quality.items())
+            cut = "-" if r.cut_at_limit is None else f"{r.cut_at_limit:.0%}"
+            rows.append([*label, scores, cut])
+    if not rows:
+        return ""
+    note = "cut at limit = outputs that did not come to their end: a score of cut outputs says little about the model."
+    return table([*LABEL, "quality of the output", "cut at limit"], rows, text_columns=2) + "\n" + note
 
 
 def _gains(results: Sequence[Result]) -> str:
@@ -98,8 +118,8 @@ def _gains(results: Sequence[Result]) -> str:
         return ""
     note = (
         "alpha = weight of the rescorer; gain of block eff. over none at p = 1 where that was run too, with a paired\n"
-        "bootstrap interval by example; won, tied, lost: steps that accepted more, as many, fewer tokens than the\n"
-        "unrescored draft would have there."
+        "interval by group; won, tied, lost: steps that accepted more, as many, fewer tokens than the unrescored\n"
+        "draft would have there."
     )
     return table([*LABEL, "alpha", "gain", "95 %", *OUTCOMES], rows, text_columns=2) + "\n" + note
 
@@ -228,7 +248,8 @@ def block_length_table(found: BlockLengths) -> str:
         ])  # fmt: skip
     of = found.rescorer + ("" if found.alpha is None else f", alpha {found.alpha:g}")
     note = (
-        f"{found.base} on {found.examples} examples of {found.task or 'a trace'}, {of}, k = {found.k}, {found.dtype}, "
+        f"{found.base} on {found.examples} examples ({found.groups} groups) of {found.task or 'a trace'}, {of}, "
+        f"k = {found.k}, {found.dtype}, "
         f"{found.device}, {found.cached} cached tokens; greedy decoding\ntakes {found.greedy_ms:.1f} ms a token. "
         "Times are medians, the speed-up (* the best) is foreseen from them; eval --mode live measures it."
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lattices.errors import InvalidDataError
+from rescore.groups import digest
 
 Record = Mapping[str, Any]
 """One line of a JSON lines file, or one row of a hub data set."""
@@ -21,13 +22,19 @@ Record = Mapping[str, Any]
 class Example:
     """One prompt to decode, with the answers that count as right; `id` is unique within its data.
 
-    `passage` is the whole text that the base LM's perplexity is of, where the task has one.
+    `passage` is the whole text that the base LM's perplexity is of, where the task has one. `group` is the key of the
+    source that the example shares with others (`rescore.groups`); by default that of the prompt: no other has it.
     """
 
     id: str
     prompt: str
     references: tuple[str, ...]
     passage: str | None = None
+    group: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.group:
+            object.__setattr__(self, "group", digest(self.prompt))
 
 
 @dataclass(frozen=True)
@@ -62,11 +69,13 @@ class Limits:
 class Task:
     """A task: prompt, references, metrics, and where its data come from.
 
-    `fields` are those a record must have. `template` holds names in braces that stand for text fields of the record,
-    or for what `variables` makes of the record if that is given; it is the whole record of how a prompt is made, so
-    it belongs in cache keys and results. `row` comes before all this: it gives the record, with these fields, of a row
-    that may have another shape, or None for a row that is not this task's (`rows` says in words which are). `chat`
-    puts the prompt into the base LM's chat template. `passage` names the text field that perplexity is of.
+    `fields` are those a record must have. `template` holds names in braces that stand for text fields of the record, or
+    for what `variables` makes of the record if that is given; it is the whole record of how a prompt is made, so it
+    belongs in cache keys and results. `row` comes before all this: it gives the record, with these fields, of a row
+    that may have another shape, or None for a row that is not this task's (`rows` says in words which are). `chat` puts
+    the prompt into the base LM's chat template. `passage` names the text field that perplexity is of. `group` gives the
+    text of the source that examples share (a passage, a document, a conversation); None: the prompt itself, so that
+    only examples that ask the same are of one group.
 
     Data come from `file` (JSON lines) or from the `hub`; `without_hub` tells a user why there is none, and what to do.
     `sample` is a JSON lines file in the package that stands in where neither `--data` nor the hub gives data.
@@ -84,6 +93,7 @@ class Task:
     row: Callable[[Record], Record | None] | None = None
     rows: str = ""
     passage: str | None = None
+    group: Callable[[Record], str] | None = None
     limits: Limits = field(default_factory=Limits)
     file: Path | None = None
     hub: HubSource | None = None
@@ -109,7 +119,8 @@ class Task:
             if name not in record:
                 raise InvalidDataError(f"no field {name!r} (task {self.name} needs: {', '.join(self.fields)})")
         passage = None if self.passage is None else text_field(record, self.passage)
-        return Example(id, self.prompt(record), self.references(record), passage)
+        source = "" if self.group is None else self.group(record).strip()
+        return Example(id, self.prompt(record), self.references(record), passage, digest(source) if source else "")
 
     def _names(self) -> list[str]:
         return [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
@@ -136,6 +147,11 @@ def checked_text(value: object, name: str) -> str:
 def only_reference(name: str) -> Callable[[Record], tuple[str, ...]]:
     """References for a task whose one reference is the text of the field `name`."""
     return lambda record: (text_field(record, name),)
+
+
+def only_text(name: str) -> Callable[[Record], str]:
+    """The group of a task whose examples share the text of the field `name`."""
+    return lambda record: text_field(record, name)
 
 
 def text_list(value: object, name: str) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rescore.tasks.base import HubSource, Task, only_reference
+from rescore.tasks.base import HubSource, Task, only_reference, only_text
 from rescore.tasks.metrics import ROUGE_L
 
 TASK = Task(
@@ -11,6 +11,7 @@ TASK = Task(
     fields=("article", "highlights"),
     template="summarize: {article}",
     references=only_reference("highlights"),
+    group=only_text("article"),
     metrics=(ROUGE_L,),
     hub=HubSource("abisee/cnn_dailymail", "3.0.0", "test"),
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rescore.tasks.base import Record, Task, only_reference, text_field
+from rescore.tasks.base import Record, Task, only_reference, only_text, text_field
 from rescore.tasks.metrics import ROUGE_L
 
 
@@ -25,5 +25,6 @@ TASK = Task(
     variables=title_and_text,
     references=only_reference("summary"),
     without_hub="it may not be redistributed; ask for it at https://lil.nlp.cornell.edu/newsroom/",
+    group=only_text("text"),
     metrics=(ROUGE_L,),
 )

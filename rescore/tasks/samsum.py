@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rescore.tasks.base import HubSource, Task, only_reference
+from rescore.tasks.base import HubSource, Task, only_reference, only_text
 from rescore.tasks.metrics import ROUGE_L
 
 TASK = Task(
@@ -11,6 +11,7 @@ TASK = Task(
     fields=("dialogue", "summary"),
     template="Here is a dialogue: {dialogue}\nWrite a short summary!",
     references=only_reference("summary"),
+    group=only_text("dialogue"),
     metrics=(ROUGE_L,),
     hub=HubSource("knkarthick/samsum", None, "test"),  # the authors' own copy has left the hub
 )

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lattices.errors import InvalidDataError
-from rescore.tasks.base import HubSource, Record, Task, text_list
+from rescore.tasks.base import HubSource, Record, Task, only_text, text_list
 from rescore.tasks.metrics import EXACT_MATCH, F1
 
 
@@ -37,6 +37,7 @@ TASK = Task(
     template="question: {question} context: {context}",
     references=accepted_answers,
     hub=HubSource("rajpurkar/squad", "plain_text", "validation"),
+    group=only_text("context"),
     metrics=(EXACT_MATCH, F1),
     sample=Path(__file__).with_name("squad_sample.jsonl"),
 )

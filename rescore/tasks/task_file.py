@@ -5,7 +5,7 @@ prompt:      text with fields of a record in braces
 reference:   a field with the right answer or a list of them, dots into objects (answers.text)
 metric:      a name or a list of names
 limits:      {examples, new_tokens, prompt_tokens}
-name, description, chat, passage
+name, description, chat, passage, group
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rescore.tasks.metrics import find_metric
 from rescore.yaml_input import Value, read_yaml
 
 SUFFIXES = (".yaml", ".yml")
-KEYS = ("name", "description", "source", "prompt", "reference", "metric", "limits", "chat", "passage")
+KEYS = ("name", "description", "source", "prompt", "reference", "metric", "limits", "chat", "passage", "group")
 SOURCE_KEYS = ("file", "hub", "config", "split", "revision", "files")
 LIMIT_KEYS = ("examples", "new_tokens", "prompt_tokens")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -46,15 +46,17 @@ def load_task_file(path: Path) -> Task:
     template, used = _template(fields["prompt"])
     reference = _field_path(fields["reference"]) if "reference" in fields else ""
     passage = _text(fields["passage"]) if "passage" in fields else None
+    group = _field_path(fields["group"]) if "group" in fields else ""
     return Task(
         name=name,
         description=" ".join(_text(fields["description"]).split()) if "description" in fields else f"of {path.name}",
-        fields=tuple(dict.fromkeys([*used, *_top(reference), *_top(passage or "")])),
+        fields=tuple(dict.fromkeys([*used, *_top(reference), *_top(passage or ""), *_top(group)])),
         template=template,
         references=_references(reference),
         metrics=_metrics(fields["metric"], bool(reference)) if "metric" in fields else (),
         chat=fields["chat"].flag() if "chat" in fields else True,
         passage=passage,
+        group=_group(group) if group else None,
         limits=_limits(fields["limits"]) if "limits" in fields else Limits(),
         file=_file(fields["source"], source, path),
         hub=_hub(fields["source"], source),
@@ -120,11 +122,7 @@ def _references(path: str) -> Callable[[Record], tuple[str, ...]]:
     """What gives the references of a record: text or a list of text at the path; none without a path."""
 
     def references(record: Record) -> tuple[str, ...]:
-        value: object = record
-        for step in path.split("."):
-            if not isinstance(value, Mapping) or step not in value:
-                raise InvalidDataError(f"no field {path!r}")
-            value = value[step]
+        value = _at(record, path)
         if isinstance(value, str):
             return (checked_text(value, path),)
         if not isinstance(value, list):
@@ -132,6 +130,25 @@ def _references(path: str) -> Callable[[Record], tuple[str, ...]]:
         return text_list(value, path)
 
     return references if path else lambda record: ()
+
+
+def _group(path: str) -> Callable[[Record], str]:
+    """What gives the source of a record: the text or whole number at the path."""
+
+    def group(record: Record) -> str:
+        value = _at(record, path)
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else checked_text(value, path)
+
+    return group
+
+
+def _at(record: Record, path: str) -> object:
+    value: object = record
+    for step in path.split("."):
+        if not isinstance(value, Mapping) or step not in value:
+            raise InvalidDataError(f"no field {path!r}")
+        value = value[step]
+    return value
 
 
 def _metrics(value: Value, has_reference: bool) -> tuple[Metric, ...]:

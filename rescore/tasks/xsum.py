@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rescore.tasks.base import HubSource, Task, only_reference
+from rescore.tasks.base import HubSource, Task, only_reference, only_text
 from rescore.tasks.metrics import ROUGE_L
 
 TASK = Task(
@@ -11,6 +11,7 @@ TASK = Task(
     fields=("document", "summary"),
     template="Summarize: {document}",
     references=only_reference("summary"),
+    group=only_text("document"),
     metrics=(ROUGE_L,),
     # The main branch has held a loading script, which `datasets` 4 and later refuse; this one is the hub's export.
     hub=HubSource("EdinburghNLP/xsum", None, "test", revision="refs/convert/parquet"),

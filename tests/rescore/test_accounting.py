@@ -25,21 +25,49 @@ def test_one_example_by_hand():
 
 def test_a_paired_gain_by_hand():
     """Examples gain 2 / 1 - 1 = 100 % and 3 / 2 - 1 = 50 %; pooled, 10 tokens in 4 steps are 2.5 and in 7 steps 10 / 7.
-    A resample of two examples has the first twice, the second twice (a quarter each), or both: of such resamples the
-    middle 95 % reach from 50 % to 100 %. Unpaired ones would reach from 2 / 2 - 1 = 0 % to 3 / 1 - 1 = 200 %."""
-    found = paired_gain([[2, 2], [3, 3]], [[1, 1, 1, 1], [2, 2, 2]])
-    assert found.gain == pytest.approx(0.75)
-    assert found.gain_ci95 == pytest.approx((0.5, 1.0))
+    Both sides draw the same groups: where every group gains 75 %, so does every resample, however they differ."""
+    assert paired_gain([[2, 2], [3, 3]], [[1, 1, 1, 1], [2, 2, 2]]).gain == pytest.approx(0.75)
+    plain = [[1] * 7 * n for n in (1, 2, 3, 4, 5)]
+    found = paired_gain([[7] * n for n in (1, 2, 3, 4, 5)], plain)
+    assert found.gain == pytest.approx(6.0) and found.gain_ci95 == pytest.approx((6.0, 6.0))
 
 
-def test_equal_decodes_gain_nothing_and_one_example_has_no_interval():
-    lengths = [[1, 3], [2], [4, 4, 1]]
+def test_equal_decodes_gain_nothing_and_few_examples_have_no_interval():
+    lengths = [[1, 3], [2], [4, 4, 1], [1]]
     assert paired_gain(lengths, lengths) == Gain(0.0, (0.0, 0.0))
     assert paired_gain([[3]], [[1, 1, 1]]) == Gain(2.0, None)
+    assert paired_gain(lengths, lengths, groups=["a", "b", "c", "a"]) == Gain(0.0, None), "three groups"
+
+
+def test_examples_of_one_group_count_as_one():
+    """Copies of an example say nothing new: the interval is that of one of each; by example it would be narrow."""
+    rng = np.random.default_rng(3)
+    each = [rng.integers(1, 6, size=30).tolist() for _ in range(8)]
+    copies, groups = each * 10, [str(i) for i in range(8)] * 10
+    alone, grouped = account(each, 5), account(copies, 5, groups=groups)
+    assert (alone.groups, grouped.groups) == (8, 8)
+    assert grouped.block_efficiency_ci95 == pytest.approx(alone.block_efficiency_ci95)
+    assert marginal_intervals(copies, 5, groups=groups)[2] == pytest.approx(marginal_intervals(each, 5)[2])
+    low, high = grouped.block_efficiency_ci95
+    narrow = account(copies, 5).block_efficiency_ci95
+    assert high - low > 2.5 * (narrow[1] - narrow[0])
+    plain = [[1] * sum(example) for example in each]
+    gains = [paired_gain(each, plain), paired_gain(copies, plain * 10, groups=groups)]
+    assert gains[1].gain_ci95 == pytest.approx(gains[0].gain_ci95)
+    found = paired_difference(plain * 10, copies, groups=groups)
+    assert found.groups == 8 and found.difference_ci95 == pytest.approx(paired_difference(plain, each).difference_ci95)
+    assert found.won == 80
+
+
+def test_the_order_of_groups_does_not_matter_to_what_they_hold():
+    accepted, groups = [[1], [2, 2], [3], [4], [1, 1], [2]], ["a", "b", "a", "c", "d", "b"]
+    assert account(accepted, 4, groups=groups).groups == 4
+    by_hand = [[1, 3], [2, 2, 2], [4], [1, 1]]
+    assert account(accepted, 4, groups=groups).block_efficiency_ci95 == account(by_hand, 4).block_efficiency_ci95
 
 
 @settings(deadline=None, derandomize=True)
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=2, max_size=8), st.integers(0, 3))
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=4, max_size=8), st.integers(0, 3))
 def test_a_gain_is_that_of_the_pooled_block_efficiencies(pairs, seed):
     accepted, plain = [[a, 1] for a, _ in pairs], [[b] for _, b in pairs]
     found = paired_gain(accepted, plain, seed=seed)
@@ -66,7 +94,8 @@ def test_identities(case):
     assert np.cumprod([c or 0.0 for c in a.conditional]) == pytest.approx(a.marginal)
     assert all(x >= y for x, y in zip(a.marginal, a.marginal[1:], strict=False))
     assert 1 <= a.block_efficiency <= h
-    if len(accepted) == 1:
+    assert a.groups == len(accepted)
+    if len(accepted) < 4:
         assert a.block_efficiency_ci95 is None
     else:
         low, high = a.block_efficiency_ci95
@@ -94,8 +123,7 @@ def test_a_difference_is_between_the_same_examples():
     found = paired_difference([[2, 1], [3], [1, 1]], [[3], [3], [1, 1]])
     assert found.difference == pytest.approx(8 / 4 - 8 / 5) and found.gain == pytest.approx(1 / 4)
     assert (found.won, found.tied, found.lost) == (1, 2, 0)
-    low, high = found.difference_ci95 or (1.0, -1.0)
-    assert low == 0.0 and high == pytest.approx(1.5), "resamples of ties alone, and of the won example alone"
+    assert found.difference_ci95 is None, "three examples have no interval"
     assert paired_difference([[2, 1], [1]], [[3], [1]]).gain == paired_gain([[3], [1]], [[2, 1], [1]]).gain
     single = paired_difference([[2]], [[1, 1]])
     assert single.difference_ci95 is None and single.gain_ci95 is None and single.lost == 1
@@ -110,4 +138,6 @@ def test_the_middle_of_intervals_of_acceptance():
     assert all(low <= m <= high for (low, high), m in zip(found, account(accepted, 4).marginal, strict=True))
     assert all(high - low > 0.01 for low, high in found[1:])
     assert marginal_intervals(accepted, 4, seed=1) != found
-    assert marginal_intervals([[1, 2]], 4) is None and marginal_intervals([[1], []], 4) is None
+    few = [[1, 2], [3], [1]]
+    assert marginal_intervals(few, 4) is None and marginal_intervals([*few, []], 4) is None
+    assert marginal_intervals([], 4) is None

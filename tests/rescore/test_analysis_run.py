@@ -68,11 +68,12 @@ class TestBeforeAfter:
         assert found.before.share == pytest.approx(4 / 6) and found.before.mean_longest_run == pytest.approx(7 / 3)
         assert found.after.share == pytest.approx(2 / 6) and found.after.mean_longest_run == pytest.approx(5 / 3)
 
-    def test_live_drafts_that_end_early_are_compared_as_far_as_they_go(self):
+    def test_live_drafts_that_were_cut_do_not_count(self):
         record = {**RECORD, "drafts": [[1, 2, 3], [4, 4], [5]]}
         found = before_after([record], small_trace().examples)
-        # Before: 1 1 1, 4 5, 5: 2 of 3 pairs. After: 1 2 3, 4 4, 5: 1 of 3.
-        assert found.before.share == pytest.approx(2 / 3) and found.after.share == pytest.approx(1 / 3)
+        # Before: 1 1 1: 2 of 2 pairs. After: 1 2 3: none. 4 5 against 4 4 and 5 against 5 are cut.
+        assert (found.before.drafts, found.before.share, found.before.mean_longest_run) == (1, 1.0, 3.0)
+        assert (found.after.drafts, found.after.share, found.after.repeating) == (1, 0.0, 0.0)
 
     def test_other_outputs_are_left_out(self):
         assert before_after([{**RECORD, "output_ids": [1, 2, 9]}], small_trace().examples) is None
@@ -83,7 +84,7 @@ class TestBeforeAfter:
 def run(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path, tmp_path: Path, cache_folder: Path):
     options = EvalOptions(
         base=str(tiny_folder), heads=str(tiny_heads_folder), data=str(squad_file), device="cpu", k=4, p=(1, 3),
-        max_new_tokens=8, limit=3, rescorers=("none", "context-ngram:none", "oracle"),
+        max_new_tokens=8, limit=6, rescorers=("none", "context-ngram:none", "oracle"),
     )  # fmt: skip
     evaluate(options, out=tmp_path / "run")
     return load_run(tmp_path / "run")
@@ -93,7 +94,7 @@ class TestRun:
     def test_everything_is_in_it(self, run):
         found = analyse_run(run, "squad")
         json.dumps(found.as_dict(), allow_nan=False)
-        assert (found.task, found.h, found.k, found.examples, found.mode) == ("squad", 4, 4, 3, "replay")
+        assert (found.task, found.h, found.k, found.examples, found.mode) == ("squad", 4, 4, 6, "replay")
         for part, result in zip(found.rescorers, run.results, strict=True):
             shares, outcomes = result["against_unrescored"], part.outcomes
             assert (part.rescorer, part.p, part.alpha) == (result["rescorer"], result["p"], result["alpha"])
@@ -102,7 +103,7 @@ class TestRun:
             assert outcomes.lost / outcomes.steps == pytest.approx(shares["lost"])
             assert np.array(outcomes.joint).sum() == outcomes.steps == result["steps"]
             assert outcomes.repairs is not None and part.wallclock is None
-            assert part.repetition.examples == 3
+            assert part.repetition.examples == 6
         plain = found.rescorers[0]
         assert plain.repetition.before == plain.repetition.after == found.trace.repetition.decode
         assert found.trace.oracle.unrescored.block_efficiency == plain.efficiency.block_efficiency
@@ -138,7 +139,8 @@ class TestRun:
 
 def result(rescorer: str, p: int, efficiency: float, *, task: str = "squad", h: int = 3, gain: float | None = None):
     return {
-        "task": task, "rescorer": rescorer, "p": p, "k": 16, "alpha": None, "n": 2, "steps": 10, "tokens": 12,
+        "task": task, "rescorer": rescorer, "p": p, "k": 16, "alpha": None, "n": 2, "groups": 2,
+        "steps": 10, "tokens": 12,
         "block_efficiency": efficiency, "block_efficiency_ci95": None, "block_efficiency_macro": efficiency,
         "gain": gain, "gain_ci95": None, "marginal": [1.0] * h, "latency": None,
     }  # fmt: skip
@@ -188,7 +190,7 @@ class TestFolders:
         assert [c.rescorer for c in found.contrasts] == ["oracle"] and found.table is not None
         text = findings_text(found)
         for line in (
-            "squad: 3 examples, replay",
+            "squad: 6 examples (6 groups), replay",
             "entropy of head",
             "recall of head",
             "repair",

@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from analysis_traces import small_trace, trace_of
+from analysis_traces import example, small_trace, trace_of
 
 from lattices.errors import RescoreError, UnknownNameError
 from lattices.lattice import Lattice
@@ -67,8 +67,32 @@ def test_repetition(found):
     decode = found.repetition.decode
     assert decode.drafts == 3 and decode.share == pytest.approx(4 / 6) and decode.by_pair == pytest.approx((1 / 3, 1))
     assert decode.mean_longest_run == pytest.approx(7 / 3)
-    # The output 1 2 3 4 5 repeats nothing; the windows 4 5 - and 5 - - have fewer pairs.
+    # The output 1 2 3 4 5 repeats nothing.
     assert found.repetition.output.share == 0 and found.repetition.output.mean_longest_run == 1
+
+
+def test_windows_of_the_output_that_its_end_cuts_do_not_count():
+    """Output 7 7 7 3 3, h = 3: the windows are 7 7 7, 7 7 3, 7 3 3; 3 3 - and 3 - - are no windows of 3 tokens. Pairs:
+    2, 1, 1 of 2 each; with the cut ones it would be 5 of 7 pairs, 4 of 5 windows, and runs of 11 / 5."""
+    slots = [[[token, 8, 9]] * 3 for token in (7, 7, 7, 3, 3)]
+    output = analyse_trace(trace_of([example("a", [7, 7, 7, 3, 3], slots, [0.1, 0.2, 0.3])])).repetition.output
+    assert output.drafts == 3
+    assert output.share == pytest.approx(4 / 6) and output.by_pair == pytest.approx((2 / 3, 2 / 3))
+    assert output.repeating == pytest.approx(1.0)
+    assert output.mean_longest_run == pytest.approx((3 + 2 + 2) / 3)
+    short = analyse_trace(trace_of([example("a", [7, 7], slots[:2], [0.1, 0.2, 0.3])])).repetition
+    assert short.output.drafts == 0 and short.output.share is None and short.every_position.drafts == 2
+
+
+def test_intervals_are_by_group():
+    each = [dataclasses.replace(random_trace(i, examples=1).examples[0], id=f"{i}", group=f"g{i}") for i in range(5)]
+    copies = [dataclasses.replace(e, id=f"{e.id}-{n}") for n in range(6) for e in each]
+    one, many = (analyse_trace(trace_of(list(of), h=4, k=5)) for of in (each, copies))
+    assert (one.groups, many.groups, many.examples) == (5, 5, 30)
+    assert one.oracle.by_k[1].block_efficiency_ci95 is not None
+    for a, b in zip((*one.oracle.by_k, one.oracle.unrescored, *one.p_curve.points),
+                    (*many.oracle.by_k, many.oracle.unrescored, *many.p_curve.points), strict=True):  # fmt: skip
+        assert b.block_efficiency_ci95 == pytest.approx(a.block_efficiency_ci95)
 
 
 def test_entropy(found):

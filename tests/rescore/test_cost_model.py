@@ -167,9 +167,26 @@ class TestDecoders:
     def test_the_paper_s_base_is_marked(self):
         base = paper_base()
         assert base.parameters == pytest.approx(1.5e9, rel=0.02) and "not public" in base.assumption
-        assert neural_for(base).parameters == pytest.approx(61e6, rel=0.01) and neural_for(base).assumption
-        found = cost_table(base, heads=heads_of(base, None, 9), neural=None, block_efficiency={})
-        assert "ASSUMED" in cost_text(found)
+        small = neural_for(base)
+        assert small.parameters == pytest.approx(61e6, rel=0.01) and small.assumption
+        found = cost_table(base, heads=heads_of(base, None, 9), neural=small, block_efficiency={})
+        assert cost_text(found).count("ASSUMED") == 2
+
+    def test_what_the_paper_says_of_its_models_is_not_assumed(self):
+        base = paper_base()
+        small = neural_for(base)
+        assert base.vocab_size == small.vocab_size == 50_257
+        assert base.projection_parameters == 50_257 * 2048
+        assert {layer.heads for layer in small.layers} == {12}
+        # Learned positions: a table of 2,048 rows, of which a token reads one.
+        assert base.parameters - base.read_parameters == 2048 * 2048
+        assert small.parameters - small.read_parameters == 2048 * 768
+        for facts, assumed in (
+            (("50,257 tokens", "learned positions"), base.assumption),
+            (("12 heads", "learned positions"), small.assumption),
+        ):
+            known, _, guessed = assumed.partition("are the paper's")
+            assert all(fact in known and fact not in guessed for fact in facts)
 
     def test_a_llama_as_the_formula_has_it(self):
         config = LlamaConfig(

@@ -177,7 +177,7 @@ def test_mistakes_are_told_before_any_work(options, corpora, tmp_path: Path, mon
 def test_the_table(options, corpora):
     found = compare_ngrams(options, corpora[:2], orders=(2,), alphas=ALPHAS)
     lines = comparison_table(found).splitlines()
-    assert lines[0] == "squad, k = 8: 3 examples replayed, alpha tuned on 3 others"
+    assert lines[0] == "squad, k = 8: 3 examples (3 groups) replayed, alpha tuned on 3 others"
     assert lines[2].split()[:7] == ["corpus", "tokens", "n-grams", "order", "p", "alpha", "block"]
     assert [line.split()[0] for line in lines[4:10]] == ["none", "none", "text", "text", "task", "task"]
     for p in (1, 4):

@@ -30,7 +30,7 @@ def run_into(folder: Path, options: dict, **changes) -> Path:
 
 @pytest.fixture
 def data_file(tmp_path: Path) -> Path:
-    contexts = ["The tower is tall.", HOSTILE, "x" * 100_000]
+    contexts = ["The tower is tall.", HOSTILE, "x" * 100_000, "Four", "Five"]
     lines = [
         {
             "id": f"id {i} {HOSTILE if i == 1 else ''}",
@@ -200,7 +200,7 @@ def test_the_explorer_holds_what_the_decodes_did(results, tmp_path):
 
 def test_fewer_examples_and_none(results, tmp_path):
     (data,) = Page(report(results, tmp_path, examples=2).html).json(class_="explorer-data")
-    assert len(data["examples"]) == 2 and "2 of 3 examples" in data["chosen"]
+    assert len(data["examples"]) == 2 and "2 of 5 examples" in data["chosen"]
     page = Page(report(results, tmp_path, examples=0).html)
     assert (
         not page.json(class_="explorer-data") and "explorer-app" not in page.text.split("<main")[1].split("</main")[0]
@@ -209,8 +209,8 @@ def test_fewer_examples_and_none(results, tmp_path):
 
 def test_one_example_has_no_interval_and_the_page_says_so(options, tmp_path, cache_folder):
     written = report(run_into(tmp_path / "one", options, limit=1), tmp_path)
-    assert "one example only, so there is no interval" in written.missing[0]
-    assert "no interval can be given" in written.html.read_text()
+    assert "too few groups (sources that examples share) for an interval" in written.missing[0]
+    assert "too few groups of examples for an interval" in written.html.read_text()
     row = next(csv.DictReader(written.csv.open(newline="")))
     assert row["block_efficiency"] and row["block_efficiency_low"] == ""
 
@@ -221,7 +221,7 @@ def test_a_trace_that_is_gone_costs_only_what_is_read_from_it(results, tmp_path,
     written = report(results, tmp_path)
     assert "no longer there" in written.missing[0]
     command = re.search(r"rescore trace .*", written.missing[0]).group(0)
-    for part in ("--task squad", "--limit 3", "--max-new-tokens 8", "--max-prompt-tokens 64", "--out "):
+    for part in ("--task squad", "--limit 5", "--max-new-tokens 8", "--max-prompt-tokens 64", "--out "):
         assert part in command
     page = Page(written.html)
     (data,) = page.json(class_="explorer-data")
@@ -270,7 +270,7 @@ def test_an_example_without_steps_is_passed_over(results, tmp_path):
             line.update(accepted=[], drafts=[], oracle_accepted=[], unrescored_accepted=[], output_ids=[])
     (results / "examples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (data,) = Page(report(results, tmp_path).html).json(class_="explorer-data")
-    assert len(data["examples"]) == 2
+    assert len(data["examples"]) == 4
 
 
 def test_live_results_have_times(options, tmp_path, cache_folder):

@@ -22,8 +22,8 @@ CONFIG = {"options": {"k": 16, "p": 1}, "traces": {"squad": {"base": {"weights_s
 
 def record(example: str, rescorer: str = "none", p: int = 1, task: str = "squad") -> dict[str, Any]:
     return {
-        "task": task, "rescorer": rescorer, "p": p, "id": example, "h": 2, "accepted": [1, 2],
-        "drafts": [[3, 4], [5, 6]], "oracle_accepted": [2, 1], "quality": {"F1": 0.5},
+        "task": task, "rescorer": rescorer, "p": p, "id": example, "group": example, "h": 2,
+        "accepted": [1, 2], "cut": False, "drafts": [[3, 4], [5, 6]], "oracle_accepted": [2, 1], "quality": {"F1": 0.5},
     }  # fmt: skip
 
 
@@ -137,8 +137,8 @@ def result(**changes: Any) -> Result:
     accounting = account([[1, 2, 3], [3, 1]], 3)
     fields = {
         "task": "squad", "rescorer": "none", "k": 16, "p": 1, "alpha": None, "n": 2, "oracle_block_efficiency": 2.5,
-        "gain": None, "gain_ci95": None, "against_unrescored": None, "quality": {}, "identical": None,
-        "divergence": None, "latency": None,
+        "gain": None, "gain_ci95": None, "against_unrescored": None, "quality": {}, "cut_at_limit": None,
+        "identical": None, "divergence": None, "latency": None,
         **vars(accounting),
     }  # fmt: skip
     return Result(**{**fields, **changes})
@@ -157,7 +157,7 @@ class TestDocument:
     def test_it_is_schema_config_and_results(self):
         document = ResultsDocument({"seed": 1}, [result()]).as_dict()
         assert list(document) == ["schema", "config", "results"]
-        assert document["schema"] == "rescore.results/3" and document["config"] == {"seed": 1}
+        assert document["schema"] == "rescore.results/4" and document["config"] == {"seed": 1}
         (found,) = document["results"]
         assert {
             "task", "rescorer", "k", "p", "alpha", "block_efficiency", "block_efficiency_ci95",
@@ -201,37 +201,36 @@ class TestTables:
         ]  # fmt: skip
 
     def test_it_says_what_was_run_and_what_came_of_it(self):
-        text = results_table(ResultsDocument({"options": OPTIONS}, [result(quality={"exact match": 0.5, "F1": 0.25})]))
+        accepted = [[1, 2, 3], [3, 1], [2, 2], [1, 1, 1], [3, 3]]
+        quality = {"exact match": 0.5, "F1": 0.25}
+        found = result(**vars(account(accepted, 3)), n=5, quality=quality, cut_at_limit=0.832)
+        text = results_table(ResultsDocument({"options": OPTIONS}, [found]))
         assert text.startswith("replayed decode of tiny in float32, h = 3, up to 64 new tokens\n")
-        low, high = account([[1, 2, 3], [3, 1]], 3).block_efficiency_ci95 or (0, 0)
-        cells = [
-            "squad",
-            "none",
-            "16",
-            "1",
-            "2",
-            "5",
-            "10",
-            "2.000",
-            f"{low:.3f}-{high:.3f}",
-            "2.000",
-            "2.500",
-            "0.500",
-            "exact match,",
-            "0.250",
-            "F1",
-        ]
+        low, high = account(accepted, 3).block_efficiency_ci95 or (0, 0)
+        cells = ["squad", "none", "16", "1", "5", "5", "12", "23", "1.917", f"{low:.3f}-{high:.3f}", "2.000", "2.500"]
         assert " ".join(cells) in " ".join(text.split())
-        assert re.search(r"exactly i \(count\) +2 +1 +2\n", text)
-        assert re.search(r"at least i \(share\) +1.000 +0.600 +0.400\n", text)
-        assert re.search(r"i, given i - 1 +1.000 +0.600 +0.667(\n|$)", text)
+        assert "quality of the output  cut at limit" in text
+        assert re.search(r"\nsquad +none +16 +1 +0.500 exact match, 0.250 F1 +83%\n", text)
+        assert re.search(r"exactly i \(count\) +5 +3 +4\n", text)
+        assert re.search(r"at least i \(share\) +1.000 +0.583 +0.333\n", text)
+        assert re.search(r"i, given i - 1 +1.000 +0.583 +0.571(\n|$)", text)
         assert "tok/s" not in text
 
     def test_what_nothing_reached_has_no_share(self):
         found = result(**vars(account([[1, 1]], 3)))
         text = results_table(ResultsDocument({"options": OPTIONS}, [found]))
         assert re.search(r"i, given i - 1 +1.000 +0.000 +-(\n|$)", text)
-        assert re.search(r"1.000 +- +1.000 +2.500 +-\n", text), "one example has no interval, this task no metric"
+        assert re.search(r"1.000 +- +1.000 +2.500\n", text), "one example has no interval"
+        assert "quality" not in text, "this task has no metric"
+
+    def test_quality_stands_once_where_all_have_the_same(self):
+        same = {"quality": {"F1": 0.5}, "cut_at_limit": 1.0}
+        results = [result(**same), result(rescorer="oracle", **same), result(task="xsum", quality={"F1": 0.25})]
+        text = results_table(ResultsDocument({"options": OPTIONS}, results))
+        assert re.search(r"\nsquad +all +0.500 F1 +100%\nxsum +none +16 +1 +0.250 F1 +-\n", text)
+        other = result(rescorer="oracle", quality={"F1": 0.5}, cut_at_limit=0.5)
+        text = results_table(ResultsDocument({"options": OPTIONS}, [results[0], other]))
+        assert re.search(r"\nsquad +none +16 +1 +0.500 F1 +100%\nsquad +oracle +16 +1 +0.500 F1 +50%\n", text)
 
     def test_gains_are_shown_with_their_interval(self):
         shares = {"won": 0.5, "tied": 0.25, "lost": 0.25}

@@ -120,10 +120,10 @@ class TestTable:
         assert manifest["schema"] == "rescore.suite/1" and manifest["results"] == suite.results
         page = (tmp_path / "out" / "table.md").read_text()
         assert "`rescore suite table.yaml --out DIR`" in page and "3 or 4 examples of a task" in page
-        assert re.search(r"^\| squad \| oracle \(1\) \| 4 \| - \| \d\.\d{3} \(.* to .*\) \| \+", page, re.M)
+        assert re.search(r"^\| squad \| 4 \(4\) \| oracle \(1\) \| 4 \| - \| \d\.\d{3} \(.* to .*\) \| \+", page, re.M)
         rows = list(csv.reader((tmp_path / "out" / "table.csv").open()))
         assert tuple(rows[0]) == COLUMNS and len(rows) == 17 and rows[1][:6] == ["squad", "4", "4", "none", "1", ""]
-        assert float(rows[4][9]) == suite.results[3]["block_efficiency"]
+        assert float(rows[4][10]) == suite.results[3]["block_efficiency"]
 
     def test_several_h_and_large_k(self, write: Write, tmp_path: Path):
         body = "k: [2, 40]\nh: [2, 4]\nlimit: 2\nmax_new_tokens: 6\ndevice: cpu\ntasks: squad\nrescorers: none\n"

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
+from rescore.groups import digest
 from rescore.tasks import Example, HubSource, Record, Task, load_task, task_names
 from rescore.tasks.base import only_reference
 
@@ -100,7 +101,8 @@ class TestReferences:
     )
     def test_squad_takes_both_shapes(self, answers: object) -> None:
         example = load_task("squad").example({**WHO, "answers": answers}, id="q")
-        assert example == Example("q", "question: Who? context: Ann or Bo.", ("Ann", "Bo"))
+        group = digest("Ann or Bo.")
+        assert example == Example("q", "question: Who? context: Ann or Bo.", ("Ann", "Bo"), group=group)
 
     @pytest.mark.parametrize(
         ("answers", "message"),

@@ -35,6 +35,7 @@ def test_f1_is_that_of_the_squad_script(output: str, references: tuple[str, ...]
     [
         (" dock", True), ("dock.", True), ("\n dock's side", True), (' dock," she said', True), (" docks", False),
         (" Dock", False), (" the dock", False), ("", False), (" doc", False), (" dock7", False),
+        ("dock\u0301", False),  # an accent goes on
     ],
 )  # fmt: skip
 def test_the_last_word_is_what_the_output_begins_with(output: str, right: bool) -> None:

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections import Counter
+from decimal import Decimal
 
 from rescore.tasks.base import Metric
 
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?", re.ASCII)
+_NUMBER = re.compile(
+    r"""
+    (?: (?<![^\W_]) (?<![)\]}%]) (?P<sign>[-\u2212]) )?    # no sign behind a digit, letter or bracket: 9-4 ends with 4
+    (?: \\?[$€£¥] )?
+    (?P<number>
+        [0-9]{1,3} (?:,[0-9]{3})+ (?![0-9]) (?:\.[0-9]+)?    # with thousands separators
+      | [0-9]+ (?:\.[0-9]+)?
+      | (?<![^\W_]) (?<![)\]}.]) \.[0-9]+                   # .5, but not the end of a sentence before 5
+    )
+    (?P<exponent> [eE][-+\u2212]?[0-9]{1,3} (?![^\W_]) )?
+    """,
+    re.VERBOSE,
+)
 
 
 def normalise_answer(text: str) -> str:
@@ -42,17 +56,29 @@ def _f1(found: list[str], wanted: list[str]) -> float:
 
 def final_answer(output: str, references: tuple[str, ...]) -> float:
     """1.0 if the last number of the output is the last number of a reference (behind its `####`), else 0.0."""
-    found = _last_number(output)
-    return float(found is not None and any(found == _last_number(reference) for reference in references))
+    found = last_number(output)
+    return float(found is not None and any(found == last_number(reference) for reference in references))
 
 
-def _last_number(text: str) -> float | None:
-    numbers = _NUMBER.findall(text)
-    return float(numbers[-1].replace(",", "")) if numbers else None
+def last_number(text: str) -> Decimal | None:
+    """The last number of a text, None without one; equal numbers are equal however they are written (7, 7.00, 1e3).
+
+    ASCII digits, with commas for thousands or without, a point and decimals or decimals alone (.5), an exponent. A `-`
+    or U+2212 right before it, or before its currency sign, is its sign unless a digit, letter, % or closing bracket
+    stands right before that: `9-4` ends with 4. What comes behind (%, units, a full stop) is no part of it; of a
+    fraction the number below the stroke is the last one.
+    """
+    numbers = list(_NUMBER.finditer(text))
+    if not numbers:
+        return None
+    found = numbers[-1]
+    value = Decimal((found["number"].replace(",", "") + (found["exponent"] or "")).replace("\u2212", "-"))
+    return -value if found["sign"] else value
 
 
 def last_word(output: str, references: tuple[str, ...]) -> float:
-    """1.0 if the output, space before it left out, begins with a reference and no letter or digit goes on, else 0.0.
+    """1.0 if the output, space before it left out, begins with a reference and no letter, digit or accent goes on, else
+    0.0.
 
     So `dock.` and `dock's` are the word `dock`, `docks` and `Dock` are not.
     """
@@ -61,7 +87,8 @@ def last_word(output: str, references: tuple[str, ...]) -> float:
 
 
 def _begins_with(output: str, word: str) -> bool:
-    return output.startswith(word) and not output[len(word) : len(word) + 1].isalnum()
+    after = output[len(word) : len(word) + 1]
+    return output.startswith(word) and not (after.isalnum() or (after and unicodedata.combining(after)))
 
 
 EXACT_MATCH = Metric("exact match", exact_match)

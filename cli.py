@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -37,6 +37,7 @@ from cli_options import (
     known_tasks,
     notify,
     numbers,
+    print_notices,
     progress_bar,
 )
 from cli_report import reporting
@@ -74,6 +75,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = "--debug" in sys.argv
+    print_notices()
     try:
         # Not standalone: errors and exit codes come here instead of being printed by the library.
         sys.exit(app(args=arguments or ["--help"], prog_name="rescore", standalone_mode=False))
@@ -133,7 +135,10 @@ def evaluate_command(
     k: Annotated[int, typer.Option(help="Tokens of each head that are in the lattice.")] = 16,
     p: Annotated[str, typer.Option(help="Drafts that one step verifies; 1,16 runs both.")] = "1",
     alpha: Annotated[
-        float | None, typer.Option(help="Weight of the rescorer; default: the tuned one (rescore tune), else its own.")
+        str | None,
+        typer.Option(
+            help="Weight of the rescorer: a number, or tuned (what rescore tune kept here). Default: its own."
+        ),
     ] = None,
     h: FirstHeads = None,
     base: Base = "smollm2-135m",
@@ -157,7 +162,7 @@ def evaluate_command(
 
     chosen = EvalOptions(
         tasks=known, rescorers=tuple(rescorer), base=base, heads=heads, h=h, k=k,
-        p=tuple(numbers("--p", p, int)), alpha=alpha, limit=limit, max_new_tokens=max_new_tokens,
+        p=tuple(numbers("--p", p, int)), alpha=_weight(alpha), limit=limit, max_new_tokens=max_new_tokens,
         max_prompt_tokens=max_prompt_tokens, mode=mode, verify=verify, data=data, trace=trace, dtype=dtype,
         device=device, seed=seed,
     )  # fmt: skip
@@ -169,6 +174,15 @@ def evaluate_command(
         shown = f"the finished examples are shown {kept}" if evaluation.document.results else "none was finished yet"
         notify(f"interrupted; {shown}")
         raise typer.Exit(INTERRUPTED)
+
+
+def _weight(text: str | None) -> float | Literal["tuned"] | None:
+    if text is None or text == "tuned":
+        return text  # type: ignore[return-value]
+    try:
+        return float(text)
+    except ValueError:
+        raise RescoreError(f"--alpha {text}: give a number, or tuned (what rescore tune kept)") from None
 
 
 def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
@@ -229,7 +243,7 @@ def tune_command(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Tune a rescorer's weight (alpha) by replay on held-out examples; `rescore eval` uses what it finds."""
+    """Tune a rescorer's weight (alpha) by replay on held-out examples, for `rescore eval --alpha tuned`."""
     known = known_tasks(task or (), trace)
     from dataclasses import asdict
 
@@ -247,6 +261,7 @@ def tune_command(
             ks=numbers("--k", k, int), ps=numbers("--p", p, int), progress=progress, notify=notify,
         )  # fmt: skip
     print(json.dumps([asdict(tuned) for tuned in found]) if as_json else tuning_table(found))
+    notify("kept on this machine: rescore eval --alpha tuned with the same options uses these weights")
 
 
 @app.command(name="trace")

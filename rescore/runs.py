@@ -204,13 +204,15 @@ def load_run(folder: Path) -> FinishedRun:
     if not isinstance(config, dict) or not isinstance(results, list) or not results:
         raise InvalidDataError(f"{folder / RESULTS_FILE} holds no results; run the evaluation again")
     _check(folder / RESULTS_FILE, config, results)
-    records: dict[tuple[str, str, int], list[Record]] = {}
+    by_id: dict[tuple[str, str, int], dict[str, Record]] = {}
     for number, record in read_json_lines(folder / EXAMPLES_FILE, torn_tail=True):
         typed = all(isinstance(record.get(name), kind) for name, kind in RECORD.items())
         if not typed or not all(check(record.get(name)) for name, check in _MEASURED.items()):
             where = f"{folder / EXAMPLES_FILE} line {number}"
             raise InvalidDataError(f"{where} is not a finished example; run the evaluation again")
-        records.setdefault((record["task"], record["rescorer"], record["p"]), []).append(record)
+        # An example that is there twice (two processes once wrote to one folder) counts once, as `ExampleLog` has it.
+        by_id.setdefault((record["task"], record["rescorer"], record["p"]), {})[record["id"]] = record
+    records = {key: list(found.values()) for key, found in by_id.items()}
     for result in results:
         n = len(records.get((result["task"], result["rescorer"], result["p"]), ()))
         if n < result["n"]:

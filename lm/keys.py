@@ -63,13 +63,14 @@ def software(*libraries: str) -> dict[str, str]:
 def config_sha256(config: Any, folder: Path, adapter: Path | None = None) -> str:
     """sha256 of all that a model's forward and the end of its output depend on, its weights apart.
 
-    `config`: as transformers resolved it; `folder`: of the model, whose `generation_config.json` says what ends a text;
-    `adapter`: the folder of its adapter, whose settings say how much it changes.
+    `config`: as transformers resolved it; `folder`: of the model, whose `generation_config.json` says what ends a text
+    (and an index, which file holds which weights); `adapter`: the folder of its adapter, whose settings say how much it
+    changes.
     """
-    generation = _json_of(folder / "generation_config.json")
+    beside = [_json_of(folder / name) for name in ("generation_config.json", "model.safetensors.index.json")]
     changes = _json_of(adapter / "adapter_config.json") if adapter else None
     # What differs from the architecture's defaults: a later version's new fields make no other model.
-    return key_of([type(config).__name__, _settled(config.to_diff_dict()), _settled(generation), _settled(changes)])
+    return key_of([type(config).__name__, _settled(config.to_diff_dict()), _settled(beside), _settled(changes)])
 
 
 def tokenization_sha256(tokenizer: Any, folder: Path) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
 from lm.files import sha256_of_file
-from lm.keys import software
+from lm.keys import key_of, software
 from lm.locks import making, tell, writing_to
 from rescore.checks import check_held_k, check_k, check_new_tokens, check_p
 from rescore.data import TaskData, load_examples
@@ -147,6 +147,7 @@ class Models:
         settings = {
             "base": dataclasses.asdict(identity),
             "heads_sha256": heads_sha256(folder),
+            "heads_config_sha256": key_of(read_config(folder)),
             "h": read_config(folder).h,
             "task": task.name,
             "template": task.template,

@@ -12,7 +12,7 @@ from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lm.files import read_json_lines, read_json_object
 from rescore.results import CONFIG_FILE, EXAMPLES_FILE, RECORD, RESULTS_FILE, SCHEMA
 from rescore.suite_files import MANIFEST_FILE, PLAN_FILE, read_manifest
-from rescore.tracing import HEADER_FILE, Trace, load_trace, trace_folder
+from rescore.tracing import HEADER_FILE, Trace, check_settings, load_trace, trace_folder
 
 Record = dict[str, Any]  # a line of examples.jsonl (docs/formats.md)
 Check = Callable[[Any], bool]
@@ -143,7 +143,17 @@ class FinishedRun:
         folder = Path(given).expanduser() if given else trace_folder(task, made_of, k)
         if not (folder / HEADER_FILE).is_file():
             return None
-        trace = load_trace(folder)
+        try:
+            trace = load_trace(folder)
+            if not given:
+                check_settings(folder, trace.header, k=k, settings=made_of)
+        except RescoreError as error:
+            if given:
+                raise
+            raise InvalidDataError(
+                f"the cached trace of {task} is broken ({error}); rescore eval with the options of {self.folder} makes "
+                "it again"
+            ) from error
         ids = list(dict.fromkeys(r["id"] for (of, _, _), found in self.records.items() if of == task for r in found))
         by_id = {example.id: example for example in trace.examples}
         if missing := [name for name in ids if name not in by_id]:

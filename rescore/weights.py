@@ -68,7 +68,11 @@ def _alpha(options: EvalOptions, task: TaskInput, typed: str, rescorer: Weighted
     usable = type(alpha) in (int, float) and math.isfinite(alpha) and 0 <= alpha <= MAX_ALPHA
     if not usable or not isinstance(held_out, list) or not all(isinstance(name, str) for name in held_out):
         raise InvalidDataError(f"{path} holds no tuned weight; run: {command}")
-    found = {"alpha": float(alpha), "from": TUNED, "held_out": held_out}
+    # What it was tuned by goes into the results, which another machine can then make again.
+    found = {
+        "alpha": float(alpha), "from": TUNED, "held_out": held_out, "swept": tuned.get("alphas"),
+        "data_sha256": tuned.get("data_sha256"),
+    }  # fmt: skip
     if tuned.get("data_sha256") != task.settings.get("data_sha256"):
         found["other_data"] = True
     return found

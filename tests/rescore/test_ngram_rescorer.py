@@ -237,6 +237,8 @@ class TestTuning:
         assert by_alpha[tuned.alpha] == max(by_alpha.values())
         assert tuned.alpha == min(a for a, b in by_alpha.items() if b == max(by_alpha.values()))
         told: list[str] = []
+        assert evaluate(chosen).document.results[0].alpha == 0.5, "what is tuned is used where it is asked for"
+        chosen = dataclasses.replace(chosen, alpha="tuned")
         result = evaluate(chosen, notify=told.append).document.results[0]
         assert result.alpha == tuned.alpha
         assert any("tuned on 3 of these 6" in line for line in told)
@@ -249,7 +251,7 @@ class TestTuning:
         lines = Path(options.data).read_text().splitlines()
         (tmp_path / "less.jsonl").write_text("\n".join(lines[:3]) + "\n")
         told: list[str] = []
-        evaluate(dataclasses.replace(chosen, data=str(tmp_path / "less.jsonl")), notify=told.append)
+        evaluate(dataclasses.replace(chosen, data=str(tmp_path / "less.jsonl"), alpha="tuned"), notify=told.append)
         assert any("was tuned on other data of this task" in line for line in told)
 
     def test_held_out_examples_are_the_last_ones(self, options: EvalOptions):

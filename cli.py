@@ -12,7 +12,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -39,6 +39,7 @@ from cli_options import (
     known_tasks,
     notify,
     numbers,
+    print_notices,
     progress_bar,
 )
 from cli_report import reporting
@@ -78,6 +79,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     if not debug:  # what a library says of its next version is for us: the test suite fails of it
         warnings.simplefilter("ignore")
+    print_notices()
     try:
         # Not standalone: errors and exit codes come here instead of being printed by the library.
         sys.exit(app(args=arguments or ["--help"], prog_name="rescore", standalone_mode=False))
@@ -137,7 +139,10 @@ def evaluate_command(
     k: Annotated[int, typer.Option(help="Tokens of each head that are in the lattice.")] = 16,
     p: Annotated[str, typer.Option(help="Drafts that one step verifies; 1,16 runs both.")] = "1",
     alpha: Annotated[
-        float | None, typer.Option(help="Weight of the rescorer; default: the tuned one (rescore tune), else its own.")
+        str | None,
+        typer.Option(
+            help="Weight of the rescorer: a number, or tuned (what rescore tune kept here). Default: its own."
+        ),
     ] = None,
     h: FirstHeads = None,
     base: Base = "smollm2-135m",
@@ -162,7 +167,7 @@ def evaluate_command(
 
     chosen = EvalOptions(
         tasks=known, rescorers=tuple(rescorer), base=base, heads=heads, h=h, k=k,
-        p=tuple(numbers("--p", p, int)), alpha=alpha, limit=limit, max_new_tokens=max_new_tokens,
+        p=tuple(numbers("--p", p, int)), alpha=_weight(alpha), limit=limit, max_new_tokens=max_new_tokens,
         max_prompt_tokens=max_prompt_tokens, mode=mode, verify=verify, data=data, trace=trace, dtype=dtype,
         device=device, seed=seed,
         leave_out=leave_out,
@@ -175,6 +180,15 @@ def evaluate_command(
         shown = f"the finished examples are shown {kept}" if evaluation.document.results else "none was finished yet"
         notify(f"interrupted; {shown}")
         raise typer.Exit(INTERRUPTED)
+
+
+def _weight(text: str | None) -> float | Literal["tuned"] | None:
+    if text is None or text == "tuned":
+        return text  # type: ignore[return-value]
+    try:
+        return float(text)
+    except ValueError:
+        raise RescoreError(f"--alpha {text}: give a number, or tuned (what rescore tune kept)") from None
 
 
 def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
@@ -240,7 +254,7 @@ def tune_command(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Tune a rescorer's weight (alpha) by replay on held-out examples; `rescore eval` uses what it finds."""
+    """Tune a rescorer's weight (alpha) by replay on held-out examples, for `rescore eval --alpha tuned`."""
     known = known_tasks(task or (), trace)
     from dataclasses import asdict
 
@@ -259,6 +273,7 @@ def tune_command(
             ks=numbers("--k", k, int), ps=numbers("--p", p, int), progress=progress, notify=notify,
         )  # fmt: skip
     print(json.dumps([asdict(tuned) for tuned in found]) if as_json else tuning_table(found))
+    notify("kept on this machine: rescore eval --alpha tuned with the same options uses these weights")
 
 
 @app.command(name="trace")

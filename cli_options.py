@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -80,6 +81,17 @@ def known_tasks(names: Iterable[str], trace: str | None) -> tuple[str, ...]:
 def notify(line: str) -> None:
     """A line for the user, on stderr."""
     print(f"rescore: {printable(line, joiners=True)}", file=sys.stderr)
+
+
+class _Notices(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        notify(" ".join(record.getMessage().split()))
+
+
+def print_notices() -> None:
+    """What the project tells its logger (waits for another process, makes a broken cache again) is a notice, too."""
+    logger = logging.getLogger("rescore")
+    logger.handlers, logger.propagate = [_Notices()], False
 
 
 @contextmanager

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Generic, TypeVar
 
@@ -52,6 +53,15 @@ def _read_corpora(
     if workers.is_first:
         workers.wait()
     return data, workers
+
+
+def _alone_in(out: Path, model: BaseLM) -> AbstractContextManager[None]:
+    """Keeps the folder of a training to this one, from the first state that is kept there on: the first of several
+    processes holds it for all."""
+    from lm.locks import writing_to
+    from lm.workers import start_workers
+
+    return writing_to(out) if start_workers(model.device).is_first else nullcontext()
 
 
 class _Told(Generic[Measured]):
@@ -186,7 +196,7 @@ def train_heads_command(
     if initial:
         read_config(initial.expanduser())
     model = load_base(base, device=device)
-    with progress_bar() as progress:
+    with progress_bar() as progress, _alone_in(out, model):
         data, workers = _read_corpora(model, given, out, max_tokens, cache_gb, precision, progress)
         apart = data.pop() if held_out else None
         told: _Told[HeldOutAccuracy] = _Told(
@@ -239,7 +249,7 @@ def train_rescorer_command(
     chosen.check()
     check_there(corpus)
     model = load_base(base, device=device)
-    with progress_bar() as progress:
+    with progress_bar() as progress, _alone_in(out, model):
         data, workers = _read_corpora(model, corpus, out, max_tokens, cache_gb, precision, progress)
         told: _Told[HeldOutText] = _Told(
             progress,
@@ -285,7 +295,7 @@ def train_bigram_command(
     check_there(corpus)
     model = load_base(base, device=device)
     block_heads = load_heads(heads, model.identity, device=model.device, dtype=model.heads_dtype)
-    with progress_bar() as progress:
+    with progress_bar() as progress, _alone_in(out, model):
         corpora, workers = _read_corpora(model, corpus, out, max_tokens, cache_gb, "auto", progress)
         data = [
             lattices_of_corpus(

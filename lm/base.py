@@ -21,7 +21,12 @@ from lm.tree_cache import TreeCache
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """What a base LM is, for keys of caches and for checks: two equal identities give the same numbers."""
+    """What a base LM is, for keys of caches and for checks: two equal identities give the same numbers.
+
+    `tokenizer_sha256` says what a token id means, which is what heads and rescorers must agree with the base on;
+    `tokenization_sha256` and `config_sha256` (of `lm.keys`) say the rest: how text is cut, what the forward computes
+    with these weights, and what ends a text. Empty where what an earlier version wrote does not say.
+    """
 
     name: str
     weights_sha256: str
@@ -29,6 +34,8 @@ class BaseIdentity:
     hidden_size: int
     vocab_size: int
     dtype: str
+    config_sha256: str = ""
+    tokenization_sha256: str = ""
 
 
 class BaseLM:

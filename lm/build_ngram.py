@@ -28,6 +28,7 @@ from lattices.ngrams import SENTENCE_END, NgramModel
 from lm.counting import BREAK, Workspace, build_table, count_full
 from lm.estimation import KATZ_CUTOFFS, check_fallback, check_thresholds, estimate
 from lm.files import atomic_folder, write_json, writing
+from lm.locks import writing_to
 from lm.ngram_corpus import CorpusSource, EncodedCorpus, encode_corpora
 from lm.own_output import OwnOutput, corpus_sources
 
@@ -90,8 +91,8 @@ def build_ngram(
     and `max_ngrams` as in `lm.estimation.estimate`. `memory` (bytes) bounds the arrays in memory; larger ones are
     mapped from files. `estimator="lmplz"` has KenLM's program do the estimation on the same stream of words.
     Raises `RescoreError` for settings that make no sense, `InvalidDataError` for corpora that can't be used,
-    `OutputError` where `out` can't be written. `progress(stage, done, total)` is called now and then; an exception
-    from it interrupts the build.
+    `OutputError` where `out` can't be written or another process writes to it. `progress(stage, done, total)` is called
+    now and then; an exception from it interrupts the build.
     """
     if not 1 <= order <= MAX_ORDER:
         raise RescoreError(f"order {order} is not supported; choose 1 to {MAX_ORDER}")
@@ -112,81 +113,90 @@ def build_ngram(
     fallback = None if discount_fallback is None else check_fallback(discount_fallback)
     program = _find_lmplz() if estimator == "lmplz" else None
     check_place(out)
-    loaded, tokenizer_hash = _load(tokenizer)
-    sources = corpus_sources(
-        corpora, own or OwnOutput(base=tokenizer), tokenizer_sha256=tokenizer_hash, progress=progress
-    )
-    corpora_read = [dataclasses.asdict(source) for source in sources]
-    settings = {
-        "format": COUNTING_FORMAT,
-        "order": order,
-        "tokenizer": tokenizer,
-        "tokenizer_sha256": tokenizer_hash,
-        "surface": surface,
-        "errors": errors,
-        "field": field,
-        "corpora": corpora_read,
-    }
-    work = out / COUNTING_FOLDER
-    resumed = _prepare(work, settings)
-    encoded = _encode(
-        sources, work, loaded, left_context=order - 1, field=field, errors=errors, surface=surface, progress=progress
-    )
-    if program:
-        model, discounts = _run_lmplz(program, encoded, work, order, thresholds, fallback, memory)
-        fallback_orders: tuple[int, ...] = ()
-    else:
-        room = max(memory - OVERHEAD, 1)
-        with writing(work):
-            full = count_full(
-                encoded.ids(), order=order, vocabulary_size=len(encoded.vocabulary), folder=work, memory=room,
-                threads=threads or os.cpu_count() or 1, progress=progress,
+    with writing_to(out, beside=True):
+        loaded, tokenizer_hash, tokenization_hash = _load(tokenizer)
+        sources = corpus_sources(
+            corpora, own or OwnOutput(base=tokenizer), tokenizer_sha256=tokenizer_hash, progress=progress
+        )
+        corpora_read = [dataclasses.asdict(source) for source in sources]
+        settings = {
+            "format": COUNTING_FORMAT,
+            "order": order,
+            "tokenizer": tokenizer,
+            "tokenizer_sha256": tokenizer_hash,
+            "tokenization_sha256": tokenization_hash,
+            "surface": surface,
+            "errors": errors,
+            "field": field,
+            "corpora": corpora_read,
+        }
+        work = out / COUNTING_FOLDER
+        resumed = _prepare(work, settings)
+        encoded = _encode(
+            sources,
+            work,
+            loaded,
+            left_context=order - 1,
+            field=field,
+            errors=errors,
+            surface=surface,
+            progress=progress,
+        )
+        if program:
+            model, discounts = _run_lmplz(program, encoded, work, order, thresholds, fallback, memory)
+            fallback_orders: tuple[int, ...] = ()
+        else:
+            room = max(memory - OVERHEAD, 1)
+            with writing(work):
+                full = count_full(
+                    encoded.ids(), order=order, vocabulary_size=len(encoded.vocabulary), folder=work, memory=room,
+                    threads=threads or os.cpu_count() or 1, progress=progress,
+                )  # fmt: skip
+            workspace = Workspace(work, room // 2)  # the rest for what comes and goes
+            table = build_table(full, workspace, threads=threads or os.cpu_count() or 1)
+            del full
+            if progress:
+                progress("estimating", 0, 1)
+            result = estimate(
+                table, encoded.vocabulary, smoothing=smoothing, prune=thresholds, discount_fallback=fallback,
+                max_ngrams=max_ngrams, workspace=workspace,
             )  # fmt: skip
-        workspace = Workspace(work, room // 2)  # the rest for what comes and goes
-        table = build_table(full, workspace, threads=threads or os.cpu_count() or 1)
-        del full
-        if progress:
-            progress("estimating", 0, 1)
-        result = estimate(
-            table, encoded.vocabulary, smoothing=smoothing, prune=thresholds, discount_fallback=fallback,
-            max_ngrams=max_ngrams, workspace=workspace,
-        )  # fmt: skip
-        if progress:
-            progress("estimating", 1, 1)
-        del table
-        model = result.model
-        discounts = tuple(s.discounts for s in result.statistics)
-        fallback_orders = tuple(n for n, s in enumerate(result.statistics, start=1) if s.fallback)
-    summary = NgramSummary(
-        path=str(out),
-        order=order,
-        ngrams=tuple(map(len, model.orders)),
-        documents=encoded.documents,
-        tokens=encoded.tokens,
-        discounts=discounts,
-        fallback_orders=fallback_orders,
-        resumed=resumed,
-    )
-    manifest = {
-        "kind": KIND,
-        "version": importlib.metadata.version("rescore"),
-        **{k: v for k, v in settings.items() if k != "format"},
-        # Where a file lay says nothing about the model; its hash does.
-        "corpora": [{**source, "name": _without_folder(source)} for source in corpora_read],
-        "smoothing": smoothing,
-        "prune": list(thresholds),
-        "discount_fallback": fallback,
-        "max_ngrams": max_ngrams,
-        "estimator": estimator,
-        "memory": memory,
-        "documents": summary.documents,
-        "tokens": summary.tokens,
-        "ngrams": summary.ngrams,
-        "discounts": summary.discounts,
-        "fallback_orders": summary.fallback_orders,
-    }
-    write_model(model, out, manifest, progress=progress)
-    return summary
+            if progress:
+                progress("estimating", 1, 1)
+            del table
+            model = result.model
+            discounts = tuple(s.discounts for s in result.statistics)
+            fallback_orders = tuple(n for n, s in enumerate(result.statistics, start=1) if s.fallback)
+        summary = NgramSummary(
+            path=str(out),
+            order=order,
+            ngrams=tuple(map(len, model.orders)),
+            documents=encoded.documents,
+            tokens=encoded.tokens,
+            discounts=discounts,
+            fallback_orders=fallback_orders,
+            resumed=resumed,
+        )
+        manifest = {
+            "kind": KIND,
+            "version": importlib.metadata.version("rescore"),
+            **{k: v for k, v in settings.items() if k != "format"},
+            # Where a file lay says nothing about the model; its hash does.
+            "corpora": [{**source, "name": _without_folder(source)} for source in corpora_read],
+            "smoothing": smoothing,
+            "prune": list(thresholds),
+            "discount_fallback": fallback,
+            "max_ngrams": max_ngrams,
+            "estimator": estimator,
+            "memory": memory,
+            "documents": summary.documents,
+            "tokens": summary.tokens,
+            "ngrams": summary.ngrams,
+            "discounts": summary.discounts,
+            "fallback_orders": summary.fallback_orders,
+        }
+        write_model(model, out, manifest, progress=progress)
+        return summary
 
 
 def _without_folder(source: dict[str, Any]) -> str:
@@ -224,13 +234,14 @@ def check_place(out: Path) -> None:
         raise OutputError(f"{out} holds files that are no n-gram model, which would be lost; choose another --out")
 
 
-def _load(tokenizer: str) -> tuple[Any | None, str | None]:
+def _load(tokenizer: str) -> tuple[Any | None, str | None, str | None]:
+    """The tokenizer, what its ids mean, and how it cuts text (`lm.keys`)."""
     if tokenizer == WORDS:
-        return None, None
-    from lm.catalog import load_tokenizer, tokenizer_sha256
+        return None, None, None
+    from lm.catalog import load_tokenizer, tokenization_of, tokenizer_sha256
 
     loaded = load_tokenizer(tokenizer)
-    return loaded, tokenizer_sha256(loaded)
+    return loaded, tokenizer_sha256(loaded), tokenization_of(tokenizer)
 
 
 def _prepare(work: Path, settings: dict[str, Any]) -> bool:

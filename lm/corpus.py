@@ -36,10 +36,12 @@ from lm.files import (
     writing,
 )
 from lm.generation import generate
+from lm.locks import writing_to
 from lm.machine import Work
 
 CORPUS_FILE, HIDDEN_FILE = "corpus.jsonl", "hidden.f16"
 MANIFEST_FILE, SETTINGS_FILE = "manifest.json", "settings.json"
+GENERATION = 1  # changes with what `generate_corpus` writes for the same prompts
 STATE_BYTES = np.dtype(np.float16).itemsize  # per element of a state
 
 
@@ -112,8 +114,8 @@ def generate_corpus(
     already is not written again: its line says so (`duplicate`) and holds no tokens.
 
     Refuses to go on with other settings than the earlier run's (`IncompatibleError` shows the difference). Raises
-    `RescoreError` for settings that make no sense, `OutputError` if `out` can't be written. `progress(done, total)` is
-    called after every example; an exception from it interrupts the run.
+    `RescoreError` for settings that make no sense, `OutputError` if `out` can't be written or another process is
+    writing to it. `progress(done, total)` is called after every example; an exception from it interrupts the run.
     """
     for name, value in (
         ("max_new_tokens", max_new_tokens), ("max_prompt_tokens", max_prompt_tokens), ("batch_size", batch_size)
@@ -133,75 +135,97 @@ def generate_corpus(
         "temperature": temperature,
         "seed": seed if temperature else 0,  # greedy output has none
     }
-    _check_settings(out, settings)
-    path, hidden_path = out / CORPUS_FILE, out / HIDDEN_FILE
-    done, outputs, rows = set(), set(), 0
-    for record in _finished(path):
-        done.add((record["prompt"], record["chat"]))
-        outputs.add(tuple(record["output_ids"]))
-        rows += len(record["output_ids"])
-    missing = [p for p in dict.fromkeys(prompts) if (p.text, p.chat) not in done]
-    total, made, decoded, work, began = len(done) + len(missing), 0, 0, Work(base), time.perf_counter()
-    encoded = [base.encode_prompt(p.text, chat=p.chat, max_tokens=max_prompt_tokens) for p in missing]
-    longest = max(map(len, encoded), default=0) + max_new_tokens
-    if longest > base.context_length:
-        raise RescoreError(
-            f"prompts and output of {longest} tokens exceed the context of {base.context_length} of "
-            f"{base.identity.name}; lower max_prompt_tokens or max_new_tokens"
-        )
-    if not (out / SETTINGS_FILE).is_file():
-        write_json(out / SETTINGS_FILE, settings)
-    with writing(out), open_appending(path) as stream, hidden_path.open("ab") as hidden_stream:
-        # The line is written after its states: a kill in between leaves states without a line, which go here.
-        if (size := rows * base.hidden_size * STATE_BYTES) > hidden_stream.tell():
-            raise InvalidDataError(f"{hidden_path} lacks states of {path}; remove {out} or use another --out")
-        hidden_stream.truncate(size)
-        for made_of in generate(
-            base, encoded, max_new_tokens=max_new_tokens, batch_size=batch_size, with_hidden=True,
-            temperature=temperature, seed=seed, work=work,
-        ):  # fmt: skip
-            assert made_of.hidden is not None
-            prompt, output_ids = missing[made_of.index], made_of.output_ids.tolist()
-            line: dict[str, Any] = {"prompt": prompt.text, "chat": prompt.chat}
-            if tuple(output_ids) in outputs:
-                line |= {"prompt_ids": [], "output_ids": [], "text": "", "duplicate": True}
-            else:
-                outputs.add(tuple(output_ids))
-                hidden_stream.write(made_of.hidden.astype(np.float16).tobytes())
-                hidden_stream.flush()
-                text = base.decode_text(output_ids)
-                line |= {"prompt_ids": encoded[made_of.index], "output_ids": output_ids, "text": text}
-            append_json_line(stream, line)
-            made += 1
-            decoded += len(output_ids)
-            if progress:
-                progress(len(done) + made, total)
-    seconds = time.perf_counter() - began
-    examples = duplicates = output_tokens = 0
-    for record in _finished(path):
-        examples += 1
-        duplicates += bool(record.get("duplicate"))
-        output_tokens += len(record["output_ids"])
-    summary = CorpusSummary(str(path), examples, duplicates, output_tokens, made, seconds, decoded, work)
-    manifest = {
-        **settings,
-        "examples": examples,
-        "duplicates": duplicates,
-        "output_tokens": output_tokens,
-        "prompts_sha256": hashlib.sha256(json.dumps([[p.text, p.chat] for p in prompts]).encode()).hexdigest(),
-        "corpus_sha256": sha256_of_file(path),
-    }
-    write_json(out / MANIFEST_FILE, manifest)
-    return summary
+    with writing_to(out):
+        _check_settings(out, settings)
+        path, hidden_path = out / CORPUS_FILE, out / HIDDEN_FILE
+        done, outputs, rows = set(), set(), 0
+        for record in _finished(path):
+            done.add((record["prompt"], record["chat"]))
+            outputs.add(tuple(record["output_ids"]))
+            rows += len(record["output_ids"])
+        missing = [p for p in dict.fromkeys(prompts) if (p.text, p.chat) not in done]
+        total, made, decoded, work, began = len(done) + len(missing), 0, 0, Work(base), time.perf_counter()
+        encoded = [base.encode_prompt(p.text, chat=p.chat, max_tokens=max_prompt_tokens) for p in missing]
+        longest = max(map(len, encoded), default=0) + max_new_tokens
+        if longest > base.context_length:
+            raise RescoreError(
+                f"prompts and output of {longest} tokens exceed the context of {base.context_length} of "
+                f"{base.identity.name}; lower max_prompt_tokens or max_new_tokens"
+            )
+        if not (out / SETTINGS_FILE).is_file():
+            write_json(out / SETTINGS_FILE, settings)
+        with writing(out), open_appending(path) as stream, hidden_path.open("ab") as hidden_stream:
+            # The line is written after its states: a kill in between leaves states without a line, which go here.
+            if (size := rows * base.hidden_size * STATE_BYTES) > hidden_stream.tell():
+                raise InvalidDataError(f"{hidden_path} lacks states of {path}; remove {out} or use another --out")
+            hidden_stream.truncate(size)
+            for made_of in generate(
+                base, encoded, max_new_tokens=max_new_tokens, batch_size=batch_size, with_hidden=True,
+                temperature=temperature, seed=seed, work=work,
+            ):  # fmt: skip
+                assert made_of.hidden is not None
+                prompt, output_ids = missing[made_of.index], made_of.output_ids.tolist()
+                line: dict[str, Any] = {"prompt": prompt.text, "chat": prompt.chat}
+                if tuple(output_ids) in outputs:
+                    line |= {"prompt_ids": [], "output_ids": [], "text": "", "duplicate": True}
+                else:
+                    outputs.add(tuple(output_ids))
+                    hidden_stream.write(made_of.hidden.astype(np.float16).tobytes())
+                    hidden_stream.flush()
+                    text = base.decode_text(output_ids)
+                    line |= {"prompt_ids": encoded[made_of.index], "output_ids": output_ids, "text": text}
+                append_json_line(stream, line)
+                made += 1
+                decoded += len(output_ids)
+                if progress:
+                    progress(len(done) + made, total)
+        seconds = time.perf_counter() - began
+        examples = duplicates = output_tokens = 0
+        for record in _finished(path):
+            examples += 1
+            duplicates += bool(record.get("duplicate"))
+            output_tokens += len(record["output_ids"])
+        summary = CorpusSummary(str(path), examples, duplicates, output_tokens, made, seconds, decoded, work)
+        manifest = {
+            **settings,
+            "examples": examples,
+            "duplicates": duplicates,
+            "output_tokens": output_tokens,
+            "prompts_sha256": hashlib.sha256(json.dumps([[p.text, p.chat] for p in prompts]).encode()).hexdigest(),
+            "corpus_sha256": sha256_of_file(path),
+        }
+        write_json(out / MANIFEST_FILE, manifest)
+        return summary
 
 
 def _finished(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         return
+    once = Once(path)
     for number, record in read_json_lines(path, torn_tail=True):
         if not record.keys() >= {"prompt", "chat", "output_ids"}:
             raise InvalidDataError(f"{path} line {number} is not an example of generate-corpus; use another --out")
+        once.check(number, record)
         yield record
+
+
+class Once:
+    """Sees to it that every prompt is in a corpus once: two processes that wrote to one folder left others' states."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._seen: set[tuple[str, bool]] = set()
+
+    def check(self, number: int, record: dict[str, Any]) -> None:
+        """Raises `InvalidDataError` for a line whose prompt came before."""
+        if not isinstance(record.get("prompt"), str) or not isinstance(record.get("chat"), bool):
+            return
+        if (key := (record["prompt"], record["chat"])) in self._seen:
+            raise InvalidDataError(
+                f"{self.path} line {number} has a prompt that is there already: two processes wrote to the folder; "
+                "remove it and make the corpus again"
+            )
+        self._seen.add(key)
 
 
 def _check_settings(out: Path, settings: dict[str, Any]) -> None:

@@ -9,8 +9,8 @@ interrupted run has finished is not done again.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import dataclasses
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +21,16 @@ import torch
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lm.base import BaseLM
-from lm.corpus import CORPUS_FILE, HIDDEN_FILE, STATE_BYTES, read_settings
-from lm.files import atomic_folder, is_text, read_json_lines, sha256_of_file, write_json
+from lm.corpus import CORPUS_FILE, HIDDEN_FILE, STATE_BYTES, Once, read_settings
+from lm.files import atomic_folder, is_text, read_json_lines, read_json_object, sha256_of_file, write_json
+from lm.keys import key_of
+from lm.locks import tell, writing_to
 from lm.losses import choose_precision
 
 CHUNK = 256  # tokens of plain text that see each other; short chunks keep attention cheap on a CPU
 BATCH_TOKENS = 2048
 DONE_FILE = "done.json"
+STATES = 2  # changes with how a corpus is cut and what is kept of it
 SHARD_TARGETS = 1 << 16  # of a text's cached states; what a kill can lose
 CACHE_GB = 20.0
 
@@ -219,20 +222,24 @@ def read_head_data(
 ) -> HeadData:
     """States and targets of one corpus: a folder made by `generate_corpus`, a `.jsonl` of chat pairs, or text.
 
-    States that must be computed are kept under `cache`, in at most `cache_gb` (10^9 bytes); the base computes them in
-    `precision` (as `lm.losses.choose_precision`: they are stored in 16 bits anyway). `max_tokens` bounds how many
-    targets a text gives. Raises `RescoreError` for a corpus that is missing, empty, too short or too large,
-    `InvalidDataError` (with the line number) for a broken one, `IncompatibleError` for the output of another base LM.
+    States that must be computed are kept under `cache` (broken ones are made again), in at most `cache_gb` (10^9
+    bytes); the base computes them in `precision` (as `lm.losses.choose_precision`: they are stored in 16 bits anyway).
+    `max_tokens` bounds how many targets a text gives. Raises `RescoreError` for a corpus that is missing, empty, too
+    short or too large, `InvalidDataError` (with the line number) for a broken one, `IncompatibleError` for the output
+    of another base LM, `OutputError` if another process writes to `cache`.
     """
     if path.is_dir():
         return _own_output(base, path)
     check_there([path])
     digest = sha256_of_file(path)
     dtype = choose_precision(precision, base.device)
-    of_base = [base.identity.weights_sha256, base.identity.tokenizer_sha256, base.tokenizer.chat_template]
-    stamp = json.dumps(["with contexts", str(dtype), digest, path.suffix, *of_base, max_tokens])
-    folder = cache / f"states-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}"
-    if not (folder / DONE_FILE).is_file():
+    made_of = {
+        "format": STATES, "base": {**dataclasses.asdict(base.identity), "name": None}, "precision": str(dtype),
+        "corpus": digest, "kind": path.suffix, "max_tokens": max_tokens,
+    }  # fmt: skip
+    folder = cache / f"states-{key_of(made_of, 16)}"
+    shards = _whole_shards(folder, base.hidden_size)
+    if shards is None:
         sequences = _bounded(list(_pairs(base, path) if path.suffix == ".jsonl" else _chunks(base, path)), max_tokens)
         if not sequences:
             what = "empty" if path.stat().st_size == 0 else "too short to train on"
@@ -244,9 +251,38 @@ def read_head_data(
                 f"the states of {path} ({targets} tokens) take {needed:.3g} GB, more than the limit of {cache_gb:g}; "
                 "raise --cache-gb or lower --max-tokens"
             )
-        _run_base(base, sequences, folder, dtype, progress)
-    shards = [_read_shard(shard, base.hidden_size) for shard in sorted(folder.glob("shard-*"))]
+        with writing_to(cache):
+            _remove_broken(folder, base.hidden_size)
+            _run_base(base, sequences, folder, dtype, progress)
+        shards = [_read_shard(shard, base.hidden_size) for shard in sorted(folder.glob("shard-*"))]
     return _joined(shards, path.name, digest)
+
+
+def _whole_shards(folder: Path, hidden_size: int) -> list[Shard] | None:
+    """The shards of finished states; None if they are not finished, or broken."""
+    if not (folder / DONE_FILE).is_file():
+        return None
+    try:
+        targets = read_json_object(folder / DONE_FILE, missing="").get("targets")
+        shards = [_read_shard(shard, hidden_size) for shard in sorted(folder.glob("shard-*"))]
+        return shards if sum(len(shard.targets) for shard in shards) == targets else None
+    except (RescoreError, OSError, ValueError):
+        return None
+
+
+def _remove_broken(folder: Path, hidden_size: int) -> None:
+    """Makes room for states that are whole."""
+    finished = (folder / DONE_FILE).is_file()
+    for shard in sorted(folder.glob("shard-*")):
+        try:
+            _read_shard(shard, hidden_size)
+        except (RescoreError, OSError, ValueError) as error:
+            tell(f"the states in {shard} are broken ({error}); they are made again")
+            shutil.rmtree(shard, ignore_errors=True)
+            finished = False
+    if finished:  # a shard is gone, or `DONE_FILE` is broken
+        tell(f"the states in {folder} are not whole; what is missing is made again")
+    (folder / DONE_FILE).unlink(missing_ok=True)
 
 
 class Shard(NamedTuple):
@@ -262,6 +298,9 @@ class Shard(NamedTuple):
 def _read_shard(folder: Path, hidden_size: int) -> Shard:
     ends, context_ends = (np.fromfile(folder / f"{name}.i64", dtype=np.int64) for name in ("ends", "context_ends"))
     targets, contexts = (np.fromfile(folder / f"{name}.i32", dtype=np.int32) for name in ("targets", "contexts"))
+    for tokens, places in ((targets, ends), (contexts, context_ends)):
+        if not len(places) or places[-1] != len(tokens) or (np.diff(places) < 0).any():
+            raise InvalidDataError(f"{folder} has not as many tokens as it says; remove it and make it again")
     return Shard(targets, ends, contexts, context_ends, _states(folder, len(targets), hidden_size))
 
 
@@ -296,7 +335,9 @@ def _own_output(base: BaseLM, folder: Path) -> HeadData:
     ends: list[int] = []
     contexts: list[int] = []
     context_ends: list[int] = []
+    once = Once(folder / CORPUS_FILE)
     for number, record in read_json_lines(folder / CORPUS_FILE, torn_tail=True):
+        once.check(number, record)
         for field in ("prompt_ids", "output_ids"):
             if field not in record:
                 raise InvalidDataError(f"{folder / CORPUS_FILE} line {number} has no field {field!r}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,8 @@ from lm.base import BaseLM
 from lm.block_heads import BlockHeads
 from lm.files import SHIPPED, atomic_file, read_json_object, sha256_of_file, write_json
 from lm.head_data import HeadData, check_apart
+from lm.keys import key_of
+from lm.locks import tell
 from lm.trainer import Trainer, check_training
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -118,7 +119,7 @@ def lattices_of_corpus(
 ) -> TargetLattices:
     """Lattices at up to `rows` positions of a corpus, drawn at random; targets as the corpus has them.
 
-    In the folder `cache` they are kept as they come, and what is there already is not made again.
+    In the folder `cache` they are kept as they come, and what is there already, and whole, is not made again.
     """
     h = heads.h
     made_of = _made_of(base, heads, data, k, rows, seed)
@@ -137,10 +138,12 @@ def lattices_of_corpus(
     parts = []
     for start in range(0, len(chosen), SHARD_ROWS):
         path = kept / f"{start:09d}.safetensors" if kept else None
-        if path is not None and path.is_file():
-            parts.append(_read_shard(path))
+        places_here = chosen[start : start + SHARD_ROWS]
+        held = _read_shard(path, (len(places_here), h, k)) if path is not None else None
+        if held is not None:
+            parts.append(held)
         else:
-            parts.append(_lattices_at(base, heads, data, chosen[start : start + SHARD_ROWS], k, start, made))
+            parts.append(_lattices_at(base, heads, data, places_here, k, start, made))
             if path is not None:
                 shard = {"token_ids": parts[-1].token_ids, "logps": parts[-1].logps}
                 with atomic_file(path) as temporary:
@@ -168,18 +171,29 @@ def _lattices_at(
     return Lattice(np.concatenate(ids), np.concatenate(logps))
 
 
-def _read_shard(path: Path) -> Lattice:
+def _read_shard(path: Path, shape: tuple[int, int, int]) -> Lattice | None:
+    """Lattices that are kept; None if there are none, or broken ones, which are made again."""
+    if not path.is_file():
+        return None
     try:
         tensors = load_arrays(path)
-        return Lattice(tensors["token_ids"], tensors["logps"])
-    except (OSError, SafetensorError, KeyError) as error:
-        raise InvalidDataError(f"can't read {path}: {error}; remove it, and it is made again") from error
+        lattice = Lattice(tensors["token_ids"], tensors["logps"])
+        if lattice.token_ids.shape == lattice.logps.shape == shape:
+            return lattice
+        reason = f"they have the shape {lattice.token_ids.shape}"
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        reason = str(error)
+    tell(f"the lattices in {path} are broken ({reason}); they are made again")
+    return None
 
 
 def _made_of(base: BaseLM, heads: BlockHeads, data: HeadData, k: int, rows: int, seed: int) -> str:
     """sha256 of all that lattices follow from; a corpus' own hash says neither how it was cut nor templated."""
-    settings = [base.identity.weights_sha256, base.identity.dtype, dataclasses.asdict(heads.config), k, rows, seed]
-    digest = hashlib.sha256(json.dumps([*settings, base.tokenizer.chat_template, SHARD_ROWS]).encode())
+    identity = {**dataclasses.asdict(base.identity), "name": None}
+    settings = {
+        "base": identity, "heads": heads.config, "k": k, "rows": rows, "seed": seed, "shard_rows": SHARD_ROWS
+    }  # fmt: skip
+    digest = hashlib.sha256(key_of(settings).encode())
     for tokens in (data.targets, data.ends, data.contexts, data.context_ends):
         digest.update(np.ascontiguousarray(tokens).tobytes())
     for _, value in sorted(heads.net.state_dict().items()):

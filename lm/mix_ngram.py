@@ -18,6 +18,7 @@ from lattices.ngrams import NgramModel
 from lm.build_ngram import ARPA_FILE, KIND, MANIFEST_FILE, WORDS, Progress, check_place, write_model
 from lm.files import read_json_object, sha256_of_file
 from lm.kenlm_model import MAGIC as KENLM_MAGIC
+from lm.locks import writing_to
 from lm.mixing import check_weights, mix
 from lm.ngram import ARPA_SUFFIXES, SHIPPED_FILE, SHIPPED_NGRAM
 
@@ -115,39 +116,40 @@ def mix_ngrams(
     """Writes the mixture of `parts` with `weights` (above 0, scaled to sum to one) to the folder `out`.
 
     `tuned` goes into the manifest: how the weights were found. Raises `RescoreError` for weights that make no sense,
-    `InvalidDataError` for a broken part, `OutputError` where `out` can't be written or is a part.
+    `InvalidDataError` for a broken part, `OutputError` where `out` can't be written, is a part or is being written to.
     """
     check_weights(weights, len(parts))
     check_place(out)
     if out.resolve() in [part.file.resolve().parent for part in parts]:
         raise OutputError(f"{out} is one of the models to mix, which would be lost; choose another --out")
-    models = []
-    for done, part in enumerate(parts):
+    with writing_to(out, beside=True):
+        models = []
+        for done, part in enumerate(parts):
+            if progress:
+                progress("reading", done, len(parts))
+            models.append(part.read())
         if progress:
-            progress("reading", done, len(parts))
-        models.append(part.read())
-    if progress:
-        progress("mixing", 0, 1)
-    model = mix(models, weights)
-    shares = tuple(weight / sum(weights) for weight in weights)
-    summary = MixedNgram(
-        str(out), model.order, tuple(map(len, model.orders)), tuple(part.name for part in parts), shares
-    )
-    words = next((part for part in parts if part.tokenizer is not None), parts[0])
-    manifest = {
-        "kind": KIND,
-        "version": importlib.metadata.version("rescore"),
-        "order": model.order,
-        "tokenizer": words.tokenizer or WORDS,
-        "tokenizer_sha256": words.tokenizer_sha256,
-        "surface": bool(words.surface),
-        "mixture": [
-            # Where a file lay says nothing about the model; its hash does.
-            {"name": Path(part.name).name, "sha256": part.sha256, "weight": share}
-            for part, share in zip(parts, shares, strict=True)
-        ],
-        "tuned": tuned,
-        "ngrams": summary.ngrams,
-    }
-    write_model(model, out, manifest, progress=progress)
-    return summary
+            progress("mixing", 0, 1)
+        model = mix(models, weights)
+        shares = tuple(weight / sum(weights) for weight in weights)
+        summary = MixedNgram(
+            str(out), model.order, tuple(map(len, model.orders)), tuple(part.name for part in parts), shares
+        )
+        words = next((part for part in parts if part.tokenizer is not None), parts[0])
+        manifest = {
+            "kind": KIND,
+            "version": importlib.metadata.version("rescore"),
+            "order": model.order,
+            "tokenizer": words.tokenizer or WORDS,
+            "tokenizer_sha256": words.tokenizer_sha256,
+            "surface": bool(words.surface),
+            "mixture": [
+                # Where a file lay says nothing about the model; its hash does.
+                {"name": Path(part.name).name, "sha256": part.sha256, "weight": share}
+                for part, share in zip(parts, shares, strict=True)
+            ],
+            "tuned": tuned,
+            "ngrams": summary.ngrams,
+        }
+        write_model(model, out, manifest, progress=progress)
+        return summary

@@ -25,15 +25,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lm.base import BaseIdentity, BaseLM
 from lm.catalog import (
+    identify,
     load_base,
     read_model_config,
     resolve_base,
     tokenizer_sha256,
     under_adapter,
-    weights_sha256,
 )
 from lm.files import SHIPPED, atomic_file, read_json_object, sha256_of_file, write_json
 from lm.int8 import from_int8, to_int8
+from lm.keys import key_of
 from lm.memory import enough_memory
 from lm.tree_cache import TreeCache
 
@@ -134,10 +135,11 @@ class NeuralSource:
 
     @property
     def sha256(self) -> str:
-        """sha256 of its weights; a delta's base is named in its configuration, which is part of it."""
+        """sha256 of all that it scores with: weights and configuration, which names a delta's base."""
         if self.delta is None:
-            return weights_sha256(self.folder)
-        return sha256_of_file(self.folder / WEIGHTS_FILE) + self.delta.base_weights_sha256
+            found = identify(str(self.folder))
+            return key_of([found.weights_sha256, found.config_sha256, found.tokenization_sha256])
+        return key_of([sha256_of_file(self.folder / WEIGHTS_FILE), self.delta])
 
 
 def find_neural(text: str, *, shipped_for: str = "smollm2-135m") -> NeuralSource:

@@ -18,7 +18,11 @@ from lm.files import SHIPPED, atomic_file, cache_directory, read_json_object, sh
 from lm.kenlm_model import MAGIC as KENLM_MAGIC
 from lm.kenlm_model import KenlmModel
 from lm.kenlm_search import KenlmSearch
+from lm.keys import key_of
+from lm.locks import making, tell
 
+COMPILATION = 1  # changes with what `Automaton.compile` makes of a model
+SUM_SUFFIX = ".sha256"
 SHIPPED_FILE = "model.arpa.gz"  # a third of the automaton's size
 SHIPPED_NGRAM = SHIPPED / "smollm2-135m" / "ngram"
 ARPA_SUFFIXES = (".arpa", ".arpa.gz", ".lm", ".gz")
@@ -87,9 +91,29 @@ def _compiled(arpa: Path) -> Automaton:
     """The automaton of an ARPA file: compiled once and kept in the cache directory, keyed by the file's sha256."""
     from lm.arpa import read_arpa
 
-    file = cache_directory() / "ngrams" / f"{sha256_of_file(arpa)}.bin"
-    if not file.is_file():
+    key = key_of({"arpa": sha256_of_file(arpa), "packed": arpa.suffix == ".gz", "compilation": COMPILATION})
+    file = cache_directory() / "ngrams" / f"{key}.bin"
+    if (held := _kept(file)) is not None:
+        return held
+    with making(file, f"the automaton of {arpa.name}"):
+        if (held := _kept(file)) is not None:  # made by the process that was waited for
+            return held
+        if file.exists():
+            tell(f"the cached automaton of {arpa.name} is broken; it is made again")
         automaton = Automaton.compile(read_arpa(arpa))
         with atomic_file(file) as temporary:
             automaton.save(temporary)
+        digest = sha256_of_file(file)
+        with atomic_file(file.with_suffix(SUM_SUFFIX)) as temporary:
+            temporary.write_text(digest)
     return Automaton.load(file)
+
+
+def _kept(file: Path) -> Automaton | None:
+    """A compiled automaton, if it is there and holds the very bytes that were written."""
+    try:
+        if sha256_of_file(file) == file.with_suffix(SUM_SUFFIX).read_text():
+            return Automaton.load(file)
+    except (OSError, ValueError, RescoreError):
+        pass
+    return None

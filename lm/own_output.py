@@ -1,20 +1,22 @@
 """`own:PROMPTS` as a corpus: the base LM's own greedy output for a file of prompts, generated once and kept.
 
 The folder (of `lm.corpus.generate_corpus`, without the hidden states) lies in the cache directory, under a key of all
-that the output depends on: the base, the prompts and the limits. A killed generation goes on where it stopped.
+that the output depends on: the base, the prompts, the limits, and what computes it. A killed generation goes on where
+it stopped, a broken folder is made again, and of several processes one generates it for all.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lattices.errors import IncompatibleError, RescoreError
-from lm.files import cache_directory
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lm.files import cache_directory, read_json_object, sha256_of_file
+from lm.keys import key_of, software
+from lm.locks import making, tell
 from lm.ngram_corpus import CorpusSource, find_sources
 
 OWN_PREFIX = "own:"
@@ -66,8 +68,8 @@ def own_output(
 ) -> Path:
     """The folder of the base's output for `prompts` (a file as `lm.corpus.read_prompts` takes it), generated if it is
     not there or not whole. Raises as `corpus_sources`."""
-    from lm.catalog import identify, load_base, load_tokenizer
-    from lm.corpus import HIDDEN_FILE, MANIFEST_FILE, generate_corpus, read_prompts
+    from lm.catalog import choose_device, identify, load_base, load_tokenizer
+    from lm.corpus import GENERATION, HIDDEN_FILE, generate_corpus, read_prompts
 
     for name in ("max_new_tokens", "max_prompt_tokens", "batch_size"):
         if (value := getattr(settings, name)) < 1:
@@ -88,20 +90,51 @@ def own_output(
         "base": dataclasses.asdict(identity),
         "max_new_tokens": settings.max_new_tokens,
         "max_prompt_tokens": settings.max_prompt_tokens,
+        "batch_size": settings.batch_size,  # a sum of other lengths is rounded otherwise, and a near-tie may turn
         "prompts": [[prompt.text, prompt.chat] for prompt in chosen],
+        "generation": GENERATION,
+        "device": choose_device(settings.device).partition(":")[0],
+        **software(),
     }
-    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:24]
-    folder = cache_directory() / "own-output" / f"{prompts.stem}-{key}"
-    if (folder / MANIFEST_FILE).is_file():
+    folder = cache_directory() / "own-output" / f"{prompts.stem}-{key_of(made_of, 24)}"
+    if _is_whole(folder):
         return folder
-    generate_corpus(
-        load_base(settings.base, dtype=settings.dtype, device=settings.device),
-        chosen,
-        folder,
-        max_new_tokens=settings.max_new_tokens,
-        max_prompt_tokens=settings.max_prompt_tokens,
-        batch_size=settings.batch_size,
-        progress=(lambda done, total: progress(f"generate {prompts.name}", done, total)) if progress else None,
-    )
-    (folder / HIDDEN_FILE).unlink()  # the states are for training heads, and a hundred times the text
+    with making(folder, f"the output for {prompts.name}"):
+        if _is_whole(folder):  # made by the process that was waited for
+            return folder
+        base = load_base(settings.base, dtype=settings.dtype, device=settings.device)
+        limits = {name: getattr(settings, name) for name in ("max_new_tokens", "max_prompt_tokens", "batch_size")}
+        told = (lambda done, total: progress(f"generate {prompts.name}", done, total)) if progress else None
+        try:
+            if _is_finished(folder):  # and not whole
+                raise InvalidDataError(f"{folder} is not what was written")
+            generate_corpus(base, chosen, folder, **limits, progress=told)
+        except (InvalidDataError, IncompatibleError) as error:
+            if not folder.is_dir():
+                raise
+            tell(f"the cached output for {prompts.name} is broken ({error}); it is made again")
+            shutil.rmtree(folder, ignore_errors=True)
+            generate_corpus(base, chosen, folder, **limits, progress=told)
+        # The states are for training heads, and a hundred times the text.
+        (folder / HIDDEN_FILE).unlink(missing_ok=True)
     return folder
+
+
+def _is_finished(folder: Path) -> bool:
+    from lm.corpus import MANIFEST_FILE
+
+    return (folder / MANIFEST_FILE).is_file()
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder's generation is finished and its corpus is what its manifest says."""
+    from lm.corpus import CORPUS_FILE, MANIFEST_FILE, read_settings
+
+    if not _is_finished(folder):
+        return False
+    try:
+        read_settings(folder)
+        manifest = read_json_object(folder / MANIFEST_FILE, missing="")
+        return bool(manifest.get("corpus_sha256") == sha256_of_file(folder / CORPUS_FILE))
+    except (RescoreError, OSError):
+        return False

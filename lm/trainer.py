@@ -14,7 +14,7 @@ import signal
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -33,6 +33,7 @@ from lm.files import (
     write_json,
     writing,
 )
+from lm.locks import writing_to
 from lm.memory import enough_memory
 from lm.workers import start_workers
 
@@ -128,19 +129,22 @@ class Trainer(ABC, Generic[Measured]):
 
         Goes on from a checkpoint in `out` if its options and data are the same (else `IncompatibleError` shows the
         difference). What was trained before is measured before the first step, too. A loss or gradient that is not a
-        number stops the training (`RescoreError`) with the last good checkpoint kept. `progress(step, steps, loss)` is
-        called after every step, `evaluated(step, steps, measured)` after every evaluation; an exception from one of
-        them interrupts. Ctrl-C of a single process takes effect behind its step and leaves a checkpoint; a second one
-        at once.
+        number stops the training (`RescoreError`) with the last good checkpoint kept; a second training in one folder
+        is refused (`OutputError`). `progress(step, steps, loss)` is called after every step, `evaluated(step, steps,
+        measured)` after every evaluation; an exception from one of them interrupts. Ctrl-C of a single process takes
+        effect behind its step and leaves a checkpoint; a second one at once.
         """
         self._check_place(out)
-        with writing(out):  # a place that can't be written to shows now, not at the first checkpoint
-            out.mkdir(parents=True, exist_ok=True)
-        self._resume(out)
-        if self.workers.sum(self.step, self.device) != self.workers.count * self.step:
-            raise RescoreError(f"the processes found different checkpoints in {out}; give them a folder they all see")
-        with _held_back_interrupt(alone=self.workers.count == 1) as interrupted:
-            return self._train(out, interrupted, progress, evaluated)
+        # The first process of a training writes for all. A place that can't be written to shows now, not at the first
+        # checkpoint.
+        with writing_to(out) if self.workers.is_first else nullcontext():
+            self._resume(out)
+            if self.workers.sum(self.step, self.device) != self.workers.count * self.step:
+                raise RescoreError(
+                    f"the processes found different checkpoints in {out}; give them a folder they all see"
+                )
+            with _held_back_interrupt(alone=self.workers.count == 1) as interrupted:
+                return self._train(out, interrupted, progress, evaluated)
 
     def _train(
         self,

@@ -19,7 +19,8 @@ from rescore.runs import FinishedRun, Record, load_runs
 from rescore.terminal import shortened
 
 SCHEMA = "rescore.comparison/1"
-HASHES = ("base.weights_sha256", "base.tokenizer_sha256", "data_sha256")
+OF_BASE = ("weights_sha256", "tokenizer_sha256", "config_sha256", "tokenization_sha256")
+HASHES = (*(f"base.{name}" for name in OF_BASE), "data_sha256")
 SAME = (*HASHES, "base.dtype", "template", "chat", "chat_template", "max_new_tokens", "max_prompt_tokens")
 PROOF = ("base.weights_sha256", "data_sha256")  # settings that both must name, or else the outputs have to tell
 Side = tuple[str, int]  # a rescorer as typed, and p

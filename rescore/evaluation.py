@@ -21,7 +21,7 @@ from lm.catalog import choose_device
 from rescore.decoding import decode, first_difference, margin_at, usable_verify
 from rescore.inputs import EvalOptions, Models, Progress, Run, TaskInput, prepare, resolve
 from rescore.replay import replay, replay_steps, unrescored_at
-from rescore.rescorers import Rescorer, load_rescorer
+from rescore.rescorers import Rescorer, WeightedRescorer, load_rescorer
 from rescore.results import ExampleLog, Result, ResultsDocument, environment
 from rescore.summary import is_cut, summarize
 from rescore.tracing import Trace, TracedExample
@@ -108,8 +108,10 @@ def evaluate(
     for task in inputs:
         for line in alpha_notices(alphas[task.name], task):
             evaluation.notice(line, notify)
-    # Not in it: versions (a run may go on after an upgrade) and notices (why the hub did not serve, this time).
-    with ExampleLog(out, {name: config[name] for name in ("options", "data", "traces", "alphas")}) as log:
+    config["rescorers"] = {name: r.identity for name, r in rescorers.items() if isinstance(r, WeightedRescorer)}
+    # Not in it: all of the versions (those that the numbers follow from are the traces') and notices (why the hub did
+    # not serve, this time).
+    with ExampleLog(out, {name: config[name] for name in ("options", "data", "traces", "alphas", "rescorers")}) as log:
         try:
             p = max(p for _, p in options.runs)
             if options.mode == "live" and usable_verify(models.base, options.verify, p) != options.verify:
@@ -123,8 +125,8 @@ def evaluate(
             evaluation.interrupted = True
         for task in inputs:
             evaluation.document.results += _results(options, task, log, alphas[task.name])
-    if out is not None and not evaluation.interrupted:
-        evaluation.document.save(out)
+        if out is not None and not evaluation.interrupted:
+            evaluation.document.save(out)
     return evaluation
 
 

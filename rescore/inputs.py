@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
 from lm.files import sha256_of_file
+from lm.keys import key_of, software
+from lm.locks import making, tell, writing_to
 from rescore.checks import check_held_k, check_k, check_new_tokens, check_p
 from rescore.data import TaskData, load_examples
 from rescore.decoding import VERIFY_MODES
@@ -26,6 +29,7 @@ from rescore.tasks.metrics import find_metric
 from rescore.tracing import (
     DEFAULT_K,
     HEADER_FILE,
+    RECORDING,
     Trace,
     TraceHeader,
     check_settings,
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
 DEFAULT_TASK = "squad"
 DEFAULT_NEW_TOKENS = 64
 MAX_ALPHA = 64.0
+TUNED: Literal["tuned"] = "tuned"  # the alpha that stands for what `rescore tune` kept
 MODES = ("replay", "live")
 Progress = Callable[[str, int, int], None]  # what is being done, done, total
 Run = tuple[str, int]  # a rescorer as typed, and p
@@ -54,12 +59,12 @@ class EvalOptions:
     `tasks` (none: squad, or the task that `trace` was recorded for) by name or as YAML files, `rescorers` by name;
     `base` and `heads` (path, None for those shipped); `h`: use the first h heads only; `k`: lattice entries per head;
     `p`: drafts per step, a number or several, each of which is run (`resolve` makes it a tuple); `alpha`: weight of the
-    rescorer (None: the tuned one, else its default); `limit`: the first so many examples, one of each group before a
-    second one of any; `leave_out`: `shipped` or a file of `rescore overlap`, whose examples are left out;
-    `max_new_tokens` an output; `max_prompt_tokens`: cuts prompts (these three, None: what the task's file says, else
-    all, 64 and no cut); `mode`: replay or live; `verify`: tree or batch (live); `data`: JSON lines file; `trace`:
-    folder to replay, wherever it was made; `dtype` and `device` of the base; `seed` of the bootstrap intervals, the one
-    random thing in an evaluation; `own_p`: rescorers whose p are others than `p`.
+    rescorer (None: its default; `tuned`: what `rescore.tuning.tune` kept for it on this machine); `limit`: the first so
+    many examples, one of each group before a second one of any; `leave_out`: `shipped` or a file of `rescore overlap`,
+    whose examples are left out; `max_new_tokens` an output; `max_prompt_tokens`: cuts prompts (these three, None: what
+    the task's file says, else all, 64 and no cut); `mode`: replay or live; `verify`: tree or batch (live); `data`: JSON
+    lines file; `trace`: folder to replay, wherever it was made; `dtype` and `device` of the base; `seed` of the
+    bootstrap intervals, the one random thing in an evaluation; `own_p`: rescorers whose p are others than `p`.
     """
 
     tasks: tuple[str, ...] = ()
@@ -69,7 +74,7 @@ class EvalOptions:
     h: int | None = None
     k: int = 16
     p: int | tuple[int, ...] = 1
-    alpha: float | None = None
+    alpha: float | Literal["tuned"] | None = None
     limit: int | None = None
     max_new_tokens: int | None = None
     max_prompt_tokens: int | None = None
@@ -132,9 +137,13 @@ class Models:
         return of_other_weights(self.options.heads, self.identity)
 
     def trace_settings(self, task: Task, data: TaskData) -> dict[str, Any]:
-        """Everything that a trace depends on, but for its k; none of it needs the weights in memory."""
+        """Everything that a trace depends on, but for its k; none of it needs the weights in memory.
+
+        `recorded_by`: the kind of device, this project's recording and the libraries' minor versions, which all round
+        in their own ways: a trace of another one is not replayed unseen.
+        """
         from lm.block_heads import heads_folder, heads_sha256, read_config
-        from lm.catalog import load_tokenizer
+        from lm.catalog import choose_device, load_tokenizer
 
         options, identity = self.options, self.identity
         folder = heads_folder(self.options.heads, identity)
@@ -142,6 +151,7 @@ class Models:
         settings = {
             "base": dataclasses.asdict(identity),
             "heads_sha256": heads_sha256(folder),
+            "heads_config_sha256": key_of(read_config(folder)),
             "h": read_config(folder).h,
             "task": task.name,
             "template": task.template,
@@ -150,7 +160,10 @@ class Models:
             "data_sha256": data.source["sha256"],
             "max_new_tokens": options.max_new_tokens,
             "max_prompt_tokens": options.max_prompt_tokens or task.limits.prompt_tokens,
-        }
+            "recorded_by": {
+                "device": choose_device(options.device).partition(":")[0], "recording": RECORDING, **software()
+            },
+        }  # fmt: skip
         # A task of the user's own is what its file says: with another word in it, it is another task.
         return settings if task.definition is None else {**settings, "definition": dict(task.definition)}
 
@@ -160,8 +173,8 @@ class TaskInput:
     """One task of a run: its name and metrics, `source` of its examples, `settings` of its trace, ids of its examples
     and their `groups` (`rescore.groups`).
 
-    `folder` holds the trace, or will; `k` is what is recorded; `data` are the examples to record, unless the trace was
-    `given`. `about_heads`: what the user should know of them.
+    `folder` holds the trace, or will, and is `cached` or the user's own; `k` is what is recorded; `data` are the
+    examples to record, unless the trace was `given`. `about_heads`: what the user should know of them.
     """
 
     name: str
@@ -172,6 +185,7 @@ class TaskInput:
     groups: tuple[str, ...]
     folder: Path
     k: int
+    cached: bool = False
     data: TaskData | None = None
     given: Trace | None = None
     about_heads: str | None = None
@@ -204,10 +218,35 @@ class TaskInput:
         return self.of(held_out(self.groups, count, evaluated=evaluated))
 
     def held(self) -> Trace | None:
-        """The trace as far as it is recorded: of the examples of this run, in their order; None if nothing is.
+        """The trace as far as it is recorded: of the examples of this run, in their order; None if nothing is, or a
+        broken one in the cache, which is made again.
 
-        Raises `IncompatibleError` if the folder holds another trace.
+        Raises `IncompatibleError` if the user's folder holds another trace, `InvalidDataError` if it is broken.
         """
+        try:
+            return self._held()
+        except RescoreError:
+            if self.cached:
+                return None
+            raise
+
+    def trace(self, models: Models, *, progress: Progress | None = None) -> Trace:
+        """The whole trace; what it lacks is recorded now. Ctrl-C leaves what `held` gives.
+
+        One process records it: where it is the cache's the others wait, and replay it; where it is the user's they are
+        refused (`OutputError`).
+        """
+        held = self.held()
+        if held is not None and len(held.examples) == len(self.ids):
+            return held
+        with making(self.folder, f"the trace of {self.name}") if self.cached else writing_to(self.folder):
+            if held is None or self._went_on(held):  # by the process that was waited for
+                held = self._held_or_removed()
+                if held is not None and len(held.examples) == len(self.ids):
+                    return held
+            return self._record(models, held, progress)
+
+    def _held(self) -> Trace | None:
         trace = self.given
         if trace is None:
             if not (self.folder / HEADER_FILE).is_file():
@@ -225,11 +264,24 @@ class TaskInput:
             ),
         )
 
-    def trace(self, models: Models, *, progress: Progress | None = None) -> Trace:
-        """The whole trace; what it lacks is recorded now. Ctrl-C leaves what `held` gives."""
-        held = self.held()
-        if held is not None and len(held.examples) == len(self.ids):
-            return held
+    def _went_on(self, held: Trace) -> bool:
+        try:
+            return read_header(self.folder).parts != held.header.parts
+        except RescoreError:
+            return True
+
+    def _held_or_removed(self) -> Trace | None:
+        """What is held; a broken trace in the cache makes room for a whole one."""
+        try:
+            return self._held()
+        except RescoreError as error:
+            if not self.cached:
+                raise
+            tell(f"the cached trace of {self.name} is broken ({error}); it is made again")
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return None
+
+    def _record(self, models: Models, held: Trace | None, progress: Progress | None) -> Trace:
         assert self.data is not None, "a trace that was given is whole"
         return record_trace(
             models.base,
@@ -308,7 +360,10 @@ def _check(options: EvalOptions) -> None:
         check_new_tokens(options.max_new_tokens)
     if options.h is not None and options.h < 2:
         raise RescoreError(f"h = {options.h}; a block has at least 2 heads, the base LM's own and one more (--h 2)")
-    if options.alpha is not None and not 0 <= options.alpha <= MAX_ALPHA:
+    if isinstance(options.alpha, str):
+        if options.alpha != TUNED:
+            raise RescoreError(f"--alpha {options.alpha}; a rescorer's weight is a number, or {TUNED} (rescore tune)")
+    elif options.alpha is not None and not 0 <= options.alpha <= MAX_ALPHA:
         raise RescoreError(f"--alpha {options.alpha:g}; a rescorer's weight is from 0 to {MAX_ALPHA:g}")
     if options.limit is not None and options.limit < 1:
         raise RescoreError(f"--limit {options.limit}; at least one example is needed")
@@ -406,6 +461,7 @@ def _recorded(options: EvalOptions, models: Models, task: Task, k: int | None, o
         groups=tuple(example.group for example in data.examples),
         folder=out or trace_folder(task.name, settings, k),
         k=k,
+        cached=out is None,
         data=data,
         about_heads=models.about_heads(),
     )

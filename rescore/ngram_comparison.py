@@ -7,19 +7,21 @@ model and p on examples of the task's last groups, the comparison is made on the
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lattices.errors import IncompatibleError, RescoreError
-from lm.build_ngram import COUNTING_FORMAT, MANIFEST_FILE, MAX_ORDER, build_ngram
+from lm.build_ngram import ARPA_FILE, COUNTING_FORMAT, MANIFEST_FILE, MAX_ORDER, build_ngram
+from lm.estimation import ESTIMATION
 from lm.files import cache_directory, read_json_object
+from lm.keys import key_of
+from lm.locks import making, tell
 from lm.mix_ngram import SHIPPED
-from lm.ngram import SHIPPED_NGRAM
+from lm.ngram import COMPILATION, SHIPPED_NGRAM, load_ngram
 from lm.own_output import OwnOutput, corpus_sources
 from rescore.accounting import Accounting, Gain, account, paired_gain
 from rescore.evaluation import Notify
@@ -224,29 +226,46 @@ def _train(
     corpus: NgramCorpus, orders: Sequence[int], base: str, tokenizer: str, own: OwnOutput, progress: Progress | None
 ) -> list[_Model]:
     """The models of a corpus by order, from the cache as far as they are there."""
+    from lm.catalog import tokenization_of
+
     if corpus.source == SHIPPED:
         return [_described(corpus, SHIPPED_NGRAM)]
     sources = corpus_sources([corpus.source], own, tokenizer_sha256=tokenizer, progress=progress)
+    tokenization = tokenization_of(base)
     read: list[dict[str, Any]] = [dataclasses.asdict(source) for source in sources]
     found = []
     for order in dict.fromkeys(orders):
         made_of = {
-            "format": COUNTING_FORMAT,
+            "format": [COUNTING_FORMAT, ESTIMATION, COMPILATION],
             "corpora": [{"kind": s["kind"], "sha256": s["sha256"], "size": s["size"]} for s in read],
             "field": corpus.field,
             "tokenizer_sha256": tokenizer,
+            "tokenization_sha256": tokenization,
             "order": order,
             "discount_fallback": FALLBACK,
         }
-        key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:24]
-        folder = cache_directory() / "compared-ngrams" / f"{order}-gram-{key}"
-        if not (folder / MANIFEST_FILE).is_file():
-            build_ngram(
-                [corpus.source], folder, order=order, tokenizer=base, discount_fallback=FALLBACK, field=corpus.field,
-                own=own, progress=progress,
-            )  # fmt: skip
+        folder = cache_directory() / "compared-ngrams" / f"{order}-gram-{key_of(made_of, 24)}"
+        if not _is_whole(folder):
+            with making(folder, f"the {order}-gram model of {corpus.name}"):
+                if not _is_whole(folder):
+                    if (folder / MANIFEST_FILE).exists():
+                        tell(f"the cached {order}-gram model of {corpus.name} is broken; it is made again")
+                        shutil.rmtree(folder, ignore_errors=True)
+                    build_ngram(
+                        [corpus.source], folder, order=order, tokenizer=base, discount_fallback=FALLBACK,
+                        field=corpus.field, own=own, progress=progress,
+                    )  # fmt: skip
         found.append(_described(corpus, folder))
     return found
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a model is there, and can be used."""
+    try:
+        load_ngram(folder)
+        return (folder / ARPA_FILE).is_file() and bool(_described(NgramCorpus("", ""), folder).tokens)
+    except (RescoreError, KeyError, TypeError):
+        return False
 
 
 def _described(corpus: NgramCorpus, folder: Path) -> _Model:

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +22,7 @@ from lm.files import (
     write_json,
     writing,
 )
+from lm.locks import writing_to
 
 SCHEMA = "rescore.results/4"
 EXAMPLES_FILE, CONFIG_FILE, RESULTS_FILE = "examples.jsonl", "config.json", "results.json"
@@ -103,22 +104,28 @@ class ExampleLog:
     """Finished examples of a run, in memory and (with a folder) appended to `examples.jsonl`; resumes what is there.
 
     `config` is what makes two runs the same, kept in `config.json`. Raises `IncompatibleError` with the difference if
-    the folder belongs to another one, `InvalidDataError` if it holds something else. A context manager.
+    the folder belongs to another one, `InvalidDataError` if it holds something else, `OutputError` if another process
+    is writing to it. A context manager.
     """
 
     def __init__(self, folder: Path | None, config: Mapping[str, Any]) -> None:
         self._records: dict[tuple[str, str, int, str], dict[str, Any]] = {}
         self._stream: IO[str] | None = None
+        self._lock = ExitStack()
         if folder is None:
             return
-        _claim(folder, json.loads(json.dumps(config)))
-        path = folder / EXAMPLES_FILE
-        with writing(path):
-            self._stream = open_appending(path)  # cuts off a torn last line
-        for number, record in read_json_lines(path):
-            if not all(isinstance(record.get(name), kind) for name, kind in RECORD.items()):
-                raise InvalidDataError(f"{path} line {number} is not a finished example; use another --out")
-            self._records[_key(record)] = record
+        self._lock.enter_context(writing_to(folder))
+        with ExitStack() as undone:
+            undone.push(self._lock)
+            _claim(folder, json.loads(json.dumps(config)))
+            path = folder / EXAMPLES_FILE
+            with writing(path):
+                self._stream = open_appending(path)  # cuts off a torn last line
+            for number, record in read_json_lines(path):
+                if not all(isinstance(record.get(name), kind) for name, kind in RECORD.items()):
+                    raise InvalidDataError(f"{path} line {number} is not a finished example; use another --out")
+                self._records[_key(record)] = record
+            undone.pop_all()
 
     def __enter__(self) -> ExampleLog:
         return self
@@ -127,6 +134,7 @@ class ExampleLog:
         if self._stream is not None:
             with suppress(OSError):  # what could not be written was reported when it was added
                 self._stream.close()
+        self._lock.close()
 
     def has(self, task: str, rescorer: str, p: int, example: str) -> bool:
         """Whether this example is finished."""

@@ -13,7 +13,7 @@ from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lm.files import read_json_lines, read_json_object
 from rescore.results import CONFIG_FILE, EXAMPLES_FILE, RECORD, RESULTS_FILE, SCHEMA
 from rescore.suite_files import MANIFEST_FILE, PLAN_FILE, read_manifest
-from rescore.tracing import HEADER_FILE, Trace, load_trace, trace_folder
+from rescore.tracing import HEADER_FILE, Trace, check_settings, load_trace, trace_folder
 
 Record = dict[str, Any]  # a line of examples.jsonl (docs/formats.md)
 Check = Callable[[Any], bool]
@@ -146,7 +146,17 @@ class FinishedRun:
         folder = Path(given).expanduser() if given else trace_folder(task, made_of, k)
         if not (folder / HEADER_FILE).is_file():
             return None
-        trace = load_trace(folder)
+        try:
+            trace = load_trace(folder)
+            if not given:
+                check_settings(folder, trace.header, k=k, settings=made_of)
+        except RescoreError as error:
+            if given:
+                raise
+            raise InvalidDataError(
+                f"the cached trace of {task} is broken ({error}); rescore eval with the options of {self.folder} makes "
+                "it again"
+            ) from error
         of_task = [r for (of, _, _), found in self.records.items() if of == task for r in found]
         groups = {r["id"]: r["group"] for r in of_task}
         by_id = {example.id: example for example in trace.examples}
@@ -209,13 +219,15 @@ def load_run(folder: Path) -> FinishedRun:
     if not isinstance(config, dict) or not isinstance(results, list) or not results:
         raise InvalidDataError(f"{folder / RESULTS_FILE} holds no results; run the evaluation again")
     _check(folder / RESULTS_FILE, config, results)
-    records: dict[tuple[str, str, int], list[Record]] = {}
+    by_id: dict[tuple[str, str, int], dict[str, Record]] = {}
     for number, record in read_json_lines(folder / EXAMPLES_FILE, torn_tail=True):
         typed = all(isinstance(record.get(name), kind) for name, kind in RECORD.items())
         if not typed or not all(check(record.get(name)) for name, check in _MEASURED.items()):
             where = f"{folder / EXAMPLES_FILE} line {number}"
             raise InvalidDataError(f"{where} is not a finished example; run the evaluation again")
-        records.setdefault((record["task"], record["rescorer"], record["p"]), []).append(record)
+        # An example that is there twice (two processes once wrote to one folder) counts once, as `ExampleLog` has it.
+        by_id.setdefault((record["task"], record["rescorer"], record["p"]), {})[record["id"]] = record
+    records = {key: list(found.values()) for key, found in by_id.items()}
     for result in results:
         n = len(records.get((result["task"], result["rescorer"], result["p"]), ()))
         if n < result["n"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,11 @@ from lm.files import (
     write_json,
     writing,
 )
+from lm.keys import key_of
+from lm.locks import writing_to
 from rescore.evaluation import evaluate
 from rescore.inputs import EvalOptions, Models, Progress, Run, TaskInput, prepare, resolve
+from rescore.rescorers import WeightedRescorer, load_rescorer
 from rescore.results import RESULTS_FILE, environment
 from rescore.runs import load_run
 from rescore.suite_files import CSV_FILE, MANIFEST_FILE, PLAN_FILE, RUNS_FOLDER, SCHEMA, TABLE_FILE, TUNED_FILE
@@ -78,8 +81,14 @@ def run_suite(
     """Runs what `out` lacks of a plan; `source` is the name of its file.
 
     Everything that can be refused is refused before the first model runs. Ctrl-C keeps what is finished and returns it
-    with `interrupted` set. Raises `IncompatibleError` with the difference if `out` belongs to another plan.
+    with `interrupted` set. Raises `IncompatibleError` with the difference if `out` belongs to another plan,
+    `OutputError` if another process is writing to it.
     """
+    with writing_to(out):
+        return _run(plan, out, source, progress, notify)
+
+
+def _run(plan: Plan, out: Path, source: str, progress: Progress | None, notify: Notify | None) -> Suite:
     _claim(out, plan)
     suite = Suite(plan, source)
 
@@ -193,11 +202,16 @@ class _Weights:
 def _tune(
     plan: Plan, part: _Part, weights: _Weights, trace_k: int | None, progress: Progress | None, notify: Notify
 ) -> dict[Run, dict[str, Any]]:
-    """The tuned weights of one evaluation, those that are missing tuned now."""
+    """The tuned weights of one evaluation, those that are missing tuned now: also where the model, the data or the
+    rescorer is another one than when they were tuned."""
     chosen: dict[Run, dict[str, Any]] = {}
     for rescorer, tuning in plan.tuned:
+        made_of = key_of([part.input.settings, _identities([rescorer.name])], 24)
         for p in rescorer.p:
-            key = {"task": part.input.name, "rescorer": rescorer.name, "k": part.k, "h": part.h, "p": p}
+            key = {
+                "task": part.input.name, "rescorer": rescorer.name, "k": part.k, "h": part.h, "p": p,
+                "made_of": made_of,
+            }  # fmt: skip
             found = weights.find(key)
             if found is None:
                 found = {**key, **_sweep(tuning, part, rescorer, p, trace_k, progress, notify)}
@@ -251,7 +265,14 @@ def _is_finished(part: _Part, config: dict[str, Any]) -> bool:
     found = config["traces"].get(part.input.name, {})
     settings = json.loads(json.dumps(part.input.settings))
     same = {**found, "k": None} == {**settings, "k": None}
+    same = same and config.get("rescorers") == _identities(part.options.rescorers)
     return bool(config["options"] == wanted["options"] and config["data"] == {part.input.name: wanted["data"]} and same)
+
+
+def _identities(names: Sequence[str]) -> dict[str, str]:
+    """What rescorers with a weight score with, by name, as `evaluate` has it."""
+    rescorers = {name: load_rescorer(name) for name in names}
+    return {name: r.identity for name, r in rescorers.items() if isinstance(r, WeightedRescorer)}
 
 
 def _row(result: dict[str, Any], part: _Part) -> dict[str, Any]:

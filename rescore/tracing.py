@@ -22,7 +22,6 @@ A trace made elsewhere (Medusa, EAGLE, MTP, DFlash ...) needs the same folder; `
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,13 +37,16 @@ from lattices.lattice import Lattice
 from lm.base import BaseLM
 from lm.block_heads import BlockHeads, entropies_of, lattice_of
 from lm.catalog import first_line
-from lm.files import atomic_folder, cache_directory, changed_settings, read_json_object, write_json, writing
+from lm.files import atomic_folder, cache_directory, changed_settings, read_json_object, write_json
 from lm.generation import Generated, generate
+from lm.keys import key_of
+from lm.locks import writing_to
 from rescore.checks import check_k
 from rescore.groups import digest, one_of_each_first
 from rescore.tasks.base import Example
 
 SCHEMA = "rescore.trace/1"
+RECORDING = 1  # changes with what `record_trace` computes: its prompts, outputs, lattices or rounding
 HEADER_FILE = "trace.json"
 LATTICE_ROWS = 16  # positions whose full-vocabulary logits are alive at a time
 PART_EXAMPLES = 32  # examples per part: what a kill can lose, and the window in which prompts are sorted by length
@@ -132,51 +134,54 @@ def record_trace(
     A part is written after every `PART_EXAMPLES`, so a killed recording goes on where it stopped. `held`: what
     `load_trace` gave of the folder, at least the examples asked for, if it has been called already.
     `progress(done, total)` is called after every example. Raises `IncompatibleError` if the folder holds a trace with
-    other settings, `RescoreError` for prompts that do not fit into the context and for k beyond the vocabulary.
+    other settings, `OutputError` if it can't be written or another process writes to it, `RescoreError` for prompts
+    that do not fit into the context and for k beyond the vocabulary.
     """
     check_k(k, base.vocab_size)
     made_of: dict[str, Any] = {
         "h": heads.h, "k": k, "vocab_size": base.vocab_size, "eos_token_ids": sorted(base.eos_token_ids),
         "settings": settings,
     }  # fmt: skip
-    if held is None and (folder / HEADER_FILE).is_file():
-        check_settings(folder, read_header(folder), **made_of)
-        held = load_trace(folder)
-    header = held.header if held else TraceHeader(**made_of, parts=[])
-    done = {e.id: e for e in held.examples} if held else {}
-    missing = [e for e in examples if e.id not in done]
-    encoded = [base.encode_prompt(e.prompt, chat=chat, max_tokens=max_prompt_tokens) for e in missing]
-    for example, ids in zip(missing, encoded, strict=True):
-        if len(ids) + max_new_tokens > base.context_length:
-            raise RescoreError(
-                f"example {example.id}: a prompt of {len(ids)} tokens and {max_new_tokens} new ones do not fit into "
-                f"the context of {base.context_length}; cut prompts with --max-prompt-tokens"
-            )
-    with writing(folder):  # a place that can't be written to is told before the work, not after
-        folder.mkdir(parents=True, exist_ok=True)
-    made = len(examples) - len(missing)
-    for start in range(0, len(missing), PART_EXAMPLES):
-        prompts = encoded[start : start + PART_EXAMPLES]
-        rows: dict[int, dict[str, Any]] = {}
-        for greedy in generate(base, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, with_hidden=True):
-            rows[greedy.index] = _row(base, heads, missing[start + greedy.index], prompts[greedy.index], greedy, k)
-            made += 1
-            if progress:
-                progress(made, len(examples))
-        name = f"part-{len(header.parts):05d}"
-        # Rows stand in the order of the data, so that a trace cut to its first examples is what --limit would record.
-        _write_part(folder / name, [rows[place] for place in range(len(prompts))])
-        header = dataclasses.replace(header, parts=[*header.parts, name])
-        write_json(folder / HEADER_FILE, dataclasses.asdict(header))
-        done |= {e.id: e for e in _read_part(folder / name, header)}
-    return Trace(header, tuple(done[e.id] for e in examples))
+    with writing_to(folder):  # a place that can't be written to is told before the work, not after
+        if (folder / HEADER_FILE).is_file():
+            header = read_header(folder)
+            check_settings(folder, header, **made_of)
+            if held is None or held.header.parts != header.parts:  # another process may have gone on with it
+                held = load_trace(folder)
+        header = held.header if held else TraceHeader(**made_of, parts=[])
+        done = {e.id: e for e in held.examples} if held else {}
+        missing = [e for e in examples if e.id not in done]
+        encoded = [base.encode_prompt(e.prompt, chat=chat, max_tokens=max_prompt_tokens) for e in missing]
+        for example, ids in zip(missing, encoded, strict=True):
+            if len(ids) + max_new_tokens > base.context_length:
+                raise RescoreError(
+                    f"example {example.id}: a prompt of {len(ids)} tokens and {max_new_tokens} new ones do not fit "
+                    f"into the context of {base.context_length}; cut prompts with --max-prompt-tokens"
+                )
+        made = len(examples) - len(missing)
+        for start in range(0, len(missing), PART_EXAMPLES):
+            prompts = encoded[start : start + PART_EXAMPLES]
+            rows: dict[int, dict[str, Any]] = {}
+            for greedy in generate(
+                base, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, with_hidden=True
+            ):
+                rows[greedy.index] = _row(base, heads, missing[start + greedy.index], prompts[greedy.index], greedy, k)
+                made += 1
+                if progress:
+                    progress(made, len(examples))
+            name = f"part-{len(header.parts):05d}"
+            # Rows stand in the order of the data, so that a trace cut to its first examples is what --limit would
+            # record.
+            _write_part(folder / name, [rows[place] for place in range(len(prompts))])
+            header = dataclasses.replace(header, parts=[*header.parts, name])
+            write_json(folder / HEADER_FILE, dataclasses.asdict(header))
+            done |= {e.id: e for e in _read_part(folder / name, header)}
+        return Trace(header, tuple(done[e.id] for e in examples))
 
 
 def trace_folder(task: str, settings: dict[str, Any], k: int) -> Path:
     """Where the cache keeps the trace of a task with these settings and k entries per slot."""
-    key = {"schema": SCHEMA, "k": k, "settings": settings}
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    return cache_directory() / "traces" / f"{task}-{digest}"
+    return cache_directory() / "traces" / f"{task}-{key_of({'schema': SCHEMA, 'k': k, 'settings': settings}, 24)}"
 
 
 @torch.inference_mode()

@@ -51,7 +51,8 @@ def tune(
     progress: Progress | None = None,
     notify: Notify | None = None,
 ) -> list[Tuned]:
-    """Sweeps every weighted rescorer of the options on every task, and keeps the best weights for `evaluate` (`keep`).
+    """Sweeps every weighted rescorer of the options on every task, and keeps the best weights for `evaluate` with alpha
+    `tuned` (`keep`).
 
     `options.limit` examples (default `HELD_OUT`) of the last groups of the data are used, at most half of the groups
     (`rescore.groups.held_out`); `evaluated`: groups that are not tuned on while there are others; `trace_k` as for
@@ -60,7 +61,7 @@ def tune(
     limit = HELD_OUT if options.limit is None else options.limit
     for alpha, k, p in product(alphas, ks, ps):
         resolve(dataclasses.replace(options, alpha=alpha, k=k, p=p))
-    options = resolve(dataclasses.replace(options, limit=None, k=max(ks), p=tuple(ps), mode="replay"))
+    options = resolve(dataclasses.replace(options, alpha=None, limit=None, k=max(ks), p=tuple(ps), mode="replay"))
     swept = tuple(sorted({0.0, *alphas}))
     rescorers = {}
     for typed in options.rescorers:
@@ -96,7 +97,7 @@ def tune(
                 path = tuned_path(dataclasses.replace(options, k=k), task, rescorer, p)
                 document: dict[str, Any] = {
                     **dataclasses.asdict(tuned), "identity": rescorer.identity,
-                    "data_sha256": task.settings.get("data_sha256"), **environment(),
+                    "data_sha256": task.settings.get("data_sha256"), "settings": task.settings, **environment(),
                 }  # fmt: skip
                 write_json(path, document)
             found.append(tuned)

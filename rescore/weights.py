@@ -1,20 +1,24 @@
-"""The weight (alpha) of each rescorer: given, tuned before (`rescore.tuning`) or its default; fitting to a base LM."""
+"""The weight (alpha) of each rescorer: given, its default or, where that is asked for, what `rescore.tuning` kept on
+this machine; fitting to a base LM."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
+import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lattices.errors import InvalidDataError, RescoreError
 from lm.base import BaseIdentity, BaseLM
 from lm.files import cache_directory, read_json_object
-from rescore.inputs import EvalOptions, Run, TaskInput
+from lm.keys import key_of
+from rescore.inputs import DEFAULT_NEW_TOKENS, MAX_ALPHA, TUNED, EvalOptions, Run, TaskInput
 from rescore.rescorers import Rescorer, Target, WeightedRescorer
+from rescore.tasks import is_task_file, load_task
 from rescore.tracing import Trace
 
 LEAST_COVERAGE = 0.1
@@ -36,26 +40,57 @@ def check_tokenizers(task: TaskInput, rescorers: Mapping[str, Rescorer]) -> None
 
 
 def choose_alphas(options: EvalOptions, task: TaskInput, rescorers: Mapping[str, Rescorer]) -> Alphas:
-    """The weights on a task of all the rescorers that have one, for every p that they are run with."""
+    """The weights on a task of all the rescorers that have one, for every p that they are run with.
+
+    Raises `RescoreError` with the command to run if a tuned weight is asked for and none is kept on this machine.
+    """
     return {
-        typed: {p: _alpha(options, task, rescorer, p) for p in options.ps_of(typed)}
+        typed: {p: _alpha(options, task, typed, rescorer, p) for p in options.ps_of(typed)}
         for typed, rescorer in rescorers.items()
         if isinstance(rescorer, WeightedRescorer)
     }
 
 
-def _alpha(options: EvalOptions, task: TaskInput, rescorer: WeightedRescorer, p: int) -> dict[str, Any]:
-    if options.alpha is not None:
+def _alpha(options: EvalOptions, task: TaskInput, typed: str, rescorer: WeightedRescorer, p: int) -> dict[str, Any]:
+    if options.alpha is None:
+        return {"alpha": rescorer.alpha, "from": "default"}
+    if options.alpha != TUNED:
         return {"alpha": options.alpha, "from": "option"}
+    command = _tune_command(options, task, typed, p)
     path = tuned_path(options, task, rescorer, p)
-    if path.is_file():
-        tuned = read_json_object(path, missing=f"can't use the tuned weight in {path}")
-        found = {"alpha": float(tuned["alpha"]), "from": "tuned", "held_out": tuned["held_out"]}
-        found["held_out_groups"] = tuned.get("held_out_groups", [])
-        if tuned.get("data_sha256") != task.settings.get("data_sha256"):
-            found["other_data"] = True
-        return found
-    return {"alpha": rescorer.alpha, "from": "default"}
+    if not path.is_file():
+        raise RescoreError(
+            f"no weight of {typed} is tuned on this machine for {task.name}, this base, heads, k = {options.k} and "
+            f"p = {p}; run: {command} (or give --alpha NUMBER)"
+        )
+    tuned = read_json_object(path, missing=f"can't use the tuned weight in {path}", advice=f"run: {command}")
+    alpha, held_out = tuned.get("alpha"), tuned.get("held_out")
+    usable = type(alpha) in (int, float) and math.isfinite(alpha) and 0 <= alpha <= MAX_ALPHA
+    if not usable or not isinstance(held_out, list) or not all(isinstance(name, str) for name in held_out):
+        raise InvalidDataError(f"{path} holds no tuned weight; run: {command}")
+    # What it was tuned by goes into the results, which another machine can then make again.
+    found = {
+        "alpha": float(alpha), "from": TUNED, "held_out": held_out, "swept": tuned.get("alphas"),
+        "held_out_groups": tuned.get("held_out_groups", []), "data_sha256": tuned.get("data_sha256"),
+    }  # fmt: skip
+    if tuned.get("data_sha256") != task.settings.get("data_sha256"):
+        found["other_data"] = True
+    return found
+
+
+def _tune_command(options: EvalOptions, task: TaskInput, typed: str, p: int) -> str:
+    """The command that tunes the weight which `_alpha` looks for."""
+    names = [name for name in options.tasks if is_task_file(name) and load_task(name).name == task.name]
+    arguments: dict[str, Any] = {
+        "task": names[0] if names else task.name, "trace": options.trace, "rescorer": typed, "k": options.k,
+        "p": p, "h": options.h, "base": options.base, "heads": options.heads, "data": options.data,
+        "max-new-tokens": options.max_new_tokens, "max-prompt-tokens": options.max_prompt_tokens,
+        "dtype": options.dtype,
+    }  # fmt: skip
+    usual = {"base": EvalOptions.base, "dtype": EvalOptions.dtype, "max-new-tokens": DEFAULT_NEW_TOKENS}
+    arguments |= {name: None for name, value in usual.items() if options.trace or arguments[name] == value}
+    words = [f"--{name} {shlex.quote(str(value))}" for name, value in arguments.items() if value is not None]
+    return " ".join(["rescore tune", *words])
 
 
 def alpha_notices(alphas: Alphas, task: TaskInput) -> list[str]:
@@ -70,10 +105,10 @@ def alpha_notices(alphas: Alphas, task: TaskInput) -> list[str]:
 
 def _alpha_fact(chosen: Mapping[str, Any], task: TaskInput) -> str | None:
     if chosen["from"] == "default":
-        advice = "rescore tune with the same task, rescorer, k, p and h finds the best"
+        advice = "rescore tune with the same task, rescorer, k, p and h finds the best, and --alpha tuned takes it"
         return f"alpha {chosen['alpha']:g} by default; {advice}"
     held_out, facts = chosen.get("held_out", ()), []
-    if chosen["from"] == "tuned" and chosen["alpha"] == 0:
+    if chosen["from"] == TUNED and chosen["alpha"] == 0:
         facts.append(f"alpha 0 was best on {len(held_out)} held-out examples: its drafts are the unrescored ones")
     if chosen.get("other_data"):
         facts.append(f"alpha {chosen['alpha']:g} was tuned on other data of this task")
@@ -130,10 +165,12 @@ def coverage_notices(trace: Trace, rescorers: Mapping[str, Rescorer], k: int) ->
 
 
 def tuned_path(options: EvalOptions, task: TaskInput, rescorer: WeightedRescorer, p: int) -> Path:
-    """Where the tuned weight of a rescorer on a task is kept: one file per base, heads, rescorer, h, k and p."""
+    """Where the tuned weight of a rescorer on a task is kept: one file per task (its template, its definition), base,
+    heads, rescorer, h, k and p."""
     ours = "heads_sha256" in task.settings  # a trace made elsewhere goes by all that it says of itself
     made_of = {
         "task": task.name,
+        **{name: task.settings.get(name) for name in ("template", "chat_template", "definition")},
         "base": task.settings["base"] if ours else task.settings,
         "heads": task.settings.get("heads_sha256"),
         "h": options.h or task.settings.get("h"),
@@ -141,5 +178,4 @@ def tuned_path(options: EvalOptions, task: TaskInput, rescorer: WeightedRescorer
         "k": options.k,
         "p": p,
     }
-    key = hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()[:24]
-    return cache_directory() / "tuned" / f"{task.name}-{key}.json"
+    return cache_directory() / "tuned" / f"{task.name}-{key_of(made_of, 24)}.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -215,9 +216,16 @@ class TestTune:
         typed = f"ngram:{tmp_path / 'ngram'}"
         before = rescore("eval", *model, "--rescorer", typed, "--p", "1,4", "--json")
         assert before.err.startswith(f"rescore: {typed} on squad, p = 1 and 4: alpha 0.5 by default; rescore tune")
+        missing = rescore("eval", *model, "--rescorer", typed, "--p", "1,4", "--alpha", "tuned")
+        missing.refused("no weight of .* is tuned on this machine for squad")
+        command = shlex.split(re.search(r"run: rescore (.*) \(or", missing.err)[1])
+        assert command[0] == "tune" and command[command.index("--rescorer") + 1] == typed
+        told = rescore(*command, "--alphas", "0.1,3", "--device", "cpu")
+        assert told.code == 0 and "rescore eval --alpha tuned" in told.err
         tuned = rescore("tune", *model, "--rescorer", typed, "--p", "1,4", "--alphas", "0.1,3", "--json").document
         assert [(t["p"], t["alphas"]) for t in tuned] == [(1, [0.0, 0.1, 3.0]), (4, [0.0, 0.1, 3.0])]
-        after = rescore("eval", *model, "--rescorer", typed, "--p", "1,4", "--json")
+        assert rescore("eval", *model, "--rescorer", typed, "--p", "1,4", "--json").document == before.document
+        after = rescore("eval", *model, "--rescorer", typed, "--p", "1,4", "--alpha", "tuned", "--json")
         assert "default" not in after.err and after.err.endswith("alpha was tuned on 3 of these 6 examples\n")
         assert [(r["p"], r["alpha"]) for r in after.document["results"]] == [(t["p"], t["alpha"]) for t in tuned]
         alphas = after.document["config"]["alphas"]["squad"][typed]

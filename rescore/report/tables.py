@@ -205,7 +205,7 @@ def tuning_table(found: Sequence[Tuned]) -> str:
         rows.append([t.task, t.rescorer, str(t.k), str(t.p), str(len(t.held_out)), *cells, f"{gain:+.1%}"])
     header = ["task", "rescorer", "k", "p", "held out", *(f"{alpha:g} " for alpha in alphas), "gain"]
     note = (
-        "block efficiency on the held-out examples by alpha; * the best, which rescore eval uses from now on;\n"
+        "block efficiency on the held-out examples by alpha; * the best, which rescore eval --alpha tuned uses;\n"
         "gain = of the best over alpha 0 (the unrescored drafts) at the same k and p."
     )
     return table(header, rows, text_columns=2) + "\n" + note

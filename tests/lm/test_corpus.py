@@ -135,6 +135,8 @@ class TestGeneration:
                 "hidden_size": 32,
                 "vocab_size": 257,
                 "dtype": "float64",
+                "config_sha256": tiny_base.identity.config_sha256,
+                "tokenization_sha256": tiny_base.identity.tokenization_sha256,
             },
             "max_new_tokens": 5,
             "max_prompt_tokens": 40,

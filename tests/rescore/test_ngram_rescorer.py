@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lattices.automaton import Automaton
-from lattices.errors import IncompatibleError, RescoreError
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.lattice import Lattice
 from lattices.ngrams import SPECIAL_WORDS, NgramArrays, NgramModel
 from lattices.search import p_best
@@ -185,6 +185,30 @@ class TestEvaluation:
         assert any("by default" in line for line in evaluation.notices)
         assert evaluation.document.config["alphas"]["squad"][options.rescorers[1]][1]["from"] == "default"
 
+    def test_results_of_another_model_under_the_same_name_are_not_gone_on_with(self, options, ngram: Path, tmp_path):
+        found = evaluate(options, out=tmp_path / "run").document
+        assert found.config["rescorers"] == {options.rescorers[1]: load_rescorer(options.rescorers[1]).identity}
+        Automaton.compile(bigram_model(words=range(50, 90))).save(ngram / "automaton.bin")
+        with pytest.raises(IncompatibleError, match=r"another configuration .rescorers.*ngram"):
+            evaluate(options, out=tmp_path / "run")
+
+    @pytest.mark.parametrize(
+        "broken", ["", "{}", '{"alpha": "much", "held_out": []}', '{"alpha": 1.0}', '{"alpha": 1e9}']
+    )
+    def test_a_broken_tuned_weight_is_told_with_the_command(self, options, broken: str, cache_folder: Path):
+        chosen = dataclasses.replace(options, rescorers=options.rescorers[1:], alpha="tuned")
+        tune(chosen, alphas=(0.5,), ks=(8,), ps=(1,))
+        evaluate(chosen)
+        (path,) = (cache_folder / "tuned").iterdir()
+        path.write_text(broken)
+        with pytest.raises(InvalidDataError, match="run: rescore tune --task squad --rescorer ngram"):
+            evaluate(chosen)
+
+    @pytest.mark.parametrize("alpha", ["tune", "", "0.5"])
+    def test_a_word_that_is_no_weight_is_refused(self, options: EvalOptions, alpha: str):
+        with pytest.raises(RescoreError, match=r"a number, or tuned \(rescore tune\)"):
+            evaluate(dataclasses.replace(options, alpha=alpha))
+
     @pytest.mark.parametrize("alpha", [-0.1, 65.0])
     def test_a_weight_out_of_range_is_refused(self, options: EvalOptions, alpha: float):
         with pytest.raises(RescoreError, match="--alpha"):
@@ -237,6 +261,8 @@ class TestTuning:
         assert by_alpha[tuned.alpha] == max(by_alpha.values())
         assert tuned.alpha == min(a for a, b in by_alpha.items() if b == max(by_alpha.values()))
         told: list[str] = []
+        assert evaluate(chosen).document.results[0].alpha == 0.5, "what is tuned is used where it is asked for"
+        chosen = dataclasses.replace(chosen, alpha="tuned")
         result = evaluate(chosen, notify=told.append).document.results[0]
         assert result.alpha == tuned.alpha
         assert any("tuned on 3 of these 6" in line for line in told)
@@ -249,7 +275,7 @@ class TestTuning:
         lines = Path(options.data).read_text().splitlines()
         (tmp_path / "less.jsonl").write_text("\n".join(lines[:3]) + "\n")
         told: list[str] = []
-        evaluate(dataclasses.replace(chosen, data=str(tmp_path / "less.jsonl")), notify=told.append)
+        evaluate(dataclasses.replace(chosen, data=str(tmp_path / "less.jsonl"), alpha="tuned"), notify=told.append)
         assert any("was tuned on other data of this task" in line for line in told)
 
     def test_held_out_examples_are_the_last_ones(self, options: EvalOptions):

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 from test_evaluation import Make, Peek, ctrl_c, examples_of, make, peek, run, without_times  # noqa: F401
 
-from lattices.errors import IncompatibleError
+from lattices.errors import IncompatibleError, RescoreError
 from rescore import evaluation, rescorers
 from rescore.evaluation import evaluate
 from rescore.rescorers.unrescored import Unrescored
@@ -78,7 +78,8 @@ class TestSeveralP:
         assert [r.gain for r in before.document.results][2] == 0.0
         tuned = tune(make(rescorers=("weighted",)), alphas=(1.0, 2.0), ks=(8,), ps=(1, 4))
         assert [(t.p, t.alpha) for t in tuned] == [(1, 1.0), (4, 2.0)]
-        after = evaluate(chosen)
+        assert evaluate(chosen).document.as_dict() == before.document.as_dict(), "nothing is taken unasked"
+        after = evaluate(dataclasses.replace(chosen, alpha="tuned"))
         found = [(r.rescorer, r.p, r.alpha) for r in after.document.results]
         assert found == [("none", 1, None), ("none", 4, None), ("weighted", 1, 1.0), ("weighted", 4, 2.0)]
         alphas = after.document.config["alphas"]["squad"]["weighted"]
@@ -87,15 +88,18 @@ class TestSeveralP:
         peek = {r.p: r for r in run(make(rescorers=("peek",), p=(1, 4)))}
         for r in after.document.results[2:]:
             assert r.accepted_histogram == peek[r.p].accepted_histogram
-        other = evaluate(make(rescorers=("weighted",), p=(1, 2)))
-        assert other.notices[1].startswith("weighted on squad, p = 2: alpha 0.5 by default")
+        with pytest.raises(
+            RescoreError, match=r"no weight of weighted is tuned .* p = 2; run: rescore tune --task squad"
+        ):
+            evaluate(make(rescorers=("weighted",), p=(1, 2), alpha="tuned"))
 
     def test_a_weight_that_is_tuned_later_is_another_configuration(self, make: Make, tmp_path: Path, monkeypatch):
         monkeypatch.setitem(rescorers.PLAIN, "weighted", Weighted)
-        chosen = make(rescorers=("weighted",), p=(1, 4))
+        chosen = make(rescorers=("weighted",), p=4, alpha="tuned")
+        tune(make(rescorers=("weighted",)), alphas=(1.0,), ks=(8,), ps=(4,))
         run(chosen, out=tmp_path)
         tune(make(rescorers=("weighted",)), alphas=(1.0, 2.0), ks=(8,), ps=(4,))
-        with pytest.raises(IncompatibleError, match=r"\(alphas.squad.weighted.4.alpha: 0.5 -> 2.0; "):
+        with pytest.raises(IncompatibleError, match=r"\(alphas.squad.weighted.4.alpha: 0.0 -> 2.0; "):
             run(chosen, out=tmp_path)
 
     @pytest.mark.parametrize("mode", ["replay", "live"])

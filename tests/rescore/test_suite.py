@@ -6,6 +6,8 @@ import csv
 import dataclasses
 import json
 import re
+import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ import pytest
 from conftest import squad_records, write_lines
 
 import lm.catalog
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
 from lm.files import cache_directory
+from lm.locks import writing_to
 from rescore import suite as suite_module
 from rescore import tracing
 from rescore.analysis.collect import analyse_folders
@@ -178,6 +181,31 @@ class TestTable:
         assert (cache_directory() / "tuned").exists()
         used = {r["alpha"] for r in run(path, tmp_path / "out").results if r["rescorer"] == "context-ngram:none"}
         assert used == {load_rescorer("context-ngram:none").alpha}
+
+    def test_weights_of_other_data_are_tuned_anew(self, write: Write, tmp_path: Path):
+        """Stopped behind the sweeps: what was tuned on the old file is no weight for the new one."""
+        path, out = write(), tmp_path / "out"
+        run(path, out)
+        shutil.rmtree(out / "runs")
+        (out / "suite.json").unlink()
+        data = next(tmp_path.rglob("squad.jsonl"))
+        data.write_text("".join(reversed(data.read_text().splitlines(keepends=True))))
+        again, fresh = run(path, out), run(path, tmp_path / "fresh")
+        assert again.results == fresh.results
+        assert all(sweep in again.tuned for sweep in fresh.tuned) and len(again.tuned) == len(fresh.tuned) + 2
+
+    def test_a_second_process_is_refused(self, write: Write, tmp_path: Path):
+        held = threading.Event()
+
+        def refused_within() -> None:
+            refused(lambda: run(write(), tmp_path / "out"), "another rescore process is writing to", OutputError)
+            held.set()
+
+        with writing_to(tmp_path / "out"):
+            thread = threading.Thread(target=refused_within)
+            thread.start()
+            thread.join(60)
+        assert held.is_set()
 
     def test_one_run_of_several_is_chosen_by_task_and_h(self, write: Write, tmp_path: Path):
         run(write(("k: [4, 2]", "k: 4\nh: [2, 3]")), tmp_path / "out")

@@ -1,0 +1,108 @@
+"""One process at a time makes what several may want, and whoever waits or is refused is told in one line.
+
+The locks are the operating system's (`filelock`): a killed process leaves none behind, at worst an empty hidden file,
+which the next one takes over and removes. What is only read is never locked, so that it may lie on a read-only disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lattices.errors import OutputError
+from lm.files import cache_directory, writing
+from lm.keys import key_of
+
+LOCK_FILE = ".rescore.lock"  # in a folder that is being written to
+POLL_SECONDS = 0.1
+# What file systems without locks answer, and those whose lock server is gone.
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EIO}
+_log = logging.getLogger("rescore")
+_held: set[tuple[int, str]] = set()  # by thread
+
+
+def tell(line: str) -> None:
+    """A line for the user about something that mends itself: of the logger `rescore`, which the commands print."""
+    _log.warning("%s", line)
+
+
+@contextmanager
+def writing_to(folder: Path, *, beside: bool = False) -> Iterator[None]:
+    """While this process writes to a folder that the user gave: a second one is refused (`OutputError`).
+
+    `beside`: the lock lies beside the folder, which is replaced as a whole. The folder is made if need be, and goes
+    again if nothing comes into it. A thread that holds the lock already goes on.
+    """
+    with writing(folder):
+        folder = folder.resolve()
+        place = folder.parent if beside else folder
+        new = [place, *place.parents][: sum(not parent.exists() for parent in (place, *place.parents))]
+        place.mkdir(parents=True, exist_ok=True)
+    lock = place / (f".{folder.name[:200]}{LOCK_FILE}" if beside else LOCK_FILE)
+    refusal = f"another rescore process is writing to {folder}; wait for it, or use another --out"
+    try:
+        with _locked(lock, folder, refusal=refusal):
+            yield
+    finally:
+        for made in new:
+            with suppress(OSError):  # something is in it
+                made.rmdir()
+
+
+@contextmanager
+def making(entry: Path, what: str) -> Iterator[None]:
+    """While this process makes something in the cache directory: a second one says that it waits for `what`, and waits.
+
+    It then looks again at what is there. The lock lies apart from `entry`, which may be replaced or removed.
+    """
+    folder = cache_directory() / "locks"
+    with writing(entry):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / f"{key_of(str(entry.absolute()), 32)}.lock"
+    with _locked(lock, entry, waiting=f"another rescore process is making {what}; waiting for it"):
+        yield
+
+
+@contextmanager
+def _locked(path: Path, target: Path, *, refusal: str | None = None, waiting: str = "") -> Iterator[None]:
+    key = (threading.get_ident(), str(path))
+    if key in _held:
+        yield
+        return
+    lock = FileLock(path)
+    with warnings.catch_warnings(action="ignore"):  # of a file system without locks, told below
+        try:
+            held = _acquire(lock, refusal, waiting)
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                raise OutputError(f"can't write {target}: {error.strerror or error}") from error
+            held = False
+            tell(f"the file system of {path.parent} has no locks; let no second process write to {target} meanwhile")
+    _held.add(key)
+    try:
+        yield
+    finally:
+        _held.discard(key)
+        if held:
+            with suppress(OSError):  # before it is let go: who waits for this very file sees that it is gone
+                path.unlink(missing_ok=True)
+            with suppress(OSError):
+                lock.release()
+
+
+def _acquire(lock: FileLock, refusal: str | None, waiting: str) -> bool:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if refusal:
+            raise OutputError(refusal) from None
+        tell(waiting)
+        lock.acquire(timeout=-1, poll_interval=POLL_SECONDS)
+    return True

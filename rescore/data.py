@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lattices.errors import InvalidDataError, RescoreError
-from lm.files import read_json_lines, sha256_of_file
+from lm.files import sha256_of_file
+from lm.text_files import check_whole, identify, rows
 from rescore.tasks.base import Example, HubSource, Record, Task, checked_text, json_kind
 
 HUB_TIMEOUT = 3.0  # seconds for the hub to answer; `datasets` alone retries an unreachable hub for some 23 s
@@ -37,8 +38,8 @@ class TaskData:
 
 
 def load_examples(task: Task, *, data: Path | None = None, limit: int | None = None) -> TaskData:
-    """The first `limit` examples (default: the task's limit, else all) of `task`, from `data` (JSON lines), the task's
-    file, the hub or the sample.
+    """The first `limit` examples (default: the task's limit, else all) of `task`, from `data` (rows of any kind that
+    `lm.text_files` reads), the task's file, the hub or the sample.
 
     Rows that are not the task's (`Task.row`) are passed over and do not count. An example's id is the record's `id`,
     else its line number; one that came before gets `#line` appended. With no network the hub's data set is taken from
@@ -75,9 +76,11 @@ def _from_file(task: Task, path: Path, limit: int | None, *, kind: str) -> TaskD
             f"{'not a file' if os.path.exists(path) else 'no such file'}: {path}; "
             f"the data of task {task.name} are a JSON lines file with {wanted_rows(task)}"
         )
-    examples = _examples(task, read_json_lines(path), limit, where=f"{path} line")
+    file = identify(path, wants_rows=True)
+    examples = _examples(task, rows(file), limit, where=f"{path} {file.unit}")
+    check_whole(file)
     if not examples:
-        nothing = "is empty" if next(read_json_lines(path), None) is None else f"has no rows of task {task.name}"
+        nothing = "is empty" if next(rows(file), None) is None else f"has no rows of task {task.name}"
         raise InvalidDataError(f"{path} {nothing}; task {task.name} needs {wanted_rows(task)}")
     # The embedded sample goes by its name alone: where the package is installed says nothing about the data.
     shown = str(path) if kind == "file" else path.name

@@ -100,6 +100,22 @@ def tiny_heads_folder(tiny_base: BaseLM, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
+SEVERAL = ("--task", "--rescorer", "--corpus", "--against", "--block-efficiency", "--results")
+
+
+def once(*arguments: object) -> list[object]:
+    """Arguments of a command in which an option that comes again takes the first one's place; the command itself
+    refuses it twice."""
+    kept = list(arguments)
+    for place in range(len(kept) - 1, -1, -1):
+        name = kept[place]
+        if isinstance(name, str) and name.startswith("--") and name not in SEVERAL and name in kept[:place]:
+            first = kept.index(name)
+            del kept[first : first + 2]
+            return once(*kept)
+    return kept
+
+
 def squad_records(count: int) -> list[dict[str, object]]:
     """Questions of different lengths, so that batches are ragged."""
     return [

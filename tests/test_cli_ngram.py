@@ -192,7 +192,7 @@ def build_refusals(tiny: Path, folder: Path) -> Iterator[tuple[str, list[object]
     yield "no such tokenizer", [FABLE, "--tokenizer", "smollm2-135n"], r"did you mean smollm2-135m or"
     yield "no such smoothing", [*fable, "--smoothing", "kats"], "did you mean katz"
     yield "no such estimator", [*fable, "--estimator", "lmpls"], "did you mean lmplz"
-    for option, value in (("--memory", "4X"), ("--memory", ""), ("--memory", "-4G"), ("--max-ngrams", "many")):
+    for option, value in (("--memory", "4X"), ("--memory", "-4G"), ("--max-ngrams", "many")):
         yield f"{option} {value}", [*fable, option, value], f"{option} {value}: give a number"
     yield "too little memory", [*fable, "--memory", "100M"], "give at least 512M"
     yield "no n-grams", [*fable, "--max-ngrams", "0"], "must be at least 1"

@@ -184,7 +184,7 @@ def train_heads_command(
     given = [*corpus, held_out] if held_out else corpus
     check_there(given)
     if initial:
-        read_config(initial.expanduser())
+        read_config(initial)
     model = load_base(base, device=device)
     with progress_bar() as progress:
         data, workers = _read_corpora(model, given, out, max_tokens, cache_gb, precision, progress)

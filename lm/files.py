@@ -18,17 +18,11 @@ from typing import IO, Any
 from safetensors import SafetensorError
 
 from lattices.errors import InvalidDataError, OutputError, RescoreError
+from lattices.paths import cache_directory as cache_directory  # its name everywhere above the ground floor
 
 ASIDE = ".old"  # ends the name of a folder that makes room for its next version
 SHIPPED = Path(__file__).parent / "weights"  # trained weights that come with the package, by base LM
 LEFT_AFTER = 3600.0  # seconds without a change, after which a temporary folder is taken for a killed writer's
-
-
-def cache_directory() -> Path:
-    """Where converted models and recorded traces are kept: `$RESCORE_CACHE`, else `$XDG_CACHE_HOME/rescore`."""
-    if chosen := os.environ.get("RESCORE_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rescore"
 
 
 def sha256_of_file(path: Path) -> str:

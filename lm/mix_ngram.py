@@ -15,6 +15,7 @@ from typing import Any
 
 from lattices.errors import IncompatibleError, OutputError, RescoreError
 from lattices.ngrams import NgramModel
+from lattices.paths import user_path
 from lm.build_ngram import ARPA_FILE, KIND, MANIFEST_FILE, WORDS, Progress, check_place, write_model
 from lm.files import read_json_object, sha256_of_file
 from lm.kenlm_model import MAGIC as KENLM_MAGIC
@@ -79,7 +80,7 @@ def _words(part: NgramPart) -> str:
 
 
 def _find(name: str) -> NgramPart:
-    path = SHIPPED_NGRAM if name == SHIPPED else Path(name).expanduser()
+    path = SHIPPED_NGRAM if name == SHIPPED else user_path(name, "the model")
     if path.is_dir():
         manifest = read_json_object(path / MANIFEST_FILE, missing=f"no n-gram model in {path}")
         for file in (path / ARPA_FILE, path / SHIPPED_FILE):

@@ -30,6 +30,7 @@ from numba import njit
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.ngrams import SENTENCE_END, SPECIAL_WORDS
+from lattices.paths import user_path
 from lm.counting import BREAK
 from lm.files import sha256_of_file, writing
 from lm.text_files import blocks, identify, may_hold_text, rows
@@ -83,7 +84,7 @@ def find_sources(corpora: Sequence[Path | str]) -> list[CorpusSource]:
             digest = hashlib.sha256(str(dataset._fingerprint).encode()).hexdigest()
             sources.append(CorpusSource("hub", corpus, digest, len(dataset)))
             continue
-        path = Path(corpus)
+        path = user_path(corpus, "the corpus")
         if path.is_dir():
             sources += _folder_sources(path)
         else:
@@ -97,10 +98,15 @@ def _folder_sources(folder: Path) -> list[CorpusSource]:
     if (folder / SETTINGS_FILE).is_file() and (folder / CORPUS_FILE).is_file():
         found = _file_source(folder / CORPUS_FILE)
         return [CorpusSource("own", str(folder), found.sha256, found.size)]
-    files = sorted(path for path in folder.rglob("*") if may_hold_text(path) and path.is_file())
+    files = sorted(path for path in folder.rglob("*") if may_hold_text(path) and _is_open_file(path, folder))
     if not files:
         raise RescoreError(f"the folder {folder} holds no .txt or .jsonl files (nor .json, .csv, .parquet, nor .gz of those)")
     return [_file_source(path) for path in files]
+
+
+def _is_open_file(path: Path, folder: Path) -> bool:
+    """Whether it is a file, and neither it nor a folder on the way to it is hidden (what a stopped build left is)."""
+    return path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _file_source(path: Path) -> CorpusSource:

@@ -121,6 +121,13 @@ def _endings(path: Path) -> tuple[str | None, str]:
     return packing, endings[-1] if endings else ""
 
 
+def name_without_endings(path: Path) -> str:
+    """The name of a file without the endings that say how it is packed and what it holds."""
+    packing, ending = _endings(path)
+    name = path.stem if packing else path.name
+    return Path(name).stem if ending else name
+
+
 def may_hold_text(path: Path) -> bool:
     """Whether a file's name says that it is text or rows: what of a folder is read."""
     return _endings(path)[1] in (*TEXT_ENDINGS, *ROW_ENDINGS)
@@ -140,8 +147,7 @@ def rows_file(folder: Path, name: str) -> Path:
 
 
 def _is_called(path: Path, name: str) -> bool:
-    packing, ending = _endings(path)
-    return ending in ROW_ENDINGS and Path(path.stem if packing else path.name).stem == name
+    return _endings(path)[1] in ROW_ENDINGS and name_without_endings(path) == name
 
 
 def _layout(path: Path, packing: str | None, ending: str, first: bytes, wants_rows: bool) -> str:
@@ -353,7 +359,9 @@ def _table(file: TextFile, errors: str, advice: str) -> Iterator[tuple[int, dict
                 )
             yield number, dict(zip(names, values, strict=True))
     except csv.Error as error:
-        raise InvalidDataError(f"{file.path} line {reader.line_num} is not valid {NAMES[file.layout]}: {error}") from error
+        raise InvalidDataError(
+            f"{file.path} line {reader.line_num} is not valid {NAMES[file.layout]}: {error}"
+        ) from error
 
 
 def _parquet(file: TextFile, errors: str, advice: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
+from lattices.paths import user_path
 from lm.files import sha256_of_file
 from rescore.checks import check_held_k, check_k, check_new_tokens, check_p
 from rescore.data import TaskData, load_examples
@@ -286,6 +287,9 @@ def _check(options: EvalOptions) -> None:
         raise RescoreError(f"--max-prompt-tokens {options.max_prompt_tokens}; a prompt needs at least one token")
     if options.seed < 0:
         raise RescoreError(f"--seed {options.seed}; a seed is 0 or more")
+    for name in ("base", "heads", "data", "trace"):
+        if (path := getattr(options, name)) is not None:
+            user_path(path, f"--{name}")
     if options.trace and options.mode == "live":
         raise RescoreError("a given trace can be replayed, not decoded live; drop --trace or --mode live")
     for name in ("data", "heads"):
@@ -371,4 +375,4 @@ def _content_sha256(folder: Path, parts: Sequence[str]) -> str:
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    return user_path(text)

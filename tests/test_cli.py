@@ -370,7 +370,9 @@ def test_every_mistake_is_one_line(rescore, tiny_folder, tiny_heads_folder, squa
 class TestMistakes:
     def test_heads_of_another_base(self, rescore: Command, model: list[object], tiny_base, tmp_path: Path):
         wide = save_tiny_base(tmp_path / "wide", hidden_size=48)
-        rescore(*once("eval", *model, "--base", wide)).refused("hidden_size is 32, the base's is 48; give other --heads")
+        rescore(*once("eval", *model, "--base", wide)).refused(
+            "hidden_size is 32, the base's is 48; give other --heads"
+        )
         folder = tmp_path / "heads"
         make_heads(tiny_base).save(folder, dtype=torch.float32)
         config = json.loads((folder / "config.json").read_text())
@@ -385,7 +387,9 @@ class TestMistakes:
         (folder / "model.safetensors").write_bytes(b"not weights")
         rescore(*once("eval", *model, "--base", folder)).refused("can't load the model .*broken: ")
         (folder / "config.json").unlink()
-        rescore(*once("eval", *model, "--base", folder)).refused("has no config.json; a model folder is what save_pretrained")
+        rescore(*once("eval", *model, "--base", folder)).refused(
+            "has no config.json; a model folder is what save_pretrained"
+        )
         byte_tokenizer().save_pretrained(tmp_path / "no-weights")
         rescore(*once("eval", *model, "--base", tmp_path / "no-weights")).refused("no-weights has no config.json")
 

@@ -51,7 +51,8 @@ class TestBuild:
         assert lines[2].split() == ["order", "n-grams", "D1", "D2", "D3+", "from"]
         for n, line in enumerate(lines[4:7], start=1):
             assert re.fullmatch(rf"{n} +{len(model.orders[n - 1])}( +\d\.\d{{4}}){{3}} +corpus", line), line
-        assert re.fullmatch(r"files: automaton.bin \(.* B\), manifest.json \(.* B\), model.arpa \(.* B\)", lines[-1])
+        assert re.fullmatch(r"files: automaton.bin \(.* B\), manifest.json \(.* B\), model.arpa \(.* B\)", lines[-2])
+        assert lines[-1] == f"next: rescore score-ngram TEXT --ngram {tmp_path / 'm'}"
         assert sorted(os.listdir(tmp_path / "m")) == ["automaton.bin", "manifest.json", "model.arpa"]
 
     def test_the_document(self, rescore: Command, tmp_path: Path):  # noqa: F811

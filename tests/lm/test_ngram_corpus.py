@@ -11,7 +11,7 @@ import pytest
 from conftest import END, byte_tokenizer
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
-from lm import ngram_corpus, text_files
+from lm import text_files
 from lm.catalog import tokenizer_sha256
 from lm.counting import BREAK
 from lm.ngram_corpus import EncodedCorpus, encode_corpora, find_sources

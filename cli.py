@@ -124,8 +124,8 @@ def _explain(error: Exception) -> tuple[str, int]:
         message, code = error.format_message(), 2
     elif isinstance(error, OSError) and error.strerror and (error.filename is not None or error.errno in NO_ROOM):
         # No permission, a name too long, a full disk: nothing of ours is wrong.
-        where = "the output" if error.filename is None else os.fsdecode(error.filename)
-        message, code = f"can't use {where}: {error.strerror}; give another place, or mend this one", 2
+        what = "can't write what is printed" if error.filename is None else f"can't use {os.fsdecode(error.filename)}"
+        message, code = f"{what}: {error.strerror}; give another place, or mend this one", 2
     elif isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
         message, code = f"a file name that is no UTF-8 can't be used here; rename it ({error.object!r:.200})", 2
     else:

@@ -64,11 +64,12 @@ class CheckedCommand(typer.core.TyperCommand):
             for parameter in self.params:
                 _check_given(parameter, given.get(parameter.name or ""), sum(p is parameter for p in order))
         rest = super().parse_args(ctx, args)
-        for name, value in ctx.params.items():
+        for parameter in self.params:
+            value = ctx.params.get(parameter.name or "")
             if isinstance(value, Path):
-                ctx.params[name] = user_path(value, name)
+                ctx.params[parameter.name] = user_path(value, _spelled(parameter))
             elif isinstance(value, list | tuple) and value and isinstance(value[0], Path):
-                ctx.params[name] = type(value)(user_path(path, name) for path in value)
+                ctx.params[parameter.name] = type(value)(user_path(path, _spelled(parameter)) for path in value)
         return rest
 
     def invoke(self, ctx: Any) -> Any:
@@ -85,8 +86,7 @@ class ReaderGoneError(Exception):
 
 def _check_given(parameter: Any, given: Any, times: int) -> None:
     """Refuses an option or argument that is empty, and a single-valued option that is there `times` > 1."""
-    is_option = parameter.param_type_name == "option"
-    name = parameter.opts[0] if is_option else (parameter.name or "").upper()
+    is_option, name = parameter.param_type_name == "option", _spelled(parameter)
     values = given if isinstance(given, list | tuple) else [given]
     if any(isinstance(value, str) and not value.strip() for value in values):
         raise RescoreError(f"{name} is empty; give it a value" + (", or leave it out" if is_option else ""))
@@ -95,6 +95,11 @@ def _check_given(parameter: Any, given: Any, times: int) -> None:
         raise RescoreError(
             f"{name} is there {times} times; give it once" + (", its values with commas between them" if lists else "")
         )
+
+
+def _spelled(parameter: Any) -> str:
+    """`--out`, or `CORPUS` for an argument."""
+    return str(parameter.opts[0] if parameter.param_type_name == "option" else parameter.name.upper())
 
 
 def check_all(commands: typer.Typer) -> None:
@@ -133,6 +138,8 @@ def known_tasks(names: Iterable[str], trace: str | None) -> tuple[str, ...]:
 
 def notify(line: str) -> None:
     """A line for the user, on stderr; where that is closed or full, nobody is told, and the work goes on."""
+    if sys.stderr is None:  # closed
+        return
     with suppress(OSError):
         print(f"rescore: {printable(line, joiners=True)}", file=sys.stderr)
 

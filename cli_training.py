@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Generic, TypeVar
 import typer
 
 from cli_options import Base, Device, Dtype, Heads, NewTokens, notify, numbers, progress_bar
+from lattices.paths import encodable
 
 if TYPE_CHECKING:
     from lm.base import BaseLM
@@ -39,6 +40,7 @@ def _read_corpora(
     from lm.head_data import read_head_data
     from lm.workers import start_workers
 
+    encodable(out, "--out")
     workers = start_workers(model.device)
     if not workers.is_first:
         workers.wait()

@@ -39,15 +39,25 @@ def user_path(given: str | Path, what: str = "the path") -> Path:
     return Path(expanded)
 
 
+def encodable(path: Path, what: str) -> Path:
+    """The path itself, for what can be written by its name in UTF-8 only (Arrow, safetensors). Raises `RescoreError`
+    for a name that is none: before the work, not at its end."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise RescoreError(f"{what} {path} is no UTF-8 name, which can't be written to here; give another") from error
+    return path
+
+
 def cache_directory() -> Path:
     """Where converted models and recorded traces are kept: `$RESCORE_CACHE`, else `$XDG_CACHE_HOME/rescore`, else
     `~/.cache/rescore`. Raises `RescoreError` where none of them is known (no HOME, no entry of the user)."""
     if chosen := os.environ.get("RESCORE_CACHE"):
-        return user_path(chosen, "RESCORE_CACHE")
+        return encodable(user_path(chosen, "RESCORE_CACHE"), "RESCORE_CACHE")
     parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if parent.startswith("~"):
         raise RescoreError("this user has no home folder; set RESCORE_CACHE to a folder where rescore may keep files")
-    return Path(parent) / "rescore"
+    return encodable(Path(parent), "the cache folder") / "rescore"
 
 
 def working_folder(name: str) -> Path:

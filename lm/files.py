@@ -22,6 +22,7 @@ from lattices.paths import cache_directory as cache_directory  # its name everyw
 
 ASIDE = ".old"  # ends the name of a folder that makes room for its next version
 SHIPPED = Path(__file__).parent / "weights"  # trained weights that come with the package, by base LM
+ODD = "backslashreplace"  # a file name that is no UTF-8 becomes an escape of JSON, which reads back as the same name
 LEFT_AFTER = 3600.0  # seconds without a change, after which a temporary folder is taken for a killed writer's
 
 
@@ -133,7 +134,7 @@ def _beside(path: Path) -> Path:
 
 def write_json(path: Path, document: Any) -> None:
     """Writes a JSON document atomically, indented, with a final newline. Raises `OutputError`."""
-    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", errors=ODD) as stream:
         json.dump(document, stream, indent=2, ensure_ascii=False)
         stream.write("\n")
 
@@ -206,7 +207,7 @@ def open_appending(path: Path) -> IO[str]:
             end = start
         else:
             stream.truncate(0)
-    return path.open("a", encoding="utf-8")
+    return path.open("a", encoding="utf-8", errors=ODD)
 
 
 def changed_settings(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:

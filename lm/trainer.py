@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lattices.paths import encodable
 from lm.files import (
     append_json_line,
     atomic_file,
@@ -133,7 +134,7 @@ class Trainer(ABC, Generic[Measured]):
         them interrupts. Ctrl-C of a single process takes effect behind its step and leaves a checkpoint; a second one
         at once.
         """
-        self._check_place(out)
+        self._check_place(encodable(out, "--out"))
         with writing(out):  # a place that can't be written to shows now, not at the first checkpoint
             out.mkdir(parents=True, exist_ok=True)
         self._resume(out)

@@ -60,7 +60,7 @@ def load_examples(task: Task, *, data: Path | None = None, limit: int | None = N
             missing = str(error)
     if task.sample is None:
         raise RescoreError(
-            f"no data for task {task.name}: {missing}; give --data PATH, a JSON lines file with {wanted_rows(task)}"
+            f"no data for task {task.name}: {missing}; give --data PATH, JSON lines with {wanted_rows(task)}"
         )
     sample = _from_file(task, task.sample, limit, kind="sample")
     notice = (
@@ -72,9 +72,15 @@ def load_examples(task: Task, *, data: Path | None = None, limit: int | None = N
 
 def _from_file(task: Task, path: Path, limit: int | None, *, kind: str) -> TaskData:
     if not os.path.isfile(path):  # unlike `Path.is_file`, no error for a name too long or a folder closed to us
+        try:
+            path.stat()
+        except PermissionError as error:
+            raise RescoreError(f"can't read {path}: {error.strerror}") from error
+        except OSError:
+            pass  # not there
         raise RescoreError(
             f"{'not a file' if os.path.exists(path) else 'no such file'}: {path}; "
-            f"the data of task {task.name} are a JSON lines file with {wanted_rows(task)}"
+            f"the data of task {task.name} are JSON lines with {wanted_rows(task)}"
         )
     file = identify(path, wants_rows=True)
     examples = _examples(task, rows(file), limit, where=f"{path} {file.unit}")

@@ -32,8 +32,9 @@ from lattices.errors import RescoreError
 ngram_models = typer.Typer(rich_markup_mode=None)
 
 TEXTS = (
-    "text, .jsonl, .json, .csv or .parquet (--field), .gz or .zst of those, folders of them, a folder of rescore generate-corpus (the base LM's "
-    "own output, what the rescorer ngram learns from best), or hub:NAME[:SPLIT[:FIELD]] for a hub data set"
+    "text, .jsonl, .json, .csv or .parquet (--field), .gz or .zst of those, folders of them, a folder of rescore "
+    "generate-corpus (the base LM's own output, what the rescorer ngram learns from best), or hub:NAME[:SPLIT[:FIELD]] "
+    "for a hub data set"
 )
 OWN = "own:PROMPTS for the base LM's own output for a file of prompts, generated once and kept"
 OWN_TOKENS = "Output tokens for each prompt of own:PROMPTS, at most."

@@ -76,7 +76,9 @@ class _Told(Generic[Measured]):
 
 @training.command(name="generate-corpus")
 def generate_corpus_command(
-    prompts: Annotated[Path, typer.Option(help='JSON lines {"prompt", "chat"} or text, a prompt a line.')],
+    prompts: Annotated[
+        Path, typer.Option(help='JSON lines {"prompt", "chat"} (or CSV, Parquet ...) or text, a prompt a line.')
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the corpus; resumable.")],
     base: Base = "smollm2-135m",
     max_new_tokens: NewTokens = 96,
@@ -114,7 +116,9 @@ def generate_corpus_command(
 
 @training.command(name="train-heads")
 def train_heads_command(
-    corpus: Annotated[list[Path], typer.Option(help="Folder of generate-corpus, .jsonl of pairs, or text; several.")],
+    corpus: Annotated[
+        list[Path], typer.Option(help="Folder of generate-corpus, .jsonl or .csv of pairs, or text; several.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the heads; resumable.")],
     base: Base = "smollm2-135m",
     h: Annotated[int, typer.Option(help="Block length: h - 1 heads are trained.")] = 9,
@@ -209,7 +213,9 @@ def train_heads_command(
 @training.command(name="train-rescorer")
 def train_rescorer_command(
     size: Annotated[str, typer.Argument(help="neural-32m, neural-61m or neural-94m.")],
-    corpus: Annotated[list[Path], typer.Option(help="Folder of generate-corpus, .jsonl of pairs, or text; several.")],
+    corpus: Annotated[
+        list[Path], typer.Option(help="Folder of generate-corpus, .jsonl or .csv of pairs, or text; several.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the rescorer; resumable.")],
     base: Annotated[str, typer.Option("--base", "--tokenizer", help="Base LM it is to rescore for.")] = "smollm2-135m",
     init: Annotated[str, typer.Option(help="base: the base's first layers, the last ones trained; scratch.")] = "base",
@@ -259,7 +265,9 @@ def train_rescorer_command(
 
 @training.command(name="train-bigram")
 def train_bigram_command(
-    corpus: Annotated[list[Path], typer.Option(help="Folder of generate-corpus, .jsonl of pairs, or text; several.")],
+    corpus: Annotated[
+        list[Path], typer.Option(help="Folder of generate-corpus, .jsonl or .csv of pairs, or text; several.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the learned bigram; resumable.")],
     base: Base = "smollm2-135m",
     heads: Heads = None,

@@ -2,9 +2,9 @@
 
 Row i of a segment is the state that chose (or, on given text, should have chosen) the segment's token i; so head j at
 row i must predict token i + j - 1. States are kept as float16 on disk and memory-mapped. Sources: a corpus of the
-base's own output (`lm.corpus`, states included), chat pairs (JSON lines or other rows with `prompt` and `response`) and plain text;
-for the last two the base LM runs once over the text and the states are kept in the training folder, in shards: what an
-interrupted run has finished is not done again.
+base's own output (`lm.corpus`, states included), chat pairs (JSON lines or other rows with `prompt` and `response`) and
+plain text; for the last two the base LM runs once over the text and the states are kept in the training folder, in
+shards: what an interrupted run has finished is not done again.
 """
 
 from __future__ import annotations

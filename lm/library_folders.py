@@ -32,6 +32,6 @@ def place_downloads() -> None:
 
 def _may_write(folder: Path) -> bool:
     """Whether the folder can be written to, or made; nothing is."""
-    while not os.path.isdir(folder) and folder != folder.parent:
+    while not os.path.exists(folder) and folder != folder.parent:
         folder = folder.parent
-    return os.access(folder, os.W_OK | os.X_OK)
+    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)

@@ -100,7 +100,7 @@ def _folder_sources(folder: Path) -> list[CorpusSource]:
         return [CorpusSource("own", str(folder), found.sha256, found.size)]
     files = sorted(path for path in folder.rglob("*") if may_hold_text(path) and _is_open_file(path, folder))
     if not files:
-        raise RescoreError(f"the folder {folder} holds no .txt or .jsonl files (nor .json, .csv, .parquet, nor .gz of those)")
+        raise RescoreError(f"the folder {folder} holds no .txt or .jsonl files (nor .csv, .parquet, nor .gz of those)")
     return [_file_source(path) for path in files]
 
 

@@ -354,9 +354,8 @@ def _table(file: TextFile, errors: str, advice: str) -> Iterator[tuple[int, dict
                 continue
             number += 1
             if len(values) != len(names):
-                raise InvalidDataError(
-                    f"{file.path} row {number} (line {reader.line_num}) has {len(values)} values for {len(names)} columns"
-                )
+                where = f"{file.path} row {number} (line {reader.line_num})"
+                raise InvalidDataError(f"{where} has {len(values)} values for {len(names)} columns")
             yield number, dict(zip(names, values, strict=True))
     except csv.Error as error:
         raise InvalidDataError(

@@ -55,7 +55,7 @@ class EvalOptions:
     `p`: drafts per step, a number or several, each of which is run (`resolve` makes it a tuple); `alpha`: weight of the
     rescorer (None: the tuned one, else its default); `limit`: the first so many examples; `max_new_tokens` an output;
     `max_prompt_tokens`: cuts prompts (these three, None: what the task's file says, else all, 64 and no cut); `mode`:
-    replay or live; `verify`: tree or batch (live); `data`: JSON lines file; `trace`: folder to replay, wherever it was
+    replay or live; `verify`: tree or batch (live); `data`: file of rows; `trace`: folder to replay, wherever it was
     made; `dtype` and `device` of the base; `seed` of the bootstrap intervals, the one random thing in an evaluation;
     `own_p`: rescorers whose p are others than `p`.
     """

@@ -122,8 +122,9 @@ class Plan:
 def read_plan(path: Path, *, data: Path | None = None) -> Plan:
     """The suite in a YAML file (docs/formats.md).
 
-    `data`: a folder with TASK.jsonl (or .csv, .jsonl.gz ...) for each task whose data or trace the file does not name. Raises `RescoreError`
-    with the line of what is wrong: unknown keys with the nearest, wrong types, unknown tasks and rescorers.
+    `data`: a folder with TASK.jsonl (or .csv, .jsonl.gz ...) for each task whose data or trace the file does not name.
+    Raises `RescoreError` with the line of what is wrong: unknown keys with the nearest, wrong types, unknown tasks and
+    rescorers.
     """
     top = read_yaml(path).fields(KEYS, required=("tasks", "rescorers"))
     mode = top["mode"].choice(MODES) if "mode" in top else "replay"

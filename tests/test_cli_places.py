@@ -1,5 +1,6 @@
 """Every path option of every command, given what can't be used: one line, exit code 2, nothing made elsewhere."""
 
+# ruff: noqa: F811
 from __future__ import annotations
 
 import os
@@ -58,13 +59,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def places(rescore: Command, made: Path, tmp_path: Path) -> list[Place]:  # noqa: F811
+def places(rescore: Command, made: Path, tmp_path: Path) -> list[Place]:
     """All of them; `tmp_path / "in"` is what an earlier command wrote."""
     model = ("--base", made / "base", *TINY)
     heads, data = ("--heads", made / "heads"), ("--data", made / "squad.jsonl", "--max-new-tokens", 6)
     within = tmp_path / "in"
     trace = ("trace", *model, *heads, *data, "--out", within / "trace")
     run = ("eval", *model, *heads, *data, "--out", within / "run")
+    tune = ("tune", *model, *heads, *data, "--p", 1, "--alphas", 1)
     ngram = ("build-ngram", made / "text.txt", "--tokenizer", made / "base", "--order", 2, "--discount-fallback")
     for arguments in (trace, run, (*ngram, "--out", within / "ngram")):
         assert rescore(*arguments).code == 0
@@ -74,7 +76,7 @@ def places(rescore: Command, made: Path, tmp_path: Path) -> list[Place]:  # noqa
         ("eval", *model, *heads, *data, *out): "--base --heads --data --out",
         ("eval", "--trace", within / "trace", "--rescorer", "oracle"): "--trace",
         ("oracle", *model, *heads, *data): "--base --heads --data",
-        ("tune", *model, *heads, *data, "--rescorer", "context-ngram", "--p", 1, "--alphas", 1): "--base --heads --data",
+        (*tune, "--rescorer", "context-ngram"): "--base --heads --data",
         ("tune", "--trace", within / "trace", "--rescorer", "context-ngram"): "--trace",
         ("trace", *model, *heads, *data, *out): "--base --heads --data --out",
         ("suite", made / "suite.yaml", "--data", made, *out): " --out",
@@ -119,7 +121,7 @@ def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 def test_a_place_that_can_not_be_used(
-    rescore: Command,  # noqa: F811
+    rescore: Command,
     places: list[Place],
     tmp_path: Path,
     working_folder: Path,
@@ -148,7 +150,7 @@ def test_a_place_that_can_not_be_used(
 
 
 def test_a_name_that_is_no_utf8(
-    rescore: Command,  # noqa: F811
+    rescore: Command,
     places: list[Place],
     tmp_path: Path,
     working_folder: Path,
@@ -167,7 +169,7 @@ def test_a_name_that_is_no_utf8(
 
 
 def test_data_whose_name_is_no_utf8(
-    rescore: Command,  # noqa: F811
+    rescore: Command,
     made: Path,
     tmp_path: Path,
     working_folder: Path,
@@ -191,7 +193,7 @@ def test_data_whose_name_is_no_utf8(
 
 
 def test_a_home_that_is_named(
-    rescore: Command,  # noqa: F811
+    rescore: Command,
     made: Path,
     tmp_path: Path,
     working_folder: Path,
@@ -208,7 +210,7 @@ def test_a_home_that_is_named(
 
 
 def test_a_user_without_a_home(
-    rescore: Command,  # noqa: F811
+    rescore: Command,
     made: Path,
     working_folder: Path,
     monkeypatch: pytest.MonkeyPatch,

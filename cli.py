@@ -6,6 +6,8 @@ mend, 130 interrupted. Heavy libraries are imported inside commands, so that `--
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import sys
@@ -34,8 +36,10 @@ from cli_options import (
     LeaveOut,
     Limit,
     PromptTokens,
+    ReaderGoneError,
     Tasks,
     TaskTokens,
+    check_all,
     known_tasks,
     notify,
     numbers,
@@ -49,6 +53,8 @@ from lattices.errors import RescoreError
 
 if TYPE_CHECKING:
     from rescore.evaluation import Evaluation
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what writing to stdout may say
 
 app = typer.Typer(
     help="Draft-refinement rescoring for blockwise parallel decoding: how many tokens does a step accept, how many "
@@ -80,17 +86,36 @@ def main() -> None:
     if not debug:  # what a library says of its next version is for us: the test suite fails of it
         warnings.simplefilter("ignore")
     print_notices()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal without Unicode, and one with it for a file name that is none, still show what they can.
+            stream.reconfigure(errors="backslashreplace")
     try:
         # Not standalone: errors and exit codes come here instead of being printed by the library.
-        sys.exit(app(args=arguments or ["--help"], prog_name="rescore", standalone_mode=False))
+        code = app(args=arguments or ["--help"], prog_name="rescore", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a failure can still be told
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(INTERRUPTED)
+        code = INTERRUPTED
+    except (ReaderGoneError, BrokenPipeError):  # head or less has seen enough
+        code = 0
+        _close_stdout()
     except Exception as error:
         if debug:
             traceback.print_exc()
         message, code = _explain(error)
         notify(message)
-        sys.exit(code)
+        _close_stdout()
+    sys.exit(code)
+
+
+def _close_stdout() -> None:
+    """Prints what is left if that can be done; else gives it up, which Python would try again, and complain of."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _only_asks_for_help() -> bool:
@@ -103,6 +128,12 @@ def _explain(error: Exception) -> tuple[str, int]:
         message, code = str(error), 2
     elif hasattr(error, "format_message"):  # of click, which typer imports or, in later versions, brings along
         message, code = error.format_message(), 2
+    elif isinstance(error, OSError) and error.strerror and (error.filename is not None or error.errno in NO_ROOM):
+        # No permission, a name too long, a full disk: nothing of ours is wrong.
+        what = "can't write what is printed" if error.filename is None else f"can't use {os.fsdecode(error.filename)}"
+        message, code = f"{what}: {error.strerror}; give another place, or mend this one", 2
+    elif isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        message, code = f"a file name that is no UTF-8 can't be used here; rename it ({error.object!r:.200})", 2
     else:
         message, code = f"{type(error).__name__}: {error} (--debug shows where)", 1
     return " ".join(message.split()), code
@@ -305,6 +336,8 @@ def trace_command(
     positions = sum(len(example.output_ids) for example in trace.examples)
     print(f"{out}: {len(trace.examples)} examples, {positions} positions, h = {trace.header.h}, K = {trace.header.k}")
 
+
+check_all(app)
 
 if __name__ == "__main__":
     main()

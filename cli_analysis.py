@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from cli_options import FirstHeads, Json, numbers
+from cli_options import FirstHeads, Json, numbers, parts
 from lattices.errors import RescoreError
 
 analysing = typer.Typer(rich_markup_mode=None)
@@ -53,7 +53,7 @@ def analyse_command(
         if not rescorer or not other:
             raise RescoreError(f"--against {text}: give two rescorers of the results, like ngram:own=ngram")
         pairs.append((rescorer, other))
-    names = tuple(only.split(",")) if only is not None else ANALYSES
+    names = tuple(parts(only)) if only is not None else ANALYSES
     found = analyse_folders(
         traces=trace or (),
         results=results or (),
@@ -124,10 +124,10 @@ def cost_command(
     found = asked(base=base, config=config, heads=heads, h=h, verify=verify, block_efficiency=efficiencies)
     tables = [
         cost_table(
-            found.base, h=found.h, heads=found.heads, neural=neural_for(found.base), dtype=precision.strip(),
+            found.base, h=found.h, heads=found.heads, neural=neural_for(found.base), dtype=precision,
             block_efficiency=found.block_efficiency, verify=found.verify,
             contexts=numbers("--contexts", contexts, int),
         )
-        for precision in dtype.split(",")
+        for precision in parts(dtype)
     ]  # fmt: skip
     print(json.dumps([t.as_dict() for t in tables]) if as_json else "\n\n".join(map(cost_text, tables)))

@@ -3,11 +3,9 @@ one example block by block."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -103,14 +101,8 @@ def inspect_command(
     colour = console.is_terminal and not os.environ.get("NO_COLOR")
     width = console.width if console.is_terminal else shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns
     lines = inspection_lines(found, width=width)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Unicode still shows what it can
-    try:
-        for shown in lines:
-            if colour:
-                console.print(shown, soft_wrap=True)
-            else:
-                print(shown.plain)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for shown in lines:
+        if colour:
+            console.print(shown, soft_wrap=True)
+        else:
+            print(shown.plain)

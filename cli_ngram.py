@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -31,19 +32,25 @@ from lattices.errors import RescoreError
 ngram_models = typer.Typer(rich_markup_mode=None)
 
 TEXTS = (
-    "text, .jsonl (--field), .gz or .zst of those, folders of them, a folder of rescore generate-corpus (the base LM's "
-    "own output, what the rescorer ngram learns from best), or hub:NAME[:SPLIT[:FIELD]] for a hub data set"
+    "text, .jsonl, .json, .csv or .parquet (--field), .gz or .zst of those, folders of them, a folder of rescore "
+    "generate-corpus (the base LM's own output, what the rescorer ngram learns from best), or hub:NAME[:SPLIT[:FIELD]] "
+    "for a hub data set"
 )
 OWN = "own:PROMPTS for the base LM's own output for a file of prompts, generated once and kept"
 OWN_TOKENS = "Output tokens for each prompt of own:PROMPTS, at most."
-Field = Annotated[str, typer.Option(help="Field of JSON lines and hub data sets with the text or the token ids.")]
+Field = Annotated[
+    str, typer.Option(help="Field of JSON lines, tables and hub data sets with the text or the token ids.")
+]
 Utf8Errors = Annotated[str, typer.Option("--errors", help="Bad UTF-8: strict (refuse) or replace.")]
 
 
 @ngram_models.command(name="build-ngram")
 def build_ngram_command(
     corpus: Annotated[list[str], typer.Argument(help=f"One or more of: {TEXTS}; {OWN}.")],
-    out: Annotated[Path, typer.Option(help="Folder for the model; resumable.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the model; resumable. Default: beside the corpus, NAME-4gram for NAME.txt."),
+    ] = None,
     order: Annotated[int, typer.Option(help="Length of the longest n-grams, 1 to 6.")] = 4,
     tokenizer: Annotated[
         str | None,
@@ -81,9 +88,11 @@ def build_ngram_command(
     from dataclasses import asdict
 
     from lm.build_ngram import build_ngram
+    from lm.ngram_place import default_folder
     from lm.own_output import OwnOutput
     from rescore.report.tables import built_ngram_table
 
+    folder = default_folder(corpus, order) if out is None else out
     tokenizer = tokenizer or base or "smollm2-135m"
     own = OwnOutput(
         base=base or tokenizer, max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, dtype=dtype,
@@ -91,13 +100,21 @@ def build_ngram_command(
     )  # fmt: skip
     with progress_bar() as progress:
         summary = build_ngram(
-            corpus, out, order=order, tokenizer=tokenizer, prune=numbers("--prune", prune, int) if prune else (),
+            corpus, folder, order=order, tokenizer=tokenizer, prune=numbers("--prune", prune, int) if prune else (),
             discount_fallback=(0.5, 1.0, 1.5) if discount_fallback else None, smoothing=smoothing,
             max_ngrams=None if max_ngrams is None else _size("--max-ngrams", max_ngrams, 1000), surface=surface,
             memory=_size("--memory", memory, 1024), threads=threads, errors=errors, field=field, estimator=estimator,
-            own=own, progress=progress,
+            own=own, replace=out is not None, progress=progress,
         )  # fmt: skip
-    print(json.dumps(asdict(summary)) if as_json else built_ngram_table(summary))
+    print(json.dumps(asdict(summary)) if as_json else f"{built_ngram_table(summary)}\n{_next(summary.path, tokenizer)}")
+
+
+def _next(folder: str, tokenizer: str) -> str:
+    """The command that uses a model that was built."""
+    if tokenizer == "words":
+        return f"next: rescore score-ngram TEXT --ngram {shlex.quote(folder)}"
+    base = "" if tokenizer == "smollm2-135m" else f"--base {shlex.quote(tokenizer)} "
+    return f"next: rescore eval {base}--rescorer {shlex.quote(f'ngram:{folder}')}"
 
 
 @ngram_models.command(name="mix-ngram")

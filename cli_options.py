@@ -1,18 +1,22 @@
-"""What the commands of `cli`, `cli_ngram` and `cli_training` share: option types, notices, the progress bar."""
+"""What all commands share: how their options are checked, option types, notices, the progress bar."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+import typer.core
 
 from lattices.errors import RescoreError
+from lattices.paths import user_path
 from rescore.terminal import printable
 
 Number = TypeVar("Number", int, float)
@@ -47,7 +51,9 @@ LeaveOut = Annotated[
         "with what the shipped models were trained on.",
     ),
 ]
-Data = Annotated[str | None, typer.Option(help="JSON lines file with the task's examples.")]
+Data = Annotated[
+    str | None, typer.Option(help="File with the task's examples: JSON lines, a JSON array, CSV or Parquet.")
+]
 GivenTrace = Annotated[str | None, typer.Option(help="Replay this trace folder instead of recording one.")]
 FirstHeads = Annotated[int | None, typer.Option(help="Use only the first h heads (block of h tokens).")]
 NewTokens = Annotated[int, typer.Option(help="Output tokens per example, at most.")]
@@ -58,10 +64,73 @@ PromptTokens = Annotated[int | None, typer.Option(help="Cut prompts to this many
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
 
+class CheckedCommand(typer.core.TyperCommand):
+    """A command whose options are said once, hold something, and name home folders by `~`; each of them in one line."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As the library does it, which keeps the last of an option that is repeated, takes an empty path for the
+        working folder, and makes a folder called `~`. Raises `RescoreError` for the first two."""
+        given, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        if not any(parameter.name == "help" for parameter in order):
+            for parameter in self.params:
+                _check_given(parameter, given.get(parameter.name or ""), sum(p is parameter for p in order))
+        rest = super().parse_args(ctx, args)
+        for parameter in self.params:
+            value = ctx.params.get(parameter.name or "")
+            if isinstance(value, Path):
+                ctx.params[parameter.name] = user_path(value, _spelled(parameter))
+            elif isinstance(value, list | tuple) and value and isinstance(value[0], Path):
+                ctx.params[parameter.name] = type(value)(user_path(path, _spelled(parameter)) for path in value)
+        return rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """As the library does it, but whoever stops reading what is printed (head, less) is no failure."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise ReaderGoneError from error
+
+
+class ReaderGoneError(Exception):
+    """Nobody reads the output any more."""
+
+
+def _check_given(parameter: Any, given: Any, times: int) -> None:
+    """Refuses an option or argument that is empty, and a single-valued option that is there `times` > 1."""
+    is_option, name = parameter.param_type_name == "option", _spelled(parameter)
+    values = given if isinstance(given, list | tuple) else [given]
+    if any(isinstance(value, str) and not value.strip() for value in values):
+        raise RescoreError(f"{name} is empty; give it a value" + (", or leave it out" if is_option else ""))
+    if is_option and isinstance(given, str) and times > 1:
+        lists = re.search(r"omma-separated|[0-9],[0-9]", parameter.help or "")
+        raise RescoreError(
+            f"{name} is there {times} times; give it once" + (", its values with commas between them" if lists else "")
+        )
+
+
+def _spelled(parameter: Any) -> str:
+    """`--out`, or `CORPUS` for an argument."""
+    return str(parameter.opts[0] if parameter.param_type_name == "option" else parameter.name.upper())
+
+
+def check_all(commands: typer.Typer) -> None:
+    """Makes every command of an application, and of those in it, a `CheckedCommand`."""
+    for command in commands.registered_commands:
+        command.cls = CheckedCommand
+    for group in commands.registered_groups:
+        if group.typer_instance is not None:
+            check_all(group.typer_instance)
+
+
+def parts(text: str) -> list[str]:
+    """What an option lists, with commas or spaces between: `0,0,1`, `0, 0, 1` or `0 0 1`."""
+    return re.split(r"\s*,\s*|\s+", text.strip())
+
+
 def numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
-    """Comma-separated numbers of an option. Raises `RescoreError` for text that is none."""
+    """The numbers that an option lists (`parts`). Raises `RescoreError` for text that is none."""
     try:
-        return [kind(part) for part in text.split(",")]
+        return [kind(part) for part in parts(text)]
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
         raise RescoreError(f"{option} {text}: give {what} with commas between them, like 1,2,4") from None
@@ -79,8 +148,11 @@ def known_tasks(names: Iterable[str], trace: str | None) -> tuple[str, ...]:
 
 
 def notify(line: str) -> None:
-    """A line for the user, on stderr."""
-    print(f"rescore: {printable(line, joiners=True)}", file=sys.stderr)
+    """A line for the user, on stderr; where that is closed or full, nobody is told, and the work goes on."""
+    if sys.stderr is None:  # closed
+        return
+    with suppress(OSError):
+        print(f"rescore: {printable(line, joiners=True)}", file=sys.stderr)
 
 
 class _Notices(logging.Handler):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Generic, TypeVar
 import typer
 
 from cli_options import Base, Device, Dtype, Heads, NewTokens, notify, numbers, progress_bar
+from lattices.paths import encodable
 
 if TYPE_CHECKING:
     from lm.base import BaseLM
@@ -40,6 +41,7 @@ def _read_corpora(
     from lm.head_data import read_head_data
     from lm.workers import start_workers
 
+    encodable(out, "--out")
     workers = start_workers(model.device)
     if not workers.is_first:
         workers.wait()
@@ -84,7 +86,9 @@ class _Told(Generic[Measured]):
 
 @training.command(name="generate-corpus")
 def generate_corpus_command(
-    prompts: Annotated[Path, typer.Option(help='JSON lines {"prompt", "chat"} or text, a prompt a line.')],
+    prompts: Annotated[
+        Path, typer.Option(help='JSON lines {"prompt", "chat"} (or CSV, Parquet ...) or text, a prompt a line.')
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the corpus; resumable.")],
     base: Base = "smollm2-135m",
     max_new_tokens: NewTokens = 96,
@@ -122,7 +126,9 @@ def generate_corpus_command(
 
 @training.command(name="train-heads")
 def train_heads_command(
-    corpus: Annotated[list[Path], typer.Option(help="Folder of generate-corpus, .jsonl of pairs, or text; several.")],
+    corpus: Annotated[
+        list[Path], typer.Option(help="Folder of generate-corpus, .jsonl or .csv of pairs, or text; several.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the heads; resumable.")],
     base: Base = "smollm2-135m",
     h: Annotated[int, typer.Option(help="Block length: h - 1 heads are trained.")] = 9,
@@ -194,7 +200,7 @@ def train_heads_command(
     given = [*corpus, held_out] if held_out else corpus
     check_there(given)
     if initial:
-        read_config(initial.expanduser())
+        read_config(initial)
     model = load_base(base, device=device)
     with progress_bar() as progress, _alone_in(out, model):
         data, workers = _read_corpora(model, given, out, max_tokens, cache_gb, precision, progress)
@@ -217,7 +223,9 @@ def train_heads_command(
 @training.command(name="train-rescorer")
 def train_rescorer_command(
     size: Annotated[str, typer.Argument(help="neural-32m, neural-61m or neural-94m.")],
-    corpus: Annotated[list[Path], typer.Option(help="Folder of generate-corpus, .jsonl of pairs, or text; several.")],
+    corpus: Annotated[
+        list[Path], typer.Option(help="Folder of generate-corpus, .jsonl or .csv of pairs, or text; several.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the rescorer; resumable.")],
     base: Annotated[str, typer.Option("--base", "--tokenizer", help="Base LM it is to rescore for.")] = "smollm2-135m",
     init: Annotated[str, typer.Option(help="base: the base's first layers, the last ones trained; scratch.")] = "base",
@@ -267,7 +275,9 @@ def train_rescorer_command(
 
 @training.command(name="train-bigram")
 def train_bigram_command(
-    corpus: Annotated[list[Path], typer.Option(help="Folder of generate-corpus, .jsonl of pairs, or text; several.")],
+    corpus: Annotated[
+        list[Path], typer.Option(help="Folder of generate-corpus, .jsonl or .csv of pairs, or text; several.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the learned bigram; resumable.")],
     base: Base = "smollm2-135m",
     heads: Heads = None,

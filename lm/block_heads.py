@@ -9,6 +9,7 @@ and `config.json` (`BlockHeadsConfig`).
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import nn
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lattices.lattice import Lattice
+from lattices.paths import user_path
 from lm.adapters import TUNED_FILE
 from lm.base import BaseIdentity, BaseLM
 from lm.files import SHIPPED, atomic_file, read_json_object, sha256_of_file, write_json
@@ -138,7 +140,7 @@ def known_heads(name: str) -> Path | None:
     """The checkpoint folder of the heads tuned with the base LM of this name, or shipped for it; None without any."""
     if (shipped := _shipped().get(name)) is not None:  # a built-in name is no folder that happens to be called so
         return shipped
-    beside = Path(name).expanduser() / HEADS_FOLDER
+    beside = Path(os.path.expanduser(name)) / HEADS_FOLDER
     if (beside.parent / TUNED_FILE).is_file() and (beside / CONFIG_FILE).is_file():
         return beside  # trained together with this base
     return None
@@ -151,7 +153,7 @@ def _shipped() -> dict[str, Path]:
 def heads_folder(path: str | None, identity: BaseIdentity) -> Path:
     """The checkpoint folder of `path`; without one, of the heads tuned with the base, or shipped for its name."""
     if path is not None:
-        return Path(path).expanduser()
+        return user_path(path, "--heads")
     if (folder := known_heads(identity.name)) is not None:
         return folder
     shipped = _shipped()

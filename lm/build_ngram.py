@@ -30,6 +30,7 @@ from lm.estimation import KATZ_CUTOFFS, check_fallback, check_thresholds, estima
 from lm.files import atomic_folder, write_json, writing
 from lm.locks import writing_to
 from lm.ngram_corpus import CorpusSource, EncodedCorpus, encode_corpora
+from lm.ngram_place import check_same
 from lm.own_output import OwnOutput, corpus_sources
 
 WORDS = "words"  # the tokenizer's name that stands for none
@@ -80,6 +81,7 @@ def build_ngram(
     field: str = "text",
     estimator: str = "own",
     own: OwnOutput | None = None,
+    replace: bool = True,
     progress: Progress | None = None,
 ) -> NgramSummary:
     """Estimates an n-gram model from `corpora` (see `lm.ngram_corpus`) and writes it to the folder `out`.
@@ -90,6 +92,8 @@ def build_ngram(
     `tokenizer` is the name of a base LM, or `words` for words at white space. `prune`, `discount_fallback`, `smoothing`
     and `max_ngrams` as in `lm.estimation.estimate`. `memory` (bytes) bounds the arrays in memory; larger ones are
     mapped from files. `estimator="lmplz"` has KenLM's program do the estimation on the same stream of words.
+    `replace`: whether a finished model in `out` that was made of other things may be replaced; it is refused with the
+    difference if not (`IncompatibleError`).
     Raises `RescoreError` for settings that make no sense, `InvalidDataError` for corpora that can't be used,
     `OutputError` where `out` can't be written or another process writes to it. `progress(stage, done, total)` is called
     now and then; an exception from it interrupts the build.
@@ -119,7 +123,7 @@ def build_ngram(
             corpora, own or OwnOutput(base=tokenizer), tokenizer_sha256=tokenizer_hash, progress=progress
         )
         corpora_read = [dataclasses.asdict(source) for source in sources]
-        settings = {
+        settings: dict[str, Any] = {
             "format": COUNTING_FORMAT,
             "order": order,
             "tokenizer": tokenizer,
@@ -130,6 +134,18 @@ def build_ngram(
             "field": field,
             "corpora": corpora_read,
         }
+        made_of = {
+            **{k: v for k, v in settings.items() if k != "format"},
+            # Where a file lay says nothing about the model; its hash does.
+            "corpora": [{**source, "name": _without_folder(source)} for source in corpora_read],
+            "smoothing": smoothing,
+            "prune": list(thresholds),
+            "discount_fallback": None if fallback is None else list(fallback),
+            "max_ngrams": max_ngrams,
+            "estimator": estimator,
+        }
+        if not replace:
+            check_same(out / MANIFEST_FILE, made_of)
         work = out / COUNTING_FOLDER
         resumed = _prepare(work, settings)
         encoded = _encode(
@@ -180,14 +196,7 @@ def build_ngram(
         manifest = {
             "kind": KIND,
             "version": importlib.metadata.version("rescore"),
-            **{k: v for k, v in settings.items() if k != "format"},
-            # Where a file lay says nothing about the model; its hash does.
-            "corpora": [{**source, "name": _without_folder(source)} for source in corpora_read],
-            "smoothing": smoothing,
-            "prune": list(thresholds),
-            "discount_fallback": fallback,
-            "max_ngrams": max_ngrams,
-            "estimator": estimator,
+            **made_of,
             "memory": memory,
             "documents": summary.documents,
             "tokens": summary.tokens,

@@ -1,7 +1,8 @@
 """A corpus of the base LM's own output, greedy or sampled: what block heads must predict and should learn from.
 
 [B] (Stern et al. 2018, section 6.1) trains on such "distilled" data. Prompts come as JSON lines
-`{"prompt": text, "chat": bool}` (`chat` is optional) or as text, a prompt a line. The corpus is a folder:
+`{"prompt": text, "chat": bool}` (`chat` is optional; other rows of `lm.text_files` do as well) or as text, a prompt a
+line. The corpus is a folder:
 `corpus.jsonl`, one finished example a line `{"prompt", "chat", "prompt_ids", "output_ids", "text"}`, appended as they
 come (an output that was there before: `"duplicate": true` and no tokens); `hidden.f16`, the state that chose each
 output token (raw float16 rows of `hidden_size`, in the order of the lines), so that training need not run the base LM
@@ -38,6 +39,7 @@ from lm.files import (
 from lm.generation import generate
 from lm.locks import writing_to
 from lm.machine import Work
+from lm.text_files import CSV, TSV, identify, rows, text_lines
 
 CORPUS_FILE, HIDDEN_FILE = "corpus.jsonl", "hidden.f16"
 MANIFEST_FILE, SETTINGS_FILE = "manifest.json", "settings.json"
@@ -69,28 +71,27 @@ class CorpusSummary:
 
 
 def read_prompts(path: Path, *, default_chat: bool) -> list[Prompt]:
-    """Prompts of a `.jsonl` or text file.
+    """Prompts of a file of rows (JSON lines and what else `lm.text_files` reads) or of text.
 
     Raises `InvalidDataError` with the line number of a bad one, `RescoreError` if the file can't be read.
     """
     prompts = []
-    if path.suffix == ".jsonl":
-        for number, record in read_json_lines(path):
+    file = identify(path)
+    if file.has_rows:
+        for number, record in rows(file):
             text: Any = record.get("prompt")
             if not is_text(text):
-                raise InvalidDataError(f"{path} line {number} has no text in the field 'prompt'")
+                raise InvalidDataError(f"{path} {file.unit} {number} has no text in the field 'prompt'")
             chat = record.get("chat", default_chat)
+            if file.layout in (CSV, TSV):  # whose values are all text
+                chat = {"true": True, "false": False, "": default_chat}.get(str(chat).lower(), chat)
             if not isinstance(chat, bool):
-                raise InvalidDataError(f"{path} line {number} has {chat!r} in the field 'chat'; write true or false")
+                raise InvalidDataError(
+                    f"{path} {file.unit} {number} has {chat!r} in the field 'chat'; write true or false"
+                )
             prompts.append(Prompt(text, chat))
     else:
-        try:
-            lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 ends no line
-        except OSError as error:
-            raise RescoreError(f"can't read {path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise InvalidDataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-        prompts = [Prompt(line, default_chat) for line in lines if line.strip()]
+        prompts = [Prompt(line, default_chat) for line in text_lines(file) if line.strip()]
     if not prompts:
         raise InvalidDataError(f"{path} holds no prompts")
     return prompts

@@ -18,17 +18,12 @@ from typing import IO, Any
 from safetensors import SafetensorError
 
 from lattices.errors import InvalidDataError, OutputError, RescoreError
+from lattices.paths import cache_directory as cache_directory  # its name everywhere above the ground floor
 
 ASIDE = ".old"  # ends the name of a folder that makes room for its next version
 SHIPPED = Path(__file__).parent / "weights"  # trained weights that come with the package, by base LM
+ODD = "backslashreplace"  # a file name that is no UTF-8 becomes an escape of JSON, which reads back as the same name
 LEFT_AFTER = 3600.0  # seconds without a change, after which a temporary folder is taken for a killed writer's
-
-
-def cache_directory() -> Path:
-    """Where converted models and recorded traces are kept: `$RESCORE_CACHE`, else `$XDG_CACHE_HOME/rescore`."""
-    if chosen := os.environ.get("RESCORE_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rescore"
 
 
 def sha256_of_file(path: Path) -> str:
@@ -139,7 +134,7 @@ def _beside(path: Path) -> Path:
 
 def write_json(path: Path, document: Any) -> None:
     """Writes a JSON document atomically, indented, with a final newline. Raises `OutputError`."""
-    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", errors=ODD) as stream:
         json.dump(document, stream, indent=2, ensure_ascii=False)
         stream.write("\n")
 
@@ -212,7 +207,7 @@ def open_appending(path: Path) -> IO[str]:
             end = start
         else:
             stream.truncate(0)
-    return path.open("a", encoding="utf-8")
+    return path.open("a", encoding="utf-8", errors=ODD)
 
 
 def changed_settings(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:

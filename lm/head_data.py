@@ -2,9 +2,9 @@
 
 Row i of a segment is the state that chose (or, on given text, should have chosen) the segment's token i; so head j at
 row i must predict token i + j - 1. States are kept as float16 on disk and memory-mapped. Sources: a corpus of the
-base's own output (`lm.corpus`, states included), chat pairs (JSON lines with `prompt` and `response`) and plain text;
-for the last two the base LM runs once over the text and the states are kept in the training folder, in shards: what an
-interrupted run has finished is not done again.
+base's own output (`lm.corpus`, states included), chat pairs (JSON lines or other rows with `prompt` and `response`) and
+plain text; for the last two the base LM runs once over the text and the states are kept in the training folder, in
+shards: what an interrupted run has finished is not done again.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from lm.files import atomic_folder, is_text, read_json_lines, read_json_object, 
 from lm.keys import key_of
 from lm.locks import tell, writing_to
 from lm.losses import choose_precision
+from lm.text_files import TextFile, identify, rows, text_lines
 
 CHUNK = 256  # tokens of plain text that see each other; short chunks keep attention cheap on a CPU
 BATCH_TOKENS = 2048
@@ -220,7 +221,8 @@ def read_head_data(
     precision: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> HeadData:
-    """States and targets of one corpus: a folder made by `generate_corpus`, a `.jsonl` of chat pairs, or text.
+    """States and targets of one corpus: a folder made by `generate_corpus`, rows of chat pairs, or text
+    (`lm.text_files`).
 
     States that must be computed are kept under `cache` (broken ones are made again), in at most `cache_gb` (10^9
     bytes); the base computes them in `precision` (as `lm.losses.choose_precision`: they are stored in 16 bits anyway).
@@ -231,16 +233,17 @@ def read_head_data(
     if path.is_dir():
         return _own_output(base, path)
     check_there([path])
+    file = identify(path)
     digest = sha256_of_file(path)
     dtype = choose_precision(precision, base.device)
     made_of = {
         "format": STATES, "base": {**dataclasses.asdict(base.identity), "name": None}, "precision": str(dtype),
-        "corpus": digest, "kind": path.suffix, "max_tokens": max_tokens,
+        "corpus": digest, "kind": file.layout, "max_tokens": max_tokens,
     }  # fmt: skip
     folder = cache / f"states-{key_of(made_of, 16)}"
     shards = _whole_shards(folder, base.hidden_size)
     if shards is None:
-        sequences = _bounded(list(_pairs(base, path) if path.suffix == ".jsonl" else _chunks(base, path)), max_tokens)
+        sequences = _bounded(list(_pairs(base, file) if file.has_rows else _chunks(base, file)), max_tokens)
         if not sequences:
             what = "empty" if path.stat().st_size == 0 else "too short to train on"
             raise InvalidDataError(f"the corpus {path} is {what}")
@@ -367,11 +370,11 @@ def _are_tokens(ids: Any, vocab_size: int) -> bool:
     return isinstance(ids, list) and all(type(token) is int and 0 <= token < vocab_size for token in ids)
 
 
-def _pairs(base: BaseLM, path: Path) -> Iterator[tuple[list[int], list[int]]]:
-    for number, record in read_json_lines(path):
+def _pairs(base: BaseLM, file: TextFile) -> Iterator[tuple[list[int], list[int]]]:
+    for number, record in rows(file):
         for field in ("prompt", "response"):
             if not is_text(record.get(field)):
-                raise InvalidDataError(f"{path} line {number} has no text in the field {field!r}")
+                raise InvalidDataError(f"{file.path} {file.unit} {number} has no text in the field {field!r}")
         end = [base.tokenizer.eos_token_id] if base.tokenizer.eos_token_id is not None else []
         response_ids = base.tokenizer(record["response"], add_special_tokens=False)["input_ids"]
         longest = min(CHUNK, base.context_length // 2)
@@ -380,14 +383,10 @@ def _pairs(base: BaseLM, path: Path) -> Iterator[tuple[list[int], list[int]]]:
         yield base.encode_prompt(record["prompt"], chat=base.is_chat, max_tokens=room), answer
 
 
-def _chunks(base: BaseLM, path: Path) -> Iterator[tuple[list[int], list[int]]]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 ends no line
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidDataError(f"can't read {path} as UTF-8 text: {error}") from error
-    text = "\n".join(line for line in lines if line.strip())
+def _chunks(base: BaseLM, file: TextFile) -> Iterator[tuple[list[int], list[int]]]:
+    text = "\n".join(line for line in text_lines(file) if line.strip())
     if not text:
-        raise InvalidDataError(f"the corpus {path} is empty")
+        raise InvalidDataError(f"the corpus {file.path} is empty")
     ids = base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     size = min(CHUNK, base.context_length)
     for start in range(0, len(ids) - 1, size):

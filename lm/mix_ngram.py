@@ -15,12 +15,13 @@ from typing import Any
 
 from lattices.errors import IncompatibleError, OutputError, RescoreError
 from lattices.ngrams import NgramModel
+from lattices.paths import user_path
 from lm.build_ngram import ARPA_FILE, KIND, MANIFEST_FILE, WORDS, Progress, check_place, write_model
 from lm.files import read_json_object, sha256_of_file
 from lm.kenlm_model import MAGIC as KENLM_MAGIC
 from lm.locks import writing_to
 from lm.mixing import check_weights, mix
-from lm.ngram import ARPA_SUFFIXES, SHIPPED_FILE, SHIPPED_NGRAM
+from lm.ngram import SHIPPED_FILE, SHIPPED_NGRAM, is_arpa
 
 SHIPPED = "shipped"  # the name that stands for the shipped model; a folder of that name is ./shipped
 
@@ -80,7 +81,7 @@ def _words(part: NgramPart) -> str:
 
 
 def _find(name: str) -> NgramPart:
-    path = SHIPPED_NGRAM if name == SHIPPED else Path(name).expanduser()
+    path = SHIPPED_NGRAM if name == SHIPPED else user_path(name, "the model")
     if path.is_dir():
         manifest = read_json_object(path / MANIFEST_FILE, missing=f"no n-gram model in {path}")
         for file in (path / ARPA_FILE, path / SHIPPED_FILE):
@@ -98,9 +99,7 @@ def _find(name: str) -> NgramPart:
         raise RescoreError(
             f"no n-gram model at {path}; give a folder of rescore build-ngram, an ARPA file or {SHIPPED}"
         )
-    with path.open("rb") as stream:
-        binary = stream.read(len(KENLM_MAGIC)) == KENLM_MAGIC
-    if binary or not path.name.endswith(ARPA_SUFFIXES):
+    if not is_arpa(path):
         raise RescoreError(f"{path} is no ARPA file, and only these can be mixed; give the folder or the ARPA file")
     return NgramPart(name, path, None, None, None)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lattices.automaton import MAGIC as AUTOMATON_MAGIC
 from lattices.automaton import Automaton
 from lattices.errors import RescoreError
 from lattices.ngram_search import NgramSearch
@@ -80,11 +81,20 @@ def load_ngram(path: Path) -> LoadedNgram:
         raise RescoreError(f"no n-gram model in {path}: it has no {AUTOMATON_FILE}; make one: rescore build-ngram")
     if not path.is_file():
         raise RescoreError(f"no n-gram model at {path}; give a folder of rescore build-ngram or an ARPA file")
-    if path.name.endswith(ARPA_SUFFIXES):
+    if is_arpa(path):
         return LoadedNgram(path, _compiled(path), None)
+    return LoadedNgram(path, KenlmModel.load(path) if _begins(path, KENLM_MAGIC) else Automaton.load(path), None)
+
+
+def is_arpa(path: Path) -> bool:
+    """Whether a file is an ARPA file, by its name in any case; neither a KenLM binary nor an automaton."""
+    named = path.name.lower().endswith(ARPA_SUFFIXES)
+    return named and not _begins(path, KENLM_MAGIC) and not _begins(path, AUTOMATON_MAGIC)
+
+
+def _begins(path: Path, magic: bytes) -> bool:
     with path.open("rb") as stream:
-        binary = stream.read(len(KENLM_MAGIC)) == KENLM_MAGIC
-    return LoadedNgram(path, KenlmModel.load(path) if binary else Automaton.load(path), None)
+        return stream.read(len(magic)) == magic
 
 
 def _compiled(arpa: Path) -> Automaton:

@@ -3,10 +3,11 @@
 Knows nothing about counting. A document becomes its words and one `</s>` (id 2); the counting puts `<s>` in front.
 Words are numbered from 3 in the order in which they first appear; 0, 1, 2 are `<unk>`, `<s>`, `</s>`.
 
-What is a document. A line of a text file (`.txt`, or any other ending), a record of a `.jsonl` file (its `field` holds
-text, line ends included, or a list of token ids), a row of a hub data set (`hub:name[:split[:field]]`), or an example
-of a folder made by `rescore generate-corpus`: the last `left_context` prompt ids, then the output ids. All may be
-compressed (`.gz`, `.zst`); of a folder all such files are read, below as well, in the order of their names.
+What is a document. A line of a text file, a row of JSON lines, a JSON array, CSV, Parquet or Arrow (its `field` holds
+text, line ends included, or a list of token ids; `lm.text_files` tells them apart), a row of a hub data set
+(`hub:name[:split[:field]]`), or an example of a folder made by `rescore generate-corpus`: the last `left_context`
+prompt ids, then the output ids. Files may be packed (`.gz`, `.zst`, `.bz2`, `.xz`); of a folder all whose names end as
+such files do are read, below as well, in the order of their names.
 
 What is a word. With a tokenizer: a token id; blank lines are passed over, and the end-of-text token ends a document
 wherever it stands, once, as `</s>` says the same. Own output that stops without it was cut off, so no `</s>` is counted
@@ -17,11 +18,8 @@ do (`lmplz` leaves it out).
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import itertools
-import json
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +30,14 @@ from numba import njit
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.ngrams import SENTENCE_END, SPECIAL_WORDS
+from lattices.paths import user_path
 from lm.counting import BREAK
 from lm.files import sha256_of_file, writing
+from lm.text_files import blocks, identify, may_hold_text, rows
 
-BLOCK_BYTES = 1 << 23  # text in hand at a time
-TEXT_ENDINGS, RECORD_ENDINGS, PACKED_ENDINGS = (".txt",), (".jsonl",), (".gz", ".zst")
 HUB_PREFIX, HUB_SPLIT = "hub:", "train"
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+LINE_END = b"\n"
+MEND_UTF8 = "mend it, or go on with --errors replace"
 DOCUMENT_END, DOCUMENT_CUT = -2, -3  # between the token ids of a batch
 Progress = Callable[[str, int, int], None]
 
@@ -85,7 +84,7 @@ def find_sources(corpora: Sequence[Path | str]) -> list[CorpusSource]:
             digest = hashlib.sha256(str(dataset._fingerprint).encode()).hexdigest()
             sources.append(CorpusSource("hub", corpus, digest, len(dataset)))
             continue
-        path = Path(corpus)
+        path = user_path(corpus, "the corpus")
         if path.is_dir():
             sources += _folder_sources(path)
         else:
@@ -99,23 +98,23 @@ def _folder_sources(folder: Path) -> list[CorpusSource]:
     if (folder / SETTINGS_FILE).is_file() and (folder / CORPUS_FILE).is_file():
         found = _file_source(folder / CORPUS_FILE)
         return [CorpusSource("own", str(folder), found.sha256, found.size)]
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and _plain_ending(p) in TEXT_ENDINGS + RECORD_ENDINGS)
+    files = sorted(path for path in folder.rglob("*") if may_hold_text(path) and _is_open_file(path, folder))
     if not files:
-        raise RescoreError(f"the folder {folder} holds no .txt or .jsonl files (nor .gz or .zst of those)")
+        raise RescoreError(f"the folder {folder} holds no .txt or .jsonl files (nor .csv, .parquet, nor .gz of those)")
     return [_file_source(path) for path in files]
 
 
+def _is_open_file(path: Path, folder: Path) -> bool:
+    """Whether it is a file, and neither it nor a folder on the way to it is hidden (what a stopped build left is)."""
+    return path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
 def _file_source(path: Path) -> CorpusSource:
+    kind = "records" if identify(path).has_rows else "text"
     try:
-        kind = "records" if _plain_ending(path) in RECORD_ENDINGS else "text"
         return CorpusSource(kind, str(path), sha256_of_file(path), path.stat().st_size)
     except OSError as error:
         raise RescoreError(f"can't read {path}: {error.strerror}") from error
-
-
-def _plain_ending(path: Path) -> str:
-    endings = [e.lower() for e in path.suffixes]
-    return "".join(endings[-2:-1] if endings and endings[-1] in PACKED_ENDINGS else endings[-1:])
 
 
 def encode_corpora(
@@ -181,87 +180,20 @@ def _writable(surface: str, token_id: int) -> str:
 # Reading
 
 
-def _open(path: Path) -> Any:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix == ".zst":
-        try:
-            import zstandard  # type: ignore[import-not-found] # not a dependency; pyarrow, which comes with datasets, can do it as well
-        except ImportError:
-            try:
-                import pyarrow
-            except ImportError as error:
-                raise RescoreError(f"reading {path} needs the package zstandard; pip install zstandard") from error
-            return pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
-        return zstandard.open(path, "rb")
-    return path.open("rb")
-
-
-def _blocks(path: Path, errors: str) -> Iterator[tuple[int, bytes]]:
+def _text_blocks(path: Path, errors: str) -> Iterator[tuple[int, bytes]]:
     """(number of the first line, whole lines of valid UTF-8, each with its line end)."""
-    number, carried = 1, b""
-    try:
-        with _open(path) as stream:
-            first = True
-            while True:
-                read = stream.read(BLOCK_BYTES)
-                if first:
-                    read, first = read.removeprefix(BYTE_ORDER_MARK), False
-                    if not read and not (read := stream.read(BLOCK_BYTES)):
-                        return
-                cut = read.rfind(b"\n") + 1
-                if read and not cut:
-                    carried += read
-                    continue
-                block, carried = carried + read[:cut], read[cut:]
-                if not read and block:
-                    block += b"\n"
-                if block:
-                    yield number, _valid(block, path, number, errors)
-                    number += block.count(b"\n")
-                if not read:
-                    return
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InvalidDataError(f"{path} is not a whole gzip file: {error}") from error
-    except OSError as error:
-        raise RescoreError(f"can't read {path}: {error.strerror or error}") from error
-    except RescoreError:
-        raise
-    except Exception as error:  # zstandard's own
-        if path.suffix != ".zst":
-            raise
-        raise InvalidDataError(f"{path} is not a whole zstd file: {error}") from error
+    return blocks(identify(path), errors=errors, advice=MEND_UTF8)
 
 
-def _valid(block: bytes, path: Path, number: int, errors: str) -> bytes:
-    try:
-        block.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if errors == "replace":
-            return block.decode("utf-8", "replace").encode()
-        line = number + block.count(b"\n", 0, error.start)
-        raise InvalidDataError(
-            f"{path} line {line} is not UTF-8 text ({error.reason}); mend it, or go on with --errors replace"
-        ) from error
-    return block
-
-
-def _records(path: Path, field: str, errors: str) -> Iterator[tuple[int, Any]]:
-    """(line number, value of the field) of a JSON lines file."""
-    for first, block in _blocks(path, errors):
-        for number, line in enumerate(block.split(b"\n")[:-1], start=first):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InvalidDataError(f"{path} line {number} is not valid JSON") from error
-            if not isinstance(record, dict):
-                raise InvalidDataError(f"{path} line {number} is not a JSON object")
-            if field not in record:
-                known = ", ".join(list(record)[:8])
-                raise InvalidDataError(f"{path} line {number} has no field {field!r} (it has: {known}); choose --field")
-            yield number, record[field]
+def _records(path: Path, field: str, errors: str) -> Iterator[tuple[str, Any]]:
+    """(where it stands, value of the field) of every row of a file."""
+    file = identify(path)
+    for number, record in rows(file, errors=errors, advice=MEND_UTF8):
+        where = f"{path} {file.unit} {number}"
+        if field not in record:
+            known = ", ".join(list(record)[:8])
+            raise InvalidDataError(f"{where} has no field {field!r} (it has: {known}); choose --field")
+        yield where, record[field]
 
 
 def _open_hub(corpus: str) -> tuple[Any, str | None]:
@@ -276,7 +208,7 @@ def _open_hub(corpus: str) -> tuple[Any, str | None]:
         raise RescoreError(f"can't load {corpus} ({reason}); check the name, the split and the network") from error
 
 
-def _hub_values(corpus: str, field: str) -> Iterator[tuple[int, Any]]:
+def _hub_values(corpus: str, field: str) -> Iterator[tuple[str, Any]]:
     dataset, own_field = _open_hub(corpus)
     field = own_field or field
     if field not in dataset.column_names:
@@ -286,21 +218,21 @@ def _hub_values(corpus: str, field: str) -> Iterator[tuple[int, Any]]:
     for batch in dataset.iter(batch_size=1000):
         for value in batch[field]:
             number += 1
-            yield number, value
+            yield f"{corpus} line {number}", value
 
 
-def _values(source: CorpusSource, field: str, errors: str) -> Iterator[tuple[int, Any]]:
-    """(line number, text or list of ids) of a source of records."""
-    rows = _hub_values(source.name, field) if source.kind == "hub" else _records(Path(source.name), field, errors)
-    for number, value in rows:
+def _values(source: CorpusSource, field: str, errors: str) -> Iterator[tuple[str, Any]]:
+    """(where it stands, text or list of ids) of a source of records."""
+    found = _hub_values(source.name, field) if source.kind == "hub" else _records(Path(source.name), field, errors)
+    for where, value in found:
         if isinstance(value, str):
             if errors == "replace":
                 value = value.encode("utf-8", "replace").decode()
             elif any("\ud800" <= c <= "\udfff" for c in value):
-                raise InvalidDataError(f"{source.name} line {number} has half a surrogate pair; try --errors replace")
+                raise InvalidDataError(f"{where} has half a surrogate pair; try --errors replace")
         elif not isinstance(value, list) or any(type(i) is not int for i in value):
-            raise InvalidDataError(f"{source.name} line {number} has neither text nor a list of ids in the field")
-        yield number, value
+            raise InvalidDataError(f"{where} has neither text nor a list of ids in the field")
+        yield where, value
 
 
 # Words at white space
@@ -333,16 +265,16 @@ class _WordNumbering:
                 _refill_slots(self._slots, self._hashes, known)
             self._store = np.concatenate([self._store, np.zeros(len(self._store) + len(text), np.uint8)])
 
-    def encode(self, block: bytes, name: str, number: int) -> np.ndarray:
-        """int32 ids of whole lines, `</s>` at every line end; `number` is the first line's."""
+    def encode(self, block: bytes, name: str, number: int | None) -> np.ndarray:
+        """int32 ids of whole lines, `</s>` at every line end; `number` is the first line's (None: `name` says it)."""
         text = np.frombuffer(block, np.uint8)
         ids = np.empty(len(text) + 1, np.int32)
         position = self._scan(text, ids, specials=len(SPECIAL_WORDS))
         if position >= 0:
             word = block[position : position + 6].split()[0].decode("utf-8", "replace")
-            line = number + block.count(b"\n", 0, position)
+            where = name if number is None else f"{name} line {number + block.count(LINE_END, 0, position)}"
             raise InvalidDataError(
-                f"{name} line {line} holds {word} as a word, which stands for something else in an n-gram model; "
+                f"{where} holds {word} as a word, which stands for something else in an n-gram model; "
                 f"replace it in the text"
             )
         return ids[: self._state[2]]
@@ -443,13 +375,13 @@ def _word_parts(source: CorpusSource, field: str, errors: str, numbering: Any) -
     if source.kind == "own":
         raise RescoreError(f"{source.name} holds token ids; choose the tokenizer of its base instead of words")
     if source.kind == "text":
-        for number, block in _blocks(Path(source.name), errors):
+        for number, block in _text_blocks(Path(source.name), errors):
             yield numbering.encode(block, source.name, number)
         return
-    for number, value in _values(source, field, errors):
+    for where, value in _values(source, field, errors):
         # A record is one document, so the line ends in it are white space.
         line = value.replace("\n", " ") if isinstance(value, str) else " ".join(map(str, value))
-        yield numbering.encode(line.encode() + b"\n", source.name, number)
+        yield numbering.encode(line.encode() + b"\n", where, None)
 
 
 # Token ids
@@ -531,14 +463,14 @@ def _token_parts(
 def _token_values(source: CorpusSource, field: str, errors: str, limit: int) -> Iterator[Any]:
     """Texts that are not blank, and lists of token ids that the tokenizer has."""
     if source.kind == "text":
-        for _, block in _blocks(Path(source.name), errors):
+        for _, block in _text_blocks(Path(source.name), errors):
             for line in block.decode("utf-8").split("\n"):  # not splitlines: U+2028 ends no line
                 if line.strip():
                     yield line.removesuffix("\r")
         return
-    for number, value in _values(source, field, errors):
+    for where, value in _values(source, field, errors):
         if isinstance(value, list):
-            _check_ids(value, limit, f"{source.name} line {number}")
+            _check_ids(value, limit, where)
         if value and (isinstance(value, list) or value.strip()):
             yield value
 

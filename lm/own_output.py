@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lattices.paths import user_path
 from lm.files import cache_directory, read_json_object, sha256_of_file
 from lm.keys import key_of, software
 from lm.locks import making, tell
@@ -74,7 +75,7 @@ def own_output(
     for name in ("max_new_tokens", "max_prompt_tokens", "batch_size"):
         if (value := getattr(settings, name)) < 1:
             raise RescoreError(f"{name} = {value}; it must be at least 1")
-    prompts = prompts.expanduser()
+    prompts = user_path(prompts, OWN_PREFIX)
     if tokenizer_sha256 is None:
         raise RescoreError(
             f"{OWN_PREFIX}{prompts} is counted by the base's tokens, not by words; choose its --tokenizer"

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lattices.paths import encodable
 from lm.files import (
     append_json_line,
     atomic_file,
@@ -134,7 +135,7 @@ class Trainer(ABC, Generic[Measured]):
         measured)` after every evaluation; an exception from one of them interrupts. Ctrl-C of a single process takes
         effect behind its step and leaves a checkpoint; a second one at once.
         """
-        self._check_place(out)
+        self._check_place(encodable(out, "--out"))
         # The first process of a training writes for all. A place that can't be written to shows now, not at the first
         # checkpoint.
         with writing_to(out) if self.workers.is_first else nullcontext():

@@ -340,7 +340,7 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
     def _check_place(self, out: Path) -> None:
         super()._check_place(out)
         here = {folder.resolve() for folder in (out, out / HEADS_FOLDER)}
-        if self.initial is not None and self.initial.expanduser().resolve() in here:
+        if self.initial is not None and self.initial.resolve() in here:
             raise RescoreError(f"{self.initial} would be replaced by what is trained from it; use another --out")
 
     def _begins_trained(self) -> bool:

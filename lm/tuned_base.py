@@ -8,6 +8,7 @@ trained with it lie in its folder `heads`.
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +74,7 @@ class TunedBase:
             # Puts the adapter into the model's own layers; the wrapper knows the names that other readers expect.
             with warnings.catch_warnings(action="ignore"):  # what peft asks of transformers is about to be renamed
                 self.adapted = get_peft_model(self.model, config)
-            local = Path(base.identity.name).expanduser()
+            local = Path(os.path.expanduser(base.identity.name))
             name = str(local.resolve()) if local.exists() and base.identity.name != BUILT_IN else base.identity.name
             self.adapted.peft_config["default"].base_model_name_or_path = name
         else:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lattices.errors import IncompatibleError, RescoreError
+from lattices.paths import user_path
 from rescore.cost_decoders import decoder_of, decoder_of_file, heads_of
 from rescore.cost_model import DEFAULT_H, VERIFY, Decoder, HeadsShape, block_efficiencies
 from rescore.runs import FinishedRun
@@ -116,7 +117,7 @@ def _heads_of(run: FinishedRun, settings: Mapping[str, Any], heads: Path | None,
     from lm.block_heads import heads_sha256, known_heads
 
     option = run.config["options"].get("heads")
-    folder = heads or (Path(option).expanduser() if option else None) or (known_heads(name) if name else None)
+    folder = heads or (user_path(option) if option else None) or (known_heads(name) if name else None)
     if (wanted := settings.get("heads_sha256")) is None:
         return folder
     if folder is None:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lattices.errors import InvalidDataError, RescoreError
-from lm.files import read_json_lines, sha256_of_file
+from lm.files import sha256_of_file
+from lm.text_files import check_whole, identify, rows
 from rescore.groups import digest, one_of_each_first
 from rescore.tasks.base import Example, HubSource, Record, Task, checked_text, json_kind
 
@@ -41,8 +42,8 @@ class TaskData:
 def load_examples(
     task: Task, *, data: Path | None = None, limit: int | None = None, leave_out: Collection[str] = ()
 ) -> TaskData:
-    """`limit` examples (default: the task's limit, else all) of `task`, from `data` (JSON lines), the task's
-    file, the hub or the sample.
+    """`limit` examples (default: the task's limit, else all) of `task`, from `data` (rows of any kind that
+    `lm.text_files` reads), the task's file, the hub or the sample.
 
     Their order is that of the data, but one of each group stands before a second one of any, which before the third
     ones (`rescore.groups.one_of_each_first`): with a limit as many sources as there are, and the first so many of a
@@ -67,7 +68,7 @@ def load_examples(
             missing = str(error)
     if task.sample is None:
         raise RescoreError(
-            f"no data for task {task.name}: {missing}; give --data PATH, a JSON lines file with {wanted_rows(task)}"
+            f"no data for task {task.name}: {missing}; give --data PATH, JSON lines with {wanted_rows(task)}"
         )
     sample = _chosen(task, _from_file(task, task.sample, kind="sample"), limit, leave_out)
     notice = (
@@ -94,13 +95,21 @@ def _chosen(task: Task, found: TaskData, limit: int | None, leave_out: Collectio
 
 def _from_file(task: Task, path: Path, *, kind: str) -> TaskData:
     if not os.path.isfile(path):  # unlike `Path.is_file`, no error for a name too long or a folder closed to us
+        try:
+            path.stat()
+        except PermissionError as error:
+            raise RescoreError(f"can't read {path}: {error.strerror}") from error
+        except OSError:
+            pass  # not there
         raise RescoreError(
             f"{'not a file' if os.path.exists(path) else 'no such file'}: {path}; "
-            f"the data of task {task.name} are a JSON lines file with {wanted_rows(task)}"
+            f"the data of task {task.name} are JSON lines with {wanted_rows(task)}"
         )
-    examples = _examples(task, read_json_lines(path), where=f"{path} line")
+    file = identify(path, wants_rows=True)
+    examples = _examples(task, rows(file), where=f"{path} {file.unit}")
+    check_whole(file)
     if not examples:
-        nothing = "is empty" if next(read_json_lines(path), None) is None else f"has no rows of task {task.name}"
+        nothing = "is empty" if next(rows(file), None) is None else f"has no rows of task {task.name}"
         raise InvalidDataError(f"{path} {nothing}; task {task.name} needs {wanted_rows(task)}")
     # The embedded sample goes by its name alone: where the package is installed says nothing about the data.
     shown = str(path) if kind == "file" else path.name

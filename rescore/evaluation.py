@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
+from lattices.paths import encodable
 from lm.catalog import choose_device
 from rescore.decoding import decode, first_difference, margin_at, usable_verify
 from rescore.inputs import EvalOptions, Models, Progress, Run, TaskInput, prepare, resolve
@@ -176,7 +177,7 @@ def trace_task(
     """Records the trace of the first task into `out`, with k = `options.k`; `notify` as for `evaluate`."""
     options = resolve(options)
     models = Models(options)
-    task = prepare(options, models, k=options.k, out=out)[0]
+    task = prepare(options, models, k=options.k, out=encodable(out, "--out"))[0]
     task.tell(notify)
     return task.trace(models, progress=progress)
 

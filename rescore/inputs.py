@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
+from lattices.paths import user_path
 from lm.files import sha256_of_file
 from lm.keys import key_of, software
 from lm.locks import making, tell, writing_to
@@ -62,8 +63,8 @@ class EvalOptions:
     rescorer (None: its default; `tuned`: what `rescore.tuning.tune` kept for it on this machine); `limit`: the first so
     many examples, one of each group before a second one of any; `leave_out`: `shipped` or a file of `rescore overlap`,
     whose examples are left out; `max_new_tokens` an output; `max_prompt_tokens`: cuts prompts (these three, None: what
-    the task's file says, else all, 64 and no cut); `mode`: replay or live; `verify`: tree or batch (live); `data`: JSON
-    lines file; `trace`: folder to replay, wherever it was made; `dtype` and `device` of the base; `seed` of the
+    the task's file says, else all, 64 and no cut); `mode`: replay or live; `verify`: tree or batch (live); `data`: file
+    of rows; `trace`: folder to replay, wherever it was made; `dtype` and `device` of the base; `seed` of the
     bootstrap intervals, the one random thing in an evaluation; `own_p`: rescorers whose p are others than `p`.
     """
 
@@ -371,6 +372,9 @@ def _check(options: EvalOptions) -> None:
         raise RescoreError(f"--max-prompt-tokens {options.max_prompt_tokens}; a prompt needs at least one token")
     if options.seed < 0:
         raise RescoreError(f"--seed {options.seed}; a seed is 0 or more")
+    for name in ("base", "heads", "data", "trace"):
+        if (path := getattr(options, name)) is not None:
+            user_path(path, f"--{name}")
     if options.trace and options.mode == "live":
         raise RescoreError("a given trace can be replayed, not decoded live; drop --trace or --mode live")
     for name in ("data", "heads"):
@@ -480,4 +484,4 @@ def _content_sha256(folder: Path, parts: Sequence[str]) -> str:
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    return user_path(text)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lattices.errors import RescoreError
+from lattices.paths import user_path
 from rescore.data import load_examples
 from rescore.results import environment
 from rescore.tasks import load_task, task_names
@@ -57,7 +57,7 @@ def perplexity_of_task(
         raise RescoreError(
             f"task {task.name} has no passages to score; {known} has, and a YAML file may name its field: passage: text"
         )
-    found = load_examples(task, data=Path(data).expanduser() if data else None, limit=limit)
+    found = load_examples(task, data=None if data is None else user_path(data, "--data"), limit=limit)
     passages = [example.passage or "" for example in found.examples]
 
     from lm.catalog import load_base

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lattices.paths import user_path
 from lm.files import read_json_lines, read_json_object
 from rescore.results import CONFIG_FILE, EXAMPLES_FILE, RECORD, RESULTS_FILE, SCHEMA
 from rescore.suite_files import MANIFEST_FILE, PLAN_FILE, read_manifest
@@ -143,7 +144,7 @@ class FinishedRun:
         made_of = dict(self.config["traces"][task])
         given = self.config["options"].get("trace")
         k = made_of.pop("k")
-        folder = Path(given).expanduser() if given else trace_folder(task, made_of, k)
+        folder = user_path(given) if given else trace_folder(task, made_of, k)
         if not (folder / HEADER_FILE).is_file():
             return None
         try:

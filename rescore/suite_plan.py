@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lattices.errors import RescoreError
+from lm.text_files import rows_file
 from rescore.decoding import VERIFY_MODES
 from rescore.inputs import MAX_ALPHA, MODES, EvalOptions, Run
 from rescore.overlap_file import read_leave_out
@@ -124,8 +125,9 @@ class Plan:
 def read_plan(path: Path, *, data: Path | None = None) -> Plan:
     """The suite in a YAML file (docs/formats.md).
 
-    `data`: a folder with TASK.jsonl for each task whose data or trace the file does not name. Raises `RescoreError`
-    with the line of what is wrong: unknown keys with the nearest, wrong types, unknown tasks and rescorers.
+    `data`: a folder with TASK.jsonl (or .csv, .jsonl.gz ...) for each task whose data or trace the file does not name.
+    Raises `RescoreError` with the line of what is wrong: unknown keys with the nearest, wrong types, unknown tasks and
+    rescorers.
     """
     top = read_yaml(path).fields(KEYS, required=("tasks", "rescorers"))
     mode = top["mode"].choice(MODES) if "mode" in top else "replay"
@@ -165,7 +167,7 @@ def _task(value: Value, data: Path | None) -> SuiteTask:
         name = fields["name"].text()
         known = _told(fields["name"], lambda: load_task(name).name)
         if given is None and data is not None:
-            given = str(data / f"{known}.jsonl")
+            given = str(rows_file(data, known))
     return SuiteTask(name, given, trace, **_limits(fields))
 
 

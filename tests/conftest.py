@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -100,6 +101,22 @@ def tiny_heads_folder(tiny_base: BaseLM, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
+SEVERAL = ("--task", "--rescorer", "--corpus", "--against", "--block-efficiency", "--results")
+
+
+def once(*arguments: object) -> list[object]:
+    """Arguments of a command in which an option that comes again takes the first one's place; the command itself
+    refuses it twice."""
+    kept = list(arguments)
+    for place in range(len(kept) - 1, -1, -1):
+        name = kept[place]
+        if isinstance(name, str) and name.startswith("--") and name not in SEVERAL and name in kept[:place]:
+            first = kept.index(name)
+            del kept[first : first + 2]
+            return once(*kept)
+    return kept
+
+
 def squad_records(count: int) -> list[dict[str, object]]:
     """Questions of different lengths, so that batches are ragged."""
     return [
@@ -123,6 +140,25 @@ def write_lines(path: Path, records: Iterable[object]) -> Path:
 def squad_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six examples of the task squad."""
     return write_lines(tmp_path_factory.mktemp("data") / "squad.jsonl", squad_records(6))
+
+
+@contextmanager
+def no_root_rights() -> Iterator[None]:
+    """Permissions of files hold, also for root: the capabilities that pass over them are laid down meanwhile."""
+    if os.geteuid() != 0:
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this thread
+    kept, fewer = (ctypes.c_uint32 * 6)(), (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
+    assert libc.capget(header, kept) == 0
+    fewer[:] = kept[:]
+    fewer[0] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, fewer) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, kept) == 0
 
 
 @contextmanager

@@ -51,7 +51,8 @@ class TestBuild:
         assert lines[2].split() == ["order", "n-grams", "D1", "D2", "D3+", "from"]
         for n, line in enumerate(lines[4:7], start=1):
             assert re.fullmatch(rf"{n} +{len(model.orders[n - 1])}( +\d\.\d{{4}}){{3}} +corpus", line), line
-        assert re.fullmatch(r"files: automaton.bin \(.* B\), manifest.json \(.* B\), model.arpa \(.* B\)", lines[-1])
+        assert re.fullmatch(r"files: automaton.bin \(.* B\), manifest.json \(.* B\), model.arpa \(.* B\)", lines[-2])
+        assert lines[-1] == f"next: rescore score-ngram TEXT --ngram {tmp_path / 'm'}"
         assert sorted(os.listdir(tmp_path / "m")) == ["automaton.bin", "manifest.json", "model.arpa"]
 
     def test_the_document(self, rescore: Command, tmp_path: Path):  # noqa: F811
@@ -192,7 +193,7 @@ def build_refusals(tiny: Path, folder: Path) -> Iterator[tuple[str, list[object]
     yield "no such tokenizer", [FABLE, "--tokenizer", "smollm2-135n"], r"did you mean smollm2-135m or"
     yield "no such smoothing", [*fable, "--smoothing", "kats"], "did you mean katz"
     yield "no such estimator", [*fable, "--estimator", "lmpls"], "did you mean lmplz"
-    for option, value in (("--memory", "4X"), ("--memory", ""), ("--memory", "-4G"), ("--max-ngrams", "many")):
+    for option, value in (("--memory", "4X"), ("--memory", "-4G"), ("--max-ngrams", "many")):
         yield f"{option} {value}", [*fable, option, value], f"{option} {value}: give a number"
     yield "too little memory", [*fable, "--memory", "100M"], "give at least 512M"
     yield "no n-grams", [*fable, "--max-ngrams", "0"], "must be at least 1"

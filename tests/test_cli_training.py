@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import write_lines
+from conftest import once, write_lines
 from test_cli import Command, rescore  # noqa: F401 (a fixture)
 
 CPU = ["--device", "cpu"]
@@ -152,7 +152,7 @@ class TestTrainBigram:
         number = r"\d+\.\d{4}"
         assert re.fullmatch(rf"{out}: {number} nats a held-out lattice, {number} without it \(3 lattices\)\n", run.out)
         assert rescore(*command).out == run.out
-        rescore(*command, "--rank", 5).refused(r"other settings \(options.rank: 4 -> 5\); use another --out")
+        rescore(*once(*command, "--rank", 5)).refused(r"other settings \(options.rank: 4 -> 5\); use another --out")
         drafts = rescore(
             "eval", *model, "--data", squad_file, *CPU, "--limit", 2, "--max-new-tokens", 8, "--k", 4,
             "--rescorer", f"learned-bigram:{out}", "--json",
@@ -211,7 +211,7 @@ def test_refusals(
 ):
     """One line that says what is wrong and exit code 2, and no result."""
     for what, arguments, message in refusals(tiny_folder, tiny_heads_folder, corpus, tmp_path):
-        run = rescore(*arguments)
+        run = rescore(*once(*arguments))
         try:
             run.refused(message)
         except AssertionError as error:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.lattice import Lattice
 from lattices.pair_search import pair_p_best
+from lattices.paths import user_path
 from lattices.search import p_best
 from lm.catalog import BUILT_IN, load_embeddings, under_adapter
 from lm.learned_bigram import LearnedBigram as BigramWeights
@@ -42,7 +42,7 @@ class LearnedBigram(Weighted):
     """See `rescore.rescorers.base.WeightedRescorer`."""
 
     def __init__(self, text: str = "", *, alpha: float = DEFAULT_ALPHA) -> None:
-        self.path = Path(text).expanduser() if text else shipped_bigram(BUILT_IN)
+        self.path = user_path(text, "learned-bigram:") if text else shipped_bigram(BUILT_IN)
         self.model = load_bigram(self.path)
         self.identity = f"learned-bigram {self.model.sha256}"
         self.alpha = alpha

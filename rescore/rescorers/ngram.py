@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.lattice import Lattice
 from lattices.ngram_search import NgramSearch
+from lattices.paths import user_path
 from lattices.search import PBest
 from lm.kenlm_search import KenlmSearch
 from lm.ngram import SHIPPED_NGRAM, load_ngram
@@ -34,7 +34,7 @@ class Ngram(Weighted):
     """Exact global rescoring with one n-gram automaton; see `rescore.rescorers.base.WeightedRescorer`."""
 
     def __init__(self, text: str = "", *, alpha: float = DEFAULT_ALPHA) -> None:
-        self.path = Path(text).expanduser() if text else SHIPPED_NGRAM
+        self.path = user_path(text, "ngram:") if text else SHIPPED_NGRAM
         self.model = load_ngram(self.path)
         self.identity = f"ngram {self.model.sha256}"
         self.alpha = alpha

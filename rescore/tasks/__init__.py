@@ -9,6 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
+from lattices.paths import user_path
 from rescore.tasks import cnn_dailymail, gsm8k, lambada, multi_news, newsroom, samsum, spec_bench, squad, xsum
 from rescore.tasks.base import Example, HubSource, Limits, Metric, Record, Task
 from rescore.tasks.task_file import SUFFIXES, is_task_file, load_task_file
@@ -27,7 +28,7 @@ def load_task(name: str) -> Task:
     `RescoreError` if another package's task can't be loaded, `InvalidDataError` for what is wrong in a YAML file.
     """
     if is_task_file(name):
-        task = load_task_file(Path(name).expanduser())
+        task = load_task_file(user_path(name, "the task"))
         if task.name in task_names():
             raise InvalidDataError(f"{name}: {task.name!r} is the name of another task; give it one with name: my-task")
         return task

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lattices.errors import InvalidDataError, RescoreError
+from lattices.paths import user_path
 from rescore.tasks.base import HubSource, Limits, Metric, Record, Task, checked_text, json_kind, text_list
 from rescore.tasks.metrics import find_metric
 from rescore.yaml_input import Value, read_yaml
@@ -178,7 +179,10 @@ def _file(value: Value, source: Mapping[str, Value], path: Path) -> Path | None:
         return None
     if others := [key for key in SOURCE_KEYS if key != "file" and key in source]:
         raise value.wrong(f"file and {others[0]} can't stand together; keep one of file and hub")
-    return path.parent / Path(_text(source["file"])).expanduser()
+    try:
+        return path.parent / user_path(_text(source["file"]), "file")
+    except RescoreError as error:
+        raise source["file"].wrong(str(error)) from None
 
 
 def _hub(value: Value, source: Mapping[str, Value]) -> HubSource | None:

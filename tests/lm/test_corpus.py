@@ -88,11 +88,11 @@ class TestReadPrompts:
             ("x.jsonl", b'{"prompt": "a", "chat": "no"}\n', "line 1 has 'no' in the field 'chat'"),
             ("x.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2 is not valid JSON"),
             ("x.jsonl", b'{"prompt": "a"}\n{"prompt"', "line 2 is not valid JSON"),
-            ("x.jsonl", b'{"prompt": "\xff"}\n', "line 1 is not valid JSON"),
-            ("x.jsonl", b'["a"]\n', "line 1 is not a JSON object"),
+            ("x.jsonl", b'{"prompt": "\xff"}\n', "line 1 is not UTF-8 text"),
+            ("x.jsonl", b'["a"]\n', "row 1 is not a JSON object"),
             ("x.jsonl", b"", "holds no prompts"),
             ("x.txt", b" \n\n", "holds no prompts"),
-            ("x.txt", b"ab\xff", "is not UTF-8 text: invalid start byte at byte 2"),
+            ("x.txt", b"ab\xff", "line 1 is not UTF-8 text (invalid start byte)"),
         ],
     )
     def test_a_bad_file_is_named_with_its_line(self, tmp_path: Path, name: str, content: bytes, message: str):

@@ -149,7 +149,7 @@ class TestText:
 
     @pytest.mark.parametrize(
         ("content", "message"),
-        [(b"", "is empty"), (b" \n\n", "is empty"), (b"a", "too short"), (b"a\xff", "as UTF-8 text")],
+        [(b"", "is empty"), (b" \n\n", "is empty"), (b"a", "too short"), (b"a\xff", "line 1 is not UTF-8 text")],
     )
     def test_a_text_that_gives_nothing(self, tiny_base, tmp_path, content, message):
         (tmp_path / "x.txt").write_bytes(content)
@@ -309,10 +309,10 @@ class TestKeptStates:
 
     def test_another_text_base_limit_or_kind_of_file_has_states_of_its_own(self, tiny_base, text, tmp_path):
         other = load_base(str(save_tiny_base(tmp_path / "other", seed=7)), dtype="float64")
-        as_pairs = tmp_path / "same.jsonl"
+        as_pairs = tmp_path / "same.csv"
         as_text = tmp_path / "same.txt"
         for path in (as_pairs, as_text):
-            path.write_text(json.dumps(PAIRS[0]) + "\n")
+            path.write_text("prompt,response\none two,a first answer\n")
         cache = tmp_path / "cache"
         read = [
             read_head_data(tiny_base, text, cache),

@@ -11,7 +11,7 @@ import pytest
 from conftest import END, byte_tokenizer
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
-from lm import ngram_corpus
+from lm import text_files
 from lm.catalog import tokenizer_sha256
 from lm.counting import BREAK
 from lm.ngram_corpus import EncodedCorpus, encode_corpora, find_sources
@@ -73,7 +73,7 @@ def test_words_are_numbered_as_they_appear(tmp_path: Path) -> None:
 
 
 def test_many_words_outgrow_every_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ngram_corpus, "BLOCK_BYTES", 100_000)
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 100_000)
     wanted = [f"word-{i}" * (1 + i % 3) for i in range(70_000)]
     encoded = encode(tmp_path, write(tmp_path / "t.txt", "\n".join(wanted * 2)))
     assert encoded.vocabulary[3:] == tuple(wanted)
@@ -95,7 +95,7 @@ def test_bad_utf8_is_named_or_replaced(tmp_path: Path) -> None:
 
 
 def test_line_numbers_hold_over_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ngram_corpus, "BLOCK_BYTES", 7)
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 7)
     path = write(tmp_path / "t.txt", b"a line longer than a block\nb\nc\n\nd \xc3\xa9\nx\xfe\n")
     assert "line 6 " in refused(InvalidDataError, lambda: encode(tmp_path, path))
     path = write(tmp_path / "t.txt", "a line longer than a block\nb \u00e9\n\u00e9")

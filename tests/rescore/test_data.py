@@ -149,7 +149,7 @@ class TestBadFile:
     def test_bytes_that_are_no_text(self, tmp_path: Path) -> None:
         path = tmp_path / "bad.jsonl"
         path.write_bytes(b'{"question": "\xff", "answer": "a"}\n')
-        with pytest.raises(InvalidDataError, match="line 1 is not valid JSON"):
+        with pytest.raises(InvalidDataError, match="line 1 is not UTF-8 text"):
             load_examples(load_task("gsm8k"), data=path)
 
 

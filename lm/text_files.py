@@ -1,0 +1,399 @@
+"""Text and rows that users give: what a file holds is told by its content and its name, and read right or refused.
+
+One reader for all: task data, prompts, corpora. A file may be packed (gzip, zstd, bzip2, xz: by its first bytes, in
+whatever case its ending is) and is read to its very end: one that was cut short is an error with its name, never half
+a file. Its layout is
+
+- `lines`: JSON lines (`.jsonl`, `.ndjson`, `.json` with an object a line; a name that says nothing and such a first
+  line);
+- `array`: a JSON array of objects;
+- `csv` and `tsv`: a table with a line of names; all its values are text, as they stand there;
+- `parquet` and `arrow`: read through pyarrow, not packed besides;
+- `text`: anything else, UTF-8 with or without a byte order mark.
+
+The rows of a table are objects like those of JSON lines, its columns are the fields. Archives, UTF-16 and other
+formats are refused by name.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import re
+import stat
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from lattices.errors import InvalidDataError, RescoreError
+
+BLOCK_BYTES = 1 << 23  # text in hand at a time
+FIRST_BYTES = 1 << 16  # what the layout is told by
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+LINES, ARRAY, CSV, TSV, PARQUET, ARROW, TEXT = "lines", "array", "csv", "tsv", "parquet", "arrow", "text"
+PACKING_ENDINGS = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bzip2", ".xz": "xz"}
+PACKING_BYTES = {
+    "gzip": re.compile(rb"\x1f\x8b"),
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),  # the second: notes before the first data
+    "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17\x72\x45\x38\x50\x90)"),
+    "xz": re.compile(rb"\xfd7zXZ\0"),
+}
+TEXT_ENDINGS = (".txt", ".text")
+ROW_ENDINGS = {
+    ".jsonl": LINES, ".ndjson": LINES, ".jsonlines": LINES, ".jl": LINES, ".json": LINES, ".csv": CSV, ".tsv": TSV,
+    ".tab": TSV, ".parquet": PARQUET, ".pq": PARQUET, ".arrow": ARROW, ".feather": ARROW,
+}  # fmt: skip
+TABLES = {b"PAR1": PARQUET, b"ARROW1\0\0": ARROW, b"\xff\xff\xff\xff": ARROW}
+NAMES = {LINES: "JSON lines", ARRAY: "a JSON array", CSV: "CSV", TSV: "TSV", PARQUET: "Parquet", ARROW: "Arrow"}
+UNREADABLE = {
+    b"PK\x03\x04": "a zip archive (or an office file); unpack it",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it",
+    b"Rar!\x1a\x07": "a rar archive; unpack it",
+    b"\x04\x22\x4d\x18": "packed with lz4; unpack it",
+    b"\x1f\x9d": "packed with compress; unpack it",
+    b"%PDF-": "a PDF; give its text",
+    b"SQLite format 3\0": "an SQLite data base; export JSON lines",
+    b"Obj\x01": "an Avro table; export JSON lines or Parquet",
+    b"\x93NUMPY": "a NumPy array; export JSON lines",
+}
+TAR = slice(257, 262)  # where a tar archive says what it is
+JSON_ARRAY = re.compile(rb'\s*\[\s*(\{\s*["}]|"[^"\n]*"\s*[,\]])')  # not "[Music] ..." or "[[1]] ...", which are text
+JSON_OBJECT = re.compile(rb'\s*\{\s*("|\}\s*\Z)')
+UTF_16, UTF_32 = (b"\xff\xfe", b"\xfe\xff"), (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A file that is there, how it is packed (None: not), its layout, and what a line or row of it is called."""
+
+    path: Path
+    packing: str | None
+    layout: str
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether it holds objects with fields, not running text."""
+        return self.layout != TEXT
+
+    @property
+    def unit(self) -> str:
+        """What is numbered in it, from 1: `line` or `row`."""
+        return "row" if self.layout in (ARRAY, CSV, TSV, PARQUET, ARROW) else "line"
+
+
+def identify(path: Path, *, wants_rows: bool = False) -> TextFile:
+    """What a file is, by its first bytes and its name.
+
+    `wants_rows`: whatever its name, it is to be read by `rows`; else text (`.txt`) that holds JSON is refused. Raises
+    `RescoreError` if it can't be read, `InvalidDataError` for a format that is not read here, and for a packed file
+    that is none.
+    """
+    named, ending = _endings(path)
+    with _reading(path, None):
+        if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
+            raise RescoreError(f"can't read {path}: it is no regular file, and it is read more than once; save it")
+        with path.open("rb") as stream:
+            first = stream.read(FIRST_BYTES)
+    packing = _packing(first)
+    if named and packing is None:
+        raise InvalidDataError(f"{path} is not a whole {named} file: it {'holds other bytes' if first else 'is empty'}")
+    if packing:
+        with _reading(path, packing), _open(path, packing) as stream:
+            first = stream.read(FIRST_BYTES)
+    return TextFile(path, packing, _layout(path, packing, ending, first, wants_rows))
+
+
+def _packing(first: bytes) -> str | None:
+    return next((name for name, magic in PACKING_BYTES.items() if magic.match(first)), None)
+
+
+def _endings(path: Path) -> tuple[str | None, str]:
+    """The packing that the name says, and the ending before that, lower case."""
+    endings = [ending.lower() for ending in path.suffixes]
+    packing = PACKING_ENDINGS.get(endings.pop()) if endings and endings[-1] in PACKING_ENDINGS else None
+    return packing, endings[-1] if endings else ""
+
+
+def name_without_endings(path: Path) -> str:
+    """The name of a file without the endings that say how it is packed and what it holds."""
+    packing, ending = _endings(path)
+    name = path.stem if packing else path.name
+    return Path(name).stem if ending else name
+
+
+def may_hold_text(path: Path) -> bool:
+    """Whether a file's name says that it is text or rows: what of a folder is read."""
+    return _endings(path)[1] in (*TEXT_ENDINGS, *ROW_ENDINGS)
+
+
+def rows_file(folder: Path, name: str) -> Path:
+    """The file of rows called `name` in a folder: NAME.jsonl, which need not be there, or the only one called NAME
+    with another ending of rows. Raises `RescoreError` for several."""
+    usual = folder / f"{name}.jsonl"
+    with _reading(folder, None):
+        if usual.exists() or not folder.is_dir():
+            return usual
+        found = [path for path in sorted(folder.iterdir()) if _is_called(path, name)]
+    if len(found) > 1:
+        raise RescoreError(f"{folder} has {' and '.join(path.name for path in found)}; keep one of them")
+    return found[0] if found else usual
+
+
+def _is_called(path: Path, name: str) -> bool:
+    return _endings(path)[1] in ROW_ENDINGS and name_without_endings(path) == name
+
+
+def _layout(path: Path, packing: str | None, ending: str, first: bytes, wants_rows: bool) -> str:
+    for magic, layout in TABLES.items():
+        if first.startswith(magic):
+            if packing:
+                raise InvalidDataError(f"{path} is {NAMES[layout]} in a {packing} file; unpack it")
+            return layout
+    for magic, what in UNREADABLE.items():
+        if first.startswith(magic):
+            raise InvalidDataError(f"{path} is {what}")
+    if first[TAR] == b"ustar":
+        raise InvalidDataError(f"{path} is a tar archive; unpack it and give the files in it")
+    if packing and _packing(first):
+        raise InvalidDataError(f"{path} is packed twice; unpack it once")
+    if first.startswith((*UTF_16, *UTF_32)) or _alternates(first):
+        which = "UTF-32" if first.startswith(UTF_32) else "UTF-16"
+        raise InvalidDataError(f"{path} is {which} text; save it as UTF-8")
+    named = ROW_ENDINGS.get(ending)
+    if named in (PARQUET, ARROW):
+        raise InvalidDataError(f"{path} is not {NAMES[named]}, as its name says; give it the ending of what it is")
+    first = first.removeprefix(BYTE_ORDER_MARK).lstrip()
+    held = ARRAY if named == LINES and first.startswith(b"[") else _held(first)
+    if held and (named in (CSV, TSV) or (ending in TEXT_ENDINGS and not wants_rows)):
+        called = NAMES[named] if named else "text"
+        raise InvalidDataError(
+            f"{path} is called {called} and holds {NAMES[held]}; name it {'.jsonl' if held == LINES else '.json'} to "
+            "have its rows read"
+        )
+    return held or named or TEXT
+
+
+def _held(first: bytes) -> str | None:
+    """JSON lines or a JSON array, if the beginning of a file (no space before it) is that beyond doubt."""
+    if JSON_ARRAY.match(first):
+        return ARRAY
+    line = first.split(b"\n", 1)[0]
+    if not JSON_OBJECT.match(line):
+        return None
+    if len(line) == len(first) >= FIRST_BYTES // 2:  # a line too long to be seen whole
+        return LINES
+    try:
+        return LINES if isinstance(json.loads(line), dict) else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _alternates(first: bytes) -> bool:
+    """Whether every other byte is nearly always 0, as in UTF-16 of Western text without a mark."""
+    return len(first) >= 8 and any(2 * first[start::2].count(0) > len(first[start::2]) for start in (0, 1))
+
+
+@contextmanager
+def _reading(path: Path, packing: str | None) -> Iterator[None]:
+    """Turns what can go wrong while a file is read into one line with its name."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
+        raise InvalidDataError(f"{path} is not a whole {packing} file: {error}") from error
+    except OSError as error:
+        if packing and error.errno is None:  # bz2's and pyarrow's way to say it
+            raise InvalidDataError(f"{path} is not a whole {packing} file: {error}") from error
+        raise RescoreError(f"can't read {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _open(path: Path, packing: str | None) -> Iterator[IO[bytes]]:
+    """The bytes in a file, unpacked."""
+    with path.open("rb") as stream:
+        if packing == "gzip":
+            with gzip.open(stream) as unpacked:
+                yield unpacked  # type: ignore[misc] # reads like any other
+        elif packing == "bzip2":
+            with bz2.open(stream) as unpacked:
+                yield unpacked  # type: ignore[misc]
+        elif packing == "xz":
+            with lzma.open(stream) as unpacked:
+                yield unpacked
+        elif packing == "zstd":
+            import pyarrow  # unlike the package zstandard it tells a file that was cut short
+
+            with pyarrow.CompressedInputStream(stream, "zstd") as unpacked:
+                yield unpacked
+        else:
+            yield stream
+
+
+def check_whole(file: TextFile) -> None:
+    """Reads a packed file to its end: whoever takes only its first rows still wants to know. Raises as `blocks`."""
+    if file.packing:
+        with _reading(file.path, file.packing), _open(file.path, file.packing) as stream:
+            while stream.read(BLOCK_BYTES):
+                pass
+
+
+def blocks(file: TextFile, *, errors: str = "strict", advice: str = "save it as UTF-8") -> Iterator[tuple[int, bytes]]:
+    """(number of the first line, whole lines of valid UTF-8, each with its line end) of a file that is no table.
+
+    `errors` is `strict` or `replace` (bad UTF-8 becomes U+FFFD). Raises `InvalidDataError` with the line that is no
+    UTF-8 and the `advice`, and for a packed file that is cut short; `RescoreError` if it can't be read.
+    """
+    path, number, carried, at_start = file.path, 1, b"", True
+    with _reading(path, file.packing), _open(path, file.packing) as stream:
+        while True:
+            read = stream.read(BLOCK_BYTES)
+            if at_start and read:
+                at_start = False
+                while len(read) < len(BYTE_ORDER_MARK) and (more := stream.read(BLOCK_BYTES)):
+                    read += more
+                if not (read := read.removeprefix(BYTE_ORDER_MARK)):
+                    continue
+            cut = read.rfind(b"\n") + 1
+            if read and not cut:
+                carried += read
+                continue
+            block, carried = carried + read[:cut], read[cut:]
+            if not read and block:
+                block += b"\n"
+            if block:
+                yield number, _valid(block, path, number, errors, advice)
+                number += block.count(b"\n")
+            if not read:
+                return
+
+
+def _valid(block: bytes, path: Path, number: int, errors: str, advice: str) -> bytes:
+    try:
+        block.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if errors == "replace":
+            return block.decode("utf-8", "replace").encode()
+        line = number + block.count(b"\n", 0, error.start)
+        raise InvalidDataError(f"{path} line {line} is not UTF-8 text ({error.reason}); {advice}") from error
+    return block
+
+
+def text_lines(file: TextFile) -> Iterator[str]:
+    """The lines of a text file, without their line ends (LF, CRLF, CR; U+2028 ends none). Raises as `blocks`."""
+    for _, block in blocks(file):
+        text = block.decode("utf-8").removesuffix("\n").removesuffix("\r")
+        yield from text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def rows(
+    file: TextFile, *, errors: str = "strict", advice: str = "save it as UTF-8"
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number of the line or row from 1, its fields); blank lines are passed over. Text is read as JSON lines.
+
+    Raises as `blocks`, and `InvalidDataError` with the number of what is no row.
+    """
+    read = {ARRAY: _array, CSV: _table, TSV: _table, PARQUET: _parquet, ARROW: _arrow}.get(file.layout, _json_lines)
+    return read(file, errors, advice)
+
+
+def _json_lines(file: TextFile, errors: str, advice: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for first, block in blocks(file, errors=errors, advice=advice):
+        for number, line in enumerate(block.split(b"\n")[:-1], start=first):
+            if line.strip():
+                yield number, _object(line, f"{file.path} line {number}")
+
+
+def _object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InvalidDataError(f"{where} is not valid JSON") from error
+    if not isinstance(value, dict):
+        raise InvalidDataError(f"{where} is not a JSON object")
+    return value
+
+
+def _array(file: TextFile, errors: str, advice: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    # Not through `datasets`: it gives all rows the same fields and types, and makes dates of text that looks like one.
+    content = b"".join(block for _, block in blocks(file, errors=errors, advice=advice))
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InvalidDataError(f"{file.path} is not a whole JSON array ({error})") from error
+    for number, value in enumerate(values, start=1):
+        if not isinstance(value, dict):
+            raise InvalidDataError(f"{file.path} row {number} is not a JSON object")
+        yield number, value
+
+
+def _table(file: TextFile, errors: str, advice: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    # Not through `datasets` either: an answer 007 or NA stays what it is.
+    csv.field_size_limit(min(sys.maxsize, (1 << 31) - 1))  # a field may be a whole article
+    lines = (
+        line + "\n"
+        for _, block in blocks(file, errors=errors, advice=advice)
+        for line in block.decode("utf-8").removesuffix("\n").split("\n")
+    )
+    names: list[str] | None = None
+    number = 0
+    reader = csv.reader(lines, delimiter="\t" if file.layout == TSV else ",", strict=True)
+    try:
+        for values in reader:
+            if not values:
+                continue
+            if names is None:
+                names = values
+                if len(set(names)) < len(names):
+                    raise InvalidDataError(f"{file.path} names a column twice: {', '.join(names)}")
+                continue
+            number += 1
+            if len(values) != len(names):
+                where = f"{file.path} row {number} (line {reader.line_num})"
+                raise InvalidDataError(f"{where} has {len(values)} values for {len(names)} columns")
+            yield number, dict(zip(names, values, strict=True))
+    except csv.Error as error:
+        raise InvalidDataError(
+            f"{file.path} line {reader.line_num} is not valid {NAMES[file.layout]}: {error}"
+        ) from error
+
+
+def _parquet(file: TextFile, errors: str, advice: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    from pyarrow.parquet import ParquetFile
+
+    with _reading_table(file), file.path.open("rb") as stream:
+        yield from _numbered(ParquetFile(stream).iter_batches(batch_size=1000))
+
+
+def _arrow(file: TextFile, errors: str, advice: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow
+
+    with _reading_table(file), file.path.open("rb") as stream:
+        if stream.read(6) == b"ARROW1":
+            opened = pyarrow.ipc.open_file(stream)
+            yield from _numbered(opened.get_batch(i) for i in range(opened.num_record_batches))
+        else:
+            stream.seek(0)
+            yield from _numbered(pyarrow.ipc.open_stream(stream))
+
+
+def _numbered(batches: Iterator[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+
+
+@contextmanager
+def _reading_table(file: TextFile) -> Iterator[None]:
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise RescoreError(f"can't read {file.path}: {error.strerror}") from error
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InvalidDataError(f"{file.path} is not a whole {NAMES[file.layout]} file: {said}") from error

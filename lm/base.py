@@ -6,6 +6,8 @@ Knows nothing about block heads, drafts or tasks. Any transformers causal LM who
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +17,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lattices.errors import IncompatibleError, RescoreError
-from lm.cache import KVCache
+from lm.cache import KVCache, layer_types
+from lm.probe import Probe
 from lm.tree_cache import TreeCache
+
+CACHE_ARGUMENTS = ("cache", "past_key_values")  # its name now, and before transformers 5.24
 
 
 @dataclass(frozen=True)
@@ -41,50 +46,41 @@ class BaseLM:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, identity: BaseIdentity) -> None:
         config = model.config.get_text_config(decoder=True)
-        layer_types = _layer_types(config)
-        if other := layer_types - {"full_attention", "sliding_attention"}:
-            kinds = ", ".join(sorted(other))
-            raise IncompatibleError(f"{identity.name} has {kinds} layers, whose state can't forget rejected tokens")
-        if getattr(model, "_is_stateful", False):  # transformers' mark of recurrent architectures
-            raise IncompatibleError(f"{identity.name} is recurrent: its state can't forget rejected tokens")
         self.model = model.eval().requires_grad_(False)
         self.tokenizer: Any = tokenizer
         self.identity = identity
         self.config = config
-        self.hidden_size: int = config.hidden_size
-        self.context_length: int = getattr(config, "max_position_embeddings", 1 << 30)
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
+        if getattr(model, "_is_stateful", False):  # transformers' mark of recurrent architectures
+            raise IncompatibleError(f"{identity.name} is recurrent: its state can't forget rejected tokens")
+        takes = inspect.signature(model.forward).parameters
+        self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in takes), "")
+        if not self._cache_argument:
+            raise IncompatibleError(f"{identity.name} ({config.model_type}) has no cache of keys and values")
+        self._takes_positions = "position_ids" in takes
+        self._takes_last = "logits_to_keep" in takes
         self.output_embeddings: Any = model.get_output_embeddings()
-        self.vocab_size: int = self.output_embeddings.weight.shape[0]
+        weight = getattr(self.output_embeddings, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+            raise IncompatibleError(f"{identity.name} ({config.model_type}) has no vocabulary projection for block heads")
+        self.vocab_size, self.hidden_size = weight.shape
+        self.context_length = context_length(model, config)
         self._hidden: torch.Tensor | None = None
-        self._projects = True
+        self._projects, self._last = True, 0
         self.output_embeddings.register_forward_pre_hook(self._remember_hidden)
-        probe = torch.arange(3, device=self.device)[None] % self.vocab_size
-        logits, hidden = self.forward(probe)
-        if not torch.allclose(self.project(hidden).float(), logits.float(), rtol=1e-2, atol=1e-2):
-            raise IncompatibleError(f"{identity.name} changes its logits in a way that block heads can't follow")
-        self.supports_tree = layer_types == {"full_attention"} and self._follows_mask(probe, logits)
+        probe = Probe(self)
+        probe.check_cache()
+        self.supports_tree = layer_types(config) == {"full_attention"} and probe.follows_tree()
 
-    def _follows_mask(self, probe: torch.Tensor, logits: torch.Tensor) -> bool:
-        """Whether a 4D mask means to this architecture what it says; some add it to the scores, some refuse it.
-
-        Tried on a tree, whose third token follows the first: a causal mask would also pass where it is ignored.
-        """
-        tree = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool, device=self.device)
-        positions = torch.tensor([[0, 1, 1]], device=self.device)
-        try:
-            masked, _ = self.forward(probe, attention_mask=tree[None, None], position_ids=positions)
-        except (ValueError, TypeError, RuntimeError, IndexError):
-            return False
-        branch, _ = self.forward(probe[:, [0, 2]], last=1)
-        expected = torch.cat([logits[:, :2], branch], dim=1).float()
-        # Half precision may differ by this much from one kernel to another; a mask that is ignored differs by more.
-        return bool((masked.float() - expected).abs().max() <= 0.02 * expected.abs().max())
+    @functools.cached_property
+    def supports_padding(self) -> bool:
+        """Whether prompts of different lengths can stand in one batch, padded on the left."""
+        return Probe(self).follows_padding(mask_4d=self.supports_tree)
 
     def _remember_hidden(self, _module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         # The one place that every architecture agrees on: block heads read what the vocabulary projection reads.
         # Contiguous, because torch multiplies a batch of slices by one copy of the projection per row (100x slower).
-        self._hidden = args[0].contiguous()
+        self._hidden = args[0][:, -self._last :].contiguous()
         return (self._hidden if self._projects else self._hidden[:, :0],)
 
     @property
@@ -166,23 +162,22 @@ class BaseLM:
         tells the cache afterwards what to keep. Without `projects` there are no logits (`[b, 0, vocab]`): where states
         are all that is wanted, the vocabulary projection would be a large part of the work.
         """
-        if position_ids is None and cache is not None:
-            assert isinstance(cache, KVCache), "the nodes of a tree have positions of their own"
-            start = cache.length
+        if position_ids is None:  # always given: some architectures would count from elsewhere than `generate` does
+            assert not isinstance(cache, TreeCache), "the nodes of a tree have positions of their own"
+            start = 0 if cache is None else cache.length
             position_ids = torch.arange(start, start + input_ids.shape[1], device=self.device)[None]
-        self._projects = projects
+        arguments: dict[str, Any] = {self._cache_argument: cache, "use_cache": cache is not None}
+        if self._takes_positions:
+            arguments["position_ids"] = position_ids
+        if self._takes_last:
+            arguments["logits_to_keep"] = last
+        self._projects, self._last = projects, last
         try:
-            output = self.model(
-                input_ids=input_ids,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                position_ids=position_ids,
-                attention_mask=attention_mask,
-                logits_to_keep=last,
-            )
+            output = self.model(input_ids=input_ids, attention_mask=attention_mask, **arguments)
         finally:
-            self._projects = True
-        assert self._hidden is not None
+            self._projects, self._last = True, 0
+        if self._hidden is None:
+            raise IncompatibleError(f"{self.identity.name} does not call its vocabulary projection, which heads need")
         hidden, self._hidden = self._hidden, None
         return output.logits, hidden
 
@@ -205,10 +200,9 @@ class BaseLM:
         return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
-def _layer_types(config: Any) -> set[str]:
-    if types := getattr(config, "layer_types", None):
-        return set(types)
-    return {"sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"}
+def context_length(model: PreTrainedModel, config: Any) -> int:
+    """Positions that a model can tell apart; 2^30 where nothing says."""
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -1,0 +1,122 @@
+"""What an architecture is good for, found out on a few tokens instead of from a list of names.
+
+A base LM is run as the decoders run it: with a cache, on several drafts of one past, on a tree, on prompts of
+different lengths; and everything is compared with plain forwards of the same texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from lattices.errors import IncompatibleError, RescoreError
+
+if TYPE_CHECKING:
+    from lm.base import BaseLM
+
+# Share of the largest logit by which two ways of computing it may differ. Half precision differs by more from one
+# kernel to another; what is wrong differs by more than that.
+TOLERANCE, HALF_TOLERANCE = 1e-3, 0.02
+
+
+class Probe:
+    """A past of three tokens with two drafts of two tokens behind it, and what a base LM says of them without cache.
+
+    Raises `IncompatibleError` where the base LM can't be decoded exactly.
+    """
+
+    def __init__(self, base: BaseLM) -> None:
+        self.base, self.name = base, base.identity.name
+        size = base.vocab_size
+        ids = ((torch.arange(7, device=base.device) + 0.5) * size / 7).long().clamp(max=size - 1)  # none is special
+        self.past, self.drafts = ids[None, :3], ids[3:].reshape(2, 2)
+        with refusal(self.name):
+            self.plain, hidden = base.forward(torch.cat([self.past.expand(2, -1), self.drafts], dim=1))
+        if not bool(self.plain.isfinite().all()):
+            raise IncompatibleError(
+                f"{self.name} gives logits that are not finite in {base.identity.dtype}; choose another --dtype"
+            )
+        if not self._same(base.project(hidden), self.plain):
+            raise IncompatibleError(f"{self.name} changes its logits in a way that block heads can't follow")
+
+    def check_cache(self) -> None:
+        """Raises `IncompatibleError` if drafts behind a cached past are not read as the same texts without cache."""
+        with refusal(self.name):
+            cache = self.base.new_cache(9)
+            past, _ = self.base.forward(self.past, cache)
+            if not self._same(past, self.plain[:1, :3]):
+                raise IncompatibleError(f"{self.name} lets tokens see later ones, so its drafts can't be verified")
+            cache.keep(range(3))
+            drafts, _ = self.base.forward(self.drafts, cache)
+            cache.keep([0], row=1)  # of the second draft the first token is right
+            rest, _ = self.base.forward(self.drafts[1:, 1:], cache)
+        if not self._same(torch.cat([drafts[0], drafts[1], rest[0]]), torch.cat([*self.plain[:, 3:], self.plain[1, 4:]])):
+            raise IncompatibleError(f"{self.name} can't forget rejected tokens: its cache is not only keys and values")
+
+    def follows_tree(self) -> bool:
+        """Whether a 4D mask means to this architecture what it says; some add it to the scores, some refuse it.
+
+        A causal mask would also pass where it is ignored, so both drafts are behind the past as one tree.
+        """
+        cache = self.base.new_cache(7)
+        sees = torch.zeros(4, 7, dtype=torch.bool, device=self.base.device)
+        sees[:, :3] = sees[[0, 1, 2, 3], [3, 4, 5, 6]] = sees[[1, 3], [3, 5]] = True
+        positions = torch.tensor([[3, 4, 3, 4]], device=self.base.device)
+        try:
+            self.base.forward(self.past, cache)
+            cache.keep(range(3))
+            nodes, _ = self.base.forward(
+                self.drafts.reshape(1, 4), cache, position_ids=positions, attention_mask=sees[None, None]
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # of any kind: architectures fail in their own ways
+            return False
+        return self._same(nodes.reshape(2, 2, -1), self.plain[:, 3:])
+
+    def follows_padding(self, *, mask_4d: bool) -> bool:
+        """Whether a prompt that is padded on its left, to stand in a batch with a longer one, is read as if alone."""
+        base = self.base
+        ids = torch.zeros(2, 4, dtype=torch.long, device=base.device)
+        ids[0, 1:], ids[1, :3], ids[1, 3] = self.past[0], self.past[0], self.drafts[1, 0]
+        attended = torch.ones(2, 5, dtype=torch.bool, device=base.device)
+        attended[0, 0] = False
+        positions = torch.tensor([[0, 0, 1, 2], [0, 1, 2, 3]], device=base.device)
+        mask = attended[:, None, None] if mask_4d else attended
+        cache = base.new_cache(5)
+        try:
+            prompts, _ = base.forward(ids, cache, position_ids=positions, attention_mask=attended[:, :4], last=1)
+            cache.keep_all()
+            more = torch.stack([self.drafts[0, :1], self.drafts[1, 1:]])
+            after, _ = base.forward(more, cache, position_ids=positions[:, -1:] + 1, attention_mask=mask)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return False
+        expected = torch.stack([self.plain[0, 2:4], self.plain[1, 3:5]])
+        return self._same(torch.cat([prompts, after], dim=1), expected)
+
+    def _same(self, found: torch.Tensor, expected: torch.Tensor) -> bool:
+        if found.shape != expected.shape:
+            return False
+        half = self.base.dtype in (torch.float16, torch.bfloat16)
+        difference = (found.double() - expected.double()).abs()
+        return bool(difference.max() <= (HALF_TOLERANCE if half else TOLERANCE) * expected.double().abs().max())
+
+
+@contextmanager
+def refusal(name: str) -> Iterator[None]:
+    """One line for whatever an architecture raises that is run as the decoders run it."""
+    try:
+        yield
+    except IncompatibleError as error:
+        said = str(error)
+        raise IncompatibleError(said if said.startswith(name) else f"{name} {said}") from error
+    except (RescoreError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+        raise IncompatibleError(f"{name} can't be decoded in blocks: {reason}") from error

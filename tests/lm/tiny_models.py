@@ -1,0 +1,92 @@
+"""A tiny random causal LM of any family that transformers knows, by setting whatever sizes its configuration has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+VOCABULARY, CONTEXT, WINDOW = 61, 40, 5
+
+# One value for every name under which some family keeps a size. A window and a chunk are shorter than the prompts.
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "text_vocab_size": VOCABULARY, "type_vocab_size": 2,
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embedding_size", "emb_dim", "word_embed_proj_dim"), 32),
+    **dict.fromkeys(("dim_model", "hidden_dim", "output_embedding_size", "input_embedding_size", "attention_hidden_size"), 32),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2),
+    **dict.fromkeys(("num_decoder_layers", "num_encoder_layers", "num_blocks"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_kv_heads", "swa_num_key_value_heads"), 2),
+    "swa_num_attention_heads": 4,
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size"), 48),
+    **dict.fromkeys(("n_inner", "d_inner", "dff", "dim_ff", "ffn_intermediate_size", "intermediate_size_mlp"), 48),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions", "max_length"), CONTEXT),
+    **dict.fromkeys(("n_ctx", "context_length", "original_max_position_embeddings"), CONTEXT),
+    **dict.fromkeys(("sliding_window", "window_size", "attention_window_size", "attention_chunk_size"), WINDOW),
+    **dict.fromkeys(("sliding_window_pattern",), 2),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 16),
+    **dict.fromkeys(("expert_ffn_hidden_size", "moe_shared_expert_intermediate_size", "expert_intermediate_size"), 16),
+    **dict.fromkeys(("n_group", "topk_group", "moe_num_groups"), 1),
+    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), 1),
+    **dict.fromkeys(("head_dim", "v_head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "rotary_dim", "kv_channels"), 8),
+    **dict.fromkeys(("global_head_dim", "swa_head_dim", "index_head_dim", "rope_head_dim", "qk_head_dim", "attention_head_dim"), 8),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank", "dim_head"), 8),
+    "index_n_heads": 2, "index_topk": 3,
+    **dict.fromkeys(("mamba_num_heads", "mamba_n_heads", "linear_num_value_heads", "linear_num_key_heads"), 4),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 16),
+    **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size", "mamba_d_ssm"), 16),
+    "lru_width": 32, "time_step_rank": 4, "mamba_dt_rank": 4, "n_groups": 1, "mamba_n_groups": 1,
+    "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
+    "dim_model_base": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "decoder_start_token_id": 1,
+    "is_decoder": True, "causal": True, "is_encoder_decoder": False, "tie_word_embeddings": False,
+    "use_cache": True,
+}  # fmt: skip
+
+
+def families() -> list[str]:
+    """The model types of every causal LM."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def tiny_config(family: str, **changes: Any) -> Any:
+    """The configuration of a family with every size that it has made tiny."""
+    kind = CONFIG_MAPPING[family]
+    return _shrunk(kind, changes)
+
+
+def _shrunk(kind: Any, changes: dict[str, Any]) -> Any:
+    default = kind()
+    names = set(default.to_dict()) | set(getattr(default, "attribute_map", {}))
+    chosen = {name: value for name, value in SIZES.items() if name in names}
+    for name, value in default.to_dict().items():
+        old = getattr(default, name, None)
+        if value is None or (isinstance(old, dict) and not old):
+            if name not in ("pad_token_id", "bos_token_id", "eos_token_id", "n_inner"):
+                chosen.pop(name, None)  # off by default: stays off
+        if hasattr(old, "to_dict") and name in getattr(kind, "sub_configs", {}):
+            chosen[name] = _shrunk(type(old), {}).to_dict()
+    for name, alias in getattr(default, "attribute_map", {}).items():
+        if name in chosen and alias in chosen:
+            chosen.pop(name)
+    return kind(**{**chosen, **changes})
+
+
+def tiny_model(config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float64, attention: str | None = None) -> Any:
+    """A model of a configuration with random weights that make outputs vary, without near-ties."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.is_floating_point():
+                continue
+            if parameter.ndim >= 2:
+                parameter.copy_(torch.randn(parameter.shape) * 0.4)
+            else:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return model.to(dtype).eval()

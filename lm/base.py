@@ -18,9 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lattices.errors import IncompatibleError, RescoreError
 from lm.cache import KVCache, layer_types
-from lm.probe import Probe
+from lm.probe import Probe, Scaling
 from lm.tree_cache import TreeCache
 
+
+CONTEXT_LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # its name now, and before transformers 5.24
 
 
@@ -40,7 +42,7 @@ class BaseLM:
     """A causal LM with its tokenizer, in evaluation mode, on one device.
 
     Attributes: `model`, `tokenizer`, `identity`, `device`, `dtype`, `hidden_size`, `vocab_size`, `context_length`
-    (positions), `eos_token_ids` (any of them ends the output), `is_chat` (has a chat template), `supports_tree`
+    (positions; 2^30 where there is no limit), `eos_token_ids` (any of them ends the output), `is_chat` (has a chat template), `supports_tree`
     (takes a 4D attention mask with every layer looking at the whole cache).
     """
 
@@ -64,10 +66,11 @@ class BaseLM:
         if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
             raise IncompatibleError(f"{identity.name} ({config.model_type}) has no vocabulary projection for block heads")
         self.vocab_size, self.hidden_size = weight.shape
-        self.context_length = context_length(model, config)
+        self.context_length = _context_length(config)
         self._hidden: torch.Tensor | None = None
         self._projects, self._last = True, 0
         self.output_embeddings.register_forward_pre_hook(self._remember_hidden)
+        self.scaling = Scaling()
         probe = Probe(self)
         probe.check_cache()
         self.supports_tree = layer_types(config) == {"full_attention"} and probe.follows_tree()
@@ -166,6 +169,7 @@ class BaseLM:
             assert not isinstance(cache, TreeCache), "the nodes of a tree have positions of their own"
             start = 0 if cache is None else cache.length
             position_ids = torch.arange(start, start + input_ids.shape[1], device=self.device)[None]
+            position_ids = position_ids.expand(len(input_ids), -1)
         arguments: dict[str, Any] = {self._cache_argument: cache, "use_cache": cache is not None}
         if self._takes_positions:
             arguments["position_ids"] = position_ids
@@ -194,15 +198,19 @@ class BaseLM:
         else:
             logits = hidden @ weight[token_ids].transpose(1, 2)
             logits = logits if bias is None else logits + bias[token_ids][:, None]
-        logits = logits * (getattr(self.config, "logit_scale", None) or 1.0)
-        logits = logits / (getattr(self.config, "logits_scaling", None) or 1.0)
-        softcap = getattr(self.config, "final_logit_softcapping", None)
-        return softcap * torch.tanh(logits / softcap) if softcap else logits
+        return self.scaling(logits)
 
 
-def context_length(model: PreTrainedModel, config: Any) -> int:
-    """Positions that a model can tell apart; 2^30 where nothing says."""
-    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+def _context_length(config: Any) -> int:
+    sizes = [getattr(config, name, None) for name in CONTEXT_LENGTHS]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *rope.values()):
+        # Beyond the original context these change how every token is turned, by the longest text seen so far: what is
+        # cached was turned otherwise, and a block would be where single tokens are not yet.
+        if isinstance(part, dict) and part.get("rope_type", part.get("type")) in ("dynamic", "longrope"):
+            sizes.append(part.get("original_max_position_embeddings"))
+            sizes.append(getattr(config, "original_max_position_embeddings", None))
+    return min((size for size in sizes if type(size) is int and size > 0), default=1 << 30)
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

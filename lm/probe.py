@@ -6,9 +6,11 @@ different lengths; and everything is compared with plain forwards of the same te
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +22,28 @@ if TYPE_CHECKING:
 # Share of the largest logit by which two ways of computing it may differ. Half precision differs by more from one
 # kernel to another; what is wrong differs by more than that.
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.02
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What an architecture does to its projection's logits: a `factor`, a `divisor`, a soft `cap` of their size."""
+
+    factor: float | None = None
+    divisor: float | None = None
+    cap: float | None = None
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits if self.factor is None else logits * self.factor
+        logits = logits if self.divisor is None else logits / self.divisor
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def scalings(config: Any) -> list[Scaling]:
+    """What a configuration may mean by its numbers, most of them first: the same names stand for other things too."""
+    names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    numbers = [float(v) if isinstance(v := getattr(config, name, None), int | float) and v else None for name in names]
+    choices = [(number, None) if number is not None else (None,) for number in numbers]
+    return [Scaling(*chosen) for chosen in itertools.product(*choices)]
 
 
 class Probe:
@@ -39,8 +63,10 @@ class Probe:
             raise IncompatibleError(
                 f"{self.name} gives logits that are not finite in {base.identity.dtype}; choose another --dtype"
             )
-        if not self._same(base.project(hidden), self.plain):
-            raise IncompatibleError(f"{self.name} changes its logits in a way that block heads can't follow")
+        for base.scaling in scalings(base.config):
+            if self._same(base.project(hidden), self.plain):
+                return
+        raise IncompatibleError(f"{self.name} changes its logits in a way that block heads can't follow")
 
     def check_cache(self) -> None:
         """Raises `IncompatibleError` if drafts behind a cached past are not read as the same texts without cache."""
@@ -118,5 +144,5 @@ def refusal(name: str) -> Iterator[None]:
     except (RescoreError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
-        raise IncompatibleError(f"{name} can't be decoded in blocks: {reason}") from error
+        reason = "".join(f": {line}" for line in str(error).strip().splitlines()[:1])
+        raise IncompatibleError(f"{name} can't be decoded in blocks ({type(error).__name__}{reason})") from error

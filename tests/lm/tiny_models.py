@@ -49,44 +49,87 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
+# Absent by default and worked out from other sizes, which are tiny here.
+OFF_IS_UNSAID = {"pad_token_id", "bos_token_id", "eos_token_id", "n_inner", "head_dim", "num_key_value_heads", "layer_types"}
+
+# Sizes that have to fit together, or that a family lists elsewhere.
+TWEAKS: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    "dory": {"num_hidden_layers": 3, "layer_types": None, "n_input_layers": 1, "n_output_layers": 1},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "kimi_linear": {"linear_head_dim": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"qk_head_dim": 16, "zero_expert_num": 2},
+    "mamba2": {"head_dim": 16, "num_heads": 4},
+    "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 8), "attn_layers": ["local", "lsh"]},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+
 def families() -> list[str]:
     """The model types of every causal LM."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
-    """The configuration of a family with every size that it has made tiny."""
-    kind = CONFIG_MAPPING[family]
-    return _shrunk(kind, changes)
+    """The configuration of a family with every size that it has made tiny, and one layer at least of every kind."""
+    return _shrunk(CONFIG_MAPPING[family], {**TWEAKS.get(family, {}), **changes})
 
 
 def _shrunk(kind: Any, changes: dict[str, Any]) -> Any:
     default = kind()
-    names = set(default.to_dict()) | set(getattr(default, "attribute_map", {}))
+    values = default.to_dict()
+    aliases = getattr(kind, "attribute_map", {})
+    names = set(values) | set(aliases)
     chosen = {name: value for name, value in SIZES.items() if name in names}
-    for name, value in default.to_dict().items():
-        old = getattr(default, name, None)
-        if value is None or (isinstance(old, dict) and not old):
-            if name not in ("pad_token_id", "bos_token_id", "eos_token_id", "n_inner"):
-                chosen.pop(name, None)  # off by default: stays off
-        if hasattr(old, "to_dict") and name in getattr(kind, "sub_configs", {}):
-            chosen[name] = _shrunk(type(old), {}).to_dict()
-    for name, alias in getattr(default, "attribute_map", {}).items():
+    for name, value in values.items():
+        if value is None and name not in OFF_IS_UNSAID:
+            chosen.pop(name, None)  # off by default: stays off
+        if name in (getattr(kind, "sub_configs", None) or {}):
+            part = values_of(default, name)
+            if hasattr(part, "to_dict"):
+                chosen[name] = _shrunk(type(part), changes.get(name, {}))
+    for name, alias in aliases.items():
         if name in chosen and alias in chosen:
             chosen.pop(name)
-    return kind(**{**chosen, **changes})
+    if chosen.get("num_key_value_heads") and "kv_lora_rank" in names:
+        chosen["num_key_value_heads"] = 4  # compressed keys and values are one for every head
+    for name in ("layer_types", "layers_block_type", "mlp_layer_types"):
+        kinds = list(dict.fromkeys(values.get(name) or ()))
+        if kinds and isinstance(kinds[0], str):
+            chosen[name] = (kinds * 2)[: max(2, len(kinds))]
+    count = max((len(chosen[n]) for n in ("layer_types", "layers_block_type") if n in chosen), default=2)
+    if "mlp_layer_types" in chosen:
+        count = max(count, len(chosen["mlp_layer_types"]))
+    for name in ("layer_types", "layers_block_type", "mlp_layer_types"):
+        if name in chosen:
+            chosen[name] = (chosen[name] * count)[:count]
+    chosen |= {name: count for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if name in chosen}
+    return kind(**{**chosen, **{k: v for k, v in changes.items() if not isinstance(v, dict) or k not in chosen}})
 
 
-def tiny_model(config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float64, attention: str | None = None) -> Any:
+def values_of(config: Any, name: str) -> Any:
+    """An attribute, or None where a configuration will not say."""
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        return None
+
+
+def tiny_model(config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float64, gain: float = 0.25, attention: str | None = None) -> Any:
     """A model of a configuration with random weights that make outputs vary, without near-ties."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, experts_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.is_floating_point():
                 continue
             if parameter.ndim >= 2:
-                parameter.copy_(torch.randn(parameter.shape) * 0.4)
+                parameter.copy_(torch.randn(parameter.shape) * gain)
             else:
                 parameter.add_(torch.randn(parameter.shape) * 0.1)
     return model.to(dtype).eval()

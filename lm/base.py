@@ -43,7 +43,11 @@ class BaseLM:
 
     Attributes: `model`, `tokenizer`, `identity`, `device`, `dtype`, `hidden_size`, `vocab_size`, `context_length`
     (positions; 2^30 where there is no limit), `eos_token_ids` (any of them ends the output), `is_chat` (has a chat template), `supports_tree`
-    (takes a 4D attention mask with every layer looking at the whole cache).
+    (takes a 4D attention mask with every layer looking at the whole cache), `position_size` (numbers that the cache
+    holds for one position).
+
+    What an architecture can do is tried, see `lm.probe`. Raises `IncompatibleError` for one that can't be decoded in
+    blocks with the output it has by itself.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, identity: BaseIdentity) -> None:
@@ -66,6 +70,12 @@ class BaseLM:
         if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
             raise IncompatibleError(f"{identity.name} ({config.model_type}) has no vocabulary projection for block heads")
         self.vocab_size, self.hidden_size = weight.shape
+        sizes = (identity.hidden_size, identity.vocab_size)
+        if sizes != (self.hidden_size, self.vocab_size):
+            raise IncompatibleError(
+                f"{identity.name} projects {self.hidden_size} numbers to {self.vocab_size} tokens, and by its "
+                f"configuration it would be {sizes[0]} to {sizes[1]}"
+            )
         self.context_length = _context_length(config)
         self._hidden: torch.Tensor | None = None
         self._projects, self._last = True, 0
@@ -73,7 +83,14 @@ class BaseLM:
         self.scaling = Scaling()
         probe = Probe(self)
         probe.check_cache()
+        probe.check_window()
+        self.position_size = probe.position_size
         self.supports_tree = layer_types(config) == {"full_attention"} and probe.follows_tree()
+
+    @functools.cached_property
+    def body_gives_states(self) -> bool:
+        """Whether the states that heads read are the output of the model's body, so that the body can be trained."""
+        return Probe(self).body_gives_states()
 
     @functools.cached_property
     def supports_padding(self) -> bool:
@@ -199,6 +216,12 @@ class BaseLM:
             logits = hidden @ weight[token_ids].transpose(1, 2)
             logits = logits if bias is None else logits + bias[token_ids][:, None]
         return self.scaling(logits)
+
+
+def state_size(config: Any) -> int:
+    """What a text configuration says of the size of the states that the vocabulary projection reads."""
+    sizes = [getattr(config, name, None) for name in ("word_embed_proj_dim", "output_embedding_size", "embedding_size")]
+    return int(next((size for size in sizes if type(size) is int), None) or config.hidden_size)
 
 
 def _context_length(config: Any) -> int:

@@ -6,6 +6,7 @@ different lengths; and everything is compared with plain forwards of the same te
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import DynamicCache
 
 from lattices.errors import IncompatibleError, RescoreError
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 # Share of the largest logit by which two ways of computing it may differ. Half precision differs by more from one
 # kernel to another; what is wrong differs by more than that.
+WINDOWS = ("sliding_window", "attention_chunk_size")
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.02
 
 
@@ -81,6 +84,45 @@ class Probe:
             rest, _ = self.base.forward(self.drafts[1:, 1:], cache)
         if not self._same(torch.cat([drafts[0], drafts[1], rest[0]]), torch.cat([*self.plain[:, 3:], self.plain[1, 4:]])):
             raise IncompatibleError(f"{self.name} can't forget rejected tokens: its cache is not only keys and values")
+
+        pairs = [(layer.key_buffer, layer.value_buffer) for layer in cache.buffers]
+        self.position_size = sum(k.shape[1] * k.shape[3] + v.shape[1] * v.shape[3] for k, v in pairs)
+
+    def check_window(self) -> None:
+        """Raises `IncompatibleError` if layers with a window have it from transformers' own cache, not from a mask.
+
+        That cache drops what the window has left behind; to one that keeps everything the mask must say so. So with a
+        smaller window the plain forward must change.
+        """
+        config = self.base.config
+        if "sliding" not in " ".join(type(layer).__name__ for layer in DynamicCache(config=config).layers).lower():
+            return
+        sizes = {n: v for n in WINDOWS if type(v := getattr(config, n, None)) is int and v > 2}
+        try:
+            for name in sizes:
+                setattr(config, name, 2)
+            with refusal(self.name):
+                narrow, _ = self.base.forward(torch.cat([self.past.expand(2, -1), self.drafts], dim=1))
+        finally:
+            for name, value in sizes.items():
+                setattr(config, name, value)
+        if sizes and self._same(narrow, self.plain):
+            raise IncompatibleError(f"{self.name} has windows that are no masks, so its output can't be verified in blocks")
+
+    def body_gives_states(self) -> bool:
+        """Whether what the projection reads is the output of the model's body, with nothing in between."""
+        base, ids = self.base, self.past
+        positions = torch.arange(3, device=base.device)[None]
+        try:
+            body = base.model.base_model
+            takes = "position_ids" in inspect.signature(body.forward).parameters
+            with torch.inference_mode():
+                states = body(input_ids=ids, use_cache=False, **({"position_ids": positions} if takes else {}))[0]
+            return self._same(states, base.forward(ids)[1])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return False
 
     def follows_tree(self) -> bool:
         """Whether a 4D mask means to this architecture what it says; some add it to the scores, some refuse it.

@@ -50,6 +50,8 @@ class TunedBase:
         self.model: Any = base.model
         if not hasattr(self.model, "base_model") or self.model.base_model is self.model:
             raise IncompatibleError(f"{base.identity.name} can't be fine-tuned here: its layers have no body apart")
+        if not base.body_gives_states:
+            raise IncompatibleError(f"{base.identity.name} can't be fine-tuned here: its body is not all of its layers")
         total = base.config.num_hidden_layers
         if layers is not None and layers > total:
             raise RescoreError(f"tuned_layers = {layers}, but {base.identity.name} has {total} layers")

@@ -13,9 +13,10 @@ VOCABULARY, CONTEXT, WINDOW = 61, 40, 5
 
 # One value for every name under which some family keeps a size. A window and a chunk are shorter than the prompts.
 SIZES: dict[str, Any] = {
+    "input_embedding_size": 20, "attention_hidden_size": 32, "unpadded_vocab_size": VOCABULARY,
     "vocab_size": VOCABULARY, "text_vocab_size": VOCABULARY, "type_vocab_size": 2,
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embedding_size", "emb_dim", "word_embed_proj_dim"), 32),
-    **dict.fromkeys(("dim_model", "hidden_dim", "output_embedding_size", "input_embedding_size", "attention_hidden_size"), 32),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "emb_dim", "dim_model", "hidden_dim"), 32),
+    **dict.fromkeys(("word_embed_proj_dim", "embedding_size", "output_embedding_size"), 24),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2),
     **dict.fromkeys(("num_decoder_layers", "num_encoder_layers", "num_blocks"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),

@@ -68,7 +68,9 @@ class BaseLM:
         self.output_embeddings: Any = model.get_output_embeddings()
         weight = getattr(self.output_embeddings, "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
-            raise IncompatibleError(f"{identity.name} ({config.model_type}) has no vocabulary projection for block heads")
+            raise IncompatibleError(
+                f"{identity.name} ({config.model_type}) has no vocabulary projection for block heads"
+            )
         self.vocab_size, self.hidden_size = weight.shape
         sizes = (identity.hidden_size, identity.vocab_size)
         if sizes != (self.hidden_size, self.vocab_size):

@@ -82,7 +82,9 @@ class Probe:
             drafts, _ = self.base.forward(self.drafts, cache)
             cache.keep([0], row=1)  # of the second draft the first token is right
             rest, _ = self.base.forward(self.drafts[1:, 1:], cache)
-        if not self._same(torch.cat([drafts[0], drafts[1], rest[0]]), torch.cat([*self.plain[:, 3:], self.plain[1, 4:]])):
+        if not self._same(
+            torch.cat([drafts[0], drafts[1], rest[0]]), torch.cat([*self.plain[:, 3:], self.plain[1, 4:]])
+        ):
             raise IncompatibleError(f"{self.name} can't forget rejected tokens: its cache is not only keys and values")
 
         pairs = [(layer.key_buffer, layer.value_buffer) for layer in cache.buffers]
@@ -107,7 +109,9 @@ class Probe:
             for name, value in sizes.items():
                 setattr(config, name, value)
         if sizes and self._same(narrow, self.plain):
-            raise IncompatibleError(f"{self.name} has windows that are no masks, so its output can't be verified in blocks")
+            raise IncompatibleError(
+                f"{self.name} has windows that are no masks, so its output can't be verified in blocks"
+            )
 
     def body_gives_states(self) -> bool:
         """Whether what the projection reads is the output of the model's body, with nothing in between."""

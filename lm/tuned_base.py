@@ -8,7 +8,6 @@ trained with it lie in its folder `heads`.
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from lattices.errors import IncompatibleError, RescoreError
-from lm.adapters import ADAPTER_FILE, TUNED_FILE, TunedFrom
+from lm.adapters import ADAPTER_FILE, TUNED_FILE, TunedFrom, peft_of_old_names
 from lm.base import BaseLM
 from lm.catalog import BUILT_IN, resolve_base
 from lm.files import replaced_files, write_json
@@ -73,7 +72,7 @@ class TunedBase:
                 task_type="CAUSAL_LM",
             )  # fmt: skip
             # Puts the adapter into the model's own layers; the wrapper knows the names that other readers expect.
-            with warnings.catch_warnings(action="ignore"):  # what peft asks of transformers is about to be renamed
+            with peft_of_old_names():
                 self.adapted = get_peft_model(self.model, config)
             local = Path(base.identity.name).expanduser()
             name = str(local.resolve()) if local.exists() and base.identity.name != BUILT_IN else base.identity.name

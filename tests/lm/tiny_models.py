@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-VOCABULARY, CONTEXT, WINDOW = 61, 40, 5
+from lm import attention, catalog
+
+VOCABULARY, CONTEXT, WINDOW = 61, 28, 5
 
 # One value for every name under which some family keeps a size. A window and a chunk are shorter than the prompts.
 SIZES: dict[str, Any] = {
+    **dict.fromkeys(("pronunciation_vocab_size", "shape_vocab_size", "encoder_hash_byte_group_vocab"), VOCABULARY),
+    "pronunciation_embed_dim": 8, "shape_embed_dim": 8, "zero_expert_num": 2, "linear_head_dim": 8,
     "input_embedding_size": 20, "attention_hidden_size": 32, "unpadded_vocab_size": VOCABULARY,
     "vocab_size": VOCABULARY, "text_vocab_size": VOCABULARY, "type_vocab_size": 2,
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "emb_dim", "dim_model", "hidden_dim"), 32),
@@ -57,6 +60,10 @@ OFF_IS_UNSAID = {"pad_token_id", "bos_token_id", "eos_token_id", "n_inner", "hea
 TWEAKS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4}},
+    "dots3_note": {"audio_config": {"adapter_in_dim": 32}, "vision_config": {"adapter_in_dim": 32}},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "opt": {"word_embed_proj_dim": 32},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "dory": {"num_hidden_layers": 3, "layer_types": None, "n_input_layers": 1, "n_output_layers": 1},
     "falcon_h1": {"mamba_d_ssm": 64},
@@ -71,13 +78,55 @@ TWEAKS: dict[str, dict[str, Any]] = {
 }
 
 
+ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": 20}
+
+# Architectures within a family that differ in what decoding asks of them.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "big_bird, sparse": ("big_bird", {"attention_type": "block_sparse", "block_size": 1, "num_random_blocks": 1}),
+    "falcon, alibi": ("falcon", {"alibi": True}),
+    "falcon, alibi, many heads": ("falcon", {"alibi": True, "multi_query": False, "num_kv_heads": 4}),
+    "falcon, new decoder": ("falcon", {"new_decoder_architecture": True}),
+    "falcon, one block after the other": ("falcon", {"parallel_attn": False}),
+    "gemma2, tied": ("gemma2", {"tie_word_embeddings": True}),
+    "gpt2, tied": ("gpt2", {"tie_word_embeddings": True}),
+    "gpt_bigcode, many heads": ("gpt_bigcode", {"multi_query": False}),
+    "gpt_neo, global": ("gpt_neo", {"attention_types": [[["global"], 2]]}),
+    "granite, scaled": ("granite", {"logits_scaling": 3.0}),
+    "llama, dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, **ROPE}}),
+    "mixtral, window": ("mixtral", {"sliding_window": WINDOW}),
+    "opt, projected": ("opt", {"word_embed_proj_dim": 24}),
+    "opt, norm after": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 24}),
+    "phi3, longrope": (
+        "phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, **ROPE,
+                "partial_rotary_factor": 1.0,
+            },
+            "original_max_position_embeddings": 20,
+        },
+    ),
+    "qwen2, windows": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "qwen3, window everywhere": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": ["sliding_attention"] * 2},
+    ),
+}  # fmt: skip
+
+FLOAT32 = dict.fromkeys(("inkling2_text", "inkling2_loop_text", "xglm"), torch.float32)  # they know no float64
+
+
 def families() -> list[str]:
     """The model types of every causal LM."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def tiny_config(family: str, **changes: Any) -> Any:
-    """The configuration of a family with every size that it has made tiny, and one layer at least of every kind."""
+def tiny_config(name: str) -> Any:
+    """The configuration of a family or variant, all its sizes tiny, with one layer at least of every kind it has."""
+    family, changes = VARIANTS.get(name, (name, {}))
     return _shrunk(CONFIG_MAPPING[family], {**TWEAKS.get(family, {}), **changes})
 
 
@@ -121,16 +170,21 @@ def values_of(config: Any, name: str) -> Any:
         return None
 
 
-def tiny_model(config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float64, gain: float = 0.25, attention: str | None = None) -> Any:
-    """A model of a configuration with random weights that make outputs vary, without near-ties."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, experts_implementation="eager")
+def tiny_model(name: str, *, dtype: torch.dtype = torch.float64) -> Any:
+    """A model of a family or variant with random weights that make outputs vary, as `load_base` would load it."""
+    config = tiny_config(name)
+    attention.register()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        config,
+        attn_implementation=attention.PACKED if catalog._takes_sdpa(config) else None,
+        experts_implementation="eager",
+    )
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.is_floating_point():
-                continue
-            if parameter.ndim >= 2:
-                parameter.copy_(torch.randn(parameter.shape) * gain)
-            else:
+            if parameter.is_floating_point() and parameter.ndim >= 2:
+                parameter.copy_(torch.randn(parameter.shape) * 0.25)
+            elif parameter.is_floating_point():
                 parameter.add_(torch.randn(parameter.shape) * 0.1)
-    return model.to(dtype).eval()
+    model.generation_config = GenerationConfig()  # what a family adds to greedy output (forced tokens) is not tried
+    return model.to(FLOAT32.get(name, dtype)).eval()

@@ -91,7 +91,7 @@ def merged(model: Any, folder: Path, *, cut: bool = False) -> Any:
 
 @contextmanager
 def peft_of_old_names() -> Iterator[None]:
-    """Where peft (0.21) asks a model for a property that transformers (5.24) has renamed, which nobody here can mend."""
+    """Where peft (0.21) asks a model for what transformers (5.24) has renamed, which can't be mended here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield

@@ -1,7 +1,7 @@
 """The base LM: tokens in, final hidden states and logits out, with a cache that keeps what was accepted.
 
-Knows nothing about block heads, drafts or tasks. Any transformers causal LM whose layers are full attention serves;
-`lm.catalog.load_base` turns a name into one.
+Knows nothing about block heads, drafts or tasks. Any transformers causal LM serves whose layers are attention over
+keys and values (`lm.probe` tries it); `lm.catalog.load_base` turns a name into one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from lattices.errors import IncompatibleError, RescoreError
 from lm.cache import KVCache, layer_types
 from lm.probe import Probe, Scaling
 from lm.tree_cache import TreeCache
-
 
 CONTEXT_LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # its name now, and before transformers 5.24
@@ -42,9 +41,9 @@ class BaseLM:
     """A causal LM with its tokenizer, in evaluation mode, on one device.
 
     Attributes: `model`, `tokenizer`, `identity`, `device`, `dtype`, `hidden_size`, `vocab_size`, `context_length`
-    (positions; 2^30 where there is no limit), `eos_token_ids` (any of them ends the output), `is_chat` (has a chat template), `supports_tree`
-    (takes a 4D attention mask with every layer looking at the whole cache), `position_size` (numbers that the cache
-    holds for one position).
+    (positions; 2^30 where there is no limit), `eos_token_ids` (any of them ends the output), `is_chat` (has a chat
+    template), `takes_positions` (is told where tokens stand), `supports_tree` (takes a 4D attention mask with every
+    layer looking at the whole cache), `position_size` (numbers that the cache holds for one position).
 
     What an architecture can do is tried, see `lm.probe`. Raises `IncompatibleError` for one that can't be decoded in
     blocks with the output it has by itself.
@@ -59,11 +58,16 @@ class BaseLM:
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
         if getattr(model, "_is_stateful", False):  # transformers' mark of recurrent architectures
             raise IncompatibleError(f"{identity.name} is recurrent: its state can't forget rejected tokens")
+        if any(getattr(module, "attention_type", None) == "block_sparse" for module in model.modules()):
+            # It reads long texts by another attention than short ones, and that is not causal.
+            raise IncompatibleError(
+                f'{identity.name} has sparse attention; put "attention_type": "original_full" into its config.json'
+            )
         takes = inspect.signature(model.forward).parameters
         self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in takes), "")
         if not self._cache_argument:
             raise IncompatibleError(f"{identity.name} ({config.model_type}) has no cache of keys and values")
-        self._takes_positions = "position_ids" in takes
+        self.takes_positions = "position_ids" in takes
         self._takes_last = "logits_to_keep" in takes
         self.output_embeddings: Any = model.get_output_embeddings()
         weight = getattr(self.output_embeddings, "weight", None)
@@ -84,10 +88,10 @@ class BaseLM:
         self.output_embeddings.register_forward_pre_hook(self._remember_hidden)
         self.scaling = Scaling()
         probe = Probe(self)
-        probe.check_cache()
+        may_be_tree = self.takes_positions and layer_types(config) == {"full_attention"}
+        self.supports_tree = probe.check_cache(tree=may_be_tree)
         probe.check_window()
         self.position_size = probe.position_size
-        self.supports_tree = layer_types(config) == {"full_attention"} and probe.follows_tree()
 
     @functools.cached_property
     def body_gives_states(self) -> bool:
@@ -114,6 +118,11 @@ class BaseLM:
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.model.dtype
         return dtype
+
+    @property
+    def is_half(self) -> bool:
+        """Whether it computes in 16 bits."""
+        return self.dtype in (torch.float16, torch.bfloat16)
 
     @property
     def heads_dtype(self) -> torch.dtype:
@@ -190,7 +199,7 @@ class BaseLM:
             position_ids = torch.arange(start, start + input_ids.shape[1], device=self.device)[None]
             position_ids = position_ids.expand(len(input_ids), -1)
         arguments: dict[str, Any] = {self._cache_argument: cache, "use_cache": cache is not None}
-        if self._takes_positions:
+        if self.takes_positions:
             arguments["position_ids"] = position_ids
         if self._takes_last:
             arguments["logits_to_keep"] = last

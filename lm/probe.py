@@ -20,11 +20,14 @@ from lattices.errors import IncompatibleError, RescoreError
 
 if TYPE_CHECKING:
     from lm.base import BaseLM
+    from lm.cache import KVCache
 
 # Share of the largest logit by which two ways of computing it may differ. Half precision differs by more from one
 # kernel to another; what is wrong differs by more than that.
-WINDOWS = ("sliding_window", "attention_chunk_size")
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.02
+REFUSED_FROM = 0.1  # in half precision: only what is surely wrong is refused, not what rounds badly
+
+WINDOWS = ("sliding_window", "attention_chunk_size")  # what masks read when they are made
 
 
 @dataclass(frozen=True)
@@ -66,29 +69,51 @@ class Probe:
             raise IncompatibleError(
                 f"{self.name} gives logits that are not finite in {base.identity.dtype}; choose another --dtype"
             )
-        for base.scaling in scalings(base.config):
+        for scaling in scalings(base.config):
+            base.scaling = scaling
             if self._same(base.project(hidden), self.plain):
                 return
         raise IncompatibleError(f"{self.name} changes its logits in a way that block heads can't follow")
 
-    def check_cache(self) -> None:
-        """Raises `IncompatibleError` if drafts behind a cached past are not read as the same texts without cache."""
+    def check_cache(self, *, tree: bool) -> bool:
+        """Raises `IncompatibleError` if drafts behind a cached past are not read as the same texts without cache.
+
+        Returns whether they may stand there as a tree, which is tried if `tree`.
+        """
         with refusal(self.name):
             cache = self.base.new_cache(9)
             past, _ = self.base.forward(self.past, cache)
-            if not self._same(past, self.plain[:1, :3]):
-                raise IncompatibleError(f"{self.name} lets tokens see later ones, so its drafts can't be verified")
             cache.keep(range(3))
+            tree = tree and self._follows_tree(cache)
             drafts, _ = self.base.forward(self.drafts, cache)
             cache.keep([0], row=1)  # of the second draft the first token is right
             rest, _ = self.base.forward(self.drafts[1:, 1:], cache)
-        if not self._same(
-            torch.cat([drafts[0], drafts[1], rest[0]]), torch.cat([*self.plain[:, 3:], self.plain[1, 4:]])
-        ):
+        if not self._same(past, self.plain[:1, :3], half=REFUSED_FROM):
+            raise IncompatibleError(f"{self.name} lets tokens see later ones, so its drafts can't be verified")
+        expected = torch.cat([*self.plain[:, 3:], self.plain[1, 4:]])
+        if not self._same(torch.cat([drafts[0], drafts[1], rest[0]]), expected, half=REFUSED_FROM):
             raise IncompatibleError(f"{self.name} can't forget rejected tokens: its cache is not only keys and values")
-
         pairs = [(layer.key_buffer, layer.value_buffer) for layer in cache.buffers]
         self.position_size = sum(k.shape[1] * k.shape[3] + v.shape[1] * v.shape[3] for k, v in pairs)
+        return tree
+
+    def _follows_tree(self, cache: KVCache) -> bool:
+        """Whether a 4D mask means to this architecture what it says; some add it to the scores, some refuse it.
+
+        A causal mask would also pass where it is ignored, so both drafts stand behind the past as one tree.
+        """
+        sees = torch.zeros(4, 7, dtype=torch.bool, device=self.base.device)
+        sees[:, :3] = sees[[0, 1, 2, 3], [3, 4, 5, 6]] = sees[[1, 3], [3, 5]] = True
+        positions = torch.tensor([[3, 4, 3, 4]], device=self.base.device)
+        try:
+            nodes, _ = self.base.forward(
+                self.drafts.reshape(1, 4), cache, position_ids=positions, attention_mask=sees[None, None]
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # of any kind: architectures fail in their own ways
+            return False
+        return self._same(nodes.reshape(2, 2, -1), self.plain[:, 3:])
 
     def check_window(self) -> None:
         """Raises `IncompatibleError` if layers with a window have it from transformers' own cache, not from a mask.
@@ -128,30 +153,11 @@ class Probe:
         except Exception:
             return False
 
-    def follows_tree(self) -> bool:
-        """Whether a 4D mask means to this architecture what it says; some add it to the scores, some refuse it.
-
-        A causal mask would also pass where it is ignored, so both drafts are behind the past as one tree.
-        """
-        cache = self.base.new_cache(7)
-        sees = torch.zeros(4, 7, dtype=torch.bool, device=self.base.device)
-        sees[:, :3] = sees[[0, 1, 2, 3], [3, 4, 5, 6]] = sees[[1, 3], [3, 5]] = True
-        positions = torch.tensor([[3, 4, 3, 4]], device=self.base.device)
-        try:
-            self.base.forward(self.past, cache)
-            cache.keep(range(3))
-            nodes, _ = self.base.forward(
-                self.drafts.reshape(1, 4), cache, position_ids=positions, attention_mask=sees[None, None]
-            )
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # of any kind: architectures fail in their own ways
-            return False
-        return self._same(nodes.reshape(2, 2, -1), self.plain[:, 3:])
-
     def follows_padding(self, *, mask_4d: bool) -> bool:
         """Whether a prompt that is padded on its left, to stand in a batch with a longer one, is read as if alone."""
         base = self.base
+        if base.is_half and not base.takes_positions:
+            return False  # what its own positions change may be too little to be told from rounding
         ids = torch.zeros(2, 4, dtype=torch.long, device=base.device)
         ids[0, 1:], ids[1, :3], ids[1, 3] = self.past[0], self.past[0], self.drafts[1, 0]
         attended = torch.ones(2, 5, dtype=torch.bool, device=base.device)
@@ -171,12 +177,12 @@ class Probe:
         expected = torch.stack([self.plain[0, 2:4], self.plain[1, 3:5]])
         return self._same(torch.cat([prompts, after], dim=1), expected)
 
-    def _same(self, found: torch.Tensor, expected: torch.Tensor) -> bool:
+    def _same(self, found: torch.Tensor, expected: torch.Tensor, *, half: float = HALF_TOLERANCE) -> bool:
         if found.shape != expected.shape:
             return False
-        half = self.base.dtype in (torch.float16, torch.bfloat16)
         difference = (found.double() - expected.double()).abs()
-        return bool(difference.max() <= (HALF_TOLERANCE if half else TOLERANCE) * expected.double().abs().max())
+        tolerance = half if self.base.is_half else TOLERANCE
+        return bool(difference.max() <= tolerance * expected.double().abs().max())
 
 
 @contextmanager

@@ -182,7 +182,7 @@ def train_heads_command(
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Device = "auto",
 ) -> None:
-    """Train block heads, on a frozen base LM or together with it. Several GPUs or machines: torchrun --no-python rescore ..."""
+    """Train block heads, on a frozen base LM or together with it. Several GPUs: torchrun --no-python rescore ..."""
     from lm.block_heads import read_config
     from lm.catalog import load_base
     from lm.head_data import check_there
@@ -244,7 +244,7 @@ def train_rescorer_command(
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Device = "auto",
 ) -> None:
-    """Train a small neural LM that rescores drafts. Several GPUs or machines: torchrun --no-python rescore ..."""
+    """Train a small neural LM that rescores drafts. Several GPUs: torchrun --no-python rescore ..."""
     from lm.catalog import load_base
     from lm.head_data import check_there
     from lm.rescorer_training import RescorerOptions, RescorerTrainer

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,20 @@ def merged(model: Any, folder: Path, *, cut: bool = False) -> Any:
             return model
     dtype = model.dtype
     whole = model.float() if dtype in (torch.float16, torch.bfloat16) else model
-    with warnings.catch_warnings(action="ignore"):  # what peft asks of transformers is about to be renamed
+    with peft_of_old_names():
         adapted = PeftModel.from_pretrained(whole, folder)
     expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))  # else it asks the hub
     if differs := sorted(wanted ^ expected):  # peft would only warn
         raise InvalidDataError(f"{folder / ADAPTER_FILE} does not fit its base LM: {differs[0]} (of {len(differs)})")
     return adapted.merge_and_unload().to(dtype)
+
+
+@contextmanager
+def peft_of_old_names() -> Iterator[None]:
+    """Where peft (0.21) asks a model for what transformers (5.24) has renamed, which can't be mended here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def _of_layers(names: Collection[str], layers: int) -> set[str]:

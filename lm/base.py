@@ -1,11 +1,13 @@
 """The base LM: tokens in, final hidden states and logits out, with a cache that keeps what was accepted.
 
-Knows nothing about block heads, drafts or tasks. Any transformers causal LM whose layers are full attention serves;
-`lm.catalog.load_base` turns a name into one.
+Knows nothing about block heads, drafts or tasks. Any transformers causal LM serves whose layers are attention over
+keys and values (`lm.probe` tries it); `lm.catalog.load_base` turns a name into one.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +17,12 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lattices.errors import IncompatibleError, RescoreError
-from lm.cache import KVCache
+from lm.cache import KVCache, layer_types
+from lm.probe import Probe, Scaling
 from lm.tree_cache import TreeCache
+
+CONTEXT_LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+CACHE_ARGUMENTS = ("cache", "past_key_values")  # its name now, and before transformers 5.24
 
 
 @dataclass(frozen=True)
@@ -42,56 +48,72 @@ class BaseLM:
     """A causal LM with its tokenizer, in evaluation mode, on one device.
 
     Attributes: `model`, `tokenizer`, `identity`, `device`, `dtype`, `hidden_size`, `vocab_size`, `context_length`
-    (positions), `eos_token_ids` (any of them ends the output), `is_chat` (has a chat template), `supports_tree`
-    (takes a 4D attention mask with every layer looking at the whole cache).
+    (positions; 2^30 where there is no limit), `eos_token_ids` (any of them ends the output), `is_chat` (has a chat
+    template), `takes_positions` (is told where tokens stand), `supports_tree` (takes a 4D attention mask with every
+    layer looking at the whole cache), `position_size` (numbers that the cache holds for one position).
+
+    What an architecture can do is tried, see `lm.probe`. Raises `IncompatibleError` for one that can't be decoded in
+    blocks with the output it has by itself.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, identity: BaseIdentity) -> None:
         config = model.config.get_text_config(decoder=True)
-        layer_types = _layer_types(config)
-        if other := layer_types - {"full_attention", "sliding_attention"}:
-            kinds = ", ".join(sorted(other))
-            raise IncompatibleError(f"{identity.name} has {kinds} layers, whose state can't forget rejected tokens")
-        if getattr(model, "_is_stateful", False):  # transformers' mark of recurrent architectures
-            raise IncompatibleError(f"{identity.name} is recurrent: its state can't forget rejected tokens")
         self.model = model.eval().requires_grad_(False)
         self.tokenizer: Any = tokenizer
         self.identity = identity
         self.config = config
-        self.hidden_size: int = config.hidden_size
-        self.context_length: int = getattr(config, "max_position_embeddings", 1 << 30)
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
+        if getattr(model, "_is_stateful", False):  # transformers' mark of recurrent architectures
+            raise IncompatibleError(f"{identity.name} is recurrent: its state can't forget rejected tokens")
+        if any(getattr(module, "attention_type", None) == "block_sparse" for module in model.modules()):
+            # It reads long texts by another attention than short ones, and that is not causal.
+            raise IncompatibleError(
+                f'{identity.name} has sparse attention; put "attention_type": "original_full" into its config.json'
+            )
+        takes = inspect.signature(model.forward).parameters
+        self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in takes), "")
+        if not self._cache_argument:
+            raise IncompatibleError(f"{identity.name} ({config.model_type}) has no cache of keys and values")
+        self.takes_positions = "position_ids" in takes
+        self._takes_last = "logits_to_keep" in takes
         self.output_embeddings: Any = model.get_output_embeddings()
-        self.vocab_size: int = self.output_embeddings.weight.shape[0]
+        weight = getattr(self.output_embeddings, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+            raise IncompatibleError(
+                f"{identity.name} ({config.model_type}) has no vocabulary projection for block heads"
+            )
+        self.vocab_size, self.hidden_size = weight.shape
+        sizes = (identity.hidden_size, identity.vocab_size)
+        if sizes != (self.hidden_size, self.vocab_size):
+            raise IncompatibleError(
+                f"{identity.name} projects {self.hidden_size} numbers to {self.vocab_size} tokens, and by its "
+                f"configuration it would be {sizes[0]} to {sizes[1]}"
+            )
+        self.context_length = _context_length(config)
         self._hidden: torch.Tensor | None = None
-        self._projects = True
+        self._projects, self._last = True, 0
         self.output_embeddings.register_forward_pre_hook(self._remember_hidden)
-        probe = torch.arange(3, device=self.device)[None] % self.vocab_size
-        logits, hidden = self.forward(probe)
-        if not torch.allclose(self.project(hidden).float(), logits.float(), rtol=1e-2, atol=1e-2):
-            raise IncompatibleError(f"{identity.name} changes its logits in a way that block heads can't follow")
-        self.supports_tree = layer_types == {"full_attention"} and self._follows_mask(probe, logits)
+        self.scaling = Scaling()
+        probe = Probe(self)
+        may_be_tree = self.takes_positions and layer_types(config) == {"full_attention"}
+        self.supports_tree = probe.check_cache(tree=may_be_tree)
+        probe.check_window()
+        self.position_size = probe.position_size
 
-    def _follows_mask(self, probe: torch.Tensor, logits: torch.Tensor) -> bool:
-        """Whether a 4D mask means to this architecture what it says; some add it to the scores, some refuse it.
+    @functools.cached_property
+    def body_gives_states(self) -> bool:
+        """Whether the states that heads read are the output of the model's body, so that the body can be trained."""
+        return Probe(self).body_gives_states()
 
-        Tried on a tree, whose third token follows the first: a causal mask would also pass where it is ignored.
-        """
-        tree = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool, device=self.device)
-        positions = torch.tensor([[0, 1, 1]], device=self.device)
-        try:
-            masked, _ = self.forward(probe, attention_mask=tree[None, None], position_ids=positions)
-        except (ValueError, TypeError, RuntimeError, IndexError):
-            return False
-        branch, _ = self.forward(probe[:, [0, 2]], last=1)
-        expected = torch.cat([logits[:, :2], branch], dim=1).float()
-        # Half precision may differ by this much from one kernel to another; a mask that is ignored differs by more.
-        return bool((masked.float() - expected).abs().max() <= 0.02 * expected.abs().max())
+    @functools.cached_property
+    def supports_padding(self) -> bool:
+        """Whether prompts of different lengths can stand in one batch, padded on the left."""
+        return Probe(self).follows_padding(mask_4d=self.supports_tree)
 
     def _remember_hidden(self, _module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         # The one place that every architecture agrees on: block heads read what the vocabulary projection reads.
         # Contiguous, because torch multiplies a batch of slices by one copy of the projection per row (100x slower).
-        self._hidden = args[0].contiguous()
+        self._hidden = args[0][:, -self._last :].contiguous()
         return (self._hidden if self._projects else self._hidden[:, :0],)
 
     @property
@@ -103,6 +125,11 @@ class BaseLM:
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.model.dtype
         return dtype
+
+    @property
+    def is_half(self) -> bool:
+        """Whether it computes in 16 bits."""
+        return self.dtype in (torch.float16, torch.bfloat16)
 
     @property
     def heads_dtype(self) -> torch.dtype:
@@ -173,23 +200,23 @@ class BaseLM:
         tells the cache afterwards what to keep. Without `projects` there are no logits (`[b, 0, vocab]`): where states
         are all that is wanted, the vocabulary projection would be a large part of the work.
         """
-        if position_ids is None and cache is not None:
-            assert isinstance(cache, KVCache), "the nodes of a tree have positions of their own"
-            start = cache.length
+        if position_ids is None:  # always given: some architectures would count from elsewhere than `generate` does
+            assert not isinstance(cache, TreeCache), "the nodes of a tree have positions of their own"
+            start = 0 if cache is None else cache.length
             position_ids = torch.arange(start, start + input_ids.shape[1], device=self.device)[None]
-        self._projects = projects
+            position_ids = position_ids.expand(len(input_ids), -1)
+        arguments: dict[str, Any] = {self._cache_argument: cache, "use_cache": cache is not None}
+        if self.takes_positions:
+            arguments["position_ids"] = position_ids
+        if self._takes_last:
+            arguments["logits_to_keep"] = last
+        self._projects, self._last = projects, last
         try:
-            output = self.model(
-                input_ids=input_ids,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                position_ids=position_ids,
-                attention_mask=attention_mask,
-                logits_to_keep=last,
-            )
+            output = self.model(input_ids=input_ids, attention_mask=attention_mask, **arguments)
         finally:
-            self._projects = True
-        assert self._hidden is not None
+            self._projects, self._last = True, 0
+        if self._hidden is None:
+            raise IncompatibleError(f"{self.identity.name} does not call its vocabulary projection, which heads need")
         hidden, self._hidden = self._hidden, None
         return output.logits, hidden
 
@@ -206,16 +233,25 @@ class BaseLM:
         else:
             logits = hidden @ weight[token_ids].transpose(1, 2)
             logits = logits if bias is None else logits + bias[token_ids][:, None]
-        logits = logits * (getattr(self.config, "logit_scale", None) or 1.0)
-        logits = logits / (getattr(self.config, "logits_scaling", None) or 1.0)
-        softcap = getattr(self.config, "final_logit_softcapping", None)
-        return softcap * torch.tanh(logits / softcap) if softcap else logits
+        return self.scaling(logits)
 
 
-def _layer_types(config: Any) -> set[str]:
-    if types := getattr(config, "layer_types", None):
-        return set(types)
-    return {"sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"}
+def state_size(config: Any) -> int:
+    """What a text configuration says of the size of the states that the vocabulary projection reads."""
+    sizes = [getattr(config, name, None) for name in ("word_embed_proj_dim", "output_embedding_size", "embedding_size")]
+    return int(next((size for size in sizes if type(size) is int), None) or config.hidden_size)
+
+
+def _context_length(config: Any) -> int:
+    sizes = [getattr(config, name, None) for name in CONTEXT_LENGTHS]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *rope.values()):
+        # Beyond the original context these change how every token is turned, by the longest text seen so far: what is
+        # cached was turned otherwise, and a block would be where single tokens are not yet.
+        if isinstance(part, dict) and part.get("rope_type", part.get("type")) in ("dynamic", "longrope"):
+            sizes.append(part.get("original_max_position_embeddings"))
+            sizes.append(getattr(config, "original_max_position_embeddings", None))
+    return min((size for size in sizes if type(size) is int and size > 0), default=1 << 30)
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -8,11 +8,49 @@ drafts or acceptance.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from lattices.errors import IncompatibleError
+
+# Whose layers are keys and values of every token, and no more: what a mask hides of them is the model's affair.
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+# A layer that keeps nothing: it shares another one's keys and values, or has no attention.
+EMPTY_LAYER = "DummyLayer"
+Layer = TypeVar("Layer", bound=DynamicLayer)
+
+
+def layer_types(config: Any) -> set[str]:
+    """The kinds of a decoder's layers, as its configuration (`get_text_config`) names or implies them."""
+    if types := getattr(config, "layer_types", None):
+        return set(types)
+    # Families from before `layer_types` have names of their own for a window: any number called one is taken for one.
+    windows = [n for n, v in config.to_dict().items() if "window" in n and type(v) is int and v > 0]
+    chunks = getattr(config, "attention_chunk_size", None)
+    return {"sliding_attention" if windows or chunks else "full_attention"}
+
+
+def cache_layers(config: PreTrainedConfig, make: Callable[[], Layer]) -> tuple[list[Any], list[Layer]]:
+    """The layers of a cache for a model, of those that hold keys and values one from `make`; and the latter alone.
+
+    Raises `IncompatibleError` if a layer keeps more than keys and values, so that it can't forget a rejected token.
+    """
+    config = config.get_text_config(decoder=True)
+    other = {name for name in getattr(config, "layer_types", None) or () if name not in ATTENTION}
+    found = DynamicCache(config=config).layers if not other else []
+    kept = [layer for layer in found if type(layer).__name__ != EMPTY_LAYER]
+    other |= {type(layer).__name__ for layer in kept} - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
+    if other:
+        raise IncompatibleError(f"has {', '.join(sorted(other))} layers, whose state can't forget rejected tokens")
+    if not kept:
+        raise IncompatibleError("keeps no keys and values")
+    buffers: list[Layer] = [make() for _ in kept]
+    filled = iter(buffers)
+    return [layer if type(layer).__name__ == EMPTY_LAYER else next(filled) for layer in found], buffers
 
 
 class BufferLayer(DynamicLayer):
@@ -85,9 +123,8 @@ class KVCache(Cache):
     """Keys and values of every layer; `keep` after each forward says which of its positions stay."""
 
     def __init__(self, config: PreTrainedConfig, capacity: int) -> None:
-        text_config = config.get_text_config(decoder=True)
-        self.buffers = [BufferLayer(capacity) for _ in range(text_config.num_hidden_layers)]
-        super().__init__(layers=list(self.buffers))
+        layers, self.buffers = cache_layers(config, lambda: BufferLayer(capacity))
+        super().__init__(layers=layers)
         self.capacity = capacity
 
     @property

@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 from lattices.errors import InvalidDataError, OutputError, RescoreError, UnknownNameError
 from lm import attention
 from lm.adapters import ADAPTER_FILE, base_of_adapter, check_base, is_adapter, merged
-from lm.base import BaseIdentity, BaseLM
+from lm.base import BaseIdentity, BaseLM, state_size
 from lm.files import SHIPPED, atomic_file, atomic_folder, cache_directory, read_json_object, sha256_of_file, write_json
 from lm.keys import config_sha256, key_of, software, tokenization_sha256
 from lm.locks import making, tell
@@ -61,6 +61,8 @@ def load_base(name: str = BUILT_IN, *, dtype: str = "float32", device: str = "au
     identity = _identity(name, found, chosen, tokenizer, dtype)
     with _reading(f"can't load the model {name}"):
         implementation = attention.PACKED if device == "cpu" and _takes_sdpa(chosen) else None
+        # transformers' grouped products of experts know no float64.
+        experts = {"experts_implementation": "eager"} if dtype == "float64" else {}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=chosen,
@@ -69,6 +71,7 @@ def load_base(name: str = BUILT_IN, *, dtype: str = "float32", device: str = "au
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, with names
+            **experts,
         )
         model, report = loaded[0].to(device), loaded[1]
     # transformers would fill these with random numbers and a warning.
@@ -150,7 +153,7 @@ def _identity(
             name=name,
             weights_sha256=weights,
             tokenizer_sha256=tokenizer_sha256(tokenizer),
-            hidden_size=text_config.hidden_size,
+            hidden_size=state_size(text_config),
             vocab_size=text_config.vocab_size,
             dtype=dtype,
             config_sha256=config_sha256(config, found.folder, found.adapter),

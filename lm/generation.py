@@ -47,7 +47,8 @@ def generate(
     """Yields the output of every prompt, batch by batch, in an order of its own (see `Generated.index`).
 
     Prompts are taken in windows of `window`; within one, those of similar length share a batch, so little is padding.
-    Long ones share it with fewer others than `batch_size`: attention takes memory by the square of the length. Greedy
+    Long ones share it with fewer others than `batch_size`: attention takes memory by the square of the length; and a
+    base that can't tell padding from text shares it among equals only. Greedy
     at temperature 0; above it tokens are drawn, by random numbers that follow from the seed and the prompt alone.
     `work` counts what the base does for prompts and tokens that are yielded.
     """
@@ -56,6 +57,9 @@ def generate(
         while indices:
             longest = max(1, len(prompts[indices[0]]))
             count = max(1, min(batch_size, ATTENTION_CELLS // longest**2))
+            alike = sum(len(prompts[i]) == len(prompts[indices[0]]) for i in indices[:count])
+            if alike < len(indices[:count]) and not base.supports_padding:
+                count = alike
             rows, indices = indices[:count], indices[count:]
             yield from _generate_batch(
                 base, rows, [prompts[i] for i in rows], max_new_tokens, with_hidden, temperature, seed, work

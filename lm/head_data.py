@@ -10,6 +10,7 @@ shards: what an interrupted run has finished is not done again.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -198,8 +199,12 @@ def body_states(
     # Right padding: no token sees what stands behind it. A mask, where the model takes one, makes attention faster.
     causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril().expand(len(ids), 1, -1, -1)
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        output = model.base_model(
-            input_ids=ids.to(device), attention_mask=causal if takes_masks else None, use_cache=False
+        body = model.base_model
+        positions = {}  # as `BaseLM.forward` gives them
+        if "position_ids" in inspect.signature(body.forward).parameters:
+            positions["position_ids"] = torch.arange(longest, device=device).expand(len(ids), -1)
+        output = body(
+            input_ids=ids.to(device), attention_mask=causal if takes_masks else None, use_cache=False, **positions
         )
     states: torch.Tensor = output.last_hidden_state[rows.to(device), columns.to(device)].float()
     return states

@@ -27,9 +27,7 @@ class Work:
         self._projection = projection.numel()
         self._body = sum(p.numel() for p in base.model.parameters()) - sum(apart.values())
         self._size = projection.element_size()
-        heads = getattr(base.config, "num_key_value_heads", None) or base.config.num_attention_heads
-        width = getattr(base.config, "head_dim", None) or base.hidden_size // base.config.num_attention_heads
-        self._position = 2 * base.config.num_hidden_layers * heads * width  # numbers in the cache
+        self._position = base.position_size
 
     def add(self, *, tokens: int, projected: int, cached: int) -> None:
         """One call of the base LM: tokens read, those of them that the vocabulary projection read, and positions of

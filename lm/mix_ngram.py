@@ -18,7 +18,6 @@ from lattices.ngrams import NgramModel
 from lattices.paths import user_path
 from lm.build_ngram import ARPA_FILE, KIND, MANIFEST_FILE, WORDS, Progress, check_place, write_model
 from lm.files import read_json_object, sha256_of_file
-from lm.kenlm_model import MAGIC as KENLM_MAGIC
 from lm.locks import writing_to
 from lm.mixing import check_weights, mix
 from lm.ngram import SHIPPED_FILE, SHIPPED_NGRAM, is_arpa

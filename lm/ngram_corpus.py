@@ -521,17 +521,11 @@ def source_texts(source: CorpusSource, *, errors: str = "strict") -> Iterator[tu
         from lm.corpus import CORPUS_FILE
 
         path = path / CORPUS_FILE
-    for first, block in _blocks(path, errors):
-        if source.kind == "text":
-            yield block.decode("utf-8"), True
-            continue
-        for number, line in enumerate(block.split(b"\n")[:-1], start=first):
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise InvalidDataError(f"{path} line {number} is not valid JSON") from error
-                yield from ((text, False) for text in _strings(record))
+    if source.kind == "text":
+        yield from ((block.decode("utf-8"), True) for _, block in _text_blocks(path, errors))
+        return
+    for _, record in rows(identify(path), errors=errors, advice=MEND_UTF8):
+        yield from ((text, False) for text in _strings(record))
 
 
 def _strings(value: object) -> Iterator[str]:

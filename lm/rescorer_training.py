@@ -128,7 +128,7 @@ class RescorerTrainer(Trainer[HeldOutText]):
         first = first_layers(self.base.identity.name, layers, device=str(device))
         model: Any = first.model
         self.takes_masks = first.supports_tree
-        if not (hasattr(model.base_model, "layers") and hasattr(model.base_model, "norm")):
+        if not (hasattr(model.base_model, "layers") and hasattr(model.base_model, "norm") and first.body_gives_states):
             raise IncompatibleError(
                 f"{self.base.identity.name} does not name its layers as Llama does; use --init scratch for it"
             )

@@ -14,6 +14,8 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
+from lm.cache import cache_layers
+
 GROWTH = 64  # positions by which a full buffer grows
 
 
@@ -80,9 +82,8 @@ class TreeCache(Cache):
         self.start: int | None = 0
         self.end = 0
         self._ancestors = np.zeros((rows, 0, 0), dtype=bool)  # [b, nodes, nodes], each node its own ancestor
-        layers = config.get_text_config(decoder=True).num_hidden_layers
-        self.buffers = [RowsLayer(self) for _ in range(layers)]
-        super().__init__(layers=list(self.buffers))
+        layers, self.buffers = cache_layers(config, lambda: RowsLayer(self))
+        super().__init__(layers=layers)
 
     def place(self, parents: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Makes room for n nodes a row, parents int64 `[b, n]` (earlier nodes, or -1): call before a forward.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from lattices.errors import IncompatibleError, RescoreError
-from lm.adapters import ADAPTER_FILE, TUNED_FILE, TunedFrom
+from lm.adapters import ADAPTER_FILE, TUNED_FILE, TunedFrom, peft_of_old_names
 from lm.base import BaseLM
 from lm.catalog import BUILT_IN, resolve_base
 from lm.files import replaced_files, write_json
@@ -51,6 +50,8 @@ class TunedBase:
         self.model: Any = base.model
         if not hasattr(self.model, "base_model") or self.model.base_model is self.model:
             raise IncompatibleError(f"{base.identity.name} can't be fine-tuned here: its layers have no body apart")
+        if not base.body_gives_states:
+            raise IncompatibleError(f"{base.identity.name} can't be fine-tuned here: its body is not all of its layers")
         total = base.config.num_hidden_layers
         if layers is not None and layers > total:
             raise RescoreError(f"tuned_layers = {layers}, but {base.identity.name} has {total} layers")
@@ -72,7 +73,7 @@ class TunedBase:
                 task_type="CAUSAL_LM",
             )  # fmt: skip
             # Puts the adapter into the model's own layers; the wrapper knows the names that other readers expect.
-            with warnings.catch_warnings(action="ignore"):  # what peft asks of transformers is about to be renamed
+            with peft_of_old_names():
                 self.adapted = get_peft_model(self.model, config)
             local = Path(os.path.expanduser(base.identity.name))
             name = str(local.resolve()) if local.exists() and base.identity.name != BUILT_IN else base.identity.name

@@ -156,7 +156,9 @@ class _UnreachableError(Exception):
 
 def _from_hub(task: Task, hub: HubSource) -> TaskData:
     from datasets import config, load_dataset
+    from datasets.utils import logging as datasets_logging
 
+    verbosity = datasets_logging.get_verbosity()
     offline_by_choice = bool(config.HF_HUB_OFFLINE)
     trouble = "HF_HUB_OFFLINE is set" if offline_by_choice else _hub_trouble(hub)
     arguments: dict[str, Any] = {"name": hub.name, "split": hub.split, "revision": hub.revision}
@@ -165,6 +167,7 @@ def _from_hub(task: Task, hub: HubSource) -> TaskData:
     try:
         # In its offline mode `datasets` goes straight to its cache, instead of there after all its retries.
         config.HF_HUB_OFFLINE = trouble is not None
+        datasets_logging.set_verbosity_error()  # that it takes what is in its cache is no news
         dataset = load_dataset(hub.path, **arguments)
     except Exception as error:  # `datasets` raises its own errors, the hub's, httpx's, pyarrow's and Python's
         if isinstance(error, ConnectionError):
@@ -177,6 +180,7 @@ def _from_hub(task: Task, hub: HubSource) -> TaskData:
         ) from error
     finally:
         config.HF_HUB_OFFLINE = offline_by_choice
+        datasets_logging.set_verbosity(verbosity)
     digest = hashlib.sha256()
     for record in dataset:
         digest.update(json.dumps(record, sort_keys=True, default=str).encode() + b"\n")

@@ -184,7 +184,7 @@ class TestEval:
         assert rescore("trace", *options, "--out", tmp_path).err == run.err
 
     def test_notices_do_not_wait_for_the_results(self, rescore: Command, model: list[object], monkeypatch):
-        monkeypatch.setattr("lm.base.BaseLM._follows_mask", lambda *_: False)
+        monkeypatch.setattr("lm.probe.Probe._follows_tree", lambda *_: False)
         monkeypatch.setattr(evaluation, "decode", lambda *_, **__: 1 / 0)
         run = rescore("eval", *model, "--mode", "live", "--p", 4)
         first, second = run.err.splitlines()

@@ -14,8 +14,6 @@ from transformers import (
     BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    GPTJConfig,
-    GPTJForCausalLM,
     GPTNeoConfig,
     GPTNeoForCausalLM,
     GraniteConfig,
@@ -43,6 +41,8 @@ TINY = dict(
     vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, initializer_range=0.6, max_position_embeddings=64,
 )  # fmt: skip
+
+GPT2 = dict(vocab_size=257, n_embd=32, n_head=4, n_positions=64, bos_token_id=256, eos_token_id=256)
 
 
 def wrap(model: torch.nn.Module) -> BaseLM:
@@ -128,7 +128,7 @@ class TestForward:
         torch.testing.assert_close(tiny_base.project(hidden[0, 1]), logits[0, 1])
 
     def test_a_biased_projection_too(self):
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_embd=32, n_layer=1, n_head=2, n_positions=64))
+        model = GPT2LMHeadModel(GPT2Config(**GPT2, n_layer=1))
         model.lm_head.bias = torch.nn.Parameter(torch.randn(257))
         base = wrap(model)
         logits, hidden = base.forward(torch.tensor([[1, 2, 3]]))
@@ -179,11 +179,21 @@ class TestRefusals:
         assert packed(MistralConfig(**TINY, sliding_window=None), MistralForCausalLM).supports_tree
 
 
+def adding() -> LlamaForCausalLM:
+    """A Llama that adds a mask of true and false to its scores, as 1 and 0."""
+    model = LlamaForCausalLM(LlamaConfig(**TINY))
+
+    def as_numbers(_module: torch.nn.Module, args: tuple, named: dict) -> tuple[tuple, dict]:
+        mask = named["attention_mask"]
+        return args, {**named, "attention_mask": mask if mask is None or mask.ndim < 4 else mask.double()}
+
+    model.register_forward_pre_hook(as_numbers, with_kwargs=True)
+    return model
+
+
 IGNORANT = {
     "refuses it": lambda: BloomForCausalLM(BloomConfig(vocab_size=257, hidden_size=32, n_layer=2, n_head=4)),
-    "adds it to the scores": lambda: GPTJForCausalLM(
-        GPTJConfig(vocab_size=257, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4, initializer_range=0.6)
-    ),
+    "adds it to the scores": adding,
     "adds it to its own causal mask": lambda: GPTNeoForCausalLM(
         GPTNeoConfig(
             vocab_size=257,
@@ -212,9 +222,7 @@ class TestTreeMasks:
 MODELS = {
     "full": lambda: packed(LlamaConfig(**TINY)),
     "window": lambda: packed(MistralConfig(**TINY, sliding_window=4), MistralForCausalLM),
-    "learned positions": lambda: wrap(
-        GPT2LMHeadModel(GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=4, n_positions=64))
-    ),
+    "learned positions": lambda: wrap(GPT2LMHeadModel(GPT2Config(**GPT2, n_layer=2))),
 }
 
 
@@ -332,7 +340,8 @@ class TestPackedAttention:
     """The same numbers as transformers' own attention, for every shape of call that is made here."""
 
     @pytest.fixture(scope="class", params=[1, 2, 4], ids=lambda n: f"{n} kv heads")
-    def pair(self, request: pytest.FixtureRequest) -> tuple[BaseLM, BaseLM]:
+    @staticmethod
+    def pair(request: pytest.FixtureRequest) -> tuple[BaseLM, BaseLM]:
         config = LlamaConfig(**{**TINY, "num_key_value_heads": request.param})
         ours = packed(config)
         theirs = LlamaForCausalLM._from_config(LlamaConfig(**config.to_diff_dict()), attn_implementation="sdpa")

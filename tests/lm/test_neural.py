@@ -302,7 +302,7 @@ class TestRefusals:
 
     def test_a_model_without_tree_attention(self, base, tmp_path, monkeypatch):
         source = find_neural(str(save_tiny_base(tmp_path / "small", seed=3, hidden_size=16)))
-        monkeypatch.setattr(BaseLM, "_follows_mask", lambda *_: False)
+        monkeypatch.setattr("lm.probe.Probe._follows_tree", lambda *_: False)
         message = refused(
             lambda: load_neural(source, vocab_size=257, base_name="the base"), IncompatibleError
         )  # fmt: skip

@@ -232,7 +232,8 @@ class TestHeldOut:
 
 class TestTraining:
     @pytest.fixture(scope="class")
-    def repetitive(self, tiny_base, tmp_path_factory) -> HeadData:
+    @staticmethod
+    def repetitive(tiny_base, tmp_path_factory) -> HeadData:
         folder = tmp_path_factory.mktemp("text")
         (folder / "text.txt").write_text("the cat sat on the mat, " * 200)
         return read_head_data(tiny_base, folder / "text.txt", folder)

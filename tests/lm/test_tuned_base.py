@@ -294,8 +294,9 @@ class TestTrouble:
     def test_a_base_without_linear_layers_takes_no_adapter(self, pairs, tmp_path):
         folder = save_tiny_base(tmp_path / "gpt2")
         config = GPT2Config(
-            vocab_size=load_base(str(folder)).vocab_size, n_embd=32, n_layer=1, n_head=2, n_positions=64
-        )
+            vocab_size=load_base(str(folder)).vocab_size, n_embd=32, n_layer=1, n_head=2, n_positions=64,
+            bos_token_id=256, eos_token_id=256,
+        )  # fmt: skip
         GPT2LMHeadModel(config).save_pretrained(folder)
         said = self.refused(lambda: trainer_of(str(folder), pairs, TUNED, tmp_path), IncompatibleError)
         assert "no linear layers" in said

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -260,11 +261,14 @@ class TestNoHub:
         load_examples(load_task("squad"))
         assert datasets.config.HF_HUB_OFFLINE is False
 
-    def test_a_data_set_in_the_cache_needs_no_hub(self, tmp_path: Path) -> None:
+    def test_a_data_set_in_the_cache_needs_no_hub(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         put_in_cache(tmp_path / "cache", "openai___gsm8k", "gsm8k", config="main", split="test", records=QA)
+        logging.getLogger("datasets").addHandler(caplog.handler)
         found = load_examples(load_task("gsm8k"))
+        logging.getLogger("datasets").removeHandler(caplog.handler)
         assert [example.prompt for example in found.examples] == ["q0", "q1", "q2", "q3", "q4"]
         assert found.source["kind"] == "hub" and found.notice is None
+        assert not caplog.records  # the library warns of its cache
 
 
 def put_in_cache(cache: Path, folder: str, name: str, *, config: str, split: str, records: list[Any]) -> None:

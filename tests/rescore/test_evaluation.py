@@ -354,7 +354,7 @@ class TestConfiguration:
 
     @pytest.mark.parametrize(("p", "said"), [(4, True), (1, False)])
     def test_a_base_without_tree_masks_is_told_before_the_work(self, make: Make, monkeypatch, p: int, said: bool):
-        monkeypatch.setattr("lm.base.BaseLM._follows_mask", lambda *_: False)
+        monkeypatch.setattr("lm.probe.Probe._follows_tree", lambda *_: False)
         happened: list[str] = []
         found = evaluate(
             make(mode="live", p=p, rescorers=("none", "oracle")),

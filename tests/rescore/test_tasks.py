@@ -222,7 +222,8 @@ class TestSquadSample:
     """The 40 passages written for this project, in SQuAD's own shape."""
 
     @pytest.fixture(scope="class")
-    def records(self) -> list[dict[str, Any]]:
+    @staticmethod
+    def records() -> list[dict[str, Any]]:
         path = load_task("squad").sample
         assert path is not None
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

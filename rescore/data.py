@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,19 +58,19 @@ def load_examples(
         raise RescoreError(f"the limit of examples must be at least 1, not {limit}; leave it out to take all")
     limit = limit or task.limits.examples
     if (path := data or task.file) is not None:
-        return _chosen(task, _from_file(task, path, kind="file"), limit, leave_out)
+        return _from_file(task, path, limit, leave_out, kind="file")
     if task.hub is None:
         missing = task.without_hub
     else:
         try:
-            return _chosen(task, _from_hub(task, task.hub), limit, leave_out)
+            return _from_hub(task, task.hub, limit, leave_out)
         except _UnreachableError as error:
             missing = str(error)
     if task.sample is None:
         raise RescoreError(
             f"no data for task {task.name}: {missing}; give --data PATH, JSON lines with {wanted_rows(task)}"
         )
-    sample = _chosen(task, _from_file(task, task.sample, kind="sample"), limit, leave_out)
+    sample = _from_file(task, task.sample, limit, leave_out, kind="sample")
     notice = (
         f"{missing}; using {len(sample.examples)} examples of the sample embedded for task {task.name}, "
         "whose numbers do not compare with the real data set's (--data PATH gives other data)"
@@ -78,22 +78,22 @@ def load_examples(
     return TaskData(sample.examples, sample.source, notice)
 
 
-def _chosen(task: Task, found: TaskData, limit: int | None, leave_out: Collection[str]) -> TaskData:
+def _chosen(
+    task: Task, read: Sequence[Example], source: dict[str, Any], limit: int | None, leave_out: Collection[str]
+) -> TaskData:
     """The first `limit` of the examples that are not left out, one of each group first."""
-    examples, source = found.examples, found.source
+    examples = read
     if leave_out:
-        examples = tuple(example for example in found.examples if digest(example.prompt) not in leave_out)
+        examples = [example for example in read if digest(example.prompt) not in leave_out]
         kept = {example.id for example in examples}
-        source = {**source, "left_out": [example.id for example in found.examples if example.id not in kept]}
+        source = {**source, "left_out": [example.id for example in read if example.id not in kept]}
         if not examples:
-            raise RescoreError(
-                f"all {len(found.examples)} examples of {task.name} are to be left out; drop --leave-out"
-            )
+            raise RescoreError(f"all {len(read)} examples of {task.name} are to be left out; drop --leave-out")
     order = one_of_each_first([example.group for example in examples])
     return TaskData(tuple(examples[place] for place in order[:limit]), source)
 
 
-def _from_file(task: Task, path: Path, *, kind: str) -> TaskData:
+def _from_file(task: Task, path: Path, limit: int | None, leave_out: Collection[str], *, kind: str) -> TaskData:
     if not os.path.isfile(path):  # unlike `Path.is_file`, no error for a name too long or a folder closed to us
         try:
             path.stat()
@@ -105,15 +105,19 @@ def _from_file(task: Task, path: Path, *, kind: str) -> TaskData:
             f"{'not a file' if os.path.exists(path) else 'no such file'}: {path}; "
             f"the data of task {task.name} are JSON lines with {wanted_rows(task)}"
         )
+<<<<<<< HEAD
     file = identify(path, wants_rows=True)
     examples = _examples(task, rows(file), where=f"{path} {file.unit}")
     check_whole(file)
+=======
+    examples = _examples(task, read_json_lines(path), limit, leave_out, where=f"{path} line")
+>>>>>>> stats
     if not examples:
         nothing = "is empty" if next(rows(file), None) is None else f"has no rows of task {task.name}"
         raise InvalidDataError(f"{path} {nothing}; task {task.name} needs {wanted_rows(task)}")
     # The embedded sample goes by its name alone: where the package is installed says nothing about the data.
     shown = str(path) if kind == "file" else path.name
-    return TaskData(examples, {"kind": kind, "path": shown, "sha256": sha256_of_file(path)})
+    return _chosen(task, examples, {"kind": kind, "path": shown, "sha256": sha256_of_file(path)}, limit, leave_out)
 
 
 def wanted_rows(task: Task) -> str:
@@ -121,7 +125,16 @@ def wanted_rows(task: Task) -> str:
     return task.rows or f"the {'field' if len(task.fields) == 1 else 'fields'} {', '.join(task.fields)}"
 
 
-def _examples(task: Task, records: Iterable[tuple[int, Record]], *, where: str) -> tuple[Example, ...]:
+def _examples(
+    task: Task,
+    records: Iterable[tuple[int, Record]],
+    limit: int | None,
+    leave_out: Collection[str],
+    *,
+    where: str,
+) -> list[Example]:
+    """The examples of the records, as far as they are needed: until there are `limit` of different groups."""
+    groups: set[str] = set()
     examples: list[Example] = []
     seen: set[str] = set()
     for number, row in records:
@@ -132,11 +145,16 @@ def _examples(task: Task, records: Iterable[tuple[int, Record]], *, where: str) 
             identity = _identity(record, number)
             while identity in seen:
                 identity = f"{identity}#{number}"
-            examples.append(task.example(record, id=identity))
+            example = task.example(record, id=identity)
         except InvalidDataError as error:
             raise InvalidDataError(f"{where} {number}: {error}") from error
         seen.add(identity)
-    return tuple(examples)
+        examples.append(example)
+        if not leave_out or digest(example.prompt) not in leave_out:
+            groups.add(example.group)
+            if len(groups) == limit:
+                break
+    return examples
 
 
 def _identity(record: Record, number: int) -> str:
@@ -154,7 +172,7 @@ class _UnreachableError(Exception):
     """The hub can't be reached and its data set is not in the local cache."""
 
 
-def _from_hub(task: Task, hub: HubSource) -> TaskData:
+def _from_hub(task: Task, hub: HubSource, limit: int | None, leave_out: Collection[str]) -> TaskData:
     from datasets import config, load_dataset
     from datasets.utils import logging as datasets_logging
 
@@ -180,15 +198,20 @@ def _from_hub(task: Task, hub: HubSource) -> TaskData:
         ) from error
     finally:
         config.HF_HUB_OFFLINE = offline_by_choice
+<<<<<<< HEAD
         datasets_logging.set_verbosity(verbosity)
     digest = hashlib.sha256()
+=======
+    sha256 = hashlib.sha256()
+>>>>>>> stats
     for record in dataset:
-        digest.update(json.dumps(record, sort_keys=True, default=str).encode() + b"\n")
-    examples = _examples(task, enumerate(dataset, start=1), where=f"{hub.path} record")
+        sha256.update(json.dumps(record, sort_keys=True, default=str).encode() + b"\n")
+    examples = _examples(task, enumerate(dataset, start=1), limit, leave_out, where=f"{hub.path} record")
     if not examples:
         nothing = f"no records of task {task.name} in its split {hub.split}"
         raise InvalidDataError(f"{hub.path} holds {nothing}; give --data PATH")
-    return TaskData(examples, {"kind": "hub", "path": hub.path, **arguments, "sha256": digest.hexdigest()})
+    source = {"kind": "hub", "path": hub.path, **arguments, "sha256": sha256.hexdigest()}
+    return _chosen(task, examples, source, limit, leave_out)
 
 
 def _hub_trouble(hub: HubSource, timeout: float = HUB_TIMEOUT) -> str | None:

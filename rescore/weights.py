@@ -64,7 +64,8 @@ def _alpha(options: EvalOptions, task: TaskInput, typed: str, rescorer: Weighted
             f"p = {p}; run: {command} (or give --alpha NUMBER)"
         )
     tuned = read_json_object(path, missing=f"can't use the tuned weight in {path}", advice=f"run: {command}")
-    alpha, held_out = tuned.get("alpha"), tuned.get("held_out")
+    alpha: Any = tuned.get("alpha")
+    held_out = tuned.get("held_out")
     usable = type(alpha) in (int, float) and math.isfinite(alpha) and 0 <= alpha <= MAX_ALPHA
     if not usable or not isinstance(held_out, list) or not all(isinstance(name, str) for name in held_out):
         raise InvalidDataError(f"{path} holds no tuned weight; run: {command}")

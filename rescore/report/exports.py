@@ -101,7 +101,7 @@ def markdown_text(
         lines = "\n".join(f"- {escaped(line)}" for line in missing)
         parts.append(f"**To know: what the numbers are of, and what is not shown here**\n\n{lines}")
     rows = [[row.rescorer, str(row.p), *(_headline_cell(cell) for cell in row.cells)] for row in headline.rows]
-    parts.append(markdown_table(["rescorer", "p", *(view.label for view in views)], rows))
+    parts.append(markdown_table(["rescorer", "p", *map(_titled, views)], rows))
     parts.append(
         "Tokens a step (block efficiency); in brackets the gain over the unrescored draft with its 95 % interval, "
         "and the share of the oracle's gap recovered."
@@ -110,6 +110,11 @@ def markdown_text(
         body = markdown_table(section.header, section.rows) if section.rows else escaped(section.lacking)
         parts.append(f"## {section.title}\n\n{escaped(section.reading)}\n\n{body}")
     return "\n\n".join(parts) + "\n"
+
+
+def _titled(view: TaskView) -> str:
+    n, groups = (max(r[name] for r in view.results) for name in ("n", "groups"))
+    return f"{view.label} (examples: {n}, groups: {groups})"
 
 
 def _headline_cell(cell: Any) -> str:

@@ -132,6 +132,13 @@ class TestLimit:
         for limit in range(1, 7):
             assert [e.id for e in load_examples(task, data=path, limit=limit).examples] == every[:limit]
 
+    def test_no_more_is_read_than_is_needed(self, tmp_path: Path):
+        path = write_lines(tmp_path / "squad.jsonl", [*paragraphs(2, 1, 2), {"context": None}])
+        task = load_task("squad")
+        assert [e.id for e in load_examples(task, data=path, limit=3).examples] == ["p0q0", "p1q0", "p2q0"]
+        with pytest.raises(InvalidDataError, match="line 6"):
+            load_examples(task, data=path, limit=4)
+
     def test_of_a_trace_too(self, model: dict[str, Any], tmp_path: Path):
         data = str(write_lines(tmp_path / "squad.jsonl", paragraphs(2, 2, 2)))
         trace_task(EvalOptions(**model, data=data), tmp_path / "trace")

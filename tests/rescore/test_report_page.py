@@ -102,6 +102,9 @@ def test_three_files_with_the_same_numbers(results, tmp_path):
         assert float(row["block_efficiency"]) == pytest.approx(result["block_efficiency"], rel=1e-5)
         shown = f"{result['block_efficiency']:.3f}"
         assert shown in page and shown in markdown
+    assert {(r["examples"], r["groups"], r["cut_at_limit"]) for r in rows} == {("5", "5", "1.0")}
+    assert "5 examples (5 groups), replay" in page and "squad (examples: 5, groups: 5)" in markdown
+    assert "(100% of the outputs cut at the token limit)" in page
     assert float(rows[-1]["oracle_gap_recovered"]) == pytest.approx(1.0)
     assert not written.missing
 

@@ -105,13 +105,9 @@ def _from_file(task: Task, path: Path, limit: int | None, leave_out: Collection[
             f"{'not a file' if os.path.exists(path) else 'no such file'}: {path}; "
             f"the data of task {task.name} are JSON lines with {wanted_rows(task)}"
         )
-<<<<<<< HEAD
     file = identify(path, wants_rows=True)
-    examples = _examples(task, rows(file), where=f"{path} {file.unit}")
+    examples = _examples(task, rows(file), limit, leave_out, where=f"{path} {file.unit}")
     check_whole(file)
-=======
-    examples = _examples(task, read_json_lines(path), limit, leave_out, where=f"{path} line")
->>>>>>> stats
     if not examples:
         nothing = "is empty" if next(rows(file), None) is None else f"has no rows of task {task.name}"
         raise InvalidDataError(f"{path} {nothing}; task {task.name} needs {wanted_rows(task)}")
@@ -198,12 +194,8 @@ def _from_hub(task: Task, hub: HubSource, limit: int | None, leave_out: Collecti
         ) from error
     finally:
         config.HF_HUB_OFFLINE = offline_by_choice
-<<<<<<< HEAD
         datasets_logging.set_verbosity(verbosity)
-    digest = hashlib.sha256()
-=======
     sha256 = hashlib.sha256()
->>>>>>> stats
     for record in dataset:
         sha256.update(json.dumps(record, sort_keys=True, default=str).encode() + b"\n")
     examples = _examples(task, enumerate(dataset, start=1), limit, leave_out, where=f"{hub.path} record")

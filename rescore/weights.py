@@ -4,7 +4,6 @@ this machine; fitting to a base LM."""
 from __future__ import annotations
 
 import dataclasses
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,12 +64,12 @@ def _alpha(options: EvalOptions, task: TaskInput, typed: str, rescorer: Weighted
         )
     tuned = read_json_object(path, missing=f"can't use the tuned weight in {path}", advice=f"run: {command}")
     alpha, held_out = tuned.get("alpha"), tuned.get("held_out")
-    usable = type(alpha) in (int, float) and math.isfinite(alpha) and 0 <= alpha <= MAX_ALPHA
+    usable = isinstance(alpha, (int, float)) and 0 <= alpha <= MAX_ALPHA  # not NaN either
     if not usable or not isinstance(held_out, list) or not all(isinstance(name, str) for name in held_out):
         raise InvalidDataError(f"{path} holds no tuned weight; run: {command}")
     # What it was tuned by goes into the results, which another machine can then make again.
     found = {
-        "alpha": float(alpha), "from": TUNED, "held_out": held_out, "swept": tuned.get("alphas"),
+        "alpha": float(tuned["alpha"]), "from": TUNED, "held_out": held_out, "swept": tuned.get("alphas"),
         "data_sha256": tuned.get("data_sha256"),
     }  # fmt: skip
     if tuned.get("data_sha256") != task.settings.get("data_sha256"):

@@ -219,9 +219,10 @@ class Once:
 
     def check(self, number: int, record: dict[str, Any]) -> None:
         """Raises `InvalidDataError` for a line whose prompt came before."""
-        if not isinstance(record.get("prompt"), str) or not isinstance(record.get("chat"), bool):
-            return
-        if (key := (record["prompt"], record["chat"])) in self._seen:
+        prompt, chat = record.get("prompt"), record.get("chat")
+        if not isinstance(prompt, str) or not prompt or not isinstance(chat, bool):
+            return  # not of `generate_corpus`, which has its own error
+        if (key := (prompt, chat)) in self._seen:
             raise InvalidDataError(
                 f"{self.path} line {number} has a prompt that is there already: two processes wrote to the folder; "
                 "remove it and make the corpus again"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +22,15 @@ import torch
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lm.base import BaseLM
 from lm.corpus import CORPUS_FILE, HIDDEN_FILE, STATE_BYTES, Once, read_settings
-from lm.files import atomic_folder, is_text, read_json_lines, read_json_object, sha256_of_file, write_json
+from lm.files import atomic_folder, is_text, read_json_lines, sha256_of_file, write_json
+from lm.head_shards import DONE_FILE, Shard, read_shard, remove_broken, states_of, whole_shards
 from lm.keys import key_of
-from lm.locks import tell, writing_to
+from lm.locks import writing_to
 from lm.losses import choose_precision
 from lm.text_files import TextFile, identify, rows, text_lines
 
 CHUNK = 256  # tokens of plain text that see each other; short chunks keep attention cheap on a CPU
 BATCH_TOKENS = 2048
-DONE_FILE = "done.json"
 STATES = 2  # changes with how a corpus is cut and what is kept of it
 SHARD_TARGETS = 1 << 16  # of a text's cached states; what a kill can lose
 CACHE_GB = 20.0
@@ -246,7 +245,7 @@ def read_head_data(
         "corpus": digest, "kind": file.layout, "max_tokens": max_tokens,
     }  # fmt: skip
     folder = cache / f"states-{key_of(made_of, 16)}"
-    shards = _whole_shards(folder, base.hidden_size)
+    shards = whole_shards(folder, base.hidden_size)
     if shards is None:
         sequences = _bounded(list(_pairs(base, file) if file.has_rows else _chunks(base, file)), max_tokens)
         if not sequences:
@@ -260,56 +259,10 @@ def read_head_data(
                 "raise --cache-gb or lower --max-tokens"
             )
         with writing_to(cache):
-            _remove_broken(folder, base.hidden_size)
+            remove_broken(folder, base.hidden_size)
             _run_base(base, sequences, folder, dtype, progress)
-        shards = [_read_shard(shard, base.hidden_size) for shard in sorted(folder.glob("shard-*"))]
+        shards = [read_shard(shard, base.hidden_size) for shard in sorted(folder.glob("shard-*"))]
     return _joined(shards, path.name, digest)
-
-
-def _whole_shards(folder: Path, hidden_size: int) -> list[Shard] | None:
-    """The shards of finished states; None if they are not finished, or broken."""
-    if not (folder / DONE_FILE).is_file():
-        return None
-    try:
-        targets = read_json_object(folder / DONE_FILE, missing="").get("targets")
-        shards = [_read_shard(shard, hidden_size) for shard in sorted(folder.glob("shard-*"))]
-        return shards if sum(len(shard.targets) for shard in shards) == targets else None
-    except (RescoreError, OSError, ValueError):
-        return None
-
-
-def _remove_broken(folder: Path, hidden_size: int) -> None:
-    """Makes room for states that are whole."""
-    finished = (folder / DONE_FILE).is_file()
-    for shard in sorted(folder.glob("shard-*")):
-        try:
-            _read_shard(shard, hidden_size)
-        except (RescoreError, OSError, ValueError) as error:
-            tell(f"the states in {shard} are broken ({error}); they are made again")
-            shutil.rmtree(shard, ignore_errors=True)
-            finished = False
-    if finished:  # a shard is gone, or `DONE_FILE` is broken
-        tell(f"the states in {folder} are not whole; what is missing is made again")
-    (folder / DONE_FILE).unlink(missing_ok=True)
-
-
-class Shard(NamedTuple):
-    """The fields of `HeadData`, of some of its segments."""
-
-    targets: np.ndarray
-    ends: np.ndarray
-    contexts: np.ndarray
-    context_ends: np.ndarray
-    states: np.ndarray
-
-
-def _read_shard(folder: Path, hidden_size: int) -> Shard:
-    ends, context_ends = (np.fromfile(folder / f"{name}.i64", dtype=np.int64) for name in ("ends", "context_ends"))
-    targets, contexts = (np.fromfile(folder / f"{name}.i32", dtype=np.int32) for name in ("targets", "contexts"))
-    for tokens, places in ((targets, ends), (contexts, context_ends)):
-        if not len(places) or places[-1] != len(tokens) or (np.diff(places) < 0).any():
-            raise InvalidDataError(f"{folder} has not as many tokens as it says; remove it and make it again")
-    return Shard(targets, ends, contexts, context_ends, _states(folder, len(targets), hidden_size))
 
 
 def _joined(shards: list[Shard], source: str, digest: str) -> HeadData:
@@ -320,15 +273,6 @@ def _joined(shards: list[Shard], source: str, digest: str) -> HeadData:
     return HeadData(
         Rows(every.pop("states")), **{n: np.concatenate(p) for n, p in every.items()}, source=source, sha256=digest
     )
-
-
-def _states(folder: Path, rows: int, hidden_size: int) -> np.ndarray:
-    """The first rows of a folder's `hidden.f16`; a generation that still goes on may have written more."""
-    path = folder / HIDDEN_FILE
-    there = path.stat().st_size // (hidden_size * STATE_BYTES) if path.is_file() else 0
-    if there < rows:
-        raise InvalidDataError(f"{path} has the states of {there} of {rows} tokens; remove {folder} and make it again")
-    return np.memmap(path, dtype=np.float16, mode="r", shape=(rows, hidden_size))
 
 
 def _own_output(base: BaseLM, folder: Path) -> HeadData:
@@ -361,7 +305,7 @@ def _own_output(base: BaseLM, folder: Path) -> HeadData:
     if not targets:
         raise InvalidDataError(f"the corpus in {folder} is empty")
     return HeadData(
-        Rows([_states(folder, len(targets), base.hidden_size)]),
+        Rows([states_of(folder, len(targets), base.hidden_size)]),
         np.asarray(targets, dtype=np.int32),
         np.asarray(ends, dtype=np.int64),
         np.asarray(contexts, dtype=np.int32),

@@ -494,14 +494,16 @@ def _tokenised(texts: list[str], tokenizer: Any) -> np.ndarray:
 def _own_tokens(folder: Path, numbering: Any, tokenizer: Any, left_context: int) -> Iterator[np.ndarray]:
     """Per example: the end of the prompt, the output, and whether that was finished."""
     from lm.catalog import tokenizer_sha256
-    from lm.corpus import CORPUS_FILE, read_settings
+    from lm.corpus import CORPUS_FILE, Once, read_settings
     from lm.files import read_json_lines
 
     base = read_settings(folder)["base"]
     if base["tokenizer_sha256"] != tokenizer_sha256(tokenizer):
         raise IncompatibleError(f"{folder} was made with the tokenizer of {base['name']}; choose that as tokenizer")
     path = folder / CORPUS_FILE
+    once = Once(path)
     for number, record in read_json_lines(path, torn_tail=True):
+        once.check(number, record)
         prompt, output = record.get("prompt_ids", []), record.get("output_ids")
         for ids in (prompt, output):
             if not isinstance(ids, list) or any(type(i) is not int for i in ids):

@@ -41,6 +41,8 @@ Notify = Callable[[str], None]
 CHOSEN = ("alpha", "held_out", "held_out_groups")  # of a tuned weight: what a result says of it
 SWEPT = ("alphas", "block_efficiency", *CHOSEN)  # what is kept of a sweep
 
+RUN = ("task", "rescorer", "k", "h", "p")  # what a sweep is of, as far as its line says it
+
 
 @dataclass
 class Suite:
@@ -111,7 +113,7 @@ def _run(plan: Plan, out: Path, source: str, progress: Progress | None, notify: 
                 suite.runs.append({"task": part.input.name, "k": part.k, "h": part.h, "folder": part.folder})
         except KeyboardInterrupt:
             suite.interrupted = True
-        suite.tuned = weights.kept
+        suite.tuned = weights.latest
     if not suite.interrupted:
         with atomic_file(out / TABLE_FILE) as temporary:
             temporary.write_text(suite_page(suite.results, suite.plan, suite.source), encoding="utf-8")
@@ -187,6 +189,12 @@ class _Weights:
 
     def __exit__(self, *error: object) -> None:
         self._stream.close()
+
+    @property
+    def latest(self) -> list[dict[str, Any]]:
+        """The last sweep of each task, rescorer, k, h and p: one of other data or of another model is passed."""
+        by_run = {tuple(record.get(name) for name in RUN): record for record in self.kept}
+        return list(by_run.values())
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
         """The sweep of this task, rescorer, k, h and p."""

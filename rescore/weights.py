@@ -4,7 +4,6 @@ this machine; fitting to a base LM."""
 from __future__ import annotations
 
 import dataclasses
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path

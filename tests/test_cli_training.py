@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import once, write_lines
 from test_cli import Command, rescore  # noqa: F401 (a fixture)
+
+from lm.locks import writing_to
 
 CPU = ["--device", "cpu"]
 QUICK_RESCORER = [
@@ -217,3 +220,37 @@ def test_refusals(
         except AssertionError as error:
             raise AssertionError(f"{what}: {error}") from error
         assert not (tmp_path / "out" / "model.safetensors").exists(), what
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["train-heads", "--h", 3, "--steps", 2], ["train-rescorer", "neural-32m"], ["train-bigram"]],
+    ids=lambda command: command[0],
+)
+def test_a_second_training_in_one_folder_is_refused(
+    rescore: Command,  # noqa: F811
+    tiny_folder: Path,
+    tiny_heads_folder: Path,
+    corpus: Path,
+    tmp_path: Path,
+    command: list[object],
+):
+    """Before it writes the first state; the other training is a thread here, whose locks are its own."""
+    heads = ["--heads", tiny_heads_folder] if command[0] == "train-bigram" else []
+    begun, end = threading.Event(), threading.Event()
+
+    def train() -> None:
+        with writing_to(tmp_path / "out"):
+            begun.set()
+            end.wait(60)
+
+    other = threading.Thread(target=train)
+    other.start()
+    try:
+        assert begun.wait(60)
+        run = rescore(*command, "--base", tiny_folder, *heads, "--corpus", corpus, "--out", tmp_path / "out", *CPU)
+        run.refused("another rescore process is writing to .*out; wait for it, or use another --out")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [".rescore.lock"]
+    finally:
+        end.set()
+        other.join()

@@ -132,6 +132,8 @@ def trace_command(run: FinishedRun, task: str) -> str:
         "max-prompt-tokens": made_of.get("max_prompt_tokens"),
         "data": options.get("data"),
         "leave-out": options.get("leave_out"),
+        "dtype": base.get("dtype") if isinstance(base, dict) and base.get("dtype") != "float32" else None,
+        "device": (made_of.get("recorded_by") or {}).get("device"),
         "out": folder,
     }
     words = [f"--{name} {shlex.quote(str(value))}" for name, value in arguments.items() if value is not None]

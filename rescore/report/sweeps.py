@@ -47,8 +47,8 @@ def _kept(run: FinishedRun, task: str) -> Iterator[dict[str, Any]]:
     folder = run.folder.resolve().parent
     if folder.name == RUNS_FOLDER:
         try:
-            for _, fields in read_json_lines(folder.parent / TUNED_FILE, torn_tail=True):
-                yield fields
+            kept = [fields for _, fields in read_json_lines(folder.parent / TUNED_FILE, torn_tail=True)]
+            yield from reversed(kept)  # of two sweeps of one run the later is the one that was used
         except RescoreError:
             pass
     for path in sorted((cache_directory() / "tuned").glob(f"{glob.escape(task)}-*.json")):

@@ -155,6 +155,7 @@ class TestOwnOutput:
         for read in (
             lambda: read_head_data(tiny_base, out, tmp_path / "cache"),
             lambda: generate_corpus(tiny_base, [Prompt("abc", True)], out, max_new_tokens=4),
+            lambda: build_ngram([out], tmp_path / "ngram", order=2, tokenizer=tiny_base.identity.name),
         ):
             with pytest.raises(InvalidDataError, match="line 3 has a prompt that is there already: two processes"):
                 read()

@@ -185,12 +185,20 @@ class TestDelta:
 
     def test_its_hash_names_weights_and_base(self, base, tuned, delta, tmp_path):
         source = find_neural(str(delta))
-        assert source.sha256.endswith(base.identity.weights_sha256)
+        of_another = dataclasses.replace(source.delta, base_weights_sha256="another")
+        assert dataclasses.replace(source, delta=of_another).sha256 != source.sha256
         save_delta(tuned.model, names_of(tuned)[:2], config_for(base), tmp_path / "less")
         assert find_neural(str(tmp_path / "less")).sha256 != source.sha256
 
 
 class TestWhole:
+    def test_its_hash_names_its_configuration(self, tmp_path):
+        folder = save_tiny_base(tmp_path / "small", seed=3, hidden_size=16)
+        before = find_neural(str(folder)).sha256
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+        assert find_neural(str(folder)).sha256 != before
+
     def test_a_folder_of_save_pretrained(self, base, tmp_path):
         folder = save_tiny_base(tmp_path / "small", seed=3, hidden_size=16)
         loaded = load(folder, base)

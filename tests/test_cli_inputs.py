@@ -129,7 +129,7 @@ class TestFormats:
             assert rescore("build-ngram", path, *WORDS, "--out", out).code == 0, path
             found[path.name] = (out / "model.arpa").read_bytes()
         assert len(set(found.values())) == 1, [name for name, text in found.items() if text != found["fable.txt"]]
-        scores = [rescore("score-ngram", path, "--ngram", tmp_path / "m0").out.split("\n", 3)[3] for path in paths]
+        scores = [rescore("score-ngram", path, "--ngram", tmp_path / "m0", "--json").out for path in paths]
         assert len(set(scores)) == 1
 
     def test_what_is_no_text_is_refused_by_every_command(

@@ -51,7 +51,8 @@ def suite_command(
     plan: Annotated[Path, typer.Argument(metavar="TABLE.yaml", help="Tasks, rescorers, k: see docs/formats.md.")],
     out: Annotated[Path, typer.Option(help="Folder for results, table.md and table.csv; resumable.")],
     data: Annotated[
-        Path | None, typer.Option(help="Folder with TASK.jsonl for each task whose data the file does not name.")
+        Path | None,
+        typer.Option(help="Folder with TASK.jsonl (or .csv ...) for each task whose data the file does not name."),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -59,7 +59,9 @@ def build_ngram_command(
             "smollm2-135m."
         ),
     ] = None,
-    prune: Annotated[str, typer.Option(help="Drop n-grams that occur at most so often, by order, like 0,0,1,2.")] = "",
+    prune: Annotated[
+        str, typer.Option(help="Drop n-grams that occur at most so often, by order: 0,0,1,2 or '0 0 1 2'.")
+    ] = "",
     discount_fallback: Annotated[
         bool, typer.Option("--discount-fallback", help="Use discounts 0.5, 1, 1.5 where the corpus gives none.")
     ] = False,

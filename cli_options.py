@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import select
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -88,11 +89,21 @@ class CheckedCommand(typer.core.TyperCommand):
         try:
             return super().invoke(ctx)
         except BrokenPipeError as error:
-            raise ReaderGoneError from error
+            if _is_read_no_more():
+                raise ReaderGoneError from error
+            # Not as it is: the library would end without a word.
+            raise RuntimeError(f"the connection to another process broke ({error})") from error
 
 
 class ReaderGoneError(Exception):
     """Nobody reads the output any more."""
+
+
+def _is_read_no_more() -> bool:
+    """Whether stdout is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _check_given(parameter: Any, given: Any, times: int) -> None:

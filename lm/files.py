@@ -39,7 +39,14 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
         reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"can't write {path}: {reason}; what was written before is kept") from error
+        advice = "; set RESCORE_CACHE to a folder where rescore may keep files" if _is_cached(path) else ""
+        raise OutputError(f"can't write {path}: {reason}{advice}; what was written before is kept") from error
+
+
+def _is_cached(path: Path) -> bool:
+    with suppress(RescoreError):
+        return path.is_relative_to(cache_directory())
+    return False
 
 
 @contextmanager

@@ -52,6 +52,7 @@ ROW_ENDINGS = {
 }  # fmt: skip
 TABLES = {b"PAR1": PARQUET, b"ARROW1\0\0": ARROW, b"\xff\xff\xff\xff": ARROW}
 NAMES = {LINES: "JSON lines", ARRAY: "a JSON array", CSV: "CSV", TSV: "TSV", PARQUET: "Parquet", ARROW: "Arrow"}
+ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 UNREADABLE = {
     b"PK\x03\x04": "a zip archive (or an office file); unpack it",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it",
@@ -378,6 +379,9 @@ def _arrow(file: TextFile, errors: str, advice: str) -> Iterator[tuple[int, dict
             opened = pyarrow.ipc.open_file(stream)
             yield from _numbered(opened.get_batch(i) for i in range(opened.num_record_batches))
         else:
+            stream.seek(max(0, file.path.stat().st_size - len(ARROW_END)))
+            if stream.read() != ARROW_END:  # pyarrow takes the end of the file for the end of the stream
+                raise InvalidDataError(f"{file.path} is not a whole {NAMES[ARROW]} file: it ends without an end mark")
             stream.seek(0)
             yield from _numbered(pyarrow.ipc.open_stream(stream))
 

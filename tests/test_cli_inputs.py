@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 import typer.main
 from conftest import once, squad_records, write_lines
-from test_cli import Command, Run, model, rescore  # noqa: F401 (fixtures)
+from test_cli import Command, model, rescore  # noqa: F401 (fixtures)
 
 import cli
 from lm import build_ngram as build_module
@@ -129,7 +129,7 @@ class TestFormats:
             assert rescore("build-ngram", path, *WORDS, "--out", out).code == 0, path
             found[path.name] = (out / "model.arpa").read_bytes()
         assert len(set(found.values())) == 1, [name for name, text in found.items() if text != found["fable.txt"]]
-        scores = [rescore("score-ngram", path, "--ngram", tmp_path / "m0").out.split("\n", 3)[3] for path in paths]
+        scores = [rescore("score-ngram", path, "--ngram", tmp_path / "m0", "--json").out for path in paths]
         assert len(set(scores)) == 1
 
     def test_what_is_no_text_is_refused_by_every_command(
@@ -290,14 +290,25 @@ class TestStreams:
             run = command(*arguments, stdout=gone, stderr=subprocess.PIPE)
         assert run.stderr == "" and run.returncode in (0, 1)
 
-    def test_more_than_a_pipe_holds(self, rescore: Command, monkeypatch, tmp_path: Path):
-        def broken(*_: object) -> None:
-            raise BrokenPipeError
+    def test_more_than_a_pipe_holds(self, model: list[object]):
+        options = ["oracle", *model, "--k", ",".join(map(str, range(1, 200))), "--json"]
+        environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cli", *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=environment, text=True,
+        )  # fmt: skip
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.read(10) == '{"schema":'
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert (process.wait(), "Traceback" in errors, "BrokenPipe" in errors) == (0, False, False)
 
-        monkeypatch.setattr(cli, "_print_evaluation", broken)
-        (tmp_path / "x").mkdir()
-        monkeypatch.setattr("rescore.evaluation.oracle_by_k", lambda *_, **__: None)
-        assert rescore("oracle") == Run(0, "", "")
+    def test_another_pipe_that_breaks_is_a_failure(self, rescore: Command, model: list[object], monkeypatch):
+        def broken(*_: object, **__: object) -> None:
+            raise BrokenPipeError("a worker")
+
+        monkeypatch.setattr("rescore.evaluation.oracle_by_k", broken)
+        rescore("oracle", *model).refused("the connection to another process broke", code=1)
 
     def test_a_stderr_that_is_closed_or_full(self):
         with open("/dev/full", "w") as full:

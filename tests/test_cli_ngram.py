@@ -368,7 +368,7 @@ class TestHelp:
     def test_every_command_has_help(self, rescore: Command, command: str):  # noqa: F811
         run = rescore(command, "--help")
         assert (run.code, run.err) == (0, "") and run.out.startswith(f"Usage: rescore {command} ")
-        assert command == "export-fst" or "generate-corpus" in run.out
+        assert command == "export-fst" or "generate-corpus" in "".join(run.out.split())  # it may be cut at its hyphen
 
     def test_help_imports_no_heavy_library(self):
         program = (

@@ -143,6 +143,13 @@ class TestRows:
         assert message in refused(written(tmp_path / name, content))
 
 
+@pytest.mark.parametrize(("name", "content"), [("x.parquet", parquet()), ("x.arrow", arrow(True)), ("x", arrow(False))])
+def test_a_table_that_is_cut_short_is_refused(tmp_path: Path, name: str, content: bytes):
+    for cut in range(8, len(content), 3):
+        said = refused(written(tmp_path / name, content[:cut]))
+        assert "is not a whole" in said, cut
+
+
 class TestText:
     @pytest.mark.parametrize("packing", [None, *PACKERS])
     def test_lines(self, tmp_path: Path, packing: str | None, monkeypatch: pytest.MonkeyPatch):

@@ -65,7 +65,7 @@ def _alpha(options: EvalOptions, task: TaskInput, typed: str, rescorer: Weighted
     tuned = read_json_object(path, missing=f"can't use the tuned weight in {path}", advice=f"run: {command}")
     alpha: Any = tuned.get("alpha")
     held_out = tuned.get("held_out")
-    usable = type(alpha) in (int, float) and math.isfinite(alpha) and 0 <= alpha <= MAX_ALPHA
+    usable = type(alpha) in (int, float) and 0 <= alpha <= MAX_ALPHA  # not NaN either
     if not usable or not isinstance(held_out, list) or not all(isinstance(name, str) for name in held_out):
         raise InvalidDataError(f"{path} holds no tuned weight; run: {command}")
     # What it was tuned by goes into the results, which another machine can then make again.

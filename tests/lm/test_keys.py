@@ -17,6 +17,7 @@ import torch
 from conftest import save_tiny_base
 
 from lm import catalog, keys
+from lm.adapters import peft_of_old_names
 from lm.catalog import identify, load_base, tokenization_of
 from lm.keys import key_of, software
 
@@ -109,7 +110,8 @@ def test_an_adapter_s_settings(tiny_folder: Path, tmp_path: Path):
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    with peft_of_old_names():
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path)
     edit("adapter_config.json", base_model_name_or_path=str(tiny_folder))(tmp_path)
     before = identify(str(tmp_path))

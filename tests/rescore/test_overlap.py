@@ -96,7 +96,7 @@ class TestRuns:
         self, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
         monkeypatch.setattr("rescore.overlap.BATCH", 5)
-        monkeypatch.setattr("lm.ngram_corpus.BLOCK_BYTES", 16)
+        monkeypatch.setattr("lm.text_files.BLOCK_BYTES", 16)
         found = find_overlap([task], [corpus(tmp_path, words(0, 20).replace(" ", "\n"))])
         assert shares(found) == {"prompt": 1.0}
 

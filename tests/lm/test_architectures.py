@@ -22,6 +22,8 @@ from rescore.decoding import decode
 from rescore.rescorers import load_rescorer
 
 SHORT, LONG = [5], [31, 7, 50, 12, 44, 3, 19, 25, 58, 9, 37, 6, 41, 28, 14, 33, 22]
+# Which transformers 5.20 reads as other texts where later tokens follow, so that there it is refused.
+CAUSAL = [name for name in VARIANTS if name != "big_bird, full"]
 ORDINARY = [
     "llama",
     "mistral",
@@ -75,12 +77,12 @@ def test_output_is_that_of_generate_or_refused_in_one_line(name: str, monkeypatc
 
 
 def test_the_ordinary_ones_are_not_refused():
-    assert all(tried(name).base is not None for name in [*ORDINARY, *VARIANTS])
+    assert all(tried(name).base is not None for name in [*ORDINARY, *CAUSAL])
     assert sum(tried(name).base is not None for name in families()) >= 50
 
 
 def test_which_take_trees():
-    taken = {name: tried(name).base.supports_tree for name in [*ORDINARY, *VARIANTS]}
+    taken = {name: tried(name).base.supports_tree for name in [*ORDINARY, *CAUSAL]}
     for name in ("llama", "qwen2", "gpt2", "opt", "opt, projected", "falcon", "falcon, new decoder", "mixtral", "phi3"):
         assert taken[name], name
     for name in ("mistral", "qwen2, windows", "bloom", "mpt", "falcon, alibi", "gpt_neo, global", "gemma2"):

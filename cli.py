@@ -52,7 +52,7 @@ from cli_training import training
 from lattices.errors import RescoreError
 
 if TYPE_CHECKING:
-    from rescore.evaluation import Evaluation
+    from rescore.runs.evaluation import Evaluation
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what writing to stdout may say
 
@@ -141,7 +141,7 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from rescore.results import versions
+        from rescore.runs.results import versions
 
         print("\n".join(f"{name} {version}" for name, version in versions().items()))
         raise typer.Exit
@@ -194,7 +194,7 @@ def evaluate_command(
 ) -> None:
     """Block efficiency of rescorers on tasks: what a step accepts, and what it could (oracle)."""
     known = known_tasks(task or (), trace)
-    from rescore.evaluation import EvalOptions, evaluate
+    from rescore.runs.evaluation import EvalOptions, evaluate
 
     chosen = EvalOptions(
         tasks=known, rescorers=tuple(rescorer), base=base, heads=heads, h=h, k=k,
@@ -248,7 +248,7 @@ def oracle(
 ) -> None:
     """Oracle block efficiency by k: what a perfect choice from the top k of every head would reach."""
     known = known_tasks(task or (), trace)
-    from rescore.evaluation import EvalOptions, oracle_by_k
+    from rescore.runs.evaluation import EvalOptions, oracle_by_k
 
     ks = numbers("--k", k, int)
     chosen = EvalOptions(
@@ -289,9 +289,9 @@ def tune_command(
     known = known_tasks(task or (), trace)
     from dataclasses import asdict
 
-    from rescore.evaluation import EvalOptions
     from rescore.report.tables import tuning_table
-    from rescore.tuning import DEFAULT_ALPHAS, tune
+    from rescore.runs.evaluation import EvalOptions
+    from rescore.runs.tuning import DEFAULT_ALPHAS, tune
 
     chosen = EvalOptions(
         tasks=known, rescorers=tuple(rescorer), base=base, heads=heads, h=h, limit=limit, data=data,
@@ -324,7 +324,7 @@ def trace_command(
 ) -> None:
     """Record a trace: greedy output and lattices of a task, for replay with `rescore eval --trace`."""
     known = known_tasks((task,), None)
-    from rescore.evaluation import EvalOptions, trace_task
+    from rescore.runs.evaluation import EvalOptions, trace_task
 
     chosen = EvalOptions(
         tasks=known, base=base, heads=heads, k=k, limit=limit, data=data, max_new_tokens=max_new_tokens,

@@ -41,9 +41,9 @@ def analyse_command(
     as_json: Json = False,
 ) -> None:
     """Analyse traces or finished runs: repetition, entropy and h_max, oracle, wins and losses, ranks, calibration."""
-    from rescore.analysis import ANALYSES
-    from rescore.analysis.collect import analyse_folders
-    from rescore.analysis.text import findings_text
+    from rescore.studies.analysis import ANALYSES
+    from rescore.studies.analysis.collect import analyse_folders
+    from rescore.studies.analysis.text import findings_text
 
     if bool(trace) == bool(results):
         raise RescoreError("give trace folders (--trace) or folders of rescore eval (--results)")
@@ -108,11 +108,11 @@ def cost_command(
     as_json: Json = False,
 ) -> None:
     """Cost model: weights and KV cache read and FLOPs per decoded token, by method and context."""
-    from rescore.cost_decoders import neural_for
-    from rescore.cost_inputs import cost_inputs, cost_inputs_of_run
-    from rescore.cost_model import cost_table
-    from rescore.cost_text import cost_text
-    from rescore.runs import run_of_task
+    from rescore.runs.finished import run_of_task
+    from rescore.studies.cost.decoders import neural_for
+    from rescore.studies.cost.inputs import cost_inputs, cost_inputs_of_run
+    from rescore.studies.cost.model import cost_table
+    from rescore.studies.cost.text import cost_text
 
     efficiencies = {}
     for text in block_efficiency or ():

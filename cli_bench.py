@@ -26,9 +26,9 @@ def verify_curve_command(
     as_json: JsonLine = False,
 ) -> None:
     """Time of one forward of 1 to 144 tokens on a cache, with the memory bandwidth reached."""
-    from lm.catalog import load_base
-    from rescore.benchmarks import verify_curve
+    from lm.base.catalog import load_base
     from rescore.report.tables import verify_curve_table
+    from rescore.studies.verify_curve import verify_curve
 
     curve = verify_curve(load_base(base, dtype=dtype, device=device), cached=cached, repeats=repeats)
     if not as_json:
@@ -55,13 +55,13 @@ def block_length_command(
 ) -> None:
     """Which block length pays here: acceptance from a trace against what verify, heads and rescoring cost."""
     from lattices.errors import IncompatibleError, RescoreError
-    from lm.block_heads import heads_folder, heads_sha256, load_heads
-    from lm.catalog import load_base
-    from rescore.block_length import block_lengths
+    from lm.base.catalog import load_base
+    from lm.heads.block_heads import heads_folder, heads_sha256, load_heads
     from rescore.report.tables import block_length_table
     from rescore.rescorers import WeightedRescorer, load_rescorer
+    from rescore.runs.weights import fit_to
+    from rescore.studies.block_length import block_lengths
     from rescore.tracing import load_trace
-    from rescore.weights import fit_to
 
     chosen = load_rescorer(rescorer)
     if alpha is not None:

@@ -36,8 +36,8 @@ def compare_command(
     as_json: Json = False,
 ) -> None:
     """Compare two results by example: difference in block efficiency with its paired interval, won, tied, lost."""
-    from rescore.comparison import Selection, compare
-    from rescore.comparison_table import comparison_table
+    from rescore.studies.comparison import Selection, compare
+    from rescore.studies.comparison_table import comparison_table
 
     chosen = Selection(rescorer, p, a_rescorer, a_p, b_rescorer, b_p)
     comparison = compare(a, b, selection=chosen, seed=seed)
@@ -57,9 +57,9 @@ def suite_command(
     as_json: Json = False,
 ) -> None:
     """Run a whole table, tasks x rescorers x k, from one YAML file; goes on where it was stopped."""
-    from rescore.suite import run_suite
-    from rescore.suite_plan import read_plan
-    from rescore.suite_table import text_table
+    from rescore.runs.suite import run_suite
+    from rescore.runs.suite_plan import read_plan
+    from rescore.runs.suite_table import text_table
 
     chosen = read_plan(plan, data=data)
     with progress_bar() as progress:
@@ -89,8 +89,8 @@ def inspect_command(
     """Show one example block by block: the lattice, each rescorer's draft, what was accepted, what the base wanted."""
     from rich.console import Console
 
-    from rescore.inspection import inspect_example
-    from rescore.inspection_view import inspection_lines
+    from rescore.report.inspection import inspect_example
+    from rescore.report.inspection_view import inspection_lines
 
     found = inspect_example(results, example, task=task, rescorers=rescorer or (), p=p, k=k, h=h, steps=steps, top=top)
     for line in found.notices:

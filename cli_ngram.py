@@ -89,9 +89,9 @@ def build_ngram_command(
     """Estimate an n-gram model from text: ARPA file, compiled automaton and manifest in one folder."""
     from dataclasses import asdict
 
-    from lm.build_ngram import build_ngram
-    from lm.ngram_place import default_folder
-    from lm.own_output import OwnOutput
+    from lm.base.own_output import OwnOutput
+    from lm.ngram.build import build_ngram
+    from lm.ngram.place import default_folder
     from rescore.report.tables import built_ngram_table
 
     folder = default_folder(corpus, order) if out is None else out
@@ -139,7 +139,7 @@ def mix_ngram_command(
     """Interpolate n-gram models into one: p = the weighted sum of theirs, with weights given or tuned by replay."""
     from dataclasses import asdict
 
-    from lm.mix_ngram import find_parts, mix_ngrams
+    from lm.ngram.mix import find_parts, mix_ngrams
     from rescore.report.ngram_tables import mixture_table, mixture_tuning_table
 
     if len(model) < 2:
@@ -149,7 +149,7 @@ def mix_ngram_command(
     parts, tuned = find_parts(model), None
     with progress_bar() as progress:
         if tune is not None:
-            from rescore.ngram_mixing import tune_mixture
+            from rescore.studies.ngram_mixing import tune_mixture
 
             tuned = tune_mixture(parts, tune, limit=limit, k=k, alpha=alpha, progress=progress)
         chosen = tuned.weights if tuned else numbers("--weights", weights or "", float)
@@ -200,11 +200,11 @@ def compare_ngrams_command(
     """Compare n-gram models by corpus and order: train, tune alpha, and evaluate each on one task, in one table."""
     from dataclasses import asdict
 
-    from lm.own_output import OwnOutput
-    from rescore.evaluation import EvalOptions
-    from rescore.ngram_comparison import compare_ngrams, read_corpus
+    from lm.base.own_output import OwnOutput
     from rescore.report.ngram_tables import comparison_table
-    from rescore.tuning import DEFAULT_ALPHAS
+    from rescore.runs.evaluation import EvalOptions
+    from rescore.runs.tuning import DEFAULT_ALPHAS
+    from rescore.studies.ngram_comparison import compare_ngrams, read_corpus
 
     chosen = EvalOptions(
         tasks=(task,) if task else (), base=base, heads=heads, h=h, k=k, p=tuple(numbers("--p", p, int)), limit=limit,
@@ -233,7 +233,7 @@ def score_ngram_command(
     as_json: Json = False,
 ) -> None:
     """Perplexity of a text under an n-gram model, with the counts of unknown words."""
-    from lm.score_ngram import score_file
+    from lm.ngram.score import score_file
     from rescore.report.tables import ngram_score_table
 
     with progress_bar() as progress:
@@ -257,7 +257,7 @@ def export_fst_command(
     ] = False,
 ) -> None:
     """Write an n-gram automaton and one lattice of a trace, with their exact composition, as OpenFst text."""
-    from rescore.openfst_export import export_openfst
+    from rescore.exports.openfst import export_openfst
     from rescore.report.tables import file_sizes
 
     written = export_openfst(ngram, out, trace=trace, example=example, position=position, k=k, alpha=alpha, phi=phi)

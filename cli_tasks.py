@@ -13,7 +13,7 @@ from cli_options import Base, Data, Device, Dtype, Json, Limit, notify, progress
 from rescore.terminal import printable, shortened
 
 if TYPE_CHECKING:
-    from rescore.overlap import Overlap
+    from rescore.studies.overlap import Overlap
     from rescore.tasks.listing import TaskFacts
 
 tasks = typer.Typer(rich_markup_mode=None)
@@ -89,7 +89,7 @@ def perplexity_command(
     """Perplexity of the base LM on a task's passages, by a window that moves on with a stride."""
     from dataclasses import asdict
 
-    from rescore.perplexity import perplexity_of_task
+    from rescore.studies.perplexity import perplexity_of_task
 
     with progress_bar() as progress:
         found = perplexity_of_task(
@@ -126,8 +126,8 @@ def overlap_command(
     as_json: Json = False,
 ) -> None:
     """Find examples that share runs of 13 words (prompt or references) with training corpora."""
-    from rescore.overlap import find_overlap
-    from rescore.overlap_file import write_leave_out
+    from rescore.runs.leave_out import write_leave_out
+    from rescore.studies.overlap import find_overlap
 
     with progress_bar() as progress:
         found = find_overlap(task, corpus, data=data, n=n, threshold=threshold, limit=limit, progress=progress)

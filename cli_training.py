@@ -14,11 +14,11 @@ from cli_options import Base, Device, Dtype, Heads, NewTokens, notify, numbers, 
 from lattices.paths import encodable
 
 if TYPE_CHECKING:
-    from lm.base import BaseLM
-    from lm.head_data import HeadData
-    from lm.rescorer_training import HeldOutText
-    from lm.training import HeldOutAccuracy
-    from lm.workers import Workers
+    from lm.base.model import BaseLM
+    from lm.training.data import HeadData
+    from lm.training.heads import HeldOutAccuracy
+    from lm.training.rescorer import HeldOutText
+    from lm.training.workers import Workers
 
 Measured = TypeVar("Measured")  # what an evaluation of a training gives
 MaxTokens = Annotated[int | None, typer.Option(help="Tokens taken of each text corpus, at most.")]
@@ -38,8 +38,8 @@ def _read_corpora(
     progress: Callable[[str, int, int], None],
 ) -> tuple[list[HeadData], Workers]:
     """The training data, and the processes that share the work; the first one runs the base over text, once."""
-    from lm.head_data import read_head_data
-    from lm.workers import start_workers
+    from lm.training.data import read_head_data
+    from lm.training.workers import start_workers
 
     encodable(out, "--out")
     workers = start_workers(model.device)
@@ -61,7 +61,7 @@ def _alone_in(out: Path, model: BaseLM) -> AbstractContextManager[None]:
     """Keeps the folder of a training to this one, from the first state that is kept there on: the first of several
     processes holds it for all."""
     from lm.locks import writing_to
-    from lm.workers import start_workers
+    from lm.training.workers import start_workers
 
     return writing_to(out) if start_workers(model.device).is_first else nullcontext()
 
@@ -100,9 +100,9 @@ def generate_corpus_command(
     device: Device = "auto",
 ) -> None:
     """Write the base LM's own output for many prompts: what block heads and rescorers learn from."""
-    from lm.catalog import load_base
-    from lm.corpus import generate_corpus, read_prompts
-    from lm.machine import measure_limits
+    from lm.base.catalog import load_base
+    from lm.base.corpus import generate_corpus, read_prompts
+    from lm.base.machine import measure_limits
 
     model = load_base(base, dtype=dtype, device=device)
     chosen = read_prompts(prompts, default_chat=model.is_chat)
@@ -183,10 +183,10 @@ def train_heads_command(
     device: Device = "auto",
 ) -> None:
     """Train block heads, on a frozen base LM or together with it. Several GPUs: torchrun --no-python rescore ..."""
-    from lm.block_heads import read_config
-    from lm.catalog import load_base
-    from lm.head_data import check_there
-    from lm.training import HeadTrainer, TrainingOptions
+    from lm.base.catalog import load_base
+    from lm.heads.block_heads import read_config
+    from lm.training.data import check_there
+    from lm.training.heads import HeadTrainer, TrainingOptions
 
     chosen = TrainingOptions(
         h=h, architecture=architecture, inner_size=inner_size, token_size=token_size, blocks=blocks, steps=steps,
@@ -245,9 +245,9 @@ def train_rescorer_command(
     device: Device = "auto",
 ) -> None:
     """Train a small neural LM that rescores drafts. Several GPUs: torchrun --no-python rescore ..."""
-    from lm.catalog import load_base
-    from lm.head_data import check_there
-    from lm.rescorer_training import RescorerOptions, RescorerTrainer
+    from lm.base.catalog import load_base
+    from lm.training.data import check_there
+    from lm.training.rescorer import RescorerOptions, RescorerTrainer
 
     chosen = RescorerOptions(
         size=size, init=init, tuned_layers=tuned_layers, steps=steps, positions=positions, micro_batch=micro_batch,
@@ -293,10 +293,10 @@ def train_bigram_command(
     device: Device = "auto",
 ) -> None:
     """Train a learned bigram on the heads' lattices of a corpus."""
-    from lm.block_heads import load_heads
-    from lm.catalog import load_base
-    from lm.head_data import check_there
-    from lm.learned_bigram import BigramOptions, BigramTrainer, lattices_of_corpus
+    from lm.base.catalog import load_base
+    from lm.heads.block_heads import load_heads
+    from lm.neural.learned_bigram import BigramOptions, BigramTrainer, lattices_of_corpus
+    from lm.training.data import check_there
 
     chosen = BigramOptions(
         rank=rank, k=k, rows=rows, batch=batch, steps=steps, learning_rate=learning_rate, seed=seed

@@ -29,7 +29,7 @@ REPEATS = 5
 LOAD = """
 import time
 start = time.perf_counter()
-from lm.catalog import load_base
+from lm.base.catalog import load_base
 imported = time.perf_counter()
 load_base({base!r})
 print(imported - start, time.perf_counter() - imported)

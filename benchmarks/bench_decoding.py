@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 
-from lm.block_heads import load_heads
-from lm.catalog import load_base
-from rescore.data import load_examples
+from lm.base.catalog import load_base
+from lm.heads.block_heads import load_heads
 from rescore.decoding import decode
 from rescore.replay import replay
 from rescore.report.tables import table
 from rescore.rescorers import load_rescorer
 from rescore.tasks import load_task
+from rescore.tasks.data import load_examples
 from rescore.tracing import load_trace, record_trace
 
 

@@ -65,11 +65,11 @@ def run_measured(command: list[str], environment: dict[str, str]) -> dict[str, f
 
 def estimate_ours(text: Path, work: Path, order: int, memory: int, threads: int) -> dict[str, Any]:
     """Estimates in this process; seconds by stage. What `build_ngram` does, without the automaton."""
-    from lm.arpa import write_arpa
-    from lm.build_ngram import OVERHEAD
-    from lm.counting import Workspace, build_table, count_full
-    from lm.estimation import DEFAULT_FALLBACK, estimate
-    from lm.ngram_corpus import encode_corpora, find_sources
+    from lm.ngram.arpa import write_arpa
+    from lm.ngram.build import OVERHEAD
+    from lm.ngram.corpus import encode_corpora, find_sources
+    from lm.ngram.counting import Workspace, build_table, count_full
+    from lm.ngram.estimation import DEFAULT_FALLBACK, estimate
 
     room = max(memory - OVERHEAD, 1)
     times = [time.perf_counter()]

@@ -35,8 +35,8 @@ from lattices.lattice import Lattice
 from lattices.ngram_search import NgramSearch
 from lattices.ngrams import SENTENCE_END, UNKNOWN
 from lattices.openfst import automaton_text, composition_text, dense_states
-from lm.build_ngram import AUTOMATON_FILE
 from lm.files import sha256_of_file
+from lm.ngram.build import AUTOMATON_FILE
 from rescore.tracing import load_trace
 
 LOADS = 20

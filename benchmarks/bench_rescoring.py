@@ -18,16 +18,16 @@ import numpy as np
 import torch
 
 from lattices.lattice import Lattice
-from lm.neural import NeuralLM
+from lm.neural.model import NeuralLM
 from rescore.accounting import account
-from rescore.block_length import TimedRescorer
 from rescore.replay import replay
 from rescore.report.tables import table
 from rescore.rescorers import Context, Rescorer, WeightedRescorer, load_rescorer
 from rescore.rescorers.neural import Neural
 from rescore.rescorers.ngram_neural import NgramNeural
+from rescore.runs.weights import fit_to
+from rescore.studies.block_length import TimedRescorer
 from rescore.tracing import TracedExample, load_trace
-from rescore.weights import fit_to
 
 
 class Timed(TimedRescorer):

@@ -20,7 +20,7 @@ import numpy as np
 
 from lattices.lattice import Lattice
 from lattices.ngram_search import NgramSearch
-from lm.ngram import load_ngram
+from lm.ngram.load import load_ngram
 from rescore.tracing import load_trace
 
 TOLERANCE = 1e-4  # nats; both sum float32 log-probs

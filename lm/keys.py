@@ -75,7 +75,8 @@ def config_sha256(config: Any, folder: Path, adapter: Path | None = None) -> str
 
 def tokenization_sha256(tokenizer: Any, folder: Path) -> str:
     """sha256 of all that makes token ids of a text and a text of them: normaliser, pre-tokenizer, merges, what is added
-    before and behind, special tokens, chat template. (`lm.catalog.tokenizer_sha256` says what a token id means.)"""
+    before and behind, special tokens, chat template. (`lm.base.catalog.tokenizer_sha256` says what a token id
+    means.)"""
     state: dict[str, Any] = {
         "class": type(tokenizer).__name__,
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},

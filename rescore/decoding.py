@@ -15,9 +15,9 @@ import torch
 
 from lattices.errors import RescoreError, UnknownNameError
 from lattices.prefix_tree import build_prefix_tree
-from lm.base import BaseLM
-from lm.block_heads import BlockHeads
-from lm.cache import KVCache
+from lm.base.cache import KVCache
+from lm.base.model import BaseLM
+from lm.heads.block_heads import BlockHeads
 from rescore.acceptance import accept
 from rescore.checks import check_k, check_new_tokens, check_p
 from rescore.rescorers.base import Context, PrefilledRescorer, Rescorer, check_drafts

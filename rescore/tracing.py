@@ -34,11 +34,11 @@ import torch
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.lattice import Lattice
-from lm.base import BaseLM
-from lm.block_heads import BlockHeads, entropies_of, lattice_of
-from lm.catalog import first_line
+from lm.base.catalog import first_line
+from lm.base.generation import Generated, generate
+from lm.base.model import BaseLM
 from lm.files import atomic_folder, cache_directory, changed_settings, read_json_object, write_json
-from lm.generation import Generated, generate
+from lm.heads.block_heads import BlockHeads, entropies_of, lattice_of
 from lm.keys import key_of
 from lm.locks import writing_to
 from rescore.checks import check_k

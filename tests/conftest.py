@@ -19,10 +19,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lm.base import BaseLM
-from lm.block_heads import BlockHeads
-from lm.catalog import load_base
-from lm.head_nets import BlockHeadsConfig
+from lm.base.catalog import load_base
+from lm.base.model import BaseLM
+from lm.heads.block_heads import BlockHeads
+from lm.heads.nets import BlockHeadsConfig
 
 END = "<|end|>"
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rescore.evaluation import EvalOptions, evaluate
+from rescore.runs.evaluation import EvalOptions, evaluate
 
 
 @pytest.mark.parametrize("base", ["smollm2-135m", "smollm2-135m-bpd"])

@@ -22,9 +22,10 @@ from conftest import byte_tokenizer, files_of_at_most, make_heads, once, save_ti
 
 import cli
 import cli_options
-from lm.base import BaseLM
-from rescore import data as data_module
-from rescore import evaluation, tracing
+from lm.base.model import BaseLM
+from rescore import tracing
+from rescore.runs import evaluation
+from rescore.tasks import data as data_module
 from rescore.tasks import task_names
 
 SETTINGS = {"MALLOC_TRIM_THRESHOLD_": "4294967296", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "true"}
@@ -184,7 +185,7 @@ class TestEval:
         assert rescore("trace", *options, "--out", tmp_path).err == run.err
 
     def test_notices_do_not_wait_for_the_results(self, rescore: Command, model: list[object], monkeypatch):
-        monkeypatch.setattr("lm.probe.Probe._follows_tree", lambda *_: False)
+        monkeypatch.setattr("lm.base.probe.Probe._follows_tree", lambda *_: False)
         monkeypatch.setattr(evaluation, "decode", lambda *_, **__: 1 / 0)
         run = rescore("eval", *model, "--mode", "live", "--p", 4)
         first, second = run.err.splitlines()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import cli
-from rescore.evaluation import EvalOptions, evaluate, trace_task
+from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

@@ -10,7 +10,7 @@ import pytest
 from conftest import write_lines
 from test_cli import Command, model, rescore
 
-from rescore.results import ExampleLog
+from rescore.runs.results import ExampleLog
 
 __all__ = ["model", "rescore"]  # fixtures
 

@@ -20,13 +20,13 @@ from conftest import once, squad_records, write_lines
 from test_cli import Command, model, rescore  # noqa: F401 (fixtures)
 
 import cli
-from lm import build_ngram as build_module
-from lm.corpus import Prompt, read_prompts
-from lm.head_data import read_head_data
-from rescore.data import load_examples
-from rescore.evaluation import EvalOptions, evaluate
-from rescore.perplexity import perplexity_of_task
+from lm.base.corpus import Prompt, read_prompts
+from lm.ngram import build as build_module
+from lm.training.data import read_head_data
+from rescore.runs.evaluation import EvalOptions, evaluate
+from rescore.studies.perplexity import perplexity_of_task
 from rescore.tasks import load_task
+from rescore.tasks.data import load_examples
 
 FABLE = Path(__file__).parent / "lm" / "reference" / "fable.txt"
 FALLBACK = "--discount-fallback"
@@ -260,7 +260,7 @@ class TestBuildAsTyped:
                 "no place of (its|their) own; give the model a folder: --out"
             )
         rescore("build-ngram", "none.txt", *WORDS).refused("can't read .*none.txt: No such file")
-        monkeypatch.setattr("lm.ngram_place.is_writable", lambda folder: False)
+        monkeypatch.setattr("lm.ngram.place.is_writable", lambda folder: False)
         rescore("build-ngram", corpus, *WORDS).refused("can't write beside .*corpus.txt; .* --out DIR")
 
 
@@ -307,7 +307,7 @@ class TestStreams:
         def broken(*_: object, **__: object) -> None:
             raise BrokenPipeError("a worker")
 
-        monkeypatch.setattr("rescore.evaluation.oracle_by_k", broken)
+        monkeypatch.setattr("rescore.runs.evaluation.oracle_by_k", broken)
         rescore("oracle", *model).refused("the connection to another process broke", code=1)
 
     def test_a_stderr_that_is_closed_or_full(self):

@@ -18,7 +18,7 @@ from conftest import files_of_at_most, save_tiny_base, write_lines
 from test_cli import Command, rescore  # noqa: F401 (a fixture)
 
 from lattices.automaton import Automaton
-from lm.arpa import read_arpa
+from lm.ngram.arpa import read_arpa
 
 REFERENCE = Path(__file__).parent / "lm" / "reference"
 FABLE = REFERENCE / "fable.txt"
@@ -122,7 +122,7 @@ class TestBuild:
         out = tmp_path / "m"
         command = ["build-ngram", FABLE, *WORDS, "--order", 3, "--out", out]
         program = (
-            "import os, signal, sys, cli, lm.build_ngram as module\n"
+            "import os, signal, sys, cli, lm.ngram.build as module\n"
             f"module.{where} = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
             f"sys.argv = ['rescore', *{list(map(str, command))!r}]\n"
             "cli.main()"
@@ -142,7 +142,7 @@ class TestBuild:
         def interrupt(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("lm.build_ngram.estimate", interrupt)
+        monkeypatch.setattr("lm.ngram.build.estimate", interrupt)
         run = rescore("build-ngram", FABLE, *WORDS, "--out", tmp_path / "m")
         assert run.code == 130 and run.err.endswith("what is finished is kept, the same command goes on\n")
         assert not (tmp_path / "m" / "manifest.json").exists()

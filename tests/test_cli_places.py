@@ -14,7 +14,7 @@ import pytest
 from conftest import make_heads, no_root_rights, save_tiny_base, squad_records, write_lines
 from test_cli import Command, rescore  # noqa: F401 (a fixture)
 
-from lm.catalog import load_base
+from lm.base.catalog import load_base
 
 TINY = ["--dtype", "float64", "--device", "cpu"]
 ODD_NAME = os.fsdecode(b"caf\xe9")  # no UTF-8: half of the character is missing

@@ -9,7 +9,7 @@ import pytest
 from conftest import write_lines
 from test_cli import Command, rescore  # noqa: F401 (a fixture)
 
-from lm.perplexity import perplexity
+from lm.base.perplexity import perplexity
 from rescore.tasks import task_names
 
 MINE = "source: {file: texts.jsonl}\nprompt: |\n  Go on: {text}\n  Now!\npassage: text\nlimits: {examples: 2}\n"

@@ -13,8 +13,8 @@ import argparse
 import json
 from pathlib import Path
 
-from rescore.data import load_examples
 from rescore.tasks import load_task
+from rescore.tasks.data import load_examples
 
 
 def main() -> None:

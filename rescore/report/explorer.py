@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from lattices.oracle import target_ranks
+from rescore.report.charts.style import Look, decode_name
 from rescore.report.sources import TaskView
-from rescore.report.style import Look, decode_name
 from rescore.report.token_text import excerpt, harmless, token_texts
-from rescore.runs import Record
+from rescore.runs.finished import Record
 from rescore.tracing import TracedExample
 
 SHOWN = 8  # entries of a slot that are shown

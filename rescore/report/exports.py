@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rescore.report.charts.figures import Section, interval, number, percent
 from rescore.report.csv_table import csv_document
-from rescore.report.figures import Section, interval, number, percent
 from rescore.report.headline import Headline, recovered
 from rescore.report.markdown import escaped, markdown_table
 from rescore.report.sources import TaskView

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm.mix_ngram import SHIPPED
+from lm.ngram.mix import SHIPPED
 from rescore.report.tables import file_sizes, table
 
 if TYPE_CHECKING:
-    from lm.mix_ngram import MixedNgram
-    from rescore.ngram_comparison import ComparedNgram, NgramComparison
-    from rescore.ngram_mixing import TunedMixture
+    from lm.ngram.mix import MixedNgram
+    from rescore.studies.ngram_comparison import ComparedNgram, NgramComparison
+    from rescore.studies.ngram_mixing import TunedMixture
 
 
 def comparison_table(found: NgramComparison) -> str:

@@ -19,17 +19,17 @@ from markupsafe import Markup
 from lattices.errors import RescoreError
 from lm.files import atomic_file
 from rescore.bootstrap import LEAST_GROUPS
-from rescore.inputs import Progress
+from rescore.report.charts.figures import Section, interval, number, percent
+from rescore.report.charts.head_charts import head_sections
+from rescore.report.charts.rescorer_charts import rescorer_sections
+from rescore.report.charts.style import Look, dashes, decode_name, looks
 from rescore.report.explorer import SHOWN, explorer_data
 from rescore.report.exports import csv_text, markdown_text
-from rescore.report.figures import Section, interval, number, percent
-from rescore.report.head_charts import head_sections
 from rescore.report.headline import Headline, make_headline
-from rescore.report.rescorer_charts import rescorer_sections
 from rescore.report.sources import Sources, TaskView, json_text, load_sources
-from rescore.report.style import Look, dashes, decode_name, looks
 from rescore.report.token_text import harmless, tokenizer_of
-from rescore.results import versions
+from rescore.runs.inputs import Progress
+from rescore.runs.results import versions
 
 TEMPLATES = Path(__file__).parent / "templates"
 DEFAULT_EXAMPLES = 8

@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from lattices.errors import RescoreError
-from rescore.analysis import HmaxCorrelation, RunAnalysis, analyse_run, correlate_h_max
 from rescore.bootstrap import LEAST_GROUPS
-from rescore.inputs import Progress
 from rescore.report.sweeps import kept_sweeps
-from rescore.results import CONFIG_FILE, RESULTS_FILE
-from rescore.runs import FinishedRun, load_runs
-from rescore.suite_files import PLAN_FILE
+from rescore.runs.finished import FinishedRun, load_runs
+from rescore.runs.inputs import Progress
+from rescore.runs.results import CONFIG_FILE, RESULTS_FILE
+from rescore.runs.suite_files import PLAN_FILE
+from rescore.runs.tuning import Tuned
+from rescore.studies.analysis import HmaxCorrelation, RunAnalysis, analyse_run, correlate_h_max
 from rescore.tracing import trace_folder
-from rescore.tuning import Tuned
 
 
 @dataclass(frozen=True)
 class TaskView:
     """One task of one run: a column of the report. `label` is the task's name, with the folder's where two runs have
-    the task; `results` (fields of `rescore.results.Result`) in the order of the run; `sweeps`: of the weights that the
-    run used."""
+    the task; `results` (fields of `rescore.runs.results.Result`) in the order of the run; `sweeps`: of the weights
+    that the run used."""
 
     label: str
     task: str

@@ -9,9 +9,9 @@ from typing import Any
 
 from lattices.errors import RescoreError
 from lm.files import cache_directory, read_json_lines, read_json_object
-from rescore.runs import FinishedRun
-from rescore.suite_files import RUNS_FOLDER, TUNED_FILE
-from rescore.tuning import Tuned
+from rescore.runs.finished import FinishedRun
+from rescore.runs.suite_files import RUNS_FOLDER, TUNED_FILE
+from rescore.runs.tuning import Tuned
 
 FIELDS = ("task", "rescorer", "k", "p", "alphas", "block_efficiency", "alpha", "held_out")
 

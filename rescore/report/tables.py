@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rescore.bootstrap import LEAST_GROUPS
-from rescore.results import Result, ResultsDocument
+from rescore.runs.results import Result, ResultsDocument
 from rescore.terminal import printable
 
 if TYPE_CHECKING:
-    from lm.build_ngram import NgramSummary
-    from lm.score_ngram import NgramScore
-    from lm.training import HeldOutAccuracy
-    from rescore.benchmarks import VerifyCurve
-    from rescore.block_length import BlockLengths
-    from rescore.tuning import Tuned
+    from lm.ngram.build import NgramSummary
+    from lm.ngram.score import NgramScore
+    from lm.training.heads import HeldOutAccuracy
+    from rescore.runs.tuning import Tuned
+    from rescore.studies.block_length import BlockLengths
+    from rescore.studies.verify_curve import VerifyCurve
 
 FEW_POSITIONS = 1000  # held out: fewer tell little apart
 LABEL = ("task", "rescorer", "k", "p")  # the first columns of every table of results

@@ -97,7 +97,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 def is_here(name: str) -> bool:
     """Whether a base LM, and what it is an adapter of, is on this machine."""
-    from lm.catalog import resolve_base
+    from lm.base.catalog import resolve_base
 
     try:
         resolve_base(name, local_files_only=True)
@@ -111,7 +111,7 @@ def tokenizer_of(base: Any) -> tuple[PreTrainedTokenizerBase | None, str | None]
 
     Nothing is fetched: a model of the hub must be on this machine already.
     """
-    from lm.catalog import load_tokenizer, tokenizer_sha256
+    from lm.base.catalog import load_tokenizer, tokenizer_sha256
 
     name = base.get("name") if isinstance(base, dict) else None
     if not isinstance(name, str):

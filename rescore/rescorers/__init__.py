@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 
 from lattices.errors import RescoreError, UnknownNameError
-from lm.neural import SIZES
+from lm.neural.model import SIZES
 from rescore.rescorers.base import Context, Rescorer, Target, WeightedRescorer
 from rescore.rescorers.context_ngram import ContextNgram
 from rescore.rescorers.learned_bigram import LearnedBigram

@@ -12,7 +12,7 @@ import numpy as np
 from lattices.lattice import Lattice
 
 if TYPE_CHECKING:
-    from lm.base import BaseIdentity, BaseLM
+    from lm.base.model import BaseIdentity, BaseLM
 
 
 @dataclass

@@ -13,9 +13,9 @@ from lattices.lattice import Lattice
 from lattices.pair_search import pair_p_best
 from lattices.paths import user_path
 from lattices.search import p_best
-from lm.catalog import BUILT_IN, load_embeddings, under_adapter
-from lm.learned_bigram import LearnedBigram as BigramWeights
-from lm.learned_bigram import load_bigram, shipped_bigram
+from lm.base.catalog import BUILT_IN, load_embeddings, under_adapter
+from lm.neural.learned_bigram import LearnedBigram as BigramWeights
+from lm.neural.learned_bigram import load_bigram, shipped_bigram
 from rescore.rescorers.base import Context, Target, Weighted
 
 DEFAULT_ALPHA = 1.0  # it was trained to stand beside the heads at this weight

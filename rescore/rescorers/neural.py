@@ -18,7 +18,7 @@ import numpy as np
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.lattice import Lattice
 from lattices.search import p_best
-from lm.neural import NeuralLM, NeuralSource, check_fits, find_neural, load_neural, tokenizer_sha256_of
+from lm.neural.model import NeuralLM, NeuralSource, check_fits, find_neural, load_neural, tokenizer_sha256_of
 from rescore.rescorers.base import Context, Target, Weighted
 from rescore.rescorers.neural_state import Group, groups_of
 

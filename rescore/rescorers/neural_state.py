@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from lm.neural import NeuralLM
+from lm.neural.model import NeuralLM
 from rescore.rescorers.base import Context
 
 GROUP_ROWS = 32

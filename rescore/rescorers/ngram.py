@@ -23,8 +23,8 @@ from lattices.lattice import Lattice
 from lattices.ngram_search import NgramSearch
 from lattices.paths import user_path
 from lattices.search import PBest
-from lm.kenlm_search import KenlmSearch
-from lm.ngram import SHIPPED_NGRAM, load_ngram
+from lm.ngram.kenlm_search import KenlmSearch
+from lm.ngram.load import SHIPPED_NGRAM, load_ngram
 from rescore.rescorers.base import Context, Target, Weighted
 
 DEFAULT_ALPHA = 0.5

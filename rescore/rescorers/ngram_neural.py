@@ -16,7 +16,7 @@ from lattices.errors import RescoreError
 from lattices.lattice import Lattice
 from lattices.prefix_tree import build_prefix_tree
 from lattices.search import PBest, p_best
-from lm.neural import NeuralLM
+from lm.neural.model import NeuralLM
 from rescore.rescorers.base import Context, Target
 from rescore.rescorers.context_ngram import ContextNgram
 from rescore.rescorers.neural import DEFAULT_ALPHA, FollowsExamples, NeuralModel

@@ -1,6 +1,6 @@
 """What a task is: how a record of its data becomes a prompt and references, and how outputs are scored.
 
-Knows nothing about files, the hub or models; `rescore.data` reads the records, the pipeline does the rest.
+Knows nothing about files, the hub or models; `rescore.tasks.data` reads the records, the pipeline does the rest.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lattices.errors import RescoreError
-from rescore.data import load_examples, wanted_rows
 from rescore.tasks import Task, load_task, task_names
+from rescore.tasks.data import load_examples, wanted_rows
 
 
 @dataclass(frozen=True)

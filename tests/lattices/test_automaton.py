@@ -33,7 +33,7 @@ from lattices.automaton import (
 )
 from lattices.errors import InvalidDataError, RescoreError
 from lattices.ngrams import SENTENCE_END, SENTENCE_START, SPECIAL_WORDS, UNKNOWN, NgramArrays, NgramModel
-from lm.arpa import read_arpa, write_arpa
+from lm.ngram.arpa import read_arpa, write_arpa
 
 ORDERS = range(1, MAX_ORDER + 1)
 REFERENCE = Path(__file__).parents[1] / "lm" / "reference"

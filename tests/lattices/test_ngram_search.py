@@ -19,7 +19,7 @@ from lattices.lattice import Lattice
 from lattices.ngram_search import ARC_SCALE, LAST_RUN, MAX_WEIGHT, NgramSearch
 from lattices.ngrams import SENTENCE_END, SENTENCE_START, UNKNOWN
 from lattices.search import p_best
-from lm.arpa import read_arpa, write_arpa
+from lm.ngram.arpa import read_arpa, write_arpa
 
 REFERENCE = Path(__file__).parents[1] / "lm" / "reference"
 WORDS, VOCAB = 9, 10  # token ids from 6 on are no words of the models

@@ -13,11 +13,11 @@ from tiny_models import CONTEXT, VARIANTS, families, tiny_config, tiny_model, tr
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lattices.errors import IncompatibleError
-from lm.base import BaseIdentity, BaseLM
-from lm.block_heads import load_heads
-from lm.catalog import load_base
-from lm.generation import generate
-from lm.machine import Work
+from lm.base.catalog import load_base
+from lm.base.generation import generate
+from lm.base.machine import Work
+from lm.base.model import BaseIdentity, BaseLM
+from lm.heads.block_heads import load_heads
 from rescore.decoding import decode
 from rescore.rescorers import load_rescorer
 

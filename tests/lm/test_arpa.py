@@ -16,9 +16,9 @@ from hypothesis.extra.numpy import arrays
 
 from lattices.errors import InvalidDataError, OutputError, RescoreError
 from lattices.ngrams import SPECIAL_WORDS, NgramArrays, NgramModel
-from lm import arpa, arpa_text
-from lm.arpa import read_arpa, write_arpa
-from lm.arpa_text import LineFormatter
+from lm.ngram import arpa, arpa_text
+from lm.ngram.arpa import read_arpa, write_arpa
+from lm.ngram.arpa_text import LineFormatter
 from tests.conftest import files_of_at_most
 
 TINY = Path(__file__).parent / "reference" / "kenlm" / "tiny.arpa"

@@ -28,10 +28,10 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lattices.errors import IncompatibleError, RescoreError
-from lm import attention
-from lm.attention import PACKED, packed_attention
-from lm.base import BaseIdentity, BaseLM
-from lm.catalog import load_base
+from lm.base import attention
+from lm.base.attention import PACKED, packed_attention
+from lm.base.catalog import load_base
+from lm.base.model import BaseIdentity, BaseLM
 
 exhaustive = settings(
     deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -16,8 +16,8 @@ from hypothesis.extra import numpy as arrays
 from safetensors.torch import load_file, save_file
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError, UnknownNameError
-from lm import block_heads
-from lm.block_heads import (
+from lm.heads import block_heads
+from lm.heads.block_heads import (
     BlockHeads,
     entropies_of,
     heads_folder,

@@ -12,10 +12,10 @@ import pytest
 
 from lattices.automaton import Automaton
 from lattices.errors import InvalidDataError, OutputError, RescoreError
-from lm import build_ngram as module
-from lm import counting
-from lm.arpa import read_arpa
-from lm.build_ngram import build_ngram
+from lm.ngram import build as module
+from lm.ngram import counting
+from lm.ngram.arpa import read_arpa
+from lm.ngram.build import build_ngram
 
 REFERENCE = Path(__file__).parent / "reference"
 TEXT = REFERENCE / "fable.txt"
@@ -142,7 +142,7 @@ def test_an_earlier_model_stays_until_the_new_one_is_whole(tmp_path: Path, monke
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("lm.arpa.write_arpa", full)
+        patched.setattr("lm.ngram.arpa.write_arpa", full)
         assert "No space left" in refused(lambda: build(out, prune=(1,)), OutputError)
     assert (out / "model.arpa").read_bytes() == before
     build(out, prune=(1,))

@@ -18,19 +18,19 @@ from conftest import squad_records, write_lines
 from test_catalog import write_gguf
 from test_keys import BOS, edit
 
-import lm.build_ngram
-import lm.catalog
+import lm.base.catalog
+import lm.ngram.build
 from lattices.errors import InvalidDataError, OutputError
-from lm.build_ngram import build_ngram
-from lm.catalog import identify, load_base
-from lm.corpus import Prompt, generate_corpus
-from lm.head_data import read_head_data
+from lm.base.catalog import identify, load_base
+from lm.base.corpus import Prompt, generate_corpus
+from lm.base.own_output import OwnOutput, own_output
 from lm.locks import writing_to
-from lm.mix_ngram import find_parts, mix_ngrams
-from lm.ngram import load_ngram
-from lm.own_output import OwnOutput, own_output
-from rescore.evaluation import EvalOptions
-from rescore.ngram_comparison import NgramCorpus, compare_ngrams
+from lm.ngram.build import build_ngram
+from lm.ngram.load import load_ngram
+from lm.ngram.mix import find_parts, mix_ngrams
+from lm.training.data import read_head_data
+from rescore.runs.evaluation import EvalOptions
+from rescore.studies.ngram_comparison import NgramCorpus, compare_ngrams
 
 TEXT = "the cat sat on the mat and so did the dog. " * 40
 
@@ -86,21 +86,21 @@ class TestConvertedModels:
     def test_another_library_converts_anew(self, tmp_path: Path, cache_folder: Path, monkeypatch):
         path = str(write_gguf(tmp_path / "tiny.gguf"))
         identify(path)
-        monkeypatch.setattr(lm.catalog, "software", lambda *names: dict.fromkeys(names, "9.9"))
+        monkeypatch.setattr(lm.base.catalog, "software", lambda *names: dict.fromkeys(names, "9.9"))
         identify(path)
         assert len(list((cache_folder / "models").iterdir())) == 2
 
     def test_two_at_once_convert_once(self, tmp_path: Path, cache_folder: Path, monkeypatch):
         """Threads, whose locks are as apart as those of processes."""
-        path, convert, calls = write_gguf(tmp_path / "tiny.gguf"), lm.catalog._convert, []
+        path, convert, calls = write_gguf(tmp_path / "tiny.gguf"), lm.base.catalog._convert, []
 
         def slowly(*given: Path) -> None:
             calls.append(given)
             time.sleep(0.3)
             convert(*given)
 
-        monkeypatch.setattr(lm.catalog, "_convert", slowly)
-        threads = [threading.Thread(target=lm.catalog.resolve_base, args=(str(path),)) for _ in range(2)]
+        monkeypatch.setattr(lm.base.catalog, "_convert", slowly)
+        threads = [threading.Thread(target=lm.base.catalog.resolve_base, args=(str(path),)) for _ in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -217,7 +217,7 @@ class TestNgrams:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:
-            patched.setattr(lm.build_ngram, "count_full", stop)
+            patched.setattr(lm.ngram.build, "count_full", stop)
             with pytest.raises(KeyboardInterrupt):
                 build_ngram([tmp_path / "text.txt"], tmp_path / "model", **options)
         edit("tokenizer.json", normalizer={"type": "Lowercase"})(base)

@@ -16,8 +16,8 @@ from conftest import byte_tokenizer, save_tiny_base
 from safetensors.torch import load_file, save_file
 
 from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
-from lm import catalog
-from lm.catalog import BUILT_IN, identify, load_base, load_tokenizer
+from lm.base import catalog
+from lm.base.catalog import BUILT_IN, identify, load_base, load_tokenizer
 
 
 def refused(name: str | Path, kind: type[RescoreError] = RescoreError, **options: str) -> str:

@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
-from lm import corpus
-from lm.catalog import load_base
-from lm.corpus import Prompt, generate_corpus, read_prompts
-from lm.head_data import read_head_data
+from lm.base import corpus
+from lm.base.catalog import load_base
+from lm.base.corpus import Prompt, generate_corpus, read_prompts
+from lm.training.data import read_head_data
 
 exhaustive = settings(
     deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from lattices.errors import InvalidDataError, OutputError, RescoreError
 from lattices.ngrams import NgramModel
-from lm import counting
-from lm.counting import BREAK, NgramTable, Workspace, build_table, count_full
-from lm.estimation import DEFAULT_FALLBACK, estimate, good_turing_factors, kneser_ney_discounts
+from lm.ngram import counting
+from lm.ngram.counting import BREAK, NgramTable, Workspace, build_table, count_full
+from lm.ngram.estimation import DEFAULT_FALLBACK, estimate, good_turing_factors, kneser_ney_discounts
 
 REFERENCE = Path(__file__).parent / "reference"
 TOLERANCE = 1e-5  # in log10: what the files' single precision leaves

@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import MistralConfig, MistralForCausalLM
 
-from lm import attention, generation
-from lm.attention import PACKED
-from lm.base import BaseIdentity, BaseLM
-from lm.catalog import load_base
-from lm.generation import generate, sampled
+from lm.base import attention, generation
+from lm.base.attention import PACKED
+from lm.base.catalog import load_base
+from lm.base.generation import generate, sampled
+from lm.base.model import BaseIdentity, BaseLM
 
 exhaustive = settings(
     deadline=None, derandomize=True, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from transformers import MistralConfig, MistralForCausalLM
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
-from lm import attention, head_data
-from lm.base import BaseLM
-from lm.catalog import load_base
-from lm.corpus import Prompt, generate_corpus
-from lm.head_data import CHUNK, HeadData, Rows, body_states, read_head_data, segments_of
+from lm.base import attention
+from lm.base.catalog import load_base
+from lm.base.corpus import Prompt, generate_corpus
+from lm.base.model import BaseLM
+from lm.training import data as head_data
+from lm.training.data import CHUNK, HeadData, Rows, body_states, read_head_data, segments_of
 
 TEXT = "the quick brown fox, \u2028 the lazy dog\x0b; \u0085 é 😀.\n\n  \r\nAnd more of it\n" * 12
 PAIRS = [

@@ -10,10 +10,10 @@ import torch
 from test_training import SMALL, make_data
 
 from lattices.errors import RescoreError, UnknownNameError
-from lm.block_heads import BlockHeads, lattice_of, load_heads
-from lm.head_data import Rows
-from lm.head_nets import NETS, BlockHeadsConfig
-from lm.training import HeadTrainer
+from lm.heads.block_heads import BlockHeads, lattice_of, load_heads
+from lm.heads.nets import NETS, BlockHeadsConfig
+from lm.training.data import Rows
+from lm.training.heads import HeadTrainer
 
 ARCHITECTURES = tuple(NETS)
 

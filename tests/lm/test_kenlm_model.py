@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lattices.errors import InvalidDataError, RescoreError
-from lm import kenlm_model
-from lm.arpa import read_arpa
-from lm.kenlm_model import FIXED, SANITY, BinaryHeader, KenlmModel, read_header
+from lm.ngram import kenlm_model
+from lm.ngram.arpa import read_arpa
+from lm.ngram.kenlm_model import FIXED, SANITY, BinaryHeader, KenlmModel, read_header
 
 REFERENCE = Path(__file__).parent / "reference" / "kenlm"
 TINY, PROBING, TRIE = (REFERENCE / name for name in ("tiny.arpa", "probing.bin", "trie.bin"))

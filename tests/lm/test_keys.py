@@ -16,9 +16,10 @@ import pytest
 import torch
 from conftest import save_tiny_base
 
-from lm import catalog, keys
-from lm.adapters import peft_of_old_names
-from lm.catalog import identify, load_base, tokenization_of
+from lm import keys
+from lm.base import catalog
+from lm.base.adapters import peft_of_old_names
+from lm.base.catalog import identify, load_base, tokenization_of
 from lm.keys import key_of, software
 
 Change = Callable[[Path], None]

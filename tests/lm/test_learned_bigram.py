@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.lattice import Lattice
-from lm import learned_bigram
-from lm.head_data import read_head_data
-from lm.learned_bigram import BigramOptions, BigramTrainer, TargetLattices, lattices_of_corpus, load_bigram
+from lm.neural import learned_bigram
+from lm.neural.learned_bigram import BigramOptions, BigramTrainer, TargetLattices, lattices_of_corpus, load_bigram
+from lm.training.data import read_head_data
 
 SMALL = BigramOptions(
     rank=4, k=3, rows=50, batch=8, steps=6, learning_rate=1e-2, warmup=2, held_out=0.2, evaluate_every=2

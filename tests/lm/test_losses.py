@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from lattices.errors import IncompatibleError, UnknownNameError
-from lm import losses
-from lm.losses import (
+from lm.training import losses
+from lm.training.losses import (
     VocabularySubset,
     choose_precision,
     frozen_projection,
     soft_cross_entropy,
     teacher_probabilities,
 )
-from lm.rescorer_training import _open_cross_entropy
+from lm.training.rescorer import _open_cross_entropy
 
 SIZES = {
     "n": st.integers(0, 9),

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from lm.catalog import load_base
-from lm.generation import generate
-from lm.machine import Work, measure_limits
+from lm.base.catalog import load_base
+from lm.base.generation import generate
+from lm.base.machine import Work, measure_limits
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [14, 15, 16]]
 

@@ -10,13 +10,13 @@ import pytest
 
 from lattices.automaton import Automaton
 from lattices.errors import IncompatibleError, OutputError, RescoreError
-from lm.arpa import read_arpa
-from lm.build_ngram import build_ngram
 from lm.files import sha256_of_file
-from lm.mix_ngram import find_parts, mix_ngrams
-from lm.mixing import mix
-from lm.ngram import load_ngram
-from lm.score_ngram import score_file
+from lm.ngram.arpa import read_arpa
+from lm.ngram.build import build_ngram
+from lm.ngram.interpolation import mix
+from lm.ngram.load import load_ngram
+from lm.ngram.mix import find_parts, mix_ngrams
+from lm.ngram.score import score_file
 
 TEXT = Path(__file__).parent / "reference" / "fable.txt"
 FALLBACK = (0.5, 1.0, 1.5)

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
-from lm import neural
-from lm.base import BaseLM
-from lm.catalog import load_base
+from lm.base.catalog import load_base
+from lm.base.model import BaseLM
 from lm.int8 import SCALE
-from lm.neural import (
+from lm.neural import model as neural
+from lm.neural.model import (
     SIZES,
     DeltaConfig,
     check_fits,
@@ -310,7 +310,7 @@ class TestRefusals:
 
     def test_a_model_without_tree_attention(self, base, tmp_path, monkeypatch):
         source = find_neural(str(save_tiny_base(tmp_path / "small", seed=3, hidden_size=16)))
-        monkeypatch.setattr("lm.probe.Probe._follows_tree", lambda *_: False)
+        monkeypatch.setattr("lm.base.probe.Probe._follows_tree", lambda *_: False)
         message = refused(
             lambda: load_neural(source, vocab_size=257, base_name="the base"), IncompatibleError
         )  # fmt: skip

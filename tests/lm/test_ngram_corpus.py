@@ -12,9 +12,9 @@ from conftest import END, byte_tokenizer
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
 from lm import text_files
-from lm.catalog import tokenizer_sha256
-from lm.counting import BREAK
-from lm.ngram_corpus import EncodedCorpus, encode_corpora, find_sources
+from lm.base.catalog import tokenizer_sha256
+from lm.ngram.corpus import EncodedCorpus, encode_corpora, find_sources
+from lm.ngram.counting import BREAK
 
 ENDS = {2: "</s>", BREAK: "|"}
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from conftest import save_tiny_base, write_lines
 
-import lm.catalog
-import lm.corpus
+import lm.base.catalog
+import lm.base.corpus
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
-from lm.build_ngram import build_ngram
-from lm.corpus import generate_corpus, read_prompts
-from lm.own_output import OwnOutput
+from lm.base.corpus import generate_corpus, read_prompts
+from lm.base.own_output import OwnOutput
+from lm.ngram.build import build_ngram
 
 FALLBACK = (0.5, 1.0, 1.5)
 
@@ -39,7 +39,7 @@ def folders(cache: Path) -> list[Path]:
 
 
 def no_base(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm.catalog, "load_base", lambda *_, **__: pytest.fail("the base LM was loaded"))
+    monkeypatch.setattr(lm.base.catalog, "load_base", lambda *_, **__: pytest.fail("the base LM was loaded"))
 
 
 def test_it_is_what_generate_corpus_and_build_ngram_give(prompts, own, tiny_base, tmp_path: Path) -> None:

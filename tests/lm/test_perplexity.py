@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lattices.errors import RescoreError
-from lm import perplexity as perplexity_module
-from lm.base import BaseLM
-from lm.perplexity import perplexity, windows_of
+from lm.base import perplexity as perplexity_module
+from lm.base.model import BaseLM
+from lm.base.perplexity import perplexity, windows_of
 
 TEXTS = ["In my palm is a clear stone.", "", "x", "ab", "שלום 🙂 \x07", "In my palm " * 4, "a b c d e f g"]
 

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
-from lm import neural, rescorer_training
-from lm.catalog import load_base
-from lm.head_data import HeadData, read_head_data, tokens_read
-from lm.neural import NeuralSize, check_fits, find_neural, load_neural
-from lm.rescorer_training import RescorerOptions, RescorerTrainer
+from lm.base.catalog import load_base
+from lm.neural import model as neural
+from lm.neural.model import NeuralSize, check_fits, find_neural, load_neural
+from lm.training import rescorer as rescorer_training
+from lm.training.data import HeadData, read_head_data, tokens_read
+from lm.training.rescorer import RescorerOptions, RescorerTrainer
 
 TINY = "neural-tiny"
 SMALL = RescorerOptions(

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from lattices.errors import RescoreError
 from lattices.ngrams import SENTENCE_END
-from lm.counting import BREAK
-from lm.kenlm_model import KenlmModel
-from lm.ngram_corpus import EncodedCorpus
-from lm.score_ngram import AutomatonScorer, NgramScore, _sentences, score_file, score_text
+from lm.ngram.corpus import EncodedCorpus
+from lm.ngram.counting import BREAK
+from lm.ngram.kenlm_model import KenlmModel
+from lm.ngram.score import AutomatonScorer, NgramScore, _sentences, score_file, score_text
 
 TINY = Path(__file__).parent / "reference" / "kenlm" / "tiny.arpa"
 VOCABULARY = ("<unk>", "<s>", "</s>", "the", "cat", "sat", "7", "é")

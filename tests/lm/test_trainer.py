@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
-from lm import trainer as trainer_module
-from lm.trainer import Trainer, rate_at
-from lm.workers import Workers
+from lm.training import trainer as trainer_module
+from lm.training.trainer import Trainer, rate_at
+from lm.training.workers import Workers
 
 KEPT = "checkpoint.safetensors"
 

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
-from lm import trainer as trainer_module
-from lm.block_heads import heads_sha256, load_heads
-from lm.catalog import load_base
-from lm.head_data import HeadData, Rows, Segment, read_head_data, segments_of, until
-from lm.training import HeadTrainer, TrainingOptions
+from lm.base.catalog import load_base
+from lm.heads.block_heads import heads_sha256, load_heads
+from lm.training import trainer as trainer_module
+from lm.training.data import HeadData, Rows, Segment, read_head_data, segments_of, until
+from lm.training.heads import HeadTrainer, TrainingOptions
 
 SMALL = TrainingOptions(
     h=4, inner_size=8, token_size=5, steps=10, positions=96, heads_per_step=2, vocabulary=60, negatives=8, warmup=2,

@@ -15,11 +15,11 @@ from test_training import SMALL
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
-from lm.block_heads import heads_folder, load_heads, of_other_weights
-from lm.catalog import identify, load_base, load_embeddings
-from lm.head_data import read_head_data
-from lm.neural import DeltaConfig, check_fits, find_neural, first_layers, load_neural, save_delta
-from lm.training import HeadTrainer, TrainingOptions
+from lm.base.catalog import identify, load_base, load_embeddings
+from lm.heads.block_heads import heads_folder, load_heads, of_other_weights
+from lm.neural.model import DeltaConfig, check_fits, find_neural, first_layers, load_neural, save_delta
+from lm.training.data import read_head_data
+from lm.training.heads import HeadTrainer, TrainingOptions
 from rescore.decoding import decode, first_difference
 from rescore.rescorers import load_rescorer
 

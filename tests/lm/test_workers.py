@@ -18,11 +18,11 @@ import torch.distributed
 from safetensors.torch import load_file, save_file
 
 from lattices.errors import RescoreError
-from lm.catalog import load_base
-from lm.head_data import read_head_data
-from lm.rescorer_training import RescorerOptions, RescorerTrainer
-from lm.training import HeadTrainer, TrainingOptions
-from lm.workers import Workers, start_workers
+from lm.base.catalog import load_base
+from lm.training.data import read_head_data
+from lm.training.heads import HeadTrainer, TrainingOptions
+from lm.training.rescorer import RescorerOptions, RescorerTrainer
+from lm.training.workers import Workers, start_workers
 
 
 def train_both(folder: Path, base_folder: str) -> None:

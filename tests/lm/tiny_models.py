@@ -12,8 +12,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lattices.errors import RescoreError
-from lm import attention, catalog
-from lm.base import BaseIdentity, BaseLM, state_size
+from lm.base import attention, catalog
+from lm.base.model import BaseIdentity, BaseLM, state_size
 
 VOCABULARY, CONTEXT, WINDOW = 61, 28, 5
 

@@ -11,13 +11,13 @@ import pytest
 from analysis_traces import small_trace
 
 from lattices.errors import RescoreError, UnknownNameError
-from rescore.analysis import analyse_run, contrast, efficiency_table
-from rescore.analysis.outcomes import outcomes_of
-from rescore.analysis.p_curve import curves_of_results
-from rescore.analysis.repetition import before_after
-from rescore.analysis.run_records import alpha_source, wallclock_in
-from rescore.evaluation import EvalOptions, evaluate
-from rescore.runs import load_run
+from rescore.runs.evaluation import EvalOptions, evaluate
+from rescore.runs.finished import load_run
+from rescore.studies.analysis import analyse_run, contrast, efficiency_table
+from rescore.studies.analysis.outcomes import outcomes_of
+from rescore.studies.analysis.p_curve import curves_of_results
+from rescore.studies.analysis.repetition import before_after
+from rescore.studies.analysis.run_records import alpha_source, wallclock_in
 
 # A decode of `small_trace` (output 1 2 3 4 5, unrescored drafts 1 1 1, 2 3 3, 3 8 5, 4 5 5, 5 5 8):
 #   at 0 the draft 1 2 3 is accepted whole; the unrescored 1 1 1 for 1: a win, and its wrong token repeats: repair.
@@ -147,7 +147,7 @@ def result(rescorer: str, p: int, efficiency: float, *, task: str = "squad", h: 
 
 
 def test_rows_of_several_runs(tmp_path):
-    from rescore.runs import FinishedRun
+    from rescore.runs.finished import FinishedRun
 
     runs = [
         FinishedRun(tmp_path, {}, [result("none", 1, 1.2), result("ngram", 1, 1.3, gain=0.08)], {}),
@@ -182,8 +182,8 @@ def test_what_results_say_beside():
 
 class TestFolders:
     def test_traces_and_results(self, run):
-        from rescore.analysis.collect import analyse_folders
-        from rescore.analysis.text import findings_text
+        from rescore.studies.analysis.collect import analyse_folders
+        from rescore.studies.analysis.text import findings_text
 
         found = analyse_folders(results=[run.folder], against=[("oracle", "none")])
         json.dumps(found.as_dict(), allow_nan=False)
@@ -205,7 +205,7 @@ class TestFolders:
 
     @pytest.mark.parametrize("option", ["h", "k", "limit", "bins"])
     def test_options_of_traces_are_refused_for_runs(self, run, option):
-        from rescore.analysis.collect import analyse_folders
+        from rescore.studies.analysis.collect import analyse_folders
 
         with pytest.raises(RescoreError, match=f"--{option} is for traces"):
             analyse_folders(results=[run.folder], **{option: 2})
@@ -222,7 +222,7 @@ def cache_of() -> Path:
 def test_texts_of_nothing():
     from analysis_traces import trace_of
 
-    from rescore.analysis import analyse_trace
-    from rescore.analysis.text import trace_text
+    from rescore.studies.analysis import analyse_trace
+    from rescore.studies.analysis.text import trace_text
 
     assert "0 examples" in trace_text(analyse_trace(trace_of([])))

@@ -13,14 +13,14 @@ from lattices.errors import RescoreError, UnknownNameError
 from lattices.lattice import Lattice
 from lattices.oracle import oracle_accepted
 from rescore.accounting import account
-from rescore.analysis import ANALYSES, analyse_trace, correlate_h_max
-from rescore.analysis.confidence import correlation
-from rescore.analysis.oracle_curves import doubling, oracle_curves
-from rescore.analysis.positions import Positions
-from rescore.analysis.records import HmaxPoint
-from rescore.analysis.text import h_max_text
 from rescore.replay import replay
 from rescore.rescorers import load_rescorer
+from rescore.studies.analysis import ANALYSES, analyse_trace, correlate_h_max
+from rescore.studies.analysis.confidence import correlation
+from rescore.studies.analysis.oracle_curves import doubling, oracle_curves
+from rescore.studies.analysis.positions import Positions
+from rescore.studies.analysis.records import HmaxPoint
+from rescore.studies.analysis.text import h_max_text
 from rescore.tracing import Trace, TracedExample
 
 

@@ -13,10 +13,10 @@ from conftest import squad_records, write_lines
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from rescore.accounting import paired_difference
-from rescore.comparison import Comparison, Selection, compare
-from rescore.comparison_table import comparison_table
-from rescore.evaluation import EvalOptions, evaluate, trace_task
-from rescore.runs import load_run
+from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
+from rescore.runs.finished import load_run
+from rescore.studies.comparison import Comparison, Selection, compare
+from rescore.studies.comparison_table import comparison_table
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,12 @@ from conftest import save_tiny_base
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
-from lm.block_heads import BlockHeads
-from lm.head_nets import BlockHeadsConfig
-from rescore.cost_decoders import (
+from lm.heads.block_heads import BlockHeads
+from lm.heads.nets import BlockHeadsConfig
+from rescore.report.charts.cost_model_charts import cost_model_section
+from rescore.runs.evaluation import EvalOptions, evaluate
+from rescore.runs.finished import FinishedRun, load_run
+from rescore.studies.cost.decoders import (
     _layers,
     decoder_of,
     decoder_of_config,
@@ -25,12 +28,9 @@ from rescore.cost_decoders import (
     neural_for,
     paper_base,
 )
-from rescore.cost_inputs import cost_inputs, cost_inputs_of_run
-from rescore.cost_model import BYTES, METHODS, HeadsShape, block_efficiencies, cost_table, heads_parameters
-from rescore.cost_text import cost_text
-from rescore.evaluation import EvalOptions, evaluate
-from rescore.report.cost_model_charts import cost_model_section
-from rescore.runs import FinishedRun, load_run
+from rescore.studies.cost.inputs import cost_inputs, cost_inputs_of_run
+from rescore.studies.cost.model import BYTES, METHODS, HeadsShape, block_efficiencies, cost_table, heads_parameters
+from rescore.studies.cost.text import cost_text
 
 # Toy base: 2 layers, d = 4, 2 heads of 2, 1 KV head, feed-forward 8 (not gated), 10 tokens, tied.
 #   layer: q 4 x 4, k 4 x 2, v 4 x 2, o 4 x 4 = 48; feed-forward 2 x 4 x 8 = 64; norms 8: 120. W = 240 + 4 + V 40 = 284.
@@ -157,7 +157,7 @@ class TestDecoders:
     def test_the_small_lm_shipped_for_a_base_is_its_first_layers(self, monkeypatch):
         shape = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
         config = LlamaConfig(vocab_size=49152, num_hidden_layers=30, tie_word_embeddings=True, **shape)
-        monkeypatch.setattr("lm.catalog.read_model_config", lambda name, **options: config)
+        monkeypatch.setattr("lm.base.catalog.read_model_config", lambda name, **options: config)
         base = decoder_of("smollm2-135m")
         found = neural_for(base)
         # 21 of 30 layers less: 576 x (576 x 2 + 192 x 2) + 3 x 576 x 1536 + 2 x 576 = 3,540,096 each.

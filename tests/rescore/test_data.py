@@ -21,10 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lattices.errors import InvalidDataError, RescoreError
-from rescore import data as data_module
-from rescore.data import load_examples
 from rescore.tasks import Example, HubSource, Task, load_task
+from rescore.tasks import data as data_module
 from rescore.tasks.base import only_reference
+from rescore.tasks.data import load_examples
 
 QA = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(5)]
 SQUAD = [

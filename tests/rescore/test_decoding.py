@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lattices.errors import RescoreError
-from lm.base import BaseLM
+from lm.base.model import BaseLM
 from rescore.accounting import account
 from rescore.decoding import decode, first_difference, margin_at
 from rescore.replay import replay

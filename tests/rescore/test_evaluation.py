@@ -15,13 +15,14 @@ import pytest
 import torch
 from conftest import make_heads, save_tiny_base, squad_records, write_lines
 
-import lm.catalog
+import lm.base.catalog
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lm.files import cache_directory
-from rescore import data as data_module
-from rescore import evaluation, rescorers, tracing
-from rescore.evaluation import EvalOptions, evaluate, oracle_by_k, trace_task
-from rescore.results import Result
+from rescore import rescorers, tracing
+from rescore.runs import evaluation
+from rescore.runs.evaluation import EvalOptions, evaluate, oracle_by_k, trace_task
+from rescore.runs.results import Result
+from rescore.tasks import data as data_module
 from rescore.tracing import read_header
 
 Make = Callable[..., EvalOptions]
@@ -63,7 +64,7 @@ def without_times(results: list[Result]) -> list[Result]:
 
 
 def no_base(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm.catalog, "load_base", lambda *_, **__: pytest.fail("the base LM was loaded"))
+    monkeypatch.setattr(lm.base.catalog, "load_base", lambda *_, **__: pytest.fail("the base LM was loaded"))
 
 
 class TestNumbers:
@@ -310,7 +311,7 @@ class TestConfiguration:
         assert {"rescore", "torch", "transformers"} <= set(config["versions"])
         assert "git_revision" in config
         assert (config["device"], config["threads"]) == ("cpu", torch.get_num_threads())
-        identity = lm.catalog.identify(make().base, dtype="float64")
+        identity = lm.base.catalog.identify(make().base, dtype="float64")
         trace = config["traces"]["squad"]
         assert trace["base"] == dataclasses.asdict(identity)
         assert {len(trace["base"][name]) for name in ("weights_sha256", "tokenizer_sha256")} == {64}
@@ -354,7 +355,7 @@ class TestConfiguration:
 
     @pytest.mark.parametrize(("p", "said"), [(4, True), (1, False)])
     def test_a_base_without_tree_masks_is_told_before_the_work(self, make: Make, monkeypatch, p: int, said: bool):
-        monkeypatch.setattr("lm.probe.Probe._follows_tree", lambda *_: False)
+        monkeypatch.setattr("lm.base.probe.Probe._follows_tree", lambda *_: False)
         happened: list[str] = []
         found = evaluate(
             make(mode="live", p=p, rescorers=("none", "oracle")),

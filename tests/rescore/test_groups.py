@@ -12,20 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lattices.errors import InvalidDataError
-from rescore.analysis.collect import analyse_folders
-from rescore.data import load_examples
-from rescore.evaluation import EvalOptions, evaluate, trace_task
 from rescore.groups import count_groups, digest, held_out, one_of_each_first
-from rescore.inputs import Models, prepare, resolve
-from rescore.runs import load_run
-from rescore.suite import run_suite
-from rescore.suite_plan import read_plan
-from rescore.summary import is_cut, summarize
+from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
+from rescore.runs.finished import load_run
+from rescore.runs.inputs import Models, prepare, resolve
+from rescore.runs.suite import run_suite
+from rescore.runs.suite_plan import read_plan
+from rescore.runs.summary import is_cut, summarize
+from rescore.runs.tuning import tune
+from rescore.runs.weights import alpha_notices
+from rescore.studies.analysis.collect import analyse_folders
 from rescore.tasks import Task, load_task
+from rescore.tasks.data import load_examples
 from rescore.tasks.task_file import load_task_file
 from rescore.tracing import load_trace
-from rescore.tuning import tune
-from rescore.weights import alpha_notices
 
 GROUPS = st.lists(st.sampled_from("abcdef"), max_size=20)
 

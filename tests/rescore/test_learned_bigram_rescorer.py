@@ -14,10 +14,10 @@ from conftest import save_tiny_base
 
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.lattice import Lattice
-from lm import learned_bigram
-from lm.base import BaseLM
-from lm.catalog import load_base
-from lm.learned_bigram import BigramOptions, BigramTrainer, TargetLattices, load_bigram
+from lm.base.catalog import load_base
+from lm.base.model import BaseLM
+from lm.neural import learned_bigram
+from lm.neural.learned_bigram import BigramOptions, BigramTrainer, TargetLattices, load_bigram
 from rescore.rescorers import Context, Target, WeightedRescorer, load_rescorer
 
 H, K = 4, 4

@@ -15,12 +15,12 @@ from test_replay import traced
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.lattice import Lattice
 from lattices.search import p_best
-from lm.base import BaseLM
-from lm.catalog import load_base
-from rescore.evaluation import EvalOptions, evaluate
+from lm.base.catalog import load_base
+from lm.base.model import BaseLM
 from rescore.replay import replay
 from rescore.rescorers import Context, Target, load_rescorer, neural_state
 from rescore.rescorers.ngram_neural import CANDIDATES, path_logps
+from rescore.runs.evaluation import EvalOptions, evaluate
 
 H, K = 4, 5
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from lattices.errors import InvalidDataError, RescoreError
-from rescore.data import load_examples
 from rescore.tasks import load_task
+from rescore.tasks.data import load_examples
 
 ROW: dict[str, Any] = {
     "url": "http://news.example/rain", "archive": "http://archive.example/1", "title": "Rain at last",

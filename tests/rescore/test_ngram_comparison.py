@@ -11,19 +11,19 @@ import pytest
 from conftest import save_tiny_base, write_lines
 
 from lattices.errors import IncompatibleError, RescoreError
-from lm.build_ngram import build_ngram
-from lm.own_output import OwnOutput
-from rescore import ngram_comparison as module
+from lm.base.own_output import OwnOutput
+from lm.ngram.build import build_ngram
 from rescore.accounting import account, paired_gain
-from rescore.evaluation import EvalOptions, trace_task
-from rescore.ngram_comparison import NgramCorpus, compare_ngrams, read_corpus
 from rescore.replay import replay
 from rescore.report.ngram_tables import comparison_table
 from rescore.rescorers import load_rescorer
 from rescore.rescorers.ngram import Ngram
+from rescore.runs.evaluation import EvalOptions, trace_task
+from rescore.runs.tuning import tune
+from rescore.runs.weights import target_of
+from rescore.studies import ngram_comparison as module
+from rescore.studies.ngram_comparison import NgramCorpus, compare_ngrams, read_corpus
 from rescore.tracing import load_trace
-from rescore.tuning import tune
-from rescore.weights import target_of
 
 ALPHAS = (0.25, 1.0, 4.0)
 Compare = Callable[..., module.NgramComparison]
@@ -143,7 +143,7 @@ def test_what_is_no_corpus(text: str):
 
 def test_mistakes_are_told_before_any_work(options, corpora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     trace_task(options, tmp_path / "trace")
-    monkeypatch.setattr("lm.catalog.load_base", lambda *_, **__: pytest.fail("the base LM was loaded"))
+    monkeypatch.setattr("lm.base.catalog.load_base", lambda *_, **__: pytest.fail("the base LM was loaded"))
     tokenizer = save_tiny_base(tmp_path / "other") / "tokenizer.json"
     document = json.loads(tokenizer.read_text())
     ids = document["model"]["vocab"]

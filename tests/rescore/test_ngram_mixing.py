@@ -8,16 +8,16 @@ import pytest
 from test_ngram_rescorer import VOCAB, bigram_model, options, save  # noqa: F401 (a fixture)
 
 from lattices.errors import IncompatibleError, RescoreError
-from lm.arpa import write_arpa
 from lm.files import write_json
-from lm.mix_ngram import NgramPart, find_parts, mix_ngrams
+from lm.ngram.arpa import write_arpa
+from lm.ngram.mix import NgramPart, find_parts, mix_ngrams
 from rescore.accounting import account
-from rescore.evaluation import EvalOptions, trace_task
-from rescore.ngram_mixing import best_weights, tune_mixture
 from rescore.replay import replay
 from rescore.rescorers.ngram import Ngram
+from rescore.runs.evaluation import EvalOptions, trace_task
+from rescore.runs.weights import target_of
+from rescore.studies.ngram_mixing import best_weights, tune_mixture
 from rescore.tracing import load_trace
-from rescore.weights import target_of
 
 
 @pytest.fixture

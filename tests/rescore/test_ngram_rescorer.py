@@ -13,14 +13,14 @@ from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.lattice import Lattice
 from lattices.ngrams import SPECIAL_WORDS, NgramArrays, NgramModel
 from lattices.search import p_best
-from lm.arpa import write_arpa
 from lm.files import write_json
-from lm.ngram import load_ngram
-from rescore.evaluation import EvalOptions, evaluate
+from lm.ngram.arpa import write_arpa
+from lm.ngram.load import load_ngram
 from rescore.replay import replay
 from rescore.rescorers import Context, Target, WeightedRescorer, load_rescorer
+from rescore.runs.evaluation import EvalOptions, evaluate
+from rescore.runs.tuning import tune
 from rescore.tracing import load_trace
-from rescore.tuning import tune
 
 VOCAB = 257  # of the tiny tokenizer
 

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from test_cli import Command, rescore  # noqa: F401
 
 from lattices.errors import InvalidDataError, RescoreError
-from rescore.data import load_examples
-from rescore.evaluation import EvalOptions, evaluate, trace_task
 from rescore.groups import digest
-from rescore.overlap import Overlap, find_overlap
-from rescore.overlap_file import SHIPPED, SHIPPED_FILE, read_leave_out, write_leave_out
-from rescore.suite import run_suite
-from rescore.suite_plan import read_plan
+from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
+from rescore.runs.leave_out import SHIPPED, SHIPPED_FILE, read_leave_out, write_leave_out
+from rescore.runs.suite import run_suite
+from rescore.runs.suite_plan import read_plan
+from rescore.studies.overlap import Overlap, find_overlap
 from rescore.tasks import load_task, task_names
+from rescore.tasks.data import load_examples
 
 TASK = """\
 source: {file: FILE}
@@ -95,7 +95,7 @@ class TestRuns:
     def test_runs_go_on_over_the_blocks_in_which_a_corpus_is_read(
         self, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
-        monkeypatch.setattr("rescore.overlap.BATCH", 5)
+        monkeypatch.setattr("rescore.studies.overlap.BATCH", 5)
         monkeypatch.setattr("lm.text_files.BLOCK_BYTES", 16)
         found = find_overlap([task], [corpus(tmp_path, words(0, 20).replace(" ", "\n"))])
         assert shares(found) == {"prompt": 1.0}

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from lattices.errors import InvalidDataError, OutputError, RescoreError
-from rescore.cost_decoders import decoder_of, heads_of
-from rescore.cost_model import cost_table
-from rescore.evaluation import EvalOptions, evaluate
 from rescore.report.page import write_report
-from rescore.runs import load_run
+from rescore.runs.evaluation import EvalOptions, evaluate
+from rescore.runs.finished import load_run
+from rescore.studies.cost.decoders import decoder_of, heads_of
+from rescore.studies.cost.model import cost_table
 
 HOSTILE = (
     "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7*7 }} \u202eevil\u0007 "
@@ -321,7 +321,7 @@ class TestTrouble:
 
 
 def test_the_cost_model_has_the_methods_that_were_run(options, tmp_path, cache_folder):
-    """Per token: what a step costs by `rescore.cost_model`, over the tokens of a step."""
+    """Per token: what a step costs by `rescore.studies.cost.model`, over the tokens of a step."""
     folder = run_into(tmp_path / "run", options, rescorers=("none", "oracle"), p=(1, 16))
     written = write_report([folder], tmp_path / "report.html")
     run = load_run(folder)

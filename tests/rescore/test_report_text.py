@@ -9,18 +9,18 @@ from types import SimpleNamespace
 import pytest
 from conftest import byte_tokenizer
 
-from lm.training import HeldOutAccuracy
+from lm.training.heads import HeldOutAccuracy
+from rescore.report.charts.figures import percent, safe
+from rescore.report.charts.head_charts import _label_places
+from rescore.report.charts.style import COLOURS, looks
 from rescore.report.csv_table import csv_document, plain
-from rescore.report.figures import percent, safe
-from rescore.report.head_charts import _label_places
 from rescore.report.headline import make_headline, recovered
 from rescore.report.markdown import escaped
 from rescore.report.sources import json_text
-from rescore.report.style import COLOURS, looks
 from rescore.report.sweeps import kept_sweeps
 from rescore.report.tables import accuracy_table, table
 from rescore.report.token_text import excerpt, harmless, token_texts, tokenizer_of, visible
-from rescore.runs import FinishedRun
+from rescore.runs.finished import FinishedRun
 
 
 def test_every_character_of_a_token_shows():

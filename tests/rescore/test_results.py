@@ -12,10 +12,10 @@ import pytest
 from conftest import files_of_at_most
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError
-from rescore import results
 from rescore.accounting import account
 from rescore.report.tables import results_table, table
-from rescore.results import ExampleLog, Result, ResultsDocument, environment, versions
+from rescore.runs import results
+from rescore.runs.results import ExampleLog, Result, ResultsDocument, environment, versions
 
 CONFIG = {"options": {"k": 16, "p": 1}, "traces": {"squad": {"base": {"weights_sha256": "abc"}}}}
 

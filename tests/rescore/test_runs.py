@@ -10,9 +10,9 @@ import pytest
 from conftest import write_lines
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
-from rescore.evaluation import EvalOptions, evaluate, trace_task
-from rescore.results import Result
-from rescore.runs import load_run
+from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
+from rescore.runs.finished import load_run
+from rescore.runs.results import Result
 
 
 @pytest.fixture

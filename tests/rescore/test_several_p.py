@@ -12,11 +12,12 @@ import pytest
 from test_evaluation import Make, Peek, ctrl_c, examples_of, make, peek, run, without_times  # noqa: F401
 
 from lattices.errors import IncompatibleError, RescoreError
-from rescore import evaluation, rescorers
-from rescore.evaluation import evaluate
+from rescore import rescorers
 from rescore.rescorers.unrescored import Unrescored
-from rescore.results import ExampleLog
-from rescore.tuning import tune
+from rescore.runs import evaluation
+from rescore.runs.evaluation import evaluate
+from rescore.runs.results import ExampleLog
+from rescore.runs.tuning import tune
 
 
 class Weighted:

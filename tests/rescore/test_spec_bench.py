@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from lattices.errors import InvalidDataError
-from rescore.data import load_examples
 from rescore.tasks import Example, load_task
+from rescore.tasks.data import load_examples
 from rescore.tasks.spec_bench import MT_BENCH, TASKS
 
 ROWS: list[dict[str, Any]] = [

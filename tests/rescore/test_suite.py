@@ -15,25 +15,25 @@ from typing import Any
 import pytest
 from conftest import squad_records, write_lines
 
-import lm.catalog
+import lm.base.catalog
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
 from lm.files import cache_directory
 from lm.locks import writing_to
-from rescore import suite as suite_module
 from rescore import tracing
-from rescore.analysis.collect import analyse_folders
-from rescore.comparison import Selection, compare
-from rescore.evaluation import EvalOptions, evaluate, trace_task
-from rescore.inspection import inspect_example
+from rescore.report.inspection import inspect_example
 from rescore.report.page import write_report
 from rescore.report.sources import load_sources
 from rescore.rescorers import load_rescorer
-from rescore.results import ExampleLog
-from rescore.runs import load_run, load_runs, run_of_task
-from rescore.suite import Suite, run_suite
-from rescore.suite_plan import Plan, read_plan
-from rescore.suite_table import COLUMNS, csv_table, suite_page, text_table
-from rescore.tuning import tune
+from rescore.runs import suite as suite_module
+from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
+from rescore.runs.finished import load_run, load_runs, run_of_task
+from rescore.runs.results import ExampleLog
+from rescore.runs.suite import Suite, run_suite
+from rescore.runs.suite_plan import Plan, read_plan
+from rescore.runs.suite_table import COLUMNS, csv_table, suite_page, text_table
+from rescore.runs.tuning import tune
+from rescore.studies.analysis.collect import analyse_folders
+from rescore.studies.comparison import Selection, compare
 
 BODY = """\
 limit: 4
@@ -288,7 +288,7 @@ class TestGoingOn:
 
     def test_what_is_finished_needs_no_model(self, write: Write, tmp_path: Path, monkeypatch: Any):
         first = run(write(), tmp_path / "out")
-        monkeypatch.setattr(lm.catalog, "load_base", lambda *_, **__: pytest.fail("the base LM was loaded"))
+        monkeypatch.setattr(lm.base.catalog, "load_base", lambda *_, **__: pytest.fail("the base LM was loaded"))
         monkeypatch.setattr(suite_module, "tune", lambda *_, **__: pytest.fail("tuned again"))
         monkeypatch.setattr(suite_module, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
         assert run(write(), tmp_path / "out").results == first.results
@@ -340,7 +340,7 @@ class TestRefused:
         refused(lambda: read_plan(write(body="rescorers: none\n")), "line 1: the key 'tasks' is missing")
 
     def test_data_that_are_not_there_before_any_work(self, write: Write, tmp_path: Path, monkeypatch: Any):
-        monkeypatch.setattr(lm.catalog, "load_base", lambda *_, **__: pytest.fail("the base LM was loaded"))
+        monkeypatch.setattr(lm.base.catalog, "load_base", lambda *_, **__: pytest.fail("the base LM was loaded"))
         refused(lambda: run(write(("gsm8k.jsonl", "none.jsonl")), tmp_path / "out"), "no such file")
         refused(lambda: run(write(("k: [4, 2]", "k: 258")), tmp_path / "b"), "vocabulary's 257")
 

@@ -12,10 +12,10 @@ import pytest
 from conftest import write_lines
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
-from rescore.data import load_examples
-from rescore.evaluation import EvalOptions, evaluate, trace_task
-from rescore.inputs import resolve
+from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
+from rescore.runs.inputs import resolve
 from rescore.tasks import Example, HubSource, Limits, load_task
+from rescore.tasks.data import load_examples
 
 MINE = """\
 # answers about bridges
@@ -233,7 +233,7 @@ class TestEvaluation:
         assert direct == with_file == alone
 
     def test_it_can_be_resumed_and_read_back(self, write: Write, options: dict[str, Any], tmp_path: Path) -> None:
-        from rescore.runs import load_run
+        from rescore.runs.finished import load_run
 
         recorded = EvalOptions(tasks=(write(),), **options)
         for _ in range(2):

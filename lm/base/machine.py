@@ -1,0 +1,74 @@
+"""How near work comes to what the machine could do: FLOPs and bytes counted, against measured limits.
+
+Counted are products with weights (2 FLOPs per weight and token) and reads of weights and cache, as in the cost model;
+attention's own FLOPs, writes and padding are not, so a share is what was of use.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lm.base.model import BaseLM
+
+REPEATS = 5
+
+
+class Work:
+    """What a base LM asked of a machine: `flops`, and `bytes_read` of weights and cache."""
+
+    def __init__(self, base: BaseLM) -> None:
+        self.flops = self.bytes_read = 0.0
+        embeddings, projection = base.model.get_input_embeddings().weight, base.output_embeddings.weight
+        apart = {id(weight): weight.numel() for weight in (embeddings, projection)}  # they may be one
+        self._projection = projection.numel()
+        self._body = sum(p.numel() for p in base.model.parameters()) - sum(apart.values())
+        self._size = projection.element_size()
+        self._position = base.position_size
+
+    def add(self, *, tokens: int, projected: int, cached: int) -> None:
+        """One call of the base LM: tokens read, those of them that the vocabulary projection read, and positions of
+        the cache that were read, over all rows."""
+        self.flops += 2.0 * (self._body * tokens + self._projection * projected)
+        self.bytes_read += float(self._size) * (self._body + self._projection + self._position * cached)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device gives at best, as measured: FLOPs a second of a matrix product, bytes a second read from memory."""
+
+    flops: float
+    bytes_read: float
+
+
+def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
+    """Measures both, in under a second: a large matrix product, and a pass over more than a CPU's caches hold."""
+    large = device.type == "cuda"
+    n = 8192 if large else 1536
+    a, b = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
+    many = torch.ones((4 if large else 1) << 27, device=device, dtype=torch.uint8).view(torch.int64)
+    return Limits(
+        flops=2.0 * n**3 / _fastest(lambda: a @ b, device),
+        bytes_read=many.numel() * many.element_size() / _fastest(many.max, device),
+    )
+
+
+def _fastest(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest call of several, after one to warm up."""
+    call()
+    found = []
+    for _ in range(REPEATS):
+        _wait(device)
+        began = time.perf_counter()
+        call()
+        _wait(device)
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,264 @@
+"""The base LM: tokens in, final hidden states and logits out, with a cache that keeps what was accepted.
+
+Knows nothing about block heads, drafts or tasks. Any transformers causal LM serves whose layers are attention over
+keys and values (`lm.base.probe` tries it); `lm.base.catalog.load_base` turns a name into one.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lattices.errors import IncompatibleError, RescoreError
+from lm.base.cache import KVCache, layer_types
+from lm.base.probe import Probe, Scaling
+from lm.base.tree_cache import TreeCache
+
+CONTEXT_LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+CACHE_ARGUMENTS = ("cache", "past_key_values")  # its name now, and before transformers 5.24
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """What a base LM is, for keys of caches and for checks: two equal identities give the same numbers.
+
+    `tokenizer_sha256` says what a token id means, which is what heads and rescorers must agree with the base on;
+    `tokenization_sha256` and `config_sha256` (of `lm.keys`) say the rest: how text is cut, what the forward computes
+    with these weights, and what ends a text. Empty where what an earlier version wrote does not say.
+    """
+
+    name: str
+    weights_sha256: str
+    tokenizer_sha256: str
+    hidden_size: int
+    vocab_size: int
+    dtype: str
+    config_sha256: str = ""
+    tokenization_sha256: str = ""
+
+
+class BaseLM:
+    """A causal LM with its tokenizer, in evaluation mode, on one device.
+
+    Attributes: `model`, `tokenizer`, `identity`, `device`, `dtype`, `hidden_size`, `vocab_size`, `context_length`
+    (positions; 2^30 where there is no limit), `eos_token_ids` (any of them ends the output), `is_chat` (has a chat
+    template), `takes_positions` (is told where tokens stand), `supports_tree` (takes a 4D attention mask with every
+    layer looking at the whole cache), `position_size` (numbers that the cache holds for one position).
+
+    What an architecture can do is tried, see `lm.base.probe`. Raises `IncompatibleError` for one that can't be
+    decoded in blocks with the output it has by itself.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, identity: BaseIdentity) -> None:
+        config = model.config.get_text_config(decoder=True)
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer: Any = tokenizer
+        self.identity = identity
+        self.config = config
+        self.eos_token_ids = _eos_token_ids(model, tokenizer)
+        if getattr(model, "_is_stateful", False):  # transformers' mark of recurrent architectures
+            raise IncompatibleError(f"{identity.name} is recurrent: its state can't forget rejected tokens")
+        if any(getattr(module, "attention_type", None) == "block_sparse" for module in model.modules()):
+            # It reads long texts by another attention than short ones, and that is not causal.
+            raise IncompatibleError(
+                f'{identity.name} has sparse attention; put "attention_type": "original_full" into its config.json'
+            )
+        takes = inspect.signature(model.forward).parameters
+        self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in takes), "")
+        if not self._cache_argument:
+            raise IncompatibleError(f"{identity.name} ({config.model_type}) has no cache of keys and values")
+        self.takes_positions = "position_ids" in takes
+        self._takes_last = "logits_to_keep" in takes
+        self.output_embeddings: Any = model.get_output_embeddings()
+        weight = getattr(self.output_embeddings, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+            raise IncompatibleError(
+                f"{identity.name} ({config.model_type}) has no vocabulary projection for block heads"
+            )
+        self.vocab_size, self.hidden_size = weight.shape
+        sizes = (identity.hidden_size, identity.vocab_size)
+        if sizes != (self.hidden_size, self.vocab_size):
+            raise IncompatibleError(
+                f"{identity.name} projects {self.hidden_size} numbers to {self.vocab_size} tokens, and by its "
+                f"configuration it would be {sizes[0]} to {sizes[1]}"
+            )
+        self.context_length = _context_length(config)
+        self._hidden: torch.Tensor | None = None
+        self._projects, self._last = True, 0
+        self.output_embeddings.register_forward_pre_hook(self._remember_hidden)
+        self.scaling = Scaling()
+        probe = Probe(self)
+        may_be_tree = self.takes_positions and layer_types(config) == {"full_attention"}
+        self.supports_tree = probe.check_cache(tree=may_be_tree)
+        probe.check_window()
+        self.position_size = probe.position_size
+
+    @functools.cached_property
+    def body_gives_states(self) -> bool:
+        """Whether the states that heads read are the output of the model's body, so that the body can be trained."""
+        return Probe(self).body_gives_states()
+
+    @functools.cached_property
+    def supports_padding(self) -> bool:
+        """Whether prompts of different lengths can stand in one batch, padded on the left."""
+        return Probe(self).follows_padding(mask_4d=self.supports_tree)
+
+    def _remember_hidden(self, _module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        # The one place that every architecture agrees on: block heads read what the vocabulary projection reads.
+        # Contiguous, because torch multiplies a batch of slices by one copy of the projection per row (100x slower).
+        self._hidden = args[0][:, -self._last :].contiguous()
+        return (self._hidden if self._projects else self._hidden[:, :0],)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def is_half(self) -> bool:
+        """Whether it computes in 16 bits."""
+        return self.dtype in (torch.float16, torch.bfloat16)
+
+    @property
+    def heads_dtype(self) -> torch.dtype:
+        """The precision that block heads run in: at least float32, they are small."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def is_chat(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+    def encode_prompt(self, text: str, *, chat: bool, max_tokens: int | None = None) -> list[int]:
+        """Token ids of a prompt; `chat` puts it as the user's turn into the chat template.
+
+        More than `max_tokens` are cut from the end of `text`, never from the template. Raises `RescoreError` if there
+        is no text, no chat template, or no room for text beside the template.
+        """
+        if not text:
+            raise RescoreError("a prompt is empty; every example needs text to start from")
+        if chat and not self.is_chat:
+            raise IncompatibleError(f"{self.identity.name} has no chat template; give its prompts as plain text")
+        ids = self._chat_ids(text) if chat else self._plain_ids(text)
+        while chat and max_tokens and len(ids) > max_tokens:
+            pieces = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            keep = len(pieces) - (len(ids) - max_tokens)
+            # Several pieces can be parts of one character, which goes as a whole: every round takes something off.
+            end = min(pieces[keep - 1][1], len(text) - 1) if keep > 0 else 0
+            if end == 0:
+                raise RescoreError(f"a limit of {max_tokens} prompt tokens leaves no room beside the chat template")
+            text = text[:end]
+            ids = self._chat_ids(text)
+        if not ids:
+            raise RescoreError(f"a prompt has no tokens: {text[:40]!r}")
+        return ids[:max_tokens] if max_tokens else ids
+
+    def _plain_ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids
+
+    def _chat_ids(self, text: str) -> list[int]:
+        messages = [{"role": "user", "content": text}]
+        ids: list[int] = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return ids
+
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """Text of output tokens, special tokens left out."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache for up to `capacity` positions."""
+        return KVCache(self.model.config, capacity)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        cache: KVCache | TreeCache | None = None,
+        *,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        last: int = 0,
+        projects: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One call of the model.
+
+        input_ids `[b, n]`; `attention_mask` `[b, m]`, or bool `[b, 1, n, m]` with m = cached + n positions. Returns
+        logits `[b, l, vocab]` and final hidden states `[b, l, d]` of the last `last` tokens (0: of all n). The caller
+        tells the cache afterwards what to keep. Without `projects` there are no logits (`[b, 0, vocab]`): where states
+        are all that is wanted, the vocabulary projection would be a large part of the work.
+        """
+        if position_ids is None:  # always given: some architectures would count from elsewhere than `generate` does
+            assert not isinstance(cache, TreeCache), "the nodes of a tree have positions of their own"
+            start = 0 if cache is None else cache.length
+            position_ids = torch.arange(start, start + input_ids.shape[1], device=self.device)[None]
+            position_ids = position_ids.expand(len(input_ids), -1)
+        arguments: dict[str, Any] = {self._cache_argument: cache, "use_cache": cache is not None}
+        if self.takes_positions:
+            arguments["position_ids"] = position_ids
+        if self._takes_last:
+            arguments["logits_to_keep"] = last
+        self._projects, self._last = projects, last
+        try:
+            output = self.model(input_ids=input_ids, attention_mask=attention_mask, **arguments)
+        finally:
+            self._projects, self._last = True, 0
+        if self._hidden is None:
+            raise IncompatibleError(f"{self.identity.name} does not call its vocabulary projection, which heads need")
+        hidden, self._hidden = self._hidden, None
+        return output.logits, hidden
+
+    def project(self, hidden: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """The base's vocabulary projection: `[..., d]` -> logits `[..., vocab]`, scaled as its architecture does.
+
+        `token_ids` int64 `[b, k]`, for hidden `[b, w, d]`: the logits of these tokens only, `[b, w, k]`.
+        """
+        weight, bias = self.output_embeddings.weight, self.output_embeddings.bias
+        if token_ids is None or token_ids.numel() >= self.vocab_size:
+            logits = functional.linear(hidden, weight, bias)
+            if token_ids is not None:
+                logits = logits.gather(-1, token_ids[:, None].expand(-1, hidden.shape[1], -1))
+        else:
+            logits = hidden @ weight[token_ids].transpose(1, 2)
+            logits = logits if bias is None else logits + bias[token_ids][:, None]
+        return self.scaling(logits)
+
+
+def state_size(config: Any) -> int:
+    """What a text configuration says of the size of the states that the vocabulary projection reads."""
+    sizes = [getattr(config, name, None) for name in ("word_embed_proj_dim", "output_embedding_size", "embedding_size")]
+    return int(next((size for size in sizes if type(size) is int), None) or config.hidden_size)
+
+
+def _context_length(config: Any) -> int:
+    sizes = [getattr(config, name, None) for name in CONTEXT_LENGTHS]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *rope.values()):
+        # Beyond the original context these change how every token is turned, by the longest text seen so far: what is
+        # cached was turned otherwise, and a block would be where single tokens are not yet.
+        if isinstance(part, dict) and part.get("rope_type", part.get("type")) in ("dynamic", "longrope"):
+            sizes.append(part.get("original_max_position_embeddings"))
+            sizes.append(getattr(config, "original_max_position_embeddings", None))
+    return min((size for size in sizes if type(size) is int and size > 0), default=1 << 30)
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    generation = getattr(model, "generation_config", None)
+    configured = getattr(generation, "eos_token_id", None)
+    if configured is None:
+        configured = tokenizer.eos_token_id
+    if configured is None:
+        return frozenset()
+    return frozenset([configured] if isinstance(configured, int) else configured)

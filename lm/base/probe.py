@@ -1,0 +1,200 @@
+"""What an architecture is good for, found out on a few tokens instead of from a list of names.
+
+A base LM is run as the decoders run it: with a cache, on several drafts of one past, on a tree, on prompts of
+different lengths; and everything is compared with plain forwards of the same texts.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+
+from lattices.errors import IncompatibleError, RescoreError
+
+if TYPE_CHECKING:
+    from lm.base.cache import KVCache
+    from lm.base.model import BaseLM
+
+# Share of the largest logit by which two ways of computing it may differ. Half precision differs by more from one
+# kernel to another; what is wrong differs by more than that.
+TOLERANCE, HALF_TOLERANCE = 1e-3, 0.02
+REFUSED_FROM = 0.1  # in half precision: only what is surely wrong is refused, not what rounds badly
+
+WINDOWS = ("sliding_window", "attention_chunk_size")  # what masks read when they are made
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What an architecture does to its projection's logits: a `factor`, a `divisor`, a soft `cap` of their size."""
+
+    factor: float | None = None
+    divisor: float | None = None
+    cap: float | None = None
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits if self.factor is None else logits * self.factor
+        logits = logits if self.divisor is None else logits / self.divisor
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def scalings(config: Any) -> list[Scaling]:
+    """What a configuration may mean by its numbers, most of them first: the same names stand for other things too."""
+    names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    numbers = [float(v) if isinstance(v := getattr(config, name, None), int | float) and v else None for name in names]
+    choices = [(number, None) if number is not None else (None,) for number in numbers]
+    return [Scaling(*chosen) for chosen in itertools.product(*choices)]
+
+
+class Probe:
+    """A past of three tokens with two drafts of two tokens behind it, and what a base LM says of them without cache.
+
+    Raises `IncompatibleError` where the base LM can't be decoded exactly.
+    """
+
+    def __init__(self, base: BaseLM) -> None:
+        self.base, self.name = base, base.identity.name
+        size = base.vocab_size
+        ids = ((torch.arange(7, device=base.device) + 0.5) * size / 7).long().clamp(max=size - 1)  # none is special
+        self.past, self.drafts = ids[None, :3], ids[3:].reshape(2, 2)
+        with refusal(self.name):
+            self.plain, hidden = base.forward(torch.cat([self.past.expand(2, -1), self.drafts], dim=1))
+        if not bool(self.plain.isfinite().all()):
+            raise IncompatibleError(
+                f"{self.name} gives logits that are not finite in {base.identity.dtype}; choose another --dtype"
+            )
+        for scaling in scalings(base.config):
+            base.scaling = scaling
+            if self._same(base.project(hidden), self.plain):
+                return
+        raise IncompatibleError(f"{self.name} changes its logits in a way that block heads can't follow")
+
+    def check_cache(self, *, tree: bool) -> bool:
+        """Raises `IncompatibleError` if drafts behind a cached past are not read as the same texts without cache.
+
+        Returns whether they may stand there as a tree, which is tried if `tree`.
+        """
+        with refusal(self.name):
+            cache = self.base.new_cache(9)
+            past, _ = self.base.forward(self.past, cache)
+            cache.keep(range(3))
+            tree = tree and self._follows_tree(cache)
+            drafts, _ = self.base.forward(self.drafts, cache)
+            cache.keep([0], row=1)  # of the second draft the first token is right
+            rest, _ = self.base.forward(self.drafts[1:, 1:], cache)
+        if not self._same(past, self.plain[:1, :3], half=REFUSED_FROM):
+            raise IncompatibleError(f"{self.name} lets tokens see later ones, so its drafts can't be verified")
+        expected = torch.cat([*self.plain[:, 3:], self.plain[1, 4:]])
+        if not self._same(torch.cat([drafts[0], drafts[1], rest[0]]), expected, half=REFUSED_FROM):
+            raise IncompatibleError(f"{self.name} can't forget rejected tokens: its cache is not only keys and values")
+        pairs = [(layer.key_buffer, layer.value_buffer) for layer in cache.buffers]
+        self.position_size = sum(k.shape[1] * k.shape[3] + v.shape[1] * v.shape[3] for k, v in pairs)
+        return tree
+
+    def _follows_tree(self, cache: KVCache) -> bool:
+        """Whether a 4D mask means to this architecture what it says; some add it to the scores, some refuse it.
+
+        A causal mask would also pass where it is ignored, so both drafts stand behind the past as one tree.
+        """
+        sees = torch.zeros(4, 7, dtype=torch.bool, device=self.base.device)
+        sees[:, :3] = sees[[0, 1, 2, 3], [3, 4, 5, 6]] = sees[[1, 3], [3, 5]] = True
+        positions = torch.tensor([[3, 4, 3, 4]], device=self.base.device)
+        try:
+            nodes, _ = self.base.forward(
+                self.drafts.reshape(1, 4), cache, position_ids=positions, attention_mask=sees[None, None]
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # of any kind: architectures fail in their own ways
+            return False
+        return self._same(nodes.reshape(2, 2, -1), self.plain[:, 3:])
+
+    def check_window(self) -> None:
+        """Raises `IncompatibleError` if layers with a window have it from transformers' own cache, not from a mask.
+
+        That cache drops what the window has left behind; to one that keeps everything the mask must say so. So with a
+        smaller window the plain forward must change.
+        """
+        config = self.base.config
+        if "sliding" not in " ".join(type(layer).__name__ for layer in DynamicCache(config=config).layers).lower():
+            return
+        sizes = {n: v for n in WINDOWS if type(v := getattr(config, n, None)) is int and v > 2}
+        try:
+            for name in sizes:
+                setattr(config, name, 2)
+            with refusal(self.name):
+                narrow, _ = self.base.forward(torch.cat([self.past.expand(2, -1), self.drafts], dim=1))
+        finally:
+            for name, value in sizes.items():
+                setattr(config, name, value)
+        if sizes and self._same(narrow, self.plain):
+            raise IncompatibleError(
+                f"{self.name} has windows that are no masks, so its output can't be verified in blocks"
+            )
+
+    def body_gives_states(self) -> bool:
+        """Whether what the projection reads is the output of the model's body, with nothing in between."""
+        base, ids = self.base, self.past
+        positions = torch.arange(3, device=base.device)[None]
+        try:
+            body = base.model.base_model
+            takes = "position_ids" in inspect.signature(body.forward).parameters
+            with torch.inference_mode():
+                states = body(input_ids=ids, use_cache=False, **({"position_ids": positions} if takes else {}))[0]
+            return self._same(states, base.forward(ids)[1])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return False
+
+    def follows_padding(self, *, mask_4d: bool) -> bool:
+        """Whether a prompt that is padded on its left, to stand in a batch with a longer one, is read as if alone."""
+        base = self.base
+        if base.is_half and not base.takes_positions:
+            return False  # what its own positions change may be too little to be told from rounding
+        ids = torch.zeros(2, 4, dtype=torch.long, device=base.device)
+        ids[0, 1:], ids[1, :3], ids[1, 3] = self.past[0], self.past[0], self.drafts[1, 0]
+        attended = torch.ones(2, 5, dtype=torch.bool, device=base.device)
+        attended[0, 0] = False
+        positions = torch.tensor([[0, 0, 1, 2], [0, 1, 2, 3]], device=base.device)
+        mask = attended[:, None, None] if mask_4d else attended
+        cache = base.new_cache(5)
+        try:
+            prompts, _ = base.forward(ids, cache, position_ids=positions, attention_mask=attended[:, :4], last=1)
+            cache.keep_all()
+            more = torch.stack([self.drafts[0, :1], self.drafts[1, 1:]])
+            after, _ = base.forward(more, cache, position_ids=positions[:, -1:] + 1, attention_mask=mask)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return False
+        expected = torch.stack([self.plain[0, 2:4], self.plain[1, 3:5]])
+        return self._same(torch.cat([prompts, after], dim=1), expected)
+
+    def _same(self, found: torch.Tensor, expected: torch.Tensor, *, half: float = HALF_TOLERANCE) -> bool:
+        if found.shape != expected.shape:
+            return False
+        difference = (found.double() - expected.double()).abs()
+        tolerance = half if self.base.is_half else TOLERANCE
+        return bool(difference.max() <= tolerance * expected.double().abs().max())
+
+
+@contextmanager
+def refusal(name: str) -> Iterator[None]:
+    """One line for whatever an architecture raises that is run as the decoders run it."""
+    try:
+        yield
+    except IncompatibleError as error:
+        said = str(error)
+        raise IncompatibleError(said if said.startswith(name) else f"{name} {said}") from error
+    except (RescoreError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = "".join(f": {line}" for line in str(error).strip().splitlines()[:1])
+        raise IncompatibleError(f"{name} can't be decoded in blocks ({type(error).__name__}{reason})") from error

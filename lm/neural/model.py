@@ -1,0 +1,349 @@
+"""Small neural LMs as rescorers: named sizes, how they begin, how they are kept, how they score a tree of drafts.
+
+A rescorer is a causal LM over the base's own tokens, in one of two forms. *Whole*: any folder that `save_pretrained`
+wrote (or a hub id). *Delta*: the base's embeddings and first L layers, of which the last few and the final norm were
+trained further: a folder with `config.json` (`DeltaConfig`) and `model.safetensors`, which holds these tensors only,
+int8 with one float32 scale per row (`NAME` and `NAME.scale`), vectors as float32. It needs the very base it was
+trained on (sha256). Sizes count embeddings, as in [A] section 5.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
+from lm.base.catalog import (
+    identify,
+    load_base,
+    read_model_config,
+    resolve_base,
+    tokenizer_sha256,
+    under_adapter,
+)
+from lm.base.model import BaseIdentity, BaseLM
+from lm.base.tree_cache import TreeCache
+from lm.files import SHIPPED, atomic_file, read_json_object, sha256_of_file, write_json
+from lm.int8 import from_int8, to_int8
+from lm.keys import key_of
+from lm.memory import enough_memory
+
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+DELTA = "delta"
+ADVICE = "a lower --k, --p or --max-prompt-tokens needs less"
+REMEMBERED_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class NeuralSize:
+    """A named size: how many of the base's layers it takes, or the shape of a model that starts from scratch."""
+
+    base_layers: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    attention_heads: int
+
+
+SIZES = {
+    "neural-32m": NeuralSize(1, 512, 1408, 2, 8),
+    "neural-61m": NeuralSize(9, 640, 1712, 6, 10),
+    "neural-94m": NeuralSize(18, 768, 2048, 8, 12),
+}
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """What a delta is: the first `layers` of the base `base_name`, the last `tuned_layers` of them trained further."""
+
+    size: str
+    layers: int
+    tuned_layers: int
+    base_name: str
+    base_weights_sha256: str
+    tokenizer_sha256: str
+    kind: str = DELTA
+
+
+def scratch_model(size: str, base: BaseLM) -> LlamaForCausalLM:
+    """A Llama of a named size over the base's tokens, with random weights."""
+    shape = named_size(size)
+    config = LlamaConfig(
+        vocab_size=base.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.attention_heads,
+        num_key_value_heads=shape.attention_heads,
+        max_position_embeddings=base.context_length,
+        tie_word_embeddings=True,
+        eos_token_id=sorted(base.eos_token_ids),
+        bos_token_id=None,
+        initializer_range=0.02,
+    )
+    return LlamaForCausalLM(config)
+
+
+def named_size(name: str) -> NeuralSize:
+    """The size called `name`. Raises `UnknownNameError`."""
+    if name not in SIZES:
+        raise UnknownNameError("rescorer size", name, SIZES)
+    return SIZES[name]
+
+
+def first_layers(name: str, layers: int, *, dtype: str = "float32", device: str = "cpu") -> BaseLM:
+    """The base `name` cut to its first `layers` layers. Raises as `load_base`; `RescoreError` if it has fewer."""
+    config = read_model_config(name)
+    text_config = config.get_text_config(decoder=True)
+    if text_config.num_hidden_layers < layers:
+        raise RescoreError(
+            f"{name} has {text_config.num_hidden_layers} layers, fewer than the {layers} that are wanted; "
+            "use --init scratch or a smaller size"
+        )
+    text_config.num_hidden_layers = layers
+    if getattr(text_config, "layer_types", None):
+        text_config.layer_types = text_config.layer_types[:layers]
+    return load_base(name, dtype=dtype, device=device, config=config)
+
+
+def save_delta(model: torch.nn.Module, names: list[str], config: DeltaConfig, folder: Path) -> None:
+    """Writes the tensors `names` of a model as a delta, weights first. Raises `OutputError`."""
+    state = model.state_dict()
+    tensors = to_int8({name: state[name] for name in names})
+    with atomic_file(folder / WEIGHTS_FILE) as temporary:
+        temporary.write_bytes(to_bytes(tensors))
+    write_json(folder / CONFIG_FILE, dataclasses.asdict(config))
+
+
+@dataclass(frozen=True)
+class NeuralSource:
+    """Where a neural rescorer comes from: its name as typed, its folder, its delta's configuration (None: whole)."""
+
+    name: str
+    folder: Path
+    delta: DeltaConfig | None
+
+    @property
+    def sha256(self) -> str:
+        """sha256 of all that it scores with: weights and configuration, which names a delta's base."""
+        if self.delta is None:
+            found = identify(str(self.folder))
+            return key_of([found.weights_sha256, found.config_sha256, found.tokenization_sha256])
+        return key_of([sha256_of_file(self.folder / WEIGHTS_FILE), self.delta])
+
+
+def find_neural(text: str, *, shipped_for: str = "smollm2-135m") -> NeuralSource:
+    """The rescorer that a named size (shipped) or a path or hub id stands for; its weights are not read yet.
+
+    Raises `RescoreError` if there is none, with the command that trains one.
+    """
+    if text in SIZES:
+        folder = SHIPPED / shipped_for / text
+        if not (folder / CONFIG_FILE).is_file():
+            raise RescoreError(
+                f"no weights of {text} for {shipped_for} in this installation; train them: rescore train-rescorer "
+                f"{text} --corpus ... --out DIR, then --rescorer neural:DIR"
+            )
+    elif text.endswith((".pt", ".pth", ".bin")):
+        raise RescoreError(f"{text} is no rescorer: give the folder that train-rescorer or save_pretrained wrote")
+    else:
+        try:
+            found = resolve_base(text)
+        except RescoreError as error:
+            raise RescoreError(
+                f"no neural rescorer {text} ({error}); train one: rescore train-rescorer neural-61m --corpus ... "
+                "--out DIR, then --rescorer neural:DIR"
+            ) from error
+        if found.adapter is not None:
+            raise RescoreError(f"{text} is an adapter; a rescorer must be a whole model: merge it into its base first")
+        folder = found.folder
+    fields = read_json_object(folder / CONFIG_FILE, missing=f"no neural rescorer in {folder}")
+    if fields.get("kind") != DELTA:
+        return NeuralSource(text, folder, None)
+    try:
+        delta = DeltaConfig(**fields)
+    except TypeError as error:
+        reason = str(error).removeprefix("DeltaConfig.__init__() ")
+        raise InvalidDataError(f"{folder / CONFIG_FILE} is not the configuration of a delta: {reason}") from error
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise RescoreError(f"no rescorer weights in {folder}: {WEIGHTS_FILE} is missing; get or train it again")
+    return NeuralSource(text, folder, delta)
+
+
+def check_fits(source: NeuralSource, base: BaseIdentity) -> None:
+    """Raises `IncompatibleError` with the reason if a rescorer was made for another tokenizer or base."""
+    if source.delta is None:
+        made_for, what = tokenizer_sha256_of(source.folder), "tokenizer"
+        wanted = base.tokenizer_sha256
+    elif source.delta.tokenizer_sha256 != base.tokenizer_sha256:
+        made_for, what, wanted = source.delta.tokenizer_sha256, "tokenizer", base.tokenizer_sha256
+    else:
+        made_for, what, wanted = source.delta.base_weights_sha256, "weights", base.weights_sha256
+        if made_for != wanted and (under := under_adapter(base.name)) is not None:
+            wanted = under.weights_sha256
+    if made_for != wanted:
+        of = f" of {source.delta.base_name}" if source.delta else ""
+        raise IncompatibleError(
+            f"the rescorer {source.name} needs the {what}{of} it was made for, and {base.name} has others; "
+            "train one for it: rescore train-rescorer"
+        )
+
+
+def tokenizer_sha256_of(folder: Path) -> str:
+    """sha256 of what the token ids of a model's folder mean."""
+    from lm.base.catalog import load_tokenizer
+
+    return tokenizer_sha256(load_tokenizer(str(folder)))
+
+
+def load_neural(
+    source: NeuralSource,
+    *,
+    vocab_size: int,
+    base_name: str,
+    dtype: str = "float32",
+    device: str = "cpu",
+    shared: BaseLM | None = None,
+) -> NeuralLM:
+    """The rescorer for the base `base_name` (`shared`: the base itself, where it is loaded: they share its weights).
+
+    `check_fits` comes first. Raises `IncompatibleError` for a vocabulary that is too small or a model without tree
+    attention, `InvalidDataError` for broken files.
+    """
+    if source.delta is None:
+        model = load_base(str(source.folder), dtype=dtype, device=device)
+    else:
+        under = under_adapter(base_name)
+        if under is not None and under.weights_sha256 == source.delta.base_weights_sha256:
+            base_name, shared = under.name, None  # the base in memory is the changed one
+        model = first_layers(base_name, source.delta.layers, dtype=dtype, device=device)
+        if model.identity.weights_sha256 != source.delta.base_weights_sha256:
+            raise IncompatibleError(
+                f"what {base_name} stands for has changed: the rescorer {source.name} needs other weights of it"
+            )
+        tensors = _read_delta(source)
+        _add_delta(model.model, tensors, source.folder)
+        if shared is not None and shared.dtype == model.dtype and shared.device == model.device:
+            _share(model.model, shared.model, tensors)
+    if model.vocab_size < vocab_size:
+        raise IncompatibleError(
+            f"the rescorer {source.name} knows {model.vocab_size} tokens, {base_name} has {vocab_size}; "
+            "train one for it: rescore train-rescorer"
+        )
+    if not model.supports_tree:
+        raise IncompatibleError(f"the rescorer {source.name} takes no tree mask; give one with full attention")
+    return NeuralLM(model)
+
+
+def _read_delta(source: NeuralSource) -> dict[str, torch.Tensor]:
+    path = source.folder / WEIGHTS_FILE
+    try:
+        return from_int8(load_file(path), path)
+    except OSError as error:
+        raise RescoreError(
+            f"no rescorer weights in {source.folder} ({error}); get them again or train it: rescore train-rescorer"
+        ) from error
+    except SafetensorError as error:
+        raise InvalidDataError(f"can't read {path}: {error}; get or train the rescorer again") from error
+
+
+def _add_delta(model: torch.nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    state = model.state_dict()
+    for name, value in tensors.items():
+        if name not in state or state[name].shape != value.shape:
+            raise InvalidDataError(
+                f"{folder / WEIGHTS_FILE} does not fit its base: {name} has shape {list(value.shape)}, "
+                f"not {list(state[name].shape) if name in state else 'none'}"
+            )
+        state[name].copy_(value)
+
+
+def _share(model: torch.nn.Module, base: torch.nn.Module, own: dict[str, torch.Tensor]) -> None:
+    """Lets a cut base use the whole base's tensors wherever it has none of its own."""
+    theirs: dict[str, Any] = dict(base.named_parameters())
+    for name, parameter in model.named_parameters():
+        if name not in own and name in theirs:
+            parameter.data = theirs[name].data
+
+
+class NeuralLM:
+    """A small causal LM that scores lattice tokens after nodes of a tree.
+
+    `model` is the LM itself, `tokens_read` counts what went through it.
+    """
+
+    def __init__(self, model: BaseLM) -> None:
+        self.model = model
+        self.tokens_read = 0
+        self._read: dict[Hashable, TreeCache] = {}
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, tied ones once."""
+        return sum(p.numel() for p in self.model.model.parameters())
+
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations of its layers for one token: twice their weights, attention itself left out."""
+        shape = self.model.output_embeddings.weight.shape
+        weights: int = sum(p.numel() for p in self.model.model.parameters() if p.shape != shape)
+        return 2 * weights
+
+    def new_cache(self, rows: int) -> TreeCache:
+        """An empty cache for so many sequences."""
+        return TreeCache(self.model.model.config, rows, self.model.device)
+
+    def remembered(self, prompts: Hashable) -> TreeCache | None:
+        """A copy of what `remember` was given for these prompts."""
+        cache = self._read.get(prompts)
+        return cache.copy() if cache is not None else None
+
+    def remember(self, prompts: Hashable, cache: TreeCache) -> None:
+        """Keeps a copy of a cache that holds these prompts: a sweep of weights reads the same ones again and again.
+
+        Up to `REMEMBERED_BYTES`; what does not fit is read anew.
+        """
+        if sum(c.nbytes for c in self._read.values()) + cache.nbytes <= REMEMBERED_BYTES:
+            self._read[prompts] = cache.copy()
+
+    def read(self, cache: TreeCache, tokens: np.ndarray, parents: np.ndarray) -> torch.Tensor:
+        """One forward of n new nodes a row, tokens and parents int `[b, n]`; their final states `[b, n, d]`."""
+        return self._forward(cache, tokens, *cache.place(parents))
+
+    def read_text(self, cache: TreeCache, tokens: np.ndarray) -> torch.Tensor:
+        """One forward of n tokens a row, int `[b, n]`, each behind the one before; their final states `[b, n, d]`.
+
+        What `read` does with a chain of nodes, without the work that a tree needs; they are settled right after.
+        """
+        return self._forward(cache, tokens, *cache.place_text(tokens.shape[1]))
+
+    def _forward(
+        self, cache: TreeCache, tokens: np.ndarray, positions: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        if cache.end > self.model.context_length:
+            raise RescoreError(
+                f"a prompt and its output of {cache.end} tokens exceed the context of the rescorer "
+                f"{self.model.identity.name} ({self.model.context_length}); cut prompts with --max-prompt-tokens"
+            )
+        self.tokens_read += tokens.size
+        ids = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64)).to(self.model.device)
+        with enough_memory(ADVICE, at="rescoring"):
+            _, hidden = self.model.forward(ids, cache, position_ids=positions, attention_mask=mask, projects=False)
+        return hidden
+
+    def score(self, hidden: torch.Tensor, token_ids: np.ndarray) -> np.ndarray:
+        """Logits of a lattice slot's tokens after states: `[b, w, d]` and int `[b, k]` -> float64 `[b, w, k]`."""
+        ids = torch.from_numpy(np.ascontiguousarray(token_ids, dtype=np.int64)).to(self.model.device)
+        with enough_memory(ADVICE, at="rescoring"):
+            logits: np.ndarray = self.model.project(hidden, ids).double().cpu().numpy()
+        return logits

@@ -1,0 +1,129 @@
+"""N-gram models as they are used: from a folder of `build-ngram`, an automaton, an ARPA file or a KenLM binary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from lattices.automaton import MAGIC as AUTOMATON_MAGIC
+from lattices.automaton import Automaton
+from lattices.errors import RescoreError
+from lattices.ngram_search import NgramSearch
+from lattices.ngrams import SENTENCE_END
+from lm.files import SHIPPED, atomic_file, cache_directory, read_json_object, sha256_of_file
+from lm.keys import key_of
+from lm.locks import making, tell
+from lm.ngram.build import AUTOMATON_FILE, MANIFEST_FILE
+from lm.ngram.kenlm_model import MAGIC as KENLM_MAGIC
+from lm.ngram.kenlm_model import KenlmModel
+from lm.ngram.kenlm_search import KenlmSearch
+
+COMPILATION = 1  # changes with what `Automaton.compile` makes of a model
+SUM_SUFFIX = ".sha256"
+SHIPPED_FILE = "model.arpa.gz"  # a third of the automaton's size
+SHIPPED_NGRAM = SHIPPED / "smollm2-135m" / "ngram"
+ARPA_SUFFIXES = (".arpa", ".arpa.gz", ".lm", ".gz")
+
+
+@dataclass(frozen=True)
+class LoadedNgram:
+    """An n-gram model: its file, its automaton (a KenLM binary: KenLM), and the tokenizer it was made for (None: not
+    known)."""
+
+    file: Path
+    model: Automaton | KenlmModel
+    tokenizer_sha256: str | None
+
+    @property
+    def order(self) -> int:
+        """Length of the longest n-grams."""
+        return self.model.order
+
+    @cached_property
+    def sha256(self) -> str:
+        """sha256 of the file."""
+        return sha256_of_file(self.file)
+
+    def search(
+        self, vocab_size: int, eos_token_ids: Sequence[int], *, end_token: int | None = None
+    ) -> NgramSearch | KenlmSearch:
+        """The search with this model over the lattices of a base LM; behind `end_token` (a token id) nothing is scored,
+        and drafts that differ there only are one. Raises as `words_of_tokens`."""
+        if isinstance(self.model, KenlmModel):
+            return KenlmSearch(self.model, eos_token_ids, end_token=end_token)
+        return NgramSearch(self.model, self.words_of_tokens(vocab_size, eos_token_ids), end_token=end_token)
+
+    def words_of_tokens(self, vocab_size: int, eos_token_ids: Sequence[int]) -> np.ndarray:
+        """The model's word of every base token id, int32 `[vocab_size]`: the base's end-of-text is `</s>`.
+
+        Raises `InvalidDataError` if its words are no token ids.
+        """
+        assert isinstance(self.model, Automaton), "KenLM takes words as they are"
+        words = self.model.words_of_tokens(vocab_size)
+        words[[token for token in eos_token_ids if token < vocab_size]] = SENTENCE_END
+        return words
+
+
+def load_ngram(path: Path) -> LoadedNgram:
+    """Loads an n-gram model. Raises `RescoreError` if there is none, `InvalidDataError` if it is broken."""
+    if path.is_dir():
+        manifest = read_json_object(path / MANIFEST_FILE, missing=f"no n-gram model in {path}")
+        tokenizer = manifest.get("tokenizer_sha256")
+        made_for = tokenizer if isinstance(tokenizer, str) else None
+        if (file := path / AUTOMATON_FILE).is_file():
+            return LoadedNgram(file, Automaton.load(file), made_for)
+        if (file := path / SHIPPED_FILE).is_file():
+            return LoadedNgram(file, _compiled(file), made_for)
+        raise RescoreError(f"no n-gram model in {path}: it has no {AUTOMATON_FILE}; make one: rescore build-ngram")
+    if not path.is_file():
+        raise RescoreError(f"no n-gram model at {path}; give a folder of rescore build-ngram or an ARPA file")
+    if is_arpa(path):
+        return LoadedNgram(path, _compiled(path), None)
+    return LoadedNgram(path, KenlmModel.load(path) if _begins(path, KENLM_MAGIC) else Automaton.load(path), None)
+
+
+def is_arpa(path: Path) -> bool:
+    """Whether a file is an ARPA file, by its name in any case; neither a KenLM binary nor an automaton."""
+    named = path.name.lower().endswith(ARPA_SUFFIXES)
+    return named and not _begins(path, KENLM_MAGIC) and not _begins(path, AUTOMATON_MAGIC)
+
+
+def _begins(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(len(magic)) == magic
+
+
+def _compiled(arpa: Path) -> Automaton:
+    """The automaton of an ARPA file: compiled once and kept in the cache directory, keyed by the file's sha256."""
+    from lm.ngram.arpa import read_arpa
+
+    key = key_of({"arpa": sha256_of_file(arpa), "packed": arpa.suffix == ".gz", "compilation": COMPILATION})
+    file = cache_directory() / "ngrams" / f"{key}.bin"
+    if (held := _kept(file)) is not None:
+        return held
+    with making(file, f"the automaton of {arpa.name}"):
+        if (held := _kept(file)) is not None:  # made by the process that was waited for
+            return held
+        if file.exists():
+            tell(f"the cached automaton of {arpa.name} is broken; it is made again")
+        automaton = Automaton.compile(read_arpa(arpa))
+        with atomic_file(file) as temporary:
+            automaton.save(temporary)
+        digest = sha256_of_file(file)
+        with atomic_file(file.with_suffix(SUM_SUFFIX)) as temporary:
+            temporary.write_text(digest)
+    return Automaton.load(file)
+
+
+def _kept(file: Path) -> Automaton | None:
+    """A compiled automaton, if it is there and holds the very bytes that were written."""
+    try:
+        if sha256_of_file(file) == file.with_suffix(SUM_SUFFIX).read_text():
+            return Automaton.load(file)
+    except (OSError, ValueError, RescoreError):
+        pass
+    return None

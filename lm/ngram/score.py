@@ -1,0 +1,238 @@
+"""Perplexity of a text under an n-gram model, with the counts that say what it is worth: unknown words, n-gram lengths.
+
+`score_file` is what the command `score-ngram` does; `score_text` knows nothing about files. A model is anything with
+`begin_sentence` and `score(state, word)`, the protocol that pyctcdecode has for its language models:
+`lm.ngram.kenlm_model.KenlmModel` with words as strings or ids, an automaton through `AutomatonScorer` with its word
+ids. The numbers are those of KenLM's `query`.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+
+from lattices.automaton import Automaton
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lattices.ngrams import SENTENCE_END, UNKNOWN
+from lm.files import read_json_object
+from lm.ngram.build import ARPA_FILE, AUTOMATON_FILE, MANIFEST_FILE, WORDS
+from lm.ngram.corpus import EncodedCorpus, Progress, encode_corpora, find_sources
+from lm.ngram.counting import BREAK
+from lm.ngram.load import load_ngram
+
+SCORED_WORDS = 100_000  # between two calls of `progress`
+
+WordT = TypeVar("WordT")
+WordC = TypeVar("WordC", contravariant=True)
+
+
+class NgramScorer(Protocol[WordC]):
+    """A model that reads a sentence word by word; states are its own and never change."""
+
+    @property
+    def sentence_end(self) -> Any:
+        """The word `</s>`."""
+
+    def begin_sentence(self) -> Any:
+        """The state behind `<s>`."""
+
+    def score(self, state: Any, word: WordC, /) -> tuple[float, Any]:
+        """log10 probability of `word` behind `state`, and the state behind `word`."""
+
+    def is_unknown(self, word: WordC, /) -> bool:
+        """Whether `word` is scored as `<unk>`."""
+
+
+@runtime_checkable
+class LengthScorer(Protocol):
+    """A model that also tells how long the n-gram was that gave the probability (1 to `order`)."""
+
+    order: int
+
+    def full_score(self, state: Any, word: Any, /) -> tuple[float, int, Any]:
+        """log10 probability, length of the n-gram, next state."""
+
+
+@dataclass(frozen=True)
+class AutomatonScorer:
+    """An automaton as an `NgramScorer` of word ids; 0 is unknown, and what `is_unknown_id` says besides."""
+
+    automaton: Automaton
+    is_unknown_id: Callable[[int], bool] | None = None
+
+    @property
+    def sentence_end(self) -> int:
+        return SENTENCE_END
+
+    def begin_sentence(self) -> int:
+        return self.automaton.start
+
+    def score(self, state: int, word: int, /) -> tuple[float, int]:
+        return self.automaton.advance(state, word)
+
+    def is_unknown(self, word: int, /) -> bool:
+        return word == UNKNOWN or (self.is_unknown_id is not None and self.is_unknown_id(word))
+
+
+@dataclass(frozen=True)
+class NgramScore:
+    """What a text scores. Tokens are its words and, if they were scored, one `</s>` a sentence.
+
+    `log10p` is the sum over all `tokens`, `log10p_unknown` the part of the `unknown` ones. `hits[n - 1]` tokens had
+    their probability from an n-gram (None: the model does not tell).
+    """
+
+    sentences: int
+    tokens: int
+    unknown: int
+    log10p: float
+    log10p_unknown: float
+    hits: tuple[int, ...] | None
+
+    @property
+    def perplexity(self) -> float:
+        """10 ** (-log10p / tokens): unknown words count with the probability of `<unk>`; nan without tokens."""
+        return _perplexity(self.log10p, self.tokens)
+
+    @property
+    def perplexity_known(self) -> float:
+        """The perplexity without the unknown words' part (they stay in the contexts); nan if all are unknown."""
+        return _perplexity(self.log10p - self.log10p_unknown, self.tokens - self.unknown)
+
+    @property
+    def unknown_share(self) -> float:
+        """Unknown tokens / tokens; nan without tokens."""
+        return self.unknown / self.tokens if self.tokens else math.nan
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON: what is no finite number is None."""
+        derived = {name: getattr(self, name) for name in ("perplexity", "perplexity_known", "unknown_share")}
+        return asdict(self) | {name: value if math.isfinite(value) else None for name, value in derived.items()}
+
+
+def score_file(
+    text: Path | str,
+    ngram: Path,
+    *,
+    tokenizer: str | None = None,
+    field: str = "text",
+    errors: str = "strict",
+    progress: Progress | None = None,
+) -> NgramScore:
+    """Scores a text (anything that `lm.ngram.corpus` reads, cut into documents and words as it does).
+
+    `ngram` is what `lm.ngram.load.load_ngram` takes: a folder of `build-ngram`, an automaton or ARPA file, scored by
+    our
+    automaton, or a KenLM binary, scored by KenLM. `tokenizer` is the name of a base LM, or `words` for words at white
+    space; by default what the model's manifest says, and `words` for a file without one. Raises `IncompatibleError` for
+    a tokenizer that the model was not made for, `RescoreError` for what isn't there, `InvalidDataError` for what is
+    broken.
+    """
+    manifest = _manifest(ngram)
+    sources = find_sources([text])
+    loaded = _tokenizer(tokenizer, manifest, ngram)
+    found = load_ngram(ngram)
+    with tempfile.TemporaryDirectory(prefix="rescore-") as work:
+        encoded = encode_corpora(
+            sources, Path(work) / "stream.i32", tokenizer=loaded, left_context=found.order - 1, field=field,
+            errors=errors, surface=bool(manifest.get("surface")), progress=progress,
+        )  # fmt: skip
+        words = np.arange(len(encoded.vocabulary))
+        scorer: NgramScorer[Any]
+        if isinstance(found.model, Automaton):
+            place = {word: i for i, word in enumerate(found.model.vocabulary)}
+            words = np.array([place.get(word, UNKNOWN) for word in encoded.vocabulary])
+            scorer = AutomatonScorer(found.model)
+        else:
+            found.model.words = encoded.vocabulary
+            scorer = found.model
+        return score_text(scorer, _sentences(encoded, words, progress), end=False)
+
+
+def _manifest(ngram: Path) -> dict[str, Any]:
+    """The manifest of the folder of `build-ngram` that `ngram` is or lies in; empty if in none."""
+    if not ngram.exists():
+        raise RescoreError(f"no n-gram model at {ngram}; give a folder of rescore build-ngram, an ARPA or .bin file")
+    if ngram.is_dir():
+        return read_json_object(ngram / MANIFEST_FILE, missing=f"no n-gram model in {ngram}")
+    beside = ngram.parent / MANIFEST_FILE
+    if ngram.name in (ARPA_FILE, AUTOMATON_FILE) and beside.is_file():
+        return read_json_object(beside, missing=f"no n-gram model in {ngram.parent}")
+    return {}
+
+
+def _tokenizer(asked: str | None, manifest: dict[str, Any], ngram: Path) -> Any | None:
+    """The tokenizer to read the text with, None for words at white space."""
+    made_with, made_for = manifest.get("tokenizer", WORDS), manifest.get("tokenizer_sha256")
+    name = asked or made_with
+    if not isinstance(name, str) or (made_for is not None and not isinstance(made_for, str)):
+        raise InvalidDataError(f"the manifest of {ngram} has no tokenizer's name; build the model again")
+    foreign = f"{ngram} was made with the tokenizer {made_with}; give that, or leave --tokenizer out"
+    if name == WORDS:
+        if made_for:
+            raise IncompatibleError(foreign)
+        return None
+    if manifest and made_with == WORDS:
+        raise IncompatibleError(foreign)
+    from lm.base.catalog import load_tokenizer, tokenizer_sha256
+
+    loaded = load_tokenizer(name)
+    if made_for and tokenizer_sha256(loaded) != made_for:
+        if asked:
+            raise IncompatibleError(foreign)
+        raise IncompatibleError(f"the tokenizer {name} is not what {ngram} was made with: it has changed since")
+    return loaded
+
+
+def _sentences(encoded: EncodedCorpus, words: np.ndarray, progress: Progress | None) -> Iterator[list[int]]:
+    """The model's words of every document, `</s>` included; there is none where a document was cut."""
+    ids = encoded.ids()
+    begin = reported = 0
+    for end in np.flatnonzero((ids == SENTENCE_END) | (ids == BREAK)).tolist():
+        if progress and begin >= reported:
+            progress("scoring", begin, len(ids))
+            reported = begin + SCORED_WORDS
+        yield words[ids[begin : end + (ids[end] != BREAK)]].tolist()
+        begin = end + 1
+
+
+def score_text(model: NgramScorer[WordT], sequences: Iterable[Sequence[WordT]], *, end: bool = True) -> NgramScore:
+    """Scores every sequence as a sentence behind `<s>`, followed by `</s>` unless `end` is False.
+
+    Words are what the model takes (strings or ids). An empty sequence is a sentence of `</s>` alone, as in KenLM's
+    `query`. Raises `RescoreError` if there is no sequence at all.
+    """
+    with_lengths = model if isinstance(model, LengthScorer) else None
+    hits = [0] * (with_lengths.order if with_lengths is not None else 0)
+    sentences = tokens = unknown = 0
+    log10p = log10p_unknown = 0.0
+    for sequence in sequences:
+        sentences += 1
+        state = model.begin_sentence()
+        for position, word in enumerate([*sequence, model.sentence_end] if end else sequence):
+            if with_lengths is not None:
+                token_log10p, length, state = with_lengths.full_score(state, word)
+                hits[length - 1] += 1
+            else:
+                token_log10p, state = model.score(state, word)
+            tokens += 1
+            log10p += token_log10p
+            if position < len(sequence) and model.is_unknown(word):  # the final </s> is never counted as unknown
+                unknown += 1
+                log10p_unknown += token_log10p
+    if not sentences:
+        raise RescoreError("there is no text to score; give at least one line")
+    return NgramScore(sentences, tokens, unknown, log10p, log10p_unknown, tuple(hits) or None)
+
+
+def _perplexity(log10p: float, tokens: int) -> float:
+    if not tokens:
+        return math.nan
+    exponent = -log10p / tokens
+    return math.inf if exponent > 300.0 else 10.0**exponent

@@ -1,0 +1,367 @@
+"""Trains block heads on a base LM: frozen (from cached states, without running it), or fine-tuned together with them.
+
+Loss of head i at a position: cross-entropy against (1 - soft) x the token that stands i steps ahead + soft x the base's
+own distribution there, which the cached state of that position gives through the vocabulary projection. A step draws
+whole segments and some of the heads. With a base that is fine-tuned head 1, the base itself, is one of them: its
+targets are the same text, so what it is taught is to write it. Everything random follows from (seed, step), so a
+resumed training is the same training. Sources: [A] section 3 (sum of the heads' cross-entropies), [B] section 6
+(distilled data, one random head a step, fine-tuning).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
+from lm.base.catalog import identify
+from lm.base.model import BaseLM
+from lm.heads.block_heads import HEADS_FOLDER, BlockHeads, heads_sha256, load_heads
+from lm.heads.nets import FEED_FORWARD, MEDUSA, NETS, SEQUENTIAL, BlockHeadsConfig, as_sequential
+from lm.training.data import HeadData, Segment, cached, check_apart, segments_of, split, tokens_read, until
+from lm.training.losses import (
+    VocabularySubset,
+    check_precision,
+    choose_precision,
+    frozen_projection,
+    soft_cross_entropy,
+    teacher_probabilities,
+)
+from lm.training.trainer import Trainer, check_training
+from lm.training.tuned_base import FROZEN, FULL, LORA, TUNINGS, TunedBase
+
+HELD_OUT_POSITIONS = 4096
+ACCURACY_AT = (1, 4, 16)
+INNER_SIZE = 560  # of the architectures with a hidden layer
+LORA_RANK = 16
+STORED = {"float16": torch.float16, "int8": torch.int8}
+BASE_LEARNING_RATES = {LORA: 5e-4, FULL: 3e-5}
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How heads are trained.
+
+    The heads: `h`, `architecture`, `inner_size`, `token_size`, `blocks` (`lm.heads.nets`). The loss: `heads_per_step`
+    drawn with odds 1/i for head i (None: all, [A]'s sum; 1: [B]'s random head, each as likely as the others),
+    `head_weights` of heads 2..h (None: equal), `vocabulary` most frequent target tokens plus `negatives` others drawn
+    per step (None: all tokens), `soft` share of the base's distribution in the target. The base: `tune` none, lora
+    (`lora_rank`, None: 16) or full, `tuned_layers` of its last layers (None: all), its own `base_learning_rate` (None:
+    5e-4 for lora, 3e-5 in full), `gradient_checkpointing`. A step: `positions` (whole segments), with a tuned base in
+    parts of `micro_batch` tokens; `precision` of the vocabulary products and of a tuned base's forwards. The result is
+    `stored` as float16 or int8.
+    """
+
+    h: int = 9
+    architecture: str = FEED_FORWARD
+    inner_size: int | None = None
+    token_size: int = 128
+    blocks: int = 1
+    steps: int = 2000
+    positions: int = 2048
+    micro_batch: int = 4096
+    heads_per_step: int | None = 4
+    head_weights: tuple[float, ...] | None = None
+    vocabulary: int | None = 8192
+    negatives: int = 1024
+    soft: float = 0.5
+    tune: str = FROZEN
+    lora_rank: int | None = None
+    tuned_layers: int | None = None
+    base_learning_rate: float | None = None
+    gradient_checkpointing: bool = False
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    weight_decay: float = 0.01
+    held_out: float = 0.03
+    evaluate_every: int = 200
+    seed: int = 0
+    precision: str = "auto"
+    stored: str = "float16"
+
+    def check(self) -> None:
+        """Raises `RescoreError` for the first option that is out of its range."""
+        check_training(self, {
+            "h": 2, "inner_size": 1, "token_size": 0, "blocks": 1, "positions": 1, "micro_batch": 1,
+            "heads_per_step": 1, "vocabulary": 1, "negatives": 0, "lora_rank": 1, "tuned_layers": 1,
+        })  # fmt: skip
+        if self.architecture not in NETS:
+            raise UnknownNameError("block head architecture", self.architecture, NETS)
+        if self.architecture == SEQUENTIAL and self.token_size == 0:
+            raise RescoreError("token_size = 0; sequential heads see drafted tokens and need a width for them")
+        if self.architecture == MEDUSA and self.inner_size is not None:
+            raise RescoreError("medusa heads are as wide as the states; inner_size is not for them, blocks is")
+        if self.architecture != MEDUSA and self.blocks != 1:
+            raise RescoreError(f"blocks = {self.blocks}; only medusa heads have residual blocks")
+        if self.head_weights is not None:
+            if len(self.head_weights) != self.h - 1:
+                raise RescoreError(
+                    f"head_weights has {len(self.head_weights)} weights; heads 2 to {self.h} need one each"
+                )
+            if not all(0 <= weight < math.inf for weight in self.head_weights) or not any(self.head_weights):
+                raise RescoreError(f"head_weights = {self.head_weights}; weights are 0 or more, one of them above 0")
+        if self.tune not in TUNINGS:
+            raise UnknownNameError("way to tune the base", self.tune, TUNINGS)
+        for name in ("gradient_checkpointing", "base_learning_rate", "tuned_layers"):
+            if self.tune == FROZEN and getattr(self, name):
+                raise RescoreError(f"{name} is for a tuned base (tune: lora or full)")
+        if self.tune != LORA and self.lora_rank is not None:
+            raise RescoreError(f"lora_rank = {self.lora_rank} is for a base tuned by LoRA (tune: lora)")
+        check_precision(self.precision)
+        if self.stored not in STORED:
+            raise UnknownNameError("precision of stored heads", self.stored, STORED)
+
+
+@dataclass(frozen=True)
+class HeldOutAccuracy:
+    """On held-out positions: `top[n][i]` = share where the token is among head i+1's best n (list of length h);
+    `accepted` = mean accepted prefix of the arg-max draft, `accepted_16` = of the best path in the top 16, both with
+    the first token taken as right and none behind the end of a segment; of `positions` in `segments` (outputs, chunks
+    of text). They are agreement with the text: where that is not the base's own output (gold text, a base that was
+    fine-tuned since), decoding accepts other numbers."""
+
+    top: dict[int, list[float]]
+    accepted: float
+    accepted_16: float
+    positions: int
+    segments: int
+
+
+class HeadTrainer(Trainer[HeldOutAccuracy]):
+    """One training: data, heads, optimiser. `train` runs it; `evaluate` measures the heads as they are.
+
+    `initial` is a folder of heads to start from instead of untrained ones, of the same shape; sequential ones may
+    start from feed-forward ones, which they then equal. With a tuned base the model of `base` is changed in place.
+    What is measured is a share of the segments of `data`, held out at random, or `held_out`: text of another origin.
+    Segments of `data` can be neighbours (parts of a document, two questions about it), and a share of them flatters.
+    """
+
+    def __init__(
+        self,
+        base: BaseLM,
+        data: Sequence[HeadData],
+        options: TrainingOptions,
+        *,
+        initial: Path | None = None,
+        held_out: HeadData | None = None,
+    ) -> None:
+        options.check()
+        self.dtype = choose_precision(options.precision, base.device)
+        # What `auto` stands for depends on the machine; the record and a resumed run need the precision itself.
+        options = dataclasses.replace(options, precision=str(self.dtype).removeprefix("torch."))
+        self.base, self.data, self.options, self.initial = base, list(data), options, initial
+        check_apart(self.data)
+        segments = segments_of(self.data, least=2)
+        if len(segments) < 2:
+            raise InvalidDataError("the corpus has fewer than two segments of text; heads need more to learn from")
+        self.measured_on = held_out
+        if held_out is None:
+            self.segments, measured = split(segments, options.held_out, options.seed)
+        else:
+            if held_out.sha256 in {d.sha256 for d in data}:
+                raise RescoreError(f"{held_out.source} can't be both trained on and held out")
+            self.segments, place = segments, len(self.data)
+            self.data.append(held_out)
+            measured = [segment._replace(place=place) for segment in segments_of([held_out], least=2)]
+            if not measured:
+                raise InvalidDataError(f"{held_out.source} has no text of two tokens; heads can't be measured on it")
+        self.held_out = until(HELD_OUT_POSITIONS, measured)
+        self.mean_size = int(np.mean([s.targets for s in self.segments]))
+        config = BlockHeadsConfig(
+            h=options.h,
+            hidden_size=base.hidden_size,
+            inner_size=base.hidden_size if options.architecture == MEDUSA else options.inner_size or INNER_SIZE,
+            vocab_size=base.vocab_size,
+            base_name=base.identity.name,
+            tokenizer_sha256=base.identity.tokenizer_sha256,
+            architecture=options.architecture,
+            token_size=options.token_size,
+            blocks=options.blocks,
+            base_weights_sha256=base.identity.weights_sha256,
+        )
+        torch.manual_seed(options.seed)
+        self.heads = BlockHeads(config).to(base.device)
+        self.initial_sha256: str | None = None
+        if initial is not None:
+            self._start_from(initial)
+        targets = [d.targets for d in data]
+        self.subset = VocabularySubset(targets, base.vocab_size, options.vocabulary, options.negatives)
+        self.weight = frozen_projection(base, self.dtype)
+        self.tuned: TunedBase | None = None
+        parameters, rates = dict(self.heads.net.named_parameters()), {}
+        if options.tune != FROZEN:
+            self.tuned = TunedBase(
+                base,
+                options.tune,
+                rank=options.lora_rank or LORA_RANK,
+                layers=options.tuned_layers,
+                gradient_checkpointing=options.gradient_checkpointing,
+                dtype=self.dtype,
+            )
+            rate = options.base_learning_rate or BASE_LEARNING_RATES[options.tune]
+            parameters |= {f"base.{name}": p for name, p in self.tuned.parameters.items()}
+            rates = {f"base.{name}": rate / options.learning_rate for name in self.tuned.parameters}
+        super().__init__(parameters, options, base.device, rates=rates)
+
+    def _start_from(self, folder: Path) -> None:
+        earlier = load_heads(str(folder), self.base.identity, device=self.base.device)
+        grows = (earlier.config.architecture, self.heads.config.architecture) == (FEED_FORWARD, SEQUENTIAL)
+        names = ("h", *(() if grows else ("architecture",)), "inner_size", "token_size", "blocks")
+        differs = [n for n in names if getattr(earlier.config, n) != getattr(self.heads.config, n)]
+        if differs:
+            found, wanted = (getattr(c, differs[0]) for c in (earlier.config, self.heads.config))
+            raise IncompatibleError(
+                f"the heads in {folder} have {differs[0]} = {found}, not {wanted}; training starts from the same "
+                f"shape: give --{differs[0].replace('_', '-')} {found}"
+            )
+        state = earlier.net.state_dict()
+        self.heads.net.load_state_dict(as_sequential(state) if grows else state)
+        self.initial_sha256 = heads_sha256(folder)
+
+    def _rows(self, targets: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
+        """The projection's rows of the tokens of the right draft from each position, as many as the heads see.
+
+        `offsets` `[n, s]`: where they stand in `targets`. float32 `[n, s, d]`.
+        """
+        tokens = targets[np.minimum(offsets, len(targets) - 1)].astype(np.int64)
+        return self.weight[torch.from_numpy(tokens).to(self.base.device)].float()
+
+    def _losses(self, step: int) -> Iterator[torch.Tensor]:
+        options, workers = self.options, self.workers
+        rng = np.random.default_rng([options.seed, step])
+        chosen = rng.permutation(len(self.segments))[: max(1, 4 * options.positions // self.mean_size + 1)]
+        segments = until(options.positions, [self.segments[i] for i in chosen])
+        tokens = self.subset.draw(rng)
+        candidates = np.arange(2 if self.tuned is None else 1, options.h + 1)
+        count = len(candidates) if options.heads_per_step is None else min(options.heads_per_step, len(candidates))
+        odds = np.ones(len(candidates)) if count == 1 else 1.0 / candidates
+        heads = np.sort(rng.choice(candidates, count, replace=False, p=odds / odds.sum())).tolist()
+        sizes = np.array([s.targets for s in segments])
+        in_all = [int(np.maximum(sizes - head + 1, 0).sum()) for head in heads]  # over all processes
+        for part in self._micro_batches(segments)[workers.rank :: workers.count]:
+            yield self._loss(part, tokens, heads, in_all)
+
+    def _micro_batches(self, segments: list[Segment]) -> list[list[Segment]]:
+        """The segments in parts: one for each process, and no larger than a tuned base should read at a time."""
+        if self.tuned is None:
+            return [part for rank in range(self.workers.count) if (part := segments[rank :: self.workers.count])]
+        by_length = sorted(segments, key=lambda s: tokens_read(self.data, s))
+        parts: list[list[Segment]] = [[]]
+        for segment in by_length:
+            if parts[-1] and tokens_read(self.data, segment) * (len(parts[-1]) + 1) > self.options.micro_batch:
+                parts.append([])
+            parts[-1].append(segment)
+        return parts
+
+    def _loss(self, segments: list[Segment], tokens: np.ndarray, heads: list[int], in_all: list[int]) -> torch.Tensor:
+        """Sum over `heads` (counted as always, 1 is the base) of the loss at all rows of the segments / `in_all`."""
+        cached_states, targets = cached(self.data, segments)
+        n = len(targets)
+        remaining = np.concatenate([np.arange(s.targets, 0, -1) for s in segments])
+        from_cache = torch.from_numpy(cached_states).to(self.base.device).float()
+        projection = self.weight[torch.from_numpy(tokens).to(self.base.device)]  # [v, d]
+        places = torch.from_numpy(self.subset.places(tokens, targets)).to(self.base.device)
+        teacher = teacher_probabilities(from_cache, projection) if self.options.soft else None  # [n, v]
+        states = from_cache if self.tuned is None else self.tuned.states(self.data, segments)
+        rows = self._rows(targets, np.arange(n)[:, None] + np.arange(max(1, self.heads.net.sees)))
+        ahead_of = [head for head in heads if head > 1]
+        outputs: dict[int, torch.Tensor] = {1: states}
+        if ahead_of:
+            read = self.heads(states, rows, [head - 2 for head in ahead_of])  # [count, n, d]
+            outputs |= dict(zip(ahead_of, read, strict=True))
+        weights = self.options.head_weights or (1.0,) * (self.options.h - 1)
+        total: torch.Tensor = sum((outputs[head].sum() * 0.0 for head in heads), torch.zeros((), device=states.device))
+        for head, count in zip(heads, in_all, strict=True):
+            at = torch.from_numpy(np.flatnonzero(remaining >= head)).to(self.base.device)
+            if len(at):
+                ahead = at + head - 1
+                goals = places[ahead], None if teacher is None else teacher[ahead], self.options.soft
+                weight = weights[head - 2] if head > 1 else 1.0
+                total = total + soft_cross_entropy(outputs[head][at], projection, *goals) * (weight / count)
+        return total
+
+    @torch.no_grad()
+    def evaluate(self) -> HeldOutAccuracy:
+        """Accuracy on the held-out segments, over the whole vocabulary."""
+        h = self.options.h
+        hits = {n: np.zeros(h) for n in ACCURACY_AT}
+        counts = np.zeros(h)
+        accepted = {1: 0.0, 16: 0.0}
+        total = 0
+        for segments in self._micro_batches(self.held_out):
+            cached_states, targets = cached(self.data, segments)
+            remaining = np.concatenate([np.arange(s.targets, 0, -1) for s in segments])
+            if self.tuned is None:
+                states = torch.from_numpy(cached_states).to(self.base.device).float()
+            else:
+                states = self.tuned.states(self.data, segments)
+            for start in range(0, len(states), 256):
+                rows = np.arange(start, min(start + 256, len(states)))
+                best = self._best(states[rows], targets[rows])  # [n, h, 16]
+                wanted = np.stack([targets[np.minimum(rows + i, len(targets) - 1)] for i in range(h)], axis=1)
+                there = remaining[rows][:, None] > np.arange(h)  # [n, h]
+                match = (best == wanted[..., None]) & there[..., None]
+                counts += there.sum(0)
+                for n in ACCURACY_AT:
+                    hits[n] += match[:, :, :n].any(-1).sum(0)
+                match[:, 0, 0] = True
+                for n in accepted:
+                    accepted[n] += np.cumprod(match[:, :, :n].any(-1), axis=1).sum()
+            total += len(states)
+        return HeldOutAccuracy(
+            {n: (hits[n] / np.maximum(counts, 1)).round(4).tolist() for n in ACCURACY_AT},
+            round(float(accepted[1]) / total, 4),
+            round(float(accepted[16]) / total, 4),
+            total,
+            len(self.held_out),
+        )
+
+    def _best(self, states: torch.Tensor, first: np.ndarray) -> np.ndarray:
+        """The 16 best tokens of every head after each of n states, where the first token is known: `[n, h, 16]`."""
+        most = max(ACCURACY_AT)
+        best = [(states.to(self.dtype) @ self.weight.T).topk(most, dim=-1).indices]
+        drafted = [torch.from_numpy(first.astype(np.int64)).to(self.base.device)]
+        for head in range(self.options.h - 1):
+            rows = self.weight[torch.stack(drafted, dim=1)].float()  # [n, s, d]
+            read = self.heads(states, rows, [head])[0]
+            best.append((read.to(self.dtype) @ self.weight.T).topk(most, dim=-1).indices)
+            if self.heads.net.sees > 1:
+                drafted.append(best[-1][:, 0])
+        found: np.ndarray = torch.stack(best, dim=1).cpu().numpy()
+        return found
+
+    def _check_place(self, out: Path) -> None:
+        super()._check_place(out)
+        here = {folder.resolve() for folder in (out, out / HEADS_FOLDER)}
+        if self.initial is not None and self.initial.resolve() in here:
+            raise RescoreError(f"{self.initial} would be replaced by what is trained from it; use another --out")
+
+    def _begins_trained(self) -> bool:
+        return self.initial_sha256 is not None
+
+    def _settings(self) -> dict[str, Any]:
+        sources = [{"source": d.source, "sha256": d.sha256, "tokens": len(d)} for d in self.data]
+        return {
+            "options": dataclasses.asdict(self.options),
+            "initial_sha256": self.initial_sha256,
+            "base": dataclasses.asdict(self.base.identity),
+            "data": sources if self.measured_on is None else sources[:-1],
+            "measured_on": None if self.measured_on is None else sources[-1],
+        }
+
+    def _save(self, out: Path) -> None:
+        stored = STORED[self.options.stored]
+        if self.tuned is None:
+            self.heads.save(out, dtype=stored)
+        else:
+            self.tuned.save(out)
+            tuned = identify(str(out)).weights_sha256
+            self.heads.config = dataclasses.replace(self.heads.config, base_weights_sha256=tuned)
+            self.heads.save(out / HEADS_FOLDER, dtype=stored)

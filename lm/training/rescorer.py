@@ -1,0 +1,287 @@
+"""Trains small neural LMs as rescorers: from scratch ([A] section 5), or from the base's own first layers.
+
+Data as for heads (`lm.training.data`): segments of text with the base's final states, best the base's own greedy output
+behind its prompts. Loss at a token of a segment: cross-entropy against (1 - soft) x the token + soft x the base's own
+distribution there. Everything random follows from (seed, step).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
+from lm.base.model import BaseLM
+from lm.files import atomic_file, replaced_files
+from lm.neural.model import DeltaConfig, first_layers, named_size, save_delta, scratch_model
+from lm.training.data import HeadData, Segment, body_states, cached, check_apart, segments_of, split, tokens_read, until
+from lm.training.losses import (
+    CHUNK_ROWS,
+    VocabularySubset,
+    check_precision,
+    choose_precision,
+    frozen_projection,
+    soft_cross_entropy,
+    teacher_probabilities,
+)
+from lm.training.trainer import Trainer, check_training
+
+INITS = ("base", "scratch")
+BEST_FILE = "best.safetensors"
+HELD_OUT_TOKENS = 8192
+POOL = 8  # batches drawn at a time and sorted by length: less padding
+
+
+@dataclass(frozen=True)
+class RescorerOptions:
+    """How a rescorer is trained. `size` by name; `init`: base or scratch; `tuned_layers` of the last layers move (init
+    base). `positions` tokens per step, prompts and padding included, `micro_batch` of them at a time. `vocabulary`,
+    `negatives`, `soft`, `precision` as for heads. `patience`: evaluations without a better held-out loss before it
+    stops; the best weights are the result."""
+
+    size: str = "neural-61m"
+    init: str = "base"
+    tuned_layers: int = 3
+    steps: int = 1000
+    positions: int = 4096
+    micro_batch: int = 4096
+    vocabulary: int | None = 16384
+    negatives: int = 2048
+    soft: float = 0.5
+    learning_rate: float = 5e-4
+    warmup: int = 50
+    weight_decay: float = 0.01
+    held_out: float = 0.03
+    evaluate_every: int = 100
+    patience: int = 5
+    seed: int = 0
+    precision: str = "auto"
+
+    def check(self) -> None:
+        """Raises `RescoreError` for the first option that is out of its range."""
+        named_size(self.size)
+        if self.init not in INITS:
+            raise UnknownNameError("init", self.init, INITS)
+        check_training(self, {
+            "tuned_layers": 1, "positions": 1, "micro_batch": 1, "vocabulary": 1, "negatives": 0, "patience": 1,
+        })  # fmt: skip
+        check_precision(self.precision)
+
+
+@dataclass(frozen=True)
+class HeldOutText:
+    """On held-out segments, whole vocabulary: mean `loss` (nats a token) and its `perplexity`, the base's own
+    `base_perplexity` on the same tokens, `agreement` = share of tokens that are the rescorer's arg-max."""
+
+    loss: float
+    perplexity: float
+    base_perplexity: float
+    agreement: float
+    tokens: int
+
+
+class RescorerTrainer(Trainer[HeldOutText]):
+    """One training of a rescorer; see `RescorerOptions` and `Trainer.train`."""
+
+    memory_option = "--micro-batch"
+
+    def __init__(self, base: BaseLM, data: Sequence[HeadData], options: RescorerOptions) -> None:
+        options.check()
+        self.dtype = choose_precision(options.precision, base.device)
+        options = dataclasses.replace(options, precision=str(self.dtype).removeprefix("torch."))
+        self.base, self.data, self.options = base, list(data), options
+        check_apart(self.data)
+        segments = segments_of(self.data)
+        if len(segments) < 2:
+            raise InvalidDataError(
+                "the corpus has fewer than two segments of text; a rescorer needs more to learn from"
+            )
+        self.segments, held_out = split(segments, options.held_out, options.seed)
+        self.held_out = until(HELD_OUT_TOKENS, held_out)
+        self.lengths = np.array([tokens_read(self.data, s) for s in self.segments])
+        torch.manual_seed(options.seed)
+        self.model: Any = self._new_model()
+        targets = [d.targets for d in self.data]
+        self.subset = VocabularySubset(targets, base.vocab_size, options.vocabulary, options.negatives)
+        self.teacher = frozen_projection(base, self.dtype)
+        self.best, self.since_best = math.inf, 0
+        moving = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        super().__init__(moving, options, base.device)
+
+    def _new_model(self) -> Any:
+        options, device = self.options, self.base.device
+        if options.init == "scratch":
+            scratch: Any = scratch_model(options.size, self.base)
+            self.takes_masks = True
+            return scratch.to(device)
+        layers = named_size(options.size).base_layers
+        first = first_layers(self.base.identity.name, layers, device=str(device))
+        model: Any = first.model
+        self.takes_masks = first.supports_tree
+        if not (hasattr(model.base_model, "layers") and hasattr(model.base_model, "norm") and first.body_gives_states):
+            raise IncompatibleError(
+                f"{self.base.identity.name} does not name its layers as Llama does; use --init scratch for it"
+            )
+        tuned = [*model.base_model.layers[-options.tuned_layers :], model.base_model.norm]
+        for part in tuned:
+            part.requires_grad_(True)
+        return model
+
+    def _batch(self, rng: np.random.Generator) -> list[Segment]:
+        """Segments of one step, of similar length: at most `positions` tokens with their padding, at least one."""
+        drawn = rng.permutation(len(self.segments))
+        pool = drawn[: max(1, POOL * self.options.positions // max(1, int(self.lengths.mean())))]
+        pool = pool[np.argsort(self.lengths[pool], kind="stable")]
+        first = int(rng.integers(len(pool)))
+        chosen: list[Segment] = []
+        longest = 0
+        for index in [*pool[first:], *pool[:first][::-1]]:
+            longest = max(longest, int(self.lengths[index]))
+            if chosen and longest * (len(chosen) + 1) > self.options.positions:
+                break
+            chosen.append(self.segments[index])
+        return chosen
+
+    def _losses(self, step: int) -> Iterator[torch.Tensor]:
+        rng = np.random.default_rng([self.options.seed, step])
+        segments = self._batch(rng)
+        tokens = self.subset.draw(rng)
+        count = sum(s.targets for s in segments)  # over all processes
+        for batch in self._micro_batches(segments)[self.workers.rank :: self.workers.count]:
+            yield self._loss(batch, tokens) / count
+
+    def _micro_batches(self, segments: list[Segment]) -> list[list[Segment]]:
+        size = max(1, self.options.micro_batch // max(tokens_read(self.data, s) for s in segments))
+        size = min(size, -(-len(segments) // self.workers.count))
+        return [segments[i : i + size] for i in range(0, len(segments), size)]
+
+    def _loss(self, segments: list[Segment], tokens: np.ndarray) -> torch.Tensor:
+        """Sum over all targets of the segments of the loss over the vocabulary subset `tokens`."""
+        hidden, states, targets = self._forward(segments)
+        index = torch.from_numpy(tokens).to(self.device)
+        weight = self.model.get_output_embeddings().weight
+        places = torch.from_numpy(self.subset.places(tokens, targets)).to(self.device)
+        teacher = teacher_probabilities(states, self.teacher[index]) if self.options.soft else None
+        if weight.requires_grad:
+            return _open_cross_entropy(hidden, weight[index], places, teacher, self.options.soft)
+        return soft_cross_entropy(hidden, weight[index].to(self.dtype), places, teacher, self.options.soft)
+
+    def _forward(self, segments: list[Segment]) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+        """Final states of the rescorer `[n, d]` and of the base `[n, d]` before each of the targets `[n]`."""
+        hidden = body_states(
+            self.model, self.data, segments, device=self.device, dtype=self.dtype, takes_masks=self.takes_masks
+        )
+        states, targets = cached(self.data, segments)
+        return hidden, torch.from_numpy(states).to(self.device).float(), targets
+
+    @torch.no_grad()
+    def evaluate(self) -> HeldOutText:
+        """Perplexity on the held-out segments, over the whole vocabulary, beside the base's."""
+        weight = self.model.get_output_embeddings().weight.to(self.dtype)
+        sums = {"ours": 0.0, "base": 0.0, "agree": 0.0}
+        count = 0
+        for segment in self.held_out:
+            hidden, states, targets = self._forward([segment])
+            wanted = torch.from_numpy(targets.astype(np.int64)).to(self.device)
+            for rows in torch.arange(len(wanted)).split(CHUNK_ROWS):
+                for name, read, projection in (("ours", hidden, weight), ("base", states, self.teacher)):
+                    logits = (read[rows].to(self.dtype) @ projection.T).float()
+                    sums[name] += float(torch.nn.functional.cross_entropy(logits, wanted[rows], reduction="sum"))
+                    if name == "ours":
+                        sums["agree"] += float((logits.argmax(-1) == wanted[rows]).sum())
+            count += len(wanted)
+        loss = sums["ours"] / count
+        return HeldOutText(
+            round(loss, 4), _perplexity(loss), _perplexity(sums["base"] / count),
+            round(sums["agree"] / count, 4), count,
+        )  # fmt: skip
+
+    def _after_evaluation(self, measured: HeldOutText, out: Path) -> None:
+        if not math.isfinite(measured.loss):
+            raise RescoreError(
+                f"the held-out loss is {measured.loss} at step {self.step}; {out} keeps its last checkpoint; begin "
+                "again with a lower learning rate and another --out"
+            )
+        if measured.loss < self.best:
+            self.best, self.since_best = measured.loss, 0
+            if self.workers.is_first:
+                with atomic_file(out / BEST_FILE) as temporary:
+                    tensors = {n: p.detach().cpu().contiguous() for n, p in self.parameters.items()}
+                    temporary.write_bytes(to_bytes(tensors))
+        else:
+            self.since_best += 1
+            self.stopped = self.since_best >= self.options.patience
+
+    @torch.no_grad()
+    def _finish(self, out: Path) -> bool:
+        try:
+            best = load_file(out / BEST_FILE, device=str(self.device))
+        except (OSError, SafetensorError) as error:
+            raise InvalidDataError(
+                f"can't read the best weights {out / BEST_FILE}; begin again with another --out ({error})"
+            ) from error
+        for name, parameter in self.parameters.items():
+            parameter.copy_(best[name])
+        return True
+
+    def _save(self, out: Path) -> None:
+        if self.options.init == "scratch":
+            self._save_whole(out)
+            return
+        identity = self.base.identity
+        layers = named_size(self.options.size).base_layers
+        config = DeltaConfig(
+            size=self.options.size,
+            layers=layers,
+            tuned_layers=min(self.options.tuned_layers, layers),
+            base_name=identity.name,
+            base_weights_sha256=identity.weights_sha256,
+            tokenizer_sha256=identity.tokenizer_sha256,
+        )
+        save_delta(self.model, sorted(self.parameters), config, out)
+
+    def _save_whole(self, out: Path) -> None:
+        """Writes a model's folder; every file takes its place when all are written, the configuration last."""
+        with replaced_files(out) as temporary:
+            self.model.save_pretrained(temporary)
+            self.base.tokenizer.save_pretrained(temporary)
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "options": dataclasses.asdict(self.options),
+            "base": dataclasses.asdict(self.base.identity),
+            "data": [{"source": d.source, "sha256": d.sha256, "tokens": len(d)} for d in self.data],
+        }
+
+    def _checkpoint_state(self) -> dict[str, Any]:
+        return {"best": self.best, "since_best": self.since_best}
+
+    def _restore_state(self, state: dict[str, Any]) -> None:
+        self.best, self.since_best = state["best"], state["since_best"]
+
+
+def _perplexity(loss: float) -> float:
+    return round(math.exp(min(loss, 700.0)), 3)  # of a larger loss it is no float
+
+
+def _open_cross_entropy(
+    states: torch.Tensor, projection: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor | None, soft: float
+) -> torch.Tensor:
+    """The same loss as `soft_cross_entropy` where the projection learns as well: the logits are kept."""
+    logp = torch.log_softmax(states @ projection.T, dim=-1)
+    known = targets >= 0
+    hard = -logp.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    mixed = (1.0 - soft) * hard
+    if teacher is not None:
+        mixed = mixed - soft * (teacher.float() * logp).sum(-1)
+    return (mixed * known).sum()

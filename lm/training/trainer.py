@@ -1,0 +1,345 @@
+"""The training loop that heads and rescorers share: schedule, checkpoints, resume, log, and a stop before NaN.
+
+A subclass says what is trained, the losses of a step's micro-batches and how it is measured. Everything random must
+follow from (seed, step): then an interrupted and resumed training is the same training, and so is one of several
+processes (`lm.training.workers`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lattices.paths import encodable
+from lm.files import (
+    append_json_line,
+    atomic_file,
+    changed_settings,
+    open_appending,
+    read_json_lines,
+    write_json,
+    writing,
+)
+from lm.locks import writing_to
+from lm.memory import enough_memory
+from lm.training.workers import start_workers
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+CHECKPOINT_FILE, LOG_FILE, TRAINING_FILE = "checkpoint.safetensors", "training_log.jsonl", "training.json"
+RESULT_FILES = ("config.json", "adapter_config.json", "model.safetensors", "adapter_model.safetensors")
+
+
+class Schedule(Protocol):
+    """What the loop reads of a training's options."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def evaluate_every(self) -> int: ...
+
+
+Measured = TypeVar("Measured", bound="DataclassInstance")  # what `evaluate` gives
+
+
+class Trainer(ABC, Generic[Measured]):
+    """One training. `train` runs it; `evaluate` measures what there is so far."""
+
+    memory_option = "--positions"  # of the command; less of it needs less memory
+
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        schedule: Schedule,
+        device: torch.device,
+        *,
+        rates: Mapping[str, float] | None = None,
+    ) -> None:
+        """`rates`: for parameters whose learning rate is not the schedule's, its ratio to that."""
+        self.parameters, self.schedule, self.device = dict(parameters), schedule, device
+        by_rate: dict[float, list[torch.nn.Parameter]] = {}
+        for name, parameter in self.parameters.items():
+            by_rate.setdefault((rates or {}).get(name, 1.0), []).append(parameter)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": group, "rate": rate} for rate, group in by_rate.items()],
+            lr=schedule.learning_rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.98),
+        )  # fmt: skip
+        self.workers = start_workers(device)
+        self.step = 0
+        self.stopped = False  # before the last step, because held-out text got worse
+
+    @abstractmethod
+    def _losses(self, step: int) -> Iterator[torch.Tensor]:
+        """The losses of this process's micro-batches of a step; over all processes they add up to the step's loss."""
+
+    @abstractmethod
+    def evaluate(self) -> Measured:
+        """What was learned, on held-out text."""
+
+    @abstractmethod
+    def _settings(self) -> dict[str, Any]:
+        """Everything that the result depends on: a checkpoint with other settings is refused."""
+
+    @abstractmethod
+    def _save(self, out: Path) -> None:
+        """Writes what was trained."""
+
+    def _begins_trained(self) -> bool:
+        """Whether what is trained was trained before, so that it is worth knowing how good it is before step 1."""
+        return False
+
+    def _checkpoint_state(self) -> dict[str, Any]:
+        """What else a checkpoint keeps (JSON)."""
+        return {}
+
+    def _restore_state(self, state: dict[str, Any]) -> None:
+        """Takes back `_checkpoint_state`."""
+
+    def _after_evaluation(self, measured: Measured, out: Path) -> None:
+        """Called after each evaluation, before the checkpoint; may set `stopped`."""
+
+    def train(
+        self,
+        out: Path,
+        *,
+        progress: Callable[[int, int, float], None] | None = None,
+        evaluated: Callable[[int, int, Measured], None] | None = None,
+    ) -> Measured:
+        """Trains to the last step, writing checkpoints, the log and at the end the result to `out`.
+
+        Goes on from a checkpoint in `out` if its options and data are the same (else `IncompatibleError` shows the
+        difference). What was trained before is measured before the first step, too. A loss or gradient that is not a
+        number stops the training (`RescoreError`) with the last good checkpoint kept; a second training in one folder
+        is refused (`OutputError`). `progress(step, steps, loss)` is called after every step, `evaluated(step, steps,
+        measured)` after every evaluation; an exception from one of them interrupts. Ctrl-C of a single process takes
+        effect behind its step and leaves a checkpoint; a second one at once.
+        """
+        self._check_place(encodable(out, "--out"))
+        # The first process of a training writes for all. A place that can't be written to shows now, not at the first
+        # checkpoint.
+        with writing_to(out) if self.workers.is_first else nullcontext():
+            self._resume(out)
+            if self.workers.sum(self.step, self.device) != self.workers.count * self.step:
+                raise RescoreError(
+                    f"the processes found different checkpoints in {out}; give them a folder they all see"
+                )
+            with _held_back_interrupt(alone=self.workers.count == 1) as interrupted:
+                return self._train(out, interrupted, progress, evaluated)
+
+    def _train(
+        self,
+        out: Path,
+        interrupted: Callable[[], bool],
+        progress: Callable[[int, int, float], None] | None,
+        evaluated: Callable[[int, int, Measured], None] | None,
+    ) -> Measured:
+        schedule = self.schedule
+        measured: Measured | None = None
+        if self.step == 0 and self._begins_trained():
+            with enough_memory(f"a smaller {self.memory_option} needs less", at="the evaluation before step 1"):
+                measured = self.evaluate()
+            if self.workers.is_first:
+                self._log(out, measured)
+            if evaluated:
+                evaluated(0, schedule.steps, measured)
+        while self.step < schedule.steps and not self.stopped:
+            for group in self.optimizer.param_groups:
+                group["lr"] = schedule.learning_rate * group["rate"] * rate_at(self.step, schedule)
+            advice = f"{out} keeps the last checkpoint; a smaller {self.memory_option} needs less"
+            with enough_memory(advice, at=f"step {self.step + 1}"):
+                value = self._step(out)
+            self.step += 1
+            if progress:
+                progress(self.step, schedule.steps, value)
+            if self.step % schedule.evaluate_every == 0 or self.step == schedule.steps:
+                self._check_weights(out)
+                with enough_memory(advice, at=f"the evaluation after step {self.step}"):
+                    measured = self.evaluate()
+                self._after_evaluation(measured, out)
+                self.stopped = self.workers.sum(self.stopped, self.device) > 0  # all together
+                if self.workers.is_first:
+                    self._log(out, measured, loss=value)
+                    self._checkpoint(out)
+                if evaluated:
+                    evaluated(self.step, schedule.steps, measured)
+            elif interrupted():
+                self._check_weights(out)
+                self._checkpoint(out)
+            if interrupted():
+                raise KeyboardInterrupt
+        self.workers.wait()
+        if self._finish(out) or measured is None:
+            with enough_memory(f"{out} keeps the last checkpoint", at="the last evaluation"):
+                measured = self.evaluate()
+        if self.workers.is_first:
+            self._save(out)
+            record = {**self._settings(), "step": self.step, "held_out": dataclasses.asdict(measured)}
+            write_json(out / TRAINING_FILE, record)
+        self.workers.wait()
+        return measured
+
+    def _check_place(self, out: Path) -> None:
+        """Raises `RescoreError` for a folder whose files a training would replace by its own."""
+        ours = any((out / name).is_file() for name in (CHECKPOINT_FILE, LOG_FILE))
+        if not ours and (found := [name for name in RESULT_FILES if (out / name).exists()]):
+            raise RescoreError(f"{out} holds something else than this training ({found[0]}); use another --out")
+
+    def _finish(self, out: Path) -> bool:
+        """Called after the last step, before the result is saved; whether that is other than what was measured last."""
+        return False
+
+    def _step(self, out: Path) -> float:
+        """One step of the optimiser; its loss."""
+        value = 0.0
+        self.optimizer.zero_grad(set_to_none=True)
+        for loss in self._losses(self.step):
+            value += float(loss.detach())
+            loss.backward()  # type: ignore[no-untyped-call]
+        self.workers.sum_gradients(self.parameters.values())
+        value = self.workers.sum(value, self.device)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0))
+        if not math.isfinite(value + norm):
+            raise RescoreError(
+                f"the loss is {value} and its gradient {norm} at step {self.step + 1}; {out} keeps its last "
+                f"checkpoint; begin again with a lower learning rate and another --out"
+            )
+        self.optimizer.step()
+        return value
+
+    def _check_weights(self, out: Path) -> None:
+        # The gradient was finite, but what the last update made of the weights may not be.
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters.values()):
+            raise RescoreError(
+                f"the weights are not finite after step {self.step}; {out} keeps its last checkpoint; begin again with "
+                "a lower learning rate and another --out"
+            )
+
+    def _log(self, out: Path, measured: Measured, **more: float) -> None:
+        with writing(out), open_appending(out / LOG_FILE) as stream:
+            append_json_line(stream, {"step": self.step, **more, **dataclasses.asdict(measured)})
+
+    def _checkpoint(self, out: Path) -> None:
+        tensors = {f"weights.{name}": value.detach() for name, value in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{key}.{name}"] = self.optimizer.state[parameter][key]
+        state = {"step": self.step, "stopped": self.stopped, **self._checkpoint_state(), **self._settings()}
+        metadata = {"state": json.dumps(state)}
+        with atomic_file(out / CHECKPOINT_FILE) as temporary:
+            temporary.write_bytes(to_bytes({n: v.cpu().contiguous() for n, v in tensors.items()}, metadata=metadata))
+
+    def _resume(self, out: Path) -> None:
+        path = out / CHECKPOINT_FILE
+        if path.is_file():
+            self._read_checkpoint(path, out)
+        if self.workers.is_first:
+            self._cut_log(out / LOG_FILE)
+
+    def _cut_log(self, path: Path) -> None:
+        """Takes off the evaluations after the checkpoint (a kill between the two left them): they come again."""
+        if not path.is_file():
+            return
+        records = [record for _, record in read_json_lines(path, torn_tail=True)]
+        # Without a checkpoint all of them come again, that of step 0 too.
+        kept = [record for record in records if self.step and record.get("step", 0) <= self.step]
+        if len(kept) < len(records):
+            with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+                for record in kept:
+                    append_json_line(stream, record)
+
+    def _read_checkpoint(self, path: Path, out: Path) -> None:
+        settings = json.loads(json.dumps(self._settings()))
+        parts = ("weights", "exp_avg", "exp_avg_sq")
+        try:
+            with safe_open(path, framework="pt", device=str(self.device)) as stream:
+                state = json.loads((stream.metadata() or {})["state"])
+                if changed := changed_settings(state, settings):
+                    raise IncompatibleError(
+                        f"{out} holds a training with other settings ({'; '.join(changed)}); use another --out"
+                    )
+                self.step, self.stopped = state["step"], state["stopped"]
+                tensors = {f"{p}.{n}": stream.get_tensor(f"{p}.{n}") for n in self.parameters for p in parts}
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise InvalidDataError(f"can't read the checkpoint {path}; remove it to begin again ({error})") from error
+        self._restore_state(state)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"weights.{name}"])
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(self.step)),
+                    "exp_avg": tensors[f"exp_avg.{name}"],
+                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
+                }
+
+
+@contextmanager
+def _held_back_interrupt(*, alone: bool) -> Iterator[Callable[[], bool]]:
+    """Whether there was a Ctrl-C, instead of a `KeyboardInterrupt` in the middle of a step; the second one is one."""
+    came = False
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        if came:
+            raise KeyboardInterrupt
+        came = True
+
+    # Only the main thread hears signals; several processes have to stop together, which their launcher sees to.
+    if not alone or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, hold)
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def check_training(options: Schedule, least: Mapping[str, float]) -> None:
+    """Raises `RescoreError` for the first option of a training that is out of its range.
+
+    `least`: of the options that are numbers, what each must at least be (None stands for no limit); those of the
+    schedule, shares (`soft`, `held_out`) and learning rates are checked in all trainings that have them.
+    """
+    schedule = {"steps": 1, "warmup": 0, "evaluate_every": 1, "seed": 0, "weight_decay": 0}
+    for name, bound in {**least, **schedule}.items():
+        value = getattr(options, name)
+        if value is not None and not value >= bound:
+            raise RescoreError(f"{name} = {value}; it must be at least {bound}")
+    soft, held_out = getattr(options, "soft", 0.0), getattr(options, "held_out", 0.5)
+    if not 0 <= soft <= 1:
+        raise RescoreError(f"soft = {soft}; it is a share, from 0 to 1")
+    if not 0 < held_out < 1:
+        raise RescoreError(f"held_out = {held_out}; it is a share, above 0 and below 1")
+    for name in ("learning_rate", "base_learning_rate"):
+        rate = getattr(options, name, None)
+        if rate is not None and not 0 < rate <= 1:
+            raise RescoreError(f"{name} = {rate}; it must be above 0 and at most 1")
+
+
+def rate_at(step: int, schedule: Schedule) -> float:
+    """Share of the learning rate at a step: linear warm-up, then cosine to zero."""
+    if step < schedule.warmup:
+        return (step + 1) / schedule.warmup
+    share = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))

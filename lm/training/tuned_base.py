@@ -1,0 +1,127 @@
+"""A base LM that is fine-tuned together with its heads, by low-rank adapters (LoRA) or in full; [B] section 6.
+
+What it leaves is another base LM, with an output of its own, in a folder that `--base` takes: an adapter in peft's
+layout, or a whole model as `save_pretrained` writes it, beside `tuned.json` (which base it comes from). The heads
+trained with it lie in its folder `heads`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from lattices.errors import IncompatibleError, RescoreError
+from lm.base.adapters import ADAPTER_FILE, TUNED_FILE, TunedFrom, peft_of_old_names
+from lm.base.catalog import BUILT_IN, resolve_base
+from lm.base.model import BaseLM
+from lm.files import replaced_files, write_json
+from lm.training.data import HeadData, Segment, body_states
+
+FROZEN, LORA, FULL = "none", "lora", "full"
+TUNINGS = (FROZEN, LORA, FULL)
+
+
+class TunedBase:
+    """The base LM's layers while they learn. Changes the model of `base` in place.
+
+    `how`: LoRA of this rank on every linear layer (alpha = 2 x rank, as peft's users have it), or every weight but the
+    embeddings, which the heads' projection shares and which stay as they are. `layers`: only that many of the last
+    layers (in full, the final norm as well); nothing is propagated back below them, so a step costs less.
+    """
+
+    def __init__(
+        self,
+        base: BaseLM,
+        how: str,
+        *,
+        rank: int,
+        layers: int | None,
+        gradient_checkpointing: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        self.base, self.how, self.dtype = base, how, dtype
+        self.model: Any = base.model
+        if not hasattr(self.model, "base_model") or self.model.base_model is self.model:
+            raise IncompatibleError(f"{base.identity.name} can't be fine-tuned here: its layers have no body apart")
+        if not base.body_gives_states:
+            raise IncompatibleError(f"{base.identity.name} can't be fine-tuned here: its body is not all of its layers")
+        total = base.config.num_hidden_layers
+        if layers is not None and layers > total:
+            raise RescoreError(f"tuned_layers = {layers}, but {base.identity.name} has {total} layers")
+        if how == LORA:
+            body = self.model.base_model.named_modules()
+            if resolve_base(base.identity.name).adapter is not None:
+                raise IncompatibleError(
+                    f"{base.identity.name} is an adapter itself, and one on top of it could not be loaded; tune it in "
+                    f"full (tune: full), or begin from the base that it changes"
+                )
+            linear = sorted({name.rsplit(".", 1)[-1] for name, m in body if isinstance(m, torch.nn.Linear)})
+            if not linear:
+                raise IncompatibleError(
+                    f"{base.identity.name} has no linear layers for LoRA; tune it in full (tune: full)"
+                )
+            chosen = None if layers is None else list(range(total - layers, total))
+            config = LoraConfig(
+                r=rank, lora_alpha=2 * rank, target_modules=linear, layers_to_transform=chosen,
+                task_type="CAUSAL_LM",
+            )  # fmt: skip
+            # Puts the adapter into the model's own layers; the wrapper knows the names that other readers expect.
+            with peft_of_old_names():
+                self.adapted = get_peft_model(self.model, config)
+            local = Path(os.path.expanduser(base.identity.name))
+            name = str(local.resolve()) if local.exists() and base.identity.name != BUILT_IN else base.identity.name
+            self.adapted.peft_config["default"].base_model_name_or_path = name
+        else:
+            tuned = self.model.base_model
+            if layers is not None and not (hasattr(tuned, "layers") and hasattr(tuned, "norm")):
+                raise IncompatibleError(f"{base.identity.name} does not name its layers as Llama does; tune them all")
+            for part in [tuned] if layers is None else [*tuned.layers[total - layers :], tuned.norm]:
+                part.requires_grad_(True)
+            for embeddings in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+                embeddings.requires_grad_(False)
+        _without_dropout(self.model)  # what is random must follow from seed and step, and no evaluation be random
+        if gradient_checkpointing:
+            self.model.train()  # transformers checkpoints in training mode only
+            enable = getattr(self.model, "activation_checkpointing_enable", None)  # its newer name
+            (enable or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
+            # transformers does this for adapters, for a way of checkpointing that is not ours: it would propagate
+            # gradients down to the embeddings.
+            self.model.disable_input_require_grads()
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def states(self, data: Sequence[HeadData], segments: Sequence[Segment]) -> torch.Tensor:
+        """Final states before every target of the segments, float32 `[n, d]`, with their gradients."""
+        return body_states(
+            self.model, data, segments, device=self.base.device, dtype=self.dtype, takes_masks=self.base.supports_tree
+        )
+
+    def save(self, out: Path) -> None:
+        """Writes what was learned as a base LM's folder."""
+        with replaced_files(out) as temporary:
+            identity = self.base.identity
+            tuned = TunedFrom(identity.name, identity.weights_sha256, identity.tokenizer_sha256)
+            write_json(temporary / TUNED_FILE, dataclasses.asdict(tuned))
+            if self.how == FULL:
+                self.model.save_pretrained(temporary)
+                self.base.tokenizer.save_pretrained(temporary)
+            else:
+                tensors = get_peft_model_state_dict(self.adapted, save_embedding_layers=False)
+                halves = {n: value.detach().to("cpu", torch.float16).contiguous() for n, value in tensors.items()}
+                save_file(halves, temporary / ADAPTER_FILE, metadata={"format": "pt"})
+                self.adapted.peft_config["default"].save_pretrained(str(temporary))
+
+
+def _without_dropout(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "activation_dropout"):  # kept as numbers by some architectures
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

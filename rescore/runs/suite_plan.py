@@ -1,0 +1,254 @@
+"""What a suite is to run: tasks x rescorers x k (x h) from one YAML file, checked with line numbers before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lattices.errors import RescoreError
+from lm.text_files import rows_file
+from rescore.decoding import VERIFY_MODES
+from rescore.rescorers import WeightedRescorer, load_rescorer
+from rescore.runs.inputs import MAX_ALPHA, MODES, EvalOptions, Run
+from rescore.runs.leave_out import read_leave_out
+from rescore.runs.tuning import DEFAULT_ALPHAS, HELD_OUT
+from rescore.tasks import load_task
+from rescore.yaml_input import Value, read_yaml
+
+LIMITS = ("limit", "max_new_tokens", "max_prompt_tokens")
+KEYS = (
+    "base", "heads", "dtype", "device", "mode", "verify", "seed", "tasks", "rescorers", "k", "p", "h", "tune",
+    "leave_out", *LIMITS,
+)  # fmt: skip
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class SuiteTask:
+    """A task as typed (a name or a YAML file), where its examples come from, and its own limits (None: the suite's)."""
+
+    name: str
+    data: str | None = None
+    trace: str | None = None
+    limit: int | None = None
+    max_new_tokens: int | None = None
+    max_prompt_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class SuiteTuning:
+    """Weights are tuned first, on `limit` examples of the last groups of the data, over `alphas`."""
+
+    limit: int = HELD_OUT
+    alphas: tuple[float, ...] = DEFAULT_ALPHAS
+
+
+@dataclass(frozen=True)
+class SuiteRescorer:
+    """A rescorer as typed, each p that it is run with, its weight (None: tuned, or the default), and how that is tuned
+    if not as the suite says."""
+
+    name: str
+    p: tuple[int, ...]
+    alpha: float | None = None
+    tune: SuiteTuning | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole suite; fields as in `rescore.runs.inputs.EvalOptions`, `k` and `h` (None: all heads) each of which is
+    run.
+    """
+
+    tasks: tuple[SuiteTask, ...]
+    rescorers: tuple[SuiteRescorer, ...]
+    base: str = "smollm2-135m"
+    heads: str | None = None
+    k: tuple[int, ...] = (16,)
+    h: tuple[int | None, ...] = (None,)
+    tune: SuiteTuning | None = None
+    limit: int | None = None
+    max_new_tokens: int | None = None
+    max_prompt_tokens: int | None = None
+    mode: str = "replay"
+    verify: str = "tree"
+    dtype: str = "float32"
+    device: str = "auto"
+    seed: int = 0
+    leave_out: str | None = None
+
+    def options(self, task: SuiteTask, *, k: int, h: int | None) -> EvalOptions:
+        """The evaluation of one task with one k and h."""
+        limits = {name: getattr(task, name) or getattr(self, name) for name in LIMITS}
+        return EvalOptions(
+            tasks=(task.name,), rescorers=tuple(r.name for r in self.rescorers), base=self.base,
+            heads=None if task.trace else self.heads, h=h, k=k,
+            p=tuple(dict.fromkeys(p for r in self.rescorers for p in r.p)),
+            own_p=tuple((r.name, r.p) for r in self.rescorers if r.name != "oracle"),
+            mode=self.mode, verify=self.verify, data=task.data, trace=task.trace, dtype=self.dtype, device=self.device,
+            seed=self.seed, leave_out=self.leave_out, **limits,
+        )  # fmt: skip
+
+    @property
+    def fixed(self) -> dict[Run, dict[str, Any]]:
+        """The weights that the file says, as `rescore.runs.evaluation.evaluate` takes them."""
+        chosen = [r for r in self.rescorers if r.alpha is not None]
+        return {(r.name, p): {"alpha": r.alpha, "from": "option"} for r in chosen for p in r.p}
+
+    @property
+    def defaults(self) -> dict[Run, dict[str, Any]]:
+        """Every rescorer's own weight: what others have tuned on this machine is no part of a suite."""
+        weighted = ((r, load_rescorer(r.name)) for r in self.rescorers)
+        return {
+            (r.name, p): {"alpha": rescorer.alpha, "from": "default"}
+            for r, rescorer in weighted if isinstance(rescorer, WeightedRescorer)
+            for p in r.p
+        }  # fmt: skip
+
+    @property
+    def tuned(self) -> list[tuple[SuiteRescorer, SuiteTuning]]:
+        """The rescorers whose weight is to be tuned, and how."""
+        weighted = (
+            r for r in self.rescorers if r.alpha is None and isinstance(load_rescorer(r.name), WeightedRescorer)
+        )
+        return [(r, tuning) for r in weighted if (tuning := r.tune or self.tune)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `plan.json`: tasks and rescorers by name, so that a difference names them."""
+        found = dataclasses.asdict(self)
+        for name in ("tasks", "rescorers"):
+            found[name] = {entry.pop("name"): entry for entry in found[name]}
+        return found
+
+
+def read_plan(path: Path, *, data: Path | None = None) -> Plan:
+    """The suite in a YAML file (docs/formats.md).
+
+    `data`: a folder with TASK.jsonl (or .csv, .jsonl.gz ...) for each task whose data or trace the file does not name.
+    Raises `RescoreError` with the line of what is wrong: unknown keys with the nearest, wrong types, unknown tasks and
+    rescorers.
+    """
+    top = read_yaml(path).fields(KEYS, required=("tasks", "rescorers"))
+    mode = top["mode"].choice(MODES) if "mode" in top else "replay"
+    plan = Plan(
+        tasks=_distinct(top["tasks"], lambda value: _task(value, data), "task"),
+        rescorers=_rescorers(top),
+        base=top["base"].text() if "base" in top else Plan.base,
+        heads=top["heads"].text() if "heads" in top else None,
+        k=_wholes(top["k"]) if "k" in top else Plan.k,
+        h=_wholes(top["h"], least=2) if "h" in top else Plan.h,
+        tune=_tuning(top["tune"]) if "tune" in top else None,
+        mode=mode,
+        verify=top["verify"].choice(VERIFY_MODES) if "verify" in top else Plan.verify,
+        dtype=top["dtype"].choice(("float32", "float64", "bfloat16", "float16")) if "dtype" in top else Plan.dtype,
+        device=top["device"].text() if "device" in top else Plan.device,
+        seed=top["seed"].whole(least=0) if "seed" in top else 0,
+        leave_out=_leave_out(top["leave_out"]) if "leave_out" in top else None,
+        **_limits(top),
+    )
+    for task, value in zip(plan.tasks, top["tasks"].items(), strict=True):
+        if task.trace and mode == "live":
+            raise value.wrong("a trace can be replayed, not decoded live; drop trace, or mode: live")
+    return plan
+
+
+def _task(value: Value, data: Path | None) -> SuiteTask:
+    fields = {"name": value} if not value.is_mapping else value.fields(
+        ("name", "data", "trace", *LIMITS), required=() if "trace" in _keys(value) else ("name",)
+    )  # fmt: skip
+    trace = fields["trace"].text() if "trace" in fields else None
+    given = fields["data"].text() if "data" in fields else None
+    if trace and given:
+        raise fields["data"].wrong("a trace has its own examples; drop data or trace")
+    if trace:
+        name = fields["name"].text() if "name" in fields else _told(fields["trace"], lambda: _task_of(Path(trace)))
+    else:
+        name = fields["name"].text()
+        known = _told(fields["name"], lambda: load_task(name).name)
+        if given is None and data is not None:
+            given = str(rows_file(data, known))
+    return SuiteTask(name, given, trace, **_limits(fields))
+
+
+def _leave_out(value: Value) -> str:
+    text = value.text()
+    _told(value, lambda: read_leave_out(text))
+    return text
+
+
+def _keys(value: Value) -> set[str]:
+    return set(value.fields(None))
+
+
+def _task_of(folder: Path) -> str:
+    """The task of a trace that does not go by another name in the file."""
+    from rescore.runs.inputs import resolve
+
+    return resolve(EvalOptions(trace=str(folder))).tasks[0]
+
+
+def _rescorers(top: dict[str, Value]) -> tuple[SuiteRescorer, ...]:
+    ps = _wholes(top["p"]) if "p" in top else (1,)
+
+    def rescorer(value: Value) -> SuiteRescorer:
+        fields = (
+            value.fields(("name", "p", "alpha", "tune"), required=("name",)) if value.is_mapping else {"name": value}
+        )
+        name = fields["name"].text()
+        loaded = _told(fields["name"], lambda: load_rescorer(name))
+        alpha = fields["alpha"].number() if "alpha" in fields else None
+        for key in ("alpha", "tune"):
+            if key in fields and not isinstance(loaded, WeightedRescorer):
+                raise fields[key].wrong(f"the rescorer {name} has no weight; drop {key}")
+        if alpha is not None and "tune" in fields:
+            raise fields["tune"].wrong("a weight that is given is not tuned; drop tune or alpha")
+        if alpha is not None and not 0 <= alpha <= MAX_ALPHA:
+            raise fields["alpha"].wrong(f"{alpha:g} is outside 0 to {MAX_ALPHA:g}, where a weight is")
+        own = _wholes(fields["p"]) if "p" in fields else ps
+        tuning = _tuning(fields["tune"]) if "tune" in fields else None
+        return SuiteRescorer(name, (1,) if name == "oracle" else own, alpha, tuning)
+
+    return _distinct(top["rescorers"], rescorer, "rescorer")
+
+
+def _tuning(value: Value) -> SuiteTuning:
+    fields = value.fields(("limit", "alphas"))
+    alphas = SuiteTuning.alphas
+    if "alphas" in fields:
+        entries = fields["alphas"].items()
+        alphas = tuple(dict.fromkeys(entry.number() for entry in entries))
+        for entry, alpha in zip(entries, (entry.number() for entry in entries), strict=True):
+            if not 0 <= alpha <= MAX_ALPHA:
+                raise entry.wrong(f"{alpha:g} is outside 0 to {MAX_ALPHA:g}, where a weight is")
+    return SuiteTuning(fields["limit"].whole(least=1) if "limit" in fields else SuiteTuning.limit, alphas)
+
+
+def _limits(fields: dict[str, Value]) -> dict[str, Any]:
+    return {name: fields[name].whole(least=1) for name in LIMITS if name in fields}
+
+
+def _wholes(value: Value, *, least: int = 1) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(entry.whole(least=least) for entry in value.items()))
+
+
+def _distinct(value: Value, read: Callable[[Value], Made], kind: str) -> tuple[Made, ...]:
+    """What a list holds, no name twice."""
+    found: dict[str, Made] = {}
+    for entry in value.items():
+        made = read(entry)
+        name = str(getattr(made, "name", ""))
+        if name in found:
+            raise entry.wrong(f"the {kind} {name} is there twice; keep one")
+        found[name] = made
+    return tuple(found.values())
+
+
+def _told(value: Value, call: Callable[[], Made]) -> Made:
+    """What a call gives; what it refuses is told with the line of the value."""
+    try:
+        return call()
+    except RescoreError as error:
+        raise value.wrong(str(error)) from error

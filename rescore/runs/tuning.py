@@ -1,0 +1,104 @@
+"""Tunes the weight of rescorers by replay on held-out examples: of the last groups of the data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from lattices.errors import RescoreError
+from lm.base.catalog import choose_device
+from lm.files import write_json
+from rescore.accounting import account
+from rescore.replay import replay
+from rescore.rescorers import WeightedRescorer, load_rescorer
+from rescore.runs.evaluation import Notify
+from rescore.runs.inputs import EvalOptions, Models, Progress, prepare, resolve
+from rescore.runs.results import environment
+from rescore.runs.weights import check_tokenizers, coverage_notices, fit_to, tuned_path
+
+DEFAULT_ALPHAS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
+HELD_OUT = 100
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The sweep of one rescorer on one task at one k and p: `block_efficiency[i]` with `alphas[i]`, 0 among them, and
+    the best `alpha` (the smallest of equals). `held_out`: ids of the examples, `held_out_groups`: their groups."""
+
+    task: str
+    rescorer: str
+    k: int
+    p: int
+    alphas: tuple[float, ...]
+    block_efficiency: tuple[float, ...]
+    alpha: float
+    held_out: tuple[str, ...]
+    held_out_groups: tuple[str, ...] = ()
+
+
+def tune(
+    options: EvalOptions,
+    *,
+    alphas: Sequence[float] = DEFAULT_ALPHAS,
+    ks: Sequence[int] = (16,),
+    ps: Sequence[int] = (1, 16),
+    trace_k: int | None = None,
+    evaluated: Collection[str] = (),
+    keep: bool = True,
+    progress: Progress | None = None,
+    notify: Notify | None = None,
+) -> list[Tuned]:
+    """Sweeps every weighted rescorer of the options on every task, and keeps the best weights for `evaluate` with alpha
+    `tuned` (`keep`).
+
+    `options.limit` examples (default `HELD_OUT`) of the last groups of the data are used, at most half of the groups
+    (`rescore.groups.held_out`); `evaluated`: groups that are not tuned on while there are others; `trace_k` as for
+    `evaluate`. Raises `RescoreError` for a rescorer without weight and for what `evaluate` refuses.
+    """
+    limit = HELD_OUT if options.limit is None else options.limit
+    for alpha, k, p in product(alphas, ks, ps):
+        resolve(dataclasses.replace(options, alpha=alpha, k=k, p=p))
+    options = resolve(dataclasses.replace(options, alpha=None, limit=None, k=max(ks), p=tuple(ps), mode="replay"))
+    swept = tuple(sorted({0.0, *alphas}))
+    rescorers = {}
+    for typed in options.rescorers:
+        rescorer = load_rescorer(typed)
+        if not isinstance(rescorer, WeightedRescorer):
+            raise RescoreError(f"the rescorer {typed} has no weight to tune; give one that has, like ngram")
+        rescorers[typed] = rescorer
+    models = Models(options)
+    found = []
+    for task in prepare(options, models, k=trace_k):
+        task = task.held_out(limit, evaluated=evaluated)
+        task.tell(notify)
+        check_tokenizers(task, rescorers)
+        trace = task.trace(models, progress=progress).first_heads(options.h)
+        fitted = fit_to(trace, rescorers, device=choose_device(options.device))
+        for line in coverage_notices(trace, fitted, options.k):
+            if notify:
+                notify(line)
+        runs = [(typed, k, p) for typed in rescorers for k in ks for p in ps]
+        for place, (typed, k, p) in enumerate(runs):
+            rescorer = fitted[typed]
+            assert isinstance(rescorer, WeightedRescorer)
+            efficiency = []
+            for number, alpha in enumerate(swept):
+                accepted = replay(trace.examples, rescorer.weighted(alpha), k=k, p=p)
+                efficiency.append(account(accepted, trace.header.h).block_efficiency)
+                if progress:
+                    progress(f"tune {task.name}", place * len(swept) + number + 1, len(runs) * len(swept))
+            best = swept[max(range(len(swept)), key=lambda i: (efficiency[i], -i))]
+            groups = tuple(dict.fromkeys(task.groups))
+            tuned = Tuned(task.name, typed, k, p, swept, tuple(efficiency), best, task.ids, groups)
+            if keep:
+                path = tuned_path(dataclasses.replace(options, k=k), task, rescorer, p)
+                document: dict[str, Any] = {
+                    **dataclasses.asdict(tuned), "identity": rescorer.identity,
+                    "data_sha256": task.settings.get("data_sha256"), "settings": task.settings, **environment(),
+                }  # fmt: skip
+                write_json(path, document)
+            found.append(tuned)
+    return found

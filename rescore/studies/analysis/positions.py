@@ -1,0 +1,117 @@
+"""All positions of a trace in one batch, which every analysis reads, and the decodes that walk them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from lattices.lattice import Lattice
+from lattices.oracle import target_ranks
+from lattices.statistics import decode_starts, targets_ahead
+from rescore.accounting import account
+from rescore.studies.analysis.records import Efficiency
+from rescore.tracing import Trace
+
+
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """The n positions of a trace's examples, one after the other: `lattice` `[n, h, K]`, `entropies` `[n, h]` (nats),
+    `targets` int32 `[n, h]` (-1 behind the end of the output), `lengths` int64 `[examples]`, output tokens of each, and
+    the `groups` of the examples (`rescore.groups`; empty: every example is its own)."""
+
+    lattice: Lattice
+    entropies: np.ndarray
+    targets: np.ndarray
+    lengths: np.ndarray
+    groups: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, trace: Trace) -> Positions:
+        """The positions of a trace; none if it has no examples."""
+        h, k, examples = trace.header.h, trace.header.k, trace.examples
+        lengths = np.array([len(e.output_ids) for e in examples], dtype=np.int64)
+        if not examples:
+            ids, logps = np.zeros((0, h, k), np.int32), np.zeros((0, h, k), np.float32)
+            return cls(Lattice(ids, logps), np.zeros((0, h), np.float32), np.zeros((0, h), np.int32), lengths)
+        lattice = Lattice(
+            np.concatenate([e.lattice.token_ids for e in examples]),
+            np.concatenate([e.lattice.logps for e in examples]),
+        )
+        targets = np.concatenate([targets_ahead(e.output_ids, h) for e in examples])
+        entropies = np.concatenate([e.entropies for e in examples])
+        return cls(lattice, entropies, targets, lengths, tuple(e.group for e in examples))
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def h(self) -> int:
+        """Heads."""
+        return self.lattice.h
+
+    @property
+    def best(self) -> np.ndarray:
+        """The unrescored draft of every position, int32 `[n, h]`."""
+        return self.lattice.token_ids[:, :, 0]
+
+    @cached_property
+    def known(self) -> np.ndarray:
+        """Where the output is long enough for a slot to have a target, bool `[n, h]`."""
+        return self.targets >= 0
+
+    @cached_property
+    def ranks(self) -> np.ndarray:
+        """Rank of every target in its slot, int32 `[n, h]`, K where it is lacking."""
+        return target_ranks(self.lattice.token_ids, self.targets)
+
+    def accepted(self, drafts: np.ndarray) -> np.ndarray:
+        """How many tokens of drafts `[n, h]` the base LM would accept at every position, int64 `[n]`, 1..h."""
+        return leading(drafts == self.targets)
+
+    def steps(self, accepted: np.ndarray) -> list[list[int]]:
+        """The accepted lengths of the steps of every example's decode, from those of all positions `[n]`."""
+        starts = decode_starts(accepted, self.lengths)
+        bounds = np.cumsum(self.lengths)[:-1]
+        every, chosen = np.split(accepted, bounds), np.split(starts, bounds)
+        return [a[s].tolist() for a, s in zip(every, chosen, strict=True)] if len(self.lengths) else []
+
+    def efficiency(self, accepted: np.ndarray, *, seed: int = 0) -> Efficiency:
+        """The block efficiency of the decode, from the accepted lengths of all positions `[n]`."""
+        return efficiency_of(self.steps(accepted), self.h, groups=self.groups or None, seed=seed)
+
+    def block_efficiency(self, accepted: np.ndarray) -> float | None:
+        """Pooled tokens / steps of the decode; None without positions."""
+        steps = int(decode_starts(accepted, self.lengths).sum())
+        return len(self) / steps if steps else None
+
+
+def leading(right: np.ndarray) -> np.ndarray:
+    """The run of right slots that rows of bool `[n, h]` begin with, int64 `[n]`; slot 1 is fixed, so at least 1."""
+    run: np.ndarray = 1 + np.logical_and.accumulate(right[:, 1:], axis=1).sum(axis=1, dtype=np.int64)
+    return run
+
+
+def efficiency_of(
+    steps: Sequence[Sequence[int]], h: int, *, groups: Sequence[str] | None = None, seed: int = 0
+) -> Efficiency:
+    """The record of a decode's accepted lengths by example; empty if nothing was decoded."""
+    if not any(steps):
+        return Efficiency(0, 0, None, None, None)
+    kept = None if groups is None else [group for group, s in zip(groups, steps, strict=True) if s]
+    found = account([s for s in steps if s], h, groups=kept, seed=seed)
+    return Efficiency(
+        found.steps, found.tokens, found.block_efficiency, found.block_efficiency_ci95, found.block_efficiency_macro
+    )
+
+
+def share(part: float, whole: float) -> float | None:
+    """part / whole; None where there is no whole."""
+    return float(part / whole) if whole else None
+
+
+def number(value: float) -> float | None:
+    """A float for JSON; None for NaN."""
+    return None if np.isnan(value) else float(value)

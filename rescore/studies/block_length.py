@@ -1,0 +1,158 @@
+"""Which block length pays here: acceptance from a trace against what verify, heads and rescoring cost on this machine.
+
+A long block accepts more tokens a step and costs more to verify. For every h from 2 to the heads' own the trace is
+replayed with the first h heads, and a step is timed in its parts:
+
+    speed-up(h) = block efficiency(h) x t(forward of 1 token) / (t(forward of h tokens) + t(heads) + t(rescoring))
+
+which is the net speed-up of a live run, foreseen. Only `rescore eval --mode live` measures it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lattices.errors import IncompatibleError, RescoreError
+from lattices.lattice import Lattice
+from lm.base.model import BaseLM
+from lm.heads.block_heads import BlockHeads
+from rescore.accounting import account
+from rescore.checks import check_held_k
+from rescore.groups import count_groups
+from rescore.replay import replay
+from rescore.rescorers import Context, Rescorer
+from rescore.studies.verify_curve import verify_curve
+from rescore.tracing import Trace
+
+
+@dataclass(frozen=True)
+class BlockLength:
+    """Blocks of `h` tokens: their block efficiency with its interval, median milliseconds of a step's parts, and the
+    speed-up over greedy decoding that follows."""
+
+    h: int
+    block_efficiency: float
+    block_efficiency_ci95: tuple[float, float] | None
+    verify_ms: float
+    heads_ms: float
+    rescoring_ms: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class BlockLengths:
+    """All block lengths; `greedy_ms` is a forward of one token, all forwards on `cached` cached tokens."""
+
+    base: str
+    task: str | None
+    rescorer: str
+    alpha: float | None
+    k: int
+    examples: int
+    groups: int
+    dtype: str
+    device: str
+    cached: int
+    greedy_ms: float
+    lengths: list[BlockLength]
+
+    @property
+    def best(self) -> BlockLength:
+        """The fastest."""
+        return max(self.lengths, key=lambda length: length.speedup)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**dataclasses.asdict(self), "best_h": self.best.h}
+
+
+class TimedRescorer:
+    """A rescorer that notes the seconds of every call but an example's first, which reads the prompt."""
+
+    def __init__(self, rescorer: Rescorer) -> None:
+        self.rescorer = rescorer
+        self.seconds: list[float] = []
+
+    def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
+        """See `Rescorer.draft`; for one example at a time."""
+        start = time.perf_counter()
+        drafts = self.rescorer.draft(lattices, contexts, p)
+        if contexts[0].output_ids:
+            self.seconds.append(time.perf_counter() - start)
+        return drafts
+
+
+def block_lengths(
+    base: BaseLM,
+    heads: BlockHeads,
+    trace: Trace,
+    rescorer: Rescorer,
+    *,
+    name: str,
+    k: int = 16,
+    cached: int = 256,
+    repeats: int = 7,
+    progress: Callable[[int, int], None] | None = None,
+) -> BlockLengths:
+    """Every block length of a trace that `base` and `heads` recorded; `rescorer` (called `name`) is fitted to it.
+
+    Drafts are one a step. Raises `IncompatibleError` for a trace of another base LM, `RescoreError` for k beyond the
+    trace.
+    """
+    check_held_k(trace.header.k, k)
+    said = trace.header.settings.get("base")
+    weights = said.get("weights_sha256") if isinstance(said, dict) else None
+    if weights not in (None, base.identity.weights_sha256):
+        raise IncompatibleError(f"the trace is of another base LM than {base.identity.name}; give --base")
+    longest = min(trace.header.h, heads.h)
+    if longest < 2:
+        raise RescoreError("the trace holds head 1 only; a block needs at least two")
+    hs = list(range(2, longest + 1))
+    curve = verify_curve(base, cached=cached, repeats=repeats, sizes=(1, *hs))
+    greedy = curve.milliseconds[0]
+    groups = [example.group for example in trace.examples]
+    lengths = []
+    for h, verify_ms in zip(hs, curve.milliseconds[1:], strict=True):
+        timed = TimedRescorer(rescorer)
+        examples = trace.first_heads(h).examples
+        accepted = [steps for example in examples for steps in replay([example], timed, k=k)]
+        accounting = account(accepted, h, groups=groups)
+        heads_ms = _heads_ms(base, heads.first(h), k, repeats)
+        rescoring_ms = float(np.median(timed.seconds)) * 1e3 if timed.seconds else 0.0
+        step_ms = verify_ms + heads_ms + rescoring_ms
+        lengths.append(
+            BlockLength(
+                h, accounting.block_efficiency, accounting.block_efficiency_ci95, verify_ms, heads_ms, rescoring_ms,
+                accounting.block_efficiency * greedy / step_ms,
+            )
+        )  # fmt: skip
+        if progress:
+            progress(len(lengths), len(hs))
+    return BlockLengths(
+        base=base.identity.name, task=trace.header.settings.get("task"), rescorer=name,
+        alpha=getattr(rescorer, "alpha", None), k=k, examples=len(trace.examples),
+        groups=count_groups(groups), dtype=base.identity.dtype,
+        device=str(base.device), cached=cached, greedy_ms=greedy, lengths=lengths,
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def _heads_ms(base: BaseLM, heads: BlockHeads, k: int, repeats: int) -> float:
+    """Median milliseconds from one state to its lattice, head 1's logits given."""
+    state = torch.randn(1, base.hidden_size, generator=torch.Generator().manual_seed(0))
+    hidden = state.to(base.device, base.dtype)
+    first = base.project(hidden)
+    seconds = []
+    for turn in range(repeats + 1):
+        start = time.perf_counter()
+        heads.lattice(base, hidden, first, k)  # ends on the CPU: what was asked of a GPU is done then
+        if turn:  # the first turn warms up
+            seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds)) * 1e3

@@ -1,0 +1,139 @@
+"""Finds the weights of an n-gram mixture by replay: the block efficiency of held-out examples of a trace decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lattices.automaton import Automaton
+from lattices.errors import IncompatibleError, RescoreError
+from lattices.lattice import Lattice
+from lattices.ngrams import NgramModel
+from lm.ngram.interpolation import Mixture
+from lm.ngram.load import LoadedNgram
+from lm.ngram.mix import NgramPart
+from rescore.accounting import account
+from rescore.checks import check_held_k
+from rescore.groups import held_out
+from rescore.replay import replay
+from rescore.rescorers import Context
+from rescore.rescorers.ngram import DEFAULT_ALPHA
+from rescore.runs.inputs import MAX_ALPHA, Progress
+from rescore.runs.weights import target_of
+from rescore.tracing import Trace, load_trace
+
+SHARES = tuple(n / 10 for n in range(1, 10))
+ROUNDS = 3  # of three models or more, at most: each sweeps every model's weight once
+HELD_OUT = 40
+Weights = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class TunedMixture:
+    """The sweep of a mixture's weights: `block_efficiency[i]` with `curve[i]` (weights of `parts`, sum 1; first each
+    model alone, for comparison), and the best `weights` with all models in. `alpha`, `k`: of the rescorer, with p = 1;
+    `held_out`: ids of the examples."""
+
+    parts: tuple[str, ...]
+    curve: tuple[Weights, ...]
+    block_efficiency: tuple[float, ...]
+    weights: Weights
+    alpha: float
+    k: int
+    held_out: tuple[str, ...]
+
+
+class _InMemory:
+    """Rescoring with a model in memory, as `rescore.rescorers.ngram` does it with p = 1."""
+
+    def __init__(self, model: NgramModel, trace: Trace, alpha: float) -> None:
+        self.alpha, self.kept = alpha, model.order - 1
+        target = target_of(trace)
+        loaded = LoadedNgram(Path(), Automaton.compile(model), None)
+        self.search = loaded.search(target.vocab_size, target.eos_token_ids)
+
+    def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
+        lefts = [context.last(self.kept) for context in contexts]
+        return self.search.p_best_after(lattices, lefts, p, weight=self.alpha).drafts
+
+
+def tune_mixture(
+    parts: Sequence[NgramPart],
+    trace: Path,
+    *,
+    limit: int = HELD_OUT,
+    k: int = 16,
+    alpha: float = DEFAULT_ALPHA,
+    progress: Progress | None = None,
+) -> TunedMixture:
+    """Sweeps the weights of a mixture on the last `limit` examples of a trace, at most half of them.
+
+    Two models: the first one's weight from 0.1 to 0.9. More: the weight of one after the other so, the others keeping
+    their proportions, from equal weights on, until nothing changes or `ROUNDS` are done. Raises `RescoreError` for
+    settings that make no sense, `IncompatibleError` for models over other words than the trace's tokens.
+    """
+    if limit < 1:
+        raise RescoreError(f"--limit {limit}; at least one example is needed")
+    if not 0 < alpha <= MAX_ALPHA:
+        raise RescoreError(f"--alpha {alpha:g}; to tune a mixture it must be above 0 and at most {MAX_ALPHA:g}")
+    loaded = load_trace(trace)
+    check_held_k(loaded.header.k, k)
+    made_for = target_of(loaded).tokenizer_sha256
+    for part in parts:
+        if part.tokenizer_sha256 and made_for and part.tokenizer_sha256 != made_for:
+            raise IncompatibleError(f"{part.name} was made for another tokenizer than the base LM's of {trace}")
+    examples = [loaded.examples[place] for place in held_out([e.group for e in loaded.examples], limit)]
+    models = []
+    for done, part in enumerate(parts):
+        if progress:
+            progress("reading", done, len(parts))
+        models.append(part.read())
+    mixture = Mixture(models)
+    found: dict[Weights, float] = {}
+    total = len(parts) + len(SHARES) * (1 if len(parts) == 2 else ROUNDS * len(parts))
+
+    def efficiency(weights: Weights) -> float:
+        if weights not in found:
+            alone = weights.index(1.0) if 1.0 in weights else None
+            model = mixture.at(weights) if alone is None else models[alone]
+            accepted = replay(examples, _InMemory(model, loaded, alpha), k=k)
+            found[weights] = account(accepted, loaded.header.h).block_efficiency
+            if progress:
+                progress("tune mixture", len(found), total)
+        return found[weights]
+
+    for place in range(len(parts)):
+        efficiency(tuple(float(place == other) for other in range(len(parts))))
+    best = best_weights(len(parts), efficiency)
+    return TunedMixture(
+        tuple(part.name for part in parts),
+        tuple(found),
+        tuple(found.values()),
+        best,
+        alpha,
+        k,
+        tuple(e.id for e in examples),
+    )
+
+
+def best_weights(models: int, efficiency: Callable[[Weights], float]) -> Weights:
+    """The weights of so many models that the sweep of `tune_mixture` ends with; of equals the first it meets."""
+    best: Weights = tuple(round(1 / models, 6) for _ in range(models))
+    for _ in range(1 if models == 2 else ROUNDS):
+        before = best
+        for place in range(1 if models == 2 else models):
+            swept = [_with_share(best, place, share) for share in SHARES]
+            candidates = swept if models == 2 else [best, *swept]
+            best = max(candidates, key=efficiency)
+        if best == before:
+            break
+    return best
+
+
+def _with_share(weights: Weights, place: int, share: float) -> Weights:
+    """The weights with one of them changed, the others in their proportions."""
+    rest = (1 - share) / (1 - weights[place])
+    return tuple(round(share if i == place else w * rest, 6) for i, w in enumerate(weights))

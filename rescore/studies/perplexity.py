@@ -1,0 +1,83 @@
+"""Perplexity of the base LM on a task's passages: what the command `rescore perplexity` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lattices.errors import RescoreError
+from lattices.paths import user_path
+from rescore.runs.results import environment
+from rescore.tasks import load_task, task_names
+from rescore.tasks.data import load_examples
+
+
+@dataclass(frozen=True)
+class TaskPerplexity:
+    """`perplexity` of the base LM over the `tokens` of `passages` (`nll` nats in all), read in windows of `window`
+    tokens that move by `stride`; `source` of the data, `base` as it identifies itself, `environment`; `notice`: a line
+    for the user if the data are not the task's own."""
+
+    task: str
+    passages: int
+    tokens: int
+    nll: float
+    perplexity: float
+    window: int
+    stride: int
+    base: dict[str, Any]
+    source: dict[str, Any]
+    environment: dict[str, Any]
+    notice: str | None = None
+
+
+def perplexity_of_task(
+    name: str,
+    *,
+    base: str = "smollm2-135m",
+    data: str | None = None,
+    limit: int | None = None,
+    stride: int | None = None,
+    window: int | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> TaskPerplexity:
+    """Perplexity of a task's passages (`Task.passage`), each read by itself, as plain text.
+
+    `name` of the task or a YAML file, `data` and `limit` as for an evaluation, `stride` and `window` as for
+    `lm.base.perplexity.perplexity`. Raises `RescoreError` for a task without passages and for what can't be used.
+    """
+    from dataclasses import asdict
+
+    task = load_task(name)
+    if task.passage is None:
+        known = ", ".join(other for other in task_names() if load_task(other).passage)
+        raise RescoreError(
+            f"task {task.name} has no passages to score; {known} has, and a YAML file may name its field: passage: text"
+        )
+    found = load_examples(task, data=None if data is None else user_path(data, "--data"), limit=limit)
+    passages = [example.passage or "" for example in found.examples]
+
+    from lm.base.catalog import load_base
+    from lm.base.perplexity import perplexity
+
+    model = load_base(base, dtype=dtype, device=device)
+    scored = perplexity(
+        model, passages, stride=stride, window=window,
+        progress=(lambda done, total: progress(f"perplexity {task.name}", done, total)) if progress else None,
+    )  # fmt: skip
+    return TaskPerplexity(
+        task=task.name,
+        passages=scored.texts,
+        tokens=scored.tokens,
+        nll=scored.nll,
+        perplexity=scored.perplexity,
+        window=scored.window,
+        stride=scored.stride,
+        base=asdict(model.identity),
+        source=found.source,
+        environment=environment(),
+        notice=found.notice,
+    )

@@ -1,0 +1,74 @@
+"""Measurements that a user makes of their own machine and model; the numbers that decide whether drafts pay."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lattices.errors import RescoreError
+from lm.base.cache import BufferLayer
+from lm.base.model import BaseLM
+
+VERIFY_SIZES = (1, 2, 4, 9, 16, 32, 64, 144)
+
+
+@dataclass(frozen=True)
+class VerifyCurve:
+    """Median `milliseconds` of a forward of `tokens[i]` tokens on `cached` cached ones; `gb_per_second` = bytes of
+    weights and cache read, over that time."""
+
+    base: str
+    dtype: str
+    device: str
+    cached: int
+    tokens: list[int]
+    milliseconds: list[float]
+    gb_per_second: list[float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+
+def verify_curve(
+    base: BaseLM, *, cached: int = 256, repeats: int = 7, sizes: Sequence[int] = VERIFY_SIZES
+) -> VerifyCurve:
+    """Times one forward of 1 to 144 tokens on a cache; sizes take turns, so that noise falls on all alike."""
+    if cached < 1 or repeats < 1:
+        raise RescoreError("--cached and --repeats must be at least 1")
+    if cached + max(sizes) > base.context_length:
+        raise RescoreError(f"{cached} cached tokens do not fit into the context of {base.context_length}")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(base.vocab_size, (1, cached + max(sizes)), generator=generator).to(base.device)
+    cache = base.new_cache(cached + max(sizes))
+    base.forward(ids[:, :cached], cache, last=1)
+    cache.keep(range(cached))
+    times: dict[int, list[float]] = {n: [] for n in sizes}
+    for turn in range(repeats + 1):
+        for n in sizes:
+            start = time.perf_counter()
+            base.forward(ids[:, :n], cache)
+            if base.device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:  # the first turn warms up
+                times[n].append(time.perf_counter() - start)
+    weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
+    layer = cache.layers[0]
+    assert isinstance(layer, BufferLayer)
+    kept = 2 * len(cache.layers) * layer.key_buffer[:, :, :cached].nbytes  # keys and values
+    medians = [float(np.median(times[n])) for n in sizes]
+    return VerifyCurve(
+        base=base.identity.name,
+        dtype=base.identity.dtype,
+        device=str(base.device),
+        cached=cached,
+        tokens=list(sizes),
+        milliseconds=[t * 1e3 for t in medians],
+        gb_per_second=[(weights + kept) / t / 1e9 for t in medians],
+    )

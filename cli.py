@@ -223,10 +223,11 @@ def _weight(text: str | None) -> float | Literal["tuned"] | None:
 
 
 def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
+    from lm.records import plain
     from rescore.report.tables import results_table
 
     document = evaluation.document
-    print(json.dumps(document.as_dict(), ensure_ascii=False) if as_json else results_table(document))
+    print(json.dumps(plain(document), ensure_ascii=False) if as_json else results_table(document))
 
 
 @app.command()

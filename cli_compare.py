@@ -57,6 +57,7 @@ def suite_command(
     as_json: Json = False,
 ) -> None:
     """Run a whole table, tasks x rescorers x k, from one YAML file; goes on where it was stopped."""
+    from lm.records import plain
     from rescore.runs.suite import run_suite
     from rescore.runs.suite_plan import read_plan
     from rescore.runs.suite_table import text_table
@@ -65,9 +66,9 @@ def suite_command(
     with progress_bar() as progress:
         suite = run_suite(chosen, out, source=plan.name, progress=progress, notify=notify)
     if as_json:
-        print(json.dumps(suite.as_dict()))
+        print(json.dumps(plain(suite.document)))
     else:
-        print(text_table(suite.results) if suite.results else "no finished examples")
+        print(text_table(suite.document.results) if suite.document.results else "no finished examples")
     if suite.interrupted:
         notify(f"interrupted; the finished examples are kept in {out}: the same command goes on")
         raise typer.Exit(INTERRUPTED)

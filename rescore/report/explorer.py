@@ -14,7 +14,7 @@ from lattices.oracle import target_ranks
 from rescore.report.charts.style import Look, decode_name
 from rescore.report.sources import TaskView
 from rescore.report.token_text import excerpt, harmless, token_texts
-from rescore.runs.finished import Record
+from rescore.runs.records import ExampleRecord, Result
 from rescore.tracing import TracedExample
 
 SHOWN = 8  # entries of a slot that are shown
@@ -33,15 +33,15 @@ def explorer_data(view: TaskView, looks: Mapping[str, Look], tokenizer: Any, *, 
     """
     trace = view.run.trace(view.task)
     traced = {e.id: e for e in trace.examples} if trace else {}
-    decodes = [(r["rescorer"], r["p"]) for r in view.results]
-    by_id: dict[str, dict[tuple[str, int], Record]] = {}
+    decodes = [(r.rescorer, r.p) for r in view.results]
+    by_id: dict[str, dict[tuple[str, int], ExampleRecord]] = {}
     for rescorer, p in decodes:
         for record in view.run.records[view.task, rescorer, p]:
-            if record["accepted"]:
-                by_id.setdefault(record["id"], {})[rescorer, p] = record
+            if record.accepted:
+                by_id.setdefault(record.id, {})[rescorer, p] = record
     walked = _most_telling(view.results)
     ids, chosen = _choose(by_id, walked, examples)
-    k = int(view.results[0]["k"])
+    k = int(view.results[0].k)
     shown = min(SHOWN, k)
     seen: set[int] = set()
     found = [_example(name, by_id[name], decodes, traced.get(name), k, shown, seen) for name in ids]
@@ -67,20 +67,20 @@ def explorer_data(view: TaskView, looks: Mapping[str, Look], tokenizer: Any, *, 
     }
 
 
-def _most_telling(results: Sequence[Mapping[str, Any]]) -> tuple[str, int]:
+def _most_telling(results: Sequence[Result]) -> tuple[str, int]:
     """The decode that the explorer begins with: the best rescored one with the fewest drafts."""
-    rescored = [r for r in results if r["rescorer"] not in ("none", "oracle")] or results
-    best = min(rescored, key=lambda r: (r["p"], -r["block_efficiency"]))
-    return best["rescorer"], best["p"]
+    rescored = [r for r in results if r.rescorer not in ("none", "oracle")] or results
+    best = min(rescored, key=lambda r: (r.p, -r.block_efficiency))
+    return best.rescorer, best.p
 
 
 def _choose(
-    by_id: Mapping[str, Mapping[tuple[str, int], Record]], walked: tuple[str, int], examples: int
+    by_id: Mapping[str, Mapping[tuple[str, int], ExampleRecord]], walked: tuple[str, int], examples: int
 ) -> tuple[list[str], str]:
     """Examples spread from the least to the most that a step accepts, with a sentence that says so."""
 
     def efficiency(name: str) -> float:
-        accepted = by_id[name].get(walked, next(iter(by_id[name].values())))["accepted"]
+        accepted = by_id[name].get(walked, next(iter(by_id[name].values()))).accepted
         return float(sum(accepted) / len(accepted))
 
     ranked = sorted(by_id, key=efficiency)  # stable: equals in the order of the data
@@ -99,7 +99,7 @@ def _choose(
 
 def _example(
     name: str,
-    records: Mapping[tuple[str, int], Record],
+    records: Mapping[tuple[str, int], ExampleRecord],
     decodes: Sequence[tuple[str, int]],
     traced: TracedExample | None,
     k: int,
@@ -107,19 +107,19 @@ def _example(
     seen: set[int],
 ) -> dict[str, Any]:
     first = next(iter(records.values()))
-    output = [int(token) for token in (traced.output_ids if traced is not None else first["output_ids"])]
+    output = [int(token) for token in (traced.output_ids if traced is not None else first.output_ids)]
     accepted, same = [], []
     drafts: list[list[list[int]] | None] = []
     positions: set[int] = set()
     starts: list[list[int]] = []
     for key in decodes:
         record = records.get(key)
-        begun = [0, *np.cumsum(record["accepted"]).tolist()[:-1]] if record else []
+        begun = [0, *np.cumsum(record.accepted).tolist()[:-1]] if record else []
         starts.append(begun)
-        shared = _shared(output, record["output_ids"]) if record else 0
+        shared = _shared(output, record.output_ids) if record else 0
         same.append(shared)
         positions |= {start for start in begun if start <= shared and start < len(output)}
-        accepted.append(record["accepted"] if record else None)
+        accepted.append(record.accepted if record else None)
     lattice: dict[int, dict[str, Any]] = {}
     if traced is not None:
         k = min(k, traced.lattice.k)
@@ -131,16 +131,16 @@ def _example(
             drafts.append(None)
             continue
         coded = []
-        for start, draft in zip(starts[place], record["drafts"], strict=True):
+        for start, draft in zip(starts[place], record.drafts, strict=True):
             tops = lattice[start]["t"] if start in lattice and start <= same[place] else None
             coded.append([_coded(token, tops[j] if tops else ()) for j, token in enumerate(draft)])
             seen.update(draft)
         drafts.append(coded)
     seen.update(output)
     others = {
-        place: records[key]["output_ids"]
+        place: records[key].output_ids
         for place, key in enumerate(decodes)
-        if key in records and same[place] < max(len(output), len(records[key]["output_ids"]))
+        if key in records and same[place] < max(len(output), len(records[key].output_ids))
     }
     for ids in others.values():
         seen.update(ids)

@@ -11,6 +11,7 @@ from rescore.report.headline import Headline, recovered
 from rescore.report.markdown import escaped, markdown_table
 from rescore.report.sources import TaskView
 from rescore.report.tables import OUTCOMES
+from rescore.runs.records import Result
 
 COLUMNS = (
     "task",
@@ -53,38 +54,41 @@ def csv_text(views: Sequence[TaskView]) -> str:
     return csv_document(header, [_line(view, r) for view in views for r in view.results])
 
 
-def _line(view: TaskView, r: dict[str, Any]) -> list[str | int | float | None]:
-    outcomes, latency = r["against_unrescored"] or {}, r["latency"] or {}
+def _line(view: TaskView, r: Result) -> list[str | int | float | None]:
+    outcomes, latency = r.against_unrescored, r.latency
     return [
         view.label,
-        r["rescorer"],
-        r["p"],
-        r["k"],
-        len(r["marginal"]),
+        r.rescorer,
+        r.p,
+        r.k,
+        r.h,
         view.analysis.mode,
-        _cell(r["alpha"]),
-        r["n"],
-        r["groups"],
-        r["steps"],
-        r["tokens"],
-        _cell(r["block_efficiency"]),
-        *map(_cell, r["block_efficiency_ci95"] or (None, None)),
-        _cell(r["block_efficiency_macro"]),
-        _cell(r["oracle_block_efficiency"]),
-        _cell(r["gain"]),
-        *map(_cell, r["gain_ci95"] or (None, None)),
+        _cell(r.alpha),
+        r.n,
+        r.groups,
+        r.steps,
+        r.tokens,
+        _cell(r.block_efficiency),
+        *map(_cell, r.block_efficiency_ci95 or (None, None)),
+        _cell(r.block_efficiency_macro),
+        _cell(r.oracle_block_efficiency),
+        _cell(r.gain),
+        *map(_cell, r.gain_ci95 or (None, None)),
         _cell(recovered(r, view.unrescored)),
-        *(_cell(outcomes.get(name)) for name in OUTCOMES),
-        "; ".join(f"{name} {value:.4f}" for name, value in r["quality"].items()),
-        _cell(r["cut_at_limit"]),
-        *(_cell(latency.get(name)) for name in ("verify_ms", "heads_ms", "rescore_ms", "autoregressive_ms", "speedup")),
+        *(_cell(getattr(outcomes, name, None)) for name in OUTCOMES),
+        "; ".join(f"{name} {value:.4f}" for name, value in r.quality.items()),
+        _cell(r.cut_at_limit),
+        *(
+            _cell(getattr(latency, name, None))
+            for name in ("verify_ms", "heads_ms", "rescore_ms", "autoregressive_ms", "speedup")
+        ),
         str(view.run.folder),
-        *map(_cell, r["marginal"]),
+        *map(_cell, r.marginal),
     ]
 
 
 def _most(views: Sequence[TaskView]) -> int:
-    return max(len(r["marginal"]) for view in views for r in view.results)
+    return max(r.h for view in views for r in view.results)
 
 
 def _cell(value: float | None) -> float | None:
@@ -113,7 +117,7 @@ def markdown_text(
 
 
 def _titled(view: TaskView) -> str:
-    n, groups = (max(r[name] for r in view.results) for name in ("n", "groups"))
+    n, groups = (max(getattr(r, name) for r in view.results) for name in ("n", "groups"))
     return f"{view.label} (examples: {n}, groups: {groups})"
 
 
@@ -121,13 +125,13 @@ def _headline_cell(cell: Any) -> str:
     if cell is None:
         return ""
     r = cell.result
-    if r["gain"] is None:
-        return f"{number(r['block_efficiency'])} ({interval(r['block_efficiency_ci95'])})"
-    found = [percent(r["gain"], sign=True)]
-    if r["gain_ci95"]:
-        found[0] += f", {interval(r['gain_ci95'], gain=True)}"
+    if r.gain is None:
+        return f"{number(r.block_efficiency)} ({interval(r.block_efficiency_ci95)})"
+    found = [percent(r.gain, sign=True)]
+    if r.gain_ci95:
+        found[0] += f", {interval(r.gain_ci95, gain=True)}"
     if cell.share is not None:
         found.append(f"{percent(cell.share, 0)} of the gap")
     if cell.speedup is not None:
         found.append(f"{cell.speedup:.2f}x the speed")
-    return f"{number(r['block_efficiency'])} ({'; '.join(found)})"
+    return f"{number(r.block_efficiency)} ({'; '.join(found)})"

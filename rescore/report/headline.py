@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from rescore.report.sources import TaskView
+from rescore.runs.records import Result
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Cell:
     of several rescorers with this p the one with the most on the task (`none` and `oracle` apart); `sure`: the interval
     of its gain lies above zero."""
 
-    result: dict[str, Any]
+    result: Result
     share: float | None
     speedup: float | None
     best: bool
@@ -41,17 +41,17 @@ class Headline:
     sentences: tuple[str, ...]
 
 
-def recovered(result: dict[str, Any], unrescored: dict[str, Any] | None) -> float | None:
+def recovered(result: Result, unrescored: Result | None) -> float | None:
     """Share of the gap between the unrescored drafts and the oracle that a decode recovers."""
     if unrescored is None:
         return None
-    gap = result["oracle_block_efficiency"] - unrescored["block_efficiency"]
-    return None if gap <= 0 else float((result["block_efficiency"] - unrescored["block_efficiency"]) / gap)
+    gap = result.oracle_block_efficiency - unrescored.block_efficiency
+    return None if gap <= 0 else float((result.block_efficiency - unrescored.block_efficiency) / gap)
 
 
 def make_headline(views: Sequence[TaskView]) -> Headline:
     """The table and its sentences."""
-    keys = dict.fromkeys((r["rescorer"], r["p"]) for view in views for r in view.results)
+    keys = dict.fromkeys((r.rescorer, r.p) for view in views for r in view.results)
     place = {rescorer: i for i, rescorer in enumerate(dict.fromkeys(rescorer for rescorer, _ in keys))}
 
     def order(key: tuple[str, int]) -> tuple[bool, int, bool, int]:
@@ -65,23 +65,23 @@ def make_headline(views: Sequence[TaskView]) -> Headline:
 
 
 def _cell(view: TaskView, rescorer: str, p: int) -> Cell | None:
-    result = next((r for r in view.results if r["rescorer"] == rescorer and r["p"] == p), None)
+    result = next((r for r in view.results if r.rescorer == rescorer and r.p == p), None)
     if result is None:
         return None
-    rivals = [r for r in view.results if r["p"] == p and r["rescorer"] not in ("none", "oracle")]
-    most = max((r["block_efficiency"] for r in rivals), default=None)
-    plain = next((r["block_efficiency"] for r in view.results if r["p"] == p and r["rescorer"] == "none"), 0.0)
-    best = len(rivals) > 1 and result in rivals and result["block_efficiency"] == most and most > plain
-    sure = rescorer not in ("none", "oracle") and bool(result["gain_ci95"]) and result["gain_ci95"][0] > 0
-    latency = result["latency"]
-    speedup = float(latency["speedup"]) if latency else None
+    rivals = [r for r in view.results if r.p == p and r.rescorer not in ("none", "oracle")]
+    most = max((r.block_efficiency for r in rivals), default=None)
+    plain = next((r.block_efficiency for r in view.results if r.p == p and r.rescorer == "none"), 0.0)
+    best = len(rivals) > 1 and result in rivals and result.block_efficiency == most and most > plain
+    sure = rescorer not in ("none", "oracle") and result.gain_ci95 is not None and result.gain_ci95[0] > 0
+    latency = result.latency
+    speedup = float(latency.speedup) if latency else None
     return Cell(result, recovered(result, view.unrescored), speedup, best, sure)
 
 
 def _sentences(views: Sequence[TaskView], rows: Sequence[Row]) -> list[str]:
     lines = []
-    plain = [view.unrescored["block_efficiency"] for view in views if view.unrescored]
-    ceiling = [view.results[0]["oracle_block_efficiency"] for view in views]
+    plain = [view.unrescored.block_efficiency for view in views if view.unrescored]
+    ceiling = [view.results[0].oracle_block_efficiency for view in views]
     if plain:
         lines.append(
             f"A step of the unrescored drafts accepts {_range(plain)} tokens; a perfect choice from the same lattices "
@@ -101,28 +101,27 @@ def _best_of(rows: Sequence[Row], p: int) -> str | None:
     gains = {}
     for row in rows:
         if row.p == p and row.rescorer not in ("none", "oracle"):
-            cells = [cell for cell in row.cells if cell is not None and cell.result["gain"] is not None]
+            cells = [(cell, cell.result.gain) for cell in row.cells if cell and cell.result.gain is not None]
             if cells:
                 gains[row.rescorer] = cells
     most = max((len(cells) for cells in gains.values()), default=0)
     whole = {name: cells for name, cells in gains.items() if len(cells) == most}
     drafts = "one draft" if p == 1 else f"{p} drafts"
     alone = next((row for row in rows if row.p == p and row.rescorer == "none" and p > 1), None)
-    unrescored = [c.result["gain"] for c in alone.cells if c and c.result["gain"] is not None] if alone else []
+    unrescored = [c.result.gain for c in alone.cells if c and c.result.gain is not None] if alone else []
     if not whole:
         return f"With {drafts} a step and no rescoring the gain is {_percents(unrescored)}." if unrescored else None
-    best = max(whole, key=lambda name: fmean(cell.result["gain"] for cell in whole[name]))
-    cells = whole[best]
-    found = [cell.result["gain"] for cell in cells]
+    best = max(whole, key=lambda name: fmean(gain for _, gain in whole[name]))
+    rated, found = [cell for cell, _ in whole[best]], [gain for _, gain in whole[best]]
     if fmean(found) <= 0:
         return f"With {drafts} a step no rescorer gains anything on average; {best} comes nearest ({_percents(found)})."
-    shares = [cell.share for cell in cells if cell.share is not None]
+    shares = [cell.share for cell in rated if cell.share is not None]
     part = f", {_shares(shares)} of the way to the oracle" if shares else ""
     among = f"the best of {len(whole)} rescorers is" if len(whole) > 1 else "the only rescorer is"
     beside = f"; {p} drafts without rescoring bring {_percents(unrescored)}" if unrescored else ""
     line = f"With {drafts} a step {among} {best}, with {_percents(found)} tokens a step{part}{beside}."
-    surely = sum(1 for cell in cells if cell.result["gain_ci95"] and cell.result["gain_ci95"][0] > 0)
-    known = sum(1 for cell in cells if cell.result["gain_ci95"])
+    surely = sum(1 for cell in rated if cell.result.gain_ci95 and cell.result.gain_ci95[0] > 0)
+    known = sum(1 for cell in rated if cell.result.gain_ci95)
     if known and surely < known:
         where = f"On {known - surely} of {known} tasks its" if known > 1 else "Its"
         line += f" {where} gain is not certain: the interval includes zero."

@@ -17,7 +17,8 @@ import numpy as np
 
 from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
 from rescore.report.token_text import token_texts, tokenizer_of
-from rescore.runs.finished import FinishedRun, Record, load_runs
+from rescore.runs.finished import FinishedRun, load_runs
+from rescore.runs.records import ExampleRecord, Result
 from rescore.tracing import TracedExample
 
 SHOWN_BLOCKS = 5
@@ -114,24 +115,24 @@ def inspect_example(
         raise RescoreError(f"--top {top}; show at least one token of each slot")
     run, task = _choose_run(folder, load_runs(folder), task, {"k": k, "h": h})
     results = _choose_results(run, task, rescorers, p)
-    records = {(r["rescorer"], r["p"]): run.records[task, r["rescorer"], r["p"]] for r in results}
-    ids = list(dict.fromkeys(record["id"] for found in records.values() for record in found))
+    records = {(r.rescorer, r.p): run.records[task, r.rescorer, r.p] for r in results}
+    ids = list(dict.fromkeys(record.id for found in records.values() for record in found))
     name = _choose_example(ids, example, task, folder)
-    decodes = {side: record for side, found in records.items() for record in found if record["id"] == name}
+    decodes = {side: record for side, found in records.items() for record in found if record.id == name}
     for (rescorer, _), record in decodes.items():
         _check(record, rescorer, folder)
     notices: list[str] = []
     traced = _traced(run, task, name, notices)
-    output = traced.output_ids.tolist() if traced else next(iter(decodes.values()))["output_ids"]
-    h_of_run = len(results[0]["marginal"])
+    output = traced.output_ids.tolist() if traced else next(iter(decodes.values())).output_ids
+    h_of_run = results[0].h
     drafts = _drafts(decodes, output, notices)
     wanted = _wanted_steps(steps, len(drafts))
     blocks = [
-        Block(number, position, _slots(output, position, h_of_run, results[0]["k"], traced, top), drafts[position])
+        Block(number, position, _slots(output, position, h_of_run, results[0].k, traced, top), drafts[position])
         for number, position in enumerate(sorted(drafts), start=1)
         if number in wanted
     ]
-    tokenizer, trouble = tokenizer_of(run.config["traces"][task].get("base"))
+    tokenizer, trouble = tokenizer_of(run.config.traces[task].get("base"))
     if trouble:
         notices.append(trouble)
     return Inspection(
@@ -140,14 +141,14 @@ def inspect_example(
         number=ids.index(name) + 1,
         examples=len(ids),
         h=h_of_run,
-        k=results[0]["k"],
+        k=results[0].k,
         prompt=traced.prompt if traced else None,
         references=list(traced.references) if traced else [],
         output=traced.output if traced else None,
         decodes=[
-            Decode(r["rescorer"], r["p"], r["alpha"], len(found["accepted"]), sum(found["accepted"]))
+            Decode(r.rescorer, r.p, r.alpha, len(found.accepted), sum(found.accepted))
             for r in results
-            if (found := decodes.get((r["rescorer"], r["p"])))
+            if (found := decodes.get((r.rescorer, r.p)))
         ],
         total=len(drafts),
         blocks=blocks,
@@ -180,20 +181,20 @@ def _choose_run(
 
 
 def _shape(run: FinishedRun, task: str) -> dict[str, int]:
-    result = next(r for r in run.results if r["task"] == task)
-    return {"k": result["k"], "h": len(result["marginal"])}
+    result = next(r for r in run.results if r.task == task)
+    return {"k": result.k, "h": result.h}
 
 
-def _choose_results(run: FinishedRun, task: str, rescorers: Collection[str], p: int | None) -> list[dict[str, Any]]:
-    of_task = [result for result in run.results if result["task"] == task]
-    known = {result["rescorer"] for result in of_task}
+def _choose_results(run: FinishedRun, task: str, rescorers: Collection[str], p: int | None) -> list[Result]:
+    of_task = [result for result in run.results if result.task == task]
+    known = {result.rescorer for result in of_task}
     for name in rescorers:
         if name not in known:
             raise UnknownNameError("rescorer of these results", name, known)
-    named = [r for r in of_task if not rescorers or r["rescorer"] in rescorers]
-    found = [r for r in named if p in (None, r["p"]) or r["rescorer"] == "oracle"]
+    named = [r for r in of_task if not rescorers or r.rescorer in rescorers]
+    found = [r for r in named if p in (None, r.p) or r.rescorer == "oracle"]
     if not found:
-        held = sorted({r["p"] for r in named})
+        held = sorted({r.p for r in named})
         raise RescoreError(f"no results of {task} with p = {p}, only {', '.join(map(str, held))}; choose another --p")
     return found
 
@@ -208,10 +209,10 @@ def _choose_example(ids: Sequence[str], example: str, task: str, folder: Path) -
     raise UnknownNameError("example", example, ids[:200], hint=f"or give a number from 1 to {len(ids)}")
 
 
-def _check(record: Record, rescorer: str, folder: Path) -> None:
-    accepted, drafts, output = record["accepted"], record.get("drafts"), record.get("output_ids")
-    where = f"{folder}: example {record['id']!r} of {rescorer}"
-    if not isinstance(drafts, list) or not isinstance(output, list) or len(drafts) != len(accepted):
+def _check(record: ExampleRecord, rescorer: str, folder: Path) -> None:
+    accepted, drafts, output = record.accepted, record.drafts, record.output_ids
+    where = f"{folder}: example {record.id!r} of {rescorer}"
+    if len(drafts) != len(accepted):
         raise InvalidDataError(f"{where} has no draft for each of its steps; run the evaluation again")
     if sum(accepted) != len(output) or any(n < 1 or n > len(d) for n, d in zip(accepted, drafts, strict=True)):
         raise InvalidDataError(f"{where} has steps that don't add up to its output; run the evaluation again")
@@ -226,18 +227,18 @@ def _traced(run: FinishedRun, task: str, name: str, notices: list[str]) -> Trace
 
 
 def _drafts(
-    decodes: dict[tuple[str, int], Record], output: Sequence[int], notices: list[str]
+    decodes: dict[tuple[str, int], ExampleRecord], output: Sequence[int], notices: list[str]
 ) -> dict[int, list[Draft]]:
     """What was drafted at each position of the output, as far as a decode's output is this one."""
     found: dict[int, list[Draft]] = {}
     for (rescorer, p), record in decodes.items():
-        own, position = record["output_ids"], 0
+        own, position = record.output_ids, 0
         same = next(
             (i for i, (a, b) in enumerate(zip(own, output, strict=False)) if a != b), min(len(own), len(output))
         )
         if same < max(len(own), len(output)):
             notices.append(f"{rescorer} (p = {p}) decoded another output from token {same} on; that part is not shown")
-        for n, tokens in zip(record["accepted"], record["drafts"], strict=True):
+        for n, tokens in zip(record.accepted, record.drafts, strict=True):
             if position < len(output) and position <= same:
                 found.setdefault(position, []).append(Draft(rescorer, p, tokens, n))
             position += n

@@ -29,6 +29,7 @@ from rescore.report.headline import Headline, make_headline
 from rescore.report.sources import Sources, TaskView, json_text, load_sources
 from rescore.report.token_text import harmless, tokenizer_of
 from rescore.runs.inputs import Progress
+from rescore.runs.records import Result
 from rescore.runs.results import versions
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -60,7 +61,7 @@ def write_report(
     if examples < 0:
         raise RescoreError(f"--examples {examples} is negative; give 0 or more")
     sources = load_sources(folders, progress=progress)
-    found = looks(r["rescorer"] for view in sources.views for r in view.results)
+    found = looks(r.rescorer for view in sources.views for r in view.results)
     sections = [
         *rescorer_sections(sources.views, found),
         *head_sections(sources.views, sources.h_max),
@@ -92,7 +93,7 @@ def _explorers(views: Sequence[TaskView], found: dict[str, Look], examples: int)
     notes: dict[str, None] = {}
     data = []
     for view in views:
-        base = view.run.config["traces"][view.task].get("base")
+        base = view.run.config.traces[view.task].get("base")
         if (key := repr(base)) not in tokenizers:
             tokenizers[key], note = tokenizer_of(base)
             if note:
@@ -118,7 +119,7 @@ def page_html(
     scripts = [_template("charts.js")]
     if explorers:
         scripts.append(_template("explorer.js"))
-    ps = sorted({r["p"] for view in views for r in view.results})
+    ps = sorted({r.p for view in views for r in view.results})
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -145,7 +146,7 @@ def page_html(
         decode_name=decode_name,
         shown=SHOWN,
         facts=_facts(views),
-        few_groups=all(r["groups"] < LEAST_GROUPS for view in views for r in view.results),
+        few_groups=all(r.groups < LEAST_GROUPS for view in views for r in view.results),
         version=versions()["rescore"],
     )
 
@@ -172,31 +173,31 @@ def _facts(views: Sequence[TaskView]) -> list[tuple[str, list[tuple[str, str]]]]
     """How each view's numbers were made, as (name, value) pairs."""
     found = []
     for view in views:
-        config, options = view.run.config, view.run.config["options"]
-        made_of = config["traces"][view.task]
+        config, options = view.run.config, view.run.config.options
+        made_of = config.traces[view.task]
         base = made_of.get("base")
-        data = config.get("data", {}).get(view.task, {})
+        data = config.data.get(view.task, {})
         facts: list[tuple[str, Any]] = [
             ("results", str(view.run.folder)),
-            ("mode", options.get("mode")),
-            ("base model", base.get("name") if isinstance(base, dict) else options.get("base")),
+            ("mode", options.mode),
+            ("base model", base.get("name") if isinstance(base, dict) else options.base),
             ("base weights (sha256)", base.get("weights_sha256") if isinstance(base, dict) else None),
             ("tokenizer (sha256)", base.get("tokenizer_sha256") if isinstance(base, dict) else None),
             ("heads (sha256)", made_of.get("heads_sha256")),
             ("data", " ".join(str(data[name]) for name in ("kind", "path", "sha256") if data.get(name))),
-            ("trace", options.get("trace")),
-            ("examples", max(r["n"] for r in view.results)),
-            ("groups (sources that examples share)", max(r["groups"] for r in view.results)),
+            ("trace", options.trace),
+            ("examples", max(r.n for r in view.results)),
+            ("groups (sources that examples share)", max(r.groups for r in view.results)),
             ("h, k", f"{view.analysis.h}, {view.analysis.k}"),
             ("new tokens, at most", made_of.get("max_new_tokens")),
             ("prompt tokens, at most", made_of.get("max_prompt_tokens")),
-            ("precision", options.get("dtype")),
-            ("device", f"{config.get('device')}, {config.get('threads')} threads"),
+            ("precision", options.dtype),
+            ("device", f"{config.device}, {config.threads} threads"),
             ("weights (alpha)", "; ".join(_alphas(view))),
             ("quality of the output", _quality(view.results)),
-            ("notices of the run", "; ".join(map(str, config.get("notices", ())))),
-            ("versions", ", ".join(f"{name} {of}" for name, of in config.get("versions", {}).items())),
-            ("git revision", config.get("git_revision")),
+            ("notices of the run", "; ".join(config.notices)),
+            ("versions", ", ".join(f"{name} {of}" for name, of in config.versions.items())),
+            ("git revision", config.git_revision),
         ]
         found.append((view.label, [(name, str(value)) for name, value in facts if value not in (None, "")]))
     return found
@@ -210,12 +211,11 @@ def _alphas(view: TaskView) -> list[str]:
     ]
 
 
-def _quality(results: Sequence[dict[str, Any]]) -> str:
+def _quality(results: Sequence[Result]) -> str:
     """Metrics of the task; the same for every exact rescorer, so those of the first result that has any."""
     for result in results:
-        quality = result.get("quality")
-        if isinstance(quality, dict) and quality:
-            shown = ", ".join(f"{name} {value:.3f}" for name, value in quality.items())
-            cut = result["cut_at_limit"]
+        if result.quality:
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in result.quality.items())
+            cut = result.cut_at_limit
             return shown if cut is None else f"{shown} ({cut:.0%} of the outputs cut at the token limit)"
     return ""

@@ -18,9 +18,9 @@ from rescore.bootstrap import LEAST_GROUPS
 from rescore.report.sweeps import kept_sweeps
 from rescore.runs.finished import FinishedRun, load_runs
 from rescore.runs.inputs import Progress
+from rescore.runs.records import Result, Tuned
 from rescore.runs.results import CONFIG_FILE, RESULTS_FILE
 from rescore.runs.suite_files import PLAN_FILE
-from rescore.runs.tuning import Tuned
 from rescore.studies.analysis import HmaxCorrelation, RunAnalysis, analyse_run, correlate_h_max
 from rescore.tracing import trace_folder
 
@@ -34,25 +34,24 @@ class TaskView:
     label: str
     task: str
     run: FinishedRun
-    results: tuple[dict[str, Any], ...]
+    results: tuple[Result, ...]
     analysis: RunAnalysis
     sweeps: tuple[Tuned, ...]
 
     @property
     def live(self) -> bool:
         """Whether time was measured."""
-        return any(result["latency"] for result in self.results)
+        return any(result.latency for result in self.results)
 
     @property
     def is_sample(self) -> bool:
         """Whether the examples are those embedded for the task, not its data set's."""
-        data = self.run.config.get("data", {}).get(self.task)
-        return isinstance(data, dict) and data.get("kind") == "sample"
+        return self.run.config.data.get(self.task, {}).get("kind") == "sample"
 
     @property
-    def unrescored(self) -> dict[str, Any] | None:
+    def unrescored(self) -> Result | None:
         """The result of `none` with one draft a step, where that was run."""
-        return next((r for r in self.results if r["rescorer"] == "none" and r["p"] == 1), None)
+        return next((r for r in self.results if r.rescorer == "none" and r.p == 1), None)
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def load_sources(folders: Sequence[Path], *, progress: Progress | None = None) -
     for place, ((run, task), label) in enumerate(zip(pairs, labels, strict=True)):
         if progress:
             progress("analyse", place, len(pairs))
-        results = tuple(result for result in run.results if result["task"] == task)
+        results = tuple(result for result in run.results if result.task == task)
         analysis = analyse_run(run, task)
         views.append(TaskView(label, task, run, results, analysis, kept_sweeps(run, task)))
     traces = [view.analysis.trace for view in views if view.analysis.trace is not None]
@@ -117,21 +116,21 @@ def _read_trace(run: FinishedRun, task: str, missing: list[str]) -> None:
 
 def trace_command(run: FinishedRun, task: str) -> str:
     """The command that records the trace of a task of the run where the run looks for it."""
-    options, made_of = run.config["options"], dict(run.config["traces"][task])
+    options, made_of = run.config.options, dict(run.config.traces[task])
     k = made_of.pop("k")
-    folder = options.get("trace") or str(trace_folder(task, made_of, k))
+    folder = options.trace or str(trace_folder(task, made_of, k))
     of_run = [r for (name, _, _), records in run.records.items() if name == task for r in records]
     base = made_of.get("base")
     arguments: dict[str, Any] = {
         "task": task,
-        "base": base["name"] if isinstance(base, dict) and "name" in base else options.get("base"),
-        "heads": options.get("heads"),
+        "base": base["name"] if isinstance(base, dict) and "name" in base else options.base,
+        "heads": options.heads,
         "k": k,
-        "limit": len({r["id"] for r in of_run}),
+        "limit": len({r.id for r in of_run}),
         "max-new-tokens": made_of.get("max_new_tokens"),
         "max-prompt-tokens": made_of.get("max_prompt_tokens"),
-        "data": options.get("data"),
-        "leave-out": options.get("leave_out"),
+        "data": options.data,
+        "leave-out": options.leave_out,
         "dtype": base.get("dtype") if isinstance(base, dict) and base.get("dtype") != "float32" else None,
         "device": (made_of.get("recorded_by") or {}).get("device"),
         "out": folder,
@@ -155,7 +154,7 @@ def _labels(pairs: Sequence[tuple[FinishedRun, str]]) -> list[str]:
 def _gaps(views: Sequence[TaskView]) -> list[str]:
     """What the results themselves leave open."""
     lines = []
-    if few := [view.label for view in views if max(r["groups"] for r in view.results) < LEAST_GROUPS]:
+    if few := [view.label for view in views if max(r.groups for r in view.results) < LEAST_GROUPS]:
         lines.append(
             f"{', '.join(few)}: too few groups (sources that examples share) for an interval, which needs "
             f"{LEAST_GROUPS} or more (rescore eval --limit)."
@@ -165,9 +164,9 @@ def _gaps(views: Sequence[TaskView]) -> list[str]:
             f"{', '.join(plain)}: the unrescored drafts were not run, so there are no gains; "
             "add --rescorer none to rescore eval, and 1 to its --p."
         )
-    everything = {(r["rescorer"], r["p"]) for view in views for r in view.results}
+    everything = {(r.rescorer, r.p) for view in views for r in view.results}
     for view in views:
-        lacking = everything - {(r["rescorer"], r["p"]) for r in view.results}
+        lacking = everything - {(r.rescorer, r.p) for r in view.results}
         if lacking:
             names = ", ".join(f"{rescorer} (p = {p})" for rescorer, p in sorted(lacking))
             lines.append(f"{view.label}: not run there: {names}. Empty cells of the tables are these.")

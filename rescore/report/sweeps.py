@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import glob
-import math
 from collections.abc import Iterator
 from typing import Any
 
 from lattices.errors import RescoreError
 from lm.files import cache_directory, read_json_lines, read_json_object
+from lm.records import convert_record
 from rescore.runs.finished import FinishedRun
+from rescore.runs.records import Tuned
 from rescore.runs.suite_files import RUNS_FOLDER, TUNED_FILE
-from rescore.runs.tuning import Tuned
-
-FIELDS = ("task", "rescorer", "k", "p", "alphas", "block_efficiency", "alpha", "held_out")
 
 
 def kept_sweeps(run: FinishedRun, task: str) -> tuple[Tuned, ...]:
@@ -22,22 +20,27 @@ def kept_sweeps(run: FinishedRun, task: str) -> tuple[Tuned, ...]:
     A sweep belongs to a weight if task, rescorer, k, h (where it says), p, the held-out examples and the best weight
     are the same. Files that can't be read are passed over: a sweep is shown where there is one.
     """
-    options = run.config["options"]
+    options = run.config.options
     wanted = {
-        (typed, int(p)): chosen
-        for typed, by_p in run.config["alphas"].get(task, {}).items()
+        (typed, p): chosen
+        for typed, by_p in run.config.alphas.get(task, {}).items()
         for p, chosen in by_p.items()
-        if chosen["from"] == "tuned" and p.isdecimal()
+        if chosen.source == "tuned"
     }
     found: dict[tuple[str, int], Tuned] = {}
     for fields in _kept(run, task) if wanted else ():
-        if not _is_sweep(fields) or fields.get("h", options["h"]) != options["h"]:
+        if fields.get("h", options.h) != options.h:
             continue
-        tuned = Tuned(**{name: fields[name] for name in FIELDS})
+        try:
+            tuned = convert_record(fields, Tuned, where="", advice="")
+        except RescoreError:
+            continue
+        if len(tuned.alphas) != len(tuned.block_efficiency):
+            continue
         chosen = wanted.get((tuned.rescorer, tuned.p))
-        if chosen is None or tuned.task != task or tuned.k != options["k"]:
+        if chosen is None or tuned.task != task or tuned.k != options.k:
             continue
-        if tuned.alpha == chosen["alpha"] and list(tuned.held_out) == chosen.get("held_out"):
+        if tuned.alpha == chosen.alpha and tuned.held_out == chosen.held_out:
             found.setdefault((tuned.rescorer, tuned.p), tuned)
     return tuple(found[key] for key in wanted if key in found)
 
@@ -56,14 +59,3 @@ def _kept(run: FinishedRun, task: str) -> Iterator[dict[str, Any]]:
             yield read_json_object(path, missing=f"can't read {path}")
         except RescoreError:
             continue
-
-
-def _is_sweep(fields: dict[str, Any]) -> bool:
-    """Whether a document has what a chart draws: as many finite numbers on both axes."""
-    x, y = fields.get("alphas"), fields.get("block_efficiency")
-    if not fields.keys() >= set(FIELDS) or not isinstance(x, list) or not isinstance(y, list) or len(x) != len(y):
-        return False
-    if not isinstance(fields["rescorer"], str) or type(fields["p"]) is not int:
-        return False
-    numbers = all(type(n) in (int, float) and math.isfinite(n) for n in (*x, *y))
-    return numbers and isinstance(fields["held_out"], list)

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rescore.bootstrap import LEAST_GROUPS
-from rescore.runs.results import Result, ResultsDocument
+from rescore.runs.records import Result, ResultsDocument, Tuned
 from rescore.terminal import printable
 
 if TYPE_CHECKING:
     from lm.ngram.build import NgramSummary
     from lm.ngram.score import NgramScore
     from lm.training.heads import HeldOutAccuracy
-    from rescore.runs.tuning import Tuned
     from rescore.studies.block_length import BlockLengths
     from rescore.studies.verify_curve import VerifyCurve
 
@@ -57,12 +56,12 @@ def results_table(document: ResultsDocument) -> str:
 
 
 def _caption(document: ResultsDocument) -> str:
-    options, h = document.config["options"], len(document.results[0].marginal)
+    options, h = document.config.options, document.results[0].h
     most = max(document.results, key=lambda r: r.p)
-    way = f"live decode (p drafts as {most.latency['verify']})" if most.latency else "replayed decode"
-    if options["trace"]:
-        return f"{way} of the trace {printable(options['trace'])}, h = {h}"
-    made = f"{printable(options['base'])} in {options['dtype']}, h = {h}, up to {options['max_new_tokens']} new tokens"
+    way = f"live decode (p drafts as {most.latency.verify})" if most.latency else "replayed decode"
+    if options.trace:
+        return f"{way} of the trace {printable(options.trace)}, h = {h}"
+    made = f"{printable(options.base)} in {options.dtype}, h = {h}, up to {options.max_new_tokens} new tokens"
     return f"{way} of {made}"
 
 
@@ -112,7 +111,7 @@ def _gains(results: Sequence[Result]) -> str:
         alpha = "-" if r.alpha is None else f"{r.alpha:g}"
         gain = "-" if r.gain is None else f"{r.gain:+.1%}"
         interval = "{:+.1%} to {:+.1%}".format(*r.gain_ci95) if r.gain_ci95 else "-"
-        shares = [f"{r.against_unrescored[name]:.1%}" if r.against_unrescored else "-" for name in OUTCOMES]
+        shares = [f"{getattr(r.against_unrescored, name):.1%}" if r.against_unrescored else "-" for name in OUTCOMES]
         rows.append([*_label(r), alpha, gain, interval, *shares])
     if not rows:
         return ""
@@ -125,11 +124,11 @@ def _gains(results: Sequence[Result]) -> str:
 
 
 def _acceptance(results: Sequence[Result]) -> str:
-    h = max(len(r.marginal) for r in results)
+    h = max(r.h for r in results)
     header = ["steps that accepted", *(str(i) for i in range(1, h + 1))]
     rows = []
     for r in results:
-        pad, below = [""] * (h - len(r.marginal)), [""] * len(LABEL)
+        pad, below = [""] * (h - r.h), [""] * len(LABEL)
         given = ["-" if c is None else f"{c:.3f}" for c in r.conditional]
         rows.append([*_label(r), "exactly i (count)", *map(str, r.accepted_histogram[1:]), *pad])
         rows.append([*below, "at least i (share)", *(f"{m:.3f}" for m in r.marginal), *pad])
@@ -144,9 +143,9 @@ def _speed(results: Sequence[Result]) -> str:
         if (t := r.latency) is None or r.identical is None:
             continue
         rows.append([
-            *_label(r), f"{r.identical['identical']}/{r.identical['n']}", f"{t['tokens_per_second']:.1f}",
-            f"{t['autoregressive_tokens_per_second']:.1f}", f"{t['speedup']:.2f}x",
-            "-" if t["predicted_speedup"] is None else f"{t['predicted_speedup']:.2f}x",
+            *_label(r), f"{r.identical.identical}/{r.identical.n}", f"{t.tokens_per_second:.1f}",
+            f"{t.autoregressive_tokens_per_second:.1f}", f"{t.speedup:.2f}x",
+            "-" if t.predicted_speedup is None else f"{t.predicted_speedup:.2f}x",
         ])  # fmt: skip
     note = (
         "greedy = autoregressive decoding in the same run; identical = outputs equal to it; prefill is apart;\n"
@@ -162,9 +161,9 @@ def _times(results: Sequence[Result]) -> str:
         if (t := r.latency) is None:
             continue
         rows.append([
-            *_label(r), f"{t['autoregressive_ms']:.1f}", f"{t['verify_ms']:.1f}", f"{t['heads_ms']:.1f}",
-            f"{t['rescore_ms']:.2f}", f"{t['rescore_p50_ms']:.2f}", f"{t['rescore_p95_ms']:.2f}",
-            f"{t['glue_share']:.1%}", f"{t['prefill_ms']:.0f}",
+            *_label(r), f"{t.autoregressive_ms:.1f}", f"{t.verify_ms:.1f}", f"{t.heads_ms:.1f}",
+            f"{t.rescore_ms:.2f}", f"{t.rescore_p50_ms:.2f}", f"{t.rescore_p95_ms:.2f}",
+            f"{t.glue_share:.1%}", f"{t.prefill_ms:.0f}",
         ])  # fmt: skip
     note = (
         "ms per step (greedy: per token; prefill: per example); p50 and p95 are of rescore;\n"
@@ -178,11 +177,11 @@ def _divergence(results: Sequence[Result]) -> str:
     rows = []
     for r in results:
         if r.divergence:
-            earliest = min(r.divergence, key=lambda d: d["position"])
-            largest = max(d["margin"] for d in r.divergence)
+            earliest = min(r.divergence, key=lambda d: d.position)
+            largest = max(d.margin for d in r.divergence)
             differ = f"{len(r.divergence)}/{r.n}"
             rows.append([
-                *_label(r), differ, str(earliest["position"]), f"{earliest['margin']:.4f}", f"{largest:.4f}",
+                *_label(r), differ, str(earliest.position), f"{earliest.margin:.4f}", f"{largest:.4f}",
             ])  # fmt: skip
     note = (
         "outputs that differ from greedy decoding's, the first token that does (from 0), and the greedy logit margin\n"

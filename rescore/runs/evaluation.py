@@ -20,13 +20,13 @@ import torch
 from lattices.paths import encodable
 from lm.base.catalog import choose_device
 from rescore.decoding import decode, first_difference, margin_at, usable_verify
-from rescore.replay import replay, replay_steps, unrescored_at
+from rescore.replay import Steps, replay, replay_steps, unrescored_at
 from rescore.rescorers import Rescorer, WeightedRescorer, load_rescorer
 from rescore.runs.inputs import EvalOptions, Models, Progress, Run, TaskInput, prepare, resolve
-from rescore.runs.results import ExampleLog, Result, ResultsDocument, environment
+from rescore.runs.records import Alpha, Alphas, ExampleRecord, LiveExample, Result, ResultsDocument, RunConfig
+from rescore.runs.results import ExampleLog, environment, save_results
 from rescore.runs.summary import is_cut, summarize
 from rescore.runs.weights import (
-    Alphas,
     alpha_notices,
     check_tokenizers,
     choose_alphas,
@@ -64,8 +64,7 @@ class Evaluation:
     @property
     def notices(self) -> list[str]:
         """What the user should know of how the numbers came about; part of the document."""
-        notices: list[str] = self.document.config["notices"]
-        return notices
+        return self.document.config.notices
 
     def notice(self, line: str, notify: Notify | None) -> None:
         """Adds a notice, and tells it; one that is about several tasks once."""
@@ -80,7 +79,7 @@ def evaluate(
     options: EvalOptions,
     *,
     out: Path | None = None,
-    weights: Mapping[Run, dict[str, Any]] | None = None,
+    weights: Mapping[Run, Alpha] | None = None,
     trace_k: int | None = None,
     progress: Progress | None = None,
     notify: Notify | None = None,
@@ -105,14 +104,15 @@ def evaluate(
     for (typed, p), chosen in (weights or {}).items():
         for by_name in alphas.values():
             by_name[typed][p] = chosen
-    config["alphas"] = alphas
+    config.alphas = alphas
     for task in inputs:
         for line in alpha_notices(alphas[task.name], task):
             evaluation.notice(line, notify)
-    config["rescorers"] = {name: r.identity for name, r in rescorers.items() if isinstance(r, WeightedRescorer)}
+    config.rescorers = {name: r.identity for name, r in rescorers.items() if isinstance(r, WeightedRescorer)}
     # Not in it: all of the versions (those that the numbers follow from are the traces') and notices (why the hub did
     # not serve, this time).
-    with ExampleLog(out, {name: config[name] for name in ("options", "data", "traces", "alphas", "rescorers")}) as log:
+    same = ("options", "data", "traces", "alphas", "rescorers")
+    with ExampleLog(out, {name: getattr(config, name) for name in same}) as log:
         try:
             p = max(p for _, p in options.runs)
             if options.mode == "live" and usable_verify(models.base, options.verify, p) != options.verify:
@@ -127,7 +127,7 @@ def evaluate(
         for task in inputs:
             evaluation.document.results += _results(options, task, log, alphas[task.name])
         if out is not None and not evaluation.interrupted:
-            evaluation.document.save(out)
+            save_results(evaluation.document, out)
     return evaluation
 
 
@@ -137,7 +137,7 @@ def _results(options: EvalOptions, task: TaskInput, log: ExampleLog, alphas: Alp
     results = []
     for typed, p in options.runs:
         if records := log.records(task.name, typed, p, task.ids):
-            alpha = alphas[typed][p]["alpha"] if typed in alphas else None
+            alpha = alphas[typed][p].alpha if typed in alphas else None
             results.append(summarize(records, k=options.k, seed=options.seed, alpha=alpha, unrescored=unrescored))
     return results
 
@@ -157,13 +157,7 @@ def oracle_by_k(
         for chosen in at_k:
             accepted = replay(trace.examples, load_rescorer("oracle"), k=chosen.k)
             records = [
-                {
-                    **_head(trace, task, ("oracle", 1), example, scores),
-                    "cut": is_cut(example.output_ids, trace.header.eos_token_ids),
-                    "accepted": lengths,
-                    "oracle_accepted": lengths,
-                    "unrescored_accepted": unrescored_at(example, lengths),
-                }
+                replayed_record(trace, task, ("oracle", 1), example, Steps(lengths, []), lengths, scores)
                 for example, lengths, scores in zip(trace.examples, accepted, quality, strict=True)
             ]
             found = summarize(records, k=chosen.k, seed=options.seed)
@@ -183,16 +177,15 @@ def trace_task(
 
 
 def _new_evaluation(options: EvalOptions, inputs: Sequence[TaskInput], notify: Notify | None) -> Evaluation:
-    config = {
-        "options": dataclasses.asdict(options),
+    config = RunConfig(
+        options=options,
         **environment(),
-        "device": choose_device(options.device),
-        "threads": torch.get_num_threads(),
-        "data": {task.name: task.source for task in inputs},
-        "traces": {task.name: {"k": task.k, **task.settings} for task in inputs},
-        "notices": [],
-    }
-    evaluation = Evaluation(ResultsDocument(config))
+        device=choose_device(options.device),
+        threads=torch.get_num_threads(),
+        data={task.name: task.source for task in inputs},
+        traces={task.name: {"k": task.k, **task.settings} for task in inputs},
+    )
+    evaluation = Evaluation(ResultsDocument(config=config))
     for task in inputs:
         task.tell(partial(evaluation.notice, notify=notify))
     return evaluation
@@ -255,25 +248,31 @@ def _replay(
             replayed = replay_steps(missing, rescorer, k=options.k, p=p)
             slowest = max(slowest, time.monotonic() - began)
             for example, steps in zip(missing, replayed, strict=True):
-                head = _head(trace, task, (typed, p), example, quality[example.id])
-                log.add({
-                    **head, "cut": is_cut(example.output_ids, trace.header.eos_token_ids),
-                    "accepted": steps.accepted, "drafts": steps.drafts, "oracle_accepted": oracle[example.id],
-                    "unrescored_accepted": unrescored_at(example, steps.accepted),
-                    "output_ids": example.output_ids.tolist(),
-                })  # fmt: skip
+                log.add(
+                    replayed_record(trace, task, (typed, p), example, steps, oracle[example.id], quality[example.id])
+                )
         if progress:
             progress(f"replay {task.name}", start + len(examples), len(trace.examples))
         start += len(examples)
         side_by_side = min(REPLAY_EXAMPLES, 2 * side_by_side) if slowest < REPLAY_SECONDS else max(1, side_by_side // 2)
 
 
-def _head(trace: Trace, task: TaskInput, run: Run, example: TracedExample, quality: dict[str, float]) -> dict[str, Any]:
-    """What every record of an example begins with."""
-    return {
-        "task": task.name, "rescorer": run[0], "p": run[1], "id": example.id, "group": example.group,
-        "h": trace.header.h, "quality": quality,
-    }  # fmt: skip
+def replayed_record(
+    trace: Trace,
+    task: TaskInput,
+    run: Run,
+    example: TracedExample,
+    steps: Steps,
+    oracle: list[int],
+    quality: dict[str, float],
+) -> ExampleRecord:
+    """What replay leaves of an example; `oracle`: accepted lengths of the oracle's decode."""
+    return ExampleRecord(
+        task=task.name, rescorer=run[0], p=run[1], id=example.id, group=example.group, h=trace.header.h,
+        quality=quality, cut=is_cut(example.output_ids, trace.header.eos_token_ids), accepted=steps.accepted,
+        drafts=steps.drafts, oracle_accepted=oracle, unrescored_accepted=unrescored_at(example, steps.accepted),
+        output_ids=example.output_ids.tolist(),
+    )  # fmt: skip
 
 
 def _quality(task: TaskInput, output: str | None, example: TracedExample) -> dict[str, float]:
@@ -316,19 +315,19 @@ def _decode_live(
                 margin = None if differs is None else margin_at(base, prompt, baseline.output_ids, differs)
                 # Where the output is the trace's, so are the lattices that the steps began with.
                 traced = first_difference(decoded.output_ids, example.output_ids.tolist()) is None
-                against = {"unrescored_accepted": unrescored_at(example, decoded.accepted)} if traced else {}
-                quality = _quality(task, base.decode_text(decoded.output_ids), example)
-                log.add({
-                    **against,
-                    **_head(trace, task, run, example, quality),
-                    "cut": is_cut(decoded.output_ids, base.eos_token_ids), "accepted": decoded.accepted,
-                    "drafts": decoded.drafts, "oracle_accepted": oracle,
-                    "output_ids": decoded.output_ids,
-                    "first_difference": differs, "margin": margin, "verify": decoded.verify,
-                    "seconds": dataclasses.asdict(decoded.seconds), "rescore_seconds": decoded.rescore_seconds,
-                    "autoregressive_tokens": len(baseline.output_ids),
-                    "autoregressive_seconds": dataclasses.asdict(baseline.seconds),
-                })  # fmt: skip
+                log.add(ExampleRecord(
+                    task=task.name, rescorer=run[0], p=run[1], id=example.id, group=example.group, h=trace.header.h,
+                    quality=_quality(task, base.decode_text(decoded.output_ids), example),
+                    cut=is_cut(decoded.output_ids, base.eos_token_ids), accepted=decoded.accepted,
+                    drafts=decoded.drafts, oracle_accepted=oracle,
+                    unrescored_accepted=unrescored_at(example, decoded.accepted) if traced else None,
+                    output_ids=decoded.output_ids,
+                    live=LiveExample(
+                        first_difference=differs, margin=margin, verify=decoded.verify, seconds=decoded.seconds,
+                        rescore_seconds=decoded.rescore_seconds, autoregressive_tokens=len(baseline.output_ids),
+                        autoregressive_seconds=baseline.seconds,
+                    ),
+                ))  # fmt: skip
             warm = True
         if progress:
             progress(f"decode {task.name}", place + 1, len(trace.examples))

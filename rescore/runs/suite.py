@@ -10,11 +10,11 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lattices.errors import IncompatibleError, RescoreError
 from lm.files import (
     append_json_line,
     atomic_file,
@@ -26,43 +26,39 @@ from lm.files import (
 )
 from lm.keys import key_of
 from lm.locks import writing_to
+from lm.records import convert_record, plain
 from rescore.rescorers import WeightedRescorer, load_rescorer
 from rescore.runs.evaluation import evaluate
 from rescore.runs.finished import load_run
 from rescore.runs.inputs import EvalOptions, Models, Progress, Run, TaskInput, prepare, resolve
+from rescore.runs.records import Alpha, Result, RunConfig
 from rescore.runs.results import RESULTS_FILE, environment
-from rescore.runs.suite_files import CSV_FILE, MANIFEST_FILE, PLAN_FILE, RUNS_FOLDER, SCHEMA, TABLE_FILE, TUNED_FILE
-from rescore.runs.suite_plan import Plan, SuiteRescorer, SuiteTask, SuiteTuning
+from rescore.runs.suite_files import (
+    CSV_FILE,
+    MANIFEST_FILE,
+    PLAN_FILE,
+    RUNS_FOLDER,
+    TABLE_FILE,
+    TUNED_FILE,
+    SuiteDocument,
+    SuiteRun,
+    SuiteSweep,
+)  # fmt: skip
+from rescore.runs.suite_plan import Plan, SuiteTask
 from rescore.runs.suite_table import csv_table, suite_page
 from rescore.runs.tuning import tune
 from rescore.tracing import DEFAULT_K
 
 Notify = Callable[[str], None]
-CHOSEN = ("alpha", "held_out", "held_out_groups")  # of a tuned weight: what a result says of it
-SWEPT = ("alphas", "block_efficiency", *CHOSEN)  # what is kept of a sweep
-
-RUN = ("task", "rescorer", "k", "h", "p")  # what a sweep is of, as far as its line says it
 
 
 @dataclass
 class Suite:
-    """What `run_suite` gives: the plan, `runs` (task, k, h, folder below `out`), `results` of all (fields of
-    `rescore.runs.results.Result`, and `h`), `tuned` weights, notices, and whether Ctrl-C cut it short."""
+    """What `run_suite` gives: its document, and whether Ctrl-C cut it short."""
 
     plan: Plan
-    source: str
-    runs: list[dict[str, Any]] = field(default_factory=list)
-    results: list[dict[str, Any]] = field(default_factory=list)
-    tuned: list[dict[str, Any]] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
+    document: SuiteDocument
     interrupted: bool = False
-
-    def as_dict(self) -> dict[str, Any]:
-        """The JSON document, `suite.json`."""
-        return {
-            "schema": SCHEMA, "source": self.source, "plan": self.plan.as_dict(), **environment(), "runs": self.runs,
-            "results": self.results, "tuned": self.tuned, "notices": self.notices,
-        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,8 @@ def run_suite(
 
 def _run(plan: Plan, out: Path, source: str, progress: Progress | None, notify: Notify | None) -> Suite:
     _claim(out, plan)
-    suite = Suite(plan, source)
+    suite = SuiteDocument(source=source, plan=plan.as_dict(), **environment())
+    interrupted = False
 
     def tell(line: str) -> None:
         if line not in suite.notices:
@@ -109,18 +106,18 @@ def _run(plan: Plan, out: Path, source: str, progress: Progress | None, notify: 
                 results, interrupted = _evaluate(part, out, chosen, trace_k, progress, tell)
                 suite.results += results
                 if interrupted:
-                    raise KeyboardInterrupt
-                suite.runs.append({"task": part.input.name, "k": part.k, "h": part.h, "folder": part.folder})
+                    break
+                suite.runs.append(SuiteRun(task=part.input.name, k=part.k, h=part.h, folder=part.folder))
         except KeyboardInterrupt:
-            suite.interrupted = True
+            interrupted = True
         suite.tuned = weights.latest
-    if not suite.interrupted:
+    if not interrupted:
         with atomic_file(out / TABLE_FILE) as temporary:
-            temporary.write_text(suite_page(suite.results, suite.plan, suite.source), encoding="utf-8")
+            temporary.write_text(suite_page(suite.results, plan, source), encoding="utf-8")
         with atomic_file(out / CSV_FILE) as temporary:
             temporary.write_text(csv_table(suite.results), encoding="utf-8", newline="")
-        write_json(out / MANIFEST_FILE, suite.as_dict())
-    return suite
+        write_json(out / MANIFEST_FILE, plain(suite))
+    return Suite(plan, suite, interrupted)
 
 
 def _claim(out: Path, plan: Plan) -> None:
@@ -178,11 +175,10 @@ class _Weights:
     def __init__(self, path: Path) -> None:
         with writing(path):
             self._stream = open_appending(path)
-        self.kept = []
-        for number, record in read_json_lines(path):
-            if not isinstance(record.get("alpha"), float) or not isinstance(record.get("held_out"), list):
-                raise InvalidDataError(f"{path} line {number} is no tuned weight; use another --out")
-            self.kept.append(record)
+        self.kept = [
+            convert_record(fields, SuiteSweep, where=f"{path} line {number}", advice="use another --out")
+            for number, fields in read_json_lines(path)
+        ]
 
     def __enter__(self) -> _Weights:
         return self
@@ -191,97 +187,77 @@ class _Weights:
         self._stream.close()
 
     @property
-    def latest(self) -> list[dict[str, Any]]:
+    def latest(self) -> list[SuiteSweep]:
         """The last sweep of each task, rescorer, k, h and p: one of other data or of another model is passed."""
-        by_run = {tuple(record.get(name) for name in RUN): record for record in self.kept}
-        return list(by_run.values())
+        return list({(s.task, s.rescorer, s.k, s.h, s.p): s for s in self.kept}.values())
 
-    def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        """The sweep of this task, rescorer, k, h and p."""
-        return next((found for found in self.kept if all(found.get(k) == v for k, v in key.items())), None)
+    def find(self, **key: Any) -> SuiteSweep | None:
+        """The sweep that has these fields."""
+        return next((s for s in self.kept if all(getattr(s, name) == value for name, value in key.items())), None)
 
-    def add(self, record: dict[str, Any]) -> None:
+    def add(self, sweep: SuiteSweep) -> None:
         """Keeps a sweep. Raises `OutputError`."""
         with writing(Path(self._stream.name)):
-            append_json_line(self._stream, record)
-        self.kept.append(json.loads(json.dumps(record)))
+            append_json_line(self._stream, plain(sweep))
+        self.kept.append(sweep)
 
 
 def _tune(
     plan: Plan, part: _Part, weights: _Weights, trace_k: int | None, progress: Progress | None, notify: Notify
-) -> dict[Run, dict[str, Any]]:
+) -> dict[Run, Alpha]:
     """The tuned weights of one evaluation, those that are missing tuned now: also where the model, the data or the
     rescorer is another one than when they were tuned."""
-    chosen: dict[Run, dict[str, Any]] = {}
+    chosen: dict[Run, Alpha] = {}
     for rescorer, tuning in plan.tuned:
         made_of = key_of([part.input.settings, _identities([rescorer.name])], 24)
+        options = dataclasses.replace(part.options, rescorers=(rescorer.name,), own_p=(), limit=tuning.limit)
         for p in rescorer.p:
-            key = {
-                "task": part.input.name, "rescorer": rescorer.name, "k": part.k, "h": part.h, "p": p,
-                "made_of": made_of,
-            }  # fmt: skip
-            found = weights.find(key)
-            if found is None:
-                found = {**key, **_sweep(tuning, part, rescorer, p, trace_k, progress, notify)}
-                weights.add(found)
-            chosen[rescorer.name, p] = {"from": "tuned", **{name: found[name] for name in CHOSEN if name in found}}
+            sweep = weights.find(task=part.input.name, rescorer=rescorer.name, k=part.k, h=part.h, p=p, made_of=made_of)
+            if sweep is None:
+                (tuned,) = tune(
+                    options, alphas=tuning.alphas, ks=(part.k,), ps=(p,), trace_k=trace_k,
+                    evaluated=set(part.input.groups), keep=False, progress=progress, notify=notify,
+                )  # fmt: skip
+                sweep = SuiteSweep(**{f.name: getattr(tuned, f.name) for f in fields(tuned)}, h=part.h, made_of=made_of)
+                weights.add(sweep)
+            chosen[rescorer.name, p] = Alpha(
+                alpha=sweep.alpha, source="tuned", held_out=sweep.held_out, held_out_groups=sweep.held_out_groups
+            )
     return chosen
-
-
-def _sweep(
-    tuning: SuiteTuning,
-    part: _Part,
-    rescorer: SuiteRescorer,
-    p: int,
-    trace_k: int | None,
-    progress: Progress | None,
-    notify: Notify,
-) -> dict[str, Any]:
-    options = dataclasses.replace(part.options, rescorers=(rescorer.name,), own_p=(), limit=tuning.limit)
-    evaluated = set(part.input.groups)
-    (found,) = tune(
-        options, alphas=tuning.alphas, ks=(part.k,), ps=(p,), trace_k=trace_k, evaluated=evaluated, keep=False,
-        progress=progress, notify=notify,
-    )  # fmt: skip
-    return {name: getattr(found, name) for name in SWEPT}
 
 
 def _evaluate(
     part: _Part,
     out: Path,
-    weights: dict[Run, dict[str, Any]],
+    weights: dict[Run, Alpha],
     trace_k: int | None,
     progress: Progress | None,
     notify: Notify,
-) -> tuple[list[dict[str, Any]], bool]:
+) -> tuple[list[Result], bool]:
     """The results of one evaluation, and whether Ctrl-C cut it short."""
     folder = out / part.folder
     if (folder / RESULTS_FILE).is_file():
         run = load_run(folder)
         if _is_finished(part, run.config):
-            for line in run.config["notices"]:
+            for line in run.config.notices:
                 notify(line)
-            return [_row(result, part) for result in run.results], False
+            return run.results, False
     found = evaluate(part.options, out=folder, weights=weights, trace_k=trace_k, progress=progress, notify=notify)
-    results = json.loads(json.dumps(found.document.as_dict()["results"]))  # as they are read back
-    return [_row(result, part) for result in results], found.interrupted
+    return found.document.results, found.interrupted
 
 
-def _is_finished(part: _Part, config: dict[str, Any]) -> bool:
+def _is_finished(part: _Part, config: RunConfig) -> bool:
     """Whether these results are of the data, base and heads that are there now; if not, `evaluate` tells the change."""
-    wanted = json.loads(json.dumps({"options": dataclasses.asdict(part.options), "data": part.input.source}))
-    found = config["traces"].get(part.input.name, {})
-    settings = json.loads(json.dumps(part.input.settings))
-    same = {**found, "k": None} == {**settings, "k": None}
-    same = same and config.get("rescorers") == _identities(part.options.rescorers)
-    return bool(config["options"] == wanted["options"] and config["data"] == {part.input.name: wanted["data"]} and same)
+    trace, name = config.traces.get(part.input.name, {}), part.input.name
+    return (
+        plain(config.options) == plain(part.options)
+        and config.data == plain({name: part.input.source})
+        and {**trace, "k": None} == plain({**part.input.settings, "k": None})
+        and config.rescorers == _identities(part.options.rescorers)
+    )
 
 
 def _identities(names: Sequence[str]) -> dict[str, str]:
     """What rescorers with a weight score with, by name, as `evaluate` has it."""
     rescorers = {name: load_rescorer(name) for name in names}
     return {name: r.identity for name, r in rescorers.items() if isinstance(r, WeightedRescorer)}
-
-
-def _row(result: dict[str, Any], part: _Part) -> dict[str, Any]:
-    return {**result, "h": part.h or len(result["marginal"])}

@@ -1,26 +1,58 @@
-"""Where a suite keeps what: names of its files, and its manifest."""
+"""Where a suite keeps what: names of its files, and its document."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lattices.errors import InvalidDataError
 from lm.files import read_json_object
+from lm.records import convert_record
+from rescore.runs.records import Result, Tuned
 
-SCHEMA = "rescore.suite/1"
+SCHEMA = "rescore.suite/2"
 PLAN_FILE, MANIFEST_FILE, TUNED_FILE = "plan.json", "suite.json", "tuned.jsonl"
 TABLE_FILE, CSV_FILE, RUNS_FOLDER = "table.md", "table.csv", "runs"
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class SuiteRun:
+    """One evaluation of a suite: its results folder below the suite's; h: None for all heads."""
+
+    task: str
+    k: int
+    h: int | None
+    folder: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteSweep(Tuned):
+    """A line of `tuned.jsonl`; made_of: key of the model, data and rescorer that it was tuned with."""
+
+    h: int | None
+    made_of: str
+
+
+@dataclass(kw_only=True)
+class SuiteDocument:
+    """`suite.json`, written last; source: name of the YAML file; plan: what it says."""
+
+    schema: str = SCHEMA
+    source: str
+    plan: dict[str, Any]
+    versions: dict[str, str]
+    git_revision: str | None
+    runs: list[SuiteRun] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
+    tuned: list[SuiteSweep] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+
+def read_manifest(folder: Path) -> SuiteDocument:
     """`suite.json`, checked. Raises `InvalidDataError` for one of another version or a broken one."""
-    path = folder / MANIFEST_FILE
-    manifest = read_json_object(path, missing=f"no suite in {folder}", advice="run the suite again")
-    if (found := manifest.get("schema")) != SCHEMA:
-        raise InvalidDataError(f"{path} has schema {found!r}; this version reads {SCHEMA!r}")
-    runs = manifest.get("runs")
-    names = [entry.get("folder") if isinstance(entry, dict) else None for entry in runs or ()]
-    if not isinstance(runs, list) or not all(isinstance(name, str) for name in names):
-        raise InvalidDataError(f"{path} names no results folders; run the suite again")
-    return manifest
+    path, advice = folder / MANIFEST_FILE, "run the suite again"
+    fields = read_json_object(path, missing=f"no suite in {folder}", advice=advice)
+    if (schema := fields.get("schema")) != SCHEMA:
+        raise InvalidDataError(f"{path} has schema {schema!r}; this version reads {SCHEMA!r}; {advice}")
+    return convert_record(fields, SuiteDocument, where=str(path), advice=advice)

@@ -14,6 +14,7 @@ from rescore.decoding import VERIFY_MODES
 from rescore.rescorers import WeightedRescorer, load_rescorer
 from rescore.runs.inputs import MAX_ALPHA, MODES, EvalOptions, Run
 from rescore.runs.leave_out import read_leave_out
+from rescore.runs.records import Alpha
 from rescore.runs.tuning import DEFAULT_ALPHAS, HELD_OUT
 from rescore.tasks import load_task
 from rescore.yaml_input import Value, read_yaml
@@ -93,17 +94,17 @@ class Plan:
         )  # fmt: skip
 
     @property
-    def fixed(self) -> dict[Run, dict[str, Any]]:
+    def fixed(self) -> dict[Run, Alpha]:
         """The weights that the file says, as `rescore.runs.evaluation.evaluate` takes them."""
         chosen = [r for r in self.rescorers if r.alpha is not None]
-        return {(r.name, p): {"alpha": r.alpha, "from": "option"} for r in chosen for p in r.p}
+        return {(r.name, p): Alpha(alpha=r.alpha or 0.0, source="option") for r in chosen for p in r.p}
 
     @property
-    def defaults(self) -> dict[Run, dict[str, Any]]:
+    def defaults(self) -> dict[Run, Alpha]:
         """Every rescorer's own weight: what others have tuned on this machine is no part of a suite."""
         weighted = ((r, load_rescorer(r.name)) for r in self.rescorers)
         return {
-            (r.name, p): {"alpha": rescorer.alpha, "from": "default"}
+            (r.name, p): Alpha(alpha=rescorer.alpha, source="default")
             for r, rescorer in weighted if isinstance(rescorer, WeightedRescorer)
             for p in r.p
         }  # fmt: skip

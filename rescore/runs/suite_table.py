@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from rescore.report.csv_table import csv_document
 from rescore.report.markdown import escaped, markdown_table
 from rescore.report.tables import OUTCOMES, table
 from rescore.runs.leave_out import SHIPPED
+from rescore.runs.records import Result
 from rescore.runs.suite_plan import Plan
 from rescore.terminal import printable
 
-Row = dict[str, Any]  # fields of `rescore.runs.results.Result`, and `h`
 COLUMNS = (
     "task", "k", "h", "rescorer", "p", "alpha", "examples", "groups", "steps", "tokens", "block_efficiency",
     "block_efficiency_low", "block_efficiency_high", "block_efficiency_macro", "gain", "gain_low", "gain_high", "won",
@@ -20,7 +19,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def suite_page(results: Sequence[Row], plan: Plan, source: str) -> str:
+def suite_page(results: Sequence[Result], plan: Plan, source: str) -> str:
     """A Markdown page: how it was made, and a line for each task, rescorer and p."""
     head, *rows = _cells(results)
     made = (
@@ -31,29 +30,29 @@ def suite_page(results: Sequence[Row], plan: Plan, source: str) -> str:
     return f"{_caption(results, plan)} {made}.\n\n{markdown_table(head, rows)}\n"
 
 
-def text_table(results: Sequence[Row]) -> str:
+def text_table(results: Sequence[Result]) -> str:
     """The same lines for the terminal."""
     head, *rows = _cells(results)
     return table(head, rows, text_columns=3)
 
 
-def csv_table(results: Sequence[Row]) -> str:
+def csv_table(results: Sequence[Result]) -> str:
     """One line for each task, k, h, rescorer and p, numbers as they are, empty where there is none."""
     rows = []
     for r in results:
         none = (None, None)
-        against, latency = r["against_unrescored"] or {}, r["latency"] or {}
+        against, latency = r.against_unrescored, r.latency
         rows.append([
-            r["task"], r["k"], r["h"], r["rescorer"], r["p"], r["alpha"], r["n"], r["groups"], r["steps"], r["tokens"],
-            r["block_efficiency"], *(r["block_efficiency_ci95"] or none), r["block_efficiency_macro"], r["gain"],
-            *(r["gain_ci95"] or none), *(against.get(name) for name in OUTCOMES), r["oracle_block_efficiency"],
-            latency.get("tokens_per_second"), latency.get("speedup"),
-            "; ".join(f"{name} {value:.4f}" for name, value in r["quality"].items()), r["cut_at_limit"],
+            r.task, r.k, r.h, r.rescorer, r.p, r.alpha, r.n, r.groups, r.steps, r.tokens,
+            r.block_efficiency, *(r.block_efficiency_ci95 or none), r.block_efficiency_macro, r.gain,
+            *(r.gain_ci95 or none), *(getattr(against, name, None) for name in OUTCOMES), r.oracle_block_efficiency,
+            latency and latency.tokens_per_second, latency and latency.speedup,
+            "; ".join(f"{name} {value:.4f}" for name, value in r.quality.items()), r.cut_at_limit,
         ])  # fmt: skip
     return csv_document(COLUMNS, rows)
 
 
-def _caption(results: Sequence[Row], plan: Plan) -> str:
+def _caption(results: Sequence[Result], plan: Plan) -> str:
     way = "Live" if plan.mode == "live" else "Replayed"
     ks, hs = _values(results, "k"), _values(results, "h")
     facts = [f"{way} decode of {plan.base} in {plan.dtype}", f"h = {hs}", f"k = {ks}"]
@@ -71,14 +70,14 @@ def _caption(results: Sequence[Row], plan: Plan) -> str:
     )
 
 
-def _values(results: Sequence[Row], name: str) -> str:
-    return " or ".join(map(str, sorted({r[name] for r in results})))
+def _values(results: Sequence[Result], name: str) -> str:
+    return " or ".join(map(str, sorted({getattr(r, name) for r in results})))
 
 
-def _cells(results: Sequence[Row]) -> list[list[str]]:
+def _cells(results: Sequence[Result]) -> list[list[str]]:
     """Header and rows; k, h and speed only where they say something."""
-    several = [name for name in ("k", "h") if len({r[name] for r in results}) > 1]
-    live = any(r["latency"] for r in results)
+    several = [name for name in ("k", "h") if len({getattr(r, name) for r in results}) > 1]
+    live = any(r.latency for r in results)
     head = [
         "task",
         "examples (groups)",
@@ -91,17 +90,17 @@ def _cells(results: Sequence[Row]) -> list[list[str]]:
     ]
     rows = [[*head, "oracle", *(["speed-up"] if live else [])]]
     for r in results:
-        ci, gain_ci, against = r["block_efficiency_ci95"], r["gain_ci95"], r["against_unrescored"]
-        efficiency, gain = f"{r['block_efficiency']:.3f}", "" if r["gain"] is None else f"{r['gain']:+.1%}"
+        ci, gain_ci, against = r.block_efficiency_ci95, r.gain_ci95, r.against_unrescored
+        efficiency, gain = f"{r.block_efficiency:.3f}", "" if r.gain is None else f"{r.gain:+.1%}"
         if ci:
             efficiency = "{} ({:.3f} to {:.3f})".format(efficiency, *ci)
         if gain_ci:
             gain = "{} ({:+.1%} to {:+.1%})".format(gain, *gain_ci)
-        plain = r["rescorer"] == "none" and r["p"] == 1
-        outcomes = " / ".join(f"{against[name]:.1%}" for name in OUTCOMES) if against and not plain else ""
+        plain = r.rescorer == "none" and r.p == 1
+        outcomes = " / ".join(f"{getattr(against, name):.1%}" for name in OUTCOMES) if against and not plain else ""
         rows.append([
-            r["task"], f"{r['n']} ({r['groups']})", f"{r['rescorer']} ({r['p']})", *(str(r[name]) for name in several),
-            "-" if r["alpha"] is None else f"{r['alpha']:g}", efficiency, gain, outcomes,
-            f"{r['oracle_block_efficiency']:.3f}", *([f"{r['latency']['speedup']:.2f}x"] if r["latency"] else []),
+            r.task, f"{r.n} ({r.groups})", f"{r.rescorer} ({r.p})", *(str(getattr(r, name)) for name in several),
+            "-" if r.alpha is None else f"{r.alpha:g}", efficiency, gain, outcomes,
+            f"{r.oracle_block_efficiency:.3f}", *([f"{r.latency.speedup:.2f}x"] if r.latency else []),
         ])  # fmt: skip
     return rows

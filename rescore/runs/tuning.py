@@ -4,39 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 from lattices.errors import RescoreError
 from lm.base.catalog import choose_device
 from lm.files import write_json
+from lm.records import plain
 from rescore.accounting import account
 from rescore.replay import replay
 from rescore.rescorers import WeightedRescorer, load_rescorer
 from rescore.runs.evaluation import Notify
 from rescore.runs.inputs import EvalOptions, Models, Progress, prepare, resolve
+from rescore.runs.records import Tuned
 from rescore.runs.results import environment
 from rescore.runs.weights import check_tokenizers, coverage_notices, fit_to, tuned_path
 
 DEFAULT_ALPHAS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 HELD_OUT = 100
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """The sweep of one rescorer on one task at one k and p: `block_efficiency[i]` with `alphas[i]`, 0 among them, and
-    the best `alpha` (the smallest of equals). `held_out`: ids of the examples, `held_out_groups`: their groups."""
-
-    task: str
-    rescorer: str
-    k: int
-    p: int
-    alphas: tuple[float, ...]
-    block_efficiency: tuple[float, ...]
-    alpha: float
-    held_out: tuple[str, ...]
-    held_out_groups: tuple[str, ...] = ()
 
 
 def tune(
@@ -92,13 +76,13 @@ def tune(
                     progress(f"tune {task.name}", place * len(swept) + number + 1, len(runs) * len(swept))
             best = swept[max(range(len(swept)), key=lambda i: (efficiency[i], -i))]
             groups = tuple(dict.fromkeys(task.groups))
-            tuned = Tuned(task.name, typed, k, p, swept, tuple(efficiency), best, task.ids, groups)
+            tuned = Tuned(
+                task=task.name, rescorer=typed, k=k, p=p, alphas=swept, block_efficiency=tuple(efficiency), alpha=best,
+                held_out=task.ids, held_out_groups=groups, identity=rescorer.identity,
+                data_sha256=task.settings.get("data_sha256"),
+            )  # fmt: skip
             if keep:
                 path = tuned_path(dataclasses.replace(options, k=k), task, rescorer, p)
-                document: dict[str, Any] = {
-                    **dataclasses.asdict(tuned), "identity": rescorer.identity,
-                    "data_sha256": task.settings.get("data_sha256"), "settings": task.settings, **environment(),
-                }  # fmt: skip
-                write_json(path, document)
+                write_json(path, {**plain(tuned), "settings": task.settings, **environment()})
             found.append(tuned)
     return found

@@ -13,19 +13,16 @@ import numpy as np
 
 from lattices.errors import InvalidDataError, RescoreError
 from lm.base.model import BaseIdentity, BaseLM
-from lm.files import cache_directory, read_json_object
+from lm.files import cache_directory
 from lm.keys import key_of
+from lm.records import read_record
 from rescore.rescorers import Rescorer, Target, WeightedRescorer
 from rescore.runs.inputs import DEFAULT_NEW_TOKENS, MAX_ALPHA, TUNED, EvalOptions, Run, TaskInput
+from rescore.runs.records import Alpha, Alphas, Tuned
 from rescore.tasks import is_task_file, load_task
 from rescore.tracing import Trace
 
 LEAST_COVERAGE = 0.1
-
-
-# By rescorer as typed and p: `alpha`, `from` (option, tuned or default) and, if tuned, `held_out` (ids of examples) and
-# `other_data`, if these were of another file.
-Alphas = dict[str, dict[int, dict[str, Any]]]
 
 
 def check_tokenizers(task: TaskInput, rescorers: Mapping[str, Rescorer]) -> None:
@@ -50,11 +47,11 @@ def choose_alphas(options: EvalOptions, task: TaskInput, rescorers: Mapping[str,
     }
 
 
-def _alpha(options: EvalOptions, task: TaskInput, typed: str, rescorer: WeightedRescorer, p: int) -> dict[str, Any]:
+def _alpha(options: EvalOptions, task: TaskInput, typed: str, rescorer: WeightedRescorer, p: int) -> Alpha:
     if options.alpha is None:
-        return {"alpha": rescorer.alpha, "from": "default"}
+        return Alpha(alpha=rescorer.alpha, source="default")
     if options.alpha != TUNED:
-        return {"alpha": options.alpha, "from": "option"}
+        return Alpha(alpha=float(options.alpha), source="option")
     command = _tune_command(options, task, typed, p)
     path = tuned_path(options, task, rescorer, p)
     if not path.is_file():
@@ -62,20 +59,15 @@ def _alpha(options: EvalOptions, task: TaskInput, typed: str, rescorer: Weighted
             f"no weight of {typed} is tuned on this machine for {task.name}, this base, heads, k = {options.k} and "
             f"p = {p}; run: {command} (or give --alpha NUMBER)"
         )
-    tuned = read_json_object(path, missing=f"can't use the tuned weight in {path}", advice=f"run: {command}")
-    alpha: Any = tuned.get("alpha")
-    held_out = tuned.get("held_out")
-    usable = type(alpha) in (int, float) and 0 <= alpha <= MAX_ALPHA  # not NaN either
-    if not usable or not isinstance(held_out, list) or not all(isinstance(name, str) for name in held_out):
+    tuned = read_record(path, Tuned, missing=f"can't use the tuned weight in {path}", advice=f"run: {command}")
+    if not 0 <= tuned.alpha <= MAX_ALPHA:
         raise InvalidDataError(f"{path} holds no tuned weight; run: {command}")
     # What it was tuned by goes into the results, which another machine can then make again.
-    found = {
-        "alpha": float(alpha), "from": TUNED, "held_out": held_out, "swept": tuned.get("alphas"),
-        "held_out_groups": tuned.get("held_out_groups", []), "data_sha256": tuned.get("data_sha256"),
-    }  # fmt: skip
-    if tuned.get("data_sha256") != task.settings.get("data_sha256"):
-        found["other_data"] = True
-    return found
+    return Alpha(
+        alpha=tuned.alpha, source="tuned", held_out=tuned.held_out, held_out_groups=tuned.held_out_groups,
+        swept=tuned.alphas, data_sha256=tuned.data_sha256,
+        other_data=tuned.data_sha256 != task.settings.get("data_sha256"),
+    )  # fmt: skip
 
 
 def _tune_command(options: EvalOptions, task: TaskInput, typed: str, p: int) -> str:
@@ -103,18 +95,18 @@ def alpha_notices(alphas: Alphas, task: TaskInput) -> list[str]:
     return [f"{typed} on {task.name}, p = {' and '.join(map(str, ps))}: {fact}" for (typed, fact), ps in ps_of.items()]
 
 
-def _alpha_fact(chosen: Mapping[str, Any], task: TaskInput) -> str | None:
-    if chosen["from"] == "default":
+def _alpha_fact(chosen: Alpha, task: TaskInput) -> str | None:
+    if chosen.source == "default":
         advice = "rescore tune with the same task, rescorer, k, p and h finds the best, and --alpha tuned takes it"
-        return f"alpha {chosen['alpha']:g} by default; {advice}"
-    held_out, facts = chosen.get("held_out", ()), []
-    if chosen["from"] == TUNED and chosen["alpha"] == 0:
+        return f"alpha {chosen.alpha:g} by default; {advice}"
+    held_out, facts = chosen.held_out, []
+    if chosen.source == "tuned" and chosen.alpha == 0:
         facts.append(f"alpha 0 was best on {len(held_out)} held-out examples: its drafts are the unrescored ones")
-    if chosen.get("other_data"):
-        facts.append(f"alpha {chosen['alpha']:g} was tuned on other data of this task")
+    if chosen.other_data:
+        facts.append(f"alpha {chosen.alpha:g} was tuned on other data of this task")
     elif shared := len(set(task.ids) & set(held_out)):
         facts.append(f"alpha was tuned on {shared} of these {len(task.ids)} examples")
-    groups = set(chosen.get("held_out_groups", ()))
+    groups = set(chosen.held_out_groups)
     if near := sum(g in groups and name not in held_out for name, g in zip(task.ids, task.groups, strict=True)):
         facts.append(f"alpha was tuned on examples that share their source with {near} of these {len(task.ids)}")
     return "; ".join(facts) or None
@@ -126,7 +118,7 @@ def with_alphas(runs: Sequence[Run], rescorers: Mapping[str, Rescorer], alphas: 
     for typed, p in runs:
         rescorer = rescorers[typed]
         if isinstance(rescorer, WeightedRescorer):
-            rescorer = rescorer.weighted(alphas[typed][p]["alpha"])
+            rescorer = rescorer.weighted(alphas[typed][p].alpha)
         ready[typed, p] = rescorer
     return ready
 

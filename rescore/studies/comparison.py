@@ -15,7 +15,8 @@ from typing import Any
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from rescore.accounting import Difference, paired_difference
 from rescore.bootstrap import LEAST_GROUPS
-from rescore.runs.finished import FinishedRun, Record, load_runs
+from rescore.runs.finished import FinishedRun, load_runs
+from rescore.runs.records import Result
 from rescore.terminal import shortened
 
 SCHEMA = "rescore.comparison/1"
@@ -150,7 +151,7 @@ def _run_pairs(
     for held, runs in zip(by_task, (runs_a, runs_b), strict=True):
         for run in runs:
             for result in run.results:
-                held.setdefault(result["task"], {})[result["k"], len(result["marginal"])] = run
+                held.setdefault(result.task, {})[result.k, result.h] = run
     for task in dict.fromkeys([*by_task[0], *by_task[1]]):
         of_a, of_b = (held.get(task, {}) for held in by_task)
         if not of_a or not of_b:
@@ -174,7 +175,7 @@ def _run_pairs(
 
 def _check_same(task: str, run_a: FinishedRun, run_b: FinishedRun, comparison: Comparison) -> None:
     """Raises `IncompatibleError` if the two decoded other prompts or with another base."""
-    a, b = _flat(run_a.config["traces"][task]), _flat(run_b.config["traces"][task])
+    a, b = _flat(run_a.config.traces[task]), _flat(run_b.config.traces[task])
     both = [name for name in SAME if name in a and name in b]
     if changed := [
         f"{name}: {_brief(name, a[name])} -> {_brief(name, b[name])}" for name in both if a[name] != b[name]
@@ -194,7 +195,7 @@ def _check_outputs(task: str, run_a: FinishedRun, run_b: FinishedRun, comparison
         for (of, _, _), records in run.records.items():
             if of == task:
                 for record in records:
-                    held.setdefault(record["id"], record.get("output_ids"))
+                    held.setdefault(record.id, record.output_ids)
     common = [name for name in outputs[0] if name in outputs[1]]
     if not (differ := [name for name in common if outputs[0][name] != outputs[1][name]]):
         return
@@ -214,7 +215,7 @@ def _side_pairs(
 ) -> list[tuple[Side, Side]]:
     """What of A is compared with what of B: the same rescorer and p, unless one side was named."""
     held = [
-        [(r["rescorer"], r["p"]) for r in run.results if r["task"] == task] for run in (run_a, run_b)
+        [(r.rescorer, r.p) for r in run.results if r.task == task] for run in (run_a, run_b)
     ]  # in the order of the results
     named = chosen.a_rescorer or chosen.b_rescorer or chosen.a_p is not None or chosen.b_p is not None
     of_a = [side for side in held[0] if _wanted(side, chosen.of_a)]
@@ -261,7 +262,7 @@ def _row(
         comparison.notice(f"{task}: too few groups for an interval ({found.groups}; {LEAST_GROUPS} are needed)")
     return ComparedRow(
         task=task,
-        h=len(_result(run_a, task, side_a)["marginal"]),
+        h=_result(run_a, task, side_a).h,
         n=len(common),
         groups=found.groups,
         only_a=len(steps_a) - len(common),
@@ -276,30 +277,30 @@ def _steps(run: FinishedRun, task: str, side: Side, comparison: Comparison) -> d
     """Accepted lengths by example."""
     found: dict[str, list[int]] = {}
     for record in run.records.get((task, *side), []):
-        lengths = record["accepted"]
-        if not all(type(n) is int and n >= 1 for n in lengths):
-            raise InvalidDataError(f"{run.folder}: example {record['id']!r} of {task} has steps that accepted no token")
+        lengths = record.accepted
+        if not all(n >= 1 for n in lengths):
+            raise InvalidDataError(f"{run.folder}: example {record.id!r} of {task} has steps that accepted no token")
         if lengths:
-            found[record["id"]] = lengths
+            found[record.id] = lengths
         else:
-            comparison.notice(f"{task}: example {record['id']!r} has no steps in {run.folder}: left out")
+            comparison.notice(f"{task}: example {record.id!r} has no steps in {run.folder}: left out")
     return found
 
 
 def _groups(run: FinishedRun, task: str, side: Side, ids: Sequence[str]) -> list[str]:
     """The groups of these examples, as A has them."""
-    of_id = {record["id"]: record["group"] for record in run.records[task, *side]}
+    of_id = {record.id: record.group for record in run.records[task, *side]}
     return [of_id[name] for name in ids]
 
 
 def _side_result(run: FinishedRun, task: str, side: Side, kept: Sequence[Sequence[int]]) -> SideResult:
     result = _result(run, task, side)
     efficiency = sum(map(sum, kept)) / sum(map(len, kept))
-    return SideResult(side[0], result["k"], side[1], result["alpha"], efficiency)
+    return SideResult(side[0], result.k, side[1], result.alpha, efficiency)
 
 
-def _result(run: FinishedRun, task: str, side: Side) -> Record:
-    return next(r for r in run.results if (r["task"], r["rescorer"], r["p"]) == (task, *side))
+def _result(run: FinishedRun, task: str, side: Side) -> Result:
+    return next(r for r in run.results if (r.task, r.rescorer, r.p) == (task, *side))
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

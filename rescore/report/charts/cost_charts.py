@@ -23,14 +23,15 @@ from rescore.report.charts.figures import (
 )
 from rescore.report.charts.style import ORACLE, Look, decode_name
 from rescore.report.sources import TaskView
+from rescore.runs.records import Latency, Result
 from rescore.studies.analysis import PCurve
 
 Looks = dict[str, Look]
 
 
-def name_of(result: dict[str, Any]) -> str:
+def name_of(result: Result) -> str:
     """Name of the decode of a result."""
-    return decode_name(result["rescorer"], result["p"])
+    return decode_name(result.rescorer, result.p)
 
 
 def rule(*, x: float | None = None, y: float | None = None, colour: str = ORACLE) -> dict[str, Any]:
@@ -44,27 +45,26 @@ def rule(*, x: float | None = None, y: float | None = None, colour: str = ORACLE
 def time_section(views: Sequence[TaskView], looks: Looks) -> Section:
     charts, rows = [], []
     for view in views:
-        timed = [r for r in view.results if r["latency"]]
-        for r in timed:
-            t = r["latency"]
+        timed = [(r, r.latency) for r in view.results if r.latency is not None]
+        for r, t in timed:
             rows.append(
                 (
                     view.label,
-                    r["rescorer"],
-                    str(r["p"]),
-                    percent(r["gain"], sign=True),
-                    number(t["autoregressive_ms"], 1),
-                    number(t["verify_ms"], 1),
-                    number(t["heads_ms"], 1),
-                    number(t["rescore_ms"], 2),
-                    number(t["rescore_p50_ms"], 2),
-                    number(t["rescore_p95_ms"], 2),
-                    f"{t['speedup']:.2f}x",
-                    NONE if t["predicted_speedup"] is None else f"{t['predicted_speedup']:.2f}x",
+                    r.rescorer,
+                    str(r.p),
+                    percent(r.gain, sign=True),
+                    number(t.autoregressive_ms, 1),
+                    number(t.verify_ms, 1),
+                    number(t.heads_ms, 1),
+                    number(t.rescore_ms, 2),
+                    number(t.rescore_p50_ms, 2),
+                    number(t.rescore_p95_ms, 2),
+                    f"{t.speedup:.2f}x",
+                    NONE if t.predicted_speedup is None else f"{t.predicted_speedup:.2f}x",
                 )
             )
-        shown = [r for r in timed if r["gain"] is not None]
-        plain = next((r["latency"] for r in timed if r["rescorer"] == "none" and r["p"] == 1), None)
+        shown = [(r, t, r.gain) for r, t in timed if r.gain is not None]
+        plain = next((t for r, t in timed if r.is_unrescored), None)
         if not shown or plain is None:
             continue
         charts.append(Chart(view.label, _time_figure(shown, plain, looks)))
@@ -98,13 +98,16 @@ def time_section(views: Sequence[TaskView], looks: Looks) -> Section:
     )
 
 
-def _time_figure(shown: Sequence[dict[str, Any]], plain: dict[str, Any], looks: Looks) -> dict[str, Any]:
+def _step_ms(latency: Latency) -> float:
+    return latency.verify_ms + latency.heads_ms + latency.rescore_ms
+
+
+def _time_figure(shown: Sequence[tuple[Result, Latency, float]], plain: Latency, looks: Looks) -> dict[str, Any]:
     """Added time of a step, against gain. Break-even: gain = added time / time of an unrescored step."""
-    step = sum(plain[part] for part in ("verify_ms", "heads_ms", "rescore_ms"))
+    step = _step_ms(plain)
     traces, added = [], []
-    for r in shown:
-        t, look, gain, ci95 = r["latency"], looks[r["rescorer"]], r["gain"], r["gain_ci95"]
-        more = sum(t[part] for part in ("verify_ms", "heads_ms", "rescore_ms")) - step
+    for r, t, gain in shown:
+        look, ci95, more = looks[r.rescorer], r.gain_ci95, _step_ms(t) - step
         added.append(more)
         traces.append(
             go.Scatter(
@@ -112,10 +115,10 @@ def _time_figure(shown: Sequence[dict[str, Any]], plain: dict[str, Any], looks: 
                 y=[gain],
                 mode="markers",
                 name=safe(name_of(r)),
-                meta=meta_of((r["rescorer"], r["p"])),
+                meta=meta_of((r.rescorer, r.p)),
                 marker={"symbol": look.marker, "size": 11, "color": look.colour},
                 error_y=None if ci95 is None else bars([ci95[1] - gain], [gain - ci95[0]], look.colour),
-                customdata=[[t["rescore_ms"], t["speedup"]]],
+                customdata=[[t.rescore_ms, t.speedup]],
                 hovertemplate="<b>%{fullData.name}</b><br>%{x:.2f} ms more a step (rescoring %{customdata[0]:.2f})<br>"
                 "%{y:+.1%} tokens a step; %{customdata[1]:.2f}x autoregressive speed<extra></extra>",
             )
@@ -232,7 +235,7 @@ def drafts_section(views: Sequence[TaskView], looks: Looks) -> Section:
                     view.label,
                     figure(
                         traces,
-                        shapes=[rule(y=view.results[0]["oracle_block_efficiency"])],
+                        shapes=[rule(y=view.results[0].oracle_block_efficiency)],
                         xaxis=axis("drafts a step, p", type="log", tickvals=ticks, ticktext=[str(p) for p in ticks]),
                         yaxis=axis("tokens a step"),
                     ),

@@ -31,7 +31,7 @@ from rescore.studies.analysis import Outcomes
 
 def rescorer_sections(views: Sequence[TaskView], looks: Looks) -> list[Section]:
     """All sections of this module, in the order of the page."""
-    dash = dashes(r["p"] for view in views for r in view.results)
+    dash = dashes(r.p for view in views for r in view.results)
     return [
         _efficiency(views, looks),
         _acceptance(views, looks, dash),
@@ -50,7 +50,7 @@ def _efficiency(views: Sequence[TaskView], looks: Looks) -> Section:
         names = [safe(name_of(r)) for r in view.results]
         traces: list[Any] = []
         for result, name in zip(view.results, names, strict=True):
-            look, value, ci95 = looks[result["rescorer"]], result["block_efficiency"], result["block_efficiency_ci95"]
+            look, value, ci95 = looks[result.rescorer], result.block_efficiency, result.block_efficiency_ci95
             traces.append(
                 go.Scatter(
                     x=[value],
@@ -65,24 +65,24 @@ def _efficiency(views: Sequence[TaskView], looks: Looks) -> Section:
                     },
                     error_x=None if ci95 is None else bars([ci95[1] - value], [value - ci95[0]], look.colour),
                     hovertemplate="<b>%{y}</b><br>%{x:.3f} tokens a step<extra></extra>",
-                    meta=meta_of((result["rescorer"], result["p"])),
+                    meta=meta_of((result.rescorer, result.p)),
                 )
             )
             rows.append(
                 (
                     view.label,
-                    result["rescorer"],
-                    str(result["p"]),
+                    result.rescorer,
+                    str(result.p),
                     number(value),
                     interval(ci95),
-                    percent(result["gain"], sign=True),
-                    interval(result["gain_ci95"], gain=True),
-                    number(result["block_efficiency_macro"]),
-                    str(result["steps"]),
-                    str(result["tokens"]),
+                    percent(result.gain, sign=True),
+                    interval(result.gain_ci95, gain=True),
+                    number(result.block_efficiency_macro),
+                    str(result.steps),
+                    str(result.tokens),
                 )
             )
-        ceiling = view.results[0]["oracle_block_efficiency"]
+        ceiling = view.results[0].oracle_block_efficiency
         charts.append(
             Chart(
                 view.label,
@@ -109,14 +109,14 @@ def _efficiency(views: Sequence[TaskView], looks: Looks) -> Section:
 def _acceptance(views: Sequence[TaskView], looks: Looks, dash: dict[int, str]) -> Section:
     charts, rows = [], []
     for view in views:
-        h = max(len(r["marginal"]) for r in view.results)
+        h = max(r.h for r in view.results)
         places = list(range(1, h + 1))
         traces = []
         for result in view.results:
-            rescorer, p, marginal = result["rescorer"], result["p"], result["marginal"]
-            accepted = [r["accepted"] for r in view.run.records[view.task, rescorer, p]]
-            groups = [r["group"] for r in view.run.records[view.task, rescorer, p]]
-            found = marginal_intervals(accepted, len(marginal), groups=groups, seed=view.run.config["options"]["seed"])
+            rescorer, p, marginal = result.rescorer, result.p, result.marginal
+            accepted = [r.accepted for r in view.run.records[view.task, rescorer, p]]
+            groups = [r.group for r in view.run.records[view.task, rescorer, p]]
+            found = marginal_intervals(accepted, len(marginal), groups=groups, seed=view.run.config.options.seed)
             error = None
             if found is not None:
                 error = (
@@ -136,7 +136,7 @@ def _acceptance(views: Sequence[TaskView], looks: Looks, dash: dict[int, str]) -
                     rescorer=(rescorer, p),
                 )
             )
-            for kind, values in (("at least i", marginal), ("i, given i - 1", result["conditional"])):
+            for kind, values in (("at least i", marginal), ("i, given i - 1", result.conditional)):
                 shown = [number(value) for value in values]
                 if kind == "at least i" and found is not None:
                     shown = [f"{v} ({interval(ci95)})" for v, ci95 in zip(shown, found, strict=True)]

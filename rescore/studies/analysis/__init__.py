@@ -14,6 +14,7 @@ from lattices.errors import UnknownNameError
 from rescore.checks import check_held_k
 from rescore.groups import count_groups
 from rescore.runs.finished import FinishedRun
+from rescore.runs.records import Result
 from rescore.studies.analysis.calibration import DEFAULT_BINS, calibration_of
 from rescore.studies.analysis.confidence import correlation, entropies_of
 from rescore.studies.analysis.oracle_curves import oracle_curves
@@ -104,35 +105,35 @@ def analyse_run(run: FinishedRun, task: str, *, only: Collection[str] = ANALYSES
     """
     if task not in run.tasks:
         raise UnknownNameError("task of these results", task, run.tasks)
-    results = [result for result in run.results if result["task"] == task]
+    results = [result for result in run.results if result.task == task]
     trace = run.trace(task)
-    k = int(results[0]["k"])
+    k = int(results[0].k)
     return RunAnalysis(
         task=task,
-        h=len(results[0]["marginal"]),
+        h=results[0].h,
         k=k,
-        examples=max(result["n"] for result in results),
-        groups=max(result["groups"] for result in results),
-        mode=run.config["options"]["mode"],
+        examples=max(result.n for result in results),
+        groups=max(result.groups for result in results),
+        mode=run.config.options.mode,
         rescorers=tuple(_rescorer(run, result, trace.examples if trace else ()) for result in results),
         by_p=curves_of_results(results),
         trace=analyse_trace(trace, name=task, only=only, k=k, seed=seed) if trace else None,
     )
 
 
-def _rescorer(run: FinishedRun, result: Mapping[str, Any], examples: Sequence[TracedExample]) -> RescorerAnalysis:
-    task, rescorer, p, h = result["task"], result["rescorer"], result["p"], len(result["marginal"])
+def _rescorer(run: FinishedRun, result: Result, examples: Sequence[TracedExample]) -> RescorerAnalysis:
+    task, rescorer, p, h = result.task, result.rescorer, result.p, result.h
     records = run.records[task, rescorer, p]
-    gain_ci95 = result["gain_ci95"]
+    gain_ci95 = result.gain_ci95
     return RescorerAnalysis(
         rescorer=rescorer,
         p=p,
-        k=result["k"],
-        alpha=result["alpha"],
+        k=result.k,
+        alpha=result.alpha,
         alpha_source=alpha_source(run.config, task, rescorer, p),
         efficiency=efficiency_in(result),
-        oracle_block_efficiency=result["oracle_block_efficiency"],
-        gain=result["gain"],
+        oracle_block_efficiency=result.oracle_block_efficiency,
+        gain=result.gain,
         gain_ci95=(gain_ci95[0], gain_ci95[1]) if gain_ci95 else None,
         repetition=before_after(records, examples),
         outcomes=outcomes_of(records, h, examples),

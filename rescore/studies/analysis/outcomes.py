@@ -13,24 +13,24 @@ from collections.abc import Sequence
 import numpy as np
 
 from lattices.statistics import equal_neighbours
-from rescore.runs.finished import Record
+from rescore.runs.records import ExampleRecord
 from rescore.studies.analysis.positions import share
 from rescore.studies.analysis.records import Outcomes
 from rescore.studies.analysis.repetition import step_drafts, traced
 from rescore.tracing import TracedExample
 
 
-def outcomes_of(records: Sequence[Record], h: int, examples: Sequence[TracedExample] = ()) -> Outcomes | None:
+def outcomes_of(records: Sequence[ExampleRecord], h: int, examples: Sequence[TracedExample] = ()) -> Outcomes | None:
     """Outcomes of the steps of one rescorer at one p.
 
     Causes need the trace's `examples` and the drafts of every record that has outcomes; they are None otherwise.
     Records without `unrescored_accepted` (live outputs that are not the trace's) are left out; None if none is left.
     """
-    known = [record for record in records if "unrescored_accepted" in record]
+    known = [record for record in records if record.unrescored_accepted is not None]
     if not known:
         return None
-    chosen = np.concatenate([np.asarray(r["accepted"], dtype=np.int64) for r in known])  # [steps]
-    plain = np.concatenate([np.asarray(r["unrescored_accepted"], dtype=np.int64) for r in known])
+    chosen = np.concatenate([np.asarray(r.accepted, dtype=np.int64) for r in known])  # [steps]
+    plain = np.concatenate([np.asarray(r.unrescored_accepted, dtype=np.int64) for r in known])
     joint = np.zeros((h, h), dtype=np.int64)
     np.add.at(joint, (plain - 1, chosen - 1), 1)
     won, lost = chosen > plain, chosen < plain

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from lattices.search import p_best
+from rescore.runs.records import Result
 from rescore.studies.analysis.positions import Positions, leading
 from rescore.studies.analysis.records import PCurve
 from rescore.studies.analysis.run_records import efficiency_in
@@ -27,19 +27,19 @@ def unrescored_by_p(positions: Positions, k: int, ps: Sequence[int] = PS, *, see
     return PCurve("none", k, tuple(ps), (None,) * len(ps), tuple(points))
 
 
-def curves_of_results(results: Sequence[Mapping[str, Any]]) -> tuple[PCurve, ...]:
+def curves_of_results(results: Sequence[Result]) -> tuple[PCurve, ...]:
     """Block efficiency by p of every rescorer that the results (of one task) have with several p."""
-    by_rescorer: dict[str, list[Mapping[str, Any]]] = {}
+    by_rescorer: dict[str, list[Result]] = {}
     for result in results:
-        by_rescorer.setdefault(result["rescorer"], []).append(result)
+        by_rescorer.setdefault(result.rescorer, []).append(result)
     curves = []
     for rescorer, found in by_rescorer.items():
         if len(found) < 2:
             continue
-        found = sorted(found, key=lambda r: int(r["p"]))
+        found = sorted(found, key=lambda r: int(r.p))
         curves.append(
             PCurve(
-                rescorer, found[0]["k"], tuple(r["p"] for r in found), tuple(r["alpha"] for r in found),
+                rescorer, found[0].k, tuple(r.p for r in found), tuple(r.alpha for r in found),
                 tuple(efficiency_in(r) for r in found),
             )
         )  # fmt: skip

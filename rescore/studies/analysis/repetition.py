@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lattices.statistics import decode_starts, equal_neighbours, longest_runs
-from rescore.runs.finished import Record
+from rescore.runs.records import ExampleRecord
 from rescore.studies.analysis.positions import Positions, share
 from rescore.studies.analysis.records import BeforeAfter, Repetition, TraceRepetition
 from rescore.tracing import TracedExample
@@ -37,7 +37,7 @@ def trace_repetition(positions: Positions) -> TraceRepetition:
     )
 
 
-def before_after(records: Sequence[Record], examples: Sequence[TracedExample]) -> BeforeAfter | None:
+def before_after(records: Sequence[ExampleRecord], examples: Sequence[TracedExample]) -> BeforeAfter | None:
     """Repetition before and after rescoring, at the steps of a rescored decode.
 
     `records` of one rescorer and p; `examples` of the trace. Records without drafts, and those whose output is not the
@@ -50,23 +50,25 @@ def before_after(records: Sequence[Record], examples: Sequence[TracedExample]) -
     return BeforeAfter(len(pairs), repetition_of(before), repetition_of(after))
 
 
-def traced(records: Sequence[Record], examples: Sequence[TracedExample]) -> list[tuple[Record, TracedExample]]:
+def traced(
+    records: Sequence[ExampleRecord], examples: Sequence[TracedExample]
+) -> list[tuple[ExampleRecord, TracedExample]]:
     """The records that have drafts, with their examples in the trace where the output is the same."""
     by_id = {example.id: example for example in examples}
-    found = [(record, by_id[record["id"]]) for record in records if record["id"] in by_id and "drafts" in record]
-    return [(record, example) for record, example in found if record["output_ids"] == example.output_ids.tolist()]
+    found = [(record, by_id[record.id]) for record in records if record.id in by_id and record.drafts]
+    return [(record, example) for record, example in found if record.output_ids == example.output_ids.tolist()]
 
 
-def step_drafts(record: Record, example: TracedExample) -> tuple[np.ndarray, np.ndarray]:
+def step_drafts(record: ExampleRecord, example: TracedExample) -> tuple[np.ndarray, np.ndarray]:
     """The unrescored and the winning draft of every step, int32 `[steps, h]` each.
 
     Live decoding cuts drafts at the limit of tokens; both then end with -1 from there on.
     """
-    accepted = np.asarray(record["accepted"], dtype=np.int64)
+    accepted = np.asarray(record.accepted, dtype=np.int64)
     starts = np.cumsum(accepted) - accepted
     before = example.lattice.token_ids[starts, :, 0].copy()
     after = np.full_like(before, -1)
-    for row, draft in enumerate(record["drafts"]):
+    for row, draft in enumerate(record.drafts):
         after[row, : len(draft)] = draft
     before[after < 0] = -1
     return before, after

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from rescore.runs.records import Result, RunConfig
 from rescore.studies.analysis.records import Efficiency, Wallclock
 
 
-def efficiency_in(result: Mapping[str, Any]) -> Efficiency:
+def efficiency_in(result: Result) -> Efficiency:
     """The block efficiency of a result."""
-    interval = result["block_efficiency_ci95"]
     return Efficiency(
-        result["steps"],
-        result["tokens"],
-        result["block_efficiency"],
-        tuple(interval) if interval else None,
-        result["block_efficiency_macro"],
-    )
+        result.steps, result.tokens, result.block_efficiency, result.block_efficiency_ci95,
+        result.block_efficiency_macro,
+    )  # fmt: skip
 
 
-def alpha_source(config: Mapping[str, Any], task: str, rescorer: str, p: int) -> str | None:
+def alpha_source(config: RunConfig, task: str, rescorer: str, p: int) -> str | None:
     """Where the weight of a rescorer came from (`option`, `tuned`, `default`); None if it has none."""
-    found = config.get("alphas", {}).get(task, {}).get(rescorer, {})
-    # Keys of JSON objects are strings.
-    source = (found.get(str(p)) or found.get(p) or {}).get("from")
-    return None if source is None else str(source)
+    alpha = config.alphas.get(task, {}).get(rescorer, {}).get(p)
+    return alpha.source if alpha else None
 
 
-def wallclock_in(result: Mapping[str, Any]) -> Wallclock | None:
+def wallclock_in(result: Result) -> Wallclock | None:
     """The times of a live result; None for a replayed one."""
-    latency = result["latency"]
-    if latency is None:
+    if result.latency is None:
         return None
-    return Wallclock(**{name: latency[name] for name in Wallclock.__dataclass_fields__})
+    return Wallclock(**{name: getattr(result.latency, name) for name in Wallclock.__dataclass_fields__})

@@ -23,23 +23,23 @@ def efficiency_table(runs: Sequence[FinishedRun]) -> EfficiencyTable:
     rows: dict[tuple[str, int, int, int], dict[str, TableCell]] = {}
     for run in runs:
         for result in run.results:
-            key = (result["rescorer"], result["p"], len(result["marginal"]), result["k"])
+            key = (result.rescorer, result.p, result.h, result.k)
             cells = rows.setdefault(key, {})
-            if result["task"] in cells:
+            if result.task in cells:
                 raise RescoreError(
-                    f"{result['rescorer']} on {result['task']} with p = {key[1]}, h = {key[2]}, k = {key[3]} is in two "
+                    f"{result.rescorer} on {result.task} with p = {key[1]}, h = {key[2]}, k = {key[3]} is in two "
                     f"of the folders (the second is {run.folder}); give one of them"
                 )
-            cells[result["task"]] = TableCell(
-                task=result["task"],
-                block_efficiency=result["block_efficiency"],
-                block_efficiency_ci95=_pair(result["block_efficiency_ci95"]),
-                gain=result["gain"],
-                gain_ci95=_pair(result["gain_ci95"]),
-                alpha=result["alpha"],
-                alpha_source=alpha_source(run.config, result["task"], result["rescorer"], result["p"]),
-                n=result["n"],
-                groups=result["groups"],
+            cells[result.task] = TableCell(
+                task=result.task,
+                block_efficiency=result.block_efficiency,
+                block_efficiency_ci95=_pair(result.block_efficiency_ci95),
+                gain=result.gain,
+                gain_ci95=_pair(result.gain_ci95),
+                alpha=result.alpha,
+                alpha_source=alpha_source(run.config, result.task, result.rescorer, result.p),
+                n=result.n,
+                groups=result.groups,
             )
     return EfficiencyTable(
         tasks,
@@ -56,13 +56,13 @@ def contrast(run: FinishedRun, task: str, rescorer: str, against: str, *, p: int
     for name in (rescorer, against):
         if name not in there:
             raise UnknownNameError(f"rescorer of these results on {task} at p = {p}", name, there)
-    sides = [{r["id"]: r["accepted"] for r in run.records[task, name, p]} for name in (rescorer, against)]
+    sides = [{r.id: r.accepted for r in run.records[task, name, p]} for name in (rescorer, against)]
     both = [name for name in sides[0] if name in sides[1]]
     if not both:
         raise RescoreError(f"{rescorer} and {against} have no example of {task} in common; evaluate both on the same")
     ours, theirs = ([side[name] for name in both] for side in sides)
-    h = run.records[task, rescorer, p][0]["h"]
-    of_id = {r["id"]: r["group"] for r in run.records[task, rescorer, p]}
+    h = run.records[task, rescorer, p][0].h
+    of_id = {r.id: r.group for r in run.records[task, rescorer, p]}
     gain = paired_difference(theirs, ours, groups=[of_id[name] for name in both], seed=seed)
     return Contrast(
         task=task,

@@ -10,6 +10,7 @@ from typing import Any
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.paths import user_path
 from rescore.runs.finished import FinishedRun
+from rescore.runs.records import Result
 from rescore.studies.cost.decoders import decoder_of, decoder_of_file, heads_of
 from rescore.studies.cost.model import DEFAULT_H, VERIFY, Decoder, HeadsShape, block_efficiencies
 
@@ -70,11 +71,11 @@ def cost_inputs_of_run(
     if task is not None and task not in run.tasks:
         raise RescoreError(f"{run.folder} has no task {task}; give one of {', '.join(run.tasks)}")
     task = task or run.tasks[0]
-    results = [result for result in run.results if result["task"] == task]
-    held = len(results[0]["marginal"])
+    results = [result for result in run.results if result.task == task]
+    held = results[0].h
     if h is not None and h != held:
         raise IncompatibleError(f"--h {h}, but {run.folder} decoded blocks of {held}; drop --h")
-    settings = run.config["traces"][task]
+    settings = run.config.traces[task]
     decoder, name = _base_of(run, settings, base, config, local_files_only)
     return CostInputs(
         decoder, held, heads_of(decoder, _heads_of(run, settings, heads, name), held),
@@ -116,7 +117,7 @@ def _heads_of(run: FinishedRun, settings: Mapping[str, Any], heads: Path | None,
     """The folder of a run's heads; None where nothing says which they are."""
     from lm.heads.block_heads import heads_sha256, known_heads
 
-    option = run.config["options"].get("heads")
+    option = run.config.options.heads
     folder = heads or (user_path(option) if option else None) or (known_heads(name) if name else None)
     if (wanted := settings.get("heads_sha256")) is None:
         return folder
@@ -127,8 +128,8 @@ def _heads_of(run: FinishedRun, settings: Mapping[str, Any], heads: Path | None,
     return folder
 
 
-def _verify_of(run: FinishedRun, results: Sequence[Mapping[str, Any]]) -> str:
+def _verify_of(run: FinishedRun, results: Sequence[Result]) -> str:
     """As several drafts were verified live; as the options have it where none were; a tree in a replay."""
-    options = run.config["options"]
-    used = [result["latency"]["verify"] for result in results if result.get("latency") and result["p"] > 1]
-    return str((used or [options["verify"]])[0]) if options["mode"] == "live" else VERIFY[0]
+    options = run.config.options
+    used = [result.latency.verify for result in results if result.latency and result.p > 1]
+    return str((used or [options.verify])[0]) if options.mode == "live" else VERIFY[0]

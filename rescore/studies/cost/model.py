@@ -37,6 +37,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
+from rescore.runs.records import Result
 
 CONTEXTS = (128, 512, 1024, 2048)  # tokens ([A])
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # per number
@@ -256,9 +257,7 @@ def heads_parameters(h: int, hidden_size: int, inner_size: int | None = None) ->
     return (h - 1) * (2 * hidden_size * inner + inner + hidden_size)
 
 
-def block_efficiencies(results: Sequence[Mapping[str, Any]], task: str) -> dict[str, float]:
-    """Block efficiency by method of the results of a task (`rescore.runs.results.Result`); methods not run are not in
-    it.
-    """
-    found = {(r["rescorer"], r["p"]): float(r["block_efficiency"]) for r in results if r["task"] == task}
-    return {m.name: found[m.rescorer, m.p] for m in METHODS if (m.rescorer, m.p) in found}
+def block_efficiencies(results: Sequence[Result], task: str) -> dict[str, float]:
+    """Block efficiency by method of the results of a task; methods not run are not in it."""
+    found = {(r.rescorer, r.p): float(r.block_efficiency) for r in results if r.task == task}
+    return {m.name: found[m.rescorer, m.p] for m in METHODS if m.rescorer and (m.rescorer, m.p) in found}

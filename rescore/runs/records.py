@@ -1,0 +1,230 @@
+"""What a run leaves: the record of a finished example, of a result, and of the configuration (docs/formats.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from rescore.decoding import Seconds
+from rescore.runs.inputs import EvalOptions
+
+SCHEMA = "rescore.results/5"
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveExample:
+    """What live decoding measures of one example.
+
+    first_difference: position (from 0) of the first token that greedy decoding chose otherwise; None: identical.
+    margin: the greedy logit margin there.
+    verify: how drafts were verified, `tree` or `batch`.
+    seconds: of this decode; rescore_seconds: of each rescored step.
+    autoregressive_tokens, autoregressive_seconds: of greedy decoding beside it.
+    """
+
+    first_difference: Count | None
+    margin: float | None
+    verify: str
+    seconds: Seconds
+    rescore_seconds: list[float]
+    autoregressive_tokens: Count
+    autoregressive_seconds: Seconds
+
+
+class ExampleRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One example decoded by one rescorer with one p: a line of `examples.jsonl`.
+
+    rescorer: its spec; group: key of the source that the example shares with others; h: tokens of a block.
+    accepted: tokens accepted by each step; drafts: the winning draft of each step.
+    oracle_accepted: by each step of the oracle's decode.
+    unrescored_accepted: by the unrescored draft where each step began; None where the lattices there are not known.
+    quality: the task's metrics by name; cut: whether the output stopped at the limit (None: not known).
+    """
+
+    task: str
+    rescorer: str
+    p: Count
+    id: str
+    group: str
+    h: Count
+    quality: dict[str, float]
+    cut: bool | None = None
+    accepted: list[Count]
+    drafts: list[list[Count]]
+    oracle_accepted: list[Count]
+    unrescored_accepted: list[Count] | None = None
+    output_ids: list[Count]
+    live: LiveExample | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcomes:
+    """Shares of steps that accepted more, as many, fewer tokens than the unrescored draft would have there."""
+
+    won: float
+    tied: float
+    lost: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identical:
+    """Outputs that are greedy decoding's, of n."""
+
+    n: int
+    identical: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """An output that is not: the first token that differs (from 0), and the greedy logit margin there."""
+
+    id: str
+    position: int
+    margin: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Times of live decoding, prefill apart.
+
+    verify: how drafts were verified (tree or batch).
+    prefill_ms: per example; autoregressive_ms: per token.
+    verify_ms, heads_ms, rescore_ms and its median and 95th percentile: per step.
+    glue_share: share of a step's time that is none of these.
+    speedup: tokens_per_second over autoregressive_tokens_per_second.
+    predicted_speedup: block efficiency x autoregressive / (verify + heads + rescore); None: no step needed a call.
+    """
+
+    verify: str
+    prefill_ms: float
+    autoregressive_ms: float
+    verify_ms: float
+    heads_ms: float
+    rescore_ms: float
+    rescore_p50_ms: float
+    rescore_p95_ms: float
+    glue_share: float
+    tokens_per_second: float
+    autoregressive_tokens_per_second: float
+    speedup: float
+    predicted_speedup: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One rescorer on one task with one p.
+
+    rescorer: its spec; n: examples, of so many groups; alpha: the weight (None: it has none).
+    block_efficiency ... conditional: see `rescore.accounting.Accounting`.
+    oracle_block_efficiency: of the best path of the same lattices.
+    gain, gain_ci95: over `none` with p = 1 in the same run, paired; None where that was not run, and for it itself.
+    against_unrescored: None where a live output is not the trace's.
+    quality: mean of each metric over the examples with references (empty: the text is not known).
+    cut_at_limit: share of outputs that did not come to their end (None: the end-of-text token is not known).
+    identical, divergence, latency: of live decoding, else None.
+    """
+
+    task: str
+    rescorer: str
+    k: Count
+    p: Count
+    h: Count
+    alpha: float | None
+    n: Count
+    groups: Count
+    block_efficiency: float
+    block_efficiency_ci95: Interval | None
+    block_efficiency_macro: float
+    oracle_block_efficiency: float
+    gain: float | None
+    gain_ci95: Interval | None
+    against_unrescored: Outcomes | None
+    steps: Count
+    tokens: Count
+    accepted_histogram: list[Count]
+    marginal: list[float]
+    conditional: list[float | None]
+    quality: dict[str, float]
+    cut_at_limit: float | None
+    identical: Identical | None
+    divergence: list[Divergence] | None
+    latency: Latency | None
+
+    @property
+    def is_unrescored(self) -> bool:
+        """Whether this is what gains are over."""
+        return (self.rescorer, self.p) == ("none", 1)
+
+
+class Alpha(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename={"source": "from"}):
+    """The weight of a rescorer and where it came from.
+
+    held_out, held_out_groups: the examples that it was tuned on and their groups; swept: the weights tried.
+    data_sha256: of the data that it was tuned on; other_data: these are not the data of the run.
+    """
+
+    alpha: float
+    source: Literal["option", "tuned", "default"]
+    held_out: tuple[str, ...] = ()
+    held_out_groups: tuple[str, ...] = ()
+    swept: tuple[float, ...] | None = None
+    data_sha256: str | None = None
+    other_data: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """The sweep of one rescorer's weight on one task with one k and p.
+
+    block_efficiency: with each of alphas, 0 among them; alpha: the best (the smallest of equals).
+    held_out, held_out_groups: ids and groups of the examples; data_sha256: of the data that they are from.
+    identity: what the rescorer scores with.
+    """
+
+    task: str
+    rescorer: str
+    k: int
+    p: int
+    alphas: tuple[float, ...]
+    block_efficiency: tuple[float, ...]
+    alpha: float
+    held_out: tuple[str, ...]
+    held_out_groups: tuple[str, ...] = ()
+    identity: str = ""
+    data_sha256: str | None = None
+
+
+Alphas = dict[str, dict[int, Alpha]]  # by rescorer spec and p
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """All that the numbers of a run follow from, and what the user was told.
+
+    data: by task where its examples are from; traces: by task what its trace is of, and its k.
+    alphas: by task; rescorers: what each rescorer with a weight scores with (hashes).
+    """
+
+    options: EvalOptions
+    versions: dict[str, str]
+    git_revision: str | None
+    device: str
+    threads: int
+    data: dict[str, dict[str, Any]]
+    traces: dict[str, dict[str, Any]]
+    alphas: dict[str, Alphas] = field(default_factory=dict)
+    rescorers: dict[str, str] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class ResultsDocument:
+    """`results.json`."""
+
+    schema: str = SCHEMA
+    config: RunConfig
+    results: list[Result] = field(default_factory=list)

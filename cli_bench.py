@@ -58,14 +58,14 @@ def block_length_command(
     from lm.base.catalog import load_base
     from lm.heads.block_heads import heads_folder, heads_sha256, load_heads
     from rescore.report.tables import block_length_table
-    from rescore.rescorers import WeightedRescorer, load_rescorer
+    from rescore.rescorers import load_rescorer
     from rescore.runs.weights import fit_to
     from rescore.studies.block_length import block_lengths
     from rescore.tracing import load_trace
 
     chosen = load_rescorer(rescorer)
     if alpha is not None:
-        if not isinstance(chosen, WeightedRescorer):
+        if chosen.alpha is None:
             raise RescoreError(f"{rescorer} has no weight; drop --alpha")
         chosen = chosen.weighted(alpha)
     if limit < 1:

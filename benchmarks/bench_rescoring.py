@@ -22,7 +22,7 @@ from lm.neural.model import NeuralLM
 from rescore.accounting import account
 from rescore.replay import replay
 from rescore.report.tables import table
-from rescore.rescorers import Context, Rescorer, WeightedRescorer, load_rescorer
+from rescore.rescorers import Context, Rescorer, load_rescorer
 from rescore.rescorers.neural import Neural
 from rescore.rescorers.ngram_neural import NgramNeural
 from rescore.runs.weights import fit_to
@@ -73,7 +73,7 @@ def main() -> None:
     fitted = fit_to(trace, {name: load_rescorer(name) for name in arguments.rescorer})
     models = {name: r.model.load() for name, r in fitted.items() if isinstance(r, Neural | NgramNeural)}
     timed = {
-        name: Timed(r.weighted(arguments.alpha) if isinstance(r, WeightedRescorer) else r, models.get(name))
+        name: Timed(r if r.alpha is None else r.weighted(arguments.alpha), models.get(name))
         for name, r in fitted.items()
     }
     bare: dict[str, list[float]] = {name: [] for name in models}

@@ -20,7 +20,7 @@ from lm.base.model import BaseLM
 from lm.heads.block_heads import BlockHeads
 from rescore.acceptance import accept
 from rescore.checks import check_k, check_new_tokens, check_p
-from rescore.rescorers.base import Context, PrefilledRescorer, Rescorer, check_drafts
+from rescore.rescorers.base import Context, Rescorer, check_drafts
 
 VERIFY_MODES = ("tree", "batch")
 
@@ -86,7 +86,7 @@ def decode(
     cache.keep(range(len(prompt_ids)))
     logits, hidden = logits[0], hidden[0]  # [1, vocab], [1, d]
     next_token = int(logits[0].argmax())
-    if isinstance(rescorer, PrefilledRescorer):
+    if rescorer is not None:
         rescorer.prefill([context])
     seconds.prefill = clock() - start
 

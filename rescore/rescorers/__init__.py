@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from lattices.errors import RescoreError, UnknownNameError
 from lm.neural.model import SIZES
-from rescore.rescorers.base import Context, Rescorer, Target, WeightedRescorer
+from rescore.rescorers.base import Context, Rescorer, Target
 from rescore.rescorers.context_ngram import ContextNgram
 from rescore.rescorers.learned_bigram import LearnedBigram
 from rescore.rescorers.neural import Neural
@@ -17,11 +17,11 @@ from rescore.rescorers.ngram_neural import NgramNeural
 from rescore.rescorers.oracle import Oracle
 from rescore.rescorers.unrescored import Unrescored
 
-__all__ = ["Context", "Rescorer", "Target", "WeightedRescorer", "load_rescorer", "rescorer_names"]
+__all__ = ["Context", "Rescorer", "Target", "load_rescorer", "rescorer_names"]
 
 ENTRY_POINTS = "rescore.rescorers"
 PLAIN: dict[str, type[Unrescored] | type[Oracle]] = {"none": Unrescored, "oracle": Oracle}
-WITH_TEXT: dict[str, Callable[[str], WeightedRescorer]] = {
+WITH_TEXT: dict[str, Callable[[str], Rescorer]] = {
     "ngram": Ngram,
     "context-ngram": ContextNgram,
     "learned-bigram": LearnedBigram,
@@ -62,6 +62,6 @@ def _load_entry_point(point: EntryPoint, text: str) -> Rescorer:
         raise
     except Exception as error:  # another package's code may raise anything
         raise RescoreError(f"can't load {origin} ({error}); mend or uninstall that package") from error
-    if not callable(getattr(rescorer, "draft", None)):
-        raise RescoreError(f"{origin} has no method draft ({point.value}); mend or uninstall that package")
+    if not isinstance(rescorer, Rescorer):
+        raise RescoreError(f"{origin} is no rescore.rescorers.Rescorer ({point.value}); mend or uninstall that package")
     return rescorer

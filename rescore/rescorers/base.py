@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -51,56 +52,39 @@ class Target:
     shared: BaseLM | None = None
 
 
-class Rescorer(Protocol):
-    """Turns lattices into drafts. The first token of every draft is the lattice's first: it is never rescored."""
+class Rescorer(ABC):
+    """Turns lattices into drafts. `draft` is all that a rescorer must have.
 
-    def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
-        """Lattices `[n, h, k]` with their n contexts -> drafts int32 `[n, p', h]`, best first, p' <= p."""
-        ...
-
-
-@runtime_checkable
-class WeightedRescorer(Rescorer, Protocol):
-    """A rescorer that adds `alpha` x its own scores to the heads': alpha = 0 gives the unrescored drafts.
-
-    `identity` says what it scores with (hashes), so that tuned weights are found again.
+    alpha: the weight of its own scores beside the heads', 0 giving the unrescored drafts; None: it has no weight.
+    identity: what it scores with (hashes), so that tuned weights are found again and results say what made them.
     """
 
-    alpha: float
-    identity: str
+    alpha: float | None = None
+    identity: str = ""
 
-    def fit(self, target: Target) -> WeightedRescorer:
+    @abstractmethod
+    def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
+        """Lattices `[n, h, k]` with their n contexts -> drafts int32 `[n, p', h]`, best first, p' <= p.
+
+        The first token of every draft is the lattice's first: it is never rescored.
+        """
+
+    def fit(self, target: Target) -> Self:
         """The rescorer for a base LM. Raises `IncompatibleError` if it was made for another tokenizer."""
-        ...
-
-    def weighted(self, alpha: float) -> WeightedRescorer:
-        """The same rescorer with another weight."""
-        ...
-
-    def coverage(self, token_ids: np.ndarray) -> float:
-        """Share of these tokens that it knows."""
-        ...
-
-
-class Weighted:
-    """The part of a `WeightedRescorer` that is the same in all of ours."""
-
-    alpha: float
+        return self
 
     def weighted(self, alpha: float) -> Self:
-        """See `WeightedRescorer.weighted`."""
+        """The same rescorer with another weight."""
         changed = copy.copy(self)
         changed.alpha = alpha
         return changed
 
+    def coverage(self, token_ids: np.ndarray) -> float:
+        """Share of these tokens that it knows."""
+        return 1.0
 
-@runtime_checkable
-class PrefilledRescorer(Rescorer, Protocol):
-    """A rescorer that reads prompts before the first lattice comes; live decoding times that apart."""
-
-    def prefill(self, contexts: Sequence[Context]) -> None:
-        """Reads the prompts of new examples."""
-        ...
+    def prefill(self, contexts: Sequence[Context]) -> None:  # noqa: B027 (most have nothing to read)
+        """Reads the prompts of new examples, before the first lattice comes; live decoding times that apart."""
 
 
 def check_drafts(drafts: np.ndarray, lattices: Lattice, p: int) -> None:

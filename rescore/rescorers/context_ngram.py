@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from lattices.errors import RescoreError
 from lattices.lattice import Lattice
 from lattices.ngram_search import NgramSearch
 from lattices.search import PBest
-from rescore.rescorers.base import Context, Target, Weighted
+from rescore.rescorers.base import Context, Rescorer, Target
 from rescore.rescorers.ngram import Ngram
 
 DEFAULT_ALPHA = 1.0  # best or near the best on all tasks of docs/results.md; twice the plain n-gram's
@@ -24,8 +25,10 @@ DEFAULT_SHARE = 0.5
 NO_MODEL = "none"
 
 
-class ContextNgram(Weighted):
-    """See `rescore.rescorers.base.WeightedRescorer`."""
+class ContextNgram(Rescorer):
+    """See `rescore.rescorers.base.Rescorer`."""
+
+    alpha: float
 
     def __init__(self, text: str = "", *, alpha: float = DEFAULT_ALPHA) -> None:
         path, _, share = text.rpartition("@") if "@" in text else (text, "", str(DEFAULT_SHARE))
@@ -40,8 +43,8 @@ class ContextNgram(Weighted):
         self.alpha = alpha
         self._search: NgramSearch | None = None
 
-    def fit(self, target: Target) -> ContextNgram:
-        """See `WeightedRescorer.fit`."""
+    def fit(self, target: Target) -> Self:
+        """See `Rescorer.fit`."""
         fitted = copy.copy(self)
         if self.general:
             search = self.general.fit(target).search()
@@ -51,7 +54,7 @@ class ContextNgram(Weighted):
         return fitted
 
     def coverage(self, token_ids: np.ndarray) -> float:
-        """See `WeightedRescorer.coverage`: that of the general model, 1 without one."""
+        """See `Rescorer.coverage`: that of the general model, 1 without one."""
         return self._search.coverage(token_ids) if self._search else 1.0
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from lattices.search import p_best
 from lm.base.catalog import BUILT_IN, load_embeddings, under_adapter
 from lm.neural.learned_bigram import LearnedBigram as BigramWeights
 from lm.neural.learned_bigram import load_bigram, shipped_bigram
-from rescore.rescorers.base import Context, Target, Weighted
+from rescore.rescorers.base import Context, Rescorer, Target
 
 DEFAULT_ALPHA = 1.0  # it was trained to stand beside the heads at this weight
 
@@ -38,8 +39,10 @@ class _Tables:
         return self.model.tables(embeddings)
 
 
-class LearnedBigram(Weighted):
-    """See `rescore.rescorers.base.WeightedRescorer`."""
+class LearnedBigram(Rescorer):
+    """See `rescore.rescorers.base.Rescorer`."""
+
+    alpha: float
 
     def __init__(self, text: str = "", *, alpha: float = DEFAULT_ALPHA) -> None:
         self.path = user_path(text, "learned-bigram:") if text else shipped_bigram(BUILT_IN)
@@ -48,8 +51,8 @@ class LearnedBigram(Weighted):
         self.alpha = alpha
         self._tables = _Tables(self.model, None)
 
-    def fit(self, target: Target) -> LearnedBigram:
-        """See `WeightedRescorer.fit`."""
+    def fit(self, target: Target) -> Self:
+        """See `Rescorer.fit`."""
         config = self.model.config
         if target.base is None:
             raise IncompatibleError(f"the trace does not name its base LM, and {self.path} needs its embeddings")
@@ -66,11 +69,11 @@ class LearnedBigram(Weighted):
         return fitted
 
     def coverage(self, token_ids: np.ndarray) -> float:
-        """See `WeightedRescorer.coverage`: it scores all tokens of its base."""
+        """See `Rescorer.coverage`: it scores all tokens of its base."""
         return 1.0
 
     def prefill(self, contexts: Sequence[Context]) -> None:
-        """See `PrefilledRescorer.prefill`: makes the tables, once."""
+        """See `Rescorer.prefill`: makes the tables, once."""
         if self.alpha != 0:
             _ = self._tables.both
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
+from typing import Self
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -19,7 +20,7 @@ from lattices.errors import IncompatibleError, RescoreError
 from lattices.lattice import Lattice
 from lattices.search import p_best
 from lm.neural.model import NeuralLM, NeuralSource, check_fits, find_neural, load_neural, tokenizer_sha256_of
-from rescore.rescorers.base import Context, Target, Weighted
+from rescore.rescorers.base import Context, Rescorer, Target
 from rescore.rescorers.neural_state import Group, groups_of
 
 DEFAULT_ALPHA = 0.5
@@ -38,7 +39,7 @@ class NeuralModel:
         self.target: Target | None = None
         self._loaded: NeuralLM | None = None
 
-    def fit(self, target: Target) -> NeuralModel:
+    def fit(self, target: Target) -> Self:
         """For a base LM. Raises `IncompatibleError` if it was made for another tokenizer or other weights."""
         if target.base is not None:
             check_fits(self.source, target.base)
@@ -77,14 +78,14 @@ class NeuralModel:
         return model
 
 
-class FollowsExamples(Weighted):
+class FollowsExamples(Rescorer):
     """What the rescorers with a neural LM share: they read on where they were in each example."""
 
     model: NeuralModel
-    identity: str
+    alpha: float
 
     def prefill(self, contexts: Sequence[Context]) -> None:
-        """See `PrefilledRescorer.prefill`."""
+        """See `Rescorer.prefill`."""
         if self.alpha != 0:
             self._groups(contexts)
 
@@ -94,21 +95,21 @@ class FollowsExamples(Weighted):
 
 
 class Neural(FollowsExamples):
-    """See `rescore.rescorers.base.WeightedRescorer`."""
+    """See `rescore.rescorers.base.Rescorer`."""
 
     def __init__(self, text: str, *, alpha: float = DEFAULT_ALPHA) -> None:
         self.model = NeuralModel(text)
         self.identity = self.model.identity
         self.alpha = alpha
 
-    def fit(self, target: Target) -> Neural:
-        """See `WeightedRescorer.fit`."""
+    def fit(self, target: Target) -> Self:
+        """See `Rescorer.fit`."""
         fitted = copy.copy(self)
         fitted.model = self.model.fit(target)
         return fitted
 
     def coverage(self, token_ids: np.ndarray) -> float:
-        """See `WeightedRescorer.coverage`: its vocabulary is the base's."""
+        """See `Rescorer.coverage`: its vocabulary is the base's."""
         return 1.0
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 
@@ -25,13 +26,15 @@ from lattices.paths import user_path
 from lattices.search import PBest
 from lm.ngram.kenlm_search import KenlmSearch
 from lm.ngram.load import SHIPPED_NGRAM, load_ngram
-from rescore.rescorers.base import Context, Target, Weighted
+from rescore.rescorers.base import Context, Rescorer, Target
 
 DEFAULT_ALPHA = 0.5
 
 
-class Ngram(Weighted):
-    """Exact global rescoring with one n-gram automaton; see `rescore.rescorers.base.WeightedRescorer`."""
+class Ngram(Rescorer):
+    """Exact global rescoring with one n-gram automaton; see `rescore.rescorers.base.Rescorer`."""
+
+    alpha: float
 
     def __init__(self, text: str = "", *, alpha: float = DEFAULT_ALPHA) -> None:
         self.path = user_path(text, "ngram:") if text else SHIPPED_NGRAM
@@ -47,8 +50,8 @@ class Ngram(Weighted):
             raise RescoreError("an n-gram rescorer must be fitted to a base LM first (fit)")
         return self._search
 
-    def fit(self, target: Target) -> Ngram:
-        """See `WeightedRescorer.fit`."""
+    def fit(self, target: Target) -> Self:
+        """See `Rescorer.fit`."""
         made_for = self.model.tokenizer_sha256
         if made_for and target.tokenizer_sha256 and made_for != target.tokenizer_sha256:
             raise IncompatibleError(
@@ -64,7 +67,7 @@ class Ngram(Weighted):
         return fitted
 
     def coverage(self, token_ids: np.ndarray) -> float:
-        """See `WeightedRescorer.coverage`."""
+        """See `Rescorer.coverage`."""
         return self.search().coverage(token_ids)
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:

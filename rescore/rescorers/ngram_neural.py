@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 
@@ -29,7 +30,7 @@ FIRST: dict[str, type[Ngram] | type[ContextNgram]] = {"ngram": Ngram, "context-n
 
 
 class NgramNeural(FollowsExamples):
-    """See `rescore.rescorers.base.WeightedRescorer`."""
+    """See `rescore.rescorers.base.Rescorer`."""
 
     def __init__(self, text: str = "", *, alpha: float = DEFAULT_ALPHA) -> None:
         model, _, first = text.partition("@")
@@ -42,15 +43,15 @@ class NgramNeural(FollowsExamples):
         self.alpha = alpha
         self.eos_token_ids: tuple[int, ...] = ()
 
-    def fit(self, target: Target) -> NgramNeural:
-        """See `WeightedRescorer.fit`."""
+    def fit(self, target: Target) -> Self:
+        """See `Rescorer.fit`."""
         fitted = copy.copy(self)
         fitted.first, fitted.model = self.first.fit(target), self.model.fit(target)
         fitted.eos_token_ids = target.eos_token_ids
         return fitted
 
     def coverage(self, token_ids: np.ndarray) -> float:
-        """See `WeightedRescorer.coverage`: that of the n-gram."""
+        """See `Rescorer.coverage`: that of the n-gram."""
         return self.first.coverage(token_ids)
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:

@@ -8,10 +8,10 @@ import numpy as np
 
 from lattices.lattice import Lattice
 from lattices.oracle import oracle_path
-from rescore.rescorers.base import Context
+from rescore.rescorers.base import Context, Rescorer
 
 
-class Oracle:
+class Oracle(Rescorer):
     """The oracle path of each lattice; it reads the context's future, so one draft (p = 1) says all."""
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:

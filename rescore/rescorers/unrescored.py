@@ -8,10 +8,10 @@ import numpy as np
 
 from lattices.lattice import Lattice
 from lattices.search import p_best
-from rescore.rescorers.base import Context
+from rescore.rescorers.base import Context, Rescorer
 
 
-class Unrescored:
+class Unrescored(Rescorer):
     """p-best drafts of the lattice as it is ("p-best 0-gram" of [A])."""
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:

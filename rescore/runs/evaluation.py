@@ -21,7 +21,7 @@ from lattices.paths import encodable
 from lm.base.catalog import choose_device
 from rescore.decoding import decode, first_difference, margin_at, usable_verify
 from rescore.replay import Steps, replay, replay_steps, unrescored_at
-from rescore.rescorers import Rescorer, WeightedRescorer, load_rescorer
+from rescore.rescorers import Rescorer, load_rescorer
 from rescore.runs.inputs import EvalOptions, Models, Progress, Run, TaskInput, prepare, resolve
 from rescore.runs.records import Alpha, Alphas, ExampleRecord, LiveExample, Result, ResultsDocument, RunConfig
 from rescore.runs.results import ExampleLog, environment, save_results
@@ -108,7 +108,7 @@ def evaluate(
     for task in inputs:
         for line in alpha_notices(alphas[task.name], task):
             evaluation.notice(line, notify)
-    config.rescorers = {name: r.identity for name, r in rescorers.items() if isinstance(r, WeightedRescorer)}
+    config.rescorers = {name: r.identity for name, r in rescorers.items() if r.alpha is not None}
     # Not in it: all of the versions (those that the numbers follow from are the traces') and notices (why the hub did
     # not serve, this time).
     same = ("options", "data", "traces", "alphas", "rescorers")

@@ -27,7 +27,7 @@ from lm.files import (
 from lm.keys import key_of
 from lm.locks import writing_to
 from lm.records import convert_record, plain
-from rescore.rescorers import WeightedRescorer, load_rescorer
+from rescore.rescorers import load_rescorer
 from rescore.runs.evaluation import evaluate
 from rescore.runs.finished import load_run
 from rescore.runs.inputs import EvalOptions, Models, Progress, Run, TaskInput, prepare, resolve
@@ -260,4 +260,4 @@ def _is_finished(part: _Part, config: RunConfig) -> bool:
 def _identities(names: Sequence[str]) -> dict[str, str]:
     """What rescorers with a weight score with, by name, as `evaluate` has it."""
     rescorers = {name: load_rescorer(name) for name in names}
-    return {name: r.identity for name, r in rescorers.items() if isinstance(r, WeightedRescorer)}
+    return {name: r.identity for name, r in rescorers.items() if r.alpha is not None}

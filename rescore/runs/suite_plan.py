@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from lattices.errors import RescoreError
 from lm.text_files import rows_file
 from rescore.decoding import VERIFY_MODES
-from rescore.rescorers import WeightedRescorer, load_rescorer
+from rescore.rescorers import load_rescorer
 from rescore.runs.inputs import MAX_ALPHA, MODES, EvalOptions, Run
 from rescore.runs.leave_out import read_leave_out
 from rescore.runs.records import Alpha
@@ -105,16 +105,14 @@ class Plan:
         weighted = ((r, load_rescorer(r.name)) for r in self.rescorers)
         return {
             (r.name, p): Alpha(alpha=rescorer.alpha, source="default")
-            for r, rescorer in weighted if isinstance(rescorer, WeightedRescorer)
+            for r, rescorer in weighted if rescorer.alpha is not None
             for p in r.p
         }  # fmt: skip
 
     @property
     def tuned(self) -> list[tuple[SuiteRescorer, SuiteTuning]]:
         """The rescorers whose weight is to be tuned, and how."""
-        weighted = (
-            r for r in self.rescorers if r.alpha is None and isinstance(load_rescorer(r.name), WeightedRescorer)
-        )
+        weighted = (r for r in self.rescorers if r.alpha is None and load_rescorer(r.name).alpha is not None)
         return [(r, tuning) for r in weighted if (tuning := r.tune or self.tune)]
 
     def as_dict(self) -> dict[str, Any]:
@@ -202,7 +200,7 @@ def _rescorers(top: dict[str, Value]) -> tuple[SuiteRescorer, ...]:
         loaded = _told(fields["name"], lambda: load_rescorer(name))
         alpha = fields["alpha"].number() if "alpha" in fields else None
         for key in ("alpha", "tune"):
-            if key in fields and not isinstance(loaded, WeightedRescorer):
+            if key in fields and loaded.alpha is None:
                 raise fields[key].wrong(f"the rescorer {name} has no weight; drop {key}")
         if alpha is not None and "tune" in fields:
             raise fields["tune"].wrong("a weight that is given is not tuned; drop tune or alpha")

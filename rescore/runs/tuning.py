@@ -12,7 +12,7 @@ from lm.files import write_json
 from lm.records import plain
 from rescore.accounting import account
 from rescore.replay import replay
-from rescore.rescorers import WeightedRescorer, load_rescorer
+from rescore.rescorers import load_rescorer
 from rescore.runs.evaluation import Notify
 from rescore.runs.inputs import EvalOptions, Models, Progress, prepare, resolve
 from rescore.runs.records import Tuned
@@ -50,7 +50,7 @@ def tune(
     rescorers = {}
     for typed in options.rescorers:
         rescorer = load_rescorer(typed)
-        if not isinstance(rescorer, WeightedRescorer):
+        if rescorer.alpha is None:
             raise RescoreError(f"the rescorer {typed} has no weight to tune; give one that has, like ngram")
         rescorers[typed] = rescorer
     models = Models(options)
@@ -67,7 +67,6 @@ def tune(
         runs = [(typed, k, p) for typed in rescorers for k in ks for p in ps]
         for place, (typed, k, p) in enumerate(runs):
             rescorer = fitted[typed]
-            assert isinstance(rescorer, WeightedRescorer)
             efficiency = []
             for number, alpha in enumerate(swept):
                 accepted = replay(trace.examples, rescorer.weighted(alpha), k=k, p=p)

@@ -16,7 +16,7 @@ from lm.base.model import BaseIdentity, BaseLM
 from lm.files import cache_directory
 from lm.keys import key_of
 from lm.records import read_record
-from rescore.rescorers import Rescorer, Target, WeightedRescorer
+from rescore.rescorers import Rescorer, Target
 from rescore.runs.inputs import DEFAULT_NEW_TOKENS, MAX_ALPHA, TUNED, EvalOptions, Run, TaskInput
 from rescore.runs.records import Alpha, Alphas, Tuned
 from rescore.tasks import is_task_file, load_task
@@ -31,7 +31,7 @@ def check_tokenizers(task: TaskInput, rescorers: Mapping[str, Rescorer]) -> None
         return
     base = task.settings["base"]
     for rescorer in rescorers.values():
-        if isinstance(rescorer, WeightedRescorer):
+        if rescorer.alpha is not None:
             rescorer.fit(Target(base["vocab_size"], (), base["tokenizer_sha256"], BaseIdentity(**base)))
 
 
@@ -43,12 +43,13 @@ def choose_alphas(options: EvalOptions, task: TaskInput, rescorers: Mapping[str,
     return {
         typed: {p: _alpha(options, task, typed, rescorer, p) for p in options.ps_of(typed)}
         for typed, rescorer in rescorers.items()
-        if isinstance(rescorer, WeightedRescorer)
+        if rescorer.alpha is not None
     }
 
 
-def _alpha(options: EvalOptions, task: TaskInput, typed: str, rescorer: WeightedRescorer, p: int) -> Alpha:
+def _alpha(options: EvalOptions, task: TaskInput, typed: str, rescorer: Rescorer, p: int) -> Alpha:
     if options.alpha is None:
+        assert rescorer.alpha is not None, "a rescorer without weight has none"
         return Alpha(alpha=rescorer.alpha, source="default")
     if options.alpha != TUNED:
         return Alpha(alpha=float(options.alpha), source="option")
@@ -117,7 +118,7 @@ def with_alphas(runs: Sequence[Run], rescorers: Mapping[str, Rescorer], alphas: 
     ready: dict[Run, Rescorer] = {}
     for typed, p in runs:
         rescorer = rescorers[typed]
-        if isinstance(rescorer, WeightedRescorer):
+        if rescorer.alpha is not None:
             rescorer = rescorer.weighted(alphas[typed][p].alpha)
         ready[typed, p] = rescorer
     return ready
@@ -138,10 +139,7 @@ def fit_to(
 ) -> dict[str, Rescorer]:
     """The rescorers fitted to a trace's base LM, which is `shared` where it is loaded."""
     target = target_of(trace, device=device, shared=shared)
-    return {
-        typed: rescorer.fit(target) if isinstance(rescorer, WeightedRescorer) else rescorer
-        for typed, rescorer in rescorers.items()
-    }
+    return {typed: rescorer.fit(target) for typed, rescorer in rescorers.items()}
 
 
 def coverage_notices(trace: Trace, rescorers: Mapping[str, Rescorer], k: int) -> list[str]:
@@ -151,12 +149,12 @@ def coverage_notices(trace: Trace, rescorers: Mapping[str, Rescorer], k: int) ->
     tokens = np.concatenate([e.lattice.token_ids[:, :, :k].ravel() for e in trace.examples[:32]])
     lines = []
     for typed, rescorer in rescorers.items():
-        if isinstance(rescorer, WeightedRescorer) and (share := rescorer.coverage(tokens)) < LEAST_COVERAGE:
+        if (share := rescorer.coverage(tokens)) < LEAST_COVERAGE:
             lines.append(f"{typed} knows only {share:.1%} of the lattices' tokens; was it built for this tokenizer?")
     return lines
 
 
-def tuned_path(options: EvalOptions, task: TaskInput, rescorer: WeightedRescorer, p: int) -> Path:
+def tuned_path(options: EvalOptions, task: TaskInput, rescorer: Rescorer, p: int) -> Path:
     """Where the tuned weight of a rescorer on a task is kept: one file per task (its template, its definition), base,
     heads, rescorer, h, k and p."""
     ours = "heads_sha256" in task.settings  # a trace made elsewhere goes by all that it says of itself

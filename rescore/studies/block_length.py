@@ -73,7 +73,7 @@ class BlockLengths:
         return {**dataclasses.asdict(self), "best_h": self.best.h}
 
 
-class TimedRescorer:
+class TimedRescorer(Rescorer):
     """A rescorer that notes the seconds of every call but an example's first, which reads the prompt."""
 
     def __init__(self, rescorer: Rescorer) -> None:

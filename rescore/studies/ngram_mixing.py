@@ -19,7 +19,7 @@ from rescore.accounting import account
 from rescore.checks import check_held_k
 from rescore.groups import held_out
 from rescore.replay import replay
-from rescore.rescorers import Context
+from rescore.rescorers import Context, Rescorer
 from rescore.rescorers.ngram import DEFAULT_ALPHA
 from rescore.runs.inputs import MAX_ALPHA, Progress
 from rescore.runs.weights import target_of
@@ -46,18 +46,18 @@ class TunedMixture:
     held_out: tuple[str, ...]
 
 
-class _InMemory:
+class _InMemory(Rescorer):
     """Rescoring with a model in memory, as `rescore.rescorers.ngram` does it with p = 1."""
 
     def __init__(self, model: NgramModel, trace: Trace, alpha: float) -> None:
-        self.alpha, self.kept = alpha, model.order - 1
+        self.weight, self.kept = alpha, model.order - 1
         target = target_of(trace)
         loaded = LoadedNgram(Path(), Automaton.compile(model), None)
         self.search = loaded.search(target.vocab_size, target.eos_token_ids)
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
         lefts = [context.last(self.kept) for context in contexts]
-        return self.search.p_best_after(lattices, lefts, p, weight=self.alpha).drafts
+        return self.search.p_best_after(lattices, lefts, p, weight=self.weight).drafts
 
 
 def tune_mixture(

@@ -17,7 +17,7 @@ from lm.files import write_json
 from lm.ngram.arpa import write_arpa
 from lm.ngram.load import load_ngram
 from rescore.replay import replay
-from rescore.rescorers import Context, Target, WeightedRescorer, load_rescorer
+from rescore.rescorers import Context, Rescorer, Target, load_rescorer
 from rescore.runs.evaluation import EvalOptions, evaluate
 from rescore.runs.tuning import tune
 from rescore.tracing import load_trace
@@ -67,9 +67,9 @@ def random_lattices(seed: int, n: int = 20, h: int = 4, k: int = 6) -> Lattice:
     return Lattice(token_ids, -np.sort(rng.uniform(0, 5, (n, h, k)), axis=-1).astype(np.float32))
 
 
-def fitted(path: Path, alpha: float) -> WeightedRescorer:
+def fitted(path: Path, alpha: float) -> Rescorer:
     rescorer = load_rescorer(f"ngram:{path}")
-    assert isinstance(rescorer, WeightedRescorer)
+    assert rescorer.alpha is not None
     return rescorer.fit(Target(VOCAB, (256,), None)).weighted(alpha)
 
 

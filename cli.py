@@ -190,6 +190,9 @@ def evaluate_command(
     dtype: Dtype = "float32",
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap interval.")] = 0,
+    details: Annotated[
+        bool, typer.Option("--details", help="Also quality, acceptance by position, and in live mode the times.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Block efficiency of rescorers on tasks: what a step accepts, and what it could (oracle)."""
@@ -205,7 +208,7 @@ def evaluate_command(
     )  # fmt: skip
     with progress_bar() as progress:
         evaluation = evaluate(chosen, out=out, progress=progress, notify=notify)
-    _print_evaluation(evaluation, as_json)
+    _print_evaluation(evaluation, as_json, details=details)
     if evaluation.interrupted:
         kept = f"and kept in {out}: the same command goes on" if out else "(--out DIR would keep them)"
         shown = f"the finished examples are shown {kept}" if evaluation.document.results else "none was finished yet"
@@ -222,12 +225,16 @@ def _weight(text: str | None) -> float | Literal["tuned"] | None:
         raise RescoreError(f"--alpha {text}: give a number, or tuned (what rescore tune kept)") from None
 
 
-def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
+def _print_evaluation(evaluation: Evaluation, as_json: bool, *, details: bool = False) -> None:
     from lm.records import plain
-    from rescore.report.tables import results_table
+    from rescore.runs.tables import results_tables
+    from rescore.table import joined
 
     document = evaluation.document
-    print(json.dumps(plain(document), ensure_ascii=False) if as_json else results_table(document))
+    if as_json:
+        print(json.dumps(plain(document), ensure_ascii=False))
+    else:
+        print(joined(results_tables(document, details=details)))
 
 
 @app.command()
@@ -290,8 +297,8 @@ def tune_command(
     known = known_tasks(task or (), trace)
     from dataclasses import asdict
 
-    from rescore.report.tables import tuning_table
     from rescore.runs.evaluation import EvalOptions
+    from rescore.runs.tables import tuning_table
     from rescore.runs.tuning import DEFAULT_ALPHAS, tune
 
     chosen = EvalOptions(
@@ -304,7 +311,7 @@ def tune_command(
             chosen, alphas=numbers("--alphas", alphas, float) if alphas else DEFAULT_ALPHAS,
             ks=numbers("--k", k, int), ps=numbers("--p", p, int), progress=progress, notify=notify,
         )  # fmt: skip
-    print(json.dumps([asdict(tuned) for tuned in found]) if as_json else tuning_table(found))
+    print(json.dumps([asdict(tuned) for tuned in found]) if as_json else tuning_table(found).text())
     notify("kept on this machine: rescore eval --alpha tuned with the same options uses these weights")
 
 

@@ -43,7 +43,8 @@ def analyse_command(
     """Analyse traces or finished runs: repetition, entropy and h_max, oracle, wins and losses, ranks, calibration."""
     from rescore.studies.analysis import ANALYSES
     from rescore.studies.analysis.collect import analyse_folders
-    from rescore.studies.analysis.text import findings_text
+    from rescore.studies.analysis.text import findings_tables
+    from rescore.table import joined
 
     if bool(trace) == bool(results):
         raise RescoreError("give trace folders (--trace) or folders of rescore eval (--results)")
@@ -65,7 +66,7 @@ def analyse_command(
         bins=bins,
         seed=seed,
     )
-    print(json.dumps(found.as_dict(), ensure_ascii=False) if as_json else findings_text(found))
+    print(json.dumps(found.as_dict(), ensure_ascii=False) if as_json else joined(findings_tables(found)))
 
 
 @analysing.command(name="cost")
@@ -109,10 +110,11 @@ def cost_command(
 ) -> None:
     """Cost model: weights and KV cache read and FLOPs per decoded token, by method and context."""
     from rescore.runs.finished import run_of_task
+    from rescore.studies import tables as study_tables
     from rescore.studies.cost.decoders import neural_for
     from rescore.studies.cost.inputs import cost_inputs, cost_inputs_of_run
     from rescore.studies.cost.model import cost_table
-    from rescore.studies.cost.text import cost_text
+    from rescore.table import joined
 
     efficiencies = {}
     for text in block_efficiency or ():
@@ -130,4 +132,4 @@ def cost_command(
         )
         for precision in parts(dtype)
     ]  # fmt: skip
-    print(json.dumps([t.as_dict() for t in tables]) if as_json else "\n\n".join(map(cost_text, tables)))
+    print(json.dumps([t.as_dict() for t in tables]) if as_json else joined(map(study_tables.cost_table, tables)))

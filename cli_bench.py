@@ -27,12 +27,12 @@ def verify_curve_command(
 ) -> None:
     """Time of one forward of 1 to 144 tokens on a cache, with the memory bandwidth reached."""
     from lm.base.catalog import load_base
-    from rescore.report.tables import verify_curve_table
+    from rescore.studies.tables import verify_curve_table
     from rescore.studies.verify_curve import verify_curve
 
     curve = verify_curve(load_base(base, dtype=dtype, device=device), cached=cached, repeats=repeats)
     if not as_json:
-        print(verify_curve_table(curve))
+        print(verify_curve_table(curve).text())
     print(json.dumps(curve.as_dict()))
 
 
@@ -57,10 +57,10 @@ def block_length_command(
     from lattices.errors import IncompatibleError, RescoreError
     from lm.base.catalog import load_base
     from lm.heads.block_heads import heads_folder, heads_sha256, load_heads
-    from rescore.report.tables import block_length_table
     from rescore.rescorers import load_rescorer
     from rescore.runs.weights import fit_to
     from rescore.studies.block_length import block_lengths
+    from rescore.studies.tables import block_length_table
     from rescore.tracing import load_trace
 
     chosen = load_rescorer(rescorer)
@@ -83,5 +83,5 @@ def block_length_command(
             progress=lambda done, total: progress("block lengths", done, total),
         )  # fmt: skip
     if not as_json:
-        print(block_length_table(found))
+        print(block_length_table(found).text())
     print(json.dumps(found.as_dict()))

@@ -37,13 +37,13 @@ def compare_command(
 ) -> None:
     """Compare two results by example: difference in block efficiency with its paired interval, won, tied, lost."""
     from rescore.studies.comparison import Selection, compare
-    from rescore.studies.comparison_table import comparison_table
+    from rescore.studies.tables import comparison_table
 
     chosen = Selection(rescorer, p, a_rescorer, a_p, b_rescorer, b_p)
     comparison = compare(a, b, selection=chosen, seed=seed)
     for line in comparison.notices:
         notify(line)
-    print(json.dumps(comparison.as_dict()) if as_json else comparison_table(comparison))
+    print(json.dumps(comparison.as_dict()) if as_json else comparison_table(comparison).text())
 
 
 @comparing.command(name="suite")
@@ -60,7 +60,7 @@ def suite_command(
     from lm.records import plain
     from rescore.runs.suite import run_suite
     from rescore.runs.suite_plan import read_plan
-    from rescore.runs.suite_table import text_table
+    from rescore.runs.tables import suite_table
 
     chosen = read_plan(plan, data=data)
     with progress_bar() as progress:
@@ -68,7 +68,7 @@ def suite_command(
     if as_json:
         print(json.dumps(plain(suite.document)))
     else:
-        print(text_table(suite.document.results) if suite.document.results else "no finished examples")
+        print(suite_table(suite.document.results).text() if suite.document.results else "no finished examples")
     if suite.interrupted:
         notify(f"interrupted; the finished examples are kept in {out}: the same command goes on")
         raise typer.Exit(INTERRUPTED)

@@ -92,7 +92,7 @@ def build_ngram_command(
     from lm.base.own_output import OwnOutput
     from lm.ngram.build import build_ngram
     from lm.ngram.place import default_folder
-    from rescore.report.tables import built_ngram_table
+    from rescore.studies.tables import built_ngram_table
 
     folder = default_folder(corpus, order) if out is None else out
     tokenizer = tokenizer or base or "smollm2-135m"
@@ -108,7 +108,11 @@ def build_ngram_command(
             memory=_size("--memory", memory, 1024), threads=threads, errors=errors, field=field, estimator=estimator,
             own=own, replace=out is not None, progress=progress,
         )  # fmt: skip
-    print(json.dumps(asdict(summary)) if as_json else f"{built_ngram_table(summary)}\n{_next(summary.path, tokenizer)}")
+    print(
+        json.dumps(asdict(summary))
+        if as_json
+        else f"{built_ngram_table(summary).text()}\n{_next(summary.path, tokenizer)}"
+    )
 
 
 def _next(folder: str, tokenizer: str) -> str:
@@ -140,7 +144,7 @@ def mix_ngram_command(
     from dataclasses import asdict
 
     from lm.ngram.mix import find_parts, mix_ngrams
-    from rescore.report.ngram_tables import mixture_table, mixture_tuning_table
+    from rescore.studies.tables import mixture_table, mixture_tuning_table
 
     if len(model) < 2:
         raise RescoreError("a mixture is made of two n-gram models or more, and one is given")
@@ -160,8 +164,8 @@ def mix_ngram_command(
         print(json.dumps({**asdict(mixed), "tuned": asdict(tuned) if tuned else None}))
         return
     if tuned:
-        print(mixture_tuning_table(tuned) + "\n")
-    print(mixture_table(mixed))
+        print(mixture_tuning_table(tuned).text() + "\n")
+    print(mixture_table(mixed).text())
 
 
 @ngram_models.command(name="compare-ngrams")
@@ -201,10 +205,10 @@ def compare_ngrams_command(
     from dataclasses import asdict
 
     from lm.base.own_output import OwnOutput
-    from rescore.report.ngram_tables import comparison_table
     from rescore.runs.evaluation import EvalOptions
     from rescore.runs.tuning import DEFAULT_ALPHAS
     from rescore.studies.ngram_comparison import compare_ngrams, read_corpus
+    from rescore.studies.tables import ngram_comparison_table
 
     chosen = EvalOptions(
         tasks=(task,) if task else (), base=base, heads=heads, h=h, k=k, p=tuple(numbers("--p", p, int)), limit=limit,
@@ -218,7 +222,7 @@ def compare_ngrams_command(
             own=OwnOutput(base=base, max_new_tokens=own_tokens, dtype=dtype, device=device), progress=progress,
             notify=notify,
         )  # fmt: skip
-    print(json.dumps(asdict(found)) if as_json else comparison_table(found))
+    print(json.dumps(asdict(found)) if as_json else ngram_comparison_table(found).text())
 
 
 @ngram_models.command(name="score-ngram")
@@ -234,13 +238,13 @@ def score_ngram_command(
 ) -> None:
     """Perplexity of a text under an n-gram model, with the counts of unknown words."""
     from lm.ngram.score import score_file
-    from rescore.report.tables import ngram_score_table
+    from rescore.studies.tables import ngram_score_table
 
     with progress_bar() as progress:
         score = score_file(text, ngram, tokenizer=tokenizer, errors=errors, field=field, progress=progress)
     if score.unknown_share > 0.9:
         notify(f"{ngram} does not know {score.unknown_share:.0%} of the words; is this the right --tokenizer?")
-    print(json.dumps(score.as_dict()) if as_json else ngram_score_table(score, text))
+    print(json.dumps(score.as_dict()) if as_json else ngram_score_table(score, text).text())
 
 
 @ngram_models.command(name="export-fst")
@@ -258,7 +262,7 @@ def export_fst_command(
 ) -> None:
     """Write an n-gram automaton and one lattice of a trace, with their exact composition, as OpenFst text."""
     from rescore.exports.openfst import export_openfst
-    from rescore.report.tables import file_sizes
+    from rescore.studies.tables import file_sizes
 
     written = export_openfst(ngram, out, trace=trace, example=example, position=position, k=k, alpha=alpha, phi=phi)
     print(f"{out}: {file_sizes(written)}")

@@ -41,13 +41,13 @@ def tasks_command(
 
 
 def _table(found: list[TaskFacts]) -> str:
-    from rescore.report.tables import table
+    from rescore.table import Column, Table
 
-    rows = [[facts.name, facts.problem or facts.description, ", ".join(facts.metrics) or "-"] for facts in found]
+    rows = [[facts.name, facts.problem or facts.description, ", ".join(facts.metrics) or None] for facts in found]
     note = (
         "rescore tasks NAME shows prompt, data and limits; --task ./mine.yaml is a task of your own (docs/formats.md)."
     )
-    return table(["task", "what it is", "metrics"], rows, text_columns=3) + "\n" + note
+    return Table([Column("task"), Column("what it is"), Column("metrics")], rows, note=note).text()
 
 
 def _in_full(facts: TaskFacts) -> str:
@@ -137,16 +137,14 @@ def overlap_command(
 
 
 def _overlap_table(found: Overlap) -> str:
-    from rescore.report.tables import table
 
     rows = [
-        [task.task, shared.id, ", ".join(shared.corpora), f"{shared.share:.1%}"]
-        for task in found.tasks
-        for shared in task.found
+        [task.task, shared.id, ", ".join(shared.corpora), shared.share] for task in found.tasks for shared in task.found
     ]
     told = ", ".join(f"{task.task} {len(task.found)} of {task.examples}" for task in found.tasks)
     note = f"examples that share {found.n} words in a row with the corpora: {told}"
     if not rows:
         return note
     shares = f"shared: of the runs of {found.n} words in prompt and references, those that are in the corpora too"
-    return table(["task", "example", "corpora", "shared"], rows, text_columns=3) + f"\n{shares};\n{note}"
+    columns = [Column("task"), Column("example"), Column("corpora"), Column("shared", SHARE)]
+    return Table(columns, rows, note=f"{shares};\n{note}").text()

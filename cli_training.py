@@ -211,9 +211,9 @@ def train_heads_command(
         trainer = HeadTrainer(model, data, chosen, initial=initial, held_out=apart)
         accuracy = trainer.train(out, progress=told.progress, evaluated=told.evaluated)
     if workers.is_first:
-        from rescore.report.tables import accuracy_table
+        from rescore.studies.tables import accuracy_table
 
-        print(accuracy_table(accuracy))
+        print(accuracy_table(accuracy).text())
         print(
             f"{out}: heads 2 to {h}; rescore eval "
             + (f"--base {base} --heads {out}" if tune == "none" else f"--base {out}")

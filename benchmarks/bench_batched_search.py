@@ -25,7 +25,7 @@ from lattices.automaton import Automaton
 from lattices.lattice import Lattice
 from lattices.ngram_search import NgramSearch
 from lm.batched_search import BatchedNgramSearch
-from rescore.report.tables import table
+from rescore.table import text_table
 from rescore.tracing import Trace, load_trace
 
 CONTEXT = 5  # tokens: enough for every order
@@ -130,7 +130,7 @@ def main() -> None:
          f"{r['compiled_us']:.0f}", f"{r['ratio']:.2f}", f"{r['proven_exact']:.1%}", f"{r['same']:.1%}"]
         for r in results
     ]  # fmt: skip
-    print(table(header, rows))
+    print(text_table(header, rows))
     print()
     print(json.dumps({
         "benchmark": "batched_search", "lattices": len(lattice), "h": h, "k": k, "weight": arguments.weight,

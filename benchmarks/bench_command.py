@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from lm.files import cache_directory
-from rescore.report.tables import table
+from rescore.table import text_table
 from rescore.tasks import load_task
 
 COMMAND = [sys.executable, "-m", "rescore"]
@@ -93,7 +93,7 @@ def main() -> None:
         ["imports before it", f"{imports:.2f} s", "-"],
         [f"peak memory of eval, {arguments.task}, {arguments.limit} examples", f"{peak:.2f} GB", "3 GB"],
     ]
-    print(table(["what", "measured", "target below"], rows))
+    print(text_table(["what", "measured", "target below"], rows))
     print(json.dumps({
         "benchmark": "command", "task": arguments.task, "limit": arguments.limit, "base": arguments.base,
         "help_seconds": helped, "load_seconds": load, "import_seconds": imports, "eval_peak_gb": peak,

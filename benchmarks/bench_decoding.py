@@ -20,8 +20,8 @@ from lm.base.catalog import load_base
 from lm.heads.block_heads import load_heads
 from rescore.decoding import decode
 from rescore.replay import replay
-from rescore.report.tables import table
 from rescore.rescorers import load_rescorer
+from rescore.table import text_table
 from rescore.tasks import load_task
 from rescore.tasks.data import load_examples
 from rescore.tracing import load_trace, record_trace
@@ -84,7 +84,7 @@ def main() -> None:
          f"{seconds['blockwise'] / replayed:.0f}x live"],
         *([f"glue, {name}", f"{share:.2%}", "of a step"] for name, share in shares.items()),
     ]  # fmt: skip
-    print(table(["what", "rate", "ratio"], rows))
+    print(text_table(["what", "rate", "ratio"], rows))
     print(json.dumps({
         "benchmark": "decoding", "examples": len(examples), "tokens_per_second": rate,
         "ours_to_transformers": rate["ours"] / rate["transformers"], "glue": shares,

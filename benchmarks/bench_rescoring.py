@@ -21,12 +21,12 @@ from lattices.lattice import Lattice
 from lm.neural.model import NeuralLM
 from rescore.accounting import account
 from rescore.replay import replay
-from rescore.report.tables import table
 from rescore.rescorers import Context, Rescorer, load_rescorer
 from rescore.rescorers.neural import Neural
 from rescore.rescorers.ngram_neural import NgramNeural
 from rescore.runs.weights import fit_to
 from rescore.studies.block_length import TimedRescorer
+from rescore.table import text_table
 from rescore.tracing import TracedExample, load_trace
 
 
@@ -123,7 +123,7 @@ def main() -> None:
         "block eff.",
     ]
     print(f"{arguments.trace}, {len(examples) - 1} examples, h = {h}, k = {arguments.k}, p = {arguments.p}\n")
-    print(table(header, rows))
+    print(text_table(header, rows))
     print()
     print(json.dumps({"results": results, "threads": torch.get_num_threads()}))
 

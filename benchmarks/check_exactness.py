@@ -21,8 +21,8 @@ from lm.base.catalog import load_base
 from lm.heads.block_heads import load_heads
 from rescore.decoding import decode
 from rescore.replay import replay
-from rescore.report.tables import table
 from rescore.rescorers import load_rescorer
+from rescore.table import text_table
 from rescore.tasks import load_task
 from rescore.tasks.data import load_examples
 from rescore.tracing import record_trace
@@ -80,7 +80,7 @@ def main() -> None:
     rows = [["trace (batched greedy)", f"{traced}/{n}", "-", "-", "-"]]
     for way in ways:
         rows.append([way, f"{identical[way]}/{n}", f"{same_steps[way]}/{n}", str(steps[way]), str(tokens[way])])
-    print(table(["decoding", "identical to generate", "replay = live", "steps", "tokens"], rows))
+    print(text_table(["decoding", "identical to generate", "replay = live", "steps", "tokens"], rows))
     line = {"benchmark": "exactness", "task": task.name, "n": n, "max_new_tokens": limit, "trace_identical": traced}
     counts = {"identical": identical, "replay_equals_live": same_steps, "steps": steps, "tokens": tokens}
     print(json.dumps({**line, **counts}))

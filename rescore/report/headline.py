@@ -41,14 +41,6 @@ class Headline:
     sentences: tuple[str, ...]
 
 
-def recovered(result: Result, unrescored: Result | None) -> float | None:
-    """Share of the gap between the unrescored drafts and the oracle that a decode recovers."""
-    if unrescored is None:
-        return None
-    gap = result.oracle_block_efficiency - unrescored.block_efficiency
-    return None if gap <= 0 else float((result.block_efficiency - unrescored.block_efficiency) / gap)
-
-
 def make_headline(views: Sequence[TaskView]) -> Headline:
     """The table and its sentences."""
     keys = dict.fromkeys((r.rescorer, r.p) for view in views for r in view.results)
@@ -75,7 +67,7 @@ def _cell(view: TaskView, rescorer: str, p: int) -> Cell | None:
     sure = rescorer not in ("none", "oracle") and result.gain_ci95 is not None and result.gain_ci95[0] > 0
     latency = result.latency
     speedup = float(latency.speedup) if latency else None
-    return Cell(result, recovered(result, view.unrescored), speedup, best, sure)
+    return Cell(result, result.gap_share(view.unrescored), speedup, best, sure)
 
 
 def _sentences(views: Sequence[TaskView], rows: Sequence[Row]) -> list[str]:

@@ -159,6 +159,13 @@ class Result:
         """Whether this is what gains are over."""
         return (self.rescorer, self.p) == ("none", 1)
 
+    def gap_share(self, unrescored: Result | None) -> float | None:
+        """How much of the way from the unrescored drafts to the oracle this is; None where there is no way."""
+        if unrescored is None or self.is_unrescored:
+            return None
+        gap = self.oracle_block_efficiency - unrescored.block_efficiency
+        return None if gap <= 0 else (self.block_efficiency - unrescored.block_efficiency) / gap
+
 
 class Alpha(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename={"source": "from"}):
     """The weight of a rescorer and where it came from.

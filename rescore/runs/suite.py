@@ -44,8 +44,9 @@ from rescore.runs.suite_files import (
     SuiteRun,
     SuiteSweep,
 )  # fmt: skip
+from rescore.runs.suite_page import suite_page
 from rescore.runs.suite_plan import Plan, SuiteTask
-from rescore.runs.suite_table import csv_table, suite_page
+from rescore.runs.tables import results_csv
 from rescore.runs.tuning import tune
 from rescore.tracing import DEFAULT_K
 
@@ -115,7 +116,7 @@ def _run(plan: Plan, out: Path, source: str, progress: Progress | None, notify: 
         with atomic_file(out / TABLE_FILE) as temporary:
             temporary.write_text(suite_page(suite.results, plan, source), encoding="utf-8")
         with atomic_file(out / CSV_FILE) as temporary:
-            temporary.write_text(csv_table(suite.results), encoding="utf-8", newline="")
+            temporary.write_text(results_csv(suite.results).csv(), encoding="utf-8", newline="")
         write_json(out / MANIFEST_FILE, plain(suite))
     return Suite(plan, suite, interrupted)
 

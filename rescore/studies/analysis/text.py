@@ -1,14 +1,12 @@
-"""Analyses as plain text for the terminal: one titled table each, with a line that says how to read it."""
+"""Analyses as tables: one for each, with a line that says how to read it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from rescore.report.tables import table
 from rescore.studies.analysis.collect import Findings
 from rescore.studies.analysis.records import (
     Contrast,
-    Efficiency,
     EfficiencyTable,
     Entropies,
     HeadAcceptance,
@@ -22,250 +20,252 @@ from rescore.studies.analysis.records import (
     RunAnalysis,
     TraceAnalysis,
     TraceRepetition,
-)
-from rescore.terminal import printable
+)  # fmt: skip
+from rescore.table import (
+    COUNT,
+    GAIN,
+    GAIN_INTERVAL,
+    NUMBER,
+    NUMBER_INTERVAL,
+    PLAIN,
+    SHARE,
+    TIMES,
+    Column,
+    Format,
+    Table,
+    fixed,
+    percent,
+)  # fmt: skip
+
+HUNDREDTHS = fixed(2)
+NUMERAL = Format(str)
+EFFICIENCY = (Column("block eff.", NUMBER), Column("95 %", NUMBER_INTERVAL))
 
 
-def findings_text(found: Findings) -> str:
+def findings_tables(found: Findings) -> list[Table]:
     """Everything that was found in the folders."""
-    parts = [*map(trace_text, found.traces), *map(run_text, found.runs)]
+    tables = [table for trace in found.traces for table in trace_tables(trace)]
+    tables += [table for run in found.runs for table in run_tables(run)]
     if found.table:
-        parts.append(table_text(found.table))
+        tables.append(efficiency_by_task(found.table))
     if found.contrasts:
-        parts.append(contrast_text(found.contrasts))
+        tables.append(contrasts(found.contrasts))
     if len(found.h_max.points) > 1:
-        parts.append(h_max_text(found.h_max))
-    return "\n\n".join(parts)
+        tables.append(h_max(found.h_max))
+    return tables
 
 
-def trace_text(found: TraceAnalysis) -> str:
-    """All analyses of a trace that there are."""
-    facts = f"{_examples(found)}, {found.positions} positions, h = {found.h}, K = {found.entries}"
-    title = f"{printable(found.name)}: {facts}"
-    parts = [title]
-    if found.repetition:
-        parts.append(_trace_repetition(found.repetition))
-    if found.entropy:
-        parts.append(_entropy(found.entropy))
-    if found.oracle:
-        parts.append(_oracle(found.oracle))
-    if found.p_curve:
-        parts.append(_by_p([found.p_curve]))
-    if found.ranks:
-        parts.append(_ranks(found.ranks))
-    if found.acceptance:
-        parts.append(_acceptance(found.acceptance))
-    if found.calibration:
-        parts.append(_calibration(found.calibration))
-    return "\n\n".join(parts)
+def trace_tables(found: TraceAnalysis, *, of: str = "") -> list[Table]:
+    """All analyses of a trace that there are; the first has its facts as its title."""
+    facts = f"{found.examples} examples, {found.positions} positions, h = {found.h}, K = {found.entries}"
+    tables = [
+        *([_trace_repetition(found.repetition)] if found.repetition else []),
+        *([_entropy(found.entropy)] if found.entropy else []),
+        *(_oracle(found.oracle) if found.oracle else []),
+        *([_by_p([found.p_curve])] if found.p_curve else []),
+        *([_ranks(found.ranks)] if found.ranks else []),
+        *([_acceptance(found.acceptance)] if found.acceptance else []),
+        *([_calibration(found.calibration)] if found.calibration else []),
+    ]
+    return [Table((), (), title=f"{of}{found.name}: {facts}"), *tables]
 
 
-def _examples(found: TraceAnalysis | RunAnalysis) -> str:
-    return f"{found.examples} examples ({found.groups} groups)"
-
-
-def run_text(found: RunAnalysis) -> str:
+def run_tables(found: RunAnalysis) -> list[Table]:
     """All analyses of one task of a run."""
-    parts = [f"{printable(found.task)}: {_examples(found)}, {found.mode}, h = {found.h}, k = {found.k}"]
-    parts += [part for part in (_outcomes(found.rescorers), _before_after(found.rescorers)) if part]
+    title = f"{found.task}: {found.examples} examples, {found.mode}, h = {found.h}, k = {found.k}"
+    tables = [Table((), (), title=title), _outcomes(found.rescorers), _before_after(found.rescorers)]
     if found.by_p:
-        parts.append(_by_p(found.by_p))
-    if times := _times(found.rescorers):
-        parts.append(times)
+        tables.append(_by_p(found.by_p))
+    tables.append(_times(found.rescorers))
     if found.trace:
-        parts.append("trace of " + trace_text(found.trace))
+        tables += trace_tables(found.trace, of="trace of ")
     else:
-        parts.append("the trace is gone: analyses that read it are left out")
-    return "\n\n".join(parts)
+        tables.append(Table((), (), title="the trace is gone: analyses that read it are left out"))
+    return [table for table in tables if table.rows or not table.columns]
 
 
-def table_text(found: EfficiencyTable) -> str:
+def efficiency_by_task(found: EfficiencyTable) -> Table:
     """Rescorers x tasks: block efficiency, gain and weight."""
     rows = []
     for row in found.rows:
         cells = []
         for cell in row.cells:
-            gain = "" if cell is None or cell.gain is None else f" {cell.gain:+.1%}"
+            gain = "" if cell is None or cell.gain is None else f" {GAIN.show(cell.gain)}"
             alpha = "" if cell is None or cell.alpha is None else f" a {cell.alpha:g} ({cell.alpha_source})"
-            cells.append("-" if cell is None else f"{cell.block_efficiency:.3f}{gain}{alpha}")
-        rows.append([row.rescorer, str(row.h), str(row.k), str(row.p), *cells, _percent(row.mean_gain, sign=True)])
-    note = "block efficiency, gain over the unrescored draft, alpha and where it came from."
-    return table(["rescorer", "h", "k", "p", *found.tasks, "mean gain"], rows) + "\n" + note
+            cells.append(None if cell is None else f"{NUMBER.show(cell.block_efficiency)}{gain}{alpha}")
+        rows.append([row.rescorer, row.h, row.k, row.p, *cells, row.mean_gain])
+    columns = [
+        Column("rescorer"), Column("h", COUNT), Column("k", COUNT), Column("p", COUNT),
+        *(Column(task, NUMERAL) for task in found.tasks), Column("mean gain", GAIN),
+    ]  # fmt: skip
+    return Table(columns, rows, note="block efficiency, gain over the unrescored draft, alpha and where it came from.")
 
 
-def h_max_text(found: HmaxCorrelation) -> str:
+def h_max(found: HmaxCorrelation) -> Table:
     """h_max and block efficiency by task, and their correlation."""
-    rows = [[p.name, str(p.h_max), f"{p.block_efficiency:.3f}"] for p in found.points]
     r = "too few tasks, or one never varies" if found.pearson is None else f"{found.pearson:.2f}"
-    return (
-        table(["task", "h_max", "block eff."], rows)
-        + f"\nPearson's R of h_max and block efficiency, h = {found.h}: {r}"
-    )
+    columns = [Column("task"), Column("h_max", COUNT), Column("block eff.", NUMBER)]
+    rows = [[p.name, p.h_max, p.block_efficiency] for p in found.points]
+    return Table(columns, rows, note=f"Pearson's R of h_max and block efficiency, h = {found.h}: {r}")
 
 
-def contrast_text(found: Sequence[Contrast]) -> str:
+def contrasts(found: Sequence[Contrast]) -> Table:
     """Rescorers against others, paired by example."""
+    columns = [
+        Column("task"), Column("rescorer"), Column("against"), Column("p", COUNT), Column("examples", COUNT),
+        Column("groups", COUNT), Column("block eff.", NUMBER), Column("other's", NUMBER), Column("gain", GAIN),
+        Column("95 %", GAIN_INTERVAL),
+    ]  # fmt: skip
     rows = [
-        [
-            c.task, c.rescorer, c.against, str(c.p), str(c.n), str(c.groups), f"{c.block_efficiency:.3f}",
-            f"{c.against_block_efficiency:.3f}", f"{c.gain:+.1%}",
-            "-" if c.gain_ci95 is None else "{:+.1%} to {:+.1%}".format(*c.gain_ci95),
-        ]
+        [c.task, c.rescorer, c.against, c.p, c.n, c.groups, c.block_efficiency, c.against_block_efficiency, c.gain,
+         c.gain_ci95]
         for c in found
     ]  # fmt: skip
-    header = ["task", "rescorer", "against", "p", "examples", "groups", "block eff.", "other's", "gain", "95 %"]
-    return table(header, rows, text_columns=3)
+    return Table(columns, rows)
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _heads(h: int) -> list[Column]:
+    return [Column(str(head), NUMBER) for head in range(1, h + 1)]
 
 
-def _percent(value: float | None, *, sign: bool = False) -> str:
-    return "-" if value is None else f"{value:{'+' if sign else ''}.1%}"
+REPETITION = (
+    Column("drafts", NUMERAL), Column("equal neighbours", SHARE), Column("drafts with any", SHARE),
+    Column("longest run", HUNDREDTHS),
+)  # fmt: skip
 
 
-def _numbers(values: Iterable[float | None], digits: int = 3) -> list[str]:
-    return [_number(value, digits) for value in values]
+def _repetition_row(found: Repetition) -> list[float | None]:
+    return [found.drafts, found.share, found.repeating, found.mean_longest_run]
 
 
-def _heads(h: int) -> list[str]:
-    return [str(head) for head in range(1, h + 1)]
-
-
-def _interval(found: Efficiency) -> str:
-    interval = found.block_efficiency_ci95
-    return "-" if interval is None else "{:.3f}-{:.3f}".format(*interval)
-
-
-def _repetition_row(label: Sequence[str], found: Repetition) -> list[str]:
-    run = _number(found.mean_longest_run, 2)
-    return [*label, str(found.drafts), _percent(found.share), _percent(found.repeating), run]
-
-
-REPETITION = ["drafts", "equal neighbours", "drafts with any", "longest run"]
-
-
-def _trace_repetition(found: TraceRepetition) -> str:
+def _trace_repetition(found: TraceRepetition) -> Table:
     rows = [
-        _repetition_row(["unrescored, at its steps"], found.decode),
-        _repetition_row(["unrescored, every position"], found.every_position),
-        _repetition_row(["output, every position"], found.output),
+        ["unrescored, at its steps", *_repetition_row(found.decode)],
+        ["unrescored, every position", *_repetition_row(found.every_position)],
+        ["output, every position", *_repetition_row(found.output)],
     ]
-    return table(["repetition", *REPETITION], rows)
+    return Table([Column("repetition"), *REPETITION], rows)
 
 
-def _before_after(rescorers: Sequence[RescorerAnalysis]) -> str:
-    rows = []
+def _before_after(rescorers: Sequence[RescorerAnalysis]) -> Table:
+    rows: list[list[object]] = []
     for r in rescorers:
         if r.repetition:
-            rows.append(_repetition_row([r.rescorer, str(r.p), "before"], r.repetition.before))
-            rows.append(_repetition_row(["", "", "after"], r.repetition.after))
-    if not rows:
-        return ""
+            rows.append([r.rescorer, str(r.p), "before", *_repetition_row(r.repetition.before)])
+            rows.append(["", "", "after", *_repetition_row(r.repetition.after)])
     note = "before: the unrescored drafts at the rescorer's steps; after: the drafts that won."
-    return table(["repetition", "p", "", *REPETITION], rows) + "\n" + note
+    return Table([Column("repetition"), Column("p", NUMERAL), Column("", NUMERAL), *REPETITION], rows, note=note)
 
 
-def _entropy(found: Entropies) -> str:
-    levels = [f"{level:.0%}" for level in found.levels]
+def _entropy(found: Entropies) -> Table:
     rows = [
-        [str(e.head), _number(e.mean, 2), _number(e.std, 2), *(_numbers(e.quantiles, 2) or ["-"] * len(levels))]
-        for e in found.heads
-    ]
+        [str(e.head), e.mean, e.std, *(e.quantiles or [None] * len(found.levels))] for e in found.heads
+    ]  # fmt: skip
+    columns = [
+        Column("entropy of head"), Column("mean", HUNDREDTHS), Column("std", HUNDREDTHS),
+        *(Column(percent(0).show(level), HUNDREDTHS) for level in found.levels),
+    ]  # fmt: skip
     note = f"entropy in nats over {found.positions} positions; h_max = {found.h_max or '-'}"
-    return table(["entropy of head", "mean", "std", *levels], rows) + "\n" + note
+    return Table(columns, rows, note=note)
 
 
-def _oracle(found: OracleCurves) -> str:
+def _oracle(found: OracleCurves) -> list[Table]:
     h = len(found.by_heads_unrescored)
     plain = found.unrescored.block_efficiency
     rows = [
-        [str(k), _number(e.block_efficiency), _interval(e), _percent(row[-1], sign=True), *_numbers(refined)]
+        [str(k), e.block_efficiency, e.block_efficiency_ci95, row[-1], *refined]
         for k, e, refined, row in zip(found.ks, found.by_k, found.by_refined, found.gain_by_refined, strict=True)
     ]
-    header = ["oracle, k", "block eff.", "95 %", "gain", *(f"{m} refined" for m in range(h))]
-    heads = [["unrescored", *_numbers(found.by_heads_unrescored)]]
-    heads += [[f"k = {k}", *_numbers(row)] for k, row in zip(found.ks, found.by_heads_oracle, strict=True)]
-    note = f"m refined: the oracle chooses in slots 2..m+1, the rest is arg-max; unrescored {_number(plain)}"
-    return table(header, rows) + "\n" + note + "\n\n" + table(["oracle by block length", *_heads(h)], heads)
+    columns = [
+        Column("oracle, k"), *EFFICIENCY, Column("gain", GAIN), *(Column(f"{m} refined", NUMBER) for m in range(h))
+    ]  # fmt: skip
+    note = (
+        "m refined: the oracle chooses in slots 2..m+1, the rest is arg-max; unrescored "
+        f"{'-' if plain is None else NUMBER.show(plain)}"
+    )
+    heads = [["unrescored", *found.by_heads_unrescored]]
+    heads += [[f"k = {k}", *row] for k, row in zip(found.ks, found.by_heads_oracle, strict=True)]
+    return [Table(columns, rows, note=note), Table([Column("oracle by block length"), *_heads(h)], heads)]
 
 
-def _by_p(curves: Sequence[PCurve]) -> str:
+def _by_p(curves: Sequence[PCurve]) -> Table:
     rows = [
-        [curve.rescorer, str(p), "-" if alpha is None else f"{alpha:g}", _number(e.block_efficiency), _interval(e)]
+        [curve.rescorer, p, alpha, e.block_efficiency, e.block_efficiency_ci95]
         for curve in curves
         for p, alpha, e in zip(curve.ps, curve.alphas, curve.points, strict=True)
     ]
-    return table([f"p best drafts, k = {curves[0].k}", "p", "alpha", "block eff.", "95 %"], rows)
+    title = f"p best drafts, k = {curves[0].k}"
+    return Table([Column(title), Column("p", COUNT), Column("alpha", PLAIN), *EFFICIENCY], rows)
 
 
-def _ranks(found: Ranks) -> str:
-    rows = [[str(r.head), str(r.positions), *_numbers(r.recall), _number(r.mean_reciprocal_rank)] for r in found.heads]
-    header = ["recall of head", "positions", *(f"@{k}" for k in found.ks), "1 / rank"]
-    return table(header, rows) + "\nshare of positions with the base LM's choice among the first k of the head"
-
-
-def _acceptance(found: Sequence[HeadAcceptance]) -> str:
-    rows = [
-        [
-            str(a.head), str(a.positions), _number(a.unconditional), str(a.reached), _number(a.conditional),
-            _number(a.marginal), _number(a.conditional_decode),
-        ]
-        for a in found
+def _ranks(found: Ranks) -> Table:
+    rows = [[str(r.head), r.positions, *r.recall, r.mean_reciprocal_rank] for r in found.heads]
+    columns = [
+        Column("recall of head"), Column("positions", NUMERAL), *(Column(f"@{k}", NUMBER) for k in found.ks),
+        Column("1 / rank", NUMBER),
     ]  # fmt: skip
-    header = [
-        "acceptance of head",
-        "positions",
-        "right",
-        "reached",
-        "right if reached",
-        "steps with it",
-        "given before",
+    note = "share of positions with the base LM's choice among the first k of the head"
+    return Table(columns, rows, note=note)
+
+
+def _acceptance(found: Sequence[HeadAcceptance]) -> Table:
+    rows = [
+        [str(a.head), a.positions, a.unconditional, a.reached, a.conditional, a.marginal, a.conditional_decode]
+        for a in found
     ]
-    return table(header, rows) + "\nright, reached: every position; the last two: steps of the unrescored decode"
+    columns = [
+        Column("acceptance of head"), Column("positions", NUMERAL), Column("right", NUMBER), Column("reached", NUMERAL),
+        Column("right if reached", NUMBER), Column("steps with it", NUMBER), Column("given before", NUMBER),
+    ]  # fmt: skip
+    note = "right, reached: every position; the last two: steps of the unrescored decode"
+    return Table(columns, rows, note=note)
 
 
-def _calibration(found: Sequence[HeadCalibration]) -> str:
-    rows = [[str(c.head), str(c.positions), *_numbers((c.confidence, c.accuracy, c.ece, c.brier))] for c in found]
-    header = ["calibration of head", "positions", "confidence", "accuracy", "ECE", "Brier"]
-    bins = len(found[0].bins)
-    return table(header, rows) + f"\n{bins} bins (--json has them); head 1 is right by definition"
+def _calibration(found: Sequence[HeadCalibration]) -> Table:
+    rows = [[str(c.head), c.positions, c.confidence, c.accuracy, c.ece, c.brier] for c in found]
+    columns = [
+        Column("calibration of head"), Column("positions", NUMERAL), Column("confidence", NUMBER),
+        Column("accuracy", NUMBER), Column("ECE", NUMBER), Column("Brier", NUMBER),
+    ]  # fmt: skip
+    return Table(columns, rows, note=f"{len(found[0].bins)} bins (--json has them); head 1 is right by definition")
 
 
-def _outcomes(rescorers: Sequence[RescorerAnalysis]) -> str:
+def _outcomes(rescorers: Sequence[RescorerAnalysis]) -> Table:
     rows = []
     for r in rescorers:
-        gain, alpha = _percent(r.gain, sign=True), "-" if r.alpha is None else f"{r.alpha:g}"
-        row = [r.rescorer, str(r.p), alpha, _number(r.efficiency.block_efficiency), _interval(r.efficiency), gain]
+        row = [
+            r.rescorer, r.p, r.alpha, r.efficiency.block_efficiency, r.efficiency.block_efficiency_ci95, r.gain
+        ]  # fmt: skip
         o = r.outcomes
         if o is None:
-            rows.append([*row, *["-"] * 7])
+            rows.append([*row, *[None] * 7])
             continue
-        shares = [_percent(n / o.steps if o.steps else None) for n in (o.won, o.tied, o.lost)]
-        causes = (o.repair_share, o.regress_share, o.fewer_repeats_share, o.more_repeats_share)
-        rows.append([*row, *shares, *(_percent(s) for s in causes)])
-    header = [
-        "rescorer", "p", "alpha", "block eff.", "95 %", "gain", "won", "tied", "lost", "repair", "regress",
-        "fewer rep.", "more rep.",
+        shares = [n / o.steps if o.steps else None for n in (o.won, o.tied, o.lost)]
+        rows.append([
+            *row, *shares, o.repair_share, o.regress_share, o.fewer_repeats_share, o.more_repeats_share
+        ])  # fmt: skip
+    shares_of = ("won", "tied", "lost", "repair", "regress", "fewer rep.", "more rep.")
+    columns = [
+        Column("rescorer"), Column("p", COUNT), Column("alpha", PLAIN), *EFFICIENCY, Column("gain", GAIN),
+        *(Column(name, SHARE) for name in shares_of),
     ]  # fmt: skip
     note = (
         "won, tied, lost: steps against the unrescored draft there; repair: wins where its first wrong token repeats\n"
         "the one before; regress: losses where the rescored draft's does; fewer, more rep.: of wins and losses, those\n"
         "whose draft has fewer, more equal neighbours."
     )
-    return table(header, rows) + "\n" + note
+    return Table(columns, rows, note=note)
 
 
-def _times(rescorers: Sequence[RescorerAnalysis]) -> str:
-    rows = []
-    for r in rescorers:
-        if (t := r.wallclock) is None:
-            continue
-        steps = (t.autoregressive_ms, t.verify_ms, t.heads_ms, t.rescore_ms, t.rescore_p50_ms, t.rescore_p95_ms)
-        speed = "-" if t.predicted_speedup is None else f"{t.predicted_speedup:.2f}x"
-        rows.append([r.rescorer, str(r.p), *_numbers(steps, 2), f"{t.speedup:.2f}x", speed])
-    if not rows:
-        return ""
-    header = ["ms", "p", "greedy token", "verify", "heads", "rescore", "p50", "p95", "speed-up", "predicted"]
-    return table(header, rows)
+def _times(rescorers: Sequence[RescorerAnalysis]) -> Table:
+    rows = [
+        [r.rescorer, r.p, t.autoregressive_ms, t.verify_ms, t.heads_ms, t.rescore_ms, t.rescore_p50_ms,
+         t.rescore_p95_ms, t.speedup, t.predicted_speedup]
+        for r in rescorers if (t := r.wallclock)
+    ]  # fmt: skip
+    columns = [
+        Column("ms"), Column("p", COUNT),
+        *(Column(name, HUNDREDTHS) for name in ("greedy token", "verify", "heads", "rescore", "p50", "p95")),
+        Column("speed-up", TIMES), Column("predicted", TIMES),
+    ]  # fmt: skip
+    return Table(columns, rows)

@@ -1,0 +1,252 @@
+"""What studies and trainings found, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lm.ngram.mix import SHIPPED
+from rescore.bootstrap import LEAST_GROUPS
+from rescore.table import (
+    COUNT,
+    DIFFERENCE,
+    DIFFERENCE_INTERVAL,
+    GAIN,
+    GAIN_INTERVAL,
+    MILLISECONDS,
+    NUMBER,
+    NUMBER_INTERVAL,
+    PLAIN,
+    TIMES,
+    Column,
+    Format,
+    Table,
+    fixed,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from lm.ngram.build import NgramSummary
+    from lm.ngram.mix import MixedNgram
+    from lm.ngram.score import NgramScore
+    from lm.training.heads import HeldOutAccuracy
+    from rescore.studies.block_length import BlockLengths
+    from rescore.studies.comparison import Comparison, SideResult
+    from rescore.studies.cost.model import CostTable, Decoder, MethodCost
+    from rescore.studies.ngram_comparison import ComparedNgram, NgramComparison
+    from rescore.studies.ngram_mixing import TunedMixture
+    from rescore.studies.verify_curve import VerifyCurve
+
+FEW_POSITIONS = 1000  # held out: fewer tell little apart
+STEP_VALUE = Format(lambda value: "=" if value == "=" else GAIN.show(value))
+
+
+def accuracy_table(accuracy: HeldOutAccuracy) -> Table:
+    """Held-out accuracy of block heads 2..h (head 1 is the base LM itself)."""
+    h = len(next(iter(accuracy.top.values())))
+    rows = [[f"top-{n}", *values[1:]] for n, values in accuracy.top.items()]
+    note = (
+        f"accepted at every position, token 1 counted as right: {accuracy.accepted:.3f} arg-max, "
+        f"{accuracy.accepted_16:.3f} best of top 16;\n"
+        f"measured on {accuracy.positions} positions of {accuracy.segments} held-out texts"
+    )
+    if accuracy.positions < FEW_POSITIONS:
+        note += ": too few to compare trainings by (--held-out takes a corpus to measure on)"
+    return Table([Column("head"), *(Column(str(i), NUMBER) for i in range(2, h + 1))], rows, note=note)
+
+
+def verify_curve_table(curve: VerifyCurve) -> Table:
+    """Time of a verify call by its size."""
+    rows = [
+        [n, ms, ms / curve.milliseconds[0], gb, n / ms * 1e3]
+        for n, ms, gb in zip(curve.tokens, curve.milliseconds, curve.gb_per_second, strict=True)
+    ]
+    columns = [
+        Column("tokens", COUNT), Column("ms", MILLISECONDS), Column("against 1", TIMES), Column("GB/s", fixed(1)),
+        Column("tok/s", fixed(0)),
+    ]  # fmt: skip
+    note = f"{curve.base}, {curve.dtype}, {curve.device}: forward of n tokens on {curve.cached} cached ones"
+    return Table(columns, rows, note=note)
+
+
+def block_length_table(study: BlockLengths) -> Table:
+    """What each block length accepts, costs and saves; the fastest marked."""
+    rows = [
+        [of.h, of.block_efficiency, of.block_efficiency_ci95, of.verify_ms, of.heads_ms, of.rescoring_ms, of.speedup]
+        for of in study.lengths
+    ]
+    columns = [
+        Column("h", COUNT), Column("block eff.", NUMBER), Column("95 %", NUMBER_INTERVAL),
+        Column("verify ms", MILLISECONDS), Column("heads ms", MILLISECONDS), Column("rescoring ms", fixed(2)),
+        Column("speed-up", TIMES),
+    ]  # fmt: skip
+    of = study.rescorer + ("" if study.alpha is None else f", alpha {study.alpha:g}")
+    note = (
+        f"{study.base} on {study.examples} examples ({study.groups} groups) of {study.task or 'a trace'}, {of}, "
+        f"k = {study.k}, {study.dtype},\n{study.device}, {study.cached} cached tokens; greedy decoding takes "
+        f"{study.greedy_ms:.1f} ms a token. Times are medians, the speed-up (* the best)\nis foreseen from them; eval "
+        f"--mode live measures it. No interval for fewer than {LEAST_GROUPS} groups."
+    )
+    return Table(columns, rows, note=note, best=[(study.lengths.index(study.best), "speed-up")])
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """A line for each row of a comparison of two results."""
+    same_k = len({side.k for row in comparison.rows for side in (row.a, row.b)}) == 1
+
+    def side(result: SideResult) -> str:
+        facts = [] if same_k else [f"k={result.k}"]
+        facts += [f"p={result.p}"]
+        facts += [] if result.alpha is None else [f"alpha={result.alpha:g}"]
+        return f"{result.rescorer} {' '.join(facts)}"
+
+    rows = [
+        [row.task, side(row.a), side(row.b), row.n, row.groups, row.a.block_efficiency, row.b.block_efficiency,
+         d.difference, d.difference_ci95, d.gain, d.gain_ci95, d.won, d.tied, d.lost]
+        for row in comparison.rows for d in [row.difference]
+    ]  # fmt: skip
+    columns = [
+        Column("task"), Column("A"), Column("B"), Column("examples", COUNT), Column("groups", COUNT),
+        Column("block eff. A", NUMBER), Column("B", NUMBER), Column("difference", DIFFERENCE),
+        Column("95 %", DIFFERENCE_INTERVAL), Column("gain", GAIN), Column("95 %", GAIN_INTERVAL), Column("won", COUNT),
+        Column("tied", COUNT), Column("lost", COUNT),
+    ]  # fmt: skip
+    note = (
+        "difference = block eff. of B less that of A, gain = B over A, on the examples that both have, with paired\n"
+        "95 % intervals (studentised bootstrap by group: examples of one source; - for fewer than "
+        f"{LEAST_GROUPS} groups);\nwon, tied, lost: examples that B decodes with more, as many, fewer tokens a step."
+    )
+    return Table(columns, rows, title=f"A = {comparison.a}\nB = {comparison.b}\n", note=note)
+
+
+def built_ngram_table(built: NgramSummary) -> Table:
+    """N-grams and discounts of each order of a model, and the files that it is made of."""
+    width = max(map(len, built.discounts))
+    names = ["D1", "D2", "D3+"] if width == 3 else [f"d{i + 1}" for i in range(width)]  # Kneser-Ney or Katz
+    rows = []
+    for n, (count, discounts) in enumerate(zip(built.ngrams, built.discounts, strict=True), start=1):
+        origin = "fallback" if n in built.fallback_orders else "corpus"
+        rows.append([str(n), count, *discounts, *[None] * (width - len(discounts)), origin])
+    columns = [
+        Column("order"), Column("n-grams", COUNT), *(Column(name, fixed(4)) for name in names),
+        Column("from", Format(str)),
+    ]  # fmt: skip
+    made = (
+        f"{built.path}: {sum(built.ngrams):,} n-grams from {built.tokens:,} tokens in {built.documents:,} documents\n"
+    )
+    return Table(columns, rows, title=f"{made}\n", note=f"\nfiles: {file_sizes(sorted(Path(built.path).iterdir()))}")
+
+
+def ngram_score_table(score: NgramScore, text: str) -> Table:
+    """Perplexity and counts of a scored text; `text` is its name."""
+    rows = [
+        ["documents", f"{score.sentences:,}"],
+        ["tokens, ends of documents included", f"{score.tokens:,}"],
+        ["unknown tokens", f"{score.unknown:,} ({score.unknown_share:.2%})"],
+        ["log10 probability", f"{score.log10p:.2f}"],
+        ["perplexity", f"{score.perplexity:.2f}"],
+        ["perplexity without unknown tokens", f"{score.perplexity_known:.2f}"],
+        *([f"scored by {n}-grams", f"{count:,}"] for n, count in enumerate(score.hits or (), start=1)),
+    ]
+    return Table([Column("text"), Column(text, Format(str))], rows)
+
+
+def ngram_comparison_table(study: NgramComparison) -> Table:
+    """A row for every corpus, order and p, the best of each p marked; the unrescored drafts first."""
+    rows: list[list[object]] = [
+        ["none", None, None, None, r.p, None, r.block_efficiency, r.block_efficiency_ci95, None, None]
+        for r in study.unrescored
+    ]
+    best: dict[int, ComparedNgram] = {}
+    for r in study.ngrams:
+        if r.p not in best or r.block_efficiency > best[r.p].block_efficiency:
+            best[r.p] = r
+    marked = []
+    for r in study.ngrams:
+        if r is best[r.p]:
+            marked.append((len(rows), "block eff."))
+        rows.append([
+            r.corpus, r.tokens, r.ngrams, r.order, r.p, r.alpha, r.block_efficiency, r.block_efficiency_ci95, r.gain,
+            r.gain_ci95,
+        ])  # fmt: skip
+    columns = [
+        Column("corpus"), Column("tokens", COUNT), Column("n-grams", COUNT), Column("order", COUNT), Column("p", COUNT),
+        Column("alpha", PLAIN), Column("block eff.", NUMBER), Column("95 %", NUMBER_INTERVAL), Column("gain", GAIN),
+        Column("95 %", GAIN_INTERVAL),
+    ]  # fmt: skip
+    used = [
+        f"  p = {p}: --rescorer {'ngram' if r.source == SHIPPED else f'ngram:{r.path}'} --alpha {r.alpha:g}"
+        for p, r in best.items()
+    ]
+    note = "\n".join([
+        "gain over the unrescored drafts (none) at the same p, with a paired interval by group;",
+        "* best of its p. To use it:", *used,
+    ])  # fmt: skip
+    title = (
+        f"{study.task}, k = {study.k}: {len(study.examples)} examples ({study.groups} groups) replayed, alpha tuned on "
+        f"{len(study.held_out)} others\n"
+    )
+    return Table(columns, rows, title=title, note=note, best=marked)
+
+
+def mixture_tuning_table(study: TunedMixture) -> Table:
+    """Block efficiency by weights, the best mixture marked."""
+    rows = [[*weights, efficiency] for weights, efficiency in zip(study.curve, study.block_efficiency, strict=True)]
+    best = [(place, "block eff.") for place, weights in enumerate(study.curve) if weights == study.weights]
+    note = (
+        f"by weight of each model, on {len(study.held_out)} held-out examples at k = {study.k}, p = 1, alpha = "
+        f"{study.alpha:g}; * the best mixture."
+    )
+    columns = [*(Column(Path(part).name, PLAIN) for part in study.parts), Column("block eff.", NUMBER)]
+    return Table(columns, rows, note=note, best=best)
+
+
+def mixture_table(mixed: MixedNgram) -> Table:
+    """What was mixed with which weight, n-grams by order, and the files written."""
+    counts = ", ".join(f"{count:,} of order {n}" for n, count in enumerate(mixed.ngrams, start=1))
+    rows = list(zip(mixed.parts, mixed.weights, strict=True))
+    files = file_sizes(sorted(Path(mixed.path).iterdir()))
+    return Table(
+        [Column("model"), Column("weight", NUMBER)], rows, title=f"{mixed.path}: n-grams: {counts}\n",
+        note=f"\nfiles: {files}",
+    )  # fmt: skip
+
+
+def file_sizes(paths: Sequence[Path]) -> str:
+    """Names of files with their sizes, on one line."""
+    sizes = [(path.name, path.stat().st_size) for path in paths]
+    return ", ".join(f"{name} ({size / 1e6:.1f} MB)" if size > 1e5 else f"{name} ({size:,} B)" for name, size in sizes)
+
+
+def cost_table(study: CostTable) -> Table:
+    """Per decoded token and method at every context: weights and cache read, FLOPs, and their change."""
+    heads = f"heads 2..{study.h}: {study.heads.parameters:,} parameters"
+    if study.heads.projection_reads > 1:
+        heads += f", the vocabulary projection read {study.heads.projection_reads} times"
+    lines = [f"{study.dtype}, h = {study.h}, drafts verified as a {study.verify}; {heads}", _shape(study.base)]
+    if study.neural:
+        lines.append(_shape(study.neural))
+    columns = [Column("method"), Column("p", COUNT), Column("context", PLAIN), Column("block eff.", NUMBER)]
+    for name, digits in (("weights GB", 3), ("KV MB", 2), ("GFLOPs", 2)):
+        columns += [Column(name, fixed(digits)), Column("", STEP_VALUE, f"{name} change")]
+    note = (
+        "per decoded token, and the change against autoregressive decoding; methods whose block efficiency is not\n"
+        "known show a whole step (=)."
+    )
+    return Table(columns, [_cost_row(cost) for cost in study.costs], title="\n".join([*lines, ""]), note=note)
+
+
+def _shape(decoder: Decoder) -> str:
+    line = f"{decoder.name}: {decoder.parameters:,} parameters, {len(decoder.layers)} layers"
+    return f"{line} (ASSUMED: {decoder.assumption})" if decoder.assumption else line
+
+
+def _cost_row(c: MethodCost) -> list[object]:
+    row: list[object] = [c.method, c.p, c.context, c.block_efficiency]
+    for token, step, change, unit in (
+        (c.weight_bytes, c.step_weight_bytes, c.weight_bytes_change, 1e9),
+        (c.kv_bytes, c.step_kv_bytes, c.kv_bytes_change, 1e6),
+        (c.flops, c.step_flops, c.flops_change, 1e9),
+    ):
+        row += [(step if token is None else token) / unit, "=" if change is None else change]
+    return row

@@ -1,0 +1,191 @@
+"""Tables: columns of values, and how they are shown as text, Markdown, CSV or JSON.
+
+The one place where a number, an interval or a percentage becomes text. Cells hold values, never text made of them;
+None is a value that is not known or makes no sense there.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rescore.terminal import printable
+
+NOT_KNOWN = "-"
+FORMULA = ("=", "+", "-", "@")  # begins what a spreadsheet would compute
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the values of a column are shown: `show` one as text; `left`: aligned left, as text is."""
+
+    show: Callable[[Any], str]
+    left: bool = False
+
+
+def fixed(digits: int, unit: str = "", *, sign: bool = False) -> Format:
+    """A number with so many digits behind the point and its unit."""
+    return Format(lambda value: f"{value:{'+' if sign else ''}.{digits}f}{unit}")
+
+
+def percent(digits: int = 1, *, sign: bool = False) -> Format:
+    """A share (0.25) as a percentage (25.0%)."""
+    return Format(lambda value: f"{_no_negative_zero(value, digits + 2):{'+' if sign else ''}.{digits}%}")
+
+
+def interval(each: Format) -> Format:
+    """A pair of numbers, from the lower to the upper one."""
+    return Format(lambda value: " to ".join(map(each.show, value)))
+
+
+def _no_negative_zero(value: float, digits: int) -> float:
+    return 0.0 if round(value, digits) == 0 else value
+
+
+TEXT = Format(str, left=True)
+COUNT = Format(lambda value: f"{value:,}")
+PLAIN = Format(lambda value: f"{value:g}")  # weights and other settings
+NUMBER = fixed(3)
+NUMBER_INTERVAL = interval(NUMBER)
+SHARE = percent()
+GAIN = percent(sign=True)
+GAIN_INTERVAL = interval(GAIN)
+DIFFERENCE = fixed(3, sign=True)
+DIFFERENCE_INTERVAL = interval(DIFFERENCE)
+TIMES = fixed(2, "x")
+MILLISECONDS = fixed(1)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its heading, how its values are shown, and its name in CSV and JSON (default: the heading)."""
+
+    heading: str
+    format: Format = TEXT
+    key: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What the column is called in CSV and JSON."""
+        return self.key or re.sub(r"\W+", "_", self.heading.lower()).strip("_")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of values under columns; `title` before and `note` after them where text is made.
+
+    `best`: (row, column heading) of cells that are marked with a star; `none`: what stands for None.
+    """
+
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Any]]
+    title: str = ""
+    note: str = ""
+    best: Collection[tuple[int, str]] = ()
+    none: str = NOT_KNOWN
+
+    def cells(self) -> list[list[str]]:
+        """The text of every cell, row by row, without the headings."""
+        return [
+            [self._cell(place, column, value) for column, value in zip(self.columns, row, strict=True)]
+            for place, row in enumerate(self.rows)
+        ]
+
+    def _cell(self, row: int, column: Column, value: Any) -> str:
+        shown = self.none if value is None else column.format.show(value)
+        return shown + "*" if (row, column.heading) in self.best else shown
+
+    def text(self) -> str:
+        """Aligned plain text, safe to paste; no cell can control a terminal."""
+        if not self.columns:
+            return "\n".join(printable_lines(part) for part in (self.title, self.note) if part)
+        head = [column.heading for column in self.columns]
+        lines = [[printable(cell) for cell in line] for line in [head, *self.cells()]]
+        # A star hangs out to the right, so that the digits stay below each other.
+        starred = [any(line[i].endswith("*") for line in lines) for i in range(len(head))]
+        for line in lines:
+            for i, cell in enumerate(line):
+                if starred[i] and not cell.endswith("*") and not self.columns[i].format.left:
+                    line[i] = cell + " "
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+        def aligned(line: Sequence[str]) -> str:
+            padded = [
+                cell.ljust(width) if column.format.left else cell.rjust(width)
+                for cell, width, column in zip(line, widths, self.columns, strict=True)
+            ]
+            return "  ".join(padded).rstrip()
+
+        rule = "  ".join("-" * width for width in widths)
+        body = "\n".join([aligned(lines[0]), rule, *map(aligned, lines[1:])])
+        return "\n".join(part for part in (printable_lines(self.title), body, printable_lines(self.note)) if part)
+
+    def markdown(self) -> str:
+        """A Markdown table without title and note; nothing in a cell becomes markup or HTML."""
+        head = [escaped(column.heading) for column in self.columns]
+        rule = ["---" if column.format.left else "---:" for column in self.columns]
+        body = [[escaped(cell) for cell in line] for line in self.cells()]
+        return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
+
+    def csv(self) -> str:
+        """Lines of CSV with all digits; a pair of numbers as `_low` and `_high`, nothing where a value is not known.
+
+        Text can neither control a terminal nor be a formula of a spreadsheet.
+        """
+        stream = io.StringIO()
+        writer = csv.writer(stream, lineterminator="\n")
+        # A column that shares its name with the one before holds the interval of that one.
+        pairs = [
+            any(isinstance(row[i], tuple) for row in self.rows)
+            or (i > 0 and self.columns[i].name == self.columns[i - 1].name)
+            for i in range(len(self.columns))
+        ]
+        names = [
+            [f"{column.name}_low", f"{column.name}_high"] if pair else [column.name]
+            for column, pair in zip(self.columns, pairs, strict=True)
+        ]
+        writer.writerow([name for group in names for name in group])
+        for row in self.rows:
+            split = [
+                value if isinstance(value, tuple) else (value,) * (2 if pair else 1)
+                for value, pair in zip(row, pairs, strict=True)
+            ]
+            writer.writerow([_csv_cell(value) for group in split for value in group])
+        return stream.getvalue()
+
+    def records(self) -> list[dict[str, Any]]:
+        """A JSON object for each row, by the names of the columns."""
+        names = [column.name for column in self.columns]
+        return [dict(zip(names, row, strict=True)) for row in self.rows]
+
+
+def printable_lines(text: str) -> str:
+    """Text of several lines, each of which can't control a terminal."""
+    return "\n".join(map(printable, text.split("\n"))) if text else ""
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown and the HTML in it leave as it is, on one line."""
+    return re.sub(r"([\\`*_\[\]<>|#&~])", r"\\\1", " ".join(printable(text).split()))
+
+
+def _csv_cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return "" if value is None else value
+    shown = printable(value)
+    return f"'{shown}" if shown.startswith(FORMULA) else shown
+
+
+def joined(tables: Iterable[Table]) -> str:
+    """The text of several tables, a blank line between them."""
+    return "\n\n".join(table.text() for table in tables)
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> str:
+    """A table of cells that are text already, the first `text_columns` columns aligned left."""
+    columns = [Column(name, Format(str, left=place < text_columns)) for place, name in enumerate(header)]
+    return Table(columns, rows).text()

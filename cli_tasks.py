@@ -137,6 +137,7 @@ def overlap_command(
 
 
 def _overlap_table(found: Overlap) -> str:
+    from rescore.table import SHARE, Column, Table
 
     rows = [
         [task.task, shared.id, ", ".join(shared.corpora), shared.share] for task in found.tasks for shared in task.found

@@ -137,7 +137,15 @@ def _acceptance(results: Sequence[Result]) -> Table:
         rows += [
             [*_label(r), "exactly i (count)", *(str(n) for n in r.accepted_histogram[1:]), *pad],
             ["", "", None, None, "at least i (share)", *(NUMBER.show(m) for m in r.marginal), *pad],
-            ["", "", None, None, "i, given i - 1", *(c if c is None else NUMBER.show(c) for c in r.conditional), *pad],
+            [
+                "",
+                "",
+                None,
+                None,
+                "i, given i - 1",
+                *("-" if c is None else NUMBER.show(c) for c in r.conditional),
+                *pad,
+            ],
         ]
     columns = [*LABEL, Column("steps that accepted", Format(str)), *(Column(str(i + 1), Format(str)) for i in range(h))]
     return Table(columns, rows, none="")

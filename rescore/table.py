@@ -170,7 +170,7 @@ def printable_lines(text: str) -> str:
 
 def escaped(text: str) -> str:
     """Text that Markdown and the HTML in it leave as it is, on one line."""
-    return re.sub(r"([\\`*_\[\]<>|#&~])", r"\\\1", " ".join(printable(text).split()))
+    return re.sub(r"([\\`*_\[\]<>|#&~])", r"\\\1", printable(" ".join(text.split()), joiners=True))
 
 
 def _csv_cell(value: Any) -> Any:

@@ -276,3 +276,7 @@ def results_csv(results: Sequence[Result], *, task: str | None = None, **facts: 
         "autoregressive_ms", "tokens_per_second", "speedup", *(f"marginal_{i}" for i in range(1, h + 1)),
     )  # fmt: skip
     return Table([Column(name, TEXT, name) for name in names], rows)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else NUMBER.show(value)

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from rescore.table import (
-    COUNT, GAIN, GAIN_INTERVAL, NUMBER, NUMBER_INTERVAL, SHARE, Column, Table, escaped, joined, text_table,
+    COUNT,
+    GAIN,
+    GAIN_INTERVAL,
+    NUMBER,
+    NUMBER_INTERVAL,
+    SHARE,
+    Column,
+    Table,
+    escaped,
+    joined,
+    text_table,
 )  # fmt: skip
 
 COLUMNS = [

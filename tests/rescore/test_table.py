@@ -69,8 +69,13 @@ def test_a_csv_of_unknown_intervals_has_their_columns():
 
 @pytest.mark.parametrize(
     ("format", "value", "shown"),
-    [(GAIN, 0.149, "+14.9%"), (GAIN, -0.0001, "+0.0%"), (SHARE, -0.0, "0.0%"), (GAIN_INTERVAL, (-0.01, 0.2), "-1.0% to +20.0%")],
-)  # fmt: skip
+    [
+        (GAIN, 0.149, "+14.9%"),
+        (GAIN, -0.0001, "+0.0%"),
+        (SHARE, -0.0, "0.0%"),
+        (GAIN_INTERVAL, (-0.01, 0.2), "-1.0% to +20.0%"),
+    ],
+)
 def test_one_way_to_write_a_value(format, value, shown):
     assert format.show(value) == shown
 

@@ -88,7 +88,7 @@ def run_suite(
 
 def _run(plan: Plan, out: Path, source: str, progress: Progress | None, notify: Notify | None) -> Suite:
     _claim(out, plan)
-    suite = SuiteDocument(source=source, plan=plan.as_dict(), **environment())
+    suite = SuiteDocument(source=source, plan=plain(plan.as_dict()), **environment())
     interrupted = False
 
     def tell(line: str) -> None:
@@ -122,7 +122,7 @@ def _run(plan: Plan, out: Path, source: str, progress: Progress | None, notify: 
 
 def _claim(out: Path, plan: Plan) -> None:
     """Writes `plan.json`, or compares with the one that is there."""
-    path, wanted = out / PLAN_FILE, json.loads(json.dumps(plan.as_dict()))
+    path, wanted = out / PLAN_FILE, plain(plan.as_dict())
     if path.is_file():
         found = read_json_object(path, missing=f"can't tell whose suite {out} holds", advice="use another --out")
         if changed := _differences(found, wanted):
@@ -176,7 +176,7 @@ class _Weights:
         with writing(path):
             self._stream = open_appending(path)
         self.kept = [
-            convert_record(fields, SuiteSweep, where=f"{path} line {number}", advice="use another --out")
+            convert_record(fields, SuiteSweep, where=f"{path} line {number} is no tuned weight", advice="use another --out")
             for number, fields in read_json_lines(path)
         ]
 

@@ -81,12 +81,12 @@ class TestPairs:
         found = compare(a, selection=Selection(a_rescorer="none", b_rescorer="oracle"))
         assert sides(found) == [("none", 1, "oracle", 1), ("none", 2, "oracle", 1)]
         run = load_run(a)
-        accepted = [[r["accepted"] for r in run.records["squad", *side]] for side in (("none", 1), ("oracle", 1))]
+        accepted = [[r.accepted for r in run.records["squad", *side]] for side in (("none", 1), ("oracle", 1))]
         assert found.rows[0].difference == paired_difference(*accepted)
-        by_name = {(r["rescorer"], r["p"]): r for r in run.results}
-        assert found.rows[0].difference.gain == pytest.approx(by_name["oracle", 1]["gain"])
-        assert found.rows[0].difference.gain_ci95 == pytest.approx(by_name["oracle", 1]["gain_ci95"])
-        assert found.rows[0].b.block_efficiency == by_name["oracle", 1]["block_efficiency"]
+        by_name = {(r.rescorer, r.p): r for r in run.results}
+        assert found.rows[0].difference.gain == pytest.approx(by_name["oracle", 1].gain)
+        assert found.rows[0].difference.gain_ci95 == pytest.approx(by_name["oracle", 1].gain_ci95)
+        assert found.rows[0].b.block_efficiency == by_name["oracle", 1].block_efficiency
 
     def test_two_p_and_one_rescorer(self, make: Make):
         a = make("a")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import files_of_at_most
+from made_records import made_result, run_config
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError
 from lm.records import plain
@@ -27,7 +28,6 @@ from rescore.runs.records import (
     Outcomes,
     Result,
     ResultsDocument,
-    RunConfig,
 )
 from rescore.runs.results import ExampleLog, environment, save_results, versions
 
@@ -159,15 +159,7 @@ class TestExampleLog:
 
 
 def result(**changes: Any) -> Result:
-    accounting = account([[1, 2, 3], [3, 1]], 3)
-    fields = {
-        "task": "squad", "rescorer": "none", "k": 16, "p": 1, "h": len(changes.get("marginal", accounting.marginal)),
-        "alpha": None, "n": 2, "oracle_block_efficiency": 2.5,
-        "gain": None, "gain_ci95": None, "against_unrescored": None, "quality": {}, "cut_at_limit": None,
-        "identical": None, "divergence": None, "latency": None,
-        **vars(accounting),
-    }  # fmt: skip
-    return Result(**{**fields, **changes})
+    return made_result(**vars(account([[1, 2, 3], [3, 1]], 3)) | changes)
 
 
 OPTIONS = EvalOptions(base="tiny", max_new_tokens=64)
@@ -180,11 +172,7 @@ LATENCY = Latency(
 
 
 def document(found: Sequence[Result] = (), options: EvalOptions = OPTIONS) -> ResultsDocument:
-    config = RunConfig(
-        options=options, versions={}, git_revision=None, device="cpu", threads=1, data={},
-        traces={"squad": {"k": 16}},
-    )  # fmt: skip
-    return ResultsDocument(config=config, results=list(found))
+    return ResultsDocument(config=run_config(options=options), results=list(found))
 
 
 class TestDocument:

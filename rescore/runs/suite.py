@@ -7,7 +7,6 @@ kept; every trace is recorded once. The tables and the manifest are written when
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -28,11 +27,12 @@ from lm.keys import key_of
 from lm.locks import writing_to
 from lm.records import convert_record, plain
 from rescore.rescorers import WeightedRescorer, load_rescorer
+from rescore.runs.environment import environment
 from rescore.runs.evaluation import evaluate
 from rescore.runs.finished import load_run
 from rescore.runs.inputs import EvalOptions, Models, Progress, Run, TaskInput, prepare, resolve
 from rescore.runs.records import Alpha, Result, RunConfig
-from rescore.runs.results import RESULTS_FILE, environment
+from rescore.runs.results import RESULTS_FILE
 from rescore.runs.suite_files import (
     CSV_FILE,
     MANIFEST_FILE,
@@ -176,7 +176,9 @@ class _Weights:
         with writing(path):
             self._stream = open_appending(path)
         self.kept = [
-            convert_record(fields, SuiteSweep, where=f"{path} line {number} is no tuned weight", advice="use another --out")
+            convert_record(
+                fields, SuiteSweep, where=f"{path} line {number} is no tuned weight", advice="use another --out"
+            )
             for number, fields in read_json_lines(path)
         ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rescore.runs.inputs import EvalOptions
-from rescore.runs.records import ExampleRecord, Result, RunConfig
+from rescore.runs.records import ExampleRecord, Latency, Result, RunConfig
 
 
 def example_record(**changes: Any) -> ExampleRecord:
@@ -28,6 +28,17 @@ def made_result(**changes: Any) -> Result:
         "cut_at_limit": None, "identical": None, "divergence": None, "latency": None,
     }  # fmt: skip
     return Result(**fields | changes)
+
+
+def made_latency(**changes: Any) -> Latency:
+    """Times of a live result."""
+    fields: dict[str, Any] = {
+        "verify": "tree", "prefill_ms": 123.4, "autoregressive_ms": 20.0, "verify_ms": 21.0, "heads_ms": 1.5,
+        "rescore_ms": 0.25, "rescore_p50_ms": 0.2, "rescore_p95_ms": 0.4, "glue_share": 0.031,
+        "tokens_per_second": 87.6, "autoregressive_tokens_per_second": 50.0, "speedup": 1.752,
+        "predicted_speedup": 1.8,
+    }  # fmt: skip
+    return Latency(**fields | changes)
 
 
 def run_config(**changes: Any) -> RunConfig:

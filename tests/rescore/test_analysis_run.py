@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from analysis_traces import small_trace
-from made_records import example_record, made_result, run_config
+from made_records import example_record, made_latency, made_result, run_config
 from msgspec.structs import replace
 
 from lattices.errors import RescoreError, UnknownNameError
 from rescore.runs.evaluation import EvalOptions, evaluate
 from rescore.runs.finished import load_run
-from rescore.runs.records import Alpha, Latency
+from rescore.runs.records import Alpha
 from rescore.studies.analysis import analyse_run, contrast, efficiency_table
 from rescore.studies.analysis.outcomes import outcomes_of
 from rescore.studies.analysis.p_curve import curves_of_results
@@ -168,14 +168,9 @@ def test_curves_are_sorted_by_p_and_need_several():
 def test_what_results_say_beside():
     config = run_config(alphas={"squad": {"ngram": {1: Alpha(alpha=0.5, source="tuned")}}})
     assert alpha_source(config, "squad", "ngram", 1) == "tuned" and alpha_source(config, "squad", "none", 1) is None
-    latency = Latency(
-        verify="tree", prefill_ms=1.0, autoregressive_ms=2.0, verify_ms=3.0, heads_ms=1.0, rescore_ms=0.5,
-        rescore_p50_ms=0.4, rescore_p95_ms=0.9, glue_share=0.01, tokens_per_second=9.0,
-        autoregressive_tokens_per_second=9.0, speedup=1.1, predicted_speedup=None,
-    )  # fmt: skip
     assert wallclock_in(made_result()) is None
-    found = wallclock_in(made_result(latency=latency))
-    assert (found.rescore_p95_ms, found.speedup, found.predicted_speedup) == (0.9, 1.1, None)
+    found = wallclock_in(made_result(latency=made_latency(predicted_speedup=None)))
+    assert (found.rescore_p95_ms, found.speedup, found.predicted_speedup) == (0.4, 1.752, None)
 
 
 class TestFolders:

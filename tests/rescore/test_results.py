@@ -12,24 +12,24 @@ from typing import Any
 
 import pytest
 from conftest import files_of_at_most
-from made_records import made_result, run_config
+from made_records import made_latency, made_result, run_config
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError
 from lm.records import plain
 from rescore.accounting import account
 from rescore.report.tables import results_table, table
-from rescore.runs import results
+from rescore.runs import environment as environment_module
+from rescore.runs.environment import environment, versions
 from rescore.runs.inputs import EvalOptions
 from rescore.runs.records import (
     Divergence,
     ExampleRecord,
     Identical,
-    Latency,
     Outcomes,
     Result,
     ResultsDocument,
 )
-from rescore.runs.results import ExampleLog, environment, save_results, versions
+from rescore.runs.results import ExampleLog, save_results
 
 CONFIG = {"options": {"k": 16, "p": 1}, "traces": {"squad": {"base": {"weights_sha256": "abc"}}}}
 
@@ -164,11 +164,7 @@ def result(**changes: Any) -> Result:
 
 OPTIONS = EvalOptions(base="tiny", max_new_tokens=64)
 LIVE = EvalOptions(base="tiny", max_new_tokens=64, mode="live")
-LATENCY = Latency(
-    verify="tree", prefill_ms=123.4, autoregressive_ms=20.0, verify_ms=21.0, heads_ms=1.5, rescore_ms=0.25,
-    rescore_p50_ms=0.2, rescore_p95_ms=0.4, glue_share=0.031, tokens_per_second=87.6,
-    autoregressive_tokens_per_second=50.0, speedup=1.752, predicted_speedup=1.8,
-)  # fmt: skip
+LATENCY = made_latency()
 
 
 def document(found: Sequence[Result] = (), options: EvalOptions = OPTIONS) -> ResultsDocument:
@@ -210,7 +206,7 @@ class TestDocument:
         assert environment()["versions"] == versions()
         revision = environment()["git_revision"]
         assert revision is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", revision)
-        monkeypatch.setattr(results, "LIBRARIES", ("no-such-library",))
+        monkeypatch.setattr(environment_module, "LIBRARIES", ("no-such-library",))
         assert versions()["no-such-library"] == "not installed"
 
     def test_without_git_there_is_no_revision(self, monkeypatch: pytest.MonkeyPatch):

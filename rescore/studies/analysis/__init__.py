@@ -7,8 +7,7 @@ are never mixed: the records say which is which.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 from lattices.errors import UnknownNameError
 from rescore.checks import check_held_k

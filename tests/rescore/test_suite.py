@@ -365,6 +365,23 @@ class TestRefused:
         (tmp_path / "out" / "notes").touch()
         refused(lambda: run(write(), tmp_path / "out"), "holds something else than a suite")
 
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"schema": "rescore.suite/1"}, "has schema 'rescore.suite/1'; this version reads 'rescore.suite/2'"),
+            ({"runs": [{"task": "squad", "k": 4, "h": None}]}, "required field `folder` - at `runs[0]`"),
+            ({"runs": None}, "Expected `array`, got `null` - at `runs`"),
+            ({"results": [{}]}, "required field `task` - at `results[0]`"),
+        ],
+    )
+    def test_a_broken_manifest(self, write: Write, tmp_path: Path, changes: dict[str, Any], message: str):
+        run(write(("k: [4, 2]", "k: 4")), tmp_path / "out")
+        path = tmp_path / "out" / "suite.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        refused(lambda: load_runs(tmp_path / "out"), message, InvalidDataError)
+        refused(lambda: load_runs(tmp_path / "out"), "suite.json", InvalidDataError)
+        refused(lambda: load_runs(tmp_path / "out"), "; run the suite again", InvalidDataError)
+
     def test_a_broken_list_of_weights(self, write: Write, tmp_path: Path):
         run(write(), tmp_path / "out")
         (tmp_path / "out" / "tuned.jsonl").write_text("{}\n")

@@ -141,7 +141,7 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from rescore.runs.results import versions
+        from rescore.runs.environment import versions
 
         print("\n".join(f"{name} {version}" for name, version in versions().items()))
         raise typer.Exit

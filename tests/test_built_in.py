@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rescore.runs.evaluation import EvalOptions, evaluate
+from rescore.runs.records import Identical
 
 
 @pytest.mark.parametrize("base", ["smollm2-135m", "smollm2-135m-bpd"])
@@ -14,6 +15,6 @@ def test_a_built_in_model_decodes_exactly_and_gains(base):
     live = evaluate(EvalOptions(**{**options.__dict__, "mode": "live"})).document.results
     for a, b in zip(replayed, live, strict=True):
         assert a.accepted_histogram == b.accepted_histogram
-        assert b.identical == {"n": 2, "identical": 2}
+        assert b.identical == Identical(n=2, identical=2)
     unrescored, oracle = replayed
     assert oracle.block_efficiency > unrescored.block_efficiency > 1.0

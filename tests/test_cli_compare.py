@@ -10,6 +10,7 @@ import pytest
 from conftest import write_lines
 from test_cli import Command, model, rescore
 
+from rescore.runs.records import ExampleRecord
 from rescore.runs.results import ExampleLog
 
 __all__ = ["model", "rescore"]  # fixtures
@@ -96,7 +97,7 @@ class TestSuite:
         assert (run.code, run.err) == (0, "")
         assert re.search(r"\nsquad +4 \(4\) +oracle \(1\) +- +\d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\) ", run.out)
         assert rescore(*asked).out == run.out
-        assert rescore(*asked, "--json").document["schema"] == "rescore.suite/1"
+        assert rescore(*asked, "--json").document["schema"] == "rescore.suite/2"
         plan.write_text(plan.read_text().replace("limit: 4", "limit: 5"))
         rescore(*asked).refused("limit: 4 -> 5.; use another --out")
         plan.write_text(plan.read_text() + "rescorer: none\n")
@@ -105,7 +106,7 @@ class TestSuite:
     def test_ctrl_c(self, rescore: Command, plan: Path, squad_file: Path, tmp_path: Path, monkeypatch: Any):
         add, calls = ExampleLog.add, []
 
-        def stop(self: ExampleLog, record: dict[str, Any]) -> None:
+        def stop(self: ExampleLog, record: ExampleRecord) -> None:
             calls.append(1)
             if len(calls) == 4:
                 raise KeyboardInterrupt

@@ -28,9 +28,9 @@ from rescore.report.exports import csv_text, markdown_text
 from rescore.report.headline import Headline, make_headline
 from rescore.report.sources import Sources, TaskView, json_text, load_sources
 from rescore.report.token_text import harmless, tokenizer_of
+from rescore.runs.environment import versions
 from rescore.runs.inputs import Progress
 from rescore.runs.records import Result
-from rescore.runs.results import versions
 
 TEMPLATES = Path(__file__).parent / "templates"
 DEFAULT_EXAMPLES = 8

@@ -28,7 +28,7 @@ from rescore.tracing import trace_folder
 @dataclass(frozen=True)
 class TaskView:
     """One task of one run: a column of the report. `label` is the task's name, with the folder's where two runs have
-    the task; `results` (fields of `rescore.runs.results.Result`) in the order of the run; `sweeps`: of the weights
+    the task; `results` (fields of `rescore.runs.records.Result`) in the order of the run; `sweeps`: of the weights
     that the run used."""
 
     label: str

@@ -133,8 +133,8 @@ def load_run(folder: Path) -> FinishedRun:
     config, results = document.config, document.results
     if not results:
         raise InvalidDataError(f"{path} holds no results; {advice}")
-    if missing := [r.task for r in results if r.task not in config.traces]:
-        raise InvalidDataError(f"{path} holds no whole configuration: traces.{missing[0]}; {advice}")
+    if missing := [r.task for r in results if not isinstance(config.traces.get(r.task, {}).get("k"), int)]:
+        raise InvalidDataError(f"{path} holds no whole configuration: traces.{missing[0]}.k; {advice}")
     by_id: dict[tuple[str, str, int], dict[str, ExampleRecord]] = {}
     for record in read_examples(folder / EXAMPLES_FILE, advice=advice):
         # An example that is there twice (two processes once wrote to one folder) counts once, as `ExampleLog` has it.

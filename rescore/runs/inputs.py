@@ -20,6 +20,7 @@ from lattices.paths import user_path
 from lm.files import sha256_of_file
 from lm.keys import key_of, software
 from lm.locks import making, tell, writing_to
+from lm.records import Count
 from rescore.checks import check_held_k, check_k, check_new_tokens, check_p
 from rescore.decoding import VERIFY_MODES
 from rescore.groups import digest, held_out
@@ -73,8 +74,8 @@ class EvalOptions:
     rescorers: tuple[str, ...] = ("none",)
     base: str = "smollm2-135m"
     heads: str | None = None
-    h: int | None = None
-    k: int = 16
+    h: Count | None = None
+    k: Count = 16
     p: int | tuple[int, ...] = 1
     alpha: float | Literal["tuned"] | None = None
     limit: int | None = None
@@ -86,7 +87,7 @@ class EvalOptions:
     trace: str | None = None
     dtype: str = "float32"
     device: str = "auto"
-    seed: int = 0
+    seed: Count = 0
     own_p: tuple[tuple[str, tuple[int, ...]], ...] = ()
     leave_out: str | None = None
 

@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from lm.records import Count, Number
 from rescore.decoding import Seconds
 from rescore.runs.inputs import EvalOptions
 
 SCHEMA = "rescore.results/5"
-Count = Annotated[int, msgspec.Meta(ge=0)]
-Interval = tuple[float, float]
+Interval = tuple[Number, Number]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class LiveExample:
     autoregressive_seconds: Seconds
 
 
-class ExampleRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class ExampleRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """One example decoded by one rescorer with one p: a line of `examples.jsonl`.
 
     rescorer: its spec; group: key of the source that the example shares with others; h: tokens of a block.
@@ -65,17 +65,17 @@ class ExampleRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 class Outcomes:
     """Shares of steps that accepted more, as many, fewer tokens than the unrescored draft would have there."""
 
-    won: float
-    tied: float
-    lost: float
+    won: Number
+    tied: Number
+    lost: Number
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identical:
     """Outputs that are greedy decoding's, of n."""
 
-    n: int
-    identical: int
+    n: Count
+    identical: Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +83,8 @@ class Divergence:
     """An output that is not: the first token that differs (from 0), and the greedy logit margin there."""
 
     id: str
-    position: int
-    margin: float
+    position: Count
+    margin: Number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,18 +100,18 @@ class Latency:
     """
 
     verify: str
-    prefill_ms: float
-    autoregressive_ms: float
-    verify_ms: float
-    heads_ms: float
-    rescore_ms: float
-    rescore_p50_ms: float
-    rescore_p95_ms: float
-    glue_share: float
-    tokens_per_second: float
-    autoregressive_tokens_per_second: float
-    speedup: float
-    predicted_speedup: float | None
+    prefill_ms: Number
+    autoregressive_ms: Number
+    verify_ms: Number
+    heads_ms: Number
+    rescore_ms: Number
+    rescore_p50_ms: Number
+    rescore_p95_ms: Number
+    glue_share: Number
+    tokens_per_second: Number
+    autoregressive_tokens_per_second: Number
+    speedup: Number
+    predicted_speedup: Number | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,23 +133,23 @@ class Result:
     k: Count
     p: Count
     h: Count
-    alpha: float | None
+    alpha: Number | None
     n: Count
     groups: Count
-    block_efficiency: float
+    block_efficiency: Number
     block_efficiency_ci95: Interval | None
-    block_efficiency_macro: float
-    oracle_block_efficiency: float
-    gain: float | None
+    block_efficiency_macro: Number
+    oracle_block_efficiency: Number
+    gain: Number | None
     gain_ci95: Interval | None
     against_unrescored: Outcomes | None
     steps: Count
     tokens: Count
     accepted_histogram: list[Count]
-    marginal: list[float]
-    conditional: list[float | None]
-    quality: dict[str, float]
-    cut_at_limit: float | None
+    marginal: Annotated[list[Number], msgspec.Meta(min_length=1)]
+    conditional: list[Number | None]
+    quality: dict[str, Number]
+    cut_at_limit: Number | None
     identical: Identical | None
     divergence: list[Divergence] | None
     latency: Latency | None
@@ -174,11 +174,11 @@ class Alpha(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, renam
     data_sha256: of the data that it was tuned on; other_data: these are not the data of the run.
     """
 
-    alpha: float
+    alpha: Number
     source: Literal["option", "tuned", "default"]
     held_out: tuple[str, ...] = ()
     held_out_groups: tuple[str, ...] = ()
-    swept: tuple[float, ...] | None = None
+    swept: tuple[Number, ...] | None = None
     data_sha256: str | None = None
     other_data: bool = False
 
@@ -196,9 +196,9 @@ class Tuned:
     rescorer: str
     k: int
     p: int
-    alphas: tuple[float, ...]
-    block_efficiency: tuple[float, ...]
-    alpha: float
+    alphas: tuple[Number, ...]
+    block_efficiency: tuple[Number, ...]
+    alpha: Number
     held_out: tuple[str, ...]
     held_out_groups: tuple[str, ...] = ()
     identity: str = ""

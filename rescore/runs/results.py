@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -24,7 +22,6 @@ from lm.records import convert_record, plain
 from rescore.runs.records import ExampleRecord, ResultsDocument
 
 EXAMPLES_FILE, CONFIG_FILE, RESULTS_FILE = "examples.jsonl", "config.json", "results.json"
-LIBRARIES = ("torch", "transformers", "numpy", "numba", "datasets")
 Key = tuple[str, str, int, str]  # task, rescorer, p, example
 
 
@@ -111,31 +108,3 @@ def _claim(folder: Path, config: dict[str, Any]) -> None:
 def save_results(document: ResultsDocument, folder: Path) -> None:
     """Writes `results.json` atomically. Raises `OutputError`."""
     write_json(folder / RESULTS_FILE, plain(document))
-
-
-def environment() -> dict[str, Any]:
-    """Versions of this project and its key libraries, and the git revision where there is one."""
-    return {"versions": versions(), "git_revision": _git_revision()}
-
-
-def versions() -> dict[str, str]:
-    """Installed versions by distribution name."""
-    found = {}
-    for name in ("rescore", *LIBRARIES):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def _git_revision() -> str | None:
-    """The commit, with `-dirty` where tracked files are changed; None outside a checkout."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

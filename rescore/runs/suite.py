@@ -7,7 +7,6 @@ kept; every trace is recorded once. The tables and the manifest are written when
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -28,11 +27,12 @@ from lm.keys import key_of
 from lm.locks import writing_to
 from lm.records import convert_record, plain
 from rescore.rescorers import load_rescorer
+from rescore.runs.environment import environment
 from rescore.runs.evaluation import evaluate
 from rescore.runs.finished import load_run
 from rescore.runs.inputs import EvalOptions, Models, Progress, Run, TaskInput, prepare, resolve
 from rescore.runs.records import Alpha, Result, RunConfig
-from rescore.runs.results import RESULTS_FILE, environment
+from rescore.runs.results import RESULTS_FILE
 from rescore.runs.suite_files import (
     CSV_FILE,
     MANIFEST_FILE,
@@ -89,7 +89,7 @@ def run_suite(
 
 def _run(plan: Plan, out: Path, source: str, progress: Progress | None, notify: Notify | None) -> Suite:
     _claim(out, plan)
-    suite = SuiteDocument(source=source, plan=plan.as_dict(), **environment())
+    suite = SuiteDocument(source=source, plan=plain(plan.as_dict()), **environment())
     interrupted = False
 
     def tell(line: str) -> None:
@@ -123,7 +123,7 @@ def _run(plan: Plan, out: Path, source: str, progress: Progress | None, notify: 
 
 def _claim(out: Path, plan: Plan) -> None:
     """Writes `plan.json`, or compares with the one that is there."""
-    path, wanted = out / PLAN_FILE, json.loads(json.dumps(plan.as_dict()))
+    path, wanted = out / PLAN_FILE, plain(plan.as_dict())
     if path.is_file():
         found = read_json_object(path, missing=f"can't tell whose suite {out} holds", advice="use another --out")
         if changed := _differences(found, wanted):
@@ -177,7 +177,9 @@ class _Weights:
         with writing(path):
             self._stream = open_appending(path)
         self.kept = [
-            convert_record(fields, SuiteSweep, where=f"{path} line {number}", advice="use another --out")
+            convert_record(
+                fields, SuiteSweep, where=f"{path} line {number} is no tuned weight", advice="use another --out"
+            )
             for number, fields in read_json_lines(path)
         ]
 

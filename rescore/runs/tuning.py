@@ -13,10 +13,10 @@ from lm.records import plain
 from rescore.accounting import account
 from rescore.replay import replay
 from rescore.rescorers import load_rescorer
+from rescore.runs.environment import environment
 from rescore.runs.evaluation import Notify
 from rescore.runs.inputs import EvalOptions, Models, Progress, prepare, resolve
 from rescore.runs.records import Tuned
-from rescore.runs.results import environment
 from rescore.runs.weights import check_tokenizers, coverage_notices, fit_to, tuned_path
 
 DEFAULT_ALPHAS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)

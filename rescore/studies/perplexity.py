@@ -8,7 +8,7 @@ from typing import Any
 
 from lattices.errors import RescoreError
 from lattices.paths import user_path
-from rescore.runs.results import environment
+from rescore.runs.environment import environment
 from rescore.tasks import load_task, task_names
 from rescore.tasks.data import load_examples
 

@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from analysis_traces import small_trace
+from made_records import example_record, made_latency, made_result, run_config
+from msgspec.structs import replace
 
 from lattices.errors import RescoreError, UnknownNameError
 from rescore.runs.evaluation import EvalOptions, evaluate
 from rescore.runs.finished import load_run
+from rescore.runs.records import Alpha
 from rescore.studies.analysis import analyse_run, contrast, efficiency_table
 from rescore.studies.analysis.outcomes import outcomes_of
 from rescore.studies.analysis.p_curve import curves_of_results
@@ -23,10 +26,10 @@ from rescore.studies.analysis.run_records import alpha_source, wallclock_in
 #   at 0 the draft 1 2 3 is accepted whole; the unrescored 1 1 1 for 1: a win, and its wrong token repeats: repair.
 #   at 3 the draft 4 4 5 is accepted for 1; the unrescored 4 5 5 for 2: a loss, and its wrong token repeats: regress.
 #   at 4 the draft 5 5 8 is the unrescored one: a tie.
-RECORD = {
-    "id": "a", "accepted": [3, 1, 1], "unrescored_accepted": [1, 2, 1], "output_ids": [1, 2, 3, 4, 5],
-    "drafts": [[1, 2, 3], [4, 4, 5], [5, 5, 8]],
-}  # fmt: skip
+RECORD = example_record(
+    id="a", accepted=[3, 1, 1], unrescored_accepted=[1, 2, 1], output_ids=[1, 2, 3, 4, 5], h=3,
+    drafts=[[1, 2, 3], [4, 4, 5], [5, 5, 8]],
+)  # fmt: skip
 
 
 class TestOutcomes:
@@ -43,20 +46,18 @@ class TestOutcomes:
     def test_other_causes(self):
         # At 0 the unrescored draft repeats behind the token that decides nothing: here 1 2 8 wins (2 against 1), and
         # the wrong token 1 repeats 1: repair. At 2 the draft 3 4 5 wins over 3 8 5, which repeats nothing.
-        record = {
-            **RECORD, "accepted": [2, 3], "unrescored_accepted": [1, 1], "drafts": [[1, 2, 8], [3, 4, 5]],
-        }  # fmt: skip
+        record = replace(RECORD, accepted=[2, 3], unrescored_accepted=[1, 1], drafts=[[1, 2, 8], [3, 4, 5]])
         found = outcomes_of([record], 3, small_trace().examples)
         assert (found.won, found.repairs, found.repair_share) == (2, 1, 0.5)
         assert found.lost == 0 and found.regress_share is None and found.fewer_repeats == 1
 
     def test_causes_need_trace_and_drafts(self):
-        without = {name: value for name, value in RECORD.items() if name != "drafts"}
+        without = replace(RECORD, drafts=[])
         for found in (outcomes_of([RECORD], 3), outcomes_of([without], 3, small_trace().examples)):
             assert (found.won, found.repairs, found.repair_share) == (1, None, None)
 
     def test_another_output_is_left_out(self):
-        other = {name: value for name, value in RECORD.items() if name != "unrescored_accepted"}
+        other = replace(RECORD, unrescored_accepted=None)
         assert outcomes_of([other], 3, small_trace().examples) is None and outcomes_of([], 3) is None
 
 
@@ -69,15 +70,15 @@ class TestBeforeAfter:
         assert found.after.share == pytest.approx(2 / 6) and found.after.mean_longest_run == pytest.approx(5 / 3)
 
     def test_live_drafts_that_were_cut_do_not_count(self):
-        record = {**RECORD, "drafts": [[1, 2, 3], [4, 4], [5]]}
+        record = replace(RECORD, drafts=[[1, 2, 3], [4, 4], [5]])
         found = before_after([record], small_trace().examples)
         # Before: 1 1 1: 2 of 2 pairs. After: 1 2 3: none. 4 5 against 4 4 and 5 against 5 are cut.
         assert (found.before.drafts, found.before.share, found.before.mean_longest_run) == (1, 1.0, 3.0)
         assert (found.after.drafts, found.after.share, found.after.repeating) == (1, 0.0, 0.0)
 
     def test_other_outputs_are_left_out(self):
-        assert before_after([{**RECORD, "output_ids": [1, 2, 9]}], small_trace().examples) is None
-        assert before_after([{**RECORD, "id": "b"}], small_trace().examples) is None
+        assert before_after([replace(RECORD, output_ids=[1, 2, 9])], small_trace().examples) is None
+        assert before_after([replace(RECORD, id="b")], small_trace().examples) is None
 
 
 @pytest.fixture
@@ -96,12 +97,12 @@ class TestRun:
         json.dumps(found.as_dict(), allow_nan=False)
         assert (found.task, found.h, found.k, found.examples, found.mode) == ("squad", 4, 4, 6, "replay")
         for part, result in zip(found.rescorers, run.results, strict=True):
-            shares, outcomes = result["against_unrescored"], part.outcomes
-            assert (part.rescorer, part.p, part.alpha) == (result["rescorer"], result["p"], result["alpha"])
-            assert part.efficiency.block_efficiency == result["block_efficiency"]
-            assert outcomes.won / outcomes.steps == pytest.approx(shares["won"])
-            assert outcomes.lost / outcomes.steps == pytest.approx(shares["lost"])
-            assert np.array(outcomes.joint).sum() == outcomes.steps == result["steps"]
+            shares, outcomes = result.against_unrescored, part.outcomes
+            assert (part.rescorer, part.p, part.alpha) == (result.rescorer, result.p, result.alpha)
+            assert part.efficiency.block_efficiency == result.block_efficiency
+            assert outcomes.won / outcomes.steps == pytest.approx(shares.won)
+            assert outcomes.lost / outcomes.steps == pytest.approx(shares.lost)
+            assert np.array(outcomes.joint).sum() == outcomes.steps == result.steps
             assert outcomes.repairs is not None and part.wallclock is None
             assert part.repetition.examples == 6
         plain = found.rescorers[0]
@@ -115,7 +116,8 @@ class TestRun:
         assert set(curves) == {"none", "context-ngram:none"} and curves["none"].ps == (1, 3)
 
     def test_a_trace_that_is_gone(self, run):
-        gone = dataclasses.replace(run, config={**run.config, "options": {**run.config["options"], "trace": "/gone"}})
+        options = dataclasses.replace(run.config.options, trace="/gone")
+        gone = dataclasses.replace(run, config=dataclasses.replace(run.config, options=options))
         found = analyse_run(gone, "squad")
         assert found.trace is None and found.rescorers[0].repetition is None
         assert found.rescorers[0].outcomes.won == 0 and found.rescorers[0].outcomes.repairs is None
@@ -130,29 +132,24 @@ class TestRun:
         found = efficiency_table([run])
         assert found.tasks == ("squad",) and len(found.rows) == 5
         assert [(row.rescorer, row.p, row.h, row.k) for row in found.rows][:2] == [("none", 1, 4, 4), ("none", 3, 4, 4)]
-        assert found.rows[0].mean_gain is None and found.rows[-1].mean_gain == run.results[-1]["gain"]
+        assert found.rows[0].mean_gain is None and found.rows[-1].mean_gain == run.results[-1].gain
         paired = contrast(run, "squad", "oracle", "none")
-        assert paired.gain == run.results[-1]["gain"] and list(paired.gain_ci95) == run.results[-1]["gain_ci95"]
+        assert paired.gain == run.results[-1].gain and paired.gain_ci95 == run.results[-1].gain_ci95
         with pytest.raises(RescoreError, match="in two of the folders"):
             efficiency_table([run, run])
 
 
 def result(rescorer: str, p: int, efficiency: float, *, task: str = "squad", h: int = 3, gain: float | None = None):
-    return {
-        "task": task, "rescorer": rescorer, "p": p, "k": 16, "alpha": None, "n": 2, "groups": 2,
-        "steps": 10, "tokens": 12,
-        "block_efficiency": efficiency, "block_efficiency_ci95": None, "block_efficiency_macro": efficiency,
-        "gain": gain, "gain_ci95": None, "marginal": [1.0] * h, "latency": None,
-    }  # fmt: skip
+    return made_result(task=task, rescorer=rescorer, p=p, block_efficiency=efficiency, gain=gain, marginal=[1.0] * h)
 
 
 def test_rows_of_several_runs(tmp_path):
     from rescore.runs.finished import FinishedRun
 
     runs = [
-        FinishedRun(tmp_path, {}, [result("none", 1, 1.2), result("ngram", 1, 1.3, gain=0.08)], {}),
-        FinishedRun(tmp_path, {}, [result("ngram", 1, 1.5, task="xsum", gain=0.1)], {}),
-        FinishedRun(tmp_path, {}, [result("ngram", 1, 1.6, h=9, gain=0.2)], {}),
+        FinishedRun(tmp_path, run_config(), [result("none", 1, 1.2), result("ngram", 1, 1.3, gain=0.08)], {}),
+        FinishedRun(tmp_path, run_config(), [result("ngram", 1, 1.5, task="xsum", gain=0.1)], {}),
+        FinishedRun(tmp_path, run_config(), [result("ngram", 1, 1.6, h=9, gain=0.2)], {}),
     ]
     found = efficiency_table(runs)
     assert found.tasks == ("squad", "xsum")
@@ -169,15 +166,11 @@ def test_curves_are_sorted_by_p_and_need_several():
 
 
 def test_what_results_say_beside():
-    config = {"alphas": {"squad": {"ngram": {"1": {"alpha": 0.5, "from": "tuned"}}}}}
+    config = run_config(alphas={"squad": {"ngram": {1: Alpha(alpha=0.5, source="tuned")}}})
     assert alpha_source(config, "squad", "ngram", 1) == "tuned" and alpha_source(config, "squad", "none", 1) is None
-    latency = {
-        "verify": "tree", "prefill_ms": 1.0, "autoregressive_ms": 2.0, "verify_ms": 3.0, "heads_ms": 1.0,
-        "rescore_ms": 0.5, "rescore_p50_ms": 0.4, "rescore_p95_ms": 0.9, "glue_share": 0.01, "tokens_per_second": 9.0,
-        "autoregressive_tokens_per_second": 9.0, "speedup": 1.1, "predicted_speedup": None,
-    }  # fmt: skip
-    found = wallclock_in({"latency": latency})
-    assert (found.rescore_p95_ms, found.speedup, found.predicted_speedup) == (0.9, 1.1, None)
+    assert wallclock_in(made_result()) is None
+    found = wallclock_in(made_result(latency=made_latency(predicted_speedup=None)))
+    assert (found.rescore_p95_ms, found.speedup, found.predicted_speedup) == (0.4, 1.752, None)
 
 
 class TestFolders:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 from conftest import squad_records, write_lines
+from rescore.studies.comparison_table import comparison_table
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from rescore.accounting import paired_difference
 from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
 from rescore.runs.finished import load_run
 from rescore.studies.comparison import Comparison, Selection, compare
-from rescore.studies.comparison_table import comparison_table
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +81,12 @@ class TestPairs:
         found = compare(a, selection=Selection(a_rescorer="none", b_rescorer="oracle"))
         assert sides(found) == [("none", 1, "oracle", 1), ("none", 2, "oracle", 1)]
         run = load_run(a)
-        accepted = [[r["accepted"] for r in run.records["squad", *side]] for side in (("none", 1), ("oracle", 1))]
+        accepted = [[r.accepted for r in run.records["squad", *side]] for side in (("none", 1), ("oracle", 1))]
         assert found.rows[0].difference == paired_difference(*accepted)
-        by_name = {(r["rescorer"], r["p"]): r for r in run.results}
-        assert found.rows[0].difference.gain == pytest.approx(by_name["oracle", 1]["gain"])
-        assert found.rows[0].difference.gain_ci95 == pytest.approx(by_name["oracle", 1]["gain_ci95"])
-        assert found.rows[0].b.block_efficiency == by_name["oracle", 1]["block_efficiency"]
+        by_name = {(r.rescorer, r.p): r for r in run.results}
+        assert found.rows[0].difference.gain == pytest.approx(by_name["oracle", 1].gain)
+        assert found.rows[0].difference.gain_ci95 == pytest.approx(by_name["oracle", 1].gain_ci95)
+        assert found.rows[0].b.block_efficiency == by_name["oracle", 1].block_efficiency
 
     def test_two_p_and_one_rescorer(self, make: Make):
         a = make("a")

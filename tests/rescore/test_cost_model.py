@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import save_tiny_base
+from made_records import made_latency, made_result
+from rescore.studies.cost.text import cost_text
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
@@ -30,7 +32,6 @@ from rescore.studies.cost.decoders import (
 )
 from rescore.studies.cost.inputs import cost_inputs, cost_inputs_of_run
 from rescore.studies.cost.model import BYTES, METHODS, HeadsShape, block_efficiencies, cost_table, heads_parameters
-from rescore.studies.cost.text import cost_text
 
 # Toy base: 2 layers, d = 4, 2 heads of 2, 1 KV head, feed-forward 8 (not gated), 10 tokens, tied.
 #   layer: q 4 x 4, k 4 x 2, v 4 x 2, o 4 x 4 = 48; feed-forward 2 x 4 x 8 = 64; norms 8: 120. W = 240 + 4 + V 40 = 284.
@@ -122,7 +123,7 @@ class TestToy:
 
     def test_the_ngrams_of_the_prompt_cost_what_an_ngram_does_and_stand_where_they_were_run(self):
         assert "context n-gram" not in toy_costs()
-        results = [{"task": "t", "rescorer": "context-ngram", "p": 1, "block_efficiency": 1.5}]
+        results = [made_result(task="t", rescorer="context-ngram", block_efficiency=1.5)]
         given = {"4-gram": 1.5} | block_efficiencies(results, "t")
         found = toy_costs(block_efficiency=given)
         ours, theirs = found["context n-gram"], found["4-gram"]
@@ -286,7 +287,7 @@ class TestDecoders:
 
 def test_block_efficiencies_of_results():
     results = [
-        {"task": task, "rescorer": rescorer, "p": p, "block_efficiency": value}
+        made_result(task=task, rescorer=rescorer, p=p, block_efficiency=value)
         for task, rescorer, p, value in [
             ("squad", "none", 1, 1.2), ("squad", "none", 16, 1.4), ("squad", "ngram", 1, 1.3), ("xsum", "none", 1, 9.0),
             ("squad", "oracle", 1, 2.0), ("squad", "ngram", 4, 1.35),
@@ -310,9 +311,9 @@ def run(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path, tmp_path: 
 
 def changed(run: FinishedRun, *, settings: dict | None = None, **options) -> FinishedRun:
     """The run with other settings of its trace or other options."""
-    traces = {"squad": {**run.config["traces"]["squad"], **(settings or {})}}
-    config = {**run.config, "options": {**run.config["options"], **options}, "traces": traces}
-    return dataclasses.replace(run, config=config)
+    traces = {"squad": {**run.config.traces["squad"], **(settings or {})}}
+    changed_options = dataclasses.replace(run.config.options, **options)
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, options=changed_options, traces=traces))
 
 
 class TestInputs:
@@ -360,7 +361,11 @@ class TestInputs:
         live = changed(run, mode="live", verify="batch")
         assert cost_inputs_of_run(live).verify == "batch" and cost_inputs_of_run(live, verify="tree").verify == "tree"
         # The base took no tree mask, so several drafts became a batch.
-        results = [{**r, "latency": {"verify": "tree" if r["p"] == 1 else "batch"}} for r in run.results]
+        times = made_latency()
+        results = [
+            dataclasses.replace(r, latency=dataclasses.replace(times, verify="tree" if r.p == 1 else "batch"))
+            for r in run.results
+        ]
         fell_back = dataclasses.replace(changed(run, mode="live"), results=results)
         assert cost_inputs_of_run(fell_back).verify == "batch"
 

@@ -18,10 +18,11 @@ from conftest import make_heads, save_tiny_base, squad_records, write_lines
 import lm.base.catalog
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lm.files import cache_directory
+from lm.records import plain
 from rescore import rescorers, tracing
 from rescore.runs import evaluation
 from rescore.runs.evaluation import EvalOptions, evaluate, oracle_by_k, trace_task
-from rescore.runs.results import Result
+from rescore.runs.records import Divergence, Identical, Result
 from rescore.tasks import data as data_module
 from rescore.tracing import read_header
 
@@ -74,9 +75,9 @@ class TestNumbers:
         replayed = run(make(p=p))
         live = run(make(p=p, verify=verify, mode="live"))
         assert [r.identical for r in replayed] == [None] * 3 and [r.latency for r in replayed] == [None] * 3
-        assert [r.identical for r in live] == [{"n": 6, "identical": 6}] * 3
+        assert [r.identical for r in live] == [Identical(n=6, identical=6)] * 3
         assert [r.divergence for r in live] == [[]] * 3 and [r.divergence for r in replayed] == [None] * 3
-        assert [r.latency and r.latency["verify"] for r in live] == [verify] * 3
+        assert [r.latency and r.latency.verify for r in live] == [verify] * 3
         assert without_times(live) == replayed
         assert replayed[2].accepted_histogram[2] and replayed[2].accepted_histogram[4], "long blocks occur"
 
@@ -139,7 +140,7 @@ class TestNumbers:
 
         monkeypatch.setattr(evaluation, "decode", decode)
         (found,) = run(make(mode="live", rescorers=("none",)))
-        assert found.identical == {"n": 6, "identical": 5}
+        assert found.identical == Identical(n=6, identical=5)
         ((place,),) = [found.divergence]
         records = squad_records(6)[2]
         text = f"question: {records['question']} context: {records['context']}"
@@ -147,7 +148,8 @@ class TestNumbers:
         output = true_decode(tiny_base, None, prompt, max_new_tokens=14).output_ids
         logits, _ = tiny_base.forward(torch.tensor([prompt + output[:5]]))
         best = logits[0, -1].topk(2).values
-        assert place == {"id": "q2", "position": 5, "margin": pytest.approx(float(best[0] - best[1]), rel=1e-6)}
+        assert place == Divergence(id="q2", position=5, margin=place.margin)
+        assert place.margin == pytest.approx(float(best[0] - best[1]), rel=1e-6)
 
     def test_live_quality_is_that_of_the_live_output(self, make: Make, tmp_path: Path, monkeypatch):
         """Which in half precision need not be the trace's."""
@@ -180,21 +182,19 @@ class TestNumbers:
     @pytest.mark.parametrize("limit", [1, 2])
     def test_the_shortest_outputs_can_be_timed(self, make: Make, limit: int):
         (result,) = run(make(mode="live", max_new_tokens=limit, rescorers=("none",)))
-        assert result.latency is not None and result.identical == {"n": 6, "identical": 6}
-        assert (result.latency["predicted_speedup"] is None) == (limit == 1), "one token needs no call"
+        assert result.latency is not None and result.identical == Identical(n=6, identical=6)
+        assert (result.latency.predicted_speedup is None) == (limit == 1), "one token needs no call"
 
     def test_times_are_made_of_their_parts(self, make: Make):
         (result,) = run(make(mode="live", rescorers=("none",)))
         assert result.latency is not None
         t = result.latency
-        assert t["verify"] == "tree" and all(value > 0 for name, value in t.items() if name != "verify")
-        spent = t["verify_ms"] + t["heads_ms"] + t["rescore_ms"]
-        assert spent / (1 - t["glue_share"]) * result.steps == pytest.approx(
-            1e3 * result.tokens / t["tokens_per_second"]
-        )
-        assert t["autoregressive_ms"] * t["autoregressive_tokens_per_second"] == pytest.approx(1e3)
-        assert t["speedup"] == pytest.approx(t["tokens_per_second"] / t["autoregressive_tokens_per_second"])
-        assert t["predicted_speedup"] == pytest.approx(result.block_efficiency * t["autoregressive_ms"] / spent)
+        assert t.verify == "tree" and all(value > 0 for name, value in vars(t).items() if name != "verify")
+        spent = t.verify_ms + t.heads_ms + t.rescore_ms
+        assert spent / (1 - t.glue_share) * result.steps == pytest.approx(1e3 * result.tokens / t.tokens_per_second)
+        assert t.autoregressive_ms * t.autoregressive_tokens_per_second == pytest.approx(1e3)
+        assert t.speedup == pytest.approx(t.tokens_per_second / t.autoregressive_tokens_per_second)
+        assert t.predicted_speedup == pytest.approx(result.block_efficiency * t.autoregressive_ms / spent)
 
 
 class TestOracleByK:
@@ -320,25 +320,25 @@ class TestConfiguration:
         assert config["data"]["squad"]["path"] == str(squad_file)
         assert config["data"]["squad"]["sha256"] == trace["data_sha256"]
         assert config["notices"] == []
-        assert document["results"] == json.loads(json.dumps([dataclasses.asdict(r) for r in run(make(seed=3))]))
+        assert document["results"] == plain(run(make(seed=3)))
 
     def test_a_given_trace_is_identified_by_its_content(self, make: Make, tmp_path: Path):
         trace_task(make(limit=2), tmp_path / "trace")
         given = make(trace=str(tmp_path / "trace"), data=None, heads=None)
         one, again = (evaluate(given).document.config for _ in range(2))
-        assert one["data"]["squad"] == again["data"]["squad"]
-        assert one["device"] == "cpu"
-        assert one["data"]["squad"]["kind"] == "trace" and len(one["data"]["squad"]["sha256"]) == 64
-        assert one["traces"]["squad"]["base"]["name"] == make().base
+        assert one.data["squad"] == again.data["squad"]
+        assert one.device == "cpu"
+        assert one.data["squad"]["kind"] == "trace" and len(one.data["squad"]["sha256"]) == 64
+        assert one.traces["squad"]["base"]["name"] == make().base
         trace_task(make(limit=3), tmp_path / "trace")
-        assert evaluate(given).document.config["data"]["squad"] != one["data"]["squad"]
+        assert evaluate(given).document.config.data["squad"] != one.data["squad"]
 
     def test_the_sample_stands_in_with_a_notice(self, make: Make, monkeypatch: pytest.MonkeyPatch):
         found = evaluate(make(data=None, limit=2, max_prompt_tokens=200))
         (notice,) = found.notices
         assert "is not in the local cache; using 2 examples of the sample embedded for task squad" in notice
-        assert found.document.config["notices"] == [notice]
-        assert found.document.config["data"]["squad"]["kind"] == "sample"
+        assert found.document.config.notices == [notice]
+        assert found.document.config.data["squad"]["kind"] == "sample"
         assert [r.n for r in found.document.results] == [2, 2, 2]
 
     def test_notices_come_once_and_before_the_work(self, make: Make, tmp_path: Path):
@@ -363,11 +363,11 @@ class TestConfiguration:
             progress=lambda what, *_: happened.append(what),
         )
         line = f"{make().base} takes no tree mask; its 4 drafts a step are verified as a batch"
-        assert found.notices == found.document.config["notices"] == [line] * said
+        assert found.notices == found.document.config.notices == [line] * said
         assert (happened[0] == line) == said and happened.count(line) == said
         none, oracle = found.document.results
-        assert none.latency and none.latency["verify"] == ("batch" if said else "tree")
-        assert oracle.latency and oracle.latency["verify"] == "tree", "one draft needs no mask"
+        assert none.latency and none.latency.verify == ("batch" if said else "tree")
+        assert oracle.latency and oracle.latency.verify == "tree", "one draft needs no mask"
         assert without_times([none, oracle]) == run(make(p=p, rescorers=("none", "oracle")))
 
     def test_everything_is_checked_before_the_model_runs(self, make: Make, tmp_path: Path, monkeypatch):
@@ -453,7 +453,7 @@ class TestInterruption:
         assert (tmp_path / "examples.jsonl").read_bytes().startswith(kept)
         assert len(examples_of(tmp_path)) == len(set(examples_of(tmp_path))) == 18
         saved = json.loads((tmp_path / "results.json").read_text())["results"]
-        assert saved == json.loads(json.dumps([dataclasses.asdict(r) for r in whole.document.results]))
+        assert saved == plain(whole.document.results)
 
     def test_ctrl_c_inside_a_rescorer(self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(evaluation, "REPLAY_EXAMPLES", 2)

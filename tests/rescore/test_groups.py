@@ -10,12 +10,15 @@ import pytest
 from conftest import squad_records, write_lines
 from hypothesis import given
 from hypothesis import strategies as st
+from made_records import example_record
+from msgspec.structs import replace
 
 from lattices.errors import InvalidDataError
 from rescore.groups import count_groups, digest, held_out, one_of_each_first
 from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
 from rescore.runs.finished import load_run
 from rescore.runs.inputs import Models, prepare, resolve
+from rescore.runs.records import Alpha
 from rescore.runs.suite import run_suite
 from rescore.runs.suite_plan import read_plan
 from rescore.runs.summary import is_cut, summarize
@@ -167,7 +170,7 @@ class TestRuns:
         assert [(r.n, r.groups) for r in results] == [(8, 4)] * 2
         run = load_run(tmp_path / "run")
         records = run.records["squad", "none", 1]
-        assert {r["id"]: r["group"] for r in records}["p0q2"] == digest("Bridge 0 was built in 1900.")
+        assert {r.id: r.group for r in records}["p0q2"] == digest("Bridge 0 was built in 1900.")
         trace = run.trace("squad")
         assert trace is not None and count_groups([e.group for e in trace.examples]) == 4
 
@@ -209,24 +212,22 @@ class TestRuns:
         data = str(write_lines(tmp_path / "squad.jsonl", paragraphs(2, 2, 2)))
         options = resolve(EvalOptions(**model, data=data, limit=5))
         (task,) = prepare(options, Models(options))
-        held = {"alpha": 0.5, "from": "tuned", "held_out": ["p2q1"], "held_out_groups": [task.groups[2]]}
+        held = Alpha(alpha=0.5, source="tuned", held_out=("p2q1",), held_out_groups=(task.groups[2],))
         (line,) = alpha_notices({"ngram": {1: held}}, task)
         assert line.endswith("alpha was tuned on examples that share their source with 1 of these 5")
-        (line,) = alpha_notices({"ngram": {1: held | {"held_out": ["p2q0"]}}}, task)
+        (line,) = alpha_notices({"ngram": {1: replace(held, held_out=("p2q0",))}}, task)
         assert line.endswith("alpha was tuned on 1 of these 5 examples")
-        assert alpha_notices({"ngram": {1: held | {"held_out_groups": ["other"]}}}, task) == []
+        assert alpha_notices({"ngram": {1: replace(held, held_out_groups=("other",))}}, task) == []
 
     def test_a_suite_tunes_on_none_of_the_sources_that_it_evaluates(self, model: dict[str, Any], tmp_path: Path):
         data = write_lines(tmp_path / "squad.jsonl", paragraphs(4, 4, 4))
         body = "".join(f"{name}: {model[name]}\n" for name in ("base", "heads", "device", "k", "max_new_tokens"))
         body += f"limit: 2\ntune: {{limit: 9, alphas: [0.5]}}\ntasks: [{{name: squad, data: {data}}}]\n"
         (tmp_path / "table.yaml").write_text(body + "rescorers: ['context-ngram:none']\n")
-        suite = run_suite(read_plan(tmp_path / "table.yaml"), tmp_path / "out")
-        assert suite.tuned[0]["held_out"] == ["p2q0", "p2q1", "p2q2", "p2q3"], (
-            "more of the one that is left, not others"
-        )
-        assert suite.tuned[0]["held_out_groups"] == [digest("Bridge 2 was built in 1920.")]
-        assert [(r["n"], r["groups"]) for r in suite.results] == [(2, 2)]
+        suite = run_suite(read_plan(tmp_path / "table.yaml"), tmp_path / "out").document
+        assert suite.tuned[0].held_out == ("p2q0", "p2q1", "p2q2", "p2q3"), "more of the one that is left, not others"
+        assert suite.tuned[0].held_out_groups == (digest("Bridge 2 was built in 1920."),)
+        assert [(r.n, r.groups) for r in suite.results] == [(2, 2)]
         assert not any("tuned on" in line for line in suite.notices)
 
 
@@ -237,12 +238,6 @@ def test_the_share_of_outputs_that_were_cut(model: dict[str, Any], tmp_path: Pat
         (result,) = evaluate(dataclasses.replace(cut, mode=mode)).document.results
         assert result.cut_at_limit == 1.0 and set(result.quality) == {"exact match", "F1"}
     assert is_cut(whole, {256}) is False and is_cut(whole[:2], {256}) is True and is_cut(whole, ()) is None
-    records = [{**record, "cut": value} for record, value in zip([EMPTY] * 4, (True, False, True, True), strict=True)]
+    records = [example_record(cut=value) for value in (True, False, True, True)]
     assert summarize(records, k=4, seed=0).cut_at_limit == 0.75
-    assert summarize([*records, {**EMPTY, "cut": None}], k=4, seed=0).cut_at_limit is None
-
-
-EMPTY: dict[str, Any] = {
-    "task": "squad", "rescorer": "none", "p": 1, "id": "a", "group": "g", "h": 2, "accepted": [1],
-    "oracle_accepted": [1], "quality": {},
-}  # fmt: skip
+    assert summarize([*records, example_record(cut=None)], k=4, seed=0).cut_at_limit is None

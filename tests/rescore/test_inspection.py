@@ -72,8 +72,8 @@ def test_blocks_say_what_was_drafted_accepted_and_wanted(make: Callable[..., Pat
             assert draft.tokens[: draft.accepted] == output[block.position : block.position + draft.accepted]
     for side in (("none", 1), ("none", 2), ("oracle", 1)):
         steps = [(b.position, d.tokens) for b in found.blocks for d in b.drafts if (d.rescorer, d.p) == side]
-        (record,) = [r for r in run.records["squad", *side] if r["id"] == "q0"]
-        assert [tokens for _, tokens in steps] == record["drafts"]
+        (record,) = [r for r in run.records["squad", *side] if r.id == "q0"]
+        assert [tokens for _, tokens in steps] == record.drafts
 
 
 def test_the_view_marks_what_the_colours_say(make: Callable[..., Path]):

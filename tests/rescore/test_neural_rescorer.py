@@ -270,7 +270,7 @@ class TestEndToEnd:
         replayed = evaluate(options).document.results
         live = evaluate(dataclasses.replace(options, mode="live")).document.results
         assert [r.accepted_histogram for r in replayed] == [r.accepted_histogram for r in live]
-        assert all(r.identical and r.identical["identical"] == r.n for r in live)
+        assert all(r.identical and r.identical.identical == r.n for r in live)
         assert len({tuple(r.accepted_histogram) for r in replayed}) > 2, "rescoring changes something"
 
 

@@ -19,6 +19,7 @@ from lm.ngram.load import load_ngram
 from rescore.replay import replay
 from rescore.rescorers import Context, Rescorer, Target, load_rescorer
 from rescore.runs.evaluation import EvalOptions, evaluate
+from rescore.runs.records import Identical
 from rescore.runs.tuning import tune
 from rescore.tracing import load_trace
 
@@ -170,7 +171,7 @@ class TestEvaluation:
             chosen = dataclasses.replace(options, p=p, alpha=0.7)
             replayed = evaluate(chosen).document.results[1]
             live = evaluate(dataclasses.replace(chosen, mode="live")).document.results[1]
-            assert live.identical == {"n": 6, "identical": 6}
+            assert live.identical == Identical(n=6, identical=6)
             assert live.accepted_histogram == replayed.accepted_histogram
             assert live.alpha == replayed.alpha == 0.7
             assert sum(replayed.accepted_histogram) == replayed.steps
@@ -183,11 +184,11 @@ class TestEvaluation:
     def test_the_default_weight_is_told(self, options: EvalOptions):
         evaluation = evaluate(options)
         assert any("by default" in line for line in evaluation.notices)
-        assert evaluation.document.config["alphas"]["squad"][options.rescorers[1]][1]["from"] == "default"
+        assert evaluation.document.config.alphas["squad"][options.rescorers[1]][1].source == "default"
 
     def test_results_of_another_model_under_the_same_name_are_not_gone_on_with(self, options, ngram: Path, tmp_path):
         found = evaluate(options, out=tmp_path / "run").document
-        assert found.config["rescorers"] == {options.rescorers[1]: load_rescorer(options.rescorers[1]).identity}
+        assert found.config.rescorers == {options.rescorers[1]: load_rescorer(options.rescorers[1]).identity}
         Automaton.compile(bigram_model(words=range(50, 90))).save(ngram / "automaton.bin")
         with pytest.raises(IncompatibleError, match=r"another configuration .rescorers.*ngram"):
             evaluate(options, out=tmp_path / "run")
@@ -230,7 +231,7 @@ class TestContext:
         )
         replayed = evaluate(chosen).document.results
         live = evaluate(dataclasses.replace(chosen, mode="live")).document.results
-        assert [r.identical for r in live] == [{"n": 6, "identical": 6}] * 2
+        assert [r.identical for r in live] == [Identical(n=6, identical=6)] * 2
         assert [r.accepted_histogram for r in live] == [r.accepted_histogram for r in replayed]
 
     def test_it_copies_from_the_prompt(self):

@@ -204,8 +204,8 @@ class TestLeftOut:
         found = evaluate(EvalOptions(**options, leave_out=left_out))
         assert (whole.document.results[0].n, found.document.results[0].n) == (6, 4)
         assert found.notices == ["squad: 2 examples of the data are left out (q1, q3)"] and whole.notices == []
-        assert found.document.config["data"]["squad"]["left_out"] == ["q1", "q3"]
-        assert found.document.config["options"]["leave_out"] == left_out
+        assert found.document.config.data["squad"]["left_out"] == ["q1", "q3"]
+        assert found.document.config.options.leave_out == left_out
 
     def test_of_a_given_trace(self, options: dict[str, Any], left_out: str, tmp_path: Path):
         trace_task(EvalOptions(**options), tmp_path / "trace")
@@ -217,7 +217,7 @@ class TestLeftOut:
         body += f"tasks: [{{name: squad, data: {options['data']}}}]\nrescorers: none\n"
         (tmp_path / "table.yaml").write_text(body + f"leave_out: {left_out}\n")
         suite = run_suite(read_plan(tmp_path / "table.yaml"), tmp_path / "out")
-        assert [r["n"] for r in suite.results] == [4]
+        assert [r.n for r in suite.document.results] == [4]
         (tmp_path / "table.yaml").write_text(body + "leave_out: none.yaml\n")
         with pytest.raises(RescoreError, match=r"line 8: leave_out: can't read none.yaml"):
             read_plan(tmp_path / "table.yaml")

@@ -328,7 +328,7 @@ def test_the_cost_model_has_the_methods_that_were_run(options, tmp_path, cache_f
     decoder = decoder_of(options["base"])
     table = cost_table(
         decoder, h=4, heads=heads_of(decoder, Path(options["heads"]), 4), neural=None, dtype="float32",
-        block_efficiency={"unrescored": run.results[0]["block_efficiency"]}, contexts=(512,),
+        block_efficiency={"unrescored": run.results[0].block_efficiency}, contexts=(512,),
     )  # fmt: skip
     (cost,) = [c for c in table.costs if c.method == "unrescored"]
     page = written.html.read_text()

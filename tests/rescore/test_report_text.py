@@ -8,19 +8,22 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import byte_tokenizer
+from made_records import made_result, run_config
+from rescore.report.csv_table import csv_document, plain
+from rescore.report.markdown import escaped
+from rescore.report.tables import accuracy_table, table
 
 from lm.training.heads import HeldOutAccuracy
 from rescore.report.charts.figures import percent, safe
 from rescore.report.charts.head_charts import _label_places
 from rescore.report.charts.style import COLOURS, looks
-from rescore.report.csv_table import csv_document, plain
 from rescore.report.headline import make_headline, recovered
-from rescore.report.markdown import escaped
 from rescore.report.sources import json_text
 from rescore.report.sweeps import kept_sweeps
-from rescore.report.tables import accuracy_table, table
 from rescore.report.token_text import excerpt, harmless, token_texts, tokenizer_of, visible
 from rescore.runs.finished import FinishedRun
+from rescore.runs.inputs import EvalOptions
+from rescore.runs.records import Alpha, Result
 
 
 def test_every_character_of_a_token_shows():
@@ -93,15 +96,15 @@ def test_a_rescorer_looks_the_same_whatever_else_was_run():
     assert found["none"] == looks(["oracle", "none"])["none"] and found["0"].colour == COLOURS[0]
 
 
-def result(rescorer: str, value: float, *, p: int = 1, gain: float | None = None, low: float = 0.0) -> dict:
-    return {
-        "task": "squad", "rescorer": rescorer, "p": p, "block_efficiency": value, "oracle_block_efficiency": 2.0,
-        "gain": gain, "gain_ci95": None if gain is None else (low, gain + 0.1), "latency": None,
-    }  # fmt: skip
+def result(rescorer: str, value: float, *, p: int = 1, gain: float | None = None, low: float = 0.0) -> Result:
+    ci95 = None if gain is None else (low, gain + 0.1)
+    return made_result(
+        rescorer=rescorer, p=p, block_efficiency=value, oracle_block_efficiency=2.0, gain=gain, gain_ci95=ci95
+    )
 
 
-def view(*results: dict):
-    plain = next((r for r in results if r["rescorer"] == "none" and r["p"] == 1), None)
+def view(*results: Result):
+    plain = next((r for r in results if r.is_unrescored), None)
     return SimpleNamespace(label="squad", results=results, unrescored=plain)
 
 
@@ -162,11 +165,11 @@ def test_sweeps_of_tasks_whose_names_are_patterns(tmp_path, monkeypatch):
     }  # fmt: skip
     (tmp_path / "tuned").mkdir()
     (tmp_path / "tuned" / "a[b]-0.json").write_text(json.dumps(sweep))
-    chosen = {"alpha": 1.0, "from": "tuned", "held_out": ["x"]}
-    config = {"options": {"k": 4, "h": None}, "alphas": {"a[b]": {"ngram": {"1": chosen}}}}
+    chosen = Alpha(alpha=1.0, source="tuned", held_out=("x",))
+    config = run_config(options=EvalOptions(k=4), alphas={"a[b]": {"ngram": {1: chosen}}})
     run = FinishedRun(tmp_path, config, [], {})
     (found,) = kept_sweeps(run, "a[b]")
-    assert found.block_efficiency == [1.0, 1.5]
+    assert found.block_efficiency == (1.0, 1.5)
 
 
 @pytest.mark.parametrize(

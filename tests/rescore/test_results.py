@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import files_of_at_most
+from made_records import made_latency, made_result, run_config
+from rescore.report.tables import results_table, table
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError
+from lm.records import plain
 from rescore.accounting import account
-from rescore.report.tables import results_table, table
-from rescore.runs import results
-from rescore.runs.results import ExampleLog, Result, ResultsDocument, environment, versions
+from rescore.runs import environment as environment_module
+from rescore.runs.environment import environment, versions
+from rescore.runs.inputs import EvalOptions
+from rescore.runs.records import (
+    Divergence,
+    ExampleRecord,
+    Identical,
+    Outcomes,
+    Result,
+    ResultsDocument,
+)
+from rescore.runs.results import ExampleLog, save_results
 
 CONFIG = {"options": {"k": 16, "p": 1}, "traces": {"squad": {"base": {"weights_sha256": "abc"}}}}
 
 
-def record(example: str, rescorer: str = "none", p: int = 1, task: str = "squad") -> dict[str, Any]:
-    return {
-        "task": task, "rescorer": rescorer, "p": p, "id": example, "group": example, "h": 2,
-        "accepted": [1, 2], "cut": False, "drafts": [[3, 4], [5, 6]], "oracle_accepted": [2, 1], "quality": {"F1": 0.5},
-    }  # fmt: skip
+def record(example: str, rescorer: str = "none", p: int = 1, task: str = "squad") -> ExampleRecord:
+    return ExampleRecord(
+        task=task, rescorer=rescorer, p=p, id=example, group=example, h=2, accepted=[1, 2], cut=False,
+        drafts=[[3, 4], [5, 6]], oracle_accepted=[2, 1], output_ids=[3, 5, 6], quality={"F1": 0.5},
+    )  # fmt: skip
+
+
+def written(*args: Any, **changes: Any) -> dict[str, Any]:
+    """A line of `examples.jsonl`."""
+    fields: dict[str, Any] = plain(record(*args))
+    return fields | changes
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -35,13 +55,13 @@ class TestExampleLog:
     def test_finished_examples_are_on_disk_at_once_and_there_the_next_time(self, tmp_path: Path):
         with ExampleLog(tmp_path / "run", CONFIG) as log:
             log.add(record("a"))
-            assert lines(tmp_path / "run") == [record("a")]
+            assert lines(tmp_path / "run") == [written("a")]
             log.add(record("a", "oracle"))
         with ExampleLog(tmp_path / "run", CONFIG) as log:
             assert log.has("squad", "none", 1, "a") and log.has("squad", "oracle", 1, "a")
             assert not log.has("squad", "none", 1, "b") and not log.has("xsum", "none", 1, "a")
             log.add(record("b"))
-        assert lines(tmp_path / "run") == [record("a"), record("a", "oracle"), record("b")]
+        assert lines(tmp_path / "run") == [written("a"), written("a", "oracle"), written("b")]
 
     def test_every_p_is_finished_by_itself(self, tmp_path: Path):
         with ExampleLog(tmp_path, CONFIG) as log:
@@ -50,7 +70,7 @@ class TestExampleLog:
             assert log.has("squad", "none", 16, "a") and not log.has("squad", "none", 1, "a")
             log.add(record("a", p=1))
             assert log.records("squad", "none", 16, ["a"]) == [record("a", p=16)]
-        assert lines(tmp_path) == [record("a", p=16), record("a", p=1)]
+        assert lines(tmp_path) == [written("a", "none", 16), written("a", "none", 1)]
 
     def test_without_a_folder_it_remembers(self):
         with ExampleLog(None, CONFIG) as log:
@@ -62,7 +82,7 @@ class TestExampleLog:
             for name in "cab":
                 log.add(record(name))
             log.add(record("d", task="xsum"))
-        assert [r["id"] for r in log.records("squad", "none", 1, ["a", "b", "z", "c"])] == ["a", "b", "c"]
+        assert [r.id for r in log.records("squad", "none", 1, ["a", "b", "z", "c"])] == ["a", "b", "c"]
 
     @pytest.mark.parametrize("torn", ['{"task": "squ', '{"task": "squad"}', "\x00\x00"])
     def test_a_torn_last_line_is_cut_off(self, tmp_path: Path, torn: str):
@@ -72,17 +92,22 @@ class TestExampleLog:
             stream.write(torn)
         with ExampleLog(tmp_path, CONFIG) as log:
             log.add(record("b"))
-        assert lines(tmp_path) == [record("a"), record("b")]
+        assert lines(tmp_path) == [written("a"), written("b")]
 
     @pytest.mark.parametrize(
         ("line", "message"),
         [
             ("{broken", "line 2 is not valid JSON"),
             ("[1]", "line 2 is not a JSON object"),
-            ('{"task": "squad"}', "line 2 is not a finished example; use another --out"),
-            (json.dumps(record("b") | {"accepted": 3}), "line 2 is not a finished example"),
-            (json.dumps(record("b") | {"p": None}), "line 2 is not a finished example"),
-            (json.dumps(record("b") | {"quality": 0.5}), "line 2 is not a finished example"),  # of an older version
+            ('{"task": "squad"}', r"line 2 is not a finished example: .*field `rescorer`; use another --out$"),
+            (
+                json.dumps(written("b", accepted=3)),
+                r"line 2 is not a finished example: .*`accepted`; use another --out$",
+            ),
+            (json.dumps(written("b", p=None)), "line 2 is not a finished example: .*`p`"),
+            (json.dumps(written("b", quality=0.5)), "line 2 is not a finished example: .*`quality`"),
+            (json.dumps(written("b", seconds={})), "line 2 is not a finished example: .*`seconds`"),  # of schema 4
+            (json.dumps(written("b", live={})), "line 2 is not a finished example: .*`first_difference`.*`live`"),
         ],
     )
     def test_a_broken_line_is_refused_by_number(self, tmp_path: Path, line: str, message: str):
@@ -123,70 +148,65 @@ class TestExampleLog:
 
     def test_a_full_disk_is_told_and_keeps_what_was_finished(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
         full = pytest.raises(OutputError, match=r"can't write .*examples.jsonl: .*; what was written before is kept")
-        with files_of_at_most(len(json.dumps(record("0"))) * 4), full, ExampleLog(tmp_path, CONFIG) as log:
+        with files_of_at_most(len(json.dumps(written("0"))) * 4), full, ExampleLog(tmp_path, CONFIG) as log:
             for number in range(5):
                 log.add(record(str(number)))
         with ExampleLog(tmp_path, CONFIG) as log:
             assert [number for number in range(5) if log.has("squad", "none", 1, str(number))] == [0, 1, 2]
             log.add(record("3"))
-        assert lines(tmp_path) == [record(str(number)) for number in range(4)]
+        assert lines(tmp_path) == [written(str(number)) for number in range(4)]
         assert capfd.readouterr().err == ""
 
 
 def result(**changes: Any) -> Result:
-    accounting = account([[1, 2, 3], [3, 1]], 3)
-    fields = {
-        "task": "squad", "rescorer": "none", "k": 16, "p": 1, "alpha": None, "n": 2, "oracle_block_efficiency": 2.5,
-        "gain": None, "gain_ci95": None, "against_unrescored": None, "quality": {}, "cut_at_limit": None,
-        "identical": None, "divergence": None, "latency": None,
-        **vars(accounting),
-    }  # fmt: skip
-    return Result(**{**fields, **changes})
+    return made_result(**vars(account([[1, 2, 3], [3, 1]], 3)) | changes)
 
 
-OPTIONS = {"mode": "replay", "verify": "tree", "trace": None, "base": "tiny", "dtype": "float32", "max_new_tokens": 64}
-LATENCY = {
-    "verify": "tree",
-    "prefill_ms": 123.4, "autoregressive_ms": 20.0, "verify_ms": 21.0, "heads_ms": 1.5, "rescore_ms": 0.25,
-    "rescore_p50_ms": 0.2, "rescore_p95_ms": 0.4, "glue_share": 0.031, "tokens_per_second": 87.6,
-    "autoregressive_tokens_per_second": 50.0, "speedup": 1.752, "predicted_speedup": 1.8,
-}  # fmt: skip
+OPTIONS = EvalOptions(base="tiny", max_new_tokens=64)
+LIVE = EvalOptions(base="tiny", max_new_tokens=64, mode="live")
+LATENCY = made_latency()
+
+
+def document(found: Sequence[Result] = (), options: EvalOptions = OPTIONS) -> ResultsDocument:
+    return ResultsDocument(config=run_config(options=options), results=list(found))
 
 
 class TestDocument:
     def test_it_is_schema_config_and_results(self):
-        document = ResultsDocument({"seed": 1}, [result()]).as_dict()
-        assert list(document) == ["schema", "config", "results"]
-        assert document["schema"] == "rescore.results/4" and document["config"] == {"seed": 1}
-        (found,) = document["results"]
+        made = document([result()], EvalOptions(seed=7))
+        fields = plain(made)
+        assert list(fields) == ["schema", "config", "results"]
+        assert fields["schema"] == "rescore.results/5" and fields["config"]["options"]["seed"] == 7
+        assert fields["config"] == plain(made.config)
+        (found,) = fields["results"]
         assert {
-            "task", "rescorer", "k", "p", "alpha", "block_efficiency", "block_efficiency_ci95",
+            "task", "rescorer", "k", "p", "h", "alpha", "block_efficiency", "block_efficiency_ci95",
             "block_efficiency_macro", "oracle_block_efficiency", "gain", "gain_ci95",
             "against_unrescored", "steps", "tokens", "accepted_histogram", "marginal",
             "conditional", "quality", "identical", "divergence", "latency",
         } <= set(found)  # fmt: skip
-        assert json.loads(json.dumps(document))["results"][0]["accepted_histogram"] == [0, 2, 1, 2]
+        assert json.loads(json.dumps(fields))["results"][0]["accepted_histogram"] == [0, 2, 1, 2]
 
     def test_it_is_written_whole_or_not_at_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        ResultsDocument({"run": 1}).save(tmp_path)
+        save_results(document(options=EvalOptions(seed=1)), tmp_path)
         with files_of_at_most(10), pytest.raises(OutputError, match=r"can't write .*results.json"):
-            ResultsDocument({"run": 2}).save(tmp_path)
+            save_results(document(options=EvalOptions(seed=2)), tmp_path)
 
         def full(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "replace", full)
         with pytest.raises(OutputError, match=r"can't write .*results.json: No space left on device"):
-            ResultsDocument({"run": 3}).save(tmp_path)
+            save_results(document(options=EvalOptions(seed=3)), tmp_path)
         assert [f.name for f in tmp_path.iterdir()] == ["results.json"]
-        assert json.loads((tmp_path / "results.json").read_text())["config"] == {"run": 1}
+        assert json.loads((tmp_path / "results.json").read_text())["config"]["options"]["seed"] == 1
 
     def test_the_environment_names_versions_and_revision(self, monkeypatch: pytest.MonkeyPatch):
         assert {"rescore", "torch", "transformers", "numpy", "numba", "datasets"} <= set(versions())
         assert environment()["versions"] == versions()
         revision = environment()["git_revision"]
         assert revision is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", revision)
-        monkeypatch.setattr(results, "LIBRARIES", ("no-such-library",))
+        monkeypatch.setattr(environment_module, "LIBRARIES", ("no-such-library",))
         assert versions()["no-such-library"] == "not installed"
 
     def test_without_git_there_is_no_revision(self, monkeypatch: pytest.MonkeyPatch):
@@ -204,7 +224,7 @@ class TestTables:
         accepted = [[1, 2, 3], [3, 1], [2, 2], [1, 1, 1], [3, 3]]
         quality = {"exact match": 0.5, "F1": 0.25}
         found = result(**vars(account(accepted, 3)), n=5, quality=quality, cut_at_limit=0.832)
-        text = results_table(ResultsDocument({"options": OPTIONS}, [found]))
+        text = results_table(document([found]))
         assert text.startswith("replayed decode of tiny in float32, h = 3, up to 64 new tokens\n")
         low, high = account(accepted, 3).block_efficiency_ci95 or (0, 0)
         cells = ["squad", "none", "16", "1", "5", "5", "12", "23", "1.917", f"{low:.3f}-{high:.3f}", "2.000", "2.500"]
@@ -218,7 +238,7 @@ class TestTables:
 
     def test_what_nothing_reached_has_no_share(self):
         found = result(**vars(account([[1, 1]], 3)))
-        text = results_table(ResultsDocument({"options": OPTIONS}, [found]))
+        text = results_table(document([found]))
         assert re.search(r"i, given i - 1 +1.000 +0.000 +-(\n|$)", text)
         assert re.search(r"1.000 +- +1.000 +2.500\n", text), "one example has no interval"
         assert "quality" not in text, "this task has no metric"
@@ -226,21 +246,21 @@ class TestTables:
     def test_quality_stands_once_where_all_have_the_same(self):
         same = {"quality": {"F1": 0.5}, "cut_at_limit": 1.0}
         results = [result(**same), result(rescorer="oracle", **same), result(task="xsum", quality={"F1": 0.25})]
-        text = results_table(ResultsDocument({"options": OPTIONS}, results))
+        text = results_table(document(results))
         assert re.search(r"\nsquad +all +0.500 F1 +100%\nxsum +none +16 +1 +0.250 F1 +-\n", text)
         other = result(rescorer="oracle", quality={"F1": 0.5}, cut_at_limit=0.5)
-        text = results_table(ResultsDocument({"options": OPTIONS}, [results[0], other]))
+        text = results_table(document([results[0], other]))
         assert re.search(r"\nsquad +none +16 +1 +0.500 F1 +100%\nsquad +oracle +16 +1 +0.500 F1 +50%\n", text)
 
     def test_gains_are_shown_with_their_interval(self):
-        shares = {"won": 0.5, "tied": 0.25, "lost": 0.25}
+        shares = Outcomes(won=0.5, tied=0.25, lost=0.25)
         results = [
             result(),
             result(rescorer="ngram", p=16, alpha=0.5, gain=0.25, gain_ci95=(-0.1, 0.5), against_unrescored=shares),
             result(rescorer="oracle", gain=1.5, gain_ci95=None),
             result(rescorer="context-ngram", against_unrescored=shares),
         ]
-        text = results_table(ResultsDocument({"options": OPTIONS}, results))
+        text = results_table(document(results))
         assert re.search(r"\ntask +rescorer +k +p +alpha +gain +95 % +won +tied +lost\n", text)
         assert re.search(r"\nsquad +ngram +16 +16 +0.5 +\+25.0% +-10.0% to \+50.0% +50.0% +25.0% +25.0%\n", text)
         assert re.search(r"\nsquad +oracle +16 +1 +- +\+150.0% +- +- +- +-\n", text)
@@ -248,11 +268,11 @@ class TestTables:
         assert len(re.findall(r"\nsquad +none ", text)) == 2, "none at p = 1 has no gain over itself"
 
     def test_times_are_shown_in_live_mode(self):
-        live = result(identical={"n": 2, "identical": 1}, latency=LATENCY)
+        live = result(identical=Identical(n=2, identical=1), latency=LATENCY)
         without_calls = result(
-            rescorer="oracle", identical=live.identical, latency=LATENCY | {"predicted_speedup": None}
+            rescorer="oracle", identical=live.identical, latency=dataclasses.replace(LATENCY, predicted_speedup=None)
         )
-        text = results_table(ResultsDocument({"options": OPTIONS | {"mode": "live"}}, [live, without_calls]))
+        text = results_table(document([live, without_calls], LIVE))
         assert text.startswith("live decode (p drafts as tree) of tiny")
         assert re.search(r"squad +none +16 +1 +1/2 +87.6 +50.0 +1.75x +1.80x\n", text)
         assert re.search(r"oracle +16 +1 +1/2 +87.6 +50.0 +1.75x +-\n", text)
@@ -260,38 +280,40 @@ class TestTables:
 
     def test_how_drafts_were_verified_is_what_was_done(self):
         """Not what was asked for; and of one draft there is nothing to tell."""
-        batch = result(p=16, identical={"n": 2, "identical": 2}, latency=LATENCY | {"verify": "batch"})
-        oracle = result(rescorer="oracle", identical={"n": 2, "identical": 2}, latency=LATENCY)
-        text = results_table(ResultsDocument({"options": OPTIONS | {"mode": "live"}}, [oracle, batch]))
+        batch = result(
+            p=16, identical=Identical(n=2, identical=2), latency=dataclasses.replace(LATENCY, verify="batch")
+        )
+        oracle = result(rescorer="oracle", identical=Identical(n=2, identical=2), latency=LATENCY)
+        text = results_table(document([oracle, batch], LIVE))
         assert text.startswith("live decode (p drafts as batch) of tiny")
 
     def test_outputs_that_differ_are_shown(self):
-        live = {"identical": {"n": 2, "identical": 2}, "latency": LATENCY}
+        live = {"identical": Identical(n=2, identical=2), "latency": LATENCY}
         same = result(divergence=[], **live)
-        assert "differ" not in results_table(ResultsDocument({"options": OPTIONS | {"mode": "live"}}, [same]))
+        assert "differ" not in results_table(document([same], LIVE))
         places = [
-            {"id": "a", "position": 30, "margin": 0.125},
-            {"id": "b", "position": 7, "margin": 0.0625},
+            Divergence(id="a", position=30, margin=0.125),
+            Divergence(id="b", position=7, margin=0.0625),
         ]
         other = result(rescorer="oracle", divergence=places, **live)
-        text = results_table(ResultsDocument({"options": OPTIONS | {"mode": "live"}}, [same, other]))
+        text = results_table(document([same, other], LIVE))
         assert re.search(r"differ +earliest at +margin there +largest margin\n", text)
         assert re.search(r"\nsquad +oracle +16 +1 +2/2 +7 +0.0625 +0.1250\n", text)
 
     def test_a_given_trace_is_named(self):
-        text = results_table(ResultsDocument({"options": OPTIONS | {"trace": "medusa"}}, [result()]))
+        text = results_table(document([result()], EvalOptions(trace="medusa")))
         assert text.startswith("replayed decode of the trace medusa, h = 3\n")
 
     def test_nothing_finished_is_said(self):
-        assert results_table(ResultsDocument({"options": OPTIONS})) == "no finished examples"
+        assert results_table(document()) == "no finished examples"
 
     def test_it_fits_into_120_columns(self):
         wide = account([[9] * 900, [9] * 9000], 9)
         fields = {
             "task": "cnn_dailymail", "rescorer": "context-ngram", "p": 16, "quality": {"ROUGE-L": 1.0},
             "alpha": 0.125, "gain": 1.25, "gain_ci95": (1.0, 1.5),
-            "against_unrescored": {"won": 1.0, "tied": 0.0, "lost": 0.0},
+            "against_unrescored": Outcomes(won=1.0, tied=0.0, lost=0.0),
         }  # fmt: skip
-        live = {"identical": {"n": 1000, "identical": 1000}, "latency": LATENCY}
-        text = results_table(ResultsDocument({"options": OPTIONS}, [result(**{**vars(wide), **fields, **live})]))
+        live = {"identical": Identical(n=1000, identical=1000), "latency": LATENCY}
+        text = results_table(document([result(**{**vars(wide), **fields, **live})]))
         assert max(map(len, text.splitlines())) <= 120

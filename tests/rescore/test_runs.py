@@ -12,7 +12,7 @@ from conftest import write_lines
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
 from rescore.runs.finished import load_run
-from rescore.runs.results import Result
+from rescore.runs.records import Result
 
 
 @pytest.fixture
@@ -33,13 +33,13 @@ def test_what_was_evaluated_is_there(folder):
     run = load_run(folder)
     assert run.tasks == ["squad"] and run.rescorers == [("none", 1), ("none", 2), ("oracle", 1)]
     for result in run.results:
-        records = run.records["squad", result["rescorer"], result["p"]]
-        assert sum(len(r["accepted"]) for r in records) == result["steps"] and len(records) == result["n"] == 3
+        records = run.records["squad", result.rescorer, result.p]
+        assert sum(len(r.accepted) for r in records) == result.steps and len(records) == result.n == 3
         for record in records:
-            assert len(record["drafts"]) == len(record["accepted"])
+            assert len(record.drafts) == len(record.accepted)
             position = 0
-            for n, draft in zip(record["accepted"], record["drafts"], strict=True):
-                assert len(draft) == 4 and draft[:n] == record["output_ids"][position : position + n]
+            for n, draft in zip(record.accepted, record.drafts, strict=True):
+                assert len(draft) == 4 and draft[:n] == record.output_ids[position : position + n]
                 position += n
 
 
@@ -94,28 +94,36 @@ class TestTrouble:
         assert "line 1 is not a finished example" in refused(lambda: load_run(folder), InvalidDataError)
         (folder / "examples.jsonl").write_text(lines)
         document = json.loads((folder / "results.json").read_text())
-        for results in ([7], [{"task": "squad"}]):
+        for results, place in ((7, "`results`"), ([7], "`results[0]`"), ([{"task": "squad"}], "`results[0]`")):
             (folder / "results.json").write_text(json.dumps({**document, "results": results}))
-            assert "holds no whole results" in refused(lambda: load_run(folder), InvalidDataError)
+            said = refused(lambda: load_run(folder), InvalidDataError)
+            assert "results.json holds no whole results: " in said and f" - at {place}; " in said
+            assert said.endswith("; run the evaluation again")
+        (folder / "results.json").write_text(json.dumps({**document, "results": []}))
+        assert "results.json holds no results; run the" in refused(lambda: load_run(folder), InvalidDataError)
 
     @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Result)])
     def test_every_field_of_a_result_is_needed(self, folder, name):
         document = json.loads((folder / "results.json").read_text())
         value = document["results"][1].pop(name)
         (folder / "results.json").write_text(json.dumps(document))
-        assert f"{name} of result 2" in refused(lambda: load_run(folder), InvalidDataError)
+        assert f"required field `{name}` - at `results[1]`" in refused(lambda: load_run(folder), InvalidDataError)
         infinite = {"block_efficiency": float("nan"), "gain": float("inf")}
         document["results"][1][name] = infinite.get(name, {"a": value})
         (folder / "results.json").write_text(json.dumps(document))
-        assert f"{name} of result 2" in refused(lambda: load_run(folder), InvalidDataError)
+        assert f"at `results[1].{name}" in refused(lambda: load_run(folder), InvalidDataError)
 
     @pytest.mark.parametrize(
-        ("path", "value"),
-        [("options", None), ("options.h", "4"), ("options.seed", -1), ("options.mode", None), ("traces", {}),
-         ("traces.squad", []), ("traces.squad.k", None), ("alphas", {"squad": {"ngram": {"1": 2.0}}}),
-         ("notices", "a")],
+        ("path", "value", "named"),
+        [("options", None, "`config.options`"), ("options.h", "4", "`config.options.h`"),
+         ("options.seed", -1, "`config.options.seed`"), ("options.mode", None, "`config.options.mode`"),
+         ("traces", {}, "traces.squad"), ("traces.squad", [], "`config.traces[...]`"),
+         ("traces.squad.k", None, "traces.squad.k"),
+         ("alphas", {"squad": {"ngram": {"1": 2.0}}}, "`config.alphas[...][...][...]`"),
+         ("alphas", {"squad": {"ngram": {"x": {"alpha": 2.0, "from": "option"}}}}, "`config.alphas[...]"),
+         ("notices", "a", "`config.notices`")],
     )  # fmt: skip
-    def test_what_is_read_of_the_configuration(self, folder, path, value):
+    def test_what_is_read_of_the_configuration(self, folder, path, value, named):
         document = json.loads((folder / "results.json").read_text())
         *outer, last = path.split(".")
         place = document["config"]
@@ -123,7 +131,9 @@ class TestTrouble:
             place = place[part]
         place[last] = value
         (folder / "results.json").write_text(json.dumps(document))
-        assert "holds no whole configuration" in refused(lambda: load_run(folder), InvalidDataError)
+        said = refused(lambda: load_run(folder), InvalidDataError)
+        assert "results.json holds no whole" in said and said.endswith("; run the evaluation again")
+        assert named in said
 
     @pytest.mark.parametrize("change", [{"accepted": [1.5]}, {"drafts": [7]}, {"output_ids": None}])
     def test_examples_with_something_else_in_them(self, folder, change):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 from test_evaluation import Make, Peek, ctrl_c, examples_of, make, peek, run, without_times  # noqa: F401
@@ -16,6 +16,7 @@ from rescore import rescorers
 from rescore.rescorers.unrescored import Unrescored
 from rescore.runs import evaluation
 from rescore.runs.evaluation import evaluate
+from rescore.runs.records import ExampleRecord, Identical
 from rescore.runs.results import ExampleLog
 from rescore.runs.tuning import tune
 
@@ -54,11 +55,11 @@ class TestSeveralP:
                 alone[r.rescorer, r.p], gain=None, gain_ci95=None
             )
         if mode == "live":
-            assert [r.identical for r in found] == [{"n": 6, "identical": 6}] * 5
+            assert [r.identical for r in found] == [Identical(n=6, identical=6)] * 5
 
     def test_a_number_is_the_same_as_a_tuple_of_one(self, make: Make, tmp_path: Path):
         one = evaluate(make(p=4), out=tmp_path)
-        assert one.document.config["options"]["p"] == (4,)
+        assert one.document.config.options.p == (4,)
         assert run(make(p=(4,)), out=tmp_path) == one.document.results
 
     def test_the_gain_is_over_none_at_p_1(self, make: Make):
@@ -79,12 +80,12 @@ class TestSeveralP:
         assert [r.gain for r in before.document.results][2] == 0.0
         tuned = tune(make(rescorers=("weighted",)), alphas=(1.0, 2.0), ks=(8,), ps=(1, 4))
         assert [(t.p, t.alpha) for t in tuned] == [(1, 1.0), (4, 2.0)]
-        assert evaluate(chosen).document.as_dict() == before.document.as_dict(), "nothing is taken unasked"
+        assert evaluate(chosen).document == before.document, "nothing is taken unasked"
         after = evaluate(dataclasses.replace(chosen, alpha="tuned"))
         found = [(r.rescorer, r.p, r.alpha) for r in after.document.results]
         assert found == [("none", 1, None), ("none", 4, None), ("weighted", 1, 1.0), ("weighted", 4, 2.0)]
-        alphas = after.document.config["alphas"]["squad"]["weighted"]
-        assert {p: (a["alpha"], a["from"]) for p, a in alphas.items()} == {1: (1.0, "tuned"), 4: (2.0, "tuned")}
+        alphas = after.document.config.alphas["squad"]["weighted"]
+        assert {p: (a.alpha, a.source) for p, a in alphas.items()} == {1: (1.0, "tuned"), 4: (2.0, "tuned")}
         assert after.notices == ["weighted on squad, p = 1 and 4: alpha was tuned on 3 of these 6 examples"]
         peek = {r.p: r for r in run(make(rescorers=("peek",), p=(1, 4)))}
         for r in after.document.results[2:]:
@@ -109,8 +110,8 @@ class TestSeveralP:
         monkeypatch.setattr(evaluation, "REPLAY_EXAMPLES", 2)
         options, add = make(p=(1, 4), mode=mode), ExampleLog.add
 
-        def stop(self: ExampleLog, record: dict[str, Any]) -> None:
-            if (record["rescorer"], record["p"], record["id"]) == ("peek", 4, "q2"):
+        def stop(self: ExampleLog, record: ExampleRecord) -> None:
+            if (record.rescorer, record.p, record.id) == ("peek", 4, "q2"):
                 ctrl_c()
             add(self, record)
 

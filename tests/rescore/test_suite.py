@@ -14,23 +14,26 @@ from typing import Any
 
 import pytest
 from conftest import squad_records, write_lines
+from rescore.runs.suite_table import COLUMNS, csv_table, suite_page, text_table
 
 import lm.base.catalog
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
 from lm.files import cache_directory
 from lm.locks import writing_to
+from lm.records import plain
 from rescore import tracing
 from rescore.report.inspection import inspect_example
 from rescore.report.page import write_report
 from rescore.report.sources import load_sources
 from rescore.rescorers import load_rescorer
 from rescore.runs import suite as suite_module
-from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
+from rescore.runs.evaluation import evaluate, trace_task
 from rescore.runs.finished import load_run, load_runs, run_of_task
+from rescore.runs.records import Alpha, ExampleRecord
 from rescore.runs.results import ExampleLog
 from rescore.runs.suite import Suite, run_suite
+from rescore.runs.suite_files import read_manifest
 from rescore.runs.suite_plan import Plan, read_plan
-from rescore.runs.suite_table import COLUMNS, csv_table, suite_page, text_table
 from rescore.runs.tuning import tune
 from rescore.studies.analysis.collect import analyse_folders
 from rescore.studies.comparison import Selection, compare
@@ -97,10 +100,10 @@ class TestTable:
         suite = run(write(), tmp_path / "out")
         ran = [("none", 1), ("none", 2), ("context-ngram:none", 1), ("oracle", 1)]
         wanted = [(task, k, *side) for task in ("squad", "gsm8k") for k in (4, 2) for side in ran]
-        assert [(r["task"], r["k"], r["rescorer"], r["p"]) for r in suite.results] == wanted
-        assert [r["n"] for r in suite.results] == [4] * 8 + [3] * 8
-        assert {r["alpha"] for r in suite.results if r["rescorer"] == "context-ngram:none"} <= {0.0, 0.5, 1.0}
-        assert [(t["task"], t["k"], t["p"], len(t["held_out"])) for t in suite.tuned] == [
+        assert [(r.task, r.k, r.rescorer, r.p) for r in suite.document.results] == wanted
+        assert [r.n for r in suite.document.results] == [4] * 8 + [3] * 8
+        assert {r.alpha for r in suite.document.results if r.rescorer == "context-ngram:none"} <= {0.0, 0.5, 1.0}
+        assert [(t.task, t.k, t.p, len(t.held_out)) for t in suite.document.tuned] == [
             ("squad", 4, 1, 2), ("squad", 2, 1, 2), ("gsm8k", 4, 1, 2), ("gsm8k", 2, 1, 2)
         ]  # fmt: skip
         assert len(list((cache_directory() / "traces").iterdir())) == 2, "k shares the trace of its task"
@@ -108,32 +111,39 @@ class TestTable:
 
     def test_its_folders_are_those_of_eval(self, write: Write, tmp_path: Path):
         suite = run(write(), tmp_path / "out")
-        assert [r["folder"] for r in suite.runs] == ["runs/squad-k4", "runs/squad-k2", "runs/gsm8k-k4", "runs/gsm8k-k2"]
+        assert [r.folder for r in suite.document.runs] == [
+            "runs/squad-k4",
+            "runs/squad-k2",
+            "runs/gsm8k-k4",
+            "runs/gsm8k-k2",
+        ]
         found = load_run(tmp_path / "out" / "runs/squad-k4")
-        options = {**found.config["options"], "tasks": ("squad",), "rescorers": ("none", "oracle"), "own_p": ()}
-        plain = evaluate(EvalOptions(**{**options, "p": (1, 2)})).document.as_dict()["results"]
-        same = [r for r in suite.results if (r["task"], r["k"]) == ("squad", 4) and r["alpha"] is None]
-        assert [{**r, "h": None} for r in same] == [{**r, "h": None} for r in json.loads(json.dumps(plain))]
+        options = dataclasses.replace(
+            found.config.options, tasks=("squad",), rescorers=("none", "oracle"), own_p=(), p=(1, 2)
+        )
+        same = [r for r in suite.document.results if (r.task, r.k) == ("squad", 4) and r.alpha is None]
+        assert same == evaluate(options).document.results
         assert compare(tmp_path / "out", selection=Selection(a_rescorer="none", b_rescorer="oracle")).rows[0].n == 4
         assert inspect_example(tmp_path / "out", "2", task="gsm8k", k=2).k == 2
 
     def test_the_files(self, write: Write, tmp_path: Path):
         suite = run(write(), tmp_path / "out")
         manifest = json.loads((tmp_path / "out" / "suite.json").read_text())
-        assert manifest["schema"] == "rescore.suite/1" and manifest["results"] == suite.results
+        assert manifest["schema"] == "rescore.suite/2" and manifest == plain(suite.document)
+        assert read_manifest(tmp_path / "out") == suite.document
         page = (tmp_path / "out" / "table.md").read_text()
         assert "`rescore suite table.yaml --out DIR`" in page and "3 or 4 examples of a task" in page
         assert re.search(r"^\| squad \| 4 \(4\) \| oracle \(1\) \| 4 \| - \| \d\.\d{3} \(.* to .*\) \| \+", page, re.M)
         rows = list(csv.reader((tmp_path / "out" / "table.csv").open()))
         assert tuple(rows[0]) == COLUMNS and len(rows) == 17 and rows[1][:6] == ["squad", "4", "4", "none", "1", ""]
-        assert float(rows[4][10]) == suite.results[3]["block_efficiency"]
+        assert float(rows[4][10]) == suite.document.results[3].block_efficiency
 
     def test_several_h_and_large_k(self, write: Write, tmp_path: Path):
         body = "k: [2, 40]\nh: [2, 4]\nlimit: 2\nmax_new_tokens: 6\ndevice: cpu\ntasks: squad\nrescorers: none\n"
         suite = run_suite(read_plan(write(body=body), data=tmp_path), tmp_path / "out")
-        assert [(r["k"], r["h"]) for r in suite.results] == [(2, 2), (40, 2), (2, 4), (40, 4)]
+        assert [(r.k, r.h) for r in suite.document.results] == [(2, 2), (40, 2), (2, 4), (40, 4)]
         assert len(list((cache_directory() / "traces").iterdir())) == 1
-        assert "| 40 | 4 |" in suite_page(suite.results, suite.plan, "")
+        assert "| 40 | 4 |" in suite_page(suite.document.results, suite.plan, "")
 
     def test_every_reader_takes_its_folder(self, write: Write, tmp_path: Path):
         run(write(), tmp_path / "out")
@@ -149,7 +159,7 @@ class TestTable:
         suite = run(write(), tmp_path / "out")
         found = [sweep for view in load_sources([tmp_path / "out"]).views for sweep in view.sweeps]
         assert [(s.task, s.k, s.alphas, s.alpha) for s in found] == [
-            (t["task"], t["k"], t["alphas"], t["alpha"]) for t in suite.tuned
+            (t.task, t.k, t.alphas, t.alpha) for t in suite.document.tuned
         ]
         lines = (tmp_path / "out" / "tuned.jsonl").read_text().splitlines()
         broken = [json.loads(lines[0]) | {"alphas": "much"}, *map(json.loads, lines[1:])]
@@ -170,8 +180,8 @@ class TestTable:
         trace_task(dataclasses.replace(options, limit=3), tmp_path / "trace")
         body = f"device: cpu\nk: 4\ntasks:\n- trace: {tmp_path / 'trace'}\nrescorers: [none, oracle]\n"
         suite = run(write(body=body), tmp_path / "out")
-        assert [(r["task"], r["n"]) for r in suite.results] == [("squad", 3)] * 2
-        assert run(write(body=body), tmp_path / "out").results == suite.results
+        assert [(r.task, r.n) for r in suite.document.results] == [("squad", 3)] * 2
+        assert run(write(body=body), tmp_path / "out").document.results == suite.document.results
 
     def test_what_was_tuned_outside_is_no_part_of_it(self, write: Write, tmp_path: Path):
         path = write(("    tune: {limit: 2, alphas: [0.5, 1]}\n", ""))
@@ -179,7 +189,7 @@ class TestTable:
         options = dataclasses.replace(plan.options(plan.tasks[0], k=4, h=None), own_p=(), p=(1,))
         tune(dataclasses.replace(options, rescorers=("context-ngram:none",)), alphas=(3.0,), ks=(4,), ps=(1,))
         assert (cache_directory() / "tuned").exists()
-        used = {r["alpha"] for r in run(path, tmp_path / "out").results if r["rescorer"] == "context-ngram:none"}
+        used = {r.alpha for r in run(path, tmp_path / "out").document.results if r.rescorer == "context-ngram:none"}
         assert used == {load_rescorer("context-ngram:none").alpha}
 
     def test_weights_of_other_data_are_tuned_anew(self, write: Write, tmp_path: Path):
@@ -191,8 +201,8 @@ class TestTable:
         data = next(tmp_path.rglob("squad.jsonl"))
         data.write_text("".join(reversed(data.read_text().splitlines(keepends=True))))
         again, fresh = run(path, out), run(path, tmp_path / "fresh")
-        assert again.results == fresh.results
-        assert again.tuned == fresh.tuned and len((out / "tuned.jsonl").read_text().splitlines()) == 6
+        assert again.document.results == fresh.document.results
+        assert again.document.tuned == fresh.document.tuned and len((out / "tuned.jsonl").read_text().splitlines()) == 6
 
     def test_a_second_process_is_refused(self, write: Write, tmp_path: Path):
         held = threading.Event()
@@ -210,7 +220,7 @@ class TestTable:
     def test_one_run_of_several_is_chosen_by_task_and_h(self, write: Write, tmp_path: Path):
         run(write(("k: [4, 2]", "k: 4\nh: [2, 3]")), tmp_path / "out")
         found = run_of_task(tmp_path / "out", "gsm8k", h=3)
-        assert found.tasks == ["gsm8k"] and len(found.results[0]["marginal"]) == 3
+        assert found.tasks == ["gsm8k"] and found.results[0].h == len(found.results[0].marginal) == 3
         refused(lambda: run_of_task(tmp_path / "out", None), "give one task with --task: squad, gsm8k")
         refused(lambda: run_of_task(tmp_path / "out", "xsum"), "has no task xsum; give one of squad, gsm8k")
         refused(lambda: run_of_task(tmp_path / "out", "squad"), "several runs of squad; give the folder of one")
@@ -218,11 +228,11 @@ class TestTable:
 
     def test_names_cannot_break_the_table(self, write: Write, tmp_path: Path):
         suite = run(write(), tmp_path / "out")
-        nasty = [{**suite.results[0], "task": "a|b<img>\x1b[2J`x`"}]
+        nasty = [dataclasses.replace(suite.document.results[0], task="a|b<img>\x1b[2J`x`")]
         page = suite_page(nasty, suite.plan, "")
         assert r"| a\|b\<img\>⟨U+001B⟩\[2J\`x\` |" in page and "\x1b" not in page
         assert "\x1b" not in text_table(nasty)
-        assert "\n'=1+1\\x1b[2J," in csv_table([{**suite.results[0], "task": "=1+1\x1b[2J"}])
+        assert "\n'=1+1\\x1b[2J," in csv_table([dataclasses.replace(suite.document.results[0], task="=1+1\x1b[2J")])
 
 
 class TestGoingOn:
@@ -232,7 +242,7 @@ class TestGoingOn:
         whole = run(write(), tmp_path / "whole")
         add, calls = ExampleLog.add, []
 
-        def die(self: ExampleLog, record: dict[str, Any]) -> None:
+        def die(self: ExampleLog, record: ExampleRecord) -> None:
             calls.append(1)
             if len(calls) == at:
                 raise SystemError("killed")
@@ -248,21 +258,21 @@ class TestGoingOn:
         refused(lambda: compare(tmp_path / "out", selection=Selection(a_p=1, b_p=2)), "has not finished")
         calls.clear()
 
-        def count(self: ExampleLog, record: dict[str, Any]) -> None:
+        def count(self: ExampleLog, record: ExampleRecord) -> None:
             calls.append(1)
             add(self, record)
 
         monkeypatch.setattr(ExampleLog, "add", count)
         again = run(write(), tmp_path / "out")
         assert len(calls) == len(records(tmp_path / "whole")) - (at - 1)
-        assert again.results == whole.results and sorted(records(tmp_path / "out")) == sorted(
+        assert again.document.results == whole.document.results and sorted(records(tmp_path / "out")) == sorted(
             records(tmp_path / "whole")
         )
 
     def test_ctrl_c_keeps_and_shows_what_is_finished(self, write: Write, tmp_path: Path, monkeypatch: Any):
         add, calls = ExampleLog.add, []
 
-        def stop(self: ExampleLog, record: dict[str, Any]) -> None:
+        def stop(self: ExampleLog, record: ExampleRecord) -> None:
             calls.append(1)
             if len(calls) == 20:
                 raise KeyboardInterrupt
@@ -271,10 +281,10 @@ class TestGoingOn:
         with monkeypatch.context() as stopping:
             stopping.setattr(ExampleLog, "add", stop)
             cut = run(write(), tmp_path / "out")
-        assert cut.interrupted and [r["k"] for r in cut.results] == [4, 4, 4, 4, 2]
-        assert not (tmp_path / "out" / "table.md").exists() and len(cut.runs) == 1
+        assert cut.interrupted and [r.k for r in cut.document.results] == [4, 4, 4, 4, 2]
+        assert not (tmp_path / "out" / "table.md").exists() and len(cut.document.runs) == 1
         again = run(write(), tmp_path / "out")
-        assert not again.interrupted and again.results[:4] == cut.results[:4]
+        assert not again.interrupted and again.document.results[:4] == cut.document.results[:4]
 
     def test_ctrl_c_while_tuning(self, write: Write, tmp_path: Path, monkeypatch: Any):
         def stop(*_: Any, **__: Any) -> None:
@@ -283,15 +293,15 @@ class TestGoingOn:
         with monkeypatch.context() as stopping:
             stopping.setattr(suite_module, "tune", stop)
             cut = run(write(), tmp_path / "out")
-        assert cut.interrupted and cut.results == []
-        assert len(run(write(), tmp_path / "out").results) == 16
+        assert cut.interrupted and cut.document.results == []
+        assert len(run(write(), tmp_path / "out").document.results) == 16
 
     def test_what_is_finished_needs_no_model(self, write: Write, tmp_path: Path, monkeypatch: Any):
         first = run(write(), tmp_path / "out")
         monkeypatch.setattr(lm.base.catalog, "load_base", lambda *_, **__: pytest.fail("the base LM was loaded"))
         monkeypatch.setattr(suite_module, "tune", lambda *_, **__: pytest.fail("tuned again"))
         monkeypatch.setattr(suite_module, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
-        assert run(write(), tmp_path / "out").results == first.results
+        assert run(write(), tmp_path / "out").document.results == first.document.results
 
     def test_each_trace_is_recorded_once(self, write: Write, tmp_path: Path, monkeypatch: Any):
         made: list[int] = []
@@ -355,10 +365,27 @@ class TestRefused:
         (tmp_path / "out" / "notes").touch()
         refused(lambda: run(write(), tmp_path / "out"), "holds something else than a suite")
 
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"schema": "rescore.suite/1"}, "has schema 'rescore.suite/1'; this version reads 'rescore.suite/2'"),
+            ({"runs": [{"task": "squad", "k": 4, "h": None}]}, "required field `folder` - at `runs[0]`"),
+            ({"runs": None}, "Expected `array`, got `null` - at `runs`"),
+            ({"results": [{}]}, "required field `task` - at `results[0]`"),
+        ],
+    )
+    def test_a_broken_manifest(self, write: Write, tmp_path: Path, changes: dict[str, Any], message: str):
+        run(write(("k: [4, 2]", "k: 4")), tmp_path / "out")
+        path = tmp_path / "out" / "suite.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        refused(lambda: load_runs(tmp_path / "out"), message, InvalidDataError)
+        refused(lambda: load_runs(tmp_path / "out"), "suite.json", InvalidDataError)
+        refused(lambda: load_runs(tmp_path / "out"), "; run the suite again", InvalidDataError)
+
     def test_a_broken_list_of_weights(self, write: Write, tmp_path: Path):
         run(write(), tmp_path / "out")
         (tmp_path / "out" / "tuned.jsonl").write_text("{}\n")
-        refused(lambda: run(write(), tmp_path / "out"), "tuned.jsonl line 1 is no tuned weight", InvalidDataError)
+        refused(lambda: run(write(), tmp_path / "out"), "tuned.jsonl line 1 is no tuned weight: ", InvalidDataError)
 
 
 def test_the_suite_of_the_readme_can_be_read():
@@ -369,4 +396,4 @@ def test_the_suite_of_the_readme_can_be_read():
     assert {r.name: tuning.limit for r, tuning in plan.tuned} == {
         "ngram": 50, "context-ngram": 50, "learned-bigram": 50,
     }  # fmt: skip
-    assert plan.fixed["neural-61m", 1]["alpha"] == 0.5
+    assert plan.fixed["neural-61m", 1] == Alpha(alpha=0.5, source="option")

@@ -203,13 +203,13 @@ class TestEvaluation:
         (result,) = document.results
         assert (result.task, result.n, result.tokens) == ("bridges", 2, 18)
         assert list(result.quality) == ["exact match", "F1", "ROUGE-L"]
-        settings = document.config["traces"]["bridges"]
+        settings = document.config.traces["bridges"]
         assert (settings["max_new_tokens"], settings["max_prompt_tokens"], settings["chat"]) == (9, 30, False)
         assert settings["definition"]["limits"] == {"examples": "2", "new_tokens": "9", "prompt_tokens": "30"}
         given = evaluate(EvalOptions(tasks=(write(),), limit=1, max_new_tokens=5, max_prompt_tokens=8, **options))
         (result,) = given.document.results
         assert (result.n, result.tokens) == (1, 5)
-        assert given.document.config["traces"]["bridges"]["max_prompt_tokens"] == 8
+        assert given.document.config.traces["bridges"]["max_prompt_tokens"] == 8
 
     def test_a_changed_file_is_another_task(self, write: Write, options: dict[str, Any], tmp_path: Path) -> None:
         recorded = EvalOptions(tasks=(write(),), **options)

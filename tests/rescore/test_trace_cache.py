@@ -58,7 +58,7 @@ def test_a_changed_model_never_replays_an_old_trace(options, what, cache_folder,
     after = evaluate(options).document
     monkeypatch.setenv("RESCORE_CACHE", str(tmp_path / "fresh"))
     fresh = evaluate(options).document
-    assert after.as_dict() == fresh.as_dict()
+    assert after == fresh
     if what in ("rope", "norm", "end of text"):
         assert after.results != before
     assert len(list((cache_folder / "traces").iterdir())) == 2
@@ -97,7 +97,7 @@ def _task(options: EvalOptions):
 
 
 def test_the_results_say_by_what_their_trace_was_recorded(options):
-    recorded = evaluate(options).document.config["traces"]["squad"]
+    recorded = evaluate(options).document.config.traces["squad"]
     assert recorded["recorded_by"].keys() == {"device", "recording", "torch", "transformers", "tokenizers"}
     assert all(recorded["base"][name] for name in ("config_sha256", "tokenization_sha256"))
 
@@ -125,16 +125,16 @@ BREAKS: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("what", BREAKS)
 def test_a_broken_cached_trace_is_made_again(options, what, cache_folder, caplog, tmp_path):
-    before = evaluate(options, out=tmp_path / "run").document.as_dict()
+    before = evaluate(options, out=tmp_path / "run").document
     (folder,) = (cache_folder / "traces").iterdir()
     BREAKS[what](folder)
     with pytest.raises(RescoreError, match=r"the cached trace of squad is broken .* makes it again"):
         load_run(tmp_path / "run").trace("squad")
-    assert evaluate(options).document.as_dict() == before
+    assert evaluate(options).document == before
     (line,) = caplog.messages
     assert line.startswith("the cached trace of squad is broken (") and line.endswith("; it is made again")
     caplog.clear()
-    assert evaluate(options).document.as_dict() == before and not caplog.messages
+    assert evaluate(options).document == before and not caplog.messages
 
 
 @pytest.mark.parametrize("what", BREAKS)
@@ -151,22 +151,22 @@ def test_a_broken_trace_of_the_user_s_stays_an_error(options, what, tmp_path):
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_a_whole_trace_is_replayed_from_a_read_only_cache(options, cache_folder):
-    before = evaluate(options).document.as_dict()
+    before = evaluate(options).document
     folders = [cache_folder, *(path for path in cache_folder.rglob("*") if path.is_dir())]
     for folder in folders:
         folder.chmod(0o555)
     try:
-        assert evaluate(options).document.as_dict() == before
+        assert evaluate(options).document == before
     finally:
         for folder in folders:
             folder.chmod(0o755)
 
 
 def test_a_whole_trace_is_replayed_without_a_lock(options, monkeypatch):
-    before = evaluate(options).document.as_dict()
+    before = evaluate(options).document
 
     def fails(*_: object, **__: object) -> None:
         raise AssertionError("what is only read is not locked")
 
     monkeypatch.setattr("lm.locks.FileLock.acquire", fails)
-    assert evaluate(options).document.as_dict() == before
+    assert evaluate(options).document == before

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 
 from lattices.errors import RescoreError
+from lm import records
 from rescore import rescorers, tracing
 from rescore.rescorers.unrescored import Unrescored
 from rescore.runs.evaluation import EvalOptions, Evaluation, evaluate, trace_task
 from rescore.runs.finished import load_run
+from rescore.runs.records import ExampleRecord
 from rescore.runs.results import ExampleLog
 from rescore.runs.tuning import tune
 from rescore.tracing import load_trace
@@ -58,7 +60,7 @@ def work(name: str, folder: Path, options: EvalOptions, environment: dict[str, s
         if kill and not out and what.startswith("trace") and done == kill:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def add_slowly(self: ExampleLog, record: dict[str, Any]) -> None:
+    def add_slowly(self: ExampleLog, record: ExampleRecord) -> None:
         add(self, record)
         time.sleep(slow)
         if kill and out and len(self._records) == kill:
@@ -84,7 +86,7 @@ def work(name: str, folder: Path, options: EvalOptions, environment: dict[str, s
 
 def plain(evaluation: Evaluation) -> Any:
     """Results as they are read back."""
-    return json.loads(json.dumps(evaluation.document.as_dict()["results"]))
+    return records.plain(evaluation.document.results)
 
 
 @pytest.fixture
@@ -197,7 +199,7 @@ def test_one_out_after_a_killed_run(options, expected, tmp_path: Path):
     (killed,) = together(tmp_path / "race", options, {"do": "eval", "out": out, "kill": 5})
     assert killed.code == -signal.SIGKILL and not (out / "results.json").exists()
     assert plain(evaluate(options, out=out)) == expected
-    assert load_run(out).results == expected
+    assert records.plain(load_run(out).results) == expected
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "examples.jsonl", "results.json"]
 
 

@@ -10,6 +10,7 @@ import errno
 import io
 import json
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -50,6 +51,8 @@ from cli_report import reporting
 from cli_tasks import tasks
 from cli_training import training
 from lattices.errors import RescoreError
+
+BUILT_IN = "smollm2-135m"  # the default of --base
 
 if TYPE_CHECKING:
     from rescore.runs.evaluation import Evaluation
@@ -96,6 +99,7 @@ def main() -> None:
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where a failure can still be told
     except (KeyboardInterrupt, typer.Abort):
+        notify("interrupted; what is finished is kept, the same command goes on")
         code = INTERRUPTED
     except (ReaderGoneError, BrokenPipeError):  # head or less has seen enough
         code = 0
@@ -127,7 +131,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, RescoreError):
         message, code = str(error), 2
     elif hasattr(error, "format_message"):  # of click, which typer imports or, in later versions, brings along
-        message, code = error.format_message(), 2
+        message, code = _plainer(error.format_message()), 2
     elif isinstance(error, OSError) and error.strerror and (error.filename is not None or error.errno in NO_ROOM):
         # No permission, a name too long, a full disk: nothing of ours is wrong.
         what = "can't write what is printed" if error.filename is None else f"can't use {os.fsdecode(error.filename)}"
@@ -137,6 +141,12 @@ def _explain(error: Exception) -> tuple[str, int]:
     else:
         message, code = f"{type(error).__name__}: {error} (--debug shows where)", 1
     return " ".join(message.split()), code
+
+
+def _plainer(message: str) -> str:
+    """What the library says of a value that is no number, as we say it."""
+    message = re.sub(r"Input should be a valid integer.*", "give a whole number, like 16", message)
+    return re.sub(r"Input should be a valid number.*", "give a number, like 0.5", message)
 
 
 def _version(wanted: bool) -> None:
@@ -196,7 +206,10 @@ def evaluate_command(
     as_json: Json = False,
 ) -> None:
     """Block efficiency of rescorers on tasks: what a step accepts, and what it could (oracle)."""
-    known = known_tasks(task or (), trace)
+    known = known_tasks(
+        task or (), trace, base=None if base == BUILT_IN else base, max_new_tokens=max_new_tokens,
+        max_prompt_tokens=max_prompt_tokens,
+    )  # fmt: skip
     from rescore.runs.evaluation import EvalOptions, evaluate
 
     chosen = EvalOptions(
@@ -255,7 +268,10 @@ def oracle(
     as_json: Json = False,
 ) -> None:
     """Oracle block efficiency by k: what a perfect choice from the top k of every head would reach."""
-    known = known_tasks(task or (), trace)
+    known = known_tasks(
+        task or (), trace, base=None if base == BUILT_IN else base, max_new_tokens=max_new_tokens,
+        max_prompt_tokens=max_prompt_tokens,
+    )  # fmt: skip
     from rescore.runs.evaluation import EvalOptions, oracle_by_k
 
     ks = numbers("--k", k, int)
@@ -294,7 +310,10 @@ def tune_command(
     as_json: Json = False,
 ) -> None:
     """Tune a rescorer's weight (alpha) by replay on held-out examples, for `rescore eval --alpha tuned`."""
-    known = known_tasks(task or (), trace)
+    known = known_tasks(
+        task or (), trace, base=None if base == BUILT_IN else base, max_new_tokens=max_new_tokens,
+        max_prompt_tokens=max_prompt_tokens,
+    )  # fmt: skip
     from dataclasses import asdict
 
     from rescore.runs.evaluation import EvalOptions

@@ -147,9 +147,16 @@ def numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Numbe
         raise RescoreError(f"{option} {text}: give {what} with commas between them, like 1,2,4") from None
 
 
-def known_tasks(names: Iterable[str], trace: str | None) -> tuple[str, ...]:
-    """The tasks asked for. A mistake is told before the heavy libraries are loaded; a given trace's name may be any."""
+def known_tasks(names: Iterable[str], trace: str | None, **of_recording: object) -> tuple[str, ...]:
+    """The tasks asked for. A mistake is told before the heavy libraries are loaded; a given trace's name may be any.
+
+    `of_recording`: options that say how a trace is recorded, None where not given; a given trace refuses them.
+    """
     from rescore.tasks import load_task
+
+    if trace is not None and (given := [name for name, value in of_recording.items() if value is not None]):
+        option = "--" + given[0].replace("_", "-")
+        raise RescoreError(f"a given trace is replayed as it was recorded; drop {option} or --trace")
 
     chosen = tuple(names)
     if trace is None:

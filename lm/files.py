@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -39,6 +40,10 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
         reason = getattr(error, "strerror", None) or error
+        if "requested and" in str(error):  # numpy's words for what was not written, without a number of the system's
+            reason = os.strerror(errno.ENOSPC)
+        elif isinstance(error, FileExistsError) and path.is_file():
+            reason = "it is a file, and a folder is to be made there; choose another --out"
         advice = "; set RESCORE_CACHE to a folder where rescore may keep files" if _is_cached(path) else ""
         raise OutputError(f"can't write {path}: {reason}{advice}; what was written before is kept") from error
 

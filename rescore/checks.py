@@ -29,3 +29,15 @@ def check_new_tokens(max_new_tokens: int) -> None:
     """Raises `RescoreError` unless an output may have at least one token."""
     if max_new_tokens < 1:
         raise RescoreError(f"--max-new-tokens {max_new_tokens}; at least one token must be decoded")
+
+
+def check_fits(prompt_tokens: int, max_new_tokens: int, context_length: int, *, what: str = "a prompt") -> None:
+    """Raises `RescoreError` unless a prompt and its output fit into the base LM's context."""
+    if prompt_tokens + max_new_tokens > context_length:
+        advice = (
+            "lower --max-new-tokens" if max_new_tokens >= context_length else "cut prompts with --max-prompt-tokens"
+        )
+        raise RescoreError(
+            f"{what} of {prompt_tokens} tokens and {max_new_tokens} new ones do not fit into the context of "
+            f"{context_length}; {advice}"
+        )

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from lattices.errors import RescoreError, UnknownNameError
+from lattices.errors import UnknownNameError
 from lattices.prefix_tree import build_prefix_tree
 from lm.base.cache import KVCache
 from lm.base.model import BaseLM
 from lm.heads.block_heads import BlockHeads
 from rescore.acceptance import accept
-from rescore.checks import check_k, check_new_tokens, check_p
+from rescore.checks import check_fits, check_k, check_new_tokens, check_p
 from rescore.rescorers.base import Context, Rescorer, check_drafts
 
 VERIFY_MODES = ("tree", "batch")
@@ -195,11 +195,7 @@ def check_request(
     check_new_tokens(max_new_tokens)
     if heads is not None:
         check_k(k, base.vocab_size)
-    if prompt_tokens + max_new_tokens > base.context_length:
-        raise RescoreError(
-            f"a prompt of {prompt_tokens} tokens and {max_new_tokens} new ones do not fit into the context of "
-            f"{base.context_length}; cut prompts with --max-prompt-tokens"
-        )
+    check_fits(prompt_tokens, max_new_tokens, base.context_length)
 
 
 def first_difference(output_ids: Iterable[int], reference_ids: Iterable[int]) -> int | None:

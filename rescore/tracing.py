@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lattices.errors import IncompatibleError, InvalidDataError
 from lattices.lattice import Lattice
 from lm.base.catalog import first_line
 from lm.base.generation import Generated, generate
@@ -41,7 +41,7 @@ from lm.files import atomic_folder, cache_directory, changed_settings, read_json
 from lm.heads.block_heads import BlockHeads, entropies_of, lattice_of
 from lm.keys import key_of
 from lm.locks import writing_to
-from rescore.checks import check_k
+from rescore.checks import check_fits, check_k
 from rescore.groups import digest, one_of_each_first
 from rescore.tasks.base import Example
 
@@ -153,11 +153,8 @@ def record_trace(
         missing = [e for e in examples if e.id not in done]
         encoded = [base.encode_prompt(e.prompt, chat=chat, max_tokens=max_prompt_tokens) for e in missing]
         for example, ids in zip(missing, encoded, strict=True):
-            if len(ids) + max_new_tokens > base.context_length:
-                raise RescoreError(
-                    f"example {example.id}: a prompt of {len(ids)} tokens and {max_new_tokens} new ones do not fit "
-                    f"into the context of {base.context_length}; cut prompts with --max-prompt-tokens"
-                )
+            what = f"example {example.id}: a prompt"
+            check_fits(len(ids), max_new_tokens, base.context_length, what=what)
         made = len(examples) - len(missing)
         for start in range(0, len(missing), PART_EXAMPLES):
             prompts = encoded[start : start + PART_EXAMPLES]

@@ -77,7 +77,8 @@ class TestInspect:
     def test_mistakes(self, rescore: Command, results: Path):
         rescore("inspect", results, "--example", "q9").refused("unknown example 'q9'")
         rescore("inspect", results, "--example", "\x1b[2J").refused(r"unknown example '\\x1b\[2J'")
-        rescore("inspect", results, "--steps", "9-1").refused("choose from these")
+        rescore("inspect", results, "--steps", "9-1").refused("the range ends before it begins; give 1-9")
+        rescore("inspect", results, "--steps", "99").refused("choose from these")
         rescore("inspect", results, "--h", 3).refused("no results of squad with h = 3, only 4")
 
 

@@ -354,3 +354,18 @@ def test_downloads_go_where_they_may(tmp_path: Path):
     assert run(HOME=str(tmp_path)) == "[None, None]"
     assert run(HOME=os.devnull) == f"['{tmp_path}/cache/huggingface', None]"
     assert run(HOME=os.devnull, HF_HOME="/mine") == "['/mine', None]"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--base", "foo"), ("--max-new-tokens", "3"), ("--max-prompt-tokens", "9")]
+)
+@pytest.mark.parametrize("command", [("eval",), ("oracle",), ("tune", "--rescorer", "ngram")], ids=lambda c: c[0])
+def test_a_given_trace_refuses_what_says_how_one_is_recorded(
+    rescore: Command, tmp_path: Path, command: tuple[str, ...], option: str, value: str
+):
+    run = rescore(*command, "--trace", tmp_path, option, value)
+    run.refused(f"a given trace is replayed as it was recorded; drop {option} or --trace")
+
+
+def test_a_gpu_by_another_name(rescore: Command):
+    rescore("bench", "verify-curve", "--device", "gpu").refused("unknown device 'gpu'; give cuda")

@@ -197,6 +197,8 @@ def choose_device(device: str) -> str:
     """
     kind, _, number = device.partition(":")
     if device not in DEVICES and not (kind == "cuda" and number.isdecimal()):
+        if kind.startswith("gpu"):  # by its letters it is nearest to cpu
+            raise RescoreError(f"unknown device {device!r}; give cuda, cuda:1 (one of several), cpu or auto")
         raise UnknownNameError("device", device, DEVICES)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cpu" or (device == "auto" and not count):

@@ -72,6 +72,7 @@ def _cell(view: TaskView, rescorer: str, p: int) -> Cell | None:
 
 def _sentences(views: Sequence[TaskView], rows: Sequence[Row]) -> list[str]:
     lines = []
+    unit = "tasks" if len({view.task for view in views}) == len(views) else "columns"  # of one task, several runs
     plain = [view.unrescored.block_efficiency for view in views if view.unrescored]
     ceiling = [view.results[0].oracle_block_efficiency for view in views]
     if plain:
@@ -82,13 +83,13 @@ def _sentences(views: Sequence[TaskView], rows: Sequence[Row]) -> list[str]:
     else:
         lines.append(f"A perfect choice from the lattices would get {_range(ceiling)} tokens out of a step.")
     for p in sorted({row.p for row in rows}):
-        if said := _best_of(rows, p):
+        if said := _best_of(rows, p, unit):
             lines.append(said)
     lines.append(_time(views, rows))
     return lines
 
 
-def _best_of(rows: Sequence[Row], p: int) -> str | None:
+def _best_of(rows: Sequence[Row], p: int, unit: str) -> str | None:
     """Which rescorer is best at this p: the one with the highest mean gain over the tasks that all of them have."""
     gains = {}
     for row in rows:
@@ -115,7 +116,7 @@ def _best_of(rows: Sequence[Row], p: int) -> str | None:
     surely = sum(1 for cell in rated if cell.result.gain_ci95 and cell.result.gain_ci95[0] > 0)
     known = sum(1 for cell in rated if cell.result.gain_ci95)
     if known and surely < known:
-        where = f"On {known - surely} of {known} tasks its" if known > 1 else "Its"
+        where = f"On {known - surely} of {known} {unit} its" if known > 1 else "Its"
         line += f" {where} gain is not certain: the interval includes zero."
     return line
 

@@ -268,6 +268,8 @@ def _wanted_steps(text: str, total: int) -> range:
         raise RescoreError(f"--steps {text}: give a number, a range like 1-5 or 6-, or all")
     begin = int(first)
     end = int(last) if last else total if dash else begin
+    if last and int(last) < begin:
+        raise RescoreError(f"--steps {text}: the range ends before it begins; give {last}-{first}")
     if begin < 1 or end < begin or begin > total:
         raise RescoreError(f"--steps {text}: the example has the blocks 1 to {total}; choose from these")
     return range(begin, min(end, total) + 1)

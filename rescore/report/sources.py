@@ -169,7 +169,7 @@ def _gaps(views: Sequence[TaskView]) -> list[str]:
         lacking = everything - {(r.rescorer, r.p) for r in view.results}
         if lacking:
             names = ", ".join(f"{rescorer} (p = {p})" for rescorer, p in sorted(lacking))
-            lines.append(f"{view.label}: not run there: {names}. Empty cells of the tables are these.")
+            lines.append(f"{view.label}: not run there, so its cells of the tables are empty: {names}.")
     return lines
 
 

@@ -13,6 +13,7 @@ only the very prompt that was found is left out.
 from __future__ import annotations
 
 import json
+import os
 import re
 import textwrap
 from pathlib import Path
@@ -40,7 +41,10 @@ def read_leave_out(name: str | None) -> frozenset[str]:
         return frozenset()
     if not name.strip():
         raise RescoreError("--leave-out is empty; give shipped, or a file of rescore overlap --out")
-    return _read(SHIPPED_FILE if name == SHIPPED else Path(name).expanduser())
+    path = SHIPPED_FILE if name == SHIPPED else Path(name).expanduser()
+    if not os.path.exists(path):
+        raise RescoreError(f"no such file: {name}; give a file of rescore overlap --out, or --leave-out {SHIPPED}")
+    return _read(path)
 
 
 def _read(path: Path) -> frozenset[str]:

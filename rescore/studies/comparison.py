@@ -103,11 +103,12 @@ def compare(a: Path, b: Path | None = None, *, selection: Selection | None = Non
     """
     chosen = selection or Selection()
     other = a if b is None else b
-    if a.resolve() == other.resolve() and chosen.of_a == chosen.of_b:
-        raise RescoreError(f"{a} would be compared with itself; {_advice(load_runs(a))}")
-    runs_a, runs_b = load_runs(a), load_runs(other)
-    comparison = Comparison(str(a), str(other))
+    runs_a = load_runs(a)
     _check_known(runs_a, "A", chosen.of_a)
+    if a.resolve() == other.resolve() and chosen.of_a == chosen.of_b:
+        raise RescoreError(f"{a} would be compared with itself; {_advice(runs_a)}")
+    runs_b = load_runs(other)
+    comparison = Comparison(str(a), str(other))
     _check_known(runs_b, "B", chosen.of_b)
     for task, run_a, run_b in _run_pairs(runs_a, runs_b, comparison):
         _check_same(task, run_a, run_b, comparison)

@@ -164,7 +164,7 @@ class TestList:
             read_leave_out(str(tmp_path / "list.yaml"))
 
     def test_no_file_and_no_name(self, tmp_path: Path):
-        with pytest.raises(RescoreError, match=r"can't read .*none\.yaml"):
+        with pytest.raises(RescoreError, match=r"no such file: .*none\.yaml"):
             read_leave_out(str(tmp_path / "none.yaml"))
         with pytest.raises(RescoreError, match="--leave-out is empty"):
             read_leave_out(" ")
@@ -219,7 +219,7 @@ class TestLeftOut:
         suite = run_suite(read_plan(tmp_path / "table.yaml"), tmp_path / "out")
         assert [r.n for r in suite.document.results] == [4]
         (tmp_path / "table.yaml").write_text(body + "leave_out: none.yaml\n")
-        with pytest.raises(RescoreError, match=r"line 8: leave_out: can't read none.yaml"):
+        with pytest.raises(RescoreError, match=r"line 8: leave_out: no such file: none.yaml"):
             read_plan(tmp_path / "table.yaml")
 
 

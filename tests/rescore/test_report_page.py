@@ -256,7 +256,10 @@ def test_several_runs_and_what_was_not_run(results, options, tmp_path):
     written = report([results, other], tmp_path)
     page = written.html.read_text()
     assert "squad (run)" in page and "squad (other)" in page and ">not run</td>" in page
-    assert any("squad (other): not run there: none (p = 2)" in line for line in written.missing)
+    assert any(
+        "squad (other): not run there, so its cells of the tables are empty: none (p = 2)" in line
+        for line in written.missing
+    )
 
 
 def test_a_folder_of_results_folders(results, options, tmp_path):

@@ -207,8 +207,8 @@ def evaluate_command(
 ) -> None:
     """Block efficiency of rescorers on tasks: what a step accepts, and what it could (oracle)."""
     known = known_tasks(
-        task or (), trace, base=None if base == BUILT_IN else base, max_new_tokens=max_new_tokens,
-        max_prompt_tokens=max_prompt_tokens,
+        task or (), trace, base=None if base == BUILT_IN else base, dtype=None if dtype == "float32" else dtype,
+        max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens,
     )  # fmt: skip
     from rescore.runs.evaluation import EvalOptions, evaluate
 
@@ -269,8 +269,8 @@ def oracle(
 ) -> None:
     """Oracle block efficiency by k: what a perfect choice from the top k of every head would reach."""
     known = known_tasks(
-        task or (), trace, base=None if base == BUILT_IN else base, max_new_tokens=max_new_tokens,
-        max_prompt_tokens=max_prompt_tokens,
+        task or (), trace, base=None if base == BUILT_IN else base, dtype=None if dtype == "float32" else dtype,
+        max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens,
     )  # fmt: skip
     from rescore.runs.evaluation import EvalOptions, oracle_by_k
 
@@ -311,8 +311,8 @@ def tune_command(
 ) -> None:
     """Tune a rescorer's weight (alpha) by replay on held-out examples, for `rescore eval --alpha tuned`."""
     known = known_tasks(
-        task or (), trace, base=None if base == BUILT_IN else base, max_new_tokens=max_new_tokens,
-        max_prompt_tokens=max_prompt_tokens,
+        task or (), trace, base=None if base == BUILT_IN else base, dtype=None if dtype == "float32" else dtype,
+        max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens,
     )  # fmt: skip
     from dataclasses import asdict
 

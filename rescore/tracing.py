@@ -127,12 +127,14 @@ def record_trace(
     k: int = DEFAULT_K,
     batch_size: int = 16,
     held: Trace | None = None,
+    check: Callable[[], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Trace:
     """Records what `folder` lacks of the examples and returns the trace of exactly these, in their order.
 
     A part is written after every `PART_EXAMPLES`, so a killed recording goes on where it stopped. `held`: what
     `load_trace` gave of the folder, at least the examples asked for, if it has been called already.
+    `check` is called before a part is written, and raises if what the settings say no longer holds.
     `progress(done, total)` is called after every example. Raises `IncompatibleError` if the folder holds a trace with
     other settings, `OutputError` if it can't be written or another process writes to it, `RescoreError` for prompts
     that do not fit into the context and for k beyond the vocabulary.
@@ -166,6 +168,8 @@ def record_trace(
                 made += 1
                 if progress:
                     progress(made, len(examples))
+            if check:
+                check()
             name = f"part-{len(header.parts):05d}"
             # Rows stand in the order of the data, so that a trace cut to its first examples is what --limit would
             # record.

@@ -180,7 +180,7 @@ def _facts(views: Sequence[TaskView]) -> list[tuple[str, list[tuple[str, str]]]]
         facts: list[tuple[str, Any]] = [
             ("results", str(view.run.folder)),
             ("mode", options.mode),
-            ("base model", base.get("name") if isinstance(base, dict) else options.base),
+            ("base model", base.get("name") if isinstance(base, dict) else None if options.trace else options.base),
             ("base weights (sha256)", base.get("weights_sha256") if isinstance(base, dict) else None),
             ("tokenizer (sha256)", base.get("tokenizer_sha256") if isinstance(base, dict) else None),
             ("heads (sha256)", made_of.get("heads_sha256")),
@@ -191,7 +191,7 @@ def _facts(views: Sequence[TaskView]) -> list[tuple[str, list[tuple[str, str]]]]
             ("h, k", f"{view.analysis.h}, {view.analysis.k}"),
             ("new tokens, at most", made_of.get("max_new_tokens")),
             ("prompt tokens, at most", made_of.get("max_prompt_tokens")),
-            ("precision", options.dtype),
+            ("precision", base.get("dtype") if isinstance(base, dict) else None if options.trace else options.dtype),
             ("device", f"{config.device}, {config.threads} threads"),
             ("weights (alpha)", "; ".join(_alphas(view))),
             ("quality of the output", _quality(view.results)),

@@ -10,6 +10,7 @@ from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.paths import user_path
 from lm.files import read_json_object
 from lm.records import convert_record
+from rescore.runs.inputs import content_sha256
 from rescore.runs.records import SCHEMA, ExampleRecord, Result, ResultsDocument, RunConfig
 from rescore.runs.results import CONFIG_FILE, EXAMPLES_FILE, RESULTS_FILE, read_examples
 from rescore.runs.suite_files import MANIFEST_FILE, PLAN_FILE, read_manifest
@@ -63,6 +64,11 @@ class FinishedRun:
             trace = load_trace(folder)
             if not given:
                 check_settings(folder, trace.header, k=k, settings=made_of)
+            elif content_sha256(folder, trace.header.parts) != self.config.data.get(task, {}).get("sha256"):
+                raise IncompatibleError(
+                    f"{folder} is not the trace that {self.folder} was replayed from; give that one back, or evaluate "
+                    "again"
+                )
         except RescoreError as error:
             if given:
                 raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,7 @@ from lattices.paths import user_path
 from lm.files import sha256_of_file
 from lm.keys import key_of, software
 from lm.locks import making, tell, writing_to
-from lm.records import Count
+from lm.records import Count, plain
 from rescore.checks import check_held_k, check_k, check_new_tokens, check_p
 from rescore.decoding import VERIFY_MODES
 from rescore.groups import digest, held_out
@@ -132,6 +132,23 @@ class Models:
         from lm.heads.block_heads import load_heads
 
         return load_heads(self.options.heads, self.base.identity, device=self.base.device, dtype=self.base.heads_dtype)
+
+    def check_unchanged(self, settings: Mapping[str, Any]) -> None:
+        """Raises `IncompatibleError` if base or heads are no longer those that the settings of a trace name.
+
+        Files may be replaced between the moment they are identified and the one they are read, and even later: weights
+        are mapped into memory, so that a file written over changes the model that runs.
+        """
+        from lm.base.catalog import identify
+        from lm.heads.block_heads import heads_folder, heads_sha256
+
+        now = identify(self.options.base, dtype=self.options.dtype)
+        heads = heads_sha256(heads_folder(self.options.heads, now))
+        if plain([dataclasses.asdict(now), heads]) != plain([settings["base"], settings["heads_sha256"]]):
+            raise IncompatibleError(
+                f"the files of {self.options.base} or of its heads were replaced while they were read; run the command "
+                "again"
+            )
 
     def about_heads(self) -> str | None:
         """What the user should know of the heads, if anything."""
@@ -257,6 +274,14 @@ class TaskInput:
             trace = load_trace(self.folder)
             check_settings(self.folder, trace.header, k=self.k, settings=self.settings)
         by_id = {example.id: example for example in trace.examples}
+        for example in self.data.examples if self.data else ():
+            recorded = by_id.get(example.id)
+            if recorded and (recorded.prompt, recorded.references) != (example.prompt, example.references):
+                # The code that makes prompts of records is no part of the settings.
+                raise IncompatibleError(
+                    f"{self.folder} holds another prompt or other references of the example {example.id!r} than the "
+                    "task gives now; use another --out"
+                )
         # The data say what belongs together: a trace may be older than its column.
         return Trace(
             trace.header,
@@ -280,15 +305,16 @@ class TaskInput:
         except RescoreError as error:
             if not self.cached:
                 raise
-            tell(f"the cached trace of {self.name} is broken ({error}); it is made again")
+            tell(f"the cached trace of {self.name} can't be used ({error}); it is made again")
             shutil.rmtree(self.folder, ignore_errors=True)
             return None
 
     def _record(self, models: Models, held: Trace | None, progress: Progress | None) -> Trace:
         assert self.data is not None, "a trace that was given is whole"
+        base, heads = models.base, models.heads
         return record_trace(
-            models.base,
-            models.heads,
+            base,
+            heads,
             self.data.examples,
             self.folder,
             settings=self.settings,
@@ -297,6 +323,7 @@ class TaskInput:
             max_prompt_tokens=self.settings["max_prompt_tokens"],
             k=self.k,
             held=held,
+            check=lambda: models.check_unchanged(self.settings),
             progress=(lambda done, total: progress(f"trace {self.name}", done, total)) if progress else None,
         )
 
@@ -405,13 +432,18 @@ def _given(options: EvalOptions) -> TaskInput:
     _check_h(trace.header.h, options.h)
     typed = options.tasks[0]
     own = load_task(typed) if is_task_file(typed) else None
+    recorded = trace.header.settings.get("definition")
+    if own is not None and recorded is not None and plain(own.definition) != recorded:
+        raise IncompatibleError(
+            f"{folder} was recorded for another version of {typed}; record it again, or drop --task"
+        )
     return TaskInput(
         name=own.name if own else typed,
         metrics=own.metrics if own else _recorded_metrics(trace.header),
         source={
             "kind": "trace",
             "path": options.trace,
-            "sha256": _content_sha256(folder, trace.header.parts),
+            "sha256": content_sha256(folder, trace.header.parts),
             **left_out,
         },
         settings={**trace.header.settings, "h": trace.header.h},
@@ -478,7 +510,8 @@ def _check_h(held: int, h: int | None) -> None:
         raise RescoreError(f"h = {h}, but these heads propose blocks of {held}; choose --h from 2 to {held}")
 
 
-def _content_sha256(folder: Path, parts: Sequence[str]) -> str:
+def content_sha256(folder: Path, parts: Sequence[str]) -> str:
+    """sha256 over all files of a trace."""
     digest = hashlib.sha256()
     for path in [folder / HEADER_FILE, *(file for part in parts for file in sorted((folder / part).glob("*.arrow")))]:
         digest.update(sha256_of_file(path).encode())

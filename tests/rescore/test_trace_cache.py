@@ -132,7 +132,7 @@ def test_a_broken_cached_trace_is_made_again(options, what, cache_folder, caplog
         load_run(tmp_path / "run").trace("squad")
     assert evaluate(options).document == before
     (line,) = caplog.messages
-    assert line.startswith("the cached trace of squad is broken (") and line.endswith("; it is made again")
+    assert line.startswith("the cached trace of squad can't be used (") and line.endswith("; it is made again")
     caplog.clear()
     assert evaluate(options).document == before and not caplog.messages
 

@@ -92,7 +92,6 @@ def _base_of(
     run: FinishedRun, settings: Mapping[str, Any], base: str | None, config: Path | None, local_files_only: bool
 ) -> tuple[Decoder, str | None]:
     """The base LM of a run and its name; `base` and `config` are checked against what the run says of it."""
-    from lm.base.catalog import identify
 
     said = settings.get("base") or {}
     name = said.get("name")
@@ -106,11 +105,28 @@ def _base_of(
     if base is None:
         if name is None:
             raise RescoreError(f"{run.folder} does not say what its base LM is; give it: --base or --config")
-        return decoder_of(name, local_files_only=local_files_only), name
+        decoder = decoder_of(name, local_files_only=local_files_only)
+        _check_weights(run, name, decoder, said)
+        return decoder, name
     decoder = decoder_of(base)
-    if name not in (None, base) and (decoder.assumption or identify(base).weights_sha256 != said.get("weights_sha256")):
+    if name not in (None, base) and decoder.assumption:
         raise IncompatibleError(f"--base {base}, but {run.folder} was decoded with {name}; drop --base")
+    _check_weights(run, base, decoder, said)
     return decoder, base
+
+
+def _check_weights(run: FinishedRun, base: str, decoder: Decoder, said: Mapping[str, Any]) -> None:
+    """Raises `IncompatibleError` if what goes by a name now is not what the run was decoded with."""
+    from lm.base.catalog import identify
+
+    try:
+        same = said.get("weights_sha256") in (None, identify(base).weights_sha256)
+    except RescoreError:  # only its configuration is on this machine: its shape is all that can be compared
+        same = all(said.get(name) in (None, getattr(decoder, name)) for name in ("hidden_size", "vocab_size"))
+    if not same:
+        raise IncompatibleError(
+            f"{base} is not the base LM that {run.folder} was decoded with ({said.get('name')}); give its own: --base"
+        )
 
 
 def _heads_of(run: FinishedRun, settings: Mapping[str, Any], heads: Path | None, name: str | None) -> Path | None:

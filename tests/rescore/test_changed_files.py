@@ -95,7 +95,7 @@ def test_a_run_of_a_given_trace_does_not_read_another_one_in_its_place(options: 
     shutil.rmtree(tmp_path / "trace")
     trace_task(options, tmp_path / "trace")
     assert [e.id for e in load_trace(tmp_path / "trace").examples] == [f"q{i}" for i in range(6)]
-    with pytest.raises(IncompatibleError, match="is not the trace that .* was replayed from"):
+    with pytest.raises(IncompatibleError, match=r"is not the trace that .* was replayed from"):
         load_run(tmp_path / "run").trace("squad")
 
 
@@ -105,7 +105,7 @@ def test_the_cost_of_a_run_is_not_that_of_another_model_under_the_same_name(opti
     assert found.base.parameters > 0
     other_base(tmp_path / "base", tmp_path)
     for base in (None, options.base):
-        with pytest.raises(IncompatibleError, match="is not the base LM that .* was decoded with"):
+        with pytest.raises(IncompatibleError, match=r"is not the base LM that .* was decoded with"):
             cost_inputs_of_run(load_run(tmp_path / "run"), base=base)
 
 

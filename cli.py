@@ -28,6 +28,7 @@ from cli_options import (
     TASK_NAMES,
     Base,
     Data,
+    Details,
     Device,
     Dtype,
     FirstHeads,
@@ -200,9 +201,7 @@ def evaluate_command(
     dtype: Dtype = "float32",
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap interval.")] = 0,
-    details: Annotated[
-        bool, typer.Option("--details", help="Also quality, acceptance by position, and in live mode the times.")
-    ] = False,
+    details: Details = False,
     as_json: Json = False,
 ) -> None:
     """Block efficiency of rescorers on tasks: what a step accepts, and what it could (oracle)."""
@@ -238,7 +237,7 @@ def _weight(text: str | None) -> float | Literal["tuned"] | None:
         raise RescoreError(f"--alpha {text}: give a number, or tuned (what rescore tune kept)") from None
 
 
-def _print_evaluation(evaluation: Evaluation, as_json: bool, *, details: bool = False) -> None:
+def _print_evaluation(evaluation: Evaluation, as_json: bool, *, details: bool) -> None:
     from lm.records import plain
     from rescore.runs.tables import results_tables
     from rescore.table import joined
@@ -265,6 +264,7 @@ def oracle(
     max_prompt_tokens: PromptTokens = None,
     dtype: Dtype = "float32",
     device: Device = "auto",
+    details: Details = False,
     as_json: Json = False,
 ) -> None:
     """Oracle block efficiency by k: what a perfect choice from the top k of every head would reach."""
@@ -282,7 +282,7 @@ def oracle(
     )  # fmt: skip
     with progress_bar() as progress:
         evaluation = oracle_by_k(chosen, ks, progress=progress, notify=notify)
-    _print_evaluation(evaluation, as_json)
+    _print_evaluation(evaluation, as_json, details=details)
 
 
 @app.command(name="tune")

@@ -62,6 +62,9 @@ TaskTokens = Annotated[
     int | None, typer.Option(help="Output tokens per example, at most. Default: what the task's file says, else 64.")
 ]
 PromptTokens = Annotated[int | None, typer.Option(help="Cut prompts to this many tokens.")]
+Details = Annotated[
+    bool, typer.Option("--details", help="Also quality, acceptance by position, and in live mode the times.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
 

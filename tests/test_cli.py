@@ -108,8 +108,20 @@ class TestEval:
     def test_the_table(self, rescore: Command, model: list[object]):
         run = rescore("eval", *model, "--rescorer", "none", "--rescorer", "oracle", "--mode", "live", "--limit", 2)
         assert (run.code, run.err) == (0, "")
+        assert re.search(r"\nsquad: 2 examples of 2 groups, oracle 1\.\d{3}\n\n", run.out)
+        assert re.search(r"\nsquad +none +16 +1 +1\.\d{3} .* \d\.\d\dx\n", run.out)
+        assert len(re.findall(r"^task ", run.out, re.M)) == 1 and "--details shows more" in run.out
+        assert max(map(len, run.out.splitlines())) <= 120
+
+    def test_the_details(self, rescore: Command, model: list[object]):
+        run = rescore(
+            "eval", *model, "--rescorer", "none", "--rescorer", "oracle", "--mode", "live", "--limit", 2, "--details"
+        )
+        assert (run.code, run.err) == (0, "")
         assert re.search(r"\nsquad +none +16 +1 +2 +2 +\d+ +24 +1\.\d{3} ", run.out)
         assert re.search(r"\nsquad +oracle +16 +1 +2/2 +\d", run.out)
+        assert re.search(r"\nsquad +all +\S+ exact match, \S+ F1 +\d+%\n", run.out)
+        assert "steps that accepted" in run.out and "--details" not in run.out
         assert max(map(len, run.out.splitlines())) <= 120
 
     def test_several_p_in_one_table(self, rescore: Command, model: list[object]):
@@ -118,10 +130,12 @@ class TestEval:
         assert (run.code, run.err) == (0, "")
         label, interval = r"squad +{} +16 +{} +", r"[+-]\d+\.\d% to [+-]\d+\.\d%"
         for rescorer, p in (("none", 1), ("none", 4), ("oracle", 1)):
-            assert re.search(rf"\n{label.format(rescorer, p)}6 +6 +\d+ +72 +\d\.\d{{3}} ", run.out)
-        assert re.search(r"\ntask +rescorer +k +p +alpha +gain +95 % +won +tied +lost\n", run.out)
+            assert re.search(rf"\n{label.format(rescorer, p)}\d\.\d{{3}} +\d\.\d{{3}} to \d\.\d{{3}} ", run.out)
+        assert "\nsquad: 6 examples of 6 groups, oracle " in run.out
+        assert re.search(r"\ntask +rescorer +k +p +block eff. +95 % +gain +95 % +of the gap +won +lost\n", run.out)
         for rescorer, p in (("none", 4), ("oracle", 1)):
-            assert re.search(rf"\n{label.format(rescorer, p)}- +[+-]\d+\.\d% +{interval} +\d+\.\d% ", run.out)
+            line = rf"\n{label.format(rescorer, p)}\d.* [+-]\d+\.\d% +{interval} +-?\d+% +\d+\.\d% "
+            assert re.search(line, run.out)
         document = rescore(*asked, "--json").document
         assert document["config"]["options"]["p"] == [1, 4]
         assert [(r["rescorer"], r["p"]) for r in document["results"]] == [("none", 1), ("none", 4), ("oracle", 1)]
@@ -202,7 +216,11 @@ class TestOracle:
         for r in found:
             alone = rescore("eval", *model, "--rescorer", "oracle", "--k", r["k"], "--json")
             assert alone.document["results"] == [r]
-        assert re.search(r"\nsquad +oracle +2 +1 +6 ", rescore("oracle", *model, "--k", "1,2,4").out)
+        table = rescore("oracle", *model, "--k", "1,2,4").out
+        assert re.search(r"\nsquad: 6 examples of 6 groups\n\ntask +rescorer +k +p +block eff. +95 % ", table)
+        assert re.search(r"\nsquad +oracle +2 +1 +\d\.\d{3} +\d\.\d{3} to ", table)
+        details = rescore("oracle", *model, "--k", "1,2,4", "--details").out
+        assert re.search(r"\nsquad +oracle +2 +1 +6 +6 ", details) and "steps that accepted" in details
 
     @pytest.mark.parametrize("k", ["1;2", ",", "1,two", "1,,2"])
     def test_a_list_that_is_none_is_refused(self, rescore: Command, k: str):
@@ -471,7 +489,7 @@ class TestInterruption:
             "the same command goes on\n"
         )
         assert alone.err == "rescore: interrupted; the finished examples are shown (--out DIR would keep them)\n"
-        assert re.search(r"\nsquad +none +16 +1 +4 ", run.out) and run.out == alone.out
+        assert "\nsquad: 4 examples of 4 groups, " in run.out and run.out == alone.out
         whole = rescore("eval", *model, "--out", tmp_path / "run", "--json")
         assert whole.code == 0
         assert whole.document["results"] == rescore("eval", *model, "--json").document["results"]
@@ -511,7 +529,7 @@ class TestInterruption:
         assert process.returncode == 130, err
         assert err.count("\n") == 1 and "interrupted; the finished examples are shown and kept in" in err
         finished = len(log.read_text().splitlines())
-        assert 2 <= finished < 30 and re.search(rf"\nsquad +none +4 +1 +{finished} ", out)
+        assert 2 <= finished < 30 and f"\nsquad: {finished} examples of {finished} groups, " in out
         whole = rescore(*live, "--json").document["results"]
         replayed = rescore("eval", *options, "--json").document["results"]
         assert [{**r, "identical": None, "divergence": None, "latency": None} for r in whole] == replayed

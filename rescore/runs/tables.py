@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Collection, Sequence
 
 from rescore.bootstrap import LEAST_GROUPS
 from rescore.runs.records import Result, ResultsDocument, Tuned
@@ -33,14 +34,16 @@ EFFICIENCY = (
 GAINS = (Column("gain", GAIN), Column("95 %", GAIN_INTERVAL, "gain"))
 OUTCOMES = ("won", "tied", "lost")  # of a step against the unrescored draft
 PLAIN_COUNT = Format(str)
+NOTE_WIDTH = 110
 
 
 def results_tables(document: ResultsDocument, *, details: bool = False) -> list[Table]:
     """The table of all results; with `details` also what else there is: quality, acceptance by position, times."""
     results = document.results
+    overview = _overview(document, more=not details)
     if not details or not results:
-        return [_overview(document)]
-    found = [_overview(document), _efficiency(results), _quality(results), _acceptance(results)]
+        return [overview]
+    found = [overview, _efficiency(results), _quality(results), _acceptance(results)]
     if any(r.latency for r in results):
         found += [_speed(results), _times(results), _divergence(results)]
     return [table for table in found if table.rows]
@@ -55,48 +58,78 @@ def unrescored_of(results: Sequence[Result], r: Result) -> Result | None:
     return next((o for o in results if o.is_unrescored and (o.task, o.k, o.h) == (r.task, r.k, r.h)), None)
 
 
-def _overview(document: ResultsDocument) -> Table:
+def _overview(document: ResultsDocument, *, more: bool) -> Table:
+    """A line for each result, with the columns that hold anything; `more`: there are details to ask for."""
     results = document.results
-    live = any(r.latency for r in results)
-    rows = []
-    for r in results:
-        against = None if r.is_unrescored else r.against_unrescored
-        rows.append([
-            *_label(r), r.alpha, r.block_efficiency, r.block_efficiency_ci95, r.gain, r.gain_ci95,
-            r.gap_share(unrescored_of(results, r)), against and against.won, against and against.lost,
-            *([r.latency and r.latency.speedup] if live else []),
-        ])  # fmt: skip
-    columns = [
-        *LABEL, ALPHA, *EFFICIENCY, *GAINS, Column("of the gap", percent(0), "oracle_gap_recovered"),
-        Column("won", SHARE), Column("lost", SHARE), *([Column("speed-up", TIMES, "speedup")] if live else []),
-    ]  # fmt: skip
-    note = (
-        "block eff. = tokens / steps (1 = no gain, h = ceiling); gain over none with p = 1 in this run; of the gap =\n"
-        "share of the way from there to the oracle; won, lost: steps that accepted more, fewer tokens than the\n"
-        "unrescored draft would have there; 95 % = studentised bootstrap by group (examples of one source; - for\n"
-        f"fewer than {LEAST_GROUPS} groups), gains paired. --details shows more."
-    )
-    if live:
-        note += "\nspeed-up = tokens a second over those of greedy decoding in the same run."
-    return Table(columns, rows, title=_caption(document), note=note)
-
-
-def _caption(document: ResultsDocument) -> str:
-    results, options = document.results, document.config.options
     if not results:
-        return "no finished examples"
+        return Table((), (), title="no finished examples")
+    weighted = any(r.alpha is not None for r in results)
+    gains = any(r.gain is not None for r in results)
+    shares = {id(r): r.gap_share(unrescored_of(results, r)) for r in results}
+    gap = any(share is not None for share in shares.values())
+    against = {id(r): None if r.is_unrescored else r.against_unrescored for r in results}
+    outcomes = any(against.values())
+    live = any(r.latency for r in results)
+    apart = _apart(results)
+    columns = [
+        *LABEL, *(Column(heading, format) for heading, format in apart.values()), *([ALPHA] if weighted else []),
+        *EFFICIENCY, *(GAINS if gains else []), *([Column("of the gap", percent(0))] if gap else []),
+        *([Column("won", SHARE), Column("lost", SHARE)] if outcomes else []),
+        *([Column("speed-up", TIMES)] if live else []),
+    ]  # fmt: skip
+    rows = [
+        [*_label(r), *(getattr(r, name) for name in apart), *([r.alpha] if weighted else []),
+         r.block_efficiency, r.block_efficiency_ci95, *([r.gain, r.gain_ci95] if gains else []),
+         *([shares[id(r)]] if gap else []),
+         *([getattr(against[id(r)], name, None) for name in ("won", "lost")] if outcomes else []),
+         *([r.latency and r.latency.speedup] if live else [])]
+        for r in results
+    ]  # fmt: skip
+    told = [
+        "block eff. = tokens / steps (1 = no gain, h = ceiling)",
+        *(["gain over none with p = 1 in this run"] if gains else []),
+        *(["of the gap = share of the way from there to the oracle"] if gap else []),
+        *(["won, lost: steps that accepted more, fewer tokens than the unrescored draft would have there"]
+          if outcomes else []),
+        f"95 % = studentised bootstrap by group (examples of one source; - for fewer than {LEAST_GROUPS} groups)"
+        + (", gains paired" if gains else ""),
+        *(["speed-up = tokens a second over those of greedy decoding in the same run"] if live else []),
+    ]  # fmt: skip
+    note = "; ".join(told) + "." + (" --details shows more." if more else "")
+    return Table(columns, rows, title=_caption(document, apart), note=textwrap.fill(note, NOTE_WIDTH))
+
+
+def _apart(results: Sequence[Result]) -> dict[str, tuple[str, Format]]:
+    """Heading and format of what the results of one task differ in, so that the caption can't say it."""
+    facts = {
+        "n": ("examples", PLAIN_COUNT), "groups": ("groups", PLAIN_COUNT), "oracle_block_efficiency": ("oracle", NUMBER)
+    }  # fmt: skip
+    tasks = {r.task for r in results}
+    found = {
+        name: fact for name, fact in facts.items() if len({(r.task, getattr(r, name)) for r in results}) > len(tasks)
+    }
+    if all(r.rescorer == "oracle" for r in results):
+        found.pop("oracle_block_efficiency", None)  # it is their block efficiency
+    return found
+
+
+def _caption(document: ResultsDocument, apart: Collection[str]) -> str:
+    results, options = document.results, document.config.options
     most = max(results, key=lambda r: r.p)
     way = f"live decode (p drafts as {most.latency.verify})" if most.latency else "replayed decode"
+    h = max(r.h for r in results)
     if options.trace:
-        made = f"the trace {printable(options.trace)}, h = {most.h}"
+        made = f"the trace {printable(options.trace)}, h = {h}"
     else:
-        made = f"{printable(options.base)} in {options.dtype}, h = {most.h}, up to {options.max_new_tokens} new tokens"
-    counts = dict.fromkeys(
-        f"{printable(r.task)}: {r.n} examples of {r.groups} groups, oracle {r.oracle_block_efficiency:.3f}"
-        + ("" if len({o.k for o in results}) == 1 else f" (k = {r.k})")
-        for r in results
-    )
-    return "\n".join([f"{way} of {made}", *counts, ""])
+        made = f"{printable(options.base)} in {options.dtype}, h = {h}, up to {options.max_new_tokens} new tokens"
+    several_k = len({r.k for r in results}) > 1
+    lines = {}
+    for r in results:
+        facts = [] if "n" in apart or "groups" in apart else [f"{r.n} examples of {r.groups} groups"]
+        if "oracle_block_efficiency" not in apart and not several_k:
+            facts.append(f"oracle {r.oracle_block_efficiency:.3f}")
+        lines[r.task] = f"{printable(r.task)}: {', '.join(facts)}" if facts else ""
+    return "\n".join([f"{way} of {made}", *filter(None, lines.values()), ""])
 
 
 def _efficiency(results: Sequence[Result]) -> Table:
@@ -133,19 +166,12 @@ def _acceptance(results: Sequence[Result]) -> Table:
     h = max(r.h for r in results)
     rows: list[list[object]] = []
     for r in results:
-        pad = [None] * (h - r.h)
+        pad, below = [None] * (h - r.h), ["", "", None, None]
+        given = ["-" if c is None else NUMBER.show(c) for c in r.conditional]
         rows += [
-            [*_label(r), "exactly i (count)", *(str(n) for n in r.accepted_histogram[1:]), *pad],
-            ["", "", None, None, "at least i (share)", *(NUMBER.show(m) for m in r.marginal), *pad],
-            [
-                "",
-                "",
-                None,
-                None,
-                "i, given i - 1",
-                *("-" if c is None else NUMBER.show(c) for c in r.conditional),
-                *pad,
-            ],
+            [*_label(r), "exactly i (count)", *map(str, r.accepted_histogram[1:]), *pad],
+            [*below, "at least i (share)", *map(NUMBER.show, r.marginal), *pad],
+            [*below, "i, given i - 1", *given, *pad],
         ]
     columns = [*LABEL, Column("steps that accepted", Format(str)), *(Column(str(i + 1), Format(str)) for i in range(h))]
     return Table(columns, rows, none="")
@@ -237,13 +263,13 @@ def suite_table(results: Sequence[Result]) -> Table:
     for r in results:
         against = None if r.is_unrescored else r.against_unrescored
         rows.append([
-            r.task, r.rescorer, r.p, *(getattr(r, name) for name in several), r.n, r.groups, r.alpha,
+            r.task, r.rescorer, *(getattr(r, name) for name in several), r.p, r.n, r.groups, r.alpha,
             r.block_efficiency, r.block_efficiency_ci95, r.gain, r.gain_ci95,
             *(getattr(against, name, None) for name in OUTCOMES), r.oracle_block_efficiency,
             *([r.latency and r.latency.speedup] if live else []),
         ])  # fmt: skip
     columns = [
-        Column("task"), Column("rescorer"), Column("p", COUNT), *(Column(name, COUNT) for name in several),
+        Column("task"), Column("rescorer"), *(Column(name, COUNT) for name in several), Column("p", COUNT),
         Column("examples", PLAIN_COUNT), Column("groups", PLAIN_COUNT), ALPHA, *EFFICIENCY, *GAINS,
         *(Column(name, SHARE) for name in OUTCOMES), Column("oracle", NUMBER, "oracle_block_efficiency"),
         *([Column("speed-up", TIMES, "speedup")] if live else []),
@@ -276,7 +302,3 @@ def results_csv(results: Sequence[Result], *, task: str | None = None, **facts: 
         "autoregressive_ms", "tokens_per_second", "speedup", *(f"marginal_{i}" for i in range(1, h + 1)),
     )  # fmt: skip
     return Table([Column(name, TEXT, name) for name in names], rows)
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else NUMBER.show(value)

@@ -24,6 +24,7 @@ from rescore.table import (
     Table,
     fixed,
 )  # fmt: skip
+from rescore.terminal import printable
 
 if TYPE_CHECKING:
     from lm.ngram.build import NgramSummary
@@ -116,7 +117,7 @@ def comparison_table(comparison: Comparison) -> Table:
         "95 % intervals (studentised bootstrap by group: examples of one source; - for fewer than "
         f"{LEAST_GROUPS} groups);\nwon, tied, lost: examples that B decodes with more, as many, fewer tokens a step."
     )
-    return Table(columns, rows, title=f"A = {comparison.a}\nB = {comparison.b}\n", note=note)
+    return Table(columns, rows, title=f"A = {printable(comparison.a)}\nB = {printable(comparison.b)}\n", note=note)
 
 
 def built_ngram_table(built: NgramSummary) -> Table:
@@ -134,7 +135,7 @@ def built_ngram_table(built: NgramSummary) -> Table:
     made = (
         f"{built.path}: {sum(built.ngrams):,} n-grams from {built.tokens:,} tokens in {built.documents:,} documents\n"
     )
-    return Table(columns, rows, title=f"{made}\n", note=f"\nfiles: {file_sizes(sorted(Path(built.path).iterdir()))}")
+    return Table(columns, rows, title=made, note=f"\nfiles: {file_sizes(sorted(Path(built.path).iterdir()))}")
 
 
 def ngram_score_table(score: NgramScore, text: str) -> Table:
@@ -226,7 +227,7 @@ def cost_table(study: CostTable) -> Table:
     lines = [f"{study.dtype}, h = {study.h}, drafts verified as a {study.verify}; {heads}", _shape(study.base)]
     if study.neural:
         lines.append(_shape(study.neural))
-    columns = [Column("method"), Column("p", COUNT), Column("context", PLAIN), Column("block eff.", NUMBER)]
+    columns = [Column("method"), Column("p", COUNT), Column("context", COUNT), Column("block eff.", NUMBER)]
     for name, digits in (("weights GB", 3), ("KV MB", 2), ("GFLOPs", 2)):
         columns += [Column(name, fixed(digits)), Column("", STEP_VALUE, f"{name} change")]
     note = (

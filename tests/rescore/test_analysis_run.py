@@ -176,12 +176,13 @@ def test_what_results_say_beside():
 class TestFolders:
     def test_traces_and_results(self, run):
         from rescore.studies.analysis.collect import analyse_folders
-        from rescore.studies.analysis.text import findings_text
+        from rescore.studies.analysis.text import findings_tables
+        from rescore.table import joined
 
         found = analyse_folders(results=[run.folder], against=[("oracle", "none")])
         json.dumps(found.as_dict(), allow_nan=False)
         assert [c.rescorer for c in found.contrasts] == ["oracle"] and found.table is not None
-        text = findings_text(found)
+        text = joined(findings_tables(found))
         for line in (
             "squad: 6 examples (6 groups), replay",
             "entropy of head",
@@ -194,7 +195,7 @@ class TestFolders:
         folder = next(path for path in cache_of().glob("traces/*") if path.is_dir())
         traces = analyse_folders(traces=[folder, folder], h=2, limit=2, only=("entropy", "oracle"))
         assert [(t.examples, t.h, t.ranks) for t in traces.traces] == [(2, 2, None)] * 2 and traces.table is None
-        assert len(traces.h_max.points) == 1 and "Pearson's R" not in findings_text(traces)  # one task, twice
+        assert len(traces.h_max.points) == 1 and "Pearson's R" not in joined(findings_tables(traces))  # one task, twice
 
     @pytest.mark.parametrize("option", ["h", "k", "limit", "bins"])
     def test_options_of_traces_are_refused_for_runs(self, run, option):
@@ -216,6 +217,7 @@ def test_texts_of_nothing():
     from analysis_traces import trace_of
 
     from rescore.studies.analysis import analyse_trace
-    from rescore.studies.analysis.text import trace_text
+    from rescore.studies.analysis.text import trace_tables
+    from rescore.table import joined
 
-    assert "0 examples" in trace_text(analyse_trace(trace_of([])))
+    assert "0 examples" in joined(trace_tables(analyse_trace(trace_of([]))))

@@ -20,7 +20,7 @@ from rescore.studies.analysis.confidence import correlation
 from rescore.studies.analysis.oracle_curves import doubling, oracle_curves
 from rescore.studies.analysis.positions import Positions
 from rescore.studies.analysis.records import HmaxPoint
-from rescore.studies.analysis.text import h_max_text
+from rescore.studies.analysis.text import h_max
 from rescore.tracing import Trace, TracedExample
 
 
@@ -247,7 +247,7 @@ def test_h_max_counts_a_task_once_and_at_one_h():
     more = dataclasses.replace(at[2], positions=9, entropy=dataclasses.replace(at[2].entropy, h_max=1))
     several = correlate_h_max([found, at[2], dataclasses.replace(at[2], name="xsum"), more])
     assert several.h == 2 and [(p.name, p.h_max) for p in several.points] == [("squad", 1), ("xsum", 2)]
-    assert "h = 2: too few tasks" in h_max_text(several)
+    assert "h = 2: too few tasks" in h_max(several).text()
 
 
 def test_doubling():

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 from conftest import squad_records, write_lines
-from rescore.studies.comparison_table import comparison_table
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from rescore.accounting import paired_difference
 from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
 from rescore.runs.finished import load_run
 from rescore.studies.comparison import Comparison, Selection, compare
+from rescore.studies.tables import comparison_table
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +113,12 @@ class TestPairs:
         found = compare(make("a"), make("b", limit=1))
         assert found.rows[0].difference.difference_ci95 is None
         assert "squad: too few groups for an interval (1; 4 are needed)" in found.notices
-        assert "-" in comparison_table(found).splitlines()[5].split()
+        assert "-" in comparison_table(found).text().splitlines()[5].split()
 
     def test_other_k_and_heads_are_told(self, make: Make):
         a = make("a")
         found = compare(a, make("b", k=3))
-        assert found.notices == ["squad: k = 4 in A and 3 in B"] and "k=3 p=1" in comparison_table(found)
+        assert found.notices == ["squad: k = 4 in A and 3 in B"] and "k=3 p=1" in comparison_table(found).text()
         assert compare(a, edited(a, "c", heads_sha256="0")).notices == ["squad: A and B have different block heads"]
 
 
@@ -213,4 +213,4 @@ def test_names_cannot_control_the_terminal(make: Make):
     a = make("a")
     found = compare(a, make("b"))
     found.rows[0] = type(found.rows[0])(**{**vars(found.rows[0]), "task": "\x1b[2Jsquad"})
-    assert "\x1b" not in comparison_table(found) and "\\x1b[2Jsquad" in comparison_table(found)
+    assert "\x1b" not in comparison_table(found).text() and "\\x1b[2Jsquad" in comparison_table(found).text()

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 from conftest import save_tiny_base
 from made_records import made_latency, made_result
-from rescore.studies.cost.text import cost_text
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
@@ -32,6 +31,7 @@ from rescore.studies.cost.decoders import (
 )
 from rescore.studies.cost.inputs import cost_inputs, cost_inputs_of_run
 from rescore.studies.cost.model import BYTES, METHODS, HeadsShape, block_efficiencies, cost_table, heads_parameters
+from rescore.studies.tables import cost_table as cost_text
 
 # Toy base: 2 layers, d = 4, 2 heads of 2, 1 KV head, feed-forward 8 (not gated), 10 tokens, tied.
 #   layer: q 4 x 4, k 4 x 2, v 4 x 2, o 4 x 4 = 48; feed-forward 2 x 4 x 8 = 64; norms 8: 120. W = 240 + 4 + V 40 = 284.
@@ -98,7 +98,7 @@ class TestToy:
         cost = toy_costs(heads=HeadsShape(50, 2))["unrescored"]
         assert (cost.step_weight_bytes, cost.step_kv_bytes, cost.step_flops) == (828, 1600, 11564)
         found = cost_table(TOY, h=3, heads=HeadsShape(50, 2), neural=None, block_efficiency=GIVEN)
-        assert "projection read 2 times" in cost_text(found)
+        assert "projection read 2 times" in cost_text(found).text()
 
     def test_what_is_not_known_shows_the_step_only(self):
         cost = toy_costs()["16-best 4-gram"]
@@ -118,7 +118,7 @@ class TestToy:
         found = cost_table(TOY, h=3, heads=HEADS, neural=None, block_efficiency=GIVEN)
         json.dumps(found.as_dict(), allow_nan=False)
         assert len(found.costs) == 4 * len([m for m in METHODS if not m.neural and not m.ours])
-        text = cost_text(found)
+        text = cost_text(found).text()
         assert "16-best 4-gram" in text and "neural-61m" not in text and "ASSUMED" not in text
 
     def test_the_ngrams_of_the_prompt_cost_what_an_ngram_does_and_stand_where_they_were_run(self):
@@ -171,7 +171,7 @@ class TestDecoders:
         small = neural_for(base)
         assert small.parameters == pytest.approx(61e6, rel=0.01) and small.assumption
         found = cost_table(base, heads=heads_of(base, None, 9), neural=small, block_efficiency={})
-        assert cost_text(found).count("ASSUMED") == 2
+        assert cost_text(found).text().count("ASSUMED") == 2
 
     def test_what_the_paper_says_of_its_models_is_not_assumed(self):
         base = paper_base()

@@ -20,6 +20,7 @@ from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, U
 from lm.files import cache_directory
 from lm.records import plain
 from rescore import rescorers, tracing
+from rescore.rescorers import Rescorer
 from rescore.runs import evaluation
 from rescore.runs.evaluation import EvalOptions, evaluate, oracle_by_k, trace_task
 from rescore.runs.records import Divergence, Identical, Result
@@ -29,7 +30,7 @@ from rescore.tracing import read_header
 Make = Callable[..., EvalOptions]
 
 
-class Peek:
+class Peek(Rescorer):
     """Drafts that are right for 1 to h tokens, by turns: the random heads alone are seldom right for two."""
 
     def draft(self, lattices, contexts, p):

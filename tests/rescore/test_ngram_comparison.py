@@ -15,7 +15,6 @@ from lm.base.own_output import OwnOutput
 from lm.ngram.build import build_ngram
 from rescore.accounting import account, paired_gain
 from rescore.replay import replay
-from rescore.report.ngram_tables import comparison_table
 from rescore.rescorers import load_rescorer
 from rescore.rescorers.ngram import Ngram
 from rescore.runs.evaluation import EvalOptions, trace_task
@@ -23,6 +22,7 @@ from rescore.runs.tuning import tune
 from rescore.runs.weights import target_of
 from rescore.studies import ngram_comparison as module
 from rescore.studies.ngram_comparison import NgramCorpus, compare_ngrams, read_corpus
+from rescore.studies.tables import ngram_comparison_table
 from rescore.tracing import load_trace
 
 ALPHAS = (0.25, 1.0, 4.0)
@@ -176,7 +176,7 @@ def test_mistakes_are_told_before_any_work(options, corpora, tmp_path: Path, mon
 
 def test_the_table(options, corpora):
     found = compare_ngrams(options, corpora[:2], orders=(2,), alphas=ALPHAS)
-    lines = comparison_table(found).splitlines()
+    lines = ngram_comparison_table(found).text().splitlines()
     assert lines[0] == "squad, k = 8: 3 examples (3 groups) replayed, alpha tuned on 3 others"
     assert lines[2].split()[:7] == ["corpus", "tokens", "n-grams", "order", "p", "alpha", "block"]
     assert [line.split()[0] for line in lines[4:10]] == ["none", "none", "text", "text", "task", "task"]

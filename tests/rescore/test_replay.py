@@ -166,7 +166,7 @@ def test_requests_that_make_no_sense_are_refused():
 
 
 def test_a_rescorer_is_not_credited_with_what_it_did_not_draft():
-    class Cheat:
+    class Cheat(Rescorer):
         def draft(self, lattices, contexts, p):
             return np.array([[c.future[len(c.output_ids) :][:2] + 1] for c in contexts], dtype=np.int32)
 

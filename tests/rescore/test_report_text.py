@@ -9,21 +9,19 @@ from types import SimpleNamespace
 import pytest
 from conftest import byte_tokenizer
 from made_records import made_result, run_config
-from rescore.report.csv_table import csv_document, plain
-from rescore.report.markdown import escaped
-from rescore.report.tables import accuracy_table, table
 
 from lm.training.heads import HeldOutAccuracy
 from rescore.report.charts.figures import percent, safe
 from rescore.report.charts.head_charts import _label_places
 from rescore.report.charts.style import COLOURS, looks
-from rescore.report.headline import make_headline, recovered
+from rescore.report.headline import make_headline
 from rescore.report.sources import json_text
 from rescore.report.sweeps import kept_sweeps
 from rescore.report.token_text import excerpt, harmless, token_texts, tokenizer_of, visible
 from rescore.runs.finished import FinishedRun
 from rescore.runs.inputs import EvalOptions
 from rescore.runs.records import Alpha, Result
+from rescore.studies.tables import accuracy_table
 
 
 def test_every_character_of_a_token_shows():
@@ -78,16 +76,8 @@ def test_json_for_a_script_element():
     assert json.loads(text)["a"] == "</script><!--\u2028\ud800"
 
 
-def test_text_for_other_readers():
+def test_text_for_browsers():
     assert safe("<b>&") == "&lt;b&gt;&amp;"
-    assert escaped("a|b\n<i>`x`") == r"a\|b \<i\>\`x\`"
-    assert plain("=1+1") == "'=1+1" and plain("ngram") == "ngram" and plain("\x1b[2J\t") == "\\x1b[2J\\t"
-    assert csv_document(["a", "b"], [["=1", -0.5], ["-x", None]]) == "a,b\n'=1,-0.5\n'-x,\n"
-
-
-def test_no_cell_of_a_table_controls_a_terminal():
-    shown = table(["task\x1b[2J", "n"], [["a\u202eb\n", "1"]])
-    assert shown == "task\\x1b[2J  n\n-----------  -\na\\u202eb\\n   1"
 
 
 def test_a_rescorer_looks_the_same_whatever_else_was_run():
@@ -113,7 +103,7 @@ def test_the_first_screen_says_who_is_best_and_how_much_is_left():
     found = make_headline([view(result("none", 1.2), other, best, result("oracle", 2.0, gain=0.6))])
     assert [row.rescorer for row in found.rows] == ["oracle", "none", "a", "b"]
     assert [cell.best for row in found.rows for cell in row.cells] == [False, False, False, True]
-    assert recovered(best, result("none", 1.2)) == pytest.approx(0.375)
+    assert best.gap_share(result("none", 1.2)) == pytest.approx(0.375)
     assert "accepts 1.20 tokens" in found.sentences[0] and "2.00" in found.sentences[0]
     assert "the best of 2 rescorers is b, with +25.0% tokens a step, 38% of the way" in found.sentences[1]
     assert "no time was measured" in found.sentences[-1]
@@ -153,7 +143,7 @@ def test_labels_of_one_column_stand_apart():
 def test_a_page_without_unrescored_drafts_or_a_gap():
     found = make_headline([view(result("oracle", 2.0))])
     assert "perfect choice" in found.sentences[0] and found.rows[0].cells[0].share is None
-    assert recovered(result("a", 2.0), result("none", 2.0)) is None
+    assert result("a", 2.0).gap_share(result("none", 2.0)) is None
     assert not re.search(r"nan|None", " ".join(found.sentences))
 
 
@@ -181,6 +171,6 @@ def test_shares_have_no_negative_zero(value, sign, shown):
 
 @pytest.mark.parametrize(("positions", "few"), [(999, True), (1000, False)])
 def test_accuracy_on_little_text_says_so(positions, few):
-    shown = accuracy_table(HeldOutAccuracy({1: [1.0, 0.5]}, 1.5, 1.5, positions, 7))
+    shown = accuracy_table(HeldOutAccuracy({1: [1.0, 0.5]}, 1.5, 1.5, positions, 7)).text()
     assert f"measured on {positions} positions of 7 held-out texts" in shown
     assert ("--held-out" in shown) == few

@@ -11,7 +11,7 @@ from lattices.errors import RescoreError, UnknownNameError
 from lattices.lattice import Lattice
 from lattices.search import p_best
 from rescore import rescorers
-from rescore.rescorers import Context, load_rescorer, rescorer_names
+from rescore.rescorers import Context, Rescorer, Target, load_rescorer, rescorer_names
 from rescore.rescorers.base import check_drafts
 
 LATTICE = Lattice(
@@ -20,7 +20,7 @@ LATTICE = Lattice(
 )
 
 
-class Fixed:
+class Fixed(Rescorer):
     """Another package's rescorer: the first token, then what the text after the colon says."""
 
     def __init__(self, text: str) -> None:
@@ -30,6 +30,23 @@ class Fixed:
 
     def draft(self, lattices, contexts, p):
         return np.array([[[first, *self.rest]] for first in lattices.token_ids[:, 0, 0]], dtype=np.int32)
+
+
+class Draftless(Rescorer):
+    """A plug-in that lacks the one method that it must have."""
+
+    def __init__(self, text: str) -> None:
+        pass
+
+
+class Lookalike:
+    """A plug-in that has the method but is no `Rescorer`."""
+
+    def __init__(self, text: str) -> None:
+        pass
+
+    def draft(self, lattices, contexts, p):
+        raise NotImplementedError
 
 
 @pytest.fixture
@@ -82,14 +99,31 @@ def test_other_packages_register_rescorers(plug_in):
     assert isinstance(load_rescorer("none"), rescorers.Unrescored), "a built-in name can't be taken over"
 
 
+def test_a_plug_in_needs_draft_only(plug_in):
+    plug_in(fixed=f"{__name__}:Fixed")
+    made = load_rescorer("fixed:8,9")
+    assert (made.alpha, made.identity, made.coverage(np.array([1, 2]))) == (None, "", 1.0)
+    assert made.fit(Target(10, (0,), None)) is made
+    made.prefill([Context([1])])
+    changed = made.weighted(2.0)
+    assert (changed.alpha, made.alpha, changed.rest) == (2.0, None, made.rest) and isinstance(changed, Fixed)
+
+
 def test_another_packages_failure_is_one_line_that_names_it(plug_in):
-    plug_in(fixed=f"{__name__}:Fixed", absent="no_such_module:Thing", shapeless="builtins:str")
+    plug_in(
+        fixed=f"{__name__}:Fixed", absent="no_such_module:Thing", shapeless="builtins:str",
+        alike=f"{__name__}:Lookalike", draftless=f"{__name__}:Draftless",
+    )  # fmt: skip
     with pytest.raises(RescoreError, match=r"can't load the rescorer 'absent' of the package no_such_module"):
         load_rescorer("absent")
     with pytest.raises(RescoreError, match=r"can't load the rescorer 'fixed'.*invalid literal"):
         load_rescorer("fixed:x")
-    with pytest.raises(RescoreError, match=r"'shapeless' .* has no method draft"):
+    with pytest.raises(RescoreError, match=r"'shapeless' .* is no rescore.rescorers.Rescorer \(builtins:str\); mend"):
         load_rescorer("shapeless")
+    with pytest.raises(RescoreError, match=r"'alike' .* is no rescore.rescorers.Rescorer"):
+        load_rescorer("alike")
+    with pytest.raises(RescoreError, match=r"can't load the rescorer 'draftless'.*abstract.*draft"):
+        load_rescorer("draftless")
     with pytest.raises(RescoreError, match=r"^no such file rude; give another$"):
         load_rescorer("fixed:rude")
 

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from conftest import files_of_at_most
 from made_records import made_latency, made_result, run_config
-from rescore.report.tables import results_table, table
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError
 from lm.records import plain
@@ -30,6 +29,8 @@ from rescore.runs.records import (
     ResultsDocument,
 )
 from rescore.runs.results import ExampleLog, save_results
+from rescore.runs.tables import results_tables
+from rescore.table import joined
 
 CONFIG = {"options": {"k": 16, "p": 1}, "traces": {"squad": {"base": {"weights_sha256": "abc"}}}}
 
@@ -214,23 +215,23 @@ class TestDocument:
         assert environment()["git_revision"] is None
 
 
-class TestTables:
-    def test_columns_are_aligned(self):
-        assert table(["a", "b"], [["x", "1"], ["long", "22"]]).splitlines() == [
-            "a      b", "----  --", "x      1", "long  22",
-        ]  # fmt: skip
+def shown(made: ResultsDocument, *, details: bool = True) -> str:
+    return joined(results_tables(made, details=details))
 
+
+class TestTables:
     def test_it_says_what_was_run_and_what_came_of_it(self):
         accepted = [[1, 2, 3], [3, 1], [2, 2], [1, 1, 1], [3, 3]]
         quality = {"exact match": 0.5, "F1": 0.25}
         found = result(**vars(account(accepted, 3)), n=5, quality=quality, cut_at_limit=0.832)
-        text = results_table(document([found]))
+        text = shown(document([found]))
         assert text.startswith("replayed decode of tiny in float32, h = 3, up to 64 new tokens\n")
         low, high = account(accepted, 3).block_efficiency_ci95 or (0, 0)
-        cells = ["squad", "none", "16", "1", "5", "5", "12", "23", "1.917", f"{low:.3f}-{high:.3f}", "2.000", "2.500"]
-        assert " ".join(cells) in " ".join(text.split())
-        assert "quality of the output  cut at limit" in text
-        assert re.search(r"\nsquad +none +16 +1 +0.500 exact match, 0.250 F1 +83%\n", text)
+        assert "\nsquad: 5 examples of 5 groups, oracle 2.500\n" in text
+        assert re.search(rf"\nsquad +none +16 +1 +1.917 +{low:.3f} to {high:.3f}\n", text)
+        assert re.search(r"\nsquad +none +16 +1 +5 +5 +12 +23 +2.000 +2.500 ", text)
+        assert re.search("quality of the output +cut at limit\n", text)
+        assert re.search(r"\nsquad +none, p = 1 +0.500 exact match, 0.250 F1 +83%\n", text)
         assert re.search(r"exactly i \(count\) +5 +3 +4\n", text)
         assert re.search(r"at least i \(share\) +1.000 +0.583 +0.333\n", text)
         assert re.search(r"i, given i - 1 +1.000 +0.583 +0.571(\n|$)", text)
@@ -238,19 +239,19 @@ class TestTables:
 
     def test_what_nothing_reached_has_no_share(self):
         found = result(**vars(account([[1, 1]], 3)))
-        text = results_table(document([found]))
+        text = shown(document([found]))
         assert re.search(r"i, given i - 1 +1.000 +0.000 +-(\n|$)", text)
-        assert re.search(r"1.000 +- +1.000 +2.500\n", text), "one example has no interval"
+        assert re.search(r"\nsquad +none +16 +1 +1.000 +-\n", text), "one example has no interval"
         assert "quality" not in text, "this task has no metric"
 
     def test_quality_stands_once_where_all_have_the_same(self):
         same = {"quality": {"F1": 0.5}, "cut_at_limit": 1.0}
         results = [result(**same), result(rescorer="oracle", **same), result(task="xsum", quality={"F1": 0.25})]
-        text = results_table(document(results))
-        assert re.search(r"\nsquad +all +0.500 F1 +100%\nxsum +none +16 +1 +0.250 F1 +-\n", text)
+        text = shown(document(results))
+        assert re.search(r"\nsquad +all +0.500 F1 +100%\nxsum +none, p = 1 +0.250 F1 +-\n", text)
         other = result(rescorer="oracle", quality={"F1": 0.5}, cut_at_limit=0.5)
-        text = results_table(document([results[0], other]))
-        assert re.search(r"\nsquad +none +16 +1 +0.500 F1 +100%\nsquad +oracle +16 +1 +0.500 F1 +50%\n", text)
+        text = shown(document([results[0], other]))
+        assert re.search(r"\nsquad +none, p = 1 +0.500 F1 +100%\nsquad +oracle, p = 1 +0.500 F1 +50%\n", text)
 
     def test_gains_are_shown_with_their_interval(self):
         shares = Outcomes(won=0.5, tied=0.25, lost=0.25)
@@ -260,20 +261,54 @@ class TestTables:
             result(rescorer="oracle", gain=1.5, gain_ci95=None),
             result(rescorer="context-ngram", against_unrescored=shares),
         ]
-        text = results_table(document(results))
-        assert re.search(r"\ntask +rescorer +k +p +alpha +gain +95 % +won +tied +lost\n", text)
-        assert re.search(r"\nsquad +ngram +16 +16 +0.5 +\+25.0% +-10.0% to \+50.0% +50.0% +25.0% +25.0%\n", text)
-        assert re.search(r"\nsquad +oracle +16 +1 +- +\+150.0% +- +- +- +-\n", text)
-        assert re.search(r"\nsquad +context-ngram +16 +1 +- +- +- +50.0% +25.0% +25.0%\n", text)
-        assert len(re.findall(r"\nsquad +none ", text)) == 2, "none at p = 1 has no gain over itself"
+        text = shown(document(results), details=False)
+        assert re.search(r"\ntask +rescorer +k +p +alpha +block eff. +95 % +gain +95 % +of the gap +won +lost\n", text)
+        assert re.search(r"\nsquad +none +16 +1 +- +2.000 +\S+ +- +- +- +- +-\n", text), "it has no gain over itself"
+        assert re.search(r"\nsquad +ngram +16 +16 +0.5 .* \+25.0% +-10.0% to \+50.0% +0% +50.0% +25.0%\n", text)
+        assert re.search(r"\nsquad +oracle +16 +1 +- .* \+150.0% +- +0% +- +-\n", text)
+        assert re.search(r"\nsquad +context-ngram +16 +1 +- .* - +- +0% +50.0% +25.0%\n", text)
+        assert re.search(r"\nsquad +ngram .* 50.0% +25.0% +25.0%\n", shown(document(results))), "won, tied, lost"
+
+    def test_the_share_of_the_oracle_s_gap(self):
+        plain, other = result(block_efficiency=1.5), result(rescorer="ngram", block_efficiency=1.9, gain=0.27)
+        text = shown(document([plain, other]), details=False)
+        assert re.search(r"of the gap\n", text) and re.search(r"\nsquad +ngram .* \+27.0% +- +40%\n", text)
+        assert "of the gap" not in shown(document([other]), details=False), "nothing to be over"
+
+    def test_columns_and_words_for_what_there_is(self):
+        """Without gains, weights, wins or times there is neither a column nor a word of them."""
+        text = shown(document([result(against_unrescored=Outcomes(won=0.0, tied=1.0, lost=0.0))]), details=False)
+        assert re.search(r"\ntask +rescorer +k +p +block eff. +95 %\n", text)
+        for word in ("gain over", "of the gap", "won", "speed-up", "alpha", "paired"):
+            assert word not in text
+        assert text.endswith("--details shows more.") and "--details" not in shown(document([result()]))
+
+    def test_one_table_unless_details_are_asked_for(self):
+        made = document([result(quality={"F1": 0.5}), result(rescorer="oracle")])
+        assert [len(results_tables(made, details=details)) for details in (False, True)] == [1, 4]
+
+    def test_what_the_results_of_a_task_differ_in_is_a_column(self):
+        """The caption says it of all; of an interrupted run, or of several k, each line says its own."""
+        whole = shown(document([result(), result(task="xsum", n=9, oracle_block_efficiency=3.0)]), details=False)
+        assert "\nsquad: 2 examples of 2 groups, oracle 2.500\nxsum: 9 examples of 2 groups, oracle 3.000\n\n" in whole
+        cut = shown(document([result(n=5), result(rescorer="ngram", n=3, groups=1)]), details=False)
+        assert re.search(r"\nsquad: oracle 2.500\n\ntask +rescorer +k +p +examples +groups +block eff.", cut)
+        assert re.search(r"\nsquad +ngram +16 +1 +3 +1 +2.000", cut)
+        other = shown(document([result(), result(rescorer="ngram", oracle_block_efficiency=2.25)]), details=False)
+        assert re.search(r"\nsquad +ngram +16 +1 +2.250 +2.000", other) and "groups, oracle" not in other
+        by_k = [result(rescorer="oracle", k=k, oracle_block_efficiency=k / 2) for k in (2, 4)]
+        text = shown(document(by_k), details=False)
+        assert text.count("squad: ") == 1 and "\nsquad: 2 examples of 2 groups\n" in text
+        assert re.search(r"\ntask +rescorer +k +p +block eff. +95 %\n", text)
 
     def test_times_are_shown_in_live_mode(self):
         live = result(identical=Identical(n=2, identical=1), latency=LATENCY)
         without_calls = result(
             rescorer="oracle", identical=live.identical, latency=dataclasses.replace(LATENCY, predicted_speedup=None)
         )
-        text = results_table(document([live, without_calls], LIVE))
+        text = shown(document([live, without_calls], LIVE))
         assert text.startswith("live decode (p drafts as tree) of tiny")
+        assert re.search(r"\nsquad +none +16 +1 +2.000 .* 1.75x\nsquad +oracle ", text), "in the first table too"
         assert re.search(r"squad +none +16 +1 +1/2 +87.6 +50.0 +1.75x +1.80x\n", text)
         assert re.search(r"oracle +16 +1 +1/2 +87.6 +50.0 +1.75x +-\n", text)
         assert re.search(r"squad +none +16 +1 +20.0 +21.0 +1.5 +0.25 +0.20 +0.40 +3.1% +123\n", text)
@@ -284,28 +319,28 @@ class TestTables:
             p=16, identical=Identical(n=2, identical=2), latency=dataclasses.replace(LATENCY, verify="batch")
         )
         oracle = result(rescorer="oracle", identical=Identical(n=2, identical=2), latency=LATENCY)
-        text = results_table(document([oracle, batch], LIVE))
+        text = shown(document([oracle, batch], LIVE))
         assert text.startswith("live decode (p drafts as batch) of tiny")
 
     def test_outputs_that_differ_are_shown(self):
         live = {"identical": Identical(n=2, identical=2), "latency": LATENCY}
         same = result(divergence=[], **live)
-        assert "differ" not in results_table(document([same], LIVE))
+        assert "differ" not in shown(document([same], LIVE))
         places = [
             Divergence(id="a", position=30, margin=0.125),
             Divergence(id="b", position=7, margin=0.0625),
         ]
         other = result(rescorer="oracle", divergence=places, **live)
-        text = results_table(document([same, other], LIVE))
+        text = shown(document([same, other], LIVE))
         assert re.search(r"differ +earliest at +margin there +largest margin\n", text)
         assert re.search(r"\nsquad +oracle +16 +1 +2/2 +7 +0.0625 +0.1250\n", text)
 
     def test_a_given_trace_is_named(self):
-        text = results_table(document([result()], EvalOptions(trace="medusa")))
-        assert text.startswith("replayed decode of the trace medusa, h = 3\n")
+        text = shown(document([result()], EvalOptions(trace="medusa")))
+        assert text.startswith("replayed decode of the trace medusa, h = 3\nsquad: ")
 
     def test_nothing_finished_is_said(self):
-        assert results_table(document()) == "no finished examples"
+        assert shown(document()) == shown(document(), details=False) == "no finished examples"
 
     def test_it_fits_into_120_columns(self):
         wide = account([[9] * 900, [9] * 9000], 9)
@@ -315,5 +350,5 @@ class TestTables:
             "against_unrescored": Outcomes(won=1.0, tied=0.0, lost=0.0),
         }  # fmt: skip
         live = {"identical": Identical(n=1000, identical=1000), "latency": LATENCY}
-        text = results_table(document([result(**{**vars(wide), **fields, **live})]))
+        text = shown(document([result(**{**vars(wide), **fields, **live})]))
         assert max(map(len, text.splitlines())) <= 120

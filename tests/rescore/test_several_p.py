@@ -13,6 +13,7 @@ from test_evaluation import Make, Peek, ctrl_c, examples_of, make, peek, run, wi
 
 from lattices.errors import IncompatibleError, RescoreError
 from rescore import rescorers
+from rescore.rescorers import Rescorer
 from rescore.rescorers.unrescored import Unrescored
 from rescore.runs import evaluation
 from rescore.runs.evaluation import evaluate
@@ -21,22 +22,10 @@ from rescore.runs.results import ExampleLog
 from rescore.runs.tuning import tune
 
 
-class Weighted:
+class HalfRight(Rescorer):
     """Right like `Peek` with the weight 1 at p = 1 and 2 at a larger p, else unrescored."""
 
-    identity = "weighted"
-
-    def __init__(self, alpha: float = 0.5) -> None:
-        self.alpha = alpha
-
-    def fit(self, target):
-        return self
-
-    def weighted(self, alpha):
-        return Weighted(alpha)
-
-    def coverage(self, token_ids):
-        return 1.0
+    alpha, identity = 0.5, "weighted"
 
     def draft(self, lattices, contexts, p):
         return (Peek() if self.alpha == min(p, 2) else Unrescored()).draft(lattices, contexts, p)
@@ -72,7 +61,7 @@ class TestSeveralP:
         assert [r.gain_ci95 for r in run(make(p=(1, 4), limit=1))] == [None] * 5
 
     def test_weights_are_looked_up_for_each_p(self, make: Make, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setitem(rescorers.PLAIN, "weighted", Weighted)
+        monkeypatch.setitem(rescorers.PLAIN, "weighted", HalfRight)
         chosen = make(rescorers=("none", "weighted"), p=(1, 4))
         before = evaluate(chosen)
         (line,) = before.notices
@@ -96,7 +85,7 @@ class TestSeveralP:
             evaluate(make(rescorers=("weighted",), p=(1, 2), alpha="tuned"))
 
     def test_a_weight_that_is_tuned_later_is_another_configuration(self, make: Make, tmp_path: Path, monkeypatch):
-        monkeypatch.setitem(rescorers.PLAIN, "weighted", Weighted)
+        monkeypatch.setitem(rescorers.PLAIN, "weighted", HalfRight)
         chosen = make(rescorers=("weighted",), p=4, alpha="tuned")
         tune(make(rescorers=("weighted",)), alphas=(1.0,), ks=(8,), ps=(4,))
         run(chosen, out=tmp_path)

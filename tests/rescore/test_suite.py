@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 from conftest import squad_records, write_lines
-from rescore.runs.suite_table import COLUMNS, csv_table, suite_page, text_table
 
 import lm.base.catalog
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
@@ -33,7 +32,9 @@ from rescore.runs.records import Alpha, ExampleRecord
 from rescore.runs.results import ExampleLog
 from rescore.runs.suite import Suite, run_suite
 from rescore.runs.suite_files import read_manifest
+from rescore.runs.suite_page import suite_page
 from rescore.runs.suite_plan import Plan, read_plan
+from rescore.runs.tables import results_csv, suite_table
 from rescore.runs.tuning import tune
 from rescore.studies.analysis.collect import analyse_folders
 from rescore.studies.comparison import Selection, compare
@@ -133,10 +134,17 @@ class TestTable:
         assert read_manifest(tmp_path / "out") == suite.document
         page = (tmp_path / "out" / "table.md").read_text()
         assert "`rescore suite table.yaml --out DIR`" in page and "3 or 4 examples of a task" in page
-        assert re.search(r"^\| squad \| 4 \(4\) \| oracle \(1\) \| 4 \| - \| \d\.\d{3} \(.* to .*\) \| \+", page, re.M)
+        head = "task rescorer k p examples groups alpha block.eff. 95.% gain 95.% won tied lost oracle"
+        assert re.search(rf"^\| {' . '.join(head.split())} \|$", page, re.M)
+        number = r"\d\.\d{3}"
+        cells = ["squad", "oracle", "4", "1", "4", "4", "-", number, f"{number} to {number}", r"\+\S+%", r"\S+ to \S+%"]
+        assert re.search(rf"^\| {' . '.join([*cells, *[r'[0-9.]+%'] * 3, number])} \|$", page, re.M)
         rows = list(csv.reader((tmp_path / "out" / "table.csv").open()))
-        assert tuple(rows[0]) == COLUMNS and len(rows) == 17 and rows[1][:6] == ["squad", "4", "4", "none", "1", ""]
-        assert float(rows[4][10]) == suite.document.results[3].block_efficiency
+        assert rows[0] == results_csv(suite.document.results).csv().splitlines()[0].split(",") and len(rows) == 17
+        assert rows[0][10:13] == ["block_efficiency", "block_efficiency_low", "block_efficiency_high"]
+        assert rows[1][:6] == ["squad", "none", "1", "4", "4", ""]
+        oracle = suite.document.results[3]
+        assert [float(cell) for cell in rows[4][10:13]] == [oracle.block_efficiency, *oracle.block_efficiency_ci95]
 
     def test_several_h_and_large_k(self, write: Write, tmp_path: Path):
         body = "k: [2, 40]\nh: [2, 4]\nlimit: 2\nmax_new_tokens: 6\ndevice: cpu\ntasks: squad\nrescorers: none\n"
@@ -230,9 +238,10 @@ class TestTable:
         suite = run(write(), tmp_path / "out")
         nasty = [dataclasses.replace(suite.document.results[0], task="a|b<img>\x1b[2J`x`")]
         page = suite_page(nasty, suite.plan, "")
-        assert r"| a\|b\<img\>⟨U+001B⟩\[2J\`x\` |" in page and "\x1b" not in page
-        assert "\x1b" not in text_table(nasty)
-        assert "\n'=1+1\\x1b[2J," in csv_table([dataclasses.replace(suite.document.results[0], task="=1+1\x1b[2J")])
+        assert r"| a\|b\<img\>\\x1b\[2J\`x\` |" in page and "\x1b" not in page
+        assert "\x1b" not in suite_table(nasty).text()
+        formula = dataclasses.replace(suite.document.results[0], task="=1+1\x1b[2J")
+        assert "\n'=1+1\\x1b[2J," in results_csv([formula]).csv()
 
 
 class TestGoingOn:

@@ -89,8 +89,8 @@ def test_no_cell_controls_a_terminal():
 
 def test_others_text_is_no_markup_and_no_formula():
     assert escaped("a|b\n<i>`x`") == r"a\|b \<i\>\`x\`"
-    rows = [["=1+1", 1], ["\x1b[2J\t", 2], ["-x", None]]
-    assert Table([Column("a"), Column("b", COUNT)], rows).csv() == "a,b\n'=1+1,1\n\\x1b[2J\\t,2\n'-x,\n"
+    rows = [["=1+1", -0.5], ["\x1b[2J\t", 2], ["-x", None]]
+    assert Table([Column("a"), Column("b", COUNT)], rows).csv() == "a,b\n'=1+1,-0.5\n\\x1b[2J\\t,2\n'-x,\n"
 
 
 def test_several_tables_are_apart():

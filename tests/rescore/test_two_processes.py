@@ -36,15 +36,6 @@ class HalfWeight(Unrescored):
 
     alpha, identity = 0.5, "weighted"
 
-    def fit(self, target: object) -> HalfWeight:
-        return self
-
-    def weighted(self, alpha: float) -> HalfWeight:
-        return self
-
-    def coverage(self, token_ids: object) -> float:
-        return 1.0
-
 
 def work(name: str, folder: Path, options: EvalOptions, environment: dict[str, str], asked: dict[str, Any]) -> None:
     """One process: begins when all are ready. `kill`: at the n-th example of the trace, or of the results."""

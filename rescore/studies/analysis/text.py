@@ -36,6 +36,7 @@ from rescore.table import (
     fixed,
     percent,
 )  # fmt: skip
+from rescore.terminal import printable
 
 HUNDREDTHS = fixed(2)
 NUMERAL = Format(str)
@@ -57,7 +58,7 @@ def findings_tables(found: Findings) -> list[Table]:
 
 def trace_tables(found: TraceAnalysis, *, of: str = "") -> list[Table]:
     """All analyses of a trace that there are; the first has its facts as its title."""
-    facts = f"{found.examples} examples, {found.positions} positions, h = {found.h}, K = {found.entries}"
+    facts = f"{_examples(found)}, {found.positions} positions, h = {found.h}, K = {found.entries}"
     tables = [
         *([_trace_repetition(found.repetition)] if found.repetition else []),
         *([_entropy(found.entropy)] if found.entropy else []),
@@ -67,12 +68,16 @@ def trace_tables(found: TraceAnalysis, *, of: str = "") -> list[Table]:
         *([_acceptance(found.acceptance)] if found.acceptance else []),
         *([_calibration(found.calibration)] if found.calibration else []),
     ]
-    return [Table((), (), title=f"{of}{found.name}: {facts}"), *tables]
+    return [Table((), (), title=f"{of}{printable(found.name)}: {facts}"), *tables]
+
+
+def _examples(found: TraceAnalysis | RunAnalysis) -> str:
+    return f"{found.examples} examples ({found.groups} groups)"
 
 
 def run_tables(found: RunAnalysis) -> list[Table]:
     """All analyses of one task of a run."""
-    title = f"{found.task}: {found.examples} examples, {found.mode}, h = {found.h}, k = {found.k}"
+    title = f"{printable(found.task)}: {_examples(found)}, {found.mode}, h = {found.h}, k = {found.k}"
     tables = [Table((), (), title=title), _outcomes(found.rescorers), _before_after(found.rescorers)]
     if found.by_p:
         tables.append(_by_p(found.by_p))

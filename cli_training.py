@@ -295,7 +295,7 @@ def train_bigram_command(
     """Train a learned bigram on the heads' lattices of a corpus."""
     from lm.base.catalog import load_base
     from lm.heads.block_heads import load_heads
-    from lm.neural.learned_bigram import BigramOptions, BigramTrainer, lattices_of_corpus
+    from lm.training.bigram import BigramOptions, BigramTrainer, lattices_of_corpus
     from lm.training.data import check_there
 
     chosen = BigramOptions(

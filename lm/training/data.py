@@ -134,11 +134,11 @@ def until(targets: int, segments: Sequence[Segment]) -> list[Segment]:
     return taken
 
 
-def split(segments: Sequence[Segment], held_out: float, seed: int) -> tuple[list[Segment], list[Segment]]:
-    """Segments at random: those to learn from, and this share (at least one) to measure on."""
-    order = np.random.default_rng([seed, 0xDA7A]).permutation(len(segments))
-    held = max(1, min(int(len(segments) * held_out), len(segments) - 1))
-    return [segments[i] for i in order[held:]], [segments[i] for i in order[:held]]
+def chosen_share(count: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers below `count` at random: this share to measure on (at least one, never all), and the rest."""
+    order = np.random.default_rng([seed, 0xDA7A]).permutation(count)
+    taken = max(1, min(int(count * share), count - 1))
+    return order[:taken], order[taken:]
 
 
 def check_there(corpora: Sequence[Path]) -> None:

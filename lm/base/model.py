@@ -17,9 +17,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lattices.errors import IncompatibleError, RescoreError
-from lm.base.cache import KVCache, layer_types
+from lm.base.cache import KVCache, TreeCache, layer_types
 from lm.base.probe import Probe, Scaling
-from lm.base.tree_cache import TreeCache
 
 CONTEXT_LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # its name now, and before transformers 5.24

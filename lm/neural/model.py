@@ -19,6 +19,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
+from lm.base.cache import TreeCache
 from lm.base.catalog import (
     identify,
     load_base,
@@ -29,7 +30,6 @@ from lm.base.catalog import (
     under_adapter,
 )
 from lm.base.model import BaseIdentity, BaseLM
-from lm.base.tree_cache import TreeCache
 from lm.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,

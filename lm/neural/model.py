@@ -30,15 +30,7 @@ from lm.base.catalog import (
     under_adapter,
 )
 from lm.base.model import BaseIdentity, BaseLM
-from lm.checkpoint import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    Config,
-    check_shapes,
-    read_config,
-    read_weights,
-    write_checkpoint,
-)
+from lm.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Config, check_shapes, read_config, read_weights, write_checkpoint
 from lm.files import SHIPPED, read_json_object, sha256_of_file
 from lm.keys import key_of
 from lm.memory import enough_memory

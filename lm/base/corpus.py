@@ -20,14 +20,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
-from lm.base.generation import generate
-from lm.base.machine import Work
-from lm.base.model import BaseLM
 from lm.files import (
     append_json_line,
     changed_settings,
@@ -41,6 +38,10 @@ from lm.files import (
 )
 from lm.locks import writing_to
 from lm.text_files import CSV, TSV, identify, rows, text_lines
+
+if TYPE_CHECKING:
+    from lm.base.machine import Work
+    from lm.base.model import BaseLM
 
 CORPUS_FILE, HIDDEN_FILE = "corpus.jsonl", "hidden.f16"
 MANIFEST_FILE, SETTINGS_FILE = "manifest.json", "settings.json"
@@ -135,6 +136,9 @@ def generate_corpus(
     Raises `IncompatibleError` (with the difference) for other options than the earlier run's, `RescoreError` for those
     that make no sense, `OutputError` if `out` can't be written or another process is writing to it.
     """
+    from lm.base.generation import generate  # torch, which n-gram models do not need
+    from lm.base.machine import Work
+
     options.check()
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; --out is a folder")

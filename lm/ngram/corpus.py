@@ -40,7 +40,7 @@ HUB_PREFIX, HUB_SPLIT = "hub:", "train"
 MEND_UTF8 = "mend it, or go on with --errors replace"
 DOCUMENT_END, DOCUMENT_CUT = -2, -3  # between the token ids of a batch
 BATCH = 1 << 20  # characters or token ids that are numbered at a time
-_SPACES = np.isin(np.arange(256), list(b" \t\r\0"))
+_SPACES = b" \t\r\0"  # what separates words, beside line ends
 
 
 @dataclass(frozen=True)
@@ -261,11 +261,17 @@ class _Words:
     def encode(self, block: bytes, place: Callable[[int], str]) -> np.ndarray:
         """int32 ids of whole lines, `</s>` at every line end; `place(i)` names line i of them, from 0, in errors."""
         octets = np.frombuffer(block, np.uint8)
-        ends, kept = octets == ord("\n"), ~_SPACES[octets]
-        starts = kept.copy()  # of words, and line ends, which are words of their own
-        starts[1:] &= ends[1:] | ends[:-1] | ~kept[:-1]
-        offsets = np.append(np.flatnonzero(starts[kept]), np.count_nonzero(kept)).astype(np.int32)
-        buffers = [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(octets[kept])]
+        apart = octets == ord("\n")  # line ends are words of their own
+        kept = np.ones(len(octets), np.bool_)
+        for space in _SPACES:
+            kept &= octets != space
+        starts, stops = kept.copy(), kept.copy()  # of words
+        joined = kept[1:] & kept[:-1] & ~apart[1:] & ~apart[:-1]
+        starts[1:] &= ~joined
+        stops[:-1] &= ~joined
+        offsets = np.zeros(np.count_nonzero(starts) + 1, np.int32)
+        np.cumsum(np.flatnonzero(stops) + 1 - np.flatnonzero(starts), out=offsets[1:])
+        buffers = [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(block.translate(None, _SPACES))]
         words = pyarrow.Array.from_buffers(pyarrow.binary(), len(offsets) - 1, buffers).dictionary_encode()
         numbers, special = [], set()
         for number, word in enumerate(words.dictionary.to_pylist()):  # in the order of their first appearance

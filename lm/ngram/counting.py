@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +34,7 @@ Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
-    """What is told of a stage where nobody wants to know."""
+    """Reports nothing."""
 
 
 class Layout(NamedTuple):
@@ -82,10 +83,8 @@ class NgramTable(NamedTuple):
 
 
 class Workspace:
-    """Gives out arrays, in memory as long as they fit the budget, then as memory-mapped files in a folder.
-
-    `budget` in bytes. Mapped pages belong to files, so the system can drop them when memory runs short.
-    """
+    """Gives out arrays, in memory as long as they fit the budget (bytes), then as memory-mapped files in a folder: their
+    pages can be dropped when memory runs short."""
 
     def __init__(self, folder: Path, budget: int) -> None:
         self._folder, self._left, self._made = folder, budget, 0
@@ -132,16 +131,13 @@ def count_full(
     per_token = 8 * columns * (1 if columns == 1 else 3) + 8
     chunk = max(LEAST_CHUNK, min(memory // (2 * threads * per_token), -(-len(ids) // threads)))
     starts = range(0, len(ids), chunk)
-    done = 0
 
-    def make(index: int) -> Path:
-        begin = starts[index]
-        path = folder / f"run-{chunk}-{index:05d}.keys"
+    def make(begin: int) -> Path:
+        path = folder / f"run-{chunk}-{begin // chunk:05d}.keys"
         if not path.is_file():
             end = min(begin + chunk, len(ids))
             keys = np.empty((end - begin, columns), np.uint64)
-            keys = keys[: _fill_keys(ids, begin, end, layout, keys)]
-            keys = _sorted(keys)
+            keys = _sorted(keys[: _fill_keys(ids, begin, end, layout, keys)])
             counts = np.empty(len(keys), np.int64)
             distinct = _combine(keys, counts)
             _write_run(path, keys[:distinct], counts[:distinct])
@@ -151,10 +147,9 @@ def count_full(
         folder.mkdir(parents=True, exist_ok=True)
         runs = []
         try:
-            for path in pool.map(make, range(len(starts))):
+            for path in pool.map(make, starts):
                 runs.append(_read_run(path, columns))
-                done += 1
-                progress("counting", min(len(ids), done * chunk), len(ids))
+                progress("counting", min(len(ids), len(runs) * chunk), len(ids))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -182,8 +177,7 @@ def build_table(full: FullCounts, workspace: Workspace, *, threads: int = 1) -> 
     table = NgramTable(offsets, first, last, suffix, context, raw, adjusted, np.zeros(0, np.int64))
     first[:size] = last[:size] = np.arange(size, dtype=np.int32)
     suffix[:size] = context[:size] = -1
-    raw[: offsets[order - 1]] = 0
-    adjusted[: offsets[order - 1]] = 0
+    raw[: offsets[order - 1]] = adjusted[: offsets[order - 1]] = 0
     if order == 1:
         raw[:], adjusted[:] = 0, 0
         words = full.keys[:, 0].astype(np.int64)
@@ -202,12 +196,9 @@ def build_table(full: FullCounts, workspace: Workspace, *, threads: int = 1) -> 
 
 def _write_run(path: Path, keys: np.ndarray, counts: np.ndarray) -> None:
     # The keys take their name last: a run is there when its keys are.
-    with path.with_suffix(".counts").open("wb") as stream:
-        counts.tofile(stream)
-    temporary = path.with_suffix(".part")
-    with temporary.open("wb") as stream:
-        keys.tofile(stream)
-    os.replace(temporary, path)
+    counts.tofile(path.with_suffix(".counts"))
+    keys.tofile(path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
 
 
 def _read_run(path: Path, columns: int) -> Run:
@@ -237,12 +228,8 @@ def _merge_runs(runs: Sequence[Run], folder: Path, memory: int, threads: int, pr
         return pieces[0]
 
     path = folder / "merged.keys"
-    with (
-        writing(path),
-        ThreadPoolExecutor(threads) as pool,
-        path.open("wb") as keys_out,
-        path.with_suffix(".counts").open("wb") as counts_out,
-    ):
+    with writing(path), ThreadPoolExecutor(threads) as pool, ExitStack() as stack:
+        keys_out, counts_out = (stack.enter_context(p.open("wb")) for p in (path, path.with_suffix(".counts")))
         for begin in range(0, parts, threads):  # no more at a time than there is memory for
             for keys, counts in pool.map(merge, range(begin, min(begin + threads, parts))):
                 keys.tofile(keys_out)
@@ -314,17 +301,15 @@ def _fill_keys(ids: np.ndarray, begin: int, end: int, layout: Layout, keys: np.n
 @njit(cache=True, nogil=True)
 def _combine(keys: np.ndarray, counts: np.ndarray) -> int:
     """Equal neighbours become one row with their number; in place, returns the number of rows."""
-    columns = keys.shape[1]
     distinct = 0
     for i in range(len(keys)):
         same = distinct > 0
-        for c in range(columns):
-            if same and keys[distinct - 1, c] != keys[i, c]:
-                same = False
+        for c in range(keys.shape[1]):
+            same = same and keys[distinct - 1, c] == keys[i, c]
         if same:
             counts[distinct - 1] += 1
         else:
-            for c in range(columns):
+            for c in range(keys.shape[1]):
                 keys[distinct, c] = keys[i, c]
             counts[distinct] = 1
             distinct += 1
@@ -353,8 +338,7 @@ def _merge_pair(one: Run, two: Run, keys: np.ndarray, counts: np.ndarray) -> int
             for c in range(columns):
                 keys[rows, c] = keys_a[a, c]
             counts[rows] = counts_a[a] + (counts_b[b] if order == 0 else 0)
-            a += 1
-            b += 1 if order == 0 else 0
+            a, b = a + 1, b + (order == 0)
         else:
             for c in range(columns):
                 keys[rows, c] = keys_b[b, c]
@@ -381,14 +365,11 @@ def _unpack(keys: np.ndarray, row: int, layout: Layout, words: np.ndarray) -> No
 def _agreement(words: np.ndarray, before: np.ndarray) -> tuple[int, int]:
     """(how many last words two rows share, length of the longest n-gram that ends a row: back to the first `<s>`)."""
     order = len(words)
-    same = 0
+    same, longest = 0, 1
     while same < order and words[same] == before[same]:
         same += 1
-    longest = order
-    for j in range(order):
-        if words[j] == SENTENCE_START:
-            longest = j + 1
-            break
+    while longest < order and words[longest - 1] != SENTENCE_START:
+        longest += 1
     return same, longest
 
 
@@ -422,11 +403,8 @@ def _fill_table(keys: np.ndarray, counts: np.ndarray, layout: Layout, table: Ngr
                 continue
             at = free[n - 1]
             free[n - 1] += 1
-            first[at] = words[n - 1]
-            last[at] = words[0]
-            suffix[at] = current[n - 1]
-            raw[at] = 0
-            adjusted[at] = 0
+            first[at], last[at], suffix[at] = words[n - 1], words[0], current[n - 1]
+            raw[at] = adjusted[at] = 0
             adjusted[current[n - 1]] += 1  # one more word to the left of its suffix
             current[n] = at
         for n in range(1, depth + 1):

@@ -141,7 +141,9 @@ def build_ngram(
             "corpora": [dataclasses.asdict(source) for source in sources],
         }
         # Where a file lay says nothing about the model; its hash does.
-        corpora_read = [{**dataclasses.asdict(source), "name": _without_folder(source)} for source in sources]
+        corpora_read = [
+            {**dataclasses.asdict(s), "name": s.name if s.kind == "hub" else Path(s.name).name} for s in sources
+        ]
         estimated_by = ("smoothing", "prune", "discount_fallback", "max_ngrams", "estimator")
         made_of = json.loads(
             json.dumps({**read, "corpora": corpora_read, **{name: getattr(options, name) for name in estimated_by}})
@@ -182,10 +184,6 @@ def _estimate(encoded: EncodedCorpus, work: Path, options: NgramOptions, progres
     progress("estimating", 1, 1)
     fallback_orders = tuple(n for n, s in enumerate(statistics, start=1) if s.fallback)
     return _Estimated(model, tuple(s.discounts for s in statistics), fallback_orders)
-
-
-def _without_folder(source: CorpusSource) -> str:
-    return source.name if source.kind == "hub" else Path(source.name).name
 
 
 def write_model(model: NgramModel, out: Path, manifest: dict[str, Any], *, progress: Progress = no_progress) -> None:

@@ -83,8 +83,8 @@ class NgramTable(NamedTuple):
 
 
 class Workspace:
-    """Gives out arrays, in memory as long as they fit the budget (bytes), then as memory-mapped files in a folder: their
-    pages can be dropped when memory runs short."""
+    """Gives out arrays, in memory as long as they fit the budget (bytes), then as mapped files in a folder: their pages
+    can be dropped when memory runs short."""
 
     def __init__(self, folder: Path, budget: int) -> None:
         self._folder, self._left, self._made = folder, budget, 0

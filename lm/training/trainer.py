@@ -154,7 +154,10 @@ class Trainer(ABC, Generic[Measured]):
         # The first process of a training writes for all. A place that can't be written to shows now, not at the first
         # checkpoint.
         with writing_to(out) if self.workers.is_first else nullcontext():
-            self._resume(out)
+            if (out / CHECKPOINT_FILE).is_file():
+                self._read_checkpoint(out / CHECKPOINT_FILE, out)
+            if self.workers.is_first:
+                self._cut_log(out / LOG_FILE)
             if self.workers.sum(self.step, self.device) != self.workers.count * self.step:
                 raise RescoreError(
                     f"the processes found different checkpoints in {out}; give them a folder they all see"
@@ -261,13 +264,6 @@ class Trainer(ABC, Generic[Measured]):
             tensors |= {f"{key}.{name}": self.optimizer.state[value][key] for key in ("exp_avg", "exp_avg_sq")}
         state = {"step": self.step, "stopped": self.stopped, **self._checkpoint_state(), **self._settings()}
         write_tensors(out / CHECKPOINT_FILE, tensors, metadata={"state": json.dumps(state)})
-
-    def _resume(self, out: Path) -> None:
-        path = out / CHECKPOINT_FILE
-        if path.is_file():
-            self._read_checkpoint(path, out)
-        if self.workers.is_first:
-            self._cut_log(out / LOG_FILE)
 
     def _cut_log(self, path: Path) -> None:
         """Takes off the evaluations after the checkpoint (a kill between the two left them): they come again."""

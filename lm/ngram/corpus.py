@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import pyarrow
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.ngrams import SENTENCE_END, SPECIAL_WORDS
@@ -34,13 +33,13 @@ from lm.base.corpus import CORPUS_FILE, SETTINGS_FILE, Once, read_settings
 from lm.base.own_output import OWN_PREFIX, OwnOutput, own_output
 from lm.files import read_json_lines, sha256_of_file, writing
 from lm.ngram.counting import BREAK, Progress, no_progress
+from lm.ngram.words import WordNumbers
 from lm.text_files import blocks, identify, may_hold_text, rows
 
 HUB_PREFIX, HUB_SPLIT = "hub:", "train"
 MEND_UTF8 = "mend it, or go on with --errors replace"
 DOCUMENT_END, DOCUMENT_CUT = -2, -3  # between the token ids of a batch
 BATCH = 1 << 20  # characters or token ids that are numbered at a time
-_SPACES = b" \t\r\0"  # what separates words, beside line ends
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ def encode_corpora(
     if errors not in ("strict", "replace"):
         raise RescoreError(f"errors = {errors!r}; choose strict or replace")
     progress = progress or no_progress
-    words, token_numbers = _Words(), None if tokenizer is None else _Tokens(tokenizer)
+    words, token_numbers = WordNumbers(), None if tokenizer is None else _Tokens(tokenizer)
     documents = tokens = done = 0
     total = sum(source.size for source in sources)
     with writing(path), path.open("wb") as out:
@@ -252,49 +251,7 @@ def _values(source: CorpusSource, field: str, errors: str) -> Iterator[tuple[str
 # Words at white space
 
 
-class _Words:
-    """Ids of words in the order of their first appearance."""
-
-    def __init__(self) -> None:
-        self._ids = {word.encode(): i for i, word in enumerate(SPECIAL_WORDS)}
-
-    def encode(self, block: bytes, place: Callable[[int], str]) -> np.ndarray:
-        """int32 ids of whole lines, `</s>` at every line end; `place(i)` names line i of them, from 0, in errors."""
-        octets = np.frombuffer(block, np.uint8)
-        apart = octets == ord("\n")  # line ends are words of their own
-        kept = np.ones(len(octets), np.bool_)
-        for space in _SPACES:
-            kept &= octets != space
-        starts, stops = kept.copy(), kept.copy()  # of words
-        joined = kept[1:] & kept[:-1] & ~apart[1:] & ~apart[:-1]
-        starts[1:] &= ~joined
-        stops[:-1] &= ~joined
-        offsets = np.zeros(np.count_nonzero(starts) + 1, np.int32)
-        np.cumsum(np.flatnonzero(stops) + 1 - np.flatnonzero(starts), out=offsets[1:])
-        buffers = [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(block.translate(None, _SPACES))]
-        words = pyarrow.Array.from_buffers(pyarrow.binary(), len(offsets) - 1, buffers).dictionary_encode()
-        numbers, special = [], set()
-        for number, word in enumerate(words.dictionary.to_pylist()):  # in the order of their first appearance
-            numbers.append(SENTENCE_END if word == b"\n" else self._ids.setdefault(word, len(self._ids)))
-            if word != b"\n" and numbers[-1] < len(SPECIAL_WORDS):
-                special.add(number)
-        indices = words.indices.to_numpy()
-        if special:
-            first = int(np.argmax(np.isin(indices, list(special))))
-            line = block.count(b"\n", 0, int(np.flatnonzero(starts)[first]))
-            raise InvalidDataError(
-                f"{place(line)} holds {words[first].as_py().decode()} as a word, which stands for something else in an "
-                "n-gram model; replace it in the text"
-            )
-        ids: np.ndarray = np.array(numbers, dtype=np.int32)[indices]
-        return ids
-
-    def names(self) -> list[str]:
-        """All words but the special ones."""
-        return [word.decode() for word in list(self._ids)[len(SPECIAL_WORDS) :]]
-
-
-def _word_parts(source: CorpusSource, field: str, errors: str, words: _Words) -> Iterator[np.ndarray]:
+def _word_parts(source: CorpusSource, field: str, errors: str, words: WordNumbers) -> Iterator[np.ndarray]:
     if source.kind == "own":
         raise RescoreError(f"{source.name} holds token ids; choose the tokenizer of its base instead of words")
     if source.kind == "text":

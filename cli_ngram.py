@@ -90,7 +90,7 @@ def build_ngram_command(
     from dataclasses import asdict
 
     from lm.base.own_output import OwnOutput
-    from lm.ngram.build import build_ngram
+    from lm.ngram.build import NgramOptions, build_ngram
     from lm.ngram.place import default_folder
     from rescore.studies.tables import built_ngram_table
 
@@ -102,10 +102,14 @@ def build_ngram_command(
     )  # fmt: skip
     with progress_bar() as progress:
         summary = build_ngram(
-            corpus, folder, order=order, tokenizer=tokenizer, prune=numbers("--prune", prune, int) if prune else (),
-            discount_fallback=(0.5, 1.0, 1.5) if discount_fallback else None, smoothing=smoothing,
-            max_ngrams=None if max_ngrams is None else _size("--max-ngrams", max_ngrams, 1000), surface=surface,
-            memory=_size("--memory", memory, 1024), threads=threads, errors=errors, field=field, estimator=estimator,
+            corpus, folder,
+            NgramOptions(
+                order=order, tokenizer=tokenizer, prune=numbers("--prune", prune, int) if prune else (),
+                discount_fallback=(0.5, 1.0, 1.5) if discount_fallback else None, smoothing=smoothing,
+                max_ngrams=None if max_ngrams is None else _size("--max-ngrams", max_ngrams, 1000), surface=surface,
+                memory=_size("--memory", memory, 1024), threads=threads, errors=errors, field=field,
+                estimator=estimator,
+            ),
             own=own, replace=out is not None, progress=progress,
         )  # fmt: skip
     print(

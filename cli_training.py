@@ -101,15 +101,18 @@ def generate_corpus_command(
 ) -> None:
     """Write the base LM's own output for many prompts: what block heads and rescorers learn from."""
     from lm.base.catalog import load_base
-    from lm.base.corpus import generate_corpus, read_prompts
+    from lm.base.corpus import GenerationOptions, generate_corpus, read_prompts
     from lm.base.machine import measure_limits
 
     model = load_base(base, dtype=dtype, device=device)
     chosen = read_prompts(prompts, default_chat=model.is_chat)
     with progress_bar() as progress:
         summary = generate_corpus(
-            model, chosen, out, max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens,
-            batch_size=batch_size, temperature=temperature, seed=seed,
+            model, chosen, out,
+            GenerationOptions(
+                max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, batch_size=batch_size,
+                temperature=temperature, seed=seed,
+            ),
             progress=lambda done, total: progress("generate", done, total),
         )  # fmt: skip
     told = f"{summary.examples} examples ({summary.made} new, {summary.duplicates} duplicates)"
@@ -295,7 +298,7 @@ def train_bigram_command(
     """Train a learned bigram on the heads' lattices of a corpus."""
     from lm.base.catalog import load_base
     from lm.heads.block_heads import load_heads
-    from lm.neural.learned_bigram import BigramOptions, BigramTrainer, lattices_of_corpus
+    from lm.training.bigram import BigramOptions, BigramTrainer, lattices_of_corpus
     from lm.training.data import check_there
 
     chosen = BigramOptions(

@@ -14,6 +14,7 @@ score and the most that the heads alone can still give. Needs numpy and numba on
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -28,6 +29,16 @@ CONTEXT_ORDER = 4
 BEAM = 64
 FIRST_SLOTS = 1 << 12
 UNIFORM = 50_000  # words that are equally likely where there is no general model
+
+
+class _Mixture(NamedTuple):
+    """The general model's arrays (`lattices.automaton`), the context's table, and what each counts for."""
+
+    cells: np.ndarray
+    roots: np.ndarray
+    table: np.ndarray
+    weight: float  # of the mixture beside the heads
+    share: float  # of the context in the mixture
 
 
 class ContextCounts:
@@ -56,6 +67,13 @@ class ContextCounts:
             self.table, self.used, done = np.zeros((2 * slots, 4), dtype=np.int64), 0, 0
         self.used = _count(self.table, self.tokens, done, self.used)
 
+    def last_tokens(self) -> np.ndarray:
+        """The tokens that the next one depends on: int64 `[CONTEXT_ORDER - 1]`, -1 in front where there are fewer."""
+        padded = np.full(CONTEXT_ORDER - 1, -1, dtype=np.int64)
+        last = self.tokens[max(0, len(self.tokens) - len(padded)) :]
+        padded[len(padded) - len(last) :] = last
+        return padded
+
 
 def context_p_best(
     lattice: Lattice,
@@ -80,27 +98,21 @@ def context_p_best(
     if weight == 0:
         return p_best(lattice, p)
     n, h, k = lattice.token_ids.shape
+    states = [ROOT] * n
     if general is None:
-        states = [ROOT] * n
         cells, roots = np.zeros((1, 4), dtype=np.int32), np.zeros((1, 4), dtype=np.int32)
         roots[0, ROOT_SCORE] = -round(np.log(UNIFORM) * SCORE_SCALE)  # one word, one state: the same for every token
         slot_words = np.zeros((n, h, k), dtype=np.int32)
     else:
         states = [general.state_after(left) for left in lefts]
         cells, roots, slot_words = general.automaton.cells, general.automaton.roots, general.words[lattice.token_ids]
-    width = max(BEAM, p)
     count = min(p, k ** (h - 1))
     drafts, scores = np.zeros((n, count, h), dtype=np.int32), np.full((n, count), -np.inf)
     token_ids, logps = np.ascontiguousarray(lattice.token_ids), np.ascontiguousarray(lattice.logps)
     for i in range(n):
-        known = counts[i]
-        left = np.full(CONTEXT_ORDER - 1, -1, dtype=np.int64)
-        last = known.tokens[len(known.tokens) - min(len(known.tokens), CONTEXT_ORDER - 1) :]
-        left[len(left) - len(last) :] = last
-        _search(
-            cells, roots, int(states[i]), known.table, len(known.tokens), left, token_ids[i], slot_words[i], logps[i],
-            weight, share, width, drafts[i], scores[i],
-        )  # fmt: skip
+        mixture = _Mixture(cells, roots, counts[i].table, float(weight), float(share))
+        slots = counts[i].last_tokens(), token_ids[i], slot_words[i], logps[i]
+        _search(mixture, int(states[i]), slots, max(BEAM, p), drafts[i], scores[i])
     return PBest(drafts, scores)
 
 
@@ -148,9 +160,10 @@ def _count(table, tokens, begin, used):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _search(  # type: ignore[no-untyped-def]
-    cells, roots, state, table, seen, left, token_ids, words, logps, weight, share, width, drafts, scores
-):
+def _search(mixture, state, slots, width, drafts, scores):  # type: ignore[no-untyped-def]
+    """`slots`: the tokens before the lattice, its ids, their words, its log-probs."""
+    cells, roots, table, weight, share = mixture
+    left, token_ids, words, logps = slots
     h, k = token_ids.shape
     order = CONTEXT_ORDER
     remaining = np.zeros(h)  # the most that the heads give after each slot
@@ -166,7 +179,7 @@ def _search(  # type: ignore[no-untyped-def]
     paths[0, 0, 0], states[0, 0], sums[0, 0] = token_ids[0, 0], after, logps[0, 0]
     now, count = 0, 1
     for j in range(1, h):
-        found = 0
+        candidates = 0
         for b in range(count):
             # What the context knows of this path's histories, shortest first; it ends with the first unknown one.
             levels = 0
@@ -195,26 +208,26 @@ def _search(  # type: ignore[no-untyped-def]
                 mixed = (1.0 - share) * np.exp(general / SCORE_SCALE) + share * likely
                 total = sums[now, b] + logps[j, e] + weight * np.log(max(mixed, 1e-30))
                 most = total + remaining[j]
-                if found == width:
+                if candidates == width:
                     if most <= reach[width - 1]:
                         continue
                     place = width - 1
                 else:
-                    place = found
-                    found += 1
+                    place = candidates
+                    candidates += 1
                 while place > 0 and reach[place - 1] < most:
                     reach[place], came[place] = reach[place - 1], came[place - 1]
                     entry[place], gained[place] = entry[place - 1], gained[place - 1]
                     place -= 1
                 reach[place], came[place], entry[place], gained[place] = most, b, e, total
         after_slot = 1 - now
-        for place in range(found):
+        for place in range(candidates):
             b, e = came[place], entry[place]
             paths[after_slot, place, :j] = paths[now, b, :j]
             paths[after_slot, place, j] = token_ids[j, e]
             states[after_slot, place] = advance(cells, roots, states[now, b], words[j, e])[1]
             sums[after_slot, place] = gained[place]
-        now, count = after_slot, found
+        now, count = after_slot, candidates
     for place in range(len(scores)):
         chosen = min(place, count - 1)
         drafts[place] = paths[now, chosen]

@@ -48,8 +48,25 @@ compiled: Any = njit(**_OPTIONS)
 inlined: Any = njit(**_OPTIONS, inline="always")
 
 
+class Model(NamedTuple):
+    """An automaton's arrays, and what they say of the base LM's tokens."""
+
+    cells: np.ndarray
+    roots: np.ndarray
+    longer: int  # states from here on know two words or more
+    word_of: np.ndarray  # int32 [vocab_size], the word of a token id
+
+
+class Query(NamedTuple):
+    """One lattice and how it is scored."""
+
+    token_ids: np.ndarray  # [h, k]
+    weight: int  # of the n-gram model, in units of 1 / WEIGHT_SCALE
+    end: int  # the token id that ends a path, -1: none
+
+
 class Room(NamedTuple):
-    """Room to work in, kept between calls."""
+    """Arrays to work in, kept between calls."""
 
     row64: np.ndarray  # [r, k + 2]
     row32: np.ndarray  # [r, 3k + 3]
@@ -118,17 +135,17 @@ ask_for: Any = intrinsic(_ask_for)
 
 
 @inlined
-def enter_slot(entry_of, words, j):  # type: ignore[no-untyped-def]
+def enter_slot(room, j):  # type: ignore[no-untyped-def]
     """Notes for each word of slot j which of its tokens it is."""
-    for e in range(words.shape[1]):
-        entry_of[words[j, e]] = e
+    for e in range(room.words.shape[1]):
+        room.entry_of[room.words[j, e]] = e
 
 
 @inlined
-def leave_slot(entry_of, words, j):  # type: ignore[no-untyped-def]
+def leave_slot(room, j):  # type: ignore[no-untyped-def]
     """Takes the notes of slot j back."""
-    for e in range(words.shape[1]):
-        entry_of[words[j, e]] = -1
+    for e in range(room.words.shape[1]):
+        room.entry_of[room.words[j, e]] = -1
 
 
 @inlined
@@ -142,15 +159,11 @@ def _place(table, key):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def row_of(cells, room, token_ids, words, heads, weight, end, j, state):  # type: ignore[no-untyped-def]
+def row_of(model, room, query, j, state):  # type: ignore[no-untyped-def]
     """The row of a state in slot j (which must be entered), made if it is not there; -1: no room for it."""
     key = (room.counters[1] << 40) | (np.int64(j) << 32) | np.int64(state)
     place = _place(room.table, key)
-    if room.table[place, 0] == key:
-        row = room.table[place, 1]
-    else:
-        row = _new_row(cells, room, token_ids, words, heads, weight, end, j, state)
-    return row
+    return room.table[place, 1] if room.table[place, 0] == key else _new_row(model, room, query, j, state)
 
 
 @inlined
@@ -164,10 +177,11 @@ def _end_row(room, row, state, k):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _new_row(cells, room, token_ids, words, heads, weight, end, j, state):  # type: ignore[no-untyped-def]
+def _new_row(model, room, query, j, state):  # type: ignore[no-untyped-def]
     """Makes the row of a state that knows two words or more (those with one are there) after those of its suffixes, or
     that after end-of-text."""
-    row64, row32, table = room.row64, room.row32, room.table
+    cells, token_ids, weight, end = model.cells, query.token_ids, query.weight, query.end
+    row64, row32, table, words, heads = room.row64, room.row32, room.table, room.words, room.heads
     k = token_ids.shape[1]
     arcs, count = 2 * k, 3 * k
     slot = (room.counters[1] << 40) | (np.int64(j) << 32)
@@ -235,9 +249,11 @@ def _new_row(cells, room, token_ids, words, heads, weight, end, j, state):  # ty
 
 
 @compiled
-def short_rows(cells, roots, room, token_ids, words, heads, weight, end):  # type: ignore[no-untyped-def]
+def short_rows(model, room, query):  # type: ignore[no-untyped-def]
     """Makes the row of every state that knows one word; links entries with the same word. Whether there was room."""
+    cells, roots, token_ids, weight, end = model.cells, model.roots, query.token_ids, query.weight, query.end
     row64, row32, table, entry_of, same = room.row64, room.row32, room.table, room.entry_of, room.same
+    words, heads = room.words, room.heads
     root_scores, root_states, homes = room.list64[0], room.list32[0], room.list64[1]
     h, k = token_ids.shape
     if (h - 1) * k > len(row64):
@@ -266,12 +282,12 @@ def short_rows(cells, roots, room, token_ids, words, heads, weight, end):  # typ
             place = _place(table, key)
             if table[place, 0] != key:
                 table[place, 0], table[place, 1] = key, row
-            _short_row(cells, room, words, heads, weight, j, v, row, state)
+            _short_row(cells, room, weight, j, v, row, state)
             if end >= 0:
                 for e in range(k):
                     if token_ids[j, e] == end:
                         row32[row, e] = len(cells)
-        leave_slot(entry_of, words, j)
+        leave_slot(room, j)
     return True
 
 
@@ -287,11 +303,11 @@ def _ask_for_arcs(cells, state, homes):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _short_row(cells, room, words, heads, weight, j, v, row, state):  # type: ignore[no-untyped-def]
+def _short_row(cells, room, weight, j, v, row, state):  # type: ignore[no-untyped-def]
     """The row of a state that knows one word, none, or end-of-text."""
     row64, row32, most = room.row64, room.row32, room.most
     root_scores, root_states, homes = room.list64[0], room.list32[0], room.list64[1]
-    k = words.shape[1]
+    k = room.words.shape[1]
     arcs, count = 2 * k, 3 * k
     if state == len(cells):
         _end_row(room, row, state, k)
@@ -300,7 +316,7 @@ def _short_row(cells, room, words, heads, weight, j, v, row, state):  # type: ig
     slots = np.int64(cells[state, SLOTS])
     found = 0
     totals, after, arc_list, tops = row64[row], row32[row], row32[row, arcs:], most[j, v]
-    words, heads = words[j], heads[j]
+    words, heads = room.words[j], room.heads[j]
     if slots <= LINEAR:
         backoff = weight * np.int64(cells[state, BACKOFF]) if state else 0
         for e in range(k):
@@ -346,13 +362,12 @@ def _short_row(cells, room, words, heads, weight, j, v, row, state):  # type: ig
 
 
 @compiled
-def make_bounds(cells, longer, room, token_ids, words, heads, weight, end):  # type: ignore[no-untyped-def]
+def make_bounds(model, room, query):  # type: ignore[no-untyped-def]
     """Fills `bound[j, u, v]`: the most that a path through entries u of slot j - 1 and v of slot j gains after v.
 
-    It is exact where the automaton tells no more apart than these two words. States from `longer` on know two words or
-    more.
+    It is exact where the automaton tells no more apart than these two words.
     """
-    row64, bound = room.row64, room.bound
+    row64, bound, token_ids, end = room.row64, room.bound, query.token_ids, query.end
     h, k = token_ids.shape
     for u in range(k):
         for v in range(k):
@@ -367,14 +382,15 @@ def make_bounds(cells, longer, room, token_ids, words, heads, weight, end):  # t
                 best = np.int64(0)
             for u in range(k):
                 bound[j - 1, u, v] = best
-            if j > 1 and longer < len(cells) and token_ids[j - 1, v] != end:
-                _pair_bounds(cells, longer, room, words, heads, weight, j, v, best)
+            if j > 1 and model.longer < len(model.cells) and token_ids[j - 1, v] != end:
+                _pair_bounds(model, room, query.weight, j, v, best)
 
 
 @compiled
-def _pair_bounds(cells, longer, room, words, heads, weight, j, v, shorter):  # type: ignore[no-untyped-def]
+def _pair_bounds(model, room, weight, j, v, shorter):  # type: ignore[no-untyped-def]
     """The bounds of entry v of slot j - 1 behind every entry u before it with which it is a state of its own: its own
     arcs and its back-off from `shorter`. What longer contexts can add is in the arcs' and the state's bounds."""
+    cells, longer, words, heads = model.cells, model.longer, room.words, room.heads
     row32, bound, most = room.row32, room.bound, room.most
     pairs, pair_states, best_arcs, tops = room.list32[1], room.list64[2], room.list32[2], room.list64[3]
     k = words.shape[1]

@@ -30,6 +30,8 @@ from lattices.lattice import Lattice
 from lattices.ngram_rows import NONE as NONE
 from lattices.ngram_rows import (
     WORST,
+    Model,
+    Query,
     Room,
     ask_for,
     compiled,
@@ -98,20 +100,15 @@ class NgramSearch:
         if factor == 0:
             return p_best(lattice, p)
         n, h, k = lattice.token_ids.shape
-        token_ids, logps = (
-            np.ascontiguousarray(lattice.token_ids),
-            np.ascontiguousarray(lattice.logps, dtype=np.float64),
-        )
+        token_ids, logps = np.ascontiguousarray(lattice.token_ids), np.ascontiguousarray(lattice.logps, np.float64)
         count = min(p, k ** (h - 1))
         drafts, scores = np.empty((n, count, h), dtype=np.int32), np.empty((n, count), dtype=np.int64)
         end = -1 if self.end_token is None else int(self.end_token)
         states = np.asarray(states, dtype=np.int32)
-        cells, roots, longer = self.automaton.cells, self.automaton.roots, self.automaton.level_starts[2]
+        model = Model(self.automaton.cells, self.automaton.roots, self.automaton.level_starts[2], self.words)
         done, room = 0, self._room_for(h, k, count, FIRST_ROWS)
         while True:
-            done = _search(
-                cells, roots, longer, self.words, *room, token_ids, logps, states, factor, end, done, drafts, scores
-            )
+            done = _search(model, room, token_ids, logps, states, factor, end, done, drafts, scores)
             if done == n:
                 return PBest(drafts, scores / ARC_SCALE)
             room = self._room_for(h, k, count, 2 * len(room.row64))  # a lattice with more states than room
@@ -127,27 +124,24 @@ class NgramSearch:
 
 
 @compiled
-def _search(  # type: ignore[no-untyped-def]
-    cells, roots, longer, word_of, row64, row32, table, entry_of, same, most, bound, list32, list64, counters, words,
-    heads, beam32, beam64, step32, step64, path, token_ids, logps, states, weight, end, begin, drafts, scores,
-):  # fmt: skip
+def _search(model, room, token_ids, logps, states, weight, end, begin, drafts, scores):  # type: ignore[no-untyped-def]
     """Lattices from `begin` on; returns how many are done, fewer than n where the room was too small."""
     n, h, k = token_ids.shape
     p = scores.shape[1]
-    room = Room(row64, row32, table, entry_of, same, most, bound, list32, list64, counters, words, heads,
-                beam32, beam64, step32, step64, path)  # fmt: skip
+    cells, counters, words, heads = model.cells, room.counters, room.words, room.heads
     for i in range(begin, n):
         counters[0] = 0
         counters[1] += 1
         if counters[1] == LAST_RUN:
-            table[:] = 0
+            room.table[:] = 0
             counters[1] = 1
         ids = token_ids[i]
+        query = Query(ids, weight, end)
         for j in range(h):
             for e in range(k):
-                words[j, e] = word_of[ids[j, e]]
+                words[j, e] = model.word_of[ids[j, e]]
                 heads[j, e] = np.rint(max(logps[i, j, e], LOWEST_HEAD) * ARC_SCALE)
-        score, state = advance(cells, roots, states[i], words[0, 0])
+        score, state = advance(cells, model.roots, states[i], words[0, 0])
         first = heads[0, 0] + weight * score
         if h == 1 or ids[0, 0] == end:
             for q in range(p):
@@ -156,19 +150,19 @@ def _search(  # type: ignore[no-untyped-def]
                 scores[i, q] = first
             continue
         # All rows that know one word of context, then the bounds that follow from them.
-        if not short_rows(cells, roots, room, ids, words, heads, weight, end):
+        if not short_rows(model, room, query):
             return i
-        make_bounds(cells, longer, room, ids, words, heads, weight, end)
-        enter_slot(entry_of, words, 1)
-        start = row_of(cells, room, ids, words, heads, weight, end, 1, np.int64(state))
-        leave_slot(entry_of, words, 1)
+        make_bounds(model, room, query)
+        enter_slot(room, 1)
+        start = row_of(model, room, query, 1, np.int64(state))
+        leave_slot(room, 1)
         if start < 0:
             return i
-        if longer == len(cells):
+        if model.longer == len(cells):
             floor = _floor_beside_best(cells, room, ids, start, first, p)
         else:
-            floor = _beam(cells, room, ids, words, heads, weight, end, start, first, p)
-        if not _forward(cells, room, ids, words, heads, weight, end, start, first, floor):
+            floor = _beam(model, room, query, start, first, p)
+        if not _forward(model, room, query, start, first, floor):
             return i
         _walk(room, ids, start, first, floor, drafts[i], scores[i])
     return n
@@ -214,14 +208,21 @@ def _floor_beside_best(cells, room, token_ids, start, first, p):  # type: ignore
 
 
 @compiled
-def _beam(cells, room, token_ids, words, heads, weight, end, start, first, p):  # type: ignore[no-untyped-def]
+def _beam(model, room, query, start, first, p):  # type: ignore[no-untyped-def]
     """A floor for the p-th best score: that of the p-th of the paths that a beam search finds (`WORST`: found fewer).
 
     `beam32`: row and last entry of every path of the beam, then what the next ones come from (row, entry);
     `beam64`: their scores, the next ones', these with the bound added (falling).
     """
-    row64, row32, bound, beam32, beam64 = room.row64, room.row32, room.bound, room.beam32, room.beam64
-    h, k = token_ids.shape
+    cells, row64, row32, bound, beam32, beam64 = (
+        model.cells,
+        room.row64,
+        room.row32,
+        room.bound,
+        room.beam32,
+        room.beam64,
+    )
+    h, k = query.token_ids.shape
     width = max(p, BEAM)
     beam32[0, 0], beam32[1, 0], beam64[0, 0] = start, 0, first
     count = 1
@@ -259,28 +260,28 @@ def _beam(cells, room, token_ids, words, heads, weight, end, start, first, p):  
         count = found
         if j + 1 == h:
             break
-        enter_slot(room.entry_of, words, j + 1)
+        enter_slot(room, j + 1)
         for b in range(count):
             state = row32[beam32[2, b], beam32[3, b]]
             ask_for(cells, state)
         for b in range(count):
             e = beam32[3, b]
             state = row32[beam32[2, b], e]
-            row = row_of(cells, room, token_ids, words, heads, weight, end, j + 1, state)
+            row = row_of(model, room, query, j + 1, state)
             if row < 0:
-                leave_slot(room.entry_of, words, j + 1)
+                leave_slot(room, j + 1)
                 return np.int64(WORST)
             # Nothing is gained after end-of-text: its bound is that of entry k.
             beam32[0, b], beam32[1, b], beam64[0, b] = row, (k if state == len(cells) else e), beam64[1, b]
-        leave_slot(room.entry_of, words, j + 1)
+        leave_slot(room, j + 1)
     return beam64[2, p - 1] if count >= p else np.int64(WORST)
 
 
 @compiled
-def _forward(cells, room, token_ids, words, heads, weight, end, start, first, floor):  # type: ignore[no-untyped-def]
+def _forward(model, room, query, start, first, floor):  # type: ignore[no-untyped-def]
     """Makes all rows on paths of at least `floor`, and their best scores to the end; whether there was room."""
-    row64, row32, bound = room.row64, room.row32, room.bound
-    h, k = token_ids.shape
+    cells, row64, row32, bound = model.cells, room.row64, room.row32, room.bound
+    h, k = query.token_ids.shape
     forward, backward, child_of, led_here, queue = k, k + 1, k, 3 * k + 1, 3 * k + 2
     entries, totals = room.list32[0], room.list64[0]
     row64[start, forward] = first
@@ -290,7 +291,7 @@ def _forward(cells, room, token_ids, words, heads, weight, end, start, first, fl
     for j in range(1, h):
         last = stop
         if j + 1 < h:
-            enter_slot(room.entry_of, words, j + 1)
+            enter_slot(room, j + 1)
         for at in range(begin, stop):
             row = row32[at, queue]
             before, done = row32[row, led_here], row64[row, forward]
@@ -308,9 +309,9 @@ def _forward(cells, room, token_ids, words, heads, weight, end, start, first, fl
             for i in range(kept):
                 e, total = entries[i], totals[i]
                 state = row32[row, e]
-                child = row_of(cells, room, token_ids, words, heads, weight, end, j + 1, state)
+                child = row_of(model, room, query, j + 1, state)
                 if child < 0:
-                    leave_slot(room.entry_of, words, j + 1)
+                    leave_slot(room, j + 1)
                     return False
                 row32[row, child_of + e] = child
                 if row64[child, forward] == NONE:
@@ -319,7 +320,7 @@ def _forward(cells, room, token_ids, words, heads, weight, end, start, first, fl
                     last += 1
                 row64[child, forward] = max(row64[child, forward], total)
         if j + 1 < h:
-            leave_slot(room.entry_of, words, j + 1)
+            leave_slot(room, j + 1)
             begin, stop = stop, last
     # From the queue's end: the rows of the last slot end their paths, those before lead on.
     for at in range(stop - 1, -1, -1):

@@ -100,12 +100,9 @@ def _clear_up(folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
     for left in folder.parent.glob(f".{glob.escape(folder.name)}-????????"):
         with suppress(OSError):
-            if left.is_dir() and time.time() - _last_touched(left) > LEFT_AFTER:
+            touched = max(path.stat().st_mtime for path in (left, *left.rglob("*")))
+            if left.is_dir() and time.time() - touched > LEFT_AFTER:
                 shutil.rmtree(left, ignore_errors=True)
-
-
-def _last_touched(folder: Path) -> float:
-    return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
 
 
 @contextmanager
@@ -180,17 +177,21 @@ def read_json_lines(path: Path, *, torn_tail: bool = False) -> Iterator[tuple[in
             for number, line in enumerate(stream, start=1):
                 if torn_tail and not line.endswith(b"\n"):
                     return
-                if not line.strip():
-                    continue
-                try:
-                    value = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise InvalidDataError(f"{path} line {number} is not valid JSON") from error
-                if not isinstance(value, dict):
-                    raise InvalidDataError(f"{path} line {number} is not a JSON object")
-                yield number, value
+                if line.strip():
+                    yield number, json_object(line, f"{path} line {number}")
     except OSError as error:
         raise RescoreError(f"can't read {path}: {error.strerror}") from error
+
+
+def json_object(text: bytes, where: str) -> dict[str, Any]:
+    """The object that JSON stands for. Raises `InvalidDataError`, which begins with `where`, for anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidDataError(f"{where} is not valid JSON") from error
+    if not isinstance(value, dict):
+        raise InvalidDataError(f"{where} is not a JSON object")
+    return value
 
 
 def is_text(value: Any) -> bool:

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from lm.files import sha256_of_file
 
 # Of a configuration or a tokenizer: where it was read from and by what, which says nothing about what it does.
@@ -33,7 +35,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5")
 
 
 def key_of(made_of: Any, length: int = 64) -> str:
-    """The first `length` hex digits of the sha256 of a document of JSON values, data classes, sets and dtypes.
+    """The first `length` hex digits of the sha256 of a document of JSON values, records, sets and dtypes.
 
     The order of names in an object does not matter. Raises `TypeError` for anything else: a value that is told by its
     address in memory would be another one in every process.
@@ -43,6 +45,8 @@ def key_of(made_of: Any, length: int = 64) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, msgspec.Struct):
+        return msgspec.structs.asdict(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, (set, frozenset)):

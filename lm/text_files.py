@@ -26,13 +26,14 @@ import re
 import stat
 import sys
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from lattices.errors import InvalidDataError, RescoreError
+from lm.files import json_object
 
 BLOCK_BYTES = 1 << 23  # text in hand at a time
 FIRST_BYTES = 1 << 16  # what the layout is told by
@@ -141,14 +142,11 @@ def rows_file(folder: Path, name: str) -> Path:
     with _reading(folder, None):
         if usual.exists() or not folder.is_dir():
             return usual
-        found = [path for path in sorted(folder.iterdir()) if _is_called(path, name)]
+        rows_files = (path for path in sorted(folder.iterdir()) if _endings(path)[1] in ROW_ENDINGS)
+        found = [path for path in rows_files if name_without_endings(path) == name]
     if len(found) > 1:
         raise RescoreError(f"{folder} has {' and '.join(path.name for path in found)}; keep one of them")
     return found[0] if found else usual
-
-
-def _is_called(path: Path, name: str) -> bool:
-    return _endings(path)[1] in ROW_ENDINGS and name_without_endings(path) == name
 
 
 def _layout(path: Path, packing: str | None, ending: str, first: bytes, wants_rows: bool) -> str:
@@ -217,23 +215,13 @@ def _reading(path: Path, packing: str | None) -> Iterator[None]:
 @contextmanager
 def _open(path: Path, packing: str | None) -> Iterator[IO[bytes]]:
     """The bytes in a file, unpacked."""
-    with path.open("rb") as stream:
-        if packing == "gzip":
-            with gzip.open(stream) as unpacked:
-                yield unpacked  # type: ignore[misc] # reads like any other
-        elif packing == "bzip2":
-            with bz2.open(stream) as unpacked:
-                yield unpacked  # type: ignore[misc]
-        elif packing == "xz":
-            with lzma.open(stream) as unpacked:
-                yield unpacked
-        elif packing == "zstd":
-            import pyarrow  # unlike the package zstandard it tells a file that was cut short
+    unpack: dict[str | None, Callable[[Any], Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+    if packing == "zstd":
+        import pyarrow  # unlike the package zstandard it tells a file that was cut short
 
-            with pyarrow.CompressedInputStream(stream, "zstd") as unpacked:
-                yield unpacked
-        else:
-            yield stream
+        unpack["zstd"] = lambda stream: pyarrow.CompressedInputStream(stream, "zstd")
+    with path.open("rb") as stream, unpack.get(packing, nullcontext)(stream) as unpacked:
+        yield unpacked
 
 
 def check_whole(file: TextFile) -> None:
@@ -307,17 +295,7 @@ def _json_lines(file: TextFile, errors: str, advice: str) -> Iterator[tuple[int,
     for first, block in blocks(file, errors=errors, advice=advice):
         for number, line in enumerate(block.split(b"\n")[:-1], start=first):
             if line.strip():
-                yield number, _object(line, f"{file.path} line {number}")
-
-
-def _object(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InvalidDataError(f"{where} is not valid JSON") from error
-    if not isinstance(value, dict):
-        raise InvalidDataError(f"{where} is not a JSON object")
-    return value
+                yield number, json_object(line, f"{file.path} line {number}")
 
 
 def _array(file: TextFile, errors: str, advice: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -74,7 +74,17 @@ def make_heads(base: BaseLM, *, h: int = 4, seed: int = 0, strength: float = 0.3
     """Random heads near head 1 that see its token, in the base's precision."""
     torch.manual_seed(seed)
     name, tokenizer = base.identity.name, base.identity.tokenizer_sha256
-    heads = BlockHeads(BlockHeadsConfig(h, base.hidden_size, 16, base.vocab_size, name, tokenizer, token_size=8))
+    heads = BlockHeads(
+        BlockHeadsConfig(
+            h=h,
+            hidden_size=base.hidden_size,
+            inner_size=16,
+            vocab_size=base.vocab_size,
+            base_name=name,
+            tokenizer_sha256=tokenizer,
+            token_size=8,
+        )
+    )
     for parameter in (*heads.net.outer.values(), heads.net.token["weight"]):
         torch.nn.init.normal_(parameter, std=strength)
     return heads.to(base.heads_dtype).eval().requires_grad_(False)

@@ -1,9 +1,14 @@
-"""The key/value cache of a decoder that proposes more tokens than it keeps.
+"""Key/value caches of decoders that read more tokens than they keep, for transformers' own forwards.
 
-transformers' own dynamic cache copies everything it holds at every step and can only be cut at the end. Verification
-needs two more things: to write a block of proposals behind the kept tokens without copying these, and to keep an
-arbitrary path of the block (a path through a prefix tree, or one row of a batch of drafts). Knows nothing about heads,
-drafts or acceptance.
+transformers' dynamic cache copies everything it holds at every step and can only be cut at the end. Verification and
+rescoring write proposals after the kept tokens without copying these, and then keep an arbitrary path of them:
+
+- `KVCache`, of the base LM: equally long rows; of a block of proposals (one row of a batch of drafts, or a tree) the
+  accepted ones stay.
+- `TreeCache`, of a rescorer: rows of different lengths, each with drafted trees after its settled tokens; a node sees
+  these and its own ancestors. Accepted nodes join the settled tokens, so nothing is computed twice.
+
+Knows nothing about heads, drafts or acceptance.
 """
 
 from __future__ import annotations
@@ -11,12 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lattices.errors import IncompatibleError
 
+GROWTH = 64  # positions by which a full buffer of a `TreeCache` grows
 # Whose layers are keys and values of every token, and no more: what a mask hides of them is the model's affair.
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 # A layer that keeps nothing: it shares another one's keys and values, or has no attention.
@@ -53,15 +60,34 @@ def cache_layers(config: PreTrainedConfig, make: Callable[[], Layer]) -> tuple[l
     return [layer if type(layer).__name__ == EMPTY_LAYER else next(filled) for layer in found], buffers
 
 
-class BufferLayer(DynamicLayer):
-    """One layer's keys and values in a buffer `[b, heads, capacity, d_head]`, of which `length` positions are kept.
+class _Buffers(DynamicLayer):
+    """One layer's keys and values: two buffers `[b, heads, capacity, d_head]`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.buffers: tuple[torch.Tensor, ...] = ()
+
+    def allocate(self, keys: torch.Tensor, values: torch.Tensor, capacity: int) -> None:
+        """Buffers for states like these `[b, heads, n, d_head]`, at the first forward."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.buffers = tuple(s.new_empty(*s.shape[:2], capacity, s.shape[3]) for s in (keys, values))
+
+    def first(self, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the keys and values of the first `end` positions."""
+        keys, values = (buffer[:, :, :end] for buffer in self.buffers)
+        return keys, values
+
+
+class BufferLayer(_Buffers):
+    """A layer of which `length` positions are kept.
 
     `update` with the buffer's own batch size writes behind the kept positions and returns a view, no copy. `update`
     with a batch of p on a buffer of one row (p drafts on the same past) leaves the buffer as it is, and returns copies.
     """
 
     def __init__(self, capacity: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.capacity = capacity
         self.length = 0
         self.written = 0  # length plus the block of the last forward
@@ -70,24 +96,18 @@ class BufferLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            rows, heads, _, d_head = key_states.shape
-            self.key_buffer = key_states.new_empty(rows, heads, self.capacity, d_head)
-            self.value_buffer = value_states.new_empty(rows, heads, self.capacity, value_states.shape[-1])
+        self.allocate(key_states, value_states, self.capacity)
         rows, end = key_states.shape[0], self.length + key_states.shape[2]
-        if rows != self.key_buffer.shape[0]:
+        self.written = end
+        if rows != self.buffers[0].shape[0]:
             self.block = (key_states, value_states)
-            past_keys = self.key_buffer[:, :, : self.length].expand(rows, -1, -1, -1)
-            past_values = self.value_buffer[:, :, : self.length].expand(rows, -1, -1, -1)
-            self.written = end
-            return torch.cat([past_keys, key_states], dim=2), torch.cat([past_values, value_states], dim=2)
+            keys, values = (past.expand(rows, -1, -1, -1) for past in self.first(self.length))
+            return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
         self.block = None  # of an earlier forward, of which nothing was kept
         assert end <= self.capacity, f"cache of {self.capacity} positions asked to hold {end}"
-        self.key_buffer[:, :, self.length : end] = key_states
-        self.value_buffer[:, :, self.length : end] = value_states
-        self.written = end
-        return self.key_buffer[:, :, :end], self.value_buffer[:, :, :end]
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, self.length : end] = states
+        return self.first(end)
 
     def get_seq_length(self) -> int:
         return self.length
@@ -101,22 +121,19 @@ class BufferLayer(DynamicLayer):
         target = slice(start, start + count)
         if self.block is not None:
             chosen = slice(count) if columns is None else columns
-            keys, values = self.block
-            self.key_buffer[0, :, target] = keys[row][:, chosen]
-            self.value_buffer[0, :, target] = values[row][:, chosen]
+            for buffer, states in zip(self.buffers, self.block, strict=True):
+                buffer[0, :, target] = states[row][:, chosen]
             self.block = None
         elif columns is not None:
-            self.key_buffer[:, :, target] = self.key_buffer[:, :, start + columns]
-            self.value_buffer[:, :, target] = self.value_buffer[:, :, start + columns]
+            for buffer in self.buffers:
+                buffer[:, :, target] = buffer[:, :, start + columns]
         self.length = self.written = start + count
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keeps these rows of the batch, kept positions only."""
-        for name in ("key_buffer", "value_buffer"):
-            old = getattr(self, name)
-            new = old.new_empty(len(rows), *old.shape[1:])
-            new[:, :, : self.length] = old[rows, :, : self.length]
-            setattr(self, name, new)
+        old, self.buffers = self.buffers, tuple(b.new_empty(len(rows), *b.shape[1:]) for b in self.buffers)
+        for before, buffer in zip(old, self.buffers, strict=True):
+            buffer[:, :, : self.length] = before[rows, :, : self.length]
 
 
 class KVCache(Cache):
@@ -137,7 +154,7 @@ class KVCache(Cache):
         """Of the tokens in the last forward keep `columns` (from 0, in order), of batch row `row`."""
         chosen = list(columns)
         in_place = chosen == list(range(len(chosen)))
-        index = None if in_place else torch.tensor(chosen, device=self.buffers[0].key_buffer.device)
+        index = None if in_place else torch.tensor(chosen, device=self.buffers[0].buffers[0].device)
         for layer in self.buffers:
             layer.keep(len(chosen), index, row)
 
@@ -152,3 +169,148 @@ class KVCache(Cache):
         """Keeps these rows of the batch."""
         for layer in self.buffers:
             layer.select_rows(rows)
+
+
+class RowsLayer(_Buffers):
+    """A layer that is written at `columns` of each row."""
+
+    def __init__(self, cache: TreeCache) -> None:
+        super().__init__()
+        self.cache = cache
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.allocate(key_states, value_states, 0)
+        rows, n = key_states.shape[0], key_states.shape[2]
+        end, start = self.cache.end, self.cache.start
+        if (more := end - self.buffers[0].shape[2]) > 0:  # zeros: what is masked out must still be a number
+            self.buffers = tuple(torch.nn.functional.pad(b, (0, 0, 0, more + GROWTH)) for b in self.buffers)
+        every = torch.arange(rows, device=key_states.device)[:, None]
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            if start is not None:  # all rows are equally long: one slice
+                buffer[:, :, start : start + n] = states
+            else:
+                buffer[every, :, self.cache.columns] = states.transpose(1, 2)
+        return self.first(end)
+
+    def get_seq_length(self) -> int:
+        return self.cache.end
+
+    def gather(self, rows: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copies the columns `source` to `target` (int64 `[n]` each) of the rows `rows` `[n]`."""
+        for buffer in self.buffers:
+            buffer[rows, :, target] = buffer[rows, :, source]
+
+    @torch.inference_mode()
+    def take_from(self, other: RowsLayer) -> None:
+        """Becomes a copy of another layer's keys and values."""
+        self.lazy_initialization(*other.buffers)
+        self.buffers = tuple(buffer.clone() for buffer in other.buffers)
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keeps these rows."""
+        self.buffers = tuple(buffer[rows] for buffer in self.buffers)
+
+
+class TreeCache(Cache):
+    """Settled tokens and the nodes after them; see the module's text.
+
+    Attributes: `lengths` int64 `[b]` (settled tokens of each row), `nodes` (how many come after them in every row),
+    `end` (columns in use, settled or not).
+    """
+
+    def __init__(self, config: PreTrainedConfig, rows: int, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.lengths = np.zeros(rows, dtype=np.int64)
+        self.nodes = 0
+        self.columns = torch.zeros(rows, 0, dtype=torch.int64, device=device)
+        self.start: int | None = 0
+        self.end = 0
+        self._ancestors = np.zeros((rows, 0, 0), dtype=bool)  # [b, nodes, nodes], each node its own ancestor
+        layers, self.buffers = cache_layers(config, lambda: RowsLayer(self))
+        super().__init__(layers=layers)
+
+    def place(self, parents: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Makes room for n nodes a row, parents int64 `[b, n]` (earlier nodes, or -1): call before a forward.
+
+        Returns position ids `[b, n]` and the mask, bool `[b, 1, n, m]`.
+        """
+        rows, n = parents.shape
+        before, self.nodes = self.nodes, self.nodes + n
+        ancestors = np.zeros((rows, self.nodes, self.nodes), dtype=bool)
+        ancestors[:, :before, :before] = self._ancestors
+        every = np.arange(rows)
+        for i in range(n):
+            parent = parents[:, i]
+            line = ancestors[every, np.maximum(parent, 0)]  # a copy
+            line[parent < 0] = False
+            ancestors[:, before + i] = line
+            ancestors[:, before + i, before + i] = True
+        self._ancestors = ancestors
+        seen = ancestors[:, before:]  # [b, n, nodes]
+        positions = self.lengths[:, None] + seen.sum(-1) - 1
+        columns = self.lengths[:, None] + np.arange(before, self.nodes)
+        self.end = int(self.lengths.max()) + self.nodes
+        mask = np.broadcast_to(np.arange(self.end) < self.lengths[:, None, None], (rows, n, self.end)).copy()
+        at = self.lengths[:, None] + np.arange(self.nodes)  # [b, nodes], column of each node
+        np.put_along_axis(mask, np.broadcast_to(at[:, None], seen.shape), seen, axis=2)
+        self._write_at(columns)
+        return torch.from_numpy(positions).to(self.device), torch.from_numpy(mask)[:, None].to(self.device)
+
+    def place_text(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`place` for n nodes a row that follow each other, the first the last settled token: to be settled next."""
+        assert self.nodes == 0, "text stands behind settled tokens only"
+        self.nodes = n
+        columns = self.lengths[:, None] + np.arange(n)
+        self.end = int(self.lengths.max()) + n
+        mask = np.arange(self.end) <= columns[:, :, None]  # [b, n, m]
+        self._write_at(columns)
+        return torch.from_numpy(columns).to(self.device), torch.from_numpy(mask)[:, None].to(self.device)
+
+    def _write_at(self, columns: np.ndarray) -> None:
+        first = int(columns[0, 0])
+        self.start = first if (columns[:, 0] == first).all() else None
+        self.columns = torch.from_numpy(columns).to(self.device)
+
+    @torch.inference_mode()
+    def settle(self, paths: Sequence[Sequence[int]]) -> None:
+        """Adds the nodes of each row's path (from the first one down) to its settled tokens and forgets the others."""
+        starts = self.lengths.tolist()
+        moved = [
+            (row, starts[row] + node, starts[row] + place)
+            for row, path in enumerate(paths) for place, node in enumerate(path) if place != node
+        ]  # fmt: skip
+        if moved:
+            rows, source, target = torch.tensor(moved, device=self.device).T
+            for layer in self.buffers:
+                layer.gather(rows, source, target)
+        self.lengths = self.lengths + np.array([len(path) for path in paths], dtype=np.int64)
+        self._forget_nodes()
+
+    def copy(self) -> TreeCache:
+        """Another cache with the same settled tokens, and no nodes."""
+        assert self.nodes == 0, "only settled tokens are copied"
+        other = TreeCache(self.config, len(self.lengths), self.device)
+        other.lengths = self.lengths.copy()
+        for ours, theirs in zip(self.buffers, other.buffers, strict=True):
+            theirs.take_from(ours)
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the keys and values."""
+        return sum(buffer.nbytes for layer in self.buffers for buffer in layer.buffers)
+
+    @torch.inference_mode()
+    def select(self, rows: Sequence[int]) -> None:
+        """Keeps these rows, in this order, and no nodes."""
+        index = torch.tensor(list(rows), device=self.device)
+        for layer in self.buffers:
+            layer.select(index)
+        self.lengths = self.lengths[list(rows)]
+        self._forget_nodes()
+
+    def _forget_nodes(self) -> None:
+        self.nodes = 0
+        self._ancestors = np.zeros((len(self.lengths), 0, 0), dtype=bool)

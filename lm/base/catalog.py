@@ -312,10 +312,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     bar = io.StringIO()  # the reader draws one wherever stderr goes
     with _reading(f"can't read {gguf} as a GGUF model"), redirect_stderr(bar):
         model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
+            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         with atomic_folder(folder) as temporary:

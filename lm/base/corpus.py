@@ -17,16 +17,14 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
-from lm.base.generation import generate
-from lm.base.machine import Work
-from lm.base.model import BaseLM
 from lm.files import (
     append_json_line,
     changed_settings,
@@ -40,6 +38,10 @@ from lm.files import (
 )
 from lm.locks import writing_to
 from lm.text_files import CSV, TSV, identify, rows, text_lines
+
+if TYPE_CHECKING:
+    from lm.base.machine import Work
+    from lm.base.model import BaseLM
 
 CORPUS_FILE, HIDDEN_FILE = "corpus.jsonl", "hidden.f16"
 MANIFEST_FILE, SETTINGS_FILE = "manifest.json", "settings.json"
@@ -55,18 +57,38 @@ class Prompt:
     chat: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How output is generated."""
+
+    max_new_tokens: int = 96
+    max_prompt_tokens: int = 384  # longer prompts are cut
+    batch_size: int = 64
+    temperature: float = 0.0  # 0: greedy, else sampled by `seed`
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises `RescoreError` for the first option that makes no sense."""
+        for name in ("max_new_tokens", "max_prompt_tokens", "batch_size"):
+            if (value := getattr(self, name)) < 1:
+                raise RescoreError(f"{name} = {value}; it must be at least 1")
+        if not 0 <= self.temperature < math.inf:
+            raise RescoreError(f"temperature = {self.temperature:g}; it must be 0 (greedy) or more")
+        if self.seed < 0:
+            raise RescoreError(f"seed = {self.seed}; it must be 0 or more")
+
+
 @dataclass(frozen=True)
 class CorpusSummary:
-    """What a corpus holds: examples and tokens in `path`, the examples whose output was there already, how many this
-    run made, and in how many seconds it decoded how many output tokens (duplicates too) by how much `work`."""
+    """What a corpus holds, and what this run did for it."""
 
     path: str
     examples: int
-    duplicates: int
+    duplicates: int  # examples whose output was there already
     output_tokens: int
-    made: int
+    made: int  # examples of this run
     seconds: float
-    decoded: int
+    decoded: int  # output tokens of this run, those of duplicates too
     work: Work
 
 
@@ -101,113 +123,129 @@ def generate_corpus(
     base: BaseLM,
     prompts: Sequence[Prompt],
     out: Path,
+    options: GenerationOptions = GenerationOptions(),
     *,
-    max_new_tokens: int = 96,
-    max_prompt_tokens: int = 384,
-    batch_size: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> CorpusSummary:
     """Writes the output of every prompt to `out`; what an earlier, interrupted run made is kept.
 
-    Greedy at temperature 0, else sampled by `seed`. A prompt that comes twice is taken once; an output that is there
-    already is not written again: its line says so (`duplicate`) and holds no tokens.
+    A prompt that comes twice is taken once; an output that is there already is not written again: its line says so
+    (`duplicate`) and holds no tokens. `progress(done, total)` is called after every example; an exception from it
+    interrupts the run.
 
-    Refuses to go on with other settings than the earlier run's (`IncompatibleError` shows the difference). Raises
-    `RescoreError` for settings that make no sense, `OutputError` if `out` can't be written or another process is
-    writing to it. `progress(done, total)` is called after every example; an exception from it interrupts the run.
+    Raises `IncompatibleError` (with the difference) for other options than the earlier run's, `RescoreError` for those
+    that make no sense, `OutputError` if `out` can't be written or another process is writing to it.
     """
-    for name, value in (
-        ("max_new_tokens", max_new_tokens), ("max_prompt_tokens", max_prompt_tokens), ("batch_size", batch_size)
-    ):  # fmt: skip
-        if value < 1:
-            raise RescoreError(f"{name} = {value}; it must be at least 1")
-    if not 0 <= temperature < math.inf:
-        raise RescoreError(f"temperature = {temperature:g}; it must be 0 (greedy) or more")
-    if seed < 0:
-        raise RescoreError(f"seed = {seed}; it must be 0 or more")
+    from lm.base.generation import generate  # torch, which n-gram models do not need
+    from lm.base.machine import Work
+
+    options.check()
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; --out is a folder")
     settings = {
         "base": dataclasses.asdict(base.identity),
-        "max_new_tokens": max_new_tokens,
-        "max_prompt_tokens": max_prompt_tokens,
-        "temperature": temperature,
-        "seed": seed if temperature else 0,  # greedy output has none
+        "max_new_tokens": options.max_new_tokens,
+        "max_prompt_tokens": options.max_prompt_tokens,
+        "temperature": options.temperature,
+        "seed": options.seed if options.temperature else 0,  # greedy output has none
     }
     with writing_to(out):
         _check_settings(out, settings)
-        path, hidden_path = out / CORPUS_FILE, out / HIDDEN_FILE
-        done, outputs, rows = set(), set(), 0
-        for record in _finished(path):
-            done.add((record["prompt"], record["chat"]))
-            outputs.add(tuple(record["output_ids"]))
-            rows += len(record["output_ids"])
-        missing = [p for p in dict.fromkeys(prompts) if (p.text, p.chat) not in done]
-        total, made, decoded, work, began = len(done) + len(missing), 0, 0, Work(base), time.perf_counter()
-        encoded = [base.encode_prompt(p.text, chat=p.chat, max_tokens=max_prompt_tokens) for p in missing]
-        longest = max(map(len, encoded), default=0) + max_new_tokens
-        if longest > base.context_length:
-            raise RescoreError(
-                f"prompts and output of {longest} tokens exceed the context of {base.context_length} of "
-                f"{base.identity.name}; lower max_prompt_tokens or max_new_tokens"
-            )
+        corpus = _Corpus(out)
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in corpus.prompts]
+        encoded = _encoded(base, missing, options)
         if not (out / SETTINGS_FILE).is_file():
             write_json(out / SETTINGS_FILE, settings)
-        with writing(out), open_appending(path) as stream, hidden_path.open("ab") as hidden_stream:
-            # The line is written after its states: a kill in between leaves states without a line, which go here.
-            if (size := rows * base.hidden_size * STATE_BYTES) > hidden_stream.tell():
-                raise InvalidDataError(f"{hidden_path} lacks states of {path}; remove {out} or use another --out")
-            hidden_stream.truncate(size)
-            for made_of in generate(
-                base, encoded, max_new_tokens=max_new_tokens, batch_size=batch_size, with_hidden=True,
-                temperature=temperature, seed=seed, work=work,
+        total, decoded, work, began = len(corpus.prompts) + len(missing), 0, Work(base), time.perf_counter()
+        with writing(out), corpus.appending(base.hidden_size) as append:
+            for generated in generate(
+                base, encoded, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size, with_hidden=True,
+                temperature=options.temperature, seed=options.seed, work=work,
             ):  # fmt: skip
-                assert made_of.hidden is not None
-                prompt, output_ids = missing[made_of.index], made_of.output_ids.tolist()
-                line: dict[str, Any] = {"prompt": prompt.text, "chat": prompt.chat}
-                if tuple(output_ids) in outputs:
-                    line |= {"prompt_ids": [], "output_ids": [], "text": "", "duplicate": True}
-                else:
-                    outputs.add(tuple(output_ids))
-                    hidden_stream.write(made_of.hidden.astype(np.float16).tobytes())
-                    hidden_stream.flush()
-                    text = base.decode_text(output_ids)
-                    line |= {"prompt_ids": encoded[made_of.index], "output_ids": output_ids, "text": text}
-                append_json_line(stream, line)
-                made += 1
+                prompt, output_ids = missing[generated.index], generated.output_ids.tolist()
+                new = {
+                    "prompt_ids": encoded[generated.index], "output_ids": output_ids,
+                    "text": base.decode_text(output_ids),
+                }  # fmt: skip
+                append(prompt, new, generated.hidden)
                 decoded += len(output_ids)
                 if progress:
-                    progress(len(done) + made, total)
-        seconds = time.perf_counter() - began
-        examples = duplicates = output_tokens = 0
-        for record in _finished(path):
-            examples += 1
-            duplicates += bool(record.get("duplicate"))
-            output_tokens += len(record["output_ids"])
-        summary = CorpusSummary(str(path), examples, duplicates, output_tokens, made, seconds, decoded, work)
+                    progress(len(corpus.prompts), total)
+        counts = {
+            "examples": len(corpus.prompts), "duplicates": corpus.duplicates, "output_tokens": corpus.output_tokens
+        }  # fmt: skip
         manifest = {
             **settings,
-            "examples": examples,
-            "duplicates": duplicates,
-            "output_tokens": output_tokens,
+            **counts,
             "prompts_sha256": hashlib.sha256(json.dumps([[p.text, p.chat] for p in prompts]).encode()).hexdigest(),
-            "corpus_sha256": sha256_of_file(path),
+            "corpus_sha256": sha256_of_file(corpus.path),
         }
         write_json(out / MANIFEST_FILE, manifest)
-        return summary
+        seconds = time.perf_counter() - began
+        return CorpusSummary(
+            str(corpus.path), **counts, made=len(missing), seconds=seconds, decoded=decoded, work=work
+        )  # fmt: skip
 
 
-def _finished(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
-    once = Once(path)
-    for number, record in read_json_lines(path, torn_tail=True):
-        if not record.keys() >= {"prompt", "chat", "output_ids"}:
-            raise InvalidDataError(f"{path} line {number} is not an example of generate-corpus; use another --out")
-        once.check(number, record)
-        yield record
+def _encoded(base: BaseLM, prompts: Sequence[Prompt], options: GenerationOptions) -> list[list[int]]:
+    """Token ids of the prompts, which with their output must fit into the base's context."""
+    encoded = [base.encode_prompt(p.text, chat=p.chat, max_tokens=options.max_prompt_tokens) for p in prompts]
+    longest = max(map(len, encoded), default=0) + options.max_new_tokens
+    if longest > base.context_length:
+        raise RescoreError(
+            f"prompts and output of {longest} tokens exceed the context of {base.context_length} of "
+            f"{base.identity.name}; lower max_prompt_tokens or max_new_tokens"
+        )
+    return encoded
+
+
+class _Corpus:
+    """The corpus in a folder as it grows."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.hidden_path = folder / CORPUS_FILE, folder / HIDDEN_FILE
+        self.prompts: set[Prompt] = set()
+        self.duplicates = self.output_tokens = 0
+        self._outputs: set[tuple[int, ...]] = set()
+        once = Once(self.path)
+        for number, record in read_json_lines(self.path, torn_tail=True) if self.path.is_file() else ():
+            if not record.keys() >= {"prompt", "chat", "output_ids"}:
+                raise InvalidDataError(
+                    f"{self.path} line {number} is not an example of generate-corpus; use another --out"
+                )
+            once.check(number, record)
+            self._add(record)
+
+    def _add(self, record: dict[str, Any]) -> None:
+        self.prompts.add(Prompt(record["prompt"], record["chat"]))
+        self.duplicates += bool(record.get("duplicate"))
+        self.output_tokens += len(record["output_ids"])
+        self._outputs.add(tuple(record["output_ids"]))
+
+    @contextmanager
+    def appending(self, hidden_size: int) -> Iterator[Callable[[Prompt, dict[str, Any], np.ndarray | None], None]]:
+        """What appends an example: its prompt, its other fields, the states `[t, hidden_size]` of its output."""
+        with open_appending(self.path) as stream, self.hidden_path.open("ab") as hidden_stream:
+            # The line is written after its states: a kill in between leaves states without a line, which go here.
+            if (size := self.output_tokens * hidden_size * STATE_BYTES) > hidden_stream.tell():
+                folder = self.path.parent
+                raise InvalidDataError(
+                    f"{self.hidden_path} lacks states of {self.path}; remove {folder} or use another --out"
+                )
+            hidden_stream.truncate(size)
+
+            def append(prompt: Prompt, fields: dict[str, Any], hidden: np.ndarray | None) -> None:
+                if tuple(fields["output_ids"]) in self._outputs:
+                    fields = {"prompt_ids": [], "output_ids": [], "text": "", "duplicate": True}
+                else:
+                    assert hidden is not None
+                    hidden_stream.write(hidden.astype(np.float16).tobytes())
+                    hidden_stream.flush()
+                record = {"prompt": prompt.text, "chat": prompt.chat, **fields}
+                append_json_line(stream, record)
+                self._add(record)
+
+            yield append
 
 
 class Once:

@@ -19,17 +19,12 @@ ATTENTION_CELLS = 1 << 22  # prompt tokens squared x rows of a batch: 16 rows of
 
 @dataclass(frozen=True)
 class Generated:
-    """The output for one prompt.
+    """The output for one prompt; states and margins if they were asked for."""
 
-    `index` of the prompt; `output_ids` int64 `[t]`, end-of-text included where it came; and, if asked for, `hidden`
-    `[t, d]` in the base's `heads_dtype` (row i is the state that chose token i), `margins` float32 `[t]` (the highest
-    logit, which greedy output follows, less the runner-up's).
-    """
-
-    index: int
-    output_ids: np.ndarray
-    hidden: np.ndarray | None = None
-    margins: np.ndarray | None = None
+    index: int  # of the prompt
+    output_ids: np.ndarray  # int64 [t], end-of-text included where it came
+    hidden: np.ndarray | None = None  # [t, d] in the base's `heads_dtype`; row i is the state that chose token i
+    margins: np.ndarray | None = None  # float32 [t], the highest logit, which greedy output follows, less the next one
 
 
 def generate(
@@ -61,93 +56,107 @@ def generate(
             if alike < len(indices[:count]) and not base.supports_padding:
                 count = alike
             rows, indices = indices[:count], indices[count:]
-            yield from _generate_batch(
-                base, rows, [prompts[i] for i in rows], max_new_tokens, with_hidden, temperature, seed, work
+            batch = _Batch(base, [prompts[i] for i in rows], max_new_tokens, work)
+            draws = _draws(batch.prompts, max_new_tokens, seed) if temperature > 0 else None  # [rows, steps]
+            yield from batch.generate(rows, draws, temperature, with_hidden=with_hidden)
+
+
+class _Batch:
+    """Prompts that are read and continued together.
+
+    `alive[place]` is the prompt in a row of the cache, None where its output has ended; such rows are dropped once they
+    are many, so that a prompt's tokens come from `places[prompt]`, the row at each step.
+    """
+
+    def __init__(self, base: BaseLM, prompts: list[Sequence[int]], max_new_tokens: int, work: Work | None) -> None:
+        self.base, self.prompts, self.max_new_tokens, self.work = base, prompts, max_new_tokens, work
+        self.width, rows = max(map(len, prompts)), len(prompts)
+        self.input_ids = torch.zeros(rows, self.width, dtype=torch.long, device=base.device)
+        self.attended = torch.ones(rows, self.width + max_new_tokens, dtype=torch.bool, device=base.device)
+        for row, prompt in enumerate(prompts):
+            start = self.width - len(prompt)
+            self.input_ids[row, start:] = torch.tensor(list(prompt), device=base.device)
+            self.attended[row, :start] = False
+        self.ragged = any(len(prompt) < self.width for prompt in prompts)
+        self.alive: list[int | None] = list(range(rows))
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.places: list[list[int]] = [[] for _ in prompts]
+
+    @torch.inference_mode()
+    def generate(
+        self, indices: list[int], draws: torch.Tensor | None, temperature: float, *, with_hidden: bool
+    ) -> Iterator[Generated]:
+        base = self.base
+        logits, hidden = self._read_prompts()
+        states: list[torch.Tensor] = []  # [alive, d] of each step; they stay on the device until the batch is done
+        margins: list[torch.Tensor] = []  # [alive]
+        for step in range(self.max_new_tokens):
+            if draws is None:
+                best = logits[:, -1].argmax(-1)  # [alive]
+            else:
+                best = sampled(
+                    logits[:, -1], draws[[row or 0 for row in self.alive], step].to(base.device), temperature
+                )
+            if with_hidden:
+                top = logits[:, -1].topk(2, dim=-1).values.to(base.heads_dtype)
+                margins.append(top[:, 0] - top[:, 1])
+                states.append(hidden[:, -1].to(base.heads_dtype))
+            self._take(best.tolist())  # the only thing that a step waits for
+            if step + 1 == self.max_new_tokens or not any(row is not None for row in self.alive):
+                break
+            logits, hidden = self._read(best, step)
+        states_of = [of_step.cpu().numpy() for of_step in states]
+        margins_of = [of_step.float().cpu().numpy() for of_step in margins]
+        for row, index in enumerate(indices):
+            steps = list(enumerate(self.places[row]))
+            yield Generated(
+                index=index,
+                output_ids=np.asarray(self.tokens[row], dtype=np.int64),
+                hidden=np.stack([states_of[step][place] for step, place in steps]) if with_hidden else None,
+                margins=np.stack([margins_of[step][place] for step, place in steps]) if with_hidden else None,
             )
 
-
-@torch.inference_mode()
-def _generate_batch(
-    base: BaseLM,
-    indices: list[int],
-    prompts: list[Sequence[int]],
-    max_new_tokens: int,
-    with_hidden: bool,
-    temperature: float,
-    seed: int,
-    work: Work | None,
-) -> Iterator[Generated]:
-    width = max(len(prompt) for prompt in prompts)
-    rows, device = len(prompts), base.device
-    input_ids = torch.zeros(rows, width, dtype=torch.long, device=device)
-    attended = torch.zeros(rows, width + max_new_tokens, dtype=torch.bool, device=device)
-    attended[:, width:] = True
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = torch.tensor(list(prompt), device=device)
-        attended[row, width - len(prompt) : width] = True
-    ragged = any(len(prompt) < width for prompt in prompts)
-    positions = (attended[:, :width].long().cumsum(1) - 1).clamp(min=0)
-
-    cache = base.new_cache(width + max_new_tokens)
-    logits, hidden = base.forward(
-        input_ids, cache, position_ids=positions, attention_mask=attended[:, :width] if ragged else None, last=1
-    )
-    cache.keep_all()
-    if work:
-        work.add(tokens=sum(map(len, prompts)), projected=rows, cached=0)
-    positions = positions[:, -1:] + 1
-    alive: list[int | None] = list(range(rows))  # batch rows of the cache, as rows of `indices`; None where finished
-    tokens: list[list[int]] = [[] for _ in prompts]
-    places: list[list[int]] = [[] for _ in prompts]  # batch row of each token of a prompt
-    states: list[torch.Tensor] = []  # [alive, d] of each step; they stay on the device until the batch is done
-    margins: list[torch.Tensor] = []  # [alive]
-
-    draws = _draws(prompts, max_new_tokens, seed).to(device) if temperature > 0 else None  # [rows, steps]
-    for step in range(max_new_tokens):
-        if draws is None:
-            best = logits[:, -1].argmax(-1)  # [alive]
-        else:
-            owners = torch.tensor([0 if row is None else row for row in alive], device=device)
-            best = sampled(logits[:, -1], draws[owners, step], temperature)
-        if with_hidden:
-            top = logits[:, -1].topk(2, dim=-1).values.to(base.heads_dtype)
-            margins.append(top[:, 0] - top[:, 1])
-            states.append(hidden[:, -1].to(base.heads_dtype))
-        for place, token in enumerate(best.tolist()):  # the only thing that a step waits for
-            if (owner := alive[place]) is None:
-                continue
-            tokens[owner].append(token)
-            places[owner].append(place)
-            if token in base.eos_token_ids:
-                alive[place] = None
-        living = [place for place, row in enumerate(alive) if row is not None]
-        if not living or step + 1 == max_new_tokens:
-            break
-        if len(living) <= 0.75 * len(alive):  # finished rows still cost their share of every forward
-            chosen = torch.tensor(living, device=device)
-            cache.select_rows(chosen)
-            alive, best = [alive[place] for place in living], best[chosen]
-            positions, attended = positions[chosen], attended[chosen]
-        mask = attended[:, : width + step + 1] if ragged else None
-        if mask is not None and base.supports_tree:
-            mask = mask[:, None, None]  # ready for use; where layers have windows, the model adds these to a 2D mask
-        logits, hidden = base.forward(best[:, None], cache, position_ids=positions, attention_mask=mask)
-        cache.keep_all()
-        if work:
-            read = sum(len(prompts[row]) + step + 1 for row in alive if row is not None)
-            work.add(tokens=len(living), projected=len(living), cached=read)
-        positions = positions + 1
-
-    states_of = [of_step.cpu().numpy() for of_step in states]
-    margins_of = [of_step.float().cpu().numpy() for of_step in margins]
-    for row, index in enumerate(indices):
-        steps = list(enumerate(places[row]))
-        yield Generated(
-            index=index,
-            output_ids=np.asarray(tokens[row], dtype=np.int64),
-            hidden=np.stack([states_of[step][place] for step, place in steps]) if with_hidden else None,
-            margins=np.stack([margins_of[step][place] for step, place in steps]) if with_hidden else None,
+    def _read_prompts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits `[rows, 1, vocab]` and states `[rows, 1, d]` after the prompts."""
+        mask = self.attended[:, : self.width]
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        self.cache = self.base.new_cache(self.width + self.max_new_tokens)
+        read = self.base.forward(
+            self.input_ids, self.cache, position_ids=positions, attention_mask=mask if self.ragged else None, last=1
         )
+        self.cache.keep_all()
+        if self.work:
+            self.work.add(tokens=sum(map(len, self.prompts)), projected=len(self.prompts), cached=0)
+        self.positions = positions[:, -1:]
+        return read
+
+    def _take(self, tokens: list[int]) -> None:
+        """Notes a step's tokens, one a row of the cache."""
+        for place, token in enumerate(tokens):
+            if (row := self.alive[place]) is not None:
+                self.tokens[row].append(token)
+                self.places[row].append(place)
+                if token in self.base.eos_token_ids:
+                    self.alive[place] = None
+
+    def _read(self, best: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and states after a step's tokens `[alive]`."""
+        living = [place for place, row in enumerate(self.alive) if row is not None]
+        if len(living) <= 0.75 * len(self.alive):  # finished rows still cost their share of every forward
+            chosen = torch.tensor(living, device=self.base.device)
+            self.cache.select_rows(chosen)
+            self.alive, best = [self.alive[place] for place in living], best[chosen]
+            self.positions, self.attended = self.positions[chosen], self.attended[chosen]
+        self.positions = self.positions + 1
+        mask = self.attended[:, : self.width + step + 1] if self.ragged else None
+        if mask is not None and self.base.supports_tree:
+            mask = mask[:, None, None]  # ready for use; where layers have windows, the model adds these to a 2D mask
+        read = self.base.forward(best[:, None], self.cache, position_ids=self.positions, attention_mask=mask)
+        self.cache.keep_all()
+        if self.work:
+            cached = sum(len(self.prompts[row]) + step + 1 for row in self.alive if row is not None)
+            self.work.add(tokens=len(living), projected=len(living), cached=cached)
+        return read
 
 
 def sampled(logits: torch.Tensor, draws: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -17,9 +17,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lattices.errors import IncompatibleError, RescoreError
-from lm.base.cache import KVCache, layer_types
+from lm.base.cache import KVCache, TreeCache, layer_types
 from lm.base.probe import Probe, Scaling
-from lm.base.tree_cache import TreeCache
 
 CONTEXT_LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # its name now, and before transformers 5.24
@@ -150,7 +149,7 @@ class BaseLM:
             raise RescoreError("a prompt is empty; every example needs text to start from")
         if chat and not self.is_chat:
             raise IncompatibleError(f"{self.identity.name} has no chat template; give its prompts as plain text")
-        ids = self._chat_ids(text) if chat else self._plain_ids(text)
+        ids: list[int] = self._chat_ids(text) if chat else self.tokenizer(text)["input_ids"]
         while chat and max_tokens and len(ids) > max_tokens:
             pieces = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
             keep = len(pieces) - (len(ids) - max_tokens)
@@ -163,10 +162,6 @@ class BaseLM:
         if not ids:
             raise RescoreError(f"a prompt has no tokens: {text[:40]!r}")
         return ids[:max_tokens] if max_tokens else ids
-
-    def _plain_ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text)["input_ids"]
-        return ids
 
     def _chat_ids(self, text: str) -> list[int]:
         messages = [{"role": "user", "content": text}]

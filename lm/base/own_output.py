@@ -1,81 +1,60 @@
 """`own:PROMPTS` as a corpus: the base LM's own greedy output for a file of prompts, generated once and kept.
 
-The folder (of `lm.base.corpus.generate_corpus`, without the hidden states) lies in the cache directory, under a key
-of all
-that the output depends on: the base, the prompts, the limits, and what computes it. A killed generation goes on where
-it stopped, a broken folder is made again, and of several processes one generates it for all.
+The folder (of `lm.base.corpus.generate_corpus`, without the hidden states) lies in the cache directory, under a key of
+all that the output depends on. A killed generation goes on where it stopped, a broken folder is made again, and of
+several processes one generates it for all.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.paths import user_path
+from lm.base.corpus import (
+    CORPUS_FILE,
+    GENERATION,
+    HIDDEN_FILE,
+    MANIFEST_FILE,
+    GenerationOptions,
+    generate_corpus,
+    read_prompts,
+    read_settings,
+)
 from lm.files import cache_directory, read_json_object, sha256_of_file
 from lm.keys import key_of, software
 from lm.locks import making, tell
-from lm.ngram.corpus import CorpusSource, find_sources
 
 OWN_PREFIX = "own:"
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True)
-class OwnOutput:
-    """How own output is generated: by which base LM, in which precision, where, and how many tokens of each prompt are
-    read and written, at most (as in `generate_corpus`)."""
+@dataclass(frozen=True, kw_only=True)
+class OwnOutput(GenerationOptions):
+    """How own output is generated (greedy)."""
 
     base: str = "smollm2-135m"
-    max_new_tokens: int = 96
-    max_prompt_tokens: int = 384
-    batch_size: int = 64
     dtype: str = "float32"
     device: str = "auto"
-
-
-def corpus_sources(
-    corpora: Sequence[Path | str],
-    settings: OwnOutput,
-    *,
-    tokenizer_sha256: str | None,
-    progress: Progress | None = None,
-) -> list[CorpusSource]:
-    """What `corpora` stand for, in order: as `lm.ngram.corpus.find_sources`, and `own:PROMPTS`, which is generated.
-
-    `tokenizer_sha256`: of the tokenizer that the words are of, None for words at white space. Raises `RescoreError` for
-    what isn't there (before anything is generated) and settings that can't be used, `IncompatibleError` if the base has
-    another tokenizer.
-    """
-    if not corpora:
-        return find_sources(corpora)
-    found = [[] if _prompts(corpus) else find_sources([corpus]) for corpus in corpora]
-    for place, corpus in enumerate(corpora):
-        if prompts := _prompts(corpus):
-            folder = own_output(Path(prompts), settings, tokenizer_sha256=tokenizer_sha256, progress=progress)
-            found[place] = find_sources([folder])
-    return [source for sources in found for source in sources]
-
-
-def _prompts(corpus: Path | str) -> str | None:
-    return corpus.removeprefix(OWN_PREFIX) if isinstance(corpus, str) and corpus.startswith(OWN_PREFIX) else None
 
 
 def own_output(
     prompts: Path, settings: OwnOutput, *, tokenizer_sha256: str | None, progress: Progress | None = None
 ) -> Path:
     """The folder of the base's output for `prompts` (a file as `lm.base.corpus.read_prompts` takes it), generated if
-    it is not there or not whole. Raises as `corpus_sources`."""
-    from lm.base.catalog import choose_device, identify, load_base, load_tokenizer
-    from lm.base.corpus import GENERATION, HIDDEN_FILE, generate_corpus, read_prompts
+    it is not there or not whole.
 
-    for name in ("max_new_tokens", "max_prompt_tokens", "batch_size"):
-        if (value := getattr(settings, name)) < 1:
-            raise RescoreError(f"{name} = {value}; it must be at least 1")
+    `tokenizer_sha256`: of the tokenizer that its words are counted by, None for words at white space. Raises
+    `RescoreError` for options that can't be used, `IncompatibleError` if the base has another tokenizer.
+    """
+    from lm.base.catalog import choose_device, identify, load_base, load_tokenizer
+
+    settings.check()
     prompts = user_path(prompts, OWN_PREFIX)
     if tokenizer_sha256 is None:
         raise RescoreError(
@@ -90,9 +69,8 @@ def own_output(
     chosen = read_prompts(prompts, default_chat=bool(load_tokenizer(settings.base).chat_template))
     made_of = {
         "base": dataclasses.asdict(identity),
-        "max_new_tokens": settings.max_new_tokens,
-        "max_prompt_tokens": settings.max_prompt_tokens,
-        "batch_size": settings.batch_size,  # a sum of other lengths is rounded otherwise, and a near-tie may turn
+        # The batch size too: a sum of other lengths is rounded otherwise, and a near-tie may turn.
+        **{name: getattr(settings, name) for name in ("max_new_tokens", "max_prompt_tokens", "batch_size")},
         "prompts": [[prompt.text, prompt.chat] for prompt in chosen],
         "generation": GENERATION,
         "device": choose_device(settings.device).partition(":")[0],
@@ -105,33 +83,28 @@ def own_output(
         if _is_whole(folder):  # made by the process that was waited for
             return folder
         base = load_base(settings.base, dtype=settings.dtype, device=settings.device)
-        limits = {name: getattr(settings, name) for name in ("max_new_tokens", "max_prompt_tokens", "batch_size")}
-        told = (lambda done, total: progress(f"generate {prompts.name}", done, total)) if progress else None
+        generating = partial(progress, f"generate {prompts.name}") if progress else None
         try:
             if _is_finished(folder):  # and not whole
                 raise InvalidDataError(f"{folder} is not what was written")
-            generate_corpus(base, chosen, folder, **limits, progress=told)
+            generate_corpus(base, chosen, folder, settings, progress=generating)
         except (InvalidDataError, IncompatibleError) as error:
             if not folder.is_dir():
                 raise
             tell(f"the cached output for {prompts.name} is broken ({error}); it is made again")
             shutil.rmtree(folder, ignore_errors=True)
-            generate_corpus(base, chosen, folder, **limits, progress=told)
+            generate_corpus(base, chosen, folder, settings, progress=generating)
         # The states are for training heads, and a hundred times the text.
         (folder / HIDDEN_FILE).unlink(missing_ok=True)
     return folder
 
 
 def _is_finished(folder: Path) -> bool:
-    from lm.base.corpus import MANIFEST_FILE
-
     return (folder / MANIFEST_FILE).is_file()
 
 
 def _is_whole(folder: Path) -> bool:
     """Whether a folder's generation is finished and its corpus is what its manifest says."""
-    from lm.base.corpus import CORPUS_FILE, MANIFEST_FILE, read_settings
-
     if not _is_finished(folder):
         return False
     try:

@@ -93,7 +93,7 @@ class Probe:
         expected = torch.cat([*self.plain[:, 3:], self.plain[1, 4:]])
         if not self._same(torch.cat([drafts[0], drafts[1], rest[0]]), expected, half=REFUSED_FROM):
             raise IncompatibleError(f"{self.name} can't forget rejected tokens: its cache is not only keys and values")
-        pairs = [(layer.key_buffer, layer.value_buffer) for layer in cache.buffers]
+        pairs = [layer.buffers for layer in cache.buffers]
         self.position_size = sum(k.shape[1] * k.shape[3] + v.shape[1] * v.shape[3] for k, v in pairs)
         return tree
 

@@ -8,27 +8,25 @@ and `config.json` (`BlockHeadsConfig`).
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
+from msgspec.structs import replace
 from torch import nn
 
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
+from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
 from lattices.lattice import Lattice
 from lattices.paths import user_path
 from lm.base.adapters import TUNED_FILE
 from lm.base.model import BaseIdentity, BaseLM
-from lm.files import SHIPPED, atomic_file, read_json_object, sha256_of_file, write_json
+from lm.checkpoint import CONFIG_FILE, WEIGHTS_FILE, check_shapes, read_weights, write_checkpoint
+from lm.checkpoint import read_config as read_checkpoint_config
+from lm.files import SHIPPED, sha256_of_file
 from lm.heads.nets import NETS, SEQUENTIAL, BlockHeadsConfig
-from lm.int8 import from_int8, to_int8
 
-WEIGHTS_FILE, CONFIG_FILE, HEADS_FOLDER = "model.safetensors", "config.json", "heads"
+HEADS_FOLDER = "heads"
 
 
 class BlockHeads(nn.Module):
@@ -87,23 +85,16 @@ class BlockHeads(nn.Module):
         """The same heads cut to a block of h tokens (no head depends on later ones)."""
         if not 2 <= h <= self.h:
             raise RescoreError(f"h = {h}, but these heads propose blocks of {self.h}; choose --h from 2 to {self.h}")
-        cut = BlockHeads(dataclasses.replace(self.config, h=h)).to(next(self.net.parameters()).device, self.dtype)
+        cut = BlockHeads(replace(self.config, h=h)).to(next(self.net.parameters()).device, self.dtype)
         cut.net.load_state_dict({name: self.net.cut(name, value, h) for name, value in self.net.state_dict().items()})
         return cut.eval().requires_grad_(False)
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
         """Writes `model.safetensors` and then `config.json` into a folder, each whole or not at all.
 
-        `dtype` int8: as `lm.int8` has it, half the size. Raises `OutputError` if the folder can't be written.
+        `dtype` int8: as `lm.checkpoint` has it, half the size. Raises `OutputError` if the folder can't be written.
         """
-        state = self.net.state_dict()
-        if dtype == torch.int8:
-            tensors = to_int8(state)
-        else:
-            tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in state.items()}
-        with atomic_file(folder / WEIGHTS_FILE) as temporary:
-            temporary.write_bytes(to_bytes(tensors))
-        write_json(folder / CONFIG_FILE, dataclasses.asdict(self.config))
+        write_checkpoint(folder, self.net.state_dict(), self.config, dtype=dtype)
 
 
 def lattice_of(logits: torch.Tensor, k: int) -> Lattice:
@@ -182,22 +173,9 @@ def load_heads(
                 f"{field} is {made_for}, the base's is {wanted}; give other --heads"
             )
     heads = BlockHeads(config)
-    weights = folder / WEIGHTS_FILE
-    try:
-        tensors = from_int8(load_file(weights), weights)
-    except OSError as error:
-        reason = error.strerror or error
-        raise RescoreError(f"no block heads in {folder}: can't read {weights.name} ({reason})") from error
-    except SafetensorError as error:
-        raise InvalidDataError(f"can't read {weights}: {error}; get or train the heads again") from error
-    found = {name: list(value.shape) for name, value in tensors.items()}
-    expected = {name: list(value.shape) for name, value in heads.net.state_dict().items()}
-    if found != expected:
-        differs = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))[0]
-        raise InvalidDataError(
-            f"{weights} does not fit its {CONFIG_FILE}: {differs} has shape {found.get(differs, 'none')}, "
-            f"not {expected.get(differs, 'none')}"
-        )
+    tensors = read_weights(folder, missing=f"no block heads in {folder}", what="the heads")
+    shapes, expected = ({n: v.shape for n, v in state.items()} for state in (tensors, heads.net.state_dict()))
+    check_shapes(folder, shapes, expected, CONFIG_FILE)
     heads.net.load_state_dict(tensors)
     return heads.to(device, dtype).eval().requires_grad_(False)
 
@@ -208,21 +186,10 @@ def read_config(folder: Path) -> BlockHeadsConfig:
     Raises `RescoreError` if there is none, `InvalidDataError` for anything but a `BlockHeadsConfig`,
     `UnknownNameError` for an architecture from elsewhere.
     """
-    path = folder / CONFIG_FILE
-    fields = read_json_object(path, missing=_no_heads(folder))
-    try:
-        config = BlockHeadsConfig(**fields)
-    except TypeError as error:
-        reason = str(error).removeprefix("BlockHeadsConfig.__init__() ")
-        raise InvalidDataError(f"{path} is not a block heads configuration: {reason}") from error
-    if config.architecture not in list(NETS):  # it may be of any type
-        raise UnknownNameError("block head architecture", str(config.architecture), NETS)
-    sizes = {"h": 2, "hidden_size": 1, "inner_size": 1, "vocab_size": 1, "blocks": 1}
-    sizes["token_size"] = 1 if config.architecture == SEQUENTIAL else 0
-    for name, least in sizes.items():
-        value = getattr(config, name)
-        if type(value) is not int or value < least:
-            raise InvalidDataError(f"{path} says {name} = {value!r}; it must be a whole number of at least {least}")
+    what = "a block heads configuration"
+    config = read_checkpoint_config(folder, BlockHeadsConfig, what=what, missing=_no_heads(folder))
+    if config.architecture not in NETS:
+        raise UnknownNameError("block head architecture", config.architecture, NETS)
     return config
 
 

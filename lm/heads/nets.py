@@ -14,31 +14,38 @@ the state. A sequential head sees the arg-max of all heads before it: its lattic
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from msgspec import Meta
 from torch import nn
 from torch.nn import functional
+
+from lm.checkpoint import Config
 
 FEED_FORWARD, SHARED, MEDUSA, SEQUENTIAL = "feed_forward", "shared", "medusa", "sequential"
 
 
-@dataclass(frozen=True)
-class BlockHeadsConfig:
-    """What heads are and for which base: `h` counts head 1; `inner_size` is the width of the hidden layer (medusa: the
-    hidden size); `token_size` the width in which heads see drafted tokens (0: they see the state only); `blocks` the
-    residual blocks of a medusa head; `base_weights_sha256` the weights they were trained for (None: not known)."""
+Size = Annotated[int, Meta(ge=1)]
 
-    h: int
-    hidden_size: int
-    inner_size: int
-    vocab_size: int
+
+class BlockHeadsConfig(Config, frozen=True, kw_only=True):
+    """What heads are and for which base LM."""
+
+    h: Annotated[int, Meta(ge=2)]  # head 1 is counted
+    hidden_size: Size  # of the base
+    inner_size: Size  # width of the hidden layer (medusa: the hidden size)
+    vocab_size: Size
     base_name: str
     tokenizer_sha256: str
     architecture: str = FEED_FORWARD
-    token_size: int = 0
-    blocks: int = 1
-    base_weights_sha256: str | None = None
+    token_size: Annotated[int, Meta(ge=0)] = 0  # width in which heads see drafted tokens; 0: they see the state only
+    blocks: Size = 1  # residual blocks of a medusa head
+    base_weights_sha256: str | None = None  # the weights they were trained for; None: not known
+
+    def __post_init__(self) -> None:
+        if self.architecture == SEQUENTIAL and not self.token_size:
+            raise ValueError("token_size is 0; sequential heads see drafted tokens and need a width for them")
 
 
 class HeadNet(nn.Module):

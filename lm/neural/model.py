@@ -9,7 +9,6 @@ trained on (sha256). Sizes count embeddings, as in [A] section 5.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,28 +16,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
+from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
+from lm.base.cache import TreeCache
 from lm.base.catalog import (
     identify,
     load_base,
+    load_tokenizer,
     read_model_config,
     resolve_base,
     tokenizer_sha256,
     under_adapter,
 )
 from lm.base.model import BaseIdentity, BaseLM
-from lm.base.tree_cache import TreeCache
-from lm.files import SHIPPED, atomic_file, read_json_object, sha256_of_file, write_json
-from lm.int8 import from_int8, to_int8
+from lm.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Config, check_shapes, read_config, read_weights, write_checkpoint
+from lm.files import SHIPPED, read_json_object, sha256_of_file
 from lm.keys import key_of
 from lm.memory import enough_memory
 
-WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 DELTA = "delta"
 ADVICE = "a lower --k, --p or --max-prompt-tokens needs less"
 REMEMBERED_BYTES = 1 << 30
@@ -62,13 +58,12 @@ SIZES = {
 }
 
 
-@dataclass(frozen=True)
-class DeltaConfig:
-    """What a delta is: the first `layers` of the base `base_name`, the last `tuned_layers` of them trained further."""
+class DeltaConfig(Config, frozen=True, kw_only=True):
+    """What a delta is."""
 
-    size: str
-    layers: int
-    tuned_layers: int
+    size: str  # by name
+    layers: int  # of the base, from its first one on
+    tuned_layers: int  # the last of these, which were trained further
     base_name: str
     base_weights_sha256: str
     tokenizer_sha256: str
@@ -119,10 +114,7 @@ def first_layers(name: str, layers: int, *, dtype: str = "float32", device: str 
 def save_delta(model: torch.nn.Module, names: list[str], config: DeltaConfig, folder: Path) -> None:
     """Writes the tensors `names` of a model as a delta, weights first. Raises `OutputError`."""
     state = model.state_dict()
-    tensors = to_int8({name: state[name] for name in names})
-    with atomic_file(folder / WEIGHTS_FILE) as temporary:
-        temporary.write_bytes(to_bytes(tensors))
-    write_json(folder / CONFIG_FILE, dataclasses.asdict(config))
+    write_checkpoint(folder, {name: state[name] for name in names}, config, dtype=torch.int8)
 
 
 @dataclass(frozen=True)
@@ -167,14 +159,10 @@ def find_neural(text: str, *, shipped_for: str = "smollm2-135m") -> NeuralSource
         if found.adapter is not None:
             raise RescoreError(f"{text} is an adapter; a rescorer must be a whole model: merge it into its base first")
         folder = found.folder
-    fields = read_json_object(folder / CONFIG_FILE, missing=f"no neural rescorer in {folder}")
-    if fields.get("kind") != DELTA:
+    missing = f"no neural rescorer in {folder}"
+    if read_json_object(folder / CONFIG_FILE, missing=missing).get("kind") != DELTA:
         return NeuralSource(text, folder, None)
-    try:
-        delta = DeltaConfig(**fields)
-    except TypeError as error:
-        reason = str(error).removeprefix("DeltaConfig.__init__() ")
-        raise InvalidDataError(f"{folder / CONFIG_FILE} is not the configuration of a delta: {reason}") from error
+    delta = read_config(folder, DeltaConfig, what="the configuration of a delta", missing=missing)
     if not (folder / WEIGHTS_FILE).is_file():
         raise RescoreError(f"no rescorer weights in {folder}: {WEIGHTS_FILE} is missing; get or train it again")
     return NeuralSource(text, folder, delta)
@@ -201,8 +189,6 @@ def check_fits(source: NeuralSource, base: BaseIdentity) -> None:
 
 def tokenizer_sha256_of(folder: Path) -> str:
     """sha256 of what the token ids of a model's folder mean."""
-    from lm.base.catalog import load_tokenizer
-
     return tokenizer_sha256(load_tokenizer(str(folder)))
 
 
@@ -231,8 +217,12 @@ def load_neural(
             raise IncompatibleError(
                 f"what {base_name} stands for has changed: the rescorer {source.name} needs other weights of it"
             )
-        tensors = _read_delta(source)
-        _add_delta(model.model, tensors, source.folder)
+        tensors = read_weights(source.folder, missing=f"no rescorer weights in {source.folder}", what="the rescorer")
+        state: dict[str, torch.Tensor] = model.model.state_dict()
+        expected = {name: state[name].shape for name in tensors if name in state}
+        check_shapes(source.folder, {name: value.shape for name, value in tensors.items()}, expected, "base")
+        for name, value in tensors.items():
+            state[name].copy_(value)
         if shared is not None and shared.dtype == model.dtype and shared.device == model.device:
             _share(model.model, shared.model, tensors)
     if model.vocab_size < vocab_size:
@@ -243,29 +233,6 @@ def load_neural(
     if not model.supports_tree:
         raise IncompatibleError(f"the rescorer {source.name} takes no tree mask; give one with full attention")
     return NeuralLM(model)
-
-
-def _read_delta(source: NeuralSource) -> dict[str, torch.Tensor]:
-    path = source.folder / WEIGHTS_FILE
-    try:
-        return from_int8(load_file(path), path)
-    except OSError as error:
-        raise RescoreError(
-            f"no rescorer weights in {source.folder} ({error}); get them again or train it: rescore train-rescorer"
-        ) from error
-    except SafetensorError as error:
-        raise InvalidDataError(f"can't read {path}: {error}; get or train the rescorer again") from error
-
-
-def _add_delta(model: torch.nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    state = model.state_dict()
-    for name, value in tensors.items():
-        if name not in state or state[name].shape != value.shape:
-            raise InvalidDataError(
-                f"{folder / WEIGHTS_FILE} does not fit its base: {name} has shape {list(value.shape)}, "
-                f"not {list(state[name].shape) if name in state else 'none'}"
-            )
-        state[name].copy_(value)
 
 
 def _share(model: torch.nn.Module, base: torch.nn.Module, own: dict[str, torch.Tensor]) -> None:

@@ -59,11 +59,9 @@ def read_arpa(path: Path) -> NgramModel:
 def write_arpa(model: NgramModel, path: Path) -> None:
     """Writes a model as ARPA, atomically; compressed if the name ends in `.gz`.
 
-    Floats have the fewest digits of 7 to 9 that read back as the same float32 (`lm.ngram.arpa_text`). `<s>` is
-    written with
-    the log10 probability that the model holds (0 in estimated ones). Raises `InvalidDataError` for a model that no
-    ARPA file can hold (numbers that aren't finite, words that are empty or hold white space), `OutputError` if `path`
-    can't be written.
+    Floats have the fewest digits that read back as the same float32 (`lm.ngram.arpa_text`). Raises `InvalidDataError`
+    for a model that no ARPA file can hold (numbers that aren't finite, words that are empty or hold white space),
+    `OutputError` if `path` can't be written.
     """
     _check_writable(model, path)
     formatter = LineFormatter(model.vocabulary)
@@ -355,20 +353,12 @@ def _floats(fields: Sequence[bytes], fail: Callable[[int, str], NoReturn]) -> np
         with np.errstate(over="ignore"):
             values = np.array(list(map(float, fields)), dtype=np.float64).astype(np.float32)
     except ValueError:
-        row = next(i for i, field in enumerate(fields) if b"_" in field or not _is_float(field))
+        row = next(i for i, field in enumerate(fields) if b"_" in field or _fails(float, field))
         fail(row, _shown(fields[row]))
     if not np.isfinite(values).all():
         row = int(np.argmin(np.isfinite(values)))
         fail(row, _shown(fields[row]))
     return values
-
-
-def _is_float(field: bytes) -> bool:
-    try:
-        float(field)
-    except ValueError:
-        return False
-    return True
 
 
 def _new_words(
@@ -378,7 +368,7 @@ def _new_words(
     try:
         b"\n".join(words).decode()
     except UnicodeDecodeError:
-        row = next(i for i, word in enumerate(words) if not _is_utf8(word))
+        row = next(i for i, word in enumerate(words) if _fails(word.decode))
         lines.fail(numbers[row], f"is not UTF-8: {_shown(words[row])}")
     special = {word.encode(): i for i, word in enumerate(SPECIAL_WORDS)}
     found = np.empty(len(words), dtype=np.int32)
@@ -392,12 +382,12 @@ def _new_words(
     return found
 
 
-def _is_utf8(word: bytes) -> bool:
+def _fails(call: Callable[..., object], *arguments: object) -> bool:
     try:
-        word.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+        call(*arguments)
+    except ValueError:
+        return True
+    return False
 
 
 def _with_specials(

@@ -15,21 +15,21 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lattices.errors import InvalidDataError, OutputError, RescoreError, UnknownNameError
 from lattices.ngrams import SENTENCE_END, NgramModel
-from lm.base.own_output import OwnOutput, corpus_sources
+from lm.base.own_output import OwnOutput
 from lm.files import atomic_folder, write_json, writing
 from lm.locks import writing_to
-from lm.ngram.corpus import CorpusSource, EncodedCorpus, encode_corpora
-from lm.ngram.counting import BREAK, Workspace, build_table, count_full
+from lm.ngram.corpus import CorpusSource, EncodedCorpus, corpus_sources, encode_corpora
+from lm.ngram.counting import BREAK, Progress, Workspace, build_table, count_full, no_progress
 from lm.ngram.estimation import KATZ_CUTOFFS, check_fallback, check_thresholds, estimate
 from lm.ngram.place import check_same
 
@@ -42,44 +42,78 @@ ARPA_FILE, AUTOMATON_FILE, MANIFEST_FILE = "model.arpa", "automaton.bin", "manif
 KIND = "n-gram model"
 COUNTING_FORMAT = 1  # changes with what the files of `.counting` mean
 ESTIMATORS, SMOOTHINGS = ("own", "lmplz"), ("kneser-ney", "katz")
-Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NgramOptions:
+    """How an n-gram model is made of text."""
+
+    order: int = 4  # length of the longest n-grams
+    tokenizer: str = "smollm2-135m"  # a base LM's name, or `words` for words at white space
+    surface: bool = False  # write token strings instead of ids
+    errors: str = "strict"  # or replace: bad UTF-8
+    field: str = "text"  # of records, with the text or the token ids
+    smoothing: str = "kneser-ney"  # or katz
+    prune: Sequence[int] = ()  # counts up to which n-grams are dropped, by order
+    discount_fallback: Sequence[float] | None = None  # where the corpus gives no discounts
+    max_ngrams: int | None = None  # pruned by entropy down to so many
+    estimator: str = "own"  # or lmplz: KenLM's program, on the same stream of words
+    memory: int = 4 << 30  # bytes of arrays in memory; larger ones are mapped from files
+    threads: int | None = None  # None: one per core
+
+    def checked(self) -> NgramOptions:
+        """The same with a threshold for every order and all fallback discounts. Raises `RescoreError`."""
+        if not 1 <= self.order <= MAX_ORDER:
+            raise RescoreError(f"order {self.order} is not supported; choose 1 to {MAX_ORDER}")
+        for kind, value, known in (
+            ("estimator", self.estimator, ESTIMATORS), ("smoothing", self.smoothing, SMOOTHINGS)
+        ):  # fmt: skip
+            if value not in known:
+                raise UnknownNameError(kind, value, known)
+        katz = self.smoothing == "katz"
+        if self.estimator == "lmplz" and (katz or self.max_ngrams is not None):
+            raise RescoreError("lmplz knows Kneser-Ney and pruning by counts only; leave out smoothing and max_ngrams")
+        if self.memory < LEAST_MEMORY:
+            raise RescoreError(f"memory of {self.memory:,} bytes is too little; give at least {LEAST_MEMORY >> 20}M")
+        for name in ("threads", "max_ngrams"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise RescoreError(f"{name} = {number}; it must be at least 1")
+        fallback = self.discount_fallback
+        if katz and fallback is not None:
+            raise RescoreError("fallback discounts are Kneser-Ney's; leave them out with smoothing katz")
+        prune = check_thresholds(self.prune or (KATZ_CUTOFFS[: self.order] if katz else ()), self.order)
+        if self.estimator == "lmplz" and shutil.which("lmplz") is None:
+            raise RescoreError("there is no lmplz on PATH; build it from KenLM's sources, or use --estimator own")
+        return dataclasses.replace(
+            self, prune=prune, discount_fallback=None if fallback is None else check_fallback(fallback)
+        )
 
 
 @dataclass(frozen=True)
 class NgramSummary:
-    """What was built in the folder `path`.
+    """What was built."""
 
-    `ngrams[n - 1]` n-grams of order n from `tokens` words in `documents`. `discounts[n - 1]` are Kneser-Ney's D1, D2,
-    D3+ (Katz: factors d1 ... d5); orders in `fallback_orders` could not have theirs estimated. `resumed` tells that
-    finished work of an earlier run was used.
-    """
-
-    path: str
+    path: str  # the folder
     order: int
-    ngrams: tuple[int, ...]
+    ngrams: tuple[int, ...]  # by order
     documents: int
     tokens: int
+    discounts: tuple[tuple[float, ...], ...]  # by order: Kneser-Ney's D1, D2, D3+ (Katz: factors d1 ... d5)
+    fallback_orders: tuple[int, ...]  # whose discounts could not be estimated
+    resumed: bool  # finished work of an earlier run was used
+
+
+class _Estimated(NamedTuple):
+    model: NgramModel
     discounts: tuple[tuple[float, ...], ...]
-    fallback_orders: tuple[int, ...]
-    resumed: bool
+    fallback_orders: tuple[int, ...] = ()
 
 
 def build_ngram(
     corpora: Sequence[Path | str],
     out: Path,
+    options: NgramOptions = NgramOptions(),
     *,
-    order: int = 4,
-    tokenizer: str = "smollm2-135m",
-    prune: Sequence[int] = (),
-    discount_fallback: Sequence[float] | None = None,
-    smoothing: str = "kneser-ney",
-    max_ngrams: int | None = None,
-    surface: bool = False,
-    memory: int = 4 << 30,
-    threads: int | None = None,
-    errors: str = "strict",
-    field: str = "text",
-    estimator: str = "own",
     own: OwnOutput | None = None,
     replace: bool = True,
     progress: Progress | None = None,
@@ -87,147 +121,84 @@ def build_ngram(
     """Estimates an n-gram model from `corpora` (see `lm.ngram.corpus`) and writes it to the folder `out`.
 
     A corpus may also be `own:PROMPTS`: greedy output for a file of prompts, generated as `own` says (default: by the
-    base of the tokenizer) and kept in the cache directory.
+    base of the tokenizer) and kept in the cache directory. `replace`: whether a finished model in `out` that was made
+    of other things may be replaced; it is refused with the difference if not (`IncompatibleError`).
 
-    `tokenizer` is the name of a base LM, or `words` for words at white space. `prune`, `discount_fallback`, `smoothing`
-    and `max_ngrams` as in `lm.ngram.estimation.estimate`. `memory` (bytes) bounds the arrays in memory; larger ones are
-    mapped from files. `estimator="lmplz"` has KenLM's program do the estimation on the same stream of words.
-    `replace`: whether a finished model in `out` that was made of other things may be replaced; it is refused with the
-    difference if not (`IncompatibleError`).
-    Raises `RescoreError` for settings that make no sense, `InvalidDataError` for corpora that can't be used,
+    Raises `RescoreError` for options that make no sense, `InvalidDataError` for corpora that can't be used,
     `OutputError` where `out` can't be written or another process writes to it. `progress(stage, done, total)` is called
     now and then; an exception from it interrupts the build.
     """
-    if not 1 <= order <= MAX_ORDER:
-        raise RescoreError(f"order {order} is not supported; choose 1 to {MAX_ORDER}")
-    for kind, value, known in (("estimator", estimator, ESTIMATORS), ("smoothing", smoothing, SMOOTHINGS)):
-        if value not in known:
-            raise UnknownNameError(kind, value, known)
-    if estimator == "lmplz" and (smoothing != "kneser-ney" or max_ngrams is not None):
-        raise RescoreError("lmplz knows Kneser-Ney and pruning by counts only; leave smoothing and max_ngrams alone")
-    if memory < LEAST_MEMORY:
-        raise RescoreError(f"memory of {memory:,} bytes is too little; give at least {LEAST_MEMORY >> 20}M")
-    if threads is not None and threads < 1:
-        raise RescoreError(f"threads = {threads}; it must be at least 1")
-    if max_ngrams is not None and max_ngrams < 1:
-        raise RescoreError(f"max_ngrams = {max_ngrams}; it must be at least 1")
-    if smoothing == "katz" and discount_fallback is not None:
-        raise RescoreError("fallback discounts are Kneser-Ney's; leave them out with smoothing katz")
-    thresholds = check_thresholds(prune if prune or smoothing != "katz" else KATZ_CUTOFFS[:order], order)
-    fallback = None if discount_fallback is None else check_fallback(discount_fallback)
-    program = _find_lmplz() if estimator == "lmplz" else None
+    options, progress = options.checked(), progress or no_progress
     check_place(out)
     with writing_to(out, beside=True):
-        loaded, tokenizer_hash, tokenization_hash = _load(tokenizer)
-        sources = corpus_sources(
-            corpora, own or OwnOutput(base=tokenizer), tokenizer_sha256=tokenizer_hash, progress=progress
-        )
-        corpora_read = [dataclasses.asdict(source) for source in sources]
-        settings: dict[str, Any] = {
-            "format": COUNTING_FORMAT,
-            "order": order,
-            "tokenizer": tokenizer,
+        tokenizer, tokenizer_hash, tokenization_hash = _load(options.tokenizer)
+        own = own or OwnOutput(base=options.tokenizer)
+        sources = corpus_sources(corpora, own, tokenizer_sha256=tokenizer_hash, progress=progress)
+        read = {
+            **{name: getattr(options, name) for name in ("order", "tokenizer", "surface", "errors", "field")},
             "tokenizer_sha256": tokenizer_hash,
             "tokenization_sha256": tokenization_hash,
-            "surface": surface,
-            "errors": errors,
-            "field": field,
-            "corpora": corpora_read,
+            "corpora": [dataclasses.asdict(source) for source in sources],
         }
-        made_of = {
-            **{k: v for k, v in settings.items() if k != "format"},
-            # Where a file lay says nothing about the model; its hash does.
-            "corpora": [{**source, "name": _without_folder(source)} for source in corpora_read],
-            "smoothing": smoothing,
-            "prune": list(thresholds),
-            "discount_fallback": None if fallback is None else list(fallback),
-            "max_ngrams": max_ngrams,
-            "estimator": estimator,
-        }
+        # Where a file lay says nothing about the model; its hash does.
+        corpora_read = [
+            {**dataclasses.asdict(s), "name": s.name if s.kind == "hub" else Path(s.name).name} for s in sources
+        ]
+        estimated_by = ("smoothing", "prune", "discount_fallback", "max_ngrams", "estimator")
+        made_of = json.loads(
+            json.dumps({**read, "corpora": corpora_read, **{name: getattr(options, name) for name in estimated_by}})
+        )
         if not replace:
             check_same(out / MANIFEST_FILE, made_of)
         work = out / COUNTING_FOLDER
-        resumed = _prepare(work, settings)
-        encoded = _encode(
-            sources,
-            work,
-            loaded,
-            left_context=order - 1,
-            field=field,
-            errors=errors,
-            surface=surface,
-            progress=progress,
-        )
-        if program:
-            model, discounts = _run_lmplz(program, encoded, work, order, thresholds, fallback, memory)
-            fallback_orders: tuple[int, ...] = ()
-        else:
-            room = max(memory - OVERHEAD, 1)
-            with writing(work):
-                full = count_full(
-                    encoded.ids(), order=order, vocabulary_size=len(encoded.vocabulary), folder=work, memory=room,
-                    threads=threads or os.cpu_count() or 1, progress=progress,
-                )  # fmt: skip
-            workspace = Workspace(work, room // 2)  # the rest for what comes and goes
-            table = build_table(full, workspace, threads=threads or os.cpu_count() or 1)
-            del full
-            if progress:
-                progress("estimating", 0, 1)
-            result = estimate(
-                table, encoded.vocabulary, smoothing=smoothing, prune=thresholds, discount_fallback=fallback,
-                max_ngrams=max_ngrams, workspace=workspace,
-            )  # fmt: skip
-            if progress:
-                progress("estimating", 1, 1)
-            del table
-            model = result.model
-            discounts = tuple(s.discounts for s in result.statistics)
-            fallback_orders = tuple(n for n, s in enumerate(result.statistics, start=1) if s.fallback)
+        resumed = _prepare(work, {"format": COUNTING_FORMAT, **read})
+        encoded = _encode(sources, work, tokenizer, options, progress)
+        estimated = (_run_lmplz if options.estimator == "lmplz" else _estimate)(encoded, work, options, progress)
         summary = NgramSummary(
-            path=str(out),
-            order=order,
-            ngrams=tuple(map(len, model.orders)),
-            documents=encoded.documents,
-            tokens=encoded.tokens,
-            discounts=discounts,
-            fallback_orders=fallback_orders,
-            resumed=resumed,
-        )
+            str(out), options.order, tuple(map(len, estimated.model.orders)), encoded.documents, encoded.tokens,
+            estimated.discounts, estimated.fallback_orders, resumed,
+        )  # fmt: skip
+        measured = ("documents", "tokens", "ngrams", "discounts", "fallback_orders")
         manifest = {
-            "kind": KIND,
-            "version": importlib.metadata.version("rescore"),
-            **made_of,
-            "memory": memory,
-            "documents": summary.documents,
-            "tokens": summary.tokens,
-            "ngrams": summary.ngrams,
-            "discounts": summary.discounts,
-            "fallback_orders": summary.fallback_orders,
-        }
-        write_model(model, out, manifest, progress=progress)
+            **made_of, "memory": options.memory, **{name: getattr(summary, name) for name in measured}
+        }  # fmt: skip
+        write_model(estimated.model, out, manifest, progress=progress)
         return summary
 
 
-def _without_folder(source: dict[str, Any]) -> str:
-    name: str = source["name"]
-    return name if source["kind"] == "hub" else Path(name).name
+def _estimate(encoded: EncodedCorpus, work: Path, options: NgramOptions, progress: Progress) -> _Estimated:
+    room, threads = max(options.memory - OVERHEAD, 1), options.threads or os.cpu_count() or 1
+    with writing(work):
+        full = count_full(
+            encoded.ids(), order=options.order, vocabulary_size=len(encoded.vocabulary), folder=work, memory=room,
+            threads=threads, progress=progress,
+        )  # fmt: skip
+    workspace = Workspace(work, room // 2)  # the rest for what comes and goes
+    table = build_table(full, workspace, threads=threads)
+    del full
+    progress("estimating", 0, 1)
+    model, statistics = estimate(
+        table, encoded.vocabulary, smoothing=options.smoothing, prune=options.prune,
+        discount_fallback=options.discount_fallback, max_ngrams=options.max_ngrams, workspace=workspace,
+    )  # fmt: skip
+    progress("estimating", 1, 1)
+    fallback_orders = tuple(n for n, s in enumerate(statistics, start=1) if s.fallback)
+    return _Estimated(model, tuple(s.discounts for s in statistics), fallback_orders)
 
 
-def write_model(model: NgramModel, out: Path, manifest: dict[str, Any], *, progress: Progress | None = None) -> None:
-    """Writes a model's folder as a whole. Raises `OutputError`."""
+def write_model(model: NgramModel, out: Path, manifest: dict[str, Any], *, progress: Progress = no_progress) -> None:
+    """Writes a model's folder as a whole; `manifest` is what else it says of itself. Raises `OutputError`."""
     from lattices.automaton import Automaton
     from lm.ngram.arpa import write_arpa
 
     with atomic_folder(out) as temporary:
-        if progress:
-            progress("writing", 0, 2)
+        progress("writing", 0, 2)
         write_arpa(model, temporary / ARPA_FILE)
-        if progress:
-            progress("writing", 1, 2)
+        progress("writing", 1, 2)
         Automaton.compile(model).save(temporary / AUTOMATON_FILE)
-        write_json(temporary / MANIFEST_FILE, manifest)
-        if progress:
-            progress("writing", 2, 2)
+        identity = {"kind": KIND, "version": importlib.metadata.version("rescore")}
+        write_json(temporary / MANIFEST_FILE, {**identity, **manifest})
+        progress("writing", 2, 2)
 
 
 def check_place(out: Path) -> None:
@@ -267,61 +238,45 @@ def _prepare(work: Path, settings: dict[str, Any]) -> bool:
     return False
 
 
-def _encode(sources: Sequence[CorpusSource], work: Path, tokenizer: Any | None, **options: Any) -> EncodedCorpus:
+def _encode(
+    sources: Sequence[CorpusSource], work: Path, tokenizer: Any | None, options: NgramOptions, progress: Progress
+) -> EncodedCorpus:
     """The stream of word ids: an earlier run's if it was finished."""
     stream = work / STREAM_FILE
     with suppress(OSError, ValueError, KeyError, TypeError):
-        found = json.loads((work / ENCODED_FILE).read_text(encoding="utf-8"))
-        if stream.stat().st_size == 4 * found["length"]:
-            return EncodedCorpus(
-                stream, tuple(found["vocabulary"]), tuple(found["token_ids"]), found["documents"], found["tokens"]
-            )
+        earlier = json.loads((work / ENCODED_FILE).read_text(encoding="utf-8"))
+        if stream.stat().st_size == 4 * earlier.pop("length"):
+            words, ids = tuple(earlier.pop("vocabulary")), tuple(earlier.pop("token_ids"))
+            return EncodedCorpus(stream, words, ids, **earlier)
     try:
-        encoded = encode_corpora(sources, stream, tokenizer=tokenizer, **options)
+        encoded = encode_corpora(
+            sources, stream, tokenizer=tokenizer, left_context=options.order - 1, field=options.field,
+            errors=options.errors, surface=options.surface, progress=progress,
+        )  # fmt: skip
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)  # a part of a stream is of no use
         with suppress(OSError):
             work.parent.rmdir()  # if there is nothing else in it
         raise
-    document = {
-        "length": stream.stat().st_size // 4,
-        "vocabulary": encoded.vocabulary,
-        "token_ids": encoded.token_ids,
-        "documents": encoded.documents,
-        "tokens": encoded.tokens,
-    }
-    write_json(work / ENCODED_FILE, document)
+    document = {name: value for name, value in vars(encoded).items() if name != "path"}
+    write_json(work / ENCODED_FILE, {"length": stream.stat().st_size // 4, **document})
     return encoded
 
 
-def _find_lmplz() -> str:
-    program = shutil.which("lmplz")
-    if program is None:
-        raise RescoreError("there is no lmplz on PATH; build it from KenLM's sources, or use --estimator own")
-    return program
-
-
-def _run_lmplz(
-    program: str,
-    encoded: EncodedCorpus,
-    work: Path,
-    order: int,
-    thresholds: Sequence[int],
-    fallback: Sequence[float] | None,
-    memory: int,
-) -> tuple[NgramModel, tuple[tuple[float, ...], ...]]:
-    """The model that lmplz estimates from the stream, and its discounts. A cut document ends as any other there."""
+def _run_lmplz(encoded: EncodedCorpus, work: Path, options: NgramOptions, progress: Progress) -> _Estimated:
+    """What lmplz estimates from the stream. A cut document ends as any other there."""
     from lm.ngram.arpa import read_arpa
 
     text, arpa = work / "stream.txt", work / "lmplz.arpa"
     with writing(text):
         _write_text(encoded, text)
-    arguments = ["--order", str(order), "--memory", f"{memory}b", "--temp_prefix", f"{work.resolve()}{os.sep}"]
-    arguments += ["--vocab_estimate", str(len(encoded.vocabulary))]
-    arguments += ["--text", str(text), "--arpa", str(arpa), "--prune", *map(str, thresholds)]
-    if fallback is not None:
-        arguments += ["--discount_fallback", *map(str, fallback)]
-    done = subprocess.run([program, *arguments], capture_output=True, text=True, errors="replace", check=False)
+    arguments = ["--order", str(options.order), "--memory", f"{options.memory}b"]
+    arguments += ["--temp_prefix", f"{work.resolve()}{os.sep}", "--vocab_estimate", str(len(encoded.vocabulary))]
+    arguments += ["--text", str(text), "--arpa", str(arpa), "--prune", *map(str, options.prune)]
+    if options.discount_fallback is not None:
+        arguments += ["--discount_fallback", *map(str, options.discount_fallback)]
+    progress("estimating", 0, 1)
+    done = subprocess.run(["lmplz", *arguments], capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(("=", "-", "*"))]
         reason = next((line for line in lines if "iscount" in line or "rror" in line), (lines or ["no message"])[-1])
@@ -329,7 +284,7 @@ def _run_lmplz(
     found = re.findall(r"^\d+ \S+ D1=(\S+) D2=(\S+) D3\+=(\S+)$", done.stderr, re.MULTILINE)
     discounts = tuple((float(a), float(b), float(c)) for a, b, c in found)
     text.unlink()
-    return read_arpa(arpa), discounts
+    return _Estimated(read_arpa(arpa), discounts)
 
 
 def _write_text(encoded: EncodedCorpus, path: Path) -> None:

@@ -19,27 +19,27 @@ do (`lmplz` leaves it out).
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from numba import njit
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.ngrams import SENTENCE_END, SPECIAL_WORDS
 from lattices.paths import user_path
-from lm.files import sha256_of_file, writing
-from lm.ngram.counting import BREAK
+from lm.base.corpus import CORPUS_FILE, SETTINGS_FILE, Once, read_settings
+from lm.base.own_output import OWN_PREFIX, OwnOutput, own_output
+from lm.files import read_json_lines, sha256_of_file, writing
+from lm.ngram.counting import BREAK, Progress, no_progress
+from lm.ngram.words import WordNumbers
 from lm.text_files import blocks, identify, may_hold_text, rows
 
 HUB_PREFIX, HUB_SPLIT = "hub:", "train"
-LINE_END = b"\n"
 MEND_UTF8 = "mend it, or go on with --errors replace"
 DOCUMENT_END, DOCUMENT_CUT = -2, -3  # between the token ids of a batch
-Progress = Callable[[str, int, int], None]
+BATCH = 1 << 20  # characters or token ids that are numbered at a time
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,26 @@ def find_sources(corpora: Sequence[Path | str]) -> list[CorpusSource]:
     return sources
 
 
-def _folder_sources(folder: Path) -> list[CorpusSource]:
-    from lm.base.corpus import CORPUS_FILE, SETTINGS_FILE
+def corpus_sources(
+    corpora: Sequence[Path | str], own: OwnOutput, *, tokenizer_sha256: str | None, progress: Progress | None = None
+) -> list[CorpusSource]:
+    """As `find_sources`, and `own:PROMPTS`, which is generated as `own` says once all others are there.
 
+    `tokenizer_sha256`: of the tokenizer that the words are of, None for words at white space. Raises as
+    `lm.base.own_output.own_output`.
+    """
+    if not corpora:
+        return find_sources(corpora)
+    prompts = [c.removeprefix(OWN_PREFIX) if isinstance(c, str) and c.startswith(OWN_PREFIX) else "" for c in corpora]
+    sources = [[] if own_prompts else find_sources([c]) for c, own_prompts in zip(corpora, prompts, strict=True)]
+    for place, own_prompts in enumerate(prompts):
+        if own_prompts:
+            folder = own_output(Path(own_prompts), own, tokenizer_sha256=tokenizer_sha256, progress=progress)
+            sources[place] = find_sources([folder])
+    return [source for of_one in sources for source in of_one]
+
+
+def _folder_sources(folder: Path) -> list[CorpusSource]:
     if (folder / SETTINGS_FILE).is_file() and (folder / CORPUS_FILE).is_file():
         found = _file_source(folder / CORPUS_FILE)
         return [CorpusSource("own", str(folder), found.sha256, found.size)]
@@ -137,37 +154,33 @@ def encode_corpora(
     """
     if errors not in ("strict", "replace"):
         raise RescoreError(f"errors = {errors!r}; choose strict or replace")
-    numbering: _WordNumbering | _TokenNumbering = _WordNumbering() if tokenizer is None else _TokenNumbering(tokenizer)
-    token_ids: list[int] = []
+    progress = progress or no_progress
+    words, token_numbers = WordNumbers(), None if tokenizer is None else _Tokens(tokenizer)
     documents = tokens = done = 0
     total = sum(source.size for source in sources)
     with writing(path), path.open("wb") as out:
         for source in sources:
-            if tokenizer is None:
-                parts = _word_parts(source, field, errors, numbering)
+            if token_numbers is None:
+                parts = _word_parts(source, field, errors, words)
             else:
-                parts = _token_parts(source, field, errors, numbering, tokenizer, left_context)
+                parts = map(token_numbers.encode, _token_values(source, field, errors, token_numbers, left_context))
             for ids in parts:
                 ids.tofile(out)
                 ends = int(np.count_nonzero((ids == SENTENCE_END) | (ids == BREAK)))
                 documents += ends
                 tokens += len(ids) - ends
-                if progress:
-                    progress("reading", done, total)
+                progress("reading", done, total)
             done += source.size
-    if progress:
-        progress("reading", total, total)
+    progress("reading", total, total)
     if not tokens:
         raise InvalidDataError(f"there is no word in {', '.join(source.name for source in sources)}")
-    if tokenizer is not None and isinstance(numbering, _TokenNumbering):
-        token_ids = numbering.token_ids()
-        names = [str(i) for i in token_ids]
-        if surface:
-            names = [
-                _writable(s, i) for s, i in zip(tokenizer.convert_ids_to_tokens(token_ids), token_ids, strict=True)
-            ]
-    elif isinstance(numbering, _WordNumbering):
-        names = numbering.words()
+    if token_numbers is None:
+        return EncodedCorpus(path, (*SPECIAL_WORDS, *words.names()), (), documents, tokens)
+    token_ids = token_numbers.token_ids
+    names = list(map(str, token_ids))
+    if surface:
+        strings = token_numbers.tokenizer.convert_ids_to_tokens(token_ids)
+        names = list(map(_writable, strings, token_ids))
     return EncodedCorpus(path, (*SPECIAL_WORDS, *names), tuple(token_ids), documents, tokens)
 
 
@@ -238,236 +251,91 @@ def _values(source: CorpusSource, field: str, errors: str) -> Iterator[tuple[str
 # Words at white space
 
 
-class _WordNumbering:
-    """Ids of words in the order of their first appearance: an open-addressing hash table over bytes."""
-
-    def __init__(self) -> None:
-        self._slots = np.full(1 << 16, -1, np.int32)
-        self._hashes = np.zeros(1 << 15, np.uint64)
-        self._starts = np.zeros((1 << 15) + 1, np.int64)
-        self._store = np.zeros(1 << 20, np.uint8)
-        self._state = np.zeros(3, np.int64)  # words known, position in the text, ids written
-        head = np.frombuffer(" ".join(SPECIAL_WORDS).encode(), np.uint8)
-        self._scan(head, np.empty(len(head) + 1, np.int32), specials=0)
-
-    def _scan(self, text: np.ndarray, ids: np.ndarray, *, specials: int) -> int:
-        """Ids of the text's words into `ids`; returns -1, or the position of a special word."""
-        self._state[1:] = 0
-        while True:
-            status = _scan_words(text, ids, specials, self._slots, self._hashes, self._starts, self._store, self._state)
-            if status != _FULL:
-                return int(self._state[1]) if status == _SPECIAL else -1
-            known = int(self._state[0])
-            if 2 * known >= len(self._hashes):
-                self._hashes = np.concatenate([self._hashes, np.zeros_like(self._hashes)])
-                self._starts = np.concatenate([self._starts, np.zeros(len(self._starts) - 1, np.int64)])
-                self._slots = np.full(2 * len(self._slots), -1, np.int32)
-                _refill_slots(self._slots, self._hashes, known)
-            self._store = np.concatenate([self._store, np.zeros(len(self._store) + len(text), np.uint8)])
-
-    def encode(self, block: bytes, name: str, number: int | None) -> np.ndarray:
-        """int32 ids of whole lines, `</s>` at every line end; `number` is the first line's (None: `name` says it)."""
-        text = np.frombuffer(block, np.uint8)
-        ids = np.empty(len(text) + 1, np.int32)
-        position = self._scan(text, ids, specials=len(SPECIAL_WORDS))
-        if position >= 0:
-            word = block[position : position + 6].split()[0].decode("utf-8", "replace")
-            where = name if number is None else f"{name} line {number + block.count(LINE_END, 0, position)}"
-            raise InvalidDataError(
-                f"{where} holds {word} as a word, which stands for something else in an n-gram model; "
-                f"replace it in the text"
-            )
-        return ids[: self._state[2]]
-
-    def words(self) -> list[str]:
-        """All words but the special ones."""
-        known, store = int(self._state[0]), self._store.tobytes()
-        starts = self._starts[: known + 1].tolist()
-        return [store[a:b].decode("utf-8") for a, b in itertools.pairwise(starts[len(SPECIAL_WORDS) :])]
-
-
-_DONE, _FULL, _SPECIAL = 0, 1, 2
-
-
-@njit(cache=True, nogil=True)
-def _scan_words(
-    text: np.ndarray,
-    ids: np.ndarray,
-    specials: int,
-    slots: np.ndarray,
-    hashes: np.ndarray,
-    starts: np.ndarray,
-    store: np.ndarray,
-    state: np.ndarray,
-) -> int:
-    """Goes on from `state`; stops at a word with an id below `specials`, and where a table is half full."""
-    known, position, written = state[0], state[1], state[2]
-    mask = len(slots) - 1
-    status = _DONE
-    while position < len(text):
-        byte = text[position]
-        if byte == 10:
-            ids[written] = SENTENCE_END
-            written += 1
-            position += 1
-            continue
-        if byte == 32 or byte == 9 or byte == 13 or byte == 0:
-            position += 1
-            continue
-        end = position
-        digest = np.uint64(14695981039346656037)  # FNV-1a, then mixed, since its low bits alone are weak
-        while end < len(text):
-            byte = text[end]
-            if byte == 32 or byte == 10 or byte == 9 or byte == 13 or byte == 0:
-                break
-            digest = (digest ^ np.uint64(byte)) * np.uint64(1099511628211)
-            end += 1
-        digest ^= digest >> np.uint64(32)
-        digest *= np.uint64(0x9E3779B97F4A7C15)
-        digest ^= digest >> np.uint64(29)
-        slot = np.int64(digest & np.uint64(mask))
-        word = -1
-        while slots[slot] >= 0:
-            candidate = slots[slot]
-            begin = starts[candidate]
-            if hashes[candidate] == digest and starts[candidate + 1] - begin == end - position:
-                same = True
-                for i in range(end - position):
-                    if store[begin + i] != text[position + i]:
-                        same = False
-                        break
-                if same:
-                    word = candidate
-                    break
-            slot = (slot + 1) & mask
-        if word < 0:
-            if 2 * known >= len(hashes) or starts[known] + end - position > len(store):
-                status = _FULL
-                break
-            word = known
-            slots[slot] = known
-            hashes[known] = digest
-            for i in range(end - position):
-                store[starts[known] + i] = text[position + i]
-            starts[known + 1] = starts[known] + end - position
-            known += 1
-        elif word < specials:
-            status = _SPECIAL
-            break
-        ids[written] = word
-        written += 1
-        position = end
-    state[0], state[1], state[2] = known, position, written
-    return status
-
-
-@njit(cache=True, nogil=True)
-def _refill_slots(slots: np.ndarray, hashes: np.ndarray, known: int) -> None:
-    mask = len(slots) - 1
-    for word in range(known):
-        slot = np.int64(hashes[word] & np.uint64(mask))
-        while slots[slot] >= 0:
-            slot = (slot + 1) & mask
-        slots[slot] = word
-
-
-def _word_parts(source: CorpusSource, field: str, errors: str, numbering: Any) -> Iterator[np.ndarray]:
+def _word_parts(source: CorpusSource, field: str, errors: str, words: WordNumbers) -> Iterator[np.ndarray]:
     if source.kind == "own":
         raise RescoreError(f"{source.name} holds token ids; choose the tokenizer of its base instead of words")
     if source.kind == "text":
         for number, block in _text_blocks(Path(source.name), errors):
-            yield numbering.encode(block, source.name, number)
+            yield words.encode(block, lambda line, number=number: f"{source.name} line {number + line}")  # type: ignore[misc]
         return
-    for where, value in _values(source, field, errors):
+    for batch in _batches(_values(source, field, errors), lambda item: len(item[1])):
         # A record is one document, so the line ends in it are white space.
-        line = value.replace("\n", " ") if isinstance(value, str) else " ".join(map(str, value))
-        yield numbering.encode(line.encode() + b"\n", where, None)
+        lines = [v.replace("\n", " ") if isinstance(v, str) else " ".join(map(str, v)) for _, v in batch]
+        yield words.encode("".join(f"{line}\n" for line in lines).encode(), lambda i, batch=batch: batch[i][0])  # type: ignore[misc]
+
+
+Item = TypeVar("Item")
+
+
+def _batches(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Items together, of about `BATCH` characters or ids."""
+    batch: list[Item] = []
+    total = 0
+    for item in items:
+        batch.append(item)
+        total += size(item)
+        if total > BATCH:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
 
 
 # Token ids
 
 
-class _TokenNumbering:
-    """Ids of token ids in the order of their first appearance."""
+class _Tokens:
+    """Word ids of a tokenizer's token ids, in the order of their first appearance."""
 
     def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
         self.limit = max(tokenizer.get_vocab().values()) + 1
         self.end_of_text = -4 if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+        self.token_ids: list[int] = []  # in their new order
         self._number = np.zeros(self.limit, np.int32)  # 0: not seen
-        self._seen = np.zeros(self.limit, np.int64)
-        self._known = 0
 
-    def encode(self, tokens: np.ndarray) -> np.ndarray:
-        """int32 word ids of token ids int64 `[t]` with `DOCUMENT_END` or `DOCUMENT_CUT` after every document."""
-        ids = np.empty(len(tokens), np.int32)
-        written, self._known = _number_tokens(
-            tokens, self.end_of_text, len(SPECIAL_WORDS), self._number, self._seen, self._known, ids
-        )
-        return ids[:written]
-
-    def token_ids(self) -> list[int]:
-        """The token ids in their new order."""
-        return self._seen[: self._known].tolist()  # type: ignore[no-any-return]
-
-
-@njit(cache=True, nogil=True)
-def _number_tokens(
-    tokens: np.ndarray,
-    end_of_text: int,
-    lowest: int,
-    number: np.ndarray,
-    seen: np.ndarray,
-    known: int,
-    ids: np.ndarray,
-) -> tuple[int, int]:
-    written = 0
-    open_document = False  # whether words came since the last end: no empty documents
-    for token in tokens:
-        if token in (DOCUMENT_END, DOCUMENT_CUT, end_of_text):
-            if open_document:
-                ids[written] = BREAK if token == DOCUMENT_CUT else SENTENCE_END
-                written += 1
-            open_document = False
-            continue
-        if number[token] == 0:
-            number[token] = known + lowest
-            seen[known] = token
-            known += 1
-        ids[written] = number[token]
-        written += 1
-        open_document = True
-    return written, known
+    def encode(self, batch: Sequence[str | list[int]]) -> np.ndarray:
+        """int32 word ids of documents, texts or token ids; these may hold `DOCUMENT_CUT`. `</s>` or `BREAK` after each
+        that is not empty."""
+        texts = [value for value in batch if isinstance(value, str)]
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        cut = iter(self.tokenizer(texts, **options)["input_ids"] if texts else ())
+        flat: list[int] = []
+        for value in batch:
+            flat += next(cut) if isinstance(value, str) else value
+            flat.append(DOCUMENT_END)
+        tokens = np.array(flat, np.int64)
+        is_word = ~np.isin(tokens, (DOCUMENT_END, DOCUMENT_CUT, self.end_of_text))
+        kept = is_word.copy()
+        kept[1:] |= is_word[:-1]  # of ends that follow each other the first: no empty documents
+        tokens, is_word = tokens[kept], is_word[kept]
+        words = tokens[is_word]
+        fresh, first = np.unique(words[self._number[words] == 0], return_index=True)
+        fresh = fresh[np.argsort(first)]
+        self._number[fresh] = len(SPECIAL_WORDS) + len(self.token_ids) + np.arange(len(fresh))
+        self.token_ids += fresh.tolist()
+        ids = np.where(tokens == DOCUMENT_CUT, np.int32(BREAK), np.int32(SENTENCE_END))
+        ids[is_word] = self._number[words]
+        return ids
 
 
-def _token_parts(
-    source: CorpusSource, field: str, errors: str, numbering: Any, tokenizer: Any, left_context: int
-) -> Iterator[np.ndarray]:
+def _token_values(
+    source: CorpusSource, field: str, errors: str, tokens: _Tokens, left_context: int
+) -> Iterator[list[str | list[int]]]:
+    """Batches of texts that are not blank, and of lists of ids that the tokenizer has."""
+    values: Iterator[str | list[int]]
     if source.kind == "own":
-        yield from map(numbering.encode, _own_tokens(Path(source.name), numbering, tokenizer, left_context))
-        return
-    texts: list[str] = []
-    size = 0
-    for value in _token_values(source, field, errors, numbering.limit):
-        if isinstance(value, str):
-            texts.append(value)
-            size += len(value)
-        if texts and (size > 1 << 20 or not isinstance(value, str)):
-            yield numbering.encode(_tokenised(texts, tokenizer))
-            texts, size = [], 0
-        if not isinstance(value, str):
-            yield numbering.encode(np.array([*value, DOCUMENT_END], np.int64))
-    if texts:
-        yield numbering.encode(_tokenised(texts, tokenizer))
+        values = _own_tokens(Path(source.name), tokens, left_context)
+    elif source.kind == "text":
+        blocks_read = (block.decode("utf-8") for _, block in _text_blocks(Path(source.name), errors))
+        lines = (line for text in blocks_read for line in text.split("\n"))  # not splitlines: U+2028 ends no line
+        values = (line.removesuffix("\r") for line in lines if line.strip())
+    else:
+        values = _record_tokens(source, field, errors, tokens.limit)
+    return _batches(values, len)
 
 
-def _token_values(source: CorpusSource, field: str, errors: str, limit: int) -> Iterator[Any]:
-    """Texts that are not blank, and lists of token ids that the tokenizer has."""
-    if source.kind == "text":
-        for _, block in _text_blocks(Path(source.name), errors):
-            for line in block.decode("utf-8").split("\n"):  # not splitlines: U+2028 ends no line
-                if line.strip():
-                    yield line.removesuffix("\r")
-        return
+def _record_tokens(source: CorpusSource, field: str, errors: str, limit: int) -> Iterator[str | list[int]]:
     for where, value in _values(source, field, errors):
         if isinstance(value, list):
             _check_ids(value, limit, where)
@@ -481,24 +349,12 @@ def _check_ids(ids: Sequence[int], limit: int, where: str) -> None:
         raise InvalidDataError(f"{where} has the token id {wrong}; the tokenizer's go from 0 to {limit - 1}")
 
 
-def _tokenised(texts: list[str], tokenizer: Any) -> np.ndarray:
-    """int64 token ids of the texts, `DOCUMENT_END` after each."""
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    parts: list[Any] = []
-    for ids in encoded:
-        parts += ids
-        parts.append(DOCUMENT_END)
-    return np.array(parts, np.int64)
-
-
-def _own_tokens(folder: Path, numbering: Any, tokenizer: Any, left_context: int) -> Iterator[np.ndarray]:
+def _own_tokens(folder: Path, tokens: _Tokens, left_context: int) -> Iterator[list[int]]:
     """Per example: the end of the prompt, the output, and whether that was finished."""
     from lm.base.catalog import tokenizer_sha256
-    from lm.base.corpus import CORPUS_FILE, Once, read_settings
-    from lm.files import read_json_lines
 
     base = read_settings(folder)["base"]
-    if base["tokenizer_sha256"] != tokenizer_sha256(tokenizer):
+    if base["tokenizer_sha256"] != tokenizer_sha256(tokens.tokenizer):
         raise IncompatibleError(f"{folder} was made with the tokenizer of {base['name']}; choose that as tokenizer")
     path = folder / CORPUS_FILE
     once = Once(path)
@@ -508,11 +364,10 @@ def _own_tokens(folder: Path, numbering: Any, tokenizer: Any, left_context: int)
         for ids in (prompt, output):
             if not isinstance(ids, list) or any(type(i) is not int for i in ids):
                 raise InvalidDataError(f"{path} line {number} is not an example of generate-corpus")
-            _check_ids(ids, numbering.limit, f"{path} line {number}")
+            _check_ids(ids, tokens.limit, f"{path} line {number}")
         if output:
-            finished = output[-1] == numbering.end_of_text
-            kept = [*prompt[max(0, len(prompt) - left_context) :], *output]
-            yield np.array([*kept, DOCUMENT_END if finished else DOCUMENT_CUT], np.int64)
+            end = [] if output[-1] == tokens.end_of_text else [DOCUMENT_CUT]
+            yield [*prompt[max(0, len(prompt) - left_context) :], *output, *end]
 
 
 def source_texts(source: CorpusSource, *, errors: str = "strict") -> Iterator[tuple[str, bool]]:
@@ -520,8 +375,6 @@ def source_texts(source: CorpusSource, *, errors: str = "strict") -> Iterator[tu
     text file in blocks of whole lines, of records every string apart. Raises as `encode_corpora` does for bad files."""
     path = Path(source.name)
     if source.kind == "own":
-        from lm.base.corpus import CORPUS_FILE
-
         path = path / CORPUS_FILE
     if source.kind == "text":
         yield from ((block.decode("utf-8"), True) for _, block in _text_blocks(path, errors))

@@ -15,8 +15,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -26,43 +28,49 @@ from lattices.ngrams import SENTENCE_END, SENTENCE_START
 from lm.files import writing
 
 BREAK = -1
+Run = tuple[np.ndarray, np.ndarray]  # keys uint64 [m, columns], rising, and counts int64 [m]
 LEAST_CHUNK = 1 << 18  # tokens of a run, however little memory there is
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
-@dataclass(frozen=True, eq=False)
-class FullCounts:
-    """N-grams of the highest order in suffix order: `keys` uint64 `[m, columns]` and `counts` int64 `[m]`.
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Reports nothing."""
 
-    Reversed word j (0 = the last word) lies in column `j // per_key` at bits
-    `bits * (words of that column - 1 - j % per_key)`; see `key_layout`.
-    """
 
-    keys: np.ndarray
-    counts: np.ndarray
+class Layout(NamedTuple):
+    """How an n-gram lies in 64-bit keys: reversed word j (0 = the last word) in column `j // per_key` at bits
+    `bits * (words of that column - 1 - j % per_key)`."""
+
+    order: int
+    bits: int  # of a word
+    per_key: int  # words
+
+    @property
+    def columns(self) -> int:
+        """Keys per n-gram."""
+        return -(-self.order // self.per_key)
+
+
+class FullCounts(NamedTuple):
+    """N-grams of the highest order in suffix order."""
+
+    keys: np.ndarray  # uint64 [m, columns]
+    counts: np.ndarray  # int64 [m]
     order: int
     vocabulary_size: int
 
 
-@dataclass(frozen=True, eq=False)
-class NgramTable:
-    """All n-grams of orders 1 to N in one flat numbering, order after order, each order sorted by suffix.
+class NgramTable(NamedTuple):
+    """All n-grams of orders 1 to N in one flat numbering, order after order, each order sorted by suffix."""
 
-    `offsets` int64 `[N + 1]`: order n has the indices `offsets[n - 1] : offsets[n]`; a unigram's index is its word id.
-    Per index: `first` int32 (its first word), `last` int32 (its last), `suffix` and `context` (indices of the n-gram
-    without its first and without its last word; -1 for unigrams), `raw` int64 (occurrences) and `adjusted` int64
-    (Kneser-Ney's: distinct words to the left; raw counts for the highest order and for what begins with `<s>`).
-    `closing` holds the indices of the lower-order n-grams that end the very last entry: see `estimation`.
-    """
-
-    offsets: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
-    suffix: np.ndarray
-    context: np.ndarray
-    raw: np.ndarray
-    adjusted: np.ndarray
-    closing: np.ndarray
+    offsets: np.ndarray  # int64 [N + 1]: order n has the indices offsets[n - 1] : offsets[n]; of unigrams the word ids
+    first: np.ndarray  # int32, first word of each
+    last: np.ndarray  # int32, its last
+    suffix: np.ndarray  # int32, index of the n-gram without its first word, -1 for unigrams
+    context: np.ndarray  # int32, of the n-gram without its last word
+    raw: np.ndarray  # int64, occurrences
+    adjusted: np.ndarray  # int64, distinct words to the left; raw for the highest order and for what begins with <s>
+    closing: np.ndarray  # indices of the lower-order n-grams that end the very last entry: see `estimation`
 
     @property
     def order(self) -> int:
@@ -75,10 +83,8 @@ class NgramTable:
 
 
 class Workspace:
-    """Gives out arrays, in memory as long as they fit the budget, then as memory-mapped files in a folder.
-
-    `budget` in bytes. Mapped pages belong to files, so the system can drop them when memory runs short.
-    """
+    """Gives out arrays, in memory as long as they fit the budget (bytes), then as mapped files in a folder: their pages
+    can be dropped when memory runs short."""
 
     def __init__(self, folder: Path, budget: int) -> None:
         self._folder, self._left, self._made = folder, budget, 0
@@ -98,11 +104,10 @@ class Workspace:
         return np.asarray(mapped)
 
 
-def key_layout(order: int, vocabulary_size: int) -> tuple[int, int, int]:
-    """(bits of a word, words per 64-bit key, keys per n-gram)."""
+def key_layout(order: int, vocabulary_size: int) -> Layout:
+    """The layout with the fewest keys."""
     bits = max(1, (vocabulary_size - 1).bit_length())
-    per_key = min(order, 64 // bits)
-    return bits, per_key, -(-order // per_key)
+    return Layout(order, bits, min(order, 64 // bits))
 
 
 def count_full(
@@ -121,20 +126,18 @@ def count_full(
     caller empties the folder when anything changes. `memory` (bytes) bounds the arrays of all `threads` together.
     Raises `OutputError` if the folder can't be written.
     """
-    bits, per_key, columns = key_layout(order, vocabulary_size)
+    layout, progress = key_layout(order, vocabulary_size), progress or no_progress
+    columns = layout.columns
     per_token = 8 * columns * (1 if columns == 1 else 3) + 8
     chunk = max(LEAST_CHUNK, min(memory // (2 * threads * per_token), -(-len(ids) // threads)))
     starts = range(0, len(ids), chunk)
-    done = 0
 
-    def make(index: int) -> Path:
-        begin = starts[index]
-        path = folder / f"run-{chunk}-{index:05d}.keys"
+    def make(begin: int) -> Path:
+        path = folder / f"run-{chunk}-{begin // chunk:05d}.keys"
         if not path.is_file():
             end = min(begin + chunk, len(ids))
             keys = np.empty((end - begin, columns), np.uint64)
-            keys = keys[: _fill_keys(ids, begin, end, order, bits, per_key, keys)]
-            keys = _sorted(keys)
+            keys = _sorted(keys[: _fill_keys(ids, begin, end, layout, keys)])
             counts = np.empty(len(keys), np.int64)
             distinct = _combine(keys, counts)
             _write_run(path, keys[:distinct], counts[:distinct])
@@ -144,11 +147,9 @@ def count_full(
         folder.mkdir(parents=True, exist_ok=True)
         runs = []
         try:
-            for path in pool.map(make, range(len(starts))):
+            for path in pool.map(make, starts):
                 runs.append(_read_run(path, columns))
-                done += 1
-                if progress:
-                    progress("counting", min(len(ids), done * chunk), len(ids))
+                progress("counting", min(len(ids), len(runs) * chunk), len(ids))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -162,58 +163,45 @@ def build_table(full: FullCounts, workspace: Workspace, *, threads: int = 1) -> 
     Raises `RescoreError` if there are more n-grams than 32-bit indices (2.1e9).
     """
     order, size = full.order, full.vocabulary_size
-    bits, per_key, _ = key_layout(order, size)
+    layout = key_layout(order, size)
     sizes = np.zeros(order + 1, np.int64)
     if order > 1:
-        _table_sizes(full.keys, order, bits, per_key, sizes)
+        _table_sizes(full.keys, layout, sizes)
     sizes[1] = size
     offsets = np.cumsum(sizes)
     total = int(offsets[-1])
     if total >= 1 << 31:
         raise RescoreError(f"{total:,} n-grams are more than 2.1 billion; lower the order or take less text")
-    first, last = workspace.empty(total, np.int32), workspace.empty(total, np.int32)
-    suffix, context = workspace.empty(total, np.int32), workspace.empty(total, np.int32)
-    raw, adjusted = workspace.empty(total, np.int64), workspace.empty(total, np.int64)
+    first, last, suffix, context = (workspace.empty(total, np.int32) for _ in range(4))
+    raw, adjusted = (workspace.empty(total, np.int64) for _ in range(2))
+    table = NgramTable(offsets, first, last, suffix, context, raw, adjusted, np.zeros(0, np.int64))
     first[:size] = last[:size] = np.arange(size, dtype=np.int32)
     suffix[:size] = context[:size] = -1
-    raw[: offsets[order - 1]] = 0
-    adjusted[: offsets[order - 1]] = 0
-    closing = np.zeros(0, np.int64)
+    raw[: offsets[order - 1]] = adjusted[: offsets[order - 1]] = 0
     if order == 1:
         raw[:], adjusted[:] = 0, 0
         words = full.keys[:, 0].astype(np.int64)
         raw[words] = adjusted[words] = full.counts
-    else:
-        current = np.zeros(order + 1, np.int64)
-        depth = _fill_table(
-            full.keys, full.counts, order, bits, per_key, offsets, first, last, suffix, raw, adjusted, current
-        )
-        closing = current[1 : depth + 1].copy()
-        children = workspace.empty(int(offsets[order - 1]) + 1, np.int32)
-        _child_ranges(suffix, offsets[1], children)
-        with ThreadPoolExecutor(threads) as pool:
-            for n in range(2, order + 1):
-                edges = np.linspace(offsets[n - 1], offsets[n], 4 * threads + 1).astype(np.int64)
-                jobs = [
-                    pool.submit(_link_contexts, first, suffix, context, children, edges[i], edges[i + 1], n)
-                    for i in range(len(edges) - 1)
-                ]
-                for job in jobs:
-                    job.result()
-    return NgramTable(offsets, first, last, suffix, context, raw, adjusted, closing)
+        return table
+    current = np.zeros(order + 1, np.int64)
+    depth = _fill_table(full.keys, full.counts, layout, table, current)
+    children = workspace.empty(int(offsets[order - 1]) + 1, np.int32)
+    _child_ranges(suffix, offsets[1], children)
+    with ThreadPoolExecutor(threads) as pool:
+        for n in range(2, order + 1):
+            edges = np.linspace(offsets[n - 1], offsets[n], 4 * threads + 1).astype(np.int64)
+            list(pool.map(partial(_link_contexts, table, children, n), edges[:-1], edges[1:]))
+    return table._replace(closing=current[1 : depth + 1].copy())
 
 
 def _write_run(path: Path, keys: np.ndarray, counts: np.ndarray) -> None:
     # The keys take their name last: a run is there when its keys are.
-    with path.with_suffix(".counts").open("wb") as stream:
-        counts.tofile(stream)
-    temporary = path.with_suffix(".part")
-    with temporary.open("wb") as stream:
-        keys.tofile(stream)
-    os.replace(temporary, path)
+    counts.tofile(path.with_suffix(".counts"))
+    keys.tofile(path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
 
 
-def _read_run(path: Path, columns: int) -> tuple[np.ndarray, np.ndarray]:
+def _read_run(path: Path, columns: int) -> Run:
     # Mapped as writable though never written: numba compiles apart for arrays that are not.
     if not path.stat().st_size:
         return np.zeros((0, columns), np.uint64), np.zeros(0, np.int64)
@@ -221,9 +209,7 @@ def _read_run(path: Path, columns: int) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(keys), np.asarray(np.memmap(path.with_suffix(".counts"), np.int64, "r+"))
 
 
-def _merge_runs(
-    runs: Sequence[tuple[np.ndarray, np.ndarray]], folder: Path, memory: int, threads: int, progress: Progress | None
-) -> tuple[np.ndarray, np.ndarray]:
+def _merge_runs(runs: Sequence[Run], folder: Path, memory: int, threads: int, progress: Progress) -> Run:
     """One run out of several: ranges of keys, small enough for the memory, are merged side by side."""
     columns = runs[0][0].shape[1]
     entries = sum(len(counts) for _, counts in runs)
@@ -233,7 +219,7 @@ def _merge_runs(
     borders = sample[np.linspace(0, len(sample), parts, endpoint=False).astype(np.int64)[1:]]
     edges = [np.concatenate(([0], np.searchsorted(k[:, 0], borders), [len(k)])) for k, _ in runs]
 
-    def merge(part: int) -> tuple[np.ndarray, np.ndarray]:
+    def merge(part: int) -> Run:
         pieces = [(k[e[part] : e[part + 1]], c[e[part] : e[part + 1]]) for (k, c), e in zip(runs, edges, strict=True)]
         while len(pieces) > 1:
             pieces = [_merge_two(*pieces[i : i + 2]) for i in range(0, len(pieces) - 1, 2)] + (
@@ -242,25 +228,20 @@ def _merge_runs(
         return pieces[0]
 
     path = folder / "merged.keys"
-    with (
-        writing(path),
-        ThreadPoolExecutor(threads) as pool,
-        path.open("wb") as keys_out,
-        path.with_suffix(".counts").open("wb") as counts_out,
-    ):
+    with writing(path), ThreadPoolExecutor(threads) as pool, ExitStack() as stack:
+        keys_out, counts_out = (stack.enter_context(p.open("wb")) for p in (path, path.with_suffix(".counts")))
         for begin in range(0, parts, threads):  # no more at a time than there is memory for
             for keys, counts in pool.map(merge, range(begin, min(begin + threads, parts))):
                 keys.tofile(keys_out)
                 counts.tofile(counts_out)
-            if progress:
-                progress("merging", min(begin + threads, parts), parts)
+            progress("merging", min(begin + threads, parts), parts)
     return _read_run(path, columns)
 
 
-def _merge_two(one: tuple[np.ndarray, np.ndarray], two: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _merge_two(one: Run, two: Run) -> Run:
     size = len(one[1]) + len(two[1])
     keys, counts = np.empty((size, one[0].shape[1]), np.uint64), np.empty(size, np.int64)
-    distinct = _merge_pair(one[0], one[1], two[0], two[1], keys, counts)
+    distinct = _merge_pair(one, two, keys, counts)
     return keys[:distinct], counts[:distinct]
 
 
@@ -288,8 +269,9 @@ def _sort_ties(keys: np.ndarray) -> None:
 
 
 @njit(cache=True, nogil=True)
-def _fill_keys(ids: np.ndarray, begin: int, end: int, order: int, bits: int, per_key: int, keys: np.ndarray) -> int:
+def _fill_keys(ids: np.ndarray, begin: int, end: int, layout: Layout, keys: np.ndarray) -> int:
     """Keys of the n-grams that end at `ids[begin:end]`; returns how many there are."""
+    order, bits, per_key = layout
     history = np.full(order, SENTENCE_START, np.uint64)  # [0] is the last word
     start = begin
     while start > max(0, begin - order + 1) and ids[start - 1] != SENTENCE_END and ids[start - 1] != BREAK:
@@ -319,17 +301,15 @@ def _fill_keys(ids: np.ndarray, begin: int, end: int, order: int, bits: int, per
 @njit(cache=True, nogil=True)
 def _combine(keys: np.ndarray, counts: np.ndarray) -> int:
     """Equal neighbours become one row with their number; in place, returns the number of rows."""
-    columns = keys.shape[1]
     distinct = 0
     for i in range(len(keys)):
         same = distinct > 0
-        for c in range(columns):
-            if same and keys[distinct - 1, c] != keys[i, c]:
-                same = False
+        for c in range(keys.shape[1]):
+            same = same and keys[distinct - 1, c] == keys[i, c]
         if same:
             counts[distinct - 1] += 1
         else:
-            for c in range(columns):
+            for c in range(keys.shape[1]):
                 keys[distinct, c] = keys[i, c]
             counts[distinct] = 1
             distinct += 1
@@ -337,15 +317,10 @@ def _combine(keys: np.ndarray, counts: np.ndarray) -> int:
 
 
 @njit(cache=True, nogil=True)
-def _merge_pair(
-    keys_a: np.ndarray,
-    counts_a: np.ndarray,
-    keys_b: np.ndarray,
-    counts_b: np.ndarray,
-    keys: np.ndarray,
-    counts: np.ndarray,
-) -> int:
+def _merge_pair(one: Run, two: Run, keys: np.ndarray, counts: np.ndarray) -> int:
     """Two sorted runs into one, counts of equal rows added; returns the number of rows."""
+    keys_a, counts_a = one
+    keys_b, counts_b = two
     columns = keys.shape[1]
     a = b = rows = 0
     while a < len(keys_a) or b < len(keys_b):
@@ -363,8 +338,7 @@ def _merge_pair(
             for c in range(columns):
                 keys[rows, c] = keys_a[a, c]
             counts[rows] = counts_a[a] + (counts_b[b] if order == 0 else 0)
-            a += 1
-            b += 1 if order == 0 else 0
+            a, b = a + 1, b + (order == 0)
         else:
             for c in range(columns):
                 keys[rows, c] = keys_b[b, c]
@@ -375,8 +349,9 @@ def _merge_pair(
 
 
 @njit(cache=True, nogil=True)
-def _unpack(keys: np.ndarray, row: int, order: int, bits: int, per_key: int, words: np.ndarray) -> None:
+def _unpack(keys: np.ndarray, row: int, layout: Layout, words: np.ndarray) -> None:
     """Words of a row, last word first."""
+    order, bits, per_key = layout
     mask = (np.uint64(1) << np.uint64(bits)) - np.uint64(1)
     for column in range(keys.shape[1]):
         begin = column * per_key
@@ -390,23 +365,20 @@ def _unpack(keys: np.ndarray, row: int, order: int, bits: int, per_key: int, wor
 def _agreement(words: np.ndarray, before: np.ndarray) -> tuple[int, int]:
     """(how many last words two rows share, length of the longest n-gram that ends a row: back to the first `<s>`)."""
     order = len(words)
-    same = 0
+    same, longest = 0, 1
     while same < order and words[same] == before[same]:
         same += 1
-    longest = order
-    for j in range(order):
-        if words[j] == SENTENCE_START:
-            longest = j + 1
-            break
+    while longest < order and words[longest - 1] != SENTENCE_START:
+        longest += 1
     return same, longest
 
 
 @njit(cache=True, nogil=True)
-def _table_sizes(keys: np.ndarray, order: int, bits: int, per_key: int, sizes: np.ndarray) -> None:
+def _table_sizes(keys: np.ndarray, layout: Layout, sizes: np.ndarray) -> None:
     """How many n-grams every order has, into `sizes[n]`."""
-    words, before = np.zeros(order, np.int64), np.full(order, -1, np.int64)
+    words, before = np.zeros(layout.order, np.int64), np.full(layout.order, -1, np.int64)
     for i in range(len(keys)):
-        _unpack(keys, i, order, bits, per_key, words)
+        _unpack(keys, i, layout, words)
         same, longest = _agreement(words, before)
         for n in range(same + 1, longest + 1):
             sizes[n] += 1
@@ -414,26 +386,15 @@ def _table_sizes(keys: np.ndarray, order: int, bits: int, per_key: int, sizes: n
 
 
 @njit(cache=True, nogil=True)
-def _fill_table(
-    keys: np.ndarray,
-    counts: np.ndarray,
-    order: int,
-    bits: int,
-    per_key: int,
-    offsets: np.ndarray,
-    first: np.ndarray,
-    last: np.ndarray,
-    suffix: np.ndarray,
-    raw: np.ndarray,
-    adjusted: np.ndarray,
-    current: np.ndarray,
-) -> int:
+def _fill_table(keys: np.ndarray, counts: np.ndarray, layout: Layout, table: NgramTable, current: np.ndarray) -> int:
     """Fills the table but for contexts; `current[n]` is the n-gram that ends the last row, up to the returned n."""
+    order = layout.order
+    first, last, suffix, raw, adjusted = table.first, table.last, table.suffix, table.raw, table.adjusted
     words, before = np.zeros(order, np.int64), np.full(order, -1, np.int64)
-    free = offsets.copy()  # next index of order n is free[n - 1]
+    free = table.offsets.copy()  # next index of order n is free[n - 1]
     depth = 0
     for i in range(len(keys)):
-        _unpack(keys, i, order, bits, per_key, words)
+        _unpack(keys, i, layout, words)
         same, longest = _agreement(words, before)
         depth = min(longest, order - 1)
         for n in range(same + 1, longest + 1):
@@ -442,11 +403,8 @@ def _fill_table(
                 continue
             at = free[n - 1]
             free[n - 1] += 1
-            first[at] = words[n - 1]
-            last[at] = words[0]
-            suffix[at] = current[n - 1]
-            raw[at] = 0
-            adjusted[at] = 0
+            first[at], last[at], suffix[at] = words[n - 1], words[0], current[n - 1]
+            raw[at] = adjusted[at] = 0
             adjusted[current[n - 1]] += 1  # one more word to the left of its suffix
             current[n] = at
         for n in range(1, depth + 1):
@@ -470,19 +428,12 @@ def _child_ranges(suffix: np.ndarray, begin: int, children: np.ndarray) -> None:
 
 
 @njit(cache=True, nogil=True)
-def _link_contexts(
-    first: np.ndarray,
-    suffix: np.ndarray,
-    context: np.ndarray,
-    children: np.ndarray,
-    begin: int,
-    end: int,
-    n: int,
-) -> None:
+def _link_contexts(table: NgramTable, children: np.ndarray, n: int, begin: int, end: int) -> None:
     """Contexts of the n-grams `begin:end` of order n, whose suffixes are linked already.
 
     The context of (w1, ..., wn) is w1 before the context of its suffix, hence one of that one's children.
     """
+    first, suffix, context = table.first, table.suffix, table.context
     for i in range(begin, end):
         if n == 2:
             context[i] = first[i]

@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -40,27 +40,21 @@ LEAST_LOG10 = -99.0  # the ARPA format's zero
 LEAST_MASS = 1e-9  # what has less left for backing off has nothing left
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """Of one order: `counted` n-grams, `kept` of them, counts-of-counts `n1` ... `n4`, and the discounts in use.
-
-    Discounts: Kneser-Ney's D1, D2, D3+ (subtracted), or Katz's d1 ... d5 (factors). `fallback` tells that they could
-    not be estimated.
-    """
+class Statistics(NamedTuple):
+    """Of the n-grams of one order."""
 
     counted: int
     kept: int
-    counts_of_counts: tuple[int, ...]
-    discounts: tuple[float, ...]
-    fallback: bool
+    counts_of_counts: tuple[int, ...]  # n1 ... n4
+    discounts: tuple[float, ...]  # Kneser-Ney's D1, D2, D3+ (subtracted), or Katz's d1 ... d5 (factors)
+    fallback: bool  # they could not be estimated
 
 
-@dataclass(frozen=True, eq=False)
-class Estimate:
-    """A model with what it was made of; `statistics[n - 1]` is of order n."""
+class Estimate(NamedTuple):
+    """A model with what it was made of."""
 
     model: NgramModel
-    statistics: tuple[Statistics, ...]
+    statistics: tuple[Statistics, ...]  # by order
 
 
 def estimate(
@@ -100,10 +94,7 @@ def estimate(
     if max_ngrams is not None and int(kept.sum()) > max_ngrams:
         kept = _entropy_pruned(table, kept, p, backoff, max_ngrams)
         _normalise(table, kept, p, backoff)
-        statistics = [
-            Statistics(s.counted, int(kept[table.span(n)].sum()), s.counts_of_counts, s.discounts, s.fallback)
-            for n, s in enumerate(statistics, start=1)
-        ]
+        statistics = [s._replace(kept=int(kept[table.span(n)].sum())) for n, s in enumerate(statistics, start=1)]
     return Estimate(_to_model(table, kept, p, backoff, vocabulary, workspace), tuple(statistics))
 
 
@@ -202,51 +193,30 @@ def _kneser_ney(
             contexts = table.span(n - 1)
             denominator = np.zeros(contexts.stop - contexts.start)
             backoff[contexts] = 0.0
-            _context_sums(
-                table.context, table.adjusted, kept, subtracted, span.start, span.stop, contexts.start,
-                denominator, backoff,
-            )  # fmt: skip
+            _context_sums(table, n, kept, subtracted, denominator, backoff)
             used = denominator > 0
             backoff[contexts] = np.divide(backoff[contexts], denominator, out=np.ones(len(used)), where=used)
-            _interpolate(
-                table.context, table.suffix, table.adjusted, subtracted, span.start, span.stop, contexts.start,
-                denominator, backoff, p,
-            )  # fmt: skip
+            _interpolate(table, n, subtracted, denominator, backoff, p)
     return p, backoff, statistics
 
 
 @njit(cache=True, nogil=True)
 def _context_sums(
-    context: np.ndarray,
-    counts: np.ndarray,
-    kept: np.ndarray,
-    subtracted: np.ndarray,
-    begin: int,
-    end: int,
-    base: int,
-    denominator: np.ndarray,
-    left: np.ndarray,
+    table: NgramTable, n: int, kept: np.ndarray, subtracted: np.ndarray, denominator: np.ndarray, left: np.ndarray
 ) -> None:
     """Per context: the sum of counts, and what discounts and pruned n-grams leave of it."""
-    for i in range(begin, end):
+    context, counts, base = table.context, table.adjusted, table.offsets[n - 2]
+    for i in range(table.offsets[n - 1], table.offsets[n]):
         denominator[context[i] - base] += counts[i]
         left[context[i]] += subtracted[min(counts[i], 3)] if kept[i] else counts[i]
 
 
 @njit(cache=True, nogil=True)
 def _interpolate(
-    context: np.ndarray,
-    suffix: np.ndarray,
-    counts: np.ndarray,
-    subtracted: np.ndarray,
-    begin: int,
-    end: int,
-    base: int,
-    denominator: np.ndarray,
-    gamma: np.ndarray,
-    p: np.ndarray,
+    table: NgramTable, n: int, subtracted: np.ndarray, denominator: np.ndarray, gamma: np.ndarray, p: np.ndarray
 ) -> None:
-    for i in range(begin, end):
+    context, suffix, counts, base = table.context, table.suffix, table.adjusted, table.offsets[n - 2]
+    for i in range(table.offsets[n - 1], table.offsets[n]):
         c = context[i]
         p[i] = (counts[i] - subtracted[min(counts[i], 3)]) / denominator[c - base] + gamma[c] * p[suffix[i]]
 
@@ -320,31 +290,21 @@ def _normalise(table: NgramTable, kept: np.ndarray, p: np.ndarray, backoff: np.n
     """Back-offs that make each context of the kept n-grams sum to one; 1 where a context has no n-grams left."""
     for n in range(2, table.order + 1):
         contexts = table.span(n - 1)
-        seen, lower = np.zeros(contexts.stop - contexts.start), np.zeros(contexts.stop - contexts.start)
-        _seen_mass(
-            table.context, table.suffix, kept, p, table.span(n).start, table.span(n).stop, contexts.start, seen, lower
-        )
+        seen, lower = _seen_mass(table, n, kept, p)
         backoff[contexts] = np.maximum(1 - seen, LEAST_MASS) / np.maximum(1 - lower, LEAST_MASS)
         backoff[contexts][seen == 0] = 1.0
 
 
 @njit(cache=True, nogil=True)
-def _seen_mass(
-    context: np.ndarray,
-    suffix: np.ndarray,
-    kept: np.ndarray,
-    p: np.ndarray,
-    begin: int,
-    end: int,
-    base: int,
-    seen: np.ndarray,
-    lower: np.ndarray,
-) -> None:
+def _seen_mass(table: NgramTable, n: int, kept: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Per context: the probability of its kept n-grams, and what the next lower order gives to the same words."""
-    for i in range(begin, end):
+    context, suffix, base, begin = table.context, table.suffix, table.offsets[n - 2], table.offsets[n - 1]
+    seen, lower = np.zeros(begin - base), np.zeros(begin - base)
+    for i in range(begin, table.offsets[n]):
         if kept[i]:
             seen[context[i] - base] += p[i]
             lower[context[i] - base] += p[suffix[i]]
+    return seen, lower
 
 
 def _entropy_pruned(
@@ -363,16 +323,11 @@ def _entropy_pruned(
     total = float(table.raw[SPECIALS - 1 : table.offsets[1]].sum())
     sentences = float(table.raw[SPECIALS - 1])
     for n in range(2, table.order + 1):
-        contexts, span = table.span(n - 1), table.span(n)
-        seen, lower = np.zeros(contexts.stop - contexts.start), np.zeros(contexts.stop - contexts.start)
-        _seen_mass(table.context, table.suffix, kept, p, span.start, span.stop, contexts.start, seen, lower)
-        occurrences = table.raw[contexts].astype(np.float64)
+        left = _seen_mass(table, n, kept, p)
+        occurrences = table.raw[table.span(n - 1)].astype(np.float64)
         if n == 2:
             occurrences[SENTENCE_START] = sentences
-        _entropy_changes(
-            table.context, table.suffix, kept, p, backoff, span.start, span.stop, contexts.start,
-            seen, lower, occurrences / total, change,
-        )  # fmt: skip
+        _entropy_changes(table, n, kept, p, left, occurrences / total, change)
     for n in range(table.order, 2, -1):
         span = table.span(n)
         here = np.flatnonzero(kept[span]) + span.start
@@ -391,20 +346,17 @@ def _entropy_pruned(
 
 @njit(cache=True, nogil=True)
 def _entropy_changes(
-    context: np.ndarray,
-    suffix: np.ndarray,
+    table: NgramTable,
+    n: int,
     kept: np.ndarray,
     p: np.ndarray,
-    backoff: np.ndarray,
-    begin: int,
-    end: int,
-    base: int,
-    seen: np.ndarray,
-    lower: np.ndarray,
+    mass: tuple[np.ndarray, np.ndarray],  # of `_seen_mass`
     history: np.ndarray,
     change: np.ndarray,
 ) -> None:
-    for i in range(begin, end):
+    context, suffix, base = table.context, table.suffix, table.offsets[n - 2]
+    seen, lower = mass
+    for i in range(table.offsets[n - 1], table.offsets[n]):
         if not kept[i]:
             continue
         c = context[i]

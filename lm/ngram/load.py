@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from lattices.automaton import MAGIC as AUTOMATON_MAGIC
 from lattices.automaton import Automaton
-from lattices.errors import RescoreError
+from lattices.errors import InvalidDataError, RescoreError
 from lattices.ngram_search import NgramSearch
 from lattices.ngrams import SENTENCE_END
 from lm.files import SHIPPED, atomic_file, cache_directory, read_json_object, sha256_of_file
@@ -29,14 +30,30 @@ SHIPPED_NGRAM = SHIPPED / "smollm2-135m" / "ngram"
 ARPA_SUFFIXES = (".arpa", ".arpa.gz", ".lm", ".gz")
 
 
+class Manifest(msgspec.Struct, frozen=True):
+    """What the manifest of a model's folder says of its words."""
+
+    tokenizer: str | None = None  # the base LM's name, or `words`; None: not known
+    tokenizer_sha256: str | None = None
+    surface: bool = False  # words are token strings, not ids
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest in a model's folder. Raises `RescoreError` if there is none, `InvalidDataError` if it is broken."""
+    fields = read_json_object(folder / MANIFEST_FILE, missing=f"no n-gram model in {folder}")
+    try:
+        return msgspec.convert(fields, Manifest)
+    except msgspec.ValidationError as error:
+        raise InvalidDataError(f"{folder / MANIFEST_FILE} is broken: {error}; build the model again") from error
+
+
 @dataclass(frozen=True)
 class LoadedNgram:
-    """An n-gram model: its file, its automaton (a KenLM binary: KenLM), and the tokenizer it was made for (None: not
-    known)."""
+    """An n-gram model as it is used."""
 
     file: Path
-    model: Automaton | KenlmModel
-    tokenizer_sha256: str | None
+    model: Automaton | KenlmModel  # KenLM's, of a KenLM binary
+    tokenizer_sha256: str | None  # that it was made for; None: not known
 
     @property
     def order(self) -> int:
@@ -71,9 +88,7 @@ class LoadedNgram:
 def load_ngram(path: Path) -> LoadedNgram:
     """Loads an n-gram model. Raises `RescoreError` if there is none, `InvalidDataError` if it is broken."""
     if path.is_dir():
-        manifest = read_json_object(path / MANIFEST_FILE, missing=f"no n-gram model in {path}")
-        tokenizer = manifest.get("tokenizer_sha256")
-        made_for = tokenizer if isinstance(tokenizer, str) else None
+        made_for = read_manifest(path).tokenizer_sha256
         if (file := path / AUTOMATON_FILE).is_file():
             return LoadedNgram(file, Automaton.load(file), made_for)
         if (file := path / SHIPPED_FILE).is_file():

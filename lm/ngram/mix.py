@@ -1,40 +1,43 @@
-"""Mixes n-gram model folders into one: what the command `mix-ngram` does (the arithmetic is in
-`lm.ngram.interpolation`).
+"""Mixes n-gram models into one: p(w | h) = sum of weight x p of each, for every n-gram that any of them holds.
 
-A part is a folder of `build-ngram` or `mix-ngram`, an ARPA file, or `own`: the model shipped for the built-in base.
-The result is a folder like those of `build-ngram`, whose manifest names the parts with their hashes and weights.
+Back-off weights are set so that every context sums to one again (as SRILM's static interpolation does), so the mixture
+is an ordinary back-off model: one ARPA file, one automaton, the same exact search. `mix_ngrams` is what the command
+`mix-ngram` does: a part is a folder of `build-ngram` or `mix-ngram`, an ARPA file, or `shipped`: the model shipped for
+the built-in base; the result is a folder like those of `build-ngram`, whose manifest names parts, hashes and weights.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from lattices.automaton import LN10, ROOT, SCORE_SCALE, Automaton
 from lattices.errors import IncompatibleError, OutputError, RescoreError
-from lattices.ngrams import NgramModel
+from lattices.ngrams import SENTENCE_START, SPECIAL_WORDS, UNKNOWN, NgramArrays, NgramModel
 from lattices.paths import user_path
-from lm.files import read_json_object, sha256_of_file
+from lm.files import sha256_of_file
 from lm.locks import writing_to
-from lm.ngram.build import ARPA_FILE, KIND, MANIFEST_FILE, WORDS, Progress, check_place, write_model
-from lm.ngram.interpolation import check_weights, mix
-from lm.ngram.load import SHIPPED_FILE, SHIPPED_NGRAM, is_arpa
+from lm.ngram.build import ARPA_FILE, WORDS, check_place, write_model
+from lm.ngram.counting import Progress, no_progress
+from lm.ngram.load import SHIPPED_FILE, SHIPPED_NGRAM, Manifest, is_arpa, read_manifest
 
 SHIPPED = "shipped"  # the name that stands for the shipped model; a folder of that name is ./shipped
+LEAST = 1e-99  # of a probability, as ARPA files have it
 
 
 @dataclass(frozen=True)
 class NgramPart:
-    """A model to mix: its name as given, its ARPA file, and what its manifest says of its words (None: not known)."""
+    """A model to mix."""
 
-    name: str
-    file: Path
-    tokenizer: str | None
-    tokenizer_sha256: str | None
-    surface: bool | None
+    name: str  # as given
+    file: Path  # its ARPA file
+    manifest: Manifest  # what is known of its words
 
     @cached_property
     def sha256(self) -> str:
@@ -50,13 +53,13 @@ class NgramPart:
 
 @dataclass(frozen=True)
 class MixedNgram:
-    """The mixture in the folder `path`: `ngrams[n - 1]` n-grams of order n, from `parts` with `weights` (sum 1)."""
+    """What was mixed."""
 
-    path: str
+    path: str  # the folder
     order: int
-    ngrams: tuple[int, ...]
+    ngrams: tuple[int, ...]  # by order
     parts: tuple[str, ...]
-    weights: tuple[float, ...]
+    weights: tuple[float, ...]  # sum 1
 
 
 def find_parts(names: Sequence[str]) -> list[NgramPart]:
@@ -65,35 +68,28 @@ def find_parts(names: Sequence[str]) -> list[NgramPart]:
     if len(names) < 2:
         raise RescoreError("a mixture is made of two n-gram models or more; name them one after the other")
     parts = [_find(name) for name in names]
-    for name in ("tokenizer_sha256", "surface"):
-        known = [(part, getattr(part, name)) for part in parts if part.tokenizer is not None]
-        for part, value in known[1:]:
-            if value != known[0][1]:
-                raise IncompatibleError(
-                    f"{known[0][0].name} is over the words of {_words(known[0][0])}, {part.name} over those of "
-                    f"{_words(part)}; mix models that were built with one tokenizer"
-                )
+    known = [part for part in parts if part.manifest.tokenizer is not None]
+    for part in known[1:]:
+        one, other = known[0].manifest, part.manifest
+        if (one.tokenizer_sha256, one.surface) != (other.tokenizer_sha256, other.surface):
+            raise IncompatibleError(
+                f"{known[0].name} is over the words of {_words(one)}, {part.name} over those of {_words(other)}; mix "
+                "models that were built with one tokenizer"
+            )
     return parts
 
 
-def _words(part: NgramPart) -> str:
-    return f"{part.tokenizer}{' (--surface)' if part.surface else ''}"
+def _words(manifest: Manifest) -> str:
+    return f"{manifest.tokenizer}{' (--surface)' if manifest.surface else ''}"
 
 
 def _find(name: str) -> NgramPart:
     path = SHIPPED_NGRAM if name == SHIPPED else user_path(name, "the model")
     if path.is_dir():
-        manifest = read_json_object(path / MANIFEST_FILE, missing=f"no n-gram model in {path}")
+        manifest = read_manifest(path)
         for file in (path / ARPA_FILE, path / SHIPPED_FILE):
             if file.is_file():
-                tokenizer, sha256 = manifest.get("tokenizer"), manifest.get("tokenizer_sha256")
-                return NgramPart(
-                    name,
-                    file,
-                    tokenizer if isinstance(tokenizer, str) else None,
-                    sha256 if isinstance(sha256, str) else None,
-                    bool(manifest.get("surface")),
-                )
+                return NgramPart(name, file, manifest)
         raise RescoreError(f"{path} has no {ARPA_FILE}, which a mixture is made from; build the model again")
     if not path.is_file():
         raise RescoreError(
@@ -101,7 +97,7 @@ def _find(name: str) -> NgramPart:
         )
     if not is_arpa(path):
         raise RescoreError(f"{path} is no ARPA file, and only these can be mixed; give the folder or the ARPA file")
-    return NgramPart(name, path, None, None, None)
+    return NgramPart(name, path, Manifest())
 
 
 def mix_ngrams(
@@ -121,34 +117,123 @@ def mix_ngrams(
     check_place(out)
     if out.resolve() in [part.file.resolve().parent for part in parts]:
         raise OutputError(f"{out} is one of the models to mix, which would be lost; choose another --out")
+    progress = progress or no_progress
     with writing_to(out, beside=True):
         models = []
         for done, part in enumerate(parts):
-            if progress:
-                progress("reading", done, len(parts))
+            progress("reading", done, len(parts))
             models.append(part.read())
-        if progress:
-            progress("mixing", 0, 1)
+        progress("mixing", 0, 1)
         model = mix(models, weights)
         shares = tuple(weight / sum(weights) for weight in weights)
-        summary = MixedNgram(
-            str(out), model.order, tuple(map(len, model.orders)), tuple(part.name for part in parts), shares
-        )
-        words = next((part for part in parts if part.tokenizer is not None), parts[0])
+        ngrams = tuple(map(len, model.orders))
+        words = next((part.manifest for part in parts if part.manifest.tokenizer is not None), Manifest())
         manifest = {
-            "kind": KIND,
-            "version": importlib.metadata.version("rescore"),
             "order": model.order,
             "tokenizer": words.tokenizer or WORDS,
             "tokenizer_sha256": words.tokenizer_sha256,
-            "surface": bool(words.surface),
+            "surface": words.surface,
             "mixture": [
                 # Where a file lay says nothing about the model; its hash does.
                 {"name": Path(part.name).name, "sha256": part.sha256, "weight": share}
                 for part, share in zip(parts, shares, strict=True)
             ],
             "tuned": tuned,
-            "ngrams": summary.ngrams,
+            "ngrams": ngrams,
         }
         write_model(model, out, manifest, progress=progress)
-        return summary
+        return MixedNgram(str(out), model.order, ngrams, tuple(part.name for part in parts), shares)
+
+
+def mix(models: Sequence[NgramModel], weights: Sequence[float]) -> NgramModel:
+    """The mixture of models with these weights (each above 0; they are scaled to sum to one).
+
+    A word that a model does not know has probability 0 there. Raises `RescoreError` for weights that make no sense.
+    """
+    check_weights(weights, len(models))
+    return Mixture(models).at(weights)
+
+
+def check_weights(weights: Sequence[float], models: int) -> None:
+    """Raises `RescoreError` unless there is a weight above 0 for each of so many models, two or more."""
+    if models < 2:
+        raise RescoreError("a mixture is made of two n-gram models or more")
+    if models != len(weights):
+        raise RescoreError(f"{len(weights)} weights for {models} n-gram models; give one for each")
+    if min(weights) <= 0 or not np.isfinite(sum(weights)):
+        raise RescoreError("the weights of a mixture must be numbers above 0")
+
+
+class Mixture:
+    """The probabilities that models give to every n-gram of any of them: looked up once, mixed by any weights."""
+
+    def __init__(self, models: Sequence[NgramModel]) -> None:
+        place = {word: i for i, word in enumerate(SPECIAL_WORDS)}
+        for model in models:
+            for word in model.vocabulary:
+                place.setdefault(word, len(place))
+        self._vocabulary = tuple(place)
+        ids = [np.array([place[w] for w in m.vocabulary], dtype=np.int32) for m in models]
+        self._levels = _all_ngrams(models, ids)  # by order, int32 [n-grams, order]
+        self._probabilities = [self._look_up(model) for model in models]  # of each model, by order, [n-grams]
+        self._below = [
+            (_places(words, longer[:, :-1]), _places(words, longer[:, 1:]))  # context and suffix of the longer ones
+            for words, longer in pairwise(self._levels)
+        ]
+
+    def _look_up(self, model: NgramModel) -> list[np.ndarray]:
+        own = {word: i for i, word in enumerate(model.vocabulary)}
+        word_of = np.array([own.get(word, UNKNOWN) for word in self._vocabulary], dtype=np.int32)
+        known = np.array([word in own for word in self._vocabulary])
+        automaton = Automaton.compile(model)
+        found = []
+        for words in self._levels:
+            states = np.full(len(words), ROOT, dtype=np.int32)
+            for column in words[:, :-1].T:
+                states = automaton.advance_many(states, word_of[column])[1]
+            scores, _ = automaton.advance_many(states, word_of[words[:, -1]])
+            found.append(np.where(known[words[:, -1]], np.exp(scores / SCORE_SCALE), 0.0))
+        return found
+
+    def at(self, weights: Sequence[float]) -> NgramModel:
+        """The mixture with these weights; see `mix`."""
+        check_weights(weights, len(self._probabilities))
+        shares = np.asarray(weights, dtype=np.float64) / sum(weights)
+        mixed = [
+            sum((share * p for share, p in zip(shares, of_models, strict=True)), np.zeros(1))
+            for of_models in zip(*self._probabilities, strict=True)
+        ]
+        orders = []
+        for n, (words, p) in enumerate(zip(self._levels, mixed, strict=True)):
+            backoff = np.zeros(len(words))
+            if n < len(self._below):
+                context, suffix = self._below[n]
+                left = 1.0 - np.bincount(context, mixed[n + 1], minlength=len(words))
+                lower = 1.0 - np.bincount(context, p[suffix], minlength=len(words))
+                extended = np.bincount(context, minlength=len(words)) > 0
+                ratio = np.clip(left, LEAST, None) / np.clip(lower, LEAST, None)
+                backoff = np.where(extended, np.log(np.clip(ratio, LEAST, 1 / LEAST)) / LN10, 0.0)
+            log10p = np.log(np.clip(p, LEAST, 1.0)) / LN10
+            if n == 0:
+                log10p[words[:, 0] == SENTENCE_START] = 0.0  # never predicted; lmplz writes 0
+            orders.append(NgramArrays(words, log10p.astype(np.float32), backoff.astype(np.float32)))
+        return NgramModel(self._vocabulary, tuple(orders))
+
+
+def _all_ngrams(models: Sequence[NgramModel], ids: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The n-grams of all models by order, sorted, with the prefixes and suffixes of the longer ones among them."""
+    order = max(model.order for model in models)
+    levels = [np.zeros((0, n + 1), dtype=np.int32) for n in range(order)]
+    for n in range(order - 1, -1, -1):
+        parts = [i[m.orders[n].words] for m, i in zip(models, ids, strict=True) if n < m.order]
+        if n + 1 < order:
+            parts += [levels[n + 1][:, :-1], levels[n + 1][:, 1:]]
+        levels[n] = np.unique(np.concatenate(parts), axis=0).astype(np.int32)
+    return levels
+
+
+def _places(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The place of each wanted row in sorted rows that hold it."""
+    both, inverse = np.unique(np.concatenate([rows, wanted]), axis=0, return_inverse=True)
+    assert len(both) == len(rows), "every prefix and suffix is there"
+    return np.asarray(inverse.ravel()[len(rows) :])

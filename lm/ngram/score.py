@@ -18,13 +18,12 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import numpy as np
 
 from lattices.automaton import Automaton
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lattices.errors import IncompatibleError, RescoreError
 from lattices.ngrams import SENTENCE_END, UNKNOWN
-from lm.files import read_json_object
 from lm.ngram.build import ARPA_FILE, AUTOMATON_FILE, MANIFEST_FILE, WORDS
-from lm.ngram.corpus import EncodedCorpus, Progress, encode_corpora, find_sources
-from lm.ngram.counting import BREAK
-from lm.ngram.load import load_ngram
+from lm.ngram.corpus import EncodedCorpus, encode_corpora, find_sources
+from lm.ngram.counting import BREAK, Progress, no_progress
+from lm.ngram.load import Manifest, load_ngram, read_manifest
 
 SCORED_WORDS = 100_000  # between two calls of `progress`
 
@@ -134,14 +133,14 @@ def score_file(
     a tokenizer that the model was not made for, `RescoreError` for what isn't there, `InvalidDataError` for what is
     broken.
     """
-    manifest = _manifest(ngram)
+    manifest, progress = _manifest(ngram), progress or no_progress
     sources = find_sources([text])
     loaded = _tokenizer(tokenizer, manifest, ngram)
     found = load_ngram(ngram)
     with tempfile.TemporaryDirectory(prefix="rescore-") as work:
         encoded = encode_corpora(
             sources, Path(work) / "stream.i32", tokenizer=loaded, left_context=found.order - 1, field=field,
-            errors=errors, surface=bool(manifest.get("surface")), progress=progress,
+            errors=errors, surface=manifest.surface, progress=progress,
         )  # fmt: skip
         words = np.arange(len(encoded.vocabulary))
         scorer: NgramScorer[Any]
@@ -155,30 +154,26 @@ def score_file(
         return score_text(scorer, _sentences(encoded, words, progress), end=False)
 
 
-def _manifest(ngram: Path) -> dict[str, Any]:
-    """The manifest of the folder of `build-ngram` that `ngram` is or lies in; empty if in none."""
+def _manifest(ngram: Path) -> Manifest:
+    """The manifest of the folder of `build-ngram` that `ngram` is or lies in; what is known of others: nothing."""
     if not ngram.exists():
         raise RescoreError(f"no n-gram model at {ngram}; give a folder of rescore build-ngram, an ARPA or .bin file")
     if ngram.is_dir():
-        return read_json_object(ngram / MANIFEST_FILE, missing=f"no n-gram model in {ngram}")
-    beside = ngram.parent / MANIFEST_FILE
-    if ngram.name in (ARPA_FILE, AUTOMATON_FILE) and beside.is_file():
-        return read_json_object(beside, missing=f"no n-gram model in {ngram.parent}")
-    return {}
+        return read_manifest(ngram)
+    beside = ngram.name in (ARPA_FILE, AUTOMATON_FILE) and (ngram.parent / MANIFEST_FILE).is_file()
+    return read_manifest(ngram.parent) if beside else Manifest()
 
 
-def _tokenizer(asked: str | None, manifest: dict[str, Any], ngram: Path) -> Any | None:
+def _tokenizer(asked: str | None, manifest: Manifest, ngram: Path) -> Any | None:
     """The tokenizer to read the text with, None for words at white space."""
-    made_with, made_for = manifest.get("tokenizer", WORDS), manifest.get("tokenizer_sha256")
+    made_with, made_for = manifest.tokenizer or WORDS, manifest.tokenizer_sha256
     name = asked or made_with
-    if not isinstance(name, str) or (made_for is not None and not isinstance(made_for, str)):
-        raise InvalidDataError(f"the manifest of {ngram} has no tokenizer's name; build the model again")
     foreign = f"{ngram} was made with the tokenizer {made_with}; give that, or leave --tokenizer out"
     if name == WORDS:
         if made_for:
             raise IncompatibleError(foreign)
         return None
-    if manifest and made_with == WORDS:
+    if manifest.tokenizer == WORDS:
         raise IncompatibleError(foreign)
     from lm.base.catalog import load_tokenizer, tokenizer_sha256
 
@@ -190,12 +185,12 @@ def _tokenizer(asked: str | None, manifest: dict[str, Any], ngram: Path) -> Any 
     return loaded
 
 
-def _sentences(encoded: EncodedCorpus, words: np.ndarray, progress: Progress | None) -> Iterator[list[int]]:
+def _sentences(encoded: EncodedCorpus, words: np.ndarray, progress: Progress) -> Iterator[list[int]]:
     """The model's words of every document, `</s>` included; there is none where a document was cut."""
     ids = encoded.ids()
     begin = reported = 0
     for end in np.flatnonzero((ids == SENTENCE_END) | (ids == BREAK)).tolist():
-        if progress and begin >= reported:
+        if begin >= reported:
             progress("scoring", begin, len(ids))
             reported = begin + SCORED_WORDS
         yield words[ids[begin : end + (ids[end] != BREAK)]].tolist()

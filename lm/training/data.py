@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -91,13 +91,6 @@ class HeadData:
         return self.contexts[start : self.context_ends[segment]]
 
 
-class _Source(Protocol):
-    @property
-    def source(self) -> str: ...
-    @property
-    def sha256(self) -> str: ...
-
-
 class Segment(NamedTuple):
     """Some rows of a segment: `place` of its data among several, `number` of the segment in it, first and last-plus-one
     row; `start` is the segment's own first row."""
@@ -134,11 +127,11 @@ def until(targets: int, segments: Sequence[Segment]) -> list[Segment]:
     return taken
 
 
-def split(segments: Sequence[Segment], held_out: float, seed: int) -> tuple[list[Segment], list[Segment]]:
-    """Segments at random: those to learn from, and this share (at least one) to measure on."""
-    order = np.random.default_rng([seed, 0xDA7A]).permutation(len(segments))
-    held = max(1, min(int(len(segments) * held_out), len(segments) - 1))
-    return [segments[i] for i in order[held:]], [segments[i] for i in order[:held]]
+def chosen_share(count: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers below `count` at random: this share to measure on (at least one, never all), and the rest."""
+    order = np.random.default_rng([seed, 0xDA7A]).permutation(count)
+    taken = max(1, min(int(count * share), count - 1))
+    return order[:taken], order[taken:]
 
 
 def check_there(corpora: Sequence[Path]) -> None:
@@ -150,7 +143,7 @@ def check_there(corpora: Sequence[Path]) -> None:
             )
 
 
-def check_apart(data: Sequence[_Source]) -> None:
+def check_apart(data: Sequence[Any]) -> None:
     """Raises `RescoreError` if a corpus is there twice: what one copy holds out would be learned from the other."""
     seen: set[str] = set()
     for source in data:
@@ -285,40 +278,45 @@ def _own_output(base: BaseLM, folder: Path) -> HeadData:
                 f"the corpus in {folder} is the output of another base LM ({made_by['name']}: {field} differs); make "
                 f"one: rescore generate-corpus --base {base.identity.name} --prompts ... --out DIR"
             )
-    targets: list[int] = []
-    ends: list[int] = []
-    contexts: list[int] = []
-    context_ends: list[int] = []
+    gathered = _Gathered()
     once = Once(folder / CORPUS_FILE)
     for number, record in read_json_lines(folder / CORPUS_FILE, torn_tail=True):
         once.check(number, record)
         for field in ("prompt_ids", "output_ids"):
             if field not in record:
                 raise InvalidDataError(f"{folder / CORPUS_FILE} line {number} has no field {field!r}")
-            if not _are_tokens(record[field], base.vocab_size):
+            ids = record[field]
+            if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < base.vocab_size for i in ids):
                 raise InvalidDataError(
                     f"{folder / CORPUS_FILE} line {number} has other things than token ids below "
                     f"{base.vocab_size} in the field {field!r}; make the corpus again"
                 )
-        targets += record["output_ids"]
-        ends.append(len(targets))
-        contexts += record["prompt_ids"]
-        context_ends.append(len(contexts))
-    if not targets:
+        gathered.add(record["prompt_ids"], record["output_ids"])
+    if not gathered.targets:
         raise InvalidDataError(f"the corpus in {folder} is empty")
-    return HeadData(
-        Rows([states_of(folder, len(targets), base.hidden_size)]),
-        np.asarray(targets, dtype=np.int32),
-        np.asarray(ends, dtype=np.int64),
-        np.asarray(contexts, dtype=np.int32),
-        np.asarray(context_ends, dtype=np.int64),
-        folder.name,
-        sha256_of_file(folder / CORPUS_FILE),
-    )
+    states = Rows([states_of(folder, len(gathered.targets), base.hidden_size)])
+    digest = sha256_of_file(folder / CORPUS_FILE)
+    return HeadData(states, **gathered.arrays(), source=folder.name, sha256=digest)
 
 
-def _are_tokens(ids: Any, vocab_size: int) -> bool:
-    return isinstance(ids, list) and all(type(token) is int and 0 <= token < vocab_size for token in ids)
+class _Gathered:
+    """Segments one after the other: the fields of `HeadData`, states apart."""
+
+    def __init__(self) -> None:
+        self.targets: list[int] = []
+        self.ends: list[int] = []
+        self.contexts: list[int] = []
+        self.context_ends: list[int] = []
+
+    def add(self, context: list[int], targets: list[int]) -> None:
+        self.targets += targets
+        self.ends.append(len(self.targets))
+        self.contexts += context
+        self.context_ends.append(len(self.contexts))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Tokens int32, ends int64."""
+        return {name: np.asarray(v, np.int64 if name.endswith("ends") else np.int32) for name, v in vars(self).items()}
 
 
 def _pairs(base: BaseLM, file: TextFile) -> Iterator[tuple[list[int], list[int]]]:
@@ -391,10 +389,7 @@ def _write_shard(
 ) -> None:
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
     with atomic_folder(shard) as temporary, (temporary / HIDDEN_FILE).open("wb") as stream:
-        targets: list[int] = []
-        ends: list[int] = []
-        contexts: list[int] = []
-        context_ends: list[int] = []
+        gathered = _Gathered()
         while order:
             longest = len(sequences[order[-1]][0]) + len(sequences[order[-1]][1])
             batch = [order.pop() for _ in range(min(len(order), max(1, BATCH_TOKENS // longest)))]
@@ -408,13 +403,8 @@ def _write_shard(
                 prompt, answer = sequences[index]
                 states = hidden[row, len(prompt) - 1 : len(prompt) + len(answer) - 1]
                 stream.write(states.to(torch.float16).cpu().numpy().tobytes())
-                targets += answer
-                ends.append(len(targets))
-                contexts += prompt
-                context_ends.append(len(contexts))
+                gathered.add(prompt, answer)
             if progress:
-                progress(done + len(ends), total)
-        for name, tokens in (("targets", targets), ("contexts", contexts)):
-            np.asarray(tokens, dtype=np.int32).tofile(temporary / f"{name}.i32")
-        for name, places in (("ends", ends), ("context_ends", context_ends)):
-            np.asarray(places, dtype=np.int64).tofile(temporary / f"{name}.i64")
+                progress(done + len(gathered.ends), total)
+        for name, array in gathered.arrays().items():
+            array.tofile(temporary / f"{name}.i{8 * array.itemsize}")

@@ -10,32 +10,25 @@ resumed training is the same training. Sources: [A] section 3 (sum of the heads'
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
+from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
 from lm.base.catalog import identify
 from lm.base.model import BaseLM
 from lm.heads.block_heads import HEADS_FOLDER, BlockHeads, heads_sha256, load_heads
 from lm.heads.nets import FEED_FORWARD, MEDUSA, NETS, SEQUENTIAL, BlockHeadsConfig, as_sequential
-from lm.training.data import HeadData, Segment, cached, check_apart, segments_of, split, tokens_read, until
-from lm.training.losses import (
-    VocabularySubset,
-    check_precision,
-    choose_precision,
-    frozen_projection,
-    soft_cross_entropy,
-    teacher_probabilities,
-)
-from lm.training.trainer import Trainer, check_training
-from lm.training.tuned_base import FROZEN, FULL, LORA, TUNINGS, TunedBase
+from lm.training.data import HeadData, Segment, cached, tokens_read, until
+from lm.training.losses import soft_cross_entropy, teacher_probabilities
+from lm.training.text_trainer import TextOptions, TextTrainer, source_of
+from lm.training.tuned_base import FROZEN, FULL, LORA, TUNINGS, TunedBase, Tuning
 
 HELD_OUT_POSITIONS = 4096
 ACCURACY_AT = (1, 4, 16)
@@ -45,53 +38,44 @@ STORED = {"float16": torch.float16, "int8": torch.int8}
 BASE_LEARNING_RATES = {LORA: 5e-4, FULL: 3e-5}
 
 
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How heads are trained.
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(TextOptions):
+    """How heads are trained."""
 
-    The heads: `h`, `architecture`, `inner_size`, `token_size`, `blocks` (`lm.heads.nets`). The loss: `heads_per_step`
-    drawn with odds 1/i for head i (None: all, [A]'s sum; 1: [B]'s random head, each as likely as the others),
-    `head_weights` of heads 2..h (None: equal), `vocabulary` most frequent target tokens plus `negatives` others drawn
-    per step (None: all tokens), `soft` share of the base's distribution in the target. The base: `tune` none, lora
-    (`lora_rank`, None: 16) or full, `tuned_layers` of its last layers (None: all), its own `base_learning_rate` (None:
-    5e-4 for lora, 3e-5 in full), `gradient_checkpointing`. A step: `positions` (whole segments), with a tuned base in
-    parts of `micro_batch` tokens; `precision` of the vocabulary products and of a tuned base's forwards. The result is
-    `stored` as float16 or int8.
-    """
-
+    # The heads (`lm.heads.nets`).
     h: int = 9
     architecture: str = FEED_FORWARD
-    inner_size: int | None = None
+    inner_size: int | None = None  # None: `INNER_SIZE`
     token_size: int = 128
     blocks: int = 1
+    stored: str = "float16"  # or int8
+    # A step.
     steps: int = 2000
-    positions: int = 2048
-    micro_batch: int = 4096
-    heads_per_step: int | None = 4
-    head_weights: tuple[float, ...] | None = None
+    positions: int = 2048  # of whole segments
+    micro_batch: int = 4096  # tokens that a tuned base reads at a time
+    heads_per_step: int | None = 4  # drawn with odds 1/i for head i. None: all ([A]); 1: each as likely ([B])
+    head_weights: tuple[float, ...] | None = None  # of heads 2..h; None: equal
     vocabulary: int | None = 8192
     negatives: int = 1024
-    soft: float = 0.5
-    tune: str = FROZEN
-    lora_rank: int | None = None
-    tuned_layers: int | None = None
-    base_learning_rate: float | None = None
-    gradient_checkpointing: bool = False
     learning_rate: float = 1e-3
     warmup: int = 100
     weight_decay: float = 0.01
     held_out: float = 0.03
     evaluate_every: int = 200
-    seed: int = 0
-    precision: str = "auto"
-    stored: str = "float16"
+    # The base.
+    tune: str = FROZEN  # or lora, full
+    lora_rank: int | None = None  # None: `LORA_RANK`
+    tuned_layers: int | None = None  # of its last ones; None: all
+    base_learning_rate: float | None = None  # None: of `BASE_LEARNING_RATES`
+    gradient_checkpointing: bool = False
+
+    LEAST: ClassVar = {
+        "h": 2, "inner_size": 1, "token_size": 0, "blocks": 1, "positions": 1, "micro_batch": 1,
+        "heads_per_step": 1, "vocabulary": 1, "negatives": 0, "lora_rank": 1, "tuned_layers": 1,
+    }  # fmt: skip
 
     def check(self) -> None:
-        """Raises `RescoreError` for the first option that is out of its range."""
-        check_training(self, {
-            "h": 2, "inner_size": 1, "token_size": 0, "blocks": 1, "positions": 1, "micro_batch": 1,
-            "heads_per_step": 1, "vocabulary": 1, "negatives": 0, "lora_rank": 1, "tuned_layers": 1,
-        })  # fmt: skip
+        super().check()
         if self.architecture not in NETS:
             raise UnknownNameError("block head architecture", self.architecture, NETS)
         if self.architecture == SEQUENTIAL and self.token_size == 0:
@@ -114,7 +98,6 @@ class TrainingOptions:
                 raise RescoreError(f"{name} is for a tuned base (tune: lora or full)")
         if self.tune != LORA and self.lora_rank is not None:
             raise RescoreError(f"lora_rank = {self.lora_rank} is for a base tuned by LoRA (tune: lora)")
-        check_precision(self.precision)
         if self.stored not in STORED:
             raise UnknownNameError("precision of stored heads", self.stored, STORED)
 
@@ -134,7 +117,7 @@ class HeldOutAccuracy:
     segments: int
 
 
-class HeadTrainer(Trainer[HeldOutAccuracy]):
+class HeadTrainer(TextTrainer[HeldOutAccuracy, TrainingOptions]):
     """One training: data, heads, optimiser. `train` runs it; `evaluate` measures the heads as they are.
 
     `initial` is a folder of heads to start from instead of untrained ones, of the same shape; sequential ones may
@@ -142,6 +125,8 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
     What is measured is a share of the segments of `data`, held out at random, or `held_out`: text of another origin.
     Segments of `data` can be neighbours (parts of a document, two questions about it), and a share of them flatters.
     """
+
+    least_targets, measured_targets = 2, HELD_OUT_POSITIONS
 
     def __init__(
         self,
@@ -152,27 +137,8 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         initial: Path | None = None,
         held_out: HeadData | None = None,
     ) -> None:
-        options.check()
-        self.dtype = choose_precision(options.precision, base.device)
-        # What `auto` stands for depends on the machine; the record and a resumed run need the precision itself.
-        options = dataclasses.replace(options, precision=str(self.dtype).removeprefix("torch."))
-        self.base, self.data, self.options, self.initial = base, list(data), options, initial
-        check_apart(self.data)
-        segments = segments_of(self.data, least=2)
-        if len(segments) < 2:
-            raise InvalidDataError("the corpus has fewer than two segments of text; heads need more to learn from")
-        self.measured_on = held_out
-        if held_out is None:
-            self.segments, measured = split(segments, options.held_out, options.seed)
-        else:
-            if held_out.sha256 in {d.sha256 for d in data}:
-                raise RescoreError(f"{held_out.source} can't be both trained on and held out")
-            self.segments, place = segments, len(self.data)
-            self.data.append(held_out)
-            measured = [segment._replace(place=place) for segment in segments_of([held_out], least=2)]
-            if not measured:
-                raise InvalidDataError(f"{held_out.source} has no text of two tokens; heads can't be measured on it")
-        self.held_out = until(HELD_OUT_POSITIONS, measured)
+        self._take(base, data, options, held_out)
+        self.initial = initial
         self.mean_size = int(np.mean([s.targets for s in self.segments]))
         config = BlockHeadsConfig(
             h=options.h,
@@ -191,24 +157,18 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         self.initial_sha256: str | None = None
         if initial is not None:
             self._start_from(initial)
-        targets = [d.targets for d in data]
-        self.subset = VocabularySubset(targets, base.vocab_size, options.vocabulary, options.negatives)
-        self.weight = frozen_projection(base, self.dtype)
         self.tuned: TunedBase | None = None
         parameters, rates = dict(self.heads.net.named_parameters()), {}
         if options.tune != FROZEN:
-            self.tuned = TunedBase(
-                base,
-                options.tune,
-                rank=options.lora_rank or LORA_RANK,
-                layers=options.tuned_layers,
+            tuning = Tuning(
+                how=options.tune, rank=options.lora_rank or LORA_RANK, layers=options.tuned_layers,
                 gradient_checkpointing=options.gradient_checkpointing,
-                dtype=self.dtype,
-            )
+            )  # fmt: skip
+            self.tuned = TunedBase(base, tuning, self.dtype)
             rate = options.base_learning_rate or BASE_LEARNING_RATES[options.tune]
             parameters |= {f"base.{name}": p for name, p in self.tuned.parameters.items()}
             rates = {f"base.{name}": rate / options.learning_rate for name in self.tuned.parameters}
-        super().__init__(parameters, options, base.device, rates=rates)
+        super().__init__(parameters, self.options, base.device, rates=rates)
 
     def _start_from(self, folder: Path) -> None:
         earlier = load_heads(str(folder), self.base.identity, device=self.base.device)
@@ -231,7 +191,7 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         `offsets` `[n, s]`: where they stand in `targets`. float32 `[n, s, d]`.
         """
         tokens = targets[np.minimum(offsets, len(targets) - 1)].astype(np.int64)
-        return self.weight[torch.from_numpy(tokens).to(self.base.device)].float()
+        return self.projection[torch.from_numpy(tokens).to(self.base.device)].float()
 
     def _losses(self, step: int) -> Iterator[torch.Tensor]:
         options, workers = self.options, self.workers
@@ -266,7 +226,7 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         n = len(targets)
         remaining = np.concatenate([np.arange(s.targets, 0, -1) for s in segments])
         from_cache = torch.from_numpy(cached_states).to(self.base.device).float()
-        projection = self.weight[torch.from_numpy(tokens).to(self.base.device)]  # [v, d]
+        projection = self.projection[torch.from_numpy(tokens).to(self.base.device)]  # [v, d]
         places = torch.from_numpy(self.subset.places(tokens, targets)).to(self.base.device)
         teacher = teacher_probabilities(from_cache, projection) if self.options.soft else None  # [n, v]
         states = from_cache if self.tuned is None else self.tuned.states(self.data, segments)
@@ -305,9 +265,9 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
             for start in range(0, len(states), 256):
                 rows = np.arange(start, min(start + 256, len(states)))
                 best = self._best(states[rows], targets[rows])  # [n, h, 16]
-                wanted = np.stack([targets[np.minimum(rows + i, len(targets) - 1)] for i in range(h)], axis=1)
+                ahead = np.stack([targets[np.minimum(rows + i, len(targets) - 1)] for i in range(h)], axis=1)
                 there = remaining[rows][:, None] > np.arange(h)  # [n, h]
-                match = (best == wanted[..., None]) & there[..., None]
+                match = (best == ahead[..., None]) & there[..., None]
                 counts += there.sum(0)
                 for n in ACCURACY_AT:
                     hits[n] += match[:, :, :n].any(-1).sum(0)
@@ -326,12 +286,12 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
     def _best(self, states: torch.Tensor, first: np.ndarray) -> np.ndarray:
         """The 16 best tokens of every head after each of n states, where the first token is known: `[n, h, 16]`."""
         most = max(ACCURACY_AT)
-        best = [(states.to(self.dtype) @ self.weight.T).topk(most, dim=-1).indices]
+        best = [(states.to(self.dtype) @ self.projection.T).topk(most, dim=-1).indices]
         drafted = [torch.from_numpy(first.astype(np.int64)).to(self.base.device)]
         for head in range(self.options.h - 1):
-            rows = self.weight[torch.stack(drafted, dim=1)].float()  # [n, s, d]
+            rows = self.projection[torch.stack(drafted, dim=1)].float()  # [n, s, d]
             read = self.heads(states, rows, [head])[0]
-            best.append((read.to(self.dtype) @ self.weight.T).topk(most, dim=-1).indices)
+            best.append((read.to(self.dtype) @ self.projection.T).topk(most, dim=-1).indices)
             if self.heads.net.sees > 1:
                 drafted.append(best[-1][:, 0])
         found: np.ndarray = torch.stack(best, dim=1).cpu().numpy()
@@ -347,14 +307,8 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         return self.initial_sha256 is not None
 
     def _settings(self) -> dict[str, Any]:
-        sources = [{"source": d.source, "sha256": d.sha256, "tokens": len(d)} for d in self.data]
-        return {
-            "options": dataclasses.asdict(self.options),
-            "initial_sha256": self.initial_sha256,
-            "base": dataclasses.asdict(self.base.identity),
-            "data": sources if self.measured_on is None else sources[:-1],
-            "measured_on": None if self.measured_on is None else sources[-1],
-        }
+        measured_on = None if self.measured_on is None else source_of(self.measured_on)
+        return {**super()._settings(), "initial_sha256": self.initial_sha256, "measured_on": measured_on}
 
     def _save(self, out: Path) -> None:
         stored = STORED[self.options.stored]
@@ -363,5 +317,5 @@ class HeadTrainer(Trainer[HeldOutAccuracy]):
         else:
             self.tuned.save(out)
             tuned = identify(str(out)).weights_sha256
-            self.heads.config = dataclasses.replace(self.heads.config, base_weights_sha256=tuned)
+            self.heads.config = replace(self.heads.config, base_weights_sha256=tuned)
             self.heads.save(out / HEADS_FOLDER, dtype=stored)

@@ -7,75 +7,59 @@ distribution there. Everything random follows from (seed, step).
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lm.base.model import BaseLM
-from lm.files import atomic_file, replaced_files
+from lm.checkpoint import write_tensors
+from lm.files import replaced_files
 from lm.neural.model import DeltaConfig, first_layers, named_size, save_delta, scratch_model
-from lm.training.data import HeadData, Segment, body_states, cached, check_apart, segments_of, split, tokens_read, until
-from lm.training.losses import (
-    CHUNK_ROWS,
-    VocabularySubset,
-    check_precision,
-    choose_precision,
-    frozen_projection,
-    soft_cross_entropy,
-    teacher_probabilities,
-)
-from lm.training.trainer import Trainer, check_training
+from lm.training.data import HeadData, Segment, body_states, cached, tokens_read
+from lm.training.losses import CHUNK_ROWS, soft_cross_entropy, teacher_probabilities
+from lm.training.text_trainer import TextOptions, TextTrainer
 
 INITS = ("base", "scratch")
 BEST_FILE = "best.safetensors"
-HELD_OUT_TOKENS = 8192
 POOL = 8  # batches drawn at a time and sorted by length: less padding
 
 
-@dataclass(frozen=True)
-class RescorerOptions:
-    """How a rescorer is trained. `size` by name; `init`: base or scratch; `tuned_layers` of the last layers move (init
-    base). `positions` tokens per step, prompts and padding included, `micro_batch` of them at a time. `vocabulary`,
-    `negatives`, `soft`, `precision` as for heads. `patience`: evaluations without a better held-out loss before it
-    stops; the best weights are the result."""
+@dataclass(frozen=True, kw_only=True)
+class RescorerOptions(TextOptions):
+    """How a rescorer is trained."""
 
-    size: str = "neural-61m"
-    init: str = "base"
-    tuned_layers: int = 3
+    size: str = "neural-61m"  # by name
+    init: str = "base"  # or scratch
+    tuned_layers: int = 3  # of the last layers, which move (init base)
     steps: int = 1000
-    positions: int = 4096
-    micro_batch: int = 4096
+    positions: int = 4096  # tokens per step, prompts and padding included
+    micro_batch: int = 4096  # of them at a time
     vocabulary: int | None = 16384
     negatives: int = 2048
-    soft: float = 0.5
     learning_rate: float = 5e-4
     warmup: int = 50
     weight_decay: float = 0.01
     held_out: float = 0.03
     evaluate_every: int = 100
-    patience: int = 5
-    seed: int = 0
-    precision: str = "auto"
+    patience: int = 5  # evaluations without a better held-out loss before it stops; the best weights are the result
+
+    LEAST: ClassVar = {
+        "tuned_layers": 1, "positions": 1, "micro_batch": 1, "vocabulary": 1, "negatives": 0, "patience": 1
+    }  # fmt: skip
 
     def check(self) -> None:
-        """Raises `RescoreError` for the first option that is out of its range."""
         named_size(self.size)
         if self.init not in INITS:
             raise UnknownNameError("init", self.init, INITS)
-        check_training(self, {
-            "tuned_layers": 1, "positions": 1, "micro_batch": 1, "vocabulary": 1, "negatives": 0, "patience": 1,
-        })  # fmt: skip
-        check_precision(self.precision)
+        super().check()
 
 
 @dataclass(frozen=True)
@@ -90,33 +74,20 @@ class HeldOutText:
     tokens: int
 
 
-class RescorerTrainer(Trainer[HeldOutText]):
+class RescorerTrainer(TextTrainer[HeldOutText, RescorerOptions]):
     """One training of a rescorer; see `RescorerOptions` and `Trainer.train`."""
 
     memory_option = "--micro-batch"
+    learner = "rescorers"
 
     def __init__(self, base: BaseLM, data: Sequence[HeadData], options: RescorerOptions) -> None:
-        options.check()
-        self.dtype = choose_precision(options.precision, base.device)
-        options = dataclasses.replace(options, precision=str(self.dtype).removeprefix("torch."))
-        self.base, self.data, self.options = base, list(data), options
-        check_apart(self.data)
-        segments = segments_of(self.data)
-        if len(segments) < 2:
-            raise InvalidDataError(
-                "the corpus has fewer than two segments of text; a rescorer needs more to learn from"
-            )
-        self.segments, held_out = split(segments, options.held_out, options.seed)
-        self.held_out = until(HELD_OUT_TOKENS, held_out)
+        self._take(base, data, options)
         self.lengths = np.array([tokens_read(self.data, s) for s in self.segments])
         torch.manual_seed(options.seed)
         self.model: Any = self._new_model()
-        targets = [d.targets for d in self.data]
-        self.subset = VocabularySubset(targets, base.vocab_size, options.vocabulary, options.negatives)
-        self.teacher = frozen_projection(base, self.dtype)
         self.best, self.since_best = math.inf, 0
         moving = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        super().__init__(moving, options, base.device)
+        super().__init__(moving, self.options, base.device)
 
     def _new_model(self) -> Any:
         options, device = self.options, self.base.device
@@ -171,7 +142,7 @@ class RescorerTrainer(Trainer[HeldOutText]):
         index = torch.from_numpy(tokens).to(self.device)
         weight = self.model.get_output_embeddings().weight
         places = torch.from_numpy(self.subset.places(tokens, targets)).to(self.device)
-        teacher = teacher_probabilities(states, self.teacher[index]) if self.options.soft else None
+        teacher = teacher_probabilities(states, self.projection[index]) if self.options.soft else None
         if weight.requires_grad:
             return _open_cross_entropy(hidden, weight[index], places, teacher, self.options.soft)
         return soft_cross_entropy(hidden, weight[index].to(self.dtype), places, teacher, self.options.soft)
@@ -192,14 +163,14 @@ class RescorerTrainer(Trainer[HeldOutText]):
         count = 0
         for segment in self.held_out:
             hidden, states, targets = self._forward([segment])
-            wanted = torch.from_numpy(targets.astype(np.int64)).to(self.device)
-            for rows in torch.arange(len(wanted)).split(CHUNK_ROWS):
-                for name, read, projection in (("ours", hidden, weight), ("base", states, self.teacher)):
+            following = torch.from_numpy(targets.astype(np.int64)).to(self.device)
+            for rows in torch.arange(len(following)).split(CHUNK_ROWS):
+                for name, read, projection in (("ours", hidden, weight), ("base", states, self.projection)):
                     logits = (read[rows].to(self.dtype) @ projection.T).float()
-                    sums[name] += float(torch.nn.functional.cross_entropy(logits, wanted[rows], reduction="sum"))
+                    sums[name] += float(torch.nn.functional.cross_entropy(logits, following[rows], reduction="sum"))
                     if name == "ours":
-                        sums["agree"] += float((logits.argmax(-1) == wanted[rows]).sum())
-            count += len(wanted)
+                        sums["agree"] += float((logits.argmax(-1) == following[rows]).sum())
+            count += len(following)
         loss = sums["ours"] / count
         return HeldOutText(
             round(loss, 4), _perplexity(loss), _perplexity(sums["base"] / count),
@@ -215,9 +186,7 @@ class RescorerTrainer(Trainer[HeldOutText]):
         if measured.loss < self.best:
             self.best, self.since_best = measured.loss, 0
             if self.workers.is_first:
-                with atomic_file(out / BEST_FILE) as temporary:
-                    tensors = {n: p.detach().cpu().contiguous() for n, p in self.parameters.items()}
-                    temporary.write_bytes(to_bytes(tensors))
+                write_tensors(out / BEST_FILE, self.parameters)
         else:
             self.since_best += 1
             self.stopped = self.since_best >= self.options.patience
@@ -236,7 +205,9 @@ class RescorerTrainer(Trainer[HeldOutText]):
 
     def _save(self, out: Path) -> None:
         if self.options.init == "scratch":
-            self._save_whole(out)
+            with replaced_files(out) as temporary:
+                self.model.save_pretrained(temporary)
+                self.base.tokenizer.save_pretrained(temporary)
             return
         identity = self.base.identity
         layers = named_size(self.options.size).base_layers
@@ -249,19 +220,6 @@ class RescorerTrainer(Trainer[HeldOutText]):
             tokenizer_sha256=identity.tokenizer_sha256,
         )
         save_delta(self.model, sorted(self.parameters), config, out)
-
-    def _save_whole(self, out: Path) -> None:
-        """Writes a model's folder; every file takes its place when all are written, the configuration last."""
-        with replaced_files(out) as temporary:
-            self.model.save_pretrained(temporary)
-            self.base.tokenizer.save_pretrained(temporary)
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "options": dataclasses.asdict(self.options),
-            "base": dataclasses.asdict(self.base.identity),
-            "data": [{"source": d.source, "sha256": d.sha256, "tokens": len(d)} for d in self.data],
-        }
 
     def _checkpoint_state(self) -> dict[str, Any]:
         return {"best": self.best, "since_best": self.since_best}

@@ -15,16 +15,17 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.paths import encodable
+from lm.checkpoint import write_tensors
 from lm.files import (
     append_json_line,
     atomic_file,
@@ -45,19 +46,33 @@ CHECKPOINT_FILE, LOG_FILE, TRAINING_FILE = "checkpoint.safetensors", "training_l
 RESULT_FILES = ("config.json", "adapter_config.json", "model.safetensors", "adapter_model.safetensors")
 
 
-class Schedule(Protocol):
-    """What the loop reads of a training's options."""
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long a training goes on and how fast; the options of every training begin with it."""
 
-    @property
-    def steps(self) -> int: ...
-    @property
-    def warmup(self) -> int: ...
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def evaluate_every(self) -> int: ...
+    steps: int
+    learning_rate: float  # the highest: after `warmup` steps, before the cosine
+    warmup: int
+    weight_decay: float
+    held_out: float  # share of the segments that is measured on
+    evaluate_every: int  # steps
+    seed: int = 0
+
+    LEAST: ClassVar[dict[str, int]] = {}  # of a training's own numbers (None stands for no limit)
+
+    def check(self) -> None:
+        """Raises `RescoreError` for the first option that is out of its range."""
+        schedule = {"steps": 1, "warmup": 0, "evaluate_every": 1, "seed": 0, "weight_decay": 0}
+        for name, least in {**self.LEAST, **schedule}.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise RescoreError(f"{name} = {value}; it must be at least {least}")
+        if not 0 < self.held_out < 1:
+            raise RescoreError(f"held_out = {self.held_out}; it is a share, above 0 and below 1")
+        for name in ("learning_rate", "base_learning_rate"):
+            rate = getattr(self, name, None)
+            if rate is not None and not 0 < rate <= 1:
+                raise RescoreError(f"{name} = {rate}; it must be above 0 and at most 1")
 
 
 Measured = TypeVar("Measured", bound="DataclassInstance")  # what `evaluate` gives
@@ -139,7 +154,10 @@ class Trainer(ABC, Generic[Measured]):
         # The first process of a training writes for all. A place that can't be written to shows now, not at the first
         # checkpoint.
         with writing_to(out) if self.workers.is_first else nullcontext():
-            self._resume(out)
+            if (out / CHECKPOINT_FILE).is_file():
+                self._read_checkpoint(out / CHECKPOINT_FILE, out)
+            if self.workers.is_first:
+                self._cut_log(out / LOG_FILE)
             if self.workers.sum(self.step, self.device) != self.workers.count * self.step:
                 raise RescoreError(
                     f"the processes found different checkpoints in {out}; give them a folder they all see"
@@ -240,21 +258,12 @@ class Trainer(ABC, Generic[Measured]):
             append_json_line(stream, {"step": self.step, **more, **dataclasses.asdict(measured)})
 
     def _checkpoint(self, out: Path) -> None:
-        tensors = {f"weights.{name}": value.detach() for name, value in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            for key in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{key}.{name}"] = self.optimizer.state[parameter][key]
+        tensors: dict[str, torch.Tensor] = {}
+        for name, value in self.parameters.items():
+            tensors[f"weights.{name}"] = value
+            tensors |= {f"{key}.{name}": self.optimizer.state[value][key] for key in ("exp_avg", "exp_avg_sq")}
         state = {"step": self.step, "stopped": self.stopped, **self._checkpoint_state(), **self._settings()}
-        metadata = {"state": json.dumps(state)}
-        with atomic_file(out / CHECKPOINT_FILE) as temporary:
-            temporary.write_bytes(to_bytes({n: v.cpu().contiguous() for n, v in tensors.items()}, metadata=metadata))
-
-    def _resume(self, out: Path) -> None:
-        path = out / CHECKPOINT_FILE
-        if path.is_file():
-            self._read_checkpoint(path, out)
-        if self.workers.is_first:
-            self._cut_log(out / LOG_FILE)
+        write_tensors(out / CHECKPOINT_FILE, tensors, metadata={"state": json.dumps(state)})
 
     def _cut_log(self, path: Path) -> None:
         """Takes off the evaluations after the checkpoint (a kill between the two left them): they come again."""
@@ -313,28 +322,6 @@ def _held_back_interrupt(*, alone: bool) -> Iterator[Callable[[], bool]]:
         yield lambda: came
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def check_training(options: Schedule, least: Mapping[str, float]) -> None:
-    """Raises `RescoreError` for the first option of a training that is out of its range.
-
-    `least`: of the options that are numbers, what each must at least be (None stands for no limit); those of the
-    schedule, shares (`soft`, `held_out`) and learning rates are checked in all trainings that have them.
-    """
-    schedule = {"steps": 1, "warmup": 0, "evaluate_every": 1, "seed": 0, "weight_decay": 0}
-    for name, bound in {**least, **schedule}.items():
-        value = getattr(options, name)
-        if value is not None and not value >= bound:
-            raise RescoreError(f"{name} = {value}; it must be at least {bound}")
-    soft, held_out = getattr(options, "soft", 0.0), getattr(options, "held_out", 0.5)
-    if not 0 <= soft <= 1:
-        raise RescoreError(f"soft = {soft}; it is a share, from 0 to 1")
-    if not 0 < held_out < 1:
-        raise RescoreError(f"held_out = {held_out}; it is a share, above 0 and below 1")
-    for name in ("learning_rate", "base_learning_rate"):
-        rate = getattr(options, name, None)
-        if rate is not None and not 0 < rate <= 1:
-            raise RescoreError(f"{name} = {rate}; it must be above 0 and at most 1")
 
 
 def rate_at(step: int, schedule: Schedule) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +29,26 @@ FROZEN, LORA, FULL = "none", "lora", "full"
 TUNINGS = (FROZEN, LORA, FULL)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What of a base LM learns."""
+
+    how: str  # LORA: of every linear layer; FULL: every weight but the embeddings, which the heads' projection shares
+    rank: int  # of LoRA (alpha = 2 x rank, as peft's users have it)
+    layers: int | None  # of the last ones (in full, the final norm as well), so that a step costs less; None: all
+    gradient_checkpointing: bool
+
+
 class TunedBase:
     """The base LM's layers while they learn. Changes the model of `base` in place.
 
-    `how`: LoRA of this rank on every linear layer (alpha = 2 x rank, as peft's users have it), or every weight but the
-    embeddings, which the heads' projection shares and which stay as they are. `layers`: only that many of the last
-    layers (in full, the final norm as well); nothing is propagated back below them, so a step costs less.
+    Raises `IncompatibleError` for an architecture that can't be fine-tuned here, `RescoreError` for too many layers.
     """
 
-    def __init__(
-        self,
-        base: BaseLM,
-        how: str,
-        *,
-        rank: int,
-        layers: int | None,
-        gradient_checkpointing: bool,
-        dtype: torch.dtype,
-    ) -> None:
-        self.base, self.how, self.dtype = base, how, dtype
+    def __init__(self, base: BaseLM, tuning: Tuning, dtype: torch.dtype) -> None:
+        self.base, self.how, self.dtype = base, tuning.how, dtype
         self.model: Any = base.model
+        layers = tuning.layers
         if not hasattr(self.model, "base_model") or self.model.base_model is self.model:
             raise IncompatibleError(f"{base.identity.name} can't be fine-tuned here: its layers have no body apart")
         if not base.body_gives_states:
@@ -55,39 +56,18 @@ class TunedBase:
         total = base.config.num_hidden_layers
         if layers is not None and layers > total:
             raise RescoreError(f"tuned_layers = {layers}, but {base.identity.name} has {total} layers")
-        if how == LORA:
-            body = self.model.base_model.named_modules()
-            if resolve_base(base.identity.name).adapter is not None:
-                raise IncompatibleError(
-                    f"{base.identity.name} is an adapter itself, and one on top of it could not be loaded; tune it in "
-                    f"full (tune: full), or begin from the base that it changes"
-                )
-            linear = sorted({name.rsplit(".", 1)[-1] for name, m in body if isinstance(m, torch.nn.Linear)})
-            if not linear:
-                raise IncompatibleError(
-                    f"{base.identity.name} has no linear layers for LoRA; tune it in full (tune: full)"
-                )
-            chosen = None if layers is None else list(range(total - layers, total))
-            config = LoraConfig(
-                r=rank, lora_alpha=2 * rank, target_modules=linear, layers_to_transform=chosen,
-                task_type="CAUSAL_LM",
-            )  # fmt: skip
-            # Puts the adapter into the model's own layers; the wrapper knows the names that other readers expect.
-            with peft_of_old_names():
-                self.adapted = get_peft_model(self.model, config)
-            local = Path(os.path.expanduser(base.identity.name))
-            name = str(local.resolve()) if local.exists() and base.identity.name != BUILT_IN else base.identity.name
-            self.adapted.peft_config["default"].base_model_name_or_path = name
+        if tuning.how == LORA:
+            self._add_adapter(tuning.rank, None if layers is None else list(range(total - layers, total)))
         else:
-            tuned = self.model.base_model
-            if layers is not None and not (hasattr(tuned, "layers") and hasattr(tuned, "norm")):
+            body = self.model.base_model
+            if layers is not None and not (hasattr(body, "layers") and hasattr(body, "norm")):
                 raise IncompatibleError(f"{base.identity.name} does not name its layers as Llama does; tune them all")
-            for part in [tuned] if layers is None else [*tuned.layers[total - layers :], tuned.norm]:
+            for part in [body] if layers is None else [*body.layers[total - layers :], body.norm]:
                 part.requires_grad_(True)
             for embeddings in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
                 embeddings.requires_grad_(False)
         _without_dropout(self.model)  # what is random must follow from seed and step, and no evaluation be random
-        if gradient_checkpointing:
+        if tuning.gradient_checkpointing:
             self.model.train()  # transformers checkpoints in training mode only
             enable = getattr(self.model, "activation_checkpointing_enable", None)  # its newer name
             (enable or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
@@ -95,6 +75,27 @@ class TunedBase:
             # gradients down to the embeddings.
             self.model.disable_input_require_grads()
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _add_adapter(self, rank: int, layers: list[int] | None) -> None:
+        name = self.base.identity.name
+        if resolve_base(name).adapter is not None:
+            raise IncompatibleError(
+                f"{name} is an adapter itself, and one on top of it could not be loaded; tune it in full (tune: full), "
+                "or begin from the base that it changes"
+            )
+        body = self.model.base_model.named_modules()
+        linear = sorted({part.rsplit(".", 1)[-1] for part, m in body if isinstance(m, torch.nn.Linear)})
+        if not linear:
+            raise IncompatibleError(f"{name} has no linear layers for LoRA; tune it in full (tune: full)")
+        config = LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules=linear, layers_to_transform=layers, task_type="CAUSAL_LM"
+        )
+        # Puts the adapter into the model's own layers; the wrapper knows the names that other readers expect.
+        with peft_of_old_names():
+            self.adapted = get_peft_model(self.model, config)
+        local = Path(os.path.expanduser(name))
+        absolute = str(local.resolve()) if local.exists() and name != BUILT_IN else name
+        self.adapted.peft_config["default"].base_model_name_or_path = absolute
 
     def states(self, data: Sequence[HeadData], segments: Sequence[Segment]) -> torch.Tensor:
         """Final states before every target of the segments, float32 `[n, d]`, with their gradients."""

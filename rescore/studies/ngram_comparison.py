@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from lattices.errors import IncompatibleError, RescoreError
-from lm.base.own_output import OwnOutput, corpus_sources
+from lm.base.own_output import OwnOutput
 from lm.files import cache_directory, read_json_object
 from lm.keys import key_of
 from lm.locks import making, tell
-from lm.ngram.build import ARPA_FILE, COUNTING_FORMAT, MANIFEST_FILE, MAX_ORDER, build_ngram
+from lm.ngram.build import ARPA_FILE, COUNTING_FORMAT, MANIFEST_FILE, MAX_ORDER, NgramOptions, build_ngram
+from lm.ngram.corpus import corpus_sources
 from lm.ngram.estimation import ESTIMATION
 from lm.ngram.load import COMPILATION, SHIPPED_NGRAM, load_ngram
 from lm.ngram.mix import SHIPPED
@@ -252,8 +253,9 @@ def _train(
                         tell(f"the cached {order}-gram model of {corpus.name} is broken; it is made again")
                         shutil.rmtree(folder, ignore_errors=True)
                     build_ngram(
-                        [corpus.source], folder, order=order, tokenizer=base, discount_fallback=FALLBACK,
-                        field=corpus.field, own=own, progress=progress,
+                        [corpus.source], folder,
+                        NgramOptions(order=order, tokenizer=base, discount_fallback=FALLBACK, field=corpus.field),
+                        own=own, progress=progress,
                     )  # fmt: skip
         found.append(_described(corpus, folder))
     return found

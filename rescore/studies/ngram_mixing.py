@@ -12,9 +12,8 @@ from lattices.automaton import Automaton
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.lattice import Lattice
 from lattices.ngrams import NgramModel
-from lm.ngram.interpolation import Mixture
 from lm.ngram.load import LoadedNgram
-from lm.ngram.mix import NgramPart
+from lm.ngram.mix import Mixture, NgramPart
 from rescore.accounting import account
 from rescore.checks import check_held_k
 from rescore.groups import held_out
@@ -83,7 +82,7 @@ def tune_mixture(
     check_held_k(loaded.header.k, k)
     made_for = target_of(loaded).tokenizer_sha256
     for part in parts:
-        if part.tokenizer_sha256 and made_for and part.tokenizer_sha256 != made_for:
+        if part.manifest.tokenizer_sha256 and made_for and part.manifest.tokenizer_sha256 != made_for:
             raise IncompatibleError(f"{part.name} was made for another tokenizer than the base LM's of {trace}")
     examples = [loaded.examples[place] for place in held_out([e.group for e in loaded.examples], limit)]
     models = []

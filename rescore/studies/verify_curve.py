@@ -61,7 +61,7 @@ def verify_curve(
     weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
     layer = cache.layers[0]
     assert isinstance(layer, BufferLayer)
-    kept = 2 * len(cache.layers) * layer.key_buffer[:, :, :cached].nbytes  # keys and values
+    kept = 2 * len(cache.layers) * layer.buffers[0][:, :, :cached].nbytes  # keys and values
     medians = [float(np.median(times[n])) for n in sizes]
     return VerifyCurve(
         base=base.identity.name,

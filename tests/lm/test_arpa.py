@@ -324,7 +324,7 @@ class TestWriting:
 
     def test_blocks_do_not_show(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         write_arpa(read_arpa(TINY), tmp_path / "a.arpa")
-        monkeypatch.setattr(arpa_text, "BLOCK_BYTES", 1)
+        monkeypatch.setattr(arpa_text, "BLOCK_ROWS", 1)
         write_arpa(read_arpa(TINY), tmp_path / "b.arpa")
         assert (tmp_path / "a.arpa").read_bytes() == (tmp_path / "b.arpa").read_bytes()
 
@@ -422,7 +422,7 @@ class TestNumbers:
         assert written_numbers(np.float32([value])) == [text]
 
     def test_a_word_longer_than_a_block(self, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(arpa_text, "BLOCK_BYTES", 1)
+        monkeypatch.setattr(arpa_text, "BLOCK_ROWS", 1)
         ngrams = NgramArrays(np.array([[0, 1], [1, 0]], np.int32), np.float32([-1, -2]), np.float32([0, 0]))
         blocks = [bytes(block) for block in LineFormatter(["é" * 500, "b"]).blocks(ngrams, with_backoff=False)]
         assert b"".join(blocks).decode() == f"-1\t{'é' * 500} b\n-2\tb {'é' * 500}\n"

@@ -15,7 +15,7 @@ from lattices.errors import InvalidDataError, OutputError, RescoreError
 from lm.ngram import build as module
 from lm.ngram import counting
 from lm.ngram.arpa import read_arpa
-from lm.ngram.build import build_ngram
+from lm.ngram.build import NgramOptions, build_ngram
 
 REFERENCE = Path(__file__).parent / "reference"
 TEXT = REFERENCE / "fable.txt"
@@ -27,8 +27,9 @@ class StopError(Exception):
 
 
 def build(out: Path, *corpora: Path, **options):
-    options = {"tokenizer": "words", "order": 3, "threads": 1, **options}
-    return build_ngram(corpora or [TEXT], out, **options)
+    told = {name: options.pop(name) for name in ("replace", "progress") if name in options}
+    chosen = NgramOptions(**{"tokenizer": "words", "order": 3, "threads": 1, **options})
+    return build_ngram(corpora or [TEXT], out, chosen, **told)
 
 
 def refused(call, kind: type[RescoreError] = RescoreError) -> str:

@@ -22,10 +22,10 @@ import lm.base.catalog
 import lm.ngram.build
 from lattices.errors import InvalidDataError, OutputError
 from lm.base.catalog import identify, load_base
-from lm.base.corpus import Prompt, generate_corpus
+from lm.base.corpus import GenerationOptions, Prompt, generate_corpus
 from lm.base.own_output import OwnOutput, own_output
 from lm.locks import writing_to
-from lm.ngram.build import build_ngram
+from lm.ngram.build import NgramOptions, build_ngram
 from lm.ngram.load import load_ngram
 from lm.ngram.mix import find_parts, mix_ngrams
 from lm.training.data import read_head_data
@@ -148,14 +148,14 @@ class TestOwnOutput:
     def test_a_prompt_that_is_there_twice_is_refused(self, tiny_base, prompts, tmp_path: Path):
         """What two processes in one folder left: the states are in another order than the lines."""
         out = tmp_path / "own"
-        generate_corpus(tiny_base, [Prompt("abc", True), Prompt("d", False)], out, max_new_tokens=4)
+        generate_corpus(tiny_base, [Prompt("abc", True), Prompt("d", False)], out, GenerationOptions(max_new_tokens=4))
         lines = (out / "corpus.jsonl").read_text()
         (out / "corpus.jsonl").write_text(lines + lines)
         (out / "hidden.f16").write_bytes((out / "hidden.f16").read_bytes() * 2)
         for read in (
             lambda: read_head_data(tiny_base, out, tmp_path / "cache"),
-            lambda: generate_corpus(tiny_base, [Prompt("abc", True)], out, max_new_tokens=4),
-            lambda: build_ngram([out], tmp_path / "ngram", order=2, tokenizer=tiny_base.identity.name),
+            lambda: generate_corpus(tiny_base, [Prompt("abc", True)], out, GenerationOptions(max_new_tokens=4)),
+            lambda: build_ngram([out], tmp_path / "ngram", NgramOptions(order=2, tokenizer=tiny_base.identity.name)),
         ):
             with pytest.raises(InvalidDataError, match="line 3 has a prompt that is there already: two processes"):
                 read()
@@ -193,7 +193,9 @@ class TestNgrams:
     def arpa(self, tmp_path: Path) -> Path:
         (tmp_path / "text.txt").write_text(TEXT)
         build_ngram(
-            [tmp_path / "text.txt"], tmp_path / "model", order=2, tokenizer="words", discount_fallback=(0.5, 1, 1.5)
+            [tmp_path / "text.txt"],
+            tmp_path / "model",
+            NgramOptions(order=2, tokenizer="words", discount_fallback=(0.5, 1, 1.5)),
         )
         return tmp_path / "model" / "model.arpa"
 
@@ -211,7 +213,7 @@ class TestNgrams:
         """Interrupted after the text was encoded; then the normaliser changes what the text is."""
         base = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
         (tmp_path / "text.txt").write_text(TEXT.title())
-        options = {"order": 2, "tokenizer": str(base), "discount_fallback": (0.5, 1, 1.5)}
+        options = NgramOptions(order=2, tokenizer=str(base), discount_fallback=(0.5, 1, 1.5))
 
         def stop(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
@@ -219,10 +221,10 @@ class TestNgrams:
         with monkeypatch.context() as patched:
             patched.setattr(lm.ngram.build, "count_full", stop)
             with pytest.raises(KeyboardInterrupt):
-                build_ngram([tmp_path / "text.txt"], tmp_path / "model", **options)
+                build_ngram([tmp_path / "text.txt"], tmp_path / "model", options)
         edit("tokenizer.json", normalizer={"type": "Lowercase"})(base)
-        assert not build_ngram([tmp_path / "text.txt"], tmp_path / "model", **options).resumed
-        build_ngram([tmp_path / "text.txt"], tmp_path / "fresh", **options)
+        assert not build_ngram([tmp_path / "text.txt"], tmp_path / "model", options).resumed
+        build_ngram([tmp_path / "text.txt"], tmp_path / "fresh", options)
         assert (tmp_path / "model/model.arpa").read_bytes() == (tmp_path / "fresh/model.arpa").read_bytes()
 
     def test_compared_models(self, tiny_folder: Path, tiny_heads_folder: Path, tmp_path: Path, cache_folder, caplog):
@@ -256,12 +258,12 @@ class TestFoldersOfTheUser:
 
     def test_n_gram_models(self, tmp_path: Path):
         (tmp_path / "text.txt").write_text(TEXT)
-        options = {"order": 2, "tokenizer": "words", "discount_fallback": (0.5, 1, 1.5)}
-        build_ngram([tmp_path / "text.txt"], tmp_path / "a", **options)
-        build_ngram([tmp_path / "text.txt"], tmp_path / "b", **options)
+        options = NgramOptions(order=2, tokenizer="words", discount_fallback=(0.5, 1, 1.5))
+        build_ngram([tmp_path / "text.txt"], tmp_path / "a", options)
+        build_ngram([tmp_path / "text.txt"], tmp_path / "b", options)
         with busy(tmp_path / "c", beside=True):
             for make in (
-                lambda: build_ngram([tmp_path / "text.txt"], tmp_path / "c", **options),
+                lambda: build_ngram([tmp_path / "text.txt"], tmp_path / "c", options),
                 lambda: mix_ngrams(find_parts([str(tmp_path / "a"), str(tmp_path / "b")]), [1, 1], tmp_path / "c"),
             ):
                 with pytest.raises(OutputError, match="another rescore process is writing to"):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
 from lm.base import corpus
 from lm.base.catalog import load_base
-from lm.base.corpus import Prompt, generate_corpus, read_prompts
+from lm.base.corpus import GenerationOptions, Prompt, read_prompts
 from lm.training.data import read_head_data
 
 exhaustive = settings(
@@ -31,6 +31,10 @@ PROMPTS = [
     Prompt("three \u2028 lines\n", True),
     Prompt("four, longer", False),
 ]
+
+
+def generate_corpus(base, prompts, out, *, progress=None, **options):
+    return corpus.generate_corpus(base, prompts, out, GenerationOptions(**options), progress=progress)
 
 
 class StopError(Exception):

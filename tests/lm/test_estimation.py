@@ -248,10 +248,10 @@ def test_counts_in_any_runs_and_keys_are_the_same(
     whole = table_of(ids, len(vocabulary), order, folder)
     per_key = -(-order // columns)
     monkeypatch.setattr(counting, "LEAST_CHUNK", 17)
-    monkeypatch.setattr(counting, "key_layout", lambda n, size: (5, per_key, -(-n // per_key)))
+    monkeypatch.setattr(counting, "key_layout", lambda n, size: counting.Layout(n, 5, per_key))
     for threads in (1, 2):
         parts = table_of(ids, len(vocabulary), order, folder, memory=1000, threads=threads)  # tables on disk as well
-        for name in NgramTable.__dataclass_fields__:
+        for name in NgramTable._fields:
             np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name), err_msg=name)
 
 

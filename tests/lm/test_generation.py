@@ -187,9 +187,16 @@ def test_a_step_asks_the_device_once(tiny_base, monkeypatch):
 def test_long_prompts_share_a_batch_with_fewer(tiny_base, monkeypatch):
     monkeypatch.setattr(generation, "ATTENTION_CELLS", 4 * 10**2)
     sizes = []
-    monkeypatch.setattr(
-        generation, "_generate_batch", lambda base, rows, prompts, *_: sizes.append([len(p) for p in prompts]) or []
-    )
+
+    class Batch:
+        def __init__(self, base, prompts, *_):
+            self.prompts = prompts
+            sizes.append([len(p) for p in prompts])
+
+        def generate(self, *_, **__):
+            return []
+
+    monkeypatch.setattr(generation, "_Batch", Batch)
     lengths = [5] * 6 + [10] * 5 + [100]
     assert list(generate(tiny_base, [[1] * n for n in lengths], max_new_tokens=1, batch_size=6)) == []
     assert sizes == [[100], [10] * 4, [10, 5, 5, 5], [5, 5, 5]]

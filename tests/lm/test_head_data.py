@@ -16,7 +16,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
 from lm.base import attention
 from lm.base.catalog import load_base
-from lm.base.corpus import Prompt, generate_corpus
+from lm.base.corpus import GenerationOptions, Prompt, generate_corpus
 from lm.base.model import BaseLM
 from lm.training import data as head_data
 from lm.training.data import CHUNK, HeadData, Rows, body_states, read_head_data, segments_of
@@ -95,7 +95,7 @@ def pairs(tmp_path: Path) -> Path:
 def own_output(tiny_base, tmp_path: Path) -> Path:
     generate_corpus(
         tiny_base, [Prompt(t, chat) for t in ("a", "bcd", "ef") for chat in (True, False)], tmp_path / "own",
-        max_new_tokens=7,
+        GenerationOptions(max_new_tokens=7),
     )  # fmt: skip
     return tmp_path / "own"
 

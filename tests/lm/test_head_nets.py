@@ -24,8 +24,9 @@ def heads_of(base, architecture: str, *, h: int = 5, token_size: int = 6, blocks
     identity = base.identity
     heads = BlockHeads(
         BlockHeadsConfig(
-            h, 32, 32 if architecture == "medusa" else 12, 257, identity.name, identity.tokenizer_sha256, architecture,
-            token_size, blocks,
+            h=h, hidden_size=32, inner_size=32 if architecture == "medusa" else 12, vocab_size=257,
+            base_name=identity.name, tokenizer_sha256=identity.tokenizer_sha256, architecture=architecture,
+            token_size=token_size, blocks=blocks,
         )
     ).double()  # fmt: skip
     if random:

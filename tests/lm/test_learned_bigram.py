@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.lattice import Lattice
-from lm.neural import learned_bigram
-from lm.neural.learned_bigram import BigramOptions, BigramTrainer, TargetLattices, lattices_of_corpus, load_bigram
+from lm.neural.learned_bigram import load_bigram
+from lm.training import bigram
+from lm.training.bigram import BigramOptions, BigramTrainer, TargetLattices, lattices_of_corpus
 from lm.training.data import read_head_data
 
 SMALL = BigramOptions(
@@ -249,7 +250,7 @@ class TestCorpus:
         BigramTrainer(tiny_base, [found], SMALL).train(tmp_path / "out")  # a text that the base did not write
 
     def test_what_a_stopped_run_made_is_kept(self, tiny_base, tmp_path, monkeypatch):
-        monkeypatch.setattr(learned_bigram, "SHARD_ROWS", 4)
+        monkeypatch.setattr(bigram, "SHARD_ROWS", 4)
         (tmp_path / "text.txt").write_text("the cat sat on the mat")
         data, heads = read_head_data(tiny_base, tmp_path / "text.txt", tmp_path), make_heads(tiny_base)
         expected = lattices_of_corpus(tiny_base, heads, data, k=3, rows=10, seed=0)
@@ -330,7 +331,7 @@ class TestCheckpoint:
     def test_a_broken_configuration(self, folder):
         (folder / "config.json").write_text('{"rank": 4}')
         message = refused(lambda: load_bigram(folder), InvalidDataError)
-        assert "is not the configuration of a bigram: missing 4 required" in message
+        assert "is not the configuration of a bigram: Object missing required field `hidden_size`" in message
 
     @pytest.mark.parametrize("keep", [0, 30, -1])
     def test_truncated_weights(self, folder, keep):

@@ -12,10 +12,9 @@ from lattices.automaton import Automaton
 from lattices.errors import IncompatibleError, OutputError, RescoreError
 from lm.files import sha256_of_file
 from lm.ngram.arpa import read_arpa
-from lm.ngram.build import build_ngram
-from lm.ngram.interpolation import mix
+from lm.ngram.build import NgramOptions, build_ngram
 from lm.ngram.load import load_ngram
-from lm.ngram.mix import find_parts, mix_ngrams
+from lm.ngram.mix import find_parts, mix, mix_ngrams
 from lm.ngram.score import score_file
 
 TEXT = Path(__file__).parent / "reference" / "fable.txt"
@@ -28,7 +27,8 @@ def build(out: Path, text: str | None = None, **options) -> Path:
     if text is not None:
         corpus = out.with_suffix(".txt")
         corpus.write_text(text)
-    build_ngram([corpus], out, **{"tokenizer": "words", "order": 3, "discount_fallback": FALLBACK, **options})
+    chosen = {"tokenizer": "words", "order": 3, "discount_fallback": FALLBACK, **options}
+    build_ngram([corpus], out, NgramOptions(**chosen))
     return out
 
 
@@ -85,7 +85,7 @@ def test_arpa_files_go_with_folders(two: list[str], tmp_path: Path) -> None:
 
 def test_own_is_the_shipped_model() -> None:
     first, second = find_parts(["shipped", "shipped"])
-    assert first.file.name == "model.arpa.gz" and first.tokenizer == "smollm2-135m" and first == second
+    assert first.file.name == "model.arpa.gz" and first.manifest.tokenizer == "smollm2-135m" and first == second
 
 
 def test_what_can_not_be_mixed(two: list[str], tmp_path: Path, tiny_folder: Path) -> None:

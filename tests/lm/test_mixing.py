@@ -8,7 +8,7 @@ import pytest
 from lattices.automaton import Automaton
 from lattices.errors import RescoreError
 from lattices.ngrams import SPECIAL_WORDS, NgramArrays, NgramModel
-from lm.ngram.interpolation import Mixture, mix
+from lm.ngram.mix import Mixture, mix
 
 
 def normalised_model(seed: int, words: tuple[str, ...], order: int) -> NgramModel:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lm.base.catalog import load_base
 from lm.base.model import BaseLM
-from lm.int8 import SCALE
+from lm.checkpoint import SCALE
 from lm.neural import model as neural
 from lm.neural.model import (
     SIZES,
@@ -66,9 +67,10 @@ def names_of(cut: BaseLM) -> list[str]:
 def config_for(base: BaseLM, **changes) -> DeltaConfig:
     identity = base.identity
     config = DeltaConfig(
-        "neural-32m", 1, 1, identity.name, identity.weights_sha256, identity.tokenizer_sha256
+        size="neural-32m", layers=1, tuned_layers=1, base_name=identity.name,
+        base_weights_sha256=identity.weights_sha256, tokenizer_sha256=identity.tokenizer_sha256,
     )  # fmt: skip
-    return dataclasses.replace(config, **changes)
+    return msgspec.structs.replace(config, **changes)
 
 
 @pytest.fixture
@@ -185,7 +187,7 @@ class TestDelta:
 
     def test_its_hash_names_weights_and_base(self, base, tuned, delta, tmp_path):
         source = find_neural(str(delta))
-        of_another = dataclasses.replace(source.delta, base_weights_sha256="another")
+        of_another = msgspec.structs.replace(source.delta, base_weights_sha256="another")
         assert dataclasses.replace(source, delta=of_another).sha256 != source.sha256
         save_delta(tuned.model, names_of(tuned)[:2], config_for(base), tmp_path / "less")
         assert find_neural(str(tmp_path / "less")).sha256 != source.sha256
@@ -235,8 +237,9 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         ("content", "message"),
-        [("{", "is not valid JSON"), ("[]", "is not a JSON object"), ('{"kind": "delta"}', "missing 6 required"),
-         ('{"kind": "delta", "colour": 1}', "unexpected keyword argument 'colour'")],
+        [("{", "is not valid JSON"), ("[]", "is not a JSON object"),
+         ('{"kind": "delta"}', "missing required field `size`"),
+         ('{"kind": "delta", "colour": 1}', "contains unknown field `colour`")],
     )  # fmt: skip
     def test_a_broken_configuration(self, delta, content, message):
         (delta / "config.json").write_text(content)

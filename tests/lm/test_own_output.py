@@ -12,9 +12,9 @@ from conftest import save_tiny_base, write_lines
 import lm.base.catalog
 import lm.base.corpus
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
-from lm.base.corpus import generate_corpus, read_prompts
+from lm.base.corpus import GenerationOptions, generate_corpus, read_prompts
 from lm.base.own_output import OwnOutput
-from lm.ngram.build import build_ngram
+from lm.ngram.build import NgramOptions, build_ngram
 
 FALLBACK = (0.5, 1.0, 1.5)
 
@@ -30,8 +30,9 @@ def own(tiny_folder: Path) -> OwnOutput:
 
 
 def build(corpus: object, out: Path, own: OwnOutput, **options):
-    options = {"order": 2, "tokenizer": own.base, "discount_fallback": FALLBACK, "own": own, **options}
-    return build_ngram([str(corpus)], out, **options)
+    progress = options.pop("progress", None)
+    chosen = NgramOptions(**{"order": 2, "tokenizer": own.base, "discount_fallback": FALLBACK, **options})
+    return build_ngram([str(corpus)], out, chosen, own=own, progress=progress)
 
 
 def folders(cache: Path) -> list[Path]:
@@ -45,7 +46,9 @@ def no_base(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_is_what_generate_corpus_and_build_ngram_give(prompts, own, tiny_base, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     summary = build(f"own:{prompts}", tmp_path / "a", own, progress=lambda *what: seen.append(what))
-    generate_corpus(tiny_base, read_prompts(prompts, default_chat=True), tmp_path / "own", max_new_tokens=12)
+    generate_corpus(
+        tiny_base, read_prompts(prompts, default_chat=True), tmp_path / "own", GenerationOptions(max_new_tokens=12)
+    )
     assert build(tmp_path / "own", tmp_path / "b", own).ngrams == summary.ngrams
     assert (tmp_path / "a" / "model.arpa").read_bytes() == (tmp_path / "b" / "model.arpa").read_bytes()
     assert ("generate prompts.jsonl", 6, 6) in seen
@@ -87,8 +90,8 @@ def test_a_killed_generation_goes_on(prompts, own, cache_folder: Path, tmp_path:
 def test_it_goes_with_other_corpora(prompts, own, tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("some text\n")
     together = build_ngram(
-        [tmp_path / "x.txt", f"own:{prompts}"], tmp_path / "a", order=2, tokenizer=own.base,
-        discount_fallback=FALLBACK, own=own,
+        [tmp_path / "x.txt", f"own:{prompts}"], tmp_path / "a",
+        NgramOptions(order=2, tokenizer=own.base, discount_fallback=FALLBACK), own=own,
     )  # fmt: skip
     assert together.documents == 7
     kinds = [s["kind"] for s in json.loads((tmp_path / "a" / "manifest.json").read_text())["corpora"]]
@@ -116,7 +119,11 @@ def test_mistakes_are_told_before_anything_is_generated(prompts, own, tmp_path: 
             RescoreError,
             "at least 1",
         ),
-        (lambda out: build_ngram(corpora, out, tokenizer=own.base, own=own), RescoreError, "can't read .*none.txt"),
+        (
+            lambda out: build_ngram(corpora, out, NgramOptions(tokenizer=own.base), own=own),
+            RescoreError,
+            "can't read .*none.txt",
+        ),
         (lambda out: build(f"own:{prompts}", out, dataclasses.replace(own, base="nonsense")), RescoreError, "nonsense"),
     ):
         with pytest.raises(kind, match=said) as caught:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lattices.errors import RescoreError
 from lattices.ngrams import SENTENCE_END
 from lm.ngram.corpus import EncodedCorpus
-from lm.ngram.counting import BREAK
+from lm.ngram.counting import BREAK, no_progress
 from lm.ngram.kenlm_model import KenlmModel
 from lm.ngram.score import AutomatonScorer, NgramScore, _sentences, score_file, score_text
 
@@ -158,5 +158,5 @@ def test_progress_counts_up(tmp_path: Path):
 def test_a_cut_document_has_no_end(tmp_path: Path):
     encoded = EncodedCorpus(tmp_path / "ids", ("<unk>", "<s>", "</s>", "a"), (), 3, 3)
     np.array([3, SENTENCE_END, 3, 3, BREAK, SENTENCE_END], np.int32).tofile(encoded.path)
-    found = list(_sentences(encoded, np.array([0, 1, 2, 7]), None))
+    found = list(_sentences(encoded, np.array([0, 1, 2, 7]), no_progress))
     assert found == [[7, 2], [7, 7], [2]]

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
-from lm.training import trainer as trainer_module
+from lm import checkpoint
 from lm.training.trainer import Trainer, rate_at
 from lm.training.workers import Workers
 
@@ -291,13 +291,13 @@ class TestTrouble:
     @pytest.mark.parametrize("lacking", ["stopped", "step", "weights.weight", "exp_avg.weight"])
     def test_a_checkpoint_that_lacks_something(self, tmp_path, monkeypatch, lacking):
         """As one of an earlier version may."""
-        to_bytes = trainer_module.to_bytes
+        to_bytes = checkpoint.to_bytes
 
         def without(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
             state = {k: v for k, v in json.loads(metadata["state"]).items() if k != lacking}
             return to_bytes({k: v for k, v in tensors.items() if k != lacking}, metadata={"state": json.dumps(state)})
 
-        monkeypatch.setattr(trainer_module, "to_bytes", without)
+        monkeypatch.setattr(checkpoint, "to_bytes", without)
         Toy().train(tmp_path)
         with pytest.raises(InvalidDataError, match="remove it to begin again"):
             Toy().train(tmp_path)

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
+from lm import checkpoint
 from lm.base.catalog import load_base
 from lm.heads.block_heads import heads_sha256, load_heads
-from lm.training import trainer as trainer_module
 from lm.training.data import HeadData, Rows, Segment, read_head_data, segments_of, until
 from lm.training.heads import HeadTrainer, TrainingOptions
 
@@ -415,8 +415,8 @@ class TestTrouble:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return to_bytes(_tensors, metadata=metadata)
 
-        to_bytes = trainer_module.to_bytes
-        monkeypatch.setattr(trainer_module, "to_bytes", full)
+        to_bytes = checkpoint.to_bytes
+        monkeypatch.setattr(checkpoint, "to_bytes", full)
         message = refused(lambda: HeadTrainer(tiny_base, [data], SMALL).train(tmp_path), OutputError)
         assert "No space left" in message
         assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.safetensors", "training_log.jsonl"]

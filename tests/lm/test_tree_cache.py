@@ -10,9 +10,9 @@ from conftest import save_tiny_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lm.base.cache import GROWTH, TreeCache
 from lm.base.catalog import load_base
 from lm.base.model import BaseLM
-from lm.base.tree_cache import GROWTH, TreeCache
 from lm.neural.model import NeuralLM
 
 

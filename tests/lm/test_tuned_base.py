@@ -47,7 +47,10 @@ def test_a_base_cut_below_its_changed_layers_is_the_untuned_one(folder, pairs, t
 
 def test_a_delta_of_the_untuned_base_rescores_for_the_tuned_one(folder, pairs, tmp_path):
     base, tuned = load_base(folder), load_base(str(lora_of_last_layer(folder, pairs, tmp_path)))
-    config = DeltaConfig("neural-32m", 1, 1, folder, base.identity.weights_sha256, base.identity.tokenizer_sha256)
+    config = DeltaConfig(
+        size="neural-32m", layers=1, tuned_layers=1, base_name=folder,
+        base_weights_sha256=base.identity.weights_sha256, tokenizer_sha256=base.identity.tokenizer_sha256,
+    )  # fmt: skip
     save_delta(first_layers(folder, 1).model, ["model.norm.weight"], config, tmp_path / "delta")
     source = find_neural(str(tmp_path / "delta"))
     check_fits(source, tuned.identity)
@@ -73,7 +76,10 @@ def test_a_delta_of_the_tuned_base_is_of_its_own_layers(folder, pairs, tmp_path)
     ):
         torch.testing.assert_close(a, b, msg=at)
     identity = tuned.identity
-    config = DeltaConfig("neural-32m", 1, 1, name, identity.weights_sha256, identity.tokenizer_sha256)
+    config = DeltaConfig(
+        size="neural-32m", layers=1, tuned_layers=1, base_name=name,
+        base_weights_sha256=identity.weights_sha256, tokenizer_sha256=identity.tokenizer_sha256,
+    )  # fmt: skip
     save_delta(cut.model, ["model.norm.weight"], config, tmp_path / "delta")
     source = find_neural(str(tmp_path / "delta"))
     check_fits(source, identity)

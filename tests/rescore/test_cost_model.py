@@ -269,7 +269,10 @@ class TestDecoders:
             heads_of(TOY, tiny_heads_folder, 3)
 
     def test_sequential_heads(self, tiny_base, tiny_folder: Path, tmp_path: Path):
-        config = BlockHeadsConfig(4, 32, 16, 257, "tiny", "0", architecture="sequential", token_size=8)
+        config = BlockHeadsConfig(
+            h=4, hidden_size=32, inner_size=16, vocab_size=257, base_name="tiny", tokenizer_sha256="0",
+            architecture="sequential", token_size=8,
+        )  # fmt: skip
         BlockHeads(config).save(tmp_path)
         # Three heads, d = 32, inner 16; tokens seen 1 + 2 + 3, each 8 x 16; 32 x 8 shared.
         shape = heads_of(decoder_of(str(tiny_folder)), tmp_path, 4)

@@ -17,7 +17,8 @@ from lattices.lattice import Lattice
 from lm.base.catalog import load_base
 from lm.base.model import BaseLM
 from lm.neural import learned_bigram
-from lm.neural.learned_bigram import BigramOptions, BigramTrainer, TargetLattices, load_bigram
+from lm.neural.learned_bigram import load_bigram
+from lm.training.bigram import BigramOptions, BigramTrainer, TargetLattices
 from rescore.rescorers import Context, Rescorer, Target, load_rescorer
 
 H, K = 4, 4

@@ -12,7 +12,7 @@ from conftest import save_tiny_base, write_lines
 
 from lattices.errors import IncompatibleError, RescoreError
 from lm.base.own_output import OwnOutput
-from lm.ngram.build import build_ngram
+from lm.ngram.build import NgramOptions, build_ngram
 from rescore.accounting import account, paired_gain
 from rescore.replay import replay
 from rescore.rescorers import load_rescorer
@@ -63,8 +63,11 @@ def test_the_numbers_are_those_of_building_tuning_and_replaying(options, corpora
         folder = tmp_path / f"{n.corpus}-{n.order}"
         if not folder.exists():
             built = build_ngram(
-                [corpus.source], folder, order=n.order, tokenizer=options.base, discount_fallback=(0.5, 1.0, 1.5),
-                field=corpus.field, own=own,
+                [corpus.source], folder,
+                NgramOptions(
+                    order=n.order, tokenizer=options.base, discount_fallback=(0.5, 1.0, 1.5), field=corpus.field
+                ),
+                own=own,
             )  # fmt: skip
             assert (n.tokens, n.ngrams) == (built.tokens, sum(built.ngrams))
         chosen = dataclasses.replace(options, rescorers=(f"ngram:{folder}",), limit=2)

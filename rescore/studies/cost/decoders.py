@@ -219,8 +219,7 @@ def heads_of(base: Decoder, folder: Path | None, h: int) -> HeadsShape:
 
 
 def _counted_heads(base: Decoder, folder: Path, h: int) -> HeadsShape:
-    import dataclasses
-
+    import msgspec
     import torch
 
     from lm.heads.block_heads import BlockHeads, read_config
@@ -236,7 +235,7 @@ def _counted_heads(base: Decoder, folder: Path, h: int) -> HeadsShape:
             f"h = {h}, but the heads in {folder} propose blocks of {config.h}; choose --h from 2 to {config.h}"
         )
     with torch.device("meta"):
-        heads = BlockHeads(dataclasses.replace(config, h=h))
+        heads = BlockHeads(msgspec.structs.replace(config, h=h))
     reads = h - 1 if config.architecture == SEQUENTIAL else 1
     return HeadsShape(sum(parameter.numel() for parameter in heads.parameters()), reads)
 

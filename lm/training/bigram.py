@@ -1,0 +1,251 @@
+"""Trains a learned bigram (`lm.neural.learned_bigram`) on the heads' lattices of a corpus.
+
+As a conditional random field: of all paths of a lattice, those that begin with the base's own continuation, as far as
+the lattice holds it, should have the most probability.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save as arrays_to_bytes
+
+from lattices.errors import InvalidDataError
+from lattices.lattice import Lattice
+from lm.base.model import BaseLM
+from lm.checkpoint import write_checkpoint
+from lm.files import atomic_file
+from lm.heads.block_heads import BlockHeads
+from lm.keys import key_of
+from lm.locks import tell
+from lm.neural.learned_bigram import BigramConfig
+from lm.training.data import HeadData, check_apart, chosen_share
+from lm.training.trainer import Schedule, Trainer
+
+BATCH_ROWS = 256
+SHARD_ROWS = 4096  # lattices that are kept together; what a kill can lose
+
+
+@dataclass(frozen=True)
+class TargetLattices:
+    """Lattices of a corpus beside what the base LM wrote there."""
+
+    lattice: Lattice  # [n, h, k]
+    targets: np.ndarray  # int [n, h], the base's continuation, -1 after its end
+    segments: np.ndarray  # int64 [n], the segment of the corpus that each is of
+    source: str
+    sha256: str  # of the corpus
+    made_of: str = ""  # sha256 of all that they follow from
+
+
+def lattices_of_corpus(
+    base: BaseLM,
+    heads: BlockHeads,
+    data: HeadData,
+    *,
+    k: int,
+    rows: int,
+    seed: int,
+    cache: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> TargetLattices:
+    """Lattices at up to `rows` positions of a corpus, drawn at random; targets as the corpus has them.
+
+    In the folder `cache` they are kept as they come, and what is there already, and whole, is not made again.
+    """
+    made_of = _made_of(base, heads, data, k, rows, seed)
+    folder = cache / f"lattices-{made_of[:16]}" if cache else None
+    rng = np.random.default_rng([seed, 0xB16])
+    chosen = np.sort(rng.permutation(len(data))[:rows])
+    segments = np.searchsorted(data.ends, chosen, side="right")
+    places = chosen[:, None] + np.arange(heads.h)
+    targets = np.where(
+        places < data.ends[segments][:, None], data.targets[np.minimum(places, len(data) - 1)], -1
+    )  # [n, h]
+    parts: list[Lattice] = []
+    for start in range(0, len(chosen), SHARD_ROWS):
+        shard = chosen[start : start + SHARD_ROWS]
+        path = folder / f"{start:09d}.safetensors" if folder else None
+        lattice = _read_shard(path, (len(shard), heads.h, k)) if path is not None else None
+        if lattice is None:
+            made = []
+            for rows_done in range(0, len(shard), BATCH_ROWS):
+                states = data.states.at(shard[rows_done : rows_done + BATCH_ROWS])
+                hidden = torch.from_numpy(states).to(base.device, base.dtype)
+                made.append(heads.lattice(base, hidden, base.project(hidden), k))
+                if progress:
+                    progress(start + rows_done + len(hidden), len(chosen))
+            lattice = _joined(made)
+            if path is not None:
+                with atomic_file(path) as temporary:
+                    temporary.write_bytes(arrays_to_bytes({"token_ids": lattice.token_ids, "logps": lattice.logps}))
+        parts.append(lattice)
+    return TargetLattices(_joined(parts), targets, segments, data.source, data.sha256, made_of)
+
+
+def _joined(parts: Sequence[Lattice]) -> Lattice:
+    return Lattice(np.concatenate([p.token_ids for p in parts]), np.concatenate([p.logps for p in parts]))
+
+
+def _read_shard(path: Path, shape: tuple[int, int, int]) -> Lattice | None:
+    """Lattices that are kept; None if there are none, or broken ones, which are made again."""
+    if not path.is_file():
+        return None
+    try:
+        tensors = load_arrays(path)
+        lattice = Lattice(tensors["token_ids"], tensors["logps"])
+        if lattice.token_ids.shape == lattice.logps.shape == shape:
+            return lattice
+        reason = f"they have the shape {lattice.token_ids.shape}"
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        reason = str(error)
+    tell(f"the lattices in {path} are broken ({reason}); they are made again")
+    return None
+
+
+def _made_of(base: BaseLM, heads: BlockHeads, data: HeadData, k: int, rows: int, seed: int) -> str:
+    """sha256 of all that lattices follow from; a corpus' own hash says neither how it was cut nor templated."""
+    identity = {**dataclasses.asdict(base.identity), "name": None}
+    settings = {
+        "base": identity, "heads": heads.config, "k": k, "rows": rows, "seed": seed, "shard_rows": SHARD_ROWS
+    }  # fmt: skip
+    digest = hashlib.sha256(key_of(settings).encode())
+    for tokens in (data.targets, data.ends, data.contexts, data.context_ends):
+        digest.update(np.ascontiguousarray(tokens).tobytes())
+    for _, value in sorted(heads.net.state_dict().items()):
+        digest.update(value.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BigramOptions(Schedule):
+    """How a bigram is trained."""
+
+    rank: int = 128  # of the scores
+    k: int = 16  # tokens of each head in a lattice
+    rows: int = 30000  # lattices of each corpus
+    batch: int = 512  # lattices per step
+    steps: int = 1500
+    learning_rate: float = 2e-3
+    warmup: int = 50
+    weight_decay: float = 0.05
+    held_out: float = 0.05
+    evaluate_every: int = 250
+
+    LEAST: ClassVar = {"rank": 1, "k": 2, "rows": 2, "batch": 1}
+
+
+@dataclass(frozen=True)
+class HeldOutPaths:
+    """On held-out lattices: mean `loss` (nats a lattice) with the scores, and `unrescored_loss` without."""
+
+    loss: float
+    unrescored_loss: float
+    lattices: int
+
+
+class BigramTrainer(Trainer[HeldOutPaths]):
+    """One training of a learned bigram; see `Trainer.train`."""
+
+    memory_option = "--batch"
+
+    def __init__(self, base: BaseLM, data: Sequence[TargetLattices], options: BigramOptions) -> None:
+        options.check()
+        self.base, self.data, self.options = base, list(data), options
+        check_apart(data)
+        if sum(len(d.targets) for d in self.data) == 0:
+            raise InvalidDataError("the corpus gives no lattices; a bigram needs text to learn from")
+        self.lattice = _joined([d.lattice for d in self.data])
+        self.targets = np.concatenate([d.targets for d in self.data])
+        # Whole segments are held out: neighbouring lattices share most of their targets.
+        pairs = [np.stack([np.full(len(d.segments), i), d.segments], 1) for i, d in enumerate(self.data)]
+        segment = np.unique(np.concatenate(pairs), axis=0, return_inverse=True)[1].reshape(-1)
+        count = int(segment.max()) + 1
+        if count < 2:
+            raise InvalidDataError("the corpus has fewer than two segments of text; a bigram needs more to learn from")
+        measured = np.isin(segment, chosen_share(count, options.held_out, options.seed)[0])
+        self.held_out, self.rows = np.flatnonzero(measured), np.flatnonzero(~measured)
+        self.embeddings = base.output_embeddings.weight.detach().float()
+        torch.manual_seed(options.seed)
+        d = self.embeddings.shape[1]
+        scale = 1.0 / (self.embeddings.std().item() * math.sqrt(d))
+        self.left = torch.nn.Parameter((torch.randn(d, options.rank) * scale).to(base.device))
+        self.right = torch.nn.Parameter(torch.zeros(d, options.rank, device=base.device))
+        super().__init__({"left": self.left, "right": self.right}, options, base.device)
+
+    def _losses(self, step: int) -> Iterator[torch.Tensor]:
+        rng = np.random.default_rng([self.options.seed, step])
+        rows = self.rows[rng.integers(len(self.rows), size=self.options.batch)]
+        mine = rows[self.workers.rank :: self.workers.count]
+        if len(mine):
+            yield self._path_losses(mine, weight=1.0).sum() / len(rows)
+
+    def _path_losses(self, rows: np.ndarray, *, weight: float) -> torch.Tensor:
+        """-log probability of the paths that hold each lattice's target as far as it goes, `[n]`."""
+        ids = torch.from_numpy(self.lattice.token_ids[rows].astype(np.int64)).to(self.device)  # [n, h, k]
+        logps = torch.from_numpy(self.lattice.logps[rows]).to(self.device)
+        right = torch.from_numpy(self.targets[rows]).to(self.device)[:, :, None] == ids  # [n, h, k]
+        right[:, 0, 1:] = False  # slot 1's token is fixed: where it is not the target, nothing is
+        reached = right.any(-1).cumprod(dim=1).bool()  # the target is in every slot up to here
+        allowed = right | ~reached[..., None]
+        rows_of = self.embeddings[ids]  # [n, h, k, d]
+        pairs = weight * (rows_of[:, :-1] @ self.left) @ (rows_of[:, 1:] @ self.right).transpose(-1, -2)
+        return _log_mass(logps, pairs, torch.ones_like(allowed)) - _log_mass(logps, pairs, allowed)
+
+    @torch.no_grad()
+    def evaluate(self) -> HeldOutPaths:
+        """The held-out loss, with and without the scores."""
+        sums = {0.0: 0.0, 1.0: 0.0}
+        for start in range(0, len(self.held_out), self.options.batch):
+            rows = self.held_out[start : start + self.options.batch]
+            for weight in sums:
+                sums[weight] += float(self._path_losses(rows, weight=weight).sum())
+        count = len(self.held_out)
+        return HeldOutPaths(round(sums[1.0] / count, 4), round(sums[0.0] / count, 4), count)
+
+    def _save(self, out: Path) -> None:
+        identity = self.base.identity
+        config = BigramConfig(
+            hidden_size=self.embeddings.shape[1],
+            rank=self.options.rank,
+            base_name=identity.name,
+            base_weights_sha256=identity.weights_sha256,
+            tokenizer_sha256=identity.tokenizer_sha256,
+        )
+        write_checkpoint(out, self.parameters, config)
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "options": dataclasses.asdict(self.options),
+            "base": dataclasses.asdict(self.base.identity),
+            "data": [
+                {"source": d.source, "sha256": d.sha256, "lattices": len(d.targets), "made_of": d.made_of}
+                for d in self.data
+            ],
+        }
+
+
+def _log_mass(logps: torch.Tensor, pairs: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """log of the summed exp-scores of the paths through allowed tokens: `[n, h, k]`, `[n, h-1, k, k]` -> `[n]`.
+
+    The first slot's token is fixed.
+    """
+    barred = torch.where(allowed, 0.0, -math.inf)
+    forward = barred[:, 0] + logps[:, 0]
+    first_only = torch.full_like(forward, -math.inf)
+    first_only[:, 0] = forward[:, 0]
+    forward = first_only
+    for slot in range(1, logps.shape[1]):
+        into = torch.logsumexp(forward[:, :, None] + pairs[:, slot - 1], dim=1)
+        forward = into + logps[:, slot] + barred[:, slot]
+    return torch.logsumexp(forward, dim=-1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,6 +109,18 @@ def test_a_plug_in_needs_draft_only(plug_in):
     made.prefill([Context([1])])
     changed = made.weighted(2.0)
     assert (changed.alpha, made.alpha, changed.rest) == (2.0, None, made.rest) and isinstance(changed, Fixed)
+
+
+def test_the_example_of_the_docs_is_one(plug_in, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "rescorers.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    made: dict[str, type] = {}
+    exec(example, made)
+    monkeypatch.setitem(globals(), "Last", made["Last"])
+    plug_in(last=f"{__name__}:Last")
+    drafts = load_rescorer("last").draft(LATTICE, [Context([])], 1)
+    check_drafts(drafts, LATTICE, p=1)
+    assert drafts.tolist() == [[[5, 2, 4]]]
 
 
 def test_another_packages_failure_is_one_line_that_names_it(plug_in):

@@ -17,7 +17,6 @@ formats are refused by name.
 
 from __future__ import annotations
 
-import bz2
 import csv
 import gzip
 import json
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lattices.errors import InvalidDataError, RescoreError
+from lm.packed_streams import open_packed
 
 BLOCK_BYTES = 1 << 23  # text in hand at a time
 FIRST_BYTES = 1 << 16  # what the layout is told by
@@ -209,7 +209,7 @@ def _reading(path: Path, packing: str | None) -> Iterator[None]:
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
         raise InvalidDataError(f"{path} is not a whole {packing} file: {error}") from error
     except OSError as error:
-        if packing and error.errno is None:  # bz2's and pyarrow's way to say it
+        if packing and error.errno is None:  # bzip2's and pyarrow's way to say it
             raise InvalidDataError(f"{path} is not a whole {packing} file: {error}") from error
         raise RescoreError(f"can't read {path}: {error.strerror or error}") from error
 
@@ -221,11 +221,8 @@ def _open(path: Path, packing: str | None) -> Iterator[IO[bytes]]:
         if packing == "gzip":
             with gzip.open(stream) as unpacked:
                 yield unpacked  # type: ignore[misc] # reads like any other
-        elif packing == "bzip2":
-            with bz2.open(stream) as unpacked:
-                yield unpacked  # type: ignore[misc]
-        elif packing == "xz":
-            with lzma.open(stream) as unpacked:
+        elif packing in ("bzip2", "xz"):
+            with open_packed(stream, packing) as unpacked:
                 yield unpacked
         elif packing == "zstd":
             import pyarrow  # unlike the package zstandard it tells a file that was cut short

@@ -21,7 +21,7 @@ import pyarrow.parquet
 import pytest
 
 from lattices.errors import InvalidDataError, RescoreError
-from lm import text_files
+from lm import packed_streams, text_files
 from lm.text_files import (
     check_whole,
     identify,
@@ -190,9 +190,43 @@ class TestPacked:
         for cut in range(len(whole)):
             path = written(tmp_path / f"x.jsonl.{packing}", whole[:cut])
             assert "is not a whole" in refused(path), cut
-        path.write_bytes(whole + b"more")
-        if packing != "bz2":  # which takes what follows for none of its own, as bunzip2 does
-            assert "is not a whole" in refused(path)
+        for follows in (b"m", b"more", b"more" * 100, b"\1\0\0\0"):
+            path.write_bytes(whole + follows)
+            assert "is not a whole" in refused(path), follows
+
+    @pytest.mark.parametrize("packing", PACKERS)
+    def test_so_it_is_in_the_second_of_two_streams(self, tmp_path: Path, packing: str, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(packed_streams, "READ_BYTES", 7)
+        first, second = PACKERS[packing](LINES), PACKERS[packing](LINES * 2)
+        path = tmp_path / f"x.jsonl.{packing}"
+        for cut in range(1, len(second)):
+            written(path, first + second[:cut])
+            assert "is not a whole" in refused(path), cut
+            with pytest.raises(InvalidDataError, match=r"x.jsonl.* is not a whole"):
+                check_whole(identify(path))
+        for place in range(4):  # what a stream is told by
+            changed = bytearray(second)
+            changed[place] ^= 0xFF
+            assert "is not a whole" in refused(written(path, first + changed)), place
+        assert read(written(path, first + second)) == RECORDS * 3
+
+    @pytest.mark.parametrize("read_bytes", [1, 3, 1 << 18])
+    def test_zero_bytes_in_fours_are_padding_of_xz(
+        self, tmp_path: Path, read_bytes: int, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(packed_streams, "READ_BYTES", read_bytes)
+        one, path = lzma.compress(LINES), tmp_path / "x.jsonl.xz"
+        assert read(written(path, one + bytes(8) + one + bytes(4))) == RECORDS * 2
+        for wrong in (one + bytes(3), one + bytes(5) + one, one + bytes(4) + b"more"):
+            assert "is not a whole xz file" in refused(written(path, wrong))
+        path = tmp_path / "x.jsonl.bz2"
+        assert "is not a whole bzip2 file" in refused(written(path, bz2.compress(LINES) + bytes(4)))
+
+    @pytest.mark.parametrize("packing", PACKERS)
+    def test_much_text_is_read_whole(self, tmp_path: Path, packing: str):
+        noise = np.random.default_rng(1).bytes(600_000).hex() + "\n"
+        path = written(tmp_path / f"x.txt.{packing}", PACKERS[packing](noise.encode()) + PACKERS[packing](b"end\n"))
+        assert list(text_lines(identify(path))) == [noise[:-1], "end"]
 
     @pytest.mark.parametrize("packing", PACKERS)
     def test_whoever_takes_the_first_rows_learns_it_too(self, tmp_path: Path, packing: str):

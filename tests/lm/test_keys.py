@@ -92,6 +92,16 @@ def test_what_tokenization_depends_on(folder: Path, what: str):
     assert load_base(str(folder), device="cpu").identity == after
 
 
+def test_the_date_that_a_template_writes(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    plain = tokenization_of(str(folder))
+    monkeypatch.setattr(keys, "DATE", keys.DATE.replace(year=2000))
+    assert tokenization_of(str(folder)) == plain
+    (folder / "chat_template.jinja").write_text("{{ strftime_now('%Y') }}")
+    of_2000 = tokenization_of(str(folder))
+    monkeypatch.undo()
+    assert tokenization_of(str(folder)) != of_2000
+
+
 def test_what_says_nothing_about_the_numbers(folder: Path, tmp_path: Path):
     before = identify(str(folder))
     edit("config.json", transformers_version="4.0.0", _name_or_path="/elsewhere")(folder)

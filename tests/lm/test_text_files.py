@@ -55,17 +55,21 @@ def table(delimiter: str = ",") -> bytes:
     return stream.getvalue().encode()
 
 
-def arrow(file: bool) -> bytes:
-    columns = pyarrow.Table.from_pylist(RECORDS)
+TABLE = pyarrow.Table.from_pylist(RECORDS)
+TWICE = pyarrow.table([["1"], ["2"]], names=["a", "a"])
+STRUCTS = pyarrow.table({"a": pyarrow.StructArray.from_arrays([["1"], ["2"]], names=["b", "b"])})
+
+
+def arrow(file: bool, columns: pyarrow.Table = TABLE) -> bytes:
     sink = io.BytesIO()
     with (pyarrow.ipc.new_file if file else pyarrow.ipc.new_stream)(sink, columns.schema) as writer:
         writer.write_table(columns)
     return sink.getvalue()
 
 
-def parquet() -> bytes:
+def parquet(columns: pyarrow.Table = TABLE) -> bytes:
     sink = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), sink)
+    pyarrow.parquet.write_table(columns, sink)
     return sink.getvalue()
 
 
@@ -125,6 +129,18 @@ class TestRows:
         [
             ("x.csv", b"a,b\n1\n", "row 1 (line 2) has 1 values for 2 columns"),
             ("x.csv", b"a,a\n1,2\n", "names a column twice"),
+            ("x.parquet", parquet(TWICE), "names a column twice: a, a"),
+            ("x.arrow", arrow(True, TWICE), "names a column twice: a, a"),
+            ("x.arrow", arrow(True, STRUCTS), "has a column that can't be read"),
+            ("x.arrow", arrow(False, TWICE), "names a column twice: a, a"),
+            ("x.jsonl", b'{"a": 1}\n{"a": 1, "b": 2, "a": 1}\n', 'line 2 has the field "a" twice; keep one of them'),
+            ("x.jsonl", b'{"a": [{"b": 1, "b": 2}]}\n', 'line 1 has the field "b" twice'),
+            (
+                "x.json",
+                b'[{"a": 1, "b": "]"} ,\n {"a": 2, "\\u0061": 3}, {"a": 1, "a": 2}]',
+                'row 2 has the field "a" twice',
+            ),
+            ("x.json", b'\xef\xbb\xbf [ {"a": {"b": 1, "b": 2}}]', 'row 1 has the field "b" twice'),
             ("x.csv", b'a,b\n1,"2\n', "not valid CSV"),
             ("x.csv", LINES, "is called CSV and holds JSON lines; name it .jsonl"),
             ("x.jsonl", b'{"a": 1}\n{"a": \n', "line 2 is not valid JSON"),

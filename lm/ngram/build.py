@@ -26,7 +26,7 @@ import numpy as np
 from lattices.errors import InvalidDataError, OutputError, RescoreError, UnknownNameError
 from lattices.ngrams import SENTENCE_END, NgramModel
 from lm.base.own_output import OwnOutput, corpus_sources
-from lm.files import atomic_folder, write_json, writing
+from lm.files import atomic_folder, sha256_of_file, write_json, writing
 from lm.locks import writing_to
 from lm.ngram.corpus import CorpusSource, EncodedCorpus, encode_corpora
 from lm.ngram.counting import BREAK, Workspace, build_table, count_full
@@ -225,7 +225,8 @@ def write_model(model: NgramModel, out: Path, manifest: dict[str, Any], *, progr
         if progress:
             progress("writing", 1, 2)
         Automaton.compile(model).save(temporary / AUTOMATON_FILE)
-        write_json(temporary / MANIFEST_FILE, manifest)
+        files = {name: sha256_of_file(temporary / name) for name in (ARPA_FILE, AUTOMATON_FILE)}
+        write_json(temporary / MANIFEST_FILE, {**manifest, "files": files})
         if progress:
             progress("writing", 2, 2)
 

@@ -6,18 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lattices.automaton import MAGIC as AUTOMATON_MAGIC
 from lattices.automaton import Automaton
-from lattices.errors import RescoreError
+from lattices.errors import InvalidDataError, RescoreError
 from lattices.ngram_search import NgramSearch
 from lattices.ngrams import SENTENCE_END
 from lm.files import SHIPPED, atomic_file, cache_directory, read_json_object, sha256_of_file
+from lm.hashes import remembered_sha256
 from lm.keys import key_of
 from lm.locks import making, tell
-from lm.ngram.build import AUTOMATON_FILE, MANIFEST_FILE
+from lm.ngram.build import ARPA_FILE, AUTOMATON_FILE, MANIFEST_FILE
 from lm.ngram.kenlm_model import MAGIC as KENLM_MAGIC
 from lm.ngram.kenlm_model import KenlmModel
 from lm.ngram.kenlm_search import KenlmSearch
@@ -75,7 +77,9 @@ def load_ngram(path: Path) -> LoadedNgram:
         tokenizer = manifest.get("tokenizer_sha256")
         made_for = tokenizer if isinstance(tokenizer, str) else None
         if (file := path / AUTOMATON_FILE).is_file():
-            return LoadedNgram(file, Automaton.load(file), made_for)
+            loaded = LoadedNgram(file, Automaton.load(file), made_for)
+            check_files(path, manifest)
+            return loaded
         if (file := path / SHIPPED_FILE).is_file():
             return LoadedNgram(file, _compiled(file), made_for)
         raise RescoreError(f"no n-gram model in {path}: it has no {AUTOMATON_FILE}; make one: rescore build-ngram")
@@ -84,6 +88,26 @@ def load_ngram(path: Path) -> LoadedNgram:
     if is_arpa(path):
         return LoadedNgram(path, _compiled(path), None)
     return LoadedNgram(path, KenlmModel.load(path) if _begins(path, KENLM_MAGIC) else Automaton.load(path), None)
+
+
+def check_files(folder: Path, manifest: dict[str, Any]) -> None:
+    """Whether the ARPA file and the automaton in a folder are one model: those that its manifest was written with.
+
+    One of them may be missing, or the manifest not say (an earlier version's, a shipped model's). Raises
+    `InvalidDataError` with the file that was replaced, `RescoreError` for one that can't be read.
+    """
+    files = manifest.get("files")
+    for name in (ARPA_FILE, AUTOMATON_FILE):
+        path, built = folder / name, files.get(name) if isinstance(files, dict) else None
+        try:
+            is_replaced = built is not None and path.is_file() and remembered_sha256(path) != built
+        except OSError as error:
+            raise RescoreError(f"can't read {path}: {error.strerror}") from error
+        if is_replaced:
+            raise InvalidDataError(
+                f"{path} was replaced after the model in its folder was built, the rest of the folder is of another "
+                f"model; build the model again, or give the file itself, {path}, in place of the folder"
+            )
 
 
 def is_arpa(path: Path) -> bool:
@@ -101,7 +125,8 @@ def _compiled(arpa: Path) -> Automaton:
     """The automaton of an ARPA file: compiled once and kept in the cache directory, keyed by the file's sha256."""
     from lm.ngram.arpa import read_arpa
 
-    key = key_of({"arpa": sha256_of_file(arpa), "packed": arpa.suffix == ".gz", "compilation": COMPILATION})
+    held_before = sha256_of_file(arpa)
+    key = key_of({"arpa": held_before, "packed": arpa.suffix == ".gz", "compilation": COMPILATION})
     file = cache_directory() / "ngrams" / f"{key}.bin"
     if (held := _kept(file)) is not None:
         return held
@@ -111,6 +136,8 @@ def _compiled(arpa: Path) -> Automaton:
         if file.exists():
             tell(f"the cached automaton of {arpa.name} is broken; it is made again")
         automaton = Automaton.compile(read_arpa(arpa))
+        if sha256_of_file(arpa) != held_before:
+            raise RescoreError(f"{arpa} changed while it was read; give it once it is whole")
         with atomic_file(file) as temporary:
             automaton.save(temporary)
         digest = sha256_of_file(file)

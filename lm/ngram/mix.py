@@ -21,7 +21,7 @@ from lm.files import read_json_object, sha256_of_file
 from lm.locks import writing_to
 from lm.ngram.build import ARPA_FILE, KIND, MANIFEST_FILE, WORDS, Progress, check_place, write_model
 from lm.ngram.interpolation import check_weights, mix
-from lm.ngram.load import SHIPPED_FILE, SHIPPED_NGRAM, is_arpa
+from lm.ngram.load import SHIPPED_FILE, SHIPPED_NGRAM, check_files, is_arpa
 
 SHIPPED = "shipped"  # the name that stands for the shipped model; a folder of that name is ./shipped
 
@@ -86,6 +86,7 @@ def _find(name: str) -> NgramPart:
         manifest = read_json_object(path / MANIFEST_FILE, missing=f"no n-gram model in {path}")
         for file in (path / ARPA_FILE, path / SHIPPED_FILE):
             if file.is_file():
+                check_files(path, manifest)
                 tokenizer, sha256 = manifest.get("tokenizer"), manifest.get("tokenizer_sha256")
                 return NgramPart(
                     name,

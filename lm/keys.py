@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from lm.chat_templates import DATE, uses_date
 from lm.files import sha256_of_file
 
 # Of a configuration or a tokenizer: where it was read from and by what, which says nothing about what it does.
@@ -86,6 +87,8 @@ def tokenization_sha256(tokenizer: Any, folder: Path) -> str:
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         **{name: _settled(getattr(tokenizer, name, None)) for name in TOKENIZER_STATE},
     }
+    if uses_date(getattr(tokenizer, "chat_template", None)):
+        state["date"] = DATE.isoformat()  # earlier versions had the day's
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         whole = json.loads(backend.to_str())

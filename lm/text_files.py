@@ -17,7 +17,6 @@ formats are refused by name.
 
 from __future__ import annotations
 
-import bz2
 import csv
 import gzip
 import json
@@ -27,13 +26,13 @@ import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from lattices.errors import InvalidDataError, RescoreError
-from lm.files import json_object
+from lm.packed_streams import open_packed
 
 BLOCK_BYTES = 1 << 23  # text in hand at a time
 FIRST_BYTES = 1 << 16  # what the layout is told by
@@ -67,6 +66,7 @@ UNREADABLE = {
 }
 TAR = slice(257, 262)  # where a tar archive says what it is
 JSON_ARRAY = re.compile(rb'\s*\[\s*(\{\s*["}]|"[^"\n]*"\s*[,\]])')  # not "[Music] ..." or "[[1]] ...", which are text
+BETWEEN_ROWS = re.compile(r"\s*[\[,]\s*")
 JSON_OBJECT = re.compile(rb'\s*\{\s*("|\}\s*\Z)')
 UTF_16, UTF_32 = (b"\xff\xfe", b"\xfe\xff"), (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
 
@@ -207,7 +207,7 @@ def _reading(path: Path, packing: str | None) -> Iterator[None]:
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
         raise InvalidDataError(f"{path} is not a whole {packing} file: {error}") from error
     except OSError as error:
-        if packing and error.errno is None:  # bz2's and pyarrow's way to say it
+        if packing and error.errno is None:  # bzip2's and pyarrow's way to say it
             raise InvalidDataError(f"{path} is not a whole {packing} file: {error}") from error
         raise RescoreError(f"can't read {path}: {error.strerror or error}") from error
 
@@ -215,7 +215,11 @@ def _reading(path: Path, packing: str | None) -> Iterator[None]:
 @contextmanager
 def _open(path: Path, packing: str | None) -> Iterator[IO[bytes]]:
     """The bytes in a file, unpacked."""
-    unpack: dict[str | None, Callable[[Any], Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+    unpack: dict[str | None, Callable[[Any], Any]] = {
+        "gzip": gzip.open,
+        "bzip2": lambda stream: open_packed(stream, "bzip2"),
+        "xz": lambda stream: open_packed(stream, "xz"),
+    }
     if packing == "zstd":
         import pyarrow  # unlike the package zstandard it tells a file that was cut short
 
@@ -295,20 +299,62 @@ def _json_lines(file: TextFile, errors: str, advice: str) -> Iterator[tuple[int,
     for first, block in blocks(file, errors=errors, advice=advice):
         for number, line in enumerate(block.split(b"\n")[:-1], start=first):
             if line.strip():
-                yield number, json_object(line, f"{file.path} line {number}")
+                yield number, _object(line, f"{file.path} line {number}")
+
+
+class _NamedTwiceError(Exception):
+    """An object of JSON has a name twice, of which Python would keep the last."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these names and values. Raises `_NamedTwiceError` with the name that it has twice."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _NamedTwiceError(next(name for name in names if names.count(name) > 1))
+    return made
+
+
+def _named_twice(where: str, error: _NamedTwiceError) -> InvalidDataError:
+    return InvalidDataError(f"{where} has the field {json.dumps(str(error))} twice; keep one of them")
+
+
+def _object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line, object_pairs_hook=_once)
+    except _NamedTwiceError as error:
+        raise _named_twice(where, error) from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidDataError(f"{where} is not valid JSON") from error
+    if not isinstance(value, dict):
+        raise InvalidDataError(f"{where} is not a JSON object")
+    return value
 
 
 def _array(file: TextFile, errors: str, advice: str) -> Iterator[tuple[int, dict[str, Any]]]:
     # Not through `datasets`: it gives all rows the same fields and types, and makes dates of text that looks like one.
     content = b"".join(block for _, block in blocks(file, errors=errors, advice=advice))
     try:
-        values = json.loads(content)
+        values = json.loads(content, object_pairs_hook=_once)
+    except _NamedTwiceError as error:
+        raise _named_twice(f"{file.path} row {_row_named_twice(content)}", error) from error
     except (ValueError, RecursionError) as error:
         raise InvalidDataError(f"{file.path} is not a whole JSON array ({error})") from error
     for number, value in enumerate(values, start=1):
         if not isinstance(value, dict):
             raise InvalidDataError(f"{file.path} row {number} is not a JSON object")
         yield number, value
+
+
+def _row_named_twice(content: bytes) -> int:
+    """The number of the first row of a JSON array that `_once` refuses."""
+    text, place, number = content.decode("utf-8"), 0, 0
+    decoder = json.JSONDecoder(object_pairs_hook=_once)
+    with suppress(_NamedTwiceError):
+        while match := BETWEEN_ROWS.match(text, place):
+            number += 1
+            place = decoder.raw_decode(text, match.end())[1]
+    return number
 
 
 def _table(file: TextFile, errors: str, advice: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -328,8 +374,7 @@ def _table(file: TextFile, errors: str, advice: str) -> Iterator[tuple[int, dict
                 continue
             if names is None:
                 names = values
-                if len(set(names)) < len(names):
-                    raise InvalidDataError(f"{file.path} names a column twice: {', '.join(names)}")
+                _check_columns(file, names)
                 continue
             number += 1
             if len(values) != len(names):
@@ -342,11 +387,16 @@ def _table(file: TextFile, errors: str, advice: str) -> Iterator[tuple[int, dict
         ) from error
 
 
+def _check_columns(file: TextFile, names: list[str]) -> None:
+    if len(set(names)) < len(names):
+        raise InvalidDataError(f"{file.path} names a column twice: {', '.join(names)}")
+
+
 def _parquet(file: TextFile, errors: str, advice: str) -> Iterator[tuple[int, dict[str, Any]]]:
     from pyarrow.parquet import ParquetFile
 
     with _reading_table(file), file.path.open("rb") as stream:
-        yield from _numbered(ParquetFile(stream).iter_batches(batch_size=1000))
+        yield from _numbered(file, ParquetFile(stream).iter_batches(batch_size=1000))
 
 
 def _arrow(file: TextFile, errors: str, advice: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -355,17 +405,25 @@ def _arrow(file: TextFile, errors: str, advice: str) -> Iterator[tuple[int, dict
     with _reading_table(file), file.path.open("rb") as stream:
         if stream.read(6) == b"ARROW1":
             opened = pyarrow.ipc.open_file(stream)
-            yield from _numbered(opened.get_batch(i) for i in range(opened.num_record_batches))
+            yield from _numbered(file, (opened.get_batch(i) for i in range(opened.num_record_batches)))
         else:
             stream.seek(max(0, file.path.stat().st_size - len(ARROW_END)))
             if stream.read() != ARROW_END:  # pyarrow takes the end of the file for the end of the stream
                 raise InvalidDataError(f"{file.path} is not a whole {NAMES[ARROW]} file: it ends without an end mark")
             stream.seek(0)
-            yield from _numbered(pyarrow.ipc.open_stream(stream))
+            yield from _numbered(file, pyarrow.ipc.open_stream(stream))
 
 
-def _numbered(batches: Iterator[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
-    yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+def _numbered(file: TextFile, batches: Iterator[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    yield from enumerate((row for batch in batches for row in _rows_of(file, batch)), start=1)
+
+
+def _rows_of(file: TextFile, batch: Any) -> list[dict[str, Any]]:
+    _check_columns(file, batch.schema.names)
+    try:
+        return batch.to_pylist()  # type: ignore[no-any-return]
+    except ValueError as error:  # a name twice within a column, a value that Python has no type for
+        raise InvalidDataError(f"{file.path} has a column that can't be read: {error}") from error
 
 
 @contextmanager

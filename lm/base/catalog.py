@@ -13,8 +13,6 @@ import importlib.metadata
 import io
 import json
 import os
-import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
@@ -25,11 +23,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from lattices.errors import InvalidDataError, OutputError, RescoreError, UnknownNameError
+from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
 from lm.base import attention
 from lm.base.adapters import ADAPTER_FILE, base_of_adapter, check_base, is_adapter, merged
 from lm.base.model import BaseIdentity, BaseLM, state_size
-from lm.files import SHIPPED, atomic_file, atomic_folder, cache_directory, read_json_object, sha256_of_file, write_json
+from lm.files import SHIPPED, atomic_folder, cache_directory, read_json_object, sha256_of_file, write_json
+from lm.hashes import remembered_sha256
 from lm.keys import config_sha256, key_of, software, tokenization_sha256
 from lm.locks import making, tell
 
@@ -41,8 +40,6 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 DEVICES = ("auto", "cpu", "cuda")
 CONVERSION = 1  # changes with what `_convert` makes of a GGUF file
 SOURCE_FILE = "source.json"  # of a converted copy: what it was made of, and the sha256 of its files
-SETTLED = 3.0  # seconds after which a change leaves other times, on every file system
-_HASHES: dict[str, str] = {}  # those remembered, of this process
 
 
 def load_base(name: str = BUILT_IN, *, dtype: str = "float32", device: str = "auto", config: Any = None) -> BaseLM:
@@ -148,7 +145,7 @@ def _identity(
         weights = weights_sha256(found.folder)
         if found.adapter is not None:
             check_base(found.adapter, found.name, weights)
-            weights = hashlib.sha256((weights + _remembered_sha256(found.adapter / ADAPTER_FILE)).encode()).hexdigest()
+            weights = hashlib.sha256((weights + remembered_sha256(found.adapter / ADAPTER_FILE)).encode()).hexdigest()
         return BaseIdentity(
             name=name,
             weights_sha256=weights,
@@ -286,7 +283,7 @@ def _built_in_gguf() -> Path:
 def _converted(gguf: Path, *, original: str) -> Path:
     """The folder with the converted copy of a GGUF file, made if it is not there yet."""
     try:
-        digest = _remembered_sha256(gguf)
+        digest = remembered_sha256(gguf)
     except OSError as error:
         raise RescoreError(f"can't read {gguf}: {error.strerror}") from error
     key = key_of({"gguf": digest, "conversion": CONVERSION, **software("transformers")}, 16)
@@ -304,7 +301,7 @@ def _is_whole(folder: Path) -> bool:
     """Whether a converted copy holds the very files that were written."""
     with suppress(RescoreError, OSError, AttributeError, KeyError, TypeError):
         files = read_json_object(folder / SOURCE_FILE, missing="")["files"]
-        return bool(files) and all(_remembered_sha256(folder / name) == digest for name, digest in files.items())
+        return bool(files) and all(remembered_sha256(folder / name) == digest for name, digest in files.items())
     return False
 
 
@@ -340,37 +337,7 @@ def weights_sha256(folder: Path) -> str:
         )
     if not files:
         raise InvalidDataError(f"{folder} has no weight files (*.safetensors); get the model's folder again")
-    return hashlib.sha256("".join(_remembered_sha256(f) for f in files).encode()).hexdigest()
-
-
-def _remembered_sha256(path: Path) -> str:
-    """sha256 of a file, remembered in the cache directory by the file's path, size and times of change.
-
-    A file that has just been changed could change again and keep its times: it is remembered once it has settled. A
-    memo that is no sha256 (a full disk left it) is made again.
-    """
-    before = _stamp(path)
-    key = key_of(before)
-    if key in _HASHES:
-        return _HASHES[key]
-    memo = cache_directory() / "hashes" / key
-    with suppress(OSError, UnicodeDecodeError):
-        if re.fullmatch("[0-9a-f]{64}", found := memo.read_text()):
-            _HASHES[key] = found
-            return found
-    digest = sha256_of_file(path)
-    status = path.stat()
-    age = time.time() - max(status.st_mtime, status.st_ctime)
-    if _stamp(path) == before and age > SETTLED:
-        _HASHES[key] = digest
-        with suppress(OutputError), atomic_file(memo) as temporary:  # a cache that can't be written costs time only
-            temporary.write_text(digest)
-    return digest
-
-
-def _stamp(path: Path) -> list[Any]:
-    found = path.stat()
-    return [str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev]
+    return hashlib.sha256("".join(remembered_sha256(f) for f in files).encode()).hexdigest()
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:

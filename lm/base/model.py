@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lattices.errors import IncompatibleError, RescoreError
 from lm.base.cache import KVCache, TreeCache, layer_types
 from lm.base.probe import Probe, Scaling
+from lm.chat_templates import uses_date, with_fixed_date
 
 CONTEXT_LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # its name now, and before transformers 5.24
@@ -165,7 +166,10 @@ class BaseLM:
 
     def _chat_ids(self, text: str) -> list[int]:
         messages = [{"role": "user", "content": text}]
-        ids: list[int] = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        arguments: dict[str, Any] = {"add_generation_prompt": True, "return_dict": False}
+        if uses_date(self.tokenizer.chat_template):
+            arguments["chat_template"] = with_fixed_date(self.tokenizer.get_chat_template())
+        ids: list[int] = self.tokenizer.apply_chat_template(messages, **arguments)
         return ids
 
     def decode_text(self, ids: Sequence[int]) -> str:

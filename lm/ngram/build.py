@@ -26,7 +26,7 @@ import numpy as np
 from lattices.errors import InvalidDataError, OutputError, RescoreError, UnknownNameError
 from lattices.ngrams import SENTENCE_END, NgramModel
 from lm.base.own_output import OwnOutput
-from lm.files import atomic_folder, write_json, writing
+from lm.files import atomic_folder, sha256_of_file, write_json, writing
 from lm.locks import writing_to
 from lm.ngram.corpus import CorpusSource, EncodedCorpus, corpus_sources, encode_corpora
 from lm.ngram.counting import BREAK, Progress, Workspace, build_table, count_full, no_progress
@@ -197,7 +197,8 @@ def write_model(model: NgramModel, out: Path, manifest: dict[str, Any], *, progr
         progress("writing", 1, 2)
         Automaton.compile(model).save(temporary / AUTOMATON_FILE)
         identity = {"kind": KIND, "version": importlib.metadata.version("rescore")}
-        write_json(temporary / MANIFEST_FILE, {**identity, **manifest})
+        files = {name: sha256_of_file(temporary / name) for name in (ARPA_FILE, AUTOMATON_FILE)}
+        write_json(temporary / MANIFEST_FILE, {**identity, **manifest, "files": files})
         progress("writing", 2, 2)
 
 

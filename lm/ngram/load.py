@@ -16,9 +16,10 @@ from lattices.errors import InvalidDataError, RescoreError
 from lattices.ngram_search import NgramSearch
 from lattices.ngrams import SENTENCE_END
 from lm.files import SHIPPED, atomic_file, cache_directory, read_json_object, sha256_of_file
+from lm.hashes import remembered_sha256
 from lm.keys import key_of
 from lm.locks import making, tell
-from lm.ngram.build import AUTOMATON_FILE, MANIFEST_FILE
+from lm.ngram.build import ARPA_FILE, AUTOMATON_FILE, MANIFEST_FILE
 from lm.ngram.kenlm_model import MAGIC as KENLM_MAGIC
 from lm.ngram.kenlm_model import KenlmModel
 from lm.ngram.kenlm_search import KenlmSearch
@@ -36,6 +37,7 @@ class Manifest(msgspec.Struct, frozen=True):
     tokenizer: str | None = None  # the base LM's name, or `words`; None: not known
     tokenizer_sha256: str | None = None
     surface: bool = False  # words are token strings, not ids
+    files: dict[str, str] | None = None  # sha256 by name; None: an earlier version's, or a shipped model's
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -88,9 +90,12 @@ class LoadedNgram:
 def load_ngram(path: Path) -> LoadedNgram:
     """Loads an n-gram model. Raises `RescoreError` if there is none, `InvalidDataError` if it is broken."""
     if path.is_dir():
-        made_for = read_manifest(path).tokenizer_sha256
+        manifest = read_manifest(path)
+        made_for = manifest.tokenizer_sha256
         if (file := path / AUTOMATON_FILE).is_file():
-            return LoadedNgram(file, Automaton.load(file), made_for)
+            loaded = LoadedNgram(file, Automaton.load(file), made_for)
+            check_files(path, manifest)
+            return loaded
         if (file := path / SHIPPED_FILE).is_file():
             return LoadedNgram(file, _compiled(file), made_for)
         raise RescoreError(f"no n-gram model in {path}: it has no {AUTOMATON_FILE}; make one: rescore build-ngram")
@@ -99,6 +104,25 @@ def load_ngram(path: Path) -> LoadedNgram:
     if is_arpa(path):
         return LoadedNgram(path, _compiled(path), None)
     return LoadedNgram(path, KenlmModel.load(path) if _begins(path, KENLM_MAGIC) else Automaton.load(path), None)
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Whether the ARPA file and the automaton in a folder are one model: those that its manifest was written with.
+
+    One of them may be missing, or the manifest not say (an earlier version's, a shipped model's). Raises
+    `InvalidDataError` with the file that was replaced, `RescoreError` for one that can't be read.
+    """
+    for name in (ARPA_FILE, AUTOMATON_FILE):
+        path, built = folder / name, (manifest.files or {}).get(name)
+        try:
+            is_replaced = built is not None and path.is_file() and remembered_sha256(path) != built
+        except OSError as error:
+            raise RescoreError(f"can't read {path}: {error.strerror}") from error
+        if is_replaced:
+            raise InvalidDataError(
+                f"{path} was replaced after the model in its folder was built, the rest of the folder is of another "
+                f"model; build the model again, or give the file itself, {path}, in place of the folder"
+            )
 
 
 def is_arpa(path: Path) -> bool:
@@ -116,7 +140,8 @@ def _compiled(arpa: Path) -> Automaton:
     """The automaton of an ARPA file: compiled once and kept in the cache directory, keyed by the file's sha256."""
     from lm.ngram.arpa import read_arpa
 
-    key = key_of({"arpa": sha256_of_file(arpa), "packed": arpa.suffix == ".gz", "compilation": COMPILATION})
+    held_before = sha256_of_file(arpa)
+    key = key_of({"arpa": held_before, "packed": arpa.suffix == ".gz", "compilation": COMPILATION})
     file = cache_directory() / "ngrams" / f"{key}.bin"
     if (held := _kept(file)) is not None:
         return held
@@ -126,6 +151,8 @@ def _compiled(arpa: Path) -> Automaton:
         if file.exists():
             tell(f"the cached automaton of {arpa.name} is broken; it is made again")
         automaton = Automaton.compile(read_arpa(arpa))
+        if sha256_of_file(arpa) != held_before:
+            raise RescoreError(f"{arpa} changed while it was read; give it once it is whole")
         with atomic_file(file) as temporary:
             automaton.save(temporary)
         digest = sha256_of_file(file)

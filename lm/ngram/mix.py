@@ -25,7 +25,7 @@ from lm.files import sha256_of_file
 from lm.locks import writing_to
 from lm.ngram.build import ARPA_FILE, WORDS, check_place, write_model
 from lm.ngram.counting import Progress, no_progress
-from lm.ngram.load import SHIPPED_FILE, SHIPPED_NGRAM, Manifest, is_arpa, read_manifest
+from lm.ngram.load import SHIPPED_FILE, SHIPPED_NGRAM, Manifest, check_files, is_arpa, read_manifest
 
 SHIPPED = "shipped"  # the name that stands for the shipped model; a folder of that name is ./shipped
 LEAST = 1e-99  # of a probability, as ARPA files have it
@@ -89,6 +89,7 @@ def _find(name: str) -> NgramPart:
         manifest = read_manifest(path)
         for file in (path / ARPA_FILE, path / SHIPPED_FILE):
             if file.is_file():
+                check_files(path, manifest)
                 return NgramPart(name, file, manifest)
         raise RescoreError(f"{path} has no {ARPA_FILE}, which a mixture is made from; build the model again")
     if not path.is_file():

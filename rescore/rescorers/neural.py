@@ -24,8 +24,8 @@ from rescore.rescorers.base import Context, Rescorer, Target
 from rescore.rescorers.neural_state import Group, groups_of
 
 DEFAULT_ALPHA = 0.5
-# Several rescorers of a run, and their weights, use one LM.
-_LOADED: WeakValueDictionary[tuple[NeuralSource, Target], NeuralLM] = WeakValueDictionary()
+# Several rescorers of a run, and their weights, use one LM. The sha256 tells a retrained one in the same folder.
+_LOADED: WeakValueDictionary[tuple[NeuralSource, str, Target], NeuralLM] = WeakValueDictionary()
 
 
 class NeuralModel:
@@ -35,7 +35,8 @@ class NeuralModel:
         if not text:
             raise RescoreError("neural needs a model: neural:FOLDER or a hub id, or one of neural-32m, -61m, -94m")
         self.source = find_neural(text)
-        self.identity = f"neural {self.source.sha256}"
+        self.sha256 = self.source.sha256
+        self.identity = f"neural {self.sha256}"
         self.target: Target | None = None
         self._loaded: NeuralLM | None = None
 
@@ -59,10 +60,10 @@ class NeuralModel:
         return fitted
 
     def load(self) -> NeuralLM:
-        """The LM. Raises as `load_neural`."""
+        """The LM. Raises as `load_neural`, and `RescoreError` if it is not what it was when it was found."""
         if self.target is None:
             raise RescoreError("a neural rescorer must be fitted to a base LM first (fit)")
-        key = (self.source, self.target)
+        key = (self.source, self.sha256, self.target)
         if (model := _LOADED.get(key)) is None:
             base = self.target.base
             model = load_neural(
@@ -73,6 +74,11 @@ class NeuralModel:
                 device=self.target.device,
                 shared=self.target.shared,
             )
+            if self.source.sha256 != self.sha256:
+                raise RescoreError(
+                    f"the rescorer {self.source.name} has changed since this run began: its results would be those of "
+                    "two models; start again"
+                )
             _LOADED[key] = model
         self._loaded = model  # keeps it alive
         return model

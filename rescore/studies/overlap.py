@@ -1,8 +1,9 @@
 """Which examples of a task share text with training corpora: runs of n words (13, as Brown et al. 2020, appendix C).
 
-Words are runs of letters, digits and underscores, case folded; everything between them counts for nothing. An example's
-runs are those of its prompt and of each reference; runs go on over line ends, not from one text to the next. Runs are
-compared by 64-bit hashes, so a wrong find is possible, but not to be expected in less than billions of corpora.
+Words are runs of letters, digits and underscores, case folded and in one Unicode form (NFKC); everything between them
+counts for nothing. An example's runs are those of its prompt and of each reference; runs go on over line ends, not from
+one text to the next. Runs are compared by 64-bit hashes, so a wrong find is possible, but not to be expected in less
+than billions of corpora.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +173,9 @@ class _Runs:
 
 
 def _words(text: str) -> list[str]:
-    return WORD.findall(text.casefold())
+    # Folding leaves some letters in parts again: once more after it.
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return WORD.findall(folded)
 
 
 def _names(sources: Sequence[CorpusSource]) -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokenizer, save_tiny_base
+from conftest import CHAT_TEMPLATE, byte_tokenizer, save_tiny_base
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -26,6 +27,7 @@ from transformers import (
     RwkvForCausalLM,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import chat_template_utils
 
 from lattices.errors import IncompatibleError, RescoreError
 from lm.base import attention
@@ -43,6 +45,27 @@ TINY = dict(
 )  # fmt: skip
 
 GPT2 = dict(vocab_size=257, n_embd=32, n_head=4, n_positions=64, bos_token_id=256, eos_token_id=256)
+
+
+LLAMA = """
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- endif %}
+{%- endif %}
+{{- "\\nDate: " + date_string + "\\n" -}}
+"""
+
+
+def clock_of(year: int) -> type[datetime]:
+    """A class that is asked for the time in a year."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(year, 1, 2, 3, 4, 5)
+
+    return Clock
 
 
 def wrap(model: torch.nn.Module) -> BaseLM:
@@ -104,6 +127,31 @@ class TestPrompts:
         assert base.encode_prompt("a", chat=False)
         with pytest.raises(IncompatibleError, match="no chat template"):
             base.encode_prompt("a", chat=True)
+
+    def test_a_template_that_writes_the_date_is_given_one_date(
+        self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        base = load_base(str(tiny_folder), device="cpu")
+        for template, written in (
+            (
+                "{{ strftime_now('%d %b %Y, %-m/%-d, %H:%M:%S, %A %F') }} ",
+                "26 Jul 2024, 7/26, 00:00:00, Friday 2024-07-26 ",
+            ),
+            (LLAMA, "\nDate: 26 Jul 2024\n"),
+        ):
+            prompts = []
+            for year in (2025, 2031):
+                monkeypatch.setattr(chat_template_utils, "datetime", clock_of(year))
+                base.tokenizer.chat_template = template + CHAT_TEMPLATE
+                plain = base.tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+                prompts.append(base.decode_text(base.encode_prompt("hi", chat=True)))
+            assert str(year) in plain  # what transformers gives
+            assert prompts == [written + "<user>hi<assistant>"] * 2
+
+    def test_one_of_several_templates_too(self, tiny_folder: Path):
+        base = load_base(str(tiny_folder), device="cpu")
+        base.tokenizer.chat_template = {"default": "{{ strftime_now('%Y') }}" + CHAT_TEMPLATE, "tools": "none"}
+        assert base.decode_text(base.encode_prompt("hi", chat=True)) == "2024<user>hi<assistant>"
 
     def test_decoded_text_leaves_special_tokens_out(self, tiny_base):
         (end,) = tiny_base.eos_token_ids

@@ -12,10 +12,14 @@ import pytest
 
 from lattices.automaton import Automaton
 from lattices.errors import InvalidDataError, OutputError, RescoreError
+from lm.files import sha256_of_file
 from lm.ngram import build as module
 from lm.ngram import counting
 from lm.ngram.arpa import read_arpa
 from lm.ngram.build import NgramOptions, build_ngram
+from lm.ngram.load import load_ngram
+from lm.ngram.mix import find_parts
+from lm.ngram.score import score_file
 
 REFERENCE = Path(__file__).parent / "reference"
 TEXT = REFERENCE / "fable.txt"
@@ -62,6 +66,55 @@ def test_a_folder_with_all_that_was_made(tmp_path: Path) -> None:
     assert len(manifest["corpora"][0]["sha256"]) == 64
     assert np.shape(manifest["discounts"]) == (3, 3)
     assert {"version", "tokenizer_sha256", "smoothing", "order"} <= manifest.keys()
+    assert manifest["files"] == {name: sha256_of_file(out / name) for name in ("model.arpa", "automaton.bin")}
+
+
+@pytest.mark.parametrize("name", ["model.arpa", "automaton.bin"])
+def test_a_folder_of_two_models_is_none(tmp_path: Path, name: str) -> None:
+    """One of its files is replaced: rescoring reads the automaton, mixing the ARPA file."""
+    out, other = tmp_path / "model", tmp_path / "other"
+    build(out)
+    build(other, order=2)
+    assert load_ngram(out).order == 3
+    find_parts([str(out), str(other)])
+    shutil.copy(other / name, out / name)
+    for use in (lambda: load_ngram(out), lambda: score_file(TEXT, out), lambda: find_parts([str(out), str(other)])):
+        said = refused(use, InvalidDataError)
+        assert f"{out / name} was replaced" in said and "build the model again, or give the file itself" in said
+    assert load_ngram(out / name).order == 2
+    (out / name).unlink()  # a folder may do without one of them
+    assert load_ngram(out).order == 3 if name == "model.arpa" else find_parts([str(out), str(other)])
+
+
+def test_a_folder_that_names_no_files_is_read(tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    build(out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    for files in (None, {}, "none"):
+        (out / "manifest.json").write_text(json.dumps({**manifest, "files": files}))
+        assert load_ngram(out).order == 3
+    del manifest["files"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert load_ngram(out).order == 3 and len(find_parts([str(out)] * 2)) == 2
+
+
+def test_an_arpa_file_that_changes_while_it_is_read_is_kept_under_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, order in (("one", 2), ("two", 3)):
+        build(tmp_path / name, order=order)
+    arpa = tmp_path / "x.arpa"
+    shutil.copy(tmp_path / "one" / "model.arpa", arpa)
+
+    def replacing(path: Path) -> object:
+        shutil.copy(tmp_path / "two" / "model.arpa", path)
+        return read_arpa(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lm.ngram.arpa.read_arpa", replacing)
+        assert "changed while it was read" in refused(lambda: load_ngram(arpa))
+    shutil.copy(tmp_path / "one" / "model.arpa", arpa)
+    assert load_ngram(arpa).order == 2
 
 
 def test_tokens_of_a_base(tmp_path: Path, tiny_folder: Path) -> None:

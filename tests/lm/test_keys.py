@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import save_tiny_base
 
-from lm import keys
+from lm import hashes, keys
 from lm.base import catalog
 from lm.base.adapters import peft_of_old_names
 from lm.base.catalog import identify, load_base, tokenization_of
@@ -92,6 +92,16 @@ def test_what_tokenization_depends_on(folder: Path, what: str):
     assert load_base(str(folder), device="cpu").identity == after
 
 
+def test_the_date_that_a_template_writes(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    plain = tokenization_of(str(folder))
+    monkeypatch.setattr(keys, "DATE", keys.DATE.replace(year=2000))
+    assert tokenization_of(str(folder)) == plain
+    (folder / "chat_template.jinja").write_text("{{ strftime_now('%Y') }}")
+    of_2000 = tokenization_of(str(folder))
+    monkeypatch.undo()
+    assert tokenization_of(str(folder)) != of_2000
+
+
 def test_what_says_nothing_about_the_numbers(folder: Path, tmp_path: Path):
     before = identify(str(folder))
     edit("config.json", transformers_version="4.0.0", _name_or_path="/elsewhere")(folder)
@@ -143,26 +153,26 @@ def test_software_is_told_by_major_and_minor_version(monkeypatch):
 
 class TestRememberedHashes:
     def test_an_empty_or_broken_memo_is_made_again(self, cache_folder: Path, tmp_path: Path, monkeypatch):
-        monkeypatch.setattr(catalog, "SETTLED", -1.0)
+        monkeypatch.setattr(hashes, "SETTLED", -1.0)
         path = tmp_path / "file"
         path.write_bytes(b"abc")
-        digest = catalog._remembered_sha256(path)
+        digest = hashes.remembered_sha256(path)
         (memo,) = (cache_folder / "hashes").iterdir()
         for broken in (b"", b"abc", b"\xff" * 64, digest.encode() + b"0"):
             memo.write_bytes(broken)
-            monkeypatch.setattr(catalog, "_HASHES", {})
-            assert catalog._remembered_sha256(path) == digest and memo.read_text() == digest
+            monkeypatch.setattr(hashes, "_HASHES", {})
+            assert hashes.remembered_sha256(path) == digest and memo.read_text() == digest
 
     def test_a_change_within_the_times_of_a_file_is_seen(self, cache_folder: Path, tmp_path: Path):
         """Of the same length, with the old time put back, and at once: what times can't tell is not remembered."""
         path = tmp_path / "file"
         path.write_bytes(b"abc")
-        first = catalog._remembered_sha256(path)
+        first = hashes.remembered_sha256(path)
         status = path.stat()
         with path.open("r+b") as stream:
             stream.write(b"xyz")
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-        assert catalog._remembered_sha256(path) != first and not (cache_folder / "hashes").exists()
+        assert hashes.remembered_sha256(path) != first and not (cache_folder / "hashes").exists()
 
 
 def test_another_seed_is_another_model(folder: Path, tmp_path: Path):

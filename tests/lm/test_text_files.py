@@ -21,7 +21,7 @@ import pyarrow.parquet
 import pytest
 
 from lattices.errors import InvalidDataError, RescoreError
-from lm import text_files
+from lm import packed_streams, text_files
 from lm.text_files import (
     check_whole,
     identify,
@@ -55,17 +55,21 @@ def table(delimiter: str = ",") -> bytes:
     return stream.getvalue().encode()
 
 
-def arrow(file: bool) -> bytes:
-    columns = pyarrow.Table.from_pylist(RECORDS)
+TABLE = pyarrow.Table.from_pylist(RECORDS)
+TWICE = pyarrow.table([["1"], ["2"]], names=["a", "a"])
+STRUCTS = pyarrow.table({"a": pyarrow.StructArray.from_arrays([["1"], ["2"]], names=["b", "b"])})
+
+
+def arrow(file: bool, columns: pyarrow.Table = TABLE) -> bytes:
     sink = io.BytesIO()
     with (pyarrow.ipc.new_file if file else pyarrow.ipc.new_stream)(sink, columns.schema) as writer:
         writer.write_table(columns)
     return sink.getvalue()
 
 
-def parquet() -> bytes:
+def parquet(columns: pyarrow.Table = TABLE) -> bytes:
     sink = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), sink)
+    pyarrow.parquet.write_table(columns, sink)
     return sink.getvalue()
 
 
@@ -125,6 +129,18 @@ class TestRows:
         [
             ("x.csv", b"a,b\n1\n", "row 1 (line 2) has 1 values for 2 columns"),
             ("x.csv", b"a,a\n1,2\n", "names a column twice"),
+            ("x.parquet", parquet(TWICE), "names a column twice: a, a"),
+            ("x.arrow", arrow(True, TWICE), "names a column twice: a, a"),
+            ("x.arrow", arrow(True, STRUCTS), "has a column that can't be read"),
+            ("x.arrow", arrow(False, TWICE), "names a column twice: a, a"),
+            ("x.jsonl", b'{"a": 1}\n{"a": 1, "b": 2, "a": 1}\n', 'line 2 has the field "a" twice; keep one of them'),
+            ("x.jsonl", b'{"a": [{"b": 1, "b": 2}]}\n', 'line 1 has the field "b" twice'),
+            (
+                "x.json",
+                b'[{"a": 1, "b": "]"} ,\n {"a": 2, "\\u0061": 3}, {"a": 1, "a": 2}]',
+                'row 2 has the field "a" twice',
+            ),
+            ("x.json", b'\xef\xbb\xbf [ {"a": {"b": 1, "b": 2}}]', 'row 1 has the field "b" twice'),
             ("x.csv", b'a,b\n1,"2\n', "not valid CSV"),
             ("x.csv", LINES, "is called CSV and holds JSON lines; name it .jsonl"),
             ("x.jsonl", b'{"a": 1}\n{"a": \n', "line 2 is not valid JSON"),
@@ -190,9 +206,43 @@ class TestPacked:
         for cut in range(len(whole)):
             path = written(tmp_path / f"x.jsonl.{packing}", whole[:cut])
             assert "is not a whole" in refused(path), cut
-        path.write_bytes(whole + b"more")
-        if packing != "bz2":  # which takes what follows for none of its own, as bunzip2 does
-            assert "is not a whole" in refused(path)
+        for follows in (b"m", b"more", b"more" * 100, b"\1\0\0\0"):
+            path.write_bytes(whole + follows)
+            assert "is not a whole" in refused(path), follows
+
+    @pytest.mark.parametrize("packing", PACKERS)
+    def test_so_it_is_in_the_second_of_two_streams(self, tmp_path: Path, packing: str, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(packed_streams, "READ_BYTES", 7)
+        first, second = PACKERS[packing](LINES), PACKERS[packing](LINES * 2)
+        path = tmp_path / f"x.jsonl.{packing}"
+        for cut in range(1, len(second)):
+            written(path, first + second[:cut])
+            assert "is not a whole" in refused(path), cut
+            with pytest.raises(InvalidDataError, match=r"x.jsonl.* is not a whole"):
+                check_whole(identify(path))
+        for place in range(4):  # what a stream is told by
+            changed = bytearray(second)
+            changed[place] ^= 0xFF
+            assert "is not a whole" in refused(written(path, first + changed)), place
+        assert read(written(path, first + second)) == RECORDS * 3
+
+    @pytest.mark.parametrize("read_bytes", [1, 3, 1 << 18])
+    def test_zero_bytes_in_fours_are_padding_of_xz(
+        self, tmp_path: Path, read_bytes: int, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(packed_streams, "READ_BYTES", read_bytes)
+        one, path = lzma.compress(LINES), tmp_path / "x.jsonl.xz"
+        assert read(written(path, one + bytes(8) + one + bytes(4))) == RECORDS * 2
+        for wrong in (one + bytes(3), one + bytes(5) + one, one + bytes(4) + b"more"):
+            assert "is not a whole xz file" in refused(written(path, wrong))
+        path = tmp_path / "x.jsonl.bz2"
+        assert "is not a whole bzip2 file" in refused(written(path, bz2.compress(LINES) + bytes(4)))
+
+    @pytest.mark.parametrize("packing", PACKERS)
+    def test_much_text_is_read_whole(self, tmp_path: Path, packing: str):
+        noise = np.random.default_rng(1).bytes(600_000).hex() + "\n"
+        path = written(tmp_path / f"x.txt.{packing}", PACKERS[packing](noise.encode()) + PACKERS[packing](b"end\n"))
+        assert list(text_lines(identify(path))) == [noise[:-1], "end"]
 
     @pytest.mark.parametrize("packing", PACKERS)
     def test_whoever_takes_the_first_rows_learns_it_too(self, tmp_path: Path, packing: str):

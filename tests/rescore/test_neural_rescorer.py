@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from lattices.lattice import Lattice
 from lattices.search import p_best
 from lm.base.catalog import load_base
 from lm.base.model import BaseLM
+from lm.neural.model import DeltaConfig, first_layers, save_delta
 from rescore.replay import replay
 from rescore.rescorers import Context, Target, load_rescorer, neural_state
 from rescore.rescorers.ngram_neural import CANDIDATES, path_logps
@@ -272,6 +275,56 @@ class TestEndToEnd:
         assert [r.accepted_histogram for r in replayed] == [r.accepted_histogram for r in live]
         assert all(r.identical and r.identical.identical == r.n for r in live)
         assert len({tuple(r.accepted_histogram) for r in replayed}) > 2, "rescoring changes something"
+
+
+@pytest.fixture(params=["whole", "delta"])
+def replaced(request, tiny_base, tmp_path) -> tuple[str, Callable[[int], None]]:
+    """A rescorer, and what puts other weights (by a seed) into its folder."""
+    folder = tmp_path / "model"
+
+    def replace(seed: int) -> None:
+        if request.param == "whole":
+            save_tiny_base(folder, seed=seed, hidden_size=16)
+            return
+        identity = tiny_base.identity
+        config = DeltaConfig("neural-32m", 1, 1, identity.name, identity.weights_sha256, identity.tokenizer_sha256)
+        cut = first_layers(identity.name, 1)
+        torch.manual_seed(seed)
+        weight = cut.model.get_parameter("model.layers.0.mlp.down_proj.weight")
+        weight.copy_(torch.randn(weight.shape))
+        save_delta(cut.model, ["model.layers.0.mlp.down_proj.weight"], config, folder)
+
+    replace(1)
+    return f"neural:{folder}", replace
+
+
+class TestReplaced:
+    """Weights that are replaced while the process goes on never score under another identity."""
+
+    def test_a_retrained_model_is_loaded_anew(self, tiny_base, replaced):
+        name, replace = replaced
+        lattices = lattices_at(1, 5)
+        before = load_rescorer(name).fit(target(tiny_base)).weighted(2.0)
+        old = before.draft(lattices, contexts_at(2, 5), 1)
+        replace(2)
+        after = load_rescorer(name).fit(target(tiny_base)).weighted(2.0)
+        assert after.identity != before.identity
+        new = after.draft(lattices, contexts_at(2, 5), 1)
+        assert not np.array_equal(new, old)
+        assert np.array_equal(before.draft(lattices, contexts_at(2, 5), 1), old)  # which is in memory
+        del before, after
+        gc.collect()
+        fresh = load_rescorer(name).fit(target(tiny_base)).weighted(2.0)
+        assert np.array_equal(fresh.draft(lattices, contexts_at(2, 5), 1), new)
+
+    def test_one_that_changed_before_it_was_loaded_is_refused(self, tiny_base, replaced):
+        name, replace = replaced
+        found = load_rescorer(name).fit(target(tiny_base)).weighted(2.0)
+        replace(2)
+        with pytest.raises(RescoreError, match="has changed since this run began"):
+            found.draft(lattices_at(1, 5), contexts_at(2, 5), 1)
+        replace(1)
+        assert len(found.draft(lattices_at(1, 5), contexts_at(2, 5), 1)) == 5
 
 
 class TestRefusals:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,15 @@ class TestRuns:
     def test_case_marks_and_line_ends_do_not_matter(self, task: str, tmp_path: Path):
         text = words(0, 13).upper().replace(" W5", ",\n\n'w5'").replace(" W9", " -- w9!")
         assert shares(find_overlap([task], [corpus(tmp_path, text)])) == {"prompt": pytest.approx(1 / 8)}
+
+    @pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+    @pytest.mark.parametrize("change", [str, str.upper, str.casefold])
+    def test_nor_does_the_form_of_unicode(self, tmp_path: Path, form: Any, change: Any):
+        text = "Ça a été fêté à Ávila, où l\u2019\ufb01n \u0390 \u01f0 Straße \uff21 \u1e9b\u0323 måned ñ \uac00"
+        write_lines(tmp_path / "e.jsonl", [{"id": "1", "text": text, "answer": "no"}])
+        (tmp_path / "mine.yaml").write_text(TASK.replace("FILE", "e.jsonl"))
+        held = corpus(tmp_path, unicodedata.normalize(form, change(text)))
+        assert shares(find_overlap([str(tmp_path / "mine.yaml")], [held])) == {"1": 1.0}
 
     def test_a_word_more_is_another_run(self, task: str, tmp_path: Path):
         text = words(0, 20).replace("w9", "w9 and")

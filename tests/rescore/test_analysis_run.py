@@ -221,3 +221,13 @@ def test_texts_of_nothing():
     from rescore.table import joined
 
     assert "0 examples" in joined(trace_tables(analyse_trace(trace_of([]))))
+
+
+def test_names_of_others_stay_on_their_line():
+    from analysis_traces import trace_of
+
+    from rescore.studies.analysis import analyse_trace
+    from rescore.studies.analysis.text import trace_tables
+
+    title = trace_tables(analyse_trace(trace_of([]), name="a\nb\x1b[2J"))[0].text()
+    assert title.startswith("a\\nb\\x1b[2J: 0 examples (0 groups), ") and "\n" not in title

@@ -120,6 +120,8 @@ class TestToy:
         assert len(found.costs) == 4 * len([m for m in METHODS if not m.neural and not m.ours])
         text = cost_text(found).text()
         assert "16-best 4-gram" in text and "neural-61m" not in text and "ASSUMED" not in text
+        large = cost_table(TOY, h=3, heads=HEADS, neural=None, block_efficiency=GIVEN, contexts=(1_048_576,))
+        assert "  1,048,576  " in cost_text(large).text(), "all digits"
 
     def test_the_ngrams_of_the_prompt_cost_what_an_ngram_does_and_stand_where_they_were_run(self):
         assert "context n-gram" not in toy_costs()

@@ -41,25 +41,23 @@ def pair_p_best(lattice: Lattice, pairs: np.ndarray, p: int, *, weight: float) -
 
 
 @njit(cache=True, nogil=True)
-def _search(
-    token_ids: np.ndarray, by_ids: np.ndarray, steps: np.ndarray, drafts: np.ndarray, scores: np.ndarray
-) -> None:
+def _search(token_ids, by_ids, steps, drafts, scores):  # type: ignore[no-untyped-def]
     """Ids and their order in each slot `[n, h, k]`, steps int64 `[n, h-1, k, k]` -> drafts `[n, p, h]`, scores."""
     n, h, k = token_ids.shape
     p = scores.shape[1]
     best = np.empty((h, k, p), dtype=np.int64)  # the p best continuations behind each token of each slot
     after = np.empty((h, k, p), dtype=np.int64)  # the next token of each (its place) x p + its rank there
-    held = np.empty(h, dtype=np.int64)  # how many there are
+    counts = np.empty(h, dtype=np.int64)  # how many there are
     taken = np.empty(k, dtype=np.int64)
     for i in range(n):
-        held[h - 1] = 1
+        counts[h - 1] = 1
         best[h - 1, :, 0] = 0
         for slot in range(h - 2, -1, -1):
-            there = held[slot + 1]
-            held[slot] = min(p, there * k)
+            there = counts[slot + 1]
+            counts[slot] = min(p, there * k)
             for a in range(k if slot > 0 else 1):
                 taken[:] = 0
-                for rank in range(held[slot]):
+                for rank in range(counts[slot]):
                     chosen, value = -1, 0
                     for place in range(k):  # in the order of ids: the first of equals is the lowest
                         b = by_ids[i, slot + 1, place]

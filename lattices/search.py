@@ -131,15 +131,7 @@ def _reachable(total: float, logps: np.ndarray, slot: int) -> float:
 
 
 @njit(cache=True, nogil=True)
-def _expand(
-    slot: int,
-    total: float,
-    threshold: float,
-    token_ids: np.ndarray,
-    logps: np.ndarray,
-    frontier: np.ndarray,
-    reach: np.ndarray,
-) -> int:
+def _expand(slot, total, threshold, token_ids, logps, frontier, reach):  # type: ignore[no-untyped-def]
     """The entries of `slot` that reach the threshold after a prefix with the sum `total`.
 
     Writes them into `frontier[slot]` by rising token id, and what each can reach into `reach[slot]` (indexed by
@@ -160,16 +152,7 @@ def _expand(
 
 
 @njit(cache=True, nogil=True)
-def _collect(
-    token_ids: np.ndarray,
-    logps: np.ndarray,
-    best: np.ndarray,
-    frontier: np.ndarray,
-    reach: np.ndarray,
-    paths: np.ndarray,
-    drafts: np.ndarray,
-    scores: np.ndarray,
-) -> None:
+def _collect(token_ids, logps, best, frontier, reach, paths, drafts, scores):  # type: ignore[no-untyped-def]
     """Finds the paths of one lattice `[h, k]` that have the p `best` scores; fills `drafts` `[p, h]`, `scores` `[p]`.
 
     `frontier`, `reach` `[h, k]` and `paths` `[p, h]` are room to work in.

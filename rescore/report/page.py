@@ -29,7 +29,7 @@ from rescore.report.headline import Headline, make_headline
 from rescore.report.sources import Sources, TaskView, json_text, load_sources
 from rescore.report.token_text import harmless, tokenizer_of
 from rescore.runs.environment import versions
-from rescore.runs.inputs import Progress
+from rescore.runs.options import Progress
 from rescore.runs.records import Result
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -17,7 +17,7 @@ from lattices.errors import RescoreError
 from rescore.bootstrap import LEAST_GROUPS
 from rescore.report.sweeps import kept_sweeps
 from rescore.runs.finished import FinishedRun, load_runs
-from rescore.runs.inputs import Progress
+from rescore.runs.options import Progress
 from rescore.runs.records import Result, Tuned
 from rescore.runs.results import CONFIG_FILE, RESULTS_FILE
 from rescore.runs.suite_files import PLAN_FILE

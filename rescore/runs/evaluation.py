@@ -23,7 +23,8 @@ from rescore.decoding import decode, first_difference, margin_at, usable_verify
 from rescore.replay import Steps, replay, replay_steps, unrescored_at
 from rescore.rescorers import Rescorer, load_rescorer
 from rescore.runs.environment import environment
-from rescore.runs.inputs import EvalOptions, Models, Progress, Run, TaskInput, prepare, resolve
+from rescore.runs.inputs import Models, TaskInput, prepare
+from rescore.runs.options import EvalOptions, Progress, Run, resolve
 from rescore.runs.records import Alpha, Alphas, ExampleRecord, LiveExample, Result, ResultsDocument, RunConfig
 from rescore.runs.results import ExampleLog, save_results
 from rescore.runs.summary import is_cut, summarize

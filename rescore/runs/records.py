@@ -9,7 +9,7 @@ import msgspec
 
 from lm.records import Count, Number
 from rescore.decoding import Seconds
-from rescore.runs.inputs import EvalOptions
+from rescore.runs.options import EvalOptions
 
 SCHEMA = "rescore.results/5"
 Interval = tuple[Number, Number]

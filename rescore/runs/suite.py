@@ -30,7 +30,8 @@ from rescore.rescorers import load_rescorer
 from rescore.runs.environment import environment
 from rescore.runs.evaluation import evaluate
 from rescore.runs.finished import load_run
-from rescore.runs.inputs import EvalOptions, Models, Progress, Run, TaskInput, prepare, resolve
+from rescore.runs.inputs import Models, TaskInput, prepare
+from rescore.runs.options import EvalOptions, Progress, Run, resolve
 from rescore.runs.records import Alpha, Result, RunConfig
 from rescore.runs.results import RESULTS_FILE
 from rescore.runs.suite_files import (

@@ -12,8 +12,8 @@ from lattices.errors import RescoreError
 from lm.text_files import rows_file
 from rescore.decoding import VERIFY_MODES
 from rescore.rescorers import load_rescorer
-from rescore.runs.inputs import MAX_ALPHA, MODES, EvalOptions, Run
 from rescore.runs.leave_out import read_leave_out
+from rescore.runs.options import MAX_ALPHA, MODES, EvalOptions, Run
 from rescore.runs.records import Alpha
 from rescore.runs.tuning import DEFAULT_ALPHAS, HELD_OUT
 from rescore.tasks import load_task
@@ -60,7 +60,7 @@ class SuiteRescorer:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole suite; fields as in `rescore.runs.inputs.EvalOptions`, `k` and `h` (None: all heads) each of which is
+    """A whole suite; fields as in `rescore.runs.options.EvalOptions`, `k` and `h` (None: all heads) each of which is
     run.
     """
 
@@ -184,7 +184,7 @@ def _keys(value: Value) -> set[str]:
 
 def _task_of(folder: Path) -> str:
     """The task of a trace that does not go by another name in the file."""
-    from rescore.runs.inputs import resolve
+    from rescore.runs.options import resolve
 
     return resolve(EvalOptions(trace=str(folder))).tasks[0]
 

@@ -15,7 +15,8 @@ from rescore.replay import replay
 from rescore.rescorers import load_rescorer
 from rescore.runs.environment import environment
 from rescore.runs.evaluation import Notify
-from rescore.runs.inputs import EvalOptions, Models, Progress, prepare, resolve
+from rescore.runs.inputs import Models, prepare
+from rescore.runs.options import EvalOptions, Progress, resolve
 from rescore.runs.records import Tuned
 from rescore.runs.weights import check_tokenizers, coverage_notices, fit_to, tuned_path
 

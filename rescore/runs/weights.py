@@ -17,7 +17,8 @@ from lm.files import cache_directory
 from lm.keys import key_of
 from lm.records import read_record
 from rescore.rescorers import Rescorer, Target
-from rescore.runs.inputs import DEFAULT_NEW_TOKENS, MAX_ALPHA, TUNED, EvalOptions, Run, TaskInput
+from rescore.runs.inputs import TaskInput
+from rescore.runs.options import DEFAULT_NEW_TOKENS, MAX_ALPHA, TUNED, EvalOptions, Run
 from rescore.runs.records import Alpha, Alphas, Tuned
 from rescore.tasks import is_task_file, load_task
 from rescore.tracing import Trace

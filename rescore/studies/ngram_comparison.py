@@ -30,7 +30,8 @@ from rescore.replay import replay
 from rescore.rescorers.ngram import Ngram
 from rescore.rescorers.unrescored import Unrescored
 from rescore.runs.evaluation import Notify
-from rescore.runs.inputs import EvalOptions, Models, Progress, TaskInput, prepare, resolve
+from rescore.runs.inputs import Models, TaskInput, prepare
+from rescore.runs.options import EvalOptions, Progress, resolve
 from rescore.runs.tuning import DEFAULT_ALPHAS
 from rescore.runs.weights import coverage_notices, target_of
 from rescore.tracing import Trace

@@ -16,7 +16,8 @@ from lm.base.catalog import load_base
 from lm.files import cache_directory
 from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
 from rescore.runs.finished import load_run
-from rescore.runs.inputs import Models, prepare, resolve
+from rescore.runs.inputs import Models, prepare
+from rescore.runs.options import resolve
 from rescore.studies.cost.inputs import cost_inputs_of_run
 from rescore.tracing import load_trace
 

@@ -17,7 +17,8 @@ from lattices.errors import InvalidDataError
 from rescore.groups import count_groups, digest, held_out, one_of_each_first
 from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
 from rescore.runs.finished import load_run
-from rescore.runs.inputs import Models, prepare, resolve
+from rescore.runs.inputs import Models, prepare
+from rescore.runs.options import resolve
 from rescore.runs.records import Alpha
 from rescore.runs.suite import run_suite
 from rescore.runs.suite_plan import read_plan

@@ -19,7 +19,7 @@ from rescore.report.sources import json_text
 from rescore.report.sweeps import kept_sweeps
 from rescore.report.token_text import excerpt, harmless, token_texts, tokenizer_of, visible
 from rescore.runs.finished import FinishedRun
-from rescore.runs.inputs import EvalOptions
+from rescore.runs.options import EvalOptions
 from rescore.runs.records import Alpha, Result
 from rescore.studies.tables import accuracy_table
 

@@ -19,7 +19,7 @@ from lm.records import plain
 from rescore.accounting import account
 from rescore.runs import environment as environment_module
 from rescore.runs.environment import environment, versions
-from rescore.runs.inputs import EvalOptions
+from rescore.runs.options import EvalOptions
 from rescore.runs.records import (
     Divergence,
     ExampleRecord,

@@ -13,7 +13,7 @@ from conftest import write_lines
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
-from rescore.runs.inputs import resolve
+from rescore.runs.options import resolve
 from rescore.tasks import Example, HubSource, Limits, load_task
 from rescore.tasks.data import load_examples
 

@@ -361,9 +361,9 @@ def refusals(tiny: Path, heads: Path, data: Path, folder: Path) -> Iterator[tupl
     yield "no heads there", ["eval", *given, "--heads", folder], "no block heads in "
     yield "no trace there", ["eval", "--trace", folder / "none"], "no trace in .*none: can't read trace.json"
     yield "live from a trace", ["eval", "--trace", folder, "--mode", "live"], "drop --trace or --mode live"
-    yield "out is a file", ["eval", *given, "--out", data], "can't write .*squad.jsonl.*: .*exists"
+    yield "out is a file", ["eval", *given, "--out", data], "can't write .*squad.jsonl: it is a file, and a folder"
     yield "out below a file", ["trace", *given, "--out", data / "x"], "can't write .*squad.jsonl/x: Not a directory"
-    yield "trace to a file", ["trace", *given, "--out", data], "can't write .*squad.jsonl: File exists"
+    yield "trace to a file", ["trace", *given, "--out", data], "can't write .*squad.jsonl: it is a file, and a folder"
     lines = {
         "empty": ("", "empty.jsonl is empty; task squad needs the fields context, question, answers"),
         "blank": ("\n \n", "is empty"),

@@ -287,7 +287,10 @@ def replaced(request, tiny_base, tmp_path) -> tuple[str, Callable[[int], None]]:
             save_tiny_base(folder, seed=seed, hidden_size=16)
             return
         identity = tiny_base.identity
-        config = DeltaConfig("neural-32m", 1, 1, identity.name, identity.weights_sha256, identity.tokenizer_sha256)
+        config = DeltaConfig(
+            size="neural-32m", layers=1, tuned_layers=1, base_name=identity.name,
+            base_weights_sha256=identity.weights_sha256, tokenizer_sha256=identity.tokenizer_sha256,
+        )  # fmt: skip
         cut = first_layers(identity.name, 1)
         torch.manual_seed(seed)
         weight = cut.model.get_parameter("model.layers.0.mlp.down_proj.weight")

@@ -142,7 +142,10 @@ class TestExampleLog:
 
     def test_a_file_in_the_way_is_told(self, tmp_path: Path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(OutputError, match=r"can't write .*file.*exists"):
+        with pytest.raises(
+            OutputError,
+            match=r"can't write .*file: it is a file, and a folder is to be made there; choose another --out",
+        ):
             ExampleLog(tmp_path / "file", CONFIG)
         with pytest.raises(OutputError, match=r"can't write .*file.*Not a directory"):
             ExampleLog(tmp_path / "file" / "run", CONFIG)

@@ -23,7 +23,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lm.base import attention
 from lm.base.adapters import ADAPTER_FILE, base_of_adapter, check_base, is_adapter, merged
 from lm.base.model import BaseIdentity, BaseLM, state_size
@@ -293,7 +293,7 @@ def _converted(gguf: Path, *, original: str) -> Path:
             if not _is_whole(folder):
                 if folder.exists():
                     tell(f"the converted copy of {gguf.name} in {folder} is broken; it is made again")
-                _convert(gguf, folder)
+                _convert(gguf, folder, digest)
     return folder
 
 
@@ -305,7 +305,7 @@ def _is_whole(folder: Path) -> bool:
     return False
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert(gguf: Path, folder: Path, digest: str) -> None:
     bar = io.StringIO()  # the reader draws one wherever stderr goes
     with _reading(f"can't read {gguf} as a GGUF model"), redirect_stderr(bar):
         model = AutoModelForCausalLM.from_pretrained(
@@ -316,7 +316,9 @@ def _convert(gguf: Path, folder: Path) -> None:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             files = {path.name: sha256_of_file(path) for path in sorted(temporary.iterdir())}
-            write_json(temporary / SOURCE_FILE, {"gguf": gguf.name, "sha256": sha256_of_file(gguf), "files": files})
+            if sha256_of_file(gguf) != digest:
+                raise IncompatibleError(f"{gguf} was replaced while it was read; run the command again")
+            write_json(temporary / SOURCE_FILE, {"gguf": gguf.name, "sha256": digest, "files": files})
 
 
 def _takes_sdpa(config: Any) -> bool:

@@ -83,6 +83,8 @@ def own_output(
         if _is_whole(folder):  # made by the process that was waited for
             return folder
         base = load_base(settings.base, dtype=settings.dtype, device=settings.device)
+        if base.identity != identity:  # replaced since, perhaps while another process was waited for
+            raise IncompatibleError(f"the files of {settings.base} were replaced while they were read; run it again")
         generating = partial(progress, f"generate {prompts.name}") if progress else None
         try:
             if _is_finished(folder):  # and not whole

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lattices.errors import InvalidDataError, OutputError, RescoreError, UnknownNameError
+from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError, UnknownNameError
 from lattices.ngrams import SENTENCE_END, NgramModel
 from lm.base.own_output import OwnOutput
 from lm.files import atomic_folder, sha256_of_file, write_json, writing
@@ -153,6 +153,9 @@ def build_ngram(
         work = out / COUNTING_FOLDER
         resumed = _prepare(work, {"format": COUNTING_FORMAT, **read})
         encoded = _encode(sources, work, tokenizer, options, progress)
+        if corpus_sources(corpora, own, tokenizer_sha256=tokenizer_hash, progress=progress) != sources:
+            shutil.rmtree(work, ignore_errors=True)  # words of other text than its settings say
+            raise IncompatibleError("the corpora were replaced while they were read; run the command again")
         estimated = (_run_lmplz if options.estimator == "lmplz" else _estimate)(encoded, work, options, progress)
         summary = NgramSummary(
             str(out), options.order, tuple(map(len, estimated.model.orders)), encoded.documents, encoded.tokens,

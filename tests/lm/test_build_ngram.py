@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lattices.automaton import Automaton
-from lattices.errors import InvalidDataError, OutputError, RescoreError
+from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
 from lm.files import sha256_of_file
 from lm.ngram import build as module
 from lm.ngram import counting
@@ -256,3 +256,24 @@ def test_lmplz_estimates_the_same_from_the_same_stream(tmp_path: Path) -> None:
     line.write_text("just one line\n")
     message = refused(lambda: build(tmp_path / "one", line, estimator="lmplz", memory=1 << 29), InvalidDataError)
     assert "iscount" in message
+
+
+def test_a_corpus_that_is_replaced_while_it_is_read_makes_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, out, encode = tmp_path / "text.txt", tmp_path / "model", module._encode
+    text = TEXT.read_text()
+    corpus.write_text(text)
+
+    def replaced(*arguments: object) -> object:
+        corpus.write_text(f"{text}and more\n")
+        return encode(*arguments)
+
+    options = NgramOptions(order=2, tokenizer="words", discount_fallback=(0.5, 1.0, 1.5))
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_encode", replaced)
+        with pytest.raises(IncompatibleError, match="the corpora were replaced while they were read"):
+            build_ngram([str(corpus)], out, options)
+    assert not (out / "manifest.json").exists()
+    corpus.write_text(text)
+    assert not build_ngram([str(corpus)], out, options).resumed

@@ -129,3 +129,13 @@ def test_mistakes_are_told_before_anything_is_generated(prompts, own, tmp_path: 
         with pytest.raises(kind, match=said) as caught:
             call(tmp_path / "model")
         assert "\n" not in str(caught.value) and not (tmp_path / "model").exists()
+
+
+def test_a_base_that_is_replaced_before_it_is_read_is_not_kept_under_the_old_key(
+    prompts, own, cache_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    other, load = save_tiny_base(tmp_path / "other", seed=1), lm.base.catalog.load_base
+    monkeypatch.setattr(lm.base.catalog, "load_base", lambda name, **options: load(str(other), **options))
+    with pytest.raises(IncompatibleError, match="were replaced while they were read"):
+        build(f"own:{prompts}", tmp_path / "a", own)
+    assert not [path for folder in folders(cache_folder) for path in folder.rglob("corpus.jsonl")]

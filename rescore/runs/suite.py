@@ -222,6 +222,8 @@ def _tune(
                     options, alphas=tuning.alphas, ks=(part.k,), ps=(p,), trace_k=trace_k,
                     evaluated=set(part.input.groups), keep=False, progress=progress, notify=notify,
                 )  # fmt: skip
+                if part.options.trace is None:  # a sweep of other files must not be kept under this key
+                    Models(part.options).check_unchanged(part.input.settings)
                 sweep = SuiteSweep(**{f.name: getattr(tuned, f.name) for f in fields(tuned)}, h=part.h, made_of=made_of)
                 weights.add(sweep)
             chosen[rescorer.name, p] = Alpha(

@@ -14,10 +14,13 @@ from conftest import make_heads, save_tiny_base
 from lattices.errors import IncompatibleError
 from lm.base.catalog import load_base
 from lm.files import cache_directory
+from rescore.runs import suite
 from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
 from rescore.runs.finished import load_run
 from rescore.runs.inputs import Models, prepare
 from rescore.runs.options import resolve
+from rescore.runs.suite_plan import read_plan
+from rescore.runs.tuning import tune
 from rescore.studies.cost.inputs import cost_inputs_of_run
 from rescore.tracing import load_trace
 
@@ -122,3 +125,22 @@ def test_a_trace_of_another_version_of_a_task_file_is_not_taken_for_this_one(opt
     file.write_text(body.replace("Q {q}", "Ask {q}"))
     with pytest.raises(IncompatibleError, match="was recorded for another version of"):
         evaluate(given)
+
+
+def test_a_suite_keeps_no_sweep_of_another_base_under_the_old_key(
+    options: EvalOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    body = "".join(f"{name}: {getattr(options, name)}\n" for name in ("base", "heads", "device", "dtype", "k"))
+    body += f"max_new_tokens: 8\ntasks: [{{name: squad, data: {options.data}, limit: 2}}]\n"
+    body += "rescorers: [{name: 'context-ngram:none', tune: {limit: 2, alphas: [1]}}]\n"
+    (tmp_path / "table.yaml").write_text(body)
+
+    def replaced(*arguments: Any, **more: Any) -> Any:
+        tuned = tune(*arguments, **more)
+        other_base(tmp_path / "base", tmp_path)
+        return tuned
+
+    monkeypatch.setattr(suite, "tune", replaced)
+    with pytest.raises(IncompatibleError, match="were replaced while they were read"):
+        suite.run_suite(read_plan(tmp_path / "table.yaml"), tmp_path / "out")
+    assert (tmp_path / "out" / "tuned.jsonl").read_text() == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rescore.runs.options import EvalOptions
+
 from rescore.runs.records import ExampleRecord, Latency, Result, RunConfig
 
 

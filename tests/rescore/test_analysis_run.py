@@ -13,8 +13,8 @@ from made_records import example_record, made_latency, made_result, run_config
 from msgspec.structs import replace
 
 from lattices.errors import RescoreError, UnknownNameError
+from rescore.runs.evaluated import load_run
 from rescore.runs.evaluation import EvalOptions, evaluate
-from rescore.runs.finished import load_run
 from rescore.runs.records import Alpha
 from rescore.studies.analysis import analyse_run, contrast, efficiency_table
 from rescore.studies.analysis.outcomes import outcomes_of
@@ -144,12 +144,12 @@ def result(rescorer: str, p: int, efficiency: float, *, task: str = "squad", h: 
 
 
 def test_rows_of_several_runs(tmp_path):
-    from rescore.runs.finished import FinishedRun
+    from rescore.runs.evaluated import Evaluation
 
     runs = [
-        FinishedRun(tmp_path, run_config(), [result("none", 1, 1.2), result("ngram", 1, 1.3, gain=0.08)], {}),
-        FinishedRun(tmp_path, run_config(), [result("ngram", 1, 1.5, task="xsum", gain=0.1)], {}),
-        FinishedRun(tmp_path, run_config(), [result("ngram", 1, 1.6, h=9, gain=0.2)], {}),
+        Evaluation(tmp_path, run_config(), [result("none", 1, 1.2), result("ngram", 1, 1.3, gain=0.08)], {}),
+        Evaluation(tmp_path, run_config(), [result("ngram", 1, 1.5, task="xsum", gain=0.1)], {}),
+        Evaluation(tmp_path, run_config(), [result("ngram", 1, 1.6, h=9, gain=0.2)], {}),
     ]
     found = efficiency_table(runs)
     assert found.tasks == ("squad", "xsum")

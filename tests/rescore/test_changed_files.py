@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_heads, save_tiny_base
+from rescore.runs.options import resolve
 
 from lattices.errors import IncompatibleError
 from lm.base.catalog import load_base
 from lm.files import cache_directory
 from rescore.runs import suite
+from rescore.runs.evaluated import load_run
 from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
-from rescore.runs.finished import load_run
 from rescore.runs.inputs import Models, prepare
-from rescore.runs.options import resolve
-from rescore.runs.suite_plan import read_plan
 from rescore.runs.tuning import tune
 from rescore.studies.cost.inputs import cost_inputs_of_run
+from rescore.suites.plan import read_plan
 from rescore.tracing import load_trace
 
 

@@ -13,8 +13,8 @@ from conftest import squad_records, write_lines
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from rescore.accounting import paired_difference
+from rescore.runs.evaluated import load_run
 from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
-from rescore.runs.finished import load_run
 from rescore.studies.comparison import Comparison, Selection, compare
 from rescore.studies.tables import comparison_table
 

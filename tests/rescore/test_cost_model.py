@@ -17,8 +17,8 @@ from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, U
 from lm.heads.block_heads import BlockHeads
 from lm.heads.nets import BlockHeadsConfig
 from rescore.report.charts.cost_model_charts import cost_model_section
+from rescore.runs.evaluated import Evaluation, load_run
 from rescore.runs.evaluation import EvalOptions, evaluate
-from rescore.runs.finished import FinishedRun, load_run
 from rescore.studies.cost.decoders import (
     _layers,
     decoder_of,
@@ -304,7 +304,7 @@ def test_block_efficiencies_of_results():
 
 
 @pytest.fixture
-def run(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path, tmp_path: Path) -> FinishedRun:
+def run(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path, tmp_path: Path) -> Evaluation:
     """A finished run with the first three heads, and one and two drafts a step."""
     options = EvalOptions(
         base=str(tiny_folder), heads=str(tiny_heads_folder), data=str(squad_file), device="cpu", h=3, k=4, p=(1, 16),
@@ -314,7 +314,7 @@ def run(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path, tmp_path: 
     return load_run(tmp_path / "run")
 
 
-def changed(run: FinishedRun, *, settings: dict | None = None, **options) -> FinishedRun:
+def changed(run: Evaluation, *, settings: dict | None = None, **options) -> Evaluation:
     """The run with other settings of its trace or other options."""
     traces = {"squad": {**run.config.traces["squad"], **(settings or {})}}
     changed_options = dataclasses.replace(run.config.options, **options)
@@ -376,7 +376,7 @@ class TestInputs:
 
 
 def test_the_report_s_drafts_are_verified_as_the_run_s(run):
-    def of(found: FinishedRun) -> tuple[str, ...]:
+    def of(found: Evaluation) -> tuple[str, ...]:
         view = SimpleNamespace(label="squad", task="squad", run=found, results=tuple(found.results))
         section = cost_model_section([view])
         return next(row for row in section.rows if row[1:4] == ("16-best 0-gram", "16", "512"))

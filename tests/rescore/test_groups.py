@@ -12,20 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_records import example_record
 from msgspec.structs import replace
+from rescore.runs.options import resolve
 
 from lattices.errors import InvalidDataError
 from rescore.groups import count_groups, digest, held_out, one_of_each_first
+from rescore.runs.evaluated import load_run
 from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
-from rescore.runs.finished import load_run
 from rescore.runs.inputs import Models, prepare
-from rescore.runs.options import resolve
 from rescore.runs.records import Alpha
-from rescore.runs.suite import run_suite
-from rescore.runs.suite_plan import read_plan
 from rescore.runs.summary import is_cut, summarize
 from rescore.runs.tuning import tune
 from rescore.runs.weights import alpha_notices
 from rescore.studies.analysis.collect import analyse_folders
+from rescore.suites.plan import read_plan
+from rescore.suites.run import run_suite
 from rescore.tasks import Task, load_task
 from rescore.tasks.data import load_examples
 from rescore.tasks.task_file import load_task_file

@@ -18,9 +18,9 @@ from lattices.errors import InvalidDataError, RescoreError
 from rescore.groups import digest
 from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
 from rescore.runs.leave_out import SHIPPED, SHIPPED_FILE, read_leave_out, write_leave_out
-from rescore.runs.suite import run_suite
-from rescore.runs.suite_plan import read_plan
 from rescore.studies.overlap import Overlap, find_overlap
+from rescore.suites.plan import read_plan
+from rescore.suites.run import run_suite
 from rescore.tasks import load_task, task_names
 from rescore.tasks.data import load_examples
 

@@ -12,8 +12,8 @@ import pytest
 
 from lattices.errors import InvalidDataError, OutputError, RescoreError
 from rescore.report.page import write_report
+from rescore.runs.evaluated import load_run
 from rescore.runs.evaluation import EvalOptions, evaluate
-from rescore.runs.finished import load_run
 from rescore.studies.cost.decoders import decoder_of, heads_of
 from rescore.studies.cost.model import cost_table
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import byte_tokenizer
 from made_records import made_result, run_config
+from rescore.runs.options import EvalOptions
 
 from lm.training.heads import HeldOutAccuracy
 from rescore.report.charts.figures import percent, safe
@@ -18,8 +19,7 @@ from rescore.report.headline import make_headline
 from rescore.report.sources import json_text
 from rescore.report.sweeps import kept_sweeps
 from rescore.report.token_text import excerpt, harmless, token_texts, tokenizer_of, visible
-from rescore.runs.finished import FinishedRun
-from rescore.runs.options import EvalOptions
+from rescore.runs.evaluated import Evaluation
 from rescore.runs.records import Alpha, Result
 from rescore.studies.tables import accuracy_table
 
@@ -157,7 +157,7 @@ def test_sweeps_of_tasks_whose_names_are_patterns(tmp_path, monkeypatch):
     (tmp_path / "tuned" / "a[b]-0.json").write_text(json.dumps(sweep))
     chosen = Alpha(alpha=1.0, source="tuned", held_out=("x",))
     config = run_config(options=EvalOptions(k=4), alphas={"a[b]": {"ngram": {1: chosen}}})
-    run = FinishedRun(tmp_path, config, [], {})
+    run = Evaluation(tmp_path, config, [], {})
     (found,) = kept_sweeps(run, "a[b]")
     assert found.block_efficiency == (1.0, 1.5)
 

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 from conftest import files_of_at_most
 from made_records import made_latency, made_result, run_config
+from rescore.runs.options import EvalOptions
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError
 from lm.records import plain
 from rescore.accounting import account
 from rescore.runs import environment as environment_module
 from rescore.runs.environment import environment, versions
-from rescore.runs.options import EvalOptions
+from rescore.runs.log import ExampleLog, save_results
 from rescore.runs.records import (
     Divergence,
     ExampleRecord,
@@ -28,7 +29,6 @@ from rescore.runs.records import (
     Result,
     ResultsDocument,
 )
-from rescore.runs.results import ExampleLog, save_results
 from rescore.runs.tables import results_tables
 from rescore.table import joined
 

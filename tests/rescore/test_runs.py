@@ -10,8 +10,8 @@ import pytest
 from conftest import write_lines
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from rescore.runs.evaluated import load_run
 from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
-from rescore.runs.finished import load_run
 from rescore.runs.records import Result
 
 

@@ -17,8 +17,8 @@ from rescore.rescorers import Rescorer
 from rescore.rescorers.unrescored import Unrescored
 from rescore.runs import evaluation
 from rescore.runs.evaluation import evaluate
+from rescore.runs.log import ExampleLog
 from rescore.runs.records import ExampleRecord, Identical
-from rescore.runs.results import ExampleLog
 from rescore.runs.tuning import tune
 
 

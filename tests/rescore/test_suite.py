@@ -26,18 +26,18 @@ from rescore.report.page import write_report
 from rescore.report.sources import load_sources
 from rescore.rescorers import load_rescorer
 from rescore.runs import suite as suite_module
+from rescore.runs.evaluated import load_run, load_runs, run_of_task
 from rescore.runs.evaluation import evaluate, trace_task
-from rescore.runs.finished import load_run, load_runs, run_of_task
+from rescore.runs.log import ExampleLog
 from rescore.runs.records import Alpha, ExampleRecord
-from rescore.runs.results import ExampleLog
-from rescore.runs.suite import Suite, run_suite
-from rescore.runs.suite_files import read_manifest
-from rescore.runs.suite_page import suite_page
-from rescore.runs.suite_plan import Plan, read_plan
 from rescore.runs.tables import results_csv, suite_table
 from rescore.runs.tuning import tune
 from rescore.studies.analysis.collect import analyse_folders
 from rescore.studies.comparison import Selection, compare
+from rescore.suites.files import read_manifest
+from rescore.suites.page import suite_page
+from rescore.suites.plan import Plan, read_plan
+from rescore.suites.run import Suite, run_suite
 
 BODY = """\
 limit: 4

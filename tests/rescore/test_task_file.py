@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from conftest import write_lines
+from rescore.runs.options import resolve
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
-from rescore.runs.options import resolve
 from rescore.tasks import Example, HubSource, Limits, load_task
 from rescore.tasks.data import load_examples
 
@@ -233,7 +233,7 @@ class TestEvaluation:
         assert direct == with_file == alone
 
     def test_it_can_be_resumed_and_read_back(self, write: Write, options: dict[str, Any], tmp_path: Path) -> None:
-        from rescore.runs.finished import load_run
+        from rescore.runs.evaluated import load_run
 
         recorded = EvalOptions(tasks=(write(),), **options)
         for _ in range(2):

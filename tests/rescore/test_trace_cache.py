@@ -15,8 +15,8 @@ from lattices.errors import InvalidDataError, RescoreError
 from lm import keys
 from lm.files import cache_directory
 from rescore.runs import inputs
+from rescore.runs.evaluated import load_run
 from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
-from rescore.runs.finished import load_run
 from rescore.runs.inputs import Models
 
 

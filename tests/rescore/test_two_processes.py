@@ -17,10 +17,10 @@ from lattices.errors import RescoreError
 from lm import records
 from rescore import rescorers, tracing
 from rescore.rescorers.unrescored import Unrescored
+from rescore.runs.evaluated import load_run
 from rescore.runs.evaluation import EvalOptions, Evaluation, evaluate, trace_task
-from rescore.runs.finished import load_run
+from rescore.runs.log import ExampleLog
 from rescore.runs.records import ExampleRecord
-from rescore.runs.results import ExampleLog
 from rescore.runs.tuning import tune
 from rescore.tracing import load_trace
 

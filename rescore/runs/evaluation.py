@@ -183,6 +183,10 @@ class _Evaluator:
     def run(self, *, live: bool) -> None:
         """Finishes the task. Ctrl-C while its trace is recorded: what there is of it is replayed first."""
         recording = self.task.recording
+        p = max(run.p for run in self.task.runs)
+        if live and usable_verify(recording.models.base, self.config.verify, p) != self.config.verify:
+            line = f"{recording.inputs.base} takes no tree mask; its {p} drafts a step are verified as a batch"
+            self.notify(line)
         try:
             trace = recording.trace(progress=self.progress)
         except KeyboardInterrupt:
@@ -233,10 +237,6 @@ class _Evaluator:
         recording = self.task.recording
         base, heads = recording.models.base, recording.models.heads
         heads = heads if recording.inputs.h is None else heads.first(recording.inputs.h)
-        p = max(run.p for run in self.task.runs)
-        if usable_verify(base, self.config.verify, p) != self.config.verify:
-            name = base.identity.name
-            self.notify(f"{name} takes no tree mask; its {p} drafts a step are verified as a batch")
         self._fit(trace, shared=base)
         limit = recording.settings["max_new_tokens"]
         warm = False

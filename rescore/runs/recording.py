@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.paths import encodable, user_path
@@ -34,6 +34,7 @@ from rescore.tracing import (
     TraceHeader,
     check_settings,
     load_trace,
+    read_header,
     record_trace,
     trace_folder,
 )
@@ -124,17 +125,23 @@ class Recording:
         return self._whole(progress).first_heads(self.inputs.h)
 
     def _whole(self, progress: Progress | None) -> Trace:
+        trace = None
         with suppress(*((RescoreError,) if self.cached else ())):
-            if self._is_whole(trace := self._read()):
-                return trace
+            trace = self._read()
+        if trace is not None and len(trace.examples) == len(self.ids):
+            return trace
         with making(self.folder, f"the trace of {self.name}") if self.cached else writing_to(self.folder):
-            # Once more: the process that was waited for may have gone on with it.
-            if self._is_whole(trace := self._read_or_remove()):
-                return trace
+            if trace is None or self._has_grown(trace):  # by the process that was waited for
+                trace = self._read_or_remove()
+                if trace is not None and len(trace.examples) == len(self.ids):
+                    return trace
             return self._record(trace, progress)
 
-    def _is_whole(self, trace: Trace | None) -> TypeGuard[Trace]:
-        return trace is not None and len(trace.examples) == len(self.ids)
+    def _has_grown(self, trace: Trace) -> bool:
+        try:
+            return read_header(self.folder).parts != trace.header.parts
+        except RescoreError:
+            return True
 
     def _read(self) -> Trace | None:
         trace = self.given

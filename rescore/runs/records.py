@@ -227,6 +227,9 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     alpha: Alpha | None = None
     identity: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.rescorer} (p = {self.p}, k = {self.k})"
+
 
 @dataclass(kw_only=True)
 class RunConfig:
@@ -255,8 +258,14 @@ class RunConfig:
         Not in it: the versions (those that the numbers follow from are the traces') and notices (why the hub did not
         serve, this time).
         """
-        names = ("mode", "verify", "seed", "inputs", "runs", "data", "traces")
-        return {name: plain(getattr(self, name)) for name in names}
+        names = ("mode", "verify", "seed", "inputs", "data", "traces")
+        return {name: plain(getattr(self, name)) for name in names} | {
+            "runs": {task: ", ".join(map(str, runs)) for task, runs in self.runs.items()},
+            "weights": {  # by name, so that a difference names them
+                task: {str(run): {**plain(run.alpha), "identity": run.identity} for run in runs if run.alpha}
+                for task, runs in self.runs.items()
+            },
+        }
 
     def alpha(self, task: str, rescorer: str, p: int, k: int) -> Alpha | None:
         """The weight of a run and where it came from; None where it has none."""

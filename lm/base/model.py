@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lattices.errors import IncompatibleError, RescoreError
 from lm.base.cache import KVCache, TreeCache, layer_types
+from lm.base.identity import uses_date, with_fixed_date
 from lm.base.probe import Probe, Scaling
-from lm.chat_templates import uses_date, with_fixed_date
 
 CONTEXT_LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # its name now, and before transformers 5.24

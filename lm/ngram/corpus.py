@@ -351,7 +351,7 @@ def _check_ids(ids: Sequence[int], limit: int, where: str) -> None:
 
 def _own_tokens(folder: Path, tokens: _Tokens, left_context: int) -> Iterator[list[int]]:
     """Per example: the end of the prompt, the output, and whether that was finished."""
-    from lm.base.catalog import tokenizer_sha256
+    from lm.base.identity import tokenizer_sha256
 
     base = read_settings(folder)["base"]
     if base["tokenizer_sha256"] != tokenizer_sha256(tokens.tokenizer):

@@ -219,7 +219,8 @@ def _split(task: TaskInput, limit: int | None, held_out: int | None) -> tuple[Ta
 
 
 def _tokenizer_sha256(base: str) -> str:
-    from lm.base.catalog import load_tokenizer, tokenizer_sha256
+    from lm.base.catalog import load_tokenizer
+    from lm.base.identity import tokenizer_sha256
 
     return tokenizer_sha256(load_tokenizer(base))
 

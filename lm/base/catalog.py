@@ -252,9 +252,8 @@ class ModelFolder:
             weights = weights_sha256(self.folder)
             if self.adapter is not None:
                 check_base(self.adapter, self.base, weights)
-                weights = hashlib.sha256(
-                    (weights + remembered_sha256(self.adapter / ADAPTER_FILE)).encode()
-                ).hexdigest()
+                changes = remembered_sha256(self.adapter / ADAPTER_FILE)
+                weights = hashlib.sha256((weights + changes).encode()).hexdigest()
             return BaseIdentity(
                 name=self.name,
                 weights_sha256=weights,

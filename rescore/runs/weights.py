@@ -13,8 +13,7 @@ import numpy as np
 
 from lattices.errors import InvalidDataError, RescoreError
 from lm.base.model import BaseIdentity, BaseLM
-from lm.files import cache_directory
-from lm.keys import key_of
+from lm.keys import cache_entry
 from lm.records import read_record
 from rescore.rescorers import Rescorer, Target
 from rescore.runs.inputs import TaskInput
@@ -169,4 +168,4 @@ def tuned_path(options: EvalOptions, task: TaskInput, rescorer: Rescorer, p: int
         "k": options.k,
         "p": p,
     }
-    return cache_directory() / "tuned" / f"{task.name}-{key_of(made_of, 24)}.json"
+    return cache_entry("tuned", task.name, made_of, suffix=".json")

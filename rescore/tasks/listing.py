@@ -13,9 +13,14 @@ from rescore.tasks.data import load_examples, wanted_rows
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """One task in words: `source` is where its data come from by default, `rows` what a `--data` file must hold,
-    `limits` what its file says; `examples` and `first_prompt` are there where its data lie in a file of its own, which
-    has been read then; `problem` is why another package's task can't be loaded (all else is empty then)."""
+    """One task in words.
+
+    rows: what a `--data` file must hold.
+    source: where its data come from by default.
+    limits: what its file says.
+    examples, first_prompt: there where its data lie in a file of its own, which has been read then.
+    problem: why another package's task can't be loaded (all else is empty then).
+    """
 
     name: str
     description: str = ""
@@ -64,7 +69,7 @@ def facts_of(task: Task, *, reads: bool = False) -> TaskFacts:
         source=_source(task),
         passage=task.passage,
         limits=asdict(task.limits),
-        examples=len(examples) if examples is not None else None,
+        examples=len(examples) if examples else None,
         first_prompt=examples[0].prompt if examples else None,
     )
 

@@ -7,9 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lattices.errors import RescoreError
-from rescore.tasks.metrics import METRICS, find_metric
-from rescore.tasks.metrics.answers import f1, last_word
-from rescore.tasks.metrics.texts import bleu, chrf, rouge_1, rouge_2, rouge_l
+from rescore.tasks.metrics import METRICS, bleu, chrf, f1, find_metric, last_word, rouge_1, rouge_2, rouge_l
 
 WORDS = st.lists(st.sampled_from(["the", "cat", "sat", "mats", "a", "is", "7", "شجرة", "🙂", "e\u0301"]), max_size=8)
 

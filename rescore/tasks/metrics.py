@@ -1,13 +1,22 @@
-"""Metrics of short answers: exact match and F1 as SQuAD has them, GSM8K's final answer, LAMBADA's last word."""
+"""The metrics by name: each scores one output against its references, in 0..1; reports give the mean over examples.
+
+Short answers: exact match and F1 as SQuAD has them, GSM8K's final answer, LAMBADA's last word. Longer texts, by the
+libraries that define them, the best of several references: ROUGE of rouge-score, chrF and BLEU of sacrebleu, which are
+imported at the first score.
+"""
 
 from __future__ import annotations
 
+import difflib
 import re
 import string
 import unicodedata
 from collections import Counter
 from decimal import Decimal
+from functools import cache
+from typing import Any
 
+from lattices.errors import RescoreError
 from rescore.tasks.base import Metric
 
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -49,9 +58,9 @@ def f1(output: str, references: tuple[str, ...]) -> float:
     return max((_f1(found, normalise_answer(reference).split()) for reference in references), default=0.0)
 
 
-def _f1(found: list[str], wanted: list[str]) -> float:
-    same = (Counter(found) & Counter(wanted)).total()
-    return 2 * same / (len(found) + len(wanted)) if same else 0.0
+def _f1(output: list[str], reference: list[str]) -> float:
+    same = (Counter(output) & Counter(reference)).total()
+    return 2 * same / (len(output) + len(reference)) if same else 0.0
 
 
 def final_answer(output: str, references: tuple[str, ...]) -> float:
@@ -91,7 +100,82 @@ def _begins_with(output: str, word: str) -> bool:
     return output.startswith(word) and not (after.isalnum() or (after and unicodedata.combining(after)))
 
 
+@cache
+def _scorer(name: str) -> Any:
+    """The scorer of a library, made once."""
+    if name == "chrF":
+        from sacrebleu.metrics.chrf import CHRF
+
+        return CHRF()
+    if name == "BLEU":
+        from sacrebleu.metrics.bleu import BLEU
+
+        return BLEU(effective_order=True)
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer([name], use_stemmer=True)
+
+
+def _rouge(kind: str, output: str, references: tuple[str, ...]) -> float:
+    return float(_scorer(kind).score_multi(references, output)[kind].fmeasure) if references else 0.0
+
+
+def rouge_1(output: str, references: tuple[str, ...]) -> float:
+    """ROUGE-1 F-measure (words in common), Porter stemmer; words are runs of a-z and 0-9 (Lin 2004)."""
+    return _rouge("rouge1", output, references)
+
+
+def rouge_2(output: str, references: tuple[str, ...]) -> float:
+    """ROUGE-2 F-measure (pairs of words in common), as `rouge_1`."""
+    return _rouge("rouge2", output, references)
+
+
+def rouge_l(output: str, references: tuple[str, ...]) -> float:
+    """ROUGE-L F-measure (longest common subsequence of words over the whole text), as `rouge_1`."""
+    return _rouge("rougeL", output, references)
+
+
+def chrf(output: str, references: tuple[str, ...]) -> float:
+    """Sentence-level chrF2 in 0..1: F-score of character 1- to 6-grams, recall twice as important (Popović 2015)."""
+    return float(_scorer("chrF").sentence_score(output, list(references)).score) / 100 if references else 0.0
+
+
+def bleu(output: str, references: tuple[str, ...]) -> float:
+    """Sentence-level BLEU in 0..1: sacrebleu's 13a tokens, exponential smoothing, effective order (Post 2018).
+
+    The mean over sentences is not the BLEU of the corpus, which pools its n-gram counts.
+    """
+    score = float(_scorer("BLEU").sentence_score(output, list(references)).score) if references else 0.0
+    return min(1.0, score / 100)  # it rounds above 100
+
+
 EXACT_MATCH = Metric("exact match", exact_match)
 F1 = Metric("F1", f1)
 FINAL_ANSWER = Metric("final answer", final_answer)
 LAST_WORD = Metric("last word", last_word)
+ROUGE_1 = Metric("ROUGE-1", rouge_1)
+ROUGE_2 = Metric("ROUGE-2", rouge_2)
+ROUGE_L = Metric("ROUGE-L", rouge_l)
+CHRF = Metric("chrF", chrf)
+BLEU = Metric("BLEU", bleu)
+METRICS: dict[str, Metric] = {
+    metric.name: metric for metric in (EXACT_MATCH, F1, ROUGE_1, ROUGE_2, ROUGE_L, CHRF, BLEU, FINAL_ANSWER, LAST_WORD)
+}
+
+
+def find_metric(name: str) -> Metric:
+    """The metric called `name`; case, spaces, `-` and `_` do not matter (`rouge_l` is `ROUGE-L`).
+
+    Raises `RescoreError` with the nearest name.
+    """
+    by_plain = {_plain(known): metric for known, metric in METRICS.items()}
+    if (found := by_plain.get(_plain(name))) is not None:
+        return found
+    # Compared as they are read: `rougel` is nearer to `ROUGE-L` than its letters alone tell.
+    near = difflib.get_close_matches(_plain(name), by_plain, n=1, cutoff=0.5)
+    advice = f"did you mean {by_plain[near[0]].name!r}?" if near else f"known: {', '.join(METRICS)}"
+    raise RescoreError(f"unknown metric {name[:80]!r}; {advice}")
+
+
+def _plain(name: str) -> str:
+    return "".join(character for character in name.casefold() if character.isalnum())

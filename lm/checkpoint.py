@@ -80,12 +80,11 @@ def write_tensors(
 
 
 def check_shapes(
-    folder: Path, found: Mapping[str, Collection[int]], expected: Mapping[str, Collection[int]], of: str
+    folder: Path, shapes: Mapping[str, Collection[int]], expected: Mapping[str, Collection[int]], of: str
 ) -> None:
     """Raises `InvalidDataError` for the first tensor that is missing, too many, or of another shape than `of` says."""
-    shapes = [{name: list(shape) for name, shape in side.items()} for side in (found, expected)]
-    for name in sorted(found.keys() | expected.keys()):
-        has, needs = (side.get(name, "none") for side in shapes)
+    for name in sorted(shapes.keys() | expected.keys()):
+        has, needs = (list(side[name]) if name in side else "none" for side in (shapes, expected))
         if has != needs:
             raise InvalidDataError(
                 f"{folder / WEIGHTS_FILE} does not fit its {of}: {name} has shape {has}, not {needs}"

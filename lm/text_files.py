@@ -138,10 +138,10 @@ def rows_file(folder: Path, name: str) -> Path:
         if usual.exists() or not folder.is_dir():
             return usual
         rows_files = (path for path in sorted(folder.iterdir()) if _endings(path)[1] in ROW_ENDINGS)
-        found = [path for path in rows_files if name_without_endings(path) == name]
-    if len(found) > 1:
-        raise RescoreError(f"{folder} has {' and '.join(path.name for path in found)}; keep one of them")
-    return found[0] if found else usual
+        called = [path for path in rows_files if name_without_endings(path) == name]
+    if len(called) > 1:
+        raise RescoreError(f"{folder} has {' and '.join(path.name for path in called)}; keep one of them")
+    return called[0] if called else usual
 
 
 def _layout(path: Path, packing: str | None, ending: str, first: bytes, wants_rows: bool) -> str:
@@ -166,10 +166,9 @@ def _layout(path: Path, packing: str | None, ending: str, first: bytes, wants_ro
     first = first.removeprefix(BYTE_ORDER_MARK).lstrip()
     content = ARRAY if named == LINES and first.startswith(b"[") else _json_layout(first)
     if content and (named in (CSV, TSV) or (ending in TEXT_ENDINGS and not wants_rows)):
-        called = NAMES[named] if named else "text"
+        called, ending = NAMES[named] if named else "text", ".jsonl" if content == LINES else ".json"
         raise InvalidDataError(
-            f"{path} is called {called} and holds {NAMES[content]}; name it {'.jsonl' if content == LINES else '.json'} to "
-            "have its rows read"
+            f"{path} is called {called} and holds {NAMES[content]}; name it {ending} to have its rows read"
         )
     return content or named or TEXT
 

@@ -107,23 +107,30 @@ def load_base(
 
 
 def _identity_in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> BaseIdentity:
-    config: Any = model.config
-    with _reading("can't tell what the model in memory is"), tempfile.TemporaryDirectory() as temporary:
+    name = str(model.config.name_or_path or type(model).__name__)
+    with _reading(f"can't identify {name}, a model in memory"), tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        text_config = config.get_text_config(decoder=True)
-        return BaseIdentity(
-            name=str(config.name_or_path or type(model).__name__),
-            weights_sha256=tensors_sha256(model),
-            tokenizer_sha256=tokenizer_sha256(tokenizer),
-            hidden_size=state_size(text_config),
-            vocab_size=text_config.vocab_size,
-            dtype=str(model.dtype).removeprefix("torch."),
-            config_sha256=config_sha256(config, folder),
-            tokenization_sha256=tokenization_sha256(tokenizer, folder),
-        )
+        dtype = str(model.dtype).removeprefix("torch.")
+        return _identity(ModelFolder(name, name, folder), tensors_sha256(model), dtype, model.config, tokenizer)
+
+
+def _identity(
+    source: ModelFolder, weights: str, dtype: str, config: Any, tokenizer: PreTrainedTokenizerBase
+) -> BaseIdentity:
+    text_config = config.get_text_config(decoder=True)
+    return BaseIdentity(
+        name=source.name,
+        weights_sha256=weights,
+        tokenizer_sha256=tokenizer_sha256(tokenizer),
+        hidden_size=state_size(text_config),
+        vocab_size=text_config.vocab_size,
+        dtype=dtype,
+        config_sha256=config_sha256(config, source.folder, source.adapter),
+        tokenization_sha256=tokenization_sha256(tokenizer, source.folder),
+    )
 
 
 def identify(name: str, *, dtype: str = "float32") -> BaseIdentity:
@@ -248,22 +255,12 @@ class ModelFolder:
     def identity(self, dtype: str, config: Any, tokenizer: PreTrainedTokenizerBase) -> BaseIdentity:
         """What it is with this configuration and tokenizer, in the precision `dtype`."""
         with _reading(f"can't tell what {self.name} is"):
-            text_config = config.get_text_config(decoder=True)
             weights = weights_sha256(self.folder)
             if self.adapter is not None:
                 check_base(self.adapter, self.base, weights)
                 changes = remembered_sha256(self.adapter / ADAPTER_FILE)
                 weights = hashlib.sha256((weights + changes).encode()).hexdigest()
-            return BaseIdentity(
-                name=self.name,
-                weights_sha256=weights,
-                tokenizer_sha256=tokenizer_sha256(tokenizer),
-                hidden_size=state_size(text_config),
-                vocab_size=text_config.vocab_size,
-                dtype=dtype,
-                config_sha256=config_sha256(config, self.folder, self.adapter),
-                tokenization_sha256=tokenization_sha256(tokenizer, self.folder),
-            )
+            return _identity(self, weights, dtype, config, tokenizer)
 
 
 def resolve_base(name: str, *, local_files_only: bool = False) -> ModelFolder:

@@ -117,9 +117,9 @@ def _nll(base: BaseLM, ids: Sequence[Sequence[int]], batch: Sequence[Window]) ->
         targets[row, : w.end - w.start] = torch.tensor(ids[w.text][w.start + 1 : w.end + 1])
         scored[row, w.first - 1 - w.start : w.end - w.start] = True
     _, hidden = base.forward(inputs.to(base.device), projects=False)
-    rows, wanted = hidden[scored.to(base.device)], targets[scored].to(base.device)  # [n, d], [n]
+    states, tokens = hidden[scored.to(base.device)], targets[scored].to(base.device)  # [n, d], [n]
     total = 0.0
-    for part, ahead in zip(rows.split(ROWS), wanted.split(ROWS), strict=True):
+    for part, following in zip(states.split(ROWS), tokens.split(ROWS), strict=True):
         logits = base.project(part).to(base.heads_dtype)
-        total += float(functional.cross_entropy(logits, ahead, reduction="sum"))
+        total += float(functional.cross_entropy(logits, following, reduction="sum"))
     return total

@@ -41,19 +41,19 @@ class TaskFacts:
 
 
 def list_tasks(names: Sequence[str] = ()) -> list[TaskFacts]:
-    """The facts of the tasks (names or YAML files; none: of all there are, broken ones told in `problem`).
+    """The facts of the tasks (names or YAML files; none: of all there are, broken ones with their `problem`).
 
     Raises `RescoreError` for a task asked for by name that can't be loaded, or whose own data file can't be read.
     """
     if names:
         return [facts_of(load_task(name), reads=True) for name in names]
-    found = []
+    facts = []
     for name in task_names():
         try:
-            found.append(facts_of(load_task(name)))
+            facts.append(facts_of(load_task(name)))
         except RescoreError as error:
-            found.append(TaskFacts(name, problem=str(error)))
-    return found
+            facts.append(TaskFacts(name, problem=str(error)))
+    return facts
 
 
 def facts_of(task: Task, *, reads: bool = False) -> TaskFacts:

@@ -23,7 +23,7 @@ _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
 _NUMBER = re.compile(
     r"""
-    (?: (?<![^\W_]) (?<![)\]}%]) (?P<sign>[-\u2212]) )?    # no sign behind a digit, letter or bracket: 9-4 ends with 4
+    (?: (?<![^\W_]) (?<![)\]}%]) (?P<sign>[-\u2212]) )?    # no sign after a digit, letter or bracket: 9-4 ends with 4
     (?: \\?[$€£¥] )?
     (?P<number>
         [0-9]{1,3} (?:,[0-9]{3})+ (?![0-9]) (?:\.[0-9]+)?    # with thousands separators
@@ -54,19 +54,18 @@ def f1(output: str, references: tuple[str, ...]) -> float:
 
     A word counts as often as it is in both. As in v1.1, no word in common is 0.0, even where both are empty.
     """
-    found = normalise_answer(output).split()
-    return max((_f1(found, normalise_answer(reference).split()) for reference in references), default=0.0)
-
-
-def _f1(output: list[str], reference: list[str]) -> float:
-    same = (Counter(output) & Counter(reference)).total()
-    return 2 * same / (len(output) + len(reference)) if same else 0.0
+    words, best = Counter(normalise_answer(output).split()), 0.0
+    for reference in references:
+        accepted = Counter(normalise_answer(reference).split())
+        if same := (words & accepted).total():
+            best = max(best, 2 * same / (words.total() + accepted.total()))
+    return best
 
 
 def final_answer(output: str, references: tuple[str, ...]) -> float:
-    """1.0 if the last number of the output is the last number of a reference (behind its `####`), else 0.0."""
-    found = last_number(output)
-    return float(found is not None and any(found == last_number(reference) for reference in references))
+    """1.0 if the last number of the output is the last number of a reference (after its `####`), else 0.0."""
+    number = last_number(output)
+    return float(number is not None and any(number == last_number(reference) for reference in references))
 
 
 def last_number(text: str) -> Decimal | None:
@@ -74,15 +73,15 @@ def last_number(text: str) -> Decimal | None:
 
     ASCII digits, with commas for thousands or without, a point and decimals or decimals alone (.5), an exponent. A `-`
     or U+2212 right before it, or before its currency sign, is its sign unless a digit, letter, % or closing bracket
-    stands right before that: `9-4` ends with 4. What comes behind (%, units, a full stop) is no part of it; of a
+    stands right before that: `9-4` ends with 4. What comes after (%, units, a full stop) is no part of it; of a
     fraction the number below the stroke is the last one.
     """
     numbers = list(_NUMBER.finditer(text))
     if not numbers:
         return None
-    found = numbers[-1]
-    value = Decimal((found["number"].replace(",", "") + (found["exponent"] or "")).replace("\u2212", "-"))
-    return -value if found["sign"] else value
+    last = numbers[-1]
+    value = Decimal((last["number"].replace(",", "") + (last["exponent"] or "")).replace("\u2212", "-"))
+    return -value if last["sign"] else value
 
 
 def last_word(output: str, references: tuple[str, ...]) -> float:
@@ -169,9 +168,9 @@ def find_metric(name: str) -> Metric:
     Raises `RescoreError` with the nearest name.
     """
     by_plain = {_plain(known): metric for known, metric in METRICS.items()}
-    if (found := by_plain.get(_plain(name))) is not None:
-        return found
-    # Compared as they are read: `rougel` is nearer to `ROUGE-L` than its letters alone tell.
+    if (metric := by_plain.get(_plain(name))) is not None:
+        return metric
+    # Compared as they are read: `rougel` is nearer to `ROUGE-L` than its letters alone say.
     near = difflib.get_close_matches(_plain(name), by_plain, n=1, cutoff=0.5)
     advice = f"did you mean {by_plain[near[0]].name!r}?" if near else f"known: {', '.join(METRICS)}"
     raise RescoreError(f"unknown metric {name[:80]!r}; {advice}")

@@ -315,18 +315,11 @@ def _table(file: TextFile, errors: str, advice: str) -> Iterator[tuple[int, dict
         for _, block in blocks(file, errors=errors, advice=advice)
         for line in block.decode("utf-8").removesuffix("\n").split("\n")
     )
-    names: list[str] | None = None
-    number = 0
     reader = csv.reader(lines, delimiter="\t" if file.layout == TSV else ",", strict=True)
+    filled = filter(None, reader)
     try:
-        for values in reader:
-            if not values:
-                continue
-            if names is None:
-                names = values
-                _check_columns(file, names)
-                continue
-            number += 1
+        _check_columns(file, names := next(filled, []))
+        for number, values in enumerate(filled, start=1):
             if len(values) != len(names):
                 where = f"{file.path} row {number} (line {reader.line_num})"
                 raise InvalidDataError(f"{where} has {len(values)} values for {len(names)} columns")

@@ -169,28 +169,24 @@ def generate_corpus(
                 base, encoded, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size, with_hidden=True,
                 temperature=options.temperature, seed=options.seed, work=work,
             ):  # fmt: skip
-                output_ids = generated.output_ids.tolist()
-                new = {
-                    "prompt_ids": encoded[generated.index], "output_ids": output_ids,
-                    "text": base.decode_text(output_ids),
+                ids = generated.output_ids.tolist()
+                fields = {
+                    "prompt_ids": encoded[generated.index], "output_ids": ids, "text": base.decode_text(ids)
                 }  # fmt: skip
-                append(missing[generated.index], new, generated.hidden)
-                decoded += len(output_ids)
+                append(missing[generated.index], fields, generated.hidden)
+                decoded += len(ids)
                 if progress:
                     progress(len(corpus.prompts), total)
-        counts = {
-            "examples": len(corpus.prompts), "duplicates": corpus.duplicates, "output_tokens": corpus.output_tokens
-        }  # fmt: skip
         manifest = {
             **settings,
-            **counts,
+            **corpus.counts(),
             "prompts_sha256": hashlib.sha256(json.dumps([[p.text, p.chat] for p in prompts]).encode()).hexdigest(),
             "corpus_sha256": sha256_of_file(corpus.path),
         }
         write_json(out / MANIFEST_FILE, manifest)
         return CorpusSummary(
-            str(corpus.path), **counts, made=len(missing), seconds=time.perf_counter() - began, decoded=decoded,
-            work=work,
+            str(corpus.path), **corpus.counts(), made=len(missing), seconds=time.perf_counter() - began,
+            decoded=decoded, work=work,
         )  # fmt: skip
 
 
@@ -226,6 +222,10 @@ class _Corpus:
         self.duplicates += bool(record.get("duplicate"))
         self.output_tokens += len(record["output_ids"])
         self._outputs.add(tuple(record["output_ids"]))
+
+    def counts(self) -> dict[str, int]:
+        """What is in it."""
+        return {"examples": len(self.prompts), "duplicates": self.duplicates, "output_tokens": self.output_tokens}
 
     @contextmanager
     def appending(self, hidden_size: int) -> Iterator[Callable[[Prompt, dict[str, Any], np.ndarray | None], None]]:

@@ -54,10 +54,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a device gives at best, as measured: FLOPs a second of a matrix product, bytes a second read from memory."""
+    """What a device gives at best, as measured."""
 
-    flops: float
-    bytes_read: float
+    flops: float  # a second, of a matrix product
+    bytes_read: float  # a second, from memory
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:

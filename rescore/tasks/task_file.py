@@ -45,19 +45,21 @@ def load_task_file(path: Path) -> Task:
     file, hub = _source(fields["source"], path)
     template, used = _template(fields["prompt"])
     reference = _field_path(fields["reference"]) if "reference" in fields else ""
+    limits = fields["limits"].fields(LIMIT_KEYS) if "limits" in fields else {}
     passage = _text(fields["passage"]) if "passage" in fields else None
     group = _field_path(fields["group"]) if "group" in fields else ""
     return Task(
         name=_name(fields.get("name"), path),
         description=" ".join(_text(fields["description"]).split()) if "description" in fields else f"of {path.name}",
-        fields=tuple(dict.fromkeys([*used, *_top(reference), *_top(passage or ""), *_top(group)])),
+        # Of a path into objects, the field that it begins with.
+        fields=tuple(dict.fromkeys([*used, *(path.split(".")[0] for path in (reference, passage, group) if path)])),
         template=template,
         references=_references(reference),
         metrics=_metrics(fields["metric"], bool(reference)) if "metric" in fields else (),
         chat=fields["chat"].flag() if "chat" in fields else True,
         passage=passage,
         group=_group(group) if group else None,
-        limits=_limits(fields["limits"]) if "limits" in fields else Limits(),
+        limits=Limits(**{key: limit.whole(least=1) for key, limit in limits.items()}),
         file=file,
         hub=hub,
         definition=_definition(top),
@@ -110,10 +112,6 @@ def _field_path(value: Value) -> str:
     return path
 
 
-def _top(path: str) -> list[str]:
-    return [path.split(".")[0]] if path else []
-
-
 def _references(path: str) -> Callable[[Record], tuple[str, ...]]:
     """What gives the references of a record: text or a list of text at the path; none without a path."""
 
@@ -150,22 +148,17 @@ def _at(record: Record, path: str) -> object:
 def _metrics(value: Value, has_reference: bool) -> tuple[Metric, ...]:
     if not has_reference:
         raise value.wrong("a metric needs answers to compare with; add reference: FIELD")
-    metrics: dict[str, Metric] = {}
+    metrics: list[Metric] = []
     for entry in value.items():
+        name = _text(entry)
         try:
-            metric = find_metric(_text(entry))
-        except InvalidDataError:
-            raise
+            metric = find_metric(name)
         except RescoreError as error:
             raise entry.wrong(str(error)) from None
-        if metric.name in metrics:
+        if metric in metrics:
             raise entry.wrong(f"the metric {metric.name!r} is there twice; keep one")
-        metrics[metric.name] = metric
-    return tuple(metrics.values())
-
-
-def _limits(value: Value) -> Limits:
-    return Limits(**{key: limit.whole(least=1) for key, limit in value.fields(LIMIT_KEYS).items()})
+        metrics.append(metric)
+    return tuple(metrics)
 
 
 def _source(value: Value, path: Path) -> tuple[Path | None, HubSource | None]:
@@ -174,10 +167,11 @@ def _source(value: Value, path: Path) -> tuple[Path | None, HubSource | None]:
     if "file" in fields:
         if others := [key for key in SOURCE_KEYS if key != "file" and key in fields]:
             raise value.wrong(f"file and {others[0]} can't stand together; keep one of file and hub")
+        name = _text(fields["file"])
         try:
-            return path.parent / user_path(_text(fields["file"]), "file"), None
+            return path.parent / user_path(name, "file"), None
         except RescoreError as error:
-            raise error if isinstance(error, InvalidDataError) else fields["file"].wrong(str(error)) from None
+            raise fields["file"].wrong(str(error)) from None
     for key in ("hub", "split"):
         if key not in fields:
             raise value.wrong(f"the key {key!r} is missing; give file: PATH, or hub: ID and split: NAME")

@@ -49,7 +49,7 @@ SOURCE_FILE = "source.json"  # of a converted copy: what it was made of, and the
 
 
 def load_base(
-    model: str | PreTrainedModel = BUILT_IN,
+    model: str | os.PathLike[str] | PreTrainedModel = BUILT_IN,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     dtype: str = "float32",
@@ -66,10 +66,11 @@ def load_base(
 
     Raises `RescoreError` with what to do if there is no such model, it can't be read or can't be reached.
     """
-    if not isinstance(model, str):
+    if not isinstance(model, str | os.PathLike):
         if tokenizer is None:
             raise RescoreError("a model in memory needs its tokenizer; call load_base(model, tokenizer)")
         return BaseLM(model, tokenizer, identity=_identity_in_memory(model, tokenizer))
+    model = os.fspath(model)
     if tokenizer is not None:
         raise RescoreError(f"{model} brings its own tokenizer; give one with a model in memory only")
     if dtype not in DTYPES:

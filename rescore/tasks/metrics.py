@@ -13,7 +13,7 @@ import string
 import unicodedata
 from collections import Counter
 from decimal import Decimal
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from lattices.errors import RescoreError
@@ -115,23 +115,13 @@ def _scorer(name: str) -> Any:
     return RougeScorer([name], use_stemmer=True)
 
 
-def _rouge(kind: str, output: str, references: tuple[str, ...]) -> float:
+def rouge(kind: str, output: str, references: tuple[str, ...]) -> float:
+    """F-measure of a kind of ROUGE, Porter stemmer; words are runs of a-z and 0-9 (Lin 2004).
+
+    kind: `rouge1` (words in common), `rouge2` (pairs of words) or `rougeL` (the longest common subsequence of words in
+        the whole text).
+    """
     return float(_scorer(kind).score_multi(references, output)[kind].fmeasure) if references else 0.0
-
-
-def rouge_1(output: str, references: tuple[str, ...]) -> float:
-    """ROUGE-1 F-measure (words in common), Porter stemmer; words are runs of a-z and 0-9 (Lin 2004)."""
-    return _rouge("rouge1", output, references)
-
-
-def rouge_2(output: str, references: tuple[str, ...]) -> float:
-    """ROUGE-2 F-measure (pairs of words in common), as `rouge_1`."""
-    return _rouge("rouge2", output, references)
-
-
-def rouge_l(output: str, references: tuple[str, ...]) -> float:
-    """ROUGE-L F-measure (longest common subsequence of words over the whole text), as `rouge_1`."""
-    return _rouge("rougeL", output, references)
 
 
 def chrf(output: str, references: tuple[str, ...]) -> float:
@@ -152,9 +142,9 @@ EXACT_MATCH = Metric("exact match", exact_match)
 F1 = Metric("F1", f1)
 FINAL_ANSWER = Metric("final answer", final_answer)
 LAST_WORD = Metric("last word", last_word)
-ROUGE_1 = Metric("ROUGE-1", rouge_1)
-ROUGE_2 = Metric("ROUGE-2", rouge_2)
-ROUGE_L = Metric("ROUGE-L", rouge_l)
+ROUGE_1 = Metric("ROUGE-1", partial(rouge, "rouge1"))
+ROUGE_2 = Metric("ROUGE-2", partial(rouge, "rouge2"))
+ROUGE_L = Metric("ROUGE-L", partial(rouge, "rougeL"))
 CHRF = Metric("chrF", chrf)
 BLEU = Metric("BLEU", bleu)
 METRICS: dict[str, Metric] = {

@@ -83,4 +83,4 @@ def test_what_does_not_go_together(model: PreTrainedModel, tiny_folder: Path):
     with pytest.raises(RescoreError, match=r"needs its tokenizer; call load_base\(model, tokenizer\)$"):
         load_base(model)
     with pytest.raises(RescoreError, match="brings its own tokenizer"):
-        load_base(str(tiny_folder), TOKENIZER)
+        load_base(tiny_folder, TOKENIZER)

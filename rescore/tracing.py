@@ -37,9 +37,9 @@ from lattices.lattice import Lattice
 from lm.base.catalog import first_line
 from lm.base.generation import Generated, generate
 from lm.base.model import BaseLM
-from lm.files import atomic_folder, cache_directory, changed_settings, read_json_object, write_json
+from lm.files import atomic_folder, changed_settings, read_json_object, write_json
 from lm.heads.block_heads import BlockHeads, entropies_of, lattice_of
-from lm.keys import key_of
+from lm.keys import cache_entry
 from lm.locks import writing_to
 from rescore.checks import check_fits, check_k
 from rescore.groups import digest, one_of_each_first
@@ -182,7 +182,7 @@ def record_trace(
 
 def trace_folder(task: str, settings: dict[str, Any], k: int) -> Path:
     """Where the cache keeps the trace of a task with these settings and k entries per slot."""
-    return cache_directory() / "traces" / f"{task}-{key_of({'schema': SCHEMA, 'k': k, 'settings': settings}, 24)}"
+    return cache_entry("traces", task, {"schema": SCHEMA, "k": k, "settings": settings})
 
 
 @torch.inference_mode()

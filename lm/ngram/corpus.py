@@ -29,9 +29,9 @@ import numpy as np
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.ngrams import SENTENCE_END, SPECIAL_WORDS
 from lattices.paths import user_path
-from lm.base.corpus import CORPUS_FILE, SETTINGS_FILE, Once, read_settings
+from lm.base.corpus import CORPUS_FILE, SETTINGS_FILE, corpus_lines, read_settings
 from lm.base.own_output import OWN_PREFIX, OwnOutput, own_output
-from lm.files import read_json_lines, sha256_of_file, writing
+from lm.files import sha256_of_file, writing
 from lm.ngram.counting import BREAK, Progress, no_progress
 from lm.ngram.words import WordNumbers
 from lm.text_files import blocks, identify, may_hold_text, rows
@@ -351,15 +351,13 @@ def _check_ids(ids: Sequence[int], limit: int, where: str) -> None:
 
 def _own_tokens(folder: Path, tokens: _Tokens, left_context: int) -> Iterator[list[int]]:
     """Per example: the end of the prompt, the output, and whether that was finished."""
-    from lm.base.catalog import tokenizer_sha256
+    from lm.base.identity import tokenizer_sha256
 
     base = read_settings(folder)["base"]
     if base["tokenizer_sha256"] != tokenizer_sha256(tokens.tokenizer):
         raise IncompatibleError(f"{folder} was made with the tokenizer of {base['name']}; choose that as tokenizer")
     path = folder / CORPUS_FILE
-    once = Once(path)
-    for number, record in read_json_lines(path, torn_tail=True):
-        once.check(number, record)
+    for number, record in corpus_lines(folder):
         prompt, output = record.get("prompt_ids", []), record.get("output_ids")
         for ids in (prompt, output):
             if not isinstance(ids, list) or any(type(i) is not int for i in ids):

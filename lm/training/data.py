@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
-from lm.base.corpus import CORPUS_FILE, HIDDEN_FILE, STATE_BYTES, Once, read_settings
+from lm.base.corpus import CORPUS_FILE, HIDDEN_FILE, STATE_BYTES, corpus_lines, read_settings
 from lm.base.model import BaseLM
-from lm.files import atomic_folder, is_text, read_json_lines, sha256_of_file, write_json
+from lm.files import atomic_folder, is_text, sha256_of_file, write_json
 from lm.keys import key_of
 from lm.locks import writing_to
 from lm.text_files import TextFile, identify, rows, text_lines
@@ -279,9 +279,7 @@ def _own_output(base: BaseLM, folder: Path) -> HeadData:
                 f"one: rescore generate-corpus --base {base.identity.name} --prompts ... --out DIR"
             )
     gathered = _Gathered()
-    once = Once(folder / CORPUS_FILE)
-    for number, record in read_json_lines(folder / CORPUS_FILE, torn_tail=True):
-        once.check(number, record)
+    for number, record in corpus_lines(folder):
         for field in ("prompt_ids", "output_ids"):
             if field not in record:
                 raise InvalidDataError(f"{folder / CORPUS_FILE} line {number} has no field {field!r}")

@@ -33,12 +33,12 @@ from lm.base.corpus import CORPUS_FILE, SETTINGS_FILE, Once, read_settings
 from lm.base.own_output import OWN_PREFIX, OwnOutput, own_output
 from lm.files import read_json_lines, sha256_of_file, writing
 from lm.ngram.counting import BREAK, Progress, no_progress
-from lm.ngram.words import WordNumbers
 from lm.text_files import blocks, identify, may_hold_text, rows
 
 HUB_PREFIX, HUB_SPLIT = "hub:", "train"
 MEND_UTF8 = "mend it, or go on with --errors replace"
 DOCUMENT_END, DOCUMENT_CUT = -2, -3  # between the token ids of a batch
+SEPARATORS = bytes.maketrans(b"\t\r\0", b"   ")
 BATCH = 1 << 20  # characters or token ids that are numbered at a time
 
 
@@ -155,7 +155,7 @@ def encode_corpora(
     if errors not in ("strict", "replace"):
         raise RescoreError(f"errors = {errors!r}; choose strict or replace")
     progress = progress or no_progress
-    words, token_numbers = WordNumbers(), None if tokenizer is None else _Tokens(tokenizer)
+    words, token_numbers = _Words(), None if tokenizer is None else _Tokens(tokenizer)
     documents = tokens = done = 0
     total = sum(source.size for source in sources)
     with writing(path), path.open("wb") as out:
@@ -251,7 +251,37 @@ def _values(source: CorpusSource, field: str, errors: str) -> Iterator[tuple[str
 # Words at white space
 
 
-def _word_parts(source: CorpusSource, field: str, errors: str, words: WordNumbers) -> Iterator[np.ndarray]:
+class _Words:
+    """Word ids of words at white space, in the order of their first appearance."""
+
+    def __init__(self) -> None:
+        # Two more than have ids: the empty word, which stands between separators, and the line end.
+        self._ids = {b"": -2, **{word.encode(): -1 for word in SPECIAL_WORDS}, b"\n": SENTENCE_END}
+
+    def encode(self, block: bytes, place: Callable[[int], str]) -> np.ndarray:
+        """int32 ids of whole lines, `</s>` at every line end; `place(i)` names line i of them, from 0, in errors."""
+        import pyarrow
+        import pyarrow.compute as pc
+
+        text = pyarrow.array([block.translate(SEPARATORS).replace(b"\n", b" \n ")])
+        words = pc.split_pattern(text, " ").values.dictionary_encode()
+        known = words.dictionary.to_pylist()
+        id_of = np.array([self._ids.setdefault(word, len(self._ids) - 2) for word in known], np.int32)
+        ids: np.ndarray = id_of[words.indices.to_numpy()]
+        if -1 in id_of:
+            first = int(np.argmax(ids == -1))
+            raise InvalidDataError(
+                f"{place(int(np.count_nonzero(ids[:first] == SENTENCE_END)))} holds {words[first].as_py().decode()} as "
+                "a word, which stands for something else in an n-gram model; replace it in the text"
+            )
+        return np.asarray(ids[ids >= 0])
+
+    def names(self) -> list[str]:
+        """All words but the special ones."""
+        return [word.decode() for word in list(self._ids)[len(SPECIAL_WORDS) + 2 :]]
+
+
+def _word_parts(source: CorpusSource, field: str, errors: str, words: _Words) -> Iterator[np.ndarray]:
     if source.kind == "own":
         raise RescoreError(f"{source.name} holds token ids; choose the tokenizer of its base instead of words")
     if source.kind == "text":

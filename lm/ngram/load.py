@@ -20,9 +20,8 @@ from lm.hashes import remembered_sha256
 from lm.keys import key_of
 from lm.locks import making, tell
 from lm.ngram.build import ARPA_FILE, AUTOMATON_FILE, MANIFEST_FILE
-from lm.ngram.kenlm_model import MAGIC as KENLM_MAGIC
-from lm.ngram.kenlm_model import KenlmModel
-from lm.ngram.kenlm_search import KenlmSearch
+from lm.ngram.kenlm import MAGIC as KENLM_MAGIC
+from lm.ngram.kenlm import KenlmModel, KenlmSearch
 
 COMPILATION = 1  # changes with what `Automaton.compile` makes of a model
 SUM_SUFFIX = ".sha256"

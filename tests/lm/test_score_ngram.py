@@ -16,7 +16,7 @@ from lattices.errors import RescoreError
 from lattices.ngrams import SENTENCE_END
 from lm.ngram.corpus import EncodedCorpus
 from lm.ngram.counting import BREAK, no_progress
-from lm.ngram.kenlm_model import KenlmModel
+from lm.ngram.kenlm import KenlmModel
 from lm.ngram.score import AutomatonScorer, NgramScore, _sentences, score_file, score_text
 
 TINY = Path(__file__).parent / "reference" / "kenlm" / "tiny.arpa"
@@ -96,11 +96,6 @@ def test_ids_are_words_too():
     assert score_text(KenlmModel.load(TINY, words=VOCABULARY), [[3, 4]]) == score_text(
         KenlmModel.load(TINY), [["the", "cat"]]
     )
-
-
-def test_more_ids_may_be_unknown(model: KenlmModel):
-    scorer = AutomatonScorer(FakeAutomaton(model, []), is_unknown_id=lambda word: word == 7)
-    assert score_text(scorer, [[3, 7, 0]]).unknown == 2
 
 
 def test_an_empty_line_is_a_sentence_of_its_end(model: KenlmModel):

@@ -151,7 +151,7 @@ def test_progress_counts_up(tmp_path: Path):
 
 
 def test_a_cut_document_has_no_end(tmp_path: Path):
-    encoded = EncodedCorpus(tmp_path / "ids", ("<unk>", "<s>", "</s>", "a"), (), 3, 3)
+    encoded = EncodedCorpus(tmp_path / "ids", ("<unk>", "<s>", "</s>", "a"), 3, 3)
     np.array([3, SENTENCE_END, 3, 3, BREAK, SENTENCE_END], np.int32).tofile(encoded.path)
     found = list(_sentences(encoded, np.array([0, 1, 2, 7]), no_progress))
     assert found == [[7, 2], [7, 7], [2]]

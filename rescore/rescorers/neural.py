@@ -1,4 +1,4 @@
-"""`neural-32m`, `neural-61m`, `neural-94m`, `neural:PATH`: local rescoring by a small LM ([A] section 4).
+"""`neural`, `neural-32m`, `neural-61m`, `neural-94m`: local rescoring by a small LM ([A] section 4).
 
 One draft: left to right over the slots, the heads' log-probs + alpha x the LM's logits within the lattice's k tokens,
 arg-max, go on. p drafts, beyond [A]: a beam of p paths by the sum of the heads' log-probs + alpha x the LM's
@@ -23,7 +23,6 @@ from lm.neural.model import NeuralLM, NeuralSource, check_fits, find_neural, loa
 from rescore.rescorers.base import Context, Rescorer, Target
 from rescore.rescorers.neural_state import Group, groups_of
 
-DEFAULT_ALPHA = 0.5
 # Several rescorers of a run, and their weights, use one LM. The sha256 tells a retrained one in the same folder.
 _LOADED: WeakValueDictionary[tuple[NeuralSource, str, Target], NeuralLM] = WeakValueDictionary()
 
@@ -31,10 +30,10 @@ _LOADED: WeakValueDictionary[tuple[NeuralSource, str, Target], NeuralLM] = WeakV
 class NeuralModel:
     """A neural rescorer's LM, found at once, checked against a base LM, and loaded when it is first needed."""
 
-    def __init__(self, text: str) -> None:
-        if not text:
+    def __init__(self, path: str) -> None:
+        if not path:
             raise RescoreError("neural needs a model: neural:FOLDER or a hub id, or one of neural-32m, -61m, -94m")
-        self.source = find_neural(text)
+        self.source = find_neural(path)
         self.sha256 = self.source.sha256
         self.identity = f"neural {self.sha256}"
         self.target: Target | None = None
@@ -88,7 +87,7 @@ class FollowsExamples(Rescorer):
     """What the rescorers with a neural LM share: they read on where they were in each example."""
 
     model: NeuralModel
-    alpha: float
+    alpha: float = 0.5
 
     def prefill(self, contexts: Sequence[Context]) -> None:
         """See `Rescorer.prefill`."""
@@ -101,22 +100,21 @@ class FollowsExamples(Rescorer):
 
 
 class Neural(FollowsExamples):
-    """See `rescore.rescorers.base.Rescorer`."""
+    """See `rescore.rescorers.base.Rescorer`.
 
-    def __init__(self, text: str, *, alpha: float = DEFAULT_ALPHA) -> None:
-        self.model = NeuralModel(text)
+    path: a named size (shipped), a folder of `rescore train-rescorer`, or any small causal LM (folder or hub id) with
+    the base's tokenizer.
+    """
+
+    def __init__(self, path: str = "") -> None:
+        self.model = NeuralModel(path)
         self.identity = self.model.identity
-        self.alpha = alpha
 
     def fit(self, target: Target) -> Self:
         """See `Rescorer.fit`."""
         fitted = copy.copy(self)
         fitted.model = self.model.fit(target)
         return fitted
-
-    def coverage(self, token_ids: np.ndarray) -> float:
-        """See `Rescorer.coverage`: its vocabulary is the base's."""
-        return 1.0
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
         """See `Rescorer.draft`."""
@@ -140,7 +138,7 @@ class _Beam:
 
 
 def local_drafts(model: NeuralLM, group: Group, lattices: Lattice, alpha: float, p: int) -> np.ndarray:
-    """Drafts int32 `[b, p', h]` of the lattices `[b, h, k]` behind a group's contexts, best first, ties by lowest ids.
+    """Drafts int32 `[b, p', h]` of the lattices `[b, h, k]` after a group's contexts, best first, ties by lowest ids.
 
     p = 1 adds alpha x logits, as [A] does; a beam compares paths, so it adds log-probs among each slot's tokens.
     """

@@ -12,24 +12,19 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file as load_arrays
-from safetensors.numpy import save as arrays_to_bytes
 
 from lattices.errors import InvalidDataError
 from lattices.lattice import Lattice
 from lm.base.model import BaseLM
 from lm.checkpoint import write_checkpoint
-from lm.files import atomic_file
 from lm.heads.block_heads import BlockHeads
 from lm.keys import key_of
-from lm.locks import tell
 from lm.neural.learned_bigram import BigramConfig
-from lm.training.data import HeadData, check_apart, chosen_share
+from lm.training.data import HeadData, check_apart, chosen_share, kept_file
 from lm.training.trainer import Schedule, Trainer
 
 BATCH_ROWS = 256
@@ -38,7 +33,7 @@ SHARD_ROWS = 4096  # lattices that are kept together; what a kill can lose
 
 @dataclass(frozen=True)
 class TargetLattices:
-    """Lattices of a corpus beside what the base LM wrote there."""
+    """Lattices of a corpus and what the base LM wrote there."""
 
     lattice: Lattice  # [n, h, k]
     targets: np.ndarray  # int [n, h], the base's continuation, -1 after its end
@@ -72,45 +67,41 @@ def lattices_of_corpus(
     targets = np.where(
         places < data.ends[segments][:, None], data.targets[np.minimum(places, len(data) - 1)], -1
     )  # [n, h]
-    parts: list[Lattice] = []
-    for start in range(0, len(chosen), SHARD_ROWS):
+
+    def computed(start: int) -> Lattice:
+        parts = []
         shard = chosen[start : start + SHARD_ROWS]
-        path = folder / f"{start:09d}.safetensors" if folder else None
-        lattice = _read_shard(path, (len(shard), heads.h, k)) if path is not None else None
-        if lattice is None:
-            made = []
-            for rows_done in range(0, len(shard), BATCH_ROWS):
-                states = data.states.at(shard[rows_done : rows_done + BATCH_ROWS])
-                hidden = torch.from_numpy(states).to(base.device, base.dtype)
-                made.append(heads.lattice(base, hidden, base.project(hidden), k))
-                if progress:
-                    progress(start + rows_done + len(hidden), len(chosen))
-            lattice = _joined(made)
-            if path is not None:
-                with atomic_file(path) as temporary:
-                    temporary.write_bytes(arrays_to_bytes({"token_ids": lattice.token_ids, "logps": lattice.logps}))
-        parts.append(lattice)
-    return TargetLattices(_joined(parts), targets, segments, data.source, data.sha256, made_of)
+        for first in range(0, len(shard), BATCH_ROWS):
+            states = data.states.at(shard[first : first + BATCH_ROWS])
+            hidden = torch.from_numpy(states).to(base.device, base.dtype)
+            parts.append(heads.lattice(base, hidden, base.project(hidden), k))
+            if progress:
+                progress(start + first + len(hidden), len(chosen))
+        return _joined(parts)
+
+    def kept(start: int, folder: Path) -> Lattice:
+        shape = (min(SHARD_ROWS, len(chosen) - start), heads.h, k)
+
+        def read(path: Path) -> Lattice:
+            with np.load(path) as arrays:
+                lattice = Lattice(arrays["token_ids"], arrays["logps"])
+            if lattice.token_ids.shape != shape or lattice.logps.shape != shape:
+                raise ValueError(f"they have the shape {lattice.token_ids.shape}")
+            return lattice
+
+        def write(stream: IO[bytes]) -> None:
+            lattice = computed(start)
+            np.savez(stream, token_ids=lattice.token_ids, logps=lattice.logps)
+
+        return kept_file(folder / f"{start:09d}.npz", "the lattices", read, write)
+
+    starts = range(0, len(chosen), SHARD_ROWS)
+    lattice = _joined([kept(start, folder) if folder else computed(start) for start in starts])
+    return TargetLattices(lattice, targets, segments, data.source, data.sha256, made_of)
 
 
 def _joined(parts: Sequence[Lattice]) -> Lattice:
     return Lattice(np.concatenate([p.token_ids for p in parts]), np.concatenate([p.logps for p in parts]))
-
-
-def _read_shard(path: Path, shape: tuple[int, int, int]) -> Lattice | None:
-    """Lattices that are kept; None if there are none, or broken ones, which are made again."""
-    if not path.is_file():
-        return None
-    try:
-        tensors = load_arrays(path)
-        lattice = Lattice(tensors["token_ids"], tensors["logps"])
-        if lattice.token_ids.shape == lattice.logps.shape == shape:
-            return lattice
-        reason = f"they have the shape {lattice.token_ids.shape}"
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        reason = str(error)
-    tell(f"the lattices in {path} are broken ({reason}); they are made again")
-    return None
 
 
 def _made_of(base: BaseLM, heads: BlockHeads, data: HeadData, k: int, rows: int, seed: int) -> str:

@@ -245,7 +245,8 @@ def read_head_data(
     folder = cache / f"states-{key_of(made_of, 16)}"
 
     def write_segments(stream: IO[bytes]) -> None:
-        np.savez(stream, **_segments_of_text(base, file, max_tokens, cache_gb))
+        arrays: dict[str, Any] = _segments_of_text(base, file, max_tokens, cache_gb)
+        np.savez(stream, **arrays)
 
     arrays = kept_file(folder / SEGMENTS_FILE, "the segments", _read_segments, write_segments)
     bounds = arrays.pop("shards").tolist()

@@ -11,7 +11,7 @@ resumed training is the same training. Sources: [A] section 3 (sum of the heads'
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,12 +28,13 @@ from lm.heads.nets import FEED_FORWARD, MEDUSA, NETS, SEQUENTIAL, BlockHeadsConf
 from lm.training.data import HeadData, Segment, cached, tokens_read, until
 from lm.training.losses import soft_cross_entropy, teacher_probabilities
 from lm.training.text_trainer import TextOptions, TextTrainer, source_of
-from lm.training.tuned_base import FROZEN, FULL, LORA, TUNINGS, TunedBase, Tuning
+from lm.training.tuned_base import FROZEN, FULL, LORA, TUNINGS, TunedBase
 
 HELD_OUT_POSITIONS = 4096
 ACCURACY_AT = (1, 4, 16)
 INNER_SIZE = 560  # of the architectures with a hidden layer
 LORA_RANK = 16
+BASE = "base."  # begins the names of a tuned base's parameters
 STORED = {"float16": torch.float16, "int8": torch.int8}
 BASE_LEARNING_RATES = {LORA: 5e-4, FULL: 3e-5}
 
@@ -104,17 +105,17 @@ class TrainingOptions(TextOptions):
 
 @dataclass(frozen=True)
 class HeldOutAccuracy:
-    """On held-out positions: `top[n][i]` = share where the token is among head i+1's best n (list of length h);
-    `accepted` = mean accepted prefix of the arg-max draft, `accepted_16` = of the best path in the top 16, both with
-    the first token taken as right and none behind the end of a segment; of `positions` in `segments` (outputs, chunks
-    of text). They are agreement with the text: where that is not the base's own output (gold text, a base that was
-    fine-tuned since), decoding accepts other numbers."""
+    """Agreement with held-out text. Where that is not the base's own output (gold text, a base that was fine-tuned
+    since), decoding accepts other numbers.
 
-    top: dict[int, list[float]]
-    accepted: float
-    accepted_16: float
+    The first token of a prefix is taken as right, none after the end of a segment.
+    """
+
+    top: dict[int, list[float]]  # by n: share of positions where the token is among head i+1's best n, [h]
+    accepted: float  # mean accepted prefix of the arg-max draft
+    accepted_16: float  # of the best path in the top 16
     positions: int
-    segments: int
+    segments: int  # outputs, chunks of text
 
 
 class HeadTrainer(TextTrainer[HeldOutAccuracy, TrainingOptions]):
@@ -137,38 +138,41 @@ class HeadTrainer(TextTrainer[HeldOutAccuracy, TrainingOptions]):
         initial: Path | None = None,
         held_out: HeadData | None = None,
     ) -> None:
-        self._take(base, data, options, held_out)
-        self.initial = initial
+        self.initial, self.begins_trained = initial, initial is not None
+        self.initial_sha256: str | None = None
+        super().__init__(base, data, options, held_out=held_out)
         self.mean_size = int(np.mean([s.targets for s in self.segments]))
+
+    def _new_parameters(self) -> dict[str, torch.nn.Parameter]:
+        options, identity, d = self.options, self.base.identity, self.base.hidden_size
         config = BlockHeadsConfig(
             h=options.h,
-            hidden_size=base.hidden_size,
-            inner_size=base.hidden_size if options.architecture == MEDUSA else options.inner_size or INNER_SIZE,
-            vocab_size=base.vocab_size,
-            base_name=base.identity.name,
-            tokenizer_sha256=base.identity.tokenizer_sha256,
+            hidden_size=d,
+            inner_size=d if options.architecture == MEDUSA else options.inner_size or INNER_SIZE,
+            vocab_size=self.base.vocab_size,
+            base_name=identity.name,
+            tokenizer_sha256=identity.tokenizer_sha256,
             architecture=options.architecture,
             token_size=options.token_size,
             blocks=options.blocks,
-            base_weights_sha256=base.identity.weights_sha256,
+            base_weights_sha256=identity.weights_sha256,
         )
-        torch.manual_seed(options.seed)
-        self.heads = BlockHeads(config).to(base.device)
-        self.initial_sha256: str | None = None
-        if initial is not None:
-            self._start_from(initial)
+        self.heads = BlockHeads(config).to(self.base.device)
+        if self.initial is not None:
+            self._start_from(self.initial)
+        parameters = dict(self.heads.net.named_parameters())
         self.tuned: TunedBase | None = None
-        parameters, rates = dict(self.heads.net.named_parameters()), {}
         if options.tune != FROZEN:
-            tuning = Tuning(
-                how=options.tune, rank=options.lora_rank or LORA_RANK, layers=options.tuned_layers,
+            self.tuned = TunedBase(
+                self.base, options.tune, self.dtype, rank=options.lora_rank or LORA_RANK, layers=options.tuned_layers,
                 gradient_checkpointing=options.gradient_checkpointing,
             )  # fmt: skip
-            self.tuned = TunedBase(base, tuning, self.dtype)
-            rate = options.base_learning_rate or BASE_LEARNING_RATES[options.tune]
-            parameters |= {f"base.{name}": p for name, p in self.tuned.parameters.items()}
-            rates = {f"base.{name}": rate / options.learning_rate for name in self.tuned.parameters}
-        super().__init__(parameters, self.options, base.device, rates=rates)
+            parameters |= {BASE + name: p for name, p in self.tuned.parameters.items()}
+        return parameters
+
+    def _rates(self, names: Iterable[str]) -> dict[str, float]:
+        rate = self.options.base_learning_rate or BASE_LEARNING_RATES.get(self.options.tune, 0.0)
+        return {name: rate / self.options.learning_rate for name in names if name.startswith(BASE)}
 
     def _start_from(self, folder: Path) -> None:
         earlier = load_heads(str(folder), self.base.identity, device=self.base.device)
@@ -176,10 +180,10 @@ class HeadTrainer(TextTrainer[HeldOutAccuracy, TrainingOptions]):
         names = ("h", *(() if grows else ("architecture",)), "inner_size", "token_size", "blocks")
         differs = [n for n in names if getattr(earlier.config, n) != getattr(self.heads.config, n)]
         if differs:
-            found, wanted = (getattr(c, differs[0]) for c in (earlier.config, self.heads.config))
+            theirs, ours = (getattr(c, differs[0]) for c in (earlier.config, self.heads.config))
             raise IncompatibleError(
-                f"the heads in {folder} have {differs[0]} = {found}, not {wanted}; training starts from the same "
-                f"shape: give --{differs[0].replace('_', '-')} {found}"
+                f"the heads in {folder} have {differs[0]} = {theirs}, not {ours}; training starts from the same "
+                f"shape: give --{differs[0].replace('_', '-')} {theirs}"
             )
         state = earlier.net.state_dict()
         self.heads.net.load_state_dict(as_sequential(state) if grows else state)
@@ -302,9 +306,6 @@ class HeadTrainer(TextTrainer[HeldOutAccuracy, TrainingOptions]):
         here = {folder.resolve() for folder in (out, out / HEADS_FOLDER)}
         if self.initial is not None and self.initial.resolve() in here:
             raise RescoreError(f"{self.initial} would be replaced by what is trained from it; use another --out")
-
-    def _begins_trained(self) -> bool:
-        return self.initial_sha256 is not None
 
     def _settings(self) -> dict[str, Any]:
         measured_on = None if self.measured_on is None else source_of(self.measured_on)

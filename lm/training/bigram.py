@@ -128,7 +128,6 @@ class BigramOptions(Schedule):
     batch: int = 512  # lattices per step
     steps: int = 1500
     learning_rate: float = 2e-3
-    warmup: int = 50
     weight_decay: float = 0.05
     held_out: float = 0.05
     evaluate_every: int = 250

@@ -52,16 +52,13 @@ class TrainingOptions(TextOptions):
     stored: str = "float16"  # or int8
     # A step.
     steps: int = 2000
-    positions: int = 2048  # of whole segments
-    micro_batch: int = 4096  # tokens that a tuned base reads at a time
+    positions: int = 2048  # of whole segments; micro_batch: tokens that a tuned base reads at a time
     heads_per_step: int | None = 4  # drawn with odds 1/i for head i. None: all ([A]); 1: each as likely ([B])
     head_weights: tuple[float, ...] | None = None  # of heads 2..h; None: equal
     vocabulary: int | None = 8192
     negatives: int = 1024
     learning_rate: float = 1e-3
     warmup: int = 100
-    weight_decay: float = 0.01
-    held_out: float = 0.03
     evaluate_every: int = 200
     # The base.
     tune: str = FROZEN  # or lora, full
@@ -70,9 +67,8 @@ class TrainingOptions(TextOptions):
     base_learning_rate: float | None = None  # None: of `BASE_LEARNING_RATES`
     gradient_checkpointing: bool = False
 
-    LEAST: ClassVar = {
-        "h": 2, "inner_size": 1, "token_size": 0, "blocks": 1, "positions": 1, "micro_batch": 1,
-        "heads_per_step": 1, "vocabulary": 1, "negatives": 0, "lora_rank": 1, "tuned_layers": 1,
+    LEAST: ClassVar = TextOptions.LEAST | {
+        "h": 2, "inner_size": 1, "token_size": 0, "blocks": 1, "heads_per_step": 1, "lora_rank": 1, "tuned_layers": 1
     }  # fmt: skip
 
     def check(self) -> None:
@@ -226,18 +222,13 @@ class HeadTrainer(TextTrainer[HeldOutAccuracy, TrainingOptions]):
 
     def _loss(self, segments: list[Segment], tokens: np.ndarray, heads: list[int], in_all: list[int]) -> torch.Tensor:
         """Sum over `heads` (counted as always, 1 is the base) of the loss at all rows of the segments / `in_all`."""
-        cached_states, targets = cached(self.data, segments)
-        n = len(targets)
-        remaining = np.concatenate([np.arange(s.targets, 0, -1) for s in segments])
-        from_cache = torch.from_numpy(cached_states).to(self.base.device).float()
+        from_cache, states, targets, remaining = self._batch(segments)
         projection = self.projection[torch.from_numpy(tokens).to(self.base.device)]  # [v, d]
         places = torch.from_numpy(self.subset.places(tokens, targets)).to(self.base.device)
         teacher = teacher_probabilities(from_cache, projection) if self.options.soft else None  # [n, v]
-        states = from_cache if self.tuned is None else self.tuned.states(self.data, segments)
-        rows = self._rows(targets, np.arange(n)[:, None] + np.arange(max(1, self.heads.net.sees)))
-        ahead_of = [head for head in heads if head > 1]
+        rows = self._rows(targets, np.arange(len(targets))[:, None] + np.arange(max(1, self.heads.net.sees)))
         outputs: dict[int, torch.Tensor] = {1: states}
-        if ahead_of:
+        if ahead_of := [head for head in heads if head > 1]:
             read = self.heads(states, rows, [head - 2 for head in ahead_of])  # [count, n, d]
             outputs |= dict(zip(ahead_of, read, strict=True))
         weights = self.options.head_weights or (1.0,) * (self.options.h - 1)
@@ -251,21 +242,24 @@ class HeadTrainer(TextTrainer[HeldOutAccuracy, TrainingOptions]):
                 total = total + soft_cross_entropy(outputs[head][at], projection, *goals) * (weight / count)
         return total
 
+    def _batch(self, segments: list[Segment]) -> tuple[torch.Tensor, torch.Tensor, np.ndarray, np.ndarray]:
+        """The base's cached states and those that the heads read, float32 `[n, d]` each, the targets `[n]`, and how
+        many targets of its segment remain at each, `[n]`."""
+        states, targets = cached(self.data, segments)
+        from_cache = torch.from_numpy(states).to(self.base.device).float()
+        remaining = np.concatenate([np.arange(s.targets, 0, -1) for s in segments])
+        read = from_cache if self.tuned is None else self.tuned.states(self.data, segments)
+        return from_cache, read, targets, remaining
+
     @torch.no_grad()
     def evaluate(self) -> HeldOutAccuracy:
         """Accuracy on the held-out segments, over the whole vocabulary."""
         h = self.options.h
-        hits = {n: np.zeros(h) for n in ACCURACY_AT}
+        hits, accepted = np.zeros((len(ACCURACY_AT), h)), np.zeros(len(ACCURACY_AT))
         counts = np.zeros(h)
-        accepted = {1: 0.0, 16: 0.0}
         total = 0
         for segments in self._micro_batches(self.held_out):
-            cached_states, targets = cached(self.data, segments)
-            remaining = np.concatenate([np.arange(s.targets, 0, -1) for s in segments])
-            if self.tuned is None:
-                states = torch.from_numpy(cached_states).to(self.base.device).float()
-            else:
-                states = self.tuned.states(self.data, segments)
+            _, states, targets, remaining = self._batch(segments)
             for start in range(0, len(states), 256):
                 rows = np.arange(start, min(start + 256, len(states)))
                 best = self._best(states[rows], targets[rows])  # [n, h, 16]
@@ -273,19 +267,15 @@ class HeadTrainer(TextTrainer[HeldOutAccuracy, TrainingOptions]):
                 there = remaining[rows][:, None] > np.arange(h)  # [n, h]
                 match = (best == ahead[..., None]) & there[..., None]
                 counts += there.sum(0)
-                for n in ACCURACY_AT:
-                    hits[n] += match[:, :, :n].any(-1).sum(0)
-                match[:, 0, 0] = True
-                for n in accepted:
-                    accepted[n] += np.cumprod(match[:, :, :n].any(-1), axis=1).sum()
+                for i, n in enumerate(ACCURACY_AT):
+                    among = match[:, :, :n].any(-1)  # [n, h]
+                    hits[i] += among.sum(0)
+                    among[:, 0] = True
+                    accepted[i] += np.cumprod(among, axis=1).sum()
             total += len(states)
-        return HeldOutAccuracy(
-            {n: (hits[n] / np.maximum(counts, 1)).round(4).tolist() for n in ACCURACY_AT},
-            round(float(accepted[1]) / total, 4),
-            round(float(accepted[16]) / total, 4),
-            total,
-            len(self.held_out),
-        )
+        shares = (hits / np.maximum(counts, 1)).round(4).tolist()
+        first, *_, most = (round(float(sum_of_prefixes) / total, 4) for sum_of_prefixes in accepted)
+        return HeldOutAccuracy(dict(zip(ACCURACY_AT, shares, strict=True)), first, most, total, len(self.held_out))
 
     def _best(self, states: torch.Tensor, first: np.ndarray) -> np.ndarray:
         """The 16 best tokens of every head after each of n states, where the first token is known: `[n, h, 16]`."""
@@ -298,8 +288,8 @@ class HeadTrainer(TextTrainer[HeldOutAccuracy, TrainingOptions]):
             best.append((read.to(self.dtype) @ self.projection.T).topk(most, dim=-1).indices)
             if self.heads.net.sees > 1:
                 drafted.append(best[-1][:, 0])
-        found: np.ndarray = torch.stack(best, dim=1).cpu().numpy()
-        return found
+        tokens: np.ndarray = torch.stack(best, dim=1).cpu().numpy()
+        return tokens
 
     def _check_place(self, out: Path) -> None:
         super()._check_place(out)

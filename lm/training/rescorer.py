@@ -40,20 +40,14 @@ class RescorerOptions(TextOptions):
     init: str = "base"  # or scratch
     tuned_layers: int = 3  # of the last layers, which move (init base)
     steps: int = 1000
-    positions: int = 4096  # tokens per step, prompts and padding included
-    micro_batch: int = 4096  # of them at a time
+    positions: int = 4096  # tokens per step, prompts and padding included; micro_batch: of them at a time
     vocabulary: int | None = 16384
     negatives: int = 2048
     learning_rate: float = 5e-4
-    warmup: int = 50
-    weight_decay: float = 0.01
-    held_out: float = 0.03
     evaluate_every: int = 100
     patience: int = 5  # evaluations without a better held-out loss before it stops; the best weights are the result
 
-    LEAST: ClassVar = {
-        "tuned_layers": 1, "positions": 1, "micro_batch": 1, "vocabulary": 1, "negatives": 0, "patience": 1
-    }  # fmt: skip
+    LEAST: ClassVar = TextOptions.LEAST | {"tuned_layers": 1, "patience": 1}
 
     def check(self) -> None:
         named_size(self.size)

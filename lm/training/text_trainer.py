@@ -6,7 +6,7 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
@@ -21,10 +21,14 @@ from lm.training.trainer import Measured, Schedule, Trainer
 class TextOptions(Schedule):
     """Options of the loss and of how it is computed."""
 
+    positions: int  # of a step
+    micro_batch: int = 4096  # what of them is computed at a time
     vocabulary: int | None  # the most frequent target tokens, which the loss is over; None: all
     negatives: int  # other tokens, drawn per step
     soft: float = 0.5  # share of the base's own distribution in the target
     precision: str = "auto"  # of the vocabulary products and of forwards that learn: float32, bfloat16
+
+    LEAST: ClassVar = {"positions": 1, "micro_batch": 1, "vocabulary": 1, "negatives": 0}
 
     def check(self) -> None:
         super().check()

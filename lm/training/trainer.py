@@ -48,17 +48,20 @@ RESULT_FILES = ("config.json", "adapter_config.json", "model.safetensors", "adap
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How long a training goes on and how fast; the options of every training begin with it."""
+    """How long a training goes on and how fast; the options of every training begin with it.
+
+    `LEAST`: the smallest value of each option that has one. None stands for no limit.
+    """
 
     steps: int
     learning_rate: float  # the highest: after `warmup` steps, before the cosine
-    warmup: int
-    weight_decay: float
-    held_out: float  # share of the segments that is measured on
+    warmup: int = 50
+    weight_decay: float = 0.01
+    held_out: float = 0.03  # share of the segments that is measured on
     evaluate_every: int  # steps
     seed: int = 0
 
-    LEAST: ClassVar[dict[str, int]] = {}  # of a training's own numbers (None stands for no limit)
+    LEAST: ClassVar[dict[str, int]] = {}
 
     def check(self) -> None:
         """Raises `RescoreError` for the first option that is out of its range."""

@@ -103,28 +103,23 @@ def load_rescorer(spec: str) -> Rescorer:
 
 def _build(name: str, factory: Callable[..., Any], arguments: Mapping[str, str]) -> Any:
     """What a factory makes of its arguments, each turned into the type that its parameter has."""
-    parameters = inspect.signature(factory, eval_str=True).parameters
-    named = {key: p for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    kinds = {key: p.annotation for key, p in inspect.signature(factory, eval_str=True).parameters.items()}
+    keys = list(kinds)
     values: dict[str, Any] = {}
-    weight: float | None = None
     for key, text in arguments.items():
-        if key == MAIN and named:
-            key = next(iter(named))
+        key = keys[0] if key == MAIN and keys else key
         if key in values:
             raise RescoreError(f"--rescorer {name}: {key} is there twice, once without its name; give it once")
-        if key in named or (takes_any and key not in (MAIN, WEIGHT)):
-            values[key] = _value(name, key, text, named[key].annotation if key in named else str)
-        elif key == WEIGHT:
-            weight = _value(name, key, text, float)
-            check_alpha(weight)
-        else:
-            raise _unknown_key(name, key, factory, named)
+        if key not in (*keys, WEIGHT):
+            raise _unknown_key(name, key, factory, keys)
+        values[key] = _value(name, key, text, kinds.get(key, float))
+    weight = None if WEIGHT in keys else values.pop(WEIGHT, None)
     rescorer = factory(**values)
     if weight is None or not isinstance(rescorer, Rescorer):
         return rescorer
     if rescorer.alpha is None:
-        raise _unknown_key(name, WEIGHT, factory, named)
+        raise _unknown_key(name, WEIGHT, factory, keys)
+    check_alpha(weight)
     return rescorer.weighted(weight)
 
 
@@ -134,14 +129,13 @@ def _value(name: str, key: str, text: str, kind: Any) -> Any:
     try:
         return msgspec.convert(text, kind, strict=False)
     except msgspec.ValidationError:
-        expected = _VALUES.get(kind, kind)
-        raise RescoreError(f"--rescorer {name}: {key} is {expected}, and {text!r} is none") from None
+        raise RescoreError(f"--rescorer {name}: {key} is {_VALUES.get(kind, kind)}, and {text!r} is none") from None
 
 
-def _unknown_key(name: str, key: str, factory: Callable[..., Any], named: Mapping[str, Any]) -> RescoreError:
-    known = [*named, *([WEIGHT] if getattr(getattr(factory, "func", factory), WEIGHT, None) is not None else [])]
+def _unknown_key(name: str, key: str, factory: Callable[..., Any], keys: list[str]) -> RescoreError:
+    weighted = getattr(getattr(factory, "func", factory), WEIGHT, None) is not None
+    known = [*keys, *([WEIGHT] if weighted else [])]
     if not known:
         return RescoreError(f"the rescorer {name} takes no text after a colon; write --rescorer {name}")
-    if key == MAIN:
-        return RescoreError(f"--rescorer {name}: a value needs its key; known: {', '.join(known)}")
-    return RescoreError(f"the rescorer {name} takes no {key}; it takes {', '.join(known)}")
+    what = f"takes no {key}" if key != MAIN else "takes no value without its key"
+    return RescoreError(f"the rescorer {name} {what}; it takes {', '.join(known)}")

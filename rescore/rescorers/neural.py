@@ -123,8 +123,7 @@ class Neural(FollowsExamples):
         model = self.model.load()
         drafts = np.zeros((len(contexts), min(p, lattices.k ** (lattices.h - 1)), lattices.h), dtype=np.int32)
         for group, rows in self._groups(contexts):
-            some = Lattice(lattices.token_ids[rows], lattices.logps[rows])
-            drafts[rows] = local_drafts(model, group, some, self.alpha, p)
+            drafts[rows] = local_drafts(model, group, lattices[rows], self.alpha, p)
         return drafts
 
 

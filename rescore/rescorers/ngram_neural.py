@@ -71,9 +71,8 @@ class NgramNeural(FollowsExamples):
         model = self.model.load()
         drafts = np.zeros_like(best.drafts[:, :p])
         for group, rows in self._groups(contexts):
-            some = Lattice(lattices.token_ids[rows], lattices.logps[rows])
             candidates = PBest(best.drafts[rows], best.scores[rows])
-            logps = path_logps(model, group, some, candidates.drafts, self.eos_token_ids)
+            logps = path_logps(model, group, lattices[rows], candidates.drafts, self.eos_token_ids)
             scores = candidates.scores + self.alpha * logps
             order = np.argsort(-scores, axis=1, kind="stable")[:, :p]  # equals stay in the n-gram's order
             drafts[rows] = np.take_along_axis(candidates.drafts, order[:, :, None], axis=1)

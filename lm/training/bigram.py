@@ -40,7 +40,7 @@ class TargetLattices:
     segments: np.ndarray  # int64 [n], the segment of the corpus that each is of
     source: str
     sha256: str  # of the corpus
-    made_of: str = ""  # sha256 of all that they follow from
+    inputs_sha256: str = ""  # of all that they follow from
 
 
 def lattices_of_corpus(
@@ -56,10 +56,10 @@ def lattices_of_corpus(
 ) -> TargetLattices:
     """Lattices at up to `rows` positions of a corpus, drawn at random; targets as the corpus has them.
 
-    In the folder `cache` they are kept as they come, and what is there already, and whole, is not made again.
+    cache: folder for them, from which an interrupted call goes on.
     """
-    made_of = _made_of(base, heads, data, k, rows, seed)
-    folder = cache / f"lattices-{made_of[:16]}" if cache else None
+    inputs_sha256 = _sha256_of_inputs(base, heads, data, k, rows, seed)
+    folder = cache / f"lattices-{inputs_sha256[:16]}" if cache else None
     rng = np.random.default_rng([seed, 0xB16])
     chosen = np.sort(rng.permutation(len(data))[:rows])
     segments = np.searchsorted(data.ends, chosen, side="right")
@@ -97,14 +97,14 @@ def lattices_of_corpus(
 
     starts = range(0, len(chosen), SHARD_ROWS)
     lattice = _joined([kept(start, folder) if folder else computed(start) for start in starts])
-    return TargetLattices(lattice, targets, segments, data.source, data.sha256, made_of)
+    return TargetLattices(lattice, targets, segments, data.source, data.sha256, inputs_sha256)
 
 
 def _joined(parts: Sequence[Lattice]) -> Lattice:
     return Lattice(np.concatenate([p.token_ids for p in parts]), np.concatenate([p.logps for p in parts]))
 
 
-def _made_of(base: BaseLM, heads: BlockHeads, data: HeadData, k: int, rows: int, seed: int) -> str:
+def _sha256_of_inputs(base: BaseLM, heads: BlockHeads, data: HeadData, k: int, rows: int, seed: int) -> str:
     """sha256 of all that lattices follow from; a corpus' own hash says neither how it was cut nor templated."""
     identity = {**dataclasses.asdict(base.identity), "name": None}
     settings = {
@@ -137,10 +137,10 @@ class BigramOptions(Schedule):
 
 @dataclass(frozen=True)
 class HeldOutPaths:
-    """On held-out lattices: mean `loss` (nats a lattice) with the scores, and `unrescored_loss` without."""
+    """What a bigram makes of held-out lattices."""
 
-    loss: float
-    unrescored_loss: float
+    loss: float  # mean, nats a lattice
+    unrescored_loss: float  # without the scores
     lattices: int
 
 
@@ -219,7 +219,7 @@ class BigramTrainer(Trainer[HeldOutPaths]):
             "options": dataclasses.asdict(self.options),
             "base": dataclasses.asdict(self.base.identity),
             "data": [
-                {"source": d.source, "sha256": d.sha256, "lattices": len(d.targets), "made_of": d.made_of}
+                {"source": d.source, "sha256": d.sha256, "lattices": len(d.targets), "inputs_sha256": d.inputs_sha256}
                 for d in self.data
             ],
         }
@@ -231,10 +231,8 @@ def _log_mass(logps: torch.Tensor, pairs: torch.Tensor, allowed: torch.Tensor) -
     The first slot's token is fixed.
     """
     barred = torch.where(allowed, 0.0, -math.inf)
+    barred[:, 0, 1:] = -math.inf
     forward = barred[:, 0] + logps[:, 0]
-    first_only = torch.full_like(forward, -math.inf)
-    first_only[:, 0] = forward[:, 0]
-    forward = first_only
     for slot in range(1, logps.shape[1]):
         into = torch.logsumexp(forward[:, :, None] + pairs[:, slot - 1], dim=1)
         forward = into + logps[:, slot] + barred[:, slot]

@@ -238,11 +238,11 @@ def read_head_data(
     file = identify(path)
     digest = sha256_of_file(path)
     dtype = choose_precision(precision, base.device)
-    made_of = {
+    key = key_of({
         "format": STATES, "base": {**dataclasses.asdict(base.identity), "name": None}, "precision": str(dtype),
         "corpus": digest, "kind": file.layout, "max_tokens": max_tokens,
-    }  # fmt: skip
-    folder = cache / f"states-{key_of(made_of, 16)}"
+    }, 16)  # fmt: skip
+    folder = cache / f"states-{key}"
 
     def write_segments(stream: IO[bytes]) -> None:
         arrays: dict[str, Any] = _segments_of_text(base, file, max_tokens, cache_gb)

@@ -52,7 +52,8 @@ class TrainingOptions(TextOptions):
     stored: str = "float16"  # or int8
     # A step.
     steps: int = 2000
-    positions: int = 2048  # of whole segments; micro_batch: tokens that a tuned base reads at a time
+    positions: int = 2048  # of whole segments
+    micro_batch: int = 4096  # tokens that a tuned base reads at a time
     heads_per_step: int | None = 4  # drawn with odds 1/i for head i. None: all ([A]); 1: each as likely ([B])
     head_weights: tuple[float, ...] | None = None  # of heads 2..h; None: equal
     vocabulary: int | None = 8192

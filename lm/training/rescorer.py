@@ -40,7 +40,8 @@ class RescorerOptions(TextOptions):
     init: str = "base"  # or scratch
     tuned_layers: int = 3  # of the last layers, which move (init base)
     steps: int = 1000
-    positions: int = 4096  # tokens per step, prompts and padding included; micro_batch: of them at a time
+    positions: int = 4096  # tokens per step, prompts and padding included
+    micro_batch: int = 4096  # of them at a time
     vocabulary: int | None = 16384
     negatives: int = 2048
     learning_rate: float = 5e-4

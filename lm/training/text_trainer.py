@@ -21,8 +21,6 @@ from lm.training.trainer import Measured, Schedule, Trainer
 class TextOptions(Schedule):
     """Options of the loss and of how it is computed."""
 
-    positions: int  # of a step
-    micro_batch: int = 4096  # what of them is computed at a time
     vocabulary: int | None  # the most frequent target tokens, which the loss is over; None: all
     negatives: int  # other tokens, drawn per step
     soft: float = 0.5  # share of the base's own distribution in the target

@@ -66,7 +66,7 @@ class ContextNgram(Rescorer):
 
 def _counts(context: Context) -> ContextCounts:
     """The context's n-grams, counted on from where they were at the step before."""
-    counts: ContextCounts = context.kept.setdefault("context n-grams", ContextCounts())
+    counts: ContextCounts = context.state.setdefault("context n-grams", ContextCounts())
     if not len(counts.tokens):
         counts.extend(context.prompt_ids)
     counts.extend(context.output_ids[len(counts.tokens) - len(context.prompt_ids) :])

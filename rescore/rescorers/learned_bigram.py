@@ -13,8 +13,9 @@ from lattices.lattice import Lattice
 from lattices.pair_search import pair_p_best
 from lattices.paths import user_path
 from lattices.search import p_best
-from lm.base.catalog import BUILT_IN, load_embeddings, under_adapter
+from lm.base.catalog import BUILT_IN, load_embeddings
 from lm.neural.learned_bigram import load_bigram, shipped_bigram
+from lm.neural.model import base_with
 from rescore.rescorers.base import Context, Rescorer, Target
 
 
@@ -37,10 +38,8 @@ class LearnedBigram(Rescorer):
         config = self.model.config
         if target.base is None:
             raise IncompatibleError(f"the trace does not name its base LM, and {self.path} needs its embeddings")
-        base = target.base
-        if base.weights_sha256 != config.base_weights_sha256:
-            base = under_adapter(base.name) or base  # adapters leave the embeddings as they are
-        if base.weights_sha256 != config.base_weights_sha256:
+        base = base_with(config.base_weights_sha256, target.base)  # adapters leave the embeddings as they are
+        if base is None:
             raise IncompatibleError(
                 f"the learned bigram {self.path} was made for {config.base_name}, not for {target.base.name}; "
                 "train one for it: rescore train-bigram"

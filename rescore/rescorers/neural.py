@@ -28,7 +28,7 @@ _LOADED: WeakValueDictionary[tuple[NeuralSource, str, Target], NeuralLM] = WeakV
 
 
 class NeuralModel:
-    """A neural rescorer's LM, found at once, checked against a base LM, and loaded when it is first needed."""
+    """A neural rescorer's LM, looked up at once, checked against a base LM, and loaded when it is first needed."""
 
     def __init__(self, path: str) -> None:
         if not path:
@@ -59,7 +59,7 @@ class NeuralModel:
         return fitted
 
     def load(self) -> NeuralLM:
-        """The LM. Raises as `load_neural`, and `RescoreError` if it is not what it was when it was found."""
+        """The LM. Raises as `load_neural`, and `RescoreError` if it is not what it was when it was looked up."""
         if self.target is None:
             raise RescoreError("a neural rescorer must be fitted to a base LM first (fit)")
         key = (self.source, self.sha256, self.target)

@@ -263,18 +263,6 @@ class NeuralLM:
         self.tokens_read = 0
         self._read: dict[Hashable, TreeCache] = {}
 
-    @property
-    def parameters(self) -> int:
-        """Number of weights, tied ones once."""
-        return sum(p.numel() for p in self.model.model.parameters())
-
-    @property
-    def flops_per_token(self) -> int:
-        """Floating-point operations of its layers for one token: twice their weights, attention itself left out."""
-        shape = self.model.output_embeddings.weight.shape
-        weights: int = sum(p.numel() for p in self.model.model.parameters() if p.shape != shape)
-        return 2 * weights
-
     def new_cache(self, rows: int) -> TreeCache:
         """An empty cache for so many sequences."""
         return TreeCache(self.model.model.config, rows, self.model.device)

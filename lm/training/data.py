@@ -66,18 +66,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class HeadData:
-    """States float16 `[n, d]` (memory-mapped), targets int32 `[n]`, segment ends int64 `[s]` (rows, rising).
+    """The segments of one corpus, one after the other."""
 
-    `contexts` int32: the tokens before each segment, one after the other, `context_ends` int64 `[s]` their ends.
-    """
-
-    states: Rows
-    targets: np.ndarray
-    ends: np.ndarray
-    contexts: np.ndarray
-    context_ends: np.ndarray
-    source: str
-    sha256: str
+    states: Rows  # float16 [n, d], memory-mapped
+    targets: np.ndarray  # int32 [n]
+    ends: np.ndarray  # int64 [s], rows where segments end, rising
+    contexts: np.ndarray  # int32, the tokens before each segment, one after the other
+    context_ends: np.ndarray  # int64 [s]
+    source: str  # name of the corpus
+    sha256: str  # of the corpus
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -93,13 +90,12 @@ class HeadData:
 
 
 class Segment(NamedTuple):
-    """Some rows of a segment: `place` of its data among several, `number` of the segment in it, first and last-plus-one
-    row; `start` is the segment's own first row."""
+    """A segment or its beginning."""
 
-    place: int
-    number: int
-    start: int
-    end: int
+    place: int  # of its data among several
+    number: int  # of the segment in it
+    start: int  # its first row
+    end: int  # its last row plus one
 
     @property
     def targets(self) -> int:
@@ -137,11 +133,9 @@ def chosen_share(count: int, share: float, seed: int) -> tuple[np.ndarray, np.nd
 
 def check_there(corpora: Sequence[Path]) -> None:
     """Raises `RescoreError` for a corpus that is not there."""
-    for path in corpora:
-        if not path.exists():
-            raise RescoreError(
-                f"no corpus at {path}; give a text file, a .jsonl of pairs or a folder of generate-corpus"
-            )
+    if missing := [path for path in corpora if not path.exists()]:
+        advice = "give a text file, a .jsonl of pairs or a folder of generate-corpus"
+        raise RescoreError(f"no corpus at {missing[0]}; {advice}")
 
 
 def check_apart(data: Sequence[Any]) -> None:
@@ -158,23 +152,6 @@ def tokens_read(data: Sequence[HeadData], segment: Segment) -> int:
     return len(data[segment.place].context(segment.number)) + segment.targets - 1
 
 
-def padded_batch(
-    data: Sequence[HeadData], segments: Sequence[Segment]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What an LM reads to predict the segments' targets: ids int64 `[b, longest]`, padded on the right, and the row and
-    column of the token before each of the n targets, int64 `[n]` each."""
-    longest = max(tokens_read(data, segment) for segment in segments)
-    ids = torch.zeros(len(segments), longest, dtype=torch.long)
-    rows, columns = [], []
-    for row, (place, number, start, end) in enumerate(segments):
-        context = data[place].context(number)
-        sequence = np.concatenate([context, data[place].targets[start : end - 1]])
-        ids[row, : len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
-        columns.append(np.arange(len(context) - 1, len(sequence)))
-        rows.append(np.full(len(columns[-1]), row))
-    return ids, torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(columns))
-
-
 def body_states(
     model: Any,
     data: Sequence[HeadData],
@@ -186,21 +163,28 @@ def body_states(
 ) -> torch.Tensor:
     """What the body of a transformers causal LM makes of whole segments: float32 `[n, d]`, a state per target.
 
-    `takes_masks`: whether all that the model lets tokens see is in a mask it is given (`BaseLM.supports_tree`).
+    takes_masks: whether all that the model lets tokens see is in a mask it is given (`BaseLM.supports_tree`).
     """
-    ids, rows, columns = padded_batch(data, segments)
-    longest = ids.shape[1]
+    b, longest = len(segments), max(tokens_read(data, segment) for segment in segments)
+    ids = torch.zeros(b, longest, dtype=torch.long)
+    before = []  # the row and column of the token before each target
+    for row, (place, number, start, end) in enumerate(segments):
+        context = data[place].context(number)
+        tokens = np.concatenate([context, data[place].targets[start : end - 1]])
+        ids[row, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
+        before += [(row, column) for column in range(len(context) - 1, len(tokens))]
     # Right padding: no token sees what stands after it. A mask, where the model takes one, makes attention faster.
-    causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril().expand(len(ids), 1, -1, -1)
+    causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril().expand(b, 1, -1, -1)
+    body = model.base_model
+    positions = {}  # as `BaseLM.forward` gives them
+    if "position_ids" in inspect.signature(body.forward).parameters:
+        positions["position_ids"] = torch.arange(longest, device=device).expand(b, -1)
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        body = model.base_model
-        positions = {}  # as `BaseLM.forward` gives them
-        if "position_ids" in inspect.signature(body.forward).parameters:
-            positions["position_ids"] = torch.arange(longest, device=device).expand(len(ids), -1)
         output = body(
             input_ids=ids.to(device), attention_mask=causal if takes_masks else None, use_cache=False, **positions
         )
-    states: torch.Tensor = output.last_hidden_state[rows.to(device), columns.to(device)].float()
+    rows, columns = torch.tensor(before, device=device).T
+    states: torch.Tensor = output.last_hidden_state[rows, columns].float()
     return states
 
 

@@ -9,7 +9,6 @@ block; the key/value cache follows the accepted output.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Sequence
 from typing import Self
 from weakref import WeakValueDictionary
@@ -41,19 +40,16 @@ class NeuralModel:
 
     def fit(self, target: Target) -> Self:
         """For a base LM. Raises `IncompatibleError` if it was made for another tokenizer or other weights."""
+        name = self.source.name
         if target.base is not None:
             check_fits(self.source, target.base)
-        elif self.source.delta is None:
-            made_for = tokenizer_sha256_of(self.source.folder)
-            if target.tokenizer_sha256 not in (None, made_for):
-                raise IncompatibleError(
-                    f"the rescorer {self.source.name} has another tokenizer than the trace's base LM"
-                )
-        else:
+        elif self.source.delta is not None:
             raise IncompatibleError(
-                f"the rescorer {self.source.name} needs the base LM it was made for, and the trace does not name its "
-                "own; give neural:FOLDER with a whole model"
+                f"the rescorer {name} needs the base LM it was made for, and the trace does not name its own; give "
+                "neural:FOLDER with a whole model"
             )
+        elif target.tokenizer_sha256 not in (None, tokenizer_sha256_of(self.source.folder)):
+            raise IncompatibleError(f"the rescorer {name} has another tokenizer than the trace's base LM")
         fitted = copy.copy(self)
         fitted.target = target
         return fitted
@@ -89,6 +85,12 @@ class FollowsExamples(Rescorer):
     model: NeuralModel
     alpha: float = 0.5
 
+    def fit(self, target: Target) -> Self:
+        """See `Rescorer.fit`."""
+        fitted = copy.copy(self)
+        fitted.model = self.model.fit(target)
+        return fitted
+
     def prefill(self, contexts: Sequence[Context]) -> None:
         """See `Rescorer.prefill`."""
         if self.alpha != 0:
@@ -110,12 +112,6 @@ class Neural(FollowsExamples):
         self.model = NeuralModel(path)
         self.identity = self.model.identity
 
-    def fit(self, target: Target) -> Self:
-        """See `Rescorer.fit`."""
-        fitted = copy.copy(self)
-        fitted.model = self.model.fit(target)
-        return fitted
-
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
         """See `Rescorer.draft`."""
         if self.alpha == 0:
@@ -127,51 +123,38 @@ class Neural(FollowsExamples):
         return drafts
 
 
-@dataclasses.dataclass
-class _Beam:
-    """The best w partial paths of b lattices: tokens `[b, w, j]`, scores `[b, w]` falling, and their order by ids."""
-
-    tokens: np.ndarray
-    scores: np.ndarray
-    by_ids: np.ndarray  # [b, w], place of each path when they are sorted by token ids
-
-
 def local_drafts(model: NeuralLM, group: Group, lattices: Lattice, alpha: float, p: int) -> np.ndarray:
     """Drafts int32 `[b, p', h]` of the lattices `[b, h, k]` after a group's contexts, best first, ties by lowest ids.
 
     p = 1 adds alpha x logits, as [A] does; a beam compares paths, so it adds log-probs among each slot's tokens.
     """
     b, h, _ = lattices.token_ids.shape
-    beam = _Beam(lattices.token_ids[:, :1, :1], np.zeros((b, 1)), np.zeros((b, 1), dtype=np.int64))
+    paths, scores = lattices.token_ids[:, :1, :1], np.zeros((b, 1))  # [b, w, j] and [b, w]
     hidden = group.begin(lattices.token_ids[:, 0, 0])[:, None]  # [b, w, d]
-    parents = np.full((b, 1), -1)
+    nodes = np.full((b, 1), -1)  # of the last tokens of the paths
     for slot in range(1, h):
         ids = lattices.token_ids[:, slot]  # [b, k]
-        scores = model.score(hidden, ids)  # [b, w, k]
+        of_lm = model.score(hidden, ids)  # [b, w, k]
         if p > 1:
-            scores -= np.logaddexp.reduce(scores, axis=-1, keepdims=True)
-        steps = lattices.logps[:, slot].astype(np.float64)[:, None] + alpha * scores
-        beam, came_from = _extended(beam, ids, steps, p)
+            of_lm -= np.logaddexp.reduce(of_lm, axis=-1, keepdims=True)
+        steps = lattices.logps[:, slot].astype(np.float64)[:, None] + alpha * of_lm
+        paths, scores, extended = _extend(paths, scores, ids, steps, p)
         if slot < h - 1:
             before = group.cache.nodes
-            parents = np.take_along_axis(parents, came_from, axis=1)
-            hidden = group.read(beam.tokens[:, :, -1], parents)
-            parents = np.broadcast_to(np.arange(before, group.cache.nodes), came_from.shape)
-    return beam.tokens.astype(np.int32)
+            hidden = group.read(paths[:, :, -1], np.take_along_axis(nodes, extended, axis=1))
+            nodes = np.broadcast_to(np.arange(before, group.cache.nodes), extended.shape)
+    return paths.astype(np.int32)
 
 
-def _extended(beam: _Beam, ids: np.ndarray, steps: np.ndarray, p: int) -> tuple[_Beam, np.ndarray]:
-    """The p best paths one token longer (ids `[b, k]`, steps `[b, w, k]`), and the path `[b, p']` that each extends."""
+def _extend(
+    paths: np.ndarray, scores: np.ndarray, ids: np.ndarray, steps: np.ndarray, p: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The p best paths one token longer, their scores, and which path `[b, p']` each of them extends.
+
+    Paths `[b, w, j]` with their scores `[b, w]`; the next slot's tokens `[b, k]` and what each adds, `[b, w, k]`.
+    """
     b, w, k = steps.shape
-    scores = (beam.scores[:, :, None] + steps).reshape(b, w * k)
-    # Paths in the order of their ids first, so that a stable sort by score leaves equals in that order.
-    by_ids = np.lexsort((np.tile(ids, (1, w)), np.repeat(beam.by_ids, k, axis=1)), axis=1)
-    sorted_scores = np.take_along_axis(scores, by_ids, axis=1)
-    best = np.argsort(-sorted_scores, axis=1, kind="stable")[:, :p]  # [b, p'], places in `by_ids`
-    chosen = np.take_along_axis(by_ids, best, axis=1)
-    came_from = chosen // k
-    tokens = np.take_along_axis(beam.tokens, came_from[:, :, None], axis=1)
-    last = np.take_along_axis(ids, chosen % k, axis=1)
-    longer = np.concatenate([tokens, last[:, :, None]], axis=2)
-    rank = np.argsort(np.argsort(best, axis=1), axis=1)  # `best` counts in the order of ids
-    return _Beam(longer, np.take_along_axis(scores, chosen, axis=1), rank), came_from
+    longer = np.concatenate([np.repeat(paths, k, axis=1), np.tile(ids, (1, w))[:, :, None]], axis=2)  # [b, w k, j+1]
+    scores = (scores[:, :, None] + steps).reshape(b, w * k)
+    best = np.lexsort((*longer.transpose(2, 0, 1)[::-1], -scores), axis=1)[:, :p]  # by score, then by token ids
+    return np.take_along_axis(longer, best[:, :, None], axis=1), np.take_along_axis(scores, best, axis=1), best // k

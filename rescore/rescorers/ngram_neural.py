@@ -7,7 +7,6 @@ slot. No sequential loop. alpha = 0: unrescored drafts.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Self
 
@@ -16,7 +15,7 @@ import numpy as np
 from lattices.errors import RescoreError
 from lattices.lattice import Lattice
 from lattices.prefix_tree import build_prefix_tree
-from lattices.search import PBest, p_best
+from lattices.search import p_best
 from lm.neural.model import NeuralLM
 from rescore.rescorers.base import Context, Target
 from rescore.rescorers.context_ngram import ContextNgram
@@ -54,9 +53,8 @@ class NgramNeural(FollowsExamples):
 
     def fit(self, target: Target) -> Self:
         """See `Rescorer.fit`."""
-        fitted = copy.copy(self)
-        fitted.first, fitted.model = self.first.fit(target), self.model.fit(target)
-        fitted.eos_token_ids = target.eos_token_ids
+        fitted = super().fit(target)
+        fitted.first, fitted.eos_token_ids = self.first.fit(target), target.eos_token_ids
         return fitted
 
     def coverage(self, token_ids: np.ndarray) -> float:
@@ -68,15 +66,12 @@ class NgramNeural(FollowsExamples):
         if self.alpha == 0:
             return p_best(lattices, p).drafts
         best = self.first.best(lattices, contexts, max(p, CANDIDATES))
-        model = self.model.load()
-        drafts = np.zeros_like(best.drafts[:, :p])
+        model, scores = self.model.load(), best.scores.copy()
         for group, rows in self._groups(contexts):
-            candidates = PBest(best.drafts[rows], best.scores[rows])
-            logps = path_logps(model, group, lattices[rows], candidates.drafts, self.eos_token_ids)
-            scores = candidates.scores + self.alpha * logps
-            order = np.argsort(-scores, axis=1, kind="stable")[:, :p]  # equals stay in the n-gram's order
-            drafts[rows] = np.take_along_axis(candidates.drafts, order[:, :, None], axis=1)
-        return drafts
+            logps = path_logps(model, group, lattices[rows], best.drafts[rows], self.eos_token_ids)
+            scores[rows] += self.alpha * logps
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :p]  # equals stay in the n-gram's order
+        return np.take_along_axis(best.drafts, order[:, :, None], axis=1)
 
 
 def path_logps(

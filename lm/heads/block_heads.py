@@ -181,11 +181,11 @@ def load_heads(
     folder = heads_folder(path, identity)
     config = read_config(folder)
     for field in ("hidden_size", "vocab_size", "tokenizer_sha256"):
-        made_for, wanted = getattr(config, field), getattr(identity, field)
-        if made_for != wanted:
+        made_for, actual = getattr(config, field), getattr(identity, field)
+        if made_for != actual:
             raise IncompatibleError(
                 f"the heads in {folder} were made for {config.base_name}, not for {identity.name}: "
-                f"{field} is {made_for}, the base's is {wanted}; give other --heads"
+                f"{field} is {made_for}, the base's is {actual}; give other --heads"
             )
     heads = BlockHeads(config)
     tensors = read_weights(folder, missing=f"no block heads in {folder}", what="the heads")

@@ -160,14 +160,13 @@ class TestOwnOutput:
 
 
 class TestStates:
-    @pytest.mark.parametrize("name", ["hidden.f16", "targets.i32", "ends.i64", "context_ends.i64", "../done.json", "."])
+    @pytest.mark.parametrize("name", ["shard-00000.f16", "segments.npz"])
     def test_broken_ones_are_made_again(self, name: str, tiny_base, tmp_path: Path, caplog):
         (tmp_path / "text.txt").write_text(TEXT)
         before = read_head_data(tiny_base, tmp_path / "text.txt", tmp_path / "out")
         states = np.array(before.states[0 : len(before)])
         (folder,) = (tmp_path / "out").iterdir()
-        broken = folder / "shard-00000" / name
-        shutil.rmtree(broken) if name == "." else cut(broken)
+        cut(folder / name)
         after = read_head_data(tiny_base, tmp_path / "text.txt", tmp_path / "out")
         assert (after.targets == before.targets).all() and (after.ends == before.ends).all()
         np.testing.assert_array_equal(after.states[0 : len(after)], states)

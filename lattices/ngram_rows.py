@@ -81,7 +81,7 @@ class Room(NamedTuple):
     words: np.ndarray  # [h, k] the lattice's words
     heads: np.ndarray  # [h, k] the lattice's log-probs
     beam32: np.ndarray  # [4, width]
-    beam64: np.ndarray  # [3, width]
+    beam64: np.ndarray  # [4, width]
     step32: np.ndarray  # [h + 1, k + 3]
     step64: np.ndarray  # [h + 1, k + 1]
     path: np.ndarray  # [h]
@@ -103,7 +103,7 @@ def make_room(h: int, k: int, rows: int, words: int, width: int) -> Room:
         words=np.empty((h, k), dtype=np.int32),
         heads=np.empty((h, k), dtype=np.int64),
         beam32=np.empty((4, width), dtype=np.int32),
-        beam64=np.empty((3, width), dtype=np.int64),
+        beam64=np.empty((4, width), dtype=np.int64),
         step32=np.empty((h + 1, k + 3), dtype=np.int32),
         step64=np.empty((h + 1, k + 1), dtype=np.int64),
         path=np.empty(h, dtype=np.int32),

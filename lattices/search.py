@@ -58,8 +58,9 @@ def p_best(lattice: Lattice, p: int) -> PBest:
         _search(
             np.ascontiguousarray(token_ids),
             np.ascontiguousarray(logps),
-            np.empty((h, k + 3), dtype=np.int32),
+            np.empty((h, k + 2), dtype=np.int32),
             np.empty((h, k + 1), dtype=np.float64),
+            np.empty(h, dtype=np.int32),
             np.empty((2, count), dtype=np.float64),
             drafts,
             scores,
@@ -68,19 +69,19 @@ def p_best(lattice: Lattice, p: int) -> PBest:
 
 
 @njit(cache=True, nogil=True)
-def _search(token_ids, logps, steps, reach, sums, drafts, scores):  # type: ignore[no-untyped-def]
+def _search(token_ids, logps, steps, reach, path, sums, drafts, scores):  # type: ignore[no-untyped-def]
     """`[n, h, k]` ids and log-probs -> the p best of each, after the first, which `drafts` and `scores` hold already.
 
-    Room to work in: `steps[slot]`: k entries by what they reach, the next of them to take, how many, the token chosen;
-    `reach[slot]`: what each entry reaches, the sum of the prefix before the slot.
+    Room to work in: `steps[slot]`: k entries by what they reach, the next of them to take, how many they are;
+    `reach[slot]`: what each entry reaches, the sum of the prefix before the slot; `path` `[h]`; `sums` `[2, p]`.
     """
     n, h, k = token_ids.shape
     p = scores.shape[1]
-    cursor, count, chosen = k, k + 1, k + 2
+    cursor, count = k, k + 1
     for i in range(n):
         ids, heads, best, best_scores = token_ids[i], logps[i], drafts[i], scores[i]
         threshold = _threshold(heads, sums)
-        steps[0, chosen] = ids[0, 0]
+        path[0] = ids[0, 0]
         reach[1, k] = heads[0, 0]
         _expand(ids, heads, 1, threshold, steps, reach)
         slot, found = 1, 1
@@ -90,9 +91,9 @@ def _search(token_ids, logps, steps, reach, sums, drafts, scores):  # type: igno
                 continue
             e = steps[slot, steps[slot, cursor]]
             steps[slot, cursor] += 1
-            steps[slot, chosen] = ids[slot, e]
+            path[slot] = ids[slot, e]
             score = reach[slot, e]
-            if found == p and score == threshold and not _before(steps, chosen, best, p - 1, slot + 1):
+            if found == p and score == threshold and not stands_before(path, best, p - 1, slot + 1):
                 continue
             if slot + 1 < h:
                 reach[slot + 1, k] = reach[slot, k] + heads[slot, e]
@@ -101,28 +102,17 @@ def _search(token_ids, logps, steps, reach, sums, drafts, scores):  # type: igno
                 continue
             is_first = True
             for j in range(h):
-                is_first &= steps[j, chosen] == best[0, j]
-            if is_first:
-                continue
-            place = found if found < p else p - 1
-            found = min(found + 1, p)
-            while place > 1 and (
-                best_scores[place - 1] < score
-                or (best_scores[place - 1] == score and _before(steps, chosen, best, place - 1, h))
-            ):
-                best_scores[place] = best_scores[place - 1]
-                for j in range(h):
-                    best[place, j] = best[place - 1, j]
-                place -= 1
-            best_scores[place] = score
-            for j in range(h):
-                best[place, j] = steps[j, chosen]
+                is_first &= path[j] == best[0, j]
+            if not is_first:
+                found = keep_path(path, score, found, 1, best, best_scores)
 
 
 @njit(cache=True, nogil=True)
 def _threshold(heads, sums):  # type: ignore[no-untyped-def]
-    """The p-th best score over all paths of a lattice, from the p best sums of prefixes: a dropped sum has p at least as
-    high beside it, and every continuation keeps it so. `sums` `[2, p]` is room to work in."""
+    """The p-th best score over all paths of a lattice, from the p best sums of prefixes.
+
+    A dropped sum has p at least as high beside it, and every continuation keeps it so.
+    """
     h, k = heads.shape
     p = sums.shape[1]
     count = 1
@@ -173,9 +163,48 @@ def _expand(ids, heads, slot, least, steps, reach):  # type: ignore[no-untyped-d
 
 
 @njit(cache=True, nogil=True)
-def _before(steps, chosen, drafts, place, length):  # type: ignore[no-untyped-def]
-    """Whether the first `length` tokens of the path stand at or before those of a draft."""
+def keep_path(path, score, found, fixed, drafts, scores):  # type: ignore[no-untyped-def]
+    """Puts a path among the `found` best, by score and then by ids, after the first `fixed`; returns how many there are.
+
+    `drafts` `[p, h]` and `scores` `[p]` hold them; with p of them the last one is dropped, which must stand after it.
+    """
+    p, h = drafts.shape
+    place = found if found < p else p - 1
+    while place > fixed and (
+        scores[place - 1] < score or (scores[place - 1] == score and stands_before(path, drafts, place - 1, h))
+    ):
+        scores[place] = scores[place - 1]
+        for j in range(h):
+            drafts[place, j] = drafts[place - 1, j]
+        place -= 1
+    scores[place] = score
+    for j in range(h):
+        drafts[place, j] = path[j]
+    return found + 1 if found < p else p
+
+
+@njit(cache=True, nogil=True)
+def stands_before(path, drafts, place, length):  # type: ignore[no-untyped-def]
+    """Whether the first `length` tokens of a path stand at or before those of a draft."""
     for j in range(length):
-        if steps[j, chosen] != drafts[place, j]:
-            return steps[j, chosen] < drafts[place, j]
+        if path[j] != drafts[place, j]:
+            return path[j] < drafts[place, j]
     return True
+
+
+@njit(cache=True, nogil=True)
+def put_in_order(value, code, count, values, codes):  # type: ignore[no-untyped-def]
+    """Puts a value and its code into a falling list, after its equals; with no place free the lowest is dropped.
+
+    `values` and `codes` hold `count` of them; returns how many there are.
+    """
+    place = count
+    if count == len(values):
+        place -= 1
+        if value <= values[place]:
+            return count
+    while place > 0 and values[place - 1] < value:
+        values[place], codes[place] = values[place - 1], codes[place - 1]
+        place -= 1
+    values[place], codes[place] = value, code
+    return min(count + 1, len(values))

@@ -147,7 +147,7 @@ def _propose(
     drafts = rescorer.draft(lattice, [context], p)  # [1, p', h]
     out.rescore_seconds.append(time.perf_counter() - start)
     check_drafts(drafts, lattice, p)
-    return drafts[0].astype(np.int64)
+    return np.asarray(drafts[0], dtype=np.int64)
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,7 @@ class TaskInput:
             max_new_tokens=self.settings["max_new_tokens"],
             max_prompt_tokens=self.settings["max_prompt_tokens"],
             k=self.k,
-            held=held,
+            recorded=held,
             check=lambda: models.check_unchanged(self.settings),
             progress=(lambda done, total: progress(f"trace {self.name}", done, total)) if progress else None,
         )

@@ -164,7 +164,7 @@ def _expand(ids, heads, slot, least, steps, reach):  # type: ignore[no-untyped-d
 
 @njit(cache=True, nogil=True)
 def keep_path(path, score, found, fixed, drafts, scores):  # type: ignore[no-untyped-def]
-    """Puts a path among the `found` best, by score and then by ids, after the first `fixed`; returns how many there are.
+    """Puts a path among the `found` best, by score, then by ids, after the first `fixed`; returns how many there are.
 
     `drafts` `[p, h]` and `scores` `[p]` hold them; with p of them the last one is dropped, which must stand after it.
     """

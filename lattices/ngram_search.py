@@ -12,8 +12,7 @@ A plain dynamic program looks up every arc of every (slot, automaton state) pair
 2. A bound. Arcs of states with one or two words of context carry the highest score that any longer context gives the
    word, so one backward pass over k x k pairs per slot bounds what any prefix can still gain.
 3. A beam search with that bound finds p good paths. The worst of them is a floor: what can't reach it is not among the
-   p best. The forward pass then makes only the states that can; it is exact, since it drops nothing else. Where no
-   state knows more than one word, the bound is exact, and the paths that leave the best one once are the floor.
+   p best. The forward pass then makes only the states that can; it is exact, since it drops nothing else.
 4. A backward pass over these states gives the exact best completion of each, so the last walk, depth first, meets
    hardly anything but the p best paths.
 """

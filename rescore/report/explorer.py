@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lattices.oracle import target_ranks
-from rescore.report.charts.style import Look, decode_name
+from rescore.report.charts.style import Palette, decode_name
 from rescore.report.sources import TaskView
 from rescore.report.token_text import excerpt, harmless, token_texts
 from rescore.runs.records import ExampleRecord, Result
@@ -22,7 +22,7 @@ PROBABILITY = 10_000  # probabilities are whole numbers of this
 MOST_REFERENCES = 3
 
 
-def explorer_data(view: TaskView, looks: Mapping[str, Look], tokenizer: Any, *, examples: int) -> dict[str, Any]:
+def explorer_data(view: TaskView, palette: Palette, tokenizer: Any, *, examples: int) -> dict[str, Any]:
     """What the page's script reads of one view.
 
     `decodes`: name, p, colour of each; `vocabulary`: id -> text; `h`, `k`, `shown`; `lattices`: whether the trace is
@@ -52,7 +52,7 @@ def explorer_data(view: TaskView, looks: Mapping[str, Look], tokenizer: Any, *, 
                 "name": harmless(decode_name(rescorer, p)),
                 "rescorer": harmless(rescorer),
                 "p": p,
-                "colour": looks[rescorer].colour,
+                "colour": palette.looks[rescorer].colour,
             }
             for rescorer, p in decodes
         ],

@@ -68,10 +68,11 @@ def acceptance_section(views: Sequence[TaskView], palette: Palette) -> Section:
         lines = []
         for r in view.results:
             records = view.run.records[view.task, r.rescorer, r.p]
-            intervals = marginal_intervals(
+            known = marginal_intervals(
                 [record.accepted for record in records], len(r.marginal), groups=[record.group for record in records],
                 seed=view.seed,
-            ) or [None] * len(r.marginal)  # fmt: skip
+            )  # fmt: skip
+            intervals: Sequence[tuple[float, float] | None] = known or [None] * len(r.marginal)
             pen = palette.pen(r.rescorer, r.p)
             lines.append(line(
                 range(1, len(r.marginal) + 1), r.marginal, pen, error_y=whiskers(r.marginal, intervals, pen),

@@ -64,16 +64,16 @@ def token_texts(tokenizer: PreTrainedTokenizerBase | None, ids: Iterable[int]) -
     """The visible text of each token id; `#id` without a tokenizer and for ids that it does not know."""
     if tokenizer is None:
         return {token: f"#{token}" for token in ids}
-    wanted = sorted(set(ids))
-    pieces: list[Any] = [tokenizer.convert_ids_to_tokens(token) for token in wanted]
-    return {token: _text(tokenizer, token, piece) for token, piece in zip(wanted, pieces, strict=True)}
+    known = sorted(set(ids))
+    pieces: list[Any] = [tokenizer.convert_ids_to_tokens(token) for token in known]
+    return {token: _text(tokenizer, token, piece) for token, piece in zip(known, pieces, strict=True)}
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, token: int, piece: str | None) -> str:
     if piece is None:
         return f"#{token}"
     text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
-    if "\ufffd" in text:  # part of a character: bytes, where the tokenizer's alphabet tells them
+    if "\ufffd" in text:  # part of a character: bytes, where the tokenizer's alphabet says which
         if raw := _bytes_of(piece):
             return "".join(f"\\x{byte:02X}" for byte in raw)
     elif piece.startswith("\u2581") and not text.startswith(" "):  # SentencePiece, whose decoding strips it
@@ -95,17 +95,6 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def is_here(name: str) -> bool:
-    """Whether a base LM, and what it is an adapter of, is on this machine."""
-    from lm.base.catalog import resolve_base
-
-    try:
-        resolve_base(name, local_files_only=True)
-    except RescoreError:
-        return False
-    return True
-
-
 def tokenizer_of(base: Any) -> tuple[PreTrainedTokenizerBase | None, str | None]:
     """The tokenizer of a trace's base (`name` and `tokenizer_sha256` of its settings), and a sentence if there is none.
 
@@ -121,6 +110,6 @@ def tokenizer_of(base: Any) -> tuple[PreTrainedTokenizerBase | None, str | None]
         tokenizer = load_tokenizer(name, local_files_only=True)
     except RescoreError as error:
         return None, f"The tokenizer of {name} can't be loaded ({error}), {ids}"
-    if (wanted := base.get("tokenizer_sha256")) is not None and tokenizer_sha256(tokenizer) != wanted:
+    if base.get("tokenizer_sha256") not in (None, tokenizer_sha256(tokenizer)):
         return None, f"The tokenizer of {name} is not the one that the trace was made with, {ids}"
     return tokenizer, None

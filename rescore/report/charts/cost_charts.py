@@ -19,7 +19,6 @@ from rescore.report.charts.figures import (
 )
 from rescore.report.charts.style import ORACLE, Palette, Pen
 from rescore.report.sources import TaskView
-from rescore.report.token_text import is_here
 from rescore.runs.records import Latency
 from rescore.studies.cost.inputs import cost_inputs_of_run
 from rescore.studies.cost.model import AUTOREGRESSIVE, MethodCost, cost_table
@@ -173,12 +172,14 @@ def cost_model_section(views: Sequence[TaskView]) -> Section:
 def _costs(view: TaskView) -> Sequence[MethodCost]:
     """The costs of the task's methods in the run's precision; none where the shape of the base model or of its heads
     can't be read."""
+    from lm.base.catalog import resolve_base
     from rescore.studies.cost.decoders import neural_for
 
     name = view.base.get("name")
-    if not isinstance(name, str) or not is_here(name):
+    if not isinstance(name, str):
         return ()
     try:
+        resolve_base(name, local_files_only=True)  # and what it is an adapter of; nothing is fetched for a page
         inputs = cost_inputs_of_run(view.run, view.task, local_files_only=True)
         return cost_table(
             inputs.base, h=inputs.h, heads=inputs.heads, neural=neural_for(inputs.base), verify=inputs.verify,

@@ -19,20 +19,14 @@ from markupsafe import Markup
 from lattices.errors import RescoreError
 from lm.files import atomic_file
 from rescore.bootstrap import LEAST_GROUPS
-from rescore.report.charts.cost_charts import alpha_section, cost_model_section, time_section
-from rescore.report.charts.figures import Section
+from rescore.report.charts.cost_charts import cost_sections
+from rescore.report.charts.figures import WORDS, Section
 from rescore.report.charts.head_charts import head_sections
-from rescore.report.charts.rescorer_charts import (
-    acceptance_section,
-    drafts_section,
-    efficiency_section,
-    outcomes_section,
-    repetition_section,
-)
+from rescore.report.charts.rescorer_charts import rescorer_sections
 from rescore.report.charts.style import Palette, palette_of
 from rescore.report.explorer import explorer_data
 from rescore.report.headline import make_headline
-from rescore.report.sources import Sources, TaskView, facts_of, json_text, load_sources
+from rescore.report.sources import TaskView, facts_of, json_text, load_sources
 from rescore.report.texts import csv_text, markdown_text
 from rescore.report.token_text import harmless, tokenizer_of
 from rescore.runs.environment import versions
@@ -68,7 +62,10 @@ def write_report(
     sources = load_sources(folders, progress=progress)
     views = sources.views
     palette = palette_of((r.rescorer, r.p) for view in views for r in view.results)
-    sections = _sections(sources, palette)
+    sections = [
+        *rescorer_sections(views, palette), *cost_sections(views, palette), *head_sections(views, sources.h_max)
+    ]  # fmt: skip
+    sections.sort(key=lambda section: list(WORDS).index(section.key))
     headline = make_headline(views)
     explorers, notes = _explorers(views, palette, examples)
     missing = (*sources.missing, *notes)
@@ -84,22 +81,6 @@ def write_report(
         with atomic_file(path) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
     return written
-
-
-def _sections(sources: Sources, palette: Palette) -> list[Section]:
-    """All sections of charts, in the order of the page."""
-    views = sources.views
-    return [
-        *(
-            make(views, palette)
-            for make in (
-                efficiency_section, acceptance_section, outcomes_section, time_section, alpha_section, drafts_section,
-                repetition_section,
-            )
-        ),
-        cost_model_section(views),
-        *head_sections(views, sources.h_max),
-    ]  # fmt: skip
 
 
 def _explorers(views: Sequence[TaskView], palette: Palette, examples: int) -> tuple[list[Any], list[str]]:

@@ -50,8 +50,8 @@ def markdown_text(
         "and the share of the oracle's gap recovered."
     )
     for section in sections:
-        body = section.table.markdown() if section.rows else escaped(section.lacking)
-        parts.append(f"## {section.title}\n\n{escaped(section.reading)}\n\n{body}")
+        body = section.table.markdown() if section.rows else escaped(section.words.lacking)
+        parts.append(f"## {section.words.title}\n\n{escaped(section.words.reading)}\n\n{body}")
     return "\n\n".join(parts) + "\n"
 
 

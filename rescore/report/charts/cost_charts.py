@@ -30,24 +30,21 @@ QUANTITIES = {"weight_bytes": Pen("weights", "#2f7fd1"), "kv_bytes": Pen("KV cac
 COST_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
 
 
-def time_section(views: Sequence[TaskView], palette: Palette) -> Section:
+def cost_sections(views: Sequence[TaskView], palette: Palette) -> list[Section]:
+    """All sections of this module."""
+    return [_time(views, palette), _alpha(views, palette), cost_model_section(views)]
+
+
+def _time(views: Sequence[TaskView], palette: Palette) -> Section:
     """Time that a rescorer adds to a step against its gain; break-even: gain = added time / unrescored step."""
     ms = fixed(2)
     section = Section(
         "time",
-        "Latency against gain",
-        "Each mark is a rescorer: the time that it adds to a step against its gain in tokens a step over the "
-        "unrescored drafts, with the 95 % interval. Above the dashed break-even line it pays: there the gain is "
-        "more than the share of a step that rescoring (and verifying more drafts) adds; below it the unrescored "
-        "drafts are faster.",
         (
             *DECODE, Column("gain", GAIN), Column("greedy ms", MILLISECONDS), Column("verify ms", MILLISECONDS),
             Column("heads ms", MILLISECONDS), Column("rescore ms", ms), Column("median", ms),
             Column("95th percentile", ms), Column("speed-up", TIMES), Column("predicted", TIMES),
         ),
-        lacking="These results were replayed from traces, so no time was measured. rescore eval --mode live with "
-        "the same task and rescorers (none among them) --out FOLDER measures it; give that folder to rescore "
-        "report as well.",
     )  # fmt: skip
     for view in views:
         timed = [(r, r.latency) for r in view.results if r.latency is not None]
@@ -88,18 +85,9 @@ def _step_ms(latency: Latency) -> float:
     return latency.verify_ms + latency.heads_ms + latency.rescore_ms
 
 
-def alpha_section(views: Sequence[TaskView], palette: Palette) -> Section:
+def _alpha(views: Sequence[TaskView], palette: Palette) -> Section:
     """Block efficiency by weight, on the examples that the weights were tuned on."""
-    section = Section(
-        "alpha",
-        "Weight of the rescorer (alpha)",
-        "Block efficiency on the held-out examples by the weight that the rescorer's scores get beside the heads'; "
-        "0 gives the unrescored drafts, and the large mark is the weight that was chosen. A flat top means that "
-        "the weight matters little.",
-        (*DECODE, Column("alpha", PLAIN), Column("block eff., held out", NUMBER), Column("")),
-        lacking="The sweeps behind these weights are not in the cache here (weights given or by default have none). "
-        "rescore tune with the same task and rescorer makes them; then run rescore eval again.",
-    )
+    section = Section("alpha", (*DECODE, Column("alpha", PLAIN), Column("block eff., held out", NUMBER), Column("")))
     for view in views:
         lines = []
         for tuned in view.sweeps:
@@ -124,19 +112,13 @@ def cost_model_section(views: Sequence[TaskView]) -> Section:
     change = percent(0, sign=True)
     section = Section(
         "cost-model",
-        "What a token costs, by the model's shape",
-        "Counted from the base model's shape, not measured: what one decoded token reads of weights and of the cache "
-        "of keys and values, and its arithmetic, as multiples of greedy decoding's (the dashed line at 1), with "
-        f"{SHOWN_CONTEXT} tokens in the cache. Where memory is the limit, weights and cache left of the line are time "
-        "saved; where arithmetic is, FLOPs beyond it are time lost.",
         (
             TASK, Column("method"), Column("p", COUNT), Column("cached tokens", COUNT), Column("tokens a step", NUMBER),
             Column("weights, GB", NUMBER), Column("KV cache, MB", fixed(2)), Column("GFLOPs", fixed(2)),
             *(Column(f"{pen.name} ±", change) for pen in QUANTITIES.values()),
         ),
-        lacking="The base model or its heads are not at hand here, or none of the methods of the cost model was run. "
-        "rescore cost --base MODEL --results FOLDER --task TASK prints it.",
         legend={pen.name: pen.colour for pen in QUANTITIES.values()},
+        numbers={"context": SHOWN_CONTEXT},
     )  # fmt: skip
     for view in views:
         known = [

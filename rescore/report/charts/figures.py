@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import plotly.graph_objects as go
 
 from rescore.report.charts.style import ORACLE, Pen
 from rescore.table import COUNT, Column, Table
 
+WORDS_FILE = Path(__file__).parents[1] / "templates" / "sections.toml"
 HEIGHT = 270
 MARGIN = {"l": 52, "r": 14, "t": 10, "b": 44}
 DIGITS = 5  # of numbers in figures; finer than a pixel
@@ -31,24 +34,39 @@ class Chart:
     caption: str = ""
 
 
+@dataclass(frozen=True)
+class Words:
+    """What stands above the charts of a section: its title, how to read the charts, and why there are none."""
+
+    title: str
+    reading: str
+    lacking: str = "This is read from traces, and none is there; the top of this page says how to record them again."
+
+
+WORDS = msgspec.toml.decode(WORDS_FILE.read_bytes(), type=dict[str, Words])  # by section, in the order of the page
+
+
 @dataclass
 class Section:
     """Charts of one kind.
 
-    key: its name in addresses; reading: how to read the charts.
+    key: of its words, and its name in addresses; numbers: those that the words name.
     columns, rows: the numbers, for readers without charts; a shorter row has nothing in the last columns.
-    lacking: why there are no charts, and how to get them.
     legend: colours by name, where they are not those of rescorers.
     """
 
     key: str
-    title: str
-    reading: str
     columns: Sequence[Column]
-    lacking: str = ""
     legend: Mapping[str, str] = field(default_factory=dict)
+    numbers: Mapping[str, int] = field(default_factory=dict)
     charts: list[Chart] = field(default_factory=list)
     rows: list[Sequence[Any]] = field(default_factory=list)
+
+    @property
+    def words(self) -> Words:
+        """What stands above the charts."""
+        words = WORDS[self.key]
+        return Words(words.title, words.reading.format(**self.numbers), words.lacking)
 
     def draw(self, title: str, marks: Sequence[go.Scatter | go.Bar], *, caption: str = "", **layout: Any) -> None:
         """Adds a chart of these marks; `layout` as Plotly has it."""

@@ -11,7 +11,6 @@ from rescore.studies.analysis import HmaxCorrelation, TraceAnalysis
 from rescore.table import COUNT, GAIN, NUMBER, NUMBER_INTERVAL, SHARE, Column, fixed
 
 LEAST_IN_BIN = 20  # positions; the share in a bin of fewer is mostly chance
-NO_TRACE = "This is read from traces, and none is there; the top of this page says how to record them again."
 HEAD = (TASK, Column("head", COUNT))
 Traces = dict[str, TraceAnalysis]  # by the label of the task
 
@@ -39,11 +38,7 @@ def _oracle(traces: Traces) -> Section:
     oracle, unrescored = Pen("oracle", ORACLE, "star"), Pen("unrescored", UNRESCORED, None, "dash")
     section = Section(
         "oracle",
-        "Oracle by width of the lattice (k)",
-        "What a perfect choice among the k best tokens of every head would reach, with its 95 % interval; at k = 1 "
-        "there is nothing to choose. The distance to the grey line is what a rescorer can win at that k.",
         (TASK, Column("k", COUNT), Column("oracle block eff.", NUMBER), Column("95 %", NUMBER_INTERVAL)),
-        lacking=NO_TRACE,
         legend=_legend([oracle, unrescored]),
     )
     for label, trace in traces.items():
@@ -65,11 +60,7 @@ def _refined(traces: Traces) -> Section:
     legend: dict[str, str] = {}
     section = Section(
         "refined",
-        "Oracle by number of heads",
-        "Gain over the unrescored drafts if the choice is perfect in the first so many slots and the arg-max in "
-        "the rest. Where a curve goes flat, later heads have nothing more to give.",
         (TASK, Column("k", COUNT), *(Column("1 head" if m == 1 else f"{m} heads", GAIN) for m in heads)),
-        lacking=NO_TRACE,
         legend=legend,
     )
     for label, trace in traces.items():
@@ -96,11 +87,7 @@ def _entropy(traces: Traces) -> Section:
     nats = fixed(2)
     section = Section(
         "entropy",
-        "Confidence of the heads (entropy)",
-        "How sure each head is, over all positions: mass on the left means sure. Heads farther ahead (warmer "
-        "colours) are less sure; where two of them lie on each other the later one has learnt little of its own.",
         (*HEAD, Column("mean, nats", nats), Column("std", nats), *(Column(f"{q:.0%} quantile", nats) for q in levels)),
-        lacking=NO_TRACE,
         legend=_legend(pens),
     )
     for label, trace in traces.items():
@@ -142,15 +129,7 @@ def _label_places(points: Sequence[tuple[int, float]]) -> list[str]:
 def _h_max(tasks: HmaxCorrelation | None, labels: Sequence[str]) -> Section:
     points = tasks.points if tasks is not None else ()
     names = labels if len(labels) == len(points) else [point.name for point in points]
-    section = Section(
-        "h-max",
-        "Confidence and block efficiency",
-        "Each mark is a task: how many heads grow less sure one after the other (h_max), against what the "
-        "unrescored drafts get out of a step. A rising pattern means that well-ordered confidence goes with longer "
-        "blocks.",
-        (TASK, Column("h_max", COUNT), Column("unrescored block eff.", NUMBER)),
-        lacking="This needs the traces of two tasks or more." if points else NO_TRACE,
-    )
+    section = Section("h-max", (TASK, Column("h_max", COUNT), Column("unrescored block eff.", NUMBER)))
     section.rows += [[name, p.h_max, p.block_efficiency] for name, p in zip(names, points, strict=True)]
     if tasks is None or len(points) < 2:
         return section
@@ -178,11 +157,7 @@ def _recall(traces: Traces) -> Section:
     ks = max((trace.ranks.ks for trace in traces.values() if trace.ranks), key=len, default=())
     section = Section(
         "recall",
-        "Is the right token in the lattice? (recall at k)",
-        "Share of all positions at which the k best entries of a head hold the token that the base model goes on "
-        "to choose. What is not in the lattice no rescorer can find; the first head is the base model itself.",
         (*HEAD, Column("mean reciprocal rank", NUMBER), *(Column(f"recall@{k}", SHARE) for k in ks)),
-        lacking=NO_TRACE,
         legend=_legend(pens),
     )
     for label, trace in traces.items():
@@ -203,14 +178,10 @@ def _calibration(traces: Traces) -> Section:
     pens = _pens(traces)
     section = Section(
         "calibration",
-        "Are the heads' probabilities to be believed?",
-        "Positions in bins by the probability that a head gives its first choice, against the share where that "
-        "choice is what the base model takes. On the dashed diagonal a head says what it knows; below it is too "
-        f"sure. Bins of fewer than {LEAST_IN_BIN} positions are left out; head 1 is right by definition.",
         (*HEAD, Column("ECE", NUMBER), Column("mean probability", SHARE), Column("right", SHARE),
          Column("Brier score", NUMBER)),
-        lacking=NO_TRACE,
         legend=_legend(pens[1:]),
+        numbers={"least": LEAST_IN_BIN},
     )  # fmt: skip
     for label, trace in traces.items():
         if trace.calibration is None:

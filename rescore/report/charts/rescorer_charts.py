@@ -24,13 +24,15 @@ from rescore.table import COUNT, NUMBER, SHARE, Column, Format, fixed, interval
 TEXT_NUMBER = Format(str)  # a number that is text already
 
 
-def efficiency_section(views: Sequence[TaskView], palette: Palette) -> Section:
+def rescorer_sections(views: Sequence[TaskView], palette: Palette) -> list[Section]:
+    """All sections of this module."""
+    return [make(views, palette) for make in (_efficiency, _acceptance, _outcomes, _drafts, _repetition)]
+
+
+def _efficiency(views: Sequence[TaskView], palette: Palette) -> Section:
     """Block efficiency of every decode."""
     section = Section(
         "efficiency",
-        "Block efficiency",
-        "Farther right is better: the mark is the mean number of tokens that a step accepts, the bar its 95 % "
-        "interval by group, the dashed line the oracle. 1 would be no gain over autoregressive decoding.",
         (*DECODE, *EFFICIENCY, *GAINS, Column("macro", NUMBER), Column("steps", COUNT), Column("tokens", COUNT)),
     )
     for view in views:
@@ -52,17 +54,11 @@ def efficiency_section(views: Sequence[TaskView], palette: Palette) -> Section:
     return section
 
 
-def acceptance_section(views: Sequence[TaskView], palette: Palette) -> Section:
+def _acceptance(views: Sequence[TaskView], palette: Palette) -> Section:
     """Share of steps that accepted at least i tokens."""
     h = max(r.h for view in views for r in view.results)
-    section = Section(
-        "acceptance",
-        "Acceptance by position",
-        "Each point is the share of steps that accepted at least i tokens (marginal; their sum is the block "
-        "efficiency), with its 95 % interval by group; the first token is always accepted, and a slower fall "
-        "is better.",
-        (*DECODE, Column("share of steps"), *(Column(str(i + 1), TEXT_NUMBER) for i in range(h))),
-    )
+    columns = (*DECODE, Column("share of steps"), *(Column(str(i + 1), TEXT_NUMBER) for i in range(h)))
+    section = Section("acceptance", columns)
     shown_interval = interval(NUMBER)
     for view in views:
         lines = []
@@ -94,20 +90,15 @@ def acceptance_section(views: Sequence[TaskView], palette: Palette) -> Section:
     return section
 
 
-def outcomes_section(views: Sequence[TaskView], palette: Palette) -> Section:
+def _outcomes(views: Sequence[TaskView], palette: Palette) -> Section:
     """Steps that accepted more and fewer tokens than the unrescored draft would have."""
     section = Section(
         "outcomes",
-        "Steps won and lost",
-        "To the right the share of steps that accepted more tokens than the unrescored draft would have at the "
-        "same place, to the left (paler) of those that accepted fewer; the rest tied. Long bars to the right and "
-        "short ones to the left are good.",
         (
             *DECODE, Column("steps", COUNT), Column("won", SHARE), Column("tied", SHARE), Column("lost", SHARE),
             Column("tokens won", COUNT), Column("tokens lost", COUNT), Column("wins that repair a repeat", SHARE),
             Column("losses that bring one", SHARE),
         ),
-        lacking="No rescored decode was replayed beside its unrescored drafts; add a rescorer to rescore eval.",
     )  # fmt: skip
     for view in views:
         bars = []
@@ -133,18 +124,9 @@ def outcomes_section(views: Sequence[TaskView], palette: Palette) -> Section:
     return section
 
 
-def drafts_section(views: Sequence[TaskView], palette: Palette) -> Section:
+def _drafts(views: Sequence[TaskView], palette: Palette) -> Section:
     """Block efficiency by number of drafts."""
-    section = Section(
-        "drafts",
-        "Several drafts a step (p)",
-        "Block efficiency when the base model verifies the p best drafts at once and the longest acceptance wins; "
-        "the dashed line is the oracle. What more drafts cost in a verify call depends on the machine: rescore "
-        "bench verify-curve.",
-        (*DECODE, *EFFICIENCY),
-        lacking="Only one draft a step was run, and there is no trace to read more from; rescore eval --p 1,4,16 "
-        "runs several.",
-    )
+    section = Section("drafts", (*DECODE, *EFFICIENCY))
     for view in views:
         curves, trace = list(view.analysis.by_p), view.analysis.trace
         if trace is not None and (plain := trace.p_curve) is not None:  # of more p than were run
@@ -170,20 +152,15 @@ def drafts_section(views: Sequence[TaskView], palette: Palette) -> Section:
     return section
 
 
-def repetition_section(views: Sequence[TaskView], palette: Palette) -> Section:
+def _repetition(views: Sequence[TaskView], palette: Palette) -> Section:
     """Equal neighbours in drafts, before and after rescoring."""
     run = fixed(2)
     section = Section(
         "repetition",
-        "Repetition in drafts",
-        "Share of neighbouring tokens of a draft that are equal, at the steps of each decode: the open mark is the "
-        "unrescored draft, the filled one the draft that won. Farther left is better, down to what the base model "
-        "itself writes (dashed).",
         (
             *DECODE, Column("equal neighbours before", SHARE), Column("after", SHARE),
             Column("mean longest run before", run), Column("after", run),
         ),
-        lacking="No rescored decode has both its drafts and its trace.",
     )  # fmt: skip
     for view in views:
         lines = []

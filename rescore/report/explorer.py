@@ -48,12 +48,8 @@ def explorer_data(view: TaskView, palette: Palette, tokenizer: Any, *, examples:
     return {
         "label": harmless(view.label),
         "decodes": [
-            {
-                "name": harmless(decode_name(r.rescorer, r.p)),
-                "rescorer": harmless(r.rescorer),
-                "p": r.p,
-                "colour": palette.looks[r.rescorer].colour,
-            }
+            {"name": harmless(decode_name(r.rescorer, r.p)), "rescorer": harmless(r.rescorer), "p": r.p,
+             "colour": palette.looks[r.rescorer].colour}
             for r in view.results
         ],
         "walked": walked,
@@ -64,7 +60,7 @@ def explorer_data(view: TaskView, palette: Palette, tokenizer: Any, *, examples:
         "chosen": harmless(chosen),
         "vocabulary": token_texts(tokenizer, tokens),
         "examples": shown,
-    }
+    }  # fmt: skip
 
 
 def _most_telling(view: TaskView) -> int:
@@ -105,11 +101,10 @@ def _example(records: Records, decodes: int, traced: TracedExample | None, k: in
     walks = [walk_of(records[place], output) if place in records else None for place in range(decodes)]
     positions = {step.start for walk in walks if walk for step in walk.shared_steps}
     lattice = {position: _lattice(output, position, k, traced) for position in sorted(positions) if traced}
-    prompt = excerpt(traced.prompt) if traced is not None else None
     return {
         "id": harmless(first.id),
-        "prompt": {"head": prompt.head, "tail": prompt.tail, "leftOut": prompt.left_out} if prompt else None,
-        "references": [excerpt(text).head for text in traced.references[:MOST_REFERENCES]] if traced else [],
+        "prompt": dict(zip(("head", "tail", "leftOut"), excerpt(traced.prompt), strict=True)) if traced else None,
+        "references": [excerpt(text)[0] for text in traced.references[:MOST_REFERENCES]] if traced else [],
         "output": output,
         "others": {place: walk.record.output_ids for place, walk in enumerate(walks) if walk and walk.differs},
         "same": [walk.shared if walk else 0 for walk in walks],

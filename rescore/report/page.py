@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from lattices.errors import RescoreError
@@ -26,7 +27,7 @@ from rescore.report.charts.rescorer_charts import rescorer_sections
 from rescore.report.charts.style import Palette, palette_of
 from rescore.report.explorer import explorer_data
 from rescore.report.headline import make_headline
-from rescore.report.sources import TaskView, facts_of, json_text, load_sources
+from rescore.report.sources import TaskView, facts_of, load_sources
 from rescore.report.texts import csv_text, markdown_text
 from rescore.report.token_text import harmless, tokenizer_of
 from rescore.runs.environment import versions
@@ -108,7 +109,7 @@ def _html(*, views: Sequence[TaskView], sections: Sequence[Section], explorers: 
     )  # fmt: skip
     environment.filters.update(
         number=NUMBER.show, interval=NUMBER_INTERVAL.show, gain=GAIN.show, gain_interval=GAIN_INTERVAL.show,
-        share=percent(0).show, json=lambda value: Markup(json_text(value)), harmless=lambda text: harmless(str(text)),
+        share=percent(0).show, json=json_text, harmless=lambda text: harmless(str(text)),
     )  # fmt: skip
     return environment.get_template("page.html").render(
         content,
@@ -124,6 +125,11 @@ def _html(*, views: Sequence[TaskView], sections: Sequence[Section], explorers: 
         policy=_policy([library, *scripts]),
         version=versions()["rescore"],
     )
+
+
+def json_text(value: Any) -> Markup:
+    """JSON for a script element, in ASCII: no `</`, no `<!--`."""
+    return htmlsafe_json_dumps(value, separators=(",", ":"), allow_nan=False)
 
 
 def _policy(scripts: Sequence[str]) -> str:

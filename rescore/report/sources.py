@@ -5,23 +5,25 @@ Bad results are refused with one line; a trace that is gone or broken only costs
 
 from __future__ import annotations
 
-import json
+import glob
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lattices.errors import RescoreError
+from lm.files import cache_directory, read_json_lines, read_json_object
+from lm.records import convert_record
 from rescore.bootstrap import LEAST_GROUPS
 from rescore.report.charts.style import decode_name
-from rescore.report.sweeps import sweeps_of
 from rescore.runs.finished import FinishedRun, load_runs
 from rescore.runs.options import Progress
 from rescore.runs.records import Result, Tuned
 from rescore.runs.results import CONFIG_FILE, RESULTS_FILE
-from rescore.runs.suite_files import PLAN_FILE
+from rescore.runs.suite_files import PLAN_FILE, RUNS_FOLDER, TUNED_FILE
 from rescore.studies.analysis import HmaxCorrelation, RescorerAnalysis, RunAnalysis, analyse_run, correlate_h_max
 from rescore.tracing import trace_folder
 
@@ -191,6 +193,46 @@ def _gaps(views: Sequence[TaskView]) -> list[str]:
     return lines
 
 
+def sweeps_of(run: FinishedRun, task: str) -> tuple[Tuned, ...]:
+    """The sweeps from which the tuned weights of a task of a run came, in the run's order.
+
+    A sweep belongs to a weight if task, rescorer, k, h (where it says), p, the held-out examples and the best weight
+    are the same. Files that can't be read are passed over: a sweep is shown where there is one.
+    """
+    options = run.config.options
+    weights = {
+        (rescorer, p): weight
+        for rescorer, by_p in run.config.alphas.get(task, {}).items()
+        for p, weight in by_p.items()
+        if weight.source == "tuned"
+    }
+    sweeps: dict[tuple[str, int], Tuned] = {}
+    for fields in _candidates(run, task) if weights else ():
+        with suppress(RescoreError):
+            tuned = convert_record(fields, Tuned, where="", advice="")
+            weight = weights.get((tuned.rescorer, tuned.p))
+            if (
+                weight is not None
+                and (tuned.task, tuned.k, fields.get("h", options.h)) == (task, options.k, options.h)
+                and (tuned.alpha, tuned.held_out) == (weight.alpha, weight.held_out)
+                and len(tuned.alphas) == len(tuned.block_efficiency)
+            ):
+                sweeps.setdefault((tuned.rescorer, tuned.p), tuned)
+    return tuple(sweeps[key] for key in weights if key in sweeps)
+
+
+def _candidates(run: FinishedRun, task: str) -> Iterator[dict[str, Any]]:
+    """Lines of the suite's file, then documents of the cache; what can't be read is passed over."""
+    folder = run.folder.resolve().parent
+    if folder.name == RUNS_FOLDER:
+        with suppress(RescoreError):
+            lines = [fields for _, fields in read_json_lines(folder.parent / TUNED_FILE, torn_tail=True)]
+            yield from reversed(lines)  # of two sweeps of one run the later is the one that was used
+    for path in sorted((cache_directory() / "tuned").glob(f"{glob.escape(task)}-*.json")):
+        with suppress(RescoreError):
+            yield read_json_object(path, missing=f"can't read {path}")
+
+
 def facts_of(view: TaskView) -> dict[str, str]:
     """How the numbers of a view were made, by name; only what is known."""
     config, base = view.run.config, view.base
@@ -231,10 +273,3 @@ def _quality(results: Sequence[Result]) -> str:
             cut = result.cut_at_limit
             return scores if cut is None else f"{scores} ({cut:.0%} of the outputs cut at the token limit)"
     return ""
-
-
-def json_text(value: Any) -> str:
-    """JSON for a script element: no `</`, no `<!--`, and nothing that JavaScript takes for the end of a line."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    escaped = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    return escaped.encode("utf-8", "backslashreplace").decode("utf-8")  # a lone surrogate has no UTF-8

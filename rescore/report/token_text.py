@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lattices.errors import RescoreError
@@ -19,15 +18,6 @@ if TYPE_CHECKING:
 SPACE, NEWLINE, TAB = "\u2423", "\u21b5", "\u21e5"
 HEAD, TAIL = 1200, 600  # characters of a long text that are kept
 _VISIBLE = {" ": SPACE, "\n": NEWLINE, "\t": TAB}
-
-
-@dataclass(frozen=True)
-class Excerpt:
-    """A text, or its beginning and end with the number of characters between them that are left out."""
-
-    head: str
-    tail: str
-    left_out: int
 
 
 def visible(text: str) -> str:
@@ -42,11 +32,11 @@ def harmless(text: str) -> str:
     return "".join(_code(c) if c not in _VISIBLE and _hidden(c, joiners=False) else c for c in text)
 
 
-def excerpt(text: str) -> Excerpt:
-    """`harmless` text, cut in the middle where it is long."""
+def excerpt(text: str) -> tuple[str, str, int]:
+    """`harmless` text; of a long one the beginning, the end, and the number of characters between them."""
     if len(text) <= HEAD + TAIL:
-        return Excerpt(harmless(text), "", 0)
-    return Excerpt(harmless(text[:HEAD]), harmless(text[-TAIL:]), len(text) - HEAD - TAIL)
+        return harmless(text), "", 0
+    return harmless(text[:HEAD]), harmless(text[-TAIL:]), len(text) - HEAD - TAIL
 
 
 def _hidden(character: str, *, joiners: bool) -> bool:

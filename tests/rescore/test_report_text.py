@@ -14,8 +14,8 @@ from lm.training.heads import HeldOutAccuracy
 from rescore.report.charts.head_charts import _label_places
 from rescore.report.charts.style import COLOURS, palette_of, safe
 from rescore.report.headline import make_headline
-from rescore.report.sources import json_text
-from rescore.report.sweeps import sweeps_of
+from rescore.report.page import json_text
+from rescore.report.sources import sweeps_of
 from rescore.report.token_text import excerpt, harmless, token_texts, tokenizer_of, visible
 from rescore.runs.finished import FinishedRun
 from rescore.runs.options import EvalOptions
@@ -30,10 +30,10 @@ def test_every_character_of_a_token_shows():
 
 
 def test_long_text_is_cut_in_the_middle():
-    cut = excerpt("a" * 5000 + "z" * 5000)
-    assert cut.head + cut.tail == "a" * len(cut.head) + "z" * len(cut.tail)
-    assert cut.left_out == 10_000 - len(cut.head) - len(cut.tail)
-    assert excerpt("short").left_out == 0
+    head, tail, left_out = excerpt("a" * 5000 + "z" * 5000)
+    assert head + tail == "a" * len(head) + "z" * len(tail)
+    assert left_out == 10_000 - len(head) - len(tail)
+    assert excerpt("short") == ("short", "", 0)
 
 
 def test_tokens_that_are_part_of_a_character_show_their_bytes():

@@ -11,6 +11,8 @@ from rescore.report.charts.figures import (
     Section,
     axis,
     bar,
+    columns,
+    legend_of,
     line,
     log_axis,
     one_below_the_other,
@@ -37,15 +39,10 @@ def cost_sections(views: Sequence[TaskView], palette: Palette) -> list[Section]:
 
 def _time(views: Sequence[TaskView], palette: Palette) -> Section:
     """Time that a rescorer adds to a step against its gain; break-even: gain = added time / unrescored step."""
-    ms = fixed(2)
-    section = Section(
-        "time",
-        (
-            *DECODE, Column("gain", GAIN), Column("greedy ms", MILLISECONDS), Column("verify ms", MILLISECONDS),
-            Column("heads ms", MILLISECONDS), Column("rescore ms", ms), Column("median", ms),
-            Column("95th percentile", ms), Column("speed-up", TIMES), Column("predicted", TIMES),
-        ),
-    )  # fmt: skip
+    section = Section("time", (
+        *DECODE, *columns(GAIN, "gain"), *columns(MILLISECONDS, "greedy ms", "verify ms", "heads ms"),
+        *columns(fixed(2), "rescore ms", "median", "95th percentile"), *columns(TIMES, "speed-up", "predicted"),
+    ))  # fmt: skip
     for view in views:
         timed = [(r, r.latency) for r in view.results if r.latency is not None]
         section.rows += [
@@ -100,24 +97,20 @@ def _alpha(views: Sequence[TaskView], palette: Palette) -> Section:
                 [view.label, tuned.rescorer, tuned.p, alpha, value, "chosen" if chosen else ""]
                 for alpha, value, chosen in zip(tuned.alphas, tuned.block_efficiency, best, strict=True)
             ]
-        if lines:
-            section.draw(
-                view.label, lines, xaxis=axis("alpha", rangemode="tozero"), yaxis=axis("tokens a step (held out)")
-            )
+        section.draw(view.label, lines, xaxis=axis("alpha", rangemode="tozero"), yaxis=axis("tokens a step (held out)"))
     return section
 
 
 def cost_model_section(views: Sequence[TaskView]) -> Section:
     """What a decoded token costs by the cost model (docs/analyses.md), for the methods that a task was run with."""
-    change = percent(0, sign=True)
     section = Section(
         "cost-model",
         (
-            TASK, Column("method"), Column("p", COUNT), Column("cached tokens", COUNT), Column("tokens a step", NUMBER),
-            Column("weights, GB", NUMBER), Column("KV cache, MB", fixed(2)), Column("GFLOPs", fixed(2)),
-            *(Column(f"{pen.name} ±", change) for pen in QUANTITIES.values()),
+            TASK, Column("method"), *columns(COUNT, "p", "cached tokens"), *columns(NUMBER, "tokens a step"),
+            *columns(NUMBER, "weights, GB"), *columns(fixed(2), "KV cache, MB", "GFLOPs"),
+            *columns(percent(0, sign=True), "weights ±", "KV cache ±", "FLOPs ±"),
         ),
-        legend={pen.name: pen.colour for pen in QUANTITIES.values()},
+        legend=legend_of(QUANTITIES.values()),
         numbers={"context": SHOWN_CONTEXT},
     )  # fmt: skip
     for view in views:

@@ -6,7 +6,7 @@ legend (the page has one legend for all).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import msgspec
 import plotly.graph_objects as go
 
 from rescore.report.charts.style import ORACLE, Pen
-from rescore.table import COUNT, Column, Table
+from rescore.studies.analysis import Efficiency
+from rescore.table import COUNT, Column, Format, Table
 
 WORDS_FILE = Path(__file__).parents[1] / "templates" / "sections.toml"
 HEIGHT = 270
@@ -23,6 +24,16 @@ MARGIN = {"l": 52, "r": 14, "t": 10, "b": 44}
 DIGITS = 5  # of numbers in figures; finer than a pixel
 TASK = Column("task")
 DECODE = (TASK, Column("rescorer"), Column("p", COUNT))
+
+
+def columns(format: Format, *headings: str) -> tuple[Column, ...]:
+    """Columns of one format."""
+    return tuple(Column(heading, format) for heading in headings)
+
+
+def legend_of(pens: Iterable[Pen]) -> dict[str, str]:
+    """The colour by the name of each pen."""
+    return {pen.name: pen.colour for pen in pens}
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,9 @@ class Section:
         return Words(words.title, words.reading.format(**self.numbers), words.lacking)
 
     def draw(self, title: str, marks: Sequence[go.Scatter | go.Bar], *, caption: str = "", **layout: Any) -> None:
-        """Adds a chart of these marks; `layout` as Plotly has it."""
+        """Adds a chart of these marks, if there are any; `layout` as Plotly has it."""
+        if not marks:
+            return
         figure = go.Figure(
             data=list(marks),
             layout={
@@ -142,6 +155,12 @@ def line(
         marker={"symbol": pen.marker or "circle", "size": size, "color": pen.colour},
         hovertemplate=f"<b>%{{fullData.name}}</b><br>{hover}<extra></extra>", **options,
     )  # fmt: skip
+
+
+def curve(x: Sequence[Any], points: Sequence[Efficiency], pen: Pen, *, hover: str) -> go.Scatter:
+    """The line of block efficiencies with their intervals."""
+    values, intervals = [of.block_efficiency for of in points], [of.block_efficiency_ci95 for of in points]
+    return line(x, values, pen, error_y=whiskers(values, intervals, pen), hover=hover)
 
 
 def bar(x: Sequence[float], names: Sequence[str], pen: Pen, *, hover: str, **options: Any) -> go.Bar:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rescore.report.charts.figures import TASK, Section, axis, line, log_axis, whiskers
+from rescore.report.charts.figures import TASK, Section, axis, columns, curve, legend_of, line, log_axis
 from rescore.report.charts.style import ORACLE, UNRESCORED, Pen, of_sequence, safe
 from rescore.report.sources import TaskView
 from rescore.studies.analysis import HmaxCorrelation, TraceAnalysis
-from rescore.table import COUNT, GAIN, NUMBER, NUMBER_INTERVAL, SHARE, Column, fixed
+from rescore.table import COUNT, GAIN, NUMBER, NUMBER_INTERVAL, SHARE, fixed
 
 LEAST_IN_BIN = 20  # positions; the share in a bin of fewer is mostly chance
-HEAD = (TASK, Column("head", COUNT))
+HEAD = (TASK, *columns(COUNT, "head"))
 Traces = dict[str, TraceAnalysis]  # by the label of the task
 
 
@@ -30,25 +30,21 @@ def _pens(traces: Traces) -> list[Pen]:
     return [Pen(f"head {head + 1}", of_sequence(head, most)) for head in range(most)]
 
 
-def _legend(pens: Sequence[Pen]) -> dict[str, str]:
-    return {pen.name: pen.colour for pen in pens}
-
-
 def _oracle(traces: Traces) -> Section:
     oracle, unrescored = Pen("oracle", ORACLE, "star"), Pen("unrescored", UNRESCORED, None, "dash")
     section = Section(
         "oracle",
-        (TASK, Column("k", COUNT), Column("oracle block eff.", NUMBER), Column("95 %", NUMBER_INTERVAL)),
-        legend=_legend([oracle, unrescored]),
+        (TASK, *columns(COUNT, "k"), *columns(NUMBER, "oracle block eff."), *columns(NUMBER_INTERVAL, "95 %")),
+        legend=legend_of([oracle, unrescored]),
     )
     for label, trace in traces.items():
         if (curves := trace.oracle) is None:
             continue
-        values = [of_k.block_efficiency for of_k in curves.by_k]
-        intervals = [of_k.block_efficiency_ci95 for of_k in curves.by_k]
-        section.rows += [[label, *row] for row in zip(curves.ks, values, intervals, strict=True)]
-        error = whiskers(values, intervals, oracle)
-        lines = [line(curves.ks, values, oracle, error_y=error, hover="k = %{x}: %{y:.3f} tokens a step")]
+        section.rows += [
+            [label, k, of_k.block_efficiency, of_k.block_efficiency_ci95]
+            for k, of_k in zip(curves.ks, curves.by_k, strict=True)
+        ]
+        lines = [curve(curves.ks, curves.by_k, oracle, hover="k = %{x}: %{y:.3f} tokens a step")]
         if (plain := curves.unrescored.block_efficiency) is not None:
             lines.append(line(curves.ks, [plain] * len(curves.ks), unrescored, hover="%{y:.3f} tokens a step"))
         section.draw(label, lines, xaxis=log_axis("entries of each slot, k", curves.ks), yaxis=axis("tokens a step"))
@@ -60,7 +56,7 @@ def _refined(traces: Traces) -> Section:
     legend: dict[str, str] = {}
     section = Section(
         "refined",
-        (TASK, Column("k", COUNT), *(Column("1 head" if m == 1 else f"{m} heads", GAIN) for m in heads)),
+        (TASK, *columns(COUNT, "k"), *columns(GAIN, *("1 head" if m == 1 else f"{m} heads" for m in heads))),
         legend=legend,
     )
     for label, trace in traces.items():
@@ -71,7 +67,7 @@ def _refined(traces: Traces) -> Section:
             if k == 1:  # nothing to choose
                 continue
             pen = Pen(f"k = {k}", of_sequence(place, len(curves.ks)))
-            legend |= _legend([pen])
+            legend |= legend_of([pen])
             lines.append(line(range(len(gains)), gains, pen, hover="%{x} heads chosen well: %{y:+.1%}"))
             section.rows.append([label, k, *gains])
         section.draw(
@@ -84,11 +80,10 @@ def _refined(traces: Traces) -> Section:
 def _entropy(traces: Traces) -> Section:
     pens = [Pen(pen.name, pen.colour, None) for pen in _pens(traces)]
     levels = next((trace.entropy.levels for trace in traces.values() if trace.entropy), ())
-    nats = fixed(2)
     section = Section(
         "entropy",
-        (*HEAD, Column("mean, nats", nats), Column("std", nats), *(Column(f"{q:.0%} quantile", nats) for q in levels)),
-        legend=_legend(pens),
+        (*HEAD, *columns(fixed(2), "mean, nats", "std", *(f"{level:.0%} quantile" for level in levels))),
+        legend=legend_of(pens),
     )
     for label, trace in traces.items():
         if (entropies := trace.entropy) is None:
@@ -129,7 +124,7 @@ def _label_places(points: Sequence[tuple[int, float]]) -> list[str]:
 def _h_max(tasks: HmaxCorrelation | None, labels: Sequence[str]) -> Section:
     points = tasks.points if tasks is not None else ()
     names = labels if len(labels) == len(points) else [point.name for point in points]
-    section = Section("h-max", (TASK, Column("h_max", COUNT), Column("unrescored block eff.", NUMBER)))
+    section = Section("h-max", (TASK, *columns(COUNT, "h_max"), *columns(NUMBER, "unrescored block eff.")))
     section.rows += [[name, p.h_max, p.block_efficiency] for name, p in zip(names, points, strict=True)]
     if tasks is None or len(points) < 2:
         return section
@@ -157,8 +152,8 @@ def _recall(traces: Traces) -> Section:
     ks = max((trace.ranks.ks for trace in traces.values() if trace.ranks), key=len, default=())
     section = Section(
         "recall",
-        (*HEAD, Column("mean reciprocal rank", NUMBER), *(Column(f"recall@{k}", SHARE) for k in ks)),
-        legend=_legend(pens),
+        (*HEAD, *columns(NUMBER, "mean reciprocal rank"), *columns(SHARE, *(f"recall@{k}" for k in ks))),
+        legend=legend_of(pens),
     )
     for label, trace in traces.items():
         if (ranks := trace.ranks) is None:
@@ -178,11 +173,10 @@ def _calibration(traces: Traces) -> Section:
     pens = _pens(traces)
     section = Section(
         "calibration",
-        (*HEAD, Column("ECE", NUMBER), Column("mean probability", SHARE), Column("right", SHARE),
-         Column("Brier score", NUMBER)),
-        legend=_legend(pens[1:]),
+        (*HEAD, *columns(NUMBER, "ECE"), *columns(SHARE, "mean probability", "right"), *columns(NUMBER, "Brier score")),
+        legend=legend_of(pens[1:]),
         numbers={"least": LEAST_IN_BIN},
-    )  # fmt: skip
+    )
     for label, trace in traces.items():
         if trace.calibration is None:
             continue

@@ -10,6 +10,8 @@ from rescore.report.charts.figures import (
     Section,
     axis,
     bar,
+    columns,
+    curve,
     line,
     log_axis,
     one_below_the_other,
@@ -19,9 +21,7 @@ from rescore.report.charts.figures import (
 from rescore.report.charts.style import UNRESCORED, Palette
 from rescore.report.sources import TaskView
 from rescore.runs.tables import EFFICIENCY, GAINS
-from rescore.table import COUNT, NUMBER, SHARE, Column, Format, fixed, interval
-
-TEXT_NUMBER = Format(str)  # a number that is text already
+from rescore.table import COUNT, NUMBER, NUMBER_INTERVAL, SHARE, Column, Format, fixed
 
 
 def rescorer_sections(views: Sequence[TaskView], palette: Palette) -> list[Section]:
@@ -31,10 +31,8 @@ def rescorer_sections(views: Sequence[TaskView], palette: Palette) -> list[Secti
 
 def _efficiency(views: Sequence[TaskView], palette: Palette) -> Section:
     """Block efficiency of every decode."""
-    section = Section(
-        "efficiency",
-        (*DECODE, *EFFICIENCY, *GAINS, Column("macro", NUMBER), Column("steps", COUNT), Column("tokens", COUNT)),
-    )
+    numbers = (*EFFICIENCY, *GAINS, *columns(NUMBER, "macro"), *columns(COUNT, "steps", "tokens"))
+    section = Section("efficiency", (*DECODE, *numbers))
     for view in views:
         marks = []
         for r in view.results:
@@ -56,10 +54,9 @@ def _efficiency(views: Sequence[TaskView], palette: Palette) -> Section:
 
 def _acceptance(views: Sequence[TaskView], palette: Palette) -> Section:
     """Share of steps that accepted at least i tokens."""
-    h = max(r.h for view in views for r in view.results)
-    columns = (*DECODE, Column("share of steps"), *(Column(str(i + 1), TEXT_NUMBER) for i in range(h)))
-    section = Section("acceptance", columns)
-    shown_interval = interval(NUMBER)
+    places = list(range(1, max(r.h for view in views for r in view.results) + 1))
+    number = Format(str)  # that is text already
+    section = Section("acceptance", (*DECODE, Column("share of steps"), *columns(number, *map(str, places))))
     for view in views:
         lines = []
         for r in view.results:
@@ -71,11 +68,11 @@ def _acceptance(views: Sequence[TaskView], palette: Palette) -> Section:
             intervals: Sequence[tuple[float, float] | None] = known or [None] * len(r.marginal)
             pen = palette.pen(r.rescorer, r.p)
             lines.append(line(
-                range(1, len(r.marginal) + 1), r.marginal, pen, error_y=whiskers(r.marginal, intervals, pen),
+                places[: len(r.marginal)], r.marginal, pen, error_y=whiskers(r.marginal, intervals, pen),
                 hover="at least %{x} tokens: %{y:.1%} of steps",
             ))  # fmt: skip
             at_least = [
-                NUMBER.show(share) + (f" ({shown_interval.show(ci95)})" if ci95 else "")
+                NUMBER.show(share) + (f" ({NUMBER_INTERVAL.show(ci95)})" if ci95 else "")
                 for share, ci95 in zip(r.marginal, intervals, strict=True)
             ]
             given = [None if share is None else NUMBER.show(share) for share in r.conditional]
@@ -92,14 +89,11 @@ def _acceptance(views: Sequence[TaskView], palette: Palette) -> Section:
 
 def _outcomes(views: Sequence[TaskView], palette: Palette) -> Section:
     """Steps that accepted more and fewer tokens than the unrescored draft would have."""
-    section = Section(
-        "outcomes",
-        (
-            *DECODE, Column("steps", COUNT), Column("won", SHARE), Column("tied", SHARE), Column("lost", SHARE),
-            Column("tokens won", COUNT), Column("tokens lost", COUNT), Column("wins that repair a repeat", SHARE),
-            Column("losses that bring one", SHARE),
-        ),
-    )  # fmt: skip
+    section = Section("outcomes", (
+        *DECODE, *columns(COUNT, "steps"), *columns(SHARE, "won", "tied", "lost"),
+        *columns(COUNT, "tokens won", "tokens lost"),
+        *columns(SHARE, "wins that repair a repeat", "losses that bring one"),
+    ))  # fmt: skip
     for view in views:
         bars = []
         for decode in view.rescored:
@@ -116,11 +110,10 @@ def _outcomes(views: Sequence[TaskView], palette: Palette) -> Section:
                 view.label, decode.rescorer, decode.p, of.steps, won, tied, lost, of.tokens_won, of.tokens_lost,
                 of.repair_share, of.regress_share,
             ])  # fmt: skip
-        if bars:
-            section.draw(
-                view.label, bars, **one_below_the_other([won.name for won in bars[::2]]), barmode="relative",
-                bargap=0.35, xaxis=axis("lost | won, share of steps", tickformat=".0%", zeroline=True),
-            )  # fmt: skip
+        section.draw(
+            view.label, bars, **one_below_the_other([won.name for won in bars[::2]]), barmode="relative",
+            bargap=0.35, xaxis=axis("lost | won, share of steps", tickformat=".0%", zeroline=True),
+        )  # fmt: skip
     return section
 
 
@@ -130,38 +123,29 @@ def _drafts(views: Sequence[TaskView], palette: Palette) -> Section:
     for view in views:
         curves, trace = list(view.analysis.by_p), view.analysis.trace
         if trace is not None and (plain := trace.p_curve) is not None:  # of more p than were run
-            curves = [plain, *(curve for curve in curves if curve.rescorer != plain.rescorer)]
-        curves = [curve for curve in curves if curve.rescorer in palette.looks]
-        lines = []
-        for curve in curves:
-            pen = palette.pen_of_all_p(curve.rescorer)
-            values = [point.block_efficiency for point in curve.points]
-            intervals = [point.block_efficiency_ci95 for point in curve.points]
-            lines.append(line(
-                curve.ps, values, pen, error_y=whiskers(values, intervals, pen),
-                hover="%{x} drafts a step: %{y:.3f} tokens",
-            ))  # fmt: skip
-            of_p = zip(curve.ps, values, intervals, strict=True)
-            section.rows += [[view.label, curve.rescorer, *row] for row in of_p]
-        if lines:
-            section.draw(
-                view.label, lines, shapes=[rule(y=view.results[0].oracle_block_efficiency)],
-                xaxis=log_axis("drafts a step, p", sorted({p for curve in curves for p in curve.ps})),
-                yaxis=axis("tokens a step"),
-            )  # fmt: skip
+            curves = [plain, *(of for of in curves if of.rescorer != plain.rescorer)]
+        curves = [of for of in curves if of.rescorer in palette.looks]
+        for of in curves:
+            section.rows += [
+                [view.label, of.rescorer, p, point.block_efficiency, point.block_efficiency_ci95]
+                for p, point in zip(of.ps, of.points, strict=True)
+            ]
+        section.draw(
+            view.label,
+            [curve(of.ps, of.points, palette.pen_of_all_p(of.rescorer), hover="%{x} drafts a step: %{y:.3f} tokens")
+             for of in curves],
+            xaxis=log_axis("drafts a step, p", sorted({p for of in curves for p in of.ps})),
+            yaxis=axis("tokens a step"), shapes=[rule(y=view.results[0].oracle_block_efficiency)],
+        )  # fmt: skip
     return section
 
 
 def _repetition(views: Sequence[TaskView], palette: Palette) -> Section:
     """Equal neighbours in drafts, before and after rescoring."""
-    run = fixed(2)
-    section = Section(
-        "repetition",
-        (
-            *DECODE, Column("equal neighbours before", SHARE), Column("after", SHARE),
-            Column("mean longest run before", run), Column("after", run),
-        ),
-    )  # fmt: skip
+    section = Section("repetition", (
+        *DECODE, *columns(SHARE, "equal neighbours before", "after"),
+        *columns(fixed(2), "mean longest run before", "after"),
+    ))  # fmt: skip
     for view in views:
         lines = []
         for decode in view.rescored:
@@ -175,8 +159,6 @@ def _repetition(views: Sequence[TaskView], palette: Palette) -> Section:
             ))  # fmt: skip
             runs = of.before.mean_longest_run, of.after.mean_longest_run
             section.rows.append([view.label, decode.rescorer, decode.p, *shares, *runs])
-        if not lines:
-            continue
         trace = view.analysis.trace
         own = trace.repetition.output.share if trace is not None and trace.repetition is not None else None
         section.draw(

@@ -1,6 +1,6 @@
 """Data of the lattice explorer: of some examples of every task, what each step of each decode proposed and accepted.
 
-Built for a page: JSON-ready, small (ranks instead of ids where a token is among those shown), texts made harmless.
+Built for a page: JSON-ready, texts made harmless.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from rescore.report.charts.style import Palette, decode_name
 from rescore.report.sources import TaskView
 from rescore.report.token_text import excerpt, harmless, token_texts
-from rescore.report.walks import Walk, slots_at, walk_of
+from rescore.report.walks import slots_at, walk_of
 from rescore.runs.records import ExampleRecord
 from rescore.tracing import TracedExample
 
@@ -91,45 +91,33 @@ def _example(records: Records, decodes: int, traced: TracedExample | None, k: in
     """One example as the page's script reads it; lists have an entry for each decode.
 
     output: ids; others: the outputs of decodes that differ; same: tokens that an output shares with `output`.
-    accepted, drafts: of each step (null: a decode that did not run it). A token of a draft is a rank (0..shown-1), or
-    -(id + 1) where it is not among those shown.
+    accepted, drafts: of each step (null: a decode that did not run it).
     lattice: by position `t` (ids `[h][shown]`), `p` (probabilities), `r` (the entry, from 0, at which each slot has
     what the base chose, -1: not in the top k); empty without the trace.
     """
     first = next(iter(records.values()))
     output = traced.output_ids.tolist() if traced is not None else list(first.output_ids)
-    walks = [walk_of(records[place], output) if place in records else None for place in range(decodes)]
-    positions = {step.start for walk in walks if walk for step in walk.shared_steps}
+    by_decode = [records.get(place) for place in range(decodes)]
+    walks = [record and walk_of(record, output) for record in by_decode]
+    positions = {step.start for walk in walks if walk for step in walk.steps}
     lattice = {position: _lattice(output, position, k, traced) for position in sorted(positions) if traced}
     return {
         "id": harmless(first.id),
         "prompt": dict(zip(("head", "tail", "leftOut"), excerpt(traced.prompt), strict=True)) if traced else None,
         "references": [excerpt(text)[0] for text in traced.references[:MOST_REFERENCES]] if traced else [],
         "output": output,
-        "others": {place: walk.record.output_ids for place, walk in enumerate(walks) if walk and walk.differs},
+        "others": {place: records[place].output_ids for place, walk in enumerate(walks) if walk and walk.differs},
         "same": [walk.shared if walk else 0 for walk in walks],
-        "accepted": [walk.record.accepted if walk else None for walk in walks],
-        "drafts": [_coded(walk, lattice) if walk else None for walk in walks],
+        "accepted": [record and record.accepted for record in by_decode],
+        "drafts": [record and record.drafts for record in by_decode],
         "lattice": lattice,
     }
 
 
-def _lattice(output: Sequence[int], position: int, k: int, traced: TracedExample | None) -> dict[str, Any]:
-    assert traced is not None
+def _lattice(output: Sequence[int], position: int, k: int, traced: TracedExample) -> dict[str, Any]:
     slots = slots_at(output, position, h=traced.lattice.h, k=k, top=SHOWN, traced=traced)
     return {
         "t": [[token for token, _ in slot.best] for slot in slots],
         "p": [[round(share * PROBABILITY) for _, share in slot.best] for slot in slots],
         "r": [-1 if slot.rank is None else slot.rank - 1 for slot in slots],
     }
-
-
-def _coded(walk: Walk, lattice: Mapping[int, Any]) -> list[list[int]]:
-    """The drafts of a walk, as ranks in the lattices that stood there where they are known."""
-    drafts = []
-    for step in walk.steps:
-        seen = step.start in lattice and step.start <= walk.shared
-        slots = lattice[step.start]["t"] if seen else [[]] * len(step.tokens)
-        pairs = zip(step.tokens, slots, strict=False)  # the last blocks of an output may be cut
-        drafts.append([slot.index(token) if token in slot else -(token + 1) for token, slot in pairs])
-    return drafts

@@ -124,7 +124,7 @@ def inspect_example(
     drafts: dict[int, list[Draft]] = {}  # by position
     for r, record in decodes:
         walk = walk_of(record, output)
-        for step in walk.shared_steps:
+        for step in walk.steps:
             drafts.setdefault(step.start, []).append(Draft(r.rescorer, r.p, step.tokens, step.accepted))
         if walk.differs:
             notices.append(

@@ -21,18 +21,18 @@ from lattices.errors import RescoreError
 from lm.files import atomic_file
 from rescore.bootstrap import LEAST_GROUPS
 from rescore.report.charts.cost_charts import cost_sections
-from rescore.report.charts.figures import WORDS, Section
+from rescore.report.charts.figures import WORDS
 from rescore.report.charts.head_charts import head_sections
 from rescore.report.charts.rescorer_charts import rescorer_sections
 from rescore.report.charts.style import Palette, palette_of
 from rescore.report.explorer import explorer_data
 from rescore.report.headline import make_headline
 from rescore.report.sources import TaskView, facts_of, load_sources
-from rescore.report.texts import csv_text, markdown_text
 from rescore.report.token_text import harmless, tokenizer_of
 from rescore.runs.environment import versions
 from rescore.runs.options import Progress
-from rescore.table import GAIN, GAIN_INTERVAL, NUMBER, NUMBER_INTERVAL, percent
+from rescore.runs.tables import results_csv
+from rescore.table import GAIN, GAIN_INTERVAL, NUMBER, NUMBER_INTERVAL, Table, escaped, percent
 
 TEMPLATES = Path(__file__).parent / "templates"
 DEFAULT_EXAMPLES = 8
@@ -66,17 +66,20 @@ def write_report(
     sections = [
         *rescorer_sections(views, palette), *cost_sections(views, palette), *head_sections(views, sources.h_max)
     ]  # fmt: skip
-    sections.sort(key=lambda section: list(WORDS).index(section.key))
-    headline = make_headline(views)
     explorers, notes = _explorers(views, palette, examples)
-    missing = (*sources.missing, *notes)
-    written = Written(out, out.with_suffix(".md"), out.with_suffix(".csv"), missing)
+    content: dict[str, Any] = {
+        "views": views,
+        "palette": palette,
+        "headline": make_headline(views),
+        "sections": sorted(sections, key=lambda section: list(WORDS).index(section.key)),
+        "explorers": explorers,
+        "missing": (*sources.missing, *notes),
+    }
+    written = Written(out, out.with_suffix(".md"), out.with_suffix(".csv"), content["missing"])
     texts = {
-        written.html: _html(
-            views=views, palette=palette, sections=sections, headline=headline, explorers=explorers, missing=missing
-        ),
-        written.markdown: markdown_text(views, headline, sections, missing),
-        written.csv: csv_text(views),
+        written.html: _html(**content),
+        written.markdown: _environment().get_template("page.md").render(content),
+        written.csv: _csv(views),
     }
     for path, text in texts.items():
         with atomic_file(path) as temporary:
@@ -95,7 +98,29 @@ def _explorers(views: Sequence[TaskView], palette: Palette, examples: int) -> tu
     return data, list(dict.fromkeys(note for _, note in tokenizers.values() if note))
 
 
-def _html(*, views: Sequence[TaskView], sections: Sequence[Section], explorers: Sequence[Any], **content: Any) -> str:
+def _csv(views: Sequence[TaskView]) -> str:
+    """A line for every task, rescorer and p, with a header; empty cells where a number is not known."""
+    tables = [
+        results_csv(view.results, task=view.label, mode=view.analysis.mode, folder=view.run.folder) for view in views
+    ]
+    columns = max((table.columns for table in tables), key=len)  # shorter blocks have fewer
+    rows = [[*row, *[None] * (len(columns) - len(row))] for table in tables for row in table.rows]
+    return Table(columns, rows).csv()
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=lambda name: name != "page.md", trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.filters.update(
+        number=NUMBER.show, interval=NUMBER_INTERVAL.show, gain=GAIN.show, gain_interval=GAIN_INTERVAL.show,
+        share=percent(0).show, json=json_text, harmless=lambda text: harmless(str(text)), escaped=escaped,
+    )  # fmt: skip
+    return environment
+
+
+def _html(*, views: Sequence[TaskView], sections: Sequence[Any], explorers: Sequence[Any], **content: Any) -> str:
     """The page; a function of its arguments alone, so that equal results give equal pages."""
     from plotly.offline import get_plotlyjs
 
@@ -103,15 +128,7 @@ def _html(*, views: Sequence[TaskView], sections: Sequence[Section], explorers: 
     assert "</script" not in library.lower()
     scripts = [(TEMPLATES / name).read_text(encoding="utf-8") for name in ("charts.js", "explorer.js")]
     scripts = scripts if explorers else scripts[:1]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    environment.filters.update(
-        number=NUMBER.show, interval=NUMBER_INTERVAL.show, gain=GAIN.show, gain_interval=GAIN_INTERVAL.show,
-        share=percent(0).show, json=json_text, harmless=lambda text: harmless(str(text)),
-    )  # fmt: skip
-    return environment.get_template("page.html").render(
+    return _environment().get_template("page.html").render(
         content,
         views=views,
         sections=sections,
@@ -124,7 +141,7 @@ def _html(*, views: Sequence[TaskView], sections: Sequence[Section], explorers: 
         scripts=[Markup(script) for script in scripts],
         policy=_policy([library, *scripts]),
         version=versions()["rescore"],
-    )
+    )  # fmt: skip
 
 
 def json_text(value: Any) -> Markup:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -36,39 +37,29 @@ class Step:
 
 @dataclass(frozen=True)
 class Walk:
-    """One decode of an example whose output is `output`.
+    """One decode of an example beside the example's output.
 
-    shared: the tokens that the decode's own output begins with like it.
+    shared: the tokens that the decode's own output begins with like it; differs: whether they are not all.
+    steps: those that began where the decode had not left the output, nor come to its end.
     """
 
-    record: ExampleRecord
-    output: Sequence[int]
     shared: int
-
-    @property
-    def differs(self) -> bool:
-        """Whether the decode has another output."""
-        return self.shared < max(len(self.output), len(self.record.output_ids))
-
-    @property
-    def steps(self) -> Iterator[Step]:
-        """All steps in order."""
-        start = 0
-        for tokens, accepted in zip(self.record.drafts, self.record.accepted, strict=True):
-            yield Step(start, tokens, accepted)
-            start += accepted
-
-    @property
-    def shared_steps(self) -> Iterator[Step]:
-        """The steps that began where the example's output has a token and the decode had not left it."""
-        return (step for step in self.steps if step.start <= self.shared and step.start < len(self.output))
+    differs: bool
+    steps: list[Step]
 
 
 def walk_of(record: ExampleRecord, output: Sequence[int]) -> Walk:
-    """The walk of a decode beside the output of its example."""
-    pairs = zip(record.output_ids, output, strict=False)
-    shortest = min(len(record.output_ids), len(output))
-    return Walk(record, output, next((place for place, (own, other) in enumerate(pairs) if own != other), shortest))
+    """The walk of a decode."""
+    own = record.output_ids
+    pairs = enumerate(zip(own, output, strict=False))
+    shared = next((place for place, (a, b) in pairs if a != b), min(len(own), len(output)))
+    starts = [0, *accumulate(record.accepted)][:-1]
+    steps = [
+        Step(start, tokens, accepted)
+        for start, tokens, accepted in zip(starts, record.drafts, record.accepted, strict=True)
+        if start <= shared and start < len(output)
+    ]
+    return Walk(shared, shared < max(len(own), len(output)), steps)
 
 
 def slots_at(

@@ -16,7 +16,7 @@ from lm.files import atomic_file
 from lm.ngram.load import load_ngram
 from rescore.checks import check_held_k
 from rescore.runs.weights import target_of
-from rescore.tracing import Trace, TracedExample, load_trace
+from rescore.tracing import Trace, load_trace
 
 
 def export_openfst(
@@ -39,18 +39,17 @@ def export_openfst(
     Raises `RescoreError` for a KenLM binary, a position or k that the trace does not hold; `IncompatibleError` for a
     model made for another tokenizer than the trace's; `UnknownNameError` for an example that is not there.
     """
-    found = load_ngram(ngram)
-    if not isinstance(automaton := found.model, Automaton):
+    ngram_model = load_ngram(ngram)
+    if not isinstance(automaton := ngram_model.model, Automaton):
         raise RescoreError(f"{ngram} is a KenLM binary, which can't be written out; give its ARPA file")
     start, files = automaton.start, dict[str, Iterable[str]]()
     if trace is not None:
         traced = load_trace(trace)
-        header, base = traced.header, target_of(traced)
-        chosen = _example(traced, example)
-        lattice, before = _lattice_at(chosen, position, k)
-        if found.tokenizer_sha256 and base.tokenizer_sha256 not in (None, found.tokenizer_sha256):
+        header, of_ngram = traced.header, ngram_model.tokenizer_sha256
+        lattice, before = _lattice_at(traced, example, position, k)
+        if of_ngram and target_of(traced).tokenizer_sha256 not in (None, of_ngram):
             raise IncompatibleError(f"{ngram} was made for another tokenizer than the base LM's of {trace}")
-        words = found.words_of_tokens(header.vocab_size, header.eos_token_ids)
+        words = ngram_model.words_of_tokens(header.vocab_size, header.eos_token_ids)
         start = automaton.state_after(words[before[len(before) - min(len(before), automaton.order - 1) :]].tolist())
         files["lattice.txt"] = [openfst.lattice_text(lattice, words)]
         files["composition.txt"] = [openfst.composition_text(lattice, words, automaton, start, weight=alpha)]
@@ -64,16 +63,12 @@ def export_openfst(
     return [out / name for name in files]
 
 
-def _example(trace: Trace, wanted: str | None) -> TracedExample:
-    """The example with that id; None: the first."""
-    for example in trace.examples:
-        if wanted in (None, example.id):
-            return example
-    raise UnknownNameError("example", str(wanted), [example.id for example in trace.examples])
-
-
-def _lattice_at(example: TracedExample, position: int, k: int) -> tuple[Lattice, list[int]]:
-    """The lattice `[h, k]` before output token `position`, and the token ids before it."""
+def _lattice_at(trace: Trace, name: str | None, position: int, k: int) -> tuple[Lattice, list[int]]:
+    """The lattice `[h, k]` before an output token of the example with that id (None: the first), and the token ids
+    before it."""
+    example = next((of for of in trace.examples if name in (None, of.id)), None)
+    if example is None:
+        raise UnknownNameError("example", str(name), [of.id for of in trace.examples])
     last = len(example.output_ids) - 1
     if not 0 <= position <= last:
         raise RescoreError(f"--position {position}: the example {example.id} has the positions 0 to {last}")

@@ -135,7 +135,7 @@ def _html(*, views: Sequence[TaskView], sections: Sequence[Any], explorers: Sequ
         explorers=explorers,
         figures={f"{section.key}-{i}": chart.figure for section in sections for i, chart in enumerate(section.charts)},
         facts={view.label: facts_of(view) for view in views},
-        few_groups=all(view.groups < LEAST_GROUPS for view in views),
+        few_groups=all(view.analysis.groups < LEAST_GROUPS for view in views),
         style=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
         library=Markup(library),
         scripts=[Markup(script) for script in scripts],

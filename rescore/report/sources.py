@@ -44,16 +44,6 @@ class TaskView:
     sweeps: tuple[Tuned, ...]
 
     @property
-    def n(self) -> int:
-        """The most examples that a result is of."""
-        return max(result.n for result in self.results)
-
-    @property
-    def groups(self) -> int:
-        """The most groups of examples that a result is of."""
-        return max(result.groups for result in self.results)
-
-    @property
     def is_sample(self) -> bool:
         """Whether the examples are those embedded for the task, not its data set's."""
         return self.run.config.data.get(self.task, {}).get("kind") == "sample"
@@ -175,7 +165,7 @@ def _labels(pairs: Sequence[tuple[FinishedRun, str]]) -> list[str]:
 def _gaps(views: Sequence[TaskView]) -> list[str]:
     """What the results themselves leave open."""
     lines = []
-    if few := [view.label for view in views if view.groups < LEAST_GROUPS]:
+    if few := [view.label for view in views if view.analysis.groups < LEAST_GROUPS]:
         lines.append(
             f"{', '.join(few)}: too few groups (sources that examples share) for an interval, which needs "
             f"{LEAST_GROUPS} or more (rescore eval --limit)."
@@ -249,8 +239,8 @@ def facts_of(view: TaskView) -> dict[str, str]:
         "tokenizer (sha256)": base.get("tokenizer_sha256"),
         "heads (sha256)": settings.get("heads_sha256"),
         "data": " ".join(str(data[name]) for name in ("kind", "path", "sha256") if data.get(name)),
-        "examples": view.n,
-        "groups (sources that examples share)": view.groups,
+        "examples": view.analysis.examples,
+        "groups (sources that examples share)": view.analysis.groups,
         "h, k": f"{view.analysis.h}, {view.analysis.k}",
         "new tokens, at most": settings.get("max_new_tokens"),
         "prompt tokens, at most": settings.get("max_prompt_tokens"),

@@ -123,7 +123,7 @@ def one_below_the_other(names: Sequence[str], *, each: int = 25) -> dict[str, An
         "height": 86 + each * len(names),
         "margin": {**MARGIN, "l": 20},
         "yaxis": {
-            "automargin": True, "autorange": "reversed", "ticksuffix": " ", "type": "category",
+            "automargin": True, "range": [len(names) - 0.5, -0.5], "ticksuffix": " ", "type": "category",
             "categoryorder": "array", "categoryarray": list(names),
         },
     }  # fmt: skip
@@ -131,10 +131,11 @@ def one_below_the_other(names: Sequence[str], *, each: int = 25) -> dict[str, An
 
 def rule(*, x: float | None = None, y: float | None = None, colour: str = ORACLE) -> dict[str, Any]:
     """A dashed line through a figure, upright at `x` or level at `y`."""
-    style = {"type": "line", "line": {"color": colour, "width": 1.5, "dash": "dash"}, "layer": "below"}
-    if x is not None:
-        return {**style, "x0": x, "x1": x, "xref": "x", "yref": "paper", "y0": 0, "y1": 1}
-    return {**style, "y0": y, "y1": y, "yref": "y", "xref": "paper", "x0": 0, "x1": 1}
+    (x0, x1), (y0, y1) = (0, 1) if x is None else (x, x), (0, 1) if y is None else (y, y)
+    return {
+        "type": "line", "line": {"color": colour, "width": 1.5, "dash": "dash"}, "layer": "below", "x0": x0, "x1": x1,
+        "y0": y0, "y1": y1, "xref": "paper" if x is None else "x", "yref": "paper" if y is None else "y",
+    }  # fmt: skip
 
 
 def line(

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest

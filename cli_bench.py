@@ -75,7 +75,7 @@ def block_length_command(
     folder = heads_folder(heads, model.identity)
     if recorded.header.settings.get("heads_sha256") not in (None, heads_sha256(folder)):
         raise IncompatibleError(f"{trace} was recorded with other heads than those in {folder}; give its own: --heads")
-    block_heads = load_heads(heads, model.identity, device=model.device, dtype=model.heads_dtype)
+    block_heads = load_heads(model, heads)
     fitted = fit_to(recorded, {rescorer: chosen}, device=str(model.device), shared=model)[rescorer]
     with progress_bar() as progress:
         found = block_lengths(

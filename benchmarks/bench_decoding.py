@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     arguments = parser.parse_args()
     base = load_base()
-    heads = load_heads(arguments.heads, base.identity, device=base.device)
+    heads = load_heads(base.identity, arguments.heads, device=base.device)
     examples = load_examples(load_task("squad"), data=load_task("squad").sample, limit=arguments.examples).examples
     prompts = [base.encode_prompt(e.prompt, chat=True) for e in examples]
     limit, rescorer = arguments.max_new_tokens, load_rescorer("none")

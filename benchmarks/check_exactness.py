@@ -43,7 +43,7 @@ def main() -> None:
     base = load_base(arguments.base)
     if not base.supports_tree:
         raise SystemExit(f"{arguments.base} takes no tree mask; there are no three ways to compare")
-    heads = load_heads(arguments.heads, base.identity, device=base.device)
+    heads = load_heads(base.identity, arguments.heads, device=base.device)
     examples = load_examples(task, data=arguments.data, limit=arguments.limit).examples
     rescorer = load_rescorer("none")
     ways = {"p = 1": (1, "tree"), f"p = {arguments.p}, batch": (arguments.p, "batch"),

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lattices.errors import RescoreError
-from rescore.checks import check_k, check_p
+from rescore.checks import check_alpha, check_k, check_p
 from rescore.rescorers import Rescorer, load_rescorer
 from rescore.runs.records import Alpha
 
 DEFAULT_K = 16
-MAX_ALPHA = 64.0
 TUNED: Literal["tuned"] = "tuned"  # the alpha that stands for what `rescore tune` kept
 ORACLE = "oracle"
 _OWN = re.compile(r"(?<=[:,])(p|k|alpha)=([^,]*)(?:,|$)")
@@ -59,12 +58,6 @@ class Run:
 def label_of(rescorer: str | Rescorer) -> str:
     """The spec itself, or the name of a rescorer's class."""
     return rescorer if isinstance(rescorer, str) else type(rescorer).__name__
-
-
-def check_alpha(alpha: float) -> None:
-    """Raises `RescoreError` for what is no weight."""
-    if not 0 <= alpha <= MAX_ALPHA:
-        raise RescoreError(f"--alpha {alpha:g}; a rescorer's weight is from 0 to {MAX_ALPHA:g}")
 
 
 def runs_of(

@@ -15,11 +15,12 @@ from lm.base.model import BaseIdentity, BaseLM
 from lm.files import cache_directory
 from lm.keys import key_of
 from lm.records import read_record
+from rescore.checks import MAX_ALPHA
 from rescore.rescorers import Rescorer, Target
 from rescore.runs.inputs import Inputs
 from rescore.runs.recording import Recording
 from rescore.runs.records import Alpha, RunRecord, Tuned
-from rescore.runs.run import MAX_ALPHA, Run
+from rescore.runs.run import Run
 from rescore.tracing import Trace
 
 LEAST_COVERAGE = 0.1

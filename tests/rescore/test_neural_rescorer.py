@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,6 +38,11 @@ def small_folder(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def small(small_folder) -> BaseLM:
     return load_base(small_folder, dtype="float64", device="cpu")
+
+
+def after_ngram(model: str, ngram: Path) -> str:
+    """The spec of an LM that puts the drafts of an n-gram in order."""
+    return f"ngram-neural:{model},first=ngram,ngram={ngram}"
 
 
 def target(base: BaseLM) -> Target:
@@ -182,9 +188,7 @@ class TestNgramFirst:
     @pytest.mark.parametrize("p", [1, 3, 16])
     def test_the_ngrams_drafts_are_put_in_order(self, tiny_base, small, small_folder, tmp_path, p):
         ngram = save(tmp_path / "ngram", bigram_model())
-        rescorer = (
-            load_rescorer(f"ngram-neural:{small_folder},first=ngram,ngram={ngram}").fit(target(tiny_base)).weighted(0.8)
-        )
+        rescorer = load_rescorer(after_ngram(small_folder, ngram)).fit(target(tiny_base)).weighted(0.8)
         lattices, contexts = lattices_at(9, 4), contexts_at(10, 4)
         drafts = rescorer.draft(lattices, contexts, p)
         first = load_rescorer(f"ngram:{ngram}").fit(target(tiny_base))
@@ -271,7 +275,7 @@ class TestEndToEnd:
         self, tiny_folder, tiny_heads_folder, squad_file, small_folder, tmp_path
     ):
         ngram = save(tmp_path / "ngram", bigram_model())
-        names = ("none", f"neural:{small_folder}", f"ngram-neural:{small_folder},first=ngram,ngram={ngram}")
+        names = ("none", f"neural:{small_folder}", after_ngram(small_folder, ngram))
         options = dict(
             base=str(tiny_folder), heads=str(tiny_heads_folder), data=str(squad_file), dtype="float64", device="cpu",
             max_new_tokens=14, k=8, p=(1, 3), rescorers=names, alpha=0.8,

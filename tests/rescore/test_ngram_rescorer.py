@@ -242,7 +242,7 @@ class TestContext:
 
     @pytest.mark.parametrize("text", ["none,share=2", "none,share=-1", "none,share=x"])
     def test_a_share_that_is_none_is_refused(self, text: str):
-        with pytest.raises(RescoreError, match="share (=|is).* number"):
+        with pytest.raises(RescoreError, match=r"share (=|is).* number"):
             load_rescorer(f"context-ngram:{text}")
 
     def test_shares_and_models_are_told_apart_when_tuned(self, ngram: Path):

@@ -28,14 +28,14 @@ from lm.base.catalog import (
     load_tokenizer,
     read_model_config,
     resolve_base,
-    tokenizer_sha256,
     under_adapter,
 )
+from lm.base.identity import tokenizer_sha256
+from lm.base.machine import enough_memory
 from lm.base.model import BaseIdentity, BaseLM
 from lm.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Config, check_shapes, read_config, read_weights, write_checkpoint
 from lm.files import SHIPPED, read_json_object, sha256_of_file
 from lm.keys import key_of
-from lm.memory import enough_memory
 
 DELTA = "delta"
 ADVICE = "a lower --k, --p or --max-prompt-tokens needs less"

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
-from lm.base.corpus import CORPUS_FILE, HIDDEN_FILE, STATE_BYTES, Once, read_settings
+from lm.base.corpus import CORPUS_FILE, HIDDEN_FILE, STATE_BYTES, corpus_lines, read_settings
 from lm.base.model import BaseLM
-from lm.files import atomic_file, is_text, read_json_lines, sha256_of_file
+from lm.files import atomic_file, is_text, sha256_of_file
 from lm.keys import key_of
 from lm.locks import tell, writing_to
 from lm.text_files import TextFile, identify, rows, text_lines
@@ -280,10 +280,8 @@ def _own_output(base: BaseLM, folder: Path) -> HeadData:
                 f"one: rescore generate-corpus --base {base.identity.name} --prompts ... --out DIR"
             )
     path = folder / CORPUS_FILE
-    once = Once(path)
     sequences: list[Tokens] = []
-    for number, record in read_json_lines(path, torn_tail=True):
-        once.check(number, record)
+    for number, record in corpus_lines(folder):
         for field in ("prompt_ids", "output_ids"):
             if field not in record:
                 raise InvalidDataError(f"{path} line {number} has no field {field!r}")

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.paths import encodable
+from lm.base.machine import enough_memory
 from lm.checkpoint import write_tensors
 from lm.files import (
     append_json_line,
@@ -36,7 +37,6 @@ from lm.files import (
     writing,
 )
 from lm.locks import writing_to
-from lm.memory import enough_memory
 from lm.training.workers import start_workers
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from rescore.rescorers.ngram_neural import NgramNeural
 from rescore.rescorers.oracle import Oracle
 from rescore.rescorers.unrescored import Unrescored
 
-__all__ = ["Context", "Rescorer", "Target", "load_rescorer", "parse_spec", "rescorer_names"]
+__all__ = ["Context", "Rescorer", "Target", "format_spec", "load_rescorer", "parse_spec", "rescorer_names"]
 
 ENTRY_POINTS = "rescore.rescorers"
 BUILT_IN: dict[str, Callable[..., Rescorer]] = {
@@ -73,6 +73,12 @@ def parse_spec(text: str) -> tuple[str, dict[str, str]]:
     if empty := [key for key, value in arguments.items() if not value]:
         raise RescoreError(f"--rescorer {text}: {empty[0] or 'a comma'} has no value; give one, or leave it out")
     return name, arguments
+
+
+def format_spec(name: str, arguments: Mapping[str, str]) -> str:
+    """The spec that `parse_spec` gives these of."""
+    values = ",".join(value if key == MAIN else f"{key}={value}" for key, value in arguments.items())
+    return f"{name}:{values}" if values else name
 
 
 def load_rescorer(spec: str) -> Rescorer:

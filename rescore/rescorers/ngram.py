@@ -21,7 +21,7 @@ from lattices.lattice import Lattice
 from lattices.ngram_search import NgramSearch
 from lattices.paths import user_path
 from lattices.search import PBest
-from lm.ngram.kenlm_search import KenlmSearch
+from lm.ngram.kenlm import KenlmSearch
 from lm.ngram.load import SHIPPED_NGRAM, load_ngram
 from rescore.rescorers.base import Context, Rescorer, Target
 

@@ -193,7 +193,7 @@ class Recording:
             max_new_tokens=self.settings["max_new_tokens"],
             max_prompt_tokens=self.settings["max_prompt_tokens"],
             k=self.k,
-            held=recorded,
+            recorded=recorded,
             check=lambda: models.check_unchanged(self.settings),
             progress=(lambda done, total: progress(f"trace {self.name}", done, total)) if progress else None,
         )

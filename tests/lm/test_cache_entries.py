@@ -92,10 +92,10 @@ class TestConvertedModels:
         """Threads, whose locks are as apart as those of processes."""
         path, convert, calls = write_gguf(tmp_path / "tiny.gguf"), lm.base.catalog._convert, []
 
-        def slowly(*given: Path) -> None:
+        def slowly(*given: Path) -> Path:
             calls.append(given)
             time.sleep(0.3)
-            convert(*given)
+            return convert(*given)
 
         monkeypatch.setattr(lm.base.catalog, "_convert", slowly)
         threads = [threading.Thread(target=lm.base.catalog.resolve_base, args=(str(path),)) for _ in range(2)]
@@ -127,7 +127,7 @@ class TestOwnOutput:
         change(folder / name)
         assert self.make(prompts, base) == folder and (folder / "corpus.jsonl").read_bytes() == before
         (line,) = caplog.messages
-        assert line.startswith("the cached output for prompts.jsonl is broken (") and line.endswith("made again")
+        assert line == f"the output for prompts.jsonl in {folder} is broken; it is made again"
 
     @pytest.mark.parametrize(
         ("name", "change"),
@@ -203,7 +203,7 @@ class TestNgrams:
         before = file.read_bytes()
         change(file)
         load_ngram(arpa)
-        assert caplog.messages == ["the cached automaton of model.arpa is broken; it is made again"]
+        assert caplog.messages == [f"the automaton of model.arpa in {file} is broken; it is made again"]
         assert file.read_bytes() == before
 
     def test_counts_of_another_tokenizer_are_not_gone_on_with(self, tiny_folder: Path, tmp_path: Path, monkeypatch):

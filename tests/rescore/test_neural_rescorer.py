@@ -29,6 +29,10 @@ from rescore.rescorers.ngram_neural import CANDIDATES, path_logps
 H, K = 4, 5
 
 
+def both(small: Path, ngram: Path) -> str:
+    return f"ngram-neural:{small},first=ngram,ngram={ngram}"
+
+
 @pytest.fixture(scope="module")
 def small_folder(tmp_path_factory) -> str:
     """A whole model over the tiny base's tokens."""
@@ -38,11 +42,6 @@ def small_folder(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def small(small_folder) -> BaseLM:
     return load_base(small_folder, dtype="float64", device="cpu")
-
-
-def after_ngram(model: str, ngram: Path) -> str:
-    """The spec of an LM that puts the drafts of an n-gram in order."""
-    return f"ngram-neural:{model},first=ngram,ngram={ngram}"
 
 
 def target(base: BaseLM) -> Target:
@@ -112,9 +111,7 @@ class TestLocal:
     @pytest.mark.parametrize("kind", ["neural", "ngram-neural"])
     def test_weight_0_gives_the_unrescored_drafts(self, tiny_base, small_folder, tmp_path, kind, p):
         ngram = save(tmp_path / "ngram", bigram_model())
-        name = (
-            f"neural:{small_folder}" if kind == "neural" else f"ngram-neural:{small_folder},first=ngram,ngram={ngram}"
-        )
+        name = f"neural:{small_folder}" if kind == "neural" else both(small_folder, ngram)
         rescorer = load_rescorer(name).fit(target(tiny_base)).weighted(0.0)
         lattices = lattices_at(5, 6)
         drafts = rescorer.draft(lattices, contexts_at(6, 6), p)
@@ -188,7 +185,7 @@ class TestNgramFirst:
     @pytest.mark.parametrize("p", [1, 3, 16])
     def test_the_ngrams_drafts_are_put_in_order(self, tiny_base, small, small_folder, tmp_path, p):
         ngram = save(tmp_path / "ngram", bigram_model())
-        rescorer = load_rescorer(after_ngram(small_folder, ngram)).fit(target(tiny_base)).weighted(0.8)
+        rescorer = load_rescorer(both(small_folder, ngram)).fit(target(tiny_base)).weighted(0.8)
         lattices, contexts = lattices_at(9, 4), contexts_at(10, 4)
         drafts = rescorer.draft(lattices, contexts, p)
         first = load_rescorer(f"ngram:{ngram}").fit(target(tiny_base))
@@ -228,9 +225,7 @@ class TestTheCache:
     def test_a_replay_reads_on_where_it_was(self, tiny_base, small_folder, tmp_path, kind, p):
         """Contexts that grow and leave, against fresh ones at every step."""
         ngram = save(tmp_path / "ngram", bigram_model())
-        name = (
-            f"neural:{small_folder}" if kind == "neural" else f"ngram-neural:{small_folder},first=ngram,ngram={ngram}"
-        )
+        name = f"neural:{small_folder}" if kind == "neural" else both(small_folder, ngram)
         fitted = load_rescorer(name).fit(target(tiny_base)).weighted(0.6)
 
         class Fresh:
@@ -275,7 +270,7 @@ class TestEndToEnd:
         self, tiny_folder, tiny_heads_folder, squad_file, small_folder, tmp_path
     ):
         ngram = save(tmp_path / "ngram", bigram_model())
-        names = ("none", f"neural:{small_folder}", after_ngram(small_folder, ngram))
+        names = ("none", f"neural:{small_folder}", both(small_folder, ngram))
         options = dict(
             base=str(tiny_folder), heads=str(tiny_heads_folder), data=str(squad_file), dtype="float64", device="cpu",
             max_new_tokens=14, k=8, p=(1, 3), rescorers=names, alpha=0.8,

@@ -30,7 +30,7 @@ def check_held_k(held: int, k: int) -> None:
 def check_alpha(alpha: float) -> None:
     """Raises `RescoreError` for what is no weight of a rescorer."""
     if not 0 <= alpha <= MAX_ALPHA:
-        raise RescoreError(f"--alpha {alpha:g}; a rescorer's weight is from 0 to {MAX_ALPHA:g}")
+        raise RescoreError(f"alpha = {alpha:g}; a rescorer's weight is from 0 to {MAX_ALPHA:g}")
 
 
 def check_new_tokens(max_new_tokens: int) -> None:

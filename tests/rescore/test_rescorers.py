@@ -109,7 +109,7 @@ def test_a_spec_with_a_gap_or_a_repeat_is_refused(spec):
         ("neural-32m:x", "the rescorer neural-32m takes no value without its key; it takes alpha"),
         ("ngram:a,path=x", "--rescorer ngram: path is there twice, once without its name; give it once"),
         ("context-ngram:none,share=much", "--rescorer context-ngram: share is a number, and 'much' is none"),
-        ("context-ngram:none,alpha=-1", "--alpha -1; a rescorer's weight is from 0 to 64"),
+        ("context-ngram:none,alpha=-1", "alpha = -1; a rescorer's weight is from 0 to 64"),
         ("context-ngram:none,alpha=x", "--rescorer context-ngram: alpha is a number, and 'x' is none"),
         ("ngram-neural:first=ngram,share=0.1", "ngram-neural: share is for first=context-ngram; drop it"),
     ],

@@ -115,8 +115,8 @@ def lattice_of(logits: torch.Tensor, k: int) -> Lattice:
 
 def entropies_of(logits: torch.Tensor) -> np.ndarray:
     """Entropies in nats, float32 `[n, h]`, of logits `[n, h, vocab]`."""
-    entropies: np.ndarray = torch.special.entr(torch.softmax(logits, dim=-1)).sum(-1).float().cpu().numpy()
-    return entropies
+    entropies = torch.special.entr(torch.softmax(logits, dim=-1)).sum(-1)
+    return np.asarray(entropies.float().cpu())
 
 
 def top_k_lowest_ids(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,8 +190,7 @@ def load_heads(
     folder = heads_folder(path, identity)
     config = read_config(folder)
     for field in ("hidden_size", "vocab_size", "tokenizer_sha256"):
-        made_for, actual = getattr(config, field), getattr(identity, field)
-        if made_for != actual:
+        if (made_for := getattr(config, field)) != (actual := getattr(identity, field)):
             raise IncompatibleError(
                 f"the heads in {folder} were made for {config.base_name}, not for {identity.name}: "
                 f"{field} is {made_for}, the base's is {actual}; give other --heads"

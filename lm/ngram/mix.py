@@ -21,11 +21,11 @@ from lattices.automaton import LN10, ROOT, SCORE_SCALE, Automaton
 from lattices.errors import IncompatibleError, OutputError, RescoreError
 from lattices.ngrams import SENTENCE_START, SPECIAL_WORDS, UNKNOWN, NgramArrays, NgramModel
 from lattices.paths import user_path
-from lm.files import sha256_of_file
+from lm.hashes import remembered_sha256
 from lm.locks import writing_to
 from lm.ngram.build import ARPA_FILE, WORDS, check_place, write_model
 from lm.ngram.counting import Progress, no_progress
-from lm.ngram.load import SHIPPED_FILE, SHIPPED_NGRAM, Manifest, check_files, is_arpa, read_manifest
+from lm.ngram.load import SHIPPED_NGRAM, Manifest, check_files, find_ngram, is_arpa
 
 SHIPPED = "shipped"  # the name that stands for the shipped model; a folder of that name is ./shipped
 LEAST = 1e-99  # of a probability, as ARPA files have it
@@ -42,7 +42,7 @@ class NgramPart:
     @cached_property
     def sha256(self) -> str:
         """sha256 of the ARPA file."""
-        return sha256_of_file(self.file)
+        return remembered_sha256(self.file)
 
     def read(self) -> NgramModel:
         """The model. Raises `InvalidDataError` for a broken ARPA file."""
@@ -85,20 +85,11 @@ def _words(manifest: Manifest) -> str:
 
 def _find(name: str) -> NgramPart:
     path = SHIPPED_NGRAM if name == SHIPPED else user_path(name, "the model")
-    if path.is_dir():
-        manifest = read_manifest(path)
-        file = next((path / f for f in (ARPA_FILE, SHIPPED_FILE) if (path / f).is_file()), None)
-        if file is None:
-            raise RescoreError(f"{path} has no {ARPA_FILE}, which a mixture is made from; build the model again")
-        check_files(path, manifest)
-        return NgramPart(name, file, manifest)
-    if not path.is_file():
-        raise RescoreError(
-            f"no n-gram model at {path}; give a folder of rescore build-ngram, an ARPA file or {SHIPPED}"
-        )
-    if not is_arpa(path):
+    file, manifest = find_ngram(path, ARPA_FILE)
+    if not is_arpa(file):
         raise RescoreError(f"{path} is no ARPA file, and only these can be mixed; give the folder or the ARPA file")
-    return NgramPart(name, path, Manifest())
+    check_files(file, manifest)
+    return NgramPart(name, file, manifest)
 
 
 def mix_ngrams(

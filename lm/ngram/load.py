@@ -19,7 +19,7 @@ from lm.files import SHIPPED, atomic_file, cache_directory, read_json_object, sh
 from lm.hashes import remembered_sha256
 from lm.keys import key_of
 from lm.locks import making, tell
-from lm.ngram.build import AUTOMATON_FILE, MANIFEST_FILE
+from lm.ngram.build import ARPA_FILE, AUTOMATON_FILE, MANIFEST_FILE
 from lm.ngram.kenlm import MAGIC as KENLM_MAGIC
 from lm.ngram.kenlm import KenlmModel, KenlmSearch
 

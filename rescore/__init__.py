@@ -68,7 +68,7 @@ _PLACES = {
     "report": "rescore.reports.page",
     "tune": "rescore.runs.tuning",
 }
-__all__ = [*_PLACES]  # noqa: PLE0604 (all of them are names)
+__all__ = [*_PLACES]
 
 
 def __getattr__(name: str) -> Any:
@@ -79,6 +79,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_PLACES})
+
 
 def import_neighbours(*names: str) -> None:
     """Imports top-level packages of this project from the folder that `rescore` itself lies in.

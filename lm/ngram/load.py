@@ -18,9 +18,8 @@ from lattices.ngrams import SENTENCE_END
 from lm.files import SHIPPED, atomic_file, read_json_object, sha256_of_file
 from lm.keys import cache_entry, cached, remembered_sha256
 from lm.ngram.build import ARPA_FILE, AUTOMATON_FILE, MANIFEST_FILE
-from lm.ngram.kenlm_model import MAGIC as KENLM_MAGIC
-from lm.ngram.kenlm_model import KenlmModel
-from lm.ngram.kenlm_search import KenlmSearch
+from lm.ngram.kenlm import MAGIC as KENLM_MAGIC
+from lm.ngram.kenlm import KenlmModel, KenlmSearch
 
 COMPILATION = 1  # changes with what `Automaton.compile` makes of a model
 SUM_SUFFIX = ".sha256"

@@ -27,7 +27,7 @@ from rescore.report.charts.rescorer_charts import rescorer_sections
 from rescore.report.charts.style import Palette, palette_of
 from rescore.report.explorer import explorer_data
 from rescore.report.headline import make_headline
-from rescore.report.sources import TaskView, facts_of, load_sources
+from rescore.report.sources import TaskView, load_sources
 from rescore.report.token_text import harmless, tokenizer_of
 from rescore.runs.environment import versions
 from rescore.runs.inputs import Progress
@@ -134,7 +134,6 @@ def _html(*, views: Sequence[TaskView], sections: Sequence[Any], explorers: Sequ
         sections=sections,
         explorers=explorers,
         figures={f"{section.key}-{i}": chart.figure for section in sections for i, chart in enumerate(section.charts)},
-        facts={view.label: facts_of(view) for view in views},
         few_groups=all(view.analysis.groups < LEAST_GROUPS for view in views),
         style=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
         library=Markup(library),

@@ -12,7 +12,7 @@ import pytest
 from evaluating import evaluated
 
 from lattices.errors import InvalidDataError, OutputError, RescoreError
-from rescore.reports import page
+from rescore.reports.page import report as write_report
 from rescore.runs.evaluated import load_run
 from rescore.studies.cost.decoders import decoder_of, heads_of
 from rescore.studies.cost.model import cost_table
@@ -89,7 +89,7 @@ class Page(HTMLParser):
 
 def report(results: Path | list[Path], tmp_path: Path, **options):
     folders = results if isinstance(results, list) else [results]
-    return page.report(folders, tmp_path / "out" / "report.html", **options)
+    return write_report(folders, tmp_path / "out" / "report.html", **options)
 
 
 def test_three_files_with_the_same_numbers(results, tmp_path):
@@ -315,18 +315,18 @@ class TestTrouble:
         self.refused(lambda: report(results, tmp_path), InvalidDataError)
 
     def test_names_and_numbers_that_do_not_fit(self, results, tmp_path):
-        assert ".html" in self.refused(lambda: page.report([results], tmp_path / "report.pdf"))
+        assert ".html" in self.refused(lambda: write_report([results], tmp_path / "report.pdf"))
         assert "--examples -1" in self.refused(lambda: report(results, tmp_path, examples=-1))
 
     def test_a_place_that_cannot_be_written(self, results, tmp_path):
         (tmp_path / "file").write_text("")
-        self.refused(lambda: page.report([results], tmp_path / "file" / "report.html"), OutputError)
+        self.refused(lambda: write_report([results], tmp_path / "file" / "report.html"), OutputError)
 
 
 def test_the_cost_model_has_the_methods_that_were_run(options, tmp_path, cache_folder):
     """Per token: what a step costs by `rescore.studies.cost.model`, over the tokens of a step."""
     folder = run_into(tmp_path / "run", options, rescorers=("none", "oracle"), p=(1, 16))
-    written = page.report([folder], tmp_path / "report.html")
+    written = write_report([folder], tmp_path / "report.html")
     run = load_run(folder)
     decoder = decoder_of(options["base"])
     table = cost_table(

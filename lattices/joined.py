@@ -1,0 +1,485 @@
+"""The joined lattice: what all drafters propose at a position, with where it came from, and its likeliest prefix tree.
+
+It is not laid out as slots: what a lookup proposes depends on the path before, so candidates are found path by path. A
+path begins with the token that the base LM has already chosen (slot 1). The candidates after it are the entries of the
+next head, what followed the path's longest suffixes earlier in the text (`lattices.lookup`), and the next tokens of
+chains that other drafters gave. A log-linear model says how likely each of them is to be the base's own choice, or none
+of them (`OTHER`): a softmax over weighted features, each a number or a mark by slot or by length of the match. With
+these probabilities the expected accepted length of a prefix tree is the sum over its nodes of the products along their
+paths, so the best tree of n nodes is the n likeliest nodes, found in falling order. Needs numpy and numba only.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from lattices.automaton import SCORE_SCALE
+from lattices.automaton import advance as advance_ngram
+from lattices.lookup import (
+    COUNT,
+    DEGREE,
+    END,
+    FIRST_EDGE,
+    LENGTH,
+    LINK,
+    NEXT,
+    NONE,
+    ROOT,
+    TARGET,
+    TOKEN,
+    TOKENS,
+    Tables,
+)
+from lattices.lookup import advance as advance_match
+from lattices.lookup import step as step_match
+
+HEADS, LOOKUP, CHAIN = 1, 2, 4  # bits of where a candidate comes from
+CONTINUATIONS = 8  # tokens that the text so far proposes after a path, at most
+LEVELS = 4  # suffixes of a path whose continuations are counted: the longest ones, and the empty one
+UNIFORM = 1.0 / 50_000  # of a token that the text so far does not hold
+MATCHES = np.array([1, 2, 3, 4, 6, 9, 16], dtype=np.int64)  # least lengths of the classes of matches after class 0
+CLASSES = len(MATCHES) + 1
+SLOTS = 8  # slots with weights of their own, from slot 2 on; later ones share the last
+
+# Places of the weights.
+HEAD = 0  # [SLOTS] log-probability by the head of the slot, that of its last entry for tokens that it lacks
+LACKS = HEAD + SLOTS  # [SLOTS] the head lacks the token
+TEXT = LACKS + SLOTS  # [CLASSES] log-probability by what followed in the text
+RECENT = TEXT + CLASSES  # [CLASSES] it followed the last time
+ALONE = RECENT + CLASSES  # [CLASSES] nothing else ever followed
+NGRAM = ALONE + CLASSES  # [2] log-probability by an n-gram model, where there is a head, where not
+CHAINS = NGRAM + 2  # [2] the chain's log-probability; it is the next token of a chain
+OTHER_SLOT = CHAINS + 2  # [SLOTS + 1] of the outcome that it is none of them; the last: no head
+OTHER_MATCH = OTHER_SLOT + SLOTS + 1  # [CLASSES]
+OTHER_MASS = OTHER_MATCH + CLASSES  # log of what the head gives to tokens that it lacks
+WEIGHTS = OTHER_MASS + 1
+ACTIVE = 8  # features that are not 0 of one candidate, at most
+
+
+class Sources(NamedTuple):
+    """What candidates come from, at one position.
+
+    token_ids int32 `[h, k]`, logps float32 `[h, k]`: the heads' lattice, slot 1 first.
+    lookup: the suffix automaton of the text so far, without the token of slot 1.
+    cells, roots, words: an n-gram automaton and its word of each token id; empty without one.
+    ngram_state: after the text so far.
+    chains int32 `[c, m]`, chain_logps float32 `[c, m]`: continuations from slot 2 on, `NONE` after their end.
+    """
+
+    token_ids: np.ndarray
+    logps: np.ndarray
+    lookup: Tables
+    cells: np.ndarray
+    roots: np.ndarray
+    words: np.ndarray
+    ngram_state: int
+    chains: np.ndarray
+    chain_logps: np.ndarray
+
+
+class Room(NamedTuple):
+    """Scratch arrays for the candidates after one path.
+
+    token_ids int32, origins int32 (bits), log_text float64 `[m]`; places int32, values float64 `[m + 1, ACTIVE]`: the
+    features, those of `OTHER` last; used int32 `[m + 1]`: how many of them; ngram_states int32 `[m]`.
+    """
+
+    token_ids: np.ndarray
+    origins: np.ndarray
+    places: np.ndarray
+    values: np.ndarray
+    used: np.ndarray
+    ngram_states: np.ndarray
+    logps: np.ndarray
+
+
+def room_for(k: int, chains: int) -> Room:
+    """Room for the candidates of heads with k entries and so many chains."""
+    m = k + CONTINUATIONS + chains
+    return Room(
+        np.zeros(m, dtype=np.int32),
+        np.zeros(m, dtype=np.int32),
+        np.zeros((m + 1, ACTIVE), dtype=np.int32),
+        np.zeros((m + 1, ACTIVE)),
+        np.zeros(m + 1, dtype=np.int32),
+        np.zeros(m, dtype=np.int32),
+        np.zeros(m + 1),
+    )
+
+
+@njit(cache=True)
+def _class_of(length: int) -> int:
+    place = 0
+    while place < len(MATCHES) and length >= MATCHES[place]:
+        place += 1
+    return place
+
+
+@njit(cache=True)
+def _find(room: Room, found: int, token: int) -> int:
+    for place in range(found):
+        if room.token_ids[place] == token:
+            return place
+    return NONE
+
+
+@njit(cache=True)
+def _gather(sources: Sources, depth: int, state: int, length: int, following: int, room: Room) -> int:
+    """The candidates after a path of `depth` tokens: heads', then the text's, then the chains'."""
+    h, k = sources.token_ids.shape
+    found = 0
+    if depth < h:
+        for entry in range(k):
+            room.token_ids[found] = sources.token_ids[depth, entry]
+            room.origins[found] = HEADS
+            found += 1
+    states, edges = sources.lookup.states, sources.lookup.edges
+    proposed = 0
+    level = state
+    while level != ROOT and proposed < CONTINUATIONS:
+        # The most frequent, of equals the most recent; they are few, so they are searched for one by one.
+        while proposed < CONTINUATIONS:
+            best, best_count, best_end = np.int64(NONE), np.int64(0), np.int64(0)
+            edge = np.int64(states[level, FIRST_EDGE])
+            while edge != NONE:
+                target = edges[edge, TARGET]
+                count, end = np.int64(states[target, COUNT]), np.int64(states[target, END])
+                if count > best_count or (count == best_count and end > best_end):
+                    place = _find(room, found, edges[edge, TOKEN])
+                    if place == NONE or not room.origins[place] & LOOKUP:
+                        best, best_count, best_end = edge, count, end
+                edge = np.int64(edges[edge, NEXT])
+            if best == NONE:
+                break
+            found = _propose(room, found, edges[best, TOKEN], LOOKUP)
+            proposed += 1
+        level = np.int64(states[level, LINK])
+    for chain in range(len(sources.chains)):
+        if following >> chain & 1 and depth - 1 < sources.chains.shape[1] and sources.chains[chain, depth - 1] != NONE:
+            found = _propose(room, found, sources.chains[chain, depth - 1], CHAIN)
+    return found
+
+
+@njit(cache=True)
+def _propose(room: Room, found: int, token: int, origin: int) -> int:
+    place = _find(room, found, token)
+    if place == NONE:
+        room.token_ids[found], room.origins[found] = token, origin
+        return found + 1
+    room.origins[place] |= origin
+    return found
+
+
+@njit(cache=True)
+def candidates(
+    sources: Sources, depth: int, state: int, length: int, ngram_state: int, following: int, room: Room
+) -> int:
+    """Fills `room` with the candidates after a path and their features; returns how many there are.
+
+    depth: tokens of the path; state, length: its match in the text; ngram_state: after it.
+    following: bits of the chains that it has followed so far.
+    """
+    h, k = sources.token_ids.shape
+    states, edges = sources.lookup.states, sources.lookup.edges
+    found = _gather(sources, depth, state, length, following, room)
+    has_head = depth < h
+    slot = min(depth - 1, SLOTS - 1)
+    match = _class_of(length)
+    levels = np.empty(LEVELS, dtype=np.int64)
+    level_count, level = 0, state
+    while level_count < LEVELS - 1 and level != ROOT:
+        levels[level_count] = level
+        level_count += 1
+        level = np.int64(states[level, LINK])
+    levels[level_count] = ROOT
+    level_count += 1
+    last_end = np.int64(NONE)  # of what followed the longest match the last time
+    edge = np.int64(states[state, FIRST_EDGE]) if state != ROOT else np.int64(NONE)
+    while edge != NONE:
+        last_end = max(last_end, np.int64(states[edges[edge, TARGET], END]))
+        edge = np.int64(edges[edge, NEXT])
+    floor = np.float64(sources.logps[depth, k - 1]) if has_head else 0.0
+    head_mass = 0.0
+    for place in range(found):
+        token = np.int64(room.token_ids[place])
+        used = 0
+        if has_head:
+            in_head = room.origins[place] & HEADS
+            logp = np.float64(sources.logps[depth, place]) if in_head else floor  # heads' entries come first
+            used = _put(room, place, used, HEAD + slot, logp)
+            if in_head:
+                head_mass += np.exp(logp)
+            else:
+                used = _put(room, place, used, LACKS + slot, 1.0)
+        probability, longest_target = UNIFORM, np.int64(NONE)
+        for i in range(level_count - 1, -1, -1):
+            target = step_match(sources.lookup, levels[i], token)
+            count = np.int64(states[target, COUNT]) if target != NONE else np.int64(0)
+            kinds = np.int64(states[levels[i], DEGREE])
+            probability = (count + kinds * probability) / max(1, states[levels[i], COUNT] + kinds)
+            longest_target = target
+        if len(sources.lookup.tokens) and sources.lookup.sizes[TOKENS] > 0:
+            used = _put(room, place, used, TEXT + match, np.log(probability))
+        if state != ROOT and longest_target != NONE:
+            if states[longest_target, END] == last_end:
+                used = _put(room, place, used, RECENT + match, 1.0)
+            if states[state, DEGREE] == 1:
+                used = _put(room, place, used, ALONE + match, 1.0)
+        if len(sources.words):
+            score, room.ngram_states[place] = advance_ngram(
+                sources.cells, sources.roots, ngram_state, sources.words[token]
+            )
+            used = _put(room, place, used, NGRAM + (0 if has_head else 1), score / SCORE_SCALE)
+        for chain in range(len(sources.chains)):
+            if following >> chain & 1 and room.origins[place] & CHAIN and sources.chains[chain, depth - 1] == token:
+                used = _put(room, place, used, CHAINS, np.float64(sources.chain_logps[chain, depth - 1]))
+                used = _put(room, place, used, CHAINS + 1, 1.0)
+                break
+        room.used[place] = used
+    used = _put(room, found, 0, OTHER_SLOT + (slot if has_head else SLOTS), 1.0)
+    used = _put(room, found, used, OTHER_MATCH + match, 1.0)
+    if has_head:
+        used = _put(room, found, used, OTHER_MASS, np.log(max(1.0 - head_mass, 1e-6)))
+    room.used[found] = used
+    return found
+
+
+@njit(cache=True)
+def _put(room: Room, place: int, used: int, feature: int, value: float) -> int:
+    room.places[place, used] = feature
+    room.values[place, used] = value
+    return used + 1
+
+
+@njit(cache=True)
+def score(weights: np.ndarray, found: int, room: Room) -> None:
+    """Log-probabilities of the candidates, and of none of them, into `room.logps`."""
+    highest = -np.inf
+    for place in range(found + 1):
+        total = 0.0
+        for i in range(room.used[place]):
+            total += weights[room.places[place, i]] * room.values[place, i]
+        room.logps[place] = total
+        highest = max(highest, total)
+    norm = 0.0
+    for place in range(found + 1):
+        norm += np.exp(room.logps[place] - highest)
+    norm = highest + np.log(norm)
+    for place in range(found + 1):
+        room.logps[place] -= norm
+
+
+class Nodes(NamedTuple):
+    """A prefix tree in falling order of probability, its root (slot 1) first.
+
+    token_ids, parents int32 `[n]`: the root's parent is `NONE`; depths int32 `[n]`, 1 for the root.
+    logps float64 `[n]`: of the whole path; origins int32 `[n]`: bits.
+    """
+
+    token_ids: np.ndarray
+    parents: np.ndarray
+    depths: np.ndarray
+    logps: np.ndarray
+    origins: np.ndarray
+
+
+@njit(cache=True)
+def likeliest_nodes(
+    sources: Sources, weights: np.ndarray, first: int, count: int, deepest: int, room: Room
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The `count` likeliest prefixes of at most `deepest` tokens, as `Nodes`; first: the token of slot 1."""
+    most = 1 + count * (len(room.token_ids))
+    tokens, parents = np.empty(most, dtype=np.int32), np.empty(most, dtype=np.int32)
+    logps, origins = np.empty(most), np.empty(most, dtype=np.int32)
+    depths, matched = np.empty(most, dtype=np.int32), np.empty((most, 2), dtype=np.int32)
+    ngram_states, following = np.empty(most, dtype=np.int32), np.empty(most, dtype=np.int32)
+    heap, waiting = np.empty(most, dtype=np.int32), 0
+    chosen, number = np.empty(count, dtype=np.int32), np.full(most, NONE, dtype=np.int32)
+    tokens[0], parents[0], logps[0], origins[0], depths[0] = first, NONE, 0.0, HEADS, 1
+    whole = np.empty(1, dtype=np.int32)
+    whole[0] = first
+    matched[0, 0], matched[0, 1] = _first_match(sources.lookup, first)
+    ngram_states[0] = sources.ngram_state
+    if len(sources.words):
+        ngram_states[0] = advance_ngram(sources.cells, sources.roots, sources.ngram_state, sources.words[first])[1]
+    following[0] = (1 << len(sources.chains)) - 1
+    heap[0], waiting, made, taken = 0, 1, 1, 0
+    while waiting and taken < count:
+        node = heap[0]
+        waiting -= 1
+        heap[0] = heap[waiting]
+        _sink(heap, waiting, logps)
+        chosen[taken] = node
+        number[node] = taken
+        taken += 1
+        if depths[node] == deepest or taken == count:
+            continue
+        found = candidates(
+            sources, depths[node], matched[node, 0], matched[node, 1], ngram_states[node], following[node], room
+        )
+        score(weights, found, room)
+        for place in range(found):
+            tokens[made], parents[made], depths[made] = room.token_ids[place], node, depths[node] + 1
+            logps[made], origins[made] = logps[node] + room.logps[place], room.origins[place]
+            state, length = advance_match(sources.lookup, matched[node, 0], matched[node, 1], room.token_ids[place])
+            matched[made, 0], matched[made, 1] = state, length
+            ngram_states[made] = room.ngram_states[place]
+            following[made] = 0
+            for chain in range(len(sources.chains)):
+                if following[node] >> chain & 1 and room.origins[place] & CHAIN:
+                    if sources.chains[chain, depths[node] - 1] == room.token_ids[place]:
+                        following[made] |= 1 << chain
+            heap[waiting] = made
+            waiting += 1
+            _rise(heap, waiting - 1, logps)
+            made += 1
+    order = chosen[:taken]
+    new_parents = np.empty(taken, dtype=np.int32)
+    for place in range(taken):
+        new_parents[place] = number[parents[order[place]]] if place else NONE
+    return tokens[order], new_parents, depths[order], logps[order], origins[order]
+
+
+@njit(cache=True)
+def _first_match(lookup: Tables, first: int) -> tuple[int, int]:
+    from_state, from_length = lookup.sizes[3], lookup.sizes[TOKENS]
+    return advance_match(lookup, from_state, from_length, first)
+
+
+@njit(cache=True)
+def _before(logps: np.ndarray, a: int, b: int) -> bool:
+    """Whether node a comes before b: likelier, of equals the one that was found first."""
+    return logps[a] > logps[b] or (logps[a] == logps[b] and a < b)
+
+
+@njit(cache=True)
+def _rise(heap: np.ndarray, place: int, logps: np.ndarray) -> None:
+    while place:
+        above = (place - 1) >> 1
+        if not _before(logps, heap[place], heap[above]):
+            break
+        heap[place], heap[above] = heap[above], heap[place]
+        place = above
+
+
+@njit(cache=True)
+def _sink(heap: np.ndarray, size: int, logps: np.ndarray) -> None:
+    place = 0
+    while True:
+        below = 2 * place + 1
+        if below >= size:
+            break
+        if below + 1 < size and _before(logps, heap[below + 1], heap[below]):
+            below += 1
+        if not _before(logps, heap[below], heap[place]):
+            break
+        heap[place], heap[below] = heap[below], heap[place]
+        place = below
+
+
+@njit(cache=True)
+def best_branches(parents: np.ndarray, logps: np.ndarray, p: int) -> np.ndarray:
+    """Which nodes of a prefix tree stay, bool `[n]`, if it may have at most p leaves: those with the highest expected
+    accepted length. The longest branch first, then what adds most; for any p no other choice of leaves is better."""
+    n = len(parents)
+    branch, heavy = np.exp(logps), np.full(n, NONE, dtype=np.int32)
+    for node in range(n - 1, -1, -1):  # children come after their parents
+        if heavy[node] != NONE:
+            branch[node] += branch[heavy[node]]
+        above = parents[node]
+        if above != NONE and (heavy[above] == NONE or branch[node] >= branch[heavy[above]]):
+            heavy[above] = node
+    tops = np.empty(n, dtype=np.int32)
+    found = 0
+    for node in range(n):
+        if node == 0 or heavy[parents[node]] != node:
+            tops[found] = node
+            found += 1
+    order = np.argsort(-branch[tops[:found]], kind="mergesort")
+    stays = np.zeros(n, dtype=np.bool_)
+    for i in range(min(p, found)):
+        node = tops[order[i]]
+        while node != NONE:
+            stays[node] = True
+            node = heavy[node]
+    return stays
+
+
+@njit(cache=True)
+def features_along(
+    sources: Sources,
+    path: np.ndarray,
+    room: Room,
+    targets: np.ndarray,
+    counts: np.ndarray,
+    used: np.ndarray,
+    places: np.ndarray,
+    values: np.ndarray,
+) -> tuple[int, int]:
+    """The candidates after every prefix of a path that is known to be right, for fitting the weights.
+
+    path int32 `[m]`: from slot 1 on. Fills for each prefix its target (place of the candidate that comes next, the last
+    one for `OTHER`) and how many outcomes there are, and for each outcome its features. Returns prefixes and outcomes.
+    """
+    state, length = _first_match(sources.lookup, path[0])
+    ngram_state = np.int64(sources.ngram_state)
+    if len(sources.words):
+        ngram_state = np.int64(advance_ngram(sources.cells, sources.roots, ngram_state, sources.words[path[0]])[1])
+    following = (1 << len(sources.chains)) - 1
+    outcomes = 0
+    for depth in range(1, len(path)):
+        found = candidates(sources, depth, state, length, ngram_state, following, room)
+        target = _find(room, found, path[depth])
+        targets[depth - 1] = found if target == NONE else target
+        counts[depth - 1] = found + 1
+        for place in range(found + 1):
+            used[outcomes] = room.used[place]
+            places[outcomes] = room.places[place]
+            values[outcomes] = room.values[place]
+            outcomes += 1
+        state, length = advance_match(sources.lookup, state, length, path[depth])
+        if len(sources.words):
+            ngram_state = np.int64(
+                advance_ngram(sources.cells, sources.roots, ngram_state, sources.words[path[depth]])[1]
+            )
+        for chain in range(len(sources.chains)):
+            if depth - 1 >= sources.chains.shape[1] or sources.chains[chain, depth - 1] != path[depth]:
+                following &= ~(1 << chain)
+    return len(path) - 1, outcomes
+
+
+@njit(cache=True)
+def loss_and_gradient(
+    weights: np.ndarray,
+    targets: np.ndarray,
+    counts: np.ndarray,
+    used: np.ndarray,
+    places: np.ndarray,
+    values: np.ndarray,
+    gradient: np.ndarray,
+) -> float:
+    """Summed negative log-probability of the targets, and its gradient; convex in the weights."""
+    gradient[:] = 0.0
+    loss, start = 0.0, 0
+    logits = np.empty(counts.max())
+    for row in range(len(targets)):
+        highest = -np.inf
+        for place in range(counts[row]):
+            total = 0.0
+            for i in range(used[start + place]):
+                total += weights[places[start + place, i]] * values[start + place, i]
+            logits[place] = total
+            highest = max(highest, total)
+        norm = 0.0
+        for place in range(counts[row]):
+            norm += np.exp(logits[place] - highest)
+        loss += highest + np.log(norm) - logits[targets[row]]
+        for place in range(counts[row]):
+            part = np.exp(logits[place] - highest) / norm - (1.0 if place == targets[row] else 0.0)
+            for i in range(used[start + place]):
+                gradient[places[start + place, i]] += part * values[start + place, i]
+        start += counts[row]
+    return loss

@@ -61,7 +61,7 @@ def block_length_command(
     from rescore.runs.weights import fit_to
     from rescore.studies.block_length import block_lengths
     from rescore.studies.tables import block_length_table
-    from rescore.tracing import load_trace
+    from rescore.tracing import read_trace
 
     chosen = load_rescorer(rescorer)
     if alpha is not None:
@@ -70,7 +70,7 @@ def block_length_command(
         chosen = chosen.weighted(alpha)
     if limit < 1:
         raise RescoreError(f"--limit {limit}; at least one example must be replayed")
-    recorded = load_trace(trace).first_examples(limit)
+    recorded = read_trace(trace).first_examples(limit)
     model = load_base(base, dtype=dtype, device=device)
     folder = heads_folder(heads, model.identity)
     if recorded.header.settings.get("heads_sha256") not in (None, heads_sha256(folder)):

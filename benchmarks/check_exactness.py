@@ -20,7 +20,7 @@ import torch
 from lm.base.catalog import load_base
 from lm.heads.block_heads import load_heads
 from rescore.decoding import decode
-from rescore.replay import replay
+from rescore.replaying import replay
 from rescore.rescorers import load_rescorer
 from rescore.table import text_table
 from rescore.tasks import load_task

@@ -6,7 +6,7 @@ import ctypes
 import json
 import os
 import resource
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lattices.errors import RescoreError
 from lm.base.catalog import load_base
 from lm.base.model import BaseLM
 from lm.heads.block_heads import BlockHeads
@@ -88,6 +89,14 @@ def make_heads(base: BaseLM, *, h: int = 4, seed: int = 0, strength: float = 0.3
     for parameter in (*heads.net.outer.values(), heads.net.token["weight"]):
         torch.nn.init.normal_(parameter, std=strength)
     return heads.to(base.heads_dtype).eval().requires_grad_(False)
+
+
+def refused(call: Callable[[], object], kind: type[RescoreError] = RescoreError) -> str:
+    """The one line with which a call is refused."""
+    with pytest.raises(kind) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 @pytest.fixture(scope="session")

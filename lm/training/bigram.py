@@ -108,13 +108,12 @@ def _sha256_of_inputs(base: BaseLM, heads: BlockHeads, data: HeadData, k: int, r
     """sha256 of all that lattices follow from; a corpus' own hash says neither how it was cut nor templated."""
     identity = {**dataclasses.asdict(base.identity), "name": None}
     settings = {
-        "base": identity, "heads": heads.config, "k": k, "rows": rows, "seed": seed, "shard_rows": SHARD_ROWS
+        "base": identity, "heads": heads.config, "heads_sha256": heads.sha256, "k": k, "rows": rows, "seed": seed,
+        "shard_rows": SHARD_ROWS,
     }  # fmt: skip
     digest = hashlib.sha256(key_of(settings).encode())
     for tokens in (data.targets, data.ends, data.contexts, data.context_ends):
         digest.update(np.ascontiguousarray(tokens).tobytes())
-    for _, value in sorted(heads.net.state_dict().items()):
-        digest.update(value.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -34,7 +34,7 @@ def explorer_data(view: TaskView, palette: Palette, tokenizer: Any, *, examples:
     traced = {example.id: example for example in trace.examples} if trace else {}
     by_id: dict[str, dict[int, ExampleRecord]] = {}
     for place, r in enumerate(view.results):
-        for record in view.run.records[view.task, r.rescorer, r.p]:
+        for record in view.run.records(view.task, r.rescorer, r.p):
             if record.accepted:
                 by_id.setdefault(record.id, {})[place] = record
     walked = _most_telling(view)

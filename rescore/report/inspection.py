@@ -16,7 +16,7 @@ from typing import Any
 from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
 from rescore.report.token_text import token_texts, tokenizer_of
 from rescore.report.walks import Slot, slots_at, walk_of
-from rescore.runs.finished import FinishedRun, load_runs
+from rescore.runs.evaluated import Evaluation, load_runs
 from rescore.runs.records import ExampleRecord, Result
 
 SHOWN_BLOCKS = 5
@@ -109,7 +109,7 @@ def inspect_example(
         raise RescoreError(f"--top {top}; show at least one token of each slot")
     run, task = _choose_run(folder, task, k=k, h=h)
     results = _choose_results(run, task, rescorers, p)
-    records = [(r, {record.id: record for record in run.records[task, r.rescorer, r.p]}) for r in results]
+    records = [(r, {record.id: record for record in run.records(task, r.rescorer, r.p)}) for r in results]
     ids = list(dict.fromkeys(name for _, by_id in records for name in by_id))
     name = _choose_example(ids, example, task, folder)
     decodes = [(r, by_id[name]) for r, by_id in records if name in by_id]
@@ -159,7 +159,7 @@ def inspect_example(
     )
 
 
-def _choose_run(folder: Path, task: str | None, **shape: int | None) -> tuple[FinishedRun, str]:
+def _choose_run(folder: Path, task: str | None, **shape: int | None) -> tuple[Evaluation, str]:
     """The run of a task with this k and h (None: the only one there is)."""
     runs = load_runs(folder)
     tasks = list(dict.fromkeys(name for run in runs for name in run.tasks))
@@ -180,7 +180,7 @@ def _choose_run(folder: Path, task: str | None, **shape: int | None) -> tuple[Fi
     return choices[0][0], task
 
 
-def _choose_results(run: FinishedRun, task: str, rescorers: Collection[str], p: int | None) -> list[Result]:
+def _choose_results(run: Evaluation, task: str, rescorers: Collection[str], p: int | None) -> list[Result]:
     of_task = [result for result in run.results if result.task == task]
     known = {result.rescorer for result in of_task}
     for name in rescorers:

@@ -30,7 +30,7 @@ from rescore.report.headline import make_headline
 from rescore.report.sources import TaskView, load_sources
 from rescore.report.token_text import harmless, tokenizer_of
 from rescore.runs.environment import versions
-from rescore.runs.options import Progress
+from rescore.runs.inputs import Progress
 from rescore.runs.tables import results_csv
 from rescore.table import GAIN, GAIN_INTERVAL, NUMBER, NUMBER_INTERVAL, Table, escaped, percent
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,12 @@ from lattices.errors import RescoreError
 from lm.files import cache_directory, read_json_lines, read_json_object
 from lm.records import convert_record
 from rescore.bootstrap import LEAST_GROUPS
-from rescore.runs.finished import FinishedRun, load_runs
-from rescore.runs.options import Progress
+from rescore.runs.evaluated import Evaluation, load_runs
+from rescore.runs.inputs import Progress
+from rescore.runs.log import CONFIG_FILE, RESULTS_FILE
 from rescore.runs.records import Result, Tuned
-from rescore.runs.results import CONFIG_FILE, RESULTS_FILE
-from rescore.runs.suite_files import PLAN_FILE, RUNS_FOLDER, TUNED_FILE
 from rescore.studies.analysis import HmaxCorrelation, RescorerAnalysis, RunAnalysis, analyse_run, correlate_h_max
+from rescore.suites.files import PLAN_FILE, RUNS_FOLDER, TUNED_FILE
 from rescore.tracing import trace_folder
 
 
@@ -37,7 +37,7 @@ class TaskView:
 
     label: str
     task: str
-    run: FinishedRun
+    run: Evaluation
     results: tuple[Result, ...]
     analysis: RunAnalysis
     sweeps: tuple[Tuned, ...]
@@ -66,7 +66,7 @@ class TaskView:
     @property
     def seed(self) -> int:
         """Of the run's bootstrap intervals."""
-        return self.run.config.options.seed
+        return self.run.config.seed
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,8 @@ def load_sources(folders: Sequence[Path], *, progress: Progress | None = None) -
     Raises `RescoreError` for a folder without finished results, `InvalidDataError` for one of another schema or with
     anything else in it.
     """
-    runs = {
-        run.folder.resolve(): run for given in folders for folder in _results_in(given) for run in load_runs(folder)
-    }
+    found = [run for given in folders for folder in _results_in(given) for run in load_runs(folder)]
+    runs = {(run.folder and run.folder.resolve(), run.results[0].k): run for run in found}
     pairs = [(run, task) for run in runs.values() for task in run.tasks]
     lacking = [line for run, task in pairs if (line := _lacks_trace(run, task))]
     views = []
@@ -116,7 +115,7 @@ def _results_in(folder: Path) -> list[Path]:
     return sorted({path.parent for name in (CONFIG_FILE, PLAN_FILE) for path in folder.glob(f"*/{name}")}) or [folder]
 
 
-def _lacks_trace(run: FinishedRun, task: str) -> str | None:
+def _lacks_trace(run: Evaluation, task: str) -> str | None:
     """Reads a trace once for all that need it; a sentence if there is none, or none that can be used."""
     try:
         if run.trace(task) is not None:
@@ -130,35 +129,42 @@ def _lacks_trace(run: FinishedRun, task: str) -> str | None:
     )
 
 
-def trace_command(run: FinishedRun, task: str) -> str:
+def trace_command(run: Evaluation, task: str) -> str:
     """The command that records the trace of a task of the run where the run looks for it."""
-    options, settings = run.config.options, dict(run.config.traces[task])
+    inputs, settings = run.config.inputs[task], dict(run.config.traces[task])
     k = settings.pop("k")
     base = settings.get("base") or {}
     arguments: dict[str, Any] = {
         "task": task,
         "base": base.get("name"),
-        "heads": options.heads,
+        "heads": inputs.heads,
         "k": k,
-        "limit": len({r.id for (of, _, _), records in run.records.items() if of == task for r in records}),
+        "limit": len({r.id for r in run.examples if r.task == task}),
         "max-new-tokens": settings.get("max_new_tokens"),
         "max-prompt-tokens": settings.get("max_prompt_tokens"),
-        "data": options.data,
-        "leave-out": options.leave_out,
+        "data": inputs.data,
+        "leave-out": inputs.leave_out,
         "dtype": None if base.get("dtype") == "float32" else base.get("dtype"),
         "device": (settings.get("recorded_by") or {}).get("device"),
-        "out": options.trace or trace_folder(task, settings, k),
+        "out": inputs.trace or trace_folder(task, settings, k),
     }
     words = [f"--{name} {shlex.quote(str(value))}" for name, value in arguments.items() if value is not None]
     return " ".join(["rescore trace", *words])
 
 
-def _labels(pairs: Sequence[tuple[FinishedRun, str]]) -> list[str]:
+def _labels(pairs: Sequence[tuple[Evaluation, str]]) -> list[str]:
     """Names of the views, every one different."""
     often = Counter(task for _, task in pairs)
-    names = [task if often[task] == 1 else f"{task} ({run.folder.resolve().name})" for run, task in pairs]
+    ks = {run.results[0].k for run, _ in pairs}
+    names = [task if often[task] == 1 else f"{task} ({_place(run, ks)})" for run, task in pairs]
     before = [names[:place].count(name) for place, name in enumerate(names)]
     return [f"{name} [{count + 1}]" if count else name for name, count in zip(names, before, strict=True)]
+
+
+def _place(run: Evaluation, ks: Collection[int]) -> str:
+    """Folder and, where there are several, k."""
+    name = run.folder.resolve().name if run.folder else "in memory"
+    return f"{name}, k = {run.results[0].k}" if len(ks) > 1 else name
 
 
 def _gaps(views: Sequence[TaskView]) -> list[str]:
@@ -182,18 +188,17 @@ def _gaps(views: Sequence[TaskView]) -> list[str]:
     return lines
 
 
-def sweeps_of(run: FinishedRun, task: str) -> tuple[Tuned, ...]:
+def sweeps_of(run: Evaluation, task: str) -> tuple[Tuned, ...]:
     """The sweeps from which the tuned weights of a task of a run came, in the run's order.
 
     A sweep belongs to a weight if task, rescorer, k, h (where it says), p, the held-out examples and the best weight
     are the same. Files that can't be read are passed over: a sweep is shown where there is one.
     """
-    options = run.config.options
+    k, h = run.results[0].k, run.config.inputs[task].h
     weights = {
-        (rescorer, p): weight
-        for rescorer, by_p in run.config.alphas.get(task, {}).items()
-        for p, weight in by_p.items()
-        if weight.source == "tuned"
+        (r.rescorer, r.p): r.alpha
+        for r in run.config.runs.get(task, ())
+        if r.k == k and r.alpha and r.alpha.source == "tuned"
     }
     sweeps: dict[tuple[str, int], Tuned] = {}
     for fields in _candidates(run, task) if weights else ():
@@ -202,7 +207,7 @@ def sweeps_of(run: FinishedRun, task: str) -> tuple[Tuned, ...]:
             weight = weights.get((tuned.rescorer, tuned.p))
             if (
                 weight is not None
-                and (tuned.task, tuned.k, fields.get("h", options.h)) == (task, options.k, options.h)
+                and (tuned.task, tuned.k, fields.get("h", h)) == (task, k, h)
                 and (tuned.alpha, tuned.held_out) == (weight.alpha, weight.held_out)
                 and len(tuned.alphas) == len(tuned.block_efficiency)
             ):
@@ -210,9 +215,9 @@ def sweeps_of(run: FinishedRun, task: str) -> tuple[Tuned, ...]:
     return tuple(sweeps[key] for key in weights if key in sweeps)
 
 
-def _candidates(run: FinishedRun, task: str) -> Iterator[dict[str, Any]]:
+def _candidates(run: Evaluation, task: str) -> Iterator[dict[str, Any]]:
     """Lines of the suite's file, then documents of the cache; what can't be read is passed over."""
-    folder = run.folder.resolve().parent
+    folder = (run.folder or Path()).resolve().parent
     if folder.name == RUNS_FOLDER:
         with suppress(RescoreError):
             lines = [fields for _, fields in read_json_lines(folder.parent / TUNED_FILE, torn_tail=True)]

@@ -90,7 +90,8 @@ def tokenizer_of(base: Any) -> tuple[PreTrainedTokenizerBase | None, str | None]
 
     Nothing is fetched: a model of the hub must be on this machine already.
     """
-    from lm.base.catalog import load_tokenizer, tokenizer_sha256
+    from lm.base.catalog import load_tokenizer
+    from lm.base.identity import tokenizer_sha256
 
     name = base.get("name") if isinstance(base, dict) else None
     if not isinstance(name, str):

@@ -60,7 +60,7 @@ def _acceptance(views: Sequence[TaskView], palette: Palette) -> Section:
     for view in views:
         lines = []
         for r in view.results:
-            records = view.run.records[view.task, r.rescorer, r.p]
+            records = view.run.records(view.task, r.rescorer, r.p)
             known = marginal_intervals(
                 [record.accepted for record in records], len(r.marginal), groups=[record.group for record in records],
                 seed=view.seed,

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
-from rescore.report.token_text import token_texts, tokenizer_of
-from rescore.report.walks import Slot, slots_at, walk_of
+from rescore.reports.token_text import token_texts, tokenizer_of
+from rescore.reports.walks import Slot, slots_at, walk_of
 from rescore.runs.evaluated import Evaluation, load_runs
 from rescore.runs.records import ExampleRecord, Result
 

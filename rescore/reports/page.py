@@ -18,18 +18,20 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from lattices.errors import RescoreError
+from lattices.paths import user_path
 from lm.files import atomic_file
 from rescore.bootstrap import LEAST_GROUPS
-from rescore.report.charts.cost_charts import cost_sections
-from rescore.report.charts.figures import WORDS
-from rescore.report.charts.head_charts import head_sections
-from rescore.report.charts.rescorer_charts import rescorer_sections
-from rescore.report.charts.style import Palette, palette_of
-from rescore.report.explorer import explorer_data
-from rescore.report.headline import make_headline
-from rescore.report.sources import TaskView, load_sources
-from rescore.report.token_text import harmless, tokenizer_of
+from rescore.reports.charts.cost_charts import cost_sections
+from rescore.reports.charts.figures import WORDS
+from rescore.reports.charts.head_charts import head_sections
+from rescore.reports.charts.rescorer_charts import rescorer_sections
+from rescore.reports.charts.style import Palette, palette_of
+from rescore.reports.explorer import explorer_data
+from rescore.reports.headline import make_headline
+from rescore.reports.sources import TaskView, load_sources
+from rescore.reports.token_text import harmless, tokenizer_of
 from rescore.runs.environment import versions
+from rescore.runs.evaluated import Evaluation
 from rescore.runs.inputs import Progress
 from rescore.runs.tables import results_csv
 from rescore.table import GAIN, GAIN_INTERVAL, NUMBER, NUMBER_INTERVAL, Table, escaped, percent
@@ -48,19 +50,28 @@ class Written:
     missing: tuple[str, ...]
 
 
-def write_report(
-    folders: Sequence[Path], out: Path, *, examples: int = DEFAULT_EXAMPLES, progress: Progress | None = None
+def report(
+    results: Sequence[Evaluation | Path] | Evaluation | Path,
+    out: str | Path,
+    *,
+    examples: int = DEFAULT_EXAMPLES,
+    progress: Progress | None = None,
 ) -> Written:
-    """Reads results folders and writes `out` (.html), and .md and .csv beside it.
+    """Writes a page of results: `out` (.html), and .md and .csv beside it.
 
-    `examples`: of each task, in the lattice explorer (0: no explorer). Raises `RescoreError` for folders without
-    finished results, another suffix or a negative number, `OutputError` if a file can't be written.
+    results: evaluations, or the folders of `rescore eval --out` or `rescore suite --out`.
+    examples: of each task, in the lattice explorer (0: no explorer).
+    Raises `RescoreError` for folders without finished results, another suffix or a negative number, `OutputError` if a
+    file can't be written.
     """
+    out = user_path(out, "--out")
+    if isinstance(results, Evaluation | Path):
+        results = [results]
     if out.suffix != ".html":
         raise RescoreError(f"--out {out} must end with .html; Markdown and CSV get the same name")
     if examples < 0:
         raise RescoreError(f"--examples {examples} is negative; give 0 or more")
-    sources = load_sources(folders, progress=progress)
+    sources = load_sources(results, progress=progress)
     views = sources.views
     palette = palette_of((r.rescorer, r.p) for view in views for r in view.results)
     sections = [

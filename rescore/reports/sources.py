@@ -82,22 +82,22 @@ class Sources:
     missing: tuple[str, ...]
 
 
-def load_sources(folders: Sequence[Path], *, progress: Progress | None = None) -> Sources:
-    """Reads results folders of `rescore eval` or `rescore suite` (or folders of them) and analyses them.
+def load_sources(results: Sequence[Evaluation | Path], *, progress: Progress | None = None) -> Sources:
+    """Analyses evaluations, or results folders of `rescore eval` or `rescore suite` (or folders of them).
 
     Raises `RescoreError` for a folder without finished results, `InvalidDataError` for one of another schema or with
     anything else in it.
     """
-    found = [run for given in folders for folder in _results_in(given) for run in load_runs(folder)]
-    runs = {(run.folder and run.folder.resolve(), run.results[0].k): run for run in found}
+    found = [run for given in results for run in _runs_in(given)]
+    runs = {(run.folder.resolve() if run.folder else id(run), run.results[0].k): run for run in found}
     pairs = [(run, task) for run in runs.values() for task in run.tasks]
     lacking = [line for run, task in pairs if (line := _lacks_trace(run, task))]
     views = []
     for place, ((run, task), label) in enumerate(zip(pairs, _labels(pairs), strict=True)):
         if progress:
             progress("analyse", place, len(pairs))
-        results = tuple(result for result in run.results if result.task == task)
-        views.append(TaskView(label, task, run, results, analyse_run(run, task), sweeps_of(run, task)))
+        of_task = tuple(result for result in run.results if result.task == task)
+        views.append(TaskView(label, task, run, of_task, analyse_run(run, task), sweeps_of(run, task)))
     traces = [view.analysis.trace for view in views if view.analysis.trace is not None]
     samples = [
         f"{view.label}: the examples are those embedded for the task, whose numbers do not compare with the real data "
@@ -106,6 +106,12 @@ def load_sources(folders: Sequence[Path], *, progress: Progress | None = None) -
     ]  # fmt: skip
     missing = (*samples, *lacking, *_gaps(views))
     return Sources(tuple(views), correlate_h_max(traces) if traces else None, missing)
+
+
+def _runs_in(given: Evaluation | Path) -> list[Evaluation]:
+    if isinstance(given, Evaluation):
+        return given.at_each_k()
+    return [run for folder in _results_in(given) for run in load_runs(folder)]
 
 
 def _results_in(folder: Path) -> list[Path]:

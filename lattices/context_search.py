@@ -14,7 +14,7 @@ score and the most that the heads alone can still give. Needs numpy and numba on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -179,7 +179,7 @@ def _search(mixture, state, slots, width, drafts, scores):  # type: ignore[no-un
     paths[0, 0, 0], states[0, 0], sums[0, 0] = token_ids[0, 0], after, logps[0, 0]
     now, count = 0, 1
     for j in range(1, h):
-        candidates = np.int64(0)
+        candidates: Any = np.int64(0)
         for b in range(count):
             # What the context knows of this path's histories, shortest first; it ends with the first unknown one.
             levels = 0

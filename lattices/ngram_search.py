@@ -20,6 +20,7 @@ A plain dynamic program looks up every arc of every (slot, automaton state) pair
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -179,7 +180,8 @@ def _beam(model, room, query, start, first, p):  # type: ignore[no-untyped-def]
     rows[0, 0], lasts[0, 0], scores[0, 0] = start, 0, first
     count, now = 1, 0
     for j in range(1, h):
-        grown, least = np.int64(0), np.int64(WORST)
+        grown: Any = np.int64(0)
+        least = np.int64(WORST)
         for b in range(count):
             row, last, done = rows[now, b], lasts[now, b], scores[now, b]
             for e in range(k):

@@ -58,9 +58,9 @@ def suite_command(
 ) -> None:
     """Run a whole table, tasks x rescorers x k, from one YAML file; goes on where it was stopped."""
     from lm.records import plain
-    from rescore.runs.suite import run_suite
-    from rescore.runs.suite_plan import read_plan
     from rescore.runs.tables import suite_table
+    from rescore.suites.plan import read_plan
+    from rescore.suites.run import run_suite
 
     chosen = read_plan(plan, data=data)
     with progress_bar() as progress:

@@ -254,7 +254,8 @@ def _load(tokenizer: str) -> tuple[Any | None, str | None, str | None]:
     """The tokenizer, what its ids mean, and how it cuts text (`lm.keys`)."""
     if tokenizer == WORDS:
         return None, None, None
-    from lm.base.catalog import load_tokenizer, tokenization_of, tokenizer_sha256
+    from lm.base.catalog import load_tokenizer, tokenization_of
+    from lm.base.identity import tokenizer_sha256
 
     loaded = load_tokenizer(tokenizer)
     return loaded, tokenizer_sha256(loaded), tokenization_of(tokenizer)

@@ -30,10 +30,10 @@ import numpy as np
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.ngrams import SENTENCE_END, SPECIAL_WORDS
 from lattices.paths import user_path
-from lm.base.corpus import CORPUS_FILE, SETTINGS_FILE, Once, read_settings
+from lm.base.corpus import CORPUS_FILE, SETTINGS_FILE, corpus_lines, read_settings
 from lm.base.own_output import OWN_PREFIX, OwnOutput, own_output
-from lm.files import read_json_lines, writing
-from lm.hashes import remembered_sha256
+from lm.files import writing
+from lm.keys import remembered_sha256
 from lm.ngram.counting import BREAK, Progress, no_progress
 from lm.text_files import blocks, identify, may_hold_text, rows
 
@@ -361,16 +361,14 @@ class _Tokens(_Numbering):
 
     def _own_output(self, source: CorpusSource) -> Iterator[list[int]]:
         """Per example: the end of the prompt, the output, and whether that was finished."""
-        from lm.base.catalog import tokenizer_sha256
+        from lm.base.identity import tokenizer_sha256
 
         base = read_settings(Path(source.name))["base"]
         if base["tokenizer_sha256"] != tokenizer_sha256(self.tokenizer):
             raise IncompatibleError(
                 f"{source.name} was made with the tokenizer of {base['name']}; choose that as tokenizer"
             )
-        once = Once(source.path)
-        for number, record in read_json_lines(source.path, torn_tail=True):
-            once.check(number, record)
+        for number, record in corpus_lines(Path(source.name)):
             prompt, output = record.get("prompt_ids", []), record.get("output_ids")
             for ids in (prompt, output):
                 if not isinstance(ids, list) or any(type(i) is not int for i in ids):

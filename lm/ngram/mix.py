@@ -21,7 +21,7 @@ from lattices.automaton import LN10, ROOT, SCORE_SCALE, Automaton
 from lattices.errors import IncompatibleError, OutputError, RescoreError
 from lattices.ngrams import SENTENCE_START, SPECIAL_WORDS, UNKNOWN, NgramArrays, NgramModel
 from lattices.paths import user_path
-from lm.hashes import remembered_sha256
+from lm.keys import remembered_sha256
 from lm.locks import writing_to
 from lm.ngram.build import ARPA_FILE, WORDS, check_place, write_model
 from lm.ngram.counting import Progress, no_progress

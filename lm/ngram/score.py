@@ -145,7 +145,8 @@ def _tokenizer(asked: str | None, manifest: Manifest, ngram: Path) -> Any | None
         return None
     if manifest.tokenizer == WORDS:
         raise IncompatibleError(foreign)
-    from lm.base.catalog import load_tokenizer, tokenizer_sha256
+    from lm.base.catalog import load_tokenizer
+    from lm.base.identity import tokenizer_sha256
 
     loaded = load_tokenizer(name)
     if made_for and tokenizer_sha256(loaded) != made_for:

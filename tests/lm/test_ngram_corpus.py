@@ -12,7 +12,7 @@ from conftest import END, byte_tokenizer
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
 from lm import text_files
-from lm.base.catalog import tokenizer_sha256
+from lm.base.identity import tokenizer_sha256
 from lm.ngram.corpus import EncodedCorpus, encode_corpora, find_sources
 from lm.ngram.counting import BREAK
 

@@ -35,7 +35,6 @@ DEFAULT_FALLBACK = (0.5, 1.0, 1.5)  # lmplz's
 GOOD_TURING_LIMIT = 5  # counts above are taken as they are (Katz's k)
 KATZ_CUTOFFS = (0, 0, 1, 3)  # trigrams seen twice, longer ones four times: [A]
 SPECIALS = len(SPECIAL_WORDS)
-ESTIMATION = 1  # changes with what is estimated from the same counts
 LEAST_LOG10 = -99.0  # the ARPA format's zero
 LEAST_MASS = 1e-9  # what has less left for backing off has nothing left
 

@@ -1,157 +1,166 @@
-"""The command `rescore`: thin commands that parse, call one function of the project, and print.
+"""The commands of `rescore`: each makes objects of its options, calls one function of the project, and prints.
 
-Results go to stdout, progress and notices to stderr. Exit codes: 0 fine, 1 the run failed, 2 something the user can
-mend, 130 interrupted. Heavy libraries are imported inside commands, so that `--help` is quick.
+An option is declared once (`rescore.options`): by a field of a record, a parameter of a function or, here, of a command.
+Results go to stdout, progress and notices to stderr. Heavy libraries are imported inside commands, so that help is
+quick; `rescore.__main__` starts this and reports errors.
 """
 
-from __future__ import annotations
-
-import errno
-import io
+import functools
+import inspect
 import json
 import os
-import re
+import shlex
+import shutil
 import sys
-import traceback
-import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
+import typer.core
+import typer.main
+from typer.models import CommandInfo
 
-from cli_analysis import analysing
-from cli_bench import bench
-from cli_compare import comparing
-from cli_ngram import ngram_models
-from cli_options import (
-    INTERRUPTED,
-    TASK_NAMES,
-    Base,
-    Data,
-    Details,
-    Device,
-    Dtype,
-    FirstHeads,
-    GivenTrace,
-    Heads,
-    Json,
-    LeaveOut,
-    Limit,
-    PromptTokens,
-    ReaderGoneError,
-    Tasks,
-    TaskTokens,
-    check_all,
-    known_tasks,
-    notify,
-    numbers,
-    print_notices,
-    progress_bar,
-)
-from cli_report import reporting
-from cli_tasks import tasks
-from cli_training import training
 from lattices.errors import RescoreError
-
-BUILT_IN = "smollm2-135m"  # the default of --base
+from lm.options import TEXTS, TopK
+from rescore.options import REQUIRED, Option, Source, Spec, with_options
+from rescore.terminal import notify, progress_bar
 
 if TYPE_CHECKING:
+    from lm.base.corpus import GenerationOptions
+    from lm.base.own_output import OwnOutput
+    from lm.ngram.build import NgramOptions
+    from lm.training.options import BigramOptions, RescorerOptions, TrainingOptions, TrainingText
+    from rescore.options import Inputs
     from rescore.runs.evaluation import Evaluation
+    from rescore.table import Table
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what writing to stdout may say
+BUILT_IN = "smollm2-135m"
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+PLAIN_WIDTH = 160  # columns where stdout is no terminal and COLUMNS does not say
+MEASURE, LOOK, NGRAMS, TRAIN, TASKS, BENCH = "Measure", "Look", "N-grams", "Train", "Tasks", "Bench"
+TASK_NAMES = (
+    "cnn_dailymail, gsm8k, lambada, mt_bench, multi_news, newsroom, qa, rag, samsum, squad, summarization, "
+    "translation, xsum (rescore tasks shows them), a plug-in's, or a YAML file of your own, like ./mine.yaml"
+)
+INPUTS = Source("rescore.options:Inputs")
+MODEL = Source(INPUTS.place, only=("base", "dtype", "device"))
+TEXT = Source("lm.training.options:TrainingText")
+
+Body = TypeVar("Body", bound=Callable[..., None])
+Task = Annotated[str, f"{TASK_NAMES}."]
+Tasks = Annotated[Sequence[str], f"{TASK_NAMES}; several. Default: squad, or the task of --trace.", "--task"]
+Rescorers = Annotated[
+    Sequence[Spec],
+    "none, oracle, ngram[:PATH], context-ngram[:PATH], neural-32m, neural-61m, neural-94m, neural:PATH, "
+    "ngram-neural[:MODEL], learned-bigram[:PATH] or a plug-in's name[:text]; several.",
+    "--rescorer",
+]
+Ks = Annotated[Sequence[int], "Tokens of each head that are in the lattice.", "--k"]
+Ps = Annotated[Sequence[int], "Drafts that one step verifies; 1,16 runs both.", "--p"]
+Seed = Annotated[int, "Seed of the bootstrap intervals."]
+Verify = Literal["tree", "batch"]
+Cached = Annotated[int, "Tokens in the cache."]
+Repeats = Annotated[int, "Timed calls of each size; the median counts."]
+Details = Annotated[bool, "Also quality, acceptance by position, and in live mode the times."]
+Json = Annotated[bool, "Print one JSON document instead of a table.", "--json"]
+JsonLine = Annotated[bool, "Print the JSON line only, without the table.", "--json"]
+
+
+class Group(typer.core.TyperGroup):
+    """A group whose plain help lists the commands panel by panel, as the help with colours does."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Writes the lists."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for name, each in self.commands.items():
+            panels.setdefault(getattr(each, "rich_help_panel", None) or "Commands", []).append((name, each.help or ""))
+        longest = max(map(len, self.commands))
+        for panel, rows in panels.items():
+            with formatter.section(panel):
+                formatter.write_dl([(name.ljust(longest), text) for name, text in rows])
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose options are looked up when it is asked for."""
+
+    def __init__(self, *, callback: Any, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._body, self._sources = callback.body, callback.sources
+
+    @functools.cached_property
+    def _looked_up(self) -> Any:
+        options, run = with_options(self._body, self._sources)
+        run.__signature__ = inspect.Signature([_parameter(option) for option in options])  # type: ignore[attr-defined]
+        info = CommandInfo(name=self.name, callback=run)
+        settings: Any = {"pretty_exceptions_short": False, "rich_markup_mode": self.rich_markup_mode}
+        return typer.main.get_command_from_info(info, **settings)
+
+    @property
+    def params(self) -> Any:  # type: ignore[override]
+        """Options and arguments."""
+        return self._looked_up.params
+
+    @params.setter
+    def params(self, _: Any) -> None:
+        """Nothing: the library sets those of the callback, which has none."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command."""
+        return self._looked_up.invoke(ctx)
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    """An option as typer has it declared. It is text that may be repeated; `rescore.options` makes values of it."""
+    # In help with colours brackets are markup.
+    text = option.help.replace("[", r"\[") if app.rich_markup_mode else option.help
+    holds: Any = bool if option.kind is bool else list[str]
+    if option.is_argument:
+        holds = list[str] if option.collects else str
+        info: Any = typer.Argument(help=text, metavar=option.spelled[0])
+    else:
+        info = typer.Option(*option.spelled, help=text, metavar=None if option.kind is bool else option.label)
+    default = REQUIRED if option.default is REQUIRED else False if option.kind is bool else option.shown_default
+    annotation = Annotated[holds if default is REQUIRED else holds | None, info]
+    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def command(
+    name: str, panel: str | None = None, group: typer.Typer | None = None, **sources: Source
+) -> Callable[[Body], Body]:
+    """Makes a command of a function: its options are the parameters, and those of the `sources` of parameters."""
+
+    def register(body: Body) -> Body:
+        def callback() -> None:
+            """Has no options: `Command` looks them up."""
+
+        callback.__doc__, callback.body, callback.sources = body.__doc__, body, sources  # type: ignore[attr-defined]
+        (group or app).command(name, cls=Command, rich_help_panel=panel)(callback)
+        return body
+
+    return register
+
 
 app = typer.Typer(
+    cls=Group,
     help="Draft-refinement rescoring for blockwise parallel decoding: how many tokens does a step accept, how many "
     "could it, which rescorer recovers how much, at what cost.",
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    context_settings={"max_content_width": 120},
 )
-app.add_typer(training)
-app.add_typer(ngram_models)
-app.add_typer(analysing)
-app.add_typer(comparing)
-app.add_typer(tasks)
-app.add_typer(reporting)
-app.add_typer(bench, name="bench")
+bench = typer.Typer(cls=Group, help="Measurements of the machine and the base LM.")
 
 
-def main() -> None:
-    """Runs the command line; the installed command `rescore` calls this."""
-    # glibc returns large blocks to the system at every free; keeping them makes CPU inference up to 1.5x faster. The
-    # settings are read when a process starts, so the process starts once more with them.
-    if sys.platform == "linux" and "MALLOC_TRIM_THRESHOLD_" not in os.environ and not _only_asks_for_help():
-        kept = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **kept})
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    debug = "--debug" in sys.argv
-    if not debug:  # what a library says of its next version is for us: the test suite fails of it
-        warnings.simplefilter("ignore")
-    print_notices()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A terminal without Unicode, and one with it for a file name that is none, still show what they can.
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        # Not standalone: errors and exit codes come here instead of being printed by the library.
-        code = app(args=arguments or ["--help"], prog_name="rescore", standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here, where a failure can still be told
-    except (KeyboardInterrupt, typer.Abort):
-        notify("interrupted; what is finished is kept, the same command goes on")
-        code = INTERRUPTED
-    except (ReaderGoneError, BrokenPipeError):  # head or less has seen enough
-        code = 0
-        _close_stdout()
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        message, code = _explain(error)
-        notify(message)
-        _close_stdout()
-    sys.exit(code)
+def run_command(arguments: Sequence[str]) -> int:
+    """Runs a command line, prints its result and gives its exit code; errors are the caller's."""
+    app.rich_markup_mode = bench.rich_markup_mode = "rich" if sys.stdout is not None and sys.stdout.isatty() else None
+    return int(app(args=list(arguments), prog_name="rescore", standalone_mode=False) or 0)
 
 
-def _close_stdout() -> None:
-    """Prints what is left if that can be done; else gives it up, which Python would try again, and complain of."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _only_asks_for_help() -> bool:
-    return len(sys.argv) == 1 or "--help" in sys.argv or "--version" in sys.argv
-
-
-def _explain(error: Exception) -> tuple[str, int]:
-    """One line that says what is wrong, and the exit code."""
-    if isinstance(error, RescoreError):
-        message, code = str(error), 2
-    elif hasattr(error, "format_message"):  # of click, which typer imports or, in later versions, brings along
-        message, code = _plainer(error.format_message()), 2
-    elif isinstance(error, OSError) and error.strerror and (error.filename is not None or error.errno in NO_ROOM):
-        # No permission, a name too long, a full disk: nothing of ours is wrong.
-        what = "can't write what is printed" if error.filename is None else f"can't use {os.fsdecode(error.filename)}"
-        message, code = f"{what}: {error.strerror}; give another place, or mend this one", 2
-    elif isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
-        message, code = f"a file name that is no UTF-8 can't be used here; rename it ({error.object!r:.200})", 2
-    else:
-        message, code = f"{type(error).__name__}: {error} (--debug shows where)", 1
-    return " ".join(message.split()), code
-
-
-def _plainer(message: str) -> str:
-    """What the library says of a value that is no number, as we say it."""
-    message = re.sub(r"Input should be a valid integer.*", "give a whole number, like 16", message)
-    return re.sub(r"Input should be a valid number.*", "give a number, like 0.5", message)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(asked: bool) -> None:
+    if asked:
         from rescore.runs.environment import versions
 
         print("\n".join(f"{name} {version}" for name, version in versions().items()))
@@ -165,58 +174,52 @@ def options(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Options before the command; `--debug` may stand anywhere (`main` takes it)."""
+    """Options before the command; `--debug` may stand anywhere (`rescore.__main__` takes it)."""
 
 
-@app.command(name="eval")
-def evaluate_command(
-    task: Tasks = None,
-    rescorer: Annotated[
-        list[str],
-        typer.Option(
-            help="none, oracle, ngram[:PATH], context-ngram[:PATH], neural-32m, neural-61m, neural-94m, neural:PATH, "
-            "ngram-neural[:MODEL], learned-bigram[:PATH] or a plug-in's name[:text]; several."
-        ),
-    ] = ["none"],  # noqa: B006 (typer copies it)
-    k: Annotated[int, typer.Option(help="Tokens of each head that are in the lattice.")] = 16,
-    p: Annotated[str, typer.Option(help="Drafts that one step verifies; 1,16 runs both.")] = "1",
+def _show(tables: "Table | Sequence[Table]") -> None:
+    """Prints tables: with lines and colours on a terminal, else as plain text."""
+    from rescore.table import Table, joined, print_on_terminal
+
+    each = [tables] if isinstance(tables, Table) else list(tables)
+    if sys.stdout.isatty():
+        print_on_terminal(each)
+    else:
+        print(joined(each))
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, ensure_ascii=False))
+
+
+# Measure
+
+
+@command("eval", MEASURE, inputs=INPUTS)
+def eval_command(
+    inputs: "Inputs",
+    task: Tasks = (),
+    rescorer: Rescorers = (Spec("none"),),
+    k: TopK = 16,
+    p: Ps = (1,),
     alpha: Annotated[
-        str | None,
-        typer.Option(
-            help="Weight of the rescorer: a number, or tuned (what rescore tune kept here). Default: its own."
-        ),
+        float | Literal["tuned"] | None,
+        "Weight of the rescorer: a number, or tuned (what rescore tune kept here). Default: its own.",
     ] = None,
-    h: FirstHeads = None,
-    base: Base = "smollm2-135m",
-    heads: Heads = None,
-    limit: Limit = None,
-    mode: Annotated[str, typer.Option(help="replay (from a trace, fast) or live (decodes, measures time).")] = "replay",
-    verify: Annotated[str, typer.Option(help="Live: p drafts as one prefix tree (tree) or as rows (batch).")] = "tree",
-    data: Data = None,
-    trace: GivenTrace = None,
-    leave_out: LeaveOut = None,
-    max_new_tokens: TaskTokens = None,
-    max_prompt_tokens: PromptTokens = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for per-example lines and results.json; resumable.")] = None,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap interval.")] = 0,
+    mode: Annotated[Literal["replay", "live"], "From a trace, fast; or decoding, which measures time."] = "replay",
+    verify: Annotated[Verify, "Live: p drafts as one prefix tree, or as rows of a batch."] = "tree",
+    out: Annotated[Path | None, "Folder for per-example lines and results.json; resumable."] = None,
+    seed: Seed = 0,
     details: Details = False,
     as_json: Json = False,
 ) -> None:
     """Block efficiency of rescorers on tasks: what a step accepts, and what it could (oracle)."""
-    known = known_tasks(
-        task or (), trace, base=None if base == BUILT_IN else base, dtype=None if dtype == "float32" else dtype,
-        max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens,
-    )  # fmt: skip
+    known = _known_tasks(task, inputs)
     from rescore.runs.evaluation import EvalOptions, evaluate
 
     chosen = EvalOptions(
-        tasks=known, rescorers=tuple(rescorer), base=base, heads=heads, h=h, k=k,
-        p=tuple(numbers("--p", p, int)), alpha=_weight(alpha), limit=limit, max_new_tokens=max_new_tokens,
-        max_prompt_tokens=max_prompt_tokens, mode=mode, verify=verify, data=data, trace=trace, dtype=dtype,
-        device=device, seed=seed,
-        leave_out=leave_out,
+        tasks=known, rescorers=tuple(rescorer), k=k, p=tuple(p), alpha=alpha, mode=mode, verify=verify, seed=seed,
+        **vars(inputs),
     )  # fmt: skip
     with progress_bar() as progress:
         evaluation = evaluate(chosen, out=out, progress=progress, notify=notify)
@@ -228,143 +231,550 @@ def evaluate_command(
         raise typer.Exit(INTERRUPTED)
 
 
-def _weight(text: str | None) -> float | Literal["tuned"] | None:
-    if text is None or text == "tuned":
-        return text  # type: ignore[return-value]
-    try:
-        return float(text)
-    except ValueError:
-        raise RescoreError(f"--alpha {text}: give a number, or tuned (what rescore tune kept)") from None
+def _known_tasks(names: Sequence[str], inputs: "Inputs") -> tuple[str, ...]:
+    """The tasks asked for. A mistake is reported before the heavy libraries are loaded."""
+    from rescore.options import Inputs
+    from rescore.tasks import load_task
+
+    if inputs.trace is None:
+        for name in names:
+            load_task(name)
+    for name in ("base", "dtype", "max_new_tokens", "max_prompt_tokens"):
+        if inputs.trace is not None and getattr(inputs, name) != getattr(Inputs(), name):
+            option = "--" + name.replace("_", "-")
+            raise RescoreError(f"a given trace is replayed as it was recorded; drop {option} or --trace")
+    return tuple(names)
 
 
-def _print_evaluation(evaluation: Evaluation, as_json: bool, *, details: bool) -> None:
+def _print_evaluation(evaluation: "Evaluation", as_json: bool, *, details: bool) -> None:
     from lm.records import plain
     from rescore.runs.tables import results_tables
-    from rescore.table import joined
 
     document = evaluation.document
     if as_json:
-        print(json.dumps(plain(document), ensure_ascii=False))
+        _print_json(plain(document))
     else:
-        print(joined(results_tables(document, details=details)))
+        _show(results_tables(document, details=details))
 
 
-@app.command()
-def oracle(
-    task: Tasks = None,
-    k: Annotated[str, typer.Option(help="Comma-separated k.")] = "1,2,4,8,16",
-    h: FirstHeads = None,
-    base: Base = "smollm2-135m",
-    heads: Heads = None,
-    limit: Limit = None,
-    data: Data = None,
-    trace: GivenTrace = None,
-    leave_out: LeaveOut = None,
-    max_new_tokens: TaskTokens = None,
-    max_prompt_tokens: PromptTokens = None,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
+@command("oracle", MEASURE, inputs=INPUTS)
+def oracle_command(
+    inputs: "Inputs",
+    task: Tasks = (),
+    k: Ks = (1, 2, 4, 8, 16),
     details: Details = False,
     as_json: Json = False,
 ) -> None:
     """Oracle block efficiency by k: what a perfect choice from the top k of every head would reach."""
-    known = known_tasks(
-        task or (), trace, base=None if base == BUILT_IN else base, dtype=None if dtype == "float32" else dtype,
-        max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens,
-    )  # fmt: skip
+    known = _known_tasks(task, inputs)
     from rescore.runs.evaluation import EvalOptions, oracle_by_k
 
-    ks = numbers("--k", k, int)
-    chosen = EvalOptions(
-        tasks=known, base=base, heads=heads, h=h, limit=limit, data=data, trace=trace, k=max(ks),
-        max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, dtype=dtype, device=device,
-        leave_out=leave_out,
-    )  # fmt: skip
     with progress_bar() as progress:
-        evaluation = oracle_by_k(chosen, ks, progress=progress, notify=notify)
+        chosen = EvalOptions(tasks=known, k=max(k), **vars(inputs))
+        evaluation = oracle_by_k(chosen, k, progress=progress, notify=notify)
     _print_evaluation(evaluation, as_json, details=details)
 
 
-@app.command(name="tune")
+@command("tune", MEASURE, inputs=Source(INPUTS.place, but=("limit",)))
 def tune_command(
-    rescorer: Annotated[list[str], typer.Option(help="A rescorer with a weight, like ngram; several.")],
-    task: Tasks = None,
-    alphas: Annotated[
-        str | None, typer.Option(help="Comma-separated weights; 0 is always among them. Default: nine from 0.1 to 5.")
-    ] = None,
-    k: Annotated[str, typer.Option(help="Comma-separated k.")] = "16",
-    p: Annotated[str, typer.Option(help="Comma-separated p.")] = "1,16",
-    h: FirstHeads = None,
-    base: Base = "smollm2-135m",
-    heads: Heads = None,
-    limit: Annotated[
-        int, typer.Option(help="Held-out examples, of the last sources of the data; at most half of them.")
-    ] = 100,
-    data: Data = None,
-    trace: GivenTrace = None,
-    leave_out: LeaveOut = None,
-    max_new_tokens: TaskTokens = None,
-    max_prompt_tokens: PromptTokens = None,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
+    inputs: "Inputs",
+    rescorer: Annotated[Sequence[Spec], "A rescorer with a weight, like ngram; several."],
+    task: Tasks = (),
+    alphas: Annotated[Sequence[float], "Weights to try; 0 is always among them. Default: nine from 0.1 to 5."] = (),
+    k: Ks = (16,),
+    p: Ps = (1, 16),
+    held_out: Annotated[int, "Examples to tune on, of the last sources of the data; at most half of them."] = 100,
     as_json: Json = False,
 ) -> None:
     """Tune a rescorer's weight (alpha) by replay on held-out examples, for `rescore eval --alpha tuned`."""
-    known = known_tasks(
-        task or (), trace, base=None if base == BUILT_IN else base, dtype=None if dtype == "float32" else dtype,
-        max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens,
-    )  # fmt: skip
-    from dataclasses import asdict
-
+    known = _known_tasks(task, inputs)
     from rescore.runs.evaluation import EvalOptions
     from rescore.runs.tables import tuning_table
     from rescore.runs.tuning import DEFAULT_ALPHAS, tune
 
-    chosen = EvalOptions(
-        tasks=known, rescorers=tuple(rescorer), base=base, heads=heads, h=h, limit=limit, data=data,
-        trace=trace, max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, dtype=dtype, device=device,
-        leave_out=leave_out,
-    )  # fmt: skip
+    chosen = EvalOptions(tasks=known, rescorers=tuple(rescorer), **{**vars(inputs), "limit": held_out})
     with progress_bar() as progress:
-        found = tune(
-            chosen, alphas=numbers("--alphas", alphas, float) if alphas else DEFAULT_ALPHAS,
-            ks=numbers("--k", k, int), ps=numbers("--p", p, int), progress=progress, notify=notify,
-        )  # fmt: skip
-    print(json.dumps([asdict(tuned) for tuned in found]) if as_json else tuning_table(found).text())
+        sweeps = tune(chosen, alphas=alphas or DEFAULT_ALPHAS, ks=k, ps=p, progress=progress, notify=notify)
+    _print_json([asdict(sweep) for sweep in sweeps]) if as_json else _show(tuning_table(sweeps))
     notify("kept on this machine: rescore eval --alpha tuned with the same options uses these weights")
 
 
-@app.command(name="trace")
+@command("trace", MEASURE, inputs=Source(INPUTS.place, but=("trace", "h")))
 def trace_command(
-    out: Annotated[Path, typer.Option(help="Folder for the trace; resumable.")],
-    task: Annotated[str, typer.Option(help=f"{TASK_NAMES}.")] = "squad",
-    base: Base = "smollm2-135m",
-    heads: Heads = None,
-    k: Annotated[int, typer.Option(help="Lattice entries kept per head.")] = 32,
-    limit: Limit = None,
-    data: Data = None,
-    leave_out: LeaveOut = None,
-    max_new_tokens: TaskTokens = None,
-    max_prompt_tokens: PromptTokens = None,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
+    out: Annotated[Path, "Folder for the trace; resumable."],
+    inputs: "Inputs",
+    task: Task = "squad",
+    k: Annotated[int, "Lattice entries kept per head."] = 32,
 ) -> None:
     """Record a trace: greedy output and lattices of a task, for replay with `rescore eval --trace`."""
-    known = known_tasks((task,), None)
+    known = _known_tasks((task,), inputs)
     from rescore.runs.evaluation import EvalOptions, trace_task
 
-    chosen = EvalOptions(
-        tasks=known, base=base, heads=heads, k=k, limit=limit, data=data, max_new_tokens=max_new_tokens,
-        max_prompt_tokens=max_prompt_tokens, dtype=dtype, device=device,
-        leave_out=leave_out,
-    )  # fmt: skip
     with progress_bar() as progress:
-        trace = trace_task(chosen, out, progress=progress, notify=notify)
+        trace = trace_task(EvalOptions(tasks=known, k=k, **vars(inputs)), out, progress=progress, notify=notify)
     positions = sum(len(example.output_ids) for example in trace.examples)
     print(f"{out}: {len(trace.examples)} examples, {positions} positions, h = {trace.header.h}, K = {trace.header.k}")
 
 
-check_all(app)
+@command("suite", MEASURE)
+def suite_command(
+    plan: Annotated[Path, "Tasks, rescorers, k: see docs/formats.md.", "TABLE.yaml"],
+    out: Annotated[Path, "Folder for results, table.md and table.csv; resumable."],
+    data: Annotated[
+        Path | None, "Folder with TASK.jsonl (or .csv ...) for each task whose data the file does not name."
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a whole table, tasks x rescorers x k, from one YAML file; goes on where it was stopped."""
+    from lm.records import plain
+    from rescore.runs.suite import run_suite
+    from rescore.runs.suite_plan import read_plan
+    from rescore.runs.tables import suite_table
+
+    with progress_bar() as progress:
+        suite = run_suite(read_plan(plan, data=data), out, source=plan.name, progress=progress, notify=notify)
+    if as_json:
+        _print_json(plain(suite.document))
+    elif suite.document.results:
+        _show(suite_table(suite.document.results))
+    else:
+        print("no finished examples")
+    if suite.interrupted:
+        notify(f"interrupted; the finished examples are kept in {out}: the same command goes on")
+        raise typer.Exit(INTERRUPTED)
+
+
+# Look
+
+
+@command("analyse", LOOK, asked=Source("rescore.studies.analysis.collect:analyse_folders"))
+def analyse_command(asked: dict[str, Any], as_json: Json = False) -> None:
+    """Analyse traces or finished runs: repetition, entropy and h_max, oracle, wins and losses, ranks, calibration."""
+    from rescore.studies.analysis.collect import analyse_folders
+    from rescore.studies.analysis.text import findings_tables
+
+    findings = analyse_folders(**asked)
+    _print_json(findings.as_dict()) if as_json else _show(findings_tables(findings))
+
+
+@command("compare", LOOK, selection=Source("rescore.studies.comparison:Selection"))
+def compare_command(
+    a: Annotated[Path, "Results folder of rescore eval --out or rescore suite.", "A"],
+    selection: "Selection",
+    b: Annotated[Path | None, "Another; default: A, with two rescorers or p of it.", "B"] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Compare two results by example: difference in block efficiency with its paired interval, won, tied, lost."""
+    from rescore.studies.comparison import compare
+    from rescore.studies.tables import comparison_table
+
+    comparison = compare(a, b, selection=selection, seed=seed)
+    for line in comparison.notices:
+        notify(line)
+    _print_json(comparison.as_dict()) if as_json else _show(comparison_table(comparison))
+
+
+@command("inspect", LOOK, asked=Source("rescore.report.inspection:inspect_example"))
+def inspect_command(asked: dict[str, Any], as_json: Json = False) -> None:
+    """Show one example block by block: the lattice, each rescorer's draft, what was accepted, what the base wanted."""
+    from rich.console import Console
+
+    from rescore.report.inspection import inspect_example
+    from rescore.report.inspection_view import inspection_lines
+
+    inspection = inspect_example(**asked)
+    for line in inspection.notices:
+        notify(line)
+    if as_json:
+        _print_json(inspection.as_dict())
+        return
+    console = Console(highlight=False, markup=False, emoji=False)
+    colour = console.is_terminal and not os.environ.get("NO_COLOR")
+    width = console.width if console.is_terminal else shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns
+    for text in inspection_lines(inspection, width=width):
+        console.print(text, soft_wrap=True) if colour else print(text.plain)
+
+
+@command("cost", LOOK, asked=Source("rescore.studies.cost.inputs:cost_tables"))
+def cost_command(asked: dict[str, Any], as_json: Json = False) -> None:
+    """Cost model: weights and KV cache read and FLOPs per decoded token, by method and context."""
+    from rescore.studies.cost.inputs import cost_tables
+    from rescore.studies.tables import cost_table
+
+    costs = cost_tables(**asked)
+    _print_json([each.as_dict() for each in costs]) if as_json else _show([cost_table(each) for each in costs])
+
+
+@command("report", LOOK)
+def report_command(
+    results: Annotated[
+        list[Path], "Folders of rescore eval --out or rescore suite, or a folder of such folders.", "RESULTS"
+    ],
+    out: Annotated[Path, "The page, a name that ends with .html; .md and .csv are written beside it."],
+    examples: Annotated[int, "Examples of each task in the lattice explorer; 0 leaves it out."] = 8,
+    as_json: Json = False,
+) -> None:
+    """Make one HTML page of results: tables, charts and a lattice explorer; works from disk, without network."""
+    from rescore.report.page import write_report
+
+    with progress_bar() as progress:
+        written = write_report(results, out, examples=examples, progress=progress)
+    for line in written.missing:
+        notify(line)
+    files = [written.html, written.markdown, written.csv]
+    if as_json:
+        _print_json({"files": [str(path) for path in files], "missing": list(written.missing)})
+    else:
+        print("\n".join(f"{path} ({path.stat().st_size / 1e3:,.0f} kB)" for path in files))
+
+
+# N-grams
+
+
+@command(
+    "build-ngram",
+    NGRAMS,
+    options=Source("lm.ngram.build:NgramOptions"),
+    own=Source("lm.base.own_output:OwnOutput", but=("batch_size", "temperature", "seed")),
+)
+def build_ngram_command(
+    corpus: Annotated[
+        list[str],
+        f"One or more of: {TEXTS}; own:PROMPTS for the base LM's own output for a file of prompts, generated "
+        "once and kept.",
+        "CORPUS",
+    ],
+    options: "NgramOptions",
+    own: "OwnOutput",
+    out: Annotated[
+        Path | None, "Folder for the model; resumable. Default: beside the corpus, NAME-4gram for NAME.txt."
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        "Base LM whose token ids the words are, or words: split at white space. Default: --base, else smollm2-135m.",
+    ] = None,
+    discount_fallback: Annotated[bool, "Use discounts 0.5, 1, 1.5 where the corpus gives none."] = False,
+    base: Annotated[str | None, "Base LM that writes the output for own:PROMPTS. Default: --tokenizer."] = None,
+    as_json: Json = False,
+) -> None:
+    """Estimate an n-gram model from text: ARPA file, compiled automaton and manifest in one folder."""
+    from lm.ngram.build import build_ngram
+    from lm.ngram.place import default_folder
+    from rescore.studies.tables import built_ngram_table
+
+    folder = default_folder(corpus, options.order) if out is None else out
+    tokenizer = tokenizer or base or BUILT_IN
+    fallback = (0.5, 1.0, 1.5) if discount_fallback else None
+    with progress_bar() as progress:
+        summary = build_ngram(
+            corpus, folder, replace(options, tokenizer=tokenizer, discount_fallback=fallback),
+            own=replace(own, base=base or tokenizer), replace=out is not None, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        _print_json(asdict(summary))
+        return
+    _show(built_ngram_table(summary))
+    if tokenizer == "words":
+        print(f"next: rescore score-ngram TEXT --ngram {shlex.quote(summary.path)}")
+    else:
+        given = "" if tokenizer == BUILT_IN else f"--base {shlex.quote(tokenizer)} "
+        print(f"next: rescore eval {given}--rescorer {shlex.quote(f'ngram:{summary.path}')}")
+
+
+@command("mix-ngram", NGRAMS, tuning=Source("rescore.studies.ngram_mixing:tune_mixture", but=("trace",)))
+def mix_ngram_command(
+    model: Annotated[
+        Sequence[str], "Two or more: folders of build-ngram, ARPA files, shipped (the shipped model).", "MODEL"
+    ],
+    out: Annotated[Path, "Folder for the mixture, a model like those of build-ngram."],
+    tuning: dict[str, Any],
+    weights: Annotated[Sequence[float], "Weights, one for each model, like 0.7,0.3."] = (),
+    trace: Annotated[Path | None, "Instead of weights: a trace folder, on whose last examples they are tuned."] = None,
+    as_json: Json = False,
+) -> None:
+    """Interpolate n-gram models into one: p = the weighted sum of theirs, with weights given or tuned by replay."""
+    from lm.ngram.mix import find_parts, mix_ngrams
+    from rescore.studies.tables import mixture_table, mixture_tuning_table
+
+    if len(model) < 2:
+        raise RescoreError("a mixture is made of two n-gram models or more, and one is given")
+    if bool(weights) == bool(trace):
+        raise RescoreError("give the weights of the mixture (--weights 0.7,0.3) or a trace to tune them on (--trace)")
+    parts, tuned = find_parts(model), None
+    with progress_bar() as progress:
+        if trace is not None:
+            from rescore.studies.ngram_mixing import tune_mixture
+
+            tuned = tune_mixture(parts, trace, **tuning, progress=progress)
+            weights = tuned.weights
+        mixed = mix_ngrams(parts, weights, out, tuned=asdict(tuned) if tuned else None, progress=progress)
+    if abs(sum(weights) - 1.0) > 1e-6:
+        notify(f"the weights add up to {sum(weights):g}; they are scaled to 1")
+    if as_json:
+        _print_json({**asdict(mixed), "tuned": asdict(tuned) if tuned else None})
+    else:
+        _show([*([mixture_tuning_table(tuned)] if tuned else []), mixture_table(mixed)])
+
+
+@command("compare-ngrams", NGRAMS, inputs=Source(INPUTS.place, but=("limit", "leave_out")))
+def compare_ngrams_command(
+    corpus: Annotated[
+        Sequence[str],
+        "NAME=SOURCE or NAME:FIELD=SOURCE (field of JSON lines), several times; SOURCE as in build-ngram, own:PROMPTS "
+        "included, or shipped: the model shipped for the base.",
+    ],
+    inputs: "Inputs",
+    task: Annotated[str | None, f"{TASK_NAMES}. Default: squad, or the task of --trace."] = None,
+    order: Annotated[Sequence[int], "Orders of the models to train."] = (2, 4),
+    k: TopK = 16,
+    p: Ps = (1, 16),
+    limit: Annotated[int | None, "Evaluate the first N examples; default: all not held out."] = None,
+    held_out: Annotated[int | None, "Examples to tune on, the last ones; default: 40, at most half of all."] = None,
+    alphas: Annotated[Sequence[float], "Weights to try; 0 is always among them. Default: nine from 0.1 to 5."] = (),
+    own_tokens: Annotated[int, "Output tokens for each prompt of own:PROMPTS, at most."] = 96,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Compare n-gram models by corpus and order: train, tune alpha, and evaluate each on one task, in one table."""
+    from lm.base.own_output import OwnOutput
+    from rescore.runs.evaluation import EvalOptions
+    from rescore.runs.tuning import DEFAULT_ALPHAS
+    from rescore.studies.ngram_comparison import compare_ngrams, read_corpus
+    from rescore.studies.tables import ngram_comparison_table
+
+    chosen = EvalOptions(tasks=(task,) if task else (), k=k, p=tuple(p), seed=seed, **{**vars(inputs), "limit": limit})
+    own = OwnOutput(base=inputs.base, max_new_tokens=own_tokens, dtype=inputs.dtype, device=inputs.device)
+    with progress_bar() as progress:
+        found = compare_ngrams(
+            chosen, [read_corpus(text) for text in corpus], orders=order, held_out=held_out,
+            alphas=alphas or DEFAULT_ALPHAS, own=own, progress=progress, notify=notify,
+        )  # fmt: skip
+    _print_json(asdict(found)) if as_json else _show(ngram_comparison_table(found))
+
+
+@command("score-ngram", NGRAMS, asked=Source("lm.ngram.score:score_file"))
+def score_ngram_command(asked: dict[str, Any], as_json: Json = False) -> None:
+    """Perplexity of a text under an n-gram model, with the counts of unknown words."""
+    from lm.ngram.score import score_file
+    from rescore.studies.tables import ngram_score_table
+
+    with progress_bar() as progress:
+        score = score_file(**asked, progress=progress)
+    if score.unknown_share > 0.9:
+        share = f"{score.unknown_share:.0%}"
+        notify(f"{asked['ngram']} does not know {share} of the words; is this the right --tokenizer?")
+    _print_json(score.as_dict()) if as_json else _show(ngram_score_table(score, asked["text"]))
+
+
+@command("export-fst", NGRAMS, asked=Source("rescore.exports.openfst:export_openfst"))
+def export_fst_command(asked: dict[str, Any]) -> None:
+    """Write an n-gram automaton and one lattice of a trace, with their exact composition, as OpenFst text."""
+    from rescore.exports.openfst import export_openfst
+    from rescore.studies.tables import file_sizes
+
+    print(f"{asked['out']}: {file_sizes(export_openfst(**asked))}")
+
+
+# Train
+
+
+@command("generate-corpus", TRAIN, inputs=MODEL, options=Source("lm.base.corpus:GenerationOptions"))
+def generate_corpus_command(
+    prompts: Annotated[Path, 'JSON lines {"prompt", "chat"} (or CSV, Parquet ...) or text, a prompt a line.'],
+    out: Annotated[Path, "Folder for the corpus; resumable."],
+    inputs: "Inputs",
+    options: "GenerationOptions",
+) -> None:
+    """Write the base LM's own output for many prompts: what block heads and rescorers learn from."""
+    from lm.base.catalog import load_base
+    from lm.base.corpus import generate_corpus, read_prompts
+    from lm.base.machine import measure_limits
+
+    model = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device)
+    chosen = read_prompts(prompts, default_chat=model.is_chat)
+    with progress_bar() as progress:
+        summary = generate_corpus(
+            model, chosen, out, options, progress=lambda done, total: progress("generate", done, total)
+        )
+    counts = f"{summary.examples} examples ({summary.made} new, {summary.duplicates} duplicates)"
+    print(f"{summary.path}: {counts}, {summary.output_tokens} output tokens")
+    if summary.made:
+        limits, work = measure_limits(model.device, model.dtype), summary.work
+        print(
+            f"{summary.decoded / summary.seconds:.0f} output tokens a second: "
+            f"{work.flops / summary.seconds / limits.flops:.0%} of the {inputs.dtype} FLOPs and "
+            f"{work.bytes_read / summary.seconds / limits.bytes_read:.0%} of the memory bandwidth "
+            "that this machine reaches at best"
+        )
+
+
+@command("train-heads", TRAIN, text=TEXT, options=Source("lm.training.options:TrainingOptions"))
+def train_heads_command(
+    text: "TrainingText",
+    out: Annotated[Path, "Folder for the heads; resumable."],
+    options: "TrainingOptions",
+    initial: Annotated[Path | None, "Folder of heads to start from; sequential from feed_forward ones, too."] = None,
+    held_out_corpus: Annotated[
+        Path | None, "Corpus to measure on (4,096 tokens of it), never trained on; default: a share of --corpus."
+    ] = None,
+) -> None:
+    """Train block heads, on a frozen base LM or together with it. Several GPUs: torchrun --no-python rescore ..."""
+    from lm.training.run import train_heads
+    from rescore.studies.tables import accuracy_table
+
+    with progress_bar() as progress:
+        accuracy = train_heads(
+            text, out, options, initial=initial, held_out=held_out_corpus, progress=progress, notify=notify
+        )
+    if accuracy is not None:
+        _show(accuracy_table(accuracy))
+        use = f"--base {text.base} --heads {out}" if options.tune == "none" else f"--base {out}"
+        print(f"{out}: heads 2 to {options.h}; rescore eval {use}")
+
+
+@command("train-rescorer", TRAIN, text=TEXT, options=Source("lm.training.options:RescorerOptions"))
+def train_rescorer_command(
+    size: Annotated[str, "neural-32m, neural-61m or neural-94m.", "SIZE"],
+    text: "TrainingText",
+    out: Annotated[Path, "Folder for the rescorer; resumable."],
+    options: "RescorerOptions",
+    base: Annotated[str, "Base LM it is to rescore for.", "--tokenizer", "--base"] = BUILT_IN,
+) -> None:
+    """Train a small neural LM that rescores drafts. Several GPUs: torchrun --no-python rescore ..."""
+    from lm.training.run import train_rescorer
+
+    with progress_bar() as progress:
+        measured = train_rescorer(
+            replace(text, base=base), out, replace(options, size=size), progress=progress, notify=notify
+        )
+    if measured is not None:
+        print(
+            f"{out}: held-out perplexity {measured.perplexity:.3f} (the base's own {measured.base_perplexity:.3f}), "
+            f"{measured.agreement:.1%} of {measured.tokens} tokens are its first choice"
+        )
+
+
+@command(
+    "train-bigram",
+    TRAIN,
+    text=TEXT,
+    inputs=Source(INPUTS.place, ("heads",)),
+    options=Source("lm.training.options:BigramOptions"),
+)
+def train_bigram_command(
+    text: "TrainingText",
+    out: Annotated[Path, "Folder for the learned bigram; resumable."],
+    inputs: "Inputs",
+    options: "BigramOptions",
+) -> None:
+    """Train a learned bigram on the heads' lattices of a corpus."""
+    from lm.training.run import train_bigram
+
+    with progress_bar() as progress:
+        paths = train_bigram(text, out, options, heads=inputs.heads, progress=progress)
+    if paths is not None:
+        print(
+            f"{out}: {paths.loss:.4f} nats a held-out lattice, {paths.unrescored_loss:.4f} without it "
+            f"({paths.lattices} lattices)"
+        )
+
+
+# Tasks
+
+
+@command("tasks", TASKS)
+def tasks_command(
+    names: Annotated[
+        list[str] | None,
+        "Show these in full: names, or YAML files, which are checked and whose data are read.",
+        "TASK",
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the tasks: what they ask, what they are scored by, where their data come from."""
+    from rescore.tasks.listing import list_tasks, tasks_table
+
+    facts = list_tasks(names or ())
+    if as_json:
+        _print_json([each.as_dict() for each in facts])
+    elif names:
+        print("\n\n".join(each.in_full() for each in facts))
+    else:
+        _show(tasks_table(facts))
+
+
+@command("perplexity", TASKS, asked=Source("rescore.studies.perplexity:perplexity_of_task"))
+def perplexity_command(asked: dict[str, Any], as_json: Json = False) -> None:
+    """Perplexity of the base LM on a task's passages, by a window that moves on with a stride."""
+    from rescore.studies.perplexity import perplexity_of_task
+
+    with progress_bar() as progress:
+        found = perplexity_of_task(**asked, progress=progress)
+    if found.notice:
+        notify(found.notice)
+    if as_json:
+        _print_json(asdict(found))
+        return
+    print(
+        f"{found.task}: perplexity {found.perplexity:.3f} over {found.tokens:,} tokens of {found.passages:,} passages "
+        f"({asked['base']} in {asked['dtype']}, window {found.window}, stride {found.stride})"
+    )
+
+
+@command("overlap", TASKS, asked=Source("rescore.studies.overlap:find_overlap"))
+def overlap_command(
+    asked: dict[str, Any],
+    out: Annotated[Path | None, "Write the list for --leave-out (ids and digests, no text)."] = None,
+    as_json: Json = False,
+) -> None:
+    """Find examples that share runs of 13 words (prompt or references) with training corpora."""
+    from rescore.runs.leave_out import write_leave_out
+    from rescore.studies.overlap import find_overlap, overlap_table
+
+    with progress_bar() as progress:
+        overlap = find_overlap(**asked, progress=progress)
+    if out is not None:
+        about = f"Examples that share {overlap.n} words in a row with {', '.join(overlap.corpora)}"
+        write_leave_out(overlap, out, about=about)
+    _print_json(overlap.as_dict()) if as_json else _show(overlap_table(overlap))
+
+
+# Bench
+
+
+@command("verify-curve", group=bench, inputs=MODEL)
+def verify_curve_command(
+    inputs: "Inputs", cached: Cached = 256, repeats: Repeats = 7, as_json: JsonLine = False
+) -> None:
+    """Time of one forward of 1 to 144 tokens on a cache, with the memory bandwidth reached."""
+    from lm.base.catalog import load_base
+    from rescore.studies.tables import verify_curve_table
+    from rescore.studies.verify_curve import verify_curve
+
+    model = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device)
+    curve = verify_curve(model, cached=cached, repeats=repeats)
+    if not as_json:
+        _show(verify_curve_table(curve))
+    _print_json(curve.as_dict())
+
+
+@command("block-length", group=bench, asked=Source("rescore.studies.block_length:block_lengths_of_trace"))
+def block_length_command(asked: dict[str, Any], as_json: JsonLine = False) -> None:
+    """Which block length pays here: acceptance from a trace against what verify, heads and rescoring cost."""
+    from rescore.studies.block_length import block_lengths_of_trace
+    from rescore.studies.tables import block_length_table
+
+    with progress_bar() as progress:
+        lengths = block_lengths_of_trace(**asked, progress=progress)
+    if not as_json:
+        _show(block_length_table(lengths))
+    _print_json(lengths.as_dict())
+
+
+app.add_typer(bench, name="bench", rich_help_panel=BENCH)
 
 if __name__ == "__main__":
+    from rescore.__main__ import main
+
     main()

@@ -163,6 +163,35 @@ class Table:
         return [dict(zip(names, row, strict=True)) for row in self.rows]
 
 
+def print_on_terminal(tables: Iterable[Table]) -> None:
+    """Prints tables with lines and colours, each as wide as the terminal lets it be."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as Lines
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for place, table in enumerate(tables):
+        if place:
+            console.print()
+        if table.title:
+            console.print(Text(printable_lines(table.title), style="bold"))
+        if table.columns:
+            lines = Lines(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False, pad_edge=False)
+            cells = [[printable(cell) for cell in row] for row in table.cells()]
+            for number, column in enumerate(table.columns):
+                widest = max((len(row[number]) for row in cells), default=0)
+                lines.add_column(
+                    Text(printable(column.heading)), justify="left" if column.format.left else "right",
+                    min_width=min(widest, 24), overflow="fold",
+                )  # fmt: skip
+            for row in cells:
+                lines.add_row(*(Text(cell, style="bold green" if cell.endswith("*") else "") for cell in row))
+            console.print(lines)
+        if table.note:
+            console.print(Text(printable_lines(table.note), style="dim"))
+
+
 def printable_lines(text: str) -> str:
     """Text of several lines, each of which can't control a terminal."""
     return "\n".join(map(printable, text.split("\n"))) if text else ""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
@@ -61,11 +61,11 @@ class Prompt:
 class GenerationOptions:
     """How output is generated."""
 
-    max_new_tokens: int = 96
-    max_prompt_tokens: int = 384  # longer prompts are cut
-    batch_size: int = 64
-    temperature: float = 0.0  # 0: greedy, else sampled by `seed`
-    seed: int = 0
+    max_new_tokens: Annotated[int, "Output tokens of each prompt, at most."] = 96
+    max_prompt_tokens: Annotated[int, "Cut prompts to this many tokens."] = 384
+    batch_size: Annotated[int, "Prompts decoded side by side."] = 64
+    temperature: Annotated[float, "0: greedy; above: tokens are drawn."] = 0.0
+    seed: Annotated[int, "Seed of what is drawn."] = 0
 
     def check(self) -> None:
         """Raises `RescoreError` for the first option that makes no sense."""

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from lm.ngram.corpus import CorpusSource, EncodedCorpus, corpus_sources, encode_
 from lm.ngram.counting import BREAK, Progress, Workspace, build_table, count_full, no_progress
 from lm.ngram.estimation import KATZ_CUTOFFS, check_fallback, check_thresholds, estimate
 from lm.ngram.place import check_same
+from lm.options import Field, Size, Utf8Errors
 
 WORDS = "words"  # the tokenizer's name that stands for none
 MAX_ORDER = 6
@@ -48,18 +49,20 @@ ESTIMATORS, SMOOTHINGS = ("own", "lmplz"), ("kneser-ney", "katz")
 class NgramOptions:
     """How an n-gram model is made of text."""
 
-    order: int = 4  # length of the longest n-grams
+    order: Annotated[int, "Length of the longest n-grams, 1 to 6."] = 4
     tokenizer: str = "smollm2-135m"  # a base LM's name, or `words` for words at white space
-    surface: bool = False  # write token strings instead of ids
-    errors: str = "strict"  # or replace: bad UTF-8
-    field: str = "text"  # of records, with the text or the token ids
-    smoothing: str = "kneser-ney"  # or katz
-    prune: Sequence[int] = ()  # counts up to which n-grams are dropped, by order
+    prune: Annotated[Sequence[int], "Drop n-grams that occur at most so often, by order, like 0,0,1,2."] = ()
     discount_fallback: Sequence[float] | None = None  # where the corpus gives no discounts
-    max_ngrams: int | None = None  # pruned by entropy down to so many
-    estimator: str = "own"  # or lmplz: KenLM's program, on the same stream of words
-    memory: int = 4 << 30  # bytes of arrays in memory; larger ones are mapped from files
-    threads: int | None = None  # None: one per core
+    smoothing: Annotated[
+        Literal["kneser-ney", "katz"], "Modified and interpolated Kneser-Ney, or Katz (prunes 0,0,1,3 by default)."
+    ] = "kneser-ney"
+    max_ngrams: Annotated[int | None, "Prune by entropy down to so many n-grams, like 500K or 100M.", Size(1000)] = None
+    surface: Annotated[bool, "Write token strings instead of ids."] = False
+    memory: Annotated[int, "Memory for the counts in bytes, like 4G; the rest goes to disk.", Size(1024)] = 4 << 30
+    threads: Annotated[int | None, "Threads; default: one per core."] = None
+    errors: Utf8Errors = "strict"
+    field: Field = "text"
+    estimator: Annotated[Literal["own", "lmplz"], "lmplz: KenLM's program, if it is on PATH."] = "own"
 
     def checked(self) -> NgramOptions:
         """The same with a threshold for every order and all fallback discounts. Raises `RescoreError`."""

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +30,8 @@ from lm.keys import key_of
 from lm.locks import tell
 from lm.neural.learned_bigram import BigramConfig
 from lm.training.data import HeadData, check_apart, chosen_share
-from lm.training.trainer import Schedule, Trainer
+from lm.training.options import BigramOptions
+from lm.training.trainer import Trainer
 
 BATCH_ROWS = 256
 SHARD_ROWS = 4096  # lattices that are kept together; what a kill can lose
@@ -125,24 +126,6 @@ def _made_of(base: BaseLM, heads: BlockHeads, data: HeadData, k: int, rows: int,
     for _, value in sorted(heads.net.state_dict().items()):
         digest.update(value.float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-@dataclass(frozen=True, kw_only=True)
-class BigramOptions(Schedule):
-    """How a bigram is trained."""
-
-    rank: int = 128  # of the scores
-    k: int = 16  # tokens of each head in a lattice
-    rows: int = 30000  # lattices of each corpus
-    batch: int = 512  # lattices per step
-    steps: int = 1500
-    learning_rate: float = 2e-3
-    warmup: int = 50
-    weight_decay: float = 0.05
-    held_out: float = 0.05
-    evaluate_every: int = 250
-
-    LEAST: ClassVar = {"rank": 1, "k": 2, "rows": 2, "batch": 1}
 
 
 @dataclass(frozen=True)

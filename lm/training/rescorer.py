@@ -11,55 +11,25 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lm.base.model import BaseLM
 from lm.checkpoint import write_tensors
 from lm.files import replaced_files
 from lm.neural.model import DeltaConfig, first_layers, named_size, save_delta, scratch_model
 from lm.training.data import HeadData, Segment, body_states, cached, tokens_read
 from lm.training.losses import CHUNK_ROWS, soft_cross_entropy, teacher_probabilities
-from lm.training.text_trainer import TextOptions, TextTrainer
+from lm.training.options import RescorerOptions
+from lm.training.text_trainer import TextTrainer
 
-INITS = ("base", "scratch")
 BEST_FILE = "best.safetensors"
 POOL = 8  # batches drawn at a time and sorted by length: less padding
-
-
-@dataclass(frozen=True, kw_only=True)
-class RescorerOptions(TextOptions):
-    """How a rescorer is trained."""
-
-    size: str = "neural-61m"  # by name
-    init: str = "base"  # or scratch
-    tuned_layers: int = 3  # of the last layers, which move (init base)
-    steps: int = 1000
-    positions: int = 4096  # tokens per step, prompts and padding included
-    micro_batch: int = 4096  # of them at a time
-    vocabulary: int | None = 16384
-    negatives: int = 2048
-    learning_rate: float = 5e-4
-    warmup: int = 50
-    weight_decay: float = 0.01
-    held_out: float = 0.03
-    evaluate_every: int = 100
-    patience: int = 5  # evaluations without a better held-out loss before it stops; the best weights are the result
-
-    LEAST: ClassVar = {
-        "tuned_layers": 1, "positions": 1, "micro_batch": 1, "vocabulary": 1, "negatives": 0, "patience": 1
-    }  # fmt: skip
-
-    def check(self) -> None:
-        named_size(self.size)
-        if self.init not in INITS:
-            raise UnknownNameError("init", self.init, INITS)
-        super().check()
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
+from rescore.options import Spec
 from rescore.report.token_text import token_texts, tokenizer_of
 from rescore.runs.finished import FinishedRun, load_runs
 from rescore.runs.records import ExampleRecord, Result
@@ -94,16 +95,16 @@ class Inspection:
 
 
 def inspect_example(
-    folder: Path,
-    example: str = "1",
+    folder: Annotated[Path, "Folder of rescore eval --out or rescore suite.", "RESULTS"],
+    example: Annotated[str, "Id of the example, or its number from 1."] = "1",
     *,
-    task: str | None = None,
-    rescorers: Collection[str] = (),
-    p: int | None = None,
-    k: int | None = None,
-    h: int | None = None,
-    steps: str = f"1-{SHOWN_BLOCKS}",
-    top: int = SHOWN_TOKENS,
+    task: Annotated[str | None, "Task, where the results have several."] = None,
+    steps: Annotated[str, "Blocks to show: 3, 1-5, 6- or all.", "--show"] = f"1-{SHOWN_BLOCKS}",
+    rescorers: Annotated[Sequence[Spec], "Rescorer as it was given; several. Default: all.", "--rescorer"] = (),
+    p: Annotated[int | None, "Only the drafts with this p."] = None,
+    k: Annotated[int | None, "Of a suite with several k: this one."] = None,
+    h: Annotated[int | None, "Of a suite with several h: this one."] = None,
+    top: Annotated[int, "Tokens of each slot of the lattice to show."] = SHOWN_TOKENS,
 ) -> Inspection:
     """One example of the results in a folder (of `rescore eval --out` or `rescore suite`).
 

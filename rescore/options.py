@@ -1,0 +1,266 @@
+"""Options and arguments that records and functions declare (see `lm.options`), and their values from text.
+
+Each is a type with its help, `Annotated[int, "Tokens per step."]`. More texts beside the help may say its name on the
+command line (`--task`; a word without dashes, like `CORPUS`: an argument with that name) and what is written for its
+values (`<A=B>`). A list is given by repeating its option or with commas. Knows nothing of a command-line library.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NewType
+
+from lattices.errors import RescoreError, UnknownNameError
+from lattices.paths import user_path
+from lm.options import Base, Device, Dtype, Heads, Size
+from rescore.terminal import CutShortError
+
+Spec = NewType("Spec", str)  # a rescorer as it is given: name, name:text or name:key=value,key=value
+Data = Annotated[str | None, "File with the task's examples: JSON lines, a JSON array, CSV or Parquet."]
+Limit = Annotated[int | None, "Only N examples: one of each source (passage, document) before a second one of any."]
+REQUIRED = inspect.Parameter.empty
+LISTS = (list, tuple, Sequence, Mapping)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option, or argument.
+
+    name: in Python; spelled: on the command line, more than one where it has aliases.
+    kind: a type, that of the items where it is a list: a number, `bool`, `str`, `Path`, `Spec`, a Literal, a number or
+    a Literal, or a pair of two of these.
+    collects: `tuple` or `dict` where it is a list. default: `REQUIRED` where there is none.
+    size: how a number is read that may be given like 4G.
+    """
+
+    name: str
+    spelled: tuple[str, ...]
+    help: str
+    kind: Any
+    collects: type | None
+    is_optional: bool
+    size: Size | None
+    default: Any
+    values: str | None = None
+
+    @classmethod
+    def declared(cls, name: str, hint: Any, default: Any) -> Option | None:
+        """The option that a type with help declares; None for a type without."""
+        hint, optional, said = _unwrapped(hint)
+        texts = [each for each in said if isinstance(each, str)]
+        helps = [text for text in texts if " " in text]
+        if not helps:
+            return None
+        spelled = tuple(text for text in texts if " " not in text and not text.startswith("<"))
+        origin = typing.get_origin(hint)
+        collects = None if origin not in LISTS else dict if origin is Mapping else tuple
+        kinds = typing.get_args(hint)
+        return cls(
+            name=name, spelled=spelled or (f"--{name.replace('_', '-')}",), help=helps[0],
+            kind=hint if collects is None else tuple[kinds] if collects is dict else kinds[0], collects=collects,
+            is_optional=optional, size=next((each for each in said if isinstance(each, Size)), None), default=default,
+            values=next((text.strip("<>") for text in texts if text.startswith("<")), None),
+        )  # fmt: skip
+
+    @property
+    def is_argument(self) -> bool:
+        """Whether it is given by its place, without a name."""
+        return not self.spelled[0].startswith("--")
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words that it may be, if there are some."""
+        kinds = [self.kind] if typing.get_origin(self.kind) is Literal else typing.get_args(self.kind)
+        return tuple(word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind))
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is a number, or a number or a word."""
+        return self.kind in (int, float) or (typing.get_origin(self.kind) is not tuple and float in _parts(self.kind))
+
+    @property
+    def label(self) -> str:
+        """What its values are called in help."""
+        words = ("number",) * (self.is_number and bool(self.choices)) + self.choices
+        known = {Path: "path", int: "int", float: "float"}
+        label = self.values or ("size" if self.size else "|".join(words) or known.get(self.kind, "text"))
+        return f"<{label},...>" if self.collects else f"<{label}>"
+
+    @property
+    def shown_default(self) -> list[str] | None:
+        """The default as it would be given."""
+        if self.default is None or self.default is REQUIRED or self.default in ((), {}):
+            return None
+        values = self.default if self.collects else [self.default]
+        return [self.size.text(value) if self.size else str(value) for value in values]
+
+    def value(self, given: Any) -> Any:
+        """The value of the text or texts that were given. Raises `RescoreError` for what is none."""
+        name = self.spelled[0]
+        if self.kind is bool:
+            return bool(given)
+        given = [given] if isinstance(given, str) else given
+        if not given:
+            return self.default
+        if any(not text.strip() for text in given):
+            raise RescoreError(f"{name} is empty; give it a value" + ("" if self.is_argument else ", or leave it out"))
+        if self.collects:
+            listed = given if self.is_argument else [part for text in given for part in self._split(text)]
+            return self.collects(map(self._item, listed))
+        if len(given) > 1:
+            raise RescoreError(f"{name} is there {len(given)} times; give it once")
+        value = self._item(given[0])
+        # Zero is none where another number is the default.
+        return None if value == 0 and self.is_optional and self.default else value
+
+    def _split(self, text: str) -> list[str]:
+        """What one text lists, with commas or, of numbers, spaces between. A path may hold commas."""
+        if self.is_number:
+            return re.split(r"\s*,\s*|\s+", text.strip())
+        if "," in text and Path(re.split("[:=]", text, maxsplit=1)[-1]).exists():
+            return [text]
+        parts: list[str] = []
+        for part in text.split(","):
+            if self.kind is Spec and parts and ":" in parts[-1] and re.match("[a-z]+=", part):
+                parts[-1] += f",{part}"  # another setting of the same rescorer
+            else:
+                parts.append(part)
+        if not all(map(str.strip, parts)):
+            raise RescoreError(f"{self.spelled[0]} {text}: there is nothing before or after a comma; drop it")
+        return parts
+
+    def _item(self, text: str) -> Any:
+        name = self.spelled[0]
+        if self.size:
+            return self.size.read(name, text)
+        if text in self.choices:
+            return text
+        if self.is_number:
+            return self._number(text)
+        if self.choices:
+            raise UnknownNameError(name, text, self.choices)
+        if typing.get_origin(self.kind) is tuple:
+            key, _, value = text.rpartition("=")
+            try:
+                pair = tuple(kind(part) for kind, part in zip(_parts(self.kind), (key, value), strict=True))
+            except ValueError:
+                pair = ()
+            if not all(pair):
+                raise RescoreError(f"{name} {text}: give {self.values}")
+            return pair
+        return user_path(text, name) if self.kind is Path else text
+
+    def _number(self, text: str) -> float:
+        try:
+            return int(text) if self.kind is int else float(text)
+        except ValueError:
+            of_list = "numbers with commas between them, like 1,2,4"
+            if self.kind is int:
+                what = f"whole {of_list}" if self.collects else "a whole number, like 16"
+            else:
+                what = of_list if self.collects else "a number, like 0.5"
+            raise RescoreError(f"{self.spelled[0]} {text}: give {', or '.join((what, *self.choices))}") from None
+
+
+def _parts(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind)
+
+
+def _unwrapped(hint: Any) -> tuple[Any, bool, list[Any]]:
+    """A type, whether None is one of its values, and what is annotated, the outermost first."""
+    said: list[Any] = []
+    optional = False
+    while True:
+        if typing.get_origin(hint) is Annotated:
+            hint, *more = typing.get_args(hint)
+            said += reversed(more)
+        elif typing.get_origin(hint) in (typing.Union, types.UnionType) and type(None) in _parts(hint):
+            optional = True
+            hint = functools.reduce(lambda a, b: a | b, (kind for kind in _parts(hint) if kind is not type(None)))
+        else:
+            return hint, optional, said
+
+
+@dataclass(frozen=True)
+class Source:
+    """A record or function by its place, `module:name`, whose options a command has: all of them, `only` some, or all
+    `but` some."""
+
+    place: str
+    only: tuple[str, ...] = ()
+    but: tuple[str, ...] = ()
+
+    def find(self) -> tuple[Any, list[Option]]:
+        """The record or function, and its options."""
+        module, _, name = self.place.partition(":")
+        declares = getattr(importlib.import_module(module), name)
+        options = options_of(declares)
+        return declares, [o for o in options if (not self.only or o.name in self.only) and o.name not in self.but]
+
+
+def options_of(declares: Callable[..., Any], but: Sequence[str] = ()) -> list[Option]:
+    """The options of a record or function, without those of some names."""
+    parameters = {name: p for name, p in inspect.signature(declares).parameters.items() if name not in but}
+    if but:
+        hints = {name: parameter.annotation for name, parameter in parameters.items()}
+    else:
+        hints = typing.get_type_hints(declares, include_extras=True)
+    found = (Option.declared(name, hints.get(name), parameter.default) for name, parameter in parameters.items())
+    return [option for option in found if option is not None]
+
+
+def with_options(body: Callable[..., None], sources: Mapping[str, Source]) -> tuple[list[Option], Callable[..., None]]:
+    """The options of a command, in the order of its parameters, and what runs it with the texts that are given.
+
+    A parameter is an option itself, or one of `sources` stands for the options of a record, which is then made of them,
+    or of a function, whose keywords it then holds. Raises `CutShortError` for Ctrl-C and a pipe that breaks.
+    """
+    found = {name: source.find() for name, source in sources.items()}
+    own = {option.name: option for option in options_of(body, but=tuple(sources))}
+    options: list[Option] = []
+    for name in inspect.signature(body).parameters:
+        options += [o for o in found[name][1] if o.name not in own] if name in found else [own[name]]
+
+    def run(**given: Any) -> None:
+        values = {option.name: option.value(given[option.name]) for option in options}
+        arguments = {name: values[name] for name in own}
+        for name, (declares, declared) in found.items():
+            keywords = {option.name: values[option.name] for option in declared}
+            arguments[name] = declares(**keywords) if isinstance(declares, type) else keywords
+        try:
+            body(**arguments)
+        except (BrokenPipeError, KeyboardInterrupt) as error:
+            raise CutShortError from error
+
+    return options, run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """One task with the models that decode it."""
+
+    base: Base = "smollm2-135m"
+    heads: Heads = None
+    h: Annotated[int | None, "Use only the first h heads (block of h tokens)."] = None
+    limit: Limit = None
+    data: Data = None
+    trace: Annotated[str | None, "Replay this trace folder instead of recording one."] = None
+    leave_out: Annotated[
+        str | None,
+        "Leave out the examples of this list: a file of rescore overlap --out, or shipped: those that share text with "
+        "what the shipped models were trained on.",
+    ] = None
+    max_new_tokens: Annotated[
+        int | None, "Output tokens per example, at most. Default: what the task's file says, else 64."
+    ] = None
+    max_prompt_tokens: Annotated[int | None, "Cut prompts to this many tokens."] = None
+    dtype: Dtype = "float32"
+    device: Device = "auto"

@@ -1,6 +1,6 @@
 """The commands of `rescore`: each makes objects of its options, calls one function of the project, and prints.
 
-An option is declared once (`rescore.options`): by a field of a record, a parameter of a function or, here, of a command.
+An option is declared once (`rescore.options`): by a field of a record, a parameter of a function or, here, of one.
 Results go to stdout, progress and notices to stderr. Heavy libraries are imported inside commands, so that help is
 quick; `rescore.__main__` starts this and reports errors.
 """
@@ -24,45 +24,42 @@ from typer.models import CommandInfo
 
 from lattices.errors import RescoreError
 from lm.options import TEXTS, TopK
-from rescore.options import REQUIRED, Option, Source, Spec, with_options
+from rescore.options import (
+    REQUIRED,
+    Alpha,
+    Alphas,
+    BootstrapSeed,
+    Ks,
+    Option,
+    Ps,
+    Rescorers,
+    Source,
+    Spec,
+    Task,
+    Tasks,
+    Verify,
+    with_options,
+)
 from rescore.terminal import notify, progress_bar
 
 if TYPE_CHECKING:
     from lm.base.corpus import GenerationOptions
     from lm.base.own_output import OwnOutput
     from lm.ngram.build import NgramOptions
-    from lm.training.options import BigramOptions, RescorerOptions, TrainingOptions, TrainingText
     from rescore.options import Inputs
     from rescore.runs.evaluation import Evaluation
     from rescore.table import Table
 
 BUILT_IN = "smollm2-135m"
+NONE = (Spec("none"),)
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 PLAIN_WIDTH = 160  # columns where stdout is no terminal and COLUMNS does not say
 MEASURE, LOOK, NGRAMS, TRAIN, TASKS, BENCH = "Measure", "Look", "N-grams", "Train", "Tasks", "Bench"
-TASK_NAMES = (
-    "cnn_dailymail, gsm8k, lambada, mt_bench, multi_news, newsroom, qa, rag, samsum, squad, summarization, "
-    "translation, xsum (rescore tasks shows them), a plug-in's, or a YAML file of your own, like ./mine.yaml"
-)
-INPUTS = Source("rescore.options:Inputs")
-MODEL = Source(INPUTS.place, only=("base", "dtype", "device"))
-TEXT = Source("lm.training.options:TrainingText")
+INPUTS = "rescore.options:Inputs"
+MODEL = Source(INPUTS, only=("base", "dtype", "device"))
+OWN = Source("lm.base.own_output:OwnOutput", but=("batch_size", "temperature", "seed"))
 
 Body = TypeVar("Body", bound=Callable[..., None])
-Task = Annotated[str, f"{TASK_NAMES}."]
-Tasks = Annotated[Sequence[str], f"{TASK_NAMES}; several. Default: squad, or the task of --trace.", "--task"]
-Rescorers = Annotated[
-    Sequence[Spec],
-    "none, oracle, ngram[:PATH], context-ngram[:PATH], neural-32m, neural-61m, neural-94m, neural:PATH, "
-    "ngram-neural[:MODEL], learned-bigram[:PATH] or a plug-in's name[:text]; several.",
-    "--rescorer",
-]
-Ks = Annotated[Sequence[int], "Tokens of each head that are in the lattice.", "--k"]
-Ps = Annotated[Sequence[int], "Drafts that one step verifies; 1,16 runs both.", "--p"]
-Seed = Annotated[int, "Seed of the bootstrap intervals."]
-Verify = Literal["tree", "batch"]
-Cached = Annotated[int, "Tokens in the cache."]
-Repeats = Annotated[int, "Timed calls of each size; the median counts."]
 Details = Annotated[bool, "Also quality, acceptance by position, and in live mode the times."]
 Json = Annotated[bool, "Print one JSON document instead of a table.", "--json"]
 JsonLine = Annotated[bool, "Print the JSON line only, without the table.", "--json"]
@@ -181,35 +178,43 @@ def _show(tables: "Table | Sequence[Table]") -> None:
     """Prints tables: with lines and colours on a terminal, else as plain text."""
     from rescore.table import Table, joined, print_on_terminal
 
-    each = [tables] if isinstance(tables, Table) else list(tables)
-    if sys.stdout.isatty():
-        print_on_terminal(each)
-    else:
-        print(joined(each))
+    each = [tables] if isinstance(tables, Table) else tables
+    print_on_terminal(each) if sys.stdout.isatty() else print(joined(each))
 
 
 def _print_json(document: Any) -> None:
     print(json.dumps(document, ensure_ascii=False))
 
 
+def _result(result: Any, tables: Callable[[Any], "Table | Sequence[Table]"], as_json: bool) -> None:
+    """Prints what a function gave: what it has to say besides, and its JSON document or tables."""
+    for line in getattr(result, "notices", ()):
+        notify(line)
+    document = result.as_dict() if hasattr(result, "as_dict") else asdict(result) if as_json else None
+    _print_json(document) if as_json else _show(tables(result))
+
+
+def _stop_if(interrupted: bool, shown: str) -> None:
+    if interrupted:
+        notify(f"interrupted; {shown}")
+        raise typer.Exit(INTERRUPTED)
+
+
 # Measure
 
 
-@command("eval", MEASURE, inputs=INPUTS)
+@command("eval", MEASURE, inputs=Source(INPUTS))
 def eval_command(
     inputs: "Inputs",
     task: Tasks = (),
-    rescorer: Rescorers = (Spec("none"),),
+    rescorer: Rescorers = NONE,
     k: TopK = 16,
     p: Ps = (1,),
-    alpha: Annotated[
-        float | Literal["tuned"] | None,
-        "Weight of the rescorer: a number, or tuned (what rescore tune kept here). Default: its own.",
-    ] = None,
+    alpha: Alpha = None,
     mode: Annotated[Literal["replay", "live"], "From a trace, fast; or decoding, which measures time."] = "replay",
     verify: Annotated[Verify, "Live: p drafts as one prefix tree, or as rows of a batch."] = "tree",
     out: Annotated[Path | None, "Folder for per-example lines and results.json; resumable."] = None,
-    seed: Seed = 0,
+    seed: BootstrapSeed = 0,
     details: Details = False,
     as_json: Json = False,
 ) -> None:
@@ -257,7 +262,7 @@ def _print_evaluation(evaluation: "Evaluation", as_json: bool, *, details: bool)
         _show(results_tables(document, details=details))
 
 
-@command("oracle", MEASURE, inputs=INPUTS)
+@command("oracle", MEASURE, inputs=Source(INPUTS))
 def oracle_command(
     inputs: "Inputs",
     task: Tasks = (),
@@ -275,7 +280,7 @@ def oracle_command(
     _print_evaluation(evaluation, as_json, details=details)
 
 
-@command("tune", MEASURE, inputs=Source(INPUTS.place, but=("limit",)))
+@command("tune", MEASURE, inputs=Source(INPUTS, but=("limit",)))
 def tune_command(
     inputs: "Inputs",
     rescorer: Annotated[Sequence[Spec], "A rescorer with a weight, like ngram; several."],
@@ -299,7 +304,7 @@ def tune_command(
     notify("kept on this machine: rescore eval --alpha tuned with the same options uses these weights")
 
 
-@command("trace", MEASURE, inputs=Source(INPUTS.place, but=("trace", "h")))
+@command("trace", MEASURE, inputs=Source(INPUTS, but=("trace", "h")))
 def trace_command(
     out: Annotated[Path, "Folder for the trace; resumable."],
     inputs: "Inputs",
@@ -348,35 +353,25 @@ def suite_command(
 
 
 @command("analyse", LOOK, asked=Source("rescore.studies.analysis.collect:analyse_folders"))
-def analyse_command(asked: dict[str, Any], as_json: Json = False) -> None:
+def analyse_command(asked: Any, as_json: Json = False) -> None:
     """Analyse traces or finished runs: repetition, entropy and h_max, oracle, wins and losses, ranks, calibration."""
     from rescore.studies.analysis.collect import analyse_folders
     from rescore.studies.analysis.text import findings_tables
 
-    findings = analyse_folders(**asked)
-    _print_json(findings.as_dict()) if as_json else _show(findings_tables(findings))
+    _result(analyse_folders(**asked), findings_tables, as_json)
 
 
-@command("compare", LOOK, selection=Source("rescore.studies.comparison:Selection"))
-def compare_command(
-    a: Annotated[Path, "Results folder of rescore eval --out or rescore suite.", "A"],
-    selection: "Selection",
-    b: Annotated[Path | None, "Another; default: A, with two rescorers or p of it.", "B"] = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
+@command("compare", LOOK, asked=Source("rescore.studies.comparison:compare"))
+def compare_command(asked: Any, as_json: Json = False) -> None:
     """Compare two results by example: difference in block efficiency with its paired interval, won, tied, lost."""
     from rescore.studies.comparison import compare
     from rescore.studies.tables import comparison_table
 
-    comparison = compare(a, b, selection=selection, seed=seed)
-    for line in comparison.notices:
-        notify(line)
-    _print_json(comparison.as_dict()) if as_json else _show(comparison_table(comparison))
+    _result(compare(**asked), comparison_table, as_json)
 
 
 @command("inspect", LOOK, asked=Source("rescore.report.inspection:inspect_example"))
-def inspect_command(asked: dict[str, Any], as_json: Json = False) -> None:
+def inspect_command(asked: Any, as_json: Json = False) -> None:
     """Show one example block by block: the lattice, each rescorer's draft, what was accepted, what the base wanted."""
     from rich.console import Console
 
@@ -397,7 +392,7 @@ def inspect_command(asked: dict[str, Any], as_json: Json = False) -> None:
 
 
 @command("cost", LOOK, asked=Source("rescore.studies.cost.inputs:cost_tables"))
-def cost_command(asked: dict[str, Any], as_json: Json = False) -> None:
+def cost_command(asked: Any, as_json: Json = False) -> None:
     """Cost model: weights and KV cache read and FLOPs per decoded token, by method and context."""
     from rescore.studies.cost.inputs import cost_tables
     from rescore.studies.tables import cost_table
@@ -406,20 +401,13 @@ def cost_command(asked: dict[str, Any], as_json: Json = False) -> None:
     _print_json([each.as_dict() for each in costs]) if as_json else _show([cost_table(each) for each in costs])
 
 
-@command("report", LOOK)
-def report_command(
-    results: Annotated[
-        list[Path], "Folders of rescore eval --out or rescore suite, or a folder of such folders.", "RESULTS"
-    ],
-    out: Annotated[Path, "The page, a name that ends with .html; .md and .csv are written beside it."],
-    examples: Annotated[int, "Examples of each task in the lattice explorer; 0 leaves it out."] = 8,
-    as_json: Json = False,
-) -> None:
+@command("report", LOOK, asked=Source("rescore.report.page:write_report"))
+def report_command(asked: Any, as_json: Json = False) -> None:
     """Make one HTML page of results: tables, charts and a lattice explorer; works from disk, without network."""
     from rescore.report.page import write_report
 
     with progress_bar() as progress:
-        written = write_report(results, out, examples=examples, progress=progress)
+        written = write_report(**asked, progress=progress)
     for line in written.missing:
         notify(line)
     files = [written.html, written.markdown, written.csv]
@@ -432,24 +420,17 @@ def report_command(
 # N-grams
 
 
-@command(
-    "build-ngram",
-    NGRAMS,
-    options=Source("lm.ngram.build:NgramOptions"),
-    own=Source("lm.base.own_output:OwnOutput", but=("batch_size", "temperature", "seed")),
-)
+@command("build-ngram", NGRAMS, options=Source("lm.ngram.build:NgramOptions"), own=OWN)
 def build_ngram_command(
     corpus: Annotated[
-        list[str],
-        f"One or more of: {TEXTS}; own:PROMPTS for the base LM's own output for a file of prompts, generated "
-        "once and kept.",
+        Sequence[str],
+        f"One or more of: {TEXTS}; own:PROMPTS for the base LM's own output for a file of prompts, generated once and "
+        "kept.",
         "CORPUS",
     ],
     options: "NgramOptions",
     own: "OwnOutput",
-    out: Annotated[
-        Path | None, "Folder for the model; resumable. Default: beside the corpus, NAME-4gram for NAME.txt."
-    ] = None,
+    out: Annotated[Path | None, "Folder; resumable. Default: beside the corpus, NAME-4gram for NAME.txt."] = None,
     tokenizer: Annotated[
         str | None,
         "Base LM whose token ids the words are, or words: split at white space. Default: --base, else smollm2-135m.",
@@ -471,24 +452,20 @@ def build_ngram_command(
             corpus, folder, replace(options, tokenizer=tokenizer, discount_fallback=fallback),
             own=replace(own, base=base or tokenizer), replace=out is not None, progress=progress,
         )  # fmt: skip
-    if as_json:
-        _print_json(asdict(summary))
-        return
-    _show(built_ngram_table(summary))
-    if tokenizer == "words":
-        print(f"next: rescore score-ngram TEXT --ngram {shlex.quote(summary.path)}")
-    else:
-        given = "" if tokenizer == BUILT_IN else f"--base {shlex.quote(tokenizer)} "
-        print(f"next: rescore eval {given}--rescorer {shlex.quote(f'ngram:{summary.path}')}")
+    _result(summary, built_ngram_table, as_json)
+    given = "" if tokenizer == BUILT_IN else f"--base {shlex.quote(tokenizer)} "
+    use = f"eval {given}--rescorer {shlex.quote(f'ngram:{summary.path}')}"
+    if not as_json:
+        print(
+            f"next: rescore {f'score-ngram TEXT --ngram {shlex.quote(summary.path)}' if tokenizer == 'words' else use}"
+        )
 
 
-@command("mix-ngram", NGRAMS, tuning=Source("rescore.studies.ngram_mixing:tune_mixture", but=("trace",)))
+@command("mix-ngram", NGRAMS, tuning=Source("rescore.studies.ngram_mixing:tune_mixture"))
 def mix_ngram_command(
-    model: Annotated[
-        Sequence[str], "Two or more: folders of build-ngram, ARPA files, shipped (the shipped model).", "MODEL"
-    ],
+    model: Annotated[Sequence[str], "Two or more: folders of build-ngram, ARPA files, shipped (the model).", "MODEL"],
     out: Annotated[Path, "Folder for the mixture, a model like those of build-ngram."],
-    tuning: dict[str, Any],
+    tuning: Any,
     weights: Annotated[Sequence[float], "Weights, one for each model, like 0.7,0.3."] = (),
     trace: Annotated[Path | None, "Instead of weights: a trace folder, on whose last examples they are tuned."] = None,
     as_json: Json = False,
@@ -517,7 +494,7 @@ def mix_ngram_command(
         _show([*([mixture_tuning_table(tuned)] if tuned else []), mixture_table(mixed)])
 
 
-@command("compare-ngrams", NGRAMS, inputs=Source(INPUTS.place, but=("limit", "leave_out")))
+@command("compare-ngrams", NGRAMS, inputs=Source(INPUTS, but=("limit", "leave_out")))
 def compare_ngrams_command(
     corpus: Annotated[
         Sequence[str],
@@ -525,15 +502,15 @@ def compare_ngrams_command(
         "included, or shipped: the model shipped for the base.",
     ],
     inputs: "Inputs",
-    task: Annotated[str | None, f"{TASK_NAMES}. Default: squad, or the task of --trace."] = None,
+    task: Tasks = (),
     order: Annotated[Sequence[int], "Orders of the models to train."] = (2, 4),
     k: TopK = 16,
     p: Ps = (1, 16),
     limit: Annotated[int | None, "Evaluate the first N examples; default: all not held out."] = None,
     held_out: Annotated[int | None, "Examples to tune on, the last ones; default: 40, at most half of all."] = None,
-    alphas: Annotated[Sequence[float], "Weights to try; 0 is always among them. Default: nine from 0.1 to 5."] = (),
+    alphas: Alphas = (),
     own_tokens: Annotated[int, "Output tokens for each prompt of own:PROMPTS, at most."] = 96,
-    seed: Seed = 0,
+    seed: BootstrapSeed = 0,
     as_json: Json = False,
 ) -> None:
     """Compare n-gram models by corpus and order: train, tune alpha, and evaluate each on one task, in one table."""
@@ -543,7 +520,7 @@ def compare_ngrams_command(
     from rescore.studies.ngram_comparison import compare_ngrams, read_corpus
     from rescore.studies.tables import ngram_comparison_table
 
-    chosen = EvalOptions(tasks=(task,) if task else (), k=k, p=tuple(p), seed=seed, **{**vars(inputs), "limit": limit})
+    chosen = EvalOptions(tasks=tuple(task), k=k, p=tuple(p), seed=seed, **{**vars(inputs), "limit": limit})
     own = OwnOutput(base=inputs.base, max_new_tokens=own_tokens, dtype=inputs.dtype, device=inputs.device)
     with progress_bar() as progress:
         found = compare_ngrams(
@@ -554,7 +531,7 @@ def compare_ngrams_command(
 
 
 @command("score-ngram", NGRAMS, asked=Source("lm.ngram.score:score_file"))
-def score_ngram_command(asked: dict[str, Any], as_json: Json = False) -> None:
+def score_ngram_command(asked: Any, as_json: Json = False) -> None:
     """Perplexity of a text under an n-gram model, with the counts of unknown words."""
     from lm.ngram.score import score_file
     from rescore.studies.tables import ngram_score_table
@@ -564,11 +541,11 @@ def score_ngram_command(asked: dict[str, Any], as_json: Json = False) -> None:
     if score.unknown_share > 0.9:
         share = f"{score.unknown_share:.0%}"
         notify(f"{asked['ngram']} does not know {share} of the words; is this the right --tokenizer?")
-    _print_json(score.as_dict()) if as_json else _show(ngram_score_table(score, asked["text"]))
+    _result(score, functools.partial(ngram_score_table, text=asked["text"]), as_json)
 
 
 @command("export-fst", NGRAMS, asked=Source("rescore.exports.openfst:export_openfst"))
-def export_fst_command(asked: dict[str, Any]) -> None:
+def export_fst_command(asked: Any) -> None:
     """Write an n-gram automaton and one lattice of a trace, with their exact composition, as OpenFst text."""
     from rescore.exports.openfst import export_openfst
     from rescore.studies.tables import file_sizes
@@ -589,123 +566,79 @@ def generate_corpus_command(
     """Write the base LM's own output for many prompts: what block heads and rescorers learn from."""
     from lm.base.catalog import load_base
     from lm.base.corpus import generate_corpus, read_prompts
-    from lm.base.machine import measure_limits
+    from lm.base.machine import share_of_limits
 
-    model = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device)
-    chosen = read_prompts(prompts, default_chat=model.is_chat)
+    base = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device)
+    chosen = read_prompts(prompts, default_chat=base.is_chat)
     with progress_bar() as progress:
-        summary = generate_corpus(
-            model, chosen, out, options, progress=lambda done, total: progress("generate", done, total)
-        )
+        summary = generate_corpus(base, chosen, out, options, progress=functools.partial(progress, "generate"))
     counts = f"{summary.examples} examples ({summary.made} new, {summary.duplicates} duplicates)"
     print(f"{summary.path}: {counts}, {summary.output_tokens} output tokens")
     if summary.made:
-        limits, work = measure_limits(model.device, model.dtype), summary.work
-        print(
-            f"{summary.decoded / summary.seconds:.0f} output tokens a second: "
-            f"{work.flops / summary.seconds / limits.flops:.0%} of the {inputs.dtype} FLOPs and "
-            f"{work.bytes_read / summary.seconds / limits.bytes_read:.0%} of the memory bandwidth "
-            "that this machine reaches at best"
-        )
+        speed = f"{summary.decoded / summary.seconds:.0f} output tokens a second"
+        print(f"{speed}: {share_of_limits(base, summary.work, summary.seconds)}")
 
 
-@command("train-heads", TRAIN, text=TEXT, options=Source("lm.training.options:TrainingOptions"))
-def train_heads_command(
-    text: "TrainingText",
-    out: Annotated[Path, "Folder for the heads; resumable."],
-    options: "TrainingOptions",
-    initial: Annotated[Path | None, "Folder of heads to start from; sequential from feed_forward ones, too."] = None,
-    held_out_corpus: Annotated[
-        Path | None, "Corpus to measure on (4,096 tokens of it), never trained on; default: a share of --corpus."
-    ] = None,
-) -> None:
+@command("train-heads", TRAIN, asked=Source("lm.training.run:train_heads"))
+def train_heads_command(asked: Any) -> None:
     """Train block heads, on a frozen base LM or together with it. Several GPUs: torchrun --no-python rescore ..."""
     from lm.training.run import train_heads
     from rescore.studies.tables import accuracy_table
 
     with progress_bar() as progress:
-        accuracy = train_heads(
-            text, out, options, initial=initial, held_out=held_out_corpus, progress=progress, notify=notify
-        )
+        accuracy = train_heads(**asked, progress=progress, notify=notify)
     if accuracy is not None:
         _show(accuracy_table(accuracy))
-        use = f"--base {text.base} --heads {out}" if options.tune == "none" else f"--base {out}"
+        options, out = asked["options"], asked["out"]
+        use = f"--base {asked['text'].base} --heads {out}" if options.tune == "none" else f"--base {out}"
         print(f"{out}: heads 2 to {options.h}; rescore eval {use}")
 
 
-@command("train-rescorer", TRAIN, text=TEXT, options=Source("lm.training.options:RescorerOptions"))
+@command("train-rescorer", TRAIN, asked=Source("lm.training.run:train_rescorer"))
 def train_rescorer_command(
     size: Annotated[str, "neural-32m, neural-61m or neural-94m.", "SIZE"],
-    text: "TrainingText",
-    out: Annotated[Path, "Folder for the rescorer; resumable."],
-    options: "RescorerOptions",
+    asked: Any,
     base: Annotated[str, "Base LM it is to rescore for.", "--tokenizer", "--base"] = BUILT_IN,
 ) -> None:
     """Train a small neural LM that rescores drafts. Several GPUs: torchrun --no-python rescore ..."""
     from lm.training.run import train_rescorer
 
     with progress_bar() as progress:
-        measured = train_rescorer(
-            replace(text, base=base), out, replace(options, size=size), progress=progress, notify=notify
-        )
+        measured = train_rescorer(**asked, progress=progress, notify=notify)
     if measured is not None:
-        print(
-            f"{out}: held-out perplexity {measured.perplexity:.3f} (the base's own {measured.base_perplexity:.3f}), "
-            f"{measured.agreement:.1%} of {measured.tokens} tokens are its first choice"
-        )
+        print(f"{asked['out']}: {measured.line()}")
 
 
-@command(
-    "train-bigram",
-    TRAIN,
-    text=TEXT,
-    inputs=Source(INPUTS.place, ("heads",)),
-    options=Source("lm.training.options:BigramOptions"),
-)
-def train_bigram_command(
-    text: "TrainingText",
-    out: Annotated[Path, "Folder for the learned bigram; resumable."],
-    inputs: "Inputs",
-    options: "BigramOptions",
-) -> None:
+@command("train-bigram", TRAIN, asked=Source("lm.training.run:train_bigram"))
+def train_bigram_command(asked: Any) -> None:
     """Train a learned bigram on the heads' lattices of a corpus."""
     from lm.training.run import train_bigram
 
     with progress_bar() as progress:
-        paths = train_bigram(text, out, options, heads=inputs.heads, progress=progress)
-    if paths is not None:
-        print(
-            f"{out}: {paths.loss:.4f} nats a held-out lattice, {paths.unrescored_loss:.4f} without it "
-            f"({paths.lattices} lattices)"
-        )
+        measured = train_bigram(**asked, progress=progress)
+    if measured is not None:
+        print(f"{asked['out']}: {measured.line()}")
 
 
 # Tasks
 
 
-@command("tasks", TASKS)
-def tasks_command(
-    names: Annotated[
-        list[str] | None,
-        "Show these in full: names, or YAML files, which are checked and whose data are read.",
-        "TASK",
-    ] = None,
-    as_json: Json = False,
-) -> None:
+@command("tasks", TASKS, asked=Source("rescore.tasks.listing:list_tasks"))
+def tasks_command(asked: Any, as_json: Json = False) -> None:
     """List the tasks: what they ask, what they are scored by, where their data come from."""
     from rescore.tasks.listing import list_tasks, tasks_table
 
-    facts = list_tasks(names or ())
+    facts = list_tasks(**asked)
     if as_json:
         _print_json([each.as_dict() for each in facts])
-    elif names:
+    elif asked["names"]:
         print("\n\n".join(each.in_full() for each in facts))
     else:
         _show(tasks_table(facts))
 
 
 @command("perplexity", TASKS, asked=Source("rescore.studies.perplexity:perplexity_of_task"))
-def perplexity_command(asked: dict[str, Any], as_json: Json = False) -> None:
+def perplexity_command(asked: Any, as_json: Json = False) -> None:
     """Perplexity of the base LM on a task's passages, by a window that moves on with a stride."""
     from rescore.studies.perplexity import perplexity_of_task
 
@@ -724,7 +657,7 @@ def perplexity_command(asked: dict[str, Any], as_json: Json = False) -> None:
 
 @command("overlap", TASKS, asked=Source("rescore.studies.overlap:find_overlap"))
 def overlap_command(
-    asked: dict[str, Any],
+    asked: Any,
     out: Annotated[Path | None, "Write the list for --leave-out (ids and digests, no text)."] = None,
     as_json: Json = False,
 ) -> None:
@@ -737,7 +670,7 @@ def overlap_command(
     if out is not None:
         about = f"Examples that share {overlap.n} words in a row with {', '.join(overlap.corpora)}"
         write_leave_out(overlap, out, about=about)
-    _print_json(overlap.as_dict()) if as_json else _show(overlap_table(overlap))
+    _result(overlap, overlap_table, as_json)
 
 
 # Bench
@@ -745,22 +678,25 @@ def overlap_command(
 
 @command("verify-curve", group=bench, inputs=MODEL)
 def verify_curve_command(
-    inputs: "Inputs", cached: Cached = 256, repeats: Repeats = 7, as_json: JsonLine = False
+    inputs: "Inputs",
+    cached: Annotated[int, "Tokens in the cache."] = 256,
+    repeats: Annotated[int, "Timed calls of each size; the median counts."] = 7,
+    as_json: JsonLine = False,
 ) -> None:
     """Time of one forward of 1 to 144 tokens on a cache, with the memory bandwidth reached."""
     from lm.base.catalog import load_base
     from rescore.studies.tables import verify_curve_table
     from rescore.studies.verify_curve import verify_curve
 
-    model = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device)
-    curve = verify_curve(model, cached=cached, repeats=repeats)
+    base = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device)
+    curve = verify_curve(base, cached=cached, repeats=repeats)
     if not as_json:
         _show(verify_curve_table(curve))
     _print_json(curve.as_dict())
 
 
 @command("block-length", group=bench, asked=Source("rescore.studies.block_length:block_lengths_of_trace"))
-def block_length_command(asked: dict[str, Any], as_json: JsonLine = False) -> None:
+def block_length_command(asked: Any, as_json: JsonLine = False) -> None:
     """Which block length pays here: acceptance from a trace against what verify, heads and rescoring cost."""
     from rescore.studies.block_length import block_lengths_of_trace
     from rescore.studies.tables import block_length_table

@@ -7,6 +7,7 @@ values (`<A=B>`). A list is given by repeating its option or with commas. Knows 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -14,7 +15,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NewType
 
@@ -26,6 +27,27 @@ from rescore.terminal import CutShortError
 Spec = NewType("Spec", str)  # a rescorer as it is given: name, name:text or name:key=value,key=value
 Data = Annotated[str | None, "File with the task's examples: JSON lines, a JSON array, CSV or Parquet."]
 Limit = Annotated[int | None, "Only N examples: one of each source (passage, document) before a second one of any."]
+TASK_NAMES = (
+    "cnn_dailymail, gsm8k, lambada, mt_bench, multi_news, newsroom, qa, rag, samsum, squad, summarization, "
+    "translation, xsum (rescore tasks shows them), a plug-in's, or a YAML file of your own, like ./mine.yaml"
+)
+Task = Annotated[str, f"{TASK_NAMES}."]
+Tasks = Annotated[Sequence[str], f"{TASK_NAMES}; several. Default: squad, or the task of --trace.", "--task"]
+Rescorers = Annotated[
+    Sequence[Spec],
+    "none, oracle, ngram[:PATH], context-ngram[:PATH], neural-32m, neural-61m, neural-94m, neural:PATH, "
+    "ngram-neural[:MODEL], learned-bigram[:PATH] or a plug-in's name[:text]; several.",
+    "--rescorer",
+]
+Ks = Annotated[Sequence[int], "Tokens of each head that are in the lattice.", "--k"]
+Ps = Annotated[Sequence[int], "Drafts that one step verifies; 1,16 runs both.", "--p"]
+Alpha = Annotated[
+    float | Literal["tuned"] | None,
+    "Weight of the rescorer: a number, or tuned (what rescore tune kept here). Default: its own.",
+]
+Alphas = Annotated[Sequence[float], "Weights to try; 0 is always among them. Default: nine from 0.1 to 5."]
+Verify = Annotated[Literal["tree", "batch"], "Live: p drafts as one prefix tree, or as rows of a batch."]
+BootstrapSeed = Annotated[int, "Seed of the bootstrap intervals."]
 REQUIRED = inspect.Parameter.empty
 LISTS = (list, tuple, Sequence, Mapping)
 
@@ -150,12 +172,11 @@ class Option:
         if typing.get_origin(self.kind) is tuple:
             key, _, value = text.rpartition("=")
             try:
-                pair = tuple(kind(part) for kind, part in zip(_parts(self.kind), (key, value), strict=True))
+                if key and value:
+                    return tuple(kind(part) for kind, part in zip(_parts(self.kind), (key, value), strict=True))
             except ValueError:
-                pair = ()
-            if not all(pair):
-                raise RescoreError(f"{name} {text}: give {self.values}")
-            return pair
+                pass
+            raise RescoreError(f"{name} {text}: give {self.values}")
         return user_path(text, name) if self.kind is Path else text
 
     def _number(self, text: str) -> float:
@@ -192,29 +213,59 @@ def _unwrapped(hint: Any) -> tuple[Any, bool, list[Any]]:
 @dataclass(frozen=True)
 class Source:
     """A record or function by its place, `module:name`, whose options a command has: all of them, `only` some, or all
-    `but` some."""
+    `but` some. A parameter that is a record stands for the options of that record."""
 
     place: str
     only: tuple[str, ...] = ()
     but: tuple[str, ...] = ()
 
-    def find(self) -> tuple[Any, list[Option]]:
-        """The record or function, and its options."""
+    def look_up(self) -> _Declared:
+        """Imports it."""
         module, _, name = self.place.partition(":")
         declares = getattr(importlib.import_module(module), name)
-        options = options_of(declares)
-        return declares, [o for o in options if (not self.only or o.name in self.only) and o.name not in self.but]
+        return _Declared.of(declares, lambda name: (not self.only or name in self.only) and name not in self.but)
 
 
-def options_of(declares: Callable[..., Any], but: Sequence[str] = ()) -> list[Option]:
-    """The options of a record or function, without those of some names."""
-    parameters = {name: p for name, p in inspect.signature(declares).parameters.items() if name not in but}
-    if but:
-        hints = {name: parameter.annotation for name, parameter in parameters.items()}
-    else:
-        hints = typing.get_type_hints(declares, include_extras=True)
-    found = (Option.declared(name, hints.get(name), parameter.default) for name, parameter in parameters.items())
-    return [option for option in found if option is not None]
+@dataclass(frozen=True)
+class _Declared:
+    """What a record or function declares, by the names of its fields or parameters."""
+
+    declares: Callable[..., Any]
+    parts: Mapping[str, Option | _Declared]
+
+    @classmethod
+    def of(cls, declares: Callable[..., Any], has: Callable[[str], bool] = lambda _: True) -> _Declared:
+        parts: dict[str, Option | _Declared] = {}
+        hints = _hints(declares)
+        for name, parameter in inspect.signature(declares).parameters.items():
+            hint = hints.get(name)
+            if is_dataclass(hint) and isinstance(hint, type):
+                parts[name] = cls.of(hint, has)
+            elif has(name) and (option := Option.declared(name, hint, parameter.default)):
+                parts[name] = option
+        return cls(declares, parts)
+
+    def options(self) -> list[Option]:
+        """All options, those of records among them."""
+        return [o for part in self.parts.values() for o in ([part] if isinstance(part, Option) else part.options())]
+
+    def made(self, values: Mapping[str, Any]) -> Any:
+        """The record with these values of options, or of a function the keywords."""
+        keywords = {
+            name: values[name] if isinstance(part, Option) else part.made(values) for name, part in self.parts.items()
+        }
+        return self.declares(**keywords) if isinstance(self.declares, type) else keywords
+
+
+def _hints(declares: Callable[..., Any]) -> dict[str, Any]:
+    """The types of fields or parameters; of a function, without those that are known to type checkers only."""
+    if isinstance(declares, type):
+        return typing.get_type_hints(declares, include_extras=True)
+    hints = {}
+    for name, hint in inspect.get_annotations(declares).items():
+        with contextlib.suppress(NameError):
+            hints[name] = eval(hint, declares.__globals__) if isinstance(hint, str) else hint
+    return hints
 
 
 def with_options(body: Callable[..., None], sources: Mapping[str, Source]) -> tuple[list[Option], Callable[..., None]]:
@@ -223,20 +274,19 @@ def with_options(body: Callable[..., None], sources: Mapping[str, Source]) -> tu
     A parameter is an option itself, or one of `sources` stands for the options of a record, which is then made of them,
     or of a function, whose keywords it then holds. Raises `CutShortError` for Ctrl-C and a pipe that breaks.
     """
-    found = {name: source.find() for name, source in sources.items()}
-    own = {option.name: option for option in options_of(body, but=tuple(sources))}
+    found = {name: source.look_up() for name, source in sources.items()}
+    own = _Declared.of(body).parts
     options: list[Option] = []
     for name in inspect.signature(body).parameters:
-        options += [o for o in found[name][1] if o.name not in own] if name in found else [own[name]]
+        of_source = found[name].options() if name in found else []
+        options += [option for option in of_source if option.name not in own]
+        options += [part for part in (own.get(name),) if isinstance(part, Option)]
 
     def run(**given: Any) -> None:
         values = {option.name: option.value(given[option.name]) for option in options}
-        arguments = {name: values[name] for name in own}
-        for name, (declares, declared) in found.items():
-            keywords = {option.name: values[option.name] for option in declared}
-            arguments[name] = declares(**keywords) if isinstance(declares, type) else keywords
+        made = {name: declared.made(values) for name, declared in found.items()}
         try:
-            body(**arguments)
+            body(**{name: values[name] for name in own}, **made)
         except (BrokenPipeError, KeyboardInterrupt) as error:
             raise CutShortError from error
 

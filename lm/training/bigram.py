@@ -136,6 +136,12 @@ class HeldOutPaths:
     unrescored_loss: float
     lattices: int
 
+    def line(self) -> str:
+        """The same in words."""
+        return (
+            f"{self.loss:.4f} nats a held-out lattice, {self.unrescored_loss:.4f} without it ({self.lattices} lattices)"
+        )
+
 
 class BigramTrainer(Trainer[HeldOutPaths]):
     """One training of a learned bigram; see `Trainer.train`."""

@@ -43,6 +43,13 @@ class HeldOutText:
     agreement: float
     tokens: int
 
+    def line(self) -> str:
+        """The same in words."""
+        return (
+            f"held-out perplexity {self.perplexity:.3f} (the base's own {self.base_perplexity:.3f}), "
+            f"{self.agreement:.1%} of {self.tokens} tokens are its first choice"
+        )
+
 
 class RescorerTrainer(TextTrainer[HeldOutText, RescorerOptions]):
     """One training of a rescorer; see `RescorerOptions` and `Trainer.train`."""

@@ -1,7 +1,7 @@
 """Trainings from corpora and a base LM's name to the folder of what was trained: what the `train-...` commands do.
 
 With several processes (`lm.training.workers`) each of them calls the same function, and all but the first get None.
-Ctrl-C leaves the last checkpoint, from which the same call goes on.
+Ctrl-C leaves the last checkpoint, from which the same call goes on. Heavy libraries are imported inside the functions.
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 from lattices.paths import encodable
-from lm.base.catalog import load_base
-from lm.base.model import BaseLM
-from lm.heads.block_heads import load_heads, read_config
 from lm.locks import writing_to
-from lm.training.bigram import BigramTrainer, HeldOutPaths, lattices_of_corpus
-from lm.training.data import HeadData, check_there, read_head_data
-from lm.training.heads import HeadTrainer, HeldOutAccuracy
+from lm.options import Heads
 from lm.training.options import BigramOptions, RescorerOptions, TrainingOptions, TrainingText
-from lm.training.rescorer import HeldOutText, RescorerTrainer
-from lm.training.workers import Workers, start_workers
+
+if TYPE_CHECKING:
+    from lm.base.model import BaseLM
+    from lm.training.bigram import HeldOutPaths
+    from lm.training.data import HeadData
+    from lm.training.heads import HeldOutAccuracy
+    from lm.training.rescorer import HeldOutText
+    from lm.training.workers import Workers
 
 Progress = Callable[[str, int, int], None]  # what is being done, done, total
 Notify = Callable[[str], None]  # takes a line for the user
@@ -39,6 +41,8 @@ class _Session:
 
     def read(self, corpora: Sequence[Path], text: TrainingText, precision: str = "auto") -> list[HeadData]:
         """The data of corpora. The first process runs the base over text, once; the others wait for it."""
+        from lm.training.data import read_head_data
+
         encodable(self.out, "--out")
         if not self.workers.is_first:
             self.workers.wait()
@@ -66,6 +70,9 @@ class _Session:
 @contextmanager
 def _session(text: TrainingText, out: Path, progress: Progress | None, notify: Notify | None) -> Iterator[_Session]:
     """Loads the base LM. The first process keeps the folder to this training."""
+    from lm.base.catalog import load_base
+    from lm.training.workers import start_workers
+
     base = load_base(text.base, device=text.device)
     workers = start_workers(base.device)
     with writing_to(out) if workers.is_first else nullcontext():
@@ -74,11 +81,15 @@ def _session(text: TrainingText, out: Path, progress: Progress | None, notify: N
 
 def train_heads(
     text: TrainingText,
-    out: Path,
-    options: TrainingOptions = TrainingOptions(),
+    out: Annotated[Path, "Folder for the heads; resumable."],
+    options: TrainingOptions,
     *,
-    initial: Path | None = None,
-    held_out: Path | None = None,
+    initial: Annotated[Path | None, "Folder of heads to start from; sequential from feed_forward ones, too."] = None,
+    held_out: Annotated[
+        Path | None,
+        "Corpus to measure on (4,096 tokens of it), never trained on; default: a share of --corpus.",
+        "--held-out-corpus",
+    ] = None,
     progress: Progress | None = None,
     notify: Notify | None = None,
 ) -> HeldOutAccuracy | None:
@@ -87,6 +98,10 @@ def train_heads(
     `initial`: folder of heads to start from; `held_out`: a corpus to measure on instead of a share of the others.
     Raises `RescoreError` for what can't be used, and as `Trainer.train`.
     """
+    from lm.heads.block_heads import read_config
+    from lm.training.data import check_there
+    from lm.training.heads import HeadTrainer
+
     options.check()
     corpora = [*text.corpus, held_out] if held_out else list(text.corpus)
     check_there(corpora)
@@ -108,13 +123,16 @@ def train_heads(
 
 def train_rescorer(
     text: TrainingText,
-    out: Path,
-    options: RescorerOptions = RescorerOptions(),
+    out: Annotated[Path, "Folder for the rescorer; resumable."],
+    options: RescorerOptions,
     *,
     progress: Progress | None = None,
     notify: Notify | None = None,
 ) -> HeldOutText | None:
     """Trains a small neural LM that rescores drafts, into the folder `out`; resumable. Raises as `train_heads`."""
+    from lm.training.data import check_there
+    from lm.training.rescorer import RescorerTrainer
+
     options.check()
     check_there(text.corpus)
     with _session(text, out, progress, notify) as session:
@@ -131,13 +149,17 @@ def train_rescorer(
 
 def train_bigram(
     text: TrainingText,
-    out: Path,
-    options: BigramOptions = BigramOptions(),
+    out: Annotated[Path, "Folder for the learned bigram; resumable."],
+    options: BigramOptions,
     *,
-    heads: str | None = None,
+    heads: Heads = None,
     progress: Progress | None = None,
 ) -> HeldOutPaths | None:
     """Trains a learned bigram on the lattices that `heads` (None: those shipped) give for corpora, into `out`."""
+    from lm.heads.block_heads import load_heads
+    from lm.training.bigram import BigramTrainer, lattices_of_corpus
+    from lm.training.data import check_there
+
     options.check()
     check_there(text.corpus)
     with _session(text, out, progress, None) as session:

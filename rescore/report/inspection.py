@@ -266,13 +266,13 @@ def _wanted_steps(text: str, total: int) -> range:
         return range(1, total + 1)
     first, dash, last = (part.strip() for part in text.partition("-"))
     if not first.isdecimal() or (last and not last.isdecimal()) or len(first + last) > 12:
-        raise RescoreError(f"--steps {text}: give a number, a range like 1-5 or 6-, or all")
+        raise RescoreError(f"--show {text}: give a number, a range like 1-5 or 6-, or all")
     begin = int(first)
     end = int(last) if last else total if dash else begin
     if last and int(last) < begin:
-        raise RescoreError(f"--steps {text}: the range ends before it begins; give {last}-{first}")
+        raise RescoreError(f"--show {text}: the range ends before it begins; give {last}-{first}")
     if begin < 1 or end < begin or begin > total:
-        raise RescoreError(f"--steps {text}: the example has the blocks 1 to {total}; choose from these")
+        raise RescoreError(f"--show {text}: the example has the blocks 1 to {total}; choose from these")
     return range(begin, min(end, total) + 1)
 
 

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jinja2
 from markupsafe import Markup
@@ -49,7 +49,13 @@ class Written:
 
 
 def write_report(
-    folders: Sequence[Path], out: Path, *, examples: int = DEFAULT_EXAMPLES, progress: Progress | None = None
+    folders: Annotated[
+        Sequence[Path], "Folders of rescore eval --out or rescore suite, or a folder of such folders.", "RESULTS"
+    ],
+    out: Annotated[Path, "The page, a name that ends with .html; .md and .csv are written beside it."],
+    *,
+    examples: Annotated[int, "Examples of each task in the lattice explorer; 0 leaves it out."] = DEFAULT_EXAMPLES,
+    progress: Progress | None = None,
 ) -> Written:
     """Reads results folders and writes `out` (.html), and .md and .csv beside it.
 

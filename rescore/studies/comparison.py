@@ -95,7 +95,13 @@ class Comparison:
             self.notices.append(line)
 
 
-def compare(a: Path, b: Path | None = None, *, selection: Selection | None = None, seed: int = 0) -> Comparison:
+def compare(
+    a: Annotated[Path, "Results folder of rescore eval --out or rescore suite.", "A"],
+    b: Annotated[Path | None, "Another; default: A, with two rescorers or p of it.", "B"] = None,
+    *,
+    selection: Selection = Selection(),
+    seed: Annotated[int, "Seed of the bootstrap intervals."] = 0,
+) -> Comparison:
     """Compares the results in folder `b` with those in `a` (None: two rescorers of `a`), task by task.
 
     `seed` is the bootstrap's. Raises `IncompatibleError` with the difference for results that don't compare,
@@ -103,7 +109,7 @@ def compare(a: Path, b: Path | None = None, *, selection: Selection | None = Non
     """
     if seed < 0:
         raise RescoreError(f"--seed {seed}; a seed is 0 or more")
-    chosen = selection or Selection()
+    chosen = selection
     other = a if b is None else b
     runs_a = load_runs(a)
     _check_known(runs_a, "A", chosen.of_a)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from lattices.errors import RescoreError
 from rescore.table import Column, Table
@@ -67,7 +67,11 @@ def tasks_table(tasks: Sequence[TaskFacts]) -> Table:
     return Table([Column("task"), Column("what it is"), Column("metrics")], rows, note=note)
 
 
-def list_tasks(names: Sequence[str] = ()) -> list[TaskFacts]:
+def list_tasks(
+    names: Annotated[
+        Sequence[str], "Show these in full: names, or YAML files, which are checked and whose data are read.", "TASK"
+    ] = (),
+) -> list[TaskFacts]:
     """The facts of the tasks (names or YAML files; none: of all there are, broken ones told in `problem`).
 
     Raises `RescoreError` for a task asked for by name that can't be loaded, or whose own data file can't be read.

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import refused
 
 from lattices.automaton import Automaton
-from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
+from lattices.errors import IncompatibleError, InvalidDataError, OutputError
 from lm.files import sha256_of_file
 from lm.ngram import build as module
 from lm.ngram import counting
@@ -34,13 +35,6 @@ def build(out: Path, *corpora: Path, **options):
     told = {name: options.pop(name) for name in ("replace", "progress") if name in options}
     chosen = NgramOptions(**{"tokenizer": "words", "order": 3, "threads": 1, **options})
     return build_ngram(corpora or [TEXT], out, chosen, **told)
-
-
-def refused(call, kind: type[RescoreError] = RescoreError) -> str:
-    with pytest.raises(kind) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_a_folder_with_all_that_was_made(tmp_path: Path) -> None:

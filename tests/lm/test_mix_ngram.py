@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import refused
 
 from lattices.automaton import Automaton
 from lattices.errors import IncompatibleError, OutputError, RescoreError
@@ -37,13 +38,6 @@ def two(tmp_path: Path) -> list[str]:
     """A trigram and a bigram model of words."""
     other = build(tmp_path / "other", "the fox and the crow\nthe crow sings\n" * 3, order=2)
     return [str(build(tmp_path / "fable")), str(other)]
-
-
-def refused(call, kind: type[RescoreError] = RescoreError) -> str:
-    with pytest.raises(kind) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_a_model_folder_with_its_parts_on_record(two: list[str], tmp_path: Path) -> None:

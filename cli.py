@@ -111,7 +111,7 @@ class Command(typer.core.TyperCommand):
 def _parameter(option: Option) -> inspect.Parameter:
     """An option as typer has it declared. It is text that may be repeated; `rescore.options` makes values of it."""
     # In help with colours brackets are markup.
-    text = option.help.replace("[", r"\[") if app.rich_markup_mode else option.help
+    text = option.full_help.replace("[", r"\[") if app.rich_markup_mode else option.full_help
     holds: Any = bool if option.kind is bool else list[str]
     if option.is_argument:
         holds = list[str] if option.collects else str
@@ -205,12 +205,13 @@ def _stop_if(interrupted: bool, shown: str) -> None:
 
 @command("eval", MEASURE, inputs=Source(INPUTS))
 def eval_command(
-    inputs: "Inputs",
+    *,
     task: Tasks = (),
     rescorer: Rescorers = NONE,
     k: TopK = 16,
     p: Ps = (1,),
     alpha: Alpha = None,
+    inputs: "Inputs",
     mode: Annotated[Literal["replay", "live"], "From a trace, fast; or decoding, which measures time."] = "replay",
     verify: Annotated[Verify, "Live: p drafts as one prefix tree, or as rows of a batch."] = "tree",
     out: Annotated[Path | None, "Folder for per-example lines and results.json; resumable."] = None,
@@ -264,9 +265,10 @@ def _print_evaluation(evaluation: "Evaluation", as_json: bool, *, details: bool)
 
 @command("oracle", MEASURE, inputs=Source(INPUTS))
 def oracle_command(
-    inputs: "Inputs",
+    *,
     task: Tasks = (),
     k: Ks = (1, 2, 4, 8, 16),
+    inputs: "Inputs",
     details: Details = False,
     as_json: Json = False,
 ) -> None:
@@ -282,13 +284,14 @@ def oracle_command(
 
 @command("tune", MEASURE, inputs=Source(INPUTS, but=("limit",)))
 def tune_command(
-    inputs: "Inputs",
+    *,
     rescorer: Annotated[Sequence[Spec], "A rescorer with a weight, like ngram; several."],
     task: Tasks = (),
-    alphas: Annotated[Sequence[float], "Weights to try; 0 is always among them. Default: nine from 0.1 to 5."] = (),
+    alphas: Alphas = (),
     k: Ks = (16,),
     p: Ps = (1, 16),
     held_out: Annotated[int, "Examples to tune on, of the last sources of the data; at most half of them."] = 100,
+    inputs: "Inputs",
     as_json: Json = False,
 ) -> None:
     """Tune a rescorer's weight (alpha) by replay on held-out examples, for `rescore eval --alpha tuned`."""
@@ -306,10 +309,11 @@ def tune_command(
 
 @command("trace", MEASURE, inputs=Source(INPUTS, but=("trace", "h")))
 def trace_command(
+    *,
     out: Annotated[Path, "Folder for the trace; resumable."],
-    inputs: "Inputs",
     task: Task = "squad",
     k: Annotated[int, "Lattice entries kept per head."] = 32,
+    inputs: "Inputs",
 ) -> None:
     """Record a trace: greedy output and lattices of a task, for replay with `rescore eval --trace`."""
     known = _known_tasks((task,), inputs)

@@ -49,6 +49,7 @@ Alphas = Annotated[Sequence[float], "Weights to try; 0 is always among them. Def
 Verify = Annotated[Literal["tree", "batch"], "Live: p drafts as one prefix tree, or as rows of a batch."]
 BootstrapSeed = Annotated[int, "Seed of the bootstrap intervals."]
 REQUIRED = inspect.Parameter.empty
+LONG_LABEL = 20  # characters: help is a column of its own, and as narrow as labels are long
 LISTS = (list, tuple, Sequence, Mapping)
 
 
@@ -111,10 +112,17 @@ class Option:
     @property
     def label(self) -> str:
         """What its values are called in help."""
-        words = ("number",) * (self.is_number and bool(self.choices)) + self.choices
+        words = "|".join(("number",) * (self.is_number and bool(self.choices)) + self.choices)
         known = {Path: "path", int: "int", float: "float"}
-        label = self.values or ("size" if self.size else "|".join(words) or known.get(self.kind, "text"))
+        long = len(words) > LONG_LABEL
+        label = self.values or ("size" if self.size else "word" if long else words or known.get(self.kind, "text"))
         return f"<{label},...>" if self.collects else f"<{label}>"
+
+    @property
+    def full_help(self) -> str:
+        """The help, with the choices that are too long for the label."""
+        *words, last = self.choices or ("",)
+        return f"{self.help} One of {', '.join(words)} or {last}." if "word" in self.label else self.help
 
     @property
     def shown_default(self) -> list[str] | None:
@@ -135,11 +143,12 @@ class Option:
         if any(not text.strip() for text in given):
             raise RescoreError(f"{name} is empty; give it a value" + ("" if self.is_argument else ", or leave it out"))
         if self.collects:
-            listed = given if self.is_argument else [part for text in given for part in self._split(text)]
-            return self.collects(map(self._item, listed))
+            return self.collects(
+                self._item(part, text) for text in given for part in ([text] if self.is_argument else self._split(text))
+            )
         if len(given) > 1:
             raise RescoreError(f"{name} is there {len(given)} times; give it once")
-        value = self._item(given[0])
+        value = self._item(given[0], given[0])
         # Zero is none where another number is the default.
         return None if value == 0 and self.is_optional and self.default else value
 
@@ -159,14 +168,15 @@ class Option:
             raise RescoreError(f"{self.spelled[0]} {text}: there is nothing before or after a comma; drop it")
         return parts
 
-    def _item(self, text: str) -> Any:
+    def _item(self, text: str, whole: str) -> Any:
+        """One value, of the `whole` text that was given."""
         name = self.spelled[0]
         if self.size:
             return self.size.read(name, text)
         if text in self.choices:
             return text
         if self.is_number:
-            return self._number(text)
+            return self._number(text, whole)
         if self.choices:
             raise UnknownNameError(name, text, self.choices)
         if typing.get_origin(self.kind) is tuple:
@@ -179,7 +189,7 @@ class Option:
             raise RescoreError(f"{name} {text}: give {self.values}")
         return user_path(text, name) if self.kind is Path else text
 
-    def _number(self, text: str) -> float:
+    def _number(self, text: str, whole: str) -> float:
         try:
             return int(text) if self.kind is int else float(text)
         except ValueError:
@@ -188,7 +198,7 @@ class Option:
                 what = f"whole {of_list}" if self.collects else "a whole number, like 16"
             else:
                 what = of_list if self.collects else "a number, like 0.5"
-            raise RescoreError(f"{self.spelled[0]} {text}: give {', or '.join((what, *self.choices))}") from None
+            raise RescoreError(f"{self.spelled[0]} {whole}: give {', or '.join((what, *self.choices))}") from None
 
 
 def _parts(kind: Any) -> tuple[Any, ...]:

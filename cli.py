@@ -145,9 +145,10 @@ app = typer.Typer(
     "could it, which rescorer recovers how much, at what cost.",
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # see `run_command`
     context_settings={"max_content_width": 120},
 )
-bench = typer.Typer(cls=Group, help="Measurements of the machine and the base LM.")
+bench = typer.Typer(cls=Group, help="Measurements of the machine and the base LM.", rich_markup_mode=None)
 
 
 def run_command(arguments: Sequence[str]) -> int:

@@ -88,7 +88,7 @@ class Option:
         kinds = typing.get_args(hint)
         return cls(
             name=name, spelled=spelled or (f"--{name.replace('_', '-')}",), help=helps[0],
-            kind=hint if collects is None else tuple[kinds] if collects is dict else kinds[0], collects=collects,
+            kind=hint if collects is None else types.GenericAlias(tuple, kinds) if collects is dict else kinds[0], collects=collects,
             is_optional=optional, size=next((each for each in said if isinstance(each, Size)), None), default=default,
             values=next((text.strip("<>") for text in texts if text.startswith("<")), None),
         )  # fmt: skip

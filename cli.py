@@ -23,7 +23,7 @@ import typer.main
 from typer.models import CommandInfo
 
 from lattices.errors import RescoreError
-from lm.options import TEXTS, TopK
+from lm.options import TEXTS
 from rescore.options import (
     REQUIRED,
     Alpha,
@@ -46,8 +46,7 @@ if TYPE_CHECKING:
     from lm.base.corpus import GenerationOptions
     from lm.base.own_output import OwnOutput
     from lm.ngram.build import NgramOptions
-    from rescore.options import Inputs
-    from rescore.runs.evaluation import Evaluation
+    from rescore.runs.inputs import Inputs
     from rescore.table import Table
 
 BUILT_IN = "smollm2-135m"
@@ -55,7 +54,7 @@ NONE = (Spec("none"),)
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 PLAIN_WIDTH = 160  # columns where stdout is no terminal and COLUMNS does not say
 MEASURE, LOOK, NGRAMS, TRAIN, TASKS, BENCH = "Measure", "Look", "N-grams", "Train", "Tasks", "Bench"
-INPUTS = "rescore.options:Inputs"
+INPUTS = "rescore.runs.inputs:Inputs"
 MODEL = Source(INPUTS, only=("base", "dtype", "device"))
 OWN = Source("lm.base.own_output:OwnOutput", but=("batch_size", "temperature", "seed"))
 
@@ -195,12 +194,6 @@ def _result(result: Any, tables: Callable[[Any], "Table | Sequence[Table]"], as_
     _print_json(document) if as_json else _show(tables(result))
 
 
-def _stop_if(interrupted: bool, shown: str) -> None:
-    if interrupted:
-        notify(f"interrupted; {shown}")
-        raise typer.Exit(INTERRUPTED)
-
-
 # Measure
 
 
@@ -209,7 +202,7 @@ def eval_command(
     *,
     task: Tasks = (),
     rescorer: Rescorers = NONE,
-    k: TopK = 16,
+    k: Ks = (16,),
     p: Ps = (1,),
     alpha: Alpha = None,
     inputs: "Inputs",
@@ -221,47 +214,32 @@ def eval_command(
     as_json: Json = False,
 ) -> None:
     """Block efficiency of rescorers on tasks: what a step accepts, and what it could (oracle)."""
-    known = _known_tasks(task, inputs)
-    from rescore.runs.evaluation import EvalOptions, evaluate
+    _check(task, inputs)
+    from lm.records import plain
+    from rescore.runs.evaluation import evaluate
+    from rescore.runs.recording import open_recordings
+    from rescore.runs.run import runs_of
 
-    chosen = EvalOptions(
-        tasks=known, rescorers=tuple(rescorer), k=k, p=tuple(p), alpha=alpha, mode=mode, verify=verify, seed=seed,
-        **vars(inputs),
-    )  # fmt: skip
+    runs = runs_of(rescorer, ks=k, ps=p, alpha=alpha)
+    recordings = open_recordings(task, inputs, k=max(run.k for run in runs))
+    how: dict[str, Any] = {"live": mode == "live", "verify": verify, "seed": seed, "out": out}
     with progress_bar() as progress:
-        evaluation = evaluate(chosen, out=out, progress=progress, notify=notify)
-    _print_evaluation(evaluation, as_json, details=details)
+        evaluation = evaluate(recordings, runs, **how, progress=progress, notify=notify)
+    _print_json(plain(evaluation.document)) if as_json else _show(evaluation.tables(details=details))
     if evaluation.interrupted:
         kept = f"and kept in {out}: the same command goes on" if out else "(--out DIR would keep them)"
-        shown = f"the finished examples are shown {kept}" if evaluation.document.results else "none was finished yet"
+        shown = f"the finished examples are shown {kept}" if evaluation.results else "none was finished yet"
         notify(f"interrupted; {shown}")
         raise typer.Exit(INTERRUPTED)
 
 
-def _known_tasks(names: Sequence[str], inputs: "Inputs") -> tuple[str, ...]:
-    """The tasks asked for. A mistake is reported before the heavy libraries are loaded."""
-    from rescore.options import Inputs
+def _check(tasks: Sequence[str], inputs: "Inputs") -> None:
+    """Reports a mistake before the heavy libraries are loaded; a given trace's name may be any."""
     from rescore.tasks import load_task
 
-    if inputs.trace is None:
-        for name in names:
-            load_task(name)
-    for name in ("base", "dtype", "max_new_tokens", "max_prompt_tokens"):
-        if inputs.trace is not None and getattr(inputs, name) != getattr(Inputs(), name):
-            option = "--" + name.replace("_", "-")
-            raise RescoreError(f"a given trace is replayed as it was recorded; drop {option} or --trace")
-    return tuple(names)
-
-
-def _print_evaluation(evaluation: "Evaluation", as_json: bool, *, details: bool) -> None:
-    from lm.records import plain
-    from rescore.runs.tables import results_tables
-
-    document = evaluation.document
-    if as_json:
-        _print_json(plain(document))
-    else:
-        _show(results_tables(document, details=details))
+    inputs.check()
+    for name in tasks if inputs.trace is None else ():
+        load_task(name)
 
 
 @command("oracle", MEASURE, inputs=Source(INPUTS))
@@ -273,14 +251,8 @@ def oracle_command(
     details: Details = False,
     as_json: Json = False,
 ) -> None:
-    """Oracle block efficiency by k: what a perfect choice from the top k of every head would reach."""
-    known = _known_tasks(task, inputs)
-    from rescore.runs.evaluation import EvalOptions, oracle_by_k
-
-    with progress_bar() as progress:
-        chosen = EvalOptions(tasks=known, k=max(k), **vars(inputs))
-        evaluation = oracle_by_k(chosen, k, progress=progress, notify=notify)
-    _print_evaluation(evaluation, as_json, details=details)
+    """Oracle block efficiency by k: the same as rescore eval --rescorer oracle --k 1,2,4,8,16."""
+    eval_command(task=task, rescorer=(Spec("oracle"),), k=k, inputs=inputs, details=details, as_json=as_json)
 
 
 @command("tune", MEASURE, inputs=Source(INPUTS, but=("limit",)))
@@ -296,14 +268,17 @@ def tune_command(
     as_json: Json = False,
 ) -> None:
     """Tune a rescorer's weight (alpha) by replay on held-out examples, for `rescore eval --alpha tuned`."""
-    known = _known_tasks(task, inputs)
-    from rescore.runs.evaluation import EvalOptions
+    _check(task, inputs)
+    from rescore.runs.recording import open_recordings
     from rescore.runs.tables import tuning_table
     from rescore.runs.tuning import DEFAULT_ALPHAS, tune
 
-    chosen = EvalOptions(tasks=known, rescorers=tuple(rescorer), **{**vars(inputs), "limit": held_out})
+    if held_out < 1:
+        raise RescoreError(f"--held-out {held_out}; at least one example is needed")
+    grid: dict[str, Any] = {"alphas": alphas or DEFAULT_ALPHAS, "ks": k, "ps": p, "held_out": held_out}
+    recordings = open_recordings(task, inputs, k=max(k))
     with progress_bar() as progress:
-        sweeps = tune(chosen, alphas=alphas or DEFAULT_ALPHAS, ks=k, ps=p, progress=progress, notify=notify)
+        sweeps = tune(recordings, rescorer, **grid, progress=progress, notify=notify)
     _print_json([asdict(sweep) for sweep in sweeps]) if as_json else _show(tuning_table(sweeps))
     notify("kept on this machine: rescore eval --alpha tuned with the same options uses these weights")
 
@@ -317,11 +292,14 @@ def trace_command(
     inputs: "Inputs",
 ) -> None:
     """Record a trace: greedy output and lattices of a task, for replay with `rescore eval --trace`."""
-    known = _known_tasks((task,), inputs)
-    from rescore.runs.evaluation import EvalOptions, trace_task
+    _check((task,), inputs)
+    from rescore.runs.recording import open_recording
 
+    recording = open_recording(replace(inputs, task=task), k=k, out=out)
+    for line in recording.notices:
+        notify(line)
     with progress_bar() as progress:
-        trace = trace_task(EvalOptions(tasks=known, k=k, **vars(inputs)), out, progress=progress, notify=notify)
+        trace = recording.trace(progress=progress)
     positions = sum(len(example.output_ids) for example in trace.examples)
     print(f"{out}: {len(trace.examples)} examples, {positions} positions, h = {trace.header.h}, K = {trace.header.k}")
 
@@ -337,18 +315,17 @@ def suite_command(
 ) -> None:
     """Run a whole table, tasks x rescorers x k, from one YAML file; goes on where it was stopped."""
     from lm.records import plain
-    from rescore.runs.suite import run_suite
-    from rescore.runs.suite_plan import read_plan
     from rescore.runs.tables import suite_table
+    from rescore.suites.plan import read_plan
+    from rescore.suites.run import run_suite
 
     with progress_bar() as progress:
         suite = run_suite(read_plan(plan, data=data), out, source=plan.name, progress=progress, notify=notify)
+    results = suite.document.results
     if as_json:
         _print_json(plain(suite.document))
-    elif suite.document.results:
-        _show(suite_table(suite.document.results))
     else:
-        print("no finished examples")
+        _show(suite_table(results)) if results else print("no finished examples")
     if suite.interrupted:
         notify(f"interrupted; the finished examples are kept in {out}: the same command goes on")
         raise typer.Exit(INTERRUPTED)
@@ -445,8 +422,7 @@ def build_ngram_command(
     as_json: Json = False,
 ) -> None:
     """Estimate an n-gram model from text: ARPA file, compiled automaton and manifest in one folder."""
-    from lm.ngram.build import build_ngram
-    from lm.ngram.place import default_folder
+    from lm.ngram.build import build_ngram, default_folder
     from rescore.studies.tables import built_ngram_table
 
     folder = default_folder(corpus, options.order) if out is None else out
@@ -497,42 +473,6 @@ def mix_ngram_command(
         _print_json({**asdict(mixed), "tuned": asdict(tuned) if tuned else None})
     else:
         _show([*([mixture_tuning_table(tuned)] if tuned else []), mixture_table(mixed)])
-
-
-@command("compare-ngrams", NGRAMS, inputs=Source(INPUTS, but=("limit", "leave_out")))
-def compare_ngrams_command(
-    corpus: Annotated[
-        Sequence[str],
-        "NAME=SOURCE or NAME:FIELD=SOURCE (field of JSON lines), several times; SOURCE as in build-ngram, own:PROMPTS "
-        "included, or shipped: the model shipped for the base.",
-    ],
-    inputs: "Inputs",
-    task: Tasks = (),
-    order: Annotated[Sequence[int], "Orders of the models to train."] = (2, 4),
-    k: TopK = 16,
-    p: Ps = (1, 16),
-    limit: Annotated[int | None, "Evaluate the first N examples; default: all not held out."] = None,
-    held_out: Annotated[int | None, "Examples to tune on, the last ones; default: 40, at most half of all."] = None,
-    alphas: Alphas = (),
-    own_tokens: Annotated[int, "Output tokens for each prompt of own:PROMPTS, at most."] = 96,
-    seed: BootstrapSeed = 0,
-    as_json: Json = False,
-) -> None:
-    """Compare n-gram models by corpus and order: train, tune alpha, and evaluate each on one task, in one table."""
-    from lm.base.own_output import OwnOutput
-    from rescore.runs.evaluation import EvalOptions
-    from rescore.runs.tuning import DEFAULT_ALPHAS
-    from rescore.studies.ngram_comparison import compare_ngrams, read_corpus
-    from rescore.studies.tables import ngram_comparison_table
-
-    chosen = EvalOptions(tasks=tuple(task), k=k, p=tuple(p), seed=seed, **{**vars(inputs), "limit": limit})
-    own = OwnOutput(base=inputs.base, max_new_tokens=own_tokens, dtype=inputs.dtype, device=inputs.device)
-    with progress_bar() as progress:
-        found = compare_ngrams(
-            chosen, [read_corpus(text) for text in corpus], orders=order, held_out=held_out,
-            alphas=alphas or DEFAULT_ALPHAS, own=own, progress=progress, notify=notify,
-        )  # fmt: skip
-    _print_json(asdict(found)) if as_json else _show(ngram_comparison_table(found))
 
 
 @command("score-ngram", NGRAMS, asked=Source("lm.ngram.score:score_file"))

@@ -34,9 +34,9 @@ from lattices.automaton import LN10, ROOT, SCORE_SCALE, Automaton
 from lattices.lattice import Lattice
 from lattices.ngram_search import NgramSearch
 from lattices.ngrams import SENTENCE_END, UNKNOWN
-from lattices.openfst import automaton_text, composition_text, dense_states
 from lm.files import sha256_of_file
 from lm.ngram.build import AUTOMATON_FILE
+from rescore.exports.openfst import automaton_text, composition_text, dense_states
 from rescore.tracing import load_trace
 
 LOADS = 20

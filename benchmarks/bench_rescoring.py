@@ -59,6 +59,13 @@ def bare_seconds(model: NeuralLM, example: TracedExample, h: int) -> float:
     return time.perf_counter() - start
 
 
+def sizes_of(model: NeuralLM) -> tuple[int, int]:
+    """Number of weights, tied ones once, and operations of the layers for a token (2 a weight, attention left out)."""
+    projection = model.model.output_embeddings.weight.shape
+    sizes = [(p.numel(), p.shape) for p in model.model.model.parameters()]
+    return sum(size for size, _ in sizes), 2 * sum(size for size, shape in sizes if shape != projection)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path, required=True)
@@ -96,8 +103,8 @@ def main() -> None:
         plain = float(np.median(bare[name])) * 1e3 if name in models else None
         against = p50 / float(np.median(timed[sequential].seconds)) / 1e3 if sequential else None
         efficiency = account(accepted[name], h).block_efficiency
-        parameters = models[name].parameters if name in models else None
-        gflops = models[name].flops_per_token * rescorer.tokens / len(ms) / 1e9 if name in models else None
+        parameters, flops = sizes_of(models[name]) if name in models else (None, None)
+        gflops = flops and flops * rescorer.tokens / len(ms) / 1e9
         results.append({
             "rescorer": name, "p": arguments.p, "p50_ms": round(p50, 3), "p95_ms": round(p95, 3),
             "bare_ms": plain and round(plain, 3), "against_bare": plain and round(p50 / plain, 3),

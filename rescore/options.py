@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, NewType
 
 from lattices.errors import RescoreError, UnknownNameError
 from lattices.paths import user_path
-from lm.options import Base, Device, Dtype, Heads, Size
+from lm.options import Size
 from rescore.terminal import CutShortError
 
 Spec = NewType("Spec", str)  # a rescorer as it is given: name, name:text or name:key=value,key=value
@@ -36,7 +36,8 @@ Tasks = Annotated[Sequence[str], f"{TASK_NAMES}; several. Default: squad, or the
 Rescorers = Annotated[
     Sequence[Spec],
     "none, oracle, ngram[:PATH], context-ngram[:PATH], neural-32m, neural-61m, neural-94m, neural:PATH, "
-    "ngram-neural[:MODEL], learned-bigram[:PATH] or a plug-in's name[:text]; several.",
+    "ngram-neural[:MODEL], learned-bigram[:PATH] or a plug-in's name[:text]; several. "
+    "Settings as in ngram:p=16,alpha=0.5.",
     "--rescorer",
 ]
 Ks = Annotated[Sequence[int], "Tokens of each head that are in the lattice.", "--k"]
@@ -87,8 +88,8 @@ class Option:
         collects = None if origin not in LISTS else dict if origin is Mapping else tuple
         kinds = typing.get_args(hint)
         return cls(
-            name=name, spelled=spelled or (f"--{name.replace('_', '-')}",), help=helps[0],
-            kind=hint if collects is None else types.GenericAlias(tuple, kinds) if collects is dict else kinds[0], collects=collects,
+            name=name, spelled=spelled or (f"--{name.replace('_', '-')}",), help=helps[0], collects=collects,
+            kind=hint if collects is None else types.GenericAlias(tuple, kinds) if collects is dict else kinds[0],
             is_optional=optional, size=next((each for each in said if isinstance(each, Size)), None), default=default,
             values=next((text.strip("<>") for text in texts if text.startswith("<")), None),
         )  # fmt: skip
@@ -160,7 +161,7 @@ class Option:
             return [text]
         parts: list[str] = []
         for part in text.split(","):
-            if self.kind is Spec and parts and ":" in parts[-1] and re.match("[a-z]+=", part):
+            if self.kind is Spec and parts and ":" in parts[-1] and re.match("[a-z_]+=", part):
                 parts[-1] += f",{part}"  # another setting of the same rescorer
             else:
                 parts.append(part)
@@ -301,26 +302,3 @@ def with_options(body: Callable[..., None], sources: Mapping[str, Source]) -> tu
             raise CutShortError from error
 
     return options, run
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """One task with the models that decode it."""
-
-    base: Base = "smollm2-135m"
-    heads: Heads = None
-    h: Annotated[int | None, "Use only the first h heads (block of h tokens)."] = None
-    limit: Limit = None
-    data: Data = None
-    trace: Annotated[str | None, "Replay this trace folder instead of recording one."] = None
-    leave_out: Annotated[
-        str | None,
-        "Leave out the examples of this list: a file of rescore overlap --out, or shipped: those that share text with "
-        "what the shipped models were trained on.",
-    ] = None
-    max_new_tokens: Annotated[
-        int | None, "Output tokens per example, at most. Default: what the task's file says, else 64."
-    ] = None
-    max_prompt_tokens: Annotated[int | None, "Cut prompts to this many tokens."] = None
-    dtype: Dtype = "float32"
-    device: Device = "auto"

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Command
-
-from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
+from evaluating import evaluated, recorded_trace
 
 
 @pytest.fixture
@@ -19,9 +18,9 @@ def folders(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path, tmp_pa
         "base": str(tiny_folder), "heads": str(tiny_heads_folder), "data": str(squad_file), "device": "cpu", "k": 4,
         "max_new_tokens": 6, "limit": 2,
     }  # fmt: skip
-    trace_task(EvalOptions(**made), tmp_path / "trace")
+    recorded_trace(dict(**made), tmp_path / "trace")
     given = {"trace": str(tmp_path / "trace"), "k": 4, "device": "cpu", "rescorers": ("none", "oracle"), "p": (1, 16)}
-    evaluate(EvalOptions(**given), out=tmp_path / "run")
+    evaluated(dict(**given), out=tmp_path / "run")
     return tmp_path / "trace", tmp_path / "run"
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from conftest import Command, write_lines
 
+from rescore.runs.log import ExampleLog
 from rescore.runs.records import ExampleRecord
-from rescore.runs.results import ExampleLog
 
 
 @pytest.fixture

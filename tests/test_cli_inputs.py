@@ -16,13 +16,13 @@ import pyarrow.parquet
 import pytest
 import typer.main
 from conftest import Command, once, squad_records, write_lines
+from evaluating import evaluated
 
 import cli
 from lattices.errors import RescoreError
 from lm.base.corpus import Prompt, read_prompts
 from lm.ngram import build as build_module
 from lm.training.data import read_head_data
-from rescore.runs.evaluation import EvalOptions, evaluate
 from rescore.studies.perplexity import perplexity_of_task
 from rescore.tasks import load_task
 from rescore.tasks.data import load_examples
@@ -197,7 +197,7 @@ class TestOptions:
     @pytest.mark.parametrize("name", ["data", "trace", "heads", "base"])
     def test_the_library_refuses_empty_paths_too(self, name: str):
         with pytest.raises(RescoreError, match=f"^--{name} is empty"):
-            evaluate(EvalOptions(**{name: ""}))
+            evaluated(dict(**{name: ""}))
 
     def test_a_passage_has_no_empty_data(self):
         with pytest.raises(RescoreError, match=r"^--data is empty"):
@@ -259,7 +259,7 @@ class TestBuildAsTyped:
                 "no place of (its|their) own; give the model a folder: --out"
             )
         rescore("build-ngram", "none.txt", *WORDS).refused("can't read .*none.txt: No such file")
-        monkeypatch.setattr("lm.ngram.place.is_writable", lambda folder: False)
+        monkeypatch.setattr("lm.ngram.build.is_writable", lambda folder: False)
         rescore("build-ngram", corpus, *WORDS).refused("can't write beside .*corpus.txt; .* --out DIR")
 
 

@@ -88,7 +88,6 @@ def places(rescore: Command, made: Path, tmp_path: Path) -> list[Place]:
         ("mix-ngram", within / "ngram", within / "ngram", "--weights", "1,1", *out): " --out",
         ("mix-ngram", within / "ngram", within / "ngram", "--trace", within / "trace", *out): "--trace",
         ("export-fst", "--ngram", within / "ngram", "--trace", within / "trace", *out): "--ngram --trace --out",
-        ("compare-ngrams", *model[:2], *heads, *data, "--corpus", f"a={made / 'text.txt'}"): "--heads --data",
         ("generate-corpus", *model, "--prompts", made / "prompts.jsonl", *out): "--prompts --base --out",
         ("train-heads", *train, *out): "--corpus --base --out",
         ("train-heads", *train, "--held-out-corpus", made / "prompts.jsonl", *out): "--held-out-corpus",

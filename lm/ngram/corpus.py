@@ -18,6 +18,7 @@ do (`lmplz` leaves it out).
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,16 +30,17 @@ import numpy as np
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.ngrams import SENTENCE_END, SPECIAL_WORDS
 from lattices.paths import user_path
-from lm.base.corpus import CORPUS_FILE, SETTINGS_FILE, Once, read_settings
+from lm.base.corpus import CORPUS_FILE, SETTINGS_FILE, corpus_lines, read_settings
 from lm.base.own_output import OWN_PREFIX, OwnOutput, own_output
-from lm.files import read_json_lines, sha256_of_file, writing
+from lm.files import writing
+from lm.keys import remembered_sha256
 from lm.ngram.counting import BREAK, Progress, no_progress
-from lm.ngram.words import WordNumbers
 from lm.text_files import blocks, identify, may_hold_text, rows
 
 HUB_PREFIX, HUB_SPLIT = "hub:", "train"
 MEND_UTF8 = "mend it, or go on with --errors replace"
 DOCUMENT_END, DOCUMENT_CUT = -2, -3  # between the token ids of a batch
+SEPARATORS = bytes.maketrans(b"\t\r\0", b"   ")
 BATCH = 1 << 20  # characters or token ids that are numbered at a time
 
 
@@ -54,19 +56,20 @@ class CorpusSource:
     sha256: str
     size: int
 
+    @property
+    def path(self) -> Path:
+        """The file that is read (not of a hub data set)."""
+        return Path(self.name) / CORPUS_FILE if self.kind == "own" else Path(self.name)
+
 
 @dataclass(frozen=True)
 class EncodedCorpus:
-    """A stream of word ids in the file `path` (raw int32) with its vocabulary, special words first.
+    """A stream of word ids on disk."""
 
-    `token_ids[i]` is the token id of word i + 3, empty without a tokenizer. `tokens` counts words without `</s>`.
-    """
-
-    path: Path
-    vocabulary: tuple[str, ...]
-    token_ids: tuple[int, ...]
+    path: Path  # raw int32
+    vocabulary: tuple[str, ...]  # special words first
     documents: int
-    tokens: int
+    tokens: int  # without `</s>`
 
     def ids(self) -> np.ndarray:
         """int32 `[t]`, memory-mapped."""
@@ -77,19 +80,7 @@ def find_sources(corpora: Sequence[Path | str]) -> list[CorpusSource]:
     """What `corpora` (files, folders, `hub:...` names) stand for, in order; raises `RescoreError` if not there."""
     if not corpora:
         raise RescoreError("no corpus given; name at least one file, folder or hub data set")
-    sources: list[CorpusSource] = []
-    for corpus in corpora:
-        if isinstance(corpus, str) and corpus.startswith(HUB_PREFIX):
-            dataset, _ = _open_hub(corpus)
-            digest = hashlib.sha256(str(dataset._fingerprint).encode()).hexdigest()
-            sources.append(CorpusSource("hub", corpus, digest, len(dataset)))
-            continue
-        path = user_path(corpus, "the corpus")
-        if path.is_dir():
-            sources += _folder_sources(path)
-        else:
-            sources.append(_file_source(path))
-    return sources
+    return [source for corpus in corpora for source in _find(corpus)]
 
 
 def corpus_sources(
@@ -100,25 +91,35 @@ def corpus_sources(
     `tokenizer_sha256`: of the tokenizer that the words are of, None for words at white space. Raises as
     `lm.base.own_output.own_output`.
     """
-    if not corpora:
-        return find_sources(corpora)
-    prompts = [c.removeprefix(OWN_PREFIX) if isinstance(c, str) and c.startswith(OWN_PREFIX) else "" for c in corpora]
-    sources = [[] if own_prompts else find_sources([c]) for c, own_prompts in zip(corpora, prompts, strict=True)]
-    for place, own_prompts in enumerate(prompts):
-        if own_prompts:
-            folder = own_output(Path(own_prompts), own, tokenizer_sha256=tokenizer_sha256, progress=progress)
-            sources[place] = find_sources([folder])
-    return [source for of_one in sources for source in of_one]
+    generated: dict[str, Path] = {}
+    prompts = [corpus for corpus in corpora if isinstance(corpus, str) and corpus.startswith(OWN_PREFIX)]
+    if prompts and (others := [corpus for corpus in corpora if corpus not in prompts]):
+        find_sources(others)
+    for corpus in prompts:
+        path = Path(corpus.removeprefix(OWN_PREFIX))
+        generated[corpus] = own_output(path, own, tokenizer_sha256=tokenizer_sha256, progress=progress)
+    return find_sources([generated.get(str(corpus), corpus) for corpus in corpora])
 
 
-def _folder_sources(folder: Path) -> list[CorpusSource]:
-    if (folder / SETTINGS_FILE).is_file() and (folder / CORPUS_FILE).is_file():
-        found = _file_source(folder / CORPUS_FILE)
-        return [CorpusSource("own", str(folder), found.sha256, found.size)]
-    files = sorted(path for path in folder.rglob("*") if may_hold_text(path) and _is_open_file(path, folder))
+def is_unchanged(source: CorpusSource) -> bool:
+    """Whether a source's file still holds what was found (a hub data set does not change in its cache)."""
+    return source.kind == "hub" or remembered_sha256(source.path) == source.sha256
+
+
+def _find(corpus: Path | str) -> list[CorpusSource]:
+    if isinstance(corpus, str) and corpus.startswith(HUB_PREFIX):
+        dataset, _ = _open_hub(corpus)
+        digest = hashlib.sha256(str(dataset._fingerprint).encode()).hexdigest()
+        return [CorpusSource("hub", corpus, digest, len(dataset))]
+    path = user_path(corpus, "the corpus")
+    if not path.is_dir():
+        return [_file_source(path)]
+    if (path / SETTINGS_FILE).is_file() and (path / CORPUS_FILE).is_file():
+        return [dataclasses.replace(_file_source(path / CORPUS_FILE), kind="own", name=str(path))]
+    files = sorted(file for file in path.rglob("*") if may_hold_text(file) and _is_open_file(file, path))
     if not files:
-        raise RescoreError(f"the folder {folder} holds no .txt or .jsonl files (nor .csv, .parquet, nor .gz of those)")
-    return [_file_source(path) for path in files]
+        raise RescoreError(f"the folder {path} holds no .txt or .jsonl files (nor .csv, .parquet, nor .gz of those)")
+    return [_file_source(file) for file in files]
 
 
 def _is_open_file(path: Path, folder: Path) -> bool:
@@ -129,7 +130,7 @@ def _is_open_file(path: Path, folder: Path) -> bool:
 def _file_source(path: Path) -> CorpusSource:
     kind = "records" if identify(path).has_rows else "text"
     try:
-        return CorpusSource(kind, str(path), sha256_of_file(path), path.stat().st_size)
+        return CorpusSource(kind, str(path), remembered_sha256(path), path.stat().st_size)
     except OSError as error:
         raise RescoreError(f"can't read {path}: {error.strerror}") from error
 
@@ -155,7 +156,7 @@ def encode_corpora(
     if errors not in ("strict", "replace"):
         raise RescoreError(f"errors = {errors!r}; choose strict or replace")
     progress = progress or no_progress
-    words, token_numbers = WordNumbers(), None if tokenizer is None else _Tokens(tokenizer)
+    words, token_numbers = _Words(), None if tokenizer is None else _Tokens(tokenizer)
     documents = tokens = done = 0
     total = sum(source.size for source in sources)
     with writing(path), path.open("wb") as out:
@@ -175,13 +176,13 @@ def encode_corpora(
     if not tokens:
         raise InvalidDataError(f"there is no word in {', '.join(source.name for source in sources)}")
     if token_numbers is None:
-        return EncodedCorpus(path, (*SPECIAL_WORDS, *words.names()), (), documents, tokens)
+        return EncodedCorpus(path, (*SPECIAL_WORDS, *words.names()), documents, tokens)
     token_ids = token_numbers.token_ids
     names = list(map(str, token_ids))
     if surface:
         strings = token_numbers.tokenizer.convert_ids_to_tokens(token_ids)
         names = list(map(_writable, strings, token_ids))
-    return EncodedCorpus(path, (*SPECIAL_WORDS, *names), tuple(token_ids), documents, tokens)
+    return EncodedCorpus(path, (*SPECIAL_WORDS, *names), documents, tokens)
 
 
 def _writable(surface: str, token_id: int) -> str:
@@ -251,7 +252,37 @@ def _values(source: CorpusSource, field: str, errors: str) -> Iterator[tuple[str
 # Words at white space
 
 
-def _word_parts(source: CorpusSource, field: str, errors: str, words: WordNumbers) -> Iterator[np.ndarray]:
+class _Words:
+    """Word ids of words at white space, in the order of their first appearance."""
+
+    def __init__(self) -> None:
+        # Two more than have ids: the empty word, which stands between separators, and the line end.
+        self._ids = {b"": -2, **{word.encode(): -1 for word in SPECIAL_WORDS}, b"\n": SENTENCE_END}
+
+    def encode(self, block: bytes, place: Callable[[int], str]) -> np.ndarray:
+        """int32 ids of whole lines, `</s>` at every line end; `place(i)` names line i of them, from 0, in errors."""
+        import pyarrow
+        import pyarrow.compute as pc
+
+        text = pyarrow.array([block.translate(SEPARATORS).replace(b"\n", b" \n ")])
+        words = pc.split_pattern(text, " ").values.dictionary_encode()
+        known = words.dictionary.to_pylist()
+        id_of = np.array([self._ids.setdefault(word, len(self._ids) - 2) for word in known], np.int32)
+        ids: np.ndarray = id_of[words.indices.to_numpy()]
+        if -1 in id_of:
+            first = int(np.argmax(ids == -1))
+            raise InvalidDataError(
+                f"{place(int(np.count_nonzero(ids[:first] == SENTENCE_END)))} holds {words[first].as_py().decode()} as "
+                "a word, which stands for something else in an n-gram model; replace it in the text"
+            )
+        return np.asarray(ids[ids >= 0])
+
+    def names(self) -> list[str]:
+        """All words but the special ones."""
+        return [word.decode() for word in list(self._ids)[len(SPECIAL_WORDS) + 2 :]]
+
+
+def _word_parts(source: CorpusSource, field: str, errors: str, words: _Words) -> Iterator[np.ndarray]:
     if source.kind == "own":
         raise RescoreError(f"{source.name} holds token ids; choose the tokenizer of its base instead of words")
     if source.kind == "text":
@@ -351,15 +382,13 @@ def _check_ids(ids: Sequence[int], limit: int, where: str) -> None:
 
 def _own_tokens(folder: Path, tokens: _Tokens, left_context: int) -> Iterator[list[int]]:
     """Per example: the end of the prompt, the output, and whether that was finished."""
-    from lm.base.catalog import tokenizer_sha256
+    from lm.base.identity import tokenizer_sha256
 
     base = read_settings(folder)["base"]
     if base["tokenizer_sha256"] != tokenizer_sha256(tokens.tokenizer):
         raise IncompatibleError(f"{folder} was made with the tokenizer of {base['name']}; choose that as tokenizer")
     path = folder / CORPUS_FILE
-    once = Once(path)
-    for number, record in read_json_lines(path, torn_tail=True):
-        once.check(number, record)
+    for number, record in corpus_lines(folder):
         prompt, output = record.get("prompt_ids", []), record.get("output_ids")
         for ids in (prompt, output):
             if not isinstance(ids, list) or any(type(i) is not int for i in ids):

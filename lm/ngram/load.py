@@ -15,14 +15,11 @@ from lattices.automaton import Automaton
 from lattices.errors import InvalidDataError, RescoreError
 from lattices.ngram_search import NgramSearch
 from lattices.ngrams import SENTENCE_END
-from lm.files import SHIPPED, atomic_file, cache_directory, read_json_object, sha256_of_file
-from lm.hashes import remembered_sha256
-from lm.keys import key_of
-from lm.locks import making, tell
+from lm.files import SHIPPED, atomic_file, read_json_object, sha256_of_file
+from lm.keys import cache_entry, cached, remembered_sha256
 from lm.ngram.build import ARPA_FILE, AUTOMATON_FILE, MANIFEST_FILE
-from lm.ngram.kenlm_model import MAGIC as KENLM_MAGIC
-from lm.ngram.kenlm_model import KenlmModel
-from lm.ngram.kenlm_search import KenlmSearch
+from lm.ngram.kenlm import MAGIC as KENLM_MAGIC
+from lm.ngram.kenlm import KenlmModel, KenlmSearch
 
 COMPILATION = 1  # changes with what `Automaton.compile` makes of a model
 SUM_SUFFIX = ".sha256"
@@ -140,25 +137,21 @@ def _compiled(arpa: Path) -> Automaton:
     """The automaton of an ARPA file: compiled once and kept in the cache directory, keyed by the file's sha256."""
     from lm.ngram.arpa import read_arpa
 
-    held_before = sha256_of_file(arpa)
-    key = key_of({"arpa": held_before, "packed": arpa.suffix == ".gz", "compilation": COMPILATION})
-    file = cache_directory() / "ngrams" / f"{key}.bin"
-    if (held := _kept(file)) is not None:
-        return held
-    with making(file, f"the automaton of {arpa.name}"):
-        if (held := _kept(file)) is not None:  # made by the process that was waited for
-            return held
-        if file.exists():
-            tell(f"the cached automaton of {arpa.name} is broken; it is made again")
+    before = sha256_of_file(arpa)
+    document = {"arpa": before, "packed": arpa.suffix == ".gz", "compilation": COMPILATION}
+
+    def compiled(file: Path) -> Automaton:
         automaton = Automaton.compile(read_arpa(arpa))
-        if sha256_of_file(arpa) != held_before:
+        if sha256_of_file(arpa) != before:
             raise RescoreError(f"{arpa} changed while it was read; give it once it is whole")
         with atomic_file(file) as temporary:
             automaton.save(temporary)
-        digest = sha256_of_file(file)
         with atomic_file(file.with_suffix(SUM_SUFFIX)) as temporary:
-            temporary.write_text(digest)
-    return Automaton.load(file)
+            temporary.write_text(sha256_of_file(file))
+        return Automaton.load(file)
+
+    entry = cache_entry("ngrams", "automaton", document, suffix=".bin")
+    return cached(entry, f"the automaton of {arpa.name}", read=_kept, make=compiled)
 
 
 def _kept(file: Path) -> Automaton | None:

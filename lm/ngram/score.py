@@ -1,19 +1,18 @@
 """Perplexity of a text under an n-gram model, with the counts that say what it is worth: unknown words, n-gram lengths.
 
-`score_file` is what the command `score-ngram` does; `score_text` knows nothing about files. A model is anything with
-`begin_sentence` and `score(state, word)`, the protocol that pyctcdecode has for its language models:
-`lm.ngram.kenlm_model.KenlmModel` with words as strings or ids, an automaton through `AutomatonScorer` with its word
-ids. The numbers are those of KenLM's `query`.
+`score_file` is what the command `score-ngram` does; `score_text` knows nothing about files. A model is an
+`NgramScorer`: `lm.ngram.kenlm.KenlmModel` with words as strings or ids, an automaton through `AutomatonScorer` with its
+word ids. The numbers are those of KenLM's `query`.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar, runtime_checkable
+from typing import Annotated, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -35,49 +34,39 @@ WordC = TypeVar("WordC", contravariant=True)
 class NgramScorer(Protocol[WordC]):
     """A model that reads a sentence word by word; states are its own and never change."""
 
+    order: int  # length of the longest n-grams, 0: it does not tell lengths
+
     @property
     def sentence_end(self) -> Any:
         """The word `</s>`."""
 
     def begin_sentence(self) -> Any:
-        """The state behind `<s>`."""
+        """The state after `<s>`."""
 
-    def score(self, state: Any, word: WordC, /) -> tuple[float, Any]:
-        """log10 probability of `word` behind `state`, and the state behind `word`."""
+    def full_score(self, state: Any, word: WordC, /) -> tuple[float, int, Any]:
+        """log10 probability of `word` after `state`, length of the n-gram that gave it, next state."""
 
     def is_unknown(self, word: WordC, /) -> bool:
         """Whether `word` is scored as `<unk>`."""
 
 
-@runtime_checkable
-class LengthScorer(Protocol):
-    """A model that also tells how long the n-gram was that gave the probability (1 to `order`)."""
-
-    order: int
-
-    def full_score(self, state: Any, word: Any, /) -> tuple[float, int, Any]:
-        """log10 probability, length of the n-gram, next state."""
-
-
-@dataclass(frozen=True)
 class AutomatonScorer:
-    """An automaton as an `NgramScorer` of word ids; 0 is unknown, and what `is_unknown_id` says besides."""
+    """An automaton as an `NgramScorer` of word ids, of which 0 is unknown."""
 
-    automaton: Automaton
-    is_unknown_id: Callable[[int], bool] | None = None
+    order, sentence_end = 0, SENTENCE_END
 
-    @property
-    def sentence_end(self) -> int:
-        return SENTENCE_END
+    def __init__(self, automaton: Automaton) -> None:
+        self.automaton = automaton
 
     def begin_sentence(self) -> int:
         return self.automaton.start
 
-    def score(self, state: int, word: int, /) -> tuple[float, int]:
-        return self.automaton.advance(state, word)
+    def full_score(self, state: int, word: int, /) -> tuple[float, int, int]:
+        log10p, after = self.automaton.advance(state, word)
+        return log10p, 0, after
 
     def is_unknown(self, word: int, /) -> bool:
-        return word == UNKNOWN or (self.is_unknown_id is not None and self.is_unknown_id(word))
+        return word == UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -138,22 +127,22 @@ def score_file(
     """
     manifest, progress = _manifest(ngram), progress or no_progress
     sources = find_sources([text])
-    loaded = _tokenizer(tokenizer, manifest, ngram)
-    found = load_ngram(ngram)
+    cut = _tokenizer(tokenizer, manifest, ngram)
+    loaded = load_ngram(ngram)
     with tempfile.TemporaryDirectory(prefix="rescore-") as work:
         encoded = encode_corpora(
-            sources, Path(work) / "stream.i32", tokenizer=loaded, left_context=found.order - 1, field=field,
+            sources, Path(work) / "stream.i32", tokenizer=cut, left_context=loaded.order - 1, field=field,
             errors=errors, surface=manifest.surface, progress=progress,
         )  # fmt: skip
         words = np.arange(len(encoded.vocabulary))
         scorer: NgramScorer[Any]
-        if isinstance(found.model, Automaton):
-            place = {word: i for i, word in enumerate(found.model.vocabulary)}
+        if isinstance(loaded.model, Automaton):
+            place = {word: i for i, word in enumerate(loaded.model.vocabulary)}
             words = np.array([place.get(word, UNKNOWN) for word in encoded.vocabulary])
-            scorer = AutomatonScorer(found.model)
+            scorer = AutomatonScorer(loaded.model)
         else:
-            found.model.words = encoded.vocabulary
-            scorer = found.model
+            loaded.model.words = encoded.vocabulary
+            scorer = loaded.model
         return score_text(scorer, _sentences(encoded, words, progress), end=False)
 
 
@@ -178,7 +167,8 @@ def _tokenizer(asked: str | None, manifest: Manifest, ngram: Path) -> Any | None
         return None
     if manifest.tokenizer == WORDS:
         raise IncompatibleError(foreign)
-    from lm.base.catalog import load_tokenizer, tokenizer_sha256
+    from lm.base.catalog import load_tokenizer
+    from lm.base.identity import tokenizer_sha256
 
     loaded = load_tokenizer(name)
     if made_for and tokenizer_sha256(loaded) != made_for:
@@ -201,24 +191,21 @@ def _sentences(encoded: EncodedCorpus, words: np.ndarray, progress: Progress) ->
 
 
 def score_text(model: NgramScorer[WordT], sequences: Iterable[Sequence[WordT]], *, end: bool = True) -> NgramScore:
-    """Scores every sequence as a sentence behind `<s>`, followed by `</s>` unless `end` is False.
+    """Scores every sequence as a sentence after `<s>`, followed by `</s>` unless `end` is False.
 
     Words are what the model takes (strings or ids). An empty sequence is a sentence of `</s>` alone, as in KenLM's
     `query`. Raises `RescoreError` if there is no sequence at all.
     """
-    with_lengths = model if isinstance(model, LengthScorer) else None
-    hits = [0] * (with_lengths.order if with_lengths is not None else 0)
+    hits = [0] * model.order
     sentences = tokens = unknown = 0
     log10p = log10p_unknown = 0.0
     for sequence in sequences:
         sentences += 1
         state = model.begin_sentence()
         for position, word in enumerate([*sequence, model.sentence_end] if end else sequence):
-            if with_lengths is not None:
-                token_log10p, length, state = with_lengths.full_score(state, word)
+            token_log10p, length, state = model.full_score(state, word)
+            if hits:
                 hits[length - 1] += 1
-            else:
-                token_log10p, state = model.score(state, word)
             tokens += 1
             log10p += token_log10p
             if position < len(sequence) and model.is_unknown(word):  # the final </s> is never counted as unknown

@@ -41,11 +41,11 @@ class SoftCrossEntropy(torch.autograd.Function):
             known = targets[rows] >= 0
             hard = (1.0 - soft) * known.float()
             place = targets[rows].clamp(min=0)[:, None]
-            wanted = torch.zeros_like(logits) if teacher is None else teacher[rows] * (soft * known.float())[:, None]
-            wanted.scatter_add_(1, place, hard[:, None])
-            mass = wanted.sum(-1, keepdim=True)
-            total += (mass * log_normaliser).sum() - (wanted * logits).sum()
-            error = torch.exp(logits - log_normaliser).mul_(mass).sub_(wanted)
+            target = torch.zeros_like(logits) if teacher is None else teacher[rows] * (soft * known.float())[:, None]
+            target.scatter_add_(1, place, hard[:, None])
+            mass = target.sum(-1, keepdim=True)
+            total += (mass * log_normaliser).sum() - (target * logits).sum()
+            error = torch.exp(logits - log_normaliser).mul_(mass).sub_(target)
             gradient[rows] = (error.to(projection.dtype) @ projection).to(states.dtype)
         ctx.save_for_backward(gradient)
         return total

@@ -43,17 +43,20 @@ class TrainingText:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How long a training goes on and how fast; the options of every training begin with it."""
+    """How long a training goes on and how fast; the options of every training begin with it.
+
+    `LEAST`: the smallest value of each option that has one. None stands for no limit.
+    """
 
     steps: Steps
     learning_rate: LearningRate  # the highest: after `warmup` steps, before the cosine
-    warmup: int
-    weight_decay: float
-    held_out: float  # share of the segments that is measured on
+    warmup: int = 50
+    weight_decay: float = 0.01
+    held_out: float = 0.03  # share of the segments that is measured on
     evaluate_every: int  # steps
     seed: Annotated[int, "Seed of everything random."] = 0
 
-    LEAST: ClassVar[dict[str, int]] = {}  # of a training's own numbers (None stands for no limit)
+    LEAST: ClassVar[dict[str, int]] = {}
 
     def check(self) -> None:
         """Raises `RescoreError` for the first option that is out of its range."""
@@ -78,6 +81,8 @@ class TextOptions(Schedule):
     negatives: int  # other tokens, drawn per step
     soft: Annotated[float, "Share of the base's own distribution in the target, 0 to 1."] = 0.5
     precision: Precision = "auto"  # of the vocabulary products and of forwards that learn
+
+    LEAST: ClassVar = {"positions": 1, "micro_batch": 1, "vocabulary": 1, "negatives": 0}
 
     def check(self) -> None:
         super().check()
@@ -112,8 +117,6 @@ class TrainingOptions(TextOptions):
     negatives: int = 1024
     learning_rate: LearningRate = 1e-3
     warmup: int = 100
-    weight_decay: float = 0.01
-    held_out: float = 0.03
     evaluate_every: EvaluateEvery = 200
     # The base.
     tune: Annotated[Tune, "Whether the base is frozen, or fine-tuned with the heads."] = "none"
@@ -126,9 +129,8 @@ class TrainingOptions(TextOptions):
     ] = None
     gradient_checkpointing: Annotated[bool, "Less memory for a tuned base, more time."] = False
 
-    LEAST: ClassVar = {
-        "h": 2, "inner_size": 1, "token_size": 0, "blocks": 1, "positions": 1, "micro_batch": 1,
-        "heads_per_step": 1, "vocabulary": 1, "negatives": 0, "lora_rank": 1, "tuned_layers": 1,
+    LEAST: ClassVar = TextOptions.LEAST | {
+        "h": 2, "inner_size": 1, "token_size": 0, "blocks": 1, "heads_per_step": 1, "lora_rank": 1, "tuned_layers": 1
     }  # fmt: skip
 
     def check(self) -> None:
@@ -169,16 +171,11 @@ class RescorerOptions(TextOptions):
     vocabulary: Vocabulary = 16384
     negatives: int = 2048
     learning_rate: LearningRate = 5e-4
-    warmup: int = 50
-    weight_decay: float = 0.01
-    held_out: float = 0.03
     evaluate_every: EvaluateEvery = 100
     # The best weights are the result.
     patience: Annotated[int, "Checkpoints without a better held-out loss before it stops."] = 5
 
-    LEAST: ClassVar = {
-        "tuned_layers": 1, "positions": 1, "micro_batch": 1, "vocabulary": 1, "negatives": 0, "patience": 1
-    }  # fmt: skip
+    LEAST: ClassVar = TextOptions.LEAST | {"tuned_layers": 1, "patience": 1}
 
     def check(self) -> None:
         from lm.neural.model import named_size
@@ -198,7 +195,6 @@ class BigramOptions(Schedule):
     batch: Annotated[int, "Lattices per step."] = 512
     steps: Steps = 1500
     learning_rate: LearningRate = 2e-3
-    warmup: int = 50
     weight_decay: float = 0.05
     held_out: float = 0.05
     evaluate_every: int = 250

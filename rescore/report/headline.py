@@ -8,14 +8,20 @@ from statistics import fmean
 
 from rescore.report.sources import TaskView
 from rescore.runs.records import Result
+from rescore.table import GAIN, Format, fixed, percent
+
+FIXED = ("none", "oracle")  # what rescorers are compared with
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One decode of one task: `share` of the oracle's gap recovered = (block efficiency - unrescored) / (oracle -
-    unrescored), None without the unrescored drafts or a gap; `speedup` over autoregressive decoding, live only; `best`:
-    of several rescorers with this p the one with the most on the task (`none` and `oracle` apart); `sure`: the interval
-    of its gain lies above zero."""
+    """One decode of one task.
+
+    share: of the oracle's gap recovered (None without the unrescored drafts or a gap).
+    speedup: over autoregressive decoding, live only.
+    best: of several rescorers with this p the one with the most on the task (`none` and `oracle` apart).
+    sure: the interval of its gain lies above zero.
+    """
 
     result: Result
     share: float | None
@@ -43,85 +49,77 @@ class Headline:
 
 def make_headline(views: Sequence[TaskView]) -> Headline:
     """The table and its sentences."""
-    keys = dict.fromkeys((r.rescorer, r.p) for view in views for r in view.results)
-    place = {rescorer: i for i, rescorer in enumerate(dict.fromkeys(rescorer for rescorer, _ in keys))}
-
-    def order(key: tuple[str, int]) -> tuple[bool, int, bool, int]:
-        rescorer, p = key
-        return rescorer != "oracle", p, rescorer != "none", place[rescorer]
-
-    rows = []
-    for rescorer, p in sorted(keys, key=order):
-        rows.append(Row(rescorer, p, tuple(_cell(view, rescorer, p) for view in views)))
+    decodes = [(r.rescorer, r.p) for view in views for r in view.results]
+    names = ["oracle", "none", *(rescorer for rescorer, _ in decodes)]
+    rows = [
+        Row(rescorer, p, tuple(_cell(view, rescorer, p) for view in views))
+        for rescorer, p in sorted(
+            dict.fromkeys(decodes), key=lambda decode: (decode[0] != "oracle", decode[1], names.index(decode[0]))
+        )
+    ]
     return Headline(tuple(rows), tuple(_sentences(views, rows)))
 
 
 def _cell(view: TaskView, rescorer: str, p: int) -> Cell | None:
-    result = next((r for r in view.results if r.rescorer == rescorer and r.p == p), None)
+    result = next((r for r in view.results if (r.rescorer, r.p) == (rescorer, p)), None)
     if result is None:
         return None
-    rivals = [r for r in view.results if r.p == p and r.rescorer not in ("none", "oracle")]
-    most = max((r.block_efficiency for r in rivals), default=None)
-    plain = next((r.block_efficiency for r in view.results if r.p == p and r.rescorer == "none"), 0.0)
-    best = len(rivals) > 1 and result in rivals and result.block_efficiency == most and most > plain
-    sure = rescorer not in ("none", "oracle") and result.gain_ci95 is not None and result.gain_ci95[0] > 0
-    latency = result.latency
-    speedup = float(latency.speedup) if latency else None
+    own = rescorer not in FIXED
+    rivals = [r.block_efficiency for r in view.results if r.p == p and r.rescorer not in FIXED]
+    plain = next((r.block_efficiency for r in view.results if (r.rescorer, r.p) == ("none", p)), 0.0)
+    best = own and len(rivals) > 1 and plain < result.block_efficiency == max(rivals)
+    sure = own and result.gain_ci95 is not None and result.gain_ci95[0] > 0
+    speedup = result.latency.speedup if result.latency else None
     return Cell(result, result.gap_share(view.unrescored), speedup, best, sure)
 
 
 def _sentences(views: Sequence[TaskView], rows: Sequence[Row]) -> list[str]:
-    lines = []
-    unit = "tasks" if len({view.task for view in views}) == len(views) else "columns"  # of one task, several runs
     plain = [view.unrescored.block_efficiency for view in views if view.unrescored]
-    ceiling = [view.results[0].oracle_block_efficiency for view in views]
-    if plain:
-        lines.append(
-            f"A step of the unrescored drafts accepts {_range(plain)} tokens; a perfect choice from the same lattices "
-            f"would get {_range(ceiling)}."
-        )
-    else:
-        lines.append(f"A perfect choice from the lattices would get {_range(ceiling)} tokens out of a step.")
-    for p in sorted({row.p for row in rows}):
-        if said := _best_of(rows, p, unit):
-            lines.append(said)
-    lines.append(_time(views, rows))
-    return lines
+    ceiling = _range(fixed(2), [view.results[0].oracle_block_efficiency for view in views])
+    lines = [
+        f"A step of the unrescored drafts accepts {_range(fixed(2), plain)} tokens; a perfect choice from the same "
+        f"lattices would get {ceiling}."
+        if plain
+        else f"A perfect choice from the lattices would get {ceiling} tokens out of a step."
+    ]
+    unit = "tasks" if len({view.task for view in views}) == len(views) else "columns"  # of one task, several runs
+    lines += [line for p in sorted({row.p for row in rows}) if (line := _best_of(rows, p, unit))]
+    return [*lines, _time(rows)]
+
+
+def _gains(row: Row) -> list[tuple[Cell, float]]:
+    return [(cell, cell.result.gain) for cell in row.cells if cell and cell.result.gain is not None]
 
 
 def _best_of(rows: Sequence[Row], p: int, unit: str) -> str | None:
     """Which rescorer is best at this p: the one with the highest mean gain over the tasks that all of them have."""
-    gains = {}
-    for row in rows:
-        if row.p == p and row.rescorer not in ("none", "oracle"):
-            cells = [(cell, cell.result.gain) for cell in row.cells if cell and cell.result.gain is not None]
-            if cells:
-                gains[row.rescorer] = cells
-    most = max((len(cells) for cells in gains.values()), default=0)
-    whole = {name: cells for name, cells in gains.items() if len(cells) == most}
-    drafts = "one draft" if p == 1 else f"{p} drafts"
-    alone = next((row for row in rows if row.p == p and row.rescorer == "none" and p > 1), None)
-    unrescored = [c.result.gain for c in alone.cells if c and c.result.gain is not None] if alone else []
+    gains = {row.rescorer: _gains(row) for row in rows if row.p == p and row.rescorer not in FIXED}
+    most = max(map(len, gains.values()), default=0)
+    whole = {name: cells for name, cells in gains.items() if cells and len(cells) == most}
+    unrescored = [gain for row in rows if (row.rescorer, row.p) == ("none", p) and p > 1 for _, gain in _gains(row)]
     if not whole:
-        return f"With {drafts} a step and no rescoring the gain is {_percents(unrescored)}." if unrescored else None
+        gain = _range(GAIN, unrescored) if unrescored else None
+        return gain and f"With {_drafts(p)} a step and no rescoring the gain is {gain}."
     best = max(whole, key=lambda name: fmean(gain for _, gain in whole[name]))
-    rated, found = [cell for cell, _ in whole[best]], [gain for _, gain in whole[best]]
+    cells, found = zip(*whole[best], strict=True)
     if fmean(found) <= 0:
-        return f"With {drafts} a step no rescorer gains anything on average; {best} comes nearest ({_percents(found)})."
-    shares = [cell.share for cell in rated if cell.share is not None]
-    part = f", {_shares(shares)} of the way to the oracle" if shares else ""
+        return (
+            f"With {_drafts(p)} a step no rescorer gains anything on average; {best} comes nearest "
+            f"({_range(GAIN, found)})."
+        )
+    shares = [cell.share for cell in cells if cell.share is not None]
+    part = f", {_range(percent(0), shares)} of the way to the oracle" if shares else ""
     among = f"the best of {len(whole)} rescorers is" if len(whole) > 1 else "the only rescorer is"
-    beside = f"; {p} drafts without rescoring bring {_percents(unrescored)}" if unrescored else ""
-    line = f"With {drafts} a step {among} {best}, with {_percents(found)} tokens a step{part}{beside}."
-    surely = sum(1 for cell in rated if cell.result.gain_ci95 and cell.result.gain_ci95[0] > 0)
-    known = sum(1 for cell in rated if cell.result.gain_ci95)
-    if known and surely < known:
-        where = f"On {known - surely} of {known} {unit} its" if known > 1 else "Its"
+    beside = f"; {_drafts(p)} without rescoring bring {_range(GAIN, unrescored)}" if unrescored else ""
+    line = f"With {_drafts(p)} a step {among} {best}, with {_range(GAIN, found)} tokens a step{part}{beside}."
+    lows = [cell.result.gain_ci95[0] for cell in cells if cell.result.gain_ci95]
+    if unsure := sum(low <= 0 for low in lows):
+        where = f"On {unsure} of {len(lows)} {unit} its" if len(lows) > 1 else "Its"
         line += f" {where} gain is not certain: the interval includes zero."
     return line
 
 
-def _time(views: Sequence[TaskView], rows: Sequence[Row]) -> str:
+def _time(rows: Sequence[Row]) -> str:
     timed = [(cell.speedup, row.rescorer, row.p) for row in rows for cell in row.cells if cell and cell.speedup]
     if not timed:
         return (
@@ -129,24 +127,17 @@ def _time(views: Sequence[TaskView], rows: Sequence[Row]) -> str:
             "rescorers shows whether one is worth its time."
         )
     speed, rescorer, p = max(timed)
-    drafts = "one draft" if p == 1 else f"{p} drafts"
-    verdict = "faster than" if speed > 1 else "slower than"
     return (
-        f"Measured live, the fastest was {rescorer} with {drafts} a step, at {speed:.2f} times the speed of "
-        f"autoregressive decoding ({verdict} plain greedy decoding on that machine)."
+        f"Measured live, the fastest was {rescorer} with {_drafts(p)} a step, at {speed:.2f} times the speed of "
+        f"autoregressive decoding ({'faster' if speed > 1 else 'slower'} than plain greedy decoding on that machine)."
     )
 
 
-def _range(values: Sequence[float]) -> str:
-    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
-    return low if low == high else f"{low} to {high}"
+def _drafts(p: int) -> str:
+    return "one draft" if p == 1 else f"{p} drafts"
 
 
-def _percents(values: Sequence[float]) -> str:
-    low, high = f"{min(values):+.1%}", f"{max(values):+.1%}"
-    return low if low == high else f"{low} to {high}"
-
-
-def _shares(values: Sequence[float]) -> str:
-    low, high = f"{min(values):.0%}", f"{max(values):.0%}"
+def _range(format: Format, values: Sequence[float]) -> str:
+    """From the lowest to the highest, or the one number that both are shown as."""
+    low, high = format.show(min(values)), format.show(max(values))
     return low if low == high else f"{low} to {high}"

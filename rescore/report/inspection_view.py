@@ -11,13 +11,14 @@ from rescore.report.inspection import Block, Draft, Inspection
 from rescore.terminal import isolated, printable, shortened
 
 WIDEST_TOKEN = 14  # cells
+GAP = 2  # cells between columns
 HEAD, TAIL = 500, 200  # characters of a long prompt that are shown
 ACCEPTED, REJECTED, UNSEEN, WANTED = "green", "bold red", "dim", "cyan"
 LEGEND = (
-    "[token] accepted, !token! rejected: the base wanted another; behind it: not looked at; * in the lattice: what the "
+    "[token] accepted, !token! rejected: the base wanted another; after it: not looked at; * in the lattice: what the "
     "base wanted; rank: its place there"
 )
-Cell = tuple[str, str]  # text and style
+Column = list[tuple[str, str]]  # text and style of each cell, the title first
 
 
 def inspection_lines(inspection: Inspection, *, width: int) -> list[Text]:
@@ -34,28 +35,21 @@ def inspection_lines(inspection: Inspection, *, width: int) -> list[Text]:
 
 
 def _head(inspection: Inspection) -> list[Text]:
-    name = printable(inspection.id)
-    lines = [
-        Text(
-            f"{printable(inspection.task)}, example {name} ({inspection.number} of {inspection.examples}), "
-            f"h = {inspection.h}, k = {inspection.k}",
-            style="bold",
-        )
-    ]
+    title = (
+        f"{printable(inspection.task)}, example {printable(inspection.id)} ({inspection.number} of "
+        f"{inspection.examples}), h = {inspection.h}, k = {inspection.k}"
+    )
+    lines = [Text(title, style="bold")]
     texts = [("prompt", inspection.prompt), ("output", inspection.output)]
     texts += [("reference", reference) for reference in inspection.references[:3]]
     for label, text in texts:
         if text is not None:
             shown = isolated(printable(shortened(text, head=HEAD, tail=TAIL), joiners=True))
             lines.append(Text.assemble((f"{label}: ", "bold"), shown))
-    for decode in inspection.decodes:
-        weight = "" if decode.alpha is None else f", alpha {decode.alpha:g}"
-        lines.append(
-            Text(
-                f"{_name(decode.rescorer, decode.p)}{weight}: {decode.tokens} tokens in {decode.steps} steps, "
-                f"{decode.tokens / decode.steps:.2f} a step"
-            )
-        )
+    for of in inspection.decodes:
+        weight = "" if of.alpha is None else f", alpha {of.alpha:g}"
+        each = f"{of.tokens / of.steps:.2f} a step"
+        lines.append(Text(f"{_name(of.rescorer, of.p)}{weight}: {of.tokens} tokens in {of.steps} steps, {each}"))
     return [*lines, Text(LEGEND, style=UNSEEN)]
 
 
@@ -65,35 +59,34 @@ def _name(rescorer: str, p: int) -> str:
 
 def _block(inspection: Inspection, block: Block, width: int) -> list[Text]:
     accepted = ", ".join(f"{_name(d.rescorer, d.p)} accepts {d.accepted}" for d in block.drafts)
-    title = Text(f"block {block.number}, output token {block.position + 1}: {accepted}", style="bold")
-    fixed = [_column("slot", [(str(n), UNSEEN) for n in range(1, len(block.slots) + 1)])]
-    fixed.append(_column("base wanted", [(_token(inspection, slot.wanted), WANTED) for slot in block.slots]))
-    lattice = _lattice(inspection, block)
+    lines = [Text(f"block {block.number}, output token {block.position + 1}: {accepted}", style="bold")]
+    fixed = [
+        _column("slot", [(str(n), UNSEEN) for n in range(1, len(block.slots) + 1)]),
+        _column("base wanted", [(_token(inspection, slot.wanted), WANTED) for slot in block.slots]),
+    ]
     drafts = [_column(_name(d.rescorer, d.p), _cells(inspection, block, d)) for d in block.drafts]
-    lines = [title]
-    for band in _bands(fixed, [*lattice, *drafts], width):
+    for band in _bands(fixed, [*_lattice(inspection, block), *drafts], width):
         lines += _rows([*fixed, *band])
     return lines
 
 
-def _lattice(inspection: Inspection, block: Block) -> list[list[Cell]]:
-    """Columns of the lattice's best tokens, and the wanted token's rank."""
-    if not any(slot.best for slot in block.slots):
-        return []
+def _lattice(inspection: Inspection, block: Block) -> list[Column]:
+    """Columns of the lattice's best tokens, and of the place of what the base wanted."""
+    most = max(len(slot.best) for slot in block.slots)
     ranks = ["" if slot.wanted is None else str(slot.rank or "-") for slot in block.slots]
     columns = [_column("rank", [(rank, WANTED) for rank in ranks])]
-    for place in range(max(len(slot.best) for slot in block.slots)):
+    for place in range(most):
         cells = []
         for slot in block.slots:
-            token, probability = slot.best[place] if place < len(slot.best) else (None, 0.0)
-            mark = "*" if token is not None and token == slot.wanted else ""
-            text = "" if token is None else f"{_token(inspection, token)}{mark} {probability:.2f}".replace(" 0.", " .")
-            cells.append((text, WANTED if mark else ""))
+            token, probability = slot.best[place]
+            mark = "*" if token == slot.wanted else ""
+            shown = f"{probability:.2f}".removeprefix("0")
+            cells.append((f"{_token(inspection, token)}{mark} {shown}", WANTED if mark else ""))
         columns.append(_column(f"lattice {place + 1}", cells))
-    return columns
+    return columns if most else []
 
 
-def _cells(inspection: Inspection, block: Block, draft: Draft) -> list[Cell]:
+def _cells(inspection: Inspection, block: Block, draft: Draft) -> Column:
     cells = []
     for place, token in enumerate(draft.tokens):
         text = _token(inspection, token)
@@ -115,38 +108,33 @@ def _token(inspection: Inspection, token: int | None) -> str:
     return isolated(text)
 
 
-def _column(title: str, cells: Sequence[Cell]) -> list[Cell]:
+def _column(title: str, cells: Column) -> Column:
     return [(title, "underline"), *cells]
 
 
-def _bands(fixed: Sequence[list[Cell]], columns: Sequence[list[Cell]], width: int) -> list[list[list[Cell]]]:
+def _width(column: Column) -> int:
+    return max(cell_len(text) for text, _ in column) + GAP
+
+
+def _bands(fixed: Sequence[Column], columns: Sequence[Column], width: int) -> list[list[Column]]:
     """The columns in groups that fit beside the fixed ones; at least one in each."""
-    room = width - sum(_width(column) + 2 for column in fixed)
-    bands: list[list[list[Cell]]] = [[]]
-    used = 0
+    room = width - sum(map(_width, fixed)) + GAP  # none after the last column
+    bands: list[list[Column]] = [[]]
     for column in columns:
-        needed = _width(column) + 2
-        if bands[-1] and used + needed > room + 2:
+        if bands[-1] and sum(map(_width, [*bands[-1], column])) > room:
             bands.append([])
-            used = 0
         bands[-1].append(column)
-        used += needed
     return bands
 
 
-def _width(column: Sequence[Cell]) -> int:
-    return max(cell_len(text) for text, _ in column)
-
-
-def _rows(columns: Sequence[list[Cell]]) -> list[Text]:
-    widths = [_width(column) for column in columns]
+def _rows(columns: Sequence[Column]) -> list[Text]:
     rows = []
     for place in range(max(map(len, columns))):
         row = Text("  ")
-        for column, width in zip(columns, widths, strict=True):
+        for column in columns:
             text, style = column[place] if place < len(column) else ("", "")
             row.append(text, style=style or None)
-            row.append(" " * (width - cell_len(text) + 2))
+            row.append(" " * (_width(column) - cell_len(text)))
         row.rstrip()
         rows.append(row)
     return rows

@@ -5,43 +5,43 @@ Bad results are refused with one line; a trace that is gone or broken only costs
 
 from __future__ import annotations
 
-import json
+import glob
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lattices.errors import RescoreError
+from lm.files import cache_directory, read_json_lines, read_json_object
+from lm.records import convert_record
 from rescore.bootstrap import LEAST_GROUPS
-from rescore.report.sweeps import kept_sweeps
-from rescore.runs.finished import FinishedRun, load_runs
-from rescore.runs.options import Progress
+from rescore.report.charts.style import decode_name
+from rescore.runs.evaluated import Evaluation, load_runs
+from rescore.runs.inputs import Progress
+from rescore.runs.log import CONFIG_FILE, RESULTS_FILE
 from rescore.runs.records import Result, Tuned
-from rescore.runs.results import CONFIG_FILE, RESULTS_FILE
-from rescore.runs.suite_files import PLAN_FILE
-from rescore.studies.analysis import HmaxCorrelation, RunAnalysis, analyse_run, correlate_h_max
+from rescore.studies.analysis import HmaxCorrelation, RescorerAnalysis, RunAnalysis, analyse_run, correlate_h_max
+from rescore.suites.files import PLAN_FILE, RUNS_FOLDER, TUNED_FILE
 from rescore.tracing import trace_folder
 
 
 @dataclass(frozen=True)
 class TaskView:
-    """One task of one run: a column of the report. `label` is the task's name, with the folder's where two runs have
-    the task; `results` (fields of `rescore.runs.records.Result`) in the order of the run; `sweeps`: of the weights
-    that the run used."""
+    """One task of one run: a column of the report.
+
+    label: the task's name, with the folder's where two runs have the task.
+    results: of the task, in the order of the run; sweeps: of the weights that the run used.
+    """
 
     label: str
     task: str
-    run: FinishedRun
+    run: Evaluation
     results: tuple[Result, ...]
     analysis: RunAnalysis
     sweeps: tuple[Tuned, ...]
-
-    @property
-    def live(self) -> bool:
-        """Whether time was measured."""
-        return any(result.latency for result in self.results)
 
     @property
     def is_sample(self) -> bool:
@@ -51,13 +51,32 @@ class TaskView:
     @property
     def unrescored(self) -> Result | None:
         """The result of `none` with one draft a step, where that was run."""
-        return next((r for r in self.results if r.rescorer == "none" and r.p == 1), None)
+        return next((r for r in self.results if r.is_unrescored), None)
+
+    @property
+    def rescored(self) -> list[RescorerAnalysis]:
+        """The analyses of the other decodes."""
+        return [a for a in self.analysis.rescorers if (a.rescorer, a.p) != ("none", 1)]
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """The settings of the base LM that made the trace; empty where a trace made elsewhere does not name it."""
+        base = self.run.config.traces[self.task].get("base")
+        return base if isinstance(base, dict) else {}
+
+    @property
+    def seed(self) -> int:
+        """Of the run's bootstrap intervals."""
+        return self.run.config.seed
 
 
 @dataclass(frozen=True)
 class Sources:
-    """All views in the order of the folders, the correlation of h_max with block efficiency over them, and `missing`: a
-    sentence for each thing that the report can't show, with how to get it."""
+    """All of a report.
+
+    views: in the order of the folders; h_max: its correlation with block efficiency over them.
+    missing: what to know: examples that are not the data set's, and what the report can't show, with how to get it.
+    """
 
     views: tuple[TaskView, ...]
     h_max: HmaxCorrelation | None
@@ -71,90 +90,88 @@ def load_sources(folders: Sequence[Path], *, progress: Progress | None = None) -
     anything else in it.
     """
     found = [run for given in folders for folder in _results_in(given) for run in load_runs(folder)]
-    runs = list({run.folder.resolve(): run for run in found}.values())
-    missing: list[str] = []
-    for run in runs:
-        for task in run.tasks:
-            _read_trace(run, task, missing)
-    pairs = [(run, task) for run in runs for task in run.tasks]
-    labels = _labels(pairs)
+    runs = {(run.folder and run.folder.resolve(), run.results[0].k): run for run in found}
+    pairs = [(run, task) for run in runs.values() for task in run.tasks]
+    lacking = [line for run, task in pairs if (line := _lacks_trace(run, task))]
     views = []
-    for place, ((run, task), label) in enumerate(zip(pairs, labels, strict=True)):
+    for place, ((run, task), label) in enumerate(zip(pairs, _labels(pairs), strict=True)):
         if progress:
             progress("analyse", place, len(pairs))
         results = tuple(result for result in run.results if result.task == task)
-        analysis = analyse_run(run, task)
-        views.append(TaskView(label, task, run, results, analysis, kept_sweeps(run, task)))
+        views.append(TaskView(label, task, run, results, analyse_run(run, task), sweeps_of(run, task)))
     traces = [view.analysis.trace for view in views if view.analysis.trace is not None]
-    missing += _gaps(views)
-    return Sources(tuple(views), correlate_h_max(traces) if traces else None, tuple(missing))
+    samples = [
+        f"{view.label}: the examples are those embedded for the task, whose numbers do not compare with the real data "
+        "set's (rescore eval --data PATH)"
+        for view in views if view.is_sample
+    ]  # fmt: skip
+    missing = (*samples, *lacking, *_gaps(views))
+    return Sources(tuple(views), correlate_h_max(traces) if traces else None, missing)
 
 
 def _results_in(folder: Path) -> list[Path]:
     """The folder itself, or the folders of runs and suites in it where it is none."""
-    begun = (RESULTS_FILE, CONFIG_FILE, PLAN_FILE)
-    if folder.is_dir() and not any((folder / name).is_file() for name in begun):
-        inside = sorted({path.parent for name in (CONFIG_FILE, PLAN_FILE) for path in folder.glob(f"*/{name}")})
-        return inside or [folder]
-    return [folder]
+    if any((folder / name).is_file() for name in (RESULTS_FILE, CONFIG_FILE, PLAN_FILE)):
+        return [folder]
+    return sorted({path.parent for name in (CONFIG_FILE, PLAN_FILE) for path in folder.glob(f"*/{name}")}) or [folder]
 
 
-def _read_trace(run: FinishedRun, task: str, missing: list[str]) -> None:
-    """Reads a trace once for all that need it; says if there is none, or none that can be used."""
+def _lacks_trace(run: Evaluation, task: str) -> str | None:
+    """Reads a trace once for all that need it; a sentence if there is none, or none that can be used."""
     try:
-        trace = run.trace(task)
+        if run.trace(task) is not None:
+            return None
     except RescoreError as error:
-        missing.append(f"The trace of {task} can't be used ({error}), so what is read from it is not shown.")
         run.traces[task] = None
-        return
-    if trace is None:
-        missing.append(
-            f"The trace of {task} is no longer there, so its lattices, entropies and oracle curves are not shown. "
-            f"To record it again: {trace_command(run, task)}"
-        )
+        return f"The trace of {task} can't be used ({error}), so what is read from it is not shown."
+    return (
+        f"The trace of {task} is no longer there, so its lattices, entropies and oracle curves are not shown. "
+        f"To record it again: {trace_command(run, task)}"
+    )
 
 
-def trace_command(run: FinishedRun, task: str) -> str:
+def trace_command(run: Evaluation, task: str) -> str:
     """The command that records the trace of a task of the run where the run looks for it."""
-    options, made_of = run.config.options, dict(run.config.traces[task])
-    k = made_of.pop("k")
-    folder = options.trace or str(trace_folder(task, made_of, k))
-    of_run = [r for (name, _, _), records in run.records.items() if name == task for r in records]
-    base = made_of.get("base")
+    inputs, settings = run.config.inputs[task], dict(run.config.traces[task])
+    k = settings.pop("k")
+    base = settings.get("base") or {}
     arguments: dict[str, Any] = {
         "task": task,
-        "base": base["name"] if isinstance(base, dict) and "name" in base else options.base,
-        "heads": options.heads,
+        "base": base.get("name"),
+        "heads": inputs.heads,
         "k": k,
-        "limit": len({r.id for r in of_run}),
-        "max-new-tokens": made_of.get("max_new_tokens"),
-        "max-prompt-tokens": made_of.get("max_prompt_tokens"),
-        "data": options.data,
-        "leave-out": options.leave_out,
-        "dtype": base.get("dtype") if isinstance(base, dict) and base.get("dtype") != "float32" else None,
-        "device": (made_of.get("recorded_by") or {}).get("device"),
-        "out": folder,
+        "limit": len({r.id for r in run.examples if r.task == task}),
+        "max-new-tokens": settings.get("max_new_tokens"),
+        "max-prompt-tokens": settings.get("max_prompt_tokens"),
+        "data": inputs.data,
+        "leave-out": inputs.leave_out,
+        "dtype": None if base.get("dtype") == "float32" else base.get("dtype"),
+        "device": (settings.get("recorded_by") or {}).get("device"),
+        "out": inputs.trace or trace_folder(task, settings, k),
     }
     words = [f"--{name} {shlex.quote(str(value))}" for name, value in arguments.items() if value is not None]
     return " ".join(["rescore trace", *words])
 
 
-def _labels(pairs: Sequence[tuple[FinishedRun, str]]) -> list[str]:
+def _labels(pairs: Sequence[tuple[Evaluation, str]]) -> list[str]:
     """Names of the views, every one different."""
     often = Counter(task for _, task in pairs)
-    names = [task if often[task] == 1 else f"{task} ({run.folder.resolve().name})" for run, task in pairs]
-    seen: Counter[str] = Counter()
-    labels = []
-    for name in names:
-        seen[name] += 1
-        labels.append(name if seen[name] == 1 else f"{name} [{seen[name]}]")
-    return labels
+    ks = {run.results[0].k for run, _ in pairs}
+    names = [task if often[task] == 1 else f"{task} ({_place(run, ks)})" for run, task in pairs]
+    before = [names[:place].count(name) for place, name in enumerate(names)]
+    return [f"{name} [{count + 1}]" if count else name for name, count in zip(names, before, strict=True)]
+
+
+def _place(run: Evaluation, ks: Collection[int]) -> str:
+    """Folder and, where there are several, k."""
+    name = run.folder.resolve().name if run.folder else "in memory"
+    return f"{name}, k = {run.results[0].k}" if len(ks) > 1 else name
 
 
 def _gaps(views: Sequence[TaskView]) -> list[str]:
     """What the results themselves leave open."""
     lines = []
-    if few := [view.label for view in views if max(r.groups for r in view.results) < LEAST_GROUPS]:
+    if few := [view.label for view in views if view.analysis.groups < LEAST_GROUPS]:
         lines.append(
             f"{', '.join(few)}: too few groups (sources that examples share) for an interval, which needs "
             f"{LEAST_GROUPS} or more (rescore eval --limit)."
@@ -164,17 +181,90 @@ def _gaps(views: Sequence[TaskView]) -> list[str]:
             f"{', '.join(plain)}: the unrescored drafts were not run, so there are no gains; "
             "add --rescorer none to rescore eval, and 1 to its --p."
         )
-    everything = {(r.rescorer, r.p) for view in views for r in view.results}
+    decodes = {(r.rescorer, r.p) for view in views for r in view.results}
     for view in views:
-        lacking = everything - {(r.rescorer, r.p) for r in view.results}
-        if lacking:
+        if lacking := decodes - {(r.rescorer, r.p) for r in view.results}:
             names = ", ".join(f"{rescorer} (p = {p})" for rescorer, p in sorted(lacking))
             lines.append(f"{view.label}: not run there, so its cells of the tables are empty: {names}.")
     return lines
 
 
-def json_text(value: Any) -> str:
-    """JSON for a script element: no `</`, no `<!--`, and nothing that JavaScript takes for the end of a line."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    escaped = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    return escaped.encode("utf-8", "backslashreplace").decode("utf-8")  # a lone surrogate has no UTF-8
+def sweeps_of(run: Evaluation, task: str) -> tuple[Tuned, ...]:
+    """The sweeps from which the tuned weights of a task of a run came, in the run's order.
+
+    A sweep belongs to a weight if task, rescorer, k, h (where it says), p, the held-out examples and the best weight
+    are the same. Files that can't be read are passed over: a sweep is shown where there is one.
+    """
+    k, h = run.results[0].k, run.config.inputs[task].h
+    weights = {
+        (r.rescorer, r.p): r.alpha
+        for r in run.config.runs.get(task, ())
+        if r.k == k and r.alpha and r.alpha.source == "tuned"
+    }
+    sweeps: dict[tuple[str, int], Tuned] = {}
+    for fields in _candidates(run, task) if weights else ():
+        with suppress(RescoreError):
+            tuned = convert_record(fields, Tuned, where="", advice="")
+            weight = weights.get((tuned.rescorer, tuned.p))
+            if (
+                weight is not None
+                and (tuned.task, tuned.k, fields.get("h", h)) == (task, k, h)
+                and (tuned.alpha, tuned.held_out) == (weight.alpha, weight.held_out)
+                and len(tuned.alphas) == len(tuned.block_efficiency)
+            ):
+                sweeps.setdefault((tuned.rescorer, tuned.p), tuned)
+    return tuple(sweeps[key] for key in weights if key in sweeps)
+
+
+def _candidates(run: Evaluation, task: str) -> Iterator[dict[str, Any]]:
+    """Lines of the suite's file, then documents of the cache; what can't be read is passed over."""
+    folder = (run.folder or Path()).resolve().parent
+    if folder.name == RUNS_FOLDER:
+        with suppress(RescoreError):
+            lines = [fields for _, fields in read_json_lines(folder.parent / TUNED_FILE, torn_tail=True)]
+            yield from reversed(lines)  # of two sweeps of one run the later is the one that was used
+    for path in sorted((cache_directory() / "tuned").glob(f"{glob.escape(task)}-*.json")):
+        with suppress(RescoreError):
+            yield read_json_object(path, missing=f"can't read {path}")
+
+
+def facts_of(view: TaskView) -> dict[str, str]:
+    """How the numbers of a view were made, by name; only what is known."""
+    config, base = view.run.config, view.base
+    settings, data = config.traces[view.task], config.data.get(view.task, {})
+    weights = (
+        f"{decode_name(a.rescorer, a.p)}: {a.alpha:g} ({a.alpha_source or 'given'})"
+        for a in view.analysis.rescorers if a.alpha is not None
+    )  # fmt: skip
+    facts = {
+        "results": view.run.folder,
+        "mode": view.analysis.mode,
+        "base model": base.get("name"),
+        "base weights (sha256)": base.get("weights_sha256"),
+        "tokenizer (sha256)": base.get("tokenizer_sha256"),
+        "heads (sha256)": settings.get("heads_sha256"),
+        "data": " ".join(str(data[name]) for name in ("kind", "path", "sha256") if data.get(name)),
+        "examples": view.analysis.examples,
+        "groups (sources that examples share)": view.analysis.groups,
+        "h, k": f"{view.analysis.h}, {view.analysis.k}",
+        "new tokens, at most": settings.get("max_new_tokens"),
+        "prompt tokens, at most": settings.get("max_prompt_tokens"),
+        "precision": base.get("dtype"),
+        "device": f"{config.device}, {config.threads} threads",
+        "weights (alpha)": "; ".join(weights),
+        "quality of the output": _quality(view.results),
+        "notices of the run": "; ".join(config.notices),
+        "versions": ", ".join(f"{name} {version}" for name, version in config.versions.items()),
+        "git revision": config.git_revision,
+    }
+    return {name: str(value) for name, value in facts.items() if value not in (None, "")}
+
+
+def _quality(results: Sequence[Result]) -> str:
+    """Metrics of the task; the same for every exact rescorer, so those of the first result that has any."""
+    for result in results:
+        if result.quality:
+            scores = ", ".join(f"{name} {value:.3f}" for name, value in result.quality.items())
+            cut = result.cut_at_limit
+            return scores if cut is None else f"{scores} ({cut:.0%} of the outputs cut at the token limit)"
+    return ""

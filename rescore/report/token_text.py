@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lattices.errors import RescoreError
@@ -19,15 +18,6 @@ if TYPE_CHECKING:
 SPACE, NEWLINE, TAB = "\u2423", "\u21b5", "\u21e5"
 HEAD, TAIL = 1200, 600  # characters of a long text that are kept
 _VISIBLE = {" ": SPACE, "\n": NEWLINE, "\t": TAB}
-
-
-@dataclass(frozen=True)
-class Excerpt:
-    """A text, or its beginning and end with the number of characters between them that are left out."""
-
-    head: str
-    tail: str
-    left_out: int
 
 
 def visible(text: str) -> str:
@@ -42,11 +32,11 @@ def harmless(text: str) -> str:
     return "".join(_code(c) if c not in _VISIBLE and _hidden(c, joiners=False) else c for c in text)
 
 
-def excerpt(text: str) -> Excerpt:
-    """`harmless` text, cut in the middle where it is long."""
+def excerpt(text: str) -> tuple[str, str, int]:
+    """`harmless` text; of a long one the beginning, the end, and the number of characters between them."""
     if len(text) <= HEAD + TAIL:
-        return Excerpt(harmless(text), "", 0)
-    return Excerpt(harmless(text[:HEAD]), harmless(text[-TAIL:]), len(text) - HEAD - TAIL)
+        return harmless(text), "", 0
+    return harmless(text[:HEAD]), harmless(text[-TAIL:]), len(text) - HEAD - TAIL
 
 
 def _hidden(character: str, *, joiners: bool) -> bool:
@@ -64,16 +54,16 @@ def token_texts(tokenizer: PreTrainedTokenizerBase | None, ids: Iterable[int]) -
     """The visible text of each token id; `#id` without a tokenizer and for ids that it does not know."""
     if tokenizer is None:
         return {token: f"#{token}" for token in ids}
-    wanted = sorted(set(ids))
-    pieces: list[Any] = [tokenizer.convert_ids_to_tokens(token) for token in wanted]
-    return {token: _text(tokenizer, token, piece) for token, piece in zip(wanted, pieces, strict=True)}
+    known = sorted(set(ids))
+    pieces: list[Any] = [tokenizer.convert_ids_to_tokens(token) for token in known]
+    return {token: _text(tokenizer, token, piece) for token, piece in zip(known, pieces, strict=True)}
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, token: int, piece: str | None) -> str:
     if piece is None:
         return f"#{token}"
     text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
-    if "\ufffd" in text:  # part of a character: bytes, where the tokenizer's alphabet tells them
+    if "\ufffd" in text:  # part of a character: bytes, where the tokenizer's alphabet says which
         if raw := _bytes_of(piece):
             return "".join(f"\\x{byte:02X}" for byte in raw)
     elif piece.startswith("\u2581") and not text.startswith(" "):  # SentencePiece, whose decoding strips it
@@ -95,23 +85,13 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def is_here(name: str) -> bool:
-    """Whether a base LM, and what it is an adapter of, is on this machine."""
-    from lm.base.catalog import resolve_base
-
-    try:
-        resolve_base(name, local_files_only=True)
-    except RescoreError:
-        return False
-    return True
-
-
 def tokenizer_of(base: Any) -> tuple[PreTrainedTokenizerBase | None, str | None]:
     """The tokenizer of a trace's base (`name` and `tokenizer_sha256` of its settings), and a sentence if there is none.
 
     Nothing is fetched: a model of the hub must be on this machine already.
     """
-    from lm.base.catalog import load_tokenizer, tokenizer_sha256
+    from lm.base.catalog import load_tokenizer
+    from lm.base.identity import tokenizer_sha256
 
     name = base.get("name") if isinstance(base, dict) else None
     if not isinstance(name, str):
@@ -121,6 +101,6 @@ def tokenizer_of(base: Any) -> tuple[PreTrainedTokenizerBase | None, str | None]
         tokenizer = load_tokenizer(name, local_files_only=True)
     except RescoreError as error:
         return None, f"The tokenizer of {name} can't be loaded ({error}), {ids}"
-    if (wanted := base.get("tokenizer_sha256")) is not None and tokenizer_sha256(tokenizer) != wanted:
+    if base.get("tokenizer_sha256") not in (None, tokenizer_sha256(tokenizer)):
         return None, f"The tokenizer of {name} is not the one that the trace was made with, {ids}"
     return tokenizer, None

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from rescore.accounting import Difference, paired_difference
 from rescore.bootstrap import LEAST_GROUPS
-from rescore.runs.finished import FinishedRun, load_runs
+from rescore.runs.evaluated import Evaluation, load_runs
 from rescore.runs.records import Result
 from rescore.terminal import shortened
 
@@ -129,7 +129,7 @@ def compare(
     return comparison
 
 
-def _advice(runs: Sequence[FinishedRun]) -> str:
+def _advice(runs: Sequence[Evaluation]) -> str:
     """What of one folder's results can be compared with what."""
     names = list(dict.fromkeys(name for run in runs for name, _ in run.rescorers))
     ps = sorted({p for run in runs for _, p in run.rescorers})
@@ -140,7 +140,7 @@ def _advice(runs: Sequence[FinishedRun]) -> str:
     return "name two results"
 
 
-def _check_known(runs: Sequence[FinishedRun], letter: str, wanted: tuple[str | None, int | None]) -> None:
+def _check_known(runs: Sequence[Evaluation], letter: str, wanted: tuple[str | None, int | None]) -> None:
     rescorer, p = wanted
     held = {side for run in runs for side in run.rescorers}
     if rescorer is not None and rescorer not in {name for name, _ in held}:
@@ -153,10 +153,10 @@ def _check_known(runs: Sequence[FinishedRun], letter: str, wanted: tuple[str | N
 
 
 def _run_pairs(
-    runs_a: Sequence[FinishedRun], runs_b: Sequence[FinishedRun], comparison: Comparison
-) -> Iterator[tuple[str, FinishedRun, FinishedRun]]:
+    runs_a: Sequence[Evaluation], runs_b: Sequence[Evaluation], comparison: Comparison
+) -> Iterator[tuple[str, Evaluation, Evaluation]]:
     """The runs of each task that belong together: of the same k and h, or the only ones there are."""
-    by_task: list[dict[str, dict[tuple[int, int], FinishedRun]]] = [{}, {}]
+    by_task: list[dict[str, dict[tuple[int, int], Evaluation]]] = [{}, {}]
     for held, runs in zip(by_task, (runs_a, runs_b), strict=True):
         for run in runs:
             for result in run.results:
@@ -182,7 +182,7 @@ def _run_pairs(
             comparison.notice(f"{task}: A and B have no k and h in common: left out")
 
 
-def _check_same(task: str, run_a: FinishedRun, run_b: FinishedRun, comparison: Comparison) -> None:
+def _check_same(task: str, run_a: Evaluation, run_b: Evaluation, comparison: Comparison) -> None:
     """Raises `IncompatibleError` if the two decoded other prompts or with another base."""
     a, b = _flat(run_a.config.traces[task]), _flat(run_b.config.traces[task])
     both = [name for name in SAME if name in a and name in b]
@@ -197,14 +197,13 @@ def _check_same(task: str, run_a: FinishedRun, run_b: FinishedRun, comparison: C
     _check_outputs(task, run_a, run_b, comparison, proven=set(PROOF) <= set(both))
 
 
-def _check_outputs(task: str, run_a: FinishedRun, run_b: FinishedRun, comparison: Comparison, *, proven: bool) -> None:
+def _check_outputs(task: str, run_a: Evaluation, run_b: Evaluation, comparison: Comparison, *, proven: bool) -> None:
     """The base's own output of an example is the same in both, whatever drafted it."""
     outputs: list[dict[str, Any]] = [{}, {}]
     for held, run in zip(outputs, (run_a, run_b), strict=True):
-        for (of, _, _), records in run.records.items():
-            if of == task:
-                for record in records:
-                    held.setdefault(record.id, record.output_ids)
+        for record in run.examples:
+            if record.task == task:
+                held.setdefault(record.id, record.output_ids)
     common = [name for name in outputs[0] if name in outputs[1]]
     if not (differ := [name for name in common if outputs[0][name] != outputs[1][name]]):
         return
@@ -220,7 +219,7 @@ def _check_outputs(task: str, run_a: FinishedRun, run_b: FinishedRun, comparison
 
 
 def _side_pairs(
-    task: str, run_a: FinishedRun, run_b: FinishedRun, chosen: Selection, comparison: Comparison
+    task: str, run_a: Evaluation, run_b: Evaluation, chosen: Selection, comparison: Comparison
 ) -> list[tuple[Side, Side]]:
     """What of A is compared with what of B: the same rescorer and p, unless one side was named."""
     held = [
@@ -251,7 +250,7 @@ def _wanted(side: Side, wanted: tuple[str | None, int | None]) -> bool:
 
 
 def _row(
-    task: str, a: tuple[FinishedRun, Side], b: tuple[FinishedRun, Side], comparison: Comparison, seed: int
+    task: str, a: tuple[Evaluation, Side], b: tuple[Evaluation, Side], comparison: Comparison, seed: int
 ) -> ComparedRow | None:
     (run_a, side_a), (run_b, side_b) = a, b
     steps_a, steps_b = _steps(run_a, task, side_a, comparison), _steps(run_b, task, side_b, comparison)
@@ -282,10 +281,10 @@ def _row(
     )
 
 
-def _steps(run: FinishedRun, task: str, side: Side, comparison: Comparison) -> dict[str, list[int]]:
+def _steps(run: Evaluation, task: str, side: Side, comparison: Comparison) -> dict[str, list[int]]:
     """Accepted lengths by example."""
     found: dict[str, list[int]] = {}
-    for record in run.records.get((task, *side), []):
+    for record in run.records(task, *side):
         lengths = record.accepted
         if not all(n >= 1 for n in lengths):
             raise InvalidDataError(f"{run.folder}: example {record.id!r} of {task} has steps that accepted no token")
@@ -296,19 +295,19 @@ def _steps(run: FinishedRun, task: str, side: Side, comparison: Comparison) -> d
     return found
 
 
-def _groups(run: FinishedRun, task: str, side: Side, ids: Sequence[str]) -> list[str]:
+def _groups(run: Evaluation, task: str, side: Side, ids: Sequence[str]) -> list[str]:
     """The groups of these examples, as A has them."""
-    of_id = {record.id: record.group for record in run.records[task, *side]}
+    of_id = {record.id: record.group for record in run.records(task, *side)}
     return [of_id[name] for name in ids]
 
 
-def _side_result(run: FinishedRun, task: str, side: Side, kept: Sequence[Sequence[int]]) -> SideResult:
+def _side_result(run: Evaluation, task: str, side: Side, kept: Sequence[Sequence[int]]) -> SideResult:
     result = _result(run, task, side)
     efficiency = sum(map(sum, kept)) / sum(map(len, kept))
     return SideResult(side[0], result.k, side[1], result.alpha, efficiency)
 
 
-def _result(run: FinishedRun, task: str, side: Side) -> Result:
+def _result(run: Evaluation, task: str, side: Side) -> Result:
     return next(r for r in run.results if (r.task, r.rescorer, r.p) == (task, *side))
 
 

@@ -16,12 +16,12 @@ from lattices.ngrams import NgramModel
 from lm.ngram.load import LoadedNgram
 from lm.ngram.mix import Mixture, NgramPart
 from rescore.accounting import account
-from rescore.checks import check_held_k
+from rescore.checks import MAX_ALPHA, check_held_k
 from rescore.groups import held_out
 from rescore.replay import replay
 from rescore.rescorers import Context, Rescorer
 from rescore.rescorers.ngram import DEFAULT_ALPHA
-from rescore.runs.options import MAX_ALPHA, Progress
+from rescore.runs.inputs import Progress
 from rescore.runs.weights import target_of
 from rescore.tracing import Trace, load_trace
 

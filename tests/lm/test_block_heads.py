@@ -245,7 +245,7 @@ class TestFiles:
             ({"inner_size": 0}, InvalidDataError, "Expected `int` >= 1 - at `$.inner_size`"),
             ({"architecture": "sequential", "token_size": 0}, InvalidDataError, "token_size is 0"),
             ({"architecture": "feed_forwards"}, UnknownNameError, "did you mean feed_forward?"),
-            ({"architecture": 3}, InvalidDataError, "Expected `str`, got `int` - at `$.architecture`"),
+            ({"architecture": 3}, InvalidDataError, "Expected `str`, got `int` - at `architecture`"),
             ({"inner_size": 17}, InvalidDataError, "inner.bias has shape [3, 16], not [3, 17]"),
             ({"h": 5}, InvalidDataError, "inner.bias has shape [3, 16], not [4, 16]"),
         ],

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from conftest import refused, squad_records, write_lines
+from evaluating import evaluated, recorded_trace
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from rescore.accounting import paired_difference
-from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
-from rescore.runs.finished import load_run
+from rescore.runs.evaluated import load_run
 from rescore.studies.comparison import Comparison, Selection, compare
 from rescore.studies.tables import comparison_table
 
@@ -35,7 +35,7 @@ def make(options: dict[str, Any], tmp_path: Path) -> Make:
     """Evaluates into a folder of this name."""
 
     def made(name: str, **changes: Any) -> Path:
-        evaluate(EvalOptions(**{**options, **changes}), out=tmp_path / name)
+        evaluated(dict(**{**options, **changes}), out=tmp_path / name)
         return tmp_path / name
 
     return made
@@ -75,7 +75,7 @@ class TestPairs:
         found = compare(a, selection=Selection(a_rescorer="none", b_rescorer="oracle"))
         assert sides(found) == [("none", 1, "oracle", 1), ("none", 2, "oracle", 1)]
         run = load_run(a)
-        accepted = [[r.accepted for r in run.records["squad", *side]] for side in (("none", 1), ("oracle", 1))]
+        accepted = [[r.accepted for r in run.records("squad", *side)] for side in (("none", 1), ("oracle", 1))]
         assert found.rows[0].difference == paired_difference(*accepted)
         by_name = {(r.rescorer, r.p): r for r in run.results}
         assert found.rows[0].difference.gain == pytest.approx(by_name["oracle", 1].gain)
@@ -175,12 +175,12 @@ class TestOutputs:
     @pytest.fixture
     def foreign(self, options: dict[str, Any], tmp_path: Path) -> Callable[[str, int], Path]:
         def made(name: str, examples: int) -> Path:
-            trace_task(EvalOptions(**{**options, "limit": examples}), tmp_path / f"trace-{name}")
+            recorded_trace(dict(**{**options, "limit": examples}), tmp_path / f"trace-{name}")
             header = json.loads((tmp_path / f"trace-{name}" / "trace.json").read_text())
             header["settings"] = {"drafter": name}
             (tmp_path / f"trace-{name}" / "trace.json").write_text(json.dumps(header))
-            given = EvalOptions(trace=str(tmp_path / f"trace-{name}"), tasks=("chat",), k=4, device="cpu")
-            evaluate(given, out=tmp_path / name)
+            given = dict(trace=str(tmp_path / f"trace-{name}"), tasks=("chat",), k=4, device="cpu")
+            evaluated(given, out=tmp_path / name)
             return tmp_path / name
 
         return made

@@ -1,267 +1,164 @@
-"""Charts of what rescoring costs and what it is set to: time against gain, weights, several drafts a step."""
+"""Charts of what rescoring costs and what it is set to: time against gain, weights, the cost model of a token."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import plotly.graph_objects as go
-
+from lattices.errors import RescoreError
 from rescore.report.charts.figures import (
-    NONE,
-    Chart,
+    DECODE,
+    TASK,
     Section,
     axis,
-    bars,
-    figure,
-    interval,
+    bar,
+    columns,
+    legend_of,
     line,
-    meta_of,
-    number,
-    percent,
-    safe,
+    log_axis,
+    one_below_the_other,
+    rule,
+    whiskers,
 )
-from rescore.report.charts.style import ORACLE, Look, decode_name
+from rescore.report.charts.style import ORACLE, Palette, Pen
 from rescore.report.sources import TaskView
-from rescore.runs.records import Latency, Result
-from rescore.studies.analysis import PCurve
+from rescore.runs.records import Latency
+from rescore.studies.cost.inputs import cost_inputs_of_run
+from rescore.studies.cost.model import AUTOREGRESSIVE, MethodCost, cost_table
+from rescore.table import COUNT, GAIN, MILLISECONDS, NUMBER, PLAIN, TIMES, Column, fixed, percent
 
-Looks = dict[str, Look]
-
-
-def name_of(result: Result) -> str:
-    """Name of the decode of a result."""
-    return decode_name(result.rescorer, result.p)
-
-
-def rule(*, x: float | None = None, y: float | None = None, colour: str = ORACLE) -> dict[str, Any]:
-    """A dashed line through a figure, upright at `x` or level at `y`."""
-    style = {"type": "line", "line": {"color": colour, "width": 1.5, "dash": "dash"}, "layer": "below"}
-    if x is not None:
-        return {**style, "x0": x, "x1": x, "xref": "x", "yref": "paper", "y0": 0, "y1": 1}
-    return {**style, "y0": y, "y1": y, "yref": "y", "xref": "paper", "x0": 0, "x1": 1}
+SHOWN_CONTEXT = 512  # tokens in the cache, of the cost model's charts; the table has all
+QUANTITIES = {"weight_bytes": Pen("weights", "#2f7fd1"), "kv_bytes": Pen("KV cache", "#e0731d"),
+              "flops": Pen("FLOPs", "#0f9d7a")}  # fmt: skip
+COST_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
 
 
-def time_section(views: Sequence[TaskView], looks: Looks) -> Section:
-    charts, rows = [], []
+def cost_sections(views: Sequence[TaskView], palette: Palette) -> list[Section]:
+    """All sections of this module."""
+    return [_time(views, palette), _alpha(views, palette), cost_model_section(views)]
+
+
+def _time(views: Sequence[TaskView], palette: Palette) -> Section:
+    """Time that a rescorer adds to a step against its gain; break-even: gain = added time / unrescored step."""
+    section = Section("time", (
+        *DECODE, *columns(GAIN, "gain"), *columns(MILLISECONDS, "greedy ms", "verify ms", "heads ms"),
+        *columns(fixed(2), "rescore ms", "median", "95th percentile"), *columns(TIMES, "speed-up", "predicted"),
+    ))  # fmt: skip
     for view in views:
         timed = [(r, r.latency) for r in view.results if r.latency is not None]
-        for r, t in timed:
-            rows.append(
-                (
-                    view.label,
-                    r.rescorer,
-                    str(r.p),
-                    percent(r.gain, sign=True),
-                    number(t.autoregressive_ms, 1),
-                    number(t.verify_ms, 1),
-                    number(t.heads_ms, 1),
-                    number(t.rescore_ms, 2),
-                    number(t.rescore_p50_ms, 2),
-                    number(t.rescore_p95_ms, 2),
-                    f"{t.speedup:.2f}x",
-                    NONE if t.predicted_speedup is None else f"{t.predicted_speedup:.2f}x",
-                )
-            )
-        shown = [(r, t, r.gain) for r, t in timed if r.gain is not None]
-        plain = next((t for r, t in timed if r.is_unrescored), None)
-        if not shown or plain is None:
+        section.rows += [
+            [view.label, r.rescorer, r.p, r.gain, t.autoregressive_ms, t.verify_ms, t.heads_ms, t.rescore_ms,
+             t.rescore_p50_ms, t.rescore_p95_ms, t.speedup, t.predicted_speedup]
+            for r, t in timed
+        ]  # fmt: skip
+        step = next((_step_ms(t) for r, t in timed if r.is_unrescored), None)
+        if step is None:
             continue
-        charts.append(Chart(view.label, _time_figure(shown, plain, looks)))
-    return Section(
-        "time",
-        "Latency against gain",
-        "Each mark is a rescorer: the time that it adds to a step against its gain in tokens a step over the "
-        "unrescored drafts, with the 95 % interval. Above the dashed break-even line it pays: there the gain is "
-        "more than the share of a step that rescoring (and verifying more drafts) adds; below it the unrescored "
-        "drafts are faster.",
-        tuple(charts),
-        (
-            "task",
-            "rescorer",
-            "p",
-            "gain",
-            "greedy ms",
-            "verify ms",
-            "heads ms",
-            "rescore ms",
-            "median",
-            "95th percentile",
-            "speed-up",
-            "predicted",
-        ),
-        tuple(rows),
-        lacking="These results were replayed from traces, so no time was measured. rescore eval --mode live with "
-        "the same task and rescorers (none among them) --out FOLDER measures it; give that folder to rescore "
-        "report as well.",
-        by_rescorer=True,
-    )
+        marks, added = [], [0.0]
+        for r, t in timed:
+            if r.gain is None:
+                continue
+            pen = palette.pen(r.rescorer, r.p)
+            added.append(_step_ms(t) - step)
+            marks.append(line(
+                added[-1:], [r.gain], pen, mode="markers", size=11, error_y=whiskers([r.gain], [r.gain_ci95], pen),
+                customdata=[[t.rescore_ms, t.speedup]],
+                hover="%{x:.2f} ms more a step (rescoring %{customdata[0]:.2f})<br>"
+                "%{y:+.1%} tokens a step; %{customdata[1]:.2f}x autoregressive speed",
+            ))  # fmt: skip
+        if not marks:
+            continue
+        room = 0.08 * (max(added) - min(added) or 1.0)
+        ends = [min(added) - room, max(added) + room]
+        pen = Pen("break-even", ORACLE, None, "dash")
+        marks.append(line(ends, [end / step for end in ends], pen, width=1.5, hoverinfo="skip"))
+        section.draw(
+            view.label, marks, height=320, xaxis=axis("ms a step more than unrescored"),
+            yaxis=axis("gain", tickformat="+.0%"),
+        )  # fmt: skip
+    return section
 
 
 def _step_ms(latency: Latency) -> float:
     return latency.verify_ms + latency.heads_ms + latency.rescore_ms
 
 
-def _time_figure(shown: Sequence[tuple[Result, Latency, float]], plain: Latency, looks: Looks) -> dict[str, Any]:
-    """Added time of a step, against gain. Break-even: gain = added time / time of an unrescored step."""
-    step = _step_ms(plain)
-    traces, added = [], []
-    for r, t, gain in shown:
-        look, ci95, more = looks[r.rescorer], r.gain_ci95, _step_ms(t) - step
-        added.append(more)
-        traces.append(
-            go.Scatter(
-                x=[more],
-                y=[gain],
-                mode="markers",
-                name=safe(name_of(r)),
-                meta=meta_of((r.rescorer, r.p)),
-                marker={"symbol": look.marker, "size": 11, "color": look.colour},
-                error_y=None if ci95 is None else bars([ci95[1] - gain], [gain - ci95[0]], look.colour),
-                customdata=[[t.rescore_ms, t.speedup]],
-                hovertemplate="<b>%{fullData.name}</b><br>%{x:.2f} ms more a step (rescoring %{customdata[0]:.2f})<br>"
-                "%{y:+.1%} tokens a step; %{customdata[1]:.2f}x autoregressive speed<extra></extra>",
-            )
-        )
-    low, high = min([0.0, *added]), max([0.0, *added])
-    room = 0.08 * (high - low or 1.0)
-    ends = [low - room, high + room]
-    traces.append(
-        go.Scatter(
-            x=ends,
-            y=[end / step for end in ends],
-            mode="lines",
-            name="break-even",
-            hoverinfo="skip",
-            line={"color": ORACLE, "dash": "dash", "width": 1.5},
-        )
-    )
-    return figure(
-        traces,
-        height=320,
-        xaxis=axis("ms a step more than unrescored"),
-        yaxis=axis("gain", tickformat="+.0%"),
-    )
-
-
-def alpha_section(views: Sequence[TaskView], looks: Looks, dash: dict[int, str]) -> Section:
-    charts, rows = [], []
+def _alpha(views: Sequence[TaskView], palette: Palette) -> Section:
+    """Block efficiency by weight, on the examples that the weights were tuned on."""
+    section = Section("alpha", (*DECODE, Column("alpha", PLAIN), Column("block eff., held out", NUMBER), Column("")))
     for view in views:
-        traces = []
+        lines = []
         for tuned in view.sweeps:
-            look, best = looks[tuned.rescorer], tuned.alphas.index(tuned.alpha) if tuned.alpha in tuned.alphas else None
-            sizes = [12 if place == best else 5 for place in range(len(tuned.alphas))]
-            made = line(
-                tuned.alphas,
-                tuned.block_efficiency,
-                name=safe(decode_name(tuned.rescorer, tuned.p)),
-                colour=look.colour,
-                dash=dash.get(tuned.p, "solid"),
-                marker=look.marker,
-                hover="alpha %{x}: %{y:.3f} tokens a step",
-                rescorer=(tuned.rescorer, tuned.p),
-            )
-            made.marker.size = sizes
-            traces.append(made)
-            for alpha, value in zip(tuned.alphas, tuned.block_efficiency, strict=True):
-                mark = "chosen" if alpha == tuned.alpha else ""
-                rows.append((view.label, tuned.rescorer, str(tuned.p), f"{alpha:g}", number(value), mark))
-        if traces:
-            charts.append(
-                Chart(
-                    view.label,
-                    figure(
-                        traces,
-                        xaxis=axis("alpha", rangemode="tozero"),
-                        yaxis=axis("tokens a step (held out)"),
-                    ),
-                )
-            )
-    return Section(
-        "alpha",
-        "Weight of the rescorer (alpha)",
-        "Block efficiency on the held-out examples by the weight that the rescorer's scores get beside the heads'; "
-        "0 gives the unrescored drafts, and the large mark is the weight that was chosen. A flat top means that "
-        "the weight matters little.",
-        tuple(charts),
-        ("task", "rescorer", "p", "alpha", "block eff., held out", ""),
-        tuple(rows),
-        lacking="The sweeps behind these weights are not in the cache here (weights given or by default have none). "
-        "rescore tune with the same task and rescorer makes them; then run rescore eval again.",
-        by_rescorer=True,
-    )
+            best = [alpha == tuned.alpha for alpha in tuned.alphas]
+            lines.append(line(
+                tuned.alphas, tuned.block_efficiency, palette.pen(tuned.rescorer, tuned.p),
+                size=[12 if chosen else 5 for chosen in best], hover="alpha %{x}: %{y:.3f} tokens a step",
+            ))  # fmt: skip
+            section.rows += [
+                [view.label, tuned.rescorer, tuned.p, alpha, value, "chosen" if chosen else ""]
+                for alpha, value, chosen in zip(tuned.alphas, tuned.block_efficiency, best, strict=True)
+            ]
+        section.draw(view.label, lines, xaxis=axis("alpha", rangemode="tozero"), yaxis=axis("tokens a step (held out)"))
+    return section
 
 
-def drafts_section(views: Sequence[TaskView], looks: Looks) -> Section:
-    charts, rows = [], []
+def cost_model_section(views: Sequence[TaskView]) -> Section:
+    """What a decoded token costs by the cost model (docs/analyses.md), for the methods that a task was run with."""
+    section = Section(
+        "cost-model",
+        (
+            TASK, Column("method"), *columns(COUNT, "p", "cached tokens"), *columns(NUMBER, "tokens a step"),
+            *columns(NUMBER, "weights, GB"), *columns(fixed(2), "KV cache, MB", "GFLOPs"),
+            *columns(percent(0, sign=True), "weights ±", "KV cache ±", "FLOPs ±"),
+        ),
+        legend=legend_of(QUANTITIES.values()),
+        numbers={"context": SHOWN_CONTEXT},
+    )  # fmt: skip
     for view in views:
-        curves: list[PCurve] = list(view.analysis.by_p)
-        trace = view.analysis.trace
-        if trace is not None and trace.p_curve is not None:
-            curves = [trace.p_curve, *(curve for curve in curves if curve.rescorer != trace.p_curve.rescorer)]
-        traces = []
-        for curve in curves:
-            values = [point.block_efficiency for point in curve.points]
-            error = _error(curve, values)
-            look = looks.get(curve.rescorer)
-            if look is None:  # the trace's own curve of `none`, where that was not run
-                continue
-            traces.append(
-                line(
-                    curve.ps,
-                    values,
-                    name=safe(curve.rescorer),
-                    colour=look.colour,
-                    marker=look.marker,
-                    error=error,
-                    hover="%{x} drafts a step: %{y:.3f} tokens",
-                    rescorer=(curve.rescorer, 0),
-                )
-            )
-            for p, point in zip(curve.ps, curve.points, strict=True):
-                rows.append(
-                    (
-                        view.label,
-                        curve.rescorer,
-                        str(p),
-                        number(point.block_efficiency),
-                        interval(point.block_efficiency_ci95),
-                    )
-                )
-        if traces:
-            ticks = sorted({p for curve in curves for p in curve.ps})
-            charts.append(
-                Chart(
-                    view.label,
-                    figure(
-                        traces,
-                        shapes=[rule(y=view.results[0].oracle_block_efficiency)],
-                        xaxis=axis("drafts a step, p", type="log", tickvals=ticks, ticktext=[str(p) for p in ticks]),
-                        yaxis=axis("tokens a step"),
-                    ),
-                )
-            )
-    return Section(
-        "drafts",
-        "Several drafts a step (p)",
-        "Block efficiency when the base model verifies the p best drafts at once and the longest acceptance wins; "
-        "the dashed line is the oracle. What more drafts cost in a verify call depends on the machine: rescore "
-        "bench verify-curve.",
-        tuple(charts),
-        ("task", "rescorer", "p", "block eff.", "95 %"),
-        tuple(rows),
-        lacking="Only one draft a step was run, and there is no trace to read more from; rescore eval --p 1,4,16 "
-        "runs several.",
-        by_rescorer=True,
-    )
+        known = [
+            (c, (c.weight_bytes / 1e9, c.kv_bytes / 1e6, c.flops / 1e9))
+            for c in _costs(view)
+            if c.weight_bytes is not None and c.kv_bytes is not None and c.flops is not None
+        ]
+        section.rows += [
+            [view.label, c.method, c.p, c.context, c.block_efficiency, *amounts, c.weight_bytes_change,
+             c.kv_bytes_change, c.flops_change]
+            for c, amounts in known
+        ]  # fmt: skip
+        shown = [c for c, _ in known if c.context == SHOWN_CONTEXT]
+        greedy = next((c for c in shown if c.method == AUTOREGRESSIVE), None)
+        if greedy is None or len(shown) < 2:
+            continue
+        shown.remove(greedy)
+        methods = [c.method for c in shown]
+        bars = []
+        for field, pen in QUANTITIES.items():
+            times = [getattr(c, field) / getattr(greedy, field) for c in shown]
+            bars.append(bar(
+                [ratio - 1 for ratio in times], methods, pen, base=1, customdata=times,  # from 1, to either side
+                hover=f"{pen.name}: %{{customdata:.2f}} times greedy's",
+            ))  # fmt: skip
+        section.draw(
+            view.label, bars, barmode="group", shapes=[rule(x=1)], xaxis=log_axis("times greedy decoding", COST_TICKS),
+            **one_below_the_other(methods, each=40),
+        )  # fmt: skip
+    return section
 
 
-def _error(curve: PCurve, values: Sequence[float | None]) -> tuple[list[float], list[float]] | None:
-    intervals = [point.block_efficiency_ci95 for point in curve.points]
-    up, down = [], []
-    for value, found in zip(values, intervals, strict=True):
-        if value is None or found is None:
-            return None
-        up.append(found[1] - value)
-        down.append(value - found[0])
-    return up, down
+def _costs(view: TaskView) -> Sequence[MethodCost]:
+    """The costs of the task's methods in the run's precision; none where the shape of the base model or of its heads
+    can't be read."""
+    from lm.base.catalog import resolve_base
+    from rescore.studies.cost.decoders import neural_for
+
+    name = view.base.get("name")
+    if not isinstance(name, str):
+        return ()
+    try:
+        resolve_base(name, local_files_only=True)  # and what it is an adapter of; nothing is fetched for a page
+        inputs = cost_inputs_of_run(view.run, view.task, local_files_only=True)
+        return cost_table(
+            inputs.base, h=inputs.h, heads=inputs.heads, neural=neural_for(inputs.base), verify=inputs.verify,
+            dtype=str(view.base.get("dtype", "float32")), block_efficiency=inputs.block_efficiency,
+        ).costs  # fmt: skip
+    except RescoreError:  # a model or heads that have gone since, or a kind that the model does not describe
+        return ()

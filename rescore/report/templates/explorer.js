@@ -38,7 +38,6 @@
     span.style.color = "var(--ink)";
     return span;
   };
-  const idOf = (code, slot, lattice) => (code < 0 ? -code - 1 : lattice.t[slot][code]);
   const outputOf = (decode) => example().others[decode] ?? example().output;
   const startsOf = (decode) => {
     let at = 0;
@@ -170,7 +169,7 @@
       const step = startsOf(i).indexOf(start);
       const sameSoFar = i === state.decode || (start <= example().same[i] && start <= example().same[state.decode]);
       if (step < 0 || !sameSoFar) { elsewhere.push(decode.name); return; }
-      const ids = example().drafts[i][step].map((code, slot) => idOf(code, slot, latticeAt(i, start)));
+      const ids = example().drafts[i][step];
       found.push({ ...decode, ids, n: accepted[step], walked: i === state.decode, index: i });
     });
     if (lattice) {

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from lattices.errors import UnknownNameError
 from rescore.checks import check_held_k
 from rescore.groups import count_groups
-from rescore.runs.finished import FinishedRun
+from rescore.runs.evaluated import Evaluation
 from rescore.runs.records import Result
 from rescore.studies.analysis.calibration import DEFAULT_BINS, calibration_of
 from rescore.studies.analysis.confidence import correlation, entropies_of
@@ -97,7 +97,7 @@ def analyse_trace(
     )
 
 
-def analyse_run(run: FinishedRun, task: str, *, only: Collection[str] = ANALYSES, seed: int = 0) -> RunAnalysis:
+def analyse_run(run: Evaluation, task: str, *, only: Collection[str] = ANALYSES, seed: int = 0) -> RunAnalysis:
     """The analyses of one task of a run; `only` chooses among those of its trace (none of them: ()).
 
     Raises `UnknownNameError` for a task that the run has not.
@@ -113,23 +113,23 @@ def analyse_run(run: FinishedRun, task: str, *, only: Collection[str] = ANALYSES
         k=k,
         examples=max(result.n for result in results),
         groups=max(result.groups for result in results),
-        mode=run.config.options.mode,
+        mode=run.config.mode,
         rescorers=tuple(_rescorer(run, result, trace.examples if trace else ()) for result in results),
         by_p=curves_of_results(results),
         trace=analyse_trace(trace, name=task, only=only, k=k, seed=seed) if trace else None,
     )
 
 
-def _rescorer(run: FinishedRun, result: Result, examples: Sequence[TracedExample]) -> RescorerAnalysis:
+def _rescorer(run: Evaluation, result: Result, examples: Sequence[TracedExample]) -> RescorerAnalysis:
     task, rescorer, p, h = result.task, result.rescorer, result.p, result.h
-    records = run.records[task, rescorer, p]
+    records = run.records(task, rescorer, p)
     gain_ci95 = result.gain_ci95
     return RescorerAnalysis(
         rescorer=rescorer,
         p=p,
         k=result.k,
         alpha=result.alpha,
-        alpha_source=alpha_source(run.config, task, rescorer, p),
+        alpha_source=alpha_source(run.config, result),
         efficiency=efficiency_in(result),
         oracle_block_efficiency=result.oracle_block_efficiency,
         gain=result.gain,

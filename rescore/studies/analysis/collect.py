@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from lattices.errors import RescoreError
-from rescore.runs.finished import load_runs
+from rescore.runs.evaluated import load_runs
 from rescore.studies.analysis import ANALYSES, analyse_run, analyse_trace, contrast, correlate_h_max, efficiency_table
 from rescore.studies.analysis.calibration import DEFAULT_BINS
 from rescore.studies.analysis.records import (
@@ -85,7 +85,7 @@ def analyse_folders(
         for run in runs
         for pair in against
         for task in run.tasks
-        for p in sorted({p for of, name, p in run.records if of == task and name == pair[0]} or {1})
+        for p in sorted({r.p for r in run.results if r.task == task and r.rescorer == pair[0]} or {1})
     ]
     return Findings(
         traces=tuple(of_traces),

@@ -14,9 +14,9 @@ def efficiency_in(result: Result) -> Efficiency:
     )  # fmt: skip
 
 
-def alpha_source(config: RunConfig, task: str, rescorer: str, p: int) -> str | None:
+def alpha_source(config: RunConfig, result: Result) -> str | None:
     """Where the weight of a rescorer came from (`option`, `tuned`, `default`); None if it has none."""
-    alpha = config.alphas.get(task, {}).get(rescorer, {}).get(p)
+    alpha = config.alpha(result.task, result.rescorer, result.p, result.k)
     return alpha.source if alpha else None
 
 

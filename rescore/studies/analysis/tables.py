@@ -8,12 +8,12 @@ import numpy as np
 
 from lattices.errors import RescoreError, UnknownNameError
 from rescore.accounting import account, paired_difference
-from rescore.runs.finished import FinishedRun
+from rescore.runs.evaluated import Evaluation
 from rescore.studies.analysis.records import Contrast, EfficiencyTable, TableCell, TableRow
 from rescore.studies.analysis.run_records import alpha_source
 
 
-def efficiency_table(runs: Sequence[FinishedRun]) -> EfficiencyTable:
+def efficiency_table(runs: Sequence[Evaluation]) -> EfficiencyTable:
     """Rescorers x tasks of all results of the runs, in their order.
 
     Runs of the same tasks with other h or k make rows of their own. Raises `RescoreError` where two runs have a result
@@ -37,7 +37,7 @@ def efficiency_table(runs: Sequence[FinishedRun]) -> EfficiencyTable:
                 gain=result.gain,
                 gain_ci95=_pair(result.gain_ci95),
                 alpha=result.alpha,
-                alpha_source=alpha_source(run.config, result.task, result.rescorer, result.p),
+                alpha_source=alpha_source(run.config, result),
                 n=result.n,
                 groups=result.groups,
             )
@@ -47,22 +47,22 @@ def efficiency_table(runs: Sequence[FinishedRun]) -> EfficiencyTable:
     )
 
 
-def contrast(run: FinishedRun, task: str, rescorer: str, against: str, *, p: int = 1, seed: int = 0) -> Contrast:
+def contrast(run: Evaluation, task: str, rescorer: str, against: str, *, p: int = 1, seed: int = 0) -> Contrast:
     """One rescorer against another (in-domain against general) on the examples that both finished, names as typed.
 
     Raises `UnknownNameError` for one that the run has not on this task at this p.
     """
-    there = [name for of, name, found in run.records if (of, found) == (task, p)]
+    there = [r.rescorer for r in run.results if (r.task, r.p) == (task, p)]
     for name in (rescorer, against):
         if name not in there:
             raise UnknownNameError(f"rescorer of these results on {task} at p = {p}", name, there)
-    sides = [{r.id: r.accepted for r in run.records[task, name, p]} for name in (rescorer, against)]
+    sides = [{r.id: r.accepted for r in run.records(task, name, p)} for name in (rescorer, against)]
     both = [name for name in sides[0] if name in sides[1]]
     if not both:
         raise RescoreError(f"{rescorer} and {against} have no example of {task} in common; evaluate both on the same")
     ours, theirs = ([side[name] for name in both] for side in sides)
-    h = run.records[task, rescorer, p][0].h
-    of_id = {r.id: r.group for r in run.records[task, rescorer, p]}
+    h = run.records(task, rescorer, p)[0].h
+    of_id = {r.id: r.group for r in run.records(task, rescorer, p)}
     gain = paired_difference(theirs, ours, groups=[of_id[name] for name in both], seed=seed)
     return Contrast(
         task=task,

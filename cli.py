@@ -9,7 +9,6 @@ import functools
 import inspect
 import json
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -24,25 +23,13 @@ from typer.models import CommandInfo
 
 from lattices.errors import RescoreError
 from lm.options import TEXTS
-from rescore.options import (
-    REQUIRED,
-    Alpha,
-    Alphas,
-    BootstrapSeed,
-    Ks,
-    Option,
-    Ps,
-    Rescorers,
-    Source,
-    Spec,
-    Task,
-    Tasks,
-    Verify,
-    with_options,
-)
-from rescore.terminal import notify, progress_bar
+from rescore import options as shared
+from rescore.options import REQUIRED, Option, Source, Spec, with_options
+from rescore.terminal import INTERRUPTED, notify, progress_bar
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from lm.base.corpus import GenerationOptions
     from lm.base.own_output import OwnOutput
     from lm.ngram.build import NgramOptions
@@ -51,7 +38,6 @@ if TYPE_CHECKING:
 
 BUILT_IN = "smollm2-135m"
 NONE = (Spec("none"),)
-INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 PLAIN_WIDTH = 160  # columns where stdout is no terminal and COLUMNS does not say
 MEASURE, LOOK, NGRAMS, TRAIN, TASKS, BENCH = "Measure", "Look", "N-grams", "Train", "Tasks", "Bench"
 INPUTS = "rescore.runs.inputs:Inputs"
@@ -122,9 +108,7 @@ def _parameter(option: Option) -> inspect.Parameter:
     return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def command(
-    name: str, panel: str | None = None, group: typer.Typer | None = None, **sources: Source
-) -> Callable[[Body], Body]:
+def command(name: str, panel: str | None = None, group: Any = None, **sources: Source) -> Callable[[Body], Body]:
     """Makes a command of a function: its options are the parameters, and those of the `sources` of parameters."""
 
     def register(body: Body) -> Body:
@@ -176,10 +160,18 @@ def options(
 
 def _show(tables: "Table | Sequence[Table]") -> None:
     """Prints tables: with lines and colours on a terminal, else as plain text."""
-    from rescore.table import Table, joined, print_on_terminal
+    from rescore.table import Table, for_terminal, joined
 
     each = [tables] if isinstance(tables, Table) else tables
-    print_on_terminal(each) if sys.stdout.isatty() else print(joined(each))
+    _console().print(for_terminal(each)) if sys.stdout.isatty() else print(joined(each))
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(
+        highlight=False, markup=False, emoji=False, color_system=None if os.environ.get("NO_COLOR") else "auto"
+    )
 
 
 def _print_json(document: Any) -> None:
@@ -190,26 +182,24 @@ def _result(result: Any, tables: Callable[[Any], "Table | Sequence[Table]"], as_
     """Prints what a function gave: what it has to say besides, and its JSON document or tables."""
     for line in getattr(result, "notices", ()):
         notify(line)
-    document = result.as_dict() if hasattr(result, "as_dict") else asdict(result) if as_json else None
-    _print_json(document) if as_json else _show(tables(result))
-
-
-# Measure
+    _print_json(result.as_dict() if hasattr(result, "as_dict") else asdict(result)) if as_json else _show(
+        tables(result)
+    )
 
 
 @command("eval", MEASURE, inputs=Source(INPUTS))
 def eval_command(
     *,
-    task: Tasks = (),
-    rescorer: Rescorers = NONE,
-    k: Ks = (16,),
-    p: Ps = (1,),
-    alpha: Alpha = None,
+    task: shared.Tasks = (),
+    rescorer: shared.Rescorers = NONE,
+    k: shared.Ks = (16,),
+    p: shared.Ps = (1,),
+    alpha: shared.Alpha = None,
     inputs: "Inputs",
     mode: Annotated[Literal["replay", "live"], "From a trace, fast; or decoding, which measures time."] = "replay",
-    verify: Annotated[Verify, "Live: p drafts as one prefix tree, or as rows of a batch."] = "tree",
+    verify: Annotated[shared.Verify, "Live: p drafts as one prefix tree, or as rows of a batch."] = "tree",
     out: Annotated[Path | None, "Folder for per-example lines and results.json; resumable."] = None,
-    seed: BootstrapSeed = 0,
+    seed: shared.BootstrapSeed = 0,
     details: Details = False,
     as_json: Json = False,
 ) -> None:
@@ -245,8 +235,8 @@ def _check(tasks: Sequence[str], inputs: "Inputs") -> None:
 @command("oracle", MEASURE, inputs=Source(INPUTS))
 def oracle_command(
     *,
-    task: Tasks = (),
-    k: Ks = (1, 2, 4, 8, 16),
+    task: shared.Tasks = (),
+    k: shared.Ks = (1, 2, 4, 8, 16),
     inputs: "Inputs",
     details: Details = False,
     as_json: Json = False,
@@ -259,10 +249,10 @@ def oracle_command(
 def tune_command(
     *,
     rescorer: Annotated[Sequence[Spec], "A rescorer with a weight, like ngram; several."],
-    task: Tasks = (),
-    alphas: Alphas = (),
-    k: Ks = (16,),
-    p: Ps = (1, 16),
+    task: shared.Tasks = (),
+    alphas: shared.Alphas = (),
+    k: shared.Ks = (16,),
+    p: shared.Ps = (1, 16),
     held_out: Annotated[int, "Examples to tune on, of the last sources of the data; at most half of them."] = 100,
     inputs: "Inputs",
     as_json: Json = False,
@@ -287,7 +277,7 @@ def tune_command(
 def trace_command(
     *,
     out: Annotated[Path, "Folder for the trace; resumable."],
-    task: Task = "squad",
+    task: shared.Task = "squad",
     k: Annotated[int, "Lattice entries kept per head."] = 32,
     inputs: "Inputs",
 ) -> None:
@@ -304,14 +294,9 @@ def trace_command(
     print(f"{out}: {len(trace.examples)} examples, {positions} positions, h = {trace.header.h}, K = {trace.header.k}")
 
 
-@command("suite", MEASURE)
+@command("suite", MEASURE, plan=Source("rescore.suites.plan:read_plan"))
 def suite_command(
-    plan: Annotated[Path, "Tasks, rescorers, k: see docs/formats.md.", "TABLE.yaml"],
-    out: Annotated[Path, "Folder for results, table.md and table.csv; resumable."],
-    data: Annotated[
-        Path | None, "Folder with TASK.jsonl (or .csv ...) for each task whose data the file does not name."
-    ] = None,
-    as_json: Json = False,
+    plan: Any, out: Annotated[Path, "Folder for results, table.md and table.csv; resumable."], as_json: Json = False
 ) -> None:
     """Run a whole table, tasks x rescorers x k, from one YAML file; goes on where it was stopped."""
     from lm.records import plain
@@ -320,18 +305,14 @@ def suite_command(
     from rescore.suites.run import run_suite
 
     with progress_bar() as progress:
-        suite = run_suite(read_plan(plan, data=data), out, source=plan.name, progress=progress, notify=notify)
-    results = suite.document.results
+        suite = run_suite(read_plan(**plan), out, source=plan["path"].name, progress=progress, notify=notify)
     if as_json:
         _print_json(plain(suite.document))
     else:
-        _show(suite_table(results)) if results else print("no finished examples")
+        _show(suite_table(suite.document.results)) if suite.document.results else print("no finished examples")
     if suite.interrupted:
         notify(f"interrupted; the finished examples are kept in {out}: the same command goes on")
         raise typer.Exit(INTERRUPTED)
-
-
-# Look
 
 
 @command("analyse", LOOK, asked=Source("rescore.studies.analysis.collect:analyse_folders"))
@@ -355,8 +336,6 @@ def compare_command(asked: Any, as_json: Json = False) -> None:
 @command("inspect", LOOK, asked=Source("rescore.report.inspection:inspect_example"))
 def inspect_command(asked: Any, as_json: Json = False) -> None:
     """Show one example block by block: the lattice, each rescorer's draft, what was accepted, what the base wanted."""
-    from rich.console import Console
-
     from rescore.report.inspection import inspect_example
     from rescore.report.inspection_view import inspection_lines
 
@@ -366,11 +345,10 @@ def inspect_command(asked: Any, as_json: Json = False) -> None:
     if as_json:
         _print_json(inspection.as_dict())
         return
-    console = Console(highlight=False, markup=False, emoji=False)
-    colour = console.is_terminal and not os.environ.get("NO_COLOR")
+    console = _console()
     width = console.width if console.is_terminal else shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns
     for text in inspection_lines(inspection, width=width):
-        console.print(text, soft_wrap=True) if colour else print(text.plain)
+        console.print(text, soft_wrap=True) if console.is_terminal else print(text.plain)
 
 
 @command("cost", LOOK, asked=Source("rescore.studies.cost.inputs:cost_tables"))
@@ -392,14 +370,7 @@ def report_command(asked: Any, as_json: Json = False) -> None:
         written = write_report(**asked, progress=progress)
     for line in written.missing:
         notify(line)
-    files = [written.html, written.markdown, written.csv]
-    if as_json:
-        _print_json({"files": [str(path) for path in files], "missing": list(written.missing)})
-    else:
-        print("\n".join(f"{path} ({path.stat().st_size / 1e3:,.0f} kB)" for path in files))
-
-
-# N-grams
+    _print_json(written.as_dict()) if as_json else print(written.lines())
 
 
 @command("build-ngram", NGRAMS, options=Source("lm.ngram.build:NgramOptions"), own=OWN)
@@ -427,19 +398,14 @@ def build_ngram_command(
 
     folder = default_folder(corpus, options.order) if out is None else out
     tokenizer = tokenizer or base or BUILT_IN
-    fallback = (0.5, 1.0, 1.5) if discount_fallback else None
     with progress_bar() as progress:
         summary = build_ngram(
-            corpus, folder, replace(options, tokenizer=tokenizer, discount_fallback=fallback),
+            corpus, folder, replace(options, tokenizer=tokenizer, discount_fallback=(0.5, 1.0, 1.5) if discount_fallback else None),
             own=replace(own, base=base or tokenizer), replace=out is not None, progress=progress,
         )  # fmt: skip
     _result(summary, built_ngram_table, as_json)
-    given = "" if tokenizer == BUILT_IN else f"--base {shlex.quote(tokenizer)} "
-    use = f"eval {given}--rescorer {shlex.quote(f'ngram:{summary.path}')}"
     if not as_json:
-        print(
-            f"next: rescore {f'score-ngram TEXT --ngram {shlex.quote(summary.path)}' if tokenizer == 'words' else use}"
-        )
+        print(f"next: {summary.use(tokenizer)}")
 
 
 @command("mix-ngram", NGRAMS, tuning=Source("rescore.studies.ngram_mixing:tune_mixture"))
@@ -455,8 +421,6 @@ def mix_ngram_command(
     from lm.ngram.mix import find_parts, mix_ngrams
     from rescore.studies.tables import mixture_table, mixture_tuning_table
 
-    if len(model) < 2:
-        raise RescoreError("a mixture is made of two n-gram models or more, and one is given")
     if bool(weights) == bool(trace):
         raise RescoreError("give the weights of the mixture (--weights 0.7,0.3) or a trace to tune them on (--trace)")
     parts, tuned = find_parts(model), None
@@ -498,9 +462,6 @@ def export_fst_command(asked: Any) -> None:
     print(f"{asked['out']}: {file_sizes(export_openfst(**asked))}")
 
 
-# Train
-
-
 @command("generate-corpus", TRAIN, inputs=MODEL, options=Source("lm.base.corpus:GenerationOptions"))
 def generate_corpus_command(
     prompts: Annotated[Path, 'JSON lines {"prompt", "chat"} (or CSV, Parquet ...) or text, a prompt a line.'],
@@ -517,8 +478,7 @@ def generate_corpus_command(
     chosen = read_prompts(prompts, default_chat=base.is_chat)
     with progress_bar() as progress:
         summary = generate_corpus(base, chosen, out, options, progress=functools.partial(progress, "generate"))
-    counts = f"{summary.examples} examples ({summary.made} new, {summary.duplicates} duplicates)"
-    print(f"{summary.path}: {counts}, {summary.output_tokens} output tokens")
+    print(summary.line())
     if summary.made:
         speed = f"{summary.decoded / summary.seconds:.0f} output tokens a second"
         print(f"{speed}: {share_of_limits(base, summary.work, summary.seconds)}")
@@ -565,9 +525,6 @@ def train_bigram_command(asked: Any) -> None:
         print(f"{asked['out']}: {measured.line()}")
 
 
-# Tasks
-
-
 @command("tasks", TASKS, asked=Source("rescore.tasks.listing:list_tasks"))
 def tasks_command(asked: Any, as_json: Json = False) -> None:
     """List the tasks: what they ask, what they are scored by, where their data come from."""
@@ -591,13 +548,7 @@ def perplexity_command(asked: Any, as_json: Json = False) -> None:
         found = perplexity_of_task(**asked, progress=progress)
     if found.notice:
         notify(found.notice)
-    if as_json:
-        _print_json(asdict(found))
-        return
-    print(
-        f"{found.task}: perplexity {found.perplexity:.3f} over {found.tokens:,} tokens of {found.passages:,} passages "
-        f"({asked['base']} in {asked['dtype']}, window {found.window}, stride {found.stride})"
-    )
+    _print_json(asdict(found)) if as_json else print(found.line(asked["base"], asked["dtype"]))
 
 
 @command("overlap", TASKS, asked=Source("rescore.studies.overlap:find_overlap"))
@@ -618,14 +569,11 @@ def overlap_command(
     _result(overlap, overlap_table, as_json)
 
 
-# Bench
-
-
 @command("verify-curve", group=bench, inputs=MODEL)
 def verify_curve_command(
     inputs: "Inputs",
-    cached: Annotated[int, "Tokens in the cache."] = 256,
-    repeats: Annotated[int, "Timed calls of each size; the median counts."] = 7,
+    cached: shared.Cached = 256,
+    repeats: shared.Repeats = 7,
     as_json: JsonLine = False,
 ) -> None:
     """Time of one forward of 1 to 144 tokens on a cache, with the memory bandwidth reached."""
@@ -654,8 +602,3 @@ def block_length_command(asked: Any, as_json: JsonLine = False) -> None:
 
 
 app.add_typer(bench, name="bench", rich_help_panel=BENCH)
-
-if __name__ == "__main__":
-    from rescore.__main__ import main
-
-    main()

@@ -16,9 +16,8 @@ import warnings
 
 from lattices.errors import RescoreError
 from rescore import import_neighbours
-from rescore.terminal import CutShortError, notify, print_notices
+from rescore.terminal import INTERRUPTED, CutShortError, notify, print_notices
 
-INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what writing to stdout may say
 # glibc returns large blocks to the system at every free; keeping them makes CPU inference up to 1.5x faster.
 KEEP_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}

@@ -48,6 +48,8 @@ Alpha = Annotated[
 ]
 Alphas = Annotated[Sequence[float], "Weights to try; 0 is always among them. Default: nine from 0.1 to 5."]
 Verify = Annotated[Literal["tree", "batch"], "Live: p drafts as one prefix tree, or as rows of a batch."]
+Cached = Annotated[int, "Tokens in the cache."]
+Repeats = Annotated[int, "Timed calls of each size; the median counts."]
 BootstrapSeed = Annotated[int, "Seed of the bootstrap intervals."]
 REQUIRED = inspect.Parameter.empty
 LONG_LABEL = 20  # characters: help is a column of its own, and as narrow as labels are long

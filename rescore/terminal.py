@@ -17,6 +17,7 @@ JOINERS = "\u200c\u200d"  # inside emoji and words of some scripts
 NAMED = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 RIGHT_TO_LEFT = ("R", "AL")
 LEFT_TO_RIGHT_MARK = "\u200e"
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 LINE_EVERY = 60.0  # seconds between lines of progress where there is no terminal
 
 

@@ -86,4 +86,4 @@ print(sorted({{"torch", "transformers", "datasets", "numba", "pyarrow"}} & set(s
         found = subprocess.run(
             [sys.executable, "-m", "rescore", "eval", "--k", "x"], capture_output=True, text=True, env=environment
         )
-        assert found.returncode == 2 and re.fullmatch(r"rescore: --k x: give a whole number.*\n", found.stderr)
+        assert found.returncode == 2 and re.fullmatch(r"rescore: --k x: give whole numbers.*\n", found.stderr)

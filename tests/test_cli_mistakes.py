@@ -48,7 +48,7 @@ def refusals(tiny: Path, heads: Path, data: Path, folder: Path) -> Iterator[tupl
     yield "no data file", ["eval", *model, "--data", folder / "none.jsonl"], "no such file: .*none.jsonl"
     yield "a folder as data", ["eval", *model, "--data", folder], "not a file: "
     yield "no such option", ["eval", "--retcorer", "none"], r"No such option.*--retcorer.*--rescorer"
-    yield "no number", ["eval", "--k", "many"], "--k many: give a whole number"
+    yield "no number", ["eval", "--k", "many"], "--k many: give whole numbers"
     yield "no such command", ["evaluate"], "No such command 'evaluate'"
     yield "no output folder", ["trace"], "Missing option '--out'"
     yield "no command of bench", ["bench"], "Missing command"

@@ -93,6 +93,11 @@ class CorpusSummary:
     decoded: int  # output tokens of this run, those of duplicates too
     work: Work
 
+    def line(self) -> str:
+        """What there is, in words."""
+        counts = f"{self.examples} examples ({self.made} new, {self.duplicates} duplicates)"
+        return f"{self.path}: {counts}, {self.output_tokens} output tokens"
+
 
 def read_prompts(path: Path, *, default_chat: bool) -> list[Prompt]:
     """Prompts of a file of rows (JSON lines and what else `lm.text_files` reads) or of text.

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -104,6 +105,13 @@ class NgramSummary:
     discounts: tuple[tuple[float, ...], ...]  # by order: Kneser-Ney's D1, D2, D3+ (Katz: factors d1 ... d5)
     fallback_orders: tuple[int, ...]  # whose discounts could not be estimated
     resumed: bool  # finished work of an earlier run was used
+
+    def use(self, tokenizer: str) -> str:
+        """The command that uses the model next, which was built with this tokenizer."""
+        if tokenizer == WORDS:
+            return f"rescore score-ngram TEXT --ngram {shlex.quote(self.path)}"
+        base = "" if tokenizer == NgramOptions.tokenizer else f"--base {shlex.quote(tokenizer)} "
+        return f"rescore eval {base}--rescorer {shlex.quote(f'ngram:{self.path}')}"
 
 
 def build_ngram(

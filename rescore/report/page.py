@@ -47,6 +47,16 @@ class Written:
     csv: Path
     missing: tuple[str, ...]
 
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON document of a report."""
+        files = [self.html, self.markdown, self.csv]
+        return {"files": [str(path) for path in files], "missing": list(self.missing)}
+
+    def lines(self) -> str:
+        """Each file with its size."""
+        files = (self.html, self.markdown, self.csv)
+        return "\n".join(f"{path} ({path.stat().st_size / 1e3:,.0f} kB)" for path in files)
+
 
 def write_report(
     folders: Annotated[

@@ -30,10 +30,11 @@ from lm.options import Base, Device, Dtype, Heads, TopK
 from rescore.accounting import account
 from rescore.checks import check_held_k
 from rescore.groups import count_groups
+from rescore.options import Cached, Repeats
 from rescore.replay import replay
 from rescore.rescorers import Context, Rescorer, load_rescorer
 from rescore.runs.weights import fit_to
-from rescore.studies.verify_curve import Cached, Repeats, verify_curve
+from rescore.studies.verify_curve import verify_curve
 from rescore.tracing import Trace, load_trace
 
 

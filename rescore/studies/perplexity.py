@@ -33,6 +33,13 @@ class TaskPerplexity:
     environment: dict[str, Any]
     notice: str | None = None
 
+    def line(self, base: str, dtype: str) -> str:
+        """The same in words."""
+        return (
+            f"{self.task}: perplexity {self.perplexity:.3f} over {self.tokens:,} tokens of {self.passages:,} passages "
+            f"({base} in {dtype}, window {self.window}, stride {self.stride})"
+        )
+
 
 def perplexity_of_task(
     name: Annotated[str, "A task with passages: lambada, or a YAML file of your own.", "--task"] = "lambada",

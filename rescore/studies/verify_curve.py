@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +16,6 @@ from lm.base.cache import BufferLayer
 from lm.base.model import BaseLM
 
 VERIFY_SIZES = (1, 2, 4, 9, 16, 32, 64, 144)
-
-
-Cached = Annotated[int, "Tokens in the cache."]
-Repeats = Annotated[int, "Timed calls of each size; the median counts."]
 
 
 @dataclass(frozen=True)

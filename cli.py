@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = "smollm2-135m"
 NONE = (Spec("none"),)
+FALLBACK = (0.5, 1.0, 1.5)  # discounts
 PLAIN_WIDTH = 160  # columns where stdout is no terminal and COLUMNS does not say
 MEASURE, LOOK, NGRAMS, TRAIN, TASKS, BENCH = "Measure", "Look", "N-grams", "Train", "Tasks", "Bench"
 INPUTS = "rescore.runs.inputs:Inputs"
@@ -333,11 +334,11 @@ def compare_command(asked: Any, as_json: Json = False) -> None:
     _result(compare(**asked), comparison_table, as_json)
 
 
-@command("inspect", LOOK, asked=Source("rescore.report.inspection:inspect_example"))
+@command("inspect", LOOK, asked=Source("rescore.reports.inspection:inspect_example"))
 def inspect_command(asked: Any, as_json: Json = False) -> None:
     """Show one example block by block: the lattice, each rescorer's draft, what was accepted, what the base wanted."""
-    from rescore.report.inspection import inspect_example
-    from rescore.report.inspection_view import inspection_lines
+    from rescore.reports.inspection import inspect_example
+    from rescore.reports.inspection_view import inspection_lines
 
     inspection = inspect_example(**asked)
     for line in inspection.notices:
@@ -361,13 +362,19 @@ def cost_command(asked: Any, as_json: Json = False) -> None:
     _print_json([each.as_dict() for each in costs]) if as_json else _show([cost_table(each) for each in costs])
 
 
-@command("report", LOOK, asked=Source("rescore.report.page:write_report"))
-def report_command(asked: Any, as_json: Json = False) -> None:
+@command("report", LOOK, asked=Source("rescore.reports.page:report"))
+def report_command(
+    results: Annotated[
+        Sequence[Path], "Folders of rescore eval --out or rescore suite, or a folder of such folders.", "RESULTS"
+    ],
+    asked: Any,
+    as_json: Json = False,
+) -> None:
     """Make one HTML page of results: tables, charts and a lattice explorer; works from disk, without network."""
-    from rescore.report.page import write_report
+    from rescore.reports.page import report
 
     with progress_bar() as progress:
-        written = write_report(**asked, progress=progress)
+        written = report(results, **asked, progress=progress)
     for line in written.missing:
         notify(line)
     _print_json(written.as_dict()) if as_json else print(written.lines())
@@ -400,7 +407,7 @@ def build_ngram_command(
     tokenizer = tokenizer or base or BUILT_IN
     with progress_bar() as progress:
         summary = build_ngram(
-            corpus, folder, replace(options, tokenizer=tokenizer, discount_fallback=(0.5, 1.0, 1.5) if discount_fallback else None),
+            corpus, folder, replace(options, tokenizer=tokenizer, discount_fallback=FALLBACK if discount_fallback else None),
             own=replace(own, base=base or tokenizer), replace=out is not None, progress=progress,
         )  # fmt: skip
     _result(summary, built_ngram_table, as_json)

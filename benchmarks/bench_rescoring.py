@@ -20,14 +20,14 @@ import torch
 from lattices.lattice import Lattice
 from lm.neural.model import NeuralLM
 from rescore.accounting import account
-from rescore.replay import replay
+from rescore.replaying import replay
 from rescore.rescorers import Context, Rescorer, load_rescorer
 from rescore.rescorers.neural import Neural
 from rescore.rescorers.ngram_neural import NgramNeural
 from rescore.runs.weights import fit_to
 from rescore.studies.block_length import TimedRescorer
 from rescore.table import text_table
-from rescore.tracing import TracedExample, load_trace
+from rescore.tracing import TracedExample, read_trace
 
 
 class Timed(TimedRescorer):
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--p", type=int, default=1)
     parser.add_argument("--alpha", type=float, default=0.5)
     arguments = parser.parse_args()
-    trace = load_trace(arguments.trace)
+    trace = read_trace(arguments.trace)
     examples, h = trace.examples[: arguments.limit + 1], trace.header.h
     fitted = fit_to(trace, {name: load_rescorer(name) for name in arguments.rescorer})
     models = {name: r.model.load() for name, r in fitted.items() if isinstance(r, Neural | NgramNeural)}

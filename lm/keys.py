@@ -89,7 +89,9 @@ def cached(
             return content
         if is_broken(entry):
             tell(f"{what} in {entry} is broken; it is made again")
-            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink()
+            shutil.rmtree(entry, ignore_errors=True)
+            with suppress(OSError):  # of a folder; what can't be removed can't be written either, and `make` says so
+                entry.unlink()
         return make(entry)
 
 

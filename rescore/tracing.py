@@ -16,7 +16,7 @@ token i, i = 0..t-1, with entry [i, 0, 0] = output token i.
     margins          list<float32> [t]          logit of the greedy token less the runner-up's
     group            string                     key of the source that examples share; optional, null: none is shared
 
-A trace made elsewhere (Medusa, EAGLE, MTP, DFlash ...) needs the same folder; `load_trace` checks everything.
+A trace made elsewhere (Medusa, EAGLE, MTP, DFlash ...) needs the same folder; `read_trace` checks everything.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def record_trace(
     """Records what `folder` lacks of the examples and returns the trace of exactly these, in their order.
 
     A part is written after every `PART_EXAMPLES`, so a killed recording goes on where it stopped. `recorded`: what
-    `load_trace` gave of the folder, at least the examples asked for, if it has been called already. `check` is called
+    `read_trace` gave of the folder, at least the examples asked for, if it has been called already. `check` is called
     before a part is written, and raises if what the settings say no longer holds. `progress(done, total)` is called
     after every example.
 
@@ -151,7 +151,7 @@ def record_trace(
             check_settings(folder, known, **asked)
             header = known
             if recorded is None or recorded.header.parts != header.parts:  # another process may have gone on with it
-                recorded = load_trace(folder)
+                recorded = read_trace(folder)
         done = {e.id: e for e in recorded.examples} if recorded else {}
         missing = [e for e in examples if e.id not in done]
         prompts = [base.encode_prompt(e.prompt, chat=chat, max_tokens=max_prompt_tokens) for e in missing]
@@ -271,7 +271,7 @@ def read_header(folder: Path) -> TraceHeader:
     return header
 
 
-def load_trace(folder: Path) -> Trace:
+def read_trace(folder: Path) -> Trace:
     """Opens a trace and checks it: columns and types, lengths, ids, log-probabilities, order.
 
     Raises `InvalidDataError` naming the example and what is wrong with it, `RescoreError` if there is no trace.

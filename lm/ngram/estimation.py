@@ -281,16 +281,12 @@ def _normalise(table: NgramTable, kept: np.ndarray, p: np.ndarray, backoff: np.n
         backoff[contexts][seen == 0] = 1.0
 
 
-@njit(cache=True, nogil=True)
 def _seen_mass(table: NgramTable, n: int, kept: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Per context: the probability of its kept n-grams, and what the next lower order gives to the same words."""
-    context, suffix, base, begin = table.context, table.suffix, table.offsets[n - 2], table.offsets[n - 1]
-    seen, lower = np.zeros(begin - base), np.zeros(begin - base)
-    for i in range(begin, table.offsets[n]):
-        if kept[i]:
-            seen[context[i] - base] += p[i]
-            lower[context[i] - base] += p[suffix[i]]
-    return seen, lower
+    span, contexts = table.span(n), table.span(n - 1)
+    here = np.flatnonzero(kept[span]) + span.start
+    context, size = table.context[here] - contexts.start, contexts.stop - contexts.start
+    return np.bincount(context, p[here], size), np.bincount(context, p[table.suffix[here]], size)
 
 
 def _entropy_pruned(

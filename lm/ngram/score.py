@@ -1,7 +1,7 @@
 """Perplexity of a text under an n-gram model, with the counts that say what it is worth: unknown words, n-gram lengths.
 
-`score_file` is what the command `score-ngram` does; `score_text` knows nothing about files. A model is an
-`NgramScorer`: `lm.ngram.kenlm.KenlmModel` with words as strings or ids, an automaton through `AutomatonScorer` with its
+`score_file` is what the command `score-ngram` does; `score_text` knows nothing about files. A model
+reads a sentence word by word: `lm.ngram.kenlm.KenlmModel` strings or ids, an automaton through `AutomatonScorer` its
 word ids. The numbers are those of KenLM's `query`.
 """
 
@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -22,50 +22,32 @@ from lattices.ngrams import SENTENCE_END, UNKNOWN
 from lm.ngram.build import ARPA_FILE, AUTOMATON_FILE, MANIFEST_FILE, WORDS
 from lm.ngram.corpus import EncodedCorpus, encode_corpora, find_sources
 from lm.ngram.counting import BREAK, Progress, no_progress
+from lm.ngram.kenlm import KenlmModel
 from lm.ngram.load import Manifest, load_ngram, read_manifest
 from lm.options import TEXTS, Field, Utf8Errors
 
 SCORED_WORDS = 100_000  # between two calls of `progress`
 
-WordT = TypeVar("WordT")
-WordC = TypeVar("WordC", contravariant=True)
-
-
-class NgramScorer(Protocol[WordC]):
-    """A model that reads a sentence word by word; states are its own and never change."""
-
-    order: int  # length of the longest n-grams, 0: it does not tell lengths
-
-    @property
-    def sentence_end(self) -> Any:
-        """The word `</s>`."""
-
-    def begin_sentence(self) -> Any:
-        """The state after `<s>`."""
-
-    def full_score(self, state: Any, word: WordC, /) -> tuple[float, int, Any]:
-        """log10 probability of `word` after `state`, length of the n-gram that gave it, next state."""
-
-    def is_unknown(self, word: WordC, /) -> bool:
-        """Whether `word` is scored as `<unk>`."""
-
 
 class AutomatonScorer:
-    """An automaton as an `NgramScorer` of word ids, of which 0 is unknown."""
+    """An automaton that is asked as `lm.ngram.kenlm.KenlmModel` is: by word ids, of which 0 is unknown."""
 
-    order, sentence_end = 0, SENTENCE_END
+    order, sentence_end = 0, SENTENCE_END  # no order: it does not tell how long the n-gram was that gave a score
 
     def __init__(self, automaton: Automaton) -> None:
         self.automaton = automaton
 
     def begin_sentence(self) -> int:
+        """The state after `<s>`."""
         return self.automaton.start
 
-    def full_score(self, state: int, word: int, /) -> tuple[float, int, int]:
+    def full_score(self, state: int, word: int) -> tuple[float, int, int]:
+        """log10 probability of a word, 0, state after it."""
         log10p, after = self.automaton.advance(state, word)
         return log10p, 0, after
 
-    def is_unknown(self, word: int, /) -> bool:
+    def is_unknown(self, word: int) -> bool:
+        """Whether a word is scored as `<unk>`."""
         return word == UNKNOWN
 
 
@@ -119,11 +101,10 @@ def score_file(
     """Scores a text (anything that `lm.ngram.corpus` reads, cut into documents and words as it does).
 
     `ngram` is what `lm.ngram.load.load_ngram` takes: a folder of `build-ngram`, an automaton or ARPA file, scored by
-    our
-    automaton, or a KenLM binary, scored by KenLM. `tokenizer` is the name of a base LM, or `words` for words at white
-    space; by default what the model's manifest says, and `words` for a file without one. Raises `IncompatibleError` for
-    a tokenizer that the model was not made for, `RescoreError` for what isn't there, `InvalidDataError` for what is
-    broken.
+    our automaton, or a KenLM binary, scored by KenLM. `tokenizer` is the name of a base LM, or `words` for words at
+    white space; by default what the model's manifest says, and `words` for a file without one. Raises
+    `IncompatibleError` for a tokenizer that the model was not made for, `RescoreError` for what isn't there,
+    `InvalidDataError` for what is broken.
     """
     manifest, progress = _manifest(ngram), progress or no_progress
     sources = find_sources([text])
@@ -135,7 +116,7 @@ def score_file(
             errors=errors, surface=manifest.surface, progress=progress,
         )  # fmt: skip
         words = np.arange(len(encoded.vocabulary))
-        scorer: NgramScorer[Any]
+        scorer: AutomatonScorer | KenlmModel
         if isinstance(loaded.model, Automaton):
             place = {word: i for i, word in enumerate(loaded.model.vocabulary)}
             words = np.array([place.get(word, UNKNOWN) for word in encoded.vocabulary])
@@ -190,7 +171,9 @@ def _sentences(encoded: EncodedCorpus, words: np.ndarray, progress: Progress) ->
         begin = end + 1
 
 
-def score_text(model: NgramScorer[WordT], sequences: Iterable[Sequence[WordT]], *, end: bool = True) -> NgramScore:
+def score_text(
+    model: AutomatonScorer | KenlmModel, sequences: Iterable[Sequence[Any]], *, end: bool = True
+) -> NgramScore:
     """Scores every sequence as a sentence after `<s>`, followed by `</s>` unless `end` is False.
 
     Words are what the model takes (strings or ids). An empty sequence is a sentence of `</s>` alone, as in KenLM's

@@ -108,7 +108,7 @@ class HeadTrainer(TextTrainer[HeldOutAccuracy, TrainingOptions]):
         return {name: rate / self.options.learning_rate for name in names if name.startswith(BASE)}
 
     def _start_from(self, folder: Path) -> None:
-        earlier = load_heads(str(folder), self.base.identity, device=self.base.device)
+        earlier = load_heads(self.base.identity, str(folder), device=self.base.device)
         grows = (earlier.config.architecture, self.heads.config.architecture) == (FEED_FORWARD, SEQUENTIAL)
         names = ("h", *(() if grows else ("architecture",)), "inner_size", "token_size", "blocks")
         differs = [n for n in names if getattr(earlier.config, n) != getattr(self.heads.config, n)]

@@ -16,20 +16,16 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class SoftCrossEntropy(torch.autograd.Function):
-    """Sum over rows of the cross-entropy of `states @ projection.T` against mixed targets.
-
-    Targets: (1 - soft) x the token + soft x the teacher's distribution; rows whose token is not in the vocabulary
-    subset (place -1) count nothing. The projection is frozen, so the gradient to the states is (softmax - target) @
-    projection, computed chunk by chunk while the logits are at hand.
-    """
+    """The gradient of `soft_cross_entropy`: the projection is frozen, so that to the states is (softmax - target) @
+    projection, computed chunk by chunk while the logits are at hand."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        states: torch.Tensor,  # [n, d]
-        projection: torch.Tensor,  # [v, d]
-        targets: torch.Tensor,  # [n], place in the vocabulary subset or -1
-        teacher: torch.Tensor | None,  # [n, v] probabilities; None where `soft` is 0
+        states: torch.Tensor,
+        projection: torch.Tensor,
+        targets: torch.Tensor,
+        teacher: torch.Tensor | None,
         soft: float,
     ) -> torch.Tensor:
         gradient = torch.empty_like(states)
@@ -59,7 +55,11 @@ class SoftCrossEntropy(torch.autograd.Function):
 def soft_cross_entropy(
     states: torch.Tensor, projection: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor | None, soft: float
 ) -> torch.Tensor:
-    """`SoftCrossEntropy` with its arguments' types."""
+    """Sum over rows of the cross-entropy of `states` `[n, d]` @ `projection.T` `[d, v]` against mixed targets.
+
+    Those are (1 - soft) x the token + soft x the distribution `teacher` `[n, v]` (None where `soft` is 0). `targets`
+    `[n]` has the token's place in the vocabulary subset; rows of other tokens (-1) count nothing.
+    """
     loss: torch.Tensor = SoftCrossEntropy.apply(states, projection, targets, teacher, soft)  # type: ignore[no-untyped-call]
     return loss
 

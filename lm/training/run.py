@@ -164,7 +164,7 @@ def train_bigram(
     check_there(text.corpus)
     with _session(text, out, progress, None) as session:
         base = session.base
-        block_heads = load_heads(heads, base.identity, device=base.device, dtype=base.heads_dtype)
+        block_heads = load_heads(base, heads)
         data = [
             lattices_of_corpus(
                 base, block_heads, source, k=options.k, rows=options.rows, seed=options.seed, cache=out,

@@ -138,6 +138,7 @@ class Trainer(ABC, Generic[Measured]):
     ) -> Measured:
         schedule = self.schedule
         measured: Measured | None = None
+        advice = f"{out} keeps the last checkpoint; a smaller {self.memory_option} needs less"
         if self.step == 0 and self.begins_trained:
             with enough_memory(f"a smaller {self.memory_option} needs less", at="the evaluation before step 1"):
                 measured = self.evaluate()
@@ -148,7 +149,6 @@ class Trainer(ABC, Generic[Measured]):
         while self.step < schedule.steps and not self.stopped:
             for group in self.optimizer.param_groups:
                 group["lr"] = schedule.learning_rate * group["rate"] * rate_at(self.step, schedule)
-            advice = f"{out} keeps the last checkpoint; a smaller {self.memory_option} needs less"
             with enough_memory(advice, at=f"step {self.step + 1}"):
                 value = self._step(out)
             self.step += 1
@@ -172,7 +172,7 @@ class Trainer(ABC, Generic[Measured]):
                 raise KeyboardInterrupt
         self.workers.wait()
         if self._finish(out) or measured is None:
-            with enough_memory(f"{out} keeps the last checkpoint", at="the last evaluation"):
+            with enough_memory(advice, at="the last evaluation"):
                 measured = self.evaluate()
         if self.workers.is_first:
             self._save(out)

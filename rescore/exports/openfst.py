@@ -51,7 +51,7 @@ from lm.files import atomic_file
 from lm.ngram.load import load_ngram
 from rescore.checks import check_held_k
 from rescore.runs.weights import target_of
-from rescore.tracing import TracedExample, load_trace
+from rescore.tracing import TracedExample, read_trace
 
 EPSILON = 0
 EPSILON_SYMBOL, PHI_SYMBOL = "<eps>", "<phi>"
@@ -83,7 +83,7 @@ def export_openfst(
         raise RescoreError(f"{ngram} is a KenLM binary, which can't be written out; give its ARPA file")
     start, files = automaton.start, dict[str, Iterable[str]]()
     if trace is not None:
-        traced = load_trace(trace)
+        traced = read_trace(trace)
         header, base = traced.header, target_of(traced)
         by_id = {e.id: e for e in traced.examples}
         if example is not None and example not in by_id:

@@ -48,6 +48,11 @@ class Run:
         """What no two runs of an evaluation share: label, p, k."""
         return self.label, self.p, self.k
 
+    @property
+    def number(self) -> float | None:
+        """The weight, if it is given as one."""
+        return self.alpha.alpha if isinstance(self.alpha, Alpha) else None if self.alpha == TUNED else self.alpha
+
     def load(self) -> Rescorer:
         """The rescorer. Raises as `load_rescorer`."""
         return load_rescorer(self.rescorer) if isinstance(self.rescorer, str) else self.rescorer

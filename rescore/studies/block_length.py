@@ -31,11 +31,11 @@ from rescore.accounting import account
 from rescore.checks import check_held_k
 from rescore.groups import count_groups
 from rescore.options import Cached, Repeats
-from rescore.replay import replay
+from rescore.replaying import replay
 from rescore.rescorers import Context, Rescorer, load_rescorer
 from rescore.runs.weights import fit_to
 from rescore.studies.verify_curve import verify_curve
-from rescore.tracing import Trace, load_trace
+from rescore.tracing import Trace, read_trace
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,12 @@ def block_lengths_of_trace(
         loaded = loaded.weighted(alpha)
     if limit < 1:
         raise RescoreError(f"--limit {limit}; at least one example must be replayed")
-    trace = load_trace(folder).first_examples(limit)
+    trace = read_trace(folder).first_examples(limit)
     model = load_base(base, dtype=dtype, device=device)
     place = heads_folder(heads, model.identity)
     if trace.header.settings.get("heads_sha256") not in (None, heads_sha256(place)):
         raise IncompatibleError(f"{folder} was recorded with other heads than those in {place}; give its own: --heads")
-    block_heads = load_heads(heads, model.identity, device=model.device, dtype=model.heads_dtype)
+    block_heads = load_heads(model, heads)
     fitted = fit_to(trace, {rescorer: loaded}, device=str(model.device), shared=model)[rescorer]
     shown = partial(progress, "block lengths") if progress else None
     return block_lengths(

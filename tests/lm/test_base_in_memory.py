@@ -36,7 +36,7 @@ def model() -> PreTrainedModel:
 def test_its_output_is_greedy(model: PreTrainedModel, rescorer: str, tmp_path: Path):
     base = load_base(model, TOKENIZER)
     make_heads(base).save(tmp_path, dtype=torch.float32)
-    heads = load_heads(str(tmp_path), base.identity, dtype=base.heads_dtype)
+    heads = load_heads(base.identity, str(tmp_path), dtype=base.heads_dtype)
     chosen = load_rescorer(rescorer).fit(
         Target(base.vocab_size, tuple(base.eos_token_ids), base.identity.tokenizer_sha256, base.identity, shared=base)
     )

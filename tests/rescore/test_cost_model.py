@@ -17,7 +17,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lm.heads.block_heads import BlockHeads
 from lm.heads.nets import BlockHeadsConfig
-from rescore.report.charts.cost_charts import cost_model_section
+from rescore.reports.charts.cost_charts import cost_model_section
 from rescore.runs.evaluated import Evaluation, load_run
 from rescore.studies.cost.decoders import (
     _layers,

@@ -22,7 +22,7 @@ from lattices.search import p_best
 from lm.base.catalog import load_base
 from lm.base.model import BaseLM
 from lm.neural.model import DeltaConfig, first_layers, save_delta
-from rescore.replay import replay
+from rescore.replaying import replay
 from rescore.rescorers import Context, Target, load_rescorer, neural_state
 from rescore.rescorers.ngram_neural import CANDIDATES, path_logps
 

@@ -17,10 +17,10 @@ from lattices.search import p_best
 from lm.files import write_json
 from lm.ngram.arpa import write_arpa
 from lm.ngram.load import load_ngram
-from rescore.replay import replay
+from rescore.replaying import replay
 from rescore.rescorers import Context, Rescorer, Target, load_rescorer
 from rescore.runs.records import Identical
-from rescore.tracing import load_trace
+from rescore.tracing import read_trace
 
 VOCAB = 257  # of the tiny tokenizer
 
@@ -286,7 +286,7 @@ class TestTuning:
         chosen = dict(options, rescorers=options["rescorers"][1:])
         (tuned,) = swept(chosen, alphas=(1.0,), ks=(8,), ps=(2,))
         (folder,) = (cache_folder / "traces").iterdir()
-        examples = [e for e in load_trace(folder).examples if e.id in tuned.held_out]
+        examples = [e for e in read_trace(folder).examples if e.id in tuned.held_out]
         rescorer = load_rescorer(chosen["rescorers"][0]).fit(Target(VOCAB, (256,), None)).weighted(1.0)
         accepted = replay(examples, rescorer, k=8, p=2)
         tokens, steps = sum(map(sum, accepted)), sum(map(len, accepted))

@@ -13,7 +13,7 @@ from conftest import refused
 from evaluating import evaluated
 
 from lattices.errors import InvalidDataError, OutputError
-from rescore.report.page import write_report
+from rescore.reports.page import report as write_report
 from rescore.runs.evaluated import load_run
 from rescore.studies.cost.decoders import decoder_of, heads_of
 from rescore.studies.cost.model import cost_table

@@ -11,12 +11,12 @@ from conftest import byte_tokenizer
 from made_records import made_result, run_config
 
 from lm.training.heads import HeldOutAccuracy
-from rescore.report.charts.head_charts import _label_places
-from rescore.report.charts.style import COLOURS, palette_of, safe
-from rescore.report.headline import make_headline
-from rescore.report.page import json_text
-from rescore.report.sources import sweeps_of
-from rescore.report.token_text import excerpt, harmless, token_texts, tokenizer_of, visible
+from rescore.reports.charts.head_charts import _label_places
+from rescore.reports.charts.style import COLOURS, palette_of, safe
+from rescore.reports.headline import make_headline
+from rescore.reports.page import json_text
+from rescore.reports.sources import sweeps_of
+from rescore.reports.token_text import excerpt, harmless, token_texts, tokenizer_of, visible
 from rescore.runs.evaluated import Evaluation
 from rescore.runs.inputs import Inputs
 from rescore.runs.records import Alpha, Result, ResultsDocument, RunRecord

@@ -19,7 +19,7 @@ from rescore.studies.analysis.records import (
     RunAnalysis,
     TraceAnalysis,
 )
-from rescore.tracing import load_trace
+from rescore.tracing import read_trace
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def analyse_folders(
 
     `against`: pairs of rescorers of the results, as typed, which are compared wherever both were run; h, `k`, `limit`
     and `bins` are for traces alone. Raises `RescoreError` for options that the folders have no use for, and as
-    `load_trace`, `load_run`, `analyse_trace` and `efficiency_table` do.
+    `read_trace`, `load_run`, `analyse_trace` and `efficiency_table` do.
     """
     if bool(traces) == bool(results):
         raise RescoreError("give trace folders (--trace) or folders of rescore eval (--results)")
@@ -73,7 +73,7 @@ def analyse_folders(
     bins = DEFAULT_BINS if bins is None else bins
     of_traces = []
     for folder in traces:
-        trace = load_trace(folder).first_heads(h)
+        trace = read_trace(folder).first_heads(h)
         if limit is not None:
             trace = trace.first_examples(limit)
         name = str(trace.header.settings.get("task") or folder.resolve().name)

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import plotly.graph_objects as go
 
-from rescore.report.charts.style import ORACLE, Pen
+from rescore.reports.charts.style import ORACLE, Pen
 from rescore.studies.analysis import Efficiency
 from rescore.table import COUNT, Column, Format, Table
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from rescore.report.sources import TaskView
+from rescore.reports.sources import TaskView
 from rescore.runs.records import Result
 from rescore.table import GAIN, Format, fixed, percent
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rescore.accounting import marginal_intervals
-from rescore.report.charts.figures import (
+from rescore.reports.charts.figures import (
     DECODE,
     Section,
     axis,
@@ -18,8 +18,8 @@ from rescore.report.charts.figures import (
     rule,
     whiskers,
 )
-from rescore.report.charts.style import UNRESCORED, Palette
-from rescore.report.sources import TaskView
+from rescore.reports.charts.style import UNRESCORED, Palette
+from rescore.reports.sources import TaskView
 from rescore.runs.tables import EFFICIENCY, GAINS
 from rescore.table import COUNT, NUMBER, NUMBER_INTERVAL, SHARE, Column, Format, fixed
 

@@ -18,18 +18,20 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from lattices.errors import RescoreError
+from lattices.paths import user_path
 from lm.files import atomic_file
 from rescore.bootstrap import LEAST_GROUPS
-from rescore.report.charts.cost_charts import cost_sections
-from rescore.report.charts.figures import WORDS
-from rescore.report.charts.head_charts import head_sections
-from rescore.report.charts.rescorer_charts import rescorer_sections
-from rescore.report.charts.style import Palette, palette_of
-from rescore.report.explorer import explorer_data
-from rescore.report.headline import make_headline
-from rescore.report.sources import TaskView, facts_of, load_sources
-from rescore.report.token_text import harmless, tokenizer_of
+from rescore.reports.charts.cost_charts import cost_sections
+from rescore.reports.charts.figures import WORDS
+from rescore.reports.charts.head_charts import head_sections
+from rescore.reports.charts.rescorer_charts import rescorer_sections
+from rescore.reports.charts.style import Palette, palette_of
+from rescore.reports.explorer import explorer_data
+from rescore.reports.headline import make_headline
+from rescore.reports.sources import TaskView, load_sources
+from rescore.reports.token_text import harmless, tokenizer_of
 from rescore.runs.environment import versions
+from rescore.runs.evaluated import Evaluation
 from rescore.runs.inputs import Progress
 from rescore.runs.tables import results_csv
 from rescore.table import GAIN, GAIN_INTERVAL, NUMBER, NUMBER_INTERVAL, Table, escaped, percent
@@ -58,6 +60,7 @@ class Written:
         return "\n".join(f"{path} ({path.stat().st_size / 1e3:,.0f} kB)" for path in files)
 
 
+<<<<<<< HEAD:rescore/report/page.py
 def write_report(
     folders: Annotated[
         Sequence[Path], "Folders of rescore eval --out or rescore suite, or a folder of such folders.", "RESULTS"
@@ -65,18 +68,30 @@ def write_report(
     out: Annotated[Path, "The page, a name that ends with .html; .md and .csv are written beside it."],
     *,
     examples: Annotated[int, "Examples of each task in the lattice explorer; 0 leaves it out."] = DEFAULT_EXAMPLES,
+=======
+def report(
+    results: Sequence[Evaluation | Path] | Evaluation | Path,
+    out: str | Path,
+    *,
+    examples: int = DEFAULT_EXAMPLES,
+>>>>>>> main:rescore/reports/page.py
     progress: Progress | None = None,
 ) -> Written:
-    """Reads results folders and writes `out` (.html), and .md and .csv beside it.
+    """Writes a page of results: `out` (.html), and .md and .csv beside it.
 
-    `examples`: of each task, in the lattice explorer (0: no explorer). Raises `RescoreError` for folders without
-    finished results, another suffix or a negative number, `OutputError` if a file can't be written.
+    results: evaluations, or the folders of `rescore eval --out` or `rescore suite --out`.
+    examples: of each task, in the lattice explorer (0: no explorer).
+    Raises `RescoreError` for folders without finished results, another suffix or a negative number, `OutputError` if a
+    file can't be written.
     """
+    out = user_path(out, "--out")
+    if isinstance(results, Evaluation | Path):
+        results = [results]
     if out.suffix != ".html":
         raise RescoreError(f"--out {out} must end with .html; Markdown and CSV get the same name")
     if examples < 0:
         raise RescoreError(f"--examples {examples} is negative; give 0 or more")
-    sources = load_sources(folders, progress=progress)
+    sources = load_sources(results, progress=progress)
     views = sources.views
     palette = palette_of((r.rescorer, r.p) for view in views for r in view.results)
     sections = [
@@ -150,7 +165,6 @@ def _html(*, views: Sequence[TaskView], sections: Sequence[Any], explorers: Sequ
         sections=sections,
         explorers=explorers,
         figures={f"{section.key}-{i}": chart.figure for section in sections for i, chart in enumerate(section.charts)},
-        facts={view.label: facts_of(view) for view in views},
         few_groups=all(view.analysis.groups < LEAST_GROUPS for view in views),
         style=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
         library=Markup(library),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lattices.errors import RescoreError
-from rescore.report.charts.figures import (
+from rescore.reports.charts.figures import (
     DECODE,
     TASK,
     Section,
@@ -19,8 +19,8 @@ from rescore.report.charts.figures import (
     rule,
     whiskers,
 )
-from rescore.report.charts.style import ORACLE, Palette, Pen
-from rescore.report.sources import TaskView
+from rescore.reports.charts.style import ORACLE, Palette, Pen
+from rescore.reports.sources import TaskView
 from rescore.runs.records import Latency
 from rescore.studies.cost.inputs import cost_inputs_of_run
 from rescore.studies.cost.model import AUTOREGRESSIVE, MethodCost, cost_table

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rescore.report.charts.figures import TASK, Section, axis, columns, curve, legend_of, line, log_axis
-from rescore.report.charts.style import ORACLE, UNRESCORED, Pen, of_sequence, safe
-from rescore.report.sources import TaskView
+from rescore.reports.charts.figures import TASK, Section, axis, columns, curve, legend_of, line, log_axis
+from rescore.reports.charts.style import ORACLE, UNRESCORED, Pen, of_sequence, safe
+from rescore.reports.sources import TaskView
 from rescore.studies.analysis import HmaxCorrelation, TraceAnalysis
 from rescore.table import COUNT, GAIN, NUMBER, NUMBER_INTERVAL, SHARE, fixed
 

@@ -18,7 +18,6 @@ from lattices.errors import RescoreError
 from lm.files import cache_directory, read_json_lines, read_json_object
 from lm.records import convert_record
 from rescore.bootstrap import LEAST_GROUPS
-from rescore.report.charts.style import decode_name
 from rescore.runs.evaluated import Evaluation, load_runs
 from rescore.runs.inputs import Progress
 from rescore.runs.log import CONFIG_FILE, RESULTS_FILE
@@ -83,22 +82,22 @@ class Sources:
     missing: tuple[str, ...]
 
 
-def load_sources(folders: Sequence[Path], *, progress: Progress | None = None) -> Sources:
-    """Reads results folders of `rescore eval` or `rescore suite` (or folders of them) and analyses them.
+def load_sources(results: Sequence[Evaluation | Path], *, progress: Progress | None = None) -> Sources:
+    """Analyses evaluations, or results folders of `rescore eval` or `rescore suite` (or folders of them).
 
     Raises `RescoreError` for a folder without finished results, `InvalidDataError` for one of another schema or with
     anything else in it.
     """
-    found = [run for given in folders for folder in _results_in(given) for run in load_runs(folder)]
-    runs = {(run.folder and run.folder.resolve(), run.results[0].k): run for run in found}
+    found = [run for given in results for run in _runs_in(given)]
+    runs = {(run.folder.resolve() if run.folder else id(run), run.results[0].k): run for run in found}
     pairs = [(run, task) for run in runs.values() for task in run.tasks]
     lacking = [line for run, task in pairs if (line := _lacks_trace(run, task))]
     views = []
     for place, ((run, task), label) in enumerate(zip(pairs, _labels(pairs), strict=True)):
         if progress:
             progress("analyse", place, len(pairs))
-        results = tuple(result for result in run.results if result.task == task)
-        views.append(TaskView(label, task, run, results, analyse_run(run, task), sweeps_of(run, task)))
+        of_task = tuple(result for result in run.results if result.task == task)
+        views.append(TaskView(label, task, run, of_task, analyse_run(run, task), sweeps_of(run, task)))
     traces = [view.analysis.trace for view in views if view.analysis.trace is not None]
     samples = [
         f"{view.label}: the examples are those embedded for the task, whose numbers do not compare with the real data "
@@ -107,6 +106,12 @@ def load_sources(folders: Sequence[Path], *, progress: Progress | None = None) -
     ]  # fmt: skip
     missing = (*samples, *lacking, *_gaps(views))
     return Sources(tuple(views), correlate_h_max(traces) if traces else None, missing)
+
+
+def _runs_in(given: Evaluation | Path) -> list[Evaluation]:
+    if isinstance(given, Evaluation):
+        return given.at_each_k()
+    return [run for folder in _results_in(given) for run in load_runs(folder)]
 
 
 def _results_in(folder: Path) -> list[Path]:
@@ -226,45 +231,3 @@ def _candidates(run: Evaluation, task: str) -> Iterator[dict[str, Any]]:
     for path in sorted((cache_directory() / "tuned").glob(f"{glob.escape(task)}-*.json")):
         with suppress(RescoreError):
             yield read_json_object(path, missing=f"can't read {path}")
-
-
-def facts_of(view: TaskView) -> dict[str, str]:
-    """How the numbers of a view were made, by name; only what is known."""
-    config, base = view.run.config, view.base
-    settings, data = config.traces[view.task], config.data.get(view.task, {})
-    weights = (
-        f"{decode_name(a.rescorer, a.p)}: {a.alpha:g} ({a.alpha_source or 'given'})"
-        for a in view.analysis.rescorers if a.alpha is not None
-    )  # fmt: skip
-    facts = {
-        "results": view.run.folder,
-        "mode": view.analysis.mode,
-        "base model": base.get("name"),
-        "base weights (sha256)": base.get("weights_sha256"),
-        "tokenizer (sha256)": base.get("tokenizer_sha256"),
-        "heads (sha256)": settings.get("heads_sha256"),
-        "data": " ".join(str(data[name]) for name in ("kind", "path", "sha256") if data.get(name)),
-        "examples": view.analysis.examples,
-        "groups (sources that examples share)": view.analysis.groups,
-        "h, k": f"{view.analysis.h}, {view.analysis.k}",
-        "new tokens, at most": settings.get("max_new_tokens"),
-        "prompt tokens, at most": settings.get("max_prompt_tokens"),
-        "precision": base.get("dtype"),
-        "device": f"{config.device}, {config.threads} threads",
-        "weights (alpha)": "; ".join(weights),
-        "quality of the output": _quality(view.results),
-        "notices of the run": "; ".join(config.notices),
-        "versions": ", ".join(f"{name} {version}" for name, version in config.versions.items()),
-        "git revision": config.git_revision,
-    }
-    return {name: str(value) for name, value in facts.items() if value not in (None, "")}
-
-
-def _quality(results: Sequence[Result]) -> str:
-    """Metrics of the task; the same for every exact rescorer, so those of the first result that has any."""
-    for result in results:
-        if result.quality:
-            scores = ", ".join(f"{name} {value:.3f}" for name, value in result.quality.items())
-            cut = result.cut_at_limit
-            return scores if cut is None else f"{scores} ({cut:.0%} of the outputs cut at the token limit)"
-    return ""

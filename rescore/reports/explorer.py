@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from rescore.report.charts.style import Palette, decode_name
-from rescore.report.sources import TaskView
-from rescore.report.token_text import excerpt, harmless, token_texts
-from rescore.report.walks import slots_at, walk_of
+from rescore.reports.charts.style import Palette, decode_name
+from rescore.reports.sources import TaskView
+from rescore.reports.token_text import excerpt, harmless, token_texts
+from rescore.reports.walks import slots_at, walk_of
 from rescore.runs.records import ExampleRecord
 from rescore.tracing import TracedExample
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
-from rescore.report.inspection import Block, Draft, Inspection
+from rescore.reports.inspection import Block, Draft, Inspection
 from rescore.terminal import isolated, printable, shortened
 
 WIDEST_TOKEN = 14  # cells

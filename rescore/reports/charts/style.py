@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rescore.report.token_text import harmless
+from rescore.reports.token_text import harmless
 
 UNRESCORED, ORACLE = "#7d8590", "#b8860b"
 COLOURS = (

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 BUILT_IN = "smollm2-135m"
 NONE = (Spec("none"),)
-FALLBACK = (0.5, 1.0, 1.5)  # discounts
 PLAIN_WIDTH = 160  # columns where stdout is no terminal and COLUMNS does not say
 MEASURE, LOOK, NGRAMS, TRAIN, TASKS, BENCH = "Measure", "Look", "N-grams", "Train", "Tasks", "Bench"
 INPUTS = "rescore.runs.inputs:Inputs"
@@ -405,9 +404,10 @@ def build_ngram_command(
 
     folder = default_folder(corpus, options.order) if out is None else out
     tokenizer = tokenizer or base or BUILT_IN
+    fallback = (0.5, 1.0, 1.5) if discount_fallback else None
     with progress_bar() as progress:
         summary = build_ngram(
-            corpus, folder, replace(options, tokenizer=tokenizer, discount_fallback=FALLBACK if discount_fallback else None),
+            corpus, folder, replace(options, tokenizer=tokenizer, discount_fallback=fallback),
             own=replace(own, base=base or tokenizer), replace=out is not None, progress=progress,
         )  # fmt: skip
     _result(summary, built_ngram_table, as_json)

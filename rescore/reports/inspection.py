@@ -14,14 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
-<<<<<<< HEAD:rescore/report/inspection.py
 from rescore.options import Spec
-from rescore.report.token_text import token_texts, tokenizer_of
-from rescore.report.walks import Slot, slots_at, walk_of
-=======
 from rescore.reports.token_text import token_texts, tokenizer_of
 from rescore.reports.walks import Slot, slots_at, walk_of
->>>>>>> main:rescore/reports/inspection.py
 from rescore.runs.evaluated import Evaluation, load_runs
 from rescore.runs.records import ExampleRecord, Result
 

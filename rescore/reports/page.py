@@ -60,21 +60,11 @@ class Written:
         return "\n".join(f"{path} ({path.stat().st_size / 1e3:,.0f} kB)" for path in files)
 
 
-<<<<<<< HEAD:rescore/report/page.py
-def write_report(
-    folders: Annotated[
-        Sequence[Path], "Folders of rescore eval --out or rescore suite, or a folder of such folders.", "RESULTS"
-    ],
-    out: Annotated[Path, "The page, a name that ends with .html; .md and .csv are written beside it."],
-    *,
-    examples: Annotated[int, "Examples of each task in the lattice explorer; 0 leaves it out."] = DEFAULT_EXAMPLES,
-=======
 def report(
     results: Sequence[Evaluation | Path] | Evaluation | Path,
-    out: str | Path,
+    out: Annotated[str | Path, "The page, a name that ends with .html; .md and .csv are written beside it."],
     *,
-    examples: int = DEFAULT_EXAMPLES,
->>>>>>> main:rescore/reports/page.py
+    examples: Annotated[int, "Examples of each task in the lattice explorer; 0 leaves it out."] = DEFAULT_EXAMPLES,
     progress: Progress | None = None,
 ) -> Written:
     """Writes a page of results: `out` (.html), and .md and .csv beside it.

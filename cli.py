@@ -1,8 +1,7 @@
 """The commands of `rescore`: each makes objects of its options, calls one function of the project, and prints.
 
-An option is declared once (`rescore.options`): by a field of a record, a parameter of a function or, here, of one.
-Results go to stdout, progress and notices to stderr. Heavy libraries are imported inside commands, so that help is
-quick; `rescore.__main__` starts this and reports errors.
+An option is declared once (`rescore.options`): by a record's field, or a function's parameter. Results go to stdout,
+progress and notices to stderr. Heavy libraries are imported inside commands: help is quick. Started by `rescore`.
 """
 
 import functools
@@ -30,8 +29,6 @@ from rescore.terminal import INTERRUPTED, notify, progress_bar
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lm.base.corpus import GenerationOptions
-    from lm.base.own_output import OwnOutput
     from lm.ngram.build import NgramOptions
     from rescore.runs.inputs import Inputs
     from rescore.table import Table
@@ -46,8 +43,7 @@ OWN = Source("lm.base.own_output:OwnOutput", but=("batch_size", "temperature", "
 
 Body = TypeVar("Body", bound=Callable[..., None])
 Details = Annotated[bool, "Also quality, acceptance by position, and in live mode the times."]
-Json = Annotated[bool, "Print one JSON document instead of a table.", "--json"]
-JsonLine = Annotated[bool, "Print the JSON line only, without the table.", "--json"]
+Json = Annotated[bool, "Print one JSON document and no table.", "--json"]
 
 
 class Group(typer.core.TyperGroup):
@@ -362,18 +358,12 @@ def cost_command(asked: Any, as_json: Json = False) -> None:
 
 
 @command("report", LOOK, asked=Source("rescore.reports.page:report"))
-def report_command(
-    results: Annotated[
-        Sequence[Path], "Folders of rescore eval --out or rescore suite, or a folder of such folders.", "RESULTS"
-    ],
-    asked: Any,
-    as_json: Json = False,
-) -> None:
+def report_command(asked: Any, as_json: Json = False) -> None:
     """Make one HTML page of results: tables, charts and a lattice explorer; works from disk, without network."""
     from rescore.reports.page import report
 
     with progress_bar() as progress:
-        written = report(results, **asked, progress=progress)
+        written = report(**asked, progress=progress)
     for line in written.missing:
         notify(line)
     _print_json(written.as_dict()) if as_json else print(written.lines())
@@ -388,7 +378,7 @@ def build_ngram_command(
         "CORPUS",
     ],
     options: "NgramOptions",
-    own: "OwnOutput",
+    own: Any,
     out: Annotated[Path | None, "Folder; resumable. Default: beside the corpus, NAME-4gram for NAME.txt."] = None,
     tokenizer: Annotated[
         str | None,
@@ -474,7 +464,7 @@ def generate_corpus_command(
     prompts: Annotated[Path, 'JSON lines {"prompt", "chat"} (or CSV, Parquet ...) or text, a prompt a line.'],
     out: Annotated[Path, "Folder for the corpus; resumable."],
     inputs: "Inputs",
-    options: "GenerationOptions",
+    options: Any,
 ) -> None:
     """Write the base LM's own output for many prompts: what block heads and rescorers learn from."""
     from lm.base.catalog import load_base
@@ -487,8 +477,7 @@ def generate_corpus_command(
         summary = generate_corpus(base, chosen, out, options, progress=functools.partial(progress, "generate"))
     print(summary.line())
     if summary.made:
-        speed = f"{summary.decoded / summary.seconds:.0f} output tokens a second"
-        print(f"{speed}: {share_of_limits(base, summary.work, summary.seconds)}")
+        print(f"{summary.speed()}: {share_of_limits(base, summary.work, summary.seconds)}")
 
 
 @command("train-heads", TRAIN, asked=Source("lm.training.run:train_heads"))
@@ -581,7 +570,7 @@ def verify_curve_command(
     inputs: "Inputs",
     cached: shared.Cached = 256,
     repeats: shared.Repeats = 7,
-    as_json: JsonLine = False,
+    as_json: Json = False,
 ) -> None:
     """Time of one forward of 1 to 144 tokens on a cache, with the memory bandwidth reached."""
     from lm.base.catalog import load_base
@@ -596,7 +585,7 @@ def verify_curve_command(
 
 
 @command("block-length", group=bench, asked=Source("rescore.studies.block_length:block_lengths_of_trace"))
-def block_length_command(asked: Any, as_json: JsonLine = False) -> None:
+def block_length_command(asked: Any, as_json: Json = False) -> None:
     """Which block length pays here: acceptance from a trace against what verify, heads and rescoring cost."""
     from rescore.studies.block_length import block_lengths_of_trace
     from rescore.studies.tables import block_length_table

@@ -81,6 +81,7 @@ class Option:
     def declared(cls, name: str, hint: Any, default: Any) -> Option | None:
         """The option that a type with help declares; None for a type without."""
         hint, optional, said = _unwrapped(hint)
+        hint = _as_given(hint)
         texts = [each for each in said if isinstance(each, str)]
         helps = [text for text in texts if " " in text]
         if not helps:
@@ -88,7 +89,7 @@ class Option:
         spelled = tuple(text for text in texts if " " not in text and not text.startswith("<"))
         origin = typing.get_origin(hint)
         collects = None if origin not in LISTS else dict if origin is Mapping else tuple
-        kinds = typing.get_args(hint)
+        kinds = tuple(map(_as_given, typing.get_args(hint)))
         return cls(
             name=name, spelled=spelled or (f"--{name.replace('_', '-')}",), help=helps[0], collects=collects,
             kind=hint if collects is None else types.GenericAlias(tuple, kinds) if collects is dict else kinds[0],
@@ -221,6 +222,13 @@ def _unwrapped(hint: Any) -> tuple[Any, bool, list[Any]]:
             hint = functools.reduce(lambda a, b: a | b, (kind for kind in _parts(hint) if kind is not type(None)))
         else:
             return hint, optional, said
+
+
+def _as_given(hint: Any) -> Any:
+    """Of what may be an object as well as a path, or one as well as several: several paths."""
+    kinds = _parts(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else ()
+    several = [kind for kind in kinds if typing.get_origin(kind) in LISTS]
+    return several[0] if several else Path if Path in kinds and str not in kinds else hint
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,10 @@ class CorpusSummary:
         counts = f"{self.examples} examples ({self.made} new, {self.duplicates} duplicates)"
         return f"{self.path}: {counts}, {self.output_tokens} output tokens"
 
+    def speed(self) -> str:
+        """How fast this run was, in words."""
+        return f"{self.decoded / self.seconds:.0f} output tokens a second"
+
 
 def read_prompts(path: Path, *, default_chat: bool) -> list[Prompt]:
     """Prompts of a file of rows (JSON lines and what else `lm.text_files` reads) or of text.

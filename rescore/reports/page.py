@@ -61,7 +61,11 @@ class Written:
 
 
 def report(
-    results: Sequence[Evaluation | Path] | Evaluation | Path,
+    results: Annotated[
+        Sequence[Evaluation | Path] | Evaluation | Path,
+        "Folders of rescore eval --out or rescore suite, or a folder of such folders.",
+        "RESULTS",
+    ],
     out: Annotated[str | Path, "The page, a name that ends with .html; .md and .csv are written beside it."],
     *,
     examples: Annotated[int, "Examples of each task in the lattice explorer; 0 leaves it out."] = DEFAULT_EXAMPLES,

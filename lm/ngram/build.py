@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -33,6 +34,7 @@ from lm.locks import writing_to
 from lm.ngram.corpus import HUB_PREFIX, CorpusSource, EncodedCorpus, encode_corpora, find_sources, is_unchanged
 from lm.ngram.counting import BREAK, Progress, Workspace, build_table, count_full, no_progress
 from lm.ngram.estimation import Estimate, check_fallback, check_thresholds, estimate
+from lm.options import Field, Size, Utf8Errors
 from lm.text_files import name_without_endings
 
 WORDS = "words"  # the tokenizer's name that stands for none
@@ -54,18 +56,20 @@ DISTINGUISHING = (*READING, "tokenizer_sha256", *ESTIMATING)  # what of a manife
 class NgramOptions:
     """How an n-gram model is made of text."""
 
-    order: int = 4  # length of the longest n-grams
+    order: Annotated[int, "Length of the longest n-grams, 1 to 6."] = 4
     tokenizer: str = "smollm2-135m"  # a base LM's name, or `words` for words at white space
-    surface: bool = False  # write token strings instead of ids
-    errors: str = "strict"  # or replace: bad UTF-8
-    field: str = "text"  # of records, with the text or the token ids
-    smoothing: str = "kneser-ney"  # or katz
-    prune: Sequence[int] = ()  # counts up to which n-grams are dropped, by order
+    prune: Annotated[Sequence[int], "Drop n-grams that occur at most so often, by order, like 0,0,1,2."] = ()
     discount_fallback: Sequence[float] | None = None  # where the corpus gives no discounts
-    max_ngrams: int | None = None  # pruned by entropy down to so many
-    estimator: str = "own"  # or lmplz: KenLM's program, on the same stream of words
-    memory: int = 4 << 30  # bytes of arrays in memory; larger ones are mapped from files
-    threads: int | None = None  # None: one per core
+    smoothing: Annotated[
+        Literal["kneser-ney", "katz"], "Modified and interpolated Kneser-Ney, or Katz (prunes 0,0,1,3 by default)."
+    ] = "kneser-ney"
+    max_ngrams: Annotated[int | None, "Prune by entropy down to so many n-grams, like 500K or 100M.", Size(1000)] = None
+    surface: Annotated[bool, "Write token strings instead of ids."] = False
+    memory: Annotated[int, "Memory for the counts in bytes, like 4G; the rest goes to disk.", Size(1024)] = 4 << 30
+    threads: Annotated[int | None, "Threads; default: one per core."] = None
+    errors: Utf8Errors = "strict"
+    field: Field = "text"
+    estimator: Annotated[Literal["own", "lmplz"], "lmplz: KenLM's program, if it is on PATH."] = "own"
 
     def checked(self) -> NgramOptions:
         """The same with a threshold for every order and all fallback discounts. Raises `RescoreError`."""
@@ -102,6 +106,13 @@ class NgramSummary:
     discounts: tuple[tuple[float, ...], ...]  # by order: Kneser-Ney's D1, D2, D3+ (Katz: factors d1 ... d5)
     fallback_orders: tuple[int, ...]  # whose discounts could not be estimated
     resumed: bool  # finished work of an earlier run was used
+
+    def use(self, tokenizer: str) -> str:
+        """The command that uses the model next, which was built with this tokenizer."""
+        if tokenizer == WORDS:
+            return f"rescore score-ngram TEXT --ngram {shlex.quote(self.path)}"
+        base = "" if tokenizer == NgramOptions.tokenizer else f"--base {shlex.quote(tokenizer)} "
+        return f"rescore eval {base}--rescorer {shlex.quote(f'ngram:{self.path}')}"
 
 
 def build_ngram(

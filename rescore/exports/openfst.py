@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
@@ -58,15 +59,15 @@ BLOCK_ARCS = 100_000  # written at a time
 
 
 def export_openfst(
-    ngram: Path,
-    out: Path,
+    ngram: Annotated[Path, "Folder of build-ngram, automaton or ARPA file."],
+    out: Annotated[Path, "Folder for the text files."],
     *,
-    trace: Path | None = None,
-    example: str | None = None,
-    position: int = 0,
-    k: int = 16,
-    alpha: float = 1.0,
-    phi: bool = False,
+    trace: Annotated[Path | None, "Trace folder to take a lattice from."] = None,
+    example: Annotated[str | None, "Id of the trace's example; default: the first."] = None,
+    position: Annotated[int, "Output token before which the lattice stands, from 0."] = 0,
+    k: Annotated[int, "Tokens of each head that are in the lattice."] = 16,
+    alpha: Annotated[float, "Weight of the n-gram model."] = 1.0,
+    phi: Annotated[bool, "Give back-off arcs a label of their own, for phi matchers; else epsilon."] = False,
 ) -> list[Path]:
     """Writes the files into the folder `out` and gives their paths.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
@@ -61,9 +62,11 @@ def tune_mixture(
     parts: Sequence[NgramPart],
     trace: Path,
     *,
-    limit: int = HELD_OUT,
-    k: int = 16,
-    alpha: float = DEFAULT_ALPHA,
+    limit: Annotated[
+        int, "With --trace: examples to tune on, the last ones, at most half of them.", "--held-out"
+    ] = HELD_OUT,
+    k: Annotated[int, "With --trace: tokens of each head that are in the lattice."] = 16,
+    alpha: Annotated[float, "With --trace: weight of the rescorer."] = DEFAULT_ALPHA,
     progress: Progress | None = None,
 ) -> TunedMixture:
     """Sweeps the weights of a mixture on the last `limit` examples of a trace, at most half of them.
@@ -73,7 +76,7 @@ def tune_mixture(
     settings that make no sense, `IncompatibleError` for models over other words than the trace's tokens.
     """
     if limit < 1:
-        raise RescoreError(f"--limit {limit}; at least one example is needed")
+        raise RescoreError(f"--held-out {limit}; at least one example is needed")
     if not 0 < alpha <= MAX_ALPHA:
         raise RescoreError(f"--alpha {alpha:g}; to tune a mixture it must be above 0 and at most {MAX_ALPHA:g}")
     loaded = read_trace(trace)

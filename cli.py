@@ -100,7 +100,7 @@ def _parameter(option: Option) -> inspect.Parameter:
     else:
         info = typer.Option(*option.spelled, help=text, metavar=None if option.kind is bool else option.label)
     default = REQUIRED if option.default is REQUIRED else False if option.kind is bool else option.shown_default
-    annotation = Annotated[holds if default is REQUIRED else holds | None, info]
+    annotation: Any = Annotated[holds if default is REQUIRED else holds | None, info]
     return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

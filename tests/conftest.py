@@ -96,14 +96,6 @@ def make_heads(base: BaseLM, *, h: int = 4, seed: int = 0, strength: float = 0.3
     return heads.to(base.heads_dtype).eval().requires_grad_(False)
 
 
-def refused(call: Callable[[], object], kind: type[RescoreError] = RescoreError) -> str:
-    """The one line with which a call is refused."""
-    with pytest.raises(kind) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the tiny base LM."""

@@ -41,7 +41,7 @@ class TextTrainer(Trainer[Measured], Generic[Measured, Options]):
         options.check()
         self.dtype = choose_precision(options.precision, base.device)
         # What `auto` stands for depends on the machine; the record and a resumed run need the precision itself.
-        self.options = dataclasses.replace(options, precision=str(self.dtype).removeprefix("torch."))
+        self.options = dataclasses.replace(options, precision=str(self.dtype).removeprefix("torch."))  # type: ignore[arg-type]
         self.base, self.data, self.measured_on = base, list(data), held_out
         check_apart(self.data)
         self.segments = segments_of(self.data, least=self.least_targets)

@@ -1,4 +1,4 @@
-"""The training loop that heads and rescorers share: schedule, checkpoints, resume, log, and a stop before NaN.
+"""The loop of every training (schedule, checkpoints, resume, log, a stop before NaN), and what those on text share.
 
 A subclass says what is trained, the losses of a step's micro-batches and how it is measured. Everything random must
 follow from (seed, step): then an interrupted and resumed training is the same training, and so is one of several
@@ -13,12 +13,11 @@ import math
 import signal
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.paths import encodable
 from lm.base.machine import enough_memory
+from lm.base.model import BaseLM
 from lm.checkpoint import write_tensors
 from lm.files import (
     append_json_line,
@@ -37,6 +37,9 @@ from lm.files import (
     writing,
 )
 from lm.locks import writing_to
+from lm.training.data import HeadData, check_apart, chosen_share, segments_of, until
+from lm.training.losses import VocabularySubset, choose_precision, frozen_projection
+from lm.training.options import Schedule, TextOptions
 from lm.training.workers import start_workers
 
 if TYPE_CHECKING:
@@ -44,38 +47,6 @@ if TYPE_CHECKING:
 
 CHECKPOINT_FILE, LOG_FILE, TRAINING_FILE = "checkpoint.safetensors", "training_log.jsonl", "training.json"
 RESULT_FILES = ("config.json", "adapter_config.json", "model.safetensors", "adapter_model.safetensors")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How long a training goes on and how fast; the options of every training begin with it.
-
-    `LEAST`: the smallest value of each option that has one. None stands for no limit.
-    """
-
-    steps: int
-    learning_rate: float  # the highest: after `warmup` steps, before the cosine
-    warmup: int = 50
-    weight_decay: float = 0.01
-    held_out: float = 0.03  # share of the segments that is measured on
-    evaluate_every: int  # steps
-    seed: int = 0
-
-    LEAST: ClassVar[dict[str, int]] = {}
-
-    def check(self) -> None:
-        """Raises `RescoreError` for the first option that is out of its range."""
-        schedule = {"steps": 1, "warmup": 0, "evaluate_every": 1, "seed": 0, "weight_decay": 0}
-        for name, least in {**self.LEAST, **schedule}.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise RescoreError(f"{name} = {value}; it must be at least {least}")
-        if not 0 < self.held_out < 1:
-            raise RescoreError(f"held_out = {self.held_out}; it is a share, above 0 and below 1")
-        for name in ("learning_rate", "base_learning_rate"):
-            rate = getattr(self, name, None)
-            if rate is not None and not 0 < rate <= 1:
-                raise RescoreError(f"{name} = {rate}; it must be above 0 and at most 1")
 
 
 Measured = TypeVar("Measured", bound="DataclassInstance")  # what `evaluate` gives
@@ -296,6 +267,81 @@ class Trainer(ABC, Generic[Measured]):
                     "exp_avg": tensors[f"exp_avg.{name}"],
                     "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
                 }
+
+
+Options = TypeVar("Options", bound=TextOptions)
+
+
+class TextTrainer(Trainer[Measured], Generic[Measured, Options]):
+    """A training on segments of text.
+
+    options: with the precision that `auto` stands for here; `dtype` is that precision.
+    segments: to learn from; held_out: to measure on.
+    subset: of the vocabulary, which the loss is over.
+    projection: of the base, `[vocab, d]`.
+    """
+
+    learner = "heads"  # who learns, in errors
+    least_targets = 1  # of a segment
+    measured_targets = 8192
+
+    options: Options
+
+    def __init__(
+        self, base: BaseLM, data: Sequence[HeadData], options: Options, *, held_out: HeadData | None = None
+    ) -> None:
+        """`held_out`: text of another origin to measure on, instead of a share of `data`."""
+        options.check()
+        self.dtype = choose_precision(options.precision, base.device)
+        # What `auto` stands for depends on the machine; the record and a resumed run need the precision itself.
+        self.options = dataclasses.replace(options, precision=str(self.dtype).removeprefix("torch."))  # type: ignore[arg-type]
+        self.base, self.data, self.measured_on = base, list(data), held_out
+        check_apart(self.data)
+        self.segments = segments_of(self.data, least=self.least_targets)
+        if len(self.segments) < 2:
+            raise InvalidDataError(
+                f"the corpus has fewer than two segments of text; {self.learner} need more to learn from"
+            )
+        if held_out is None:
+            shares = chosen_share(len(self.segments), options.held_out, options.seed)
+            measured, self.segments = ([self.segments[i] for i in share] for share in shares)
+        elif held_out.sha256 in {d.sha256 for d in data}:
+            raise RescoreError(f"{held_out.source} can't be both trained on and held out")
+        else:
+            self.data.append(held_out)
+            measured = segments_of([held_out], least=self.least_targets)
+            measured = [segment._replace(place=len(data)) for segment in measured]
+            if not measured:
+                raise InvalidDataError(f"{held_out.source} has no text of two tokens; heads can't be measured on it")
+        self.held_out = until(self.measured_targets, measured)
+        self.subset = VocabularySubset(
+            [d.targets for d in data], base.vocab_size, options.vocabulary, options.negatives
+        )
+        self.projection = frozen_projection(base, self.dtype)
+        torch.manual_seed(options.seed)
+        parameters = self._new_parameters()
+        super().__init__(parameters, self.options, base.device, rates=self._rates(parameters))
+
+    @abstractmethod
+    def _new_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Makes what is trained; what of it learns, by name."""
+
+    def _rates(self, names: Iterable[str]) -> dict[str, float]:
+        """Learning rates that are not the schedule's, as `Trainer` takes them."""
+        return {}
+
+    def _settings(self) -> dict[str, Any]:
+        learned = self.data if self.measured_on is None else self.data[:-1]
+        return {
+            "options": dataclasses.asdict(self.options),
+            "base": dataclasses.asdict(self.base.identity),
+            "data": [source_of(source) for source in learned],
+        }
+
+
+def source_of(data: HeadData) -> dict[str, Any]:
+    """What a training's record says of its data."""
+    return {"source": data.source, "sha256": data.sha256, "tokens": len(data)}
 
 
 @contextmanager

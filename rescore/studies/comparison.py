@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from rescore.accounting import Difference, paired_difference
@@ -31,12 +31,12 @@ Side = tuple[str, int]  # a rescorer as typed, and p
 class Selection:
     """What to compare of two results: `rescorer` and `p` of both (None: all that both have), or those of one side."""
 
-    rescorer: str | None = None
-    p: int | None = None
-    a_rescorer: str | None = None
-    a_p: int | None = None
-    b_rescorer: str | None = None
-    b_p: int | None = None
+    rescorer: Annotated[str | None, "Compare this rescorer only; default: all that both have."] = None
+    p: Annotated[int | None, "Compare results with this p only."] = None
+    a_rescorer: Annotated[str | None, "Rescorer of A, as it was given."] = None
+    a_p: Annotated[int | None, "Drafts a step (p) of A."] = None
+    b_rescorer: Annotated[str | None, "Rescorer of B, as it was given."] = None
+    b_p: Annotated[int | None, "Drafts a step (p) of B."] = None
 
     @property
     def of_a(self) -> tuple[str | None, int | None]:
@@ -95,13 +95,21 @@ class Comparison:
             self.notices.append(line)
 
 
-def compare(a: Path, b: Path | None = None, *, selection: Selection | None = None, seed: int = 0) -> Comparison:
+def compare(
+    a: Annotated[Path, "Results folder of rescore eval --out or rescore suite.", "A"],
+    b: Annotated[Path | None, "Another; default: A, with two rescorers or p of it.", "B"] = None,
+    *,
+    selection: Selection = Selection(),
+    seed: Annotated[int, "Seed of the bootstrap intervals."] = 0,
+) -> Comparison:
     """Compares the results in folder `b` with those in `a` (None: two rescorers of `a`), task by task.
 
     `seed` is the bootstrap's. Raises `IncompatibleError` with the difference for results that don't compare,
     `RescoreError` if nothing is in both, and what `load_runs` raises.
     """
-    chosen = selection or Selection()
+    if seed < 0:
+        raise RescoreError(f"--seed {seed}; a seed is 0 or more")
+    chosen = selection
     other = a if b is None else b
     runs_a = load_runs(a)
     _check_known(runs_a, "A", chosen.of_a)

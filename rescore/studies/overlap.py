@@ -15,14 +15,16 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from lattices.errors import RescoreError
 from lm.ngram.corpus import HUB_PREFIX, CorpusSource, find_sources, source_texts
 from rescore.groups import digest
+from rescore.options import Limit
 from rescore.runs.leave_out import SCHEMA
+from rescore.table import SHARE, Column, Table
 from rescore.tasks import Example, load_task
 from rescore.tasks.data import load_examples
 
@@ -71,13 +73,17 @@ class Overlap:
 
 
 def find_overlap(
-    tasks: Sequence[str],
-    corpora: Sequence[Path],
+    tasks: Annotated[Sequence[str], "A task, by name or as a YAML file; several.", "--task"],
+    corpora: Annotated[
+        Sequence[Path], "Training text: .txt, .jsonl (also .gz, .zst) or a folder of these; several.", "--corpus"
+    ],
     *,
-    data: Path | None = None,
-    n: int = WORDS_IN_A_ROW,
-    threshold: float = 0.0,
-    limit: int | None = None,
+    data: Annotated[
+        Path | None, "JSON lines file with the task's examples, or a folder with TASK.jsonl for each."
+    ] = None,
+    n: Annotated[int, "Words in a row that count as shared text."] = WORDS_IN_A_ROW,
+    threshold: Annotated[float, "Only examples of which more than this share of the runs is in the corpora."] = 0.0,
+    limit: Limit = None,
     progress: Progress | None = None,
 ) -> Overlap:
     """The examples of tasks (names or YAML files) of which more than `threshold` of the runs of n words are in corpora.
@@ -124,6 +130,22 @@ def find_overlap(
                 shared.append(SharedText(example.id, digest(example.prompt), share, by_name))
         made.append(TaskOverlap(task.name, len(of.examples), of.source, tuple(shared)))
     return Overlap(n, threshold, tuple(names), tuple(made))
+
+
+def overlap_table(overlap: Overlap) -> Table:
+    """The examples that share text, with how much of each."""
+    rows = [
+        [task.task, shared.id, ", ".join(shared.corpora), shared.share]
+        for task in overlap.tasks
+        for shared in task.found
+    ]
+    counts = ", ".join(f"{task.task} {len(task.found)} of {task.examples}" for task in overlap.tasks)
+    note = f"examples that share {overlap.n} words in a row with the corpora: {counts}"
+    if not rows:
+        return Table([], [], note=note)
+    shares = f"shared: of the runs of {overlap.n} words in prompt and references, those that are in the corpora too"
+    columns = [Column("task"), Column("example"), Column("corpora"), Column("shared", SHARE)]
+    return Table(columns, rows, note=f"{shares};\n{note}")
 
 
 class _Runs:

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.paths import user_path
-from rescore.runs.evaluated import Evaluation
+from rescore.runs.evaluated import Evaluation, run_of_task
 from rescore.runs.records import Result
-from rescore.studies.cost.decoders import decoder_of, decoder_of_file, heads_of
-from rescore.studies.cost.model import DEFAULT_H, VERIFY, Decoder, HeadsShape, block_efficiencies
+from rescore.studies.cost.decoders import decoder_of, decoder_of_file, heads_of, neural_for
+from rescore.studies.cost.model import (
+    CONTEXTS,
+    DEFAULT_H,
+    VERIFY,
+    CostTable,
+    Decoder,
+    HeadsShape,
+    block_efficiencies,
+    cost_table,
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,51 @@ class CostInputs:
     heads: HeadsShape
     verify: str
     block_efficiency: dict[str, float]
+
+
+def cost_tables(
+    *,
+    base: Annotated[
+        str | None,
+        "Base LM: smollm2-135m, a model folder, a .gguf file, a hub id, or paper-1.5b (the paper's base LM, layers and "
+        "widths assumed). Default: that of --results, else smollm2-135m.",
+    ] = None,
+    config: Annotated[Path | None, "config.json of a transformers model, instead of --base."] = None,
+    heads: Annotated[
+        Path | None,
+        "Folder of block heads. Default: those of --results, of a tuned base or shipped for the base, else as the "
+        "paper has them.",
+    ] = None,
+    h: Annotated[int | None, "Tokens of a block. Default: as in --results, else 9."] = None,
+    results: Annotated[
+        Path | None, "Folder of rescore eval or suite --out: its base LM, heads, h and block efficiencies."
+    ] = None,
+    task: Annotated[str | None, "Task of --results. Default: the only one."] = None,
+    block_efficiency: Annotated[
+        Mapping[str, float],
+        "Of a method, several: unrescored, 4-gram, neural-61m, '16-best 0-gram', '16-best 4-gram'.",
+        "<METHOD=NUMBER>",
+    ] = {},
+    contexts: Annotated[Sequence[int], "Tokens in the cache.", "--cached"] = CONTEXTS,
+    dtype: Annotated[Sequence[Literal["float16", "bfloat16", "float32"]], "Precision of the weights."] = (
+        "float16",
+        "float32",
+    ),
+    verify: Annotated[
+        Literal["tree", "batch"] | None,
+        "p drafts as one prefix tree, or as rows of a batch. Default: as live --results had it, else tree.",
+    ] = None,
+) -> list[CostTable]:
+    """The costs in each precision, of inputs by hand or as a task of a run has them."""
+    inputs_of = partial(cost_inputs_of_run, run_of_task(results, task, h=h), task) if results else cost_inputs
+    inputs = inputs_of(base=base, config=config, heads=heads, h=h, verify=verify, block_efficiency=block_efficiency)
+    return [
+        cost_table(
+            inputs.base, h=inputs.h, heads=inputs.heads, neural=neural_for(inputs.base), dtype=precision,
+            block_efficiency=inputs.block_efficiency, verify=inputs.verify, contexts=contexts,
+        )
+        for precision in dtype
+    ]  # fmt: skip
 
 
 def cost_inputs(

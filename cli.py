@@ -100,8 +100,8 @@ def _parameter(option: Option) -> inspect.Parameter:
     else:
         info = typer.Option(*option.spelled, help=text, metavar=None if option.kind is bool else option.label)
     default = False if option.kind is bool else option.shown_default
-    kind = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(option.name, kind, default=default, annotation=Annotated[holds | None, info])
+    annotation: Any = Annotated[holds | None, info]
+    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def command(name: str, panel: str | None = None, group: Any = None, **sources: Source) -> Callable[[Body], Body]:

@@ -17,6 +17,7 @@ PAGE = Path(__file__).parent / "cli.md"
 def reference() -> str:
     """The whole page as Markdown."""
     from cli import app
+
     command = typer.main.get_command(app)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command, info_name="rescore"), name="rescore")
     text = text.replace("# `rescore`", "# Commands", 1)

@@ -181,7 +181,11 @@ class TestOptions:
 
     def test_a_list_is_repeated_or_has_commas(self, rescore: Command, model: list[object]):
         listed = [["--p", "1,2"], ["--p", 1, "--p", 2], ["--p", "1 2"]]
-        rescorers = [["--rescorer", "none,oracle"], ["--rescorer", "none", "--rescorer", "oracle"], ["--rescorer=none,oracle"]]
+        rescorers = [
+            ["--rescorer", "none,oracle"],
+            ["--rescorer", "none", "--rescorer", "oracle"],
+            ["--rescorer=none,oracle"],
+        ]
         documents = [
             rescore("eval", *model, *ps, *specs, "--json").document for ps, specs in zip(listed, rescorers, strict=True)
         ]

@@ -19,6 +19,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,10 +28,10 @@ import numpy as np
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError, UnknownNameError
 from lattices.ngrams import SENTENCE_END, NgramModel
 from lattices.paths import is_writable, user_path
-from lm.base.own_output import OWN_PREFIX, OwnOutput
+from lm.base.own_output import OWN_PREFIX, OwnOutput, own_output
 from lm.files import atomic_folder, changed_settings, read_json_object, sha256_of_file, write_json, writing
 from lm.locks import writing_to
-from lm.ngram.corpus import HUB_PREFIX, CorpusSource, EncodedCorpus, corpus_sources, encode_corpora, is_unchanged
+from lm.ngram.corpus import HUB_PREFIX, CorpusSource, EncodedCorpus, encode_corpora, find_sources, is_unchanged
 from lm.ngram.counting import BREAK, Progress, Workspace, build_table, count_full, no_progress
 from lm.ngram.estimation import Estimate, check_fallback, check_thresholds, estimate
 from lm.options import Field, Size, Utf8Errors
@@ -137,8 +138,9 @@ def build_ngram(
     check_place(out)
     with writing_to(out, beside=True):
         tokenizer, tokenizer_hash, tokenization_hash = _load(options.tokenizer)
-        own = own or OwnOutput(base=options.tokenizer)
-        sources = corpus_sources(corpora, own, tokenizer_sha256=tokenizer_hash, progress=progress)
+        settings = own or OwnOutput(base=options.tokenizer)
+        generate = partial(own_output, settings=settings, tokenizer_sha256=tokenizer_hash, progress=progress)
+        sources = find_sources(corpora, generate=generate)
         reading = {
             **{name: getattr(options, name) for name in READING},
             "tokenizer_sha256": tokenizer_hash,
@@ -154,9 +156,9 @@ def build_ngram(
         if not replace:
             _check_same(out / MANIFEST_FILE, manifest)
         work = out / COUNTING_FOLDER
-        settings = json.loads(json.dumps({"format": COUNTING_FORMAT, **reading}))
-        earlier = _read_encoded(work, settings)
-        encoded = earlier or _encode(sources, work, tokenizer, options, settings, progress)
+        counted = json.loads(json.dumps({"format": COUNTING_FORMAT, **reading}))
+        earlier = _read_encoded(work, counted)
+        encoded = earlier or _encode(sources, work, tokenizer, options, counted, progress)
         estimated = (_run_lmplz if options.estimator == "lmplz" else _estimate)(encoded, work, options, progress)
         summary = NgramSummary(
             str(out), options.order, tuple(map(len, estimated.model.orders)), encoded.documents, encoded.tokens,

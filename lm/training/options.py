@@ -88,7 +88,7 @@ class TextOptions(Schedule):
         super().check()
         if not 0 <= self.soft <= 1:
             raise RescoreError(f"soft = {self.soft}; it is a share, from 0 to 1")
-        _check("precision", self.precision, get_args(Precision.__origin__))
+        _check("precision", self.precision, get_args(get_args(Precision)[0]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,19 +81,18 @@ def list_tasks(
 
     Raises `RescoreError` for a task asked for by name that can't be loaded, or whose own data file can't be read.
     """
-    if names:
-        return [facts_of(load_task(name), reads=True) for name in names]
     facts = []
-    for name in task_names():
+    for name in names or task_names():
         try:
-            facts.append(facts_of(load_task(name)))
+            facts.append(_facts(load_task(name), reads=bool(names)))
         except RescoreError as error:
+            if names:
+                raise
             facts.append(TaskFacts(name, problem=str(error)))
     return facts
 
 
-def facts_of(task: Task, *, reads: bool = False) -> TaskFacts:
-    """The facts of one task. `reads` the data file that is its own, if it has one, and raises as `load_examples`."""
+def _facts(task: Task, *, reads: bool) -> TaskFacts:
     examples = load_examples(task).examples if reads and task.file is not None else None
     return TaskFacts(
         name=task.name,

@@ -88,7 +88,7 @@ def test_a_folder_that_names_no_files_is_read(tmp_path: Path) -> None:
         (out / "manifest.json").write_text(json.dumps({**manifest, "files": files}))
         assert load_ngram(out).order == 3
     (out / "manifest.json").write_text(json.dumps({**manifest, "files": "none"}))
-    assert "manifest.json is broken" in refused(lambda: load_ngram(out), InvalidDataError)
+    assert "manifest.json: Expected `object" in refused(lambda: load_ngram(out), InvalidDataError)
     del manifest["files"]
     (out / "manifest.json").write_text(json.dumps(manifest))
     assert load_ngram(out).order == 3 and len(find_parts([str(out)] * 2)) == 2

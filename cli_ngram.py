@@ -1,5 +1,5 @@
-"""Commands for n-gram models: `build-ngram` estimates one, `mix-ngram` interpolates several, `compare-ngrams` finds the
-corpus that helps most, `score-ngram` scores text, `export-fst` writes a model out."""
+"""Commands for n-gram models: `build-ngram` estimates one, `mix-ngram` interpolates several, `score-ngram` scores text,
+`export-fst` writes a model out."""
 
 from __future__ import annotations
 
@@ -12,17 +12,9 @@ from typing import Annotated
 import typer
 
 from cli_options import (
-    TASK_NAMES,
-    Base,
-    Data,
     Device,
     Dtype,
-    FirstHeads,
-    GivenTrace,
-    Heads,
     Json,
-    PromptTokens,
-    TaskTokens,
     notify,
     numbers,
     progress_bar,
@@ -170,63 +162,6 @@ def mix_ngram_command(
     if tuned:
         print(mixture_tuning_table(tuned).text() + "\n")
     print(mixture_table(mixed).text())
-
-
-@ngram_models.command(name="compare-ngrams")
-def compare_ngrams_command(
-    corpus: Annotated[
-        list[str],
-        typer.Option(
-            help="NAME=SOURCE or NAME:FIELD=SOURCE (field of JSON lines), several times; SOURCE as in build-ngram, "
-            "own:PROMPTS included, or shipped: the model shipped for the base."
-        ),
-    ],
-    task: Annotated[str | None, typer.Option(help=f"{TASK_NAMES}. Default: squad, or the task of --trace.")] = None,
-    order: Annotated[str, typer.Option(help="Comma-separated orders of the models to train.")] = "2,4",
-    p: Annotated[str, typer.Option(help="Comma-separated numbers of drafts that one step verifies.")] = "1,16",
-    k: Annotated[int, typer.Option(help="Tokens of each head that are in the lattice.")] = 16,
-    limit: Annotated[int | None, typer.Option(help="Evaluate the first N examples; default: all not held out.")] = None,
-    held_out: Annotated[
-        int | None, typer.Option(help="Tune alpha on the last M examples; default: 40, at most half of all.")
-    ] = None,
-    alphas: Annotated[
-        str | None, typer.Option(help="Comma-separated weights; 0 is always among them. Default: nine from 0.1 to 5.")
-    ] = None,
-    h: FirstHeads = None,
-    base: Base = "smollm2-135m",
-    heads: Heads = None,
-    data: Data = None,
-    trace: GivenTrace = None,
-    max_new_tokens: TaskTokens = None,
-    max_prompt_tokens: PromptTokens = None,
-    own_tokens: Annotated[int, typer.Option(help=OWN_TOKENS)] = 96,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap intervals.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Compare n-gram models by corpus and order: train, tune alpha, and evaluate each on one task, in one table."""
-    from dataclasses import asdict
-
-    from lm.base.own_output import OwnOutput
-    from rescore.runs.evaluation import EvalOptions
-    from rescore.runs.tuning import DEFAULT_ALPHAS
-    from rescore.studies.ngram_comparison import compare_ngrams, read_corpus
-    from rescore.studies.tables import ngram_comparison_table
-
-    chosen = EvalOptions(
-        tasks=(task,) if task else (), base=base, heads=heads, h=h, k=k, p=tuple(numbers("--p", p, int)), limit=limit,
-        max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, data=data, trace=trace, dtype=dtype,
-        device=device, seed=seed,
-    )  # fmt: skip
-    with progress_bar() as progress:
-        found = compare_ngrams(
-            chosen, [read_corpus(text) for text in corpus], orders=numbers("--order", order, int), held_out=held_out,
-            alphas=numbers("--alphas", alphas, float) if alphas else DEFAULT_ALPHAS,
-            own=OwnOutput(base=base, max_new_tokens=own_tokens, dtype=dtype, device=device), progress=progress,
-            notify=notify,
-        )  # fmt: skip
-    print(json.dumps(asdict(found)) if as_json else ngram_comparison_table(found).text())
 
 
 @ngram_models.command(name="score-ngram")

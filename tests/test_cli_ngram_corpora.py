@@ -1,4 +1,4 @@
-"""The commands mix-ngram and compare-ngrams, and own output as a corpus, end to end on the tiny model."""
+"""The command mix-ngram, and own output as a corpus, end to end on the tiny model."""
 
 from __future__ import annotations
 
@@ -123,51 +123,37 @@ class TestMix:
         assert not (tmp_path / "x").exists()
 
 
-class TestCompare:
-    def test_the_table_and_the_document(self, rescore: Command, model, prompts, squad_file):  # noqa: F811
-        corpora = [f"fable={FABLE}", f"task:question={squad_file}", f"output=own:{prompts}"]
-        command = ["compare-ngrams", "--task", "squad", *model, "--order", "2,3", "--p", "1,4", "--k", 8]
-        command += ["--held-out", 2, "--limit", 3, "--alphas", "0.5,2", "--own-tokens", 10]
-        command += [argument for corpus in corpora for argument in ("--corpus", corpus)]
-        found = rescore(*command, "--json").document
-        assert len(found["ngrams"]) == 3 * 2 * 2 and len(found["examples"]) == 3 and len(found["held_out"]) == 2
-        assert {n["alpha"] for n in found["ngrams"]} <= {0.0, 0.5, 2.0}
-        run = rescore(*command)
-        assert run.code == 0
-        assert re.fullmatch(r"rescore: fable knows only .* of the lattices' tokens; was it .*\n", run.err), "told once"
-        lines = run.out.splitlines()
-        assert lines[0] == "squad, k = 8: 3 examples (3 groups) replayed, alpha tuned on 2 others"
-        for n, line in zip(found["ngrams"], lines[6:], strict=False):
-            cells = line.replace("*", " ").split()
-            assert cells[:4] == [n["corpus"], f"{n['tokens']:,}", f"{n['ngrams']:,}", str(n["order"])]
-            assert cells[6] == f"{n['block_efficiency']:.3f}"
-        used = re.search(r"p = 4: --rescorer (ngram:\S+) --alpha (\S+)", run.out)
-        assert used
-        evaluated = rescore(
-            "eval", *model, "--k", 8, "--p", 4, "--limit", 3, "--rescorer", used[1], "--alpha", used[2], "--json"
-        ).document["results"][0]
-        best = max(n["block_efficiency"] for n in found["ngrams"] if n["p"] == 4)
-        assert evaluated["block_efficiency"] == best
-
-    def test_mistakes(self, rescore: Command, model, tmp_path: Path):  # noqa: F811
-        fable = ["--corpus", f"fable={FABLE}"]
-        for arguments, message in (
-            (["--corpus", FABLE], "give NAME=SOURCE"),
-            ([*fable, *fable], "two corpora are called fable"),
-            (["--corpus", f"none={tmp_path}/none"], "can't read .*none"),
-            ([*fable, "--order", "2,x"], "--order 2,x: give whole numbers"),
-            ([*fable, "--order", "9"], "order 9 is not supported"),
-            ([*fable, "--p", "0"], "p = 0; at least one draft"),
-            ([*fable, "--k", "0"], "k = 0"),
-            ([*fable, "--limit", 4, "--held-out", 3], "more than the 6 there are"),
-            ([*fable, "--task", "nonsense"], "unknown task 'nonsense'"),
-            (["--corpus", "own=shipped"], "was made for another tokenizer"),
-            ([], "Missing option '--corpus'"),
-        ):
-            rescore("compare-ngrams", *model, *arguments).refused(message)
+def test_models_side_by_side(rescore: Command, two, model, tiny_folder, tiny_heads_folder, squad_file, tmp_path: Path):  # noqa: F811
+    """The recipe docs/suites/ngrams.yaml, with two models over the tiny base's tokens."""
+    recipe = (Path(__file__).parents[1] / "docs" / "suites" / "ngrams.yaml").read_text()
+    names = re.findall(r"^  - (ngram:\S+)$", recipe, re.MULTILINE)
+    assert all(f"--out {name[6:]}\n" in recipe for name in names), "the recipe builds what it compares"
+    for old, new in (
+        ("base: smollm2-135m", f"base: {tiny_folder}\nheads: {tiny_heads_folder}\ndevice: cpu"),
+        ("limit: 100", "limit: 3\nmax_new_tokens: 12"), ("k: 16", "k: 8"), ("[1, 16]", "[1, 4]"), ("50", "2"),
+        ("- xsum", f"- {{name: squad, data: {squad_file}}}"), ("  - ngram #", "  #"),
+        (f"  - {names[0]}\n", f"  - ngram:{two[0]}\n"), (f"  - {names[1]}\n", f"  - ngram:{two[1]}\n"),
+        *((f"  - {name}\n", "") for name in names[2:]),
+    ):  # fmt: skip
+        assert old in recipe
+        recipe = recipe.replace(old, new)
+    (tmp_path / "ngrams.yaml").write_text(recipe)
+    document = rescore("suite", tmp_path / "ngrams.yaml", "--out", tmp_path / "out", "--json").document
+    results = {(r["rescorer"], r["p"]): r for r in document["results"]}
+    assert set(results) == {(name, p) for name in ("none", f"ngram:{two[0]}", f"ngram:{two[1]}") for p in (1, 4)}
+    for sweep in document["tuned"]:  # a weight for each model and p, on examples that are not evaluated
+        result = results[sweep["rescorer"], sweep["p"]]
+        assert result["alpha"] == sweep["alpha"] and sweep["held_out"] == ["q4", "q5"] and result["n"] == 3
+        chosen = ["--rescorer", sweep["rescorer"], "--p", sweep["p"], "--alpha", sweep["alpha"]]
+        (again,) = rescore("eval", *model, "--k", 8, "--limit", 3, *chosen, "--json").document["results"]
+        assert again["block_efficiency"] == result["block_efficiency"]
+    found = rescore("analyse", "--results", tmp_path / "out", "--against", f"ngram:{two[0]}=none", "--json").document
+    for contrast in found["contrasts"]:  # at the same p
+        ours, plain = (results[name, contrast["p"]]["block_efficiency"] for name in (f"ngram:{two[0]}", "none"))
+        assert contrast["gain"] == pytest.approx(ours / plain - 1)
+    assert [contrast["p"] for contrast in found["contrasts"]] == [1, 4]
 
 
-@pytest.mark.parametrize("command", ["mix-ngram", "compare-ngrams"])
-def test_every_command_has_help(rescore: Command, command: str):  # noqa: F811
-    run = rescore(command, "--help")
-    assert (run.code, run.err) == (0, "") and run.out.startswith(f"Usage: rescore {command} ")
+def test_help(rescore: Command):  # noqa: F811
+    run = rescore("mix-ngram", "--help")
+    assert (run.code, run.err) == (0, "") and run.out.startswith("Usage: rescore mix-ngram ")

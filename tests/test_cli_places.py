@@ -90,7 +90,6 @@ def places(rescore: Command, made: Path, tmp_path: Path) -> list[Place]:
         ("mix-ngram", within / "ngram", within / "ngram", "--weights", "1,1", *out): " --out",
         ("mix-ngram", within / "ngram", within / "ngram", "--tune", within / "trace", *out): "--tune",
         ("export-fst", "--ngram", within / "ngram", "--trace", within / "trace", *out): "--ngram --trace --out",
-        ("compare-ngrams", *model[:2], *heads, *data, "--corpus", f"a={made / 'text.txt'}"): "--heads --data",
         ("generate-corpus", *model, "--prompts", made / "prompts.jsonl", *out): "--prompts --base --out",
         ("train-heads", *train, *out): "--corpus --base --out",
         ("train-heads", *train, "--held-out", made / "prompts.jsonl", *out): "--held-out",

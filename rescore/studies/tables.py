@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm.ngram.mix import SHIPPED
 from rescore.bootstrap import LEAST_GROUPS
 from rescore.table import (
     COUNT,
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from rescore.studies.block_length import BlockLengths
     from rescore.studies.comparison import Comparison, SideResult
     from rescore.studies.cost.model import CostTable, Decoder, MethodCost
-    from rescore.studies.ngram_comparison import ComparedNgram, NgramComparison
     from rescore.studies.ngram_mixing import TunedMixture
     from rescore.studies.verify_curve import VerifyCurve
 
@@ -150,44 +148,6 @@ def ngram_score_table(score: NgramScore, text: str) -> Table:
         *([f"scored by {n}-grams", f"{count:,}"] for n, count in enumerate(score.hits or (), start=1)),
     ]
     return Table([Column("text"), Column(text, Format(str))], rows)
-
-
-def ngram_comparison_table(study: NgramComparison) -> Table:
-    """A row for every corpus, order and p, the best of each p marked; the unrescored drafts first."""
-    rows: list[list[object]] = [
-        ["none", None, None, None, r.p, None, r.block_efficiency, r.block_efficiency_ci95, None, None]
-        for r in study.unrescored
-    ]
-    best: dict[int, ComparedNgram] = {}
-    for r in study.ngrams:
-        if r.p not in best or r.block_efficiency > best[r.p].block_efficiency:
-            best[r.p] = r
-    marked = []
-    for r in study.ngrams:
-        if r is best[r.p]:
-            marked.append((len(rows), "block eff."))
-        rows.append([
-            r.corpus, r.tokens, r.ngrams, r.order, r.p, r.alpha, r.block_efficiency, r.block_efficiency_ci95, r.gain,
-            r.gain_ci95,
-        ])  # fmt: skip
-    columns = [
-        Column("corpus"), Column("tokens", COUNT), Column("n-grams", COUNT), Column("order", COUNT), Column("p", COUNT),
-        Column("alpha", PLAIN), Column("block eff.", NUMBER), Column("95 %", NUMBER_INTERVAL), Column("gain", GAIN),
-        Column("95 %", GAIN_INTERVAL),
-    ]  # fmt: skip
-    used = [
-        f"  p = {p}: --rescorer {'ngram' if r.source == SHIPPED else f'ngram:{r.path}'} --alpha {r.alpha:g}"
-        for p, r in best.items()
-    ]
-    note = "\n".join([
-        "gain over the unrescored drafts (none) at the same p, with a paired interval by group;",
-        "* best of its p. To use it:", *used,
-    ])  # fmt: skip
-    title = (
-        f"{study.task}, k = {study.k}: {len(study.examples)} examples ({study.groups} groups) replayed, alpha tuned on "
-        f"{len(study.held_out)} others\n"
-    )
-    return Table(columns, rows, title=title, note=note, best=marked)
 
 
 def mixture_tuning_table(study: TunedMixture) -> Table:

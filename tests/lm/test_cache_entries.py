@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import squad_records, write_lines
+from conftest import write_lines
 from test_catalog import write_gguf
 from test_keys import BOS, edit
 
@@ -29,8 +29,6 @@ from lm.ngram.build import NgramOptions, build_ngram
 from lm.ngram.load import load_ngram
 from lm.ngram.mix import find_parts, mix_ngrams
 from lm.training.data import read_head_data
-from rescore.runs.evaluation import EvalOptions
-from rescore.studies.ngram_comparison import NgramCorpus, compare_ngrams
 
 TEXT = "the cat sat on the mat and so did the dog. " * 40
 
@@ -226,26 +224,6 @@ class TestNgrams:
         assert not build_ngram([tmp_path / "text.txt"], tmp_path / "model", options).resumed
         build_ngram([tmp_path / "text.txt"], tmp_path / "fresh", options)
         assert (tmp_path / "model/model.arpa").read_bytes() == (tmp_path / "fresh/model.arpa").read_bytes()
-
-    def test_compared_models(self, tiny_folder: Path, tiny_heads_folder: Path, tmp_path: Path, cache_folder, caplog):
-        base = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
-        data = write_lines(tmp_path / "squad.jsonl", squad_records(4))
-        (tmp_path / "text.txt").write_text(TEXT.title())
-        options = EvalOptions(
-            base=str(base), heads=str(tiny_heads_folder), data=str(data), dtype="float64", device="cpu",
-            max_new_tokens=8, k=4,
-        )  # fmt: skip
-        corpora = [NgramCorpus("text", str(tmp_path / "text.txt"))]
-        before = compare_ngrams(options, corpora, orders=(2,), alphas=(1.0,))
-        (folder,) = (cache_folder / "compared-ngrams").iterdir()
-        for name in ("automaton.bin", "model.arpa", "manifest.json"):
-            (folder / name).unlink() if name == "model.arpa" else cut(folder / name)
-            caplog.clear()
-            assert compare_ngrams(options, corpora, orders=(2,), alphas=(1.0,)) == before
-            assert caplog.messages == ["the cached 2-gram model of text is broken; it is made again"]
-        edit("tokenizer.json", normalizer={"type": "Lowercase"})(base)
-        (ngram,) = compare_ngrams(options, corpora, orders=(2,), alphas=(1.0,)).ngrams
-        assert ngram.path != before.ngrams[0].path
 
 
 class TestFoldersOfTheUser:

@@ -17,10 +17,9 @@ from rescore.runs.evaluation import EvalOptions, evaluate
 from rescore.runs.finished import load_run
 from rescore.runs.records import Alpha
 from rescore.studies.analysis import analyse_run, contrast, efficiency_table
-from rescore.studies.analysis.outcomes import outcomes_of
-from rescore.studies.analysis.p_curve import curves_of_results
-from rescore.studies.analysis.repetition import before_after
-from rescore.studies.analysis.run_records import alpha_source, wallclock_in
+from rescore.studies.analysis.drafts import before_after, outcomes_of
+from rescore.studies.analysis.runs import Wallclock, alpha_source, curves_of_results
+from rescore.studies.records import record_of
 
 # A decode of `small_trace` (output 1 2 3 4 5, unrescored drafts 1 1 1, 2 3 3, 3 8 5, 4 5 5, 5 5 8):
 #   at 0 the draft 1 2 3 is accepted whole; the unrescored 1 1 1 for 1: a win, and its wrong token repeats: repair.
@@ -167,9 +166,10 @@ def test_curves_are_sorted_by_p_and_need_several():
 
 def test_what_results_say_beside():
     config = run_config(alphas={"squad": {"ngram": {1: Alpha(alpha=0.5, source="tuned")}}})
-    assert alpha_source(config, "squad", "ngram", 1) == "tuned" and alpha_source(config, "squad", "none", 1) is None
-    assert wallclock_in(made_result()) is None
-    found = wallclock_in(made_result(latency=made_latency(predicted_speedup=None)))
+    assert (
+        alpha_source(config, made_result(rescorer="ngram")) == "tuned" and alpha_source(config, made_result()) is None
+    )
+    found = record_of(Wallclock, made_latency(predicted_speedup=None))
     assert (found.rescore_p95_ms, found.speedup, found.predicted_speedup) == (0.4, 1.752, None)
 
 

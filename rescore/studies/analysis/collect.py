@@ -8,23 +8,27 @@ from pathlib import Path
 
 from lattices.errors import RescoreError
 from rescore.runs.finished import load_runs
-from rescore.studies.analysis import ANALYSES, analyse_run, analyse_trace, contrast, correlate_h_max, efficiency_table
-from rescore.studies.analysis.calibration import DEFAULT_BINS
-from rescore.studies.analysis.records import (
+from rescore.studies.analysis.heads import DEFAULT_BINS
+from rescore.studies.analysis.runs import (
     Contrast,
     EfficiencyTable,
-    HmaxCorrelation,
-    Record,
     RunAnalysis,
-    TraceAnalysis,
+    analyse_run,
+    contrast,
+    efficiency_table,
 )
+from rescore.studies.analysis.traces import ANALYSES, HmaxCorrelation, TraceAnalysis, analyse_trace, correlate_h_max
+from rescore.studies.records import Record
 from rescore.tracing import load_trace
 
 
 @dataclass(frozen=True)
 class Findings(Record):
-    """What was found in the folders: `traces` or `runs` (a record for each task of each folder), h_max over their
-    tasks, and of runs the `table` of all results and the `contrasts` that were asked for."""
+    """What the folders hold.
+
+    traces, runs: a record for each task of each folder; h_max: over their tasks.
+    table: all results of runs; contrasts: those that were asked for.
+    """
 
     traces: tuple[TraceAnalysis, ...]
     runs: tuple[RunAnalysis, ...]

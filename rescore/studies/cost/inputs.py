@@ -9,10 +9,13 @@ from typing import Any
 
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.paths import user_path
+from lm.base.catalog import BUILT_IN, identify
 from rescore.runs.finished import FinishedRun
 from rescore.runs.records import Result
 from rescore.studies.cost.decoders import decoder_of, decoder_of_file, heads_of
 from rescore.studies.cost.model import DEFAULT_H, VERIFY, Decoder, HeadsShape, block_efficiencies
+
+SHAPE = ("hidden_size", "vocab_size")  # all that a run says of the shape of its base LM
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,6 @@ def cost_inputs(
 
     Raises `RescoreError` as `decoder_of` and `heads_of` do.
     """
-    from lm.base.catalog import BUILT_IN
-
     _check_one(base, config)
     decoder = decoder_of_file(config) if config else decoder_of(base or BUILT_IN)
     h = DEFAULT_H if h is None else h
@@ -92,41 +93,32 @@ def _base_of(
     run: FinishedRun, settings: Mapping[str, Any], base: str | None, config: Path | None, local_files_only: bool
 ) -> tuple[Decoder, str | None]:
     """The base LM of a run and its name; `base` and `config` are checked against what the run says of it."""
-
-    said = settings.get("base") or {}
-    name = said.get("name")
+    recorded = settings.get("base") or {}
+    name = recorded.get("name")
     if config is not None:
         decoder = decoder_of_file(config)
-        for field in ("hidden_size", "vocab_size"):  # all that a run says of the shape
-            wanted, found = said.get(field), getattr(decoder, field)
-            if wanted not in (None, found):
-                raise IncompatibleError(f"{config} has {field} {found}, the base LM of {run.folder} {wanted}; drop it")
+        for field in SHAPE:
+            if recorded.get(field) not in (None, getattr(decoder, field)):
+                raise IncompatibleError(
+                    f"{config} has {field} {getattr(decoder, field)}, the base LM of {run.folder} {recorded[field]}; "
+                    "drop it"
+                )
         return decoder, name
-    if base is None:
-        if name is None:
-            raise RescoreError(f"{run.folder} does not say what its base LM is; give it: --base or --config")
-        decoder = decoder_of(name, local_files_only=local_files_only)
-        _check_weights(run, name, decoder, said)
-        return decoder, name
-    decoder = decoder_of(base)
-    if name not in (None, base) and decoder.assumption:
+    chosen = base or name
+    if chosen is None:
+        raise RescoreError(f"{run.folder} does not say what its base LM is; give it: --base or --config")
+    decoder = decoder_of(chosen, local_files_only=local_files_only)
+    if name not in (None, chosen) and decoder.assumption:
         raise IncompatibleError(f"--base {base}, but {run.folder} was decoded with {name}; drop --base")
-    _check_weights(run, base, decoder, said)
-    return decoder, base
-
-
-def _check_weights(run: FinishedRun, base: str, decoder: Decoder, said: Mapping[str, Any]) -> None:
-    """Raises `IncompatibleError` if what goes by a name now is not what the run was decoded with."""
-    from lm.base.catalog import identify
-
     try:
-        same = said.get("weights_sha256") in (None, identify(base).weights_sha256)
+        same = recorded.get("weights_sha256") in (None, identify(chosen).weights_sha256)
     except RescoreError:  # only its configuration is on this machine: its shape is all that can be compared
-        same = all(said.get(name) in (None, getattr(decoder, name)) for name in ("hidden_size", "vocab_size"))
+        same = all(recorded.get(field) in (None, getattr(decoder, field)) for field in SHAPE)
     if not same:
         raise IncompatibleError(
-            f"{base} is not the base LM that {run.folder} was decoded with ({said.get('name')}); give its own: --base"
+            f"{chosen} is not the base LM that {run.folder} was decoded with ({name}); give its own: --base"
         )
+    return decoder, chosen
 
 
 def _heads_of(run: FinishedRun, settings: Mapping[str, Any], heads: Path | None, name: str | None) -> Path | None:

@@ -5,12 +5,11 @@ replayed with the first h heads, and a step is timed in its parts:
 
     speed-up(h) = block efficiency(h) x t(forward of 1 token) / (t(forward of h tokens) + t(heads) + t(rescoring))
 
-which is the net speed-up of a live run, foreseen. Only `rescore eval --mode live` measures it.
+which predicts the net speed-up of a live run. Only `rescore eval --mode live` measures it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from rescore.checks import check_held_k
 from rescore.groups import count_groups
 from rescore.replay import replay
 from rescore.rescorers import Context, Rescorer
+from rescore.studies.records import Record, record_of
 from rescore.studies.verify_curve import verify_curve
 from rescore.tracing import Trace
 
@@ -47,7 +47,7 @@ class BlockLength:
 
 
 @dataclass(frozen=True)
-class BlockLengths:
+class BlockLengths(Record):
     """All block lengths; `greedy_ms` is a forward of one token, all forwards on `cached` cached tokens."""
 
     base: str
@@ -70,7 +70,7 @@ class BlockLengths:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**dataclasses.asdict(self), "best_h": self.best.h}
+        return {**super().as_dict(), "best_h": self.best.h}
 
 
 class TimedRescorer(Rescorer):
@@ -107,8 +107,8 @@ def block_lengths(
     trace.
     """
     check_held_k(trace.header.k, k)
-    said = trace.header.settings.get("base")
-    weights = said.get("weights_sha256") if isinstance(said, dict) else None
+    recorded = trace.header.settings.get("base")
+    weights = recorded.get("weights_sha256") if isinstance(recorded, dict) else None
     if weights not in (None, base.identity.weights_sha256):
         raise IncompatibleError(f"the trace is of another base LM than {base.identity.name}; give --base")
     longest = min(trace.header.h, heads.h)
@@ -127,12 +127,9 @@ def block_lengths(
         heads_ms = _heads_ms(base, heads.first(h), k, repeats)
         rescoring_ms = float(np.median(timed.seconds)) * 1e3 if timed.seconds else 0.0
         step_ms = verify_ms + heads_ms + rescoring_ms
-        lengths.append(
-            BlockLength(
-                h, accounting.block_efficiency, accounting.block_efficiency_ci95, verify_ms, heads_ms, rescoring_ms,
-                accounting.block_efficiency * greedy / step_ms,
-            )
-        )  # fmt: skip
+        speedup = accounting.block_efficiency * greedy / step_ms
+        times = {"verify_ms": verify_ms, "heads_ms": heads_ms, "rescoring_ms": rescoring_ms, "speedup": speedup}
+        lengths.append(record_of(BlockLength, accounting, h=h, **times))
         if progress:
             progress(len(lengths), len(hs))
     return BlockLengths(

@@ -17,7 +17,7 @@ class Record:
         return fields
 
 
-def record_of(kind: type[Made], source: Any, **others: Any) -> Made:
+def record_of(kind: type[Made], source: Any, /, **others: Any) -> Made:
     """A record with `others` as fields, and for the rest the fields of the same name of another record, `source`."""
     names = [field.name for field in dataclasses.fields(kind) if field.name not in others]  # type: ignore[arg-type]
     return kind(**{name: getattr(source, name) for name in names}, **others)

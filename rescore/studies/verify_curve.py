@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +12,13 @@ import torch
 from lattices.errors import RescoreError
 from lm.base.cache import BufferLayer
 from lm.base.model import BaseLM
+from rescore.studies.records import Record
 
 VERIFY_SIZES = (1, 2, 4, 9, 16, 32, 64, 144)
 
 
 @dataclass(frozen=True)
-class VerifyCurve:
+class VerifyCurve(Record):
     """Median `milliseconds` of a forward of `tokens[i]` tokens on `cached` cached ones; `gb_per_second` = bytes of
     weights and cache read, over that time."""
 
@@ -30,10 +29,6 @@ class VerifyCurve:
     tokens: list[int]
     milliseconds: list[float]
     gb_per_second: list[float]
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dataclasses.asdict(self)
 
 
 def verify_curve(
@@ -61,7 +56,7 @@ def verify_curve(
     weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
     layer = cache.layers[0]
     assert isinstance(layer, BufferLayer)
-    kept = 2 * len(cache.layers) * layer.buffers[0][:, :, :cached].nbytes  # keys and values
+    read = weights + 2 * len(cache.layers) * layer.buffers[0][:, :, :cached].nbytes  # keys and values
     medians = [float(np.median(times[n])) for n in sizes]
     return VerifyCurve(
         base=base.identity.name,
@@ -70,5 +65,5 @@ def verify_curve(
         cached=cached,
         tokens=list(sizes),
         milliseconds=[t * 1e3 for t in medians],
-        gb_per_second=[(weights + kept) / t / 1e9 for t in medians],
+        gb_per_second=[read / t / 1e9 for t in medians],
     )

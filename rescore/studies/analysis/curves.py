@@ -19,12 +19,9 @@ PS = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class OracleCurves(Record):
-    """What a perfect choice would reach. Numbers are None without positions.
+    """What a perfect choice from `ks[i]` entries would reach (docs/analyses.md); numbers are None without positions.
 
-    unrescored: the plain drafts; by_k[i]: the oracle in lattices of `ks[i]` entries, all heads refined.
-    by_refined[i][m]: block efficiency where the oracle chooses from `ks[i]` entries in slots 2..m+1, the rest being
-    arg-max, m = 0..h-1: m = 0 is unrescored and m = h - 1 is `by_k[i]`.
-    gain_by_refined[i][m]: by_refined[i][m] / unrescored - 1.
+    by_k[i]: in all slots; by_refined[i][m]: in slots 2..m+1 only, m = 0..h-1, and its gain over `unrescored`.
     by_heads_unrescored[j-1], by_heads_oracle[i][j-1]: with blocks of j tokens, heads 1..j only, j = 1..h.
     """
 

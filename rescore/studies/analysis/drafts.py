@@ -24,10 +24,8 @@ from rescore.tracing import TracedExample
 class Repetition(Record):
     """Consecutive repetition in `drafts` drafts, all of h tokens: cut ones do not count.
 
-    share: of the neighbouring pairs of tokens, those that are equal.
-    repeating: of the drafts, those with at least one such pair.
-    mean_longest_run: mean over drafts of the longest run of one token (1: no repetition).
-    by_pair[i-1]: share of drafts whose tokens i and i + 1 are equal, i = 1..h-1.
+    share: of neighbouring pairs of tokens that are equal; by_pair[i-1]: of tokens i and i + 1, i = 1..h-1.
+    repeating: share of drafts with at least one such pair.
     """
 
     drafts: int
@@ -39,12 +37,8 @@ class Repetition(Record):
 
 @dataclass(frozen=True)
 class TraceRepetition(Record):
-    """Repetition in a trace.
-
-    decode: of the unrescored drafts at the steps of the unrescored decode (the figure to compare with).
-    every_position: of the unrescored drafts at all positions.
-    output: of the output itself, in windows of h tokens; no rescorer should fall below it.
-    """
+    """Repetition of the unrescored drafts at the steps of the unrescored decode and at all positions, and of the output
+    itself in windows of h tokens, below which no rescorer should fall."""
 
     decode: Repetition
     every_position: Repetition
@@ -53,10 +47,8 @@ class TraceRepetition(Record):
 
 @dataclass(frozen=True)
 class BeforeAfter(Record):
-    """Repetition at the steps of one rescored decode, in the `examples` that both are known of.
-
-    before: in the unrescored drafts at the steps' positions; after: in the drafts that won.
-    """
+    """Repetition at the steps of one rescored decode, in the `examples` that both are known of: `before` in the
+    unrescored drafts there, `after` in the drafts that won."""
 
     examples: int
     before: Repetition
@@ -69,12 +61,7 @@ class Outcomes(Record):
 
     won, tied, lost: steps that accepted more, as many, fewer tokens; tokens_won, tokens_lost: by how many, summed.
     joint[i-1][j-1]: steps where the unrescored draft would have accepted i tokens and the chosen one j.
-    None of the following where drafts or trace are unknown:
-    repairs: wins where the first token that the unrescored draft got wrong repeats the token before it.
-    regressions: losses where the first token that the chosen draft got wrong repeats the token before it.
-    fewer_repeats: wins whose draft has fewer equal neighbours than the unrescored one (not about the deciding token).
-    more_repeats: losses whose draft has more of them.
-    ..._share: of `won` and `lost`.
+    repairs ... more_repeats: causes, and their shares of `won` and `lost`; None where drafts or trace are unknown.
     """
 
     steps: int

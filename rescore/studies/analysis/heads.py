@@ -1,6 +1,5 @@
 """What each head is like, every position read: its entropy, the ranks of the base LM's own choice, its acceptance and
-its calibration. Heads are counted from 1; lists "by head" have an entry for each of the heads 1..h.
-"""
+its calibration. Heads are counted from 1; docs/analyses.md defines every number."""
 
 from __future__ import annotations
 
@@ -20,11 +19,8 @@ DEFAULT_BINS = 15  # of the calibration, as in Guo et al. 2017
 
 @dataclass(frozen=True)
 class HeadEntropy(Record):
-    """Entropy of one head's whole distribution over all positions, nats.
-
-    quantiles: at `Entropies.levels`.
-    histogram: counts in the bins of `Entropies.edges`; what is beyond the last edge is in the last bin.
-    """
+    """Entropy of one head's whole distribution over all positions, nats: `quantiles` at `Entropies.levels`, counts in
+    the bins of `Entropies.edges` (`histogram`; what is beyond the last edge is in the last bin)."""
 
     head: int
     mean: float | None
@@ -35,11 +31,7 @@ class HeadEntropy(Record):
 
 @dataclass(frozen=True)
 class Entropies(Record):
-    """Confidence of the heads ([A] 5.2).
-
-    edges: of the histograms' bins, nats; one more than bins.
-    h_max: the most heads k such that the mean entropy does not fall over heads 1..k; None without positions.
-    """
+    """Confidence of the heads ([A] 5.2); `edges` of the histograms' bins, one more than bins."""
 
     positions: int
     levels: tuple[float, ...]
@@ -50,13 +42,8 @@ class Entropies(Record):
 
 @dataclass(frozen=True)
 class HeadRanks(Record):
-    """Where one head has the token that the base LM chose.
-
-    positions: those where the output is that long.
-    counts[r]: of them, those that have it as entry r of the slot, from 0; counts[-1]: those that lack it.
-    recall[i]: share among the first `Ranks.ks[i]` entries.
-    mean_reciprocal_rank: mean of 1 / (r + 1), 0 where it is lacking.
-    """
+    """Where one head has the token that the base LM chose: `counts[r]` as entry r of the slot, from 0, `counts[-1]` not
+    at all; `recall[i]` among the first `Ranks.ks[i]` entries."""
 
     head: int
     positions: int
@@ -76,14 +63,9 @@ class Ranks(Record):
 
 @dataclass(frozen=True)
 class HeadAcceptance(Record):
-    """The arg-max of one head against the base LM's choice.
-
-    unconditional: share of the `positions` where it is right.
-    conditional: the same of those `reached` by correct arg-maxes of all heads before it.
-    marginal: of the steps of the unrescored decode, the share that accepted at least `head` tokens.
-    conditional_decode: marginal over that of the head before.
-    Steps at the end of an output count as not accepting what is not there.
-    """
+    """The arg-max of one head against the base LM's choice: where it is right, at all `positions` and at those that are
+    `reached` by correct heads before it, and how often the unrescored decode accepted it (`marginal`, and over that of
+    the head before)."""
 
     head: int
     positions: int
@@ -96,10 +78,7 @@ class HeadAcceptance(Record):
 
 @dataclass(frozen=True)
 class ReliabilityBin(Record):
-    """Positions where the head's probability of its arg-max is in (low, high] (the first bin includes 0).
-
-    confidence: mean of that probability; accuracy: share where the arg-max is the base LM's choice.
-    """
+    """Positions where the head's probability of its arg-max is in (low, high] (the first bin includes 0)."""
 
     low: float
     high: float
@@ -110,12 +89,8 @@ class ReliabilityBin(Record):
 
 @dataclass(frozen=True)
 class HeadCalibration(Record):
-    """Whether one head's probabilities are to be believed.
-
-    ece: expected calibration error, the mean over positions of |accuracy - confidence| of their bin.
-    confidence, accuracy: over all positions; brier: mean of (probability - right)^2.
-    Head 1 is right by definition (its arg-max is the output), so its `ece` is what it lacks to 1.
-    """
+    """Whether one head's probabilities are to be believed, over all positions and in bins; `ece`: expected calibration
+    error. Head 1 is right by definition (its arg-max is the output), so its `ece` is what it lacks to 1."""
 
     head: int
     positions: int

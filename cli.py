@@ -15,7 +15,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -42,7 +42,6 @@ from cli_options import (
     Tasks,
     TaskTokens,
     check_all,
-    known_tasks,
     notify,
     numbers,
     print_notices,
@@ -51,12 +50,14 @@ from cli_options import (
 from cli_report import reporting
 from cli_tasks import tasks
 from cli_training import training
-from lattices.errors import RescoreError
+from lattices.errors import RescoreError, UnknownNameError
+from rescore.runs.inputs import Inputs
 
-BUILT_IN = "smollm2-135m"  # the default of --base
-
+MODES = ("replay", "live")
 if TYPE_CHECKING:
-    from rescore.runs.evaluation import Evaluation
+    from collections.abc import Sequence
+
+    from rescore.runs.evaluated import Evaluation
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what writing to stdout may say
 
@@ -178,7 +179,7 @@ def evaluate_command(
             "ngram-neural[:MODEL], learned-bigram[:PATH] or a plug-in's name[:text]; several."
         ),
     ] = ["none"],  # noqa: B006 (typer copies it)
-    k: Annotated[int, typer.Option(help="Tokens of each head that are in the lattice.")] = 16,
+    k: Annotated[str, typer.Option(help="Tokens of each head that are in the lattice; 4,16 runs both.")] = "16",
     p: Annotated[str, typer.Option(help="Drafts that one step verifies; 1,16 runs both.")] = "1",
     alpha: Annotated[
         str | None,
@@ -205,48 +206,52 @@ def evaluate_command(
     as_json: Json = False,
 ) -> None:
     """Block efficiency of rescorers on tasks: what a step accepts, and what it could (oracle)."""
-    known = known_tasks(
-        task or (), trace, base=None if base == BUILT_IN else base, dtype=None if dtype == "float32" else dtype,
-        max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens,
+    inputs = Inputs(
+        base=base, heads=heads, h=h, limit=limit, data=data, trace=trace, leave_out=leave_out,
+        max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, dtype=dtype, device=device,
     )  # fmt: skip
-    from rescore.runs.evaluation import EvalOptions, evaluate
+    _check_tasks(task or (), inputs)
+    from rescore.runs.evaluation import evaluate
+    from rescore.runs.recording import open_recordings
+    from rescore.runs.run import parse_alpha, runs_of
 
-    chosen = EvalOptions(
-        tasks=known, rescorers=tuple(rescorer), base=base, heads=heads, h=h, k=k,
-        p=tuple(numbers("--p", p, int)), alpha=_weight(alpha), limit=limit, max_new_tokens=max_new_tokens,
-        max_prompt_tokens=max_prompt_tokens, mode=mode, verify=verify, data=data, trace=trace, dtype=dtype,
-        device=device, seed=seed,
-        leave_out=leave_out,
-    )  # fmt: skip
+    if mode not in MODES:
+        raise UnknownNameError("mode", mode, MODES)
+    runs = runs_of(
+        rescorer, ks=numbers("--k", k, int), ps=numbers("--p", p, int), alpha=parse_alpha(alpha) if alpha else None
+    )
+    recordings = open_recordings(task or (), inputs, k=max(run.k for run in runs))
     with progress_bar() as progress:
-        evaluation = evaluate(chosen, out=out, progress=progress, notify=notify)
+        evaluation = evaluate(
+            recordings, runs, live=mode == "live", verify=verify, seed=seed, out=out, progress=progress, notify=notify
+        )
     _print_evaluation(evaluation, as_json, details=details)
     if evaluation.interrupted:
         kept = f"and kept in {out}: the same command goes on" if out else "(--out DIR would keep them)"
-        shown = f"the finished examples are shown {kept}" if evaluation.document.results else "none was finished yet"
+        shown = f"the finished examples are shown {kept}" if evaluation.results else "none was finished yet"
         notify(f"interrupted; {shown}")
         raise typer.Exit(INTERRUPTED)
 
 
-def _weight(text: str | None) -> float | Literal["tuned"] | None:
-    if text is None or text == "tuned":
-        return text  # type: ignore[return-value]
-    try:
-        return float(text)
-    except ValueError:
-        raise RescoreError(f"--alpha {text}: give a number, or tuned (what rescore tune kept)") from None
+def _check_tasks(tasks: Sequence[str], inputs: Inputs) -> None:
+    """A mistake is told before the heavy libraries are loaded; a given trace's name may be any."""
+    inputs.check()
+    if inputs.trace is None:
+        from rescore.tasks import load_task
+
+        for name in tasks:
+            load_task(name)
 
 
 def _print_evaluation(evaluation: Evaluation, as_json: bool, *, details: bool) -> None:
     from lm.records import plain
-    from rescore.runs.tables import results_tables
     from rescore.table import joined
 
     document = evaluation.document
     if as_json:
         print(json.dumps(plain(document), ensure_ascii=False))
     else:
-        print(joined(results_tables(document, details=details)))
+        print(joined(evaluation.tables(details=details)))
 
 
 @app.command()
@@ -268,20 +273,19 @@ def oracle(
     as_json: Json = False,
 ) -> None:
     """Oracle block efficiency by k: what a perfect choice from the top k of every head would reach."""
-    known = known_tasks(
-        task or (), trace, base=None if base == BUILT_IN else base, dtype=None if dtype == "float32" else dtype,
-        max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens,
-    )  # fmt: skip
-    from rescore.runs.evaluation import EvalOptions, oracle_by_k
-
-    ks = numbers("--k", k, int)
-    chosen = EvalOptions(
-        tasks=known, base=base, heads=heads, h=h, limit=limit, data=data, trace=trace, k=max(ks),
+    inputs = Inputs(
+        base=base, heads=heads, h=h, limit=limit, data=data, trace=trace, leave_out=leave_out,
         max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, dtype=dtype, device=device,
-        leave_out=leave_out,
     )  # fmt: skip
+    _check_tasks(task or (), inputs)
+    from rescore.runs.evaluation import evaluate
+    from rescore.runs.recording import open_recordings
+    from rescore.runs.run import runs_of
+
+    runs = runs_of(["oracle"], ks=numbers("--k", k, int))
+    recordings = open_recordings(task or (), inputs, k=max(run.k for run in runs))
     with progress_bar() as progress:
-        evaluation = oracle_by_k(chosen, ks, progress=progress, notify=notify)
+        evaluation = evaluate(recordings, runs, progress=progress, notify=notify)
     _print_evaluation(evaluation, as_json, details=details)
 
 
@@ -310,27 +314,27 @@ def tune_command(
     as_json: Json = False,
 ) -> None:
     """Tune a rescorer's weight (alpha) by replay on held-out examples, for `rescore eval --alpha tuned`."""
-    known = known_tasks(
-        task or (), trace, base=None if base == BUILT_IN else base, dtype=None if dtype == "float32" else dtype,
-        max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens,
+    inputs = Inputs(
+        base=base, heads=heads, h=h, data=data, trace=trace, leave_out=leave_out,
+        max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, dtype=dtype, device=device,
     )  # fmt: skip
+    _check_tasks(task or (), inputs)
     from dataclasses import asdict
 
-    from rescore.runs.evaluation import EvalOptions
+    from rescore.runs.recording import open_recordings
     from rescore.runs.tables import tuning_table
     from rescore.runs.tuning import DEFAULT_ALPHAS, tune
 
-    chosen = EvalOptions(
-        tasks=known, rescorers=tuple(rescorer), base=base, heads=heads, h=h, limit=limit, data=data,
-        trace=trace, max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, dtype=dtype, device=device,
-        leave_out=leave_out,
-    )  # fmt: skip
+    if limit < 1:
+        raise RescoreError(f"--limit {limit}; at least one example is needed")
+    ks = numbers("--k", k, int)
+    recordings = open_recordings(task or (), inputs, k=max(ks))
     with progress_bar() as progress:
-        found = tune(
-            chosen, alphas=numbers("--alphas", alphas, float) if alphas else DEFAULT_ALPHAS,
-            ks=numbers("--k", k, int), ps=numbers("--p", p, int), progress=progress, notify=notify,
+        sweeps = tune(
+            recordings, rescorer, alphas=numbers("--alphas", alphas, float) if alphas else DEFAULT_ALPHAS,
+            ks=ks, ps=numbers("--p", p, int), held_out=limit, progress=progress, notify=notify,
         )  # fmt: skip
-    print(json.dumps([asdict(tuned) for tuned in found]) if as_json else tuning_table(found).text())
+    print(json.dumps([asdict(tuned) for tuned in sweeps]) if as_json else tuning_table(sweeps).text())
     notify("kept on this machine: rescore eval --alpha tuned with the same options uses these weights")
 
 
@@ -350,16 +354,18 @@ def trace_command(
     device: Device = "auto",
 ) -> None:
     """Record a trace: greedy output and lattices of a task, for replay with `rescore eval --trace`."""
-    known = known_tasks((task,), None)
-    from rescore.runs.evaluation import EvalOptions, trace_task
-
-    chosen = EvalOptions(
-        tasks=known, base=base, heads=heads, k=k, limit=limit, data=data, max_new_tokens=max_new_tokens,
+    inputs = Inputs(
+        task=task, base=base, heads=heads, limit=limit, data=data, leave_out=leave_out, max_new_tokens=max_new_tokens,
         max_prompt_tokens=max_prompt_tokens, dtype=dtype, device=device,
-        leave_out=leave_out,
     )  # fmt: skip
+    _check_tasks((task,), inputs)
+    from rescore.runs.recording import open_recording
+
+    recording = open_recording(inputs, k=k, out=out)
+    for line in recording.notices:
+        notify(line)
     with progress_bar() as progress:
-        trace = trace_task(chosen, out, progress=progress, notify=notify)
+        trace = recording.trace(progress=progress)
     positions = sum(len(example.output_ids) for example in trace.examples)
     print(f"{out}: {len(trace.examples)} examples, {positions} positions, h = {trace.header.h}, K = {trace.header.k}")
 

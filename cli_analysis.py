@@ -109,7 +109,7 @@ def cost_command(
     as_json: Json = False,
 ) -> None:
     """Cost model: weights and KV cache read and FLOPs per decoded token, by method and context."""
-    from rescore.runs.finished import run_of_task
+    from rescore.runs.evaluated import run_of_task
     from rescore.studies import tables as study_tables
     from rescore.studies.cost.decoders import neural_for
     from rescore.studies.cost.inputs import cost_inputs, cost_inputs_of_run

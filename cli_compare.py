@@ -36,11 +36,11 @@ def compare_command(
     as_json: Json = False,
 ) -> None:
     """Compare two results by example: difference in block efficiency with its paired interval, won, tied, lost."""
-    from rescore.studies.comparison import Selection, compare
+    from rescore.studies.comparison import Selection, compare_folders
     from rescore.studies.tables import comparison_table
 
     chosen = Selection(rescorer, p, a_rescorer, a_p, b_rescorer, b_p)
-    comparison = compare(a, b, selection=chosen, seed=seed)
+    comparison = compare_folders(a, b, selection=chosen, seed=seed)
     for line in comparison.notices:
         notify(line)
     print(json.dumps(comparison.as_dict()) if as_json else comparison_table(comparison).text())
@@ -58,9 +58,9 @@ def suite_command(
 ) -> None:
     """Run a whole table, tasks x rescorers x k, from one YAML file; goes on where it was stopped."""
     from lm.records import plain
-    from rescore.runs.suite import run_suite
-    from rescore.runs.suite_plan import read_plan
     from rescore.runs.tables import suite_table
+    from rescore.suites.plan import read_plan
+    from rescore.suites.run import run_suite
 
     chosen = read_plan(plan, data=data)
     with progress_bar() as progress:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import pytest
+from evaluating import evaluated
 
-from rescore.runs.evaluation import EvalOptions, evaluate
 from rescore.runs.records import Identical
 
 
 @pytest.mark.parametrize("base", ["smollm2-135m", "smollm2-135m-bpd"])
 def test_a_built_in_model_decodes_exactly_and_gains(base):
-    options = EvalOptions(base=base, rescorers=("none", "oracle"), limit=2, max_new_tokens=24)
-    replayed = evaluate(options).document.results
-    live = evaluate(EvalOptions(**{**options.__dict__, "mode": "live"})).document.results
+    options = dict(base=base, rescorers=("none", "oracle"), limit=2, max_new_tokens=24)
+    replayed = evaluated(options).document.results
+    live = evaluated(dict(**{**options.__dict__, "mode": "live"})).document.results
     for a, b in zip(replayed, live, strict=True):
         assert a.accepted_histogram == b.accepted_histogram
         assert b.identical == Identical(n=2, identical=2)

@@ -149,7 +149,7 @@ class TestEval:
         )  # fmt: skip
         assert [(r["task"], r["k"], r["n"]) for r in run.document["results"]] == [("gsm8k", 40, 2), ("squad", 40, 2)]
         assert all(len(r["marginal"]) == 3 for r in run.document["results"])
-        assert run.document["config"]["options"]["h"] == 3
+        assert [inputs["h"] for inputs in run.document["config"]["inputs"].values()] == [3, 3]
 
     def test_out_holds_the_same_document(self, rescore: Command, model: list[object], tmp_path: Path):
         run = rescore("eval", *model, "--out", tmp_path / "run", "--json")
@@ -157,7 +157,7 @@ class TestEval:
         again = rescore("eval", *model, "--out", tmp_path / "run", "--json")
         assert again.document == run.document
         rescore("eval", *model, "--out", tmp_path / "run", "--p", 2).refused(
-            r"another configuration \(options.p: \[1\] -> \[2\]\); use another --out"
+            r"another configuration \(runs.squad: .*p = 1.* -> .*p = 2.*; use another --out"
         )
 
     def test_a_trace_gives_the_same_numbers(self, rescore: Command, model: list[object], tmp_path: Path):

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from evaluating import evaluated, recorded_trace
 
 import cli
-from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -34,9 +34,9 @@ def folders(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path, tmp_pa
         "base": str(tiny_folder), "heads": str(tiny_heads_folder), "data": str(squad_file), "device": "cpu", "k": 4,
         "max_new_tokens": 6, "limit": 2,
     }  # fmt: skip
-    trace_task(EvalOptions(**made), tmp_path / "trace")
+    recorded_trace(dict(**made), tmp_path / "trace")
     given = {"trace": str(tmp_path / "trace"), "k": 4, "device": "cpu", "rescorers": ("none", "oracle"), "p": (1, 16)}
-    evaluate(EvalOptions(**given), out=tmp_path / "run")
+    evaluated(dict(**given), out=tmp_path / "run")
     return tmp_path / "trace", tmp_path / "run"
 
 

@@ -10,8 +10,8 @@ import pytest
 from conftest import write_lines
 from test_cli import Command, model, rescore
 
+from rescore.runs.log import ExampleLog
 from rescore.runs.records import ExampleRecord
-from rescore.runs.results import ExampleLog
 
 __all__ = ["model", "rescore"]  # fixtures
 

@@ -17,13 +17,13 @@ import pyarrow.parquet
 import pytest
 import typer.main
 from conftest import once, squad_records, write_lines
+from evaluating import evaluated
 from test_cli import Command, model, rescore  # noqa: F401 (fixtures)
 
 import cli
 from lm.base.corpus import Prompt, read_prompts
 from lm.ngram import build as build_module
 from lm.training.data import read_head_data
-from rescore.runs.evaluation import EvalOptions, evaluate
 from rescore.studies.perplexity import perplexity_of_task
 from rescore.tasks import load_task
 from rescore.tasks.data import load_examples
@@ -198,7 +198,7 @@ class TestOptions:
     @pytest.mark.parametrize("name", ["data", "trace", "heads", "base"])
     def test_the_library_refuses_empty_paths_too(self, name: str):
         with pytest.raises(cli.RescoreError, match=f"^--{name} is empty"):
-            evaluate(EvalOptions(**{name: ""}))
+            evaluated(dict(**{name: ""}))
 
     def test_a_passage_has_no_empty_data(self):
         with pytest.raises(cli.RescoreError, match=r"^--data is empty"):

@@ -8,6 +8,7 @@ and `config.json` (`BlockHeadsConfig`).
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class BlockHeads(nn.Module):
         super().__init__()
         self.config = config
         self.net = NETS[config.architecture](config)
+        self._file_sha256: str | None = None
 
     @property
     def h(self) -> int:
@@ -45,6 +47,11 @@ class BlockHeads(nn.Module):
     def dtype(self) -> torch.dtype:
         """The precision of the weights."""
         return next(self.net.parameters()).dtype
+
+    @property
+    def sha256(self) -> str:
+        """Of the file that the weights were read from, else of the weights in memory."""
+        return self._file_sha256 or _tensors_sha256(self.net)
 
     def forward(self, hidden: torch.Tensor, rows: torch.Tensor, heads: list[int] | None = None) -> torch.Tensor:
         """Final hidden states `[n, d]` -> what the projection reads for heads 2..h, `[h-1, n, d]`.
@@ -127,6 +134,14 @@ def top_k_lowest_ids(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.
     return values[..., :k], ids.gather(-1, order)[..., :k]
 
 
+def _tensors_sha256(net: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(net.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def known_heads(name: str) -> Path | None:
     """The checkpoint folder of the heads tuned with the base LM of this name, or shipped for it; None without any."""
     if (shipped := _shipped().get(name)) is not None:  # a built-in name is no folder that happens to be called so
@@ -177,6 +192,7 @@ def load_heads(
     shapes, expected = ({n: v.shape for n, v in state.items()} for state in (tensors, heads.net.state_dict()))
     check_shapes(folder, shapes, expected, CONFIG_FILE)
     heads.net.load_state_dict(tensors)
+    heads._file_sha256 = heads_sha256(folder)
     return heads.to(device, dtype).eval().requires_grad_(False)
 
 

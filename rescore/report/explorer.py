@@ -36,7 +36,7 @@ def explorer_data(view: TaskView, looks: Mapping[str, Look], tokenizer: Any, *, 
     decodes = [(r.rescorer, r.p) for r in view.results]
     by_id: dict[str, dict[tuple[str, int], ExampleRecord]] = {}
     for rescorer, p in decodes:
-        for record in view.run.records[view.task, rescorer, p]:
+        for record in view.run.records(view.task, rescorer, p):
             if record.accepted:
                 by_id.setdefault(record.id, {})[rescorer, p] = record
     walked = _most_telling(view.results)

@@ -17,7 +17,7 @@ import numpy as np
 
 from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
 from rescore.report.token_text import token_texts, tokenizer_of
-from rescore.runs.finished import FinishedRun, load_runs
+from rescore.runs.evaluated import Evaluation, load_runs
 from rescore.runs.records import ExampleRecord, Result
 from rescore.tracing import TracedExample
 
@@ -115,7 +115,7 @@ def inspect_example(
         raise RescoreError(f"--top {top}; show at least one token of each slot")
     run, task = _choose_run(folder, load_runs(folder), task, {"k": k, "h": h})
     results = _choose_results(run, task, rescorers, p)
-    records = {(r.rescorer, r.p): run.records[task, r.rescorer, r.p] for r in results}
+    records = {(r.rescorer, r.p): run.records(task, r.rescorer, r.p) for r in results}
     ids = list(dict.fromkeys(record.id for found in records.values() for record in found))
     name = _choose_example(ids, example, task, folder)
     decodes = {side: record for side, found in records.items() for record in found if record.id == name}
@@ -158,8 +158,8 @@ def inspect_example(
 
 
 def _choose_run(
-    folder: Path, runs: Sequence[FinishedRun], task: str | None, wanted: dict[str, int | None]
-) -> tuple[FinishedRun, str]:
+    folder: Path, runs: Sequence[Evaluation], task: str | None, wanted: dict[str, int | None]
+) -> tuple[Evaluation, str]:
     """The run of a task with the k and h that are wanted (None: the only one there is)."""
     tasks = list(dict.fromkeys(name for run in runs for name in run.tasks))
     if task is None:
@@ -180,12 +180,12 @@ def _choose_run(
     return found[0][0], task
 
 
-def _shape(run: FinishedRun, task: str) -> dict[str, int]:
+def _shape(run: Evaluation, task: str) -> dict[str, int]:
     result = next(r for r in run.results if r.task == task)
     return {"k": result.k, "h": result.h}
 
 
-def _choose_results(run: FinishedRun, task: str, rescorers: Collection[str], p: int | None) -> list[Result]:
+def _choose_results(run: Evaluation, task: str, rescorers: Collection[str], p: int | None) -> list[Result]:
     of_task = [result for result in run.results if result.task == task]
     known = {result.rescorer for result in of_task}
     for name in rescorers:
@@ -218,7 +218,7 @@ def _check(record: ExampleRecord, rescorer: str, folder: Path) -> None:
         raise InvalidDataError(f"{where} has steps that don't add up to its output; run the evaluation again")
 
 
-def _traced(run: FinishedRun, task: str, name: str, notices: list[str]) -> TracedExample | None:
+def _traced(run: Evaluation, task: str, name: str, notices: list[str]) -> TracedExample | None:
     trace = run.trace(task)
     if trace is None:
         notices.append("the trace of these results is gone: there are no prompt and no lattices to show")

@@ -29,7 +29,7 @@ from rescore.report.headline import Headline, make_headline
 from rescore.report.sources import Sources, TaskView, json_text, load_sources
 from rescore.report.token_text import harmless, tokenizer_of
 from rescore.runs.environment import versions
-from rescore.runs.options import Progress
+from rescore.runs.inputs import Progress
 from rescore.runs.records import Result
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -173,25 +173,25 @@ def _facts(views: Sequence[TaskView]) -> list[tuple[str, list[tuple[str, str]]]]
     """How each view's numbers were made, as (name, value) pairs."""
     found = []
     for view in views:
-        config, options = view.run.config, view.run.config.options
+        config, inputs = view.run.config, view.run.config.inputs[view.task]
         made_of = config.traces[view.task]
         base = made_of.get("base")
         data = config.data.get(view.task, {})
         facts: list[tuple[str, Any]] = [
             ("results", str(view.run.folder)),
-            ("mode", options.mode),
-            ("base model", base.get("name") if isinstance(base, dict) else None if options.trace else options.base),
+            ("mode", config.mode),
+            ("base model", base.get("name") if isinstance(base, dict) else None if inputs.trace else inputs.base),
             ("base weights (sha256)", base.get("weights_sha256") if isinstance(base, dict) else None),
             ("tokenizer (sha256)", base.get("tokenizer_sha256") if isinstance(base, dict) else None),
             ("heads (sha256)", made_of.get("heads_sha256")),
             ("data", " ".join(str(data[name]) for name in ("kind", "path", "sha256") if data.get(name))),
-            ("trace", options.trace),
+            ("trace", inputs.trace),
             ("examples", max(r.n for r in view.results)),
             ("groups (sources that examples share)", max(r.groups for r in view.results)),
             ("h, k", f"{view.analysis.h}, {view.analysis.k}"),
             ("new tokens, at most", made_of.get("max_new_tokens")),
             ("prompt tokens, at most", made_of.get("max_prompt_tokens")),
-            ("precision", base.get("dtype") if isinstance(base, dict) else None if options.trace else options.dtype),
+            ("precision", base.get("dtype") if isinstance(base, dict) else None if inputs.trace else inputs.dtype),
             ("device", f"{config.device}, {config.threads} threads"),
             ("weights (alpha)", "; ".join(_alphas(view))),
             ("quality of the output", _quality(view.results)),

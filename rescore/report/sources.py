@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from typing import Any
 from lattices.errors import RescoreError
 from rescore.bootstrap import LEAST_GROUPS
 from rescore.report.sweeps import kept_sweeps
-from rescore.runs.finished import FinishedRun, load_runs
-from rescore.runs.options import Progress
+from rescore.runs.evaluated import Evaluation, load_runs
+from rescore.runs.inputs import Progress
+from rescore.runs.log import CONFIG_FILE, RESULTS_FILE
 from rescore.runs.records import Result, Tuned
-from rescore.runs.results import CONFIG_FILE, RESULTS_FILE
-from rescore.runs.suite_files import PLAN_FILE
 from rescore.studies.analysis import HmaxCorrelation, RunAnalysis, analyse_run, correlate_h_max
+from rescore.suites.files import PLAN_FILE
 from rescore.tracing import trace_folder
 
 
@@ -33,7 +33,7 @@ class TaskView:
 
     label: str
     task: str
-    run: FinishedRun
+    run: Evaluation
     results: tuple[Result, ...]
     analysis: RunAnalysis
     sweeps: tuple[Tuned, ...]
@@ -71,7 +71,7 @@ def load_sources(folders: Sequence[Path], *, progress: Progress | None = None) -
     anything else in it.
     """
     found = [run for given in folders for folder in _results_in(given) for run in load_runs(folder)]
-    runs = list({run.folder.resolve(): run for run in found}.values())
+    runs = list({(run.folder and run.folder.resolve(), run.results[0].k): run for run in found}.values())
     missing: list[str] = []
     for run in runs:
         for task in run.tasks:
@@ -99,7 +99,7 @@ def _results_in(folder: Path) -> list[Path]:
     return [folder]
 
 
-def _read_trace(run: FinishedRun, task: str, missing: list[str]) -> None:
+def _read_trace(run: Evaluation, task: str, missing: list[str]) -> None:
     """Reads a trace once for all that need it; says if there is none, or none that can be used."""
     try:
         trace = run.trace(task)
@@ -114,23 +114,22 @@ def _read_trace(run: FinishedRun, task: str, missing: list[str]) -> None:
         )
 
 
-def trace_command(run: FinishedRun, task: str) -> str:
+def trace_command(run: Evaluation, task: str) -> str:
     """The command that records the trace of a task of the run where the run looks for it."""
-    options, made_of = run.config.options, dict(run.config.traces[task])
+    inputs, made_of = run.config.inputs[task], dict(run.config.traces[task])
     k = made_of.pop("k")
-    folder = options.trace or str(trace_folder(task, made_of, k))
-    of_run = [r for (name, _, _), records in run.records.items() if name == task for r in records]
+    folder = inputs.trace or str(trace_folder(task, made_of, k))
     base = made_of.get("base")
     arguments: dict[str, Any] = {
         "task": task,
-        "base": base["name"] if isinstance(base, dict) and "name" in base else options.base,
-        "heads": options.heads,
+        "base": base["name"] if isinstance(base, dict) and "name" in base else inputs.base,
+        "heads": inputs.heads,
         "k": k,
-        "limit": len({r.id for r in of_run}),
+        "limit": len({r.id for r in run.examples if r.task == task}),
         "max-new-tokens": made_of.get("max_new_tokens"),
         "max-prompt-tokens": made_of.get("max_prompt_tokens"),
-        "data": options.data,
-        "leave-out": options.leave_out,
+        "data": inputs.data,
+        "leave-out": inputs.leave_out,
         "dtype": base.get("dtype") if isinstance(base, dict) and base.get("dtype") != "float32" else None,
         "device": (made_of.get("recorded_by") or {}).get("device"),
         "out": folder,
@@ -139,16 +138,23 @@ def trace_command(run: FinishedRun, task: str) -> str:
     return " ".join(["rescore trace", *words])
 
 
-def _labels(pairs: Sequence[tuple[FinishedRun, str]]) -> list[str]:
+def _labels(pairs: Sequence[tuple[Evaluation, str]]) -> list[str]:
     """Names of the views, every one different."""
     often = Counter(task for _, task in pairs)
-    names = [task if often[task] == 1 else f"{task} ({run.folder.resolve().name})" for run, task in pairs]
+    ks = {run.results[0].k for run, _ in pairs}
+    names = [task if often[task] == 1 else f"{task} ({_place(run, ks)})" for run, task in pairs]
     seen: Counter[str] = Counter()
     labels = []
     for name in names:
         seen[name] += 1
         labels.append(name if seen[name] == 1 else f"{name} [{seen[name]}]")
     return labels
+
+
+def _place(run: Evaluation, ks: Collection[int]) -> str:
+    """Folder and, where there are several, k."""
+    name = run.folder.resolve().name if run.folder else "in memory"
+    return f"{name}, k = {run.results[0].k}" if len(ks) > 1 else name
 
 
 def _gaps(views: Sequence[TaskView]) -> list[str]:

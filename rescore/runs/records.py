@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from lm.records import Count, Number
+from lm.records import Count, Number, plain
 from rescore.decoding import Seconds
-from rescore.runs.options import EvalOptions
+from rescore.runs.inputs import Inputs
 
-SCHEMA = "rescore.results/5"
+SCHEMA = "rescore.results/6"
 Interval = tuple[Number, Number]
 
 
@@ -36,9 +36,10 @@ class LiveExample:
 
 
 class ExampleRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """One example decoded by one rescorer with one p: a line of `examples.jsonl`.
+    """One example decoded by one run: a line of `examples.jsonl`.
 
-    rescorer: its spec; group: key of the source that the example shares with others; h: tokens of a block.
+    rescorer: label of the run; k: lattice entries of a slot; p: drafts of a step.
+    group: key of the source that the example shares with others; h: tokens of a block.
     accepted: tokens accepted by each step; drafts: the winning draft of each step.
     oracle_accepted: by each step of the oracle's decode.
     unrescored_accepted: by the unrescored draft where each step began; None where the lattices there are not known.
@@ -47,6 +48,7 @@ class ExampleRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
     task: str
     rescorer: str
+    k: Count
     p: Count
     id: str
     group: str
@@ -204,28 +206,71 @@ class Tuned:
     identity: str = ""
     data_sha256: str | None = None
 
+    def as_alpha(self, *, data_sha256: str | None) -> Alpha:
+        """The best weight, for an evaluation on data with this hash."""
+        return Alpha(
+            alpha=self.alpha, source="tuned", held_out=self.held_out, held_out_groups=self.held_out_groups,
+            swept=self.alphas, data_sha256=self.data_sha256, other_data=self.data_sha256 != data_sha256,
+        )  # fmt: skip
 
-Alphas = dict[str, dict[int, Alpha]]  # by rescorer spec and p
+
+class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A run as it was made.
+
+    rescorer: its label; k, p as in `rescore.runs.run.Run`.
+    alpha: its weight (None: it has none); identity: what it scores with (hashes).
+    """
+
+    rescorer: str
+    k: Count
+    p: Count
+    alpha: Alpha | None = None
+    identity: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.rescorer} (p = {self.p}, k = {self.k})"
 
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """All that the numbers of a run follow from, and what the user was told.
+    """All that the numbers of an evaluation follow from, and what the user was told.
 
-    data: by task where its examples are from; traces: by task what its trace is of, and its k.
-    alphas: by task; rescorers: what each rescorer with a weight scores with (hashes).
+    mode: replay or live; verify: tree or batch (live); seed: of the bootstrap intervals.
+    inputs, runs: by task. data: by task where its examples are from; traces: by task what its trace is of, and its k.
     """
 
-    options: EvalOptions
+    mode: Literal["replay", "live"] = "replay"
+    verify: Literal["tree", "batch"] = "tree"
+    seed: Count = 0
+    inputs: dict[str, Inputs]
+    runs: dict[str, list[RunRecord]]
     versions: dict[str, str]
     git_revision: str | None
     device: str
     threads: int
     data: dict[str, dict[str, Any]]
     traces: dict[str, dict[str, Any]]
-    alphas: dict[str, Alphas] = field(default_factory=dict)
-    rescorers: dict[str, str] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+
+    def decides(self) -> dict[str, Any]:
+        """What two evaluations that go on in one folder have in common.
+
+        Not in it: the versions (those that the numbers follow from are the traces') and notices (why the hub did not
+        serve, this time).
+        """
+        names = ("mode", "verify", "seed", "inputs", "data", "traces")
+        return {name: plain(getattr(self, name)) for name in names} | {
+            "runs": {task: ", ".join(map(str, runs)) for task, runs in self.runs.items()},
+            "weights": {  # by name, so that a difference names them
+                task: {str(run): {**plain(run.alpha), "identity": run.identity} for run in runs if run.alpha}
+                for task, runs in self.runs.items()
+            },
+        }
+
+    def alpha(self, task: str, rescorer: str, p: int, k: int) -> Alpha | None:
+        """The weight of a run and where it came from; None where it has none."""
+        runs = (run for run in self.runs.get(task, ()) if (run.rescorer, run.p, run.k) == (rescorer, p, k))
+        return next((run.alpha for run in runs), None)
 
 
 @dataclass(kw_only=True)

@@ -1,4 +1,4 @@
-"""Sums up the finished examples of one rescorer on one task: records of `rescore.runs.results.ExampleLog` to a
+"""Sums up the finished examples of one rescorer on one task: records of `rescore.runs.log.ExampleLog` to a
 `Result`.
 """
 
@@ -16,7 +16,6 @@ from rescore.runs.records import Divergence, ExampleRecord, Identical, Latency, 
 def summarize(
     records: Sequence[ExampleRecord],
     *,
-    k: int,
     seed: int,
     alpha: float | None = None,
     unrescored: Sequence[ExampleRecord] = (),
@@ -35,7 +34,7 @@ def summarize(
     return Result(
         task=first.task,
         rescorer=first.rescorer,
-        k=k,
+        k=first.k,
         p=first.p,
         h=h,
         alpha=alpha,

@@ -105,14 +105,16 @@ def _apart(results: Sequence[Result]) -> list[Column]:
 
 
 def _caption(document: ResultsDocument, apart: Collection[Column]) -> str:
-    results, options = document.results, document.config.options
+    results, config = document.results, document.config
     most = max(results, key=lambda r: r.p)
     way = f"live decode (p drafts as {most.latency.verify})" if most.latency else "replayed decode"
     h = max(r.h for r in results)
-    if options.trace:
-        made = f"the trace {printable(options.trace)}, h = {h}"
+    inputs = config.inputs[results[0].task]
+    if inputs.trace:
+        made = f"the trace {printable(inputs.trace)}, h = {h}"
     else:
-        made = f"{printable(options.base)} in {options.dtype}, h = {h}, up to {options.max_new_tokens} new tokens"
+        limits = " or ".join(str(n) for n in sorted({config.traces[r.task]["max_new_tokens"] for r in results}))
+        made = f"{printable(inputs.base)} in {inputs.dtype}, h = {h}, up to {limits} new tokens"
     several_k = len({r.k for r in results}) > 1
     lines = {}
     for r in results:

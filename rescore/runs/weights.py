@@ -1,13 +1,12 @@
-"""The weight (alpha) of each rescorer: given, its default or, where that is asked for, what `rescore.runs.tuning`
-kept on this machine; fitting to a base LM."""
+"""The weight (alpha) of each run: given, the rescorer's own, or what `rescore tune` kept on this machine; and fitting
+rescorers to a base LM."""
 
 from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,87 +16,82 @@ from lm.files import cache_directory
 from lm.keys import key_of
 from lm.records import read_record
 from rescore.rescorers import Rescorer, Target
-from rescore.runs.inputs import TaskInput
-from rescore.runs.options import DEFAULT_NEW_TOKENS, MAX_ALPHA, TUNED, EvalOptions, Run
-from rescore.runs.records import Alpha, Alphas, Tuned
-from rescore.tasks import is_task_file, load_task
+from rescore.runs.inputs import Inputs
+from rescore.runs.recording import Recording
+from rescore.runs.records import Alpha, RunRecord, Tuned
+from rescore.runs.run import MAX_ALPHA, Run
 from rescore.tracing import Trace
 
 LEAST_COVERAGE = 0.1
 
 
-def check_tokenizers(task: TaskInput, rescorers: Mapping[str, Rescorer]) -> None:
+def check_tokenizers(recording: Recording, rescorers: Collection[Rescorer]) -> None:
     """Before anything is decoded: raises `IncompatibleError` if a rescorer was made for another tokenizer."""
-    if task.given is not None:  # a trace made elsewhere need not say what its base is; `fit_to` goes by what it says
+    if recording.given:  # made elsewhere it need not say what its base is; `fit_to` goes by what it says
         return
-    base = task.settings["base"]
-    for rescorer in rescorers.values():
+    base = recording.settings["base"]
+    for rescorer in rescorers:
         if rescorer.alpha is not None:
             rescorer.fit(Target(base["vocab_size"], (), base["tokenizer_sha256"], BaseIdentity(**base)))
 
 
-def choose_alphas(options: EvalOptions, task: TaskInput, rescorers: Mapping[str, Rescorer]) -> Alphas:
-    """The weights on a task of all the rescorers that have one, for every p that they are run with.
+def alpha_of(recording: Recording, run: Run, rescorer: Rescorer) -> Alpha | None:
+    """The weight of a run on a task; None for a rescorer that has none.
 
     Raises `RescoreError` with the command to run if a tuned weight is asked for and none is kept on this machine.
     """
-    return {
-        typed: {p: _alpha(options, task, typed, rescorer, p) for p in options.ps_of(typed)}
-        for typed, rescorer in rescorers.items()
-        if rescorer.alpha is not None
-    }
-
-
-def _alpha(options: EvalOptions, task: TaskInput, typed: str, rescorer: Rescorer, p: int) -> Alpha:
-    if options.alpha is None:
-        assert rescorer.alpha is not None, "a rescorer without weight has none"
+    if rescorer.alpha is None:
+        return None
+    if run.alpha is None:
         return Alpha(alpha=rescorer.alpha, source="default")
-    if options.alpha != TUNED:
-        return Alpha(alpha=float(options.alpha), source="option")
-    command = _tune_command(options, task, typed, p)
-    path = tuned_path(options, task, rescorer, p)
+    if isinstance(run.alpha, Alpha):
+        return run.alpha
+    if not isinstance(run.alpha, str):
+        return Alpha(alpha=float(run.alpha), source="option")
+    command = _tune_command(recording.inputs, run)
+    path = tuned_path(recording, rescorer, k=run.k, p=run.p)
     if not path.is_file():
         raise RescoreError(
-            f"no weight of {typed} is tuned on this machine for {task.name}, this base, heads, k = {options.k} and "
-            f"p = {p}; run: {command} (or give --alpha NUMBER)"
+            f"no weight of {run.label} is tuned on this machine for {recording.name}, this base, heads, k = {run.k} "
+            f"and p = {run.p}; run: {command} (or give --alpha NUMBER)"
         )
     tuned = read_record(path, Tuned, missing=f"can't use the tuned weight in {path}", advice=f"run: {command}")
     if not 0 <= tuned.alpha <= MAX_ALPHA:
         raise InvalidDataError(f"{path} holds no tuned weight; run: {command}")
     # What it was tuned by goes into the results, which another machine can then make again.
-    return Alpha(
-        alpha=tuned.alpha, source="tuned", held_out=tuned.held_out, held_out_groups=tuned.held_out_groups,
-        swept=tuned.alphas, data_sha256=tuned.data_sha256,
-        other_data=tuned.data_sha256 != task.settings.get("data_sha256"),
-    )  # fmt: skip
+    return tuned.as_alpha(data_sha256=recording.settings.get("data_sha256"))
 
 
-def _tune_command(options: EvalOptions, task: TaskInput, typed: str, p: int) -> str:
-    """The command that tunes the weight which `_alpha` looks for."""
-    names = [name for name in options.tasks if is_task_file(name) and load_task(name).name == task.name]
-    arguments: dict[str, Any] = {
-        "task": names[0] if names else task.name, "trace": options.trace, "rescorer": typed, "k": options.k,
-        "p": p, "h": options.h, "base": options.base, "heads": options.heads, "data": options.data,
-        "max-new-tokens": options.max_new_tokens, "max-prompt-tokens": options.max_prompt_tokens,
-        "dtype": options.dtype,
+def _tune_command(inputs: Inputs, run: Run) -> str:
+    """The command that tunes the weight of a run."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Inputs)}
+    names = ("h", "base", "heads", "data", "max_new_tokens", "max_prompt_tokens", "dtype")
+    changed = {name: value for name in names if (value := getattr(inputs, name)) != defaults[name]}
+    arguments = {
+        "task": inputs.task, "trace": inputs.trace, "rescorer": run.label, "k": run.k, "p": run.p, **changed,
     }  # fmt: skip
-    usual = {"base": EvalOptions.base, "dtype": EvalOptions.dtype, "max-new-tokens": DEFAULT_NEW_TOKENS}
-    arguments |= {name: None for name, value in usual.items() if options.trace or arguments[name] == value}
-    words = [f"--{name} {shlex.quote(str(value))}" for name, value in arguments.items() if value is not None]
+    words = [
+        f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
+        for name, value in arguments.items() if value is not None
+    ]  # fmt: skip
     return " ".join(["rescore tune", *words])
 
 
-def alpha_notices(alphas: Alphas, task: TaskInput) -> list[str]:
+def alpha_notices(runs: Sequence[RunRecord], recording: Recording) -> list[str]:
     """What the user should know of these weights: a line for each rescorer, or one for each p if they differ."""
     ps_of: dict[tuple[str, str], list[int]] = {}
-    for typed, by_p in alphas.items():
-        for p, chosen in by_p.items():
-            if fact := _alpha_fact(chosen, task):
-                ps_of.setdefault((typed, fact), []).append(p)
-    return [f"{typed} on {task.name}, p = {' and '.join(map(str, ps))}: {fact}" for (typed, fact), ps in ps_of.items()]
+    for run in runs:
+        if run.alpha and (fact := _alpha_fact(run.alpha, recording)):
+            ps = ps_of.setdefault((run.rescorer, fact), [])
+            if run.p not in ps:
+                ps.append(run.p)
+    return [
+        f"{rescorer} on {recording.name}, p = {' and '.join(map(str, ps))}: {fact}"
+        for (rescorer, fact), ps in ps_of.items()
+    ]
 
 
-def _alpha_fact(chosen: Alpha, task: TaskInput) -> str | None:
+def _alpha_fact(chosen: Alpha, recording: Recording) -> str | None:
     if chosen.source == "default":
         advice = "rescore tune with the same task, rescorer, k, p and h finds the best, and --alpha tuned takes it"
         return f"alpha {chosen.alpha:g} by default; {advice}"
@@ -106,23 +100,12 @@ def _alpha_fact(chosen: Alpha, task: TaskInput) -> str | None:
         facts.append(f"alpha 0 was best on {len(held_out)} held-out examples: its drafts are the unrescored ones")
     if chosen.other_data:
         facts.append(f"alpha {chosen.alpha:g} was tuned on other data of this task")
-    elif shared := len(set(task.ids) & set(held_out)):
-        facts.append(f"alpha was tuned on {shared} of these {len(task.ids)} examples")
+    elif shared := len(set(recording.ids) & set(held_out)):
+        facts.append(f"alpha was tuned on {shared} of these {len(recording.ids)} examples")
     groups = set(chosen.held_out_groups)
-    if near := sum(g in groups and name not in held_out for name, g in zip(task.ids, task.groups, strict=True)):
-        facts.append(f"alpha was tuned on examples that share their source with {near} of these {len(task.ids)}")
+    if near := sum(g in groups and i not in held_out for i, g in zip(recording.ids, recording.groups, strict=True)):
+        facts.append(f"alpha was tuned on examples that share their source with {near} of these {len(recording.ids)}")
     return "; ".join(facts) or None
-
-
-def with_alphas(runs: Sequence[Run], rescorers: Mapping[str, Rescorer], alphas: Alphas) -> dict[Run, Rescorer]:
-    """The rescorer of each run, with its weight for that p."""
-    ready: dict[Run, Rescorer] = {}
-    for typed, p in runs:
-        rescorer = rescorers[typed]
-        if rescorer.alpha is not None:
-            rescorer = rescorer.weighted(alphas[typed][p].alpha)
-        ready[typed, p] = rescorer
-    return ready
 
 
 def target_of(trace: Trace, *, device: str = "cpu", shared: BaseLM | None = None) -> Target:
@@ -140,7 +123,7 @@ def fit_to(
 ) -> dict[str, Rescorer]:
     """The rescorers fitted to a trace's base LM, which is `shared` where it is loaded."""
     target = target_of(trace, device=device, shared=shared)
-    return {typed: rescorer.fit(target) for typed, rescorer in rescorers.items()}
+    return {label: rescorer.fit(target) for label, rescorer in rescorers.items()}
 
 
 def coverage_notices(trace: Trace, rescorers: Mapping[str, Rescorer], k: int) -> list[str]:
@@ -149,24 +132,25 @@ def coverage_notices(trace: Trace, rescorers: Mapping[str, Rescorer], k: int) ->
         return []
     tokens = np.concatenate([e.lattice.token_ids[:, :, :k].ravel() for e in trace.examples[:32]])
     lines = []
-    for typed, rescorer in rescorers.items():
+    for label, rescorer in rescorers.items():
         if (share := rescorer.coverage(tokens)) < LEAST_COVERAGE:
-            lines.append(f"{typed} knows only {share:.1%} of the lattices' tokens; was it built for this tokenizer?")
+            lines.append(f"{label} knows only {share:.1%} of the lattices' tokens; was it built for this tokenizer?")
     return lines
 
 
-def tuned_path(options: EvalOptions, task: TaskInput, rescorer: Rescorer, p: int) -> Path:
+def tuned_path(recording: Recording, rescorer: Rescorer, *, k: int, p: int) -> Path:
     """Where the tuned weight of a rescorer on a task is kept: one file per task (its template, its definition), base,
     heads, rescorer, h, k and p."""
-    ours = "heads_sha256" in task.settings  # a trace made elsewhere goes by all that it says of itself
-    made_of = {
-        "task": task.name,
-        **{name: task.settings.get(name) for name in ("template", "chat_template", "definition")},
-        "base": task.settings["base"] if ours else task.settings,
-        "heads": task.settings.get("heads_sha256"),
-        "h": options.h or task.settings.get("h"),
+    settings = recording.settings
+    ours = "heads_sha256" in settings  # a trace made elsewhere goes by all that it says of itself
+    decides = {
+        "task": recording.name,
+        **{name: settings.get(name) for name in ("template", "chat_template", "definition")},
+        "base": settings["base"] if ours else settings,
+        "heads": settings.get("heads_sha256"),
+        "h": recording.h,
         "rescorer": rescorer.identity,
-        "k": options.k,
+        "k": k,
         "p": p,
     }
-    return cache_directory() / "tuned" / f"{task.name}-{key_of(made_of, 24)}.json"
+    return cache_directory() / "tuned" / f"{recording.name}-{key_of(decides, 24)}.json"

@@ -2,7 +2,7 @@
 
 `analysis` reads traces and runs (repetition, confidence, oracle curves, ranks, calibration, outcomes), `comparison`
 holds one run against another, `block_length` and `verify_curve` measure this machine, `cost` counts what a decoded
-token costs, `ngram_comparison` and `ngram_mixing` choose n-gram models by replay, `perplexity` is the base's own,
+token costs, `ngram_mixing` chooses weights of n-gram models by replay, `perplexity` is the base's own,
 `overlap` finds text that was trained on.
 
 A new study is a module with a function that returns a frozen record, a table in `tables`, and a definition of every

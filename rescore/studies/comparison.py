@@ -14,9 +14,10 @@ from typing import Any
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from rescore.accounting import Difference, paired_difference
 from rescore.bootstrap import LEAST_GROUPS
-from rescore.runs.finished import FinishedRun, load_runs
+from rescore.runs.evaluated import Evaluation, load_runs
 from rescore.runs.records import Result
 from rescore.studies.records import Record, record_of
+from rescore.table import Table, joined
 from rescore.terminal import shortened
 
 SCHEMA = "rescore.comparison/1"
@@ -89,39 +90,65 @@ class Comparison(Record):
         """The JSON document."""
         return {"schema": SCHEMA, **super().as_dict()}
 
+    def tables(self) -> list[Table]:
+        """One table, a line for each row."""
+        from rescore.studies.tables import comparison_table
+
+        return [comparison_table(self)]
+
+    def __str__(self) -> str:
+        return joined(self.tables())
+
     def notice(self, line: str) -> None:
         """Adds a notice once."""
         if line not in self.notices:
             self.notices.append(line)
 
 
-def compare(a: Path, b: Path | None = None, *, selection: Selection | None = None, seed: int = 0) -> Comparison:
-    """Compares the results in folder `b` with those in `a` (None: two rescorers of `a`), task by task.
+def compare(
+    a: Evaluation, b: Evaluation | None = None, *, selection: Selection = Selection(), seed: int = 0
+) -> Comparison:
+    """Compares the results of `b` with those of `a` (None: two rescorers of `a`), task by task.
 
     `seed` is the bootstrap's. Raises `IncompatibleError` with the difference for results that don't compare,
-    `RescoreError` if nothing is in both, and what `load_runs` raises.
+    `RescoreError` if nothing is in both.
     """
-    chosen = selection or Selection()
+    runs_a = a.at_each_k()
+    runs_b = runs_a if b is None or b is a else b.at_each_k()
+    comparison = Comparison(str(a.folder or "A"), str((b or a).folder or "B"))
+    return _compare(comparison, runs_a, runs_b, selection, seed)
+
+
+def compare_folders(a: Path, b: Path | None = None, *, selection: Selection = Selection(), seed: int = 0) -> Comparison:
+    """Compares the results in folder `b` with those in `a` (None: two rescorers of `a`), task by task.
+
+    Raises as `compare` and `load_runs`.
+    """
     other = a if b is None else b
     runs_a = load_runs(a)
+    runs_b = runs_a if a.resolve() == other.resolve() else load_runs(other)
+    return _compare(Comparison(str(a), str(other)), runs_a, runs_b, selection, seed)
+
+
+def _compare(
+    comparison: Comparison, runs_a: Sequence[Evaluation], runs_b: Sequence[Evaluation], chosen: Selection, seed: int
+) -> Comparison:
     _check_choice(runs_a, "A", *chosen.of_a)
-    if a.resolve() == other.resolve() and chosen.of_a == chosen.of_b:
-        raise RescoreError(f"{a} would be compared with itself; {_advice(runs_a)}")
-    runs_b = load_runs(other)
+    if runs_a is runs_b and chosen.of_a == chosen.of_b:
+        raise RescoreError(f"{comparison.a} would be compared with itself; {_advice(runs_a)}")
     _check_choice(runs_b, "B", *chosen.of_b)
-    comparison = Comparison(str(a), str(other))
     for task, run_a, run_b in _run_pairs(runs_a, runs_b, comparison):
         _check_same(task, run_a, run_b, comparison)
         for result_a, result_b in _result_pairs(task, run_a, run_b, chosen, comparison):
             if row := _row((run_a, result_a), (run_b, result_b), comparison, seed):
                 comparison.rows.append(row)
     if not comparison.rows:
-        facts = "; ".join(comparison.notices)
-        raise RescoreError(f"{a} and {other} have nothing in common to compare{f' ({facts})' if facts else ''}")
+        facts = f" ({'; '.join(comparison.notices)})" if comparison.notices else ""
+        raise RescoreError(f"{comparison.a} and {comparison.b} have nothing in common to compare{facts}")
     return comparison
 
 
-def _advice(runs: Sequence[FinishedRun]) -> str:
+def _advice(runs: Sequence[Evaluation]) -> str:
     """What of one folder's results can be compared with what."""
     names = list(dict.fromkeys(name for run in runs for name, _ in run.rescorers))
     ps = sorted({p for run in runs for _, p in run.rescorers})
@@ -132,7 +159,7 @@ def _advice(runs: Sequence[FinishedRun]) -> str:
     return "name two results"
 
 
-def _check_choice(runs: Sequence[FinishedRun], letter: str, rescorer: str | None, p: int | None) -> None:
+def _check_choice(runs: Sequence[Evaluation], letter: str, rescorer: str | None, p: int | None) -> None:
     evaluated = {pair for run in runs for pair in run.rescorers}
     if rescorer is not None and rescorer not in {name for name, _ in evaluated}:
         raise UnknownNameError(f"rescorer of {letter}", rescorer, {name for name, _ in evaluated})
@@ -142,10 +169,10 @@ def _check_choice(runs: Sequence[FinishedRun], letter: str, rescorer: str | None
 
 
 def _run_pairs(
-    runs_a: Sequence[FinishedRun], runs_b: Sequence[FinishedRun], comparison: Comparison
-) -> Iterator[tuple[str, FinishedRun, FinishedRun]]:
+    runs_a: Sequence[Evaluation], runs_b: Sequence[Evaluation], comparison: Comparison
+) -> Iterator[tuple[str, Evaluation, Evaluation]]:
     """The runs of each task that belong together: of the same k and h, or the only ones there are."""
-    by_task: list[dict[str, dict[tuple[int, int], FinishedRun]]] = [{}, {}]  # of A and B: task -> k and h -> run
+    by_task: list[dict[str, dict[tuple[int, int], Evaluation]]] = [{}, {}]  # of A and B: task -> k and h -> run
     for runs, tasks in zip((runs_a, runs_b), by_task, strict=True):
         for run in runs:
             for result in run.results:
@@ -170,7 +197,7 @@ def _run_pairs(
             comparison.notice(f"{task}: A and B have no k and h in common: left out")
 
 
-def _check_same(task: str, run_a: FinishedRun, run_b: FinishedRun, comparison: Comparison) -> None:
+def _check_same(task: str, run_a: Evaluation, run_b: Evaluation, comparison: Comparison) -> None:
     """Raises `IncompatibleError` if the two decoded other prompts or with another base."""
     a, b = _flat(run_a.config.traces[task]), _flat(run_b.config.traces[task])
     both = [name for name in SAME if name in a and name in b]
@@ -197,11 +224,11 @@ def _check_same(task: str, run_a: FinishedRun, run_b: FinishedRun, comparison: C
     )
 
 
-def _outputs(run: FinishedRun, task: str) -> dict[str, list[int]]:
+def _outputs(run: Evaluation, task: str) -> dict[str, list[int]]:
     """The output of each example, by the first rescorer that decoded it."""
     outputs: dict[str, list[int]] = {}
-    for (of, _, _), records in run.records.items():
-        for record in records if of == task else ():
+    for record in run.examples:
+        if record.task == task:
             outputs.setdefault(record.id, record.output_ids)
     return outputs
 
@@ -217,7 +244,7 @@ def _brief(name: str, value: Any) -> str:
 
 
 def _result_pairs(
-    task: str, run_a: FinishedRun, run_b: FinishedRun, chosen: Selection, comparison: Comparison
+    task: str, run_a: Evaluation, run_b: Evaluation, chosen: Selection, comparison: Comparison
 ) -> list[tuple[Result, Result]]:
     """What of A is compared with what of B: the same rescorer and p, unless one side was named."""
     of_a = [r for r in run_a.results if r.task == task and _is_chosen(r, chosen.of_a)]
@@ -246,7 +273,7 @@ def _is_chosen(result: Result, choice: Choice) -> bool:
 
 
 def _row(
-    a: tuple[FinishedRun, Result], b: tuple[FinishedRun, Result], comparison: Comparison, seed: int
+    a: tuple[Evaluation, Result], b: tuple[Evaluation, Result], comparison: Comparison, seed: int
 ) -> ComparedRow | None:
     result_a, result_b = a[1], b[1]
     task = result_a.task
@@ -278,10 +305,10 @@ def _row(
     )
 
 
-def _steps(run: FinishedRun, result: Result, comparison: Comparison) -> dict[str, tuple[list[int], str]]:
+def _steps(run: Evaluation, result: Result, comparison: Comparison) -> dict[str, tuple[list[int], str]]:
     """Accepted lengths and group by example."""
     steps: dict[str, tuple[list[int], str]] = {}
-    for record in run.records.get((result.task, result.rescorer, result.p), []):
+    for record in run.records(result.task, result.rescorer, result.p):
         if not all(n >= 1 for n in record.accepted):
             raise InvalidDataError(
                 f"{run.folder}: example {record.id!r} of {result.task} has steps that accepted no token"

@@ -20,7 +20,8 @@ from rescore.groups import held_out
 from rescore.replay import replay
 from rescore.rescorers import Context, Rescorer
 from rescore.rescorers.ngram import DEFAULT_ALPHA
-from rescore.runs.options import MAX_ALPHA, Progress
+from rescore.runs.inputs import Progress
+from rescore.runs.run import MAX_ALPHA
 from rescore.runs.weights import target_of
 from rescore.tracing import Trace, load_trace
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from rescore.runs.options import EvalOptions
+from rescore.runs.inputs import Inputs
 from rescore.runs.records import ExampleRecord, Latency, Result, RunConfig
 
 
 def example_record(**changes: Any) -> ExampleRecord:
     """An example of one step that accepted one token."""
     fields: dict[str, Any] = {
-        "task": "squad", "rescorer": "none", "p": 1, "id": "a", "group": "g", "h": 2, "quality": {}, "accepted": [1],
-        "drafts": [[1, 2]], "oracle_accepted": [1], "output_ids": [1],
+        "task": "squad", "rescorer": "none", "k": 16, "p": 1, "id": "a", "group": "g", "h": 2, "quality": {},
+        "accepted": [1], "drafts": [[1, 2]], "oracle_accepted": [1], "output_ids": [1],
     }  # fmt: skip
     return ExampleRecord(**fields | changes)
 
@@ -44,7 +44,8 @@ def made_latency(**changes: Any) -> Latency:
 def run_config(**changes: Any) -> RunConfig:
     """The configuration of a replay of squad."""
     fields: dict[str, Any] = {
-        "options": EvalOptions(), "versions": {}, "git_revision": None, "device": "cpu", "threads": 1, "data": {},
+        "inputs": {"squad": Inputs(task="squad")}, "runs": {}, "versions": {},
+        "git_revision": None, "device": "cpu", "threads": 1, "data": {},
         "traces": {"squad": {"k": 16}},
     }  # fmt: skip
     return RunConfig(**fields | changes)

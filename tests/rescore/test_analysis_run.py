@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from analysis_traces import small_trace
+from evaluating import evaluated
 from made_records import example_record, made_latency, made_result, run_config
 from msgspec.structs import replace
 
 from lattices.errors import RescoreError, UnknownNameError
-from rescore.runs.evaluation import EvalOptions, evaluate
-from rescore.runs.finished import load_run
-from rescore.runs.records import Alpha
+from rescore.runs.evaluated import load_run
+from rescore.runs.records import Alpha, RunRecord
 from rescore.studies.analysis import analyse_run, contrast, efficiency_table
 from rescore.studies.analysis.drafts import before_after, outcomes_of
 from rescore.studies.analysis.runs import Wallclock, alpha_source, curves_of_results
@@ -82,11 +82,11 @@ class TestBeforeAfter:
 
 @pytest.fixture
 def run(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path, tmp_path: Path, cache_folder: Path):
-    options = EvalOptions(
+    options = dict(
         base=str(tiny_folder), heads=str(tiny_heads_folder), data=str(squad_file), device="cpu", k=4, p=(1, 3),
         max_new_tokens=8, limit=6, rescorers=("none", "context-ngram:none", "oracle"),
     )  # fmt: skip
-    evaluate(options, out=tmp_path / "run")
+    evaluated(options, out=tmp_path / "run")
     return load_run(tmp_path / "run")
 
 
@@ -115,8 +115,9 @@ class TestRun:
         assert set(curves) == {"none", "context-ngram:none"} and curves["none"].ps == (1, 3)
 
     def test_a_trace_that_is_gone(self, run):
-        options = dataclasses.replace(run.config.options, trace="/gone")
-        gone = dataclasses.replace(run, config=dataclasses.replace(run.config, options=options))
+        inputs = {"squad": dataclasses.replace(run.config.inputs["squad"], trace="/gone")}
+        config = dataclasses.replace(run.config, inputs=inputs)
+        gone = dataclasses.replace(run, document=dataclasses.replace(run.document, config=config), traces={})
         found = analyse_run(gone, "squad")
         assert found.trace is None and found.rescorers[0].repetition is None
         assert found.rescorers[0].outcomes.won == 0 and found.rescorers[0].outcomes.repairs is None
@@ -143,12 +144,16 @@ def result(rescorer: str, p: int, efficiency: float, *, task: str = "squad", h: 
 
 
 def test_rows_of_several_runs(tmp_path):
-    from rescore.runs.finished import FinishedRun
+    from rescore.runs.evaluated import Evaluation
+    from rescore.runs.records import ResultsDocument
 
     runs = [
-        FinishedRun(tmp_path, run_config(), [result("none", 1, 1.2), result("ngram", 1, 1.3, gain=0.08)], {}),
-        FinishedRun(tmp_path, run_config(), [result("ngram", 1, 1.5, task="xsum", gain=0.1)], {}),
-        FinishedRun(tmp_path, run_config(), [result("ngram", 1, 1.6, h=9, gain=0.2)], {}),
+        Evaluation(ResultsDocument(config=run_config(), results=results), folder=tmp_path)
+        for results in (
+            [result("none", 1, 1.2), result("ngram", 1, 1.3, gain=0.08)],
+            [result("ngram", 1, 1.5, task="xsum", gain=0.1)],
+            [result("ngram", 1, 1.6, h=9, gain=0.2)],
+        )
     ]
     found = efficiency_table(runs)
     assert found.tasks == ("squad", "xsum")
@@ -165,10 +170,9 @@ def test_curves_are_sorted_by_p_and_need_several():
 
 
 def test_what_results_say_beside():
-    config = run_config(alphas={"squad": {"ngram": {1: Alpha(alpha=0.5, source="tuned")}}})
-    assert (
-        alpha_source(config, made_result(rescorer="ngram")) == "tuned" and alpha_source(config, made_result()) is None
-    )
+    weighted = RunRecord(rescorer="ngram", k=16, p=1, alpha=Alpha(alpha=0.5, source="tuned"))
+    config = run_config(runs={"squad": [RunRecord(rescorer="none", k=16, p=1), weighted]})
+    assert [alpha_source(config, made_result(rescorer=name)) for name in ("ngram", "none")] == ["tuned", None]
     found = record_of(Wallclock, made_latency(predicted_speedup=None))
     assert (found.rescore_p95_ms, found.speedup, found.predicted_speedup) == (0.4, 1.752, None)
 
@@ -231,3 +235,13 @@ def test_names_of_others_stay_on_their_line():
 
     title = trace_tables(analyse_trace(trace_of([]), name="a\nb\x1b[2J"))[0].text()
     assert title.startswith("a\\nb\\x1b[2J: 0 examples (0 groups), ") and "\n" not in title
+
+
+def test_traces_and_evaluations_as_objects(run):
+    from rescore.studies.analysis import analyse
+    from rescore.studies.analysis.collect import analyse_folders
+
+    found = analyse(run, run.trace("squad"), against=[("oracle", "none")])
+    by_folder = analyse_folders(results=[run.folder], against=[("oracle", "none")])
+    assert (found.runs, found.contrasts, found.table) == (by_folder.runs, by_folder.contrasts, by_folder.table)
+    assert found.traces[0].ranks == found.runs[0].trace.ranks and "mean gain" in str(found)

@@ -10,27 +10,25 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_heads, save_tiny_base
+from evaluating import Options, evaluated, opened, recorded_trace
 
 from lattices.errors import IncompatibleError
 from lm.base.catalog import load_base
 from lm.files import cache_directory
-from rescore.runs import suite
-from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
-from rescore.runs.finished import load_run
-from rescore.runs.inputs import Models, prepare
-from rescore.runs.options import resolve
-from rescore.runs.suite_plan import read_plan
+from rescore.runs.evaluated import load_run
 from rescore.runs.tuning import tune
 from rescore.studies.cost.inputs import cost_inputs_of_run
+from rescore.suites import run as suite
+from rescore.suites.plan import read_plan
 from rescore.tracing import load_trace
 
 
 @pytest.fixture
-def options(tmp_path: Path, squad_file: Path) -> EvalOptions:
+def options(tmp_path: Path, squad_file: Path) -> Options:
     """A tiny model and heads of their own, which the tests may overwrite."""
     base = save_tiny_base(tmp_path / "base")
     make_heads(load_base(str(base), dtype="float64", device="cpu")).save(tmp_path / "heads", dtype=torch.float32)
-    return EvalOptions(
+    return dict(
         base=str(base), heads=str(tmp_path / "heads"), data=str(squad_file), dtype="float64", device="cpu", k=8,
         max_new_tokens=8, rescorers=("none", "oracle"),
     )  # fmt: skip
@@ -48,90 +46,83 @@ def other_base(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["heads", "base"])
-def test_what_is_replaced_before_it_is_read_is_not_kept_under_the_old_key(
-    options: EvalOptions, tmp_path: Path, what: str
-):
-    options = resolve(options)
-    models = Models(options)
-    (task,) = prepare(options, models)
+def test_what_is_replaced_before_it_is_read_is_not_kept_under_the_old_key(options: Options, tmp_path: Path, what: str):
+    (task,) = opened(options)
     if what == "heads":
-        other_heads(tmp_path / "heads", options.base)
+        other_heads(tmp_path / "heads", options["base"])
     else:
         other_base(tmp_path / "base", tmp_path)
     with pytest.raises(IncompatibleError, match="were replaced while they were read; run the command again"):
-        task.trace(models)
+        task.trace()
     assert not list((cache_directory() / "traces").rglob("*.arrow"))
 
 
 def test_a_task_whose_code_makes_other_prompts_does_not_replay_the_old_ones(
-    options: EvalOptions, caplog: pytest.LogCaptureFixture
+    options: Options, caplog: pytest.LogCaptureFixture
 ):
-    options = resolve(options)
-    models = Models(options)
-    (task,) = prepare(options, models)
-    before = task.trace(models)
+    (task,) = opened(options)
+    before = task.trace()
     assert task.data is not None
     changed = tuple(dataclasses.replace(e, prompt=f"{e.prompt} Now!") for e in task.data.examples)
     now = dataclasses.replace(task, data=dataclasses.replace(task.data, examples=changed))
-    assert now.held() is None
-    after = now.trace(models)
+    assert now.recorded() is None
+    after = now.trace()
     assert [e.prompt for e in after.examples] == [f"{e.prompt} Now!" for e in before.examples]
     assert "holds another prompt or other references of the example 'q0'" in caplog.text
 
 
-def test_a_trace_of_the_users_own_with_other_prompts_is_refused(options: EvalOptions, tmp_path: Path):
-    trace_task(options, tmp_path / "trace")
-    resolved = resolve(options)
-    (task,) = prepare(resolved, Models(resolved), k=8, out=tmp_path / "trace")
+def test_a_trace_of_the_users_own_with_other_prompts_is_refused(options: Options, tmp_path: Path):
+    recorded_trace(options, tmp_path / "trace")
+    (task,) = opened(options, k=8, out=tmp_path / "trace")
     assert task.data is not None
     changed = tuple(dataclasses.replace(e, references=("other",)) for e in task.data.examples)
     now = dataclasses.replace(task, data=dataclasses.replace(task.data, examples=changed))
     with pytest.raises(IncompatibleError, match="holds another prompt or other references"):
-        now.trace(Models(resolved))
+        now.trace()
 
 
-def test_a_run_of_a_given_trace_does_not_read_another_one_in_its_place(options: EvalOptions, tmp_path: Path):
-    trace_task(options, tmp_path / "trace")
-    given = EvalOptions(trace=str(tmp_path / "trace"), k=8, rescorers=("none", "oracle"))
-    evaluate(given, out=tmp_path / "run")
+def test_a_run_of_a_given_trace_does_not_read_another_one_in_its_place(options: Options, tmp_path: Path):
+    recorded_trace(options, tmp_path / "trace")
+    given = dict(trace=str(tmp_path / "trace"), k=8, rescorers=("none", "oracle"))
+    evaluated(given, out=tmp_path / "run")
     assert load_run(tmp_path / "run").trace("squad") is not None
-    other_heads(tmp_path / "heads", options.base)
+    other_heads(tmp_path / "heads", options["base"])
     shutil.rmtree(tmp_path / "trace")
-    trace_task(options, tmp_path / "trace")
+    recorded_trace(options, tmp_path / "trace")
     assert [e.id for e in load_trace(tmp_path / "trace").examples] == [f"q{i}" for i in range(6)]
     with pytest.raises(IncompatibleError, match=r"is not the trace that .* was replayed from"):
         load_run(tmp_path / "run").trace("squad")
 
 
-def test_the_cost_of_a_run_is_not_that_of_another_model_under_the_same_name(options: EvalOptions, tmp_path: Path):
-    evaluate(options, out=tmp_path / "run")
+def test_the_cost_of_a_run_is_not_that_of_another_model_under_the_same_name(options: Options, tmp_path: Path):
+    evaluated(options, out=tmp_path / "run")
     found: Any = cost_inputs_of_run(load_run(tmp_path / "run"))
     assert found.base.parameters > 0
     other_base(tmp_path / "base", tmp_path)
-    for base in (None, options.base):
+    for base in (None, options["base"]):
         with pytest.raises(IncompatibleError, match=r"is not the base LM that .* was decoded with"):
             cost_inputs_of_run(load_run(tmp_path / "run"), base=base)
 
 
-def test_a_trace_of_another_version_of_a_task_file_is_not_taken_for_this_one(options: EvalOptions, tmp_path: Path):
+def test_a_trace_of_another_version_of_a_task_file_is_not_taken_for_this_one(options: Options, tmp_path: Path):
     (tmp_path / "q.jsonl").write_text('{"q": "one", "a": "x"}\n{"q": "two", "a": "y"}\n')
     file = tmp_path / "mine.yaml"
     body = "name: mine\nsource:\n  file: q.jsonl\nprompt: 'Q {q}'\nreference: a\nmetric: exact_match\n"
     file.write_text(body)
-    mine = dataclasses.replace(options, tasks=(str(file),), data=None)
-    trace_task(mine, tmp_path / "trace")
-    given = EvalOptions(tasks=(str(file),), trace=str(tmp_path / "trace"), k=8)
-    evaluate(given)
+    mine = dict(options, tasks=(str(file),), data=None)
+    recorded_trace(mine, tmp_path / "trace")
+    given = dict(tasks=(str(file),), trace=str(tmp_path / "trace"), k=8)
+    evaluated(given)
     file.write_text(body.replace("Q {q}", "Ask {q}"))
     with pytest.raises(IncompatibleError, match="was recorded for another version of"):
-        evaluate(given)
+        evaluated(given)
 
 
 def test_a_suite_keeps_no_sweep_of_another_base_under_the_old_key(
-    options: EvalOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    body = "".join(f"{name}: {getattr(options, name)}\n" for name in ("base", "heads", "device", "dtype", "k"))
-    body += f"max_new_tokens: 8\ntasks: [{{name: squad, data: {options.data}, limit: 2}}]\n"
+    body = "".join(f"{name}: {options[name]}\n" for name in ("base", "heads", "device", "dtype", "k"))
+    body += f"max_new_tokens: 8\ntasks: [{{name: squad, data: {options['data']}, limit: 2}}]\n"
     body += "rescorers: [{name: 'context-ngram:none', tune: {limit: 2, alphas: [1]}}]\n"
     (tmp_path / "table.yaml").write_text(body)
 

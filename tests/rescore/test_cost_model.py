@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import save_tiny_base
+from evaluating import evaluated
 from made_records import made_latency, made_result
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
@@ -17,8 +18,7 @@ from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, U
 from lm.heads.block_heads import BlockHeads
 from lm.heads.nets import BlockHeadsConfig
 from rescore.report.charts.cost_model_charts import cost_model_section
-from rescore.runs.evaluation import EvalOptions, evaluate
-from rescore.runs.finished import FinishedRun, load_run
+from rescore.runs.evaluated import Evaluation, load_run
 from rescore.studies.cost.decoders import (
     _layers,
     decoder_of,
@@ -304,21 +304,23 @@ def test_block_efficiencies_of_results():
 
 
 @pytest.fixture
-def run(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path, tmp_path: Path) -> FinishedRun:
+def run(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path, tmp_path: Path) -> Evaluation:
     """A finished run with the first three heads, and one and two drafts a step."""
-    options = EvalOptions(
+    options = dict(
         base=str(tiny_folder), heads=str(tiny_heads_folder), data=str(squad_file), device="cpu", h=3, k=4, p=(1, 16),
         max_new_tokens=6, limit=2,
     )  # fmt: skip
-    evaluate(options, out=tmp_path / "run")
+    evaluated(options, out=tmp_path / "run")
     return load_run(tmp_path / "run")
 
 
-def changed(run: FinishedRun, *, settings: dict | None = None, **options) -> FinishedRun:
-    """The run with other settings of its trace or other options."""
+def changed(run: Evaluation, *, settings: dict | None = None, **options) -> Evaluation:
+    """The run with other settings of its trace, other inputs, or decoded in another way."""
     traces = {"squad": {**run.config.traces["squad"], **(settings or {})}}
-    changed_options = dataclasses.replace(run.config.options, **options)
-    return dataclasses.replace(run, config=dataclasses.replace(run.config, options=changed_options, traces=traces))
+    how = {name: options.pop(name) for name in ("mode", "verify") if name in options}
+    inputs = {"squad": dataclasses.replace(run.config.inputs["squad"], **options)}
+    config = dataclasses.replace(run.config, inputs=inputs, traces=traces, **how)
+    return dataclasses.replace(run, document=dataclasses.replace(run.document, config=config))
 
 
 class TestInputs:
@@ -371,12 +373,14 @@ class TestInputs:
             dataclasses.replace(r, latency=dataclasses.replace(times, verify="tree" if r.p == 1 else "batch"))
             for r in run.results
         ]
-        fell_back = dataclasses.replace(changed(run, mode="live"), results=results)
+        fell_back = changed(run, mode="live")
+        document = dataclasses.replace(fell_back.document, results=results)
+        fell_back = dataclasses.replace(fell_back, document=document)
         assert cost_inputs_of_run(fell_back).verify == "batch"
 
 
 def test_the_report_s_drafts_are_verified_as_the_run_s(run):
-    def of(found: FinishedRun) -> tuple[str, ...]:
+    def of(found: Evaluation) -> tuple[str, ...]:
         view = SimpleNamespace(label="squad", task="squad", run=found, results=tuple(found.results))
         section = cost_model_section([view])
         return next(row for row in section.rows if row[1:4] == ("16-best 0-gram", "16", "512"))

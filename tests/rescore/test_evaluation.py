@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_heads, save_tiny_base, squad_records, write_lines
+from evaluating import Options, evaluated, inputs_of, recorded_trace
 
 import lm.base.catalog
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
@@ -22,12 +23,11 @@ from lm.records import plain
 from rescore import rescorers, tracing
 from rescore.rescorers import Rescorer
 from rescore.runs import evaluation
-from rescore.runs.evaluation import EvalOptions, evaluate, oracle_by_k, trace_task
 from rescore.runs.records import Divergence, Identical, Result
 from rescore.tasks import data as data_module
 from rescore.tracing import read_header
 
-Make = Callable[..., EvalOptions]
+Make = Callable[..., Options]
 
 
 class Peek(Rescorer):
@@ -54,11 +54,11 @@ def make(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path) -> Make:
         "base": str(tiny_folder), "heads": str(tiny_heads_folder), "data": str(squad_file), "dtype": "float64",
         "device": "cpu", "max_new_tokens": 14, "k": 8, "rescorers": ("none", "oracle", "peek"),
     }  # fmt: skip
-    return lambda **changes: EvalOptions(**common | changes)
+    return lambda **changes: dict(**common | changes)
 
 
-def run(options: EvalOptions, **more: Any) -> list[Result]:
-    return evaluate(options, **more).document.results
+def run(options: Options, **more: Any) -> list[Result]:
+    return evaluated(options, **more).document.results
 
 
 def without_times(results: list[Result]) -> list[Result]:
@@ -122,7 +122,7 @@ class TestNumbers:
         assert found[2:] == run(make(rescorers=("oracle", "none"), data=str(data)))
 
     def test_the_metric_scores_the_output(self, make: Make, tmp_path: Path):
-        trace = trace_task(make(), tmp_path / "trace")
+        trace = recorded_trace(make(), tmp_path / "trace")
         records = squad_records(6)
         for record, example in list(zip(records, trace.examples, strict=True))[:3]:
             record["answers"] = {"text": [example.output]}
@@ -154,7 +154,7 @@ class TestNumbers:
 
     def test_live_quality_is_that_of_the_live_output(self, make: Make, tmp_path: Path, monkeypatch):
         """Which in half precision need not be the trace's."""
-        trace = trace_task(make(), tmp_path / "trace")
+        trace = recorded_trace(make(), tmp_path / "trace")
         records = squad_records(6)
         for record, example in zip(records, trace.examples, strict=True):
             record["answers"] = {"text": [example.output]}
@@ -200,7 +200,7 @@ class TestNumbers:
 
 class TestOracleByK:
     def test_a_result_for_each_k_and_task(self, make: Make):
-        found = oracle_by_k(make(), [1, 2, 4, 40]).document.results
+        found = evaluated(make(rescorers=("oracle",), k=(1, 2, 4, 40), p=3)).document.results
         assert [(r.rescorer, r.k, r.p) for r in found] == [("oracle", k, 1) for k in (1, 2, 4, 40)]
         for r in found:
             (alone,) = run(make(rescorers=("oracle",), k=r.k))
@@ -211,7 +211,7 @@ class TestOracleByK:
     def test_k_that_makes_no_sense_is_refused(self, make: Make):
         for ks, message in (([0, 2], "k = 0"), ([4, 258], "k = 258 is outside 1 to the vocabulary's 257")):
             with pytest.raises(RescoreError, match=message):
-                oracle_by_k(make(), ks)
+                evaluated(make(rescorers=("oracle",), k=ks))
 
 
 class TestTraces:
@@ -267,17 +267,17 @@ class TestTraces:
 
     def test_a_recorded_trace_gives_the_same_results(self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         options = make(p=2)
-        trace = trace_task(make(k=16), tmp_path / "trace")
+        trace = recorded_trace(make(k=16), tmp_path / "trace")
         assert (len(trace.examples), trace.header.k, trace.header.h) == (6, 16, 4)
         direct, shorter = run(options), run(make(limit=4, h=3))
         no_base(monkeypatch)
-        given = {"trace": str(tmp_path / "trace"), "data": None, "heads": None, "base": "no-such-model"}
-        assert run(dataclasses.replace(options, **given)) == direct
+        given = {"trace": str(tmp_path / "trace"), "data": None, "heads": None}
+        assert run(dict(options, **given)) == direct
         assert run(make(limit=4, h=3, **given)) == shorter
-        assert [r.k for r in oracle_by_k(make(**given), [1, 16]).document.results] == [1, 16]
+        assert [r.k for r in evaluated(make(**given, rescorers=("oracle",), k=(1, 16))).document.results] == [1, 16]
 
     def test_a_trace_refuses_what_it_does_not_hold(self, make: Make, tmp_path: Path):
-        trace_task(make(k=8, tasks=("squad",)), tmp_path / "trace")
+        recorded_trace(make(k=8, tasks=("squad",)), tmp_path / "trace")
         given = {"trace": str(tmp_path / "trace"), "data": None, "heads": None}
         for changes, message in (
             ({"k": 16}, "k = 16, but the trace holds the top 8 of each head; choose --k from 1 to 8"),
@@ -290,17 +290,17 @@ class TestTraces:
             with pytest.raises(RescoreError, match=message):
                 run(make(**{**given, **changes}))
         with pytest.raises(IncompatibleError, match=r"\(k: 8 -> 16\); use another --out"):
-            trace_task(make(k=16), tmp_path / "trace")
+            recorded_trace(make(k=16), tmp_path / "trace")
 
     def test_a_trace_made_elsewhere_is_called_as_the_user_likes(self, make: Make, tmp_path: Path):
-        trace_task(make(), tmp_path / "medusa")
+        recorded_trace(make(), tmp_path / "medusa")
         header = json.loads((tmp_path / "medusa" / "trace.json").read_text())
         (tmp_path / "medusa" / "trace.json").write_text(json.dumps(header | {"settings": {}}))
         given = make(trace=str(tmp_path / "medusa"), data=None, heads=None)
         assert {r.task for r in run(given)} == {"medusa"} and not any(r.quality for r in run(given))
-        assert {r.task for r in run(dataclasses.replace(given, tasks=("mine",)))} == {"mine"}
+        assert {r.task for r in run(dict(given, tasks=("mine",)))} == {"mine"}
         with pytest.raises(RescoreError, match="is the trace of one task; give one --task, or none"):
-            run(dataclasses.replace(given, tasks=("mine", "yours")))
+            run(dict(given, tasks=("mine", "yours")))
 
 
 class TestConfiguration:
@@ -308,11 +308,16 @@ class TestConfiguration:
         run(make(seed=3), out=tmp_path / "run")
         document = json.loads((tmp_path / "run" / "results.json").read_text())
         config = document["config"]
-        assert config["options"] == json.loads(json.dumps(dataclasses.asdict(make(seed=3, tasks=("squad",), p=(1,)))))
+        inputs = inputs_of(dict(make(), task="squad"))
+        assert config["inputs"] == {"squad": json.loads(json.dumps(dataclasses.asdict(inputs)))}
+        assert (config["mode"], config["verify"], config["seed"]) == ("replay", "tree", 3)
+        assert [(r["rescorer"], r["p"], r["k"]) for r in config["runs"]["squad"]] == [
+            (name, 1, 8) for name in make()["rescorers"]
+        ]
         assert {"rescore", "torch", "transformers"} <= set(config["versions"])
         assert "git_revision" in config
         assert (config["device"], config["threads"]) == ("cpu", torch.get_num_threads())
-        identity = lm.base.catalog.identify(make().base, dtype="float64")
+        identity = lm.base.catalog.identify(make()["base"], dtype="float64")
         trace = config["traces"]["squad"]
         assert trace["base"] == dataclasses.asdict(identity)
         assert {len(trace["base"][name]) for name in ("weights_sha256", "tokenizer_sha256")} == {64}
@@ -324,18 +329,18 @@ class TestConfiguration:
         assert document["results"] == plain(run(make(seed=3)))
 
     def test_a_given_trace_is_identified_by_its_content(self, make: Make, tmp_path: Path):
-        trace_task(make(limit=2), tmp_path / "trace")
+        recorded_trace(make(limit=2), tmp_path / "trace")
         given = make(trace=str(tmp_path / "trace"), data=None, heads=None)
-        one, again = (evaluate(given).document.config for _ in range(2))
+        one, again = (evaluated(given).document.config for _ in range(2))
         assert one.data["squad"] == again.data["squad"]
         assert one.device == "cpu"
         assert one.data["squad"]["kind"] == "trace" and len(one.data["squad"]["sha256"]) == 64
-        assert one.traces["squad"]["base"]["name"] == make().base
-        trace_task(make(limit=3), tmp_path / "trace")
-        assert evaluate(given).document.config.data["squad"] != one.data["squad"]
+        assert one.traces["squad"]["base"]["name"] == make()["base"]
+        recorded_trace(make(limit=3), tmp_path / "trace")
+        assert evaluated(given).document.config.data["squad"] != one.data["squad"]
 
     def test_the_sample_stands_in_with_a_notice(self, make: Make, monkeypatch: pytest.MonkeyPatch):
-        found = evaluate(make(data=None, limit=2, max_prompt_tokens=200))
+        found = evaluated(make(data=None, limit=2, max_prompt_tokens=200))
         (notice,) = found.notices
         assert "is not in the local cache; using 2 examples of the sample embedded for task squad" in notice
         assert found.document.config.notices == [notice]
@@ -346,10 +351,11 @@ class TestConfiguration:
         happened: list[str] = []
         listen: dict[str, Any] = {"notify": happened.append, "progress": lambda what, *_: happened.append(what)}
         options = make(data=None, limit=2, max_prompt_tokens=200)
-        found = evaluate(options, **listen)
+        found = evaluated(options, **listen)
         assert happened[0] == found.notices[0] and happened.count(found.notices[0]) == 1
         assert set(happened[1:]) == {"trace squad", "replay squad"}
-        for do in (lambda: oracle_by_k(options, [1, 2], **listen), lambda: trace_task(options, tmp_path, **listen)):
+        several = dict(options, rescorers=("oracle",), k=(1, 2))
+        for do in (lambda: evaluated(several, **listen), lambda: recorded_trace(options, tmp_path, **listen)):
             happened.clear()
             do()
             assert happened[0] == found.notices[0] and happened.count(found.notices[0]) == 1
@@ -358,12 +364,12 @@ class TestConfiguration:
     def test_a_base_without_tree_masks_is_told_before_the_work(self, make: Make, monkeypatch, p: int, said: bool):
         monkeypatch.setattr("lm.base.probe.Probe._follows_tree", lambda *_: False)
         happened: list[str] = []
-        found = evaluate(
+        found = evaluated(
             make(mode="live", p=p, rescorers=("none", "oracle")),
             notify=happened.append,
             progress=lambda what, *_: happened.append(what),
         )
-        line = f"{make().base} takes no tree mask; its 4 drafts a step are verified as a batch"
+        line = f"{make()['base']} takes no tree mask; its 4 drafts a step are verified as a batch"
         assert found.notices == found.document.config.notices == [line] * said
         assert (happened[0] == line) == said and happened.count(line) == said
         none, oracle = found.document.results
@@ -384,14 +390,13 @@ class TestConfiguration:
         [
             ({"p": 0}, "p = 0"),
             ({"p": (1, 0)}, "p = 0"),
-            ({"p": ()}, "no p is given"),
+            ({"rescorers": ()}, "nothing is to be run"),
             ({"k": 0}, "k = 0"),
             ({"h": 1}, "h = 1; a block has at least 2 heads"),
             ({"limit": 0}, "--limit 0"),
             ({"seed": -1}, "--seed -1"),
             ({"max_new_tokens": 0}, "--max-new-tokens 0"),
             ({"max_prompt_tokens": 0}, "--max-prompt-tokens 0"),
-            ({"mode": "replya"}, "unknown mode 'replya'; did you mean replay"),
             ({"verify": "trees"}, "unknown verify mode 'trees'; did you mean tree"),
             ({"tasks": ("squat",)}, "unknown task 'squat'; did you mean squad"),
             ({"device": "foo"}, "unknown device 'foo'; known: auto, cpu, cuda"),
@@ -438,7 +443,7 @@ class TestInterruption:
         monkeypatch.setattr(evaluation, "REPLAY_EXAMPLES", 2)
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            cut = evaluate(make(mode=mode), out=tmp_path, progress=stop_after(2, how))
+            cut = evaluated(make(mode=mode), out=tmp_path, progress=stop_after(2, how))
         finally:
             signal.signal(signal.SIGINT, before)
         assert cut.interrupted and [r.n for r in cut.document.results] == [2, 2, 2]
@@ -449,7 +454,7 @@ class TestInterruption:
         kept = (tmp_path / "examples.jsonl").read_bytes()
         with (tmp_path / "examples.jsonl").open("ab") as stream:
             stream.write(b'{"task": "squad", "resc')  # killed while it wrote
-        whole = evaluate(make(mode=mode), out=tmp_path)
+        whole = evaluated(make(mode=mode), out=tmp_path)
         assert not whole.interrupted and without_times(whole.document.results) == run(make())
         assert (tmp_path / "examples.jsonl").read_bytes().startswith(kept)
         assert len(examples_of(tmp_path)) == len(set(examples_of(tmp_path))) == 18
@@ -469,10 +474,10 @@ class TestInterruption:
 
         monkeypatch.setitem(rescorers.PLAIN, "slow", Slow)
         options = make(rescorers=("none", "slow"))
-        cut = evaluate(options, out=tmp_path)
+        cut = evaluated(options, out=tmp_path)
         assert cut.interrupted
         assert [(r.rescorer, r.n) for r in cut.document.results] == [("none", 4), ("slow", 2)]
-        assert evaluate(options, out=tmp_path).document.results == run(options)
+        assert evaluated(options, out=tmp_path).document.results == run(options)
 
     @pytest.mark.parametrize("mode", ["replay", "live"])
     def test_ctrl_c_while_the_trace_is_recorded(self, make: Make, tmp_path: Path, monkeypatch, mode: str):
@@ -482,17 +487,17 @@ class TestInterruption:
             if done == 5:
                 ctrl_c()
 
-        cut = evaluate(make(mode=mode), out=tmp_path, progress=progress)
+        cut = evaluated(make(mode=mode), out=tmp_path, progress=progress)
         assert cut.interrupted
         expected = run(make(limit=4)) if mode == "replay" else []  # what is recorded is replayed, not decoded
         assert cut.document.results == expected
         seen: list[int] = []
-        whole = evaluate(make(mode=mode), out=tmp_path, progress=lambda what, done, _: seen.append((what, done)))
+        whole = evaluated(make(mode=mode), out=tmp_path, progress=lambda what, done, _: seen.append((what, done)))
         assert [n for what, n in seen if what == "trace squad"] == [5, 6], "four examples were recorded already"
         assert without_times(whole.document.results) == run(make())
 
     def test_ctrl_c_before_anything_is_finished(self, make: Make, tmp_path: Path):
-        cut = evaluate(make(), out=tmp_path, progress=lambda *_: ctrl_c())
+        cut = evaluated(make(), out=tmp_path, progress=lambda *_: ctrl_c())
         assert cut.interrupted and cut.document.results == []
         assert run(make(), out=tmp_path) == run(make())
 
@@ -504,7 +509,7 @@ class TestInterruption:
             if what == "trace squad":
                 ctrl_c()
 
-        cut = evaluate(options, out=tmp_path / "run", progress=progress)
+        cut = evaluated(options, out=tmp_path / "run", progress=progress)
         assert {r.task for r in cut.document.results} == {"gsm8k"}
         assert run(options, out=tmp_path / "run") == run(options)
 
@@ -518,10 +523,13 @@ class TestInterruption:
         run(make(data=str(data)), out=tmp_path / "run")
         before = sorted((f.name, f.read_bytes()) for f in (tmp_path / "run").iterdir())
         for changes, difference in (
-            ({"k": 4}, r"\(options.k: 8 -> 4\)"),
-            ({"p": (1, 16)}, r"\(options.p: \[1\] -> \[1, 16\]\)"),
-            ({"rescorers": ("none",), "limit": 1}, r"options.rescorers: .*; options.limit: None -> 1"),
-            ({"max_new_tokens": 9}, r"options.max_new_tokens: 14 -> 9; traces.squad.max_new_tokens: 14 -> 9"),
+            ({"k": 4}, r"\(runs.squad: none \(p = 1, k = 8\), .* -> none \(p = 1, k = 4\), "),
+            ({"p": (1, 16)}, r"\(runs.squad: .* -> none \(p = 1, k = 8\), none \(p = 16, k = 8\), "),
+            (
+                {"rescorers": ("none",), "limit": 1},
+                r"inputs.squad.limit: None -> 1; runs.squad: .* -> none \(p = 1, k = 8\)",
+            ),
+            ({"max_new_tokens": 9}, r"inputs.squad.max_new_tokens: 14 -> 9; traces.squad.max_new_tokens: 14 -> 9"),
         ):
             with pytest.raises(IncompatibleError, match=difference):
                 run(make(data=str(data), **changes), out=tmp_path / "run")
@@ -531,10 +539,10 @@ class TestInterruption:
         assert sorted((f.name, f.read_bytes()) for f in (tmp_path / "run").iterdir()) == before
 
     def test_the_reason_for_the_sample_may_change(self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        first = evaluate(make(data=None, limit=1, max_prompt_tokens=200), out=tmp_path)
+        first = evaluated(make(data=None, limit=1, max_prompt_tokens=200), out=tmp_path)
         monkeypatch.delenv("HF_HUB_OFFLINE")
         monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
         monkeypatch.setattr(data_module, "_hub_trouble", lambda hub: "the hub can't be reached")
-        second = evaluate(make(data=None, limit=1, max_prompt_tokens=200), out=tmp_path)
+        second = evaluated(make(data=None, limit=1, max_prompt_tokens=200), out=tmp_path)
         assert first.notices != second.notices and "can't be reached" in second.notices[0]
         assert first.document.results == second.document.results

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import squad_records, write_lines
+from evaluating import evaluated, opened, recorded_trace, swept
 from hypothesis import given
 from hypothesis import strategies as st
 from made_records import example_record
@@ -15,17 +16,13 @@ from msgspec.structs import replace
 
 from lattices.errors import InvalidDataError
 from rescore.groups import count_groups, digest, held_out, one_of_each_first
-from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
-from rescore.runs.finished import load_run
-from rescore.runs.inputs import Models, prepare
-from rescore.runs.options import resolve
-from rescore.runs.records import Alpha
-from rescore.runs.suite import run_suite
-from rescore.runs.suite_plan import read_plan
+from rescore.runs.evaluated import load_run
+from rescore.runs.records import Alpha, RunRecord
 from rescore.runs.summary import is_cut, summarize
-from rescore.runs.tuning import tune
 from rescore.runs.weights import alpha_notices
 from rescore.studies.analysis.collect import analyse_folders
+from rescore.suites.plan import read_plan
+from rescore.suites.run import run_suite
 from rescore.tasks import Task, load_task
 from rescore.tasks.data import load_examples
 from rescore.tasks.task_file import load_task_file
@@ -42,6 +39,10 @@ def paragraphs(*questions: int) -> list[dict[str, Any]]:
         for p, count in enumerate(questions)
         for q in range(count)
     ]
+
+
+def ngram(alpha: Alpha) -> RunRecord:
+    return RunRecord(rescorer="ngram", k=4, p=1, alpha=alpha)
 
 
 class TestOrder:
@@ -145,11 +146,11 @@ class TestLimit:
 
     def test_of_a_trace_too(self, model: dict[str, Any], tmp_path: Path):
         data = str(write_lines(tmp_path / "squad.jsonl", paragraphs(2, 2, 2)))
-        trace_task(EvalOptions(**model, data=data), tmp_path / "trace")
+        recorded_trace(dict(**model, data=data), tmp_path / "trace")
         trace = load_trace(tmp_path / "trace")
         shuffled = dataclasses.replace(trace, examples=tuple(sorted(trace.examples, key=lambda e: e.id)))
         assert [e.id for e in shuffled.first_examples(3).examples] == ["p0q0", "p1q0", "p2q0"]
-        (result,) = evaluate(EvalOptions(trace=str(tmp_path / "trace"), k=4, limit=4)).document.results
+        (result,) = evaluated(dict(trace=str(tmp_path / "trace"), k=4, limit=4)).document.results
         assert (result.n, result.groups) == (4, 3)
         (found,) = analyse_folders(traces=[tmp_path / "trace"], limit=5, only=("oracle",)).traces
         assert (found.examples, found.groups) == (5, 3)
@@ -166,11 +167,11 @@ def model(tiny_folder: Path, tiny_heads_folder: Path) -> dict[str, Any]:
 class TestRuns:
     def test_groups_go_from_the_data_into_every_number(self, model: dict[str, Any], tmp_path: Path):
         data = str(write_lines(tmp_path / "squad.jsonl", paragraphs(3, 2, 2, 1)))
-        options = EvalOptions(**{**model, "rescorers": ("none", "oracle")}, data=data)
-        results = evaluate(options, out=tmp_path / "run").document.results
+        options = dict(**{**model, "rescorers": ("none", "oracle")}, data=data)
+        results = evaluated(options, out=tmp_path / "run").document.results
         assert [(r.n, r.groups) for r in results] == [(8, 4)] * 2
         run = load_run(tmp_path / "run")
-        records = run.records["squad", "none", 1]
+        records = run.records("squad", "none", 1)
         assert {r.id: r.group for r in records}["p0q2"] == digest("Bridge 0 was built in 1900.")
         trace = run.trace("squad")
         assert trace is not None and count_groups([e.group for e in trace.examples]) == 4
@@ -191,34 +192,33 @@ class TestRuns:
                 "_write_part",
                 lambda folder, rows: write(folder, [{n: v for n, v in r.items() if n != "group"} for r in rows]),
             )
-            evaluate(EvalOptions(**model, data=data))
-        (result,) = evaluate(EvalOptions(**model, data=data), out=tmp_path / "run").document.results
+            evaluated(dict(**model, data=data))
+        (result,) = evaluated(dict(**model, data=data), out=tmp_path / "run").document.results
         assert result.groups == 2
         trace = load_run(tmp_path / "run").trace("squad")
         assert trace is not None and count_groups([e.group for e in trace.examples]) == 2
 
     def test_tuning_is_on_other_sources(self, model: dict[str, Any], tmp_path: Path):
         data = str(write_lines(tmp_path / "squad.jsonl", paragraphs(3, 3, 3, 3)))
-        options = EvalOptions(**{**model, "rescorers": ("context-ngram:none",)}, data=data)
-        (tuned,) = tune(dataclasses.replace(options, limit=3), alphas=(0.5,), ks=(4,), ps=(1,), keep=False)
+        options = dict(**{**model, "rescorers": ("context-ngram:none",)}, data=data)
+        (tuned,) = swept(dict(options, limit=3), alphas=(0.5,), ks=(4,), ps=(1,), keep=False)
         assert set(tuned.held_out) == {"p2q0", "p3q0", "p2q1"} and len(tuned.held_out_groups) == 2
         task = load_task("squad")
         first = load_examples(task, data=Path(data), limit=2).examples
-        evaluated = {e.group for e in first}
-        assert not evaluated & set(tuned.held_out_groups)
-        (tuned,) = tune(options, alphas=(0.5,), ks=(4,), ps=(1,), evaluated=evaluated, keep=False)
+        evaluated_groups = {e.group for e in first}
+        assert not evaluated_groups & set(tuned.held_out_groups)
+        (tuned,) = swept(options, alphas=(0.5,), ks=(4,), ps=(1,), evaluated=evaluated_groups, keep=False)
         assert set(tuned.held_out) == {f"p{p}q{q}" for p in (2, 3) for q in range(3)}
 
     def test_a_weight_that_was_tuned_on_the_same_sources_is_told(self, model: dict[str, Any], tmp_path: Path):
         data = str(write_lines(tmp_path / "squad.jsonl", paragraphs(2, 2, 2)))
-        options = resolve(EvalOptions(**model, data=data, limit=5))
-        (task,) = prepare(options, Models(options))
+        (task,) = opened(dict(**model, data=data, limit=5))
         held = Alpha(alpha=0.5, source="tuned", held_out=("p2q1",), held_out_groups=(task.groups[2],))
-        (line,) = alpha_notices({"ngram": {1: held}}, task)
+        (line,) = alpha_notices([ngram(held)], task)
         assert line.endswith("alpha was tuned on examples that share their source with 1 of these 5")
-        (line,) = alpha_notices({"ngram": {1: replace(held, held_out=("p2q0",))}}, task)
+        (line,) = alpha_notices([ngram(replace(held, held_out=("p2q0",)))], task)
         assert line.endswith("alpha was tuned on 1 of these 5 examples")
-        assert alpha_notices({"ngram": {1: replace(held, held_out_groups=("other",))}}, task) == []
+        assert alpha_notices([ngram(replace(held, held_out_groups=("other",)))], task) == []
 
     def test_a_suite_tunes_on_none_of_the_sources_that_it_evaluates(self, model: dict[str, Any], tmp_path: Path):
         data = write_lines(tmp_path / "squad.jsonl", paragraphs(4, 4, 4))
@@ -234,11 +234,11 @@ class TestRuns:
 
 def test_the_share_of_outputs_that_were_cut(model: dict[str, Any], tmp_path: Path):
     data = str(write_lines(tmp_path / "squad.jsonl", squad_records(4)))
-    cut, whole = EvalOptions(**{**model, "max_new_tokens": 1}, data=data), [7, 8, 256]
+    cut, whole = dict(**{**model, "max_new_tokens": 1}, data=data), [7, 8, 256]
     for mode in ("replay", "live"):
-        (result,) = evaluate(dataclasses.replace(cut, mode=mode)).document.results
+        (result,) = evaluated(dict(cut, mode=mode)).document.results
         assert result.cut_at_limit == 1.0 and set(result.quality) == {"exact match", "F1"}
     assert is_cut(whole, {256}) is False and is_cut(whole[:2], {256}) is True and is_cut(whole, ()) is None
     records = [example_record(cut=value) for value in (True, False, True, True)]
-    assert summarize(records, k=4, seed=0).cut_at_limit == 0.75
-    assert summarize([*records, example_record(cut=None)], k=4, seed=0).cut_at_limit is None
+    assert summarize(records, seed=0).cut_at_limit == 0.75
+    assert summarize([*records, example_record(cut=None)], seed=0).cut_at_limit is None

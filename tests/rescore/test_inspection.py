@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 from conftest import squad_records, write_lines
+from evaluating import evaluated
 
 from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
 from rescore.report.inspection import Inspection, inspect_example
 from rescore.report.inspection_view import inspection_lines
-from rescore.runs.evaluation import EvalOptions, evaluate
-from rescore.runs.finished import load_run
+from rescore.runs.evaluated import load_run
 
 NASTY = "\x1b[2J\x9b31m\u202e<script>alert(1)</script> [red]x[/red] \u05e9\u05dc\u05d5\u05dd 👩\u200d👧 \u2028end"
 
@@ -34,7 +34,7 @@ def make(tiny_folder: Path, tiny_heads_folder: Path, tmp_path: Path) -> Callable
             "base": str(tiny_folder), "heads": str(tiny_heads_folder), "data": str(data), "device": "cpu", "k": 4,
             "max_new_tokens": 10, "max_prompt_tokens": 60, "rescorers": ("none", "oracle"), "p": (1, 2),
         }  # fmt: skip
-        evaluate(EvalOptions(**{**options, **changes}), out=tmp_path / "run")
+        evaluated(dict(**{**options, **changes}), out=tmp_path / "run")
         return tmp_path / "run"
 
     return made
@@ -72,7 +72,7 @@ def test_blocks_say_what_was_drafted_accepted_and_wanted(make: Callable[..., Pat
             assert draft.tokens[: draft.accepted] == output[block.position : block.position + draft.accepted]
     for side in (("none", 1), ("none", 2), ("oracle", 1)):
         steps = [(b.position, d.tokens) for b in found.blocks for d in b.drafts if (d.rescorer, d.p) == side]
-        (record,) = [r for r in run.records["squad", *side] if r.id == "q0"]
+        (record,) = [r for r in run.records("squad", *side) if r.id == "q0"]
         assert [tokens for _, tokens in steps] == record.drafts
 
 

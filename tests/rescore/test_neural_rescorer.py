@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_tiny_base
+from evaluating import evaluated
 from test_ngram_rescorer import bigram_model, save
 from test_replay import traced
 
@@ -23,7 +24,6 @@ from lm.neural.model import DeltaConfig, first_layers, save_delta
 from rescore.replay import replay
 from rescore.rescorers import Context, Target, load_rescorer, neural_state
 from rescore.rescorers.ngram_neural import CANDIDATES, path_logps
-from rescore.runs.evaluation import EvalOptions, evaluate
 
 H, K = 4, 5
 
@@ -266,12 +266,12 @@ class TestEndToEnd:
     ):
         ngram = save(tmp_path / "ngram", bigram_model())
         names = ("none", f"neural:{small_folder}", f"ngram-neural:{small_folder}@ngram:{ngram}")
-        options = EvalOptions(
+        options = dict(
             base=str(tiny_folder), heads=str(tiny_heads_folder), data=str(squad_file), dtype="float64", device="cpu",
             max_new_tokens=14, k=8, p=(1, 3), rescorers=names, alpha=0.8,
         )  # fmt: skip
-        replayed = evaluate(options).document.results
-        live = evaluate(dataclasses.replace(options, mode="live")).document.results
+        replayed = evaluated(options).document.results
+        live = evaluated(dict(options, mode="live")).document.results
         assert [r.accepted_histogram for r in replayed] == [r.accepted_histogram for r in live]
         assert all(r.identical and r.identical.identical == r.n for r in live)
         assert len({tuple(r.accepted_histogram) for r in replayed}) > 2, "rescoring changes something"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from evaluating import Options, recorded_trace
 from test_ngram_rescorer import VOCAB, bigram_model, options, save  # noqa: F401 (a fixture)
 
 from lattices.errors import IncompatibleError, RescoreError
@@ -14,7 +15,6 @@ from lm.ngram.mix import NgramPart, find_parts, mix_ngrams
 from rescore.accounting import account
 from rescore.replay import replay
 from rescore.rescorers.ngram import Ngram
-from rescore.runs.evaluation import EvalOptions, trace_task
 from rescore.runs.weights import target_of
 from rescore.studies.ngram_mixing import best_weights, tune_mixture
 from rescore.tracing import load_trace
@@ -26,9 +26,9 @@ def ngram(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def trace(options: EvalOptions, tmp_path: Path) -> Path:  # noqa: F811
+def trace(options: Options, tmp_path: Path) -> Path:  # noqa: F811
     """Six examples."""
-    trace_task(options, tmp_path / "trace")
+    recorded_trace(options, tmp_path / "trace")
     return tmp_path / "trace"
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from evaluating import Options, evaluated, swept
 
 from lattices.automaton import Automaton
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
@@ -18,9 +19,7 @@ from lm.ngram.arpa import write_arpa
 from lm.ngram.load import load_ngram
 from rescore.replay import replay
 from rescore.rescorers import Context, Rescorer, Target, load_rescorer
-from rescore.runs.evaluation import EvalOptions, evaluate
 from rescore.runs.records import Identical
-from rescore.runs.tuning import tune
 from rescore.tracing import load_trace
 
 VOCAB = 257  # of the tiny tokenizer
@@ -55,8 +54,8 @@ def ngram(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def options(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path, ngram: Path) -> EvalOptions:
-    return EvalOptions(
+def options(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path, ngram: Path) -> Options:
+    return dict(
         base=str(tiny_folder), heads=str(tiny_heads_folder), data=str(squad_file), dtype="float64", device="cpu",
         max_new_tokens=14, k=8, rescorers=("none", f"ngram:{ngram}"),
     )  # fmt: skip
@@ -166,71 +165,71 @@ class TestLoading:
 
 
 class TestEvaluation:
-    def test_replay_equals_live_and_the_output_is_exact(self, options: EvalOptions):
+    def test_replay_equals_live_and_the_output_is_exact(self, options: Options):
         for p in (1, 4):
-            chosen = dataclasses.replace(options, p=p, alpha=0.7)
-            replayed = evaluate(chosen).document.results[1]
-            live = evaluate(dataclasses.replace(chosen, mode="live")).document.results[1]
+            chosen = dict(options, p=p, alpha=0.7)
+            replayed = evaluated(chosen).document.results[1]
+            live = evaluated(dict(chosen, mode="live")).document.results[1]
             assert live.identical == Identical(n=6, identical=6)
             assert live.accepted_histogram == replayed.accepted_histogram
             assert live.alpha == replayed.alpha == 0.7
             assert sum(replayed.accepted_histogram) == replayed.steps
             assert sum(i * n for i, n in enumerate(replayed.accepted_histogram)) == replayed.tokens
 
-    def test_weight_zero_is_none(self, options: EvalOptions):
-        none, ngram = evaluate(dataclasses.replace(options, p=4, alpha=0.0)).document.results
+    def test_weight_zero_is_none(self, options: Options):
+        none, ngram = evaluated(dict(options, p=4, alpha=0.0)).document.results
         assert dataclasses.replace(ngram, rescorer="none", alpha=None) == none
 
-    def test_the_default_weight_is_told(self, options: EvalOptions):
-        evaluation = evaluate(options)
+    def test_the_default_weight_is_told(self, options: Options):
+        evaluation = evaluated(options)
         assert any("by default" in line for line in evaluation.notices)
-        assert evaluation.document.config.alphas["squad"][options.rescorers[1]][1].source == "default"
+        assert [run.alpha.source for run in evaluation.config.runs["squad"] if run.alpha] == ["default"]
 
     def test_results_of_another_model_under_the_same_name_are_not_gone_on_with(self, options, ngram: Path, tmp_path):
-        found = evaluate(options, out=tmp_path / "run").document
-        assert found.config.rescorers == {options.rescorers[1]: load_rescorer(options.rescorers[1]).identity}
+        found = evaluated(options, out=tmp_path / "run").document
+        assert {run.rescorer: run.identity for run in found.config.runs["squad"] if run.alpha} == {
+            options["rescorers"][1]: load_rescorer(options["rescorers"][1]).identity
+        }
         Automaton.compile(bigram_model(words=range(50, 90))).save(ngram / "automaton.bin")
-        with pytest.raises(IncompatibleError, match=r"another configuration .rescorers.*ngram"):
-            evaluate(options, out=tmp_path / "run")
+        with pytest.raises(IncompatibleError, match=r"another configuration .weights.squad.ngram.*identity"):
+            evaluated(options, out=tmp_path / "run")
 
     @pytest.mark.parametrize(
         "broken", ["", "{}", '{"alpha": "much", "held_out": []}', '{"alpha": 1.0}', '{"alpha": 1e9}']
     )
     def test_a_broken_tuned_weight_is_told_with_the_command(self, options, broken: str, cache_folder: Path):
-        chosen = dataclasses.replace(options, rescorers=options.rescorers[1:], alpha="tuned")
-        tune(chosen, alphas=(0.5,), ks=(8,), ps=(1,))
-        evaluate(chosen)
+        chosen = dict(options, rescorers=options["rescorers"][1:], alpha="tuned")
+        swept(chosen, alphas=(0.5,), ks=(8,), ps=(1,))
+        evaluated(chosen)
         (path,) = (cache_folder / "tuned").iterdir()
         path.write_text(broken)
         with pytest.raises(InvalidDataError, match="run: rescore tune --task squad --rescorer ngram"):
-            evaluate(chosen)
+            evaluated(chosen)
 
     @pytest.mark.parametrize("alpha", ["tune", "", "0.5"])
-    def test_a_word_that_is_no_weight_is_refused(self, options: EvalOptions, alpha: str):
+    def test_a_word_that_is_no_weight_is_refused(self, options: Options, alpha: str):
         with pytest.raises(RescoreError, match=r"a number, or tuned \(rescore tune\)"):
-            evaluate(dataclasses.replace(options, alpha=alpha))
+            evaluated(dict(options, alpha=alpha))
 
     @pytest.mark.parametrize("alpha", [-0.1, 65.0])
-    def test_a_weight_out_of_range_is_refused(self, options: EvalOptions, alpha: float):
+    def test_a_weight_out_of_range_is_refused(self, options: Options, alpha: float):
         with pytest.raises(RescoreError, match="--alpha"):
-            evaluate(dataclasses.replace(options, alpha=alpha))
+            evaluated(dict(options, alpha=alpha))
 
-    def test_little_coverage_is_told(self, options: EvalOptions, tmp_path: Path):
+    def test_little_coverage_is_told(self, options: Options, tmp_path: Path):
         path = save(tmp_path / "small", bigram_model(words=range(5)))
         told: list[str] = []
-        evaluate(dataclasses.replace(options, rescorers=(f"ngram:{path}",)), notify=told.append)
+        evaluated(dict(options, rescorers=(f"ngram:{path}",)), notify=told.append)
         assert any("of the lattices' tokens" in line for line in told)
 
 
 class TestContext:
     @pytest.mark.parametrize("p", [1, 4])
-    def test_replay_equals_live(self, options: EvalOptions, ngram: Path, p: int):
+    def test_replay_equals_live(self, options: Options, ngram: Path, p: int):
         """The counts grow step by step alike, whether examples walk side by side or are decoded one by one."""
-        chosen = dataclasses.replace(
-            options, p=p, alpha=1.5, rescorers=(f"context-ngram:{ngram}@0.6", "context-ngram:none")
-        )
-        replayed = evaluate(chosen).document.results
-        live = evaluate(dataclasses.replace(chosen, mode="live")).document.results
+        chosen = dict(options, p=p, alpha=1.5, rescorers=(f"context-ngram:{ngram}@0.6", "context-ngram:none"))
+        replayed = evaluated(chosen).document.results
+        live = evaluated(dict(chosen, mode="live")).document.results
         assert [r.identical for r in live] == [Identical(n=6, identical=6)] * 2
         assert [r.accepted_histogram for r in live] == [r.accepted_histogram for r in replayed]
 
@@ -252,49 +251,47 @@ class TestContext:
 
 
 class TestTuning:
-    def test_the_best_weight_is_found_and_used(self, options: EvalOptions):
-        typed = options.rescorers[1]
+    def test_the_best_weight_is_found_and_used(self, options: Options):
+        typed = options["rescorers"][1]
         alphas = (0.5, 2.0)
-        chosen = dataclasses.replace(options, rescorers=(typed,))
-        (tuned,) = tune(chosen, alphas=alphas, ks=(8,), ps=(1,))
+        chosen = dict(options, rescorers=(typed,))
+        (tuned,) = swept(chosen, alphas=alphas, ks=(8,), ps=(1,))
         assert tuned.alphas == (0.0, *alphas) and len(tuned.held_out) == 3
         by_alpha = dict(zip(tuned.alphas, tuned.block_efficiency, strict=True))
         assert by_alpha[tuned.alpha] == max(by_alpha.values())
         assert tuned.alpha == min(a for a, b in by_alpha.items() if b == max(by_alpha.values()))
         told: list[str] = []
-        assert evaluate(chosen).document.results[0].alpha == 0.5, "what is tuned is used where it is asked for"
-        chosen = dataclasses.replace(chosen, alpha="tuned")
-        result = evaluate(chosen, notify=told.append).document.results[0]
+        assert evaluated(chosen).document.results[0].alpha == 0.5, "what is tuned is used where it is asked for"
+        chosen = dict(chosen, alpha="tuned")
+        result = evaluated(chosen, notify=told.append).document.results[0]
         assert result.alpha == tuned.alpha
         assert any("tuned on 3 of these 6" in line for line in told)
         assert not any("default" in line for line in told)
-        assert evaluate(dataclasses.replace(chosen, alpha=0.9)).document.results[0].alpha == 0.9
+        assert evaluated(dict(chosen, alpha=0.9)).document.results[0].alpha == 0.9
 
-    def test_a_weight_of_other_data_is_told(self, options: EvalOptions, tmp_path: Path):
-        chosen = dataclasses.replace(options, rescorers=options.rescorers[1:])
-        tune(chosen, alphas=(0.5, 2.0), ks=(8,), ps=(1,))
-        lines = Path(options.data).read_text().splitlines()
+    def test_a_weight_of_other_data_is_told(self, options: Options, tmp_path: Path):
+        chosen = dict(options, rescorers=options["rescorers"][1:])
+        swept(chosen, alphas=(0.5, 2.0), ks=(8,), ps=(1,))
+        lines = Path(options["data"]).read_text().splitlines()
         (tmp_path / "less.jsonl").write_text("\n".join(lines[:3]) + "\n")
         told: list[str] = []
-        evaluate(dataclasses.replace(chosen, data=str(tmp_path / "less.jsonl"), alpha="tuned"), notify=told.append)
+        evaluated(dict(chosen, data=str(tmp_path / "less.jsonl"), alpha="tuned"), notify=told.append)
         assert any("was tuned on other data of this task" in line for line in told)
 
-    def test_held_out_examples_are_the_last_ones(self, options: EvalOptions):
-        (tuned,) = tune(
-            dataclasses.replace(options, rescorers=options.rescorers[1:], limit=2), alphas=(1.0,), ks=(8,), ps=(1,)
-        )
+    def test_held_out_examples_are_the_last_ones(self, options: Options):
+        (tuned,) = swept(dict(options, rescorers=options["rescorers"][1:], limit=2), alphas=(1.0,), ks=(8,), ps=(1,))
         assert tuned.held_out == ("q4", "q5")
 
-    def test_efficiency_is_that_of_replay(self, options: EvalOptions, tmp_path: Path, cache_folder: Path):
-        chosen = dataclasses.replace(options, rescorers=options.rescorers[1:])
-        (tuned,) = tune(chosen, alphas=(1.0,), ks=(8,), ps=(2,))
+    def test_efficiency_is_that_of_replay(self, options: Options, tmp_path: Path, cache_folder: Path):
+        chosen = dict(options, rescorers=options["rescorers"][1:])
+        (tuned,) = swept(chosen, alphas=(1.0,), ks=(8,), ps=(2,))
         (folder,) = (cache_folder / "traces").iterdir()
         examples = [e for e in load_trace(folder).examples if e.id in tuned.held_out]
-        rescorer = load_rescorer(chosen.rescorers[0]).fit(Target(VOCAB, (256,), None)).weighted(1.0)
+        rescorer = load_rescorer(chosen["rescorers"][0]).fit(Target(VOCAB, (256,), None)).weighted(1.0)
         accepted = replay(examples, rescorer, k=8, p=2)
         tokens, steps = sum(map(sum, accepted)), sum(map(len, accepted))
         assert tuned.block_efficiency[1] == tokens / steps
 
-    def test_a_rescorer_without_weight_is_refused(self, options: EvalOptions):
+    def test_a_rescorer_without_weight_is_refused(self, options: Options):
         with pytest.raises(RescoreError, match="no weight"):
-            tune(options)
+            swept(options)

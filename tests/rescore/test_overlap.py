@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 from conftest import squad_records, write_lines
+from evaluating import evaluated, recorded_trace
 from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import Command, rescore  # noqa: F401
 
 from lattices.errors import InvalidDataError, RescoreError
 from rescore.groups import digest
-from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
 from rescore.runs.leave_out import SHIPPED, SHIPPED_FILE, read_leave_out, write_leave_out
-from rescore.runs.suite import run_suite
-from rescore.runs.suite_plan import read_plan
 from rescore.studies.overlap import Overlap, find_overlap
+from rescore.suites.plan import read_plan
+from rescore.suites.run import run_suite
 from rescore.tasks import load_task, task_names
 from rescore.tasks.data import load_examples
 
@@ -210,17 +210,17 @@ class TestLeftOut:
             load_examples(task, data=squad_file, leave_out=every)
 
     def test_an_evaluation_says_so(self, options: dict[str, Any], left_out: str):
-        whole = evaluate(EvalOptions(**options))
-        found = evaluate(EvalOptions(**options, leave_out=left_out))
+        whole = evaluated(dict(**options))
+        found = evaluated(dict(**options, leave_out=left_out))
         assert (whole.document.results[0].n, found.document.results[0].n) == (6, 4)
         assert found.notices == ["squad: 2 examples of the data are left out (q1, q3)"] and whole.notices == []
         assert found.document.config.data["squad"]["left_out"] == ["q1", "q3"]
-        assert found.document.config.options.leave_out == left_out
+        assert found.config.inputs["squad"].leave_out == left_out
 
     def test_of_a_given_trace(self, options: dict[str, Any], left_out: str, tmp_path: Path):
-        trace_task(EvalOptions(**options), tmp_path / "trace")
-        given = EvalOptions(trace=str(tmp_path / "trace"), k=4, leave_out=left_out)
-        assert evaluate(given).document.results[0].n == 4
+        recorded_trace(dict(**options), tmp_path / "trace")
+        given = dict(trace=str(tmp_path / "trace"), k=4, leave_out=left_out)
+        assert evaluated(given).document.results[0].n == 4
 
     def test_in_a_suite(self, options: dict[str, Any], left_out: str, tmp_path: Path):
         body = "".join(f"{name}: {options[name]}\n" for name in ("base", "heads", "device", "k", "max_new_tokens"))

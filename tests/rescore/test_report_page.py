@@ -9,11 +9,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from evaluating import evaluated
 
 from lattices.errors import InvalidDataError, OutputError, RescoreError
 from rescore.report.page import write_report
-from rescore.runs.evaluation import EvalOptions, evaluate
-from rescore.runs.finished import load_run
+from rescore.runs.evaluated import load_run
 from rescore.studies.cost.decoders import decoder_of, heads_of
 from rescore.studies.cost.model import cost_table
 
@@ -24,7 +24,7 @@ HOSTILE = (
 
 
 def run_into(folder: Path, options: dict, **changes) -> Path:
-    evaluate(EvalOptions(**{**options, **changes}), out=folder)
+    evaluated(dict(**{**options, **changes}), out=folder)
     return folder
 
 

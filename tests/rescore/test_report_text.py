@@ -18,9 +18,9 @@ from rescore.report.headline import make_headline
 from rescore.report.sources import json_text
 from rescore.report.sweeps import kept_sweeps
 from rescore.report.token_text import excerpt, harmless, token_texts, tokenizer_of, visible
-from rescore.runs.finished import FinishedRun
-from rescore.runs.options import EvalOptions
-from rescore.runs.records import Alpha, Result
+from rescore.runs.evaluated import Evaluation
+from rescore.runs.inputs import Inputs
+from rescore.runs.records import Alpha, Result, ResultsDocument, RunRecord
 from rescore.studies.tables import accuracy_table
 
 
@@ -156,8 +156,10 @@ def test_sweeps_of_tasks_whose_names_are_patterns(tmp_path, monkeypatch):
     (tmp_path / "tuned").mkdir()
     (tmp_path / "tuned" / "a[b]-0.json").write_text(json.dumps(sweep))
     chosen = Alpha(alpha=1.0, source="tuned", held_out=("x",))
-    config = run_config(options=EvalOptions(k=4), alphas={"a[b]": {"ngram": {1: chosen}}})
-    run = FinishedRun(tmp_path, config, [], {})
+    runs = {"a[b]": [RunRecord(rescorer="ngram", k=4, p=1, alpha=chosen)]}
+    config = run_config(inputs={"a[b]": Inputs(task="a[b]")}, runs=runs)
+    results = [made_result(task="a[b]", rescorer="ngram", k=4)]
+    run = Evaluation(ResultsDocument(config=config, results=results), folder=tmp_path)
     (found,) = kept_sweeps(run, "a[b]")
     assert found.block_efficiency == (1.0, 1.5)
 

@@ -19,7 +19,8 @@ from lm.records import plain
 from rescore.accounting import account
 from rescore.runs import environment as environment_module
 from rescore.runs.environment import environment, versions
-from rescore.runs.options import EvalOptions
+from rescore.runs.inputs import Inputs
+from rescore.runs.log import ExampleLog, save_results
 from rescore.runs.records import (
     Divergence,
     ExampleRecord,
@@ -28,7 +29,6 @@ from rescore.runs.records import (
     Result,
     ResultsDocument,
 )
-from rescore.runs.results import ExampleLog, save_results
 from rescore.runs.tables import results_tables
 from rescore.table import joined
 
@@ -37,7 +37,7 @@ CONFIG = {"options": {"k": 16, "p": 1}, "traces": {"squad": {"base": {"weights_s
 
 def record(example: str, rescorer: str = "none", p: int = 1, task: str = "squad") -> ExampleRecord:
     return ExampleRecord(
-        task=task, rescorer=rescorer, p=p, id=example, group=example, h=2, accepted=[1, 2], cut=False,
+        task=task, rescorer=rescorer, k=16, p=p, id=example, group=example, h=2, accepted=[1, 2], cut=False,
         drafts=[[3, 4], [5, 6]], oracle_accepted=[2, 1], output_ids=[3, 5, 6], quality={"F1": 0.5},
     )  # fmt: skip
 
@@ -59,8 +59,8 @@ class TestExampleLog:
             assert lines(tmp_path / "run") == [written("a")]
             log.add(record("a", "oracle"))
         with ExampleLog(tmp_path / "run", CONFIG) as log:
-            assert log.has("squad", "none", 1, "a") and log.has("squad", "oracle", 1, "a")
-            assert not log.has("squad", "none", 1, "b") and not log.has("xsum", "none", 1, "a")
+            assert log.has(("squad", "none", 1, 16), "a") and log.has(("squad", "oracle", 1, 16), "a")
+            assert not log.has(("squad", "none", 1, 16), "b") and not log.has(("xsum", "none", 1, 16), "a")
             log.add(record("b"))
         assert lines(tmp_path / "run") == [written("a"), written("a", "oracle"), written("b")]
 
@@ -68,22 +68,22 @@ class TestExampleLog:
         with ExampleLog(tmp_path, CONFIG) as log:
             log.add(record("a", p=16))
         with ExampleLog(tmp_path, CONFIG) as log:
-            assert log.has("squad", "none", 16, "a") and not log.has("squad", "none", 1, "a")
+            assert log.has(("squad", "none", 16, 16), "a") and not log.has(("squad", "none", 1, 16), "a")
             log.add(record("a", p=1))
-            assert log.records("squad", "none", 16, ["a"]) == [record("a", p=16)]
+            assert log.records(("squad", "none", 16, 16), ["a"]) == [record("a", p=16)]
         assert lines(tmp_path) == [written("a", "none", 16), written("a", "none", 1)]
 
     def test_without_a_folder_it_remembers(self):
         with ExampleLog(None, CONFIG) as log:
             log.add(record("a"))
-            assert log.records("squad", "none", 1, ["a"]) == [record("a")]
+            assert log.records(("squad", "none", 1, 16), ["a"]) == [record("a")]
 
     def test_records_come_in_the_order_asked_for_not_of_finishing(self):
         with ExampleLog(None, CONFIG) as log:
             for name in "cab":
                 log.add(record(name))
             log.add(record("d", task="xsum"))
-        assert [r.id for r in log.records("squad", "none", 1, ["a", "b", "z", "c"])] == ["a", "b", "c"]
+        assert [r.id for r in log.records(("squad", "none", 1, 16), ["a", "b", "z", "c"])] == ["a", "b", "c"]
 
     @pytest.mark.parametrize("torn", ['{"task": "squ', '{"task": "squad"}', "\x00\x00"])
     def test_a_torn_last_line_is_cut_off(self, tmp_path: Path, torn: str):
@@ -156,7 +156,7 @@ class TestExampleLog:
             for number in range(5):
                 log.add(record(str(number)))
         with ExampleLog(tmp_path, CONFIG) as log:
-            assert [number for number in range(5) if log.has("squad", "none", 1, str(number))] == [0, 1, 2]
+            assert [number for number in range(5) if log.has(("squad", "none", 1, 16), str(number))] == [0, 1, 2]
             log.add(record("3"))
         assert lines(tmp_path) == [written(str(number)) for number in range(4)]
         assert capfd.readouterr().err == ""
@@ -166,21 +166,24 @@ def result(**changes: Any) -> Result:
     return made_result(**vars(account([[1, 2, 3], [3, 1]], 3)) | changes)
 
 
-OPTIONS = EvalOptions(base="tiny", max_new_tokens=64)
-LIVE = EvalOptions(base="tiny", max_new_tokens=64, mode="live")
 LATENCY = made_latency()
 
 
-def document(found: Sequence[Result] = (), options: EvalOptions = OPTIONS) -> ResultsDocument:
-    return ResultsDocument(config=run_config(options=options), results=list(found))
+def document(found: Sequence[Result] = (), *, seed: int = 0, trace: str | None = None) -> ResultsDocument:
+    tasks = {"squad", *(r.task for r in found)}
+    config = run_config(
+        inputs={task: Inputs(task=task, base="tiny", trace=trace) for task in tasks}, seed=seed,
+        traces={task: {"k": 16, "max_new_tokens": 64} for task in tasks},
+    )  # fmt: skip
+    return ResultsDocument(config=config, results=list(found))
 
 
 class TestDocument:
     def test_it_is_schema_config_and_results(self):
-        made = document([result()], EvalOptions(seed=7))
+        made = document([result()], seed=7)
         fields = plain(made)
         assert list(fields) == ["schema", "config", "results"]
-        assert fields["schema"] == "rescore.results/5" and fields["config"]["options"]["seed"] == 7
+        assert fields["schema"] == "rescore.results/6" and fields["config"]["seed"] == 7
         assert fields["config"] == plain(made.config)
         (found,) = fields["results"]
         assert {
@@ -192,18 +195,18 @@ class TestDocument:
         assert json.loads(json.dumps(fields))["results"][0]["accepted_histogram"] == [0, 2, 1, 2]
 
     def test_it_is_written_whole_or_not_at_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        save_results(document(options=EvalOptions(seed=1)), tmp_path)
+        save_results(document(seed=1), tmp_path)
         with files_of_at_most(10), pytest.raises(OutputError, match=r"can't write .*results.json"):
-            save_results(document(options=EvalOptions(seed=2)), tmp_path)
+            save_results(document(seed=2), tmp_path)
 
         def full(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "replace", full)
         with pytest.raises(OutputError, match=r"can't write .*results.json: No space left on device"):
-            save_results(document(options=EvalOptions(seed=3)), tmp_path)
+            save_results(document(seed=3), tmp_path)
         assert [f.name for f in tmp_path.iterdir()] == ["results.json"]
-        assert json.loads((tmp_path / "results.json").read_text())["config"]["options"]["seed"] == 1
+        assert json.loads((tmp_path / "results.json").read_text())["config"]["seed"] == 1
 
     def test_the_environment_names_versions_and_revision(self, monkeypatch: pytest.MonkeyPatch):
         assert {"rescore", "torch", "transformers", "numpy", "numba", "datasets"} <= set(versions())
@@ -309,7 +312,7 @@ class TestTables:
         without_calls = result(
             rescorer="oracle", identical=live.identical, latency=dataclasses.replace(LATENCY, predicted_speedup=None)
         )
-        text = shown(document([live, without_calls], LIVE))
+        text = shown(document([live, without_calls]))
         assert text.startswith("live decode (p drafts as tree) of tiny")
         assert re.search(r"\nsquad +none +16 +1 +2.000 .* 1.75x\nsquad +oracle ", text), "in the first table too"
         assert re.search(r"squad +none +16 +1 +1/2 +87.6 +50.0 +1.75x +1.80x\n", text)
@@ -322,24 +325,24 @@ class TestTables:
             p=16, identical=Identical(n=2, identical=2), latency=dataclasses.replace(LATENCY, verify="batch")
         )
         oracle = result(rescorer="oracle", identical=Identical(n=2, identical=2), latency=LATENCY)
-        text = shown(document([oracle, batch], LIVE))
+        text = shown(document([oracle, batch]))
         assert text.startswith("live decode (p drafts as batch) of tiny")
 
     def test_outputs_that_differ_are_shown(self):
         live = {"identical": Identical(n=2, identical=2), "latency": LATENCY}
         same = result(divergence=[], **live)
-        assert "differ" not in shown(document([same], LIVE))
+        assert "differ" not in shown(document([same]))
         places = [
             Divergence(id="a", position=30, margin=0.125),
             Divergence(id="b", position=7, margin=0.0625),
         ]
         other = result(rescorer="oracle", divergence=places, **live)
-        text = shown(document([same, other], LIVE))
+        text = shown(document([same, other]))
         assert re.search(r"differ +earliest at +margin there +largest margin\n", text)
         assert re.search(r"\nsquad +oracle +16 +1 +2/2 +7 +0.0625 +0.1250\n", text)
 
     def test_a_given_trace_is_named(self):
-        text = shown(document([result()], EvalOptions(trace="medusa")))
+        text = shown(document([result()], trace="medusa"))
         assert text.startswith("replayed decode of the trace medusa, h = 3\nsquad: ")
 
     def test_nothing_finished_is_said(self):

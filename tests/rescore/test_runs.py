@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from conftest import write_lines
+from evaluating import evaluated, recorded_trace
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
-from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
-from rescore.runs.finished import load_run
+from rescore.runs.evaluated import load_run
 from rescore.runs.records import Result
 
 
@@ -25,7 +25,7 @@ def options(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path) -> dic
 
 @pytest.fixture
 def folder(options, tmp_path: Path, cache_folder: Path) -> Path:
-    evaluate(EvalOptions(**options), out=tmp_path / "run")
+    evaluated(dict(**options), out=tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -33,7 +33,7 @@ def test_what_was_evaluated_is_there(folder):
     run = load_run(folder)
     assert run.tasks == ["squad"] and run.rescorers == [("none", 1), ("none", 2), ("oracle", 1)]
     for result in run.results:
-        records = run.records["squad", result.rescorer, result.p]
+        records = run.records("squad", result.rescorer, result.p)
         assert sum(len(r.accepted) for r in records) == result.steps and len(records) == result.n == 3
         for record in records:
             assert len(record.drafts) == len(record.accepted)
@@ -45,16 +45,16 @@ def test_what_was_evaluated_is_there(folder):
 
 @pytest.mark.parametrize("h", [None, 2])
 def test_the_trace_is_found_in_the_cache_and_cut(options, tmp_path, cache_folder, h):
-    evaluate(EvalOptions(**{**options, "limit": 4}))  # the cache holds more than the run
-    evaluate(EvalOptions(**{**options, "h": h}), out=tmp_path / "run")
+    evaluated(dict(**{**options, "limit": 4}))  # the cache holds more than the run
+    evaluated(dict(**{**options, "h": h}), out=tmp_path / "run")
     trace = load_run(tmp_path / "run").trace("squad")
     assert trace is not None and len(trace.examples) == 3 and trace.header.h == (h or 4)
 
 
 def test_a_given_trace_is_found_where_it_was(options, tmp_path, cache_folder):
-    trace_task(EvalOptions(**{**options, "rescorers": ("none",), "p": 1}), tmp_path / "trace")
-    given = EvalOptions(trace=str(tmp_path / "trace"), rescorers=("none",), k=4, device="cpu")
-    evaluate(given, out=tmp_path / "run")
+    recorded_trace(dict(**{**options, "rescorers": ("none",), "p": 1}), tmp_path / "trace")
+    given = dict(trace=str(tmp_path / "trace"), rescorers=("none",), k=4, device="cpu")
+    evaluated(given, out=tmp_path / "run")
     run = load_run(tmp_path / "run")
     found = run.trace("squad")
     assert found is not None and len(found.examples) == 3
@@ -115,12 +115,12 @@ class TestTrouble:
 
     @pytest.mark.parametrize(
         ("path", "value", "named"),
-        [("options", None, "`config.options`"), ("options.h", "4", "`config.options.h`"),
-         ("options.seed", -1, "`config.options.seed`"), ("options.mode", None, "`config.options.mode`"),
+        [("inputs", None, "`config.inputs`"), ("inputs.squad.h", "4", "`config.inputs[...].h`"),
+         ("inputs", {}, "inputs.squad"), ("seed", -1, "`config.seed`"), ("mode", None, "`config.mode`"),
          ("traces", {}, "traces.squad"), ("traces.squad", [], "`config.traces[...]`"),
          ("traces.squad.k", None, "traces.squad.k"),
-         ("alphas", {"squad": {"ngram": {"1": 2.0}}}, "`config.alphas[...][...][...]`"),
-         ("alphas", {"squad": {"ngram": {"x": {"alpha": 2.0, "from": "option"}}}}, "`config.alphas[...]"),
+         ("runs", {"squad": [2.0]}, "`config.runs[...][0]`"),
+         ("runs", {"squad": [{"rescorer": "ngram", "k": 4, "p": "x"}]}, "`config.runs[...][0].p`"),
          ("notices", "a", "`config.notices`")],
     )  # fmt: skip
     def test_what_is_read_of_the_configuration(self, folder, path, value, named):
@@ -142,8 +142,8 @@ class TestTrouble:
         assert "line 1 is not a finished example" in refused(lambda: load_run(folder), InvalidDataError)
 
     def test_another_trace_in_its_place(self, options, tmp_path, cache_folder):
-        trace_task(EvalOptions(**{**options, "rescorers": ("none",), "p": 1}), tmp_path / "trace")
-        evaluate(EvalOptions(trace=str(tmp_path / "trace"), rescorers=("none",), k=4, device="cpu"), out=tmp_path / "r")
+        recorded_trace(dict(**{**options, "rescorers": ("none",), "p": 1}), tmp_path / "trace")
+        evaluated(dict(trace=str(tmp_path / "trace"), rescorers=("none",), k=4, device="cpu"), out=tmp_path / "r")
         for line in (lines := (tmp_path / "r" / "examples.jsonl").read_text().splitlines()):
             assert json.loads(line)["id"]
         lines[0] = json.dumps({**json.loads(lines[0]), "id": "another"})

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from evaluating import evaluated, swept
 from test_evaluation import Make, Peek, ctrl_c, examples_of, make, peek, run, without_times  # noqa: F401
 
 from lattices.errors import IncompatibleError, RescoreError
@@ -16,10 +17,8 @@ from rescore import rescorers
 from rescore.rescorers import Rescorer
 from rescore.rescorers.unrescored import Unrescored
 from rescore.runs import evaluation
-from rescore.runs.evaluation import evaluate
+from rescore.runs.log import ExampleLog
 from rescore.runs.records import ExampleRecord, Identical
-from rescore.runs.results import ExampleLog
-from rescore.runs.tuning import tune
 
 
 class HalfRight(Rescorer):
@@ -47,8 +46,7 @@ class TestSeveralP:
             assert [r.identical for r in found] == [Identical(n=6, identical=6)] * 5
 
     def test_a_number_is_the_same_as_a_tuple_of_one(self, make: Make, tmp_path: Path):
-        one = evaluate(make(p=4), out=tmp_path)
-        assert one.document.config.options.p == (4,)
+        one = evaluated(make(p=4), out=tmp_path)
         assert run(make(p=(4,)), out=tmp_path) == one.document.results
 
     def test_the_gain_is_over_none_at_p_1(self, make: Make):
@@ -63,17 +61,17 @@ class TestSeveralP:
     def test_weights_are_looked_up_for_each_p(self, make: Make, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setitem(rescorers.PLAIN, "weighted", HalfRight)
         chosen = make(rescorers=("none", "weighted"), p=(1, 4))
-        before = evaluate(chosen)
+        before = evaluated(chosen)
         (line,) = before.notices
         assert line.startswith("weighted on squad, p = 1 and 4: alpha 0.5 by default")
         assert [r.gain for r in before.document.results][2] == 0.0
-        tuned = tune(make(rescorers=("weighted",)), alphas=(1.0, 2.0), ks=(8,), ps=(1, 4))
+        tuned = swept(make(rescorers=("weighted",)), alphas=(1.0, 2.0), ks=(8,), ps=(1, 4))
         assert [(t.p, t.alpha) for t in tuned] == [(1, 1.0), (4, 2.0)]
-        assert evaluate(chosen).document == before.document, "nothing is taken unasked"
-        after = evaluate(dataclasses.replace(chosen, alpha="tuned"))
+        assert evaluated(chosen).document == before.document, "nothing is taken unasked"
+        after = evaluated(dict(chosen, alpha="tuned"))
         found = [(r.rescorer, r.p, r.alpha) for r in after.document.results]
         assert found == [("none", 1, None), ("none", 4, None), ("weighted", 1, 1.0), ("weighted", 4, 2.0)]
-        alphas = after.document.config.alphas["squad"]["weighted"]
+        alphas = {run.p: run.alpha for run in after.config.runs["squad"] if run.alpha}
         assert {p: (a.alpha, a.source) for p, a in alphas.items()} == {1: (1.0, "tuned"), 4: (2.0, "tuned")}
         assert after.notices == ["weighted on squad, p = 1 and 4: alpha was tuned on 3 of these 6 examples"]
         peek = {r.p: r for r in run(make(rescorers=("peek",), p=(1, 4)))}
@@ -82,15 +80,15 @@ class TestSeveralP:
         with pytest.raises(
             RescoreError, match=r"no weight of weighted is tuned .* p = 2; run: rescore tune --task squad"
         ):
-            evaluate(make(rescorers=("weighted",), p=(1, 2), alpha="tuned"))
+            evaluated(make(rescorers=("weighted",), p=(1, 2), alpha="tuned"))
 
     def test_a_weight_that_is_tuned_later_is_another_configuration(self, make: Make, tmp_path: Path, monkeypatch):
         monkeypatch.setitem(rescorers.PLAIN, "weighted", HalfRight)
         chosen = make(rescorers=("weighted",), p=4, alpha="tuned")
-        tune(make(rescorers=("weighted",)), alphas=(1.0,), ks=(8,), ps=(4,))
+        swept(make(rescorers=("weighted",)), alphas=(1.0,), ks=(8,), ps=(4,))
         run(chosen, out=tmp_path)
-        tune(make(rescorers=("weighted",)), alphas=(1.0, 2.0), ks=(8,), ps=(4,))
-        with pytest.raises(IncompatibleError, match=r"\(alphas.squad.weighted.4.alpha: 0.0 -> 2.0; "):
+        swept(make(rescorers=("weighted",)), alphas=(1.0, 2.0), ks=(8,), ps=(4,))
+        with pytest.raises(IncompatibleError, match=r"\(weights.squad.weighted \(p = 4, k = 8\).alpha: 0.0 -> 2.0; "):
             run(chosen, out=tmp_path)
 
     @pytest.mark.parametrize("mode", ["replay", "live"])
@@ -106,11 +104,11 @@ class TestSeveralP:
 
         with monkeypatch.context() as stopping:
             stopping.setattr(ExampleLog, "add", stop)
-            cut = evaluate(options, out=tmp_path)
+            cut = evaluated(options, out=tmp_path)
         finished = 4 if mode == "replay" else 3
         assert cut.interrupted and [r.n for r in cut.document.results] == [finished] * 4 + [2]
         last, two = cut.document.results[-1], run(make(p=(1, 4), limit=2))[-1]
         assert without_times([last]) == [two] and two.gain is not None
-        again = evaluate(options, out=tmp_path)
+        again = evaluated(options, out=tmp_path)
         assert without_times(again.document.results) == run(make(p=(1, 4)))
         assert len(examples_of(tmp_path)) == len(set(examples_of(tmp_path))) == 30

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import squad_records, write_lines
+from evaluating import evaluated, recorded_trace, swept
 
 import lm.base.catalog
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
@@ -25,19 +26,18 @@ from rescore.report.inspection import inspect_example
 from rescore.report.page import write_report
 from rescore.report.sources import load_sources
 from rescore.rescorers import load_rescorer
-from rescore.runs import suite as suite_module
-from rescore.runs.evaluation import evaluate, trace_task
-from rescore.runs.finished import load_run, load_runs, run_of_task
-from rescore.runs.records import Alpha, ExampleRecord
-from rescore.runs.results import ExampleLog
-from rescore.runs.suite import Suite, run_suite
-from rescore.runs.suite_files import read_manifest
-from rescore.runs.suite_page import suite_page
-from rescore.runs.suite_plan import Plan, read_plan
+from rescore.runs.evaluated import load_run, load_runs, run_of_task
+from rescore.runs.log import ExampleLog
+from rescore.runs.records import ExampleRecord
 from rescore.runs.tables import results_csv, suite_table
-from rescore.runs.tuning import tune
 from rescore.studies.analysis.collect import analyse_folders
-from rescore.studies.comparison import Selection, compare
+from rescore.studies.comparison import Selection
+from rescore.studies.comparison import compare_folders as compared
+from rescore.suites import run as suite_module
+from rescore.suites.files import read_manifest
+from rescore.suites.page import suite_page
+from rescore.suites.plan import Plan, read_plan
+from rescore.suites.run import Suite, run_suite
 
 BODY = """\
 limit: 4
@@ -112,25 +112,18 @@ class TestTable:
 
     def test_its_folders_are_those_of_eval(self, write: Write, tmp_path: Path):
         suite = run(write(), tmp_path / "out")
-        assert [r.folder for r in suite.document.runs] == [
-            "runs/squad-k4",
-            "runs/squad-k2",
-            "runs/gsm8k-k4",
-            "runs/gsm8k-k2",
-        ]
-        found = load_run(tmp_path / "out" / "runs/squad-k4")
-        options = dataclasses.replace(
-            found.config.options, tasks=("squad",), rescorers=("none", "oracle"), own_p=(), p=(1, 2)
-        )
+        assert [r.folder for r in suite.document.runs] == ["runs/squad", "runs/gsm8k"]
+        found = load_run(tmp_path / "out" / "runs/squad")
+        options = dataclasses.asdict(found.config.inputs["squad"]) | {"rescorers": ("none", "oracle"), "p": (1, 2)}
         same = [r for r in suite.document.results if (r.task, r.k) == ("squad", 4) and r.alpha is None]
-        assert same == evaluate(options).document.results
-        assert compare(tmp_path / "out", selection=Selection(a_rescorer="none", b_rescorer="oracle")).rows[0].n == 4
+        assert same == evaluated(options | {"k": 4}).results
+        assert compared(tmp_path / "out", selection=Selection(a_rescorer="none", b_rescorer="oracle")).rows[0].n == 4
         assert inspect_example(tmp_path / "out", "2", task="gsm8k", k=2).k == 2
 
     def test_the_files(self, write: Write, tmp_path: Path):
         suite = run(write(), tmp_path / "out")
         manifest = json.loads((tmp_path / "out" / "suite.json").read_text())
-        assert manifest["schema"] == "rescore.suite/2" and manifest == plain(suite.document)
+        assert manifest["schema"] == "rescore.suite/3" and manifest == plain(suite.document)
         assert read_manifest(tmp_path / "out") == suite.document
         page = (tmp_path / "out" / "table.md").read_text()
         assert "`rescore suite table.yaml --out DIR`" in page and "3 or 4 examples of a task" in page
@@ -156,7 +149,7 @@ class TestTable:
     def test_every_reader_takes_its_folder(self, write: Write, tmp_path: Path):
         run(write(), tmp_path / "out")
         runs = load_runs(tmp_path / "out")
-        assert [r.folder.name for r in runs] == ["squad-k4", "squad-k2", "gsm8k-k4", "gsm8k-k2"]
+        assert [r.folder.name for r in runs] == ["squad", "squad", "gsm8k", "gsm8k"]
         written = write_report([tmp_path / "out"], tmp_path / "report.html", examples=0)
         assert len(list(csv.DictReader(written.csv.open()))) == 16
         assert write_report([tmp_path], tmp_path / "again.html", examples=0).csv.read_text() == written.csv.read_text()
@@ -184,8 +177,9 @@ class TestTable:
         assert (found.k, found.h) == (2, 3)
 
     def test_given_traces(self, write: Write, tmp_path: Path):
-        options = read_plan(write()).options(read_plan(write()).tasks[0], k=4, h=None)
-        trace_task(dataclasses.replace(options, limit=3), tmp_path / "trace")
+        plan = read_plan(write())
+        inputs = dataclasses.asdict(plan.inputs(plan.tasks[0], None))
+        recorded_trace(inputs | {"limit": 3, "k": 4}, tmp_path / "trace")
         body = f"device: cpu\nk: 4\ntasks:\n- trace: {tmp_path / 'trace'}\nrescorers: [none, oracle]\n"
         suite = run(write(body=body), tmp_path / "out")
         assert [(r.task, r.n) for r in suite.document.results] == [("squad", 3)] * 2
@@ -194,8 +188,8 @@ class TestTable:
     def test_what_was_tuned_outside_is_no_part_of_it(self, write: Write, tmp_path: Path):
         path = write(("    tune: {limit: 2, alphas: [0.5, 1]}\n", ""))
         plan = read_plan(path)
-        options = dataclasses.replace(plan.options(plan.tasks[0], k=4, h=None), own_p=(), p=(1,))
-        tune(dataclasses.replace(options, rescorers=("context-ngram:none",)), alphas=(3.0,), ks=(4,), ps=(1,))
+        inputs = dataclasses.asdict(plan.inputs(plan.tasks[0], None))
+        swept(inputs | {"rescorers": ("context-ngram:none",)}, alphas=(3.0,), ks=(4,), ps=(1,))
         assert (cache_directory() / "tuned").exists()
         used = {r.alpha for r in run(path, tmp_path / "out").document.results if r.rescorer == "context-ngram:none"}
         assert used == {load_rescorer("context-ngram:none").alpha}
@@ -264,7 +258,7 @@ class TestGoingOn:
         assert not (tmp_path / "out" / "suite.json").exists() and len(records(tmp_path / "out")) == at - 1
         with (tmp_path / "out" / "tuned.jsonl").open("a") as stream:
             stream.write('{"task": "gs')
-        refused(lambda: compare(tmp_path / "out", selection=Selection(a_p=1, b_p=2)), "has not finished")
+        refused(lambda: compared(tmp_path / "out", selection=Selection(a_p=1, b_p=2)), "has not finished")
         calls.clear()
 
         def count(self: ExampleLog, record: ExampleRecord) -> None:
@@ -291,7 +285,7 @@ class TestGoingOn:
             stopping.setattr(ExampleLog, "add", stop)
             cut = run(write(), tmp_path / "out")
         assert cut.interrupted and [r.k for r in cut.document.results] == [4, 4, 4, 4, 2]
-        assert not (tmp_path / "out" / "table.md").exists() and len(cut.document.runs) == 1
+        assert not (tmp_path / "out" / "table.md").exists() and cut.document.runs == []
         again = run(write(), tmp_path / "out")
         assert not again.interrupted and again.document.results[:4] == cut.document.results[:4]
 
@@ -377,7 +371,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"schema": "rescore.suite/1"}, "has schema 'rescore.suite/1'; this version reads 'rescore.suite/2'"),
+            ({"schema": "rescore.suite/1"}, "has schema 'rescore.suite/1'; this version reads 'rescore.suite/3'"),
             ({"runs": [{"task": "squad", "k": 4, "h": None}]}, "required field `folder` - at `runs[0]`"),
             ({"runs": None}, "Expected `array`, got `null` - at `runs`"),
             ({"results": [{}]}, "required field `task` - at `results[0]`"),
@@ -402,7 +396,8 @@ def test_the_suite_of_the_readme_can_be_read():
     plan = read_plan(path, data=Path("folder"))
     assert isinstance(plan, Plan) and plan.tasks[0].data == "folder/squad.jsonl" and len(plan.tasks) == 7
     assert [(r.name, r.p) for r in plan.rescorers][:2] == [("none", (1, 16)), ("ngram", (1, 16))]
-    assert {r.name: tuning.limit for r, tuning in plan.tuned} == {
+    tuned = {r.name: tuning.limit for r in plan.rescorers if (tuning := plan.tuning(r.name))}
+    assert {name: tuned[name] for name in ("ngram", "context-ngram", "learned-bigram")} == {
         "ngram": 50, "context-ngram": 50, "learned-bigram": 50,
     }  # fmt: skip
-    assert plan.fixed["neural-61m", 1] == Alpha(alpha=0.5, source="option")
+    assert {run.alpha for run in plan.runs if run.label == "neural-61m" and run.p == 1} == {0.5}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +9,9 @@ from typing import Any
 
 import pytest
 from conftest import write_lines
+from evaluating import evaluated, opened, recorded_trace
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
-from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
-from rescore.runs.options import resolve
 from rescore.tasks import Example, HubSource, Limits, load_task
 from rescore.tasks.data import load_examples
 
@@ -110,7 +108,7 @@ class TestMeaning:
         data = write_lines(tmp_path / "long.jsonl", [ROWS[0] | {"question": "word " * 20_000}])
         (example,) = load_examples(load_task(write()), data=data).examples
         assert len(example.prompt) > 100_000
-        (result,) = evaluate(EvalOptions(tasks=(write(),), data=str(data), **options)).document.results
+        (result,) = evaluated(dict(tasks=(write(),), data=str(data), **options)).document.results
         assert result.n == 1, "cut to the 30 tokens of the file's limit"
 
 
@@ -199,52 +197,49 @@ def options(tiny_folder: Path, tiny_heads_folder: Path) -> dict[str, Any]:
 
 class TestEvaluation:
     def test_it_is_evaluated_with_its_limits_and_metrics(self, write: Write, options: dict[str, Any]) -> None:
-        document = evaluate(EvalOptions(tasks=(write(),), **options)).document
+        document = evaluated(dict(tasks=(write(),), **options)).document
         (result,) = document.results
         assert (result.task, result.n, result.tokens) == ("bridges", 2, 18)
         assert list(result.quality) == ["exact match", "F1", "ROUGE-L"]
         settings = document.config.traces["bridges"]
         assert (settings["max_new_tokens"], settings["max_prompt_tokens"], settings["chat"]) == (9, 30, False)
         assert settings["definition"]["limits"] == {"examples": "2", "new_tokens": "9", "prompt_tokens": "30"}
-        given = evaluate(EvalOptions(tasks=(write(),), limit=1, max_new_tokens=5, max_prompt_tokens=8, **options))
+        given = evaluated(dict(tasks=(write(),), limit=1, max_new_tokens=5, max_prompt_tokens=8, **options))
         (result,) = given.document.results
         assert (result.n, result.tokens) == (1, 5)
         assert given.document.config.traces["bridges"]["max_prompt_tokens"] == 8
 
     def test_a_changed_file_is_another_task(self, write: Write, options: dict[str, Any], tmp_path: Path) -> None:
-        recorded = EvalOptions(tasks=(write(),), **options)
-        trace_task(recorded, tmp_path / "trace")
-        trace_task(recorded, tmp_path / "trace")  # the same goes on
+        recorded = dict(tasks=(write(),), **options)
+        recorded_trace(recorded, tmp_path / "trace")
+        recorded_trace(recorded, tmp_path / "trace")  # the same goes on
         for change in (("[exact_match, f1, Rouge L]", "f1"), ("Q: ", "Question: "), ("answers.text", "context")):
             write(change)
             with pytest.raises(IncompatibleError, match=r"holds a trace with other settings"):
-                trace_task(recorded, tmp_path / "trace")
+                recorded_trace(recorded, tmp_path / "trace")
         write(("# answers about bridges", "# another remark"))
-        trace_task(recorded, tmp_path / "trace")
+        recorded_trace(recorded, tmp_path / "trace")
 
     def test_its_trace_knows_its_metrics_without_the_file(self, write, options, tmp_path, cache_folder) -> None:
-        recorded = EvalOptions(tasks=(write(),), **options)
-        (direct,) = evaluate(recorded).document.results
-        trace_task(dataclasses.replace(recorded, k=8), tmp_path / "trace")
-        given = EvalOptions(trace=str(tmp_path / "trace"), k=4, device="cpu")
-        (with_file,) = evaluate(dataclasses.replace(given, tasks=(write(),))).document.results
+        recorded = dict(tasks=(write(),), **options)
+        (direct,) = evaluated(recorded).document.results
+        recorded_trace(dict(recorded, k=8), tmp_path / "trace")
+        given = dict(trace=str(tmp_path / "trace"), k=4, device="cpu")
+        (with_file,) = evaluated(dict(given, tasks=(write(),))).document.results
         Path(write()).unlink()
-        (alone,) = evaluate(given).document.results
+        (alone,) = evaluated(given).document.results
         assert direct == with_file == alone
 
     def test_it_can_be_resumed_and_read_back(self, write: Write, options: dict[str, Any], tmp_path: Path) -> None:
-        from rescore.runs.finished import load_run
+        from rescore.runs.evaluated import load_run
 
-        recorded = EvalOptions(tasks=(write(),), **options)
+        recorded = dict(tasks=(write(),), **options)
         for _ in range(2):
-            (found,) = evaluate(recorded, out=tmp_path / "run").document.results
+            (found,) = evaluated(recorded, out=tmp_path / "run").document.results
         run = load_run(tmp_path / "run")
         trace = run.trace("bridges")
         assert run.tasks == ["bridges"] and trace is not None and len(trace.examples) == found.n == 2
 
-    def test_tasks_that_differ_in_length_or_share_a_name_are_refused(self, write: Write) -> None:
-        with pytest.raises(RescoreError, match=r"different lengths \(bridges 9, squad 64\); give --max-new-tokens"):
-            resolve(EvalOptions(tasks=(write(), "squad")))
-        assert resolve(EvalOptions(tasks=(write(), "squad"), max_new_tokens=7)).max_new_tokens == 7
+    def test_tasks_that_share_a_name_are_refused(self, write: Write, options: dict[str, Any]) -> None:
         with pytest.raises(RescoreError, match="two of the tasks are called bridges"):
-            resolve(EvalOptions(tasks=(write(), write(name="other.yaml"))))
+            opened(dict(tasks=(write(), write(name="other.yaml")), **options))

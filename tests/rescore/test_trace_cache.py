@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -10,22 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from evaluating import Options, evaluated, inputs_of, recorded_trace
 
 from lattices.errors import InvalidDataError, RescoreError
 from lm import keys
 from lm.files import cache_directory
-from rescore.runs import inputs
-from rescore.runs.evaluation import EvalOptions, evaluate, trace_task
-from rescore.runs.finished import load_run
-from rescore.runs.inputs import Models
+from rescore.runs import models
+from rescore.runs.evaluated import load_run
+from rescore.runs.models import Models
 
 
 @pytest.fixture
-def options(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path, tmp_path: Path) -> EvalOptions:
+def options(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path, tmp_path: Path) -> Options:
     """On a base and heads of its own, which can be changed."""
     base = shutil.copytree(tiny_folder, tmp_path / "base")
     heads = shutil.copytree(tiny_heads_folder, tmp_path / "heads")
-    return EvalOptions(
+    return dict(
         base=str(base), heads=str(heads), data=str(squad_file), device="cpu", dtype="float64", k=4, max_new_tokens=8,
         limit=3, rescorers=("none", "oracle"),
     )  # fmt: skip
@@ -52,12 +51,12 @@ CHANGES: dict[str, tuple[str, Callable[[dict], None]]] = {
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_changed_model_never_replays_an_old_trace(options, what, cache_folder, monkeypatch, tmp_path):
-    before = evaluate(options).document.results
+    before = evaluated(options).document.results
     name, change = CHANGES[what]
-    edit(Path(options.base) / name, change)
-    after = evaluate(options).document
+    edit(Path(options["base"]) / name, change)
+    after = evaluated(options).document
     monkeypatch.setenv("RESCORE_CACHE", str(tmp_path / "fresh"))
-    fresh = evaluate(options).document
+    fresh = evaluated(options).document
     assert after == fresh
     if what in ("rope", "norm", "end of text"):
         assert after.results != before
@@ -65,39 +64,39 @@ def test_a_changed_model_never_replays_an_old_trace(options, what, cache_folder,
 
 
 def test_other_heads_libraries_recordings_and_devices_are_other_traces(options, monkeypatch):
-    evaluate(options)
+    evaluated(options)
     seen = {folder.name for folder in (cache_directory() / "traces").iterdir()}
 
     def is_new() -> bool:
-        evaluate(options)
+        evaluated(options)
         folders = {folder.name for folder in (cache_directory() / "traces").iterdir()}
         new = folders - seen
         seen.update(folders)
         return len(new) == 1
 
     assert not is_new()
-    edit(Path(options.heads) / "config.json", lambda d: d.update(base_name="another"))
+    edit(Path(options["heads"]) / "config.json", lambda d: d.update(base_name="another"))
     assert is_new()
-    monkeypatch.setattr(inputs, "RECORDING", 99)
+    monkeypatch.setattr(models, "RECORDING", 99)
     assert is_new()
     real = keys.importlib.metadata.version
     monkeypatch.setattr(keys.importlib.metadata, "version", lambda n: "5.99.0" if n == "transformers" else real(n))
     assert is_new()
     monkeypatch.setattr("lm.base.catalog.choose_device", lambda device: "cuda:1")
-    (settings,) = {id(s): s for s in [Models(options).trace_settings(*_task(options))]}.values()
+    (settings,) = {id(s): s for s in [Models(inputs_of(options)).trace_settings(*_task(options), 8)]}.values()
     assert settings["recorded_by"]["device"] == "cuda"
 
 
-def _task(options: EvalOptions):
+def _task(options: Options):
     from rescore.tasks import load_task
     from rescore.tasks.data import load_examples
 
     task = load_task("squad")
-    return task, load_examples(task, data=Path(options.data), limit=1)
+    return task, load_examples(task, data=Path(options["data"]), limit=1)
 
 
 def test_the_results_say_by_what_their_trace_was_recorded(options):
-    recorded = evaluate(options).document.config.traces["squad"]
+    recorded = evaluated(options).document.config.traces["squad"]
     assert recorded["recorded_by"].keys() == {"device", "recording", "torch", "transformers", "tokenizers"}
     assert all(recorded["base"][name] for name in ("config_sha256", "tokenization_sha256"))
 
@@ -125,48 +124,48 @@ BREAKS: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("what", BREAKS)
 def test_a_broken_cached_trace_is_made_again(options, what, cache_folder, caplog, tmp_path):
-    before = evaluate(options, out=tmp_path / "run").document
+    before = evaluated(options, out=tmp_path / "run").document
     (folder,) = (cache_folder / "traces").iterdir()
     BREAKS[what](folder)
     with pytest.raises(RescoreError, match=r"the cached trace of squad is broken .* makes it again"):
         load_run(tmp_path / "run").trace("squad")
-    assert evaluate(options).document == before
+    assert evaluated(options).document == before
     (line,) = caplog.messages
     assert line.startswith("the cached trace of squad can't be used (") and line.endswith("; it is made again")
     caplog.clear()
-    assert evaluate(options).document == before and not caplog.messages
+    assert evaluated(options).document == before and not caplog.messages
 
 
 @pytest.mark.parametrize("what", BREAKS)
 def test_a_broken_trace_of_the_user_s_stays_an_error(options, what, tmp_path):
-    trace_task(dataclasses.replace(options, rescorers=("none",)), tmp_path / "trace")
+    recorded_trace(dict(options, rescorers=("none",)), tmp_path / "trace")
     BREAKS[what](tmp_path / "trace")
     wanted = RescoreError if what == "header of another" else InvalidDataError
-    given = dataclasses.replace(options, trace=str(tmp_path / "trace"), data=None, heads=None)
+    given = dict(options, trace=str(tmp_path / "trace"), data=None, heads=None)
     with pytest.raises(wanted):
-        evaluate(given)
+        evaluated(given)
     with pytest.raises(wanted):
-        trace_task(dataclasses.replace(options, rescorers=("none",)), tmp_path / "trace")
+        recorded_trace(dict(options, rescorers=("none",)), tmp_path / "trace")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_a_whole_trace_is_replayed_from_a_read_only_cache(options, cache_folder):
-    before = evaluate(options).document
+    before = evaluated(options).document
     folders = [cache_folder, *(path for path in cache_folder.rglob("*") if path.is_dir())]
     for folder in folders:
         folder.chmod(0o555)
     try:
-        assert evaluate(options).document == before
+        assert evaluated(options).document == before
     finally:
         for folder in folders:
             folder.chmod(0o755)
 
 
 def test_a_whole_trace_is_replayed_without_a_lock(options, monkeypatch):
-    before = evaluate(options).document
+    before = evaluated(options).document
 
     def fails(*_: object, **__: object) -> None:
         raise AssertionError("what is only read is not locked")
 
     monkeypatch.setattr("lm.locks.FileLock.acquire", fails)
-    assert evaluate(options).document == before
+    assert evaluated(options).document == before

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from evaluating import Options, evaluated, recorded_trace, swept
 
 from lattices.errors import RescoreError
 from lm import records
 from rescore import rescorers, tracing
 from rescore.rescorers.unrescored import Unrescored
-from rescore.runs.evaluation import EvalOptions, Evaluation, evaluate, trace_task
-from rescore.runs.finished import load_run
+from rescore.runs.evaluated import Evaluation, load_run
+from rescore.runs.log import ExampleLog
 from rescore.runs.records import ExampleRecord
-from rescore.runs.results import ExampleLog
-from rescore.runs.tuning import tune
 from rescore.tracing import load_trace
 
 # Processes of their own, which need not each load the libraries.
@@ -37,7 +36,7 @@ class HalfWeight(Unrescored):
     alpha, identity = 0.5, "weighted"
 
 
-def work(name: str, folder: Path, options: EvalOptions, environment: dict[str, str], asked: dict[str, Any]) -> None:
+def work(name: str, folder: Path, options: Options, environment: dict[str, str], asked: dict[str, Any]) -> None:
     """One process: begins when all are ready. `kill`: at the n-th example of the trace, or of the results."""
     for number, ending in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{name}.{ending}", os.O_CREAT | os.O_WRONLY), number)
@@ -64,12 +63,12 @@ def work(name: str, folder: Path, options: EvalOptions, environment: dict[str, s
     try:
         found: Any
         if asked["do"] == "eval":
-            found = plain(evaluate(options, out=out, progress=progress))
+            found = plain(evaluated(options, out=out, progress=progress))
         elif asked["do"] == "tune":
-            options = dataclasses.replace(options, rescorers=("weighted",))
-            found = [t.alpha for t in tune(options, alphas=(0.5,), ks=(4,), ps=(1,), keep=False, progress=progress)]
+            options = dict(options, rescorers=("weighted",))
+            found = [t.alpha for t in swept(options, alphas=(0.5,), ks=(4,), ps=(1,), keep=False, progress=progress)]
         else:
-            found = [e.id for e in trace_task(options, out, progress=progress).examples]
+            found = [e.id for e in recorded_trace(options, out, progress=progress).examples]
         print(json.dumps(found), flush=True)
     except RescoreError as error:
         print("refused:", error, flush=True)
@@ -81,8 +80,8 @@ def plain(evaluation: Evaluation) -> Any:
 
 
 @pytest.fixture
-def options(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path) -> EvalOptions:
-    return EvalOptions(
+def options(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path) -> Options:
+    return dict(
         base=str(tiny_folder), heads=str(tiny_heads_folder), data=str(squad_file), device="cpu", dtype="float64", k=4,
         max_new_tokens=16, rescorers=("none", "oracle"),
     )  # fmt: skip
@@ -99,7 +98,7 @@ class Ended:
         return json.loads(self.out)
 
 
-def together(folder: Path, options: EvalOptions, *asked: dict[str, Any]) -> list[Ended]:
+def together(folder: Path, options: Options, *asked: dict[str, Any]) -> list[Ended]:
     """Runs the processes side by side; what they left."""
     folder.mkdir()
     environment = {name: os.environ[name] for name in ("RESCORE_CACHE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")}
@@ -124,12 +123,12 @@ def together(folder: Path, options: EvalOptions, *asked: dict[str, Any]) -> list
 
 
 @pytest.fixture
-def expected(options: EvalOptions, tmp_path: Path) -> Any:
+def expected(options: Options, tmp_path: Path) -> Any:
     """What an evaluation alone gives, in a cache of its own, recorded in the same parts."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("RESCORE_CACHE", str(tmp_path / "alone"))
         patched.setattr(tracing, "PART_EXAMPLES", 1)
-        return plain(evaluate(options))
+        return plain(evaluated(options))
 
 
 WAITS = "another rescore process is making the trace of squad; waiting for it\n"
@@ -143,7 +142,7 @@ def test_an_eval_and_a_tune_on_one_cold_cache(options, expected, tmp_path: Path,
     assert (one.err + other.err).count(WAITS) <= 1, "none where the other came when all was recorded"
     (folder,) = (cache_folder / "traces").iterdir()
     assert sorted(e.id for e in load_trace(folder).examples) == [f"q{i}" for i in range(6)], "each is there once"
-    assert plain(evaluate(options)) == expected
+    assert plain(evaluated(options)) == expected
 
 
 def test_two_evals_and_one_that_is_killed_on_one_cold_cache(options, expected, tmp_path: Path, cache_folder: Path):
@@ -163,14 +162,14 @@ def test_a_healthy_run_after_a_killed_one(options, expected, tmp_path: Path, cac
     assert killed.code == -signal.SIGKILL
     (folder,) = (cache_folder / "traces").iterdir()
     assert len(load_trace(folder).examples) == 3, "what was finished is kept"
-    assert plain(evaluate(options)) == expected and not caplog.messages
+    assert plain(evaluated(options)) == expected and not caplog.messages
     assert not list((cache_folder / "locks").iterdir())
 
 
 @pytest.mark.parametrize("do", ["eval", "trace"])
 def test_two_on_one_out(options, expected, tmp_path: Path, do: str):
     out = tmp_path / "out"
-    evaluate(options)  # a warm cache: the folder is what they meet at
+    evaluated(options)  # a warm cache: the folder is what they meet at
     ended = together(tmp_path / "race", options, *[{"do": do, "out": out, "slow": 0.1}] * 2)
     refused, whole = sorted(ended, key=lambda run: not run.out.startswith("refused"))
     line = f"refused: another rescore process is writing to {out}; wait for it, or use another --out\n"
@@ -186,10 +185,10 @@ def test_two_on_one_out(options, expected, tmp_path: Path, do: str):
 
 def test_one_out_after_a_killed_run(options, expected, tmp_path: Path):
     out = tmp_path / "out"
-    evaluate(options)
+    evaluated(options)
     (killed,) = together(tmp_path / "race", options, {"do": "eval", "out": out, "kill": 5})
     assert killed.code == -signal.SIGKILL and not (out / "results.json").exists()
-    assert plain(evaluate(options, out=out)) == expected
+    assert plain(evaluated(options, out=out)) == expected
     assert records.plain(load_run(out).results) == expected
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "examples.jsonl", "results.json"]
 
@@ -198,22 +197,22 @@ class TestLinesThatAreThereTwice:
     """What two processes once left in one folder."""
 
     @pytest.fixture
-    def run(self, options: EvalOptions, tmp_path: Path) -> Path:
-        evaluate(options, out=tmp_path / "run")
+    def run(self, options: Options, tmp_path: Path) -> Path:
+        evaluated(options, out=tmp_path / "run")
         path = tmp_path / "run" / "examples.jsonl"
         lines = path.read_text().splitlines(keepends=True)
         path.write_text("".join(line for line in lines for _ in range(2)) + lines[0])
         return tmp_path / "run"
 
     def test_each_counts_once_for_readers(self, options, run: Path, tmp_path: Path):
-        evaluate(options, out=tmp_path / "clean")
+        evaluated(options, out=tmp_path / "clean")
         found, clean = load_run(run), load_run(tmp_path / "clean")
-        assert found.records == clean.records
+        assert found.examples == clean.examples
 
     def test_and_for_a_run_that_goes_on(self, options, expected, run: Path):
         with ExampleLog(run, json.loads((run / "config.json").read_text())) as log:
-            assert len(log.records("squad", "none", 1, [f"q{i}" for i in range(6)])) == 6
-        assert plain(evaluate(options, out=run)) == expected
+            assert len(log.records(("squad", "none", 1, options.get("k", 16)), [f"q{i}" for i in range(6)])) == 6
+        assert plain(evaluated(options, out=run)) == expected
 
     def test_a_line_that_is_missing_is_not_made_up_by_another(self, options, run: Path):
         path = run / "examples.jsonl"

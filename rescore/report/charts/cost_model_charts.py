@@ -74,7 +74,7 @@ def _table(view: TaskView) -> CostTable | None:
         found = cost_inputs_of_run(view.run, view.task, local_files_only=True)
         return cost_table(
             found.base, h=found.h, heads=found.heads, neural=neural_for(found.base), verify=found.verify,
-            dtype=view.run.config.options.dtype, block_efficiency=found.block_efficiency,
+            dtype=view.run.config.inputs[view.task].dtype, block_efficiency=found.block_efficiency,
         )  # fmt: skip
     except RescoreError:  # a model or heads that have gone since, or a kind that the model does not describe
         return None

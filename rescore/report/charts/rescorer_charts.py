@@ -114,9 +114,9 @@ def _acceptance(views: Sequence[TaskView], looks: Looks, dash: dict[int, str]) -
         traces = []
         for result in view.results:
             rescorer, p, marginal = result.rescorer, result.p, result.marginal
-            accepted = [r.accepted for r in view.run.records[view.task, rescorer, p]]
-            groups = [r.group for r in view.run.records[view.task, rescorer, p]]
-            found = marginal_intervals(accepted, len(marginal), groups=groups, seed=view.run.config.options.seed)
+            accepted = [r.accepted for r in view.run.records(view.task, rescorer, p)]
+            groups = [r.group for r in view.run.records(view.task, rescorer, p)]
+            found = marginal_intervals(accepted, len(marginal), groups=groups, seed=view.run.config.seed)
             error = None
             if found is not None:
                 error = (

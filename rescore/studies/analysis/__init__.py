@@ -5,12 +5,13 @@ a trace; `collect` is what the command does with folders, and `text` makes table
 position ("every position") and what walks it as a decoder would ("decode") are never mixed: the records say which.
 """
 
+from rescore.studies.analysis.collect import Findings, analyse
 from rescore.studies.analysis.curves import PCurve
 from rescore.studies.analysis.drafts import Outcomes
 from rescore.studies.analysis.runs import RunAnalysis, analyse_run, contrast, efficiency_table
 from rescore.studies.analysis.traces import ANALYSES, HmaxCorrelation, TraceAnalysis, analyse_trace, correlate_h_max
 
 __all__ = [
-    "ANALYSES", "HmaxCorrelation", "Outcomes", "PCurve", "RunAnalysis", "TraceAnalysis", "analyse_run", "analyse_trace",
-    "contrast", "correlate_h_max", "efficiency_table",
+    "ANALYSES", "Findings", "HmaxCorrelation", "Outcomes", "PCurve", "RunAnalysis", "TraceAnalysis", "analyse",
+    "analyse_run", "analyse_trace", "contrast", "correlate_h_max", "efficiency_table",
 ]  # fmt: skip

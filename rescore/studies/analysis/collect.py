@@ -1,4 +1,4 @@
-"""Analyses of folders, as the command makes them: traces or finished runs, several at a time."""
+"""Analyses of traces and evaluations, several at a time, as objects or in folders."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lattices.errors import RescoreError
-from rescore.runs.finished import load_runs
+from rescore.runs.evaluated import Evaluation, load_runs
 from rescore.studies.analysis.heads import DEFAULT_BINS
 from rescore.studies.analysis.runs import (
     Contrast,
@@ -19,14 +19,15 @@ from rescore.studies.analysis.runs import (
 )
 from rescore.studies.analysis.traces import ANALYSES, HmaxCorrelation, TraceAnalysis, analyse_trace, correlate_h_max
 from rescore.studies.records import Record
-from rescore.tracing import load_trace
+from rescore.table import Table, joined
+from rescore.tracing import Trace, load_trace
 
 
 @dataclass(frozen=True)
 class Findings(Record):
-    """What the folders hold.
+    """What the traces and the evaluations say.
 
-    traces, runs: a record for each task of each folder; h_max: over their tasks.
+    traces, runs: a record for each trace, and for each task of each run; h_max: over their tasks.
     table: all results of runs; contrasts: those that were asked for.
     """
 
@@ -35,6 +36,30 @@ class Findings(Record):
     h_max: HmaxCorrelation
     table: EfficiencyTable | None
     contrasts: tuple[Contrast, ...]
+
+    def tables(self) -> list[Table]:
+        """A table for each analysis, with a line that says how to read it."""
+        from rescore.studies.analysis.text import findings_tables
+
+        return findings_tables(self)
+
+    def __str__(self) -> str:
+        return joined(self.tables())
+
+
+def analyse(
+    *subjects: Trace | Evaluation,
+    only: Collection[str] = ANALYSES,
+    against: Sequence[tuple[str, str]] = (),
+    k: int | None = None,
+    bins: int = DEFAULT_BINS,
+    seed: int = 0,
+) -> Findings:
+    """The analyses `only` of traces and evaluations; options as in `analyse_trace` and `analyse_folders`."""
+    traces = [s for s in subjects if isinstance(s, Trace)]
+    runs = [run for s in subjects if isinstance(s, Evaluation) for run in s.at_each_k()]
+    of_traces = [analyse_trace(trace, only=only, k=k, bins=bins, seed=seed) for trace in traces]
+    return _findings(of_traces, runs, only, against, seed)
 
 
 def analyse_folders(
@@ -70,19 +95,28 @@ def analyse_folders(
             trace = trace.first_examples(limit)
         name = str(trace.header.settings.get("task") or folder.resolve().name)
         of_traces.append(analyse_trace(trace, name=name, only=only, k=k, bins=bins, seed=seed))
-    runs = [run for folder in results for run in load_runs(folder)]
+    return _findings(of_traces, [run for folder in results for run in load_runs(folder)], only, against, seed)
+
+
+def _findings(
+    traces: Sequence[TraceAnalysis],
+    runs: Sequence[Evaluation],
+    only: Collection[str],
+    against: Sequence[tuple[str, str]],
+    seed: int,
+) -> Findings:
     of_runs = [analyse_run(run, task, only=only, seed=seed) for run in runs for task in run.tasks]
     contrasts = [
         contrast(run, task, *pair, p=p, seed=seed)
         for run in runs
         for pair in against
         for task in run.tasks
-        for p in sorted({p for of, name, p in run.records if of == task and name == pair[0]} or {1})
+        for p in sorted({r.p for r in run.results if r.task == task and r.rescorer == pair[0]} or {1})
     ]
     return Findings(
-        traces=tuple(of_traces),
+        traces=tuple(traces),
         runs=tuple(of_runs),
-        h_max=correlate_h_max([*of_traces, *(run.trace for run in of_runs if run.trace)]),
+        h_max=correlate_h_max([*traces, *(run.trace for run in of_runs if run.trace)]),
         table=efficiency_table(runs) if runs else None,
         contrasts=tuple(contrasts),
     )

@@ -10,7 +10,7 @@ import numpy as np
 
 from lattices.errors import RescoreError, UnknownNameError
 from rescore.accounting import account, paired_difference
-from rescore.runs.finished import FinishedRun
+from rescore.runs.evaluated import Evaluation
 from rescore.runs.records import Result, RunConfig
 from rescore.studies.analysis.curves import PCurve
 from rescore.studies.analysis.drafts import BeforeAfter, Outcomes, before_after, outcomes_of
@@ -129,7 +129,7 @@ class Contrast(Record):
     gain_ci95: tuple[float, float] | None
 
 
-def analyse_run(run: FinishedRun, task: str, *, only: Collection[str] = ANALYSES, seed: int = 0) -> RunAnalysis:
+def analyse_run(run: Evaluation, task: str, *, only: Collection[str] = ANALYSES, seed: int = 0) -> RunAnalysis:
     """The analyses of one task of a run; `only` chooses among those of its trace (none of them: ()).
 
     Raises `UnknownNameError` for a task that the run has not.
@@ -145,15 +145,15 @@ def analyse_run(run: FinishedRun, task: str, *, only: Collection[str] = ANALYSES
         k=k,
         examples=max(result.n for result in results),
         groups=max(result.groups for result in results),
-        mode=run.config.options.mode,
+        mode=run.config.mode,
         rescorers=tuple(_rescorer(run, result, trace.examples if trace else ()) for result in results),
         by_p=curves_of_results(results),
         trace=analyse_trace(trace, name=task, only=only, k=k, seed=seed) if trace else None,
     )
 
 
-def _rescorer(run: FinishedRun, result: Result, examples: Sequence[TracedExample]) -> RescorerAnalysis:
-    records = run.records[result.task, result.rescorer, result.p]
+def _rescorer(run: Evaluation, result: Result, examples: Sequence[TracedExample]) -> RescorerAnalysis:
+    records = run.records(result.task, result.rescorer, result.p)
     return record_of(
         RescorerAnalysis,
         result,
@@ -167,7 +167,7 @@ def _rescorer(run: FinishedRun, result: Result, examples: Sequence[TracedExample
 
 def alpha_source(config: RunConfig, result: Result) -> str | None:
     """Where the weight of a rescorer came from (`option`, `tuned`, `default`); None if it has none."""
-    alpha = config.alphas.get(result.task, {}).get(result.rescorer, {}).get(result.p)
+    alpha = config.alpha(result.task, result.rescorer, result.p, result.k)
     return alpha.source if alpha else None
 
 
@@ -189,7 +189,7 @@ def curves_of_results(results: Sequence[Result]) -> tuple[PCurve, ...]:
     )
 
 
-def efficiency_table(runs: Sequence[FinishedRun]) -> EfficiencyTable:
+def efficiency_table(runs: Sequence[Evaluation]) -> EfficiencyTable:
     """Rescorers x tasks of all results of the runs, in their order.
 
     Runs of the same tasks with other h or k make rows of their own. Raises `RescoreError` where two runs have a result
@@ -217,16 +217,16 @@ def _mean_gain(cells: dict[str, TableCell]) -> float | None:
     return float(np.mean(gains)) if gains else None
 
 
-def contrast(run: FinishedRun, task: str, rescorer: str, against: str, *, p: int = 1, seed: int = 0) -> Contrast:
+def contrast(run: Evaluation, task: str, rescorer: str, against: str, *, p: int = 1, seed: int = 0) -> Contrast:
     """One rescorer against another (in-domain against general) on the examples that both finished, names as typed.
 
     Raises `UnknownNameError` for one that the run has not on this task at this p.
     """
-    evaluated = [name for of, name, drafts in run.records if (of, drafts) == (task, p)]
+    evaluated = [r.rescorer for r in run.results if (r.task, r.p) == (task, p)]
     for name in (rescorer, against):
         if name not in evaluated:
             raise UnknownNameError(f"rescorer of these results on {task} at p = {p}", name, evaluated)
-    ours, theirs = ({r.id: r for r in run.records[task, name, p]} for name in (rescorer, against))
+    ours, theirs = ({r.id: r for r in run.records(task, name, p)} for name in (rescorer, against))
     both = [(ours[name], theirs[name]) for name in ours if name in theirs]
     if not both:
         raise RescoreError(f"{rescorer} and {against} have no example of {task} in common; evaluate both on the same")

@@ -10,7 +10,7 @@ from typing import Any
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.paths import user_path
 from lm.base.catalog import BUILT_IN, identify
-from rescore.runs.finished import FinishedRun
+from rescore.runs.evaluated import Evaluation
 from rescore.runs.records import Result
 from rescore.studies.cost.decoders import decoder_of, decoder_of_file, heads_of
 from rescore.studies.cost.model import DEFAULT_H, VERIFY, Decoder, HeadsShape, block_efficiencies
@@ -49,7 +49,7 @@ def cost_inputs(
 
 
 def cost_inputs_of_run(
-    run: FinishedRun,
+    run: Evaluation,
     task: str | None = None,
     *,
     base: str | None = None,
@@ -79,7 +79,7 @@ def cost_inputs_of_run(
     settings = run.config.traces[task]
     decoder, name = _base_of(run, settings, base, config, local_files_only)
     return CostInputs(
-        decoder, held, heads_of(decoder, _heads_of(run, settings, heads, name), held),
+        decoder, held, heads_of(decoder, _heads_of(run, settings, heads, run.config.inputs[task].heads, name), held),
         verify or _verify_of(run, results), block_efficiencies(results, task) | dict(block_efficiency or {}),
     )  # fmt: skip
 
@@ -90,7 +90,7 @@ def _check_one(base: str | None, config: Path | None) -> None:
 
 
 def _base_of(
-    run: FinishedRun, settings: Mapping[str, Any], base: str | None, config: Path | None, local_files_only: bool
+    run: Evaluation, settings: Mapping[str, Any], base: str | None, config: Path | None, local_files_only: bool
 ) -> tuple[Decoder, str | None]:
     """The base LM of a run and its name; `base` and `config` are checked against what the run says of it."""
     recorded = settings.get("base") or {}
@@ -121,12 +121,13 @@ def _base_of(
     return decoder, chosen
 
 
-def _heads_of(run: FinishedRun, settings: Mapping[str, Any], heads: Path | None, name: str | None) -> Path | None:
-    """The folder of a run's heads; None where nothing says which they are."""
+def _heads_of(
+    run: Evaluation, settings: Mapping[str, Any], heads: Path | None, named: str | None, name: str | None
+) -> Path | None:
+    """The folder of a run's heads (`named` so by the run); None where nothing says which they are."""
     from lm.heads.block_heads import heads_sha256, known_heads
 
-    option = run.config.options.heads
-    folder = heads or (user_path(option) if option else None) or (known_heads(name) if name else None)
+    folder = heads or (user_path(named) if named else None) or (known_heads(name) if name else None)
     if (wanted := settings.get("heads_sha256")) is None:
         return folder
     if folder is None:
@@ -136,8 +137,7 @@ def _heads_of(run: FinishedRun, settings: Mapping[str, Any], heads: Path | None,
     return folder
 
 
-def _verify_of(run: FinishedRun, results: Sequence[Result]) -> str:
+def _verify_of(run: Evaluation, results: Sequence[Result]) -> str:
     """As several drafts were verified live; as the options have it where none were; a tree in a replay."""
-    options = run.config.options
     used = [result.latency.verify for result in results if result.latency and result.p > 1]
-    return str((used or [options.verify])[0]) if options.mode == "live" else VERIFY[0]
+    return str((used or [run.config.verify])[0]) if run.config.mode == "live" else VERIFY[0]

@@ -11,7 +11,7 @@ from lm.files import read_json_object
 from lm.records import convert_record
 from rescore.runs.records import Result, Tuned
 
-SCHEMA = "rescore.suite/2"
+SCHEMA = "rescore.suite/3"
 PLAN_FILE, MANIFEST_FILE, TUNED_FILE = "plan.json", "suite.json", "tuned.jsonl"
 TABLE_FILE, CSV_FILE, RUNS_FOLDER = "table.md", "table.csv", "runs"
 
@@ -21,17 +21,16 @@ class SuiteRun:
     """One evaluation of a suite: its results folder below the suite's; h: None for all heads."""
 
     task: str
-    k: int
     h: int | None
     folder: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteSweep(Tuned):
-    """A line of `tuned.jsonl`; made_of: key of the model, data and rescorer that it was tuned with."""
+    """A line of `tuned.jsonl`; key: of the model, data and rescorer that it was tuned with."""
 
     h: int | None
-    made_of: str
+    key: str
 
 
 @dataclass(kw_only=True)

@@ -22,7 +22,7 @@ from lm.records import convert_record, plain
 from rescore.runs.records import ExampleRecord, ResultsDocument
 
 EXAMPLES_FILE, CONFIG_FILE, RESULTS_FILE = "examples.jsonl", "config.json", "results.json"
-Key = tuple[str, str, int, str]  # task, rescorer, p, example
+Key = tuple[str, str, int, int]  # task, rescorer, p, k
 
 
 class ExampleLog:
@@ -34,7 +34,7 @@ class ExampleLog:
     """
 
     def __init__(self, folder: Path | None, config: Mapping[str, Any]) -> None:
-        self._records: dict[Key, ExampleRecord] = {}
+        self._records: dict[tuple[Key, str], ExampleRecord] = {}
         self._stream: IO[str] | None = None
         self._lock = ExitStack()
         if folder is None:
@@ -46,7 +46,7 @@ class ExampleLog:
             path = folder / EXAMPLES_FILE
             with writing(path):
                 self._stream = open_appending(path)  # cuts off a torn last line
-            self._records = {key_of_record(r): r for r in read_examples(path, advice="use another --out")}
+            self._records = {(key_of_record(r), r.id): r for r in read_examples(path, advice="use another --out")}
             undone.pop_all()
 
     def __enter__(self) -> ExampleLog:
@@ -58,26 +58,25 @@ class ExampleLog:
                 self._stream.close()
         self._lock.close()
 
-    def has(self, task: str, rescorer: str, p: int, example: str) -> bool:
+    def has(self, key: Key, example: str) -> bool:
         """Whether this example is finished."""
-        return (task, rescorer, p, example) in self._records
+        return (key, example) in self._records
 
     def add(self, record: ExampleRecord) -> None:
         """Takes a finished example. Raises `OutputError`."""
-        self._records[key_of_record(record)] = record
+        self._records[key_of_record(record), record.id] = record
         if self._stream is not None:
             with writing(Path(self._stream.name)):
                 append_json_line(self._stream, plain(record))
 
-    def records(self, task: str, rescorer: str, p: int, ids: Sequence[str]) -> list[ExampleRecord]:
-        """Finished examples of one rescorer on one task at one p, in the order of `ids` (not in that of finishing)."""
-        found = (self._records.get((task, rescorer, p, example)) for example in ids)
-        return [record for record in found if record is not None]
+    def records(self, key: Key, ids: Sequence[str]) -> list[ExampleRecord]:
+        """Finished examples of one run on one task, in the order of `ids` (not in that of finishing)."""
+        return [self._records[key, example] for example in ids if (key, example) in self._records]
 
 
 def key_of_record(record: ExampleRecord) -> Key:
-    """What no two finished examples of a run have in common."""
-    return record.task, record.rescorer, record.p, record.id
+    """The run and task that an example was decoded by."""
+    return record.task, record.rescorer, record.p, record.k
 
 
 def read_examples(path: Path, *, advice: str) -> Iterator[ExampleRecord]:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from rescore.runs.leave_out import SHIPPED
 from rescore.runs.records import Result
-from rescore.runs.suite_plan import Plan
 from rescore.runs.tables import suite_table
+from rescore.suites.plan import Plan
 from rescore.table import escaped
 from rescore.terminal import printable
 
@@ -29,7 +29,8 @@ def _caption(results: Sequence[Result], plan: Plan) -> str:
     facts += [f"up to {plan.max_new_tokens} new tokens"] if plan.max_new_tokens else []
     facts += [f"prompts cut to {plan.max_prompt_tokens} tokens"] if plan.max_prompt_tokens else []
     facts += [f"{_values(results, 'n')} examples of a task"]
-    if limits := sorted({tuning.limit for _, tuning in plan.tuned}):
+    weighted = {r.rescorer for r in results if r.alpha is not None}
+    if limits := sorted({tuning.limit for name in weighted if (tuning := plan.tuning(name))}):
         facts.append(f"alpha tuned on {' or '.join(map(str, limits))} examples of the last groups of the data")
     facts += ["examples that share text with training corpora left out"] if plan.leave_out == SHIPPED else []
     return (

@@ -12,13 +12,16 @@ from lattices.errors import RescoreError
 from lm.text_files import rows_file
 from rescore.decoding import VERIFY_MODES
 from rescore.rescorers import load_rescorer
+from rescore.runs.inputs import Inputs
 from rescore.runs.leave_out import read_leave_out
-from rescore.runs.options import MAX_ALPHA, MODES, EvalOptions, Run
-from rescore.runs.records import Alpha
+from rescore.runs.recording import recorded_task
+from rescore.runs.run import DEFAULT_K, MAX_ALPHA, ORACLE, Run
 from rescore.runs.tuning import DEFAULT_ALPHAS, HELD_OUT
 from rescore.tasks import load_task
+from rescore.tracing import read_header
 from rescore.yaml_input import Value, read_yaml
 
+MODES = ("replay", "live")
 LIMITS = ("limit", "max_new_tokens", "max_prompt_tokens")
 KEYS = (
     "base", "heads", "dtype", "device", "mode", "verify", "seed", "tasks", "rescorers", "k", "p", "h", "tune",
@@ -60,15 +63,14 @@ class SuiteRescorer:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole suite; fields as in `rescore.runs.options.EvalOptions`, `k` and `h` (None: all heads) each of which is
-    run.
-    """
+    """A whole suite: fields as in `Inputs`, `Run` and `evaluate` of `rescore.runs`; each of `k` and of `h` (None: all
+    heads) is run."""
 
     tasks: tuple[SuiteTask, ...]
     rescorers: tuple[SuiteRescorer, ...]
-    base: str = "smollm2-135m"
+    base: str = Inputs.base
     heads: str | None = None
-    k: tuple[int, ...] = (16,)
+    k: tuple[int, ...] = (DEFAULT_K,)
     h: tuple[int | None, ...] = (None,)
     tune: SuiteTuning | None = None
     limit: int | None = None
@@ -76,44 +78,31 @@ class Plan:
     max_prompt_tokens: int | None = None
     mode: str = "replay"
     verify: str = "tree"
-    dtype: str = "float32"
-    device: str = "auto"
+    dtype: str = Inputs.dtype
+    device: str = Inputs.device
     seed: int = 0
     leave_out: str | None = None
 
-    def options(self, task: SuiteTask, *, k: int, h: int | None) -> EvalOptions:
-        """The evaluation of one task with one k and h."""
-        limits = {name: getattr(task, name) or getattr(self, name) for name in LIMITS}
-        return EvalOptions(
-            tasks=(task.name,), rescorers=tuple(r.name for r in self.rescorers), base=self.base,
-            heads=None if task.trace else self.heads, h=h, k=k,
-            p=tuple(dict.fromkeys(p for r in self.rescorers for p in r.p)),
-            own_p=tuple((r.name, r.p) for r in self.rescorers if r.name != "oracle"),
-            mode=self.mode, verify=self.verify, data=task.data, trace=task.trace, dtype=self.dtype, device=self.device,
-            seed=self.seed, leave_out=self.leave_out, **limits,
-        )  # fmt: skip
-
-    @property
-    def fixed(self) -> dict[Run, Alpha]:
-        """The weights that the file says, as `rescore.runs.evaluation.evaluate` takes them."""
-        chosen = [r for r in self.rescorers if r.alpha is not None]
-        return {(r.name, p): Alpha(alpha=r.alpha or 0.0, source="option") for r in chosen for p in r.p}
-
-    @property
-    def defaults(self) -> dict[Run, Alpha]:
-        """Every rescorer's own weight: what others have tuned on this machine is no part of a suite."""
-        weighted = ((r, load_rescorer(r.name)) for r in self.rescorers)
-        return {
-            (r.name, p): Alpha(alpha=rescorer.alpha, source="default")
-            for r, rescorer in weighted if rescorer.alpha is not None
-            for p in r.p
+    def inputs(self, task: SuiteTask, h: int | None) -> Inputs:
+        """One task with one h."""
+        given: dict[str, Any] = {"trace": task.trace} if task.trace else {
+            "data": task.data, "base": self.base, "heads": self.heads, "dtype": self.dtype,
+            "max_new_tokens": task.max_new_tokens or self.max_new_tokens,
+            "max_prompt_tokens": task.max_prompt_tokens or self.max_prompt_tokens,
         }  # fmt: skip
+        return Inputs(
+            task=task.name, h=h, limit=task.limit or self.limit, leave_out=self.leave_out, device=self.device, **given
+        )
 
     @property
-    def tuned(self) -> list[tuple[SuiteRescorer, SuiteTuning]]:
-        """The rescorers whose weight is to be tuned, and how."""
-        weighted = (r for r in self.rescorers if r.alpha is None and load_rescorer(r.name).alpha is not None)
-        return [(r, tuning) for r in weighted if (tuning := r.tune or self.tune)]
+    def runs(self) -> list[Run]:
+        """Every rescorer with each of its p and every k, with the weight that the file says."""
+        return [Run(r.name, p=p, k=k, alpha=r.alpha) for k in self.k for r in self.rescorers for p in r.p]
+
+    def tuning(self, rescorer: str) -> SuiteTuning | None:
+        """How the weight of a rescorer that has one is tuned; None: it is given, or the rescorer's own."""
+        (chosen,) = (r for r in self.rescorers if r.name == rescorer)
+        return None if chosen.alpha is not None else chosen.tune or self.tune
 
     def as_dict(self) -> dict[str, Any]:
         """For `plan.json`: tasks and rescorers by name, so that a difference names them."""
@@ -184,9 +173,7 @@ def _keys(value: Value) -> set[str]:
 
 def _task_of(folder: Path) -> str:
     """The task of a trace that does not go by another name in the file."""
-    from rescore.runs.options import resolve
-
-    return resolve(EvalOptions(trace=str(folder))).tasks[0]
+    return recorded_task(read_header(folder)) or folder.resolve().name
 
 
 def _rescorers(top: dict[str, Value]) -> tuple[SuiteRescorer, ...]:
@@ -208,7 +195,7 @@ def _rescorers(top: dict[str, Value]) -> tuple[SuiteRescorer, ...]:
             raise fields["alpha"].wrong(f"{alpha:g} is outside 0 to {MAX_ALPHA:g}, where a weight is")
         own = _wholes(fields["p"]) if "p" in fields else ps
         tuning = _tuning(fields["tune"]) if "tune" in fields else None
-        return SuiteRescorer(name, (1,) if name == "oracle" else own, alpha, tuning)
+        return SuiteRescorer(name, (1,) if name == ORACLE else own, alpha, tuning)
 
     return _distinct(top["rescorers"], rescorer, "rescorer")
 

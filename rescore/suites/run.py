@@ -1,6 +1,6 @@
 """Runs a whole table of evaluations, and goes on where it was stopped, at the next example.
 
-Each task, k and h has a results folder of its own, as `rescore eval --out` writes them; weights are tuned first and
+Each task and h has a results folder of its own, as `rescore eval --out` writes them; weights are tuned first and
 kept; every trace is recorded once. The tables and the manifest are written when all is finished.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,16 @@ from lm.locks import writing_to
 from lm.records import convert_record, plain
 from rescore.rescorers import load_rescorer
 from rescore.runs.environment import environment
+from rescore.runs.evaluated import load_run
 from rescore.runs.evaluation import evaluate
-from rescore.runs.finished import load_run
-from rescore.runs.inputs import Models, TaskInput, prepare
-from rescore.runs.options import EvalOptions, Progress, Run, resolve
-from rescore.runs.records import Alpha, Result, RunConfig
-from rescore.runs.results import RESULTS_FILE
-from rescore.runs.suite_files import (
+from rescore.runs.inputs import Notify, Progress
+from rescore.runs.log import RESULTS_FILE
+from rescore.runs.recording import Recording, check_names, open_recording
+from rescore.runs.records import Result, RunConfig
+from rescore.runs.run import Run
+from rescore.runs.tables import results_csv
+from rescore.runs.tuning import tune
+from rescore.suites.files import (
     CSV_FILE,
     MANIFEST_FILE,
     PLAN_FILE,
@@ -45,13 +47,8 @@ from rescore.runs.suite_files import (
     SuiteRun,
     SuiteSweep,
 )  # fmt: skip
-from rescore.runs.suite_page import suite_page
-from rescore.runs.suite_plan import Plan, SuiteTask
-from rescore.runs.tables import results_csv
-from rescore.runs.tuning import tune
-from rescore.tracing import DEFAULT_K
-
-Notify = Callable[[str], None]
+from rescore.suites.page import suite_page
+from rescore.suites.plan import Plan, SuiteTuning
 
 
 @dataclass
@@ -65,14 +62,11 @@ class Suite:
 
 @dataclass(frozen=True)
 class _Part:
-    """One evaluation of the suite."""
+    """One evaluation of the suite: a task with one h, every rescorer, k and p."""
 
-    task: SuiteTask
-    input: TaskInput
-    k: int
+    recording: Recording
     h: int | None
     folder: str
-    options: EvalOptions
 
 
 def run_suite(
@@ -100,16 +94,16 @@ def _run(plan: Plan, out: Path, source: str, progress: Progress | None, notify: 
                 notify(line)
 
     parts = _parts(plan)
-    trace_k = max(plan.k) if max(plan.k) > DEFAULT_K else None  # one trace for all k
     with _Weights(out / TUNED_FILE) as weights:
         try:
             for part in parts:
-                chosen = {**plan.defaults, **plan.fixed, **_tune(plan, part, weights, trace_k, progress, tell)}
-                results, interrupted = _evaluate(part, out, chosen, trace_k, progress, tell)
+                identities = _identities(plan)
+                runs = _weighted(plan, part, identities, weights, progress, tell)
+                results, interrupted = _evaluate(plan, part, runs, identities, out, progress, tell)
                 suite.results += results
                 if interrupted:
                     break
-                suite.runs.append(SuiteRun(task=part.input.name, k=part.k, h=part.h, folder=part.folder))
+                suite.runs.append(SuiteRun(task=part.recording.name, h=part.h, folder=part.folder))
         except KeyboardInterrupt:
             interrupted = True
         suite.tuned = weights.latest
@@ -155,19 +149,12 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any], prefix: str = ""
 def _parts(plan: Plan) -> list[_Part]:
     """All evaluations, each of them checked."""
     parts: list[_Part] = []
-    taken: set[str] = set()
     for task in plan.tasks:
         for h in plan.h:
-            # The largest k and each h are what data, models and heads can refuse.
-            options = resolve(plan.options(task, k=max(plan.k), h=h))
-            held = dataclasses.replace(prepare(options, Models(options))[0], data=None, given=None)
-            for k in plan.k:
-                name = "-".join([re.sub(r"[^\w.-]", "_", held.name), f"k{k}", *([f"h{h}"] if h else [])])
-                if name in taken:
-                    raise RescoreError(f"two of the tasks are called {held.name}; give one of them another name")
-                taken.add(name)
-                options = resolve(plan.options(task, k=k, h=h))
-                parts.append(_Part(task, held, k, h, f"{RUNS_FOLDER}/{name}", options))
+            recording = open_recording(plan.inputs(task, h), k=max(plan.k))
+            name = re.sub(r"[^\w.-]", "_", recording.name) + (f"-h{h}" if h else "")
+            parts.append(_Part(recording, h, f"{RUNS_FOLDER}/{name}"))
+    check_names([part.recording for part in parts if part.h == plan.h[0]])
     return parts
 
 
@@ -206,64 +193,86 @@ class _Weights:
         self.kept.append(sweep)
 
 
-def _tune(
-    plan: Plan, part: _Part, weights: _Weights, trace_k: int | None, progress: Progress | None, notify: Notify
-) -> dict[Run, Alpha]:
-    """The tuned weights of one evaluation, those that are missing tuned now: also where the model, the data or the
-    rescorer is another one than when they were tuned."""
-    chosen: dict[Run, Alpha] = {}
-    for rescorer, tuning in plan.tuned:
-        made_of = key_of([part.input.settings, _identities([rescorer.name])], 24)
-        options = dataclasses.replace(part.options, rescorers=(rescorer.name,), own_p=(), limit=tuning.limit)
-        for p in rescorer.p:
-            sweep = weights.find(task=part.input.name, rescorer=rescorer.name, k=part.k, h=part.h, p=p, made_of=made_of)
-            if sweep is None:
-                (tuned,) = tune(
-                    options, alphas=tuning.alphas, ks=(part.k,), ps=(p,), trace_k=trace_k,
-                    evaluated=set(part.input.groups), keep=False, progress=progress, notify=notify,
-                )  # fmt: skip
-                if part.options.trace is None:  # a sweep of other files must not be kept under this key
-                    Models(part.options).check_unchanged(part.input.settings)
-                sweep = SuiteSweep(**{f.name: getattr(tuned, f.name) for f in fields(tuned)}, h=part.h, made_of=made_of)
-                weights.add(sweep)
-            chosen[rescorer.name, p] = Alpha(
-                alpha=sweep.alpha, source="tuned", held_out=sweep.held_out, held_out_groups=sweep.held_out_groups
-            )
-    return chosen
+def _weighted(
+    plan: Plan,
+    part: _Part,
+    identities: dict[str, str],
+    weights: _Weights,
+    progress: Progress | None,
+    notify: Notify,
+) -> list[Run]:
+    """The runs of one evaluation, with tuned weights where the plan asks for them."""
+    runs = []
+    for run in plan.runs:
+        if run.label in identities and (tuning := plan.tuning(run.label)) is not None:
+            sweep = _sweep(part, run, identities[run.label], tuning, weights, progress, notify)
+            run = dataclasses.replace(run, alpha=sweep.as_alpha(data_sha256=sweep.data_sha256))
+        runs.append(run)
+    return runs
+
+
+def _sweep(
+    part: _Part,
+    run: Run,
+    identity: str,
+    tuning: SuiteTuning,
+    weights: _Weights,
+    progress: Progress | None,
+    notify: Notify,
+) -> SuiteSweep:
+    """The sweep of one run's weight, made now if it is missing: also where the model, the data or the rescorer is
+    another one than when it was made."""
+    evaluated = part.recording
+    key = key_of([evaluated.settings, {run.label: identity}], 24)
+    sweep = weights.find(task=evaluated.name, rescorer=run.label, k=run.k, h=part.h, p=run.p, key=key)
+    if sweep is None:
+        inputs = dataclasses.replace(evaluated.inputs, limit=None)
+        (tuned,) = tune(
+            open_recording(inputs, k=evaluated.k), [run.label], alphas=tuning.alphas, ks=(run.k,), ps=(run.p,),
+            held_out=tuning.limit, evaluated=set(evaluated.groups), keep=False, progress=progress, notify=notify,
+        )  # fmt: skip
+        if not evaluated.given:  # a sweep of other files must not be kept under this key
+            evaluated.models.check_unchanged(evaluated.settings)
+        sweep = SuiteSweep(**{f.name: getattr(tuned, f.name) for f in fields(tuned)}, h=part.h, key=key)
+        weights.add(sweep)
+    return sweep
 
 
 def _evaluate(
+    plan: Plan,
     part: _Part,
+    runs: list[Run],
+    identities: dict[str, str],
     out: Path,
-    weights: dict[Run, Alpha],
-    trace_k: int | None,
     progress: Progress | None,
     notify: Notify,
 ) -> tuple[list[Result], bool]:
     """The results of one evaluation, and whether Ctrl-C cut it short."""
     folder = out / part.folder
     if (folder / RESULTS_FILE).is_file():
-        run = load_run(folder)
-        if _is_finished(part, run.config):
-            for line in run.config.notices:
+        finished = load_run(folder)
+        if _is_same(part, identities, finished.config):
+            for line in finished.notices:
                 notify(line)
-            return run.results, False
-    found = evaluate(part.options, out=folder, weights=weights, trace_k=trace_k, progress=progress, notify=notify)
-    return found.document.results, found.interrupted
+            return finished.results, False
+    evaluation = evaluate(
+        part.recording, runs, live=plan.mode == "live", verify=plan.verify, seed=plan.seed, out=folder,
+        progress=progress, notify=notify,
+    )  # fmt: skip
+    return evaluation.results, evaluation.interrupted
 
 
-def _is_finished(part: _Part, config: RunConfig) -> bool:
-    """Whether these results are of the data, base and heads that are there now; if not, `evaluate` tells the change."""
-    trace, name = config.traces.get(part.input.name, {}), part.input.name
-    return (
-        plain(config.options) == plain(part.options)
-        and config.data == plain({name: part.input.source})
-        and {**trace, "k": None} == plain({**part.input.settings, "k": None})
-        and config.rescorers == _identities(part.options.rescorers)
-    )
+def _is_same(part: _Part, identities: dict[str, str], config: RunConfig) -> bool:
+    """Whether these results are of the data, base, heads and rescorers that are there now; if not, `evaluate` tells the
+    change."""
+    name, recording = part.recording.name, part.recording
+    of_now = [recording.source, {"k": recording.k, **recording.settings}, recording.inputs]
+    of_then = [config.data.get(name), config.traces.get(name), config.inputs.get(name)]
+    then = {r.rescorer: r.identity for r in config.runs.get(name, ()) if r.alpha is not None}
+    return plain(of_now) == plain(of_then) and then == identities
 
 
-def _identities(names: Sequence[str]) -> dict[str, str]:
+def _identities(plan: Plan) -> dict[str, str]:
     """What rescorers with a weight score with, by name, as `evaluate` has it."""
-    rescorers = {name: load_rescorer(name) for name in names}
-    return {name: r.identity for name, r in rescorers.items() if r.alpha is not None}
+    rescorers = {r.name: load_rescorer(r.name) for r in plan.rescorers}
+    return {name: rescorer.identity for name, rescorer in rescorers.items() if rescorer.alpha is not None}

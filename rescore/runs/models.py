@@ -1,0 +1,120 @@
+"""The models of a recording: its base LM and block heads, and what a trace says of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from lattices.errors import IncompatibleError
+from lm.keys import key_of, software
+from lm.records import plain
+from rescore.runs.inputs import Inputs
+from rescore.tasks import Task
+from rescore.tasks.data import TaskData
+from rescore.tracing import RECORDING
+
+if TYPE_CHECKING:
+    from lm.base.model import BaseIdentity, BaseLM
+    from lm.heads.block_heads import BlockHeads
+
+
+class Models:
+    """Base LM and block heads of a recording, loaded when first needed: a replay from the cache needs neither."""
+
+    def __init__(self, inputs: Inputs, base: BaseLM | None = None, heads: BlockHeads | None = None) -> None:
+        self.inputs = inputs
+        self._given_base, self._given_heads = base, heads
+
+    @cached_property
+    def base(self) -> BaseLM:
+        """The base LM."""
+        from lm.base.catalog import load_base
+
+        return self._given_base or load_base(self.inputs.base, dtype=self.inputs.dtype, device=self.inputs.device)
+
+    @cached_property
+    def identity(self) -> BaseIdentity:
+        """Which base LM that is, told without its weights in memory."""
+        return self._given_base.identity if self._given_base else self._identify()
+
+    @cached_property
+    def heads(self) -> BlockHeads:
+        """All of the block heads."""
+        from lm.heads.block_heads import load_heads
+
+        if self._given_heads:
+            return self._given_heads
+        return load_heads(self.inputs.heads, self.identity, device=self.base.device, dtype=self.base.heads_dtype)
+
+    @property
+    def device(self) -> str:
+        """Where work is done: `cpu` or `cuda:N`."""
+        from lm.base.catalog import choose_device
+
+        return str(self._given_base.device) if self._given_base else choose_device(self.inputs.device)
+
+    def heads_facts(self) -> dict[str, Any]:
+        """What a trace says of the heads: hashes of weights and configuration, and h."""
+        from lm.heads.block_heads import heads_folder, heads_sha256, read_config
+
+        if self._given_heads:
+            config, weights = self._given_heads.config, self._given_heads.sha256
+        else:
+            folder = heads_folder(self.inputs.heads, self.identity)
+            config, weights = read_config(folder), heads_sha256(folder)
+        return {"heads_sha256": weights, "heads_config_sha256": key_of(config), "h": config.h}
+
+    def check_unchanged(self, settings: Mapping[str, Any]) -> None:
+        """Raises `IncompatibleError` if base or heads are no longer those that the settings of a trace name.
+
+        Files may be replaced between the moment they are identified and the one they are read, and even later: weights
+        are mapped into memory, so that a file written over changes the model that runs.
+        """
+        identity = self.identity if self._given_base else self._identify()
+        weights = self.heads_facts()["heads_sha256"]
+        if plain([dataclasses.asdict(identity), weights]) != plain([settings["base"], settings["heads_sha256"]]):
+            raise IncompatibleError(
+                f"the files of {self.inputs.base} or of its heads were replaced while they were read; run the command "
+                "again"
+            )
+
+    def about_heads(self) -> str | None:
+        """What the user should know of the heads, if anything."""
+        from lm.heads.block_heads import of_other_weights
+
+        return None if self._given_heads else of_other_weights(self.inputs.heads, self.identity)
+
+    def trace_settings(self, task: Task, data: TaskData, max_new_tokens: int) -> dict[str, Any]:
+        """Everything that a trace depends on, but for its k; none of it needs the weights in memory.
+
+        `recorded_by`: the kind of device, this project's recording and the libraries' minor versions, which all round
+        in their own ways: a trace of another one is not replayed unseen.
+        """
+        from lm.base.catalog import load_tokenizer
+
+        tokenizer = self._given_base.tokenizer if self._given_base else load_tokenizer(self.inputs.base)
+        template = tokenizer.chat_template if task.chat else None
+        facts = self.heads_facts()
+        settings = {
+            "base": dataclasses.asdict(self.identity),
+            "heads_sha256": facts["heads_sha256"],
+            "heads_config_sha256": facts["heads_config_sha256"],
+            "h": facts["h"],
+            "task": task.name,
+            "template": task.template,
+            "chat": bool(template),
+            "chat_template": template,
+            "data_sha256": data.source["sha256"],
+            "max_new_tokens": max_new_tokens,
+            "max_prompt_tokens": self.inputs.max_prompt_tokens or task.limits.prompt_tokens,
+            "recorded_by": {"device": self.device.partition(":")[0], "recording": RECORDING, **software()},
+        }
+        # A task of the user's own is what its file says: with another word in it, it is another task.
+        return settings if task.definition is None else {**settings, "definition": dict(task.definition)}
+
+    def _identify(self) -> BaseIdentity:
+        from lm.base.catalog import identify
+
+        return identify(self.inputs.base, dtype=self.inputs.dtype)

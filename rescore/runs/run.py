@@ -1,0 +1,118 @@
+"""A run: one rescorer with its number of drafts, its k and its weight."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lattices.errors import RescoreError
+from rescore.checks import check_k, check_p
+from rescore.rescorers import Rescorer, load_rescorer
+from rescore.runs.records import Alpha
+
+DEFAULT_K = 16
+MAX_ALPHA = 64.0
+TUNED: Literal["tuned"] = "tuned"  # the alpha that stands for what `rescore tune` kept
+ORACLE = "oracle"
+_OWN = re.compile(r"(?<=[:,])(p|k|alpha)=([^,]*)(?:,|$)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one result is of, on each task.
+
+    rescorer: its spec (`name` or `name:key=value,...`), or an object.
+    p: drafts that a step verifies; k: lattice entries of a slot.
+    alpha: weight of the rescorer; None: its own; `tuned`: what `rescore tune` kept on this machine.
+    label: what results call it; by default the spec, or the name of the object's class.
+    """
+
+    rescorer: str | Rescorer = "none"
+    p: int = 1
+    k: int = DEFAULT_K
+    alpha: float | Alpha | Literal["tuned"] | None = None
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.label:
+            object.__setattr__(self, "label", label_of(self.rescorer))
+        check_p(self.p)
+        check_k(self.k)
+        if isinstance(self.alpha, str):
+            if self.alpha != TUNED:
+                raise RescoreError(f"--alpha {self.alpha}; a rescorer's weight is a number, or {TUNED} (rescore tune)")
+        elif self.alpha is not None:
+            check_alpha(self.alpha.alpha if isinstance(self.alpha, Alpha) else self.alpha)
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What no two runs of an evaluation share: label, p, k."""
+        return self.label, self.p, self.k
+
+    def load(self) -> Rescorer:
+        """The rescorer. Raises as `load_rescorer`."""
+        return load_rescorer(self.rescorer) if isinstance(self.rescorer, str) else self.rescorer
+
+
+def label_of(rescorer: str | Rescorer) -> str:
+    """The spec itself, or the name of a rescorer's class."""
+    return rescorer if isinstance(rescorer, str) else type(rescorer).__name__
+
+
+def check_alpha(alpha: float) -> None:
+    """Raises `RescoreError` for what is no weight."""
+    if not 0 <= alpha <= MAX_ALPHA:
+        raise RescoreError(f"--alpha {alpha:g}; a rescorer's weight is from 0 to {MAX_ALPHA:g}")
+
+
+def runs_of(
+    specs: Iterable[str | Run | Rescorer],
+    *,
+    ps: Sequence[int] = (1,),
+    ks: Sequence[int] = (DEFAULT_K,),
+    alpha: float | Literal["tuned"] | None = None,
+) -> list[Run]:
+    """Every rescorer with each p and k, but for what its spec says itself (`ngram:p=16,alpha=0.5`).
+
+    The oracle knows which draft is best: it is run with p = 1 only. Raises `RescoreError` for what makes no sense.
+    """
+    runs: dict[Run, None] = {}
+    for spec in specs:
+        if isinstance(spec, Run):
+            runs[spec] = None
+            continue
+        rescorer, own = _own_settings(spec) if isinstance(spec, str) else (spec, {})
+        weight = parse_alpha(own["alpha"]) if "alpha" in own else alpha
+        label = label_of(rescorer)
+        if "alpha" in own:
+            label += f"{',' if ':' in label else ':'}alpha={own['alpha']}"
+        for k in [_whole(spec, own["k"])] if "k" in own else ks:
+            for p in [_whole(spec, own["p"])] if "p" in own else [1] if rescorer == ORACLE else ps:
+                runs[Run(rescorer, p=p, k=k, alpha=weight, label=label)] = None
+    return list(runs)
+
+
+def _own_settings(spec: str) -> tuple[str, dict[str, str]]:
+    """A spec without its `p`, `k` and `alpha`, and these."""
+    own = {name: value for name, value in _OWN.findall(spec)}
+    rest = _OWN.sub("", spec).rstrip(",") if own else spec
+    return (rest.rstrip(":") if own else rest), own
+
+
+def parse_alpha(text: str) -> float | Literal["tuned"]:
+    """A weight as it is written. Raises `RescoreError`."""
+    if text == TUNED:
+        return TUNED
+    try:
+        return float(text)
+    except ValueError:
+        raise RescoreError(f"--alpha {text}: give a number, or tuned (what rescore tune kept)") from None
+
+
+def _whole(spec: object, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise RescoreError(f"--rescorer {spec}: {text!r} is no whole number") from None

@@ -61,7 +61,7 @@ def block_length_command(
     from rescore.runs.weights import fit_to
     from rescore.studies.block_length import block_lengths
     from rescore.studies.tables import block_length_table
-    from rescore.tracing import load_trace
+    from rescore.tracing import read_trace
 
     chosen = load_rescorer(rescorer)
     if alpha is not None:
@@ -70,12 +70,12 @@ def block_length_command(
         chosen = chosen.weighted(alpha)
     if limit < 1:
         raise RescoreError(f"--limit {limit}; at least one example must be replayed")
-    recorded = load_trace(trace).first_examples(limit)
+    recorded = read_trace(trace).first_examples(limit)
     model = load_base(base, dtype=dtype, device=device)
     folder = heads_folder(heads, model.identity)
     if recorded.header.settings.get("heads_sha256") not in (None, heads_sha256(folder)):
         raise IncompatibleError(f"{trace} was recorded with other heads than those in {folder}; give its own: --heads")
-    block_heads = load_heads(heads, model.identity, device=model.device, dtype=model.heads_dtype)
+    block_heads = load_heads(model, heads)
     fitted = fit_to(recorded, {rescorer: chosen}, device=str(model.device), shared=model)[rescorer]
     with progress_bar() as progress:
         found = block_lengths(

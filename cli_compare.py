@@ -90,8 +90,8 @@ def inspect_command(
     """Show one example block by block: the lattice, each rescorer's draft, what was accepted, what the base wanted."""
     from rich.console import Console
 
-    from rescore.report.inspection import inspect_example
-    from rescore.report.inspection_view import inspection_lines
+    from rescore.reports.inspection import inspect_example
+    from rescore.reports.inspection_view import inspection_lines
 
     found = inspect_example(results, example, task=task, rescorers=rescorer or (), p=p, k=k, h=h, steps=steps, top=top)
     for line in found.notices:

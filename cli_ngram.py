@@ -82,8 +82,7 @@ def build_ngram_command(
     from dataclasses import asdict
 
     from lm.base.own_output import OwnOutput
-    from lm.ngram.build import NgramOptions, build_ngram
-    from lm.ngram.place import default_folder
+    from lm.ngram.build import NgramOptions, build_ngram, default_folder
     from rescore.studies.tables import built_ngram_table
 
     folder = default_folder(corpus, order) if out is None else out

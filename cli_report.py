@@ -25,10 +25,10 @@ def report_command(
     as_json: Json = False,
 ) -> None:
     """Make one HTML page of results: tables, charts and a lattice explorer; works from disk, without network."""
-    from rescore.report.page import write_report
+    from rescore.reports.page import report
 
     with progress_bar() as progress:
-        written = write_report(results, out, examples=examples, progress=progress)
+        written = report(results, out, examples=examples, progress=progress)
     for line in written.missing:
         notify(line)
     files = [written.html, written.markdown, written.csv]

@@ -307,7 +307,7 @@ def train_bigram_command(
     chosen.check()
     check_there(corpus)
     model = load_base(base, device=device)
-    block_heads = load_heads(heads, model.identity, device=model.device, dtype=model.heads_dtype)
+    block_heads = load_heads(model, heads)
     with progress_bar() as progress, _alone_in(out, model):
         corpora, workers = _read_corpora(model, corpus, out, max_tokens, cache_gb, "auto", progress)
         data = [

@@ -19,12 +19,12 @@ import torch
 from lm.base.catalog import load_base
 from lm.heads.block_heads import load_heads
 from rescore.decoding import decode
-from rescore.replay import replay
+from rescore.replaying import replay
 from rescore.rescorers import load_rescorer
 from rescore.table import text_table
 from rescore.tasks import load_task
 from rescore.tasks.data import load_examples
-from rescore.tracing import load_trace, record_trace
+from rescore.tracing import read_trace, record_trace
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     arguments = parser.parse_args()
     base = load_base()
-    heads = load_heads(arguments.heads, base.identity, device=base.device)
+    heads = load_heads(base.identity, arguments.heads, device=base.device)
     examples = load_examples(load_task("squad"), data=load_task("squad").sample, limit=arguments.examples).examples
     prompts = [base.encode_prompt(e.prompt, chat=True) for e in examples]
     limit, rescorer = arguments.max_new_tokens, load_rescorer("none")
@@ -70,9 +70,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         record_trace(base, heads, examples, Path(folder), settings={}, chat=True, max_new_tokens=limit)
-        replay(load_trace(Path(folder)).examples[:1], rescorer, k=16)  # first use compiles and imports
+        replay(read_trace(Path(folder)).examples[:1], rescorer, k=16)  # first use compiles and imports
         start = time.perf_counter()
-        steps = replay(load_trace(Path(folder)).examples, rescorer, k=16)
+        steps = replay(read_trace(Path(folder)).examples, rescorer, k=16)
         replayed = time.perf_counter() - start
     rate = {name: tokens[name] / seconds[name] for name in seconds}
     shares = {name: sum(values) / len(values) for name, values in glue.items()}

@@ -34,10 +34,10 @@ from lattices.automaton import LN10, ROOT, SCORE_SCALE, Automaton
 from lattices.lattice import Lattice
 from lattices.ngram_search import NgramSearch
 from lattices.ngrams import SENTENCE_END, UNKNOWN
-from lattices.openfst import automaton_text, composition_text, dense_states
 from lm.files import sha256_of_file
 from lm.ngram.build import AUTOMATON_FILE
-from rescore.tracing import load_trace
+from rescore.exports.openfst import automaton_text, composition_text, dense_states
+from rescore.tracing import read_trace
 
 LOADS = 20
 PAIRS = 1_000_000
@@ -48,7 +48,7 @@ KENLM_TOLERANCE = 1e-4  # log10
 def load_lattices(folders: list[Path], k: int, limit: int) -> tuple[Lattice, list[np.ndarray], int, list[int]]:
     """Up to `limit` lattices `[n, h, k]`, the tokens before each, the vocabulary's size, end-of-text ids."""
     ids, logps, contexts = [], [], []
-    traces = [load_trace(folder) for folder in folders]
+    traces = [read_trace(folder) for folder in folders]
     for trace in traces:
         for example in trace.examples:
             before = np.concatenate([example.prompt_ids, example.output_ids])

@@ -20,14 +20,14 @@ import torch
 from lattices.lattice import Lattice
 from lm.neural.model import NeuralLM
 from rescore.accounting import account
-from rescore.replay import replay
+from rescore.replaying import replay
 from rescore.rescorers import Context, Rescorer, load_rescorer
 from rescore.rescorers.neural import Neural
 from rescore.rescorers.ngram_neural import NgramNeural
 from rescore.runs.weights import fit_to
 from rescore.studies.block_length import TimedRescorer
 from rescore.table import text_table
-from rescore.tracing import TracedExample, load_trace
+from rescore.tracing import TracedExample, read_trace
 
 
 class Timed(TimedRescorer):
@@ -59,6 +59,13 @@ def bare_seconds(model: NeuralLM, example: TracedExample, h: int) -> float:
     return time.perf_counter() - start
 
 
+def sizes_of(model: NeuralLM) -> tuple[int, int]:
+    """Number of weights, tied ones once, and operations of the layers for a token (2 a weight, attention left out)."""
+    projection = model.model.output_embeddings.weight.shape
+    sizes = [(p.numel(), p.shape) for p in model.model.model.parameters()]
+    return sum(size for size, _ in sizes), 2 * sum(size for size, shape in sizes if shape != projection)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path, required=True)
@@ -68,7 +75,7 @@ def main() -> None:
     parser.add_argument("--p", type=int, default=1)
     parser.add_argument("--alpha", type=float, default=0.5)
     arguments = parser.parse_args()
-    trace = load_trace(arguments.trace)
+    trace = read_trace(arguments.trace)
     examples, h = trace.examples[: arguments.limit + 1], trace.header.h
     fitted = fit_to(trace, {name: load_rescorer(name) for name in arguments.rescorer})
     models = {name: r.model.load() for name, r in fitted.items() if isinstance(r, Neural | NgramNeural)}
@@ -96,8 +103,8 @@ def main() -> None:
         plain = float(np.median(bare[name])) * 1e3 if name in models else None
         against = p50 / float(np.median(timed[sequential].seconds)) / 1e3 if sequential else None
         efficiency = account(accepted[name], h).block_efficiency
-        parameters = models[name].parameters if name in models else None
-        gflops = models[name].flops_per_token * rescorer.tokens / len(ms) / 1e9 if name in models else None
+        parameters, flops = sizes_of(models[name]) if name in models else (None, None)
+        gflops = flops and flops * rescorer.tokens / len(ms) / 1e9
         results.append({
             "rescorer": name, "p": arguments.p, "p50_ms": round(p50, 3), "p95_ms": round(p95, 3),
             "bare_ms": plain and round(plain, 3), "against_bare": plain and round(p50 / plain, 3),

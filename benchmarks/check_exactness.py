@@ -20,7 +20,7 @@ import torch
 from lm.base.catalog import load_base
 from lm.heads.block_heads import load_heads
 from rescore.decoding import decode
-from rescore.replay import replay
+from rescore.replaying import replay
 from rescore.rescorers import load_rescorer
 from rescore.table import text_table
 from rescore.tasks import load_task
@@ -43,7 +43,7 @@ def main() -> None:
     base = load_base(arguments.base)
     if not base.supports_tree:
         raise SystemExit(f"{arguments.base} takes no tree mask; there are no three ways to compare")
-    heads = load_heads(arguments.heads, base.identity, device=base.device)
+    heads = load_heads(base.identity, arguments.heads, device=base.device)
     examples = load_examples(task, data=arguments.data, limit=arguments.limit).examples
     rescorer = load_rescorer("none")
     ways = {"p = 1": (1, "tree"), f"p = {arguments.p}, batch": (arguments.p, "batch"),

@@ -21,7 +21,7 @@ import numpy as np
 from lattices.lattice import Lattice
 from lattices.ngram_search import NgramSearch
 from lm.ngram.load import load_ngram
-from rescore.tracing import load_trace
+from rescore.tracing import read_trace
 
 TOLERANCE = 1e-4  # nats; both sum float32 log-probs
 
@@ -41,7 +41,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     lattices, differing, largest = 0, 0, 0.0
     for folder in arguments.trace:
-        trace = load_trace(folder)
+        trace = read_trace(folder)
         eos = set(trace.header.eos_token_ids)
         search = loaded.search(trace.header.vocab_size, tuple(eos))
         assert isinstance(search, NgramSearch), "a KenLM binary has no search of its own to check"

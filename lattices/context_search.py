@@ -23,7 +23,7 @@ from lattices.automaton import ROOT, ROOT_SCORE, SCORE_SCALE, advance
 from lattices.errors import RescoreError
 from lattices.lattice import Lattice
 from lattices.ngram_search import NgramSearch
-from lattices.search import PBest, p_best
+from lattices.search import PBest, p_best, put_in_order
 
 CONTEXT_ORDER = 4
 BEAM = 64
@@ -172,8 +172,8 @@ def _search(mixture, state, slots, width, drafts, scores):  # type: ignore[no-un
     paths = np.zeros((2, width, h), np.int32)
     states = np.zeros((2, width), np.int64)
     sums = np.zeros((2, width))
-    reach = np.empty(width)
-    came, entry, gained = np.empty(width, np.int64), np.empty(width, np.int64), np.empty(width)
+    gained = np.zeros((width, k))  # score of every path with one more entry
+    reach, codes = np.zeros(width), np.zeros(width, np.int64)  # of the best of them, falling: path x k + entry
     history, total_of, types_of = np.zeros(order, np.int64), np.zeros(order, np.int64), np.zeros(order, np.int64)
     _, after = advance(cells, roots, state, words[0, 0])
     paths[0, 0, 0], states[0, 0], sums[0, 0] = token_ids[0, 0], after, logps[0, 0]
@@ -207,28 +207,19 @@ def _search(mixture, state, slots, width, drafts, scores):  # type: ignore[no-un
                         likely = (occurred + types_of[n] * likely) / (total_of[n] + types_of[n])
                 mixed = (1.0 - share) * np.exp(general / SCORE_SCALE) + share * likely
                 total = sums[now, b] + logps[j, e] + weight * np.log(max(mixed, 1e-30))
-                most = total + remaining[j]
-                if candidates == width:
-                    if most <= reach[width - 1]:
-                        continue
-                    place = width - 1
-                else:
-                    place = candidates
-                    candidates += 1
-                while place > 0 and reach[place - 1] < most:
-                    reach[place], came[place] = reach[place - 1], came[place - 1]
-                    entry[place], gained[place] = entry[place - 1], gained[place - 1]
-                    place -= 1
-                reach[place], came[place], entry[place], gained[place] = most, b, e, total
+                gained[b, e] = total
+                candidates = put_in_order(total + remaining[j], b * k + e, candidates, reach, codes)
         after_slot = 1 - now
         for place in range(candidates):
-            b, e = came[place], entry[place]
-            paths[after_slot, place, :j] = paths[now, b, :j]
+            b, e = codes[place] // k, codes[place] % k
+            for i in range(j):
+                paths[after_slot, place, i] = paths[now, b, i]
             paths[after_slot, place, j] = token_ids[j, e]
             states[after_slot, place] = advance(cells, roots, states[now, b], words[j, e])[1]
-            sums[after_slot, place] = gained[place]
+            sums[after_slot, place] = gained[b, e]
         now, count = after_slot, candidates
     for place in range(len(scores)):
         chosen = min(place, count - 1)
-        drafts[place] = paths[now, chosen]
+        for j in range(h):
+            drafts[place, j] = paths[now, chosen, j]
         scores[place] = sums[now, chosen]

@@ -37,6 +37,7 @@ from lattices.automaton import (
     find_arc,
     hash_word,
 )
+from lattices.search import put_in_order
 
 NONE = -(1 << 60)  # no path
 WORST = NONE // 2  # real paths score more
@@ -81,7 +82,7 @@ class Room(NamedTuple):
     words: np.ndarray  # [h, k] the lattice's words
     heads: np.ndarray  # [h, k] the lattice's log-probs
     beam32: np.ndarray  # [4, width]
-    beam64: np.ndarray  # [3, width]
+    beam64: np.ndarray  # [4, width]
     step32: np.ndarray  # [h + 1, k + 3]
     step64: np.ndarray  # [h + 1, k + 1]
     path: np.ndarray  # [h]
@@ -103,7 +104,7 @@ def make_room(h: int, k: int, rows: int, words: int, width: int) -> Room:
         words=np.empty((h, k), dtype=np.int32),
         heads=np.empty((h, k), dtype=np.int64),
         beam32=np.empty((4, width), dtype=np.int32),
-        beam64=np.empty((3, width), dtype=np.int64),
+        beam64=np.empty((4, width), dtype=np.int64),
         step32=np.empty((h + 1, k + 3), dtype=np.int32),
         step64=np.empty((h + 1, k + 1), dtype=np.int64),
         path=np.empty(h, dtype=np.int32),
@@ -159,16 +160,34 @@ def _place(table, key):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def row_of(model, room, query, j, state):  # type: ignore[no-untyped-def]
-    """The row of a state in slot j (which must be entered), made if it is not there; -1: no room for it."""
-    key = (room.counters[1] << 40) | (np.int64(j) << 32) | np.int64(state)
-    place = _place(room.table, key)
-    return room.table[place, 1] if room.table[place, 0] == key else _new_row(model, room, query, j, state)
+def _key_of(room, j, state):  # type: ignore[no-untyped-def]
+    return (room.counters[1] << 40) | (np.int64(j) << 32) | np.int64(state)
 
 
 @inlined
-def _end_row(room, row, state, k):  # type: ignore[no-untyped-def]
+def row_of(model, room, query, j, state):  # type: ignore[no-untyped-def]
+    """The row of a state in slot j (which must be entered), made if it is not there; -1: no room for it."""
+    key = _key_of(room, j, state)
+    place = _place(room.table, key)
+    if room.table[place, 0] == key:
+        return room.table[place, 1]
+    return _new_row(model, room, query, np.int64(j), np.int64(state))
+
+
+@inlined
+def _add_row(room, key):  # type: ignore[no-untyped-def]
+    """The next free row (there must be one), for this key."""
+    row = room.counters[0]
+    room.counters[0] = row + 1
+    place = _place(room.table, key)
+    room.table[place, 0], room.table[place, 1] = key, row
+    return row
+
+
+@inlined
+def _end_row(room, row, state):  # type: ignore[no-untyped-def]
     """The row after end-of-text: one way on, which costs nothing."""
+    k = room.words.shape[1]
     for e in range(k):
         room.row64[row, e] = 0 if e == 0 else NONE
         room.row32[row, e] = state
@@ -176,43 +195,46 @@ def _end_row(room, row, state, k):  # type: ignore[no-untyped-def]
     room.row32[row, 3 * k] = 0
 
 
+@inlined
+def _mark_end(cells, query, room, j, row):  # type: ignore[no-untyped-def]
+    """Entries that are end-of-text lead to the state that stands for it, beyond the automaton's."""
+    if query.end >= 0:
+        for e in range(query.token_ids.shape[1]):
+            if query.token_ids[j, e] == query.end:
+                room.row32[row, e] = len(cells)
+
+
 @compiled
 def _new_row(model, room, query, j, state):  # type: ignore[no-untyped-def]
     """Makes the row of a state that knows two words or more (those with one are there) after those of its suffixes, or
     that after end-of-text."""
-    cells, token_ids, weight, end = model.cells, query.token_ids, query.weight, query.end
-    row64, row32, table, words, heads = room.row64, room.row32, room.table, room.words, room.heads
-    k = token_ids.shape[1]
+    cells, weight, row64, row32, table = model.cells, query.weight, room.row64, room.row32, room.table
+    words, heads = room.words, room.heads
+    k = words.shape[1]
     arcs, count = 2 * k, 3 * k
-    slot = (room.counters[1] << 40) | (np.int64(j) << 32)
     if state == len(cells):
-        row = room.counters[0]
-        if row == len(row64):
+        if room.counters[0] == len(row64):
             return np.int64(-1)
-        room.counters[0] = row + 1
-        place = _place(table, slot | np.int64(state))
-        table[place, 0], table[place, 1] = slot | np.int64(state), row
-        _end_row(room, row, state, k)
+        row = _add_row(room, _key_of(room, j, state))
+        _end_row(room, row, state)
         return row
-    known, missing, shorter = np.int64(-1), 0, np.int64(state)
+    known, missing, shorter = np.int64(-1), 0, state
     while known < 0:
-        ask_for(cells, shorter + 4)  # the arcs behind the header
+        ask_for(cells, shorter + 4)  # the arcs after the header
         shorter = np.int64(cells[shorter, SUFFIX])
-        place = _place(table, slot | shorter)
-        if table[place, 0] == slot | shorter:
+        key = _key_of(room, j, shorter)
+        place = _place(table, key)
+        if table[place, 0] == key:
             known = table[place, 1]
         missing += 1
     if room.counters[0] + missing > len(row64):
         return np.int64(-1)
     while missing > 0:
         missing -= 1
-        at_state = np.int64(state)
+        at_state = state
         for _ in range(missing):
             at_state = np.int64(cells[at_state, SUFFIX])
-        row = room.counters[0]
-        room.counters[0] = row + 1
-        place = _place(table, slot | at_state)
-        table[place, 0], table[place, 1] = slot | at_state, row
+        row = _add_row(room, _key_of(room, j, at_state))
         backoff = weight * np.int64(cells[at_state, BACKOFF])
         for e in range(k):
             row64[row, e] = row64[known, e] + backoff
@@ -240,10 +262,7 @@ def _new_row(model, room, query, j, state):  # type: ignore[no-untyped-def]
                     row32[row, arcs + found] = e
                     found += 1
         row32[row, count] = found
-        if end >= 0:
-            for e in range(k):
-                if token_ids[j, e] == end:
-                    row32[row, e] = len(cells)
+        _mark_end(cells, query, room, j, row)
         known = row
     return known
 
@@ -252,7 +271,7 @@ def _new_row(model, room, query, j, state):  # type: ignore[no-untyped-def]
 def short_rows(model, room, query):  # type: ignore[no-untyped-def]
     """Makes the row of every state that knows one word; links entries with the same word. Whether there was room."""
     cells, roots, token_ids, weight, end = model.cells, model.roots, query.token_ids, query.weight, query.end
-    row64, row32, table, entry_of, same = room.row64, room.row32, room.table, room.entry_of, room.same
+    row64, table, entry_of, same = room.row64, room.table, room.entry_of, room.same
     words, heads = room.words, room.heads
     root_scores, root_states, homes = room.list64[0], room.list32[0], room.list64[1]
     h, k = token_ids.shape
@@ -278,15 +297,12 @@ def short_rows(model, room, query):  # type: ignore[no-untyped-def]
                 _ask_for_arcs(cells, np.int64(roots[words[j - 1, v + 1], ROOT_NEXT]), homes)
             if token_ids[j - 1, v] == end:
                 state = len(cells)
-            key = (room.counters[1] << 40) | (np.int64(j) << 32) | state
+            key = _key_of(room, j, state)
             place = _place(table, key)
             if table[place, 0] != key:
                 table[place, 0], table[place, 1] = key, row
             _short_row(cells, room, weight, j, v, row, state)
-            if end >= 0:
-                for e in range(k):
-                    if token_ids[j, e] == end:
-                        row32[row, e] = len(cells)
+            _mark_end(cells, query, room, j, row)
         leave_slot(room, j)
     return True
 
@@ -310,7 +326,7 @@ def _short_row(cells, room, weight, j, v, row, state):  # type: ignore[no-untype
     k = room.words.shape[1]
     arcs, count = 2 * k, 3 * k
     if state == len(cells):
-        _end_row(room, row, state, k)
+        _end_row(room, row, state)
         return
     row64[row, k] = NONE
     slots = np.int64(cells[state, SLOTS])
@@ -388,7 +404,7 @@ def make_bounds(model, room, query):  # type: ignore[no-untyped-def]
 
 @compiled
 def _pair_bounds(model, room, weight, j, v, shorter):  # type: ignore[no-untyped-def]
-    """The bounds of entry v of slot j - 1 behind every entry u before it with which it is a state of its own: its own
+    """The bounds of entry v of slot j - 1 after every entry u before it with which it is a state of its own: its own
     arcs and its back-off from `shorter`. What longer contexts can add is in the arcs' and the state's bounds."""
     cells, longer, words, heads = model.cells, model.longer, room.words, room.heads
     row32, bound, most = room.row32, room.bound, room.most
@@ -407,15 +423,7 @@ def _pair_bounds(model, room, weight, j, v, shorter):  # type: ignore[no-untyped
     arcs = 0
     for i in range(row32[row, 3 * k]):
         e = row32[row, 2 * k + i]
-        top = most[j, v, i] + bound[j, v, e]
-        place = arcs
-        while place > 0 and tops[place - 1] < top:
-            tops[place] = tops[place - 1]
-            best_arcs[place] = best_arcs[place - 1]
-            place -= 1
-        tops[place] = top
-        best_arcs[place] = e
-        arcs += 1
+        arcs = put_in_order(most[j, v, i] + bound[j, v, e], e, arcs, tops, best_arcs)
     for i in range(count):
         state = pair_states[i]
         best = shorter + weight * (np.int64(cells[state, BACKOFF]) + cells[state, STATE_BOUND])

@@ -12,8 +12,7 @@ A plain dynamic program looks up every arc of every (slot, automaton state) pair
 2. A bound. Arcs of states with one or two words of context carry the highest score that any longer context gives the
    word, so one backward pass over k x k pairs per slot bounds what any prefix can still gain.
 3. A beam search with that bound finds p good paths. The worst of them is a floor: what can't reach it is not among the
-   p best. The forward pass then makes only the states that can; it is exact, since it drops nothing else. Where no
-   state knows more than one word, the bound is exact, and the paths that leave the best one once are the floor.
+   p best. The forward pass then makes only the states that can; it is exact, since it drops nothing else.
 4. A backward pass over these states gives the exact best completion of each, so the last walk, depth first, meets
    hardly anything but the p best paths.
 """
@@ -43,7 +42,7 @@ from lattices.ngram_rows import (
     short_rows,
 )
 from lattices.ngrams import UNKNOWN
-from lattices.search import PBest, p_best
+from lattices.search import PBest, keep_path, p_best, put_in_order, stands_before
 
 WEIGHT_SCALE = 1 << 16
 ARC_SCALE = SCORE_SCALE * WEIGHT_SCALE  # units per nat of a path's score
@@ -158,10 +157,7 @@ def _search(model, room, token_ids, logps, states, weight, end, begin, drafts, s
         leave_slot(room, 1)
         if start < 0:
             return i
-        if model.longer == len(cells):
-            floor = _floor_beside_best(cells, room, ids, start, first, p)
-        else:
-            floor = _beam(model, room, query, start, first, p)
+        floor = _beam(model, room, query, start, first, p)
         if not _forward(model, room, query, start, first, floor):
             return i
         _walk(room, ids, start, first, floor, drafts[i], scores[i])
@@ -169,112 +165,49 @@ def _search(model, room, token_ids, logps, states, weight, end, begin, drafts, s
 
 
 @compiled
-def _floor_beside_best(cells, room, token_ids, start, first, p):  # type: ignore[no-untyped-def]
-    """A floor where the bounds are exact: the best path, and those that leave it once and then go on as best they can.
-
-    `best[0]`: the p best of their scores, falling. `WORST`: they are fewer.
-    """
-    row64, row32, bound, best = room.row64, room.row32, room.bound, room.beam64
-    h, k = token_ids.shape
-    found, row, last, done = 0, start, 0, first
-    for j in range(1, h):
-        chosen, highest = 0, np.int64(NONE)
-        for e in range(k):
-            total = done + row64[row, e] + bound[j, last, e]
-            if total > highest:
-                chosen, highest = e, total
-        # The best path itself counts where it ends, the others where they leave it.
-        ends = j + 1 == h or row32[row, chosen] == len(cells)
-        for e in range(k):
-            if e == chosen and not ends:
-                continue
-            total = done + row64[row, e] + bound[j, last, e]
-            if found == p:
-                if total <= best[0, p - 1]:
-                    continue
-                place = p - 1
-            else:
-                place = found
-                found += 1
-            while place > 0 and best[0, place - 1] < total:
-                best[0, place] = best[0, place - 1]
-                place -= 1
-            best[0, place] = total
-        if ends:
-            break
-        done += row64[row, chosen]
-        row, last = j * k + chosen, chosen
-    return best[0, p - 1] if found == p else np.int64(WORST)
-
-
-@compiled
 def _beam(model, room, query, start, first, p):  # type: ignore[no-untyped-def]
     """A floor for the p-th best score: that of the p-th of the paths that a beam search finds (`WORST`: found fewer).
 
-    `beam32`: row and last entry of every path of the beam, then what the next ones come from (row, entry);
-    `beam64`: their scores, the next ones', these with the bound added (falling).
+    `beam32`: row and last entry of every path, twice (before and after a slot); `beam64`: scores of the paths, twice,
+    what the best next steps reach, falling, and their codes (path and entry).
     """
-    cells, row64, row32, bound, beam32, beam64 = (
-        model.cells,
-        room.row64,
-        room.row32,
-        room.bound,
-        room.beam32,
-        room.beam64,
-    )
+    cells, row64, row32, bound = model.cells, room.row64, room.row32, room.bound
     h, k = query.token_ids.shape
-    width = max(p, BEAM)
-    beam32[0, 0], beam32[1, 0], beam64[0, 0] = start, 0, first
-    count = 1
-    entries, reaches = room.list32[0], room.list64[0]
+    width = p if model.longer == len(cells) else max(p, BEAM)  # where no state knows two words, the bound is exact
+    rows, lasts = room.beam32[0:2], room.beam32[2:4]
+    scores, reaches, codes = room.beam64[0:2], room.beam64[2, :width], room.beam64[3, :width]
+    rows[0, 0], lasts[0, 0], scores[0, 0] = start, 0, first
+    count, now = 1, 0
     for j in range(1, h):
-        found, least = 0, np.int64(WORST)
+        grown, least = 0, np.int64(WORST)
         for b in range(count):
-            row, last, done = beam32[0, b], beam32[1, b], beam64[0, b]
-            kept = 0
+            row, last, done = rows[now, b], lasts[now, b], scores[now, b]
             for e in range(k):
                 reach = done + row64[row, e] + bound[j, last, e]
-                entries[kept], reaches[kept] = e, reach
-                kept += reach > least
-            for i in range(kept):
-                e, reach = entries[i], reaches[i]
-                if found == width:
-                    if reach <= least:
-                        continue
-                    place = width - 1
-                else:
-                    place = found
-                    found += 1
-                while place > 0 and beam64[2, place - 1] < reach:
-                    beam64[2, place] = beam64[2, place - 1]
-                    beam64[1, place] = beam64[1, place - 1]
-                    beam32[2, place] = beam32[2, place - 1]
-                    beam32[3, place] = beam32[3, place - 1]
-                    place -= 1
-                beam64[2, place] = reach
-                beam64[1, place] = done + row64[row, e]
-                beam32[2, place] = row
-                beam32[3, place] = e
-                if found == width:
-                    least = beam64[2, width - 1]
-        count = found
+                if reach > least:
+                    grown = put_in_order(reach, b << 32 | e, grown, reaches, codes)
+                    if grown == width:
+                        least = reaches[width - 1]
+        count = grown
         if j + 1 == h:
             break
+        for i in range(count):
+            b, e = codes[i] >> 32, codes[i] & 0xFFFFFFFF
+            ask_for(cells, row32[rows[now, b], e])
         enter_slot(room, j + 1)
-        for b in range(count):
-            state = row32[beam32[2, b], beam32[3, b]]
-            ask_for(cells, state)
-        for b in range(count):
-            e = beam32[3, b]
-            state = row32[beam32[2, b], e]
+        for i in range(count):
+            b, e = codes[i] >> 32, codes[i] & 0xFFFFFFFF
+            state = row32[rows[now, b], e]
             row = row_of(model, room, query, j + 1, state)
             if row < 0:
                 leave_slot(room, j + 1)
                 return np.int64(WORST)
             # Nothing is gained after end-of-text: its bound is that of entry k.
-            beam32[0, b], beam32[1, b], beam64[0, b] = row, (k if state == len(cells) else e), beam64[1, b]
+            rows[1 - now, i], lasts[1 - now, i] = row, (k if state == len(cells) else e)
+            scores[1 - now, i] = scores[now, b] + row64[rows[now, b], e]
         leave_slot(room, j + 1)
-    return beam64[2, p - 1] if count >= p else np.int64(WORST)
+        now = 1 - now
+    return reaches[p - 1] if count >= p else np.int64(WORST)
 
 
 @compiled
@@ -394,7 +327,7 @@ def _walk(room, token_ids, start, first, floor, drafts, scores):  # type: ignore
         if step64[j, e] < least:
             step32[j, cursor] = step32[j, count]  # they fall
             continue
-        if found == p and step64[j, e] == scores[p - 1] and not _before(path, drafts, p - 1, j + 1):
+        if found == p and step64[j, e] == scores[p - 1] and not stands_before(path, drafts, p - 1, j + 1):
             continue
         row = step32[j, at]
         total = step64[j, k] + row64[row, e]
@@ -404,31 +337,10 @@ def _walk(room, token_ids, start, first, floor, drafts, scores):  # type: ignore
             step32[j, at], step64[j, k], step32[j, cursor] = row, total, 0
             step32[j, count] = _expand(row64, row32, token_ids, j, row, total, least, step32, step64)
             continue
-        place = found if found < p else p - 1
-        while place > 0 and (
-            scores[place - 1] < total or (scores[place - 1] == total and _before(path, drafts, place - 1, h))
-        ):
-            scores[place] = scores[place - 1]
-            for i in range(h):
-                drafts[place, i] = drafts[place - 1, i]
-            place -= 1
-        scores[place] = total
-        for i in range(h):
-            drafts[place, i] = path[i]
-        if found < p:
-            found += 1
+        found = keep_path(path, total, found, 0, drafts, scores)
         if found == p and scores[p - 1] > least:
             least = scores[p - 1]
     for place in range(found, p):  # end-of-text leaves fewer ways than places
         scores[place] = scores[0]
         for i in range(h):
             drafts[place, i] = drafts[0, i]
-
-
-@compiled
-def _before(path, drafts, place, length):  # type: ignore[no-untyped-def]
-    """Whether the first `length` tokens of a path stand at or before those of a draft."""
-    for j in range(length):
-        if path[j] != drafts[place, j]:
-            return path[j] < drafts[place, j]
-    return True

@@ -6,16 +6,10 @@ the sum of its log-probs in float64, added from slot 1 to slot h. Compiled with 
 How the order is kept exact. Two paths with equal scores stand by lowest token ids (compared from slot 1 on), also where
 place p cuts through them. Keeping the p best prefixes of every slot does not ensure that: adding the same number to two
 different sums can round them to one, and then the prefix that was dropped as the lower one may have had the lower ids.
-So the search goes over the lattice twice, and relies only on rounded addition being monotone (a >= b gives
-fl(a + x) >= fl(b + x)):
-
-1. Scores alone, slot by slot: the p best sums of prefixes. A dropped sum has p sums at least as high beside it, and
-   every continuation keeps it so; hence the p final sums are the p best scores, whatever happened among equals. The
-   last of them is the threshold.
-2. All paths that reach the threshold, depth first in the order of token ids. What a prefix can still reach is the sum
-   that goes on with the arg-max of every later slot: by monotonicity an exact bound, so no branch is a dead end. Fewer
-   than p paths lie above the threshold, and of those on it the first ones met are the ones with the lowest ids. Once
-   their places are full, only branches that reach above the threshold are entered: fewer than 2 p leaves in all.
+So the search goes over whole paths, depth first, and relies only on rounded addition being monotone (a >= b gives
+fl(a + x) >= fl(b + x)): what a prefix can still reach is the sum that goes on with the arg-max of every later slot, an
+exact bound. A prefix is left if p paths are known that stand before everything it leads to. Entries are taken by what
+they reach, best first, so the p paths are soon good ones.
 
 One rule stands above the ids: the unrescored draft comes first. No path scores higher, and one that only rounding made
 equal does not displace it. Hence the first q of the p best are the q best, down to q = 1.
@@ -54,162 +48,163 @@ def p_best(lattice: Lattice, p: int) -> PBest:
     h, k = lattice.h, lattice.k
     token_ids = lattice.token_ids.reshape(-1, h, k)
     logps = lattice.logps.reshape(-1, h, k)
-    count = min(p, k ** (h - 1))
-    if count == 1:
-        return _unrescored(token_ids, logps)
-    drafts = np.zeros((len(token_ids), count, h), dtype=np.int32)
-    scores = np.zeros((len(token_ids), count), dtype=np.float64)
-    _search(np.ascontiguousarray(token_ids), np.ascontiguousarray(logps), drafts, scores)
+    n, count = len(token_ids), min(p, k ** (h - 1))
+    drafts, scores = np.empty((n, count, h), dtype=np.int32), np.empty((n, count), dtype=np.float64)
+    drafts[:, 0] = token_ids[:, :, 0]
+    scores[:, 0] = logps[:, 0, 0]
+    for slot in range(1, h):  # in order: np.sum may add in pairs
+        scores[:, 0] += logps[:, slot, 0]
+    if count > 1:
+        _search(
+            np.ascontiguousarray(token_ids),
+            np.ascontiguousarray(logps),
+            np.empty((h, k + 2), dtype=np.int32),
+            np.empty((h, k + 1), dtype=np.float64),
+            np.empty(h, dtype=np.int32),
+            np.empty((2, count), dtype=np.float64),
+            drafts,
+            scores,
+        )
     return PBest(drafts, scores)
 
 
-def _unrescored(token_ids: np.ndarray, logps: np.ndarray) -> PBest:
-    """The arg-max of every slot: `[n, h, k]` -> drafts `[n, 1, h]`."""
-    scores = logps[:, 0, :1].astype(np.float64)  # [n, 1]
-    for slot in range(1, logps.shape[1]):  # in order: np.sum may add in pairs
-        scores += logps[:, slot, :1]
-    return PBest(token_ids[:, None, :, 0].astype(np.int32), scores)
-
-
 @njit(cache=True, nogil=True)
-def _search(token_ids: np.ndarray, logps: np.ndarray, drafts: np.ndarray, scores: np.ndarray) -> None:
-    """`[n, h, k]` ids and log-probs -> the p best of each, into `drafts` `[n, p, h]` and `scores` `[n, p]`."""
+def _search(token_ids, logps, steps, reach, path, sums, drafts, scores):  # type: ignore[no-untyped-def]
+    """`[n, h, k]` ids and log-probs -> the p best of each, after the first, which `drafts` and `scores` hold already.
+
+    Room to work in: `steps[slot]`: k entries by what they reach, the next of them to take, how many they are;
+    `reach[slot]`: what each entry reaches, the sum of the prefix before the slot; `path` `[h]`; `sums` `[2, p]`.
+    """
     n, h, k = token_ids.shape
     p = scores.shape[1]
-    best = np.empty(p, dtype=np.float64)
-    spare = np.empty(p, dtype=np.float64)
-    places = np.empty(k, dtype=np.int64)
-    frontier = np.empty((h, k), dtype=np.int64)
-    reach = np.empty((h, k), dtype=np.float64)
-    paths = np.empty((p, h), dtype=np.int32)
+    cursor, count = k, k + 1
     for i in range(n):
-        _best_scores(logps[i], best, spare, places)
-        _collect(token_ids[i], logps[i], best, frontier, reach, paths, drafts[i], scores[i])
+        ids, heads, best, best_scores = token_ids[i], logps[i], drafts[i], scores[i]
+        threshold = _threshold(heads, sums)
+        path[0] = ids[0, 0]
+        reach[1, k] = heads[0, 0]
+        _expand(ids, heads, 1, threshold, steps, reach)
+        slot, found = 1, 1
+        while slot > 0:
+            if steps[slot, cursor] == steps[slot, count]:
+                slot -= 1
+                continue
+            e = steps[slot, steps[slot, cursor]]
+            steps[slot, cursor] += 1
+            path[slot] = ids[slot, e]
+            score = reach[slot, e]
+            if found == p and score == threshold and not stands_before(path, best, p - 1, slot + 1):
+                continue
+            if slot + 1 < h:
+                reach[slot + 1, k] = reach[slot, k] + heads[slot, e]
+                slot += 1
+                _expand(ids, heads, slot, threshold, steps, reach)
+                continue
+            is_first = True
+            for j in range(h):
+                is_first &= path[j] == best[0, j]
+            if not is_first:
+                found = keep_path(path, score, found, 1, best, best_scores)
 
 
 @njit(cache=True, nogil=True)
-def _best_scores(logps: np.ndarray, best: np.ndarray, spare: np.ndarray, places: np.ndarray) -> None:
-    """The p best scores over all paths of one lattice `[h, k]`, falling, into `best` `[p]`.
+def _threshold(heads, sums):  # type: ignore[no-untyped-def]
+    """The p-th best score over all paths of a lattice, from the p best sums of prefixes.
 
-    `spare` `[p]` and `places` `[k]` are room to work in.
+    A dropped sum has p at least as high beside it, and every continuation keeps it so.
     """
-    h, k = logps.shape
-    p = len(best)
-    sums, longer = best, spare
-    sums[0] = logps[0, 0]
+    h, k = heads.shape
+    p = sums.shape[1]
     count = 1
+    before, after = sums[0], sums[1]
+    before[0] = heads[0, 0]
     for slot in range(1, h):
-        # Entry e makes the falling row sums + logps[slot, e]; k rows are merged. A row that was not begun is no better
-        # than the row before it, so the first such row ends the look-out.
-        places[:] = 0
-        grown = min(p, count * k)
-        for rank in range(grown):
-            row = -1
-            highest = -np.inf
-            for entry in range(k):
-                place = places[entry]
-                if place < count:
-                    total = sums[place] + logps[slot, entry]
-                    if row < 0 or total > highest:
-                        row, highest = entry, total
-                if place == 0:
-                    break
-            longer[rank] = highest
-            places[row] += 1
-        sums, longer = longer, sums
-        count = grown
-    if h % 2 == 0:  # the two arrays have changed roles h - 1 times
-        best[:] = sums
+        grown = 0
+        for rank in range(count):
+            for e in range(k):
+                total = before[rank] + heads[slot, e]
+                place = grown
+                if grown == p:
+                    if total <= after[p - 1]:
+                        break
+                    place = p - 1
+                else:
+                    grown += 1
+                while place > 0 and after[place - 1] < total:
+                    after[place] = after[place - 1]
+                    place -= 1
+                after[place] = total
+        before, after, count = after, before, grown
+    return before[p - 1]
 
 
 @njit(cache=True, nogil=True)
-def _reachable(total: float, logps: np.ndarray, slot: int) -> float:
-    """The best score that a prefix with the sum `total` up to `slot` (exclusive) can end with."""
-    for later in range(slot, logps.shape[0]):
-        total += logps[later, 0]
-    return total
-
-
-@njit(cache=True, nogil=True)
-def _expand(slot, total, threshold, token_ids, logps, frontier, reach):  # type: ignore[no-untyped-def]
-    """The entries of `slot` that reach the threshold after a prefix with the sum `total`.
-
-    Writes them into `frontier[slot]` by rising token id, and what each can reach into `reach[slot]` (indexed by
-    entry); returns how many there are.
-    """
+def _expand(ids, heads, slot, least, steps, reach):  # type: ignore[no-untyped-def]
+    """The entries of a slot that reach `least` or more, best first, equals by token id."""
+    h, k = ids.shape
     count = 0
-    for entry in range(logps.shape[1]):
-        reach[slot, entry] = _reachable(total + logps[slot, entry], logps, slot + 1)
-        if not reach[slot, entry] >= threshold:
+    for e in range(k):
+        total = reach[slot, k] + heads[slot, e]
+        for later in range(slot + 1, h):
+            total += heads[later, 0]
+        if not total >= least:
             break  # log-probs fall, so nothing after this one reaches it
+        reach[slot, e] = total
         place = count
-        while place > 0 and token_ids[slot, frontier[slot, place - 1]] > token_ids[slot, entry]:
-            frontier[slot, place] = frontier[slot, place - 1]
+        while place > 0:
+            other = steps[slot, place - 1]
+            if reach[slot, other] > total or ids[slot, other] < ids[slot, e]:
+                break
+            steps[slot, place] = other
             place -= 1
-        frontier[slot, place] = entry
+        steps[slot, place] = e
         count += 1
-    return count
+    steps[slot, k], steps[slot, k + 1] = 0, count
 
 
 @njit(cache=True, nogil=True)
-def _collect(token_ids, logps, best, frontier, reach, paths, drafts, scores):  # type: ignore[no-untyped-def]
-    """Finds the paths of one lattice `[h, k]` that have the p `best` scores; fills `drafts` `[p, h]`, `scores` `[p]`.
+def keep_path(path, score, found, fixed, drafts, scores):  # type: ignore[no-untyped-def]
+    """Puts a path among the `found` best, by score, then by ids, after the first `fixed`; returns how many there are.
 
-    `frontier`, `reach` `[h, k]` and `paths` `[p, h]` are room to work in.
+    `drafts` `[p, h]` and `scores` `[p]` hold them; with p of them the last one is dropped, which must stand after it.
     """
-    h = len(token_ids)
-    p = len(best)
-    threshold = best[p - 1]
-    free = 0  # places still free for paths on the threshold
-    while free < p and best[p - 1 - free] == threshold:
-        free += 1
-
-    order = np.empty(p, dtype=np.int64)  # the paths found, best first
-    totals = np.empty(h + 1, dtype=np.float64)  # score of the current prefix before each slot
-    counts = np.zeros(h, dtype=np.int64)  # entries of each slot's frontier, and the next to visit
-    upcoming = np.zeros(h, dtype=np.int64)
-    chosen = np.zeros(h, dtype=np.int64)
-
-    scores[0] = best[0]
-    paths[0] = token_ids[:, 0]
-    order[0] = 0
-    found = 1
-    if free == p:  # the unrescored draft has its place without looking
-        free -= 1
-
-    totals[1] = logps[0, 0]
-    slot = 1
-    counts[1] = _expand(1, totals[1], threshold, token_ids, logps, frontier, reach)
-    upcoming[1] = 0
-    while slot > 0 and found < p:
-        if upcoming[slot] == counts[slot]:
-            slot -= 1
-            continue
-        entry = frontier[slot, upcoming[slot]]
-        upcoming[slot] += 1
-        if free == 0 and reach[slot, entry] == threshold:
-            continue
-        chosen[slot] = entry
-        if slot + 1 < h:
-            totals[slot + 1] = totals[slot] + logps[slot, entry]
-            slot += 1
-            counts[slot] = _expand(slot, totals[slot], threshold, token_ids, logps, frontier, reach)
-            upcoming[slot] = 0
-            continue
-        if not chosen.any():
-            continue  # the unrescored draft is in already
-        total = reach[slot, entry]
-        if total == threshold:
-            free -= 1
+    p, h = drafts.shape
+    place = found if found < p else p - 1
+    while place > fixed and (
+        scores[place - 1] < score or (scores[place - 1] == score and stands_before(path, drafts, place - 1, h))
+    ):
+        scores[place] = scores[place - 1]
         for j in range(h):
-            paths[found, j] = token_ids[j, chosen[j]]
-        place = found  # leaves come by rising ids: a new one goes behind its equals
-        while place > 1 and scores[place - 1] < total:
-            scores[place] = scores[place - 1]
-            order[place] = order[place - 1]
-            place -= 1
-        scores[place] = total
-        order[place] = found
-        found += 1
-    for place in range(found):
-        drafts[place] = paths[order[place]]
+            drafts[place, j] = drafts[place - 1, j]
+        place -= 1
+    scores[place] = score
+    for j in range(h):
+        drafts[place, j] = path[j]
+    return found + 1 if found < p else p
+
+
+@njit(cache=True, nogil=True)
+def stands_before(path, drafts, place, length):  # type: ignore[no-untyped-def]
+    """Whether the first `length` tokens of a path stand at or before those of a draft."""
+    for j in range(length):
+        if path[j] != drafts[place, j]:
+            return path[j] < drafts[place, j]
+    return True
+
+
+@njit(cache=True, nogil=True)
+def put_in_order(value, code, count, values, codes):  # type: ignore[no-untyped-def]
+    """Puts a value and its code into a falling list, after its equals; with no place free the lowest is dropped.
+
+    `values` and `codes` hold `count` of them; returns how many there are.
+    """
+    place = count
+    if count == len(values):
+        place -= 1
+        if value <= values[place]:
+            return count
+    while place > 0 and values[place - 1] < value:
+        values[place], codes[place] = values[place - 1], codes[place - 1]
+        place -= 1
+    values[place], codes[place] = value, code
+    return min(count + 1, len(values))

@@ -18,6 +18,7 @@ from safetensors.torch import save as to_bytes
 
 from lattices.errors import InvalidDataError, RescoreError
 from lm.files import atomic_file, read_json_object, write_json
+from lm.records import convert_record
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 SCALE = ".scale"
@@ -37,10 +38,8 @@ def read_config(folder: Path, kind: type[C], *, what: str, missing: str) -> C:
     Raises `RescoreError` that begins with `missing` if there is none, `InvalidDataError` if it is broken.
     """
     path = folder / CONFIG_FILE
-    try:
-        return msgspec.convert(read_json_object(path, missing=missing), kind)
-    except msgspec.ValidationError as error:
-        raise InvalidDataError(f"{path} is not {what}: {error}") from error
+    fields = read_json_object(path, missing=missing)
+    return convert_record(fields, kind, where=f"{path} is not {what}", advice="get or make it again")
 
 
 def write_checkpoint(
@@ -81,12 +80,11 @@ def write_tensors(
 
 
 def check_shapes(
-    folder: Path, found: Mapping[str, Collection[int]], expected: Mapping[str, Collection[int]], of: str
+    folder: Path, shapes: Mapping[str, Collection[int]], expected: Mapping[str, Collection[int]], of: str
 ) -> None:
     """Raises `InvalidDataError` for the first tensor that is missing, too many, or of another shape than `of` says."""
-    shapes = [{name: list(shape) for name, shape in side.items()} for side in (found, expected)]
-    for name in sorted(found.keys() | expected.keys()):
-        has, needs = (side.get(name, "none") for side in shapes)
+    for name in sorted(shapes.keys() | expected.keys()):
+        has, needs = (list(side[name]) if name in side else "none" for side in (shapes, expected))
         if has != needs:
             raise InvalidDataError(
                 f"{folder / WEIGHTS_FILE} does not fit its {of}: {name} has shape {has}, not {needs}"

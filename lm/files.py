@@ -1,4 +1,4 @@
-"""Files that are whole or not there: hashes, atomic writes, appended JSON lines, the user's cache directory."""
+"""Files that are whole or not there: atomic writes, JSON documents, appended JSON lines, the user's cache directory."""
 
 from __future__ import annotations
 
@@ -44,14 +44,11 @@ def writing(path: Path) -> Iterator[None]:
             reason = os.strerror(errno.ENOSPC)
         elif isinstance(error, FileExistsError) and path.is_file():
             reason = "it is a file, and a folder is to be made there; choose another --out"
-        advice = "; set RESCORE_CACHE to a folder where rescore may keep files" if _is_cached(path) else ""
+        advice = ""
+        with suppress(RescoreError):
+            if path.is_relative_to(cache_directory()):
+                advice = "; set RESCORE_CACHE to a folder where rescore may keep files"
         raise OutputError(f"can't write {path}: {reason}{advice}; what was written before is kept") from error
-
-
-def _is_cached(path: Path) -> bool:
-    with suppress(RescoreError):
-        return path.is_relative_to(cache_directory())
-    return False
 
 
 @contextmanager
@@ -178,20 +175,15 @@ def read_json_lines(path: Path, *, torn_tail: bool = False) -> Iterator[tuple[in
                 if torn_tail and not line.endswith(b"\n"):
                     return
                 if line.strip():
-                    yield number, json_object(line, f"{path} line {number}")
+                    try:
+                        value = json.loads(line)
+                    except (ValueError, RecursionError) as error:
+                        raise InvalidDataError(f"{path} line {number} is not valid JSON") from error
+                    if not isinstance(value, dict):
+                        raise InvalidDataError(f"{path} line {number} is not a JSON object")
+                    yield number, value
     except OSError as error:
         raise RescoreError(f"can't read {path}: {error.strerror}") from error
-
-
-def json_object(text: bytes, where: str) -> dict[str, Any]:
-    """The object that JSON stands for. Raises `InvalidDataError`, which begins with `where`, for anything else."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidDataError(f"{where} is not valid JSON") from error
-    if not isinstance(value, dict):
-        raise InvalidDataError(f"{where} is not a JSON object")
-    return value
 
 
 def is_text(value: Any) -> bool:
@@ -223,11 +215,12 @@ def open_appending(path: Path) -> IO[str]:
     return path.open("a", encoding="utf-8", errors=ODD)
 
 
-def changed_settings(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
-    """What keeps a run from being resumed: `name: found -> wanted` for each of `wanted` that differs, names dotted."""
+def changed_settings(recorded: dict[str, Any], settings: dict[str, Any], prefix: str = "") -> list[str]:
+    """What keeps a run from being resumed: `name: recorded -> now` for each of the settings that differs, names
+    dotted."""
     changed = []
-    for key, value in wanted.items():
-        before = found.get(key)
+    for key, value in settings.items():
+        before = recorded.get(key)
         if isinstance(before, dict) and isinstance(value, dict):
             changed += changed_settings(before, value, f"{prefix}{key}.")
         elif before != value:

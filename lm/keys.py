@@ -1,4 +1,4 @@
-"""Keys of what is kept: a hash of everything that it follows from, made in one way for every cache.
+"""Cache entries: what is kept under a key of everything that it follows from, in one way for every cache.
 
 What is kept in the cache directory is used only under a key of all that its content depends on, so that no number
 depends on what an earlier command left there. To that belong the libraries that compute it (`software`): another minor
@@ -12,36 +12,32 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+import re
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from lm.chat_templates import DATE, uses_date
-from lm.files import sha256_of_file
+from lattices.errors import OutputError
+from lm.files import atomic_file, cache_directory, sha256_of_file
+from lm.locks import making, tell
 
-# Of a configuration or a tokenizer: where it was read from and by what, which says nothing about what it does.
-VOLATILE = frozenset({
-    "_name_or_path", "name_or_path", "transformers_version", "tokenizers_version", "_commit_hash", "_from_model_config",
-    "_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset", "attn_implementation",
-    "is_local", "local_files_only", "vocab_file", "merges_file", "tokenizer_file", "backend", "tokenizer_object",
-    "dtype", "torch_dtype",  # a model is loaded in the precision asked for, which is named apart
-})  # fmt: skip
-TOKENIZER_STATE = (
-    "_add_bos_token", "_add_eos_token", "add_prefix_space", "chat_template", "clean_up_tokenization_spaces",
-    "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", "split_special_tokens",
-)  # fmt: skip
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5")
+SETTLED = 3.0  # seconds after which a change leaves other times, on every file system
+_HASHES: dict[str, str] = {}  # those remembered, of this process
+Content = TypeVar("Content")
 
 
-def key_of(made_of: Any, length: int = 64) -> str:
+def key_of(document: Any, length: int = 64) -> str:
     """The first `length` hex digits of the sha256 of a document of JSON values, records, sets and dtypes.
 
-    The order of names in an object does not matter. Raises `TypeError` for anything else: a value that is told by its
+    The order of names in an object does not matter. Raises `TypeError` for anything else: a value that is known by its
     address in memory would be another one in every process.
     """
-    text = json.dumps(made_of, sort_keys=True, ensure_ascii=True, default=_plain)
+    text = json.dumps(document, sort_keys=True, ensure_ascii=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
@@ -61,57 +57,69 @@ def _plain(value: Any) -> Any:
 
 def software(*libraries: str) -> dict[str, str]:
     """Major and minor versions of the libraries (default: those that run a model and cut its text)."""
-    wanted = libraries or ("torch", "transformers", "tokenizers")
-    return {name: ".".join(importlib.metadata.version(name).split(".")[:2]) for name in wanted}
+    names = libraries or ("torch", "transformers", "tokenizers")
+    return {name: ".".join(importlib.metadata.version(name).split(".")[:2]) for name in names}
 
 
-def config_sha256(config: Any, folder: Path, adapter: Path | None = None) -> str:
-    """sha256 of all that a model's forward and the end of its output depend on, its weights apart.
+def cache_entry(kind: str, name: str, document: Any, *, suffix: str = "") -> Path:
+    """Where the cache keeps an entry: in the folder `kind`, by its name and a key of the document of all that it
+    follows from."""
+    return cache_directory() / kind / f"{name}-{key_of(document, 24)}{suffix}"
 
-    `config`: as transformers resolved it; `folder`: of the model, whose `generation_config.json` says what ends a text
-    (and an index, which file holds which weights); `adapter`: the folder of its adapter, whose settings say how much it
-    changes.
+
+def cached(
+    entry: Path,
+    what: str,
+    *,
+    read: Callable[[Path], Content | None],
+    make: Callable[[Path], Content],
+    is_broken: Callable[[Path], bool] = Path.exists,
+) -> Content:
+    """What lies at a cache entry, made there first if need be.
+
+    what: names it for users, who are told if another process is making it (it is waited for) or if it was broken.
+    read: gives it, None where nothing lies there or what lies there is broken.
+    make: writes it and gives it.
+    is_broken: whether that of which `read` gave nothing is to be removed, rather than gone on with.
     """
-    beside = [_json_of(folder / name) for name in ("generation_config.json", "model.safetensors.index.json")]
-    changes = _json_of(adapter / "adapter_config.json") if adapter else None
-    # What differs from the architecture's defaults: a later version's new fields make no other model.
-    return key_of([type(config).__name__, _settled(config.to_diff_dict()), _settled(beside), _settled(changes)])
+    if (content := read(entry)) is not None:
+        return content
+    with making(entry, what):
+        if (content := read(entry)) is not None:  # made by the process that was waited for
+            return content
+        if is_broken(entry):
+            tell(f"{what} in {entry} is broken; it is made again")
+            shutil.rmtree(entry, ignore_errors=True)
+            with suppress(OSError):  # of a folder; what can't be removed can't be written either, and `make` says so
+                entry.unlink()
+        return make(entry)
 
 
-def tokenization_sha256(tokenizer: Any, folder: Path) -> str:
-    """sha256 of all that makes token ids of a text and a text of them: normaliser, pre-tokenizer, merges, what is added
-    before and behind, special tokens, chat template. (`lm.base.catalog.tokenizer_sha256` says what a token id
-    means.)"""
-    state: dict[str, Any] = {
-        "class": type(tokenizer).__name__,
-        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        **{name: _settled(getattr(tokenizer, name, None)) for name in TOKENIZER_STATE},
-    }
-    if uses_date(getattr(tokenizer, "chat_template", None)):
-        state["date"] = DATE.isoformat()  # earlier versions had the day's
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        whole = json.loads(backend.to_str())
-        for name in ("version", "truncation", "padding"):  # the last two are of the call before
-            whole.pop(name, None)
-        return key_of({**state, "backend": whole})
-    # Others keep what they do in files of many kinds: all of the folder's but the weights.
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix not in WEIGHTS)
-    return key_of({**state, "files": {path.name: sha256_of_file(path) for path in files}})
+def remembered_sha256(path: Path) -> str:
+    """sha256 of a large file, remembered in the cache directory by the file's path, size and times of change.
+
+    A file that has just been changed could change again and keep its times: it is remembered once it has settled. A
+    memo that is no sha256 (a full disk left it) is made again.
+    """
+    before = _stamp(path)
+    key = key_of(before)
+    if key in _HASHES:
+        return _HASHES[key]
+    memo = cache_directory() / "hashes" / key
+    with suppress(OSError, UnicodeDecodeError):
+        if re.fullmatch("[0-9a-f]{64}", text := memo.read_text()):
+            _HASHES[key] = text
+            return text
+    digest = sha256_of_file(path)
+    status = path.stat()
+    age = time.time() - max(status.st_mtime, status.st_ctime)
+    if _stamp(path) == before and age > SETTLED:
+        _HASHES[key] = digest
+        with suppress(OutputError), atomic_file(memo) as temporary:  # a cache that can't be written costs time only
+            temporary.write_text(digest)
+    return digest
 
 
-def _json_of(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _settled(value: Any) -> Any:
-    """A value without what is volatile in it, at any depth; names as JSON has them."""
-    if isinstance(value, Mapping):
-        return {str(name): _settled(entry) for name, entry in value.items() if name not in VOLATILE}
-    if isinstance(value, (list, tuple)):
-        return [_settled(entry) for entry in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted((_settled(entry) for entry in value), key=str)
-    if value is None or isinstance(value, (str, int, float, bool)):
-        return value
-    return str(value) if type(value).__module__ == "torch" else type(value).__name__
+def _stamp(path: Path) -> list[Any]:
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev]

@@ -7,6 +7,7 @@ which the next one takes over and removes. What is only read is never locked, so
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import threading
 import warnings
@@ -18,14 +19,13 @@ from filelock import FileLock, Timeout
 
 from lattices.errors import OutputError
 from lm.files import cache_directory, writing
-from lm.keys import key_of
 
 LOCK_FILE = ".rescore.lock"  # in a folder that is being written to
 POLL_SECONDS = 0.1
 # What file systems without locks answer, and those whose lock server is gone.
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EIO}
 _log = logging.getLogger("rescore")
-_held: set[tuple[int, str]] = set()  # by thread
+_locked_here: set[tuple[int, str]] = set()  # (thread, lock file)
 
 
 def tell(line: str) -> None:
@@ -43,7 +43,7 @@ def writing_to(folder: Path, *, beside: bool = False) -> Iterator[None]:
     with writing(folder):
         folder = folder.resolve()
         place = folder.parent if beside else folder
-        new = [place, *place.parents][: sum(not parent.exists() for parent in (place, *place.parents))]
+        new = [parent for parent in (place, *place.parents) if not parent.exists()]
         place.mkdir(parents=True, exist_ok=True)
     lock = place / (f".{folder.name[:200]}{LOCK_FILE}" if beside else LOCK_FILE)
     refusal = f"another rescore process is writing to {folder}; wait for it, or use another --out"
@@ -51,9 +51,9 @@ def writing_to(folder: Path, *, beside: bool = False) -> Iterator[None]:
         with _locked(lock, folder, refusal=refusal):
             yield
     finally:
-        for made in new:
+        for parent in new:
             with suppress(OSError):  # something is in it
-                made.rmdir()
+                parent.rmdir()
 
 
 @contextmanager
@@ -65,44 +65,40 @@ def making(entry: Path, what: str) -> Iterator[None]:
     folder = cache_directory() / "locks"
     with writing(entry):
         folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / f"{key_of(str(entry.absolute()), 32)}.lock"
+    lock = folder / f"{hashlib.sha256(str(entry.absolute()).encode(errors='surrogateescape')).hexdigest()[:32]}.lock"
     with _locked(lock, entry, waiting=f"another rescore process is making {what}; waiting for it"):
         yield
 
 
 @contextmanager
-def _locked(path: Path, target: Path, *, refusal: str | None = None, waiting: str = "") -> Iterator[None]:
+def _locked(path: Path, target: Path, *, refusal: str = "", waiting: str = "") -> Iterator[None]:
+    """Holds the lock at `path` for `target`; where another process has it: raises `OutputError` with the refusal, or
+    says that it waits, and waits."""
     key = (threading.get_ident(), str(path))
-    if key in _held:
+    if key in _locked_here:
         yield
         return
     lock = FileLock(path)
     with warnings.catch_warnings(action="ignore"):  # of a file system without locks, told below
         try:
-            held = _acquire(lock, refusal, waiting)
-        except (OSError, NotImplementedError) as error:
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                if refusal:
+                    raise OutputError(refusal) from None
+                tell(waiting)
+                lock.acquire(timeout=-1, poll_interval=POLL_SECONDS)
+        except (OSError, NotImplementedError) as error:  # `Timeout` is an `OSError`, and is caught above
             if isinstance(error, OSError) and error.errno not in NO_LOCKS:
                 raise OutputError(f"can't write {target}: {error.strerror or error}") from error
-            held = False
             tell(f"the file system of {path.parent} has no locks; let no second process write to {target} meanwhile")
-    _held.add(key)
+    _locked_here.add(key)
     try:
         yield
     finally:
-        _held.discard(key)
-        if held:
+        _locked_here.discard(key)
+        if lock.is_locked:
             with suppress(OSError):  # before it is let go: who waits for this very file sees that it is gone
                 path.unlink(missing_ok=True)
             with suppress(OSError):
                 lock.release()
-
-
-def _acquire(lock: FileLock, refusal: str | None, waiting: str) -> bool:
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if refusal:
-            raise OutputError(refusal) from None
-        tell(waiting)
-        lock.acquire(timeout=-1, poll_interval=POLL_SECONDS)
-    return True

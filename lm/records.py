@@ -12,7 +12,8 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from lattices.errors import InvalidDataError, RescoreError
+from lattices.errors import InvalidDataError
+from lm.files import read_json_object
 
 Record = TypeVar("Record")
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -24,35 +25,16 @@ def plain(record: Any) -> Any:
     return json.loads(json.dumps(msgspec.to_builtins(record, str_keys=True)))  # which leaves tuples
 
 
-def decode_record(text: bytes | str, kind: type[Record], *, where: str, advice: str) -> Record:
-    """The record of a type in JSON text. Raises `InvalidDataError`: `where`, what is wrong, `advice`."""
-    try:
-        value = json.loads(text)  # msgspec would refuse the escapes that `lm.files.write_json` makes of odd file names
-    except (ValueError, RecursionError) as error:
-        raise InvalidDataError(f"{where} is not valid JSON ({error}); {advice}") from error
-    return convert_record(value, kind, where=where, advice=advice)
-
-
 def convert_record(value: Any, kind: type[Record], *, where: str, advice: str) -> Record:
-    """The record of a type in what JSON gave, as `decode_record`."""
+    """The record of a type in what JSON gave. Raises `InvalidDataError`: `where`, what is wrong, `advice`."""
     try:
         return msgspec.convert(value, type=kind, str_keys=True)  # keys of JSON objects are text, those of p too
     except (msgspec.ValidationError, RecursionError) as error:
-        raise InvalidDataError(f"{where}: {_reason(error)}; {advice}") from error
+        reason = str(error).replace("`$.", "`").replace("`$", "`").rstrip(".")  # paths without msgspec's dollar
+        raise InvalidDataError(f"{where}: {reason}; {advice}") from error
 
 
 def read_record(path: Path, kind: type[Record], *, missing: str, advice: str = "get or make it again") -> Record:
-    """The record of a type in a JSON file.
-
-    Raises `RescoreError` that begins with `missing` if the file can't be read, else as `decode_record`.
-    """
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise RescoreError(f"{missing}: can't read {path.name} ({error.strerror})") from error
-    return decode_record(text, kind, where=str(path), advice=advice)
-
-
-def _reason(error: Exception) -> str:
-    """msgspec's message, its paths `$.results[...].gain` without the dollar."""
-    return str(error).replace("`$.", "`").replace("`$", "`").rstrip(".")
+    """The record of a type in a JSON file. Raises as `read_json_object` and `convert_record`."""
+    fields = read_json_object(path, missing=missing, advice=advice)  # msgspec would refuse escapes of odd file names
+    return convert_record(fields, kind, where=str(path), advice=advice)

@@ -1,4 +1,4 @@
-"""Text and rows that users give: what a file holds is told by its content and its name, and read right or refused.
+"""Text and rows that users give: content and name say what a file holds, and it is read right or refused.
 
 One reader for all: task data, prompts, corpora. A file may be packed (gzip, zstd, bzip2, xz: by its first bytes, in
 whatever case its ending is) and is read to its very end: one that was cut short is an error with its name, never half
@@ -18,33 +18,23 @@ formats are refused by name.
 from __future__ import annotations
 
 import csv
-import gzip
 import json
-import lzma
 import re
 import stat
 import sys
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lattices.errors import InvalidDataError, RescoreError
-from lm.packed_streams import open_packed
+from lm.packed_streams import PACKING_ENDINGS, packing_of, pieces, reading
 
 BLOCK_BYTES = 1 << 23  # text in hand at a time
-FIRST_BYTES = 1 << 16  # what the layout is told by
+FIRST_BYTES = 1 << 16  # what the layout is seen by
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LINES, ARRAY, CSV, TSV, PARQUET, ARROW, TEXT = "lines", "array", "csv", "tsv", "parquet", "arrow", "text"
-PACKING_ENDINGS = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bzip2", ".xz": "xz"}
-PACKING_BYTES = {
-    "gzip": re.compile(rb"\x1f\x8b"),
-    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),  # the second: notes before the first data
-    "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17\x72\x45\x38\x50\x90)"),
-    "xz": re.compile(rb"\xfd7zXZ\0"),
-}
 TEXT_ENDINGS = (".txt", ".text")
 ROW_ENDINGS = {
     ".jsonl": LINES, ".ndjson": LINES, ".jsonlines": LINES, ".jl": LINES, ".json": LINES, ".csv": CSV, ".tsv": TSV,
@@ -98,22 +88,27 @@ def identify(path: Path, *, wants_rows: bool = False) -> TextFile:
     that is none.
     """
     named, ending = _endings(path)
-    with _reading(path, None):
+    with reading(path):
         if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
             raise RescoreError(f"can't read {path}: it is no regular file, and it is read more than once; save it")
         with path.open("rb") as stream:
             first = stream.read(FIRST_BYTES)
-    packing = _packing(first)
+    packing = packing_of(first)
     if named and packing is None:
         raise InvalidDataError(f"{path} is not a whole {named} file: it {'holds other bytes' if first else 'is empty'}")
     if packing:
-        with _reading(path, packing), _open(path, packing) as stream:
-            first = stream.read(FIRST_BYTES)
+        first = _beginning(pieces(path, packing, FIRST_BYTES), FIRST_BYTES)
     return TextFile(path, packing, _layout(path, packing, ending, first, wants_rows))
 
 
-def _packing(first: bytes) -> str | None:
-    return next((name for name, magic in PACKING_BYTES.items() if magic.match(first)), None)
+def _beginning(parts: Iterator[bytes], least: int) -> bytes:
+    """The first parts together, `least` bytes or more if there are so many."""
+    first = b""
+    for part in parts:
+        first += part
+        if len(first) >= least:
+            break
+    return first
 
 
 def _endings(path: Path) -> tuple[str | None, str]:
@@ -139,14 +134,14 @@ def rows_file(folder: Path, name: str) -> Path:
     """The file of rows called `name` in a folder: NAME.jsonl, which need not be there, or the only one called NAME
     with another ending of rows. Raises `RescoreError` for several."""
     usual = folder / f"{name}.jsonl"
-    with _reading(folder, None):
+    with reading(folder):
         if usual.exists() or not folder.is_dir():
             return usual
         rows_files = (path for path in sorted(folder.iterdir()) if _endings(path)[1] in ROW_ENDINGS)
-        found = [path for path in rows_files if name_without_endings(path) == name]
-    if len(found) > 1:
-        raise RescoreError(f"{folder} has {' and '.join(path.name for path in found)}; keep one of them")
-    return found[0] if found else usual
+        called = [path for path in rows_files if name_without_endings(path) == name]
+    if len(called) > 1:
+        raise RescoreError(f"{folder} has {' and '.join(path.name for path in called)}; keep one of them")
+    return called[0] if called else usual
 
 
 def _layout(path: Path, packing: str | None, ending: str, first: bytes, wants_rows: bool) -> str:
@@ -160,7 +155,7 @@ def _layout(path: Path, packing: str | None, ending: str, first: bytes, wants_ro
             raise InvalidDataError(f"{path} is {what}")
     if first[TAR] == b"ustar":
         raise InvalidDataError(f"{path} is a tar archive; unpack it and give the files in it")
-    if packing and _packing(first):
+    if packing and packing_of(first):
         raise InvalidDataError(f"{path} is packed twice; unpack it once")
     if first.startswith((*UTF_16, *UTF_32)) or _alternates(first):
         which = "UTF-32" if first.startswith(UTF_32) else "UTF-16"
@@ -169,17 +164,16 @@ def _layout(path: Path, packing: str | None, ending: str, first: bytes, wants_ro
     if named in (PARQUET, ARROW):
         raise InvalidDataError(f"{path} is not {NAMES[named]}, as its name says; give it the ending of what it is")
     first = first.removeprefix(BYTE_ORDER_MARK).lstrip()
-    held = ARRAY if named == LINES and first.startswith(b"[") else _held(first)
-    if held and (named in (CSV, TSV) or (ending in TEXT_ENDINGS and not wants_rows)):
-        called = NAMES[named] if named else "text"
+    content = ARRAY if named == LINES and first.startswith(b"[") else _json_layout(first)
+    if content and (named in (CSV, TSV) or (ending in TEXT_ENDINGS and not wants_rows)):
+        called, ending = NAMES[named] if named else "text", ".jsonl" if content == LINES else ".json"
         raise InvalidDataError(
-            f"{path} is called {called} and holds {NAMES[held]}; name it {'.jsonl' if held == LINES else '.json'} to "
-            "have its rows read"
+            f"{path} is called {called} and holds {NAMES[content]}; name it {ending} to have its rows read"
         )
-    return held or named or TEXT
+    return content or named or TEXT
 
 
-def _held(first: bytes) -> str | None:
+def _json_layout(first: bytes) -> str | None:
     """JSON lines or a JSON array, if the beginning of a file (no space before it) is that beyond doubt."""
     if JSON_ARRAY.match(first):
         return ARRAY
@@ -199,41 +193,11 @@ def _alternates(first: bytes) -> bool:
     return len(first) >= 8 and any(2 * first[start::2].count(0) > len(first[start::2]) for start in (0, 1))
 
 
-@contextmanager
-def _reading(path: Path, packing: str | None) -> Iterator[None]:
-    """Turns what can go wrong while a file is read into one line with its name."""
-    try:
-        yield
-    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
-        raise InvalidDataError(f"{path} is not a whole {packing} file: {error}") from error
-    except OSError as error:
-        if packing and error.errno is None:  # bzip2's and pyarrow's way to say it
-            raise InvalidDataError(f"{path} is not a whole {packing} file: {error}") from error
-        raise RescoreError(f"can't read {path}: {error.strerror or error}") from error
-
-
-@contextmanager
-def _open(path: Path, packing: str | None) -> Iterator[IO[bytes]]:
-    """The bytes in a file, unpacked."""
-    unpack: dict[str | None, Callable[[Any], Any]] = {
-        "gzip": gzip.open,
-        "bzip2": lambda stream: open_packed(stream, "bzip2"),
-        "xz": lambda stream: open_packed(stream, "xz"),
-    }
-    if packing == "zstd":
-        import pyarrow  # unlike the package zstandard it tells a file that was cut short
-
-        unpack["zstd"] = lambda stream: pyarrow.CompressedInputStream(stream, "zstd")
-    with path.open("rb") as stream, unpack.get(packing, nullcontext)(stream) as unpacked:
-        yield unpacked
-
-
 def check_whole(file: TextFile) -> None:
     """Reads a packed file to its end: whoever takes only its first rows still wants to know. Raises as `blocks`."""
     if file.packing:
-        with _reading(file.path, file.packing), _open(file.path, file.packing) as stream:
-            while stream.read(BLOCK_BYTES):
-                pass
+        for _ in pieces(file.path, file.packing, BLOCK_BYTES):
+            pass
 
 
 def blocks(file: TextFile, *, errors: str = "strict", advice: str = "save it as UTF-8") -> Iterator[tuple[int, bytes]]:
@@ -242,28 +206,17 @@ def blocks(file: TextFile, *, errors: str = "strict", advice: str = "save it as 
     `errors` is `strict` or `replace` (bad UTF-8 becomes U+FFFD). Raises `InvalidDataError` with the line that is no
     UTF-8 and the `advice`, and for a packed file that is cut short; `RescoreError` if it can't be read.
     """
-    path, number, carried, at_start = file.path, 1, b"", True
-    with _reading(path, file.packing), _open(path, file.packing) as stream:
-        while True:
-            read = stream.read(BLOCK_BYTES)
-            if at_start and read:
-                at_start = False
-                while len(read) < len(BYTE_ORDER_MARK) and (more := stream.read(BLOCK_BYTES)):
-                    read += more
-                if not (read := read.removeprefix(BYTE_ORDER_MARK)):
-                    continue
-            cut = read.rfind(b"\n") + 1
-            if read and not cut:
-                carried += read
-                continue
-            block, carried = carried + read[:cut], read[cut:]
-            if not read and block:
-                block += b"\n"
-            if block:
-                yield number, _valid(block, path, number, errors, advice)
-                number += block.count(b"\n")
-            if not read:
-                return
+    parts = pieces(file.path, file.packing, BLOCK_BYTES)
+    number, carried = 1, b""  # a line that has not ended yet
+    part: bytes | None = _beginning(parts, len(BYTE_ORDER_MARK)).removeprefix(BYTE_ORDER_MARK)
+    while part is not None:
+        cut = part.rfind(b"\n") + 1
+        block, carried = (carried + part[:cut], part[cut:]) if cut else (b"", carried + part)
+        if (part := next(parts, None)) is None and carried:  # the end of the file ends its last line
+            block, carried = block + carried + b"\n", b""
+        if block:
+            yield number, _valid(block, file.path, number, errors, advice)
+            number += block.count(b"\n")
 
 
 def _valid(block: bytes, path: Path, number: int, errors: str, advice: str) -> bytes:
@@ -307,23 +260,20 @@ class _NamedTwiceError(Exception):
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these names and values. Raises `_NamedTwiceError` with the name that it has twice."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    """The object of these names and values. Raises `_NamedTwiceError` for a name that it has twice."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _NamedTwiceError(next(name for name in names if names.count(name) > 1))
-    return made
-
-
-def _named_twice(where: str, error: _NamedTwiceError) -> InvalidDataError:
-    return InvalidDataError(f"{where} has the field {json.dumps(str(error))} twice; keep one of them")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _NamedTwiceError(f"has the field {json.dumps(twice)} twice; keep one of them")
+    return fields
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(line, object_pairs_hook=_once)
     except _NamedTwiceError as error:
-        raise _named_twice(where, error) from error
+        raise InvalidDataError(f"{where} {error}") from error
     except (ValueError, RecursionError) as error:
         raise InvalidDataError(f"{where} is not valid JSON") from error
     if not isinstance(value, dict):
@@ -337,7 +287,7 @@ def _array(file: TextFile, errors: str, advice: str) -> Iterator[tuple[int, dict
     try:
         values = json.loads(content, object_pairs_hook=_once)
     except _NamedTwiceError as error:
-        raise _named_twice(f"{file.path} row {_row_named_twice(content)}", error) from error
+        raise InvalidDataError(f"{file.path} row {_row_named_twice(content)} {error}") from error
     except (ValueError, RecursionError) as error:
         raise InvalidDataError(f"{file.path} is not a whole JSON array ({error})") from error
     for number, value in enumerate(values, start=1):
@@ -365,18 +315,11 @@ def _table(file: TextFile, errors: str, advice: str) -> Iterator[tuple[int, dict
         for _, block in blocks(file, errors=errors, advice=advice)
         for line in block.decode("utf-8").removesuffix("\n").split("\n")
     )
-    names: list[str] | None = None
-    number = 0
     reader = csv.reader(lines, delimiter="\t" if file.layout == TSV else ",", strict=True)
+    filled = filter(None, reader)
     try:
-        for values in reader:
-            if not values:
-                continue
-            if names is None:
-                names = values
-                _check_columns(file, names)
-                continue
-            number += 1
+        _check_columns(file, names := next(filled, []))
+        for number, values in enumerate(filled, start=1):
             if len(values) != len(names):
                 where = f"{file.path} row {number} (line {reader.line_num})"
                 raise InvalidDataError(f"{where} has {len(values)} values for {len(names)} columns")
@@ -406,24 +349,24 @@ def _arrow(file: TextFile, errors: str, advice: str) -> Iterator[tuple[int, dict
         if stream.read(6) == b"ARROW1":
             opened = pyarrow.ipc.open_file(stream)
             yield from _numbered(file, (opened.get_batch(i) for i in range(opened.num_record_batches)))
-        else:
-            stream.seek(max(0, file.path.stat().st_size - len(ARROW_END)))
-            if stream.read() != ARROW_END:  # pyarrow takes the end of the file for the end of the stream
-                raise InvalidDataError(f"{file.path} is not a whole {NAMES[ARROW]} file: it ends without an end mark")
-            stream.seek(0)
-            yield from _numbered(file, pyarrow.ipc.open_stream(stream))
+            return
+        stream.seek(max(0, file.path.stat().st_size - len(ARROW_END)))
+        if stream.read() != ARROW_END:  # pyarrow takes the end of the file for the end of the stream
+            raise InvalidDataError(f"{file.path} is not a whole {NAMES[ARROW]} file: it ends without an end mark")
+        stream.seek(0)
+        yield from _numbered(file, pyarrow.ipc.open_stream(stream))
 
 
 def _numbered(file: TextFile, batches: Iterator[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
-    yield from enumerate((row for batch in batches for row in _rows_of(file, batch)), start=1)
-
-
-def _rows_of(file: TextFile, batch: Any) -> list[dict[str, Any]]:
-    _check_columns(file, batch.schema.names)
-    try:
-        return batch.to_pylist()  # type: ignore[no-any-return]
-    except ValueError as error:  # a name twice within a column, a value that Python has no type for
-        raise InvalidDataError(f"{file.path} has a column that can't be read: {error}") from error
+    number = 0
+    for batch in batches:
+        _check_columns(file, batch.schema.names)
+        try:
+            rows_of_batch: list[dict[str, Any]] = batch.to_pylist()
+        except ValueError as error:  # a name twice within a column, a value that Python has no type for
+            raise InvalidDataError(f"{file.path} has a column that can't be read: {error}") from error
+        yield from enumerate(rows_of_batch, start=number + 1)
+        number += len(rows_of_batch)
 
 
 @contextmanager
@@ -435,5 +378,5 @@ def _reading_table(file: TextFile) -> Iterator[None]:
     except (ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise RescoreError(f"can't read {file.path}: {error.strerror}") from error
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InvalidDataError(f"{file.path} is not a whole {NAMES[file.layout]} file: {said}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InvalidDataError(f"{file.path} is not a whole {NAMES[file.layout]} file: {reason}") from error

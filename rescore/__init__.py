@@ -1,8 +1,84 @@
-"""The pipeline: tasks, decoding and traces, rescorers, verification, accounting, results."""
+"""Draft-refinement rescoring for blockwise parallel decoding.
+
+The main path, and where it lies:
+
+    tasks/        load_task                    prompts and references, and the metrics of outputs
+    tracing       record, load_trace           one greedy run of the base LM, with the lattice of every position
+    replaying     replay                       decodes again from the trace, without the base LM
+    decoding      decode, generate             decodes live: propose, verify, accept, advance
+    acceptance    accept                       which draft wins, and how many of its tokens
+    rescorers/    Rescorer, load_rescorer      lattices in, drafts out
+    accounting    account                      accepted lengths -> block efficiency, gains, intervals
+    runs/         Run, evaluate, tune          whole evaluations; load_run reads them back
+    suites/                                    tables of evaluations from one YAML file
+    studies/      analyse, compare             what traces and results say
+    reports/      report                       a page of them
+    exports/                                   what other programs read
+
+The models lie beside it in `lm`, the ground floor (lattices and exact search) in `lattices`. Public names are imported
+when they are first used.
+"""
 
 import importlib
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lm.base.catalog import load_base as load_base
+    from lm.heads.block_heads import load_heads as load_heads
+    from rescore.accounting import account as account
+    from rescore.decoding import decode as decode
+    from rescore.live import generate as generate
+    from rescore.replaying import replay as replay
+    from rescore.reports.page import report as report
+    from rescore.rescorers import Context as Context
+    from rescore.rescorers import Rescorer as Rescorer
+    from rescore.rescorers import load_rescorer as load_rescorer
+    from rescore.runs.evaluated import Evaluation as Evaluation
+    from rescore.runs.evaluated import load_run as load_run
+    from rescore.runs.evaluation import evaluate as evaluate
+    from rescore.runs.recording import load_trace as load_trace
+    from rescore.runs.recording import record as record
+    from rescore.runs.run import Run as Run
+    from rescore.runs.tuning import tune as tune
+    from rescore.studies.analysis import analyse as analyse
+    from rescore.studies.comparison import compare as compare
+    from rescore.tasks import load_task as load_task
+
+_PLACES = {
+    "Context": "rescore.rescorers",
+    "Evaluation": "rescore.runs.evaluated",
+    "Rescorer": "rescore.rescorers",
+    "Run": "rescore.runs.run",
+    "account": "rescore.accounting",
+    "analyse": "rescore.studies.analysis",
+    "compare": "rescore.studies.comparison",
+    "decode": "rescore.decoding",
+    "evaluate": "rescore.runs.evaluation",
+    "generate": "rescore.live",
+    "load_base": "lm.base.catalog",
+    "load_heads": "lm.heads.block_heads",
+    "load_rescorer": "rescore.rescorers",
+    "load_run": "rescore.runs.evaluated",
+    "load_task": "rescore.tasks",
+    "load_trace": "rescore.runs.recording",
+    "record": "rescore.runs.recording",
+    "replay": "rescore.replaying",
+    "report": "rescore.reports.page",
+    "tune": "rescore.runs.tuning",
+}
+__all__ = [*_PLACES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'rescore' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})
 
 
 def import_neighbours(*names: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from lattices.errors import RescoreError
 
+MAX_ALPHA = 64.0
+
 
 def check_p(p: int) -> None:
     """Raises `RescoreError` unless a step verifies at least one draft."""
@@ -23,6 +25,12 @@ def check_held_k(held: int, k: int) -> None:
     """Raises `RescoreError` unless k is within the K = `held` entries per slot of a trace."""
     if not 1 <= k <= held:
         raise RescoreError(f"k = {k}, but the trace holds the top {held} of each head; choose --k from 1 to {held}")
+
+
+def check_alpha(alpha: float) -> None:
+    """Raises `RescoreError` for what is no weight of a rescorer."""
+    if not 0 <= alpha <= MAX_ALPHA:
+        raise RescoreError(f"alpha = {alpha:g}; a rescorer's weight is from 0 to {MAX_ALPHA:g}")
 
 
 def check_new_tokens(max_new_tokens: int) -> None:

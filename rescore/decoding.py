@@ -7,7 +7,8 @@ is the same loop with blocks of one token (no heads). Source: [B] section 4 (ver
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,8 +28,12 @@ VERIFY_MODES = ("tree", "batch")
 
 @dataclass
 class Seconds:
-    """Where the time went: `prefill` of the prompt; then per run `verify` (base LM), `heads`, `rescore`, and `total`
-    of all steps (the rest of it is glue)."""
+    """Where the time went; what `total` has beside its three parts is glue.
+
+    prefill: base LM over the prompt, before the first step.
+    verify, heads, rescore: of all steps, in the base LM, the block heads, the rescorer.
+    total: of all steps.
+    """
 
     prefill: float = 0.0
     verify: float = 0.0
@@ -36,19 +41,36 @@ class Seconds:
     rescore: float = 0.0
     total: float = 0.0
 
+    @contextmanager
+    def timing(self, part: str) -> Iterator[None]:
+        """Adds what runs inside to one of the parts."""
+        start = time.perf_counter()
+        yield
+        setattr(self, part, getattr(self, part) + time.perf_counter() - start)
+
 
 @dataclass(frozen=True)
 class Decoded:
-    """Output tokens (end-of-text included), accepted length of each step and its winning draft (as far as the output
-    may still grow; a step without a call has its one token), rescoring seconds of each step, times;
-    `verify`: how drafts were verified, which need not be how it was asked for (`usable_verify`)."""
+    """One decode.
 
-    output_ids: list[int]
-    accepted: list[int]
-    drafts: list[list[int]]
+    output_ids: tokens, end-of-text included.
+    accepted, drafts: length accepted by each step, and its winning draft as far as the output may still grow.
+    rescore_seconds: of each step that rescored.
+    verify: how drafts were verified, which need not be how it was asked for (`usable_verify`).
+    """
+
+    output_ids: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    drafts: list[list[int]] = field(default_factory=list)
     rescore_seconds: list[float] = field(default_factory=list)
     seconds: Seconds = field(default_factory=Seconds)
     verify: str = "tree"
+
+    def add(self, draft: list[int], n: int) -> None:
+        """Adds a step that accepted n tokens of a draft."""
+        self.output_ids.extend(draft[:n])
+        self.accepted.append(n)
+        self.drafts.append(draft)
 
 
 def decode(
@@ -66,67 +88,66 @@ def decode(
     """Decodes one prompt greedily, in blocks of `heads.h` tokens (without heads: one token a step).
 
     `verify`: p drafts as one prefix `tree` with a tree attention mask (where the base takes one, else as a batch), or
-    as a `batch` of rows. `future`: the greedy
-    output, for the oracle only. A step whose outcome is known before it (its first token is end-of-text, or only one
-    token remains) is counted but needs no call.
+    as a `batch` of rows. `future`: the greedy output, for the oracle only. A step whose outcome is known before it (its
+    first token is end-of-text, or only one token remains) is counted but needs no call. Raises as `check_request`.
     """
     check_request(base, heads, len(prompt_ids), k=k, p=p, max_new_tokens=max_new_tokens, verify=verify)
     assert (heads is None) == (rescorer is None), "heads need a rescorer to choose drafts, and the other way round"
-    verify = usable_verify(base, verify, p)
-    seconds, clock = Seconds(), time.perf_counter
-    h = heads.h if heads else 1
-    context = Context(prompt_ids, future=future)
-    accepted: list[int] = []
-    won: list[list[int]] = []
-    rescore_seconds: list[float] = []
+    out = Decoded(verify=usable_verify(base, verify, p))
+    context = Context(prompt_ids, out.output_ids, future=future)
+    with out.seconds.timing("prefill"):
+        cache = base.new_cache(len(prompt_ids) + max_new_tokens + p * (heads.h if heads else 1))
+        logits, hidden = base.forward(torch.tensor([list(prompt_ids)], device=base.device), cache, last=1)
+        cache.keep(range(len(prompt_ids)))
+        last = _Last(logits[0], hidden[0], int(logits[0, 0].argmax()))
+        if rescorer is not None:
+            rescorer.prefill([context])
 
-    start = clock()
-    cache = base.new_cache(len(prompt_ids) + max_new_tokens + p * h)
-    logits, hidden = base.forward(torch.tensor([list(prompt_ids)], device=base.device), cache, last=1)
-    cache.keep(range(len(prompt_ids)))
-    logits, hidden = logits[0], hidden[0]  # [1, vocab], [1, d]
-    next_token = int(logits[0].argmax())
-    if rescorer is not None:
-        rescorer.prefill([context])
-    seconds.prefill = clock() - start
+    with out.seconds.timing("total"):
+        while True:
+            remaining = max_new_tokens - len(out.output_ids)
+            if last.choice in base.eos_token_ids or remaining == 1:
+                out.add([last.choice], 1)
+                break
+            # Propose: p drafts, each of which begins with the token that the base has chosen already.
+            drafts = np.array([[last.choice]], dtype=np.int64)  # [p, h]
+            if heads is not None and rescorer is not None:
+                drafts = _propose(base, heads, rescorer, context, last, k, p, out)[:, :remaining]
+            # Verify all of them in one call of the base.
+            with out.seconds.timing("verify"):
+                call = _VERIFY[out.verify](base, cache, drafts)
+            # Accept the longest prefix of any that is the base's own greedy output.
+            rows, lengths = accept(drafts[None], call.choices[None], np.array([remaining]), base.eos_token_ids)
+            row, n = int(rows[0]), int(lengths[0])
+            out.add(drafts[row].tolist(), n)
+            if out.output_ids[-1] in base.eos_token_ids or n == remaining:
+                break
+            # Advance: what was accepted stays in the cache; the call has chosen the next token.
+            last = call.keep(cache, row, n)
+    out.seconds.rescore = sum(out.rescore_seconds)
+    return out
 
-    start = clock()
-    while True:
-        remaining = max_new_tokens - len(context.output_ids)
-        if next_token in base.eos_token_ids or remaining == 1:
-            context.output_ids.append(next_token)
-            accepted.append(1)
-            won.append([next_token])
-            break
-        if heads is None or rescorer is None:
-            drafts = np.array([[next_token]], dtype=np.int64)  # [p, h]
-        else:
-            before = clock()
-            lattice = heads.lattice(base, hidden, logits, k)
-            seconds.heads += clock() - before
-            before = clock()
-            every = rescorer.draft(lattice, [context], p)  # [1, p', h]
-            rescore_seconds.append(clock() - before)
-            check_drafts(every, lattice, p)
-            drafts = every[0, :, :remaining].astype(np.int64)
 
-        before = clock()
-        call = _VERIFY[verify](base, cache, drafts)
-        seconds.verify += clock() - before
+@dataclass(frozen=True)
+class _Last:
+    """The last position that the base has settled: logits `[1, vocab]`, state `[1, d]`, its greedy choice after it."""
 
-        rows, lengths = accept(drafts[None], call.choices[None], np.array([remaining]), base.eos_token_ids)
-        row, n = int(rows[0]), int(lengths[0])
-        tokens = drafts[row, :n].tolist()
-        context.output_ids.extend(tokens)
-        accepted.append(n)
-        won.append(drafts[row].tolist())
-        if tokens[-1] in base.eos_token_ids or len(context.output_ids) == max_new_tokens:
-            break
-        logits, hidden = call.keep(cache, row, n)
-        next_token = int(call.choices[row, n - 1])
-    seconds.total = clock() - start
-    seconds.rescore = sum(rescore_seconds)
-    return Decoded(context.output_ids, accepted, won, rescore_seconds, seconds, verify)
+    logits: torch.Tensor
+    hidden: torch.Tensor
+    choice: int
+
+
+def _propose(
+    base: BaseLM, heads: BlockHeads, rescorer: Rescorer, context: Context, last: _Last, k: int, p: int, out: Decoded
+) -> np.ndarray:
+    """The heads' lattice and what the rescorer drafts from it: int64 `[p', h]`."""
+    with out.seconds.timing("heads"):
+        lattice = heads.lattice(base, last.hidden, last.logits, k)
+    start = time.perf_counter()
+    drafts = rescorer.draft(lattice, [context], p)  # [1, p', h]
+    out.rescore_seconds.append(time.perf_counter() - start)
+    check_drafts(drafts, lattice, p)
+    return np.asarray(drafts[0], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -139,11 +160,11 @@ class _Call:
     rows: np.ndarray  # [p, h], batch row of each draft token
     columns: np.ndarray  # [p, h], its column
 
-    def keep(self, cache: KVCache, row: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keeps the first n tokens of a draft in the cache; logits `[1, vocab]` and state `[1, d]` after them."""
+    def keep(self, cache: KVCache, row: int, n: int) -> _Last:
+        """Keeps the first n tokens of a draft in the cache; what the base says after them."""
         cache.keep(self.columns[row, :n].tolist(), row=int(self.rows[row, 0]))
         b, m = int(self.rows[row, n - 1]), int(self.columns[row, n - 1])
-        return self.logits[b, m : m + 1], self.hidden[b, m : m + 1]
+        return _Last(self.logits[b, m : m + 1], self.hidden[b, m : m + 1], int(self.choices[row, n - 1]))
 
 
 def _verify_batch(base: BaseLM, cache: KVCache, drafts: np.ndarray) -> _Call:

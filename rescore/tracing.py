@@ -16,19 +16,17 @@ token i, i = 0..t-1, with entry [i, 0, 0] = output token i.
     margins          list<float32> [t]          logit of the greedy token less the runner-up's
     group            string                     key of the source that examples share; optional, null: none is shared
 
-A trace made elsewhere (Medusa, EAGLE, MTP, DFlash ...) needs the same folder; `load_trace` checks everything.
+A trace made elsewhere (Medusa, EAGLE, MTP, DFlash ...) needs the same folder; `read_trace` checks everything.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -37,10 +35,11 @@ from lattices.lattice import Lattice
 from lm.base.catalog import first_line
 from lm.base.generation import Generated, generate
 from lm.base.model import BaseLM
-from lm.files import atomic_folder, cache_directory, changed_settings, read_json_object, write_json
+from lm.files import atomic_folder, changed_settings, write_json
 from lm.heads.block_heads import BlockHeads, entropies_of, lattice_of
-from lm.keys import key_of
+from lm.keys import cache_entry
 from lm.locks import writing_to
+from lm.records import plain, read_record
 from rescore.checks import check_fits, check_k
 from rescore.groups import digest, one_of_each_first
 from rescore.tasks.base import Example
@@ -52,16 +51,21 @@ LATTICE_ROWS = 16  # positions whose full-vocabulary logits are alive at a time
 PART_EXAMPLES = 32  # examples per part: what a kill can lose, and the window in which prompts are sorted by length
 DEFAULT_K = 32
 OPTIONAL = ("group",)  # columns that older traces and those of others may lack
+Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 
-@dataclass(frozen=True)
-class TraceHeader:
-    """`trace.json`: `h`, `k` (lattice entries per slot, K), `vocab_size`, `eos_token_ids`, `settings` (what it was made
-    of: base, heads, task, template, limits; free for traces made elsewhere), `parts` (folder names), `schema`."""
+class TraceHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`trace.json`.
 
-    h: int
-    k: int
-    vocab_size: int
+    h: heads.
+    k: lattice entries per slot (K).
+    settings: what the trace was made of (base, heads, task, template, limits); free for traces made elsewhere.
+    parts: names of the folders.
+    """
+
+    h: Positive
+    k: Positive
+    vocab_size: Positive
     eos_token_ids: list[int]
     settings: dict[str, Any]
     parts: list[str]
@@ -107,11 +111,8 @@ class Trace:
         """The trace with the first h heads only (None: all)."""
         if h is None or h == self.header.h:
             return self
-        cut = (
-            dataclasses.replace(e, lattice=e.lattice.first_heads(h), entropies=e.entropies[:, :h])
-            for e in self.examples
-        )
-        return Trace(dataclasses.replace(self.header, h=h), tuple(cut))
+        cut = [replace(e, lattice=e.lattice.first_heads(h), entropies=e.entropies[:, :h]) for e in self.examples]
+        return Trace(msgspec.structs.replace(self.header, h=h), tuple(cut))
 
 
 def record_trace(
@@ -126,63 +127,61 @@ def record_trace(
     max_prompt_tokens: int | None = None,
     k: int = DEFAULT_K,
     batch_size: int = 16,
-    held: Trace | None = None,
+    recorded: Trace | None = None,
     check: Callable[[], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Trace:
     """Records what `folder` lacks of the examples and returns the trace of exactly these, in their order.
 
-    A part is written after every `PART_EXAMPLES`, so a killed recording goes on where it stopped. `held`: what
-    `load_trace` gave of the folder, at least the examples asked for, if it has been called already.
-    `check` is called before a part is written, and raises if what the settings say no longer holds.
-    `progress(done, total)` is called after every example. Raises `IncompatibleError` if the folder holds a trace with
-    other settings, `OutputError` if it can't be written or another process writes to it, `RescoreError` for prompts
-    that do not fit into the context and for k beyond the vocabulary.
+    A part is written after every `PART_EXAMPLES`, so a killed recording goes on where it stopped. `recorded`: what
+    `read_trace` gave of the folder, at least the examples asked for, if it has been called already. `check` is called
+    before a part is written, and raises if what the settings say no longer holds. `progress(done, total)` is called
+    after every example.
+
+    Raises `IncompatibleError` if the folder holds a trace with other settings, `OutputError` if it can't be written or
+    another process writes to it, `RescoreError` for prompts that do not fit into the context and for k beyond the
+    vocabulary.
     """
     check_k(k, base.vocab_size)
-    made_of: dict[str, Any] = {
-        "h": heads.h, "k": k, "vocab_size": base.vocab_size, "eos_token_ids": sorted(base.eos_token_ids),
-        "settings": settings,
-    }  # fmt: skip
-    with writing_to(folder):  # a place that can't be written to is told before the work, not after
+    header = TraceHeader(heads.h, k, base.vocab_size, sorted(base.eos_token_ids), settings, [])
+    with writing_to(folder):  # before the work: a place that can't be written to is refused at once
         if (folder / HEADER_FILE).is_file():
-            header = read_header(folder)
-            check_settings(folder, header, **made_of)
-            if held is None or held.header.parts != header.parts:  # another process may have gone on with it
-                held = load_trace(folder)
-        header = held.header if held else TraceHeader(**made_of, parts=[])
-        done = {e.id: e for e in held.examples} if held else {}
+            known = read_header(folder)
+            asked = {f: getattr(header, f) for f in ("h", "k", "vocab_size", "eos_token_ids", "settings")}
+            check_settings(folder, known, **asked)
+            header = known
+            if recorded is None or recorded.header.parts != header.parts:  # another process may have gone on with it
+                recorded = read_trace(folder)
+        done = {e.id: e for e in recorded.examples} if recorded else {}
         missing = [e for e in examples if e.id not in done]
-        encoded = [base.encode_prompt(e.prompt, chat=chat, max_tokens=max_prompt_tokens) for e in missing]
-        for example, ids in zip(missing, encoded, strict=True):
-            what = f"example {example.id}: a prompt"
-            check_fits(len(ids), max_new_tokens, base.context_length, what=what)
-        made = len(examples) - len(missing)
+        prompts = [base.encode_prompt(e.prompt, chat=chat, max_tokens=max_prompt_tokens) for e in missing]
+        for example, ids in zip(missing, prompts, strict=True):
+            check_fits(len(ids), max_new_tokens, base.context_length, what=f"example {example.id}: a prompt")
+        finished = len(examples) - len(missing)
         for start in range(0, len(missing), PART_EXAMPLES):
-            prompts = encoded[start : start + PART_EXAMPLES]
+            part, ids_of = missing[start : start + PART_EXAMPLES], prompts[start : start + PART_EXAMPLES]
             rows: dict[int, dict[str, Any]] = {}
             for greedy in generate(
-                base, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, with_hidden=True
+                base, ids_of, max_new_tokens=max_new_tokens, batch_size=batch_size, with_hidden=True
             ):
-                rows[greedy.index] = _row(base, heads, missing[start + greedy.index], prompts[greedy.index], greedy, k)
-                made += 1
+                rows[greedy.index] = _row(base, heads, part[greedy.index], ids_of[greedy.index], greedy, k)
+                finished += 1
                 if progress:
-                    progress(made, len(examples))
+                    progress(finished, len(examples))
             if check:
                 check()
             name = f"part-{len(header.parts):05d}"
-            # Rows stand in the order of the data, so that a trace cut to its first examples is what --limit would
-            # record.
-            _write_part(folder / name, [rows[place] for place in range(len(prompts))])
-            header = dataclasses.replace(header, parts=[*header.parts, name])
-            write_json(folder / HEADER_FILE, dataclasses.asdict(header))
+            # In the order of the data, so that a trace cut to its first examples is what --limit would record.
+            _write_part(folder / name, [rows[place] for place in range(len(part))])
+            header = msgspec.structs.replace(header, parts=[*header.parts, name])
+            write_json(folder / HEADER_FILE, plain(header))
             done |= {e.id: e for e in _read_part(folder / name, header)}
         return Trace(header, tuple(done[e.id] for e in examples))
 
 
 def trace_folder(task: str, settings: dict[str, Any], k: int) -> Path:
     """Where the cache keeps the trace of a task with these settings and k entries per slot."""
-    return cache_directory() / "traces" / f"{task}-{key_of({'schema': SCHEMA, 'k': k, 'settings': settings}, 24)}"
+    return cache_entry("traces", task, {"schema": SCHEMA, "k": k, "settings": settings})
 
 
 @torch.inference_mode()
@@ -245,54 +244,34 @@ def _write_part(folder: Path, rows: list[dict[str, Any]]) -> None:
     import datasets
 
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    with _without_bars(), atomic_folder(folder) as temporary:
-        datasets.Dataset.from_dict(columns, features=_features()).save_to_disk(temporary)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keeps `datasets` from showing progress bars of its own."""
-    import datasets
-
-    hidden = datasets.are_progress_bars_disabled()
+    bars_are_on = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        yield
+        with atomic_folder(folder) as temporary:
+            datasets.Dataset.from_dict(columns, features=_features()).save_to_disk(temporary)
     finally:
-        if not hidden:
+        if bars_are_on:
             datasets.enable_progress_bars()
 
 
-def check_settings(folder: Path, header: TraceHeader, **wanted: Any) -> None:
-    """Raises `IncompatibleError` with the difference if fields of the header in `folder` are not the wanted ones."""
-    found = {name: getattr(header, name) for name in wanted}
-    if changed := changed_settings(found, json.loads(json.dumps(wanted))):
+def check_settings(folder: Path, header: TraceHeader, **expected: Any) -> None:
+    """Raises `IncompatibleError` with the difference if fields of the header in `folder` are not the expected ones."""
+    recorded = {name: getattr(header, name) for name in expected}
+    if changed := changed_settings(recorded, plain(expected)):
         raise IncompatibleError(f"{folder} holds a trace with other settings ({'; '.join(changed)}); use another --out")
 
 
 def read_header(folder: Path) -> TraceHeader:
-    """`trace.json` of a trace folder, checked."""
+    """`trace.json` of a trace folder, checked. Raises `RescoreError` if there is none, `InvalidDataError` if it is
+    broken or of another version."""
     path = folder / HEADER_FILE
-    fields = read_json_object(path, missing=f"no trace in {folder}")
-    if (found := fields.get("schema")) != SCHEMA:
-        raise InvalidDataError(f"{path} has schema {found!r}; this version reads {SCHEMA!r}")
-    try:
-        header = TraceHeader(**fields)
-    except TypeError as error:
-        raise InvalidDataError(f"{path}: {str(error).removeprefix('TraceHeader.__init__() ')}") from error
-    for name in ("h", "k", "vocab_size"):
-        if not isinstance(getattr(header, name), int) or getattr(header, name) < 1:
-            raise InvalidDataError(f"{path}: {name} must be a positive whole number")
-    if not isinstance(header.settings, dict):
-        raise InvalidDataError(f"{path}: settings must be an object")
-    for name, kind, what in (("eos_token_ids", int, "token ids"), ("parts", str, "folder names")):
-        values = getattr(header, name)
-        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-            raise InvalidDataError(f"{path}: {name} must be a list of {what}")
+    header = read_record(path, TraceHeader, missing=f"no trace in {folder}", advice="record it again")
+    if header.schema != SCHEMA:
+        raise InvalidDataError(f"{path} has schema {header.schema!r}; this version reads {SCHEMA!r}")
     return header
 
 
-def load_trace(folder: Path) -> Trace:
+def read_trace(folder: Path) -> Trace:
     """Opens a trace and checks it: columns and types, lengths, ids, log-probabilities, order.
 
     Raises `InvalidDataError` naming the example and what is wrong with it, `RescoreError` if there is no trace.
@@ -317,14 +296,12 @@ def _read_part(folder: Path, header: TraceHeader) -> Iterator[TracedExample]:
         table = datasets.Dataset.load_from_disk(str(folder)).data.table
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pyarrow.ArrowException) as error:
         raise InvalidDataError(f"can't read the trace part {folder}: {first_line(error)}") from error
+    columns = dict(zip(table.column_names, table.schema.types, strict=True))
     for field in _features().arrow_schema:
-        if field.name not in table.column_names:
-            if field.name in OPTIONAL:
-                continue
+        if field.name not in columns and field.name not in OPTIONAL:
             raise InvalidDataError(f"{folder} has no column {field.name!r}")
-        if table.schema.field(field.name).type != field.type:
-            found = table.schema.field(field.name).type
-            raise InvalidDataError(f"{folder}: column {field.name!r} is {found}, not {field.type}")
+        if (kind := columns.get(field.name, field.type)) != field.type:
+            raise InvalidDataError(f"{folder}: column {field.name!r} is {kind}, not {field.type}")
     for batch in table.to_batches():
         for row in range(batch.num_rows):
             yield _checked_example(folder, header, {name: batch.column(name)[row] for name in table.column_names})
@@ -334,56 +311,54 @@ def _checked_example(folder: Path, header: TraceHeader, row: dict[str, Any]) -> 
     """The example of one row: Arrow scalars by column."""
     where = f"{folder}: example {row['id'].as_py()!r}"
 
+    def fail(wrong: str) -> InvalidDataError:
+        return InvalidDataError(f"{where} {wrong}")
+
     def filled(column: str) -> Any:
         value = row[column].as_py()
         if value is None or (isinstance(value, list) and None in value):
-            raise InvalidDataError(f"{where} has an empty entry in {column!r}")
+            raise fail(f"has an empty entry in {column!r}")
         return value
 
     def array(column: str) -> np.ndarray:
         values = row[column].values
         if values is None or values.null_count:
-            raise InvalidDataError(f"{where} has an empty entry in {column!r}")
-        found: np.ndarray = values.to_numpy(zero_copy_only=True)
-        return found
+            raise fail(f"has an empty entry in {column!r}")
+        return np.asarray(values.to_numpy(zero_copy_only=True))
 
-    output_ids, h, k = array("output_ids"), header.h, header.k
-    t = len(output_ids)
+    lists = ("prompt_ids", "output_ids", "token_ids", "logps", "entropies", "margins")
+    arrays = {column: array(column) for column in lists}
+    prompt_ids, output_ids, token_ids, logps, entropies, margins = arrays.values()
+    t, h, k = len(output_ids), header.h, header.k
     if t == 0:
-        raise InvalidDataError(f"{where} has no output tokens")
-    sizes = {"token_ids": t * h * k, "logps": t * h * k, "entropies": t * h, "margins": t}
-    for column, size in sizes.items():
-        if len(array(column)) != size:
-            raise InvalidDataError(
-                f"{where} has {len(array(column))} values in {column!r}; "
-                f"{t} output tokens, h = {h} and k = {k} need {size}"
-            )
+        raise fail("has no output tokens")
+    for column, size in {"token_ids": t * h * k, "logps": t * h * k, "entropies": t * h, "margins": t}.items():
+        if (length := len(arrays[column])) != size:
+            raise fail(f"has {length} values in {column!r}; {t} output tokens, h = {h} and k = {k} need {size}")
     for column in ("prompt_ids", "output_ids"):
-        ids = array(column)
-        if len(ids) and (ids.min() < 0 or ids.max() >= header.vocab_size):
-            raise InvalidDataError(f"{where} has ids outside the vocabulary in {column!r}")
+        if ((arrays[column] < 0) | (arrays[column] >= header.vocab_size)).any():
+            raise fail(f"has ids outside the vocabulary in {column!r}")
     if np.isin(output_ids[:-1], header.eos_token_ids).any():
-        raise InvalidDataError(f"{where} has output tokens after end-of-text; cut the output behind it")
+        raise fail("has output tokens after end-of-text; cut the output after it")
     for column in ("entropies", "margins"):
-        if np.isnan(array(column)).any():
-            raise InvalidDataError(f"{where} has NaN in {column!r}")
-    lattice = Lattice(array("token_ids").reshape(t, h, k), array("logps").reshape(t, h, k))
+        if np.isnan(arrays[column]).any():
+            raise fail(f"has NaN in {column!r}")
+    lattice = Lattice(token_ids.reshape(t, h, k), logps.reshape(t, h, k))
     try:
         lattice.validate(header.vocab_size)
     except InvalidDataError as error:
         raise InvalidDataError(f"{where}: {error}") from error
-    wrong = np.flatnonzero(lattice.token_ids[:, 0, 0] != output_ids)
-    if len(wrong):
+    if len(wrong := np.flatnonzero(lattice.token_ids[:, 0, 0] != output_ids)):
         raise InvalidDataError(f"{where}: the first entry of slot 1 at position {wrong[0]} is not the output token")
     return TracedExample(
         id=filled("id"),
         prompt=filled("prompt"),
         references=tuple(filled("references")),
         output=row["output"].as_py(),
-        prompt_ids=array("prompt_ids"),
+        prompt_ids=prompt_ids,
         output_ids=output_ids,
         lattice=lattice,
-        entropies=array("entropies").reshape(t, h),
-        margins=array("margins"),
+        entropies=entropies.reshape(t, h),
+        margins=margins,
         group=(row["group"].as_py() or "") if "group" in row else "",
     )

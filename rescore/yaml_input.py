@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,14 @@ KINDS = {"str": "text", "int": "a number", "float": "a number", "bool": "true or
 
 @dataclass(frozen=True)
 class Value:
-    """One value of a YAML file: where it stands (`path`, `line` from 1, dotted `name`, empty at the top) and its
-    node. The methods give it as what it should be, and raise `InvalidDataError` with the line if it is not."""
+    """One value of a YAML file: the file, its dotted name (empty at the top) and its node.
+
+    The methods give it as what it should be, and raise `InvalidDataError` with the line if it is not.
+    """
 
     path: Path
     name: str
     node: yaml.Node
-
-    @property
-    def line(self) -> int:
-        """The line it begins on, from 1."""
-        return int(self.node.start_mark.line) + 1
 
     @property
     def is_null(self) -> bool:
@@ -49,7 +46,10 @@ class Value:
 
     def wrong(self, what: str) -> InvalidDataError:
         """The error that says so of this value, with its line and name."""
-        return InvalidDataError(f"{self.path} line {self.line}: {f'{self.name}: ' if self.name else ''}{what}")
+        return self._wrong(self.node, f"{self.name}: {what}" if self.name else what)
+
+    def _wrong(self, node: yaml.Node, what: str) -> InvalidDataError:
+        return InvalidDataError(f"{self.path} line {node.start_mark.line + 1}: {what}")
 
     def fields(self, known: Collection[str] | None, *, required: Collection[str] = ()) -> dict[str, Value]:
         """The values of a mapping by key; one whose value is null counts as left out.
@@ -58,23 +58,21 @@ class Value:
         """
         if not isinstance(self.node, yaml.MappingNode):
             raise self.wrong(f"{self._kind()} stands where keys with values (key: value) are needed")
-        found: dict[str, Value] = {}
+        values: dict[str, Value] = {}
         for key_node, node in self.node.value:
-            key = self._key(key_node)
-            value = Value(self.path, f"{self.name}.{key}" if self.name else key, node)
-            where = f"{self.path} line {int(key_node.start_mark.line) + 1}"
-            if key in found:
-                raise InvalidDataError(f"{where}: the key {key!r} is there twice; keep one")
+            if not isinstance(key_node, yaml.ScalarNode) or not key_node.value:
+                raise self._wrong(key_node, "a key must be a plain word")
+            key = str(key_node.value)
+            if key in values:
+                raise self._wrong(key_node, f"the key {key!r} is there twice; keep one")
             if known is not None and key not in known:
-                near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
-                advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
                 of = f" in {self.name!r}" if self.name else ""
-                raise InvalidDataError(f"{where}: unknown key {key!r}{of}; {advice}")
-            found[key] = value
-        found = {key: value for key, value in found.items() if not value.is_null}
-        if missing := [key for key in required if key not in found]:
+                raise self._wrong(key_node, f"unknown key {key!r}{of}; {_nearest(key, known)}")
+            values[key] = Value(self.path, f"{self.name}.{key}" if self.name else key, node)
+        values = {key: value for key, value in values.items() if not value.is_null}
+        if missing := [key for key in required if key not in values]:
             raise self.wrong(f"the key {missing[0]!r} is missing or empty; add it")
-        return found
+        return values
 
     def items(self) -> list[Value]:
         """The entries of a list, one at least; a single value counts as a list of one."""
@@ -105,17 +103,15 @@ class Value:
 
     def number(self) -> float:
         """A finite number, whole or not."""
-        value: Any = None
+        value = math.nan
         if self._tag() in ("int", "float"):
-            value = self._plain()
+            value = float(self._plain())
         elif self._tag() == "str" and self.node.style is None:  # YAML 1.1 takes 1e-3, without a dot, for text
-            try:
+            with suppress(ValueError):
                 value = float(self.node.value)
-            except ValueError:
-                value = None
-        if value is None or not math.isfinite(value):
+        if not math.isfinite(value):
             raise self.wrong(f"{self._kind()} stands where a number is needed")
-        return float(value)
+        return value
 
     def flag(self) -> bool:
         """true or false."""
@@ -127,18 +123,15 @@ class Value:
         """Text that is one of `known`; another is refused with the nearest."""
         text = self.text()
         if text not in known:
-            near = difflib.get_close_matches(text, sorted(known), n=1, cutoff=0.5)
-            advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
-            raise self.wrong(f"{text!r} is not known; {advice}")
+            raise self.wrong(f"{text!r} is not known; {_nearest(text, known)}")
         return text
 
     def _tag(self) -> str:
         return str(self.node.tag).removeprefix(TAG) if isinstance(self.node, yaml.ScalarNode) else ""
 
     def _plain(self) -> Any:
-        constructor = yaml.SafeLoader("")
         try:
-            return constructor.construct_object(self.node)
+            return yaml.SafeLoader("").construct_object(self.node)
         except (ValueError, yaml.YAMLError):
             raise self.wrong(f"{self.node.value!r} can't be read") from None
 
@@ -151,10 +144,11 @@ class Value:
         text = str(self.node.value)
         return kind if self.is_null else f"{kind} ({text[:40]!r}{'...' if len(text) > 40 else ''})"
 
-    def _key(self, node: yaml.Node) -> str:
-        if not isinstance(node, yaml.ScalarNode) or not node.value:
-            raise InvalidDataError(f"{self.path} line {int(node.start_mark.line) + 1}: a key must be a plain word")
-        return str(node.value)
+
+def _nearest(text: str, known: Collection[str]) -> str:
+    """What to do about a word that is none of those known."""
+    near = difflib.get_close_matches(text, sorted(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
 
 
 def read_yaml(path: Path) -> Value:
@@ -175,7 +169,12 @@ def read_yaml(path: Path) -> Value:
         line = content.count(b"\n", 0, error.start) + 1
         raise InvalidDataError(f"{path} line {line}: no valid UTF-8; save the file as UTF-8") from None
     try:
-        _refuse_anchors(path, text)
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            where = f"{path} line {event.start_mark.line + 1}"
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+                raise InvalidDataError(f"{where}: anchors and aliases (& and *) are not taken; write the value out")
+            if isinstance(event, yaml.NodeEvent) and getattr(event, "tag", None):  # what it makes is Python's affair
+                raise InvalidDataError(f"{where}: the tag {event.tag!r} is not taken; write the value without it")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
@@ -190,13 +189,3 @@ def read_yaml(path: Path) -> Value:
     if node is None:
         raise InvalidDataError(f"{path} is empty; give keys with values (key: value)")
     return Value(path, "", node)
-
-
-def _refuse_anchors(path: Path, text: str) -> None:
-    """Also refuses tags: what they make of a value is Python's, not the file's."""
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        wrong = partial("{} line {}: {}".format, path, int(event.start_mark.line) + 1)
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise InvalidDataError(wrong("anchors and aliases (& and *) are not taken; write the value out"))
-        if isinstance(event, yaml.NodeEvent) and getattr(event, "tag", None):
-            raise InvalidDataError(wrong(f"the tag {event.tag!r} is not taken; write the value without it"))

@@ -12,7 +12,7 @@ from rescore.runs.records import Identical
 def test_a_built_in_model_decodes_exactly_and_gains(base):
     options = dict(base=base, rescorers=("none", "oracle"), limit=2, max_new_tokens=24)
     replayed = evaluated(options).document.results
-    live = evaluated(dict(**{**options.__dict__, "mode": "live"})).document.results
+    live = evaluated(dict(options, mode="live")).document.results
     for a, b in zip(replayed, live, strict=True):
         assert a.accepted_histogram == b.accepted_histogram
         assert b.identical == Identical(n=2, identical=2)

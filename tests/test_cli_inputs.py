@@ -260,7 +260,7 @@ class TestBuildAsTyped:
                 "no place of (its|their) own; give the model a folder: --out"
             )
         rescore("build-ngram", "none.txt", *WORDS).refused("can't read .*none.txt: No such file")
-        monkeypatch.setattr("lm.ngram.place.is_writable", lambda folder: False)
+        monkeypatch.setattr("lm.ngram.build.is_writable", lambda folder: False)
         rescore("build-ngram", corpus, *WORDS).refused("can't write beside .*corpus.txt; .* --out DIR")
 
 

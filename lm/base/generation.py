@@ -42,10 +42,11 @@ def generate(
     """Yields the output of every prompt, batch by batch, in an order of its own (see `Generated.index`).
 
     Prompts are taken in windows of `window`; within one, those of similar length share a batch, so little is padding.
-    Long ones share it with fewer others than `batch_size`: attention takes memory by the square of the length; and a
-    base that can't tell padding from text shares it among equals only. Greedy
-    at temperature 0; above it tokens are drawn, by random numbers that follow from the seed and the prompt alone.
-    `work` counts what the base does for prompts and tokens that are yielded.
+    Long ones share it with fewer others than `batch_size`: attention takes memory by the square of the length. A base
+    that takes padding for text reads prompts of one length only together.
+
+    temperature: 0 is greedy; above it tokens are drawn, by random numbers that follow from the seed and the prompt.
+    work: counts what the base does for prompts and tokens that are yielded.
     """
     for start in range(0, len(prompts), window):
         indices = sorted(range(start, min(start + window, len(prompts))), key=lambda i: -len(prompts[i]))

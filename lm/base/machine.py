@@ -1,4 +1,5 @@
-"""How near work comes to what the machine could do: FLOPs and bytes counted, against measured limits.
+"""How near work comes to what the machine could do: FLOPs and bytes counted, against measured limits; and what to say
+when its memory runs out.
 
 Counted are products with weights (2 FLOPs per weight and token) and reads of weights and cache, as in the cost model;
 attention's own FLOPs, writes and padding are not, so a share is what was of use.
@@ -7,14 +8,29 @@ attention's own FLOPs, writes and padding are not, so a share is what was of use
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from lattices.errors import RescoreError
 from lm.base.model import BaseLM
 
 REPEATS = 5
+CPU_MESSAGE = "can't allocate memory"  # of torch's allocator, which raises a plain RuntimeError
+
+
+@contextmanager
+def enough_memory(advice: str, *, at: str) -> Iterator[None]:
+    """Turns running out of memory, of a GPU or the CPU, into a `RescoreError` that says where, and ends with the
+    advice."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and CPU_MESSAGE not in str(error):
+            raise
+        raise RescoreError(f"out of memory at {at}; {advice}") from error
 
 
 class Work:
@@ -38,10 +54,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a device gives at best, as measured: FLOPs a second of a matrix product, bytes a second read from memory."""
+    """What a device gives at best, as measured."""
 
-    flops: float
-    bytes_read: float
+    flops: float  # a second, of a matrix product
+    bytes_read: float  # a second, from memory
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
@@ -59,14 +75,14 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
 def _fastest(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest call of several, after one to warm up."""
     call()
-    found = []
+    seconds = []
     for _ in range(REPEATS):
         _wait(device)
         began = time.perf_counter()
         call()
         _wait(device)
-        found.append(time.perf_counter() - began)
-    return min(found)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 def _wait(device: torch.device) -> None:

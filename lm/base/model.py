@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lattices.errors import IncompatibleError, RescoreError
 from lm.base.cache import KVCache, TreeCache, layer_types
+from lm.base.identity import uses_date, with_fixed_date
 from lm.base.probe import Probe, Scaling
-from lm.chat_templates import uses_date, with_fixed_date
 
 CONTEXT_LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # its name now, and before transformers 5.24
@@ -47,10 +47,12 @@ class BaseIdentity:
 class BaseLM:
     """A causal LM with its tokenizer, in evaluation mode, on one device.
 
-    Attributes: `model`, `tokenizer`, `identity`, `device`, `dtype`, `hidden_size`, `vocab_size`, `context_length`
-    (positions; 2^30 where there is no limit), `eos_token_ids` (any of them ends the output), `is_chat` (has a chat
-    template), `takes_positions` (is told where tokens stand), `supports_tree` (takes a 4D attention mask with every
-    layer looking at the whole cache), `position_size` (numbers that the cache holds for one position).
+    context_length: positions; 2^30 where there is no limit.
+    eos_token_ids: any of them ends the output.
+    is_chat: has a chat template.
+    takes_positions: is given the places of tokens.
+    supports_tree: takes a 4D attention mask with every layer looking at the whole cache.
+    position_size: numbers that the cache holds for one position.
 
     What an architecture can do is tried, see `lm.base.probe`. Raises `IncompatibleError` for one that can't be
     decoded in blocks with the output it has by itself.
@@ -196,8 +198,8 @@ class BaseLM:
 
         input_ids `[b, n]`; `attention_mask` `[b, m]`, or bool `[b, 1, n, m]` with m = cached + n positions. Returns
         logits `[b, l, vocab]` and final hidden states `[b, l, d]` of the last `last` tokens (0: of all n). The caller
-        tells the cache afterwards what to keep. Without `projects` there are no logits (`[b, 0, vocab]`): where states
-        are all that is wanted, the vocabulary projection would be a large part of the work.
+        then calls the cache's `keep`. Without `projects` there are no logits (`[b, 0, vocab]`): where only the states
+        are used, the vocabulary projection would be a large part of the work.
         """
         if position_ids is None:  # always given: some architectures would count from elsewhere than `generate` does
             assert not isinstance(cache, TreeCache), "the nodes of a tree have positions of their own"

@@ -26,9 +26,9 @@ from lm.base.corpus import (
     read_prompts,
     read_settings,
 )
-from lm.files import cache_directory, read_json_object, sha256_of_file
-from lm.keys import key_of, software
-from lm.locks import making, tell
+from lm.files import read_json_object, sha256_of_file
+from lm.keys import cache_entry, cached, software
+from lm.locks import tell
 
 OWN_PREFIX = "own:"
 Progress = Callable[[str, int, int], None]
@@ -67,7 +67,7 @@ def own_output(
             f"{settings.base}, or another --base"
         )
     chosen = read_prompts(prompts, default_chat=bool(load_tokenizer(settings.base).chat_template))
-    made_of = {
+    document = {
         "base": dataclasses.asdict(identity),
         # The batch size too: a sum of other lengths is rounded otherwise, and a near-tie may turn.
         **{name: getattr(settings, name) for name in ("max_new_tokens", "max_prompt_tokens", "batch_size")},
@@ -76,42 +76,37 @@ def own_output(
         "device": choose_device(settings.device).partition(":")[0],
         **software(),
     }
-    folder = cache_directory() / "own-output" / f"{prompts.stem}-{key_of(made_of, 24)}"
-    if _is_whole(folder):
-        return folder
-    with making(folder, f"the output for {prompts.name}"):
-        if _is_whole(folder):  # made by the process that was waited for
-            return folder
+
+    def generated(folder: Path) -> Path:
         base = load_base(settings.base, dtype=settings.dtype, device=settings.device)
         if base.identity != identity:  # replaced since, perhaps while another process was waited for
             raise IncompatibleError(f"the files of {settings.base} were replaced while they were read; run it again")
-        generating = partial(progress, f"generate {prompts.name}") if progress else None
+        generate = partial(
+            generate_corpus, base, chosen, folder, settings,
+            progress=partial(progress, f"generate {prompts.name}") if progress else None,
+        )  # fmt: skip
         try:
-            if _is_finished(folder):  # and not whole
-                raise InvalidDataError(f"{folder} is not what was written")
-            generate_corpus(base, chosen, folder, settings, progress=generating)
+            generate()
         except (InvalidDataError, IncompatibleError) as error:
             if not folder.is_dir():
                 raise
-            tell(f"the cached output for {prompts.name} is broken ({error}); it is made again")
+            tell(f"what was generated for {prompts.name} before can't be gone on with ({error}); it is made again")
             shutil.rmtree(folder, ignore_errors=True)
-            generate_corpus(base, chosen, folder, settings, progress=generating)
+            generate()
         # The states are for training heads, and a hundred times the text.
         (folder / HIDDEN_FILE).unlink(missing_ok=True)
-    return folder
+        return folder
+
+    entry = cache_entry("own-output", prompts.stem, document)
+    what = f"the output for {prompts.name}"
+    return cached(entry, what, read=_whole, make=generated, is_broken=lambda folder: (folder / MANIFEST_FILE).is_file())
 
 
-def _is_finished(folder: Path) -> bool:
-    return (folder / MANIFEST_FILE).is_file()
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether a folder's generation is finished and its corpus is what its manifest says."""
-    if not _is_finished(folder):
-        return False
+def _whole(folder: Path) -> Path | None:
+    """The folder, if its generation is finished and its corpus is what its manifest says."""
     try:
         read_settings(folder)
         manifest = read_json_object(folder / MANIFEST_FILE, missing="")
-        return bool(manifest.get("corpus_sha256") == sha256_of_file(folder / CORPUS_FILE))
+        return folder if manifest.get("corpus_sha256") == sha256_of_file(folder / CORPUS_FILE) else None
     except (RescoreError, OSError):
-        return False
+        return None

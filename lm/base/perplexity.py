@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from lattices.errors import RescoreError
 from lm.base.model import BaseLM
@@ -74,8 +75,7 @@ def perplexity(
         raise RescoreError("no text has two tokens or more, so there is nothing to score; give other texts")
     nll, done = 0.0, 0
     for batch in _batches(windows):
-        nll += _nll(base, ids, batch)
-        done += len(batch)
+        nll, done = nll + _nll(base, ids, batch), done + len(batch)
         if progress:
             progress(done, len(windows))
     return Perplexity(len(texts), sum(w.end - w.first + 1 for w in windows), nll, window, stride)
@@ -108,18 +108,15 @@ def _batches(windows: Sequence[Window]) -> Iterator[list[Window]]:
 @torch.inference_mode()
 def _nll(base: BaseLM, ids: Sequence[Sequence[int]], batch: Sequence[Window]) -> float:
     """Summed negative log-likelihood of what the windows score. Padding comes last, where no token looks at it."""
-    longest = max(w.end - w.start for w in batch)
-    inputs = torch.zeros(len(batch), longest, dtype=torch.long)  # [b, longest]
-    scored = torch.zeros(len(batch), longest, dtype=torch.bool)
-    targets = torch.zeros(len(batch), longest, dtype=torch.long)
+    tokens = pad_sequence([torch.tensor(ids[w.text][w.start : w.end + 1]) for w in batch], batch_first=True)
+    scored = torch.zeros(len(batch), tokens.shape[1] - 1, dtype=torch.bool)  # [b, longest]
     for row, w in enumerate(batch):
-        inputs[row, : w.end - w.start] = torch.tensor(ids[w.text][w.start : w.end])
-        targets[row, : w.end - w.start] = torch.tensor(ids[w.text][w.start + 1 : w.end + 1])
         scored[row, w.first - 1 - w.start : w.end - w.start] = True
-    _, hidden = base.forward(inputs.to(base.device), projects=False)
-    rows, wanted = hidden[scored.to(base.device)], targets[scored].to(base.device)  # [n, d], [n]
+    tokens, scored = tokens.to(base.device), scored.to(base.device)
+    _, hidden = base.forward(tokens[:, :-1], projects=False)
+    states, targets = hidden[scored], tokens[:, 1:][scored]  # [n, d], [n]
     total = 0.0
-    for part, ahead in zip(rows.split(ROWS), wanted.split(ROWS), strict=True):
+    for part, following in zip(states.split(ROWS), targets.split(ROWS), strict=True):
         logits = base.project(part).to(base.heads_dtype)
-        total += float(functional.cross_entropy(logits, ahead, reduction="sum"))
+        total += float(functional.cross_entropy(logits, following, reduction="sum"))
     return total

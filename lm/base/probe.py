@@ -1,4 +1,4 @@
-"""What an architecture is good for, found out on a few tokens instead of from a list of names.
+"""What an architecture can do, tried out on a few tokens instead of taken from a list of names.
 
 A base LM is run as the decoders run it: with a cache, on several drafts of one past, on a tree, on prompts of
 different lengths; and everything is compared with plain forwards of the same texts.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers import DynamicCache
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.02
 REFUSED_FROM = 0.1  # in half precision: only what is surely wrong is refused, not what rounds badly
 
+Result = TypeVar("Result")
 WINDOWS = ("sliding_window", "attention_chunk_size")  # what masks read when they are made
 
 
@@ -53,7 +54,7 @@ def scalings(config: Any) -> list[Scaling]:
 
 
 class Probe:
-    """A past of three tokens with two drafts of two tokens behind it, and what a base LM says of them without cache.
+    """A past of three tokens with two drafts of two tokens after it, and what a base LM says of them without cache.
 
     Raises `IncompatibleError` where the base LM can't be decoded exactly.
     """
@@ -76,7 +77,7 @@ class Probe:
         raise IncompatibleError(f"{self.name} changes its logits in a way that block heads can't follow")
 
     def check_cache(self, *, tree: bool) -> bool:
-        """Raises `IncompatibleError` if drafts behind a cached past are not read as the same texts without cache.
+        """Raises `IncompatibleError` if drafts after a cached past are not read as the same texts without cache.
 
         Returns whether they may stand there as a tree, which is tried if `tree`.
         """
@@ -100,20 +101,16 @@ class Probe:
     def _follows_tree(self, cache: KVCache) -> bool:
         """Whether a 4D mask means to this architecture what it says; some add it to the scores, some refuse it.
 
-        A causal mask would also pass where it is ignored, so both drafts stand behind the past as one tree.
+        A causal mask would also pass where it is ignored, so both drafts stand after the past as one tree.
         """
         sees = torch.zeros(4, 7, dtype=torch.bool, device=self.base.device)
         sees[:, :3] = sees[[0, 1, 2, 3], [3, 4, 5, 6]] = sees[[1, 3], [3, 5]] = True
         positions = torch.tensor([[3, 4, 3, 4]], device=self.base.device)
-        try:
-            nodes, _ = self.base.forward(
-                self.drafts.reshape(1, 4), cache, position_ids=positions, attention_mask=sees[None, None]
-            )
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # of any kind: architectures fail in their own ways
-            return False
-        return self._same(nodes.reshape(2, 2, -1), self.plain[:, 3:])
+        nodes = self.drafts.reshape(1, 4)
+        logits = _attempt(
+            lambda: self.base.forward(nodes, cache, position_ids=positions, attention_mask=sees[None, None])[0]
+        )
+        return logits is not None and self._same(logits.reshape(2, 2, -1), self.plain[:, 3:])
 
     def check_window(self) -> None:
         """Raises `IncompatibleError` if layers with a window have it from transformers' own cache, not from a mask.
@@ -141,48 +138,57 @@ class Probe:
     def body_gives_states(self) -> bool:
         """Whether what the projection reads is the output of the model's body, with nothing in between."""
         base, ids = self.base, self.past
-        positions = torch.arange(3, device=base.device)[None]
-        try:
+
+        @torch.inference_mode()
+        def states() -> tuple[torch.Tensor, torch.Tensor]:
             body = base.model.base_model
             takes = "position_ids" in inspect.signature(body.forward).parameters
-            with torch.inference_mode():
-                states = body(input_ids=ids, use_cache=False, **({"position_ids": positions} if takes else {}))[0]
-            return self._same(states, base.forward(ids)[1])
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:
-            return False
+            positions = {"position_ids": torch.arange(3, device=base.device)[None]} if takes else {}
+            return body(input_ids=ids, use_cache=False, **positions)[0], base.forward(ids)[1]
+
+        both = _attempt(states)
+        return both is not None and self._same(*both)
 
     def follows_padding(self, *, mask_4d: bool) -> bool:
         """Whether a prompt that is padded on its left, to stand in a batch with a longer one, is read as if alone."""
         base = self.base
         if base.is_half and not base.takes_positions:
-            return False  # what its own positions change may be too little to be told from rounding
+            return False  # what its own positions change may be no more than rounding does
         ids = torch.zeros(2, 4, dtype=torch.long, device=base.device)
         ids[0, 1:], ids[1, :3], ids[1, 3] = self.past[0], self.past[0], self.drafts[1, 0]
         attended = torch.ones(2, 5, dtype=torch.bool, device=base.device)
         attended[0, 0] = False
         positions = torch.tensor([[0, 0, 1, 2], [0, 1, 2, 3]], device=base.device)
         mask = attended[:, None, None] if mask_4d else attended
-        cache = base.new_cache(5)
-        try:
+
+        def logits() -> torch.Tensor:
+            cache = base.new_cache(5)
             prompts, _ = base.forward(ids, cache, position_ids=positions, attention_mask=attended[:, :4], last=1)
             cache.keep_all()
             more = torch.stack([self.drafts[0, :1], self.drafts[1, 1:]])
             after, _ = base.forward(more, cache, position_ids=positions[:, -1:] + 1, attention_mask=mask)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:
-            return False
-        expected = torch.stack([self.plain[0, 2:4], self.plain[1, 3:5]])
-        return self._same(torch.cat([prompts, after], dim=1), expected)
+            return torch.cat([prompts, after], dim=1)
 
-    def _same(self, found: torch.Tensor, expected: torch.Tensor, *, half: float = HALF_TOLERANCE) -> bool:
-        if found.shape != expected.shape:
+        expected = torch.stack([self.plain[0, 2:4], self.plain[1, 3:5]])
+        both = _attempt(logits)
+        return both is not None and self._same(both, expected)
+
+    def _same(self, computed: torch.Tensor, expected: torch.Tensor, *, half: float = HALF_TOLERANCE) -> bool:
+        if computed.shape != expected.shape:
             return False
-        difference = (found.double() - expected.double()).abs()
+        difference = (computed.double() - expected.double()).abs()
         tolerance = half if self.base.is_half else TOLERANCE
         return bool(difference.max() <= tolerance * expected.double().abs().max())
+
+
+def _attempt(call: Callable[[], Result]) -> Result | None:
+    """What a call gives; None where it fails, with whatever error: architectures fail in their own ways."""
+    try:
+        return call()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        return None
 
 
 @contextmanager
@@ -191,8 +197,8 @@ def refusal(name: str) -> Iterator[None]:
     try:
         yield
     except IncompatibleError as error:
-        said = str(error)
-        raise IncompatibleError(said if said.startswith(name) else f"{name} {said}") from error
+        text = str(error)
+        raise IncompatibleError(text if text.startswith(name) else f"{name} {text}") from error
     except (RescoreError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -115,8 +115,8 @@ def lattice_of(logits: torch.Tensor, k: int) -> Lattice:
 
 def entropies_of(logits: torch.Tensor) -> np.ndarray:
     """Entropies in nats, float32 `[n, h]`, of logits `[n, h, vocab]`."""
-    entropies: np.ndarray = torch.special.entr(torch.softmax(logits, dim=-1)).sum(-1).float().cpu().numpy()
-    return entropies
+    entropies = torch.special.entr(torch.softmax(logits, dim=-1)).sum(-1)
+    return np.asarray(entropies.float().cpu())
 
 
 def top_k_lowest_ids(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,21 +171,29 @@ def heads_folder(path: str | None, identity: BaseIdentity) -> Path:
 
 
 def load_heads(
-    path: str | None, identity: BaseIdentity, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    base: BaseLM | BaseIdentity,
+    path: str | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> BlockHeads:
-    """Heads for a base: a checkpoint folder, or None for the ones shipped with the base's name.
+    """Heads for a base LM, or for what is known of one.
 
+    path: a checkpoint folder; None: those shipped with the base's name.
+    device, dtype: by default the base's own, or without one the CPU and float32.
     Raises `IncompatibleError` if they were made for another hidden size, vocabulary or tokenizer, `InvalidDataError`
     for a broken file, `RescoreError` if there are none.
     """
+    identity = base.identity if isinstance(base, BaseLM) else base
+    device = device or (base.device if isinstance(base, BaseLM) else "cpu")
+    dtype = dtype or (base.heads_dtype if isinstance(base, BaseLM) else torch.float32)
     folder = heads_folder(path, identity)
     config = read_config(folder)
     for field in ("hidden_size", "vocab_size", "tokenizer_sha256"):
-        made_for, wanted = getattr(config, field), getattr(identity, field)
-        if made_for != wanted:
+        if (made_for := getattr(config, field)) != (actual := getattr(identity, field)):
             raise IncompatibleError(
                 f"the heads in {folder} were made for {config.base_name}, not for {identity.name}: "
-                f"{field} is {made_for}, the base's is {wanted}; give other --heads"
+                f"{field} is {made_for}, the base's is {actual}; give other --heads"
             )
     heads = BlockHeads(config)
     tensors = read_weights(folder, missing=f"no block heads in {folder}", what="the heads")

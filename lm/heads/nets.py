@@ -59,7 +59,8 @@ class HeadNet(nn.Module):
     def _see_tokens(self, *shape: int) -> None:
         """Adds the weights by which heads see tokens, `token.weight` of this shape; they weigh nothing at first."""
         d, size = self.config.hidden_size, self.config.token_size
-        self.token = nn.ParameterDict({"shared": torch.randn(d, size) * d**-0.5, "weight": torch.zeros(*shape)})
+        if size:
+            self.token = nn.ParameterDict({"shared": torch.randn(d, size) * d**-0.5, "weight": torch.zeros(*shape)})
 
     @abstractmethod
     def forward(self, hidden: torch.Tensor, rows: torch.Tensor, heads: list[int]) -> torch.Tensor:
@@ -69,9 +70,9 @@ class HeadNet(nn.Module):
         net reads the first i + 1 of them, and there may be no more.
         """
 
-    @abstractmethod
     def cut(self, name: str, value: torch.Tensor, h: int) -> torch.Tensor:
         """A tensor of the state, as the first h heads have it."""
+        return value if name == "token.shared" else value[: h - 1]
 
     def seen(self, rows: torch.Tensor) -> torch.Tensor:
         """What heads see of the tokens: `[n, s, token_size]`."""
@@ -85,30 +86,51 @@ class FeedForward(HeadNet):
 
     def __init__(self, config: BlockHeadsConfig) -> None:
         super().__init__(config)
-        count, d, inner = config.h - 1, config.hidden_size, config.inner_size
+        heads, d, inner = config.h - 1, config.hidden_size, config.inner_size
+        own = self._own(heads)
         self.inner = nn.ParameterDict(
-            {"weight": nn.Parameter(torch.randn(count, d, inner) * d**-0.5), "bias": torch.zeros(count, inner)}
+            {"weight": nn.Parameter(torch.randn(*own, d, inner) * d**-0.5), "bias": torch.zeros(*own, inner)}
         )
-        self.outer = nn.ParameterDict({"weight": torch.zeros(count, inner, d), "bias": torch.zeros(count, d)})
-        if config.token_size:
-            self._see_tokens(*self._token_shape())
+        self.outer = nn.ParameterDict({"weight": torch.zeros(heads, inner, d), "bias": torch.zeros(heads, d)})
+        self._see_tokens(*self._own(self._token_weights()), config.token_size, inner)
+
+    def _own(self, count: int) -> tuple[int, ...]:
+        """The leading axis of the hidden layer's weights, if each head has its own."""
+        return (count,)
+
+    def _token_weights(self) -> int:
+        return self.config.h - 1
+
+    def _of(self, weights: nn.Parameter, heads: list[int]) -> torch.Tensor:
+        """The weights of these heads in the hidden layer."""
+        return weights[heads]
 
     def forward(self, hidden: torch.Tensor, rows: torch.Tensor, heads: list[int]) -> torch.Tensor:
-        inner = torch.matmul(hidden, self.inner["weight"][heads]) + self.inner["bias"][heads][:, None]
+        weight, bias = (self._of(self.inner[name], heads) for name in ("weight", "bias"))
+        inner = torch.matmul(hidden, weight) + bias[..., None, :]
         if self.sees:
-            inner = inner + torch.matmul(self.seen(rows)[:, 0], self.token["weight"][heads])
-        return self._outer(hidden, inner, heads)
-
-    def _token_shape(self) -> tuple[int, ...]:
-        return self.config.h - 1, self.config.token_size, self.config.inner_size
-
-    def _outer(self, hidden: torch.Tensor, inner: torch.Tensor, heads: list[int]) -> torch.Tensor:
+            inner = inner + self._seen_tokens(rows, heads)
         outer = torch.matmul(functional.silu(inner), self.outer["weight"][heads])
         read: torch.Tensor = hidden + outer + self.outer["bias"][heads][:, None]
         return read
 
+    def _seen_tokens(self, rows: torch.Tensor, heads: list[int]) -> torch.Tensor:
+        """What the tokens add to the hidden layer, `[len(heads), n, inner]`."""
+        return torch.matmul(self.seen(rows)[:, 0], self._of(self.token["weight"], heads))
+
+
+class Shared(FeedForward):
+    """`inner.weight [d, inner]`, `inner.bias [inner]`, `outer.weight [h-1, inner, d]`, `outer.bias [h-1, d]`; with a
+    token size `token.shared [d, size]`, `token.weight [size, inner]`."""
+
+    def _own(self, count: int) -> tuple[int, ...]:
+        return ()
+
+    def _of(self, weights: nn.Parameter, heads: list[int]) -> torch.Tensor:
+        return weights
+
     def cut(self, name: str, value: torch.Tensor, h: int) -> torch.Tensor:
-        return value if name == "token.shared" else value[: h - 1]
+        return value[: h - 1] if name.startswith("outer.") else value
 
 
 class Sequential(FeedForward):
@@ -118,18 +140,17 @@ class Sequential(FeedForward):
         super().__init__(config)
         self.sees = config.h - 1
 
-    def _token_shape(self) -> tuple[int, ...]:
-        return self.config.h * (self.config.h - 1) // 2, self.config.token_size, self.config.inner_size
+    def _token_weights(self) -> int:
+        return self.config.h * (self.config.h - 1) // 2
 
-    def forward(self, hidden: torch.Tensor, rows: torch.Tensor, heads: list[int]) -> torch.Tensor:
-        inner = torch.matmul(hidden, self.inner["weight"][heads]) + self.inner["bias"][heads][:, None]
+    def _seen_tokens(self, rows: torch.Tensor, heads: list[int]) -> torch.Tensor:
         seen = self.seen(rows)  # [n, s, size]
         tokens = []
         for head in heads:
             first = head * (head + 1) // 2
             weight = self.token["weight"][first : first + head + 1]  # [head + 1, size, inner]
             tokens.append(seen[:, : head + 1].flatten(1) @ weight.flatten(0, 1))
-        return self._outer(hidden, inner + torch.stack(tokens), heads)
+        return torch.stack(tokens)
 
     def cut(self, name: str, value: torch.Tensor, h: int) -> torch.Tensor:
         return value[: h * (h - 1) // 2] if name == "token.weight" else super().cut(name, value, h)
@@ -145,30 +166,6 @@ def as_sequential(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**state, "token.weight": weight}
 
 
-class Shared(HeadNet):
-    """`inner.weight [d, inner]`, `inner.bias [inner]`, `outer.weight [h-1, inner, d]`, `outer.bias [h-1, d]`; with a
-    token size `token.shared [d, size]`, `token.weight [size, inner]`."""
-
-    def __init__(self, config: BlockHeadsConfig) -> None:
-        super().__init__(config)
-        count, d, inner = config.h - 1, config.hidden_size, config.inner_size
-        self.inner = nn.ParameterDict({"weight": torch.randn(d, inner) * d**-0.5, "bias": torch.zeros(inner)})
-        self.outer = nn.ParameterDict({"weight": torch.zeros(count, inner, d), "bias": torch.zeros(count, d)})
-        if config.token_size:
-            self._see_tokens(config.token_size, inner)
-
-    def forward(self, hidden: torch.Tensor, rows: torch.Tensor, heads: list[int]) -> torch.Tensor:
-        inner = hidden @ self.inner["weight"] + self.inner["bias"]
-        if self.sees:
-            inner = inner + self.seen(rows)[:, 0] @ self.token["weight"]
-        outer = torch.matmul(functional.silu(inner), self.outer["weight"][heads])
-        read: torch.Tensor = hidden + outer + self.outer["bias"][heads][:, None]
-        return read
-
-    def cut(self, name: str, value: torch.Tensor, h: int) -> torch.Tensor:
-        return value[: h - 1] if name.startswith("outer.") else value
-
-
 class Medusa(HeadNet):
     """`block.weight [h-1, blocks, d, d]`, `block.bias [h-1, blocks, d]`; with a token size `token.shared [d, size]`,
     `token.weight [h-1, size, d]`, which joins the first block."""
@@ -179,8 +176,7 @@ class Medusa(HeadNet):
         self.block = nn.ParameterDict(
             {"weight": torch.zeros(count, blocks, d, d), "bias": torch.zeros(count, blocks, d)}
         )
-        if config.token_size:
-            self._see_tokens(count, config.token_size, d)
+        self._see_tokens(count, config.token_size, d)
 
     def forward(self, hidden: torch.Tensor, rows: torch.Tensor, heads: list[int]) -> torch.Tensor:
         weight, bias = self.block["weight"][heads], self.block["bias"][heads]
@@ -191,9 +187,6 @@ class Medusa(HeadNet):
                 inner = inner + torch.matmul(self.seen(rows)[:, 0], self.token["weight"][heads])
             x = x + functional.silu(inner)
         return x
-
-    def cut(self, name: str, value: torch.Tensor, h: int) -> torch.Tensor:
-        return value if name == "token.shared" else value[: h - 1]
 
 
 NETS: dict[str, type[HeadNet]] = {

@@ -1,10 +1,12 @@
 """Small neural LMs as rescorers: named sizes, how they begin, how they are kept, how they score a tree of drafts.
 
-A rescorer is a causal LM over the base's own tokens, in one of two forms. *Whole*: any folder that `save_pretrained`
-wrote (or a hub id). *Delta*: the base's embeddings and first L layers, of which the last few and the final norm were
-trained further: a folder with `config.json` (`DeltaConfig`) and `model.safetensors`, which holds these tensors only,
-int8 with one float32 scale per row (`NAME` and `NAME.scale`), vectors as float32. It needs the very base it was
-trained on (sha256). Sizes count embeddings, as in [A] section 5.
+A rescorer is a causal LM over the base's own tokens, in one of two forms:
+
+    whole  any folder that `save_pretrained` wrote (or a hub id)
+    delta  the base's embeddings and first L layers, of which the last few and the final norm were trained further; a
+           folder with `config.json` (`DeltaConfig`) and `model.safetensors`, which holds these tensors only, int8 with
+           one float32 scale per row (`NAME` and `NAME.scale`), vectors as float32. It needs the very base it was
+           trained on (sha256)
 """
 
 from __future__ import annotations
@@ -26,14 +28,14 @@ from lm.base.catalog import (
     load_tokenizer,
     read_model_config,
     resolve_base,
-    tokenizer_sha256,
     under_adapter,
 )
+from lm.base.identity import tokenizer_sha256
+from lm.base.machine import enough_memory
 from lm.base.model import BaseIdentity, BaseLM
 from lm.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Config, check_shapes, read_config, read_weights, write_checkpoint
 from lm.files import SHIPPED, read_json_object, sha256_of_file
 from lm.keys import key_of
-from lm.memory import enough_memory
 
 DELTA = "delta"
 ADVICE = "a lower --k, --p or --max-prompt-tokens needs less"
@@ -42,7 +44,8 @@ REMEMBERED_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class NeuralSize:
-    """A named size: how many of the base's layers it takes, or the shape of a model that starts from scratch."""
+    """A named size, embeddings counted as in [A] section 5: how many of the base's layers it takes, or the shape of a
+    model that starts from scratch."""
 
     base_layers: int
     hidden_size: int
@@ -102,8 +105,8 @@ def first_layers(name: str, layers: int, *, dtype: str = "float32", device: str 
     text_config = config.get_text_config(decoder=True)
     if text_config.num_hidden_layers < layers:
         raise RescoreError(
-            f"{name} has {text_config.num_hidden_layers} layers, fewer than the {layers} that are wanted; "
-            "use --init scratch or a smaller size"
+            f"{name} has {text_config.num_hidden_layers} layers, fewer than the {layers} of this size; use --init "
+            "scratch or a smaller one"
         )
     text_config.num_hidden_layers = layers
     if getattr(text_config, "layer_types", None):
@@ -119,18 +122,18 @@ def save_delta(model: torch.nn.Module, names: list[str], config: DeltaConfig, fo
 
 @dataclass(frozen=True)
 class NeuralSource:
-    """Where a neural rescorer comes from: its name as typed, its folder, its delta's configuration (None: whole)."""
+    """Where a neural rescorer comes from."""
 
-    name: str
+    name: str  # as the user gave it
     folder: Path
-    delta: DeltaConfig | None
+    delta: DeltaConfig | None  # None: a whole model
 
     @property
     def sha256(self) -> str:
         """sha256 of all that it scores with: weights and configuration, which names a delta's base."""
         if self.delta is None:
-            found = identify(str(self.folder))
-            return key_of([found.weights_sha256, found.config_sha256, found.tokenization_sha256])
+            model = identify(str(self.folder))
+            return key_of([model.weights_sha256, model.config_sha256, model.tokenization_sha256])
         return key_of([sha256_of_file(self.folder / WEIGHTS_FILE), self.delta])
 
 
@@ -150,15 +153,15 @@ def find_neural(text: str, *, shipped_for: str = "smollm2-135m") -> NeuralSource
         raise RescoreError(f"{text} is no rescorer: give the folder that train-rescorer or save_pretrained wrote")
     else:
         try:
-            found = resolve_base(text)
+            model = resolve_base(text)
         except RescoreError as error:
             raise RescoreError(
                 f"no neural rescorer {text} ({error}); train one: rescore train-rescorer neural-61m --corpus ... "
                 "--out DIR, then --rescorer neural:DIR"
             ) from error
-        if found.adapter is not None:
+        if model.adapter is not None:
             raise RescoreError(f"{text} is an adapter; a rescorer must be a whole model: merge it into its base first")
-        folder = found.folder
+        folder = model.folder
     missing = f"no neural rescorer in {folder}"
     if read_json_object(folder / CONFIG_FILE, missing=missing).get("kind") != DELTA:
         return NeuralSource(text, folder, None)
@@ -170,21 +173,27 @@ def find_neural(text: str, *, shipped_for: str = "smollm2-135m") -> NeuralSource
 
 def check_fits(source: NeuralSource, base: BaseIdentity) -> None:
     """Raises `IncompatibleError` with the reason if a rescorer was made for another tokenizer or base."""
-    if source.delta is None:
-        made_for, what = tokenizer_sha256_of(source.folder), "tokenizer"
-        wanted = base.tokenizer_sha256
-    elif source.delta.tokenizer_sha256 != base.tokenizer_sha256:
-        made_for, what, wanted = source.delta.tokenizer_sha256, "tokenizer", base.tokenizer_sha256
-    else:
-        made_for, what, wanted = source.delta.base_weights_sha256, "weights", base.weights_sha256
-        if made_for != wanted and (under := under_adapter(base.name)) is not None:
-            wanted = under.weights_sha256
-    if made_for != wanted:
-        of = f" of {source.delta.base_name}" if source.delta else ""
+    delta = source.delta
+    made_for = tokenizer_sha256_of(source.folder) if delta is None else delta.tokenizer_sha256
+    other = None
+    if made_for != base.tokenizer_sha256:
+        other = "tokenizer"
+    elif delta is not None and base_with(delta.base_weights_sha256, base) is None:
+        other = "weights"
+    if other is not None:
+        of = f" of {delta.base_name}" if delta else ""
         raise IncompatibleError(
-            f"the rescorer {source.name} needs the {what}{of} it was made for, and {base.name} has others; "
+            f"the rescorer {source.name} needs the {other}{of} it was made for, and {base.name} has others; "
             "train one for it: rescore train-rescorer"
         )
+
+
+def base_with(weights_sha256: str, base: BaseIdentity) -> BaseIdentity | None:
+    """Which base LM has these weights: this one, or the one that its adapter changes; None: neither."""
+    if base.weights_sha256 == weights_sha256:
+        return base
+    under = under_adapter(base.name)
+    return under if under is not None and under.weights_sha256 == weights_sha256 else None
 
 
 def tokenizer_sha256_of(folder: Path) -> str:
@@ -254,18 +263,6 @@ class NeuralLM:
         self.tokens_read = 0
         self._read: dict[Hashable, TreeCache] = {}
 
-    @property
-    def parameters(self) -> int:
-        """Number of weights, tied ones once."""
-        return sum(p.numel() for p in self.model.model.parameters())
-
-    @property
-    def flops_per_token(self) -> int:
-        """Floating-point operations of its layers for one token: twice their weights, attention itself left out."""
-        shape = self.model.output_embeddings.weight.shape
-        weights: int = sum(p.numel() for p in self.model.model.parameters() if p.shape != shape)
-        return 2 * weights
-
     def new_cache(self, rows: int) -> TreeCache:
         """An empty cache for so many sequences."""
         return TreeCache(self.model.model.config, rows, self.model.device)
@@ -288,7 +285,7 @@ class NeuralLM:
         return self._forward(cache, tokens, *cache.place(parents))
 
     def read_text(self, cache: TreeCache, tokens: np.ndarray) -> torch.Tensor:
-        """One forward of n tokens a row, int `[b, n]`, each behind the one before; their final states `[b, n, d]`.
+        """One forward of n tokens a row, int `[b, n]`, each after the one before; their final states `[b, n, d]`.
 
         What `read` does with a chain of nodes, without the work that a tree needs; they are settled right after.
         """

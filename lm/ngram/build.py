@@ -15,33 +15,38 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError, UnknownNameError
 from lattices.ngrams import SENTENCE_END, NgramModel
-from lm.base.own_output import OwnOutput
-from lm.files import atomic_folder, sha256_of_file, write_json, writing
+from lattices.paths import is_writable, user_path
+from lm.base.own_output import OWN_PREFIX, OwnOutput
+from lm.files import atomic_folder, changed_settings, read_json_object, sha256_of_file, write_json, writing
 from lm.locks import writing_to
-from lm.ngram.corpus import CorpusSource, EncodedCorpus, corpus_sources, encode_corpora
+from lm.ngram.corpus import HUB_PREFIX, CorpusSource, EncodedCorpus, corpus_sources, encode_corpora, is_unchanged
 from lm.ngram.counting import BREAK, Progress, Workspace, build_table, count_full, no_progress
-from lm.ngram.estimation import KATZ_CUTOFFS, check_fallback, check_thresholds, estimate
-from lm.ngram.place import check_same
+from lm.ngram.estimation import Estimate, check_fallback, check_thresholds, estimate
+from lm.text_files import name_without_endings
 
 WORDS = "words"  # the tokenizer's name that stands for none
 MAX_ORDER = 6
 LEAST_MEMORY = 1 << 29
 OVERHEAD = 1 << 28  # libraries, compiled code and the blocks of text in hand
-COUNTING_FOLDER, ENCODED_FILE, SETTINGS_FILE, STREAM_FILE = ".counting", "encoded.json", "settings.json", "stream.i32"
+COUNTING_FOLDER, ENCODED_FILE, STREAM_FILE = ".counting", "encoded.json", "stream.i32"
 ARPA_FILE, AUTOMATON_FILE, MANIFEST_FILE = "model.arpa", "automaton.bin", "manifest.json"
 KIND = "n-gram model"
 COUNTING_FORMAT = 1  # changes with what the files of `.counting` mean
 ESTIMATORS, SMOOTHINGS = ("own", "lmplz"), ("kneser-ney", "katz")
+# The options that say how a corpus is read, and those that say how a model is estimated from what was read.
+READING = ("order", "tokenizer", "surface", "errors", "field")
+ESTIMATING = ("smoothing", "prune", "discount_fallback", "max_ngrams", "estimator")
+DISTINGUISHING = (*READING, "tokenizer_sha256", *ESTIMATING)  # what of a manifest, besides its corpora, makes a model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +70,10 @@ class NgramOptions:
         """The same with a threshold for every order and all fallback discounts. Raises `RescoreError`."""
         if not 1 <= self.order <= MAX_ORDER:
             raise RescoreError(f"order {self.order} is not supported; choose 1 to {MAX_ORDER}")
-        for kind, value, known in (
-            ("estimator", self.estimator, ESTIMATORS), ("smoothing", self.smoothing, SMOOTHINGS)
-        ):  # fmt: skip
-            if value not in known:
-                raise UnknownNameError(kind, value, known)
-        katz = self.smoothing == "katz"
+        for name, known in (("estimator", ESTIMATORS), ("smoothing", SMOOTHINGS)):
+            if getattr(self, name) not in known:
+                raise UnknownNameError(name, getattr(self, name), known)
+        katz, fallback = self.smoothing == "katz", self.discount_fallback
         if self.estimator == "lmplz" and (katz or self.max_ngrams is not None):
             raise RescoreError("lmplz knows Kneser-Ney and pruning by counts only; leave out smoothing and max_ngrams")
         if self.memory < LEAST_MEMORY:
@@ -78,15 +81,12 @@ class NgramOptions:
         for name in ("threads", "max_ngrams"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise RescoreError(f"{name} = {number}; it must be at least 1")
-        fallback = self.discount_fallback
         if katz and fallback is not None:
             raise RescoreError("fallback discounts are Kneser-Ney's; leave them out with smoothing katz")
-        prune = check_thresholds(self.prune or (KATZ_CUTOFFS[: self.order] if katz else ()), self.order)
         if self.estimator == "lmplz" and shutil.which("lmplz") is None:
             raise RescoreError("there is no lmplz on PATH; build it from KenLM's sources, or use --estimator own")
-        return dataclasses.replace(
-            self, prune=prune, discount_fallback=None if fallback is None else check_fallback(fallback)
-        )
+        prune = check_thresholds(self.prune, self.order, self.smoothing)
+        return dataclasses.replace(self, prune=prune, discount_fallback=check_fallback(fallback))
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,6 @@ class NgramSummary:
     discounts: tuple[tuple[float, ...], ...]  # by order: Kneser-Ney's D1, D2, D3+ (Katz: factors d1 ... d5)
     fallback_orders: tuple[int, ...]  # whose discounts could not be estimated
     resumed: bool  # finished work of an earlier run was used
-
-
-class _Estimated(NamedTuple):
-    model: NgramModel
-    discounts: tuple[tuple[float, ...], ...]
-    fallback_orders: tuple[int, ...] = ()
 
 
 def build_ngram(
@@ -134,8 +128,8 @@ def build_ngram(
         tokenizer, tokenizer_hash, tokenization_hash = _load(options.tokenizer)
         own = own or OwnOutput(base=options.tokenizer)
         sources = corpus_sources(corpora, own, tokenizer_sha256=tokenizer_hash, progress=progress)
-        read = {
-            **{name: getattr(options, name) for name in ("order", "tokenizer", "surface", "errors", "field")},
+        reading = {
+            **{name: getattr(options, name) for name in READING},
             "tokenizer_sha256": tokenizer_hash,
             "tokenization_sha256": tokenization_hash,
             "corpora": [dataclasses.asdict(source) for source in sources],
@@ -144,32 +138,26 @@ def build_ngram(
         corpora_read = [
             {**dataclasses.asdict(s), "name": s.name if s.kind == "hub" else Path(s.name).name} for s in sources
         ]
-        estimated_by = ("smoothing", "prune", "discount_fallback", "max_ngrams", "estimator")
-        made_of = json.loads(
-            json.dumps({**read, "corpora": corpora_read, **{name: getattr(options, name) for name in estimated_by}})
-        )
+        estimating = {name: getattr(options, name) for name in ESTIMATING}
+        manifest = json.loads(json.dumps({**reading, "corpora": corpora_read, **estimating}))
         if not replace:
-            check_same(out / MANIFEST_FILE, made_of)
+            _check_same(out / MANIFEST_FILE, manifest)
         work = out / COUNTING_FOLDER
-        resumed = _prepare(work, {"format": COUNTING_FORMAT, **read})
-        encoded = _encode(sources, work, tokenizer, options, progress)
-        if corpus_sources(corpora, own, tokenizer_sha256=tokenizer_hash, progress=progress) != sources:
-            shutil.rmtree(work, ignore_errors=True)  # words of other text than its settings say
-            raise IncompatibleError("the corpora were replaced while they were read; run the command again")
+        settings = json.loads(json.dumps({"format": COUNTING_FORMAT, **reading}))
+        earlier = _read_encoded(work, settings)
+        encoded = earlier or _encode(sources, work, tokenizer, options, settings, progress)
         estimated = (_run_lmplz if options.estimator == "lmplz" else _estimate)(encoded, work, options, progress)
         summary = NgramSummary(
             str(out), options.order, tuple(map(len, estimated.model.orders)), encoded.documents, encoded.tokens,
-            estimated.discounts, estimated.fallback_orders, resumed,
+            estimated.discounts, estimated.fallback_orders, earlier is not None,
         )  # fmt: skip
         measured = ("documents", "tokens", "ngrams", "discounts", "fallback_orders")
-        manifest = {
-            **made_of, "memory": options.memory, **{name: getattr(summary, name) for name in measured}
-        }  # fmt: skip
+        manifest |= {"memory": options.memory, **{name: getattr(summary, name) for name in measured}}
         write_model(estimated.model, out, manifest, progress=progress)
         return summary
 
 
-def _estimate(encoded: EncodedCorpus, work: Path, options: NgramOptions, progress: Progress) -> _Estimated:
+def _estimate(encoded: EncodedCorpus, work: Path, options: NgramOptions, progress: Progress) -> Estimate:
     room, threads = max(options.memory - OVERHEAD, 1), options.threads or os.cpu_count() or 1
     with writing(work):
         full = count_full(
@@ -180,13 +168,12 @@ def _estimate(encoded: EncodedCorpus, work: Path, options: NgramOptions, progres
     table = build_table(full, workspace, threads=threads)
     del full
     progress("estimating", 0, 1)
-    model, statistics = estimate(
+    estimated = estimate(
         table, encoded.vocabulary, smoothing=options.smoothing, prune=options.prune,
         discount_fallback=options.discount_fallback, max_ngrams=options.max_ngrams, workspace=workspace,
     )  # fmt: skip
     progress("estimating", 1, 1)
-    fallback_orders = tuple(n for n, s in enumerate(statistics, start=1) if s.fallback)
-    return _Estimated(model, tuple(s.discounts for s in statistics), fallback_orders)
+    return estimated
 
 
 def write_model(model: NgramModel, out: Path, manifest: dict[str, Any], *, progress: Progress = no_progress) -> None:
@@ -205,6 +192,32 @@ def write_model(model: NgramModel, out: Path, manifest: dict[str, Any], *, progr
         progress("writing", 2, 2)
 
 
+# Where a model goes
+
+
+def default_folder(corpora: Sequence[Path | str], order: int) -> Path:
+    """Where a model goes if the user does not say: `NAME-4gram` beside a corpus NAME.txt, NAME.jsonl.gz ... or a
+    folder NAME.
+
+    Raises `RescoreError` for a corpus that is no file or folder here and for several, `OutputError` where nothing can
+    be written beside it; each asks for --out.
+    """
+    if len(corpora) != 1:
+        raise RescoreError("several corpora have no place of their own; give the model a folder: --out DIR")
+    corpus = corpora[0]
+    if isinstance(corpus, str) and corpus.startswith((HUB_PREFIX, OWN_PREFIX)):
+        raise RescoreError(f"{corpus} has no place of its own; give the model a folder: --out DIR")
+    path = user_path(corpus, "the corpus")
+    if not path.exists():
+        raise RescoreError(f"can't read {path}: No such file or directory")
+    path = path.absolute() if path.name not in ("", "..") else path.resolve()  # "." and ".." have no name
+    if not is_writable(path.parent):
+        raise OutputError(f"can't write beside {corpus}; give the model a folder elsewhere: --out DIR")
+    folder = path.with_name(f"{path.name if path.is_dir() else name_without_endings(path)}-{order}gram")
+    here = Path.cwd()
+    return folder.relative_to(here) if not Path(corpus).is_absolute() and folder.is_relative_to(here) else folder
+
+
 def check_place(out: Path) -> None:
     """The whole folder is replaced, so it must be new, empty or an earlier model's."""
     if out.is_file():
@@ -218,56 +231,77 @@ def check_place(out: Path) -> None:
         raise OutputError(f"{out} holds files that are no n-gram model, which would be lost; choose another --out")
 
 
+def _check_same(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises `IncompatibleError` with the difference if a manifest is there and of a model made of other things."""
+    if not path.is_file():
+        return
+    earlier = read_json_object(path, missing=f"no n-gram model in {path.parent}", advice="give another --out")
+    before, now = (
+        {name: made.get(name) for name in DISTINGUISHING}
+        | {"corpora": {c.get("name"): str(c.get("sha256"))[:12] for c in made.get("corpora") or () if c}}
+        for made in (earlier, manifest)
+    )
+    if changed := changed_settings(before, now):
+        raise IncompatibleError(
+            f"{path.parent} holds another model ({'; '.join(changed)}); remove it, or give this one --out DIR"
+        )
+
+
+# Reading
+
+
 def _load(tokenizer: str) -> tuple[Any | None, str | None, str | None]:
     """The tokenizer, what its ids mean, and how it cuts text (`lm.keys`)."""
     if tokenizer == WORDS:
         return None, None, None
-    from lm.base.catalog import load_tokenizer, tokenization_of, tokenizer_sha256
+    from lm.base.catalog import load_tokenizer, tokenization_of
+    from lm.base.identity import tokenizer_sha256
 
     loaded = load_tokenizer(tokenizer)
     return loaded, tokenizer_sha256(loaded), tokenization_of(tokenizer)
 
 
-def _prepare(work: Path, settings: dict[str, Any]) -> bool:
-    """An empty folder for counting, or what a run with the same settings left; returns whether it was the latter."""
-    wanted = json.loads(json.dumps(settings))
-    with suppress(OSError, ValueError):
-        if json.loads((work / SETTINGS_FILE).read_text(encoding="utf-8")) == wanted:
-            return (work / ENCODED_FILE).is_file()
+def _read_encoded(work: Path, settings: dict[str, Any]) -> EncodedCorpus | None:
+    """The stream of word ids that an earlier run with the same settings finished."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        earlier = json.loads((work / ENCODED_FILE).read_text(encoding="utf-8"))
+        stream = work / STREAM_FILE
+        if earlier.pop("settings") == settings and stream.stat().st_size == 4 * earlier.pop("length"):
+            return EncodedCorpus(stream, tuple(earlier.pop("vocabulary")), **earlier)
+    return None
+
+
+def _encode(
+    sources: Sequence[CorpusSource], work: Path, tokenizer: Any | None, options: NgramOptions,
+    settings: dict[str, Any], progress: Progress,
+) -> EncodedCorpus:  # fmt: skip
+    """The stream of word ids, in a folder that held nothing else before."""
+    stream = work / STREAM_FILE
     with writing(work):
         if work.is_dir():
             shutil.rmtree(work)
         work.mkdir(parents=True)
-    write_json(work / SETTINGS_FILE, wanted)
-    return False
-
-
-def _encode(
-    sources: Sequence[CorpusSource], work: Path, tokenizer: Any | None, options: NgramOptions, progress: Progress
-) -> EncodedCorpus:
-    """The stream of word ids: an earlier run's if it was finished."""
-    stream = work / STREAM_FILE
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        earlier = json.loads((work / ENCODED_FILE).read_text(encoding="utf-8"))
-        if stream.stat().st_size == 4 * earlier.pop("length"):
-            words, ids = tuple(earlier.pop("vocabulary")), tuple(earlier.pop("token_ids"))
-            return EncodedCorpus(stream, words, ids, **earlier)
     try:
         encoded = encode_corpora(
             sources, stream, tokenizer=tokenizer, left_context=options.order - 1, field=options.field,
             errors=options.errors, surface=options.surface, progress=progress,
         )  # fmt: skip
+        if not all(map(is_unchanged, sources)):
+            raise IncompatibleError("the corpora were replaced while they were read; run the command again")
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)  # a part of a stream is of no use
         with suppress(OSError):
             work.parent.rmdir()  # if there is nothing else in it
         raise
     document = {name: value for name, value in vars(encoded).items() if name != "path"}
-    write_json(work / ENCODED_FILE, {"length": stream.stat().st_size // 4, **document})
+    write_json(work / ENCODED_FILE, {"settings": settings, "length": stream.stat().st_size // 4, **document})
     return encoded
 
 
-def _run_lmplz(encoded: EncodedCorpus, work: Path, options: NgramOptions, progress: Progress) -> _Estimated:
+# lmplz
+
+
+def _run_lmplz(encoded: EncodedCorpus, work: Path, options: NgramOptions, progress: Progress) -> Estimate:
     """What lmplz estimates from the stream. A cut document ends as any other there."""
     from lm.ngram.arpa import read_arpa
 
@@ -285,10 +319,9 @@ def _run_lmplz(encoded: EncodedCorpus, work: Path, options: NgramOptions, progre
         lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(("=", "-", "*"))]
         reason = next((line for line in lines if "iscount" in line or "rror" in line), (lines or ["no message"])[-1])
         raise InvalidDataError(f"lmplz failed: {reason.strip()}")
-    found = re.findall(r"^\d+ \S+ D1=(\S+) D2=(\S+) D3\+=(\S+)$", done.stderr, re.MULTILINE)
-    discounts = tuple((float(a), float(b), float(c)) for a, b, c in found)
+    discounts = re.findall(r"^\d+ \S+ D1=(\S+) D2=(\S+) D3\+=(\S+)$", done.stderr, re.MULTILINE)
     text.unlink()
-    return _Estimated(read_arpa(arpa), discounts)
+    return Estimate(read_arpa(arpa), tuple(tuple(map(float, of_order)) for of_order in discounts), ())
 
 
 def _write_text(encoded: EncodedCorpus, path: Path) -> None:

@@ -18,6 +18,7 @@ do (`lmplz` leaves it out).
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,16 +30,17 @@ import numpy as np
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.ngrams import SENTENCE_END, SPECIAL_WORDS
 from lattices.paths import user_path
-from lm.base.corpus import CORPUS_FILE, SETTINGS_FILE, Once, read_settings
+from lm.base.corpus import CORPUS_FILE, SETTINGS_FILE, corpus_lines, read_settings
 from lm.base.own_output import OWN_PREFIX, OwnOutput, own_output
-from lm.files import read_json_lines, sha256_of_file, writing
+from lm.files import writing
+from lm.keys import remembered_sha256
 from lm.ngram.counting import BREAK, Progress, no_progress
-from lm.ngram.words import WordNumbers
 from lm.text_files import blocks, identify, may_hold_text, rows
 
 HUB_PREFIX, HUB_SPLIT = "hub:", "train"
 MEND_UTF8 = "mend it, or go on with --errors replace"
 DOCUMENT_END, DOCUMENT_CUT = -2, -3  # between the token ids of a batch
+SEPARATORS = bytes.maketrans(b"\t\r\0", b"   ")
 BATCH = 1 << 20  # characters or token ids that are numbered at a time
 
 
@@ -54,19 +56,20 @@ class CorpusSource:
     sha256: str
     size: int
 
+    @property
+    def path(self) -> Path:
+        """The file that is read (not of a hub data set)."""
+        return Path(self.name) / CORPUS_FILE if self.kind == "own" else Path(self.name)
+
 
 @dataclass(frozen=True)
 class EncodedCorpus:
-    """A stream of word ids in the file `path` (raw int32) with its vocabulary, special words first.
+    """A stream of word ids on disk."""
 
-    `token_ids[i]` is the token id of word i + 3, empty without a tokenizer. `tokens` counts words without `</s>`.
-    """
-
-    path: Path
-    vocabulary: tuple[str, ...]
-    token_ids: tuple[int, ...]
+    path: Path  # raw int32
+    vocabulary: tuple[str, ...]  # special words first
     documents: int
-    tokens: int
+    tokens: int  # without `</s>`
 
     def ids(self) -> np.ndarray:
         """int32 `[t]`, memory-mapped."""
@@ -77,19 +80,7 @@ def find_sources(corpora: Sequence[Path | str]) -> list[CorpusSource]:
     """What `corpora` (files, folders, `hub:...` names) stand for, in order; raises `RescoreError` if not there."""
     if not corpora:
         raise RescoreError("no corpus given; name at least one file, folder or hub data set")
-    sources: list[CorpusSource] = []
-    for corpus in corpora:
-        if isinstance(corpus, str) and corpus.startswith(HUB_PREFIX):
-            dataset, _ = _open_hub(corpus)
-            digest = hashlib.sha256(str(dataset._fingerprint).encode()).hexdigest()
-            sources.append(CorpusSource("hub", corpus, digest, len(dataset)))
-            continue
-        path = user_path(corpus, "the corpus")
-        if path.is_dir():
-            sources += _folder_sources(path)
-        else:
-            sources.append(_file_source(path))
-    return sources
+    return [source for corpus in corpora for source in _find(corpus)]
 
 
 def corpus_sources(
@@ -100,25 +91,35 @@ def corpus_sources(
     `tokenizer_sha256`: of the tokenizer that the words are of, None for words at white space. Raises as
     `lm.base.own_output.own_output`.
     """
-    if not corpora:
-        return find_sources(corpora)
-    prompts = [c.removeprefix(OWN_PREFIX) if isinstance(c, str) and c.startswith(OWN_PREFIX) else "" for c in corpora]
-    sources = [[] if own_prompts else find_sources([c]) for c, own_prompts in zip(corpora, prompts, strict=True)]
-    for place, own_prompts in enumerate(prompts):
-        if own_prompts:
-            folder = own_output(Path(own_prompts), own, tokenizer_sha256=tokenizer_sha256, progress=progress)
-            sources[place] = find_sources([folder])
-    return [source for of_one in sources for source in of_one]
+    generated: dict[str, Path] = {}
+    prompts = [corpus for corpus in corpora if isinstance(corpus, str) and corpus.startswith(OWN_PREFIX)]
+    if prompts and (others := [corpus for corpus in corpora if corpus not in prompts]):
+        find_sources(others)
+    for corpus in prompts:
+        path = Path(corpus.removeprefix(OWN_PREFIX))
+        generated[corpus] = own_output(path, own, tokenizer_sha256=tokenizer_sha256, progress=progress)
+    return find_sources([generated.get(str(corpus), corpus) for corpus in corpora])
 
 
-def _folder_sources(folder: Path) -> list[CorpusSource]:
-    if (folder / SETTINGS_FILE).is_file() and (folder / CORPUS_FILE).is_file():
-        found = _file_source(folder / CORPUS_FILE)
-        return [CorpusSource("own", str(folder), found.sha256, found.size)]
-    files = sorted(path for path in folder.rglob("*") if may_hold_text(path) and _is_open_file(path, folder))
+def is_unchanged(source: CorpusSource) -> bool:
+    """Whether a source's file still holds what was found (a hub data set does not change in its cache)."""
+    return source.kind == "hub" or remembered_sha256(source.path) == source.sha256
+
+
+def _find(corpus: Path | str) -> list[CorpusSource]:
+    if isinstance(corpus, str) and corpus.startswith(HUB_PREFIX):
+        dataset, _ = _open_hub(corpus)
+        digest = hashlib.sha256(str(dataset._fingerprint).encode()).hexdigest()
+        return [CorpusSource("hub", corpus, digest, len(dataset))]
+    path = user_path(corpus, "the corpus")
+    if not path.is_dir():
+        return [_file_source(path)]
+    if (path / SETTINGS_FILE).is_file() and (path / CORPUS_FILE).is_file():
+        return [dataclasses.replace(_file_source(path / CORPUS_FILE), kind="own", name=str(path))]
+    files = sorted(file for file in path.rglob("*") if may_hold_text(file) and _is_open_file(file, path))
     if not files:
-        raise RescoreError(f"the folder {folder} holds no .txt or .jsonl files (nor .csv, .parquet, nor .gz of those)")
-    return [_file_source(path) for path in files]
+        raise RescoreError(f"the folder {path} holds no .txt or .jsonl files (nor .csv, .parquet, nor .gz of those)")
+    return [_file_source(file) for file in files]
 
 
 def _is_open_file(path: Path, folder: Path) -> bool:
@@ -129,7 +130,7 @@ def _is_open_file(path: Path, folder: Path) -> bool:
 def _file_source(path: Path) -> CorpusSource:
     kind = "records" if identify(path).has_rows else "text"
     try:
-        return CorpusSource(kind, str(path), sha256_of_file(path), path.stat().st_size)
+        return CorpusSource(kind, str(path), remembered_sha256(path), path.stat().st_size)
     except OSError as error:
         raise RescoreError(f"can't read {path}: {error.strerror}") from error
 
@@ -155,16 +156,14 @@ def encode_corpora(
     if errors not in ("strict", "replace"):
         raise RescoreError(f"errors = {errors!r}; choose strict or replace")
     progress = progress or no_progress
-    words, token_numbers = WordNumbers(), None if tokenizer is None else _Tokens(tokenizer)
+    numbering: _Numbering = _Words(field, errors)
+    if tokenizer is not None:
+        numbering = _Tokens(field, errors, tokenizer, left_context=left_context, surface=surface)
     documents = tokens = done = 0
     total = sum(source.size for source in sources)
     with writing(path), path.open("wb") as out:
         for source in sources:
-            if token_numbers is None:
-                parts = _word_parts(source, field, errors, words)
-            else:
-                parts = map(token_numbers.encode, _token_values(source, field, errors, token_numbers, left_context))
-            for ids in parts:
+            for ids in numbering.parts(source):
                 ids.tofile(out)
                 ends = int(np.count_nonzero((ids == SENTENCE_END) | (ids == BREAK)))
                 documents += ends
@@ -174,39 +173,56 @@ def encode_corpora(
     progress("reading", total, total)
     if not tokens:
         raise InvalidDataError(f"there is no word in {', '.join(source.name for source in sources)}")
-    if token_numbers is None:
-        return EncodedCorpus(path, (*SPECIAL_WORDS, *words.names()), (), documents, tokens)
-    token_ids = token_numbers.token_ids
-    names = list(map(str, token_ids))
-    if surface:
-        strings = token_numbers.tokenizer.convert_ids_to_tokens(token_ids)
-        names = list(map(_writable, strings, token_ids))
-    return EncodedCorpus(path, (*SPECIAL_WORDS, *names), tuple(token_ids), documents, tokens)
+    return EncodedCorpus(path, (*SPECIAL_WORDS, *numbering.names()), documents, tokens)
 
 
-def _writable(surface: str, token_id: int) -> str:
-    """A token's string if an ARPA file can hold it, else a name made of its id."""
-    usable = surface and surface not in SPECIAL_WORDS and not any(c in surface for c in " \t\r\n\0")
-    return surface if usable else f"<token-{token_id}>"
+class _Numbering:
+    """What sources hold as word ids, in the order in which words first appear."""
 
+    def __init__(self, field: str, errors: str) -> None:
+        self.field, self.errors = field, errors
 
-# Reading
+    def parts(self, source: CorpusSource) -> Iterator[np.ndarray]:
+        """int32 ids of a source, some documents at a time."""
+        raise NotImplementedError
 
+    def names(self) -> list[str]:
+        """All words but the special ones."""
+        raise NotImplementedError
 
-def _text_blocks(path: Path, errors: str) -> Iterator[tuple[int, bytes]]:
-    """(number of the first line, whole lines of valid UTF-8, each with its line end)."""
-    return blocks(identify(path), errors=errors, advice=MEND_UTF8)
+    def blocks(self, source: CorpusSource) -> Iterator[tuple[int, bytes]]:
+        """(number of the first line, whole lines of valid UTF-8, each with its line end) of a text."""
+        return blocks(identify(source.path), errors=self.errors, advice=MEND_UTF8)
 
+    def values(self, source: CorpusSource) -> Iterator[tuple[str, str | list[int]]]:
+        """(where it stands, text or ids) of every row of a source."""
+        for where, value in self._hub_values(source.name) if source.kind == "hub" else self._file_values(source.path):
+            if isinstance(value, str):
+                if self.errors == "replace":
+                    value = value.encode("utf-8", "replace").decode()
+                elif any("\ud800" <= c <= "\udfff" for c in value):
+                    raise InvalidDataError(f"{where} has half a surrogate pair; try --errors replace")
+            elif not isinstance(value, list) or any(type(i) is not int for i in value):
+                raise InvalidDataError(f"{where} has neither text nor a list of ids in the field")
+            yield where, value
 
-def _records(path: Path, field: str, errors: str) -> Iterator[tuple[str, Any]]:
-    """(where it stands, value of the field) of every row of a file."""
-    file = identify(path)
-    for number, record in rows(file, errors=errors, advice=MEND_UTF8):
-        where = f"{path} {file.unit} {number}"
-        if field not in record:
-            known = ", ".join(list(record)[:8])
-            raise InvalidDataError(f"{where} has no field {field!r} (it has: {known}); choose --field")
-        yield where, record[field]
+    def _file_values(self, path: Path) -> Iterator[tuple[str, Any]]:
+        file = identify(path)
+        for number, record in rows(file, errors=self.errors, advice=MEND_UTF8):
+            where = f"{path} {file.unit} {number}"
+            if self.field not in record:
+                names = ", ".join(list(record)[:8])
+                raise InvalidDataError(f"{where} has no field {self.field!r} (it has: {names}); choose --field")
+            yield where, record[self.field]
+
+    def _hub_values(self, corpus: str) -> Iterator[tuple[str, Any]]:
+        dataset, own_field = _open_hub(corpus)
+        field = own_field or self.field
+        if field not in dataset.column_names:
+            raise InvalidDataError(f"{corpus} has no field {field!r}; it has: {', '.join(dataset.column_names)}")
+        values = (value for batch in dataset.iter(batch_size=1000) for value in batch[field])
+        for number, value in enumerate(values, start=1):
+            yield f"{corpus} line {number}", value
 
 
 def _open_hub(corpus: str) -> tuple[Any, str | None]:
@@ -219,49 +235,6 @@ def _open_hub(corpus: str) -> tuple[Any, str | None]:
     except Exception as error:  # the hub's own errors, its HTTP library's and Python's
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RescoreError(f"can't load {corpus} ({reason}); check the name, the split and the network") from error
-
-
-def _hub_values(corpus: str, field: str) -> Iterator[tuple[str, Any]]:
-    dataset, own_field = _open_hub(corpus)
-    field = own_field or field
-    if field not in dataset.column_names:
-        known = ", ".join(dataset.column_names)
-        raise InvalidDataError(f"{corpus} has no field {field!r}; it has: {known}")
-    number = 0
-    for batch in dataset.iter(batch_size=1000):
-        for value in batch[field]:
-            number += 1
-            yield f"{corpus} line {number}", value
-
-
-def _values(source: CorpusSource, field: str, errors: str) -> Iterator[tuple[str, Any]]:
-    """(where it stands, text or list of ids) of a source of records."""
-    found = _hub_values(source.name, field) if source.kind == "hub" else _records(Path(source.name), field, errors)
-    for where, value in found:
-        if isinstance(value, str):
-            if errors == "replace":
-                value = value.encode("utf-8", "replace").decode()
-            elif any("\ud800" <= c <= "\udfff" for c in value):
-                raise InvalidDataError(f"{where} has half a surrogate pair; try --errors replace")
-        elif not isinstance(value, list) or any(type(i) is not int for i in value):
-            raise InvalidDataError(f"{where} has neither text nor a list of ids in the field")
-        yield where, value
-
-
-# Words at white space
-
-
-def _word_parts(source: CorpusSource, field: str, errors: str, words: WordNumbers) -> Iterator[np.ndarray]:
-    if source.kind == "own":
-        raise RescoreError(f"{source.name} holds token ids; choose the tokenizer of its base instead of words")
-    if source.kind == "text":
-        for number, block in _text_blocks(Path(source.name), errors):
-            yield words.encode(block, lambda line, number=number: f"{source.name} line {number + line}")  # type: ignore[misc]
-        return
-    for batch in _batches(_values(source, field, errors), lambda item: len(item[1])):
-        # A record is one document, so the line ends in it are white space.
-        lines = [v.replace("\n", " ") if isinstance(v, str) else " ".join(map(str, v)) for _, v in batch]
-        yield words.encode("".join(f"{line}\n" for line in lines).encode(), lambda i, batch=batch: batch[i][0])  # type: ignore[misc]
 
 
 Item = TypeVar("Item")
@@ -281,34 +254,90 @@ def _batches(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[lis
         yield batch
 
 
-# Token ids
+class _Words(_Numbering):
+    """Words at white space."""
+
+    def __init__(self, field: str, errors: str) -> None:
+        super().__init__(field, errors)
+        # Two more than have ids: the empty word, which stands between separators, and the line end.
+        self._ids = {b"": -2, **{word.encode(): -1 for word in SPECIAL_WORDS}, b"\n": SENTENCE_END}
+
+    def parts(self, source: CorpusSource) -> Iterator[np.ndarray]:
+        """See `_Numbering.parts`."""
+        if source.kind == "own":
+            raise RescoreError(f"{source.name} holds token ids; choose the tokenizer of its base instead of words")
+        if source.kind == "text":
+            for number, block in self.blocks(source):
+                yield self._encode(block, lambda line, number=number: f"{source.name} line {number + line}")  # type: ignore[misc]
+            return
+        for batch in _batches(self.values(source), lambda item: len(item[1])):
+            # A record is one document, so the line ends in it are white space.
+            lines = [v.replace("\n", " ") if isinstance(v, str) else " ".join(map(str, v)) for _, v in batch]
+            yield self._encode("".join(f"{line}\n" for line in lines).encode(), lambda i, batch=batch: batch[i][0])  # type: ignore[misc]
+
+    def _encode(self, block: bytes, place: Callable[[int], str]) -> np.ndarray:
+        """int32 ids of whole lines, `</s>` at every line end; `place(i)` names line i of them, from 0, in errors."""
+        import pyarrow
+        import pyarrow.compute as pc
+
+        text = pyarrow.array([block.translate(SEPARATORS).replace(b"\n", b" \n ")])
+        words = pc.split_pattern(text, " ").values.dictionary_encode()
+        distinct = words.dictionary.to_pylist()
+        id_of = np.array([self._ids.setdefault(word, len(self._ids) - 2) for word in distinct], np.int32)
+        ids: np.ndarray = id_of[words.indices.to_numpy()]
+        if -1 in id_of:
+            first = int(np.argmax(ids == -1))
+            raise InvalidDataError(
+                f"{place(int(np.count_nonzero(ids[:first] == SENTENCE_END)))} holds {words[first].as_py().decode()} as "
+                "a word, which stands for something else in an n-gram model; replace it in the text"
+            )
+        return np.asarray(ids[ids >= 0])
+
+    def names(self) -> list[str]:
+        """See `_Numbering.names`."""
+        return [word.decode() for word in list(self._ids)[len(SPECIAL_WORDS) + 2 :]]
 
 
-class _Tokens:
-    """Word ids of a tokenizer's token ids, in the order of their first appearance."""
+class _Tokens(_Numbering):
+    """Token ids of a tokenizer; their names are these in decimal digits, or the token strings (`surface`)."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, field: str, errors: str, tokenizer: Any, *, left_context: int, surface: bool) -> None:
+        super().__init__(field, errors)
+        self.tokenizer, self.left_context, self.surface = tokenizer, left_context, surface
         self.limit = max(tokenizer.get_vocab().values()) + 1
         self.end_of_text = -4 if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
         self.token_ids: list[int] = []  # in their new order
         self._number = np.zeros(self.limit, np.int32)  # 0: not seen
 
-    def encode(self, batch: Sequence[str | list[int]]) -> np.ndarray:
+    def parts(self, source: CorpusSource) -> Iterator[np.ndarray]:
+        """See `_Numbering.parts`."""
+        documents: Iterable[str | list[int]]
+        if source.kind == "own":
+            documents = self._own_output(source)
+        elif source.kind == "text":
+            texts = (block.decode("utf-8") for _, block in self.blocks(source))
+            lines = (line for text in texts for line in text.split("\n"))  # not splitlines: U+2028 ends no line
+            documents = (line.removesuffix("\r") for line in lines if line.strip())
+        else:
+            values = (self._checked(value, where) for where, value in self.values(source))
+            documents = (value for value in values if value and (isinstance(value, list) or value.strip()))
+        return map(self._encode, _batches(documents, len))
+
+    def _encode(self, batch: Sequence[str | list[int]]) -> np.ndarray:
         """int32 word ids of documents, texts or token ids; these may hold `DOCUMENT_CUT`. `</s>` or `BREAK` after each
         that is not empty."""
         texts = [value for value in batch if isinstance(value, str)]
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        cut = iter(self.tokenizer(texts, **options)["input_ids"] if texts else ())
+        of_texts = iter(self.tokenizer(texts, **options)["input_ids"] if texts else ())
         flat: list[int] = []
         for value in batch:
-            flat += next(cut) if isinstance(value, str) else value
+            flat += next(of_texts) if isinstance(value, str) else value
             flat.append(DOCUMENT_END)
         tokens = np.array(flat, np.int64)
         is_word = ~np.isin(tokens, (DOCUMENT_END, DOCUMENT_CUT, self.end_of_text))
-        kept = is_word.copy()
-        kept[1:] |= is_word[:-1]  # of ends that follow each other the first: no empty documents
-        tokens, is_word = tokens[kept], is_word[kept]
+        used = is_word.copy()
+        used[1:] |= is_word[:-1]  # of ends that follow each other the first: no empty documents
+        tokens, is_word = tokens[used], is_word[used]
         words = tokens[is_word]
         fresh, first = np.unique(words[self._number[words] == 0], return_index=True)
         fresh = fresh[np.argsort(first)]
@@ -318,68 +347,52 @@ class _Tokens:
         ids[is_word] = self._number[words]
         return ids
 
+    def names(self) -> list[str]:
+        """See `_Numbering.names`."""
+        if not self.surface:
+            return list(map(str, self.token_ids))
+        return list(map(_writable, self.tokenizer.convert_ids_to_tokens(self.token_ids), self.token_ids))
 
-def _token_values(
-    source: CorpusSource, field: str, errors: str, tokens: _Tokens, left_context: int
-) -> Iterator[list[str | list[int]]]:
-    """Batches of texts that are not blank, and of lists of ids that the tokenizer has."""
-    values: Iterator[str | list[int]]
-    if source.kind == "own":
-        values = _own_tokens(Path(source.name), tokens, left_context)
-    elif source.kind == "text":
-        blocks_read = (block.decode("utf-8") for _, block in _text_blocks(Path(source.name), errors))
-        lines = (line for text in blocks_read for line in text.split("\n"))  # not splitlines: U+2028 ends no line
-        values = (line.removesuffix("\r") for line in lines if line.strip())
-    else:
-        values = _record_tokens(source, field, errors, tokens.limit)
-    return _batches(values, len)
+    def _checked(self, value: str | list[int], where: str) -> str | list[int]:
+        if isinstance(value, list) and value and not 0 <= min(value) <= max(value) < self.limit:
+            wrong = min(value) if min(value) < 0 else max(value)
+            raise InvalidDataError(f"{where} has the token id {wrong}; the tokenizer's go from 0 to {self.limit - 1}")
+        return value
+
+    def _own_output(self, source: CorpusSource) -> Iterator[list[int]]:
+        """Per example: the end of the prompt, the output, and whether that was finished."""
+        from lm.base.identity import tokenizer_sha256
+
+        base = read_settings(Path(source.name))["base"]
+        if base["tokenizer_sha256"] != tokenizer_sha256(self.tokenizer):
+            raise IncompatibleError(
+                f"{source.name} was made with the tokenizer of {base['name']}; choose that as tokenizer"
+            )
+        for number, record in corpus_lines(Path(source.name)):
+            prompt, output = record.get("prompt_ids", []), record.get("output_ids")
+            for ids in (prompt, output):
+                if not isinstance(ids, list) or any(type(i) is not int for i in ids):
+                    raise InvalidDataError(f"{source.path} line {number} is not an example of generate-corpus")
+                self._checked(ids, f"{source.path} line {number}")
+            if output:
+                end = [] if output[-1] == self.end_of_text else [DOCUMENT_CUT]
+                yield [*prompt[max(0, len(prompt) - self.left_context) :], *output, *end]
 
 
-def _record_tokens(source: CorpusSource, field: str, errors: str, limit: int) -> Iterator[str | list[int]]:
-    for where, value in _values(source, field, errors):
-        if isinstance(value, list):
-            _check_ids(value, limit, where)
-        if value and (isinstance(value, list) or value.strip()):
-            yield value
-
-
-def _check_ids(ids: Sequence[int], limit: int, where: str) -> None:
-    if ids and not 0 <= min(ids) <= max(ids) < limit:
-        wrong = min(ids) if min(ids) < 0 else max(ids)
-        raise InvalidDataError(f"{where} has the token id {wrong}; the tokenizer's go from 0 to {limit - 1}")
-
-
-def _own_tokens(folder: Path, tokens: _Tokens, left_context: int) -> Iterator[list[int]]:
-    """Per example: the end of the prompt, the output, and whether that was finished."""
-    from lm.base.catalog import tokenizer_sha256
-
-    base = read_settings(folder)["base"]
-    if base["tokenizer_sha256"] != tokenizer_sha256(tokens.tokenizer):
-        raise IncompatibleError(f"{folder} was made with the tokenizer of {base['name']}; choose that as tokenizer")
-    path = folder / CORPUS_FILE
-    once = Once(path)
-    for number, record in read_json_lines(path, torn_tail=True):
-        once.check(number, record)
-        prompt, output = record.get("prompt_ids", []), record.get("output_ids")
-        for ids in (prompt, output):
-            if not isinstance(ids, list) or any(type(i) is not int for i in ids):
-                raise InvalidDataError(f"{path} line {number} is not an example of generate-corpus")
-            _check_ids(ids, tokens.limit, f"{path} line {number}")
-        if output:
-            end = [] if output[-1] == tokens.end_of_text else [DOCUMENT_CUT]
-            yield [*prompt[max(0, len(prompt) - left_context) :], *output, *end]
+def _writable(surface: str, token_id: int) -> str:
+    """A token's string if an ARPA file can hold it, else a name made of its id."""
+    usable = surface and surface not in SPECIAL_WORDS and not any(c in surface for c in " \t\r\n\0")
+    return surface if usable else f"<token-{token_id}>"
 
 
 def source_texts(source: CorpusSource, *, errors: str = "strict") -> Iterator[tuple[str, bool]]:
     """All text of a source (not of the hub), in pieces, and whether a piece goes on where the one before it stopped: a
     text file in blocks of whole lines, of records every string apart. Raises as `encode_corpora` does for bad files."""
-    path = Path(source.name)
-    if source.kind == "own":
-        path = path / CORPUS_FILE
+    file = identify(source.path)
     if source.kind == "text":
-        yield from ((block.decode("utf-8"), True) for _, block in _text_blocks(path, errors))
+        yield from ((block.decode("utf-8"), True) for _, block in blocks(file, errors=errors, advice=MEND_UTF8))
         return
-    for _, record in rows(identify(path), errors=errors, advice=MEND_UTF8):
+    for _, record in rows(file, errors=errors, advice=MEND_UTF8):
         yield from ((text, False) for text in _strings(record))
 
 

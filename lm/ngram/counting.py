@@ -128,7 +128,7 @@ def count_full(
     """
     layout, progress = key_layout(order, vocabulary_size), progress or no_progress
     columns = layout.columns
-    per_token = 8 * columns * (1 if columns == 1 else 3) + 8
+    per_token = 8 * columns * (2 if columns == 1 else 3) + 17
     chunk = max(LEAST_CHUNK, min(memory // (2 * threads * per_token), -(-len(ids) // threads)))
     starts = range(0, len(ids), chunk)
 
@@ -138,9 +138,10 @@ def count_full(
             end = min(begin + chunk, len(ids))
             keys = np.empty((end - begin, columns), np.uint64)
             keys = _sorted(keys[: _fill_keys(ids, begin, end, layout, keys)])
-            counts = np.empty(len(keys), np.int64)
-            distinct = _combine(keys, counts)
-            _write_run(path, keys[:distinct], counts[:distinct])
+            is_new = np.ones(len(keys) + 1, np.bool_)
+            is_new[1:-1] = np.any([column[1:] != column[:-1] for column in keys.T], axis=0)
+            first = np.flatnonzero(is_new)
+            _write_run(path, keys[first[:-1]], np.diff(first))
         return path
 
     with writing(folder), ThreadPoolExecutor(threads) as pool:
@@ -296,24 +297,6 @@ def _fill_keys(ids: np.ndarray, begin: int, end: int, layout: Layout, keys: np.n
         if word in (BREAK, SENTENCE_END):
             history[:] = SENTENCE_START
     return rows
-
-
-@njit(cache=True, nogil=True)
-def _combine(keys: np.ndarray, counts: np.ndarray) -> int:
-    """Equal neighbours become one row with their number; in place, returns the number of rows."""
-    distinct = 0
-    for i in range(len(keys)):
-        same = distinct > 0
-        for c in range(keys.shape[1]):
-            same = same and keys[distinct - 1, c] == keys[i, c]
-        if same:
-            counts[distinct - 1] += 1
-        else:
-            for c in range(keys.shape[1]):
-                keys[distinct, c] = keys[i, c]
-            counts[distinct] = 1
-            distinct += 1
-    return distinct
 
 
 @njit(cache=True, nogil=True)

@@ -40,21 +40,12 @@ LEAST_LOG10 = -99.0  # the ARPA format's zero
 LEAST_MASS = 1e-9  # what has less left for backing off has nothing left
 
 
-class Statistics(NamedTuple):
-    """Of the n-grams of one order."""
-
-    counted: int
-    kept: int
-    counts_of_counts: tuple[int, ...]  # n1 ... n4
-    discounts: tuple[float, ...]  # Kneser-Ney's D1, D2, D3+ (subtracted), or Katz's d1 ... d5 (factors)
-    fallback: bool  # they could not be estimated
-
-
 class Estimate(NamedTuple):
-    """A model with what it was made of."""
+    """A model with what it was made by, by order."""
 
     model: NgramModel
-    statistics: tuple[Statistics, ...]  # by order
+    discounts: tuple[tuple[float, ...], ...]  # Kneser-Ney's D1, D2, D3+ (subtracted), or Katz's d1 ... d5 (factors)
+    fallback_orders: tuple[int, ...]  # whose discounts could not be estimated
 
 
 def estimate(
@@ -76,31 +67,26 @@ def estimate(
     Raises `InvalidDataError` where the corpus is too small or too regular to estimate discounts, `RescoreError` for
     settings that make no sense.
     """
-    if smoothing not in ("kneser-ney", "katz"):
-        raise RescoreError(f"unknown smoothing {smoothing!r}; known: kneser-ney, katz")
-    if smoothing == "katz" and not len(prune):
-        prune = KATZ_CUTOFFS[: table.order]
-    thresholds = check_thresholds(prune, table.order)
+    thresholds, fallback = check_thresholds(prune, table.order, smoothing), check_fallback(discount_fallback)
     workspace = workspace or Workspace(Path(), 1 << 62)  # all in memory
     kept = workspace.empty(len(table.raw), np.bool_)
     for n in range(1, table.order + 1):
         kept[table.span(n)] = table.raw[table.span(n)] > thresholds[n - 1]
     kept[:SPECIALS] = True
     if smoothing == "katz":
-        p, backoff, statistics = _katz(table, kept, workspace)
+        p, backoff, discounts, fallback_orders = _katz(table, kept, workspace)
     else:
-        fallback = None if discount_fallback is None else check_fallback(discount_fallback)
-        p, backoff, statistics = _kneser_ney(table, kept, fallback, workspace)
+        p, backoff, discounts, fallback_orders = _kneser_ney(table, kept, fallback, workspace)
     if max_ngrams is not None and int(kept.sum()) > max_ngrams:
         kept = _entropy_pruned(table, kept, p, backoff, max_ngrams)
         _normalise(table, kept, p, backoff)
-        statistics = [s._replace(kept=int(kept[table.span(n)].sum())) for n, s in enumerate(statistics, start=1)]
-    return Estimate(_to_model(table, kept, p, backoff, vocabulary, workspace), tuple(statistics))
+    model = _to_model(table, kept, p, backoff, vocabulary, workspace)
+    return Estimate(model, tuple(discounts), tuple(fallback_orders))
 
 
-def check_thresholds(prune: Sequence[int], order: int) -> tuple[int, ...]:
+def check_thresholds(prune: Sequence[int], order: int, smoothing: str) -> tuple[int, ...]:
     """One threshold an order; the last given one holds for the rest. Raises `RescoreError`."""
-    values = [int(v) for v in prune] or [0]
+    values = [int(v) for v in prune] or list(KATZ_CUTOFFS[:order] if smoothing == "katz" else (0,))
     if len(values) > order:
         raise RescoreError(f"{len(values)} pruning thresholds for a model of order {order}; give at most {order}")
     if values[0] < 0 or any(a > b for a, b in itertools.pairwise(values)):
@@ -109,8 +95,10 @@ def check_thresholds(prune: Sequence[int], order: int) -> tuple[int, ...]:
     return tuple(values + values[-1:] * (order - len(values)))
 
 
-def check_fallback(discounts: Sequence[float]) -> tuple[float, float, float]:
+def check_fallback(discounts: Sequence[float] | None) -> tuple[float, float, float] | None:
     """Discounts for the counts 1, 2 and 3+; the last given one holds for the rest. Raises `RescoreError`."""
+    if discounts is None:
+        return None
     values = [float(d) for d in discounts]
     if not 1 <= len(values) <= 3:
         raise RescoreError(f"{len(values)} fallback discounts; give one to three, e.g. 0.5 1 1.5")
@@ -159,28 +147,29 @@ def kneser_ney_discounts(found: np.ndarray, n: int) -> tuple[float, float, float
     return float(discounts[0]), float(discounts[1]), float(discounts[2])
 
 
+# Probabilities per n-gram and back-offs per context, float64, by the table's indices; discounts by order; the orders
+# whose discounts stand in for an estimate.
+_Smoothed = tuple[np.ndarray, np.ndarray, list[tuple[float, ...]], list[int]]
+
+
 def _kneser_ney(
     table: NgramTable, kept: np.ndarray, fallback: tuple[float, float, float] | None, workspace: Workspace
-) -> tuple[np.ndarray, np.ndarray, list[Statistics]]:
-    """Probabilities per n-gram and back-offs per context, float64, by the table's indices."""
-    p = workspace.empty(len(kept), np.float64)
-    backoff = workspace.empty(len(kept), np.float64)
+) -> _Smoothed:
+    p, backoff = workspace.empty(len(kept), np.float64), workspace.empty(len(kept), np.float64)
     backoff[:] = 1.0
-    statistics = []
+    by_order: list[tuple[float, ...]] = []
+    fallback_orders = []
     for n in range(1, table.order + 1):
         span = table.span(n)
-        found = count_statistics(table, n)
-        fell_back = False
         try:
-            discounts = kneser_ney_discounts(found, n)
+            discounts = kneser_ney_discounts(count_statistics(table, n), n)
         except InvalidDataError:
             if fallback is None:
                 raise
-            discounts, fell_back = fallback, True
+            discounts = fallback
+            fallback_orders.append(n)
+        by_order.append(discounts)
         subtracted = np.array((0.0, *discounts))
-        statistics.append(
-            Statistics(span.stop - span.start, int(kept[span].sum()), tuple(map(int, found[1:])), discounts, fell_back)
-        )
         if n == 1:
             counts, here = table.adjusted[span], kept[span]
             total = counts.sum()
@@ -197,7 +186,7 @@ def _kneser_ney(
             used = denominator > 0
             backoff[contexts] = np.divide(backoff[contexts], denominator, out=np.ones(len(used)), where=used)
             _interpolate(table, n, subtracted, denominator, backoff, p)
-    return p, backoff, statistics
+    return p, backoff, by_order, fallback_orders
 
 
 @njit(cache=True, nogil=True)
@@ -245,21 +234,18 @@ def good_turing_factors(raw: np.ndarray) -> tuple[np.ndarray, bool]:
     return factors, stood_in
 
 
-def _katz(table: NgramTable, kept: np.ndarray, workspace: Workspace) -> tuple[np.ndarray, np.ndarray, list[Statistics]]:
-    p = workspace.empty(len(kept), np.float64)
-    backoff = workspace.empty(len(kept), np.float64)
+def _katz(table: NgramTable, kept: np.ndarray, workspace: Workspace) -> _Smoothed:
+    p, backoff = workspace.empty(len(kept), np.float64), workspace.empty(len(kept), np.float64)
     backoff[:] = 1.0
-    statistics = []
+    by_order: list[tuple[float, ...]] = []
+    fallback_orders = []
     for n in range(1, table.order + 1):
         span = table.span(n)
         raw = table.raw[span]
         factors, stood_in = good_turing_factors(raw[SPECIALS - 1 :] if n == 1 else raw)
-        found = np.bincount(raw[raw < 5], minlength=5)
-        statistics.append(
-            Statistics(
-                len(raw), int(kept[span].sum()), tuple(map(int, found[1:])), tuple(map(float, factors)), stood_in
-            )
-        )
+        by_order.append(tuple(map(float, factors)))
+        if stood_in:
+            fallback_orders.append(n)
         scale = np.ones(GOOD_TURING_LIMIT + 2)
         scale[1:-1] = factors
         discounted = raw * scale[np.minimum(raw, GOOD_TURING_LIMIT + 1)]
@@ -283,7 +269,7 @@ def _katz(table: NgramTable, kept: np.ndarray, workspace: Workspace) -> tuple[np
         denominator[(denominator > 0) & (denominator - seen < LEAST_MASS * denominator)] += 1
         p[span] = discounted / denominator[local]
     _normalise(table, kept, p, backoff)
-    return p, backoff, statistics
+    return p, backoff, by_order, fallback_orders
 
 
 def _normalise(table: NgramTable, kept: np.ndarray, p: np.ndarray, backoff: np.ndarray) -> None:
@@ -295,16 +281,12 @@ def _normalise(table: NgramTable, kept: np.ndarray, p: np.ndarray, backoff: np.n
         backoff[contexts][seen == 0] = 1.0
 
 
-@njit(cache=True, nogil=True)
 def _seen_mass(table: NgramTable, n: int, kept: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Per context: the probability of its kept n-grams, and what the next lower order gives to the same words."""
-    context, suffix, base, begin = table.context, table.suffix, table.offsets[n - 2], table.offsets[n - 1]
-    seen, lower = np.zeros(begin - base), np.zeros(begin - base)
-    for i in range(begin, table.offsets[n]):
-        if kept[i]:
-            seen[context[i] - base] += p[i]
-            lower[context[i] - base] += p[suffix[i]]
-    return seen, lower
+    span, contexts = table.span(n), table.span(n - 1)
+    here = np.flatnonzero(kept[span]) + span.start
+    context, size = table.context[here] - contexts.start, contexts.stop - contexts.start
+    return np.bincount(context, p[here], size), np.bincount(context, p[table.suffix[here]], size)
 
 
 def _entropy_pruned(

@@ -15,14 +15,11 @@ from lattices.automaton import Automaton
 from lattices.errors import InvalidDataError, RescoreError
 from lattices.ngram_search import NgramSearch
 from lattices.ngrams import SENTENCE_END
-from lm.files import SHIPPED, atomic_file, cache_directory, read_json_object, sha256_of_file
-from lm.hashes import remembered_sha256
-from lm.keys import key_of
-from lm.locks import making, tell
+from lm.files import SHIPPED, atomic_file, read_json_object, sha256_of_file
+from lm.keys import cache_entry, cached, remembered_sha256
 from lm.ngram.build import ARPA_FILE, AUTOMATON_FILE, MANIFEST_FILE
-from lm.ngram.kenlm_model import MAGIC as KENLM_MAGIC
-from lm.ngram.kenlm_model import KenlmModel
-from lm.ngram.kenlm_search import KenlmSearch
+from lm.ngram.kenlm import MAGIC as KENLM_MAGIC
+from lm.ngram.kenlm import KenlmModel, KenlmSearch
 
 COMPILATION = 1  # changes with what `Automaton.compile` makes of a model
 SUM_SUFFIX = ".sha256"
@@ -65,22 +62,22 @@ class LoadedNgram:
     @cached_property
     def sha256(self) -> str:
         """sha256 of the file."""
-        return sha256_of_file(self.file)
+        return remembered_sha256(self.file)
 
     def search(
         self, vocab_size: int, eos_token_ids: Sequence[int], *, end_token: int | None = None
     ) -> NgramSearch | KenlmSearch:
-        """The search with this model over the lattices of a base LM; behind `end_token` (a token id) nothing is scored,
-        and drafts that differ there only are one. Raises as `words_of_tokens`."""
+        """The search with this model over the lattices of a base LM, whose end-of-text is `</s>`.
+
+        After `end_token` (a token id) nothing is scored, and drafts that differ there only are one. Raises
+        `InvalidDataError` if the model's words are no token ids.
+        """
         if isinstance(self.model, KenlmModel):
             return KenlmSearch(self.model, eos_token_ids, end_token=end_token)
         return NgramSearch(self.model, self.words_of_tokens(vocab_size, eos_token_ids), end_token=end_token)
 
     def words_of_tokens(self, vocab_size: int, eos_token_ids: Sequence[int]) -> np.ndarray:
-        """The model's word of every base token id, int32 `[vocab_size]`: the base's end-of-text is `</s>`.
-
-        Raises `InvalidDataError` if its words are no token ids.
-        """
+        """The model's word of every base token id, int32 `[vocab_size]`. Raises as `search`."""
         assert isinstance(self.model, Automaton), "KenLM takes words as they are"
         words = self.model.words_of_tokens(vocab_size)
         words[[token for token in eos_token_ids if token < vocab_size]] = SENTENCE_END
@@ -89,31 +86,40 @@ class LoadedNgram:
 
 def load_ngram(path: Path) -> LoadedNgram:
     """Loads an n-gram model. Raises `RescoreError` if there is none, `InvalidDataError` if it is broken."""
-    if path.is_dir():
-        manifest = read_manifest(path)
-        made_for = manifest.tokenizer_sha256
-        if (file := path / AUTOMATON_FILE).is_file():
-            loaded = LoadedNgram(file, Automaton.load(file), made_for)
-            check_files(path, manifest)
-            return loaded
-        if (file := path / SHIPPED_FILE).is_file():
-            return LoadedNgram(file, _compiled(file), made_for)
-        raise RescoreError(f"no n-gram model in {path}: it has no {AUTOMATON_FILE}; make one: rescore build-ngram")
-    if not path.is_file():
-        raise RescoreError(f"no n-gram model at {path}; give a folder of rescore build-ngram or an ARPA file")
-    if is_arpa(path):
-        return LoadedNgram(path, _compiled(path), None)
-    return LoadedNgram(path, KenlmModel.load(path) if _begins(path, KENLM_MAGIC) else Automaton.load(path), None)
+    file, manifest = find_ngram(path, AUTOMATON_FILE)
+    if is_arpa(file):
+        model: Automaton | KenlmModel = _compiled(file)
+    else:
+        model = KenlmModel.load(file) if _begins(file, KENLM_MAGIC) else Automaton.load(file)
+    check_files(file, manifest)
+    return LoadedNgram(file, model, manifest.tokenizer_sha256)
 
 
-def check_files(folder: Path, manifest: Manifest) -> None:
-    """Whether the ARPA file and the automaton in a folder are one model: those that its manifest was written with.
+def find_ngram(path: Path, name: str) -> tuple[Path, Manifest]:
+    """The file of a model and what is known of its words: `path` itself, or of a model's folder the file called
+    `name`, in place of which a shipped model has its packed ARPA file.
+
+    Raises `RescoreError` if there is none, and as `read_manifest`.
+    """
+    if not path.is_dir():
+        if not path.is_file():
+            raise RescoreError(f"no n-gram model at {path}; give a folder of rescore build-ngram or an ARPA file")
+        return path, Manifest()
+    manifest = read_manifest(path)
+    file = next((path / each for each in (name, SHIPPED_FILE) if (path / each).is_file()), None)
+    if file is None:
+        raise RescoreError(f"no n-gram model in {path}: it has no {name}; make one: rescore build-ngram")
+    return file, manifest
+
+
+def check_files(file: Path, manifest: Manifest) -> None:
+    """Whether the ARPA file and the automaton beside `file` are one model: those that the manifest was written with.
 
     One of them may be missing, or the manifest not say (an earlier version's, a shipped model's). Raises
     `InvalidDataError` with the file that was replaced, `RescoreError` for one that can't be read.
     """
     for name in (ARPA_FILE, AUTOMATON_FILE):
-        path, built = folder / name, (manifest.files or {}).get(name)
+        path, built = file.parent / name, (manifest.files or {}).get(name)
         try:
             is_replaced = built is not None and path.is_file() and remembered_sha256(path) != built
         except OSError as error:
@@ -140,28 +146,24 @@ def _compiled(arpa: Path) -> Automaton:
     """The automaton of an ARPA file: compiled once and kept in the cache directory, keyed by the file's sha256."""
     from lm.ngram.arpa import read_arpa
 
-    held_before = sha256_of_file(arpa)
-    key = key_of({"arpa": held_before, "packed": arpa.suffix == ".gz", "compilation": COMPILATION})
-    file = cache_directory() / "ngrams" / f"{key}.bin"
-    if (held := _kept(file)) is not None:
-        return held
-    with making(file, f"the automaton of {arpa.name}"):
-        if (held := _kept(file)) is not None:  # made by the process that was waited for
-            return held
-        if file.exists():
-            tell(f"the cached automaton of {arpa.name} is broken; it is made again")
+    before = remembered_sha256(arpa)
+    document = {"arpa": before, "packed": arpa.suffix == ".gz", "compilation": COMPILATION}
+
+    def compiled(file: Path) -> Automaton:
         automaton = Automaton.compile(read_arpa(arpa))
-        if sha256_of_file(arpa) != held_before:
+        if remembered_sha256(arpa) != before:
             raise RescoreError(f"{arpa} changed while it was read; give it once it is whole")
         with atomic_file(file) as temporary:
             automaton.save(temporary)
-        digest = sha256_of_file(file)
         with atomic_file(file.with_suffix(SUM_SUFFIX)) as temporary:
-            temporary.write_text(digest)
-    return Automaton.load(file)
+            temporary.write_text(sha256_of_file(file))
+        return Automaton.load(file)
+
+    entry = cache_entry("ngrams", "automaton", document, suffix=".bin")
+    return cached(entry, f"the automaton of {arpa.name}", read=_intact, make=compiled)
 
 
-def _kept(file: Path) -> Automaton | None:
+def _intact(file: Path) -> Automaton | None:
     """A compiled automaton, if it is there and holds the very bytes that were written."""
     try:
         if sha256_of_file(file) == file.with_suffix(SUM_SUFFIX).read_text():

@@ -21,11 +21,11 @@ from lattices.automaton import LN10, ROOT, SCORE_SCALE, Automaton
 from lattices.errors import IncompatibleError, OutputError, RescoreError
 from lattices.ngrams import SENTENCE_START, SPECIAL_WORDS, UNKNOWN, NgramArrays, NgramModel
 from lattices.paths import user_path
-from lm.files import sha256_of_file
+from lm.keys import remembered_sha256
 from lm.locks import writing_to
 from lm.ngram.build import ARPA_FILE, WORDS, check_place, write_model
 from lm.ngram.counting import Progress, no_progress
-from lm.ngram.load import SHIPPED_FILE, SHIPPED_NGRAM, Manifest, check_files, is_arpa, read_manifest
+from lm.ngram.load import SHIPPED_NGRAM, Manifest, check_files, find_ngram, is_arpa
 
 SHIPPED = "shipped"  # the name that stands for the shipped model; a folder of that name is ./shipped
 LEAST = 1e-99  # of a probability, as ARPA files have it
@@ -42,7 +42,7 @@ class NgramPart:
     @cached_property
     def sha256(self) -> str:
         """sha256 of the ARPA file."""
-        return sha256_of_file(self.file)
+        return remembered_sha256(self.file)
 
     def read(self) -> NgramModel:
         """The model. Raises `InvalidDataError` for a broken ARPA file."""
@@ -85,20 +85,11 @@ def _words(manifest: Manifest) -> str:
 
 def _find(name: str) -> NgramPart:
     path = SHIPPED_NGRAM if name == SHIPPED else user_path(name, "the model")
-    if path.is_dir():
-        manifest = read_manifest(path)
-        for file in (path / ARPA_FILE, path / SHIPPED_FILE):
-            if file.is_file():
-                check_files(path, manifest)
-                return NgramPart(name, file, manifest)
-        raise RescoreError(f"{path} has no {ARPA_FILE}, which a mixture is made from; build the model again")
-    if not path.is_file():
-        raise RescoreError(
-            f"no n-gram model at {path}; give a folder of rescore build-ngram, an ARPA file or {SHIPPED}"
-        )
-    if not is_arpa(path):
+    file, manifest = find_ngram(path, ARPA_FILE)
+    if not is_arpa(file):
         raise RescoreError(f"{path} is no ARPA file, and only these can be mixed; give the folder or the ARPA file")
-    return NgramPart(name, path, Manifest())
+    check_files(file, manifest)
+    return NgramPart(name, file, manifest)
 
 
 def mix_ngrams(
@@ -114,7 +105,7 @@ def mix_ngrams(
     `tuned` goes into the manifest: how the weights were found. Raises `RescoreError` for weights that make no sense,
     `InvalidDataError` for a broken part, `OutputError` where `out` can't be written, is a part or is being written to.
     """
-    check_weights(weights, len(parts))
+    _check_weights(weights, len(parts))
     check_place(out)
     if out.resolve() in [part.file.resolve().parent for part in parts]:
         raise OutputError(f"{out} is one of the models to mix, which would be lost; choose another --out")
@@ -127,7 +118,9 @@ def mix_ngrams(
         progress("mixing", 0, 1)
         model = mix(models, weights)
         shares = tuple(weight / sum(weights) for weight in weights)
-        ngrams = tuple(map(len, model.orders))
+        mixed = MixedNgram(
+            str(out), model.order, tuple(map(len, model.orders)), tuple(part.name for part in parts), shares
+        )
         words = next((part.manifest for part in parts if part.manifest.tokenizer is not None), Manifest())
         manifest = {
             "order": model.order,
@@ -140,10 +133,10 @@ def mix_ngrams(
                 for part, share in zip(parts, shares, strict=True)
             ],
             "tuned": tuned,
-            "ngrams": ngrams,
+            "ngrams": mixed.ngrams,
         }
         write_model(model, out, manifest, progress=progress)
-        return MixedNgram(str(out), model.order, ngrams, tuple(part.name for part in parts), shares)
+        return mixed
 
 
 def mix(models: Sequence[NgramModel], weights: Sequence[float]) -> NgramModel:
@@ -151,11 +144,11 @@ def mix(models: Sequence[NgramModel], weights: Sequence[float]) -> NgramModel:
 
     A word that a model does not know has probability 0 there. Raises `RescoreError` for weights that make no sense.
     """
-    check_weights(weights, len(models))
+    _check_weights(weights, len(models))
     return Mixture(models).at(weights)
 
 
-def check_weights(weights: Sequence[float], models: int) -> None:
+def _check_weights(weights: Sequence[float], models: int) -> None:
     """Raises `RescoreError` unless there is a weight above 0 for each of so many models, two or more."""
     if models < 2:
         raise RescoreError("a mixture is made of two n-gram models or more")
@@ -187,18 +180,17 @@ class Mixture:
         word_of = np.array([own.get(word, UNKNOWN) for word in self._vocabulary], dtype=np.int32)
         known = np.array([word in own for word in self._vocabulary])
         automaton = Automaton.compile(model)
-        found = []
+        probabilities = []
         for words in self._levels:
             states = np.full(len(words), ROOT, dtype=np.int32)
             for column in words[:, :-1].T:
                 states = automaton.advance_many(states, word_of[column])[1]
             scores, _ = automaton.advance_many(states, word_of[words[:, -1]])
-            found.append(np.where(known[words[:, -1]], np.exp(scores / SCORE_SCALE), 0.0))
-        return found
+            probabilities.append(np.where(known[words[:, -1]], np.exp(scores / SCORE_SCALE), 0.0))
+        return probabilities
 
     def at(self, weights: Sequence[float]) -> NgramModel:
-        """The mixture with these weights; see `mix`."""
-        check_weights(weights, len(self._probabilities))
+        """The mixture with these weights, above 0."""
         shares = np.asarray(weights, dtype=np.float64) / sum(weights)
         mixed = [
             sum((share * p for share, p in zip(shares, of_models, strict=True)), np.zeros(1))
@@ -233,8 +225,8 @@ def _all_ngrams(models: Sequence[NgramModel], ids: Sequence[np.ndarray]) -> list
     return levels
 
 
-def _places(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The place of each wanted row in sorted rows that hold it."""
-    both, inverse = np.unique(np.concatenate([rows, wanted]), axis=0, return_inverse=True)
+def _places(rows: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """The place of each of `parts` in sorted rows that hold it."""
+    both, inverse = np.unique(np.concatenate([rows, parts]), axis=0, return_inverse=True)
     assert len(both) == len(rows), "every prefix and suffix is there"
     return np.asarray(inverse.ravel()[len(rows) :])

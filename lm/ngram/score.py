@@ -1,19 +1,18 @@
 """Perplexity of a text under an n-gram model, with the counts that say what it is worth: unknown words, n-gram lengths.
 
-`score_file` is what the command `score-ngram` does; `score_text` knows nothing about files. A model is anything with
-`begin_sentence` and `score(state, word)`, the protocol that pyctcdecode has for its language models:
-`lm.ngram.kenlm_model.KenlmModel` with words as strings or ids, an automaton through `AutomatonScorer` with its word
-ids. The numbers are those of KenLM's `query`.
+`score_file` is what the command `score-ngram` does; `score_text` knows nothing about files. A model
+reads a sentence word by word: `lm.ngram.kenlm.KenlmModel` strings or ids, an automaton through `AutomatonScorer` its
+word ids. The numbers are those of KenLM's `query`.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any
 
 import numpy as np
 
@@ -23,60 +22,32 @@ from lattices.ngrams import SENTENCE_END, UNKNOWN
 from lm.ngram.build import ARPA_FILE, AUTOMATON_FILE, MANIFEST_FILE, WORDS
 from lm.ngram.corpus import EncodedCorpus, encode_corpora, find_sources
 from lm.ngram.counting import BREAK, Progress, no_progress
+from lm.ngram.kenlm import KenlmModel
 from lm.ngram.load import Manifest, load_ngram, read_manifest
 
 SCORED_WORDS = 100_000  # between two calls of `progress`
 
-WordT = TypeVar("WordT")
-WordC = TypeVar("WordC", contravariant=True)
 
-
-class NgramScorer(Protocol[WordC]):
-    """A model that reads a sentence word by word; states are its own and never change."""
-
-    @property
-    def sentence_end(self) -> Any:
-        """The word `</s>`."""
-
-    def begin_sentence(self) -> Any:
-        """The state behind `<s>`."""
-
-    def score(self, state: Any, word: WordC, /) -> tuple[float, Any]:
-        """log10 probability of `word` behind `state`, and the state behind `word`."""
-
-    def is_unknown(self, word: WordC, /) -> bool:
-        """Whether `word` is scored as `<unk>`."""
-
-
-@runtime_checkable
-class LengthScorer(Protocol):
-    """A model that also tells how long the n-gram was that gave the probability (1 to `order`)."""
-
-    order: int
-
-    def full_score(self, state: Any, word: Any, /) -> tuple[float, int, Any]:
-        """log10 probability, length of the n-gram, next state."""
-
-
-@dataclass(frozen=True)
 class AutomatonScorer:
-    """An automaton as an `NgramScorer` of word ids; 0 is unknown, and what `is_unknown_id` says besides."""
+    """An automaton that is asked as `lm.ngram.kenlm.KenlmModel` is: by word ids, of which 0 is unknown."""
 
-    automaton: Automaton
-    is_unknown_id: Callable[[int], bool] | None = None
+    order, sentence_end = 0, SENTENCE_END  # no order: it does not tell how long the n-gram was that gave a score
 
-    @property
-    def sentence_end(self) -> int:
-        return SENTENCE_END
+    def __init__(self, automaton: Automaton) -> None:
+        self.automaton = automaton
 
     def begin_sentence(self) -> int:
+        """The state after `<s>`."""
         return self.automaton.start
 
-    def score(self, state: int, word: int, /) -> tuple[float, int]:
-        return self.automaton.advance(state, word)
+    def full_score(self, state: int, word: int) -> tuple[float, int, int]:
+        """log10 probability of a word, 0, state after it."""
+        log10p, after = self.automaton.advance(state, word)
+        return log10p, 0, after
 
-    def is_unknown(self, word: int, /) -> bool:
-        return word == UNKNOWN or (self.is_unknown_id is not None and self.is_unknown_id(word))
+    def is_unknown(self, word: int) -> bool:
+        """Whether a word is scored as `<unk>`."""
+        return word == UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -127,30 +98,29 @@ def score_file(
     """Scores a text (anything that `lm.ngram.corpus` reads, cut into documents and words as it does).
 
     `ngram` is what `lm.ngram.load.load_ngram` takes: a folder of `build-ngram`, an automaton or ARPA file, scored by
-    our
-    automaton, or a KenLM binary, scored by KenLM. `tokenizer` is the name of a base LM, or `words` for words at white
-    space; by default what the model's manifest says, and `words` for a file without one. Raises `IncompatibleError` for
-    a tokenizer that the model was not made for, `RescoreError` for what isn't there, `InvalidDataError` for what is
-    broken.
+    our automaton, or a KenLM binary, scored by KenLM. `tokenizer` is the name of a base LM, or `words` for words at
+    white space; by default what the model's manifest says, and `words` for a file without one. Raises
+    `IncompatibleError` for a tokenizer that the model was not made for, `RescoreError` for what isn't there,
+    `InvalidDataError` for what is broken.
     """
     manifest, progress = _manifest(ngram), progress or no_progress
     sources = find_sources([text])
-    loaded = _tokenizer(tokenizer, manifest, ngram)
-    found = load_ngram(ngram)
+    cut = _tokenizer(tokenizer, manifest, ngram)
+    loaded = load_ngram(ngram)
     with tempfile.TemporaryDirectory(prefix="rescore-") as work:
         encoded = encode_corpora(
-            sources, Path(work) / "stream.i32", tokenizer=loaded, left_context=found.order - 1, field=field,
+            sources, Path(work) / "stream.i32", tokenizer=cut, left_context=loaded.order - 1, field=field,
             errors=errors, surface=manifest.surface, progress=progress,
         )  # fmt: skip
         words = np.arange(len(encoded.vocabulary))
-        scorer: NgramScorer[Any]
-        if isinstance(found.model, Automaton):
-            place = {word: i for i, word in enumerate(found.model.vocabulary)}
+        scorer: AutomatonScorer | KenlmModel
+        if isinstance(loaded.model, Automaton):
+            place = {word: i for i, word in enumerate(loaded.model.vocabulary)}
             words = np.array([place.get(word, UNKNOWN) for word in encoded.vocabulary])
-            scorer = AutomatonScorer(found.model)
+            scorer = AutomatonScorer(loaded.model)
         else:
-            found.model.words = encoded.vocabulary
-            scorer = found.model
+            loaded.model.words = encoded.vocabulary
+            scorer = loaded.model
         return score_text(scorer, _sentences(encoded, words, progress), end=False)
 
 
@@ -175,7 +145,8 @@ def _tokenizer(asked: str | None, manifest: Manifest, ngram: Path) -> Any | None
         return None
     if manifest.tokenizer == WORDS:
         raise IncompatibleError(foreign)
-    from lm.base.catalog import load_tokenizer, tokenizer_sha256
+    from lm.base.catalog import load_tokenizer
+    from lm.base.identity import tokenizer_sha256
 
     loaded = load_tokenizer(name)
     if made_for and tokenizer_sha256(loaded) != made_for:
@@ -197,25 +168,24 @@ def _sentences(encoded: EncodedCorpus, words: np.ndarray, progress: Progress) ->
         begin = end + 1
 
 
-def score_text(model: NgramScorer[WordT], sequences: Iterable[Sequence[WordT]], *, end: bool = True) -> NgramScore:
-    """Scores every sequence as a sentence behind `<s>`, followed by `</s>` unless `end` is False.
+def score_text(
+    model: AutomatonScorer | KenlmModel, sequences: Iterable[Sequence[Any]], *, end: bool = True
+) -> NgramScore:
+    """Scores every sequence as a sentence after `<s>`, followed by `</s>` unless `end` is False.
 
     Words are what the model takes (strings or ids). An empty sequence is a sentence of `</s>` alone, as in KenLM's
     `query`. Raises `RescoreError` if there is no sequence at all.
     """
-    with_lengths = model if isinstance(model, LengthScorer) else None
-    hits = [0] * (with_lengths.order if with_lengths is not None else 0)
+    hits = [0] * model.order
     sentences = tokens = unknown = 0
     log10p = log10p_unknown = 0.0
     for sequence in sequences:
         sentences += 1
         state = model.begin_sentence()
         for position, word in enumerate([*sequence, model.sentence_end] if end else sequence):
-            if with_lengths is not None:
-                token_log10p, length, state = with_lengths.full_score(state, word)
+            token_log10p, length, state = model.full_score(state, word)
+            if hits:
                 hits[length - 1] += 1
-            else:
-                token_log10p, state = model.score(state, word)
             tokens += 1
             log10p += token_log10p
             if position < len(sequence) and model.is_unknown(word):  # the final </s> is never counted as unknown

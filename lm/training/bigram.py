@@ -12,24 +12,19 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file as load_arrays
-from safetensors.numpy import save as arrays_to_bytes
 
 from lattices.errors import InvalidDataError
 from lattices.lattice import Lattice
 from lm.base.model import BaseLM
 from lm.checkpoint import write_checkpoint
-from lm.files import atomic_file
 from lm.heads.block_heads import BlockHeads
 from lm.keys import key_of
-from lm.locks import tell
 from lm.neural.learned_bigram import BigramConfig
-from lm.training.data import HeadData, check_apart, chosen_share
+from lm.training.data import HeadData, check_apart, chosen_share, kept_file
 from lm.training.trainer import Schedule, Trainer
 
 BATCH_ROWS = 256
@@ -38,14 +33,14 @@ SHARD_ROWS = 4096  # lattices that are kept together; what a kill can lose
 
 @dataclass(frozen=True)
 class TargetLattices:
-    """Lattices of a corpus beside what the base LM wrote there."""
+    """Lattices of a corpus and what the base LM wrote there."""
 
     lattice: Lattice  # [n, h, k]
     targets: np.ndarray  # int [n, h], the base's continuation, -1 after its end
     segments: np.ndarray  # int64 [n], the segment of the corpus that each is of
     source: str
     sha256: str  # of the corpus
-    made_of: str = ""  # sha256 of all that they follow from
+    inputs_sha256: str = ""  # of all that they follow from
 
 
 def lattices_of_corpus(
@@ -61,10 +56,10 @@ def lattices_of_corpus(
 ) -> TargetLattices:
     """Lattices at up to `rows` positions of a corpus, drawn at random; targets as the corpus has them.
 
-    In the folder `cache` they are kept as they come, and what is there already, and whole, is not made again.
+    cache: folder for them, from which an interrupted call goes on.
     """
-    made_of = _made_of(base, heads, data, k, rows, seed)
-    folder = cache / f"lattices-{made_of[:16]}" if cache else None
+    inputs_sha256 = _sha256_of_inputs(base, heads, data, k, rows, seed)
+    folder = cache / f"lattices-{inputs_sha256[:16]}" if cache else None
     rng = np.random.default_rng([seed, 0xB16])
     chosen = np.sort(rng.permutation(len(data))[:rows])
     segments = np.searchsorted(data.ends, chosen, side="right")
@@ -72,48 +67,44 @@ def lattices_of_corpus(
     targets = np.where(
         places < data.ends[segments][:, None], data.targets[np.minimum(places, len(data) - 1)], -1
     )  # [n, h]
-    parts: list[Lattice] = []
-    for start in range(0, len(chosen), SHARD_ROWS):
+
+    def computed(start: int) -> Lattice:
+        parts = []
         shard = chosen[start : start + SHARD_ROWS]
-        path = folder / f"{start:09d}.safetensors" if folder else None
-        lattice = _read_shard(path, (len(shard), heads.h, k)) if path is not None else None
-        if lattice is None:
-            made = []
-            for rows_done in range(0, len(shard), BATCH_ROWS):
-                states = data.states.at(shard[rows_done : rows_done + BATCH_ROWS])
-                hidden = torch.from_numpy(states).to(base.device, base.dtype)
-                made.append(heads.lattice(base, hidden, base.project(hidden), k))
-                if progress:
-                    progress(start + rows_done + len(hidden), len(chosen))
-            lattice = _joined(made)
-            if path is not None:
-                with atomic_file(path) as temporary:
-                    temporary.write_bytes(arrays_to_bytes({"token_ids": lattice.token_ids, "logps": lattice.logps}))
-        parts.append(lattice)
-    return TargetLattices(_joined(parts), targets, segments, data.source, data.sha256, made_of)
+        for first in range(0, len(shard), BATCH_ROWS):
+            states = data.states.at(shard[first : first + BATCH_ROWS])
+            hidden = torch.from_numpy(states).to(base.device, base.dtype)
+            parts.append(heads.lattice(base, hidden, base.project(hidden), k))
+            if progress:
+                progress(start + first + len(hidden), len(chosen))
+        return _joined(parts)
+
+    def kept(start: int, folder: Path) -> Lattice:
+        shape = (min(SHARD_ROWS, len(chosen) - start), heads.h, k)
+
+        def read(path: Path) -> Lattice:
+            with np.load(path) as arrays:
+                lattice = Lattice(arrays["token_ids"], arrays["logps"])
+            if lattice.token_ids.shape != shape or lattice.logps.shape != shape:
+                raise ValueError(f"they have the shape {lattice.token_ids.shape}")
+            return lattice
+
+        def write(stream: IO[bytes]) -> None:
+            lattice = computed(start)
+            np.savez(stream, token_ids=lattice.token_ids, logps=lattice.logps)
+
+        return kept_file(folder / f"{start:09d}.npz", "the lattices", read, write)
+
+    starts = range(0, len(chosen), SHARD_ROWS)
+    lattice = _joined([kept(start, folder) if folder else computed(start) for start in starts])
+    return TargetLattices(lattice, targets, segments, data.source, data.sha256, inputs_sha256)
 
 
 def _joined(parts: Sequence[Lattice]) -> Lattice:
     return Lattice(np.concatenate([p.token_ids for p in parts]), np.concatenate([p.logps for p in parts]))
 
 
-def _read_shard(path: Path, shape: tuple[int, int, int]) -> Lattice | None:
-    """Lattices that are kept; None if there are none, or broken ones, which are made again."""
-    if not path.is_file():
-        return None
-    try:
-        tensors = load_arrays(path)
-        lattice = Lattice(tensors["token_ids"], tensors["logps"])
-        if lattice.token_ids.shape == lattice.logps.shape == shape:
-            return lattice
-        reason = f"they have the shape {lattice.token_ids.shape}"
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        reason = str(error)
-    tell(f"the lattices in {path} are broken ({reason}); they are made again")
-    return None
-
-
-def _made_of(base: BaseLM, heads: BlockHeads, data: HeadData, k: int, rows: int, seed: int) -> str:
+def _sha256_of_inputs(base: BaseLM, heads: BlockHeads, data: HeadData, k: int, rows: int, seed: int) -> str:
     """sha256 of all that lattices follow from; a corpus' own hash says neither how it was cut nor templated."""
     identity = {**dataclasses.asdict(base.identity), "name": None}
     settings = {
@@ -137,7 +128,6 @@ class BigramOptions(Schedule):
     batch: int = 512  # lattices per step
     steps: int = 1500
     learning_rate: float = 2e-3
-    warmup: int = 50
     weight_decay: float = 0.05
     held_out: float = 0.05
     evaluate_every: int = 250
@@ -147,10 +137,10 @@ class BigramOptions(Schedule):
 
 @dataclass(frozen=True)
 class HeldOutPaths:
-    """On held-out lattices: mean `loss` (nats a lattice) with the scores, and `unrescored_loss` without."""
+    """What a bigram makes of held-out lattices."""
 
-    loss: float
-    unrescored_loss: float
+    loss: float  # mean, nats a lattice
+    unrescored_loss: float  # without the scores
     lattices: int
 
 
@@ -229,7 +219,7 @@ class BigramTrainer(Trainer[HeldOutPaths]):
             "options": dataclasses.asdict(self.options),
             "base": dataclasses.asdict(self.base.identity),
             "data": [
-                {"source": d.source, "sha256": d.sha256, "lattices": len(d.targets), "made_of": d.made_of}
+                {"source": d.source, "sha256": d.sha256, "lattices": len(d.targets), "inputs_sha256": d.inputs_sha256}
                 for d in self.data
             ],
         }
@@ -241,10 +231,8 @@ def _log_mass(logps: torch.Tensor, pairs: torch.Tensor, allowed: torch.Tensor) -
     The first slot's token is fixed.
     """
     barred = torch.where(allowed, 0.0, -math.inf)
+    barred[:, 0, 1:] = -math.inf
     forward = barred[:, 0] + logps[:, 0]
-    first_only = torch.full_like(forward, -math.inf)
-    first_only[:, 0] = forward[:, 0]
-    forward = first_only
     for slot in range(1, logps.shape[1]):
         into = torch.logsumexp(forward[:, :, None] + pairs[:, slot - 1], dim=1)
         forward = into + logps[:, slot] + barred[:, slot]

@@ -1,44 +1,49 @@
 """What heads and rescorers learn from: final hidden states of the base LM beside the tokens they must predict.
 
 Row i of a segment is the state that chose (or, on given text, should have chosen) the segment's token i; so head j at
-row i must predict token i + j - 1. States are kept as float16 on disk and memory-mapped. Sources: a corpus of the
-base's own output (`lm.base.corpus`, states included), chat pairs (JSON lines or other rows with `prompt` and
-`response`) and
-plain text; for the last two the base LM runs once over the text and the states are kept in the training folder, in
-shards: what an interrupted run has finished is not done again.
+row i must predict token i + j - 1. States are float16 on disk and memory-mapped. Sources: a corpus of the base's own
+output (`lm.base.corpus`, states included), chat pairs (JSON lines or other rows with `prompt` and `response`) and plain
+text. Over the last two the base LM runs once; their states are kept in the training folder, in shards: what an
+interrupted run has finished is not done again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
-from lm.base.corpus import CORPUS_FILE, HIDDEN_FILE, STATE_BYTES, Once, read_settings
+from lm.base.corpus import CORPUS_FILE, HIDDEN_FILE, STATE_BYTES, corpus_lines, read_settings
 from lm.base.model import BaseLM
-from lm.files import atomic_folder, is_text, read_json_lines, sha256_of_file, write_json
+from lm.files import atomic_file, is_text, sha256_of_file
 from lm.keys import key_of
-from lm.locks import writing_to
+from lm.locks import tell, writing_to
 from lm.text_files import TextFile, identify, rows, text_lines
 from lm.training.losses import choose_precision
-from lm.training.shards import DONE_FILE, Shard, read_shard, remove_broken, states_of, whole_shards
 
 CHUNK = 256  # tokens of plain text that see each other; short chunks keep attention cheap on a CPU
 BATCH_TOKENS = 2048
-STATES = 2  # changes with how a corpus is cut and what is kept of it
+STATES = 3  # changes with how a corpus is cut and what is kept of it
+SEGMENTS_FILE = "segments.npz"
 SHARD_TARGETS = 1 << 16  # of a text's cached states; what a kill can lose
 CACHE_GB = 20.0
 
+Tokens = tuple[list[int], list[int]]  # of a segment: what is before it, and its targets
+T = TypeVar("T")
+
 
 class Rows:
-    """Arrays of rows `[n_i, d]`, one after the other, as one; a slice of it is an array in memory."""
+    """Arrays of rows `[n_i, d]`, one after the other, as one; what is taken of it is an array in memory."""
 
     def __init__(self, parts: Sequence[np.ndarray]) -> None:
         self.parts = list(parts)
@@ -48,35 +53,28 @@ class Rows:
         return int(self.starts[-1])
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        start, end, step = rows.indices(len(self))
-        assert step == 1, "rows that follow each other"
-        first, last = np.searchsorted(self.starts, (start, max(start, end - 1)), side="right") - 1
-        cut = [
-            self.parts[i][max(0, start - self.starts[i]) : max(0, end - self.starts[i])]
-            for i in range(first, min(last + 1, len(self.parts)))
-        ]
-        return np.concatenate(cut) if cut else np.array(self.parts[0][:0])
+        return self.at(np.arange(*rows.indices(len(self))))
 
     def at(self, places: np.ndarray) -> np.ndarray:
         """The rows at these places, int64 `[n]`."""
+        taken = np.empty((len(places), *self.parts[0].shape[1:]), self.parts[0].dtype)
         part = np.searchsorted(self.starts, places, side="right") - 1
-        return np.stack([self.parts[i][place - self.starts[i]] for i, place in zip(part, places, strict=True)])
+        for i in np.unique(part):
+            taken[part == i] = self.parts[i][places[part == i] - self.starts[i]]
+        return taken
 
 
 @dataclass(frozen=True)
 class HeadData:
-    """States float16 `[n, d]` (memory-mapped), targets int32 `[n]`, segment ends int64 `[s]` (rows, rising).
+    """The segments of one corpus, one after the other."""
 
-    `contexts` int32: the tokens before each segment, one after the other, `context_ends` int64 `[s]` their ends.
-    """
-
-    states: Rows
-    targets: np.ndarray
-    ends: np.ndarray
-    contexts: np.ndarray
-    context_ends: np.ndarray
-    source: str
-    sha256: str
+    states: Rows  # float16 [n, d], memory-mapped
+    targets: np.ndarray  # int32 [n]
+    ends: np.ndarray  # int64 [s], rows where segments end, rising
+    contexts: np.ndarray  # int32, the tokens before each segment, one after the other
+    context_ends: np.ndarray  # int64 [s]
+    source: str  # name of the corpus
+    sha256: str  # of the corpus
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -92,13 +90,12 @@ class HeadData:
 
 
 class Segment(NamedTuple):
-    """Some rows of a segment: `place` of its data among several, `number` of the segment in it, first and last-plus-one
-    row; `start` is the segment's own first row."""
+    """A segment or its beginning."""
 
-    place: int
-    number: int
-    start: int
-    end: int
+    place: int  # of its data among several
+    number: int  # of the segment in it
+    start: int  # its first row
+    end: int  # its last row plus one
 
     @property
     def targets(self) -> int:
@@ -108,12 +105,12 @@ class Segment(NamedTuple):
 
 def segments_of(data: Sequence[HeadData], *, least: int = 1) -> list[Segment]:
     """Every segment with at least so many targets, in order."""
-    found = []
-    for place, source in enumerate(data):
-        for number, (start, end) in enumerate(source.segments().tolist()):
-            if end - start >= least:
-                found.append(Segment(place, number, start, end))
-    return found
+    return [
+        Segment(place, number, start, end)
+        for place, source in enumerate(data)
+        for number, (start, end) in enumerate(source.segments().tolist())
+        if end - start >= least
+    ]
 
 
 def until(targets: int, segments: Sequence[Segment]) -> list[Segment]:
@@ -136,11 +133,9 @@ def chosen_share(count: int, share: float, seed: int) -> tuple[np.ndarray, np.nd
 
 def check_there(corpora: Sequence[Path]) -> None:
     """Raises `RescoreError` for a corpus that is not there."""
-    for path in corpora:
-        if not path.exists():
-            raise RescoreError(
-                f"no corpus at {path}; give a text file, a .jsonl of pairs or a folder of generate-corpus"
-            )
+    if missing := [path for path in corpora if not path.exists()]:
+        advice = "give a text file, a .jsonl of pairs or a folder of generate-corpus"
+        raise RescoreError(f"no corpus at {missing[0]}; {advice}")
 
 
 def check_apart(data: Sequence[Any]) -> None:
@@ -157,23 +152,6 @@ def tokens_read(data: Sequence[HeadData], segment: Segment) -> int:
     return len(data[segment.place].context(segment.number)) + segment.targets - 1
 
 
-def padded_batch(
-    data: Sequence[HeadData], segments: Sequence[Segment]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What an LM reads to predict the segments' targets: ids int64 `[b, longest]`, padded on the right, and the row and
-    column of the token before each of the n targets, int64 `[n]` each."""
-    longest = max(tokens_read(data, segment) for segment in segments)
-    ids = torch.zeros(len(segments), longest, dtype=torch.long)
-    rows, columns = [], []
-    for row, (place, number, start, end) in enumerate(segments):
-        context = data[place].context(number)
-        sequence = np.concatenate([context, data[place].targets[start : end - 1]])
-        ids[row, : len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
-        columns.append(np.arange(len(context) - 1, len(sequence)))
-        rows.append(np.full(len(columns[-1]), row))
-    return ids, torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(columns))
-
-
 def body_states(
     model: Any,
     data: Sequence[HeadData],
@@ -185,21 +163,28 @@ def body_states(
 ) -> torch.Tensor:
     """What the body of a transformers causal LM makes of whole segments: float32 `[n, d]`, a state per target.
 
-    `takes_masks`: whether all that the model lets tokens see is in a mask it is given (`BaseLM.supports_tree`).
+    takes_masks: whether all that the model lets tokens see is in a mask it is given (`BaseLM.supports_tree`).
     """
-    ids, rows, columns = padded_batch(data, segments)
-    longest = ids.shape[1]
-    # Right padding: no token sees what stands behind it. A mask, where the model takes one, makes attention faster.
-    causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril().expand(len(ids), 1, -1, -1)
+    b, longest = len(segments), max(tokens_read(data, segment) for segment in segments)
+    ids = torch.zeros(b, longest, dtype=torch.long)
+    before = []  # the row and column of the token before each target
+    for row, (place, number, start, end) in enumerate(segments):
+        context = data[place].context(number)
+        tokens = np.concatenate([context, data[place].targets[start : end - 1]])
+        ids[row, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
+        before += [(row, column) for column in range(len(context) - 1, len(tokens))]
+    # Right padding: no token sees what stands after it. A mask, where the model takes one, makes attention faster.
+    causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril().expand(b, 1, -1, -1)
+    body = model.base_model
+    positions = {}  # as `BaseLM.forward` gives them
+    if "position_ids" in inspect.signature(body.forward).parameters:
+        positions["position_ids"] = torch.arange(longest, device=device).expand(b, -1)
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        body = model.base_model
-        positions = {}  # as `BaseLM.forward` gives them
-        if "position_ids" in inspect.signature(body.forward).parameters:
-            positions["position_ids"] = torch.arange(longest, device=device).expand(len(ids), -1)
         output = body(
             input_ids=ids.to(device), attention_mask=causal if takes_masks else None, use_cache=False, **positions
         )
-    states: torch.Tensor = output.last_hidden_state[rows.to(device), columns.to(device)].float()
+    rows, columns = torch.tensor(before, device=device).T
+    states: torch.Tensor = output.last_hidden_state[rows, columns].float()
     return states
 
 
@@ -222,12 +207,14 @@ def read_head_data(
     """States and targets of one corpus: a folder made by `generate_corpus`, rows of chat pairs, or text
     (`lm.text_files`).
 
-    States that must be computed are kept under `cache` (broken ones are made again), in at most `cache_gb` (10^9
-    bytes); the base computes them in `precision` (as `lm.training.losses.choose_precision`: they are stored in 16
-    bits anyway).
-    `max_tokens` bounds how many targets a text gives. Raises `RescoreError` for a corpus that is missing, empty, too
-    short or too large, `InvalidDataError` (with the line number) for a broken one, `IncompatibleError` for the output
-    of another base LM, `OutputError` if another process writes to `cache`.
+    cache: folder for states that must be computed (broken ones are computed again).
+    max_tokens: targets that a text gives at most.
+    cache_gb: what a text's states may take, 10^9 bytes.
+    precision: in which the base computes them, as `lm.training.losses.choose_precision`; they are stored in 16 bits.
+
+    Raises `RescoreError` for a corpus that is missing, empty, too short or too large, `InvalidDataError` (with the line
+    number) for a broken one, `IncompatibleError` for the output of another base LM, `OutputError` if another process
+    writes to `cache`.
     """
     if path.is_dir():
         return _own_output(base, path)
@@ -235,39 +222,53 @@ def read_head_data(
     file = identify(path)
     digest = sha256_of_file(path)
     dtype = choose_precision(precision, base.device)
-    made_of = {
+    key = key_of({
         "format": STATES, "base": {**dataclasses.asdict(base.identity), "name": None}, "precision": str(dtype),
         "corpus": digest, "kind": file.layout, "max_tokens": max_tokens,
-    }  # fmt: skip
-    folder = cache / f"states-{key_of(made_of, 16)}"
-    shards = whole_shards(folder, base.hidden_size)
-    if shards is None:
-        sequences = _bounded(list(_pairs(base, file) if file.has_rows else _chunks(base, file)), max_tokens)
-        if not sequences:
-            what = "empty" if path.stat().st_size == 0 else "too short to train on"
-            raise InvalidDataError(f"the corpus {path} is {what}")
-        targets = sum(len(answer) for _, answer in sequences)
-        needed = targets * base.hidden_size * STATE_BYTES / 1e9
-        if needed > cache_gb:
-            raise RescoreError(
-                f"the states of {path} ({targets} tokens) take {needed:.3g} GB, more than the limit of {cache_gb:g}; "
-                "raise --cache-gb or lower --max-tokens"
-            )
-        with writing_to(cache):
-            remove_broken(folder, base.hidden_size)
-            _run_base(base, sequences, folder, dtype, progress)
-        shards = [read_shard(shard, base.hidden_size) for shard in sorted(folder.glob("shard-*"))]
-    return _joined(shards, path.name, digest)
+    }, 16)  # fmt: skip
+    folder = cache / f"states-{key}"
+
+    def write_segments(stream: IO[bytes]) -> None:
+        arrays: dict[str, Any] = _segments_of_text(base, file, max_tokens, cache_gb)
+        np.savez(stream, **arrays)
+
+    arrays = kept_file(folder / SEGMENTS_FILE, "the segments", _read_segments, write_segments)
+    bounds = arrays.pop("shards").tolist()
+    data = HeadData(Rows([]), **arrays, source=path.name, sha256=digest)
+    parts = []
+    for number, (first, last) in enumerate(itertools.pairwise(bounds)):
+        targets = data.ends[last - 1] - (data.ends[first - 1] if first else 0)
+
+        def read_states(shard: Path, targets: int = targets) -> np.ndarray:
+            return _mapped_states(shard, targets, base.hidden_size)
+
+        def write_states(stream: IO[bytes], first: int = first, last: int = last) -> None:
+            with torch.autocast(base.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                _write_states(base, data, range(first, last), stream, progress)
+
+        parts.append(kept_file(folder / f"shard-{number:05d}.f16", "the states", read_states, write_states))
+    return dataclasses.replace(data, states=Rows(parts))
 
 
-def _joined(shards: list[Shard], source: str, digest: str) -> HeadData:
-    every = {name: [getattr(shard, name) for shard in shards] for name in Shard._fields}
-    for of, what in (("targets", "ends"), ("contexts", "context_ends")):
-        before = np.cumsum([0, *map(len, every[of])])
-        every[what] = [ends + start for ends, start in zip(every[what], before[:-1], strict=True)]
-    return HeadData(
-        Rows(every.pop("states")), **{n: np.concatenate(p) for n, p in every.items()}, source=source, sha256=digest
-    )
+def kept_file(path: Path, what: str, read: Callable[[Path], T], write: Callable[[IO[bytes]], None]) -> T:
+    """What is in a file that a training keeps below its folder; it is written first if need be.
+
+    `read` raises `ValueError` or what numpy and the system raise for a broken file (`what` it holds is made again).
+    Raises `OutputError` if the file can't be written, or another process writes to the training's folder.
+    """
+    if path.is_file():
+        try:
+            return read(path)
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            tell(f"{what} in {path} are broken ({error}); they are made again")
+    with writing_to(path.parents[1]):
+        try:
+            with atomic_file(path) as temporary, temporary.open("wb") as stream:
+                write(stream)
+        finally:
+            with suppress(OSError):  # files are in it, unless the first one failed
+                path.parent.rmdir()
+    return read(path)
 
 
 def _own_output(base: BaseLM, folder: Path) -> HeadData:
@@ -278,48 +279,75 @@ def _own_output(base: BaseLM, folder: Path) -> HeadData:
                 f"the corpus in {folder} is the output of another base LM ({made_by['name']}: {field} differs); make "
                 f"one: rescore generate-corpus --base {base.identity.name} --prompts ... --out DIR"
             )
-    gathered = _Gathered()
-    once = Once(folder / CORPUS_FILE)
-    for number, record in read_json_lines(folder / CORPUS_FILE, torn_tail=True):
-        once.check(number, record)
+    path = folder / CORPUS_FILE
+    sequences: list[Tokens] = []
+    for number, record in corpus_lines(folder):
         for field in ("prompt_ids", "output_ids"):
             if field not in record:
-                raise InvalidDataError(f"{folder / CORPUS_FILE} line {number} has no field {field!r}")
+                raise InvalidDataError(f"{path} line {number} has no field {field!r}")
             ids = record[field]
             if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < base.vocab_size for i in ids):
                 raise InvalidDataError(
-                    f"{folder / CORPUS_FILE} line {number} has other things than token ids below "
-                    f"{base.vocab_size} in the field {field!r}; make the corpus again"
+                    f"{path} line {number} has other things than token ids below {base.vocab_size} in the field "
+                    f"{field!r}; make the corpus again"
                 )
-        gathered.add(record["prompt_ids"], record["output_ids"])
-    if not gathered.targets:
+        sequences.append((record["prompt_ids"], record["output_ids"]))
+    arrays = _arrays(sequences)
+    if not len(arrays["targets"]):
         raise InvalidDataError(f"the corpus in {folder} is empty")
-    states = Rows([states_of(folder, len(gathered.targets), base.hidden_size)])
-    digest = sha256_of_file(folder / CORPUS_FILE)
-    return HeadData(states, **gathered.arrays(), source=folder.name, sha256=digest)
+    try:
+        states = _mapped_states(folder / HIDDEN_FILE, len(arrays["targets"]), base.hidden_size)
+    except ValueError as error:
+        raise InvalidDataError(f"{folder / HIDDEN_FILE} {error}; remove {folder} and make it again") from error
+    return HeadData(Rows([states]), **arrays, source=folder.name, sha256=sha256_of_file(path))
 
 
-class _Gathered:
-    """Segments one after the other: the fields of `HeadData`, states apart."""
-
-    def __init__(self) -> None:
-        self.targets: list[int] = []
-        self.ends: list[int] = []
-        self.contexts: list[int] = []
-        self.context_ends: list[int] = []
-
-    def add(self, context: list[int], targets: list[int]) -> None:
-        self.targets += targets
-        self.ends.append(len(self.targets))
-        self.contexts += context
-        self.context_ends.append(len(self.contexts))
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Tokens int32, ends int64."""
-        return {name: np.asarray(v, np.int64 if name.endswith("ends") else np.int32) for name, v in vars(self).items()}
+def _arrays(sequences: Sequence[Tokens]) -> dict[str, np.ndarray]:
+    """The fields of `HeadData` but for the states: tokens int32, ends int64."""
+    contexts, targets = ([sequence[i] for sequence in sequences] for i in (0, 1))
+    arrays = {}
+    for name, ends, parts in (("contexts", "context_ends", contexts), ("targets", "ends", targets)):
+        arrays[name] = np.fromiter(itertools.chain.from_iterable(parts), np.int32)
+        arrays[ends] = np.cumsum([len(part) for part in parts], dtype=np.int64)
+    return arrays
 
 
-def _pairs(base: BaseLM, file: TextFile) -> Iterator[tuple[list[int], list[int]]]:
+def _mapped_states(path: Path, rows: int, hidden_size: int) -> np.ndarray:
+    """The first rows of a file of states; a generation that still goes on may have written more."""
+    there = path.stat().st_size // (hidden_size * STATE_BYTES) if path.is_file() else 0
+    if there < rows:
+        raise ValueError(f"has the states of {there} of {rows} tokens")
+    return np.memmap(path, dtype=np.float16, mode="r", shape=(rows, hidden_size))
+
+
+def _read_segments(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as arrays:
+        return {name: arrays[name] for name in ("targets", "ends", "contexts", "context_ends", "shards")}
+
+
+def _segments_of_text(base: BaseLM, file: TextFile, max_tokens: int | None, cache_gb: float) -> dict[str, np.ndarray]:
+    """What is to be read of a text, in the order in which its states are kept; `shards` has the first segment of each
+    shard, and the number of segments."""
+    sequences = _bounded(list(_pairs(base, file) if file.has_rows else _chunks(base, file)), max_tokens)
+    if not sequences:
+        what = "empty" if file.path.stat().st_size == 0 else "too short to train on"
+        raise InvalidDataError(f"the corpus {file.path} is {what}")
+    ends = np.cumsum([len(targets) for _, targets in sequences])
+    needed = ends[-1] * base.hidden_size * STATE_BYTES / 1e9
+    if needed > cache_gb:
+        raise RescoreError(
+            f"the states of {file.path} ({ends[-1]} tokens) take {needed:.3g} GB, more than the limit of {cache_gb:g}; "
+            "raise --cache-gb or lower --max-tokens"
+        )
+    cuts = np.searchsorted(ends, np.arange(SHARD_TARGETS, ends[-1] + SHARD_TARGETS, SHARD_TARGETS)) + 1
+    shards = np.unique([0, *np.minimum(cuts, len(sequences))])
+    ordered: list[Tokens] = []
+    for first, last in itertools.pairwise(shards.tolist()):  # by falling length, for batches with little padding
+        ordered += sorted(sequences[first:last], key=lambda s: len(s[0]) + len(s[1]))[::-1]
+    return {**_arrays(ordered), "shards": shards}
+
+
+def _pairs(base: BaseLM, file: TextFile) -> Iterator[Tokens]:
     for number, record in rows(file):
         for field in ("prompt", "response"):
             if not is_text(record.get(field)):
@@ -332,7 +360,7 @@ def _pairs(base: BaseLM, file: TextFile) -> Iterator[tuple[list[int], list[int]]
         yield base.encode_prompt(record["prompt"], chat=base.is_chat, max_tokens=room), answer
 
 
-def _chunks(base: BaseLM, file: TextFile) -> Iterator[tuple[list[int], list[int]]]:
+def _chunks(base: BaseLM, file: TextFile) -> Iterator[Tokens]:
     text = "\n".join(line for line in text_lines(file) if line.strip())
     if not text:
         raise InvalidDataError(f"the corpus {file.path} is empty")
@@ -344,7 +372,7 @@ def _chunks(base: BaseLM, file: TextFile) -> Iterator[tuple[list[int], list[int]
             yield chunk[:1], chunk[1:]
 
 
-def _bounded(sequences: list[tuple[list[int], list[int]]], max_tokens: int | None) -> list[tuple[list[int], list[int]]]:
+def _bounded(sequences: list[Tokens], max_tokens: int | None) -> list[Tokens]:
     """Sequences spread evenly over the corpus, of at most `max_tokens` targets in all."""
     total = sum(len(targets) for _, targets in sequences)
     if max_tokens is None or total <= max_tokens:
@@ -360,51 +388,25 @@ def _bounded(sequences: list[tuple[list[int], list[int]]], max_tokens: int | Non
     return chosen
 
 
-def _run_base(
-    base: BaseLM,
-    sequences: list[tuple[list[int], list[int]]],
-    folder: Path,
-    dtype: torch.dtype,
-    progress: Callable[[int, int], None] | None,
+def _write_states(
+    base: BaseLM, data: HeadData, numbers: range, stream: IO[bytes], progress: Callable[[int, int], None] | None
 ) -> None:
-    """Writes the states of all sequences, shard by shard; shards that are there stay."""
-    ends = np.cumsum([len(targets) for _, targets in sequences])
-    cuts = np.searchsorted(ends, np.arange(SHARD_TARGETS, ends[-1] + SHARD_TARGETS, SHARD_TARGETS)) + 1
-    start = 0
-    for number, end in enumerate(np.unique(np.minimum(cuts, len(sequences))).tolist()):
-        if not (shard := folder / f"shard-{number:05d}").is_dir():
-            with torch.autocast(base.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                _write_shard(base, sequences[start:end], shard, start, len(sequences), progress)
-        start = end
-    write_json(folder / DONE_FILE, {"sequences": len(sequences), "targets": int(ends[-1])})
-
-
-def _write_shard(
-    base: BaseLM,
-    sequences: list[tuple[list[int], list[int]]],
-    shard: Path,
-    done: int,
-    total: int,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
-    with atomic_folder(shard) as temporary, (temporary / HIDDEN_FILE).open("wb") as stream:
-        gathered = _Gathered()
-        while order:
-            longest = len(sequences[order[-1]][0]) + len(sequences[order[-1]][1])
-            batch = [order.pop() for _ in range(min(len(order), max(1, BATCH_TOKENS // longest)))]
-            ids = torch.zeros(len(batch), longest, dtype=torch.long, device=base.device)
-            for row, index in enumerate(batch):
-                both = sequences[index][0] + sequences[index][1]
-                ids[row, : len(both)] = torch.tensor(both)
-            # Right padding: no token sees what stands behind it, so no mask is needed.
-            _, hidden = base.forward(ids, projects=False)
-            for row, index in enumerate(batch):
-                prompt, answer = sequences[index]
-                states = hidden[row, len(prompt) - 1 : len(prompt) + len(answer) - 1]
-                stream.write(states.to(torch.float16).cpu().numpy().tobytes())
-                gathered.add(prompt, answer)
-            if progress:
-                progress(done + len(gathered.ends), total)
-        for name, array in gathered.arrays().items():
-            array.tofile(temporary / f"{name}.i{8 * array.itemsize}")
+    """Writes the states of some segments, which come by falling length."""
+    bounds = data.segments()
+    while numbers:
+        tokens = []
+        for number in numbers:
+            tokens.append(np.concatenate([data.context(number), data.targets[slice(*bounds[number])]]))
+            if len(tokens) == max(1, BATCH_TOKENS // len(tokens[0])):
+                break
+        ids = torch.zeros(len(tokens), len(tokens[0]), dtype=torch.long, device=base.device)
+        for row, both in enumerate(tokens):
+            ids[row, : len(both)] = torch.from_numpy(both)
+        # Right padding: no token sees what stands after it, so no mask is needed.
+        _, hidden = base.forward(ids, projects=False)
+        for row, both in enumerate(tokens):
+            states = hidden[row, len(data.context(numbers[row])) - 1 : len(both) - 1]
+            stream.write(states.to(torch.float16).cpu().numpy().tobytes())
+        numbers = numbers[len(tokens) :]
+        if progress:
+            progress(numbers.start, len(bounds))

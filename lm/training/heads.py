@@ -11,7 +11,7 @@ resumed training is the same training. Sources: [A] section 3 (sum of the heads'
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,12 +28,13 @@ from lm.heads.nets import FEED_FORWARD, MEDUSA, NETS, SEQUENTIAL, BlockHeadsConf
 from lm.training.data import HeadData, Segment, cached, tokens_read, until
 from lm.training.losses import soft_cross_entropy, teacher_probabilities
 from lm.training.text_trainer import TextOptions, TextTrainer, source_of
-from lm.training.tuned_base import FROZEN, FULL, LORA, TUNINGS, TunedBase, Tuning
+from lm.training.tuned_base import FROZEN, FULL, LORA, TUNINGS, TunedBase
 
 HELD_OUT_POSITIONS = 4096
 ACCURACY_AT = (1, 4, 16)
 INNER_SIZE = 560  # of the architectures with a hidden layer
 LORA_RANK = 16
+BASE = "base."  # begins the names of a tuned base's parameters
 STORED = {"float16": torch.float16, "int8": torch.int8}
 BASE_LEARNING_RATES = {LORA: 5e-4, FULL: 3e-5}
 
@@ -59,8 +60,6 @@ class TrainingOptions(TextOptions):
     negatives: int = 1024
     learning_rate: float = 1e-3
     warmup: int = 100
-    weight_decay: float = 0.01
-    held_out: float = 0.03
     evaluate_every: int = 200
     # The base.
     tune: str = FROZEN  # or lora, full
@@ -69,9 +68,8 @@ class TrainingOptions(TextOptions):
     base_learning_rate: float | None = None  # None: of `BASE_LEARNING_RATES`
     gradient_checkpointing: bool = False
 
-    LEAST: ClassVar = {
-        "h": 2, "inner_size": 1, "token_size": 0, "blocks": 1, "positions": 1, "micro_batch": 1,
-        "heads_per_step": 1, "vocabulary": 1, "negatives": 0, "lora_rank": 1, "tuned_layers": 1,
+    LEAST: ClassVar = TextOptions.LEAST | {
+        "h": 2, "inner_size": 1, "token_size": 0, "blocks": 1, "heads_per_step": 1, "lora_rank": 1, "tuned_layers": 1
     }  # fmt: skip
 
     def check(self) -> None:
@@ -104,17 +102,17 @@ class TrainingOptions(TextOptions):
 
 @dataclass(frozen=True)
 class HeldOutAccuracy:
-    """On held-out positions: `top[n][i]` = share where the token is among head i+1's best n (list of length h);
-    `accepted` = mean accepted prefix of the arg-max draft, `accepted_16` = of the best path in the top 16, both with
-    the first token taken as right and none behind the end of a segment; of `positions` in `segments` (outputs, chunks
-    of text). They are agreement with the text: where that is not the base's own output (gold text, a base that was
-    fine-tuned since), decoding accepts other numbers."""
+    """Agreement with held-out text. Where that is not the base's own output (gold text, a base that was fine-tuned
+    since), decoding accepts other numbers.
 
-    top: dict[int, list[float]]
-    accepted: float
-    accepted_16: float
+    The first token of a prefix is taken as right, none after the end of a segment.
+    """
+
+    top: dict[int, list[float]]  # by n: share of positions where the token is among head i+1's best n, [h]
+    accepted: float  # mean accepted prefix of the arg-max draft
+    accepted_16: float  # of the best path in the top 16
     positions: int
-    segments: int
+    segments: int  # outputs, chunks of text
 
 
 class HeadTrainer(TextTrainer[HeldOutAccuracy, TrainingOptions]):
@@ -137,49 +135,52 @@ class HeadTrainer(TextTrainer[HeldOutAccuracy, TrainingOptions]):
         initial: Path | None = None,
         held_out: HeadData | None = None,
     ) -> None:
-        self._take(base, data, options, held_out)
-        self.initial = initial
+        self.initial, self.begins_trained = initial, initial is not None
+        self.initial_sha256: str | None = None
+        super().__init__(base, data, options, held_out=held_out)
         self.mean_size = int(np.mean([s.targets for s in self.segments]))
+
+    def _new_parameters(self) -> dict[str, torch.nn.Parameter]:
+        options, identity, d = self.options, self.base.identity, self.base.hidden_size
         config = BlockHeadsConfig(
             h=options.h,
-            hidden_size=base.hidden_size,
-            inner_size=base.hidden_size if options.architecture == MEDUSA else options.inner_size or INNER_SIZE,
-            vocab_size=base.vocab_size,
-            base_name=base.identity.name,
-            tokenizer_sha256=base.identity.tokenizer_sha256,
+            hidden_size=d,
+            inner_size=d if options.architecture == MEDUSA else options.inner_size or INNER_SIZE,
+            vocab_size=self.base.vocab_size,
+            base_name=identity.name,
+            tokenizer_sha256=identity.tokenizer_sha256,
             architecture=options.architecture,
             token_size=options.token_size,
             blocks=options.blocks,
-            base_weights_sha256=base.identity.weights_sha256,
+            base_weights_sha256=identity.weights_sha256,
         )
-        torch.manual_seed(options.seed)
-        self.heads = BlockHeads(config).to(base.device)
-        self.initial_sha256: str | None = None
-        if initial is not None:
-            self._start_from(initial)
+        self.heads = BlockHeads(config).to(self.base.device)
+        if self.initial is not None:
+            self._start_from(self.initial)
+        parameters = dict(self.heads.net.named_parameters())
         self.tuned: TunedBase | None = None
-        parameters, rates = dict(self.heads.net.named_parameters()), {}
         if options.tune != FROZEN:
-            tuning = Tuning(
-                how=options.tune, rank=options.lora_rank or LORA_RANK, layers=options.tuned_layers,
+            self.tuned = TunedBase(
+                self.base, options.tune, self.dtype, rank=options.lora_rank or LORA_RANK, layers=options.tuned_layers,
                 gradient_checkpointing=options.gradient_checkpointing,
             )  # fmt: skip
-            self.tuned = TunedBase(base, tuning, self.dtype)
-            rate = options.base_learning_rate or BASE_LEARNING_RATES[options.tune]
-            parameters |= {f"base.{name}": p for name, p in self.tuned.parameters.items()}
-            rates = {f"base.{name}": rate / options.learning_rate for name in self.tuned.parameters}
-        super().__init__(parameters, self.options, base.device, rates=rates)
+            parameters |= {BASE + name: p for name, p in self.tuned.parameters.items()}
+        return parameters
+
+    def _rates(self, names: Iterable[str]) -> dict[str, float]:
+        rate = self.options.base_learning_rate or BASE_LEARNING_RATES.get(self.options.tune, 0.0)
+        return {name: rate / self.options.learning_rate for name in names if name.startswith(BASE)}
 
     def _start_from(self, folder: Path) -> None:
-        earlier = load_heads(str(folder), self.base.identity, device=self.base.device)
+        earlier = load_heads(self.base.identity, str(folder), device=self.base.device)
         grows = (earlier.config.architecture, self.heads.config.architecture) == (FEED_FORWARD, SEQUENTIAL)
         names = ("h", *(() if grows else ("architecture",)), "inner_size", "token_size", "blocks")
         differs = [n for n in names if getattr(earlier.config, n) != getattr(self.heads.config, n)]
         if differs:
-            found, wanted = (getattr(c, differs[0]) for c in (earlier.config, self.heads.config))
+            theirs, ours = (getattr(c, differs[0]) for c in (earlier.config, self.heads.config))
             raise IncompatibleError(
-                f"the heads in {folder} have {differs[0]} = {found}, not {wanted}; training starts from the same "
-                f"shape: give --{differs[0].replace('_', '-')} {found}"
+                f"the heads in {folder} have {differs[0]} = {theirs}, not {ours}; training starts from the same "
+                f"shape: give --{differs[0].replace('_', '-')} {theirs}"
             )
         state = earlier.net.state_dict()
         self.heads.net.load_state_dict(as_sequential(state) if grows else state)
@@ -222,18 +223,13 @@ class HeadTrainer(TextTrainer[HeldOutAccuracy, TrainingOptions]):
 
     def _loss(self, segments: list[Segment], tokens: np.ndarray, heads: list[int], in_all: list[int]) -> torch.Tensor:
         """Sum over `heads` (counted as always, 1 is the base) of the loss at all rows of the segments / `in_all`."""
-        cached_states, targets = cached(self.data, segments)
-        n = len(targets)
-        remaining = np.concatenate([np.arange(s.targets, 0, -1) for s in segments])
-        from_cache = torch.from_numpy(cached_states).to(self.base.device).float()
+        from_cache, states, targets, remaining = self._batch(segments)
         projection = self.projection[torch.from_numpy(tokens).to(self.base.device)]  # [v, d]
         places = torch.from_numpy(self.subset.places(tokens, targets)).to(self.base.device)
         teacher = teacher_probabilities(from_cache, projection) if self.options.soft else None  # [n, v]
-        states = from_cache if self.tuned is None else self.tuned.states(self.data, segments)
-        rows = self._rows(targets, np.arange(n)[:, None] + np.arange(max(1, self.heads.net.sees)))
-        ahead_of = [head for head in heads if head > 1]
+        rows = self._rows(targets, np.arange(len(targets))[:, None] + np.arange(max(1, self.heads.net.sees)))
         outputs: dict[int, torch.Tensor] = {1: states}
-        if ahead_of:
+        if ahead_of := [head for head in heads if head > 1]:
             read = self.heads(states, rows, [head - 2 for head in ahead_of])  # [count, n, d]
             outputs |= dict(zip(ahead_of, read, strict=True))
         weights = self.options.head_weights or (1.0,) * (self.options.h - 1)
@@ -247,21 +243,24 @@ class HeadTrainer(TextTrainer[HeldOutAccuracy, TrainingOptions]):
                 total = total + soft_cross_entropy(outputs[head][at], projection, *goals) * (weight / count)
         return total
 
+    def _batch(self, segments: list[Segment]) -> tuple[torch.Tensor, torch.Tensor, np.ndarray, np.ndarray]:
+        """The base's cached states and those that the heads read, float32 `[n, d]` each, the targets `[n]`, and how
+        many targets of its segment remain at each, `[n]`."""
+        states, targets = cached(self.data, segments)
+        from_cache = torch.from_numpy(states).to(self.base.device).float()
+        remaining = np.concatenate([np.arange(s.targets, 0, -1) for s in segments])
+        read = from_cache if self.tuned is None else self.tuned.states(self.data, segments)
+        return from_cache, read, targets, remaining
+
     @torch.no_grad()
     def evaluate(self) -> HeldOutAccuracy:
         """Accuracy on the held-out segments, over the whole vocabulary."""
         h = self.options.h
-        hits = {n: np.zeros(h) for n in ACCURACY_AT}
+        hits, accepted = np.zeros((len(ACCURACY_AT), h)), np.zeros(len(ACCURACY_AT))
         counts = np.zeros(h)
-        accepted = {1: 0.0, 16: 0.0}
         total = 0
         for segments in self._micro_batches(self.held_out):
-            cached_states, targets = cached(self.data, segments)
-            remaining = np.concatenate([np.arange(s.targets, 0, -1) for s in segments])
-            if self.tuned is None:
-                states = torch.from_numpy(cached_states).to(self.base.device).float()
-            else:
-                states = self.tuned.states(self.data, segments)
+            _, states, targets, remaining = self._batch(segments)
             for start in range(0, len(states), 256):
                 rows = np.arange(start, min(start + 256, len(states)))
                 best = self._best(states[rows], targets[rows])  # [n, h, 16]
@@ -269,19 +268,15 @@ class HeadTrainer(TextTrainer[HeldOutAccuracy, TrainingOptions]):
                 there = remaining[rows][:, None] > np.arange(h)  # [n, h]
                 match = (best == ahead[..., None]) & there[..., None]
                 counts += there.sum(0)
-                for n in ACCURACY_AT:
-                    hits[n] += match[:, :, :n].any(-1).sum(0)
-                match[:, 0, 0] = True
-                for n in accepted:
-                    accepted[n] += np.cumprod(match[:, :, :n].any(-1), axis=1).sum()
+                for i, n in enumerate(ACCURACY_AT):
+                    among = match[:, :, :n].any(-1)  # [n, h]
+                    hits[i] += among.sum(0)
+                    among[:, 0] = True
+                    accepted[i] += np.cumprod(among, axis=1).sum()
             total += len(states)
-        return HeldOutAccuracy(
-            {n: (hits[n] / np.maximum(counts, 1)).round(4).tolist() for n in ACCURACY_AT},
-            round(float(accepted[1]) / total, 4),
-            round(float(accepted[16]) / total, 4),
-            total,
-            len(self.held_out),
-        )
+        shares = (hits / np.maximum(counts, 1)).round(4).tolist()
+        first, *_, most = (round(float(sum_of_prefixes) / total, 4) for sum_of_prefixes in accepted)
+        return HeldOutAccuracy(dict(zip(ACCURACY_AT, shares, strict=True)), first, most, total, len(self.held_out))
 
     def _best(self, states: torch.Tensor, first: np.ndarray) -> np.ndarray:
         """The 16 best tokens of every head after each of n states, where the first token is known: `[n, h, 16]`."""
@@ -294,17 +289,14 @@ class HeadTrainer(TextTrainer[HeldOutAccuracy, TrainingOptions]):
             best.append((read.to(self.dtype) @ self.projection.T).topk(most, dim=-1).indices)
             if self.heads.net.sees > 1:
                 drafted.append(best[-1][:, 0])
-        found: np.ndarray = torch.stack(best, dim=1).cpu().numpy()
-        return found
+        tokens: np.ndarray = torch.stack(best, dim=1).cpu().numpy()
+        return tokens
 
     def _check_place(self, out: Path) -> None:
         super()._check_place(out)
         here = {folder.resolve() for folder in (out, out / HEADS_FOLDER)}
         if self.initial is not None and self.initial.resolve() in here:
             raise RescoreError(f"{self.initial} would be replaced by what is trained from it; use another --out")
-
-    def _begins_trained(self) -> bool:
-        return self.initial_sha256 is not None
 
     def _settings(self) -> dict[str, Any]:
         measured_on = None if self.measured_on is None else source_of(self.measured_on)

@@ -16,20 +16,16 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class SoftCrossEntropy(torch.autograd.Function):
-    """Sum over rows of the cross-entropy of `states @ projection.T` against mixed targets.
-
-    Targets: (1 - soft) x the token + soft x the teacher's distribution; rows whose token is not in the vocabulary
-    subset (place -1) count nothing. The projection is frozen, so the gradient to the states is (softmax - target) @
-    projection, computed chunk by chunk while the logits are at hand.
-    """
+    """The gradient of `soft_cross_entropy`: the projection is frozen, so that to the states is (softmax - target) @
+    projection, computed chunk by chunk while the logits are at hand."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        states: torch.Tensor,  # [n, d]
-        projection: torch.Tensor,  # [v, d]
-        targets: torch.Tensor,  # [n], place in the vocabulary subset or -1
-        teacher: torch.Tensor | None,  # [n, v] probabilities; None where `soft` is 0
+        states: torch.Tensor,
+        projection: torch.Tensor,
+        targets: torch.Tensor,
+        teacher: torch.Tensor | None,
         soft: float,
     ) -> torch.Tensor:
         gradient = torch.empty_like(states)
@@ -41,11 +37,11 @@ class SoftCrossEntropy(torch.autograd.Function):
             known = targets[rows] >= 0
             hard = (1.0 - soft) * known.float()
             place = targets[rows].clamp(min=0)[:, None]
-            wanted = torch.zeros_like(logits) if teacher is None else teacher[rows] * (soft * known.float())[:, None]
-            wanted.scatter_add_(1, place, hard[:, None])
-            mass = wanted.sum(-1, keepdim=True)
-            total += (mass * log_normaliser).sum() - (wanted * logits).sum()
-            error = torch.exp(logits - log_normaliser).mul_(mass).sub_(wanted)
+            target = torch.zeros_like(logits) if teacher is None else teacher[rows] * (soft * known.float())[:, None]
+            target.scatter_add_(1, place, hard[:, None])
+            mass = target.sum(-1, keepdim=True)
+            total += (mass * log_normaliser).sum() - (target * logits).sum()
+            error = torch.exp(logits - log_normaliser).mul_(mass).sub_(target)
             gradient[rows] = (error.to(projection.dtype) @ projection).to(states.dtype)
         ctx.save_for_backward(gradient)
         return total
@@ -59,7 +55,11 @@ class SoftCrossEntropy(torch.autograd.Function):
 def soft_cross_entropy(
     states: torch.Tensor, projection: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor | None, soft: float
 ) -> torch.Tensor:
-    """`SoftCrossEntropy` with its arguments' types."""
+    """Sum over rows of the cross-entropy of `states` `[n, d]` @ `projection.T` `[d, v]` against mixed targets.
+
+    Those are (1 - soft) x the token + soft x the distribution `teacher` `[n, v]` (None where `soft` is 0). `targets`
+    `[n]` has the token's place in the vocabulary subset; rows of other tokens (-1) count nothing.
+    """
     loss: torch.Tensor = SoftCrossEntropy.apply(states, projection, targets, teacher, soft)  # type: ignore[no-untyped-call]
     return loss
 

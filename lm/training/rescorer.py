@@ -1,14 +1,14 @@
 """Trains small neural LMs as rescorers: from scratch ([A] section 5), or from the base's own first layers.
 
 Data as for heads (`lm.training.data`): segments of text with the base's final states, best the base's own greedy output
-behind its prompts. Loss at a token of a segment: cross-entropy against (1 - soft) x the token + soft x the base's own
+after its prompts. Loss at a token of a segment: cross-entropy against (1 - soft) x the token + soft x the base's own
 distribution there. Everything random follows from (seed, step).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,14 +18,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
-from lm.base.model import BaseLM
+from lattices.errors import IncompatibleError, InvalidDataError, UnknownNameError
 from lm.checkpoint import write_tensors
 from lm.files import replaced_files
 from lm.neural.model import DeltaConfig, first_layers, named_size, save_delta, scratch_model
-from lm.training.data import HeadData, Segment, body_states, cached, tokens_read
+from lm.training.data import Segment, body_states, cached, tokens_read
 from lm.training.losses import CHUNK_ROWS, soft_cross_entropy, teacher_probabilities
 from lm.training.text_trainer import TextOptions, TextTrainer
+from lm.training.trainer import Trainer
 
 INITS = ("base", "scratch")
 BEST_FILE = "best.safetensors"
@@ -45,15 +45,10 @@ class RescorerOptions(TextOptions):
     vocabulary: int | None = 16384
     negatives: int = 2048
     learning_rate: float = 5e-4
-    warmup: int = 50
-    weight_decay: float = 0.01
-    held_out: float = 0.03
     evaluate_every: int = 100
     patience: int = 5  # evaluations without a better held-out loss before it stops; the best weights are the result
 
-    LEAST: ClassVar = {
-        "tuned_layers": 1, "positions": 1, "micro_batch": 1, "vocabulary": 1, "negatives": 0, "patience": 1
-    }  # fmt: skip
+    LEAST: ClassVar = TextOptions.LEAST | {"tuned_layers": 1, "patience": 1}
 
     def check(self) -> None:
         named_size(self.size)
@@ -64,13 +59,12 @@ class RescorerOptions(TextOptions):
 
 @dataclass(frozen=True)
 class HeldOutText:
-    """On held-out segments, whole vocabulary: mean `loss` (nats a token) and its `perplexity`, the base's own
-    `base_perplexity` on the same tokens, `agreement` = share of tokens that are the rescorer's arg-max."""
+    """What a rescorer makes of held-out segments, over the whole vocabulary."""
 
-    loss: float
+    loss: float  # mean, nats a token
     perplexity: float
-    base_perplexity: float
-    agreement: float
+    base_perplexity: float  # the base's own, on the same tokens
+    agreement: float  # share of tokens that are the rescorer's arg-max
     tokens: int
 
 
@@ -78,35 +72,28 @@ class RescorerTrainer(TextTrainer[HeldOutText, RescorerOptions]):
     """One training of a rescorer; see `RescorerOptions` and `Trainer.train`."""
 
     memory_option = "--micro-batch"
+    state_fields = (*Trainer.state_fields, "best", "since_best")
     learner = "rescorers"
 
-    def __init__(self, base: BaseLM, data: Sequence[HeadData], options: RescorerOptions) -> None:
-        self._take(base, data, options)
+    def _new_parameters(self) -> dict[str, torch.nn.Parameter]:
         self.lengths = np.array([tokens_read(self.data, s) for s in self.segments])
-        torch.manual_seed(options.seed)
-        self.model: Any = self._new_model()
-        self.best, self.since_best = math.inf, 0
-        moving = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        super().__init__(moving, self.options, base.device)
+        self.best, self.since_best = math.inf, 0  # the best held-out loss, and evaluations since then
+        self.takes_masks, self.model = self._new_model()
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def _new_model(self) -> Any:
-        options, device = self.options, self.base.device
+    def _new_model(self) -> tuple[bool, Any]:
+        """Whether the model takes a mask, and the model."""
+        options, name, device = self.options, self.base.identity.name, self.base.device
         if options.init == "scratch":
             scratch: Any = scratch_model(options.size, self.base)
-            self.takes_masks = True
-            return scratch.to(device)
-        layers = named_size(options.size).base_layers
-        first = first_layers(self.base.identity.name, layers, device=str(device))
-        model: Any = first.model
-        self.takes_masks = first.supports_tree
-        if not (hasattr(model.base_model, "layers") and hasattr(model.base_model, "norm") and first.body_gives_states):
-            raise IncompatibleError(
-                f"{self.base.identity.name} does not name its layers as Llama does; use --init scratch for it"
-            )
-        tuned = [*model.base_model.layers[-options.tuned_layers :], model.base_model.norm]
-        for part in tuned:
+            return True, scratch.to(device)
+        first = first_layers(name, named_size(options.size).base_layers, device=str(device))
+        body = first.model.base_model
+        if not (hasattr(body, "layers") and hasattr(body, "norm") and first.body_gives_states):
+            raise IncompatibleError(f"{name} does not name its layers as Llama does; use --init scratch for it")
+        for part in (*body.layers[-options.tuned_layers :], body.norm):
             part.requires_grad_(True)
-        return model
+        return first.supports_tree, first.model
 
     def _batch(self, rng: np.random.Generator) -> list[Segment]:
         """Segments of one step, of similar length: at most `positions` tokens with their padding, at least one."""
@@ -159,30 +146,25 @@ class RescorerTrainer(TextTrainer[HeldOutText, RescorerOptions]):
     def evaluate(self) -> HeldOutText:
         """Perplexity on the held-out segments, over the whole vocabulary, beside the base's."""
         weight = self.model.get_output_embeddings().weight.to(self.dtype)
-        sums = {"ours": 0.0, "base": 0.0, "agree": 0.0}
+        losses = [0.0, 0.0]  # the rescorer's, the base's
+        agreed = 0.0
         count = 0
         for segment in self.held_out:
             hidden, states, targets = self._forward([segment])
             following = torch.from_numpy(targets.astype(np.int64)).to(self.device)
             for rows in torch.arange(len(following)).split(CHUNK_ROWS):
-                for name, read, projection in (("ours", hidden, weight), ("base", states, self.projection)):
+                for i, (read, projection) in enumerate(((hidden, weight), (states, self.projection))):
                     logits = (read[rows].to(self.dtype) @ projection.T).float()
-                    sums[name] += float(torch.nn.functional.cross_entropy(logits, following[rows], reduction="sum"))
-                    if name == "ours":
-                        sums["agree"] += float((logits.argmax(-1) == following[rows]).sum())
+                    losses[i] += float(torch.nn.functional.cross_entropy(logits, following[rows], reduction="sum"))
+                    if i == 0:
+                        agreed += float((logits.argmax(-1) == following[rows]).sum())
             count += len(following)
-        loss = sums["ours"] / count
-        return HeldOutText(
-            round(loss, 4), _perplexity(loss), _perplexity(sums["base"] / count),
-            round(sums["agree"] / count, 4), count,
-        )  # fmt: skip
+        loss, of_base = (total / count for total in losses)
+        return HeldOutText(round(loss, 4), _perplexity(loss), _perplexity(of_base), round(agreed / count, 4), count)
 
     def _after_evaluation(self, measured: HeldOutText, out: Path) -> None:
         if not math.isfinite(measured.loss):
-            raise RescoreError(
-                f"the held-out loss is {measured.loss} at step {self.step}; {out} keeps its last checkpoint; begin "
-                "again with a lower learning rate and another --out"
-            )
+            raise self._diverged(f"the held-out loss is {measured.loss} at step {self.step}", out)
         if measured.loss < self.best:
             self.best, self.since_best = measured.loss, 0
             if self.workers.is_first:
@@ -220,12 +202,6 @@ class RescorerTrainer(TextTrainer[HeldOutText, RescorerOptions]):
             tokenizer_sha256=identity.tokenizer_sha256,
         )
         save_delta(self.model, sorted(self.parameters), config, out)
-
-    def _checkpoint_state(self) -> dict[str, Any]:
-        return {"best": self.best, "since_best": self.since_best}
-
-    def _restore_state(self, state: dict[str, Any]) -> None:
-        self.best, self.since_best = state["best"], state["since_best"]
 
 
 def _perplexity(loss: float) -> float:

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.paths import encodable
+from lm.base.machine import enough_memory
 from lm.checkpoint import write_tensors
 from lm.files import (
     append_json_line,
@@ -36,7 +37,6 @@ from lm.files import (
     writing,
 )
 from lm.locks import writing_to
-from lm.memory import enough_memory
 from lm.training.workers import start_workers
 
 if TYPE_CHECKING:
@@ -48,17 +48,20 @@ RESULT_FILES = ("config.json", "adapter_config.json", "model.safetensors", "adap
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How long a training goes on and how fast; the options of every training begin with it."""
+    """How long a training goes on and how fast; the options of every training begin with it.
+
+    `LEAST`: the smallest value of each option that has one. None stands for no limit.
+    """
 
     steps: int
     learning_rate: float  # the highest: after `warmup` steps, before the cosine
-    warmup: int
-    weight_decay: float
-    held_out: float  # share of the segments that is measured on
+    warmup: int = 50
+    weight_decay: float = 0.01
+    held_out: float = 0.03  # share of the segments that is measured on
     evaluate_every: int  # steps
     seed: int = 0
 
-    LEAST: ClassVar[dict[str, int]] = {}  # of a training's own numbers (None stands for no limit)
+    LEAST: ClassVar[dict[str, int]] = {}
 
     def check(self) -> None:
         """Raises `RescoreError` for the first option that is out of its range."""
@@ -82,6 +85,8 @@ class Trainer(ABC, Generic[Measured]):
     """One training. `train` runs it; `evaluate` measures what there is so far."""
 
     memory_option = "--positions"  # of the command; less of it needs less memory
+    state_fields: tuple[str, ...] = ("step", "stopped")  # attributes that a checkpoint keeps (JSON)
+    begins_trained = False  # whether it is worth knowing how good it is before step 1
 
     def __init__(
         self,
@@ -120,17 +125,6 @@ class Trainer(ABC, Generic[Measured]):
     def _save(self, out: Path) -> None:
         """Writes what was trained."""
 
-    def _begins_trained(self) -> bool:
-        """Whether what is trained was trained before, so that it is worth knowing how good it is before step 1."""
-        return False
-
-    def _checkpoint_state(self) -> dict[str, Any]:
-        """What else a checkpoint keeps (JSON)."""
-        return {}
-
-    def _restore_state(self, state: dict[str, Any]) -> None:
-        """Takes back `_checkpoint_state`."""
-
     def _after_evaluation(self, measured: Measured, out: Path) -> None:
         """Called after each evaluation, before the checkpoint; may set `stopped`."""
 
@@ -143,12 +137,14 @@ class Trainer(ABC, Generic[Measured]):
     ) -> Measured:
         """Trains to the last step, writing checkpoints, the log and at the end the result to `out`.
 
-        Goes on from a checkpoint in `out` if its options and data are the same (else `IncompatibleError` shows the
-        difference). What was trained before is measured before the first step, too. A loss or gradient that is not a
-        number stops the training (`RescoreError`) with the last good checkpoint kept; a second training in one folder
-        is refused (`OutputError`). `progress(step, steps, loss)` is called after every step, `evaluated(step, steps,
-        measured)` after every evaluation; an exception from one of them interrupts. Ctrl-C of a single process takes
-        effect behind its step and leaves a checkpoint; a second one at once.
+        progress: is called after every step with its number, that of all steps, and the loss.
+        evaluated: is called after every evaluation with the same numbers and what was measured; what was trained before
+            is measured before the first step, too. An exception from one of the two interrupts the training.
+
+        Goes on from a checkpoint in `out`. Ctrl-C of a single process takes effect after its step and leaves a
+        checkpoint; a second one at once. Raises `IncompatibleError` (with the difference) for a checkpoint of other
+        options or data, `OutputError` for a second training in one folder, `RescoreError` for a loss or gradient that
+        is not a number; the last good checkpoint is kept.
         """
         self._check_place(encodable(out, "--out"))
         # The first process of a training writes for all. A place that can't be written to shows now, not at the first
@@ -174,7 +170,8 @@ class Trainer(ABC, Generic[Measured]):
     ) -> Measured:
         schedule = self.schedule
         measured: Measured | None = None
-        if self.step == 0 and self._begins_trained():
+        advice = f"{out} keeps the last checkpoint; a smaller {self.memory_option} needs less"
+        if self.step == 0 and self.begins_trained:
             with enough_memory(f"a smaller {self.memory_option} needs less", at="the evaluation before step 1"):
                 measured = self.evaluate()
             if self.workers.is_first:
@@ -184,7 +181,6 @@ class Trainer(ABC, Generic[Measured]):
         while self.step < schedule.steps and not self.stopped:
             for group in self.optimizer.param_groups:
                 group["lr"] = schedule.learning_rate * group["rate"] * rate_at(self.step, schedule)
-            advice = f"{out} keeps the last checkpoint; a smaller {self.memory_option} needs less"
             with enough_memory(advice, at=f"step {self.step + 1}"):
                 value = self._step(out)
             self.step += 1
@@ -208,7 +204,7 @@ class Trainer(ABC, Generic[Measured]):
                 raise KeyboardInterrupt
         self.workers.wait()
         if self._finish(out) or measured is None:
-            with enough_memory(f"{out} keeps the last checkpoint", at="the last evaluation"):
+            with enough_memory(advice, at="the last evaluation"):
                 measured = self.evaluate()
         if self.workers.is_first:
             self._save(out)
@@ -219,9 +215,10 @@ class Trainer(ABC, Generic[Measured]):
 
     def _check_place(self, out: Path) -> None:
         """Raises `RescoreError` for a folder whose files a training would replace by its own."""
-        ours = any((out / name).is_file() for name in (CHECKPOINT_FILE, LOG_FILE))
-        if not ours and (found := [name for name in RESULT_FILES if (out / name).exists()]):
-            raise RescoreError(f"{out} holds something else than this training ({found[0]}); use another --out")
+        if any((out / name).is_file() for name in (CHECKPOINT_FILE, LOG_FILE)):
+            return
+        if others := [name for name in RESULT_FILES if (out / name).exists()]:
+            raise RescoreError(f"{out} holds something else than this training ({others[0]}); use another --out")
 
     def _finish(self, out: Path) -> bool:
         """Called after the last step, before the result is saved; whether that is other than what was measured last."""
@@ -238,20 +235,18 @@ class Trainer(ABC, Generic[Measured]):
         value = self.workers.sum(value, self.device)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0))
         if not math.isfinite(value + norm):
-            raise RescoreError(
-                f"the loss is {value} and its gradient {norm} at step {self.step + 1}; {out} keeps its last "
-                f"checkpoint; begin again with a lower learning rate and another --out"
-            )
+            raise self._diverged(f"the loss is {value} and its gradient {norm} at step {self.step + 1}", out)
         self.optimizer.step()
         return value
 
     def _check_weights(self, out: Path) -> None:
         # The gradient was finite, but what the last update made of the weights may not be.
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters.values()):
-            raise RescoreError(
-                f"the weights are not finite after step {self.step}; {out} keeps its last checkpoint; begin again with "
-                "a lower learning rate and another --out"
-            )
+            raise self._diverged(f"the weights are not finite after step {self.step}", out)
+
+    def _diverged(self, what: str, out: Path) -> RescoreError:
+        advice = "begin again with a lower learning rate and another --out"
+        return RescoreError(f"{what}; {out} keeps its last checkpoint; {advice}")
 
     def _log(self, out: Path, measured: Measured, **more: float) -> None:
         with writing(out), open_appending(out / LOG_FILE) as stream:
@@ -262,7 +257,7 @@ class Trainer(ABC, Generic[Measured]):
         for name, value in self.parameters.items():
             tensors[f"weights.{name}"] = value
             tensors |= {f"{key}.{name}": self.optimizer.state[value][key] for key in ("exp_avg", "exp_avg_sq")}
-        state = {"step": self.step, "stopped": self.stopped, **self._checkpoint_state(), **self._settings()}
+        state = {**{name: getattr(self, name) for name in self.state_fields}, **self._settings()}
         write_tensors(out / CHECKPOINT_FILE, tensors, metadata={"state": json.dumps(state)})
 
     def _cut_log(self, path: Path) -> None:
@@ -271,10 +266,10 @@ class Trainer(ABC, Generic[Measured]):
             return
         records = [record for _, record in read_json_lines(path, torn_tail=True)]
         # Without a checkpoint all of them come again, that of step 0 too.
-        kept = [record for record in records if self.step and record.get("step", 0) <= self.step]
-        if len(kept) < len(records):
+        before = [record for record in records if self.step and record.get("step", 0) <= self.step]
+        if len(before) < len(records):
             with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
-                for record in kept:
+                for record in before:
                     append_json_line(stream, record)
 
     def _read_checkpoint(self, path: Path, out: Path) -> None:
@@ -287,11 +282,12 @@ class Trainer(ABC, Generic[Measured]):
                     raise IncompatibleError(
                         f"{out} holds a training with other settings ({'; '.join(changed)}); use another --out"
                     )
-                self.step, self.stopped = state["step"], state["stopped"]
+                fields = {name: state[name] for name in self.state_fields}
                 tensors = {f"{p}.{n}": stream.get_tensor(f"{p}.{n}") for n in self.parameters for p in parts}
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise InvalidDataError(f"can't read the checkpoint {path}; remove it to begin again ({error})") from error
-        self._restore_state(state)
+        for name, value in fields.items():
+            setattr(self, name, value)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"weights.{name}"])
@@ -305,13 +301,13 @@ class Trainer(ABC, Generic[Measured]):
 @contextmanager
 def _held_back_interrupt(*, alone: bool) -> Iterator[Callable[[], bool]]:
     """Whether there was a Ctrl-C, instead of a `KeyboardInterrupt` in the middle of a step; the second one is one."""
-    came = False
+    pressed = False
 
     def hold(number: int, frame: FrameType | None) -> None:
-        nonlocal came
-        if came:
+        nonlocal pressed
+        if pressed:
             raise KeyboardInterrupt
-        came = True
+        pressed = True
 
     # Only the main thread hears signals; several processes have to stop together, which their launcher sees to.
     if not alone or threading.current_thread() is not threading.main_thread():
@@ -319,7 +315,7 @@ def _held_back_interrupt(*, alone: bool) -> Iterator[Callable[[], bool]]:
         return
     before = signal.signal(signal.SIGINT, hold)
     try:
-        yield lambda: came
+        yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
 

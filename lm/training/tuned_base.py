@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +28,21 @@ FROZEN, LORA, FULL = "none", "lora", "full"
 TUNINGS = (FROZEN, LORA, FULL)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """What of a base LM learns."""
-
-    how: str  # LORA: of every linear layer; FULL: every weight but the embeddings, which the heads' projection shares
-    rank: int  # of LoRA (alpha = 2 x rank, as peft's users have it)
-    layers: int | None  # of the last ones (in full, the final norm as well), so that a step costs less; None: all
-    gradient_checkpointing: bool
-
-
 class TunedBase:
     """The base LM's layers while they learn. Changes the model of `base` in place.
+
+    how: LORA of every linear layer, or FULL: every weight but the embeddings, which the heads' projection shares.
+    rank: of LoRA (alpha = 2 x rank, as peft's users have it).
+    layers: so many of the last ones (in full, the final norm as well), so that a step costs less; None: all.
 
     Raises `IncompatibleError` for an architecture that can't be fine-tuned here, `RescoreError` for too many layers.
     """
 
-    def __init__(self, base: BaseLM, tuning: Tuning, dtype: torch.dtype) -> None:
-        self.base, self.how, self.dtype = base, tuning.how, dtype
+    def __init__(
+        self, base: BaseLM, how: str, dtype: torch.dtype, *, rank: int, layers: int | None, gradient_checkpointing: bool
+    ) -> None:
+        self.base, self.how, self.dtype = base, how, dtype
         self.model: Any = base.model
-        layers = tuning.layers
         if not hasattr(self.model, "base_model") or self.model.base_model is self.model:
             raise IncompatibleError(f"{base.identity.name} can't be fine-tuned here: its layers have no body apart")
         if not base.body_gives_states:
@@ -56,8 +50,8 @@ class TunedBase:
         total = base.config.num_hidden_layers
         if layers is not None and layers > total:
             raise RescoreError(f"tuned_layers = {layers}, but {base.identity.name} has {total} layers")
-        if tuning.how == LORA:
-            self._add_adapter(tuning.rank, None if layers is None else list(range(total - layers, total)))
+        if how == LORA:
+            self._add_adapter(rank, None if layers is None else list(range(total - layers, total)))
         else:
             body = self.model.base_model
             if layers is not None and not (hasattr(body, "layers") and hasattr(body, "norm")):
@@ -67,7 +61,7 @@ class TunedBase:
             for embeddings in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
                 embeddings.requires_grad_(False)
         _without_dropout(self.model)  # what is random must follow from seed and step, and no evaluation be random
-        if tuning.gradient_checkpointing:
+        if gradient_checkpointing:
             self.model.train()  # transformers checkpoints in training mode only
             enable = getattr(self.model, "activation_checkpointing_enable", None)  # its newer name
             (enable or self.model.gradient_checkpointing_enable)({"use_reentrant": False})

@@ -18,6 +18,20 @@ import torch.distributed
 from lattices.errors import RescoreError
 
 
+@contextmanager
+def _together() -> Iterator[None]:
+    """One line where torch says at length that another process no longer answers."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # torch.distributed.DistBackendError is one
+        raise RescoreError(
+            "another process of this training has died or no longer answers; see its own message, then start all of "
+            "them again: the training goes on from its last checkpoint"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Workers:
     """This process, `rank`, of `count`."""
@@ -30,43 +44,29 @@ class Workers:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
+    @_together()
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Every gradient becomes the sum over all processes (a process without a share adds nothing)."""
         if self.count > 1:
             for parameter in parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                with _together():
-                    torch.distributed.all_reduce(parameter.grad)
+                torch.distributed.all_reduce(parameter.grad)
 
+    @_together()
     def sum(self, value: float, device: torch.device) -> float:
         """The sum of a number over all processes."""
         if self.count == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64, device=device)
-        with _together():
-            torch.distributed.all_reduce(total)
+        torch.distributed.all_reduce(total)
         return float(total)
 
+    @_together()
     def wait(self) -> None:
         """Until every process is here."""
         if self.count > 1:
-            with _together():
-                torch.distributed.barrier()
-
-
-@contextmanager
-def _together() -> Iterator[None]:
-    """One line where torch tells at length that another process no longer answers."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # torch.distributed.DistBackendError is one
-        raise RescoreError(
-            "another process of this training has died or no longer answers; see its own message, then start all of "
-            "them again: the training goes on from its last checkpoint"
-        ) from error
+            torch.distributed.barrier()
 
 
 def start_workers(device: torch.device) -> Workers:

@@ -1,13 +1,23 @@
-"""Rescorers by name. Others register an entry point in the group `rescore.rescorers`: a callable that takes the text
-after the colon of `name:text` (empty without one) and returns a `Rescorer`."""
+"""Rescorers by their spec, `name:key=value,key=value`.
+
+Others register an entry point in the group `rescore.rescorers`: a callable that takes the values as keyword arguments
+and returns a `Rescorer`. See `docs/rescorers.md`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib.metadata import EntryPoint, entry_points
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.metadata import entry_points
+from typing import Any
+
+import msgspec
 
 from lattices.errors import RescoreError, UnknownNameError
 from lm.neural.model import SIZES
+from rescore.checks import check_alpha
 from rescore.rescorers.base import Context, Rescorer, Target
 from rescore.rescorers.context_ngram import ContextNgram
 from rescore.rescorers.learned_bigram import LearnedBigram
@@ -17,51 +27,121 @@ from rescore.rescorers.ngram_neural import NgramNeural
 from rescore.rescorers.oracle import Oracle
 from rescore.rescorers.unrescored import Unrescored
 
-__all__ = ["Context", "Rescorer", "Target", "load_rescorer", "rescorer_names"]
+__all__ = ["Context", "Rescorer", "Target", "format_spec", "load_rescorer", "parse_spec", "rescorer_names"]
 
 ENTRY_POINTS = "rescore.rescorers"
-PLAIN: dict[str, type[Unrescored] | type[Oracle]] = {"none": Unrescored, "oracle": Oracle}
-WITH_TEXT: dict[str, Callable[[str], Rescorer]] = {
+BUILT_IN: dict[str, Callable[..., Rescorer]] = {
+    "none": Unrescored,
+    "oracle": Oracle,
     "ngram": Ngram,
     "context-ngram": ContextNgram,
     "learned-bigram": LearnedBigram,
     "neural": Neural,
     "ngram-neural": NgramNeural,
+    **{size: partial(Neural, size) for size in SIZES},
 }
+MAIN = ""  # the key of a value that is given without one
+WEIGHT = "alpha"  # the key that every rescorer with a weight takes
+_KEY = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+_VALUES = {float: "a number", int: "a whole number", bool: "true or false"}
 
 
 def rescorer_names() -> list[str]:
     """Names that `load_rescorer` takes, sorted."""
-    return sorted({*PLAIN, *WITH_TEXT, *SIZES, *(point.name for point in entry_points(group=ENTRY_POINTS))})
+    return sorted({*BUILT_IN, *(point.name for point in entry_points(group=ENTRY_POINTS))})
 
 
-def load_rescorer(specification: str) -> Rescorer:
-    """The rescorer that `name` or `name:text` stands for; a built-in one goes before another package's of that name.
+def parse_spec(text: str) -> tuple[str, dict[str, str]]:
+    """The name and the arguments of `name:key=value,key=value`; a first value without key is under `MAIN`.
 
-    Raises `UnknownNameError` with the nearest names, `RescoreError` if another package's rescorer can't be loaded.
+    What follows a comma and does not begin with `key=` belongs to the value before: a path may have commas in it.
+    Raises `RescoreError` for a colon or a key with nothing after it, and for a key that comes twice.
     """
-    name, _, text = specification.partition(":")
-    if name in PLAIN or name in SIZES:
-        if text:
-            raise RescoreError(f"the rescorer {name} takes no text after a colon; write --rescorer {name}")
-        return PLAIN[name]() if name in PLAIN else Neural(name)
-    if specification.endswith(":"):
-        raise RescoreError(f"--rescorer {specification}: nothing stands behind the colon; write {name} or {name}:TEXT")
-    if name in WITH_TEXT:
-        return WITH_TEXT[name](text)
+    name, colon, values = text.partition(":")
+    if colon and not values:
+        raise RescoreError(f"--rescorer {text}: nothing stands after the colon; write {name} or {name}:KEY=VALUE")
+    arguments: dict[str, str] = {}
+    key = MAIN
+    for part in values.split(",") if values else ():
+        if match := _KEY.fullmatch(part):
+            key = match[1]
+            if key in arguments:
+                raise RescoreError(f"--rescorer {text}: {key} is there twice; give it once")
+            arguments[key] = match[2]
+        else:
+            arguments[key] = f"{arguments[key]},{part}" if key in arguments else part
+    if empty := [key for key, value in arguments.items() if not value]:
+        raise RescoreError(f"--rescorer {text}: {empty[0] or 'a comma'} has no value; give one, or leave it out")
+    return name, arguments
+
+
+def format_spec(name: str, arguments: Mapping[str, str]) -> str:
+    """The spec that `parse_spec` gives these of."""
+    values = ",".join(value if key == MAIN else f"{key}={value}" for key, value in arguments.items())
+    return f"{name}:{values}" if values else name
+
+
+def load_rescorer(spec: str) -> Rescorer:
+    """The rescorer of a spec; a built-in one goes before another package's of that name.
+
+    Raises `UnknownNameError` with the nearest names or keys, `RescoreError` for a value that is none or if another
+    package's rescorer can't be loaded.
+    """
+    name, arguments = parse_spec(spec)
+    if name in BUILT_IN:
+        built_in: Rescorer = _build(name, BUILT_IN[name], arguments)
+        return built_in
     for point in entry_points(group=ENTRY_POINTS, name=name):
-        return _load_entry_point(point, text)
+        origin = f"the rescorer {name!r} of the package {point.dist.name if point.dist else point.value}"
+        try:
+            rescorer = _build(name, point.load(), arguments)
+        except RescoreError:
+            raise
+        except Exception as error:  # another package's code may raise anything
+            raise RescoreError(f"can't load {origin} ({error}); mend or uninstall that package") from error
+        if not isinstance(rescorer, Rescorer):
+            raise RescoreError(
+                f"{origin} is no rescore.rescorers.Rescorer ({point.value}); mend or uninstall that package"
+            )
+        return rescorer
     raise UnknownNameError("rescorer", name, rescorer_names())
 
 
-def _load_entry_point(point: EntryPoint, text: str) -> Rescorer:
-    origin = f"the rescorer {point.name!r} of the package {point.dist.name if point.dist else point.value}"
+def _build(name: str, factory: Callable[..., Any], arguments: Mapping[str, str]) -> Any:
+    """What a factory makes of its arguments, each turned into the type that its parameter has."""
+    kinds = {key: p.annotation for key, p in inspect.signature(factory, eval_str=True).parameters.items()}
+    keys = list(kinds)
+    values: dict[str, Any] = {}
+    for key, text in arguments.items():
+        key = keys[0] if key == MAIN and keys else key
+        if key in values:
+            raise RescoreError(f"--rescorer {name}: {key} is there twice, once without its name; give it once")
+        if key not in (*keys, WEIGHT):
+            raise _unknown_key(name, key, factory, keys)
+        values[key] = _value(name, key, text, kinds.get(key, float))
+    weight = None if WEIGHT in keys else values.pop(WEIGHT, None)
+    rescorer = factory(**values)
+    if weight is None or not isinstance(rescorer, Rescorer):
+        return rescorer
+    if rescorer.alpha is None:
+        raise _unknown_key(name, WEIGHT, factory, keys)
+    check_alpha(weight)
+    return rescorer.weighted(weight)
+
+
+def _value(name: str, key: str, text: str, kind: Any) -> Any:
+    if kind in (inspect.Parameter.empty, str):
+        return text
     try:
-        rescorer: Rescorer = point.load()(text)
-    except RescoreError:
-        raise
-    except Exception as error:  # another package's code may raise anything
-        raise RescoreError(f"can't load {origin} ({error}); mend or uninstall that package") from error
-    if not isinstance(rescorer, Rescorer):
-        raise RescoreError(f"{origin} is no rescore.rescorers.Rescorer ({point.value}); mend or uninstall that package")
-    return rescorer
+        return msgspec.convert(text, kind, strict=False)
+    except msgspec.ValidationError:
+        raise RescoreError(f"--rescorer {name}: {key} is {_VALUES.get(kind, kind)}, and {text!r} is none") from None
+
+
+def _unknown_key(name: str, key: str, factory: Callable[..., Any], keys: list[str]) -> RescoreError:
+    weighted = getattr(getattr(factory, "func", factory), WEIGHT, None) is not None
+    known = [*keys, *([WEIGHT] if weighted else [])]
+    if not known:
+        return RescoreError(f"the rescorer {name} takes no text after a colon; write --rescorer {name}")
+    what = f"takes no {key}" if key != MAIN else "takes no value without its key"
+    return RescoreError(f"the rescorer {name} {what}; it takes {', '.join(known)}")

@@ -20,15 +20,16 @@ if TYPE_CHECKING:
 class Context:
     """What stands before a lattice: one object per example, growing as its output does.
 
-    `prompt_ids` and `output_ids` so far; `future` (int `[t]`): the greedy tokens to come, where they are known already
-    (replay, or after the baseline ran). Only the oracle may look at the future. `kept`: what rescorers keep about the
-    example from step to step.
+    prompt_ids, output_ids: the tokens so far.
+    future: the greedy output, int `[t]`, where it is known already (replay, or after the baseline ran). Only the oracle
+        may look at it.
+    state: what rescorers remember about the example from step to step, by a name of their own.
     """
 
     prompt_ids: Sequence[int]
     output_ids: list[int] = field(default_factory=list)
     future: np.ndarray | None = None
-    kept: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
 
     def last(self, count: int) -> list[int]:
         """The last `count` tokens before the lattice, fewer where there are not so many."""
@@ -41,22 +42,21 @@ class Context:
 
 @dataclass(frozen=True)
 class Target:
-    """What a rescorer is to work for: the base LM's vocabulary and identity (None where a trace does not say), the
-    device to work on, and the base LM itself where it is loaded (`shared`: its weights need not be loaded twice)."""
+    """What a rescorer is to work for."""
 
-    vocab_size: int
+    vocab_size: int  # of the base LM
     eos_token_ids: tuple[int, ...]
-    tokenizer_sha256: str | None
-    base: BaseIdentity | None = None
-    device: str = "cpu"
-    shared: BaseLM | None = None
+    tokenizer_sha256: str | None  # None where a trace does not say
+    base: BaseIdentity | None = None  # None where a trace does not say
+    device: str = "cpu"  # to work on
+    shared: BaseLM | None = None  # the base LM where it is loaded: its weights need not be loaded twice
 
 
 class Rescorer(ABC):
     """Turns lattices into drafts. `draft` is all that a rescorer must have.
 
     alpha: the weight of its own scores beside the heads', 0 giving the unrescored drafts; None: it has no weight.
-    identity: what it scores with (hashes), so that tuned weights are found again and results say what made them.
+    identity: what it scores with (hashes), so that tuned weights are known again and results say what made them.
     """
 
     alpha: float | None = None

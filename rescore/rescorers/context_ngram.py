@@ -1,7 +1,4 @@
-"""`context-ngram`: an n-gram model mixed with one of the prompt and the output so far; a beam, beyond [A].
-
-`context-ngram[:[PATH][@SHARE]]`: the general model is `ngram`'s, `none` for none; SHARE (default 0.5) is the context's.
-"""
+"""`context-ngram`: an n-gram model mixed with one of the prompt and the output so far; a beam, beyond [A]."""
 
 from __future__ import annotations
 
@@ -20,27 +17,24 @@ from lattices.search import PBest
 from rescore.rescorers.base import Context, Rescorer, Target
 from rescore.rescorers.ngram import Ngram
 
-DEFAULT_ALPHA = 1.0  # best or near the best on all tasks of docs/results.md; twice the plain n-gram's
-DEFAULT_SHARE = 0.5
 NO_MODEL = "none"
 
 
 class ContextNgram(Rescorer):
-    """See `rescore.rescorers.base.Rescorer`."""
+    """See `rescore.rescorers.base.Rescorer`.
 
-    alpha: float
+    path: the general model, as `Ngram` takes it; `none` for none.
+    share: of the context's n-grams in the mixture, 0 to 1.
+    """
 
-    def __init__(self, text: str = "", *, alpha: float = DEFAULT_ALPHA) -> None:
-        path, _, share = text.rpartition("@") if "@" in text else (text, "", str(DEFAULT_SHARE))
-        try:
-            self.share = float(share)
-        except ValueError:
-            self.share = -1.0
-        if not 0 <= self.share <= 1:
-            raise RescoreError(f"context-ngram:{text}: the share after @ is a number from 0 to 1, like @0.5")
+    alpha: float = 1.0  # best or near the best on all tasks of docs/results.md; twice the plain n-gram's
+
+    def __init__(self, path: str = "", *, share: float = 0.5) -> None:
+        if not 0 <= share <= 1:
+            raise RescoreError(f"context-ngram: share = {share:g}; it is a number from 0 to 1")
+        self.share = share
         self.general = None if path == NO_MODEL else Ngram(path)
-        self.identity = f"context-ngram {self.general.identity if self.general else NO_MODEL} {self.share}"
-        self.alpha = alpha
+        self.identity = f"context-ngram {self.general.identity if self.general else NO_MODEL} {share}"
         self._search: NgramSearch | None = None
 
     def fit(self, target: Target) -> Self:
@@ -72,10 +66,8 @@ class ContextNgram(Rescorer):
 
 def _counts(context: Context) -> ContextCounts:
     """The context's n-grams, counted on from where they were at the step before."""
-    counts: ContextCounts = context.kept.setdefault("context n-grams", ContextCounts())
-    done = len(counts.tokens)
-    if done == 0:
+    counts: ContextCounts = context.state.setdefault("context n-grams", ContextCounts())
+    if not len(counts.tokens):
         counts.extend(context.prompt_ids)
-        done = len(context.prompt_ids)
-    counts.extend(context.output_ids[done - len(context.prompt_ids) :])
+    counts.extend(context.output_ids[len(counts.tokens) - len(context.prompt_ids) :])
     return counts

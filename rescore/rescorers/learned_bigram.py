@@ -1,10 +1,9 @@
-"""`learned-bigram[:PATH]`: the p best paths by the heads' log-probs + alpha x learned pair scores, exactly."""
+"""`learned-bigram`: the p best paths by the heads' log-probs + alpha x learned pair scores, exactly."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -14,74 +13,62 @@ from lattices.lattice import Lattice
 from lattices.pair_search import pair_p_best
 from lattices.paths import user_path
 from lattices.search import p_best
-from lm.base.catalog import BUILT_IN, load_embeddings, under_adapter
-from lm.neural.learned_bigram import LearnedBigram as BigramWeights
+from lm.base.catalog import BUILT_IN, load_embeddings
 from lm.neural.learned_bigram import load_bigram, shipped_bigram
+from lm.neural.model import base_with
 from rescore.rescorers.base import Context, Rescorer, Target
-
-DEFAULT_ALPHA = 1.0  # it was trained to stand beside the heads at this weight
-
-
-class _Tables:
-    """What each token says as the first and the second of a pair; made when first needed, shared by all weights."""
-
-    def __init__(self, model: BigramWeights, base: str | None) -> None:
-        self.model, self.base = model, base
-
-    @cached_property
-    def both(self) -> tuple[np.ndarray, np.ndarray]:
-        """Float32 `[vocab, rank]` each."""
-        if self.base is None:
-            raise RescoreError("a learned bigram must be fitted to a base LM first (fit)")
-        embeddings, weights_sha256 = load_embeddings(self.base)
-        if weights_sha256 != self.model.config.base_weights_sha256:
-            raise IncompatibleError(f"what {self.base} stands for has changed: the learned bigram needs other weights")
-        return self.model.tables(embeddings)
 
 
 class LearnedBigram(Rescorer):
-    """See `rescore.rescorers.base.Rescorer`."""
+    """See `rescore.rescorers.base.Rescorer`. path: a folder of `rescore train-bigram`; empty: the shipped one."""
 
-    alpha: float
+    alpha: float = 1.0  # it was trained to stand beside the heads at this weight
 
-    def __init__(self, text: str = "", *, alpha: float = DEFAULT_ALPHA) -> None:
-        self.path = user_path(text, "learned-bigram:") if text else shipped_bigram(BUILT_IN)
+    def __init__(self, path: str = "") -> None:
+        self.path = user_path(path, "learned-bigram:") if path else shipped_bigram(BUILT_IN)
         self.model = load_bigram(self.path)
         self.identity = f"learned-bigram {self.model.sha256}"
-        self.alpha = alpha
-        self._tables = _Tables(self.model, None)
+        self._base: str | None = None
+        # By base: what each token says as the first and as the second of a pair, float32 [vocab, rank] each. Made when
+        # first needed, and one for all copies, whatever their weights.
+        self._tables: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def fit(self, target: Target) -> Self:
         """See `Rescorer.fit`."""
         config = self.model.config
         if target.base is None:
             raise IncompatibleError(f"the trace does not name its base LM, and {self.path} needs its embeddings")
-        base = target.base
-        if base.weights_sha256 != config.base_weights_sha256:
-            base = under_adapter(base.name) or base  # adapters leave the embeddings as they are
-        if base.weights_sha256 != config.base_weights_sha256:
+        base = base_with(config.base_weights_sha256, target.base)  # adapters leave the embeddings as they are
+        if base is None:
             raise IncompatibleError(
                 f"the learned bigram {self.path} was made for {config.base_name}, not for {target.base.name}; "
                 "train one for it: rescore train-bigram"
             )
         fitted = copy.copy(self)
-        fitted._tables = _Tables(self.model, base.name)
+        fitted._base = base.name
         return fitted
-
-    def coverage(self, token_ids: np.ndarray) -> float:
-        """See `Rescorer.coverage`: it scores all tokens of its base."""
-        return 1.0
 
     def prefill(self, contexts: Sequence[Context]) -> None:
         """See `Rescorer.prefill`: makes the tables, once."""
         if self.alpha != 0:
-            _ = self._tables.both
+            self._pair_tables()
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
         """See `Rescorer.draft`."""
         if self.alpha == 0:
             return p_best(lattices, p).drafts
-        left, right = self._tables.both
+        left, right = self._pair_tables()
         ids = lattices.token_ids
         pairs = left[ids[:, :-1]] @ right[ids[:, 1:]].transpose(0, 1, 3, 2)  # [n, h-1, k, k]
         return pair_p_best(lattices, pairs, p, weight=self.alpha).drafts
+
+    def _pair_tables(self) -> tuple[np.ndarray, np.ndarray]:
+        base = self._base
+        if base is None:
+            raise RescoreError("a learned bigram must be fitted to a base LM first (fit)")
+        if base not in self._tables:
+            embeddings, weights_sha256 = load_embeddings(base)
+            if weights_sha256 != self.model.config.base_weights_sha256:
+                raise IncompatibleError(f"what {base} stands for has changed: the learned bigram needs other weights")
+            self._tables[base] = self.model.tables(embeddings)
+        return self._tables[base]

@@ -1,4 +1,4 @@
-"""`neural-32m`, `neural-61m`, `neural-94m`, `neural:PATH`: local rescoring by a small LM ([A] section 4).
+"""`neural`, `neural-32m`, `neural-61m`, `neural-94m`: local rescoring by a small LM ([A] section 4).
 
 One draft: left to right over the slots, the heads' log-probs + alpha x the LM's logits within the lattice's k tokens,
 arg-max, go on. p drafts, beyond [A]: a beam of p paths by the sum of the heads' log-probs + alpha x the LM's
@@ -9,7 +9,6 @@ block; the key/value cache follows the accepted output.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Sequence
 from typing import Self
 from weakref import WeakValueDictionary
@@ -23,18 +22,17 @@ from lm.neural.model import NeuralLM, NeuralSource, check_fits, find_neural, loa
 from rescore.rescorers.base import Context, Rescorer, Target
 from rescore.rescorers.neural_state import Group, groups_of
 
-DEFAULT_ALPHA = 0.5
 # Several rescorers of a run, and their weights, use one LM. The sha256 tells a retrained one in the same folder.
 _LOADED: WeakValueDictionary[tuple[NeuralSource, str, Target], NeuralLM] = WeakValueDictionary()
 
 
 class NeuralModel:
-    """A neural rescorer's LM, found at once, checked against a base LM, and loaded when it is first needed."""
+    """A neural rescorer's LM, looked up at once, checked against a base LM, and loaded when it is first needed."""
 
-    def __init__(self, text: str) -> None:
-        if not text:
+    def __init__(self, path: str) -> None:
+        if not path:
             raise RescoreError("neural needs a model: neural:FOLDER or a hub id, or one of neural-32m, -61m, -94m")
-        self.source = find_neural(text)
+        self.source = find_neural(path)
         self.sha256 = self.source.sha256
         self.identity = f"neural {self.sha256}"
         self.target: Target | None = None
@@ -42,25 +40,22 @@ class NeuralModel:
 
     def fit(self, target: Target) -> Self:
         """For a base LM. Raises `IncompatibleError` if it was made for another tokenizer or other weights."""
+        name = self.source.name
         if target.base is not None:
             check_fits(self.source, target.base)
-        elif self.source.delta is None:
-            made_for = tokenizer_sha256_of(self.source.folder)
-            if target.tokenizer_sha256 not in (None, made_for):
-                raise IncompatibleError(
-                    f"the rescorer {self.source.name} has another tokenizer than the trace's base LM"
-                )
-        else:
+        elif self.source.delta is not None:
             raise IncompatibleError(
-                f"the rescorer {self.source.name} needs the base LM it was made for, and the trace does not name its "
-                "own; give neural:FOLDER with a whole model"
+                f"the rescorer {name} needs the base LM it was made for, and the trace does not name its own; give "
+                "neural:FOLDER with a whole model"
             )
+        elif target.tokenizer_sha256 not in (None, tokenizer_sha256_of(self.source.folder)):
+            raise IncompatibleError(f"the rescorer {name} has another tokenizer than the trace's base LM")
         fitted = copy.copy(self)
         fitted.target = target
         return fitted
 
     def load(self) -> NeuralLM:
-        """The LM. Raises as `load_neural`, and `RescoreError` if it is not what it was when it was found."""
+        """The LM. Raises as `load_neural`, and `RescoreError` if it is not what it was when it was looked up."""
         if self.target is None:
             raise RescoreError("a neural rescorer must be fitted to a base LM first (fit)")
         key = (self.source, self.sha256, self.target)
@@ -88,7 +83,13 @@ class FollowsExamples(Rescorer):
     """What the rescorers with a neural LM share: they read on where they were in each example."""
 
     model: NeuralModel
-    alpha: float
+    alpha: float = 0.5
+
+    def fit(self, target: Target) -> Self:
+        """See `Rescorer.fit`."""
+        fitted = copy.copy(self)
+        fitted.model = self.model.fit(target)
+        return fitted
 
     def prefill(self, contexts: Sequence[Context]) -> None:
         """See `Rescorer.prefill`."""
@@ -101,22 +102,15 @@ class FollowsExamples(Rescorer):
 
 
 class Neural(FollowsExamples):
-    """See `rescore.rescorers.base.Rescorer`."""
+    """See `rescore.rescorers.base.Rescorer`.
 
-    def __init__(self, text: str, *, alpha: float = DEFAULT_ALPHA) -> None:
-        self.model = NeuralModel(text)
+    path: a named size (shipped), a folder of `rescore train-rescorer`, or any small causal LM (folder or hub id) with
+    the base's tokenizer.
+    """
+
+    def __init__(self, path: str = "") -> None:
+        self.model = NeuralModel(path)
         self.identity = self.model.identity
-        self.alpha = alpha
-
-    def fit(self, target: Target) -> Self:
-        """See `Rescorer.fit`."""
-        fitted = copy.copy(self)
-        fitted.model = self.model.fit(target)
-        return fitted
-
-    def coverage(self, token_ids: np.ndarray) -> float:
-        """See `Rescorer.coverage`: its vocabulary is the base's."""
-        return 1.0
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
         """See `Rescorer.draft`."""
@@ -125,56 +119,42 @@ class Neural(FollowsExamples):
         model = self.model.load()
         drafts = np.zeros((len(contexts), min(p, lattices.k ** (lattices.h - 1)), lattices.h), dtype=np.int32)
         for group, rows in self._groups(contexts):
-            some = Lattice(lattices.token_ids[rows], lattices.logps[rows])
-            drafts[rows] = local_drafts(model, group, some, self.alpha, p)
+            drafts[rows] = local_drafts(model, group, lattices[rows], self.alpha, p)
         return drafts
 
 
-@dataclasses.dataclass
-class _Beam:
-    """The best w partial paths of b lattices: tokens `[b, w, j]`, scores `[b, w]` falling, and their order by ids."""
-
-    tokens: np.ndarray
-    scores: np.ndarray
-    by_ids: np.ndarray  # [b, w], place of each path when they are sorted by token ids
-
-
 def local_drafts(model: NeuralLM, group: Group, lattices: Lattice, alpha: float, p: int) -> np.ndarray:
-    """Drafts int32 `[b, p', h]` of the lattices `[b, h, k]` behind a group's contexts, best first, ties by lowest ids.
+    """Drafts int32 `[b, p', h]` of the lattices `[b, h, k]` after a group's contexts, best first, ties by lowest ids.
 
     p = 1 adds alpha x logits, as [A] does; a beam compares paths, so it adds log-probs among each slot's tokens.
     """
     b, h, _ = lattices.token_ids.shape
-    beam = _Beam(lattices.token_ids[:, :1, :1], np.zeros((b, 1)), np.zeros((b, 1), dtype=np.int64))
+    paths, scores = lattices.token_ids[:, :1, :1], np.zeros((b, 1))  # [b, w, j] and [b, w]
     hidden = group.begin(lattices.token_ids[:, 0, 0])[:, None]  # [b, w, d]
-    parents = np.full((b, 1), -1)
+    nodes = np.full((b, 1), -1)  # of the last tokens of the paths
     for slot in range(1, h):
         ids = lattices.token_ids[:, slot]  # [b, k]
-        scores = model.score(hidden, ids)  # [b, w, k]
+        of_lm = model.score(hidden, ids)  # [b, w, k]
         if p > 1:
-            scores -= np.logaddexp.reduce(scores, axis=-1, keepdims=True)
-        steps = lattices.logps[:, slot].astype(np.float64)[:, None] + alpha * scores
-        beam, came_from = _extended(beam, ids, steps, p)
+            of_lm -= np.logaddexp.reduce(of_lm, axis=-1, keepdims=True)
+        steps = lattices.logps[:, slot].astype(np.float64)[:, None] + alpha * of_lm
+        paths, scores, extended = _extend(paths, scores, ids, steps, p)
         if slot < h - 1:
             before = group.cache.nodes
-            parents = np.take_along_axis(parents, came_from, axis=1)
-            hidden = group.read(beam.tokens[:, :, -1], parents)
-            parents = np.broadcast_to(np.arange(before, group.cache.nodes), came_from.shape)
-    return beam.tokens.astype(np.int32)
+            hidden = group.read(paths[:, :, -1], np.take_along_axis(nodes, extended, axis=1))
+            nodes = np.broadcast_to(np.arange(before, group.cache.nodes), extended.shape)
+    return paths.astype(np.int32)
 
 
-def _extended(beam: _Beam, ids: np.ndarray, steps: np.ndarray, p: int) -> tuple[_Beam, np.ndarray]:
-    """The p best paths one token longer (ids `[b, k]`, steps `[b, w, k]`), and the path `[b, p']` that each extends."""
+def _extend(
+    paths: np.ndarray, scores: np.ndarray, ids: np.ndarray, steps: np.ndarray, p: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The p best paths one token longer, their scores, and which path `[b, p']` each of them extends.
+
+    Paths `[b, w, j]` with their scores `[b, w]`; the next slot's tokens `[b, k]` and what each adds, `[b, w, k]`.
+    """
     b, w, k = steps.shape
-    scores = (beam.scores[:, :, None] + steps).reshape(b, w * k)
-    # Paths in the order of their ids first, so that a stable sort by score leaves equals in that order.
-    by_ids = np.lexsort((np.tile(ids, (1, w)), np.repeat(beam.by_ids, k, axis=1)), axis=1)
-    sorted_scores = np.take_along_axis(scores, by_ids, axis=1)
-    best = np.argsort(-sorted_scores, axis=1, kind="stable")[:, :p]  # [b, p'], places in `by_ids`
-    chosen = np.take_along_axis(by_ids, best, axis=1)
-    came_from = chosen // k
-    tokens = np.take_along_axis(beam.tokens, came_from[:, :, None], axis=1)
-    last = np.take_along_axis(ids, chosen % k, axis=1)
-    longer = np.concatenate([tokens, last[:, :, None]], axis=2)
-    rank = np.argsort(np.argsort(best, axis=1), axis=1)  # `best` counts in the order of ids
-    return _Beam(longer, np.take_along_axis(scores, chosen, axis=1), rank), came_from
+    longer = np.concatenate([np.repeat(paths, k, axis=1), np.tile(ids, (1, w))[:, :, None]], axis=2)  # [b, w k, j+1]
+    scores = (scores[:, :, None] + steps).reshape(b, w * k)
+    best = np.lexsort((*longer.transpose(2, 0, 1)[::-1], -scores), axis=1)[:, :p]  # by score, then by token ids
+    return np.take_along_axis(longer, best[:, :, None], axis=1), np.take_along_axis(scores, best, axis=1), best // k

@@ -1,13 +1,13 @@
 """What a neural rescorer has read of the examples it follows: their settled tokens, and the nodes of the last drafts.
 
 Examples that begin together are read together, in groups of similar length (less padding). An example keeps its place
-in `Context.kept`, so every rescorer object and every weight has its own.
+in `Context.state`, so every rescorer object and every weight has its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -19,37 +19,31 @@ GROUP_ROWS = 32
 GROUP_TOKENS = 16384  # of the prompts of a group, padding included
 
 
-@dataclass(eq=False)
 class Group:
     """Examples whose tokens lie in one cache, a row each.
 
-    `nodes[row]`: (parent, token) -> node of what was read behind the settled tokens, parent -1 for the first.
+    nodes[row]: (parent, token) -> node of what was read after the settled tokens, parent -1 for the first.
     """
 
-    model: NeuralLM
-    contexts: list[Context]
-    nodes: list[dict[tuple[int, int], int]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.nodes = [{} for _ in self.contexts]
-        prompts = tuple(tuple(context.prompt_ids) for context in self.contexts)
-        if len(prompts) > 1 and (cache := self.model.remembered(prompts)) is not None:
-            self.cache = cache
-            return
-        self.cache = self.model.new_cache(len(self.contexts))
-        if not any(prompts):
-            return
-        self.model.read_text(self.cache, _padded([list(prompt) for prompt in prompts])[0])
-        self._forget([list(range(len(prompt))) for prompt in prompts])
-        if len(prompts) > 1:  # a replay of many examples, which a sweep repeats; live decoding comes by once
-            self.model.remember(prompts, self.cache)
+    def __init__(self, model: NeuralLM, contexts: list[Context]) -> None:
+        self.model, self.contexts = model, contexts
+        self.nodes: list[dict[tuple[int, int], int]] = [{} for _ in contexts]
+        prompts = tuple(tuple(context.prompt_ids) for context in contexts)
+        several = len(prompts) > 1  # a replay of many examples, which a sweep repeats; live decoding comes by once
+        remembered = model.remembered(prompts) if several else None
+        self.cache = model.new_cache(len(contexts)) if remembered is None else remembered
+        if remembered is None and any(prompts):
+            model.read_text(self.cache, _padded([list(prompt) for prompt in prompts])[0])
+            self._forget([list(range(len(prompt))) for prompt in prompts])
+            if several:
+                model.remember(prompts, self.cache)
 
     def keep(self, contexts: Sequence[Context]) -> None:
         """Drops the rows of all other examples."""
         if len(contexts) < len(self.contexts):
             self._settle_nodes()
-            wanted = {id(context) for context in contexts}
-            rows = [row for row, context in enumerate(self.contexts) if id(context) in wanted]
+            staying = {id(context) for context in contexts}
+            rows = [row for row, context in enumerate(self.contexts) if id(context) in staying]
             self.cache.select(rows)
             self.contexts = [self.contexts[row] for row in rows]
             self.nodes = [{} for _ in rows]
@@ -57,15 +51,14 @@ class Group:
     def begin(self, first: np.ndarray) -> torch.Tensor:
         """Settles what was accepted and reads what is new and `first` `[b]`; the states after it, `[b, d]`."""
         pending = self._pending(first)
-        lengths = np.array([len(tokens) for tokens in pending])
         hidden = self.model.read_text(self.cache, _padded(pending)[0])
-        self._forget([list(range(n)) for n in lengths])
-        return hidden[torch.arange(len(lengths)), torch.from_numpy(lengths - 1)]
+        self._forget([list(range(len(chain))) for chain in pending])
+        return hidden[range(len(pending)), [len(chain) - 1 for chain in pending]]
 
     def begin_with_trees(
         self, first: np.ndarray, tokens: np.ndarray, parents: np.ndarray, counts: np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `begin`, and reads a tree behind `first` in the same forward.
+        """As `begin`, and reads a tree after `first` in the same forward.
 
         tokens, parents int `[b, n]` (parent -1: `first`), of which the first `counts` `[b]` are there. Returns states
         `[b, d]` after `first` and `[b, n, d]` after the nodes.
@@ -82,7 +75,7 @@ class Group:
             self._remember(row, range(len(chain)), range(-1, len(chain) - 1), chain)
             there = range(longest, longest + int(counts[row]))
             self._remember(row, there, offset[row].tolist(), tokens[row].tolist())
-        return hidden[torch.arange(len(lengths)), torch.from_numpy(lengths - 1)], hidden[:, longest:]
+        return hidden[range(len(pending)), lengths - 1], hidden[:, longest:]
 
     def read(self, tokens: np.ndarray, parents: np.ndarray) -> torch.Tensor:
         """Reads new nodes, tokens and parents int `[b, n]`; the states after them, `[b, n, d]`."""
@@ -128,12 +121,9 @@ class Group:
 
 
 def _padded(chains: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Chains of tokens as nodes: tokens and parents int64 `[b, longest]`, padded behind their ends."""
-    longest = max(map(len, chains))
-    tokens = np.zeros((len(chains), longest), dtype=np.int64)
-    for row, chain in enumerate(chains):
-        tokens[row, : len(chain)] = chain
-    return tokens, np.broadcast_to(np.arange(-1, longest - 1), tokens.shape)
+    """Chains of tokens as nodes: tokens and parents int64 `[b, longest]`, padded after their ends."""
+    tokens = np.array(list(zip_longest(*chains, fillvalue=0)), dtype=np.int64).T
+    return tokens, np.broadcast_to(np.arange(-1, tokens.shape[1] - 1), tokens.shape)
 
 
 def groups_of(model: NeuralLM, key: str, contexts: Sequence[Context]) -> list[tuple[Group, np.ndarray]]:
@@ -141,7 +131,7 @@ def groups_of(model: NeuralLM, key: str, contexts: Sequence[Context]) -> list[tu
 
     Examples that are new are put into groups of their own; those of a group that are not asked for any more leave it.
     """
-    new = [i for i, context in enumerate(contexts) if key not in context.kept]
+    new = [i for i, context in enumerate(contexts) if key not in context.state]
     new.sort(key=lambda i: len(contexts[i].prompt_ids))
     while new:
         # By falling length from the end: the longest prompt of a group says how many fit.
@@ -149,11 +139,10 @@ def groups_of(model: NeuralLM, key: str, contexts: Sequence[Context]) -> list[tu
         members = [contexts[new.pop()] for _ in range(min(rows, len(new)))]
         group = Group(model, members)
         for context in members:
-            context.kept[key] = group
-    found: list[tuple[Group, np.ndarray]] = []
-    for group in dict.fromkeys(context.kept[key] for context in contexts):
-        asked = [context for context in contexts if context.kept[key] is group]
-        group.keep(asked)
-        place = {id(context): i for i, context in enumerate(contexts)}
-        found.append((group, np.array([place[id(context)] for context in group.contexts])))
-    return found
+            context.state[key] = group
+    place = {id(context): i for i, context in enumerate(contexts)}
+    groups: list[tuple[Group, np.ndarray]] = []
+    for group in dict.fromkeys(context.state[key] for context in contexts):
+        group.keep([context for context in contexts if context.state[key] is group])
+        groups.append((group, np.array([place[id(context)] for context in group.contexts])))
+    return groups

@@ -1,13 +1,12 @@
-"""`ngram-neural[:[MODEL][@FIRST]]`: n-gram first, neural second; beyond [A].
+"""`ngram-neural`: n-gram first, neural second; beyond [A].
 
-FIRST (`context-ngram`, default, or `ngram`, each with its own text and default weight) gives its 8 best drafts; one
-forward of MODEL (default `neural-61m`) over their prefix tree scores them all, and they are put in order by FIRST's
-score + alpha x the LM's log-probs among the k tokens of each slot. No sequential loop. alpha = 0: unrescored drafts.
+An n-gram rescorer with its default weight gives its 8 best drafts; one forward of a small LM over their prefix tree
+scores them all, and they are put in order by the n-gram's score + alpha x the LM's log-probs among the k tokens of each
+slot. No sequential loop. alpha = 0: unrescored drafts.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Self
 
@@ -16,38 +15,46 @@ import numpy as np
 from lattices.errors import RescoreError
 from lattices.lattice import Lattice
 from lattices.prefix_tree import build_prefix_tree
-from lattices.search import PBest, p_best
+from lattices.search import p_best
 from lm.neural.model import NeuralLM
 from rescore.rescorers.base import Context, Target
 from rescore.rescorers.context_ngram import ContextNgram
-from rescore.rescorers.neural import DEFAULT_ALPHA, FollowsExamples, NeuralModel
+from rescore.rescorers.neural import FollowsExamples, NeuralModel
 from rescore.rescorers.neural_state import Group
 from rescore.rescorers.ngram import Ngram
 
-DEFAULT_MODEL = "neural-61m"
 CANDIDATES = 8  # the forward reads every node of their tree
-FIRST: dict[str, type[Ngram] | type[ContextNgram]] = {"ngram": Ngram, "context-ngram": ContextNgram}
 
 
 class NgramNeural(FollowsExamples):
-    """See `rescore.rescorers.base.Rescorer`."""
+    """See `rescore.rescorers.base.Rescorer`.
 
-    def __init__(self, text: str = "", *, alpha: float = DEFAULT_ALPHA) -> None:
-        model, _, first = text.partition("@")
-        name, _, first_text = (first or "context-ngram").partition(":")
-        if name not in FIRST:
-            raise RescoreError(f"ngram-neural:{text}: what comes first is {' or '.join(FIRST)}, like @ngram")
-        self.first = FIRST[name](first_text)
-        self.model = NeuralModel(model or DEFAULT_MODEL)
+    path: the LM, as `Neural` takes it.
+    first: what gives the candidates, `context-ngram` or `ngram`.
+    ngram: its model, as it takes it.
+    share: of the context's n-grams (`context-ngram` only).
+    """
+
+    def __init__(
+        self, path: str = "neural-61m", *, first: str = "context-ngram", ngram: str = "", share: float | None = None
+    ) -> None:
+        self.first: Ngram | ContextNgram
+        if first == "ngram":
+            if share is not None:
+                raise RescoreError("ngram-neural: share is for first=context-ngram; drop it")
+            self.first = Ngram(ngram)
+        elif first == "context-ngram":
+            self.first = ContextNgram(ngram) if share is None else ContextNgram(ngram, share=share)
+        else:
+            raise RescoreError(f"ngram-neural: first = {first}; what comes first is ngram or context-ngram")
+        self.model = NeuralModel(path)
         self.identity = f"ngram-neural {self.first.identity} {self.first.alpha} {self.model.identity}"
-        self.alpha = alpha
         self.eos_token_ids: tuple[int, ...] = ()
 
     def fit(self, target: Target) -> Self:
         """See `Rescorer.fit`."""
-        fitted = copy.copy(self)
-        fitted.first, fitted.model = self.first.fit(target), self.model.fit(target)
-        fitted.eos_token_ids = target.eos_token_ids
+        fitted = super().fit(target)
+        fitted.first, fitted.eos_token_ids = self.first.fit(target), target.eos_token_ids
         return fitted
 
     def coverage(self, token_ids: np.ndarray) -> float:
@@ -59,16 +66,12 @@ class NgramNeural(FollowsExamples):
         if self.alpha == 0:
             return p_best(lattices, p).drafts
         best = self.first.best(lattices, contexts, max(p, CANDIDATES))
-        model = self.model.load()
-        drafts = np.zeros_like(best.drafts[:, :p])
+        model, scores = self.model.load(), best.scores.copy()
         for group, rows in self._groups(contexts):
-            some = Lattice(lattices.token_ids[rows], lattices.logps[rows])
-            candidates = PBest(best.drafts[rows], best.scores[rows])
-            logps = path_logps(model, group, some, candidates.drafts, self.eos_token_ids)
-            scores = candidates.scores + self.alpha * logps
-            order = np.argsort(-scores, axis=1, kind="stable")[:, :p]  # equals stay in the n-gram's order
-            drafts[rows] = np.take_along_axis(candidates.drafts, order[:, :, None], axis=1)
-        return drafts
+            logps = path_logps(model, group, lattices[rows], best.drafts[rows], self.eos_token_ids)
+            scores[rows] += self.alpha * logps
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :p]  # equals stay in the n-gram's order
+        return np.take_along_axis(best.drafts, order[:, :, None], axis=1)
 
 
 def path_logps(
@@ -76,7 +79,7 @@ def path_logps(
 ) -> np.ndarray:
     """The LM's log-probs of drafts `[b, p, h]` of lattices `[b, h, k]`, among the k tokens of each slot: `[b, p]`.
 
-    What stands behind an end-of-text counts nothing. One forward: a draft's tokens from the second to the last but one
+    What stands after an end-of-text counts nothing. One forward: a draft's tokens from the second to the last but one
     are nodes of its row's tree, which the drafts share as far as they agree.
     """
     b, p, h = drafts.shape

@@ -24,7 +24,7 @@ from rescore.runs.log import (
 from rescore.runs.recording import content_sha256
 from rescore.runs.records import SCHEMA, ExampleRecord, Result, ResultsDocument, RunConfig
 from rescore.suites.files import MANIFEST_FILE, PLAN_FILE, read_manifest
-from rescore.tracing import HEADER_FILE, Trace, check_settings, load_trace, trace_folder
+from rescore.tracing import HEADER_FILE, Trace, check_settings, read_trace, trace_folder
 
 if TYPE_CHECKING:
     import pandas
@@ -154,7 +154,7 @@ class Evaluation:
         if not (folder / HEADER_FILE).is_file():
             return None
         try:
-            trace = load_trace(folder)
+            trace = read_trace(folder)
             if not inputs.trace:
                 check_settings(folder, trace.header, k=k, settings=settings)
             elif content_sha256(folder, trace.header.parts) != self.config.data.get(task, {}).get("sha256"):

@@ -18,7 +18,7 @@ import torch
 from lattices.errors import RescoreError, UnknownNameError
 from rescore.checks import check_held_k
 from rescore.decoding import VERIFY_MODES, decode, first_difference, margin_at, usable_verify
-from rescore.replay import replay, replay_steps, unrescored_at
+from rescore.replaying import replay, replay_steps, unrescored_at
 from rescore.rescorers import Rescorer, load_rescorer
 from rescore.runs.environment import environment
 from rescore.runs.evaluated import Evaluation
@@ -51,7 +51,7 @@ def evaluate(
 ) -> Evaluation:
     """Makes every run on every task, and accounts for it.
 
-    recordings: of `rescore.record` or `rescore.load_trace`; runs: specs, `Run`s or rescorers, the same on all tasks or
+    recordings: of `rescore.record` or `rescore.read_trace`; runs: specs, `Run`s or rescorers, the same on all tasks or
     by task.
     live: decodes with base LM and heads and measures time, p drafts verified as a `tree` or a `batch`; else replays.
     seed: of the bootstrap intervals, the one random thing.

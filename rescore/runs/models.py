@@ -46,7 +46,7 @@ class Models:
 
         if self._given_heads:
             return self._given_heads
-        return load_heads(self.inputs.heads, self.identity, device=self.base.device, dtype=self.base.heads_dtype)
+        return load_heads(self.identity, self.inputs.heads, device=self.base.device, dtype=self.base.heads_dtype)
 
     @property
     def device(self) -> str:

@@ -33,8 +33,8 @@ from rescore.tracing import (
     Trace,
     TraceHeader,
     check_settings,
-    load_trace,
     read_header,
+    read_trace,
     record_trace,
     trace_folder,
 )
@@ -148,7 +148,7 @@ class Recording:
         if trace is None:
             if not (self.folder / HEADER_FILE).is_file():
                 return None
-            trace = load_trace(self.folder)
+            trace = read_trace(self.folder)
             check_settings(self.folder, trace.header, k=self.k, settings=self.settings)
         by_id = {example.id: example for example in trace.examples}
         for example in self.data.examples if self.data else ():
@@ -193,7 +193,7 @@ class Recording:
             max_new_tokens=self.settings["max_new_tokens"],
             max_prompt_tokens=self.settings["max_prompt_tokens"],
             k=self.k,
-            held=recorded,
+            recorded=recorded,
             check=lambda: models.check_unchanged(self.settings),
             progress=(lambda done, total: progress(f"trace {self.name}", done, total)) if progress else None,
         )
@@ -305,12 +305,21 @@ def record(
     return recording
 
 
+def load_trace(folder: str | Path, *, k: int = 1, **inputs: Any) -> Recording:
+    """A trace that `record` or `rescore trace` left, or that was made elsewhere, for `rescore.evaluate`.
+
+    k: lattice entries of a slot that will be needed; inputs: further fields of `Inputs` (task, limit, h, leave_out).
+    Raises `RescoreError` for what it does not hold, `InvalidDataError` if it is broken.
+    """
+    return open_recording(Inputs(trace=str(folder), **inputs), k=k)
+
+
 def _given(inputs: Inputs, k: int) -> Recording:
     """The recording of a trace folder, wherever it was made. It knows its task, or is called what the user likes, else
     like its folder."""
     assert inputs.trace is not None
     folder = user_path(inputs.trace)
-    trace = load_trace(folder)
+    trace = read_trace(folder)
     recorded = recorded_task(trace.header)
     own = load_task(inputs.task) if inputs.task and is_task_file(inputs.task) else None
     name = own.name if own else inputs.task or recorded or folder.resolve().name

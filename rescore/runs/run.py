@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from lattices.errors import RescoreError
-from rescore.checks import check_k, check_p
-from rescore.rescorers import Rescorer, load_rescorer
+from rescore.checks import check_alpha, check_k, check_p
+from rescore.rescorers import WEIGHT, Rescorer, format_spec, load_rescorer, parse_spec
 from rescore.runs.records import Alpha
 
 DEFAULT_K = 16
-MAX_ALPHA = 64.0
 TUNED: Literal["tuned"] = "tuned"  # the alpha that stands for what `rescore tune` kept
 ORACLE = "oracle"
-_OWN = re.compile(r"(?<=[:,])(p|k|alpha)=([^,]*)(?:,|$)")
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,11 @@ class Run:
         """What no two runs of an evaluation share: label, p, k."""
         return self.label, self.p, self.k
 
+    @property
+    def number(self) -> float | None:
+        """The weight, if it is given as one."""
+        return self.alpha.alpha if isinstance(self.alpha, Alpha) else None if self.alpha == TUNED else self.alpha
+
     def load(self) -> Rescorer:
         """The rescorer. Raises as `load_rescorer`."""
         return load_rescorer(self.rescorer) if isinstance(self.rescorer, str) else self.rescorer
@@ -59,12 +61,6 @@ class Run:
 def label_of(rescorer: str | Rescorer) -> str:
     """The spec itself, or the name of a rescorer's class."""
     return rescorer if isinstance(rescorer, str) else type(rescorer).__name__
-
-
-def check_alpha(alpha: float) -> None:
-    """Raises `RescoreError` for what is no weight."""
-    if not 0 <= alpha <= MAX_ALPHA:
-        raise RescoreError(f"--alpha {alpha:g}; a rescorer's weight is from 0 to {MAX_ALPHA:g}")
 
 
 def runs_of(
@@ -83,22 +79,19 @@ def runs_of(
         if isinstance(spec, Run):
             runs[spec] = None
             continue
-        rescorer, own = _own_settings(spec) if isinstance(spec, str) else (spec, {})
-        weight = parse_alpha(own["alpha"]) if "alpha" in own else alpha
-        label = label_of(rescorer)
-        if "alpha" in own:
-            label += f"{',' if ':' in label else ':'}alpha={own['alpha']}"
+        own: dict[str, str] = {}
+        rescorer, label = spec, label_of(spec)
+        if isinstance(spec, str):
+            name, arguments = parse_spec(spec)
+            own = {key: arguments.pop(key) for key in ("p", "k") if key in arguments}
+            label = format_spec(name, arguments)  # with the weight: two weights of one rescorer are two runs
+            own |= {key: arguments.pop(key) for key in (WEIGHT,) if key in arguments}
+            rescorer = format_spec(name, arguments)
+        weight = parse_alpha(own[WEIGHT]) if WEIGHT in own else alpha
         for k in [_whole(spec, own["k"])] if "k" in own else ks:
             for p in [_whole(spec, own["p"])] if "p" in own else [1] if rescorer == ORACLE else ps:
                 runs[Run(rescorer, p=p, k=k, alpha=weight, label=label)] = None
     return list(runs)
-
-
-def _own_settings(spec: str) -> tuple[str, dict[str, str]]:
-    """A spec without its `p`, `k` and `alpha`, and these."""
-    own = {name: value for name, value in _OWN.findall(spec)}
-    rest = _OWN.sub("", spec).rstrip(",") if own else spec
-    return (rest.rstrip(":") if own else rest), own
 
 
 def parse_alpha(text: str) -> float | Literal["tuned"]:

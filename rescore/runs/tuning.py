@@ -10,7 +10,7 @@ from lm.files import write_json
 from lm.records import plain
 from rescore.accounting import account
 from rescore.checks import check_held_k
-from rescore.replay import replay
+from rescore.replaying import replay
 from rescore.rescorers import Rescorer
 from rescore.runs.environment import environment
 from rescore.runs.inputs import Notify, Progress

@@ -12,14 +12,14 @@ import numpy as np
 
 from lattices.errors import InvalidDataError, RescoreError
 from lm.base.model import BaseIdentity, BaseLM
-from lm.files import cache_directory
-from lm.keys import key_of
+from lm.keys import cache_entry
 from lm.records import read_record
+from rescore.checks import MAX_ALPHA
 from rescore.rescorers import Rescorer, Target
 from rescore.runs.inputs import Inputs
 from rescore.runs.recording import Recording
 from rescore.runs.records import Alpha, RunRecord, Tuned
-from rescore.runs.run import MAX_ALPHA, Run
+from rescore.runs.run import Run
 from rescore.tracing import Trace
 
 LEAST_COVERAGE = 0.1
@@ -153,4 +153,4 @@ def tuned_path(recording: Recording, rescorer: Rescorer, *, k: int, p: int) -> P
         "k": k,
         "p": p,
     }
-    return cache_directory() / "tuned" / f"{recording.name}-{key_of(decides, 24)}.json"
+    return cache_entry("tuned", recording.name, decides, suffix=".json")

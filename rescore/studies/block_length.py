@@ -25,7 +25,7 @@ from lm.heads.block_heads import BlockHeads
 from rescore.accounting import account
 from rescore.checks import check_held_k
 from rescore.groups import count_groups
-from rescore.replay import replay
+from rescore.replaying import replay
 from rescore.rescorers import Context, Rescorer
 from rescore.studies.records import Record, record_of
 from rescore.studies.verify_curve import verify_curve

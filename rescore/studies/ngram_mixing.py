@@ -15,15 +15,14 @@ from lattices.ngrams import NgramModel
 from lm.ngram.load import LoadedNgram
 from lm.ngram.mix import Mixture, NgramPart
 from rescore.accounting import account
-from rescore.checks import check_held_k
+from rescore.checks import MAX_ALPHA, check_held_k
 from rescore.groups import held_out
-from rescore.replay import replay
+from rescore.replaying import replay
 from rescore.rescorers import Context, Rescorer
 from rescore.rescorers.ngram import DEFAULT_ALPHA
 from rescore.runs.inputs import Progress
-from rescore.runs.run import MAX_ALPHA
 from rescore.runs.weights import target_of
-from rescore.tracing import Trace, load_trace
+from rescore.tracing import Trace, read_trace
 
 SHARES = tuple(n / 10 for n in range(1, 10))
 ROUNDS = 3  # of three models or more, at most: each sweeps every model's weight once
@@ -79,7 +78,7 @@ def tune_mixture(
         raise RescoreError(f"--limit {limit}; at least one example is needed")
     if not 0 < alpha <= MAX_ALPHA:
         raise RescoreError(f"--alpha {alpha:g}; to tune a mixture it must be above 0 and at most {MAX_ALPHA:g}")
-    loaded = load_trace(trace)
+    loaded = read_trace(trace)
     check_held_k(loaded.header.k, k)
     made_for = target_of(loaded).tokenizer_sha256
     for part in parts:

@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 
 from lattices.errors import RescoreError
 from lm.text_files import rows_file
+from rescore.checks import MAX_ALPHA
 from rescore.decoding import VERIFY_MODES
 from rescore.rescorers import load_rescorer
 from rescore.runs.inputs import Inputs
 from rescore.runs.leave_out import read_leave_out
 from rescore.runs.recording import recorded_task
-from rescore.runs.run import DEFAULT_K, MAX_ALPHA, ORACLE, Run
+from rescore.runs.run import DEFAULT_K, ORACLE, Run
 from rescore.runs.tuning import DEFAULT_ALPHAS, HELD_OUT
 from rescore.tasks import load_task
 from rescore.tracing import read_header

@@ -69,17 +69,19 @@ class Limits:
 class Task:
     """A task: prompt, references, metrics, and where its data come from.
 
-    `fields` are those a record must have. `template` holds names in braces that stand for text fields of the record, or
-    for what `variables` makes of the record if that is given; it is the whole record of how a prompt is made, so it
-    belongs in cache keys and results. `row` comes before all this: it gives the record, with these fields, of a row
-    that may have another shape, or None for a row that is not this task's (`rows` says in words which are). `chat` puts
-    the prompt into the base LM's chat template. `passage` names the text field that perplexity is of. `group` gives the
-    text of the source that examples share (a passage, a document, a conversation); None: the prompt itself, so that
-    only examples that ask the same are of one group.
-
-    Data come from `file` (JSON lines) or from the `hub`; `without_hub` tells a user why there is none, and what to do.
-    `sample` is a JSON lines file in the package that stands in where neither `--data` nor the hub gives data.
-    `definition` is all that a user's own file says of the task (None: built in), part of what a trace is made of.
+    fields: those that a record must have.
+    template: the prompt, with names in braces that stand for text fields of the record, or for what `variables` makes
+        of it. It is the whole record of how a prompt is made, so it belongs in cache keys and results.
+    chat: whether the prompt is put into the base LM's chat template.
+    row: gives the record of a row that may have another shape, None for a row that is not this task's.
+    rows: says in words which rows are.
+    passage: the text field that perplexity is of.
+    group: gives the text of the source that examples share (a passage, a document, a conversation); without it only
+        examples that ask the same are of one group.
+    file: the task's own data (JSON lines).
+    hub: where the hub keeps its data; `without_hub` tells a user why it does not, and what to do.
+    sample: a JSON lines file in the package that stands in where neither `--data` nor the hub gives data.
+    definition: all that a user's own file says of the task (None: built in), part of what a trace is made of.
     """
 
     name: str
@@ -133,6 +135,11 @@ def text_field(record: Record, name: str) -> str:
     return checked_text(record[name], name)
 
 
+def only_reference(name: str) -> Callable[[Record], tuple[str, ...]]:
+    """References for a task whose one reference is the text of the field `name`."""
+    return lambda record: (text_field(record, name),)
+
+
 def checked_text(value: object, name: str) -> str:
     """`value` of the field `name`, if it is text. Raises `InvalidDataError` that says what it is instead."""
     if not isinstance(value, str):
@@ -142,16 +149,6 @@ def checked_text(value: object, name: str) -> str:
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
         raise InvalidDataError(f"the field {name!r} holds half a surrogate pair, which is no valid text") from error
     return value
-
-
-def only_reference(name: str) -> Callable[[Record], tuple[str, ...]]:
-    """References for a task whose one reference is the text of the field `name`."""
-    return lambda record: (text_field(record, name),)
-
-
-def only_text(name: str) -> Callable[[Record], str]:
-    """The group of a task whose examples share the text of the field `name`."""
-    return lambda record: text_field(record, name)
 
 
 def text_list(value: object, name: str) -> tuple[str, ...]:
@@ -165,12 +162,5 @@ def text_list(value: object, name: str) -> tuple[str, ...]:
 
 def json_kind(value: object) -> str:
     """What JSON calls a value, for messages."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, int | float):
-        return "a number"
-    if isinstance(value, Mapping):
-        return "an object"
-    return "text" if isinstance(value, str) else "a list"
+    kinds = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
+    return kinds.get(type(value), "an object" if isinstance(value, Mapping) else "a list")

@@ -10,8 +10,8 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ REFUSALS = {403, 407, 429}  # statuses by which a proxy or the hub turns everybo
 class TaskData:
     """Examples and their origin.
 
-    `source` is a JSON object for results: `kind` (`file`, `hub` or `sample`), where it was, and `sha256` of all of it,
-    whatever the limit, and where examples were left out their ids, `left_out`. `notice` is a line for the user if the
-    data are not the task's own.
+    source: a JSON object for results: `kind` (`file`, `hub` or `sample`), where it was, `sha256` of all of it, whatever
+        the limit, and where examples were left out their ids, `left_out`.
+    notice: a line for the user if the data are not the task's own.
     """
 
     examples: tuple[Example, ...]
@@ -56,44 +56,76 @@ def load_examples(
     """
     if limit is not None and limit < 1:
         raise RescoreError(f"the limit of examples must be at least 1, not {limit}; leave it out to take all")
-    limit = limit or task.limits.examples
+    selection = _Selection(task, limit or task.limits.examples, leave_out)
     if (path := data or task.file) is not None:
-        return _from_file(task, path, limit, leave_out, kind="file")
-    if task.hub is None:
-        missing = task.without_hub
-    else:
+        return _from_file(selection, path, kind="file")
+    missing = task.without_hub
+    if task.hub is not None:
         try:
-            return _from_hub(task, task.hub, limit, leave_out)
+            return _from_hub(selection, task.hub)
         except _UnreachableError as error:
             missing = str(error)
     if task.sample is None:
         raise RescoreError(
             f"no data for task {task.name}: {missing}; give --data PATH, JSON lines with {wanted_rows(task)}"
         )
-    sample = _from_file(task, task.sample, limit, leave_out, kind="sample")
+    sample = _from_file(selection, task.sample, kind="sample")
     notice = (
         f"{missing}; using {len(sample.examples)} examples of the sample embedded for task {task.name}, "
         "whose numbers do not compare with the real data set's (--data PATH gives other data)"
     )
-    return TaskData(sample.examples, sample.source, notice)
+    return replace(sample, notice=notice)
 
 
-def _chosen(
-    task: Task, read: Sequence[Example], source: dict[str, Any], limit: int | None, leave_out: Collection[str]
-) -> TaskData:
-    """The first `limit` of the examples that are not left out, one of each group first."""
-    examples = read
-    if leave_out:
-        examples = [example for example in read if digest(example.prompt) not in leave_out]
-        kept = {example.id for example in examples}
-        source = {**source, "left_out": [example.id for example in read if example.id not in kept]}
-        if not examples:
-            raise RescoreError(f"all {len(read)} examples of {task.name} are to be left out; drop --leave-out")
-    order = one_of_each_first([example.group for example in examples])
-    return TaskData(tuple(examples[place] for place in order[:limit]), source)
+def wanted_rows(task: Task) -> str:
+    """The rows of a task's data, in words."""
+    return task.rows or f"the {'field' if len(task.fields) == 1 else 'fields'} {', '.join(task.fields)}"
 
 
-def _from_file(task: Task, path: Path, limit: int | None, leave_out: Collection[str], *, kind: str) -> TaskData:
+@dataclass(frozen=True)
+class _Selection:
+    """Which examples of a task are taken: see `load_examples`."""
+
+    task: Task
+    limit: int | None
+    leave_out: Collection[str]
+
+    def read(self, records: Iterable[tuple[int, Record]], *, where: str) -> list[Example]:
+        """The examples of the records, as far as they are needed: until there are `limit` of different groups."""
+        task, groups, examples = self.task, set[str](), dict[str, Example]()
+        for number, row in records:
+            try:
+                record = task.row(row) if task.row else row
+                if record is None:
+                    continue
+                identity = _identity(record, number)
+                while identity in examples:
+                    identity = f"{identity}#{number}"
+                example = examples[identity] = task.example(record, id=identity)
+            except InvalidDataError as error:
+                raise InvalidDataError(f"{where} {number}: {error}") from error
+            if self._takes(example):
+                groups.add(example.group)
+                if len(groups) == self.limit:
+                    break
+        return list(examples.values())
+
+    def data(self, examples: list[Example], source: dict[str, Any]) -> TaskData:
+        """The first `limit` of the examples that are not left out, one of each group first."""
+        taken = [example for example in examples if self._takes(example)]
+        if not taken:
+            raise RescoreError(f"all {len(examples)} examples of {self.task.name} are to be left out; drop --leave-out")
+        if self.leave_out:
+            source = {**source, "left_out": [example.id for example in examples if not self._takes(example)]}
+        order = one_of_each_first([example.group for example in taken])
+        return TaskData(tuple(taken[place] for place in order[: self.limit]), source)
+
+    def _takes(self, example: Example) -> bool:
+        return not self.leave_out or digest(example.prompt) not in self.leave_out
+
+
+def _from_file(selection: _Selection, path: Path, *, kind: str) -> TaskData:
+    task = selection.task
     if not os.path.isfile(path):  # unlike `Path.is_file`, no error for a name too long or a folder closed to us
         try:
             path.stat()
@@ -106,69 +138,32 @@ def _from_file(task: Task, path: Path, limit: int | None, leave_out: Collection[
             f"the data of task {task.name} are JSON lines with {wanted_rows(task)}"
         )
     file = identify(path, wants_rows=True)
-    examples = _examples(task, rows(file), limit, leave_out, where=f"{path} {file.unit}")
+    examples = selection.read(rows(file), where=f"{path} {file.unit}")
     check_whole(file)
     if not examples:
         nothing = "is empty" if next(rows(file), None) is None else f"has no rows of task {task.name}"
         raise InvalidDataError(f"{path} {nothing}; task {task.name} needs {wanted_rows(task)}")
     # The embedded sample goes by its name alone: where the package is installed says nothing about the data.
     shown = str(path) if kind == "file" else path.name
-    return _chosen(task, examples, {"kind": kind, "path": shown, "sha256": sha256_of_file(path)}, limit, leave_out)
-
-
-def wanted_rows(task: Task) -> str:
-    """The rows of a task's data, in words."""
-    return task.rows or f"the {'field' if len(task.fields) == 1 else 'fields'} {', '.join(task.fields)}"
-
-
-def _examples(
-    task: Task,
-    records: Iterable[tuple[int, Record]],
-    limit: int | None,
-    leave_out: Collection[str],
-    *,
-    where: str,
-) -> list[Example]:
-    """The examples of the records, as far as they are needed: until there are `limit` of different groups."""
-    groups: set[str] = set()
-    examples: list[Example] = []
-    seen: set[str] = set()
-    for number, row in records:
-        try:
-            record = task.row(row) if task.row else row
-            if record is None:
-                continue
-            identity = _identity(record, number)
-            while identity in seen:
-                identity = f"{identity}#{number}"
-            example = task.example(record, id=identity)
-        except InvalidDataError as error:
-            raise InvalidDataError(f"{where} {number}: {error}") from error
-        seen.add(identity)
-        examples.append(example)
-        if not leave_out or digest(example.prompt) not in leave_out:
-            groups.add(example.group)
-            if len(groups) == limit:
-                break
-    return examples
+    return selection.data(examples, {"kind": kind, "path": shown, "sha256": sha256_of_file(path)})
 
 
 def _identity(record: Record, number: int) -> str:
     value = record.get("id")
     if value is None:
         return str(number)
-    if isinstance(value, str):
-        return checked_text(value, "id")
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
         raise InvalidDataError(f"the field 'id' holds {json_kind(value)} where text or a whole number is needed")
-    return str(value)
+    return checked_text(value, "id")
 
 
 class _UnreachableError(Exception):
     """The hub can't be reached and its data set is not in the local cache."""
 
 
-def _from_hub(task: Task, hub: HubSource, limit: int | None, leave_out: Collection[str]) -> TaskData:
+def _from_hub(selection: _Selection, hub: HubSource) -> TaskData:
     from datasets import config, load_dataset
     from datasets.utils import logging as datasets_logging
 
@@ -198,12 +193,12 @@ def _from_hub(task: Task, hub: HubSource, limit: int | None, leave_out: Collecti
     sha256 = hashlib.sha256()
     for record in dataset:
         sha256.update(json.dumps(record, sort_keys=True, default=str).encode() + b"\n")
-    examples = _examples(task, enumerate(dataset, start=1), limit, leave_out, where=f"{hub.path} record")
+    examples = selection.read(enumerate(dataset, start=1), where=f"{hub.path} record")
     if not examples:
-        nothing = f"no records of task {task.name} in its split {hub.split}"
+        nothing = f"no records of task {selection.task.name} in its split {hub.split}"
         raise InvalidDataError(f"{hub.path} holds {nothing}; give --data PATH")
     source = {"kind": "hub", "path": hub.path, **arguments, "sha256": sha256.hexdigest()}
-    return _chosen(task, examples, source, limit, leave_out)
+    return selection.data(examples, source)
 
 
 def _hub_trouble(hub: HubSource, timeout: float = HUB_TIMEOUT) -> str | None:

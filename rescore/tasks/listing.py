@@ -13,9 +13,14 @@ from rescore.tasks.data import load_examples, wanted_rows
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """One task in words: `source` is where its data come from by default, `rows` what a `--data` file must hold,
-    `limits` what its file says; `examples` and `first_prompt` are there where its data lie in a file of its own, which
-    has been read then; `problem` is why another package's task can't be loaded (all else is empty then)."""
+    """One task in words.
+
+    rows: what a `--data` file must hold.
+    source: where its data come from by default.
+    limits: what its file says.
+    examples, first_prompt: there where its data lie in a file of its own, which has been read then.
+    problem: why another package's task can't be loaded (all else is empty then).
+    """
 
     name: str
     description: str = ""
@@ -36,19 +41,19 @@ class TaskFacts:
 
 
 def list_tasks(names: Sequence[str] = ()) -> list[TaskFacts]:
-    """The facts of the tasks (names or YAML files; none: of all there are, broken ones told in `problem`).
+    """The facts of the tasks (names or YAML files; none: of all there are, broken ones with their `problem`).
 
     Raises `RescoreError` for a task asked for by name that can't be loaded, or whose own data file can't be read.
     """
     if names:
         return [facts_of(load_task(name), reads=True) for name in names]
-    found = []
+    facts = []
     for name in task_names():
         try:
-            found.append(facts_of(load_task(name)))
+            facts.append(facts_of(load_task(name)))
         except RescoreError as error:
-            found.append(TaskFacts(name, problem=str(error)))
-    return found
+            facts.append(TaskFacts(name, problem=str(error)))
+    return facts
 
 
 def facts_of(task: Task, *, reads: bool = False) -> TaskFacts:
@@ -64,7 +69,7 @@ def facts_of(task: Task, *, reads: bool = False) -> TaskFacts:
         source=_source(task),
         passage=task.passage,
         limits=asdict(task.limits),
-        examples=len(examples) if examples is not None else None,
+        examples=len(examples) if examples else None,
         first_prompt=examples[0].prompt if examples else None,
     )
 

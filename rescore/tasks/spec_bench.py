@@ -1,4 +1,4 @@
-"""Spec-Bench (Xia et al. 2024), [A] table 6: one file, `question.jsonl`, whose rows each have a category.
+"""Spec-Bench (Xia et al. 2024), table 6 of [A] (Kim et al. 2024): one file, `question.jsonl`; each row has a category.
 
 Every category is a task that reads only its own rows. The first turn is the prompt: what follows it would need the
 answer before. GSM8K's category, `math_reasoning`, is read by the task gsm8k.
@@ -9,7 +9,7 @@ text or a list. Hub copies that hold one category only need no `category`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from lattices.errors import InvalidDataError
 from rescore.tasks.base import HubSource, Metric, Record, Task, checked_text, json_kind
@@ -52,11 +52,12 @@ def _first_references(value: object) -> list[str]:
     if value is None or value == []:
         return []
     first = value[0] if isinstance(value, list) else value
-    found = first if isinstance(first, list) else [first]
-    return [checked_text(entry, "reference") for entry in found]
+    return [checked_text(entry, "reference") for entry in (first if isinstance(first, list) else [first])]
 
 
-def task_of(name: str, description: str, *categories: str, hub: HubSource, metrics: tuple[Metric, ...] = ()) -> Task:
+def _task(
+    name: str, description: str, *categories: str, hub: HubSource | None = None, metrics: tuple[Metric, ...]
+) -> Task:
     """The task of some categories."""
     return Task(
         name=name,
@@ -66,38 +67,25 @@ def task_of(name: str, description: str, *categories: str, hub: HubSource, metri
         references=lambda record: tuple(dict.fromkeys(record["references"])),
         row=row_of(*categories),
         rows=f"Spec-Bench's rows of category {', '.join(categories)} (question_id, category, turns, reference)",
-        hub=hub,
+        # The authors publish on GitHub; this copy has a file for each category, rows unchanged.
+        hub=hub or HubSource("RedHatAI/speculator_benchmarks", None, "train", data_files=f"{name}.jsonl"),
         metrics=metrics,
     )
 
 
-def _part(file: str) -> HubSource:
-    # The authors publish on GitHub; this copy has a file for each category, rows unchanged.
-    return HubSource("RedHatAI/speculator_benchmarks", None, "train", data_files=file)
-
-
-TASKS: Mapping[str, Task] = {
-    task.name: task
-    for task in (
-        task_of(
-            "mt_bench", "open questions, first turns (MT-bench, in Spec-Bench)", *MT_BENCH,
-            hub=HubSource("lighteval/mt-bench", None, "train"),  # judged by a model elsewhere: no metric here
-        ),
-        task_of(
-            "translation", "German to English (WMT14, in Spec-Bench)", "translation",
-            hub=_part("translation.jsonl"), metrics=(CHRF, BLEU),
-        ),
-        task_of(
-            "summarization", "summaries of news articles (CNN/DailyMail, in Spec-Bench)", "summarization",
-            hub=_part("summarization.jsonl"), metrics=(ROUGE_L,),
-        ),
-        task_of(
-            "qa", "questions without a passage (Natural Questions, in Spec-Bench)", "qa",
-            hub=_part("qa.jsonl"), metrics=(EXACT_MATCH, F1),
-        ),
-        task_of(
-            "rag", "questions with retrieved passages (Natural Questions, in Spec-Bench)", "rag",
-            hub=_part("rag.jsonl"), metrics=(EXACT_MATCH, F1),
-        ),
-    )
-}  # fmt: skip
+TASKS = (
+    _task(
+        "mt_bench", "open questions, first turns (MT-bench, in Spec-Bench)", *MT_BENCH,
+        hub=HubSource("lighteval/mt-bench", None, "train"), metrics=(),  # judged by a model elsewhere
+    ),
+    _task("translation", "German to English (WMT14, in Spec-Bench)", "translation", metrics=(CHRF, BLEU)),
+    _task(
+        "summarization", "summaries of news articles (CNN/DailyMail, in Spec-Bench)", "summarization",
+        metrics=(ROUGE_L,),
+    ),
+    _task("qa", "questions without a passage (Natural Questions, in Spec-Bench)", "qa", metrics=(EXACT_MATCH, F1)),
+    _task(
+        "rag", "questions with retrieved passages (Natural Questions, in Spec-Bench)", "rag",
+        metrics=(EXACT_MATCH, F1),
+    ),
+)  # fmt: skip

@@ -42,25 +42,26 @@ def load_task_file(path: Path) -> Task:
     """
     top = read_yaml(path)
     fields = top.fields(KEYS, required=("source", "prompt"))
-    name = _name(fields["name"]) if "name" in fields else _name_of_file(path)
-    source = fields["source"].fields(SOURCE_KEYS)
+    file, hub = _source(fields["source"], path)
     template, used = _template(fields["prompt"])
     reference = _field_path(fields["reference"]) if "reference" in fields else ""
+    limits = fields["limits"].fields(LIMIT_KEYS) if "limits" in fields else {}
     passage = _text(fields["passage"]) if "passage" in fields else None
     group = _field_path(fields["group"]) if "group" in fields else ""
     return Task(
-        name=name,
+        name=_name(fields.get("name"), path),
         description=" ".join(_text(fields["description"]).split()) if "description" in fields else f"of {path.name}",
-        fields=tuple(dict.fromkeys([*used, *_top(reference), *_top(passage or ""), *_top(group)])),
+        # Of a path into objects, the field that it begins with.
+        fields=tuple(dict.fromkeys([*used, *(path.split(".")[0] for path in (reference, passage, group) if path)])),
         template=template,
         references=_references(reference),
         metrics=_metrics(fields["metric"], bool(reference)) if "metric" in fields else (),
         chat=fields["chat"].flag() if "chat" in fields else True,
         passage=passage,
         group=_group(group) if group else None,
-        limits=_limits(fields["limits"]) if "limits" in fields else Limits(),
-        file=_file(fields["source"], source, path),
-        hub=_hub(fields["source"], source),
+        limits=Limits(**{key: limit.whole(least=1) for key, limit in limits.items()}),
+        file=file,
+        hub=hub,
         definition=_definition(top),
     )
 
@@ -74,19 +75,15 @@ def _text(value: Value) -> str:
     return text
 
 
-def _name(value: Value) -> str:
-    name = _text(value)
-    if not _NAME.fullmatch(name):
-        raise value.wrong(f"{name[:80]!r} is no name; give up to 64 letters, digits, dots, _ and -")
-    return name
-
-
-def _name_of_file(path: Path) -> str:
-    if not _NAME.fullmatch(path.stem):
+def _name(value: Value | None, path: Path) -> str:
+    name = path.stem if value is None else _text(value)
+    if _NAME.fullmatch(name):
+        return name
+    if value is None:
         raise InvalidDataError(
             f"{path} gives no name, and its own is none of letters, digits, dots, _ and -; add name: my-task"
         )
-    return path.stem
+    raise value.wrong(f"{name[:80]!r} is no name; give up to 64 letters, digits, dots, _ and -")
 
 
 def _template(value: Value) -> tuple[str, list[str]]:
@@ -113,10 +110,6 @@ def _field_path(value: Value) -> str:
     if not all(path.split(".")):
         raise value.wrong(f"{path!r} is no field; give its name, with dots into objects (answers.text)")
     return path
-
-
-def _top(path: str) -> list[str]:
-    return [path.split(".")[0]] if path else []
 
 
 def _references(path: str) -> Callable[[Record], tuple[str, ...]]:
@@ -155,56 +148,42 @@ def _at(record: Record, path: str) -> object:
 def _metrics(value: Value, has_reference: bool) -> tuple[Metric, ...]:
     if not has_reference:
         raise value.wrong("a metric needs answers to compare with; add reference: FIELD")
-    metrics: dict[str, Metric] = {}
+    metrics: list[Metric] = []
     for entry in value.items():
+        name = _text(entry)
         try:
-            metric = find_metric(_text(entry))
-        except InvalidDataError:
-            raise
+            metric = find_metric(name)
         except RescoreError as error:
             raise entry.wrong(str(error)) from None
-        if metric.name in metrics:
+        if metric in metrics:
             raise entry.wrong(f"the metric {metric.name!r} is there twice; keep one")
-        metrics[metric.name] = metric
-    return tuple(metrics.values())
+        metrics.append(metric)
+    return tuple(metrics)
 
 
-def _limits(value: Value) -> Limits:
-    found = {key: limit.whole(least=1) for key, limit in value.fields(LIMIT_KEYS).items()}
-    return Limits(**found)
-
-
-def _file(value: Value, source: Mapping[str, Value], path: Path) -> Path | None:
-    if "file" not in source:
-        return None
-    if others := [key for key in SOURCE_KEYS if key != "file" and key in source]:
-        raise value.wrong(f"file and {others[0]} can't stand together; keep one of file and hub")
-    try:
-        return path.parent / user_path(_text(source["file"]), "file")
-    except RescoreError as error:
-        raise source["file"].wrong(str(error)) from None
-
-
-def _hub(value: Value, source: Mapping[str, Value]) -> HubSource | None:
-    if "file" in source:
-        return None
+def _source(value: Value, path: Path) -> tuple[Path | None, HubSource | None]:
+    """Where the data lie: a file or a place on the hub, the other one None."""
+    fields = value.fields(SOURCE_KEYS)
+    if "file" in fields:
+        if others := [key for key in SOURCE_KEYS if key != "file" and key in fields]:
+            raise value.wrong(f"file and {others[0]} can't stand together; keep one of file and hub")
+        name = _text(fields["file"])
+        try:
+            return path.parent / user_path(name, "file"), None
+        except RescoreError as error:
+            raise fields["file"].wrong(str(error)) from None
     for key in ("hub", "split"):
-        if key not in source:
+        if key not in fields:
             raise value.wrong(f"the key {key!r} is missing; give file: PATH, or hub: ID and split: NAME")
-    found = {key: _text(entry) for key, entry in source.items()}
-    return HubSource(
-        found["hub"], found.get("config"), found["split"], found.get("revision"), data_files=found.get("files")
+    text = {key: _text(entry) for key, entry in fields.items()}
+    return None, HubSource(
+        text["hub"], text.get("config"), text["split"], text.get("revision"), data_files=text.get("files")
     )
 
 
-def _definition(top: Value) -> dict[str, Any]:
+def _definition(value: Value) -> Any:
     """All that the file says, as plain values: what makes two versions of a task two tasks."""
-
-    def plain(value: Value) -> Any:
-        if value.is_mapping:
-            return {key: plain(entry) for key, entry in value.fields(None).items()}
-        entries = value.items()
-        return str(value.node.value) if entries == [value] else [plain(entry) for entry in entries]
-
-    found: dict[str, Any] = plain(top)
-    return found
+    if value.is_mapping:
+        return {key: _definition(entry) for key, entry in value.fields(None).items()}
+    entries = value.items()
+    return str(value.node.value) if entries == [value] else [_definition(entry) for entry in entries]

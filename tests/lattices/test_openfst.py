@@ -14,12 +14,12 @@ from lattices.errors import RescoreError
 from lattices.lattice import Lattice
 from lattices.ngram_search import ARC_SCALE, NgramSearch
 from lattices.ngrams import SPECIAL_WORDS, NgramArrays, NgramModel
-from lattices.openfst import (
+from rescore.exports.openfst import (
     automaton_text,
     composition_text,
     dense_states,
     lattice_text,
-    phi_label_of,
+    phi_label,
     token_symbols,
     word_symbols,
 )
@@ -113,10 +113,10 @@ def test_a_batch_is_refused() -> None:
 )
 def test_the_automaton_s_text_scores_words_as_the_automaton(order: int, words: int, weight: float) -> None:
     automaton = Automaton.compile(model_of(order, holes=True, words=words))
-    phi = phi_label_of(automaton)
+    phi = phi_label(automaton)
     states = dense_states(automaton)
     begin = states[len(states) // 2]
-    start, arcs, final = parsed("".join(automaton_text(automaton, weight=weight, start=int(begin), phi_label=phi)))
+    start, arcs, final = parsed("".join(automaton_text(automaton, weight=weight, start=int(begin), phi=True)))
     assert start == len(states) // 2
     assert sorted(final) == list(range(len(states)))
     assert len(arcs[0]) == words  # the root: every word, no back-off
@@ -137,25 +137,10 @@ def test_the_automaton_s_text_scores_words_as_the_automaton(order: int, words: i
 
 def test_back_off_is_epsilon_unless_a_label_is_given() -> None:
     automaton = Automaton.compile(model_of(3))
-    phi = phi_label_of(automaton)
-    with_epsilon, with_phi = "".join(automaton_text(automaton)), "".join(automaton_text(automaton, phi_label=phi))
+    phi = phi_label(automaton)
+    with_epsilon, with_phi = "".join(automaton_text(automaton)), "".join(automaton_text(automaton, phi=True))
     assert with_phi.replace(f"\t{phi}\t{phi}\t", "\t0\t0\t") == with_epsilon
     assert with_epsilon.count("\t0\t0\t") == len(dense_states(automaton)) - 1
-
-
-@pytest.mark.parametrize("label", [-1, 0, 1, WORDS])
-def test_a_phi_label_that_is_a_word_s_is_refused(label: int) -> None:
-    with pytest.raises(
-        RescoreError, match=rf"the label {label} is a word's or epsilon; choose one from {WORDS + 1} on"
-    ):
-        list(automaton_text(Automaton.compile(model_of(2)), phi_label=label))
-
-
-def test_a_start_that_is_no_state_is_refused() -> None:
-    automaton = Automaton.compile(model_of(3))
-    for start in (-1, 2, len(automaton.cells)):
-        with pytest.raises(RescoreError, match=f"{start} is no state of this automaton"):
-            list(automaton_text(automaton, start=start))
 
 
 @pytest.mark.parametrize("order", range(1, MAX_ORDER + 1))
@@ -181,8 +166,8 @@ def test_symbol_tables_name_every_label_once() -> None:
     unigrams = np.arange(len(vocabulary), dtype=np.int32)[:, None]
     zeros = np.zeros(len(vocabulary), dtype=np.float32)
     automaton = Automaton.compile(NgramModel(vocabulary, (NgramArrays(unigrams, zeros, zeros),)))
-    phi = phi_label_of(automaton)
-    rows = [line.rstrip("\n").split("\t") for line in word_symbols(automaton, phi_label=phi)]
+    phi = phi_label(automaton)
+    rows = [line.rstrip("\n").split("\t") for line in word_symbols(automaton, phi=True)]
     assert rows[:5] == [["<eps>", "0"], ["<unk>", "1"], ["<s>", "2"], ["</s>", "3"], ["naïve", "4"]]
     assert rows[-1] == ["<phi>", str(phi)]
     assert [int(label) for _, label in rows] == list(range(phi + 1))

@@ -160,7 +160,7 @@ class TestLoading:
         assert base.hidden_size == base.identity.hidden_size == 24
         made = make_heads(base)
         made.save(tmp_path / "heads")
-        assert load_heads(str(tmp_path / "heads"), base.identity).config.hidden_size == 24
+        assert load_heads(base.identity, str(tmp_path / "heads")).config.hidden_size == 24
 
     @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
     def test_experts_in_float64(self, tmp_path: Path, name: str):

@@ -16,9 +16,8 @@ from hypothesis.extra.numpy import arrays
 
 from lattices.errors import InvalidDataError, OutputError, RescoreError
 from lattices.ngrams import SPECIAL_WORDS, NgramArrays, NgramModel
-from lm.ngram import arpa, arpa_text
-from lm.ngram.arpa import read_arpa, write_arpa
-from lm.ngram.arpa_text import LineFormatter
+from lm.ngram import arpa
+from lm.ngram.arpa import formatted_lines, read_arpa, write_arpa
 from tests.conftest import files_of_at_most
 
 TINY = Path(__file__).parent / "reference" / "kenlm" / "tiny.arpa"
@@ -132,7 +131,7 @@ class TestReading:
     @pytest.mark.parametrize("size", [1, 2, 7, 64])
     def test_blocks_may_end_anywhere(self, monkeypatch: pytest.MonkeyPatch, size: int):
         whole = read_arpa(TINY)
-        monkeypatch.setattr(arpa, "BLOCK_BYTES", size)
+        monkeypatch.setattr(arpa, "BLOCK_LINES", size)
         monkeypatch.setattr(arpa, "PREAMBLE_BYTES", len("\\data\\"))
         assert_equal(read_arpa(TINY), whole)
 
@@ -141,6 +140,17 @@ class TestReading:
             tmp_path, ("-0.3\t<s> the\t-0.15\n", ""), ("-0.9\tsat the\n", "-0.9\tsat the\n-0.3\t<s> the\t-0.15\n")
         )
         assert_equal(read_arpa(path), read_arpa(TINY))
+
+    @random_models
+    @given(model=models(), seed=st.integers(0, 1000))
+    def test_lines_of_every_section_in_any_order(self, tmp_path: Path, model: NgramModel, seed: int):
+        path, random = tmp_path / "x.arpa", np.random.default_rng(seed)
+        write_arpa(model, path)
+        groups = [list(group) for _, group in itertools.groupby(path.open("rb"), lambda line: b"\t" in line)]
+        for group in groups[3::2]:  # not the 1-grams, whose order gives the words their ids
+            group[:] = random.permutation(np.array(group, dtype=object)).tolist()
+        path.write_bytes(b"".join(itertools.chain.from_iterable(groups)))
+        assert_equal(read_arpa(path), model)
 
     def test_a_missing_unknown_word_gets_kenlms_default(self, tmp_path: Path):
         model = read_arpa(broken(tmp_path, ("ngram 1=8", "ngram 1=7"), ("-1.6\t<unk>\t0\n", "")))
@@ -266,20 +276,6 @@ class TestBadFiles:
             assert "\n" not in str(error)
 
 
-class TestSorting:
-    @random_models
-    @given(
-        words=arrays(np.int32, st.tuples(st.integers(0, 30), st.integers(1, 6)), elements=st.integers(0, 3)),
-        size=st.sampled_from([4, 1 << 10, 1 << 16, 1 << 21, 1 << 30]),  # from all words in a key to two
-    )
-    def test_keys_sort_as_the_words_do(self, words: np.ndarray, size: int):
-        words = np.where(words == 3, size - 1, words).astype(np.int32)
-        keys = arpa._sort_keys(words, size)
-        rows = words[np.lexsort(keys[::-1])].tolist()
-        assert rows == sorted(words.tolist())
-        assert arpa._is_rising(keys) == all(a < b for a, b in itertools.pairwise(words.tolist()))
-
-
 class TestWriting:
     def test_the_layout_is_lmplzs(self, tmp_path: Path):
         words = np.arange(4, dtype=np.int32)[:, None]
@@ -324,7 +320,7 @@ class TestWriting:
 
     def test_blocks_do_not_show(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         write_arpa(read_arpa(TINY), tmp_path / "a.arpa")
-        monkeypatch.setattr(arpa_text, "BLOCK_ROWS", 1)
+        monkeypatch.setattr(arpa, "BLOCK_ROWS", 1)
         write_arpa(read_arpa(TINY), tmp_path / "b.arpa")
         assert (tmp_path / "a.arpa").read_bytes() == (tmp_path / "b.arpa").read_bytes()
 
@@ -360,7 +356,7 @@ class TestWriting:
 def written_numbers(values: np.ndarray) -> list[str]:
     """What stands in the lines of 1-grams with these numbers as log-probs and as back-offs; both must be the same."""
     ngrams = NgramArrays(np.zeros((len(values), 1), np.int32), values, values)
-    lines = b"".join(bytes(block) for block in LineFormatter(["w"]).blocks(ngrams, with_backoff=True)).decode()
+    lines = b"".join(bytes(block) for block in formatted_lines(ngrams, ["w"], with_backoff=True)).decode()
     fields = [line.split("\t") for line in lines.splitlines()]
     assert [field[0] for field in fields] == [field[2] for field in fields]
     return [field[0] for field in fields]
@@ -422,11 +418,11 @@ class TestNumbers:
         assert written_numbers(np.float32([value])) == [text]
 
     def test_a_word_longer_than_a_block(self, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(arpa_text, "BLOCK_ROWS", 1)
+        monkeypatch.setattr(arpa, "BLOCK_ROWS", 1)
         ngrams = NgramArrays(np.array([[0, 1], [1, 0]], np.int32), np.float32([-1, -2]), np.float32([0, 0]))
-        blocks = [bytes(block) for block in LineFormatter(["é" * 500, "b"]).blocks(ngrams, with_backoff=False)]
+        blocks = [bytes(block) for block in formatted_lines(ngrams, ["é" * 500, "b"], with_backoff=False)]
         assert b"".join(blocks).decode() == f"-1\t{'é' * 500} b\n-2\tb {'é' * 500}\n"
 
     def test_no_ngrams_no_lines(self):
         none = NgramArrays(np.zeros((0, 3), np.int32), np.zeros(0, np.float32), np.zeros(0, np.float32))
-        assert list(LineFormatter(["a"]).blocks(none, with_backoff=False)) == []
+        assert list(formatted_lines(none, ["a"], with_backoff=False)) == []

@@ -204,7 +204,7 @@ class TestFiles:
     def test_what_is_saved_is_loaded(self, tiny_base, tmp_path, states, dtype, tolerance):
         heads = make_heads(tiny_base, h=3)
         heads.save(tmp_path / "new" / "heads", dtype=dtype)
-        loaded = load_heads(str(tmp_path / "new" / "heads"), tiny_base.identity, dtype=torch.float64)
+        loaded = load_heads(tiny_base.identity, str(tmp_path / "new" / "heads"), dtype=torch.float64)
         assert loaded.config == heads.config
         assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
         both = states[0], states[0][:, None]
@@ -235,25 +235,25 @@ class TestFiles:
     )
     def test_heads_of_another_base_are_refused(self, tiny_base, folder, field, value):
         identity = dataclasses.replace(tiny_base.identity, name="other", **{field: value})
-        message = refused(lambda: load_heads(str(folder), identity), IncompatibleError)
+        message = refused(lambda: load_heads(identity, str(folder)), IncompatibleError)
         assert field in message and "not for other" in message
 
     def test_another_name_or_precision_of_the_base_is_no_matter(self, tiny_base, folder):
-        load_heads(str(folder), dataclasses.replace(tiny_base.identity, name="other", dtype="bfloat16"))
+        load_heads(dataclasses.replace(tiny_base.identity, name="other", dtype="bfloat16"), str(folder))
 
     @pytest.mark.parametrize(
         ("change", "kind", "named"),
         [
             ({"colour": "red"}, InvalidDataError, "colour"),
-            ({"h": None}, InvalidDataError, "Expected `int`, got `null` - at `$.h`"),
-            ({"h": "4"}, InvalidDataError, "Expected `int`, got `str` - at `$.h`"),
-            ({"h": True}, InvalidDataError, "Expected `int`, got `bool` - at `$.h`"),
-            ({"h": 1}, InvalidDataError, "Expected `int` >= 2 - at `$.h`"),
-            ({"h": 4.0}, InvalidDataError, "Expected `int`, got `float` - at `$.h`"),
-            ({"inner_size": 0}, InvalidDataError, "Expected `int` >= 1 - at `$.inner_size`"),
+            ({"h": None}, InvalidDataError, "Expected `int`, got `null` - at `h`"),
+            ({"h": "4"}, InvalidDataError, "Expected `int`, got `str` - at `h`"),
+            ({"h": True}, InvalidDataError, "Expected `int`, got `bool` - at `h`"),
+            ({"h": 1}, InvalidDataError, "Expected `int` >= 2 - at `h`"),
+            ({"h": 4.0}, InvalidDataError, "Expected `int`, got `float` - at `h`"),
+            ({"inner_size": 0}, InvalidDataError, "Expected `int` >= 1 - at `inner_size`"),
             ({"architecture": "sequential", "token_size": 0}, InvalidDataError, "token_size is 0"),
             ({"architecture": "feed_forwards"}, UnknownNameError, "did you mean feed_forward?"),
-            ({"architecture": 3}, InvalidDataError, "Expected `str`, got `int` - at `$.architecture`"),
+            ({"architecture": 3}, InvalidDataError, "Expected `str`, got `int` - at `architecture`"),
             ({"inner_size": 17}, InvalidDataError, "inner.bias has shape [3, 16], not [3, 17]"),
             ({"h": 5}, InvalidDataError, "inner.bias has shape [3, 16], not [4, 16]"),
         ],
@@ -261,7 +261,7 @@ class TestFiles:
     def test_a_config_that_is_wrong(self, tiny_base, folder, change, kind, named):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, **change}))
-        assert named in refused(lambda: load_heads(str(folder), tiny_base.identity), kind)
+        assert named in refused(lambda: load_heads(tiny_base.identity, str(folder)), kind)
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -273,16 +273,16 @@ class TestFiles:
         assert f"config.json {message}" in refused(lambda: read_config(folder), InvalidDataError)
 
     def test_missing_files(self, tiny_base, tmp_path, folder):
-        assert "no block heads in" in refused(lambda: load_heads(str(tmp_path / "none"), tiny_base.identity))
+        assert "no block heads in" in refused(lambda: load_heads(tiny_base.identity, str(tmp_path / "none")))
         (folder / "model.safetensors").unlink()
-        assert "model.safetensors" in refused(lambda: load_heads(str(folder), tiny_base.identity))
+        assert "model.safetensors" in refused(lambda: load_heads(tiny_base.identity, str(folder)))
         assert "model.safetensors" in refused(lambda: heads_sha256(folder))
 
     @pytest.mark.parametrize("keep", [0, 7, 200, -1])
     def test_truncated_weights(self, tiny_base, folder, keep):
         path = folder / "model.safetensors"
         path.write_bytes(path.read_bytes()[:keep])
-        assert str(path) in refused(lambda: load_heads(str(folder), tiny_base.identity), InvalidDataError)
+        assert str(path) in refused(lambda: load_heads(tiny_base.identity, str(folder)), InvalidDataError)
 
     @pytest.mark.parametrize(
         ("name", "tensor", "named"),
@@ -296,7 +296,7 @@ class TestFiles:
         tensors = load_file(folder / "model.safetensors")
         tensors[name] = tensor
         save_file({n: t for n, t in tensors.items() if t is not None}, folder / "model.safetensors")
-        assert named in refused(lambda: load_heads(str(folder), tiny_base.identity), InvalidDataError)
+        assert named in refused(lambda: load_heads(tiny_base.identity, str(folder)), InvalidDataError)
 
 
 class TestShipped:
@@ -305,7 +305,7 @@ class TestShipped:
         make_heads(tiny_base).save(tmp_path / "tiny" / "heads")
         identity = dataclasses.replace(tiny_base.identity, name="tiny")
         assert heads_folder(None, identity) == tmp_path / "tiny" / "heads"
-        assert load_heads(None, identity).h == 4
+        assert load_heads(identity).h == 4
         assert heads_folder("~/mine", identity) == Path.home() / "mine"
 
     def test_heads_of_other_weights_are_told(self, tiny_base, tmp_path, monkeypatch):
@@ -323,7 +323,7 @@ class TestShipped:
 
     def test_those_of_a_tuned_base_lie_in_its_folder(self, tiny_base, tmp_path):
         make_heads(tiny_base).save(tmp_path / "tuned" / "heads")
-        said = refused(lambda: load_heads(str(tmp_path / "tuned"), tiny_base.identity))
+        said = refused(lambda: load_heads(tiny_base.identity, str(tmp_path / "tuned")))
         assert f"(but in {tmp_path / 'tuned' / 'heads'})" in said
 
     def test_without_any_the_command_to_train_some_is_shown(self, tiny_base, tmp_path, monkeypatch):

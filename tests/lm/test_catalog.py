@@ -16,8 +16,9 @@ from conftest import byte_tokenizer, save_tiny_base
 from safetensors.torch import load_file, save_file
 
 from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
-from lm.base import catalog
+from lm.base import catalog, identity
 from lm.base.catalog import BUILT_IN, identify, load_base, load_tokenizer
+from lm.files import cache_directory
 
 
 def refused(name: str | Path, kind: type[RescoreError] = RescoreError, **options: str) -> str:
@@ -191,10 +192,10 @@ class TestIdentity:
 
     def test_tokens_are_known_by_their_meaning(self):
         tokenizer = byte_tokenizer()
-        digest = catalog.tokenizer_sha256(tokenizer)
-        assert catalog.tokenizer_sha256(byte_tokenizer(chat=False)) == digest
+        digest = identity.tokenizer_sha256(tokenizer)
+        assert identity.tokenizer_sha256(byte_tokenizer(chat=False)) == digest
         tokenizer.add_tokens(["<new>"])
-        assert catalog.tokenizer_sha256(tokenizer) != digest
+        assert identity.tokenizer_sha256(tokenizer) != digest
 
     def test_a_folder_that_was_rewritten_is_read_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         folder = save_tiny_base(tmp_path / "model", seed=1)
@@ -258,7 +259,7 @@ class TestGguf:
         for content in (b"", b"garbage" * 50, write_gguf(tmp_path / "x.gguf").read_bytes()[:3000]):
             (tmp_path / "broken.gguf").write_bytes(content)
             assert "can't read" in refused(tmp_path / "broken.gguf", InvalidDataError)
-        assert not list(catalog.cache_directory().glob("models/*"))
+        assert not list(cache_directory().glob("models/*"))
 
     def test_it_is_converted_once_and_loads(self, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch):
         path = write_gguf(tmp_path / "tiny.gguf")
@@ -269,7 +270,7 @@ class TestGguf:
         assert base.decode_text(base.encode_prompt("he said é", chat=False)) == "he said é"
         assert base.eos_token_ids == {257}
         assert (base.hidden_size, base.vocab_size, base.context_length) == (32, 258, 128)
-        assert len(list(catalog.cache_directory().glob("models/*"))) == 1
+        assert len(list(cache_directory().glob("models/*"))) == 1
 
         monkeypatch.setattr(catalog, "GgufConfig", None)  # a second conversion would need it
         again = load_base(str(path), dtype="float64")

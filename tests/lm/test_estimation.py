@@ -333,7 +333,6 @@ def test_discounts_out_of_range_are_refused() -> None:
         ({"prune": (0, 0, 0, 0)}, "4 pruning thresholds for a model of order 3"),
         ({"discount_fallback": (2, 1, 1)}, "between 0 and 1"),
         ({"discount_fallback": ()}, "0 fallback discounts"),
-        ({"smoothing": "good"}, "known: kneser-ney, katz"),
         ({"max_ngrams": 3, "discount_fallback": (0.5,)}, "less than the vocabulary"),
     ],
 )

@@ -78,7 +78,7 @@ class TestEach:
     def test_what_is_saved_is_loaded(self, tiny_base, states, architecture, tmp_path):
         heads = heads_of(tiny_base, architecture, blocks=2 if architecture == "medusa" else 1)
         heads.save(tmp_path, dtype=torch.float64)
-        loaded = load_heads(str(tmp_path), tiny_base.identity, dtype=torch.float64)
+        loaded = load_heads(tiny_base.identity, str(tmp_path), dtype=torch.float64)
         assert loaded.config == heads.config
         ours, theirs = (lattice_of(x.logits(tiny_base, *states), 5) for x in (heads, loaded))
         np.testing.assert_array_equal(ours.token_ids, theirs.token_ids)
@@ -89,7 +89,7 @@ class TestEach:
             heads.save(tmp_path / name, dtype=getattr(torch, name))
         sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("int8", "float16")]
         assert sizes[0] < sizes[1]
-        loaded = load_heads(str(tmp_path / "int8"), tiny_base.identity, dtype=torch.float64).net.state_dict()
+        loaded = load_heads(tiny_base.identity, str(tmp_path / "int8"), dtype=torch.float64).net.state_dict()
         for name, value in heads.net.state_dict().items():
             bound = value.abs().amax(-1, keepdim=True) / 127 / 2 if value.ndim > 1 else torch.tensor(0.0)
             assert bool(((loaded[name] - value).abs() <= bound + 1e-6).all()), name

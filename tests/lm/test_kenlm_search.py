@@ -13,8 +13,7 @@ from lattices.ngram_search import NgramSearch
 from lattices.ngrams import SENTENCE_END, SPECIAL_WORDS, NgramArrays, NgramModel
 from lattices.search import p_best
 from lm.ngram.arpa import write_arpa
-from lm.ngram.kenlm_model import KenlmModel
-from lm.ngram.kenlm_search import KenlmSearch
+from lm.ngram.kenlm import KenlmModel, KenlmSearch
 
 TOKENS = 12
 END = 11  # the base's end-of-text

@@ -16,8 +16,8 @@ import pytest
 import torch
 from conftest import save_tiny_base
 
-from lm import hashes, keys
-from lm.base import catalog
+from lm import keys
+from lm.base import catalog, identity
 from lm.base.adapters import peft_of_old_names
 from lm.base.catalog import identify, load_base, tokenization_of
 from lm.keys import key_of, software
@@ -94,7 +94,7 @@ def test_what_tokenization_depends_on(folder: Path, what: str):
 
 def test_the_date_that_a_template_writes(folder: Path, monkeypatch: pytest.MonkeyPatch):
     plain = tokenization_of(str(folder))
-    monkeypatch.setattr(keys, "DATE", keys.DATE.replace(year=2000))
+    monkeypatch.setattr(identity, "DATE", identity.DATE.replace(year=2000))
     assert tokenization_of(str(folder)) == plain
     (folder / "chat_template.jinja").write_text("{{ strftime_now('%Y') }}")
     of_2000 = tokenization_of(str(folder))
@@ -113,7 +113,7 @@ def test_what_says_nothing_about_the_numbers(folder: Path, tmp_path: Path):
     moved = folder.rename(tmp_path / "moved")
     after = identify(str(moved))
     assert dataclasses.replace(after, name=before.name) == before
-    assert keys.tokenization_sha256(tokenizer, moved) == before.tokenization_sha256
+    assert identity.tokenization_sha256(tokenizer, moved) == before.tokenization_sha256
 
 
 def test_an_adapter_s_settings(tiny_folder: Path, tmp_path: Path):
@@ -153,26 +153,26 @@ def test_software_is_told_by_major_and_minor_version(monkeypatch):
 
 class TestRememberedHashes:
     def test_an_empty_or_broken_memo_is_made_again(self, cache_folder: Path, tmp_path: Path, monkeypatch):
-        monkeypatch.setattr(hashes, "SETTLED", -1.0)
+        monkeypatch.setattr(keys, "SETTLED", -1.0)
         path = tmp_path / "file"
         path.write_bytes(b"abc")
-        digest = hashes.remembered_sha256(path)
+        digest = keys.remembered_sha256(path)
         (memo,) = (cache_folder / "hashes").iterdir()
         for broken in (b"", b"abc", b"\xff" * 64, digest.encode() + b"0"):
             memo.write_bytes(broken)
-            monkeypatch.setattr(hashes, "_HASHES", {})
-            assert hashes.remembered_sha256(path) == digest and memo.read_text() == digest
+            monkeypatch.setattr(keys, "_HASHES", {})
+            assert keys.remembered_sha256(path) == digest and memo.read_text() == digest
 
     def test_a_change_within_the_times_of_a_file_is_seen(self, cache_folder: Path, tmp_path: Path):
         """Of the same length, with the old time put back, and at once: what times can't tell is not remembered."""
         path = tmp_path / "file"
         path.write_bytes(b"abc")
-        first = hashes.remembered_sha256(path)
+        first = keys.remembered_sha256(path)
         status = path.stat()
         with path.open("r+b") as stream:
             stream.write(b"xyz")
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-        assert hashes.remembered_sha256(path) != first and not (cache_folder / "hashes").exists()
+        assert keys.remembered_sha256(path) != first and not (cache_folder / "hashes").exists()
 
 
 def test_another_seed_is_another_model(folder: Path, tmp_path: Path):

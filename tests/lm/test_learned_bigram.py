@@ -272,15 +272,15 @@ class TestCorpus:
         found = again(heads, lambda *now: resumed.append(now))
         assert made == [(4, 10), (8, 10), (10, 10)] and resumed == [(10, 10)]
         assert (found.lattice.token_ids == expected.lattice.token_ids).all()
-        assert (found.lattice.logps == expected.lattice.logps).all() and found.made_of == expected.made_of
+        assert (found.lattice.logps == expected.lattice.logps).all() and found.inputs_sha256 == expected.inputs_sha256
         other = again(make_heads(tiny_base, seed=7), lambda *now: resumed.append(now))
-        assert len(resumed) == 4 and other.made_of != found.made_of  # other heads' lattices are other ones
-        shard = sorted((tmp_path / "out").glob("*/*.safetensors"))[0]
+        assert len(resumed) == 4 and other.inputs_sha256 != found.inputs_sha256  # other heads' lattices are other ones
+        shard = sorted((tmp_path / "out").glob("*/*.npz"))[0]
         shard.write_bytes(b"broken")
         for told in (heads, make_heads(tiny_base, seed=7)):
             again(told)
         assert (again(heads).lattice.logps == expected.lattice.logps).all(), "what is broken is made again"
-        assert load_file(shard)["token_ids"].shape == (4, 4, 3)
+        assert np.load(shard)["token_ids"].shape == (4, 4, 3)
 
     def test_what_was_kept_of_less_text_is_not_taken_for_more(self, tiny_base, tmp_path):
         (tmp_path / "text.txt").write_text("the cat sat on the mat and so did the dog. " * 30)
@@ -291,7 +291,7 @@ class TestCorpus:
             fresh = lattices_of_corpus(tiny_base, heads, data, k=3, rows=40, seed=0)
             assert (kept.lattice.token_ids == fresh.lattice.token_ids).all()
             assert (kept.targets == fresh.targets).all()
-            found[most] = kept.made_of
+            found[most] = kept.inputs_sha256
         assert found[300] != found[600]
 
     def test_k_above_the_vocabulary(self, tiny_base, tmp_path):

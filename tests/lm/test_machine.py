@@ -1,4 +1,5 @@
-"""What a generation asks of a machine is counted as it was done; limits are what a machine gives."""
+"""What a generation asks of a machine is counted as it was done; limits are what a machine gives; running out
+of memory is one line that says where and what to do."""
 
 from __future__ import annotations
 
@@ -7,9 +8,10 @@ import math
 import pytest
 import torch
 
+from lattices.errors import RescoreError
 from lm.base.catalog import load_base
 from lm.base.generation import generate
-from lm.base.machine import Work, measure_limits
+from lm.base.machine import Work, enough_memory, measure_limits
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [14, 15, 16]]
 
@@ -54,3 +56,30 @@ def test_half_precision_reads_half(tiny_folder):
 def test_limits_are_positive(dtype):
     limits = measure_limits(torch.device("cpu"), dtype)
     assert 1e6 < limits.flops < math.inf and 1e6 < limits.bytes_read < math.inf
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+)
+def test_running_out_of_memory_is_one_line(error: BaseException):
+    with (
+        pytest.raises(RescoreError, match=r"^out of memory at step 3; take less$"),
+        enough_memory("take less", at="step 3"),
+    ):
+        raise error
+
+
+def test_real_cpu_memory():
+    with pytest.raises(RescoreError, match="out of memory"), enough_memory("take less", at="here"):
+        torch.empty(1 << 60)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), RescoreError("no"), ValueError("x")])
+def test_errors_other_than_of_memory_stay(error: Exception):
+    with pytest.raises(type(error), match=str(error)), enough_memory("take less", at="here"):
+        raise error

@@ -16,7 +16,7 @@ from lattices.errors import RescoreError
 from lattices.ngrams import SENTENCE_END
 from lm.ngram.corpus import EncodedCorpus
 from lm.ngram.counting import BREAK, no_progress
-from lm.ngram.kenlm_model import KenlmModel
+from lm.ngram.kenlm import KenlmModel
 from lm.ngram.score import AutomatonScorer, NgramScore, _sentences, score_file, score_text
 
 TINY = Path(__file__).parent / "reference" / "kenlm" / "tiny.arpa"
@@ -98,11 +98,6 @@ def test_ids_are_words_too():
     )
 
 
-def test_more_ids_may_be_unknown(model: KenlmModel):
-    scorer = AutomatonScorer(FakeAutomaton(model, []), is_unknown_id=lambda word: word == 7)
-    assert score_text(scorer, [[3, 7, 0]]).unknown == 2
-
-
 def test_an_empty_line_is_a_sentence_of_its_end(model: KenlmModel):
     score = score_text(model, [[]])
     assert (score.sentences, score.tokens, score.log10p) == (1, 1, pytest.approx(-0.4 - 0.9))
@@ -156,7 +151,7 @@ def test_progress_counts_up(tmp_path: Path):
 
 
 def test_a_cut_document_has_no_end(tmp_path: Path):
-    encoded = EncodedCorpus(tmp_path / "ids", ("<unk>", "<s>", "</s>", "a"), (), 3, 3)
+    encoded = EncodedCorpus(tmp_path / "ids", ("<unk>", "<s>", "</s>", "a"), 3, 3)
     np.array([3, SENTENCE_END, 3, 3, BREAK, SENTENCE_END], np.int32).tofile(encoded.path)
     found = list(_sentences(encoded, np.array([0, 1, 2, 7]), no_progress))
     assert found == [[7, 2], [7, 7], [2]]

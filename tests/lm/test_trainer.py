@@ -52,6 +52,8 @@ class Distance:
 class Toy(Trainer[Distance]):
     """Moves four numbers towards a goal, by micro-batches of noise drawn from the step's number."""
 
+    state_fields = (*Trainer.state_fields, "seen")
+
     def __init__(self, plan: Plan = Plan()) -> None:
         self.plan, self.seen = plan, 0
         weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
@@ -71,12 +73,6 @@ class Toy(Trainer[Distance]):
 
     def _settings(self) -> dict[str, Any]:
         return {"options": dataclasses.asdict(self.plan)}
-
-    def _checkpoint_state(self) -> dict[str, Any]:
-        return {"seen": self.seen}
-
-    def _restore_state(self, state: dict[str, Any]) -> None:
-        self.seen = state["seen"]
 
     def _after_evaluation(self, measured: Distance, out: Path) -> None:
         self.seen += 1

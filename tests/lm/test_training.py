@@ -158,7 +158,7 @@ class TestInitialHeads:
         states = torch.randn(3, tiny_base.hidden_size)
         rows = torch.randn(3, 3, tiny_base.hidden_size)
         torch.testing.assert_close(
-            second.heads(states, rows), load_heads(str(tmp_path / "first"), tiny_base.identity)(states, rows)
+            second.heads(states, rows), load_heads(tiny_base.identity, str(tmp_path / "first"))(states, rows)
         )
         back = HeadTrainer(tiny_base, [data], options)
         back.train(tmp_path / "sequential")
@@ -250,7 +250,7 @@ class TestTraining:
         assert [(step, total) for step, total, _ in losses] == [(n, 80) for n in range(1, 81)]
         assert np.mean([loss for *_, loss in losses[-5:]]) < 0.5 * losses[0][2]
 
-        heads = load_heads(str(tmp_path / "out"), tiny_base.identity)
+        heads = load_heads(tiny_base.identity, str(tmp_path / "out"))
         assert heads.config.h == 4 and heads.config.inner_size == 32
         trained = torch.cat([p.detach().flatten() for p in trainer.heads.parameters()])
         saved = torch.cat([p.flatten() for p in heads.parameters()])

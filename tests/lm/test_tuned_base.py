@@ -226,7 +226,7 @@ def test_from_training_to_a_base_of_its_own(folder, pairs, tmp_path, how):
     assert heads_folder(None, tuned.identity) == tmp_path / "out" / "heads"
     assert of_other_weights(None, tuned.identity) is None
     assert "other weights" in of_other_weights(str(tmp_path / "out" / "heads"), identify(folder))
-    heads = load_heads(None, tuned.identity)
+    heads = load_heads(tuned.identity)
     prompt = tuned.encode_prompt("pp", chat=True)
     greedy = decode(tuned, None, prompt, max_new_tokens=24)
     ours = decode(tuned, heads, prompt, rescorer=load_rescorer("none"), k=4, max_new_tokens=24)

@@ -8,14 +8,32 @@ from typing import Any
 
 import torch
 from conftest import byte_tokenizer
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lattices.errors import RescoreError
 from lm.base import attention, catalog
 from lm.base.model import BaseIdentity, BaseLM, state_size
 
+TINY = dict(
+    vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, initializer_range=0.6, max_position_embeddings=64,
+)  # fmt: skip
 VOCABULARY, CONTEXT, WINDOW = 61, 28, 5
+
+
+def wrap(model: torch.nn.Module) -> BaseLM:
+    """A base LM around a model, in float64."""
+    identity = BaseIdentity("made", "w", "t", 32, 257, "float64")
+    return BaseLM(model.double(), byte_tokenizer(), identity=identity)
+
+
+def packed(config: LlamaConfig, kind: type = LlamaForCausalLM) -> BaseLM:
+    """The same around a random model of a configuration, with packed attention."""
+    attention.register()
+    torch.manual_seed(0)
+    return wrap(kind._from_config(config, attn_implementation=attention.PACKED))
+
 
 # One value for every name under which some family keeps a size. Windows and chunks are shorter than the prompts.
 _NAMES: dict[int, str] = {

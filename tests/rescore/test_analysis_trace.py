@@ -13,7 +13,7 @@ from lattices.errors import RescoreError, UnknownNameError
 from lattices.lattice import Lattice
 from lattices.oracle import oracle_accepted
 from rescore.accounting import account
-from rescore.replay import replay
+from rescore.replaying import replay
 from rescore.rescorers import load_rescorer
 from rescore.studies.analysis import ANALYSES, analyse_trace, correlate_h_max
 from rescore.studies.analysis.curves import oracle_curves

@@ -20,7 +20,7 @@ from rescore.runs.tuning import tune
 from rescore.studies.cost.inputs import cost_inputs_of_run
 from rescore.suites import run as suite
 from rescore.suites.plan import read_plan
-from rescore.tracing import load_trace
+from rescore.tracing import read_trace
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_a_run_of_a_given_trace_does_not_read_another_one_in_its_place(options: 
     other_heads(tmp_path / "heads", options["base"])
     shutil.rmtree(tmp_path / "trace")
     recorded_trace(options, tmp_path / "trace")
-    assert [e.id for e in load_trace(tmp_path / "trace").examples] == [f"q{i}" for i in range(6)]
+    assert [e.id for e in read_trace(tmp_path / "trace").examples] == [f"q{i}" for i in range(6)]
     with pytest.raises(IncompatibleError, match=r"is not the trace that .* was replayed from"):
         load_run(tmp_path / "run").trace("squad")
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lm.heads.block_heads import BlockHeads
 from lm.heads.nets import BlockHeadsConfig
-from rescore.report.charts.cost_model_charts import cost_model_section
+from rescore.reports.charts.cost_charts import cost_model_section
 from rescore.runs.evaluated import Evaluation, load_run
 from rescore.studies.cost.decoders import (
     _layers,
@@ -381,8 +381,9 @@ class TestInputs:
 
 def test_the_report_s_drafts_are_verified_as_the_run_s(run):
     def of(found: Evaluation) -> tuple[str, ...]:
-        view = SimpleNamespace(label="squad", task="squad", run=found, results=tuple(found.results))
+        base = found.config.traces["squad"]["base"]
+        view = SimpleNamespace(label="squad", task="squad", run=found, base=base)
         section = cost_model_section([view])
-        return next(row for row in section.rows if row[1:4] == ("16-best 0-gram", "16", "512"))
+        return next(tuple(row) for row in section.rows if tuple(row[1:4]) == ("16-best 0-gram", 16, 512))
 
     assert of(changed(run, mode="live", verify="batch"))[6] != of(run)[6]  # the KV cache of 16 rows

@@ -15,7 +15,7 @@ from lattices.errors import RescoreError
 from lm.base.model import BaseLM
 from rescore.accounting import account
 from rescore.decoding import decode, first_difference, margin_at
-from rescore.replay import replay
+from rescore.replaying import replay
 from rescore.rescorers import load_rescorer
 from rescore.tasks import Example
 from rescore.tracing import record_trace

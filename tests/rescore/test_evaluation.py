@@ -44,7 +44,7 @@ class Peek(Rescorer):
 
 @pytest.fixture(autouse=True)
 def peek(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(rescorers.PLAIN, "peek", Peek)
+    monkeypatch.setitem(rescorers.BUILT_IN, "peek", Peek)
 
 
 @pytest.fixture
@@ -472,7 +472,7 @@ class TestInterruption:
                     ctrl_c()
                 return super().draft(lattices, contexts, p)
 
-        monkeypatch.setitem(rescorers.PLAIN, "slow", Slow)
+        monkeypatch.setitem(rescorers.BUILT_IN, "slow", Slow)
         options = make(rescorers=("none", "slow"))
         cut = evaluated(options, out=tmp_path)
         assert cut.interrupted

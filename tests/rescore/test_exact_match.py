@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rescore.tasks.metrics.answers import EXACT_MATCH, exact_match, normalise_answer
+from rescore.tasks.metrics import EXACT_MATCH, exact_match, normalise_answer
 
 WORDS = st.text(st.characters(codec="utf-8"), max_size=20)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rescore.tasks.metrics.answers import final_answer, last_number
+from rescore.tasks.metrics import final_answer, last_number
 
 REFERENCE = "She sold 48/2 = <<48/2=24>>24 clips in May.\n#### 1,272"
 

@@ -26,7 +26,7 @@ from rescore.suites.run import run_suite
 from rescore.tasks import Task, load_task
 from rescore.tasks.data import load_examples
 from rescore.tasks.task_file import load_task_file
-from rescore.tracing import load_trace
+from rescore.tracing import read_trace
 
 GROUPS = st.lists(st.sampled_from("abcdef"), max_size=20)
 
@@ -147,7 +147,7 @@ class TestLimit:
     def test_of_a_trace_too(self, model: dict[str, Any], tmp_path: Path):
         data = str(write_lines(tmp_path / "squad.jsonl", paragraphs(2, 2, 2)))
         recorded_trace(dict(**model, data=data), tmp_path / "trace")
-        trace = load_trace(tmp_path / "trace")
+        trace = read_trace(tmp_path / "trace")
         shuffled = dataclasses.replace(trace, examples=tuple(sorted(trace.examples, key=lambda e: e.id)))
         assert [e.id for e in shuffled.first_examples(3).examples] == ["p0q0", "p1q0", "p2q0"]
         (result,) = evaluated(dict(trace=str(tmp_path / "trace"), k=4, limit=4)).document.results

@@ -14,8 +14,8 @@ from conftest import squad_records, write_lines
 from evaluating import evaluated
 
 from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
-from rescore.report.inspection import Inspection, inspect_example
-from rescore.report.inspection_view import inspection_lines
+from rescore.reports.inspection import Inspection, inspect_example
+from rescore.reports.inspection_view import inspection_lines
 from rescore.runs.evaluated import load_run
 
 NASTY = "\x1b[2J\x9b31m\u202e<script>alert(1)</script> [red]x[/red] \u05e9\u05dc\u05d5\u05dd 👩\u200d👧 \u2028end"

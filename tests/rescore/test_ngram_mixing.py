@@ -13,11 +13,11 @@ from lm.files import write_json
 from lm.ngram.arpa import write_arpa
 from lm.ngram.mix import NgramPart, find_parts, mix_ngrams
 from rescore.accounting import account
-from rescore.replay import replay
+from rescore.replaying import replay
 from rescore.rescorers.ngram import Ngram
 from rescore.runs.weights import target_of
 from rescore.studies.ngram_mixing import best_weights, tune_mixture
-from rescore.tracing import load_trace
+from rescore.tracing import read_trace
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_two_models(parts: list[NgramPart], trace: Path, tmp_path: Path):
     by_weights = dict(zip(found.curve, found.block_efficiency, strict=True))
     assert by_weights[found.weights] == max(found.block_efficiency[2:]) and 1.0 not in found.weights
     # The curve is what the rescorer ngram gives with these folders.
-    loaded = load_trace(trace)
+    loaded = read_trace(trace)
     mix_ngrams(parts[:2], found.weights, tmp_path / "mixed")
     folders = {found.weights: tmp_path / "mixed", (1.0, 0.0): Path(parts[0].name)}
     for weights, folder in folders.items():

@@ -17,10 +17,10 @@ from lattices.search import p_best
 from lm.files import write_json
 from lm.ngram.arpa import write_arpa
 from lm.ngram.load import load_ngram
-from rescore.replay import replay
+from rescore.replaying import replay
 from rescore.rescorers import Context, Rescorer, Target, load_rescorer
 from rescore.runs.records import Identical
-from rescore.tracing import load_trace
+from rescore.tracing import read_trace
 
 VOCAB = 257  # of the tiny tokenizer
 
@@ -227,7 +227,7 @@ class TestContext:
     @pytest.mark.parametrize("p", [1, 4])
     def test_replay_equals_live(self, options: Options, ngram: Path, p: int):
         """The counts grow step by step alike, whether examples walk side by side or are decoded one by one."""
-        chosen = dict(options, p=p, alpha=1.5, rescorers=(f"context-ngram:{ngram}@0.6", "context-ngram:none"))
+        chosen = dict(options, p=p, alpha=1.5, rescorers=(f"context-ngram:{ngram},share=0.6", "context-ngram:none"))
         replayed = evaluated(chosen).document.results
         live = evaluated(dict(chosen, mode="live")).document.results
         assert [r.identical for r in live] == [Identical(n=6, identical=6)] * 2
@@ -236,17 +236,17 @@ class TestContext:
     def test_it_copies_from_the_prompt(self):
         token_ids = np.array([[[10, 50, 60], [80, 11, 90], [70, 30, 12]]], dtype=np.int32)
         lattice = Lattice(token_ids, np.log(np.array([[[0.5, 0.3, 0.2]] * 3], dtype=np.float32)))
-        rescorer = load_rescorer("context-ngram:none@0.9")
+        rescorer = load_rescorer("context-ngram:none,share=0.9")
         assert rescorer.draft(lattice, [Context([9, 10, 11, 12, 13, 9])], 1).tolist() == [[[10, 11, 12]]]
         assert rescorer.draft(lattice, [Context([9, 8, 7, 9])], 1).tolist() == [[[10, 80, 70]]]
 
-    @pytest.mark.parametrize("text", ["none@2", "none@-1", "none@x"])
+    @pytest.mark.parametrize("text", ["none,share=2", "none,share=-1", "none,share=x"])
     def test_a_share_that_is_none_is_refused(self, text: str):
-        with pytest.raises(RescoreError, match="share after @"):
+        with pytest.raises(RescoreError, match=r"share (=|is).* number"):
             load_rescorer(f"context-ngram:{text}")
 
     def test_shares_and_models_are_told_apart_when_tuned(self, ngram: Path):
-        names = (f"{ngram}@0.5", f"{ngram}@0.4", "none@0.5")
+        names = (f"{ngram},share=0.5", f"{ngram},share=0.4", "none,share=0.5")
         assert len({load_rescorer(f"context-ngram:{name}").identity for name in names}) == 3
 
 
@@ -286,7 +286,7 @@ class TestTuning:
         chosen = dict(options, rescorers=options["rescorers"][1:])
         (tuned,) = swept(chosen, alphas=(1.0,), ks=(8,), ps=(2,))
         (folder,) = (cache_folder / "traces").iterdir()
-        examples = [e for e in load_trace(folder).examples if e.id in tuned.held_out]
+        examples = [e for e in read_trace(folder).examples if e.id in tuned.held_out]
         rescorer = load_rescorer(chosen["rescorers"][0]).fit(Target(VOCAB, (256,), None)).weighted(1.0)
         accepted = replay(examples, rescorer, k=8, p=2)
         tokens, steps = sum(map(sum, accepted)), sum(map(len, accepted))

@@ -18,7 +18,7 @@ from lattices.lattice import Lattice
 from lattices.search import p_best
 from rescore.acceptance import accept
 from rescore.accounting import account
-from rescore.replay import replay
+from rescore.replaying import replay
 from rescore.rescorers import Context, Rescorer, load_rescorer
 from rescore.tracing import TracedExample
 

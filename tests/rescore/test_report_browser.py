@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_report_page import data_file, options, results  # noqa: F401 (fixtures)
 
-from rescore.report.page import write_report
+from rescore.reports.page import report
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install rescore[dev])")
 CHROMIUM = next(
@@ -29,7 +29,7 @@ def browser() -> Iterator:
 
 @pytest.fixture
 def address(results: Path, tmp_path: Path) -> str:  # noqa: F811
-    return write_report([results], tmp_path / "report.html").html.as_uri()
+    return report([results], tmp_path / "report.html").html.as_uri()
 
 
 def opened(browser, address: str, **context):

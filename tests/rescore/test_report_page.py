@@ -12,7 +12,7 @@ import pytest
 from evaluating import evaluated
 
 from lattices.errors import InvalidDataError, OutputError, RescoreError
-from rescore.report.page import write_report
+from rescore.reports.page import report as write_report
 from rescore.runs.evaluated import load_run
 from rescore.studies.cost.decoders import decoder_of, heads_of
 from rescore.studies.cost.model import cost_table
@@ -192,9 +192,9 @@ def test_the_explorer_holds_what_the_decodes_did(results, tmp_path):
         )
         assert first["accepted"][place] == record["accepted"] and first["output"] == record["output_ids"]
         start = 0
-        for n, coded, draft in zip(record["accepted"], first["drafts"][place], record["drafts"], strict=True):
+        assert first["drafts"][place] == record["drafts"]
+        for n in record["accepted"]:
             slots = first["lattice"][str(start)]
-            assert [-c - 1 if c < 0 else slots["t"][j][c] for j, c in enumerate(coded)] == draft
             assert slots["r"][0] == 0  # slot 1 is the base's own choice
             assert all(sum(slot) <= 10_001 and slot == sorted(slot, reverse=True) for slot in slots["p"])
             start += n

@@ -11,17 +11,17 @@ from conftest import byte_tokenizer
 from made_records import made_result, run_config
 
 from lm.training.heads import HeldOutAccuracy
-from rescore.report.charts.figures import percent, safe
-from rescore.report.charts.head_charts import _label_places
-from rescore.report.charts.style import COLOURS, looks
-from rescore.report.headline import make_headline
-from rescore.report.sources import json_text
-from rescore.report.sweeps import kept_sweeps
-from rescore.report.token_text import excerpt, harmless, token_texts, tokenizer_of, visible
+from rescore.reports.charts.head_charts import _label_places
+from rescore.reports.charts.style import COLOURS, palette_of, safe
+from rescore.reports.headline import make_headline
+from rescore.reports.page import json_text
+from rescore.reports.sources import sweeps_of
+from rescore.reports.token_text import excerpt, harmless, token_texts, tokenizer_of, visible
 from rescore.runs.evaluated import Evaluation
 from rescore.runs.inputs import Inputs
 from rescore.runs.records import Alpha, Result, ResultsDocument, RunRecord
 from rescore.studies.tables import accuracy_table
+from rescore.table import Column, Table, percent
 
 
 def test_every_character_of_a_token_shows():
@@ -30,10 +30,10 @@ def test_every_character_of_a_token_shows():
 
 
 def test_long_text_is_cut_in_the_middle():
-    cut = excerpt("a" * 5000 + "z" * 5000)
-    assert cut.head + cut.tail == "a" * len(cut.head) + "z" * len(cut.tail)
-    assert cut.left_out == 10_000 - len(cut.head) - len(cut.tail)
-    assert excerpt("short").left_out == 0
+    head, tail, left_out = excerpt("a" * 5000 + "z" * 5000)
+    assert head + tail == "a" * len(head) + "z" * len(tail)
+    assert left_out == 10_000 - len(head) - len(tail)
+    assert excerpt("short") == ("short", "", 0)
 
 
 def test_tokens_that_are_part_of_a_character_show_their_bytes():
@@ -81,9 +81,12 @@ def test_text_for_browsers():
 
 
 def test_a_rescorer_looks_the_same_whatever_else_was_run():
-    found = looks(["none", *map(str, range(30)), "oracle", "none"])
-    assert len({(look.colour, look.marker) for look in found.values()}) == 32
-    assert found["none"] == looks(["oracle", "none"])["none"] and found["0"].colour == COLOURS[0]
+    found = palette_of((name, p) for name in ("none", *map(str, range(30)), "oracle", "none") for p in (16, 1))
+    assert len({(look.colour, look.marker) for look in found.looks.values()}) == 32
+    again = palette_of([("oracle", 1), ("none", 1)])
+    assert found.looks["none"] == again.looks["none"] and list(again.looks) == ["oracle", "none"]
+    assert found.looks["0"].colour == COLOURS[0] and found.dashes == {1: "solid", 16: "dash"}
+    assert found.pen("0", 16).name == "0, p = 16" and found.pen("0", 16).meta == {"rescorer": "0", "p": 16}
 
 
 def result(rescorer: str, value: float, *, p: int = 1, gain: float | None = None, low: float = 0.0) -> Result:
@@ -160,7 +163,7 @@ def test_sweeps_of_tasks_whose_names_are_patterns(tmp_path, monkeypatch):
     config = run_config(inputs={"a[b]": Inputs(task="a[b]")}, runs=runs)
     results = [made_result(task="a[b]", rescorer="ngram", k=4)]
     run = Evaluation(ResultsDocument(config=config, results=results), folder=tmp_path)
-    (found,) = kept_sweeps(run, "a[b]")
+    (found,) = sweeps_of(run, "a[b]")
     assert found.block_efficiency == (1.0, 1.5)
 
 
@@ -168,7 +171,7 @@ def test_sweeps_of_tasks_whose_names_are_patterns(tmp_path, monkeypatch):
     ("value", "sign", "shown"), [(-0.0004, False, "0%"), (0.25, False, "25%"), (-0.06, True, "-6%"), (None, False, "-")]
 )
 def test_shares_have_no_negative_zero(value, sign, shown):
-    assert percent(value, 0, sign=sign) == shown
+    assert Table([Column("share", percent(0, sign=sign))], [[value]]).cells() == [[shown]]
 
 
 @pytest.mark.parametrize(("positions", "few"), [(999, True), (1000, False)])

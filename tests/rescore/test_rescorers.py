@@ -13,7 +13,7 @@ from lattices.errors import RescoreError, UnknownNameError
 from lattices.lattice import Lattice
 from lattices.search import p_best
 from rescore import rescorers
-from rescore.rescorers import Context, Rescorer, Target, load_rescorer, rescorer_names
+from rescore.rescorers import Context, Rescorer, Target, load_rescorer, parse_spec, rescorer_names
 from rescore.rescorers.base import check_drafts
 
 LATTICE = Lattice(
@@ -23,29 +23,29 @@ LATTICE = Lattice(
 
 
 class Fixed(Rescorer):
-    """Another package's rescorer: the first token, then what the text after the colon says."""
+    """Another package's rescorer: the first token, then what the spec says."""
 
-    def __init__(self, text: str) -> None:
-        if text == "rude":
-            raise RescoreError("no such file rude; give another")
-        self.rest = [int(part) for part in text.split(",")]
+    def __init__(self, rest: str, times: int = 1, *, rude: bool = False) -> None:
+        if rude:
+            raise RescoreError("no such file; give another")
+        self.rest = [int(part) * times for part in rest.split(",")]
 
     def draft(self, lattices, contexts, p):
         return np.array([[[first, *self.rest]] for first in lattices.token_ids[:, 0, 0]], dtype=np.int32)
 
 
+class Weighted(Fixed):
+    """A plug-in with a weight."""
+
+    alpha = 1.0
+
+
 class Draftless(Rescorer):
     """A plug-in that lacks the one method that it must have."""
-
-    def __init__(self, text: str) -> None:
-        pass
 
 
 class Lookalike:
     """A plug-in that has the method but is no `Rescorer`."""
-
-    def __init__(self, text: str) -> None:
-        pass
 
     def draft(self, lattices, contexts, p):
         raise NotImplementedError
@@ -77,10 +77,56 @@ def test_oracle_gives_the_path_that_is_accepted_longest():
     assert draft(LATTICE, [after_one], 4).tolist() == [[[5, 7, 3]]]
 
 
-@pytest.mark.parametrize("typed", ["none:foo", "oracle:2"])
-def test_a_built_in_rescorer_takes_no_text(typed):
-    with pytest.raises(RescoreError, match="takes no text after a colon; write --rescorer"):
-        load_rescorer(typed)
+@pytest.mark.parametrize(
+    ("spec", "name", "arguments"),
+    [
+        ("none", "none", {}),
+        ("ngram:lm.arpa", "ngram", {"": "lm.arpa"}),
+        ("ngram:path=lms/squad@2,alpha=0.5", "ngram", {"path": "lms/squad@2", "alpha": "0.5"}),
+        ("ngram:C:/a b,c.arpa,p=16", "ngram", {"": "C:/a b,c.arpa", "p": "16"}),
+        ("neural:path=x=y,z,k=4", "neural", {"path": "x=y,z", "k": "4"}),
+        ("ngram:./a=b", "ngram", {"": "./a=b"}),
+    ],
+)
+def test_a_spec_is_a_name_and_its_values(spec, name, arguments):
+    assert parse_spec(spec) == (name, arguments)
+
+
+@pytest.mark.parametrize("spec", ["ngram:", "ngram:path=", "ngram:path=a,path=b", "ngram:,alpha=1"])
+def test_a_spec_with_a_gap_or_a_repeat_is_refused(spec):
+    with pytest.raises(RescoreError, match=f"^--rescorer {spec}: .*; "):
+        parse_spec(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("none:foo", "the rescorer none takes no text after a colon; write --rescorer none"),
+        ("oracle:p=2", "the rescorer oracle takes no text after a colon; write --rescorer oracle"),
+        ("none:alpha=1", "the rescorer none takes no text after a colon; write --rescorer none"),
+        ("context-ngram:none,shares=1", "the rescorer context-ngram takes no shares; it takes path, share, alpha"),
+        ("neural-32m:path=x", "the rescorer neural-32m takes no path; it takes alpha"),
+        ("neural-32m:x", "the rescorer neural-32m takes no value without its key; it takes alpha"),
+        ("ngram:a,path=x", "--rescorer ngram: path is there twice, once without its name; give it once"),
+        ("context-ngram:none,share=much", "--rescorer context-ngram: share is a number, and 'much' is none"),
+        ("context-ngram:none,alpha=-1", "alpha = -1; a rescorer's weight is from 0 to 64"),
+        ("context-ngram:none,alpha=x", "--rescorer context-ngram: alpha is a number, and 'x' is none"),
+        ("ngram-neural:first=ngram,share=0.1", "ngram-neural: share is for first=context-ngram; drop it"),
+    ],
+)  # fmt: skip
+def test_keys_and_values_that_a_rescorer_does_not_take(spec, message):
+    with pytest.raises(RescoreError) as caught:
+        load_rescorer(spec)
+    assert str(caught.value) == message
+
+
+def test_the_weight_is_a_key_of_every_rescorer_that_has_one(plug_in):
+    plug_in(fixed=f"{__name__}:Fixed", weighted=f"{__name__}:Weighted")
+    assert load_rescorer("context-ngram:none").alpha == 1.0
+    assert load_rescorer("context-ngram:none,alpha=0.25").alpha == 0.25
+    assert load_rescorer("weighted:8,9,alpha=2").alpha == 2.0
+    with pytest.raises(RescoreError, match="the rescorer fixed takes no alpha; it takes rest, times, rude"):
+        load_rescorer("fixed:8,9,alpha=2")
 
 
 def test_unknown_names_are_told_the_nearest(plug_in):
@@ -98,6 +144,7 @@ def test_other_packages_register_rescorers(plug_in):
         "ngram-neural", "none", "oracle",
     ]  # fmt: skip
     assert load_rescorer("fixed:8,9").draft(LATTICE, [Context([])], 1).tolist() == [[[5, 8, 9]]]
+    assert load_rescorer("fixed:times=3,rest=1,2").draft(LATTICE, [Context([])], 1).tolist() == [[[5, 3, 6]]]
     assert isinstance(load_rescorer("none"), rescorers.Unrescored), "a built-in name can't be taken over"
 
 
@@ -121,25 +168,26 @@ def test_the_example_of_the_docs_is_one(plug_in, monkeypatch):
     drafts = load_rescorer("last").draft(LATTICE, [Context([])], 1)
     check_drafts(drafts, LATTICE, p=1)
     assert drafts.tolist() == [[[5, 2, 4]]]
+    assert load_rescorer("last:head=2").draft(LATTICE, [Context([])], 1).tolist() == [[[5, 7, 3]]]
 
 
 def test_another_packages_failure_is_one_line_that_names_it(plug_in):
     plug_in(
-        fixed=f"{__name__}:Fixed", absent="no_such_module:Thing", shapeless="builtins:str",
+        fixed=f"{__name__}:Fixed", absent="no_such_module:Thing", shapeless="builtins:list",
         alike=f"{__name__}:Lookalike", draftless=f"{__name__}:Draftless",
     )  # fmt: skip
     with pytest.raises(RescoreError, match=r"can't load the rescorer 'absent' of the package no_such_module"):
         load_rescorer("absent")
     with pytest.raises(RescoreError, match=r"can't load the rescorer 'fixed'.*invalid literal"):
         load_rescorer("fixed:x")
-    with pytest.raises(RescoreError, match=r"'shapeless' .* is no rescore.rescorers.Rescorer \(builtins:str\); mend"):
+    with pytest.raises(RescoreError, match=r"'shapeless' .* is no rescore.rescorers.Rescorer \(builtins:list\); mend"):
         load_rescorer("shapeless")
     with pytest.raises(RescoreError, match=r"'alike' .* is no rescore.rescorers.Rescorer"):
         load_rescorer("alike")
     with pytest.raises(RescoreError, match=r"can't load the rescorer 'draftless'.*abstract.*draft"):
         load_rescorer("draftless")
-    with pytest.raises(RescoreError, match=r"^no such file rude; give another$"):
-        load_rescorer("fixed:rude")
+    with pytest.raises(RescoreError, match=r"^no such file; give another$"):
+        load_rescorer("fixed:1,rude=true")
 
 
 @pytest.mark.parametrize(

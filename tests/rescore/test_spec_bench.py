@@ -52,7 +52,11 @@ def test_the_limit_counts_the_tasks_rows_only(file: Path) -> None:
 
 
 def test_every_category_is_one_tasks(file: Path) -> None:
-    found = [e.id for name in (*TASKS, "gsm8k") for e in load_examples(load_task(name), data=file).examples]
+    found = [
+        e.id
+        for name in (*(task.name for task in TASKS), "gsm8k")
+        for e in load_examples(load_task(name), data=file).examples
+    ]
     assert sorted(map(int, found)) == [row["question_id"] for row in ROWS] and len(MT_BENCH) == 8
 
 

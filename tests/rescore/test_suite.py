@@ -22,9 +22,9 @@ from lm.files import cache_directory
 from lm.locks import writing_to
 from lm.records import plain
 from rescore import tracing
-from rescore.report.inspection import inspect_example
-from rescore.report.page import write_report
-from rescore.report.sources import load_sources
+from rescore.reports.inspection import inspect_example
+from rescore.reports.page import report
+from rescore.reports.sources import load_sources
 from rescore.rescorers import load_rescorer
 from rescore.runs.evaluated import load_run, load_runs, run_of_task
 from rescore.runs.log import ExampleLog
@@ -150,9 +150,9 @@ class TestTable:
         run(write(), tmp_path / "out")
         runs = load_runs(tmp_path / "out")
         assert [r.folder.name for r in runs] == ["squad", "squad", "gsm8k", "gsm8k"]
-        written = write_report([tmp_path / "out"], tmp_path / "report.html", examples=0)
+        written = report([tmp_path / "out"], tmp_path / "report.html", examples=0)
         assert len(list(csv.DictReader(written.csv.open()))) == 16
-        assert write_report([tmp_path], tmp_path / "again.html", examples=0).csv.read_text() == written.csv.read_text()
+        assert report([tmp_path], tmp_path / "again.html", examples=0).csv.read_text() == written.csv.read_text()
         found = analyse_folders(results=[tmp_path / "out"])
         assert [(r.task, r.k) for r in found.runs] == [("squad", 4), ("squad", 2), ("gsm8k", 4), ("gsm8k", 2)]
 

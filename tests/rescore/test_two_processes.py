@@ -21,7 +21,7 @@ from rescore.rescorers.unrescored import Unrescored
 from rescore.runs.evaluated import Evaluation, load_run
 from rescore.runs.log import ExampleLog
 from rescore.runs.records import ExampleRecord
-from rescore.tracing import load_trace
+from rescore.tracing import read_trace
 
 # Processes of their own, which need not each load the libraries.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -42,7 +42,7 @@ def work(name: str, folder: Path, options: Options, environment: dict[str, str],
         os.dup2(os.open(folder / f"{name}.{ending}", os.O_CREAT | os.O_WRONLY), number)
     os.environ.update(environment)
     tracing.PART_EXAMPLES = 1
-    rescorers.PLAIN["weighted"] = HalfWeight
+    rescorers.BUILT_IN["weighted"] = HalfWeight
     out, kill, slow, add = asked.get("out"), asked.get("kill"), asked.get("slow", 0.0), ExampleLog.add
 
     def progress(what: str, done: int, total: int) -> None:
@@ -141,7 +141,7 @@ def test_an_eval_and_a_tune_on_one_cold_cache(options, expected, tmp_path: Path,
     assert one.document == expected and len(other.document) == 1
     assert (one.err + other.err).count(WAITS) <= 1, "none where the other came when all was recorded"
     (folder,) = (cache_folder / "traces").iterdir()
-    assert sorted(e.id for e in load_trace(folder).examples) == [f"q{i}" for i in range(6)], "each is there once"
+    assert sorted(e.id for e in read_trace(folder).examples) == [f"q{i}" for i in range(6)], "each is there once"
     assert plain(evaluated(options)) == expected
 
 
@@ -154,14 +154,14 @@ def test_two_evals_and_one_that_is_killed_on_one_cold_cache(options, expected, t
     assert killed.code == -signal.SIGKILL or killed.document == expected
     assert one.document == expected and other.document == expected
     (folder,) = (cache_folder / "traces").iterdir()
-    assert sorted(e.id for e in load_trace(folder).examples) == [f"q{i}" for i in range(6)]
+    assert sorted(e.id for e in read_trace(folder).examples) == [f"q{i}" for i in range(6)]
 
 
 def test_a_healthy_run_after_a_killed_one(options, expected, tmp_path: Path, cache_folder: Path, caplog):
     (killed,) = together(tmp_path / "race", options, {"do": "eval", "kill": 4})
     assert killed.code == -signal.SIGKILL
     (folder,) = (cache_folder / "traces").iterdir()
-    assert len(load_trace(folder).examples) == 3, "what was finished is kept"
+    assert len(read_trace(folder).examples) == 3, "what was finished is kept"
     assert plain(evaluated(options)) == expected and not caplog.messages
     assert not list((cache_folder / "locks").iterdir())
 
@@ -176,7 +176,7 @@ def test_two_on_one_out(options, expected, tmp_path: Path, do: str):
     assert refused.out == line and whole.code == 0
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
     if do == "trace":
-        assert [e.id for e in load_trace(out).examples] == whole.document == [f"q{i}" for i in range(6)]
+        assert [e.id for e in read_trace(out).examples] == whole.document == [f"q{i}" for i in range(6)]
         return
     assert whole.document == expected
     lines = (out / "examples.jsonl").read_text().splitlines()

@@ -8,10 +8,11 @@ position ("every position") and what walks it as a decoder would ("decode") are 
 from rescore.studies.analysis.collect import Findings, analyse
 from rescore.studies.analysis.curves import PCurve
 from rescore.studies.analysis.drafts import Outcomes
-from rescore.studies.analysis.runs import RunAnalysis, analyse_run, contrast, efficiency_table
+from rescore.studies.analysis.positions import Efficiency
+from rescore.studies.analysis.runs import RescorerAnalysis, RunAnalysis, analyse_run, contrast, efficiency_table
 from rescore.studies.analysis.traces import ANALYSES, HmaxCorrelation, TraceAnalysis, analyse_trace, correlate_h_max
 
 __all__ = [
-    "ANALYSES", "Findings", "HmaxCorrelation", "Outcomes", "PCurve", "RunAnalysis", "TraceAnalysis", "analyse",
-    "analyse_run", "analyse_trace", "contrast", "correlate_h_max", "efficiency_table",
+    "ANALYSES", "Efficiency", "Findings", "HmaxCorrelation", "Outcomes", "PCurve", "RescorerAnalysis", "RunAnalysis",
+    "TraceAnalysis", "analyse", "analyse_run", "analyse_trace", "contrast", "correlate_h_max", "efficiency_table",
 ]  # fmt: skip

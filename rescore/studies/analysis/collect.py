@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lattices.errors import RescoreError
 from rescore.runs.evaluated import Evaluation, load_runs
+from rescore.runs.recording import Recording
 from rescore.studies.analysis.heads import DEFAULT_BINS
 from rescore.studies.analysis.runs import (
     Contrast,
@@ -20,7 +21,7 @@ from rescore.studies.analysis.runs import (
 from rescore.studies.analysis.traces import ANALYSES, HmaxCorrelation, TraceAnalysis, analyse_trace, correlate_h_max
 from rescore.studies.records import Record
 from rescore.table import Table, joined
-from rescore.tracing import Trace, load_trace
+from rescore.tracing import Trace, read_trace
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,23 @@ class Findings(Record):
 
 
 def analyse(
-    *subjects: Trace | Evaluation,
+    *subjects: Trace | Recording | Evaluation,
     only: Collection[str] = ANALYSES,
     against: Sequence[tuple[str, str]] = (),
     k: int | None = None,
     bins: int = DEFAULT_BINS,
     seed: int = 0,
 ) -> Findings:
-    """The analyses `only` of traces and evaluations; options as in `analyse_trace` and `analyse_folders`."""
-    traces = [s for s in subjects if isinstance(s, Trace)]
-    runs = [run for s in subjects if isinstance(s, Evaluation) for run in s.at_each_k()]
-    of_traces = [analyse_trace(trace, only=only, k=k, bins=bins, seed=seed) for trace in traces]
-    return _findings(of_traces, runs, only, against, seed)
+    """The analyses of traces, recordings and evaluations; options as in `analyse_trace` and `analyse_folders`."""
+    traces, runs = [], []
+    for subject in subjects:
+        if isinstance(subject, Evaluation):
+            runs += subject.at_each_k()
+            continue
+        name = subject.name if isinstance(subject, Recording) else None
+        trace = subject.trace() if isinstance(subject, Recording) else subject
+        traces.append(analyse_trace(trace, name=name, only=only, k=k, bins=bins, seed=seed))
+    return _findings(traces, runs, only, against, seed)
 
 
 def analyse_folders(
@@ -78,7 +84,7 @@ def analyse_folders(
 
     `against`: pairs of rescorers of the results, as typed, which are compared wherever both were run; h, `k`, `limit`
     and `bins` are for traces alone. Raises `RescoreError` for options that the folders have no use for, and as
-    `load_trace`, `load_run`, `analyse_trace` and `efficiency_table` do.
+    `read_trace`, `load_run`, `analyse_trace` and `efficiency_table` do.
     """
     own = {"--h": h, "--k": k, "--limit": limit, "--bins": bins}
     if results and (given := [option for option, value in own.items() if value is not None]):
@@ -90,7 +96,7 @@ def analyse_folders(
     bins = DEFAULT_BINS if bins is None else bins
     of_traces = []
     for folder in traces:
-        trace = load_trace(folder).first_heads(h)
+        trace = read_trace(folder).first_heads(h)
         if limit is not None:
             trace = trace.first_examples(limit)
         name = str(trace.header.settings.get("task") or folder.resolve().name)

@@ -1,0 +1,169 @@
+"""Charts of rescorers: block efficiency, acceptance by position, wins and losses, several drafts, repetition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rescore.accounting import marginal_intervals
+from rescore.reports.charts.figures import (
+    DECODE,
+    Section,
+    axis,
+    bar,
+    columns,
+    curve,
+    line,
+    log_axis,
+    one_below_the_other,
+    rule,
+    whiskers,
+)
+from rescore.reports.charts.style import UNRESCORED, Palette
+from rescore.reports.sources import TaskView
+from rescore.table import COUNT, EFFICIENCY, GAINS, NUMBER, NUMBER_INTERVAL, SHARE, Column, Format, fixed
+
+
+def rescorer_sections(views: Sequence[TaskView], palette: Palette) -> list[Section]:
+    """All sections of this module."""
+    return [make(views, palette) for make in (_efficiency, _acceptance, _outcomes, _drafts, _repetition)]
+
+
+def _efficiency(views: Sequence[TaskView], palette: Palette) -> Section:
+    """Block efficiency of every decode."""
+    numbers = (*EFFICIENCY, *GAINS, *columns(NUMBER, "macro"), *columns(COUNT, "steps", "tokens"))
+    section = Section("efficiency", (*DECODE, *numbers))
+    for view in views:
+        marks = []
+        for r in view.results:
+            pen, value, ci95 = palette.pen(r.rescorer, r.p), r.block_efficiency, r.block_efficiency_ci95
+            marks.append(line(
+                [value], [pen.name], pen, mode="markers", size=10, marker_line={"width": 1.5, "color": pen.colour},
+                error_x=whiskers([value], [ci95], pen), hover="%{x:.3f} tokens a step",
+            ))  # fmt: skip
+            section.rows.append([
+                view.label, r.rescorer, r.p, value, ci95, r.gain, r.gain_ci95, r.block_efficiency_macro, r.steps,
+                r.tokens,
+            ])  # fmt: skip
+        section.draw(
+            view.label, marks, **one_below_the_other([mark.name for mark in marks]), xaxis=axis("tokens a step"),
+            shapes=[rule(x=view.results[0].oracle_block_efficiency)],
+        )  # fmt: skip
+    return section
+
+
+def _acceptance(views: Sequence[TaskView], palette: Palette) -> Section:
+    """Share of steps that accepted at least i tokens."""
+    places = list(range(1, max(r.h for view in views for r in view.results) + 1))
+    number = Format(str)  # that is text already
+    section = Section("acceptance", (*DECODE, Column("share of steps"), *columns(number, *map(str, places))))
+    for view in views:
+        lines = []
+        for r in view.results:
+            records = view.run.records(view.task, r.rescorer, r.p)
+            known = marginal_intervals(
+                [record.accepted for record in records], len(r.marginal), groups=[record.group for record in records],
+                seed=view.seed,
+            )  # fmt: skip
+            intervals: Sequence[tuple[float, float] | None] = known or [None] * len(r.marginal)
+            pen = palette.pen(r.rescorer, r.p)
+            lines.append(line(
+                places[: len(r.marginal)], r.marginal, pen, error_y=whiskers(r.marginal, intervals, pen),
+                hover="at least %{x} tokens: %{y:.1%} of steps",
+            ))  # fmt: skip
+            at_least = [
+                NUMBER.show(share) + (f" ({NUMBER_INTERVAL.show(ci95)})" if ci95 else "")
+                for share, ci95 in zip(r.marginal, intervals, strict=True)
+            ]
+            given = [None if share is None else NUMBER.show(share) for share in r.conditional]
+            section.rows += [
+                [view.label, r.rescorer, r.p, "at least i", *at_least],
+                [view.label, r.rescorer, r.p, "i, given i - 1", *given],
+            ]
+        section.draw(
+            view.label, lines, xaxis=axis("accepted tokens i, at least", dtick=1),
+            yaxis=axis("share of steps", tickformat=".0%", rangemode="tozero"),
+        )  # fmt: skip
+    return section
+
+
+def _outcomes(views: Sequence[TaskView], palette: Palette) -> Section:
+    """Steps that accepted more and fewer tokens than the unrescored draft would have."""
+    section = Section("outcomes", (
+        *DECODE, *columns(COUNT, "steps"), *columns(SHARE, "won", "tied", "lost"),
+        *columns(COUNT, "tokens won", "tokens lost"),
+        *columns(SHARE, "wins that repair a repeat", "losses that bring one"),
+    ))  # fmt: skip
+    for view in views:
+        bars = []
+        for decode in view.rescored:
+            if (of := decode.outcomes) is None or not of.steps:
+                continue
+            pen = palette.pen(decode.rescorer, decode.p)
+            won, tied, lost = (count / of.steps for count in (of.won, of.tied, of.lost))
+            for share, opacity, what in ((won, 1.0, "won"), (-lost, 0.45, "lost")):
+                bars.append(bar(
+                    [share], [pen.name], pen, marker_opacity=opacity, customdata=[abs(share)],
+                    hover=f"%{{customdata:.1%}} of steps {what}",
+                ))  # fmt: skip
+            section.rows.append([
+                view.label, decode.rescorer, decode.p, of.steps, won, tied, lost, of.tokens_won, of.tokens_lost,
+                of.repair_share, of.regress_share,
+            ])  # fmt: skip
+        section.draw(
+            view.label, bars, **one_below_the_other([won.name for won in bars[::2]]), barmode="relative",
+            bargap=0.35, xaxis=axis("lost | won, share of steps", tickformat=".0%", zeroline=True),
+        )  # fmt: skip
+    return section
+
+
+def _drafts(views: Sequence[TaskView], palette: Palette) -> Section:
+    """Block efficiency by number of drafts."""
+    section = Section("drafts", (*DECODE, *EFFICIENCY))
+    for view in views:
+        curves, trace = list(view.analysis.by_p), view.analysis.trace
+        if trace is not None and (plain := trace.p_curve) is not None:  # of more p than were run
+            curves = [plain, *(of for of in curves if of.rescorer != plain.rescorer)]
+        curves = [of for of in curves if of.rescorer in palette.looks]
+        for of in curves:
+            section.rows += [
+                [view.label, of.rescorer, p, point.block_efficiency, point.block_efficiency_ci95]
+                for p, point in zip(of.ps, of.points, strict=True)
+            ]
+        section.draw(
+            view.label,
+            [curve(of.ps, of.points, palette.pen_of_all_p(of.rescorer), hover="%{x} drafts a step: %{y:.3f} tokens")
+             for of in curves],
+            xaxis=log_axis("drafts a step, p", sorted({p for of in curves for p in of.ps})),
+            yaxis=axis("tokens a step"), shapes=[rule(y=view.results[0].oracle_block_efficiency)],
+        )  # fmt: skip
+    return section
+
+
+def _repetition(views: Sequence[TaskView], palette: Palette) -> Section:
+    """Equal neighbours in drafts, before and after rescoring."""
+    section = Section("repetition", (
+        *DECODE, *columns(SHARE, "equal neighbours before", "after"),
+        *columns(fixed(2), "mean longest run before", "after"),
+    ))  # fmt: skip
+    for view in views:
+        lines = []
+        for decode in view.rescored:
+            of = decode.repetition
+            if of is None or of.before.share is None or of.after.share is None:
+                continue
+            pen, shares = palette.pen(decode.rescorer, decode.p), [of.before.share, of.after.share]
+            lines.append(line(
+                shares, [pen.name] * 2, pen, size=[9, 10], marker_symbol=["circle-open", "circle"], marker_opacity=1,
+                hover="%{x:.1%} of neighbours equal",
+            ))  # fmt: skip
+            runs = of.before.mean_longest_run, of.after.mean_longest_run
+            section.rows.append([view.label, decode.rescorer, decode.p, *shares, *runs])
+        trace = view.analysis.trace
+        own = trace.repetition.output.share if trace is not None and trace.repetition is not None else None
+        section.draw(
+            view.label, lines, **one_below_the_other([of.name for of in lines]),
+            xaxis=axis("equal neighbours in drafts", tickformat=".0%", rangemode="tozero"),
+            shapes=[] if own is None else [rule(x=own, colour=UNRESCORED)],
+            caption="" if own is None else f"the base model's own output: {own:.1%} (dashed)",
+        )  # fmt: skip
+    return section

@@ -1,0 +1,143 @@
+"""The first table of a report, rescorers x tasks, and the sentences that say what is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from rescore.reports.sources import TaskView
+from rescore.runs.records import Result
+from rescore.table import GAIN, Format, fixed, percent
+
+FIXED = ("none", "oracle")  # what rescorers are compared with
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One decode of one task.
+
+    share: of the oracle's gap recovered (None without the unrescored drafts or a gap).
+    speedup: over autoregressive decoding, live only.
+    best: of several rescorers with this p the one with the most on the task (`none` and `oracle` apart).
+    sure: the interval of its gain lies above zero.
+    """
+
+    result: Result
+    share: float | None
+    speedup: float | None
+    best: bool
+    sure: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """A rescorer at one p; `cells[i]` of the i-th view, None where it was not run."""
+
+    rescorer: str
+    p: int
+    cells: tuple[Cell | None, ...]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """Rows by p, the oracle above all and `none` first of each p; `sentences`: what they say."""
+
+    rows: tuple[Row, ...]
+    sentences: tuple[str, ...]
+
+
+def make_headline(views: Sequence[TaskView]) -> Headline:
+    """The table and its sentences."""
+    decodes = [(r.rescorer, r.p) for view in views for r in view.results]
+    names = ["oracle", "none", *(rescorer for rescorer, _ in decodes)]
+    rows = [
+        Row(rescorer, p, tuple(_cell(view, rescorer, p) for view in views))
+        for rescorer, p in sorted(
+            dict.fromkeys(decodes), key=lambda decode: (decode[0] != "oracle", decode[1], names.index(decode[0]))
+        )
+    ]
+    return Headline(tuple(rows), tuple(_sentences(views, rows)))
+
+
+def _cell(view: TaskView, rescorer: str, p: int) -> Cell | None:
+    result = next((r for r in view.results if (r.rescorer, r.p) == (rescorer, p)), None)
+    if result is None:
+        return None
+    own = rescorer not in FIXED
+    rivals = [r.block_efficiency for r in view.results if r.p == p and r.rescorer not in FIXED]
+    plain = next((r.block_efficiency for r in view.results if (r.rescorer, r.p) == ("none", p)), 0.0)
+    best = own and len(rivals) > 1 and plain < result.block_efficiency == max(rivals)
+    sure = own and result.gain_ci95 is not None and result.gain_ci95[0] > 0
+    speedup = result.latency.speedup if result.latency else None
+    return Cell(result, result.gap_share(view.unrescored), speedup, best, sure)
+
+
+def _sentences(views: Sequence[TaskView], rows: Sequence[Row]) -> list[str]:
+    plain = [view.unrescored.block_efficiency for view in views if view.unrescored]
+    ceiling = _range(fixed(2), [view.results[0].oracle_block_efficiency for view in views])
+    lines = [
+        f"A step of the unrescored drafts accepts {_range(fixed(2), plain)} tokens; a perfect choice from the same "
+        f"lattices would get {ceiling}."
+        if plain
+        else f"A perfect choice from the lattices would get {ceiling} tokens out of a step."
+    ]
+    unit = "tasks" if len({view.task for view in views}) == len(views) else "columns"  # of one task, several runs
+    lines += [line for p in sorted({row.p for row in rows}) if (line := _best_of(rows, p, unit))]
+    return [*lines, _time(rows)]
+
+
+def _gains(row: Row) -> list[tuple[Cell, float]]:
+    return [(cell, cell.result.gain) for cell in row.cells if cell and cell.result.gain is not None]
+
+
+def _best_of(rows: Sequence[Row], p: int, unit: str) -> str | None:
+    """Which rescorer is best at this p: the one with the highest mean gain over the tasks that all of them have."""
+    gains = {row.rescorer: _gains(row) for row in rows if row.p == p and row.rescorer not in FIXED}
+    most = max(map(len, gains.values()), default=0)
+    whole = {name: cells for name, cells in gains.items() if cells and len(cells) == most}
+    unrescored = [gain for row in rows if (row.rescorer, row.p) == ("none", p) and p > 1 for _, gain in _gains(row)]
+    if not whole:
+        gain = _range(GAIN, unrescored) if unrescored else None
+        return gain and f"With {_drafts(p)} a step and no rescoring the gain is {gain}."
+    best = max(whole, key=lambda name: fmean(gain for _, gain in whole[name]))
+    cells, found = zip(*whole[best], strict=True)
+    if fmean(found) <= 0:
+        return (
+            f"With {_drafts(p)} a step no rescorer gains anything on average; {best} comes nearest "
+            f"({_range(GAIN, found)})."
+        )
+    shares = [cell.share for cell in cells if cell.share is not None]
+    part = f", {_range(percent(0), shares)} of the way to the oracle" if shares else ""
+    among = f"the best of {len(whole)} rescorers is" if len(whole) > 1 else "the only rescorer is"
+    beside = f"; {_drafts(p)} without rescoring bring {_range(GAIN, unrescored)}" if unrescored else ""
+    line = f"With {_drafts(p)} a step {among} {best}, with {_range(GAIN, found)} tokens a step{part}{beside}."
+    lows = [cell.result.gain_ci95[0] for cell in cells if cell.result.gain_ci95]
+    if unsure := sum(low <= 0 for low in lows):
+        where = f"On {unsure} of {len(lows)} {unit} its" if len(lows) > 1 else "Its"
+        line += f" {where} gain is not certain: the interval includes zero."
+    return line
+
+
+def _time(rows: Sequence[Row]) -> str:
+    timed = [(cell.speedup, row.rescorer, row.p) for row in rows for cell in row.cells if cell and cell.speedup]
+    if not timed:
+        return (
+            "These results were replayed, so no time was measured: rescore eval --mode live with the same task and "
+            "rescorers shows whether one is worth its time."
+        )
+    speed, rescorer, p = max(timed)
+    return (
+        f"Measured live, the fastest was {rescorer} with {_drafts(p)} a step, at {speed:.2f} times the speed of "
+        f"autoregressive decoding ({'faster' if speed > 1 else 'slower'} than plain greedy decoding on that machine)."
+    )
+
+
+def _drafts(p: int) -> str:
+    return "one draft" if p == 1 else f"{p} drafts"
+
+
+def _range(format: Format, values: Sequence[float]) -> str:
+    """From the lowest to the highest, or the one number that both are shown as."""
+    low, high = format.show(min(values)), format.show(max(values))
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,240 @@
+"""One example of finished results, block by block: what the lattice had, what each rescorer drafted, what was
+accepted, and what the base LM wanted instead.
+
+A block is a position of the output where a decode began a step. Rescorers that accept different lengths begin their
+steps at different positions; a block lists those that began one there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
+from rescore.reports.token_text import token_texts, tokenizer_of
+from rescore.reports.walks import Slot, slots_at, walk_of
+from rescore.runs.evaluated import Evaluation, load_runs
+from rescore.runs.records import ExampleRecord, Result
+
+SHOWN_BLOCKS = 5
+SHOWN_TOKENS = 3
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What one rescorer put up for a block: the winning draft of its step, and how many tokens of it were accepted."""
+
+    rescorer: str
+    p: int
+    tokens: list[int]
+    accepted: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block.
+
+    number: from 1 in the order of position; position: the output tokens before it.
+    slots: 1 to h, without a lattice where the trace is gone; drafts: those that began here.
+    """
+
+    number: int
+    position: int
+    slots: list[Slot]
+    drafts: list[Draft]
+
+
+@dataclass(frozen=True)
+class Decode:
+    """One rescorer's decode of the example."""
+
+    rescorer: str
+    p: int
+    alpha: float | None
+    steps: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All that is known of one example.
+
+    number: of the `examples`, from 1; total: number of blocks, of which `blocks` are those asked for.
+    prompt, references, output: None or empty where the trace is gone.
+    texts: of every token id that occurs.
+    """
+
+    task: str
+    id: str
+    number: int
+    examples: int
+    h: int
+    k: int
+    prompt: str | None
+    references: list[str]
+    output: str | None
+    decodes: list[Decode]
+    total: int
+    blocks: list[Block]
+    texts: dict[int, str]
+    notices: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON document."""
+        return dataclasses.asdict(self)
+
+
+def inspect_example(
+    folder: Path,
+    example: str = "1",
+    *,
+    task: str | None = None,
+    rescorers: Collection[str] = (),
+    p: int | None = None,
+    k: int | None = None,
+    h: int | None = None,
+    steps: str = f"1-{SHOWN_BLOCKS}",
+    top: int = SHOWN_TOKENS,
+) -> Inspection:
+    """One example of the results in a folder (of `rescore eval --out` or `rescore suite`).
+
+    `example`: its id, or its number from 1; `task`, `k`, `h`: needed where there are several; `rescorers` as typed and
+    `p` (all by default); `steps`: the blocks to show, `3`, `1-5`, `6-` or `all`; `top`: the best so many tokens of each
+    slot. Raises `RescoreError` for what is not there, and what `load_runs` raises.
+    """
+    if top < 1:
+        raise RescoreError(f"--top {top}; show at least one token of each slot")
+    run, task = _choose_run(folder, task, k=k, h=h)
+    results = _choose_results(run, task, rescorers, p)
+    records = [(r, {record.id: record for record in run.records(task, r.rescorer, r.p)}) for r in results]
+    ids = list(dict.fromkeys(name for _, by_id in records for name in by_id))
+    name = _choose_example(ids, example, task, folder)
+    decodes = [(r, by_id[name]) for r, by_id in records if name in by_id]
+    for r, record in decodes:
+        _check(record, f"{folder}: example {name!r} of {r.rescorer}")
+    notices = []
+    trace = run.trace(task)
+    traced = next(of for of in trace.examples if of.id == name) if trace else None
+    if traced is None:
+        notices.append("the trace of these results is gone: there are no prompt and no lattices to show")
+    output = traced.output_ids.tolist() if traced else decodes[0][1].output_ids
+    drafts: dict[int, list[Draft]] = {}  # by position
+    for r, record in decodes:
+        walk = walk_of(record, output)
+        for step in walk.steps:
+            drafts.setdefault(step.start, []).append(Draft(r.rescorer, r.p, step.tokens, step.accepted))
+        if walk.differs:
+            notices.append(
+                f"{r.rescorer} (p = {r.p}) decoded another output from token {walk.shared} on; that part is not shown"
+            )
+    tokenizer, trouble = tokenizer_of(run.config.traces[task].get("base"))
+    if trouble:
+        notices.append(trouble)
+    positions, (h, k) = sorted(drafts), (results[0].h, results[0].k)
+    blocks = [
+        Block(
+            number, positions[number - 1],
+            slots_at(output, positions[number - 1], h=h, k=k, top=top, traced=traced), drafts[positions[number - 1]],
+        )
+        for number in _chosen_blocks(steps, len(positions))
+    ]  # fmt: skip
+    return Inspection(
+        task=task,
+        id=name,
+        number=ids.index(name) + 1,
+        examples=len(ids),
+        h=h,
+        k=k,
+        prompt=traced.prompt if traced else None,
+        references=list(traced.references) if traced else [],
+        output=traced.output if traced else None,
+        decodes=[Decode(r.rescorer, r.p, r.alpha, len(of.accepted), sum(of.accepted)) for r, of in decodes],
+        total=len(positions),
+        blocks=blocks,
+        texts=token_texts(tokenizer, _tokens(blocks)),
+        notices=notices,
+    )
+
+
+def _choose_run(folder: Path, task: str | None, **shape: int | None) -> tuple[Evaluation, str]:
+    """The run of a task with this k and h (None: the only one there is)."""
+    runs = load_runs(folder)
+    tasks = list(dict.fromkeys(name for run in runs for name in run.tasks))
+    if task is None and len(tasks) > 1:
+        raise RescoreError(f"{folder} has several tasks; choose one with --task: {', '.join(tasks)}")
+    task = task or tasks[0]
+    if task not in tasks:
+        raise UnknownNameError("task of these results", task, tasks)
+    choices = [(run, next(r for r in run.results if r.task == task)) for run in runs if task in run.tasks]
+    for name, value in shape.items():
+        there = sorted({getattr(result, name) for _, result in choices})
+        listed = ", ".join(map(str, there))
+        if value is None and len(there) > 1:
+            raise RescoreError(f"{folder} has several {name} of {task}; choose one with --{name}: {listed}")
+        if value is not None and value not in there:
+            raise RescoreError(f"{folder} has no results of {task} with {name} = {value}, only {listed}")
+        choices = [(run, result) for run, result in choices if value in (None, getattr(result, name))]
+    return choices[0][0], task
+
+
+def _choose_results(run: Evaluation, task: str, rescorers: Collection[str], p: int | None) -> list[Result]:
+    of_task = [result for result in run.results if result.task == task]
+    known = {result.rescorer for result in of_task}
+    for name in rescorers:
+        if name not in known:
+            raise UnknownNameError("rescorer of these results", name, known)
+    named = [r for r in of_task if not rescorers or r.rescorer in rescorers]
+    chosen = [r for r in named if p in (None, r.p) or r.rescorer == "oracle"]
+    if not chosen:
+        there = ", ".join(map(str, sorted({r.p for r in named})))
+        raise RescoreError(f"no results of {task} with p = {p}, only {there}; choose another --p")
+    return chosen
+
+
+def _choose_example(ids: Sequence[str], example: str, task: str, folder: Path) -> str:
+    if example in ids:
+        return example
+    if example.isdecimal() and 1 <= int(example) <= len(ids):
+        return ids[int(example) - 1]
+    if example.isdecimal():
+        raise RescoreError(f"{task} has {len(ids)} examples in {folder}; give --example from 1 to {len(ids)}, or an id")
+    raise UnknownNameError("example", example, ids[:200], hint=f"or give a number from 1 to {len(ids)}")
+
+
+def _check(record: ExampleRecord, where: str) -> None:
+    accepted, drafts = record.accepted, record.drafts
+    if len(drafts) != len(accepted):
+        raise InvalidDataError(f"{where} has no draft for each of its steps; run the evaluation again")
+    fit = all(1 <= n <= len(draft) for n, draft in zip(accepted, drafts, strict=True))
+    if sum(accepted) != len(record.output_ids) or not fit:
+        raise InvalidDataError(f"{where} has steps that don't add up to its output; run the evaluation again")
+
+
+def _chosen_blocks(text: str, total: int) -> range:
+    """The numbers of blocks that `3`, `1-5`, `6-` or `all` stand for."""
+    if text.strip() == "all":
+        return range(1, total + 1)
+    first, dash, last = (part.strip() for part in text.partition("-"))
+    if not first.isdecimal() or (last and not last.isdecimal()) or len(first + last) > 12:
+        raise RescoreError(f"--steps {text}: give a number, a range like 1-5 or 6-, or all")
+    begin = int(first)
+    end = int(last) if last else total if dash else begin
+    if last and end < begin:
+        raise RescoreError(f"--steps {text}: the range ends before it begins; give {last}-{first}")
+    if not 1 <= begin <= total:
+        raise RescoreError(f"--steps {text}: the example has the blocks 1 to {total}; choose from these")
+    return range(begin, min(end, total) + 1)
+
+
+def _tokens(blocks: Iterable[Block]) -> set[int]:
+    """Every token id that occurs."""
+    tokens: set[int] = set()
+    for block in blocks:
+        tokens.update(*(draft.tokens for draft in block.drafts))
+        for slot in block.slots:
+            tokens.update(token for token, _ in slot.best)
+            tokens.update(() if slot.wanted is None else (slot.wanted,))
+    return tokens

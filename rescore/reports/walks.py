@@ -1,0 +1,77 @@
+"""One example as its decodes walked it: where each step began, what it drafted, and the lattice that stood there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+
+from rescore.runs.records import ExampleRecord
+from rescore.tracing import TracedExample
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One slot of a block.
+
+    wanted: the token that the base LM chose there (None after the end of the output).
+    rank: its place in the slot of the lattice, from 1 (None: not among the k).
+    best: the lattice's best tokens and their probabilities (empty: the trace is gone).
+    """
+
+    wanted: int | None
+    rank: int | None
+    best: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """`tokens`: the winning draft of a step that began after `start` output tokens, of which so many were accepted."""
+
+    start: int
+    tokens: list[int]
+    accepted: int
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One decode of an example beside the example's output.
+
+    shared: the tokens that the decode's own output begins with like it; differs: whether they are not all.
+    steps: those that began where the decode had not left the output, nor come to its end.
+    """
+
+    shared: int
+    differs: bool
+    steps: list[Step]
+
+
+def walk_of(record: ExampleRecord, output: Sequence[int]) -> Walk:
+    """The walk of a decode."""
+    own = record.output_ids
+    pairs = enumerate(zip(own, output, strict=False))
+    shared = next((place for place, (a, b) in pairs if a != b), min(len(own), len(output)))
+    starts = [0, *accumulate(record.accepted)][:-1]
+    steps = [
+        Step(start, tokens, accepted)
+        for start, tokens, accepted in zip(starts, record.drafts, record.accepted, strict=True)
+        if start <= shared and start < len(output)
+    ]
+    return Walk(shared, shared < max(len(own), len(output)), steps)
+
+
+def slots_at(
+    output: Sequence[int], position: int, *, h: int, k: int, top: int, traced: TracedExample | None
+) -> list[Slot]:
+    """The h slots before output token `position`, with the `top` best of their k tokens."""
+    ahead = [*output[position : position + h], *[None] * h][:h]
+    if traced is None:
+        return [Slot(token, None, []) for token in ahead]
+    ids = traced.lattice.token_ids[position, :, :k].tolist()  # [h, k]
+    probabilities = np.exp(traced.lattice.logps[position, :, : min(top, k)].astype(np.float64)).tolist()  # [h, top]
+    return [
+        Slot(token, slot.index(token) + 1 if token in slot else None, list(zip(slot, best, strict=False)))
+        for token, slot, best in zip(ahead, ids, probabilities, strict=True)
+    ]

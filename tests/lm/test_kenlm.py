@@ -1,0 +1,208 @@
+"""KenLM behind one door: the same scores from every kind of file, and no damaged file that ends the process.
+
+`reference/kenlm` holds a small model as ARPA and the binaries that KenLM's own `build_binary` made of it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lattices.errors import InvalidDataError, RescoreError
+from lm.ngram import kenlm as module
+from lm.ngram.arpa import read_arpa
+from lm.ngram.kenlm import HEADER_AT, KenlmModel
+from lm.ngram.score import score_text
+
+REFERENCE = Path(__file__).parent / "reference" / "kenlm"
+TINY, PROBING, TRIE = (REFERENCE / name for name in ("tiny.arpa", "probing.bin", "trie.bin"))
+PACKED = REFERENCE / "quantized_array_trie.bin"  # the type whose size the counts give as a lower bound only
+BINARIES = (PROBING, TRIE)
+FILES = (TINY, *BINARIES, PACKED)
+COUNTS = HEADER_AT + 20  # where the counts stand
+HEADER_END, VOCABULARY_END = 136, {"probing.bin": 288, "trie.bin": 208, "quantized_array_trie.bin": 208}
+
+
+@pytest.fixture
+def no_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what is found before any child process runs."""
+
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("the header alone must be enough to refuse this file")
+
+    monkeypatch.setattr(module.subprocess, "run", refuse)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PROBE_TIMEOUT_S", 2.0)
+
+
+def message_of(path: Path) -> str:
+    """What loading says: one line that names the file."""
+    with pytest.raises(InvalidDataError) as caught:
+        KenlmModel.load(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message
+    return message
+
+
+def changed(tmp_path: Path, source: Path, offset: int, new: bytes) -> Path:
+    """A copy with some bytes replaced."""
+    path, data = tmp_path / "x.bin", source.read_bytes()
+    path.write_bytes(data[:offset] + new + data[offset + len(new) :])
+    return path
+
+
+class TestScores:
+    @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+    def test_word_by_word_with_states(self, path: Path):
+        model = KenlmModel.load(path)
+        assert model.order == 3
+        state = model.begin_sentence()
+        scores = []
+        for word in ("the", "cat", "zebra", "cat", "sat", model.sentence_end):
+            log10p, state = model.score(state, word)
+            scores.append(log10p)
+        # <s> the; <s> the cat; <unk> after "the cat"; cat alone; cat sat; cat sat </s>
+        expected = [-0.3, -0.2, -0.12 - 0.25 - 1.6, -1.1, -0.6, -0.15]
+        assert scores == pytest.approx(expected, abs=1e-6)
+        assert model.score(model.begin_sentence(), "the")[0] == pytest.approx(-0.3)  # states do not change
+        assert model.score(model.empty_context(), "the")[0] == pytest.approx(-0.8)
+
+    @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+    def test_the_length_of_the_ngram(self, path: Path):
+        model = KenlmModel.load(path)
+        log10p, length, state = model.full_score(model.begin_sentence(), "the")
+        assert (round(log10p, 4), length) == (-0.3, 2)
+        assert model.full_score(state, "cat")[1] == 3
+        assert model.full_score(state, "zebra")[1] == 1
+
+    def test_ids_are_decimal_words(self):
+        model = KenlmModel.load(TRIE)
+        assert model.score(model.begin_sentence(), 7) == model.score(model.begin_sentence(), "7")
+        assert 7 in model
+        assert "é" in model
+        assert not model.is_unknown(np.int64(7))
+        assert all(model.is_unknown(word) for word in (8, "zebra", "<unk>"))
+
+    def test_ids_are_looked_up_where_words_are_given(self):
+        model = KenlmModel.load(TINY, words=["cat", "é", "the"])
+        assert model.score(model.begin_sentence(), 2)[0] == pytest.approx(-0.3)
+        assert score_text(model, [[2, 0]]).log10p == pytest.approx(-0.3 - 0.2 - 0.12 - 0.25 - 0.9, abs=1e-6)
+
+    def test_gzip(self, tmp_path: Path):
+        (tmp_path / "x.arpa.gz").write_bytes(gzip.compress(TINY.read_bytes()))
+        model = KenlmModel.load(tmp_path / "x.arpa.gz")
+        assert model.score(model.begin_sentence(), "the")[0] == pytest.approx(-0.3)
+
+    def test_loading_is_silent(self, capfd: pytest.CaptureFixture[str]):
+        for path in FILES:
+            KenlmModel.load(path)
+        assert capfd.readouterr() == ("", "")
+
+
+class TestHeader:
+    @pytest.mark.parametrize(
+        ("source", "offset", "new", "message"),
+        [
+            (TRIE, HEADER_AT, b"\0", "signal"),
+            (PROBING, HEADER_AT, b"\1", "KenLM"),
+            (TRIE, HEADER_AT, b"\7", "order 7"),
+            (PROBING, HEADER_AT + 4, struct.pack("<f", 0.5), "multiplier of 0.5"),
+            (PROBING, HEADER_AT + 4, struct.pack("<f", math.nan), "KenLM"),
+            (PROBING, HEADER_AT + 4, struct.pack("<f", 2.0), "size"),
+            (PROBING, HEADER_AT + 4, struct.pack("<f", 3e38), "KenLM"),
+            (TRIE, HEADER_AT + 8, b"\6", "KenLM"),
+            (PROBING, COUNTS, bytes(24), "does not end with its 0 words"),
+            (TRIE, COUNTS, b"\7", "KenLM"),
+            (TRIE, COUNTS, b"\5", "does not end with its 5 words"),
+            (TRIE, COUNTS + 8, bytes(8), "KenLM"),
+            (TRIE, COUNTS + 16, b"\xff" * 8, "KenLM"),
+            (TRIE, 50, b"4", "KenLM"),
+            (PROBING, 56, b"\1", "KenLM"),
+            (TRIE, 33, b" incomplete\n", "KenLM"),
+            (TRIE, 0, b"x", "can't load"),
+        ],
+    )
+    def test_what_it_may_not_say(self, tmp_path: Path, source: Path, offset: int, new: bytes, message: str, hasty):
+        assert message in message_of(changed(tmp_path, source, offset, new))
+
+
+class TestGuard:
+    @pytest.mark.usefixtures("no_child")
+    @pytest.mark.parametrize("source", [*BINARIES, PACKED], ids=lambda path: path.name)
+    def test_every_truncation_is_refused_before_it_is_tried(self, tmp_path: Path, source: Path):
+        path, data = tmp_path / "x.bin", source.read_bytes()
+        for size in range(len(data)):
+            path.write_bytes(data[:size])
+            message_of(path)
+
+    @pytest.mark.parametrize("source", BINARIES, ids=lambda path: path.name)
+    @pytest.mark.parametrize("fill", ["random", "zeros", "ones"])
+    def test_garbage_for_a_body(self, tmp_path: Path, source: Path, fill: str, hasty):
+        start = HEADER_END
+        size = source.read_bytes().index(b"<unk>\0") - start
+        new = {"random": np.random.default_rng(0).bytes(size), "zeros": bytes(size), "ones": b"\xff" * size}[fill]
+        message_of(changed(tmp_path, source, start, new))
+
+    @pytest.mark.parametrize("source", BINARIES, ids=lambda path: path.name)
+    def test_garbage_after_a_good_vocabulary(self, tmp_path: Path, source: Path, hasty):
+        """A trie ends the process here, a hash table without free places is searched for ever."""
+        start, end = VOCABULARY_END[source.name], source.read_bytes().index(b"<unk>\0")
+        path = changed(tmp_path, source, start, np.random.default_rng(1).bytes(end - start))
+        message = message_of(path)
+        assert any(sign in message for sign in ("signal", "no answer within 2 s", "for a log10 probability"))
+
+    def test_garbage_for_the_bits_of_quantized_numbers(self, tmp_path: Path):
+        assert "KenLM" in message_of(changed(tmp_path, PACKED, VOCABULARY_END[PACKED.name] + 1, b"\xff"))
+
+    def test_scores_that_are_all_zero(self, tmp_path: Path):
+        """1-grams of log10 probability and back-off 0, and nothing found above them."""
+        start, data = VOCABULARY_END[PROBING.name], PROBING.read_bytes()
+        path = changed(tmp_path, PROBING, start, bytes(data.index(b"<unk>\0") - start))
+        assert "gives every word the probability 1" in message_of(path)
+
+    def test_a_probability_above_1(self, tmp_path: Path):
+        start = VOCABULARY_END[PROBING.name]
+        path = changed(tmp_path, PROBING, start, struct.pack("<f", math.nan))
+        assert "gives nan for a log10 probability" in message_of(path)
+
+    def test_files_that_are_no_binaries(self, tmp_path: Path):
+        path = tmp_path / "x.bin"
+        for data, message in ((b"", "is empty"), (b"hello\n" * 50, "can't load"), (b"\0" * 500, "can't load")):
+            path.write_bytes(data)
+            assert message in message_of(path)
+        path.write_bytes(TINY.read_bytes())  # the content counts, not the name
+        assert KenlmModel.load(path).order == 3
+
+    def test_broken_arpa_is_kenlms_message_on_one_line(self, tmp_path: Path):
+        path = tmp_path / "x.arpa"
+        path.write_text(TINY.read_text(encoding="utf-8").replace("-0.5\t", "0.5\t"), encoding="utf-8")
+        message = message_of(path)
+        assert "Positive log probability 0.5" in message
+        assert ".cc" not in message
+
+    def test_a_file_that_is_not_there(self, tmp_path: Path):
+        for path in (tmp_path / "none", tmp_path):
+            with pytest.raises(RescoreError, match="can't read"):
+                KenlmModel.load(path)
+
+
+def test_our_reader_and_kenlm_agree_on_the_reference():
+    ours, theirs = read_arpa(TINY), KenlmModel.load(TINY)
+    for ngrams in ours.orders:
+        for words, log10p in zip(ngrams.words, ngrams.log10p, strict=True):
+            context = theirs.empty_context()
+            if words[0] == 1:  # KenLM takes <s> as a context only
+                context, words = theirs.begin_sentence(), words[1:]
+            for word in words:
+                found, context = theirs.score(context, ours.vocabulary[word])
+            if len(words):
+                assert found == pytest.approx(float(log10p), abs=1e-6)

@@ -28,7 +28,7 @@ from rescore.groups import count_groups
 from rescore.replaying import replay
 from rescore.rescorers import Context, Rescorer
 from rescore.studies.records import Record, record_of
-from rescore.studies.verify_curve import verify_curve
+from rescore.studies.verify_curve import median_seconds, verify_curve
 from rescore.tracing import Trace
 
 
@@ -146,10 +146,6 @@ def _heads_ms(base: BaseLM, heads: BlockHeads, k: int, repeats: int) -> float:
     state = torch.randn(1, base.hidden_size, generator=torch.Generator().manual_seed(0))
     hidden = state.to(base.device, base.dtype)
     first = base.project(hidden)
-    seconds = []
-    for turn in range(repeats + 1):
-        start = time.perf_counter()
-        heads.lattice(base, hidden, first, k)  # ends on the CPU: what was asked of a GPU is done then
-        if turn:  # the first turn warms up
-            seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds)) * 1e3
+    # It ends on the CPU: what was asked of a GPU is done then.
+    (seconds,) = median_seconds([lambda: heads.lattice(base, hidden, first, k)], repeats)
+    return seconds * 1e3

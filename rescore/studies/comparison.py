@@ -140,7 +140,7 @@ def _compare(
     for task, run_a, run_b in _run_pairs(runs_a, runs_b, comparison):
         _check_same(task, run_a, run_b, comparison)
         for result_a, result_b in _result_pairs(task, run_a, run_b, chosen, comparison):
-            if row := _row((run_a, result_a), (run_b, result_b), comparison, seed):
+            if row := compared_row((run_a, result_a), (run_b, result_b), comparison, seed):
                 comparison.rows.append(row)
     if not comparison.rows:
         facts = f" ({'; '.join(comparison.notices)})" if comparison.notices else ""
@@ -272,9 +272,13 @@ def _is_chosen(result: Result, choice: Choice) -> bool:
     return rescorer in (None, result.rescorer) and (p in (None, result.p) or result.rescorer == "oracle")
 
 
-def _row(
+def compared_row(
     a: tuple[Evaluation, Result], b: tuple[Evaluation, Result], comparison: Comparison, seed: int
 ) -> ComparedRow | None:
+    """One result of a task against another, on the examples that both have; None, and a notice, where there are none.
+
+    Raises `InvalidDataError` for steps that make no sense.
+    """
     result_a, result_b = a[1], b[1]
     task = result_a.task
     steps_a, steps_b = _steps(*a, comparison), _steps(*b, comparison)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from lattices.errors import RescoreError, UnknownNameError
-from rescore.accounting import account, paired_difference
 from rescore.runs.evaluated import Evaluation
 from rescore.runs.records import Result, RunConfig
 from rescore.studies.analysis.curves import PCurve
 from rescore.studies.analysis.drafts import BeforeAfter, Outcomes, before_after, outcomes_of
 from rescore.studies.analysis.positions import Efficiency
 from rescore.studies.analysis.traces import ANALYSES, TraceAnalysis, analyse_trace
+from rescore.studies.comparison import Comparison, compared_row
 from rescore.studies.records import Record, record_of
 from rescore.tracing import TracedExample
 
@@ -222,25 +222,14 @@ def contrast(run: Evaluation, task: str, rescorer: str, against: str, *, p: int 
 
     Raises `UnknownNameError` for one that the run has not on this task at this p.
     """
-    evaluated = [r.rescorer for r in run.results if (r.task, r.p) == (task, p)]
+    results = {r.rescorer: r for r in run.results if (r.task, r.p) == (task, p)}
     for name in (rescorer, against):
-        if name not in evaluated:
-            raise UnknownNameError(f"rescorer of these results on {task} at p = {p}", name, evaluated)
-    ours, theirs = ({r.id: r for r in run.records(task, name, p)} for name in (rescorer, against))
-    both = [(ours[name], theirs[name]) for name in ours if name in theirs]
-    if not both:
+        if name not in results:
+            raise UnknownNameError(f"rescorer of these results on {task} at p = {p}", name, results)
+    row = compared_row((run, results[against]), (run, results[rescorer]), Comparison("", ""), seed)
+    if row is None:
         raise RescoreError(f"{rescorer} and {against} have no example of {task} in common; evaluate both on the same")
-    accepted, other = ([r.accepted for r in side] for side in zip(*both, strict=True))
-    gain = paired_difference(other, accepted, groups=[r.group for r, _ in both], seed=seed)
-    h = both[0][0].h
     return record_of(
-        Contrast,
-        gain,
-        task=task,
-        p=p,
-        rescorer=rescorer,
-        against=against,
-        n=len(both),
-        block_efficiency=account(accepted, h).block_efficiency,
-        against_block_efficiency=account(other, h).block_efficiency,
-    )
+        Contrast, row, p=p, rescorer=rescorer, against=against, block_efficiency=row.b.block_efficiency,
+        against_block_efficiency=row.a.block_efficiency, gain=row.difference.gain, gain_ci95=row.difference.gain_ci95,
+    )  # fmt: skip

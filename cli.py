@@ -1,158 +1,143 @@
-"""The command `rescore`: thin commands that parse, call one function of the project, and print.
+"""The commands of `rescore`: each makes objects of its options, calls one function of the project, and prints.
 
-Results go to stdout, progress and notices to stderr. Exit codes: 0 fine, 1 the run failed, 2 something the user can
-mend, 130 interrupted. Heavy libraries are imported inside commands, so that `--help` is quick.
+An option is declared once (`rescore.options`): by a record's field, or a function's parameter. Results go to stdout,
+progress and notices to stderr. Heavy libraries are imported inside commands: help is quick. Started by `rescore`.
 """
 
-from __future__ import annotations
-
-import errno
-import io
+import functools
+import inspect
 import json
 import os
-import re
+import shutil
 import sys
-import traceback
-import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
+import typer.core
+import typer.main
+from typer.models import CommandInfo
 
-from cli_analysis import analysing
-from cli_bench import bench
-from cli_compare import comparing
-from cli_ngram import ngram_models
-from cli_options import (
-    INTERRUPTED,
-    TASK_NAMES,
-    Base,
-    Data,
-    Details,
-    Device,
-    Dtype,
-    FirstHeads,
-    GivenTrace,
-    Heads,
-    Json,
-    LeaveOut,
-    Limit,
-    PromptTokens,
-    ReaderGoneError,
-    Tasks,
-    TaskTokens,
-    check_all,
-    notify,
-    numbers,
-    print_notices,
-    progress_bar,
-)
-from cli_report import reporting
-from cli_tasks import tasks
-from cli_training import training
-from lattices.errors import RescoreError, UnknownNameError
-from rescore.runs.inputs import Inputs
+from lattices.errors import RescoreError
+from lm.options import TEXTS
+from rescore import options as shared
+from rescore.options import REQUIRED, Option, Source, Spec, with_options
+from rescore.terminal import INTERRUPTED, notify, progress_bar
 
-MODES = ("replay", "live")
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from rich.console import Console
 
-    from rescore.runs.evaluated import Evaluation
+    from lm.ngram.build import NgramOptions
+    from rescore.runs.inputs import Inputs
+    from rescore.table import Table
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what writing to stdout may say
+BUILT_IN = "smollm2-135m"
+NONE = (Spec("none"),)
+PLAIN_WIDTH = 160  # columns where stdout is no terminal and COLUMNS does not say
+MEASURE, LOOK, NGRAMS, TRAIN, TASKS, BENCH = "Measure", "Look", "N-grams", "Train", "Tasks", "Bench"
+INPUTS = "rescore.runs.inputs:Inputs"
+MODEL = Source(INPUTS, only=("base", "dtype", "device"))
+OWN = Source("lm.base.own_output:OwnOutput", but=("batch_size", "temperature", "seed"))
+
+Body = TypeVar("Body", bound=Callable[..., None])
+Details = Annotated[bool, "Also quality, acceptance by position, and in live mode the times."]
+Json = Annotated[bool, "Print one JSON document and no table.", "--json"]
+
+
+class Group(typer.core.TyperGroup):
+    """A group whose plain help lists the commands panel by panel, as the help with colours does."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Writes the lists."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for name, each in self.commands.items():
+            panels.setdefault(getattr(each, "rich_help_panel", None) or "Commands", []).append((name, each.help or ""))
+        longest = max(map(len, self.commands))
+        for panel, rows in panels.items():
+            with formatter.section(panel):
+                formatter.write_dl([(name.ljust(longest), text) for name, text in rows])
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose options are looked up when it is asked for."""
+
+    def __init__(self, *, callback: Any, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._body, self._sources = callback.body, callback.sources
+
+    @functools.cached_property
+    def _looked_up(self) -> Any:
+        options, run = with_options(self._body, self._sources)
+        run.__signature__ = inspect.Signature([_parameter(option) for option in options])  # type: ignore[attr-defined]
+        info = CommandInfo(name=self.name, callback=run)
+        settings: Any = {"pretty_exceptions_short": False, "rich_markup_mode": self.rich_markup_mode}
+        return typer.main.get_command_from_info(info, **settings)
+
+    @property
+    def params(self) -> Any:  # type: ignore[override]
+        """Options and arguments."""
+        return self._looked_up.params
+
+    @params.setter
+    def params(self, _: Any) -> None:
+        """Nothing: the library sets those of the callback, which has none."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command."""
+        return self._looked_up.invoke(ctx)
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    """An option as typer has it declared. It is text that may be repeated; `rescore.options` makes values of it."""
+    # In help with colours brackets are markup.
+    text = option.full_help.replace("[", r"\[") if app.rich_markup_mode else option.full_help
+    holds: Any = bool if option.kind is bool else list[str]
+    if option.is_argument:
+        holds = list[str] if option.collects else str
+        info: Any = typer.Argument(help=text, metavar=option.spelled[0])
+    else:
+        info = typer.Option(*option.spelled, help=text, metavar=None if option.kind is bool else option.label)
+    default = REQUIRED if option.default is REQUIRED else False if option.kind is bool else option.shown_default
+    annotation: Any = Annotated[holds if default is REQUIRED else holds | None, info]
+    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def command(name: str, panel: str | None = None, group: Any = None, **sources: Source) -> Callable[[Body], Body]:
+    """Makes a command of a function: its options are the parameters, and those of the `sources` of parameters."""
+
+    def register(body: Body) -> Body:
+        def callback() -> None:
+            """Has no options: `Command` looks them up."""
+
+        callback.__doc__, callback.body, callback.sources = body.__doc__, body, sources  # type: ignore[attr-defined]
+        (group or app).command(name, cls=Command, rich_help_panel=panel)(callback)
+        return body
+
+    return register
+
 
 app = typer.Typer(
+    cls=Group,
     help="Draft-refinement rescoring for blockwise parallel decoding: how many tokens does a step accept, how many "
     "could it, which rescorer recovers how much, at what cost.",
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode=None,  # see `run_command`
+    context_settings={"max_content_width": 120},
 )
-app.add_typer(training)
-app.add_typer(ngram_models)
-app.add_typer(analysing)
-app.add_typer(comparing)
-app.add_typer(tasks)
-app.add_typer(reporting)
-app.add_typer(bench, name="bench")
+bench = typer.Typer(cls=Group, help="Measurements of the machine and the base LM.", rich_markup_mode=None)
 
 
-def main() -> None:
-    """Runs the command line; the installed command `rescore` calls this."""
-    # glibc returns large blocks to the system at every free; keeping them makes CPU inference up to 1.5x faster. The
-    # settings are read when a process starts, so the process starts once more with them.
-    if sys.platform == "linux" and "MALLOC_TRIM_THRESHOLD_" not in os.environ and not _only_asks_for_help():
-        kept = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **kept})
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    debug = "--debug" in sys.argv
-    if not debug:  # what a library says of its next version is for us: the test suite fails of it
-        warnings.simplefilter("ignore")
-    print_notices()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A terminal without Unicode, and one with it for a file name that is none, still show what they can.
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        # Not standalone: errors and exit codes come here instead of being printed by the library.
-        code = app(args=arguments or ["--help"], prog_name="rescore", standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here, where a failure can still be told
-    except (KeyboardInterrupt, typer.Abort):
-        notify("interrupted; what is finished is kept, the same command goes on")
-        code = INTERRUPTED
-    except (ReaderGoneError, BrokenPipeError):  # head or less has seen enough
-        code = 0
-        _close_stdout()
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        message, code = _explain(error)
-        notify(message)
-        _close_stdout()
-    sys.exit(code)
+def run_command(arguments: Sequence[str]) -> int:
+    """Runs a command line, prints its result and gives its exit code; errors are the caller's."""
+    app.rich_markup_mode = bench.rich_markup_mode = "rich" if sys.stdout is not None and sys.stdout.isatty() else None
+    return int(app(args=list(arguments), prog_name="rescore", standalone_mode=False) or 0)
 
 
-def _close_stdout() -> None:
-    """Prints what is left if that can be done; else gives it up, which Python would try again, and complain of."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _only_asks_for_help() -> bool:
-    return len(sys.argv) == 1 or "--help" in sys.argv or "--version" in sys.argv
-
-
-def _explain(error: Exception) -> tuple[str, int]:
-    """One line that says what is wrong, and the exit code."""
-    if isinstance(error, RescoreError):
-        message, code = str(error), 2
-    elif hasattr(error, "format_message"):  # of click, which typer imports or, in later versions, brings along
-        message, code = _plainer(error.format_message()), 2
-    elif isinstance(error, OSError) and error.strerror and (error.filename is not None or error.errno in NO_ROOM):
-        # No permission, a name too long, a full disk: nothing of ours is wrong.
-        what = "can't write what is printed" if error.filename is None else f"can't use {os.fsdecode(error.filename)}"
-        message, code = f"{what}: {error.strerror}; give another place, or mend this one", 2
-    elif isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
-        message, code = f"a file name that is no UTF-8 can't be used here; rename it ({error.object!r:.200})", 2
-    else:
-        message, code = f"{type(error).__name__}: {error} (--debug shows where)", 1
-    return " ".join(message.split()), code
-
-
-def _plainer(message: str) -> str:
-    """What the library says of a value that is no number, as we say it."""
-    message = re.sub(r"Input should be a valid integer.*", "give a whole number, like 16", message)
-    return re.sub(r"Input should be a valid number.*", "give a number, like 0.5", message)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(asked: bool) -> None:
+    if asked:
         from rescore.runs.environment import versions
 
         print("\n".join(f"{name} {version}" for name, version in versions().items()))
@@ -166,66 +151,67 @@ def options(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Options before the command; `--debug` may stand anywhere (`main` takes it)."""
+    """Options before the command; `--debug` may stand anywhere (`rescore.__main__` takes it)."""
 
 
-@app.command(name="eval")
-def evaluate_command(
-    task: Tasks = None,
-    rescorer: Annotated[
-        list[str],
-        typer.Option(
-            help="none, oracle, ngram[:PATH], context-ngram[:PATH], neural-32m, neural-61m, neural-94m, neural:PATH, "
-            "ngram-neural[:MODEL], learned-bigram[:PATH] or a plug-in's name[:text]; several."
-        ),
-    ] = ["none"],  # noqa: B006 (typer copies it)
-    k: Annotated[str, typer.Option(help="Tokens of each head that are in the lattice; 4,16 runs both.")] = "16",
-    p: Annotated[str, typer.Option(help="Drafts that one step verifies; 1,16 runs both.")] = "1",
-    alpha: Annotated[
-        str | None,
-        typer.Option(
-            help="Weight of the rescorer: a number, or tuned (what rescore tune kept here). Default: its own."
-        ),
-    ] = None,
-    h: FirstHeads = None,
-    base: Base = "smollm2-135m",
-    heads: Heads = None,
-    limit: Limit = None,
-    mode: Annotated[str, typer.Option(help="replay (from a trace, fast) or live (decodes, measures time).")] = "replay",
-    verify: Annotated[str, typer.Option(help="Live: p drafts as one prefix tree (tree) or as rows (batch).")] = "tree",
-    data: Data = None,
-    trace: GivenTrace = None,
-    leave_out: LeaveOut = None,
-    max_new_tokens: TaskTokens = None,
-    max_prompt_tokens: PromptTokens = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for per-example lines and results.json; resumable.")] = None,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap interval.")] = 0,
+def _show(tables: "Table | Sequence[Table]") -> None:
+    """Prints tables: with lines and colours on a terminal, else as plain text."""
+    from rescore.table import Table, for_terminal, joined
+
+    each = [tables] if isinstance(tables, Table) else tables
+    _console().print(for_terminal(each)) if sys.stdout.isatty() else print(joined(each))
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(
+        highlight=False, markup=False, emoji=False, color_system=None if os.environ.get("NO_COLOR") else "auto"
+    )
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, ensure_ascii=False))
+
+
+def _result(result: Any, tables: Callable[[Any], "Table | Sequence[Table]"], as_json: bool) -> None:
+    """Prints what a function gave: what it has to say besides, and its JSON document or tables."""
+    for line in getattr(result, "notices", ()):
+        notify(line)
+    _print_json(result.as_dict() if hasattr(result, "as_dict") else asdict(result)) if as_json else _show(
+        tables(result)
+    )
+
+
+@command("eval", MEASURE, inputs=Source(INPUTS))
+def eval_command(
+    *,
+    task: shared.Tasks = (),
+    rescorer: shared.Rescorers = NONE,
+    k: shared.Ks = (16,),
+    p: shared.Ps = (1,),
+    alpha: shared.Alpha = None,
+    inputs: "Inputs",
+    mode: Annotated[Literal["replay", "live"], "From a trace, fast; or decoding, which measures time."] = "replay",
+    verify: Annotated[shared.Verify, "Live: p drafts as one prefix tree, or as rows of a batch."] = "tree",
+    out: Annotated[Path | None, "Folder for per-example lines and results.json; resumable."] = None,
+    seed: shared.BootstrapSeed = 0,
     details: Details = False,
     as_json: Json = False,
 ) -> None:
     """Block efficiency of rescorers on tasks: what a step accepts, and what it could (oracle)."""
-    inputs = Inputs(
-        base=base, heads=heads, h=h, limit=limit, data=data, trace=trace, leave_out=leave_out,
-        max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, dtype=dtype, device=device,
-    )  # fmt: skip
-    _check_tasks(task or (), inputs)
+    _check(task, inputs)
+    from lm.records import plain
     from rescore.runs.evaluation import evaluate
     from rescore.runs.recording import open_recordings
-    from rescore.runs.run import parse_alpha, runs_of
+    from rescore.runs.run import runs_of
 
-    if mode not in MODES:
-        raise UnknownNameError("mode", mode, MODES)
-    runs = runs_of(
-        rescorer, ks=numbers("--k", k, int), ps=numbers("--p", p, int), alpha=parse_alpha(alpha) if alpha else None
-    )
-    recordings = open_recordings(task or (), inputs, k=max(run.k for run in runs))
+    runs = runs_of(rescorer, ks=k, ps=p, alpha=alpha)
+    recordings = open_recordings(task, inputs, k=max(run.k for run in runs))
+    how: dict[str, Any] = {"live": mode == "live", "verify": verify, "seed": seed, "out": out}
     with progress_bar() as progress:
-        evaluation = evaluate(
-            recordings, runs, live=mode == "live", verify=verify, seed=seed, out=out, progress=progress, notify=notify
-        )
-    _print_evaluation(evaluation, as_json, details=details)
+        evaluation = evaluate(recordings, runs, **how, progress=progress, notify=notify)
+    _print_json(plain(evaluation.document)) if as_json else _show(evaluation.tables(details=details))
     if evaluation.interrupted:
         kept = f"and kept in {out}: the same command goes on" if out else "(--out DIR would keep them)"
         shown = f"the finished examples are shown {kept}" if evaluation.results else "none was finished yet"
@@ -233,135 +219,69 @@ def evaluate_command(
         raise typer.Exit(INTERRUPTED)
 
 
-def _check_tasks(tasks: Sequence[str], inputs: Inputs) -> None:
-    """A mistake is told before the heavy libraries are loaded; a given trace's name may be any."""
+def _check(tasks: Sequence[str], inputs: "Inputs") -> None:
+    """Reports a mistake before the heavy libraries are loaded; a given trace's name may be any."""
+    from rescore.tasks import load_task
+
     inputs.check()
-    if inputs.trace is None:
-        from rescore.tasks import load_task
-
-        for name in tasks:
-            load_task(name)
+    for name in tasks if inputs.trace is None else ():
+        load_task(name)
 
 
-def _print_evaluation(evaluation: Evaluation, as_json: bool, *, details: bool) -> None:
-    from lm.records import plain
-    from rescore.table import joined
-
-    document = evaluation.document
-    if as_json:
-        print(json.dumps(plain(document), ensure_ascii=False))
-    else:
-        print(joined(evaluation.tables(details=details)))
-
-
-@app.command()
-def oracle(
-    task: Tasks = None,
-    k: Annotated[str, typer.Option(help="Comma-separated k.")] = "1,2,4,8,16",
-    h: FirstHeads = None,
-    base: Base = "smollm2-135m",
-    heads: Heads = None,
-    limit: Limit = None,
-    data: Data = None,
-    trace: GivenTrace = None,
-    leave_out: LeaveOut = None,
-    max_new_tokens: TaskTokens = None,
-    max_prompt_tokens: PromptTokens = None,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
+@command("oracle", MEASURE, inputs=Source(INPUTS))
+def oracle_command(
+    *,
+    task: shared.Tasks = (),
+    k: shared.Ks = (1, 2, 4, 8, 16),
+    inputs: "Inputs",
     details: Details = False,
     as_json: Json = False,
 ) -> None:
-    """Oracle block efficiency by k: what a perfect choice from the top k of every head would reach."""
-    inputs = Inputs(
-        base=base, heads=heads, h=h, limit=limit, data=data, trace=trace, leave_out=leave_out,
-        max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, dtype=dtype, device=device,
-    )  # fmt: skip
-    _check_tasks(task or (), inputs)
-    from rescore.runs.evaluation import evaluate
-    from rescore.runs.recording import open_recordings
-    from rescore.runs.run import runs_of
-
-    runs = runs_of(["oracle"], ks=numbers("--k", k, int))
-    recordings = open_recordings(task or (), inputs, k=max(run.k for run in runs))
-    with progress_bar() as progress:
-        evaluation = evaluate(recordings, runs, progress=progress, notify=notify)
-    _print_evaluation(evaluation, as_json, details=details)
+    """Oracle block efficiency by k: the same as rescore eval --rescorer oracle --k 1,2,4,8,16."""
+    eval_command(task=task, rescorer=(Spec("oracle"),), k=k, inputs=inputs, details=details, as_json=as_json)
 
 
-@app.command(name="tune")
+@command("tune", MEASURE, inputs=Source(INPUTS, but=("limit",)))
 def tune_command(
-    rescorer: Annotated[list[str], typer.Option(help="A rescorer with a weight, like ngram; several.")],
-    task: Tasks = None,
-    alphas: Annotated[
-        str | None, typer.Option(help="Comma-separated weights; 0 is always among them. Default: nine from 0.1 to 5.")
-    ] = None,
-    k: Annotated[str, typer.Option(help="Comma-separated k.")] = "16",
-    p: Annotated[str, typer.Option(help="Comma-separated p.")] = "1,16",
-    h: FirstHeads = None,
-    base: Base = "smollm2-135m",
-    heads: Heads = None,
-    limit: Annotated[
-        int, typer.Option(help="Held-out examples, of the last sources of the data; at most half of them.")
-    ] = 100,
-    data: Data = None,
-    trace: GivenTrace = None,
-    leave_out: LeaveOut = None,
-    max_new_tokens: TaskTokens = None,
-    max_prompt_tokens: PromptTokens = None,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
+    *,
+    rescorer: Annotated[Sequence[Spec], "A rescorer with a weight, like ngram; several."],
+    task: shared.Tasks = (),
+    alphas: shared.Alphas = (),
+    k: shared.Ks = (16,),
+    p: shared.Ps = (1, 16),
+    held_out: Annotated[int, "Examples to tune on, of the last sources of the data; at most half of them."] = 100,
+    inputs: "Inputs",
     as_json: Json = False,
 ) -> None:
     """Tune a rescorer's weight (alpha) by replay on held-out examples, for `rescore eval --alpha tuned`."""
-    inputs = Inputs(
-        base=base, heads=heads, h=h, data=data, trace=trace, leave_out=leave_out,
-        max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, dtype=dtype, device=device,
-    )  # fmt: skip
-    _check_tasks(task or (), inputs)
-    from dataclasses import asdict
-
+    _check(task, inputs)
     from rescore.runs.recording import open_recordings
     from rescore.runs.tables import tuning_table
     from rescore.runs.tuning import DEFAULT_ALPHAS, tune
 
-    if limit < 1:
-        raise RescoreError(f"--limit {limit}; at least one example is needed")
-    ks = numbers("--k", k, int)
-    recordings = open_recordings(task or (), inputs, k=max(ks))
+    if held_out < 1:
+        raise RescoreError(f"--held-out {held_out}; at least one example is needed")
+    grid: dict[str, Any] = {"alphas": alphas or DEFAULT_ALPHAS, "ks": k, "ps": p, "held_out": held_out}
+    recordings = open_recordings(task, inputs, k=max(k))
     with progress_bar() as progress:
-        sweeps = tune(
-            recordings, rescorer, alphas=numbers("--alphas", alphas, float) if alphas else DEFAULT_ALPHAS,
-            ks=ks, ps=numbers("--p", p, int), held_out=limit, progress=progress, notify=notify,
-        )  # fmt: skip
-    print(json.dumps([asdict(tuned) for tuned in sweeps]) if as_json else tuning_table(sweeps).text())
+        sweeps = tune(recordings, rescorer, **grid, progress=progress, notify=notify)
+    _print_json([asdict(sweep) for sweep in sweeps]) if as_json else _show(tuning_table(sweeps))
     notify("kept on this machine: rescore eval --alpha tuned with the same options uses these weights")
 
 
-@app.command(name="trace")
+@command("trace", MEASURE, inputs=Source(INPUTS, but=("trace", "h")))
 def trace_command(
-    out: Annotated[Path, typer.Option(help="Folder for the trace; resumable.")],
-    task: Annotated[str, typer.Option(help=f"{TASK_NAMES}.")] = "squad",
-    base: Base = "smollm2-135m",
-    heads: Heads = None,
-    k: Annotated[int, typer.Option(help="Lattice entries kept per head.")] = 32,
-    limit: Limit = None,
-    data: Data = None,
-    leave_out: LeaveOut = None,
-    max_new_tokens: TaskTokens = None,
-    max_prompt_tokens: PromptTokens = None,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
+    *,
+    out: Annotated[Path, "Folder for the trace; resumable."],
+    task: shared.Task = "squad",
+    k: Annotated[int, "Lattice entries kept per head."] = 32,
+    inputs: "Inputs",
 ) -> None:
     """Record a trace: greedy output and lattices of a task, for replay with `rescore eval --trace`."""
-    inputs = Inputs(
-        task=task, base=base, heads=heads, limit=limit, data=data, leave_out=leave_out, max_new_tokens=max_new_tokens,
-        max_prompt_tokens=max_prompt_tokens, dtype=dtype, device=device,
-    )  # fmt: skip
-    _check_tasks((task,), inputs)
+    _check((task,), inputs)
     from rescore.runs.recording import open_recording
 
-    recording = open_recording(inputs, k=k, out=out)
+    recording = open_recording(replace(inputs, task=task), k=k, out=out)
     for line in recording.notices:
         notify(line)
     with progress_bar() as progress:
@@ -370,7 +290,311 @@ def trace_command(
     print(f"{out}: {len(trace.examples)} examples, {positions} positions, h = {trace.header.h}, K = {trace.header.k}")
 
 
-check_all(app)
+@command("suite", MEASURE, plan=Source("rescore.suites.plan:read_plan"))
+def suite_command(
+    plan: Any, out: Annotated[Path, "Folder for results, table.md and table.csv; resumable."], as_json: Json = False
+) -> None:
+    """Run a whole table, tasks x rescorers x k, from one YAML file; goes on where it was stopped."""
+    from lm.records import plain
+    from rescore.runs.tables import suite_table
+    from rescore.suites.plan import read_plan
+    from rescore.suites.run import run_suite
 
-if __name__ == "__main__":
-    main()
+    with progress_bar() as progress:
+        suite = run_suite(read_plan(**plan), out, source=plan["path"].name, progress=progress, notify=notify)
+    if as_json:
+        _print_json(plain(suite.document))
+    else:
+        _show(suite_table(suite.document.results)) if suite.document.results else print("no finished examples")
+    if suite.interrupted:
+        notify(f"interrupted; the finished examples are kept in {out}: the same command goes on")
+        raise typer.Exit(INTERRUPTED)
+
+
+@command("analyse", LOOK, asked=Source("rescore.studies.analysis.collect:analyse_folders"))
+def analyse_command(asked: Any, as_json: Json = False) -> None:
+    """Analyse traces or finished runs: repetition, entropy and h_max, oracle, wins and losses, ranks, calibration."""
+    from rescore.studies.analysis.collect import analyse_folders
+    from rescore.studies.analysis.text import findings_tables
+
+    _result(analyse_folders(**asked), findings_tables, as_json)
+
+
+@command("compare", LOOK, asked=Source("rescore.studies.comparison:compare_folders"))
+def compare_command(asked: Any, as_json: Json = False) -> None:
+    """Compare two results by example: difference in block efficiency with its paired interval, won, tied, lost."""
+    from rescore.studies.comparison import compare_folders
+    from rescore.studies.tables import comparison_table
+
+    _result(compare_folders(**asked), comparison_table, as_json)
+
+
+@command("inspect", LOOK, asked=Source("rescore.reports.inspection:inspect_example"))
+def inspect_command(asked: Any, as_json: Json = False) -> None:
+    """Show one example block by block: the lattice, each rescorer's draft, what was accepted, what the base wanted."""
+    from rescore.reports.inspection import inspect_example
+    from rescore.reports.inspection_view import inspection_lines
+
+    inspection = inspect_example(**asked)
+    for line in inspection.notices:
+        notify(line)
+    if as_json:
+        _print_json(inspection.as_dict())
+        return
+    console = _console()
+    width = console.width if console.is_terminal else shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns
+    for text in inspection_lines(inspection, width=width):
+        console.print(text, soft_wrap=True) if console.is_terminal else print(text.plain)
+
+
+@command("cost", LOOK, asked=Source("rescore.studies.cost.inputs:cost_tables"))
+def cost_command(asked: Any, as_json: Json = False) -> None:
+    """Cost model: weights and KV cache read and FLOPs per decoded token, by method and context."""
+    from rescore.studies.cost.inputs import cost_tables
+    from rescore.studies.tables import cost_table
+
+    costs = cost_tables(**asked)
+    _print_json([each.as_dict() for each in costs]) if as_json else _show([cost_table(each) for each in costs])
+
+
+@command("report", LOOK, asked=Source("rescore.reports.page:report"))
+def report_command(asked: Any, as_json: Json = False) -> None:
+    """Make one HTML page of results: tables, charts and a lattice explorer; works from disk, without network."""
+    from rescore.reports.page import report
+
+    with progress_bar() as progress:
+        written = report(**asked, progress=progress)
+    for line in written.missing:
+        notify(line)
+    _print_json(written.as_dict()) if as_json else print(written.lines())
+
+
+@command("build-ngram", NGRAMS, options=Source("lm.ngram.build:NgramOptions"), own=OWN)
+def build_ngram_command(
+    corpus: Annotated[
+        Sequence[str],
+        f"One or more of: {TEXTS}; own:PROMPTS for the base LM's own output for a file of prompts, generated once and "
+        "kept.",
+        "CORPUS",
+    ],
+    options: "NgramOptions",
+    own: Any,
+    out: Annotated[Path | None, "Folder; resumable. Default: beside the corpus, NAME-4gram for NAME.txt."] = None,
+    tokenizer: Annotated[
+        str | None,
+        "Base LM whose token ids the words are, or words: split at white space. Default: --base, else smollm2-135m.",
+    ] = None,
+    discount_fallback: Annotated[bool, "Use discounts 0.5, 1, 1.5 where the corpus gives none."] = False,
+    base: Annotated[str | None, "Base LM that writes the output for own:PROMPTS. Default: --tokenizer."] = None,
+    as_json: Json = False,
+) -> None:
+    """Estimate an n-gram model from text: ARPA file, compiled automaton and manifest in one folder."""
+    from lm.ngram.build import build_ngram, default_folder
+    from rescore.studies.tables import built_ngram_table
+
+    folder = default_folder(corpus, options.order) if out is None else out
+    tokenizer = tokenizer or base or BUILT_IN
+    fallback = (0.5, 1.0, 1.5) if discount_fallback else None
+    with progress_bar() as progress:
+        summary = build_ngram(
+            corpus, folder, replace(options, tokenizer=tokenizer, discount_fallback=fallback),
+            own=replace(own, base=base or tokenizer), replace=out is not None, progress=progress,
+        )  # fmt: skip
+    _result(summary, built_ngram_table, as_json)
+    if not as_json:
+        print(f"next: {summary.use(tokenizer)}")
+
+
+@command("mix-ngram", NGRAMS, tuning=Source("rescore.studies.ngram_mixing:tune_mixture"))
+def mix_ngram_command(
+    model: Annotated[Sequence[str], "Two or more: folders of build-ngram, ARPA files, shipped (the model).", "MODEL"],
+    out: Annotated[Path, "Folder for the mixture, a model like those of build-ngram."],
+    tuning: Any,
+    weights: Annotated[Sequence[float], "Weights, one for each model, like 0.7,0.3."] = (),
+    trace: Annotated[Path | None, "Instead of weights: a trace folder, on whose last examples they are tuned."] = None,
+    as_json: Json = False,
+) -> None:
+    """Interpolate n-gram models into one: p = the weighted sum of theirs, with weights given or tuned by replay."""
+    from lm.ngram.mix import find_parts, mix_ngrams
+    from rescore.studies.tables import mixture_table, mixture_tuning_table
+
+    if bool(weights) == bool(trace):
+        raise RescoreError("give the weights of the mixture (--weights 0.7,0.3) or a trace to tune them on (--trace)")
+    parts, tuned = find_parts(model), None
+    with progress_bar() as progress:
+        if trace is not None:
+            from rescore.studies.ngram_mixing import tune_mixture
+
+            tuned = tune_mixture(parts, trace, **tuning, progress=progress)
+            weights = tuned.weights
+        mixed = mix_ngrams(parts, weights, out, tuned=asdict(tuned) if tuned else None, progress=progress)
+    if abs(sum(weights) - 1.0) > 1e-6:
+        notify(f"the weights add up to {sum(weights):g}; they are scaled to 1")
+    if as_json:
+        _print_json({**asdict(mixed), "tuned": asdict(tuned) if tuned else None})
+    else:
+        _show([*([mixture_tuning_table(tuned)] if tuned else []), mixture_table(mixed)])
+
+
+@command("score-ngram", NGRAMS, asked=Source("lm.ngram.score:score_file"))
+def score_ngram_command(asked: Any, as_json: Json = False) -> None:
+    """Perplexity of a text under an n-gram model, with the counts of unknown words."""
+    from lm.ngram.score import score_file
+    from rescore.studies.tables import ngram_score_table
+
+    with progress_bar() as progress:
+        score = score_file(**asked, progress=progress)
+    if score.unknown_share > 0.9:
+        share = f"{score.unknown_share:.0%}"
+        notify(f"{asked['ngram']} does not know {share} of the words; is this the right --tokenizer?")
+    _result(score, functools.partial(ngram_score_table, text=asked["text"]), as_json)
+
+
+@command("export-fst", NGRAMS, asked=Source("rescore.exports.openfst:export_openfst"))
+def export_fst_command(asked: Any) -> None:
+    """Write an n-gram automaton and one lattice of a trace, with their exact composition, as OpenFst text."""
+    from rescore.exports.openfst import export_openfst
+    from rescore.studies.tables import file_sizes
+
+    print(f"{asked['out']}: {file_sizes(export_openfst(**asked))}")
+
+
+@command("generate-corpus", TRAIN, inputs=MODEL, options=Source("lm.base.corpus:GenerationOptions"))
+def generate_corpus_command(
+    prompts: Annotated[Path, 'JSON lines {"prompt", "chat"} (or CSV, Parquet ...) or text, a prompt a line.'],
+    out: Annotated[Path, "Folder for the corpus; resumable."],
+    inputs: "Inputs",
+    options: Any,
+) -> None:
+    """Write the base LM's own output for many prompts: what block heads and rescorers learn from."""
+    from lm.base.catalog import load_base
+    from lm.base.corpus import generate_corpus, read_prompts
+    from lm.base.machine import share_of_limits
+
+    base = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device)
+    chosen = read_prompts(prompts, default_chat=base.is_chat)
+    with progress_bar() as progress:
+        summary = generate_corpus(base, chosen, out, options, progress=functools.partial(progress, "generate"))
+    print(summary.line())
+    if summary.made:
+        print(f"{summary.speed()}: {share_of_limits(base, summary.work, summary.seconds)}")
+
+
+@command("train-heads", TRAIN, asked=Source("lm.training.run:train_heads"))
+def train_heads_command(asked: Any) -> None:
+    """Train block heads, on a frozen base LM or together with it. Several GPUs: torchrun --no-python rescore ..."""
+    from lm.training.run import train_heads
+    from rescore.studies.tables import accuracy_table
+
+    with progress_bar() as progress:
+        accuracy = train_heads(**asked, progress=progress, notify=notify)
+    if accuracy is not None:
+        _show(accuracy_table(accuracy))
+        options, out = asked["options"], asked["out"]
+        use = f"--base {asked['text'].base} --heads {out}" if options.tune == "none" else f"--base {out}"
+        print(f"{out}: heads 2 to {options.h}; rescore eval {use}")
+
+
+@command("train-rescorer", TRAIN, asked=Source("lm.training.run:train_rescorer"))
+def train_rescorer_command(
+    size: Annotated[str, "neural-32m, neural-61m or neural-94m.", "SIZE"],
+    asked: Any,
+    base: Annotated[str, "Base LM it is to rescore for.", "--tokenizer", "--base"] = BUILT_IN,
+) -> None:
+    """Train a small neural LM that rescores drafts. Several GPUs: torchrun --no-python rescore ..."""
+    from lm.training.run import train_rescorer
+
+    with progress_bar() as progress:
+        measured = train_rescorer(**asked, progress=progress, notify=notify)
+    if measured is not None:
+        print(f"{asked['out']}: {measured.line()}")
+
+
+@command("train-bigram", TRAIN, asked=Source("lm.training.run:train_bigram"))
+def train_bigram_command(asked: Any) -> None:
+    """Train a learned bigram on the heads' lattices of a corpus."""
+    from lm.training.run import train_bigram
+
+    with progress_bar() as progress:
+        measured = train_bigram(**asked, progress=progress)
+    if measured is not None:
+        print(f"{asked['out']}: {measured.line()}")
+
+
+@command("tasks", TASKS, asked=Source("rescore.tasks.listing:list_tasks"))
+def tasks_command(asked: Any, as_json: Json = False) -> None:
+    """List the tasks: what they ask, what they are scored by, where their data come from."""
+    from rescore.tasks.listing import list_tasks, tasks_table
+
+    facts = list_tasks(**asked)
+    if as_json:
+        _print_json([each.as_dict() for each in facts])
+    elif asked["names"]:
+        print("\n\n".join(each.in_full() for each in facts))
+    else:
+        _show(tasks_table(facts))
+
+
+@command("perplexity", TASKS, asked=Source("rescore.studies.perplexity:perplexity_of_task"))
+def perplexity_command(asked: Any, as_json: Json = False) -> None:
+    """Perplexity of the base LM on a task's passages, by a window that moves on with a stride."""
+    from rescore.studies.perplexity import perplexity_of_task
+
+    with progress_bar() as progress:
+        found = perplexity_of_task(**asked, progress=progress)
+    if found.notice:
+        notify(found.notice)
+    _print_json(asdict(found)) if as_json else print(found.line(asked["base"], asked["dtype"]))
+
+
+@command("overlap", TASKS, asked=Source("rescore.studies.overlap:find_overlap"))
+def overlap_command(
+    asked: Any,
+    out: Annotated[Path | None, "Write the list for --leave-out (ids and digests, no text)."] = None,
+    as_json: Json = False,
+) -> None:
+    """Find examples that share runs of 13 words (prompt or references) with training corpora."""
+    from rescore.runs.leave_out import write_leave_out
+    from rescore.studies.overlap import find_overlap, overlap_table
+
+    with progress_bar() as progress:
+        overlap = find_overlap(**asked, progress=progress)
+    if out is not None:
+        about = f"Examples that share {overlap.n} words in a row with {', '.join(overlap.corpora)}"
+        write_leave_out(overlap, out, about=about)
+    _result(overlap, overlap_table, as_json)
+
+
+@command("verify-curve", group=bench, inputs=MODEL)
+def verify_curve_command(
+    inputs: "Inputs",
+    cached: shared.Cached = 256,
+    repeats: shared.Repeats = 7,
+    as_json: Json = False,
+) -> None:
+    """Time of one forward of 1 to 144 tokens on a cache, with the memory bandwidth reached."""
+    from lm.base.catalog import load_base
+    from rescore.studies.tables import verify_curve_table
+    from rescore.studies.verify_curve import verify_curve
+
+    base = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device)
+    curve = verify_curve(base, cached=cached, repeats=repeats)
+    if not as_json:
+        _show(verify_curve_table(curve))
+    _print_json(curve.as_dict())
+
+
+@command("block-length", group=bench, asked=Source("rescore.studies.block_length:block_lengths_of_trace"))
+def block_length_command(asked: Any, as_json: Json = False) -> None:
+    """Which block length pays here: acceptance from a trace against what verify, heads and rescoring cost."""
+    from rescore.studies.block_length import block_lengths_of_trace
+    from rescore.studies.tables import block_length_table
+
+    with progress_bar() as progress:
+        lengths = block_lengths_of_trace(**asked, progress=progress)
+    if not as_json:
+        _show(block_length_table(lengths))
+    _print_json(lengths.as_dict())
+
+
+app.add_typer(bench, name="bench", rich_help_panel=BENCH)

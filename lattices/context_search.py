@@ -14,7 +14,7 @@ score and the most that the heads alone can still give. Needs numpy and numba on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -169,17 +169,17 @@ def _search(mixture, state, slots, width, drafts, scores):  # type: ignore[no-un
     remaining = np.zeros(h)  # the most that the heads give after each slot
     for j in range(h - 2, -1, -1):
         remaining[j] = remaining[j + 1] + logps[j + 1, 0]
-    paths = np.zeros((2, width, h), np.int32)
-    states = np.zeros((2, width), np.int64)
-    sums = np.zeros((2, width))
-    gained = np.zeros((width, k))  # score of every path with one more entry
-    reach, codes = np.zeros(width), np.zeros(width, np.int64)  # of the best of them, falling: path x k + entry
-    history, total_of, types_of = np.zeros(order, np.int64), np.zeros(order, np.int64), np.zeros(order, np.int64)
+    paths = np.empty((2, width, h), np.int32)
+    states = np.empty((2, width), np.int64)
+    sums = np.empty((2, width))
+    gained = np.empty((width, k))  # score of every path with one more entry
+    reach, codes = np.empty(width), np.empty(width, np.int64)  # of the best of them, falling: path x k + entry
+    history, total_of, types_of = np.empty(order, np.int64), np.empty(order, np.int64), np.empty(order, np.int64)
     _, after = advance(cells, roots, state, words[0, 0])
     paths[0, 0, 0], states[0, 0], sums[0, 0] = token_ids[0, 0], after, logps[0, 0]
     now, count = 0, 1
     for j in range(1, h):
-        candidates = 0
+        candidates: Any = np.int64(0)
         for b in range(count):
             # What the context knows of this path's histories, shortest first; it ends with the first unknown one.
             levels = 0

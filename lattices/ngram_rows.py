@@ -420,7 +420,7 @@ def _pair_bounds(model, room, weight, j, v, shorter):  # type: ignore[no-untyped
         return
     # Only words that v has an arc for can follow a pair by an arc; those that give most come first.
     row = (j - 1) * k + v
-    arcs = 0
+    arcs = np.int64(0)
     for i in range(row32[row, 3 * k]):
         e = row32[row, 2 * k + i]
         arcs = put_in_order(most[j, v, i] + bound[j, v, e], e, arcs, tops, best_arcs)

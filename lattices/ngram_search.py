@@ -20,6 +20,7 @@ A plain dynamic program looks up every arc of every (slot, automaton state) pair
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -179,7 +180,8 @@ def _beam(model, room, query, start, first, p):  # type: ignore[no-untyped-def]
     rows[0, 0], lasts[0, 0], scores[0, 0] = start, 0, first
     count, now = 1, 0
     for j in range(1, h):
-        grown, least = 0, np.int64(WORST)
+        grown: Any = np.int64(0)
+        least = np.int64(WORST)
         for b in range(count):
             row, last, done = rows[now, b], lasts[now, b], scores[now, b]
             for e in range(k):
@@ -312,11 +314,11 @@ def _walk(room, token_ids, start, first, floor, drafts, scores):  # type: ignore
     p = len(scores)
     row64, row32, step32, step64, path = room.row64, room.row32, room.step32, room.step64, room.path
     cursor, count, at = k, k + 1, k + 2
-    found, least = 0, floor
+    found, least = np.int64(0), floor
     path[0] = token_ids[0, 0]
-    j = 1
+    j = np.int64(1)
     step32[1, at], step64[1, k], step32[1, cursor] = start, first, 0
-    step32[1, count] = _expand(row64, row32, token_ids, 1, start, first, least, step32, step64)
+    step32[1, count] = _expand(row64, row32, token_ids, j, np.int64(start), first, least, step32, step64)
     while j > 0:
         if step32[j, cursor] == step32[j, count]:
             j -= 1
@@ -332,7 +334,7 @@ def _walk(room, token_ids, start, first, floor, drafts, scores):  # type: ignore
         row = step32[j, at]
         total = step64[j, k] + row64[row, e]
         if j + 1 < h:
-            row = row32[row, k + e]
+            row = np.int64(row32[row, k + e])
             j += 1
             step32[j, at], step64[j, k], step32[j, cursor] = row, total, 0
             step32[j, count] = _expand(row64, row32, token_ids, j, row, total, least, step32, step64)

@@ -83,8 +83,8 @@ def _search(token_ids, logps, steps, reach, path, sums, drafts, scores):  # type
         threshold = _threshold(heads, sums)
         path[0] = ids[0, 0]
         reach[1, k] = heads[0, 0]
-        _expand(ids, heads, 1, threshold, steps, reach)
-        slot, found = 1, 1
+        slot, found = np.int64(1), np.int64(1)  # plain ones would be types of their own, compiled twice
+        _expand(ids, heads, slot, threshold, steps, reach)
         while slot > 0:
             if steps[slot, cursor] == steps[slot, count]:
                 slot -= 1

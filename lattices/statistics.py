@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from lattices.errors import RescoreError
 
@@ -17,7 +16,7 @@ from lattices.errors import RescoreError
 def targets_ahead(output_ids: np.ndarray, h: int) -> np.ndarray:
     """What every slot proposes, in truth: output `[t]` -> int32 `[t, h]`.
 
-    Entry [i, j] is output token i + j (slots from 0), -1 behind the end of the output.
+    Entry [i, j] is output token i + j (slots from 0), -1 after the end of the output.
     """
     padded = np.full(len(output_ids) + h, -1, dtype=np.int32)
     padded[: len(output_ids)] = output_ids
@@ -118,19 +117,13 @@ def decode_starts(accepted: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """
     assert accepted.shape == (int(lengths.sum()),), "an accepted length for every position"
     starts = np.zeros(len(accepted), dtype=np.bool_)
-    _walk(np.ascontiguousarray(accepted, np.int64), np.ascontiguousarray(lengths, np.int64), starts)
-    return starts
-
-
-@njit(cache=True, nogil=True)
-def _walk(accepted: np.ndarray, lengths: np.ndarray, starts: np.ndarray) -> None:
-    begin = 0
-    for length in lengths:
-        position = begin
-        while position < begin + length:
+    steps, position, end = np.maximum(accepted, 1).tolist(), 0, 0
+    for length in lengths.tolist():
+        position, end = end, end + length
+        while position < end:
             starts[position] = True
-            position += max(accepted[position], 1)
-        begin += length
+            position += steps[position]
+    return starts
 
 
 def _shares(parts: np.ndarray, of: np.ndarray) -> np.ndarray:

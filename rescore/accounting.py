@@ -17,11 +17,16 @@ from rescore.bootstrap import interval, ratio, ratio_difference, ratio_gain
 
 @dataclass(frozen=True)
 class Accounting:
-    """`block_efficiency` = tokens / steps over all steps (micro), `block_efficiency_macro` = mean over examples;
-    `block_efficiency_ci95`: interval of the micro value by group (`rescore.bootstrap`), None for fewer than
-    four groups; `groups`: how many groups the examples are of;
-    `accepted_histogram[i]` = steps that accepted exactly i tokens, i = 0..h; `marginal[i-1]` = share of steps that
-    accepted at least i, `conditional[i-1]` = marginal(i) / marginal(i-1), None where no step got that far, i = 1..h."""
+    """What one side accepted.
+
+    groups: how many groups the examples are of.
+    block_efficiency: tokens / steps over all steps (micro).
+    block_efficiency_ci95: its interval by group (`rescore.bootstrap`), None for fewer than four groups.
+    block_efficiency_macro: mean over examples.
+    accepted_histogram: [i] = steps that accepted exactly i tokens, i = 0..h.
+    marginal: [i-1] = share of steps that accepted at least i, i = 1..h.
+    conditional: [i-1] = marginal(i) / marginal(i-1), None where no step got that far.
+    """
 
     groups: int
     block_efficiency: float
@@ -35,20 +40,13 @@ class Accounting:
 
 
 @dataclass(frozen=True)
-class Gain:
-    """`gain`: one block efficiency over another, less 1 (0.25 = 25 % more tokens a step); `gain_ci95`: its paired
-    interval by group, None for fewer than four groups."""
-
-    gain: float
-    gain_ci95: tuple[float, float] | None
-
-
-@dataclass(frozen=True)
 class Difference:
-    """One side's block efficiency against the other's on the same examples: `difference` (B less A, tokens a step) and
-    `gain` (B over A, less 1) with their paired intervals by group (None for fewer than four groups); `groups`: how many
-    groups the examples are of; `won`, `tied`, `lost`: examples that B decodes with more, as many, fewer tokens a
-    step."""
+    """One side (B) against the other (A) on the same examples; intervals are paired, by group, as of `Accounting`.
+
+    difference: B's block efficiency less A's, tokens a step.
+    gain: B's over A's, less 1 (0.25 = 25 % more tokens a step).
+    won, tied, lost: examples that B decodes with more, as many, fewer tokens a step.
+    """
 
     groups: int
     difference: float
@@ -96,29 +94,23 @@ def marginal_intervals(
 
     Examples without steps do not count. None for fewer than four groups.
     """
-    kept = [place for place, example in enumerate(accepted) if example]
-    counts = [np.bincount(np.asarray(accepted[place], dtype=np.int64), minlength=h + 1) for place in kept]
-    if not counts:
+    decoded = [place for place, example in enumerate(accepted) if example]
+    if not decoded:
         return None
+    counts = [np.bincount(np.asarray(accepted[place], dtype=np.int64), minlength=h + 1) for place in decoded]
     at_least = np.stack(counts)[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1 : h + 1]  # [examples, h]
-    totals = _by_group(at_least, None if groups is None else [groups[place] for place in kept])
-    found = [interval(totals[:, [i, 0]], ratio, seed=seed, within=(0.0, 1.0)) for i in range(h)]
-    return [ci95 for ci95 in found if ci95] or None  # every step accepts the first token
-
-
-def paired_gain(
-    accepted: Sequence[Sequence[int]], plain: Sequence[Sequence[int]], *, groups: Groups = None, seed: int = 0
-) -> Gain:
-    """What rescored decodes gain over unrescored ones: `accepted[i]` and `plain[i]` are the accepted lengths of each
-    step of the same example i. Every resample of the bootstrap draws the same groups on both sides."""
-    found = paired_difference(plain, accepted, groups=groups, seed=seed)
-    return Gain(found.gain, found.gain_ci95)
+    totals = _by_group(at_least, None if groups is None else [groups[place] for place in decoded])
+    intervals = [interval(totals[:, [i, 0]], ratio, seed=seed, within=(0.0, 1.0)) for i in range(h)]
+    return [ci95 for ci95 in intervals if ci95] or None  # every step accepts the first token
 
 
 def paired_difference(
     a: Sequence[Sequence[int]], b: Sequence[Sequence[int]], *, groups: Groups = None, seed: int = 0
 ) -> Difference:
-    """B against A: `a[i]` and `b[i]` are the accepted lengths of each step of the same example i, as `paired_gain`."""
+    """B against A: `a[i]` and `b[i]` are the accepted lengths of each step of the same example i.
+
+    Every resample of the bootstrap draws the same groups on both sides.
+    """
     assert len(a) == len(b) > 0, "a gain is between two decodes of each example"
     counts = np.array([[(sum(e), len(e)) for e in side] for side in (a, b)], dtype=np.int64)
     tokens, steps = counts[..., 0], counts[..., 1]  # [2, examples]

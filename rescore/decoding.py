@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -221,11 +222,8 @@ def check_request(
 
 def first_difference(output_ids: Iterable[int], reference_ids: Iterable[int]) -> int | None:
     """Position of the first token that differs (or is missing on one side); None if both are the same."""
-    output, reference = list(output_ids), list(reference_ids)
-    for place, (a, b) in enumerate(zip(output, reference, strict=False)):
-        if a != b:
-            return place
-    return None if len(output) == len(reference) else min(len(output), len(reference))
+    pairs = enumerate(zip_longest(output_ids, reference_ids))
+    return next((place for place, (a, b) in pairs if a != b), None)
 
 
 def margin_at(base: BaseLM, prompt_ids: Sequence[int], output_ids: Sequence[int], place: int) -> float:

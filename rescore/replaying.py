@@ -21,21 +21,10 @@ from rescore.tracing import TracedExample
 @dataclass(frozen=True)
 class Steps:
     """The steps of one decode: tokens `accepted` by each, and its winning draft (h token ids, at the end of the output
-    those behind it included)."""
+    those after it included)."""
 
     accepted: list[int] = field(default_factory=list)
     drafts: list[list[int]] = field(default_factory=list)
-
-
-@dataclass
-class _Walk:
-    example: TracedExample
-    context: Context
-    steps: Steps
-
-    @property
-    def position(self) -> int:
-        return len(self.context.output_ids)
 
 
 def replay(examples: Sequence[TracedExample], rescorer: Rescorer, *, k: int, p: int = 1) -> list[list[int]]:
@@ -51,28 +40,31 @@ def replay_steps(examples: Sequence[TracedExample], rescorer: Rescorer, *, k: in
     if examples:
         check_held_k(examples[0].lattice.k, k)
     check_p(p)
-    walks = [_Walk(e, Context(e.prompt_ids.tolist(), future=e.output_ids), Steps()) for e in examples]
-    walking = walks
+    contexts = [Context(e.prompt_ids.tolist(), future=e.output_ids) for e in examples]
+    steps = [Steps() for _ in examples]
+    walking = list(range(len(examples)))
     while walking:
+        places = [(examples[i], len(contexts[i].output_ids)) for i in walking]
         lattices = Lattice(
-            np.stack([w.example.lattice.token_ids[w.position, :, :k] for w in walking]),
-            np.stack([w.example.lattice.logps[w.position, :, :k] for w in walking]),
+            np.stack([e.lattice.token_ids[position, :, :k] for e, position in places]),
+            np.stack([e.lattice.logps[position, :, :k] for e, position in places]),
         )
-        drafts = rescorer.draft(lattices, [w.context for w in walking], p)  # [b, p', h]
+        drafts = rescorer.draft(lattices, [contexts[i] for i in walking], p)  # [b, p', h]
         check_drafts(drafts, lattices, p)
-        choices = np.full((len(walking), drafts.shape[-1]), -1, dtype=np.int32)
-        for row, walk in enumerate(walking):
-            ahead = walk.example.output_ids[walk.position + 1 : walk.position + 1 + drafts.shape[-1]]
-            choices[row, : len(ahead)] = ahead  # -1 behind the end: nothing matches there
-        remaining = np.array([len(w.example.output_ids) - w.position for w in walking])
+        h = drafts.shape[-1]
+        choices = np.full((len(walking), h), -1, dtype=np.int32)  # -1 after the end: nothing matches there
+        for row, (e, position) in enumerate(places):
+            ahead = e.output_ids[position + 1 : position + 1 + h]
+            choices[row, : len(ahead)] = ahead
+        remaining = np.array([len(e.output_ids) - position for e, position in places])
         rows, lengths = accept(drafts, np.broadcast_to(choices[:, None], drafts.shape), remaining, ())
         winning = np.take_along_axis(drafts, rows[:, None, None], axis=1)[:, 0].tolist()
-        for walk, n, draft in zip(walking, lengths.tolist(), winning, strict=True):
-            walk.context.output_ids.extend(walk.example.output_ids[walk.position : walk.position + n].tolist())
-            walk.steps.accepted.append(n)
-            walk.steps.drafts.append(draft)
-        walking = [w for w in walking if w.position < len(w.example.output_ids)]
-    return [w.steps for w in walks]
+        for i, (e, position), n, draft in zip(walking, places, lengths.tolist(), winning, strict=True):
+            contexts[i].output_ids.extend(e.output_ids[position : position + n].tolist())
+            steps[i].accepted.append(n)
+            steps[i].drafts.append(draft)
+        walking = [i for i in walking if len(contexts[i].output_ids) < len(examples[i].output_ids)]
+    return steps
 
 
 def unrescored_at(example: TracedExample, accepted: Sequence[int]) -> list[int]:

@@ -11,9 +11,12 @@ import io
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rescore.terminal import printable
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 NOT_KNOWN = "-"
 FORMULA = ("=", "+", "-", "@")  # begins what a spreadsheet would compute
@@ -196,6 +199,32 @@ class Table:
         """A JSON object for each row, by the names of the columns."""
         names = [column.name for column in self.columns]
         return [dict(zip(names, row, strict=True)) for row in self.rows]
+
+
+def for_terminal(tables: Iterable[Table]) -> Group:
+    """What `rich` prints for tables: with lines and colours, as wide as the terminal lets them be."""
+    from rich import box
+    from rich.console import Group, RenderableType
+    from rich.table import Table as Lines
+    from rich.text import Text
+
+    parts: list[RenderableType] = []
+    for table in tables:
+        parts += [Text()] if parts else []
+        parts += [Text(printable_lines(table.title), style="bold")] if table.title else []
+        if table.columns:
+            lines = Lines(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False, pad_edge=False)
+            cells = [[printable(cell) for cell in row] for row in table.cells()]
+            for number, column in enumerate(table.columns):
+                longest = max((len(row[number]) for row in cells), default=0)
+                side: Literal["left", "right"] = "left" if column.format.left else "right"
+                width = None if column.format.left else longest  # numbers stay whole, headings and text may wrap
+                lines.add_column(printable(column.heading), justify=side, min_width=width, overflow="fold")
+            for row in cells:
+                lines.add_row(*(Text(cell, style="bold green" if cell.endswith("*") else "") for cell in row))
+            parts.append(lines)
+        parts += [Text(printable_lines(table.note), style="dim")] if table.note else []
+    return Group(*parts)
 
 
 def printable_lines(text: str) -> str:

@@ -1,8 +1,14 @@
-"""Text of others on a terminal: shown as it is, but unable to control it."""
+"""What a terminal shows: text of others, unable to control it; notices and a progress bar on stderr."""
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
+import time
 import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 # Categories that draw nothing themselves: control and format characters, surrogates, private use, unassigned, line and
 # paragraph separators. Among them are escape sequences and the marks that turn the direction of a line round.
@@ -11,6 +17,12 @@ JOINERS = "\u200c\u200d"  # inside emoji and words of some scripts
 NAMED = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 RIGHT_TO_LEFT = ("R", "AL")
 LEFT_TO_RIGHT_MARK = "\u200e"
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+LINE_EVERY = 60.0  # seconds between lines of progress where there is no terminal
+
+
+class CutShortError(Exception):
+    """A command ended by Ctrl-C or a broken pipe, its cause: what a command-line library would end silently."""
 
 
 def printable(text: str, *, joiners: bool = False) -> str:
@@ -45,3 +57,48 @@ def _shown(character: str, joiners: bool) -> str:
         return character
     code = ord(character)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def notify(line: str) -> None:
+    """A line for the user, on stderr; where that is closed or full, nobody is told, and the work goes on."""
+    if sys.stderr is None:  # closed
+        return
+    with suppress(OSError):
+        print(f"rescore: {printable(line, joiners=True)}", file=sys.stderr)
+
+
+class _Notices(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        notify(" ".join(record.getMessage().split()))
+
+
+def print_notices() -> None:
+    """What the project tells its logger (waits for another process, makes a broken cache again) is a notice, too."""
+    logger = logging.getLogger("rescore")
+    logger.handlers, logger.propagate = [_Notices()], False
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr; where stderr is no terminal, a line a minute."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+        says_lines = not console.is_terminal and os.environ.get("RANK", "0") == "0"  # one of several processes
+        last_line = time.monotonic()
+
+        def show(description: str, done: int, total: int) -> None:
+            nonlocal last_line
+            if says_lines and time.monotonic() - last_line >= LINE_EVERY:
+                last_line = time.monotonic()
+                notify(f"{description}: {done} of {total}")
+            key = description.split(",")[0]
+            if key not in tasks:
+                tasks[key] = bar.add_task(description, total=total)
+            bar.update(tasks[key], description=description, completed=done, total=total)
+
+        yield show

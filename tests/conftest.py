@@ -5,10 +5,14 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import resource
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,10 +23,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lattices.errors import RescoreError
 from lm.base.catalog import load_base
 from lm.base.model import BaseLM
 from lm.heads.block_heads import BlockHeads
 from lm.heads.nets import BlockHeadsConfig
+from rescore.__main__ import main
 
 END = "<|end|>"
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
@@ -109,6 +115,66 @@ def tiny_heads_folder(tiny_base: BaseLM, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("heads") / "tiny"
     make_heads(tiny_base).save(folder, dtype=torch.float32)
     return folder
+
+
+def refused(call: Callable[[], object], *expected: str | type[RescoreError]) -> str:
+    """The one line with which a call is refused. `expected`: texts that it holds, and the kind of error."""
+    kind = next((each for each in expected if isinstance(each, type)), RescoreError)
+    with pytest.raises(kind) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and all(text in message for text in expected if isinstance(text, str)), message
+    return message
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run of the command left."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        return json.loads(self.out)
+
+    def refused(self, message: str, code: int = 2) -> None:
+        """One line on stderr that says `message`, nothing on stdout, no traceback."""
+        assert (self.code, self.out) == (code, ""), self
+        assert re.fullmatch(r"rescore: [^\n]+\n", self.err), self.err
+        assert re.search(message, self.err), self.err
+
+
+Command = Callable[..., Run]
+SETTINGS = {"MALLOC_TRIM_THRESHOLD_": "4294967296", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "true"}
+
+
+@pytest.fixture
+def rescore(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command in this process, with this process's stdout and stderr down to the file descriptors."""
+    for name, value in SETTINGS.items():  # with the first of them set, the command does not start itself anew
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*arguments: object) -> Run:
+        monkeypatch.setattr(sys, "argv", ["rescore", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        out, err = capfd.readouterr()
+        return Run(int(exit_.value.code or 0), out, err)
+
+    return run
+
+
+@pytest.fixture
+def model(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path) -> list[object]:
+    """Options for the tiny model (h = 4) and six examples."""
+    return [
+        "--base", tiny_folder, "--heads", tiny_heads_folder, "--data", squad_file, "--dtype", "float64",
+        "--device", "cpu", "--max-new-tokens", 12,
+    ]  # fmt: skip
 
 
 SEVERAL = ("--task", "--rescorer", "--corpus", "--against", "--block-efficiency", "--results")

@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_lines
-from test_cli import Command, model, rescore
+from conftest import Command, write_lines
 
 from rescore.runs.log import ExampleLog
 from rescore.runs.records import ExampleRecord
-
-__all__ = ["model", "rescore"]  # fixtures
 
 
 @pytest.fixture
@@ -54,13 +51,13 @@ class TestCompare:
 
 class TestInspect:
     def test_one_example(self, rescore: Command, results: Path):
-        run = rescore("inspect", results, "--example", "q1", "--steps", "1-2", "--rescorer", "none", "--p", 1)
+        run = rescore("inspect", results, "--example", "q1", "--show", "1-2", "--rescorer", "none", "--p", 1)
         assert (run.code, run.err) == (0, "") and "\x1b" not in run.out
         assert run.out.startswith("squad, example q1 (2 of 6), h = 4, k = 16\nprompt: question: ")
         assert re.search(
             r"\nblock 1, output token 1: none p=1 accepts \d\n +slot +base wanted +rank +lattice 1 ", run.out
         )
-        assert re.search(r"\n +1 +\S+ +1 .*\[\S+\]\n", run.out) and "--steps 3- shows more" in run.out
+        assert re.search(r"\n +1 +\S+ +1 .*\[\S+\]\n", run.out) and "--show 3- shows more" in run.out
 
     def test_colour_where_stdout_is_a_terminal(self, rescore: Command, results: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("FORCE_COLOR", "1")
@@ -71,14 +68,14 @@ class TestInspect:
         assert "\x1b" not in rescore("inspect", results).out
 
     def test_the_document(self, rescore: Command, results: Path):
-        document = rescore("inspect", results, "--steps", "all", "--json").document
+        document = rescore("inspect", results, "--show", "all", "--json").document
         assert document["total"] == len(document["blocks"]) and document["blocks"][0]["slots"][0]["rank"] == 1
 
     def test_mistakes(self, rescore: Command, results: Path):
         rescore("inspect", results, "--example", "q9").refused("unknown example 'q9'")
         rescore("inspect", results, "--example", "\x1b[2J").refused(r"unknown example '\\x1b\[2J'")
-        rescore("inspect", results, "--steps", "9-1").refused("the range ends before it begins; give 1-9")
-        rescore("inspect", results, "--steps", "99").refused("choose from these")
+        rescore("inspect", results, "--show", "9-1").refused("the range ends before it begins; give 1-9")
+        rescore("inspect", results, "--show", "99").refused("choose from these")
         rescore("inspect", results, "--h", 3).refused("no results of squad with h = 3, only 4")
 
 
@@ -98,7 +95,7 @@ class TestSuite:
         assert (run.code, run.err) == (0, "")
         assert re.search(r"\nsquad +oracle +1 +4 +4 +- +\d\.\d{3} +\d\.\d{3} to \d\.\d{3} ", run.out)
         assert rescore(*asked).out == run.out
-        assert rescore(*asked, "--json").document["schema"] == "rescore.suite/2"
+        assert rescore(*asked, "--json").document["schema"] == "rescore.suite/3"
         plan.write_text(plan.read_text().replace("limit: 4", "limit: 5"))
         rescore(*asked).refused("limit: 4 -> 5.; use another --out")
         plan.write_text(plan.read_text() + "rescorer: none\n")

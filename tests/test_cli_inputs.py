@@ -1,6 +1,5 @@
 """What a user types and gives: files of any format read the same, options once, lists, streams that end early."""
 
-# ruff: noqa: F811
 from __future__ import annotations
 
 import csv
@@ -16,11 +15,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import typer.main
-from conftest import once, squad_records, write_lines
+from conftest import Command, once, squad_records, write_lines
 from evaluating import evaluated
-from test_cli import Command, model, rescore  # noqa: F401 (fixtures)
 
 import cli
+from lattices.errors import RescoreError
 from lm.base.corpus import Prompt, read_prompts
 from lm.ngram import build as build_module
 from lm.training.data import read_head_data
@@ -155,7 +154,7 @@ def options_of_all_commands() -> list[tuple[str, str]]:
         for inner, each in getattr(command, "commands", {"": command}).items():
             for parameter in each.params:
                 if parameter.param_type_name == "option" and not parameter.is_flag and parameter.name != "help":
-                    found.append((f"{name} {inner}".strip(), parameter.opts[0], parameter.multiple))
+                    found.append((f"{name} {inner}".strip(), parameter.opts[0], parameter.metavar.endswith(",...>")))
     return found
 
 
@@ -197,11 +196,11 @@ class TestOptions:
 
     @pytest.mark.parametrize("name", ["data", "trace", "heads", "base"])
     def test_the_library_refuses_empty_paths_too(self, name: str):
-        with pytest.raises(cli.RescoreError, match=f"^--{name} is empty"):
+        with pytest.raises(RescoreError, match=f"^--{name} is empty"):
             evaluated(dict(**{name: ""}))
 
     def test_a_passage_has_no_empty_data(self):
-        with pytest.raises(cli.RescoreError, match=r"^--data is empty"):
+        with pytest.raises(RescoreError, match=r"^--data is empty"):
             perplexity_of_task("lambada", data="")
 
 
@@ -268,7 +267,7 @@ def command(*arguments: object, **options: object) -> subprocess.CompletedProces
     """The command in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     return subprocess.run(
-        [sys.executable, "-m", "cli", *map(str, arguments)], text=True, env=environment, check=False, **options
+        [sys.executable, "-m", "rescore", *map(str, arguments)], text=True, env=environment, check=False, **options
     )  # type: ignore[call-overload, no-any-return]
 
 
@@ -294,7 +293,7 @@ class TestStreams:
         options = ["oracle", *model, "--k", ",".join(map(str, range(1, 200))), "--json"]
         environment = {**os.environ, "PYTHONPATH": os.getcwd()}
         process = subprocess.Popen(
-            [sys.executable, "-m", "cli", *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, "-m", "rescore", *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env=environment, text=True,
         )  # fmt: skip
         assert process.stdout is not None and process.stderr is not None

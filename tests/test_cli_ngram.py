@@ -14,8 +14,7 @@ from pathlib import Path
 
 import kenlm
 import pytest
-from conftest import files_of_at_most, save_tiny_base, write_lines
-from test_cli import Command, rescore  # noqa: F401 (a fixture)
+from conftest import Command, files_of_at_most, save_tiny_base, write_lines
 
 from lattices.automaton import Automaton
 from lm.ngram.arpa import read_arpa
@@ -27,14 +26,14 @@ FALLBACK = "--discount-fallback"
 
 
 @pytest.fixture
-def built(rescore: Command, tmp_path: Path) -> Path:  # noqa: F811
+def built(rescore: Command, tmp_path: Path) -> Path:
     """A trigram model of words."""
     assert rescore("build-ngram", FABLE, *WORDS, "--order", 3, "--out", tmp_path / "built").code == 0
     return tmp_path / "built"
 
 
 @pytest.fixture
-def tokens(rescore: Command, tiny_folder: Path, tmp_path: Path) -> Path:  # noqa: F811
+def tokens(rescore: Command, tiny_folder: Path, tmp_path: Path) -> Path:
     """A trigram model of the tiny base's token ids (bytes)."""
     options = ["--tokenizer", tiny_folder, "--order", 3, FALLBACK, "--out", tmp_path / "tokens"]
     assert rescore("build-ngram", FABLE, *options).code == 0
@@ -42,7 +41,7 @@ def tokens(rescore: Command, tiny_folder: Path, tmp_path: Path) -> Path:  # noqa
 
 
 class TestBuild:
-    def test_the_table_and_the_folder(self, rescore: Command, tmp_path: Path):  # noqa: F811
+    def test_the_table_and_the_folder(self, rescore: Command, tmp_path: Path):
         run = rescore("build-ngram", FABLE, *WORDS, "--order", 3, "--prune", "0,0,1", "--out", tmp_path / "m")
         assert (run.code, run.err) == (0, "")
         model = read_arpa(tmp_path / "m" / "model.arpa")
@@ -55,7 +54,7 @@ class TestBuild:
         assert lines[-1] == f"next: rescore score-ngram TEXT --ngram {tmp_path / 'm'}"
         assert sorted(os.listdir(tmp_path / "m")) == ["automaton.bin", "manifest.json", "model.arpa"]
 
-    def test_the_document(self, rescore: Command, tmp_path: Path):  # noqa: F811
+    def test_the_document(self, rescore: Command, tmp_path: Path):
         command = ["build-ngram", FABLE, *WORDS, "--order", 5, "--out", tmp_path / "m"]
         rescore(*command).refused("discounts of the 5-grams.*--discount-fallback")
         found = rescore(*command, FALLBACK, "--json").document
@@ -63,14 +62,14 @@ class TestBuild:
         assert len(found["ngrams"]) == len(found["discounts"]) == 5
         assert "fallback" in rescore(*command, FALLBACK).out
 
-    def test_katz_and_entropy_pruning(self, rescore: Command, tmp_path: Path):  # noqa: F811
+    def test_katz_and_entropy_pruning(self, rescore: Command, tmp_path: Path):
         options = [FABLE, *WORDS, "--order", 3]
         run = rescore("build-ngram", *options, "--smoothing", "katz", "--prune", "0", "--out", tmp_path / "katz")
         assert run.code == 0 and run.out.splitlines()[2].split()[2:-1] == ["d1", "d2", "d3", "d4", "d5"]
         pruned = rescore("build-ngram", *options, "--max-ngrams", "0.2K", "--out", tmp_path / "pruned", "--json")
         assert sum(pruned.document["ngrams"]) <= 200
 
-    def test_several_sources_and_fields(self, rescore: Command, tmp_path: Path):  # noqa: F811
+    def test_several_sources_and_fields(self, rescore: Command, tmp_path: Path):
         lines = write_lines(tmp_path / "x.jsonl", [{"body": "one two\nthree"}, {"body": "four"}])
         run = rescore(
             "build-ngram", FABLE, lines, *WORDS, "--field", "body", "--order", 2, FALLBACK, "--out", tmp_path / "m",
@@ -78,7 +77,7 @@ class TestBuild:
         )  # fmt: skip
         assert run.document["tokens"] == 228
 
-    def test_the_bases_own_output_is_a_corpus(self, rescore: Command, tiny_folder: Path, tmp_path: Path):  # noqa: F811
+    def test_the_bases_own_output_is_a_corpus(self, rescore: Command, tiny_folder: Path, tmp_path: Path):
         prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "x" * n} for n in range(1, 7)])
         made = rescore(
             "generate-corpus", "--base", tiny_folder, "--prompts", prompts, "--out", tmp_path / "own",
@@ -99,14 +98,14 @@ class TestBuild:
         rescore("build-ngram", *options, "--tokenizer", other).refused("was made with the tokenizer of .*tiny; choose")
         rescore("build-ngram", *options, *WORDS).refused("holds token ids; choose the tokenizer of its base")
 
-    def test_surface_words(self, rescore: Command, tiny_folder: Path, tmp_path: Path):  # noqa: F811
+    def test_surface_words(self, rescore: Command, tiny_folder: Path, tmp_path: Path):
         options = ["--tokenizer", tiny_folder, "--surface", "--order", 2, FALLBACK, "--out", tmp_path / "m"]
         assert rescore("build-ngram", FABLE, *options).code == 0
         assert "a" in read_arpa(tmp_path / "m" / "model.arpa").vocabulary
         score = rescore("score-ngram", FABLE, "--ngram", tmp_path / "m", "--json").document
         assert score["unknown"] == 0
 
-    def test_line_ends_marks_and_nul_are_no_words(self, rescore: Command, tmp_path: Path):  # noqa: F811
+    def test_line_ends_marks_and_nul_are_no_words(self, rescore: Command, tmp_path: Path):
         (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfone two\r\nthree\0four\r\n")
         options = [tmp_path / "x.txt", *WORDS, "--order", 2, FALLBACK, "--out", tmp_path / "m"]
         assert rescore("build-ngram", *options).code == 0
@@ -115,17 +114,17 @@ class TestBuild:
     @pytest.mark.parametrize("where", ["encode_corpora", "count_full", "estimate", "write_model"])
     def test_a_killed_build_leaves_no_model_and_goes_on(
         self,
-        rescore: Command,  # noqa: F811
+        rescore: Command,
         tmp_path: Path,
         where: str,
     ):
         out = tmp_path / "m"
         command = ["build-ngram", FABLE, *WORDS, "--order", 3, "--out", out]
         program = (
-            "import os, signal, sys, cli, lm.ngram.build as module\n"
+            "import os, signal, sys, lm.ngram.build as module, rescore.__main__\n"
             f"module.{where} = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
             f"sys.argv = ['rescore', *{list(map(str, command))!r}]\n"
-            "cli.main()"
+            "rescore.__main__.main()"
         )
         killed = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
         assert killed.returncode == -signal.SIGKILL
@@ -138,7 +137,7 @@ class TestBuild:
         assert again.document["ngrams"] == whole.document["ngrams"]
         assert (out / "model.arpa").read_bytes() == (tmp_path / "again" / "model.arpa").read_bytes()
 
-    def test_ctrl_c_is_told(self, rescore: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    def test_ctrl_c_is_told(self, rescore: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         def interrupt(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
@@ -147,7 +146,7 @@ class TestBuild:
         assert run.code == 130 and run.err.endswith("what is finished is kept, the same command goes on\n")
         assert not (tmp_path / "m" / "manifest.json").exists()
 
-    def test_a_full_disk_leaves_the_earlier_model(self, rescore: Command, built: Path):  # noqa: F811
+    def test_a_full_disk_leaves_the_earlier_model(self, rescore: Command, built: Path):
         before = {path.name: path.read_bytes() for path in built.iterdir()}
         for room in (400, 2000):  # the settings, then the counts or the model
             with files_of_at_most(room):
@@ -204,7 +203,7 @@ def build_refusals(tiny: Path, folder: Path) -> Iterator[tuple[str, list[object]
     yield "no corpus", [*WORDS], "Missing argument"
 
 
-def test_every_mistake_in_building_is_one_line(rescore: Command, tiny_folder: Path, tmp_path: Path):  # noqa: F811
+def test_every_mistake_in_building_is_one_line(rescore: Command, tiny_folder: Path, tmp_path: Path):
     (tmp_path / "in").mkdir()
     for what, arguments, message in build_refusals(tiny_folder, tmp_path / "in"):
         try:
@@ -218,7 +217,7 @@ def test_every_mistake_in_building_is_one_line(rescore: Command, tiny_folder: Pa
 
 
 class TestPlaces:
-    def test_other_files_are_never_replaced(self, rescore: Command, tmp_path: Path):  # noqa: F811
+    def test_other_files_are_never_replaced(self, rescore: Command, tmp_path: Path):
         (tmp_path / "thesis.tex").write_text("all my work")
         command = ["build-ngram", FABLE, *WORDS, "--out"]
         rescore(*command, tmp_path).refused("holds files that are no n-gram model, which would be lost")
@@ -226,16 +225,16 @@ class TestPlaces:
         rescore(*command, tmp_path / "thesis.tex" / "below").refused("can't write ")
         assert (tmp_path / "thesis.tex").read_text() == "all my work"
 
-    def test_a_place_that_can_not_be_written(self, rescore: Command):  # noqa: F811
+    def test_a_place_that_can_not_be_written(self, rescore: Command):
         rescore("build-ngram", FABLE, *WORDS, "--out", "/proc/none/model").refused("can't write /proc/none/model")
 
-    def test_a_model_takes_the_place_of_an_earlier_one(self, rescore: Command, built: Path):  # noqa: F811
+    def test_a_model_takes_the_place_of_an_earlier_one(self, rescore: Command, built: Path):
         assert rescore("build-ngram", FABLE, *WORDS, "--order", 2, "--out", built).code == 0
         assert read_arpa(built / "model.arpa").order == 2
 
 
 class TestScore:
-    def test_as_kenlm_scores_it(self, rescore: Command, built: Path, tmp_path: Path):  # noqa: F811
+    def test_as_kenlm_scores_it(self, rescore: Command, built: Path, tmp_path: Path):
         text = tmp_path / "x.txt"
         text.write_text(FABLE.read_text() + "zebra the xylophone\n\n")
         run = rescore("score-ngram", text, "--ngram", built, "--json")
@@ -252,7 +251,7 @@ class TestScore:
         assert re.search(r"\nunknown tokens +2 \(\d+\.\d\d%\)\n", table)
         assert re.search(rf"\nperplexity +{found['perplexity']:.2f}\n", table)
 
-    def test_tokens_of_a_base(self, rescore: Command, tokens: Path, tmp_path: Path):  # noqa: F811
+    def test_tokens_of_a_base(self, rescore: Command, tokens: Path, tmp_path: Path):
         found = rescore("score-ngram", FABLE, "--ngram", tokens, "--json").document
         vocabulary = read_arpa(tokens / "model.arpa").vocabulary
         reference = kenlm.Model(str(tokens / "model.arpa"))
@@ -260,14 +259,14 @@ class TestScore:
         assert found["unknown"] == 0 and found["tokens"] > 1000 and found["perplexity"] < 20
         assert reference.order == 3
 
-    def test_a_kenlm_binary_tells_lengths(self, rescore: Command, tmp_path: Path):  # noqa: F811
+    def test_a_kenlm_binary_tells_lengths(self, rescore: Command, tmp_path: Path):
         (tmp_path / "x.txt").write_text("the cat sat\nzebra\n")
         binary = REFERENCE / "kenlm" / "trie.bin"
         run = rescore("score-ngram", tmp_path / "x.txt", "--ngram", binary, "--json")
         assert run.document["hits"] == [2, 1, 3] and run.document["unknown"] == 1
         assert "scored by 3-grams" in rescore("score-ngram", tmp_path / "x.txt", "--ngram", binary).out
 
-    def test_nothing_known_is_told(self, rescore: Command, built: Path, tmp_path: Path):  # noqa: F811
+    def test_nothing_known_is_told(self, rescore: Command, built: Path, tmp_path: Path):
         (tmp_path / "x.txt").write_text("12 34 56\n" * 5 + "78\n" * 20)
         run = rescore("score-ngram", tmp_path / "x.txt", "--ngram", built / "model.arpa", "--json")
         assert run.code == 0 and run.document["perplexity_known"] > 0
@@ -276,7 +275,7 @@ class TestScore:
         run = rescore("score-ngram", many, "--ngram", built)
         assert run.code == 0 and re.fullmatch(r"rescore: .* does not know 99% of the words; is this .*\n", run.err)
 
-    def test_mistakes(self, rescore: Command, built: Path, tokens: Path, tiny_folder: Path, tmp_path: Path):  # noqa: F811
+    def test_mistakes(self, rescore: Command, built: Path, tokens: Path, tiny_folder: Path, tmp_path: Path):
         (tmp_path / "empty.txt").write_text("\n")
         (tmp_path / "bad.txt").write_bytes(b"one\n\xff\n")
         (tmp_path / "special.txt").write_text("<unk>\n")
@@ -307,7 +306,7 @@ class TestScore:
 
 
 class TestExport:
-    def test_the_automaton(self, rescore: Command, built: Path, tmp_path: Path):  # noqa: F811
+    def test_the_automaton(self, rescore: Command, built: Path, tmp_path: Path):
         run = rescore("export-fst", "--ngram", built, "--out", tmp_path / "fst")
         assert run.code == 0 and re.fullmatch(r".*/fst: automaton.txt \(.*\), words.syms \(.*\)\n", run.out)
         automaton = Automaton.load(built / "automaton.bin")
@@ -321,7 +320,7 @@ class TestExport:
 
     def test_a_lattice_of_a_trace(
         self,
-        rescore: Command,  # noqa: F811
+        rescore: Command,
         tokens: Path,
         tiny_folder: Path,
         tiny_heads_folder: Path,
@@ -352,7 +351,7 @@ class TestExport:
         rescore(*chosen).refused("was made for another tokenizer than the base LM's of .*trace")
         rescore("score-ngram", FABLE, "--ngram", tokens).refused("is not what .* was made with: it has changed since")
 
-    def test_mistakes(self, rescore: Command, built: Path, tmp_path: Path):  # noqa: F811
+    def test_mistakes(self, rescore: Command, built: Path, tmp_path: Path):
         binary = REFERENCE / "kenlm" / "trie.bin"
         rescore("export-fst", "--ngram", binary, "--out", tmp_path / "x").refused("is a KenLM binary, which can't be")
         rescore("export-fst", "--ngram", tmp_path / "none", "--out", tmp_path / "x").refused("no n-gram model at")
@@ -365,19 +364,19 @@ class TestExport:
 
 class TestHelp:
     @pytest.mark.parametrize("command", ["build-ngram", "score-ngram", "export-fst"])
-    def test_every_command_has_help(self, rescore: Command, command: str):  # noqa: F811
+    def test_every_command_has_help(self, rescore: Command, command: str):
         run = rescore(command, "--help")
         assert (run.code, run.err) == (0, "") and run.out.startswith(f"Usage: rescore {command} ")
         assert command == "export-fst" or "generate-corpus" in "".join(run.out.split())  # it may be cut at its hyphen
 
     def test_help_imports_no_heavy_library(self):
         program = (
-            "import contextlib, io, sys, cli\n"
+            "import contextlib, io, sys, rescore.__main__\n"
             "for command in ('build-ngram', 'score-ngram', 'export-fst'):\n"
             "    sys.argv = ['rescore', command, '--help']\n"
             "    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
-            "        cli.main()\n"
-            "print(sorted({'torch', 'transformers', 'datasets', 'numba', 'numpy', 'kenlm'} & set(sys.modules)))"
+            "        rescore.__main__.main()\n"
+            "print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
         )
         found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         assert found.stdout == "[]\n"

@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import write_lines
-from test_cli import Command, rescore  # noqa: F401 (a fixture)
+from conftest import Command, write_lines
 
 FABLE = Path(__file__).parent / "lm" / "reference" / "fable.txt"
 
@@ -27,7 +26,7 @@ def model(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path) -> list[
 
 
 @pytest.fixture
-def two(rescore: Command, tiny_folder: Path, prompts: Path, tmp_path: Path) -> list[Path]:  # noqa: F811
+def two(rescore: Command, tiny_folder: Path, prompts: Path, tmp_path: Path) -> list[Path]:
     """A trigram model of a text and one of own output, over the tiny base's tokens."""
     for name, corpus in (("fable", FABLE), ("own-output", f"own:{prompts}")):
         run = rescore(
@@ -39,26 +38,26 @@ def two(rescore: Command, tiny_folder: Path, prompts: Path, tmp_path: Path) -> l
 
 
 @pytest.fixture
-def trace(rescore: Command, model: list[object], tmp_path: Path) -> Path:  # noqa: F811
+def trace(rescore: Command, model: list[object], tmp_path: Path) -> Path:
     assert rescore("trace", *model, "--k", 16, "--out", tmp_path / "trace").code == 0
     return tmp_path / "trace"
 
 
 class TestOwnOutput:
-    def test_as_generate_corpus_makes_it(self, rescore: Command, two, prompts, tiny_folder, tmp_path: Path):  # noqa: F811
+    def test_as_generate_corpus_makes_it(self, rescore: Command, two, prompts, tiny_folder, tmp_path: Path):
         options = ["--prompts", prompts, "--max-new-tokens", 10, "--device", "cpu", "--out", tmp_path / "own"]
         assert rescore("generate-corpus", "--base", tiny_folder, *options).code == 0
         rest = ["--order", 3, "--discount-fallback", "--out", tmp_path / "m"]
         assert rescore("build-ngram", tmp_path / "own", "--tokenizer", tiny_folder, *rest).code == 0
         assert (tmp_path / "m" / "model.arpa").read_bytes() == (two[1] / "model.arpa").read_bytes()
 
-    def test_the_base_is_the_tokenizer_unless_told(self, rescore: Command, two, prompts, tiny_folder):  # noqa: F811
+    def test_the_base_is_the_tokenizer_unless_told(self, rescore: Command, two, prompts, tiny_folder):
         options = [f"own:{prompts}", "--base", tiny_folder, "--order", 3, "--discount-fallback", "--max-new-tokens", 10]
         before = (two[1] / "model.arpa").read_bytes()
         assert rescore("build-ngram", *options, "--device", "cpu", "--out", two[1]).code == 0
         assert (two[1] / "model.arpa").read_bytes() == before
 
-    def test_mistakes(self, rescore: Command, prompts, tiny_folder, tmp_path: Path):  # noqa: F811
+    def test_mistakes(self, rescore: Command, prompts, tiny_folder, tmp_path: Path):
         out = ["--out", tmp_path / "m"]
         for arguments, message in (
             ([f"own:{tmp_path}/none", "--tokenizer", tiny_folder], "can't read .*none"),
@@ -73,7 +72,7 @@ class TestOwnOutput:
 
 
 class TestMix:
-    def test_given_weights(self, rescore: Command, two, trace, tmp_path: Path):  # noqa: F811
+    def test_given_weights(self, rescore: Command, two, trace, tmp_path: Path):
         run = rescore("mix-ngram", *two, "--weights", "7,3", "--out", tmp_path / "mixed")
         assert (run.code, run.err) == (0, "rescore: the weights add up to 10; they are scaled to 1\n")
         lines = run.out.splitlines()
@@ -87,8 +86,8 @@ class TestMix:
         results = rescore("eval", "--trace", trace, *chosen, "--alpha", 1, "--k", 8, "--json").document["results"]
         assert [r["rescorer"] for r in results] == names
 
-    def test_tuned_weights(self, rescore: Command, two, trace, tmp_path: Path):  # noqa: F811
-        command = ["mix-ngram", *two, "--tune", trace, "--limit", 2, "--k", 8, "--out", tmp_path / "mixed"]
+    def test_tuned_weights(self, rescore: Command, two, trace, tmp_path: Path):
+        command = ["mix-ngram", *two, "--trace", trace, "--held-out", 2, "--k", 8, "--out", tmp_path / "mixed"]
         run = rescore(*command)
         assert (run.code, run.err) == (0, "")
         lines = run.out.splitlines()
@@ -103,11 +102,11 @@ class TestMix:
         assert document["weights"] == pytest.approx(weights) == document["tuned"]["weights"]
         assert manifest["tuned"] == document["tuned"]
 
-    def test_mistakes(self, rescore: Command, two, trace, tmp_path: Path):  # noqa: F811
+    def test_mistakes(self, rescore: Command, two, trace, tmp_path: Path):
         out, weights = ["--out", tmp_path / "x"], ["--weights", "1,1"]
         for arguments, message in (
             ([*two, *out], "give the weights of the mixture .* or a trace"),
-            ([*two, *weights, "--tune", trace, *out], "give the weights of the mixture .* or a trace"),
+            ([*two, *weights, "--trace", trace, *out], "give the weights of the mixture .* or a trace"),
             ([two[0], *weights, *out], "two n-gram models or more"),
             ([*two, "--weights", "1", *out], "1 weights for 2 n-gram models; give one for each"),
             ([*two, "--weights", "1,x", *out], "--weights 1,x: give numbers"),
@@ -116,14 +115,14 @@ class TestMix:
             ([two[0], tmp_path / "none", *weights, *out], "no n-gram model at .*none"),
             ([*two, *weights, "--out", two[0]], "one of the models to mix"),
             ([*two, *weights, "--out", "/proc/none/x"], "can't write /proc/none/x"),
-            ([*two, "--tune", tmp_path / "none", *out], "no trace in .*none"),
-            ([*two, "--tune", trace, "--k", 99, *out], "k = 99, but the trace holds"),
+            ([*two, "--trace", tmp_path / "none", *out], "no trace in .*none"),
+            ([*two, "--trace", trace, "--k", 99, *out], "k = 99, but the trace holds"),
         ):
             rescore("mix-ngram", *arguments).refused(message)
         assert not (tmp_path / "x").exists()
 
 
-def test_models_side_by_side(rescore: Command, two, model, tiny_folder, tiny_heads_folder, squad_file, tmp_path: Path):  # noqa: F811
+def test_models_side_by_side(rescore: Command, two, model, tiny_folder, tiny_heads_folder, squad_file, tmp_path: Path):
     """The recipe docs/suites/ngrams.yaml, with two models over the tiny base's tokens."""
     recipe = (Path(__file__).parents[1] / "docs" / "suites" / "ngrams.yaml").read_text()
     names = re.findall(r"^  - (ngram:\S+)$", recipe, re.MULTILINE)
@@ -154,6 +153,6 @@ def test_models_side_by_side(rescore: Command, two, model, tiny_folder, tiny_hea
     assert [contrast["p"] for contrast in found["contrasts"]] == [1, 4]
 
 
-def test_help(rescore: Command):  # noqa: F811
+def test_help(rescore: Command):
     run = rescore("mix-ngram", "--help")
     assert (run.code, run.err) == (0, "") and run.out.startswith("Usage: rescore mix-ngram ")

@@ -1,6 +1,5 @@
 """Every path option of every command, given what can't be used: one line, exit code 2, nothing made elsewhere."""
 
-# ruff: noqa: F811
 from __future__ import annotations
 
 import os
@@ -11,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import make_heads, no_root_rights, save_tiny_base, squad_records, write_lines
-from test_cli import Command, rescore  # noqa: F401 (a fixture)
+from conftest import Command, make_heads, no_root_rights, save_tiny_base, squad_records, write_lines
 
 from lm.base.catalog import load_base
 
@@ -88,11 +86,11 @@ def places(rescore: Command, made: Path, tmp_path: Path) -> list[Place]:
         (*ngram, *out): " --tokenizer --out",
         ("score-ngram", made / "text.txt", "--ngram", within / "ngram"): " --ngram --tokenizer",
         ("mix-ngram", within / "ngram", within / "ngram", "--weights", "1,1", *out): " --out",
-        ("mix-ngram", within / "ngram", within / "ngram", "--tune", within / "trace", *out): "--tune",
+        ("mix-ngram", within / "ngram", within / "ngram", "--trace", within / "trace", *out): "--trace",
         ("export-fst", "--ngram", within / "ngram", "--trace", within / "trace", *out): "--ngram --trace --out",
         ("generate-corpus", *model, "--prompts", made / "prompts.jsonl", *out): "--prompts --base --out",
         ("train-heads", *train, *out): "--corpus --base --out",
-        ("train-heads", *train, "--held-out", made / "prompts.jsonl", *out): "--held-out",
+        ("train-heads", *train, "--held-out-corpus", made / "prompts.jsonl", *out): "--held-out-corpus",
         ("train-heads", *train, "--initial", made / "heads", *out): "--initial",
         ("train-rescorer", "neural-32m", *train, *out): "--corpus --out",
         ("train-bigram", *train, *heads, *out): "--corpus --heads --out",

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import once, write_lines
-from test_cli import Command, rescore  # noqa: F401 (a fixture)
+from conftest import Command, once, write_lines
 
 from lm.locks import writing_to
 
@@ -42,7 +41,7 @@ class TestTrainHeads:
     @pytest.mark.parametrize("architecture", ["sequential", "medusa"])
     def test_an_architecture_from_training_to_drafts(
         self,
-        rescore: Command,  # noqa: F811
+        rescore: Command,
         tiny_folder: Path,
         squad_file: Path,
         corpus: Path,
@@ -65,7 +64,7 @@ class TestTrainHeads:
 
     def test_a_tuned_base_is_evaluated_with_its_own_heads(
         self,
-        rescore: Command,  # noqa: F811
+        rescore: Command,
         tiny_folder: Path,
         squad_file: Path,
         corpus: Path,
@@ -76,7 +75,7 @@ class TestTrainHeads:
         run = rescore(
             "train-heads", "--base", tiny_folder, "--corpus", corpus, "--out", out, *CPU, "--h", 3,
             "--inner-size", 6, "--tune", "lora", "--lora-rank", 2, "--steps", 2, "--positions", 60,
-            "--held-out", apart,
+            "--held-out-corpus", apart,
         )  # fmt: skip
         assert run.code == 0, run
         assert json.loads((out / "training.json").read_text())["measured_on"]["source"] == "apart.jsonl"
@@ -90,7 +89,7 @@ class TestTrainHeads:
 class TestTrainRescorer:
     def test_from_the_base_to_drafts(
         self,
-        rescore: Command,  # noqa: F811
+        rescore: Command,
         tiny_folder: Path,
         tiny_heads_folder: Path,
         squad_file: Path,
@@ -120,7 +119,7 @@ class TestTrainRescorer:
 
     def test_two_corpora_one_of_them_the_bases_own_output(
         self,
-        rescore: Command,  # noqa: F811
+        rescore: Command,
         tiny_folder: Path,
         corpus: Path,
         tmp_path: Path,
@@ -140,7 +139,7 @@ class TestTrainRescorer:
 class TestTrainBigram:
     def test_to_drafts(
         self,
-        rescore: Command,  # noqa: F811
+        rescore: Command,
         tiny_folder: Path,
         tiny_heads_folder: Path,
         squad_file: Path,
@@ -206,7 +205,7 @@ def refusals(tiny: Path, heads: Path, corpus: Path, folder: Path) -> Iterator[tu
 
 
 def test_refusals(
-    rescore: Command,  # noqa: F811
+    rescore: Command,
     tiny_folder: Path,
     tiny_heads_folder: Path,
     corpus: Path,
@@ -228,7 +227,7 @@ def test_refusals(
     ids=lambda command: command[0],
 )
 def test_a_second_training_in_one_folder_is_refused(
-    rescore: Command,  # noqa: F811
+    rescore: Command,
     tiny_folder: Path,
     tiny_heads_folder: Path,
     corpus: Path,

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
@@ -63,11 +63,11 @@ class Prompt:
 class GenerationOptions:
     """How output is generated."""
 
-    max_new_tokens: int = 96
-    max_prompt_tokens: int = 384  # longer prompts are cut
-    batch_size: int = 64
-    temperature: float = 0.0  # 0: greedy, else sampled by `seed`
-    seed: int = 0
+    max_new_tokens: Annotated[int, "Output tokens of each prompt, at most."] = 96
+    max_prompt_tokens: Annotated[int, "Cut prompts to this many tokens."] = 384
+    batch_size: Annotated[int, "Prompts decoded side by side."] = 64
+    temperature: Annotated[float, "0: greedy; above: tokens are drawn."] = 0.0
+    seed: Annotated[int, "Seed of what is drawn."] = 0
 
     def check(self) -> None:
         """Raises `RescoreError` for the first option that makes no sense."""
@@ -92,6 +92,15 @@ class CorpusSummary:
     seconds: float
     decoded: int  # output tokens of this run, those of duplicates too
     work: Work
+
+    def line(self) -> str:
+        """What there is, in words."""
+        counts = f"{self.examples} examples ({self.made} new, {self.duplicates} duplicates)"
+        return f"{self.path}: {counts}, {self.output_tokens} output tokens"
+
+    def speed(self) -> str:
+        """How fast this run was, in words."""
+        return f"{self.decoded / self.seconds:.0f} output tokens a second"
 
 
 def read_prompts(path: Path, *, default_chat: bool) -> list[Prompt]:

@@ -72,6 +72,15 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     )
 
 
+def share_of_limits(base: BaseLM, work: Work, seconds: float) -> str:
+    """How much of what this machine reaches at best some work made use of, in words."""
+    limits = measure_limits(base.device, base.dtype)
+    return (
+        f"{work.flops / seconds / limits.flops:.0%} of the {str(base.dtype).removeprefix('torch.')} FLOPs and "
+        f"{work.bytes_read / seconds / limits.bytes_read:.0%} of the memory bandwidth that this machine reaches at best"
+    )
+
+
 def _fastest(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest call of several, after one to warm up."""
     call()

@@ -29,6 +29,7 @@ from lm.base.corpus import (
 from lm.files import read_json_object, sha256_of_file
 from lm.keys import cache_entry, cached, software
 from lm.locks import tell
+from lm.options import Device, Dtype
 
 OWN_PREFIX = "own:"
 Progress = Callable[[str, int, int], None]
@@ -39,8 +40,8 @@ class OwnOutput(GenerationOptions):
     """How own output is generated (greedy)."""
 
     base: str = "smollm2-135m"
-    dtype: str = "float32"
-    device: str = "auto"
+    dtype: Dtype = "float32"
+    device: Device = "auto"
 
 
 def own_output(

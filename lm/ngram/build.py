@@ -13,25 +13,28 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError, UnknownNameError
 from lattices.ngrams import SENTENCE_END, NgramModel
 from lattices.paths import is_writable, user_path
-from lm.base.own_output import OWN_PREFIX, OwnOutput
+from lm.base.own_output import OWN_PREFIX, OwnOutput, own_output
 from lm.files import atomic_folder, changed_settings, read_json_object, sha256_of_file, write_json, writing
 from lm.locks import writing_to
-from lm.ngram.corpus import HUB_PREFIX, CorpusSource, EncodedCorpus, corpus_sources, encode_corpora, is_unchanged
+from lm.ngram.corpus import HUB_PREFIX, CorpusSource, EncodedCorpus, encode_corpora, find_sources, is_unchanged
 from lm.ngram.counting import BREAK, Progress, Workspace, build_table, count_full, no_progress
 from lm.ngram.estimation import Estimate, check_fallback, check_thresholds, estimate
+from lm.options import Field, Size, Utf8Errors
 from lm.text_files import name_without_endings
 
 WORDS = "words"  # the tokenizer's name that stands for none
@@ -53,18 +56,20 @@ DISTINGUISHING = (*READING, "tokenizer_sha256", *ESTIMATING)  # what of a manife
 class NgramOptions:
     """How an n-gram model is made of text."""
 
-    order: int = 4  # length of the longest n-grams
+    order: Annotated[int, "Length of the longest n-grams, 1 to 6."] = 4
     tokenizer: str = "smollm2-135m"  # a base LM's name, or `words` for words at white space
-    surface: bool = False  # write token strings instead of ids
-    errors: str = "strict"  # or replace: bad UTF-8
-    field: str = "text"  # of records, with the text or the token ids
-    smoothing: str = "kneser-ney"  # or katz
-    prune: Sequence[int] = ()  # counts up to which n-grams are dropped, by order
+    prune: Annotated[Sequence[int], "Drop n-grams that occur at most so often, by order, like 0,0,1,2."] = ()
     discount_fallback: Sequence[float] | None = None  # where the corpus gives no discounts
-    max_ngrams: int | None = None  # pruned by entropy down to so many
-    estimator: str = "own"  # or lmplz: KenLM's program, on the same stream of words
-    memory: int = 4 << 30  # bytes of arrays in memory; larger ones are mapped from files
-    threads: int | None = None  # None: one per core
+    smoothing: Annotated[
+        Literal["kneser-ney", "katz"], "Modified and interpolated Kneser-Ney, or Katz (prunes 0,0,1,3 by default)."
+    ] = "kneser-ney"
+    max_ngrams: Annotated[int | None, "Prune by entropy down to so many n-grams, like 500K or 100M.", Size(1000)] = None
+    surface: Annotated[bool, "Write token strings instead of ids."] = False
+    memory: Annotated[int, "Memory for the counts in bytes, like 4G; the rest goes to disk.", Size(1024)] = 4 << 30
+    threads: Annotated[int | None, "Threads; default: one per core."] = None
+    errors: Utf8Errors = "strict"
+    field: Field = "text"
+    estimator: Annotated[Literal["own", "lmplz"], "lmplz: KenLM's program, if it is on PATH."] = "own"
 
     def checked(self) -> NgramOptions:
         """The same with a threshold for every order and all fallback discounts. Raises `RescoreError`."""
@@ -102,6 +107,13 @@ class NgramSummary:
     fallback_orders: tuple[int, ...]  # whose discounts could not be estimated
     resumed: bool  # finished work of an earlier run was used
 
+    def use(self, tokenizer: str) -> str:
+        """The command that uses the model next, which was built with this tokenizer."""
+        if tokenizer == WORDS:
+            return f"rescore score-ngram TEXT --ngram {shlex.quote(self.path)}"
+        base = "" if tokenizer == NgramOptions.tokenizer else f"--base {shlex.quote(tokenizer)} "
+        return f"rescore eval {base}--rescorer {shlex.quote(f'ngram:{self.path}')}"
+
 
 def build_ngram(
     corpora: Sequence[Path | str],
@@ -126,8 +138,9 @@ def build_ngram(
     check_place(out)
     with writing_to(out, beside=True):
         tokenizer, tokenizer_hash, tokenization_hash = _load(options.tokenizer)
-        own = own or OwnOutput(base=options.tokenizer)
-        sources = corpus_sources(corpora, own, tokenizer_sha256=tokenizer_hash, progress=progress)
+        settings = own or OwnOutput(base=options.tokenizer)
+        generate = partial(own_output, settings=settings, tokenizer_sha256=tokenizer_hash, progress=progress)
+        sources = find_sources(corpora, generate=generate)
         reading = {
             **{name: getattr(options, name) for name in READING},
             "tokenizer_sha256": tokenizer_hash,
@@ -143,9 +156,9 @@ def build_ngram(
         if not replace:
             _check_same(out / MANIFEST_FILE, manifest)
         work = out / COUNTING_FOLDER
-        settings = json.loads(json.dumps({"format": COUNTING_FORMAT, **reading}))
-        earlier = _read_encoded(work, settings)
-        encoded = earlier or _encode(sources, work, tokenizer, options, settings, progress)
+        counted = json.loads(json.dumps({"format": COUNTING_FORMAT, **reading}))
+        earlier = _read_encoded(work, counted)
+        encoded = earlier or _encode(sources, work, tokenizer, options, counted, progress)
         estimated = (_run_lmplz if options.estimator == "lmplz" else _estimate)(encoded, work, options, progress)
         summary = NgramSummary(
             str(out), options.order, tuple(map(len, estimated.model.orders)), encoded.documents, encoded.tokens,

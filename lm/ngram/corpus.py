@@ -31,7 +31,7 @@ from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.ngrams import SENTENCE_END, SPECIAL_WORDS
 from lattices.paths import user_path
 from lm.base.corpus import CORPUS_FILE, SETTINGS_FILE, corpus_lines, read_settings
-from lm.base.own_output import OWN_PREFIX, OwnOutput, own_output
+from lm.base.own_output import OWN_PREFIX
 from lm.files import writing
 from lm.keys import remembered_sha256
 from lm.ngram.counting import BREAK, Progress, no_progress
@@ -76,29 +76,21 @@ class EncodedCorpus:
         return np.asarray(np.memmap(self.path, np.int32, "r+"))
 
 
-def find_sources(corpora: Sequence[Path | str]) -> list[CorpusSource]:
-    """What `corpora` (files, folders, `hub:...` names) stand for, in order; raises `RescoreError` if not there."""
+def find_sources(
+    corpora: Sequence[Path | str], *, generate: Callable[[Path], Path] | None = None
+) -> list[CorpusSource]:
+    """What `corpora` (files, folders, `hub:...` names) stand for, in order; raises `RescoreError` if not there.
+
+    `generate` gives the folder of own output for the prompts in a file; with it a corpus may be `own:PROMPTS`, which is
+    generated once all others are there.
+    """
     if not corpora:
         raise RescoreError("no corpus given; name at least one file, folder or hub data set")
-    return [source for corpus in corpora for source in _find(corpus)]
-
-
-def corpus_sources(
-    corpora: Sequence[Path | str], own: OwnOutput, *, tokenizer_sha256: str | None, progress: Progress | None = None
-) -> list[CorpusSource]:
-    """As `find_sources`, and `own:PROMPTS`, which is generated as `own` says once all others are there.
-
-    `tokenizer_sha256`: of the tokenizer that the words are of, None for words at white space. Raises as
-    `lm.base.own_output.own_output`.
-    """
-    generated: dict[str, Path] = {}
-    prompts = [corpus for corpus in corpora if isinstance(corpus, str) and corpus.startswith(OWN_PREFIX)]
-    if prompts and (others := [corpus for corpus in corpora if corpus not in prompts]):
-        find_sources(others)
-    for corpus in prompts:
-        path = Path(corpus.removeprefix(OWN_PREFIX))
-        generated[corpus] = own_output(path, own, tokenizer_sha256=tokenizer_sha256, progress=progress)
-    return find_sources([generated.get(str(corpus), corpus) for corpus in corpora])
+    prompts = [str(corpus) for corpus in corpora if generate and str(corpus).startswith(OWN_PREFIX)]
+    sources = {str(corpus): _find(corpus) for corpus in corpora if str(corpus) not in prompts}
+    if generate:
+        sources |= {corpus: _find(generate(Path(corpus.removeprefix(OWN_PREFIX)))) for corpus in prompts}
+    return [source for corpus in corpora for source in sources[str(corpus)]]
 
 
 def is_unchanged(source: CorpusSource) -> bool:
@@ -385,14 +377,14 @@ def _writable(surface: str, token_id: int) -> str:
     return surface if usable else f"<token-{token_id}>"
 
 
-def source_texts(source: CorpusSource, *, errors: str = "strict") -> Iterator[tuple[str, bool]]:
+def source_texts(source: CorpusSource) -> Iterator[tuple[str, bool]]:
     """All text of a source (not of the hub), in pieces, and whether a piece goes on where the one before it stopped: a
     text file in blocks of whole lines, of records every string apart. Raises as `encode_corpora` does for bad files."""
     file = identify(source.path)
     if source.kind == "text":
-        yield from ((block.decode("utf-8"), True) for _, block in blocks(file, errors=errors, advice=MEND_UTF8))
+        yield from ((block.decode("utf-8"), True) for _, block in blocks(file, advice=MEND_UTF8))
         return
-    for _, record in rows(file, errors=errors, advice=MEND_UTF8):
+    for _, record in rows(file, advice=MEND_UTF8):
         yield from ((text, False) for text in _strings(record))
 
 

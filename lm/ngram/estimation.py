@@ -35,7 +35,6 @@ DEFAULT_FALLBACK = (0.5, 1.0, 1.5)  # lmplz's
 GOOD_TURING_LIMIT = 5  # counts above are taken as they are (Katz's k)
 KATZ_CUTOFFS = (0, 0, 1, 3)  # trigrams seen twice, longer ones four times: [A]
 SPECIALS = len(SPECIAL_WORDS)
-ESTIMATION = 1  # changes with what is estimated from the same counts
 LEAST_LOG10 = -99.0  # the ARPA format's zero
 LEAST_MASS = 1e-9  # what has less left for backing off has nothing left
 
@@ -116,28 +115,28 @@ def count_statistics(table: NgramTable, n: int) -> np.ndarray:
     suffix order, so the one with the latest words) count here with their occurrences, not their adjusted counts.
     """
     adjusted = table.adjusted[table.span(n)]
-    found = np.bincount(adjusted[adjusted < 5], minlength=5)
+    numbers = np.bincount(adjusted[adjusted < 5], minlength=5)
     if n <= len(table.closing):
         at = table.closing[n - 1]
         for value, change in ((table.adjusted[at], -1), (table.raw[at], 1)):
             if value < 5:
-                found[value] += change
-    return found
+                numbers[value] += change
+    return numbers
 
 
-def kneser_ney_discounts(found: np.ndarray, n: int) -> tuple[float, float, float]:
+def kneser_ney_discounts(numbers: np.ndarray, n: int) -> tuple[float, float, float]:
     """D1, D2, D3+ from counts-of-counts `[5]` (Chen and Goodman, equation 26), in the single precision of `lmplz`.
 
     Raises `InvalidDataError` where they can't be had.
     """
     advice = "is the text small or artificial? give it more text, or fallback discounts (--discount-fallback)"
-    if missing := [j for j in (1, 2, 3) if not found[j]]:
+    if missing := [j for j in (1, 2, 3) if not numbers[j]]:
         raise InvalidDataError(
             f"can't estimate Kneser-Ney discounts of the {n}-grams: none has adjusted count {missing[0]}; {advice}"
         )
     single = np.float32
-    y = single(found[1]) / single(found[1] + 2.0 * found[2])
-    discounts = [single(j) - single(j + 1) * y * single(found[j + 1]) / single(found[j]) for j in (1, 2, 3)]
+    y = single(numbers[1]) / single(numbers[1] + 2.0 * numbers[2])
+    discounts = [single(j) - single(j + 1) * y * single(numbers[j + 1]) / single(numbers[j]) for j in (1, 2, 3)]
     for j, discount in enumerate(discounts, start=1):
         if not 0 <= discount <= j:
             raise InvalidDataError(
@@ -217,16 +216,16 @@ def good_turing_factors(raw: np.ndarray) -> tuple[np.ndarray, bool]:
     count-of-counts is 0 or a factor leaves (0, 1], counts of that r stay as they are.
     """
     k = GOOD_TURING_LIMIT
-    found = np.bincount(raw[raw <= k + 1], minlength=k + 2).astype(np.float64)
+    numbers = np.bincount(raw[raw <= k + 1], minlength=k + 2).astype(np.float64)
     factors = np.ones(k)
-    if not found[1]:
+    if not numbers[1]:
         return factors, True
-    common = (k + 1) * found[k + 1] / found[1]
+    common = (k + 1) * numbers[k + 1] / numbers[1]
     stood_in = False
     for r in range(1, k + 1):
         value = np.nan
-        if found[r] and common < 1:
-            value = ((r + 1) * found[r + 1] / found[r] / r - common) / (1 - common)
+        if numbers[r] and common < 1:
+            value = ((r + 1) * numbers[r + 1] / numbers[r] / r - common) / (1 - common)
         if 0 < value <= 1:
             factors[r - 1] = value
         else:

@@ -234,9 +234,9 @@ class KenlmSearch:
             state = self.model.empty_context()
             for token in lefts[i][max(0, len(lefts[i]) - self.model.order + 1) :]:
                 state = self.model.score(state, self._of(token))[1]
-            found = self._search(lattice.token_ids[i].tolist(), heads[i].tolist(), state, factor, count)
-            found += [found[0]] * (count - len(found))  # end-of-text leaves fewer ways than places
-            for place, (minus, tokens, _) in enumerate(found):
+            paths = self._search(lattice.token_ids[i].tolist(), heads[i].tolist(), state, factor, count)
+            paths += [paths[0]] * (count - len(paths))  # end-of-text leaves fewer ways than places
+            for place, (minus, tokens, _) in enumerate(paths):
                 drafts[i, place], scores[i, place] = tokens, -minus
         return PBest(drafts, scores / ARC_SCALE)
 

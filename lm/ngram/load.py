@@ -15,11 +15,12 @@ from lattices.automaton import Automaton
 from lattices.errors import InvalidDataError, RescoreError
 from lattices.ngram_search import NgramSearch
 from lattices.ngrams import SENTENCE_END
-from lm.files import SHIPPED, atomic_file, read_json_object, sha256_of_file
+from lm.files import SHIPPED, atomic_file, sha256_of_file
 from lm.keys import cache_entry, cached, remembered_sha256
 from lm.ngram.build import ARPA_FILE, AUTOMATON_FILE, MANIFEST_FILE
 from lm.ngram.kenlm import MAGIC as KENLM_MAGIC
 from lm.ngram.kenlm import KenlmModel, KenlmSearch
+from lm.records import read_record
 
 COMPILATION = 1  # changes with what `Automaton.compile` makes of a model
 SUM_SUFFIX = ".sha256"
@@ -39,11 +40,9 @@ class Manifest(msgspec.Struct, frozen=True):
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest in a model's folder. Raises `RescoreError` if there is none, `InvalidDataError` if it is broken."""
-    fields = read_json_object(folder / MANIFEST_FILE, missing=f"no n-gram model in {folder}")
-    try:
-        return msgspec.convert(fields, Manifest)
-    except msgspec.ValidationError as error:
-        raise InvalidDataError(f"{folder / MANIFEST_FILE} is broken: {error}; build the model again") from error
+    return read_record(
+        folder / MANIFEST_FILE, Manifest, missing=f"no n-gram model in {folder}", advice="build the model again"
+    )
 
 
 @dataclass(frozen=True)

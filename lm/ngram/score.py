@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from lm.ngram.corpus import EncodedCorpus, encode_corpora, find_sources
 from lm.ngram.counting import BREAK, Progress, no_progress
 from lm.ngram.kenlm import KenlmModel
 from lm.ngram.load import Manifest, load_ngram, read_manifest
+from lm.options import TEXTS, Field, Utf8Errors
 
 SCORED_WORDS = 100_000  # between two calls of `progress`
 
@@ -87,12 +88,14 @@ class NgramScore:
 
 
 def score_file(
-    text: Path | str,
-    ngram: Path,
+    text: Annotated[Path | str, f"One of: {TEXTS}.", "TEXT"],
+    ngram: Annotated[Path, "Folder of build-ngram, ARPA file or KenLM binary."],
     *,
-    tokenizer: str | None = None,
-    field: str = "text",
-    errors: str = "strict",
+    tokenizer: Annotated[
+        str | None, "As in build-ngram; default: the model's (words for files without a manifest)."
+    ] = None,
+    field: Field = "text",
+    errors: Utf8Errors = "strict",
     progress: Progress | None = None,
 ) -> NgramScore:
     """Scores a text (anything that `lm.ngram.corpus` reads, cut into documents and words as it does).

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ from lm.heads.block_heads import BlockHeads
 from lm.keys import key_of
 from lm.neural.learned_bigram import BigramConfig
 from lm.training.data import HeadData, check_apart, chosen_share, kept_file
-from lm.training.trainer import Schedule, Trainer
+from lm.training.options import BigramOptions
+from lm.training.trainer import Trainer
 
 BATCH_ROWS = 256
 SHARD_ROWS = 4096  # lattices that are kept together; what a kill can lose
@@ -108,31 +109,13 @@ def _sha256_of_inputs(base: BaseLM, heads: BlockHeads, data: HeadData, k: int, r
     """sha256 of all that lattices follow from; a corpus' own hash says neither how it was cut nor templated."""
     identity = {**dataclasses.asdict(base.identity), "name": None}
     settings = {
-        "base": identity, "heads": heads.config, "k": k, "rows": rows, "seed": seed, "shard_rows": SHARD_ROWS
+        "base": identity, "heads": heads.config, "heads_sha256": heads.sha256, "k": k, "rows": rows, "seed": seed,
+        "shard_rows": SHARD_ROWS,
     }  # fmt: skip
     digest = hashlib.sha256(key_of(settings).encode())
     for tokens in (data.targets, data.ends, data.contexts, data.context_ends):
         digest.update(np.ascontiguousarray(tokens).tobytes())
-    for _, value in sorted(heads.net.state_dict().items()):
-        digest.update(value.float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-@dataclass(frozen=True, kw_only=True)
-class BigramOptions(Schedule):
-    """How a bigram is trained."""
-
-    rank: int = 128  # of the scores
-    k: int = 16  # tokens of each head in a lattice
-    rows: int = 30000  # lattices of each corpus
-    batch: int = 512  # lattices per step
-    steps: int = 1500
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.05
-    held_out: float = 0.05
-    evaluate_every: int = 250
-
-    LEAST: ClassVar = {"rank": 1, "k": 2, "rows": 2, "batch": 1}
 
 
 @dataclass(frozen=True)
@@ -142,6 +125,12 @@ class HeldOutPaths:
     loss: float  # mean, nats a lattice
     unrescored_loss: float  # without the scores
     lattices: int
+
+    def line(self) -> str:
+        """The same in words."""
+        return (
+            f"{self.loss:.4f} nats a held-out lattice, {self.unrescored_loss:.4f} without it ({self.lattices} lattices)"
+        )
 
 
 class BigramTrainer(Trainer[HeldOutPaths]):

@@ -10,94 +10,30 @@ resumed training is the same training. Sources: [A] section 3 (sum of the heads'
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from msgspec.structs import replace
 
-from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
+from lattices.errors import IncompatibleError, RescoreError
 from lm.base.catalog import identify
 from lm.base.model import BaseLM
 from lm.heads.block_heads import HEADS_FOLDER, BlockHeads, heads_sha256, load_heads
-from lm.heads.nets import FEED_FORWARD, MEDUSA, NETS, SEQUENTIAL, BlockHeadsConfig, as_sequential
+from lm.heads.nets import FEED_FORWARD, MEDUSA, SEQUENTIAL, BlockHeadsConfig, as_sequential
 from lm.training.data import HeadData, Segment, cached, tokens_read, until
 from lm.training.losses import soft_cross_entropy, teacher_probabilities
-from lm.training.text_trainer import TextOptions, TextTrainer, source_of
-from lm.training.tuned_base import FROZEN, FULL, LORA, TUNINGS, TunedBase
+from lm.training.options import BASE_LEARNING_RATES, FROZEN, INNER_SIZE, LORA_RANK, TrainingOptions
+from lm.training.text_trainer import TextTrainer, source_of
+from lm.training.tuned_base import TunedBase
 
 HELD_OUT_POSITIONS = 4096
 ACCURACY_AT = (1, 4, 16)
-INNER_SIZE = 560  # of the architectures with a hidden layer
-LORA_RANK = 16
 BASE = "base."  # begins the names of a tuned base's parameters
 STORED = {"float16": torch.float16, "int8": torch.int8}
-BASE_LEARNING_RATES = {LORA: 5e-4, FULL: 3e-5}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions(TextOptions):
-    """How heads are trained."""
-
-    # The heads (`lm.heads.nets`).
-    h: int = 9
-    architecture: str = FEED_FORWARD
-    inner_size: int | None = None  # None: `INNER_SIZE`
-    token_size: int = 128
-    blocks: int = 1
-    stored: str = "float16"  # or int8
-    # A step.
-    steps: int = 2000
-    positions: int = 2048  # of whole segments
-    micro_batch: int = 4096  # tokens that a tuned base reads at a time
-    heads_per_step: int | None = 4  # drawn with odds 1/i for head i. None: all ([A]); 1: each as likely ([B])
-    head_weights: tuple[float, ...] | None = None  # of heads 2..h; None: equal
-    vocabulary: int | None = 8192
-    negatives: int = 1024
-    learning_rate: float = 1e-3
-    warmup: int = 100
-    evaluate_every: int = 200
-    # The base.
-    tune: str = FROZEN  # or lora, full
-    lora_rank: int | None = None  # None: `LORA_RANK`
-    tuned_layers: int | None = None  # of its last ones; None: all
-    base_learning_rate: float | None = None  # None: of `BASE_LEARNING_RATES`
-    gradient_checkpointing: bool = False
-
-    LEAST: ClassVar = TextOptions.LEAST | {
-        "h": 2, "inner_size": 1, "token_size": 0, "blocks": 1, "heads_per_step": 1, "lora_rank": 1, "tuned_layers": 1
-    }  # fmt: skip
-
-    def check(self) -> None:
-        super().check()
-        if self.architecture not in NETS:
-            raise UnknownNameError("block head architecture", self.architecture, NETS)
-        if self.architecture == SEQUENTIAL and self.token_size == 0:
-            raise RescoreError("token_size = 0; sequential heads see drafted tokens and need a width for them")
-        if self.architecture == MEDUSA and self.inner_size is not None:
-            raise RescoreError("medusa heads are as wide as the states; inner_size is not for them, blocks is")
-        if self.architecture != MEDUSA and self.blocks != 1:
-            raise RescoreError(f"blocks = {self.blocks}; only medusa heads have residual blocks")
-        if self.head_weights is not None:
-            if len(self.head_weights) != self.h - 1:
-                raise RescoreError(
-                    f"head_weights has {len(self.head_weights)} weights; heads 2 to {self.h} need one each"
-                )
-            if not all(0 <= weight < math.inf for weight in self.head_weights) or not any(self.head_weights):
-                raise RescoreError(f"head_weights = {self.head_weights}; weights are 0 or more, one of them above 0")
-        if self.tune not in TUNINGS:
-            raise UnknownNameError("way to tune the base", self.tune, TUNINGS)
-        for name in ("gradient_checkpointing", "base_learning_rate", "tuned_layers"):
-            if self.tune == FROZEN and getattr(self, name):
-                raise RescoreError(f"{name} is for a tuned base (tune: lora or full)")
-        if self.tune != LORA and self.lora_rank is not None:
-            raise RescoreError(f"lora_rank = {self.lora_rank} is for a base tuned by LoRA (tune: lora)")
-        if self.stored not in STORED:
-            raise UnknownNameError("precision of stored heads", self.stored, STORED)
 
 
 @dataclass(frozen=True)

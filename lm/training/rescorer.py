@@ -11,50 +11,25 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lattices.errors import IncompatibleError, InvalidDataError, UnknownNameError
+from lattices.errors import IncompatibleError, InvalidDataError
 from lm.checkpoint import write_tensors
 from lm.files import replaced_files
 from lm.neural.model import DeltaConfig, first_layers, named_size, save_delta, scratch_model
 from lm.training.data import Segment, body_states, cached, tokens_read
 from lm.training.losses import CHUNK_ROWS, soft_cross_entropy, teacher_probabilities
-from lm.training.text_trainer import TextOptions, TextTrainer
+from lm.training.options import RescorerOptions
+from lm.training.text_trainer import TextTrainer
 from lm.training.trainer import Trainer
 
-INITS = ("base", "scratch")
 BEST_FILE = "best.safetensors"
 POOL = 8  # batches drawn at a time and sorted by length: less padding
-
-
-@dataclass(frozen=True, kw_only=True)
-class RescorerOptions(TextOptions):
-    """How a rescorer is trained."""
-
-    size: str = "neural-61m"  # by name
-    init: str = "base"  # or scratch
-    tuned_layers: int = 3  # of the last layers, which move (init base)
-    steps: int = 1000
-    positions: int = 4096  # tokens per step, prompts and padding included
-    micro_batch: int = 4096  # of them at a time
-    vocabulary: int | None = 16384
-    negatives: int = 2048
-    learning_rate: float = 5e-4
-    evaluate_every: int = 100
-    patience: int = 5  # evaluations without a better held-out loss before it stops; the best weights are the result
-
-    LEAST: ClassVar = TextOptions.LEAST | {"tuned_layers": 1, "patience": 1}
-
-    def check(self) -> None:
-        named_size(self.size)
-        if self.init not in INITS:
-            raise UnknownNameError("init", self.init, INITS)
-        super().check()
 
 
 @dataclass(frozen=True)
@@ -66,6 +41,13 @@ class HeldOutText:
     base_perplexity: float  # the base's own, on the same tokens
     agreement: float  # share of tokens that are the rescorer's arg-max
     tokens: int
+
+    def line(self) -> str:
+        """The same in words."""
+        return (
+            f"held-out perplexity {self.perplexity:.3f} (the base's own {self.base_perplexity:.3f}), "
+            f"{self.agreement:.1%} of {self.tokens} tokens are its first choice"
+        )
 
 
 class RescorerTrainer(TextTrainer[HeldOutText, RescorerOptions]):

@@ -5,35 +5,16 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from lattices.errors import InvalidDataError, RescoreError
 from lm.base.model import BaseLM
 from lm.training.data import HeadData, check_apart, chosen_share, segments_of, until
-from lm.training.losses import VocabularySubset, check_precision, choose_precision, frozen_projection
-from lm.training.trainer import Measured, Schedule, Trainer
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextOptions(Schedule):
-    """Options of the loss and of how it is computed."""
-
-    vocabulary: int | None  # the most frequent target tokens, which the loss is over; None: all
-    negatives: int  # other tokens, drawn per step
-    soft: float = 0.5  # share of the base's own distribution in the target
-    precision: str = "auto"  # of the vocabulary products and of forwards that learn: float32, bfloat16
-
-    LEAST: ClassVar = {"positions": 1, "micro_batch": 1, "vocabulary": 1, "negatives": 0}
-
-    def check(self) -> None:
-        super().check()
-        if not 0 <= self.soft <= 1:
-            raise RescoreError(f"soft = {self.soft}; it is a share, from 0 to 1")
-        check_precision(self.precision)
-
+from lm.training.losses import VocabularySubset, choose_precision, frozen_projection
+from lm.training.options import TextOptions
+from lm.training.trainer import Measured, Trainer
 
 Options = TypeVar("Options", bound=TextOptions)
 
@@ -60,7 +41,7 @@ class TextTrainer(Trainer[Measured], Generic[Measured, Options]):
         options.check()
         self.dtype = choose_precision(options.precision, base.device)
         # What `auto` stands for depends on the machine; the record and a resumed run need the precision itself.
-        self.options = dataclasses.replace(options, precision=str(self.dtype).removeprefix("torch."))
+        self.options = dataclasses.replace(options, precision=str(self.dtype).removeprefix("torch."))  # type: ignore[arg-type]
         self.base, self.data, self.measured_on = base, list(data), held_out
         check_apart(self.data)
         self.segments = segments_of(self.data, least=self.least_targets)

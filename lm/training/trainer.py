@@ -15,10 +15,9 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +36,7 @@ from lm.files import (
     writing,
 )
 from lm.locks import writing_to
+from lm.training.options import Schedule
 from lm.training.workers import start_workers
 
 if TYPE_CHECKING:
@@ -44,38 +44,6 @@ if TYPE_CHECKING:
 
 CHECKPOINT_FILE, LOG_FILE, TRAINING_FILE = "checkpoint.safetensors", "training_log.jsonl", "training.json"
 RESULT_FILES = ("config.json", "adapter_config.json", "model.safetensors", "adapter_model.safetensors")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How long a training goes on and how fast; the options of every training begin with it.
-
-    `LEAST`: the smallest value of each option that has one. None stands for no limit.
-    """
-
-    steps: int
-    learning_rate: float  # the highest: after `warmup` steps, before the cosine
-    warmup: int = 50
-    weight_decay: float = 0.01
-    held_out: float = 0.03  # share of the segments that is measured on
-    evaluate_every: int  # steps
-    seed: int = 0
-
-    LEAST: ClassVar[dict[str, int]] = {}
-
-    def check(self) -> None:
-        """Raises `RescoreError` for the first option that is out of its range."""
-        schedule = {"steps": 1, "warmup": 0, "evaluate_every": 1, "seed": 0, "weight_decay": 0}
-        for name, least in {**self.LEAST, **schedule}.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise RescoreError(f"{name} = {value}; it must be at least {least}")
-        if not 0 < self.held_out < 1:
-            raise RescoreError(f"held_out = {self.held_out}; it is a share, above 0 and below 1")
-        for name in ("learning_rate", "base_learning_rate"):
-            rate = getattr(self, name, None)
-            if rate is not None and not 0 < rate <= 1:
-                raise RescoreError(f"{name} = {rate}; it must be above 0 and at most 1")
 
 
 Measured = TypeVar("Measured", bound="DataclassInstance")  # what `evaluate` gives

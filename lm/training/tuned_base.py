@@ -23,9 +23,7 @@ from lm.base.catalog import BUILT_IN, resolve_base
 from lm.base.model import BaseLM
 from lm.files import replaced_files, write_json
 from lm.training.data import HeadData, Segment, body_states
-
-FROZEN, LORA, FULL = "none", "lora", "full"
-TUNINGS = (FROZEN, LORA, FULL)
+from lm.training.options import FULL, LORA
 
 
 class TunedBase:

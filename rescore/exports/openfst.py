@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
@@ -58,15 +59,15 @@ BLOCK_ARCS = 100_000  # written at a time
 
 
 def export_openfst(
-    ngram: Path,
-    out: Path,
+    ngram: Annotated[Path, "Folder of build-ngram, automaton or ARPA file."],
+    out: Annotated[Path, "Folder for the text files."],
     *,
-    trace: Path | None = None,
-    example: str | None = None,
-    position: int = 0,
-    k: int = 16,
-    alpha: float = 1.0,
-    phi: bool = False,
+    trace: Annotated[Path | None, "Trace folder to take a lattice from."] = None,
+    example: Annotated[str | None, "Id of the trace's example; default: the first."] = None,
+    position: Annotated[int, "Output token before which the lattice stands, from 0."] = 0,
+    k: Annotated[int, "Tokens of each head that are in the lattice."] = 16,
+    alpha: Annotated[float, "Weight of the n-gram model."] = 1.0,
+    phi: Annotated[bool, "Give back-off arcs a label of their own, for phi matchers; else epsilon."] = False,
 ) -> list[Path]:
     """Writes the files into the folder `out` and gives their paths.
 
@@ -77,8 +78,8 @@ def export_openfst(
     Raises `RescoreError` for a KenLM binary, a position or k that the trace does not hold; `IncompatibleError` for a
     model made for another tokenizer than the trace's; `UnknownNameError` for an example that is not there.
     """
-    found = load_ngram(ngram)
-    if not isinstance(automaton := found.model, Automaton):
+    loaded = load_ngram(ngram)
+    if not isinstance(automaton := loaded.model, Automaton):
         raise RescoreError(f"{ngram} is a KenLM binary, which can't be written out; give its ARPA file")
     start, files = automaton.start, dict[str, Iterable[str]]()
     if trace is not None:
@@ -88,9 +89,9 @@ def export_openfst(
         if example is not None and example not in by_id:
             raise UnknownNameError("example", example, by_id)
         lattice, before = _lattice_at(by_id[example or traced.examples[0].id], position, k)
-        if found.tokenizer_sha256 and base.tokenizer_sha256 not in (None, found.tokenizer_sha256):
+        if loaded.tokenizer_sha256 and base.tokenizer_sha256 not in (None, loaded.tokenizer_sha256):
             raise IncompatibleError(f"{ngram} was made for another tokenizer than the base LM's of {trace}")
-        words = found.words_of_tokens(header.vocab_size, header.eos_token_ids)
+        words = loaded.words_of_tokens(header.vocab_size, header.eos_token_ids)
         last = before[max(0, len(before) - automaton.order + 1) :]
         start = automaton.state_after(words[last].tolist())
         files["lattice.txt"] = [lattice_text(lattice, words)]

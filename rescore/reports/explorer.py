@@ -67,7 +67,7 @@ def _most_telling(view: TaskView) -> int:
     """The decode that the explorer begins with: the best rescored one with the fewest drafts."""
     results = list(enumerate(view.results))
     rescored = [(place, r) for place, r in results if r.rescorer not in ("none", "oracle")] or results
-    return min(rescored, key=lambda found: (found[1].p, -found[1].block_efficiency))[0]
+    return min(rescored, key=lambda choice: (choice[1].p, -choice[1].block_efficiency))[0]
 
 
 def _choose(by_id: Mapping[str, Records], walked: int, name: str, examples: int) -> tuple[list[str], str]:

@@ -101,17 +101,17 @@ def _best_of(rows: Sequence[Row], p: int, unit: str) -> str | None:
         gain = _range(GAIN, unrescored) if unrescored else None
         return gain and f"With {_drafts(p)} a step and no rescoring the gain is {gain}."
     best = max(whole, key=lambda name: fmean(gain for _, gain in whole[name]))
-    cells, found = zip(*whole[best], strict=True)
-    if fmean(found) <= 0:
+    cells, best_gains = zip(*whole[best], strict=True)
+    if fmean(best_gains) <= 0:
         return (
             f"With {_drafts(p)} a step no rescorer gains anything on average; {best} comes nearest "
-            f"({_range(GAIN, found)})."
+            f"({_range(GAIN, best_gains)})."
         )
     shares = [cell.share for cell in cells if cell.share is not None]
     part = f", {_range(percent(0), shares)} of the way to the oracle" if shares else ""
     among = f"the best of {len(whole)} rescorers is" if len(whole) > 1 else "the only rescorer is"
     beside = f"; {_drafts(p)} without rescoring bring {_range(GAIN, unrescored)}" if unrescored else ""
-    line = f"With {_drafts(p)} a step {among} {best}, with {_range(GAIN, found)} tokens a step{part}{beside}."
+    line = f"With {_drafts(p)} a step {among} {best}, with {_range(GAIN, best_gains)} tokens a step{part}{beside}."
     lows = [cell.result.gain_ci95[0] for cell in cells if cell.result.gain_ci95]
     if unsure := sum(low <= 0 for low in lows):
         where = f"On {unsure} of {len(lows)} {unit} its" if len(lows) > 1 else "Its"

@@ -11,9 +11,10 @@ import dataclasses
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
+from rescore.options import Spec
 from rescore.reports.token_text import token_texts, tokenizer_of
 from rescore.reports.walks import Slot, slots_at, walk_of
 from rescore.runs.evaluated import Evaluation, load_runs
@@ -88,16 +89,16 @@ class Inspection:
 
 
 def inspect_example(
-    folder: Path,
-    example: str = "1",
+    folder: Annotated[Path, "Folder of rescore eval --out or rescore suite.", "RESULTS"],
+    example: Annotated[str, "Id of the example, or its number from 1."] = "1",
     *,
-    task: str | None = None,
-    rescorers: Collection[str] = (),
-    p: int | None = None,
-    k: int | None = None,
-    h: int | None = None,
-    steps: str = f"1-{SHOWN_BLOCKS}",
-    top: int = SHOWN_TOKENS,
+    task: Annotated[str | None, "Task, where the results have several."] = None,
+    steps: Annotated[str, "Blocks to show: 3, 1-5, 6- or all.", "--show"] = f"1-{SHOWN_BLOCKS}",
+    rescorers: Annotated[Sequence[Spec], "Rescorer as it was given; several. Default: all.", "--rescorer"] = (),
+    p: Annotated[int | None, "Only the drafts with this p."] = None,
+    k: Annotated[int | None, "Of a suite with several k: this one."] = None,
+    h: Annotated[int | None, "Of a suite with several h: this one."] = None,
+    top: Annotated[int, "Tokens of each slot of the lattice to show."] = SHOWN_TOKENS,
 ) -> Inspection:
     """One example of the results in a folder (of `rescore eval --out` or `rescore suite`).
 
@@ -219,13 +220,13 @@ def _chosen_blocks(text: str, total: int) -> range:
         return range(1, total + 1)
     first, dash, last = (part.strip() for part in text.partition("-"))
     if not first.isdecimal() or (last and not last.isdecimal()) or len(first + last) > 12:
-        raise RescoreError(f"--steps {text}: give a number, a range like 1-5 or 6-, or all")
+        raise RescoreError(f"--show {text}: give a number, a range like 1-5 or 6-, or all")
     begin = int(first)
     end = int(last) if last else total if dash else begin
     if last and end < begin:
-        raise RescoreError(f"--steps {text}: the range ends before it begins; give {last}-{first}")
+        raise RescoreError(f"--show {text}: the range ends before it begins; give {last}-{first}")
     if not 1 <= begin <= total:
-        raise RescoreError(f"--steps {text}: the example has the blocks 1 to {total}; choose from these")
+        raise RescoreError(f"--show {text}: the example has the blocks 1 to {total}; choose from these")
     return range(begin, min(end, total) + 1)
 
 

@@ -29,7 +29,7 @@ def inspection_lines(inspection: Inspection, *, width: int) -> list[Text]:
     shown = len(inspection.blocks)
     if shown < inspection.total:
         last = inspection.blocks[-1].number
-        more = f"--steps {last + 1}- shows more" if last < inspection.total else "--steps all shows all"
+        more = f"--show {last + 1}- shows more" if last < inspection.total else "--show all shows all"
         lines += [Text(), Text(f"{shown} of {inspection.total} blocks; {more}", style=UNSEEN)]
     return lines
 

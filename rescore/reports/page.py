@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jinja2
 from jinja2.utils import htmlsafe_json_dumps
@@ -49,12 +49,26 @@ class Written:
     csv: Path
     missing: tuple[str, ...]
 
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON document of a report."""
+        files = [self.html, self.markdown, self.csv]
+        return {"files": [str(path) for path in files], "missing": list(self.missing)}
+
+    def lines(self) -> str:
+        """Each file with its size."""
+        files = (self.html, self.markdown, self.csv)
+        return "\n".join(f"{path} ({path.stat().st_size / 1e3:,.0f} kB)" for path in files)
+
 
 def report(
-    results: Sequence[Evaluation | Path] | Evaluation | Path,
-    out: str | Path,
+    results: Annotated[
+        Sequence[Evaluation | Path] | Evaluation | Path,
+        "Folders of rescore eval --out or rescore suite, or a folder of such folders.",
+        "RESULTS",
+    ],
+    out: Annotated[str | Path, "The page, a name that ends with .html; .md and .csv are written beside it."],
     *,
-    examples: int = DEFAULT_EXAMPLES,
+    examples: Annotated[int, "Examples of each task in the lattice explorer; 0 leaves it out."] = DEFAULT_EXAMPLES,
     progress: Progress | None = None,
 ) -> Written:
     """Writes a page of results: `out` (.html), and .md and .csv beside it.

@@ -9,7 +9,9 @@ from typing import Annotated
 
 from lattices.errors import RescoreError
 from lattices.paths import user_path
+from lm.options import Base, Device, Dtype, Heads
 from rescore.checks import check_new_tokens
+from rescore.options import Data, Limit
 
 DEFAULT_TASK = "squad"
 DEFAULT_BASE = "smollm2-135m"
@@ -28,15 +30,11 @@ class Inputs:
     """
 
     task: str | None = None
-    base: Annotated[
-        str, "Base LM: smollm2-135m, smollm2-135m-bpd (tuned with its heads), a model folder, .gguf file or hub id."
-    ] = DEFAULT_BASE
-    heads: Annotated[str | None, "Folder of block heads; default: those shipped for the base."] = None
+    base: Base = DEFAULT_BASE
+    heads: Heads = None
     h: Annotated[int | None, "Use only the first h heads (block of h tokens)."] = None
-    limit: Annotated[
-        int | None, "Only N examples: one of each source (passage, document) before a second one of any."
-    ] = None
-    data: Annotated[str | None, "File with the task's examples: JSON lines, a JSON array, CSV or Parquet."] = None
+    limit: Limit = None
+    data: Data = None
     trace: Annotated[str | None, "Replay this trace folder instead of recording one."] = None
     leave_out: Annotated[
         str | None,
@@ -47,8 +45,8 @@ class Inputs:
         int | None, "Output tokens per example, at most. Default: what the task's file says, else 64."
     ] = None
     max_prompt_tokens: Annotated[int | None, "Cut prompts to this many tokens."] = None
-    dtype: Annotated[str, "float32, float64, bfloat16 or float16."] = "float32"
-    device: Annotated[str, "cpu, cuda, or auto."] = "auto"
+    dtype: Dtype = "float32"
+    device: Device = "auto"
 
     def check(self) -> None:
         """Raises `RescoreError` for what makes no sense, whatever the models and data are."""

@@ -290,7 +290,7 @@ def record(
         **inputs,
     )
     if not isinstance(base, str):
-        named = dataclasses.replace(named, dtype=base.identity.dtype)
+        named = dataclasses.replace(named, dtype=base.identity.dtype)  # type: ignore[arg-type]
     recording = open_recording(
         named,
         k=k,

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from rescore.accounting import Gain, account, paired_gain
+from rescore.accounting import Difference, account, paired_difference
 from rescore.runs.records import Divergence, ExampleRecord, Identical, Latency, Outcomes, Result
 
 
@@ -52,7 +52,7 @@ def summarize(
     )
 
 
-def _gain(records: Sequence[ExampleRecord], unrescored: Sequence[ExampleRecord], *, seed: int) -> Gain | None:
+def _gain(records: Sequence[ExampleRecord], unrescored: Sequence[ExampleRecord], *, seed: int) -> Difference | None:
     """The gain over the unrescored draft on the examples that both finished; None for it itself or without any."""
     if (records[0].rescorer, records[0].p) == ("none", 1):
         return None
@@ -61,7 +61,7 @@ def _gain(records: Sequence[ExampleRecord], unrescored: Sequence[ExampleRecord],
     if not both:
         return None
     groups = [r.group for r in both]
-    return paired_gain([r.accepted for r in both], [plain[r.id] for r in both], groups=groups, seed=seed)
+    return paired_difference([plain[r.id] for r in both], [r.accepted for r in both], groups=groups, seed=seed)
 
 
 def _quality(records: Sequence[ExampleRecord]) -> dict[str, float]:

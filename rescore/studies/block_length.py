@@ -13,23 +13,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.lattice import Lattice
+from lm.base.catalog import load_base
 from lm.base.model import BaseLM
-from lm.heads.block_heads import BlockHeads
+from lm.heads.block_heads import BlockHeads, heads_folder, heads_sha256, load_heads
+from lm.options import Base, Device, Dtype, Heads, TopK
 from rescore.accounting import account
 from rescore.checks import check_held_k
 from rescore.groups import count_groups
+from rescore.options import Cached, Repeats
 from rescore.replaying import replay
-from rescore.rescorers import Context, Rescorer
+from rescore.rescorers import Context, Rescorer, load_rescorer
+from rescore.runs.weights import fit_to
 from rescore.studies.records import Record, record_of
 from rescore.studies.verify_curve import median_seconds, verify_curve
-from rescore.tracing import Trace
+from rescore.tracing import Trace, read_trace
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,46 @@ class TimedRescorer(Rescorer):
         if contexts[0].output_ids:
             self.seconds.append(time.perf_counter() - start)
         return drafts
+
+
+def block_lengths_of_trace(
+    folder: Annotated[Path, "Trace folder (rescore trace) of the base LM and its heads.", "--trace"],
+    *,
+    base: Base = "smollm2-135m",
+    heads: Heads = None,
+    rescorer: Annotated[str, "Which drafts: none, ngram, context-ngram ... (one a step)."] = "none",
+    alpha: Annotated[float | None, "The rescorer's weight. Default: its own, not a tuned one."] = None,
+    k: TopK = 16,
+    limit: Annotated[int, "Only the first N examples of the trace."] = 20,
+    cached: Cached = 256,
+    repeats: Repeats = 7,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> BlockLengths:
+    """Every block length of the trace in a folder, with the models and the rescorer by name.
+
+    Raises `IncompatibleError` for a trace of other heads, `RescoreError` for a weight that the rescorer has not, and as
+    `block_lengths` does.
+    """
+    loaded = load_rescorer(rescorer)
+    if alpha is not None:
+        if loaded.alpha is None:
+            raise RescoreError(f"{rescorer} has no weight; drop --alpha")
+        loaded = loaded.weighted(alpha)
+    if limit < 1:
+        raise RescoreError(f"--limit {limit}; at least one example must be replayed")
+    trace = read_trace(folder).first_examples(limit)
+    model = load_base(base, dtype=dtype, device=device)
+    place = heads_folder(heads, model.identity)
+    if trace.header.settings.get("heads_sha256") not in (None, heads_sha256(place)):
+        raise IncompatibleError(f"{folder} was recorded with other heads than those in {place}; give its own: --heads")
+    block_heads = load_heads(model, heads)
+    fitted = fit_to(trace, {rescorer: loaded}, device=str(model.device), shared=model)[rescorer]
+    shown = partial(progress, "block lengths") if progress else None
+    return block_lengths(
+        model, block_heads, trace, fitted, name=rescorer, k=k, cached=cached, repeats=repeats, progress=shown
+    )
 
 
 def block_lengths(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from rescore.accounting import Difference, paired_difference
@@ -32,12 +32,12 @@ Choice = tuple[str | None, int | None]  # a rescorer and p, None for any
 class Selection:
     """What to compare of two results: `rescorer` and `p` of both (None: all that both have), or those of one side."""
 
-    rescorer: str | None = None
-    p: int | None = None
-    a_rescorer: str | None = None
-    a_p: int | None = None
-    b_rescorer: str | None = None
-    b_p: int | None = None
+    rescorer: Annotated[str | None, "Compare this rescorer only; default: all that both have."] = None
+    p: Annotated[int | None, "Compare results with this p only."] = None
+    a_rescorer: Annotated[str | None, "Rescorer of A, as it was given."] = None
+    a_p: Annotated[int | None, "Drafts a step (p) of A."] = None
+    b_rescorer: Annotated[str | None, "Rescorer of B, as it was given."] = None
+    b_p: Annotated[int | None, "Drafts a step (p) of B."] = None
 
     @property
     def of_a(self) -> Choice:
@@ -119,7 +119,13 @@ def compare(
     return _compare(comparison, runs_a, runs_b, selection, seed)
 
 
-def compare_folders(a: Path, b: Path | None = None, *, selection: Selection = Selection(), seed: int = 0) -> Comparison:
+def compare_folders(
+    a: Annotated[Path, "Results folder of rescore eval --out or rescore suite.", "A"],
+    b: Annotated[Path | None, "Another; default: A, with two rescorers or p of it.", "B"] = None,
+    *,
+    selection: Selection = Selection(),
+    seed: Annotated[int, "Seed of the bootstrap intervals."] = 0,
+) -> Comparison:
     """Compares the results in folder `b` with those in `a` (None: two rescorers of `a`), task by task.
 
     Raises as `compare` and `load_runs`.
@@ -133,6 +139,8 @@ def compare_folders(a: Path, b: Path | None = None, *, selection: Selection = Se
 def _compare(
     comparison: Comparison, runs_a: Sequence[Evaluation], runs_b: Sequence[Evaluation], chosen: Selection, seed: int
 ) -> Comparison:
+    if seed < 0:
+        raise RescoreError(f"--seed {seed}; a seed is 0 or more")
     _check_choice(runs_a, "A", *chosen.of_a)
     if runs_a is runs_b and chosen.of_a == chosen.of_b:
         raise RescoreError(f"{comparison.a} would be compared with itself; {_advice(runs_a)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
@@ -32,30 +33,28 @@ Weights = tuple[float, ...]
 
 @dataclass(frozen=True)
 class TunedMixture:
-    """The sweep of a mixture's weights: `block_efficiency[i]` with `curve[i]` (weights of `parts`, sum 1; first each
-    model alone, for comparison), and the best `weights` with all models in. `alpha`, `k`: of the rescorer, with p = 1;
-    `held_out`: ids of the examples."""
+    """The sweep of a mixture's weights, with one draft a step (p = 1)."""
 
-    parts: tuple[str, ...]
-    curve: tuple[Weights, ...]
-    block_efficiency: tuple[float, ...]
-    weights: Weights
-    alpha: float
+    parts: tuple[str, ...]  # names of the models
+    curve: tuple[Weights, ...]  # weights of the parts, sum 1; first each model alone, for comparison
+    block_efficiency: tuple[float, ...]  # with each of the curve
+    weights: Weights  # the best with all models in
+    alpha: float  # of the rescorer
     k: int
-    held_out: tuple[str, ...]
+    held_out: tuple[str, ...]  # ids of the examples
 
 
 class _InMemory(Rescorer):
     """Rescoring with a model in memory, as `rescore.rescorers.ngram` does it with p = 1."""
 
     def __init__(self, model: NgramModel, trace: Trace, alpha: float) -> None:
-        self.weight, self.kept = alpha, model.order - 1
+        self.weight, self.order = alpha, model.order
         target = target_of(trace)
         loaded = LoadedNgram(Path(), Automaton.compile(model), None)
         self.search = loaded.search(target.vocab_size, target.eos_token_ids)
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
-        lefts = [context.last(self.kept) for context in contexts]
+        lefts = [context.last(self.order - 1) for context in contexts]
         return self.search.p_best_after(lattices, lefts, p, weight=self.weight).drafts
 
 
@@ -63,9 +62,11 @@ def tune_mixture(
     parts: Sequence[NgramPart],
     trace: Path,
     *,
-    limit: int = HELD_OUT,
-    k: int = 16,
-    alpha: float = DEFAULT_ALPHA,
+    limit: Annotated[
+        int, "With --trace: examples to tune on, the last ones, at most half of them.", "--held-out"
+    ] = HELD_OUT,
+    k: Annotated[int, "With --trace: tokens of each head that are in the lattice."] = 16,
+    alpha: Annotated[float, "With --trace: weight of the rescorer."] = DEFAULT_ALPHA,
     progress: Progress | None = None,
 ) -> TunedMixture:
     """Sweeps the weights of a mixture on the last `limit` examples of a trace, at most half of them.
@@ -75,7 +76,7 @@ def tune_mixture(
     settings that make no sense, `IncompatibleError` for models over other words than the trace's tokens.
     """
     if limit < 1:
-        raise RescoreError(f"--limit {limit}; at least one example is needed")
+        raise RescoreError(f"--held-out {limit}; at least one example is needed")
     if not 0 < alpha <= MAX_ALPHA:
         raise RescoreError(f"--alpha {alpha:g}; to tune a mixture it must be above 0 and at most {MAX_ALPHA:g}")
     loaded = read_trace(trace)
@@ -91,31 +92,24 @@ def tune_mixture(
             progress("reading", done, len(parts))
         models.append(part.read())
     mixture = Mixture(models)
-    found: dict[Weights, float] = {}
+    efficiencies: dict[Weights, float] = {}
     total = len(parts) + len(SHARES) * (1 if len(parts) == 2 else ROUNDS * len(parts))
 
     def efficiency(weights: Weights) -> float:
-        if weights not in found:
+        if weights not in efficiencies:
             alone = weights.index(1.0) if 1.0 in weights else None
             model = mixture.at(weights) if alone is None else models[alone]
             accepted = replay(examples, _InMemory(model, loaded, alpha), k=k)
-            found[weights] = account(accepted, loaded.header.h).block_efficiency
+            efficiencies[weights] = account(accepted, loaded.header.h).block_efficiency
             if progress:
-                progress("tune mixture", len(found), total)
-        return found[weights]
+                progress("tune mixture", len(efficiencies), total)
+        return efficiencies[weights]
 
     for place in range(len(parts)):
         efficiency(tuple(float(place == other) for other in range(len(parts))))
     best = best_weights(len(parts), efficiency)
-    return TunedMixture(
-        tuple(part.name for part in parts),
-        tuple(found),
-        tuple(found.values()),
-        best,
-        alpha,
-        k,
-        tuple(e.id for e in examples),
-    )
+    names, ids = tuple(part.name for part in parts), tuple(example.id for example in examples)
+    return TunedMixture(names, tuple(efficiencies), tuple(efficiencies.values()), best, alpha, k, ids)
 
 
 def best_weights(models: int, efficiency: Callable[[Weights], float]) -> Weights:

@@ -14,15 +14,17 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from lattices.errors import RescoreError
 from lm.ngram.corpus import HUB_PREFIX, CorpusSource, find_sources, source_texts
 from rescore.groups import digest
+from rescore.options import Limit
 from rescore.runs.leave_out import SCHEMA
 from rescore.studies.records import Record
+from rescore.table import SHARE, TASK, Column, Table
 from rescore.tasks import Example, load_task
 from rescore.tasks.data import load_examples
 
@@ -73,13 +75,17 @@ class Overlap(Record):
 
 
 def find_overlap(
-    tasks: Sequence[str],
-    corpora: Sequence[Path],
+    tasks: Annotated[Sequence[str], "A task, by name or as a YAML file; several.", "--task"],
+    corpora: Annotated[
+        Sequence[Path], "Training text: .txt, .jsonl (also .gz, .zst) or a folder of these; several.", "--corpus"
+    ],
     *,
-    data: Path | None = None,
-    n: int = WORDS_IN_A_ROW,
-    threshold: float = 0.0,
-    limit: int | None = None,
+    data: Annotated[
+        Path | None, "JSON lines file with the task's examples, or a folder with TASK.jsonl for each."
+    ] = None,
+    n: Annotated[int, "Words in a row that count as shared text."] = WORDS_IN_A_ROW,
+    threshold: Annotated[float, "Only examples of which more than this share of the runs is in the corpora."] = 0.0,
+    limit: Limit = None,
     progress: Progress | None = None,
 ) -> Overlap:
     """The examples of tasks (names or YAML files) of which more than `threshold` of the runs of n words are in corpora.
@@ -129,6 +135,17 @@ def _joined(hashes: Iterable[np.ndarray]) -> np.ndarray:
 
 def _share(hashes: np.ndarray, among: np.ndarray) -> float:
     return float(np.isin(hashes, among).mean()) if len(hashes) else 0.0
+
+
+def overlap_table(overlap: Overlap) -> Table:
+    """The examples that share text, with how much of each."""
+    rows = [[of.task, s.id, ", ".join(s.corpora), s.share] for of in overlap.tasks for s in of.found]
+    counts = ", ".join(f"{task.task} {len(task.found)} of {task.examples}" for task in overlap.tasks)
+    note = f"examples that share {overlap.n} words in a row with the corpora: {counts}"
+    if not rows:
+        return Table([], [], note=note)
+    shares = f"shared: of the runs of {overlap.n} words in prompt and references, those that are in the corpora too"
+    return Table([TASK, Column("example"), Column("corpora"), Column("shared", SHARE)], rows, note=f"{shares};\n{note}")
 
 
 class _Runs:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from lattices.errors import RescoreError
 from lattices.paths import user_path
+from lm.options import Base, Device, Dtype
+from rescore.options import Data, Limit
 from rescore.runs.environment import environment
 from rescore.studies.records import record_of
 from rescore.tasks import load_task, task_names
@@ -34,17 +36,24 @@ class TaskPerplexity:
     environment: dict[str, Any]
     notice: str | None = None
 
+    def line(self, base: str, dtype: str) -> str:
+        """The same in words."""
+        return (
+            f"{self.task}: perplexity {self.perplexity:.3f} over {self.tokens:,} tokens of {self.passages:,} passages "
+            f"({base} in {dtype}, window {self.window}, stride {self.stride})"
+        )
+
 
 def perplexity_of_task(
-    name: str,
+    name: Annotated[str, "A task with passages: lambada, or a YAML file of your own.", "--task"] = "lambada",
     *,
-    base: str = "smollm2-135m",
-    data: str | None = None,
-    limit: int | None = None,
-    stride: int | None = None,
-    window: int | None = None,
-    dtype: str = "float32",
-    device: str = "auto",
+    base: Base = "smollm2-135m",
+    data: Data = None,
+    limit: Limit = None,
+    stride: Annotated[int | None, "Tokens that the window moves on by. Default: half a window."] = None,
+    window: Annotated[int | None, "Tokens that are read at a time. Default: the base LM's context length."] = None,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> TaskPerplexity:
     """Perplexity of a task's passages (`Task.passage`), each read by itself, as plain text.

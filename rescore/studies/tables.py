@@ -57,7 +57,7 @@ def accuracy_table(accuracy: HeldOutAccuracy) -> Table:
         f"measured on {accuracy.positions} positions of {accuracy.segments} held-out texts"
     )
     if accuracy.positions < FEW_POSITIONS:
-        note += ": too few to compare trainings by (--held-out takes a corpus to measure on)"
+        note += ": too few to compare trainings by (--held-out-corpus takes a corpus to measure on)"
     return Table([Column("head"), *(Column(str(i), NUMBER) for i in range(2, h + 1))], rows, note=note)
 
 

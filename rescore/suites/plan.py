@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from lattices.errors import RescoreError
 from lm.text_files import rows_file
@@ -113,7 +113,13 @@ class Plan:
         return found
 
 
-def read_plan(path: Path, *, data: Path | None = None) -> Plan:
+def read_plan(
+    path: Annotated[Path, "Tasks, rescorers, k: see docs/formats.md.", "TABLE.yaml"],
+    *,
+    data: Annotated[
+        Path | None, "Folder with TASK.jsonl (or .csv ...) for each task whose data the file does not name."
+    ] = None,
+) -> Plan:
     """The suite in a YAML file (docs/formats.md).
 
     `data`: a folder with TASK.jsonl (or .csv, .jsonl.gz ...) for each task whose data or trace the file does not name.

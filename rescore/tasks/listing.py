@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from lattices.errors import RescoreError
+from rescore.table import Column, Table
 from rescore.tasks import Task, load_task, task_names
 from rescore.tasks.data import load_examples, wanted_rows
+from rescore.terminal import printable, shortened
+
+FIRST_PROMPT = 160  # characters of it that are shown
 
 
 @dataclass(frozen=True)
@@ -39,25 +43,56 @@ class TaskFacts:
         """Everything, ready for JSON."""
         return asdict(self)
 
+    def in_full(self) -> str:
+        """Everything, one line each."""
+        limits = ", ".join(f"{name} {limit}" for name, limit in (self.limits or {}).items() if limit is not None)
+        lines = {
+            "task": self.name,
+            "what it is": printable(self.description),
+            "prompt": ("\n" + " " * 12).join(map(printable, self.prompt.strip().split("\n"))),
+            "chat": "in the chat template, where the base LM has one" if self.chat else "no, plain text",
+            "metrics": ", ".join(self.metrics) or "-",
+            "data": printable(self.source),
+            "--data": f"JSON lines with {self.rows}",
+            "passages": self.passage or "-",
+            "limits": limits or "-",
+        }
+        if self.first_prompt is not None:
+            shown = shortened(printable(self.first_prompt), head=FIRST_PROMPT, tail=0)
+            lines["examples"] = f"{self.examples}, the first prompt: {shown}"
+        return "\n".join(f"{name:<10}  {text}" for name, text in lines.items())
 
-def list_tasks(names: Sequence[str] = ()) -> list[TaskFacts]:
+
+def tasks_table(tasks: Sequence[TaskFacts]) -> Table:
+    """The tasks with what they are and what they are scored by."""
+    rows = [[facts.name, facts.problem or facts.description, ", ".join(facts.metrics) or None] for facts in tasks]
+    note = (
+        "rescore tasks NAME shows prompt, data and limits; --task ./mine.yaml is a task of your own (docs/formats.md)."
+    )
+    return Table([Column("task"), Column("what it is"), Column("metrics")], rows, note=note)
+
+
+def list_tasks(
+    names: Annotated[
+        Sequence[str], "Show these in full: names, or YAML files, which are checked and whose data are read.", "TASK"
+    ] = (),
+) -> list[TaskFacts]:
     """The facts of the tasks (names or YAML files; none: of all there are, broken ones with their `problem`).
 
     Raises `RescoreError` for a task asked for by name that can't be loaded, or whose own data file can't be read.
     """
-    if names:
-        return [facts_of(load_task(name), reads=True) for name in names]
     facts = []
-    for name in task_names():
+    for name in names or task_names():
         try:
-            facts.append(facts_of(load_task(name)))
+            facts.append(_facts(load_task(name), reads=bool(names)))
         except RescoreError as error:
+            if names:
+                raise
             facts.append(TaskFacts(name, problem=str(error)))
     return facts
 
 
-def facts_of(task: Task, *, reads: bool = False) -> TaskFacts:
-    """The facts of one task. `reads` the data file that is its own, if it has one, and raises as `load_examples`."""
+def _facts(task: Task, *, reads: bool) -> TaskFacts:
     examples = load_examples(task).examples if reads and task.file is not None else None
     return TaskFacts(
         name=task.name,

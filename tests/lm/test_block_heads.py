@@ -10,13 +10,13 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from conftest import make_heads
+from conftest import make_heads, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from safetensors.torch import load_file, save_file
 
-from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError, UnknownNameError
+from lattices.errors import IncompatibleError, InvalidDataError, OutputError, UnknownNameError
 from lm.heads import block_heads
 from lm.heads.block_heads import (
     BlockHeads,
@@ -32,14 +32,6 @@ from lm.heads.block_heads import (
 )
 
 exhaustive = settings(deadline=None, derandomize=True, max_examples=100)
-
-
-def refused(call, kind: type[RescoreError] = RescoreError) -> str:
-    """The one line with which a call is refused."""
-    with pytest.raises(kind) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny_base
+from conftest import refused, save_tiny_base
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
+from lattices.errors import IncompatibleError, InvalidDataError, OutputError
 from lm.base import corpus
 from lm.base.catalog import load_base
 from lm.base.corpus import GenerationOptions, Prompt, read_prompts
@@ -39,14 +39,6 @@ def generate_corpus(base, prompts, out, *, progress=None, **options):
 
 class StopError(Exception):
     """An interruption from outside."""
-
-
-def refused(call, kind: type[RescoreError] = RescoreError) -> str:
-    """The one line with which a call is refused."""
-    with pytest.raises(kind) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def stop_after(count: int):

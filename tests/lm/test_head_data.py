@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import files_of_at_most, save_tiny_base
+from conftest import files_of_at_most, refused, save_tiny_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MistralConfig, MistralForCausalLM
@@ -29,14 +29,6 @@ PAIRS = [
     {"prompt": "long answer", "response": "r" * (CHUNK + 40)},
     {"prompt": "just as long", "response": "r" * CHUNK},
 ]
-
-
-def refused(call, kind: type[RescoreError] = RescoreError) -> str:
-    """The one line with which a call is refused."""
-    with pytest.raises(kind) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def segments(data: HeadData) -> list[tuple[list[int], np.ndarray]]:

@@ -10,12 +10,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_heads
+from conftest import make_heads, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lattices.errors import IncompatibleError, InvalidDataError
 from lattices.lattice import Lattice
 from lm.neural.learned_bigram import load_bigram
 from lm.training import bigram
@@ -29,14 +29,6 @@ SMALL = BigramOptions(
 
 class StopError(Exception):
     """An interruption from outside, like a kill."""
-
-
-def refused(call, kind: type[RescoreError] = RescoreError) -> str:
-    """The one line with which a call is refused."""
-    with pytest.raises(kind) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def change(**options) -> BigramOptions:

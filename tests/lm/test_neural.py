@@ -11,11 +11,11 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer, save_tiny_base
+from conftest import byte_tokenizer, refused, save_tiny_base
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
+from lattices.errors import IncompatibleError, InvalidDataError, UnknownNameError
 from lm.base.catalog import load_base
 from lm.base.model import BaseLM
 from lm.checkpoint import SCALE
@@ -34,14 +34,6 @@ from lm.neural.model import (
 )
 
 MILLIONS = {"neural-32m": 32e6, "neural-61m": 61e6, "neural-94m": 94e6}
-
-
-def refused(call, kind: type[RescoreError] = RescoreError) -> str:
-    """The one line with which a call is refused."""
-    with pytest.raises(kind) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.fixture(scope="module")

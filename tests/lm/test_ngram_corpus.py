@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import END, byte_tokenizer
+from conftest import END, byte_tokenizer, refused
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
 from lm import text_files
@@ -37,13 +37,6 @@ def write(path: Path, content: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
-
-
-def refused(kind: type[RescoreError], call) -> str:
-    with pytest.raises(kind) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # Words at white space
@@ -83,21 +76,21 @@ def test_many_words_outgrow_every_table(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("word", ["<s>", "</s>", "<unk>"])
 def test_special_words_are_refused(word: str, tmp_path: Path) -> None:
     path = write(tmp_path / "t.txt", f"fine\nso far {word} bad\n")
-    assert f"t.txt line 2 holds {word} as a word" in refused(InvalidDataError, lambda: encode(tmp_path, path))
+    assert f"t.txt line 2 holds {word} as a word" in refused(lambda: encode(tmp_path, path), InvalidDataError)
 
 
 def test_bad_utf8_is_named_or_replaced(tmp_path: Path) -> None:
     path = write(tmp_path / "t.txt", b"good\ngood\n\xff bad\n")
-    message = refused(InvalidDataError, lambda: encode(tmp_path, path))
+    message = refused(lambda: encode(tmp_path, path), InvalidDataError)
     assert "line 3 is not UTF-8" in message and "--errors replace" in message
     assert words(encode(tmp_path, path, errors="replace")) == "good </s> good </s> \ufffd bad </s>"
-    assert "strict or replace" in refused(RescoreError, lambda: encode(tmp_path, path, errors="ignore"))
+    assert "strict or replace" in refused(lambda: encode(tmp_path, path, errors="ignore"), RescoreError)
 
 
 def test_line_numbers_hold_over_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_files, "BLOCK_BYTES", 7)
     path = write(tmp_path / "t.txt", b"a line longer than a block\nb\nc\n\nd \xc3\xa9\nx\xfe\n")
-    assert "line 6 " in refused(InvalidDataError, lambda: encode(tmp_path, path))
+    assert "line 6 " in refused(lambda: encode(tmp_path, path), InvalidDataError)
     path = write(tmp_path / "t.txt", "a line longer than a block\nb \u00e9\n\u00e9")
     assert words(encode(tmp_path, path)) == "a line longer than a block </s> b \u00e9 </s> \u00e9 </s>"
 
@@ -105,7 +98,7 @@ def test_line_numbers_hold_over_blocks(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", b" \0\r\n"])
 def test_an_empty_corpus_is_refused(content: bytes, tmp_path: Path, tokenizer) -> None:
     path = write(tmp_path / "t.txt", content)
-    assert "no word in" in refused(InvalidDataError, lambda: encode(tmp_path, path))
+    assert "no word in" in refused(lambda: encode(tmp_path, path), InvalidDataError)
 
 
 # Files and folders
@@ -125,19 +118,19 @@ def test_zstd_is_read(tmp_path: Path) -> None:
     packed = pyarrow.compress(b"a b\n" * 3, codec="zstd", asbytes=True)
     assert words(encode(tmp_path, write(tmp_path / "t.txt.zst", packed))) == "a b </s> a b </s> a b </s>"
     path = write(tmp_path / "bad.txt.zst", b"no zstd at all")
-    assert str(path) in refused(RescoreError, lambda: encode(tmp_path, path))
+    assert str(path) in refused(lambda: encode(tmp_path, path), RescoreError)
 
 
 @pytest.mark.parametrize("content", [gzip.compress(b"a b\n" * 1000)[:-20], b"no gzip"])
 def test_a_broken_gzip_is_refused(content: bytes, tmp_path: Path) -> None:
     path = write(tmp_path / "t.txt.gz", content)
-    assert "not a whole gzip file" in refused(InvalidDataError, lambda: encode(tmp_path, path))
+    assert "not a whole gzip file" in refused(lambda: encode(tmp_path, path), InvalidDataError)
 
 
 def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
-    assert "can't read" in refused(RescoreError, lambda: find_sources([tmp_path / "none.txt"]))
-    assert "holds no .txt" in refused(RescoreError, lambda: find_sources([tmp_path]))
-    assert "no corpus given" in refused(RescoreError, lambda: find_sources([]))
+    assert "can't read" in refused(lambda: find_sources([tmp_path / "none.txt"]), RescoreError)
+    assert "holds no .txt" in refused(lambda: find_sources([tmp_path]), RescoreError)
+    assert "no corpus given" in refused(lambda: find_sources([]), RescoreError)
 
 
 def test_sources_are_known_by_their_content(tmp_path: Path) -> None:
@@ -147,7 +140,7 @@ def test_sources_are_known_by_their_content(tmp_path: Path) -> None:
 
 def test_a_stream_that_cant_be_written(tmp_path: Path) -> None:
     sources = find_sources([write(tmp_path / "t.txt", "a\n")])
-    refused(OutputError, lambda: encode_corpora(sources, tmp_path / "none" / "stream"))
+    refused(lambda: encode_corpora(sources, tmp_path / "none" / "stream"), OutputError)
 
 
 # Records
@@ -189,7 +182,7 @@ def test_records_of_ids(tmp_path: Path, tokenizer) -> None:
 )
 def test_a_bad_record_is_named_by_its_line(line: str, said: str, tmp_path: Path, tokenizer) -> None:
     path = records(tmp_path / "t.jsonl", {"text": "good"}, line)
-    message = refused(InvalidDataError, lambda: encode(tmp_path, path, tokenizer=tokenizer))
+    message = refused(lambda: encode(tmp_path, path, tokenizer=tokenizer), InvalidDataError)
     assert "line 2" in message and said in message
 
 
@@ -253,14 +246,14 @@ def test_own_output_of_another_tokenizer_is_refused(tmp_path: Path, tokenizer) -
     other = byte_tokenizer()
     other.add_tokens(["more"])
     folder = own_folder(tmp_path / "own", other, {"prompt_ids": [1], "output_ids": [2]})
-    assert "tokenizer of tiny" in refused(IncompatibleError, lambda: encode(tmp_path, folder, tokenizer=tokenizer))
-    assert "instead of words" in refused(RescoreError, lambda: encode(tmp_path, folder))
+    assert "tokenizer of tiny" in refused(lambda: encode(tmp_path, folder, tokenizer=tokenizer), IncompatibleError)
+    assert "instead of words" in refused(lambda: encode(tmp_path, folder), RescoreError)
 
 
 def test_own_output_with_bad_ids_is_refused(tmp_path: Path, tokenizer) -> None:
     folder = own_folder(tmp_path / "own", tokenizer, {"prompt_ids": [1], "output_ids": [999]})
     assert "line 1 has the token id 999" in refused(
-        InvalidDataError, lambda: encode(tmp_path, folder, tokenizer=tokenizer)
+        lambda: encode(tmp_path, folder, tokenizer=tokenizer), InvalidDataError
     )
 
 
@@ -281,7 +274,7 @@ def test_a_hub_data_set_is_read_by_name(tmp_path: Path, monkeypatch: pytest.Monk
     assert words(encode(tmp_path, "hub:some/name")) == "a b </s> c </s>"
     assert words(encode(tmp_path, "hub:some/name:test:title")) == "d </s> e </s>"
     assert set(asked) == {("some/name", "train"), ("some/name", "test")}
-    message = refused(InvalidDataError, lambda: encode(tmp_path, "hub:some/name::body"))
+    message = refused(lambda: encode(tmp_path, "hub:some/name::body"), InvalidDataError)
     assert "has no field 'body'; it has: text, title" in message
 
 
@@ -292,4 +285,4 @@ def test_a_hub_data_set_that_cant_be_reached(monkeypatch: pytest.MonkeyPatch) ->
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert "can't load hub:x (no route)" in refused(RescoreError, lambda: find_sources(["hub:x"]))
+    assert "can't load hub:x (no route)" in refused(lambda: find_sources(["hub:x"]), RescoreError)

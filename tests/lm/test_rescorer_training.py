@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer, files_of_at_most, save_tiny_base
+from conftest import byte_tokenizer, files_of_at_most, refused, save_tiny_base
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
+from lattices.errors import IncompatibleError, InvalidDataError, OutputError
 from lm.base.catalog import load_base
 from lm.neural import model as neural
 from lm.neural.model import NeuralSize, check_fits, find_neural, load_neural
@@ -33,14 +33,6 @@ SCRATCH = dataclasses.replace(SMALL, size=TINY, init="scratch")
 
 class StopError(Exception):
     """An interruption from outside, like a kill."""
-
-
-def refused(call, kind: type[RescoreError] = RescoreError) -> str:
-    """The one line with which a call is refused."""
-    with pytest.raises(kind) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def change(of: RescorerOptions = SMALL, **options) -> RescorerOptions:

@@ -12,13 +12,13 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny_base
+from conftest import refused, save_tiny_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
+from lattices.errors import IncompatibleError, InvalidDataError, OutputError
 from lm import checkpoint
 from lm.base.catalog import load_base
 from lm.heads.block_heads import heads_sha256, load_heads
@@ -33,14 +33,6 @@ SMALL = TrainingOptions(
 
 class StopError(Exception):
     """An interruption from outside."""
-
-
-def refused(call, kind: type[RescoreError] = RescoreError) -> str:
-    """The one line with which a call is refused."""
-    with pytest.raises(kind) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def change(**options) -> TrainingOptions:

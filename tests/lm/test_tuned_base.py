@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny_base
+from conftest import refused, save_tiny_base
 from safetensors.torch import load_file, save_file
 from test_training import SMALL
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -261,17 +261,11 @@ class TestTrouble:
         trainer_of(folder, pairs, dataclasses.replace(TUNED, steps=1), tmp_path).train(out)
         return out
 
-    def refused(self, call, kind: type[RescoreError] = RescoreError) -> str:
-        with pytest.raises(kind) as caught:
-            call()
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
-
     def test_an_adapter_of_other_weights_is_refused(self, adapter, tmp_path):
         other = save_tiny_base(tmp_path / "other", seed=5)
         config = json.loads((adapter / "adapter_config.json").read_text())
         (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(other)}))
-        assert "other weights" in self.refused(lambda: load_base(str(adapter)), IncompatibleError)
+        assert "other weights" in refused(lambda: load_base(str(adapter)), IncompatibleError)
 
     @pytest.mark.parametrize(
         ("change", "named"),
@@ -280,17 +274,17 @@ class TestTrouble:
     def test_a_config_that_is_wrong(self, adapter, change, named):
         config = json.loads((adapter / "adapter_config.json").read_text())
         (adapter / "adapter_config.json").write_text(json.dumps({**config, **change}))
-        assert named in self.refused(lambda: load_base(str(adapter)), InvalidDataError)
+        assert named in refused(lambda: load_base(str(adapter)), InvalidDataError)
 
     def test_an_adapter_of_an_adapter_is_refused(self, adapter, tmp_path):
         config = json.loads((adapter / "adapter_config.json").read_text())
         (tmp_path / "second").mkdir()
         second = {**config, "base_model_name_or_path": str(adapter)}
         (tmp_path / "second" / "adapter_config.json").write_text(json.dumps(second))
-        assert "itself an adapter" in self.refused(lambda: load_base(str(tmp_path / "second")), InvalidDataError)
+        assert "itself an adapter" in refused(lambda: load_base(str(tmp_path / "second")), InvalidDataError)
 
     def test_an_adapter_on_an_adapter_is_not_trained(self, adapter, pairs, tmp_path):
-        said = self.refused(lambda: trainer_of(str(adapter), pairs, TUNED, tmp_path), IncompatibleError)
+        said = refused(lambda: trainer_of(str(adapter), pairs, TUNED, tmp_path), IncompatibleError)
         assert "adapter itself" in said and "tune: full" in said
         trainer_of(str(adapter), pairs, dataclasses.replace(TUNED, tune="full", steps=1), tmp_path).train(
             tmp_path / "f"
@@ -304,31 +298,31 @@ class TestTrouble:
             bos_token_id=256, eos_token_id=256,
         )  # fmt: skip
         GPT2LMHeadModel(config).save_pretrained(folder)
-        said = self.refused(lambda: trainer_of(str(folder), pairs, TUNED, tmp_path), IncompatibleError)
+        said = refused(lambda: trainer_of(str(folder), pairs, TUNED, tmp_path), IncompatibleError)
         assert "no linear layers" in said
 
     @pytest.mark.parametrize("keep", [0, 9, -5])
     def test_a_truncated_adapter(self, adapter, keep):
         path = adapter / "adapter_model.safetensors"
         path.write_bytes(path.read_bytes()[:keep])
-        self.refused(lambda: load_base(str(adapter)), InvalidDataError)
+        refused(lambda: load_base(str(adapter)), InvalidDataError)
 
     def test_an_adapter_without_weights(self, adapter):
         (adapter / "adapter_model.safetensors").unlink()
-        assert "adapter_model.safetensors" in self.refused(lambda: load_base(str(adapter)))
+        assert "adapter_model.safetensors" in refused(lambda: load_base(str(adapter)))
 
     def test_an_adapter_of_other_shapes(self, adapter):
         path = adapter / "adapter_model.safetensors"
         tensors = load_file(path)
         first = sorted(tensors)[0]
         save_file({**tensors, first: torch.zeros(2, 2)}, path)
-        self.refused(lambda: load_base(str(adapter)), InvalidDataError)
+        refused(lambda: load_base(str(adapter)), InvalidDataError)
 
     def test_no_rescorer_is_an_adapter(self, adapter):
-        assert "merge it" in self.refused(lambda: find_neural(str(adapter)))
+        assert "merge it" in refused(lambda: find_neural(str(adapter)))
 
     def test_other_options_are_shown(self, folder, pairs, tmp_path):
         trainer_of(folder, pairs, dataclasses.replace(TUNED, steps=2), tmp_path).train(tmp_path / "out")
         other = trainer_of(folder, pairs, dataclasses.replace(TUNED, steps=2, lora_rank=4), tmp_path)
-        message = self.refused(lambda: other.train(tmp_path / "out"), IncompatibleError)
+        message = refused(lambda: other.train(tmp_path / "out"), IncompatibleError)
         assert "lora_rank" in message and "4" in message

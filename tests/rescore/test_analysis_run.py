@@ -208,7 +208,7 @@ class TestFolders:
         with pytest.raises(RescoreError, match=f"--{option} is for traces"):
             analyse_folders(results=[run.folder], **{option: 2})
         with pytest.raises(RescoreError, match="give its folder: --results"):
-            analyse_folders(against=[("oracle", "none")])
+            analyse_folders(traces=[run.folder], against=[("oracle", "none")])
 
 
 def cache_of() -> Path:

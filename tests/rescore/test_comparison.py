@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import squad_records, write_lines
+from conftest import refused, squad_records, write_lines
 from evaluating import evaluated, recorded_trace
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
@@ -54,12 +54,6 @@ def edited(folder: Path, name: str, **changes: Any) -> Path:
         settings[last] = value
     (copy / "results.json").write_text(json.dumps(document))
     return copy
-
-
-def refused(call: Callable[[], object], message: str, kind: type[RescoreError] = RescoreError) -> None:
-    with pytest.raises(kind) as caught:
-        call()
-    assert "\n" not in str(caught.value) and message in str(caught.value), str(caught.value)
 
 
 def sides(comparison: Comparison) -> list[tuple[str, int, str, int]]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import squad_records, write_lines
+from conftest import refused, squad_records, write_lines
 from evaluating import evaluated
 
-from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
+from lattices.errors import InvalidDataError, UnknownNameError
 from rescore.reports.inspection import Inspection, inspect_example
 from rescore.reports.inspection_view import inspection_lines
 from rescore.runs.evaluated import load_run
@@ -42,12 +42,6 @@ def make(tiny_folder: Path, tiny_heads_folder: Path, tmp_path: Path) -> Callable
 
 def text(inspection: Inspection, width: int = 120) -> str:
     return "\n".join(line.plain for line in inspection_lines(inspection, width=width))
-
-
-def refused(call: Callable[[], object], message: str, kind: type[RescoreError] = RescoreError) -> None:
-    with pytest.raises(kind) as caught:
-        call()
-    assert "\n" not in str(caught.value) and message in str(caught.value), str(caught.value)
 
 
 def test_blocks_say_what_was_drafted_accepted_and_wanted(make: Callable[..., Path]):
@@ -97,7 +91,7 @@ def test_the_view_marks_what_the_colours_say(make: Callable[..., Path]):
         assert wanted is not None and any(
             s.style == "cyan" and line.plain[s.start : s.end] == found.texts[wanted] for s in line.spans
         )
-    assert f"2 of {found.total} blocks; --steps 3- shows more" in text(found)
+    assert f"2 of {found.total} blocks; --show 3- shows more" in text(found)
 
 
 def test_narrow_terminals_get_the_columns_in_bands(make: Callable[..., Path]):
@@ -165,7 +159,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("steps", ["", "x", "0", "3-1", "1-x", "-3", "99", "1" * 20])
     def test_steps(self, make: Callable[..., Path], steps: str):
-        refused(lambda: inspect_example(make(), steps=steps), f"--steps {steps}:")
+        refused(lambda: inspect_example(make(), steps=steps), f"--show {steps}:")
 
     def test_records_without_drafts(self, make: Callable[..., Path]):
         folder = make()

@@ -94,7 +94,7 @@ def test_mistakes(parts: list[NgramPart], trace: Path, tmp_path: Path):
     write_arpa(bigram_model(), foreign / "model.arpa")
     write_json(foreign / "manifest.json", {"tokenizer": "another", "tokenizer_sha256": "0" * 64})
     for call, kind, said in (
-        (lambda: tune_mixture(parts, trace, limit=0), RescoreError, "--limit 0"),
+        (lambda: tune_mixture(parts, trace, limit=0), RescoreError, "--held-out 0"),
         (lambda: tune_mixture(parts, trace, alpha=0), RescoreError, "--alpha 0"),
         (lambda: tune_mixture(parts, trace, k=1000), RescoreError, "k = 1000, but the trace holds"),
         (lambda: tune_mixture(parts, tmp_path / "none"), RescoreError, "no trace in"),

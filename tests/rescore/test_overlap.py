@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import squad_records, write_lines
+from conftest import Command, squad_records, write_lines
 from evaluating import evaluated, recorded_trace
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli import Command, rescore  # noqa: F401
 
 from lattices.errors import InvalidDataError, RescoreError
 from rescore.groups import digest
@@ -234,7 +233,7 @@ class TestLeftOut:
 
 
 class TestCommand:
-    def test_table_document_and_list(self, rescore: Command, task: str, tmp_path: Path):  # noqa: F811
+    def test_table_document_and_list(self, rescore: Command, task: str, tmp_path: Path):
         path = corpus(tmp_path, words(0, 14))
         run = rescore("overlap", "--task", task, "--corpus", path, "--out", tmp_path / "list.yaml")
         assert run.code == 0 and "mine  prompt   corpus.txt   25.0%" in run.out
@@ -245,7 +244,7 @@ class TestCommand:
         assert document["tasks"][0]["found"][0]["corpora"] == {"corpus.txt": pytest.approx(0.25)}
         rescore("overlap", "--task", task, "--corpus", tmp_path / "none.txt").refused("can't read .*none.txt")
 
-    def test_a_folder_of_data(self, rescore: Command, tmp_path: Path):  # noqa: F811
+    def test_a_folder_of_data(self, rescore: Command, tmp_path: Path):
         write_lines(tmp_path / "squad.jsonl", squad_records(2))
         path = corpus(tmp_path, json.dumps(squad_records(1)[0]["context"]))
         run = rescore("overlap", "--task", "squad", "--data", tmp_path, "--corpus", path, "--n", 4)

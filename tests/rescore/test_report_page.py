@@ -9,9 +9,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from conftest import refused
 from evaluating import evaluated
 
-from lattices.errors import InvalidDataError, OutputError, RescoreError
+from lattices.errors import InvalidDataError, OutputError
 from rescore.reports.page import report as write_report
 from rescore.runs.evaluated import load_run
 from rescore.studies.cost.decoders import decoder_of, heads_of
@@ -288,39 +289,33 @@ def test_live_results_have_times(options, tmp_path, cache_folder):
 
 
 class TestTrouble:
-    def refused(self, call, kind: type[RescoreError] = RescoreError) -> str:
-        with pytest.raises(kind) as caught:
-            call()
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
-
     def test_no_results(self, tmp_path):
-        assert "rescore eval --out" in self.refused(lambda: report(tmp_path / "none", tmp_path))
+        assert "rescore eval --out" in refused(lambda: report(tmp_path / "none", tmp_path))
 
     def test_still_being_written(self, results, tmp_path):
         (results / "results.json").unlink()
-        assert "has not finished" in self.refused(lambda: report(results, tmp_path))
+        assert "has not finished" in refused(lambda: report(results, tmp_path))
         assert not (tmp_path / "out").exists()
 
     def test_another_schema(self, results, tmp_path):
         document = json.loads((results / "results.json").read_text())
         (results / "results.json").write_text(json.dumps({**document, "schema": "rescore.results/1"}))
-        assert "rescore.results/1" in self.refused(lambda: report(results, tmp_path), InvalidDataError)
+        assert "rescore.results/1" in refused(lambda: report(results, tmp_path), InvalidDataError)
 
     @pytest.mark.parametrize("change", [{"marginal": None}, {"block_efficiency": "much"}, {"task": 7}, {"gain": "x"}])
     def test_results_with_something_else_in_them(self, results, tmp_path, change):
         document = json.loads((results / "results.json").read_text())
         document["results"][0].update(change)
         (results / "results.json").write_text(json.dumps(document))
-        self.refused(lambda: report(results, tmp_path), InvalidDataError)
+        refused(lambda: report(results, tmp_path), InvalidDataError)
 
     def test_names_and_numbers_that_do_not_fit(self, results, tmp_path):
-        assert ".html" in self.refused(lambda: write_report([results], tmp_path / "report.pdf"))
-        assert "--examples -1" in self.refused(lambda: report(results, tmp_path, examples=-1))
+        assert ".html" in refused(lambda: write_report([results], tmp_path / "report.pdf"))
+        assert "--examples -1" in refused(lambda: report(results, tmp_path, examples=-1))
 
     def test_a_place_that_cannot_be_written(self, results, tmp_path):
         (tmp_path / "file").write_text("")
-        self.refused(lambda: write_report([results], tmp_path / "file" / "report.html"), OutputError)
+        refused(lambda: write_report([results], tmp_path / "file" / "report.html"), OutputError)
 
 
 def test_the_cost_model_has_the_methods_that_were_run(options, tmp_path, cache_folder):

@@ -178,4 +178,4 @@ def test_shares_have_no_negative_zero(value, sign, shown):
 def test_accuracy_on_little_text_says_so(positions, few):
     shown = accuracy_table(HeldOutAccuracy({1: [1.0, 0.5]}, 1.5, 1.5, positions, 7)).text()
     assert f"measured on {positions} positions of 7 held-out texts" in shown
-    assert ("--held-out" in shown) == few
+    assert ("--held-out-corpus" in shown) == few

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import write_lines
+from conftest import refused, write_lines
 from evaluating import evaluated, recorded_trace
 
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lattices.errors import IncompatibleError, InvalidDataError
 from rescore.runs.evaluated import load_run
 from rescore.runs.records import Result
 
@@ -60,13 +60,6 @@ def test_a_given_trace_is_found_where_it_was(options, tmp_path, cache_folder):
     assert found is not None and len(found.examples) == 3
     (tmp_path / "trace" / "trace.json").unlink()
     assert load_run(tmp_path / "run").trace("squad") is None and run.trace("squad") is found, "it is read once"
-
-
-def refused(call, kind: type[RescoreError] = RescoreError) -> str:
-    with pytest.raises(kind) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 class TestTrouble:

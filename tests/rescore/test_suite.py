@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import squad_records, write_lines
+from conftest import refused, squad_records, write_lines
 from evaluating import evaluated, recorded_trace, swept
 
 import lm.base.catalog
-from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
+from lattices.errors import IncompatibleError, InvalidDataError, OutputError
 from lm.files import cache_directory
 from lm.locks import writing_to
 from lm.records import plain
@@ -88,12 +88,6 @@ def records(out: Path) -> list[tuple[Any, ...]]:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         found += [(path.parent.name, r["rescorer"], r["p"], r["id"]) for r in lines]
     return found
-
-
-def refused(call: Callable[[], object], message: str, kind: type[RescoreError] = RescoreError) -> None:
-    with pytest.raises(kind) as caught:
-        call()
-    assert "\n" not in str(caught.value) and message in str(caught.value), str(caught.value)
 
 
 class TestTable:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import refused
 
-from lattices.errors import InvalidDataError, RescoreError
+from lattices.errors import RescoreError
 from rescore.yaml_input import Value, read_yaml
 
 Write = Callable[[str | bytes], Value]
@@ -20,12 +21,6 @@ def write(tmp_path: Path) -> Write:
         return read_yaml(tmp_path / "a.yaml")
 
     return read
-
-
-def refused(call: Callable[[], object], message: str) -> None:
-    with pytest.raises(InvalidDataError) as caught:
-        call()
-    assert "\n" not in str(caught.value) and message in str(caught.value), str(caught.value)
 
 
 def test_values_of_all_kinds(write: Write):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from lattices.errors import RescoreError
 from rescore.runs.evaluated import Evaluation, load_runs
@@ -70,15 +71,23 @@ def analyse(
 
 def analyse_folders(
     *,
-    traces: Sequence[Path] = (),
-    results: Sequence[Path] = (),
-    only: Collection[str] = ANALYSES,
-    against: Sequence[tuple[str, str]] = (),
-    h: int | None = None,
-    k: int | None = None,
-    limit: int | None = None,
-    bins: int | None = None,
-    seed: int = 0,
+    traces: Annotated[Sequence[Path], "Trace folder; several for h_max over tasks.", "--trace"] = (),
+    results: Annotated[Sequence[Path], "Folder of rescore eval --out; several for one table of all."] = (),
+    only: Annotated[
+        Sequence[str],
+        "Analyses of the trace: repetition, entropy, oracle, p_curve, ranks, acceptance, calibration. Default: all.",
+    ] = (),
+    against: Annotated[
+        Sequence[tuple[str, str]],
+        "With --results: two rescorers, like ngram:own=ngram; the gain of the first over the second, paired by "
+        "example; several.",
+        "<RESCORER=RESCORER>",
+    ] = (),
+    h: Annotated[int | None, "Use only the first h heads (block of h tokens)."] = None,
+    k: Annotated[int | None, "With --trace: entries per head of p-best drafts. Default: 16."] = None,
+    limit: Annotated[int | None, "With --trace: only the first N examples."] = None,
+    bins: Annotated[int | None, "With --trace: bins of the calibration. Default: 15."] = None,
+    seed: Annotated[int, "Seed of the bootstrap intervals."] = 0,
 ) -> Findings:
     """Analyses of trace folders (with the first h heads, `limit` examples) and of results folders.
 
@@ -86,6 +95,9 @@ def analyse_folders(
     and `bins` are for traces alone. Raises `RescoreError` for options that the folders have no use for, and as
     `read_trace`, `load_run`, `analyse_trace` and `efficiency_table` do.
     """
+    if bool(traces) == bool(results):
+        raise RescoreError("give trace folders (--trace) or folders of rescore eval (--results)")
+    only = only or ANALYSES
     own = {"--h": h, "--k": k, "--limit": limit, "--bins": bins}
     if results and (given := [option for option, value in own.items() if value is not None]):
         raise RescoreError(f"{given[0]} is for traces; a run is analysed as it was decoded, so drop {given[0]}")

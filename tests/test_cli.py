@@ -79,7 +79,11 @@ class TestEval:
             line = rf"\n{label.format(rescorer, p)}\d.* [+-]\d+\.\d% +{interval} +-?\d+% +\d+\.\d% "
             assert re.search(line, run.out)
         document = rescore(*asked, "--json").document
-        assert document["config"]["options"]["p"] == [1, 4]
+        assert [(run["rescorer"], run["p"]) for run in document["config"]["runs"]["squad"]] == [
+            ("none", 1),
+            ("none", 4),
+            ("oracle", 1),
+        ]
         assert [(r["rescorer"], r["p"]) for r in document["results"]] == [("none", 1), ("none", 4), ("oracle", 1)]
         assert [r["gain"] is None for r in document["results"]] == [True, False, False]
 
@@ -111,6 +115,8 @@ class TestEval:
                 "eval", "--trace", tmp_path / "trace", "--rescorer", "none", "--rescorer", "oracle", *options, "--json"
             )
             assert given.document["results"] == direct.document["results"]
+        live = rescore("eval", "--trace", tmp_path / "trace", "--mode", "live")
+        live.refused("a given trace can be replayed, not decoded live; drop --trace or --mode live")
         longer = write_lines(tmp_path / "more.jsonl", squad_records(8))
         rescore(*once("trace", *model, "--data", longer), "--out", tmp_path / "trace").refused(
             r"other settings \(settings.data_sha256: .* -> .*\); use another --out"
@@ -189,8 +195,8 @@ class TestTune:
         after = rescore("eval", *model, "--rescorer", typed, "--p", "1,4", "--alpha", "tuned", "--json")
         assert "default" not in after.err and after.err.endswith("alpha was tuned on 3 of these 6 examples\n")
         assert [(r["p"], r["alpha"]) for r in after.document["results"]] == [(t["p"], t["alpha"]) for t in tuned]
-        alphas = after.document["config"]["alphas"]["squad"][typed]
-        assert {p: chosen["from"] for p, chosen in alphas.items()} == {"1": "tuned", "4": "tuned"}
+        runs = after.document["config"]["runs"]["squad"]
+        assert [(run["p"], run["alpha"]["from"]) for run in runs] == [(1, "tuned"), (4, "tuned")]
 
 
 class TestOtherCommands:

@@ -63,7 +63,6 @@ def refusals(tiny: Path, heads: Path, data: Path, folder: Path) -> Iterator[tupl
     yield "limit below 1", ["eval", *given, "--limit", 0], "--limit 0; at least one example"
     yield "no heads there", ["eval", *given, "--heads", folder], "no block heads in "
     yield "no trace there", ["eval", "--trace", folder / "none"], "no trace in .*none: can't read trace.json"
-    yield "live from a trace", ["eval", "--trace", folder, "--mode", "live"], "drop --trace or --mode live"
     yield "out is a file", ["eval", *given, "--out", data], "can't write .*squad.jsonl: it is a file, and a folder"
     yield "out below a file", ["trace", *given, "--out", data / "x"], "can't write .*squad.jsonl/x: Not a directory"
     yield "trace to a file", ["trace", *given, "--out", data], "can't write .*squad.jsonl: it is a file, and a folder"

@@ -1,8 +1,8 @@
 """Perplexity of a text under an n-gram model, with the counts that say what it is worth: unknown words, n-gram lengths.
 
-`score_file` is what the command `score-ngram` does; `score_text` knows nothing about files. A model
-reads a sentence word by word: `lm.ngram.kenlm.KenlmModel` strings or ids, an automaton through `AutomatonScorer` its
-word ids. The numbers are those of KenLM's `query`.
+`score_file` is what the command `score-ngram` does; `score_text` knows nothing about files. A model reads a sentence
+word by word: `lm.ngram.kenlm.KenlmModel` strings or ids, an automaton through `AutomatonScorer` its word ids. The
+numbers are those of KenLM's `query`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from lm.checkpoint import write_checkpoint
 from lm.heads.block_heads import BlockHeads
 from lm.keys import key_of
 from lm.neural.learned_bigram import BigramConfig
-from lm.training.data import HeadData, check_apart, chosen_share, kept_file
+from lm.training.data import HeadData, check_apart, chosen_share, kept_file, read_arrays
 from lm.training.options import BigramOptions
 from lm.training.trainer import Trainer
 
@@ -81,20 +81,13 @@ def lattices_of_corpus(
         return _joined(parts)
 
     def kept(start: int, folder: Path) -> Lattice:
-        shape = (min(SHARD_ROWS, len(chosen) - start), heads.h, k)
-
-        def read(path: Path) -> Lattice:
-            with np.load(path) as arrays:
-                lattice = Lattice(arrays["token_ids"], arrays["logps"])
-            if lattice.token_ids.shape != shape or lattice.logps.shape != shape:
-                raise ValueError(f"they have the shape {lattice.token_ids.shape}")
-            return lattice
-
-        def write(stream: IO[bytes]) -> None:
-            lattice = computed(start)
-            np.savez(stream, token_ids=lattice.token_ids, logps=lattice.logps)
-
-        return kept_file(folder / f"{start:09d}.npz", "the lattices", read, write)
+        arrays = kept_file(
+            folder / f"{start:09d}.npz",
+            "the lattices",
+            read_arrays,
+            lambda stream: np.savez(stream, **vars(computed(start))),
+        )
+        return Lattice(**arrays)
 
     starts = range(0, len(chosen), SHARD_ROWS)
     lattice = _joined([kept(start, folder) if folder else computed(start) for start in starts])

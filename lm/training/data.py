@@ -232,7 +232,7 @@ def read_head_data(
         arrays: dict[str, Any] = _segments_of_text(base, file, max_tokens, cache_gb)
         np.savez(stream, **arrays)
 
-    arrays = kept_file(folder / SEGMENTS_FILE, "the segments", _read_segments, write_segments)
+    arrays = kept_file(folder / SEGMENTS_FILE, "the segments", read_arrays, write_segments)
     bounds = arrays.pop("shards").tolist()
     data = HeadData(Rows([]), **arrays, source=path.name, sha256=digest)
     parts = []
@@ -269,6 +269,12 @@ def kept_file(path: Path, what: str, read: Callable[[Path], T], write: Callable[
             with suppress(OSError):  # files are in it, unless the first one failed
                 path.parent.rmdir()
     return read(path)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays in an `.npz` file, by name, as `kept_file` reads it."""
+    with np.load(path) as arrays:
+        return {**arrays}
 
 
 def _own_output(base: BaseLM, folder: Path) -> HeadData:
@@ -318,11 +324,6 @@ def _mapped_states(path: Path, rows: int, hidden_size: int) -> np.ndarray:
     if there < rows:
         raise ValueError(f"has the states of {there} of {rows} tokens")
     return np.memmap(path, dtype=np.float16, mode="r", shape=(rows, hidden_size))
-
-
-def _read_segments(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path) as arrays:
-        return {name: arrays[name] for name in ("targets", "ends", "contexts", "context_ends", "shards")}
 
 
 def _segments_of_text(base: BaseLM, file: TextFile, max_tokens: int | None, cache_gb: float) -> dict[str, np.ndarray]:

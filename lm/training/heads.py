@@ -27,7 +27,7 @@ from lm.heads.nets import FEED_FORWARD, MEDUSA, SEQUENTIAL, BlockHeadsConfig, as
 from lm.training.data import HeadData, Segment, cached, tokens_read, until
 from lm.training.losses import soft_cross_entropy, teacher_probabilities
 from lm.training.options import BASE_LEARNING_RATES, FROZEN, INNER_SIZE, LORA_RANK, TrainingOptions
-from lm.training.text_trainer import TextTrainer, source_of
+from lm.training.trainer import TextTrainer, source_of
 from lm.training.tuned_base import TunedBase
 
 HELD_OUT_POSITIONS = 4096

@@ -113,15 +113,10 @@ def frozen_projection(base: BaseLM, dtype: torch.dtype) -> torch.Tensor:
     return weight.to(dtype)
 
 
-def check_precision(name: str) -> None:
-    """Raises `UnknownNameError` for what `choose_precision` does not take."""
-    if name not in ("auto", *PRECISIONS):
-        raise UnknownNameError("precision", name, ("auto", *PRECISIONS))
-
-
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """The precision `float32` or `bfloat16`; `auto`: bfloat16 where the machine multiplies it natively."""
-    check_precision(name)
+    if name not in ("auto", *PRECISIONS):
+        raise UnknownNameError("precision", name, ("auto", *PRECISIONS))
     if name == "auto":
         native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if native else torch.float32

@@ -25,8 +25,7 @@ from lm.neural.model import DeltaConfig, first_layers, named_size, save_delta, s
 from lm.training.data import Segment, body_states, cached, tokens_read
 from lm.training.losses import CHUNK_ROWS, soft_cross_entropy, teacher_probabilities
 from lm.training.options import RescorerOptions
-from lm.training.text_trainer import TextTrainer
-from lm.training.trainer import Trainer
+from lm.training.trainer import TextTrainer, Trainer
 
 BEST_FILE = "best.safetensors"
 POOL = 8  # batches drawn at a time and sorted by length: less padding

@@ -554,8 +554,8 @@ def overlap_command(
     as_json: Json = False,
 ) -> None:
     """Find examples that share runs of 13 words (prompt or references) with training corpora."""
-    from rescore.runs.leave_out import write_leave_out
     from rescore.studies.overlap import find_overlap, overlap_table
+    from rescore.tasks.leave_out import write_leave_out
 
     with progress_bar() as progress:
         overlap = find_overlap(**asked, progress=progress)

@@ -22,11 +22,11 @@ from lattices.errors import RescoreError
 from lm.ngram.corpus import HUB_PREFIX, CorpusSource, find_sources, source_texts
 from rescore.groups import digest
 from rescore.options import Limit
-from rescore.runs.leave_out import SCHEMA
 from rescore.studies.records import Record
 from rescore.table import SHARE, TASK, Column, Table
 from rescore.tasks import Example, load_task
 from rescore.tasks.data import load_examples
+from rescore.tasks.leave_out import SCHEMA
 
 WORDS_IN_A_ROW = 13
 WORD = re.compile(r"\w+")

@@ -372,7 +372,7 @@ class TestHelp:
     def test_help_imports_no_heavy_library(self):
         program = (
             "import contextlib, io, sys, rescore.__main__\n"
-            "for command in ('build-ngram', 'score-ngram', 'export-fst'):\n"
+            "for command in ('build-ngram', 'score-ngram'):\n"
             "    sys.argv = ['rescore', command, '--help']\n"
             "    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
             "        rescore.__main__.main()\n"

@@ -320,13 +320,13 @@ def analyse_command(asked: Any, as_json: Json = False) -> None:
     _result(analyse_folders(**asked), findings_tables, as_json)
 
 
-@command("compare", LOOK, asked=Source("rescore.studies.comparison:compare"))
+@command("compare", LOOK, asked=Source("rescore.studies.comparison:compare_folders"))
 def compare_command(asked: Any, as_json: Json = False) -> None:
     """Compare two results by example: difference in block efficiency with its paired interval, won, tied, lost."""
-    from rescore.studies.comparison import compare
+    from rescore.studies.comparison import compare_folders
     from rescore.studies.tables import comparison_table
 
-    _result(compare(**asked), comparison_table, as_json)
+    _result(compare_folders(**asked), comparison_table, as_json)
 
 
 @command("inspect", LOOK, asked=Source("rescore.reports.inspection:inspect_example"))

@@ -121,7 +121,7 @@ def command(name: str, panel: str | None = None, group: Any = None, **sources: S
 app = typer.Typer(
     cls=Group,
     help="Draft-refinement rescoring for blockwise parallel decoding: how many tokens does a step accept, how many "
-    "could it, which rescorer recovers how much, at what cost.",
+    "could it, which rescorer recovers how much, at what cost. Lists: with commas, or the option again.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # see `run_command`

@@ -213,17 +213,21 @@ def for_terminal(tables: Iterable[Table]) -> Group:
         parts += [Text()] if parts else []
         parts += [Text(printable_lines(table.title), style="bold")] if table.title else []
         if table.columns:
-            lines = Lines(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False, pad_edge=False)
+            lines = Lines(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False, padding=(0, 1, 0, 0))
             cells = [[printable(cell) for cell in row] for row in table.cells()]
             for number, column in enumerate(table.columns):
-                longest = max((len(row[number]) for row in cells), default=0)
+                if not column.format.left and any(row[number].endswith("*") for row in cells):
+                    for row in cells:  # a star hangs out to the right here too
+                        row[number] += "" if row[number].endswith("*") else " "
+                words = [word for row in cells for word in row[number].split()]
                 side: Literal["left", "right"] = "left" if column.format.left else "right"
-                width = None if column.format.left else longest  # numbers stay whole, headings and text may wrap
+                # Where it is narrow, intervals take several lines and text is cut into pieces; numbers stay whole.
+                width = None if column.format.left else max(map(len, words), default=1)
                 lines.add_column(printable(column.heading), justify=side, min_width=width, overflow="fold")
             for row in cells:
                 lines.add_row(*(Text(cell, style="bold green" if cell.endswith("*") else "") for cell in row))
             parts.append(lines)
-        parts += [Text(printable_lines(table.note), style="dim")] if table.note else []
+        parts += [Text(re.sub(r"(?<![.;:])\n", " ", printable_lines(table.note)), style="dim")] if table.note else []
     return Group(*parts)
 
 

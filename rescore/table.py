@@ -31,7 +31,7 @@ class Format:
 
 
 def fixed(digits: int, unit: str = "", *, sign: bool = False) -> Format:
-    """A number with so many digits behind the point and its unit."""
+    """A number with so many digits after the point and its unit."""
     return Format(lambda value: f"{value:{'+' if sign else ''}.{digits}f}{unit}")
 
 
@@ -65,16 +65,45 @@ MILLISECONDS = fixed(1)
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its heading, how its values are shown, and its name in CSV and JSON (default: the heading)."""
+    """One column: its heading, how its values are shown, its name in CSV and JSON (default: the heading), and where the
+    value is in a record.
+
+    field: the path of an attribute or of an item (`latency.speedup`, `recall.0`; default: the name), or a function of
+    the record.
+    """
 
     heading: str
     format: Format = TEXT
     key: str | None = None
+    field: str | Callable[[Any], Any] | None = None
 
     @property
     def name(self) -> str:
         """What the column is called in CSV and JSON."""
         return self.key or re.sub(r"\W+", "_", self.heading.lower()).strip("_")
+
+    def value(self, record: Any) -> Any:
+        """The value of a record; None where a part of the path is None or a list ends before the item."""
+        if callable(self.field):
+            return self.field(record)
+        value = record
+        for part in (self.field or self.name).split("."):
+            if value is not None and part.isdigit():
+                value = value[int(part)] if int(part) < len(value) else None
+            elif value is not None:
+                value = getattr(value, part)
+        return value
+
+
+TASK, RESCORER = Column("task"), Column("rescorer")
+K, P, H = Column("k", COUNT), Column("p", COUNT), Column("h", COUNT)
+ALPHA = Column("alpha", PLAIN)
+EXAMPLES, GROUPS = Column("examples", COUNT, field="n"), Column("groups", COUNT)
+EFFICIENCY = (
+    Column("block eff.", NUMBER, "block_efficiency"),
+    Column("95 %", NUMBER_INTERVAL, "block_efficiency", "block_efficiency_ci95"),
+)
+GAINS = (Column("gain", GAIN), Column("95 %", GAIN_INTERVAL, "gain", "gain_ci95"))
 
 
 @dataclass(frozen=True)
@@ -90,6 +119,12 @@ class Table:
     note: str = ""
     best: Collection[tuple[int, str]] = ()
     none: str = NOT_KNOWN
+
+    @classmethod
+    def of(cls, columns: Iterable[Column], records: Iterable[Any], **texts: Any) -> Table:
+        """A row for each record; `texts`: the other fields."""
+        columns = list(columns)
+        return cls(columns, [[column.value(record) for column in columns] for record in records], **texts)
 
     def cells(self) -> list[list[str]]:
         """The text of every cell, row by row, without the headings."""

@@ -56,6 +56,7 @@ OTHER_SLOT = CHAINS + 2  # [SLOTS + 1] of the outcome that it is none of them; t
 OTHER_MATCH = OTHER_SLOT + SLOTS + 1  # [CLASSES]
 OTHER_MASS = OTHER_MATCH + CLASSES  # log of what the head gives to tokens that it lacks
 WEIGHTS = OTHER_MASS + 1
+LEAST = -30.0  # of a log-probability, in nats: what is less likely is no more telling
 ACTIVE = 8  # features that are not 0 of one candidate, at most
 
 
@@ -184,6 +185,9 @@ def candidates(
     """
     h, k = sources.token_ids.shape
     states, edges = sources.lookup.states, sources.lookup.edges
+    while state != ROOT and states[state, FIRST_EDGE] == NONE:  # it stands at the end of the text only
+        state = np.int64(states[state, LINK])
+        length = np.int64(states[state, LENGTH])
     found = _gather(sources, depth, state, length, following, room)
     has_head = depth < h
     slot = min(depth - 1, SLOTS - 1)
@@ -201,14 +205,16 @@ def candidates(
     while edge != NONE:
         last_end = max(last_end, np.int64(states[edges[edge, TARGET], END]))
         edge = np.int64(edges[edge, NEXT])
-    floor = np.float64(sources.logps[depth, k - 1]) if has_head else 0.0
+    floor = max(LEAST, np.float64(sources.logps[depth, k - 1])) if has_head else 0.0
     head_mass = 0.0
     for place in range(found):
         token = np.int64(room.token_ids[place])
         used = 0
         if has_head:
             in_head = room.origins[place] & HEADS
-            logp = np.float64(sources.logps[depth, place]) if in_head else floor  # heads' entries come first
+            logp = floor  # of entries of the head, which come first, their own
+            if in_head:
+                logp = max(LEAST, np.float64(sources.logps[depth, place]))
             used = _put(room, place, used, HEAD + slot, logp)
             if in_head:
                 head_mass += np.exp(logp)
@@ -232,7 +238,7 @@ def candidates(
             score, room.ngram_states[place] = advance_ngram(
                 sources.cells, sources.roots, ngram_state, sources.words[token]
             )
-            used = _put(room, place, used, NGRAM + (0 if has_head else 1), score / SCORE_SCALE)
+            used = _put(room, place, used, NGRAM + (0 if has_head else 1), max(LEAST, score / SCORE_SCALE))
         for chain in range(len(sources.chains)):
             if following >> chain & 1 and room.origins[place] & CHAIN and sources.chains[chain, depth - 1] == token:
                 used = _put(room, place, used, CHAINS, np.float64(sources.chain_logps[chain, depth - 1]))
@@ -272,140 +278,10 @@ def score(weights: np.ndarray, found: int, room: Room) -> None:
         room.logps[place] -= norm
 
 
-class Nodes(NamedTuple):
-    """A prefix tree in falling order of probability, its root (slot 1) first.
-
-    token_ids, parents int32 `[n]`: the root's parent is `NONE`; depths int32 `[n]`, 1 for the root.
-    logps float64 `[n]`: of the whole path; origins int32 `[n]`: bits.
-    """
-
-    token_ids: np.ndarray
-    parents: np.ndarray
-    depths: np.ndarray
-    logps: np.ndarray
-    origins: np.ndarray
-
-
 @njit(cache=True)
-def likeliest_nodes(
-    sources: Sources, weights: np.ndarray, first: int, count: int, deepest: int, room: Room
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The `count` likeliest prefixes of at most `deepest` tokens, as `Nodes`; first: the token of slot 1."""
-    most = 1 + count * (len(room.token_ids))
-    tokens, parents = np.empty(most, dtype=np.int32), np.empty(most, dtype=np.int32)
-    logps, origins = np.empty(most), np.empty(most, dtype=np.int32)
-    depths, matched = np.empty(most, dtype=np.int32), np.empty((most, 2), dtype=np.int32)
-    ngram_states, following = np.empty(most, dtype=np.int32), np.empty(most, dtype=np.int32)
-    heap, waiting = np.empty(most, dtype=np.int32), 0
-    chosen, number = np.empty(count, dtype=np.int32), np.full(most, NONE, dtype=np.int32)
-    tokens[0], parents[0], logps[0], origins[0], depths[0] = first, NONE, 0.0, HEADS, 1
-    whole = np.empty(1, dtype=np.int32)
-    whole[0] = first
-    matched[0, 0], matched[0, 1] = _first_match(sources.lookup, first)
-    ngram_states[0] = sources.ngram_state
-    if len(sources.words):
-        ngram_states[0] = advance_ngram(sources.cells, sources.roots, sources.ngram_state, sources.words[first])[1]
-    following[0] = (1 << len(sources.chains)) - 1
-    heap[0], waiting, made, taken = 0, 1, 1, 0
-    while waiting and taken < count:
-        node = heap[0]
-        waiting -= 1
-        heap[0] = heap[waiting]
-        _sink(heap, waiting, logps)
-        chosen[taken] = node
-        number[node] = taken
-        taken += 1
-        if depths[node] == deepest or taken == count:
-            continue
-        found = candidates(
-            sources, depths[node], matched[node, 0], matched[node, 1], ngram_states[node], following[node], room
-        )
-        score(weights, found, room)
-        for place in range(found):
-            tokens[made], parents[made], depths[made] = room.token_ids[place], node, depths[node] + 1
-            logps[made], origins[made] = logps[node] + room.logps[place], room.origins[place]
-            state, length = advance_match(sources.lookup, matched[node, 0], matched[node, 1], room.token_ids[place])
-            matched[made, 0], matched[made, 1] = state, length
-            ngram_states[made] = room.ngram_states[place]
-            following[made] = 0
-            for chain in range(len(sources.chains)):
-                if following[node] >> chain & 1 and room.origins[place] & CHAIN:
-                    if sources.chains[chain, depths[node] - 1] == room.token_ids[place]:
-                        following[made] |= 1 << chain
-            heap[waiting] = made
-            waiting += 1
-            _rise(heap, waiting - 1, logps)
-            made += 1
-    order = chosen[:taken]
-    new_parents = np.empty(taken, dtype=np.int32)
-    for place in range(taken):
-        new_parents[place] = number[parents[order[place]]] if place else NONE
-    return tokens[order], new_parents, depths[order], logps[order], origins[order]
-
-
-@njit(cache=True)
-def _first_match(lookup: Tables, first: int) -> tuple[int, int]:
+def first_match(lookup: Tables, first: int) -> tuple[int, int]:
     from_state, from_length = lookup.sizes[3], lookup.sizes[TOKENS]
     return advance_match(lookup, from_state, from_length, first)
-
-
-@njit(cache=True)
-def _before(logps: np.ndarray, a: int, b: int) -> bool:
-    """Whether node a comes before b: likelier, of equals the one that was found first."""
-    return logps[a] > logps[b] or (logps[a] == logps[b] and a < b)
-
-
-@njit(cache=True)
-def _rise(heap: np.ndarray, place: int, logps: np.ndarray) -> None:
-    while place:
-        above = (place - 1) >> 1
-        if not _before(logps, heap[place], heap[above]):
-            break
-        heap[place], heap[above] = heap[above], heap[place]
-        place = above
-
-
-@njit(cache=True)
-def _sink(heap: np.ndarray, size: int, logps: np.ndarray) -> None:
-    place = 0
-    while True:
-        below = 2 * place + 1
-        if below >= size:
-            break
-        if below + 1 < size and _before(logps, heap[below + 1], heap[below]):
-            below += 1
-        if not _before(logps, heap[below], heap[place]):
-            break
-        heap[place], heap[below] = heap[below], heap[place]
-        place = below
-
-
-@njit(cache=True)
-def best_branches(parents: np.ndarray, logps: np.ndarray, p: int) -> np.ndarray:
-    """Which nodes of a prefix tree stay, bool `[n]`, if it may have at most p leaves: those with the highest expected
-    accepted length. The longest branch first, then what adds most; for any p no other choice of leaves is better."""
-    n = len(parents)
-    branch, heavy = np.exp(logps), np.full(n, NONE, dtype=np.int32)
-    for node in range(n - 1, -1, -1):  # children come after their parents
-        if heavy[node] != NONE:
-            branch[node] += branch[heavy[node]]
-        above = parents[node]
-        if above != NONE and (heavy[above] == NONE or branch[node] >= branch[heavy[above]]):
-            heavy[above] = node
-    tops = np.empty(n, dtype=np.int32)
-    found = 0
-    for node in range(n):
-        if node == 0 or heavy[parents[node]] != node:
-            tops[found] = node
-            found += 1
-    order = np.argsort(-branch[tops[:found]], kind="mergesort")
-    stays = np.zeros(n, dtype=np.bool_)
-    for i in range(min(p, found)):
-        node = tops[order[i]]
-        while node != NONE:
-            stays[node] = True
-            node = heavy[node]
-    return stays
 
 
 @njit(cache=True)
@@ -424,7 +300,7 @@ def features_along(
     path int32 `[m]`: from slot 1 on. Fills for each prefix its target (place of the candidate that comes next, the last
     one for `OTHER`) and how many outcomes there are, and for each outcome its features. Returns prefixes and outcomes.
     """
-    state, length = _first_match(sources.lookup, path[0])
+    state, length = first_match(sources.lookup, path[0])
     ngram_state = np.int64(sources.ngram_state)
     if len(sources.words):
         ngram_state = np.int64(advance_ngram(sources.cells, sources.roots, ngram_state, sources.words[path[0]])[1])

@@ -29,7 +29,9 @@ class PrefixTree:
 
 
 def build_prefix_tree(drafts: np.ndarray) -> PrefixTree:
-    """The tree of drafts `[p, h]` (any integers). Drafts may share any prefix, none, or be equal.
+    """The tree of drafts `[p, h]`. Drafts may share any prefix, none, or be equal.
+
+    After the end of a shorter one stands -1, whose node is that of its last token.
 
     The first draft's nodes come first, so that the commonest acceptance keeps a contiguous block of the cache.
     """
@@ -40,6 +42,9 @@ def build_prefix_tree(drafts: np.ndarray) -> PrefixTree:
     for draft in drafts.tolist():
         node = -1
         for depth, token in enumerate(draft):
+            if token < 0:  # after the end of a shorter draft
+                nodes.append(node)
+                continue
             key = (node, token)
             node = known.setdefault(key, len(known))
             if node == len(depths):

@@ -16,12 +16,12 @@ def accept(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The winning draft and its accepted length n, 1 <= n <= h, for each of b blocks.
 
-    drafts int `[b, p, h]`; choices int `[b, p, h]`: the base's greedy token after draft token j and all before it
-    (anything where the tokens before are wrong); remaining int `[b]`: tokens the output may still grow by. Nothing
+    drafts int `[b, p, h]`, -1 after the end of a shorter one; choices int `[b, p, h]`: the base's greedy token after
+    draft token j and all before it (anything where the tokens before are wrong); remaining int `[b]`: tokens the output may still grow by. Nothing
     follows end-of-text. Returns `[b]` and `[b]`; of equally long acceptances the first draft wins.
     """
     ended = np.isin(drafts[..., :-1], list(eos_token_ids))
-    match = (drafts[..., 1:] == choices[..., :-1]) & ~ended
+    match = (drafts[..., 1:] == choices[..., :-1]) & (drafts[..., 1:] >= 0) & ~ended
     lengths = 1 + np.cumprod(match, axis=-1).sum(axis=-1)  # [b, p]
     lengths = np.minimum(lengths, remaining[:, None])
     rows = lengths.argmax(axis=-1)

@@ -97,7 +97,8 @@ def decode(
     out = Decoded(verify=usable_verify(base, verify, p))
     context = Context(prompt_ids, out.output_ids, future=future)
     with out.seconds.timing("prefill"):
-        cache = base.new_cache(len(prompt_ids) + max_new_tokens + p * (heads.h if heads else 1))
+        longest = (rescorer and rescorer.longest) or (heads.h if heads else 1)
+        cache = base.new_cache(len(prompt_ids) + max_new_tokens + p * longest)
         logits, hidden = base.forward(torch.tensor([list(prompt_ids)], device=base.device), cache, last=1)
         cache.keep(range(len(prompt_ids)))
         last = _Last(logits[0], hidden[0], int(logits[0, 0].argmax()))
@@ -120,7 +121,7 @@ def decode(
             # Accept the longest prefix of any that is the base's own greedy output.
             rows, lengths = accept(drafts[None], call.choices[None], np.array([remaining]), base.eos_token_ids)
             row, n = int(rows[0]), int(lengths[0])
-            out.add(drafts[row].tolist(), n)
+            out.add([token for token in drafts[row].tolist() if token >= 0], n)
             if out.output_ids[-1] in base.eos_token_ids or n == remaining:
                 break
             # Advance: what was accepted stays in the cache; the call has chosen the next token.
@@ -147,8 +148,9 @@ def _propose(
     start = time.perf_counter()
     drafts = rescorer.draft(lattice, [context], p)  # [1, p', h]
     out.rescore_seconds.append(time.perf_counter() - start)
-    check_drafts(drafts, lattice, p)
-    return np.asarray(drafts[0], dtype=np.int64)
+    check_drafts(drafts, lattice, p, rescorer.longest)
+    of_step = np.asarray(drafts[0], dtype=np.int64)
+    return of_step[:, : int((of_step >= 0).sum(axis=1).max())]
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,8 @@ class _Call:
 
 
 def _verify_batch(base: BaseLM, cache: KVCache, drafts: np.ndarray) -> _Call:
-    logits, hidden = base.forward(torch.from_numpy(drafts).to(base.device), cache)
+    tokens = torch.from_numpy(drafts.clip(min=0)).to(base.device)  # what stands after an end is never accepted
+    logits, hidden = base.forward(tokens, cache)
     p, h = drafts.shape
     rows, columns = np.broadcast_to(np.arange(p)[:, None], (p, h)), np.broadcast_to(np.arange(h), (p, h))
     return _Call(logits.argmax(-1).cpu().numpy(), logits, hidden, rows, columns)

@@ -50,7 +50,7 @@ def replay_steps(examples: Sequence[TracedExample], rescorer: Rescorer, *, k: in
             np.stack([e.lattice.logps[position, :, :k] for e, position in places]),
         )
         drafts = rescorer.draft(lattices, [contexts[i] for i in walking], p)  # [b, p', h]
-        check_drafts(drafts, lattices, p)
+        check_drafts(drafts, lattices, p, rescorer.longest)
         h = drafts.shape[-1]
         choices = np.full((len(walking), h), -1, dtype=np.int32)  # -1 after the end: nothing matches there
         for row, (e, position) in enumerate(places):
@@ -62,7 +62,7 @@ def replay_steps(examples: Sequence[TracedExample], rescorer: Rescorer, *, k: in
         for i, (e, position), n, draft in zip(walking, places, lengths.tolist(), winning, strict=True):
             contexts[i].output_ids.extend(e.output_ids[position : position + n].tolist())
             steps[i].accepted.append(n)
-            steps[i].drafts.append(draft)
+            steps[i].drafts.append([token for token in draft if token >= 0])
         walking = [i for i in walking if len(contexts[i].output_ids) < len(examples[i].output_ids)]
     return steps
 

@@ -20,7 +20,9 @@ from lm.neural.model import SIZES
 from rescore.checks import check_alpha
 from rescore.rescorers.base import Context, Rescorer, Target
 from rescore.rescorers.context_ngram import ContextNgram
+from rescore.rescorers.joint import Joint
 from rescore.rescorers.learned_bigram import LearnedBigram
+from rescore.rescorers.lookup import PromptLookup
 from rescore.rescorers.neural import Neural
 from rescore.rescorers.ngram import Ngram
 from rescore.rescorers.ngram_neural import NgramNeural
@@ -35,7 +37,9 @@ BUILT_IN: dict[str, Callable[..., Rescorer]] = {
     "oracle": Oracle,
     "ngram": Ngram,
     "context-ngram": ContextNgram,
+    "joint": Joint,
     "learned-bigram": LearnedBigram,
+    "lookup": PromptLookup,
     "neural": Neural,
     "ngram-neural": NgramNeural,
     **{size: partial(Neural, size) for size in SIZES},

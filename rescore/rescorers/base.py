@@ -57,16 +57,19 @@ class Rescorer(ABC):
 
     alpha: the weight of its own scores beside the heads', 0 giving the unrescored drafts; None: it has no weight.
     identity: what it scores with (hashes), so that tuned weights are known again and results say what made them.
+    longest: tokens of a draft, at most; None: those of the lattice.
     """
 
     alpha: float | None = None
     identity: str = ""
+    longest: int | None = None
 
     @abstractmethod
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
         """Lattices `[n, h, k]` with their n contexts -> drafts int32 `[n, p', h]`, best first, p' <= p.
 
-        The first token of every draft is the lattice's first: it is never rescored.
+        The first token of every draft is the lattice's first: it is never rescored. Drafts of a rescorer that says how
+        long they are at most (`longest`) may have fewer tokens than the array: -1 stands after their ends.
         """
 
     def fit(self, target: Target) -> Self:
@@ -87,11 +90,15 @@ class Rescorer(ABC):
         """Reads the prompts of new examples, before the first lattice comes; live decoding times that apart."""
 
 
-def check_drafts(drafts: np.ndarray, lattices: Lattice, p: int) -> None:
+def check_drafts(drafts: np.ndarray, lattices: Lattice, p: int, longest: int | None = None) -> None:
     """Asserts what `Rescorer.draft` promises: one that breaks it would be credited with tokens it never drafted."""
     n, h, _ = lattices.token_ids.shape
-    assert drafts.ndim == 3 and drafts.shape[::2] == (n, h) and 1 <= drafts.shape[1] <= p, (
-        f"a rescorer gave drafts of shape {list(drafts.shape)} where [{n}, 1 to {p}, {h}] is due"
+    fits = drafts.ndim == 3 and (drafts.shape[2] == h if longest is None else 1 <= drafts.shape[2] <= longest)
+    assert fits and len(drafts) == n and 1 <= drafts.shape[1] <= p, (
+        f"a rescorer gave drafts of shape {list(drafts.shape)} where [{n}, 1 to {p}, {longest or h}] is due"
+    )
+    assert longest is None or (np.diff((drafts < 0).astype(np.int8), axis=2) >= 0).all(), (
+        "tokens stand after a draft's end"
     )
     assert (drafts[:, :, 0] == lattices.token_ids[:, :1, 0]).all(), (
         "a rescorer gave a draft that does not begin with the lattice's first token"

@@ -280,7 +280,7 @@ class _Evaluator:
     def _facts(self, run: Run, trace: Trace, example: TracedExample) -> dict[str, Any]:
         return {
             "task": self.task.name, "rescorer": run.label, "p": run.p, "k": run.k, "id": example.id,
-            "group": example.group, "h": trace.header.h,
+            "group": example.group, "h": trace.header.h, "longest": self.rescorers[run].longest,
         }  # fmt: skip
 
     def _quality(self, output: str | None, example: TracedExample) -> dict[str, float]:

@@ -39,7 +39,8 @@ class ExampleRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     """One example decoded by one run: a line of `examples.jsonl`.
 
     rescorer: label of the run; k: lattice entries of a slot; p: drafts of a step.
-    group: key of the source that the example shares with others; h: tokens of a block.
+    group: key of the source that the example shares with others.
+    h: heads; longest: tokens of a draft at most (None: h).
     accepted: tokens accepted by each step; drafts: the winning draft of each step.
     oracle_accepted: by each step of the oracle's decode.
     unrescored_accepted: by the unrescored draft where each step began; None where the lattices there are not known.
@@ -53,6 +54,7 @@ class ExampleRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     id: str
     group: str
     h: Count
+    longest: Count | None = None
     quality: dict[str, float]
     cut: bool | None = None
     accepted: list[Count]

@@ -25,10 +25,11 @@ def summarize(
     `alpha` of the rescorer is named in the result; `seed` of the bootstrap; `unrescored`: the records of `none` at
     p = 1 of the same run, which the gain is over (none: no gain).
     """
-    first, h = records[0], records[0].h
+    first = records[0]
+    longest = first.longest or first.h
     groups = [r.group for r in records]
-    accounting = account([r.accepted for r in records], h, groups=groups, seed=seed)
-    oracle = account([r.oracle_accepted for r in records], h)
+    accounting = account([r.accepted for r in records], longest, groups=groups, seed=seed)
+    oracle = account([r.oracle_accepted for r in records], first.h)
     live = [r.live for r in records if r.live is not None]
     gain, differ = _gain(records, unrescored, seed=seed), _divergence(records)
     return Result(
@@ -36,7 +37,7 @@ def summarize(
         rescorer=first.rescorer,
         k=first.k,
         p=first.p,
-        h=h,
+        h=first.h,
         alpha=alpha,
         n=len(records),
         oracle_block_efficiency=oracle.block_efficiency,

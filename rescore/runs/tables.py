@@ -150,10 +150,10 @@ def _quality(results: Sequence[Result]) -> Table:
 
 
 def _acceptance(results: Sequence[Result]) -> Table:
-    h = max(r.h for r in results)
+    h = max(len(r.marginal) for r in results)
     rows: list[list[object]] = []
     for r in results:
-        pad, below = [None] * (h - r.h), ["", "", None, None]
+        pad, below = [None] * (h - len(r.marginal)), ["", "", None, None]
         given = ["-" if c is None else NUMBER.show(c) for c in r.conditional]
         rows += [
             [r.task, r.rescorer, r.k, r.p, "exactly i (count)", *map(str, r.accepted_histogram[1:]), *pad],
@@ -264,6 +264,6 @@ def results_csv(results: Sequence[Result], *, task: str | None = None, **facts: 
         *(Column(name, field=f"against_unrescored.{name}") for name in OUTCOMES),
         Column("quality", field=lambda r: "; ".join(f"{name} {value:.4f}" for name, value in r.quality.items())),
         Column("cut_at_limit"), *(Column(name, field=f"latency.{name}") for name in times),
-        *(Column(f"marginal_{i + 1}", field=f"marginal.{i}") for i in range(max(r.h for r in results))),
+        *(Column(f"marginal_{i + 1}", field=f"marginal.{i}") for i in range(max(len(r.marginal) for r in results))),
     ]  # fmt: skip
     return Table.of(columns, results)

@@ -53,7 +53,7 @@ def _efficiency(views: Sequence[TaskView], palette: Palette) -> Section:
 
 def _acceptance(views: Sequence[TaskView], palette: Palette) -> Section:
     """Share of steps that accepted at least i tokens."""
-    places = list(range(1, max(r.h for view in views for r in view.results) + 1))
+    places = list(range(1, max(len(r.marginal) for view in views for r in view.results) + 1))
     number = Format(str)  # that is text already
     section = Section("acceptance", (*DECODE, Column("share of steps"), *columns(number, *map(str, places))))
     for view in views:

@@ -420,6 +420,9 @@ def mix_ngram_command(
 
     if bool(weights) == bool(trace):
         raise RescoreError("give the weights of the mixture (--weights 0.7,0.3) or a trace to tune them on (--trace)")
+    if weights and (given := [name for name, value in tuning.items() if value is not None]):
+        option = given[0].replace("limit", "held-out")
+        raise RescoreError(f"--{option} is for tuning on a --trace, and the weights are given; drop it")
     parts, tuned = find_parts(model), None
     with progress_bar() as progress:
         if trace is not None:

@@ -147,9 +147,13 @@ class Option:
         if any(not text.strip() for text in given):
             raise RescoreError(f"{name} is empty; give it a value" + ("" if self.is_argument else ", or leave it out"))
         if self.collects:
-            return self.collects(
+            items = [
                 self._item(part, text) for text in given for part in ([text] if self.is_argument else self._split(text))
-            )
+            ]
+            keys = [key for key, _ in items] if self.collects is dict else []
+            if twice := next((key for key in keys if keys.count(key) > 1), None):
+                raise RescoreError(f"{name} gives {twice} twice; keep one of them")
+            return self.collects(items)
         if len(given) > 1:
             raise RescoreError(f"{name} is there {len(given)} times; give it once")
         value = self._item(given[0], given[0])

@@ -368,3 +368,20 @@ def test_a_given_trace_refuses_what_says_how_one_is_recorded(
 
 def test_a_gpu_by_another_name(rescore: Command):
     rescore("bench", "verify-curve", "--device", "gpu").refused("unknown device 'gpu'; give cuda")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cost", "--base", "paper-1.5b", "--task", "squad"], "--task is a task of --results"),
+        (["cost", "--block-efficiency", "unrescored=1.5,2"], "2: give METHOD=NUMBER"),
+        (["cost", *["--block-efficiency", "unrescored=2"] * 2], "--block-efficiency gives unrescored twice; keep one"),
+        (["analyse", "--trace", "t", "--only", "ranks", "--bins", 3], "--bins is for the analysis calibration"),
+        (["analyse", "--trace", "t", "--only", "ranks", "--k", 3], "--k is for the analysis p_curve"),
+        (["export-fst", "--ngram", "n", "--out", "o", "--position", 0], "--position chooses a lattice of --trace"),
+        (["mix-ngram", "a", "b", "--out", "o", "--weights", "1,1", "--k", 4], "--k is for tuning on a --trace"),
+        (["mix-ngram", "a", "b", "--out", "o", "--weights", "1,1", "--held-out", 4], "--held-out is for tuning"),
+    ],
+)
+def test_what_would_change_nothing_is_refused(rescore: Command, arguments: list[object], message: str):
+    rescore(*arguments).refused(message)

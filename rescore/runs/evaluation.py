@@ -26,7 +26,7 @@ from rescore.runs.inputs import Notify, Progress
 from rescore.runs.log import ExampleLog, Key, save_results
 from rescore.runs.recording import Recording, check_names
 from rescore.runs.records import ExampleRecord, LiveExample, ResultsDocument, RunConfig, RunRecord
-from rescore.runs.run import Run, runs_of
+from rescore.runs.run import Run, label_of, runs_of
 from rescore.runs.summary import is_cut, summarize
 from rescore.runs.weights import alpha_notices, alpha_of, check_tokenizers, coverage_notices, fit_to
 from rescore.tracing import Trace, TracedExample
@@ -65,6 +65,8 @@ def evaluate(
         raise UnknownNameError("verify mode", verify, VERIFY_MODES)
     if seed < 0:
         raise RescoreError(f"--seed {seed}; a seed is 0 or more")
+    if not live and verify != VERIFY_MODES[0]:
+        raise RescoreError(f"--verify {verify} is how live decoding verifies; drop it, or add --mode live")
     if live and any(recording.given for recording in of_tasks):
         raise RescoreError("a given trace can be replayed, not decoded live; drop --trace or --mode live")
     loaded: dict[object, Rescorer] = {}
@@ -159,6 +161,7 @@ def _work(recording: Recording, asked: Asked, loaded: dict[object, Rescorer]) ->
         if run.rescorer not in loaded:
             loaded[run.rescorer] = run.load()
         rescorers[run.label] = loaded[run.rescorer]
+    _check_weights(runs, rescorers)
     check_tokenizers(recording, rescorers.values())
     records = []
     for run in runs:
@@ -167,6 +170,15 @@ def _work(recording: Recording, asked: Asked, loaded: dict[object, Rescorer]) ->
         alpha = alpha_of(recording, run, rescorer)
         records.append(RunRecord(rescorer=run.label, k=run.k, p=run.p, alpha=alpha, identity=identity))
     return _Work(recording, runs, rescorers, records)
+
+
+def _check_weights(runs: Sequence[Run], rescorers: Mapping[str, Rescorer]) -> None:
+    """Raises `RescoreError` for weights that change nothing: one for all runs need not be used by each of them."""
+    unused = [run for run in runs if run.alpha is not None and rescorers[run.label].alpha is None]
+    own = [run for run in unused if run.label != label_of(run.rescorer)]
+    if own or (unused and all(rescorer.alpha is None for rescorer in rescorers.values())):
+        labels = dict.fromkeys(run.label for run in own or unused)
+        raise RescoreError(f"no weight is used by --rescorer {' or '.join(labels)}; drop --alpha")
 
 
 @dataclass

@@ -144,6 +144,8 @@ def read_plan(
         leave_out=_leave_out(top["leave_out"]) if "leave_out" in top else None,
         **_limits(top),
     )
+    if mode == "replay" and plan.verify != Plan.verify:
+        raise top["verify"].wrong(f"{plan.verify} is how live decoding verifies; drop it, or add mode: live")
     for task, value in zip(plan.tasks, top["tasks"].items(), strict=True):
         if task.trace and mode == "live":
             raise value.wrong("a trace can be replayed, not decoded live; drop trace, or mode: live")

@@ -336,6 +336,7 @@ class TestRefused:
             ("tune: {", "alpha: 65\n    x: {", "unknown key 'x' in 'rescorers[2]'"),
             ("alphas: [0.5, 1]", "alphas: [0.5, -1]", "line 18: rescorers[2].tune.alphas[2]: -1 is outside 0 to 64"),
             ("device: cpu", "mode: lives", "line 7: mode: 'lives' is not known; did you mean 'live'?"),
+            ("device: cpu", "verify: batch", "line 7: verify: batch is how live decoding verifies; drop it, or add"),
             ("name: gsm8k", "trace: x", "a trace has its own examples; drop data or trace"),
         ],
     )

@@ -70,6 +70,8 @@ def cost_tables(
     ] = None,
 ) -> list[CostTable]:
     """The costs in each precision, of inputs by hand or as a task of a run has them."""
+    if task is not None and results is None:
+        raise RescoreError("--task is a task of --results; give their folder, or drop --task")
     inputs_of = partial(cost_inputs_of_run, run_of_task(results, task, h=h), task) if results else cost_inputs
     inputs = inputs_of(base=base, config=config, heads=heads, h=h, verify=verify, block_efficiency=block_efficiency)
     return [

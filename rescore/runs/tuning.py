@@ -78,7 +78,7 @@ def tune(
                 task=recording.name, rescorer=run.label, k=run.k, p=run.p, alphas=swept,
                 block_efficiency=tuple(values), alpha=swept[values.index(max(values))],
                 held_out=recording.ids, held_out_groups=tuple(dict.fromkeys(recording.groups)),
-                identity=rescorer.identity, data_sha256=recording.settings.get("data_sha256"),
+                identity=rescorer.identity, data_sha256=recording.data_sha256,
             )  # fmt: skip
             if keep:
                 path = tuned_path(recording, rescorer, k=run.k, p=run.p)

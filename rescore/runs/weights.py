@@ -59,7 +59,7 @@ def alpha_of(recording: Recording, run: Run, rescorer: Rescorer) -> Alpha | None
     if not 0 <= tuned.alpha <= MAX_ALPHA:
         raise InvalidDataError(f"{path} holds no tuned weight; run: {command}")
     # What it was tuned by goes into the results, which another machine can then make again.
-    return tuned.as_alpha(data_sha256=recording.settings.get("data_sha256"))
+    return tuned.as_alpha(data_sha256=recording.data_sha256)
 
 
 def _tune_command(inputs: Inputs, run: Run) -> str:

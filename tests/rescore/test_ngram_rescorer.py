@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -277,6 +279,21 @@ class TestTuning:
         told: list[str] = []
         evaluated(dict(chosen, data=str(tmp_path / "less.jsonl"), alpha="tuned"), notify=told.append)
         assert any("was tuned on other data of this task" in line for line in told)
+
+    def test_a_weight_of_another_trace_made_elsewhere_is_told(
+        self, options: Options, tmp_path: Path, cache_folder: Path
+    ):
+        evaluated(options)
+        (recorded,) = (cache_folder / "traces").iterdir()
+        folders = tmp_path / "one" / "medusa", tmp_path / "other" / "medusa"  # one name, and neither says anything
+        for more, folder in enumerate(folders):
+            header = json.loads((shutil.copytree(recorded, folder) / "trace.json").read_text())
+            changed = {**header, "settings": {}, "vocab_size": header["vocab_size"] + more}
+            (folder / "trace.json").write_text(json.dumps(changed))
+        chosen = dict(rescorers=("context-ngram:none",), k=8)
+        swept(dict(chosen, trace=str(folders[0])), alphas=(0.5, 2.0), ks=(8,), ps=(1,))
+        notices = [evaluated(dict(chosen, trace=str(folder), alpha="tuned")).notices for folder in folders]
+        assert ["tuned on other data" in " ".join(lines) for lines in notices] == [False, True]
 
     def test_held_out_examples_are_the_last_ones(self, options: Options):
         (tuned,) = swept(dict(options, rescorers=options["rescorers"][1:], limit=2), alphas=(1.0,), ks=(8,), ps=(1,))

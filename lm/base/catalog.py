@@ -104,7 +104,7 @@ def load_base(
     if source.adapter is not None:
         with _reading(f"can't apply the adapter in {source.adapter}"):
             weights = merged(weights, source.adapter, cut=config is not None)
-    return BaseLM(weights, tokenizer, identity=identity)
+    return BaseLM(weights, tokenizer, identity=identity, from_files=True)
 
 
 def _identity_in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> BaseIdentity:
@@ -138,6 +138,33 @@ def identify(name: str, *, dtype: str = "float32") -> BaseIdentity:
     """What `load_base` would load, without loading its weights. Raises as `load_base` does."""
     source = resolve_base(name)
     return source.identity(dtype, source.config(), source.tokenizer())
+
+
+class Watch:
+    """Sees to it that the files of a loaded base LM stay what they are: its weights are mapped into memory, so that a
+    file written over changes the model that runs. A model that was given in memory has none."""
+
+    def __init__(self, base: BaseLM) -> None:
+        self._base = base
+        self._stamp: list[Any] | None = None  # sizes and times: while they stay, so do the files
+
+    def check(self) -> None:
+        """Raises `IncompatibleError` if the files are no longer those that the model was read from."""
+        identity = self._base.identity
+        if not self._base.from_files or (now := _stamp(identity.name)) == self._stamp:
+            return
+        if identify(identity.name, dtype=identity.dtype) != identity:
+            raise IncompatibleError(
+                f"the files of {identity.name} were replaced while they were read; run the command again"
+            )
+        self._stamp = now
+
+
+def _stamp(name: str) -> list[Any]:
+    source = resolve_base(name, local_files_only=True)
+    folders = [source.folder, *([source.adapter] if source.adapter else [])]
+    stats = [(str(path), path.stat()) for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
+    return [(path, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for path, s in stats]
 
 
 def under_adapter(name: str) -> BaseIdentity | None:

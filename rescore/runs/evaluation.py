@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from lattices.errors import RescoreError, UnknownNameError
+from lm.base.catalog import Watch
 from rescore.checks import check_held_k
 from rescore.decoding import VERIFY_MODES, decode, first_difference, margin_at, usable_verify
 from rescore.replaying import replay, replay_steps, unrescored_at
@@ -251,7 +252,8 @@ class _Evaluator:
         heads = heads if recording.inputs.h is None else heads.first(recording.inputs.h)
         self._fit(trace, shared=base)
         limit = recording.settings["max_new_tokens"]
-        warm = False
+        watch, warm = Watch(base), False
+        recording.models.check_unchanged(recording.settings)
         for place, example in enumerate(trace.examples):
             missing = [run for run in self.rescorers if self._missing(run, [example])]
             if missing:
@@ -268,6 +270,7 @@ class _Evaluator:
                     if not warm:
                         decode(base, heads, prompt, max_new_tokens=min(2 * heads.h, limit), **request)
                     decoded = decode(base, heads, prompt, max_new_tokens=limit, **request)
+                    watch.check()  # before anything is kept that may be of other weights
                     differs = first_difference(decoded.output_ids, baseline.output_ids)
                     margin = None if differs is None else margin_at(base, prompt, baseline.output_ids, differs)
                     # Where the output is the trace's, so are the lattices that the steps began with.

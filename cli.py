@@ -582,9 +582,7 @@ def verify_curve_command(
 
     base = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device)
     curve = verify_curve(base, cached=cached, repeats=repeats)
-    if not as_json:
-        _show(verify_curve_table(curve))
-    _print_json(curve.as_dict())
+    _result(curve, verify_curve_table, as_json)
 
 
 @command("block-length", group=bench, asked=Source("rescore.studies.block_length:block_lengths_of_trace"))
@@ -595,9 +593,7 @@ def block_length_command(asked: Any, as_json: Json = False) -> None:
 
     with progress_bar() as progress:
         lengths = block_lengths_of_trace(**asked, progress=progress)
-    if not as_json:
-        _show(block_length_table(lengths))
-    _print_json(lengths.as_dict())
+    _result(lengths, block_length_table, as_json)
 
 
 app.add_typer(bench, name="bench", rich_help_panel=BENCH)

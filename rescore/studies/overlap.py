@@ -48,13 +48,14 @@ class SharedText:
 
 @dataclass(frozen=True)
 class TaskOverlap:
-    """One task: its number of `examples`, where they come from (`source`), and those that share text (`found`), in
-    their order."""
+    """One task: its number of `examples`, where they come from (`source`), those that share text (`found`), in their
+    order, and how many are `too_short` to share a run: neither the prompt nor a reference has n words."""
 
     task: str
     examples: int
     source: dict[str, Any]
     found: tuple[SharedText, ...]
+    too_short: int
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ def find_overlap(
             at = np.searchsorted(every, found)
             at[at == len(every)] = 0
             there[name][at[every[at] == found] if len(every) else []] = True
+        if runs.words == 0 and (len(sources) == 1 or source.name in map(str, corpora)):
+            raise RescoreError(f"{source.name} holds no words, so nothing can be shared with it; give another --corpus")
     anywhere = np.logical_or.reduce([np.zeros(len(every), np.bool_), *there.values()])
     made = []
     for task, of, at_task in zip(loaded, held, places, strict=True):
@@ -128,7 +131,9 @@ def find_overlap(
             if share > threshold:
                 by_name = {name: float(found[at].mean()) for name, found in there.items() if found[at].any()}
                 shared.append(SharedText(example.id, digest(example.prompt), share, by_name))
-        made.append(TaskOverlap(task.name, len(of.examples), of.source, tuple(shared)))
+        made.append(
+            TaskOverlap(task.name, len(of.examples), of.source, tuple(shared), sum(not len(at) for at in at_task))
+        )
     return Overlap(n, threshold, tuple(names), tuple(made))
 
 
@@ -141,6 +146,8 @@ def overlap_table(overlap: Overlap) -> Table:
     ]
     counts = ", ".join(f"{task.task} {len(task.found)} of {task.examples}" for task in overlap.tasks)
     note = f"examples that share {overlap.n} words in a row with the corpora: {counts}"
+    if short := ", ".join(f"{task.task} {task.too_short}" for task in overlap.tasks if task.too_short):
+        note += f"\nexamples of fewer than {overlap.n} words, which can't share so many (--n takes fewer): {short}"
     if not rows:
         return Table([], [], note=note)
     shares = f"shared: of the runs of {overlap.n} words in prompt and references, those that are in the corpora too"
@@ -153,6 +160,7 @@ class _Runs:
 
     def __init__(self, n: int) -> None:
         self.n = n
+        self.words = 0  # of the source that was read last
         self._keys: dict[str, int] = {}
 
     def of_example(self, example: Example) -> np.ndarray:
@@ -166,11 +174,14 @@ class _Runs:
     def of_source(self, source: CorpusSource) -> Iterator[np.ndarray]:
         """The runs of a corpus that consist of words of examples, in batches of uint64."""
         held: list[int] = []
+        self.words = 0
         get = self._keys.get
         for text, goes_on in source_texts(source):
             if not goes_on:
                 held.append(0)
-            held += [get(word, 0) for word in _words(text)]
+            words = _words(text)
+            self.words += len(words)
+            held += [get(word, 0) for word in words]
             if len(held) >= BATCH:
                 yield self._hashes(np.array(held, dtype=np.uint64))
                 held = held[max(0, len(held) - self.n + 1) :]

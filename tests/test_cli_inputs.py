@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -237,7 +238,8 @@ class TestBuildAsTyped:
     def test_another_model_there_is_not_replaced(self, rescore: Command, corpus: Path):
         assert rescore("build-ngram", corpus, *WORDS).code == 0
         kept = (corpus.parent / "corpus-2gram" / "manifest.json").read_bytes()
-        assert rescore("build-ngram", corpus, *WORDS).code == 0
+        again = rescore("build-ngram", corpus, *WORDS)
+        assert again.code == 0 and re.search(r"corpus-2gram holds this model already; it is made again\n$", again.err)
         run = rescore("build-ngram", corpus, *WORDS, "--prune", "0 1")
         run.refused(r"corpus-2gram holds another model \(prune: \[0, 0\] -> \[0, 1\]\); remove it, or .*--out DIR")
         corpus.write_text(FABLE.read_text() + "more\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from typing import Annotated, Any
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from rescore.accounting import Difference, paired_difference
 from rescore.bootstrap import LEAST_GROUPS
+from rescore.decoding import first_difference
 from rescore.runs.evaluated import Evaluation, load_runs
 from rescore.runs.records import Result
 from rescore.terminal import shortened
@@ -24,6 +26,7 @@ OF_BASE = ("weights_sha256", "tokenizer_sha256", "config_sha256", "tokenization_
 HASHES = (*(f"base.{name}" for name in OF_BASE), "data_sha256")
 SAME = (*HASHES, "base.dtype", "template", "chat", "chat_template", "max_new_tokens", "max_prompt_tokens")
 PROOF = ("base.weights_sha256", "data_sha256")  # settings that both must name, or else the outputs have to tell
+NEAR_TIE = {"float64": 1e-6, "float32": 1e-2, "float16": 0.1, "bfloat16": 0.5}  # of logits, in this precision
 Side = tuple[str, int]  # a rescorer as typed, and p
 
 
@@ -212,10 +215,36 @@ def _check_outputs(task: str, run_a: Evaluation, run_b: Evaluation, comparison: 
             f"A and B don't compare on {task}: the example {differ[0]!r} has another output in B than in A, and not "
             "both say which base and data they are of; evaluate both with the same base, data and limits"
         )
+    sides = [(run, outputs[place]) for place, run in enumerate((run_a, run_b))]
+    places = {name: first_difference(outputs[0][name], outputs[1][name]) or 0 for name in differ}
+    leads = [lead for run, held in sides for lead in _leads(task, run, held, places)]
     comparison.notice(
-        f"{task}: {len(differ)} of {len(common)} outputs differ between A and B (near-ties, decided otherwise on "
-        "another device or in half precision)"
+        f"{task}: {len(differ)} of {len(common)} outputs differ between A and B ({_cause(task, run_a, leads)})"
     )
+
+
+def _leads(task: str, run: Evaluation, outputs: dict[str, Any], places: dict[str, int]) -> list[float]:
+    """By how much the base's best logit led at these places of a run's outputs, by example, as far as that is known."""
+    with suppress(RescoreError):  # the trace is gone or broken, or another one: it says nothing
+        trace = run.trace(task)
+        return [
+            float(example.margins[places[example.id]])
+            for example in (trace.examples if trace else ())
+            if example.id in places and len(example.output_ids) > (place := places[example.id])
+            and example.output_ids[:place].tolist() == outputs[example.id][:place]
+        ]  # fmt: skip
+    return []
+
+
+def _cause(task: str, run: Evaluation, leads: Sequence[float]) -> str:
+    """Why outputs differ, as far as the margins tell where they part."""
+    if not leads:
+        return "how near the choices were where they part is not known: the traces are gone"
+    dtype = _flat(run.config.traces[task]).get("base.dtype", "float32")
+    measured = f"where they part, the base's best logit leads by {max(leads):.4g} at most"
+    if max(leads) <= NEAR_TIE.get(dtype, NEAR_TIE["float32"]):
+        return f"{measured}: near-ties, decided otherwise on another device or in half precision"
+    return f"{measured}, which is no near-tie in {dtype}: something else than rounding differs"
 
 
 def _side_pairs(

@@ -81,6 +81,15 @@ class TestTrouble:
         (folder / "examples.jsonl").write_text("".join(lines[:-1]))
         assert "has 2 of the 3 examples of" in refused(lambda: load_run(folder), InvalidDataError)
 
+    def test_results_and_examples_of_two_runs(self, folder):
+        """Of as many examples: the table would be one run's and the comparison another's."""
+        path = folder / "examples.jsonl"
+        *others, last = path.read_text().splitlines()
+        record = json.loads(last)
+        changed = {**record, "accepted": [1] * sum(record["accepted"]) + [1]}
+        path.write_text("\n".join([*others, json.dumps(changed)]) + "\n")
+        assert "examples.jsonl beside it are not of one run" in refused(lambda: load_run(folder), InvalidDataError)
+
     def test_broken_lines_and_results(self, folder):
         lines = (folder / "examples.jsonl").read_text()
         (folder / "examples.jsonl").write_text('{"task": "squad"}\n' + lines)

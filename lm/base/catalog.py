@@ -36,7 +36,7 @@ from lm.base.adapters import ADAPTER_FILE, base_of_adapter, check_base, is_adapt
 from lm.base.identity import config_sha256, tensors_sha256, tokenization_sha256, tokenizer_sha256, weights_sha256
 from lm.base.model import BaseIdentity, BaseLM, state_size
 from lm.files import SHIPPED, atomic_folder, read_json_object, sha256_of_file, write_json
-from lm.keys import cache_entry, cached, remembered_sha256, software
+from lm.keys import cache_entry, cached, file_stamp, remembered_sha256, software
 
 BUILT_IN = "smollm2-135m"
 FINE_TUNED = "smollm2-135m-bpd"  # an adapter of it, in `SHIPPED`
@@ -146,7 +146,7 @@ class Watch:
 
     def __init__(self, base: BaseLM) -> None:
         self._base = base
-        self._stamp: list[Any] | None = None  # sizes and times: while they stay, so do the files
+        self._stamp: list[Any] | None = None
 
     def check(self) -> None:
         """Raises `IncompatibleError` if the files are no longer those that the model was read from."""
@@ -163,8 +163,7 @@ class Watch:
 def _stamp(name: str) -> list[Any]:
     source = resolve_base(name, local_files_only=True)
     folders = [source.folder, *([source.adapter] if source.adapter else [])]
-    stats = [(str(path), path.stat()) for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
-    return [(path, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for path, s in stats]
+    return [file_stamp(path) for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
 
 
 def under_adapter(name: str) -> BaseIdentity | None:

@@ -18,6 +18,7 @@ from lattices.ngrams import SPECIAL_WORDS, NgramArrays, NgramModel
 from lattices.search import p_best
 from lm.files import write_json
 from lm.ngram.arpa import write_arpa
+from lm.ngram.build import NgramOptions, build_ngram
 from lm.ngram.load import load_ngram
 from rescore.replaying import replay
 from rescore.rescorers import Context, Rescorer, Target, load_rescorer
@@ -160,6 +161,18 @@ class TestLoading:
         path = save(tmp_path / "foreign", bigram_model(), tokenizer_sha256="another")
         with pytest.raises(IncompatibleError, match="tokenizer"):
             load_rescorer(f"ngram:{path}").fit(Target(VOCAB, (), "this one"))
+
+    @pytest.mark.parametrize("surface", [False, True])
+    def test_the_numbers_in_a_text_are_no_token_ids(self, tmp_path: Path, tiny_folder: Path, surface: bool):
+        """A model of a text's words, or of token strings: 12 is a word of it, not token 12."""
+        (tmp_path / "text.txt").write_text("in 1 year the 12 men met 7 cats\nthe 7 men sang 12 songs\n" * 3)
+        tokenizer = str(tiny_folder) if surface else "words"
+        chosen = NgramOptions(order=2, tokenizer=tokenizer, surface=surface, discount_fallback=(0.5, 1.0, 1.5))
+        build_ngram([tmp_path / "text.txt"], tmp_path / "model", chosen)
+        for path in (tmp_path / "model", tmp_path / "model" / "model.arpa"):
+            for name in ("ngram", "context-ngram"):
+                with pytest.raises(InvalidDataError, match=r"are no token ids, .* build it with --tokenizer BASE"):
+                    load_rescorer(f"{name}:{path}").fit(Target(VOCAB, (256,), None))
 
     def test_the_shipped_model_fits_the_built_in_base(self):
         rescorer = load_rescorer("ngram")

@@ -69,7 +69,7 @@ def perplexity_of_task(
     found = load_examples(task, data=None if data is None else user_path(data, "--data"), limit=limit)
     passages = [example.passage or "" for example in found.examples]
 
-    from lm.base.catalog import load_base
+    from lm.base.catalog import Watch, load_base
     from lm.base.perplexity import perplexity
 
     model = load_base(base, dtype=dtype, device=device)
@@ -77,6 +77,7 @@ def perplexity_of_task(
         model, passages, stride=stride, window=window,
         progress=(lambda done, total: progress(f"perplexity {task.name}", done, total)) if progress else None,
     )  # fmt: skip
+    Watch(model).check()  # what was scored is what is named
     return TaskPerplexity(
         task=task.name,
         passages=scored.texts,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rescore.runs.evaluated import load_run
 from rescore.runs.recording import record
 from rescore.runs.tuning import tune
 from rescore.studies.cost.inputs import cost_inputs_of_run
+from rescore.studies.perplexity import perplexity_of_task
 from rescore.suites import run as suite
 from rescore.suites.plan import read_plan
 from rescore.tasks import data as data_module
@@ -100,6 +102,17 @@ def test_a_base_that_was_loaded_before_its_files_were_replaced_records_nothing(o
     with pytest.raises(IncompatibleError, match="were replaced while they were read; run the command again"):
         record(base, options["heads"], data=options["data"], max_new_tokens=8)
     assert not list((cache_directory() / "traces").rglob("*.arrow"))
+
+
+def test_the_perplexity_of_weights_that_were_replaced_is_not_told(options: Options, tmp_path: Path):
+    (tmp_path / "passages.jsonl").write_text('{"text": "one two three"}\n')
+    measured = partial(
+        perplexity_of_task, "lambada", base=options["base"], data=str(tmp_path / "passages.jsonl"), dtype="float64",
+        device="cpu",
+    )  # fmt: skip
+    assert measured().tokens > 1
+    with pytest.raises(IncompatibleError, match="were replaced while they were read; run the command again"):
+        measured(progress=lambda *_: other_base(tmp_path / "base", tmp_path))
 
 
 def test_a_task_whose_code_makes_other_prompts_does_not_replay_the_old_ones(

@@ -23,7 +23,7 @@ from typer.models import CommandInfo
 from lattices.errors import RescoreError
 from lm.options import TEXTS
 from rescore import options as shared
-from rescore.options import REQUIRED, Option, Source, Spec, with_options
+from rescore.options import Option, Source, Spec, with_options
 from rescore.terminal import INTERRUPTED, notify, progress_bar
 
 if TYPE_CHECKING:
@@ -99,8 +99,8 @@ def _parameter(option: Option) -> inspect.Parameter:
         info: Any = typer.Argument(help=text, metavar=option.spelled[0])
     else:
         info = typer.Option(*option.spelled, help=text, metavar=None if option.kind is bool else option.label)
-    default = REQUIRED if option.default is REQUIRED else False if option.kind is bool else option.shown_default
-    annotation: Any = Annotated[holds if default is REQUIRED else holds | None, info]
+    default = False if option.kind is bool else option.shown_default
+    annotation: Any = Annotated[holds | None, info]
     return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
@@ -121,7 +121,7 @@ def command(name: str, panel: str | None = None, group: Any = None, **sources: S
 app = typer.Typer(
     cls=Group,
     help="Draft-refinement rescoring for blockwise parallel decoding: how many tokens does a step accept, how many "
-    "could it, which rescorer recovers how much, at what cost.",
+    "could it, which rescorer recovers how much, at what cost. Lists: with commas, or the option again.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # see `run_command`
@@ -320,13 +320,13 @@ def analyse_command(asked: Any, as_json: Json = False) -> None:
     _result(analyse_folders(**asked), findings_tables, as_json)
 
 
-@command("compare", LOOK, asked=Source("rescore.studies.comparison:compare"))
+@command("compare", LOOK, asked=Source("rescore.studies.comparison:compare_folders"))
 def compare_command(asked: Any, as_json: Json = False) -> None:
     """Compare two results by example: difference in block efficiency with its paired interval, won, tied, lost."""
-    from rescore.studies.comparison import compare
+    from rescore.studies.comparison import compare_folders
     from rescore.studies.tables import comparison_table
 
-    _result(compare(**asked), comparison_table, as_json)
+    _result(compare_folders(**asked), comparison_table, as_json)
 
 
 @command("inspect", LOOK, asked=Source("rescore.reports.inspection:inspect_example"))
@@ -557,8 +557,8 @@ def overlap_command(
     as_json: Json = False,
 ) -> None:
     """Find examples that share runs of 13 words (prompt or references) with training corpora."""
-    from rescore.runs.leave_out import write_leave_out
     from rescore.studies.overlap import find_overlap, overlap_table
+    from rescore.tasks.leave_out import write_leave_out
 
     with progress_bar() as progress:
         overlap = find_overlap(**asked, progress=progress)

@@ -39,9 +39,9 @@ import numpy as np
 from numba import njit
 
 from lattices.errors import InvalidDataError, RescoreError
+from lattices.ngrams import MAX_ORDER as MAX_ORDER
 from lattices.ngrams import SENTENCE_START, UNKNOWN, NgramModel
 
-MAX_ORDER = 6
 SCORE_SCALE = 1 << 22  # units per nat
 LN10 = float(np.log(10.0))
 LINEAR = 8

@@ -11,6 +11,7 @@ import numpy as np
 
 UNKNOWN, SENTENCE_START, SENTENCE_END = 0, 1, 2  # word ids of <unk>, <s>, </s> in every model
 SPECIAL_WORDS = ("<unk>", "<s>", "</s>")
+MAX_ORDER = 6  # length of the longest n-grams that any model may have
 
 
 @dataclass(frozen=True, eq=False)

@@ -124,9 +124,10 @@ class Option:
 
     @property
     def full_help(self) -> str:
-        """The help, with the choices that are too long for the label."""
+        """The help, with choices that are too long for the label, and whether it must be given."""
         *words, last = self.choices or ("",)
-        return f"{self.help} One of {', '.join(words)} or {last}." if "word" in self.label else self.help
+        text = f"{self.help} One of {', '.join(words)} or {last}." if "word" in self.label else self.help
+        return f"{text}  [required]" if self.default is REQUIRED else text
 
     @property
     def shown_default(self) -> list[str] | None:
@@ -136,26 +137,29 @@ class Option:
         values = self.default if self.collects else [self.default]
         return [self.size.text(value) if self.size else str(value) for value in values]
 
-    def value(self, given: Any) -> Any:
-        """The value of the text or texts that were given. Raises `RescoreError` for what is none."""
+    def check(self, given: Sequence[str]) -> None:
+        """Raises `RescoreError` for a text that is empty, and for a second one of what is no list."""
         name = self.spelled[0]
-        if self.kind is bool:
-            return bool(given)
-        given = [given] if isinstance(given, str) else given
-        if not given:
-            return self.default
         if any(not text.strip() for text in given):
             raise RescoreError(f"{name} is empty; give it a value" + ("" if self.is_argument else ", or leave it out"))
+        if len(given) > 1 and not self.collects:
+            raise RescoreError(f"{name} is there {len(given)} times; give it once")
+
+    def value(self, given: Sequence[str]) -> Any:
+        """The value of the texts that were given. Raises `RescoreError` for what is none, and if it is missing."""
+        if not given:
+            if self.default is REQUIRED:
+                what = "argument" if self.is_argument else "option"
+                raise RescoreError(f"Missing {what} '{self.spelled[0]}'; rescore COMMAND --help says what it is")
+            return self.default
         if self.collects:
             items = [
                 self._item(part, text) for text in given for part in ([text] if self.is_argument else self._split(text))
             ]
             keys = [key for key, _ in items] if self.collects is dict else []
             if twice := next((key for key in keys if keys.count(key) > 1), None):
-                raise RescoreError(f"{name} gives {twice} twice; keep one of them")
+                raise RescoreError(f"{self.spelled[0]} gives {twice} twice; keep one of them")
             return self.collects(items)
-        if len(given) > 1:
-            raise RescoreError(f"{name} is there {len(given)} times; give it once")
         value = self._item(given[0], given[0])
         # Zero is none where another number is the default.
         return None if value == 0 and self.is_optional and self.default else value
@@ -308,7 +312,12 @@ def with_options(body: Callable[..., None], sources: Mapping[str, Source]) -> tu
         options += [part for part in (own.get(name),) if isinstance(part, Option)]
 
     def run(**given: Any) -> None:
-        values = {option.name: option.value(given[option.name]) for option in options}
+        texts = {name: [each] if isinstance(each, str) else each or [] for name, each in given.items()}
+        flags = {option.name for option in options if option.kind is bool}
+        for option in options:  # all of them before the first missing one is reported
+            if option.name not in flags:
+                option.check(texts[option.name])
+        values = {o.name: bool(given[o.name]) if o.name in flags else o.value(texts[o.name]) for o in options}
         made = {name: declared.made(values) for name, declared in found.items()}
         try:
             body(**{name: values[name] for name in own}, **made)

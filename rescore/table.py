@@ -31,7 +31,7 @@ class Format:
 
 
 def fixed(digits: int, unit: str = "", *, sign: bool = False) -> Format:
-    """A number with so many digits behind the point and its unit."""
+    """A number with so many digits after the point and its unit."""
     return Format(lambda value: f"{value:{'+' if sign else ''}.{digits}f}{unit}")
 
 
@@ -65,16 +65,45 @@ MILLISECONDS = fixed(1)
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its heading, how its values are shown, and its name in CSV and JSON (default: the heading)."""
+    """One column: its heading, how its values are shown, its name in CSV and JSON (default: the heading), and where the
+    value is in a record.
+
+    field: the path of an attribute or of an item (`latency.speedup`, `recall.0`; default: the name), or a function of
+    the record.
+    """
 
     heading: str
     format: Format = TEXT
     key: str | None = None
+    field: str | Callable[[Any], Any] | None = None
 
     @property
     def name(self) -> str:
         """What the column is called in CSV and JSON."""
         return self.key or re.sub(r"\W+", "_", self.heading.lower()).strip("_")
+
+    def value(self, record: Any) -> Any:
+        """The value of a record; None where a part of the path is None or a list ends before the item."""
+        if callable(self.field):
+            return self.field(record)
+        value = record
+        for part in (self.field or self.name).split("."):
+            if value is not None and part.isdigit():
+                value = value[int(part)] if int(part) < len(value) else None
+            elif value is not None:
+                value = getattr(value, part)
+        return value
+
+
+TASK, RESCORER = Column("task"), Column("rescorer")
+K, P, H = Column("k", COUNT), Column("p", COUNT), Column("h", COUNT)
+ALPHA = Column("alpha", PLAIN)
+EXAMPLES, GROUPS = Column("examples", COUNT, field="n"), Column("groups", COUNT)
+EFFICIENCY = (
+    Column("block eff.", NUMBER, "block_efficiency"),
+    Column("95 %", NUMBER_INTERVAL, "block_efficiency", "block_efficiency_ci95"),
+)
+GAINS = (Column("gain", GAIN), Column("95 %", GAIN_INTERVAL, "gain", "gain_ci95"))
 
 
 @dataclass(frozen=True)
@@ -90,6 +119,12 @@ class Table:
     note: str = ""
     best: Collection[tuple[int, str]] = ()
     none: str = NOT_KNOWN
+
+    @classmethod
+    def of(cls, columns: Iterable[Column], records: Iterable[Any], **texts: Any) -> Table:
+        """A row for each record; `texts`: the other fields."""
+        columns = list(columns)
+        return cls(columns, [[column.value(record) for column in columns] for record in records], **texts)
 
     def cells(self) -> list[list[str]]:
         """The text of every cell, row by row, without the headings."""
@@ -178,17 +213,21 @@ def for_terminal(tables: Iterable[Table]) -> Group:
         parts += [Text()] if parts else []
         parts += [Text(printable_lines(table.title), style="bold")] if table.title else []
         if table.columns:
-            lines = Lines(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False, pad_edge=False)
+            lines = Lines(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False, padding=(0, 1, 0, 0))
             cells = [[printable(cell) for cell in row] for row in table.cells()]
             for number, column in enumerate(table.columns):
-                longest = max((len(row[number]) for row in cells), default=0)
+                if not column.format.left and any(row[number].endswith("*") for row in cells):
+                    for row in cells:  # a star hangs out to the right here too
+                        row[number] += "" if row[number].endswith("*") else " "
+                words = [word for row in cells for word in row[number].split()]
                 side: Literal["left", "right"] = "left" if column.format.left else "right"
-                width = None if column.format.left else longest  # numbers stay whole, headings and text may wrap
+                # Where it is narrow, intervals take several lines and text is cut into pieces; numbers stay whole.
+                width = None if column.format.left else max(map(len, words), default=1)
                 lines.add_column(printable(column.heading), justify=side, min_width=width, overflow="fold")
             for row in cells:
                 lines.add_row(*(Text(cell, style="bold green" if cell.endswith("*") else "") for cell in row))
             parts.append(lines)
-        parts += [Text(printable_lines(table.note), style="dim")] if table.note else []
+        parts += [Text(re.sub(r"(?<![.;:])\n", " ", printable_lines(table.note)), style="dim")] if table.note else []
     return Group(*parts)
 
 

@@ -46,6 +46,17 @@ class TestHelp:
     def test_no_command_shows_help(self, rescore: Command):
         assert rescore() == rescore("--help")
 
+    def test_a_terminal_shows_panels(self, rescore: Command, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+        panels = re.findall(r"^╭─ (\S+) ─", re.sub(r"\x1b\[[0-9;]*m", "", rescore("--help").out), re.M)
+        assert panels == ["Options", "Measure", "Look", "N-grams", "Train", "Tasks", "Bench"]
+        assert "ngram[:PATH]" in rescore("eval", "--help").out, "brackets are no markup"
+
+    def test_plain_help_lists_commands_by_panel(self, rescore: Command):
+        assert re.findall(r"^(\S+):\n", rescore("--help").out, re.M)[1:] == [
+            "Measure", "Look", "N-grams", "Train", "Tasks", "Bench"
+        ]  # fmt: skip
+
     def test_the_help_of_tasks_names_them_all(self, rescore: Command):
         for command in ("eval", "oracle", "trace"):
             text = " ".join(rescore(command, "--help").out.split())

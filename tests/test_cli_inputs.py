@@ -180,10 +180,23 @@ class TestOptions:
         for command in ("report", "suite", "inspect", "compare", "build-ngram", "score-ngram", "mix-ngram", "tasks"):
             rescore(command, "").refused("is empty; give it a value")
 
-    def test_a_list_says_how_it_is_given(self, rescore: Command):
-        for command, option in (("eval", "--p"), ("tune", "--k"), ("tune", "--alphas"), ("build-ngram", "--prune")):
-            rescore(command, option, "16", option, "1").refused("give it once, its values with commas between them$")
-        assert rescore("eval", "--p", "1", "--p", "2", "--help").code == 0
+    def test_a_list_is_repeated_or_has_commas(self, rescore: Command, model: list[object]):
+        listed = [["--p", "1,2"], ["--p", 1, "--p", 2], ["--p", "1 2"]]
+        rescorers = [
+            ["--rescorer", "none,oracle"],
+            ["--rescorer", "none", "--rescorer", "oracle"],
+            ["--rescorer=none,oracle"],
+        ]
+        documents = [
+            rescore("eval", *model, *ps, *specs, "--json").document for ps, specs in zip(listed, rescorers, strict=True)
+        ]
+        assert documents[0] == documents[1] == documents[2] and len(documents[0]["results"]) == 3
+
+    def test_a_comma_of_a_path_or_of_a_spec_parts_nothing(self, rescore: Command, model: list[object], tmp_path: Path):
+        shutil.copy(FABLE, tmp_path / "a,b.txt")
+        rescore("train-bigram", *model[:2], "--corpus", tmp_path / "a,b.txt", "--out", FABLE).refused("it is a file")
+        rescore("eval", *model, "--rescorer", "context-ngram:none,alpha=7o,none").refused("'7o'|7o")
+        rescore("eval", "--rescorer", "none,,oracle").refused("nothing before or after a comma")
 
     def test_what_adds_up_still_does(self, rescore: Command, model: list[object]):
         run = rescore("eval", *model, "--rescorer", "none", "--rescorer", "oracle", "--p", "1, 2", "--json")
@@ -308,7 +321,7 @@ class TestStreams:
         def broken(*_: object, **__: object) -> None:
             raise BrokenPipeError("a worker")
 
-        monkeypatch.setattr("rescore.runs.evaluation.oracle_by_k", broken)
+        monkeypatch.setattr("rescore.runs.evaluation.evaluate", broken)
         rescore("oracle", *model).refused("the connection to another process broke", code=1)
 
     def test_a_stderr_that_is_closed_or_full(self):

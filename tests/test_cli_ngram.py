@@ -178,7 +178,7 @@ def build_refusals(tiny: Path, folder: Path) -> Iterator[tuple[str, list[object]
     bad = text("bad.txt", b"one\ntwo\nthr\xffee\n")
     yield "invalid UTF-8", [bad, *WORDS], "bad.txt line 3 is not UTF-8 text .*--errors replace"
     yield "invalid UTF-8 of tokens", [bad, "--tokenizer", tiny], "bad.txt line 3 is not UTF-8"
-    yield "no such errors", [bad, *WORDS, "--errors", "ignore"], "choose strict or replace"
+    yield "no such errors", [bad, *WORDS, "--errors", "ignore"], "known: replace, strict"
     ids = text("ids.jsonl", b'{"text": [1, 2]}\n{"text": [3, 257]}\n')
     yield "ids above", [ids, "--tokenizer", tiny], "ids.jsonl line 2 has the token id 257; .* from 0 to 256"
     yield "no JSON", [text("x.jsonl", b'{"text": "a"}\n{\n'), *WORDS], "x.jsonl line 2 is not valid JSON"
@@ -372,7 +372,7 @@ class TestHelp:
     def test_help_imports_no_heavy_library(self):
         program = (
             "import contextlib, io, sys, rescore.__main__\n"
-            "for command in ('build-ngram', 'score-ngram', 'export-fst'):\n"
+            "for command in ('build-ngram', 'score-ngram'):\n"
             "    sys.argv = ['rescore', command, '--help']\n"
             "    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
             "        rescore.__main__.main()\n"

@@ -87,7 +87,7 @@ class TestMix:
         assert [r["rescorer"] for r in results] == names
 
     def test_tuned_weights(self, rescore: Command, two, trace, tmp_path: Path):
-        command = ["mix-ngram", *two, "--trace", trace, "--limit", 2, "--k", 8, "--out", tmp_path / "mixed"]
+        command = ["mix-ngram", *two, "--trace", trace, "--held-out", 2, "--k", 8, "--out", tmp_path / "mixed"]
         run = rescore(*command)
         assert (run.code, run.err) == (0, "")
         lines = run.out.splitlines()
@@ -122,7 +122,37 @@ class TestMix:
         assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("command", ["mix-ngram"])
-def test_every_command_has_help(rescore: Command, command: str):
-    run = rescore(command, "--help")
-    assert (run.code, run.err) == (0, "") and run.out.startswith(f"Usage: rescore {command} ")
+def test_models_side_by_side(rescore: Command, two, model, tiny_folder, tiny_heads_folder, squad_file, tmp_path: Path):
+    """The recipe docs/suites/ngrams.yaml, with two models over the tiny base's tokens."""
+    recipe = (Path(__file__).parents[1] / "docs" / "suites" / "ngrams.yaml").read_text()
+    names = re.findall(r"^  - (ngram:\S+)$", recipe, re.MULTILINE)
+    assert all(f"--out {name[6:]}\n" in recipe for name in names), "the recipe builds what it compares"
+    for old, new in (
+        ("base: smollm2-135m", f"base: {tiny_folder}\nheads: {tiny_heads_folder}\ndevice: cpu"),
+        ("limit: 100", "limit: 3\nmax_new_tokens: 12"), ("k: 16", "k: 8"), ("[1, 16]", "[1, 4]"), ("50", "2"),
+        ("- xsum", f"- {{name: squad, data: {squad_file}}}"), ("  - ngram #", "  #"),
+        (f"  - {names[0]}\n", f"  - ngram:{two[0]}\n"), (f"  - {names[1]}\n", f"  - ngram:{two[1]}\n"),
+        *((f"  - {name}\n", "") for name in names[2:]),
+    ):  # fmt: skip
+        assert old in recipe
+        recipe = recipe.replace(old, new)
+    (tmp_path / "ngrams.yaml").write_text(recipe)
+    document = rescore("suite", tmp_path / "ngrams.yaml", "--out", tmp_path / "out", "--json").document
+    results = {(r["rescorer"], r["p"]): r for r in document["results"]}
+    assert set(results) == {(name, p) for name in ("none", f"ngram:{two[0]}", f"ngram:{two[1]}") for p in (1, 4)}
+    for sweep in document["tuned"]:  # a weight for each model and p, on examples that are not evaluated
+        result = results[sweep["rescorer"], sweep["p"]]
+        assert result["alpha"] == sweep["alpha"] and sweep["held_out"] == ["q4", "q5"] and result["n"] == 3
+        chosen = ["--rescorer", sweep["rescorer"], "--p", sweep["p"], "--alpha", sweep["alpha"]]
+        (again,) = rescore("eval", *model, "--k", 8, "--limit", 3, *chosen, "--json").document["results"]
+        assert again["block_efficiency"] == result["block_efficiency"]
+    found = rescore("analyse", "--results", tmp_path / "out", "--against", f"ngram:{two[0]}=none", "--json").document
+    for contrast in found["contrasts"]:  # at the same p
+        ours, plain = (results[name, contrast["p"]]["block_efficiency"] for name in (f"ngram:{two[0]}", "none"))
+        assert contrast["gain"] == pytest.approx(ours / plain - 1)
+    assert [contrast["p"] for contrast in found["contrasts"]] == [1, 4]
+
+
+def test_help(rescore: Command):
+    run = rescore("mix-ngram", "--help")
+    assert (run.code, run.err) == (0, "") and run.out.startswith("Usage: rescore mix-ngram ")

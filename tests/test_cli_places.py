@@ -178,7 +178,7 @@ def test_data_whose_name_is_no_utf8(
     run = ["eval", *options, "--data", data, "--out", tmp_path / ODD_NAME]
     assert rescore(*run).code == rescore(*run[:-1], made / "run").code == 0
     again = rescore(*run, "--json")
-    assert again.code == 0 and again.document["config"]["options"]["data"] == str(data)
+    assert again.code == 0 and again.document["config"]["inputs"]["squad"]["data"] == str(data)
     for command in (
         ["compare", tmp_path / ODD_NAME, made / "run"], ["inspect", tmp_path / ODD_NAME],
         ["analyse", "--results", tmp_path / ODD_NAME], ["report", tmp_path / ODD_NAME, "--out", tmp_path / "page.html"],

@@ -190,8 +190,8 @@ def refusals(tiny: Path, heads: Path, corpus: Path, folder: Path) -> Iterator[tu
     unknown = ["train-rescorer", "neural-60m", *rescorer[2:]]
     yield "an unknown size", unknown, "unknown rescorer size 'neural-60m'; did you mean neural-61m"
     yield "a base too small", ["train-rescorer", "neural-61m", *rescorer[2:]], "has 2 layers, fewer than the 9"
-    yield "an unknown start", [*rescorer, "--init", "none"], "unknown init 'none'; known: base, scratch"
-    yield "an unknown precision", [*rescorer, "--precision", "fp8"], "unknown precision 'fp8'"
+    yield "an unknown start", [*rescorer, "--init", "none"], "unknown --init 'none'; known: base, scratch"
+    yield "an unknown precision", [*rescorer, "--precision", "fp8"], "unknown --precision 'fp8'"
     yield "soft above 1", [*rescorer, "--soft", 2], "soft = 2.0; it is a share"
     yield "no patience", [*rescorer, "--patience", 0], "patience = 0"
     yield "one segment", [*rescorer[:-1], one], "fewer than two segments"

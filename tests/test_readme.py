@@ -4,24 +4,40 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
 from typer.testing import CliRunner
 
+import rescore
 from cli import app
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_python_example_runs(tiny_folder, tiny_heads_folder, capsys):
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """As it stands, with fewer and shorter examples."""
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
-    example = example.replace(
-        'base="smollm2-135m"', f'base="{tiny_folder}", heads="{tiny_heads_folder}", max_prompt_tokens=200'
-    )
-    exec(example, {})
-    printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in printed] == ["none", "oracle"]
+    assert "limit=8)" in example
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example.replace("limit=8)", "limit=2, max_new_tokens=12)"), names)
+    run, again, out = names["run"], names["again"], names["out"]
+    assert [r.rescorer for r in run] == ["none", "context-ngram", "ngram", "LastEntries"]
+    assert [(r.p, r.alpha) for r in run] == [(1, None), (1, 1.0), (16, 0.5), (1, None)]
+    assert run["LastEntries"].block_efficiency <= run["none"].block_efficiency <= run["ngram"].block_efficiency
+    assert again.results == run.results and again.examples == run.examples
+    assert list(run.to_pandas()["block_efficiency"]) == [r.block_efficiency for r in run]
+    assert sum(out.accepted) == len(out.token_ids) and out.text and out.seconds > 0
+    assert f"{run['context-ngram'].block_efficiency}" in capsys.readouterr().out
+
+
+def test_public_names():
+    for name in rescore.__all__:
+        assert getattr(rescore, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = rescore.nonsense
 
 
 ROOT = README.parent

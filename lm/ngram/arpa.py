@@ -21,10 +21,9 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 import numpy as np
 
 from lattices.errors import InvalidDataError, RescoreError
-from lattices.ngrams import SPECIAL_WORDS, UNKNOWN, NgramArrays, NgramModel
+from lattices.ngrams import MAX_ORDER, SPECIAL_WORDS, UNKNOWN, NgramArrays, NgramModel
 from lm.files import atomic_file
 
-MAX_ORDER = 6
 MISSING_LOG10P = -100.0  # KenLM's default for <unk> where a file has none
 BLOCK_LINES = 1 << 16  # read at a time; their tokens take about ten times as much memory
 BLOCK_ROWS = 1 << 14  # n-grams written at a time

@@ -21,12 +21,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError, UnknownNameError
-from lattices.ngrams import SENTENCE_END, NgramModel
+from lattices.ngrams import MAX_ORDER, SENTENCE_END, NgramModel
 from lattices.paths import is_writable, user_path
 from lm.base.own_output import OWN_PREFIX, OwnOutput, own_output
 from lm.files import atomic_folder, changed_settings, read_json_object, sha256_of_file, write_json, writing
@@ -38,14 +38,14 @@ from lm.options import Field, Size, Utf8Errors
 from lm.text_files import name_without_endings
 
 WORDS = "words"  # the tokenizer's name that stands for none
-MAX_ORDER = 6
 LEAST_MEMORY = 1 << 29
 OVERHEAD = 1 << 28  # libraries, compiled code and the blocks of text in hand
 COUNTING_FOLDER, ENCODED_FILE, STREAM_FILE = ".counting", "encoded.json", "stream.i32"
 ARPA_FILE, AUTOMATON_FILE, MANIFEST_FILE = "model.arpa", "automaton.bin", "manifest.json"
 KIND = "n-gram model"
 COUNTING_FORMAT = 1  # changes with what the files of `.counting` mean
-ESTIMATORS, SMOOTHINGS = ("own", "lmplz"), ("kneser-ney", "katz")
+Estimator = Literal["own", "lmplz"]
+Smoothing = Literal["kneser-ney", "katz"]
 # The options that say how a corpus is read, and those that say how a model is estimated from what was read.
 READING = ("order", "tokenizer", "surface", "errors", "field")
 ESTIMATING = ("smoothing", "prune", "discount_fallback", "max_ngrams", "estimator")
@@ -60,22 +60,22 @@ class NgramOptions:
     tokenizer: str = "smollm2-135m"  # a base LM's name, or `words` for words at white space
     prune: Annotated[Sequence[int], "Drop n-grams that occur at most so often, by order, like 0,0,1,2."] = ()
     discount_fallback: Sequence[float] | None = None  # where the corpus gives no discounts
-    smoothing: Annotated[
-        Literal["kneser-ney", "katz"], "Modified and interpolated Kneser-Ney, or Katz (prunes 0,0,1,3 by default)."
-    ] = "kneser-ney"
+    smoothing: Annotated[Smoothing, "Modified and interpolated Kneser-Ney, or Katz (prunes 0,0,1,3 by default)."] = (
+        "kneser-ney"
+    )
     max_ngrams: Annotated[int | None, "Prune by entropy down to so many n-grams, like 500K or 100M.", Size(1000)] = None
     surface: Annotated[bool, "Write token strings instead of ids."] = False
     memory: Annotated[int, "Memory for the counts in bytes, like 4G; the rest goes to disk.", Size(1024)] = 4 << 30
     threads: Annotated[int | None, "Threads; default: one per core."] = None
     errors: Utf8Errors = "strict"
     field: Field = "text"
-    estimator: Annotated[Literal["own", "lmplz"], "lmplz: KenLM's program, if it is on PATH."] = "own"
+    estimator: Annotated[Estimator, "lmplz: KenLM's program, if it is on PATH."] = "own"
 
     def checked(self) -> NgramOptions:
         """The same with a threshold for every order and all fallback discounts. Raises `RescoreError`."""
         if not 1 <= self.order <= MAX_ORDER:
             raise RescoreError(f"order {self.order} is not supported; choose 1 to {MAX_ORDER}")
-        for name, known in (("estimator", ESTIMATORS), ("smoothing", SMOOTHINGS)):
+        for name, known in (("estimator", get_args(Estimator)), ("smoothing", get_args(Smoothing))):
             if getattr(self, name) not in known:
                 raise UnknownNameError(name, getattr(self, name), known)
         katz, fallback = self.smoothing == "katz", self.discount_fallback

@@ -31,8 +31,8 @@ from lattices.lattice import Lattice
 from lattices.ngram_search import ARC_SCALE, LOWEST_HEAD, checked_weight
 from lattices.ngrams import SENTENCE_END, SENTENCE_START, SPECIAL_WORDS, UNKNOWN
 from lattices.search import PBest, p_best
+from lm.ngram.arpa import KENLM_MAGIC
 
-MAGIC = b"mmap lm http://kheafield.com/code"
 # After 88 bytes of magic and sanity values: order, probing multiplier, model type, whether the file ends with its
 # words, version of the search, number of 1-grams.
 HEADER, HEADER_AT = struct.Struct("<B3xfI?3xIQ"), 88
@@ -96,12 +96,12 @@ class KenlmModel:
         """
         try:
             with path.open("rb") as stream:
-                start = stream.read(len(MAGIC))
+                start = stream.read(len(KENLM_MAGIC))
         except OSError as error:
             raise RescoreError(f"can't read {path}: {error.strerror}") from error
         if not start:
             raise InvalidDataError(f"{path} is empty; get it again")
-        if start == MAGIC:
+        if start == KENLM_MAGIC:
             _probe(path, _own_words(path))
         config = kenlm.Config()
         config.show_progress, config.arpa_complain = False, kenlm.ARPALoadComplain.NONE

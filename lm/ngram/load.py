@@ -17,8 +17,8 @@ from lattices.ngram_search import NgramSearch
 from lattices.ngrams import SENTENCE_END
 from lm.files import SHIPPED, atomic_file, sha256_of_file
 from lm.keys import cache_entry, cached, remembered_sha256
+from lm.ngram.arpa import KENLM_MAGIC
 from lm.ngram.build import ARPA_FILE, AUTOMATON_FILE, MANIFEST_FILE
-from lm.ngram.kenlm import MAGIC as KENLM_MAGIC
 from lm.ngram.kenlm import KenlmModel, KenlmSearch
 from lm.records import read_record
 

@@ -22,10 +22,10 @@ from lm.records import plain
 from rescore.checks import check_held_k, check_k
 from rescore.groups import digest, held_out
 from rescore.runs.inputs import DEFAULT_NEW_TOKENS, DEFAULT_TASK, Inputs, Notify, Progress
-from rescore.runs.leave_out import read_leave_out
 from rescore.runs.models import Models
 from rescore.tasks import Metric, is_task_file, load_task, task_names
 from rescore.tasks.data import TaskData, load_examples
+from rescore.tasks.leave_out import read_leave_out
 from rescore.tasks.metrics import find_metric
 from rescore.tracing import (
     DEFAULT_K,

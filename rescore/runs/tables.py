@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from operator import attrgetter
+from typing import Any
 
 from rescore.bootstrap import LEAST_GROUPS
 from rescore.runs.records import Result, ResultsDocument, Tuned
 from rescore.table import (
+    ALPHA,
     COUNT,
+    EFFICIENCY,
+    EXAMPLES,
     GAIN,
-    GAIN_INTERVAL,
+    GAINS,
+    GROUPS,
     MILLISECONDS,
     NUMBER,
-    NUMBER_INTERVAL,
-    PLAIN,
+    RESCORER,
     SHARE,
-    TEXT,
+    TASK,
     TIMES,
     Column,
     Format,
+    H,
+    K,
+    P,
     Table,
     fixed,
     percent,
 )  # fmt: skip
 from rescore.terminal import printable
 
-LABEL = (Column("task"), Column("rescorer"), Column("k", COUNT), Column("p", COUNT))
-ALPHA = Column("alpha", PLAIN)
-EFFICIENCY = (
-    Column("block eff.", NUMBER, "block_efficiency"), Column("95 %", NUMBER_INTERVAL, "block_efficiency")
-)  # fmt: skip
-GAINS = (Column("gain", GAIN), Column("95 %", GAIN_INTERVAL, "gain"))
+LABEL = (TASK, RESCORER, K, P)
+ORACLE = Column("oracle", NUMBER, "oracle_block_efficiency")
+SPEEDUP = Column("speed-up", TIMES, "speedup", "latency.speedup")
 OUTCOMES = ("won", "tied", "lost")  # of a step against the unrescored draft
-PLAIN_COUNT = Format(str)
 NOTE_WIDTH = 110
 
 
@@ -43,14 +47,10 @@ def results_tables(document: ResultsDocument, *, details: bool = False) -> list[
     overview = _overview(document, more=not details)
     if not details or not results:
         return [overview]
-    found = [overview, _efficiency(results), _quality(results), _acceptance(results)]
+    tables = [overview, _efficiency(results), _quality(results), _acceptance(results)]
     if any(r.latency for r in results):
-        found += [_speed(results), _times(results), _divergence(results)]
-    return [table for table in found if table.rows]
-
-
-def _label(r: Result) -> list[str | int]:
-    return [r.task, r.rescorer, r.k, r.p]
+        tables += [_speed(results), _times(results), _divergence(results)]
+    return [table for table in tables if table.rows]
 
 
 def unrescored_of(results: Sequence[Result], r: Result) -> Result | None:
@@ -58,62 +58,53 @@ def unrescored_of(results: Sequence[Result], r: Result) -> Result | None:
     return next((o for o in results if o.is_unrescored and (o.task, o.k, o.h) == (r.task, r.k, r.h)), None)
 
 
+def _gap_share(results: Sequence[Result]) -> Column:
+    return Column("of the gap", percent(0), field=lambda r: r.gap_share(unrescored_of(results, r)))
+
+
+def _outcome(name: str) -> Column:
+    """A share of the steps; None for the unrescored drafts themselves."""
+    return Column(name, SHARE, field=lambda r: getattr(None if r.is_unrescored else r.against_unrescored, name, None))
+
+
 def _overview(document: ResultsDocument, *, more: bool) -> Table:
     """A line for each result, with the columns that hold anything; `more`: there are details to ask for."""
     results = document.results
     if not results:
         return Table((), (), title="no finished examples")
-    weighted = any(r.alpha is not None for r in results)
-    gains = any(r.gain is not None for r in results)
-    shares = {id(r): r.gap_share(unrescored_of(results, r)) for r in results}
-    gap = any(share is not None for share in shares.values())
-    against = {id(r): None if r.is_unrescored else r.against_unrescored for r in results}
-    outcomes = any(against.values())
-    live = any(r.latency for r in results)
+
+    def filled(*columns: Column) -> Sequence[Column]:
+        return columns if any(columns[0].value(r) is not None for r in results) else ()
+
     apart = _apart(results)
     columns = [
-        *LABEL, *(Column(heading, format) for heading, format in apart.values()), *([ALPHA] if weighted else []),
-        *EFFICIENCY, *(GAINS if gains else []), *([Column("of the gap", percent(0))] if gap else []),
-        *([Column("won", SHARE), Column("lost", SHARE)] if outcomes else []),
-        *([Column("speed-up", TIMES)] if live else []),
+        *LABEL, *apart, *filled(ALPHA), *EFFICIENCY, *filled(*GAINS), *filled(_gap_share(results)),
+        *filled(_outcome("won"), _outcome("lost")), *filled(SPEEDUP),
     ]  # fmt: skip
-    rows = [
-        [*_label(r), *(getattr(r, name) for name in apart), *([r.alpha] if weighted else []),
-         r.block_efficiency, r.block_efficiency_ci95, *([r.gain, r.gain_ci95] if gains else []),
-         *([shares[id(r)]] if gap else []),
-         *([getattr(against[id(r)], name, None) for name in ("won", "lost")] if outcomes else []),
-         *([r.latency and r.latency.speedup] if live else [])]
-        for r in results
-    ]  # fmt: skip
-    told = [
-        "block eff. = tokens / steps (1 = no gain, h = ceiling)",
-        *(["gain over none with p = 1 in this run"] if gains else []),
-        *(["of the gap = share of the way from there to the oracle"] if gap else []),
-        *(["won, lost: steps that accepted more, fewer tokens than the unrescored draft would have there"]
-          if outcomes else []),
-        f"95 % = studentised bootstrap by group (examples of one source; - for fewer than {LEAST_GROUPS} groups)"
-        + (", gains paired" if gains else ""),
-        *(["speed-up = tokens a second over those of greedy decoding in the same run"] if live else []),
-    ]  # fmt: skip
-    note = "; ".join(told) + "." + (" --details shows more." if more else "")
-    return Table(columns, rows, title=_caption(document, apart), note=textwrap.fill(note, NOTE_WIDTH))
-
-
-def _apart(results: Sequence[Result]) -> dict[str, tuple[str, Format]]:
-    """Heading and format of what the results of one task differ in, so that the caption can't say it."""
-    facts = {
-        "n": ("examples", PLAIN_COUNT), "groups": ("groups", PLAIN_COUNT), "oracle_block_efficiency": ("oracle", NUMBER)
-    }  # fmt: skip
-    tasks = {r.task for r in results}
-    found = {
-        name: fact for name, fact in facts.items() if len({(r.task, getattr(r, name)) for r in results}) > len(tasks)
+    shown = {column.heading for column in columns}
+    notes = {
+        "block eff.": "block eff. = tokens / steps (1 = no gain, h = ceiling)",
+        "gain": "gain over none with p = 1 in this run",
+        "of the gap": "of the gap = share of the way from there to the oracle",
+        "won": "won, lost: steps that accepted more, fewer tokens than the unrescored draft would have there",
+        "95 %": f"95 % = studentised bootstrap by group (examples of one source; - for fewer than {LEAST_GROUPS} "
+        "groups)" + (", gains paired" if "gain" in shown else ""),
+        "speed-up": "speed-up = tokens a second over those of greedy decoding in the same run",
     }
-    if all(r.rescorer == "oracle" for r in results):
-        found.pop("oracle_block_efficiency", None)  # it is their block efficiency
-    return found
+    note = "; ".join(notes[name] for name in notes if name in shown) + "." + (" --details shows more." if more else "")
+    return Table.of(columns, results, title=_caption(document, apart), note=textwrap.fill(note, NOTE_WIDTH))
 
 
-def _caption(document: ResultsDocument, apart: Collection[str]) -> str:
+def _apart(results: Sequence[Result]) -> list[Column]:
+    """What the results of one task differ in, so that the caption can't say it."""
+    tasks = {r.task for r in results}
+    columns = [EXAMPLES, GROUPS]
+    if any(r.rescorer != "oracle" for r in results):  # else it is their block efficiency
+        columns.append(ORACLE)
+    return [column for column in columns if len({(r.task, column.value(r)) for r in results}) > len(tasks)]
+
+
+def _caption(document: ResultsDocument, apart: Collection[Column]) -> str:
     results, config = document.results, document.config
     most = max(results, key=lambda r: r.p)
     way = f"live decode (p drafts as {most.latency.verify})" if most.latency else "replayed decode"
@@ -127,26 +118,20 @@ def _caption(document: ResultsDocument, apart: Collection[str]) -> str:
     several_k = len({r.k for r in results}) > 1
     lines = {}
     for r in results:
-        facts = [] if "n" in apart or "groups" in apart else [f"{r.n} examples of {r.groups} groups"]
-        if "oracle_block_efficiency" not in apart and not several_k:
-            facts.append(f"oracle {r.oracle_block_efficiency:.3f}")
+        facts = [] if {EXAMPLES, GROUPS} & set(apart) else [f"{r.n} examples of {r.groups} groups"]
+        if ORACLE not in apart and not several_k:
+            facts.append(f"oracle {NUMBER.show(r.oracle_block_efficiency)}")
         lines[r.task] = f"{printable(r.task)}: {', '.join(facts)}" if facts else ""
     return "\n".join([f"{way} of {made}", *filter(None, lines.values()), ""])
 
 
 def _efficiency(results: Sequence[Result]) -> Table:
-    rows = [
-        [*_label(r), r.n, r.groups, r.steps, r.tokens, r.block_efficiency_macro, r.oracle_block_efficiency,
-         *(getattr(None if r.is_unrescored else r.against_unrescored, name, None) for name in OUTCOMES)]
-        for r in results
-    ]  # fmt: skip
     columns = [
-        *LABEL, Column("examples", PLAIN_COUNT), Column("groups", PLAIN_COUNT), Column("steps", PLAIN_COUNT),
-        Column("tokens", PLAIN_COUNT), Column("macro", NUMBER), Column("oracle", NUMBER),
-        *(Column(name, SHARE) for name in OUTCOMES),
+        *LABEL, EXAMPLES, GROUPS, Column("steps", COUNT), Column("tokens", COUNT),
+        Column("macro", NUMBER, field="block_efficiency_macro"), ORACLE, *map(_outcome, OUTCOMES),
     ]  # fmt: skip
     note = "macro = mean block efficiency over examples; oracle = that of the best path of the top-k lattice."
-    return Table(columns, rows, note=note)
+    return Table.of(columns, results, note=note)
 
 
 def _quality(results: Sequence[Result]) -> Table:
@@ -156,7 +141,7 @@ def _quality(results: Sequence[Result]) -> Table:
         of_task = [r for r in results if r.task == task and r.quality]
         same = all((r.quality, r.cut_at_limit) == (of_task[0].quality, of_task[0].cut_at_limit) for r in of_task)
         for r in of_task[:1] if same else of_task:
-            scores = ", ".join(f"{value:.3f} {metric}" for metric, value in r.quality.items())
+            scores = ", ".join(f"{NUMBER.show(value)} {metric}" for metric, value in r.quality.items())
             label = [task, "all"] if same and len(of_task) > 1 else [task, f"{r.rescorer}, p = {r.p}"]
             rows.append([*label, scores, r.cut_at_limit])
     note = "cut at limit = outputs that did not come to their end: a score of cut outputs says little about the model."
@@ -171,7 +156,7 @@ def _acceptance(results: Sequence[Result]) -> Table:
         pad, below = [None] * (h - r.h), ["", "", None, None]
         given = ["-" if c is None else NUMBER.show(c) for c in r.conditional]
         rows += [
-            [*_label(r), "exactly i (count)", *map(str, r.accepted_histogram[1:]), *pad],
+            [r.task, r.rescorer, r.k, r.p, "exactly i (count)", *map(str, r.accepted_histogram[1:]), *pad],
             [*below, "at least i (share)", *map(NUMBER.show, r.marginal), *pad],
             [*below, "i, given i - 1", *given, *pad],
         ]
@@ -180,103 +165,85 @@ def _acceptance(results: Sequence[Result]) -> Table:
 
 
 def _speed(results: Sequence[Result]) -> Table:
-    rows = []
-    for r in results:
-        if (t := r.latency) and r.identical:
-            identical = f"{r.identical.identical}/{r.identical.n}"
-            rows.append([
-                *_label(r), identical, t.tokens_per_second, t.autoregressive_tokens_per_second, t.speedup,
-                t.predicted_speedup,
-            ])  # fmt: skip
     columns = [
-        *LABEL, Column("identical", Format(str)), Column("tok/s", fixed(1)), Column("greedy tok/s", fixed(1)),
-        Column("speed-up", TIMES), Column("predicted", TIMES),
+        *LABEL, Column("identical", Format(lambda i: f"{i.identical}/{i.n}")),
+        Column("tok/s", fixed(1), field="latency.tokens_per_second"),
+        Column("greedy tok/s", fixed(1), field="latency.autoregressive_tokens_per_second"), SPEEDUP,
+        Column("predicted", TIMES, field="latency.predicted_speedup"),
     ]  # fmt: skip
     note = (
         "greedy = autoregressive decoding in the same run; identical = outputs equal to it; prefill is apart;\n"
         "predicted = block eff. x greedy ms / (verify + heads + rescore ms)."
     )
-    return Table(columns, rows, note=note)
+    return Table.of(columns, [r for r in results if r.latency and r.identical], note=note)
 
 
 def _times(results: Sequence[Result]) -> Table:
-    rows = [
-        [*_label(r), t.autoregressive_ms, t.verify_ms, t.heads_ms, t.rescore_ms, t.rescore_p50_ms, t.rescore_p95_ms,
-         t.glue_share, t.prefill_ms]
-        for r in results if (t := r.latency)
-    ]  # fmt: skip
     columns = [
-        *LABEL, Column("greedy ms", MILLISECONDS), Column("verify ms", MILLISECONDS), Column("heads ms", MILLISECONDS),
-        Column("rescore ms", fixed(2)), Column("p50", fixed(2)), Column("p95", fixed(2)), Column("glue", SHARE),
-        Column("prefill ms", fixed(0)),
+        *LABEL,
+        *(
+            Column(heading, form, field=f"latency.{field}")
+            for heading, form, field in (
+                ("greedy ms", MILLISECONDS, "autoregressive_ms"), ("verify ms", MILLISECONDS, "verify_ms"),
+                ("heads ms", MILLISECONDS, "heads_ms"), ("rescore ms", fixed(2), "rescore_ms"),
+                ("p50", fixed(2), "rescore_p50_ms"), ("p95", fixed(2), "rescore_p95_ms"), ("glue", SHARE, "glue_share"),
+                ("prefill ms", fixed(0), "prefill_ms"),
+            )
+        ),
     ]  # fmt: skip
     note = (
         "ms per step (greedy: per token; prefill: per example); p50 and p95 are of rescore;\n"
         "glue = share of a step that is none of these."
     )
-    return Table(columns, rows, note=note)
+    return Table.of(columns, [r for r in results if r.latency], note=note)
 
 
 def _divergence(results: Sequence[Result]) -> Table:
-    rows = []
-    for r in results:
-        if r.divergence:
-            earliest = min(r.divergence, key=lambda d: d.position)
-            largest = max(d.margin for d in r.divergence)
-            differ = f"{len(r.divergence)}/{r.n}"
-            rows.append([*_label(r), differ, earliest.position, earliest.margin, largest])
+    def earliest(field: str) -> Callable[[Any], Any]:
+        return lambda r: getattr(min(r.divergence, key=attrgetter("position")), field)
+
     columns = [
-        *LABEL, Column("differ", Format(str)), Column("earliest at", COUNT), Column("margin there", fixed(4)),
-        Column("largest margin", fixed(4)),
+        *LABEL, Column("differ", Format(str), field=lambda r: f"{len(r.divergence)}/{r.n}"),
+        Column("earliest at", COUNT, field=earliest("position")),
+        Column("margin there", fixed(4), field=earliest("margin")),
+        Column("largest margin", fixed(4), field=lambda r: max(d.margin for d in r.divergence)),
     ]  # fmt: skip
     note = (
         "outputs that differ from greedy decoding's, the first token that does (from 0), and the greedy logit margin\n"
         "over the runner-up there: near-ties are decided differently in half precision, and hardly ever in float32."
     )
-    return Table(columns, rows, note=note)
+    return Table.of(columns, [r for r in results if r.divergence], note=note)
 
 
 def tuning_table(sweeps: Sequence[Tuned]) -> Table:
     """Block efficiency by weight, the best one marked, and what it gains over weight 0."""
-    alphas = sorted({alpha for tuned in sweeps for alpha in tuned.alphas})
-    rows, best = [], []
-    for place, t in enumerate(sweeps):
-        by_alpha = dict(zip(t.alphas, t.block_efficiency, strict=True))
-        gain = by_alpha[t.alpha] / by_alpha[0.0] - 1.0
-        groups = len(t.held_out_groups)
-        rows.append([t.task, t.rescorer, t.k, t.p, len(t.held_out), groups, *map(by_alpha.get, alphas), gain])
-        best.append((place, f"{t.alpha:g}"))
+
+    def at(alpha: float) -> Callable[[Tuned], Any]:
+        return lambda t: dict(zip(t.alphas, t.block_efficiency, strict=True)).get(alpha)
+
     columns = [
-        *LABEL, Column("held out", COUNT), Column("groups", COUNT), *(Column(f"{alpha:g}", NUMBER) for alpha in alphas),
-        Column("gain", GAIN),
+        *LABEL, Column("held out", COUNT, field=lambda t: len(t.held_out)),
+        Column("groups", COUNT, field=lambda t: len(t.held_out_groups)),
+        *(Column(f"{alpha:g}", NUMBER, field=at(alpha)) for alpha in sorted({a for t in sweeps for a in t.alphas})),
+        Column("gain", GAIN, field=lambda t: at(t.alpha)(t) / at(0.0)(t) - 1.0),
     ]  # fmt: skip
     note = (
         "block efficiency on the held-out examples by alpha; * the best, which rescore eval --alpha tuned uses;\n"
         "gain = of the best over alpha 0 (the unrescored drafts) at the same k and p."
     )
-    return Table(columns, rows, note=note, best=best, none="")
+    best = [(row, f"{t.alpha:g}") for row, t in enumerate(sweeps)]
+    return Table.of(columns, sweeps, note=note, best=best, none="")
 
 
 def suite_table(results: Sequence[Result]) -> Table:
     """A line for each task, rescorer and p of a suite; k, h and speed only where they say something."""
-    several = [name for name in ("k", "h") if len({getattr(r, name) for r in results}) > 1]
+    several = [column for column in (K, H) if len({column.value(r) for r in results}) > 1]
     live = any(r.latency for r in results)
-    rows = []
-    for r in results:
-        against = None if r.is_unrescored else r.against_unrescored
-        rows.append([
-            r.task, r.rescorer, *(getattr(r, name) for name in several), r.p, r.n, r.groups, r.alpha,
-            r.block_efficiency, r.block_efficiency_ci95, r.gain, r.gain_ci95,
-            *(getattr(against, name, None) for name in OUTCOMES), r.oracle_block_efficiency,
-            *([r.latency and r.latency.speedup] if live else []),
-        ])  # fmt: skip
     columns = [
-        Column("task"), Column("rescorer"), *(Column(name, COUNT) for name in several), Column("p", COUNT),
-        Column("examples", PLAIN_COUNT), Column("groups", PLAIN_COUNT), ALPHA, *EFFICIENCY, *GAINS,
-        *(Column(name, SHARE) for name in OUTCOMES), Column("oracle", NUMBER, "oracle_block_efficiency"),
-        *([Column("speed-up", TIMES, "speedup")] if live else []),
+        TASK, RESCORER, *several, P, EXAMPLES, GROUPS, ALPHA, *EFFICIENCY, *GAINS, *map(_outcome, OUTCOMES), ORACLE,
+        *([SPEEDUP] if live else []),
     ]  # fmt: skip
-    return Table(columns, rows)
+    return Table.of(columns, results)
 
 
 def results_csv(results: Sequence[Result], *, task: str | None = None, **facts: object) -> Table:
@@ -284,23 +251,19 @@ def results_csv(results: Sequence[Result], *, task: str | None = None, **facts: 
 
     `task`: what it is called (default: its name); `facts`: further columns, the same for all.
     """
-    h = max(r.h for r in results)
-    rows = []
-    for r in results:
-        quality = "; ".join(f"{name} {value:.4f}" for name, value in r.quality.items())
-        t, against = r.latency, r.against_unrescored
-        times = ("verify_ms", "heads_ms", "rescore_ms", "autoregressive_ms", "tokens_per_second", "speedup")
-        rows.append([
-            task or r.task, *map(str, facts.values()), r.rescorer, r.p, r.k, r.h, r.alpha, r.n, r.groups, r.steps,
-            r.tokens, r.block_efficiency,
-            r.block_efficiency_ci95, r.block_efficiency_macro, r.oracle_block_efficiency, r.gain, r.gain_ci95,
-            r.gap_share(unrescored_of(results, r)), *(getattr(against, name, None) for name in OUTCOMES), quality,
-            r.cut_at_limit, *(getattr(t, name, None) for name in times), *r.marginal, *[None] * (h - r.h),
-        ])  # fmt: skip
-    names = (
-        "task", *facts, "rescorer", "p", "k", "h", "alpha", "examples", "groups", "steps", "tokens", "block_efficiency",
-        "block_efficiency", "block_efficiency_macro", "oracle_block_efficiency", "gain", "gain",
-        "oracle_gap_recovered", *OUTCOMES, "quality", "cut_at_limit", "verify_ms", "heads_ms", "rescore_ms",
-        "autoregressive_ms", "tokens_per_second", "speedup", *(f"marginal_{i}" for i in range(1, h + 1)),
-    )  # fmt: skip
-    return Table([Column(name, TEXT, name) for name in names], rows)
+
+    def fact(value: object) -> Callable[[Result], str]:
+        return lambda r: str(value)
+
+    times = ("verify_ms", "heads_ms", "rescore_ms", "autoregressive_ms", "tokens_per_second", "speedup")
+    columns = [
+        Column("task", field=fact(task) if task else None), *(Column(name, field=fact(facts[name])) for name in facts),
+        RESCORER, P, K, H, ALPHA, EXAMPLES, GROUPS, Column("steps"), Column("tokens"), *EFFICIENCY,
+        Column("block_efficiency_macro"), ORACLE, *GAINS,
+        Column("oracle_gap_recovered", field=_gap_share(results).field),
+        *(Column(name, field=f"against_unrescored.{name}") for name in OUTCOMES),
+        Column("quality", field=lambda r: "; ".join(f"{name} {value:.4f}" for name, value in r.quality.items())),
+        Column("cut_at_limit"), *(Column(name, field=f"latency.{name}") for name in times),
+        *(Column(f"marginal_{i + 1}", field=f"marginal.{i}") for i in range(max(r.h for r in results))),
+    ]  # fmt: skip
+    return Table.of(columns, results)

@@ -5,12 +5,11 @@ replayed with the first h heads, and a step is timed in its parts:
 
     speed-up(h) = block efficiency(h) x t(forward of 1 token) / (t(forward of h tokens) + t(heads) + t(rescoring))
 
-which is the net speed-up of a live run, foreseen. Only `rescore eval --mode live` measures it.
+which predicts the net speed-up of a live run. Only `rescore eval --mode live` measures it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,7 +33,8 @@ from rescore.options import Cached, Repeats
 from rescore.replaying import replay
 from rescore.rescorers import Context, Rescorer, load_rescorer
 from rescore.runs.weights import fit_to
-from rescore.studies.verify_curve import verify_curve
+from rescore.studies.records import Record, record_of
+from rescore.studies.verify_curve import median_seconds, verify_curve
 from rescore.tracing import Trace, read_trace
 
 
@@ -53,7 +53,7 @@ class BlockLength:
 
 
 @dataclass(frozen=True)
-class BlockLengths:
+class BlockLengths(Record):
     """All block lengths; `greedy_ms` is a forward of one token, all forwards on `cached` cached tokens."""
 
     base: str
@@ -76,7 +76,7 @@ class BlockLengths:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**dataclasses.asdict(self), "best_h": self.best.h}
+        return {**super().as_dict(), "best_h": self.best.h}
 
 
 class TimedRescorer(Rescorer):
@@ -153,8 +153,8 @@ def block_lengths(
     trace.
     """
     check_held_k(trace.header.k, k)
-    said = trace.header.settings.get("base")
-    weights = said.get("weights_sha256") if isinstance(said, dict) else None
+    recorded = trace.header.settings.get("base")
+    weights = recorded.get("weights_sha256") if isinstance(recorded, dict) else None
     if weights not in (None, base.identity.weights_sha256):
         raise IncompatibleError(f"the trace is of another base LM than {base.identity.name}; give --base")
     longest = min(trace.header.h, heads.h)
@@ -173,12 +173,9 @@ def block_lengths(
         heads_ms = _heads_ms(base, heads.first(h), k, repeats)
         rescoring_ms = float(np.median(timed.seconds)) * 1e3 if timed.seconds else 0.0
         step_ms = verify_ms + heads_ms + rescoring_ms
-        lengths.append(
-            BlockLength(
-                h, accounting.block_efficiency, accounting.block_efficiency_ci95, verify_ms, heads_ms, rescoring_ms,
-                accounting.block_efficiency * greedy / step_ms,
-            )
-        )  # fmt: skip
+        speedup = accounting.block_efficiency * greedy / step_ms
+        times = {"verify_ms": verify_ms, "heads_ms": heads_ms, "rescoring_ms": rescoring_ms, "speedup": speedup}
+        lengths.append(record_of(BlockLength, accounting, h=h, **times))
         if progress:
             progress(len(lengths), len(hs))
     return BlockLengths(
@@ -195,10 +192,6 @@ def _heads_ms(base: BaseLM, heads: BlockHeads, k: int, repeats: int) -> float:
     state = torch.randn(1, base.hidden_size, generator=torch.Generator().manual_seed(0))
     hidden = state.to(base.device, base.dtype)
     first = base.project(hidden)
-    seconds = []
-    for turn in range(repeats + 1):
-        start = time.perf_counter()
-        heads.lattice(base, hidden, first, k)  # ends on the CPU: what was asked of a GPU is done then
-        if turn:  # the first turn warms up
-            seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds)) * 1e3
+    # It ends on the CPU: what was asked of a GPU is done then.
+    (seconds,) = median_seconds([lambda: heads.lattice(base, hidden, first, k)], repeats)
+    return seconds * 1e3

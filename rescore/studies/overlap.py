@@ -2,17 +2,16 @@
 
 Words are runs of letters, digits and underscores, case folded and in one Unicode form (NFKC); everything between them
 counts for nothing. An example's runs are those of its prompt and of each reference; runs go on over line ends, not from
-one text to the next. Runs are compared by 64-bit hashes, so a wrong find is possible, but not to be expected in less
+one text to the next. Runs are compared by 64-bit hashes, so a false match is possible, but not to be expected in less
 than billions of corpora.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,10 +22,11 @@ from lattices.errors import RescoreError
 from lm.ngram.corpus import HUB_PREFIX, CorpusSource, find_sources, source_texts
 from rescore.groups import digest
 from rescore.options import Limit
-from rescore.runs.leave_out import SCHEMA
-from rescore.table import SHARE, Column, Table
+from rescore.studies.records import Record
+from rescore.table import SHARE, TASK, Column, Table
 from rescore.tasks import Example, load_task
 from rescore.tasks.data import load_examples
+from rescore.tasks.leave_out import SCHEMA
 
 WORDS_IN_A_ROW = 13
 WORD = re.compile(r"\w+")
@@ -37,8 +37,11 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class SharedText:
-    """An example that shares text: its `id`, the digest of its `prompt` (`rescore.groups.digest`), the `share` of its
-    runs that are in any of the corpora, and by name of corpus (`corpora`) that in each that has some."""
+    """An example that shares text.
+
+    prompt: its digest (`rescore.groups.digest`); share: of its runs, those that are in any of the corpora.
+    corpora: by name, the share of each that has some.
+    """
 
     id: str
     prompt: str
@@ -48,8 +51,10 @@ class SharedText:
 
 @dataclass(frozen=True)
 class TaskOverlap:
-    """One task: its number of `examples`, where they come from (`source`), those that share text (`found`), in their
-    order, and how many are `too_short` to share a run: neither the prompt nor a reference has n words."""
+    """One task: its number of `examples`, where they come from, and those that share text (`found`), in order.
+
+    too_short: how many can't share a run, since neither the prompt nor a reference has n words.
+    """
 
     task: str
     examples: int
@@ -59,7 +64,7 @@ class TaskOverlap:
 
 
 @dataclass(frozen=True)
-class Overlap:
+class Overlap(Record):
     """What `find_overlap` found with runs of `n` words: examples of which more than the share `threshold` is in the
     `corpora`."""
 
@@ -70,7 +75,7 @@ class Overlap:
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON document."""
-        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+        return {"schema": SCHEMA, **super().as_dict()}
 
 
 def find_overlap(
@@ -103,47 +108,45 @@ def find_overlap(
         raise RescoreError(f"{hub[0]}: a corpus is a file or a folder here")
     sources = find_sources(corpora)
     loaded = [load_task(name) for name in tasks]
-    held = [
+    of_tasks = [
         load_examples(task, data=data / f"{task.name}.jsonl" if data and data.is_dir() else data, limit=limit)
         for task in loaded
     ]
     runs = _Runs(n)
-    of_examples = [[runs.of_example(example) for example in found.examples] for found in held]
-    every = np.unique(np.concatenate([np.zeros(0, np.uint64), *(run for of in of_examples for run in of)]))
-    places = [[np.searchsorted(every, run) for run in of] for of in of_examples]
-    names = _names(sources)
-    there = {name: np.zeros(len(every), dtype=np.bool_) for name in names}
-    for done, (name, source) in enumerate(zip(names, sources, strict=True)):
+    of_examples = [[runs.of_example(example) for example in of_task.examples] for of_task in of_tasks]
+    every = _joined(run for of_task in of_examples for run in of_task)
+    in_corpus: dict[str, np.ndarray] = {}  # by name: the runs of examples that it has
+    for done, (name, source) in enumerate(zip(_names(sources), sources, strict=True)):
         if progress:
             progress("read corpora", done, len(sources))
-        for found in runs.of_source(source):
-            at = np.searchsorted(every, found)
-            at[at == len(every)] = 0
-            there[name][at[every[at] == found] if len(every) else []] = True
+        in_corpus[name] = _joined(np.intersect1d(batch, every) for batch in runs.of_source(source))
         if runs.words == 0 and (len(sources) == 1 or source.name in map(str, corpora)):
             raise RescoreError(f"{source.name} holds no words, so nothing can be shared with it; give another --corpus")
-    anywhere = np.logical_or.reduce([np.zeros(len(every), np.bool_), *there.values()])
-    made = []
-    for task, of, at_task in zip(loaded, held, places, strict=True):
+    anywhere = _joined(in_corpus.values())
+    overlaps = []
+    for task, of_task, of_each in zip(loaded, of_tasks, of_examples, strict=True):
         shared = []
-        for example, at in zip(of.examples, at_task, strict=True):
-            share = float(anywhere[at].mean()) if len(at) else 0.0
-            if share > threshold:
-                by_name = {name: float(found[at].mean()) for name, found in there.items() if found[at].any()}
+        for example, run in zip(of_task.examples, of_each, strict=True):
+            if (share := _share(run, anywhere)) > threshold:
+                by_name = {name: of_it for name, hashes in in_corpus.items() if (of_it := _share(run, hashes))}
                 shared.append(SharedText(example.id, digest(example.prompt), share, by_name))
-        made.append(
-            TaskOverlap(task.name, len(of.examples), of.source, tuple(shared), sum(not len(at) for at in at_task))
-        )
-    return Overlap(n, threshold, tuple(names), tuple(made))
+        too_short = sum(not len(run) for run in of_each)
+        overlaps.append(TaskOverlap(task.name, len(of_task.examples), of_task.source, tuple(shared), too_short))
+    return Overlap(n, threshold, tuple(in_corpus), tuple(overlaps))
+
+
+def _joined(hashes: Iterable[np.ndarray]) -> np.ndarray:
+    """The different hashes of several arrays, sorted."""
+    return np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes]))
+
+
+def _share(hashes: np.ndarray, among: np.ndarray) -> float:
+    return float(np.isin(hashes, among).mean()) if len(hashes) else 0.0
 
 
 def overlap_table(overlap: Overlap) -> Table:
     """The examples that share text, with how much of each."""
-    rows = [
-        [task.task, shared.id, ", ".join(shared.corpora), shared.share]
-        for task in overlap.tasks
-        for shared in task.found
-    ]
+    rows = [[of.task, s.id, ", ".join(s.corpora), s.share] for of in overlap.tasks for s in of.found]
     counts = ", ".join(f"{task.task} {len(task.found)} of {task.examples}" for task in overlap.tasks)
     note = f"examples that share {overlap.n} words in a row with the corpora: {counts}"
     if short := ", ".join(f"{task.task} {task.too_short}" for task in overlap.tasks if task.too_short):
@@ -151,8 +154,7 @@ def overlap_table(overlap: Overlap) -> Table:
     if not rows:
         return Table([], [], note=note)
     shares = f"shared: of the runs of {overlap.n} words in prompt and references, those that are in the corpora too"
-    columns = [Column("task"), Column("example"), Column("corpora"), Column("shared", SHARE)]
-    return Table(columns, rows, note=f"{shares};\n{note}")
+    return Table([TASK, Column("example"), Column("corpora"), Column("shared", SHARE)], rows, note=f"{shares};\n{note}")
 
 
 class _Runs:
@@ -165,43 +167,39 @@ class _Runs:
 
     def of_example(self, example: Example) -> np.ndarray:
         """The different runs of an example, uint64."""
-        found = []
-        for text in (example.prompt, *example.references):
-            keys = [self._key(word) for word in _words(text)]
-            found.append(self._hashes(np.array(keys, dtype=np.uint64)))
-        return np.unique(np.concatenate(found))
+        texts = (example.prompt, *example.references)
+        return _joined(self._hashes([self._key(word) for word in _words(text)]) for text in texts)
 
     def of_source(self, source: CorpusSource) -> Iterator[np.ndarray]:
         """The runs of a corpus that consist of words of examples, in batches of uint64."""
-        held: list[int] = []
+        keys: list[int] = []
         self.words = 0
         get = self._keys.get
         for text, goes_on in source_texts(source):
             if not goes_on:
-                held.append(0)
+                keys.append(0)
             words = _words(text)
             self.words += len(words)
-            held += [get(word, 0) for word in words]
-            if len(held) >= BATCH:
-                yield self._hashes(np.array(held, dtype=np.uint64))
-                held = held[max(0, len(held) - self.n + 1) :]
-        yield self._hashes(np.array(held, dtype=np.uint64))
+            keys += [get(word, 0) for word in words]
+            if len(keys) >= BATCH:
+                yield self._hashes(keys)
+                keys = keys[max(0, len(keys) - self.n + 1) :]
+        yield self._hashes(keys)
 
     def _key(self, word: str) -> int:
         if word not in self._keys:
             self._keys[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big") | 1
         return self._keys[word]
 
-    def _hashes(self, keys: np.ndarray) -> np.ndarray:
-        """uint64 `[words]`, 0 for words that are in no run -> uint64 `[runs]`."""
-        count = len(keys) - self.n + 1
-        if count < 1:
-            return np.zeros(0, np.uint64)
+    def _hashes(self, words: Sequence[int]) -> np.ndarray:
+        """The hashes of the runs of keys of words, uint64; a key of 0, of a word that is in no run, ends them."""
+        keys = np.array(words, dtype=np.uint64)
+        count = max(0, len(keys) - self.n + 1)
         hashes = np.zeros(count, np.uint64)
-        for place in range(self.n):
+        for place in range(self.n if count else 0):
             hashes = hashes * FACTOR + keys[place : place + count]
         gaps = np.concatenate([[0], np.cumsum(keys == 0)])
-        whole: np.ndarray = hashes[gaps[self.n :] == gaps[:count]]
+        whole: np.ndarray = hashes[gaps[len(keys) - count + 1 :] == gaps[:count]]
         return whole
 
 

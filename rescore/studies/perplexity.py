@@ -11,15 +11,18 @@ from lattices.paths import user_path
 from lm.options import Base, Device, Dtype
 from rescore.options import Data, Limit
 from rescore.runs.environment import environment
+from rescore.studies.records import record_of
 from rescore.tasks import load_task, task_names
 from rescore.tasks.data import load_examples
 
 
 @dataclass(frozen=True)
 class TaskPerplexity:
-    """`perplexity` of the base LM over the `tokens` of `passages` (`nll` nats in all), read in windows of `window`
-    tokens that move by `stride`; `source` of the data, `base` as it identifies itself, `environment`; `notice`: a line
-    for the user if the data are not the task's own."""
+    """Perplexity of the base LM over the `tokens` of `passages`.
+
+    nll: nats in all; window, stride: tokens of the windows that were read, and by how many they move.
+    base: as it identifies itself; source: of the data; notice: for the user, if the data are not the task's own.
+    """
 
     task: str
     passages: int
@@ -66,8 +69,8 @@ def perplexity_of_task(
         raise RescoreError(
             f"task {task.name} has no passages to score; {known} has, and a YAML file may name its field: passage: text"
         )
-    found = load_examples(task, data=None if data is None else user_path(data, "--data"), limit=limit)
-    passages = [example.passage or "" for example in found.examples]
+    loaded = load_examples(task, data=None if data is None else user_path(data, "--data"), limit=limit)
+    passages = [example.passage or "" for example in loaded.examples]
 
     from lm.base.catalog import Watch, load_base
     from lm.base.perplexity import perplexity
@@ -78,16 +81,7 @@ def perplexity_of_task(
         progress=(lambda done, total: progress(f"perplexity {task.name}", done, total)) if progress else None,
     )  # fmt: skip
     Watch(model).check()  # what was scored is what is named
-    return TaskPerplexity(
-        task=task.name,
-        passages=scored.texts,
-        tokens=scored.tokens,
-        nll=scored.nll,
-        perplexity=scored.perplexity,
-        window=scored.window,
-        stride=scored.stride,
-        base=asdict(model.identity),
-        source=found.source,
-        environment=environment(),
-        notice=found.notice,
-    )
+    return record_of(
+        TaskPerplexity, scored, task=task.name, passages=scored.texts, base=asdict(model.identity),
+        source=loaded.source, environment=environment(), notice=loaded.notice,
+    )  # fmt: skip

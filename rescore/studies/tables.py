@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,15 +12,20 @@ from rescore.table import (
     COUNT,
     DIFFERENCE,
     DIFFERENCE_INTERVAL,
+    EFFICIENCY,
+    EXAMPLES,
     GAIN,
     GAIN_INTERVAL,
+    GROUPS,
     MILLISECONDS,
     NUMBER,
-    NUMBER_INTERVAL,
     PLAIN,
+    TASK,
     TIMES,
     Column,
     Format,
+    H,
+    P,
     Table,
     fixed,
 )  # fmt: skip
@@ -37,7 +43,8 @@ if TYPE_CHECKING:
     from rescore.studies.verify_curve import VerifyCurve
 
 FEW_POSITIONS = 1000  # held out: fewer tell little apart
-STEP_VALUE = Format(lambda value: "=" if value == "=" else GAIN.show(value))
+WHOLE_STEP = "="  # stands for a change that is not known, where a whole step is shown
+CHANGE = Format(lambda value: value if value == WHOLE_STEP else GAIN.show(value))
 
 
 def accuracy_table(accuracy: HeldOutAccuracy) -> Table:
@@ -70,14 +77,9 @@ def verify_curve_table(curve: VerifyCurve) -> Table:
 
 def block_length_table(study: BlockLengths) -> Table:
     """What each block length accepts, costs and saves; the fastest marked."""
-    rows = [
-        [of.h, of.block_efficiency, of.block_efficiency_ci95, of.verify_ms, of.heads_ms, of.rescoring_ms, of.speedup]
-        for of in study.lengths
-    ]
     columns = [
-        Column("h", COUNT), Column("block eff.", NUMBER), Column("95 %", NUMBER_INTERVAL),
-        Column("verify ms", MILLISECONDS), Column("heads ms", MILLISECONDS), Column("rescoring ms", fixed(2)),
-        Column("speed-up", TIMES),
+        H, *EFFICIENCY, Column("verify ms", MILLISECONDS), Column("heads ms", MILLISECONDS),
+        Column("rescoring ms", fixed(2)), Column("speed-up", TIMES, "speedup"),
     ]  # fmt: skip
     of = study.rescorer + ("" if study.alpha is None else f", alpha {study.alpha:g}")
     note = (
@@ -86,7 +88,8 @@ def block_length_table(study: BlockLengths) -> Table:
         f"{study.greedy_ms:.1f} ms a token. Times are medians, the speed-up (* the best)\nis foreseen from them; eval "
         f"--mode live measures it. No interval for fewer than {LEAST_GROUPS} groups."
     )
-    return Table(columns, rows, note=note, best=[(study.lengths.index(study.best), "speed-up")])
+    best = [(study.lengths.index(study.best), "speed-up")]
+    return Table.of(columns, study.lengths, note=note, best=best)
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -99,23 +102,25 @@ def comparison_table(comparison: Comparison) -> Table:
         facts += [] if result.alpha is None else [f"alpha={result.alpha:g}"]
         return f"{result.rescorer} {' '.join(facts)}"
 
-    rows = [
-        [row.task, side(row.a), side(row.b), row.n, row.groups, row.a.block_efficiency, row.b.block_efficiency,
-         d.difference, d.difference_ci95, d.gain, d.gain_ci95, d.won, d.tied, d.lost]
-        for row in comparison.rows for d in [row.difference]
-    ]  # fmt: skip
     columns = [
-        Column("task"), Column("A"), Column("B"), Column("examples", COUNT), Column("groups", COUNT),
-        Column("block eff. A", NUMBER), Column("B", NUMBER), Column("difference", DIFFERENCE),
-        Column("95 %", DIFFERENCE_INTERVAL), Column("gain", GAIN), Column("95 %", GAIN_INTERVAL), Column("won", COUNT),
-        Column("tied", COUNT), Column("lost", COUNT),
+        TASK, Column("A", Format(side, left=True), "a"), Column("B", Format(side, left=True), "b"), EXAMPLES, GROUPS,
+        Column("block eff. A", NUMBER, field="a.block_efficiency"), Column("B", NUMBER, field="b.block_efficiency"),
+        *(
+            Column(heading, form, field=f"difference.{field}")
+            for heading, form, field in (
+                ("difference", DIFFERENCE, "difference"), ("95 %", DIFFERENCE_INTERVAL, "difference_ci95"),
+                ("gain", GAIN, "gain"), ("95 %", GAIN_INTERVAL, "gain_ci95"), ("won", COUNT, "won"),
+                ("tied", COUNT, "tied"), ("lost", COUNT, "lost"),
+            )
+        ),
     ]  # fmt: skip
     note = (
         "difference = block eff. of B less that of A, gain = B over A, on the examples that both have, with paired\n"
         "95 % intervals (studentised bootstrap by group: examples of one source; - for fewer than "
         f"{LEAST_GROUPS} groups);\nwon, tied, lost: examples that B decodes with more, as many, fewer tokens a step."
     )
-    return Table(columns, rows, title=f"A = {printable(comparison.a)}\nB = {printable(comparison.b)}\n", note=note)
+    title = f"A = {printable(comparison.a)}\nB = {printable(comparison.b)}\n"
+    return Table.of(columns, comparison.rows, title=title, note=note)
 
 
 def built_ngram_table(built: NgramSummary) -> Table:
@@ -187,27 +192,31 @@ def cost_table(study: CostTable) -> Table:
     lines = [f"{study.dtype}, h = {study.h}, drafts verified as a {study.verify}; {heads}", _shape(study.base)]
     if study.neural:
         lines.append(_shape(study.neural))
-    columns = [Column("method"), Column("p", COUNT), Column("context", COUNT), Column("block eff.", NUMBER)]
-    for name, digits in (("weights GB", 3), ("KV MB", 2), ("GFLOPs", 2)):
-        columns += [Column(name, fixed(digits)), Column("", STEP_VALUE, f"{name} change")]
+    columns = [Column("method"), P, Column("context", COUNT), EFFICIENCY[0]]
+    for heading, digits, name, unit in (
+        ("weights GB", 3, "weight_bytes", 1e9), ("KV MB", 2, "kv_bytes", 1e6), ("GFLOPs", 2, "flops", 1e9)
+    ):  # fmt: skip
+        columns += [
+            Column(heading, fixed(digits), field=partial(_token_or_step, name=name, unit=unit)),
+            Column("", CHANGE, f"{heading} change", partial(_change, name=f"{name}_change")),
+        ]
     note = (
         "per decoded token, and the change against autoregressive decoding; methods whose block efficiency is not\n"
         "known show a whole step (=)."
     )
-    return Table(columns, [_cost_row(cost) for cost in study.costs], title="\n".join([*lines, ""]), note=note)
+    return Table.of(columns, study.costs, title="\n".join([*lines, ""]), note=note)
+
+
+def _change(cost: MethodCost, *, name: str) -> float | str:
+    change: float | None = getattr(cost, name)
+    return WHOLE_STEP if change is None else change
+
+
+def _token_or_step(cost: MethodCost, *, name: str, unit: float) -> float:
+    of_token: float | None = getattr(cost, name)
+    return (getattr(cost, f"step_{name}") if of_token is None else of_token) / unit
 
 
 def _shape(decoder: Decoder) -> str:
     line = f"{decoder.name}: {decoder.parameters:,} parameters, {len(decoder.layers)} layers"
     return f"{line} (ASSUMED: {decoder.assumption})" if decoder.assumption else line
-
-
-def _cost_row(c: MethodCost) -> list[object]:
-    row: list[object] = [c.method, c.p, c.context, c.block_efficiency]
-    for token, step, change, unit in (
-        (c.weight_bytes, c.step_weight_bytes, c.weight_bytes_change, 1e9),
-        (c.kv_bytes, c.step_kv_bytes, c.kv_bytes_change, 1e6),
-        (c.flops, c.step_flops, c.flops_change, 1e9),
-    ):
-        row += [(step if token is None else token) / unit, "=" if change is None else change]
-    return row

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,14 +13,15 @@ import torch
 from lattices.errors import RescoreError
 from lm.base.cache import BufferLayer
 from lm.base.model import BaseLM
+from rescore.studies.records import Record
 
 VERIFY_SIZES = (1, 2, 4, 9, 16, 32, 64, 144)
 
 
 @dataclass(frozen=True)
-class VerifyCurve:
-    """Median `milliseconds` of a forward of `tokens[i]` tokens on `cached` cached ones; `gb_per_second` = bytes of
-    weights and cache read, over that time."""
+class VerifyCurve(Record):
+    """Median `milliseconds` of a forward of `tokens[i]` tokens on `cached` cached ones, and the bytes of weights and
+    cache read over that time."""
 
     base: str
     dtype: str
@@ -31,15 +31,23 @@ class VerifyCurve:
     milliseconds: list[float]
     gb_per_second: list[float]
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dataclasses.asdict(self)
+
+def median_seconds(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Median seconds of each call; they take turns, so that noise falls on all alike, and the first turn warms up."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for turn in range(repeats + 1):
+        for call, times in zip(calls, seconds, strict=True):
+            start = time.perf_counter()
+            call()
+            if turn:
+                times.append(time.perf_counter() - start)
+    return [float(np.median(times)) for times in seconds]
 
 
 def verify_curve(
     base: BaseLM, *, cached: int = 256, repeats: int = 7, sizes: Sequence[int] = VERIFY_SIZES
 ) -> VerifyCurve:
-    """Times one forward of 1 to 144 tokens on a cache; sizes take turns, so that noise falls on all alike."""
+    """Times one forward of 1 to 144 tokens on a cache."""
     if cached < 1 or repeats < 1:
         raise RescoreError("--cached and --repeats must be at least 1")
     if cached + max(sizes) > base.context_length:
@@ -49,20 +57,17 @@ def verify_curve(
     cache = base.new_cache(cached + max(sizes))
     base.forward(ids[:, :cached], cache, last=1)
     cache.keep(range(cached))
-    times: dict[int, list[float]] = {n: [] for n in sizes}
-    for turn in range(repeats + 1):
-        for n in sizes:
-            start = time.perf_counter()
-            base.forward(ids[:, :n], cache)
-            if base.device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn:  # the first turn warms up
-                times[n].append(time.perf_counter() - start)
+
+    def verify(n: int) -> None:
+        base.forward(ids[:, :n], cache)
+        if base.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    medians = median_seconds([partial(verify, n) for n in sizes], repeats)
     weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
     layer = cache.layers[0]
     assert isinstance(layer, BufferLayer)
-    kept = 2 * len(cache.layers) * layer.buffers[0][:, :, :cached].nbytes  # keys and values
-    medians = [float(np.median(times[n])) for n in sizes]
+    read = weights + 2 * len(cache.layers) * layer.buffers[0][:, :, :cached].nbytes  # keys and values
     return VerifyCurve(
         base=base.identity.name,
         dtype=base.identity.dtype,
@@ -70,5 +75,5 @@ def verify_curve(
         cached=cached,
         tokens=list(sizes),
         milliseconds=[t * 1e3 for t in medians],
-        gb_per_second=[(weights + kept) / t / 1e9 for t in medians],
+        gb_per_second=[read / t / 1e9 for t in medians],
     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rescore.runs.leave_out import SHIPPED
 from rescore.runs.records import Result
 from rescore.runs.tables import suite_table
 from rescore.suites.plan import Plan
 from rescore.table import escaped
+from rescore.tasks.leave_out import SHIPPED
 from rescore.terminal import printable
 
 

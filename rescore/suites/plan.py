@@ -10,17 +10,17 @@ from typing import Annotated, Any, TypeVar
 
 from lattices.errors import RescoreError
 from lm.text_files import rows_file
+from lm.yaml_input import Value, read_yaml
 from rescore.checks import MAX_ALPHA
 from rescore.decoding import VERIFY_MODES
 from rescore.rescorers import load_rescorer
 from rescore.runs.inputs import Inputs
-from rescore.runs.leave_out import read_leave_out
 from rescore.runs.recording import recorded_task
 from rescore.runs.run import DEFAULT_K, ORACLE, Run
 from rescore.runs.tuning import DEFAULT_ALPHAS, HELD_OUT
 from rescore.tasks import load_task
+from rescore.tasks.leave_out import read_leave_out
 from rescore.tracing import read_header
-from rescore.yaml_input import Value, read_yaml
 
 MODES = ("replay", "live")
 LIMITS = ("limit", "max_new_tokens", "max_prompt_tokens")

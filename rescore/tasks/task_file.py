@@ -18,9 +18,9 @@ from typing import Any
 
 from lattices.errors import InvalidDataError, RescoreError
 from lattices.paths import user_path
+from lm.yaml_input import Value, read_yaml
 from rescore.tasks.base import HubSource, Limits, Metric, Record, Task, checked_text, json_kind, text_list
 from rescore.tasks.metrics import find_metric
-from rescore.yaml_input import Value, read_yaml
 
 SUFFIXES = (".yaml", ".yml")
 KEYS = ("name", "description", "source", "prompt", "reference", "metric", "limits", "chat", "passage", "group")

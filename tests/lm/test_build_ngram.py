@@ -271,3 +271,19 @@ def test_a_corpus_that_is_replaced_while_it_is_read_makes_no_model(
     assert not (out / "manifest.json").exists()
     corpus.write_text(text)
     assert not build_ngram([str(corpus)], out, options).resumed
+
+
+def test_a_corpus_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it has not just been written."""
+    corpus, hashed = tmp_path / "text.txt", []
+
+    def noted(path: Path) -> str:
+        hashed.append(path)
+        return sha256_of_file(path)
+
+    monkeypatch.setenv("RESCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("lm.keys.SETTLED", -1.0)
+    monkeypatch.setattr("lm.keys.sha256_of_file", noted)
+    corpus.write_text(TEXT.read_text())
+    build(tmp_path / "model", corpus)
+    assert hashed == [corpus]

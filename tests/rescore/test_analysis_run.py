@@ -17,10 +17,9 @@ from lattices.errors import RescoreError, UnknownNameError
 from rescore.runs.evaluated import load_run
 from rescore.runs.records import Alpha, RunRecord
 from rescore.studies.analysis import analyse_run, contrast, efficiency_table
-from rescore.studies.analysis.outcomes import outcomes_of
-from rescore.studies.analysis.p_curve import curves_of_results
-from rescore.studies.analysis.repetition import before_after
-from rescore.studies.analysis.run_records import alpha_source, wallclock_in
+from rescore.studies.analysis.drafts import before_after, outcomes_of
+from rescore.studies.analysis.runs import Wallclock, alpha_source, curves_of_results
+from rescore.studies.records import record_of
 
 # A decode of `small_trace` (output 1 2 3 4 5, unrescored drafts 1 1 1, 2 3 3, 3 8 5, 4 5 5, 5 5 8):
 #   at 0 the draft 1 2 3 is accepted whole; the unrescored 1 1 1 for 1: a win, and its wrong token repeats: repair.
@@ -174,8 +173,7 @@ def test_what_results_say_beside():
     weighted = RunRecord(rescorer="ngram", k=16, p=1, alpha=Alpha(alpha=0.5, source="tuned"))
     config = run_config(runs={"squad": [RunRecord(rescorer="none", k=16, p=1), weighted]})
     assert [alpha_source(config, made_result(rescorer=name)) for name in ("ngram", "none")] == ["tuned", None]
-    assert wallclock_in(made_result()) is None
-    found = wallclock_in(made_result(latency=made_latency(predicted_speedup=None)))
+    found = record_of(Wallclock, made_latency(predicted_speedup=None))
     assert (found.rescore_p95_ms, found.speedup, found.predicted_speedup) == (0.4, 1.752, None)
 
 
@@ -210,7 +208,7 @@ class TestFolders:
         with pytest.raises(RescoreError, match=f"--{option} is for traces"):
             analyse_folders(results=[run.folder], **{option: 2})
         with pytest.raises(RescoreError, match="give its folder: --results"):
-            analyse_folders(against=[("oracle", "none")])
+            analyse_folders(traces=[run.folder], against=[("oracle", "none")])
 
 
 def cache_of() -> Path:
@@ -237,3 +235,13 @@ def test_names_of_others_stay_on_their_line():
 
     title = trace_tables(analyse_trace(trace_of([]), name="a\nb\x1b[2J"))[0].text()
     assert title.startswith("a\\nb\\x1b[2J: 0 examples (0 groups), ") and "\n" not in title
+
+
+def test_traces_and_evaluations_as_objects(run):
+    from rescore.studies.analysis import analyse
+    from rescore.studies.analysis.collect import analyse_folders
+
+    found = analyse(run, run.trace("squad"), against=[("oracle", "none")])
+    by_folder = analyse_folders(results=[run.folder], against=[("oracle", "none")])
+    assert (found.runs, found.contrasts, found.table) == (by_folder.runs, by_folder.contrasts, by_folder.table)
+    assert found.traces[0].ranks == found.runs[0].trace.ranks and "mean gain" in str(found)

@@ -16,11 +16,11 @@ from rescore.accounting import account
 from rescore.replaying import replay
 from rescore.rescorers import load_rescorer
 from rescore.studies.analysis import ANALYSES, analyse_trace, correlate_h_max
-from rescore.studies.analysis.confidence import correlation
-from rescore.studies.analysis.oracle_curves import doubling, oracle_curves
+from rescore.studies.analysis.curves import oracle_curves
+from rescore.studies.analysis.heads import doubling
 from rescore.studies.analysis.positions import Positions
-from rescore.studies.analysis.records import HmaxPoint
 from rescore.studies.analysis.text import h_max
+from rescore.studies.analysis.traces import HmaxPoint, correlation
 from rescore.tracing import Trace, TracedExample
 
 

@@ -22,7 +22,7 @@ from rescore.runs import evaluation
 from rescore.runs.evaluated import load_run
 from rescore.runs.recording import record
 from rescore.runs.tuning import tune
-from rescore.studies.cost.inputs import cost_inputs_of_run
+from rescore.studies.cost.inputs import cost_inputs
 from rescore.studies.perplexity import perplexity_of_task
 from rescore.suites import run as suite
 from rescore.suites.plan import read_plan
@@ -154,12 +154,12 @@ def test_a_run_of_a_given_trace_does_not_read_another_one_in_its_place(options: 
 
 def test_the_cost_of_a_run_is_not_that_of_another_model_under_the_same_name(options: Options, tmp_path: Path):
     evaluated(options, out=tmp_path / "run")
-    found: Any = cost_inputs_of_run(load_run(tmp_path / "run"))
+    found: Any = cost_inputs(load_run(tmp_path / "run"))
     assert found.base.parameters > 0
     other_base(tmp_path / "base", tmp_path)
     for base in (None, options["base"]):
         with pytest.raises(IncompatibleError, match=r"is not the base LM that .* was decoded with"):
-            cost_inputs_of_run(load_run(tmp_path / "run"), base=base)
+            cost_inputs(load_run(tmp_path / "run"), base=base)
 
 
 def test_a_trace_of_another_version_of_a_task_file_is_not_taken_for_this_one(options: Options, tmp_path: Path):

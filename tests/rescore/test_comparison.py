@@ -18,6 +18,7 @@ from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from rescore.accounting import paired_difference
 from rescore.runs.evaluated import Evaluation, load_run
 from rescore.studies.comparison import Comparison, Selection, compare
+from rescore.studies.comparison import compare_folders as compared
 from rescore.studies.tables import comparison_table
 from rescore.tracing import Trace
 
@@ -65,7 +66,7 @@ def sides(comparison: Comparison) -> list[tuple[str, int, str, int]]:
 class TestPairs:
     def test_the_same_results_tie(self, make: Make):
         a, b = make("a"), make("b")
-        found = compare(a, b)
+        found = compared(a, b)
         assert sides(found) == [("none", 1, "none", 1), ("none", 2, "none", 2), ("oracle", 1, "oracle", 1)]
         for row in found.rows:
             d = row.difference
@@ -75,7 +76,7 @@ class TestPairs:
 
     def test_two_rescorers_of_one_folder(self, make: Make):
         a = make("a")
-        found = compare(a, selection=Selection(a_rescorer="none", b_rescorer="oracle"))
+        found = compared(a, selection=Selection(a_rescorer="none", b_rescorer="oracle"))
         assert sides(found) == [("none", 1, "oracle", 1), ("none", 2, "oracle", 1)]
         run = load_run(a)
         accepted = [[r.accepted for r in run.records("squad", *side)] for side in (("none", 1), ("oracle", 1))]
@@ -87,11 +88,11 @@ class TestPairs:
 
     def test_two_p_and_one_rescorer(self, make: Make):
         a = make("a")
-        assert sides(compare(a, selection=Selection(rescorer="none", a_p=1, b_p=2))) == [("none", 1, "none", 2)]
-        assert sides(compare(a, make("b"), selection=Selection(rescorer="none", p=2))) == [("none", 2, "none", 2)]
+        assert sides(compared(a, selection=Selection(rescorer="none", a_p=1, b_p=2))) == [("none", 1, "none", 2)]
+        assert sides(compared(a, make("b"), selection=Selection(rescorer="none", p=2))) == [("none", 2, "none", 2)]
 
     def test_of_other_lengths_what_both_have(self, make: Make):
-        found = compare(make("a"), make("b", limit=4, rescorers=("oracle", "none"), p=1))
+        found = compared(make("a"), make("b", limit=4, rescorers=("oracle", "none"), p=1))
         assert sides(found) == [("none", 1, "none", 1), ("oracle", 1, "oracle", 1)]
         assert [(r.n, r.only_a, r.only_b) for r in found.rows] == [(4, 2, 0)] * 2
         assert found.notices == [
@@ -101,22 +102,22 @@ class TestPairs:
 
     def test_tasks_that_one_lacks_are_left_out(self, make: Make, tmp_path: Path):
         data = str(write_lines(tmp_path / "both.jsonl", [r | {"answer": "42"} for r in squad_records(3)]))
-        found = compare(make("a", tasks=("gsm8k", "squad"), data=data), make("b", data=data))
+        found = compared(make("a", tasks=("gsm8k", "squad"), data=data), make("b", data=data))
         assert {r.task for r in found.rows} == {"squad"} and found.notices[0] == "gsm8k is only in A: left out"
         with pytest.raises(RescoreError, match=r"nothing in common to compare .gsm8k is only in A"):
-            compare(make("c", tasks=("gsm8k",), data=data), make("b", data=data))
+            compared(make("c", tasks=("gsm8k",), data=data), make("b", data=data))
 
     def test_few_examples_have_no_interval(self, make: Make):
-        found = compare(make("a"), make("b", limit=1))
+        found = compared(make("a"), make("b", limit=1))
         assert found.rows[0].difference.difference_ci95 is None
         assert "squad: too few groups for an interval (1; 4 are needed)" in found.notices
         assert "-" in comparison_table(found).text().splitlines()[5].split()
 
     def test_other_k_and_heads_are_told(self, make: Make):
         a = make("a")
-        found = compare(a, make("b", k=3))
+        found = compared(a, make("b", k=3))
         assert found.notices == ["squad: k = 4 in A and 3 in B"] and "k=3 p=1" in comparison_table(found).text()
-        assert compare(a, edited(a, "c", heads_sha256="0")).notices == ["squad: A and B have different block heads"]
+        assert compared(a, edited(a, "c", heads_sha256="0")).notices == ["squad: A and B have different block heads"]
 
 
 class TestRefused:
@@ -134,42 +135,43 @@ class TestRefused:
     def test_other_bases_prompts_and_limits(self, make: Make, changes: dict[str, Any], message: str):
         a = make("a")
         b = edited(a, "b", **changes)
-        refused(lambda: compare(a, b), message, IncompatibleError)
-        refused(lambda: compare(a, b), "A and B don't compare on squad", IncompatibleError)
+        refused(lambda: compared(a, b), message, IncompatibleError)
+        refused(lambda: compared(a, b), "A and B don't compare on squad", IncompatibleError)
 
     def test_another_h(self, make: Make):
-        refused(lambda: compare(make("a"), make("b", h=3)), "h: 4 -> 3", IncompatibleError)
+        refused(lambda: compared(make("a"), make("b", h=3)), "h: 4 -> 3", IncompatibleError)
 
     def test_itself(self, make: Make):
         a = make("a")
         refused(
-            lambda: compare(a), "compared with itself; name two results, or two rescorers of it, like --a-rescorer none"
+            lambda: compared(a),
+            "compared with itself; name two results, or two rescorers of it, like --a-rescorer none",
         )
-        refused(lambda: compare(a, a, selection=Selection(rescorer="none")), "would be compared with itself")
+        refused(lambda: compared(a, a, selection=Selection(rescorer="none")), "would be compared with itself")
 
     def test_a_rescorer_or_p_that_is_not_there(self, make: Make):
         a, b = make("a"), make("b")
-        refused(lambda: compare(a, b, selection=Selection(rescorer="nonne")), "did you mean none?")
-        refused(lambda: compare(a, b, selection=Selection(b_p=5)), "B has no p = 5 of any rescorer, only 1, 2")
+        refused(lambda: compared(a, b, selection=Selection(rescorer="nonne")), "did you mean none?")
+        refused(lambda: compared(a, b, selection=Selection(b_p=5)), "B has no p = 5 of any rescorer, only 1, 2")
 
     def test_an_older_schema_and_a_run_still_going_on(self, make: Make):
         a, b = make("a"), make("b")
         document = json.loads((b / "results.json").read_text())
         (b / "results.json").write_text(json.dumps({**document, "schema": "rescore.results/1"}))
-        refused(lambda: compare(a, b), "'rescore.results/1'", InvalidDataError)
+        refused(lambda: compared(a, b), "'rescore.results/1'", InvalidDataError)
         (b / "results.json").unlink()
-        refused(lambda: compare(a, b), "has not finished")
+        refused(lambda: compared(a, b), "has not finished")
 
     def test_steps_that_make_no_sense(self, make: Make):
         a, b = make("a", rescorers=("none",), p=1), make("b", rescorers=("none",), p=1)
         lines = [json.loads(line) for line in (b / "examples.jsonl").read_text().splitlines()]
         lines[0]["accepted"] = []
         write_lines(b / "examples.jsonl", lines)
-        found = compare(a, b)
+        found = compared(a, b)
         assert found.rows[0].n == 5 and "has no steps" in found.notices[0]
         lines[1]["accepted"] = [0]
         write_lines(b / "examples.jsonl", lines)
-        refused(lambda: compare(a, b), "has steps that accepted no token", InvalidDataError)
+        refused(lambda: compared(a, b), "has steps that accepted no token", InvalidDataError)
 
 
 class TestOutputs:
@@ -189,21 +191,21 @@ class TestOutputs:
         return made
 
     def test_equal_ones_compare(self, foreign: Callable[[str, int], Path]):
-        assert [row.n for row in compare(foreign("medusa", 4), foreign("eagle", 5)).rows] == [4]
+        assert [row.n for row in compared(foreign("medusa", 4), foreign("eagle", 5)).rows] == [4]
 
     def test_others_are_refused(self, foreign: Callable[[str, int], Path]):
         a, b = foreign("medusa", 4), foreign("eagle", 4)
         (b / "examples.jsonl").write_text(
             (b / "examples.jsonl").read_text().replace('"output_ids": [', '"output_ids": [9, ')
         )
-        refused(lambda: compare(a, b), "has another output in B than in A", IncompatibleError)
+        refused(lambda: compared(a, b), "has another output in B than in A", IncompatibleError)
 
     def test_of_the_same_base_they_are_told(self, make: Make, monkeypatch: pytest.MonkeyPatch):
         a, b = make("a"), make("b")
         (b / "examples.jsonl").write_text(
             (b / "examples.jsonl").read_text().replace('"output_ids": [', '"output_ids": [9, ')
         )
-        (notice,) = compare(a, b).notices
+        (notice,) = compared(a, b).notices
         assert re.search(r"6 of 6 outputs differ .* leads by \S+ at most, which is no near-tie in float32", notice)
         for margin, cause in ((1e-3, "leads by 0.001 at most: near-ties, decided otherwise"), (None, "is not known")):
             read = Evaluation.trace
@@ -217,11 +219,21 @@ class TestOutputs:
 
             with monkeypatch.context() as patched:
                 patched.setattr(Evaluation, "trace", traced)
-                assert cause in compare(a, b).notices[0]
+                assert cause in compared(a, b).notices[0]
 
 
 def test_names_cannot_control_the_terminal(make: Make):
     a = make("a")
-    found = compare(a, make("b"))
+    found = compared(a, make("b"))
     found.rows[0] = type(found.rows[0])(**{**vars(found.rows[0]), "task": "\x1b[2Jsquad"})
     assert "\x1b" not in comparison_table(found).text() and "\\x1b[2Jsquad" in comparison_table(found).text()
+
+
+def test_evaluations_as_objects(make: Make, options: dict[str, Any]):
+    folder = make("a")
+    a, b = load_run(folder), evaluated({**options, "limit": 4})
+    assert compare(a, b).rows == compared(folder, make("b", limit=4)).rows and compare(a, b).b == "B"
+    chosen = Selection(a_rescorer="none", b_rescorer="oracle")
+    assert compare(a, selection=chosen).as_dict() == compared(folder, selection=chosen).as_dict()
+    assert str(compare(a, b)) == comparison_table(compare(a, b)).text()
+    refused(lambda: compare(a), "would be compared with itself")

@@ -30,7 +30,7 @@ from rescore.studies.cost.decoders import (
     neural_for,
     paper_base,
 )
-from rescore.studies.cost.inputs import cost_inputs, cost_inputs_of_run
+from rescore.studies.cost.inputs import cost_inputs
 from rescore.studies.cost.model import BYTES, METHODS, HeadsShape, block_efficiencies, cost_table, heads_parameters
 from rescore.studies.tables import cost_table as cost_text
 
@@ -345,12 +345,12 @@ class TestInputs:
         assert (found.h, found.verify, found.block_efficiency) == (9, "tree", {"4-gram": 1.5})
 
     def test_of_a_run(self, run, tiny_folder: Path, tiny_heads_folder: Path):
-        found = cost_inputs_of_run(run, block_efficiency={"4-gram": 1.5})
+        found = cost_inputs(run, block_efficiency={"4-gram": 1.5})
         base = decoder_of(str(tiny_folder))
         assert (found.base, found.h, found.verify) == (base, 3, "tree")
         assert found.heads == heads_of(base, tiny_heads_folder, 3)
         assert found.block_efficiency == {**block_efficiencies(run.results, "squad"), "4-gram": 1.5}
-        assert cost_inputs_of_run(run, "squad", config=tiny_folder / "config.json", h=3).heads == found.heads
+        assert cost_inputs(run, "squad", config=tiny_folder / "config.json", h=3).heads == found.heads
 
     def test_what_is_not_the_run_s_is_refused(self, run, tiny_folder: Path, tiny_heads_folder: Path, tmp_path: Path):
         other = save_tiny_base(tmp_path / "other", seed=1)
@@ -359,7 +359,7 @@ class TestInputs:
         shutil.copytree(tiny_folder, same)
         heads = tmp_path / "heads"
         shutil.copytree(tiny_heads_folder, heads)
-        assert cost_inputs_of_run(run, base=str(same), heads=heads).heads == cost_inputs_of_run(run).heads
+        assert cost_inputs(run, base=str(same), heads=heads).heads == cost_inputs(run).heads
         (heads / "model.safetensors").write_bytes(b"other")
         for given, message in (
             ({"h": 4}, "decoded blocks of 3"),
@@ -369,20 +369,20 @@ class TestInputs:
             ({"heads": heads}, "are not those of"),
         ):
             with pytest.raises(IncompatibleError, match=message):
-                cost_inputs_of_run(run, **given)
+                cost_inputs(run, **given)
 
     def test_what_a_run_does_not_say(self, run, tiny_folder: Path):
         with pytest.raises(RescoreError, match="where its heads lie"):  # a run of a given trace
-            cost_inputs_of_run(changed(run, heads=None))
+            cost_inputs(changed(run, heads=None))
         elsewhere = changed(run, heads=None, settings={"base": None, "heads_sha256": None})
         with pytest.raises(RescoreError, match="what its base LM is"):
-            cost_inputs_of_run(elsewhere)
-        assert cost_inputs_of_run(elsewhere, base=str(tiny_folder)).heads == HeadsShape(heads_parameters(3, 32))
+            cost_inputs(elsewhere)
+        assert cost_inputs(elsewhere, base=str(tiny_folder)).heads == HeadsShape(heads_parameters(3, 32))
 
     def test_verified_as_the_live_run_was(self, run):
-        assert cost_inputs_of_run(changed(run, verify="batch")).verify == "tree"  # a replay
+        assert cost_inputs(changed(run, verify="batch")).verify == "tree"  # a replay
         live = changed(run, mode="live", verify="batch")
-        assert cost_inputs_of_run(live).verify == "batch" and cost_inputs_of_run(live, verify="tree").verify == "tree"
+        assert cost_inputs(live).verify == "batch" and cost_inputs(live, verify="tree").verify == "tree"
         # The base took no tree mask, so several drafts became a batch.
         times = made_latency()
         results = [
@@ -392,7 +392,7 @@ class TestInputs:
         fell_back = changed(run, mode="live")
         document = dataclasses.replace(fell_back.document, results=results)
         fell_back = dataclasses.replace(fell_back, document=document)
-        assert cost_inputs_of_run(fell_back).verify == "batch"
+        assert cost_inputs(fell_back).verify == "batch"
 
 
 def test_the_report_s_drafts_are_verified_as_the_run_s(run):

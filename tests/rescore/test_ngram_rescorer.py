@@ -228,7 +228,7 @@ class TestEvaluation:
 
     @pytest.mark.parametrize("alpha", [-0.1, 65.0])
     def test_a_weight_out_of_range_is_refused(self, options: Options, alpha: float):
-        with pytest.raises(RescoreError, match="--alpha"):
+        with pytest.raises(RescoreError, match=f"alpha = {alpha:g}; a rescorer's weight is from 0 to 64"):
             evaluated(dict(options, alpha=alpha))
 
     def test_little_coverage_is_told(self, options: Options, tmp_path: Path):

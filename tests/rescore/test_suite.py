@@ -32,7 +32,8 @@ from rescore.runs.log import ExampleLog
 from rescore.runs.records import ExampleRecord
 from rescore.runs.tables import results_csv, suite_table
 from rescore.studies.analysis.collect import analyse_folders
-from rescore.studies.comparison import Selection, compare
+from rescore.studies.comparison import Selection
+from rescore.studies.comparison import compare_folders as compared
 from rescore.suites import run as suite_module
 from rescore.suites.files import read_manifest
 from rescore.suites.page import suite_page
@@ -113,7 +114,7 @@ class TestTable:
         options = dataclasses.asdict(found.config.inputs["squad"]) | {"rescorers": ("none", "oracle"), "p": (1, 2)}
         same = [r for r in suite.document.results if (r.task, r.k) == ("squad", 4) and r.alpha is None]
         assert same == evaluated(options | {"k": 4}).results
-        assert compare(tmp_path / "out", selection=Selection(a_rescorer="none", b_rescorer="oracle")).rows[0].n == 4
+        assert compared(tmp_path / "out", selection=Selection(a_rescorer="none", b_rescorer="oracle")).rows[0].n == 4
         assert inspect_example(tmp_path / "out", "2", task="gsm8k", k=2).k == 2
 
     def test_the_files(self, write: Write, tmp_path: Path):
@@ -268,7 +269,7 @@ class TestGoingOn:
         assert not (tmp_path / "out" / "suite.json").exists() and len(records(tmp_path / "out")) == at - 1
         with (tmp_path / "out" / "tuned.jsonl").open("a") as stream:
             stream.write('{"task": "gs')
-        refused(lambda: compare(tmp_path / "out", selection=Selection(a_p=1, b_p=2)), "has not finished")
+        refused(lambda: compared(tmp_path / "out", selection=Selection(a_p=1, b_p=2)), "has not finished")
         calls.clear()
 
         def count(self: ExampleLog, record: ExampleRecord) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.console import Console
 
 from rescore.table import (
     COUNT,
@@ -14,6 +17,7 @@ from rescore.table import (
     Column,
     Table,
     escaped,
+    for_terminal,
     joined,
     text_table,
 )  # fmt: skip
@@ -95,3 +99,15 @@ def test_others_text_is_no_markup_and_no_formula():
 
 def test_several_tables_are_apart():
     assert joined([Table((), (), title="a"), Table((), (), title="b")]) == "a\n\nb"
+
+
+@pytest.mark.parametrize("width", [36, 80])
+def test_on_a_terminal_no_column_is_lost(width: int):
+    starred = Table(COLUMNS, ROWS, title=TABLE.title, note=TABLE.note, best=[(0, "block eff.")])
+    console = Console(width=width, highlight=False, markup=False, color_system=None, record=True, file=io.StringIO())
+    console.print(for_terminal([TABLE, starred]))
+    shown = console.export_text()
+    for text in ("two tasks", "1,200", "1.235", "1.235*", "1.200", "1.300", "2.000", "a note"):
+        assert text in shown, text
+    assert ("1.200 to 1.300" in shown) == (width == 80)
+    assert max(map(len, shown.splitlines())) <= width

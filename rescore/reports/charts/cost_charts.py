@@ -22,7 +22,7 @@ from rescore.reports.charts.figures import (
 from rescore.reports.charts.style import ORACLE, Palette, Pen
 from rescore.reports.sources import TaskView
 from rescore.runs.records import Latency
-from rescore.studies.cost.inputs import cost_inputs_of_run
+from rescore.studies.cost.inputs import cost_inputs
 from rescore.studies.cost.model import AUTOREGRESSIVE, MethodCost, cost_table
 from rescore.table import COUNT, GAIN, MILLISECONDS, NUMBER, PLAIN, TIMES, Column, fixed, percent
 
@@ -155,7 +155,7 @@ def _costs(view: TaskView) -> Sequence[MethodCost]:
         return ()
     try:
         resolve_base(name, local_files_only=True)  # and what it is an adapter of; nothing is fetched for a page
-        inputs = cost_inputs_of_run(view.run, view.task, local_files_only=True)
+        inputs = cost_inputs(view.run, view.task, local_files_only=True)
         return cost_table(
             inputs.base, h=inputs.h, heads=inputs.heads, neural=neural_for(inputs.base), verify=inputs.verify,
             dtype=str(view.base.get("dtype", "float32")), block_efficiency=inputs.block_efficiency,

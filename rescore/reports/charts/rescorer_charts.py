@@ -20,8 +20,7 @@ from rescore.reports.charts.figures import (
 )
 from rescore.reports.charts.style import UNRESCORED, Palette
 from rescore.reports.sources import TaskView
-from rescore.runs.tables import EFFICIENCY, GAINS
-from rescore.table import COUNT, NUMBER, NUMBER_INTERVAL, SHARE, Column, Format, fixed
+from rescore.table import COUNT, EFFICIENCY, GAINS, NUMBER, NUMBER_INTERVAL, SHARE, Column, Format, fixed
 
 
 def rescorer_sections(views: Sequence[TaskView], palette: Palette) -> list[Section]:

@@ -1,37 +1,72 @@
-"""Analyses of folders, as the command makes them: traces or finished runs, several at a time."""
+"""Analyses of traces and evaluations, several at a time, as objects or in folders."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from lattices.errors import RescoreError
-from rescore.runs.evaluated import load_runs
-from rescore.studies.analysis import ANALYSES, analyse_run, analyse_trace, contrast, correlate_h_max, efficiency_table
-from rescore.studies.analysis.calibration import DEFAULT_BINS
-from rescore.studies.analysis.records import (
+from rescore.runs.evaluated import Evaluation, load_runs
+from rescore.runs.recording import Recording
+from rescore.studies.analysis.heads import DEFAULT_BINS
+from rescore.studies.analysis.runs import (
     Contrast,
     EfficiencyTable,
-    HmaxCorrelation,
-    Record,
     RunAnalysis,
-    TraceAnalysis,
+    analyse_run,
+    contrast,
+    efficiency_table,
 )
-from rescore.tracing import read_trace
+from rescore.studies.analysis.traces import ANALYSES, HmaxCorrelation, TraceAnalysis, analyse_trace, correlate_h_max
+from rescore.studies.records import Record
+from rescore.table import Table, joined
+from rescore.tracing import Trace, read_trace
 
 
 @dataclass(frozen=True)
 class Findings(Record):
-    """What was found in the folders: `traces` or `runs` (a record for each task of each folder), h_max over their
-    tasks, and of runs the `table` of all results and the `contrasts` that were asked for."""
+    """What the traces and the evaluations say.
+
+    traces, runs: a record for each trace, and for each task of each run; h_max: over their tasks.
+    table: all results of runs; contrasts: those that were asked for.
+    """
 
     traces: tuple[TraceAnalysis, ...]
     runs: tuple[RunAnalysis, ...]
     h_max: HmaxCorrelation
     table: EfficiencyTable | None
     contrasts: tuple[Contrast, ...]
+
+    def tables(self) -> list[Table]:
+        """A table for each analysis, with a line that says how to read it."""
+        from rescore.studies.analysis.text import findings_tables
+
+        return findings_tables(self)
+
+    def __str__(self) -> str:
+        return joined(self.tables())
+
+
+def analyse(
+    *subjects: Trace | Recording | Evaluation,
+    only: Collection[str] = ANALYSES,
+    against: Sequence[tuple[str, str]] = (),
+    k: int | None = None,
+    bins: int = DEFAULT_BINS,
+    seed: int = 0,
+) -> Findings:
+    """The analyses of traces, recordings and evaluations; options as in `analyse_trace` and `analyse_folders`."""
+    traces, runs = [], []
+    for subject in subjects:
+        if isinstance(subject, Evaluation):
+            runs += subject.at_each_k()
+            continue
+        name = subject.name if isinstance(subject, Recording) else None
+        trace = subject.trace() if isinstance(subject, Recording) else subject
+        traces.append(analyse_trace(trace, name=name, only=only, k=k, bins=bins, seed=seed))
+    return _findings(traces, runs, only, against, seed)
 
 
 def analyse_folders(
@@ -81,7 +116,16 @@ def analyse_folders(
             trace = trace.first_examples(limit)
         name = str(trace.header.settings.get("task") or folder.resolve().name)
         of_traces.append(analyse_trace(trace, name=name, only=only, k=k, bins=bins, seed=seed))
-    runs = [run for folder in results for run in load_runs(folder)]
+    return _findings(of_traces, [run for folder in results for run in load_runs(folder)], only, against, seed)
+
+
+def _findings(
+    traces: Sequence[TraceAnalysis],
+    runs: Sequence[Evaluation],
+    only: Collection[str],
+    against: Sequence[tuple[str, str]],
+    seed: int,
+) -> Findings:
     of_runs = [analyse_run(run, task, only=only, seed=seed) for run in runs for task in run.tasks]
     contrasts = [
         contrast(run, task, *pair, p=p, seed=seed)
@@ -91,9 +135,9 @@ def analyse_folders(
         for p in sorted({r.p for r in run.results if r.task == task and r.rescorer == pair[0]} or {1})
     ]
     return Findings(
-        traces=tuple(of_traces),
+        traces=tuple(traces),
         runs=tuple(of_runs),
-        h_max=correlate_h_max([*of_traces, *(run.trace for run in of_runs if run.trace)]),
+        h_max=correlate_h_max([*traces, *(run.trace for run in of_runs if run.trace)]),
         table=efficiency_table(runs) if runs else None,
         contrasts=tuple(contrasts),
     )

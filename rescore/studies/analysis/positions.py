@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,37 +11,51 @@ from lattices.lattice import Lattice
 from lattices.oracle import target_ranks
 from lattices.statistics import decode_starts, targets_ahead
 from rescore.accounting import account
-from rescore.studies.analysis.records import Efficiency
+from rescore.studies.records import Record, record_of
 from rescore.tracing import Trace
+
+
+@dataclass(frozen=True)
+class Efficiency(Record):
+    """Block efficiency of one decode, as `rescore.accounting.Accounting` has it; None where nothing was decoded."""
+
+    steps: int
+    tokens: int
+    block_efficiency: float | None
+    block_efficiency_ci95: tuple[float, float] | None
+    block_efficiency_macro: float | None
 
 
 @dataclass(frozen=True, eq=False)
 class Positions:
-    """The n positions of a trace's examples, one after the other: `lattice` `[n, h, K]`, `entropies` `[n, h]` (nats),
-    `targets` int32 `[n, h]` (-1 behind the end of the output), `lengths` int64 `[examples]`, output tokens of each, and
-    the `groups` of the examples (`rescore.groups`; empty: every example is its own)."""
+    """The n positions of a trace's examples, one after the other.
+
+    lattice: `[n, h, K]`; entropies: `[n, h]`, nats.
+    targets: int32 `[n, h]`, -1 after the end of the output.
+    lengths: int64 `[examples]`, output tokens of each; groups: of the examples (`rescore.groups`).
+    """
 
     lattice: Lattice
     entropies: np.ndarray
     targets: np.ndarray
     lengths: np.ndarray
-    groups: tuple[str, ...] = ()
+    groups: tuple[str, ...]
 
     @classmethod
     def of(cls, trace: Trace) -> Positions:
         """The positions of a trace; none if it has no examples."""
         h, k, examples = trace.header.h, trace.header.k, trace.examples
-        lengths = np.array([len(e.output_ids) for e in examples], dtype=np.int64)
-        if not examples:
-            ids, logps = np.zeros((0, h, k), np.int32), np.zeros((0, h, k), np.float32)
-            return cls(Lattice(ids, logps), np.zeros((0, h), np.float32), np.zeros((0, h), np.int32), lengths)
         lattice = Lattice(
-            np.concatenate([e.lattice.token_ids for e in examples]),
-            np.concatenate([e.lattice.logps for e in examples]),
+            np.concatenate([np.zeros((0, h, k), np.int32), *(e.lattice.token_ids for e in examples)]),
+            np.concatenate([np.zeros((0, h, k), np.float32), *(e.lattice.logps for e in examples)]),
         )
-        targets = np.concatenate([targets_ahead(e.output_ids, h) for e in examples])
-        entropies = np.concatenate([e.entropies for e in examples])
-        return cls(lattice, entropies, targets, lengths, tuple(e.group for e in examples))
+        return cls(
+            lattice,
+            entropies=np.concatenate([np.zeros((0, h), np.float32), *(e.entropies for e in examples)]),
+            targets=np.concatenate([np.zeros((0, h), np.int32), *(targets_ahead(e.output_ids, h) for e in examples)]),
+            lengths=np.array([len(e.output_ids) for e in examples], dtype=np.int64),
+            groups=tuple(e.group for e in examples),
+        )
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -67,9 +80,10 @@ class Positions:
         """Rank of every target in its slot, int32 `[n, h]`, K where it is lacking."""
         return target_ranks(self.lattice.token_ids, self.targets)
 
-    def accepted(self, drafts: np.ndarray) -> np.ndarray:
-        """How many tokens of drafts `[n, h]` the base LM would accept at every position, int64 `[n]`, 1..h."""
-        return leading(drafts == self.targets)
+    @cached_property
+    def unrescored(self) -> np.ndarray:
+        """How many tokens of the unrescored draft the base LM would accept at every position, int64 `[n]`, 1..h."""
+        return leading(self.ranks == 0)
 
     def steps(self, accepted: np.ndarray) -> list[list[int]]:
         """The accepted lengths of the steps of every example's decode, from those of all positions `[n]`."""
@@ -80,31 +94,21 @@ class Positions:
 
     def efficiency(self, accepted: np.ndarray, *, seed: int = 0) -> Efficiency:
         """The block efficiency of the decode, from the accepted lengths of all positions `[n]`."""
-        return efficiency_of(self.steps(accepted), self.h, groups=self.groups or None, seed=seed)
+        decoded = [(steps, group) for steps, group in zip(self.steps(accepted), self.groups, strict=True) if steps]
+        if not decoded:
+            return Efficiency(0, 0, None, None, None)
+        steps, groups = zip(*decoded, strict=True)
+        return record_of(Efficiency, account(steps, self.h, groups=groups, seed=seed))
 
     def block_efficiency(self, accepted: np.ndarray) -> float | None:
         """Pooled tokens / steps of the decode; None without positions."""
-        steps = int(decode_starts(accepted, self.lengths).sum())
-        return len(self) / steps if steps else None
+        return share(len(self), int(decode_starts(accepted, self.lengths).sum()))
 
 
 def leading(right: np.ndarray) -> np.ndarray:
     """The run of right slots that rows of bool `[n, h]` begin with, int64 `[n]`; slot 1 is fixed, so at least 1."""
     run: np.ndarray = 1 + np.logical_and.accumulate(right[:, 1:], axis=1).sum(axis=1, dtype=np.int64)
     return run
-
-
-def efficiency_of(
-    steps: Sequence[Sequence[int]], h: int, *, groups: Sequence[str] | None = None, seed: int = 0
-) -> Efficiency:
-    """The record of a decode's accepted lengths by example; empty if nothing was decoded."""
-    if not any(steps):
-        return Efficiency(0, 0, None, None, None)
-    kept = None if groups is None else [group for group, s in zip(groups, steps, strict=True) if s]
-    found = account([s for s in steps if s], h, groups=kept, seed=seed)
-    return Efficiency(
-        found.steps, found.tokens, found.block_efficiency, found.block_efficiency_ci95, found.block_efficiency_macro
-    )
 
 
 def share(part: float, whole: float) -> float | None:

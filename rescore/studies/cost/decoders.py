@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lm.base import catalog
+from lm.base.catalog import first_line
+from lm.files import SHIPPED, read_json_object
 from rescore.studies.cost.model import NEURAL, Decoder, HeadsShape, LayerShape, heads_parameters
 
 PAPER_BASE = "paper-1.5b"
@@ -37,19 +40,18 @@ def dense_decoder(
     gated: bool,
     vocab_size: int,
     positions: int = 0,
-    tied: bool = True,
     assumption: str | None = None,
 ) -> Decoder:
     """A plain decoder: per layer query, key, value and output matrices, a feed-forward of two matrices (three if
-    `gated`) and two norms; a last norm; no biases. `positions`: rows of a table of learned positions, of which a token
-    reads one."""
+    `gated`) and two norms; a last norm; tied tables, no biases. `positions`: rows of a table of learned positions, of
+    which a token reads one."""
     attention = 2 * hidden_size * head_size * (heads + kv_heads)
     layer = attention + (3 if gated else 2) * hidden_size * inner_size + 2 * hidden_size
     projection = vocab_size * hidden_size
     read = layers * layer + hidden_size + projection
     return Decoder(
         name=name,
-        parameters=read + (0 if tied else projection) + positions * hidden_size,
+        parameters=read + positions * hidden_size,
         read_parameters=read,
         projection_parameters=projection,
         hidden_size=hidden_size,
@@ -77,12 +79,11 @@ def neural_for(base: Decoder) -> Decoder:
             inner_size=3072, gated=False, vocab_size=base.vocab_size, positions=PAPER_POSITIONS,
             assumption=PAPER_NEURAL_ASSUMPTION,
         )  # fmt: skip
-    from lm.base.catalog import read_model_config
     from lm.neural.model import named_size
 
     size = named_size(NEURAL)
     if _is_served(base.name):
-        config = read_model_config(base.name)
+        config = catalog.read_model_config(base.name)
         config.get_text_config(decoder=True).num_hidden_layers = size.base_layers
         return decoder_of_config(config, name=NEURAL)
     return dense_decoder(
@@ -95,15 +96,13 @@ def neural_for(base: Decoder) -> Decoder:
 def _is_served(name: str) -> bool:
     """Whether the rescorer neural-61m takes the base LM called `name`: the one it is shipped for, wherever its files
     lie, and those that an adapter makes of it. Nothing is fetched."""
-    from lm.base.catalog import identify, resolve_base
-    from lm.files import SHIPPED
     from lm.neural.model import check_fits, find_neural
 
     if "/" not in name and (SHIPPED / name / NEURAL).is_dir():
         return True
     try:
-        resolve_base(name, local_files_only=True)
-        check_fits(find_neural(NEURAL), identify(name))
+        catalog.resolve_base(name, local_files_only=True)
+        check_fits(find_neural(NEURAL), catalog.identify(name))
     except RescoreError:
         return False
     return True
@@ -116,9 +115,7 @@ def decoder_of(name: str, *, local_files_only: bool = False) -> Decoder:
     """
     if name == PAPER_BASE:
         return paper_base()
-    from lm.base.catalog import read_model_config
-
-    return decoder_of_config(read_model_config(name, local_files_only=local_files_only), name=name)
+    return decoder_of_config(catalog.read_model_config(name, local_files_only=local_files_only), name=name)
 
 
 def decoder_of_file(path: Path) -> Decoder:
@@ -128,8 +125,6 @@ def decoder_of_file(path: Path) -> Decoder:
     """
     from transformers import AutoConfig
 
-    from lm.files import read_json_object
-
     fields = read_json_object(path, missing=f"no configuration in {path}")
     kind = fields.pop("model_type", None)
     if not isinstance(kind, str):
@@ -137,7 +132,7 @@ def decoder_of_file(path: Path) -> Decoder:
     try:
         config = AutoConfig.for_model(kind, **fields)
     except (ValueError, TypeError, KeyError) as error:
-        raise InvalidDataError(f"{path} is no configuration that transformers knows: {_first(error)}") from error
+        raise InvalidDataError(f"{path} is no configuration that transformers knows: {first_line(error)}") from error
     return decoder_of_config(config, name=str(path))
 
 
@@ -151,14 +146,13 @@ def decoder_of_config(config: Any, *, name: str) -> Decoder:
     import torch
     from transformers import AutoModelForCausalLM
 
-    _refuse_encoders(config, name)
     text = config.get_text_config(decoder=True)
-    _refuse_other_kinds(text, name)
+    _refuse(config, text, name)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # of any kind: as the configuration leads it to
-        raise IncompatibleError(f"{name} is no causal LM that can be counted: {_first(error)}") from error
+        raise IncompatibleError(f"{name} is no causal LM that can be counted: {first_line(error)}") from error
     if model._is_stateful:
         raise IncompatibleError(f"{name} ({config.model_type}) has recurrent layers, whose state can't forget rejected "
                                 "tokens; give a model of attention layers")  # fmt: skip
@@ -180,7 +174,7 @@ def decoder_of_config(config: Any, *, name: str) -> Decoder:
     )
 
 
-def _refuse_encoders(config: Any, name: str) -> None:
+def _refuse(config: Any, text: Any, name: str) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     # That is_decoder is false says nothing by itself: GPT-NeoX has the field and never reads it.
@@ -189,18 +183,16 @@ def _refuse_encoders(config: Any, name: str) -> None:
         raise IncompatibleError(
             f"{name} ({config.model_type}) has an encoder and is no causal LM; give a decoder-only one"
         )
-
-
-def _refuse_other_kinds(text: Any, name: str) -> None:
-    for field in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
-        if (getattr(text, field, None) or 0) > 1:
-            raise IncompatibleError(f"{name} has experts, of which a call reads more the more tokens it verifies; "
-                                    "give a dense model")  # fmt: skip
+    experts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    if any((getattr(text, field, None) or 0) > 1 for field in experts):
+        raise IncompatibleError(
+            f"{name} has experts, of which a call reads more the more tokens it verifies; give a dense model"
+        )
     if getattr(text, "kv_lora_rank", None):
-        raise IncompatibleError(f"{name} keeps a compressed cache, which is not modelled; give a model with plain keys "
-                                "and values")  # fmt: skip
-    other = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if other:
+        raise IncompatibleError(
+            f"{name} keeps a compressed cache, which is not modelled; give a model with plain keys and values"
+        )
+    if other := set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
         raise IncompatibleError(
             f"{name} has {', '.join(sorted(other))} layers, whose state can't forget rejected tokens"
         )
@@ -208,40 +200,33 @@ def _refuse_other_kinds(text: Any, name: str) -> None:
 
 def _layers(text: Any, name: str) -> tuple[LayerShape, ...]:
     try:
-        return _attention_layers(text)
+        heads = int(text.num_attention_heads)
+        shared = 1 if getattr(text, "multi_query", False) else heads
+        kv_heads = int(getattr(text, "num_key_value_heads", None) or shared)
+        head_size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+        window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+        kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
+        return tuple(
+            LayerShape(heads, kv_heads, head_size, window if k == "sliding_attention" else None) for k in kinds
+        )
     except Exception as error:  # of any kind: a family may have names of its own, or layers of several shapes
-        raise IncompatibleError(f"{name} has attention that can't be counted: {_first(error)}") from error
-
-
-def _attention_layers(text: Any) -> tuple[LayerShape, ...]:
-    heads = int(text.num_attention_heads)
-    kv_heads = int(getattr(text, "num_key_value_heads", None) or (1 if getattr(text, "multi_query", False) else heads))
-    head_size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    window = getattr(text, "sliding_window", None)
-    if not getattr(text, "use_sliding_window", True):
-        window = None
-    types = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
-    return tuple(LayerShape(heads, kv_heads, head_size, window if t == "sliding_attention" else None) for t in types)
+        raise IncompatibleError(f"{name} has attention that can't be counted: {first_line(error)}") from error
 
 
 def heads_of(base: Decoder, folder: Path | None, h: int) -> HeadsShape:
     """Heads 2..h: of a checkpoint folder, cut to h; without one those tuned with the base or shipped for it, else as
     [A] has them.
 
-    Raises `RescoreError` for a folder without heads or heads of another base."""
-    from lm.heads.block_heads import known_heads
-
-    folder = folder or known_heads(base.name)
-    return HeadsShape(heads_parameters(h, base.hidden_size)) if folder is None else _counted_heads(base, folder, h)
-
-
-def _counted_heads(base: Decoder, folder: Path, h: int) -> HeadsShape:
+    Raises `RescoreError` for a folder without heads or heads of another base.
+    """
     import msgspec
     import torch
 
-    from lm.heads.block_heads import BlockHeads, read_config
+    from lm.heads.block_heads import BlockHeads, known_heads, read_config
     from lm.heads.nets import SEQUENTIAL
 
+    if (folder := folder or known_heads(base.name)) is None:
+        return HeadsShape(heads_parameters(h, base.hidden_size))
     config = read_config(folder)
     if config.hidden_size != base.hidden_size:
         raise IncompatibleError(
@@ -255,9 +240,3 @@ def _counted_heads(base: Decoder, folder: Path, h: int) -> HeadsShape:
         heads = BlockHeads(msgspec.structs.replace(config, h=h))
     reads = h - 1 if config.architecture == SEQUENTIAL else 1
     return HeadsShape(sum(parameter.numel() for parameter in heads.parameters()), reads)
-
-
-def _first(error: BaseException) -> str:
-    from lm.base.catalog import first_line
-
-    return first_line(error)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.paths import user_path
+from lm.base.catalog import BUILT_IN, identify
+from lm.heads.block_heads import heads_sha256, known_heads
 from rescore.runs.evaluated import Evaluation, run_of_task
 from rescore.runs.records import Result
 from rescore.studies.cost.decoders import decoder_of, decoder_of_file, heads_of, neural_for
@@ -23,6 +24,8 @@ from rescore.studies.cost.model import (
     block_efficiencies,
     cost_table,
 )
+
+SHAPE = ("hidden_size", "vocab_size")  # all that a run says of the shape of its base LM
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,10 @@ def cost_tables(
     """The costs in each precision, of inputs by hand or as a task of a run has them."""
     if task is not None and results is None:
         raise RescoreError("--task is a task of --results; give their folder, or drop --task")
-    inputs_of = partial(cost_inputs_of_run, run_of_task(results, task, h=h), task) if results else cost_inputs
-    inputs = inputs_of(base=base, config=config, heads=heads, h=h, verify=verify, block_efficiency=block_efficiency)
+    run = run_of_task(results, task, h=h) if results else None
+    inputs = cost_inputs(
+        run, task, base=base, config=config, heads=heads, h=h, verify=verify, block_efficiency=block_efficiency
+    )
     return [
         cost_table(
             inputs.base, h=inputs.h, heads=inputs.heads, neural=neural_for(inputs.base), dtype=precision,
@@ -84,28 +89,7 @@ def cost_tables(
 
 
 def cost_inputs(
-    *,
-    base: str | None = None,
-    config: Path | None = None,
-    heads: Path | None = None,
-    h: int | None = None,
-    verify: str | None = None,
-    block_efficiency: Mapping[str, float] | None = None,
-) -> CostInputs:
-    """Inputs by hand: `base` by name or the `config` file of one, a folder of `heads`, block efficiency by method.
-
-    Raises `RescoreError` as `decoder_of` and `heads_of` do.
-    """
-    from lm.base.catalog import BUILT_IN
-
-    _check_one(base, config)
-    decoder = decoder_of_file(config) if config else decoder_of(base or BUILT_IN)
-    h = DEFAULT_H if h is None else h
-    return CostInputs(decoder, h, heads_of(decoder, heads, h), verify or VERIFY[0], dict(block_efficiency or {}))
-
-
-def cost_inputs_of_run(
-    run: Evaluation,
+    run: Evaluation | None = None,
     task: str | None = None,
     *,
     base: str | None = None,
@@ -116,88 +100,76 @@ def cost_inputs_of_run(
     block_efficiency: Mapping[str, float] | None = None,
     local_files_only: bool = False,
 ) -> CostInputs:
-    """Inputs as a task of a run has them (default: its only task): base LM, heads, h and the block efficiencies of its
-    results; `verify` as it was decoded live.
+    """Inputs by hand: `base` by name or the `config` file of one, a folder of `heads`, block efficiency by method.
 
-    `base`, `config` and `heads` say where they lie now; `verify` may be another, and `block_efficiency` is added.
-    Raises `RescoreError` for what is not the run's, or can't be told from it, and as `cost_inputs` does.
+    Or as a task of a run has them (default: its only task): base LM, heads, h and the block efficiencies of its
+    results, `verify` as it was decoded live; `base`, `config` and `heads` then say where they lie now, `verify` may be
+    another, and `block_efficiency` is added. Raises `RescoreError` as `decoder_of` and `heads_of` do, and for what is
+    not the run's, or can't be told from it.
     """
-    _check_one(base, config)
+    if base is not None and config is not None:
+        raise RescoreError("give --base or --config, not both")
+    known = dict(block_efficiency or {})
+    if run is None:
+        decoder = decoder_of_file(config) if config else decoder_of(base or BUILT_IN)
+        h = DEFAULT_H if h is None else h
+        return CostInputs(decoder, h, heads_of(decoder, heads, h), verify or VERIFY[0], known)
     if task is None and len(run.tasks) > 1:
         raise RescoreError(f"{run.folder} has several tasks; give one with --task: {', '.join(run.tasks)}")
     if task is not None and task not in run.tasks:
         raise RescoreError(f"{run.folder} has no task {task}; give one of {', '.join(run.tasks)}")
     task = task or run.tasks[0]
     results = [result for result in run.results if result.task == task]
-    held = results[0].h
-    if h is not None and h != held:
-        raise IncompatibleError(f"--h {h}, but {run.folder} decoded blocks of {held}; drop --h")
-    settings = run.config.traces[task]
-    decoder, name = _base_of(run, settings, base, config, local_files_only)
-    return CostInputs(
-        decoder, held, heads_of(decoder, _heads_of(run, settings, heads, run.config.inputs[task].heads, name), held),
-        verify or _verify_of(run, results), block_efficiencies(results, task) | dict(block_efficiency or {}),
-    )  # fmt: skip
-
-
-def _check_one(base: str | None, config: Path | None) -> None:
-    if base is not None and config is not None:
-        raise RescoreError("give --base or --config, not both")
+    decoded_h = results[0].h
+    if h not in (None, decoded_h):
+        raise IncompatibleError(f"--h {h}, but {run.folder} decoded blocks of {decoded_h}; drop --h")
+    decoder, name = _base_of(run, task, base, config, local_files_only)
+    shape = heads_of(decoder, _heads_of(run, task, heads, name), decoded_h)
+    verify = verify or _verify_of(run, results)
+    return CostInputs(decoder, decoded_h, shape, verify, block_efficiencies(results, task) | known)
 
 
 def _base_of(
-    run: Evaluation, settings: Mapping[str, Any], base: str | None, config: Path | None, local_files_only: bool
+    run: Evaluation, task: str, base: str | None, config: Path | None, local_files_only: bool
 ) -> tuple[Decoder, str | None]:
     """The base LM of a run and its name; `base` and `config` are checked against what the run says of it."""
-
-    said = settings.get("base") or {}
-    name = said.get("name")
+    recorded = run.config.traces[task].get("base") or {}
+    name = recorded.get("name")
     if config is not None:
         decoder = decoder_of_file(config)
-        for field in ("hidden_size", "vocab_size"):  # all that a run says of the shape
-            wanted, found = said.get(field), getattr(decoder, field)
-            if wanted not in (None, found):
-                raise IncompatibleError(f"{config} has {field} {found}, the base LM of {run.folder} {wanted}; drop it")
+        for field in SHAPE:
+            if recorded.get(field) not in (None, getattr(decoder, field)):
+                raise IncompatibleError(
+                    f"{config} has {field} {getattr(decoder, field)}, the base LM of {run.folder} {recorded[field]}; "
+                    "drop it"
+                )
         return decoder, name
-    if base is None:
-        if name is None:
-            raise RescoreError(f"{run.folder} does not say what its base LM is; give it: --base or --config")
-        decoder = decoder_of(name, local_files_only=local_files_only)
-        _check_weights(run, name, decoder, said)
-        return decoder, name
-    decoder = decoder_of(base)
-    if name not in (None, base) and decoder.assumption:
+    chosen = base or name
+    if chosen is None:
+        raise RescoreError(f"{run.folder} does not say what its base LM is; give it: --base or --config")
+    decoder = decoder_of(chosen, local_files_only=local_files_only)
+    if name not in (None, chosen) and decoder.assumption:
         raise IncompatibleError(f"--base {base}, but {run.folder} was decoded with {name}; drop --base")
-    _check_weights(run, base, decoder, said)
-    return decoder, base
-
-
-def _check_weights(run: Evaluation, base: str, decoder: Decoder, said: Mapping[str, Any]) -> None:
-    """Raises `IncompatibleError` if what goes by a name now is not what the run was decoded with."""
-    from lm.base.catalog import identify
-
     try:
-        same = said.get("weights_sha256") in (None, identify(base).weights_sha256)
+        same = recorded.get("weights_sha256") in (None, identify(chosen).weights_sha256)
     except RescoreError:  # only its configuration is on this machine: its shape is all that can be compared
-        same = all(said.get(name) in (None, getattr(decoder, name)) for name in ("hidden_size", "vocab_size"))
+        same = all(recorded.get(field) in (None, getattr(decoder, field)) for field in SHAPE)
     if not same:
         raise IncompatibleError(
-            f"{base} is not the base LM that {run.folder} was decoded with ({said.get('name')}); give its own: --base"
+            f"{chosen} is not the base LM that {run.folder} was decoded with ({name}); give its own: --base"
         )
+    return decoder, chosen
 
 
-def _heads_of(
-    run: Evaluation, settings: Mapping[str, Any], heads: Path | None, named: str | None, name: str | None
-) -> Path | None:
-    """The folder of a run's heads (`named` so by the run); None where nothing says which they are."""
-    from lm.heads.block_heads import heads_sha256, known_heads
-
-    folder = heads or (user_path(named) if named else None) or (known_heads(name) if name else None)
-    if (wanted := settings.get("heads_sha256")) is None:
+def _heads_of(run: Evaluation, task: str, heads: Path | None, base: str | None) -> Path | None:
+    """The folder of a run's heads; None where nothing says which they are."""
+    given = run.config.inputs[task].heads
+    folder = heads or (user_path(given) if given else None) or (known_heads(base) if base else None)
+    if (recorded := run.config.traces[task].get("heads_sha256")) is None:
         return folder
     if folder is None:
         raise RescoreError(f"{run.folder} does not say where its heads lie; give their folder: --heads")
-    if heads_sha256(folder) != wanted:
+    if heads_sha256(folder) != recorded:
         raise IncompatibleError(f"the heads in {folder} are not those of {run.folder}; give its own: --heads")
     return folder
 

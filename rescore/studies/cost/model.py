@@ -1,43 +1,21 @@
-"""Cost model: what one decoded token costs, by method (Kim et al. 2024, [A]; docs/analyses.md).
+"""Cost model: what one decoded token costs, by method (Kim et al. 2024, [A]).
 
-Counted for one sequence, with c tokens in the cache, b bytes per number (weights and cache alike):
-
-    weight bytes   parameters that a step reads from memory; each call of a model reads all that it uses once
-    KV bytes       keys and values of earlier tokens that a step reads from the cache
-    FLOPs          2 per weight and token, and for attention 4 per query number and cached token (2 scores, 2 sum)
-
-A step verifies T tokens in one call of the base LM and accepts `block_efficiency` of them. Of the base LM, W are the
-parameters that a call reads: all but the rows of tables (embeddings, learned positions), of which one per token is
-read; the vocabulary projection, V, is in W whether it is tied or not. H are the parameters of heads 2..h, which read
-the projection R times a step: once where all are asked in one call, h - 1 times where each is asked for what the one
-before it chose (architecture "sequential"). Q(c) = sum over layers of query heads x head size x min(c, window); KV(c) =
-2 x sum over layers of key-value heads x head size x min(c, window). Primed: the same of the small LM.
-
-    autoregressive   weights b W            KV b KV(c)            FLOPs 2 W + 4 Q(c)              (a step is one token)
-    verify           weights b W            KV b KV(c) x copies   FLOPs T (2 W + 4 Q(c))
-    heads 2..h       weights b (H + R V)                          FLOPs 2 (H + (h - 1) V)
-    n-gram           none: the search runs on the host and reads a few hundred n-grams a lattice
-    neural           weights b (h - 1) W'   KV b (h - 1) KV'(c)   FLOPs (h - 1) (2 W' + 4 Q'(c))
-
-Unrescored is verify + heads; the other methods add their rescorer; per token = per step / block efficiency. p drafts as
-a `batch` are T = p h tokens, every row reading a cache of its own (copies = p). As a prefix `tree` the cache is read
-once (copies = 1) and the first token is shared: T = 1 + p (h - 1), an upper bound, since more prefixes may be. With one
-draft both are h tokens. The heads read the projection once more than the base LM, because they start from the state of
-the last accepted token, which the verify call decides. The neural rescorer makes h - 1 dependent calls of one token.
-
-Left out, being small beside the rest: activations, writes to the cache, table rows, attention among the tokens of one
-call, and the search.
+Counted for one sequence, with c tokens in the cache and b bytes per number (weights and cache alike): bytes of weights
+and of the cache that a step reads, and FLOPs: 2 per weight and token, and for attention 4 per query number and cached
+token. Each call of a model reads all that it uses once. docs/analyses.md has the formulas by part and what is left out;
+letters in docstrings here (W, V, H, R, Q, KV) are those of that page. Unrescored is verify + heads; the other methods
+add their rescorer: nothing for an n-gram, whose search runs on the host; h - 1 dependent calls of one token for a small
+LM. Per token = per step / block efficiency.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
 from rescore.runs.records import Result
+from rescore.studies.records import Record
 
 CONTEXTS = (128, 512, 1024, 2048)  # tokens ([A])
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # per number
@@ -48,8 +26,11 @@ AUTOREGRESSIVE, NEURAL = "autoregressive", "neural-61m"
 
 @dataclass(frozen=True)
 class Method:
-    """A row of [A]'s cost table: its `name`, and the rescorer (as typed) and p that it is in results; `neural`: a small
-    LM is called besides; `ours`: not one of [A]'s, shown where its block efficiency is known."""
+    """A row of [A]'s cost table.
+
+    rescorer (as typed), p: what it is in results; neural: a small LM is called besides.
+    ours: not one of [A]'s, shown where its block efficiency is known.
+    """
 
     name: str
     rescorer: str | None
@@ -87,9 +68,11 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A decoder-only LM as the cost model sees it: `parameters` (all, tied tables once), `read_parameters` (W),
-    `projection_parameters` (V), `hidden_size`, `vocab_size`, and the attention of each layer. `assumption`: what of it
-    is not public and assumed here (None: nothing)."""
+    """A decoder-only LM as the cost model sees it.
+
+    parameters: all, tied tables once; read_parameters: W; projection_parameters: V.
+    assumption: what of it is not public and assumed here (None: nothing).
+    """
 
     name: str
     parameters: int
@@ -111,8 +94,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class HeadsShape:
-    """Heads 2..h as the cost model sees them: their `parameters` (H), and how often a step reads the vocabulary
-    projection for them (R, `projection_reads`)."""
+    """Heads 2..h: their `parameters` (H), and how often a step reads the vocabulary projection for them (R)."""
 
     parameters: int
     projection_reads: int = 1
@@ -120,9 +102,11 @@ class HeadsShape:
 
 @dataclass(frozen=True)
 class MethodCost:
-    """One method at one context: `weight_bytes`, `kv_bytes` and `flops` per decoded token and (`step_...`) per step;
-    `..._change` of each against autoregressive decoding (-0.25: a quarter less). `p` drafts a step. Per token and
-    change are None where `block_efficiency` is not known."""
+    """One method at one context, `p` drafts a step.
+
+    step_...: per step; weight_bytes, kv_bytes, flops: per decoded token; ..._change: of these against autoregressive
+    decoding (-0.25: a quarter less). Per token and change are None where `block_efficiency` is not known.
+    """
 
     method: str
     p: int
@@ -140,9 +124,12 @@ class MethodCost:
 
 
 @dataclass(frozen=True)
-class CostTable:
-    """The methods x contexts (`costs`, methods outermost) of one base LM in one precision: `h` block tokens, the shape
-    of heads 2..h, the small LM of neural-61m (None: left out) and how drafts are verified (`tree` or `batch`)."""
+class CostTable(Record):
+    """The methods x contexts (`costs`, methods outermost) of one base LM in one precision.
+
+    h: tokens of a block; neural: the small LM of neural-61m (None: left out).
+    verify: how drafts are verified (`tree` or `batch`).
+    """
 
     base: Decoder
     dtype: str
@@ -152,10 +139,6 @@ class CostTable:
     verify: str
     contexts: tuple[int, ...]
     costs: tuple[MethodCost, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The table as one JSON object."""
-        return dataclasses.asdict(self)
 
 
 def cost_table(
@@ -174,64 +157,6 @@ def cost_table(
     Raises `RescoreError` for an h below 2, a context below 1, a block efficiency outside 1 to h or a small LM over
     another vocabulary, `UnknownNameError` for a method, dtype or way of verifying that there is not.
     """
-    _check(base, h, neural, block_efficiency, dtype, verify, contexts)
-    costs: list[MethodCost] = []
-    plain: dict[int, tuple[int, int, int]] = {}
-    for method in METHODS:
-        if (method.neural and neural is None) or (method.ours and method.name not in block_efficiency):
-            continue
-        for context in contexts:
-            step = _step(method, base, h, heads, neural, BYTES[dtype], verify, context)
-            plain.setdefault(context, step)  # the first method is autoregressive
-            efficiency = 1.0 if method.rescorer is None else block_efficiency.get(method.name)
-            costs.append(_cost(method, context, efficiency, step, plain[context]))
-    return CostTable(base, dtype, h, heads, neural, verify, tuple(contexts), tuple(costs))
-
-
-def _step(
-    method: Method,
-    base: Decoder,
-    h: int,
-    heads: HeadsShape,
-    neural: Decoder | None,
-    size: int,
-    verify: str,
-    context: int,
-) -> tuple[int, int, int]:
-    """Weight bytes, KV bytes and FLOPs of one step."""
-    per_token = 2 * base.read_parameters + base.attention_flops(context)
-    weights, cached = base.read_parameters, base.cached_numbers(context)
-    if method.rescorer is None:
-        return size * weights, size * cached, per_token
-    tokens, copies = (method.p * h, method.p) if verify == "batch" else (1 + method.p * (h - 1), 1)
-    weights += heads.parameters + heads.projection_reads * base.projection_parameters
-    cached *= copies
-    flops = tokens * per_token + 2 * (heads.parameters + (h - 1) * base.projection_parameters)
-    if method.neural:
-        assert neural is not None, "a method that calls a small LM needs one"
-        weights += (h - 1) * neural.read_parameters
-        cached += (h - 1) * neural.cached_numbers(context)
-        flops += (h - 1) * (2 * neural.read_parameters + neural.attention_flops(context))
-    return size * weights, size * cached, flops
-
-
-def _cost(
-    method: Method, context: int, efficiency: float | None, step: tuple[int, int, int], plain: tuple[int, int, int]
-) -> MethodCost:
-    token = [None if efficiency is None else cost / efficiency for cost in step]
-    change = [None if cost is None else cost / before - 1.0 for cost, before in zip(token, plain, strict=True)]
-    return MethodCost(method.name, method.p, context, efficiency, *step, *token, *change)
-
-
-def _check(
-    base: Decoder,
-    h: int,
-    neural: Decoder | None,
-    block_efficiency: Mapping[str, float],
-    dtype: str,
-    verify: str,
-    contexts: Sequence[int],
-) -> None:
     for kind, name, known in (("dtype", dtype, BYTES), ("verify mode", verify, VERIFY)):
         if name not in known:
             raise UnknownNameError(kind, name, known)
@@ -239,15 +164,45 @@ def _check(
         raise RescoreError(f"h = {h}; a block has at least 2 tokens (--h 2)")
     if wrong := [context for context in contexts if context < 1]:
         raise RescoreError(f"a context of {wrong[0]} tokens; give contexts of at least 1")
+    rescored = [method.name for method in METHODS if method.rescorer is not None]
     for name, value in block_efficiency.items():
-        if name not in (methods := [m.name for m in METHODS if m.rescorer is not None]):
-            raise UnknownNameError("method", name, methods)
+        if name not in rescored:
+            raise UnknownNameError("method", name, rescored)
         if not 1 <= value <= h:
             raise RescoreError(f"a block efficiency of {value:g} for {name}; it is between 1 and h = {h}")
     if neural is not None and neural.vocab_size != base.vocab_size:
         raise IncompatibleError(
             f"{neural.name} has {neural.vocab_size} tokens, {base.name} {base.vocab_size}; a rescorer reads the base's"
         )
+
+    def step(method: Method, context: int) -> tuple[int, int, int]:
+        """Weight bytes, KV bytes and FLOPs of one step."""
+        flops = 2 * base.read_parameters + base.attention_flops(context)  # of one token
+        weights, cached = base.read_parameters, base.cached_numbers(context)
+        if method.rescorer is not None:
+            # Drafts in a tree share their first token at least; rows of a batch read a cache of their own each.
+            batch = verify == "batch"
+            flops *= method.p * h if batch else 1 + method.p * (h - 1)
+            cached *= method.p if batch else 1
+            weights += heads.parameters + heads.projection_reads * base.projection_parameters
+            flops += 2 * (heads.parameters + (h - 1) * base.projection_parameters)
+        if method.neural and neural:
+            weights += (h - 1) * neural.read_parameters
+            cached += (h - 1) * neural.cached_numbers(context)
+            flops += (h - 1) * (2 * neural.read_parameters + neural.attention_flops(context))
+        return BYTES[dtype] * weights, BYTES[dtype] * cached, flops
+
+    costs = []
+    for method in METHODS:
+        if (method.neural and neural is None) or (method.ours and method.name not in block_efficiency):
+            continue
+        efficiency = 1.0 if method.rescorer is None else block_efficiency.get(method.name)
+        for context in contexts:
+            of_step, plain = step(method, context), step(METHODS[0], context)
+            of_token = [None if efficiency is None else cost / efficiency for cost in of_step]
+            change = [None if cost is None else cost / of - 1.0 for cost, of in zip(of_token, plain, strict=True)]
+            costs.append(MethodCost(method.name, method.p, context, efficiency, *of_step, *of_token, *change))
+    return CostTable(base, dtype, h, heads, neural, verify, tuple(contexts), tuple(costs))
 
 
 def heads_parameters(h: int, hidden_size: int, inner_size: int | None = None) -> int:
@@ -259,5 +214,5 @@ def heads_parameters(h: int, hidden_size: int, inner_size: int | None = None) ->
 
 def block_efficiencies(results: Sequence[Result], task: str) -> dict[str, float]:
     """Block efficiency by method of the results of a task; methods not run are not in it."""
-    found = {(r.rescorer, r.p): float(r.block_efficiency) for r in results if r.task == task}
-    return {m.name: found[m.rescorer, m.p] for m in METHODS if m.rescorer and (m.rescorer, m.p) in found}
+    known = {(r.rescorer, r.p): float(r.block_efficiency) for r in results if r.task == task}
+    return {m.name: known[m.rescorer, m.p] for m in METHODS if m.rescorer and (m.rescorer, m.p) in known}

@@ -9,7 +9,7 @@ import pytest
 from conftest import refused
 
 from lattices.errors import RescoreError
-from rescore.yaml_input import Value, read_yaml
+from lm.yaml_input import Value, read_yaml
 
 Write = Callable[[str | bytes], Value]
 

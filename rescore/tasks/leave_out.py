@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING
 
 from lattices.errors import RescoreError
 from lm.files import atomic_file
-from rescore.yaml_input import read_yaml
+from lm.yaml_input import read_yaml
 
 if TYPE_CHECKING:
     from rescore.studies.overlap import Overlap
 
 SHIPPED = "shipped"  # the name of the list that comes with the package
-SHIPPED_FILE = Path(__file__).parents[1] / "tasks" / "contaminated.yaml"
+SHIPPED_FILE = Path(__file__).with_name("contaminated.yaml")
 SCHEMA = "rescore.overlap/1"
 DIGEST = re.compile(r"[0-9a-f]{16}")
 

@@ -125,6 +125,8 @@ class Evaluation:
             for record in self.examples:
                 if not log.has(key_of_record(record), record.id):
                     log.add(record)
+                elif log.records(key_of_record(record), [record.id]) != [record]:
+                    raise IncompatibleError(f"{path} holds another evaluation of the same runs; give another folder")
             if not self.interrupted:
                 save_results(self.document, path)
 

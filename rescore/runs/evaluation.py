@@ -27,7 +27,7 @@ from rescore.runs.inputs import Notify, Progress
 from rescore.runs.log import ExampleLog, Key, save_results
 from rescore.runs.recording import Recording, check_names
 from rescore.runs.records import ExampleRecord, LiveExample, ResultsDocument, RunConfig, RunRecord
-from rescore.runs.run import Run, label_of, runs_of
+from rescore.runs.run import Run, label_of, load_rescorers, runs_of
 from rescore.runs.summary import is_cut, summarize
 from rescore.runs.weights import alpha_notices, alpha_of, check_tokenizers, coverage_notices, fit_to
 from rescore.tracing import Trace, TracedExample
@@ -72,6 +72,8 @@ def evaluate(
         raise RescoreError("a given trace can be replayed, not decoded live; drop --trace or --mode live")
     loaded: dict[object, Rescorer] = {}
     work = [_work(r, runs[r.name] if isinstance(runs, Mapping) else runs, loaded) for r in of_tasks]
+    if out is not None:
+        _check_identities(work)
     document = ResultsDocument(
         config=RunConfig(
             mode="live" if live else "replay",
@@ -156,21 +158,29 @@ def _work(recording: Recording, asked: Asked, loaded: dict[object, Rescorer]) ->
     keys = [run.key for run in runs]
     if twice := next((key for key in keys if keys.count(key) > 1), None):
         raise RescoreError("{} with p = {} and k = {} is there twice; give one another label".format(*twice))
-    rescorers: dict[str, Rescorer] = {}
     for run in runs:
         check_held_k(recording.k, run.k)
-        if run.rescorer not in loaded:
-            loaded[run.rescorer] = run.load()
-        rescorers[run.label] = loaded[run.rescorer]
+    rescorers = load_rescorers(runs, loaded)
     _check_weights(runs, rescorers)
     check_tokenizers(recording, rescorers.values())
     records = []
     for run in runs:
         rescorer = rescorers[run.label]
-        identity = rescorer.identity if rescorer.alpha is not None else ""
+        # What a spec says of a rescorer without a weight tells it from others; the class of an object does not.
+        identity = rescorer.identity if rescorer.alpha is not None or rescorer is run.rescorer else ""
         alpha = alpha_of(recording, run, rescorer)
         records.append(RunRecord(rescorer=run.label, k=run.k, p=run.p, alpha=alpha, identity=identity))
     return _Work(recording, runs, rescorers, records)
+
+
+def _check_identities(work: Iterable[_Work]) -> None:
+    """Raises `RescoreError` for a rescorer that a folder's results could not be known to be of."""
+    for run in (run for task in work for run in task.runs if isinstance(run.rescorer, Rescorer)):
+        if not run.rescorer.identity:
+            raise RescoreError(
+                f"a folder's results could not be known to be of {run.label}: set its `identity`, a hash of what it "
+                "scores with, or leave out `out` and save the evaluation"
+            )
 
 
 def _check_weights(runs: Sequence[Run], rescorers: Mapping[str, Rescorer]) -> None:

@@ -58,6 +58,22 @@ class Run:
         return load_rescorer(self.rescorer) if isinstance(self.rescorer, str) else self.rescorer
 
 
+def load_rescorers(runs: Iterable[Run], loaded: dict[object, Rescorer] | None = None) -> dict[str, Rescorer]:
+    """The rescorers of runs by label; what is `loaded` already, by spec or object, is shared.
+
+    Raises `RescoreError` for two of one label, and as `load_rescorer`.
+    """
+    loaded = {} if loaded is None else loaded
+    rescorers: dict[str, Rescorer] = {}
+    for run in runs:
+        if run.rescorer not in loaded:
+            loaded[run.rescorer] = run.load()
+        rescorer = loaded[run.rescorer]
+        if rescorers.setdefault(run.label, rescorer) is not rescorer:
+            raise RescoreError(f"two rescorers are called {run.label}; give one another label")
+    return rescorers
+
+
 def label_of(rescorer: str | Rescorer) -> str:
     """The spec itself, or the name of a rescorer's class."""
     return rescorer if isinstance(rescorer, str) else type(rescorer).__name__

@@ -8,9 +8,8 @@ from statistics import fmean
 
 from rescore.reports.sources import TaskView
 from rescore.runs.records import Result
+from rescore.runs.run import FIXED
 from rescore.table import GAIN, Format, fixed, percent
-
-FIXED = ("none", "oracle")  # what rescorers are compared with
 
 
 @dataclass(frozen=True)

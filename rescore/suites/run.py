@@ -204,7 +204,7 @@ def _weighted(
     """The runs of one evaluation, with tuned weights where the plan asks for them."""
     runs = []
     for run in plan.runs:
-        if run.label in identities and (tuning := plan.tuning(run.label)) is not None:
+        if run.alpha is None and run.label in identities and (tuning := plan.tuning(run.label)) is not None:
             sweep = _sweep(part, run, identities[run.label], tuning, weights, progress, notify)
             run = dataclasses.replace(run, alpha=sweep.as_alpha(data_sha256=sweep.data_sha256))
         runs.append(run)

@@ -351,6 +351,7 @@ class TestRefused:
             ("- oracle", "- none", "line 19: rescorers[3]: the rescorer none is there twice"),
             ("- oracle", "- {name: oracle, alpha: 1}", "has no weight; drop alpha"),
             ("tune: {", "alpha: 1\n    tune: {", "a weight that is given is not tuned"),
+            ("name: context-ngram:none", "name: context-ngram:none,alpha=2", "a weight that is given is not tuned"),
             ("tune: {", "alpha: 65\n    x: {", "unknown key 'x' in 'rescorers[2]'"),
             ("alphas: [0.5, 1]", "alphas: [0.5, -1]", "line 18: rescorers[2].tune.alphas[2]: -1 is outside 0 to 64"),
             ("device: cpu", "mode: lives", "line 7: mode: 'lives' is not known; did you mean 'live'?"),

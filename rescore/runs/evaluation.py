@@ -175,8 +175,8 @@ def _work(recording: Recording, asked: Asked, loaded: dict[object, Rescorer]) ->
 
 def _check_identities(work: Iterable[_Work]) -> None:
     """Raises `RescoreError` for a rescorer that a folder's results could not be known to be of."""
-    for run in (run for task in work for run in task.runs if isinstance(run.rescorer, Rescorer)):
-        if not run.rescorer.identity:
+    for run in (run for task in work for run in task.runs):
+        if isinstance(run.rescorer, Rescorer) and not run.rescorer.identity:
             raise RescoreError(
                 f"a folder's results could not be known to be of {run.label}: set its `identity`, a hash of what it "
                 "scores with, or leave out `out` and save the evaluation"

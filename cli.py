@@ -420,6 +420,9 @@ def mix_ngram_command(
 
     if bool(weights) == bool(trace):
         raise RescoreError("give the weights of the mixture (--weights 0.7,0.3) or a trace to tune them on (--trace)")
+    if weights and (given := [name for name, value in tuning.items() if value is not None]):
+        option = given[0].replace("limit", "held-out")
+        raise RescoreError(f"--{option} is for tuning on a --trace, and the weights are given; drop it")
     parts, tuned = find_parts(model), None
     with progress_bar() as progress:
         if trace is not None:
@@ -579,9 +582,7 @@ def verify_curve_command(
 
     base = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device)
     curve = verify_curve(base, cached=cached, repeats=repeats)
-    if not as_json:
-        _show(verify_curve_table(curve))
-    _print_json(curve.as_dict())
+    _result(curve, verify_curve_table, as_json)
 
 
 @command("block-length", group=bench, asked=Source("rescore.studies.block_length:block_lengths_of_trace"))
@@ -592,9 +593,7 @@ def block_length_command(asked: Any, as_json: Json = False) -> None:
 
     with progress_bar() as progress:
         lengths = block_lengths_of_trace(**asked, progress=progress)
-    if not as_json:
-        _show(block_length_table(lengths))
-    _print_json(lengths.as_dict())
+    _result(lengths, block_length_table, as_json)
 
 
 app.add_typer(bench, name="bench", rich_help_panel=BENCH)

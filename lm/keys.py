@@ -101,7 +101,7 @@ def remembered_sha256(path: Path) -> str:
     A file that has just been changed could change again and keep its times: it is remembered once it has settled. A
     memo that is no sha256 (a full disk left it) is made again.
     """
-    before = _stamp(path)
+    before = file_stamp(path)
     key = key_of(before)
     if key in _HASHES:
         return _HASHES[key]
@@ -113,13 +113,14 @@ def remembered_sha256(path: Path) -> str:
     digest = sha256_of_file(path)
     status = path.stat()
     age = time.time() - max(status.st_mtime, status.st_ctime)
-    if _stamp(path) == before and age > SETTLED:
+    if file_stamp(path) == before and age > SETTLED:
         _HASHES[key] = digest
         with suppress(OutputError), atomic_file(memo) as temporary:  # a cache that can't be written costs time only
             temporary.write_text(digest)
     return digest
 
 
-def _stamp(path: Path) -> list[Any]:
+def file_stamp(path: Path) -> list[Any]:
+    """Place, size and times of a file: while they stay, so does what was read of it."""
     status = path.stat()
     return [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev]

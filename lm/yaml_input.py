@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from lattices.errors import InvalidDataError, RescoreError
 
 LARGEST = 1 << 20  # bytes; a file that a person writes is far smaller
 TAG = "tag:yaml.org,2002:"
+DECIMAL = re.compile(
+    r"[-+]?(0|[1-9][0-9]*|[1-9][0-9]{0,2}(_[0-9]{3})+)?(\.[0-9]*)?([eE][-+]?[0-9]+)?|[-+]?\.(inf|nan)", re.I
+)
 KINDS = {"str": "text", "int": "a number", "float": "a number", "bool": "true or false", "null": "nothing"}
 
 
@@ -130,6 +134,9 @@ class Value:
         return str(self.node.tag).removeprefix(TAG) if isinstance(self.node, yaml.ScalarNode) else ""
 
     def _plain(self) -> Any:
+        # YAML 1.1 reads 010 as 8, 0x10 as 16 and 1:30 as 90: nobody means that here.
+        if self._tag() in ("int", "float") and not DECIMAL.fullmatch(self.node.value):
+            raise self.wrong(f"{self.node.value!r} can be read in two ways; write it in plain digits, like 10 or 0.5")
         try:
             return yaml.SafeLoader("").construct_object(self.node)
         except (ValueError, yaml.YAMLError):

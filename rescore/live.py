@@ -57,8 +57,12 @@ def generate(
         str(base.device), base,
     )  # fmt: skip
     fitted = run.load().fit(target)
-    if (alpha := run.number) is not None and fitted.alpha is not None:
-        fitted = fitted.weighted(alpha)
+    if run.alpha is not None:
+        if fitted.alpha is None:
+            raise RescoreError(f"the rescorer {run.label} has no weight; drop alpha")
+        if run.number is None:
+            raise RescoreError("a weight is tuned for a task, and a prompt is of none; give alpha as a number")
+        fitted = fitted.weighted(run.number)
     prompt_ids = base.encode_prompt(prompt, chat=base.is_chat if chat is None else chat)
     decoded = decode(
         base, heads, prompt_ids, rescorer=fitted, k=run.k, p=run.p, max_new_tokens=max_new_tokens, verify=verify

@@ -153,9 +153,13 @@ class Option:
                 raise RescoreError(f"Missing {what} '{self.spelled[0]}'; rescore COMMAND --help says what it is")
             return self.default
         if self.collects:
-            return self.collects(
+            items = [
                 self._item(part, text) for text in given for part in ([text] if self.is_argument else self._split(text))
-            )
+            ]
+            keys = [key for key, _ in items] if self.collects is dict else []
+            if twice := next((key for key in keys if keys.count(key) > 1), None):
+                raise RescoreError(f"{self.spelled[0]} gives {twice} twice; keep one of them")
+            return self.collects(items)
         value = self._item(given[0], given[0])
         # Zero is none where another number is the default.
         return None if value == 0 and self.is_optional and self.default else value

@@ -50,6 +50,7 @@ HEADER_FILE = "trace.json"
 LATTICE_ROWS = 16  # positions whose full-vocabulary logits are alive at a time
 PART_EXAMPLES = 32  # examples per part: what a kill can lose, and the window in which prompts are sorted by length
 DEFAULT_K = 32
+ROUNDING = 1e-3  # nats below 0 that an entropy may have by rounding
 OPTIONAL = ("group",)  # columns that older traces and those of others may lack
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -343,6 +344,8 @@ def _checked_example(folder: Path, header: TraceHeader, row: dict[str, Any]) -> 
     for column in ("entropies", "margins"):
         if np.isnan(arrays[column]).any():
             raise fail(f"has NaN in {column!r}")
+    if not np.isfinite(entropies).all() or (entropies < -ROUNDING).any():
+        raise fail("has a value in 'entropies' that is no entropy: infinite or below 0")
     lattice = Lattice(token_ids.reshape(t, h, k), logps.reshape(t, h, k))
     try:
         lattice.validate(header.vocab_size)

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -250,7 +251,8 @@ class TestBuildAsTyped:
     def test_another_model_there_is_not_replaced(self, rescore: Command, corpus: Path):
         assert rescore("build-ngram", corpus, *WORDS).code == 0
         kept = (corpus.parent / "corpus-2gram" / "manifest.json").read_bytes()
-        assert rescore("build-ngram", corpus, *WORDS).code == 0
+        again = rescore("build-ngram", corpus, *WORDS)
+        assert again.code == 0 and re.search(r"corpus-2gram holds this model already; it is made again\n$", again.err)
         run = rescore("build-ngram", corpus, *WORDS, "--prune", "0 1")
         run.refused(r"corpus-2gram holds another model \(prune: \[0, 0\] -> \[0, 1\]\); remove it, or .*--out DIR")
         corpus.write_text(FABLE.read_text() + "more\n")
@@ -381,3 +383,20 @@ def test_a_given_trace_refuses_what_says_how_one_is_recorded(
 
 def test_a_gpu_by_another_name(rescore: Command):
     rescore("bench", "verify-curve", "--device", "gpu").refused("unknown device 'gpu'; give cuda")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cost", "--base", "paper-1.5b", "--task", "squad"], "--task is a task of --results"),
+        (["cost", "--block-efficiency", "unrescored=1.5,2"], "2: give METHOD=NUMBER"),
+        (["cost", *["--block-efficiency", "unrescored=2"] * 2], "--block-efficiency gives unrescored twice; keep one"),
+        (["analyse", "--trace", "t", "--only", "ranks", "--bins", 3], "--bins is for the analysis calibration"),
+        (["analyse", "--trace", "t", "--only", "ranks", "--k", 3], "--k is for the analysis p_curve"),
+        (["export-fst", "--ngram", "n", "--out", "o", "--position", 0], "--position chooses a lattice of --trace"),
+        (["mix-ngram", "a", "b", "--out", "o", "--weights", "1,1", "--k", 4], "--k is for tuning on a --trace"),
+        (["mix-ngram", "a", "b", "--out", "o", "--weights", "1,1", "--held-out", 4], "--held-out is for tuning"),
+    ],
+)
+def test_what_would_change_nothing_is_refused(rescore: Command, arguments: list[object], message: str):
+    rescore(*arguments).refused(message)

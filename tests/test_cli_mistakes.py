@@ -61,6 +61,11 @@ def refusals(tiny: Path, heads: Path, data: Path, folder: Path) -> Iterator[tupl
     yield "k of a trace above it", ["trace", *given, "--k", 258, "--out", folder / "t"], "k = 258 is outside"
     yield "h above the heads'", ["eval", *given, "--h", 9], "h = 9, but these heads propose blocks of 4"
     yield "limit below 1", ["eval", *given, "--limit", 0], "--limit 0; at least one example"
+    none_and_oracle = ["--rescorer", "none,oracle"]
+    yield "a weight of none", ["eval", *given, "--alpha", 2], "no weight is used by --rescorer none; drop --alpha"
+    yield "weights of both", ["eval", *given, *none_and_oracle, "--alpha", "tuned"], "none or oracle; drop --alpha"
+    yield "its own weight", ["eval", *given, "--rescorer", "none:alpha=2,ngram"], "no weight is used by .*none:alpha=2;"
+    yield "verified in a replay", ["eval", *given, "--verify", "batch"], "--verify batch is how live decoding verifies"
     yield "no heads there", ["eval", *given, "--heads", folder], "no block heads in "
     yield "no trace there", ["eval", "--trace", folder / "none"], "no trace in .*none: can't read trace.json"
     yield "out is a file", ["eval", *given, "--out", data], "can't write .*squad.jsonl: it is a file, and a folder"

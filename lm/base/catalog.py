@@ -36,7 +36,7 @@ from lm.base.adapters import ADAPTER_FILE, base_of_adapter, check_base, is_adapt
 from lm.base.identity import config_sha256, tensors_sha256, tokenization_sha256, tokenizer_sha256, weights_sha256
 from lm.base.model import BaseIdentity, BaseLM, state_size
 from lm.files import SHIPPED, atomic_folder, read_json_object, sha256_of_file, write_json
-from lm.keys import cache_entry, cached, remembered_sha256, software
+from lm.keys import cache_entry, cached, file_stamp, remembered_sha256, software
 
 BUILT_IN = "smollm2-135m"
 FINE_TUNED = "smollm2-135m-bpd"  # an adapter of it, in `SHIPPED`
@@ -104,7 +104,7 @@ def load_base(
     if source.adapter is not None:
         with _reading(f"can't apply the adapter in {source.adapter}"):
             weights = merged(weights, source.adapter, cut=config is not None)
-    return BaseLM(weights, tokenizer, identity=identity)
+    return BaseLM(weights, tokenizer, identity=identity, from_files=True)
 
 
 def _identity_in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> BaseIdentity:
@@ -138,6 +138,32 @@ def identify(name: str, *, dtype: str = "float32") -> BaseIdentity:
     """What `load_base` would load, without loading its weights. Raises as `load_base` does."""
     source = resolve_base(name)
     return source.identity(dtype, source.config(), source.tokenizer())
+
+
+class Watch:
+    """Sees to it that the files of a loaded base LM stay what they are: its weights are mapped into memory, so that a
+    file written over changes the model that runs. A model that was given in memory has none."""
+
+    def __init__(self, base: BaseLM) -> None:
+        self._base = base
+        self._stamp: list[Any] | None = None
+
+    def check(self) -> None:
+        """Raises `IncompatibleError` if the files are no longer those that the model was read from."""
+        identity = self._base.identity
+        if not self._base.from_files or (now := _stamp(identity.name)) == self._stamp:
+            return
+        if identify(identity.name, dtype=identity.dtype) != identity:
+            raise IncompatibleError(
+                f"the files of {identity.name} were replaced while they were read; run the command again"
+            )
+        self._stamp = now
+
+
+def _stamp(name: str) -> list[Any]:
+    source = resolve_base(name, local_files_only=True)
+    folders = [source.folder, *([source.adapter] if source.adapter else [])]
+    return [file_stamp(path) for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
 
 
 def under_adapter(name: str) -> BaseIdentity | None:

@@ -144,9 +144,11 @@ def generate_corpus(
     (`duplicate`) and holds no tokens. `progress(done, total)` is called after every example; an exception from it
     interrupts the run.
 
-    Raises `IncompatibleError` (with the difference) for other options than the earlier run's, `RescoreError` for those
-    that make no sense, `OutputError` if `out` can't be written or another process is writing to it.
+    Raises `IncompatibleError` (with the difference) for other options than the earlier run's, and where the base's
+    files are replaced meanwhile, `RescoreError` for options that make no sense, `OutputError` if `out` can't be written
+    or another process is writing to it.
     """
+    from lm.base.catalog import Watch
     from lm.base.generation import generate  # torch, which n-gram models do not need
     from lm.base.machine import Work
 
@@ -173,6 +175,7 @@ def generate_corpus(
         if not (out / SETTINGS_FILE).is_file():
             write_json(out / SETTINGS_FILE, settings)
         total, decoded, work, began = len(corpus.prompts) + len(missing), 0, Work(base), time.perf_counter()
+        watch = Watch(base)
         with writing(out), corpus.appending(base.hidden_size) as append:
             for generated in generate(
                 base, encoded, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size, with_hidden=True,
@@ -182,6 +185,7 @@ def generate_corpus(
                 fields = {
                     "prompt_ids": encoded[generated.index], "output_ids": ids, "text": base.decode_text(ids)
                 }  # fmt: skip
+                watch.check()  # before an output is kept that may be of other weights
                 append(missing[generated.index], fields, generated.hidden)
                 decoded += len(ids)
                 if progress:

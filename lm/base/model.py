@@ -50,6 +50,7 @@ class BaseLM:
     context_length: positions; 2^30 where there is no limit.
     eos_token_ids: any of them ends the output.
     is_chat: has a chat template.
+    from_files: was read from the files that its identity names, not given in memory.
     takes_positions: is given the places of tokens.
     supports_tree: takes a 4D attention mask with every layer looking at the whole cache.
     position_size: numbers that the cache holds for one position.
@@ -58,11 +59,19 @@ class BaseLM:
     decoded in blocks with the output it has by itself.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, identity: BaseIdentity) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        identity: BaseIdentity,
+        from_files: bool = False,
+    ) -> None:
         config = model.config.get_text_config(decoder=True)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer: Any = tokenizer
         self.identity = identity
+        self.from_files = from_files
         self.config = config
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
         if getattr(model, "_is_stateful", False):  # transformers' mark of recurrent architectures

@@ -30,7 +30,7 @@ from lattices.ngrams import MAX_ORDER, SENTENCE_END, NgramModel
 from lattices.paths import is_writable, user_path
 from lm.base.own_output import OWN_PREFIX, OwnOutput, own_output
 from lm.files import atomic_folder, changed_settings, read_json_object, sha256_of_file, write_json, writing
-from lm.locks import writing_to
+from lm.locks import tell, writing_to
 from lm.ngram.corpus import HUB_PREFIX, CorpusSource, EncodedCorpus, encode_corpora, find_sources, is_unchanged
 from lm.ngram.counting import BREAK, Progress, Workspace, build_table, count_full, no_progress
 from lm.ngram.estimation import Estimate, check_fallback, check_thresholds, estimate
@@ -153,8 +153,8 @@ def build_ngram(
         ]
         estimating = {name: getattr(options, name) for name in ESTIMATING}
         manifest = json.loads(json.dumps({**reading, "corpora": corpora_read, **estimating}))
-        if not replace:
-            _check_same(out / MANIFEST_FILE, manifest)
+        if _is_there(out / MANIFEST_FILE, manifest, replace=replace):
+            tell(f"{out} holds this model already; it is made again")
         work = out / COUNTING_FOLDER
         counted = json.loads(json.dumps({"format": COUNTING_FORMAT, **reading}))
         earlier = _read_encoded(work, counted)
@@ -244,20 +244,23 @@ def check_place(out: Path) -> None:
         raise OutputError(f"{out} holds files that are no n-gram model, which would be lost; choose another --out")
 
 
-def _check_same(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Raises `IncompatibleError` with the difference if a manifest is there and of a model made of other things."""
+def _is_there(path: Path, manifest: Mapping[str, Any], *, replace: bool) -> bool:
+    """Whether a manifest is there and of a model made of the same things. Raises `IncompatibleError` with the
+    difference if it is of another one, unless that may be replaced."""
     if not path.is_file():
-        return
+        return False
     earlier = read_json_object(path, missing=f"no n-gram model in {path.parent}", advice="give another --out")
     before, now = (
         {name: made.get(name) for name in DISTINGUISHING}
         | {"corpora": {c.get("name"): str(c.get("sha256"))[:12] for c in made.get("corpora") or () if c}}
         for made in (earlier, manifest)
     )
-    if changed := changed_settings(before, now):
+    changed = changed_settings(before, now)
+    if changed and not replace:
         raise IncompatibleError(
             f"{path.parent} holds another model ({'; '.join(changed)}); remove it, or give this one --out DIR"
         )
+    return not changed
 
 
 # Reading

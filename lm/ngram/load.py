@@ -76,11 +76,22 @@ class LoadedNgram:
         return NgramSearch(self.model, self.words_of_tokens(vocab_size, eos_token_ids), end_token=end_token)
 
     def words_of_tokens(self, vocab_size: int, eos_token_ids: Sequence[int]) -> np.ndarray:
-        """The model's word of every base token id, int32 `[vocab_size]`. Raises as `search`."""
+        """The model's word of every base token id, int32 `[vocab_size]`. Raises as `search`: the numbers in a text are
+        no token ids either."""
         assert isinstance(self.model, Automaton), "KenLM takes words as they are"
         words = self.model.words_of_tokens(vocab_size)
+        if (foreign := next((word for word in self.model.vocabulary if not _may_be_id(word)), None)) is not None:
+            raise InvalidDataError(
+                f"the words of the n-gram model {self.file} are no token ids, {foreign!r:.40} is one; build it with "
+                "--tokenizer BASE, and without --surface"
+            )
         words[[token for token in eos_token_ids if token < vocab_size]] = SENTENCE_END
         return words
+
+
+def _may_be_id(word: str) -> bool:
+    """Whether a word is a number, or one of those in angle brackets that stand for no text."""
+    return (word.isascii() and word.isdecimal()) or (word.startswith("<") and word.endswith(">"))
 
 
 def load_ngram(path: Path) -> LoadedNgram:

@@ -45,10 +45,15 @@ class NgramPart:
         return remembered_sha256(self.file)
 
     def read(self) -> NgramModel:
-        """The model. Raises `InvalidDataError` for a broken ARPA file."""
+        """The model. Raises `InvalidDataError` for a broken ARPA file, `IncompatibleError` for one that is replaced
+        while it is read, or was since the weights were tuned on it."""
         from lm.ngram.arpa import read_arpa
 
-        return read_arpa(self.file)
+        sha256 = self.sha256
+        model = read_arpa(self.file)
+        if remembered_sha256(self.file) != sha256:
+            raise IncompatibleError(f"{self.file} was replaced while it was read; run the command again")
+        return model
 
 
 @dataclass(frozen=True)

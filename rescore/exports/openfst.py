@@ -50,6 +50,7 @@ from lattices.lattice import Lattice
 from lm.files import atomic_file
 from lm.ngram.load import load_ngram
 from rescore.checks import check_held_k
+from rescore.runs.run import DEFAULT_K
 from rescore.runs.weights import target_of
 from rescore.tracing import TracedExample, read_trace
 
@@ -64,8 +65,8 @@ def export_openfst(
     *,
     trace: Annotated[Path | None, "Trace folder to take a lattice from."] = None,
     example: Annotated[str | None, "Id of the trace's example; default: the first."] = None,
-    position: Annotated[int, "Output token before which the lattice stands, from 0."] = 0,
-    k: Annotated[int, "Tokens of each head that are in the lattice."] = 16,
+    position: Annotated[int | None, "Output token before which the lattice stands, from 0. Default: 0."] = None,
+    k: Annotated[int | None, "Tokens of each head that are in the lattice. Default: 16."] = None,
     alpha: Annotated[float, "Weight of the n-gram model."] = 1.0,
     phi: Annotated[bool, "Give back-off arcs a label of their own, for phi matchers; else epsilon."] = False,
 ) -> list[Path]:
@@ -75,9 +76,13 @@ def export_openfst(
     arcs get a label of their own. With a `trace`: also the lattice `[h, k]` that stands before output token `position`
     of the `example` (an id, default the first), and the automaton then starts where the tokens before it lead to.
 
-    Raises `RescoreError` for a KenLM binary, a position or k that the trace does not hold; `IncompatibleError` for a
-    model made for another tokenizer than the trace's; `UnknownNameError` for an example that is not there.
+    Raises `RescoreError` for a KenLM binary, a lattice without a trace, a position or k that the trace does not hold;
+    `IncompatibleError` for a model made for another tokenizer than the trace's; `UnknownNameError` for an example that
+    is not there.
     """
+    of_lattice = {"example": example, "position": position, "k": k}
+    if trace is None and (given := [name for name, value in of_lattice.items() if value is not None]):
+        raise RescoreError(f"--{given[0]} chooses a lattice of --trace; give that, or drop it")
     loaded = load_ngram(ngram)
     if not isinstance(automaton := loaded.model, Automaton):
         raise RescoreError(f"{ngram} is a KenLM binary, which can't be written out; give its ARPA file")
@@ -88,7 +93,8 @@ def export_openfst(
         by_id = {e.id: e for e in traced.examples}
         if example is not None and example not in by_id:
             raise UnknownNameError("example", example, by_id)
-        lattice, before = _lattice_at(by_id[example or traced.examples[0].id], position, k)
+        k = DEFAULT_K if k is None else k
+        lattice, before = _lattice_at(by_id[example or traced.examples[0].id], position or 0, k)
         if loaded.tokenizer_sha256 and base.tokenizer_sha256 not in (None, loaded.tokenizer_sha256):
             raise IncompatibleError(f"{ngram} was made for another tokenizer than the base LM's of {trace}")
         words = loaded.words_of_tokens(header.vocab_size, header.eos_token_ids)

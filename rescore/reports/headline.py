@@ -8,9 +8,8 @@ from statistics import fmean
 
 from rescore.reports.sources import TaskView
 from rescore.runs.records import Result
+from rescore.runs.run import FIXED
 from rescore.table import GAIN, Format, fixed, percent
-
-FIXED = ("none", "oracle")  # what rescorers are compared with
 
 
 @dataclass(frozen=True)
@@ -112,10 +111,14 @@ def _best_of(rows: Sequence[Row], p: int, unit: str) -> str | None:
     among = f"the best of {len(whole)} rescorers is" if len(whole) > 1 else "the only rescorer is"
     beside = f"; {_drafts(p)} without rescoring bring {_range(GAIN, unrescored)}" if unrescored else ""
     line = f"With {_drafts(p)} a step {among} {best}, with {_range(GAIN, best_gains)} tokens a step{part}{beside}."
-    lows = [cell.result.gain_ci95[0] for cell in cells if cell.result.gain_ci95]
-    if unsure := sum(low <= 0 for low in lows):
-        where = f"On {unsure} of {len(lows)} {unit} its" if len(lows) > 1 else "Its"
-        line += f" {where} gain is not certain: the interval includes zero."
+    intervals = [cell.result.gain_ci95 for cell in cells if cell.result.gain_ci95]
+    for count, said in (
+        (sum(low <= 0 <= high for low, high in intervals), "gain is not certain: the interval includes zero"),
+        (sum(high < 0 for _, high in intervals), "drafts are surely worse: the interval of their gain is below zero"),
+    ):
+        if count:
+            where = f"On {count} of {len(intervals)} {unit} its" if len(intervals) > 1 else "Its"
+            line += f" {where} {said}."
     return line
 
 

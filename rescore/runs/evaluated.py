@@ -125,6 +125,8 @@ class Evaluation:
             for record in self.examples:
                 if not log.has(key_of_record(record), record.id):
                     log.add(record)
+                elif log.records(key_of_record(record), [record.id]) != [record]:
+                    raise IncompatibleError(f"{path} holds another evaluation of the same runs; give another folder")
             if not self.interrupted:
                 save_results(self.document, path)
 
@@ -242,10 +244,18 @@ def load_run(folder: str | Path) -> Evaluation:
     examples = {(key_of_record(r), r.id): r for r in read_examples(folder / EXAMPLES_FILE, advice=advice)}
     evaluation = Evaluation(document, list(examples.values()), folder)
     for result in results:
-        n = len(evaluation.records(result.task, result.rescorer, result.p, result.k))
-        if n < result.n:
+        records = evaluation.records(result.task, result.rescorer, result.p, result.k)
+        if len(records) < result.n:
             raise InvalidDataError(
-                f"{folder / EXAMPLES_FILE} has {n} of the {result.n} examples of {result.rescorer} on {result.task}; "
-                f"{advice}"
+                f"{folder / EXAMPLES_FILE} has {len(records)} of the {result.n} examples of {result.rescorer} on "
+                f"{result.task}; {advice}"
+            )
+        if not all(record.accepted and min(record.accepted) for record in records):
+            continue  # steps that make no sense: each reader tells what they cost it
+        lengths = [length for record in records for length in record.accepted]
+        if (len(records), len(lengths), sum(lengths)) != (result.n, result.steps, result.tokens):
+            raise InvalidDataError(
+                f"{path} and the {EXAMPLES_FILE} beside it are not of one run: {result.rescorer} on {result.task} has "
+                f"{result.tokens} tokens in {result.steps} steps there, {sum(lengths)} in {len(lengths)} here; {advice}"
             )
     return evaluation

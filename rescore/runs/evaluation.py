@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from lattices.errors import RescoreError, UnknownNameError
+from lm.base.catalog import Watch
 from rescore.checks import check_held_k
 from rescore.decoding import VERIFY_MODES, decode, first_difference, margin_at, usable_verify
 from rescore.replaying import replay, replay_steps, unrescored_at
@@ -26,7 +27,7 @@ from rescore.runs.inputs import Notify, Progress
 from rescore.runs.log import ExampleLog, Key, save_results
 from rescore.runs.recording import Recording, check_names
 from rescore.runs.records import ExampleRecord, LiveExample, ResultsDocument, RunConfig, RunRecord
-from rescore.runs.run import Run, runs_of
+from rescore.runs.run import Run, label_of, load_rescorers, runs_of
 from rescore.runs.summary import is_cut, summarize
 from rescore.runs.weights import alpha_notices, alpha_of, check_tokenizers, coverage_notices, fit_to
 from rescore.tracing import Trace, TracedExample
@@ -65,10 +66,14 @@ def evaluate(
         raise UnknownNameError("verify mode", verify, VERIFY_MODES)
     if seed < 0:
         raise RescoreError(f"--seed {seed}; a seed is 0 or more")
+    if not live and verify != VERIFY_MODES[0]:
+        raise RescoreError(f"--verify {verify} is how live decoding verifies; drop it, or add --mode live")
     if live and any(recording.given for recording in of_tasks):
         raise RescoreError("a given trace can be replayed, not decoded live; drop --trace or --mode live")
     loaded: dict[object, Rescorer] = {}
     work = [_work(r, runs[r.name] if isinstance(runs, Mapping) else runs, loaded) for r in of_tasks]
+    if out is not None:
+        _check_identities(work)
     document = ResultsDocument(
         config=RunConfig(
             mode="live" if live else "replay",
@@ -153,20 +158,38 @@ def _work(recording: Recording, asked: Asked, loaded: dict[object, Rescorer]) ->
     keys = [run.key for run in runs]
     if twice := next((key for key in keys if keys.count(key) > 1), None):
         raise RescoreError("{} with p = {} and k = {} is there twice; give one another label".format(*twice))
-    rescorers: dict[str, Rescorer] = {}
     for run in runs:
         check_held_k(recording.k, run.k)
-        if run.rescorer not in loaded:
-            loaded[run.rescorer] = run.load()
-        rescorers[run.label] = loaded[run.rescorer]
+    rescorers = load_rescorers(runs, loaded)
+    _check_weights(runs, rescorers)
     check_tokenizers(recording, rescorers.values())
     records = []
     for run in runs:
         rescorer = rescorers[run.label]
-        identity = rescorer.identity if rescorer.alpha is not None else ""
+        # What a spec says of a rescorer without a weight tells it from others; the class of an object does not.
+        identity = rescorer.identity if rescorer.alpha is not None or rescorer is run.rescorer else ""
         alpha = alpha_of(recording, run, rescorer)
         records.append(RunRecord(rescorer=run.label, k=run.k, p=run.p, alpha=alpha, identity=identity))
     return _Work(recording, runs, rescorers, records)
+
+
+def _check_identities(work: Iterable[_Work]) -> None:
+    """Raises `RescoreError` for a rescorer that a folder's results could not be known to be of."""
+    for run in (run for task in work for run in task.runs):
+        if isinstance(run.rescorer, Rescorer) and not run.rescorer.identity:
+            raise RescoreError(
+                f"a folder's results could not be known to be of {run.label}: set its `identity`, a hash of what it "
+                "scores with, or leave out `out` and save the evaluation"
+            )
+
+
+def _check_weights(runs: Sequence[Run], rescorers: Mapping[str, Rescorer]) -> None:
+    """Raises `RescoreError` for weights that change nothing: one for all runs need not be used by each of them."""
+    unused = [run for run in runs if run.alpha is not None and rescorers[run.label].alpha is None]
+    own = [run for run in unused if run.label != label_of(run.rescorer)]
+    if own or (unused and all(rescorer.alpha is None for rescorer in rescorers.values())):
+        labels = dict.fromkeys(run.label for run in own or unused)
+        raise RescoreError(f"no weight is used by --rescorer {' or '.join(labels)}; drop --alpha")
 
 
 @dataclass
@@ -239,7 +262,8 @@ class _Evaluator:
         heads = heads if recording.inputs.h is None else heads.first(recording.inputs.h)
         self._fit(trace, shared=base)
         limit = recording.settings["max_new_tokens"]
-        warm = False
+        watch, warm = Watch(base), False
+        recording.models.check_unchanged(recording.settings)
         for place, example in enumerate(trace.examples):
             missing = [run for run in self.rescorers if self._missing(run, [example])]
             if missing:
@@ -256,6 +280,7 @@ class _Evaluator:
                     if not warm:
                         decode(base, heads, prompt, max_new_tokens=min(2 * heads.h, limit), **request)
                     decoded = decode(base, heads, prompt, max_new_tokens=limit, **request)
+                    watch.check()  # before anything is kept that may be of other weights
                     differs = first_difference(decoded.output_ids, baseline.output_ids)
                     margin = None if differs is None else margin_at(base, prompt, baseline.output_ids, differs)
                     # Where the output is the trace's, so are the lattices that the steps began with.

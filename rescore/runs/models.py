@@ -72,6 +72,10 @@ class Models:
         Files may be replaced between the moment they are identified and the one they are read, and even later: weights
         are mapped into memory, so that a file written over changes the model that runs.
         """
+        from lm.base.catalog import Watch
+
+        if self._given_base:
+            Watch(self._given_base).check()
         identity = self.identity if self._given_base else self._identify()
         weights = self.heads_facts()["heads_sha256"]
         if plain([dataclasses.asdict(identity), weights]) != plain([settings["base"], settings["heads_sha256"]]):

@@ -76,6 +76,11 @@ class Recording:
         return int(self.inputs.h or self.settings["h"])
 
     @property
+    def data_sha256(self) -> str | None:
+        """sha256 of the data that the examples are from; of a trace made elsewhere, which does not say: its own."""
+        return self.settings.get("data_sha256") or self.source.get("sha256")
+
+    @property
     def notices(self) -> list[str]:
         """What the user should know: examples left out or not the task's own, heads that are not the base's."""
         left_out = self.source.get("left_out") or ()

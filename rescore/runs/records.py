@@ -264,7 +264,11 @@ class RunConfig:
         return {name: plain(getattr(self, name)) for name in names} | {
             "runs": {task: ", ".join(map(str, runs)) for task, runs in self.runs.items()},
             "weights": {  # by name, so that a difference names them
-                task: {str(run): {**plain(run.alpha), "identity": run.identity} for run in runs if run.alpha}
+                task: {
+                    str(run): {**(plain(run.alpha) if run.alpha else {}), "identity": run.identity}
+                    for run in runs
+                    if run.alpha or run.identity
+                }
                 for task, runs in self.runs.items()
             },
         }

@@ -14,6 +14,7 @@ from rescore.runs.records import Alpha
 DEFAULT_K = 16
 TUNED: Literal["tuned"] = "tuned"  # the alpha that stands for what `rescore tune` kept
 ORACLE = "oracle"
+FIXED = ("none", ORACLE)  # what rescorers are compared with
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class Run:
     def __post_init__(self) -> None:
         if not self.label:
             object.__setattr__(self, "label", label_of(self.rescorer))
+        if self.label in FIXED and self.rescorer != self.label:
+            raise RescoreError(f"{self.label} is the name of another rescorer; give this one another label")
+        if isinstance(self.rescorer, str):
+            self._take_weight(self.rescorer)
         check_p(self.p)
         check_k(self.k)
         if isinstance(self.alpha, str):
@@ -42,6 +47,15 @@ class Run:
                 raise RescoreError(f"--alpha {self.alpha}; a rescorer's weight is a number, or {TUNED} (rescore tune)")
         elif self.alpha is not None:
             check_alpha(self.alpha.alpha if isinstance(self.alpha, Alpha) else self.alpha)
+
+    def _take_weight(self, spec: str) -> None:
+        """The weight that the spec says is the run's."""
+        name, arguments = parse_spec(spec)
+        if WEIGHT in arguments:
+            if self.alpha is not None:
+                raise RescoreError(f"the weight of {spec} is given twice; drop one")
+            object.__setattr__(self, "alpha", parse_alpha(arguments.pop(WEIGHT)))
+            object.__setattr__(self, "rescorer", format_spec(name, arguments))
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -56,6 +70,22 @@ class Run:
     def load(self) -> Rescorer:
         """The rescorer. Raises as `load_rescorer`."""
         return load_rescorer(self.rescorer) if isinstance(self.rescorer, str) else self.rescorer
+
+
+def load_rescorers(runs: Iterable[Run], loaded: dict[object, Rescorer] | None = None) -> dict[str, Rescorer]:
+    """The rescorers of runs by label; what is `loaded` already, by spec or object, is shared.
+
+    Raises `RescoreError` for two of one label, and as `load_rescorer`.
+    """
+    loaded = {} if loaded is None else loaded
+    rescorers: dict[str, Rescorer] = {}
+    for run in runs:
+        if run.rescorer not in loaded:
+            loaded[run.rescorer] = run.load()
+        rescorer = loaded[run.rescorer]
+        if rescorers.setdefault(run.label, rescorer) is not rescorer:
+            raise RescoreError(f"two rescorers are called {run.label}; give one another label")
+    return rescorers
 
 
 def label_of(rescorer: str | Rescorer) -> str:
@@ -80,17 +110,15 @@ def runs_of(
             runs[spec] = None
             continue
         own: dict[str, str] = {}
-        rescorer, label = spec, label_of(spec)
+        rescorer, weight = spec, alpha
         if isinstance(spec, str):
             name, arguments = parse_spec(spec)
             own = {key: arguments.pop(key) for key in ("p", "k") if key in arguments}
-            label = format_spec(name, arguments)  # with the weight: two weights of one rescorer are two runs
-            own |= {key: arguments.pop(key) for key in (WEIGHT,) if key in arguments}
             rescorer = format_spec(name, arguments)
-        weight = parse_alpha(own[WEIGHT]) if WEIGHT in own else alpha
+            weight = None if WEIGHT in arguments else alpha
         for k in [_whole(spec, own["k"])] if "k" in own else ks:
             for p in [_whole(spec, own["p"])] if "p" in own else [1] if rescorer == ORACLE else ps:
-                runs[Run(rescorer, p=p, k=k, alpha=weight, label=label)] = None
+                runs[Run(rescorer, p=p, k=k, alpha=weight)] = None
     return list(runs)
 
 

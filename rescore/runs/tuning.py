@@ -22,7 +22,7 @@ from rescore.runs.environment import environment
 from rescore.runs.inputs import Notify, Progress
 from rescore.runs.recording import Recording
 from rescore.runs.records import Tuned
-from rescore.runs.run import DEFAULT_K, Run
+from rescore.runs.run import DEFAULT_K, Run, load_rescorers
 from rescore.runs.weights import check_tokenizers, coverage_notices, fit_to, target_of, tuned_path
 from rescore.tracing import Trace, TracedExample
 
@@ -57,12 +57,9 @@ def tune(
     runs = [Run(rescorer, p=p, k=k) for rescorer in dict.fromkeys(rescorers) for k in ks for p in ps]
     for alpha in alphas:
         Run(alpha=alpha)  # refuses what is no weight
-    by_label: dict[str, Rescorer] = {}
-    for run in runs:
-        if run.label not in by_label:
-            by_label[run.label] = run.load()
-            if by_label[run.label].alpha is None:
-                raise RescoreError(f"the rescorer {run.label} has no weight to tune; give one that has, like ngram")
+    by_label = load_rescorers(runs)
+    if weightless := [label for label, rescorer in by_label.items() if rescorer.alpha is None]:
+        raise RescoreError(f"the rescorer {weightless[0]} has no weight to tune; give one that has, like ngram")
     sweeps = []
     for recording in [recordings] if isinstance(recordings, Recording) else recordings:
         recording = recording.held_out(held_out, evaluated=evaluated)
@@ -88,7 +85,7 @@ def tune(
                 task=recording.name, rescorer=run.label, k=run.k, p=run.p, alphas=swept,
                 block_efficiency=tuple(values), alpha=swept[values.index(max(values))],
                 held_out=recording.ids, held_out_groups=tuple(dict.fromkeys(recording.groups)),
-                identity=rescorer.identity, data_sha256=recording.settings.get("data_sha256"),
+                identity=rescorer.identity, data_sha256=recording.data_sha256,
             )  # fmt: skip
             if keep:
                 path = tuned_path(recording, rescorer, k=run.k, p=run.p)

@@ -59,7 +59,7 @@ def alpha_of(recording: Recording, run: Run, rescorer: Rescorer) -> Alpha | None
     if not 0 <= tuned.alpha <= MAX_ALPHA:
         raise InvalidDataError(f"{path} holds no tuned weight; run: {command}")
     # What it was tuned by goes into the results, which another machine can then make again.
-    return tuned.as_alpha(data_sha256=recording.settings.get("data_sha256"))
+    return tuned.as_alpha(data_sha256=recording.data_sha256)
 
 
 def _tune_command(inputs: Inputs, run: Run) -> str:
@@ -140,7 +140,12 @@ def coverage_notices(trace: Trace, rescorers: Mapping[str, Rescorer], k: int) ->
 
 def tuned_path(recording: Recording, rescorer: Rescorer, *, k: int, p: int) -> Path:
     """Where the tuned weight of a rescorer on a task is kept: one file per task (its template, its definition), base,
-    heads, rescorer, h, k and p."""
+    heads, rescorer, h, k and p. Raises `RescoreError` for a rescorer without identity."""
+    if not rescorer.identity:
+        raise RescoreError(
+            f"a tuned weight of {type(rescorer).__name__} would not be known again: set its `identity`, a hash of what "
+            "it scores with"
+        )
     settings = recording.settings
     ours = "heads_sha256" in settings  # a trace made elsewhere goes by all that it says of itself
     decides = {

@@ -7,6 +7,7 @@ refused with the difference. Heads, k, rescorers, p and alpha are what a compari
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from rescore.accounting import Difference, paired_difference
 from rescore.bootstrap import LEAST_GROUPS
+from rescore.decoding import first_difference
 from rescore.runs.evaluated import Evaluation, load_runs
 from rescore.runs.records import Result
 from rescore.studies.records import Record, record_of
@@ -25,6 +27,7 @@ OF_BASE = ("weights_sha256", "tokenizer_sha256", "config_sha256", "tokenization_
 HASHES = (*(f"base.{name}" for name in OF_BASE), "data_sha256")
 SAME = (*HASHES, "base.dtype", "template", "chat", "chat_template", "max_new_tokens", "max_prompt_tokens")
 PROOF = ("base.weights_sha256", "data_sha256")  # settings that both must name, or else the outputs have to tell
+NEAR_TIE = {"float64": 1e-6, "float32": 1e-2, "float16": 0.1, "bfloat16": 0.5}  # of logits, in this precision
 Choice = tuple[str | None, int | None]  # a rescorer and p, None for any
 
 
@@ -226,10 +229,10 @@ def _check_same(task: str, run_a: Evaluation, run_b: Evaluation, comparison: Com
             f"A and B don't compare on {task}: the example {differ[0]!r} has another output in B than in A, and not "
             "both say which base and data they are of; evaluate both with the same base, data and limits"
         )
-    comparison.notice(
-        f"{task}: {len(differ)} of {len(common)} outputs differ between A and B (near-ties, decided otherwise on "
-        "another device or in half precision)"
-    )
+    places = {name: first_difference(outputs_a[name], outputs_b[name]) or 0 for name in differ}
+    leads = [*_leads(task, run_a, outputs_a, places), *_leads(task, run_b, outputs_b, places)]
+    cause = _cause(leads, a.get("base.dtype", "float32"))
+    comparison.notice(f"{task}: {len(differ)} of {len(common)} outputs differ between A and B ({cause})")
 
 
 def _outputs(run: Evaluation, task: str) -> dict[str, list[int]]:
@@ -239,6 +242,29 @@ def _outputs(run: Evaluation, task: str) -> dict[str, list[int]]:
         if record.task == task:
             outputs.setdefault(record.id, record.output_ids)
     return outputs
+
+
+def _leads(task: str, run: Evaluation, outputs: dict[str, list[int]], places: dict[str, int]) -> list[float]:
+    """By how much the base's best logit led at these places of a run's outputs, by example, as far as that is known."""
+    with suppress(RescoreError):  # the trace is gone or broken, or another one: it says nothing
+        trace = run.trace(task)
+        return [
+            float(example.margins[places[example.id]])
+            for example in (trace.examples if trace else ())
+            if example.id in places and len(example.output_ids) > (place := places[example.id])
+            and example.output_ids[:place].tolist() == outputs[example.id][:place]
+        ]  # fmt: skip
+    return []
+
+
+def _cause(leads: Sequence[float], dtype: str) -> str:
+    """Why outputs differ, as far as the margins tell where they part."""
+    if not leads:
+        return "how near the choices were where they part is not known: the traces are gone"
+    measured = f"where they part, the base's best logit leads by {max(leads):.4g} at most"
+    if max(leads) <= NEAR_TIE.get(dtype, NEAR_TIE["float32"]):
+        return f"{measured}: near-ties, decided otherwise on another device or in half precision"
+    return f"{measured}, which is no near-tie in {dtype}: something else than rounding differs"
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from rescore.replaying import replay
 from rescore.rescorers import Context, Rescorer
 from rescore.rescorers.ngram import DEFAULT_ALPHA
 from rescore.runs.inputs import Progress
+from rescore.runs.run import DEFAULT_K
 from rescore.runs.weights import target_of
 from rescore.tracing import Trace, read_trace
 
@@ -63,10 +64,10 @@ def tune_mixture(
     trace: Path,
     *,
     limit: Annotated[
-        int, "With --trace: examples to tune on, the last ones, at most half of them.", "--held-out"
-    ] = HELD_OUT,
-    k: Annotated[int, "With --trace: tokens of each head that are in the lattice."] = 16,
-    alpha: Annotated[float, "With --trace: weight of the rescorer."] = DEFAULT_ALPHA,
+        int | None, "With --trace: examples to tune on, the last ones, at most half of them. Default: 40.", "--held-out"
+    ] = None,
+    k: Annotated[int | None, "With --trace: tokens of each head that are in the lattice. Default: 16."] = None,
+    alpha: Annotated[float | None, "With --trace: weight of the rescorer. Default: 0.5."] = None,
     progress: Progress | None = None,
 ) -> TunedMixture:
     """Sweeps the weights of a mixture on the last `limit` examples of a trace, at most half of them.
@@ -75,6 +76,9 @@ def tune_mixture(
     their proportions, from equal weights on, until nothing changes or `ROUNDS` are done. Raises `RescoreError` for
     settings that make no sense, `IncompatibleError` for models over other words than the trace's tokens.
     """
+    limit = HELD_OUT if limit is None else limit
+    k = DEFAULT_K if k is None else k
+    alpha = DEFAULT_ALPHA if alpha is None else alpha
     if limit < 1:
         raise RescoreError(f"--held-out {limit}; at least one example is needed")
     if not 0 < alpha <= MAX_ALPHA:

@@ -51,12 +51,16 @@ class SharedText:
 
 @dataclass(frozen=True)
 class TaskOverlap:
-    """One task: its number of `examples`, where they come from, and those that share text (`found`), in order."""
+    """One task: its number of `examples`, where they come from, and those that share text (`found`), in order.
+
+    too_short: how many can't share a run, since neither the prompt nor a reference has n words.
+    """
 
     task: str
     examples: int
     source: dict[str, Any]
     found: tuple[SharedText, ...]
+    too_short: int
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,8 @@ def find_overlap(
         if progress:
             progress("read corpora", done, len(sources))
         in_corpus[name] = _joined(np.intersect1d(batch, every) for batch in runs.of_source(source))
+        if runs.words == 0 and (len(sources) == 1 or source.name in map(str, corpora)):
+            raise RescoreError(f"{source.name} holds no words, so nothing can be shared with it; give another --corpus")
     anywhere = _joined(in_corpus.values())
     overlaps = []
     for task, of_task, of_each in zip(loaded, of_tasks, of_examples, strict=True):
@@ -124,7 +130,8 @@ def find_overlap(
             if (share := _share(run, anywhere)) > threshold:
                 by_name = {name: of_it for name, hashes in in_corpus.items() if (of_it := _share(run, hashes))}
                 shared.append(SharedText(example.id, digest(example.prompt), share, by_name))
-        overlaps.append(TaskOverlap(task.name, len(of_task.examples), of_task.source, tuple(shared)))
+        too_short = sum(not len(run) for run in of_each)
+        overlaps.append(TaskOverlap(task.name, len(of_task.examples), of_task.source, tuple(shared), too_short))
     return Overlap(n, threshold, tuple(in_corpus), tuple(overlaps))
 
 
@@ -142,6 +149,8 @@ def overlap_table(overlap: Overlap) -> Table:
     rows = [[of.task, s.id, ", ".join(s.corpora), s.share] for of in overlap.tasks for s in of.found]
     counts = ", ".join(f"{task.task} {len(task.found)} of {task.examples}" for task in overlap.tasks)
     note = f"examples that share {overlap.n} words in a row with the corpora: {counts}"
+    if short := ", ".join(f"{task.task} {task.too_short}" for task in overlap.tasks if task.too_short):
+        note += f"\nexamples of fewer than {overlap.n} words, which can't share so many (--n takes fewer): {short}"
     if not rows:
         return Table([], [], note=note)
     shares = f"shared: of the runs of {overlap.n} words in prompt and references, those that are in the corpora too"
@@ -153,6 +162,7 @@ class _Runs:
 
     def __init__(self, n: int) -> None:
         self.n = n
+        self.words = 0  # of the source that was read last
         self._keys: dict[str, int] = {}
 
     def of_example(self, example: Example) -> np.ndarray:
@@ -163,11 +173,14 @@ class _Runs:
     def of_source(self, source: CorpusSource) -> Iterator[np.ndarray]:
         """The runs of a corpus that consist of words of examples, in batches of uint64."""
         keys: list[int] = []
+        self.words = 0
         get = self._keys.get
         for text, goes_on in source_texts(source):
             if not goes_on:
                 keys.append(0)
-            keys += [get(word, 0) for word in _words(text)]
+            words = _words(text)
+            self.words += len(words)
+            keys += [get(word, 0) for word in words]
             if len(keys) >= BATCH:
                 yield self._hashes(keys)
                 keys = keys[max(0, len(keys) - self.n + 1) :]

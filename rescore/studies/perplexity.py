@@ -72,7 +72,7 @@ def perplexity_of_task(
     loaded = load_examples(task, data=None if data is None else user_path(data, "--data"), limit=limit)
     passages = [example.passage or "" for example in loaded.examples]
 
-    from lm.base.catalog import load_base
+    from lm.base.catalog import Watch, load_base
     from lm.base.perplexity import perplexity
 
     model = load_base(base, dtype=dtype, device=device)
@@ -80,6 +80,7 @@ def perplexity_of_task(
         model, passages, stride=stride, window=window,
         progress=(lambda done, total: progress(f"perplexity {task.name}", done, total)) if progress else None,
     )  # fmt: skip
+    Watch(model).check()  # what was scored is what is named
     return record_of(
         TaskPerplexity, scored, task=task.name, passages=scored.texts, base=asdict(model.identity),
         source=loaded.source, environment=environment(), notice=loaded.notice,

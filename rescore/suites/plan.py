@@ -13,7 +13,7 @@ from lm.text_files import rows_file
 from lm.yaml_input import Value, read_yaml
 from rescore.checks import MAX_ALPHA
 from rescore.decoding import VERIFY_MODES
-from rescore.rescorers import load_rescorer
+from rescore.rescorers import WEIGHT, load_rescorer, parse_spec
 from rescore.runs.inputs import Inputs
 from rescore.runs.recording import recorded_task
 from rescore.runs.run import DEFAULT_K, ORACLE, Run
@@ -144,6 +144,8 @@ def read_plan(
         leave_out=_leave_out(top["leave_out"]) if "leave_out" in top else None,
         **_limits(top),
     )
+    if mode == "replay" and plan.verify != Plan.verify:
+        raise top["verify"].wrong(f"{plan.verify} is how live decoding verifies; drop it, or add mode: live")
     for task, value in zip(plan.tasks, top["tasks"].items(), strict=True):
         if task.trace and mode == "live":
             raise value.wrong("a trace can be replayed, not decoded live; drop trace, or mode: live")
@@ -196,7 +198,10 @@ def _rescorers(top: dict[str, Value]) -> tuple[SuiteRescorer, ...]:
         for key in ("alpha", "tune"):
             if key in fields and loaded.alpha is None:
                 raise fields[key].wrong(f"the rescorer {name} has no weight; drop {key}")
-        if alpha is not None and "tune" in fields:
+        given = WEIGHT in parse_spec(name)[1]
+        if given and alpha is not None:
+            raise fields["alpha"].wrong(f"{name} says its weight; drop alpha")
+        if (given or alpha is not None) and "tune" in fields:
             raise fields["tune"].wrong("a weight that is given is not tuned; drop tune or alpha")
         if alpha is not None and not 0 <= alpha <= MAX_ALPHA:
             raise fields["alpha"].wrong(f"{alpha:g} is outside 0 to {MAX_ALPHA:g}, where a weight is")

@@ -204,7 +204,7 @@ def _weighted(
     """The runs of one evaluation, with tuned weights where the plan asks for them."""
     runs = []
     for run in plan.runs:
-        if run.label in identities and (tuning := plan.tuning(run.label)) is not None:
+        if run.alpha is None and run.label in identities and (tuning := plan.tuning(run.label)) is not None:
             sweep = _sweep(part, run, identities[run.label], tuning, weights, progress, notify)
             run = dataclasses.replace(run, alpha=sweep.as_alpha(data_sha256=sweep.data_sha256))
         runs.append(run)
@@ -223,7 +223,9 @@ def _sweep(
     """The sweep of one run's weight, made now if it is missing: also where the model, the data or the rescorer is
     another one than when it was made."""
     evaluated = part.recording
-    key = key_of([evaluated.settings, {run.label: identity}], 24)
+    # Not all of it is in the settings: what a trace made elsewhere holds, and a list of examples to leave out.
+    examples = [evaluated.data_sha256, evaluated.source.get("left_out")]
+    key = key_of([evaluated.settings, examples, {run.label: identity}], 24)
     sweep = weights.find(task=evaluated.name, rescorer=run.label, k=run.k, h=part.h, p=run.p, key=key)
     if sweep is None:
         inputs = dataclasses.replace(evaluated.inputs, limit=None)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lattices.errors import InvalidDataError, RescoreError
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lm.files import sha256_of_file
 from lm.text_files import check_whole, identify, rows
 from rescore.groups import digest, one_of_each_first
@@ -137,15 +137,17 @@ def _from_file(selection: _Selection, path: Path, *, kind: str) -> TaskData:
             f"{'not a file' if os.path.exists(path) else 'no such file'}: {path}; "
             f"the data of task {task.name} are JSON lines with {wanted_rows(task)}"
         )
-    file = identify(path, wants_rows=True)
+    file, sha256 = identify(path, wants_rows=True), sha256_of_file(path)
     examples = selection.read(rows(file), where=f"{path} {file.unit}")
     check_whole(file)
+    if sha256_of_file(path) != sha256:
+        raise IncompatibleError(f"{path} was replaced while it was read; run the command again")
     if not examples:
         nothing = "is empty" if next(rows(file), None) is None else f"has no rows of task {task.name}"
         raise InvalidDataError(f"{path} {nothing}; task {task.name} needs {wanted_rows(task)}")
     # The embedded sample goes by its name alone: where the package is installed says nothing about the data.
     shown = str(path) if kind == "file" else path.name
-    return selection.data(examples, {"kind": kind, "path": shown, "sha256": sha256_of_file(path)})
+    return selection.data(examples, {"kind": kind, "path": shown, "sha256": sha256})
 
 
 def _identity(record: Record, number: int) -> str:

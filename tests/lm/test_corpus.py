@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -254,6 +255,22 @@ class TestInterruption:
 
         assert sorted(records(out), key=by_prompt) == sorted(records(uninterrupted), key=by_prompt)
         check_states(tiny_base, out)
+
+    def test_output_of_weights_that_were_replaced_is_not_kept(self, tmp_path: Path):
+        folder, other = save_tiny_base(tmp_path / "base"), save_tiny_base(tmp_path / "other", seed=1)
+        base = load_base(str(folder), dtype="float64", device="cpu")
+
+        def replace(done: int, _total: int) -> None:
+            if done == 2:
+                shutil.copyfile(other / "model.safetensors", folder / "model.safetensors")
+
+        message = refused(
+            lambda: generate_corpus(base, PROMPTS, tmp_path / "out", max_new_tokens=6, batch_size=1, progress=replace),
+            IncompatibleError,
+        )
+        assert message == f"the files of {folder} were replaced while they were read; run the command again"
+        assert len((tmp_path / "out" / "corpus.jsonl").read_bytes().splitlines()) == 2
+        assert not (tmp_path / "out" / "manifest.json").exists()
 
     def test_the_manifest_comes_last(self, tiny_base, tmp_path: Path):
         with pytest.raises(StopError):

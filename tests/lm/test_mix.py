@@ -4,6 +4,7 @@ like any other, with their parts on record; one line per mistake."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,17 @@ def test_a_mixture_is_a_part_and_is_replaced(two: list[str], tmp_path: Path) -> 
     assert three.order == 3
     mix_ngrams(find_parts(two), (9, 1), out)
     assert json.loads((out / "manifest.json").read_text())["mixture"][0]["weight"] == 0.9
+
+
+def test_a_part_that_is_replaced_since_its_weights_were_tuned_is_refused(two: list[str], tmp_path: Path) -> None:
+    files = [shutil.copy(Path(name) / "model.arpa", tmp_path / f"{place}.arpa") for place, name in enumerate(two)]
+    parts = find_parts([str(file) for file in files])
+    for part in parts:
+        part.read()
+    shutil.copy(files[0], files[1])
+    message = refused(lambda: mix_ngrams(parts, (1, 1), tmp_path / "mixed"), IncompatibleError)
+    assert message == f"{files[1]} was replaced while it was read; run the command again"
+    assert not (tmp_path / "mixed").exists()
 
 
 def test_arpa_files_go_with_folders(two: list[str], tmp_path: Path) -> None:

@@ -40,6 +40,20 @@ def test_values_of_all_kinds(write: Write):
     assert places == ["13: tasks[1]: x", "14: tasks[2]: x"]
 
 
+@pytest.mark.parametrize("number", ["010", "0x10", "0b11", "1:30", "190:20:30", "00", "1__0"])
+def test_a_number_that_yaml_reads_in_a_way_of_its_own_is_refused(write: Write, number: str):
+    value = write(f"a: {number}\n").fields(None)["a"]
+    refused(value.whole, f"line 1: a: {number!r} can be read in two ways")
+    refused(value.number, f"line 1: a: {number!r} can be read in two ways")
+    refused(write("a: 1:30.5\n").fields(None)["a"].number, "'1:30.5' can be read in two ways")
+
+
+def test_numbers_in_plain_digits(write: Write):
+    assert [v.whole() for v in write("a: [0, 12, +5, -3, 1_000]\n").fields(None)["a"].items()] == [0, 12, 5, -3, 1000]
+    read = [v.number() for v in write("a: [0, .5, 1., 0.25, -.5, 2.5e-3, 1e-3]\n").fields(None)["a"].items()]
+    assert read == [0.0, 0.5, 1.0, 0.25, -0.5, 0.0025, 0.001]
+
+
 def test_an_unknown_key_is_refused_with_the_nearest_and_its_line(write: Write):
     top = write("base: x\nresorers: [none]\n")
     refused(lambda: top.fields(("base", "rescorers")), "line 2: unknown key 'resorers'; did you mean 'rescorers'?")

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_heads, save_tiny_base
+from conftest import make_heads, save_tiny_base, squad_records, write_lines
 from evaluating import Options, evaluated, opened, recorded_trace
 
 from lattices.errors import IncompatibleError
 from lm.base.catalog import load_base
 from lm.files import cache_directory
+from lm.text_files import TextFile
+from rescore.runs import evaluation
 from rescore.runs.evaluated import load_run
+from rescore.runs.recording import record
 from rescore.runs.tuning import tune
 from rescore.studies.cost.inputs import cost_inputs
+from rescore.studies.perplexity import perplexity_of_task
 from rescore.suites import run as suite
 from rescore.suites.plan import read_plan
+from rescore.tasks import data as data_module
+from rescore.tasks import load_task
 from rescore.tracing import read_trace
 
 
@@ -55,6 +63,56 @@ def test_what_is_replaced_before_it_is_read_is_not_kept_under_the_old_key(option
     with pytest.raises(IncompatibleError, match="were replaced while they were read; run the command again"):
         task.trace()
     assert not list((cache_directory() / "traces").rglob("*.arrow"))
+
+
+def test_data_that_are_replaced_while_they_are_read_are_refused(
+    squad_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Their hash is that of what was read, not of what lies there afterwards."""
+    read, data = data_module.rows, Path(shutil.copy(squad_file, tmp_path / "squad.jsonl"))
+
+    def replaced(file: TextFile) -> Iterator[tuple[int, dict[str, Any]]]:
+        yield from read(file)
+        write_lines(data, squad_records(3))
+
+    monkeypatch.setattr(data_module, "rows", replaced)
+    with pytest.raises(IncompatibleError, match="was replaced while it was read; run the command again"):
+        data_module.load_examples(load_task("squad"), data=data)
+
+
+def test_live_decoding_of_weights_that_were_replaced_is_not_kept(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    evaluated(options)  # the trace is there: live decoding records nothing that would be checked
+    decode = evaluation.decode
+
+    def replaced(*arguments: Any, **more: Any) -> Any:
+        other_base(tmp_path / "base", tmp_path)
+        return decode(*arguments, **more)
+
+    monkeypatch.setattr(evaluation, "decode", replaced)
+    with pytest.raises(IncompatibleError, match="were replaced while they were read; run the command again"):
+        evaluated(dict(options, mode="live"), out=tmp_path / "out")
+    assert (tmp_path / "out" / "examples.jsonl").read_text() == ""
+
+
+def test_a_base_that_was_loaded_before_its_files_were_replaced_records_nothing(options: Options, tmp_path: Path):
+    base = load_base(options["base"], dtype="float64", device="cpu")
+    other_base(tmp_path / "base", tmp_path)
+    with pytest.raises(IncompatibleError, match="were replaced while they were read; run the command again"):
+        record(base, options["heads"], data=options["data"], max_new_tokens=8)
+    assert not list((cache_directory() / "traces").rglob("*.arrow"))
+
+
+def test_the_perplexity_of_weights_that_were_replaced_is_not_told(options: Options, tmp_path: Path):
+    (tmp_path / "passages.jsonl").write_text('{"text": "one two three"}\n')
+    measured = partial(
+        perplexity_of_task, "lambada", base=options["base"], data=str(tmp_path / "passages.jsonl"), dtype="float64",
+        device="cpu",
+    )  # fmt: skip
+    assert measured().tokens > 1
+    with pytest.raises(IncompatibleError, match="were replaced while they were read; run the command again"):
+        measured(progress=lambda *_: other_base(tmp_path / "base", tmp_path))
 
 
 def test_a_task_whose_code_makes_other_prompts_does_not_replay_the_old_ones(

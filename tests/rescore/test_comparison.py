@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +16,11 @@ from evaluating import evaluated, recorded_trace
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from rescore.accounting import paired_difference
-from rescore.runs.evaluated import load_run
+from rescore.runs.evaluated import Evaluation, load_run
 from rescore.studies.comparison import Comparison, Selection, compare
 from rescore.studies.comparison import compare_folders as compared
 from rescore.studies.tables import comparison_table
+from rescore.tracing import Trace
 
 
 @pytest.fixture(scope="module")
@@ -197,12 +200,26 @@ class TestOutputs:
         )
         refused(lambda: compared(a, b), "has another output in B than in A", IncompatibleError)
 
-    def test_of_the_same_base_they_are_told(self, make: Make):
+    def test_of_the_same_base_they_are_told(self, make: Make, monkeypatch: pytest.MonkeyPatch):
         a, b = make("a"), make("b")
         (b / "examples.jsonl").write_text(
             (b / "examples.jsonl").read_text().replace('"output_ids": [', '"output_ids": [9, ')
         )
-        assert "6 of 6 outputs differ" in compared(a, b).notices[0]
+        (notice,) = compared(a, b).notices
+        assert re.search(r"6 of 6 outputs differ .* leads by \S+ at most, which is no near-tie in float32", notice)
+        for margin, cause in ((1e-3, "leads by 0.001 at most: near-ties, decided otherwise"), (None, "is not known")):
+            read = Evaluation.trace
+
+            def traced(run: Evaluation, task: str, margin: float | None = margin, read: Any = read) -> Trace | None:
+                found = read(run, task)
+                return margin and Trace(
+                    found.header,
+                    tuple(dataclasses.replace(e, margins=e.margins * 0 + margin) for e in found.examples),
+                )
+
+            with monkeypatch.context() as patched:
+                patched.setattr(Evaluation, "trace", traced)
+                assert cause in compared(a, b).notices[0]
 
 
 def test_names_cannot_control_the_terminal(make: Make):

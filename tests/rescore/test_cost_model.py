@@ -17,6 +17,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lm.heads.block_heads import BlockHeads
 from lm.heads.nets import BlockHeadsConfig
+from lm.neural.model import find_neural
 from rescore.reports.charts.cost_charts import cost_model_section
 from rescore.runs.evaluated import Evaluation, load_run
 from rescore.studies.cost.decoders import (
@@ -166,6 +167,21 @@ class TestDecoders:
         # 21 of 30 layers less: 576 x (576 x 2 + 192 x 2) + 3 x 576 x 1536 + 2 x 576 = 3,540,096 each.
         assert base.parameters == 134_515_008 and found.layers == base.layers[:9]
         assert found.parameters == base.parameters - 21 * 3_540_096
+
+    @pytest.mark.parametrize(("same", "layers"), [(True, 9), (False, 6)])
+    def test_the_shipped_small_lm_serves_copies_and_tuned_kin_of_its_base(self, monkeypatch, same, layers):
+        shape = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+        config = LlamaConfig(vocab_size=49152, num_hidden_layers=30, tie_word_embeddings=True, **shape)
+        made_for = find_neural("neural-61m").delta
+        identity = SimpleNamespace(
+            name="models/copy", tokenizer_sha256=made_for.tokenizer_sha256,
+            weights_sha256=made_for.base_weights_sha256 if same else "other",
+        )  # fmt: skip
+        monkeypatch.setattr("lm.base.catalog.read_model_config", lambda name, **options: config)
+        monkeypatch.setattr("lm.base.catalog.resolve_base", lambda name, **options: None)
+        monkeypatch.setattr("lm.base.catalog.identify", lambda name, **options: identity)
+        monkeypatch.setattr("lm.neural.model.under_adapter", lambda name: None)
+        assert len(neural_for(decoder_of("models/copy")).layers) == layers
 
     def test_the_paper_s_base_is_marked(self):
         base = paper_base()

@@ -15,8 +15,10 @@ from lattices.errors import RescoreError
 from lm.base.model import BaseLM
 from rescore.accounting import account
 from rescore.decoding import decode, first_difference, margin_at
+from rescore.live import generate
 from rescore.replaying import replay
 from rescore.rescorers import load_rescorer
+from rescore.runs.run import Run
 from rescore.tasks import Example
 from rescore.tracing import record_trace
 
@@ -175,6 +177,18 @@ def test_requests_that_make_no_sense_are_refused(tiny_base, wrong, message):
     request = {"k": 2, "p": 1, "max_new_tokens": 4, **wrong}
     with pytest.raises(RescoreError, match=message):
         decode(tiny_base, make_heads(tiny_base), [1, 2], rescorer=load_rescorer("none"), **request)
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (Run("none", alpha=2), "the rescorer none has no weight; drop alpha"),
+        (Run("context-ngram:none", alpha="tuned"), "give alpha as a number"),
+    ],
+)
+def test_weights_that_a_prompt_can_t_use_are_refused(tiny_base: BaseLM, run: Run, message: str):
+    with pytest.raises(RescoreError, match=message):
+        generate(tiny_base, make_heads(tiny_base), "one two", rescorer=run)
 
 
 def test_first_difference():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from lattices.ngrams import SPECIAL_WORDS, NgramArrays, NgramModel
 from lattices.search import p_best
 from lm.files import write_json
 from lm.ngram.arpa import write_arpa
+from lm.ngram.build import NgramOptions, build_ngram
 from lm.ngram.load import load_ngram
 from rescore.replaying import replay
 from rescore.rescorers import Context, Rescorer, Target, load_rescorer
@@ -159,6 +162,18 @@ class TestLoading:
         with pytest.raises(IncompatibleError, match="tokenizer"):
             load_rescorer(f"ngram:{path}").fit(Target(VOCAB, (), "this one"))
 
+    @pytest.mark.parametrize("surface", [False, True])
+    def test_the_numbers_in_a_text_are_no_token_ids(self, tmp_path: Path, tiny_folder: Path, surface: bool):
+        """A model of a text's words, or of token strings: 12 is a word of it, not token 12."""
+        (tmp_path / "text.txt").write_text("in 1 year the 12 men met 7 cats\nthe 7 men sang 12 songs\n" * 3)
+        tokenizer = str(tiny_folder) if surface else "words"
+        chosen = NgramOptions(order=2, tokenizer=tokenizer, surface=surface, discount_fallback=(0.5, 1.0, 1.5))
+        build_ngram([tmp_path / "text.txt"], tmp_path / "model", chosen)
+        for path in (tmp_path / "model", tmp_path / "model" / "model.arpa"):
+            for name in ("ngram", "context-ngram"):
+                with pytest.raises(InvalidDataError, match=r"are no token ids, .* build it with --tokenizer BASE"):
+                    load_rescorer(f"{name}:{path}").fit(Target(VOCAB, (256,), None))
+
     def test_the_shipped_model_fits_the_built_in_base(self):
         rescorer = load_rescorer("ngram")
         assert rescorer.model.order == 4 and rescorer.model.tokenizer_sha256
@@ -277,6 +292,21 @@ class TestTuning:
         told: list[str] = []
         evaluated(dict(chosen, data=str(tmp_path / "less.jsonl"), alpha="tuned"), notify=told.append)
         assert any("was tuned on other data of this task" in line for line in told)
+
+    def test_a_weight_of_another_trace_made_elsewhere_is_told(
+        self, options: Options, tmp_path: Path, cache_folder: Path
+    ):
+        evaluated(options)
+        (recorded,) = (cache_folder / "traces").iterdir()
+        folders = tmp_path / "one" / "medusa", tmp_path / "other" / "medusa"  # one name, and neither says anything
+        for more, folder in enumerate(folders):
+            header = json.loads((shutil.copytree(recorded, folder) / "trace.json").read_text())
+            changed = {**header, "settings": {}, "vocab_size": header["vocab_size"] + more}
+            (folder / "trace.json").write_text(json.dumps(changed))
+        chosen = dict(rescorers=("context-ngram:none",), k=8)
+        swept(dict(chosen, trace=str(folders[0])), alphas=(0.5, 2.0), ks=(8,), ps=(1,))
+        notices = [evaluated(dict(chosen, trace=str(folder), alpha="tuned")).notices for folder in folders]
+        assert ["tuned on other data" in " ".join(lines) for lines in notices] == [False, True]
 
     def test_held_out_examples_are_the_last_ones(self, options: Options):
         (tuned,) = swept(dict(options, rescorers=options["rescorers"][1:], limit=2), alphas=(1.0,), ks=(8,), ps=(1,))

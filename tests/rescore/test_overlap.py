@@ -109,7 +109,21 @@ class TestRuns:
         found = find_overlap([task], [corpus(tmp_path, words(0, 20).replace(" ", "\n"))])
         assert shares(found) == {"prompt": 1.0}
 
-    @given(st.lists(st.integers(0, 3), max_size=60), st.lists(st.integers(0, 3), max_size=40), st.integers(1, 5))
+    def test_examples_that_are_too_short_to_be_found_are_counted(self, task: str, tmp_path: Path):
+        (of_task,) = find_overlap([task], [corpus(tmp_path, words(0, 40))], n=30).tasks
+        assert of_task.found == () and of_task.too_short == of_task.examples > 0
+        assert find_overlap([task], [corpus(tmp_path, words(0, 40))]).tasks[0].too_short < of_task.examples
+
+    def test_a_corpus_without_words_is_refused(self, task: str, tmp_path: Path):
+        for text in ("", "\n \n", "...\n"):
+            with pytest.raises(RescoreError, match=r"holds no words, so nothing can be shared with it; give another"):
+                find_overlap([task], [corpus(tmp_path, text)])
+
+    @given(
+        st.lists(st.integers(0, 3), min_size=1, max_size=60),
+        st.lists(st.integers(0, 3), max_size=40),
+        st.integers(1, 5),
+    )
     def test_as_a_set_of_runs_has_it(self, tmp_path_factory: pytest.TempPathFactory, trained, asked, n):
         folder = tmp_path_factory.mktemp("overlap")
         write_lines(folder / "e.jsonl", [{"text": " ".join(map(str, asked)) + ".", "answer": "x"}])

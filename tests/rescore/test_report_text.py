@@ -126,6 +126,15 @@ def test_a_gain_that_is_none_is_said():
     assert "the only rescorer is a" in found.sentences[1]
 
 
+def test_a_loss_on_one_of_several_tasks_is_not_called_uncertain():
+    gained, lost = result("a", 1.5, gain=0.25, low=0.2), result("a", 1.1, gain=-0.2, low=-0.3)
+    found = make_headline([view(result("none", 1.2), gained), view(result("none", 1.2), lost)])
+    assert found.sentences[1].endswith(
+        "On 1 of 2 columns its drafts are surely worse: the interval of their gain is below zero."
+    )
+    assert "includes zero" not in found.sentences[1]
+
+
 def test_what_is_best_and_what_is_sure():
     """The best of one is none, and what may be chance is not shown as a gain."""
     both = result("a", 1.3, gain=0.08, low=-0.2), result("b", 1.25, gain=0.04, low=0.01)

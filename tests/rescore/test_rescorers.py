@@ -15,6 +15,7 @@ from lattices.search import p_best
 from rescore import rescorers
 from rescore.rescorers import Context, Rescorer, Target, load_rescorer, parse_spec, rescorer_names
 from rescore.rescorers.base import check_drafts
+from rescore.runs.run import Run, runs_of
 
 LATTICE = Lattice(
     np.array([[[5, 1], [2, 7], [3, 4]]], dtype=np.int32),
@@ -199,3 +200,18 @@ def test_drafts_that_break_the_promise_are_caught(drafts):
     check_drafts(np.array([[[5, 2, 3], [5, 9, 9]]]), LATTICE, p=2)
     with pytest.raises(AssertionError, match="a rescorer gave"):
         check_drafts(np.array(drafts), LATTICE, p=2)
+
+
+def test_the_weight_of_a_spec_is_its_run_s():
+    run = Run("context-ngram:none,alpha=0.25")
+    assert (run.rescorer, run.alpha, run.label) == ("context-ngram:none", 0.25, "context-ngram:none,alpha=0.25")
+    assert runs_of([run.label], alpha=3) == [run] and runs_of(["context-ngram:none"], alpha=3)[0].alpha == 3
+    with pytest.raises(RescoreError, match="the weight of ngram:alpha=2 is given twice; drop one"):
+        Run("ngram:alpha=2", alpha=1)
+
+
+@pytest.mark.parametrize("label", ["none", "oracle"])
+def test_what_others_are_measured_against_keeps_its_name(label: str):
+    with pytest.raises(RescoreError, match=f"{label} is the name of another rescorer; give this one another label"):
+        Run("ngram", label=label)
+    assert Run(label).label == label and Run(label, label="plain").label == "plain"

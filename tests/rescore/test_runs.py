@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 from conftest import refused, write_lines
-from evaluating import evaluated, recorded_trace
+from evaluating import evaluated, recorded_trace, swept
 
-from lattices.errors import IncompatibleError, InvalidDataError
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from rescore.rescorers.unrescored import Unrescored
 from rescore.runs.evaluated import load_run
 from rescore.runs.records import Result
+from rescore.runs.run import Run
 
 
 @pytest.fixture
@@ -81,6 +83,15 @@ class TestTrouble:
         (folder / "examples.jsonl").write_text("".join(lines[:-1]))
         assert "has 2 of the 3 examples of" in refused(lambda: load_run(folder), InvalidDataError)
 
+    def test_results_and_examples_of_two_runs(self, folder):
+        """Of as many examples: the table would be one run's and the comparison another's."""
+        path = folder / "examples.jsonl"
+        *others, last = path.read_text().splitlines()
+        record = json.loads(last)
+        changed = {**record, "accepted": [1] * sum(record["accepted"]) + [1]}
+        path.write_text("\n".join([*others, json.dumps(changed)]) + "\n")
+        assert "examples.jsonl beside it are not of one run" in refused(lambda: load_run(folder), InvalidDataError)
+
     def test_broken_lines_and_results(self, folder):
         lines = (folder / "examples.jsonl").read_text()
         (folder / "examples.jsonl").write_text('{"task": "squad"}\n' + lines)
@@ -142,3 +153,49 @@ class TestTrouble:
         lines[0] = json.dumps({**json.loads(lines[0]), "id": "another"})
         (tmp_path / "r" / "examples.jsonl").write_text("\n".join(lines) + "\n")
         assert "another trace" in refused(lambda: load_run(tmp_path / "r").trace("squad"), IncompatibleError)
+
+
+class Turned(Unrescored):
+    """A rescorer as an object: the unrescored drafts, the last token turned to that of another rank."""
+
+    alpha = 0.5
+
+    def __init__(self, rank: int, identity: str = "") -> None:
+        self.rank, self.identity = rank, identity
+
+    def draft(self, lattices, contexts, p):
+        drafts = super().draft(lattices, contexts, p)
+        drafts[:, :, -1] = lattices.token_ids[:, None, -1, self.rank]
+        return drafts
+
+
+class TestObjects:
+    """Rescorers that are given as objects: their class is their label, whatever is in them."""
+
+    def test_two_of_one_label_are_refused(self, options, cache_folder):
+        runs = (Run(Turned(0), k=4), Run(Turned(1), p=2, k=4))
+        refused(lambda: evaluated({**options, "rescorers": runs}), "two rescorers are called Turned", RescoreError)
+        both = {**options, "rescorers": (Turned(0), Turned(1))}
+        refused(lambda: swept(both, ks=(4,), keep=False), "two rescorers are called Turned", RescoreError)
+
+    def test_a_folder_does_not_take_one_for_the_other(self, options, tmp_path, cache_folder):
+        def run(rescorer: Turned) -> None:
+            evaluated({**options, "rescorers": (rescorer,)}, out=tmp_path / "run")
+
+        refused(lambda: run(Turned(0)), "set its `identity`, a hash of what it scores with", RescoreError)
+        run(Turned(0, "first"))
+        run(Turned(0, "first"))
+        refused(lambda: run(Turned(1, "second")), "holds results of another configuration", IncompatibleError)
+
+    def test_a_saved_one_is_not_mixed_with_another(self, options, tmp_path, cache_folder):
+        first, second = (evaluated({**options, "rescorers": (Turned(rank),)}) for rank in (0, 3))
+        assert first.examples != second.examples
+        first.save(tmp_path / "run")
+        first.save(tmp_path / "run")
+        refused(lambda: second.save(tmp_path / "run"), "holds another evaluation of the same runs", IncompatibleError)
+        assert load_run(tmp_path / "run").examples == first.examples
+
+    def test_a_weight_is_kept_for_what_is_known_again(self, options, cache_folder):
+        one = {**options, "rescorers": (Turned(0),)}
+        refused(lambda: swept(one, ks=(4,), ps=(1,)), "would not be known again: set its `identity`", RescoreError)
+        assert swept(one, ks=(4,), ps=(1,), keep=False)[0].rescorer == "Turned"

@@ -10,7 +10,9 @@ from typing import ClassVar
 
 import pytest
 from evaluating import evaluated, swept
-from test_evaluation import Make, Peek, ctrl_c, examples_of, make, peek, run, without_times  # noqa: F401
+from evaluation_runs import Make, Peek, run, without_times
+from test_evaluation import make, peek  # noqa: F401 (fixtures)
+from test_evaluation_goes_on import ctrl_c, examples_of
 
 from lattices.errors import IncompatibleError, RescoreError
 from rescore import rescorers

@@ -22,6 +22,7 @@ from lm.files import cache_directory
 from lm.locks import writing_to
 from lm.records import plain
 from rescore import tracing
+from rescore.groups import digest
 from rescore.reports.inspection import inspect_example
 from rescore.reports.page import report
 from rescore.reports.sources import load_sources
@@ -38,6 +39,8 @@ from rescore.suites.files import read_manifest
 from rescore.suites.page import suite_page
 from rescore.suites.plan import Plan, read_plan
 from rescore.suites.run import Suite, run_suite
+from rescore.tasks import load_task
+from rescore.tasks.data import load_examples
 
 BODY = """\
 limit: 4
@@ -200,6 +203,20 @@ class TestTable:
         assert again.document.results == fresh.document.results
         assert again.document.tuned == fresh.document.tuned and len((out / "tuned.jsonl").read_text().splitlines()) == 6
 
+    def test_weights_of_other_examples_are_tuned_anew(self, write: Write, tmp_path: Path):
+        """Stopped behind the sweeps: the list of examples to leave out now names one that was tuned on."""
+        left_out, out = tmp_path / "list.yaml", tmp_path / "out"
+        path = write(("limit: 4\n", f"limit: 4\nleave_out: {left_out}\n"))
+        prompts = [e.prompt for e in load_examples(load_task("squad"), data=tmp_path / "squad.jsonl").examples]
+        told = []
+        for prompt in (prompts[0], prompts[-1]):
+            body = f"schema: rescore.overlap/1\nn: 13\ntasks:\n  squad:\n  - {{prompt: '{digest(prompt)}'}}\n"
+            left_out.write_text(body)
+            told.append({(t.task, t.k): t.held_out for t in run(path, out).document.tuned})
+            shutil.rmtree(out / "runs")
+            (out / "suite.json").unlink()
+        assert "q5" in told[0]["squad", 4] and "q5" not in told[1]["squad", 4]
+
     def test_a_second_process_is_refused(self, write: Write, tmp_path: Path):
         held = threading.Event()
 
@@ -334,9 +351,11 @@ class TestRefused:
             ("- oracle", "- none", "line 19: rescorers[3]: the rescorer none is there twice"),
             ("- oracle", "- {name: oracle, alpha: 1}", "has no weight; drop alpha"),
             ("tune: {", "alpha: 1\n    tune: {", "a weight that is given is not tuned"),
+            ("name: context-ngram:none", "name: context-ngram:none,alpha=2", "a weight that is given is not tuned"),
             ("tune: {", "alpha: 65\n    x: {", "unknown key 'x' in 'rescorers[2]'"),
             ("alphas: [0.5, 1]", "alphas: [0.5, -1]", "line 18: rescorers[2].tune.alphas[2]: -1 is outside 0 to 64"),
             ("device: cpu", "mode: lives", "line 7: mode: 'lives' is not known; did you mean 'live'?"),
+            ("device: cpu", "verify: batch", "line 7: verify: batch is how live decoding verifies; drop it, or add"),
             ("name: gsm8k", "trace: x", "a trace has its own examples; drop data or trace"),
         ],
     )

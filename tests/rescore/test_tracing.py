@@ -131,6 +131,8 @@ def at(column: str, place: int, value: Any) -> Callable[[list[Row]], None]:
         (at("prompt_ids", 0, VOCAB), r"'b' has ids outside the vocabulary in 'prompt_ids'"),
         (at("entropies", 2, float("nan")), r"'b' has NaN in 'entropies'"),
         (at("margins", 1, float("nan")), r"'b' has NaN in 'margins'"),
+        (at("entropies", 2, float("inf")), r"'b' has a value in 'entropies' that is no entropy"),
+        (at("entropies", 2, -0.5), r"'b' has a value in 'entropies' that is no entropy"),
         (at("token_ids", 5, None), r"'b' has an empty entry in 'token_ids'"),
         (changed(logps=None), r"'b' has an empty entry in 'logps'"),
         (changed(prompt=None), r"'b' has an empty entry in 'prompt'"),

@@ -101,6 +101,9 @@ def analyse_folders(
     own = {"--h": h, "--k": k, "--limit": limit, "--bins": bins}
     if results and (given := [option for option, value in own.items() if value is not None]):
         raise RescoreError(f"{given[0]} is for traces; a run is analysed as it was decoded, so drop {given[0]}")
+    for option, value, analysis in (("--k", k, "p_curve"), ("--bins", bins, "calibration")):
+        if value is not None and analysis not in only:
+            raise RescoreError(f"{option} is for the analysis {analysis}; add it to --only, or drop {option}")
     if h is not None and h < 2:
         raise RescoreError(f"--h {h}; a block has at least 2 heads, the base LM's own and one more (--h 2)")
     if against and not results:

@@ -70,8 +70,9 @@ def paper_base() -> Decoder:
 
 
 def neural_for(base: Decoder) -> Decoder:
-    """The small LM neural-61m over a base's tokens: for the base of [A] one of 61M parameters; where one is shipped for
-    the base, that (the base's first layers); else what `rescore train-rescorer neural-61m --init scratch` makes."""
+    """The small LM neural-61m over a base's tokens: for the base of [A] one of 61M parameters; where the shipped one
+    serves the base, that (the base's first layers); else what `rescore train-rescorer neural-61m --init scratch` makes.
+    """
     if base.name == PAPER_BASE:
         return dense_decoder(
             NEURAL, layers=3, hidden_size=768, heads=PAPER_NEURAL_HEADS, kv_heads=PAPER_NEURAL_HEADS, head_size=64,
@@ -81,7 +82,7 @@ def neural_for(base: Decoder) -> Decoder:
     from lm.neural.model import named_size
 
     size = named_size(NEURAL)
-    if "/" not in base.name and (SHIPPED / base.name / NEURAL).is_dir():
+    if _is_served(base.name):
         config = catalog.read_model_config(base.name)
         config.get_text_config(decoder=True).num_hidden_layers = size.base_layers
         return decoder_of_config(config, name=NEURAL)
@@ -90,6 +91,21 @@ def neural_for(base: Decoder) -> Decoder:
         kv_heads=size.attention_heads, head_size=size.hidden_size // size.attention_heads,
         inner_size=size.intermediate_size, gated=True, vocab_size=base.vocab_size,
     )  # fmt: skip
+
+
+def _is_served(name: str) -> bool:
+    """Whether the rescorer neural-61m takes the base LM called `name`: the one it is shipped for, wherever its files
+    lie, and those that an adapter makes of it. Nothing is fetched."""
+    from lm.neural.model import check_fits, find_neural
+
+    if "/" not in name and (SHIPPED / name / NEURAL).is_dir():
+        return True
+    try:
+        catalog.resolve_base(name, local_files_only=True)
+        check_fits(find_neural(NEURAL), catalog.identify(name))
+    except RescoreError:
+        return False
+    return True
 
 
 def decoder_of(name: str, *, local_files_only: bool = False) -> Decoder:

@@ -73,6 +73,8 @@ def cost_tables(
     ] = None,
 ) -> list[CostTable]:
     """The costs in each precision, of inputs by hand or as a task of a run has them."""
+    if task is not None and results is None:
+        raise RescoreError("--task is a task of --results; give their folder, or drop --task")
     run = run_of_task(results, task, h=h) if results else None
     inputs = cost_inputs(
         run, task, base=base, config=config, heads=heads, h=h, verify=verify, block_efficiency=block_efficiency

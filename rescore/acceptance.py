@@ -17,8 +17,8 @@ def accept(
     """The winning draft and its accepted length n, 1 <= n <= h, for each of b blocks.
 
     drafts int `[b, p, h]`, -1 after the end of a shorter one; choices int `[b, p, h]`: the base's greedy token after
-    draft token j and all before it (anything where the tokens before are wrong); remaining int `[b]`: tokens the output
-    may still grow by. Nothing follows end-of-text. Returns `[b]` and `[b]`; of equally long acceptances the first draft wins.
+    draft token j and all before it (anything where the tokens before are wrong); remaining int `[b]`: tokens that the
+    output may still grow by. Nothing follows end-of-text. Returns `[b]` and `[b]`; of equal lengths the first wins.
     """
     ended = np.isin(drafts[..., :-1], list(eos_token_ids))
     match = (drafts[..., 1:] == choices[..., :-1]) & (drafts[..., 1:] >= 0) & ~ended

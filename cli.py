@@ -244,25 +244,32 @@ def oracle_command(
 @command("tune", MEASURE, inputs=Source(INPUTS, but=("limit",)))
 def tune_command(
     *,
-    rescorer: Annotated[Sequence[Spec], "A rescorer with a weight, like ngram; several."],
+    rescorer: Annotated[Sequence[Spec], "A rescorer with a weight, like ngram; several. Or joint, alone."],
     task: shared.Tasks = (),
     alphas: shared.Alphas = (),
     k: shared.Ks = (16,),
     p: shared.Ps = (1, 16),
     held_out: Annotated[int, "Examples to tune on, of the last sources of the data; at most half of them."] = 100,
+    out: Annotated[Path | None, "Folder for the weights of joint, which are fitted on all tasks together."] = None,
     inputs: "Inputs",
     as_json: Json = False,
 ) -> None:
     """Tune a rescorer's weight (alpha) by replay on held-out examples, for `rescore eval --alpha tuned`."""
     _check(task, inputs)
     from rescore.runs.recording import open_recordings
-    from rescore.runs.tables import tuning_table
-    from rescore.runs.tuning import DEFAULT_ALPHAS, tune
+    from rescore.runs.tables import joint_fit_table, tuning_table
+    from rescore.runs.tuning import DEFAULT_ALPHAS, fit_joint, is_joint, tune
 
     if held_out < 1:
         raise RescoreError(f"--held-out {held_out}; at least one example is needed")
     grid: dict[str, Any] = {"alphas": alphas or DEFAULT_ALPHAS, "ks": k, "ps": p, "held_out": held_out}
     recordings = open_recordings(task, inputs, k=max(k))
+    if is_joint(rescorer, out) and out is not None:
+        with progress_bar() as progress:
+            fit = fit_joint(recordings, out, rescorer[0], k=max(k), held_out=held_out, progress=progress, notify=notify)
+        _print_json(asdict(fit)) if as_json else _show(joint_fit_table(fit))
+        notify(f"written: rescore eval --rescorer joint:{out} uses these weights")
+        return
     with progress_bar() as progress:
         sweeps = tune(recordings, rescorer, **grid, progress=progress, notify=notify)
     _print_json([asdict(sweep) for sweep in sweeps]) if as_json else _show(tuning_table(sweeps))

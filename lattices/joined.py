@@ -143,21 +143,21 @@ def _gather(sources: Sources, depth: int, state: int, length: int, following: in
     while level != ROOT and proposed < CONTINUATIONS:
         # The most frequent, of equals the most recent; they are few, so they are searched for one by one.
         while proposed < CONTINUATIONS:
-            best, best_count, best_end = np.int64(NONE), np.int64(0), np.int64(0)
-            edge = np.int64(states[level, FIRST_EDGE])
+            best, best_count, best_end = NONE, 0, 0
+            edge = states[level, FIRST_EDGE]
             while edge != NONE:
                 target = edges[edge, TARGET]
-                count, end = np.int64(states[target, COUNT]), np.int64(states[target, END])
+                count, end = states[target, COUNT], states[target, END]
                 if count > best_count or (count == best_count and end > best_end):
                     place = _find(room, found, edges[edge, TOKEN])
                     if place == NONE or not room.origins[place] & LOOKUP:
                         best, best_count, best_end = edge, count, end
-                edge = np.int64(edges[edge, NEXT])
+                edge = edges[edge, NEXT]
             if best == NONE:
                 break
             found = _propose(room, found, edges[best, TOKEN], LOOKUP)
             proposed += 1
-        level = np.int64(states[level, LINK])
+        level = states[level, LINK]
     for chain in range(len(sources.chains)):
         if following >> chain & 1 and depth - 1 < sources.chains.shape[1] and sources.chains[chain, depth - 1] != NONE:
             found = _propose(room, found, sources.chains[chain, depth - 1], CHAIN)
@@ -186,8 +186,8 @@ def candidates(
     h, k = sources.token_ids.shape
     states, edges = sources.lookup.states, sources.lookup.edges
     while state != ROOT and states[state, FIRST_EDGE] == NONE:  # it stands at the end of the text only
-        state = np.int64(states[state, LINK])
-        length = np.int64(states[state, LENGTH])
+        state = states[state, LINK]
+        length = states[state, LENGTH]
     found = _gather(sources, depth, state, length, following, room)
     has_head = depth < h
     slot = min(depth - 1, SLOTS - 1)
@@ -197,18 +197,18 @@ def candidates(
     while level_count < LEVELS - 1 and level != ROOT:
         levels[level_count] = level
         level_count += 1
-        level = np.int64(states[level, LINK])
+        level = states[level, LINK]
     levels[level_count] = ROOT
     level_count += 1
-    last_end = np.int64(NONE)  # of what followed the longest match the last time
-    edge = np.int64(states[state, FIRST_EDGE]) if state != ROOT else np.int64(NONE)
+    last_end = NONE  # of what followed the longest match the last time
+    edge = states[state, FIRST_EDGE] if state != ROOT else NONE
     while edge != NONE:
-        last_end = max(last_end, np.int64(states[edges[edge, TARGET], END]))
-        edge = np.int64(edges[edge, NEXT])
+        last_end = max(last_end, states[edges[edge, TARGET], END])
+        edge = edges[edge, NEXT]
     floor = max(LEAST, np.float64(sources.logps[depth, k - 1])) if has_head else 0.0
     head_mass = 0.0
     for place in range(found):
-        token = np.int64(room.token_ids[place])
+        token = room.token_ids[place]
         used = 0
         if has_head:
             in_head = room.origins[place] & HEADS
@@ -220,11 +220,11 @@ def candidates(
                 head_mass += np.exp(logp)
             else:
                 used = _put(room, place, used, LACKS + slot, 1.0)
-        probability, longest_target = UNIFORM, np.int64(NONE)
+        probability, longest_target = UNIFORM, NONE
         for i in range(level_count - 1, -1, -1):
             target = step_match(sources.lookup, levels[i], token)
-            count = np.int64(states[target, COUNT]) if target != NONE else np.int64(0)
-            kinds = np.int64(states[levels[i], DEGREE])
+            count = states[target, COUNT] if target != NONE else 0
+            kinds = states[levels[i], DEGREE]
             probability = (count + kinds * probability) / max(1, states[levels[i], COUNT] + kinds)
             longest_target = target
         if len(sources.lookup.tokens) and sources.lookup.sizes[TOKENS] > 0:
@@ -284,43 +284,57 @@ def first_match(lookup: Tables, first: int) -> tuple[int, int]:
     return advance_match(lookup, from_state, from_length, first)
 
 
-@njit(cache=True)
-def features_along(
-    sources: Sources,
-    path: np.ndarray,
-    room: Room,
-    targets: np.ndarray,
-    counts: np.ndarray,
-    used: np.ndarray,
-    places: np.ndarray,
-    values: np.ndarray,
-) -> tuple[int, int]:
-    """The candidates after every prefix of a path that is known to be right, for fitting the weights.
+class Outcomes(NamedTuple):
+    """What came after right prefixes, for fitting the weights.
 
-    path int32 `[m]`: from slot 1 on. Fills for each prefix its target (place of the candidate that comes next, the last
-    one for `OTHER`) and how many outcomes there are, and for each outcome its features. Returns prefixes and outcomes.
+    targets, counts int32 `[n]`: which of a prefix's outcomes was right (the last is `OTHER`), and how many there are.
+    used int32 `[m]`, places int16, values float32 `[m, ACTIVE]`: features of all outcomes, prefix by prefix.
+    """
+
+    targets: np.ndarray
+    counts: np.ndarray
+    used: np.ndarray
+    places: np.ndarray
+    values: np.ndarray
+
+
+def outcomes_for(prefixes: int, room: Room) -> Outcomes:
+    """Room for the outcomes after so many prefixes."""
+    m = prefixes * (len(room.token_ids) + 1)
+    return Outcomes(
+        np.zeros(prefixes, dtype=np.int32),
+        np.zeros(prefixes, dtype=np.int32),
+        np.zeros(m, dtype=np.int32),
+        np.zeros((m, ACTIVE), dtype=np.int16),
+        np.zeros((m, ACTIVE), dtype=np.float32),
+    )
+
+
+@njit(cache=True)
+def features_along(sources: Sources, path: np.ndarray, room: Room, data: Outcomes) -> tuple[int, int]:
+    """Fills `data` with the candidates after every prefix of a path that is known to be right.
+
+    path int32 `[m]`: from slot 1 on. Returns how many prefixes and outcomes there are.
     """
     state, length = first_match(sources.lookup, path[0])
-    ngram_state = np.int64(sources.ngram_state)
+    ngram_state = sources.ngram_state
     if len(sources.words):
-        ngram_state = np.int64(advance_ngram(sources.cells, sources.roots, ngram_state, sources.words[path[0]])[1])
+        ngram_state = advance_ngram(sources.cells, sources.roots, ngram_state, sources.words[path[0]])[1]
     following = (1 << len(sources.chains)) - 1
     outcomes = 0
     for depth in range(1, len(path)):
         found = candidates(sources, depth, state, length, ngram_state, following, room)
         target = _find(room, found, path[depth])
-        targets[depth - 1] = found if target == NONE else target
-        counts[depth - 1] = found + 1
+        data.targets[depth - 1] = found if target == NONE else target
+        data.counts[depth - 1] = found + 1
         for place in range(found + 1):
-            used[outcomes] = room.used[place]
-            places[outcomes] = room.places[place]
-            values[outcomes] = room.values[place]
+            data.used[outcomes] = room.used[place]
+            data.places[outcomes] = room.places[place]
+            data.values[outcomes] = room.values[place]
             outcomes += 1
         state, length = advance_match(sources.lookup, state, length, path[depth])
         if len(sources.words):
-            ngram_state = np.int64(
-                advance_ngram(sources.cells, sources.roots, ngram_state, sources.words[path[depth]])[1]
-            )
+            ngram_state = advance_ngram(sources.cells, sources.roots, ngram_state, sources.words[path[depth]])[1]
         for chain in range(len(sources.chains)):
             if depth - 1 >= sources.chains.shape[1] or sources.chains[chain, depth - 1] != path[depth]:
                 following &= ~(1 << chain)
@@ -328,34 +342,37 @@ def features_along(
 
 
 @njit(cache=True)
-def loss_and_gradient(
-    weights: np.ndarray,
-    targets: np.ndarray,
-    counts: np.ndarray,
-    used: np.ndarray,
-    places: np.ndarray,
-    values: np.ndarray,
-    gradient: np.ndarray,
-) -> float:
-    """Summed negative log-probability of the targets, and its gradient; convex in the weights."""
+def outcome_logps(weights: np.ndarray, data: Outcomes) -> np.ndarray:
+    """Log-probabilities of all outcomes, float64 `[m]`."""
+    logps = np.empty(len(data.used))
+    start = 0
+    for row in range(len(data.targets)):
+        end = start + data.counts[row]
+        highest, norm = -np.inf, 0.0
+        for outcome in range(start, end):
+            logps[outcome] = 0.0
+            for i in range(data.used[outcome]):
+                logps[outcome] += weights[data.places[outcome, i]] * data.values[outcome, i]
+            highest = max(highest, logps[outcome])
+        for outcome in range(start, end):
+            norm += np.exp(logps[outcome] - highest)
+        logps[start:end] -= highest + np.log(norm)
+        start = end
+    return logps
+
+
+@njit(cache=True)
+def loss_and_gradient(weights: np.ndarray, data: Outcomes, gradient: np.ndarray) -> float:
+    """Summed negative log-probability of what was right, and its gradient `[WEIGHTS]`; convex in the weights."""
+    logps = outcome_logps(weights, data)
     gradient[:] = 0.0
     loss, start = 0.0, 0
-    logits = np.empty(counts.max())
-    for row in range(len(targets)):
-        highest = -np.inf
-        for place in range(counts[row]):
-            total = 0.0
-            for i in range(used[start + place]):
-                total += weights[places[start + place, i]] * values[start + place, i]
-            logits[place] = total
-            highest = max(highest, total)
-        norm = 0.0
-        for place in range(counts[row]):
-            norm += np.exp(logits[place] - highest)
-        loss += highest + np.log(norm) - logits[targets[row]]
-        for place in range(counts[row]):
-            part = np.exp(logits[place] - highest) / norm - (1.0 if place == targets[row] else 0.0)
-            for i in range(used[start + place]):
-                gradient[places[start + place, i]] += part * values[start + place, i]
-        start += counts[row]
+    for row in range(len(data.targets)):
+        right = start + data.targets[row]
+        loss -= logps[right]
+        for outcome in range(start, start + data.counts[row]):
+            part = np.exp(logps[outcome]) - (1.0 if outcome == right else 0.0)
+            for i in range(data.used[outcome]):
+                gradient[data.places[outcome, i]] += part * data.values[outcome, i]
+        start += data.counts[row]
     return loss

@@ -9,7 +9,7 @@ numba only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -123,7 +123,7 @@ def _grown(tables: Tables, needed: int) -> Tables:
 
 
 @njit(cache=True)
-def _slot(tables: Tables, state: int, token: int) -> int:
+def _slot(tables: Tables, state: int, token: int) -> Any:
     """Where the edge of a state along a token is, or would be placed."""
     slots, edges = tables.slots, tables.edges
     mask = len(slots) - 1
@@ -144,10 +144,10 @@ def _place_all(tables: Tables) -> None:
 
 
 @njit(cache=True)
-def step(tables: Tables, state: int, token: int) -> int:
+def step(tables: Tables, state: int, token: int) -> Any:
     """The state along a token, `NONE` where nothing follows so."""
     edge = tables.slots[_slot(tables, state, token)]
-    return NONE if edge == NONE else np.int64(tables.edges[edge, TARGET])
+    return NONE if edge == NONE else tables.edges[edge, TARGET]
 
 
 @njit(cache=True)
@@ -163,7 +163,7 @@ def _add_edge(tables: Tables, state: int, token: int, target: int) -> None:
 
 
 @njit(cache=True)
-def _new_state(tables: Tables, length: int) -> int:
+def _new_state(tables: Tables, length: int) -> Any:
     state = tables.sizes[STATES]
     tables.sizes[STATES] += 1
     tables.states[state, LENGTH] = length
@@ -199,7 +199,7 @@ def extend(tables: Tables, token_ids: np.ndarray) -> None:
 
 
 @njit(cache=True)
-def _split(tables: Tables, state: int, token: int) -> int:
+def _split(tables: Tables, state: int, token: int) -> Any:
     """The state of a state's longest string and the token after it: cut off from that of longer strings, if need be."""
     states = tables.states
     target = step(tables, state, token)
@@ -228,8 +228,8 @@ def advance(tables: Tables, state: int, length: int, token: int) -> tuple[int, i
             return target, length + 1
         if state == ROOT:
             return ROOT, 0
-        state = np.int64(tables.states[state, LINK])
-        length = np.int64(tables.states[state, LENGTH])
+        state = tables.states[state, LINK]
+        length = tables.states[state, LENGTH]
 
 
 @njit(cache=True)
@@ -242,8 +242,8 @@ def follow(tables: Tables, token_ids: np.ndarray) -> tuple[int, int]:
         state, length = advance(tables, state, length, token)
     # What stands at the end of the sequence alone is followed by nothing.
     while state != ROOT and states[state, FIRST_EDGE] == NONE:
-        state = np.int64(states[state, LINK])
-        length = np.int64(states[state, LENGTH])
+        state = states[state, LINK]
+        length = states[state, LENGTH]
     return state, length
 
 
@@ -258,7 +258,7 @@ def continuations(
     found = 0
     state, longest = follow(tables, token_ids)
     while state != ROOT and tables.states[tables.states[state, LINK], LENGTH] >= most:
-        state = np.int64(tables.states[state, LINK])  # a shorter suffix has more occurrences
+        state = tables.states[state, LINK]  # a shorter suffix has more occurrences
     longest = min(longest, most)
     if longest < least or longest == 0:
         return runs[:0], matches[:0]
@@ -299,10 +299,10 @@ def continuations(
 @njit(cache=True)
 def _most_recent(tables: Tables, state: int) -> int:
     """The place after the last occurrence of a state's strings that something follows."""
-    edge, best = np.int64(tables.states[state, FIRST_EDGE]), np.int64(0)
+    edge, best = tables.states[state, FIRST_EDGE], 0
     while edge != NONE:
-        best = max(best, np.int64(tables.states[tables.edges[edge, TARGET], END]))
-        edge = np.int64(tables.edges[edge, NEXT])
+        best = max(best, tables.states[tables.edges[edge, TARGET], END])
+        edge = tables.edges[edge, NEXT]
     return best
 
 

@@ -32,12 +32,13 @@ from rescore.rescorers.unrescored import Unrescored
 __all__ = ["Context", "Rescorer", "Target", "format_spec", "load_rescorer", "parse_spec", "rescorer_names"]
 
 ENTRY_POINTS = "rescore.rescorers"
+JOINT = "joint"
 BUILT_IN: dict[str, Callable[..., Rescorer]] = {
     "none": Unrescored,
     "oracle": Oracle,
     "ngram": Ngram,
     "context-ngram": ContextNgram,
-    "joint": Joint,
+    JOINT: Joint,
     "learned-bigram": LearnedBigram,
     "lookup": PromptLookup,
     "neural": Neural,

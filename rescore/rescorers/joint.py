@@ -10,19 +10,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
-from lattices.joined import WEIGHTS, Sources, room_for
+from lattices.joined import WEIGHTS, room_for
 from lattices.lattice import Lattice
 from lattices.likeliest import best_branches, branches, likeliest_nodes
 from lattices.ngram_search import NgramSearch
 from lattices.paths import user_path
 from lm.files import SHIPPED, read_json_object, write_json
 from lm.keys import key_of
+from lm.records import plain
 from rescore.rescorers.base import Context, Rescorer, Target
+from rescore.rescorers.joint_fit import JointFit, sources_at
 from rescore.rescorers.lookup import lookup_of, stacked
 from rescore.rescorers.ngram import Ngram
 
@@ -43,6 +45,7 @@ class Joint(Rescorer):
     def __init__(self, path: str = "", *, ngram: str = "", tokens: int = LONGEST - 1) -> None:
         if tokens < 1:
             raise RescoreError(f"joint: tokens = {tokens}; a draft has one or more after the base's own")
+        self.tokens = tokens
         self.longest = tokens + 1
         self.ngram = Ngram(ngram)
         self.path = user_path(path, "joint:") if path else None
@@ -54,18 +57,22 @@ class Joint(Rescorer):
 
     def _use(self, weights: np.ndarray) -> None:
         self._weights = weights
-        self.identity = f"joint {self.ngram.identity} {self.longest - 1} {key_of(weights.tolist())}"
+        self.identity = f"joint {self.ngram.identity} {self.tokens} {key_of(weights.tolist())}"
 
     def fit(self, target: Target) -> Self:
         """See `Rescorer.fit`."""
         fitted = copy.copy(self)
-        search = self.ngram.fit(target).search()
-        if not isinstance(search, NgramSearch):
-            raise RescoreError(f"joint can't use the KenLM binary {self.ngram.path}; give its ARPA file")
-        fitted._search = search
+        fitted._search = self.search_for(target)
         if fitted._weights is None:
             fitted._use(read_weights(shipped_weights(target), self.ngram))
         return fitted
+
+    def search_for(self, target: Target) -> NgramSearch:
+        """The n-gram model for a base LM. Raises as `fit`."""
+        search = self.ngram.fit(target).search()
+        if not isinstance(search, NgramSearch):
+            raise RescoreError(f"joint can't use the KenLM binary {self.ngram.path}; give its ARPA file")
+        return search
 
     def prefill(self, contexts: Sequence[Context]) -> None:
         """See `Rescorer.prefill`."""
@@ -86,22 +93,11 @@ class Joint(Rescorer):
             sources = sources_at(self._search, lattices.token_ids[row], lattices.logps[row], context)
             count = EXPLORED[0] + EXPLORED[1] * p
             tree = likeliest_nodes(
-                sources, self._weights, int(lattices.token_ids[row, 0, 0]), count, self.longest, room
+                sources, self._weights, int(lattices.token_ids[row, 0, 0]), count, self.tokens + 1, room
             )
             token_ids, parents, depths, logps, _ = tree
             drafts.append(branches(token_ids, parents, depths, best_branches(parents, logps, p)))
         return stacked(drafts)
-
-
-def sources_at(search: NgramSearch, token_ids: np.ndarray, logps: np.ndarray, context: Context) -> Sources:
-    """What candidates come from before a lattice `[h, k]`."""
-    state = search.state_after(context.last(search.automaton.order - 1))
-    none = np.zeros((0, 1))
-    return Sources(
-        np.ascontiguousarray(token_ids), np.ascontiguousarray(logps), lookup_of(context).tables,
-        search.automaton.cells, search.automaton.roots, search.words, state,
-        none.astype(np.int32), none.astype(np.float32),
-    )  # fmt: skip
 
 
 def shipped_weights(target: Target) -> Path:
@@ -138,7 +134,6 @@ def read_weights(folder: Path, ngram: Ngram) -> np.ndarray:
     return np.array(values, dtype=np.float64)
 
 
-def write_weights(folder: Path, weights: np.ndarray, ngram: Ngram, **facts: Any) -> None:
-    """Writes fitted weights, and `facts` of how they were made. Raises `OutputError`."""
-    document = {"schema": SCHEMA, "ngram": ngram.model.sha256, **facts, "weights": weights.tolist()}
-    write_json(folder / WEIGHTS_FILE, document)
+def write_weights(folder: Path, fit: JointFit, ngram: Ngram) -> None:
+    """Writes fitted weights and how they were fitted. Raises `OutputError`."""
+    write_json(folder / WEIGHTS_FILE, {"schema": SCHEMA, "ngram": ngram.model.sha256, **plain(fit)})

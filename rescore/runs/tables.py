@@ -8,6 +8,7 @@ from operator import attrgetter
 from typing import Any
 
 from rescore.bootstrap import LEAST_GROUPS
+from rescore.rescorers.joint_fit import JointFit
 from rescore.runs.records import Result, ResultsDocument, Tuned
 from rescore.table import (
     ALPHA,
@@ -233,6 +234,20 @@ def tuning_table(sweeps: Sequence[Tuned]) -> Table:
     )
     best = [(row, f"{t.alpha:g}") for row, t in enumerate(sweeps)]
     return Table.of(columns, sweeps, note=note, best=best, none="")
+
+
+def joint_fit_table(fit: JointFit) -> Table:
+    """The reliability diagram of fitted weights as a table: how often candidates of a probability were right."""
+    rows = [
+        [f"{place / len(fit.counts):.1f} to {(place + 1) / len(fit.counts):.1f}", *cells]
+        for place, cells in enumerate(zip(fit.counts, fit.confidences, fit.accuracies, strict=True))
+    ]
+    columns = [Column("probability"), Column("candidates", COUNT), Column("mean", SHARE), Column("right", SHARE)]
+    facts = f"{fit.examples} examples of {fit.groups} groups, {fit.prefixes:,} prefixes"
+    if fit.log_loss is not None and fit.calibration_error is not None:
+        facts += f"; log-loss {fit.log_loss:.3f} nats a prefix, calibration error {fit.calibration_error:.4f}"
+    note = "measured on each half of the groups with weights fitted on the other; those written are fitted on all."
+    return Table(columns, rows, title=f"weights of joint: {facts}", note=note)
 
 
 def suite_table(results: Sequence[Result]) -> Table:

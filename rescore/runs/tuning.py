@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import product
-
-import numpy as np
-import torch
+from pathlib import Path
 
 from lattices.errors import RescoreError
-from lattices.joined import ACTIVE, WEIGHTS, features_along, loss_and_gradient, room_for
-from lattices.ngram_search import NgramSearch
+from lattices.paths import user_path
 from lm.files import write_json
 from lm.records import plain
 from rescore.accounting import account
 from rescore.checks import check_held_k
 from rescore.replaying import replay
-from rescore.rescorers import Context, Rescorer
-from rescore.rescorers.joint import Joint, sources_at
+from rescore.rescorers import JOINT, Rescorer, load_rescorer, parse_spec
+from rescore.rescorers.joint import Joint, write_weights
+from rescore.rescorers.joint_fit import JointFit, fit_weights
 from rescore.runs.environment import environment
 from rescore.runs.inputs import Notify, Progress
 from rescore.runs.recording import Recording
 from rescore.runs.records import Tuned
 from rescore.runs.run import DEFAULT_K, Run, load_rescorers
 from rescore.runs.weights import check_tokenizers, coverage_notices, fit_to, target_of, tuned_path
-from rescore.tracing import Trace, TracedExample
 
 DEFAULT_ALPHAS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 HELD_OUT = 100
-FITTED_DEPTH = 12  # tokens of the known output that are looked ahead when weights of `joint` are fitted
-RIDGE = 1.0  # squared weights beside the log-loss, summed over all positions
-ROUNDS = 100
 
 
 def tune(
@@ -94,46 +88,48 @@ def tune(
     return sweeps
 
 
-def fit_joint(traces: Sequence[Trace], joint: Joint, *, k: int) -> tuple[np.ndarray, float]:
-    """Weights that make the base's own choices likeliest on held-out traces, and the mean log-loss a prefix, in nats.
+def is_joint(specs: Sequence[str], out: Path | None) -> bool:
+    """Whether weights of `joint` are asked for, which are fitted and not swept.
 
-    Every position of every output is learned from, and from each what comes after it: the candidates after each right
-    prefix, the right one among them or not. The loss is convex, so the weights do not depend on where it starts.
+    Raises `RescoreError` for joint beside others, without a folder, and for a folder without joint.
     """
-    rows = [_features(trace, joint, k=k) for trace in traces]
-    data = [np.concatenate([each[field] for each in rows]) for field in range(5)]
-    weights = torch.zeros(WEIGHTS, dtype=torch.float64)
-    optimizer = torch.optim.LBFGS([weights], max_iter=ROUNDS, history_size=20, line_search_fn="strong_wolfe")
-    gradient, prefixes = np.zeros(WEIGHTS), len(data[0])
-
-    def closure() -> torch.Tensor:
-        loss = loss_and_gradient(weights.numpy(), *data, gradient)
-        weights.grad = (torch.from_numpy(gradient) + RIDGE * weights) / prefixes
-        return (loss + 0.5 * RIDGE * (weights**2).sum()) / prefixes
-
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return weights.numpy().copy(), float(loss_and_gradient(weights.numpy(), *data, gradient)) / prefixes
+    joint = [spec for spec in specs if parse_spec(spec)[0] == JOINT]
+    if joint and (len(specs) > 1 or out is None):
+        raise RescoreError("the weights of joint are fitted alone, into a folder: --rescorer joint --out DIR")
+    if out is not None and not joint:
+        raise RescoreError("--out is for the weights of joint; drop it, or give --rescorer joint")
+    return bool(joint)
 
 
-def _features(trace: Trace, joint: Joint, *, k: int) -> list[np.ndarray]:
-    """The arrays of `features_along`, of all positions of a trace."""
-    search = joint.ngram.fit(target_of(trace)).search()
-    assert isinstance(search, NgramSearch)
-    parts = [part for example in trace.examples for part in _of_example(example, search, k)]
-    return [np.concatenate([part[field] for part in parts]) for field in range(5)]
+def fit_joint(
+    recordings: Recording | Iterable[Recording],
+    out: str | Path,
+    spec: str = JOINT,
+    *,
+    k: int = DEFAULT_K,
+    held_out: int = HELD_OUT,
+    progress: Progress | None = None,
+    notify: Notify | None = None,
+) -> JointFit:
+    """Fits the weights of `joint` on held-out examples of all tasks together, and writes them into a folder.
 
-
-def _of_example(example: TracedExample, search: NgramSearch, k: int) -> Iterator[list[np.ndarray]]:
-    room = room_for(k, 0)
-    context = Context(example.prompt_ids.tolist())
-    for position in range(len(example.output_ids) - 1):
-        path = example.output_ids[position : position + FITTED_DEPTH]
-        outcomes = len(path) * (len(room.token_ids) + 1)
-        arrays = [np.zeros(len(path), dtype=np.int32) for _ in range(2)]
-        arrays += [np.zeros(outcomes, dtype=np.int32)]
-        arrays += [np.zeros((outcomes, ACTIVE), dtype=np.int16), np.zeros((outcomes, ACTIVE), dtype=np.float32)]
-        lattice = example.lattice
-        sources = sources_at(search, lattice.token_ids[position, :, :k], lattice.logps[position, :, :k], context)
-        prefixes, used = features_along(sources, path, room, *arrays)
-        yield [array[:size].copy() for array, size in zip(arrays, (prefixes, prefixes, used, used, used), strict=True)]
-        context.output_ids.append(int(example.output_ids[position]))
+    held_out: examples of each task, as for `tune`. How well the probabilities hold is measured on half of the groups
+    with weights of the other half. Raises `RescoreError` for what `evaluate` refuses, `OutputError`.
+    """
+    joint = load_rescorer(spec)
+    assert isinstance(joint, Joint)
+    examples, groups = [], []
+    for recording in [recordings] if isinstance(recordings, Recording) else recordings:
+        recording = recording.held_out(held_out)
+        check_held_k(recording.k, k)
+        if notify:
+            for line in recording.notices:
+                notify(line)
+        check_tokenizers(recording, [joint])
+        trace = recording.trace(progress=progress)
+        search = joint.search_for(target_of(trace))
+        examples += [(example, search) for example in trace.examples]
+        groups += [f"{recording.name} {group}" for group in recording.groups]
+    fit = fit_weights(examples, groups, k=k)
+    write_weights(user_path(out, "--out"), fit, joint.ngram)
+    return fit

@@ -1,0 +1,133 @@
+"""`lookup` and `joint`: drafts from the text so far, alone and joined with the heads'; weights fitted on traces."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import refused
+from evaluating import Options, evaluated, opened
+from test_ngram_rescorer import bigram_model, save
+
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lattices.joined import WEIGHTS
+from lattices.lattice import Lattice
+from rescore.rescorers import Rescorer, load_rescorer
+from rescore.rescorers.base import Context
+from rescore.rescorers.joint import WEIGHTS_FILE
+from rescore.runs.records import Identical
+from rescore.runs.tuning import fit_joint
+
+TEXT = [5, 6, 7, 8, 5, 6, 9, 9, 5, 6]
+
+
+def drafts_of(spec: str, p: int, first: int = 5, context: Context | None = None) -> list[list[int]]:
+    lattices = Lattice(np.full((1, 3, 1), first, dtype=np.int32), np.zeros((1, 3, 1), dtype=np.float32))
+    drafts = load_rescorer(spec).draft(lattices, [context or Context(TEXT)], p)
+    return [[token for token in draft if token >= 0] for draft in drafts[0].tolist()]
+
+
+class TestLookup:
+    def test_the_longest_match_first_then_the_most_recent(self):
+        context = Context(TEXT[:-1])  # ... 9 5, and the base has chosen 6
+        assert drafts_of("lookup:tokens=3", 1, 6, context) == [[6, 9, 9, 5]]
+        assert drafts_of("lookup:tokens=3", 4, 6, Context(TEXT[:-1])) == [[6, 9, 9, 5], [6, 7, 8, 5]]
+        assert drafts_of("lookup:tokens=3,most=1", 1, 6, Context(TEXT[:-1])) == [[6, 9, 9, 5]]
+        assert drafts_of("lookup:tokens=3,first=true", 1, 6, Context(TEXT[:-1])) == [[6, 7, 8, 5]]
+
+    def test_without_a_match_the_known_token_alone(self):
+        assert drafts_of("lookup", 4, first=11) == [[11]]
+        assert drafts_of("lookup:least=3", 1, first=8) == [[8]]
+
+    def test_the_output_is_looked_up_too_and_grows(self):
+        context = Context([1, 2], output_ids=[3, 4, 3])
+        assert drafts_of("lookup:tokens=2", 1, 4, context) == [[4, 3]]
+        context.output_ids.extend([4, 7])
+        assert drafts_of("lookup:tokens=2", 1, 4, context) == [[4, 7]]
+        assert drafts_of("lookup:tokens=2", 1, 3, context) == [[3, 4, 7]]
+
+    @pytest.mark.parametrize("spec", ["lookup:tokens=0", "lookup:least=0", "lookup:least=3,most=2"])
+    def test_sizes_that_make_no_sense(self, spec: str):
+        refused(lambda: load_rescorer(spec), "lookup: give tokens of 1 or more")
+
+
+@pytest.fixture
+def options(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path) -> Options:
+    return dict(
+        base=str(tiny_folder), heads=str(tiny_heads_folder), data=str(squad_file), dtype="float64", device="cpu", k=8,
+        max_new_tokens=24,
+    )  # fmt: skip
+
+
+class Ragged(Rescorer):
+    """Drafts of one to seven tokens, right to their end or but for their last token; beyond what the heads reach."""
+
+    longest = 7
+
+    def draft(self, lattices, contexts, p):
+        drafts = np.full((len(contexts), p, self.longest), -1, dtype=np.int32)
+        for rows, context, first in zip(drafts, contexts, lattices.token_ids[:, 0, 0], strict=True):
+            done = len(context.output_ids)
+            for row in range(p):
+                ahead = context.future[done : done + 1 + (2 * done + row) % self.longest]
+                rows[row, : len(ahead)] = ahead
+                if len(ahead) > 1 and (done + row) % 3 == 0:
+                    rows[row, len(ahead) - 1] = (ahead[-1] + 1) % 256
+                rows[row, 0] = first
+        return drafts
+
+
+@pytest.fixture
+def joint(options: Options, tmp_path: Path) -> str:
+    """The spec of weights that were fitted on some of the examples."""
+    ngram = save(tmp_path / "ngram", bigram_model())
+    fit_joint(opened(options), tmp_path / "weights", f"joint:ngram={ngram}", k=8, held_out=2)
+    return f"joint:{tmp_path / 'weights'},ngram={ngram}"
+
+
+@pytest.mark.parametrize(("p", "verify"), [(1, "tree"), (4, "tree"), (4, "batch")])
+def test_replay_equals_live_and_the_output_is_exact(options: Options, joint: str, p: int, verify: str):
+    chosen = options | {"rescorers": ("none", "lookup", "lookup:tokens=3", joint, Ragged()), "p": p}
+    replayed = evaluated(chosen).results
+    live = evaluated(chosen | {"mode": "live", "verify": verify}).results
+    assert [r.identical for r in live] == [Identical(n=6, identical=6)] * 5
+    assert [r.accepted_histogram for r in live] == [r.accepted_histogram for r in replayed]
+    assert [len(r.marginal) for r in replayed] == [4, 17, 4, 16, 7] and {r.h for r in replayed} == {4}
+    assert replayed[-1].block_efficiency > 2, "drafts of different lengths, longer than the heads' blocks"
+    assert replayed[-1].accepted_histogram[6] > 0
+
+
+def test_what_is_fitted_is_said_and_read_back(options: Options, tmp_path: Path):
+    ngram = save(tmp_path / "ngram", bigram_model())
+    fit = fit_joint(opened(options), tmp_path / "weights", f"joint:ngram={ngram}", k=8, held_out=3)
+    again = fit_joint(opened(options), tmp_path / "again", f"joint:ngram={ngram}", k=8, held_out=3)
+    assert fit == again and (fit.examples, fit.groups) == (3, 3) and len(fit.weights) == WEIGHTS
+    assert fit.log_loss is not None and fit.log_loss > 0 and sum(fit.counts) > fit.prefixes
+    written = json.loads((tmp_path / "weights" / WEIGHTS_FILE).read_text())
+    assert written["weights"] == fit.weights and written["log_loss"] == fit.log_loss
+    one, other = (load_rescorer(f"joint:{tmp_path / name},ngram={ngram}") for name in ("weights", "again"))
+    assert one.identity == other.identity
+
+
+class TestTrouble:
+    def test_weights_that_are_broken_or_of_something_else(self, joint: str, tmp_path: Path):
+        path = tmp_path / "weights" / WEIGHTS_FILE
+        whole: dict[str, Any] = json.loads(path.read_text())
+        for change, message, kind in (
+            ({"schema": "rescore.joint/0"}, "fit them again", InvalidDataError),
+            ({"weights": ["a"]}, "must be a list of numbers", InvalidDataError),
+            ({"weights": [1.0]}, "1 weights where", IncompatibleError),
+            ({"ngram": "0"}, "was fitted with another n-gram model", IncompatibleError),
+        ):
+            path.write_text(json.dumps(whole | change))
+            refused(lambda: load_rescorer(joint), message, kind)
+        path.unlink()
+        refused(lambda: load_rescorer(joint), "no weights of joint in", RescoreError)
+
+    def test_none_are_shipped_for_a_base_of_ones_own(self, options: Options, tmp_path: Path):
+        ngram = save(tmp_path / "ngram", bigram_model())
+        chosen = options | {"rescorers": (f"joint:ngram={ngram}",)}
+        refused(lambda: evaluated(chosen), "no weights of joint are shipped for", "rescore tune --rescorer joint --out")

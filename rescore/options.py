@@ -25,7 +25,10 @@ from lm.options import Size
 from rescore.terminal import CutShortError
 
 Spec = NewType("Spec", str)  # a rescorer as it is given: name, name:text or name:key=value,key=value
-Data = Annotated[str | None, "File with the task's examples: JSON lines, a JSON array, CSV or Parquet."]
+Data = Annotated[
+    str | None,
+    "File with the task's examples: JSON lines, a JSON array, CSV or Parquet; or a folder with TASK.jsonl for each.",
+]
 Limit = Annotated[int | None, "Only N examples: one of each source (passage, document) before a second one of any."]
 TASK_NAMES = (
     "cnn_dailymail, gsm8k, lambada, mt_bench, multi_news, newsroom, qa, rag, samsum, squad, summarization, "
@@ -36,7 +39,7 @@ Tasks = Annotated[Sequence[str], f"{TASK_NAMES}; several. Default: squad, or the
 Rescorers = Annotated[
     Sequence[Spec],
     "none, oracle, ngram[:PATH], context-ngram[:PATH], neural-32m, neural-61m, neural-94m, neural:PATH, "
-    "ngram-neural[:MODEL], learned-bigram[:PATH] or a plug-in's name[:text]; several. "
+    "ngram-neural[:MODEL], learned-bigram[:PATH], lookup, joint[:PATH] or a plug-in's name[:text]; several. "
     "Settings as in ngram:p=16,alpha=0.5.",
     "--rescorer",
 ]

@@ -19,6 +19,7 @@ from lattices.paths import encodable, user_path
 from lm.files import sha256_of_file
 from lm.locks import making, tell, writing_to
 from lm.records import plain
+from lm.text_files import rows_file
 from rescore.checks import check_held_k, check_k
 from rescore.groups import digest, held_out
 from rescore.runs.inputs import DEFAULT_NEW_TOKENS, DEFAULT_TASK, Inputs, Notify, Progress
@@ -224,8 +225,9 @@ def open_recording(
         return _given(inputs, k)
     task = load_task(inputs.task or DEFAULT_TASK)
     inputs = dataclasses.replace(inputs, task=inputs.task or DEFAULT_TASK)
+    rows = user_path(inputs.data) if inputs.data else None
     data = load_examples(
-        task, data=user_path(inputs.data) if inputs.data else None, limit=inputs.limit,
+        task, data=rows_file(rows, task.name) if rows and rows.is_dir() else rows, limit=inputs.limit,
         leave_out=read_leave_out(inputs.leave_out),
     )  # fmt: skip
     models = Models(inputs, base, heads)

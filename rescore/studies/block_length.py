@@ -83,7 +83,7 @@ class TimedRescorer(Rescorer):
     """A rescorer that notes the seconds of every call but an example's first, which reads the prompt."""
 
     def __init__(self, rescorer: Rescorer) -> None:
-        self.rescorer = rescorer
+        self.rescorer, self.longest = rescorer, rescorer.longest
         self.seconds: list[float] = []
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:

@@ -102,7 +102,8 @@ def main() -> None:
         p50, p95 = float(np.median(ms)), float(np.quantile(ms, 0.95))
         plain = float(np.median(bare[name])) * 1e3 if name in models else None
         against = p50 / float(np.median(timed[sequential].seconds)) / 1e3 if sequential else None
-        efficiency = account(accepted[name], h).block_efficiency
+        longest = fitted[name].longest or h
+        efficiency = account(accepted[name], longest).block_efficiency
         parameters, flops = sizes_of(models[name]) if name in models else (None, None)
         gflops = flops and flops * rescorer.tokens / len(ms) / 1e9
         results.append({

@@ -17,10 +17,11 @@ from lattices.lookup import advance as advance_match
 
 @njit(cache=True)
 def likeliest_nodes(
-    sources: Sources, weights: np.ndarray, first: int, count: int, deepest: int, room: Room
+    sources: Sources, weights: np.ndarray, first: int, count: int, deepest: int, ends: np.ndarray, room: Room
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The `count` likeliest prefixes of at most `deepest` tokens, in falling order; first: the token of slot 1.
 
+    ends: tokens after which nothing is accepted, so that no path goes on from them.
     Returns for each the last token, the place of its parent (`NONE` for the first, which is slot 1), its depth (tokens
     of the path), the log-probability of the whole path, and where the last token comes from (bits).
     """
@@ -48,7 +49,7 @@ def likeliest_nodes(
         chosen[taken] = node
         number[node] = taken
         taken += 1
-        if depths[node] == deepest or taken == count:
+        if depths[node] == deepest or taken == count or (ends == tokens[node]).any():
             continue
         found = candidates(
             sources, depths[node], matched[node, 0], matched[node, 1], ngram_states[node], following[node], room

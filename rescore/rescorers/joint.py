@@ -54,6 +54,7 @@ class Joint(Rescorer):
         if self.path is not None:
             self._use(read_weights(self.path, self.ngram))
         self._search: NgramSearch | None = None
+        self._ends = np.zeros(0, dtype=np.int32)
 
     def _use(self, weights: np.ndarray) -> None:
         self._weights = weights
@@ -63,6 +64,7 @@ class Joint(Rescorer):
         """See `Rescorer.fit`."""
         fitted = copy.copy(self)
         fitted._search = self.search_for(target)
+        fitted._ends = np.array(target.eos_token_ids, dtype=np.int32)
         if fitted._weights is None:
             fitted._use(read_weights(shipped_weights(target), self.ngram))
         return fitted
@@ -93,7 +95,7 @@ class Joint(Rescorer):
             sources = sources_at(self._search, lattices.token_ids[row], lattices.logps[row], context)
             count = EXPLORED[0] + EXPLORED[1] * p
             tree = likeliest_nodes(
-                sources, self._weights, int(lattices.token_ids[row, 0, 0]), count, self.tokens + 1, room
+                sources, self._weights, int(lattices.token_ids[row, 0, 0]), count, self.tokens + 1, self._ends, room
             )
             token_ids, parents, depths, logps, _ = tree
             drafts.append(branches(token_ids, parents, depths, best_branches(parents, logps, p)))

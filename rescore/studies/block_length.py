@@ -169,7 +169,7 @@ def block_lengths(
         timed = TimedRescorer(rescorer)
         examples = trace.first_heads(h).examples
         accepted = [steps for example in examples for steps in replay([example], timed, k=k)]
-        accounting = account(accepted, h, groups=groups)
+        accounting = account(accepted, timed.longest or h, groups=groups)
         heads_ms = _heads_ms(base, heads.first(h), k, repeats)
         rescoring_ms = float(np.median(timed.seconds)) * 1e3 if timed.seconds else 0.0
         step_ms = verify_ms + heads_ms + rescoring_ms

@@ -85,18 +85,20 @@ def test_candidates_are_those_of_all_sources_and_their_probabilities_sum_to_one(
 @given(st.integers(0, 10_000), st.integers(0, VOCABULARY - 1), st.integers(1, 40), st.integers(1, 4), st.integers(0, 2))
 def test_the_likeliest_nodes_are_those_of_all_paths(seed: int, first: int, count: int, deepest: int, chains: int):
     sources = sources_of(seed, chains=chains)
+    ends = np.array([seed % VOCABULARY], dtype=np.int32)
     every = {(first,): 0.0}
     layer = dict(every)
     for _ in range(deepest - 1):
         layer = {
             (*path, token): logp + more
             for path, logp in layer.items()
+            if path[-1] not in ends
             for token, more in after(sources, list(path))[0].items()
         }
         every |= layer
     expected = sorted(every.values(), reverse=True)[:count]
     room = room_for(2, chains)
-    tokens, parents, depths, logps, _ = likeliest_nodes(sources, weights_of(3), first, count, deepest, room)
+    tokens, parents, depths, logps, _ = likeliest_nodes(sources, weights_of(3), first, count, deepest, ends, room)
     assert logps.tolist() == pytest.approx(expected)
     for node in range(len(tokens)):
         path, at = [], node

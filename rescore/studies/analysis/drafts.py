@@ -129,7 +129,7 @@ def outcomes_of(records: Sequence[ExampleRecord], h: int, examples: Sequence[Tra
         return None
     chosen = np.concatenate([np.asarray(r.accepted, dtype=np.int64) for r in known])  # [steps]
     plain = np.concatenate([np.asarray(r.unrescored_accepted, dtype=np.int64) for r in known])
-    joint = np.zeros((h, h), dtype=np.int64)
+    joint = np.zeros((h, max(h, int(chosen.max()))), dtype=np.int64)  # a draft may be longer than the heads' blocks
     np.add.at(joint, (plain - 1, chosen - 1), 1)
     won, lost = chosen > plain, chosen < plain
     wins, losses = int(won.sum()), int(lost.sum())
@@ -163,7 +163,8 @@ def _deciding(again: np.ndarray, accepted: np.ndarray) -> int:
 
     `again` bool `[n, h-1]`: whether token i + 1 equals token i, i from 1, so entry accepted - 1 is the one.
     """
-    return int(again[np.arange(len(again)), accepted - 1].sum())
+    inside = accepted <= again.shape[1]  # a whole block may be accepted, and what follows it decide
+    return int(again[np.flatnonzero(inside), accepted[inside] - 1].sum())
 
 
 def _step_drafts(
@@ -185,7 +186,7 @@ def _step_drafts(
         before = example.lattice.token_ids[starts, :, 0].copy()
         after = np.full_like(before, -1)
         for row, draft in enumerate(record.drafts):
-            after[row, : len(draft)] = draft
+            after[row, : len(draft)] = draft[: after.shape[1]]  # what is beyond the heads has nothing before it
         before[after < 0] = -1
         pairs.append((before, after))
     return pairs

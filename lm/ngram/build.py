@@ -222,7 +222,7 @@ def default_folder(corpora: Sequence[Path | str], order: int) -> Path:
         raise RescoreError(f"{corpus} has no place of its own; give the model a folder: --out DIR")
     path = user_path(corpus, "the corpus")
     if not path.exists():
-        raise RescoreError(f"can't read {path}: No such file or directory")
+        raise RescoreError(f"can't read {path}: No such file or directory; check its name, or give another")
     path = path.absolute() if path.name not in ("", "..") else path.resolve()  # "." and ".." have no name
     if not is_writable(path.parent):
         raise OutputError(f"can't write beside {corpus}; give the model a folder elsewhere: --out DIR")

@@ -17,8 +17,9 @@ from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
 from rescore.options import Spec
 from rescore.reports.token_text import token_texts, tokenizer_of
 from rescore.reports.walks import Slot, slots_at, walk_of
-from rescore.runs.evaluated import Evaluation, load_runs
+from rescore.runs.evaluated import Evaluation
 from rescore.runs.records import ExampleRecord, Result
+from rescore.suites.files import load_runs
 
 SHOWN_BLOCKS = 5
 SHOWN_TOKENS = 3

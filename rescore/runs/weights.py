@@ -67,9 +67,8 @@ def _tune_command(inputs: Inputs, run: Run) -> str:
     defaults = {field.name: field.default for field in dataclasses.fields(Inputs)}
     names = ("h", "base", "heads", "data", "max_new_tokens", "max_prompt_tokens", "dtype")
     changed = {name: value for name in names if (value := getattr(inputs, name)) != defaults[name]}
-    arguments = {
-        "task": inputs.task, "trace": inputs.trace, "rescorer": run.label, "k": run.k, "p": run.p, **changed,
-    }  # fmt: skip
+    spec = run.rescorer if isinstance(run.rescorer, str) else run.label
+    arguments = {"task": inputs.task, "trace": inputs.trace, "rescorer": spec, "k": run.k, "p": run.p, **changed}
     words = [
         f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
         for name, value in arguments.items() if value is not None

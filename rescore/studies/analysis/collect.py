@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from lattices.errors import RescoreError
-from rescore.runs.evaluated import Evaluation, load_runs
+from rescore.runs.evaluated import Evaluation
 from rescore.runs.recording import Recording
 from rescore.studies.analysis.heads import DEFAULT_BINS
 from rescore.studies.analysis.runs import (
@@ -21,6 +21,7 @@ from rescore.studies.analysis.runs import (
 )
 from rescore.studies.analysis.traces import ANALYSES, HmaxCorrelation, TraceAnalysis, analyse_trace, correlate_h_max
 from rescore.studies.records import Record
+from rescore.suites.files import load_runs
 from rescore.table import Table, joined
 from rescore.tracing import Trace, read_trace
 
@@ -95,7 +96,9 @@ def analyse_folders(
     and `bins` are for traces alone. Raises `RescoreError` for options that the folders have no use for, and as
     `read_trace`, `load_run`, `analyse_trace` and `efficiency_table` do.
     """
-    if bool(traces) == bool(results):
+    if traces and results:
+        raise RescoreError("traces and results are analysed apart; drop --trace or --results")
+    if not traces and not results:
         raise RescoreError("give trace folders (--trace) or folders of rescore eval (--results)")
     only = only or ANALYSES
     own = {"--h": h, "--k": k, "--limit": limit, "--bins": bins}

@@ -9,9 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, first_line
 from lm.base import catalog
-from lm.base.catalog import first_line
 from lm.files import SHIPPED, read_json_object
 from rescore.studies.cost.model import NEURAL, Decoder, HeadsShape, LayerShape, heads_parameters
 

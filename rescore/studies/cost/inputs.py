@@ -11,7 +11,7 @@ from lattices.errors import IncompatibleError, RescoreError
 from lattices.paths import user_path
 from lm.base.catalog import BUILT_IN, identify
 from lm.heads.block_heads import heads_sha256, known_heads
-from rescore.runs.evaluated import Evaluation, run_of_task
+from rescore.runs.evaluated import Evaluation
 from rescore.runs.records import Result
 from rescore.studies.cost.decoders import decoder_of, decoder_of_file, heads_of, neural_for
 from rescore.studies.cost.model import (
@@ -24,6 +24,7 @@ from rescore.studies.cost.model import (
     block_efficiencies,
     cost_table,
 )
+from rescore.suites.files import run_of_task
 
 SHAPE = ("hidden_size", "vocab_size")  # all that a run says of the shape of its base LM
 

@@ -24,7 +24,7 @@ from lattices.paths import user_path
 from lm.options import Size
 from rescore.terminal import CutShortError
 
-Spec = NewType("Spec", str)  # a rescorer as it is given: name, name:text or name:key=value,key=value
+Spec = NewType("Spec", str)  # a rescorer as it is given: name, or name:key=value,key=value
 Data = Annotated[str | None, "File with the task's examples: JSON lines, a JSON array, CSV or Parquet."]
 Limit = Annotated[int | None, "Only N examples: one of each source (passage, document) before a second one of any."]
 TASK_NAMES = (
@@ -36,8 +36,8 @@ Tasks = Annotated[Sequence[str], f"{TASK_NAMES}; several. Default: squad, or the
 Rescorers = Annotated[
     Sequence[Spec],
     "none, oracle, ngram[:PATH], context-ngram[:PATH], neural-32m, neural-61m, neural-94m, neural:PATH, "
-    "ngram-neural[:MODEL], learned-bigram[:PATH] or a plug-in's name[:text]; several. "
-    "Settings as in ngram:p=16,alpha=0.5.",
+    "ngram-neural[:MODEL], learned-bigram[:PATH] or a plug-in's name; several. "
+    "Settings follow as key=value: ngram:p=16,alpha=0.5.",
     "--rescorer",
 ]
 Ks = Annotated[Sequence[int], "Tokens of each head that are in the lattice.", "--k"]

@@ -227,7 +227,7 @@ class _Evaluator:
 
     def _replay(self, trace: Trace, progress: Progress | None) -> None:
         self._fit(trace)
-        start, side_by_side = 0, min(FIRST_EXAMPLES, REPLAY_EXAMPLES)
+        start, side_by_side = 0, FIRST_EXAMPLES
         while examples := trace.examples[start : start + side_by_side]:
             slowest = 0.0
             quality = {example.id: self._quality(example.output, example) for example in examples}

@@ -119,7 +119,7 @@ def compare(
     """
     runs_a = a.at_each_k()
     runs_b = runs_a if b is None or b is a else b.at_each_k()
-    comparison = Comparison(str(a.folder or "A"), str((b or a).folder or "B"))
+    comparison = Comparison(*(str(side.folder or "results in memory") for side in (a, b or a)))
     return _compare(comparison, runs_a, runs_b, selection, seed)
 
 

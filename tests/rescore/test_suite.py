@@ -376,11 +376,13 @@ class TestRefused:
         assert len(run(write(("k: [4, 2]", "k: 4")), tmp_path / "out").document.results) == 8
 
     def test_tasks_that_would_share_a_folder(self, write: Write, tmp_path: Path):
-        for name in ("my task", "my_task"):
-            text = f"name: {name}\nsource: {{file: squad.jsonl}}\nprompt: '{{question}}'\nreference: context\n"
-            (tmp_path / f"{name}.yaml").write_text(text)
-        body = f"limit: 2\ntasks: ['{tmp_path}/my task.yaml', '{tmp_path}/my_task.yaml']\nrescorers: none\n"
-        plan = read_plan(write(body=body))
+        plan, trace = read_plan(write()), tmp_path / "trace"
+        recorded_trace(dataclasses.asdict(plan.inputs(plan.tasks[0], None)) | {"limit": 2, "k": 4}, trace)
+        header = json.loads((trace / "trace.json").read_text())
+        del header["settings"]["task"]  # as one made elsewhere, which may go by any name
+        (trace / "trace.json").write_text(json.dumps(header))
+        tasks = [{"name": name, "trace": str(trace)} for name in ("my task", "my_task")]
+        plan = read_plan(write(body=f"k: 4\ntasks: {json.dumps(tasks)}\nrescorers: none\n"))
         refused(lambda: run_suite(plan, tmp_path / "out"), "my task and my_task would share a folder; rename one")
 
     def test_a_weight_in_a_spec_is_not_tuned(self, write: Write):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.paths import encodable, user_path
 from lm.files import sha256_of_file
-from lm.locks import making, tell, writing_to
+from lm.locks import making, warn, writing_to
 from lm.records import plain
 from rescore.checks import check_held_k, check_k
 from rescore.groups import digest, held_out
@@ -181,7 +181,7 @@ class Recording:
         except RescoreError as error:
             if not self.cached:
                 raise
-            tell(f"the cached trace of {self.name} can't be used ({error}); it is made again")
+            warn(f"the cached trace of {self.name} can't be used ({error}); it is made again")
             shutil.rmtree(self.folder, ignore_errors=True)
             return None
 

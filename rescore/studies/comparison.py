@@ -119,7 +119,8 @@ def compare(
     """
     runs_a = a.at_each_k()
     runs_b = runs_a if b is None or b is a else b.at_each_k()
-    comparison = Comparison(*(str(side.folder or "results in memory") for side in (a, b or a)))
+    name_a, name_b = (str(side.folder or "results in memory") for side in (a, b or a))
+    comparison = Comparison(name_a, name_b)
     return _compare(comparison, runs_a, runs_b, selection, seed)
 
 

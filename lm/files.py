@@ -24,7 +24,7 @@ from lattices.paths import cache_directory as cache_directory  # its name everyw
 ASIDE = ".old"  # ends the name of a folder that makes room for its next version
 SHIPPED = Path(__file__).parent / "weights"  # trained weights that come with the package, by base LM
 ODD = "backslashreplace"  # a file name that is no UTF-8 becomes an escape of JSON, which reads back as the same name
-NO_PLACE = (FileNotFoundError, NotADirectoryError, PermissionError)
+NO_PLACE = (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError)
 LEFT_AFTER = 3600.0  # seconds without a change, after which a temporary folder is taken for a killed writer's
 
 

@@ -12,6 +12,7 @@ import pytest
 from lattices.errors import RescoreError, UnknownNameError
 from lattices.lattice import Lattice
 from lattices.search import p_best
+from lm.neural.model import SIZES
 from rescore import rescorers
 from rescore.rescorers import Context, Rescorer, Target, load_rescorer, parse_spec, rescorer_names
 from rescore.rescorers.base import check_drafts
@@ -218,6 +219,10 @@ def test_an_option_that_no_spec_leaves_open_is_refused(option):
     with pytest.raises(RescoreError, match=f"--{name} is used by no --rescorer, each of which says its own {name}"):
         runs_of([spec], **option)
     assert len(runs_of([spec, "context-ngram"], **option)) == 2 and len(runs_of([spec])) == 1
+
+
+def test_every_named_size_is_a_rescorer():
+    assert {name for name in rescorer_names() if re.fullmatch(r"neural-\d+m", name)} == {*SIZES}
 
 
 @pytest.mark.parametrize("label", ["none", "oracle"])

@@ -24,6 +24,7 @@ from lattices.errors import RescoreError
 from lm.options import TEXTS
 from rescore import options as shared
 from rescore.options import Option, Source, Spec, with_options
+from rescore.runs.inputs import DEFAULT_BASE
 from rescore.terminal import INTERRUPTED, notify, progress_bar
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from rescore.runs.inputs import Inputs
     from rescore.table import Table
 
-BUILT_IN = "smollm2-135m"
 NONE = (Spec("none"),)
 PLAIN_WIDTH = 160  # columns where stdout is no terminal and COLUMNS does not say
 MEASURE, LOOK, NGRAMS, TRAIN, TASKS, BENCH = "Measure", "Look", "N-grams", "Train", "Tasks", "Bench"
@@ -188,12 +188,12 @@ def eval_command(
     *,
     task: shared.Tasks = (),
     rescorer: shared.Rescorers = NONE,
-    k: shared.Ks = (16,),
-    p: shared.Ps = (1,),
+    k: Annotated[shared.Ks, "Tokens of each head that are in the lattice. Default: 16."] = (),
+    p: Annotated[shared.Ps, "Drafts that one step verifies; 1,16 runs both. Default: 1."] = (),
     alpha: shared.Alpha = None,
     inputs: "Inputs",
     mode: Annotated[Literal["replay", "live"], "From a trace, fast; or decoding, which measures time."] = "replay",
-    verify: Annotated[shared.Verify, "Live: p drafts as one prefix tree, or as rows of a batch."] = "tree",
+    verify: shared.Verify = "tree",
     out: Annotated[Path | None, "Folder for per-example lines and results.json; resumable."] = None,
     seed: shared.BootstrapSeed = 0,
     details: Details = False,
@@ -400,7 +400,7 @@ def build_ngram_command(
     from rescore.studies.tables import built_ngram_table
 
     folder = default_folder(corpus, options.order) if out is None else out
-    tokenizer = tokenizer or base or BUILT_IN
+    tokenizer = tokenizer or base or DEFAULT_BASE
     fallback = (0.5, 1.0, 1.5) if discount_fallback else None
     with progress_bar() as progress:
         summary = build_ngram(
@@ -509,7 +509,7 @@ def train_heads_command(asked: Any) -> None:
 def train_rescorer_command(
     size: Annotated[str, "neural-32m, neural-61m or neural-94m.", "SIZE"],
     asked: Any,
-    base: Annotated[str, "Base LM it is to rescore for.", "--tokenizer", "--base"] = BUILT_IN,
+    base: Annotated[str, "Base LM it is to rescore for.", "--tokenizer", "--base"] = DEFAULT_BASE,
 ) -> None:
     """Train a small neural LM that rescores drafts. Several GPUs: torchrun --no-python rescore ..."""
     from lm.training.run import train_rescorer

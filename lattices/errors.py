@@ -34,3 +34,15 @@ class IncompatibleError(RescoreError):
 
 class OutputError(RescoreError):
     """A place that can't be written to (full, read-only, in the way)."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message cut to its first line, and the second where the first only announces it."""
+    text = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def unreadable(path: object, error: OSError) -> RescoreError:
+    """The error for a file that the user named, and that can't be opened."""
+    return RescoreError(f"can't read {path}: {error.strerror or error}; check its name, or give another")

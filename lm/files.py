@@ -18,12 +18,13 @@ from typing import IO, Any
 
 from safetensors import SafetensorError
 
-from lattices.errors import InvalidDataError, OutputError, RescoreError
+from lattices.errors import InvalidDataError, OutputError, RescoreError, unreadable
 from lattices.paths import cache_directory as cache_directory  # its name everywhere above the ground floor
 
 ASIDE = ".old"  # ends the name of a folder that makes room for its next version
 SHIPPED = Path(__file__).parent / "weights"  # trained weights that come with the package, by base LM
 ODD = "backslashreplace"  # a file name that is no UTF-8 becomes an escape of JSON, which reads back as the same name
+NO_PLACE = (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError)
 LEFT_AFTER = 3600.0  # seconds without a change, after which a temporary folder is taken for a killed writer's
 
 
@@ -48,7 +49,9 @@ def writing(path: Path) -> Iterator[None]:
         with suppress(RescoreError):
             if path.is_relative_to(cache_directory()):
                 advice = "; set RESCORE_CACHE to a folder where rescore may keep files"
-        raise OutputError(f"can't write {path}: {reason}{advice}; what was written before is kept") from error
+        if path.exists() or not isinstance(error, NO_PLACE):  # else nothing was written there
+            advice += "; what was written before is kept"
+        raise OutputError(f"can't write {path}: {reason}{advice}") from error
 
 
 @contextmanager
@@ -148,13 +151,13 @@ def write_json(path: Path, document: Any) -> None:
 def read_json_object(path: Path, *, missing: str, advice: str = "get or make it again") -> dict[str, Any]:
     """The object in a JSON file.
 
-    Raises `RescoreError` that begins with `missing` if the file can't be read, `InvalidDataError` that ends with
-    `advice` if it holds anything else.
+    Raises `RescoreError` that begins with `missing` if the file can't be read, `InvalidDataError` if it holds anything
+    else; both end with `advice`.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RescoreError(f"{missing}: can't read {path.name} ({error.strerror})") from error
+        raise RescoreError(f"{missing}: can't read {path.name} ({error.strerror}); {advice}") from error
     except (ValueError, RecursionError) as error:
         raise InvalidDataError(f"{path} is not valid JSON ({error}); {advice}") from error
     if not isinstance(document, dict):
@@ -183,7 +186,7 @@ def read_json_lines(path: Path, *, torn_tail: bool = False) -> Iterator[tuple[in
                         raise InvalidDataError(f"{path} line {number} is not a JSON object")
                     yield number, value
     except OSError as error:
-        raise RescoreError(f"can't read {path}: {error.strerror}") from error
+        raise unreadable(path, error) from error
 
 
 def is_text(value: Any) -> bool:
@@ -215,14 +218,18 @@ def open_appending(path: Path) -> IO[str]:
     return path.open("a", encoding="utf-8", errors=ODD)
 
 
-def changed_settings(recorded: dict[str, Any], settings: dict[str, Any], prefix: str = "") -> list[str]:
+def changed_settings(
+    recorded: dict[str, Any], settings: dict[str, Any], prefix: str = "", *, whole: bool = False
+) -> list[str]:
     """What keeps a run from being resumed: `name: recorded -> now` for each of the settings that differs, names
-    dotted."""
+    dotted; with `whole` also what was added, and what is recorded only."""
     changed = []
-    for key, value in settings.items():
-        before = recorded.get(key)
-        if isinstance(before, dict) and isinstance(value, dict):
-            changed += changed_settings(before, value, f"{prefix}{key}.")
-        elif before != value:
-            changed.append(f"{prefix}{key}: {before} -> {value}")
+    for key in dict.fromkeys([*(recorded if whole else ()), *settings]):
+        before, now = recorded.get(key), settings.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            changed += changed_settings(before, now, f"{prefix}{key}.", whole=whole)
+        elif whole and not (key in recorded and key in settings):
+            changed.append(f"{prefix}{key}: {'removed' if key in recorded else 'added'}")
+        elif before != now:
+            changed.append(f"{prefix}{key}: {before} -> {now}")
     return changed

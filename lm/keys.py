@@ -24,7 +24,7 @@ import msgspec
 
 from lattices.errors import OutputError
 from lm.files import atomic_file, cache_directory, sha256_of_file
-from lm.locks import making, tell
+from lm.locks import making, warn
 
 SETTLED = 3.0  # seconds after which a change leaves other times, on every file system
 _HASHES: dict[str, str] = {}  # those remembered, of this process
@@ -88,7 +88,7 @@ def cached(
         if (content := read(entry)) is not None:  # made by the process that was waited for
             return content
         if is_broken(entry):
-            tell(f"{what} in {entry} is broken; it is made again")
+            warn(f"{what} in {entry} is broken; it is made again")
             shutil.rmtree(entry, ignore_errors=True)
             with suppress(OSError):  # of a folder; what can't be removed can't be written either, and `make` says so
                 entry.unlink()

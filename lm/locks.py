@@ -28,7 +28,7 @@ _log = logging.getLogger("rescore")
 _locked_here: set[tuple[int, str]] = set()  # (thread, lock file)
 
 
-def tell(line: str) -> None:
+def warn(line: str) -> None:
     """A line for the user about something that mends itself: of the logger `rescore`, which the commands print."""
     _log.warning("%s", line)
 
@@ -86,12 +86,12 @@ def _locked(path: Path, target: Path, *, refusal: str = "", waiting: str = "") -
             except Timeout:
                 if refusal:
                     raise OutputError(refusal) from None
-                tell(waiting)
+                warn(waiting)
                 lock.acquire(timeout=-1, poll_interval=POLL_SECONDS)
         except (OSError, NotImplementedError) as error:  # `Timeout` is an `OSError`, and is caught above
             if isinstance(error, OSError) and error.errno not in NO_LOCKS:
                 raise OutputError(f"can't write {target}: {error.strerror or error}") from error
-            tell(f"the file system of {path.parent} has no locks; let no second process write to {target} meanwhile")
+            warn(f"the file system of {path.parent} has no locks; let no second process write to {target} meanwhile")
     _locked_here.add(key)
     try:
         yield

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from lattices.errors import InvalidDataError, RescoreError
+from lattices.errors import InvalidDataError, unreadable
 
 READ_BYTES = 1 << 18
 XZ_PADDING = 4  # zero bytes after a stream of xz come in fours
@@ -62,7 +62,7 @@ def reading(path: Path, packing: str | None = None) -> Iterator[None]:
     except OSError as error:
         if packing and error.errno is None:  # bzip2's and pyarrow's way to say it
             raise InvalidDataError(f"{path} is not a whole {packing} file: {error}") from error
-        raise RescoreError(f"can't read {path}: {error.strerror or error}") from error
+        raise unreadable(path, error) from error
 
 
 def _streams(stream: IO[bytes], packing: str, size: int) -> Iterator[bytes]:

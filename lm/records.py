@@ -34,7 +34,14 @@ def convert_record(value: Any, kind: type[Record], *, where: str, advice: str) -
         raise InvalidDataError(f"{where}: {reason}; {advice}") from error
 
 
-def read_record(path: Path, kind: type[Record], *, missing: str, advice: str = "get or make it again") -> Record:
-    """The record of a type in a JSON file. Raises as `read_json_object` and `convert_record`."""
+def read_record(
+    path: Path, kind: type[Record], *, missing: str, advice: str = "get or make it again", schema: str | None = None
+) -> Record:
+    """The record of a type in a JSON file, with this `schema` where one is given.
+
+    Raises as `read_json_object` and `convert_record`, `InvalidDataError` for another schema.
+    """
     fields = read_json_object(path, missing=missing, advice=advice)  # msgspec would refuse escapes of odd file names
+    if schema is not None and (recorded := fields.get("schema", schema)) != schema:
+        raise InvalidDataError(f"{path} has schema {recorded!r}; this version reads {schema!r}; {advice}")
     return convert_record(fields, kind, where=str(path), advice=advice)

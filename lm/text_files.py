@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lattices.errors import InvalidDataError, RescoreError
+from lattices.errors import InvalidDataError, RescoreError, unreadable
 from lm.packed_streams import PACKING_ENDINGS, packing_of, pieces, reading
 
 BLOCK_BYTES = 1 << 23  # text in hand at a time
@@ -377,6 +377,6 @@ def _reading_table(file: TextFile) -> Iterator[None]:
         yield
     except (ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise RescoreError(f"can't read {file.path}: {error.strerror}") from error
+            raise unreadable(file.path, error) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InvalidDataError(f"{file.path} is not a whole {NAMES[file.layout]} file: {reason}") from error

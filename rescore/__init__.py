@@ -3,13 +3,15 @@
 The main path, and where it lies:
 
     tasks/        load_task                    prompts and references, and the metrics of outputs
-    tracing       record, load_trace           one greedy run of the base LM, with the lattice of every position
+    tracing       record_trace, read_trace     one greedy run of the base LM, with the lattice of every position
     replaying     replay                       decodes again from the trace, without the base LM
-    decoding      decode, generate             decodes live: propose, verify, accept, advance
+    decoding      decode                       decodes live: propose, verify, accept, advance
+    live          generate                     one prompt, from text to text
     acceptance    accept                       which draft wins, and how many of its tokens
     rescorers/    Rescorer, load_rescorer      lattices in, drafts out
     accounting    account                      accepted lengths -> block efficiency, gains, intervals
-    runs/         Run, evaluate, tune          whole evaluations; load_run reads them back
+    runs/         record, load_trace           a task's examples and its trace
+                  Run, evaluate, tune          whole evaluations; load_run reads them back
     suites/                                    tables of evaluations from one YAML file
     studies/      analyse, compare             what traces and results say
     reports/      report                       a page of them

@@ -110,7 +110,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
 
 
 def _plainer(message: str) -> str:
-    """What the library says of a value that is no number, as we say it."""
+    """What the library says of a value that is no number, or of a missing command, as we say it."""
+    message = re.sub(r"^Missing command\.", "Missing command; --help lists them", message)
     message = re.sub(r"Input should be a valid integer.*", "give a whole number, like 16", message)
     return re.sub(r"Input should be a valid number.*", "give a number, like 0.5", message)
 

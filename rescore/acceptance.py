@@ -7,6 +7,7 @@ A later token is accepted while it equals what the base chooses after the tokens
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import zip_longest
 
 import numpy as np
 
@@ -26,3 +27,9 @@ def accept(
     lengths = np.minimum(lengths, remaining[:, None])
     rows = lengths.argmax(axis=-1)
     return rows, np.take_along_axis(lengths, rows[:, None], axis=-1)[:, 0]
+
+
+def first_difference(output_ids: Iterable[int], reference_ids: Iterable[int]) -> int | None:
+    """Position of the first token that differs (or is missing on one side); None if both are the same."""
+    pairs = enumerate(zip_longest(output_ids, reference_ids))
+    return next((place for place, (a, b) in pairs if a != b), None)

@@ -61,6 +61,11 @@ class Difference:
 Groups = Sequence[str] | None  # of each example, by any key; None: every example is a group of its own
 
 
+def block_efficiency(accepted: Sequence[Sequence[int]]) -> float:
+    """Tokens a step, pooled over examples, from the accepted lengths of each step of each example."""
+    return sum(map(sum, accepted)) / sum(map(len, accepted))
+
+
 def account(accepted: Sequence[Sequence[int]], h: int, *, groups: Groups = None, seed: int = 0) -> Accounting:
     """Accounts for the accepted lengths of each step of each example; h is the block's length."""
     steps = np.array([len(example) for example in accepted], dtype=np.int64)  # [examples]
@@ -76,7 +81,7 @@ def account(accepted: Sequence[Sequence[int]], h: int, *, groups: Groups = None,
     totals = _by_group(np.stack([tokens, steps], axis=1), groups)
     return Accounting(
         groups=len(totals),
-        block_efficiency=float(tokens.sum() / total),
+        block_efficiency=block_efficiency(accepted),
         block_efficiency_ci95=interval(totals, ratio, seed=seed, within=(1.0, h)),
         block_efficiency_macro=float((tokens / steps).mean()),
         steps=total,

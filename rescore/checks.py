@@ -5,6 +5,7 @@ from __future__ import annotations
 from lattices.errors import RescoreError
 
 MAX_ALPHA = 64.0
+VERIFY_MODES = ("tree", "batch")  # how several drafts are verified in one call
 
 
 def check_p(p: int) -> None:

@@ -7,10 +7,8 @@ is the same loop with blocks of one token (no heads). Source: [B] section 4 (ver
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -21,33 +19,9 @@ from lm.base.cache import KVCache
 from lm.base.model import BaseLM
 from lm.heads.block_heads import BlockHeads
 from rescore.acceptance import accept
-from rescore.checks import check_fits, check_k, check_new_tokens, check_p
+from rescore.checks import VERIFY_MODES, check_fits, check_k, check_new_tokens, check_p
 from rescore.rescorers.base import Context, Rescorer, check_drafts
-
-VERIFY_MODES = ("tree", "batch")
-
-
-@dataclass
-class Seconds:
-    """Where the time went; what `total` has beside its three parts is glue.
-
-    prefill: base LM over the prompt, before the first step.
-    verify, heads, rescore: of all steps, in the base LM, the block heads, the rescorer.
-    total: of all steps.
-    """
-
-    prefill: float = 0.0
-    verify: float = 0.0
-    heads: float = 0.0
-    rescore: float = 0.0
-    total: float = 0.0
-
-    @contextmanager
-    def timing(self, part: str) -> Iterator[None]:
-        """Adds what runs inside to one of the parts."""
-        start = time.perf_counter()
-        yield
-        setattr(self, part, getattr(self, part) + time.perf_counter() - start)
+from rescore.runs.records import Seconds
 
 
 @dataclass(frozen=True)
@@ -221,12 +195,6 @@ def check_request(
     if heads is not None:
         check_k(k, base.vocab_size)
     check_fits(prompt_tokens, max_new_tokens, base.context_length)
-
-
-def first_difference(output_ids: Iterable[int], reference_ids: Iterable[int]) -> int | None:
-    """Position of the first token that differs (or is missing on one side); None if both are the same."""
-    pairs = enumerate(zip_longest(output_ids, reference_ids))
-    return next((place for place, (a, b) in pairs if a != b), None)
 
 
 def margin_at(base: BaseLM, prompt_ids: Sequence[int], output_ids: Sequence[int], place: int) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lattices.errors import RescoreError
 from lm.base.model import BaseLM
 from lm.heads.block_heads import BlockHeads
+from rescore.accounting import block_efficiency
 from rescore.decoding import decode
 from rescore.rescorers import Rescorer, Target
 from rescore.runs.run import ORACLE, Run
@@ -30,7 +31,7 @@ class Output:
     @property
     def block_efficiency(self) -> float:
         """Tokens a step."""
-        return sum(self.accepted) / len(self.accepted)
+        return block_efficiency([self.accepted])
 
 
 def generate(

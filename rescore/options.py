@@ -24,7 +24,7 @@ from lattices.paths import user_path
 from lm.options import Size
 from rescore.terminal import CutShortError
 
-Spec = NewType("Spec", str)  # a rescorer as it is given: name, name:text or name:key=value,key=value
+Spec = NewType("Spec", str)  # a rescorer as it is given: name, or name:key=value,key=value
 Data = Annotated[
     str | None,
     "File with the task's examples: JSON lines, a JSON array, CSV or Parquet; or a folder with TASK.jsonl for each.",
@@ -39,7 +39,7 @@ Tasks = Annotated[Sequence[str], f"{TASK_NAMES}; several. Default: squad, or the
 Rescorers = Annotated[
     Sequence[Spec],
     "none, oracle, ngram[:PATH], context-ngram[:PATH], neural-32m, neural-61m, neural-94m, neural:PATH, "
-    "ngram-neural[:MODEL], learned-bigram[:PATH], lookup, joint[:PATH] or a plug-in's name[:text]; several. "
+    "ngram-neural[:MODEL], learned-bigram[:PATH], lookup, joint[:PATH] or a plug-in's name; several. "
     "Settings as in ngram:p=16,alpha=0.5.",
     "--rescorer",
 ]
@@ -83,9 +83,9 @@ class Option:
     @classmethod
     def declared(cls, name: str, hint: Any, default: Any) -> Option | None:
         """The option that a type with help declares; None for a type without."""
-        hint, optional, said = _unwrapped(hint)
+        hint, optional, extras = _unwrapped(hint)
         hint = _as_given(hint)
-        texts = [each for each in said if isinstance(each, str)]
+        texts = [each for each in extras if isinstance(each, str)]
         helps = [text for text in texts if " " in text]
         if not helps:
             return None
@@ -96,7 +96,7 @@ class Option:
         return cls(
             name=name, spelled=spelled or (f"--{name.replace('_', '-')}",), help=helps[0], collects=collects,
             kind=hint if collects is None else types.GenericAlias(tuple, kinds) if collects is dict else kinds[0],
-            is_optional=optional, size=next((each for each in said if isinstance(each, Size)), None), default=default,
+            is_optional=optional, size=next((each for each in extras if isinstance(each, Size)), None), default=default,
             values=next((text.strip("<>") for text in texts if text.startswith("<")), None),
         )  # fmt: skip
 
@@ -222,17 +222,17 @@ def _parts(kind: Any) -> tuple[Any, ...]:
 
 def _unwrapped(hint: Any) -> tuple[Any, bool, list[Any]]:
     """A type, whether None is one of its values, and what is annotated, the outermost first."""
-    said: list[Any] = []
+    extras: list[Any] = []
     optional = False
     while True:
         if typing.get_origin(hint) is Annotated:
             hint, *more = typing.get_args(hint)
-            said += reversed(more)
+            extras += reversed(more)
         elif typing.get_origin(hint) in (typing.Union, types.UnionType) and type(None) in _parts(hint):
             optional = True
             hint = functools.reduce(lambda a, b: a | b, (kind for kind in _parts(hint) if kind is not type(None)))
         else:
-            return hint, optional, said
+            return hint, optional, extras
 
 
 def _as_given(hint: Any) -> Any:

@@ -24,19 +24,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import numpy as np
-import torch
 
-from lattices.errors import IncompatibleError, InvalidDataError
+from lattices.errors import IncompatibleError, InvalidDataError, first_line
 from lattices.lattice import Lattice
-from lm.base.catalog import first_line
-from lm.base.generation import Generated, generate
-from lm.base.model import BaseLM
 from lm.files import atomic_folder, changed_settings, write_json
-from lm.heads.block_heads import BlockHeads, entropies_of, lattice_of
 from lm.keys import cache_entry
 from lm.locks import writing_to
 from lm.records import plain, read_record
@@ -44,12 +39,17 @@ from rescore.checks import check_fits, check_k
 from rescore.groups import digest, one_of_each_first
 from rescore.tasks.base import Example
 
+if TYPE_CHECKING:
+    from lm.base.generation import Generated
+    from lm.base.model import BaseLM
+    from lm.heads.block_heads import BlockHeads
+
 SCHEMA = "rescore.trace/1"
 RECORDING = 1  # changes with what `record_trace` computes: its prompts, outputs, lattices or rounding
 HEADER_FILE = "trace.json"
 LATTICE_ROWS = 16  # positions whose full-vocabulary logits are alive at a time
 PART_EXAMPLES = 32  # examples per part: what a kill can lose, and the window in which prompts are sorted by length
-DEFAULT_K = 32
+TRACE_K = 32
 ROUNDING = 1e-3  # nats below 0 that an entropy may have by rounding
 OPTIONAL = ("group",)  # columns that older traces and those of others may lack
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -126,7 +126,7 @@ def record_trace(
     chat: bool,
     max_new_tokens: int = 64,
     max_prompt_tokens: int | None = None,
-    k: int = DEFAULT_K,
+    k: int = TRACE_K,
     batch_size: int = 16,
     recorded: Trace | None = None,
     check: Callable[[], None] | None = None,
@@ -143,6 +143,8 @@ def record_trace(
     another process writes to it, `RescoreError` for prompts that do not fit into the context and for k beyond the
     vocabulary.
     """
+    from lm.base.generation import generate
+
     check_k(k, base.vocab_size)
     header = TraceHeader(heads.h, k, base.vocab_size, sorted(base.eos_token_ids), settings, [])
     with writing_to(folder):  # before the work: a place that can't be written to is refused at once
@@ -185,20 +187,24 @@ def trace_folder(task: str, settings: dict[str, Any], k: int) -> Path:
     return cache_entry("traces", task, {"schema": SCHEMA, "k": k, "settings": settings})
 
 
-@torch.inference_mode()
 def _row(
     base: BaseLM, heads: BlockHeads, example: Example, prompt_ids: list[int], greedy: Generated, k: int
 ) -> dict[str, Any]:
+    import torch
+
+    from lm.heads.block_heads import entropies_of, lattice_of
+
     assert greedy.hidden is not None and greedy.margins is not None
     ids, logps, entropies = [], [], []
-    for start in range(0, len(greedy.output_ids), LATTICE_ROWS):
-        hidden = torch.from_numpy(greedy.hidden[start : start + LATTICE_ROWS]).to(base.device, base.dtype)
-        chosen = torch.from_numpy(greedy.output_ids[start : start + LATTICE_ROWS]).to(base.device)
-        logits = heads.logits(base, hidden, base.project(hidden), chosen)
-        lattice = lattice_of(logits, k)
-        ids.append(lattice.token_ids)
-        logps.append(lattice.logps)
-        entropies.append(entropies_of(logits))
+    with torch.inference_mode():
+        for start in range(0, len(greedy.output_ids), LATTICE_ROWS):
+            hidden = torch.from_numpy(greedy.hidden[start : start + LATTICE_ROWS]).to(base.device, base.dtype)
+            chosen = torch.from_numpy(greedy.output_ids[start : start + LATTICE_ROWS]).to(base.device)
+            logits = heads.logits(base, hidden, base.project(hidden), chosen)
+            lattice = lattice_of(logits, k)
+            ids.append(lattice.token_ids)
+            logps.append(lattice.logps)
+            entropies.append(entropies_of(logits))
     token_ids, scores = np.concatenate(ids), np.concatenate(logps)
     _put_first(token_ids[:, 0], scores[:, 0], greedy.output_ids)
     return {
@@ -266,10 +272,8 @@ def read_header(folder: Path) -> TraceHeader:
     """`trace.json` of a trace folder, checked. Raises `RescoreError` if there is none, `InvalidDataError` if it is
     broken or of another version."""
     path = folder / HEADER_FILE
-    header = read_record(path, TraceHeader, missing=f"no trace in {folder}", advice="record it again")
-    if header.schema != SCHEMA:
-        raise InvalidDataError(f"{path} has schema {header.schema!r}; this version reads {SCHEMA!r}")
-    return header
+    advice = f"rescore trace --out {folder} records it"
+    return read_record(path, TraceHeader, missing=f"no trace in {folder}", advice=advice, schema=SCHEMA)
 
 
 def read_trace(folder: Path) -> Trace:

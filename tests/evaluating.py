@@ -42,7 +42,7 @@ def opened(options: Options, *, k: int | None = None, out: Path | None = None) -
 def evaluated(options: Options, *, trace_k: int | None = None, **how: Any) -> Evaluation:
     """Every rescorer with each p and k on every task; further arguments are those of `evaluate`."""
     runs = runs_of(
-        options.get("rescorers", ("none",)), ks=all_of(options.get("k", 16)), ps=all_of(options.get("p", 1)),
+        options.get("rescorers", ("none",)), ks=all_of(options.get("k", ())), ps=all_of(options.get("p", ())),
         alpha=options.get("alpha"),
     )  # fmt: skip
     chosen = {name: options[name] for name in ("verify", "seed") if name in options}

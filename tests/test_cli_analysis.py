@@ -56,7 +56,9 @@ def test_costs(rescore, folders, tiny_folder, tiny_heads_folder):
     ("arguments", "message"),
     [
         (("analyse",), "give trace folders (--trace) or folders of rescore eval (--results)"),
+        (("analyse", "--trace", "x", "--results", "y"), "traces and results are analysed apart; drop --trace or"),
         (("analyse", "--trace", "nowhere"), "no trace in nowhere"),
+        (("analyse", "--trace", "nowhere"), "; rescore trace --out nowhere records it"),
         (("analyse", "--trace", "{trace}", "--only", "rank"), "did you mean ranks"),
         (("analyse", "--results", "{run}", "--against", "oracle"), "--against oracle: give RESCORER=RESCORER"),
         (("analyse", "--results", "{run}", "--against", "oracle=ngram"), "unknown rescorer of these results"),

@@ -34,6 +34,7 @@ def test_progress_without_a_terminal_is_a_line_a_minute(monkeypatch, capsys, ran
 COMMANDS = [
     [], ["eval"], ["oracle"], ["trace"], ["generate-corpus"], ["train-heads"], ["bench"], ["bench", "verify-curve"],
 ]  # fmt: skip
+READERS = ["analyse", "compare", "inspect", "cost", "report", "export-fst", "mix-ngram", "suite"]
 
 
 class TestHelp:
@@ -76,18 +77,25 @@ class TestHelp:
         assert {f"{name}.py" for name in modules} <= set(settings["hatch"]["build"]["targets"]["wheel"]["only-include"])
         assert {f"{name}.py" for name in modules} <= set(settings["mypy"]["files"])
 
-    def test_help_imports_no_heavy_library(self):
+    @pytest.mark.parametrize(
+        ("commands", "heavy"),
+        [
+            (COMMANDS, {"torch", "transformers", "datasets", "numba", "pyarrow"}),
+            ([[name] for name in READERS], {"torch", "transformers", "datasets"}),
+        ],
+    )
+    def test_help_imports_no_heavy_library(self, commands: list[list[str]], heavy: set[str]):
         program = f"""
 import contextlib, io, sys
 import rescore.__main__
-for command in {COMMANDS!r}:
+for command in {commands!r}:
     sys.argv = ["rescore", *command, "--help"]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         rescore.__main__.main()
 sys.argv = ["rescore", "--version"]
 with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
     rescore.__main__.main()
-print(sorted({{"torch", "transformers", "datasets", "numba", "pyarrow"}} & set(sys.modules)))
+print(sorted({heavy!r} & set(sys.modules)))
 """
         found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         assert found.stdout == "[]\n"

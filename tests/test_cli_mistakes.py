@@ -51,7 +51,7 @@ def refusals(tiny: Path, heads: Path, data: Path, folder: Path) -> Iterator[tupl
     yield "no number", ["eval", "--k", "many"], "--k many: give whole numbers"
     yield "no such command", ["evaluate"], "No such command 'evaluate'"
     yield "no output folder", ["trace"], "Missing option '--out'"
-    yield "no command of bench", ["bench"], "Missing command"
+    yield "no command of bench", ["bench"], "Missing command; --help lists them"
     yield "a word too many", ["eval", "squad"], r"unexpected extra argument.*squad"
     yield "p below 1", ["eval", *given, "--p", 0], r"p = 0; at least one draft must be verified \(--p 1\)"
     yield "one p below 1", ["eval", *given, "--p", "1,0"], "p = 0; at least one draft"
@@ -173,6 +173,7 @@ class TestInterruption:
     def test_what_is_finished_is_shown_and_kept(
         self, rescore: Command, model: list[object], tmp_path: Path, monkeypatch
     ):
+        monkeypatch.setattr(evaluation, "FIRST_EXAMPLES", 2)
         monkeypatch.setattr(evaluation, "REPLAY_EXAMPLES", 2)
         true_replay, calls = evaluation.replay_steps, []
 

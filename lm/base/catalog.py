@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError, first_line, unreadable
 from lm.base import attention
 from lm.base.adapters import ADAPTER_FILE, base_of_adapter, check_base, is_adapter, merged
 from lm.base.identity import config_sha256, tensors_sha256, tokenization_sha256, tokenizer_sha256, weights_sha256
@@ -358,7 +358,7 @@ def _converted(gguf: Path, *, original: str) -> Path:
     try:
         digest = remembered_sha256(gguf)
     except OSError as error:
-        raise RescoreError(f"can't read {gguf}: {error.strerror}") from error
+        raise unreadable(gguf, error) from error
     folder = cache_entry("models", original, {"gguf": digest, "conversion": CONVERSION, **software("transformers")})
     return cached(
         folder, f"the converted copy of {gguf.name}", read=_whole, make=lambda folder: _convert(gguf, folder, digest)
@@ -396,10 +396,3 @@ def _takes_sdpa(config: Any) -> bool:
     architecture: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     takes_ours = getattr(architecture, "_supports_attention_backend", False)
     return softcap is None and bool(takes_ours and getattr(architecture, "_supports_sdpa", False))
-
-
-def first_line(error: BaseException) -> str:
-    """An error's message cut to its first line, and the second where the first only announces it."""
-    text = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -28,7 +28,7 @@ from lm.base.corpus import (
 )
 from lm.files import read_json_object, sha256_of_file
 from lm.keys import cache_entry, cached, software
-from lm.locks import tell
+from lm.locks import warn
 from lm.options import Device, Dtype
 
 OWN_PREFIX = "own:"
@@ -91,7 +91,7 @@ def own_output(
         except (InvalidDataError, IncompatibleError) as error:
             if not folder.is_dir():
                 raise
-            tell(f"what was generated for {prompts.name} before can't be gone on with ({error}); it is made again")
+            warn(f"what was generated for {prompts.name} before can't be gone on with ({error}); it is made again")
             shutil.rmtree(folder, ignore_errors=True)
             generate()
         # The states are for training heads, and a hundred times the text.

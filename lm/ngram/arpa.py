@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
-from lattices.errors import InvalidDataError, RescoreError
+from lattices.errors import InvalidDataError, unreadable
 from lattices.ngrams import MAX_ORDER, SPECIAL_WORDS, UNKNOWN, NgramArrays, NgramModel
 from lm.files import atomic_file
 
@@ -66,7 +66,7 @@ def read_arpa(path: Path) -> NgramModel:
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise InvalidDataError(f"{path} is a damaged or truncated gzip file: {error}") from error
         except OSError as error:
-            raise RescoreError(f"can't read {path}: {error.strerror or error}") from error
+            raise unreadable(path, error) from error
 
 
 class _Reader:

@@ -30,7 +30,7 @@ from lattices.ngrams import MAX_ORDER, SENTENCE_END, NgramModel
 from lattices.paths import is_writable, user_path
 from lm.base.own_output import OWN_PREFIX, OwnOutput, own_output
 from lm.files import atomic_folder, changed_settings, read_json_object, sha256_of_file, write_json, writing
-from lm.locks import tell, writing_to
+from lm.locks import warn, writing_to
 from lm.ngram.corpus import HUB_PREFIX, CorpusSource, EncodedCorpus, encode_corpora, find_sources, is_unchanged
 from lm.ngram.counting import BREAK, Progress, Workspace, build_table, count_full, no_progress
 from lm.ngram.estimation import Estimate, check_fallback, check_thresholds, estimate
@@ -154,7 +154,7 @@ def build_ngram(
         estimating = {name: getattr(options, name) for name in ESTIMATING}
         manifest = json.loads(json.dumps({**reading, "corpora": corpora_read, **estimating}))
         if _is_there(out / MANIFEST_FILE, manifest, replace=replace):
-            tell(f"{out} holds this model already; it is made again")
+            warn(f"{out} holds this model already; it is made again")
         work = out / COUNTING_FOLDER
         counted = json.loads(json.dumps({"format": COUNTING_FORMAT, **reading}))
         earlier = _read_encoded(work, counted)
@@ -222,7 +222,7 @@ def default_folder(corpora: Sequence[Path | str], order: int) -> Path:
         raise RescoreError(f"{corpus} has no place of its own; give the model a folder: --out DIR")
     path = user_path(corpus, "the corpus")
     if not path.exists():
-        raise RescoreError(f"can't read {path}: No such file or directory")
+        raise RescoreError(f"can't read {path}: No such file or directory; check its name, or give another")
     path = path.absolute() if path.name not in ("", "..") else path.resolve()  # "." and ".." have no name
     if not is_writable(path.parent):
         raise OutputError(f"can't write beside {corpus}; give the model a folder elsewhere: --out DIR")

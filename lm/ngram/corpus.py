@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, unreadable
 from lattices.ngrams import SENTENCE_END, SPECIAL_WORDS
 from lattices.paths import user_path
 from lm.base.corpus import CORPUS_FILE, SETTINGS_FILE, corpus_lines, read_settings
@@ -124,7 +124,7 @@ def _file_source(path: Path) -> CorpusSource:
     try:
         return CorpusSource(kind, str(path), remembered_sha256(path), path.stat().st_size)
     except OSError as error:
-        raise RescoreError(f"can't read {path}: {error.strerror}") from error
+        raise unreadable(path, error) from error
 
 
 def encode_corpora(

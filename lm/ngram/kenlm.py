@@ -26,7 +26,7 @@ import kenlm
 import numpy as np
 
 from lattices.automaton import LN10, SCORE_SCALE
-from lattices.errors import InvalidDataError, RescoreError
+from lattices.errors import InvalidDataError, unreadable
 from lattices.lattice import Lattice
 from lattices.ngram_search import ARC_SCALE, LOWEST_HEAD, checked_weight
 from lattices.ngrams import SENTENCE_END, SENTENCE_START, SPECIAL_WORDS, UNKNOWN
@@ -98,7 +98,7 @@ class KenlmModel:
             with path.open("rb") as stream:
                 start = stream.read(len(KENLM_MAGIC))
         except OSError as error:
-            raise RescoreError(f"can't read {path}: {error.strerror}") from error
+            raise unreadable(path, error) from error
         if not start:
             raise InvalidDataError(f"{path} is empty; get it again")
         if start == KENLM_MAGIC:

@@ -12,7 +12,7 @@ import numpy as np
 
 from lattices.automaton import MAGIC as AUTOMATON_MAGIC
 from lattices.automaton import Automaton
-from lattices.errors import InvalidDataError, RescoreError
+from lattices.errors import InvalidDataError, RescoreError, unreadable
 from lattices.ngram_search import NgramSearch
 from lattices.ngrams import SENTENCE_END
 from lm.files import SHIPPED, atomic_file, sha256_of_file
@@ -133,7 +133,7 @@ def check_files(file: Path, manifest: Manifest) -> None:
         try:
             is_replaced = built is not None and path.is_file() and remembered_sha256(path) != built
         except OSError as error:
-            raise RescoreError(f"can't read {path}: {error.strerror}") from error
+            raise unreadable(path, error) from error
         if is_replaced:
             raise InvalidDataError(
                 f"{path} was replaced after the model in its folder was built, the rest of the folder is of another "

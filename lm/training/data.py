@@ -27,7 +27,7 @@ from lm.base.corpus import CORPUS_FILE, HIDDEN_FILE, STATE_BYTES, corpus_lines, 
 from lm.base.model import BaseLM
 from lm.files import atomic_file, is_text, sha256_of_file
 from lm.keys import key_of
-from lm.locks import tell, writing_to
+from lm.locks import warn, writing_to
 from lm.text_files import TextFile, identify, rows, text_lines
 from lm.training.losses import choose_precision
 
@@ -260,7 +260,7 @@ def kept_file(path: Path, what: str, read: Callable[[Path], T], write: Callable[
         try:
             return read(path)
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            tell(f"{what} in {path} are broken ({error}); they are made again")
+            warn(f"{what} in {path} are broken ({error}); they are made again")
     with writing_to(path.parents[1]):
         try:
             with atomic_file(path) as temporary, temporary.open("wb") as stream:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from rescore.accounting import block_efficiency
 from rescore.reports.charts.style import Palette, decode_name
 from rescore.reports.sources import TaskView
 from rescore.reports.token_text import excerpt, harmless, token_texts
@@ -75,7 +76,7 @@ def _choose(by_id: Mapping[str, Records], walked: int, name: str, examples: int)
 
     def efficiency(example: str) -> float:
         accepted = by_id[example].get(walked, next(iter(by_id[example].values()))).accepted
-        return float(sum(accepted) / len(accepted))
+        return block_efficiency([accepted])
 
     ranked = sorted(by_id, key=efficiency)  # stable: equals in the order of the data
     if len(ranked) <= examples:

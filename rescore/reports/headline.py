@@ -112,13 +112,13 @@ def _best_of(rows: Sequence[Row], p: int, unit: str) -> str | None:
     beside = f"; {_drafts(p)} without rescoring bring {_range(GAIN, unrescored)}" if unrescored else ""
     line = f"With {_drafts(p)} a step {among} {best}, with {_range(GAIN, best_gains)} tokens a step{part}{beside}."
     intervals = [cell.result.gain_ci95 for cell in cells if cell.result.gain_ci95]
-    for count, said in (
+    for count, finding in (
         (sum(low <= 0 <= high for low, high in intervals), "gain is not certain: the interval includes zero"),
         (sum(high < 0 for _, high in intervals), "drafts are surely worse: the interval of their gain is below zero"),
     ):
         if count:
             where = f"On {count} of {len(intervals)} {unit} its" if len(intervals) > 1 else "Its"
-            line += f" {where} {said}."
+            line += f" {where} {finding}."
     return line
 
 

@@ -17,8 +17,9 @@ from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
 from rescore.options import Spec
 from rescore.reports.token_text import token_texts, tokenizer_of
 from rescore.reports.walks import Slot, slots_at, walk_of
-from rescore.runs.evaluated import Evaluation, load_runs
+from rescore.runs.evaluated import Evaluation
 from rescore.runs.records import ExampleRecord, Result
+from rescore.suites.files import load_runs
 
 SHOWN_BLOCKS = 5
 SHOWN_TOKENS = 3
@@ -102,7 +103,7 @@ def inspect_example(
 ) -> Inspection:
     """One example of the results in a folder (of `rescore eval --out` or `rescore suite`).
 
-    `example`: its id, or its number from 1; `task`, `k`, `h`: needed where there are several; `rescorers` as typed and
+    `example`: its id, or its number from 1; `task`, `k`, `h`: needed where there are several; `rescorers` (specs) and
     `p` (all by default); `steps`: the blocks to show, `3`, `1-5`, `6-` or `all`; `top`: the best so many tokens of each
     slot. Raises `RescoreError` for what is not there, and what `load_runs` raises.
     """

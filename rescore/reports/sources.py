@@ -18,12 +18,12 @@ from lattices.errors import RescoreError
 from lm.files import cache_directory, read_json_lines, read_json_object
 from lm.records import convert_record
 from rescore.bootstrap import LEAST_GROUPS
-from rescore.runs.evaluated import Evaluation, load_runs
+from rescore.runs.evaluated import Evaluation
 from rescore.runs.inputs import Progress
 from rescore.runs.log import CONFIG_FILE, RESULTS_FILE
 from rescore.runs.records import Result, Tuned
 from rescore.studies.analysis import HmaxCorrelation, RescorerAnalysis, RunAnalysis, analyse_run, correlate_h_max
-from rescore.suites.files import PLAN_FILE, RUNS_FOLDER, TUNED_FILE
+from rescore.suites.files import PLAN_FILE, RUNS_FOLDER, TUNED_FILE, load_runs
 from rescore.tracing import trace_folder
 
 

@@ -6,6 +6,7 @@ and returns a `Rescorer`. See `docs/rescorers.md`.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -16,34 +17,24 @@ from typing import Any
 import msgspec
 
 from lattices.errors import RescoreError, UnknownNameError
-from lm.neural.model import SIZES
 from rescore.checks import check_alpha
 from rescore.rescorers.base import Context, Rescorer, Target
-from rescore.rescorers.context_ngram import ContextNgram
-from rescore.rescorers.joint import Joint
-from rescore.rescorers.learned_bigram import LearnedBigram
-from rescore.rescorers.lookup import PromptLookup
-from rescore.rescorers.neural import Neural
-from rescore.rescorers.ngram import Ngram
-from rescore.rescorers.ngram_neural import NgramNeural
-from rescore.rescorers.oracle import Oracle
-from rescore.rescorers.unrescored import Unrescored
 
 __all__ = ["Context", "Rescorer", "Target", "format_spec", "load_rescorer", "parse_spec", "rescorer_names"]
 
 ENTRY_POINTS = "rescore.rescorers"
 JOINT = "joint"
-BUILT_IN: dict[str, Callable[..., Rescorer]] = {
-    "none": Unrescored,
-    "oracle": Oracle,
-    "ngram": Ngram,
-    "context-ngram": ContextNgram,
-    JOINT: Joint,
-    "learned-bigram": LearnedBigram,
-    "lookup": PromptLookup,
-    "neural": Neural,
-    "ngram-neural": NgramNeural,
-    **{size: partial(Neural, size) for size in SIZES},
+BUILT_IN: dict[str, str | Callable[..., Rescorer]] = {  # by their places in this folder, imported when first needed
+    "none": "unrescored:Unrescored",
+    "oracle": "oracle:Oracle",
+    "ngram": "ngram:Ngram",
+    "context-ngram": "context_ngram:ContextNgram",
+    JOINT: "joint:Joint",
+    "learned-bigram": "learned_bigram:LearnedBigram",
+    "lookup": "lookup:PromptLookup",
+    "neural": "neural:Neural",
+    "ngram-neural": "ngram_neural:NgramNeural",
+    **dict.fromkeys(("neural-32m", "neural-61m", "neural-94m"), "neural:Neural"),
 }
 MAIN = ""  # the key of a value that is given without one
 WEIGHT = "alpha"  # the key that every rescorer with a weight takes
@@ -94,7 +85,7 @@ def load_rescorer(spec: str) -> Rescorer:
     """
     name, arguments = parse_spec(spec)
     if name in BUILT_IN:
-        built_in: Rescorer = _build(name, BUILT_IN[name], arguments)
+        built_in: Rescorer = _build(name, _built_in(name), arguments)
         return built_in
     for point in entry_points(group=ENTRY_POINTS, name=name):
         origin = f"the rescorer {name!r} of the package {point.dist.name if point.dist else point.value}"
@@ -110,6 +101,15 @@ def load_rescorer(spec: str) -> Rescorer:
             )
         return rescorer
     raise UnknownNameError("rescorer", name, rescorer_names())
+
+
+def _built_in(name: str) -> Callable[..., Rescorer]:
+    place = BUILT_IN[name]
+    if not isinstance(place, str):
+        return place
+    module, _, kind = place.partition(":")
+    factory: Callable[..., Rescorer] = getattr(importlib.import_module(f"{__name__}.{module}"), kind)
+    return partial(factory, name) if name.startswith("neural-") else factory
 
 
 def _build(name: str, factory: Callable[..., Any], arguments: Mapping[str, str]) -> Any:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from lattices.joined import (
     WEIGHTS,
@@ -96,6 +95,8 @@ def _joined(parts: Sequence[Outcomes]) -> Outcomes:
 
 
 def _fit(data: Outcomes) -> np.ndarray:
+    import torch
+
     weights = torch.zeros(WEIGHTS, dtype=torch.float64)
     optimizer = torch.optim.LBFGS([weights], max_iter=ROUNDS, history_size=20, line_search_fn="strong_wolfe")
     gradient, prefixes = np.zeros(WEIGHTS), len(data.targets)

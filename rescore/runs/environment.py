@@ -17,13 +17,13 @@ def environment() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Installed versions by distribution name."""
-    found = {}
+    installed = {}
     for name in ("rescore", *LIBRARIES):
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed
 
 
 def _git_revision() -> str | None:

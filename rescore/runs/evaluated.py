@@ -1,4 +1,4 @@
-"""What an evaluation leaves: in memory, and as a folder of `rescore eval --out` or `rescore suite --out`."""
+"""What an evaluation leaves: in memory, and as a folder of `rescore eval --out`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lattices.paths import user_path
-from lm.files import read_json_object
-from lm.records import convert_record, plain
+from lm.records import plain, read_record
 from rescore.runs.log import (
     CONFIG_FILE,
     EXAMPLES_FILE,
@@ -23,7 +22,6 @@ from rescore.runs.log import (
 )
 from rescore.runs.recording import content_sha256
 from rescore.runs.records import SCHEMA, ExampleRecord, Result, ResultsDocument, RunConfig
-from rescore.suites.files import MANIFEST_FILE, PLAN_FILE, read_manifest
 from rescore.tracing import HEADER_FILE, Trace, check_settings, read_trace, trace_folder
 
 if TYPE_CHECKING:
@@ -179,42 +177,6 @@ class Evaluation:
         return Trace(trace.header, tuple(examples)).first_heads(inputs.h)
 
 
-def load_runs(folder: Path) -> list[Evaluation]:
-    """The evaluations in a folder of `rescore eval --out` or `rescore suite --out`, each k apart.
-
-    Raises as `load_run`, and `RescoreError` for a suite that has not finished.
-    """
-    if (folder / MANIFEST_FILE).is_file():
-        folders = [folder / run.folder for run in read_manifest(folder).runs]
-    elif (folder / PLAN_FILE).is_file():
-        raise RescoreError(f"the suite in {folder} has not finished; the command that began it goes on")
-    else:
-        folders = [folder]
-    return [each for inside in folders for each in load_run(inside).at_each_k()]
-
-
-def run_of_task(folder: Path, task: str | None, *, h: int | None = None) -> Evaluation:
-    """The only evaluation in a folder as `load_runs` has it, or that of a task (and of blocks of h tokens).
-
-    Raises as `load_runs`, and `RescoreError` where several are left.
-    """
-    runs = load_runs(folder)
-    if len(runs) == 1:
-        return runs[0]
-    fitting = [run for run in runs if task is None or task in run.tasks]
-    if h is not None:
-        fitting = [run for run in fitting if run.results[0].h == h] or fitting
-    if len(fitting) == 1:
-        return fitting[0]
-    tasks = ", ".join(dict.fromkeys(name for run in runs for name in run.tasks))
-    if not fitting:
-        raise RescoreError(f"{folder} has no task {task}; give one of {tasks}")
-    if task is None and "," in tasks:
-        raise RescoreError(f"{folder} has several runs; give one task with --task: {tasks}")
-    shapes = ", ".join(f"{run.folder} (k = {run.results[0].k})" for run in fitting)
-    raise RescoreError(f"{folder} has several runs of {task or tasks}; give the folder of one with one k: {shapes}")
-
-
 def load_run(folder: str | Path) -> Evaluation:
     """Reads a results folder of `rescore eval --out` or `Evaluation.save`.
 
@@ -228,10 +190,7 @@ def load_run(folder: str | Path) -> Evaluation:
             raise RescoreError(f"the run in {folder} has not finished; the command that began it goes on")
         raise RescoreError(f"no results in {folder}; rescore eval --out {folder} writes them")
     path, advice = folder / RESULTS_FILE, "run the evaluation again"
-    fields = read_json_object(path, missing=f"no results in {folder}", advice=advice)
-    if (schema := fields.get("schema")) != SCHEMA:
-        raise InvalidDataError(f"{path} has schema {schema!r}; this version reads {SCHEMA!r}; {advice}")
-    document = convert_record(fields, ResultsDocument, where=f"{path} holds no whole results", advice=advice)
+    document = read_record(path, ResultsDocument, missing=f"no results in {folder}", advice=advice, schema=SCHEMA)
     config, results = document.config, document.results
     if not results:
         raise InvalidDataError(f"{path} holds no results; {advice}")

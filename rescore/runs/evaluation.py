@@ -17,13 +17,14 @@ import torch
 
 from lattices.errors import RescoreError, UnknownNameError
 from lm.base.catalog import Watch
-from rescore.checks import check_held_k
-from rescore.decoding import VERIFY_MODES, decode, first_difference, margin_at, usable_verify
+from rescore.acceptance import first_difference
+from rescore.checks import VERIFY_MODES, check_held_k
+from rescore.decoding import decode, margin_at, usable_verify
 from rescore.replaying import replay, replay_steps, unrescored_at
 from rescore.rescorers import Rescorer, load_rescorer
 from rescore.runs.environment import environment
 from rescore.runs.evaluated import Evaluation
-from rescore.runs.inputs import Notify, Progress
+from rescore.runs.inputs import Notify, Progress, add_notice
 from rescore.runs.log import ExampleLog, Key, save_results
 from rescore.runs.recording import Recording, check_names
 from rescore.runs.records import ExampleRecord, LiveExample, ResultsDocument, RunConfig, RunRecord
@@ -52,7 +53,7 @@ def evaluate(
 ) -> Evaluation:
     """Makes every run on every task, and accounts for it.
 
-    recordings: of `rescore.record` or `rescore.read_trace`; runs: specs, `Run`s or rescorers, the same on all tasks or
+    recordings: of `rescore.record` or `rescore.load_trace`; runs: specs, `Run`s or rescorers, the same on all tasks or
     by task.
     live: decodes with base LM and heads and measures time, p drafts verified as a `tree` or a `batch`; else replays.
     seed: of the bootstrap intervals, the one random thing.
@@ -61,7 +62,11 @@ def evaluate(
     Ctrl-C keeps what is finished and returns it with `interrupted` set. Raises `RescoreError` for what can't be done.
     """
     of_tasks = [recordings] if isinstance(recordings, Recording) else list(recordings)
+    if not of_tasks:
+        raise RescoreError("nothing is to be evaluated; give a recording at least")
     check_names(of_tasks)
+    if isinstance(runs, Mapping) and (missing := [r.name for r in of_tasks if r.name not in runs]):
+        raise RescoreError(f"no runs are given for {missing[0]}; give them by the name of each task")
     if verify not in VERIFY_MODES:
         raise UnknownNameError("verify mode", verify, VERIFY_MODES)
     if seed < 0:
@@ -88,15 +93,15 @@ def evaluate(
             traces={task.name: {"k": task.recording.k, **task.recording.settings} for task in work},
         )
     )
-    tell = partial(_add_notice, document.config.notices, notify)
+    add = partial(add_notice, document.config.notices, notify)
     for task in work:
         for line in [*task.recording.notices, *alpha_notices(task.records, task.recording)]:
-            tell(line)
+            add(line)
     interrupted = False
     with ExampleLog(out, document.config.decides()) as log:
         try:
             for task in work:
-                _Evaluator(task, document.config, log, progress, tell).run(live=live)
+                _Evaluator(task, document.config, log, progress, add).run(live=live)
         except KeyboardInterrupt:
             interrupted = True
         for task in work:
@@ -105,14 +110,6 @@ def evaluate(
         if out is not None and not interrupted:
             save_results(document, out)
     return Evaluation(document, examples, out, interrupted)
-
-
-def _add_notice(notices: list[str], notify: Notify | None, line: str) -> None:
-    """Adds a notice and passes it on; one that is about several tasks once."""
-    if line not in notices:
-        notices.append(line)
-        if notify:
-            notify(line)
 
 
 @dataclass(frozen=True)
@@ -187,7 +184,8 @@ def _check_weights(runs: Sequence[Run], rescorers: Mapping[str, Rescorer]) -> No
     """Raises `RescoreError` for weights that change nothing: one for all runs need not be used by each of them."""
     unused = [run for run in runs if run.alpha is not None and rescorers[run.label].alpha is None]
     own = [run for run in unused if run.label != label_of(run.rescorer)]
-    if own or (unused and all(rescorer.alpha is None for rescorer in rescorers.values())):
+    shared = [run for run in runs if run.alpha is not None and run.label == label_of(run.rescorer)]
+    if own or (unused and len(shared) == len(unused)):
         labels = dict.fromkeys(run.label for run in own or unused)
         raise RescoreError(f"no weight is used by --rescorer {' or '.join(labels)}; drop --alpha")
 
@@ -229,7 +227,7 @@ class _Evaluator:
 
     def _replay(self, trace: Trace, progress: Progress | None) -> None:
         self._fit(trace)
-        start, side_by_side = 0, min(FIRST_EXAMPLES, REPLAY_EXAMPLES)
+        start, side_by_side = 0, FIRST_EXAMPLES
         while examples := trace.examples[start : start + side_by_side]:
             slowest = 0.0
             quality = {example.id: self._quality(example.output, example) for example in examples}
@@ -269,7 +267,7 @@ class _Evaluator:
             if missing:
                 prompt = example.prompt_ids.tolist()
                 if not warm:  # the first calls of a process allocate and compile
-                    decode(base, None, prompt, max_new_tokens=4)
+                    decode(base, None, prompt, max_new_tokens=min(4, limit))
                 baseline = decode(base, None, prompt, max_new_tokens=limit)
                 oracle = {k: _oracle([example], k)[example.id] for k in {run.k for run in missing}}
                 for run in missing:

@@ -21,6 +21,14 @@ Progress = Callable[[str, int, int], None]  # what is being done, done, total
 Notify = Callable[[str], None]  # takes a line for the user, before the work that it is about
 
 
+def add_notice(notices: list[str], notify: Notify | None, line: str) -> None:
+    """Adds a notice and passes it on; one that comes again (for another task) only once."""
+    if line not in notices:
+        notices.append(line)
+        if notify:
+            notify(line)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     """One task with the models that decode it; the help of the command line is on the fields.

@@ -42,8 +42,12 @@ class ExampleLog:
         self._lock.enter_context(writing_to(folder))
         with ExitStack() as undone:
             undone.push(self._lock)
-            _claim(folder, plain(config))
             path = folder / EXAMPLES_FILE
+            if path.exists() and not (folder / CONFIG_FILE).exists():
+                raise IncompatibleError(
+                    f"{folder} holds examples of a run without its {CONFIG_FILE}; use another --out"
+                )
+            claim(folder / CONFIG_FILE, plain(config), holds="results of another configuration")
             with writing(path):
                 self._stream = open_appending(path)  # cuts off a torn last line
             self._records = {(key_of_record(r), r.id): r for r in read_examples(path, advice="use another --out")}
@@ -89,19 +93,19 @@ def read_examples(path: Path, *, advice: str) -> Iterator[ExampleRecord]:
         yield convert_record(fields, ExampleRecord, where=where, advice=advice)
 
 
-def _claim(folder: Path, config: dict[str, Any]) -> None:
-    """Writes `config.json`, or compares with the one that is there."""
-    path = folder / CONFIG_FILE
+def claim(path: Path, document: dict[str, Any], *, holds: str, whole: bool = False) -> None:
+    """Writes what the results in a folder are of, or compares it with what is there.
+
+    Raises `IncompatibleError` with the difference: the folder `holds` something else. whole: also of what is no more.
+    """
     if not path.exists():
-        if (folder / EXAMPLES_FILE).exists():
-            raise IncompatibleError(f"{folder} holds examples of a run without its {CONFIG_FILE}; use another --out")
-        write_json(path, config)
+        write_json(path, document)
         return
-    found = read_json_object(path, missing=f"can't tell whose results {folder} holds", advice="use another --out")
-    if changed := changed_settings(found, config):
-        raise IncompatibleError(
-            f"{folder} holds results of another configuration ({'; '.join(changed)}); use another --out"
-        )
+    advice = "use another --out"
+    recorded = read_json_object(path, missing=f"can't tell whose results {path.parent} holds", advice=advice)
+    if changed := changed_settings(recorded, document, whole=whole):
+        shown = "; ".join(changed[:6]) + (f"; and {len(changed) - 6} more" if len(changed) > 6 else "")
+        raise IncompatibleError(f"{path.parent} holds {holds} ({shown}); {advice}")
 
 
 def save_results(document: ResultsDocument, folder: Path) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.paths import encodable, user_path
 from lm.files import sha256_of_file
-from lm.locks import making, tell, writing_to
+from lm.locks import making, warn, writing_to
 from lm.records import plain
 from lm.text_files import rows_file
 from rescore.checks import check_held_k, check_k
@@ -29,8 +29,8 @@ from rescore.tasks.data import TaskData, load_examples
 from rescore.tasks.leave_out import read_leave_out
 from rescore.tasks.metrics import find_metric
 from rescore.tracing import (
-    DEFAULT_K,
     HEADER_FILE,
+    TRACE_K,
     Trace,
     TraceHeader,
     check_settings,
@@ -182,7 +182,7 @@ class Recording:
         except RescoreError as error:
             if not self.cached:
                 raise
-            tell(f"the cached trace of {self.name} can't be used ({error}); it is made again")
+            warn(f"the cached trace of {self.name} can't be used ({error}); it is made again")
             shutil.rmtree(self.folder, ignore_errors=True)
             return None
 
@@ -215,7 +215,7 @@ def open_recording(
 ) -> Recording:
     """The recording of a task; nothing is decoded yet.
 
-    k: lattice entries of a slot that will be needed; the cache's traces have at least `DEFAULT_K`.
+    k: lattice entries of a slot that will be needed; the cache's traces have at least `TRACE_K`.
     out: records into this folder, exactly k entries, instead of into the cache.
     base, heads: loaded already; else what `inputs` names. Raises `RescoreError` for data, models, k or h that can't be
     used.
@@ -236,7 +236,7 @@ def open_recording(
     _check_h(settings["h"], inputs.h)
     vocab_size = settings["base"]["vocab_size"]
     check_k(k, vocab_size)
-    k = k if out else min(max(DEFAULT_K, k), vocab_size)
+    k = k if out else min(max(TRACE_K, k), vocab_size)
     return Recording(
         name=task.name,
         metrics=task.metrics,
@@ -278,7 +278,7 @@ def record(
     heads: BlockHeads | str | None = None,
     *,
     task: str = DEFAULT_TASK,
-    k: int = DEFAULT_K,
+    k: int = TRACE_K,
     out: str | Path | None = None,
     progress: Progress | None = None,
     notify: Notify | None = None,
@@ -288,7 +288,7 @@ def record(
 
     base, heads: loaded, or named as on the command line; task: its name or YAML file.
     k: lattice entries of a slot; out: a folder for the trace (default: in the cache, where it is found again).
-    inputs: further fields of `rescore.Inputs` (limit, data, max_new_tokens ...).
+    inputs: further fields of `rescore.runs.inputs.Inputs` (limit, data, max_new_tokens ...).
     """
     named = Inputs(
         task=task,

@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from lm.records import Count, Number, plain
-from rescore.decoding import Seconds
 from rescore.runs.inputs import Inputs
 
 SCHEMA = "rescore.results/6"
 Interval = tuple[Number, Number]
+
+
+@dataclass
+class Seconds:
+    """Where the time went; what `total` has beside its three parts is glue.
+
+    prefill: base LM over the prompt, before the first step.
+    verify, heads, rescore: of all steps, in the base LM, the block heads, the rescorer.
+    total: of all steps.
+    """
+
+    prefill: float = 0.0
+    verify: float = 0.0
+    heads: float = 0.0
+    rescore: float = 0.0
+    total: float = 0.0
+
+    @contextmanager
+    def timing(self, part: str) -> Iterator[None]:
+        """Adds what runs inside to one of the parts."""
+        start = time.perf_counter()
+        yield
+        setattr(self, part, getattr(self, part) + time.perf_counter() - start)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +67,7 @@ class ExampleRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     group: key of the source that the example shares with others.
     h: heads; longest: tokens of a draft at most (None: h).
     accepted: tokens accepted by each step; drafts: the winning draft of each step.
-    oracle_accepted: by each step of the oracle's decode.
+    oracle_accepted: by each step of the oracle's decode of the trace, also where a live output is another.
     unrescored_accepted: by the unrescored draft where each step began; None where the lattices there are not known.
     quality: the task's metrics by name; cut: whether the output stopped at the limit (None: not known).
     """
@@ -120,9 +145,11 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One rescorer on one task with one p.
+    """One run on one task.
 
-    rescorer: its spec; n: examples, of so many groups; alpha: the weight (None: it has none).
+    rescorer: label of the run, by default its spec; k, p, h: as in `ExampleRecord`; alpha: the weight (None: it has
+    none).
+    n: examples, of so many groups.
     block_efficiency ... conditional: see `rescore.accounting.Accounting`.
     oracle_block_efficiency: of the best path of the same lattices.
     gain, gain_ci95: over `none` with p = 1 in the same run, paired; None where that was not run, and for it itself.
@@ -191,6 +218,7 @@ class Alpha(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, renam
 class Tuned:
     """The sweep of one rescorer's weight on one task with one k and p.
 
+    rescorer: label of the runs (by default the spec).
     block_efficiency: with each of alphas, 0 among them; alpha: the best (the smallest of equals).
     held_out, held_out_groups: ids and groups of the examples; data_sha256: of the data that they are from.
     identity: what the rescorer scores with.

@@ -96,18 +96,22 @@ def label_of(rescorer: str | Rescorer) -> str:
 def runs_of(
     specs: Iterable[str | Run | Rescorer],
     *,
-    ps: Sequence[int] = (1,),
-    ks: Sequence[int] = (DEFAULT_K,),
+    ps: Sequence[int] = (),
+    ks: Sequence[int] = (),
     alpha: float | Literal["tuned"] | None = None,
 ) -> list[Run]:
-    """Every rescorer with each p and k, but for what its spec says itself (`ngram:p=16,alpha=0.5`).
+    """Every rescorer with each p (none: 1) and k (none: `DEFAULT_K`), but for what its spec says itself
+    (`ngram:p=16,alpha=0.5`).
 
-    The oracle knows which draft is best: it is run with p = 1 only. Raises `RescoreError` for what makes no sense.
+    The oracle knows which draft is best: it is run with p = 1 only. Raises `RescoreError` for what makes no sense, and
+    for p, k or alpha that every spec says itself.
     """
     runs: dict[Run, None] = {}
+    unused = {name for name, given in (("p", ps), ("k", ks), (WEIGHT, alpha is not None)) if given}
     for spec in specs:
         if isinstance(spec, Run):
             runs[spec] = None
+            unused.clear()  # nothing of it is the caller's to say
             continue
         own: dict[str, str] = {}
         rescorer, weight = spec, alpha
@@ -116,9 +120,15 @@ def runs_of(
             own = {key: arguments.pop(key) for key in ("p", "k") if key in arguments}
             rescorer = format_spec(name, arguments)
             weight = None if WEIGHT in arguments else alpha
-        for k in [_whole(spec, own["k"])] if "k" in own else ks:
-            for p in [_whole(spec, own["p"])] if "p" in own else [1] if rescorer == ORACLE else ps:
+            unused &= {*own, *arguments}
+        else:
+            unused.clear()
+        for k in [_whole(spec, own["k"])] if "k" in own else ks or (DEFAULT_K,):
+            for p in [_whole(spec, own["p"])] if "p" in own else [1] if rescorer == ORACLE else ps or (1,):
                 runs[Run(rescorer, p=p, k=k, alpha=weight)] = None
+    if runs and unused:
+        option = min(unused)
+        raise RescoreError(f"--{option} is used by no --rescorer, each of which says its own {option}; drop it")
     return list(runs)
 
 

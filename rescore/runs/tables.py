@@ -5,10 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Collection, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rescore.bootstrap import LEAST_GROUPS
-from rescore.rescorers.joint_fit import JointFit
 from rescore.runs.records import Result, ResultsDocument, Tuned
 from rescore.table import (
     ALPHA,
@@ -34,6 +33,9 @@ from rescore.table import (
     percent,
 )  # fmt: skip
 from rescore.terminal import printable
+
+if TYPE_CHECKING:
+    from rescore.rescorers.joint_fit import JointFit
 
 LABEL = (TASK, RESCORER, K, P)
 ORACLE = Column("oracle", NUMBER, "oracle_block_efficiency")
@@ -106,24 +108,30 @@ def _apart(results: Sequence[Result]) -> list[Column]:
 
 
 def _caption(document: ResultsDocument, apart: Collection[Column]) -> str:
-    results, config = document.results, document.config
+    results = document.results
     most = max(results, key=lambda r: r.p)
     way = f"live decode (p drafts as {most.latency.verify})" if most.latency else "replayed decode"
-    h = max(r.h for r in results)
-    inputs = config.inputs[results[0].task]
-    if inputs.trace:
-        made = f"the trace {printable(inputs.trace)}, h = {h}"
-    else:
-        limits = " or ".join(str(n) for n in sorted({config.traces[r.task]["max_new_tokens"] for r in results}))
-        made = f"{printable(inputs.base)} in {inputs.dtype}, h = {h}, up to {limits} new tokens"
+    made = {r.task: _made_of(document, r.task) for r in results}
+    same = made[results[0].task] if len(set(made.values())) == 1 else ""
     several_k = len({r.k for r in results}) > 1
     lines = {}
     for r in results:
-        facts = [] if {EXAMPLES, GROUPS} & set(apart) else [f"{r.n} examples of {r.groups} groups"]
+        facts = [] if same else [made[r.task]]
+        facts += [] if {EXAMPLES, GROUPS} & set(apart) else [f"{r.n} examples of {r.groups} groups"]
         if ORACLE not in apart and not several_k:
             facts.append(f"oracle {NUMBER.show(r.oracle_block_efficiency)}")
         lines[r.task] = f"{printable(r.task)}: {', '.join(facts)}" if facts else ""
-    return "\n".join([f"{way} of {made}", *filter(None, lines.values()), ""])
+    return "\n".join([f"{way} of {same}" if same else way, *filter(None, lines.values()), ""])
+
+
+def _made_of(document: ResultsDocument, task: str) -> str:
+    """What the results of a task were decoded with: models and limits, or a trace."""
+    inputs = document.config.inputs[task]
+    h = max(r.h for r in document.results if r.task == task)
+    if inputs.trace:
+        return f"the trace {printable(inputs.trace)}, h = {h}"
+    limit = document.config.traces[task]["max_new_tokens"]
+    return f"{printable(inputs.base)} in {inputs.dtype}, h = {h}, up to {limit} new tokens"
 
 
 def _efficiency(results: Sequence[Result]) -> Table:

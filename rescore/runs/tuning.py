@@ -10,7 +10,7 @@ from lattices.errors import RescoreError
 from lattices.paths import user_path
 from lm.files import write_json
 from lm.records import plain
-from rescore.accounting import account
+from rescore.accounting import block_efficiency
 from rescore.checks import check_held_k
 from rescore.replaying import replay
 from rescore.rescorers import JOINT, Rescorer, load_rescorer, parse_spec
@@ -51,6 +51,8 @@ def tune(
     runs = [Run(rescorer, p=p, k=k) for rescorer in dict.fromkeys(rescorers) for k in ks for p in ps]
     for alpha in alphas:
         Run(alpha=alpha)  # refuses what is no weight
+    if given := [run for run in runs if run.alpha is not None]:
+        raise RescoreError(f"{given[0].label} says its weight, which is to be tuned; leave it out")
     by_label = load_rescorers(runs)
     if weightless := [label for label, rescorer in by_label.items() if rescorer.alpha is None]:
         raise RescoreError(f"the rescorer {weightless[0]} has no weight to tune; give one that has, like ngram")
@@ -70,7 +72,7 @@ def tune(
         efficiency: dict[Run, list[float]] = {run: [] for run in runs}
         for done, (run, alpha) in enumerate(product(runs, swept), start=1):
             accepted = replay(trace.examples, fitted[run.label].weighted(alpha), k=run.k, p=run.p)
-            efficiency[run].append(account(accepted, trace.header.h).block_efficiency)
+            efficiency[run].append(block_efficiency(accepted))
             if progress:
                 progress(f"tune {recording.name}", done, len(runs) * len(swept))
         for run, values in efficiency.items():

@@ -7,11 +7,11 @@ import dataclasses
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lattices.errors import InvalidDataError, RescoreError
-from lm.base.model import BaseIdentity, BaseLM
 from lm.keys import cache_entry
 from lm.records import read_record
 from rescore.checks import MAX_ALPHA
@@ -22,6 +22,9 @@ from rescore.runs.records import Alpha, RunRecord, Tuned
 from rescore.runs.run import Run
 from rescore.tracing import Trace
 
+if TYPE_CHECKING:
+    from lm.base.model import BaseLM
+
 LEAST_COVERAGE = 0.1
 
 
@@ -29,6 +32,8 @@ def check_tokenizers(recording: Recording, rescorers: Collection[Rescorer]) -> N
     """Before anything is decoded: raises `IncompatibleError` if a rescorer was made for another tokenizer."""
     if recording.given:  # made elsewhere it need not say what its base is; `fit_to` goes by what it says
         return
+    from lm.base.model import BaseIdentity
+
     base = recording.settings["base"]
     for rescorer in rescorers:
         if rescorer.alpha is not None:
@@ -67,9 +72,8 @@ def _tune_command(inputs: Inputs, run: Run) -> str:
     defaults = {field.name: field.default for field in dataclasses.fields(Inputs)}
     names = ("h", "base", "heads", "data", "max_new_tokens", "max_prompt_tokens", "dtype")
     changed = {name: value for name in names if (value := getattr(inputs, name)) != defaults[name]}
-    arguments = {
-        "task": inputs.task, "trace": inputs.trace, "rescorer": run.label, "k": run.k, "p": run.p, **changed,
-    }  # fmt: skip
+    spec = run.rescorer if isinstance(run.rescorer, str) else run.label
+    arguments = {"task": inputs.task, "trace": inputs.trace, "rescorer": spec, "k": run.k, "p": run.p, **changed}
     words = [
         f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
         for name, value in arguments.items() if value is not None
@@ -110,6 +114,8 @@ def _alpha_fact(chosen: Alpha, recording: Recording) -> str | None:
 
 def target_of(trace: Trace, *, device: str = "cpu", shared: BaseLM | None = None) -> Target:
     """The base LM that a trace was recorded with, as far as the trace tells; for work on `device`."""
+    from lm.base.model import BaseIdentity
+
     base = trace.header.settings.get("base")
     tokenizer = base.get("tokenizer_sha256") if isinstance(base, dict) else None
     identity = None

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
-from rescore.accounting import Difference, paired_difference
+from rescore.acceptance import first_difference
+from rescore.accounting import Difference, block_efficiency, paired_difference
 from rescore.bootstrap import LEAST_GROUPS
-from rescore.decoding import first_difference
-from rescore.runs.evaluated import Evaluation, load_runs
+from rescore.runs.evaluated import Evaluation
+from rescore.runs.inputs import add_notice
 from rescore.runs.records import Result
 from rescore.studies.records import Record, record_of
+from rescore.suites.files import load_runs
 from rescore.table import Table, joined
 from rescore.terminal import shortened
 
@@ -104,8 +106,7 @@ class Comparison(Record):
 
     def notice(self, line: str) -> None:
         """Adds a notice once."""
-        if line not in self.notices:
-            self.notices.append(line)
+        add_notice(self.notices, None, line)
 
 
 def compare(
@@ -118,7 +119,8 @@ def compare(
     """
     runs_a = a.at_each_k()
     runs_b = runs_a if b is None or b is a else b.at_each_k()
-    comparison = Comparison(str(a.folder or "A"), str((b or a).folder or "B"))
+    name_a, name_b = (str(side.folder or "results in memory") for side in (a, b or a))
+    comparison = Comparison(name_a, name_b)
     return _compare(comparison, runs_a, runs_b, selection, seed)
 
 
@@ -337,8 +339,8 @@ def compared_row(
         groups=difference.groups,
         only_a=len(steps_a) - len(common),
         only_b=len(steps_b) - len(common),
-        a=record_of(SideResult, result_a, block_efficiency=_block_efficiency(accepted_a)),
-        b=record_of(SideResult, result_b, block_efficiency=_block_efficiency(accepted_b)),
+        a=record_of(SideResult, result_a, block_efficiency=block_efficiency(accepted_a)),
+        b=record_of(SideResult, result_b, block_efficiency=block_efficiency(accepted_b)),
         difference=difference,
     )
 
@@ -356,7 +358,3 @@ def _steps(run: Evaluation, result: Result, comparison: Comparison) -> dict[str,
         else:
             comparison.notice(f"{result.task}: example {record.id!r} has no steps in {run.folder}: left out")
     return steps
-
-
-def _block_efficiency(accepted: Sequence[Sequence[int]]) -> float:
-    return sum(map(sum, accepted)) / sum(map(len, accepted))

@@ -1,4 +1,4 @@
-"""Where a suite keeps what: names of its files, and its document."""
+"""Where a suite keeps what: names of its files, its document, and the evaluations in its folder."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lattices.errors import InvalidDataError
-from lm.files import read_json_object
-from lm.records import convert_record
+from lattices.errors import RescoreError
+from lm.records import read_record
+from rescore.runs.evaluated import Evaluation, load_run
 from rescore.runs.records import Result, Tuned
 
 SCHEMA = "rescore.suite/3"
@@ -51,7 +51,40 @@ class SuiteDocument:
 def read_manifest(folder: Path) -> SuiteDocument:
     """`suite.json`, checked. Raises `InvalidDataError` for one of another version or a broken one."""
     path, advice = folder / MANIFEST_FILE, "run the suite again"
-    fields = read_json_object(path, missing=f"no suite in {folder}", advice=advice)
-    if (schema := fields.get("schema")) != SCHEMA:
-        raise InvalidDataError(f"{path} has schema {schema!r}; this version reads {SCHEMA!r}; {advice}")
-    return convert_record(fields, SuiteDocument, where=str(path), advice=advice)
+    return read_record(path, SuiteDocument, missing=f"no suite in {folder}", advice=advice, schema=SCHEMA)
+
+
+def load_runs(folder: Path) -> list[Evaluation]:
+    """The evaluations in a folder of `rescore eval --out` or `rescore suite --out`, each k apart.
+
+    Raises as `load_run`, and `RescoreError` for a suite that has not finished.
+    """
+    if (folder / MANIFEST_FILE).is_file():
+        folders = [folder / run.folder for run in read_manifest(folder).runs]
+    elif (folder / PLAN_FILE).is_file():
+        raise RescoreError(f"the suite in {folder} has not finished; the command that began it goes on")
+    else:
+        folders = [folder]
+    return [each for inside in folders for each in load_run(inside).at_each_k()]
+
+
+def run_of_task(folder: Path, task: str | None, *, h: int | None = None) -> Evaluation:
+    """The only evaluation in a folder as `load_runs` has it, or that of a task (and of blocks of h tokens).
+
+    Raises as `load_runs`, and `RescoreError` where several are left.
+    """
+    runs = load_runs(folder)
+    if len(runs) == 1:
+        return runs[0]
+    fitting = [run for run in runs if task is None or task in run.tasks]
+    if h is not None:
+        fitting = [run for run in fitting if run.results[0].h == h] or fitting
+    if len(fitting) == 1:
+        return fitting[0]
+    tasks = ", ".join(dict.fromkeys(name for run in runs for name in run.tasks))
+    if not fitting:
+        raise RescoreError(f"{folder} has no task {task}; give one of {tasks}")
+    if task is None and "," in tasks:
+        raise RescoreError(f"{folder} has several runs; give one task with --task: {tasks}")
+    shapes = ", ".join(f"{run.folder} (k = {run.results[0].k})" for run in fitting)
+    raise RescoreError(f"{folder} has several runs of {task or tasks}; give the folder of one with one k: {shapes}")

@@ -11,8 +11,7 @@ from typing import Annotated, Any, TypeVar
 from lattices.errors import RescoreError
 from lm.text_files import rows_file
 from lm.yaml_input import Value, read_yaml
-from rescore.checks import MAX_ALPHA
-from rescore.decoding import VERIFY_MODES
+from rescore.checks import MAX_ALPHA, VERIFY_MODES
 from rescore.rescorers import WEIGHT, load_rescorer, parse_spec
 from rescore.runs.inputs import Inputs
 from rescore.runs.recording import recorded_task
@@ -33,7 +32,7 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class SuiteTask:
-    """A task as typed (a name or a YAML file), where its examples come from, and its own limits (None: the suite's)."""
+    """A task (a name or a YAML file), where its examples come from, and its own limits (None: the suite's)."""
 
     name: str
     data: str | None = None
@@ -53,13 +52,18 @@ class SuiteTuning:
 
 @dataclass(frozen=True)
 class SuiteRescorer:
-    """A rescorer as typed, each p that it is run with, its weight (None: tuned, or the default), and how that is tuned
-    if not as the suite says."""
+    """A rescorer's spec, each p that it is run with, its weight (None: in the spec, tuned, or the default), and how it
+    is tuned if not as the suite says."""
 
     name: str
     p: tuple[int, ...]
     alpha: float | None = None
     tune: SuiteTuning | None = None
+
+    @property
+    def is_weight_given(self) -> bool:
+        """Whether the file says its weight, beside its spec or in it."""
+        return self.alpha is not None or WEIGHT in parse_spec(self.name)[1]
 
 
 @dataclass(frozen=True)
@@ -103,14 +107,14 @@ class Plan:
     def tuning(self, rescorer: str) -> SuiteTuning | None:
         """How the weight of a rescorer that has one is tuned; None: it is given, or the rescorer's own."""
         (chosen,) = (r for r in self.rescorers if r.name == rescorer)
-        return None if chosen.alpha is not None else chosen.tune or self.tune
+        return None if chosen.is_weight_given else chosen.tune or self.tune
 
     def as_dict(self) -> dict[str, Any]:
         """For `plan.json`: tasks and rescorers by name, so that a difference names them."""
-        found = dataclasses.asdict(self)
+        document = dataclasses.asdict(self)
         for name in ("tasks", "rescorers"):
-            found[name] = {entry.pop("name"): entry for entry in found[name]}
-        return found
+            document[name] = {entry.pop("name"): entry for entry in document[name]}
+        return document
 
 
 def read_plan(
@@ -161,10 +165,13 @@ def _task(value: Value, data: Path | None) -> SuiteTask:
     if trace and given:
         raise fields["data"].wrong("a trace has its own examples; drop data or trace")
     if trace:
-        name = fields["name"].text() if "name" in fields else _told(fields["trace"], lambda: _task_of(Path(trace)))
+        for limit in LIMITS[1:]:
+            if limit in fields:
+                raise fields[limit].wrong(f"a trace is replayed as it was recorded; drop {limit} or trace")
+        name = fields["name"].text() if "name" in fields else _at(fields["trace"], lambda: _task_of(Path(trace)))
     else:
         name = fields["name"].text()
-        known = _told(fields["name"], lambda: load_task(name).name)
+        known = _at(fields["name"], lambda: load_task(name).name)
         if given is None and data is not None:
             given = str(rows_file(data, known))
     return SuiteTask(name, given, trace, **_limits(fields))
@@ -172,7 +179,7 @@ def _task(value: Value, data: Path | None) -> SuiteTask:
 
 def _leave_out(value: Value) -> str:
     text = value.text()
-    _told(value, lambda: read_leave_out(text))
+    _at(value, lambda: read_leave_out(text))
     return text
 
 
@@ -193,7 +200,7 @@ def _rescorers(top: dict[str, Value]) -> tuple[SuiteRescorer, ...]:
             value.fields(("name", "p", "alpha", "tune"), required=("name",)) if value.is_mapping else {"name": value}
         )
         name = fields["name"].text()
-        loaded = _told(fields["name"], lambda: load_rescorer(name))
+        loaded = _at(fields["name"], lambda: load_rescorer(name))
         alpha = fields["alpha"].number() if "alpha" in fields else None
         for key in ("alpha", "tune"):
             if key in fields and loaded.alpha is None:
@@ -234,18 +241,18 @@ def _wholes(value: Value, *, least: int = 1) -> tuple[int, ...]:
 
 def _distinct(value: Value, read: Callable[[Value], Made], kind: str) -> tuple[Made, ...]:
     """What a list holds, no name twice."""
-    found: dict[str, Made] = {}
+    by_name: dict[str, Made] = {}
     for entry in value.items():
         made = read(entry)
         name = str(getattr(made, "name", ""))
-        if name in found:
+        if name in by_name:
             raise entry.wrong(f"the {kind} {name} is there twice; keep one")
-        found[name] = made
-    return tuple(found.values())
+        by_name[name] = made
+    return tuple(by_name.values())
 
 
-def _told(value: Value, call: Callable[[], Made]) -> Made:
-    """What a call gives; what it refuses is told with the line of the value."""
+def _at(value: Value, call: Callable[[], Made]) -> Made:
+    """What a call gives; what it refuses is raised with the line of the value."""
     try:
         return call()
     except RescoreError as error:

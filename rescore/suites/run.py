@@ -9,16 +9,16 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lattices.errors import IncompatibleError, RescoreError
+from lattices.errors import RescoreError
 from lm.files import (
     append_json_line,
     atomic_file,
     open_appending,
     read_json_lines,
-    read_json_object,
     write_json,
     writing,
 )
@@ -29,8 +29,8 @@ from rescore.rescorers import load_rescorer
 from rescore.runs.environment import environment
 from rescore.runs.evaluated import load_run
 from rescore.runs.evaluation import evaluate
-from rescore.runs.inputs import Notify, Progress
-from rescore.runs.log import RESULTS_FILE
+from rescore.runs.inputs import Notify, Progress, add_notice
+from rescore.runs.log import RESULTS_FILE, claim
 from rescore.runs.recording import Recording, check_names, open_recording
 from rescore.runs.records import Result, RunConfig
 from rescore.runs.run import Run
@@ -83,23 +83,18 @@ def run_suite(
 
 
 def _run(plan: Plan, out: Path, source: str, progress: Progress | None, notify: Notify | None) -> Suite:
-    _claim(out, plan)
+    _check_place(out)
     suite = SuiteDocument(source=source, plan=plain(plan.as_dict()), **environment())
     interrupted = False
-
-    def tell(line: str) -> None:
-        if line not in suite.notices:
-            suite.notices.append(line)
-            if notify:
-                notify(line)
-
-    parts = _parts(plan)
-    with _Weights(out / TUNED_FILE) as weights:
+    add = partial(add_notice, suite.notices, notify)
+    parts = _parts(plan)  # refused before the folder is this plan's
+    claim(out / PLAN_FILE, suite.plan, holds="a suite of another plan", whole=True)
+    with _TunedWeights(out / TUNED_FILE) as weights:
         try:
             for part in parts:
-                identities = _identities(plan)
-                runs = _weighted(plan, part, identities, weights, progress, tell)
-                results, interrupted = _evaluate(plan, part, runs, identities, out, progress, tell)
+                identities = _identities(plan)  # for each part: files of rescorers may be replaced in between
+                runs = _weighted(plan, part, identities, weights, progress, add)
+                results, interrupted = _evaluate(plan, part, runs, identities, out, progress, add)
                 suite.results += results
                 if interrupted:
                     break
@@ -116,62 +111,45 @@ def _run(plan: Plan, out: Path, source: str, progress: Progress | None, notify: 
     return Suite(plan, suite, interrupted)
 
 
-def _claim(out: Path, plan: Plan) -> None:
-    """Writes `plan.json`, or compares with the one that is there."""
-    path, wanted = out / PLAN_FILE, plain(plan.as_dict())
-    if path.is_file():
-        found = read_json_object(path, missing=f"can't tell whose suite {out} holds", advice="use another --out")
-        if changed := _differences(found, wanted):
-            shown = "; ".join(changed[:6]) + (f"; and {len(changed) - 6} more" if len(changed) > 6 else "")
-            raise IncompatibleError(f"{out} holds a suite of another plan ({shown}); use another --out")
+def _check_place(out: Path) -> None:
+    """Raises `RescoreError` unless `out` holds a suite, or nothing yet."""
+    if (out / PLAN_FILE).is_file():
         return
     with writing(out):
         # A killed writer's temporary file begins with a dot.
         if out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
             raise RescoreError(f"{out} holds something else than a suite; use another --out")
-    write_json(path, wanted)
-
-
-def _differences(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
-    """`name: found -> wanted` for everything that differs, names dotted; also what only one of them has."""
-    changed = []
-    for key in dict.fromkeys([*found, *wanted]):
-        before, after = found.get(key), wanted.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            changed += _differences(before, after, f"{prefix}{key}.")
-        elif key not in wanted or key not in found:
-            changed.append(f"{prefix}{key}: {'removed' if key in found else 'added'}")
-        elif before != after:
-            changed.append(f"{prefix}{key}: {before} -> {after}")
-    return changed
 
 
 def _parts(plan: Plan) -> list[_Part]:
     """All evaluations, each of them checked."""
     parts: list[_Part] = []
+    tasks: dict[str, str] = {}  # by folder
     for task in plan.tasks:
         for h in plan.h:
             recording = open_recording(plan.inputs(task, h), k=max(plan.k))
             name = re.sub(r"[^\w.-]", "_", recording.name) + (f"-h{h}" if h else "")
             parts.append(_Part(recording, h, f"{RUNS_FOLDER}/{name}"))
+            if (other := tasks.setdefault(name, recording.name)) != recording.name:
+                raise RescoreError(f"the tasks {other} and {recording.name} would share a folder; rename one of them")
     check_names([part.recording for part in parts if part.h == plan.h[0]])
     return parts
 
 
-class _Weights:
+class _TunedWeights:
     """Tuned weights, kept line by line: a sweep that is finished is not run again, and no later one changes it."""
 
     def __init__(self, path: Path) -> None:
         with writing(path):
             self._stream = open_appending(path)
-        self.kept = [
+        self._sweeps = [
             convert_record(
                 fields, SuiteSweep, where=f"{path} line {number} is no tuned weight", advice="use another --out"
             )
             for number, fields in read_json_lines(path)
         ]
 
-    def __enter__(self) -> _Weights:
+    def __enter__(self) -> _TunedWeights:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -180,24 +158,24 @@ class _Weights:
     @property
     def latest(self) -> list[SuiteSweep]:
         """The last sweep of each task, rescorer, k, h and p: one of other data or of another model is passed."""
-        return list({(s.task, s.rescorer, s.k, s.h, s.p): s for s in self.kept}.values())
+        return list({(s.task, s.rescorer, s.k, s.h, s.p): s for s in self._sweeps}.values())
 
     def find(self, **key: Any) -> SuiteSweep | None:
         """The sweep that has these fields."""
-        return next((s for s in self.kept if all(getattr(s, name) == value for name, value in key.items())), None)
+        return next((s for s in self._sweeps if all(getattr(s, name) == value for name, value in key.items())), None)
 
     def add(self, sweep: SuiteSweep) -> None:
         """Keeps a sweep. Raises `OutputError`."""
         with writing(Path(self._stream.name)):
             append_json_line(self._stream, plain(sweep))
-        self.kept.append(sweep)
+        self._sweeps.append(sweep)
 
 
 def _weighted(
     plan: Plan,
     part: _Part,
     identities: dict[str, str],
-    weights: _Weights,
+    weights: _TunedWeights,
     progress: Progress | None,
     notify: Notify,
 ) -> list[Run]:
@@ -216,7 +194,7 @@ def _sweep(
     run: Run,
     identity: str,
     tuning: SuiteTuning,
-    weights: _Weights,
+    weights: _TunedWeights,
     progress: Progress | None,
     notify: Notify,
 ) -> SuiteSweep:

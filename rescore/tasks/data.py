@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, unreadable
 from lm.files import sha256_of_file
 from lm.text_files import check_whole, identify, rows
 from rescore.groups import digest, one_of_each_first
@@ -130,7 +130,7 @@ def _from_file(selection: _Selection, path: Path, *, kind: str) -> TaskData:
         try:
             path.stat()
         except PermissionError as error:
-            raise RescoreError(f"can't read {path}: {error.strerror}") from error
+            raise unreadable(path, error) from error
         except OSError:
             pass  # not there
         raise RescoreError(

@@ -323,3 +323,11 @@ def test_the_cache_directory_follows_the_environment(tmp_path: Path, monkeypatch
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert files.cache_directory() == tmp_path / ".cache" / "rescore"
+
+
+def test_nothing_is_said_to_be_kept_where_nothing_could_be(tmp_path: Path):
+    (tmp_path / "file").touch()
+    for place, is_kept in ((tmp_path / "file" / "x.json", False), (tmp_path, True)):
+        with pytest.raises(OutputError) as caught:
+            files.write_json(place, {})
+        assert ("what was written before is kept" in str(caught.value)) == is_kept

@@ -67,7 +67,7 @@ def test_who_makes_the_same_waits_and_says_so(tmp_path: Path, cache_folder: Path
             (tmp_path / "go").touch()
 
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(locks, "tell", go)
+            patched.setattr(locks, "warn", go)
             with making(entry, "the trace of squad"):
                 process.wait()
     assert notices == ["another rescore process is making the trace of squad; waiting for it"]
@@ -101,7 +101,7 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path: Path, monkeypatc
         raise OSError(code, os.strerror(code))
 
     told: list[str] = []
-    monkeypatch.setattr(locks, "tell", told.append)
+    monkeypatch.setattr(locks, "warn", told.append)
     monkeypatch.setattr(locks.FileLock, "acquire", fails)
     with writing_to(tmp_path / "out"):
         (tmp_path / "out" / "x").touch()

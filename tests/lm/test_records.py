@@ -71,7 +71,7 @@ def test_what_is_no_json_is_told_in_one_line(tmp_path: Path, text: bytes):
 
 
 def test_a_file_that_is_not_there(tmp_path: Path):
-    with pytest.raises(RescoreError, match=r"^no weight: can't read x.json \(No such file or directory\)$"):
+    with pytest.raises(RescoreError, match=r"^no weight: can't read x.json \(No such file .*\); get or make it again$"):
         read_record(tmp_path / "x.json", Outer, missing="no weight")
 
 

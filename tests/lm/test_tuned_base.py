@@ -20,7 +20,8 @@ from lm.heads.block_heads import heads_folder, load_heads, of_other_weights
 from lm.neural.model import DeltaConfig, check_fits, find_neural, first_layers, load_neural, save_delta
 from lm.training.data import read_head_data
 from lm.training.heads import HeadTrainer, TrainingOptions
-from rescore.decoding import decode, first_difference
+from rescore.acceptance import first_difference
+from rescore.decoding import decode
 from rescore.rescorers import load_rescorer
 
 TUNED = dataclasses.replace(

@@ -17,6 +17,7 @@ from lattices.errors import RescoreError, UnknownNameError
 from rescore.runs.evaluated import load_run
 from rescore.runs.records import Alpha, RunRecord
 from rescore.studies.analysis import analyse_run, contrast, efficiency_table
+from rescore.studies.analysis.collect import _pairs_of
 from rescore.studies.analysis.drafts import before_after, outcomes_of
 from rescore.studies.analysis.runs import Wallclock, alpha_source, curves_of_results
 from rescore.studies.records import record_of
@@ -200,6 +201,16 @@ class TestFolders:
         traces = analyse_folders(traces=[folder, folder], h=2, limit=2, only=("entropy", "oracle"))
         assert [(t.examples, t.h, t.ranks) for t in traces.traces] == [(2, 2, None)] * 2 and traces.table is None
         assert len(traces.h_max.points) == 1 and "Pearson's R" not in joined(findings_tables(traces))  # one task, twice
+
+    def test_pairs_are_cut_where_both_sides_are_known(self):
+        known = {"none", "ngram", "context-ngram:alpha=1", "ngram:path=x,alpha=2"}
+        given = [("none=context-ngram:alpha", "1"), ("context-ngram:alpha=1", "none"), ("none=ngram:path", "x"),
+                 ("alpha", "2"), ("ngram", "none")]  # fmt: skip
+        assert _pairs_of(given, known) == [
+            ("none", "context-ngram:alpha=1"), ("context-ngram:alpha=1", "none"), ("none", "ngram:path=x,alpha=2"),
+            ("ngram", "none"),
+        ]  # fmt: skip
+        assert _pairs_of([("oracle", "ngram:p=16")], known) == [("oracle", "ngram:p=16")], "refused as it was given"
 
     @pytest.mark.parametrize("option", ["h", "k", "limit", "bins"])
     def test_options_of_traces_are_refused_for_runs(self, run, option):

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from lattices.errors import RescoreError
 from lm.base.model import BaseLM
+from rescore.acceptance import first_difference
 from rescore.accounting import account
-from rescore.decoding import decode, first_difference, margin_at
+from rescore.decoding import decode, margin_at
 from rescore.live import generate
 from rescore.replaying import replay
 from rescore.rescorers import load_rescorer

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_heads, save_tiny_base, squad_records, write_lines
-from evaluating import evaluated, inputs_of, recorded_trace
+from evaluating import evaluated, inputs_of, opened, recorded_trace
 from evaluation_runs import Make, add_peek, maker, no_base, run, without_times
 
 import lm.base.catalog
@@ -21,6 +21,7 @@ from lm.files import cache_directory
 from lm.records import plain
 from rescore import tracing
 from rescore.runs import evaluation
+from rescore.runs.evaluation import evaluate
 from rescore.runs.records import Divergence, Identical
 from rescore.tracing import read_header
 
@@ -374,6 +375,23 @@ class TestConfiguration:
     def test_options_that_make_no_sense_are_refused(self, make: Make, changes: dict[str, Any], message: str):
         with pytest.raises(RescoreError, match=message):
             run(make(**changes))
+
+    def test_no_recordings_and_tasks_without_runs_are_refused(self, make: Make):
+        with pytest.raises(RescoreError, match="nothing is to be evaluated; give a recording at least"):
+            evaluate([], ["none"])
+        with pytest.raises(RescoreError, match="no runs are given for squad; give them by the name of each task"):
+            evaluate(opened(make()), {"gsm8k": ["none"]})
+
+    def test_the_warm_up_stays_within_the_limit(self, make: Make, monkeypatch):
+        limits, decode = [], evaluation.decode
+
+        def counted(*args: Any, **more: Any) -> Any:
+            limits.append(more["max_new_tokens"])
+            return decode(*args, **more)
+
+        monkeypatch.setattr(evaluation, "decode", counted)
+        run(make(mode="live", max_new_tokens=2, limit=1))
+        assert max(limits) == 2
 
     def test_heads_of_another_base_are_refused(self, make: Make, tmp_path: Path):
         other = save_tiny_base(tmp_path / "wide", hidden_size=48)

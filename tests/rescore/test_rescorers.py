@@ -12,9 +12,11 @@ import pytest
 from lattices.errors import RescoreError, UnknownNameError
 from lattices.lattice import Lattice
 from lattices.search import p_best
+from lm.neural.model import SIZES
 from rescore import rescorers
 from rescore.rescorers import Context, Rescorer, Target, load_rescorer, parse_spec, rescorer_names
 from rescore.rescorers.base import check_drafts
+from rescore.rescorers.unrescored import Unrescored
 from rescore.runs.run import Run, runs_of
 
 LATTICE = Lattice(
@@ -146,7 +148,7 @@ def test_other_packages_register_rescorers(plug_in):
     ]  # fmt: skip
     assert load_rescorer("fixed:8,9").draft(LATTICE, [Context([])], 1).tolist() == [[[5, 8, 9]]]
     assert load_rescorer("fixed:times=3,rest=1,2").draft(LATTICE, [Context([])], 1).tolist() == [[[5, 3, 6]]]
-    assert isinstance(load_rescorer("none"), rescorers.Unrescored), "a built-in name can't be taken over"
+    assert isinstance(load_rescorer("none"), Unrescored), "a built-in name can't be taken over"
 
 
 def test_a_plug_in_needs_draft_only(plug_in):
@@ -205,9 +207,22 @@ def test_drafts_that_break_the_promise_are_caught(drafts):
 def test_the_weight_of_a_spec_is_its_run_s():
     run = Run("context-ngram:none,alpha=0.25")
     assert (run.rescorer, run.alpha, run.label) == ("context-ngram:none", 0.25, "context-ngram:none,alpha=0.25")
-    assert runs_of([run.label], alpha=3) == [run] and runs_of(["context-ngram:none"], alpha=3)[0].alpha == 3
+    assert runs_of([run.label, "none"], alpha=3)[0] == run and runs_of(["context-ngram:none"], alpha=3)[0].alpha == 3
     with pytest.raises(RescoreError, match="the weight of ngram:alpha=2 is given twice; drop one"):
         Run("ngram:alpha=2", alpha=1)
+
+
+@pytest.mark.parametrize("option", [{"ps": (2,)}, {"ks": (4,)}, {"alpha": 3.0}])
+def test_an_option_that_no_spec_leaves_open_is_refused(option):
+    (name,) = (key.rstrip("s") for key in option)
+    spec = "context-ngram:p=16,k=8,alpha=1"
+    with pytest.raises(RescoreError, match=f"--{name} is used by no --rescorer, each of which says its own {name}"):
+        runs_of([spec], **option)
+    assert len(runs_of([spec, "context-ngram"], **option)) == 2 and len(runs_of([spec])) == 1
+
+
+def test_every_named_size_is_a_rescorer():
+    assert {name for name in rescorer_names() if re.fullmatch(r"neural-\d+m", name)} == {*SIZES}
 
 
 @pytest.mark.parametrize("label", ["none", "oracle"])

@@ -345,6 +345,13 @@ class TestTables:
         text = shown(document([result()], trace="medusa"))
         assert text.startswith("replayed decode of the trace medusa, h = 3\nsquad: ")
 
+    def test_what_tasks_differ_in_stands_with_each(self):
+        both = document([result(), result(task="gsm8k")])
+        both.config.inputs["gsm8k"] = dataclasses.replace(both.config.inputs["squad"], base=None, trace="medusa")
+        made = "tiny in float32, h = 3, up to 64 new tokens"
+        assert shown(both).startswith(f"replayed decode\nsquad: {made}, 2 examples")
+        assert "\ngsm8k: the trace medusa, h = 3, 2 examples" in shown(both)
+
     def test_nothing_finished_is_said(self):
         assert shown(document()) == shown(document(), details=False) == "no finished examples"
 

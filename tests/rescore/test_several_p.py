@@ -21,6 +21,7 @@ from rescore.rescorers.unrescored import Unrescored
 from rescore.runs import evaluation
 from rescore.runs.log import ExampleLog
 from rescore.runs.records import ExampleRecord, Identical
+from rescore.runs.run import Run
 
 
 class HalfRight(Rescorer):
@@ -83,6 +84,10 @@ class TestSeveralP:
             RescoreError, match=r"no weight of weighted is tuned .* p = 2; run: rescore tune --task squad"
         ):
             evaluated(make(rescorers=("weighted",), p=(1, 2), alpha="tuned"))
+        with pytest.raises(RescoreError, match=r"no weight of mine is tuned .*--rescorer weighted "):
+            evaluated(make(rescorers=(Run("weighted", p=2, k=8, alpha="tuned", label="mine"),)))
+        with pytest.raises(RescoreError, match="weighted:alpha=3 says its weight, which is to be tuned; leave it out"):
+            swept(make(rescorers=("weighted:alpha=3",)))
 
     def test_a_weight_that_is_tuned_later_is_another_configuration(self, make: Make, tmp_path: Path, monkeypatch):
         monkeypatch.setitem(rescorers.BUILT_IN, "weighted", HalfRight)
@@ -96,6 +101,7 @@ class TestSeveralP:
     @pytest.mark.parametrize("mode", ["replay", "live"])
     def test_it_goes_on_where_it_stopped(self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str):
         """One p of an example may be finished and the other not; the gain is over examples that both finished."""
+        monkeypatch.setattr(evaluation, "FIRST_EXAMPLES", 2)
         monkeypatch.setattr(evaluation, "REPLAY_EXAMPLES", 2)
         options, add = make(p=(1, 4), mode=mode), ExampleLog.add
 

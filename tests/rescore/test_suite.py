@@ -17,17 +17,17 @@ from conftest import refused, squad_records, write_lines
 from evaluating import evaluated, recorded_trace, swept
 
 import lm.base.catalog
+import lm.base.generation
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError
 from lm.files import cache_directory
 from lm.locks import writing_to
 from lm.records import plain
-from rescore import tracing
 from rescore.groups import digest
 from rescore.reports.inspection import inspect_example
 from rescore.reports.page import report
 from rescore.reports.sources import load_sources
 from rescore.rescorers import load_rescorer
-from rescore.runs.evaluated import load_run, load_runs, run_of_task
+from rescore.runs.evaluated import load_run
 from rescore.runs.log import ExampleLog
 from rescore.runs.records import ExampleRecord
 from rescore.runs.tables import results_csv, suite_table
@@ -35,7 +35,7 @@ from rescore.studies.analysis.collect import analyse_folders
 from rescore.studies.comparison import Selection
 from rescore.studies.comparison import compare_folders as compared
 from rescore.suites import run as suite_module
-from rescore.suites.files import read_manifest
+from rescore.suites.files import load_runs, read_manifest, run_of_task
 from rescore.suites.page import suite_page
 from rescore.suites.plan import Plan, read_plan
 from rescore.suites.run import Suite, run_suite
@@ -319,13 +319,13 @@ class TestGoingOn:
 
     def test_each_trace_is_recorded_once(self, write: Write, tmp_path: Path, monkeypatch: Any):
         made: list[int] = []
-        generate = tracing.generate
+        generate = lm.base.generation.generate
 
         def counted(base: Any, prompts: list[Any], **more: Any) -> Any:
             made.append(len(prompts))
             return generate(base, prompts, **more)
 
-        monkeypatch.setattr(tracing, "generate", counted)
+        monkeypatch.setattr(lm.base.generation, "generate", counted)
         run(write(), tmp_path / "out")
         assert sum(made) == (4 + 2) + (3 + 2), "the evaluated examples and those held out, of each task"
 
@@ -357,6 +357,7 @@ class TestRefused:
             ("device: cpu", "mode: lives", "line 7: mode: 'lives' is not known; did you mean 'live'?"),
             ("device: cpu", "verify: batch", "line 7: verify: batch is how live decoding verifies; drop it, or add"),
             ("name: gsm8k", "trace: x", "a trace has its own examples; drop data or trace"),
+            ("- oracle\n", "- oracle\ntasks: {trace: x, max_new_tokens: 3}\n", "there twice"),
         ],
     )
     def test_with_the_line(self, write: Write, old: str, new: str, message: str):
@@ -369,6 +370,25 @@ class TestRefused:
         monkeypatch.setattr(lm.base.catalog, "load_base", lambda *_, **__: pytest.fail("the base LM was loaded"))
         refused(lambda: run(write(("gsm8k.jsonl", "none.jsonl")), tmp_path / "out"), "no such file")
         refused(lambda: run(write(("k: [4, 2]", "k: 258")), tmp_path / "b"), "vocabulary's 257")
+
+    def test_what_is_refused_claims_no_folder(self, write: Write, tmp_path: Path):
+        refused(lambda: run(write(("gsm8k.jsonl", "none.jsonl")), tmp_path / "out"), "no such file")
+        assert len(run(write(("k: [4, 2]", "k: 4")), tmp_path / "out").document.results) == 8
+
+    def test_tasks_that_would_share_a_folder(self, write: Write, tmp_path: Path):
+        plan, trace = read_plan(write()), tmp_path / "trace"
+        recorded_trace(dataclasses.asdict(plan.inputs(plan.tasks[0], None)) | {"limit": 2, "k": 4}, trace)
+        header = json.loads((trace / "trace.json").read_text())
+        del header["settings"]["task"]  # as one made elsewhere, which may go by any name
+        (trace / "trace.json").write_text(json.dumps(header))
+        tasks = [{"name": name, "trace": str(trace)} for name in ("my task", "my_task")]
+        plan = read_plan(write(body=f"k: 4\ntasks: {json.dumps(tasks)}\nrescorers: none\n"))
+        refused(lambda: run_suite(plan, tmp_path / "out"), "my task and my_task would share a folder; rename one")
+
+    def test_a_weight_in_a_spec_is_not_tuned(self, write: Write):
+        body = BODY.replace("context-ngram:none", "context-ngram:alpha=0.5").replace("  tune: {limit: 2", "  #")
+        plan = read_plan(write(body=f"{body}tune: {{limit: 3}}\n"))
+        assert plan.tuning("context-ngram:alpha=0.5") is None and plan.tuning("oracle") is not None
 
     def test_a_changed_plan_with_the_difference(self, write: Write, tmp_path: Path):
         run(write(("k: [4, 2]", "k: 4")), tmp_path / "out")

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import files_of_at_most, make_heads
 
+import lm.base.generation
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
 from lattices.lattice import Lattice
 from rescore import tracing
@@ -269,7 +270,7 @@ def test_what_is_recorded(tiny_base, record, tmp_path: Path):
 
 def test_what_was_recorded_is_not_recorded_again(record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole = record(tmp_path)
-    monkeypatch.setattr(tracing, "generate", lambda *_, **__: pytest.fail("the base LM ran again"))
+    monkeypatch.setattr(lm.base.generation, "generate", lambda *_, **__: pytest.fail("the base LM ran again"))
     assert same(record(tmp_path), whole)
     assert [e.id for e in record(tmp_path, 3).examples] == ["e0", "e1", "e2"]
 
@@ -318,7 +319,7 @@ def test_other_settings_are_refused_with_the_difference(record, tmp_path: Path):
     ],
 )
 def test_what_can_not_be_recorded_is_refused_before_work(record, tmp_path: Path, monkeypatch, changes, message):
-    monkeypatch.setattr(tracing, "generate", lambda *_, **__: pytest.fail("the base LM ran"))
+    monkeypatch.setattr(lm.base.generation, "generate", lambda *_, **__: pytest.fail("the base LM ran"))
     with pytest.raises(RescoreError, match=message):
         record(tmp_path, **changes)
     assert not list(tmp_path.iterdir())

@@ -75,7 +75,7 @@ class Palette:
 
 
 def palette_of(decodes: Iterable[tuple[str, int]]) -> Palette:
-    """The looks of these rescorers (as typed) and p, by the order in which they come.
+    """The looks of these rescorers (its spec) and p, by the order in which they come.
 
     `none` and `oracle` always look the same; colours come again after twelve others, with other markers.
     """
@@ -90,7 +90,7 @@ def palette_of(decodes: Iterable[tuple[str, int]]) -> Palette:
 
 
 def decode_name(rescorer: str, p: int) -> str:
-    """Name of a decode: the rescorer as typed, with p where several drafts are verified."""
+    """Name of a decode: the rescorer's spec, with p where several drafts are verified."""
     return rescorer if p == 1 else f"{rescorer}, p = {p}"
 
 

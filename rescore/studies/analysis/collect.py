@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from lattices.errors import RescoreError
-from rescore.runs.evaluated import Evaluation, load_runs
+from rescore.runs.evaluated import Evaluation
 from rescore.runs.recording import Recording
 from rescore.studies.analysis.heads import DEFAULT_BINS
 from rescore.studies.analysis.runs import (
@@ -21,6 +21,7 @@ from rescore.studies.analysis.runs import (
 )
 from rescore.studies.analysis.traces import ANALYSES, HmaxCorrelation, TraceAnalysis, analyse_trace, correlate_h_max
 from rescore.studies.records import Record
+from rescore.suites.files import load_runs
 from rescore.table import Table, joined
 from rescore.tracing import Trace, read_trace
 
@@ -91,11 +92,13 @@ def analyse_folders(
 ) -> Findings:
     """Analyses of trace folders (with the first h heads, `limit` examples) and of results folders.
 
-    `against`: pairs of rescorers of the results, as typed, which are compared wherever both were run; h, `k`, `limit`
+    `against`: pairs of rescorers of the results, which are compared wherever both were run; h, `k`, `limit`
     and `bins` are for traces alone. Raises `RescoreError` for options that the folders have no use for, and as
     `read_trace`, `load_run`, `analyse_trace` and `efficiency_table` do.
     """
-    if bool(traces) == bool(results):
+    if traces and results:
+        raise RescoreError("traces and results are analysed apart; drop --trace or --results")
+    if not traces and not results:
         raise RescoreError("give trace folders (--trace) or folders of rescore eval (--results)")
     only = only or ANALYSES
     own = {"--h": h, "--k": k, "--limit": limit, "--bins": bins}
@@ -126,11 +129,12 @@ def _findings(
     against: Sequence[tuple[str, str]],
     seed: int,
 ) -> Findings:
+    pairs = _pairs_of(against, {result.rescorer for run in runs for result in run.results})
     of_runs = [analyse_run(run, task, only=only, seed=seed) for run in runs for task in run.tasks]
     contrasts = [
         contrast(run, task, *pair, p=p, seed=seed)
         for run in runs
-        for pair in against
+        for pair in pairs
         for task in run.tasks
         for p in sorted({r.p for r in run.results if r.task == task and r.rescorer == pair[0]} or {1})
     ]
@@ -141,3 +145,16 @@ def _findings(
         table=efficiency_table(runs) if runs else None,
         contrasts=tuple(contrasts),
     )
+
+
+def _pairs_of(given: Sequence[tuple[str, str]], known: Set[str]) -> Sequence[tuple[str, str]]:
+    """Pairs of the known rescorers. Their specs hold commas and = themselves, at which they may have been cut."""
+    pairs, text = [], ""
+    for pair in given:
+        text += ("," if text else "") + "=".join(pair)
+        parts = text.split("=")
+        cuts = [("=".join(parts[:end]), "=".join(parts[end:])) for end in range(len(parts) - 1, 0, -1)]
+        if fitting := [cut for cut in cuts if known >= {*cut}]:
+            pairs.append(fitting[0])
+            text = ""
+    return given if text else pairs

@@ -218,7 +218,7 @@ def _mean_gain(cells: dict[str, TableCell]) -> float | None:
 
 
 def contrast(run: Evaluation, task: str, rescorer: str, against: str, *, p: int = 1, seed: int = 0) -> Contrast:
-    """One rescorer against another (in-domain against general) on the examples that both finished, names as typed.
+    """One rescorer against another (in-domain against general) on the examples that both finished, by label.
 
     Raises `UnknownNameError` for one that the run has not on this task at this p.
     """

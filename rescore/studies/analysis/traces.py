@@ -10,6 +10,7 @@ import numpy as np
 from lattices.errors import UnknownNameError
 from rescore.checks import check_held_k
 from rescore.groups import count_groups
+from rescore.runs.run import DEFAULT_K
 from rescore.studies.analysis.curves import OracleCurves, PCurve, oracle_curves, unrescored_by_p
 from rescore.studies.analysis.drafts import TraceRepetition, trace_repetition
 from rescore.studies.analysis.heads import (
@@ -28,7 +29,6 @@ from rescore.studies.records import Record
 from rescore.tracing import Trace
 
 ANALYSES = ("repetition", "entropy", "oracle", "p_curve", "ranks", "acceptance", "calibration")
-DEFAULT_K = 16  # entries per slot of p-best drafts ([A])
 MIN_POINTS = 3  # two points always correlate perfectly
 
 

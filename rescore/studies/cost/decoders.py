@@ -9,9 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
-from lm.base import catalog
-from lm.base.catalog import first_line
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, first_line
 from lm.files import SHIPPED, read_json_object
 from rescore.studies.cost.model import NEURAL, Decoder, HeadsShape, LayerShape, heads_parameters
 
@@ -79,6 +77,7 @@ def neural_for(base: Decoder) -> Decoder:
             inner_size=3072, gated=False, vocab_size=base.vocab_size, positions=PAPER_POSITIONS,
             assumption=PAPER_NEURAL_ASSUMPTION,
         )  # fmt: skip
+    from lm.base import catalog
     from lm.neural.model import named_size
 
     size = named_size(NEURAL)
@@ -96,6 +95,7 @@ def neural_for(base: Decoder) -> Decoder:
 def _is_served(name: str) -> bool:
     """Whether the rescorer neural-61m takes the base LM called `name`: the one it is shipped for, wherever its files
     lie, and those that an adapter makes of it. Nothing is fetched."""
+    from lm.base import catalog
     from lm.neural.model import check_fits, find_neural
 
     if "/" not in name and (SHIPPED / name / NEURAL).is_dir():
@@ -115,6 +115,8 @@ def decoder_of(name: str, *, local_files_only: bool = False) -> Decoder:
     """
     if name == PAPER_BASE:
         return paper_base()
+    from lm.base import catalog
+
     return decoder_of_config(catalog.read_model_config(name, local_files_only=local_files_only), name=name)
 
 

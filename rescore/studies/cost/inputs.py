@@ -9,9 +9,8 @@ from typing import Annotated, Literal
 
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.paths import user_path
-from lm.base.catalog import BUILT_IN, identify
-from lm.heads.block_heads import heads_sha256, known_heads
-from rescore.runs.evaluated import Evaluation, run_of_task
+from rescore.runs.evaluated import Evaluation
+from rescore.runs.inputs import Inputs
 from rescore.runs.records import Result
 from rescore.studies.cost.decoders import decoder_of, decoder_of_file, heads_of, neural_for
 from rescore.studies.cost.model import (
@@ -24,6 +23,7 @@ from rescore.studies.cost.model import (
     block_efficiencies,
     cost_table,
 )
+from rescore.suites.files import run_of_task
 
 SHAPE = ("hidden_size", "vocab_size")  # all that a run says of the shape of its base LM
 
@@ -111,7 +111,7 @@ def cost_inputs(
         raise RescoreError("give --base or --config, not both")
     known = dict(block_efficiency or {})
     if run is None:
-        decoder = decoder_of_file(config) if config else decoder_of(base or BUILT_IN)
+        decoder = decoder_of_file(config) if config else decoder_of(base or Inputs.base)
         h = DEFAULT_H if h is None else h
         return CostInputs(decoder, h, heads_of(decoder, heads, h), verify or VERIFY[0], known)
     if task is None and len(run.tasks) > 1:
@@ -150,6 +150,8 @@ def _base_of(
     decoder = decoder_of(chosen, local_files_only=local_files_only)
     if name not in (None, chosen) and decoder.assumption:
         raise IncompatibleError(f"--base {base}, but {run.folder} was decoded with {name}; drop --base")
+    from lm.base.catalog import identify
+
     try:
         same = recorded.get("weights_sha256") in (None, identify(chosen).weights_sha256)
     except RescoreError:  # only its configuration is on this machine: its shape is all that can be compared
@@ -163,6 +165,8 @@ def _base_of(
 
 def _heads_of(run: Evaluation, task: str, heads: Path | None, base: str | None) -> Path | None:
     """The folder of a run's heads; None where nothing says which they are."""
+    from lm.heads.block_heads import heads_sha256, known_heads
+
     given = run.config.inputs[task].heads
     folder = heads or (user_path(given) if given else None) or (known_heads(base) if base else None)
     if (recorded := run.config.traces[task].get("heads_sha256")) is None:

@@ -28,7 +28,7 @@ AUTOREGRESSIVE, NEURAL = "autoregressive", "neural-61m"
 class Method:
     """A row of [A]'s cost table.
 
-    rescorer (as typed), p: what it is in results; neural: a small LM is called besides.
+    rescorer (its spec), p: what it is in results; neural: a small LM is called besides.
     ours: not one of [A]'s, shown where its block efficiency is known.
     """
 

@@ -23,7 +23,7 @@ endef
 .PHONY: demo test test-latest lint docs lock clean
 
 demo: $(VENV)/.installed
-	$(BIN)/rescore eval --task squad --data rescore/tasks/squad_sample.jsonl --k 16 --rescorer none --rescorer context-ngram --rescorer neural-61m --rescorer oracle
+	$(BIN)/rescore eval --task squad --data rescore/tasks/squad_sample.jsonl --k 16 --rescorer none,context-ngram,neural-61m,lookup,joint,oracle
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

@@ -46,7 +46,7 @@ def refusals(tiny: Path, heads: Path, data: Path, folder: Path) -> Iterator[tupl
     yield "no such dtype", ["eval", *given, "--dtype", "float31"], r"unknown --dtype 'float31'; did you mean float32"
     yield "no such device", ["eval", *given, "--device", "foo"], r"unknown device 'foo'; known: auto, cpu, cuda\n"
     yield "no data file", ["eval", *model, "--data", folder / "none.jsonl"], "no such file: .*none.jsonl"
-    yield "a folder as data", ["eval", *model, "--data", folder], "not a file: "
+    yield "a folder without the task", ["eval", *model, "--data", folder], "no such file: .*squad.jsonl"
     yield "no such option", ["eval", "--retcorer", "none"], r"No such option.*--retcorer.*--rescorer"
     yield "no number", ["eval", "--k", "many"], "--k many: give whole numbers"
     yield "no such command", ["evaluate"], "No such command 'evaluate'"

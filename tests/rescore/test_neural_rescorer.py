@@ -23,7 +23,7 @@ from lm.base.catalog import load_base
 from lm.base.model import BaseLM
 from lm.neural.model import DeltaConfig, first_layers, save_delta
 from rescore.replaying import replay
-from rescore.rescorers import Context, Target, load_rescorer, neural_state
+from rescore.rescorers import Context, Rescorer, Target, load_rescorer, neural_state
 from rescore.rescorers.ngram_neural import CANDIDATES, path_logps
 
 H, K = 4, 5
@@ -228,7 +228,7 @@ class TestTheCache:
         name = f"neural:{small_folder}" if kind == "neural" else both(small_folder, ngram)
         fitted = load_rescorer(name).fit(target(tiny_base)).weighted(0.6)
 
-        class Fresh:
+        class Fresh(Rescorer):
             def draft(self, lattices, contexts, p):
                 anew = [Context(c.prompt_ids, list(c.output_ids)) for c in contexts]
                 return fitted.draft(lattices, anew, p)

@@ -24,14 +24,13 @@ from lattices.errors import RescoreError
 from lm.options import TEXTS
 from rescore import options as shared
 from rescore.options import Option, Source, Spec, with_options
-from rescore.runs.inputs import DEFAULT_BASE
+from rescore.runs.inputs import DEFAULT_BASE, Inputs
 from rescore.terminal import INTERRUPTED, notify, progress_bar
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from lm.ngram.build import NgramOptions
-    from rescore.runs.inputs import Inputs
     from rescore.table import Table
 
 NONE = (Spec("none"),)
@@ -165,9 +164,8 @@ def _show(tables: "Table | Sequence[Table]") -> None:
 def _console() -> "Console":
     from rich.console import Console
 
-    return Console(
-        highlight=False, markup=False, emoji=False, color_system=None if os.environ.get("NO_COLOR") else "auto"
-    )
+    colours: Any = None if os.environ.get("NO_COLOR") else "auto"
+    return Console(highlight=False, markup=False, emoji=False, color_system=colours)
 
 
 def _print_json(document: Any) -> None:
@@ -178,9 +176,9 @@ def _result(result: Any, tables: Callable[[Any], "Table | Sequence[Table]"], as_
     """Prints what a function gave: what it has to say besides, and its JSON document or tables."""
     for line in getattr(result, "notices", ()):
         notify(line)
-    _print_json(result.as_dict() if hasattr(result, "as_dict") else asdict(result)) if as_json else _show(
-        tables(result)
-    )
+    if as_json:
+        return _print_json(result.as_dict() if hasattr(result, "as_dict") else asdict(result))
+    _show(tables(result))
 
 
 @command("eval", MEASURE, inputs=Source(INPUTS))
@@ -260,18 +258,13 @@ def tune_command(
     from rescore.runs.tables import joint_fit_table, tuning_table
     from rescore.runs.tuning import DEFAULT_ALPHAS, fit_joint, is_joint, tune
 
-    if held_out < 1:
-        raise RescoreError(f"--held-out {held_out}; at least one example is needed")
-    grid: dict[str, Any] = {"alphas": alphas or DEFAULT_ALPHAS, "ks": k, "ps": p, "held_out": held_out}
     recordings = open_recordings(task, inputs, k=max(k))
-    if is_joint(rescorer, out) and out is not None:
-        with progress_bar() as progress:
-            fit = fit_joint(recordings, out, rescorer[0], k=max(k), held_out=held_out, progress=progress, notify=notify)
-        _print_json(asdict(fit)) if as_json else _show(joint_fit_table(fit))
-        notify(f"written: rescore eval --rescorer joint:{out} uses these weights")
-        return
     with progress_bar() as progress:
-        sweeps = tune(recordings, rescorer, **grid, progress=progress, notify=notify)
+        how: dict[str, Any] = {"held_out": held_out, "progress": progress, "notify": notify}
+        if is_joint(rescorer, out):
+            _result(fit_joint(recordings, out, rescorer[0], k=max(k), **how), joint_fit_table, as_json)
+            return notify(f"written: rescore eval --rescorer joint:{out} uses these weights")
+        sweeps = tune(recordings, rescorer, alphas=alphas or DEFAULT_ALPHAS, ks=k, ps=p, **how)
     _print_json([asdict(sweep) for sweep in sweeps]) if as_json else _show(tuning_table(sweeps))
     notify("kept on this machine: rescore eval --alpha tuned with the same options uses these weights")
 

@@ -15,9 +15,9 @@ from typing import Self
 import numpy as np
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
-from lattices.joined import WEIGHTS, room_for
+from lattices.joined.candidates import WEIGHTS, room_for
+from lattices.joined.likeliest import best_branches, branches, likeliest_nodes
 from lattices.lattice import Lattice
-from lattices.likeliest import best_branches, branches, likeliest_nodes
 from lattices.ngram_search import NgramSearch
 from lattices.paths import user_path
 from lm.files import SHIPPED, read_json_object, write_json

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lattices.joined import (
+from lattices.joined.candidates import (
     WEIGHTS,
     Outcomes,
     Sources,
@@ -38,7 +38,7 @@ Examples = Sequence[tuple[TracedExample, NgramSearch]]
 class JointFit:
     """Fitted weights, and how well their probabilities hold.
 
-    weights: as `lattices.joined` has them. examples, groups, prefixes: what they were fitted on.
+    weights: as `lattices.joined.candidates` has them. examples, groups, prefixes: what they were fitted on.
     log_loss: nats a prefix, of weights that were fitted on the other half of the groups; likewise the rest
         (None: there is one group only).
     calibration_error: expected calibration error of the candidates' probabilities (Guo et al. 2017).

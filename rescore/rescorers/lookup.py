@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from lattices.errors import RescoreError
+from lattices.joined.lookup import NONE, Lookup
 from lattices.lattice import Lattice
-from lattices.lookup import NONE, Lookup
 from rescore.rescorers.base import Context, Rescorer
 
 TOKENS = 16

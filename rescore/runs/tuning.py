@@ -58,7 +58,7 @@ def tune(
         raise RescoreError(f"the rescorer {weightless[0]} has no weight to tune; give one that has, like ngram")
     sweeps = []
     for recording in [recordings] if isinstance(recordings, Recording) else recordings:
-        recording = recording.held_out(held_out, evaluated=evaluated)
+        recording = recording.held_out(checked_held_out(held_out), evaluated=evaluated)
         check_held_k(recording.k, max(ks))
         if notify:
             for line in recording.notices:
@@ -90,6 +90,13 @@ def tune(
     return sweeps
 
 
+def checked_held_out(count: int) -> int:
+    """The number itself. Raises `RescoreError` for none."""
+    if count < 1:
+        raise RescoreError(f"--held-out {count}; at least one example is needed")
+    return count
+
+
 def is_joint(specs: Sequence[str], out: Path | None) -> bool:
     """Whether weights of `joint` are asked for, which are fitted and not swept.
 
@@ -105,7 +112,7 @@ def is_joint(specs: Sequence[str], out: Path | None) -> bool:
 
 def fit_joint(
     recordings: Recording | Iterable[Recording],
-    out: str | Path,
+    out: str | Path | None,
     spec: str = JOINT,
     *,
     k: int = DEFAULT_K,
@@ -122,7 +129,7 @@ def fit_joint(
     assert isinstance(joint, Joint)
     examples, groups = [], []
     for recording in [recordings] if isinstance(recordings, Recording) else recordings:
-        recording = recording.held_out(held_out)
+        recording = recording.held_out(checked_held_out(held_out))
         check_held_k(recording.k, k)
         if notify:
             for line in recording.notices:
@@ -133,5 +140,5 @@ def fit_joint(
         examples += [(example, search) for example in trace.examples]
         groups += [f"{recording.name} {group}" for group in recording.groups]
     fit = fit_weights(examples, groups, k=k)
-    write_weights(user_path(out, "--out"), fit, joint.ngram)
+    write_weights(user_path(out or "", "--out"), fit, joint.ngram)
     return fit

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ngram_models import random_model
 
-from lattices import joined
 from lattices.automaton import Automaton
-from lattices.joined import CHAIN, HEADS, LOOKUP, WEIGHTS, Sources, candidates, room_for, score
-from lattices.likeliest import best_branches, branches, likeliest_nodes
-from lattices.lookup import NONE, ROOT, Lookup, advance
+from lattices.joined import candidates as joined
+from lattices.joined.candidates import CHAIN, HEADS, LOOKUP, WEIGHTS, Sources, candidates, room_for, score
+from lattices.joined.likeliest import best_branches, branches, likeliest_nodes
+from lattices.joined.lookup import NONE, ROOT, Lookup, advance
 
 VOCABULARY = 7
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lattices import lookup
 from lattices.errors import RescoreError
-from lattices.lookup import COUNT, END, NONE, Lookup
+from lattices.joined import lookup
+from lattices.joined.lookup import COUNT, END, NONE, Lookup
 
 TEXTS = st.lists(st.integers(0, 3), max_size=40)
 ENDS = st.lists(st.integers(0, 4), max_size=4)

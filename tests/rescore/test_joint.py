@@ -13,7 +13,7 @@ from evaluating import Options, evaluated, opened
 from test_ngram_rescorer import bigram_model, save
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
-from lattices.joined import WEIGHTS
+from lattices.joined.candidates import WEIGHTS
 from lattices.lattice import Lattice
 from rescore.rescorers import Rescorer, load_rescorer
 from rescore.rescorers.base import Context

@@ -2,8 +2,8 @@
 
 It is not laid out as slots: what a lookup proposes depends on the path before, so candidates are found path by path. A
 path begins with the token that the base LM has already chosen (slot 1). The candidates after it are the entries of the
-next head, what followed the path's longest suffixes earlier in the text (`lattices.lookup`), and the next tokens of
-chains that other drafters gave. A log-linear model says how likely each of them is to be the base's own choice, or none
+next head, what followed the path's longest suffixes earlier in the text (`lookup`), and the next tokens of chains that
+other drafters gave. A log-linear model says how likely each of them is to be the base's own choice, or none
 of them (`OTHER`): a softmax over weighted features, each a number or a mark by slot or by length of the match. With
 these probabilities the expected accepted length of a prefix tree is the sum over its nodes of the products along their
 paths, so the best tree of n nodes is the n likeliest nodes, found in falling order. Needs numpy and numba only.
@@ -18,7 +18,7 @@ from numba import njit
 
 from lattices.automaton import SCORE_SCALE
 from lattices.automaton import advance as advance_ngram
-from lattices.lookup import (
+from lattices.joined.lookup import (
     COUNT,
     DEGREE,
     END,
@@ -33,8 +33,8 @@ from lattices.lookup import (
     TOKENS,
     Tables,
 )
-from lattices.lookup import advance as advance_match
-from lattices.lookup import step as step_match
+from lattices.joined.lookup import advance as advance_match
+from lattices.joined.lookup import step as step_match
 
 HEADS, LOOKUP, CHAIN = 1, 2, 4  # bits of where a candidate comes from
 CONTINUATIONS = 8  # tokens that the text so far proposes after a path, at most

@@ -1,4 +1,4 @@
-"""The likeliest prefix tree of a joined lattice (`lattices.joined`), and the drafts that it is made of.
+"""The likeliest prefix tree of a joined lattice (`lattices.joined.candidates`), and the drafts that it is made of.
 
 Probabilities fall along a path, so taking the likeliest open node again and again finds the likeliest nodes of all, in
 falling order, and every parent before its children. Needs numpy and numba only.
@@ -10,9 +10,9 @@ import numpy as np
 from numba import njit
 
 from lattices.automaton import advance as advance_ngram
-from lattices.joined import CHAIN, HEADS, Room, Sources, candidates, first_match, score
-from lattices.lookup import NONE
-from lattices.lookup import advance as advance_match
+from lattices.joined.candidates import CHAIN, HEADS, Room, Sources, candidates, first_match, score
+from lattices.joined.lookup import NONE
+from lattices.joined.lookup import advance as advance_match
 
 
 @njit(cache=True)

@@ -24,13 +24,14 @@ from lattices.errors import RescoreError
 from lm.options import TEXTS
 from rescore import options as shared
 from rescore.options import Option, Source, Spec, with_options
-from rescore.runs.inputs import DEFAULT_BASE, Inputs
+from rescore.runs.inputs import DEFAULT_BASE
 from rescore.terminal import INTERRUPTED, notify, progress_bar
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from lm.ngram.build import NgramOptions
+    from rescore.runs.inputs import Inputs
     from rescore.table import Table
 
 NONE = (Spec("none"),)

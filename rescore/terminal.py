@@ -63,8 +63,12 @@ def notify(line: str) -> None:
     """A line for the user, on stderr; where that is closed or full, nobody is told, and the work goes on."""
     if sys.stderr is None:  # closed
         return
-    with suppress(OSError):
-        print(f"rescore: {printable(line, joiners=True)}", file=sys.stderr)
+    try:
+        print(f"rescore: {printable(line, joiners=True)}", file=sys.stderr, flush=True)
+    except OSError:
+        # Given up: Python would try the rest again when it ends, and exit with a code of its own.
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 class _Notices(logging.Handler):

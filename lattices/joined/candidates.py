@@ -84,8 +84,9 @@ class Sources(NamedTuple):
 class Room(NamedTuple):
     """Scratch arrays for the candidates after one path.
 
-    token_ids int32, origins int32 (bits), log_text float64 `[m]`; places int32, values float64 `[m + 1, ACTIVE]`: the
-    features, those of `OTHER` last; used int32 `[m + 1]`: how many of them; ngram_states int32 `[m]`.
+    token_ids int32, origins int32 (bits) `[m]`; places int32, values float64 `[m + 1, ACTIVE]`: the
+    features, those of `OTHER` last; used int32 `[m + 1]`: how many of them; ngram_states int32 `[m]`;
+    logps float64 `[m + 1]`: of each candidate, and of none of them last.
     """
 
     token_ids: np.ndarray

@@ -187,6 +187,7 @@ def eval_command(
     *,
     task: shared.Tasks = (),
     rescorer: shared.Rescorers = NONE,
+    drafter: shared.Drafters = (),
     k: Annotated[shared.Ks, "Tokens of each head that are in the lattice. Default: 16."] = (),
     p: Annotated[shared.Ps, "Drafts that one step verifies; 1,16 runs both. Default: 1."] = (),
     alpha: shared.Alpha = None,
@@ -205,7 +206,7 @@ def eval_command(
     from rescore.runs.recording import open_recordings
     from rescore.runs.run import runs_of
 
-    runs = runs_of(rescorer, ks=k, ps=p, alpha=alpha)
+    runs = runs_of(rescorer, ks=k, ps=p, alpha=alpha, drafters=drafter)
     recordings = open_recordings(task, inputs, k=max(run.k for run in runs))
     how: dict[str, Any] = {"live": mode == "live", "verify": verify, "seed": seed, "out": out}
     with progress_bar() as progress:
@@ -231,13 +232,15 @@ def _check(tasks: Sequence[str], inputs: "Inputs") -> None:
 def oracle_command(
     *,
     task: shared.Tasks = (),
+    drafter: shared.Drafters = (),
     k: shared.Ks = (1, 2, 4, 8, 16),
     inputs: "Inputs",
     details: Details = False,
     as_json: Json = False,
 ) -> None:
     """Oracle block efficiency by k: the same as rescore eval --rescorer oracle --k 1,2,4,8,16."""
-    eval_command(task=task, rescorer=(Spec("oracle"),), k=k, inputs=inputs, details=details, as_json=as_json)
+    how: dict[str, Any] = {"inputs": inputs, "details": details, "as_json": as_json}
+    eval_command(task=task, rescorer=(Spec("oracle"),), drafter=drafter, k=k, **how)
 
 
 @command("tune", MEASURE, inputs=Source(INPUTS, but=("limit",)))
@@ -250,6 +253,8 @@ def tune_command(
     p: shared.Ps = (1, 16),
     held_out: Annotated[int, "Examples to tune on, of the last sources of the data; at most half of them."] = 100,
     out: Annotated[Path | None, "Folder for the weights of joint, which are fitted on all tasks together."] = None,
+    drafter: shared.Drafters = (),
+    without: Annotated[Sequence[str], "Features of joint to leave out: heads, text, recency, ngram ..."] = (),
     inputs: "Inputs",
     as_json: Json = False,
 ) -> None:
@@ -263,7 +268,8 @@ def tune_command(
     with progress_bar() as progress:
         how: dict[str, Any] = {"held_out": held_out, "progress": progress, "notify": notify}
         if is_joint(rescorer, out):
-            _result(fit_joint(recordings, out, rescorer[0], k=max(k), **how), joint_fit_table, as_json)
+            fit = fit_joint(recordings, out, rescorer[0], drafters=drafter, without=without, k=max(k), **how)
+            _result(fit, joint_fit_table, as_json)
             return notify(f"written: rescore eval --rescorer joint:{out} uses these weights")
         sweeps = tune(recordings, rescorer, alphas=alphas or DEFAULT_ALPHAS, ks=k, ps=p, **how)
     _print_json([asdict(sweep) for sweep in sweeps]) if as_json else _show(tuning_table(sweeps))

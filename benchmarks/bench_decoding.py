@@ -66,7 +66,7 @@ def main() -> None:
         tree = decode(base, heads, prompt, rescorer=rescorer, k=16, p=16, max_new_tokens=limit)
         for name, decoded in (("autoregressive", ours), ("blockwise p=1", blockwise), ("blockwise p=16", tree)):
             s = decoded.seconds
-            glue[name].append((s.total - s.verify - s.heads - s.rescore) / s.total)
+            glue[name].append((s.total - s.verify - s.draft - s.rescore) / s.total)
 
     with tempfile.TemporaryDirectory() as folder:
         record_trace(base, heads, examples, Path(folder), settings={}, chat=True, max_new_tokens=limit)

@@ -11,19 +11,20 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lattices.lattice import Lattice
 from lm.neural.model import NeuralLM
 from rescore.accounting import account
+from rescore.drafting import Drafting
 from rescore.replaying import replay
-from rescore.rescorers import Context, Rescorer, load_rescorer
+from rescore.rescorers import Context, Rescorer
 from rescore.rescorers.neural import Neural
 from rescore.rescorers.ngram_neural import NgramNeural
+from rescore.runs.run import Run
 from rescore.runs.weights import fit_to
 from rescore.studies.block_length import TimedRescorer
 from rescore.table import text_table
@@ -37,9 +38,9 @@ class Timed(TimedRescorer):
         super().__init__(rescorer)
         self.model, self.tokens = model, 0
 
-    def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
+    def _timed(self, contexts: Sequence[Context], call: Callable[[], np.ndarray]) -> np.ndarray:
         before = self.model.tokens_read if self.model else 0
-        drafts = super().draft(lattices, contexts, p)
+        drafts = super()._timed(contexts, call)
         if contexts[0].output_ids:
             self.tokens += self.model.tokens_read - before if self.model else 0
         return drafts
@@ -77,7 +78,11 @@ def main() -> None:
     arguments = parser.parse_args()
     trace = read_trace(arguments.trace)
     examples, h = trace.examples[: arguments.limit + 1], trace.header.h
-    fitted = fit_to(trace, {name: load_rescorer(name) for name in arguments.rescorer})
+    runs = {name: Run(name) for name in arguments.rescorer}
+    loaded = {name: run.load() for name, run in runs.items()}
+    choosing = fit_to(trace, {name: (loaded[name], run.load_drafters(loaded[name])) for name, run in runs.items()})
+    fitted = {name: rescorer for name, (rescorer, _) in choosing.items()}
+    drafters = {name: each for name, (_, each) in choosing.items()}
     models = {name: r.model.load() for name, r in fitted.items() if isinstance(r, Neural | NgramNeural)}
     timed = {
         name: Timed(r if r.alpha is None else r.weighted(arguments.alpha), models.get(name))
@@ -89,7 +94,7 @@ def main() -> None:
         for name, rescorer in timed.items():
             if name in models:
                 bare[name].append(bare_seconds(models[name], example, h))
-            accepted[name] += replay([example], rescorer, k=arguments.k, p=arguments.p)
+            accepted[name] += replay([example], rescorer, k=arguments.k, p=arguments.p, drafters=drafters[name])
             if turn == 0:  # the first example warms up
                 rescorer.seconds.clear()
                 rescorer.tokens = 0
@@ -102,7 +107,7 @@ def main() -> None:
         p50, p95 = float(np.median(ms)), float(np.quantile(ms, 0.95))
         plain = float(np.median(bare[name])) * 1e3 if name in models else None
         against = p50 / float(np.median(timed[sequential].seconds)) / 1e3 if sequential else None
-        longest = fitted[name].longest or h
+        longest = Drafting(fitted[name], drafters[name]).longest(h)
         efficiency = account(accepted[name], longest).block_efficiency
         parameters, flops = sizes_of(models[name]) if name in models else (None, None)
         gflops = flops and flops * rescorer.tokens / len(ms) / 1e9

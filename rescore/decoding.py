@@ -6,6 +6,7 @@ is the same loop with blocks of one token (no heads). Source: [B] section 4 (ver
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,10 @@ from lm.base.model import BaseLM
 from lm.heads.block_heads import BlockHeads
 from rescore.acceptance import accept
 from rescore.checks import VERIFY_MODES, check_fits, check_k, check_new_tokens, check_p
-from rescore.rescorers.base import Context, Rescorer, check_drafts
+from rescore.drafters import HEADS
+from rescore.drafters.base import Drafter
+from rescore.drafting import HEADS_ALONE, Drafting, check_drafters
+from rescore.rescorers.base import Context, Rescorer
 from rescore.runs.records import Seconds
 
 
@@ -54,30 +58,33 @@ def decode(
     prompt_ids: Sequence[int],
     *,
     rescorer: Rescorer | None = None,
+    drafters: Sequence[Drafter] = HEADS_ALONE,
     k: int = 1,
     p: int = 1,
     max_new_tokens: int = 64,
     verify: str = "tree",
     future: np.ndarray | None = None,
 ) -> Decoded:
-    """Decodes one prompt greedily, in blocks of `heads.h` tokens (without heads: one token a step).
+    """Decodes one prompt greedily, in blocks that `drafters` propose (without a rescorer: one token a step).
 
     `verify`: p drafts as one prefix `tree` with a tree attention mask (where the base takes one, else as a batch), or
     as a `batch` of rows. `future`: the greedy output, for the oracle only. A step whose outcome is known before it (its
     first token is end-of-text, or only one token remains) is counted but needs no call. Raises as `check_request`.
     """
     check_request(base, heads, len(prompt_ids), k=k, p=p, max_new_tokens=max_new_tokens, verify=verify)
-    assert (heads is None) == (rescorer is None), "heads need a rescorer to choose drafts, and the other way round"
+    drafting = Drafting(rescorer, drafters, k, p) if rescorer else None
+    assert not (drafting and drafting.needs_heads and heads is None), "the drafter heads needs block heads"
+    check_drafters(drafters, live=True)
     out = Decoded(verify=usable_verify(base, verify, p))
     context = Context(prompt_ids, out.output_ids, future=future)
     with out.seconds.timing("prefill"):
-        longest = (rescorer and rescorer.longest) or (heads.h if heads else 1)
+        longest = drafting.longest(heads.h if heads else 1) if drafting else 1
         cache = base.new_cache(len(prompt_ids) + max_new_tokens + p * longest)
         logits, hidden = base.forward(torch.tensor([list(prompt_ids)], device=base.device), cache, last=1)
         cache.keep(range(len(prompt_ids)))
         last = _Last(logits[0], hidden[0], int(logits[0, 0].argmax()))
-        if rescorer is not None:
-            rescorer.prefill([context])
+        if drafting is not None:
+            drafting.prefill([context])
 
     with out.seconds.timing("total"):
         while True:
@@ -87,8 +94,8 @@ def decode(
                 break
             # Propose: p drafts, each of which begins with the token that the base has chosen already.
             drafts = np.array([[last.choice]], dtype=np.int64)  # [p, h]
-            if heads is not None and rescorer is not None:
-                drafts = _propose(base, heads, rescorer, context, last, k, p, out)[:, :remaining]
+            if drafting is not None:
+                drafts = _propose(base, heads, drafting, context, last, out)[:, :remaining]
             # Verify all of them in one call of the base.
             with out.seconds.timing("verify"):
                 call = _VERIFY[out.verify](base, cache, drafts)
@@ -114,17 +121,18 @@ class _Last:
 
 
 def _propose(
-    base: BaseLM, heads: BlockHeads, rescorer: Rescorer, context: Context, last: _Last, k: int, p: int, out: Decoded
+    base: BaseLM, heads: BlockHeads | None, drafting: Drafting, context: Context, last: _Last, out: Decoded
 ) -> np.ndarray:
-    """The heads' lattice and what the rescorer drafts from it: int64 `[p', h]`."""
-    with out.seconds.timing("heads"):
-        lattice = heads.lattice(base, last.hidden, last.logits, k)
+    """What the drafters propose, and the drafts that the rescorer makes of it: int64 `[p', l]`."""
+    if heads is not None:
+        lattice_of = functools.partial(heads.lattice, base, last.hidden, last.logits)
+        context.lattices = {HEADS: lambda k: lattice_of(k)[0]}
+    with out.seconds.timing("draft"):
+        proposals = drafting.propose([context], np.array([last.choice]))
     start = time.perf_counter()
-    drafts = rescorer.draft(lattice, [context], p)  # [1, p', h]
+    drafts = np.asarray(drafting.choose(proposals, [context])[0], dtype=np.int64)
     out.rescore_seconds.append(time.perf_counter() - start)
-    check_drafts(drafts, lattice, p, rescorer.longest)
-    of_step = np.asarray(drafts[0], dtype=np.int64)
-    return of_step[:, : int((of_step >= 0).sum(axis=1).max())]
+    return drafts[:, : int((drafts >= 0).sum(axis=1).max())]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from lattices.errors import RescoreError
@@ -36,7 +37,7 @@ class Output:
 
 def generate(
     base: BaseLM,
-    heads: BlockHeads,
+    heads: BlockHeads | None,
     prompt: str,
     *,
     rescorer: str | Run | Rescorer = "none",
@@ -46,7 +47,8 @@ def generate(
 ) -> Output:
     """Decodes a prompt in blocks; the text is greedy decoding's own.
 
-    rescorer: its spec, an object, or a `Run` with p, k and weight.
+    heads: None where no drafter is `heads`.
+    rescorer: its spec, an object, or a `Run` with drafters, p, k and weight; the spec of a drafter: its own drafts.
     chat: whether the prompt goes through the base's chat template (None: where it has one).
     Raises `RescoreError` for what can't be decoded.
     """
@@ -57,7 +59,9 @@ def generate(
         base.vocab_size, tuple(sorted(base.eos_token_ids)), base.identity.tokenizer_sha256, base.identity,
         str(base.device), base,
     )  # fmt: skip
-    fitted = run.load().fit(target)
+    loaded = run.load()
+    drafters = [drafter.fit(target) for drafter in run.load_drafters(loaded)]
+    fitted = loaded.fit(dataclasses.replace(target, sources=tuple(drafter.source for drafter in drafters)))
     if run.alpha is not None:
         if fitted.alpha is None:
             raise RescoreError(f"the rescorer {run.label} has no weight; drop alpha")
@@ -66,8 +70,9 @@ def generate(
         fitted = fitted.weighted(run.number)
     prompt_ids = base.encode_prompt(prompt, chat=base.is_chat if chat is None else chat)
     decoded = decode(
-        base, heads, prompt_ids, rescorer=fitted, k=run.k, p=run.p, max_new_tokens=max_new_tokens, verify=verify
-    )
+        base, heads, prompt_ids, rescorer=fitted, drafters=drafters, k=run.k, p=run.p, max_new_tokens=max_new_tokens,
+        verify=verify,
+    )  # fmt: skip
     return Output(
         text=base.decode_text(decoded.output_ids),
         token_ids=decoded.output_ids,

@@ -39,9 +39,15 @@ Tasks = Annotated[Sequence[str], f"{TASK_NAMES}; several. Default: squad, or the
 Rescorers = Annotated[
     Sequence[Spec],
     "none, oracle, ngram[:PATH], context-ngram[:PATH], neural-32m, neural-61m, neural-94m, neural:PATH, "
-    "ngram-neural[:MODEL], learned-bigram[:PATH], lookup, joint[:PATH] or a plug-in's name; several. "
-    "Settings as in ngram:p=16,alpha=0.5.",
+    "ngram-neural[:MODEL], learned-bigram[:PATH], joint[:PATH] or a plug-in's name; or a drafter, for its own drafts; "
+    "several. Settings as in ngram:p=16,alpha=0.5.",
     "--rescorer",
+]
+Drafters = Annotated[
+    Sequence[Spec],
+    "What rescorers choose among: heads, lookup, corpus-lookup:DIR, draft-model:NAME, trace:FOLDER or a plug-in's "
+    "name; several are joined. Default: heads (joint: heads, lookup).",
+    "--drafter",
 ]
 Ks = Annotated[Sequence[int], "Tokens of each head that are in the lattice.", "--k"]
 Ps = Annotated[Sequence[int], "Drafts that one step verifies; 1,16 runs both.", "--p"]

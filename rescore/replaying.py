@@ -6,55 +6,66 @@ side by side, so a rescorer sees batches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from lattices.lattice import Lattice
 from rescore.acceptance import accept
 from rescore.checks import check_held_k, check_p
-from rescore.rescorers.base import Context, Rescorer, check_drafts
+from rescore.drafters.base import Drafter
+from rescore.drafting import HEADS_ALONE, Drafting
+from rescore.rescorers.base import Context, Rescorer
 from rescore.tracing import TracedExample
+
+Drafted = Mapping[str, Mapping[str, Lattice]]  # by drafter, by example: lattices [t, h, K] beside those of the trace
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of one decode: tokens `accepted` by each, and its winning draft (h token ids, at the end of the output
-    those after it included)."""
+    """The steps of one decode: tokens `accepted` by each, and its winning draft (at the end of the output the tokens
+    after it included)."""
 
     accepted: list[int] = field(default_factory=list)
     drafts: list[list[int]] = field(default_factory=list)
 
 
-def replay(examples: Sequence[TracedExample], rescorer: Rescorer, *, k: int, p: int = 1) -> list[list[int]]:
+def replay(
+    examples: Sequence[TracedExample],
+    rescorer: Rescorer,
+    *,
+    k: int,
+    p: int = 1,
+    drafters: Sequence[Drafter] = HEADS_ALONE,
+    drafted: Drafted | None = None,
+) -> list[list[int]]:
     """Accepted length of every step of every example; see `replay_steps`."""
-    return [steps.accepted for steps in replay_steps(examples, rescorer, k=k, p=p)]
+    drafting = Drafting(rescorer, drafters, k, p)
+    return [steps.accepted for steps in replay_steps(examples, drafting, drafted)]
 
 
-def replay_steps(examples: Sequence[TracedExample], rescorer: Rescorer, *, k: int, p: int = 1) -> list[Steps]:
-    """The steps of every example, with top-k lattices and p drafts a step.
+def replay_steps(examples: Sequence[TracedExample], drafting: Drafting, drafted: Drafted | None = None) -> list[Steps]:
+    """The steps of every example; `drafted`: what drafters that run a model of their own gave at every position.
 
     Raises `RescoreError` for k beyond what the trace holds, and for p < 1.
     """
-    if examples:
-        check_held_k(examples[0].lattice.k, k)
-    check_p(p)
-    contexts = [Context(e.prompt_ids.tolist(), future=e.output_ids) for e in examples]
+    if examples and drafting.needs_heads:
+        check_held_k(examples[0].lattice.k, drafting.k)
+    check_p(drafting.p)
+    contexts = contexts_of(examples, drafted)
     steps = [Steps() for _ in examples]
     walking = list(range(len(examples)))
     while walking:
         places = [(examples[i], len(contexts[i].output_ids)) for i in walking]
-        lattices = Lattice(
-            np.stack([e.lattice.token_ids[position, :, :k] for e, position in places]),
-            np.stack([e.lattice.logps[position, :, :k] for e, position in places]),
-        )
-        drafts = rescorer.draft(lattices, [contexts[i] for i in walking], p)  # [b, p', h]
-        check_drafts(drafts, lattices, p, rescorer.longest)
-        h = drafts.shape[-1]
-        choices = np.full((len(walking), h), -1, dtype=np.int32)  # -1 after the end: nothing matches there
+        firsts = np.array([e.output_ids[position] for e, position in places])
+        at = [contexts[i] for i in walking]
+        drafts = drafting.choose(drafting.propose(at, firsts), at)  # [b, p', l]
+        length = drafts.shape[-1]
+        choices = np.full((len(walking), length), -1, dtype=np.int32)  # -1 after the end: nothing matches there
         for row, (e, position) in enumerate(places):
-            ahead = e.output_ids[position + 1 : position + 1 + h]
+            ahead = e.output_ids[position + 1 : position + 1 + length]
             choices[row, : len(ahead)] = ahead
         remaining = np.array([len(e.output_ids) - position for e, position in places])
         rows, lengths = accept(drafts, np.broadcast_to(choices[:, None], drafts.shape), remaining, ())
@@ -65,6 +76,22 @@ def replay_steps(examples: Sequence[TracedExample], rescorer: Rescorer, *, k: in
             steps[i].drafts.append([token for token in draft if token >= 0])
         walking = [i for i in walking if len(contexts[i].output_ids) < len(examples[i].output_ids)]
     return steps
+
+
+def contexts_of(examples: Sequence[TracedExample], drafted: Drafted | None = None) -> list[Context]:
+    """What stands before the first position of traced examples; it knows all lattices that are to come."""
+    contexts = []
+    for example in examples:
+        context = Context(example.prompt_ids.tolist(), future=example.output_ids)
+        known = {"heads": example.lattice, **{name: of[example.id] for name, of in (drafted or {}).items()}}
+        context.lattices = {name: partial(_lattice_at, lattice, context) for name, lattice in known.items()}
+        contexts.append(context)
+    return contexts
+
+
+def _lattice_at(lattices: Lattice, context: Context, k: int) -> Lattice:
+    position = len(context.output_ids)
+    return Lattice(lattices.token_ids[position, :, :k], lattices.logps[position, :, :k])
 
 
 def unrescored_at(example: TracedExample, accepted: Sequence[int]) -> list[int]:

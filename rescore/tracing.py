@@ -175,7 +175,7 @@ def record_trace(
                 check()
             name = f"part-{len(header.parts):05d}"
             # In the order of the data, so that a trace cut to its first examples is what --limit would record.
-            _write_part(folder / name, [rows[place] for place in range(len(part))])
+            write_part(folder / name, [rows[place] for place in range(len(part))])
             header = msgspec.structs.replace(header, parts=[*header.parts, name])
             write_json(folder / HEADER_FILE, plain(header))
             done |= {e.id: e for e in _read_part(folder / name, header)}
@@ -247,7 +247,8 @@ def _features() -> Any:
     })  # fmt: skip
 
 
-def _write_part(folder: Path, rows: list[dict[str, Any]]) -> None:
+def write_part(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes examples, by column, as one part. Raises `OutputError`."""
     import datasets
 
     columns = {name: [row[name] for row in rows] for name in rows[0]}

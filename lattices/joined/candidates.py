@@ -1,4 +1,4 @@
-"""The joined lattice: what all drafters propose at a position, with where it came from, and its likeliest prefix tree.
+"""The joined lattice: what all drafters propose at a position, with where it came from, and how likely it is.
 
 It is not laid out as slots: what a lookup proposes depends on the path before, so candidates are found path by path. A
 path begins with the token that the base LM has already chosen (slot 1). The candidates after it are the entries of the
@@ -6,7 +6,7 @@ next head, what followed the path's longest suffixes earlier in the text (`looku
 other drafters gave. A log-linear model says how likely each of them is to be the base's own choice, or none
 of them (`OTHER`): a softmax over weighted features, each a number or a mark by slot or by length of the match. With
 these probabilities the expected accepted length of a prefix tree is the sum over its nodes of the products along their
-paths, so the best tree of n nodes is the n likeliest nodes, found in falling order. Needs numpy and numba only.
+paths, so the best tree of n nodes is the n likeliest nodes (`lattices.joined.likeliest`). Needs numpy and numba only.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lattices.joined.lookup import (
     DEGREE,
     END,
     FIRST_EDGE,
+    LAST,
     LENGTH,
     LINK,
     NEXT,
@@ -36,7 +37,8 @@ from lattices.joined.lookup import (
 from lattices.joined.lookup import advance as advance_match
 from lattices.joined.lookup import step as step_match
 
-HEADS, LOOKUP, CHAIN = 1, 2, 4  # bits of where a candidate comes from
+HEADS, LOOKUP, MODEL, CORPUS, TRACED = 1, 2, 4, 8, 16  # bits of where a candidate comes from
+KINDS = 3  # of chains: by a draft model, from a corpus, of a trace
 CONTINUATIONS = 8  # tokens that the text so far proposes after a path, at most
 LEVELS = 4  # suffixes of a path whose continuations are counted: the longest ones, and the empty one
 UNIFORM = 1.0 / 50_000  # of a token that the text so far does not hold
@@ -51,23 +53,41 @@ TEXT = LACKS + SLOTS  # [CLASSES] log-probability by what followed in the text
 RECENT = TEXT + CLASSES  # [CLASSES] it followed the last time
 ALONE = RECENT + CLASSES  # [CLASSES] nothing else ever followed
 NGRAM = ALONE + CLASSES  # [2] log-probability by an n-gram model, where there is a head, where not
-CHAINS = NGRAM + 2  # [2] the chain's log-probability; it is the next token of a chain
-OTHER_SLOT = CHAINS + 2  # [SLOTS + 1] of the outcome that it is none of them; the last: no head
+AGREE = NGRAM + 2  # [2] two sources propose it; three or more do
+CHAINED = AGREE + 2  # [KINDS, 2] log-probability by a chain: that the path has left; that it has followed so far
+CHAIN_LACKS = CHAINED + 2 * KINDS  # [KINDS, 2] the chain lacks the token
+OTHER_SLOT = CHAIN_LACKS + 2 * KINDS  # [SLOTS + 1] of the outcome that it is none of them; the last: no head
 OTHER_MATCH = OTHER_SLOT + SLOTS + 1  # [CLASSES]
 OTHER_MASS = OTHER_MATCH + CLASSES  # log of what the head gives to tokens that it lacks
-WEIGHTS = OTHER_MASS + 1
+OTHER_CHAINED = OTHER_MASS + 1  # [KINDS, 2] log of what the chains give to tokens that they lack
+OTHER_GONE = OTHER_CHAINED + 2 * KINDS  # [KINDS] no chain has anything to say after the path
+WEIGHTS = OTHER_GONE + KINDS
 LEAST = -30.0  # of a log-probability, in nats: what is less likely is no more telling
-ACTIVE = 8  # features that are not 0 of one candidate, at most
+ACTIVE = 7 + 2 * KINDS  # features that are not 0 of one candidate, at most
+LEFT, FOLLOWED = 1, 2  # what a path has done with the chains of a kind, if there are any (0)
+GONE = 3
+
+
+class Chains(NamedTuple):
+    """Lattices `[m, q]` from slot 2 on whose entries are conditioned on the first entries of the slots before.
+
+    token_ids int32 `[c, m, q]`, `NONE` where there is none; logps float32 `[c, m, q]`; kinds int32 `[c]`: bits.
+    Continuations have one entry a slot, and say nothing of paths that have left them; others do.
+    """
+
+    token_ids: np.ndarray
+    logps: np.ndarray
+    kinds: np.ndarray
 
 
 class Sources(NamedTuple):
     """What candidates come from, at one position.
 
     token_ids int32 `[h, k]`, logps float32 `[h, k]`: the heads' lattice, slot 1 first.
-    lookup: the suffix automaton of the text so far, without the token of slot 1.
+    lookup: the suffix automaton of the text so far, without the token of slot 1; of nothing where it is no source.
     cells, roots, words: an n-gram automaton and its word of each token id; empty without one.
     ngram_state: after the text so far.
-    chains int32 `[c, m]`, chain_logps float32 `[c, m]`: continuations from slot 2 on, `NONE` after their end.
+    chains: what other drafters propose.
     """
 
     token_ids: np.ndarray
@@ -77,20 +97,23 @@ class Sources(NamedTuple):
     roots: np.ndarray
     words: np.ndarray
     ngram_state: int
-    chains: np.ndarray
-    chain_logps: np.ndarray
+    chains: Chains
 
 
 class Room(NamedTuple):
     """Scratch arrays for the candidates after one path.
 
-    token_ids int32, origins int32 (bits) `[m]`; places int32, values float64 `[m + 1, ACTIVE]`: the
-    features, those of `OTHER` last; used int32 `[m + 1]`: how many of them; ngram_states int32 `[m]`;
-    logps float64 `[m + 1]`: of each candidate, and of none of them last.
+    token_ids int32, origins int32 (bits) `[m]`; chain_logps float64 `[m, KINDS]`, -inf where the chains lack a token.
+    followed int32, floors float64 `[KINDS]`: what the path has done with the chains, and the least they give.
+    places int32, values float64 `[m + 1, ACTIVE]`: the features, those of `OTHER` last; used int32 `[m + 1]`: how many
+    of them; ngram_states int32 `[m]`; logps float64 `[m + 1]`: of each candidate, and of none of them last.
     """
 
     token_ids: np.ndarray
     origins: np.ndarray
+    chain_logps: np.ndarray
+    followed: np.ndarray
+    floors: np.ndarray
     places: np.ndarray
     values: np.ndarray
     used: np.ndarray
@@ -98,12 +121,18 @@ class Room(NamedTuple):
     logps: np.ndarray
 
 
-def room_for(k: int, chains: int) -> Room:
-    """Room for the candidates of heads with k entries and so many chains."""
-    m = k + CONTINUATIONS + chains
+def room_for(sources: Sources, room: Room | None = None) -> Room:
+    """Room for the candidates after any path: `room` itself where it is large enough."""
+    c, _, q = sources.chains.token_ids.shape
+    m = sources.token_ids.shape[1] + CONTINUATIONS + c * q
+    if room is not None and len(room.token_ids) >= m:
+        return room
     return Room(
         np.zeros(m, dtype=np.int32),
         np.zeros(m, dtype=np.int32),
+        np.zeros((m, KINDS)),
+        np.zeros(KINDS, dtype=np.int32),
+        np.zeros(KINDS),
         np.zeros((m + 1, ACTIVE), dtype=np.int32),
         np.zeros((m + 1, ACTIVE)),
         np.zeros(m + 1, dtype=np.int32),
@@ -121,7 +150,8 @@ def _class_of(length: int) -> int:
 
 
 @njit(cache=True)
-def _find(room: Room, found: int, token: int) -> int:
+def find(room: Room, found: int, token: int) -> int:
+    """The place of a token among the first so many candidates, or `NONE`."""
     for place in range(found):
         if room.token_ids[place] == token:
             return place
@@ -129,8 +159,11 @@ def _find(room: Room, found: int, token: int) -> int:
 
 
 @njit(cache=True)
-def _gather(sources: Sources, depth: int, state: int, length: int, following: int, room: Room) -> int:
-    """The candidates after a path of `depth` tokens: heads', then the text's, then the chains'."""
+def gather(sources: Sources, depth: int, state: int, following: int, room: Room) -> int:
+    """The candidates after a path of `depth` tokens: the head's, then the text's, then the chains'.
+
+    state: its match in the text; following: bits of the chains that it has followed so far. Returns how many.
+    """
     h, k = sources.token_ids.shape
     found = 0
     if depth < h:
@@ -150,29 +183,90 @@ def _gather(sources: Sources, depth: int, state: int, length: int, following: in
                 target = edges[edge, TARGET]
                 count, end = states[target, COUNT], states[target, END]
                 if count > best_count or (count == best_count and end > best_end):
-                    place = _find(room, found, edges[edge, TOKEN])
+                    place = find(room, found, edges[edge, TOKEN])
                     if place == NONE or not room.origins[place] & LOOKUP:
                         best, best_count, best_end = edge, count, end
                 edge = edges[edge, NEXT]
             if best == NONE:
                 break
-            found = _propose(room, found, edges[best, TOKEN], LOOKUP)
+            found, _ = _propose(room, found, edges[best, TOKEN], LOOKUP)
             proposed += 1
         level = states[level, LINK]
-    for chain in range(len(sources.chains)):
-        if following >> chain & 1 and depth - 1 < sources.chains.shape[1] and sources.chains[chain, depth - 1] != NONE:
-            found = _propose(room, found, sources.chains[chain, depth - 1], CHAIN)
+    return _gather_chains(sources.chains, depth, following, found, room) if len(sources.chains.kinds) else found
+
+
+@njit(cache=True)
+def _gather_chains(chains: Chains, depth: int, following: int, found: int, room: Room) -> int:
+    """Adds what the chains propose: those that the path has followed, of a kind without such those that it has left."""
+    c, m, q = chains.token_ids.shape
+    room.chain_logps[:] = -np.inf
+    room.followed[:] = 0
+    room.floors[:] = 0.0
+    for chain in range(c):
+        kind = _kind_of(chains.kinds[chain])
+        follows = (following >> chain) & 1
+        if depth > m or chains.token_ids[chain, depth - 1, 0] == NONE or not (follows or _has_several(chains, chain)):
+            does = GONE if room.followed[kind] == 0 else room.followed[kind]
+        elif follows:
+            does = FOLLOWED
+        else:
+            does = FOLLOWED if room.followed[kind] == FOLLOWED else LEFT
+        room.followed[kind] = does
+    for chain in range(c):
+        kind = _kind_of(chains.kinds[chain])
+        follows = (following >> chain) & 1
+        if room.followed[kind] != (FOLLOWED if follows else LEFT) or depth > m:
+            continue
+        for entry in range(q):
+            token = chains.token_ids[chain, depth - 1, entry]
+            if token == NONE:
+                break
+            found, place = _propose(room, found, token, chains.kinds[chain])
+            logp = max(LEAST, np.float64(chains.logps[chain, depth - 1, entry]))
+            room.chain_logps[place, kind] = max(room.chain_logps[place, kind], logp)
+            if _has_several(chains, chain):
+                room.floors[kind] = min(room.floors[kind], logp)
     return found
 
 
 @njit(cache=True)
-def _propose(room: Room, found: int, token: int, origin: int) -> int:
-    place = _find(room, found, token)
+def _has_several(chains: Chains, chain: int) -> bool:
+    """Whether a chain has more than one entry a slot: it is no continuation."""
+    return bool(chains.token_ids.shape[2] > 1 and chains.token_ids[chain, 0, 1] != NONE)
+
+
+@njit(cache=True)
+def _kind_of(bit: int) -> int:
+    return 0 if bit == MODEL else 1 if bit == CORPUS else 2
+
+
+@njit(cache=True)
+def _propose(room: Room, found: int, token: int, origin: int) -> tuple[int, int]:
+    place = find(room, found, token)
     if place == NONE:
         room.token_ids[found], room.origins[found] = token, origin
-        return found + 1
+        room.chain_logps[found] = -np.inf
+        return found + 1, found
     room.origins[place] |= origin
-    return found
+    return found, place
+
+
+@njit(cache=True)
+def still_following(chains: Chains, depth: int, following: int, token: int) -> int:
+    """Which chains a path of `depth` tokens has followed when the token has come to it."""
+    for chain in range(len(chains.kinds)):
+        if depth > chains.token_ids.shape[1] or chains.token_ids[chain, depth - 1, 0] != token:
+            following &= ~(1 << chain)
+    return following
+
+
+@njit(cache=True)
+def match_before(lookup: Tables, state: int, length: int) -> tuple[int, int]:
+    """The longest suffix of a match that something follows: at the end of the text stands what nothing does."""
+    while state != ROOT and lookup.states[state, FIRST_EDGE] == NONE:
+        state = lookup.states[state, LINK]
+        length = lookup.states[state, LENGTH]
+    return state, length
 
 
 @njit(cache=True)
@@ -186,11 +280,9 @@ def candidates(
     """
     h, k = sources.token_ids.shape
     states, edges = sources.lookup.states, sources.lookup.edges
-    while state != ROOT and states[state, FIRST_EDGE] == NONE:  # it stands at the end of the text only
-        state = states[state, LINK]
-        length = states[state, LENGTH]
-    found = _gather(sources, depth, state, length, following, room)
-    has_head = depth < h
+    state, length = match_before(sources.lookup, state, length)
+    found = gather(sources, depth, state, following, room)
+    has_head, has_chains = depth < h, len(sources.chains.kinds) > 0
     slot = min(depth - 1, SLOTS - 1)
     match = _class_of(length)
     levels = np.empty(LEVELS, dtype=np.int64)
@@ -228,7 +320,7 @@ def candidates(
             kinds = states[levels[i], DEGREE]
             probability = (count + kinds * probability) / max(1, states[levels[i], COUNT] + kinds)
             longest_target = target
-        if len(sources.lookup.tokens) and sources.lookup.sizes[TOKENS] > 0:
+        if sources.lookup.sizes[TOKENS] > 0:
             used = _put(room, place, used, TEXT + match, np.log(probability))
         if state != ROOT and longest_target != NONE:
             if states[longest_target, END] == last_end:
@@ -240,18 +332,58 @@ def candidates(
                 sources.cells, sources.roots, ngram_state, sources.words[token]
             )
             used = _put(room, place, used, NGRAM + (0 if has_head else 1), max(LEAST, score / SCORE_SCALE))
-        for chain in range(len(sources.chains)):
-            if following >> chain & 1 and room.origins[place] & CHAIN and sources.chains[chain, depth - 1] == token:
-                used = _put(room, place, used, CHAINS, np.float64(sources.chain_logps[chain, depth - 1]))
-                used = _put(room, place, used, CHAINS + 1, 1.0)
-                break
+        agree = _bits(room.origins[place])
+        if agree > 1:
+            used = _put(room, place, used, AGREE + min(agree, 3) - 2, 1.0)
+        if has_chains:
+            used = _put_chains(room, place, used)
         room.used[place] = used
     used = _put(room, found, 0, OTHER_SLOT + (slot if has_head else SLOTS), 1.0)
     used = _put(room, found, used, OTHER_MATCH + match, 1.0)
     if has_head:
         used = _put(room, found, used, OTHER_MASS, np.log(max(1.0 - head_mass, 1e-6)))
+    if has_chains:
+        used = _put_chains_other(room, found, used)
     room.used[found] = used
     return found
+
+
+@njit(cache=True)
+def _bits(origins: int) -> int:
+    count = 0
+    while origins:
+        count += origins & 1
+        origins >>= 1
+    return count
+
+
+@njit(cache=True)
+def _put_chains(room: Room, place: int, used: int) -> int:
+    for kind in range(KINDS):
+        does = room.followed[kind]
+        if does in (LEFT, FOLLOWED):
+            column = 2 * kind + does - LEFT
+            logp = room.chain_logps[place, kind]
+            if logp == -np.inf:
+                logp = room.floors[kind]
+                used = _put(room, place, used, CHAIN_LACKS + column, 1.0)
+            if logp != 0.0:
+                used = _put(room, place, used, CHAINED + column, logp)
+    return used
+
+
+@njit(cache=True)
+def _put_chains_other(room: Room, found: int, used: int) -> int:
+    for kind in range(KINDS):
+        does = room.followed[kind]
+        if does in (LEFT, FOLLOWED):
+            mass = 0.0
+            for place in range(found):
+                mass += np.exp(room.chain_logps[place, kind])
+            used = _put(room, found, used, OTHER_CHAINED + 2 * kind + does - LEFT, np.log(max(1.0 - mass, 1e-6)))
+        elif does == GONE:
+            used = _put(room, found, used, OTHER_GONE + kind, 1.0)
+    return used
 
 
 @njit(cache=True)
@@ -262,118 +394,49 @@ def _put(room: Room, place: int, used: int, feature: int, value: float) -> int:
 
 
 @njit(cache=True)
+def normalise(scores: np.ndarray) -> None:
+    """Makes log-probabilities of scores, in place."""
+    highest = scores.max()
+    norm = 0.0
+    for score in scores:
+        norm += np.exp(score - highest)
+    scores -= highest + np.log(norm)
+
+
+@njit(cache=True)
 def score(weights: np.ndarray, found: int, room: Room) -> None:
     """Log-probabilities of the candidates, and of none of them, into `room.logps`."""
-    highest = -np.inf
     for place in range(found + 1):
         total = 0.0
         for i in range(room.used[place]):
             total += weights[room.places[place, i]] * room.values[place, i]
         room.logps[place] = total
-        highest = max(highest, total)
-    norm = 0.0
-    for place in range(found + 1):
-        norm += np.exp(room.logps[place] - highest)
-    norm = highest + np.log(norm)
-    for place in range(found + 1):
-        room.logps[place] -= norm
+    normalise(room.logps[: found + 1])
 
 
 @njit(cache=True)
 def first_match(lookup: Tables, first: int) -> tuple[int, int]:
-    from_state, from_length = lookup.sizes[3], lookup.sizes[TOKENS]
-    return advance_match(lookup, from_state, from_length, first)
-
-
-class Outcomes(NamedTuple):
-    """What came after right prefixes, for fitting the weights.
-
-    targets, counts int32 `[n]`: which of a prefix's outcomes was right (the last is `OTHER`), and how many there are.
-    used int32 `[m]`, places int16, values float32 `[m, ACTIVE]`: features of all outcomes, prefix by prefix.
-    """
-
-    targets: np.ndarray
-    counts: np.ndarray
-    used: np.ndarray
-    places: np.ndarray
-    values: np.ndarray
-
-
-def outcomes_for(prefixes: int, room: Room) -> Outcomes:
-    """Room for the outcomes after so many prefixes."""
-    m = prefixes * (len(room.token_ids) + 1)
-    return Outcomes(
-        np.zeros(prefixes, dtype=np.int32),
-        np.zeros(prefixes, dtype=np.int32),
-        np.zeros(m, dtype=np.int32),
-        np.zeros((m, ACTIVE), dtype=np.int16),
-        np.zeros((m, ACTIVE), dtype=np.float32),
-    )
+    """The match of the text so far with the token of slot 1 after it: state and length."""
+    return advance_match(lookup, lookup.sizes[LAST], lookup.sizes[TOKENS], first)
 
 
 @njit(cache=True)
-def features_along(sources: Sources, path: np.ndarray, room: Room, data: Outcomes) -> tuple[int, int]:
-    """Fills `data` with the candidates after every prefix of a path that is known to be right.
+def sources_along(sources: Sources, path: np.ndarray, room: Room) -> np.ndarray:
+    """Who proposes each token of a path after the tokens before it: bits, int32 `[m]`, 0 where nobody does.
 
-    path int32 `[m]`: from slot 1 on. Returns how many prefixes and outcomes there are.
+    path int32 `[m]`: from slot 1 on, which is the base's own and so always there (`HEADS`). The oracle of the joined
+    lattice accepts the tokens before the first 0.
     """
+    origins = np.zeros(len(path), dtype=np.int32)
+    origins[0] = HEADS
     state, length = first_match(sources.lookup, path[0])
-    ngram_state = sources.ngram_state
-    if len(sources.words):
-        ngram_state = advance_ngram(sources.cells, sources.roots, ngram_state, sources.words[path[0]])[1]
-    following = (1 << len(sources.chains)) - 1
-    outcomes = 0
+    following = (1 << len(sources.chains.kinds)) - 1
     for depth in range(1, len(path)):
-        found = candidates(sources, depth, state, length, ngram_state, following, room)
-        target = _find(room, found, path[depth])
-        data.targets[depth - 1] = found if target == NONE else target
-        data.counts[depth - 1] = found + 1
-        for place in range(found + 1):
-            data.used[outcomes] = room.used[place]
-            data.places[outcomes] = room.places[place]
-            data.values[outcomes] = room.values[place]
-            outcomes += 1
+        from_state, _ = match_before(sources.lookup, state, length)
+        found = gather(sources, depth, from_state, following, room)
+        place = find(room, found, path[depth])
+        if place != NONE:
+            origins[depth] = room.origins[place]
         state, length = advance_match(sources.lookup, state, length, path[depth])
-        if len(sources.words):
-            ngram_state = advance_ngram(sources.cells, sources.roots, ngram_state, sources.words[path[depth]])[1]
-        for chain in range(len(sources.chains)):
-            if depth - 1 >= sources.chains.shape[1] or sources.chains[chain, depth - 1] != path[depth]:
-                following &= ~(1 << chain)
-    return len(path) - 1, outcomes
-
-
-@njit(cache=True)
-def outcome_logps(weights: np.ndarray, data: Outcomes) -> np.ndarray:
-    """Log-probabilities of all outcomes, float64 `[m]`."""
-    logps = np.empty(len(data.used))
-    start = 0
-    for row in range(len(data.targets)):
-        end = start + data.counts[row]
-        highest, norm = -np.inf, 0.0
-        for outcome in range(start, end):
-            logps[outcome] = 0.0
-            for i in range(data.used[outcome]):
-                logps[outcome] += weights[data.places[outcome, i]] * data.values[outcome, i]
-            highest = max(highest, logps[outcome])
-        for outcome in range(start, end):
-            norm += np.exp(logps[outcome] - highest)
-        logps[start:end] -= highest + np.log(norm)
-        start = end
-    return logps
-
-
-@njit(cache=True)
-def loss_and_gradient(weights: np.ndarray, data: Outcomes, gradient: np.ndarray) -> float:
-    """Summed negative log-probability of what was right, and its gradient `[WEIGHTS]`; convex in the weights."""
-    logps = outcome_logps(weights, data)
-    gradient[:] = 0.0
-    loss, start = 0.0, 0
-    for row in range(len(data.targets)):
-        right = start + data.targets[row]
-        loss -= logps[right]
-        for outcome in range(start, start + data.counts[row]):
-            part = np.exp(logps[outcome]) - (1.0 if outcome == right else 0.0)
-            for i in range(data.used[outcome]):
-                gradient[data.places[outcome, i]] += part * data.values[outcome, i]
-        start += data.counts[row]
-    return loss
+        following = still_following(sources.chains, depth, following, path[depth])
+    return origins

@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit
 
 from lattices.automaton import advance as advance_ngram
-from lattices.joined.candidates import CHAIN, HEADS, Room, Sources, candidates, first_match, score
+from lattices.joined.candidates import HEADS, Room, Sources, candidates, first_match, score, still_following
 from lattices.joined.lookup import NONE
 from lattices.joined.lookup import advance as advance_match
 
@@ -33,13 +33,11 @@ def likeliest_nodes(
     heap, waiting = np.empty(most, dtype=np.int32), 0
     chosen, number = np.empty(count, dtype=np.int32), np.full(most, NONE, dtype=np.int32)
     tokens[0], parents[0], logps[0], origins[0], depths[0] = first, NONE, 0.0, HEADS, 1
-    whole = np.empty(1, dtype=np.int32)
-    whole[0] = first
     matched[0, 0], matched[0, 1] = first_match(sources.lookup, first)
     ngram_states[0] = sources.ngram_state
     if len(sources.words):
         ngram_states[0] = advance_ngram(sources.cells, sources.roots, sources.ngram_state, sources.words[first])[1]
-    following[0] = (1 << len(sources.chains)) - 1
+    following[0] = (1 << len(sources.chains.kinds)) - 1
     heap[0], waiting, made, taken = 0, 1, 1, 0
     while waiting and taken < count:
         node = heap[0]
@@ -61,11 +59,7 @@ def likeliest_nodes(
             state, length = advance_match(sources.lookup, matched[node, 0], matched[node, 1], room.token_ids[place])
             matched[made, 0], matched[made, 1] = state, length
             ngram_states[made] = room.ngram_states[place]
-            following[made] = 0
-            for chain in range(len(sources.chains)):
-                goes_on = following[node] >> chain & 1 and room.origins[place] & CHAIN
-                if goes_on and sources.chains[chain, depths[node] - 1] == room.token_ids[place]:
-                    following[made] |= 1 << chain
+            following[made] = still_following(sources.chains, depths[node], following[node], room.token_ids[place])
             heap[waiting] = made
             waiting += 1
             _rise(heap, waiting - 1, logps)

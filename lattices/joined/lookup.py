@@ -86,15 +86,18 @@ class Lookup:
         length: int = 8,
         least: int = 1,
         most: int = 32,
+        earliest: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
         """What followed earlier occurrences of the longest suffixes of the sequence and these further tokens.
 
         count: continuations, each another one; length: of each, in tokens.
         least, most: tokens of a match; a longer one counts as `most`.
         Returns tokens int32 `[c, length]`, `NONE` where the sequence ends, and lengths of the matches int32 `[c]`:
-        longest match first, then the most recent; a continuation that begins another one is left out.
+        longest match first, then the most recent (or the `earliest`); a continuation that begins another one is left
+        out.
         """
-        return continuations(self.tables, np.asarray(token_ids, dtype=np.int32), count, length, least, most)
+        ids = np.asarray(token_ids, dtype=np.int32)
+        return continuations(self.tables, ids, count, length, least, most, earliest)
 
 
 def _tables(capacity: int) -> Tables:
@@ -249,7 +252,7 @@ def follow(tables: Tables, token_ids: np.ndarray) -> tuple[int, int]:
 
 @njit(cache=True)
 def continuations(
-    tables: Tables, token_ids: np.ndarray, count: int, length: int, least: int, most: int
+    tables: Tables, token_ids: np.ndarray, count: int, length: int, least: int, most: int, earliest: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """See `Lookup.continuations`."""
     tokens, n, more = tables.tokens, tables.sizes[TOKENS], len(token_ids)
@@ -262,7 +265,7 @@ def continuations(
     longest = min(longest, most)
     if longest < least or longest == 0:
         return runs[:0], matches[:0]
-    if count == 1:
+    if count == 1 and not earliest:
         # The last occurrence that something follows is the last of the most recent continuation.
         start = _most_recent(tables, state)
         stop = min(n, start + length)
@@ -284,7 +287,8 @@ def continuations(
                 matched += 1
             lengths[place] = matched
     for matched in range(longest, least - 1, -1):
-        for place in range(n - 1, 0, -1):
+        for steps in range(1, n):
+            place = steps if earliest else n - steps
             if lengths[place] == matched:
                 stop = min(n, place + length)
                 if _is_new(runs, found, tokens[place:stop]):

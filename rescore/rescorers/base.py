@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,6 +14,7 @@ from lattices.lattice import Lattice
 
 if TYPE_CHECKING:
     from lm.base.model import BaseIdentity, BaseLM
+    from rescore.drafters.proposals import Proposals
 
 
 @dataclass
@@ -23,13 +24,16 @@ class Context:
     prompt_ids, output_ids: the tokens so far.
     future: the greedy output, int `[t]`, where it is known already (replay, or after the baseline ran). Only the oracle
         may look at it.
-    state: what rescorers remember about the example from step to step, by a name of their own.
+    state: what rescorers and drafters remember about the example from step to step, by a name of their own.
+    lattices: by drafter, where its lattice is known already (heads live; in replay all that are traced): gives the one
+        that stands after the output so far, `[h, k]`, for a k.
     """
 
     prompt_ids: Sequence[int]
     output_ids: list[int] = field(default_factory=list)
     future: np.ndarray | None = None
     state: dict[str, Any] = field(default_factory=dict)
+    lattices: Mapping[str, Callable[[int], Lattice]] = field(default_factory=dict)
 
     def last(self, count: int) -> list[int]:
         """The last `count` tokens before the lattice, fewer where there are not so many."""
@@ -50,6 +54,7 @@ class Target:
     base: BaseIdentity | None = None  # None where a trace does not say
     device: str = "cpu"  # to work on
     shared: BaseLM | None = None  # the base LM where it is loaded: its weights need not be loaded twice
+    sources: tuple[str, ...] = ()  # what it is to choose among (`rescore.drafters.base.Drafter.source`)
 
 
 class Rescorer(ABC):
@@ -57,12 +62,16 @@ class Rescorer(ABC):
 
     alpha: the weight of its own scores beside the heads', 0 giving the unrescored drafts; None: it has no weight.
     identity: what it scores with (hashes), so that tuned weights are known again and results say what made them.
-    longest: tokens of a draft, at most; None: those of the lattice.
+    longest: tokens of a draft, at most; None: those of what it drafts from.
+    joins: it takes what several drafters propose together (`draft_joined`).
+    drafters: the specs of those it chooses among unless others are given.
     """
 
     alpha: float | None = None
     identity: str = ""
     longest: int | None = None
+    joins: bool = False
+    drafters: tuple[str, ...] = ("heads",)
 
     @abstractmethod
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
@@ -71,6 +80,10 @@ class Rescorer(ABC):
         The first token of every draft is the lattice's first: it is never rescored. Drafts of a rescorer that says how
         long they are at most (`longest`) may have fewer tokens than the array: -1 stands after their ends.
         """
+
+    def draft_joined(self, proposals: Proposals, contexts: Sequence[Context], p: int) -> np.ndarray:
+        """What drafters propose at n positions, with their contexts -> drafts as `draft` gives them, of any lengths."""
+        raise NotImplementedError(f"{type(self).__name__} takes one lattice only")
 
     def fit(self, target: Target) -> Self:
         """The rescorer for a base LM. Raises `IncompatibleError` if it was made for another tokenizer."""
@@ -90,16 +103,13 @@ class Rescorer(ABC):
         """Reads the prompts of new examples, before the first lattice comes; live decoding times that apart."""
 
 
-def check_drafts(drafts: np.ndarray, lattices: Lattice, p: int, longest: int | None = None) -> None:
+def check_drafts(drafts: np.ndarray, firsts: np.ndarray, p: int, longest: int) -> None:
     """Asserts what `Rescorer.draft` promises: one that breaks it would be credited with tokens it never drafted."""
-    n, h, _ = lattices.token_ids.shape
-    fits = drafts.ndim == 3 and (drafts.shape[2] == h if longest is None else 1 <= drafts.shape[2] <= longest)
-    assert fits and len(drafts) == n and 1 <= drafts.shape[1] <= p, (
-        f"a rescorer gave drafts of shape {list(drafts.shape)} where [{n}, 1 to {p}, {longest or h}] is due"
+    n = len(firsts)
+    assert drafts.ndim == 3 and len(drafts) == n and 1 <= drafts.shape[1] <= p and 1 <= drafts.shape[2] <= longest, (
+        f"a rescorer gave drafts of shape {list(drafts.shape)} where [{n}, 1 to {p}, 1 to {longest}] is due"
     )
-    assert longest is None or (np.diff((drafts < 0).astype(np.int8), axis=2) >= 0).all(), (
-        "tokens stand after a draft's end"
-    )
-    assert (drafts[:, :, 0] == lattices.token_ids[:, :1, 0]).all(), (
+    assert (np.diff((drafts < 0).astype(np.int8), axis=2) >= 0).all(), "tokens stand after a draft's end"
+    assert (drafts[:, :, 0] == firsts[:, None]).all(), (
         "a rescorer gave a draft that does not begin with the lattice's first token"
     )

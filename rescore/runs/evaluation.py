@@ -20,7 +20,11 @@ from lm.base.catalog import Watch
 from rescore.acceptance import first_difference
 from rescore.checks import VERIFY_MODES, check_held_k
 from rescore.decoding import decode, margin_at, usable_verify
-from rescore.replaying import replay, replay_steps, unrescored_at
+from rescore.drafters import HEADS, Drafter
+from rescore.drafters.recorded import drafted
+from rescore.drafting import Drafting, check_drafters
+from rescore.provenance import provenance
+from rescore.replaying import Drafted, replay, replay_steps, unrescored_at
 from rescore.rescorers import Rescorer, load_rescorer
 from rescore.runs.environment import environment
 from rescore.runs.evaluated import Evaluation
@@ -28,7 +32,7 @@ from rescore.runs.inputs import Notify, Progress, add_notice
 from rescore.runs.log import ExampleLog, Key, save_results
 from rescore.runs.recording import Recording, check_names
 from rescore.runs.records import ExampleRecord, LiveExample, ResultsDocument, RunConfig, RunRecord
-from rescore.runs.run import Run, label_of, load_rescorers, runs_of
+from rescore.runs.run import ORACLE, Run, label_of, load_rescorers, runs_of
 from rescore.runs.summary import is_cut, summarize
 from rescore.runs.weights import alpha_notices, alpha_of, check_tokenizers, coverage_notices, fit_to
 from rescore.tracing import Trace, TracedExample
@@ -75,8 +79,8 @@ def evaluate(
         raise RescoreError(f"--verify {verify} is how live decoding verifies; drop it, or add --mode live")
     if live and any(recording.given for recording in of_tasks):
         raise RescoreError("a given trace can be replayed, not decoded live; drop --trace or --mode live")
-    loaded: dict[object, Rescorer] = {}
-    work = [_work(r, runs[r.name] if isinstance(runs, Mapping) else runs, loaded) for r in of_tasks]
+    loaded = _Loaded()
+    work = [_work(r, runs[r.name] if isinstance(runs, Mapping) else runs, loaded, live=live) for r in of_tasks]
     if out is not None:
         _check_identities(work)
     document = ResultsDocument(
@@ -113,12 +117,21 @@ def evaluate(
 
 
 @dataclass(frozen=True)
+class _Loaded:
+    """Rescorers and drafters by spec or object: the tasks share them."""
+
+    rescorers: dict[object, Rescorer] = field(default_factory=dict)
+    drafters: dict[object, Drafter] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class _Work:
-    """The runs of one task: their rescorers by label, and their records in the order of the runs."""
+    """The runs of one task: their rescorers and drafters by label, and their records in the order of the runs."""
 
     recording: Recording
     runs: list[Run]
     rescorers: dict[str, Rescorer]
+    drafters: dict[str, tuple[Drafter, ...]]
     records: list[RunRecord]
 
     @property
@@ -128,15 +141,19 @@ class _Work:
     def key(self, run: Run) -> Key:
         return (self.name, *run.key)
 
-    def fitted(self, trace: Trace, device: str, notify: Notify, shared: Any = None) -> dict[Run, Rescorer]:
-        """The rescorers fitted to a trace, with the weight of each run."""
-        fitted = fit_to(trace, self.rescorers, device=device, shared=shared)
-        for line in coverage_notices(trace, fitted, max(run.k for run in self.runs)):
+    def fitted(self, trace: Trace, device: str, notify: Notify, shared: Any = None) -> dict[Run, Drafting]:
+        """How each run drafts, fitted to a trace, with its weight."""
+        choosing = {label: (rescorer, self.drafters[label]) for label, rescorer in self.rescorers.items()}
+        drafting = fit_to(trace, choosing, device=device, shared=shared)
+        rescorers = {label: rescorer for label, (rescorer, _) in drafting.items()}
+        for line in coverage_notices(trace, rescorers, max(run.k for run in self.runs)):
             notify(line)
-        return {
-            run: fitted[run.label].weighted(record.alpha.alpha) if record.alpha else fitted[run.label]
-            for run, record in zip(self.runs, self.records, strict=True)
-        }
+        fitted = {}
+        for run, record in zip(self.runs, self.records, strict=True):
+            rescorer, drafters = drafting[run.label]
+            rescorer = rescorer.weighted(record.alpha.alpha) if record.alpha else rescorer
+            fitted[run] = Drafting(rescorer, drafters, run.k, run.p)
+        return fitted
 
     def summarize(self, log: ExampleLog, document: ResultsDocument, *, seed: int) -> None:
         """Adds the results of what is finished, in the order of the runs."""
@@ -147,7 +164,7 @@ class _Work:
                 document.results.append(summarize(records, seed=seed, alpha=alpha, unrescored=unrescored))
 
 
-def _work(recording: Recording, asked: Asked, loaded: dict[object, Rescorer]) -> _Work:
+def _work(recording: Recording, asked: Asked, loaded: _Loaded, *, live: bool) -> _Work:
     """The runs of one task, checked; rescorers that other tasks have `loaded` are shared."""
     runs = runs_of(asked)
     if not runs:
@@ -157,7 +174,10 @@ def _work(recording: Recording, asked: Asked, loaded: dict[object, Rescorer]) ->
         raise RescoreError("{} with p = {} and k = {} is there twice; give one another label".format(*twice))
     for run in runs:
         check_held_k(recording.k, run.k)
-    rescorers = load_rescorers(runs, loaded)
+    rescorers = load_rescorers(runs, loaded.rescorers)
+    drafters = {run.label: run.load_drafters(rescorers[run.label], loaded.drafters) for run in runs}
+    for each in drafters.values():
+        check_drafters(each, live=live)
     _check_weights(runs, rescorers)
     check_tokenizers(recording, rescorers.values())
     records = []
@@ -166,8 +186,10 @@ def _work(recording: Recording, asked: Asked, loaded: dict[object, Rescorer]) ->
         # What a spec says of a rescorer without a weight tells it from others; the class of an object does not.
         identity = rescorer.identity if rescorer.alpha is not None or rescorer is run.rescorer else ""
         alpha = alpha_of(recording, run, rescorer)
-        records.append(RunRecord(rescorer=run.label, k=run.k, p=run.p, alpha=alpha, identity=identity))
-    return _Work(recording, runs, rescorers, records)
+        of_run = [drafter.identity or drafter.name for drafter in drafters[run.label]]
+        of_run = [] if of_run == [HEADS] else of_run
+        records.append(RunRecord(rescorer=run.label, k=run.k, p=run.p, alpha=alpha, identity=identity, drafters=of_run))
+    return _Work(recording, runs, rescorers, drafters, records)
 
 
 def _check_identities(work: Iterable[_Work]) -> None:
@@ -199,7 +221,8 @@ class _Evaluator:
     log: ExampleLog
     progress: Progress | None
     notify: Notify
-    rescorers: dict[Run, Rescorer] = field(default_factory=dict)
+    drafting: dict[Run, Drafting] = field(default_factory=dict)
+    drafted: Drafted = field(default_factory=dict)
 
     def run(self, *, live: bool) -> None:
         """Finishes the task. Ctrl-C while its trace is recorded: what there is of it is replayed first."""
@@ -220,7 +243,12 @@ class _Evaluator:
             self._replay(trace, self.progress)
 
     def _fit(self, trace: Trace, shared: Any = None) -> None:
-        self.rescorers = self.task.fitted(trace, self.task.recording.models.device, self.notify, shared)
+        recording = self.task.recording
+        self.drafting = self.task.fitted(trace, recording.models.device, self.notify, shared)
+        drafters = {drafter.name: drafter for drafting in self.drafting.values() for drafter in drafting.drafters}
+        self.drafted = drafted(
+            trace, drafters.values(), task=recording.name, settings=recording.all_settings, progress=self.progress
+        )
 
     def _missing(self, run: Run, examples: Iterable[TracedExample]) -> list[TracedExample]:
         return [example for example in examples if not self.log.has(self.task.key(run), example.id)]
@@ -231,21 +259,18 @@ class _Evaluator:
         while examples := trace.examples[start : start + side_by_side]:
             slowest = 0.0
             quality = {example.id: self._quality(example.output, example) for example in examples}
-            oracle = {
-                k: _oracle(examples, k) for k in {run.k for run in self.rescorers if self._missing(run, examples)}
-            }
-            for run, rescorer in self.rescorers.items():
+            oracles = self._oracles(examples)
+            for run, drafting in self.drafting.items():
                 missing = self._missing(run, examples)
                 began = time.monotonic()
-                replayed = replay_steps(missing, rescorer, k=run.k, p=run.p)
+                replayed = replay_steps(missing, drafting, self.drafted)
                 slowest = max(slowest, time.monotonic() - began)
                 for example, steps in zip(missing, replayed, strict=True):
                     self.log.add(ExampleRecord(
                         **self._facts(run, trace, example), quality=quality[example.id],
                         cut=is_cut(example.output_ids, trace.header.eos_token_ids), accepted=steps.accepted,
-                        drafts=steps.drafts, oracle_accepted=oracle[run.k][example.id],
-                        unrescored_accepted=unrescored_at(example, steps.accepted),
-                        output_ids=example.output_ids.tolist(),
+                        drafts=steps.drafts, oracle_accepted=oracles[_chosen_among(drafting)][example.id],
+                        output_ids=example.output_ids.tolist(), **self._beside(drafting, example, steps.accepted),
                     ))  # fmt: skip
             if progress:
                 progress(f"replay {self.task.name}", start + len(examples), len(trace.examples))
@@ -256,27 +281,28 @@ class _Evaluator:
     def _decode(self, trace: Trace) -> None:
         """Decodes every example that is not finished: greedily as the baseline, then with each run, in turns."""
         recording = self.task.recording
-        base, heads = recording.models.base, recording.models.heads
-        heads = heads if recording.inputs.h is None else heads.first(recording.inputs.h)
+        base = recording.models.base
         self._fit(trace, shared=base)
+        heads = recording.heads() if any(drafting.needs_heads for drafting in self.drafting.values()) else None
         limit = recording.settings["max_new_tokens"]
         watch, warm = Watch(base), False
         recording.models.check_unchanged(recording.settings)
         for place, example in enumerate(trace.examples):
-            missing = [run for run in self.rescorers if self._missing(run, [example])]
+            missing = [run for run in self.drafting if self._missing(run, [example])]
             if missing:
                 prompt = example.prompt_ids.tolist()
                 if not warm:  # the first calls of a process allocate and compile
                     decode(base, None, prompt, max_new_tokens=min(4, limit))
                 baseline = decode(base, None, prompt, max_new_tokens=limit)
-                oracle = {k: _oracle([example], k)[example.id] for k in {run.k for run in missing}}
+                oracles = self._oracles([example])
                 for run in missing:
+                    drafting = self.drafting[run]
                     request: dict[str, Any] = {
-                        "rescorer": self.rescorers[run], "k": run.k, "p": run.p, "verify": self.config.verify,
-                        "future": np.asarray(baseline.output_ids),
+                        "rescorer": drafting.rescorer, "drafters": drafting.drafters, "k": run.k, "p": run.p,
+                        "verify": self.config.verify, "future": np.asarray(baseline.output_ids),
                     }  # fmt: skip
                     if not warm:
-                        decode(base, heads, prompt, max_new_tokens=min(2 * heads.h, limit), **request)
+                        decode(base, heads, prompt, max_new_tokens=min(2 * trace.header.h, limit), **request)
                     decoded = decode(base, heads, prompt, max_new_tokens=limit, **request)
                     watch.check()  # before anything is kept that may be of other weights
                     differs = first_difference(decoded.output_ids, baseline.output_ids)
@@ -287,9 +313,9 @@ class _Evaluator:
                         **self._facts(run, trace, example),
                         quality=self._quality(base.decode_text(decoded.output_ids), example),
                         cut=is_cut(decoded.output_ids, base.eos_token_ids), accepted=decoded.accepted,
-                        drafts=decoded.drafts, oracle_accepted=oracle[run.k],
-                        unrescored_accepted=unrescored_at(example, decoded.accepted) if traced else None,
+                        drafts=decoded.drafts, oracle_accepted=oracles[_chosen_among(drafting)][example.id],
                         output_ids=decoded.output_ids,
+                        **(self._beside(drafting, example, decoded.accepted) if traced else {}),
                         live=LiveExample(
                             first_difference=differs, margin=margin, verify=decoded.verify, seconds=decoded.seconds,
                             rescore_seconds=decoded.rescore_seconds, autoregressive_tokens=len(baseline.output_ids),
@@ -303,8 +329,27 @@ class _Evaluator:
     def _facts(self, run: Run, trace: Trace, example: TracedExample) -> dict[str, Any]:
         return {
             "task": self.task.name, "rescorer": run.label, "p": run.p, "k": run.k, "id": example.id,
-            "group": example.group, "h": trace.header.h, "longest": self.rescorers[run].longest,
+            "group": example.group, "h": trace.header.h, "longest": self.drafting[run].longest(trace.header.h),
         }  # fmt: skip
+
+    def _beside(self, drafting: Drafting, example: TracedExample, accepted: list[int]) -> dict[str, Any]:
+        """What else could have been accepted at the positions of these steps, and who proposed what was."""
+        beside: dict[str, Any] = {"unrescored_accepted": unrescored_at(example, accepted)}
+        if len(drafting.drafters) > 1:
+            of = provenance(example, accepted, drafting.drafters, drafting.k, self.drafted)
+            beside |= {"origins": of.origins, "alone_accepted": of.alone}
+        return beside
+
+    def _oracles(self, examples: Sequence[TracedExample]) -> _Oracles:
+        """Accepted lengths of the oracle's decode by what runs that are not finished choose among, and by example."""
+        oracles: _Oracles = {}
+        for run, drafting in self.drafting.items():
+            key = _chosen_among(drafting)
+            if key not in oracles and self._missing(run, examples):
+                how: dict[str, Any] = {"k": drafting.k, "drafters": drafting.drafters, "drafted": self.drafted}
+                accepted = replay(examples, load_rescorer(ORACLE), **how)
+                oracles[key] = {e.id: lengths for e, lengths in zip(examples, accepted, strict=True)}
+        return oracles
 
     def _quality(self, output: str | None, example: TracedExample) -> dict[str, float]:
         """The task's metrics of an output by name; none where its text is not known or nothing is there to compare
@@ -314,7 +359,10 @@ class _Evaluator:
         return {m.name: m.score(output, example.references) for m in self.task.recording.metrics}
 
 
-def _oracle(examples: Sequence[TracedExample], k: int) -> dict[str, list[int]]:
-    """Accepted lengths of the oracle's decode by example."""
-    accepted = replay(examples, load_rescorer("oracle"), k=k)
-    return {example.id: lengths for example, lengths in zip(examples, accepted, strict=True)}
+_Among = tuple[tuple[str, ...], int]
+_Oracles = dict[_Among, dict[str, list[int]]]
+
+
+def _chosen_among(drafting: Drafting) -> _Among:
+    """Drafters and k: what a rescorer chooses among."""
+    return tuple(drafter.name for drafter in drafting.drafters), drafting.k

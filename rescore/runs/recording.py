@@ -82,6 +82,16 @@ class Recording:
         return self.settings.get("data_sha256") or self.source.get("sha256")
 
     @property
+    def all_settings(self) -> dict[str, Any]:
+        """All that the trace is of; of a trace that was given: what it says of itself, and its hash."""
+        return {**self.settings, **({"trace": self.source.get("sha256")} if self.given else {})}
+
+    def heads(self) -> BlockHeads:
+        """The heads that are used."""
+        heads = self.models.heads
+        return heads if self.inputs.h is None else heads.first(self.inputs.h)
+
+    @property
     def notices(self) -> list[str]:
         """What the user should know: examples left out or not the task's own, heads that are not the base's."""
         left_out = self.source.get("left_out") or ()

@@ -13,7 +13,7 @@ import msgspec
 from lm.records import Count, Number, plain
 from rescore.runs.inputs import Inputs
 
-SCHEMA = "rescore.results/6"
+SCHEMA = "rescore.results/7"
 Interval = tuple[Number, Number]
 
 
@@ -22,13 +22,13 @@ class Seconds:
     """Where the time went; what `total` has beside its three parts is glue.
 
     prefill: base LM over the prompt, before the first step.
-    verify, heads, rescore: of all steps, in the base LM, the block heads, the rescorer.
+    verify, draft, rescore: of all steps, in the base LM, the drafters, the rescorer.
     total: of all steps.
     """
 
     prefill: float = 0.0
     verify: float = 0.0
-    heads: float = 0.0
+    draft: float = 0.0
     rescore: float = 0.0
     total: float = 0.0
 
@@ -69,6 +69,7 @@ class ExampleRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     accepted: tokens accepted by each step; drafts: the winning draft of each step.
     oracle_accepted: by each step of the oracle's decode of the trace, also where a live output is another.
     unrescored_accepted: by the unrescored draft where each step began; None where the lattices there are not known.
+    origins, alone_accepted: `rescore.provenance.Provenance`, of several drafters.
     quality: the task's metrics by name; cut: whether the output stopped at the limit (None: not known).
     """
 
@@ -86,6 +87,8 @@ class ExampleRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     drafts: list[list[Count]]
     oracle_accepted: list[Count]
     unrescored_accepted: list[Count] | None = None
+    origins: list[list[Count]] | None = None
+    alone_accepted: dict[str, list[Count]] | None = None
     output_ids: list[Count]
     live: LiveExample | None = None
 
@@ -122,17 +125,17 @@ class Latency:
 
     verify: how drafts were verified (tree or batch).
     prefill_ms: per example; autoregressive_ms: per token.
-    verify_ms, heads_ms, rescore_ms and its median and 95th percentile: per step.
+    verify_ms, draft_ms, rescore_ms and its median and 95th percentile: per step.
     glue_share: share of a step's time that is none of these.
     speedup: tokens_per_second over autoregressive_tokens_per_second.
-    predicted_speedup: block efficiency x autoregressive / (verify + heads + rescore); None: no step needed a call.
+    predicted_speedup: block efficiency x autoregressive / (verify + draft + rescore); None: no step needed a call.
     """
 
     verify: str
     prefill_ms: Number
     autoregressive_ms: Number
     verify_ms: Number
-    heads_ms: Number
+    draft_ms: Number
     rescore_ms: Number
     rescore_p50_ms: Number
     rescore_p95_ms: Number
@@ -249,6 +252,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     rescorer: its label; k, p as in `rescore.runs.run.Run`.
     alpha: its weight (None: it has none); identity: what it scores with (hashes).
+    drafters: what it chooses among, with hashes where they draft with more than the text (none: heads).
     """
 
     rescorer: str
@@ -256,6 +260,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     p: Count
     alpha: Alpha | None = None
     identity: str = ""
+    drafters: list[str] = []
 
     def __str__(self) -> str:
         return f"{self.rescorer} (p = {self.p}, k = {self.k})"
@@ -293,9 +298,13 @@ class RunConfig:
             "runs": {task: ", ".join(map(str, runs)) for task, runs in self.runs.items()},
             "weights": {  # by name, so that a difference names them
                 task: {
-                    str(run): {**(plain(run.alpha) if run.alpha else {}), "identity": run.identity}
+                    str(run): {
+                        **(plain(run.alpha) if run.alpha else {}),
+                        "identity": run.identity,
+                        "drafters": run.drafters,
+                    }
                     for run in runs
-                    if run.alpha or run.identity
+                    if run.alpha or run.identity or run.drafters
                 }
                 for task, runs in self.runs.items()
             },

@@ -1,4 +1,4 @@
-"""A run: one rescorer with its number of drafts, its k and its weight."""
+"""A run: one rescorer with the drafters it chooses among, its number of drafts, its k and its weight."""
 
 from __future__ import annotations
 
@@ -8,20 +8,26 @@ from typing import Literal
 
 from lattices.errors import RescoreError
 from rescore.checks import check_alpha, check_k, check_p
-from rescore.rescorers import WEIGHT, Rescorer, format_spec, load_rescorer, parse_spec
+from rescore.drafters import DRAFTERS, HEADS, Drafter, load_drafter
+from rescore.drafting import check_drafters
+from rescore.rescorers import JOINT, RESCORERS, WEIGHT, Rescorer, load_rescorer
 from rescore.runs.records import Alpha
+from rescore.specs import format_spec, parse_spec
 
 DEFAULT_K = 16
 TUNED: Literal["tuned"] = "tuned"  # the alpha that stands for what `rescore tune` kept
+NONE = "none"
 ORACLE = "oracle"
-FIXED = ("none", ORACLE)  # what rescorers are compared with
+OF_DRAFTERS = "drafters"  # the key of a spec that says what a rescorer chooses among: drafters=heads+lookup
+FIXED = (NONE, ORACLE)  # what rescorers are compared with
 
 
 @dataclass(frozen=True)
 class Run:
     """What one result is of, on each task.
 
-    rescorer: its spec (`name` or `name:key=value,...`), or an object.
+    rescorer: its spec (`name` or `name:key=value,...`), or an object; the spec of a drafter stands for its own drafts.
+    drafters: what it chooses among, specs or objects; none: what the rescorer says (heads, if nothing else).
     p: drafts that a step verifies; k: lattice entries of a slot.
     alpha: weight of the rescorer; None: its own; `tuned`: what `rescore tune` kept on this machine.
     label: what results call it; by default the spec, or the name of the object's class.
@@ -31,12 +37,16 @@ class Run:
     p: int = 1
     k: int = DEFAULT_K
     alpha: float | Alpha | Literal["tuned"] | None = None
+    drafters: tuple[str | Drafter, ...] = ()
     label: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "drafters", tuple(self.drafters))
+        if isinstance(self.rescorer, str):
+            self._take_drafters(self.rescorer)
         if not self.label:
-            object.__setattr__(self, "label", label_of(self.rescorer))
-        if self.label in FIXED and self.rescorer != self.label:
+            object.__setattr__(self, "label", label_of(self.rescorer, self.drafters))
+        if self.label in FIXED and (self.rescorer != self.label or self.drafters):
             raise RescoreError(f"{self.label} is the name of another rescorer; give this one another label")
         if isinstance(self.rescorer, str):
             self._take_weight(self.rescorer)
@@ -47,6 +57,25 @@ class Run:
                 raise RescoreError(f"--alpha {self.alpha}; a rescorer's weight is a number, or {TUNED} (rescore tune)")
         elif self.alpha is not None:
             check_alpha(self.alpha.alpha if isinstance(self.alpha, Alpha) else self.alpha)
+
+    def _take_drafters(self, spec: str) -> None:
+        """The drafters that the spec says, or is, are the run's."""
+        if DRAFTERS.has(spec) and not RESCORERS.has(spec):
+            if self.drafters:
+                raise RescoreError(f"{spec} is a drafter, whose own drafts are asked for; leave out the drafters")
+            object.__setattr__(self, OF_DRAFTERS, (spec,))
+            object.__setattr__(self, "rescorer", NONE)
+            if not self.label:
+                object.__setattr__(self, "label", spec)
+            return
+        name, arguments = parse_spec(spec)
+        if OF_DRAFTERS in arguments:
+            if self.drafters:
+                raise RescoreError(f"the drafters of {spec} are given twice; drop one")
+            object.__setattr__(self, OF_DRAFTERS, tuple(arguments.pop(OF_DRAFTERS).split("+")))
+            object.__setattr__(self, "rescorer", format_spec(name, arguments))
+        if self.drafters == (HEADS,) and name != JOINT:  # these are its own
+            object.__setattr__(self, OF_DRAFTERS, ())
 
     def _take_weight(self, spec: str) -> None:
         """The weight that the spec says is the run's."""
@@ -71,12 +100,29 @@ class Run:
         """The rescorer. Raises as `load_rescorer`."""
         return load_rescorer(self.rescorer) if isinstance(self.rescorer, str) else self.rescorer
 
+    def load_drafters(self, rescorer: Rescorer, loaded: dict[object, Drafter] | None = None) -> tuple[Drafter, ...]:
+        """The drafters that the (loaded) rescorer is to choose among; what is `loaded` already is shared.
+
+        Raises as `load_drafter`, and `RescoreError` for one that is there twice.
+        """
+        loaded = {} if loaded is None else loaded
+        for spec in (specs := self.drafters or rescorer.drafters):
+            if spec not in loaded:
+                loaded[spec] = load_drafter(spec) if isinstance(spec, str) else spec
+        drafters = tuple(loaded[spec] for spec in specs)
+        check_drafters(drafters, live=False)
+        return drafters
+
 
 def load_rescorers(runs: Iterable[Run], loaded: dict[object, Rescorer] | None = None) -> dict[str, Rescorer]:
     """The rescorers of runs by label; what is `loaded` already, by spec or object, is shared.
 
     Raises `RescoreError` for two of one label, and as `load_rescorer`.
     """
+    runs = list(runs)
+    for run in runs:
+        if any(run.label == other.label and run.drafters != other.drafters for other in runs):
+            raise RescoreError(f"two runs with other drafters are called {run.label}; give one another label")
     loaded = {} if loaded is None else loaded
     rescorers: dict[str, Rescorer] = {}
     for run in runs:
@@ -88,9 +134,13 @@ def load_rescorers(runs: Iterable[Run], loaded: dict[object, Rescorer] | None = 
     return rescorers
 
 
-def label_of(rescorer: str | Rescorer) -> str:
-    """The spec itself, or the name of a rescorer's class."""
-    return rescorer if isinstance(rescorer, str) else type(rescorer).__name__
+def label_of(rescorer: str | Rescorer, drafters: Sequence[str | Drafter] = ()) -> str:
+    """The spec itself, or the name of a rescorer's class, with the drafters where they are given."""
+    label = rescorer if isinstance(rescorer, str) else type(rescorer).__name__
+    if not drafters:
+        return label
+    names = "+".join(each if isinstance(each, str) else each.name for each in drafters)
+    return f"{label}{',' if ':' in label else ':'}{OF_DRAFTERS}={names}"
 
 
 def runs_of(
@@ -99,36 +149,41 @@ def runs_of(
     ps: Sequence[int] = (),
     ks: Sequence[int] = (),
     alpha: float | Literal["tuned"] | None = None,
+    drafters: Sequence[str] = (),
 ) -> list[Run]:
     """Every rescorer with each p (none: 1) and k (none: `DEFAULT_K`), but for what its spec says itself
     (`ngram:p=16,alpha=0.5`).
 
+    drafters: what rescorers choose among, but for those that say it themselves, and drafters' own drafts.
     The oracle knows which draft is best: it is run with p = 1 only. Raises `RescoreError` for what makes no sense, and
-    for p, k or alpha that every spec says itself.
+    for p, k, alpha or drafters that every spec says itself.
     """
     runs: dict[Run, None] = {}
-    unused = {name for name, given in (("p", ps), ("k", ks), (WEIGHT, alpha is not None)) if given}
+    asked = (("p", ps), ("k", ks), (WEIGHT, alpha is not None), (OF_DRAFTERS, drafters))
+    unused = {name for name, given in asked if given}
     for spec in specs:
         if isinstance(spec, Run):
             runs[spec] = None
             unused.clear()  # nothing of it is the caller's to say
             continue
         own: dict[str, str] = {}
-        rescorer, weight = spec, alpha
+        rescorer, weight, says = spec, alpha, False
         if isinstance(spec, str):
             name, arguments = parse_spec(spec)
             own = {key: arguments.pop(key) for key in ("p", "k") if key in arguments}
             rescorer = format_spec(name, arguments)
             weight = None if WEIGHT in arguments else alpha
-            unused &= {*own, *arguments}
+            says = OF_DRAFTERS in arguments or (DRAFTERS.has(spec) and not RESCORERS.has(spec))
+            unused &= {*own, *arguments, *([OF_DRAFTERS] if says else [])}
         else:
             unused.clear()
         for k in [_whole(spec, own["k"])] if "k" in own else ks or (DEFAULT_K,):
             for p in [_whole(spec, own["p"])] if "p" in own else [1] if rescorer == ORACLE else ps or (1,):
-                runs[Run(rescorer, p=p, k=k, alpha=weight)] = None
+                runs[Run(rescorer, p=p, k=k, alpha=weight, drafters=() if says else tuple(drafters))] = None
     if runs and unused:
         option = min(unused)
-        raise RescoreError(f"--{option} is used by no --rescorer, each of which says its own {option}; drop it")
+        name = option.removesuffix("s")
+        raise RescoreError(f"--{name} is used by no --rescorer, each of which says its own {option}; drop it")
     return list(runs)
 
 

@@ -29,7 +29,8 @@ def summarize(
     longest = first.longest or first.h
     groups = [r.group for r in records]
     accounting = account([r.accepted for r in records], longest, groups=groups, seed=seed)
-    oracle = account([r.oracle_accepted for r in records], first.h)
+    reached = max(n for r in records for n in r.oracle_accepted)
+    oracle = account([r.oracle_accepted for r in records], max(first.h, reached))
     live = [r.live for r in records if r.live is not None]
     gain, differ = _gain(records, unrescored, seed=seed), _divergence(records)
     return Result(
@@ -115,7 +116,7 @@ def latency(records: Sequence[ExampleRecord], block_efficiency: float) -> Latenc
 
     spent, greedy = total("total"), float(sum(r.autoregressive_seconds.total for r in live))
     rescoring = np.array([s for r in live for s in r.rescore_seconds] or [0.0]) * 1e3
-    parts = {f"{part}_ms": total(part) / steps * 1e3 for part in ("verify", "heads", "rescore")}
+    parts = {f"{part}_ms": total(part) / steps * 1e3 for part in ("verify", "draft", "rescore")}
     step = sum(parts.values())
     return Latency(
         verify=live[0].verify,

@@ -35,7 +35,7 @@ from rescore.table import (
 from rescore.terminal import printable
 
 if TYPE_CHECKING:
-    from rescore.rescorers.joint_fit import JointFit
+    from rescore.rescorers.joint_weights import JointFit
 
 LABEL = (TASK, RESCORER, K, P)
 ORACLE = Column("oracle", NUMBER, "oracle_block_efficiency")
@@ -182,7 +182,7 @@ def _speed(results: Sequence[Result]) -> Table:
     ]  # fmt: skip
     note = (
         "greedy = autoregressive decoding in the same run; identical = outputs equal to it; prefill is apart;\n"
-        "predicted = block eff. x greedy ms / (verify + heads + rescore ms)."
+        "predicted = block eff. x greedy ms / (verify + draft + rescore ms)."
     )
     return Table.of(columns, [r for r in results if r.latency and r.identical], note=note)
 
@@ -194,7 +194,7 @@ def _times(results: Sequence[Result]) -> Table:
             Column(heading, form, field=f"latency.{field}")
             for heading, form, field in (
                 ("greedy ms", MILLISECONDS, "autoregressive_ms"), ("verify ms", MILLISECONDS, "verify_ms"),
-                ("heads ms", MILLISECONDS, "heads_ms"), ("rescore ms", fixed(2), "rescore_ms"),
+                ("draft ms", MILLISECONDS, "draft_ms"), ("rescore ms", fixed(2), "rescore_ms"),
                 ("p50", fixed(2), "rescore_p50_ms"), ("p95", fixed(2), "rescore_p95_ms"), ("glue", SHARE, "glue_share"),
                 ("prefill ms", fixed(0), "prefill_ms"),
             )
@@ -278,7 +278,7 @@ def results_csv(results: Sequence[Result], *, task: str | None = None, **facts: 
     def fact(value: object) -> Callable[[Result], str]:
         return lambda r: str(value)
 
-    times = ("verify_ms", "heads_ms", "rescore_ms", "autoregressive_ms", "tokens_per_second", "speedup")
+    times = ("verify_ms", "draft_ms", "rescore_ms", "autoregressive_ms", "tokens_per_second", "speedup")
     columns = [
         Column("task", field=fact(task) if task else None), *(Column(name, field=fact(facts[name])) for name in facts),
         RESCORER, P, K, H, ALPHA, EXAMPLES, GROUPS, Column("steps"), Column("tokens"), *EFFICIENCY,

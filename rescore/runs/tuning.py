@@ -12,10 +12,13 @@ from lm.files import write_json
 from lm.records import plain
 from rescore.accounting import block_efficiency
 from rescore.checks import check_held_k
+from rescore.drafters.recorded import drafted
+from rescore.drafting import HEADS_ALONE
 from rescore.replaying import replay
-from rescore.rescorers import JOINT, Rescorer, load_rescorer, parse_spec
-from rescore.rescorers.joint import Joint, write_weights
-from rescore.rescorers.joint_fit import JointFit, fit_weights
+from rescore.rescorers import JOINT, Rescorer
+from rescore.rescorers.joint import Joint
+from rescore.rescorers.joint_fit import JointData
+from rescore.rescorers.joint_weights import JointFit, write_weights
 from rescore.runs.environment import environment
 from rescore.runs.inputs import Notify, Progress
 from rescore.runs.recording import Recording
@@ -65,7 +68,8 @@ def tune(
                 notify(line)
         check_tokenizers(recording, by_label.values())
         trace = recording.trace(progress=progress)
-        fitted = fit_to(trace, by_label, device=recording.models.device)
+        choosing = {label: (rescorer, HEADS_ALONE) for label, rescorer in by_label.items()}
+        fitted = {label: each for label, (each, _) in fit_to(trace, choosing, device=recording.models.device).items()}
         for line in coverage_notices(trace, fitted, max(ks)):
             if notify:
                 notify(line)
@@ -102,7 +106,7 @@ def is_joint(specs: Sequence[str], out: Path | None) -> bool:
 
     Raises `RescoreError` for joint beside others, without a folder, and for a folder without joint.
     """
-    joint = [spec for spec in specs if parse_spec(spec)[0] == JOINT]
+    joint = [spec for spec in specs if spec.partition(":")[0] == JOINT]
     if joint and (len(specs) > 1 or out is None):
         raise RescoreError("the weights of joint are fitted alone, into a folder: --rescorer joint --out DIR")
     if out is not None and not joint:
@@ -115,6 +119,8 @@ def fit_joint(
     out: str | Path | None,
     spec: str = JOINT,
     *,
+    drafters: Sequence[str] = (),
+    without: Sequence[str] = (),
     k: int = DEFAULT_K,
     held_out: int = HELD_OUT,
     progress: Progress | None = None,
@@ -122,12 +128,15 @@ def fit_joint(
 ) -> JointFit:
     """Fits the weights of `joint` on held-out examples of all tasks together, and writes them into a folder.
 
+    drafters: what joint is to choose among (none: heads and lookup); without: features that get no weight.
     held_out: examples of each task, as for `tune`. How well the probabilities hold is measured on half of the groups
     with weights of the other half. Raises `RescoreError` for what `evaluate` refuses, `OutputError`.
     """
-    joint = load_rescorer(spec)
+    run = Run(spec, k=k, drafters=tuple(drafters))
+    joint = run.load()
     assert isinstance(joint, Joint)
-    examples, groups = [], []
+    of_run = run.load_drafters(joint)
+    data = JointData()
     for recording in [recordings] if isinstance(recordings, Recording) else recordings:
         recording = recording.held_out(checked_held_out(held_out))
         check_held_k(recording.k, k)
@@ -136,9 +145,11 @@ def fit_joint(
                 notify(line)
         check_tokenizers(recording, [joint])
         trace = recording.trace(progress=progress)
-        search = joint.search_for(target_of(trace))
-        examples += [(example, search) for example in trace.examples]
-        groups += [f"{recording.name} {group}" for group in recording.groups]
-    fit = fit_weights(examples, groups, k=k)
-    write_weights(user_path(out or "", "--out"), fit, joint.ngram)
+        target = target_of(trace, device=recording.models.device)
+        fitted = [drafter.fit(target) for drafter in of_run]
+        of_models = drafted(trace, fitted, task=recording.name, settings=recording.all_settings, progress=progress)
+        groups = [f"{recording.name} {group}" for group in recording.groups]
+        data.add(trace.examples, groups, fitted, joint.search_for(target), k=k, drafted=of_models)
+    fit = data.fit(of_run, joint.ngram.model.sha256, k=k, without=without)
+    write_weights(user_path(out or "", "--out"), fit)
     return fit

@@ -15,6 +15,7 @@ from lattices.errors import InvalidDataError, RescoreError
 from lm.keys import cache_entry
 from lm.records import read_record
 from rescore.checks import MAX_ALPHA
+from rescore.drafters import Drafter
 from rescore.rescorers import Rescorer, Target
 from rescore.runs.inputs import Inputs
 from rescore.runs.recording import Recording
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from lm.base.model import BaseLM
 
 LEAST_COVERAGE = 0.1
+Choosing = tuple[Rescorer, tuple[Drafter, ...]]
 
 
 def check_tokenizers(recording: Recording, rescorers: Collection[Rescorer]) -> None:
@@ -125,11 +127,19 @@ def target_of(trace: Trace, *, device: str = "cpu", shared: BaseLM | None = None
 
 
 def fit_to(
-    trace: Trace, rescorers: Mapping[str, Rescorer], *, device: str = "cpu", shared: BaseLM | None = None
-) -> dict[str, Rescorer]:
-    """The rescorers fitted to a trace's base LM, which is `shared` where it is loaded."""
+    trace: Trace, choosing: Mapping[str, Choosing], *, device: str = "cpu", shared: BaseLM | None = None
+) -> dict[str, Choosing]:
+    """Rescorers with the drafters that each chooses among, fitted to a trace's base LM, which is `shared` where it is
+    loaded."""
     target = target_of(trace, device=device, shared=shared)
-    return {label: rescorer.fit(target) for label, rescorer in rescorers.items()}
+    fitted = {drafter: drafter.fit(target) for _, drafters in choosing.values() for drafter in drafters}
+    return {
+        label: (
+            rescorer.fit(dataclasses.replace(target, sources=tuple(drafter.source for drafter in drafters))),
+            tuple(fitted[drafter] for drafter in drafters),
+        )
+        for label, (rescorer, drafters) in choosing.items()
+    }
 
 
 def coverage_notices(trace: Trace, rescorers: Mapping[str, Rescorer], k: int) -> list[str]:

@@ -28,10 +28,14 @@ from lm.heads.block_heads import BlockHeads, heads_folder, heads_sha256, load_he
 from lm.options import Base, Device, Dtype, Heads, TopK
 from rescore.accounting import account
 from rescore.checks import check_held_k
+from rescore.drafters import Drafter
+from rescore.drafters.proposals import Proposals
+from rescore.drafting import HEADS_ALONE, Drafting
 from rescore.groups import count_groups
 from rescore.options import Cached, Repeats
 from rescore.replaying import replay
-from rescore.rescorers import Context, Rescorer, load_rescorer
+from rescore.rescorers import Context, Rescorer
+from rescore.runs.run import Run
 from rescore.runs.weights import fit_to
 from rescore.studies.records import Record, record_of
 from rescore.studies.verify_curve import median_seconds, verify_curve
@@ -83,13 +87,20 @@ class TimedRescorer(Rescorer):
     """A rescorer that notes the seconds of every call but an example's first, which reads the prompt."""
 
     def __init__(self, rescorer: Rescorer) -> None:
-        self.rescorer, self.longest = rescorer, rescorer.longest
+        self.rescorer, self.longest, self.joins = rescorer, rescorer.longest, rescorer.joins
         self.seconds: list[float] = []
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
         """See `Rescorer.draft`; for one example at a time."""
+        return self._timed(contexts, lambda: self.rescorer.draft(lattices, contexts, p))
+
+    def draft_joined(self, proposals: Proposals, contexts: Sequence[Context], p: int) -> np.ndarray:
+        """See `Rescorer.draft_joined`; for one example at a time."""
+        return self._timed(contexts, lambda: self.rescorer.draft_joined(proposals, contexts, p))
+
+    def _timed(self, contexts: Sequence[Context], call: Callable[[], np.ndarray]) -> np.ndarray:
         start = time.perf_counter()
-        drafts = self.rescorer.draft(lattices, contexts, p)
+        drafts = call()
         if contexts[0].output_ids:
             self.seconds.append(time.perf_counter() - start)
         return drafts
@@ -115,7 +126,9 @@ def block_lengths_of_trace(
     Raises `IncompatibleError` for a trace of other heads, `RescoreError` for a weight that the rescorer has not, and as
     `block_lengths` does.
     """
-    loaded = load_rescorer(rescorer)
+    run = Run(rescorer)
+    loaded = run.load()
+    drafters = run.load_drafters(loaded)
     if alpha is not None:
         if loaded.alpha is None:
             raise RescoreError(f"{rescorer} has no weight; drop --alpha")
@@ -128,10 +141,11 @@ def block_lengths_of_trace(
     if trace.header.settings.get("heads_sha256") not in (None, heads_sha256(place)):
         raise IncompatibleError(f"{folder} was recorded with other heads than those in {place}; give its own: --heads")
     block_heads = load_heads(model, heads)
-    fitted = fit_to(trace, {rescorer: loaded}, device=str(model.device), shared=model)[rescorer]
+    choosing = {rescorer: (loaded, drafters)}
+    fitted, drafters = fit_to(trace, choosing, device=str(model.device), shared=model)[rescorer]
     shown = partial(progress, "block lengths") if progress else None
     return block_lengths(
-        model, block_heads, trace, fitted, name=rescorer, k=k, cached=cached, repeats=repeats, progress=shown
+        model, block_heads, trace, fitted, drafters, name=rescorer, k=k, cached=cached, repeats=repeats, progress=shown
     )
 
 
@@ -140,6 +154,7 @@ def block_lengths(
     heads: BlockHeads,
     trace: Trace,
     rescorer: Rescorer,
+    drafters: Sequence[Drafter] = HEADS_ALONE,
     *,
     name: str,
     k: int = 16,
@@ -168,8 +183,8 @@ def block_lengths(
     for h, verify_ms in zip(hs, curve.milliseconds[1:], strict=True):
         timed = TimedRescorer(rescorer)
         examples = trace.first_heads(h).examples
-        accepted = [steps for example in examples for steps in replay([example], timed, k=k)]
-        accounting = account(accepted, timed.longest or h, groups=groups)
+        accepted = [steps for example in examples for steps in replay([example], timed, k=k, drafters=drafters)]
+        accounting = account(accepted, Drafting(timed, drafters).longest(h), groups=groups)
         heads_ms = _heads_ms(base, heads.first(h), k, repeats)
         rescoring_ms = float(np.median(timed.seconds)) * 1e3 if timed.seconds else 0.0
         step_ms = verify_ms + heads_ms + rescoring_ms

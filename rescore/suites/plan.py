@@ -12,11 +12,12 @@ from lattices.errors import RescoreError
 from lm.text_files import rows_file
 from lm.yaml_input import Value, read_yaml
 from rescore.checks import MAX_ALPHA, VERIFY_MODES
-from rescore.rescorers import WEIGHT, load_rescorer, parse_spec
+from rescore.rescorers import WEIGHT
 from rescore.runs.inputs import Inputs
 from rescore.runs.recording import recorded_task
 from rescore.runs.run import DEFAULT_K, ORACLE, Run
 from rescore.runs.tuning import DEFAULT_ALPHAS, HELD_OUT
+from rescore.specs import parse_spec
 from rescore.tasks import load_task
 from rescore.tasks.leave_out import read_leave_out
 from rescore.tracing import read_header
@@ -200,7 +201,7 @@ def _rescorers(top: dict[str, Value]) -> tuple[SuiteRescorer, ...]:
             value.fields(("name", "p", "alpha", "tune"), required=("name",)) if value.is_mapping else {"name": value}
         )
         name = fields["name"].text()
-        loaded = _at(fields["name"], lambda: load_rescorer(name))
+        loaded = _at(fields["name"], lambda: Run(name).load())
         alpha = fields["alpha"].number() if "alpha" in fields else None
         for key in ("alpha", "tune"):
             if key in fields and loaded.alpha is None:

@@ -25,7 +25,6 @@ from lm.files import (
 from lm.keys import key_of
 from lm.locks import writing_to
 from lm.records import convert_record, plain
-from rescore.rescorers import load_rescorer
 from rescore.runs.environment import environment
 from rescore.runs.evaluated import load_run
 from rescore.runs.evaluation import evaluate
@@ -254,5 +253,5 @@ def _is_same(part: _Part, identities: dict[str, str], config: RunConfig) -> bool
 
 def _identities(plan: Plan) -> dict[str, str]:
     """What rescorers with a weight score with, by name, as `evaluate` has it."""
-    rescorers = {r.name: load_rescorer(r.name) for r in plan.rescorers}
+    rescorers = {r.name: Run(r.name).load() for r in plan.rescorers}
     return {name: rescorer.identity for name, rescorer in rescorers.items() if rescorer.alpha is not None}

@@ -12,7 +12,21 @@ from ngram_models import random_model
 
 from lattices.automaton import Automaton
 from lattices.joined import candidates as joined
-from lattices.joined.candidates import CHAIN, HEADS, LOOKUP, WEIGHTS, Sources, candidates, room_for, score
+from lattices.joined import outcomes
+from lattices.joined.candidates import (
+    CORPUS,
+    HEADS,
+    LOOKUP,
+    MODEL,
+    TRACED,
+    WEIGHTS,
+    Chains,
+    Sources,
+    candidates,
+    room_for,
+    score,
+    sources_along,
+)
 from lattices.joined.likeliest import best_branches, branches, likeliest_nodes
 from lattices.joined.lookup import NONE, ROOT, Lookup, advance
 
@@ -26,25 +40,44 @@ def sources_of(seed: int, *, text: list[int] | None = None, h: int = 3, k: int =
     lookup = Lookup(random.integers(0, VOCABULARY, 30) if text is None else text)
     automaton = Automaton.compile(random_model(random, order=3, words=VOCABULARY + 3))
     words = np.arange(3, VOCABULARY + 3, dtype=np.int32)  # after the special ones
-    continued = random.integers(0, VOCABULARY, (chains, 4)).astype(np.int32)
+    q = 1 + seed % 2
+    continued = np.stack(
+        [[random.permutation(VOCABULARY)[:q] for _ in range(4)] for _ in range(chains)] or [np.zeros((4, q))]
+    ).astype(np.int32)[:chains]
+    for chain in continued:
+        chain[4 - int(random.integers(0, 3)) :] = NONE
+    kinds = random.choice([MODEL, CORPUS, TRACED], chains).astype(np.int32)
+    given_logps = -np.sort(random.exponential(size=(chains, 4, q)), axis=2).astype(np.float32)
     return Sources(
-        ids, logps, lookup.tables, automaton.cells, automaton.roots, words, automaton.start, continued,
-        -random.exponential(size=(chains, 4)).astype(np.float32),
+        ids, logps, lookup.tables, automaton.cells, automaton.roots, words, automaton.start,
+        Chains(continued, given_logps, kinds),
     )  # fmt: skip
+
+
+def chained_after(sources: Sources, path: list[int]) -> dict[int, set[int]]:
+    """By kind, what the chains propose after a path: those that it has followed, else of several entries each."""
+    proposed: dict[int, set[int]] = {}
+    for kind in {int(kind) for kind in sources.chains.kinds}:
+        of_kind = [c for c, its in zip(sources.chains.token_ids, sources.chains.kinds, strict=True) if its == kind]
+        here = [c for c in of_kind if len(path) <= len(c) and c[len(path) - 1, 0] != NONE]
+        followed = [c for c in here if c[: len(path) - 1, 0].tolist() == path[1:]]
+        left = here if sources.chains.token_ids.shape[2] > 1 else []
+        proposed[kind] = {int(t) for chain in followed or left for t in chain[len(path) - 1]}
+    return proposed
 
 
 def after(sources: Sources, path: list[int]) -> tuple[dict[int, float], dict[int, int], float]:
     """Log-probability and origins of each candidate after a path, and the log-probability that it is none of them."""
     weights = weights_of(3)
-    room = room_for(sources.token_ids.shape[1], len(sources.chains))
+    room = room_for(sources)
     state, length = joined.first_match(sources.lookup, path[0])
     ngram = joined.advance_ngram(sources.cells, sources.roots, sources.ngram_state, sources.words[path[0]])[1]
-    following = (1 << len(sources.chains)) - 1
+    following = (1 << len(sources.chains.kinds)) - 1
     for depth, token in enumerate(path[1:], start=1):
         state, length = advance(sources.lookup, state, length, token)
         ngram = joined.advance_ngram(sources.cells, sources.roots, ngram, sources.words[token])[1]
-        for chain, run in enumerate(sources.chains):
-            if depth > len(run) or run[depth - 1] != token:
+        for chain, run in enumerate(sources.chains.token_ids):
+            if depth > len(run) or run[depth - 1, 0] != token:
                 following &= ~(1 << chain)
     found = candidates(sources, len(path), state, length, ngram, following, room)
     score(weights, found, room)
@@ -62,7 +95,7 @@ def weights_of(seed: int) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_candidates_are_those_of_all_sources_and_their_probabilities_sum_to_one(seed: int):
-    sources = sources_of(seed, chains=seed % 3)
+    sources = sources_of(seed, chains=seed % 4)
     text = sources.lookup.tokens[:30].tolist()
     for path in ([1], [2, 3], [4, 0, 5], [1, 2, 3, 4]):
         logps, origins, other = after(sources, path)
@@ -73,12 +106,8 @@ def test_candidates_are_those_of_all_sources_and_their_probabilities_sum_to_one(
             text[i + m] for m in range(1, len(path) + 1) for i in range(30 - m) if text[i : i + m] == path[-m:]
         }  # after any suffix of the path; there may be text before it as well
         assert {t for t, o in origins.items() if o & LOOKUP} >= followed
-        chained = {
-            int(run[len(path) - 1])
-            for run in sources.chains
-            if len(path) <= 4 and run[: len(path) - 1].tolist() == path[1:]
-        }
-        assert {t for t, o in origins.items() if o & CHAIN} == chained
+        for kind, chained in chained_after(sources, path).items():
+            assert {t for t, o in origins.items() if o & kind} == chained
 
 
 @settings(deadline=None, max_examples=30)
@@ -97,7 +126,7 @@ def test_the_likeliest_nodes_are_those_of_all_paths(seed: int, first: int, count
         }
         every |= layer
     expected = sorted(every.values(), reverse=True)[:count]
-    room = room_for(2, chains)
+    room = room_for(sources)
     tokens, parents, depths, logps, _ = likeliest_nodes(sources, weights_of(3), first, count, deepest, ends, room)
     assert logps.tolist() == pytest.approx(expected)
     for node in range(len(tokens)):
@@ -136,17 +165,18 @@ def test_the_best_branches_have_the_highest_expected_length(seed: int, n: int, p
 
 
 def test_the_gradient_is_that_of_the_loss():
-    sources, room = sources_of(5), room_for(2, 0)
-    data = joined.outcomes_for(6, room)
-    prefixes, used = joined.features_along(sources, np.array([1, 2, 3, 0, 4, 6], dtype=np.int32), room, data)
-    data = joined.Outcomes(*(a[:size] for a, size in zip(data, (prefixes, prefixes, used, used, used), strict=True)))
+    sources = sources_of(5, chains=3)
+    room = room_for(sources)
+    data = outcomes.outcomes_for(6, room)
+    prefixes, used = outcomes.features_along(sources, np.array([1, 2, 3, 0, 4, 6], dtype=np.int32), room, data)
+    data = outcomes.Outcomes(*(a[:size] for a, size in zip(data, (prefixes, prefixes, used, used, used), strict=True)))
     gradient, _ = np.zeros(WEIGHTS), np.zeros(WEIGHTS)
     weights = weights_of(1)
-    loss = joined.loss_and_gradient(weights, data, gradient)
+    loss = outcomes.loss_and_gradient(weights, data, gradient)
     for place in range(WEIGHTS):
         moved = weights.copy()
         moved[place] += 1e-6
-        assert (joined.loss_and_gradient(moved, data, np.zeros(WEIGHTS)) - loss) / 1e-6 == pytest.approx(
+        assert (outcomes.loss_and_gradient(moved, data, np.zeros(WEIGHTS)) - loss) / 1e-6 == pytest.approx(
             gradient[place], abs=1e-4
         )
 
@@ -157,3 +187,14 @@ def test_a_text_without_repetition_and_an_empty_one_propose_nothing():
         _, origins, _ = after(sources, [5])
         assert not any(origin & LOOKUP for origin in origins.values())
         assert joined.first_match(sources.lookup, 5) == (ROOT, 0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_who_proposes_a_path_is_told_token_by_token(seed: int):
+    sources = sources_of(seed, chains=seed % 4)
+    path = np.random.default_rng(seed).integers(0, VOCABULARY, 6)
+    told = sources_along(sources, path.astype(np.int32), room_for(sources))
+    assert told[0] == HEADS
+    for depth in range(1, 6):
+        _, origins, _ = after(sources, path[:depth].tolist())
+        assert told[depth] == origins.get(int(path[depth]), 0)

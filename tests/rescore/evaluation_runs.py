@@ -33,7 +33,7 @@ class Peek(Rescorer):
 
 def add_peek(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes it a rescorer called peek."""
-    monkeypatch.setitem(rescorers.BUILT_IN, "peek", Peek)
+    monkeypatch.setitem(rescorers.RESCORERS.built_in, "peek", Peek)
 
 
 def maker(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path) -> Make:

@@ -158,7 +158,7 @@ class TestNumbers:
         assert result.latency is not None
         t = result.latency
         assert t.verify == "tree" and all(value > 0 for name, value in vars(t).items() if name != "verify")
-        spent = t.verify_ms + t.heads_ms + t.rescore_ms
+        spent = t.verify_ms + t.draft_ms + t.rescore_ms
         assert spent / (1 - t.glue_share) * result.steps == pytest.approx(1e3 * result.tokens / t.tokens_per_second)
         assert t.autoregressive_ms * t.autoregressive_tokens_per_second == pytest.approx(1e3)
         assert t.speedup == pytest.approx(t.tokens_per_second / t.autoregressive_tokens_per_second)

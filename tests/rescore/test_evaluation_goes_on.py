@@ -89,7 +89,7 @@ class TestInterruption:
                     ctrl_c()
                 return super().draft(lattices, contexts, p)
 
-        monkeypatch.setitem(rescorers.BUILT_IN, "slow", Slow)
+        monkeypatch.setitem(rescorers.RESCORERS.built_in, "slow", Slow)
         options = make(rescorers=("none", "slow"))
         cut = evaluated(options, out=tmp_path)
         assert cut.interrupted

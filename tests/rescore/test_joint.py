@@ -14,19 +14,22 @@ from test_ngram_rescorer import bigram_model, save
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.joined.candidates import WEIGHTS
-from lattices.lattice import Lattice
+from rescore.drafters import load_drafter
+from rescore.drafting import Drafting
 from rescore.rescorers import Rescorer, load_rescorer
 from rescore.rescorers.base import Context
-from rescore.rescorers.joint import WEIGHTS_FILE
 from rescore.runs.records import Identical
+from rescore.runs.run import Run
 from rescore.runs.tuning import fit_joint
 
 TEXT = [5, 6, 7, 8, 5, 6, 9, 9, 5, 6]
 
 
 def drafts_of(spec: str, p: int, first: int = 5, context: Context | None = None) -> list[list[int]]:
-    lattices = Lattice(np.full((1, 3, 1), first, dtype=np.int32), np.zeros((1, 3, 1), dtype=np.float32))
-    drafts = load_rescorer(spec).draft(lattices, [context or Context(TEXT)], p)
+    run = Run(spec)
+    drafting = Drafting(run.load(), run.load_drafters(run.load()), 1, p)
+    at = [context or Context(TEXT)]
+    drafts = drafting.choose(drafting.propose(at, np.array([first])), at)
     return [[token for token in draft if token >= 0] for draft in drafts[0].tolist()]
 
 
@@ -51,7 +54,7 @@ class TestLookup:
 
     @pytest.mark.parametrize("spec", ["lookup:tokens=0", "lookup:least=0", "lookup:least=3,most=2"])
     def test_sizes_that_make_no_sense(self, spec: str):
-        refused(lambda: load_rescorer(spec), "lookup: give tokens of 1 or more")
+        refused(lambda: load_drafter(spec), "lookup: give tokens of 1 or more")
 
 
 @pytest.fixture
@@ -106,7 +109,7 @@ def test_what_is_fitted_is_said_and_read_back(options: Options, tmp_path: Path):
     again = fit_joint(opened(options), tmp_path / "again", f"joint:ngram={ngram}", k=8, held_out=3)
     assert fit == again and (fit.examples, fit.groups) == (3, 3) and len(fit.weights) == WEIGHTS
     assert fit.log_loss is not None and fit.log_loss > 0 and sum(fit.counts) > fit.prefixes
-    written = json.loads((tmp_path / "weights" / WEIGHTS_FILE).read_text())
+    written = json.loads((tmp_path / "weights" / "heads+lookup.json").read_text())
     assert written["weights"] == fit.weights and written["log_loss"] == fit.log_loss
     one, other = (load_rescorer(f"joint:{tmp_path / name},ngram={ngram}") for name in ("weights", "again"))
     assert one.identity == other.identity
@@ -114,7 +117,7 @@ def test_what_is_fitted_is_said_and_read_back(options: Options, tmp_path: Path):
 
 class TestTrouble:
     def test_weights_that_are_broken_or_of_something_else(self, joint: str, tmp_path: Path):
-        path = tmp_path / "weights" / WEIGHTS_FILE
+        path = tmp_path / "weights" / "heads+lookup.json"
         whole: dict[str, Any] = json.loads(path.read_text())
         for change, message, kind in (
             ({"schema": "rescore.joint/0"}, "fit them again", InvalidDataError),

@@ -13,16 +13,18 @@ from lattices.errors import RescoreError, UnknownNameError
 from lattices.lattice import Lattice
 from lattices.search import p_best
 from lm.neural.model import SIZES
-from rescore import rescorers
-from rescore.rescorers import Context, Rescorer, Target, load_rescorer, parse_spec, rescorer_names
+from rescore import specs
+from rescore.rescorers import RESCORERS, Context, Rescorer, Target, load_rescorer
 from rescore.rescorers.base import check_drafts
 from rescore.rescorers.unrescored import Unrescored
 from rescore.runs.run import Run, runs_of
+from rescore.specs import parse_spec
 
 LATTICE = Lattice(
     np.array([[[5, 1], [2, 7], [3, 4]]], dtype=np.int32),
     np.log(np.array([[[0.6, 0.3], [0.5, 0.4], [0.7, 0.2]]], dtype=np.float32)),
 )
+FIRSTS = np.array([5])
 
 
 class Fixed(Rescorer):
@@ -59,9 +61,9 @@ def plug_in(monkeypatch: pytest.MonkeyPatch):
     """Makes other packages register what the test says."""
 
     def register(**values: str) -> None:
-        points = [EntryPoint(name, value, rescorers.ENTRY_POINTS) for name, value in values.items()]
+        points = [EntryPoint(name, value, RESCORERS.group) for name, value in values.items()]
         monkeypatch.setattr(
-            rescorers, "entry_points", lambda group, name=None: [p for p in points if name in (None, p.name)]
+            specs, "entry_points", lambda group, name=None: [p for p in points if name in (None, p.name)]
         )
 
     return register
@@ -136,15 +138,15 @@ def test_unknown_names_are_told_the_nearest(plug_in):
     plug_in(fixed=f"{__name__}:Fixed")
     with pytest.raises(UnknownNameError, match="unknown rescorer 'orakle'; did you mean oracle"):
         load_rescorer("orakle")
-    with pytest.raises(UnknownNameError, match="known: context-ngram, fixed, joint, learned-bigram, lookup"):
+    with pytest.raises(UnknownNameError, match="known: context-ngram, fixed, joint, learned-bigram, neural"):
         load_rescorer("zzz:4")
 
 
 def test_other_packages_register_rescorers(plug_in):
     plug_in(fixed=f"{__name__}:Fixed", none=f"{__name__}:Fixed")
-    assert rescorer_names() == [
-        "context-ngram", "fixed", "joint", "learned-bigram", "lookup", "neural", "neural-32m", "neural-61m",
-        "neural-94m", "ngram", "ngram-neural", "none", "oracle",
+    assert RESCORERS.names() == [
+        "context-ngram", "fixed", "joint", "learned-bigram", "neural", "neural-32m", "neural-61m", "neural-94m",
+        "ngram", "ngram-neural", "none", "oracle",
     ]  # fmt: skip
     assert load_rescorer("fixed:8,9").draft(LATTICE, [Context([])], 1).tolist() == [[[5, 8, 9]]]
     assert load_rescorer("fixed:times=3,rest=1,2").draft(LATTICE, [Context([])], 1).tolist() == [[[5, 3, 6]]]
@@ -169,7 +171,7 @@ def test_the_example_of_the_docs_is_one(plug_in, monkeypatch):
     monkeypatch.setitem(globals(), "Last", made["Last"])
     plug_in(last=f"{__name__}:Last")
     drafts = load_rescorer("last").draft(LATTICE, [Context([])], 1)
-    check_drafts(drafts, LATTICE, p=1)
+    check_drafts(drafts, FIRSTS, 1, 3)
     assert drafts.tolist() == [[[5, 2, 4]]]
     assert load_rescorer("last:head=2").draft(LATTICE, [Context([])], 1).tolist() == [[[5, 7, 3]]]
 
@@ -195,13 +197,13 @@ def test_another_packages_failure_is_one_line_that_names_it(plug_in):
 
 @pytest.mark.parametrize(
     "drafts",
-    [[[5, 2, 3]], [[[5, 2]]], [[[5, 2, 3]]] * 2, [[[5, 2, 3]] * 3], [[]], [[[4, 2, 3]]], [[[5, 2, 3], [2, 5, 3]]]],
-    ids=["no batch", "too short", "too many lattices", "more than p", "none", "other start", "second starts otherwise"],
+    [[[5, 2, 3]], [[[5, 2, 3, 4]]], [[[5, 2, 3]]] * 2, [[[5, 2, 3]] * 3], [[]], [[[4, 2, 3]]], [[[5, 2, 3], [2, 5, 3]]]],
+    ids=["no batch", "too long", "too many lattices", "more than p", "none", "other start", "second starts otherwise"],
 )
 def test_drafts_that_break_the_promise_are_caught(drafts):
-    check_drafts(np.array([[[5, 2, 3], [5, 9, 9]]]), LATTICE, p=2)
+    check_drafts(np.array([[[5, 2, 3], [5, 9, -1]]]), FIRSTS, 2, 3)
     with pytest.raises(AssertionError, match="a rescorer gave"):
-        check_drafts(np.array(drafts), LATTICE, p=2)
+        check_drafts(np.array(drafts), FIRSTS, 2, 3)
 
 
 def test_the_weight_of_a_spec_is_its_run_s():
@@ -222,7 +224,7 @@ def test_an_option_that_no_spec_leaves_open_is_refused(option):
 
 
 def test_every_named_size_is_a_rescorer():
-    assert {name for name in rescorer_names() if re.fullmatch(r"neural-\d+m", name)} == {*SIZES}
+    assert {name for name in RESCORERS.names() if re.fullmatch(r"neural-\d+m", name)} == {*SIZES}
 
 
 @pytest.mark.parametrize("label", ["none", "oracle"])

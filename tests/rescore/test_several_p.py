@@ -62,7 +62,7 @@ class TestSeveralP:
         assert [r.gain_ci95 for r in run(make(p=(1, 4), limit=1))] == [None] * 5
 
     def test_weights_are_looked_up_for_each_p(self, make: Make, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setitem(rescorers.BUILT_IN, "weighted", HalfRight)
+        monkeypatch.setitem(rescorers.RESCORERS.built_in, "weighted", HalfRight)
         chosen = make(rescorers=("none", "weighted"), p=(1, 4))
         before = evaluated(chosen)
         (line,) = before.notices
@@ -90,7 +90,7 @@ class TestSeveralP:
             swept(make(rescorers=("weighted:alpha=3",)))
 
     def test_a_weight_that_is_tuned_later_is_another_configuration(self, make: Make, tmp_path: Path, monkeypatch):
-        monkeypatch.setitem(rescorers.BUILT_IN, "weighted", HalfRight)
+        monkeypatch.setitem(rescorers.RESCORERS.built_in, "weighted", HalfRight)
         chosen = make(rescorers=("weighted",), p=4, alpha="tuned")
         swept(make(rescorers=("weighted",)), alphas=(1.0,), ks=(8,), ps=(4,))
         run(chosen, out=tmp_path)

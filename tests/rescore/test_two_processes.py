@@ -42,7 +42,7 @@ def work(name: str, folder: Path, options: Options, environment: dict[str, str],
         os.dup2(os.open(folder / f"{name}.{ending}", os.O_CREAT | os.O_WRONLY), number)
     os.environ.update(environment)
     tracing.PART_EXAMPLES = 1
-    rescorers.BUILT_IN["weighted"] = HalfWeight
+    rescorers.RESCORERS.built_in["weighted"] = HalfWeight
     out, kill, slow, add = asked.get("out"), asked.get("kill"), asked.get("slow", 0.0), ExampleLog.add
 
     def progress(what: str, done: int, total: int) -> None:

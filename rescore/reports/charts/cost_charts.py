@@ -40,13 +40,13 @@ def cost_sections(views: Sequence[TaskView], palette: Palette) -> list[Section]:
 def _time(views: Sequence[TaskView], palette: Palette) -> Section:
     """Time that a rescorer adds to a step against its gain; break-even: gain = added time / unrescored step."""
     section = Section("time", (
-        *DECODE, *columns(GAIN, "gain"), *columns(MILLISECONDS, "greedy ms", "verify ms", "heads ms"),
+        *DECODE, *columns(GAIN, "gain"), *columns(MILLISECONDS, "greedy ms", "verify ms", "draft ms"),
         *columns(fixed(2), "rescore ms", "median", "95th percentile"), *columns(TIMES, "speed-up", "predicted"),
     ))  # fmt: skip
     for view in views:
         timed = [(r, r.latency) for r in view.results if r.latency is not None]
         section.rows += [
-            [view.label, r.rescorer, r.p, r.gain, t.autoregressive_ms, t.verify_ms, t.heads_ms, t.rescore_ms,
+            [view.label, r.rescorer, r.p, r.gain, t.autoregressive_ms, t.verify_ms, t.draft_ms, t.rescore_ms,
              t.rescore_p50_ms, t.rescore_p95_ms, t.speedup, t.predicted_speedup]
             for r, t in timed
         ]  # fmt: skip
@@ -79,7 +79,7 @@ def _time(views: Sequence[TaskView], palette: Palette) -> Section:
 
 
 def _step_ms(latency: Latency) -> float:
-    return latency.verify_ms + latency.heads_ms + latency.rescore_ms
+    return latency.verify_ms + latency.draft_ms + latency.rescore_ms
 
 
 def _alpha(views: Sequence[TaskView], palette: Palette) -> Section:

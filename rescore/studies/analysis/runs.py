@@ -26,7 +26,7 @@ class Wallclock(Record):
 
     autoregressive_ms: float
     verify_ms: float
-    heads_ms: float
+    draft_ms: float
     rescore_ms: float
     rescore_p50_ms: float
     rescore_p95_ms: float

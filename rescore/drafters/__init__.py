@@ -1,0 +1,28 @@
+"""Drafters by their spec (`rescore.specs`): what proposes tokens, and what a rescorer then chooses among.
+
+Others register in the group `rescore.drafters`; see docs/drafters.md. `proposals` asks several drafters together.
+"""
+
+from __future__ import annotations
+
+from rescore.drafters.base import Drafter, LatticeDrafter, TextDrafter
+from rescore.specs import Registry
+
+__all__ = ["DRAFTERS", "HEADS", "Drafter", "LatticeDrafter", "TextDrafter", "load_drafter"]
+
+HEADS = "heads"
+DRAFTERS: Registry[Drafter] = Registry(
+    "drafter", "--drafter", Drafter, "rescore.drafters", __name__,
+    {
+        HEADS: "heads:Heads",
+        "lookup": "lookup:PromptLookup",
+        "corpus-lookup": "corpus_lookup:CorpusLookup",
+        "draft-model": "draft_model:DraftModel",
+        "trace": "traced:Traced",
+    },
+)  # fmt: skip
+
+
+def load_drafter(spec: str) -> Drafter:
+    """The drafter of a spec. Raises as `Registry.load`."""
+    return DRAFTERS.load(spec).named(spec)

@@ -1,0 +1,133 @@
+"""What a drafter is: it says what may come next at a position.
+
+Two kinds. A `LatticeDrafter` gives slots of tokens with log-probabilities, as block heads do; where a trace holds what
+it gave, that is read. A `TextDrafter` copies what once followed the last tokens, as prompt lookup does.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from lattices.joined.lookup import NONE
+from lattices.lattice import Lattice
+from rescore.rescorers.base import Context, Target
+
+SURE = 2  # tokens of a match from which on a copied draft goes before the others' (docs/drafters.md)
+
+
+class Drafter(ABC):
+    """What all drafters have.
+
+    name: its spec.
+    kind: where its candidates come from: a bit of `lattices.joined.candidates`.
+    identity: what it drafts with (hashes), so that results say what made them.
+    longest: tokens of a draft, the base's own first one included; None: those of the heads.
+    """
+
+    name: str = ""
+    kind: int
+    identity: str = ""
+    longest: int | None = None
+
+    def fit(self, target: Target) -> Self:
+        """The drafter for a base LM. Raises `IncompatibleError` if it was made for another tokenizer."""
+        return self
+
+    @property
+    def source(self) -> str:
+        """What weights that are fitted for it depend on: its name, and the model if it has one."""
+        return self.name.partition(":")[0]
+
+    def named(self, name: str) -> Self:
+        """The same under its spec."""
+        changed = copy.copy(self)
+        changed.name = name
+        return changed
+
+    def prefill(self, contexts: Sequence[Context]) -> None:  # noqa: B027 (most have nothing to read)
+        """Reads the prompts of new examples, before the first position comes; live decoding times that apart."""
+
+
+class LatticeDrafter(Drafter):
+    """A drafter whose proposals are slots of k tokens.
+
+    decodes: it can be asked live, not only read from a trace.
+    """
+
+    decodes: bool = True
+
+    def lattices(self, contexts: Sequence[Context], firsts: np.ndarray, k: int) -> Lattice:
+        """`[n, h, k]` for n positions; firsts int `[n]`: the token that the base has chosen, entry 0 of slot 1."""
+        given = [context.lattices.get(self.name) for context in contexts]
+        if None in given:
+            return self.computed(contexts, firsts, k)
+        each = [lattice(k) for lattice in given if lattice is not None]
+        return Lattice(np.stack([one.token_ids for one in each]), np.stack([one.logps for one in each]))
+
+    @abstractmethod
+    def computed(self, contexts: Sequence[Context], firsts: np.ndarray, k: int) -> Lattice:
+        """The same where it is not known from a trace."""
+
+    def record(self, prompt_ids: np.ndarray, output_ids: np.ndarray, k: int) -> tuple[Lattice, np.ndarray]:
+        """The same for every position of a known output, `[t, h, k]`, and the entropies of the slots `[t, h]`, nats."""
+        context = Context(prompt_ids.tolist())
+        each = []
+        for token in output_ids:
+            each.append(self.computed([context], np.array([token]), k))
+            context.output_ids.append(int(token))
+        lattice = Lattice(np.concatenate([e.token_ids for e in each]), np.concatenate([e.logps for e in each]))
+        # Of the k entries only: a lattice does not tell the rest.
+        mass = np.exp(lattice.logps.astype(np.float64))
+        return lattice, -(mass * lattice.logps).sum(axis=-1).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """What once followed, at one position.
+
+    token_ids int32 `[c, m]` from slot 2 on, `NONE` after their ends, the best first; logps float32 `[c, m]`.
+    match: how many of the last tokens stood before them.
+    """
+
+    token_ids: np.ndarray
+    logps: np.ndarray
+    match: int
+
+
+class TextDrafter(Drafter):
+    """A drafter that copies what once followed the last tokens.
+
+    in_context: it copies from prompt and output so far; a joined lattice then asks their suffix automaton itself, after
+    every path.
+    """
+
+    in_context: bool = False
+
+    @abstractmethod
+    def continuations(self, contexts: Sequence[Context], firsts: np.ndarray, count: int) -> list[Continuations]:
+        """At most `count` continuations for each of n positions, after the token that the base has chosen there."""
+
+
+def as_drafts(found: Continuations, first: int) -> np.ndarray:
+    """Continuations as drafts int32 `[c, 1 + m]`, one at least."""
+    drafts = np.full((max(1, len(found.token_ids)), 1 + found.token_ids.shape[1]), NONE, dtype=np.int32)
+    drafts[:, 0] = first
+    drafts[: len(found.token_ids), 1:] = found.token_ids
+    return drafts
+
+
+def stacked(drafts: Sequence[np.ndarray]) -> np.ndarray:
+    """Drafts `[p_i, l_i]` of n examples as one array `[n, p, l]`: `NONE` after the ends, the first draft again where an
+    example has fewer."""
+    p, length = max(len(each) for each in drafts), max(each.shape[1] for each in drafts)
+    whole = np.full((len(drafts), p, length), NONE, dtype=np.int32)
+    for rows, each in zip(whole, drafts, strict=True):
+        rows[:, : each.shape[1]] = each[0]
+        rows[: len(each), : each.shape[1]] = each
+    return whole

@@ -1,0 +1,99 @@
+"""What several drafters propose at the same positions, as one joined lattice (`lattices.joined`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lattices.joined.candidates import Chains, Sources
+from lattices.joined.lookup import NONE, Lookup
+from lattices.lattice import Lattice
+from lattices.ngram_search import NgramSearch
+from rescore.drafters.base import Continuations, Drafter, LatticeDrafter, TextDrafter
+from rescore.drafters.heads import Heads
+from rescore.drafters.lookup import lookup_of
+from rescore.rescorers.base import Context
+
+FROM_CORPUS = 4  # continuations of a corpus, in a joined lattice
+NOTHING = Lookup().tables
+NO_NGRAM = (np.zeros(0, dtype=np.int64), np.zeros((0, 0), dtype=np.int32), np.zeros(0, dtype=np.int32))
+NO_CHAINS = Chains(
+    np.zeros((0, 1, 1), dtype=np.int32), np.zeros((0, 1, 1), dtype=np.float32), np.zeros(0, dtype=np.int32)
+)
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """What drafters propose at n positions.
+
+    firsts int32 `[n]`: the tokens that the base has chosen already, slot 1 of all of them.
+    lattices: `[n, h, k]` by drafter; continuations: n by drafter (not of drafters that copy from the context itself).
+    in_context: whether one does; longest: tokens of what is proposed, at most.
+    """
+
+    firsts: np.ndarray
+    lattices: dict[Drafter, Lattice]
+    continuations: dict[Drafter, list[Continuations]]
+    in_context: bool
+    longest: int
+
+    @classmethod
+    def of(cls, drafters: Sequence[Drafter], contexts: Sequence[Context], firsts: np.ndarray, k: int) -> Proposals:
+        """Asks the drafters, for the k likeliest tokens of a slot."""
+        lattices: dict[Drafter, Lattice] = {
+            d: d.lattices(contexts, firsts, k) for d in drafters if isinstance(d, LatticeDrafter)
+        }
+        return cls(
+            firsts.astype(np.int32),
+            lattices,
+            {
+                d: d.continuations(contexts, firsts, FROM_CORPUS)
+                for d in drafters
+                if isinstance(d, TextDrafter) and not d.in_context
+            },
+            any(isinstance(d, TextDrafter) and d.in_context for d in drafters),
+            max([lattice.h for lattice in lattices.values()] + [d.longest or 1 for d in drafters]),
+        )
+
+    def sources(self, row: int, context: Context, search: NgramSearch | None = None) -> Sources:
+        """The joined lattice of one position; `search`: an n-gram model that goes with it."""
+        heads = next((lattice[row] for d, lattice in self.lattices.items() if isinstance(d, Heads)), None)
+        if heads is None:
+            heads = Lattice(self.firsts[row].reshape(1, 1), np.zeros((1, 1), dtype=np.float32))
+        cells, roots, words = NO_NGRAM
+        state = 0
+        if search:
+            cells, roots, words = search.automaton.cells, search.automaton.roots, search.words
+            state = search.state_after(context.last(search.automaton.order - 1))
+        lookup = lookup_of(context).tables if self.in_context else NOTHING
+        return Sources(
+            np.ascontiguousarray(heads.token_ids), np.ascontiguousarray(heads.logps), lookup, cells, roots, words,
+            state, self._chains(row),
+        )  # fmt: skip
+
+    def _chains(self, row: int) -> Chains:
+        chained = [
+            (lattice.token_ids[row, 1:], lattice.logps[row, 1:], drafter.kind)
+            for drafter, lattice in self.lattices.items()
+            if not isinstance(drafter, Heads) and lattice.h > 1
+        ]
+        for drafter, each in self.continuations.items():
+            found = each[row]
+            chained += [
+                (ids[:, None], logps[:, None], drafter.kind)
+                for ids, logps in zip(found.token_ids, found.logps, strict=True)
+            ]
+        if not chained:
+            return NO_CHAINS
+        m, q = (max(ids.shape[axis] for ids, _, _ in chained) for axis in (0, 1))
+        chains = Chains(
+            np.full((len(chained), m, q), NONE, dtype=np.int32),
+            np.zeros((len(chained), m, q), dtype=np.float32),
+            np.array([kind for _, _, kind in chained], dtype=np.int32),
+        )
+        for place, (ids, logps, _) in enumerate(chained):
+            chains.token_ids[place, : ids.shape[0], : ids.shape[1]] = ids
+            chains.logps[place, : ids.shape[0], : ids.shape[1]] = logps
+        return chains

@@ -1,0 +1,63 @@
+"""`trace:FOLDER`: what another drafter proposed, as a trace of the same outputs holds it (`rescore.tracing`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lattices.errors import IncompatibleError, RescoreError
+from lattices.joined.candidates import TRACED
+from lattices.lattice import Lattice
+from lattices.paths import user_path
+from lm.files import sha256_of_file
+from rescore.drafters.base import LatticeDrafter
+from rescore.rescorers.base import Context
+from rescore.tracing import HEADER_FILE, Trace, read_header, read_trace
+
+
+class Traced(LatticeDrafter):
+    """See `rescore.drafters.base.LatticeDrafter`.
+
+    path: the folder of the trace, of the very outputs that are replayed.
+    """
+
+    kind = TRACED
+    decodes = False
+
+    def __init__(self, path: str = "") -> None:
+        if not path:
+            raise RescoreError("the drafter trace needs a folder; write trace:FOLDER")
+        self.path = user_path(path, "trace:")
+        header = read_header(self.path)
+        self.longest = header.h
+        self.identity = f"trace {sha256_of_file(self.path / HEADER_FILE)}"
+
+    @property
+    def source(self) -> str:
+        """See `Drafter.source`."""
+        return f"trace {Path(self.path).name}"
+
+    def computed(self, contexts: Sequence[Context], firsts: np.ndarray, k: int) -> Lattice:
+        """See `LatticeDrafter.computed`."""
+        raise RescoreError(f"--drafter trace:{self.path} is a trace, which can be replayed only; drop --mode live")
+
+    def lattices_of(self, trace: Trace) -> dict[str, Lattice]:
+        """Its lattices `[t, h, K]` for the examples of the trace that is replayed.
+
+        Raises `IncompatibleError` if it lacks one of them, or has another output for it.
+        """
+        theirs = {example.id: example for example in read_trace(self.path).examples}
+        for example in trace.examples:
+            own = theirs.get(example.id)
+            if own is None:
+                raise IncompatibleError(
+                    f"the drafter's trace {self.path} lacks the example {example.id!r} of the trace that is replayed"
+                )
+            if not np.array_equal(own.output_ids, example.output_ids):
+                raise IncompatibleError(
+                    f"the drafter's trace {self.path} has another output for the example {example.id!r} than the trace "
+                    "that is replayed; both must be of the same base LM, prompts and limits"
+                )
+        return {example.id: theirs[example.id].lattice for example in trace.examples}

@@ -1,0 +1,110 @@
+"""The weights of `joint` on disk: one JSON file for each set of drafters that weights were fitted for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+
+from lattices.errors import IncompatibleError, RescoreError
+from lattices.joined import candidates as features
+from lattices.joined.candidates import CLASSES, KINDS, SLOTS, WEIGHTS
+from lm.files import SHIPPED, write_json
+from lm.records import Count, Number, plain, read_record
+from rescore.rescorers.base import Target
+from rescore.rescorers.ngram import Ngram
+
+SCHEMA = "rescore.joint/2"
+ADVICE = "fit them again: rescore tune --rescorer joint --out DIR"
+# What can be left out when weights are fitted, to see what it brings: places of the weights.
+FEATURES = {
+    "heads": range(features.HEAD, features.TEXT),
+    "text": range(features.TEXT, features.RECENT),
+    "recency": range(features.RECENT, features.ALONE),
+    "alone": range(features.ALONE, features.ALONE + CLASSES),
+    "ngram": range(features.NGRAM, features.NGRAM + 2),
+    "agreement": range(features.AGREE, features.AGREE + 2),
+    "chains": range(features.CHAINED, features.CHAIN_LACKS + 2 * KINDS),
+    "none-of-them": range(features.OTHER_SLOT, WEIGHTS),
+    "slots": range(features.OTHER_SLOT, features.OTHER_SLOT + SLOTS + 1),
+    "matches": range(features.OTHER_MATCH, features.OTHER_MATCH + CLASSES),
+}
+
+
+class JointFit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Fitted weights, and how well their probabilities hold.
+
+    drafters: what they are for (`Drafter.source`); ngram: hash of the n-gram model; k: lattice entries of a slot.
+    weights: as `lattices.joined.candidates` has them; without: features that were left out.
+    examples, groups, prefixes: what they were fitted on.
+    log_loss: nats a prefix, of weights that were fitted on the other half of the groups; likewise the rest
+        (None: there is one group only).
+    calibration_error: expected calibration error of the candidates' probabilities (Guo et al. 2017).
+    counts, confidences, accuracies: by bin of the reliability diagram (None where a bin is empty).
+    """
+
+    drafters: list[str]
+    ngram: str
+    k: Count
+    weights: Annotated[list[Number], msgspec.Meta(min_length=WEIGHTS, max_length=WEIGHTS)]
+    without: list[str] = []
+    examples: Count
+    groups: Count
+    prefixes: Count
+    log_loss: Number | None
+    calibration_error: Number | None
+    counts: list[Count]
+    confidences: list[Number | None]
+    accuracies: list[Number | None]
+    schema: str = SCHEMA
+
+
+def write_weights(folder: Path, fit: JointFit) -> Path:
+    """Writes fitted weights beside those for other drafters. Raises `OutputError`."""
+    path = folder / f"{'+'.join(source.split()[0] for source in fit.drafters)}.json"
+    write_json(path, plain(fit))
+    return path
+
+
+def read_fits(folder: Path) -> dict[Path, JointFit]:
+    """All fits in a folder. Raises `RescoreError` if there are none, `InvalidDataError` for a broken file."""
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise RescoreError(f"no weights of joint in {folder}; {ADVICE}")
+    return {path: read_record(path, JointFit, missing=f"no {path}", advice=ADVICE, schema=SCHEMA) for path in paths}
+
+
+def read_weights(folder: Path, sources: Sequence[str], ngram: Ngram) -> np.ndarray:
+    """The weights for these drafters, float64 `[WEIGHTS]`.
+
+    Raises `RescoreError` if there are none, `InvalidDataError` for a broken file, `IncompatibleError` for weights for
+    other drafters or of another n-gram model.
+    """
+    fits = read_fits(folder)
+    for path, fit in fits.items():
+        if sorted(fit.drafters) == sorted(sources):
+            if fit.ngram != ngram.model.sha256:
+                raise IncompatibleError(
+                    f"{path} was fitted with another n-gram model than {ngram.path}; fit the weights again"
+                )
+            return np.array(fit.weights, dtype=np.float64)
+    fitted = " or ".join("+".join(fit.drafters) for fit in fits.values())
+    raise IncompatibleError(
+        f"the weights of joint in {folder} were fitted for the drafters {fitted}, not for {'+'.join(sources)}; "
+        "fit some: rescore tune --rescorer joint --drafter ... --out DIR"
+    )
+
+
+def shipped_weights(target: Target) -> Path:
+    """The folder of the weights for a base. Raises `RescoreError` if none are shipped."""
+    name = target.base.name if target.base else ""
+    folder = SHIPPED / name / "joint"
+    if not name or not folder.is_dir():
+        raise RescoreError(
+            f"no weights of joint are shipped for {name or 'a base that the trace does not name'}; fit some: "
+            "rescore tune --rescorer joint --out DIR, then --rescorer joint:DIR"
+        )
+    return folder

@@ -50,7 +50,7 @@ class Joint(Rescorer):
         self.ngram = Ngram(ngram)
         self.path = user_path(path, "joint:") if path else None
         if self.path:
-            read_fits(self.path)  # what is broken is refused before any work
+            read_fits(self.path, self.ngram)  # what is broken is refused before any work
         self.identity = f"joint {self.ngram.identity} {tokens} {nodes}"
         self._weights: np.ndarray | None = None
         self._search: NgramSearch | None = None

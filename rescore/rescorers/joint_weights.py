@@ -69,29 +69,31 @@ def write_weights(folder: Path, fit: JointFit) -> Path:
     return path
 
 
-def read_fits(folder: Path) -> dict[Path, JointFit]:
-    """All fits in a folder. Raises `RescoreError` if there are none, `InvalidDataError` for a broken file."""
+def read_fits(folder: Path, ngram: Ngram) -> list[JointFit]:
+    """All fits with an n-gram model in a folder.
+
+    Raises `RescoreError` if there are none, `InvalidDataError` for a broken file, `IncompatibleError` if all are of
+    other n-gram models.
+    """
     paths = sorted(folder.glob("*.json"))
     if not paths:
         raise RescoreError(f"no weights of joint in {folder}; {ADVICE}")
-    return {path: read_record(path, JointFit, missing=f"no {path}", advice=ADVICE, schema=SCHEMA) for path in paths}
+    fits = [read_record(path, JointFit, missing=f"no {path}", advice=ADVICE, schema=SCHEMA) for path in paths]
+    if not (with_it := [fit for fit in fits if fit.ngram == ngram.model.sha256]):
+        raise IncompatibleError(f"{paths[0]} was fitted with another n-gram model than {ngram.path}; {ADVICE}")
+    return with_it
 
 
 def read_weights(folder: Path, sources: Sequence[str], ngram: Ngram) -> np.ndarray:
     """The weights for these drafters, float64 `[WEIGHTS]`.
 
-    Raises `RescoreError` if there are none, `InvalidDataError` for a broken file, `IncompatibleError` for weights for
-    other drafters or of another n-gram model.
+    Raises as `read_fits`, and `IncompatibleError` for weights for other drafters.
     """
-    fits = read_fits(folder)
-    for path, fit in fits.items():
+    fits = read_fits(folder, ngram)
+    for fit in fits:
         if sorted(fit.drafters) == sorted(sources):
-            if fit.ngram != ngram.model.sha256:
-                raise IncompatibleError(
-                    f"{path} was fitted with another n-gram model than {ngram.path}; fit the weights again"
-                )
             return np.array(fit.weights, dtype=np.float64)
-    fitted = " or ".join("+".join(fit.drafters) for fit in fits.values())
+    fitted = " or ".join("+".join(fit.drafters) for fit in fits)
     raise IncompatibleError(
         f"the weights of joint in {folder} were fitted for the drafters {fitted}, not for {'+'.join(sources)}; "
         "fit some: rescore tune --rescorer joint --drafter ... --out DIR"

@@ -121,8 +121,8 @@ class TestTrouble:
         whole: dict[str, Any] = json.loads(path.read_text())
         for change, message, kind in (
             ({"schema": "rescore.joint/0"}, "fit them again", InvalidDataError),
-            ({"weights": ["a"]}, "must be a list of numbers", InvalidDataError),
-            ({"weights": [1.0]}, "1 weights where", IncompatibleError),
+            ({"weights": ["a"] * WEIGHTS}, "`weights[0]`", InvalidDataError),
+            ({"weights": [1.0]}, "at `weights`; fit them again", InvalidDataError),
             ({"ngram": "0"}, "was fitted with another n-gram model", IncompatibleError),
         ):
             path.write_text(json.dumps(whole | change))

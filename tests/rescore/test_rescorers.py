@@ -197,7 +197,15 @@ def test_another_packages_failure_is_one_line_that_names_it(plug_in):
 
 @pytest.mark.parametrize(
     "drafts",
-    [[[5, 2, 3]], [[[5, 2, 3, 4]]], [[[5, 2, 3]]] * 2, [[[5, 2, 3]] * 3], [[]], [[[4, 2, 3]]], [[[5, 2, 3], [2, 5, 3]]]],
+    [
+        [[5, 2, 3]],
+        [[[5, 2, 3, 4]]],
+        [[[5, 2, 3]]] * 2,
+        [[[5, 2, 3]] * 3],
+        [[]],
+        [[[4, 2, 3]]],
+        [[[5, 2, 3], [2, 5, 3]]],
+    ],
     ids=["no batch", "too long", "too many lattices", "more than p", "none", "other start", "second starts otherwise"],
 )
 def test_drafts_that_break_the_promise_are_caught(drafts):

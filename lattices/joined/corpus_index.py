@@ -206,9 +206,7 @@ def _is_followed(token_ids: np.ndarray, place: int, string: np.ndarray) -> bool:
 
 
 @njit(cache=True, nogil=True)
-def find(
-    token_ids: np.ndarray, suffixes: np.ndarray, last: np.ndarray, least: int, most: int
-) -> tuple[int, int, int]:
+def find(token_ids: np.ndarray, suffixes: np.ndarray, last: np.ndarray, least: int, most: int) -> tuple[int, int, int]:
     """The longest suffix of the tokens `last`, of `least` to `most`, that something follows in the corpus: its length,
     and from where to where its occurrences that something follows stand in the suffix array; (0, 0, 0) without any."""
     n, longest = len(last), 0

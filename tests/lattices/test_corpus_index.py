@@ -84,7 +84,8 @@ def test_the_longest_match_that_something_follows(documents, last, least, more):
 @given(DOCUMENTS, LAST, st.integers(1, 5), st.integers(1, 6), st.integers(1, 2))
 def test_the_branches_with_the_highest_expected_length(documents, last, count, length, least):
     tokens, logps, matched = corpus(*documents).continuations(last, count=count, length=length, least=least)
-    assert (tokens.dtype, logps.dtype) == (np.int32, np.float32) and logps.shape == tokens.shape == (len(tokens), length)
+    assert (tokens.dtype, logps.dtype) == (np.int32, np.float32)
+    assert logps.shape == tokens.shape == (len(tokens), length)
     assert matched == longest_match(documents, last, least, 16)
     if not matched:
         assert not len(tokens)
@@ -163,7 +164,10 @@ def test_documents_are_counted():
     assert (len(index), index.documents) == (3, 2)
 
 
-@pytest.mark.parametrize("wrong", [{"count": 0}, {"length": 0}, {"least": 0}, {"least": 3, "most": 2}, {"occurrences": 0}])
+WRONG = [{"count": 0}, {"length": 0}, {"least": 0}, {"least": 3, "most": 2}, {"occurrences": 0}]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_numbers_that_make_no_sense(wrong):
     refused(lambda: corpus([1, 2]).continuations([1], **{"count": 1, "length": 1, **wrong}), "must be at least")
 

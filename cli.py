@@ -45,7 +45,8 @@ Body = TypeVar("Body", bound=Callable[..., None])
 Details = Annotated[bool, "Also quality, acceptance by position, and in live mode the times."]
 Corpora = Annotated[
     Sequence[str],
-    f"One or more of: {TEXTS}; own:PROMPTS for the base LM's own output for a file of prompts, generated, and kept.",
+    f"One or more of: {TEXTS}; own:PROMPTS for the base LM's own output for a file of prompts, generated once and "
+    "kept.",
     "CORPUS",
 ]
 Writer = Annotated[str | None, "Base LM that writes the output for own:PROMPTS. Default: --tokenizer."]

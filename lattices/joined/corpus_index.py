@@ -116,7 +116,7 @@ def build_suffix_array(token_ids: np.ndarray) -> np.ndarray:
     """The places of all tokens of a corpus in the order of what stands from there to the end of the document, int32.
 
     token_ids: int32 `[t]`, `END` after each document (`join_documents`). What ends comes before what goes on; of equals
-    the earlier place comes first. O(t log m) for repetitions of at most m tokens, in 16 bytes a token beside the corpus.
+    the earlier place comes first. O(t log m) for repetitions of at most m tokens; 16 bytes a token beside the corpus.
     Raises `InvalidDataError` for an array that is no corpus, an empty one, and one of more than 2^31 places.
     """
     token_ids = np.ascontiguousarray(token_ids, dtype=np.int32)

@@ -124,10 +124,10 @@ def main() -> None:
 
         with tempfile.TemporaryDirectory() as folder:
             out, reading = Path(folder) / "index", LookupOptions(tokenizer=options.tokenizer, field=options.field)
-            whole_s = round(seconds_of(lambda: build_lookup(options.corpus, out, reading)), 2)
+            built_s = round(seconds_of(lambda: build_lookup(options.corpus, out, reading)), 2)
             size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
             name = Path(options.corpus[0]).name if len(options.corpus) == 1 else f"{len(options.corpus)} corpora"
-            corpora.append((name, np.array(open_lookup(out).corpus.token_ids), whole_s, size))
+            corpora.append((name, np.array(open_lookup(out).corpus.token_ids), built_s, size))
     asked = f"a question for {options.count} x {options.length} tokens"
     print(f"{'':<22}{'':>10}{'':>8}{'build s':>9}{'':>9}{'':>7}{asked:>44}{'text so far':>20}")
     print(

@@ -22,7 +22,7 @@ from lattices.errors import IncompatibleError, InvalidDataError, OutputError, Re
 from lattices.joined.corpus_index import CorpusIndex, build_suffix_array
 from lattices.paths import user_path
 from lm.base.own_output import OwnOutput, own_output
-from lm.files import atomic_folder, changed_settings, sha256_of_file, write_json
+from lm.files import atomic_folder, changed_settings, sha256_of_file, write_array, write_json
 from lm.keys import key_of, remembered_sha256
 from lm.locks import warn, writing_to
 from lm.ngram.build import folder_beside
@@ -147,9 +147,8 @@ def build_lookup(
             progress("sorting", 0, 1)
             suffixes = build_suffix_array(token_ids)
             progress("sorting", 1, 1)
-            np.save(temporary / TOKENS_FILE, token_ids)
-            np.save(temporary / SUFFIXES_FILE, suffixes)
-            files = {name: _array_file(temporary / name) for name in (TOKENS_FILE, SUFFIXES_FILE)}
+            arrays = {TOKENS_FILE: token_ids, SUFFIXES_FILE: suffixes}
+            files = {name: _save(temporary / name, array) for name, array in arrays.items()}
             record = LookupRecord(
                 schema=SCHEMA, version=importlib.metadata.version("rescore"), tokenizer=options.tokenizer,
                 tokenizer_sha256=tokenizer_hash, vocab_size=max(tokenizer.get_vocab().values()) + 1,
@@ -177,7 +176,10 @@ def check_place(out: Path) -> None:
         raise OutputError(f"{out} holds files that are no lookup index, which would be lost; choose another --out")
 
 
-def _array_file(path: Path) -> ArrayFile:
+def _save(path: Path, array: np.ndarray) -> ArrayFile:
+    with path.open("wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
+        write_array(stream, array)
     return ArrayFile(path.stat().st_size, sha256_of_file(path))
 
 

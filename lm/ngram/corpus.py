@@ -33,7 +33,7 @@ from lattices.ngrams import SENTENCE_END, SPECIAL_WORDS
 from lattices.paths import user_path
 from lm.base.corpus import CORPUS_FILE, SETTINGS_FILE, corpus_lines, read_settings
 from lm.base.own_output import OWN_PREFIX
-from lm.files import writing
+from lm.files import write_array, writing
 from lm.keys import remembered_sha256
 from lm.ngram.counting import BREAK, Progress, no_progress
 from lm.text_files import blocks, identify, may_hold_text, rows
@@ -157,7 +157,7 @@ def encode_corpora(
     with writing(path), path.open("wb") as out:
         for source in sources:
             for ids in numbering.parts(source):
-                ids.tofile(out)
+                write_array(out, ids)
                 ends = int(np.count_nonzero((ids == SENTENCE_END) | (ids == BREAK)))
                 documents += ends
                 tokens += len(ids) - ends
@@ -195,7 +195,7 @@ def encode_tokens(
                 ids = np.array([*[END] * len(SPECIAL_WORDS), *numbering.token_ids], np.int32)[np.maximum(words, 0)]
                 if source.kind == "own":
                     ids = np.insert(ids, np.flatnonzero(words == SENTENCE_END), numbering.end_of_text)
-                ids.tofile(out)
+                write_array(out, ids)
                 ends = int(np.count_nonzero(ids == END))
                 documents += ends
                 tokens += len(ids) - ends

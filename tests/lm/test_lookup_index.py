@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import byte_tokenizer, refused, save_tiny_base, write_lines
+from conftest import byte_tokenizer, files_of_at_most, refused, save_tiny_base, write_lines
+from filelock import FileLock
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError
 from lattices.joined.corpus_index import END, join_documents
@@ -17,6 +18,7 @@ from lm.base.catalog import identify
 from lm.base.corpus import CORPUS_FILE, SETTINGS_FILE
 from lm.base.identity import tokenizer_sha256
 from lm.files import sha256_of_file
+from lm.locks import LOCK_FILE
 from lm.lookup_index import LookupOptions, build_lookup, default_folder, open_lookup
 
 FABLE = Path(__file__).parent / "reference" / "fable.txt"
@@ -166,6 +168,23 @@ def test_a_failed_build_keeps_the_index_before(index: Path, tiny_folder: Path, m
         build(index, FABLE, tiny_folder)
     assert open_lookup(index).identity == identity
     assert sorted(path.name for path in index.parent.iterdir()) == ["corpus.txt", "index"]
+
+
+def test_a_second_writer(tiny_folder: Path, tmp_path: Path) -> None:
+    with FileLock(tmp_path / f".index{LOCK_FILE}"):
+        refused(
+            lambda: build(tmp_path / "index", FABLE, tiny_folder), OutputError, "another rescore process is writing"
+        )
+
+
+def test_a_full_disk(index: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """What numpy would say nothing of: the last bytes of a file are missing."""
+    identity = open_lookup(index).identity
+    sizes = sorted(file.stat().st_size for file in build(tmp_path / "whole", FABLE, tiny_folder).glob("*.npy"))
+    for size in (sizes[0] - 1, sizes[1] - 1):
+        with files_of_at_most(size):
+            refused(lambda: build(index, FABLE, tiny_folder), OutputError, f"can't write {index}")
+        assert open_lookup(index).identity == identity
 
 
 def test_a_corpus_replaced_meanwhile(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

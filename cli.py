@@ -43,6 +43,13 @@ OWN = Source("lm.base.own_output:OwnOutput", but=("batch_size", "temperature", "
 
 Body = TypeVar("Body", bound=Callable[..., None])
 Details = Annotated[bool, "Also quality, acceptance by position, and in live mode the times."]
+Corpora = Annotated[
+    Sequence[str],
+    f"One or more of: {TEXTS}; own:PROMPTS for the base LM's own output for a file of prompts, generated once and "
+    "kept.",
+    "CORPUS",
+]
+Writer = Annotated[str | None, "Base LM that writes the output for own:PROMPTS. Default: --tokenizer."]
 Json = Annotated[bool, "Print one JSON document and no table.", "--json"]
 
 
@@ -378,12 +385,7 @@ def report_command(asked: Any, as_json: Json = False) -> None:
 
 @command("build-ngram", NGRAMS, options=Source("lm.ngram.build:NgramOptions"), own=OWN)
 def build_ngram_command(
-    corpus: Annotated[
-        Sequence[str],
-        f"One or more of: {TEXTS}; own:PROMPTS for the base LM's own output for a file of prompts, generated once and "
-        "kept.",
-        "CORPUS",
-    ],
+    corpus: Corpora,
     options: "NgramOptions",
     own: Any,
     out: Annotated[Path | None, "Folder; resumable. Default: beside the corpus, NAME-4gram for NAME.txt."] = None,
@@ -392,7 +394,7 @@ def build_ngram_command(
         "Base LM whose token ids the words are, or words: split at white space. Default: --base, else smollm2-135m.",
     ] = None,
     discount_fallback: Annotated[bool, "Use discounts 0.5, 1, 1.5 where the corpus gives none."] = False,
-    base: Annotated[str | None, "Base LM that writes the output for own:PROMPTS. Default: --tokenizer."] = None,
+    base: Writer = None,
     as_json: Json = False,
 ) -> None:
     """Estimate an n-gram model from text: ARPA file, compiled automaton and manifest in one folder."""
@@ -410,6 +412,31 @@ def build_ngram_command(
     _result(summary, built_ngram_table, as_json)
     if not as_json:
         print(f"next: {summary.use(tokenizer)}")
+
+
+@command("build-lookup", NGRAMS, options=Source("lm.lookup_index:LookupOptions"), own=OWN)
+def build_lookup_command(
+    corpus: Corpora,
+    options: Any,
+    own: Any,
+    out: Annotated[Path | None, "Folder. Default: beside the corpus, NAME-lookup for NAME.txt."] = None,
+    tokenizer: Annotated[str | None, "Base LM whose token ids are indexed. Default: --base, else smollm2-135m."] = None,
+    base: Writer = None,
+    as_json: Json = False,
+) -> None:
+    """Index a corpus, so that continuations of the last tokens are looked up in it: a static suffix array."""
+    from lm.lookup_index import build_lookup, default_folder
+    from rescore.studies.tables import built_lookup_table
+
+    folder = default_folder(corpus) if out is None else out
+    tokenizer = tokenizer or base or DEFAULT_BASE
+    own = replace(own, base=base or tokenizer)
+    with progress_bar() as progress:
+        options = replace(options, tokenizer=tokenizer)
+        summary = build_lookup(corpus, folder, options, own=own, replace=out is not None, progress=progress)
+    _result(summary, built_lookup_table, as_json)
+    if not as_json:
+        print(f"next: {summary.use()}")
 
 
 @command("mix-ngram", NGRAMS, tuning=Source("rescore.studies.ngram_mixing:tune_mixture"))

@@ -141,6 +141,12 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}-{secrets.token_hex(4)}")
 
 
+def write_array(stream: IO[bytes], array: Any) -> None:
+    """Writes an array's raw bytes, row by row. numpy's `tofile` (and `save`, which calls it) reports no error where a
+    disk fills up within the last 4 KiB: a file cut short passes for a whole one."""
+    stream.write(array.data if array.flags.c_contiguous else array.tobytes())
+
+
 def write_json(path: Path, document: Any) -> None:
     """Writes a JSON document atomically, indented, with a final newline. Raises `OutputError`."""
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", errors=ODD) as stream:

@@ -209,24 +209,28 @@ def write_model(model: NgramModel, out: Path, manifest: dict[str, Any], *, progr
 
 
 def default_folder(corpora: Sequence[Path | str], order: int) -> Path:
-    """Where a model goes if the user does not say: `NAME-4gram` beside a corpus NAME.txt, NAME.jsonl.gz ... or a
-    folder NAME.
+    """Where a model goes if the user does not say: `NAME-4gram` beside a corpus. Raises as `folder_beside`."""
+    return folder_beside(corpora, f"-{order}gram")
+
+
+def folder_beside(corpora: Sequence[Path | str], ending: str, *, what: str = "model") -> Path:
+    """The folder NAME and `ending` beside a corpus NAME.txt, NAME.jsonl.gz ... or a folder NAME.
 
     Raises `RescoreError` for a corpus that is no file or folder here and for several, `OutputError` where nothing can
     be written beside it; each asks for --out.
     """
     if len(corpora) != 1:
-        raise RescoreError("several corpora have no place of their own; give the model a folder: --out DIR")
+        raise RescoreError(f"several corpora have no place of their own; give the {what} a folder: --out DIR")
     corpus = corpora[0]
     if isinstance(corpus, str) and corpus.startswith((HUB_PREFIX, OWN_PREFIX)):
-        raise RescoreError(f"{corpus} has no place of its own; give the model a folder: --out DIR")
+        raise RescoreError(f"{corpus} has no place of its own; give the {what} a folder: --out DIR")
     path = user_path(corpus, "the corpus")
     if not path.exists():
         raise RescoreError(f"can't read {path}: No such file or directory; check its name, or give another")
     path = path.absolute() if path.name not in ("", "..") else path.resolve()  # "." and ".." have no name
     if not is_writable(path.parent):
-        raise OutputError(f"can't write beside {corpus}; give the model a folder elsewhere: --out DIR")
-    folder = path.with_name(f"{path.name if path.is_dir() else name_without_endings(path)}-{order}gram")
+        raise OutputError(f"can't write beside {corpus}; give the {what} a folder elsewhere: --out DIR")
+    folder = path.with_name(f"{path.name if path.is_dir() else name_without_endings(path)}{ending}")
     here = Path.cwd()
     return folder.relative_to(here) if not Path(corpus).is_absolute() and folder.is_relative_to(here) else folder
 

@@ -1,4 +1,4 @@
-"""Corpora for n-gram models: files, folders, own output and hub data sets -> one stream of word ids on disk.
+"""Corpora for n-gram models and lookup: files, folders, own output, hub data sets -> one stream of ids on disk.
 
 Knows nothing about counting. A document becomes its words and one `</s>` (id 2); the counting puts `<s>` in front.
 Words are numbered from 3 in the order in which they first appear; 0, 1, 2 are `<unk>`, `<s>`, `</s>`.
@@ -28,11 +28,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, unreadable
+from lattices.joined.corpus_index import END
 from lattices.ngrams import SENTENCE_END, SPECIAL_WORDS
 from lattices.paths import user_path
 from lm.base.corpus import CORPUS_FILE, SETTINGS_FILE, corpus_lines, read_settings
 from lm.base.own_output import OWN_PREFIX
-from lm.files import writing
+from lm.files import write_array, writing
 from lm.keys import remembered_sha256
 from lm.ngram.counting import BREAK, Progress, no_progress
 from lm.text_files import blocks, identify, may_hold_text, rows
@@ -156,7 +157,7 @@ def encode_corpora(
     with writing(path), path.open("wb") as out:
         for source in sources:
             for ids in numbering.parts(source):
-                ids.tofile(out)
+                write_array(out, ids)
                 ends = int(np.count_nonzero((ids == SENTENCE_END) | (ids == BREAK)))
                 documents += ends
                 tokens += len(ids) - ends
@@ -166,6 +167,44 @@ def encode_corpora(
     if not tokens:
         raise InvalidDataError(f"there is no word in {', '.join(source.name for source in sources)}")
     return EncodedCorpus(path, (*SPECIAL_WORDS, *numbering.names()), documents, tokens)
+
+
+def encode_tokens(
+    sources: Sequence[CorpusSource],
+    path: Path,
+    *,
+    tokenizer: Any,
+    left_context: int,
+    field: str = "text",
+    errors: str = "strict",
+    progress: Progress | None = None,
+) -> tuple[int, int]:
+    """Writes the token ids of all sources to `path`, raw int32, with `END` of `lattices.joined.corpus_index` after each
+    document; gives the documents and their tokens.
+
+    Of own output that the base finished the end-of-text token is one of them: it says it there itself. Other options
+    and errors are those of `encode_corpora`.
+    """
+    progress = progress or no_progress
+    numbering = _Tokens(field, errors, tokenizer, left_context=left_context, surface=False)
+    documents = tokens = done = 0
+    total = sum(source.size for source in sources)
+    with writing(path), path.open("wb") as out:
+        for source in sources:
+            for words in numbering.parts(source):
+                ids = np.array([*[END] * len(SPECIAL_WORDS), *numbering.token_ids], np.int32)[np.maximum(words, 0)]
+                if source.kind == "own":
+                    ids = np.insert(ids, np.flatnonzero(words == SENTENCE_END), numbering.end_of_text)
+                write_array(out, ids)
+                ends = int(np.count_nonzero(ids == END))
+                documents += ends
+                tokens += len(ids) - ends
+                progress("reading", done, total)
+            done += source.size
+    progress("reading", total, total)
+    if not tokens:
+        raise InvalidDataError(f"there is no token in {', '.join(source.name for source in sources)}")
+    return documents, tokens
 
 
 class _Numbering:

@@ -25,7 +25,7 @@ from numba import njit
 
 from lattices.errors import RescoreError
 from lattices.ngrams import SENTENCE_END, SENTENCE_START
-from lm.files import writing
+from lm.files import write_array, writing
 
 BREAK = -1
 Run = tuple[np.ndarray, np.ndarray]  # keys uint64 [m, columns], rising, and counts int64 [m]
@@ -197,8 +197,9 @@ def build_table(full: FullCounts, workspace: Workspace, *, threads: int = 1) -> 
 
 def _write_run(path: Path, keys: np.ndarray, counts: np.ndarray) -> None:
     # The keys take their name last: a run is there when its keys are.
-    counts.tofile(path.with_suffix(".counts"))
-    keys.tofile(path.with_suffix(".part"))
+    for array, ending in ((counts, ".counts"), (keys, ".part")):
+        with path.with_suffix(ending).open("wb") as stream:
+            write_array(stream, array)
     os.replace(path.with_suffix(".part"), path)
 
 
@@ -233,8 +234,8 @@ def _merge_runs(runs: Sequence[Run], folder: Path, memory: int, threads: int, pr
         keys_out, counts_out = (stack.enter_context(p.open("wb")) for p in (path, path.with_suffix(".counts")))
         for begin in range(0, parts, threads):  # no more at a time than there is memory for
             for keys, counts in pool.map(merge, range(begin, min(begin + threads, parts))):
-                keys.tofile(keys_out)
-                counts.tofile(counts_out)
+                write_array(keys_out, keys)
+                write_array(counts_out, counts)
             progress("merging", min(begin + threads, parts), parts)
     return _read_run(path, columns)
 

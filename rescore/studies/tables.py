@@ -32,6 +32,7 @@ from rescore.table import (
 from rescore.terminal import printable
 
 if TYPE_CHECKING:
+    from lm.lookup_index import LookupSummary
     from lm.ngram.build import NgramSummary
     from lm.ngram.mix import MixedNgram
     from lm.ngram.score import NgramScore
@@ -139,6 +140,18 @@ def built_ngram_table(built: NgramSummary) -> Table:
         f"{built.path}: {sum(built.ngrams):,} n-grams from {built.tokens:,} tokens in {built.documents:,} documents\n"
     )
     return Table(columns, rows, title=made, note=f"\nfiles: {file_sizes(sorted(Path(built.path).iterdir()))}")
+
+
+def built_lookup_table(built: LookupSummary) -> Table:
+    """What a lookup index holds, and its files."""
+    rows = [
+        ["documents", f"{built.documents:,}"],
+        ["tokens", f"{built.tokens:,}"],
+        ["distinct tokens", f"{built.distinct_tokens:,}"],
+        ["tokens of the longest document", f"{built.longest_document:,}"],
+    ]
+    note = f"\nfiles: {file_sizes(sorted(Path(built.path).iterdir()))}"
+    return Table([Column("lookup index"), Column(built.path, Format(str))], rows, note=note)
 
 
 def ngram_score_table(score: NgramScore, text: str) -> Table:

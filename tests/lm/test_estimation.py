@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import files_of_at_most, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -301,6 +302,17 @@ def test_a_cut_document_has_no_end(folder: Path) -> None:
     assert table.raw[:5].tolist() == [0, 0, 1, 2, 2]
     pairs = {(int(table.first[i]), int(table.last[i])) for i in range(5, len(table.raw))}
     assert pairs == {(1, 3), (3, 4), (1, 4), (4, 3), (3, 2)}
+
+
+@pytest.mark.parametrize("chunk", [1 << 18, 500])
+def test_a_disk_that_fills_up_with_the_last_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """Of a run, and with several runs of what they are merged to; the counts have the same fate as the keys."""
+    monkeypatch.setattr(counting, "LEAST_CHUNK", chunk)
+    ids = np.random.default_rng(0).integers(2, 40, 2000).astype(np.int32)
+    options = {"order": 2, "vocabulary_size": 40, "memory": 1, "threads": 1}
+    keys = count_full(ids, **options, folder=folder / "whole").keys
+    with files_of_at_most(keys.nbytes - 1):
+        refused(lambda: count_full(ids, **options, folder=folder / "cut"), OutputError, "can't write")
 
 
 def test_a_full_disk_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

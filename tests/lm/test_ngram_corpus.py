@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import END, byte_tokenizer, refused
+from conftest import END, byte_tokenizer, files_of_at_most, refused
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
 from lm import text_files
@@ -141,6 +141,14 @@ def test_sources_are_known_by_their_content(tmp_path: Path) -> None:
 def test_a_stream_that_cant_be_written(tmp_path: Path) -> None:
     sources = find_sources([write(tmp_path / "t.txt", "a\n")])
     refused(lambda: encode_corpora(sources, tmp_path / "none" / "stream"), OutputError)
+
+
+@pytest.mark.parametrize("lines", [3, 5000])
+def test_a_disk_that_fills_up_with_the_last_bytes(lines: int, tmp_path: Path) -> None:
+    sources = find_sources([write(tmp_path / "t.txt", "a b\n" * lines)])
+    size = encode_corpora(sources, tmp_path / "stream").path.stat().st_size
+    with files_of_at_most(size - 1):
+        refused(lambda: encode_corpora(sources, tmp_path / "stream"), OutputError, "can't write")
 
 
 # Records

@@ -1,0 +1,59 @@
+"""`corpus-lookup:DIR`: what followed the last tokens in a fixed corpus (REST, He et al. 2024), from its suffix index."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+
+from lattices.errors import RescoreError
+from lattices.joined.candidates import CORPUS
+from lm.lookup_index import LookupIndex, open_lookup
+from rescore.drafters.base import Continuations, TextDrafter
+from rescore.rescorers.base import Context, Target
+
+TOKENS = 10
+
+
+class CorpusLookup(TextDrafter):
+    """See `rescore.drafters.base.TextDrafter`.
+
+    path: the folder of `rescore build-lookup`.
+    tokens: of a draft after the base's own, at most; least, most: tokens of a match.
+    """
+
+    kind = CORPUS
+
+    def __init__(self, path: str = "", *, tokens: int = TOKENS, least: int = 2, most: int = 16) -> None:
+        if not path:
+            raise RescoreError("corpus-lookup needs an index (rescore build-lookup); write corpus-lookup:DIR")
+        if tokens < 1 or not 1 <= least <= most:
+            raise RescoreError("corpus-lookup: give tokens of 1 or more, and matches of least to most tokens")
+        self.tokens, self.least, self.most = tokens, least, most
+        self.longest = tokens + 1
+        self.index: LookupIndex = open_lookup(path)
+        self.identity = f"corpus-lookup {self.index.identity} {tokens} {least} {most}"
+
+    @property
+    def source(self) -> str:
+        """See `Drafter.source`."""
+        return f"corpus-lookup {self.index.identity[:12]}"
+
+    def fit(self, target: Target) -> Self:
+        """See `Drafter.fit`."""
+        fitted = copy.copy(self)
+        fitted.index = open_lookup(
+            self.index.path, tokenizer_sha256=target.tokenizer_sha256, vocab_size=target.vocab_size,
+            base=target.base.name if target.base else "the base LM",
+        )  # fmt: skip
+        return fitted
+
+    def continuations(self, contexts: Sequence[Context], firsts: np.ndarray, count: int) -> list[Continuations]:
+        """See `TextDrafter.continuations`."""
+        how = {"count": count, "length": self.tokens, "least": self.least, "most": self.most}
+        return [
+            Continuations(*self.index.corpus.continuations([*context.last(self.most - 1), int(first)], **how))
+            for context, first in zip(contexts, firsts, strict=True)
+        ]

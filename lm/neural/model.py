@@ -227,8 +227,8 @@ def load_neural(
 ) -> NeuralLM:
     """The small LM for the base `base_name` (`shared`: the base itself, where it is loaded: they share its weights).
 
-    vocab_size: tokens that it must know. `check_fits` comes first. Raises `IncompatibleError` for a vocabulary that is too small or a model without tree
-    attention, `InvalidDataError` for broken files.
+    vocab_size: tokens that it must know. `check_fits` comes first. Raises `IncompatibleError` for a vocabulary that is
+    too small or a model without tree attention, `InvalidDataError` for broken files.
     """
     if source.delta is None:
         model = load_base(str(source.folder), dtype=dtype, device=device)
@@ -239,7 +239,8 @@ def load_neural(
         model = first_layers(base_name, source.delta.layers, dtype=dtype, device=device)
         if model.identity.weights_sha256 != source.delta.base_weights_sha256:
             raise IncompatibleError(
-                f"what {base_name} stands for has changed: the {source.use.name} {source.name} needs other weights of it"
+                f"what {base_name} stands for has changed: the {source.use.name} {source.name} needs other weights "
+                "of it"
             )
         tensors = read_weights(
             source.folder, missing=f"no {source.use.name} weights in {source.folder}", what=f"the {source.use.name}"
@@ -302,7 +303,7 @@ class NeuralLM:
 
         Nodes beyond the context are read at its last place: a base with the same one can't say them anyway.
         """
-        self._check_context(int(cache.lengths.max(initial=0)))
+        self.check_context(int(cache.lengths.max(initial=0)))
         return self._forward(cache, tokens, *cache.place(parents))
 
     def read_text(self, cache: TreeCache, tokens: np.ndarray) -> torch.Tensor:
@@ -311,10 +312,11 @@ class NeuralLM:
         What `read` does with a chain of nodes, without the work that a tree needs; they are settled right after.
         """
         n = tokens.shape[1]  # the row that has so many may be the one with the fewest settled tokens
-        self._check_context(max(int(cache.lengths.max(initial=0)), int(cache.lengths.min(initial=1 << 62)) + n))
+        self.check_context(max(int(cache.lengths.max(initial=0)), int(cache.lengths.min(initial=1 << 62)) + n))
         return self._forward(cache, tokens, *cache.place_text(n))
 
-    def _check_context(self, count: int) -> None:
+    def check_context(self, count: int) -> None:
+        """Raises `RescoreError` if so many tokens do not fit into its context."""
         if count > self.model.context_length:
             raise RescoreError(
                 f"a prompt and its output of {count} tokens exceed the context of the model "

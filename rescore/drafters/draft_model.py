@@ -25,7 +25,8 @@ from rescore.rescorers.neural import NeuralModel
 from rescore.rescorers.neural_state import groups_of
 
 TOKENS = 8
-BLOCK = 64  # positions of an output that are drafted at a time: so many times `tokens` nodes are in the cache
+MAX_TOKENS = 64
+NODES = 1024  # of the positions of an output that are drafted at a time
 LOGIT_ROWS = 64  # states whose full-vocabulary logits are alive at a time
 
 
@@ -43,8 +44,8 @@ class DraftModel:
     """
 
     def __init__(self, path: str = "", *, tokens: int = TOKENS) -> None:
-        if tokens < 1:
-            raise RescoreError(f"draft-model: tokens = {tokens}; give 1 or more")
+        if not 1 <= tokens <= MAX_TOKENS:
+            raise RescoreError(f"draft-model: tokens = {tokens}; give 1 to {MAX_TOKENS}")
         self.model = NeuralModel(path, DRAFT_MODEL)
         self.tokens = tokens
         self.identity = f"draft-model {self.model.sha256} {tokens}"
@@ -119,6 +120,7 @@ class DraftModel:
         check_k(k, self.vocab_size)
         lm = self.model.load()
         prompt, output = (np.asarray(ids, dtype=np.int64) for ids in (prompt_ids, output_ids))
+        lm.check_context(len(prompt) + len(output))
         cache = lm.new_cache(1)
         if len(prompt) > 1:
             lm.read_text(cache, prompt[None, :-1])
@@ -126,8 +128,9 @@ class DraftModel:
         unread = len(prompt) == 0  # a token that no other one sees stands before the output then
         text = np.concatenate([[0] if unread else prompt[-1:], output])
         whole = _empty((len(output), self.h, k))
-        for start in range(0, len(output), BLOCK):
-            block = whole[start : start + BLOCK]  # a view
+        at_a_time = max(1, NODES // self.tokens)
+        for start in range(0, len(output), at_a_time):
+            block = whole[start : start + at_a_time]  # a view
             n = len(block)
             parents = np.arange(-1, n)
             if unread:

@@ -89,8 +89,8 @@ class NeuralModel:
             )
             if self.source.sha256 != self.sha256:
                 raise RescoreError(
-                    f"the {self.source.use.name} {self.source.name} has changed since this run began: its results would be those of "
-                    "two models; start again"
+                    f"the {self.source.use.name} {self.source.name} has changed since this run began: its results "
+                    "would be those of two models; start again"
                 )
             _LOADED[key] = model
         self._loaded = model  # keeps it alive

@@ -118,6 +118,20 @@ class Lattice:
         _refuse(logps[..., 1:] > logps[..., :-1], "log-probs rise; sort every slot by falling log-prob", logps[..., 1:])
 
 
+def put_first(token_ids: np.ndarray, logps: np.ndarray, chosen: np.ndarray) -> None:
+    """Makes the tokens `chosen` `[n]` the first of slots `[n, k]`, in place; those before move back.
+
+    A token that was not there takes the last one's place. Log-probs must not rise inside a slot, so that of a token
+    that moves to the front becomes the highest one.
+    """
+    for position in np.flatnonzero(token_ids[:, 0] != chosen):
+        place = np.flatnonzero(token_ids[position] == chosen[position])
+        end = int(place[0]) if len(place) else token_ids.shape[1] - 1
+        token_ids[position, 1 : end + 1] = token_ids[position, :end].copy()
+        logps[position, 1 : end + 1] = logps[position, :end].copy()
+        token_ids[position, 0] = chosen[position]
+
+
 def _refuse(bad: np.ndarray, reason: str, values: np.ndarray) -> None:
     """Raises `InvalidDataError` naming the first true place of `bad` `[n, h, *]` and the value there."""
     if bad.any():

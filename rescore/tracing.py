@@ -30,7 +30,7 @@ import msgspec
 import numpy as np
 
 from lattices.errors import IncompatibleError, InvalidDataError, first_line
-from lattices.lattice import Lattice
+from lattices.lattice import Lattice, put_first
 from lm.files import atomic_folder, changed_settings, write_json
 from lm.keys import cache_entry
 from lm.locks import writing_to
@@ -206,7 +206,8 @@ def _row(
             logps.append(lattice.logps)
             entropies.append(entropies_of(logits))
     token_ids, scores = np.concatenate(ids), np.concatenate(logps)
-    _put_first(token_ids[:, 0], scores[:, 0], greedy.output_ids)
+    # The projection of one state and of many differ in the last bits; the token that was really chosen stays.
+    put_first(token_ids[:, 0], scores[:, 0], greedy.output_ids)
     return {
         "id": example.id,
         "prompt": example.prompt,
@@ -220,19 +221,6 @@ def _row(
         "margins": greedy.margins,
         "group": example.group,
     }
-
-
-def _put_first(token_ids: np.ndarray, logps: np.ndarray, chosen: np.ndarray) -> None:
-    """Makes the greedy token the first of slot 1, in place, where a near-tie was rounded the other way.
-
-    The projection of one state and of many differ in the last bits; the token that was really chosen stays.
-    """
-    for position in np.flatnonzero(token_ids[:, 0] != chosen):
-        place = np.flatnonzero(token_ids[position] == chosen[position])
-        end = int(place[0]) if len(place) else token_ids.shape[1] - 1
-        token_ids[position, 1 : end + 1] = token_ids[position, :end].copy()
-        logps[position, 1 : end + 1] = logps[position, :end].copy()
-        token_ids[position, 0] = chosen[position]
 
 
 def _features() -> Any:

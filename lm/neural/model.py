@@ -12,7 +12,7 @@ A rescorer is a causal LM over the base's own tokens, in one of two forms:
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,18 @@ class DeltaConfig(Config, frozen=True, kw_only=True):
     kind: str = DELTA
 
 
+@dataclass(frozen=True)
+class Use:
+    """What a small LM serves as, for messages: its name, and the option that takes its folder."""
+
+    name: str
+    option: str
+
+
+RESCORER = Use("rescorer", "--rescorer neural:")
+DRAFT_MODEL = Use("draft model", "--drafter draft-model:")
+
+
 def scratch_model(size: str, base: BaseLM) -> LlamaForCausalLM:
     """A Llama of a named size over the base's tokens, with random weights."""
     shape = named_size(size)
@@ -122,11 +134,12 @@ def save_delta(model: torch.nn.Module, names: list[str], config: DeltaConfig, fo
 
 @dataclass(frozen=True)
 class NeuralSource:
-    """Where a neural rescorer comes from."""
+    """Where a small LM comes from."""
 
     name: str  # as the user gave it
     folder: Path
     delta: DeltaConfig | None  # None: a whole model
+    use: Use = field(default=RESCORER, compare=False)
 
     @property
     def sha256(self) -> str:
@@ -137,8 +150,8 @@ class NeuralSource:
         return key_of([sha256_of_file(self.folder / WEIGHTS_FILE), self.delta])
 
 
-def find_neural(text: str, *, shipped_for: str = "smollm2-135m") -> NeuralSource:
-    """The rescorer that a named size (shipped) or a path or hub id stands for; its weights are not read yet.
+def find_neural(text: str, *, shipped_for: str = "smollm2-135m", use: Use = RESCORER) -> NeuralSource:
+    """The small LM that a named size (shipped) or a path or hub id stands for; its weights are not read yet.
 
     Raises `RescoreError` if there is none, with the command that trains one.
     """
@@ -147,32 +160,34 @@ def find_neural(text: str, *, shipped_for: str = "smollm2-135m") -> NeuralSource
         if not (folder / CONFIG_FILE).is_file():
             raise RescoreError(
                 f"no weights of {text} for {shipped_for} in this installation; train them: rescore train-rescorer "
-                f"{text} --corpus ... --out DIR, then --rescorer neural:DIR"
+                f"{text} --corpus ... --out DIR, then {use.option}DIR"
             )
     elif text.endswith((".pt", ".pth", ".bin")):
-        raise RescoreError(f"{text} is no rescorer: give the folder that train-rescorer or save_pretrained wrote")
+        raise RescoreError(f"{text} is no {use.name}: give the folder that train-rescorer or save_pretrained wrote")
     else:
         try:
             model = resolve_base(text)
         except RescoreError as error:
             raise RescoreError(
-                f"no neural rescorer {text} ({error}); train one: rescore train-rescorer neural-61m --corpus ... "
-                "--out DIR, then --rescorer neural:DIR"
+                f"no {use.name} {text} ({error}); train one: rescore train-rescorer neural-61m --corpus ... "
+                f"--out DIR, then {use.option}DIR"
             ) from error
         if model.adapter is not None:
-            raise RescoreError(f"{text} is an adapter; a rescorer must be a whole model: merge it into its base first")
+            raise RescoreError(
+                f"{text} is an adapter; a {use.name} must be a whole model: merge it into its base first"
+            )
         folder = model.folder
-    missing = f"no neural rescorer in {folder}"
+    missing = f"no {use.name} in {folder}"
     if read_json_object(folder / CONFIG_FILE, missing=missing).get("kind") != DELTA:
-        return NeuralSource(text, folder, None)
+        return NeuralSource(text, folder, None, use)
     delta = read_config(folder, DeltaConfig, what="the configuration of a delta", missing=missing)
     if not (folder / WEIGHTS_FILE).is_file():
-        raise RescoreError(f"no rescorer weights in {folder}: {WEIGHTS_FILE} is missing; get or train it again")
-    return NeuralSource(text, folder, delta)
+        raise RescoreError(f"no {use.name} weights in {folder}: {WEIGHTS_FILE} is missing; get or train it again")
+    return NeuralSource(text, folder, delta, use)
 
 
 def check_fits(source: NeuralSource, base: BaseIdentity) -> None:
-    """Raises `IncompatibleError` with the reason if a rescorer was made for another tokenizer or base."""
+    """Raises `IncompatibleError` with the reason if a small LM was made for another tokenizer or base."""
     delta = source.delta
     made_for = tokenizer_sha256_of(source.folder) if delta is None else delta.tokenizer_sha256
     other = None
@@ -183,7 +198,7 @@ def check_fits(source: NeuralSource, base: BaseIdentity) -> None:
     if other is not None:
         of = f" of {delta.base_name}" if delta else ""
         raise IncompatibleError(
-            f"the rescorer {source.name} needs the {other}{of} it was made for, and {base.name} has others; "
+            f"the {source.use.name} {source.name} needs the {other}{of} it was made for, and {base.name} has others; "
             "train one for it: rescore train-rescorer"
         )
 
@@ -210,10 +225,10 @@ def load_neural(
     device: str = "cpu",
     shared: BaseLM | None = None,
 ) -> NeuralLM:
-    """The rescorer for the base `base_name` (`shared`: the base itself, where it is loaded: they share its weights).
+    """The small LM for the base `base_name` (`shared`: the base itself, where it is loaded: they share its weights).
 
-    `check_fits` comes first. Raises `IncompatibleError` for a vocabulary that is too small or a model without tree
-    attention, `InvalidDataError` for broken files.
+    vocab_size: tokens that it must know. `check_fits` comes first. Raises `IncompatibleError` for a vocabulary that is
+    too small or a model without tree attention, `InvalidDataError` for broken files.
     """
     if source.delta is None:
         model = load_base(str(source.folder), dtype=dtype, device=device)
@@ -224,9 +239,12 @@ def load_neural(
         model = first_layers(base_name, source.delta.layers, dtype=dtype, device=device)
         if model.identity.weights_sha256 != source.delta.base_weights_sha256:
             raise IncompatibleError(
-                f"what {base_name} stands for has changed: the rescorer {source.name} needs other weights of it"
+                f"what {base_name} stands for has changed: the {source.use.name} {source.name} needs other weights "
+                "of it"
             )
-        tensors = read_weights(source.folder, missing=f"no rescorer weights in {source.folder}", what="the rescorer")
+        tensors = read_weights(
+            source.folder, missing=f"no {source.use.name} weights in {source.folder}", what=f"the {source.use.name}"
+        )
         state: dict[str, torch.Tensor] = model.model.state_dict()
         expected = {name: state[name].shape for name in tensors if name in state}
         check_shapes(source.folder, {name: value.shape for name, value in tensors.items()}, expected, "base")
@@ -236,11 +254,11 @@ def load_neural(
             _share(model.model, shared.model, tensors)
     if model.vocab_size < vocab_size:
         raise IncompatibleError(
-            f"the rescorer {source.name} knows {model.vocab_size} tokens, {base_name} has {vocab_size}; "
+            f"the {source.use.name} {source.name} knows {model.vocab_size} tokens, {base_name} has {vocab_size}; "
             "train one for it: rescore train-rescorer"
         )
     if not model.supports_tree:
-        raise IncompatibleError(f"the rescorer {source.name} takes no tree mask; give one with full attention")
+        raise IncompatibleError(f"the {source.use.name} {source.name} takes no tree mask; give one with full attention")
     return NeuralLM(model)
 
 
@@ -253,7 +271,7 @@ def _share(model: torch.nn.Module, base: torch.nn.Module, own: dict[str, torch.T
 
 
 class NeuralLM:
-    """A small causal LM that scores lattice tokens after nodes of a tree.
+    """A small causal LM that scores tokens after nodes of a tree.
 
     `model` is the LM itself, `tokens_read` counts what went through it.
     """
@@ -281,7 +299,11 @@ class NeuralLM:
             self._read[prompts] = cache.copy()
 
     def read(self, cache: TreeCache, tokens: np.ndarray, parents: np.ndarray) -> torch.Tensor:
-        """One forward of n new nodes a row, tokens and parents int `[b, n]`; their final states `[b, n, d]`."""
+        """One forward of n new nodes a row, tokens and parents int `[b, n]`; their final states `[b, n, d]`.
+
+        Nodes beyond the context are read at its last place: a base with the same one can't say them anyway.
+        """
+        self.check_context(int(cache.lengths.max(initial=0)))
         return self._forward(cache, tokens, *cache.place(parents))
 
     def read_text(self, cache: TreeCache, tokens: np.ndarray) -> torch.Tensor:
@@ -289,18 +311,26 @@ class NeuralLM:
 
         What `read` does with a chain of nodes, without the work that a tree needs; they are settled right after.
         """
-        return self._forward(cache, tokens, *cache.place_text(tokens.shape[1]))
+        n = tokens.shape[1]  # the row that has so many may be the one with the fewest settled tokens
+        self.check_context(max(int(cache.lengths.max(initial=0)), int(cache.lengths.min(initial=1 << 62)) + n))
+        return self._forward(cache, tokens, *cache.place_text(n))
+
+    def check_context(self, count: int) -> None:
+        """Raises `RescoreError` if so many tokens do not fit into its context."""
+        if count > self.model.context_length:
+            raise RescoreError(
+                f"a prompt and its output of {count} tokens exceed the context of the model "
+                f"{self.model.identity.name} ({self.model.context_length}); cut prompts with --max-prompt-tokens"
+            )
 
     def _forward(
         self, cache: TreeCache, tokens: np.ndarray, positions: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        if cache.end > self.model.context_length:
-            raise RescoreError(
-                f"a prompt and its output of {cache.end} tokens exceed the context of the rescorer "
-                f"{self.model.identity.name} ({self.model.context_length}); cut prompts with --max-prompt-tokens"
-            )
         self.tokens_read += tokens.size
-        ids = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64)).to(self.model.device)
+        # A base may count tokens beyond its tokenizer's that a draft model does not have, and that nothing says.
+        known = np.minimum(tokens, self.model.vocab_size - 1)
+        ids = torch.from_numpy(np.ascontiguousarray(known, dtype=np.int64)).to(self.model.device)
+        positions = positions.clamp(max=self.model.context_length - 1)
         with enough_memory(ADVICE, at="rescoring"):
             _, hidden = self.model.forward(ids, cache, position_ids=positions, attention_mask=mask, projects=False)
         return hidden
@@ -311,3 +341,9 @@ class NeuralLM:
         with enough_memory(ADVICE, at="rescoring"):
             logits: np.ndarray = self.model.project(hidden, ids).double().cpu().numpy()
         return logits
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of all its tokens after states: `[..., d]` -> `[..., vocab]`, in its own precision."""
+        with enough_memory(ADVICE, at="drafting"):
+            return self.model.project(hidden)

@@ -18,52 +18,70 @@ import numpy as np
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.lattice import Lattice
 from lattices.search import p_best
-from lm.neural.model import NeuralLM, NeuralSource, check_fits, find_neural, load_neural, tokenizer_sha256_of
+from lm.neural.model import (
+    RESCORER,
+    NeuralLM,
+    NeuralSource,
+    Use,
+    check_fits,
+    find_neural,
+    load_neural,
+    tokenizer_sha256_of,
+)
 from rescore.rescorers.base import Context, Rescorer, Target
 from rescore.rescorers.neural_state import Group, groups_of
 
 # Several rescorers of a run, and their weights, use one LM. The sha256 tells a retrained one in the same folder.
-_LOADED: WeakValueDictionary[tuple[NeuralSource, str, Target], NeuralLM] = WeakValueDictionary()
+_LOADED: WeakValueDictionary[tuple[NeuralSource, str, Target, int], NeuralLM] = WeakValueDictionary()
 
 
 class NeuralModel:
-    """A neural rescorer's LM, looked up at once, checked against a base LM, and loaded when it is first needed."""
+    """A small LM, looked up at once, checked against a base LM, and loaded when it is first needed.
 
-    def __init__(self, path: str) -> None:
+    use: what messages call it.
+    """
+
+    def __init__(self, path: str, use: Use = RESCORER) -> None:
         if not path:
-            raise RescoreError("neural needs a model: neural:FOLDER or a hub id, or one of neural-32m, -61m, -94m")
-        self.source = find_neural(path)
+            name, form = use.option.removesuffix(":").split()[-1], use.option.split()[-1]
+            raise RescoreError(f"{name} needs a model: {form}FOLDER or a hub id, or one of neural-32m, -61m, -94m")
+        self.source = find_neural(path, use=use)
         self.sha256 = self.source.sha256
         self.identity = f"neural {self.sha256}"
         self.target: Target | None = None
+        self.least = 0
         self._loaded: NeuralLM | None = None
 
-    def fit(self, target: Target) -> Self:
-        """For a base LM. Raises `IncompatibleError` if it was made for another tokenizer or other weights."""
-        name = self.source.name
+    def fit(self, target: Target, *, least: int | None = None) -> Self:
+        """For a base LM. Raises `IncompatibleError` if it was made for another tokenizer or other weights.
+
+        least: tokens that it must know (None: all of the base's).
+        """
+        use, name = self.source.use, self.source.name
         if target.base is not None:
             check_fits(self.source, target.base)
         elif self.source.delta is not None:
             raise IncompatibleError(
-                f"the rescorer {name} needs the base LM it was made for, and the trace does not name its own; give "
-                "neural:FOLDER with a whole model"
+                f"the {use.name} {name} needs the base LM it was made for, and the trace does not name its own; give "
+                f"{use.option.split()[-1]}FOLDER with a whole model"
             )
         elif target.tokenizer_sha256 not in (None, tokenizer_sha256_of(self.source.folder)):
-            raise IncompatibleError(f"the rescorer {name} has another tokenizer than the trace's base LM")
+            raise IncompatibleError(f"the {use.name} {name} has another tokenizer than the trace's base LM")
         fitted = copy.copy(self)
         fitted.target = target
+        fitted.least = target.vocab_size if least is None else least
         return fitted
 
     def load(self) -> NeuralLM:
         """The LM. Raises as `load_neural`, and `RescoreError` if it is not what it was when it was looked up."""
         if self.target is None:
-            raise RescoreError("a neural rescorer must be fitted to a base LM first (fit)")
-        key = (self.source, self.sha256, self.target)
+            raise RescoreError(f"a {self.source.use.name} must be fitted to a base LM first (fit)")
+        key = (self.source, self.sha256, self.target, self.least)
         if (model := _LOADED.get(key)) is None:
             base = self.target.base
             model = load_neural(
                 self.source,
-                vocab_size=self.target.vocab_size,
+                vocab_size=self.least,
                 base_name=base.name if base else "the base LM",
                 dtype=base.dtype if base else "float32",
                 device=self.target.device,
@@ -71,8 +89,8 @@ class NeuralModel:
             )
             if self.source.sha256 != self.sha256:
                 raise RescoreError(
-                    f"the rescorer {self.source.name} has changed since this run began: its results would be those of "
-                    "two models; start again"
+                    f"the {self.source.use.name} {self.source.name} has changed since this run began: its results "
+                    "would be those of two models; start again"
                 )
             _LOADED[key] = model
         self._loaded = model  # keeps it alive

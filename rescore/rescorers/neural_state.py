@@ -55,6 +55,21 @@ class Group:
         self._forget([list(range(len(chain))) for chain in pending])
         return hidden[range(len(pending)), [len(chain) - 1 for chain in pending]]
 
+    def begin_behind(self, first: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `begin`; the states before `first` and after it, `[b, d]` each.
+
+        The token before `first` is read again where it was settled. A row without one has no state before `first`:
+        what stands there means nothing.
+        """
+        self._settle_nodes()
+        texts = [len(context.prompt_ids) + len(context.output_ids) for context in self.contexts]
+        self.cache.lengths = np.minimum(self.cache.lengths, np.maximum(np.array(texts) - 1, 0))
+        pending = self._pending(first)
+        hidden = self.model.read_text(self.cache, _padded(pending)[0])
+        self._forget([list(range(len(chain))) for chain in pending])
+        rows, last = range(len(pending)), np.array([len(chain) - 1 for chain in pending])
+        return hidden[rows, np.maximum(last - 1, 0)], hidden[rows, last]
+
     def begin_with_trees(
         self, first: np.ndarray, tokens: np.ndarray, parents: np.ndarray, counts: np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -173,6 +173,16 @@ class TestLocal:
         with pytest.raises(RescoreError, match="--max-prompt-tokens"):
             rescorer.draft(lattices_at(1, 1), [Context([1] * 600)], 1)
 
+    def test_the_last_tokens_of_the_context(self, tiny_base, small, small_folder):
+        """A draft that goes on beyond it is no reason to stop: nothing of that can be accepted."""
+        rescorer = load_rescorer(f"neural:{small_folder}").fit(target(tiny_base)).weighted(0.7)
+        lattices, contexts = lattices_at(1, 2), [Context([1] * 511), Context([1] * 509)]
+        drafts = rescorer.draft(lattices, contexts, 1)[:, 0]
+        assert drafts[0, :2].tolist() == greedy(small, lattices[0], contexts[0], 0.7)[:2]
+        assert drafts[1].tolist() == greedy(small, lattices[1], contexts[1], 0.7)
+        with pytest.raises(RescoreError, match="513 tokens exceed the context"):
+            rescorer.draft(lattices_at(1, 1), [Context([1] * 512)], 1)
+
     def test_equal_scores_go_to_the_lowest_ids(self, tiny_base, small_folder):
         rescorer = load_rescorer(f"neural:{small_folder}").fit(target(tiny_base)).weighted(1e-30)
         ids = np.tile(np.array([9, 4, 7, 1, 5], dtype=np.int32), (1, H, 1))

@@ -19,7 +19,7 @@ from conftest import files_of_at_most, make_heads
 
 import lm.base.generation
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
-from lattices.lattice import Lattice
+from lattices.lattice import Lattice, put_first
 from rescore import tracing
 from rescore.replaying import replay
 from rescore.rescorers import load_rescorer
@@ -346,7 +346,7 @@ def test_a_near_tie_rounded_the_other_way_keeps_the_chosen_token_first(place: in
     ids = np.array([[10, 11, 12, 13]], dtype=np.int32)
     logps = np.array([[-1.0, -1.0, -2.0, -3.0]], dtype=np.float32)
     chosen = 99 if place is None else int(ids[0, place])
-    tracing._put_first(ids, logps, np.array([chosen]))
+    put_first(ids, logps, np.array([chosen]))
     rest = {1: [10, 12, 13], 3: [10, 11, 12], None: [10, 11, 12]}[place]
     assert ids.tolist() == [[chosen, *rest]]
     Lattice(ids[None], logps[None]).validate(100)

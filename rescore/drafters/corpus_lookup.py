@@ -1,4 +1,4 @@
-"""`corpus-lookup:DIR`: what followed the last tokens in a fixed corpus (REST, He et al. 2024), from its suffix index."""
+"""`corpus-lookup:DIR`: what followed the last tokens in a fixed corpus, by its suffix index (REST, He et al. 2024)."""
 
 from __future__ import annotations
 

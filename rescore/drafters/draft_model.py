@@ -15,11 +15,13 @@ import numpy as np
 import torch
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lattices.joined.candidates import MODEL
 from lattices.lattice import Lattice, put_first
 from lm.base.catalog import load_tokenizer, read_model_config
-from lm.heads.block_heads import lattice_of
+from lm.heads.block_heads import entropies_of, lattice_of
 from lm.neural.model import DRAFT_MODEL, NeuralLM
 from rescore.checks import check_k
+from rescore.drafters.base import LatticeDrafter
 from rescore.rescorers.base import Context, Target
 from rescore.rescorers.neural import NeuralModel
 from rescore.rescorers.neural_state import groups_of
@@ -30,31 +32,33 @@ NODES = 1024  # of the positions of an output that are drafted at a time
 LOGIT_ROWS = 64  # states whose full-vocabulary logits are alive at a time
 
 
-class DraftModel:
-    """A draft model, to be fitted to a base LM before it is used.
+class DraftModel(LatticeDrafter):
+    """A draft model, to be fitted to a base LM before it is used; see `rescore.drafters.base.LatticeDrafter`.
 
     path: any small causal LM (folder or hub id) with the base's tokenizer, a folder of `rescore train-rescorer`, or
     one of the shipped neural-32m, neural-61m, neural-94m.
     tokens: of a chain after the base's own.
-    identity: what it drafts with (hashes).
 
     A slot's log-probs are over the base's vocabulary: a model that counts more tokens (a padded embedding) is cut. One
     that counts fewer, but all of the tokenizer's, never proposes the others. Equal ones stand by lowest id. Slot 1
     begins with the base's token; its log-prob is raised to the slot's highest where the model prefers others.
     """
 
+    kind = MODEL
+    longest: int
+
     def __init__(self, path: str = "", *, tokens: int = TOKENS) -> None:
         if not 1 <= tokens <= MAX_TOKENS:
             raise RescoreError(f"draft-model: tokens = {tokens}; give 1 to {MAX_TOKENS}")
         self.model = NeuralModel(path, DRAFT_MODEL)
-        self.tokens = tokens
+        self.tokens, self.longest = tokens, 1 + tokens
         self.identity = f"draft-model {self.model.sha256} {tokens}"
         self.vocab_size = 0  # of what it may propose, once it is fitted
 
     @property
-    def h(self) -> int:
-        """Slots of its lattices."""
-        return 1 + self.tokens
+    def source(self) -> str:
+        """See `Drafter.source`."""
+        return f"draft-model {self.model.sha256[:12]}"
 
     def fit(self, target: Target) -> Self:
         """For a base LM. Raises `IncompatibleError` if the model has another tokenizer, lacks some of its tokens, or
@@ -87,33 +91,33 @@ class DraftModel:
         lm = self.model.load()
         return lm, f"{self.identity} {id(lm)}"
 
-    def lattices(self, contexts: Sequence[Context], firsts: np.ndarray, k: int) -> Lattice:
-        """Lattices `[n, 1 + tokens, k]` after n contexts, of which the base has chosen the next tokens, int `[n]`.
+    def computed(self, contexts: Sequence[Context], firsts: np.ndarray, k: int) -> Lattice:
+        """See `LatticeDrafter.computed`; h = 1 + tokens.
 
         What was read of an example stays in its `Context.state`, what the base accepted of a chain included.
         """
         check_k(k, self.vocab_size)
-        lattices = _empty((len(contexts), self.h, k))
+        lattices = _empty((len(contexts), self.longest, k))
         for group, rows in groups_of(*self._place(), contexts):
             first = firsts[rows]
             before, hidden = group.begin_behind(first)
-            slots = self._slots(group.model, torch.stack([before, hidden], dim=1), k)  # [b, 2, k]
+            slots, _ = self._slots(group.model, torch.stack([before, hidden], dim=1), k)  # [b, 2, k]
             for row, context in enumerate(group.contexts):
                 if not len(context.prompt_ids) and not context.output_ids:
                     self._unread(slots.token_ids[row, :1], slots.logps[row, :1])
             put_first(slots.token_ids[:, 0], slots.logps[:, 0], first)
             lattices.token_ids[rows, :2], lattices.logps[rows, :2] = slots.token_ids, slots.logps
             best, node = slots.token_ids[:, 1, :1], -1
-            for slot in range(2, self.h):
+            for slot in range(2, self.longest):
                 states = group.read(best, np.full(best.shape, node))
                 node = group.cache.nodes - 1
-                slots = self._slots(group.model, states, k)
+                slots, _ = self._slots(group.model, states, k)
                 lattices.token_ids[rows, slot], lattices.logps[rows, slot] = slots.token_ids[:, 0], slots.logps[:, 0]
                 best = slots.token_ids[:, 0, :1]
         return lattices
 
-    def record(self, prompt_ids: Sequence[int], output_ids: Sequence[int], k: int) -> Lattice:
-        """The lattices `[t, 1 + tokens, k]` that stand before each token of a known output: those of `lattices`.
+    def record(self, prompt_ids: np.ndarray, output_ids: np.ndarray, k: int) -> tuple[Lattice, np.ndarray]:
+        """See `LatticeDrafter.record`.
 
         The nodes of all positions are read together, each below its own token of the output.
         """
@@ -127,38 +131,43 @@ class DraftModel:
             cache.settle([range(len(prompt) - 1)])
         unread = len(prompt) == 0  # a token that no other one sees stands before the output then
         text = np.concatenate([[0] if unread else prompt[-1:], output])
-        whole = _empty((len(output), self.h, k))
+        whole = _empty((len(output), self.longest, k))
+        entropies = np.zeros((len(output), self.longest), dtype=np.float32)
         at_a_time = max(1, NODES // self.tokens)
         for start in range(0, len(output), at_a_time):
-            block = whole[start : start + at_a_time]  # a view
+            block, of_block = whole[start : start + at_a_time], entropies[start : start + at_a_time]  # views
             n = len(block)
             parents = np.arange(-1, n)
             if unread:
                 parents[1] = -1
             # The states before and after each of the block's tokens; the last of these is read again by the next one.
-            slots = self._slots(lm, lm.read(cache, text[None, start : start + n + 1], parents[None]), k)
+            slots, spread = self._slots(lm, lm.read(cache, text[None, start : start + n + 1], parents[None]), k)
+            of_block[:, 0], of_block[:, 1] = spread[0, :-1], spread[0, 1:]
             block.token_ids[:, 0], block.logps[:, 0] = slots.token_ids[0, :-1], slots.logps[0, :-1]
             block.token_ids[:, 1], block.logps[:, 1] = slots.token_ids[0, 1:], slots.logps[0, 1:]
             if unread:
                 self._unread(block.token_ids[:1, 0], block.logps[:1, 0])
+                of_block[0, 0] = np.log(self.vocab_size)
             nodes = np.arange(1, n + 1)
-            for slot in range(2, self.h):
+            for slot in range(2, self.longest):
                 states = lm.read(cache, block.token_ids[None, :, slot - 1, 0], nodes[None])
                 nodes = np.arange(cache.nodes - n, cache.nodes)
-                slots = self._slots(lm, states, k)
+                slots, spread = self._slots(lm, states, k)
+                of_block[:, slot] = spread[0]
                 block.token_ids[:, slot], block.logps[:, slot] = slots.token_ids[0], slots.logps[0]
             cache.settle([range(int(unread), n)])
             unread = False
         put_first(whole.token_ids[:, 0], whole.logps[:, 0], output)
-        return whole
+        return whole, entropies
 
-    def _slots(self, lm: NeuralLM, hidden: torch.Tensor, k: int) -> Lattice:
-        """The model's top k after each of the states `[b, n, d]`, as one lattice `[b, n, k]`."""
+    def _slots(self, lm: NeuralLM, hidden: torch.Tensor, k: int) -> tuple[Lattice, np.ndarray]:
+        """The model's top k after each of the states `[b, n, d]`, as one lattice `[b, n, k]`, and the entropies."""
         states = hidden.reshape(-1, hidden.shape[-1])
-        slots = [
-            lattice_of(lm.logits(states[start : start + LOGIT_ROWS])[:, None, : self.vocab_size].double(), k)
-            for start in range(0, len(states), LOGIT_ROWS)
-        ]
+        slots, entropies = [], []
+        for start in range(0, len(states), LOGIT_ROWS):
+            logits = lm.logits(states[start : start + LOGIT_ROWS])[:, None, : self.vocab_size].double()
+            slots.append(lattice_of(logits, k))
+            entropies.append(entropies_of(logits))
         shape = (*hidden.shape[:2], k)
         token_ids = np.concatenate([slot.token_ids for slot in slots]).reshape(shape)
         logps = np.concatenate([slot.logps for slot in slots]).reshape(shape)
@@ -167,7 +176,7 @@ class DraftModel:
                 f"the draft model {self.model.source.name} gave log-probabilities that are not finite; check its "
                 "weights, or take another --dtype"
             )
-        return Lattice(token_ids, logps)
+        return Lattice(token_ids, logps), np.concatenate(entropies).reshape(hidden.shape[:2])
 
     def _unread(self, token_ids: np.ndarray, logps: np.ndarray) -> None:
         """Makes slots `[n, k]` even, in place: those of a model that has read nothing."""

@@ -77,7 +77,7 @@ def followed(draft: DraftModel, prompt: list[int], tokens: int, seed: int) -> li
     output: list[int] = []
     while len(output) < tokens:
         first = int(rng.integers(256))
-        chain = draft.lattices([Context(prompt, list(output))], np.array([first]), 1).token_ids[0, 1:, 0]
+        chain = draft.computed([Context(prompt, list(output))], np.array([first]), 1).token_ids[0, 1:, 0]
         output += [first, *chain[: rng.integers(TOKENS + 1)].tolist()]
     return output[:tokens]
 
@@ -90,7 +90,7 @@ def walked(draft: DraftModel, examples, k: int, seed: int = 0) -> list[dict[int,
     found: list[dict[int, Lattice]] = [{} for _ in examples]
     while walking := [i for i, c in enumerate(contexts) if len(c.output_ids) < len(examples[i][1])]:
         firsts = np.array([examples[i][1][len(contexts[i].output_ids)] for i in walking])
-        lattices = draft.lattices([contexts[i] for i in walking], firsts, k)
+        lattices = draft.computed([contexts[i] for i in walking], firsts, k)
         assert lattices.token_ids.shape == (len(walking), 1 + draft.tokens, k)
         for row, i in enumerate(walking):
             at = len(contexts[i].output_ids)
@@ -112,7 +112,7 @@ class TestLattices:
         contexts = [Context(prompt, output) for prompt, output in texts(1, [(1, 0), (9, 4), (20, 1)])]
         own = [int(naive(folder, [*c.prompt_ids, *c.output_ids], 0, 0)[0].argmax()) for c in contexts]
         for firsts in (own, [5, 77, 200], [END, END, own[2]]):
-            lattices = fitted.lattices(contexts, np.array(firsts), K)
+            lattices = fitted.computed(contexts, np.array(firsts), K)
             lattices.validate(VOCABULARY)
             for i, context in enumerate(contexts):
                 slots = naive(folder, [*context.prompt_ids, *context.output_ids], firsts[i], tokens)
@@ -130,7 +130,7 @@ class TestLattices:
     def test_a_chain_goes_on_behind_end_of_text(self, draft, folder):
         inside = 0
         for prompt, (first, *_) in texts(2, [(5, 1)] * 12):
-            chain = draft.lattices([Context(prompt)], np.array([first]), 1).token_ids[0, :, 0]
+            chain = draft.computed([Context(prompt)], np.array([first]), 1).token_ids[0, :, 0]
             inside += END in chain[1:-1]
             assert chain[1:].tolist() == naive(folder, prompt, first, TOKENS)[1:].argmax(-1).tolist()
         assert inside
@@ -140,7 +140,7 @@ class TestLattices:
             model.model.embed_tokens.weight[[5, 9]] = model.model.embed_tokens.weight[[END, END]]
 
         fitted = DraftModel(changed(tmp_path / "ties", change)).fit(target(tiny_base))
-        slots = fitted.lattices([Context([1, 2, 3])], np.array([4]), VOCABULARY).token_ids[0]
+        slots = fitted.computed([Context([1, 2, 3])], np.array([4]), VOCABULARY).token_ids[0]
         for slot in slots.tolist():
             place = slot.index(5)
             assert slot[place : place + 2] == [5, 9]
@@ -148,26 +148,26 @@ class TestLattices:
     @pytest.mark.parametrize("k", [1, VOCABULARY])
     def test_the_fewest_and_the_most_entries(self, draft, k):
         (example,) = texts(3, [(7, 9)])
-        recorded = draft.record(*example, k)
+        recorded = draft.record(*example, k)[0]
         recorded.validate(VOCABULARY)
         assert recorded.token_ids[:, 0, 0].tolist() == example[1]
         assert_same(recorded, walked(draft, [example], k)[0])
 
     def test_k_beyond_the_vocabulary(self, draft):
         for k in (0, VOCABULARY + 1):
-            refused(lambda k=k: draft.lattices([Context([1])], np.array([2]), k), "--k")
-            refused(lambda k=k: draft.record([1], [2], k), "--k")
+            refused(lambda k=k: draft.computed([Context([1])], np.array([2]), k), "--k")
+            refused(lambda k=k: draft.record([1], [2], k)[0], "--k")
 
     def test_no_examples_and_no_output(self, draft):
-        assert draft.lattices([], np.zeros(0, dtype=np.int32), K).token_ids.shape == (0, 1 + TOKENS, K)
-        assert draft.record([1, 2], [], K).token_ids.shape == (0, 1 + TOKENS, K)
+        assert draft.computed([], np.zeros(0, dtype=np.int32), K).token_ids.shape == (0, 1 + TOKENS, K)
+        assert draft.record([1, 2], [], K)[0].token_ids.shape == (0, 1 + TOKENS, K)
 
     def test_weights_that_are_not_finite(self, tiny_base, tmp_path):
         """As half precision gives where a state overflows; a model that always does is refused when it is loaded."""
         folder = changed(tmp_path / "nan", lambda model: model)
         fitted = DraftModel(folder).fit(target(tiny_base))
         fitted.model.load().model.model.get_input_embeddings().weight[3] = float("nan")
-        refused(lambda: fitted.record([1], [2], K), InvalidDataError, folder, "not finite")
+        refused(lambda: fitted.record([1], [2], K)[0], InvalidDataError, folder, "not finite")
 
 
 class TestRecorded:
@@ -178,7 +178,7 @@ class TestRecorded:
             (30, 17, 5, 40), texts(seed, [(12, 0), (3, 0), (1, 0), (60, 0)]), strict=True
         )]  # fmt: skip
         for example, live in zip(examples, walked(draft, examples, K, seed), strict=True):
-            recorded = draft.record(*example, K)
+            recorded = draft.record(*example, K)[0]
             recorded.validate(VOCABULARY)
             assert recorded.token_ids[:, 0, 0].tolist() == example[1]
             assert_same(recorded, live)
@@ -188,7 +188,7 @@ class TestRecorded:
         (prompt, output), *_ = texts(4, [(11, 10)])
         monkeypatch.setattr(draft_model, "NODES", nodes)
         monkeypatch.setattr(draft_model, "LOGIT_ROWS", nodes)
-        recorded = draft.record(np.array(prompt), np.array(output), 1)
+        recorded = draft.record(np.array(prompt), np.array(output), 1)[0]
         for i, first in enumerate(output):
             slots = naive(folder, [*prompt, *output[:i]], first, TOKENS)
             assert recorded.token_ids[i, :, 0].tolist() == [first, *slots[1:].argmax(-1).tolist()]
@@ -198,13 +198,13 @@ class TestRecorded:
         single = target(tiny_base, base=None)
         fitted = DraftModel(folder, tokens=TOKENS).fit(single)
         (example,) = texts(5, [(9, 12)])
-        assert_same(fitted.record(*example, K), walked(fitted, [example], K)[0], within=1e-4)
+        assert_same(fitted.record(*example, K)[0], walked(fitted, [example], K)[0], within=1e-4)
 
     @pytest.mark.parametrize("nodes", [1, 64 * TOKENS])
     def test_without_a_prompt_nothing_is_known_of_the_first_token(self, draft, folder, monkeypatch, nodes):
         monkeypatch.setattr(draft_model, "NODES", nodes)
         output = texts(6, [(0, 8)])[0][1]
-        recorded = draft.record([], output, K)
+        recorded = draft.record([], output, K)[0]
         assert recorded.token_ids[0, 0].tolist() == [output[0], 0, 1, 2, 3, 4]
         np.testing.assert_allclose(recorded.logps[0, 0], -np.log(VOCABULARY))
         for i in range(1, len(output)):
@@ -217,8 +217,10 @@ class TestRecorded:
         """Chains go on beyond it, where nothing can be accepted any more."""
         prompt, output = texts(8, [(500, 12)])[0]
         live = walked(draft, [(prompt, output)], K)[0]
-        assert_same(draft.record(prompt, output, K), live)
-        refused(lambda: draft.record([*prompt, 1, 2], output, K), "514 tokens exceed", "(512)", "--max-prompt-tokens")
+        assert_same(draft.record(prompt, output, K)[0], live)
+        refused(
+            lambda: draft.record([*prompt, 1, 2], output, K)[0], "514 tokens exceed", "(512)", "--max-prompt-tokens"
+        )
         refused(lambda: draft.prefill([Context(prompt * 2)]), "1000 tokens exceed", "--max-prompt-tokens")
 
 
@@ -230,23 +232,23 @@ class TestTheCache:
         assert before
         for accepted in (1, 2, TOKENS, TOKENS + 1):
             before = lm.tokens_read
-            chain = draft.lattices([context], np.array([9]), K).token_ids[0, :, 0].tolist()
+            chain = draft.computed([context], np.array([9]), K).token_ids[0, :, 0].tolist()
             # The token before the base's and the base's (and of a chain that was accepted whole the last, unread
             # one), then all of the chain but the last token.
             assert lm.tokens_read - before == 2 + TOKENS - 1
             context.output_ids += chain[:accepted]
-        draft.lattices([context], np.array([9]), K)
+        draft.computed([context], np.array([9]), K)
 
     def test_the_same_question_twice(self, draft):
         context = Context([1, 2, 3], [4])
-        one, other = (draft.lattices([context], np.array([first]), K) for first in (7, 8))
-        assert_same(draft.record([1, 2, 3], [4, 8], K), {1: other[0]})
-        assert_same(draft.record([1, 2, 3], [4, 7], K), {1: one[0]})
+        one, other = (draft.computed([context], np.array([first]), K) for first in (7, 8))
+        assert_same(draft.record([1, 2, 3], [4, 8], K)[0], {1: other[0]})
+        assert_same(draft.record([1, 2, 3], [4, 7], K)[0], {1: one[0]})
 
     def test_two_lengths_of_chains_follow_the_same_example(self, tiny_base, folder, draft):
         longer = DraftModel(folder, tokens=TOKENS + 3).fit(target(tiny_base))
         context = Context([1, 2, 3])
-        short, long = draft.lattices([context], np.array([7]), K), longer.lattices([context], np.array([7]), K)
+        short, long = draft.computed([context], np.array([7]), K), longer.computed([context], np.array([7]), K)
         assert long.token_ids[:, : 1 + TOKENS].tolist() == short.token_ids.tolist()
         assert len({draft.identity, longer.identity}) == 2 and longer.model.load() is draft.model.load()
 
@@ -259,7 +261,7 @@ class TestVocabularies:
 
         folder = changed(tmp_path / "padded", change)
         fitted = DraftModel(folder, tokens=2).fit(target(tiny_base))
-        lattice = fitted.lattices([Context([1, 2, 3])], np.array([4]), VOCABULARY)
+        lattice = fitted.computed([Context([1, 2, 3])], np.array([4]), VOCABULARY)
         lattice.validate(VOCABULARY)
         np.testing.assert_allclose(np.exp(lattice.logps[0, 1:].astype(np.float64)).sum(-1), 1, atol=1e-5)
         slots = naive(folder, [1, 2, 3], 4, 2)
@@ -268,11 +270,11 @@ class TestVocabularies:
     def test_a_base_with_more_tokens_than_the_tokenizer(self, tiny_base, folder):
         """As models of one family have that are padded to different sizes."""
         fitted = DraftModel(folder, tokens=2).fit(target(tiny_base, vocab_size=300))
-        lattice = fitted.lattices([Context([1, 2, 3])], np.array([4]), VOCABULARY)
+        lattice = fitted.computed([Context([1, 2, 3])], np.array([4]), VOCABULARY)
         assert lattice.token_ids.max() == END
-        refused(lambda: fitted.record([1], [2], 300), "vocabulary's 257")
+        refused(lambda: fitted.record([1], [2], 300)[0], "vocabulary's 257")
         example = ([1, 299, 2], [3, 280, 5, 6])  # which no base says; but a prompt of one's own can hold it
-        recorded = fitted.record(*example, K)
+        recorded = fitted.record(*example, K)[0]
         recorded.validate(300)
         assert_same(recorded, walked(fitted, [example], K)[0])
 
@@ -304,14 +306,14 @@ class TestModels:
             target(tiny_base, shared=tiny_base)
         )
         (example,) = texts(9, [(8, 15)])
-        assert_same(fitted.record(*example, K), walked(fitted, [example], K)[0])
+        assert_same(fitted.record(*example, K)[0], walked(fitted, [example], K)[0])
 
     def test_the_base_itself_says_what_it_says(self, tiny_base, tiny_folder):
         fitted = DraftModel(str(tiny_folder), tokens=3).fit(target(tiny_base))
         output = naive(str(tiny_folder), [1, 2, 3], int(naive(str(tiny_folder), [1, 2, 3], 0, 0).argmax()), 6).argmax(
             -1
         )
-        recorded = fitted.record([1, 2, 3], output.tolist(), 1)
+        recorded = fitted.record([1, 2, 3], output.tolist(), 1)[0]
         assert recorded.token_ids[0, :, 0].tolist() == output[:4].tolist()
 
     def test_the_identity_tells_weights_and_tokens_apart(self, folder, tmp_path):

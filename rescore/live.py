@@ -53,10 +53,7 @@ def generate(
     run = rescorer if isinstance(rescorer, Run) else Run(rescorer)
     if run.rescorer == ORACLE:
         raise RescoreError("the oracle must know the output beforehand; it can be evaluated, not generated with")
-    target = Target(
-        base.vocab_size, tuple(sorted(base.eos_token_ids)), base.identity.tokenizer_sha256, base.identity,
-        str(base.device), base,
-    )  # fmt: skip
+    target = Target.of(base.identity, base.vocab_size, base.eos_token_ids, device=str(base.device), shared=base)
     fitted = run.load().fit(target)
     if run.alpha is not None:
         if fitted.alpha is None:

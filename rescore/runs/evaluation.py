@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lattices.errors import RescoreError, UnknownNameError
+from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
 from lm.base.catalog import Watch
 from rescore.acceptance import first_difference
 from rescore.checks import VERIFY_MODES, check_held_k
@@ -30,7 +30,7 @@ from rescore.runs.recording import Recording, check_names
 from rescore.runs.records import ExampleRecord, LiveExample, ResultsDocument, RunConfig, RunRecord
 from rescore.runs.run import Run, label_of, load_rescorers, runs_of
 from rescore.runs.summary import is_cut, summarize
-from rescore.runs.weights import alpha_notices, alpha_of, check_tokenizers, coverage_notices, fit_to
+from rescore.runs.weights import alpha_notices, alpha_of, coverage_notices, fit_before, fit_to
 from rescore.tracing import Trace, TracedExample
 
 REPLAY_EXAMPLES = 64  # replayed side by side, at most; a kill loses what of these is not finished
@@ -129,8 +129,14 @@ class _Work:
         return (self.name, *run.key)
 
     def fitted(self, trace: Trace, device: str, notify: Notify, shared: Any = None) -> dict[Run, Rescorer]:
-        """The rescorers fitted to a trace, with the weight of each run."""
+        """The rescorers fitted to a trace, with the weight of each run.
+
+        Raises `IncompatibleError` if one no longer scores with what the records of the runs name.
+        """
         fitted = fit_to(trace, self.rescorers, device=device, shared=shared)
+        for record in self.records:
+            if fitted[record.rescorer].identity != record.identity:
+                raise IncompatibleError(f"{record.rescorer} was replaced while it was read; run the command again")
         for line in coverage_notices(trace, fitted, max(run.k for run in self.runs)):
             notify(line)
         return {
@@ -159,21 +165,21 @@ def _work(recording: Recording, asked: Asked, loaded: dict[object, Rescorer]) ->
         check_held_k(recording.k, run.k)
     rescorers = load_rescorers(runs, loaded)
     _check_weights(runs, rescorers)
-    check_tokenizers(recording, rescorers.values())
-    records = []
-    for run in runs:
-        rescorer = rescorers[run.label]
-        # What a spec says of a rescorer without a weight tells it from others; the class of an object does not.
-        identity = rescorer.identity if rescorer.alpha is not None or rescorer is run.rescorer else ""
-        alpha = alpha_of(recording, run, rescorer)
-        records.append(RunRecord(rescorer=run.label, k=run.k, p=run.p, alpha=alpha, identity=identity))
+    fitted = fit_before(recording, rescorers)
+    records = [
+        RunRecord(
+            rescorer=run.label, k=run.k, p=run.p, alpha=alpha_of(recording, run, fitted[run.label]),
+            identity=fitted[run.label].identity,
+        )
+        for run in runs
+    ]  # fmt: skip
     return _Work(recording, runs, rescorers, records)
 
 
 def _check_identities(work: Iterable[_Work]) -> None:
     """Raises `RescoreError` for a rescorer that a folder's results could not be known to be of."""
-    for run in (run for task in work for run in task.runs):
-        if isinstance(run.rescorer, Rescorer) and not run.rescorer.identity:
+    for run, record in (pair for task in work for pair in zip(task.runs, task.records, strict=True)):
+        if isinstance(run.rescorer, Rescorer) and not record.identity:
             raise RescoreError(
                 f"a folder's results could not be known to be of {run.label}: set its `identity`, a hash of what it "
                 "scores with, or leave out `out` and save the evaluation"

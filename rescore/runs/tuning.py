@@ -21,7 +21,7 @@ from rescore.runs.inputs import Notify, Progress
 from rescore.runs.recording import Recording
 from rescore.runs.records import Tuned
 from rescore.runs.run import DEFAULT_K, Run, load_rescorers
-from rescore.runs.weights import check_tokenizers, coverage_notices, fit_to, target_of, tuned_path
+from rescore.runs.weights import coverage_notices, fit_before, fit_to, target_before, target_of, tuned_path
 
 DEFAULT_ALPHAS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 HELD_OUT = 100
@@ -63,7 +63,7 @@ def tune(
         if notify:
             for line in recording.notices:
                 notify(line)
-        check_tokenizers(recording, by_label.values())
+        fit_before(recording, by_label)
         trace = recording.trace(progress=progress)
         fitted = fit_to(trace, by_label, device=recording.models.device)
         for line in coverage_notices(trace, fitted, max(ks)):
@@ -134,7 +134,7 @@ def fit_joint(
         if notify:
             for line in recording.notices:
                 notify(line)
-        check_tokenizers(recording, [joint])
+        joint.search_for(target_before(recording))  # its weights need not be there yet
         trace = recording.trace(progress=progress)
         search = joint.search_for(target_of(trace))
         examples += [(example, search) for example in trace.examples]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,20 +28,25 @@ if TYPE_CHECKING:
 LEAST_COVERAGE = 0.1
 
 
-def check_tokenizers(recording: Recording, rescorers: Collection[Rescorer]) -> None:
-    """Before anything is decoded: raises `IncompatibleError` if a rescorer was made for another tokenizer."""
-    if recording.given:  # made elsewhere it need not say what its base is; `fit_to` goes by what it says
-        return
-    from lm.base.model import BaseIdentity
-
+def target_before(recording: Recording) -> Target:
+    """The base LM of a recording, before anything is decoded; of a given trace as far as that tells."""
+    if recording.given:
+        return target_of(recording.given)
     base = recording.settings["base"]
-    for rescorer in rescorers:
-        if rescorer.alpha is not None:
-            rescorer.fit(Target(base["vocab_size"], (), base["tokenizer_sha256"], BaseIdentity(**base)))
+    return Target.of(base, base["vocab_size"])
+
+
+def fit_before(recording: Recording, rescorers: Mapping[str, Rescorer]) -> dict[str, Rescorer]:
+    """The rescorers fitted before anything is decoded: what they score with has its whole `identity` then.
+
+    Raises as `Rescorer.fit`: for one that was made for another tokenizer, or has no weights for this base LM.
+    """
+    target = target_before(recording)
+    return {label: rescorer.fit(target) for label, rescorer in rescorers.items()}
 
 
 def alpha_of(recording: Recording, run: Run, rescorer: Rescorer) -> Alpha | None:
-    """The weight of a run on a task; None for a rescorer that has none.
+    """The weight of a run on a task; None for a rescorer (fitted) that has none.
 
     Raises `RescoreError` with the command to run if a tuned weight is asked for and none is kept on this machine.
     """
@@ -114,14 +119,8 @@ def _alpha_fact(chosen: Alpha, recording: Recording) -> str | None:
 
 def target_of(trace: Trace, *, device: str = "cpu", shared: BaseLM | None = None) -> Target:
     """The base LM that a trace was recorded with, as far as the trace tells; for work on `device`."""
-    from lm.base.model import BaseIdentity
-
-    base = trace.header.settings.get("base")
-    tokenizer = base.get("tokenizer_sha256") if isinstance(base, dict) else None
-    identity = None
-    if isinstance(base, dict) and base.keys() >= {field.name for field in dataclasses.fields(BaseIdentity)}:
-        identity = BaseIdentity(**{field.name: base[field.name] for field in dataclasses.fields(BaseIdentity)})
-    return Target(trace.header.vocab_size, tuple(trace.header.eos_token_ids), tokenizer, identity, device, shared)
+    header = trace.header
+    return Target.of(header.settings.get("base"), header.vocab_size, header.eos_token_ids, device=device, shared=shared)
 
 
 def fit_to(

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lattices.errors import RescoreError
+from lattices.errors import IncompatibleError, RescoreError
 from lm.files import (
     append_json_line,
     atomic_file,
@@ -25,7 +25,7 @@ from lm.files import (
 from lm.keys import key_of
 from lm.locks import writing_to
 from lm.records import convert_record, plain
-from rescore.rescorers import load_rescorer
+from rescore.rescorers import Rescorer, load_rescorer
 from rescore.runs.environment import environment
 from rescore.runs.evaluated import load_run
 from rescore.runs.evaluation import evaluate
@@ -36,6 +36,7 @@ from rescore.runs.records import Result, RunConfig
 from rescore.runs.run import Run
 from rescore.runs.tables import results_csv
 from rescore.runs.tuning import tune
+from rescore.runs.weights import fit_before
 from rescore.suites.files import (
     CSV_FILE,
     MANIFEST_FILE,
@@ -92,9 +93,10 @@ def _run(plan: Plan, out: Path, source: str, progress: Progress | None, notify: 
     with _TunedWeights(out / TUNED_FILE) as weights:
         try:
             for part in parts:
-                identities = _identities(plan)  # for each part: files of rescorers may be replaced in between
-                runs = _weighted(plan, part, identities, weights, progress, add)
-                results, interrupted = _evaluate(plan, part, runs, identities, out, progress, add)
+                # For each part: files of rescorers may be replaced in between.
+                rescorers = fit_before(part.recording, _rescorers(plan))
+                runs = _weighted(plan, part, rescorers, weights, progress, add)
+                results, interrupted = _evaluate(plan, part, runs, rescorers, out, progress, add)
                 suite.results += results
                 if interrupted:
                     break
@@ -133,6 +135,9 @@ def _parts(plan: Plan) -> list[_Part]:
             if (other := tasks.setdefault(name, recording.name)) != recording.name:
                 raise RescoreError(f"the tasks {other} and {recording.name} would share a folder; rename one of them")
     check_names([part.recording for part in parts if part.h == plan.h[0]])
+    rescorers = _rescorers(plan)
+    for part in parts:
+        fit_before(part.recording, rescorers)
     return parts
 
 
@@ -174,7 +179,7 @@ class _TunedWeights:
 def _weighted(
     plan: Plan,
     part: _Part,
-    identities: dict[str, str],
+    rescorers: dict[str, Rescorer],
     weights: _TunedWeights,
     progress: Progress | None,
     notify: Notify,
@@ -182,8 +187,9 @@ def _weighted(
     """The runs of one evaluation, with tuned weights where the plan asks for them."""
     runs = []
     for run in plan.runs:
-        if run.alpha is None and run.label in identities and (tuning := plan.tuning(run.label)) is not None:
-            sweep = _sweep(part, run, identities[run.label], tuning, weights, progress, notify)
+        rescorer, tuning = rescorers[run.label], plan.tuning(run.label)
+        if run.alpha is None and rescorer.alpha is not None and tuning is not None:
+            sweep = _sweep(part, run, rescorer.identity, tuning, weights, progress, notify)
             run = dataclasses.replace(run, alpha=sweep.as_alpha(data_sha256=sweep.data_sha256))
         runs.append(run)
     return runs
@@ -213,6 +219,8 @@ def _sweep(
         )  # fmt: skip
         if not evaluated.given:  # a sweep of other files must not be kept under this key
             evaluated.models.check_unchanged(evaluated.settings)
+        if tuned.identity != identity:
+            raise IncompatibleError(f"{run.label} was replaced while it was tuned; run the command again")
         sweep = SuiteSweep(**{f.name: getattr(tuned, f.name) for f in fields(tuned)}, h=part.h, key=key)
         weights.add(sweep)
     return sweep
@@ -222,7 +230,7 @@ def _evaluate(
     plan: Plan,
     part: _Part,
     runs: list[Run],
-    identities: dict[str, str],
+    rescorers: dict[str, Rescorer],
     out: Path,
     progress: Progress | None,
     notify: Notify,
@@ -231,7 +239,7 @@ def _evaluate(
     folder = out / part.folder
     if (folder / RESULTS_FILE).is_file():
         finished = load_run(folder)
-        if _is_same(part, identities, finished.config):
+        if _is_same(part, rescorers, finished.config):
             for line in finished.notices:
                 notify(line)
             return finished.results, False
@@ -242,17 +250,16 @@ def _evaluate(
     return evaluation.results, evaluation.interrupted
 
 
-def _is_same(part: _Part, identities: dict[str, str], config: RunConfig) -> bool:
+def _is_same(part: _Part, rescorers: dict[str, Rescorer], config: RunConfig) -> bool:
     """Whether these results are of the data, base, heads and rescorers that are there now; if not, `evaluate` tells the
     change."""
     name, recording = part.recording.name, part.recording
     of_now = [recording.source, {"k": recording.k, **recording.settings}, recording.inputs]
     of_then = [config.data.get(name), config.traces.get(name), config.inputs.get(name)]
-    then = {r.rescorer: r.identity for r in config.runs.get(name, ()) if r.alpha is not None}
-    return plain(of_now) == plain(of_then) and then == identities
+    then = {r.rescorer: r.identity for r in config.runs.get(name, ())}
+    return plain(of_now) == plain(of_then) and then == {label: each.identity for label, each in rescorers.items()}
 
 
-def _identities(plan: Plan) -> dict[str, str]:
-    """What rescorers with a weight score with, by name, as `evaluate` has it."""
-    rescorers = {r.name: load_rescorer(r.name) for r in plan.rescorers}
-    return {name: rescorer.identity for name, rescorer in rescorers.items() if rescorer.alpha is not None}
+def _rescorers(plan: Plan) -> dict[str, Rescorer]:
+    """The rescorers of a plan by name, from the files as they are now."""
+    return {r.name: load_rescorer(r.name) for r in plan.rescorers}

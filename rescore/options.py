@@ -12,6 +12,7 @@ import functools
 import importlib
 import inspect
 import re
+import shlex
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -218,6 +219,12 @@ class Option:
 
 def _parts(kind: Any) -> tuple[Any, ...]:
     return typing.get_args(kind)
+
+
+def written(command: str, values: Mapping[str, Any]) -> str:
+    """A command line with these options, by their names in Python; one whose value is None is left out."""
+    words = [f"--{n.replace('_', '-')} {shlex.quote(str(v))}" for n, v in values.items() if v is not None]
+    return " ".join(["rescore", command, *words])
 
 
 def _unwrapped(hint: Any) -> tuple[Any, bool, list[Any]]:

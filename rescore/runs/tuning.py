@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from rescore.runs.recording import Recording
 from rescore.runs.records import Tuned
 from rescore.runs.run import DEFAULT_K, Run, load_rescorers
 from rescore.runs.weights import coverage_notices, fit_before, fit_to, target_before, target_of, tuned_path
+from rescore.tracing import Trace
 
 DEFAULT_ALPHAS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 HELD_OUT = 100
@@ -58,13 +59,8 @@ def tune(
         raise RescoreError(f"the rescorer {weightless[0]} has no weight to tune; give one that has, like ngram")
     sweeps = []
     for recording in [recordings] if isinstance(recordings, Recording) else recordings:
-        recording = recording.held_out(checked_held_out(held_out), evaluated=evaluated)
-        check_held_k(recording.k, max(ks))
-        if notify:
-            for line in recording.notices:
-                notify(line)
-        fit_before(recording, by_label)
-        trace = recording.trace(progress=progress)
+        recording = recording.held_out(held_out, evaluated=evaluated)
+        trace = _trace(recording, max(ks), lambda of: fit_before(of, by_label), progress, notify)
         fitted = fit_to(trace, by_label, device=recording.models.device)
         for line in coverage_notices(trace, fitted, max(ks)):
             if notify:
@@ -90,11 +86,21 @@ def tune(
     return sweeps
 
 
-def checked_held_out(count: int) -> int:
-    """The number itself. Raises `RescoreError` for none."""
-    if count < 1:
-        raise RescoreError(f"--held-out {count}; at least one example is needed")
-    return count
+def _trace(
+    recording: Recording,
+    k: int,
+    check: Callable[[Recording], object],
+    progress: Progress | None,
+    notify: Notify | None,
+) -> Trace:
+    """The trace of examples to tune on; before anything is decoded it is known that it holds k, and what `check`
+    refuses."""
+    check_held_k(recording.k, k)
+    if notify:
+        for line in recording.notices:
+            notify(line)
+    check(recording)
+    return recording.trace(progress=progress)
 
 
 def is_joint(specs: Sequence[str], out: Path | None) -> bool:
@@ -129,13 +135,9 @@ def fit_joint(
     assert isinstance(joint, Joint)
     examples, groups = [], []
     for recording in [recordings] if isinstance(recordings, Recording) else recordings:
-        recording = recording.held_out(checked_held_out(held_out))
-        check_held_k(recording.k, k)
-        if notify:
-            for line in recording.notices:
-                notify(line)
-        joint.search_for(target_before(recording))  # its weights need not be there yet
-        trace = recording.trace(progress=progress)
+        recording = recording.held_out(held_out)
+        # Not `fit_before`: the weights need not be there yet.
+        trace = _trace(recording, k, lambda of: joint.search_for(target_before(of)), progress, notify)
         search = joint.search_for(target_of(trace))
         examples += [(example, search) for example in trace.examples]
         groups += [f"{recording.name} {group}" for group in recording.groups]

@@ -4,7 +4,6 @@ rescorers to a base LM."""
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from lattices.errors import InvalidDataError, RescoreError
 from lm.keys import cache_entry
 from lm.records import read_record
 from rescore.checks import MAX_ALPHA
+from rescore.options import written
 from rescore.rescorers import Rescorer, Target
 from rescore.runs.inputs import Inputs
 from rescore.runs.recording import Recording
@@ -78,12 +78,8 @@ def _tune_command(inputs: Inputs, run: Run) -> str:
     names = ("h", "base", "heads", "data", "max_new_tokens", "max_prompt_tokens", "dtype")
     changed = {name: value for name in names if (value := getattr(inputs, name)) != defaults[name]}
     spec = run.rescorer if isinstance(run.rescorer, str) else run.label
-    arguments = {"task": inputs.task, "trace": inputs.trace, "rescorer": spec, "k": run.k, "p": run.p, **changed}
-    words = [
-        f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
-        for name, value in arguments.items() if value is not None
-    ]  # fmt: skip
-    return " ".join(["rescore tune", *words])
+    given = {"task": inputs.task, "trace": inputs.trace, "rescorer": spec, "k": run.k, "p": run.p}
+    return written("tune", given | changed)
 
 
 def alpha_notices(runs: Sequence[RunRecord], recording: Recording) -> list[str]:

@@ -10,8 +10,7 @@ from typing import ClassVar
 
 import pytest
 from evaluating import evaluated, swept
-from evaluation_runs import Make, Peek, run, without_times
-from test_evaluation import make, peek  # noqa: F401 (fixtures)
+from evaluation_runs import Make, Peek, make_fixture, peek_fixture, run, without_times  # noqa: F401 (fixtures)
 from test_evaluation_goes_on import ctrl_c, examples_of
 
 from lattices.errors import IncompatibleError, RescoreError

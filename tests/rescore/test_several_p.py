@@ -1,7 +1,5 @@
 """Evaluations with several numbers of drafts at once: every p gives what it gives alone."""
 
-# ruff: noqa: F811 - pytest takes imported fixtures as arguments by their names
-
 from __future__ import annotations
 
 import dataclasses

@@ -10,20 +10,19 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
 import typer
 import typer.core
 import typer.main
 from typer.models import CommandInfo
 
-from lattices.errors import RescoreError
 from lm.options import TEXTS
 from rescore import options as shared
-from rescore.options import Option, Source, Spec, with_options
+from rescore.options import Option, Source, Spec, imported, with_options
 from rescore.runs.inputs import DEFAULT_BASE
 from rescore.terminal import INTERRUPTED, notify, progress_bar
 
@@ -42,6 +41,7 @@ MODEL = Source(INPUTS, only=("base", "dtype", "device"))
 OWN = Source("lm.base.own_output:OwnOutput", but=("batch_size", "temperature", "seed"))
 
 Body = TypeVar("Body", bound=Callable[..., None])
+Asked = functools.partial[Any]  # what a command does, with the values of its options
 Details = Annotated[bool, "Also quality, acceptance by position, and in live mode the times."]
 Corpora = Annotated[
     Sequence[str],
@@ -180,13 +180,29 @@ def _print_json(document: Any) -> None:
     print(json.dumps(document, ensure_ascii=False))
 
 
-def _result(result: Any, tables: Callable[[Any], "Table | Sequence[Table]"], as_json: bool) -> None:
-    """Prints what a function gave: what it has to say besides, and its JSON document or tables."""
-    for line in getattr(result, "notices", ()):
+def _done(call: Callable[..., Any], *given: Any, **more: Any) -> Any:
+    """What a call gives that shows how far it is."""
+    with progress_bar() as progress:
+        return call(*given, **more, progress=progress)
+
+
+def _tell(lines: Iterable[str]) -> None:
+    for line in lines:
         notify(line)
+
+
+def _interrupted(line: str) -> NoReturn:
+    notify(f"interrupted; {line}")
+    raise typer.Exit(INTERRUPTED)
+
+
+def _result(result: Any, tables: str, as_json: bool, **more: Any) -> None:
+    """Prints what a function gave: what it has to say besides, and its JSON document or what the function at the place
+    `tables` makes of it."""
+    _tell(getattr(result, "notices", ()))
     if as_json:
         return _print_json(result.as_dict() if hasattr(result, "as_dict") else asdict(result))
-    _show(tables(result))
+    _show(imported(tables)(result, **more))
 
 
 @command("eval", MEASURE, inputs=Source(INPUTS))
@@ -216,14 +232,12 @@ def eval_command(
     runs = runs_of(rescorer, ks=k, ps=p, alpha=alpha, drafters=drafter)
     recordings = open_recordings(task, inputs, k=max(run.k for run in runs))
     how: dict[str, Any] = {"live": mode == "live", "verify": verify, "seed": seed, "out": out}
-    with progress_bar() as progress:
-        evaluation = evaluate(recordings, runs, **how, progress=progress, notify=notify)
+    evaluation = _done(evaluate, recordings, runs, **how, notify=notify)
     _print_json(plain(evaluation.document)) if as_json else _show(evaluation.tables(details=details))
     if evaluation.interrupted:
         kept = f"and kept in {out}: the same command goes on" if out else "(--out DIR would keep them)"
         shown = f"the finished examples are shown {kept}" if evaluation.results else "none was finished yet"
-        notify(f"interrupted; {shown}")
-        raise typer.Exit(INTERRUPTED)
+        _interrupted(shown)
 
 
 def _check(tasks: Sequence[str], inputs: "Inputs") -> None:
@@ -268,17 +282,17 @@ def tune_command(
     """Tune a rescorer's weight (alpha) by replay on held-out examples, for `rescore eval --alpha tuned`."""
     _check(task, inputs)
     from rescore.runs.recording import open_recordings
-    from rescore.runs.tables import joint_fit_table, tuning_table
+    from rescore.runs.tables import tuning_table
     from rescore.runs.tuning import DEFAULT_ALPHAS, fit_joint, is_joint, tune
 
     recordings = open_recordings(task, inputs, k=max(k))
-    with progress_bar() as progress:
-        how: dict[str, Any] = {"held_out": held_out, "progress": progress, "notify": notify}
-        if is_joint(rescorer, out):
-            fit = fit_joint(recordings, out, rescorer[0], drafters=drafter, without=without, k=max(k), **how)
-            _result(fit, joint_fit_table, as_json)
-            return notify(f"written: rescore eval --rescorer joint:{out} uses these weights")
-        sweeps = tune(recordings, rescorer, alphas=alphas or DEFAULT_ALPHAS, ks=k, ps=p, **how)
+    how: dict[str, Any] = {"held_out": held_out, "notify": notify}
+    if is_joint(rescorer, out):
+        of_joint = {"drafters": drafter, "without": without, "k": max(k)}
+        fit = _done(fit_joint, recordings, out, rescorer[0], **of_joint, **how)
+        _result(fit, "rescore.runs.tables:joint_fit_table", as_json)
+        return notify(f"written: rescore eval --rescorer joint:{out} uses these weights")
+    sweeps = _done(tune, recordings, rescorer, alphas=alphas or DEFAULT_ALPHAS, ks=k, ps=p, **how)
     _print_json([asdict(sweep) for sweep in sweeps]) if as_json else _show(tuning_table(sweeps))
     notify("kept on this machine: rescore eval --alpha tuned with the same options uses these weights")
 
@@ -296,65 +310,51 @@ def trace_command(
     from rescore.runs.recording import open_recording
 
     recording = open_recording(replace(inputs, task=task), k=k, out=out)
-    for line in recording.notices:
-        notify(line)
-    with progress_bar() as progress:
-        trace = recording.trace(progress=progress)
+    _tell(recording.notices)
+    trace = _done(recording.trace)
     positions = sum(len(example.output_ids) for example in trace.examples)
     print(f"{out}: {len(trace.examples)} examples, {positions} positions, h = {trace.header.h}, K = {trace.header.k}")
 
 
 @command("suite", MEASURE, plan=Source("rescore.suites.plan:read_plan"))
 def suite_command(
-    plan: Any, out: Annotated[Path, "Folder for results, table.md and table.csv; resumable."], as_json: Json = False
+    plan: Asked, out: Annotated[Path, "Folder for results, table.md and table.csv; resumable."], as_json: Json = False
 ) -> None:
     """Run a whole table, tasks x rescorers x k, from one YAML file; goes on where it was stopped."""
     from lm.records import plain
     from rescore.runs.tables import suite_table
-    from rescore.suites.plan import read_plan
     from rescore.suites.run import run_suite
 
-    with progress_bar() as progress:
-        suite = run_suite(read_plan(**plan), out, source=plan["path"].name, progress=progress, notify=notify)
+    suite = _done(run_suite, plan(), out, source=plan.keywords["path"].name, notify=notify)
     if as_json:
         _print_json(plain(suite.document))
     else:
         _show(suite_table(suite.document.results)) if suite.document.results else print("no finished examples")
     if suite.interrupted:
-        notify(f"interrupted; the finished examples are kept in {out}: the same command goes on")
-        raise typer.Exit(INTERRUPTED)
+        _interrupted(f"the finished examples are kept in {out}: the same command goes on")
 
 
 @command("analyse", LOOK, asked=Source("rescore.studies.analysis.collect:analyse_folders"))
-def analyse_command(asked: Any, as_json: Json = False) -> None:
+def analyse_command(asked: Asked, as_json: Json = False) -> None:
     """Analyse traces or finished runs: repetition, entropy and h_max, oracle, wins and losses, ranks, calibration."""
-    from rescore.studies.analysis.collect import analyse_folders
-    from rescore.studies.analysis.text import findings_tables
-
-    _result(analyse_folders(**asked), findings_tables, as_json)
+    _result(asked(), "rescore.studies.analysis.text:findings_tables", as_json)
 
 
 @command("compare", LOOK, asked=Source("rescore.studies.comparison:compare_folders"))
-def compare_command(asked: Any, as_json: Json = False) -> None:
+def compare_command(asked: Asked, as_json: Json = False) -> None:
     """Compare two results by example: difference in block efficiency with its paired interval, won, tied, lost."""
-    from rescore.studies.comparison import compare_folders
-    from rescore.studies.tables import comparison_table
-
-    _result(compare_folders(**asked), comparison_table, as_json)
+    _result(asked(), "rescore.studies.tables:comparison_table", as_json)
 
 
 @command("inspect", LOOK, asked=Source("rescore.reports.inspection:inspect_example"))
-def inspect_command(asked: Any, as_json: Json = False) -> None:
+def inspect_command(asked: Asked, as_json: Json = False) -> None:
     """Show one example block by block: the lattice, each rescorer's draft, what was accepted, what the base wanted."""
-    from rescore.reports.inspection import inspect_example
     from rescore.reports.inspection_view import inspection_lines
 
-    inspection = inspect_example(**asked)
-    for line in inspection.notices:
-        notify(line)
+    inspection = asked()
+    _tell(inspection.notices)
     if as_json:
-        _print_json(inspection.as_dict())
-        return
+        return _print_json(inspection.as_dict())
     console = _console()
     width = console.width if console.is_terminal else shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns
     for text in inspection_lines(inspection, width=width):
@@ -362,24 +362,19 @@ def inspect_command(asked: Any, as_json: Json = False) -> None:
 
 
 @command("cost", LOOK, asked=Source("rescore.studies.cost.inputs:cost_tables"))
-def cost_command(asked: Any, as_json: Json = False) -> None:
+def cost_command(asked: Asked, as_json: Json = False) -> None:
     """Cost model: weights and KV cache read and FLOPs per decoded token, by method and context."""
-    from rescore.studies.cost.inputs import cost_tables
     from rescore.studies.tables import cost_table
 
-    costs = cost_tables(**asked)
+    costs = asked()
     _print_json([each.as_dict() for each in costs]) if as_json else _show([cost_table(each) for each in costs])
 
 
 @command("report", LOOK, asked=Source("rescore.reports.page:report"))
-def report_command(asked: Any, as_json: Json = False) -> None:
+def report_command(asked: Asked, as_json: Json = False) -> None:
     """Make one HTML page of results: tables, charts and a lattice explorer; works from disk, without network."""
-    from rescore.reports.page import report
-
-    with progress_bar() as progress:
-        written = report(**asked, progress=progress)
-    for line in written.missing:
-        notify(line)
+    written = _done(asked)
+    _tell(written.missing)
     _print_json(written.as_dict()) if as_json else print(written.lines())
 
 
@@ -399,17 +394,16 @@ def build_ngram_command(
 ) -> None:
     """Estimate an n-gram model from text: ARPA file, compiled automaton and manifest in one folder."""
     from lm.ngram.build import build_ngram, default_folder
-    from rescore.studies.tables import built_ngram_table
 
     folder = default_folder(corpus, options.order) if out is None else out
     tokenizer = tokenizer or base or DEFAULT_BASE
     fallback = (0.5, 1.0, 1.5) if discount_fallback else None
-    with progress_bar() as progress:
-        summary = build_ngram(
-            corpus, folder, replace(options, tokenizer=tokenizer, discount_fallback=fallback),
-            own=replace(own, base=base or tokenizer), replace=out is not None, progress=progress,
-        )  # fmt: skip
-    _result(summary, built_ngram_table, as_json)
+    options, own = (
+        replace(options, tokenizer=tokenizer, discount_fallback=fallback),
+        replace(own, base=base or tokenizer),
+    )
+    summary = _done(build_ngram, corpus, folder, options, own=own, replace=out is not None)
+    _result(summary, "rescore.studies.tables:built_ngram_table", as_json)
     if not as_json:
         print(f"next: {summary.use(tokenizer)}")
 
@@ -426,74 +420,38 @@ def build_lookup_command(
 ) -> None:
     """Index a corpus, so that continuations of the last tokens are looked up in it: a static suffix array."""
     from lm.lookup_index import build_lookup, default_folder
-    from rescore.studies.tables import built_lookup_table
 
     folder = default_folder(corpus) if out is None else out
     tokenizer = tokenizer or base or DEFAULT_BASE
-    own = replace(own, base=base or tokenizer)
-    with progress_bar() as progress:
-        options = replace(options, tokenizer=tokenizer)
-        summary = build_lookup(corpus, folder, options, own=own, replace=out is not None, progress=progress)
-    _result(summary, built_lookup_table, as_json)
+    own, options = replace(own, base=base or tokenizer), replace(options, tokenizer=tokenizer)
+    summary = _done(build_lookup, corpus, folder, options, own=own, replace=out is not None)
+    _result(summary, "rescore.studies.tables:built_lookup_table", as_json)
     if not as_json:
         print(f"next: {summary.use()}")
 
 
-@command("mix-ngram", NGRAMS, tuning=Source("rescore.studies.ngram_mixing:tune_mixture"))
-def mix_ngram_command(
-    model: Annotated[Sequence[str], "Two or more: folders of build-ngram, ARPA files, shipped (the model).", "MODEL"],
-    out: Annotated[Path, "Folder for the mixture, a model like those of build-ngram."],
-    tuning: Any,
-    weights: Annotated[Sequence[float], "Weights, one for each model, like 0.7,0.3."] = (),
-    trace: Annotated[Path | None, "Instead of weights: a trace folder, on whose last examples they are tuned."] = None,
-    as_json: Json = False,
-) -> None:
+@command("mix-ngram", NGRAMS, asked=Source("rescore.studies.ngram_mixing:mix_models"))
+def mix_ngram_command(asked: Asked, as_json: Json = False) -> None:
     """Interpolate n-gram models into one: p = the weighted sum of theirs, with weights given or tuned by replay."""
-    from lm.ngram.mix import find_parts, mix_ngrams
-    from rescore.studies.tables import mixture_table, mixture_tuning_table
-
-    if bool(weights) == bool(trace):
-        raise RescoreError("give the weights of the mixture (--weights 0.7,0.3) or a trace to tune them on (--trace)")
-    if weights and (given := [name for name, value in tuning.items() if value is not None]):
-        option = given[0].replace("limit", "held-out")
-        raise RescoreError(f"--{option} is for tuning on a --trace, and the weights are given; drop it")
-    parts, tuned = find_parts(model), None
-    with progress_bar() as progress:
-        if trace is not None:
-            from rescore.studies.ngram_mixing import tune_mixture
-
-            tuned = tune_mixture(parts, trace, **tuning, progress=progress)
-            weights = tuned.weights
-        mixed = mix_ngrams(parts, weights, out, tuned=asdict(tuned) if tuned else None, progress=progress)
-    if abs(sum(weights) - 1.0) > 1e-6:
-        notify(f"the weights add up to {sum(weights):g}; they are scaled to 1")
-    if as_json:
-        _print_json({**asdict(mixed), "tuned": asdict(tuned) if tuned else None})
-    else:
-        _show([*([mixture_tuning_table(tuned)] if tuned else []), mixture_table(mixed)])
+    _result(_done(asked), "rescore.studies.tables:mixing_tables", as_json)
 
 
 @command("score-ngram", NGRAMS, asked=Source("lm.ngram.score:score_file"))
-def score_ngram_command(asked: Any, as_json: Json = False) -> None:
+def score_ngram_command(asked: Asked, as_json: Json = False) -> None:
     """Perplexity of a text under an n-gram model, with the counts of unknown words."""
-    from lm.ngram.score import score_file
-    from rescore.studies.tables import ngram_score_table
-
-    with progress_bar() as progress:
-        score = score_file(**asked, progress=progress)
+    score, given = _done(asked), asked.keywords
     if score.unknown_share > 0.9:
         share = f"{score.unknown_share:.0%}"
-        notify(f"{asked['ngram']} does not know {share} of the words; is this the right --tokenizer?")
-    _result(score, functools.partial(ngram_score_table, text=asked["text"]), as_json)
+        notify(f"{given['ngram']} does not know {share} of the words; is this the right --tokenizer?")
+    _result(score, "rescore.studies.tables:ngram_score_table", as_json, text=given["text"])
 
 
 @command("export-fst", NGRAMS, asked=Source("rescore.exports.openfst:export_openfst"))
-def export_fst_command(asked: Any) -> None:
+def export_fst_command(asked: Asked) -> None:
     """Write an n-gram automaton and one lattice of a trace, with their exact composition, as OpenFst text."""
-    from rescore.exports.openfst import export_openfst
     from rescore.studies.tables import file_sizes
 
-    print(f"{asked['out']}: {file_sizes(export_openfst(**asked))}")
+    print(f"{asked.keywords['out']}: {file_sizes(asked())}")
 
 
 @command("generate-corpus", TRAIN, inputs=MODEL, options=Source("lm.base.corpus:GenerationOptions"))
@@ -518,88 +476,72 @@ def generate_corpus_command(
 
 
 @command("train-heads", TRAIN, asked=Source("lm.training.run:train_heads"))
-def train_heads_command(asked: Any) -> None:
+def train_heads_command(asked: Asked) -> None:
     """Train block heads, on a frozen base LM or together with it. Several GPUs: torchrun --no-python rescore ..."""
-    from lm.training.run import train_heads
     from rescore.studies.tables import accuracy_table
 
-    with progress_bar() as progress:
-        accuracy = train_heads(**asked, progress=progress, notify=notify)
+    accuracy = _done(asked, notify=notify)
     if accuracy is not None:
         _show(accuracy_table(accuracy))
-        options, out = asked["options"], asked["out"]
-        use = f"--base {asked['text'].base} --heads {out}" if options.tune == "none" else f"--base {out}"
+        text, options, out = (asked.keywords[name] for name in ("text", "options", "out"))
+        use = f"--base {text.base} --heads {out}" if options.tune == "none" else f"--base {out}"
         print(f"{out}: heads 2 to {options.h}; rescore eval {use}")
 
 
 @command("train-rescorer", TRAIN, asked=Source("lm.training.run:train_rescorer"))
 def train_rescorer_command(
     size: Annotated[str, "neural-32m, neural-61m or neural-94m.", "SIZE"],
-    asked: Any,
+    asked: Asked,
     base: Annotated[str, "Base LM it is to rescore for.", "--tokenizer", "--base"] = DEFAULT_BASE,
 ) -> None:
     """Train a small neural LM that rescores drafts. Several GPUs: torchrun --no-python rescore ..."""
-    from lm.training.run import train_rescorer
-
-    with progress_bar() as progress:
-        measured = train_rescorer(**asked, progress=progress, notify=notify)
-    if measured is not None:
-        print(f"{asked['out']}: {measured.line()}")
+    if (measured := _done(asked, notify=notify)) is not None:
+        print(f"{asked.keywords['out']}: {measured.line()}")
 
 
 @command("train-bigram", TRAIN, asked=Source("lm.training.run:train_bigram"))
-def train_bigram_command(asked: Any) -> None:
+def train_bigram_command(asked: Asked) -> None:
     """Train a learned bigram on the heads' lattices of a corpus."""
-    from lm.training.run import train_bigram
-
-    with progress_bar() as progress:
-        measured = train_bigram(**asked, progress=progress)
-    if measured is not None:
-        print(f"{asked['out']}: {measured.line()}")
+    if (measured := _done(asked)) is not None:
+        print(f"{asked.keywords['out']}: {measured.line()}")
 
 
 @command("tasks", TASKS, asked=Source("rescore.tasks.listing:list_tasks"))
-def tasks_command(asked: Any, as_json: Json = False) -> None:
+def tasks_command(asked: Asked, as_json: Json = False) -> None:
     """List the tasks: what they ask, what they are scored by, where their data come from."""
-    from rescore.tasks.listing import list_tasks, tasks_table
+    from rescore.tasks.listing import tasks_table
 
-    facts = list_tasks(**asked)
+    facts = asked()
     if as_json:
         _print_json([each.as_dict() for each in facts])
-    elif asked["names"]:
+    elif asked.keywords["names"]:
         print("\n\n".join(each.in_full() for each in facts))
     else:
         _show(tasks_table(facts))
 
 
 @command("perplexity", TASKS, asked=Source("rescore.studies.perplexity:perplexity_of_task"))
-def perplexity_command(asked: Any, as_json: Json = False) -> None:
+def perplexity_command(asked: Asked, as_json: Json = False) -> None:
     """Perplexity of the base LM on a task's passages, by a window that moves on with a stride."""
-    from rescore.studies.perplexity import perplexity_of_task
-
-    with progress_bar() as progress:
-        found = perplexity_of_task(**asked, progress=progress)
-    if found.notice:
-        notify(found.notice)
-    _print_json(asdict(found)) if as_json else print(found.line(asked["base"], asked["dtype"]))
+    found, given = _done(asked), asked.keywords
+    _tell([found.notice] if found.notice else [])
+    _print_json(asdict(found)) if as_json else print(found.line(given["base"], given["dtype"]))
 
 
 @command("overlap", TASKS, asked=Source("rescore.studies.overlap:find_overlap"))
 def overlap_command(
-    asked: Any,
+    asked: Asked,
     out: Annotated[Path | None, "Write the list for --leave-out (ids and digests, no text)."] = None,
     as_json: Json = False,
 ) -> None:
     """Find examples that share runs of 13 words (prompt or references) with training corpora."""
-    from rescore.studies.overlap import find_overlap, overlap_table
     from rescore.tasks.leave_out import write_leave_out
 
-    with progress_bar() as progress:
-        overlap = find_overlap(**asked, progress=progress)
+    overlap = _done(asked)
     if out is not None:
         about = f"Examples that share {overlap.n} words in a row with {', '.join(overlap.corpora)}"
         write_leave_out(overlap, out, about=about)
-    _result(overlap, overlap_table, as_json)
+    _result(overlap, "rescore.studies.overlap:overlap_table", as_json)
 
 
 @command("verify-curve", group=bench, inputs=MODEL)
@@ -611,23 +553,17 @@ def verify_curve_command(
 ) -> None:
     """Time of one forward of 1 to 144 tokens on a cache, with the memory bandwidth reached."""
     from lm.base.catalog import load_base
-    from rescore.studies.tables import verify_curve_table
     from rescore.studies.verify_curve import verify_curve
 
     base = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device)
     curve = verify_curve(base, cached=cached, repeats=repeats)
-    _result(curve, verify_curve_table, as_json)
+    _result(curve, "rescore.studies.tables:verify_curve_table", as_json)
 
 
 @command("block-length", group=bench, asked=Source("rescore.studies.block_length:block_lengths_of_trace"))
-def block_length_command(asked: Any, as_json: Json = False) -> None:
+def block_length_command(asked: Asked, as_json: Json = False) -> None:
     """Which block length pays here: acceptance from a trace against what verify, heads and rescoring cost."""
-    from rescore.studies.block_length import block_lengths_of_trace
-    from rescore.studies.tables import block_length_table
-
-    with progress_bar() as progress:
-        lengths = block_lengths_of_trace(**asked, progress=progress)
-    _result(lengths, block_length_table, as_json)
+    _result(_done(asked), "rescore.studies.tables:block_length_table", as_json)
 
 
 app.add_typer(bench, name="bench", rich_help_panel=BENCH)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Sequence
 
+from lattices.errors import RescoreError
+
 
 def digest(text: str) -> str:
     """The key of a text, 16 hexadecimal digits: the same text has the same key wherever it stands."""
@@ -31,8 +33,11 @@ def held_out(groups: Sequence[str], count: int, *, evaluated: Collection[str] = 
 
     The last groups (by where each begins), at most half of those there are, one example of each before a second one of
     any; fewer than `count` where these groups have no more. `evaluated`: groups that are not taken while there are
-    others. At least one place where there is an example; of a single group at most half of its examples.
+    others. At least one place where there is an example; of a single group at most half of its examples. Raises
+    `RescoreError` for a `count` of none.
     """
+    if count < 1:
+        raise RescoreError(f"--held-out {count}; at least one example is needed")
     order = list(dict.fromkeys(groups))
     free = [group for group in order if group not in evaluated] or order
     if len(order) == 1:

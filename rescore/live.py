@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from lattices.errors import RescoreError
@@ -12,6 +11,7 @@ from rescore.accounting import block_efficiency
 from rescore.decoding import decode
 from rescore.rescorers import Rescorer, Target
 from rescore.runs.run import ORACLE, Run
+from rescore.runs.weights import fitted_to
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,9 @@ def generate(
     run = rescorer if isinstance(rescorer, Run) else Run(rescorer)
     if run.rescorer == ORACLE:
         raise RescoreError("the oracle must know the output beforehand; it can be evaluated, not generated with")
-    target = Target(
-        base.vocab_size, tuple(sorted(base.eos_token_ids)), base.identity.tokenizer_sha256, base.identity,
-        str(base.device), base,
-    )  # fmt: skip
+    target = Target.of(base.identity, base.vocab_size, base.eos_token_ids, device=str(base.device), shared=base)
     loaded = run.load()
-    drafters = [drafter.fit(target) for drafter in run.load_drafters(loaded)]
-    fitted = loaded.fit(dataclasses.replace(target, sources=tuple(drafter.source for drafter in drafters)))
+    fitted, drafters = fitted_to(target, {"": (loaded, run.load_drafters(loaded))})[""]
     if run.alpha is not None:
         if fitted.alpha is None:
             raise RescoreError(f"the rescorer {run.label} has no weight; drop alpha")

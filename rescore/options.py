@@ -12,10 +12,12 @@ import functools
 import importlib
 import inspect
 import re
+import shlex
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NewType
 
@@ -226,6 +228,12 @@ def _parts(kind: Any) -> tuple[Any, ...]:
     return typing.get_args(kind)
 
 
+def written(command: str, values: Mapping[str, Any]) -> str:
+    """A command line with these options, by their names in Python; one whose value is None is left out."""
+    words = [f"--{n.replace('_', '-')} {shlex.quote(str(v))}" for n, v in values.items() if v is not None]
+    return " ".join(["rescore", command, *words])
+
+
 def _unwrapped(hint: Any) -> tuple[Any, bool, list[Any]]:
     """A type, whether None is one of its values, and what is annotated, the outermost first."""
     extras: list[Any] = []
@@ -248,6 +256,12 @@ def _as_given(hint: Any) -> Any:
     return several[0] if several else Path if Path in kinds and str not in kinds else hint
 
 
+def imported(place: str) -> Any:
+    """What is at a place, `module:name`."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 @dataclass(frozen=True)
 class Source:
     """A record or function by its place, `module:name`, whose options a command has: all of them, `only` some, or all
@@ -259,9 +273,9 @@ class Source:
 
     def look_up(self) -> _Declared:
         """Imports it."""
-        module, _, name = self.place.partition(":")
-        declares = getattr(importlib.import_module(module), name)
-        return _Declared.of(declares, lambda name: (not self.only or name in self.only) and name not in self.but)
+        return _Declared.of(
+            imported(self.place), lambda name: (not self.only or name in self.only) and name not in self.but
+        )
 
 
 @dataclass(frozen=True)
@@ -288,11 +302,11 @@ class _Declared:
         return [o for part in self.parts.values() for o in ([part] if isinstance(part, Option) else part.options())]
 
     def made(self, values: Mapping[str, Any]) -> Any:
-        """The record with these values of options, or of a function the keywords."""
+        """The record with these values of options, or the function with them as keywords."""
         keywords = {
             name: values[name] if isinstance(part, Option) else part.made(values) for name, part in self.parts.items()
         }
-        return self.declares(**keywords) if isinstance(self.declares, type) else keywords
+        return self.declares(**keywords) if isinstance(self.declares, type) else partial(self.declares, **keywords)
 
 
 def _hints(declares: Callable[..., Any]) -> dict[str, Any]:
@@ -310,7 +324,8 @@ def with_options(body: Callable[..., None], sources: Mapping[str, Source]) -> tu
     """The options of a command, in the order of its parameters, and what runs it with the texts that are given.
 
     A parameter is an option itself, or one of `sources` stands for the options of a record, which is then made of them,
-    or of a function, whose keywords it then holds. Raises `CutShortError` for Ctrl-C and a pipe that breaks.
+    or of a function, which then has them as keywords (a `partial`). Raises `CutShortError` for Ctrl-C and a pipe that
+    breaks.
     """
     found = {name: source.look_up() for name, source in sources.items()}
     own = _Declared.of(body).parts

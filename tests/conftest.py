@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lattices.errors import RescoreError
-from lm.base.catalog import load_base
+from lm.base.catalog import BUILT_IN, load_base, resolve_base
 from lm.base.model import BaseLM
 from lm.heads.block_heads import BlockHeads
 from lm.heads.nets import BlockHeadsConfig
@@ -115,6 +115,20 @@ def tiny_heads_folder(tiny_base: BaseLM, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("heads") / "tiny"
     make_heads(tiny_base).save(folder, dtype=torch.float32)
     return folder
+
+
+@pytest.fixture(scope="session")
+def converted_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache's `models` with the converted copy of the built-in model, which takes longer to make than to run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RESCORE_CACHE", str(tmp_path_factory.mktemp("converted")))
+        return resolve_base(BUILT_IN).folder.parent
+
+
+@pytest.fixture
+def converted(cache_folder: Path, converted_models: Path) -> None:
+    """The test's own cache has that copy, too."""
+    (cache_folder / converted_models.name).symlink_to(converted_models)
 
 
 def refused(call: Callable[[], object], *expected: str | type[RescoreError]) -> str:

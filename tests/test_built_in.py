@@ -8,6 +8,7 @@ from evaluating import evaluated
 from rescore.runs.records import Identical
 
 
+@pytest.mark.usefixtures("converted")
 @pytest.mark.parametrize("base", ["smollm2-135m", "smollm2-135m-bpd"])
 def test_a_built_in_model_decodes_exactly_and_gains(base):
     options = dict(base=base, rescorers=("none", "oracle"), limit=2, max_new_tokens=24)

@@ -57,6 +57,7 @@ class TestOwnOutput:
         assert rescore("build-ngram", *options, "--device", "cpu", "--out", two[1]).code == 0
         assert (two[1] / "model.arpa").read_bytes() == before
 
+    @pytest.mark.usefixtures("converted")
     def test_mistakes(self, rescore: Command, prompts, tiny_folder, tmp_path: Path):
         out = ["--out", tmp_path / "m"]
         for arguments, message in (

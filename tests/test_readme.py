@@ -16,6 +16,7 @@ from cli import app
 README = Path(__file__).parents[1] / "README.md"
 
 
+@pytest.mark.usefixtures("converted")
 def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """As it stands, with fewer and shorter examples."""
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,19 +208,19 @@ def encode_tokens(
     return documents, tokens
 
 
-class _Numbering:
+class _Numbering(ABC):
     """What sources hold as word ids, in the order in which words first appear."""
 
     def __init__(self, field: str, errors: str) -> None:
         self.field, self.errors = field, errors
 
+    @abstractmethod
     def parts(self, source: CorpusSource) -> Iterator[np.ndarray]:
         """int32 ids of a source, some documents at a time."""
-        raise NotImplementedError
 
+    @abstractmethod
     def names(self) -> list[str]:
         """All words but the special ones."""
-        raise NotImplementedError
 
     def blocks(self, source: CorpusSource) -> Iterator[tuple[int, bytes]]:
         """(number of the first line, whole lines of valid UTF-8, each with its line end) of a text."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from lattices.paths import encodable
 from lm.locks import writing_to
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from lm.training.data import HeadData
     from lm.training.heads import HeldOutAccuracy
     from lm.training.rescorer import HeldOutText
+    from lm.training.trainer import Trainer
     from lm.training.workers import Workers
 
 Progress = Callable[[str, int, int], None]  # what is being done, done, total
 Notify = Callable[[str], None]  # takes a line for the user
+Measured = TypeVar("Measured", bound=Any)  # what a trainer's evaluations give
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,18 @@ class _Session:
             self.workers.wait()
         return data
 
-    def step(self, step: int, total: int, loss: float) -> None:
-        """See `Trainer.train`."""
-        self.progress(f"train, loss {loss:.3f}", step, total)
+    def train(self, trainer: Trainer[Measured], line: Callable[[Measured], str] | None = None) -> Measured | None:
+        """Trains, and gives the first process what was measured last; each evaluation is told by its `line`."""
 
-    def evaluated(self, step: int, total: int, measured: str) -> None:
-        """Says what an evaluation measured, on a line of its own."""
-        if self.workers.is_first:
-            self.notify(f"step {step} of {total}, {measured}")
+        def step(step: int, total: int, loss: float) -> None:
+            self.progress(f"train, loss {loss:.3f}", step, total)
+
+        def evaluated(step: int, total: int, measured: Measured) -> None:
+            if line and self.workers.is_first:
+                self.notify(f"step {step} of {total}, {line(measured)}")
+
+        measured = trainer.train(self.out, progress=step, evaluated=evaluated)
+        return measured if self.workers.is_first else None
 
 
 @contextmanager
@@ -111,14 +117,7 @@ def train_heads(
         data = session.read(corpora, text, options.precision)
         measured_on = data.pop() if held_out else None
         trainer = HeadTrainer(session.base, data, options, initial=initial, held_out=measured_on)
-        accuracy = trainer.train(
-            out,
-            progress=session.step,
-            evaluated=lambda step, total, of: session.evaluated(
-                step, total, f"accepted {of.accepted:.3f} (best of top 16: {of.accepted_16:.3f})"
-            ),
-        )
-    return accuracy if session.workers.is_first else None
+        return session.train(trainer, lambda of: f"accepted {of.accepted:.3f} (best of top 16: {of.accepted_16:.3f})")
 
 
 def train_rescorer(
@@ -137,14 +136,10 @@ def train_rescorer(
     check_there(text.corpus)
     with _session(text, out, progress, notify) as session:
         data = session.read(text.corpus, text, options.precision)
-        measured = RescorerTrainer(session.base, data, options).train(
-            out,
-            progress=session.step,
-            evaluated=lambda step, total, of: session.evaluated(
-                step, total, f"held-out perplexity {of.perplexity:.3f} (the base's own: {of.base_perplexity:.3f})"
-            ),
+        return session.train(
+            RescorerTrainer(session.base, data, options),
+            lambda of: f"held-out perplexity {of.perplexity:.3f} (the base's own: {of.base_perplexity:.3f})",
         )
-    return measured if session.workers.is_first else None
 
 
 def train_bigram(
@@ -172,5 +167,4 @@ def train_bigram(
             )
             for source in session.read(text.corpus, text)
         ]  # fmt: skip
-        measured = BigramTrainer(base, data, options).train(out, progress=session.step)
-    return measured if session.workers.is_first else None
+        return session.train(BigramTrainer(base, data, options))

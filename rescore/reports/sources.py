@@ -6,7 +6,6 @@ Bad results are refused with one line; a trace that is gone or broken only costs
 from __future__ import annotations
 
 import glob
-import shlex
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
@@ -18,6 +17,7 @@ from lattices.errors import RescoreError
 from lm.files import cache_directory, read_json_lines, read_json_object
 from lm.records import convert_record
 from rescore.bootstrap import LEAST_GROUPS
+from rescore.options import written
 from rescore.runs.evaluated import Evaluation
 from rescore.runs.inputs import Progress
 from rescore.runs.log import CONFIG_FILE, RESULTS_FILE
@@ -140,22 +140,20 @@ def trace_command(run: Evaluation, task: str) -> str:
     inputs, settings = run.config.inputs[task], dict(run.config.traces[task])
     k = settings.pop("k")
     base = settings.get("base") or {}
-    arguments: dict[str, Any] = {
+    return written("trace", {
         "task": task,
         "base": base.get("name"),
         "heads": inputs.heads,
         "k": k,
         "limit": len({r.id for r in run.examples if r.task == task}),
-        "max-new-tokens": settings.get("max_new_tokens"),
-        "max-prompt-tokens": settings.get("max_prompt_tokens"),
+        "max_new_tokens": settings.get("max_new_tokens"),
+        "max_prompt_tokens": settings.get("max_prompt_tokens"),
         "data": inputs.data,
-        "leave-out": inputs.leave_out,
+        "leave_out": inputs.leave_out,
         "dtype": None if base.get("dtype") == "float32" else base.get("dtype"),
         "device": (settings.get("recorded_by") or {}).get("device"),
         "out": inputs.trace or trace_folder(task, settings, k),
-    }
-    words = [f"--{name} {shlex.quote(str(value))}" for name, value in arguments.items() if value is not None]
-    return " ".join(["rescore trace", *words])
+    })  # fmt: skip
 
 
 def _labels(pairs: Sequence[tuple[Evaluation, str]]) -> list[str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -56,12 +56,31 @@ class Target:
     shared: BaseLM | None = None  # the base LM where it is loaded: its weights need not be loaded twice
     sources: tuple[str, ...] = ()  # what it is to choose among (`rescore.drafters.base.Drafter.source`)
 
+    @classmethod
+    def of(
+        cls,
+        base: BaseIdentity | Mapping[str, Any] | None,
+        vocab_size: int,
+        eos_token_ids: Iterable[int] = (),
+        *,
+        device: str = "cpu",
+        shared: BaseLM | None = None,
+    ) -> Self:
+        """Of a base LM's identity, or of what a trace says of it: all of that, a part of it, or nothing."""
+        from lm.base.model import BaseIdentity
+
+        said = asdict(base) if isinstance(base, BaseIdentity) else base if isinstance(base, Mapping) else {}
+        names = [each.name for each in fields(BaseIdentity)]
+        identity = BaseIdentity(**{name: said[name] for name in names}) if said.keys() >= set(names) else None
+        return cls(vocab_size, tuple(sorted(eos_token_ids)), said.get("tokenizer_sha256"), identity, device, shared)
+
 
 class Rescorer(ABC):
     """Turns lattices into drafts. `draft` is all that a rescorer must have.
 
     alpha: the weight of its own scores beside the heads', 0 giving the unrescored drafts; None: it has no weight.
-    identity: what it scores with (hashes), so that tuned weights are known again and results say what made them.
+    identity: what it scores with (hashes), so that tuned weights are known again and results say what made them; whole
+        once it is fitted.
     longest: tokens of a draft, at most; None: those of what it drafts from.
     joins: it takes what several drafters propose together (`draft_joined`).
     drafters: the specs of those it chooses among unless others are given.

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from lattices.errors import RescoreError, UnknownNameError
+from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
 from lm.base.catalog import Watch
 from rescore.acceptance import first_difference
 from rescore.checks import VERIFY_MODES, check_held_k
 from rescore.decoding import decode, margin_at, usable_verify
-from rescore.drafters import HEADS, Drafter
 from rescore.drafters.recorded import drafted
 from rescore.drafting import Drafting, check_drafters
 from rescore.provenance import provenance
@@ -32,9 +31,9 @@ from rescore.runs.inputs import Notify, Progress, add_notice
 from rescore.runs.log import ExampleLog, Key, save_results
 from rescore.runs.recording import Recording, check_names
 from rescore.runs.records import ExampleRecord, LiveExample, ResultsDocument, RunConfig, RunRecord
-from rescore.runs.run import ORACLE, Run, label_of, load_rescorers, runs_of
+from rescore.runs.run import ORACLE, Choosing, Run, label_of, load_choosing, runs_of
 from rescore.runs.summary import is_cut, summarize
-from rescore.runs.weights import alpha_notices, alpha_of, check_tokenizers, coverage_notices, fit_to
+from rescore.runs.weights import alpha_notices, alpha_of, coverage_notices, fit_before, fit_to, identities_of
 from rescore.tracing import Trace, TracedExample
 
 REPLAY_EXAMPLES = 64  # replayed side by side, at most; a kill loses what of these is not finished
@@ -79,7 +78,7 @@ def evaluate(
         raise RescoreError(f"--verify {verify} is how live decoding verifies; drop it, or add --mode live")
     if live and any(recording.given for recording in of_tasks):
         raise RescoreError("a given trace can be replayed, not decoded live; drop --trace or --mode live")
-    loaded = _Loaded()
+    loaded: dict[object, Any] = {}
     work = [_work(r, runs[r.name] if isinstance(runs, Mapping) else runs, loaded, live=live) for r in of_tasks]
     if out is not None:
         _check_identities(work)
@@ -117,21 +116,12 @@ def evaluate(
 
 
 @dataclass(frozen=True)
-class _Loaded:
-    """Rescorers and drafters by spec or object: the tasks share them."""
-
-    rescorers: dict[object, Rescorer] = field(default_factory=dict)
-    drafters: dict[object, Drafter] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class _Work:
-    """The runs of one task: their rescorers and drafters by label, and their records in the order of the runs."""
+    """The runs of one task: their rescorers with drafters by label, and their records in the order of the runs."""
 
     recording: Recording
     runs: list[Run]
-    rescorers: dict[str, Rescorer]
-    drafters: dict[str, tuple[Drafter, ...]]
+    choosing: dict[str, Choosing]
     records: list[RunRecord]
 
     @property
@@ -142,18 +132,23 @@ class _Work:
         return (self.name, *run.key)
 
     def fitted(self, trace: Trace, device: str, notify: Notify, shared: Any = None) -> dict[Run, Drafting]:
-        """How each run drafts, fitted to a trace, with its weight."""
-        choosing = {label: (rescorer, self.drafters[label]) for label, rescorer in self.rescorers.items()}
-        drafting = fit_to(trace, choosing, device=device, shared=shared)
-        rescorers = {label: rescorer for label, (rescorer, _) in drafting.items()}
+        """How each run drafts, fitted to a trace, with its weight.
+
+        Raises `IncompatibleError` if a rescorer or drafter is no longer what the records of the runs name.
+        """
+        fitted = fit_to(trace, self.choosing, device=device, shared=shared)
+        for record in self.records:
+            if identities_of(fitted[record.rescorer]) != (record.identity, record.drafters):
+                raise IncompatibleError(f"{record.rescorer} was replaced while it was read; run the command again")
+        rescorers = {label: rescorer for label, (rescorer, _) in fitted.items()}
         for line in coverage_notices(trace, rescorers, max(run.k for run in self.runs)):
             notify(line)
-        fitted = {}
+        drafting = {}
         for run, record in zip(self.runs, self.records, strict=True):
-            rescorer, drafters = drafting[run.label]
+            rescorer, drafters = fitted[run.label]
             rescorer = rescorer.weighted(record.alpha.alpha) if record.alpha else rescorer
-            fitted[run] = Drafting(rescorer, drafters, run.k, run.p)
-        return fitted
+            drafting[run] = Drafting(rescorer, drafters, run.k, run.p)
+        return drafting
 
     def summarize(self, log: ExampleLog, document: ResultsDocument, *, seed: int) -> None:
         """Adds the results of what is finished, in the order of the runs."""
@@ -164,7 +159,7 @@ class _Work:
                 document.results.append(summarize(records, seed=seed, alpha=alpha, unrescored=unrescored))
 
 
-def _work(recording: Recording, asked: Asked, loaded: _Loaded, *, live: bool) -> _Work:
+def _work(recording: Recording, asked: Asked, loaded: dict[object, Any], *, live: bool) -> _Work:
     """The runs of one task, checked; rescorers that other tasks have `loaded` are shared."""
     runs = runs_of(asked)
     if not runs:
@@ -174,28 +169,25 @@ def _work(recording: Recording, asked: Asked, loaded: _Loaded, *, live: bool) ->
         raise RescoreError("{} with p = {} and k = {} is there twice; give one another label".format(*twice))
     for run in runs:
         check_held_k(recording.k, run.k)
-    rescorers = load_rescorers(runs, loaded.rescorers)
-    drafters = {run.label: run.load_drafters(rescorers[run.label], loaded.drafters) for run in runs}
-    for each in drafters.values():
-        check_drafters(each, live=live)
-    _check_weights(runs, rescorers)
-    check_tokenizers(recording, rescorers.values())
+    choosing = load_choosing(runs, loaded)
+    for _, drafters in choosing.values():
+        check_drafters(drafters, live=live)
+    _check_weights(runs, {label: rescorer for label, (rescorer, _) in choosing.items()})
+    fitted = fit_before(recording, choosing)
     records = []
     for run in runs:
-        rescorer = rescorers[run.label]
-        # What a spec says of a rescorer without a weight tells it from others; the class of an object does not.
-        identity = rescorer.identity if rescorer.alpha is not None or rescorer is run.rescorer else ""
-        alpha = alpha_of(recording, run, rescorer)
-        of_run = [drafter.identity or drafter.name for drafter in drafters[run.label]]
-        of_run = [] if of_run == [HEADS] else of_run
-        records.append(RunRecord(rescorer=run.label, k=run.k, p=run.p, alpha=alpha, identity=identity, drafters=of_run))
-    return _Work(recording, runs, rescorers, drafters, records)
+        identity, of_drafters = identities_of(fitted[run.label])
+        alpha = alpha_of(recording, run, fitted[run.label])
+        records.append(
+            RunRecord(rescorer=run.label, k=run.k, p=run.p, alpha=alpha, identity=identity, drafters=of_drafters)
+        )
+    return _Work(recording, runs, choosing, records)
 
 
 def _check_identities(work: Iterable[_Work]) -> None:
     """Raises `RescoreError` for a rescorer that a folder's results could not be known to be of."""
-    for run in (run for task in work for run in task.runs):
-        if isinstance(run.rescorer, Rescorer) and not run.rescorer.identity:
+    for run, record in (pair for task in work for pair in zip(task.runs, task.records, strict=True)):
+        if isinstance(run.rescorer, Rescorer) and not record.identity:
             raise RescoreError(
                 f"a folder's results could not be known to be of {run.label}: set its `identity`, a hash of what it "
                 "scores with, or leave out `out` and save the evaluation"

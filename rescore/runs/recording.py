@@ -114,8 +114,8 @@ class Recording:
         )
 
     def held_out(self, count: int, *, evaluated: Collection[str] = ()) -> Recording:
-        """The same with only `count` held-out examples (`rescore.groups.held_out`), apart from the `evaluated` groups
-        where there are others."""
+        """The same with only `count` held-out examples, apart from the `evaluated` groups where there are others; see
+        `rescore.groups.held_out`."""
         return self.at(held_out(self.groups, count, evaluated=evaluated))
 
     def recorded(self) -> Trace | None:

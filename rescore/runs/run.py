@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from lattices.errors import RescoreError
+from lattices.errors import RescoreError, UnknownNameError
 from rescore.checks import check_alpha, check_k, check_p
 from rescore.drafters import DRAFTERS, HEADS, Drafter, load_drafter
 from rescore.drafting import check_drafters
@@ -18,6 +18,7 @@ DEFAULT_K = 16
 TUNED: Literal["tuned"] = "tuned"  # the alpha that stands for what `rescore tune` kept
 NONE = "none"
 ORACLE = "oracle"
+Choosing = tuple[Rescorer, tuple[Drafter, ...]]  # a rescorer and the drafters that it chooses among
 OF_DRAFTERS = "drafters"  # the key of a spec that says what a rescorer chooses among: drafters=heads+lookup
 FIXED = (NONE, ORACLE)  # what rescorers are compared with
 
@@ -98,40 +99,43 @@ class Run:
 
     def load(self) -> Rescorer:
         """The rescorer. Raises as `load_rescorer`."""
-        return load_rescorer(self.rescorer) if isinstance(self.rescorer, str) else self.rescorer
+        if not isinstance(self.rescorer, str):
+            return self.rescorer
+        if not RESCORERS.has(self.rescorer):
+            name = self.rescorer.partition(":")[0]
+            raise UnknownNameError("rescorer", name, {*RESCORERS.names(), *DRAFTERS.names()})
+        return load_rescorer(self.rescorer)
 
-    def load_drafters(self, rescorer: Rescorer, loaded: dict[object, Drafter] | None = None) -> tuple[Drafter, ...]:
+    def load_drafters(self, rescorer: Rescorer, loaded: dict[object, Any] | None = None) -> tuple[Drafter, ...]:
         """The drafters that the (loaded) rescorer is to choose among; what is `loaded` already is shared.
 
         Raises as `load_drafter`, and `RescoreError` for one that is there twice.
         """
         loaded = {} if loaded is None else loaded
         for spec in (specs := self.drafters or rescorer.drafters):
-            if spec not in loaded:
-                loaded[spec] = load_drafter(spec) if isinstance(spec, str) else spec
-        drafters = tuple(loaded[spec] for spec in specs)
+            if ("drafter", spec) not in loaded:
+                loaded["drafter", spec] = load_drafter(spec) if isinstance(spec, str) else spec
+        drafters = tuple(loaded["drafter", spec] for spec in specs)
         check_drafters(drafters, live=False)
         return drafters
 
 
-def load_rescorers(runs: Iterable[Run], loaded: dict[object, Rescorer] | None = None) -> dict[str, Rescorer]:
-    """The rescorers of runs by label; what is `loaded` already, by spec or object, is shared.
+def load_choosing(runs: Iterable[Run], loaded: dict[object, Any] | None = None) -> dict[str, Choosing]:
+    """The rescorers of runs with the drafters that each chooses among, by label; what is `loaded` already, by spec or
+    object, is shared.
 
-    Raises `RescoreError` for two of one label, and as `load_rescorer`.
+    Raises `RescoreError` for two of one label, and as `Registry.load`.
     """
-    runs = list(runs)
-    for run in runs:
-        if any(run.label == other.label and run.drafters != other.drafters for other in runs):
-            raise RescoreError(f"two runs with other drafters are called {run.label}; give one another label")
     loaded = {} if loaded is None else loaded
-    rescorers: dict[str, Rescorer] = {}
+    choosing: dict[str, Choosing] = {}
     for run in runs:
-        if run.rescorer not in loaded:
-            loaded[run.rescorer] = run.load()
-        rescorer = loaded[run.rescorer]
-        if rescorers.setdefault(run.label, rescorer) is not rescorer:
+        if ("rescorer", run.rescorer) not in loaded:
+            loaded["rescorer", run.rescorer] = run.load()
+        rescorer = loaded["rescorer", run.rescorer]
+        one = rescorer, run.load_drafters(rescorer, loaded)
+        if choosing.setdefault(run.label, one) != one:
             raise RescoreError(f"two rescorers are called {run.label}; give one another label")
-    return rescorers
+    return choosing
 
 
 def label_of(rescorer: str | Rescorer, drafters: Sequence[str | Drafter] = ()) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from lattices.errors import RescoreError
 from lattices.paths import user_path
@@ -12,9 +13,9 @@ from lm.files import write_json
 from lm.records import plain
 from rescore.accounting import block_efficiency
 from rescore.checks import check_held_k
+from rescore.drafters import Drafter
 from rescore.drafters.recorded import drafted
-from rescore.drafting import HEADS_ALONE
-from rescore.replaying import replay
+from rescore.replaying import Drafted, replay
 from rescore.rescorers import JOINT, Rescorer
 from rescore.rescorers.joint import Joint
 from rescore.rescorers.joint_fit import JointData
@@ -23,8 +24,9 @@ from rescore.runs.environment import environment
 from rescore.runs.inputs import Notify, Progress
 from rescore.runs.recording import Recording
 from rescore.runs.records import Tuned
-from rescore.runs.run import DEFAULT_K, Run, load_rescorers
-from rescore.runs.weights import check_tokenizers, coverage_notices, fit_to, target_of, tuned_path
+from rescore.runs.run import DEFAULT_K, Run, load_choosing
+from rescore.runs.weights import coverage_notices, fit_before, fit_to, target_before, target_of, tuned_path
+from rescore.tracing import Trace
 
 DEFAULT_ALPHAS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 HELD_OUT = 100
@@ -56,49 +58,61 @@ def tune(
         Run(alpha=alpha)  # refuses what is no weight
     if given := [run for run in runs if run.alpha is not None]:
         raise RescoreError(f"{given[0].label} says its weight, which is to be tuned; leave it out")
-    by_label = load_rescorers(runs)
-    if weightless := [label for label, rescorer in by_label.items() if rescorer.alpha is None]:
+    choosing = load_choosing(runs)
+    if weightless := [label for label, (rescorer, _) in choosing.items() if rescorer.alpha is None]:
         raise RescoreError(f"the rescorer {weightless[0]} has no weight to tune; give one that has, like ngram")
     sweeps = []
     for recording in [recordings] if isinstance(recordings, Recording) else recordings:
-        recording = recording.held_out(checked_held_out(held_out), evaluated=evaluated)
-        check_held_k(recording.k, max(ks))
-        if notify:
-            for line in recording.notices:
-                notify(line)
-        check_tokenizers(recording, by_label.values())
-        trace = recording.trace(progress=progress)
-        choosing = {label: (rescorer, HEADS_ALONE) for label, rescorer in by_label.items()}
-        fitted = {label: each for label, (each, _) in fit_to(trace, choosing, device=recording.models.device).items()}
-        for line in coverage_notices(trace, fitted, max(ks)):
+        recording = recording.held_out(held_out, evaluated=evaluated)
+        trace = _trace(recording, max(ks), lambda of: fit_before(of, choosing), progress, notify)
+        fitted = fit_to(trace, choosing, device=recording.models.device)
+        for line in coverage_notices(trace, {label: rescorer for label, (rescorer, _) in fitted.items()}, max(ks)):
             if notify:
                 notify(line)
+        drafters = {drafter.name: drafter for _, each in fitted.values() for drafter in each}
+        of_models = _drafted(recording, trace, drafters.values(), progress)
         efficiency: dict[Run, list[float]] = {run: [] for run in runs}
         for done, (run, alpha) in enumerate(product(runs, swept), start=1):
-            accepted = replay(trace.examples, fitted[run.label].weighted(alpha), k=run.k, p=run.p)
+            rescorer, chosen = fitted[run.label]
+            how: dict[str, Any] = {"k": run.k, "p": run.p, "drafters": chosen, "drafted": of_models}
+            accepted = replay(trace.examples, rescorer.weighted(alpha), **how)
             efficiency[run].append(block_efficiency(accepted))
             if progress:
                 progress(f"tune {recording.name}", done, len(runs) * len(swept))
         for run, values in efficiency.items():
-            rescorer = fitted[run.label]
             tuned = Tuned(
                 task=recording.name, rescorer=run.label, k=run.k, p=run.p, alphas=swept,
                 block_efficiency=tuple(values), alpha=swept[values.index(max(values))],
                 held_out=recording.ids, held_out_groups=tuple(dict.fromkeys(recording.groups)),
-                identity=rescorer.identity, data_sha256=recording.data_sha256,
+                identity=fitted[run.label][0].identity, data_sha256=recording.data_sha256,
             )  # fmt: skip
             if keep:
-                path = tuned_path(recording, rescorer, k=run.k, p=run.p)
+                path = tuned_path(recording, fitted[run.label], k=run.k, p=run.p)
                 write_json(path, {**plain(tuned), "settings": recording.settings, **environment()})
             sweeps.append(tuned)
     return sweeps
 
 
-def checked_held_out(count: int) -> int:
-    """The number itself. Raises `RescoreError` for none."""
-    if count < 1:
-        raise RescoreError(f"--held-out {count}; at least one example is needed")
-    return count
+def _trace(
+    recording: Recording,
+    k: int,
+    check: Callable[[Recording], object],
+    progress: Progress | None,
+    notify: Notify | None,
+) -> Trace:
+    """The trace of examples to tune on; before anything is decoded it is known that it holds k, and what `check`
+    refuses."""
+    check_held_k(recording.k, k)
+    if notify:
+        for line in recording.notices:
+            notify(line)
+    check(recording)
+    return recording.trace(progress=progress)
+
+
+def _drafted(recording: Recording, trace: Trace, drafters: Iterable[Drafter], progress: Progress | None) -> Drafted:
+    """What drafters with a model of their own propose at every position."""
+    return drafted(trace, drafters, task=recording.name, settings=recording.all_settings, progress=progress)
 
 
 def is_joint(specs: Sequence[str], out: Path | None) -> bool:
@@ -138,16 +152,12 @@ def fit_joint(
     of_run = run.load_drafters(joint)
     data = JointData()
     for recording in [recordings] if isinstance(recordings, Recording) else recordings:
-        recording = recording.held_out(checked_held_out(held_out))
-        check_held_k(recording.k, k)
-        if notify:
-            for line in recording.notices:
-                notify(line)
-        check_tokenizers(recording, [joint])
-        trace = recording.trace(progress=progress)
+        recording = recording.held_out(held_out)
+        # Not `fit_before`: the weights need not be there yet.
+        trace = _trace(recording, k, lambda of: joint.search_for(target_before(of)), progress, notify)
         target = target_of(trace, device=recording.models.device)
         fitted = [drafter.fit(target) for drafter in of_run]
-        of_models = drafted(trace, fitted, task=recording.name, settings=recording.all_settings, progress=progress)
+        of_models = _drafted(recording, trace, fitted, progress)
         groups = [f"{recording.name} {group}" for group in recording.groups]
         data.add(trace.examples, groups, fitted, joint.search_for(target), k=k, drafted=of_models)
     fit = data.fit(of_run, joint.ngram.model.sha256, k=k, without=without)

@@ -4,8 +4,7 @@ rescorers to a base LM."""
 from __future__ import annotations
 
 import dataclasses
-import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,38 +14,50 @@ from lattices.errors import InvalidDataError, RescoreError
 from lm.keys import cache_entry
 from lm.records import read_record
 from rescore.checks import MAX_ALPHA
-from rescore.drafters import Drafter
+from rescore.drafters import HEADS
+from rescore.options import written
 from rescore.rescorers import Rescorer, Target
 from rescore.runs.inputs import Inputs
 from rescore.runs.recording import Recording
 from rescore.runs.records import Alpha, RunRecord, Tuned
-from rescore.runs.run import Run
+from rescore.runs.run import Choosing, Run
 from rescore.tracing import Trace
 
 if TYPE_CHECKING:
     from lm.base.model import BaseLM
 
 LEAST_COVERAGE = 0.1
-Choosing = tuple[Rescorer, tuple[Drafter, ...]]
 
 
-def check_tokenizers(recording: Recording, rescorers: Collection[Rescorer]) -> None:
-    """Before anything is decoded: raises `IncompatibleError` if a rescorer was made for another tokenizer."""
-    if recording.given:  # made elsewhere it need not say what its base is; `fit_to` goes by what it says
-        return
-    from lm.base.model import BaseIdentity
-
+def target_before(recording: Recording) -> Target:
+    """The base LM of a recording, before anything is decoded; of a given trace as far as that tells."""
+    if recording.given:
+        return target_of(recording.given)
     base = recording.settings["base"]
-    for rescorer in rescorers:
-        if rescorer.alpha is not None:
-            rescorer.fit(Target(base["vocab_size"], (), base["tokenizer_sha256"], BaseIdentity(**base)))
+    return Target.of(base, base["vocab_size"])
 
 
-def alpha_of(recording: Recording, run: Run, rescorer: Rescorer) -> Alpha | None:
-    """The weight of a run on a task; None for a rescorer that has none.
+def fit_before(recording: Recording, choosing: Mapping[str, Choosing]) -> dict[str, Choosing]:
+    """Rescorers and drafters fitted before anything is decoded: what they score with has its whole `identity` then.
+
+    Raises as `Rescorer.fit`: for one that was made for another tokenizer, or has no weights for this base LM.
+    """
+    return fitted_to(target_before(recording), choosing)
+
+
+def identities_of(choosing: Choosing) -> tuple[str, list[str]]:
+    """What a fitted rescorer scores with, and its drafters draft with (none: heads alone)."""
+    rescorer, drafters = choosing
+    names = [drafter.identity or drafter.name for drafter in drafters]
+    return rescorer.identity, [] if names == [HEADS] else names
+
+
+def alpha_of(recording: Recording, run: Run, choosing: Choosing) -> Alpha | None:
+    """The weight of a run on a task; None for a rescorer (fitted) that has none.
 
     Raises `RescoreError` with the command to run if a tuned weight is asked for and none is kept on this machine.
     """
+    rescorer, _ = choosing
     if rescorer.alpha is None:
         return None
     if run.alpha is None:
@@ -56,7 +67,7 @@ def alpha_of(recording: Recording, run: Run, rescorer: Rescorer) -> Alpha | None
     if not isinstance(run.alpha, str):
         return Alpha(alpha=float(run.alpha), source="option")
     command = _tune_command(recording.inputs, run)
-    path = tuned_path(recording, rescorer, k=run.k, p=run.p)
+    path = tuned_path(recording, choosing, k=run.k, p=run.p)
     if not path.is_file():
         raise RescoreError(
             f"no weight of {run.label} is tuned on this machine for {recording.name}, this base, heads, k = {run.k} "
@@ -75,12 +86,8 @@ def _tune_command(inputs: Inputs, run: Run) -> str:
     names = ("h", "base", "heads", "data", "max_new_tokens", "max_prompt_tokens", "dtype")
     changed = {name: value for name in names if (value := getattr(inputs, name)) != defaults[name]}
     spec = run.rescorer if isinstance(run.rescorer, str) else run.label
-    arguments = {"task": inputs.task, "trace": inputs.trace, "rescorer": spec, "k": run.k, "p": run.p, **changed}
-    words = [
-        f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
-        for name, value in arguments.items() if value is not None
-    ]  # fmt: skip
-    return " ".join(["rescore tune", *words])
+    given = {"task": inputs.task, "trace": inputs.trace, "rescorer": spec, "k": run.k, "p": run.p}
+    return written("tune", given | changed)
 
 
 def alpha_notices(runs: Sequence[RunRecord], recording: Recording) -> list[str]:
@@ -116,22 +123,19 @@ def _alpha_fact(chosen: Alpha, recording: Recording) -> str | None:
 
 def target_of(trace: Trace, *, device: str = "cpu", shared: BaseLM | None = None) -> Target:
     """The base LM that a trace was recorded with, as far as the trace tells; for work on `device`."""
-    from lm.base.model import BaseIdentity
-
-    base = trace.header.settings.get("base")
-    tokenizer = base.get("tokenizer_sha256") if isinstance(base, dict) else None
-    identity = None
-    if isinstance(base, dict) and base.keys() >= {field.name for field in dataclasses.fields(BaseIdentity)}:
-        identity = BaseIdentity(**{field.name: base[field.name] for field in dataclasses.fields(BaseIdentity)})
-    return Target(trace.header.vocab_size, tuple(trace.header.eos_token_ids), tokenizer, identity, device, shared)
+    header = trace.header
+    return Target.of(header.settings.get("base"), header.vocab_size, header.eos_token_ids, device=device, shared=shared)
 
 
 def fit_to(
     trace: Trace, choosing: Mapping[str, Choosing], *, device: str = "cpu", shared: BaseLM | None = None
 ) -> dict[str, Choosing]:
-    """Rescorers with the drafters that each chooses among, fitted to a trace's base LM, which is `shared` where it is
-    loaded."""
-    target = target_of(trace, device=device, shared=shared)
+    """Rescorers and drafters fitted to a trace's base LM, which is `shared` where it is loaded."""
+    return fitted_to(target_of(trace, device=device, shared=shared), choosing)
+
+
+def fitted_to(target: Target, choosing: Mapping[str, Choosing]) -> dict[str, Choosing]:
+    """Rescorers and drafters fitted to a base LM. Raises as their `fit`."""
     fitted = {drafter: drafter.fit(target) for _, drafters in choosing.values() for drafter in drafters}
     return {
         label: (
@@ -154,9 +158,11 @@ def coverage_notices(trace: Trace, rescorers: Mapping[str, Rescorer], k: int) ->
     return lines
 
 
-def tuned_path(recording: Recording, rescorer: Rescorer, *, k: int, p: int) -> Path:
+def tuned_path(recording: Recording, choosing: Choosing, *, k: int, p: int) -> Path:
     """Where the tuned weight of a rescorer on a task is kept: one file per task (its template, its definition), base,
-    heads, rescorer, h, k and p. Raises `RescoreError` for a rescorer without identity."""
+    heads, rescorer, drafters, h, k and p. Raises `RescoreError` for a rescorer without identity."""
+    rescorer, _ = choosing
+    _, drafters = identities_of(choosing)
     if not rescorer.identity:
         raise RescoreError(
             f"a tuned weight of {type(rescorer).__name__} would not be known again: set its `identity`, a hash of what "
@@ -171,6 +177,7 @@ def tuned_path(recording: Recording, rescorer: Rescorer, *, k: int, p: int) -> P
         "heads": settings.get("heads_sha256"),
         "h": recording.h,
         "rescorer": rescorer.identity,
+        **({"drafters": drafters} if drafters else {}),
         "k": k,
         "p": p,
     }

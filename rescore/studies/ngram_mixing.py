@@ -1,11 +1,12 @@
-"""Finds the weights of an n-gram mixture by replay: the block efficiency of held-out examples of a trace decides."""
+"""Mixes n-gram models, with weights that are given or found by replay: the block efficiency of held-out examples of a
+trace decides."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from lattices.errors import IncompatibleError, RescoreError
 from lattices.lattice import Lattice
 from lattices.ngrams import NgramModel
 from lm.ngram.load import LoadedNgram
-from lm.ngram.mix import Mixture, NgramPart
+from lm.ngram.mix import MixedNgram, Mixture, NgramPart, find_parts, mix_ngrams
 from rescore.accounting import account
 from rescore.checks import MAX_ALPHA, check_held_k
 from rescore.groups import held_out
@@ -45,6 +46,51 @@ class TunedMixture:
     held_out: tuple[str, ...]  # ids of the examples
 
 
+@dataclass(frozen=True)
+class MixedModels:
+    """What was mixed, and how its weights were found (None: they were given)."""
+
+    mixed: MixedNgram
+    tuned: TunedMixture | None
+    notices: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As one JSON document."""
+        return {**asdict(self.mixed), "tuned": asdict(self.tuned) if self.tuned else None}
+
+
+def mix_models(
+    model: Annotated[Sequence[str], "Two or more: folders of build-ngram, ARPA files, shipped (the model).", "MODEL"],
+    out: Annotated[Path, "Folder for the mixture, a model like those of build-ngram."],
+    *,
+    limit: Annotated[
+        int | None, "With --trace: examples to tune on, the last ones, at most half of them. Default: 40.", "--held-out"
+    ] = None,
+    k: Annotated[int | None, "With --trace: tokens of each head that are in the lattice. Default: 16."] = None,
+    alpha: Annotated[float | None, "With --trace: weight of the rescorer. Default: 0.5."] = None,
+    weights: Annotated[Sequence[float], "Weights, one for each model, like 0.7,0.3."] = (),
+    trace: Annotated[Path | None, "Instead of weights: a trace folder, on whose last examples they are tuned."] = None,
+    progress: Progress | None = None,
+) -> MixedModels:
+    """Writes the mixture of models by name to the folder `out`, with `weights`, or such as `tune_mixture` finds.
+
+    Raises `RescoreError` for both or neither of weights and trace, and as `tune_mixture` and `mix_ngrams`.
+    """
+    if bool(weights) == bool(trace):
+        raise RescoreError("give the weights of the mixture (--weights 0.7,0.3) or a trace to tune them on (--trace)")
+    tuning = {"held-out": limit, "k": k, "alpha": alpha}
+    if weights and (given := [name for name, value in tuning.items() if value is not None]):
+        raise RescoreError(f"--{given[0]} is for tuning on a --trace, and the weights are given; drop it")
+    parts, tuned = find_parts(model), None
+    if trace is not None:
+        tuned = tune_mixture(parts, trace, limit=limit, k=k, alpha=alpha, progress=progress)
+        weights = tuned.weights
+    mixed = mix_ngrams(parts, weights, out, tuned=asdict(tuned) if tuned else None, progress=progress)
+    total = sum(weights)
+    scaled = abs(total - 1.0) > 1e-6
+    return MixedModels(mixed, tuned, (f"the weights add up to {total:g}; they are scaled to 1",) if scaled else ())
+
+
 class _InMemory(Rescorer):
     """Rescoring with a model in memory, as `rescore.rescorers.ngram` does it with p = 1."""
 
@@ -63,15 +109,14 @@ def tune_mixture(
     parts: Sequence[NgramPart],
     trace: Path,
     *,
-    limit: Annotated[
-        int | None, "With --trace: examples to tune on, the last ones, at most half of them. Default: 40.", "--held-out"
-    ] = None,
-    k: Annotated[int | None, "With --trace: tokens of each head that are in the lattice. Default: 16."] = None,
-    alpha: Annotated[float | None, "With --trace: weight of the rescorer. Default: 0.5."] = None,
+    limit: int | None = None,
+    k: int | None = None,
+    alpha: float | None = None,
     progress: Progress | None = None,
 ) -> TunedMixture:
-    """Sweeps the weights of a mixture on the last `limit` examples of a trace, at most half of them.
+    """Sweeps the weights of a mixture on the last `limit` (40) examples of a trace, at most half of them.
 
+    k: tokens of each head that are in the lattice (16); alpha: weight of the rescorer (0.5).
     Two models: the first one's weight from 0.1 to 0.9. More: the weight of one after the other so, the others keeping
     their proportions, from equal weights on, until nothing changes or `ROUNDS` are done. Raises `RescoreError` for
     settings that make no sense, `IncompatibleError` for models over other words than the trace's tokens.

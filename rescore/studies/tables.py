@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from rescore.studies.block_length import BlockLengths
     from rescore.studies.comparison import Comparison, SideResult
     from rescore.studies.cost.model import CostTable, Decoder, MethodCost
-    from rescore.studies.ngram_mixing import TunedMixture
+    from rescore.studies.ngram_mixing import MixedModels, TunedMixture
     from rescore.studies.verify_curve import VerifyCurve
 
 FEW_POSITIONS = 1000  # held out: fewer tell little apart
@@ -166,6 +166,11 @@ def ngram_score_table(score: NgramScore, text: str) -> Table:
         *([f"scored by {n}-grams", f"{count:,}"] for n, count in enumerate(score.hits or (), start=1)),
     ]
     return Table([Column("text"), Column(text, Format(str))], rows)
+
+
+def mixing_tables(of: MixedModels) -> list[Table]:
+    """How weights were found, where they were not given, and the mixture."""
+    return [*([mixture_tuning_table(of.tuned)] if of.tuned else []), mixture_table(of.mixed)]
 
 
 def mixture_tuning_table(study: TunedMixture) -> Table:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lattices.errors import RescoreError
+from lattices.errors import IncompatibleError, RescoreError
 from lm.files import (
     append_json_line,
     atomic_file,
@@ -32,9 +32,10 @@ from rescore.runs.inputs import Notify, Progress, add_notice
 from rescore.runs.log import RESULTS_FILE, claim
 from rescore.runs.recording import Recording, check_names, open_recording
 from rescore.runs.records import Result, RunConfig
-from rescore.runs.run import Run
+from rescore.runs.run import Choosing, Run, load_choosing
 from rescore.runs.tables import results_csv
 from rescore.runs.tuning import tune
+from rescore.runs.weights import fit_before, identities_of
 from rescore.suites.files import (
     CSV_FILE,
     MANIFEST_FILE,
@@ -91,9 +92,10 @@ def _run(plan: Plan, out: Path, source: str, progress: Progress | None, notify: 
     with _TunedWeights(out / TUNED_FILE) as weights:
         try:
             for part in parts:
-                identities = _identities(plan)  # for each part: files of rescorers may be replaced in between
-                runs = _weighted(plan, part, identities, weights, progress, add)
-                results, interrupted = _evaluate(plan, part, runs, identities, out, progress, add)
+                # For each part: files of rescorers may be replaced in between.
+                choosing = fit_before(part.recording, _choosing(plan))
+                runs = _weighted(plan, part, choosing, weights, progress, add)
+                results, interrupted = _evaluate(plan, part, runs, choosing, out, progress, add)
                 suite.results += results
                 if interrupted:
                     break
@@ -132,6 +134,9 @@ def _parts(plan: Plan) -> list[_Part]:
             if (other := tasks.setdefault(name, recording.name)) != recording.name:
                 raise RescoreError(f"the tasks {other} and {recording.name} would share a folder; rename one of them")
     check_names([part.recording for part in parts if part.h == plan.h[0]])
+    choosing = _choosing(plan)
+    for part in parts:
+        fit_before(part.recording, choosing)
     return parts
 
 
@@ -173,7 +178,7 @@ class _TunedWeights:
 def _weighted(
     plan: Plan,
     part: _Part,
-    identities: dict[str, str],
+    choosing: dict[str, Choosing],
     weights: _TunedWeights,
     progress: Progress | None,
     notify: Notify,
@@ -181,8 +186,9 @@ def _weighted(
     """The runs of one evaluation, with tuned weights where the plan asks for them."""
     runs = []
     for run in plan.runs:
-        if run.alpha is None and run.label in identities and (tuning := plan.tuning(run.label)) is not None:
-            sweep = _sweep(part, run, identities[run.label], tuning, weights, progress, notify)
+        chosen, tuning = choosing[run.label], plan.tuning(run.label)
+        if run.alpha is None and chosen[0].alpha is not None and tuning is not None:
+            sweep = _sweep(part, run, chosen, tuning, weights, progress, notify)
             run = dataclasses.replace(run, alpha=sweep.as_alpha(data_sha256=sweep.data_sha256))
         runs.append(run)
     return runs
@@ -191,7 +197,7 @@ def _weighted(
 def _sweep(
     part: _Part,
     run: Run,
-    identity: str,
+    choosing: Choosing,
     tuning: SuiteTuning,
     weights: _TunedWeights,
     progress: Progress | None,
@@ -202,7 +208,8 @@ def _sweep(
     evaluated = part.recording
     # Not all of it is in the settings: what a trace made elsewhere holds, and a list of examples to leave out.
     examples = [evaluated.data_sha256, evaluated.source.get("left_out")]
-    key = key_of([evaluated.settings, examples, {run.label: identity}], 24)
+    identity, drafters = identities_of(choosing)
+    key = key_of([evaluated.settings, examples, {run.label: identity}, *drafters], 24)
     sweep = weights.find(task=evaluated.name, rescorer=run.label, k=run.k, h=part.h, p=run.p, key=key)
     if sweep is None:
         inputs = dataclasses.replace(evaluated.inputs, limit=None)
@@ -212,6 +219,8 @@ def _sweep(
         )  # fmt: skip
         if not evaluated.given:  # a sweep of other files must not be kept under this key
             evaluated.models.check_unchanged(evaluated.settings)
+        if tuned.identity != identity:
+            raise IncompatibleError(f"{run.label} was replaced while it was tuned; run the command again")
         sweep = SuiteSweep(**{f.name: getattr(tuned, f.name) for f in fields(tuned)}, h=part.h, key=key)
         weights.add(sweep)
     return sweep
@@ -221,7 +230,7 @@ def _evaluate(
     plan: Plan,
     part: _Part,
     runs: list[Run],
-    identities: dict[str, str],
+    choosing: dict[str, Choosing],
     out: Path,
     progress: Progress | None,
     notify: Notify,
@@ -230,7 +239,7 @@ def _evaluate(
     folder = out / part.folder
     if (folder / RESULTS_FILE).is_file():
         finished = load_run(folder)
-        if _is_same(part, identities, finished.config):
+        if _is_same(part, choosing, finished.config):
             for line in finished.notices:
                 notify(line)
             return finished.results, False
@@ -241,17 +250,16 @@ def _evaluate(
     return evaluation.results, evaluation.interrupted
 
 
-def _is_same(part: _Part, identities: dict[str, str], config: RunConfig) -> bool:
+def _is_same(part: _Part, choosing: dict[str, Choosing], config: RunConfig) -> bool:
     """Whether these results are of the data, base, heads and rescorers that are there now; if not, `evaluate` tells the
     change."""
     name, recording = part.recording.name, part.recording
     of_now = [recording.source, {"k": recording.k, **recording.settings}, recording.inputs]
     of_then = [config.data.get(name), config.traces.get(name), config.inputs.get(name)]
-    then = {r.rescorer: r.identity for r in config.runs.get(name, ()) if r.alpha is not None}
-    return plain(of_now) == plain(of_then) and then == identities
+    then = {r.rescorer: (r.identity, r.drafters) for r in config.runs.get(name, ())}
+    return plain(of_now) == plain(of_then) and then == {label: identities_of(each) for label, each in choosing.items()}
 
 
-def _identities(plan: Plan) -> dict[str, str]:
-    """What rescorers with a weight score with, by name, as `evaluate` has it."""
-    rescorers = {r.name: Run(r.name).load() for r in plan.rescorers}
-    return {name: rescorer.identity for name, rescorer in rescorers.items() if rescorer.alpha is not None}
+def _choosing(plan: Plan) -> dict[str, Choosing]:
+    """The rescorers of a plan with their drafters by name, from the files as they are now."""
+    return load_choosing(Run(r.name) for r in plan.rescorers)

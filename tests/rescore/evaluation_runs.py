@@ -31,12 +31,14 @@ class Peek(Rescorer):
         return drafts
 
 
-def add_peek(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes it a rescorer called peek."""
+@pytest.fixture(autouse=True, name="peek")
+def peek_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes it a rescorer called peek, for the tests of every file that imports this."""
     monkeypatch.setitem(rescorers.RESCORERS.built_in, "peek", Peek)
 
 
-def maker(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path) -> Make:
+@pytest.fixture(name="make")
+def make_fixture(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path) -> Make:
     """Options for the tiny model (h = 4) and six examples."""
     common: dict[str, Any] = {
         "base": str(tiny_folder), "heads": str(tiny_heads_folder), "data": str(squad_file), "dtype": "float64",

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import make_heads, save_tiny_base, squad_records, write_lines
 from evaluating import evaluated, inputs_of, opened, recorded_trace
-from evaluation_runs import Make, add_peek, maker, no_base, run, without_times
+from evaluation_runs import Make, make_fixture, no_base, peek_fixture, run, without_times  # noqa: F401 (fixtures)
 
 import lm.base.catalog
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
@@ -24,16 +24,6 @@ from rescore.runs import evaluation
 from rescore.runs.evaluation import evaluate
 from rescore.runs.records import Divergence, Identical
 from rescore.tracing import read_header
-
-
-@pytest.fixture(autouse=True)
-def peek(monkeypatch: pytest.MonkeyPatch) -> None:
-    add_peek(monkeypatch)
-
-
-@pytest.fixture
-def make(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path) -> Make:
-    return maker(tiny_folder, tiny_heads_folder, squad_file)
 
 
 class TestNumbers:

@@ -11,23 +11,13 @@ from typing import Any
 import pytest
 from conftest import squad_records, write_lines
 from evaluating import evaluated
-from evaluation_runs import Make, Peek, add_peek, maker, run, without_times
+from evaluation_runs import Make, Peek, make_fixture, peek_fixture, run, without_times  # noqa: F401 (fixtures)
 
 from lattices.errors import IncompatibleError
 from lm.records import plain
 from rescore import rescorers, tracing
 from rescore.runs import evaluation
 from rescore.tasks import data as data_module
-
-
-@pytest.fixture(autouse=True)
-def peek(monkeypatch: pytest.MonkeyPatch) -> None:
-    add_peek(monkeypatch)
-
-
-@pytest.fixture
-def make(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path) -> Make:
-    return maker(tiny_folder, tiny_heads_folder, squad_file)
 
 
 def stop_after(count: int, how: Callable[[], Any]) -> Callable[..., Any]:

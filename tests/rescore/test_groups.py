@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import squad_records, write_lines
+from conftest import refused, squad_records, write_lines
 from evaluating import evaluated, opened, recorded_trace, swept
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,6 +65,8 @@ class TestHeldOut:
         assert held_out(list("abcdef"), 2) == [4, 5]
         assert held_out(list("abcdef"), 100) == [3, 4, 5], "at most half"
         assert held_out(["a"], 100) == [0] and held_out([], 3) == []
+        for none in (0, -3):
+            refused(lambda none=none: held_out(["a"], none), f"--held-out {none}; at least one example is needed")
 
     def test_whole_groups_one_of_each_first(self):
         groups = list("aabbccdd")

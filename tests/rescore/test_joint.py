@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import refused
-from evaluating import Options, evaluated, opened
+from evaluating import Options, evaluated, opened, recorded_trace
 from test_ngram_rescorer import bigram_model, save
 
+import lm.base.catalog
+from lattices.automaton import Automaton
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.joined.candidates import WEIGHTS
 from rescore.drafters import load_drafter
 from rescore.drafting import Drafting
 from rescore.rescorers import Rescorer, load_rescorer
+from rescore.rescorers import joint as joint_module
 from rescore.rescorers.base import Context
+from rescore.runs import evaluation
 from rescore.runs.records import Identical
 from rescore.runs.run import Run
 from rescore.runs.tuning import fit_joint
+from rescore.suites.plan import read_plan
+from rescore.suites.run import run_suite
 
 TEXT = [5, 6, 7, 8, 5, 6, 9, 9, 5, 6]
 
@@ -115,7 +122,95 @@ def test_what_is_fitted_is_said_and_read_back(options: Options, tmp_path: Path):
     assert one.identity == other.identity
 
 
+def fit_other_weights(options: Options, joint: str, tmp_path: Path, *, other_ngram: bool = False) -> None:
+    """Writes over the weights of the fixture, and over its n-gram model."""
+    ngram = joint.partition("ngram=")[2]
+    if other_ngram:
+        Automaton.compile(bigram_model(seed=1)).save(Path(ngram) / "automaton.bin")
+    before = (tmp_path / "weights" / "heads+lookup.json").read_text()
+    fit_joint(opened(options), tmp_path / "weights", f"joint:ngram={ngram}", k=8, held_out=2 if other_ngram else 3)
+    assert (tmp_path / "weights" / "heads+lookup.json").read_text() != before
+
+
+class TestReplaced:
+    """Results are of the weights and the n-gram model that were there when they were begun."""
+
+    @pytest.mark.parametrize("other_ngram", [False, True])
+    def test_a_folder_is_not_gone_on_with(self, options: Options, joint: str, tmp_path: Path, other_ngram: bool):
+        chosen = options | {"rescorers": ("none", "lookup", joint)}
+        found = evaluated(chosen, out=tmp_path / "run").config.runs["squad"]
+        assert [run.identity for run in found[:2]] == ["", ""] and found[1].drafters == ["lookup 16 1 32 False"]
+        assert found[2].identity.startswith(load_rescorer(joint).identity) and found[2].drafters[0] == "heads"
+        evaluated(chosen, out=tmp_path / "run")
+        fit_other_weights(options, joint, tmp_path, other_ngram=other_ngram)
+        refused(
+            lambda: evaluated(chosen, out=tmp_path / "run"),
+            "holds results of another configuration (weights.squad.joint:", ".identity: joint ngram", IncompatibleError,
+        )  # fmt: skip
+
+    def test_nor_where_the_weights_are_the_shipped_ones(
+        self, options: Options, joint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(joint_module, "shipped_weights", lambda _: tmp_path / "weights")
+        shipped = f"joint:ngram={joint.partition('ngram=')[2]}"
+        chosen = options | {"rescorers": (shipped,)}
+        (found,) = evaluated(chosen, out=tmp_path / "run").config.runs["squad"]
+        assert found.identity.startswith(load_rescorer(shipped).identity)
+        fit_other_weights(options, joint, tmp_path)
+        message = f"weights.squad.{shipped} (p = 1, k = 8).identity: {found.identity} -> "
+        refused(lambda: evaluated(chosen, out=tmp_path / "run"), message, IncompatibleError)
+
+    def test_nor_a_given_trace(self, options: Options, joint: str, tmp_path: Path):
+        recorded_trace(options, tmp_path / "trace")
+        chosen = dict(trace=str(tmp_path / "trace"), k=8, rescorers=(joint,))
+        evaluated(chosen, out=tmp_path / "run")
+        fit_other_weights(options, joint, tmp_path)
+        refused(lambda: evaluated(chosen, out=tmp_path / "run"), "weights.squad.joint:", IncompatibleError)
+
+    @pytest.mark.parametrize("other_ngram", [False, True])
+    def test_nor_a_suite(self, options: Options, joint: str, tmp_path: Path, other_ngram: bool):
+        body = "".join(f"{name}: {options[name]}\n" for name in ("base", "heads", "device", "dtype", "k"))
+        body += f"max_new_tokens: 8\ntasks: [{{name: squad, data: {options['data']}}}]\n"
+        (tmp_path / "table.yaml").write_text(f"{body}rescorers: [none, '{joint}']\n")
+        plan = read_plan(tmp_path / "table.yaml")
+        first = run_suite(plan, tmp_path / "out")
+        assert run_suite(plan, tmp_path / "out").document.results == first.document.results
+        fit_other_weights(options, joint, tmp_path, other_ngram=other_ngram)
+        refused(lambda: run_suite(plan, tmp_path / "out"), "weights.squad.joint:", "identity", IncompatibleError)
+
+    def test_between_two_looks_at_them(
+        self, options: Options, joint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(joint_module, "shipped_weights", lambda _: tmp_path / "weights")
+        evaluated(options)  # the trace is there: only the rescorer is read again
+        fit_to = evaluation.fit_to
+
+        def replaced(*arguments: Any, **more: Any) -> Any:
+            fit_other_weights(options, joint, tmp_path)
+            return fit_to(*arguments, **more)
+
+        monkeypatch.setattr(evaluation, "fit_to", replaced)
+        chosen = options | {"rescorers": (f"joint:ngram={joint.partition('ngram=')[2]}",)}
+        refused(lambda: evaluated(chosen, out=tmp_path / "run"), "was replaced while it was read", IncompatibleError)
+        assert (tmp_path / "run" / "examples.jsonl").read_text() == ""
+
+
+def never_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm.base.catalog, "load_base", lambda *_, **__: pytest.fail("the base LM was loaded"))
+
+
 class TestTrouble:
+    def test_an_n_gram_of_another_tokenizer_before_anything_is_decoded(
+        self, options: Options, joint: str, tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        (tmp_path / "ngram" / "manifest.json").write_text('{"tokenizer_sha256": "other"}')
+        shutil.rmtree(cache_folder)
+        never_decoded(monkeypatch)
+        chosen, spec = options | {"rescorers": (joint,)}, f"joint:ngram={tmp_path / 'ngram'}"
+        refused(lambda: evaluated(chosen), "was made for another tokenizer", IncompatibleError)
+        message = "was made for another tokenizer"
+        refused(lambda: fit_joint(opened(options), tmp_path / "w", spec, k=8, held_out=2), message, IncompatibleError)
+
     def test_weights_that_are_broken_or_of_something_else(self, joint: str, tmp_path: Path):
         path = tmp_path / "weights" / "heads+lookup.json"
         whole: dict[str, Any] = json.loads(path.read_text())
@@ -130,7 +225,10 @@ class TestTrouble:
         path.unlink()
         refused(lambda: load_rescorer(joint), "no weights of joint in", RescoreError)
 
-    def test_none_are_shipped_for_a_base_of_ones_own(self, options: Options, tmp_path: Path):
+    def test_none_are_shipped_for_a_base_of_ones_own(
+        self, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
         ngram = save(tmp_path / "ngram", bigram_model())
         chosen = options | {"rescorers": (f"joint:ngram={ngram}",)}
+        never_decoded(monkeypatch)
         refused(lambda: evaluated(chosen), "no weights of joint are shipped for", "rescore tune --rescorer joint --out")

@@ -111,5 +111,6 @@ def test_a_command_gets_records_and_keywords():
     options, run = with_options(body, {"asked": Source(f"{__name__}:outer")})
     assert [option.name for option in options] == ["name", "size", "flag", "k"]
     run(name=["x"], size=["3"], flag=True, k=None)
-    assert seen == [({"name": "x", "inner": Inner(size=3), "flag": True}, 1)]
+    ((asked, k),) = seen
+    assert (asked.func, asked.keywords, k) == (outer, {"name": "x", "inner": Inner(size=3), "flag": True}, 1)
     refused(lambda: run(name=None, size=["3", "4"], flag=False, k=None), "--size is there 2 times")

@@ -1,7 +1,5 @@
 """Evaluations with several numbers of drafts at once: every p gives what it gives alone."""
 
-# ruff: noqa: F811 - pytest takes imported fixtures as arguments by their names
-
 from __future__ import annotations
 
 import dataclasses
@@ -10,8 +8,7 @@ from typing import ClassVar
 
 import pytest
 from evaluating import evaluated, swept
-from evaluation_runs import Make, Peek, run, without_times
-from test_evaluation import make, peek  # noqa: F401 (fixtures)
+from evaluation_runs import Make, Peek, make_fixture, peek_fixture, run, without_times  # noqa: F401 (fixtures)
 from test_evaluation_goes_on import ctrl_c, examples_of
 
 from lattices.errors import IncompatibleError, RescoreError

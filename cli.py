@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from rescore.table import Table
 
 NONE = (Spec("none"),)
+HEADS = Spec("heads")
 PLAIN_WIDTH = 160  # columns where stdout is no terminal and COLUMNS does not say
 MEASURE, LOOK, NGRAMS, TRAIN, TASKS, BENCH = "Measure", "Look", "N-grams", "Train", "Tasks", "Bench"
 INPUTS = "rescore.runs.inputs:Inputs"
@@ -213,6 +214,7 @@ def eval_command(
     drafter: shared.Drafters = (),
     k: Annotated[shared.Ks, "Tokens of each head that are in the lattice. Default: 16."] = (),
     p: Annotated[shared.Ps, "Drafts that one step verifies; 1,16 runs both. Default: 1."] = (),
+    nodes: shared.Nodes = None,
     alpha: shared.Alpha = None,
     inputs: "Inputs",
     mode: Annotated[Literal["replay", "live"], "From a trace, fast; or decoding, which measures time."] = "replay",
@@ -229,8 +231,9 @@ def eval_command(
     from rescore.runs.recording import open_recordings
     from rescore.runs.run import runs_of
 
-    runs = runs_of(rescorer, ks=k, ps=p, alpha=alpha, drafters=drafter)
-    recordings = open_recordings(task, inputs, k=max(run.k for run in runs))
+    runs = runs_of(rescorer, ks=k, ps=p, alpha=alpha, drafters=drafter, nodes=nodes)
+    needed: dict[str, Any] = {"k": max(run.k for run in runs), "heads_needed": any(run.needs_heads for run in runs)}
+    recordings = open_recordings(task, inputs, **needed)
     how: dict[str, Any] = {"live": mode == "live", "verify": verify, "seed": seed, "out": out}
     evaluation = _done(evaluate, recordings, runs, **how, notify=notify)
     _print_json(plain(evaluation.document)) if as_json else _show(evaluation.tables(details=details))
@@ -303,15 +306,14 @@ def trace_command(
     out: Annotated[Path, "Folder for the trace; resumable."],
     task: shared.Task = "squad",
     k: Annotated[int, "Lattice entries kept per head."] = 32,
+    drafter: Annotated[Spec, "Whose lattices: heads, draft-model:NAME or a plug-in's name."] = HEADS,
     inputs: "Inputs",
 ) -> None:
     """Record a trace: greedy output and lattices of a task, for replay with `rescore eval --trace`."""
     _check((task,), inputs)
-    from rescore.runs.recording import open_recording
+    from rescore.runs.recording import record_task
 
-    recording = open_recording(replace(inputs, task=task), k=k, out=out)
-    _tell(recording.notices)
-    trace = _done(recording.trace)
+    trace = _done(record_task, replace(inputs, task=task), drafter, out, k=k, notify=notify)
     positions = sum(len(example.output_ids) for example in trace.examples)
     print(f"{out}: {len(trace.examples)} examples, {positions} positions, h = {trace.header.h}, K = {trace.header.k}")
 

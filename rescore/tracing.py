@@ -118,7 +118,7 @@ class Trace:
 
 def record_trace(
     base: BaseLM,
-    heads: BlockHeads,
+    heads: BlockHeads | None,
     examples: Sequence[Example],
     folder: Path,
     *,
@@ -134,6 +134,8 @@ def record_trace(
 ) -> Trace:
     """Records what `folder` lacks of the examples and returns the trace of exactly these, in their order.
 
+    heads: None for a trace of the base's own next token only (h = 1).
+
     A part is written after every `PART_EXAMPLES`, so a killed recording goes on where it stopped. `recorded`: what
     `read_trace` gave of the folder, at least the examples asked for, if it has been called already. `check` is called
     before a part is written, and raises if what the settings say no longer holds. `progress(done, total)` is called
@@ -146,7 +148,7 @@ def record_trace(
     from lm.base.generation import generate
 
     check_k(k, base.vocab_size)
-    header = TraceHeader(heads.h, k, base.vocab_size, sorted(base.eos_token_ids), settings, [])
+    header = TraceHeader(heads.h if heads else 1, k, base.vocab_size, sorted(base.eos_token_ids), settings, [])
     with writing_to(folder):  # before the work: a place that can't be written to is refused at once
         if (folder / HEADER_FILE).is_file():
             known = read_header(folder)
@@ -188,7 +190,7 @@ def trace_folder(task: str, settings: dict[str, Any], k: int) -> Path:
 
 
 def _row(
-    base: BaseLM, heads: BlockHeads, example: Example, prompt_ids: list[int], greedy: Generated, k: int
+    base: BaseLM, heads: BlockHeads | None, example: Example, prompt_ids: list[int], greedy: Generated, k: int
 ) -> dict[str, Any]:
     import torch
 
@@ -200,7 +202,8 @@ def _row(
         for start in range(0, len(greedy.output_ids), LATTICE_ROWS):
             hidden = torch.from_numpy(greedy.hidden[start : start + LATTICE_ROWS]).to(base.device, base.dtype)
             chosen = torch.from_numpy(greedy.output_ids[start : start + LATTICE_ROWS]).to(base.device)
-            logits = heads.logits(base, hidden, base.project(hidden), chosen)
+            first = base.project(hidden)
+            logits = heads.logits(base, hidden, first, chosen) if heads else first[:, None]
             lattice = lattice_of(logits, k)
             ids.append(lattice.token_ids)
             logps.append(lattice.logps)

@@ -10,7 +10,7 @@ from typing import Any
 from lattices.errors import RescoreError
 from lattices.lattice import Lattice
 from lm.files import write_json
-from lm.locks import making
+from lm.locks import making, writing_to
 from lm.records import plain
 from rescore.drafters.base import Drafter, LatticeDrafter
 from rescore.drafters.heads import Heads
@@ -42,24 +42,40 @@ def drafted(
         if isinstance(drafter, Traced):
             found[drafter.name] = drafter.lattices_of(trace)
         elif isinstance(drafter, LatticeDrafter) and not isinstance(drafter, Heads):
-            found[drafter.name] = _recorded(trace, drafter, task, settings, progress)
+            recorded = record_drafter(trace, drafter, task=task, settings=settings, progress=progress)
+            found[drafter.name] = {example.id: example.lattice for example in recorded.examples}
     return found
 
 
-def _recorded(
-    trace: Trace, drafter: LatticeDrafter, task: str, settings: dict[str, Any], progress: Progress | None
-) -> dict[str, Lattice]:
-    k = trace.header.k
+def record_drafter(
+    trace: Trace,
+    drafter: LatticeDrafter,
+    *,
+    task: str,
+    settings: dict[str, Any],
+    k: int | None = None,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> Trace:
+    """The trace of what a (fitted) drafter proposes at every position of a trace; what `folder` lacks is recorded now.
+
+    k: lattice entries of a slot (None: as the trace has); folder: of the user (None: in the cache).
+    """
+    k = k or trace.header.k
     # The task belongs to the settings of a trace that was recorded here, and need not to those of others.
     settings = {**settings, "task": task, "drafter": drafter.identity}
-    folder = trace_folder(f"{task}-draft", settings, k)
-    with making(folder, f"what {drafter.name} drafts for {task}"):
-        parts, known = _known(folder, k, settings)
-        missing = [example for example in trace.examples if example.id not in known]
+    place = folder or trace_folder(f"{task}-draft", settings, k)
+    with writing_to(place) if folder else making(place, f"what {drafter.name} drafts for {task}"):
         header = TraceHeader(
-            drafter.longest or trace.header.h, k, trace.header.vocab_size, trace.header.eos_token_ids, settings,
-            parts,
-        )  # fmt: skip
+            drafter.longest or trace.header.h, k, trace.header.vocab_size, trace.header.eos_token_ids, settings, []
+        )
+        known: dict[str, TracedExample] = {}
+        with suppress(*(() if folder else (RescoreError,))):  # a broken one in the cache counts as none
+            if (place / HEADER_FILE).is_file():
+                recorded = read_trace(place)
+                check_settings(place, recorded.header, h=header.h, k=k, settings=settings)
+                header, known = recorded.header, {example.id: example for example in recorded.examples}
+        missing = [example for example in trace.examples if example.id not in known]
         for start in range(0, len(missing), PART_EXAMPLES):
             rows = []
             for example in missing[start : start + PART_EXAMPLES]:
@@ -67,23 +83,13 @@ def _recorded(
                 if progress:
                     done = len(trace.examples) - len(missing) + start + len(rows)
                     progress(f"draft {task}", done, len(trace.examples))
-                known[example.id] = Lattice(
-                    rows[-1]["token_ids"].reshape(-1, header.h, k), rows[-1]["logps"].reshape(-1, header.h, k)
-                )
             name = f"part-{len(header.parts):05d}"
-            write_part(folder / name, rows)
+            write_part(place / name, rows)
             header.parts.append(name)
-            write_json(folder / HEADER_FILE, plain(header))
-    return known
-
-
-def _known(folder: Path, k: int, settings: dict[str, Any]) -> tuple[list[str], dict[str, Lattice]]:
-    """Parts and lattices that are recorded already; a broken trace in the cache counts as none."""
-    with suppress(RescoreError):
-        recorded = read_trace(folder)
-        check_settings(folder, recorded.header, k=k, settings=settings)
-        return list(recorded.header.parts), {example.id: example.lattice for example in recorded.examples}
-    return [], {}
+            write_json(place / HEADER_FILE, plain(header))
+        if missing:
+            known = {example.id: example for example in read_trace(place).examples}
+    return Trace(header, tuple(known[example.id] for example in trace.examples))
 
 
 def _row(example: TracedExample, drafter: LatticeDrafter, k: int) -> dict[str, Any]:

@@ -168,6 +168,10 @@ def _work(recording: Recording, asked: Asked, loaded: dict[object, Any], *, live
     if twice := next((key for key in keys if keys.count(key) > 1), None):
         raise RescoreError("{} with p = {} and k = {} is there twice; give one another label".format(*twice))
     for run in runs:
+        if run.needs_heads and recording.h == 1 and not recording.given:
+            raise RescoreError(
+                f"{run.label} needs block heads, and {recording.name} was recorded without; record again"
+            )
         check_held_k(recording.k, run.k)
     choosing = load_choosing(runs, loaded)
     for _, drafters in choosing.values():

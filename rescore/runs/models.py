@@ -21,10 +21,20 @@ if TYPE_CHECKING:
 
 
 class Models:
-    """Base LM and block heads of a recording, loaded when first needed: a replay from the cache needs neither."""
+    """Base LM and block heads of a recording, loaded when first needed: a replay from the cache needs neither.
 
-    def __init__(self, inputs: Inputs, base: BaseLM | None = None, heads: BlockHeads | None = None) -> None:
-        self.inputs = inputs
+    heads_needed: whether anything drafts with heads; if not, a base that has none is recorded without.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        base: BaseLM | None = None,
+        heads: BlockHeads | None = None,
+        *,
+        heads_needed: bool = True,
+    ) -> None:
+        self.inputs, self.heads_needed = inputs, heads_needed
         self._given_base, self._given_heads = base, heads
 
     @cached_property
@@ -40,11 +50,19 @@ class Models:
         return self._given_base.identity if self._given_base else self._identify()
 
     @cached_property
-    def heads(self) -> BlockHeads:
-        """All of the block heads."""
+    def has_heads(self) -> bool:
+        """Whether there are block heads: always, unless none are needed, named or known for the base."""
+        from lm.heads.block_heads import known_heads
+
+        named = self._given_heads or self.inputs.heads is not None
+        return bool(self.heads_needed or named or known_heads(self.identity.name))
+
+    @cached_property
+    def heads(self) -> BlockHeads | None:
+        """All of the block heads; None without any."""
         from lm.heads.block_heads import load_heads
 
-        if self._given_heads:
+        if self._given_heads or not self.has_heads:
             return self._given_heads
         return load_heads(self.identity, self.inputs.heads, device=self.base.device, dtype=self.base.heads_dtype)
 
@@ -59,6 +77,8 @@ class Models:
         """What a trace says of the heads: hashes of weights and configuration, and h."""
         from lm.heads.block_heads import heads_folder, heads_sha256, read_config
 
+        if not self.has_heads:
+            return {"heads_sha256": None, "heads_config_sha256": None, "h": 1}
         if self._given_heads:
             config, weights = self._given_heads.config, self._given_heads.sha256
         else:
@@ -88,7 +108,8 @@ class Models:
         """What the user should know of the heads, if anything."""
         from lm.heads.block_heads import of_other_weights
 
-        return None if self._given_heads else of_other_weights(self.inputs.heads, self.identity)
+        known = self._given_heads or not self.has_heads
+        return None if known else of_other_weights(self.inputs.heads, self.identity)
 
     def trace_settings(self, task: Task, data: TaskData, max_new_tokens: int) -> dict[str, Any]:
         """Everything that a trace depends on, but for its k; none of it needs the weights in memory.

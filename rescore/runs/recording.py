@@ -86,10 +86,10 @@ class Recording:
         """All that the trace is of; of a trace that was given: what it says of itself, and its hash."""
         return {**self.settings, **({"trace": self.source.get("sha256")} if self.given else {})}
 
-    def heads(self) -> BlockHeads:
-        """The heads that are used."""
+    def heads(self) -> BlockHeads | None:
+        """The heads that are used; None without any."""
         heads = self.models.heads
-        return heads if self.inputs.h is None else heads.first(self.inputs.h)
+        return heads if self.inputs.h is None or heads is None else heads.first(self.inputs.h)
 
     @property
     def notices(self) -> list[str]:
@@ -222,13 +222,14 @@ def open_recording(
     out: Path | None = None,
     base: BaseLM | None = None,
     heads: BlockHeads | None = None,
+    heads_needed: bool = True,
 ) -> Recording:
     """The recording of a task; nothing is decoded yet.
 
     k: lattice entries of a slot that will be needed; the cache's traces have at least `TRACE_K`.
     out: records into this folder, exactly k entries, instead of into the cache.
-    base, heads: loaded already; else what `inputs` names. Raises `RescoreError` for data, models, k or h that can't be
-    used.
+    base, heads: loaded already; else what `inputs` names. heads_needed: see `Models`.
+    Raises `RescoreError` for data, models, k or h that can't be used.
     """
     inputs.check()
     if inputs.trace is not None:
@@ -240,7 +241,7 @@ def open_recording(
         task, data=rows_file(rows, task.name) if rows and rows.is_dir() else rows, limit=inputs.limit,
         leave_out=read_leave_out(inputs.leave_out),
     )  # fmt: skip
-    models = Models(inputs, base, heads)
+    models = Models(inputs, base, heads, heads_needed=heads_needed)
     new_tokens = inputs.max_new_tokens or task.limits.new_tokens or DEFAULT_NEW_TOKENS
     settings = models.trace_settings(task, data, new_tokens)
     _check_h(settings["h"], inputs.h)
@@ -263,7 +264,7 @@ def open_recording(
     )
 
 
-def open_recordings(tasks: Iterable[str], inputs: Inputs, *, k: int = 1) -> list[Recording]:
+def open_recordings(tasks: Iterable[str], inputs: Inputs, *, k: int = 1, heads_needed: bool = True) -> list[Recording]:
     """The recordings of several tasks with the same inputs; without any, that of `inputs`.
 
     Raises as `open_recording`, and `RescoreError` for two tasks of one name.
@@ -271,7 +272,8 @@ def open_recordings(tasks: Iterable[str], inputs: Inputs, *, k: int = 1) -> list
     names: list[str | None] = [*dict.fromkeys(tasks)] or [inputs.task]
     if inputs.trace is not None and len(names) > 1:
         raise RescoreError(f"{inputs.trace} is the trace of one task; give one --task, or none")
-    recordings = [open_recording(dataclasses.replace(inputs, task=name), k=k) for name in names]
+    how: dict[str, Any] = {"k": k, "heads_needed": heads_needed}
+    recordings = [open_recording(dataclasses.replace(inputs, task=name), **how) for name in names]
     check_names(recordings)
     return recordings
 
@@ -288,6 +290,7 @@ def record(
     heads: BlockHeads | str | None = None,
     *,
     task: str = DEFAULT_TASK,
+    heads_needed: bool = True,
     k: int = TRACE_K,
     out: str | Path | None = None,
     progress: Progress | None = None,
@@ -297,6 +300,7 @@ def record(
     """Decodes a task greedily and keeps every position's lattice, for `rescore.evaluate`.
 
     base, heads: loaded, or named as on the command line; task: its name or YAML file.
+    heads_needed: False for drafters that need none: a base without heads is recorded without.
     k: lattice entries of a slot; out: a folder for the trace (default: in the cache, where it is found again).
     inputs: further fields of `rescore.runs.inputs.Inputs` (limit, data, max_new_tokens ...).
     """
@@ -314,6 +318,7 @@ def record(
         out=None if out is None else user_path(out, "out"),
         base=None if isinstance(base, str) else base,
         heads=None if isinstance(heads, str) else heads,
+        heads_needed=heads_needed,
     )
     if notify:
         for line in recording.notices:

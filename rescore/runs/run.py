@@ -19,6 +19,7 @@ TUNED: Literal["tuned"] = "tuned"  # the alpha that stands for what `rescore tun
 NONE = "none"
 ORACLE = "oracle"
 Choosing = tuple[Rescorer, tuple[Drafter, ...]]  # a rescorer and the drafters that it chooses among
+NODES = "nodes"  # the key of a rescorer that drafts trees
 OF_DRAFTERS = "drafters"  # the key of a spec that says what a rescorer chooses among: drafters=heads+lookup
 FIXED = (NONE, ORACLE)  # what rescorers are compared with
 
@@ -93,6 +94,11 @@ class Run:
         return self.label, self.p, self.k
 
     @property
+    def needs_heads(self) -> bool:
+        """Whether it drafts with block heads."""
+        return not self.drafters or HEADS in [getattr(drafter, "name", drafter) for drafter in self.drafters]
+
+    @property
     def number(self) -> float | None:
         """The weight, if it is given as one."""
         return self.alpha.alpha if isinstance(self.alpha, Alpha) else None if self.alpha == TUNED else self.alpha
@@ -154,16 +160,18 @@ def runs_of(
     ks: Sequence[int] = (),
     alpha: float | Literal["tuned"] | None = None,
     drafters: Sequence[str] = (),
+    nodes: int | None = None,
 ) -> list[Run]:
     """Every rescorer with each p (none: 1) and k (none: `DEFAULT_K`), but for what its spec says itself
     (`ngram:p=16,alpha=0.5`).
 
     drafters: what rescorers choose among, but for those that say it themselves, and drafters' own drafts.
+    nodes: of the trees that `joint` drafts, as many as p drafts unless p is given.
     The oracle knows which draft is best: it is run with p = 1 only. Raises `RescoreError` for what makes no sense, and
     for p, k, alpha or drafters that every spec says itself.
     """
     runs: dict[Run, None] = {}
-    asked = (("p", ps), ("k", ks), (WEIGHT, alpha is not None), (OF_DRAFTERS, drafters))
+    asked = (("p", ps), ("k", ks), (WEIGHT, alpha is not None), (OF_DRAFTERS, drafters), (NODES, nodes))
     unused = {name for name, given in asked if given}
     for spec in specs:
         if isinstance(spec, Run):
@@ -175,10 +183,15 @@ def runs_of(
         if isinstance(spec, str):
             name, arguments = parse_spec(spec)
             own = {key: arguments.pop(key) for key in ("p", "k") if key in arguments}
+            if name == JOINT and nodes is not None:
+                unused.discard(NODES)
+                arguments.setdefault(NODES, str(nodes))
+            if NODES in arguments and not ps:
+                own.setdefault("p", arguments[NODES])
             rescorer = format_spec(name, arguments)
             weight = None if WEIGHT in arguments else alpha
             says = OF_DRAFTERS in arguments or (DRAFTERS.has(spec) and not RESCORERS.has(spec))
-            unused &= {*own, *arguments, *([OF_DRAFTERS] if says else [])}
+            unused &= {*own, *arguments, NODES, *([OF_DRAFTERS] if says else [])}
         else:
             unused.clear()
         for k in [_whole(spec, own["k"])] if "k" in own else ks or (DEFAULT_K,):
@@ -186,7 +199,7 @@ def runs_of(
                 runs[Run(rescorer, p=p, k=k, alpha=weight, drafters=() if says else tuple(drafters))] = None
     if runs and unused:
         option = min(unused)
-        name = option.removesuffix("s")
+        name = OF_DRAFTERS.removesuffix("s") if option == OF_DRAFTERS else option
         raise RescoreError(f"--{name} is used by no --rescorer, each of which says its own {option}; drop it")
     return list(runs)
 

@@ -21,6 +21,7 @@ A trace made elsewhere (Medusa, EAGLE, MTP, DFlash ...) needs the same folder; `
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ import numpy as np
 
 from lattices.errors import IncompatibleError, InvalidDataError, first_line
 from lattices.lattice import Lattice, put_first
-from lm.files import atomic_folder, changed_settings, write_json
+from lm.files import atomic_folder, changed_settings, sha256_of_file, write_json
 from lm.keys import cache_entry
 from lm.locks import writing_to
 from lm.records import plain, read_record
@@ -266,6 +267,14 @@ def read_header(folder: Path) -> TraceHeader:
     path = folder / HEADER_FILE
     advice = f"rescore trace --out {folder} records it"
     return read_record(path, TraceHeader, missing=f"no trace in {folder}", advice=advice, schema=SCHEMA)
+
+
+def content_sha256(folder: Path, parts: Sequence[str]) -> str:
+    """sha256 over all files of a trace."""
+    digest = hashlib.sha256()
+    for path in [folder / HEADER_FILE, *(file for part in parts for file in sorted((folder / part).glob("*.arrow")))]:
+        digest.update(sha256_of_file(path).encode())
+    return digest.hexdigest()
 
 
 def read_trace(folder: Path) -> Trace:

@@ -30,13 +30,16 @@ def all_of(value: Any) -> Sequence[Any]:
     return value if isinstance(value, tuple | list) else (value,)
 
 
-def opened(options: Options, *, k: int | None = None, out: Path | None = None) -> list[Recording]:
+def opened(
+    options: Options, *, k: int | None = None, out: Path | None = None, heads_needed: bool = True
+) -> list[Recording]:
     """The recordings of the tasks."""
     if out is not None:
         (task,) = options.get("tasks") or (None,)
         inputs = inputs_of(options | {"task": task} if task else options)
         return [open_recording(inputs, k=k or options.get("k", 16), out=out)]
-    return open_recordings(options.get("tasks", ()), inputs_of(options), k=k or max(all_of(options.get("k", 16))))
+    k = k or max(all_of(options.get("k", 16)))
+    return open_recordings(options.get("tasks", ()), inputs_of(options), k=k, heads_needed=heads_needed)
 
 
 def evaluated(options: Options, *, trace_k: int | None = None, **how: Any) -> Evaluation:

@@ -20,9 +20,8 @@ from rescore.runs.log import (
     read_examples,
     save_results,
 )
-from rescore.runs.recording import content_sha256
 from rescore.runs.records import SCHEMA, ExampleRecord, Result, ResultsDocument, RunConfig
-from rescore.tracing import HEADER_FILE, Trace, check_settings, read_trace, trace_folder
+from rescore.tracing import HEADER_FILE, Trace, check_settings, content_sha256, read_trace, trace_folder
 
 if TYPE_CHECKING:
     import pandas

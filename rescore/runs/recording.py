@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shutil
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
@@ -16,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.paths import encodable, user_path
-from lm.files import sha256_of_file
 from lm.locks import making, warn, writing_to
 from lm.records import plain
 from lm.text_files import rows_file
 from rescore.checks import check_held_k, check_k
+from rescore.drafters import LatticeDrafter, load_drafter
+from rescore.drafters.heads import Heads
+from rescore.drafters.recorded import record_drafter
 from rescore.groups import digest, held_out
+from rescore.rescorers import Target
 from rescore.runs.inputs import DEFAULT_NEW_TOKENS, DEFAULT_TASK, Inputs, Notify, Progress
 from rescore.runs.models import Models
 from rescore.tasks import Metric, is_task_file, load_task, task_names
@@ -34,6 +36,7 @@ from rescore.tracing import (
     Trace,
     TraceHeader,
     check_settings,
+    content_sha256,
     read_header,
     read_trace,
     record_trace,
@@ -327,6 +330,36 @@ def record(
     return recording
 
 
+def record_task(
+    inputs: Inputs,
+    drafter: str,
+    out: Path,
+    *,
+    k: int,
+    progress: Progress | None = None,
+    notify: Notify | None = None,
+) -> Trace:
+    """Records a task with the lattices of a drafter, k entries a slot, into the folder `out`, or goes on with it.
+
+    The base's own outputs are recorded in the cache first where the drafter is not its heads. Raises `RescoreError` for
+    a drafter that has no lattices, and as `open_recording`.
+    """
+    loaded = load_drafter(drafter)
+    if not isinstance(loaded, LatticeDrafter) or not loaded.decodes:
+        raise RescoreError(f"--drafter {drafter} has no lattices of its own to record; give heads or draft-model:NAME")
+    of_heads = isinstance(loaded, Heads)
+    recording = open_recording(inputs, k=k, out=out if of_heads else None, heads_needed=of_heads)
+    for line in recording.notices if notify else ():
+        notify(line)  # type: ignore[misc]
+    trace = recording.trace(progress=progress)
+    if of_heads:
+        return trace
+    base = recording.settings["base"]
+    target = Target.of(base, trace.header.vocab_size, trace.header.eos_token_ids, device=recording.models.device)
+    how: dict[str, Any] = {"task": recording.name, "settings": recording.settings, "folder": out, "progress": progress}
+    return record_drafter(trace, loaded.fit(target), k=k, **how)
+
+
 def load_trace(folder: str | Path, *, k: int = 1, **inputs: Any) -> Recording:
     """A trace that `record` or `rescore trace` left, or that was made elsewhere, for `rescore.evaluate`.
 
@@ -411,11 +444,3 @@ def _recorded_metrics(header: TraceHeader) -> tuple[Metric, ...]:
 def _check_h(available: int, h: int | None) -> None:
     if h is not None and h > available:
         raise RescoreError(f"h = {h}, but these heads propose blocks of {available}; choose --h from 2 to {available}")
-
-
-def content_sha256(folder: Path, parts: Sequence[str]) -> str:
-    """sha256 over all files of a trace."""
-    digest = hashlib.sha256()
-    for path in [folder / HEADER_FILE, *(file for part in parts for file in sorted((folder / part).glob("*.arrow")))]:
-        digest.update(sha256_of_file(path).encode())
-    return digest.hexdigest()

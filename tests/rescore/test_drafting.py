@@ -1,0 +1,225 @@
+"""Drafters together: live decoding and replay take the same steps, whoever proposes and whoever chooses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_heads, refused, save_tiny_base
+from evaluating import Options, evaluated, opened, recorded_trace
+from test_ngram_rescorer import bigram_model, save
+
+from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
+from lattices.joined.candidates import HEADS, LOOKUP, MODEL
+from lm.lookup_index import LookupOptions, build_lookup
+from rescore.decoding import decode
+from rescore.drafters import load_drafter
+from rescore.live import generate
+from rescore.rescorers.joint_weights import read_fits
+from rescore.rescorers.ngram import Ngram
+from rescore.runs.inputs import Inputs
+from rescore.runs.recording import record_task
+from rescore.runs.records import Identical
+from rescore.runs.run import Run, runs_of
+from rescore.runs.tuning import fit_joint
+from rescore.tracing import read_trace
+
+
+@pytest.fixture
+def options(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path) -> Options:
+    return dict(
+        base=str(tiny_folder), heads=str(tiny_heads_folder), data=str(squad_file), dtype="float64", device="cpu", k=8,
+        max_new_tokens=24,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A draft model: another tiny one."""
+    folder = tmp_path_factory.mktemp("models") / "small"
+    save_tiny_base(folder, seed=3, hidden_size=16)
+    return str(folder)
+
+
+@pytest.fixture
+def index(options: Options, tmp_path: Path) -> str:
+    """The index of a corpus that has what the base says in it."""
+    said = [example.output for recording in opened(options) for example in recording.trace().examples]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"so {text} and on"}) + "\n" for text in said[:4]))
+    build_lookup([corpus], tmp_path / "index", LookupOptions(tokenizer=options["base"]))
+    return str(tmp_path / "index")
+
+
+def fitted(options: Options, tmp_path: Path, drafters: list[str]) -> str:
+    """The spec of joint with weights for these drafters."""
+    ngram = str(tmp_path / "ngram") if (tmp_path / "ngram").exists() else save(tmp_path / "ngram", bigram_model())
+    fit_joint(opened(options), tmp_path / "w", f"joint:ngram={ngram}", drafters=drafters, k=8, held_out=2)
+    return f"joint:{tmp_path / 'w'},ngram={ngram}"
+
+
+@pytest.mark.parametrize(("p", "verify"), [(1, "tree"), (5, "tree"), (4, "batch")])
+def test_replay_equals_live_for_all_drafters_and_rescorers(
+    options: Options, small: str, index: str, tmp_path: Path, p: int, verify: str
+):
+    drafters = ["heads", "lookup", f"corpus-lookup:{index},least=1", f"draft-model:{small},tokens=3"]
+    joint = fitted(options, tmp_path, drafters)
+    sets = [drafters, *([each] for each in drafters[1:]), drafters[:2], drafters[1::-1]]
+    runs = [
+        Run(rescorer, p=p, k=8, drafters=chosen, label=f"{rescorer.partition(':')[0]} {place}")
+        for place, chosen in enumerate(map(tuple, sets))
+        for rescorer in ("none", "context-ngram:none")
+    ]
+    runs += [Run(joint, p=p, k=8, drafters=tuple(drafters)), Run("oracle", k=8, drafters=tuple(drafters), label="best")]
+    chosen = options | {"rescorers": runs}
+    replayed = evaluated(chosen)
+    live = evaluated(chosen | {"mode": "live", "verify": verify})
+    assert {r.identical for r in live} == {Identical(n=6, identical=6)} and len(live.results) == len(runs)
+    assert [r.accepted_histogram for r in live] == [r.accepted_histogram for r in replayed]
+    by_key = {(e.rescorer, e.id): e for e in replayed.examples}
+    for example in live.examples:
+        same = by_key[example.rescorer, example.id]
+        assert (example.accepted, example.origins, example.alone_accepted) == (
+            same.accepted, same.origins, same.alone_accepted,
+        )  # fmt: skip
+    assert all(r.block_efficiency <= r.oracle_block_efficiency + 1e-9 for r in replayed if r.rescorer == "best")
+    assert len({round(r.block_efficiency, 9) for r in replayed}) > 4, "they do not all draft the same"
+
+
+def test_who_proposed_what_was_accepted(options: Options):
+    drafters = ("heads", "lookup", f"draft-model:{options['base']},tokens=3")
+    run = Run("none", p=6, k=8, drafters=drafters, label="all")
+    evaluation = evaluated(options | {"rescorers": ["none", "lookup", run]})
+    assert all(e.origins is None and e.alone_accepted is None for e in evaluation.examples if e.rescorer != "all")
+    traces = {e.id: e for e in opened(options)[0].trace().examples}
+    for record in evaluation.records("squad", "all", 6):
+        assert record.origins is not None and record.alone_accepted is not None
+        assert [len(step) for step in record.origins] == record.accepted
+        assert all(step[0] == 0 and all(step[1:]) for step in record.origins), "what is accepted was proposed"
+        example, position = traces[record.id], 0
+        for step, alone, n in zip(record.origins, record.alone_accepted["heads"], record.accepted, strict=True):
+            best = example.lattice.token_ids[position, :, 0]
+            ahead = example.output_ids[position : position + len(best)]
+            same = best[: len(ahead)] == ahead
+            assert alone == (len(ahead) if same.all() else max(1, int(same.argmin())))
+            for depth in range(1, n):
+                in_head = depth < 4 and ahead[depth] in example.lattice.token_ids[position, depth, :8]
+                assert bool(step[depth] & HEADS) == in_head
+            position += n
+    every = [bits for e in evaluation.records("squad", "all", 6) for step in e.origins or () for bits in step]
+    assert {kind for kind in (HEADS, LOOKUP, MODEL) if any(bits & kind for bits in every)} == {HEADS, LOOKUP, MODEL}
+
+
+def test_shares_of_several_drafters(options: Options):
+    both = ("heads", "lookup")
+    one, two = (Run("none", p=p, k=8, drafters=both) for p in (1, 2))
+    evaluation = evaluated(options | {"rescorers": ["none", "lookup", one, two]})
+    (recording,) = opened(options)
+    for example in recording.trace().examples:
+        alone = {e.rescorer: e for e in evaluation.examples if e.id == example.id and e.p == 1}
+        together = next(e for e in evaluation.examples if e.id == example.id and e.p == 2)
+        assert together.alone_accepted is not None
+        most = [max(steps) for steps in zip(*together.alone_accepted.values(), strict=True)]
+        assert together.accepted == most, "one draft of each: the longer one wins"
+        assert sum(alone[one.label].accepted) == len(example.output_ids)
+
+
+def test_a_tree_of_so_many_nodes(options: Options, tmp_path: Path):
+    joint = fitted(options, tmp_path, ["heads", "lookup"])
+    (run,) = runs_of([joint], ks=(8,), nodes=5)
+    assert (run.p, run.label.endswith("nodes=5")) == (5, True)
+    (record, *_) = evaluated(options | {"rescorers": [run]}, out=tmp_path / "out").examples
+    assert all(len(draft) <= 5 for draft in record.drafts)
+    with pytest.raises(RescoreError, match="--nodes is used by no --rescorer"):
+        runs_of(["none"], nodes=5)
+
+
+def test_a_base_without_heads_drafts_with_the_text(options: Options, small: str):
+    chosen = {**options, "heads": None} | {"rescorers": ("lookup", f"draft-model:{small},tokens=3")}
+    (recording,) = opened({**options, "heads": None}, heads_needed=False)
+    from rescore.runs.evaluation import evaluate
+
+    evaluation = evaluate(recording, runs_of(chosen["rescorers"], ks=(8,)))
+    with_heads = evaluated(options | {"rescorers": chosen["rescorers"]})
+    assert [r.accepted_histogram for r in evaluation] == [r.accepted_histogram for r in with_heads]
+    assert {r.h for r in evaluation} == {1}
+    live = evaluate(recording, runs_of(chosen["rescorers"], ks=(8,)), live=True)
+    assert [r.accepted_histogram for r in live] == [r.accepted_histogram for r in with_heads]
+    refused(lambda: evaluate(recording, ["none"]), "none needs block heads")
+
+
+class TestTraces:
+    def test_a_drafter_s_trace_is_a_trace_and_a_drafter(self, options: Options, small: str, tmp_path: Path):
+        spec = f"draft-model:{small},tokens=3"
+        inputs = Inputs(task="squad", **{name: value for name, value in options.items() if name != "k"})
+        made = record_task(inputs, spec, tmp_path / "trace", k=8)
+        again = record_task(inputs, spec, tmp_path / "trace", k=8)
+        read = read_trace(tmp_path / "trace")
+        assert [e.id for e in made.examples] == [e.id for e in again.examples] == [e.id for e in read.examples]
+        assert read.header.h == 4 and np.isfinite(read.examples[0].entropies).all()
+        own = evaluated(dict(trace=str(tmp_path / "trace"), k=8, rescorers=("none", "context-ngram:none", "oracle")))
+        drafted = evaluated(options | {"rescorers": [
+            spec, Run("context-ngram:none", drafters=(spec,), k=8), Run("oracle", drafters=(spec,), k=8),
+            f"trace:{tmp_path / 'trace'}",
+        ]})  # fmt: skip
+        histograms = [r.accepted_histogram for r in drafted]
+        assert histograms[:3] == [r.accepted_histogram for r in own] and histograms[3] == histograms[0]
+
+    def test_a_trace_of_other_outputs_is_refused(self, options: Options, tmp_path: Path):
+        recorded_trace(options | {"max_new_tokens": 9}, tmp_path / "short")
+        chosen = options | {"rescorers": [f"trace:{tmp_path / 'short'}"]}
+        refused(lambda: evaluated(chosen), "has another output for the example", IncompatibleError)
+        refused(lambda: evaluated(chosen | {"mode": "live"}), "can be replayed only; drop --mode live")
+        recorded_trace(options | {"limit": 2}, tmp_path / "few")
+        chosen = options | {"rescorers": [f"trace:{tmp_path / 'few'}"]}
+        refused(lambda: evaluated(chosen), "lacks the example", IncompatibleError)
+        refused(lambda: load_drafter("trace"), "write trace:FOLDER")
+        refused(lambda: load_drafter(f"trace:{tmp_path}"), "no trace in")
+
+
+class TestTrouble:
+    def test_what_is_no_drafter(self, options: Options):
+        refused(lambda: load_drafter("head"), "unknown drafter 'head'; did you mean heads", UnknownNameError)
+        refused(lambda: Run("lookp").load(), "unknown rescorer 'lookp'; did you mean lookup", UnknownNameError)
+        refused(lambda: load_drafter("lookup:depth=3"), "the drafter lookup takes no depth; it takes tokens, least")
+        refused(lambda: load_drafter("corpus-lookup"), "needs an index (rescore build-lookup)")
+        for twice in (("lookup", "lookup"), ("heads", "lookup", "heads")):
+            refused(
+                lambda twice=twice: evaluated(options | {"rescorers": [Run("none", drafters=twice)]}), "is there twice"
+            )
+        refused(lambda: Run("lookup", drafters=("heads",)), "lookup is a drafter, whose own drafts are asked for")
+        refused(lambda: Run("none:drafters=lookup", drafters=("heads",)), "are given twice")
+
+    def test_weights_for_other_drafters(self, options: Options, small: str, tmp_path: Path):
+        joint = fitted(options, tmp_path, ["heads", "lookup"])
+        for drafters in (("lookup",), ("heads", "lookup", f"draft-model:{small}")):
+            run = Run(joint, k=8, drafters=drafters)
+            refused(
+                lambda run=run: evaluated(options | {"rescorers": [run]}),
+                "were fitted for the drafters heads+lookup, not for lookup" if len(drafters) == 1 else "not for heads",
+                IncompatibleError,
+            )  # fmt: skip
+        fitted(options, tmp_path, ["lookup"])
+        assert len(read_fits(tmp_path / "w", Ngram(joint.partition("ngram=")[2]))) == 2
+        evaluated(options | {"rescorers": [Run(joint, k=8, drafters=("lookup",)), Run(joint, k=8)]})
+
+    def test_an_index_and_a_draft_model_of_another_tokenizer(self, options: Options, index: str, small: str):
+        path = Path(index) / "lookup.json"
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"tokenizer_sha256": "0" * 64}))
+        chosen = options | {"rescorers": [f"corpus-lookup:{index}"]}
+        refused(lambda: evaluated(chosen), "was built with the tokenizer of", IncompatibleError)
+        tokens = Path(index) / "tokens.npy"
+        tokens.write_bytes(tokens.read_bytes()[:-4])
+        path.write_text(json.dumps(record))
+        refused(lambda: evaluated(chosen), "bytes where", "build it again")
+
+    def test_a_prompt_of_one_token(self, options: Options, tmp_path: Path, index: str, small: str, tiny_base):
+        drafters = ["heads", "lookup", f"corpus-lookup:{index}", f"draft-model:{small},tokens=2"]
+        joint = fitted(options, tmp_path, drafters)
+        greedy = decode(tiny_base, None, tiny_base.encode_prompt("a", chat=False), max_new_tokens=12).output_ids
+        for run in (Run(joint, k=8, drafters=tuple(drafters)), *map(Run, drafters[1:])):
+            given = {"heads": make_heads(tiny_base), "prompt": "a", "chat": False, "max_new_tokens": 12}
+            assert generate(tiny_base, **given, rescorer=run).token_ids == greedy

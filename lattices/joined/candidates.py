@@ -313,9 +313,10 @@ def candidates(
                 head_mass += np.exp(logp)
             else:
                 used = _put(room, place, used, LACKS + slot, 1.0)
-        probability, longest_target = UNIFORM, NONE
+        probability, target, longest_target = UNIFORM, ROOT, NONE
         for i in range(level_count - 1, -1, -1):
-            target = step_match(sources.lookup, levels[i], token)
+            if target != NONE:  # what does not follow a suffix follows no longer one
+                target = step_match(sources.lookup, levels[i], token)
             count = states[target, COUNT] if target != NONE else 0
             kinds = states[levels[i], DEGREE]
             probability = (count + kinds * probability) / max(1, states[levels[i], COUNT] + kinds)

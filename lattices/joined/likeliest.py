@@ -49,6 +49,11 @@ def likeliest_nodes(
         taken += 1
         if depths[node] == deepest or taken == count or (ends == tokens[node]).any():
             continue
+        if node:  # most are never reached, so that these wait until here
+            above = parents[node]
+            state, length = advance_match(sources.lookup, matched[above, 0], matched[above, 1], tokens[node])
+            matched[node, 0], matched[node, 1] = state, length
+            following[node] = still_following(sources.chains, depths[above], following[above], tokens[node])
         found = candidates(
             sources, depths[node], matched[node, 0], matched[node, 1], ngram_states[node], following[node], room
         )
@@ -56,10 +61,7 @@ def likeliest_nodes(
         for place in range(found):
             tokens[made], parents[made], depths[made] = room.token_ids[place], node, depths[node] + 1
             logps[made], origins[made] = logps[node] + room.logps[place], room.origins[place]
-            state, length = advance_match(sources.lookup, matched[node, 0], matched[node, 1], room.token_ids[place])
-            matched[made, 0], matched[made, 1] = state, length
             ngram_states[made] = room.ngram_states[place]
-            following[made] = still_following(sources.chains, depths[node], following[node], room.token_ids[place])
             heap[waiting] = made
             waiting += 1
             _rise(heap, waiting - 1, logps)

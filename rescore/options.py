@@ -182,7 +182,8 @@ class Option:
         """What one text lists, with commas or, of numbers, spaces between. A path may hold commas."""
         if self.is_number:
             return re.split(r"\s*,\s*|\s+", text.strip())
-        if "," in text and Path(re.split("[:=]", text, maxsplit=1)[-1]).exists():
+        path = re.split("[:=]", text, maxsplit=1)[-1]
+        if "," in path and Path(path).exists():
             return [text]
         parts: list[str] = []
         for part in text.split(","):

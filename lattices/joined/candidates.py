@@ -53,7 +53,8 @@ TEXT = LACKS + SLOTS  # [CLASSES] log-probability by what followed in the text
 RECENT = TEXT + CLASSES  # [CLASSES] it followed the last time
 ALONE = RECENT + CLASSES  # [CLASSES] nothing else ever followed
 NGRAM = ALONE + CLASSES  # [2] log-probability by an n-gram model, where there is a head, where not
-AGREE = NGRAM + 2  # [2] two sources propose it; three or more do
+PAIR = NGRAM + 2  # [SLOTS + 1] score beside the token before by a learned bigram; the last: no head
+AGREE = PAIR + SLOTS + 1  # [2] two sources propose it; three or more do
 CHAINED = AGREE + 2  # [KINDS, 2] log-probability by a chain: that the path has left; that it has followed so far
 CHAIN_LACKS = CHAINED + 2 * KINDS  # [KINDS, 2] the chain lacks the token
 OTHER_SLOT = CHAIN_LACKS + 2 * KINDS  # [SLOTS + 1] of the outcome that it is none of them; the last: no head
@@ -63,7 +64,7 @@ OTHER_CHAINED = OTHER_MASS + 1  # [KINDS, 2] log of what the chains give to toke
 OTHER_GONE = OTHER_CHAINED + 2 * KINDS  # [KINDS] no chain has anything to say after the path
 WEIGHTS = OTHER_GONE + KINDS
 LEAST = -30.0  # of a log-probability, in nats: what is less likely is no more telling
-ACTIVE = 7 + 2 * KINDS  # features that are not 0 of one candidate, at most
+ACTIVE = 8 + 2 * KINDS  # features that are not 0 of one candidate, at most
 LEFT, FOLLOWED = 1, 2  # what a path has done with the chains of a kind, if there are any (0)
 GONE = 3
 
@@ -87,6 +88,7 @@ class Sources(NamedTuple):
     lookup: the suffix automaton of the text so far, without the token of slot 1; of nothing where it is no source.
     cells, roots, words: an n-gram automaton and its word of each token id; empty without one.
     ngram_state: after the text so far.
+    left, right float32 `[vocab, r]`: a pair's score is their product; empty without a learned bigram.
     chains: what other drafters propose.
     """
 
@@ -97,6 +99,8 @@ class Sources(NamedTuple):
     roots: np.ndarray
     words: np.ndarray
     ngram_state: int
+    left: np.ndarray
+    right: np.ndarray
     chains: Chains
 
 
@@ -271,11 +275,11 @@ def match_before(lookup: Tables, state: int, length: int) -> tuple[int, int]:
 
 @njit(cache=True)
 def candidates(
-    sources: Sources, depth: int, state: int, length: int, ngram_state: int, following: int, room: Room
+    sources: Sources, depth: int, last: int, state: int, length: int, ngram_state: int, following: int, room: Room
 ) -> int:
     """Fills `room` with the candidates after a path and their features; returns how many there are.
 
-    depth: tokens of the path; state, length: its match in the text; ngram_state: after it.
+    depth: tokens of the path; last: the last of them; state, length: its match in the text; ngram_state: after it.
     following: bits of the chains that it has followed so far.
     """
     h, k = sources.token_ids.shape
@@ -333,6 +337,11 @@ def candidates(
                 sources.cells, sources.roots, ngram_state, sources.words[token]
             )
             used = _put(room, place, used, NGRAM + (0 if has_head else 1), max(LEAST, score / SCORE_SCALE))
+        if len(sources.left):
+            pair = np.float64(0.0)
+            for i in range(sources.left.shape[1]):
+                pair += sources.left[last, i] * sources.right[token, i]
+            used = _put(room, place, used, PAIR + (slot if has_head else SLOTS), pair)
         agree = _bits(room.origins[place])
         if agree > 1:
             used = _put(room, place, used, AGREE + min(agree, 3) - 2, 1.0)

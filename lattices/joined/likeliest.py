@@ -55,8 +55,9 @@ def likeliest_nodes(
             matched[node, 0], matched[node, 1] = state, length
             following[node] = still_following(sources.chains, depths[above], following[above], tokens[node])
         found = candidates(
-            sources, depths[node], matched[node, 0], matched[node, 1], ngram_states[node], following[node], room
-        )
+            sources, depths[node], tokens[node], matched[node, 0], matched[node, 1], ngram_states[node],
+            following[node], room,
+        )  # fmt: skip
         score(weights, found, room)
         for place in range(found):
             tokens[made], parents[made], depths[made] = room.token_ids[place], node, depths[node] + 1

@@ -64,7 +64,7 @@ def features_along(sources: Sources, path: np.ndarray, room: Room, data: Outcome
     following = (1 << len(sources.chains.kinds)) - 1
     outcomes = 0
     for depth in range(1, len(path)):
-        found = candidates(sources, depth, state, length, ngram_state, following, room)
+        found = candidates(sources, depth, path[depth - 1], state, length, ngram_state, following, room)
         target = find(room, found, path[depth])
         data.targets[depth - 1] = found if target == NONE else target
         data.counts[depth - 1] = found + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,9 +20,22 @@ from rescore.rescorers.base import Context
 FROM_CORPUS = 4  # continuations of a corpus, in a joined lattice
 NOTHING = Lookup().tables
 NO_NGRAM = (np.zeros(0, dtype=np.int64), np.zeros((0, 0), dtype=np.int32), np.zeros(0, dtype=np.int32))
+NO_PAIRS = np.zeros((0, 1), dtype=np.float32)
 NO_CHAINS = Chains(
     np.zeros((0, 1, 1), dtype=np.int32), np.zeros((0, 1, 1), dtype=np.float32), np.zeros(0, dtype=np.int32)
 )
+
+
+class Statistics(NamedTuple):
+    """What is known of a base's text beside what drafters propose.
+
+    search: an n-gram model. left, right float32 `[vocab, r]`: of each token as the first and as the second of a pair
+    (`lm.neural.learned_bigram`); empty without.
+    """
+
+    search: NgramSearch
+    left: np.ndarray = NO_PAIRS
+    right: np.ndarray = NO_PAIRS
 
 
 @dataclass(frozen=True)
@@ -57,20 +71,22 @@ class Proposals:
             max([lattice.h for lattice in lattices.values()] + [d.longest or 1 for d in drafters]),
         )
 
-    def sources(self, row: int, context: Context, search: NgramSearch | None = None) -> Sources:
-        """The joined lattice of one position; `search`: an n-gram model that goes with it."""
+    def sources(self, row: int, context: Context, statistics: Statistics | None = None) -> Sources:
+        """The joined lattice of one position."""
         heads = next((lattice[row] for d, lattice in self.lattices.items() if isinstance(d, Heads)), None)
         if heads is None:
             heads = Lattice(self.firsts[row].reshape(1, 1), np.zeros((1, 1), dtype=np.float32))
         cells, roots, words = NO_NGRAM
+        left = right = NO_PAIRS
         state = 0
-        if search:
+        if statistics:
+            search, left, right = statistics.search, statistics.left, statistics.right
             cells, roots, words = search.automaton.cells, search.automaton.roots, search.words
             state = search.state_after(context.last(search.automaton.order - 1))
         lookup = lookup_of(context).tables if self.in_context else NOTHING
         return Sources(
             np.ascontiguousarray(heads.token_ids), np.ascontiguousarray(heads.logps), lookup, cells, roots, words,
-            state, self._chains(row),
+            state, left, right, self._chains(row),
         )  # fmt: skip
 
     def _chains(self, row: int) -> Chains:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -20,12 +21,15 @@ from lattices.lattice import Lattice
 from lattices.ngram_search import NgramSearch
 from lattices.paths import user_path
 from lm.keys import key_of
+from lm.neural.learned_bigram import shipped_bigram
 from rescore.drafters.base import stacked
-from rescore.drafters.proposals import Proposals
+from rescore.drafters.proposals import Proposals, Statistics
 from rescore.rescorers.base import Context, Rescorer, Target
 from rescore.rescorers.joint_weights import read_fits, read_weights, shipped_weights
+from rescore.rescorers.learned_bigram import LearnedBigram
 from rescore.rescorers.ngram import Ngram
 
+NONE = "none"
 LONGEST = 16  # tokens of a draft, the base's own included
 EXPLORED = (24, 3)  # nodes of the tree that is searched: so many, and so many more a draft
 
@@ -35,6 +39,7 @@ class Joint(Rescorer):
 
     path: the folder of fitted weights; empty: those that are shipped for the base.
     ngram: the n-gram model as `Ngram` takes it; empty: the one that is shipped.
+    bigram: a learned bigram; empty: the one that is shipped for the base, if one is; `none`: none.
     tokens: of a draft after the base's own, at most.
     nodes: of the tree of all drafts, the base's own token included; 0: as many as p branches have.
     """
@@ -42,40 +47,46 @@ class Joint(Rescorer):
     joins = True
     drafters = ("heads", "lookup")
 
-    def __init__(self, path: str = "", *, ngram: str = "", tokens: int = LONGEST - 1, nodes: int = 0) -> None:
+    def __init__(
+        self, path: str = "", *, ngram: str = "", bigram: str = "", tokens: int = LONGEST - 1, nodes: int = 0
+    ) -> None:
         if tokens < 1 or nodes < 0:
             raise RescoreError("joint: give tokens of 1 or more after the base's own, and nodes of 1 or more (0: any)")
         self.tokens, self.nodes = tokens, nodes
         self.longest = tokens + 1
-        self.ngram = Ngram(ngram)
+        self.ngram, self._bigram = Ngram(ngram), bigram
         self.path = user_path(path, "joint:") if path else None
         if self.path:
             read_fits(self.path, self.ngram)  # what is broken is refused before any work
         self.identity = f"joint {self.ngram.identity} {tokens} {nodes}"
         self._weights: np.ndarray | None = None
-        self._search: NgramSearch | None = None
+        self._statistics: Statistics | None = None
         self._ends = np.zeros(0, dtype=np.int32)
 
     def fit(self, target: Target) -> Self:
         """See `Rescorer.fit`."""
         fitted = copy.copy(self)
-        fitted._search = self.search_for(target)
+        fitted._statistics, bigram = self.statistics_for(target)
         fitted._ends = np.array(target.eos_token_ids, dtype=np.int32)
-        weights = read_weights(self.path or shipped_weights(target), target.sources, self.ngram)
+        weights = read_weights(self.path or shipped_weights(target), target.sources, self.ngram, bigram)
         fitted._weights = weights
-        fitted.identity = f"{self.identity} {key_of(weights.tolist())}"
+        fitted.identity = f"{self.identity} {bigram} {key_of(weights.tolist())}"
         return fitted
 
-    def search_for(self, target: Target) -> NgramSearch:
-        """The n-gram model for a base LM. Raises as `fit`."""
+    def statistics_for(self, target: Target) -> tuple[Statistics, str]:
+        """N-gram model and learned bigram for a base LM, and the hash of the latter (empty: none). Raises as `fit`."""
         search = self.ngram.fit(target).search()
         if not isinstance(search, NgramSearch):
             raise RescoreError(f"joint can't use the KenLM binary {self.ngram.path}; give its ARPA file")
-        return search
+        folder = self._bigram or (target.base and shipped_bigram(target.base.name))
+        if self._bigram == NONE or not folder or (not self._bigram and not Path(folder).is_dir()):
+            return Statistics(search), ""
+        bigram = LearnedBigram(str(folder)).fit(target)
+        return Statistics(search, *bigram.pair_tables()), bigram.model.sha256
 
     def coverage(self, token_ids: np.ndarray) -> float:
         """See `Rescorer.coverage`: that of the n-gram model."""
-        return self._search.coverage(token_ids) if self._search else 1.0
+        return self._statistics.search.coverage(token_ids) if self._statistics else 1.0
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
         """See `Rescorer.draft`."""
@@ -83,13 +94,13 @@ class Joint(Rescorer):
 
     def draft_joined(self, proposals: Proposals, contexts: Sequence[Context], p: int) -> np.ndarray:
         """See `Rescorer.draft_joined`."""
-        if self._search is None or self._weights is None:
+        if self._statistics is None or self._weights is None:
             raise RescoreError("joint must be fitted to a base LM first (fit)")
         longest = self.tokens + 1
         count = self.nodes or EXPLORED[0] + EXPLORED[1] * p
         room, drafts = None, []
         for row, context in enumerate(contexts):
-            sources = proposals.sources(row, context, self._search)
+            sources = proposals.sources(row, context, self._statistics)
             room = room_for(sources, room)
             first = int(proposals.firsts[row])
             tree = likeliest_nodes(sources, self._weights, first, count, longest, self._ends, room)

@@ -13,10 +13,9 @@ import numpy as np
 from lattices.errors import UnknownNameError
 from lattices.joined.candidates import WEIGHTS, Room, room_for
 from lattices.joined.outcomes import Outcomes, features_along, loss_and_gradient, outcome_logps, outcomes_for
-from lattices.ngram_search import NgramSearch
 from lattices.statistics import reliability
 from rescore.drafters.base import Drafter
-from rescore.drafters.proposals import Proposals
+from rescore.drafters.proposals import Proposals, Statistics
 from rescore.replaying import Drafted, contexts_of
 from rescore.rescorers.joint_weights import FEATURES, JointFit
 from rescore.tracing import TracedExample
@@ -39,17 +38,19 @@ class JointData:
         examples: Sequence[TracedExample],
         groups: Sequence[str],
         drafters: Sequence[Drafter],
-        search: NgramSearch,
+        statistics: Statistics,
         *,
         k: int,
         drafted: Drafted | None = None,
     ) -> None:
-        """Adds examples with what (fitted) drafters and the n-gram model of their base say of them."""
+        """Adds examples with what (fitted) drafters and the statistics of their base say of them."""
         for example in examples:
-            self.outcomes.append(_joined(list(_by_position(example, drafters, search, k, drafted))))
+            self.outcomes.append(_joined(list(_by_position(example, drafters, statistics, k, drafted))))
         self.groups += groups
 
-    def fit(self, drafters: Sequence[Drafter], ngram: str, *, k: int, without: Sequence[str] = ()) -> JointFit:
+    def fit(
+        self, drafters: Sequence[Drafter], *, ngram: str, bigram: str, k: int, without: Sequence[str] = ()
+    ) -> JointFit:
         """The weights. Raises `UnknownNameError` for features that there are not."""
         free = np.ones(WEIGHTS)
         for name in without:
@@ -79,6 +80,7 @@ class JointData:
         return JointFit(
             drafters=[drafter.source for drafter in drafters],
             ngram=ngram,
+            bigram=bigram,
             k=k,
             weights=_fit(data, free).tolist(),
             without=list(without),
@@ -115,13 +117,13 @@ def _fit(data: Outcomes, free: np.ndarray) -> np.ndarray:
 
 
 def _by_position(
-    example: TracedExample, drafters: Sequence[Drafter], search: NgramSearch, k: int, drafted: Drafted | None
+    example: TracedExample, drafters: Sequence[Drafter], statistics: Statistics, k: int, drafted: Drafted | None
 ) -> Iterator[Outcomes]:
     room: Room | None = None
     (context,) = contexts_of([example], drafted)
     for position in range(len(example.output_ids)):
         path = example.output_ids[position : position + AHEAD]
-        sources = Proposals.of(drafters, [context], path[:1], k).sources(0, context, search)
+        sources = Proposals.of(drafters, [context], path[:1], k).sources(0, context, statistics)
         room = room_for(sources, room)
         data = outcomes_for(len(path), room)
         prefixes, used = features_along(sources, path, room, data)

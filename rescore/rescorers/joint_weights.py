@@ -26,6 +26,7 @@ FEATURES = {
     "recency": range(features.RECENT, features.ALONE),
     "alone": range(features.ALONE, features.ALONE + CLASSES),
     "ngram": range(features.NGRAM, features.NGRAM + 2),
+    "bigram": range(features.PAIR, features.PAIR + SLOTS + 1),
     "agreement": range(features.AGREE, features.AGREE + 2),
     "chains": range(features.CHAINED, features.CHAIN_LACKS + 2 * KINDS),
     "none-of-them": range(features.OTHER_SLOT, WEIGHTS),
@@ -37,7 +38,8 @@ FEATURES = {
 class JointFit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Fitted weights, and how well their probabilities hold.
 
-    drafters: what they are for (`Drafter.source`); ngram: hash of the n-gram model; k: lattice entries of a slot.
+    drafters: what they are for (`Drafter.source`); k: lattice entries of a slot.
+    ngram, bigram: hashes of the n-gram model and of the learned bigram (empty: none).
     weights: as `lattices.joined.candidates` has them; without: features that were left out.
     examples, groups, prefixes: what they were fitted on.
     log_loss: nats a prefix, of weights that were fitted on the other half of the groups; likewise the rest
@@ -48,6 +50,7 @@ class JointFit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     drafters: list[str]
     ngram: str
+    bigram: str
     k: Count
     weights: Annotated[list[Number], msgspec.Meta(min_length=WEIGHTS, max_length=WEIGHTS)]
     without: list[str] = []
@@ -84,14 +87,18 @@ def read_fits(folder: Path, ngram: Ngram) -> list[JointFit]:
     return with_it
 
 
-def read_weights(folder: Path, sources: Sequence[str], ngram: Ngram) -> np.ndarray:
+def read_weights(folder: Path, sources: Sequence[str], ngram: Ngram, bigram: str) -> np.ndarray:
     """The weights for these drafters, float64 `[WEIGHTS]`.
 
-    Raises as `read_fits`, and `IncompatibleError` for weights for other drafters.
+    bigram: hash of the learned bigram (empty: none).
+    Raises as `read_fits`, and `IncompatibleError` for weights for other drafters, or with another learned bigram.
     """
     fits = read_fits(folder, ngram)
     for fit in fits:
         if sorted(fit.drafters) == sorted(sources):
+            if fit.bigram != bigram:
+                told = "another learned bigram, or with none" if bigram else "a learned bigram, and there is none"
+                raise IncompatibleError(f"the weights of joint in {folder} were fitted with {told}; {ADVICE}")
             return np.array(fit.weights, dtype=np.float64)
     fitted = " or ".join("+".join(fit.drafters) for fit in fits)
     raise IncompatibleError(

@@ -51,18 +51,19 @@ class LearnedBigram(Rescorer):
     def prefill(self, contexts: Sequence[Context]) -> None:
         """See `Rescorer.prefill`: makes the tables, once."""
         if self.alpha != 0:
-            self._pair_tables()
+            self.pair_tables()
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
         """See `Rescorer.draft`."""
         if self.alpha == 0:
             return p_best(lattices, p).drafts
-        left, right = self._pair_tables()
+        left, right = self.pair_tables()
         ids = lattices.token_ids
         pairs = left[ids[:, :-1]] @ right[ids[:, 1:]].transpose(0, 1, 3, 2)  # [n, h-1, k, k]
         return pair_p_best(lattices, pairs, p, weight=self.alpha).drafts
 
-    def _pair_tables(self) -> tuple[np.ndarray, np.ndarray]:
+    def pair_tables(self) -> tuple[np.ndarray, np.ndarray]:
+        """What each token says as the first and as the second of a pair, float32 `[vocab, rank]` each."""
         base = self._base
         if base is None:
             raise RescoreError("a learned bigram must be fitted to a base LM first (fit)")

@@ -150,16 +150,20 @@ def fit_joint(
     joint = run.load()
     assert isinstance(joint, Joint)
     of_run = run.load_drafters(joint)
-    data = JointData()
+    data, bigrams = JointData(), set()
     for recording in [recordings] if isinstance(recordings, Recording) else recordings:
         recording = recording.held_out(held_out)
         # Not `fit_before`: the weights need not be there yet.
-        trace = _trace(recording, k, lambda of: joint.search_for(target_before(of)), progress, notify)
+        trace = _trace(recording, k, lambda of: joint.ngram.fit(target_before(of)), progress, notify)
         target = target_of(trace, device=recording.models.device)
         fitted = [drafter.fit(target) for drafter in of_run]
         of_models = _drafted(recording, trace, fitted, progress)
         groups = [f"{recording.name} {group}" for group in recording.groups]
-        data.add(trace.examples, groups, fitted, joint.search_for(target), k=k, drafted=of_models)
-    fit = data.fit(of_run, joint.ngram.model.sha256, k=k, without=without)
+        statistics, bigram = joint.statistics_for(target)
+        bigrams.add(bigram)
+        data.add(trace.examples, groups, fitted, statistics, k=k, drafted=of_models)
+    if len(bigrams) > 1:
+        raise RescoreError("the traces are of bases with other learned bigrams; fit weights for each base")
+    fit = data.fit(of_run, ngram=joint.ngram.model.sha256, bigram=bigrams.pop(), k=k, without=without)
     write_weights(user_path(out or "", "--out"), fit)
     return fit

@@ -50,7 +50,7 @@ def sources_of(seed: int, *, text: list[int] | None = None, h: int = 3, k: int =
     given_logps = -np.sort(random.exponential(size=(chains, 4, q)), axis=2).astype(np.float32)
     return Sources(
         ids, logps, lookup.tables, automaton.cells, automaton.roots, words, automaton.start,
-        Chains(continued, given_logps, kinds),
+        *random.normal(size=(2, VOCABULARY, 4)).astype(np.float32), Chains(continued, given_logps, kinds),
     )  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def after(sources: Sources, path: list[int]) -> tuple[dict[int, float], dict[int
         for chain, run in enumerate(sources.chains.token_ids):
             if depth > len(run) or run[depth - 1, 0] != token:
                 following &= ~(1 << chain)
-    found = candidates(sources, len(path), state, length, ngram, following, room)
+    found = candidates(sources, len(path), path[-1], state, length, ngram, following, room)
     score(weights, found, room)
     tokens = room.token_ids[:found].tolist()
     return (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lattices.joined.candidates import room_for, sources_along
+from lattices.joined.sources import room_for, sources_along
 from rescore.drafters.base import Drafter, TextDrafter
 from rescore.drafters.proposals import Proposals
 from rescore.replaying import Drafted, contexts_of

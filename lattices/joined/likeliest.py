@@ -10,9 +10,10 @@ import numpy as np
 from numba import njit
 
 from lattices.automaton import advance as advance_ngram
-from lattices.joined.candidates import HEADS, Room, Sources, candidates, first_match, score, still_following
+from lattices.joined.candidates import candidates, score
 from lattices.joined.lookup import NONE
 from lattices.joined.lookup import advance as advance_match
+from lattices.joined.sources import HEADS, Room, Sources, first_match, still_following
 
 
 @njit(cache=True)

@@ -11,18 +11,10 @@ import numpy as np
 from numba import njit
 
 from lattices.automaton import advance as advance_ngram
-from lattices.joined.candidates import (
-    ACTIVE,
-    Room,
-    Sources,
-    candidates,
-    find,
-    first_match,
-    normalise,
-    still_following,
-)
+from lattices.joined.candidates import candidates, normalise
 from lattices.joined.lookup import NONE
 from lattices.joined.lookup import advance as advance_match
+from lattices.joined.sources import ACTIVE, Room, Sources, find, first_match, still_following
 
 
 class Outcomes(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 
 from lattices.errors import RescoreError
-from lattices.joined.candidates import CORPUS
+from lattices.joined.sources import CORPUS
 from lm.lookup_index import LookupIndex, open_lookup
 from rescore.drafters.base import Continuations, TextDrafter
 from rescore.rescorers.base import Context, Target

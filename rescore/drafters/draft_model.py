@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
-from lattices.joined.candidates import MODEL
+from lattices.joined.sources import MODEL
 from lattices.lattice import Lattice, put_first
 from lm.base.catalog import load_tokenizer, read_model_config
 from lm.heads.block_heads import entropies_of, lattice_of

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lattices.errors import RescoreError
-from lattices.joined.candidates import HEADS
+from lattices.joined.sources import HEADS
 from lattices.lattice import Lattice
 from rescore.drafters.base import LatticeDrafter
 from rescore.rescorers.base import Context

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from lattices.errors import RescoreError
-from lattices.joined.candidates import LOOKUP
 from lattices.joined.lookup import Lookup
+from lattices.joined.sources import LOOKUP
 from rescore.drafters.base import Continuations, TextDrafter
 from rescore.rescorers.base import Context
 

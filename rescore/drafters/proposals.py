@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lattices.joined.candidates import Chains, Sources
 from lattices.joined.lookup import NONE, Lookup
+from lattices.joined.sources import Chains, Sources
 from lattices.lattice import Lattice
 from lattices.ngram_search import NgramSearch
 from rescore.drafters.base import Continuations, Drafter, LatticeDrafter, TextDrafter

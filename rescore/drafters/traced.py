@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lattices.errors import IncompatibleError, RescoreError
-from lattices.joined.candidates import TRACED
+from lattices.joined.sources import TRACED
 from lattices.lattice import Lattice
 from lattices.paths import user_path
 from lm.files import sha256_of_file

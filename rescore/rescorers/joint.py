@@ -15,8 +15,8 @@ from typing import Self
 import numpy as np
 
 from lattices.errors import RescoreError
-from lattices.joined.candidates import room_for
 from lattices.joined.likeliest import best_branches, branches, likeliest_nodes
+from lattices.joined.sources import room_for
 from lattices.lattice import Lattice
 from lattices.ngram_search import NgramSearch
 from lattices.paths import user_path

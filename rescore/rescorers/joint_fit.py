@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lattices.errors import UnknownNameError
-from lattices.joined.candidates import WEIGHTS, Room, room_for
+from lattices.joined.candidates import WEIGHTS
 from lattices.joined.outcomes import Outcomes, features_along, loss_and_gradient, outcome_logps, outcomes_for
+from lattices.joined.sources import Room, room_for
 from lattices.statistics import reliability
 from rescore.drafters.base import Drafter
 from rescore.drafters.proposals import Proposals, Statistics

@@ -11,7 +11,8 @@ import numpy as np
 
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.joined import candidates as features
-from lattices.joined.candidates import CLASSES, KINDS, SLOTS, WEIGHTS
+from lattices.joined.candidates import BOTH, CLASSES, WEIGHTS
+from lattices.joined.sources import KINDS
 from lm.files import SHIPPED, write_json
 from lm.records import Count, Number, plain, read_record
 from rescore.rescorers.base import Target
@@ -19,19 +20,23 @@ from rescore.rescorers.ngram import Ngram
 
 SCHEMA = "rescore.joint/2"
 ADVICE = "fit them again: rescore tune --rescorer joint --out DIR"
+MATCHED = (
+    features.HEAD, features.LACKS, features.TOP, features.TEXT, features.NGRAM, features.PAIR, features.OTHER,
+)  # fmt: skip
 # What can be left out when weights are fitted, to see what it brings: places of the weights.
 FEATURES = {
     "heads": range(features.HEAD, features.TEXT),
-    "text": range(features.TEXT, features.RECENT),
-    "recency": range(features.RECENT, features.ALONE),
-    "alone": range(features.ALONE, features.ALONE + CLASSES),
-    "ngram": range(features.NGRAM, features.NGRAM + 2),
-    "bigram": range(features.PAIR, features.PAIR + SLOTS + 1),
+    "argmax": range(features.TOP, features.TOP + BOTH),
+    "text": range(features.TEXT, features.TEXT + BOTH),
+    "ngram": range(features.NGRAM, features.NGRAM + BOTH),
+    "bigram": range(features.PAIR, features.PAIR + BOTH),
+    "recency": range(features.RECENT, features.RECENT + CLASSES),
+    "counts": range(features.COUNTED, features.ALONE + CLASSES),
     "agreement": range(features.AGREE, features.AGREE + 2),
     "chains": range(features.CHAINED, features.CHAIN_LACKS + 2 * KINDS),
-    "none-of-them": range(features.OTHER_SLOT, WEIGHTS),
-    "slots": range(features.OTHER_SLOT, features.OTHER_SLOT + SLOTS + 1),
-    "matches": range(features.OTHER_MATCH, features.OTHER_MATCH + CLASSES),
+    "matches": [  # the second weights of all features
+        *(feature + place for feature in MATCHED for place in range(features.SLOTS, BOTH)),
+    ],
 }
 
 

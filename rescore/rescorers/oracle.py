@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lattices.joined.candidates import room_for, sources_along
+from lattices.joined.sources import room_for, sources_along
 from lattices.lattice import Lattice
 from lattices.oracle import oracle_path
 from rescore.drafters.base import stacked

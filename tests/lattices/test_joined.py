@@ -13,22 +13,21 @@ from ngram_models import random_model
 from lattices.automaton import Automaton
 from lattices.joined import candidates as joined
 from lattices.joined import outcomes
-from lattices.joined.candidates import (
+from lattices.joined.candidates import WEIGHTS, candidates, score
+from lattices.joined.likeliest import best_branches, branches, likeliest_nodes
+from lattices.joined.lookup import NONE, ROOT, Lookup, advance
+from lattices.joined.sources import (
     CORPUS,
     HEADS,
     LOOKUP,
     MODEL,
     TRACED,
-    WEIGHTS,
     Chains,
     Sources,
-    candidates,
+    first_match,
     room_for,
-    score,
     sources_along,
 )
-from lattices.joined.likeliest import best_branches, branches, likeliest_nodes
-from lattices.joined.lookup import NONE, ROOT, Lookup, advance
 
 VOCABULARY = 7
 
@@ -70,7 +69,7 @@ def after(sources: Sources, path: list[int]) -> tuple[dict[int, float], dict[int
     """Log-probability and origins of each candidate after a path, and the log-probability that it is none of them."""
     weights = weights_of(3)
     room = room_for(sources)
-    state, length = joined.first_match(sources.lookup, path[0])
+    state, length = first_match(sources.lookup, path[0])
     ngram = joined.advance_ngram(sources.cells, sources.roots, sources.ngram_state, sources.words[path[0]])[1]
     following = (1 << len(sources.chains.kinds)) - 1
     for depth, token in enumerate(path[1:], start=1):
@@ -186,7 +185,7 @@ def test_a_text_without_repetition_and_an_empty_one_propose_nothing():
         sources = sources_of(0, text=text)
         _, origins, _ = after(sources, [5])
         assert not any(origin & LOOKUP for origin in origins.values())
-        assert joined.first_match(sources.lookup, 5) == (ROOT, 0)
+        assert first_match(sources.lookup, 5) == (ROOT, 0)
 
 
 @pytest.mark.parametrize("seed", range(20))

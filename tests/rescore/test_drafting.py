@@ -12,7 +12,7 @@ from evaluating import Options, evaluated, opened, recorded_trace
 from test_ngram_rescorer import bigram_model, save
 
 from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
-from lattices.joined.candidates import HEADS, LOOKUP, MODEL
+from lattices.joined.sources import HEADS, LOOKUP, MODEL
 from lm.lookup_index import LookupOptions, build_lookup
 from rescore.decoding import decode
 from rescore.drafters import load_drafter

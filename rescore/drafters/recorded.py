@@ -50,9 +50,7 @@ def _recorded(
     trace: Trace, drafter: LatticeDrafter, task: str, settings: dict[str, Any], progress: Progress | None
 ) -> dict[str, Lattice]:
     k = trace.header.k
-    # The task belongs to the settings of a trace that was recorded here, and need not to those of others.
-    settings = {**settings, "task": task, "drafter": drafter.identity}
-    folder = trace_folder(f"{task}-draft", settings, k)
+    folder, settings = _place(trace, drafter, task, settings)
     with making(folder, f"what {drafter.name} drafts for {task}"):
         parts, known = _known(folder, k, settings)
         missing = [example for example in trace.examples if example.id not in known]
@@ -75,6 +73,25 @@ def _recorded(
             header.parts.append(name)
             write_json(folder / HEADER_FILE, plain(header))
     return known
+
+
+def recorded_already(
+    trace: Trace, drafter: LatticeDrafter, *, task: str, settings: dict[str, Any]
+) -> dict[str, Lattice] | None:
+    """What `drafted` would give of a drafter with a model of its own (by its identity), without that model; None where
+    some of it is not recorded."""
+    folder, settings = _place(trace, drafter, task, settings)
+    _, known = _known(folder, trace.header.k, settings)
+    return known if all(example.id in known for example in trace.examples) else None
+
+
+def _place(
+    trace: Trace, drafter: LatticeDrafter, task: str, settings: dict[str, Any]
+) -> tuple[Path, dict[str, Any]]:
+    """The folder of what is recorded, and what that is of."""
+    # The task belongs to the settings of a trace that was recorded here, and need not to those of others.
+    settings = {**settings, "task": task, "drafter": drafter.identity}
+    return trace_folder(f"{task}-draft", settings, trace.header.k), settings
 
 
 def _known(folder: Path, k: int, settings: dict[str, Any]) -> tuple[list[str], dict[str, Lattice]]:

@@ -161,7 +161,9 @@ class _Work:
             if records := log.records(self.key(run), self.recording.ids):
                 unrescored = log.records((self.name, "none", 1, run.k), self.recording.ids)
                 alpha = record.alpha.alpha if record.alpha else None
-                document.results.append(summarize(records, seed=seed, alpha=alpha, unrescored=unrescored))
+                document.results.append(summarize(
+                    records, seed=seed, alpha=alpha, unrescored=unrescored, drafters=self.drafters[run.label]
+                ))  # fmt: skip
 
 
 def _work(recording: Recording, asked: Asked, loaded: _Loaded, *, live: bool) -> _Work:

@@ -292,7 +292,7 @@ def _result_pairs(
             (a, b)
             for a in of_a
             for b in of_b
-            if (any_p or a.p == b.p or "oracle" in (a.rescorer, b.rescorer))
+            if (any_p or a.p == b.p or a.is_oracle or b.is_oracle)
             and (not same_name or a.rescorer == b.rescorer)
         ]
     by_side = [{(r.rescorer, r.p): r for r in results} for results in (of_a, of_b)]
@@ -305,7 +305,7 @@ def _result_pairs(
 def _is_chosen(result: Result, choice: Choice) -> bool:
     rescorer, p = choice
     # The oracle verifies one draft whatever p is asked for.
-    return rescorer in (None, result.rescorer) and (p in (None, result.p) or result.rescorer == "oracle")
+    return rescorer in (None, result.rescorer) and (p in (None, result.p) or result.is_oracle)
 
 
 def compared_row(

@@ -86,9 +86,10 @@ def _sentences(views: Sequence[TaskView], rows: Sequence[Row]) -> list[str]:
         if plain
         else f"A perfect choice from the lattices would get {ceiling} tokens out of a step."
     ]
-    if any(len(view.oracles) > 1 for view in views):
-        widest = _range(fixed(2), [max(view.oracles) for view in views])
-        lines.append(f"From the most that drafters propose together a perfect choice would get {widest}.")
+    joined = [[r.oracle_block_efficiency for r in view.results if r.sources] for view in views]
+    if any(joined):
+        widest = _range(fixed(2), [max(oracles) for oracles in joined if oracles])
+        lines.append(f"From what several drafters propose together a perfect choice would get {widest}.")
     unit = "tasks" if len({view.task for view in views}) == len(views) else "columns"  # of one task, several runs
     lines += [line for p in sorted({row.p for row in rows}) if (line := _best_of(rows, p, unit))]
     return [*lines, _time(rows)]

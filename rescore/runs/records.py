@@ -204,7 +204,7 @@ class Result:
     identical: Identical | None
     divergence: list[Divergence] | None
     latency: Latency | None
-    sources: list[SourceShare] = field(default_factory=list)
+    sources: list[SourceShare]
 
     @property
     def longest(self) -> int:

@@ -182,14 +182,14 @@ class TestRuns:
         from rescore import tracing
 
         data = str(write_lines(tmp_path / "squad.jsonl", paragraphs(3, 2)))
-        write, columns = tracing._write_part, tracing._features()
+        write, columns = tracing.write_part, tracing._features()
         with monkeypatch.context() as older:
             older.setattr(
                 tracing, "_features", lambda: type(columns)({n: c for n, c in columns.items() if n != "group"})
             )
             older.setattr(
                 tracing,
-                "_write_part",
+                "write_part",
                 lambda folder, rows: write(folder, [{n: v for n, v in r.items() if n != "group"} for r in rows]),
             )
             evaluated(dict(**model, data=data))

@@ -122,7 +122,8 @@ def _best_of(rows: Sequence[Row], p: int, unit: str) -> str | None:
             f"({_range(GAIN, best_gains)})."
         )
     shares = [cell.share for cell in cells if cell.share is not None]
-    part = f", {_range(percent(0), shares)} of the way to the oracle" if shares else ""
+    of_its = " of its drafters" if any(cell.result.sources for cell in cells) else ""
+    part = f", {_range(percent(0), shares)} of the way to the oracle{of_its}" if shares else ""
     kinds = kind.replace("r or", "rs and") + "s"
     among = f"the best of {len(whole)} {kinds} is" if len(whole) > 1 else f"the only {kind.split()[-1]} is"
     beside = f"; {_drafts(p)} without rescoring bring {_range(GAIN, unrescored)}" if unrescored else ""

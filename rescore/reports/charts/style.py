@@ -25,7 +25,8 @@ MARKERS = (  # Plotly's name, and a character like it for legends
     ("star-square", "●"),
 )  # fmt: skip
 STARS = (("star", "★"), ("star-open", "☆"), ("star-diamond", "✦"), ("star-diamond-open", "✧"))  # of oracles
-SOURCE_COLOURS = dict(zip(SOURCES.values(), COLOURS, strict=False))
+# None of the colours that the first rescorers have.
+SOURCE_COLOURS = dict(zip(SOURCES.values(), ("#6f74d8", "#d468a6", "#2aa198", "#8a9a1f", "#a0673a"), strict=True))
 SEVERAL = "#9aa3b0"  # sources at once
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SEQUENCE = (

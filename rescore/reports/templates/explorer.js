@@ -132,16 +132,14 @@
     drawJoined(start);
   }
 
-  // Which drafters had proposed a token: a dot in the colour of each.
-  function dotsOf(sources) {
-    const dots = make("span", { className: "dots" });
-    for (const place of sources || []) {
+  // Which drafters had proposed a token: a letter in the colour of each.
+  function marksOf(sources) {
+    const marks = make("span", { className: "marks" });
+    for (const place of sources) {
       const { name, colour } = view().sources[place];
-      const dot = make("span", { style: `color:${colour}`, title: name }, "●");
-      dot.append(make("span", { className: "unseen" }, ` ${name} `));
-      dots.append(dot);
+      marks.append(make("abbr", { style: `color:${colour}`, title: name }, name[0].toUpperCase()));
     }
-    return dots;
+    return marks;
   }
 
   function why(ids, n, start, output, lattice) {
@@ -167,7 +165,7 @@
     ids.forEach((id, slot) => {
       const kind = slot < n ? "accepted" : start + n >= output.length || slot > n ? "after" : "refused";
       const cell = make("td", { className: `token-${kind}` }, token(id));
-      if (origins && origins[slot] && origins[slot].length) cell.append(dotsOf(origins[slot]));
+      if (origins && origins[slot]) cell.append(marksOf(origins[slot]));
       row.append(cell);
     });
     for (let slot = ids.length; slot < slots; slot++) row.append(make("td", {}));
@@ -288,15 +286,15 @@
             const wanted = start + i + 1 < output.length && id === output[start + i + 1];
             if (wanted) cell.className = "wanted";
             if (origins.length === 1) cell.style.boxShadow = `inset 4px 0 ${sources[origins[0]].colour}`;
-            cell.append(token(id), make("span", { className: "share" }, `${p === null ? "" : share(p)}${wanted ? " ✓" : ""}`), dotsOf(origins));
+            cell.append(token(id), make("span", { className: "share" }, `${p === null ? "" : share(p)}${wanted ? " ✓" : ""}`), marksOf(origins));
           }
           row.append(cell);
         });
         rows.push(row);
       }
-      const legend = make("p", { className: "note" }, `${set}, of ${names.join("; ")}. Dots: who proposed it: `);
+      const legend = make("p", { className: "note" }, `${set}, of ${names.join("; ")}. Who proposed it, here and of the accepted tokens above: `);
       for (const place of new Set(slots.flat().flatMap(([, origins]) => origins))) {
-        legend.append(make("span", { style: `color:${sources[place].colour}` }, "● "), `${sources[place].name} `);
+        legend.append(marksOf([place]), ` ${sources[place].name} `);
       }
       const table = make("table", { className: "lattice" }, make("thead", {}, header), make("tbody", {}, ...rows));
       const scroll = make("div", { className: "scroll", tabIndex: 0 }, table);

@@ -241,7 +241,7 @@ def _sources(rescorers: Sequence[RescorerAnalysis]) -> Table:
 
 def _times(rescorers: Sequence[RescorerAnalysis]) -> Table:
     milliseconds = {
-        "greedy token": "autoregressive_ms", "verify": "verify_ms", "heads": "heads_ms", "rescore": "rescore_ms",
+        "greedy token": "autoregressive_ms", "verify": "verify_ms", "draft": "draft_ms", "rescore": "rescore_ms",
         "p50": "rescore_p50_ms", "p95": "rescore_p95_ms",
     }  # fmt: skip
     columns = [

@@ -85,9 +85,7 @@ def recorded_already(
     return known if all(example.id in known for example in trace.examples) else None
 
 
-def _place(
-    trace: Trace, drafter: LatticeDrafter, task: str, settings: dict[str, Any]
-) -> tuple[Path, dict[str, Any]]:
+def _place(trace: Trace, drafter: LatticeDrafter, task: str, settings: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """The folder of what is recorded, and what that is of."""
     # The task belongs to the settings of a trace that was recorded here, and need not to those of others.
     settings = {**settings, "task": task, "drafter": drafter.identity}

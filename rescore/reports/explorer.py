@@ -113,7 +113,7 @@ def _example(
     first = next(iter(records.values()))
     output = traced.output_ids.tolist() if traced is not None else list(first.output_ids)
     by_decode = [records.get(place) for place in range(decodes)]
-    walks = [record and walk_of(record, output) for record in by_decode]
+    walks = [walk_of(record, output) if record else None for record in by_decode]
     positions = {step.start for walk in walks if walk for step in walk.steps}
     lattice = {position: _lattice(output, position, k, traced) for position in sorted(positions) if traced}
     reached: dict[tuple[str, ...], dict[int, int]] = {}
@@ -136,7 +136,10 @@ def _example(
         "accepted": [record and record.accepted for record in by_decode],
         "drafts": [record and record.drafts for record in by_decode],
         "lattice": lattice,
-        "among": [harmless("+".join(record.alone_accepted)) if record and record.alone_accepted else None for record in by_decode],
+        "among": [
+            harmless("+".join(record.alone_accepted)) if record and record.alone_accepted else None
+            for record in by_decode
+        ],
         "origins": [
             [[_places(names) for names in step.sources] for step in walk.steps] if walk else None for walk in walks
         ],

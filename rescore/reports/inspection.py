@@ -161,8 +161,8 @@ def inspect_example(
     lattices = JoinedLattices(run, task, k)
     for drafters, of_drafters in reached.items():
         at = {position: of_drafters[position] for position in chosen if position in of_drafters}
-        for position, slots in (lattices.at(traced, drafters, at, top=top) if traced and drafters else {}).items():
-            joined.setdefault(position, []).append(Joined(list(drafters), slots))
+        for position, along in (lattices.at(traced, drafters, at, top=top) if traced and drafters else {}).items():
+            joined.setdefault(position, []).append(Joined(list(drafters), along))
     notices += lattices.notices
     blocks = []
     for position, number in chosen.items():

@@ -34,10 +34,13 @@ from rescore.runs.tables import results_csv, results_tables
 from rescore.studies.analysis import analyse
 from rescore.studies.comparison import Selection, compare
 from rescore.studies.cost.inputs import cost_inputs
+from rescore.suites.plan import read_plan
+from rescore.suites.run import run_suite
 from rescore.table import joined
 from rescore.tracing import HEADER_FILE, TracedExample, write_part
 
 BOTH = "drafters=heads+lookup"
+BOTH_P = Selection(a_rescorer="none", b_rescorer="draft-model:x")
 
 
 @pytest.fixture
@@ -291,6 +294,17 @@ class TestInspect:
         assert any("what draft-model:x drafted is not in the cache" in line for line in written.missing)
 
 
+def test_a_comparison_says_that_one_name_stands_for_other_drafters(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(drafters.DRAFTERS.built_in, "draft-model", Counting)
+    one = evaluated(options | {"rescorers": ("none", "draft-model:x"), "limit": 2}, out=tmp_path / "a")
+    monkeypatch.setattr(Counting, "identity", "another")
+    other = evaluated(options | {"rescorers": ("none", "draft-model:x"), "limit": 2}, out=tmp_path / "b")
+    told = "squad: draft-model:x chose among other drafters in A than in B"
+    assert told in compare(one, other).notices and told not in compare(one, one, selection=BOTH_P).notices
+
+
 class TestReport:
     def test_a_bar_for_each_run_of_several_drafters(self, run: Evaluation, tmp_path: Path):
         from test_report_page import Page
@@ -371,3 +385,18 @@ class TestWithoutHeads:
         assert "lookup" in written.markdown.read_text() and not written.missing
         assert len(run.to_pandas()) == len(run.results)
         refused(lambda: cost_inputs(run), "was decoded without block heads")
+
+
+def test_a_suite_of_drafters(options: Options, tmp_path: Path):
+    path = tmp_path / "table.yaml"
+    given = {name: options[name] for name in ("base", "heads", "dtype", "device", "max_new_tokens", "k")}
+    lines = [f"{name}: {value}" for name, value in given.items()]
+    lines += ["p: [1, 4]", "tasks:", f"  - {{name: squad, data: {options['data']}, limit: 3}}", "rescorers:"]
+    lines += [f"  - '{name}'" for name in ("none", "lookup", f"none:{BOTH}", "oracle", f"oracle:{BOTH}")]
+    path.write_text("\n".join(lines) + "\n")
+    suite = run_suite(read_plan(path), tmp_path / "out")
+    assert [r.p for r in suite.document.results if r.is_oracle] == [1, 1]
+    assert f"none:{BOTH}" in (tmp_path / "out" / "table.md").read_text()
+    assert "heads (proposed" in (tmp_path / "out" / "table.csv").read_text()
+    found = inspect_example(tmp_path / "out", "1", steps="all", rescorers=(f"oracle:{BOTH}",))
+    assert all(block.joined for block in found.blocks)

@@ -5,10 +5,10 @@ Others register in the group `rescore.drafters`; see docs/drafters.md. `proposal
 
 from __future__ import annotations
 
-from rescore.drafters.base import SOURCES, Drafter, LatticeDrafter, TextDrafter
+from rescore.drafters.base import Drafter, LatticeDrafter, TextDrafter
 from rescore.specs import Registry
 
-__all__ = ["DRAFTERS", "HEADS", "SOURCES", "Drafter", "LatticeDrafter", "TextDrafter", "load_drafter"]
+__all__ = ["DRAFTERS", "HEADS", "Drafter", "LatticeDrafter", "TextDrafter", "load_drafter"]
 
 HEADS = "heads"
 DRAFTERS: Registry[Drafter] = Registry(

@@ -14,12 +14,10 @@ from typing import Self
 
 import numpy as np
 
-from lattices.joined.candidates import CORPUS, HEADS, LOOKUP, MODEL, TRACED
 from lattices.joined.lookup import NONE
 from lattices.lattice import Lattice
 from rescore.rescorers.base import Context, Target
 
-SOURCES = {HEADS: "heads", LOOKUP: "lookup", MODEL: "draft-model", CORPUS: "corpus-lookup", TRACED: "trace"}  # by kind
 SURE = 2  # tokens of a match from which on a copied draft goes before the others' (docs/drafters.md)
 
 
@@ -27,7 +25,8 @@ class Drafter(ABC):
     """What all drafters have.
 
     name: its spec.
-    kind: where its candidates come from: a bit of `lattices.joined.candidates`, called as `SOURCES` has it.
+    kind: where its candidates come from: a bit of `lattices.joined.candidates`, called as
+        `rescore.runs.records.SOURCES` has it.
     identity: what it drafts with (hashes), so that results say what made them.
     longest: tokens of a draft, the base's own first one included; None: those of the heads.
     """
@@ -114,11 +113,6 @@ class TextDrafter(Drafter):
     @abstractmethod
     def continuations(self, contexts: Sequence[Context], firsts: np.ndarray, count: int) -> list[Continuations]:
         """At most `count` continuations for each of n positions, after the token that the base has chosen there."""
-
-
-def sources_of(origins: int) -> tuple[str, ...]:
-    """What the bits of where a candidate comes from are called."""
-    return tuple(name for bit, name in SOURCES.items() if origins & bit)
 
 
 def as_drafts(found: Continuations, first: int) -> np.ndarray:

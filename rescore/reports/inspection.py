@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
 from rescore.options import Spec
 from rescore.reports.token_text import token_texts, tokenizer_of
-from rescore.reports.walks import Candidate, JoinedLattices, Slot, slots_at, walk_of
+from rescore.reports.walks import Candidate, Slot, slots_at, walk_of
 from rescore.runs.evaluated import Evaluation
 from rescore.runs.records import ExampleRecord, Result
 from rescore.suites.files import load_runs
@@ -124,6 +124,8 @@ def inspect_example(
     `p` (all by default); `steps`: the blocks to show, `3`, `1-5`, `6-` or `all`; `top`: the best so many tokens of each
     slot. Raises `RescoreError` for what is not there, and what `load_runs` raises.
     """
+    from rescore.reports.joined import JoinedLattices
+
     if top < 1:
         raise RescoreError(f"--top {top}; show at least one token of each slot")
     run, task = _choose_run(folder, task, k=k, h=h)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
-from rescore.drafters import SOURCES
 from rescore.reports.inspection import Block, Draft, Inspection, Joined
+from rescore.runs.records import SOURCES
 from rescore.terminal import isolated, printable, shortened
 
 WIDEST_TOKEN = 14  # cells

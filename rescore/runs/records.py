@@ -15,6 +15,13 @@ from rescore.runs.inputs import Inputs
 
 SCHEMA = "rescore.results/7"
 Interval = tuple[Number, Number]
+# Kinds of drafters by the bits of `lattices.joined.candidates`, which is not imported to name them.
+SOURCES = {1: "heads", 2: "lookup", 4: "draft-model", 8: "corpus-lookup", 16: "trace"}
+
+
+def sources_of(origins: int) -> tuple[str, ...]:
+    """What the bits of where a token comes from are called."""
+    return tuple(name for bit, name in SOURCES.items() if origins & bit)
 
 
 @dataclass
@@ -150,7 +157,7 @@ class Latency:
 class SourceShare:
     """What drafters of one kind brought to a run that has several.
 
-    source: the kind (`rescore.drafters.SOURCES`).
+    source: the kind (`SOURCES`).
     proposed, only: shares of the accepted drafted tokens (all but each step's first) that it had proposed, and that it
         alone had; None where no step accepted one.
     alone: block efficiency of its own drafts at the run's positions.

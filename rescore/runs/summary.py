@@ -10,8 +10,17 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from rescore.accounting import Difference, account, paired_difference
-from rescore.drafters import SOURCES, Drafter
-from rescore.runs.records import Divergence, ExampleRecord, Identical, Latency, Outcomes, Result, SourceShare
+from rescore.drafters import Drafter
+from rescore.runs.records import (
+    SOURCES,
+    Divergence,
+    ExampleRecord,
+    Identical,
+    Latency,
+    Outcomes,
+    Result,
+    SourceShare,
+)
 
 
 def summarize(

@@ -15,19 +15,18 @@ from conftest import refused
 from evaluating import Options, evaluated, recorded_trace
 from made_records import example_record, made_result, run_config
 
-from lattices.joined.candidates import MODEL
+from lattices.joined import candidates
 from lattices.lattice import Lattice
 from lm.files import write_json
 from lm.records import plain
 from rescore import drafters
 from rescore.drafters import LatticeDrafter, load_drafter
-from rescore.drafters.base import sources_of
 from rescore.provenance import provenance
 from rescore.reports.inspection import Inspection, inspect_example
 from rescore.reports.inspection_view import inspection_lines
 from rescore.reports.page import report
 from rescore.runs.evaluated import Evaluation, load_run
-from rescore.runs.records import ResultsDocument, SourceShare
+from rescore.runs.records import SOURCES, ResultsDocument, SourceShare, sources_of
 from rescore.runs.run import runs_of
 from rescore.runs.summary import summarize
 from rescore.runs.tables import results_csv, results_tables
@@ -60,7 +59,7 @@ def run(options: Options, tmp_path: Path) -> Evaluation:
 class Counting(LatticeDrafter):
     """Proposes the first tokens of the vocabulary."""
 
-    kind, longest, identity = MODEL, 3, "counting"
+    kind, longest, identity = candidates.MODEL, 3, "counting"
 
     def __init__(self, path: str = "") -> None: ...
 
@@ -114,7 +113,9 @@ class TestShares:
 
     def test_bits_have_one_name_each(self):
         assert sources_of(0) == () and sources_of(1 + 2 + 8) == ("heads", "lookup", "corpus-lookup")
-        assert sorted(drafters.SOURCES.values()) == sorted(drafters.DRAFTERS.built_in)
+        assert sorted(SOURCES.values()) == sorted(drafters.DRAFTERS.built_in)
+        bits = [candidates.HEADS, candidates.LOOKUP, candidates.MODEL, candidates.CORPUS, candidates.TRACED]
+        assert sources_of(sum(bits)) == tuple(map(SOURCES.get, bits)) and load_drafter("lookup").kind == 2
 
     def test_a_copied_token_that_the_joined_lattice_lacks_has_its_source(self):
         """Of a token with many continuations the lattice holds the most recent ones; the earliest is drafted here."""
@@ -143,6 +144,10 @@ class TestShares:
         assert heads.proposed + lookup.only == pytest.approx(1) and lookup.proposed + heads.only == pytest.approx(1)
         reread = load_run(run.folder).results if run.folder else []
         assert [r.sources for r in reread] == [r.sources for r in run]
+
+    def test_live_results_have_the_same(self, options: Options):
+        chosen = options | {"rescorers": ("none", f"none:{BOTH}"), "p": 4, "limit": 3}
+        assert evaluated(chosen | {"mode": "live"}).results[1].sources == evaluated(chosen).results[1].sources != []
 
 
 class TestTables:
@@ -223,20 +228,20 @@ class TestInspect:
                 (draft,), (of,) = block.drafts, block.joined
                 assert of.drafters == ["heads", "lookup"] and len(of.slots) == draft.accepted
                 assert len(draft.sources) == draft.accepted and draft.sources[0] == ()
-                for place, candidates in enumerate(of.slots, start=1):
+                for place, proposed in enumerate(of.slots, start=1):
                     at = block.position + place
-                    right = [c for c in candidates if at < len(output) and c.token == output[at]]
+                    right = [c for c in proposed if at < len(output) and c.token == output[at]]
                     assert len(right) == (place < draft.accepted), (
                         "the oracle stops where nobody proposes the right one"
                     )
                     assert [c.sources for c in right] == draft.sources[place : place + 1]
-                    by_heads = {c.token: c.probability for c in candidates if "heads" in c.sources}
+                    by_heads = {c.token: c.probability for c in proposed if "heads" in c.sources}
                     assert len(by_heads) >= (3 if place < 4 else 0) and (place < 4 or not by_heads)
                     for token, probability in by_heads.items():
                         entry = example.lattice.token_ids[block.position, place].tolist().index(token)
                         logp = example.lattice.logps[block.position, place, entry]
                         assert probability == pytest.approx(float(np.exp(logp)))
-                    seen += sum("lookup" in c.sources for c in candidates)
+                    seen += sum("lookup" in c.sources for c in proposed)
         assert seen > 20
 
     def test_the_view_marks_who_proposed_a_token(self, run: Evaluation):
@@ -283,8 +288,8 @@ class TestInspect:
         assert [share.source for share in run.results[1].sources] == ["heads", "lookup", "draft-model"]
         monkeypatch.setitem(drafters.DRAFTERS.built_in, "draft-model", lambda path: pytest.fail("it was loaded"))
         found = inspect_example(tmp_path / "run", "1", steps="all", rescorers=(spec,))
-        candidates = [c for block in found.blocks for slot in block.joined[0].slots for c in slot]
-        assert any("draft-model" in c.sources for c in candidates) and not found.notices
+        proposed = [c for block in found.blocks for slot in block.joined[0].slots for c in slot]
+        assert any("draft-model" in c.sources for c in proposed) and not found.notices
         for folder in (cache_folder / "traces").glob("squad-draft-*"):
             (folder / HEADER_FILE).unlink()
         gone = inspect_example(tmp_path / "run", "1", rescorers=(spec,))

@@ -10,9 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rescore.drafters import SOURCES
 from rescore.reports.token_text import harmless
-from rescore.runs.records import is_oracle
+from rescore.runs.records import SOURCES, is_oracle
 
 UNRESCORED, ORACLE = "#7d8590", "#b8860b"
 COLOURS = (

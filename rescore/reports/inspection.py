@@ -112,7 +112,7 @@ def inspect_example(
     *,
     task: Annotated[str | None, "Task, where the results have several."] = None,
     steps: Annotated[str, "Blocks to show: 3, 1-5, 6- or all.", "--show"] = f"1-{SHOWN_BLOCKS}",
-    rescorers: Annotated[Sequence[Spec], "Rescorer or drafter as it was given; several. Default: all.", "--rescorer"] = (),
+    rescorers: Annotated[Sequence[Spec], "Rescorer or drafter as given; several. Default: all.", "--rescorer"] = (),
     p: Annotated[int | None, "Only the drafts with this p."] = None,
     k: Annotated[int | None, "Of a suite with several k: this one."] = None,
     h: Annotated[int | None, "Of a suite with several h: this one."] = None,

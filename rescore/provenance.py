@@ -36,6 +36,7 @@ def provenance(
     (context,) = contexts_of([example], drafted)
     origins: list[list[int]] = []
     alone: dict[str, list[int]] = {drafter.name: [] for drafter in drafters}
+    kinds = {drafter.name: drafter.kind for drafter in drafters}
     for n in accepted:
         position = len(context.output_ids)
         ahead = example.output_ids[position:]
@@ -45,7 +46,10 @@ def provenance(
         for drafter, draft in _own_drafts(proposals, drafters, context).items():
             length = min(len(draft), len(ahead) - 1)
             same = draft[:length] == ahead[1 : 1 + length]
-            alone[drafter].append(1 + (length if same.all() else int(same.argmin())))
+            reached = 1 + (length if same.all() else int(same.argmin()))
+            alone[drafter].append(reached)
+            for place in range(1, min(reached, n)):  # of many continuations the joined lattice holds some only
+                origins[-1][place] |= kinds[drafter]
         context.output_ids.extend(ahead[:n].tolist())
     return Provenance(origins, alone)
 

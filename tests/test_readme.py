@@ -128,3 +128,13 @@ def test_the_reference_of_commands_is_what_the_commands_say():
 
     written = runpy.run_path(str(README.parent / "docs" / "make_cli.py"))
     assert (README.parent / "docs" / "cli.md").read_text() == written["reference"](), "run python docs/make_cli.py"
+
+
+def test_the_diagram_of_joint_is_of_the_shipped_weights():
+    import runpy
+
+    made = runpy.run_path(str(README.parent / "docs" / "make_joint.py"))
+    fit = made["shipped"]()
+    assert made["PICTURE"].read_text() == made["diagram"](fit), "run python docs/make_joint.py"
+    assert made["diagram"](fit).count("<circle") == sum(count > 0 for count in fit.counts)
+    assert f"{fit.calibration_error:.4f}" in made["PICTURE"].read_text()

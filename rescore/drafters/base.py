@@ -25,7 +25,8 @@ class Drafter(ABC):
     """What all drafters have.
 
     name: its spec.
-    kind: where its candidates come from: a bit of `lattices.joined.candidates`.
+    kind: where its candidates come from: a bit of `lattices.joined.candidates`, called as
+        `rescore.runs.records.SOURCES` has it.
     identity: what it drafts with (hashes), so that results say what made them.
     longest: tokens of a draft, the base's own first one included; None: those of the heads.
     """

@@ -62,9 +62,8 @@ def record_drafter(
     k: lattice entries of a slot (None: as the trace has); folder: of the user (None: in the cache).
     """
     k = k or trace.header.k
-    # The task belongs to the settings of a trace that was recorded here, and need not to those of others.
-    settings = {**settings, "task": task, "drafter": drafter.identity}
-    place = folder or trace_folder(f"{task}-draft", settings, k)
+    cached, settings = _place(task, drafter, settings, k)
+    place = folder or cached
     with writing_to(place) if folder else making(place, f"what {drafter.name} drafts for {task}"):
         header = TraceHeader(
             drafter.longest or trace.header.h, k, trace.header.vocab_size, trace.header.eos_token_ids, settings, []
@@ -90,6 +89,27 @@ def record_drafter(
         if missing:
             known = {example.id: example for example in read_trace(place).examples}
     return Trace(header, tuple(known[example.id] for example in trace.examples))
+
+
+def recorded_already(
+    trace: Trace, drafter: LatticeDrafter, *, task: str, settings: dict[str, Any]
+) -> dict[str, Lattice] | None:
+    """What `drafted` would give of a drafter with a model of its own (by its identity), without that model; None where
+    some of it is not recorded."""
+    folder, settings = _place(task, drafter, settings, trace.header.k)
+    with suppress(RescoreError):
+        recorded = read_trace(folder)
+        check_settings(folder, recorded.header, k=trace.header.k, settings=settings)
+        known = {example.id: example.lattice for example in recorded.examples}
+        return known if all(example.id in known for example in trace.examples) else None
+    return None
+
+
+def _place(task: str, drafter: LatticeDrafter, settings: dict[str, Any], k: int) -> tuple[Path, dict[str, Any]]:
+    """The folder in the cache of what is recorded, and what that is of."""
+    # The task belongs to the settings of a trace that was recorded here, and need not to those of others.
+    settings = {**settings, "task": task, "drafter": drafter.identity}
+    return trace_folder(f"{task}-draft", settings, k), settings
 
 
 def _row(example: TracedExample, drafter: LatticeDrafter, k: int) -> dict[str, Any]:

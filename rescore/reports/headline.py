@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from rescore.reports.sources import TaskView
-from rescore.runs.records import Result
-from rescore.runs.run import FIXED
+from rescore.runs.records import Result, is_oracle
+from rescore.runs.run import NONE, is_drafter
 from rescore.table import GAIN, Format, fixed, percent
 
 
@@ -16,9 +16,9 @@ from rescore.table import GAIN, Format, fixed, percent
 class Cell:
     """One decode of one task.
 
-    share: of the oracle's gap recovered (None without the unrescored drafts or a gap).
+    share: of the gap to the oracle of the same drafters recovered (None without the unrescored drafts or a gap).
     speedup: over autoregressive decoding, live only.
-    best: of several rescorers with this p the one with the most on the task (`none` and `oracle` apart).
+    best: of several rescorers with this p the one with the most on the task (`none` and oracles apart).
     sure: the interval of its gain lies above zero.
     """
 
@@ -37,10 +37,15 @@ class Row:
     p: int
     cells: tuple[Cell | None, ...]
 
+    @property
+    def is_oracle(self) -> bool:
+        """Whether it is a ceiling."""
+        return is_oracle(self.rescorer)
+
 
 @dataclass(frozen=True)
 class Headline:
-    """Rows by p, the oracle above all and `none` first of each p; `sentences`: what they say."""
+    """Rows by p, the oracles above all and `none` first of each p; `sentences`: what they say."""
 
     rows: tuple[Row, ...]
     sentences: tuple[str, ...]
@@ -49,11 +54,11 @@ class Headline:
 def make_headline(views: Sequence[TaskView]) -> Headline:
     """The table and its sentences."""
     decodes = [(r.rescorer, r.p) for view in views for r in view.results]
-    names = ["oracle", "none", *(rescorer for rescorer, _ in decodes)]
+    names = ["oracle", NONE, *(rescorer for rescorer, _ in decodes)]
     rows = [
         Row(rescorer, p, tuple(_cell(view, rescorer, p) for view in views))
         for rescorer, p in sorted(
-            dict.fromkeys(decodes), key=lambda decode: (decode[0] != "oracle", decode[1], names.index(decode[0]))
+            dict.fromkeys(decodes), key=lambda decode: (not is_oracle(decode[0]), decode[1], names.index(decode[0]))
         )
     ]
     return Headline(tuple(rows), tuple(_sentences(views, rows)))
@@ -63,9 +68,9 @@ def _cell(view: TaskView, rescorer: str, p: int) -> Cell | None:
     result = next((r for r in view.results if (r.rescorer, r.p) == (rescorer, p)), None)
     if result is None:
         return None
-    own = rescorer not in FIXED
-    rivals = [r.block_efficiency for r in view.results if r.p == p and r.rescorer not in FIXED]
-    plain = next((r.block_efficiency for r in view.results if (r.rescorer, r.p) == ("none", p)), 0.0)
+    own = _contends(rescorer)
+    rivals = [r.block_efficiency for r in view.results if r.p == p and _contends(r.rescorer)]
+    plain = next((r.block_efficiency for r in view.results if (r.rescorer, r.p) == (NONE, p)), 0.0)
     best = own and len(rivals) > 1 and plain < result.block_efficiency == max(rivals)
     sure = own and result.gain_ci95 is not None and result.gain_ci95[0] > 0
     speedup = result.latency.speedup if result.latency else None
@@ -74,16 +79,25 @@ def _cell(view: TaskView, rescorer: str, p: int) -> Cell | None:
 
 def _sentences(views: Sequence[TaskView], rows: Sequence[Row]) -> list[str]:
     plain = [view.unrescored.block_efficiency for view in views if view.unrescored]
-    ceiling = _range(fixed(2), [view.results[0].oracle_block_efficiency for view in views])
+    ceiling = _range(fixed(2), [(view.unrescored or view.results[0]).oracle_block_efficiency for view in views])
     lines = [
         f"A step of the unrescored drafts accepts {_range(fixed(2), plain)} tokens; a perfect choice from the same "
         f"lattices would get {ceiling}."
         if plain
         else f"A perfect choice from the lattices would get {ceiling} tokens out of a step."
     ]
+    joined = [[r.oracle_block_efficiency for r in view.results if r.sources] for view in views]
+    if any(joined):
+        widest = _range(fixed(2), [max(oracles) for oracles in joined if oracles])
+        lines.append(f"From what several drafters propose together a perfect choice would get {widest}.")
     unit = "tasks" if len({view.task for view in views}) == len(views) else "columns"  # of one task, several runs
     lines += [line for p in sorted({row.p for row in rows}) if (line := _best_of(rows, p, unit))]
     return [*lines, _time(rows)]
+
+
+def _contends(rescorer: str) -> bool:
+    """Whether it may be the best: it is no ceiling, and not what all are compared with."""
+    return rescorer != NONE and not is_oracle(rescorer)
 
 
 def _gains(row: Row) -> list[tuple[Cell, float]]:
@@ -92,23 +106,26 @@ def _gains(row: Row) -> list[tuple[Cell, float]]:
 
 def _best_of(rows: Sequence[Row], p: int, unit: str) -> str | None:
     """Which rescorer is best at this p: the one with the highest mean gain over the tasks that all of them have."""
-    gains = {row.rescorer: _gains(row) for row in rows if row.p == p and row.rescorer not in FIXED}
+    gains = {row.rescorer: _gains(row) for row in rows if row.p == p and _contends(row.rescorer)}
     most = max(map(len, gains.values()), default=0)
     whole = {name: cells for name, cells in gains.items() if cells and len(cells) == most}
-    unrescored = [gain for row in rows if (row.rescorer, row.p) == ("none", p) and p > 1 for _, gain in _gains(row)]
+    unrescored = [gain for row in rows if (row.rescorer, row.p) == (NONE, p) and p > 1 for _, gain in _gains(row)]
     if not whole:
         gain = _range(GAIN, unrescored) if unrescored else None
         return gain and f"With {_drafts(p)} a step and no rescoring the gain is {gain}."
     best = max(whole, key=lambda name: fmean(gain for _, gain in whole[name]))
+    kind = "rescorer or drafter" if any(map(is_drafter, whole)) else "rescorer"
     cells, best_gains = zip(*whole[best], strict=True)
     if fmean(best_gains) <= 0:
         return (
-            f"With {_drafts(p)} a step no rescorer gains anything on average; {best} comes nearest "
+            f"With {_drafts(p)} a step no {kind} gains anything on average; {best} comes nearest "
             f"({_range(GAIN, best_gains)})."
         )
     shares = [cell.share for cell in cells if cell.share is not None]
-    part = f", {_range(percent(0), shares)} of the way to the oracle" if shares else ""
-    among = f"the best of {len(whole)} rescorers is" if len(whole) > 1 else "the only rescorer is"
+    of_its = " of its drafters" if any(cell.result.sources for cell in cells) else ""
+    part = f", {_range(percent(0), shares)} of the way to the oracle{of_its}" if shares else ""
+    kinds = kind.replace("r or", "rs and") + "s"
+    among = f"the best of {len(whole)} {kinds} is" if len(whole) > 1 else f"the only {kind.split()[-1]} is"
     beside = f"; {_drafts(p)} without rescoring bring {_range(GAIN, unrescored)}" if unrescored else ""
     line = f"With {_drafts(p)} a step {among} {best}, with {_range(GAIN, best_gains)} tokens a step{part}{beside}."
     intervals = [cell.result.gain_ci95 for cell in cells if cell.result.gain_ci95]

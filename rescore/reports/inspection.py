@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
 from rescore.options import Spec
 from rescore.reports.token_text import token_texts, tokenizer_of
-from rescore.reports.walks import Slot, slots_at, walk_of
+from rescore.reports.walks import Candidate, Slot, slots_at, walk_of
 from rescore.runs.evaluated import Evaluation
 from rescore.runs.records import ExampleRecord, Result
 from rescore.suites.files import load_runs
@@ -27,12 +27,27 @@ SHOWN_TOKENS = 3
 
 @dataclass(frozen=True)
 class Draft:
-    """What one rescorer put up for a block: the winning draft of its step, and how many tokens of it were accepted."""
+    """What one rescorer put up for a block: the winning draft of its step, and how many tokens of it were accepted.
+
+    sources: of each of these, which drafters had proposed it (empty: one drafter, or not known).
+    """
 
     rescorer: str
     p: int
     tokens: list[int]
     accepted: int
+    sources: list[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What several drafters proposed together along the accepted tokens of a block.
+
+    drafters: their specs; slots: from slot 2 on, the candidates after the tokens before.
+    """
+
+    drafters: list[str]
+    slots: list[list[Candidate]]
 
 
 @dataclass(frozen=True)
@@ -40,13 +55,15 @@ class Block:
     """One block.
 
     number: from 1 in the order of position; position: the output tokens before it.
-    slots: 1 to h, without a lattice where the trace is gone; drafts: those that began here.
+    slots: 1 to h, or to the end of the longest draft; without a lattice beyond the heads, and where the trace is gone.
+    drafts: those that began here; joined: of each set of several drafters that they chose among.
     """
 
     number: int
     position: int
     slots: list[Slot]
     drafts: list[Draft]
+    joined: list[Joined]
 
 
 @dataclass(frozen=True)
@@ -95,7 +112,7 @@ def inspect_example(
     *,
     task: Annotated[str | None, "Task, where the results have several."] = None,
     steps: Annotated[str, "Blocks to show: 3, 1-5, 6- or all.", "--show"] = f"1-{SHOWN_BLOCKS}",
-    rescorers: Annotated[Sequence[Spec], "Rescorer as it was given; several. Default: all.", "--rescorer"] = (),
+    rescorers: Annotated[Sequence[Spec], "Rescorer or drafter as given; several. Default: all.", "--rescorer"] = (),
     p: Annotated[int | None, "Only the drafts with this p."] = None,
     k: Annotated[int | None, "Of a suite with several k: this one."] = None,
     h: Annotated[int | None, "Of a suite with several h: this one."] = None,
@@ -107,6 +124,8 @@ def inspect_example(
     `p` (all by default); `steps`: the blocks to show, `3`, `1-5`, `6-` or `all`; `top`: the best so many tokens of each
     slot. Raises `RescoreError` for what is not there, and what `load_runs` raises.
     """
+    from rescore.reports.joined import JoinedLattices
+
     if top < 1:
         raise RescoreError(f"--top {top}; show at least one token of each slot")
     run, task = _choose_run(folder, task, k=k, h=h)
@@ -124,10 +143,13 @@ def inspect_example(
         notices.append("the trace of these results is gone: there are no prompt and no lattices to show")
     output = traced.output_ids.tolist() if traced else decodes[0][1].output_ids
     drafts: dict[int, list[Draft]] = {}  # by position
+    reached: dict[tuple[str, ...], dict[int, int]] = {}  # by drafters and position: the most that was accepted
     for r, record in decodes:
         walk = walk_of(record, output)
+        of_drafters = reached.setdefault(tuple(record.alone_accepted or ()), {})
         for step in walk.steps:
-            drafts.setdefault(step.start, []).append(Draft(r.rescorer, r.p, step.tokens, step.accepted))
+            drafts.setdefault(step.start, []).append(Draft(r.rescorer, r.p, step.tokens, step.accepted, step.sources))
+            of_drafters[step.start] = max(step.accepted, of_drafters.get(step.start, 0))
         if walk.differs:
             notices.append(
                 f"{r.rescorer} (p = {r.p}) decoded another output from token {walk.shared} on; that part is not shown"
@@ -136,13 +158,19 @@ def inspect_example(
     if trouble:
         notices.append(trouble)
     positions, (h, k) = sorted(drafts), (results[0].h, results[0].k)
-    blocks = [
-        Block(
-            number, positions[number - 1],
-            slots_at(output, positions[number - 1], h=h, k=k, top=top, traced=traced), drafts[positions[number - 1]],
-        )
-        for number in _chosen_blocks(steps, len(positions))
-    ]  # fmt: skip
+    chosen = {positions[number - 1]: number for number in _chosen_blocks(steps, len(positions))}
+    joined: dict[int, list[Joined]] = {}
+    lattices = JoinedLattices(run, task, k)
+    for drafters, of_drafters in reached.items():
+        at = {position: of_drafters[position] for position in chosen if position in of_drafters}
+        for position, along in (lattices.at(traced, drafters, at, top=top) if traced and drafters else {}).items():
+            joined.setdefault(position, []).append(Joined(list(drafters), along))
+    notices += lattices.notices
+    blocks = []
+    for position, number in chosen.items():
+        longest = max(h, *(len(draft.tokens) for draft in drafts[position]))
+        slots = slots_at(output, position, h=longest, k=k, top=top, traced=traced)
+        blocks.append(Block(number, position, slots, drafts[position], joined.get(position, [])))
     return Inspection(
         task=task,
         id=name,
@@ -189,7 +217,7 @@ def _choose_results(run: Evaluation, task: str, rescorers: Collection[str], p: i
         if name not in known:
             raise UnknownNameError("rescorer of these results", name, known)
     named = [r for r in of_task if not rescorers or r.rescorer in rescorers]
-    chosen = [r for r in named if p in (None, r.p) or r.rescorer == "oracle"]
+    chosen = [r for r in named if p in (None, r.p) or r.is_oracle]
     if not chosen:
         there = ", ".join(map(str, sorted({r.p for r in named})))
         raise RescoreError(f"no results of {task} with p = {p}, only {there}; choose another --p")
@@ -236,6 +264,7 @@ def _tokens(blocks: Iterable[Block]) -> set[int]:
     tokens: set[int] = set()
     for block in blocks:
         tokens.update(*(draft.tokens for draft in block.drafts))
+        tokens.update(of.token for joined in block.joined for slot in joined.slots for of in slot)
         for slot in block.slots:
             tokens.update(token for token, _ in slot.best)
             tokens.update(() if slot.wanted is None else (slot.wanted,))

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
-from rescore.reports.inspection import Block, Draft, Inspection
+from rescore.reports.inspection import Block, Draft, Inspection, Joined
+from rescore.runs.records import SOURCES
 from rescore.terminal import isolated, printable, shortened
 
 WIDEST_TOKEN = 14  # cells
@@ -18,6 +19,7 @@ LEGEND = (
     "[token] accepted, !token! rejected: the base wanted another; after it: not looked at; * in the lattice: what the "
     "base wanted; rank: its place there"
 )
+MARKS = {name: name[0].upper() for name in SOURCES.values()}  # of drafters
 Column = list[tuple[str, str]]  # text and style of each cell, the title first
 
 
@@ -50,7 +52,13 @@ def _head(inspection: Inspection) -> list[Text]:
         weight = "" if of.alpha is None else f", alpha {of.alpha:g}"
         each = f"{of.tokens / of.steps:.2f} a step"
         lines.append(Text(f"{_name(of.rescorer, of.p)}{weight}: {of.tokens} tokens in {of.steps} steps, {each}"))
-    return [*lines, Text(LEGEND, style=UNSEEN)]
+    lines.append(Text(LEGEND, style=UNSEEN))
+    slots = [slot for block in inspection.blocks for joined in block.joined for slot in joined.slots]
+    of_drafts = [names for block in inspection.blocks for draft in block.drafts for names in draft.sources]
+    if found := {name for names in [*of_drafts, *(of.sources for slot in slots for of in slot)] for name in names}:
+        marks = ", ".join(f"{mark} {name}" for name, mark in MARKS.items() if name in found)
+        lines.append(Text(f"behind a token, which drafters had proposed it there: {marks}", style=UNSEEN))
+    return lines
 
 
 def _name(rescorer: str, p: int) -> str:
@@ -67,17 +75,30 @@ def _block(inspection: Inspection, block: Block, width: int) -> list[Text]:
     drafts = [_column(_name(d.rescorer, d.p), _cells(inspection, block, d)) for d in block.drafts]
     for band in _bands(fixed, [*_lattice(inspection, block), *drafts], width):
         lines += _rows([*fixed, *band])
+    for joined in block.joined:
+        names = printable("+".join(joined.drafters))
+        lines.append(Text(f"  what {names} proposed after each of the tokens accepted there", style=UNSEEN))
+        slots = len(joined.slots)
+        beside = [
+            [title, *cells[1 : 1 + slots]]
+            for title, *cells in ([*column, *[("", "")] * (2 + slots - len(column))] for column in fixed)
+        ]
+        for band in _bands(beside, _joined(inspection, block, joined), width):
+            lines += _rows([*beside, *band])
     return lines
 
 
 def _lattice(inspection: Inspection, block: Block) -> list[Column]:
     """Columns of the lattice's best tokens, and of the place of what the base wanted."""
     most = max(len(slot.best) for slot in block.slots)
-    ranks = ["" if slot.wanted is None else str(slot.rank or "-") for slot in block.slots]
+    ranks = ["" if slot.wanted is None or not slot.best else str(slot.rank or "-") for slot in block.slots]
     columns = [_column("rank", [(rank, WANTED) for rank in ranks])]
     for place in range(most):
         cells = []
         for slot in block.slots:
+            if not slot.best:  # beyond the heads
+                cells.append(("", ""))
+                continue
             token, probability = slot.best[place]
             mark = "*" if token == slot.wanted else ""
             shown = f"{probability:.2f}".removeprefix("0")
@@ -86,12 +107,35 @@ def _lattice(inspection: Inspection, block: Block) -> list[Column]:
     return columns if most else []
 
 
+def _joined(inspection: Inspection, block: Block, joined: Joined) -> list[Column]:
+    """Columns of what was proposed in slots 2, 3, ...: the first of each, the second ..."""
+    columns = []
+    for place in range(max(map(len, joined.slots), default=0)):
+        cells = []
+        for number, slot in enumerate(joined.slots, start=1):
+            if place >= len(slot):
+                cells.append(("", ""))
+                continue
+            of = slot[place]
+            wanted = number < len(block.slots) and of.token == block.slots[number].wanted
+            shown = "" if of.probability is None else f" {of.probability:.2f}".replace(" 0.", " .")
+            text = f"{_token(inspection, of.token)}{'*' if wanted else ''} {_marks(of.sources)}{shown}"
+            cells.append((text, WANTED if wanted else ""))
+        columns.append(_column(f"proposed {place + 1}", cells))
+    return columns
+
+
+def _marks(sources: Sequence[str]) -> str:
+    return "".join(MARKS[name] for name in sources)
+
+
 def _cells(inspection: Inspection, block: Block, draft: Draft) -> Column:
     cells = []
     for place, token in enumerate(draft.tokens):
         text = _token(inspection, token)
         if place < draft.accepted:
-            cells.append((f"[{text}]", ACCEPTED))
+            marks = _marks(draft.sources[place]) if place < len(draft.sources) else ""
+            cells.append((f"[{text}]{marks}", ACCEPTED))
         elif place == draft.accepted and place < len(block.slots) and block.slots[place].wanted is not None:
             cells.append((f"!{text}!", REJECTED))
         else:

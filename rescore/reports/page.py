@@ -113,14 +113,15 @@ def report(
 
 
 def _explorers(views: Sequence[TaskView], palette: Palette, examples: int) -> tuple[list[Any], list[str]]:
-    """The explorer's data of every view, and sentences on tokenizers that are lacking."""
+    """The explorer's data of every view, and sentences on what it lacks."""
     tokenizers: dict[str, Any] = {}  # and the sentence where there is none, by the base model
     data = []
     for view in views if examples else ():
         key = repr(view.base)
         tokenizers[key] = tokenizers.get(key) or tokenizer_of(view.base)
         data.append(explorer_data(view, palette, tokenizers[key][0], examples=examples))
-    return data, list(dict.fromkeys(note for _, note in tokenizers.values() if note))
+    notes = [*(note for _, note in tokenizers.values() if note), *(note for each in data for note in each["notices"])]
+    return data, list(dict.fromkeys(notes))
 
 
 def _csv(views: Sequence[TaskView]) -> str:

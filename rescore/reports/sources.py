@@ -53,6 +53,11 @@ class TaskView:
         return next((r for r in self.results if r.is_unrescored), None)
 
     @property
+    def oracles(self) -> list[float]:
+        """Block efficiency of a perfect choice among what drafters propose, of each set of drafters that was run."""
+        return list(dict.fromkeys(result.oracle_block_efficiency for result in self.results))
+
+    @property
     def rescored(self) -> list[RescorerAnalysis]:
         """The analyses of the other decodes."""
         return [a for a in self.analysis.rescorers if (a.rescorer, a.p) != ("none", 1)]

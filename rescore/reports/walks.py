@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from rescore.runs.records import ExampleRecord
+from rescore.runs.records import ExampleRecord, sources_of
 from rescore.tracing import TracedExample
 
 
@@ -28,11 +28,15 @@ class Slot:
 
 @dataclass(frozen=True)
 class Step:
-    """`tokens`: the winning draft of a step that began after `start` output tokens, of which so many were accepted."""
+    """`tokens`: the winning draft of a step that began after `start` output tokens, of which so many were accepted.
+
+    sources: of each accepted token which drafters had proposed it (empty: one drafter, or not known).
+    """
 
     start: int
     tokens: list[int]
     accepted: int
+    sources: list[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,11 @@ def walk_of(record: ExampleRecord, output: Sequence[int]) -> Walk:
     pairs = enumerate(zip(own, output, strict=False))
     shared = next((place for place, (a, b) in pairs if a != b), min(len(own), len(output)))
     starts = [0, *accumulate(record.accepted)][:-1]
+    known = record.origins is not None and len(record.origins) == len(starts)
+    origins = record.origins if record.origins and known else [[]] * len(starts)
     steps = [
-        Step(start, tokens, accepted)
-        for start, tokens, accepted in zip(starts, record.drafts, record.accepted, strict=True)
+        Step(start, tokens, accepted, [sources_of(bits) for bits in of_step])
+        for start, tokens, accepted, of_step in zip(starts, record.drafts, record.accepted, origins, strict=True)
         if start <= shared and start < len(output)
     ]
     return Walk(shared, shared < max(len(own), len(output)), steps)
@@ -65,13 +71,27 @@ def walk_of(record: ExampleRecord, output: Sequence[int]) -> Walk:
 def slots_at(
     output: Sequence[int], position: int, *, h: int, k: int, top: int, traced: TracedExample | None
 ) -> list[Slot]:
-    """The h slots before output token `position`, with the `top` best of their k tokens."""
+    """The h slots before output token `position`, with the `top` best of their k tokens; those beyond the heads have
+    none."""
     ahead = [*output[position : position + h], *[None] * h][:h]
     if traced is None:
         return [Slot(token, None, []) for token in ahead]
-    ids = traced.lattice.token_ids[position, :, :k].tolist()  # [h, k]
-    probabilities = np.exp(traced.lattice.logps[position, :, : min(top, k)].astype(np.float64)).tolist()  # [h, top]
-    return [
+    ids = traced.lattice.token_ids[position, :, :k].tolist()  # [heads, k]
+    probabilities = np.exp(traced.lattice.logps[position, :, : min(top, k)].astype(np.float64)).tolist()
+    slots = [
         Slot(token, slot.index(token) + 1 if token in slot else None, list(zip(slot, best, strict=False)))
-        for token, slot, best in zip(ahead, ids, probabilities, strict=True)
+        for token, slot, best in zip(ahead, ids, probabilities, strict=False)
     ]
+    return [*slots, *(Slot(token, None, []) for token in ahead[len(slots) :])]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token that drafters proposed after some others; sources: which (`rescore.runs.records.SOURCES`).
+
+    probability: of the head of its slot (None: the head is not among the sources).
+    """
+
+    token: int
+    sources: tuple[str, ...]
+    probability: float | None

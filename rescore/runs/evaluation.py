@@ -156,7 +156,9 @@ class _Work:
             if records := log.records(self.key(run), self.recording.ids):
                 unrescored = log.records((self.name, "none", 1, run.k), self.recording.ids)
                 alpha = record.alpha.alpha if record.alpha else None
-                document.results.append(summarize(records, seed=seed, alpha=alpha, unrescored=unrescored))
+                _, drafters = self.choosing[run.label]
+                how: dict[str, Any] = {"unrescored": unrescored, "drafters": drafters}
+                document.results.append(summarize(records, seed=seed, alpha=alpha, **how))
 
 
 def _work(recording: Recording, asked: Asked, loaded: dict[object, Any], *, live: bool) -> _Work:

@@ -15,6 +15,13 @@ from rescore.runs.inputs import Inputs
 
 SCHEMA = "rescore.results/7"
 Interval = tuple[Number, Number]
+# Kinds of drafters by the bits of `lattices.joined.candidates`, which is not imported to name them.
+SOURCES = {1: "heads", 2: "lookup", 4: "draft-model", 8: "corpus-lookup", 16: "trace"}
+
+
+def sources_of(origins: int) -> tuple[str, ...]:
+    """What the bits of where a token comes from are called."""
+    return tuple(name for bit, name in SOURCES.items() if origins & bit)
 
 
 @dataclass
@@ -147,6 +154,22 @@ class Latency:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceShare:
+    """What drafters of one kind brought to a run that has several.
+
+    source: the kind (`SOURCES`).
+    proposed, only: shares of the accepted drafted tokens (all but each step's first) that it had proposed, and that it
+        alone had; None where no step accepted one.
+    alone: block efficiency of its own drafts at the run's positions.
+    """
+
+    source: str
+    proposed: Number | None
+    only: Number | None
+    alone: Number
+
+
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """One run on one task.
 
@@ -154,12 +177,13 @@ class Result:
     none).
     n: examples, of so many groups.
     block_efficiency ... conditional: see `rescore.accounting.Accounting`.
-    oracle_block_efficiency: of the best path of the same lattices.
+    oracle_block_efficiency: of the best path of what the run's own drafters proposed.
     gain, gain_ci95: over `none` with p = 1 in the same run, paired; None where that was not run, and for it itself.
     against_unrescored: None where a live output is not the trace's.
     quality: mean of each metric over the examples with references (empty: the text is not known).
     cut_at_limit: share of outputs that did not come to their end (None: the end-of-text token is not known).
     identical, divergence, latency: of live decoding, else None.
+    sources: where accepted tokens came from, of several drafters.
     """
 
     task: str
@@ -187,6 +211,17 @@ class Result:
     identical: Identical | None
     divergence: list[Divergence] | None
     latency: Latency | None
+    sources: list[SourceShare]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a draft at most: what the block efficiency can't be above."""
+        return len(self.marginal)
+
+    @property
+    def is_oracle(self) -> bool:
+        """Whether this is a perfect choice among what drafters propose."""
+        return is_oracle(self.rescorer)
 
     @property
     def is_unrescored(self) -> bool:
@@ -194,11 +229,17 @@ class Result:
         return (self.rescorer, self.p) == ("none", 1)
 
     def gap_share(self, unrescored: Result | None) -> float | None:
-        """How much of the way from the unrescored drafts to the oracle this is; None where there is no way."""
+        """How much of the way from the unrescored drafts to the oracle of its own drafters this is; None where there is
+        no way."""
         if unrescored is None or self.is_unrescored:
             return None
         gap = self.oracle_block_efficiency - unrescored.block_efficiency
         return None if gap <= 0 else (self.block_efficiency - unrescored.block_efficiency) / gap
+
+
+def is_oracle(rescorer: str) -> bool:
+    """Whether a run of this label is a perfect choice, of whatever drafters (`oracle:drafters=heads+lookup`)."""
+    return rescorer.partition(":")[0] == "oracle"
 
 
 class Alpha(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename={"source": "from"}):

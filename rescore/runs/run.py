@@ -11,7 +11,7 @@ from rescore.checks import check_alpha, check_k, check_p
 from rescore.drafters import DRAFTERS, HEADS, Drafter, load_drafter
 from rescore.drafting import check_drafters
 from rescore.rescorers import JOINT, RESCORERS, WEIGHT, Rescorer, load_rescorer
-from rescore.runs.records import Alpha
+from rescore.runs.records import Alpha, is_oracle
 from rescore.specs import format_spec, parse_spec
 
 DEFAULT_K = 16
@@ -22,6 +22,11 @@ Choosing = tuple[Rescorer, tuple[Drafter, ...]]  # a rescorer and the drafters t
 NODES = "nodes"  # the key of a rescorer that drafts trees
 OF_DRAFTERS = "drafters"  # the key of a spec that says what a rescorer chooses among: drafters=heads+lookup
 FIXED = (NONE, ORACLE)  # what rescorers are compared with
+
+
+def is_drafter(spec: str) -> bool:
+    """Whether a spec, or label, stands for a drafter's own drafts."""
+    return DRAFTERS.has(spec) and not RESCORERS.has(spec)
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Run:
 
     def _take_drafters(self, spec: str) -> None:
         """The drafters that the spec says, or is, are the run's."""
-        if DRAFTERS.has(spec) and not RESCORERS.has(spec):
+        if is_drafter(spec):
             if self.drafters:
                 raise RescoreError(f"{spec} is a drafter, whose own drafts are asked for; leave out the drafters")
             object.__setattr__(self, OF_DRAFTERS, (spec,))
@@ -190,12 +195,12 @@ def runs_of(
                 own.setdefault("p", arguments[NODES])
             rescorer = format_spec(name, arguments)
             weight = None if WEIGHT in arguments else alpha
-            says = OF_DRAFTERS in arguments or (DRAFTERS.has(spec) and not RESCORERS.has(spec))
+            says = OF_DRAFTERS in arguments or is_drafter(spec)
             unused &= {*own, *arguments, NODES, *([OF_DRAFTERS] if says else [])}
         else:
             unused.clear()
         for k in [_whole(spec, own["k"])] if "k" in own else ks or (DEFAULT_K,):
-            for p in [_whole(spec, own["p"])] if "p" in own else [1] if rescorer == ORACLE else ps or (1,):
+            for p in [_whole(spec, own["p"])] if "p" in own else [1] if _is_oracle(rescorer) else ps or (1,):
                 runs[Run(rescorer, p=p, k=k, alpha=weight, drafters=() if says else tuple(drafters))] = None
     if runs and unused:
         option = min(unused)
@@ -212,6 +217,10 @@ def parse_alpha(text: str) -> float | Literal["tuned"]:
         return float(text)
     except ValueError:
         raise RescoreError(f"--alpha {text}: give a number, or tuned (what rescore tune kept)") from None
+
+
+def _is_oracle(rescorer: str | Rescorer) -> bool:
+    return isinstance(rescorer, str) and is_oracle(rescorer)
 
 
 def _whole(spec: object, text: str) -> int:

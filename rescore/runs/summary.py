@@ -10,7 +10,17 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from rescore.accounting import Difference, account, paired_difference
-from rescore.runs.records import Divergence, ExampleRecord, Identical, Latency, Outcomes, Result
+from rescore.drafters import Drafter
+from rescore.runs.records import (
+    SOURCES,
+    Divergence,
+    ExampleRecord,
+    Identical,
+    Latency,
+    Outcomes,
+    Result,
+    SourceShare,
+)
 
 
 def summarize(
@@ -19,11 +29,12 @@ def summarize(
     seed: int,
     alpha: float | None = None,
     unrescored: Sequence[ExampleRecord] = (),
+    drafters: Sequence[Drafter] = (),
 ) -> Result:
     """The result of the records (one at least) of one task, rescorer and p.
 
     `alpha` of the rescorer is named in the result; `seed` of the bootstrap; `unrescored`: the records of `none` at
-    p = 1 of the same run, which the gain is over (none: no gain).
+    p = 1 of the same run, which the gain is over (none: no gain); `drafters`: what the rescorer chose among.
     """
     first = records[0]
     longest = first.longest or first.h
@@ -51,6 +62,7 @@ def summarize(
         identical=Identical(n=len(records), identical=len(records) - len(differ)) if live else None,
         divergence=differ if live else None,
         latency=latency(records, accounting.block_efficiency) if live else None,
+        sources=_sources(records, drafters),
     )
 
 
@@ -102,6 +114,26 @@ def _against_unrescored(records: Sequence[ExampleRecord]) -> Outcomes | None:
     won, lost = sum(n > plain for n, plain in pairs), sum(n < plain for n, plain in pairs)
     total = len(pairs)
     return Outcomes(won=won / total, tied=(total - won - lost) / total, lost=lost / total)
+
+
+def _sources(records: Sequence[ExampleRecord], drafters: Sequence[Drafter]) -> list[SourceShare]:
+    """A share for each kind of drafter, of the examples where it is known what all of them proposed."""
+    known = [(r.origins, r.alone_accepted) for r in records if r.origins is not None and r.alone_accepted is not None]
+    origins = [bits for of_steps, _ in known for step in of_steps for bits in step[1:]]
+    by_kind: dict[int, list[str]] = {}
+    for drafter in drafters if known else ():
+        by_kind.setdefault(drafter.kind, []).append(drafter.name)
+    shares = []
+    for kind, names in by_kind.items():
+        # Of several drafters of one kind the best of each step.
+        alone = [max(each) for _, of in known for each in zip(*(of[name] for name in names), strict=True)]
+        shares.append(SourceShare(
+            source=SOURCES.get(kind, names[0]),
+            proposed=sum(bool(bits & kind) for bits in origins) / len(origins) if origins else None,
+            only=sum(bits == kind for bits in origins) / len(origins) if origins else None,
+            alone=float(np.mean(alone)),
+        ))  # fmt: skip
+    return shares
 
 
 def latency(records: Sequence[ExampleRecord], block_efficiency: float) -> Latency:

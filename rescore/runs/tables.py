@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from rescore.bootstrap import LEAST_GROUPS
-from rescore.runs.records import Result, ResultsDocument, Tuned
+from rescore.runs.records import Result, ResultsDocument, SourceShare, Tuned
 from rescore.table import (
     ALPHA,
     COUNT,
@@ -41,6 +41,11 @@ LABEL = (TASK, RESCORER, K, P)
 ORACLE = Column("oracle", NUMBER, "oracle_block_efficiency")
 SPEEDUP = Column("speed-up", TIMES, "speedup", "latency.speedup")
 OUTCOMES = ("won", "tied", "lost")  # of a step against the unrescored draft
+SOURCES = (Column("source"), Column("proposed", SHARE), Column("only it", SHARE, "only"), Column("alone", NUMBER))
+OF_SOURCES = (
+    "proposed: of the accepted drafted tokens (all but each step's first), those that the source had proposed; only\n"
+    "it: that no other one had; alone: block efficiency of the source's own best draft where this run's steps began."
+)
 NOTE_WIDTH = 110
 
 
@@ -50,7 +55,7 @@ def results_tables(document: ResultsDocument, *, details: bool = False) -> list[
     overview = _overview(document, more=not details)
     if not details or not results:
         return [overview]
-    tables = [overview, _efficiency(results), _quality(results), _acceptance(results)]
+    tables = [overview, _efficiency(results), _sources(results), _quality(results), _acceptance(results)]
     if any(r.latency for r in results):
         tables += [_speed(results), _times(results), _divergence(results)]
     return [table for table in tables if table.rows]
@@ -86,9 +91,9 @@ def _overview(document: ResultsDocument, *, more: bool) -> Table:
     ]  # fmt: skip
     shown = {column.heading for column in columns}
     notes = {
-        "block eff.": "block eff. = tokens / steps (1 = no gain, h = ceiling)",
+        "block eff.": f"block eff. = tokens / steps (1 = no gain, {_ceiling(results)})",
         "gain": "gain over none with p = 1 in this run",
-        "of the gap": "of the gap = share of the way from there to the oracle",
+        "of the gap": f"of the gap = share of the way from there to the oracle{_of_drafters(results)}",
         "won": "won, lost: steps that accepted more, fewer tokens than the unrescored draft would have there",
         "95 %": f"95 % = studentised bootstrap by group (examples of one source; - for fewer than {LEAST_GROUPS} "
         "groups)" + (", gains paired" if "gain" in shown else ""),
@@ -98,11 +103,28 @@ def _overview(document: ResultsDocument, *, more: bool) -> Table:
     return Table.of(columns, results, title=_caption(document, apart), note=textwrap.fill(note, NOTE_WIDTH))
 
 
+def _ceiling(results: Sequence[Result]) -> str:
+    """What block efficiencies can't be above: h, where no drafts are longer than the heads' blocks."""
+    beyond: dict[int, list[str]] = {}
+    for r in results:
+        if r.longest != r.h and r.rescorer not in (of := beyond.setdefault(r.longest, [])):
+            of.append(r.rescorer)
+    if not beyond:
+        return "h = ceiling"
+    return "ceiling: h, but " + ", ".join(f"{longest} of {', '.join(of)}" for longest, of in beyond.items())
+
+
+def _of_drafters(results: Sequence[Result]) -> str:
+    """Which oracle is meant, where runs choose among what different drafters propose."""
+    oracles = {(r.task, r.k, r.h, r.oracle_block_efficiency) for r in results}
+    return " of the run's own drafters" if len(oracles) > len({key[:3] for key in oracles}) else ""
+
+
 def _apart(results: Sequence[Result]) -> list[Column]:
     """What the results of one task differ in, so that the caption can't say it."""
     tasks = {r.task for r in results}
     columns = [EXAMPLES, GROUPS]
-    if any(r.rescorer != "oracle" for r in results):  # else it is their block efficiency
+    if not all(r.is_oracle for r in results):  # else it is their block efficiency
         columns.append(ORACLE)
     return [column for column in columns if len({(r.task, column.value(r)) for r in results}) > len(tasks)]
 
@@ -139,8 +161,21 @@ def _efficiency(results: Sequence[Result]) -> Table:
         *LABEL, EXAMPLES, GROUPS, Column("steps", COUNT), Column("tokens", COUNT),
         Column("macro", NUMBER, field="block_efficiency_macro"), ORACLE, *map(_outcome, OUTCOMES),
     ]  # fmt: skip
-    note = "macro = mean block efficiency over examples; oracle = that of the best path of the top-k lattice."
+    note = (
+        "macro = mean block efficiency over examples; oracle = that of the best path of what the run's drafters\n"
+        "propose (of heads: of the top-k lattice)."
+    )
     return Table.of(columns, results, note=note)
+
+
+def _sources(results: Sequence[Result]) -> Table:
+    """A line for each source of each result of several drafters."""
+    rows = [
+        [r.task, r.rescorer, r.k, r.p, *(column.value(share) for column in SOURCES)]
+        for r in results
+        for share in r.sources
+    ]
+    return Table([*LABEL, *SOURCES], rows, title="where accepted tokens came from", note=OF_SOURCES)
 
 
 def _quality(results: Sequence[Result]) -> Table:
@@ -283,10 +318,17 @@ def results_csv(results: Sequence[Result], *, task: str | None = None, **facts: 
         Column("task", field=fact(task) if task else None), *(Column(name, field=fact(facts[name])) for name in facts),
         RESCORER, P, K, H, ALPHA, EXAMPLES, GROUPS, Column("steps"), Column("tokens"), *EFFICIENCY,
         Column("block_efficiency_macro"), ORACLE, *GAINS,
-        Column("oracle_gap_recovered", field=_gap_share(results).field),
+        Column("oracle_gap_recovered", field=_gap_share(results).field), Column("longest"),
         *(Column(name, field=f"against_unrescored.{name}") for name in OUTCOMES),
+        Column("sources", field=lambda r: "; ".join(_source_facts(share) for share in r.sources)),
         Column("quality", field=lambda r: "; ".join(f"{name} {value:.4f}" for name, value in r.quality.items())),
         Column("cut_at_limit"), *(Column(name, field=f"latency.{name}") for name in times),
         *(Column(f"marginal_{i + 1}", field=f"marginal.{i}") for i in range(max(len(r.marginal) for r in results))),
     ]  # fmt: skip
     return Table.of(columns, results)
+
+
+def _source_facts(share: SourceShare) -> str:
+    named = {"proposed": share.proposed, "only": share.only, "alone": share.alone}
+    facts = [f"{name} {value:.4f}" for name, value in named.items() if value is not None]
+    return f"{share.source} ({', '.join(facts)})"

@@ -153,6 +153,9 @@ def _compare(
     for task, run_a, run_b in _run_pairs(runs_a, runs_b, comparison):
         _check_same(task, run_a, run_b, comparison)
         for result_a, result_b in _result_pairs(task, run_a, run_b, chosen, comparison):
+            of_a, of_b = _drafters(run_a, result_a), _drafters(run_b, result_b)
+            if result_a.rescorer == result_b.rescorer and of_a != of_b:
+                comparison.notice(f"{task}: {result_a.rescorer} chose among other drafters in A than in B")
             if row := compared_row((run_a, result_a), (run_b, result_b), comparison, seed):
                 comparison.rows.append(row)
     if not comparison.rows:
@@ -237,6 +240,13 @@ def _check_same(task: str, run_a: Evaluation, run_b: Evaluation, comparison: Com
     comparison.notice(f"{task}: {len(differ)} of {len(common)} outputs differ between A and B ({cause})")
 
 
+def _drafters(run: Evaluation, result: Result) -> list[str]:
+    """What a result's rescorer chose among, with hashes."""
+    key = (result.rescorer, result.p, result.k)
+    runs = run.config.runs.get(result.task, ())
+    return next((of.drafters for of in runs if (of.rescorer, of.p, of.k) == key), [])
+
+
 def _outputs(run: Evaluation, task: str) -> dict[str, list[int]]:
     """The output of each example, by the first rescorer that decoded it."""
     outputs: dict[str, list[int]] = {}
@@ -292,8 +302,7 @@ def _result_pairs(
             (a, b)
             for a in of_a
             for b in of_b
-            if (any_p or a.p == b.p or "oracle" in (a.rescorer, b.rescorer))
-            and (not same_name or a.rescorer == b.rescorer)
+            if (any_p or a.p == b.p or a.is_oracle or b.is_oracle) and (not same_name or a.rescorer == b.rescorer)
         ]
     by_side = [{(r.rescorer, r.p): r for r in results} for results in (of_a, of_b)]
     for letter, sides, others in (("A", *by_side), ("B", *by_side[::-1])):
@@ -305,7 +314,7 @@ def _result_pairs(
 def _is_chosen(result: Result, choice: Choice) -> bool:
     rescorer, p = choice
     # The oracle verifies one draft whatever p is asked for.
-    return rescorer in (None, result.rescorer) and (p in (None, result.p) or result.rescorer == "oracle")
+    return rescorer in (None, result.rescorer) and (p in (None, result.p) or result.is_oracle)
 
 
 def compared_row(

@@ -36,8 +36,8 @@ def _caption(results: Sequence[Result], plan: Plan) -> str:
     return (
         f"{', '.join(map(escaped, facts))}. Block efficiency and its gain over `none` with p = 1 have 95 % intervals "
         "(studentised bootstrap by group: examples of one source), those of gains paired; won, tied, lost: steps that "
-        "accepted more, as many, fewer tokens than the unrescored draft would have there; oracle: the best path of the "
-        "lattice."
+        "accepted more, as many, fewer tokens than the unrescored draft would have there; oracle: the best path of "
+        "what the run's drafters propose."
     )
 
 

@@ -15,7 +15,8 @@ from rescore.checks import MAX_ALPHA, VERIFY_MODES
 from rescore.rescorers import WEIGHT
 from rescore.runs.inputs import Inputs
 from rescore.runs.recording import recorded_task
-from rescore.runs.run import DEFAULT_K, ORACLE, Run
+from rescore.runs.records import is_oracle
+from rescore.runs.run import DEFAULT_K, Run
 from rescore.runs.tuning import DEFAULT_ALPHAS, HELD_OUT
 from rescore.specs import parse_spec
 from rescore.tasks import load_task
@@ -215,7 +216,7 @@ def _rescorers(top: dict[str, Value]) -> tuple[SuiteRescorer, ...]:
             raise fields["alpha"].wrong(f"{alpha:g} is outside 0 to {MAX_ALPHA:g}, where a weight is")
         own = _wholes(fields["p"]) if "p" in fields else ps
         tuning = _tuning(fields["tune"]) if "tune" in fields else None
-        return SuiteRescorer(name, (1,) if name == ORACLE else own, alpha, tuning)
+        return SuiteRescorer(name, (1,) if is_oracle(name) else own, alpha, tuning)
 
     return _distinct(top["rescorers"], rescorer, "rescorer")
 

@@ -25,7 +25,7 @@ def made_result(**changes: Any) -> Result:
         "block_efficiency": 1.2, "block_efficiency_ci95": None, "block_efficiency_macro": 1.2,
         "oracle_block_efficiency": 2.5, "gain": None, "gain_ci95": None, "against_unrescored": None, "steps": 10,
         "tokens": 12, "accepted_histogram": [0, 8, 2, 0], "marginal": marginal, "conditional": marginal, "quality": {},
-        "cut_at_limit": None, "identical": None, "divergence": None, "latency": None,
+        "cut_at_limit": None, "identical": None, "divergence": None, "latency": None, "sources": [],
     }  # fmt: skip
     return Result(**fields | changes)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_report_page import data_file, options, results  # noqa: F401 (fixtures)
+from test_report_page import data_file, options, results, run_into  # noqa: F401 (fixtures)
 
 from rescore.reports.page import report
 
@@ -101,6 +101,34 @@ def test_the_explorer_by_mouse(browser, address):
     assert page.locator("#ex-lattice td.wanted").count() >= 1
     rows = page.locator("#ex-drafts tbody tr")
     assert "base" in rows.first.text_content() and rows.count() >= 3
+    assert page.complaints == []
+
+
+def test_the_joined_lattice_of_several_drafters(browser, options, tmp_path, cache_folder):  # noqa: F811
+    specs = ("none", "lookup", "oracle:drafters=heads+lookup")
+    folder = run_into(tmp_path / "joined", options, rescorers=specs, p=1, max_new_tokens=24)
+    page = opened(browser, report([folder], tmp_path / "joined.html").html.as_uri())
+    page.select_option("#ex-decode", label="oracle:drafters=heads+lookup")
+    part, seen = page.locator("#ex-joined-part"), set()
+    for place in range(page.locator("#ex-example option").count()):
+        page.select_option("#ex-example", index=place)
+        for step in range(page.locator(".block").count()):
+            page.locator(".block").nth(step).click()
+            assert part.is_visible() and part.locator("table").count() == 1
+            assert "heads+lookup, of oracle:drafters=heads+lookup" in part.text_content()
+            accepted = int(page.locator("#ex-drafts tr.walked td").first.text_content())
+            assert part.locator("thead th").count() == 1 + accepted
+            assert part.locator("td.wanted").count() == accepted - 1, "it stops where nobody proposes the right one"
+            marks = page.locator("#ex-drafts tr.walked td.token-accepted .marks")
+            assert marks.count() == accepted and marks.first.text_content() == ""
+            seen |= {mark for text in marks.all_text_contents() for mark in text}
+            # Drafts of other lengths keep their columns below the others'.
+            cells = "rows => rows.map(row => row.cells.length)"
+            assert len(set(page.locator("#ex-drafts tr").evaluate_all(cells))) == 1
+    assert seen and seen <= {"H", "L"}
+    page.select_option("#ex-decode", label="lookup")
+    page.keyboard.press("End")
+    assert page.evaluate("document.documentElement.scrollWidth") == page.viewport_size["width"]
     assert page.complaints == []
 
 

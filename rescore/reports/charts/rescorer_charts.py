@@ -1,8 +1,10 @@
-"""Charts of rescorers: block efficiency, acceptance by position, wins and losses, several drafts, repetition."""
+"""Charts of rescorers: block efficiency, sources of tokens, acceptance by position, wins and losses, several drafts,
+repetition."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rescore.accounting import marginal_intervals
 from rescore.reports.charts.figures import (
@@ -12,20 +14,22 @@ from rescore.reports.charts.figures import (
     bar,
     columns,
     curve,
+    legend_of,
     line,
     log_axis,
     one_below_the_other,
     rule,
     whiskers,
 )
-from rescore.reports.charts.style import UNRESCORED, Palette
+from rescore.reports.charts.style import SEVERAL, SOURCE_COLOURS, UNRESCORED, Palette, Pen
 from rescore.reports.sources import TaskView
+from rescore.runs.tables import SOURCES
 from rescore.table import COUNT, EFFICIENCY, GAINS, NUMBER, NUMBER_INTERVAL, SHARE, Column, Format, fixed
 
 
 def rescorer_sections(views: Sequence[TaskView], palette: Palette) -> list[Section]:
     """All sections of this module."""
-    return [make(views, palette) for make in (_efficiency, _acceptance, _outcomes, _drafts, _repetition)]
+    return [make(views, palette) for make in (_efficiency, _sources, _acceptance, _outcomes, _drafts, _repetition)]
 
 
 def _efficiency(views: Sequence[TaskView], palette: Palette) -> Section:
@@ -46,7 +50,44 @@ def _efficiency(views: Sequence[TaskView], palette: Palette) -> Section:
             ])  # fmt: skip
         section.draw(
             view.label, marks, **one_below_the_other([mark.name for mark in marks]), xaxis=axis("tokens a step"),
-            shapes=[rule(x=view.results[0].oracle_block_efficiency)],
+            shapes=[rule(x=oracle) for oracle in view.oracles],
+        )  # fmt: skip
+    return section
+
+
+def _sources(views: Sequence[TaskView], palette: Palette) -> Section:
+    """Which drafters the accepted tokens came from."""
+    found = {share.source for view in views for r in view.results for share in r.sources}
+    pens = {name: Pen(f"only {name}", colour) for name, colour in SOURCE_COLOURS.items() if name in found}
+    several = Pen("several of them", SEVERAL)
+    legend = legend_of([*pens.values(), several])
+    section = Section("sources", (*DECODE, *columns(NUMBER, "block eff."), *SOURCES), legend=legend)
+    for view in views:
+        joined = [r for r in view.results if r.sources]
+        names = [palette.pen(r.rescorer, r.p).name for r in joined]
+        section.rows += [
+            [view.label, r.rescorer, r.p, r.block_efficiency, *(column.value(share) for column in SOURCES)]
+            for r in joined
+            for share in r.sources
+        ]
+        bars = []
+        for r, name in zip(joined, names, strict=True):
+            meta = palette.pen(r.rescorer, r.p).meta
+            rest = 1.0
+            for share in r.sources:
+                rest -= share.only or 0.0
+                pen = replace(pens[share.source], meta=meta)
+                bars.append(bar(
+                    [share.only or 0.0], [name], pen, customdata=[[share.proposed or 0.0, share.alone]],
+                    hover=f"%{{x:.1%}} of accepted drafted tokens: {pen.name}<br>it had proposed "
+                    "%{customdata[0]:.1%}; alone %{customdata[1]:.2f} tokens a step",
+                ))  # fmt: skip
+            bars.append(bar(
+                [max(rest, 0.0)], [name], replace(several, meta=meta), hover="%{x:.1%}: several drafters alike",
+            ))  # fmt: skip
+        section.draw(
+            view.label, bars, **one_below_the_other(names), barmode="stack", bargap=0.35,
+            xaxis=axis("share of accepted drafted tokens", tickformat=".0%", range=[0, 1]),
         )  # fmt: skip
     return section
 
@@ -134,7 +175,7 @@ def _drafts(views: Sequence[TaskView], palette: Palette) -> Section:
             [curve(of.ps, of.points, palette.pen_of_all_p(of.rescorer), hover="%{x} drafts a step: %{y:.3f} tokens")
              for of in curves],
             xaxis=log_axis("drafts a step, p", sorted({p for of in curves for p in of.ps})),
-            yaxis=axis("tokens a step"), shapes=[rule(y=view.results[0].oracle_block_efficiency)],
+            yaxis=axis("tokens a step"), shapes=[rule(y=oracle) for oracle in view.oracles],
         )  # fmt: skip
     return section
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rescore.reports.token_text import harmless
+from rescore.runs.records import SOURCES, is_oracle
 
 UNRESCORED, ORACLE = "#7d8590", "#b8860b"
 COLOURS = (
@@ -22,6 +23,10 @@ MARKERS = (  # Plotly's name, and a character like it for legends
     ("pentagon", "⬟"), ("hexagon2", "⬢"), ("star-triangle-up", "●"), ("hourglass", "●"), ("bowtie", "●"),
     ("star-square", "●"),
 )  # fmt: skip
+STARS = (("star", "★"), ("star-open", "☆"), ("star-diamond", "✦"), ("star-diamond-open", "✧"))  # of oracles
+# None of the colours that the first rescorers have.
+SOURCE_COLOURS = dict(zip(SOURCES.values(), ("#6f74d8", "#d468a6", "#2aa198", "#8a9a1f", "#a0673a"), strict=True))
+SEVERAL = "#9aa3b0"  # sources at once
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SEQUENCE = (
     "#5a6fe0", "#4a86d8", "#3d9cc4", "#3fa79b", "#5fa86a", "#8aa83c", "#b3a02f", "#cf8f2a", "#dd7534", "#db5748",
@@ -77,11 +82,14 @@ class Palette:
 def palette_of(decodes: Iterable[tuple[str, int]]) -> Palette:
     """The looks of these rescorers (its spec) and p, by the order in which they come.
 
-    `none` and `oracle` always look the same; colours come again after twelve others, with other markers.
+    `none` and `oracle` always look the same, oracles of other drafters have other stars; colours come again after
+    twelve others, with other markers.
     """
     decodes = list(decodes)
-    looks = {"none": Look(UNRESCORED, "circle-open", "○"), "oracle": Look(ORACLE, "star", "★")}
     names = dict.fromkeys(rescorer for rescorer, _ in decodes)
+    looks = {"none": Look(UNRESCORED, "circle-open", "○")}
+    oracles = dict.fromkeys(["oracle", *filter(is_oracle, names)])
+    looks |= {name: Look(ORACLE, *STARS[place % len(STARS)]) for place, name in enumerate(oracles)}
     for place, name in enumerate(name for name in names if name not in looks):
         turn, colour = divmod(place, len(COLOURS))
         looks[name] = Look(COLOURS[colour], *MARKERS[(colour + turn) % len(MARKERS)])

@@ -129,6 +129,17 @@
     }
     drawDrafts(start);
     drawLattice(start);
+    drawJoined(start);
+  }
+
+  // Which drafters had proposed a token: a letter in the colour of each.
+  function marksOf(sources) {
+    const marks = make("span", { className: "marks" });
+    for (const place of sources) {
+      const { name, colour } = view().sources[place];
+      marks.append(make("abbr", { style: `color:${colour}`, title: name }, name[0].toUpperCase()));
+    }
+    return marks;
   }
 
   function why(ids, n, start, output, lattice) {
@@ -147,14 +158,17 @@
     return cell;
   }
 
-  function draftRow(name, colour, ids, n, start, output, lattice, className) {
+  function draftRow(name, colour, ids, n, start, output, lattice, className, origins, slots) {
     const head = make("th", { scope: "row" }, make("span", { className: "swatch", style: `color:${colour}` }, "●"), ` ${name}`);
     head.firstChild.setAttribute("aria-hidden", "true");
     const row = make("tr", { className }, head, make("td", {}, String(n)));
     ids.forEach((id, slot) => {
       const kind = slot < n ? "accepted" : start + n >= output.length || slot > n ? "after" : "refused";
-      row.append(make("td", { className: `token-${kind}` }, token(id)));
+      const cell = make("td", { className: `token-${kind}` }, token(id));
+      if (origins && origins[slot]) cell.append(marksOf(origins[slot]));
+      row.append(cell);
     });
+    for (let slot = ids.length; slot < slots; slot++) row.append(make("td", {}));
     row.append(why(ids, n, start, output, lattice));
     return row;
   }
@@ -170,7 +184,8 @@
       const sameSoFar = i === state.decode || (start <= example().same[i] && start <= example().same[state.decode]);
       if (step < 0 || !sameSoFar) { elsewhere.push(decode.name); return; }
       const ids = example().drafts[i][step];
-      found.push({ ...decode, ids, n: accepted[step], walked: i === state.decode, index: i });
+      const origins = example().origins[i] && example().origins[i][step];
+      found.push({ ...decode, ids, n: accepted[step], walked: i === state.decode, index: i, origins });
     });
     if (lattice) {
       const output = example().output;
@@ -192,15 +207,16 @@
   function drawDrafts(start) {
     const { h } = view(), output = outputOf(state.decode);
     const { found, elsewhere, lattice } = draftsAt(start);
+    const slots = Math.max(h, ...found.map((d) => d.ids.length));
     const header = make("tr", {}, make("th", { scope: "col" }, "draft of"), make("th", { scope: "col" }, "accepted"));
-    for (let slot = 1; slot <= h; slot++) header.append(make("th", { scope: "col" }, `slot ${slot}`));
+    for (let slot = 1; slot <= slots; slot++) header.append(make("th", { scope: "col" }, `slot ${slot}`));
     header.append(make("th", { scope: "col" }, "why it stopped"));
     const base = make("tr", { className: "base" }, make("th", { scope: "row" }, "base model’s own"), make("td", {}, ""));
-    for (let slot = 0; slot < h; slot++) {
+    for (let slot = 0; slot < slots; slot++) {
       base.append(make("td", {}, start + slot < output.length ? token(output[start + slot]) : ""));
     }
     base.append(make("td", { className: "why" }, "what the output goes on with"));
-    const rows = found.map((d) => draftRow(d.name, d.colour, d.ids, d.n, start, output, lattice, d.walked ? "walked" : ""));
+    const rows = found.map((d) => draftRow(d.name, d.colour, d.ids, d.n, start, output, lattice, d.walked ? "walked" : "", d.origins, slots));
     $("ex-drafts").replaceChildren(make("thead", {}, header), make("tbody", {}, base, ...rows));
     $("ex-elsewhere").textContent = elsewhere.length
       ? `Each decode walks its own places. Not shown, since their decodes did not stop here: ${elsewhere.join(", ")}.`
@@ -232,7 +248,7 @@
         cell.append(make("span", { className: "share" }, `${share(p)}${wanted ? " ✓" : ""}`));
         const dots = make("span", { className: "dots" });
         for (const d of found) {
-          if (d.ids[slot] === id) dots.append(make("span", { style: `color:${d.colour}`, title: d.name }, d.rescorer === "oracle" ? "★" : "●"));
+          if (d.ids[slot] === id) dots.append(make("span", { style: `color:${d.colour}`, title: d.name }, d.rescorer.startsWith("oracle") ? "★" : "●"));
         }
         cell.append(dots);
         row.append(cell);
@@ -244,6 +260,53 @@
     $("ex-lattice-note").textContent =
       "Columns are the heads, rows their choices from the likeliest down, darker the likelier. Framed with ✓: what the base model goes " +
       "on with. Dots: which drafts of the table above pass through (★ the oracle). The top row is the unrescored draft." + cut;
+  }
+
+  // What several drafters proposed along the tokens that were accepted, of each set of them.
+  function drawJoined(start) {
+    const { sources, decodes, notices } = view();
+    const { accepted, among, joined, output, same } = example();
+    const box = $("ex-joined");
+    box.replaceChildren();
+    const sets = [...new Set(among.filter((_, i) => among[i] && accepted[i] && start <= same[i] && startsOf(i).includes(start)))];
+    const own = among[state.decode];
+    if (start <= same[state.decode]) for (const set of sets.sort((a, b) => (b === own) - (a === own))) {
+      const slots = (joined[set] || {})[start];
+      if (!slots) continue;
+      const names = decodes.filter((_, i) => among[i] === set && startsOf(i).includes(start)).map((d) => d.name);
+      const header = make("tr", {}, make("th", { scope: "col" }, "proposed"));
+      slots.forEach((_, i) => header.append(make("th", { scope: "col" }, `slot ${i + 2}`)));
+      const rows = [];
+      for (let place = 0; place < Math.max(...slots.map((slot) => slot.length)); place++) {
+        const row = make("tr", {}, make("th", { scope: "row" }, String(place + 1)));
+        slots.forEach((slot, i) => {
+          const cell = make("td", {});
+          if (place < slot.length) {
+            const [id, origins, p] = slot[place];
+            const wanted = start + i + 1 < output.length && id === output[start + i + 1];
+            if (wanted) cell.className = "wanted";
+            if (origins.length === 1) cell.style.boxShadow = `inset 4px 0 ${sources[origins[0]].colour}`;
+            cell.append(token(id), make("span", { className: "share" }, `${p === null ? "" : share(p)}${wanted ? " ✓" : ""}`), marksOf(origins));
+          }
+          row.append(cell);
+        });
+        rows.push(row);
+      }
+      const legend = make("p", { className: "note" }, `${set}, of ${names.join("; ")}. Who proposed it, here and of the accepted tokens above: `);
+      for (const place of new Set(slots.flat().flatMap(([, origins]) => origins))) {
+        legend.append(marksOf([place]), ` ${sources[place].name} `);
+      }
+      const table = make("table", { className: "lattice" }, make("thead", {}, header), make("tbody", {}, ...rows));
+      const scroll = make("div", { className: "scroll", tabIndex: 0 }, table);
+      scroll.setAttribute("role", "region");
+      scroll.setAttribute("aria-label", `What ${set} proposed`);
+      box.append(legend, scroll);
+    }
+    $("ex-joined-part").hidden = !box.children.length && !notices.length;
+    $("ex-joined-note").textContent = box.children.length
+      ? "Each column holds what the drafters proposed after the accepted tokens before it, the likeliest of each; a bar in " +
+        "colour marks what one drafter alone proposed, the percentage is the head’s. Framed with ✓: what the base model goes on with."
+      : notices.join(" ");
   }
 
   if (!blocks.length || !app) return;

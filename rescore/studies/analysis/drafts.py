@@ -22,7 +22,8 @@ from rescore.tracing import TracedExample
 
 @dataclass(frozen=True)
 class Repetition(Record):
-    """Consecutive repetition in `drafts` drafts, all of h tokens: cut ones do not count.
+    """Consecutive repetition in `drafts` drafts of h tokens: longer ones are read so far, cut and shorter ones do not
+    count.
 
     share: of neighbouring pairs of tokens that are equal; by_pair[i-1]: of tokens i and i + 1, i = 1..h-1.
     repeating: share of drafts with at least one such pair.

@@ -10,7 +10,7 @@ import numpy as np
 
 from lattices.errors import RescoreError, UnknownNameError
 from rescore.runs.evaluated import Evaluation
-from rescore.runs.records import Result, RunConfig
+from rescore.runs.records import Result, RunConfig, SourceShare
 from rescore.studies.analysis.curves import PCurve
 from rescore.studies.analysis.drafts import BeforeAfter, Outcomes, before_after, outcomes_of
 from rescore.studies.analysis.positions import Efficiency
@@ -55,6 +55,7 @@ class RescorerAnalysis(Record):
     repetition: BeforeAfter | None
     outcomes: Outcomes | None
     wallclock: Wallclock | None
+    sources: tuple[SourceShare, ...]
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ def _rescorer(run: Evaluation, result: Result, examples: Sequence[TracedExample]
         repetition=before_after(records, examples),
         outcomes=outcomes_of(records, result.h, examples),
         wallclock=record_of(Wallclock, result.latency) if result.latency else None,
+        sources=tuple(result.sources),
     )
 
 

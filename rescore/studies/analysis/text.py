@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rescore.runs.tables import OF_SOURCES, SOURCES
 from rescore.studies.analysis.collect import Findings
 from rescore.studies.analysis.curves import OracleCurves, PCurve
 from rescore.studies.analysis.drafts import TraceRepetition
@@ -80,7 +81,7 @@ def run_tables(found: RunAnalysis) -> list[Table]:
     tables = [Table((), (), title=title), _outcomes(found.rescorers), _before_after(found.rescorers)]
     if found.by_p:
         tables.append(_by_p(found.by_p))
-    tables.append(_times(found.rescorers))
+    tables += [_sources(found.rescorers), _times(found.rescorers)]
     if found.trace:
         tables += trace_tables(found.trace, of="trace of ")
     else:
@@ -233,9 +234,14 @@ def _outcomes(rescorers: Sequence[RescorerAnalysis]) -> Table:
     return Table.of(columns, rescorers, note=note)
 
 
+def _sources(rescorers: Sequence[RescorerAnalysis]) -> Table:
+    rows = [[r.rescorer, r.p, *(column.value(share) for column in SOURCES)] for r in rescorers for share in r.sources]
+    return Table([RESCORER, P, *SOURCES], rows, title="where accepted tokens came from", note=OF_SOURCES)
+
+
 def _times(rescorers: Sequence[RescorerAnalysis]) -> Table:
     milliseconds = {
-        "greedy token": "autoregressive_ms", "verify": "verify_ms", "heads": "heads_ms", "rescore": "rescore_ms",
+        "greedy token": "autoregressive_ms", "verify": "verify_ms", "draft": "draft_ms", "rescore": "rescore_ms",
         "p50": "rescore_p50_ms", "p95": "rescore_p95_ms",
     }  # fmt: skip
     columns = [

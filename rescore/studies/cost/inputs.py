@@ -121,6 +121,8 @@ def cost_inputs(
     task = task or run.tasks[0]
     results = [result for result in run.results if result.task == task]
     decoded_h = results[0].h
+    if decoded_h < 2:
+        raise RescoreError(f"{run.folder} was decoded without block heads, whose drafts are what the costs are of")
     if h not in (None, decoded_h):
         raise IncompatibleError(f"--h {h}, but {run.folder} decoded blocks of {decoded_h}; drop --h")
     decoder, name = _base_of(run, task, base, config, local_files_only)

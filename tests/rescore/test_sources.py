@@ -15,7 +15,7 @@ from conftest import refused
 from evaluating import Options, evaluated, recorded_trace
 from made_records import example_record, made_result, run_config
 
-from lattices.joined import candidates
+from lattices.joined import sources as candidates
 from lattices.lattice import Lattice
 from lm.files import write_json
 from lm.records import plain

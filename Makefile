@@ -23,7 +23,7 @@ endef
 .PHONY: demo test test-latest lint docs lock clean
 
 demo: $(VENV)/.installed
-	$(BIN)/rescore eval --task squad --data rescore/tasks/squad_sample.jsonl --k 16 --rescorer none,context-ngram,neural-61m,lookup,joint,oracle
+	$(BIN)/rescore eval --task squad --data rescore/tasks/squad_sample.jsonl --k 16 --rescorer none,context-ngram,neural-61m,lookup,joint,oracle,oracle:drafters=heads+lookup
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

@@ -8,7 +8,8 @@ The main path, and where it lies:
     decoding      decode                       decodes live: propose, verify, accept, advance
     live          generate                     one prompt, from text to text
     acceptance    accept                       which draft wins, and how many of its tokens
-    rescorers/    Rescorer, load_rescorer      lattices in, drafts out
+    drafters/     Drafter, load_drafter        what may come next: heads, lookup, a draft model, a trace
+    rescorers/    Rescorer, load_rescorer      what they propose in, drafts out; drafting.py joins the two
     accounting    account                      accepted lengths -> block efficiency, gains, intervals
     runs/         record, load_trace           a task's examples and its trace
                   Run, evaluate, tune          whole evaluations; load_run reads them back
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from lm.heads.block_heads import load_heads as load_heads
     from rescore.accounting import account as account
     from rescore.decoding import decode as decode
+    from rescore.drafters import Drafter as Drafter
+    from rescore.drafters import load_drafter as load_drafter
     from rescore.live import generate as generate
     from rescore.replaying import replay as replay
     from rescore.reports.page import report as report
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "Context": "rescore.rescorers",
+    "Drafter": "rescore.drafters",
     "Evaluation": "rescore.runs.evaluated",
     "Rescorer": "rescore.rescorers",
     "Run": "rescore.runs.run",
@@ -60,6 +64,7 @@ _PLACES = {
     "evaluate": "rescore.runs.evaluation",
     "generate": "rescore.live",
     "load_base": "lm.base.catalog",
+    "load_drafter": "rescore.drafters",
     "load_heads": "lm.heads.block_heads",
     "load_rescorer": "rescore.rescorers",
     "load_run": "rescore.runs.evaluated",

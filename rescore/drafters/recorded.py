@@ -7,6 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from lattices.errors import RescoreError
 from lattices.lattice import Lattice
 from lm.files import write_json
@@ -72,7 +74,7 @@ def record_drafter(
         with suppress(*(() if folder else (RescoreError,))):  # a broken one in the cache counts as none
             if (place / HEADER_FILE).is_file():
                 recorded = read_trace(place)
-                check_settings(place, recorded.header, h=header.h, k=k, settings=settings)
+                check_settings(place, recorded.header, h=header.h, settings=settings)
                 header, known = recorded.header, {example.id: example for example in recorded.examples}
         missing = [example for example in trace.examples if example.id not in known]
         for start in range(0, len(missing), PART_EXAMPLES):
@@ -82,6 +84,9 @@ def record_drafter(
                 if progress:
                     done = len(trace.examples) - len(missing) + start + len(rows)
                     progress(f"draft {task}", done, len(trace.examples))
+            if not header.parts:  # a drafter may have fewer entries than were asked for
+                (kept,) = {len(row["token_ids"]) // (len(row["output_ids"]) * header.h) for row in rows}
+                header = msgspec.structs.replace(header, k=kept)
             name = f"part-{len(header.parts):05d}"
             write_part(place / name, rows)
             header.parts.append(name)
@@ -99,7 +104,7 @@ def recorded_already(
     folder, settings = _place(task, drafter, settings, trace.header.k)
     with suppress(RescoreError):
         recorded = read_trace(folder)
-        check_settings(folder, recorded.header, k=trace.header.k, settings=settings)
+        check_settings(folder, recorded.header, settings=settings)
         known = {example.id: example.lattice for example in recorded.examples}
         return known if all(example.id in known for example in trace.examples) else None
     return None
@@ -108,7 +113,7 @@ def recorded_already(
 def _place(task: str, drafter: LatticeDrafter, settings: dict[str, Any], k: int) -> tuple[Path, dict[str, Any]]:
     """The folder in the cache of what is recorded, and what that is of."""
     # The task belongs to the settings of a trace that was recorded here, and need not to those of others.
-    settings = {**settings, "task": task, "drafter": drafter.identity}
+    settings = {**settings, "task": task, "drafter": drafter.identity, "k": k}
     return trace_folder(f"{task}-draft", settings, k), settings
 
 

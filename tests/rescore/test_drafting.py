@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
 from lattices.joined.sources import HEADS, LOOKUP, MODEL
 from lm.lookup_index import LookupOptions, build_lookup
 from rescore.decoding import decode
-from rescore.drafters import load_drafter
+from rescore.drafters import DRAFTERS, load_drafter
 from rescore.live import generate
 from rescore.rescorers.joint_weights import read_fits
 from rescore.rescorers.ngram import Ngram
@@ -223,3 +224,16 @@ class TestTrouble:
         for run in (Run(joint, k=8, drafters=tuple(drafters)), *map(Run, drafters[1:])):
             given = {"heads": make_heads(tiny_base), "prompt": "a", "chat": False, "max_new_tokens": 12}
             assert generate(tiny_base, **given, rescorer=run).token_ids == greedy
+
+
+def test_the_example_of_the_docs_is_one(options: Options, monkeypatch: pytest.MonkeyPatch):
+    page = (Path(__file__).parents[2] / "docs" / "drafters.md").read_text()
+    example = next(code for code in re.findall(r"```python\n(.*?)```", page, re.S) if "class " in code)
+    made: dict[str, type] = {}
+    exec(example, made)
+    monkeypatch.setitem(DRAFTERS.built_in, "again", made["Again"])
+    runs = ["again:times=2", Run("none", p=4, k=8, drafters=("heads", "again"))]
+    replayed, live = (evaluated(options | {"rescorers": runs, "mode": mode}) for mode in ("replay", "live"))
+    assert [r.accepted_histogram for r in live] == [r.accepted_histogram for r in replayed]
+    assert {r.identical for r in live} == {Identical(n=6, identical=6)}
+    assert len(replayed.results[0].marginal) == 3 and replayed.results[0].block_efficiency > 1

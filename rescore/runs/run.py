@@ -79,7 +79,7 @@ class Run:
         if OF_DRAFTERS in arguments:
             if self.drafters:
                 raise RescoreError(f"the drafters of {spec} are given twice; drop one")
-            object.__setattr__(self, OF_DRAFTERS, tuple(arguments.pop(OF_DRAFTERS).split("+")))
+            object.__setattr__(self, OF_DRAFTERS, _split(arguments.pop(OF_DRAFTERS)))
             object.__setattr__(self, "rescorer", format_spec(name, arguments))
         if self.drafters == (HEADS,) and name != JOINT:  # these are its own
             object.__setattr__(self, OF_DRAFTERS, ())
@@ -125,9 +125,15 @@ class Run:
         loaded = {} if loaded is None else loaded
         for spec in (specs := self.drafters or rescorer.drafters):
             if ("drafter", spec) not in loaded:
-                loaded["drafter", spec] = load_drafter(spec) if isinstance(spec, str) else spec
+                loaded["drafter", spec] = load_drafter(spec) if isinstance(spec, str) else spec.named(_name(spec))
         drafters = tuple(loaded["drafter", spec] for spec in specs)
         check_drafters(drafters, live=False)
+        for drafter in drafters:
+            if drafter.held is not None and drafter.held < self.k:
+                raise RescoreError(
+                    f"k = {self.k}, but {drafter.name} holds the top {drafter.held} of each slot; choose --k from 1 to "
+                    f"{drafter.held}"
+                )
         return drafters
 
 
@@ -154,8 +160,13 @@ def label_of(rescorer: str | Rescorer, drafters: Sequence[str | Drafter] = ()) -
     label = rescorer if isinstance(rescorer, str) else type(rescorer).__name__
     if not drafters:
         return label
-    names = "+".join(each if isinstance(each, str) else each.name for each in drafters)
+    names = "+".join(map(_name, drafters))
     return f"{label}{',' if ':' in label else ':'}{OF_DRAFTERS}={names}"
+
+
+def _name(drafter: str | Drafter) -> str:
+    """What a drafter is called: its spec; an object without a name by its class."""
+    return drafter if isinstance(drafter, str) else drafter.name or type(drafter).__name__
 
 
 def runs_of(
@@ -207,6 +218,18 @@ def runs_of(
         name = OF_DRAFTERS.removesuffix("s") if option == OF_DRAFTERS else option
         raise RescoreError(f"--{name} is used by no --rescorer, each of which says its own {option}; drop it")
     return list(runs)
+
+
+def _split(text: str) -> tuple[str, ...]:
+    """The specs of `heads+lookup`; what follows a plus and is no drafter's name belongs to the value before: a path may
+    have them in it."""
+    specs: list[str] = []
+    for part in text.split("+"):
+        if specs and ":" in specs[-1] and not DRAFTERS.has(part):
+            specs[-1] += f"+{part}"
+        else:
+            specs.append(part)
+    return tuple(specs)
 
 
 def parse_alpha(text: str) -> float | Literal["tuned"]:

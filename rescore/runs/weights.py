@@ -15,6 +15,7 @@ from lm.keys import cache_entry
 from lm.records import read_record
 from rescore.checks import MAX_ALPHA
 from rescore.drafters import HEADS
+from rescore.drafters.asked import fit_drafter
 from rescore.options import written
 from rescore.rescorers import Rescorer, Target
 from rescore.runs.inputs import Inputs
@@ -136,7 +137,7 @@ def fit_to(
 
 def fitted_to(target: Target, choosing: Mapping[str, Choosing]) -> dict[str, Choosing]:
     """Rescorers and drafters fitted to a base LM. Raises as their `fit`."""
-    fitted = {drafter: drafter.fit(target) for _, drafters in choosing.values() for drafter in drafters}
+    fitted = {drafter: fit_drafter(drafter, target) for _, drafters in choosing.values() for drafter in drafters}
     return {
         label: (
             rescorer.fit(dataclasses.replace(target, sources=tuple(drafter.source for drafter in drafters))),

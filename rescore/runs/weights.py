@@ -21,7 +21,7 @@ from rescore.rescorers import Rescorer, Target
 from rescore.runs.inputs import Inputs
 from rescore.runs.recording import Recording
 from rescore.runs.records import Alpha, RunRecord, Tuned
-from rescore.runs.run import Choosing, Run
+from rescore.runs.run import Choosing, Run, name_of
 from rescore.tracing import Trace
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ def _tune_command(inputs: Inputs, run: Run) -> str:
     names = ("h", "base", "heads", "data", "max_new_tokens", "max_prompt_tokens", "dtype")
     changed = {name: value for name in names if (value := getattr(inputs, name)) != defaults[name]}
     spec = run.rescorer if isinstance(run.rescorer, str) else run.label
-    given = {"task": inputs.task, "trace": inputs.trace, "rescorer": spec, "k": run.k, "p": run.p}
+    drafters = ",".join(map(name_of, run.drafters)) or None
+    given = {"task": inputs.task, "trace": inputs.trace, "rescorer": spec, "drafter": drafters, "k": run.k, "p": run.p}
     return written("tune", given | changed)
 
 

@@ -24,7 +24,7 @@ from rescore.drafters.recorded import drafted
 from rescore.rescorers import Target, load_rescorer
 from rescore.runs.inputs import Inputs
 from rescore.runs.recording import record_task
-from rescore.runs.run import Run
+from rescore.runs.run import Run, runs_of
 from rescore.runs.weights import target_of
 from rescore.tracing import HEADER_FILE, read_trace
 
@@ -231,6 +231,7 @@ class TestSizes:
 
     def test_of_trees(self, options: Options, tmp_path: Path):  # noqa: F811
         joint = fitted(options, tmp_path, ["heads", "lookup"])
+        refused(lambda: runs_of([joint], nodes=0), "--nodes 0; a tree has")
         for values in ("tokens=1000000000", "nodes=1000000000", "nodes=-1", "nodes=99999999999999999999"):
             refused(lambda values=values: load_rescorer(f"{joint},{values}"), "joint: give tokens of 1 to 1,024")
 
@@ -250,5 +251,13 @@ def test_a_path_with_a_plus_in_a_spec(options: Options, index: str, tmp_path: Pa
     run = Run(f"none:drafters=heads+{spec}+lookup", k=8)
     assert run.drafters == ("heads", spec, "lookup")
     assert evaluated(options | {"limit": 2, "rescorers": [run]}).results
+    for spec in ("none:drafters=heads+lookup:tokens=3,least=2", "joint:drafters=heads+draft-model:x,tokens=3"):
+        refused(lambda spec=spec: Run(spec), "after a comma would be a setting of", "give the drafters by --drafter")
+    assert Run("joint:tokens=3,drafters=heads+draft-model:x,nodes=5").drafters == ("heads", "draft-model:x")
     with pytest.raises(RescoreError, match="unknown drafter"):
         evaluated(options | {"rescorers": ["none:drafters=heads+lookp"]})
+
+
+def test_the_command_that_tunes_names_the_drafters(options: Options):  # noqa: F811
+    run = Run("context-ngram:none", k=8, alpha="tuned", drafters=("heads", "lookup"))
+    refused(lambda: evaluated(options | {"rescorers": [run]}), "--drafter heads,lookup --k 8")

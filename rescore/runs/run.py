@@ -82,11 +82,12 @@ class Run:
                 raise RescoreError(f"the drafters of {spec} are given twice; drop one")
             keys = list(arguments)
             after = [key for key in keys[keys.index(OF_DRAFTERS) + 1 :] if key in OF_ONE_DRAFTER]
-            object.__setattr__(self, OF_DRAFTERS, _split(arguments.pop(OF_DRAFTERS)))
-            if after and ":" in self.drafters[-1]:
+            specs = _split(arguments.pop(OF_DRAFTERS))
+            object.__setattr__(self, OF_DRAFTERS, specs)
+            if after and ":" in specs[-1]:
                 raise RescoreError(
-                    f"{spec}: {after[0]} after a comma would be a setting of {name}; put it before {OF_DRAFTERS}= if it "
-                    "is, or give the drafters by --drafter"
+                    f"{spec}: {after[0]} after a comma would be a setting of {name}; put it before {OF_DRAFTERS}= "
+                    "if it is, or give the drafters by --drafter"
                 )
             object.__setattr__(self, "rescorer", format_spec(name, arguments))
         if self.drafters == (HEADS,) and name != JOINT:  # these are its own

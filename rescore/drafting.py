@@ -15,6 +15,7 @@ import numpy as np
 
 from lattices.errors import RescoreError
 from lattices.joined.lookup import NONE
+from rescore.drafters.asked import continuations_of
 from rescore.drafters.base import SURE, Continuations, Drafter, LatticeDrafter, TextDrafter, as_drafts, stacked
 from rescore.drafters.heads import Heads
 from rescore.drafters.proposals import Proposals
@@ -75,7 +76,7 @@ class Drafting:
             drafter: self.rescorer.draft(lattice, contexts, self.p) for drafter, lattice in proposals.lattices.items()
         }
         copied: dict[Drafter, list[Continuations]] = {
-            drafter: drafter.continuations(contexts, proposals.firsts, self.p)
+            drafter: continuations_of(drafter, contexts, proposals.firsts, self.p)
             for drafter in self.drafters
             if isinstance(drafter, TextDrafter)
         }

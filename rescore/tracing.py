@@ -257,6 +257,11 @@ def write_part(folder: Path, rows: list[dict[str, Any]]) -> None:
 def check_settings(folder: Path, header: TraceHeader, **expected: Any) -> None:
     """Raises `IncompatibleError` with the difference if fields of the header in `folder` are not the expected ones."""
     recorded = {name: getattr(header, name) for name in expected}
+    if "settings" in expected and (others := header.settings.get("drafter")) != expected["settings"].get("drafter"):
+        raise IncompatibleError(
+            f"{folder} holds a trace with other settings (drafter: {others or 'heads'} -> "
+            f"{expected['settings'].get('drafter') or 'heads'}); use another --out"
+        )
     if changed := changed_settings(recorded, plain(expected)):
         raise IncompatibleError(f"{folder} holds a trace with other settings ({'; '.join(changed)}); use another --out")
 

@@ -12,6 +12,7 @@ from lattices.joined.lookup import NONE, Lookup
 from lattices.joined.sources import Chains, Sources
 from lattices.lattice import Lattice
 from lattices.ngram_search import NgramSearch
+from rescore.drafters.asked import continuations_of, lattices_of
 from rescore.drafters.base import Continuations, Drafter, LatticeDrafter, TextDrafter
 from rescore.drafters.heads import Heads
 from rescore.drafters.lookup import lookup_of
@@ -57,13 +58,13 @@ class Proposals:
     def of(cls, drafters: Sequence[Drafter], contexts: Sequence[Context], firsts: np.ndarray, k: int) -> Proposals:
         """Asks the drafters, for the k likeliest tokens of a slot."""
         lattices: dict[Drafter, Lattice] = {
-            d: d.lattices(contexts, firsts, k) for d in drafters if isinstance(d, LatticeDrafter)
+            d: lattices_of(d, contexts, firsts, k) for d in drafters if isinstance(d, LatticeDrafter)
         }
         return cls(
             firsts.astype(np.int32),
             lattices,
             {
-                d: d.continuations(contexts, firsts, FROM_CORPUS)
+                d: continuations_of(d, contexts, firsts, FROM_CORPUS)
                 for d in drafters
                 if isinstance(d, TextDrafter) and not d.in_context
             },

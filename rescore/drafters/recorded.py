@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
-from lattices.errors import RescoreError
+from lattices.errors import IncompatibleError, RescoreError
 from lattices.lattice import Lattice
 from lm.files import write_json
 from lm.locks import making, writing_to
 from lm.records import plain
+from rescore.drafters.asked import recorded_of
 from rescore.drafters.base import Drafter, LatticeDrafter
 from rescore.drafters.heads import Heads
 from rescore.drafters.traced import Traced
@@ -66,6 +68,11 @@ def record_drafter(
     k = k or trace.header.k
     cached, settings = _place(task, drafter, settings, k)
     place = folder or cached
+    if not drafter.identity:
+        raise RescoreError(
+            f"what {drafter.name or type(drafter).__name__} drafts could not be known again: set its `identity`, "
+            "a hash of what it drafts with"
+        )
     with writing_to(place) if folder else making(place, f"what {drafter.name} drafts for {task}"):
         header = TraceHeader(
             drafter.longest or trace.header.h, k, trace.header.vocab_size, trace.header.eos_token_ids, settings, []
@@ -75,22 +82,31 @@ def record_drafter(
             if (place / HEADER_FILE).is_file():
                 recorded = read_trace(place)
                 check_settings(place, recorded.header, h=header.h, settings=settings)
-                header, known = recorded.header, {example.id: example for example in recorded.examples}
+                _check_outputs(place, of_id := {example.id: example for example in recorded.examples}, trace)
+                header, known = recorded.header, of_id
         missing = [example for example in trace.examples if example.id not in known]
         for start in range(0, len(missing), PART_EXAMPLES):
-            rows = []
-            for example in missing[start : start + PART_EXAMPLES]:
-                rows.append(_row(example, drafter, k))
-                if progress:
-                    done = len(trace.examples) - len(missing) + start + len(rows)
-                    progress(f"draft {task}", done, len(trace.examples))
-            if not header.parts:  # a drafter may have fewer entries than were asked for
-                (kept,) = {len(row["token_ids"]) // (len(row["output_ids"]) * header.h) for row in rows}
-                header = msgspec.structs.replace(header, k=kept)
-            name = f"part-{len(header.parts):05d}"
-            write_part(place / name, rows)
-            header.parts.append(name)
-            write_json(place / HEADER_FILE, plain(header))
+            rows: list[dict[str, Any]] = []
+            try:
+                for example in missing[start : start + PART_EXAMPLES]:
+                    lattice, entropies = recorded_of(drafter, example.prompt_ids, example.output_ids, k, header.h)
+                    if not rows and not header.parts:  # a drafter may have fewer entries than were asked for
+                        header = msgspec.structs.replace(header, k=lattice.k)
+                    if lattice.k != header.k:
+                        raise RescoreError(
+                            f"the drafter {drafter.name} gave {lattice.k} entries a slot for {example.id}, and "
+                            f"{header.k} before; a trace needs the same number everywhere"
+                        )
+                    rows.append(_row(example, lattice, entropies))
+                    if progress:
+                        done = len(trace.examples) - len(missing) + start + len(rows)
+                        progress(f"draft {task}", done, len(trace.examples))
+            finally:  # what was drafted before Ctrl-C or an error is kept
+                if rows:
+                    name = f"part-{len(header.parts):05d}"
+                    write_part(place / name, rows)
+                    header.parts.append(name)
+                    write_json(place / HEADER_FILE, plain(header))
         if missing:
             known = {example.id: example for example in read_trace(place).examples}
     return Trace(header, tuple(known[example.id] for example in trace.examples))
@@ -105,6 +121,7 @@ def recorded_already(
     with suppress(RescoreError):
         recorded = read_trace(folder)
         check_settings(folder, recorded.header, settings=settings)
+        _check_outputs(folder, {example.id: example for example in recorded.examples}, trace)
         known = {example.id: example.lattice for example in recorded.examples}
         return known if all(example.id in known for example in trace.examples) else None
     return None
@@ -117,8 +134,19 @@ def _place(task: str, drafter: LatticeDrafter, settings: dict[str, Any], k: int)
     return trace_folder(f"{task}-draft", settings, k), settings
 
 
-def _row(example: TracedExample, drafter: LatticeDrafter, k: int) -> dict[str, Any]:
-    lattice, entropies = drafter.record(example.prompt_ids, example.output_ids, k)
+def _check_outputs(folder: Path, known: dict[str, TracedExample], trace: Trace) -> None:
+    """Raises `IncompatibleError` if what is recorded was drafted along other outputs than those of the trace."""
+    for example in trace.examples:
+        recorded = known.get(example.id)
+        if recorded and not all(
+            np.array_equal(getattr(recorded, ids), getattr(example, ids)) for ids in ("prompt_ids", "output_ids")
+        ):
+            raise IncompatibleError(
+                f"{folder} holds what was drafted along another output of the example {example.id!r}; use another --out"
+            )
+
+
+def _row(example: TracedExample, lattice: Lattice, entropies: np.ndarray) -> dict[str, Any]:
     return {
         "id": example.id, "prompt": example.prompt, "references": list(example.references), "output": example.output,
         "prompt_ids": example.prompt_ids, "output_ids": example.output_ids, "token_ids": lattice.token_ids.ravel(),

@@ -12,6 +12,7 @@ from lattices.joined.lookup import advance as advance_match
 from lattices.joined.sources import HEADS, MODEL, Sources, first_match, gather, match_before, room_for, still_following
 from lattices.lattice import Lattice
 from rescore.drafters import Drafter, LatticeDrafter, load_drafter
+from rescore.drafters.asked import fit_drafter
 from rescore.drafters.proposals import Proposals
 from rescore.drafters.recorded import recorded_already
 from rescore.drafters.traced import Traced
@@ -69,7 +70,7 @@ class JoinedLattices:
     def _load(self, spec: str) -> Drafter:
         assert self._trace is not None
         if spec.partition(":")[0] != SOURCES[MODEL]:
-            drafter = load_drafter(spec).fit(target_of(self._trace))
+            drafter = fit_drafter(load_drafter(spec), target_of(self._trace))
             if isinstance(drafter, Traced):
                 self._drafted[spec] = drafter.lattices_of(self._trace)
             return drafter

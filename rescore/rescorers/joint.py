@@ -22,7 +22,7 @@ from lattices.ngram_search import NgramSearch
 from lattices.paths import user_path
 from lm.keys import key_of
 from lm.neural.learned_bigram import shipped_bigram
-from rescore.drafters.base import stacked
+from rescore.drafters.base import MOST_TOKENS, stacked
 from rescore.drafters.proposals import Proposals, Statistics
 from rescore.rescorers.base import Context, Rescorer, Target
 from rescore.rescorers.joint_weights import read_fits, read_weights, shipped_weights
@@ -31,6 +31,7 @@ from rescore.rescorers.ngram import Ngram
 
 NONE = "none"
 LONGEST = 16  # tokens of a draft, the base's own included
+MOST_NODES = 1 << 16
 EXPLORED = (24, 3)  # nodes of the tree that is searched: so many, and so many more a draft
 
 
@@ -50,8 +51,11 @@ class Joint(Rescorer):
     def __init__(
         self, path: str = "", *, ngram: str = "", bigram: str = "", tokens: int = LONGEST - 1, nodes: int = 0
     ) -> None:
-        if tokens < 1 or nodes < 0:
-            raise RescoreError("joint: give tokens of 1 or more after the base's own, and nodes of 1 or more (0: any)")
+        if not 1 <= tokens <= MOST_TOKENS or not 0 <= nodes <= MOST_NODES:
+            raise RescoreError(
+                f"joint: give tokens of 1 to {MOST_TOKENS:,} after the base's own, and nodes of 1 to {MOST_NODES:,} "
+                "(0: any)"
+            )
         self.tokens, self.nodes = tokens, nodes
         self.longest = tokens + 1
         self.ngram, self._bigram = Ngram(ngram), bigram

@@ -20,6 +20,7 @@ from lm.records import plain
 from lm.text_files import rows_file
 from rescore.checks import check_held_k, check_k
 from rescore.drafters import LatticeDrafter, load_drafter
+from rescore.drafters.asked import fit_drafter
 from rescore.drafters.heads import Heads
 from rescore.drafters.recorded import record_drafter
 from rescore.groups import digest, held_out
@@ -357,7 +358,7 @@ def record_task(
     base = recording.settings["base"]
     target = Target.of(base, trace.header.vocab_size, trace.header.eos_token_ids, device=recording.models.device)
     how: dict[str, Any] = {"task": recording.name, "settings": recording.settings, "folder": out, "progress": progress}
-    return record_drafter(trace, loaded.fit(target), k=k, **how)
+    return record_drafter(trace, fit_drafter(loaded, target), k=k, **how)
 
 
 def load_trace(folder: str | Path, *, k: int = 1, **inputs: Any) -> Recording:

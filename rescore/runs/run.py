@@ -21,6 +21,7 @@ ORACLE = "oracle"
 Choosing = tuple[Rescorer, tuple[Drafter, ...]]  # a rescorer and the drafters that it chooses among
 NODES = "nodes"  # the key of a rescorer that drafts trees
 OF_DRAFTERS = "drafters"  # the key of a spec that says what a rescorer chooses among: drafters=heads+lookup
+OF_ONE_DRAFTER = ("tokens", "least", "most", "first")  # keys that look like a drafter's behind its spec
 FIXED = (NONE, ORACLE)  # what rescorers are compared with
 
 
@@ -79,7 +80,15 @@ class Run:
         if OF_DRAFTERS in arguments:
             if self.drafters:
                 raise RescoreError(f"the drafters of {spec} are given twice; drop one")
-            object.__setattr__(self, OF_DRAFTERS, tuple(arguments.pop(OF_DRAFTERS).split("+")))
+            keys = list(arguments)
+            after = [key for key in keys[keys.index(OF_DRAFTERS) + 1 :] if key in OF_ONE_DRAFTER]
+            specs = _split(arguments.pop(OF_DRAFTERS))
+            object.__setattr__(self, OF_DRAFTERS, specs)
+            if after and ":" in specs[-1]:
+                raise RescoreError(
+                    f"{spec}: {after[0]} after a comma would be a setting of {name}; put it before {OF_DRAFTERS}= "
+                    "if it is, or give the drafters by --drafter"
+                )
             object.__setattr__(self, "rescorer", format_spec(name, arguments))
         if self.drafters == (HEADS,) and name != JOINT:  # these are its own
             object.__setattr__(self, OF_DRAFTERS, ())
@@ -125,9 +134,15 @@ class Run:
         loaded = {} if loaded is None else loaded
         for spec in (specs := self.drafters or rescorer.drafters):
             if ("drafter", spec) not in loaded:
-                loaded["drafter", spec] = load_drafter(spec) if isinstance(spec, str) else spec
+                loaded["drafter", spec] = load_drafter(spec) if isinstance(spec, str) else spec.named(name_of(spec))
         drafters = tuple(loaded["drafter", spec] for spec in specs)
         check_drafters(drafters, live=False)
+        for drafter in drafters:
+            if drafter.held is not None and drafter.held < self.k:
+                raise RescoreError(
+                    f"k = {self.k}, but {drafter.name} holds the top {drafter.held} of each slot; choose --k from 1 to "
+                    f"{drafter.held}"
+                )
         return drafters
 
 
@@ -154,8 +169,13 @@ def label_of(rescorer: str | Rescorer, drafters: Sequence[str | Drafter] = ()) -
     label = rescorer if isinstance(rescorer, str) else type(rescorer).__name__
     if not drafters:
         return label
-    names = "+".join(each if isinstance(each, str) else each.name for each in drafters)
+    names = "+".join(map(name_of, drafters))
     return f"{label}{',' if ':' in label else ':'}{OF_DRAFTERS}={names}"
+
+
+def name_of(drafter: str | Drafter) -> str:
+    """What a drafter is called: its spec; an object without a name by its class."""
+    return drafter if isinstance(drafter, str) else drafter.name or type(drafter).__name__
 
 
 def runs_of(
@@ -175,6 +195,8 @@ def runs_of(
     The oracle knows which draft is best: it is run with p = 1 only. Raises `RescoreError` for what makes no sense, and
     for p, k, alpha or drafters that every spec says itself.
     """
+    if nodes is not None and nodes < 1:
+        raise RescoreError(f"--nodes {nodes}; a tree has the base's own token at least (--nodes 64)")
     runs: dict[Run, None] = {}
     asked = (("p", ps), ("k", ks), (WEIGHT, alpha is not None), (OF_DRAFTERS, drafters), (NODES, nodes))
     unused = {name for name, given in asked if given}
@@ -207,6 +229,18 @@ def runs_of(
         name = OF_DRAFTERS.removesuffix("s") if option == OF_DRAFTERS else option
         raise RescoreError(f"--{name} is used by no --rescorer, each of which says its own {option}; drop it")
     return list(runs)
+
+
+def _split(text: str) -> tuple[str, ...]:
+    """The specs of `heads+lookup`; what follows a plus and is no drafter's name belongs to the value before: a path may
+    have them in it."""
+    specs: list[str] = []
+    for part in text.split("+"):
+        if specs and ":" in specs[-1] and not DRAFTERS.has(part):
+            specs[-1] += f"+{part}"
+        else:
+            specs.append(part)
+    return tuple(specs)
 
 
 def parse_alpha(text: str) -> float | Literal["tuned"]:

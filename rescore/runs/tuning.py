@@ -14,6 +14,7 @@ from lm.records import plain
 from rescore.accounting import block_efficiency
 from rescore.checks import check_held_k
 from rescore.drafters import Drafter
+from rescore.drafters.asked import fit_drafter
 from rescore.drafters.recorded import drafted
 from rescore.replaying import Drafted, replay
 from rescore.rescorers import JOINT, Rescorer
@@ -156,7 +157,7 @@ def fit_joint(
         # Not `fit_before`: the weights need not be there yet.
         trace = _trace(recording, k, lambda of: joint.ngram.fit(target_before(of)), progress, notify)
         target = target_of(trace, device=recording.models.device)
-        fitted = [drafter.fit(target) for drafter in of_run]
+        fitted = [fit_drafter(drafter, target) for drafter in of_run]
         of_models = _drafted(recording, trace, fitted, progress)
         groups = [f"{recording.name} {group}" for group in recording.groups]
         statistics, bigram = joint.statistics_for(target)

@@ -15,12 +15,13 @@ from lm.keys import cache_entry
 from lm.records import read_record
 from rescore.checks import MAX_ALPHA
 from rescore.drafters import HEADS
+from rescore.drafters.asked import fit_drafter
 from rescore.options import written
 from rescore.rescorers import Rescorer, Target
 from rescore.runs.inputs import Inputs
 from rescore.runs.recording import Recording
 from rescore.runs.records import Alpha, RunRecord, Tuned
-from rescore.runs.run import Choosing, Run
+from rescore.runs.run import Choosing, Run, name_of
 from rescore.tracing import Trace
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ def _tune_command(inputs: Inputs, run: Run) -> str:
     names = ("h", "base", "heads", "data", "max_new_tokens", "max_prompt_tokens", "dtype")
     changed = {name: value for name in names if (value := getattr(inputs, name)) != defaults[name]}
     spec = run.rescorer if isinstance(run.rescorer, str) else run.label
-    given = {"task": inputs.task, "trace": inputs.trace, "rescorer": spec, "k": run.k, "p": run.p}
+    drafters = ",".join(map(name_of, run.drafters)) or None
+    given = {"task": inputs.task, "trace": inputs.trace, "rescorer": spec, "drafter": drafters, "k": run.k, "p": run.p}
     return written("tune", given | changed)
 
 
@@ -136,7 +138,7 @@ def fit_to(
 
 def fitted_to(target: Target, choosing: Mapping[str, Choosing]) -> dict[str, Choosing]:
     """Rescorers and drafters fitted to a base LM. Raises as their `fit`."""
-    fitted = {drafter: drafter.fit(target) for _, drafters in choosing.values() for drafter in drafters}
+    fitted = {drafter: fit_drafter(drafter, target) for _, drafters in choosing.values() for drafter in drafters}
     return {
         label: (
             rescorer.fit(dataclasses.replace(target, sources=tuple(drafter.source for drafter in drafters))),

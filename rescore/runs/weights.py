@@ -20,7 +20,7 @@ from rescore.rescorers import Rescorer, Target
 from rescore.runs.inputs import Inputs
 from rescore.runs.recording import Recording
 from rescore.runs.records import Alpha, RunRecord, Tuned
-from rescore.runs.run import Choosing, Run
+from rescore.runs.run import Choosing, Run, label_of
 from rescore.tracing import Trace
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _tune_command(inputs: Inputs, run: Run) -> str:
     defaults = {field.name: field.default for field in dataclasses.fields(Inputs)}
     names = ("h", "base", "heads", "data", "max_new_tokens", "max_prompt_tokens", "dtype")
     changed = {name: value for name in names if (value := getattr(inputs, name)) != defaults[name]}
-    spec = run.rescorer if isinstance(run.rescorer, str) else run.label
+    spec = label_of(run.rescorer, run.drafters) if isinstance(run.rescorer, str) else run.label
     given = {"task": inputs.task, "trace": inputs.trace, "rescorer": spec, "k": run.k, "p": run.p}
     return written("tune", given | changed)
 
@@ -139,7 +139,7 @@ def fitted_to(target: Target, choosing: Mapping[str, Choosing]) -> dict[str, Cho
     fitted = {drafter: drafter.fit(target) for _, drafters in choosing.values() for drafter in drafters}
     return {
         label: (
-            rescorer.fit(dataclasses.replace(target, sources=tuple(drafter.source for drafter in drafters))),
+            rescorer.fit(dataclasses.replace(target, sources=tuple(fitted[drafter].source for drafter in drafters))),
             tuple(fitted[drafter] for drafter in drafters),
         )
         for label, (rescorer, drafters) in choosing.items()

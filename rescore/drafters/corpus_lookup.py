@@ -33,8 +33,11 @@ class CorpusLookup(TextDrafter):
             raise RescoreError("corpus-lookup: give tokens of 1 or more, and matches of least to most tokens")
         self.tokens, self.least, self.most = tokens, least, most
         self.longest = tokens + 1
-        self.index: LookupIndex = open_lookup(path)
-        self.identity = f"corpus-lookup {self.index.identity} {tokens} {least} {most}"
+        self._take(open_lookup(path))
+
+    def _take(self, index: LookupIndex) -> None:
+        self.index = index
+        self.identity = f"corpus-lookup {index.identity} {self.tokens} {self.least} {self.most}"
 
     @property
     def source(self) -> str:
@@ -44,10 +47,10 @@ class CorpusLookup(TextDrafter):
     def fit(self, target: Target) -> Self:
         """See `Drafter.fit`."""
         fitted = copy.copy(self)
-        fitted.index = open_lookup(
+        fitted._take(open_lookup(
             self.index.path, tokenizer_sha256=target.tokenizer_sha256, vocab_size=target.vocab_size,
             base=target.base.name if target.base else "the base LM",
-        )  # fmt: skip
+        ))  # fmt: skip
         return fitted
 
     def continuations(self, contexts: Sequence[Context], firsts: np.ndarray, count: int) -> list[Continuations]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -11,10 +13,9 @@ from lattices.errors import IncompatibleError, RescoreError
 from lattices.joined.sources import TRACED
 from lattices.lattice import Lattice
 from lattices.paths import user_path
-from lm.files import sha256_of_file
 from rescore.drafters.base import LatticeDrafter
-from rescore.rescorers.base import Context
-from rescore.tracing import HEADER_FILE, Trace, read_header, read_trace
+from rescore.rescorers.base import Context, Target
+from rescore.tracing import Trace, content_sha256, read_header, read_trace
 
 
 class Traced(LatticeDrafter):
@@ -30,14 +31,24 @@ class Traced(LatticeDrafter):
         if not path:
             raise RescoreError("the drafter trace needs a folder; write trace:FOLDER")
         self.path = user_path(path, "trace:")
-        header = read_header(self.path)
-        self.longest = header.h
-        self.identity = f"trace {sha256_of_file(self.path / HEADER_FILE)}"
+        self.longest = read_header(self.path).h
 
     @property
     def source(self) -> str:
         """See `Drafter.source`."""
         return f"trace {Path(self.path).name}"
+
+    def fit(self, target: Target) -> Self:
+        """See `Drafter.fit`."""
+        header = read_header(self.path)
+        if header.vocab_size > target.vocab_size:
+            raise IncompatibleError(
+                f"the drafter's trace {self.path} has a vocabulary of {header.vocab_size}, more than the base's "
+                f"{target.vocab_size}; give one of the same base LM"
+            )
+        fitted = copy.copy(self)
+        fitted.identity = f"trace {content_sha256(self.path, header.parts)}"
+        return fitted
 
     def computed(self, contexts: Sequence[Context], firsts: np.ndarray, k: int) -> Lattice:
         """See `LatticeDrafter.computed`."""

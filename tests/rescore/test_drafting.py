@@ -21,7 +21,9 @@ from rescore.decoding import decode
 from rescore.drafters import DRAFTERS, Drafter, LatticeDrafter, load_drafter
 from rescore.drafters.lookup import PromptLookup
 from rescore.drafters.recorded import record_drafter, recorded_already
+from rescore.drafting import Drafting
 from rescore.live import generate
+from rescore.rescorers import Context, load_rescorer
 from rescore.rescorers.joint_weights import read_fits
 from rescore.rescorers.ngram import Ngram
 from rescore.runs.evaluation import evaluate
@@ -131,6 +133,32 @@ def test_shares_of_several_drafters(options: Options):
         most = [max(steps) for steps in zip(*together.alone_accepted.values(), strict=True)]
         assert together.accepted == most, "one draft of each: the longer one wins"
         assert sum(alone[one.label].accepted) == len(example.output_ids)
+
+
+class Asked(PromptLookup):
+    """Notes how many continuations it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name, self.counts = "asked", list[int]()
+
+    def continuations(self, contexts, firsts, count):
+        self.counts.append(count)
+        return super().continuations(contexts, firsts, count)
+
+
+def test_text_is_looked_up_once_and_while_drafters_propose():
+    """Live decoding times apart what drafters and what rescorers take."""
+    drafter, context, firsts = Asked(), Context([5, 6, 7, 5, 8]), np.array([5])
+    for in_context, joined in ((True, []), (False, [4])):
+        drafter.in_context = in_context
+        for rescorer, counts in (("none", [3]), ("oracle", joined)):
+            drafting = Drafting(load_rescorer(rescorer), [drafter], p=3)
+            drafter.counts.clear()
+            proposals = drafting.propose([context], firsts)
+            assert drafter.counts == counts
+            if rescorer == "none":
+                assert drafting.choose(proposals, [context])[0, :, 1].tolist() == [8, 6] and drafter.counts == counts
 
 
 def test_a_tree_of_so_many_nodes(options: Options, tmp_path: Path):

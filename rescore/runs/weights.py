@@ -20,7 +20,7 @@ from rescore.rescorers import Rescorer, Target
 from rescore.runs.inputs import Inputs
 from rescore.runs.recording import Recording
 from rescore.runs.records import Alpha, RunRecord, Tuned
-from rescore.runs.run import Choosing, Run, label_of
+from rescore.runs.run import Choosing, Run
 from rescore.tracing import Trace
 
 if TYPE_CHECKING:
@@ -85,8 +85,9 @@ def _tune_command(inputs: Inputs, run: Run) -> str:
     defaults = {field.name: field.default for field in dataclasses.fields(Inputs)}
     names = ("h", "base", "heads", "data", "max_new_tokens", "max_prompt_tokens", "dtype")
     changed = {name: value for name in names if (value := getattr(inputs, name)) != defaults[name]}
-    spec = label_of(run.rescorer, run.drafters) if isinstance(run.rescorer, str) else run.label
-    given = {"task": inputs.task, "trace": inputs.trace, "rescorer": spec, "k": run.k, "p": run.p}
+    spec = run.rescorer if isinstance(run.rescorer, str) else run.label
+    drafters = ",".join(each if isinstance(each, str) else each.name for each in run.drafters) or None
+    given = {"task": inputs.task, "trace": inputs.trace, "rescorer": spec, "drafter": drafters, "k": run.k, "p": run.p}
     return written("tune", given | changed)
 
 

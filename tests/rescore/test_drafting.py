@@ -193,7 +193,9 @@ def test_a_weight_is_tuned_for_what_is_chosen_among(options: Options, small: str
     alpha = evaluate(recording, [run]).config.runs["squad"][0].alpha
     assert alpha is not None and (alpha.source, alpha.alpha) == ("tuned", tuned.alpha)
     other = dataclasses.replace(run, p=2)
-    refused(lambda: evaluate(recording, [other]), "no weight of", f"context-ngram:none,drafters={spec}")
+    refused(
+        lambda: evaluate(recording, [other]), "no weight of", f"--rescorer context-ngram:none --drafter {spec} --k 8"
+    )
     refused(lambda: is_joint(["ngram"], None, ["recency"]), "--without is for the weights of joint")
 
 

@@ -17,7 +17,6 @@ from rescore.drafters import Drafter
 from rescore.drafters.recorded import drafted
 from rescore.replaying import Drafted, replay
 from rescore.rescorers import JOINT, Rescorer
-from rescore.rescorers.joint import Joint
 from rescore.rescorers.joint_fit import JointData
 from rescore.rescorers.joint_weights import JointFit, write_weights
 from rescore.runs.environment import environment
@@ -150,6 +149,8 @@ def fit_joint(
     held_out: examples of each task, as for `tune`. How well the probabilities hold is measured on half of the groups
     with weights of the other half. Raises `RescoreError` for what `evaluate` refuses, `OutputError`.
     """
+    from rescore.rescorers.joint import Joint  # torch, which plans of suites do without
+
     run = Run(spec, k=k, drafters=tuple(drafters))
     joint = run.load()
     assert isinstance(joint, Joint)

@@ -285,14 +285,16 @@ def tune_command(
     """Tune a rescorer's weight (alpha) by replay on held-out examples, for `rescore eval --alpha tuned`."""
     _check(task, inputs)
     from rescore.runs.recording import open_recordings
+    from rescore.runs.run import Run
     from rescore.runs.tables import tuning_table
     from rescore.runs.tuning import DEFAULT_ALPHAS, fit_joint, is_joint, tune
 
-    recordings = open_recordings(task, inputs, k=max(k))
-    how: dict[str, Any] = {"held_out": held_out, "notify": notify}
-    if is_joint(rescorer, out):
-        of_joint = {"drafters": drafter, "without": without, "k": max(k)}
-        fit = _done(fit_joint, recordings, out, rescorer[0], **of_joint, **how)
+    is_fitted = is_joint(rescorer, out, without)
+    needs_heads = any(Run(spec, drafters=tuple(drafter)).needs_heads for spec in rescorer)
+    recordings = open_recordings(task, inputs, k=max(k), heads_needed=needs_heads)
+    how: dict[str, Any] = {"drafters": drafter, "held_out": held_out, "notify": notify}
+    if is_fitted:
+        fit = _done(fit_joint, recordings, out, rescorer[0], without=without, k=max(k), **how)
         _result(fit, "rescore.runs.tables:joint_fit_table", as_json)
         return notify(f"written: rescore eval --rescorer joint:{out} uses these weights")
     sweeps = _done(tune, recordings, rescorer, alphas=alphas or DEFAULT_ALPHAS, ks=k, ps=p, **how)

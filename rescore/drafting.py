@@ -15,8 +15,7 @@ import numpy as np
 
 from lattices.errors import RescoreError
 from lattices.joined.lookup import NONE
-from rescore.drafters.asked import continuations_of
-from rescore.drafters.base import SURE, Continuations, Drafter, LatticeDrafter, TextDrafter, as_drafts, stacked
+from rescore.drafters.base import SURE, Drafter, LatticeDrafter, as_drafts, stacked
 from rescore.drafters.heads import Heads
 from rescore.drafters.proposals import Proposals
 from rescore.rescorers.base import Context, Rescorer, check_drafts
@@ -55,7 +54,7 @@ class Drafting:
 
     def propose(self, contexts: Sequence[Context], firsts: np.ndarray) -> Proposals:
         """What the drafters say comes after `firsts` int `[n]`, the tokens that the base has chosen."""
-        return Proposals.of(self.drafters, contexts, firsts, self.k)
+        return Proposals.of(self.drafters, contexts, firsts, self.k, apart=None if self.rescorer.joins else self.p)
 
     def choose(self, proposals: Proposals, contexts: Sequence[Context]) -> np.ndarray:
         """Drafts int32 `[n, p', l]` of what was proposed, best first, p' <= p; -1 stands after the end of a shorter
@@ -75,11 +74,7 @@ class Drafting:
         rescored = {
             drafter: self.rescorer.draft(lattice, contexts, self.p) for drafter, lattice in proposals.lattices.items()
         }
-        copied: dict[Drafter, list[Continuations]] = {
-            drafter: continuations_of(drafter, contexts, proposals.firsts, self.p)
-            for drafter in self.drafters
-            if isinstance(drafter, TextDrafter)
-        }
+        copied = proposals.continuations
         chosen = []
         for row, first in enumerate(proposals.firsts.tolist()):
             sure = [drafter for drafter, found in copied.items() if found[row].match >= SURE]

@@ -33,7 +33,7 @@ import numpy as np
 from lattices.errors import IncompatibleError, InvalidDataError, first_line
 from lattices.lattice import Lattice, put_first
 from lm.files import atomic_folder, changed_settings, sha256_of_file, write_json
-from lm.keys import cache_entry
+from lm.keys import cache_entry, software
 from lm.locks import writing_to
 from lm.records import plain, read_record
 from rescore.checks import check_fits, check_k
@@ -183,6 +183,17 @@ def record_trace(
             write_json(folder / HEADER_FILE, plain(header))
             done |= {e.id: e for e in _read_part(folder / name, header)}
         return Trace(header, tuple(done[e.id] for e in examples))
+
+
+def recorded_by(device: str) -> dict[str, str | int]:
+    """What rounds in its own way: the kind of device, this project's recording, the libraries' minor versions."""
+    return {"device": device.partition(":")[0], "recording": RECORDING, **software()}
+
+
+def given_settings(settings: dict[str, Any], sha256: str, device: str) -> dict[str, Any]:
+    """What is recorded here beside a trace that was given: of all that this says of itself, by its hash, and of what
+    records now."""
+    return {**settings, "trace": sha256, "recorded_by": recorded_by(device)}
 
 
 def trace_folder(task: str, settings: dict[str, Any], k: int) -> Path:

@@ -27,9 +27,9 @@ class Drafter(ABC):
     """What all drafters have.
 
     name: its spec.
-    kind: where its candidates come from: a bit of `lattices.joined.candidates`, called as
+    kind: where its candidates come from: a bit of `lattices.joined.sources`, called as
         `rescore.runs.records.SOURCES` has it.
-    identity: what it drafts with (hashes), so that results say what made them.
+    identity: what it drafts with (hashes), so that results say what made them; whole once it is fitted.
     longest: tokens of a draft, the base's own first one included; None: those of the heads.
     held: entries of a slot that it has at most (None: as many as are asked for).
     vocabulary: tokens of the base that it was fitted to (`rescore.drafters.asked`); 0: not known.

@@ -32,8 +32,11 @@ class CorpusLookup(TextDrafter):
         check_lengths("corpus-lookup", tokens, least, most)
         self.tokens, self.least, self.most = tokens, least, most
         self.longest = tokens + 1
-        self.index: LookupIndex = open_lookup(path)
-        self.identity = self._identity()
+        self._take(open_lookup(path))
+
+    def _take(self, index: LookupIndex) -> None:
+        self.index = index
+        self.identity = f"corpus-lookup {index.identity} {self.tokens} {self.least} {self.most}"
 
     @property
     def source(self) -> str:
@@ -43,15 +46,11 @@ class CorpusLookup(TextDrafter):
     def fit(self, target: Target) -> Self:
         """See `Drafter.fit`."""
         fitted = copy.copy(self)
-        fitted.index = open_lookup(
+        fitted._take(open_lookup(
             self.index.path, tokenizer_sha256=target.tokenizer_sha256, vocab_size=target.vocab_size,
             base=target.base.name if target.base else "the base LM",
-        )  # fmt: skip
-        fitted.identity = fitted._identity()  # the index may be another one by now
+        ))  # fmt: skip
         return fitted
-
-    def _identity(self) -> str:
-        return f"corpus-lookup {self.index.identity} {self.tokens} {self.least} {self.most}"
 
     def continuations(self, contexts: Sequence[Context], firsts: np.ndarray, count: int) -> list[Continuations]:
         """See `TextDrafter.continuations`."""

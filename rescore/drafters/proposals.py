@@ -44,7 +44,8 @@ class Proposals:
     """What drafters propose at n positions.
 
     firsts int32 `[n]`: the tokens that the base has chosen already, slot 1 of all of them.
-    lattices: `[n, h, k]` by drafter; continuations: n by drafter (not of drafters that copy from the context itself).
+    lattices: `[n, h, k]` by drafter; continuations: n by drafter (in a joined lattice not of drafters that copy from
+        the context itself).
     in_context: whether one does; longest: tokens of what is proposed, at most.
     """
 
@@ -55,8 +56,17 @@ class Proposals:
     longest: int
 
     @classmethod
-    def of(cls, drafters: Sequence[Drafter], contexts: Sequence[Context], firsts: np.ndarray, k: int) -> Proposals:
-        """Asks the drafters, for the k likeliest tokens of a slot."""
+    def of(
+        cls,
+        drafters: Sequence[Drafter],
+        contexts: Sequence[Context],
+        firsts: np.ndarray,
+        k: int,
+        *,
+        apart: int | None = None,
+    ) -> Proposals:
+        """Asks the drafters, for the k likeliest tokens of a slot; `apart`: for so many continuations each, which are
+        no part of a joined lattice."""
         lattices: dict[Drafter, Lattice] = {
             d: lattices_of(d, contexts, firsts, k) for d in drafters if isinstance(d, LatticeDrafter)
         }
@@ -64,9 +74,9 @@ class Proposals:
             firsts.astype(np.int32),
             lattices,
             {
-                d: continuations_of(d, contexts, firsts, FROM_CORPUS)
+                d: continuations_of(d, contexts, firsts, apart or FROM_CORPUS)
                 for d in drafters
-                if isinstance(d, TextDrafter) and not d.in_context
+                if isinstance(d, TextDrafter) and (apart or not d.in_context)
             },
             any(isinstance(d, TextDrafter) and d.in_context for d in drafters),
             max([lattice.h for lattice in lattices.values()] + [d.longest or 1 for d in drafters]),

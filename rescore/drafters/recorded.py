@@ -68,11 +68,6 @@ def record_drafter(
     k = k or trace.header.k
     cached, settings = _place(task, drafter, settings, k)
     place = folder or cached
-    if not drafter.identity:
-        raise RescoreError(
-            f"what {drafter.name or type(drafter).__name__} drafts could not be known again: set its `identity`, "
-            "a hash of what it drafts with"
-        )
     with writing_to(place) if folder else making(place, f"what {drafter.name} drafts for {task}"):
         header = TraceHeader(
             drafter.longest or trace.header.h, k, trace.header.vocab_size, trace.header.eos_token_ids, settings, []
@@ -80,10 +75,7 @@ def record_drafter(
         known: dict[str, TracedExample] = {}
         with suppress(*(() if folder else (RescoreError,))):  # a broken one in the cache counts as none
             if (place / HEADER_FILE).is_file():
-                recorded = read_trace(place)
-                check_settings(place, recorded.header, h=header.h, settings=settings)
-                _check_outputs(place, of_id := {example.id: example for example in recorded.examples}, trace)
-                header, known = recorded.header, of_id
+                header, known = _read(place, trace, h=header.h, settings=settings)
         missing = [example for example in trace.examples if example.id not in known]
         for start in range(0, len(missing), PART_EXAMPLES):
             rows: list[dict[str, Any]] = []
@@ -119,31 +111,39 @@ def recorded_already(
     some of it is not recorded."""
     folder, settings = _place(task, drafter, settings, trace.header.k)
     with suppress(RescoreError):
-        recorded = read_trace(folder)
-        check_settings(folder, recorded.header, settings=settings)
-        _check_outputs(folder, {example.id: example for example in recorded.examples}, trace)
-        known = {example.id: example.lattice for example in recorded.examples}
-        return known if all(example.id in known for example in trace.examples) else None
+        _, known = _read(folder, trace, settings=settings)
+        if all(example.id in known for example in trace.examples):
+            return {name: example.lattice for name, example in known.items()}
     return None
 
 
+def _read(folder: Path, trace: Trace, **expected: Any) -> tuple[TraceHeader, dict[str, TracedExample]]:
+    """What is recorded, by example. Raises `IncompatibleError` if its header is not the expected one, or for other
+    prompts and outputs than the trace has now: what makes these is no part of any settings."""
+    recorded = read_trace(folder)
+    check_settings(folder, recorded.header, **expected)
+    known = {example.id: example for example in recorded.examples}
+    for own in trace.examples:
+        there = known.get(own.id, own)
+        if not (np.array_equal(there.prompt_ids, own.prompt_ids) and np.array_equal(there.output_ids, own.output_ids)):
+            raise IncompatibleError(
+                f"{folder} holds drafts for another prompt or output of the example {own.id!r} than the trace has; use "
+                "another --out"
+            )
+    return recorded.header, known
+
+
 def _place(task: str, drafter: LatticeDrafter, settings: dict[str, Any], k: int) -> tuple[Path, dict[str, Any]]:
-    """The folder in the cache of what is recorded, and what that is of."""
+    """The folder in the cache of what is recorded, and what that is of. Raises `RescoreError` for a drafter without
+    identity."""
+    if not drafter.identity:
+        raise RescoreError(
+            f"what {type(drafter).__name__} drafts would not be known again: set its `identity`, a hash of what it "
+            "drafts with"
+        )
     # The task belongs to the settings of a trace that was recorded here, and need not to those of others.
     settings = {**settings, "task": task, "drafter": drafter.identity, "k": k}
     return trace_folder(f"{task}-draft", settings, k), settings
-
-
-def _check_outputs(folder: Path, known: dict[str, TracedExample], trace: Trace) -> None:
-    """Raises `IncompatibleError` if what is recorded was drafted along other outputs than those of the trace."""
-    for example in trace.examples:
-        recorded = known.get(example.id)
-        if recorded and not all(
-            np.array_equal(getattr(recorded, ids), getattr(example, ids)) for ids in ("prompt_ids", "output_ids")
-        ):
-            raise IncompatibleError(
-                f"{folder} holds what was drafted along another output of the example {example.id!r}; use another --out"
-            )
 
 
 def _row(example: TracedExample, lattice: Lattice, entropies: np.ndarray) -> dict[str, Any]:

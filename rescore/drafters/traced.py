@@ -33,21 +33,26 @@ class Traced(LatticeDrafter):
         self.path = user_path(path, "trace:")
         header = read_header(self.path)
         self.longest, self.held = header.h, header.k
-        self.identity = self._identity()
-
-    def fit(self, target: Target) -> Self:
-        """See `Drafter.fit`."""
-        fitted = copy.copy(self)
-        fitted.identity = self._identity()  # the trace may be another one by now
-        return fitted
-
-    def _identity(self) -> str:
-        return f"trace {content_sha256(self.path, read_header(self.path).parts)}"
 
     @property
     def source(self) -> str:
         """See `Drafter.source`."""
         return f"trace {Path(self.path).name}"
+
+    def fit(self, target: Target) -> Self:
+        """See `Drafter.fit`."""
+        header = read_header(self.path)
+        if header.vocab_size > target.vocab_size:
+            raise IncompatibleError(
+                f"the drafter's trace {self.path} has a vocabulary of {header.vocab_size}, more than the base's "
+                f"{target.vocab_size}; give one of the same base LM"
+            )
+        fitted = copy.copy(self)
+        fitted.identity = self._content()
+        return fitted
+
+    def _content(self) -> str:
+        return f"trace {content_sha256(self.path, read_header(self.path).parts)}"
 
     def computed(self, contexts: Sequence[Context], firsts: np.ndarray, k: int) -> Lattice:
         """See `LatticeDrafter.computed`."""
@@ -59,7 +64,7 @@ class Traced(LatticeDrafter):
         Raises `IncompatibleError` if it lacks one of them, or has another output for it.
         """
         theirs = {example.id: example for example in read_trace(self.path).examples}
-        if self._identity() != self.identity:
+        if self._content() != self.identity:
             raise IncompatibleError(f"the drafter's trace {self.path} was replaced meanwhile; run the command again")
         for example in trace.examples:
             own = theirs.get(example.id)

@@ -38,6 +38,7 @@ from rescore.tracing import (
     TraceHeader,
     check_settings,
     content_sha256,
+    given_settings,
     read_header,
     read_trace,
     record_trace,
@@ -87,8 +88,9 @@ class Recording:
 
     @property
     def all_settings(self) -> dict[str, Any]:
-        """All that the trace is of; of a trace that was given: what it says of itself, and its hash."""
-        return {**self.settings, **({"trace": self.source.get("sha256")} if self.given else {})}
+        """All that what is recorded beside the trace is of; `given_settings` of a trace that was given."""
+        own = self.settings
+        return given_settings(own, self.source["sha256"], self.models.device) if self.given else own
 
     def heads(self) -> BlockHeads | None:
         """The heads that are used; None without any."""

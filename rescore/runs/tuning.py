@@ -18,7 +18,6 @@ from rescore.drafters.asked import fit_drafter
 from rescore.drafters.recorded import drafted
 from rescore.replaying import Drafted, replay
 from rescore.rescorers import JOINT, Rescorer
-from rescore.rescorers.joint import Joint
 from rescore.rescorers.joint_fit import JointData
 from rescore.rescorers.joint_weights import JointFit, write_weights
 from rescore.runs.environment import environment
@@ -40,6 +39,7 @@ def tune(
     alphas: Sequence[float] = DEFAULT_ALPHAS,
     ks: Sequence[int] = (DEFAULT_K,),
     ps: Sequence[int] = (1, 16),
+    drafters: Sequence[str] = (),
     held_out: int = HELD_OUT,
     evaluated: Collection[str] = (),
     keep: bool = True,
@@ -48,13 +48,15 @@ def tune(
 ) -> list[Tuned]:
     """Sweeps the weight of every rescorer on every task, 0 among the `alphas`.
 
+    drafters: what rescorers choose among (none: what each says).
     held_out: examples of the last groups of the data, at most half of the groups (`rescore.groups.held_out`).
     evaluated: groups that are not tuned on while there are others.
     keep: keeps the best weights on this machine, for runs whose alpha is `tuned`.
     Raises `RescoreError` for a rescorer without weight and for what `evaluate` refuses.
     """
     swept = tuple(sorted({0.0, *alphas}))
-    runs = [Run(rescorer, p=p, k=k) for rescorer in dict.fromkeys(rescorers) for k in ks for p in ps]
+    chosen = tuple(drafters)
+    runs = [Run(rescorer, p=p, k=k, drafters=chosen) for rescorer in dict.fromkeys(rescorers) for k in ks for p in ps]
     for alpha in alphas:
         Run(alpha=alpha)  # refuses what is no weight
     if given := [run for run in runs if run.alpha is not None]:
@@ -70,12 +72,12 @@ def tune(
         for line in coverage_notices(trace, {label: rescorer for label, (rescorer, _) in fitted.items()}, max(ks)):
             if notify:
                 notify(line)
-        drafters = {drafter.name: drafter for _, each in fitted.values() for drafter in each}
-        of_models = _drafted(recording, trace, drafters.values(), progress)
+        by_name = {drafter.name: drafter for _, each in fitted.values() for drafter in each}
+        of_models = _drafted(recording, trace, by_name.values(), progress)
         efficiency: dict[Run, list[float]] = {run: [] for run in runs}
         for done, (run, alpha) in enumerate(product(runs, swept), start=1):
-            rescorer, chosen = fitted[run.label]
-            how: dict[str, Any] = {"k": run.k, "p": run.p, "drafters": chosen, "drafted": of_models}
+            rescorer, among = fitted[run.label]
+            how: dict[str, Any] = {"k": run.k, "p": run.p, "drafters": among, "drafted": of_models}
             accepted = replay(trace.examples, rescorer.weighted(alpha), **how)
             efficiency[run].append(block_efficiency(accepted))
             if progress:
@@ -116,16 +118,17 @@ def _drafted(recording: Recording, trace: Trace, drafters: Iterable[Drafter], pr
     return drafted(trace, drafters, task=recording.name, settings=recording.all_settings, progress=progress)
 
 
-def is_joint(specs: Sequence[str], out: Path | None) -> bool:
+def is_joint(specs: Sequence[str], out: Path | None, without: Sequence[str] = ()) -> bool:
     """Whether weights of `joint` are asked for, which are fitted and not swept.
 
-    Raises `RescoreError` for joint beside others, without a folder, and for a folder without joint.
+    Raises `RescoreError` for joint beside others, without a folder, and for folder or features without joint.
     """
     joint = [spec for spec in specs if spec.partition(":")[0] == JOINT]
     if joint and (len(specs) > 1 or out is None):
         raise RescoreError("the weights of joint are fitted alone, into a folder: --rescorer joint --out DIR")
-    if out is not None and not joint:
-        raise RescoreError("--out is for the weights of joint; drop it, or give --rescorer joint")
+    if (out is not None or without) and not joint:
+        option = "--without" if without else "--out"
+        raise RescoreError(f"{option} is for the weights of joint; drop it, or give --rescorer joint")
     return bool(joint)
 
 
@@ -147,6 +150,8 @@ def fit_joint(
     held_out: examples of each task, as for `tune`. How well the probabilities hold is measured on half of the groups
     with weights of the other half. Raises `RescoreError` for what `evaluate` refuses, `OutputError`.
     """
+    from rescore.rescorers.joint import Joint  # torch, which plans of suites do without
+
     run = Run(spec, k=k, drafters=tuple(drafters))
     joint = run.load()
     assert isinstance(joint, Joint)

@@ -141,7 +141,7 @@ def fitted_to(target: Target, choosing: Mapping[str, Choosing]) -> dict[str, Cho
     fitted = {drafter: fit_drafter(drafter, target) for _, drafters in choosing.values() for drafter in drafters}
     return {
         label: (
-            rescorer.fit(dataclasses.replace(target, sources=tuple(drafter.source for drafter in drafters))),
+            rescorer.fit(dataclasses.replace(target, sources=tuple(fitted[drafter].source for drafter in drafters))),
             tuple(fitted[drafter] for drafter in drafters),
         )
         for label, (rescorer, drafters) in choosing.items()

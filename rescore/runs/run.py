@@ -215,7 +215,9 @@ def runs_of(
             for p in [_whole(spec, own["p"])] if "p" in own else [1] if _is_oracle(rescorer) else ps or (1,):
                 runs[Run(rescorer, p=p, k=k, alpha=weight, drafters=() if says else tuple(drafters))] = None
     if runs and unused:
-        if (option := min(unused)) == NODES and not any(parse_spec(spec)[0] == JOINT for spec in specs):
+        if (option := min(unused)) == NODES and not any(
+            parse_spec(spec)[0] == JOINT for spec in specs if isinstance(spec, str)
+        ):
             raise RescoreError(f"--{NODES} is used by no --rescorer but {JOINT}, and there is none; drop it")
         name = OF_DRAFTERS.removesuffix("s") if option == OF_DRAFTERS else option
         raise RescoreError(f"--{name} is used by no --rescorer, each of which says its own {option}; drop it")

@@ -74,8 +74,8 @@ def tune(
         for line in coverage_notices(trace, {label: rescorer for label, (rescorer, _) in fitted.items()}, max(ks)):
             if notify:
                 notify(line)
-        drafters = {drafter.name: drafter for _, each in fitted.values() for drafter in each}
-        of_models = _drafted(recording, trace, drafters.values(), progress)
+        named = {drafter.name: drafter for _, each in fitted.values() for drafter in each}
+        of_models = _drafted(recording, trace, named.values(), progress)
         efficiency: dict[Run, list[float]] = {run: [] for run in runs}
         for done, (run, alpha) in enumerate(product(runs, swept), start=1):
             rescorer, chosen = fitted[run.label]

@@ -215,7 +215,8 @@ def runs_of(
             for p in [_whole(spec, own["p"])] if "p" in own else [1] if _is_oracle(rescorer) else ps or (1,):
                 runs[Run(rescorer, p=p, k=k, alpha=weight, drafters=() if says else tuple(drafters))] = None
     if runs and unused:
-        if (option := min(unused)) == NODES and not any(
+        of_joint = [spec for spec in specs if isinstance(spec, str) and parse_spec(spec)[0] == JOINT]
+        if (option := min(unused)) == NODES and not of_joint:
             parse_spec(spec)[0] == JOINT for spec in specs if isinstance(spec, str)
         ):
             raise RescoreError(f"--{NODES} is used by no --rescorer but {JOINT}, and there is none; drop it")

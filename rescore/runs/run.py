@@ -217,8 +217,6 @@ def runs_of(
     if runs and unused:
         of_joint = [spec for spec in specs if isinstance(spec, str) and parse_spec(spec)[0] == JOINT]
         if (option := min(unused)) == NODES and not of_joint:
-            parse_spec(spec)[0] == JOINT for spec in specs if isinstance(spec, str)
-        ):
             raise RescoreError(f"--{NODES} is used by no --rescorer but {JOINT}, and there is none; drop it")
         name = OF_DRAFTERS.removesuffix("s") if option == OF_DRAFTERS else option
         raise RescoreError(f"--{name} is used by no --rescorer, each of which says its own {option}; drop it")

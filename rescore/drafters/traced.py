@@ -33,6 +33,7 @@ class Traced(LatticeDrafter):
         self.path = user_path(path, "trace:")
         header = read_header(self.path)
         self.longest, self.held = header.h, header.k
+        self.identity = self._content()
 
     @property
     def source(self) -> str:

@@ -102,9 +102,10 @@ class Recording:
         """What the user should know: examples left out or not the task's own, heads that are not the base's."""
         left_out = self.source.get("left_out") or ()
         shown = ", ".join(left_out[:5]) + (" ..." if len(left_out) > 5 else "")
+        few = "1 example of the data is" if len(left_out) == 1 else f"{len(left_out)} examples of the data are"
         lines = (
             self.data and self.data.notice,
-            f"{self.name}: {len(left_out)} examples of the data are left out ({shown})" if left_out else None,
+            f"{self.name}: {few} left out ({shown})" if left_out else None,
             None if self.given else self.models.about_heads(),
         )
         return [line for line in lines if line]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +28,16 @@ FIXED = (NONE, ORACLE)  # what rescorers are compared with
 def is_drafter(spec: str) -> bool:
     """Whether a spec, or label, stands for a drafter's own drafts."""
     return DRAFTERS.has(spec) and not RESCORERS.has(spec)
+
+
+def says_drafters(rescorer: str | Rescorer) -> bool:
+    """Whether a spec says itself what is chosen among; an object does not."""
+    return isinstance(rescorer, str) and (is_drafter(rescorer) or OF_DRAFTERS in parse_spec(rescorer)[1])
+
+
+def branches_of(spec: str, arguments: Mapping[str, str]) -> int:
+    """How many branches the tree that a spec asks for has at most: its nodes; 0 for none, or as many as drafts."""
+    return _whole(spec, arguments.get(NODES, "0"))
 
 
 @dataclass(frozen=True)
@@ -191,15 +201,17 @@ def runs_of(
     (`ngram:p=16,alpha=0.5`).
 
     drafters: what rescorers choose among, but for those that say it themselves, and drafters' own drafts.
-    nodes: of the trees that `joint` drafts, as many as p drafts unless p is given.
+    nodes: of the trees that `joint` drafts, all their branches unless p, the most of them, is given.
     The oracle knows which draft is best: it is run with p = 1 only. Raises `RescoreError` for what makes no sense, and
     for p, k, alpha or drafters that every spec says itself.
     """
     if nodes is not None and nodes < 1:
         raise RescoreError(f"--nodes {nodes}; a tree has the base's own token at least (--nodes 64)")
     runs: dict[Run, None] = {}
-    asked = (("p", ps), ("k", ks), (WEIGHT, alpha is not None), (OF_DRAFTERS, drafters), (NODES, nodes))
+    asked = (("p", ps), ("k", ks), (WEIGHT, alpha is not None), (OF_DRAFTERS, drafters), (NODES, nodes is not None))
     unused = {name for name, given in asked if given}
+    if nodes is not None and nodes < 1:
+        raise RescoreError(f"--nodes {nodes}; a tree has at least one node, the base's own token (--nodes 1)")
     for spec in specs:
         if isinstance(spec, Run):
             runs[spec] = None
@@ -213,11 +225,11 @@ def runs_of(
             if name == JOINT and nodes is not None:
                 unused.discard(NODES)
                 arguments.setdefault(NODES, str(nodes))
-            if NODES in arguments and not ps:
-                own.setdefault("p", arguments[NODES])
+            if not ps and (most := branches_of(spec, arguments)) > 0:
+                own.setdefault("p", str(most))
             rescorer = format_spec(name, arguments)
             weight = None if WEIGHT in arguments else alpha
-            says = OF_DRAFTERS in arguments or is_drafter(spec)
+            says = says_drafters(spec)
             unused &= {*own, *arguments, NODES, *([OF_DRAFTERS] if says else [])}
         else:
             unused.clear()
@@ -225,7 +237,9 @@ def runs_of(
             for p in [_whole(spec, own["p"])] if "p" in own else [1] if _is_oracle(rescorer) else ps or (1,):
                 runs[Run(rescorer, p=p, k=k, alpha=weight, drafters=() if says else tuple(drafters))] = None
     if runs and unused:
-        option = min(unused)
+        of_joint = [spec for spec in specs if isinstance(spec, str) and parse_spec(spec)[0] == JOINT]
+        if (option := min(unused)) == NODES and not of_joint:
+            raise RescoreError(f"--{NODES} is used by no --rescorer but {JOINT}, and there is none; drop it")
         name = OF_DRAFTERS.removesuffix("s") if option == OF_DRAFTERS else option
         raise RescoreError(f"--{name} is used by no --rescorer, each of which says its own {option}; drop it")
     return list(runs)

@@ -6,13 +6,17 @@ import dataclasses
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
+import msgspec
 import numpy as np
 import pytest
 from conftest import make_heads, refused, save_tiny_base
 from evaluating import Options, evaluated, opened, recorded_trace
 from test_ngram_rescorer import bigram_model, save
+from test_several_p import HalfRight
 
 from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
 from lattices.joined.sources import HEADS, LOOKUP, MODEL
@@ -23,7 +27,7 @@ from rescore.drafters.lookup import PromptLookup
 from rescore.drafters.recorded import record_drafter, recorded_already
 from rescore.drafting import Drafting
 from rescore.live import generate
-from rescore.rescorers import Context, load_rescorer
+from rescore.rescorers import RESCORERS, Context, load_rescorer
 from rescore.rescorers.joint_weights import read_fits
 from rescore.rescorers.ngram import Ngram
 from rescore.runs.evaluation import evaluate
@@ -32,7 +36,7 @@ from rescore.runs.recording import load_trace, record_task
 from rescore.runs.records import Identical
 from rescore.runs.run import Run, runs_of
 from rescore.runs.tuning import fit_joint, is_joint, tune
-from rescore.runs.weights import target_of
+from rescore.runs.weights import fit_to, target_of, tuned_path
 from rescore.tracing import HEADER_FILE, Trace, read_trace
 
 
@@ -169,6 +173,50 @@ def test_a_tree_of_so_many_nodes(options: Options, tmp_path: Path):
     assert all(len(draft) <= 5 for draft in record.drafts)
     with pytest.raises(RescoreError, match="--nodes is used by no --rescorer"):
         runs_of(["none"], nodes=5)
+    with pytest.raises(RescoreError, match="--nodes 0; a tree has the base's own token at least"):
+        runs_of([joint], nodes=0)
+    assert [run.p for run in runs_of([f"{joint},nodes=0"])] == [1], "0: as many as p branches have"
+    with pytest.raises(RescoreError, match=r"joint: give .* nodes of 1 or more"):
+        runs_of([f"{joint},nodes=-2"])[0].load()
+
+
+class TestATraceOfAnotherDrafter:
+    """It holds lattices in the place of the heads'."""
+
+    SAYS: ClassVar = {"drafter": "draft-model 0123456789abcdef 8"}
+
+    def test_weights_for_the_heads_are_none_for_it(self, options: Options):
+        (recording,) = opened(options)
+        trace = recording.trace()
+        other = replace(trace, header=msgspec.structs.replace(trace.header, settings=trace.header.settings | self.SAYS))
+        chosen = {"": (load_rescorer("none"), (load_drafter("heads"), load_drafter("lookup")))}
+        sources = [[drafter.source for drafter in fit_to(of, chosen)[""][1]] for of in (trace, other)]
+        assert sources == [["heads", "lookup"], ["heads-of-draft-model 0123456789ab 8", "lookup"]]
+
+    def test_what_is_tuned_on_it_is_not_for_the_heads(self, options: Options):
+        (recording,) = opened(options)
+        other = replace(recording, settings=recording.settings | self.SAYS)
+        chosen = (HalfRight(), (load_drafter("heads"),))
+        assert tuned_path(recording, chosen, k=8, p=1) != tuned_path(other, chosen, k=8, p=1)
+
+
+class TestTuning:
+    def test_it_is_of_the_drafters_that_are_given(self, options: Options, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setitem(RESCORERS.built_in, "weighted", HalfRight)
+        how: dict[str, Any] = {"alphas": (1.0,), "ks": (8,), "ps": (1,), "drafters": ("lookup", "heads")}
+        sweeps = tune(opened(options), ["weighted", "weighted:drafters=heads"], **how)
+        assert [sweep.rescorer for sweep in sweeps] == ["weighted:drafters=lookup+heads", "weighted"]
+        run = Run("weighted", k=8, alpha="tuned", drafters=("lookup", "heads"))
+        assert evaluated(options | {"rescorers": [run]}).document.results[0].alpha is not None
+        with pytest.raises(RescoreError, match=r"run: rescore tune .*--rescorer weighted:drafters=lookup\+heads "):
+            evaluated(options | {"rescorers": [replace(run, p=3)]})
+
+    def test_what_joint_alone_takes_is_refused_for_others(self, tmp_path: Path):
+        assert is_joint(["joint"], tmp_path, ["recency"]) and not is_joint(["ngram"], None)
+        with pytest.raises(RescoreError, match="--without is for the weights of joint"):
+            is_joint(["ngram"], None, ["recency"])
+        with pytest.raises(RescoreError, match="drop --alphas"):
+            is_joint(["joint"], tmp_path, (), (1.0,))
 
 
 def test_a_base_without_heads_drafts_with_the_text(options: Options, small: str):

@@ -69,7 +69,9 @@ class Counting(LatticeDrafter):
         ids[:, 0] = firsts[:, None] * (np.arange(k) == 0) + (np.arange(k) > 0) * (
             (firsts[:, None] + np.arange(k)) % 256
         )
-        return Lattice(ids, np.broadcast_to(np.log(0.5) * np.arange(1, k + 1, dtype=np.float32), ids.shape).copy())
+        return Lattice(
+            ids, np.broadcast_to(np.float32(np.log(0.5)) * np.arange(1, k + 1, dtype=np.float32), ids.shape).copy()
+        )
 
 
 def one_head(options: Options, folder: Path) -> str:

@@ -176,7 +176,7 @@ def test_a_tree_of_so_many_nodes(options: Options, tmp_path: Path):
     with pytest.raises(RescoreError, match="--nodes 0; a tree has the base's own token at least"):
         runs_of([joint], nodes=0)
     assert [run.p for run in runs_of([f"{joint},nodes=0"])] == [1], "0: as many as p branches have"
-    with pytest.raises(RescoreError, match=r"joint: give .* nodes of 1 or more"):
+    with pytest.raises(RescoreError, match=r"joint: give .* nodes of 1 to"):
         runs_of([f"{joint},nodes=-2"])[0].load()
 
 

@@ -66,9 +66,9 @@ class Drafting:
             drafts = self.rescorer.draft(lattice, contexts, self.p)
         else:
             drafts = self._shared(proposals, contexts)
-        longest = self.rescorer.longest or self.longest(
-            max((each.h for each in proposals.lattices.values()), default=1)
-        )
+        longest = self.rescorer.longest
+        if longest is None:
+            longest = self.longest(max((lattice.h for lattice in proposals.lattices.values()), default=1))
         check_drafts(drafts, proposals.firsts, self.p, longest)
         return drafts
 

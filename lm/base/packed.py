@@ -49,4 +49,4 @@ def pack(model: torch.nn.Module) -> None:
     """Gives all plain `Linear`s of a model packed products, once; for inference only."""
     for module in model.modules():
         if type(module) is torch.nn.Linear and "forward" not in vars(module):
-            module.forward = PackedProduct(module)  # type: ignore[method-assign]
+            module.forward = PackedProduct(module)  # type: ignore[assignment]

@@ -45,8 +45,8 @@ class Joint(Rescorer):
     ngram: the n-gram model as `Ngram` takes it; empty: the one that is shipped.
     bigram: a learned bigram; empty: the one that is shipped for the base, if one is; `none`: none.
     tokens: of a draft after the base's own, at most.
-    nodes: of the tree of all drafts, the base's own token included; 0: as many as p branches have; `auto`: as many as are
-        worth their time, by a table of costs, and heads are asked only where text alone promises less.
+    nodes: of the tree of all drafts, the base's own token included; 0: as many as p branches have; `auto`: as many as
+        are worth their time, by a table of costs, and heads are asked only where text alone promises less.
     costs: the file of that table; empty: what `rescore bench costs` measured on this machine.
     """
 
@@ -142,23 +142,21 @@ class Joint(Rescorer):
         """The drafts that promise most tokens a second; heads are asked where text alone does not promise as much."""
         curve = costs.curve(len(context.prompt_ids) + len(context.output_ids), MOST_NODES)
         plan: Plan = context.state.setdefault("plan", Plan())
+        statistics, first = self._statistics, int(proposals.firsts[row])
         if self._text_weights is not None and proposals.has_lattices:
-            tree = self._tree(
-                proposals.sources(row, context, self._statistics, text_only=True), self._text_weights, proposals, row
-            )
+            text = proposals.sources(row, context, statistics, text_only=True)
+            tree = self._tree(text, self._text_weights, first)
             rate, nodes = best_size(tree[3], curve)
             if not plan.asks(rate):
                 plan.took(heads=False)
                 return self._cut(tree, nodes, p)
-        tree = self._tree(proposals.sources(row, context, self._statistics), self._weights, proposals, row)
+        tree = self._tree(proposals.sources(row, context, statistics), self._weights, first)
         asked = proposals.has_lattices
         rate, nodes = best_size(tree[3], curve + ((costs.heads_ms or 0.0) if asked else 0.0))
         plan.took(heads=asked, rate=rate)
         return self._cut(tree, nodes, p)
 
-    def _tree(self, sources: Sources, weights: np.ndarray | None, proposals: Proposals, row: int) -> Any:
-        assert weights is not None
-        first = int(proposals.firsts[row])
+    def _tree(self, sources: Sources, weights: np.ndarray | None, first: int) -> Any:
         return likeliest_nodes(sources, weights, first, MOST_NODES, self.tokens + 1, self._ends, room_for(sources))
 
     @staticmethod

@@ -1,7 +1,7 @@
 """How `joint:nodes=auto` spends a step's time: how many nodes of a tree, and whether the heads are asked.
 
-With calibrated probabilities the first n of the likeliest nodes are the best tree of n, whose expected accepted length is
-the sum of their probabilities; a table says what verifying n costs. The rate (expected tokens a millisecond) has one
+With calibrated probabilities the first n of the likeliest nodes are the best tree of n, whose expected accepted length
+is the sum of their probabilities; a table says what verifying n costs. The rate (expected tokens a millisecond) has one
 best n. Only the table and the probabilities decide, so a replay with the same table plans as live decoding does.
 """
 
@@ -19,7 +19,8 @@ PATIENCE = 16  # steps without heads after which they are asked again
 def best_size(logps: np.ndarray, milliseconds: np.ndarray) -> tuple[float, int]:
     """The highest rate, expected tokens a millisecond, and with how many nodes.
 
-    logps `[n]`: of the likeliest nodes, in falling order, slot 1 first; milliseconds `[m]`: of a step with 1 to m, m >= n.
+    logps `[n]`: of the likeliest nodes, in falling order, slot 1 first; milliseconds `[m]`, m >= n: of a step with 1
+    to m.
     """
     rates = np.cumsum(np.exp(logps)) / milliseconds[: len(logps)]
     nodes = int(rates.argmax())

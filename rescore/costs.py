@@ -23,6 +23,7 @@ from lm.records import Count, Number, plain, read_record
 if TYPE_CHECKING:
     from lm.base.model import BaseIdentity, BaseLM
     from lm.heads.block_heads import BlockHeads
+    from rescore.runs.inputs import Inputs
 
 SCHEMA = "rescore.costs/1"
 CONTEXTS = (64, 256, 640)  # cached tokens
@@ -92,6 +93,24 @@ def measure_costs(
         verify_ms=[curve.milliseconds for curve in curves],
         heads_ms=heads_milliseconds(base, heads, k, repeats) if heads else None,
     )
+
+
+def costs_of(inputs: Inputs, out: Path | None, *, contexts: Sequence[int], repeats: int) -> Costs:
+    """Measures the costs of a base and its heads, as they are named, and keeps them on this machine.
+
+    out: a file for them, too. Raises as `load_base`, `measure_costs` and `keep_costs`.
+    """
+    from lm.base.catalog import load_base
+    from lm.heads.block_heads import known_heads, load_heads
+
+    base = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device)
+    has_heads = inputs.heads is not None or known_heads(base.identity.name) is not None
+    costs = measure_costs(
+        base, load_heads(base, inputs.heads) if has_heads else None, contexts=contexts, repeats=repeats
+    )
+    for place in (None, out) if out else (None,):
+        keep_costs(costs, base.identity, place)
+    return costs
 
 
 def keep_costs(costs: Costs, identity: BaseIdentity, out: Path | None = None) -> Path:

@@ -142,6 +142,7 @@ class Joint(Rescorer):
         """The drafts that promise most tokens a second; heads are asked where text alone does not promise as much."""
         curve = costs.curve(len(context.prompt_ids) + len(context.output_ids), MOST_NODES)
         plan: Plan = context.state.setdefault("plan", Plan())
+        assert self._weights is not None
         statistics, first = self._statistics, int(proposals.firsts[row])
         if self._text_weights is not None and proposals.has_lattices:
             text = proposals.sources(row, context, statistics, text_only=True)
@@ -156,7 +157,7 @@ class Joint(Rescorer):
         plan.took(heads=asked, rate=rate)
         return self._cut(tree, nodes, p)
 
-    def _tree(self, sources: Sources, weights: np.ndarray | None, first: int) -> Any:
+    def _tree(self, sources: Sources, weights: np.ndarray, first: int) -> Any:
         return likeliest_nodes(sources, weights, first, MOST_NODES, self.tokens + 1, self._ends, room_for(sources))
 
     @staticmethod

@@ -11,6 +11,7 @@ from rescore.checks import check_alpha, check_k, check_p
 from rescore.drafters import DRAFTERS, HEADS, Drafter, load_drafter
 from rescore.drafting import check_drafters
 from rescore.rescorers import JOINT, RESCORERS, WEIGHT, Rescorer, load_rescorer
+from rescore.rescorers.joint_plan import AUTO, MOST_NODES
 from rescore.runs.records import Alpha, is_oracle
 from rescore.specs import format_spec, parse_spec
 
@@ -165,13 +166,13 @@ def runs_of(
     ks: Sequence[int] = (),
     alpha: float | Literal["tuned"] | None = None,
     drafters: Sequence[str] = (),
-    nodes: int | None = None,
+    nodes: int | Literal["auto"] | None = None,
 ) -> list[Run]:
     """Every rescorer with each p (none: 1) and k (none: `DEFAULT_K`), but for what its spec says itself
     (`ngram:p=16,alpha=0.5`).
 
     drafters: what rescorers choose among, but for those that say it themselves, and drafters' own drafts.
-    nodes: of the trees that `joint` drafts, as many as p drafts unless p is given.
+    nodes: of the trees that `joint` drafts, as many as p drafts unless p is given; `auto`: by their cost.
     The oracle knows which draft is best: it is run with p = 1 only. Raises `RescoreError` for what makes no sense, and
     for p, k, alpha or drafters that every spec says itself.
     """
@@ -192,7 +193,7 @@ def runs_of(
                 unused.discard(NODES)
                 arguments.setdefault(NODES, str(nodes))
             if NODES in arguments and not ps:
-                own.setdefault("p", arguments[NODES])
+                own.setdefault("p", str(MOST_NODES) if arguments[NODES] == AUTO else arguments[NODES])
             rescorer = format_spec(name, arguments)
             weight = None if WEIGHT in arguments else alpha
             says = OF_DRAFTERS in arguments or is_drafter(spec)

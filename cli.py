@@ -274,7 +274,7 @@ def tune_command(
     task: shared.Tasks = (),
     alphas: shared.Alphas = (),
     k: shared.Ks = (16,),
-    p: shared.Ps = (1, 16),
+    p: Annotated[shared.Ps, "Drafts that one step verifies; each has its own weight. Not of joint."] = (1, 16),
     held_out: Annotated[int, "Examples to tune on, of the last sources of the data; at most half of them."] = 100,
     out: Annotated[Path | None, "Folder for the weights of joint, which are fitted on all tasks together."] = None,
     drafter: shared.Drafters = (),
@@ -285,16 +285,20 @@ def tune_command(
     """Tune a rescorer's weight (alpha) by replay on held-out examples, for `rescore eval --alpha tuned`."""
     _check(task, inputs)
     from rescore.runs.recording import open_recordings
+    from rescore.runs.run import runs_of
     from rescore.runs.tables import tuning_table
     from rescore.runs.tuning import DEFAULT_ALPHAS, fit_joint, is_joint, tune
 
-    recordings = open_recordings(task, inputs, k=max(k))
-    how: dict[str, Any] = {"held_out": held_out, "notify": notify}
-    if is_joint(rescorer, out):
-        of_joint = {"drafters": drafter, "without": without, "k": max(k)}
+    joint = is_joint(rescorer, out, without, alphas)
+    heads_needed = any(run.needs_heads for run in runs_of(rescorer, drafters=drafter))
+    recordings = open_recordings(task, inputs, k=max(k), heads_needed=heads_needed)
+    how: dict[str, Any] = {"held_out": held_out, "notify": notify, "drafters": drafter}
+    if joint:
+        of_joint = {"without": without, "k": max(k)}
         fit = _done(fit_joint, recordings, out, rescorer[0], **of_joint, **how)
         _result(fit, "rescore.runs.tables:joint_fit_table", as_json)
-        return notify(f"written: rescore eval --rescorer joint:{out} uses these weights")
+        among = f" --drafter {','.join(drafter)}" if drafter else ""
+        return notify(f"written: rescore eval --rescorer joint:{out}{among} uses these weights")
     sweeps = _done(tune, recordings, rescorer, alphas=alphas or DEFAULT_ALPHAS, ks=k, ps=p, **how)
     _print_json([asdict(sweep) for sweep in sweeps]) if as_json else _show(tuning_table(sweeps))
     notify("kept on this machine: rescore eval --alpha tuned with the same options uses these weights")

@@ -84,7 +84,7 @@ class LookupSummary:
     def use(self) -> str:
         """The command that uses the index next."""
         base = "" if self.tokenizer == LookupOptions.tokenizer else f"--base {shlex.quote(self.tokenizer)} "
-        return f"rescore eval {base}--drafter {shlex.quote(f'heads,lookup,corpus-lookup:{self.path}')} --rescorer joint"
+        return f"rescore eval {base}--rescorer {shlex.quote(f'none,lookup,corpus-lookup:{self.path}')}"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from lattices.errors import RescoreError
 from lattices.joined.lookup import NONE
-from rescore.drafters.base import SURE, Continuations, Drafter, LatticeDrafter, TextDrafter, as_drafts, stacked
+from rescore.drafters.base import SURE, Drafter, LatticeDrafter, as_drafts, stacked
 from rescore.drafters.heads import Heads
 from rescore.drafters.proposals import Proposals
 from rescore.rescorers.base import Context, Rescorer, check_drafts
@@ -54,7 +54,8 @@ class Drafting:
 
     def propose(self, contexts: Sequence[Context], firsts: np.ndarray) -> Proposals:
         """What the drafters say comes after `firsts` int `[n]`, the tokens that the base has chosen."""
-        return Proposals(self.drafters, contexts, firsts, self.k)
+        apart = None if self.rescorer.joins else self.p
+        return Proposals(self.drafters, contexts, firsts, self.k, apart)
 
     def choose(self, proposals: Proposals, contexts: Sequence[Context]) -> np.ndarray:
         """Drafts int32 `[n, p', l]` of what was proposed, best first, p' <= p; -1 stands after the end of a shorter
@@ -76,11 +77,7 @@ class Drafting:
         rescored = {
             drafter: self.rescorer.draft(lattice, contexts, self.p) for drafter, lattice in proposals.lattices.items()
         }
-        copied: dict[Drafter, list[Continuations]] = {
-            drafter: drafter.continuations(contexts, proposals.firsts, self.p)
-            for drafter in self.drafters
-            if isinstance(drafter, TextDrafter)
-        }
+        copied = proposals.continuations
         chosen = []
         for row, first in enumerate(proposals.firsts.tolist()):
             sure = [drafter for drafter, found in copied.items() if found[row].match >= SURE]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lattices.joined.sources import room_for, sources_along
+from rescore.drafters.asked import continuations_of
 from rescore.drafters.base import Drafter, TextDrafter
 from rescore.drafters.proposals import Proposals
 from rescore.replaying import Drafted, contexts_of
@@ -59,6 +60,6 @@ def _own_drafts(proposals: Proposals, drafters: Sequence[Drafter], context: Cont
     drafts = {drafter.name: lattice.token_ids[0, 1:, 0] for drafter, lattice in proposals.lattices.items()}
     for drafter in drafters:
         if isinstance(drafter, TextDrafter):
-            (found,) = drafter.continuations([context], proposals.firsts, 1)
+            (found,) = continuations_of(drafter, [context], proposals.firsts, 1)
             drafts[drafter.name] = found.token_ids[0] if len(found.token_ids) else np.zeros(0, dtype=np.int32)
     return drafts

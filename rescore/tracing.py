@@ -33,7 +33,7 @@ import numpy as np
 from lattices.errors import IncompatibleError, InvalidDataError, first_line
 from lattices.lattice import Lattice, put_first
 from lm.files import atomic_folder, changed_settings, sha256_of_file, write_json
-from lm.keys import cache_entry
+from lm.keys import cache_entry, software
 from lm.locks import writing_to
 from lm.records import plain, read_record
 from rescore.checks import check_fits, check_k
@@ -185,6 +185,17 @@ def record_trace(
         return Trace(header, tuple(done[e.id] for e in examples))
 
 
+def recorded_by(device: str) -> dict[str, str | int]:
+    """What rounds in its own way: the kind of device, this project's recording, the libraries' minor versions."""
+    return {"device": device.partition(":")[0], "recording": RECORDING, **software()}
+
+
+def given_settings(settings: dict[str, Any], sha256: str, device: str) -> dict[str, Any]:
+    """What is recorded here beside a trace that was given: of all that this says of itself, by its hash, and of what
+    records now."""
+    return {**settings, "trace": sha256, "recorded_by": recorded_by(device)}
+
+
 def trace_folder(task: str, settings: dict[str, Any], k: int) -> Path:
     """Where the cache keeps the trace of a task with these settings and k entries per slot."""
     return cache_entry("traces", task, {"schema": SCHEMA, "k": k, "settings": settings})
@@ -257,6 +268,11 @@ def write_part(folder: Path, rows: list[dict[str, Any]]) -> None:
 def check_settings(folder: Path, header: TraceHeader, **expected: Any) -> None:
     """Raises `IncompatibleError` with the difference if fields of the header in `folder` are not the expected ones."""
     recorded = {name: getattr(header, name) for name in expected}
+    if "settings" in expected and (others := header.settings.get("drafter")) != expected["settings"].get("drafter"):
+        raise IncompatibleError(
+            f"{folder} holds a trace with other settings (drafter: {others or 'heads'} -> "
+            f"{expected['settings'].get('drafter') or 'heads'}); use another --out"
+        )
     if changed := changed_settings(recorded, plain(expected)):
         raise IncompatibleError(f"{folder} holds a trace with other settings ({'; '.join(changed)}); use another --out")
 

@@ -28,8 +28,7 @@ def test_the_table_and_what_comes_next(rescore: Command, tokenizer: list[object]
     assert lines[3].split() == ["tokens", f"{record.tokens:,}"]
     assert lines[-2].startswith("files: lookup.json (")
     assert lines[-1] == (
-        f"next: rescore eval --base {tokenizer[1]} --drafter heads,lookup,corpus-lookup:{tmp_path / 'index'} "
-        "--rescorer joint"
+        f"next: rescore eval --base {tokenizer[1]} --rescorer none,lookup,corpus-lookup:{tmp_path / 'index'}"
     )
 
 

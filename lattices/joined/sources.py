@@ -253,8 +253,7 @@ def sources_along(sources: Sources, path: np.ndarray, room: Room) -> np.ndarray:
     state, length = first_match(sources.lookup, path[0])
     following = (1 << len(sources.chains.kinds)) - 1
     for depth in range(1, len(path)):
-        from_state, _ = match_before(sources.lookup, state, length)
-        found = gather(sources, depth, from_state, following, room)
+        found = gather(sources, depth, state, following, room)
         place = find(room, found, path[depth])
         if place != NONE:
             origins[depth] = room.origins[place]

@@ -14,10 +14,12 @@ from typing import Self
 
 import numpy as np
 
+from lattices.errors import RescoreError
 from lattices.joined.lookup import NONE
 from lattices.lattice import Lattice
 from rescore.rescorers.base import Context, Target
 
+MOST_TOKENS = 1024  # of a draft, or of a match: what is longer is a slip, and would fill the memory
 SURE = 2  # tokens of a match from which on a copied draft goes before the others' (docs/drafters.md)
 
 
@@ -25,16 +27,20 @@ class Drafter(ABC):
     """What all drafters have.
 
     name: its spec.
-    kind: where its candidates come from: a bit of `lattices.joined.candidates`, called as
+    kind: where its candidates come from: a bit of `lattices.joined.sources`, called as
         `rescore.runs.records.SOURCES` has it.
-    identity: what it drafts with (hashes), so that results say what made them.
+    identity: what it drafts with (hashes), so that results say what made them; whole once it is fitted.
     longest: tokens of a draft, the base's own first one included; None: those of the heads.
+    held: entries of a slot that it has at most (None: as many as are asked for).
+    vocabulary: tokens of the base that it was fitted to (`rescore.drafters.asked`); 0: not known.
     """
 
     name: str = ""
     kind: int
     identity: str = ""
     longest: int | None = None
+    held: int | None = None
+    vocabulary: int = 0
 
     def fit(self, target: Target) -> Self:
         """The drafter for a base LM. Raises `IncompatibleError` if it was made for another tokenizer."""
@@ -113,6 +119,14 @@ class TextDrafter(Drafter):
     @abstractmethod
     def continuations(self, contexts: Sequence[Context], firsts: np.ndarray, count: int) -> list[Continuations]:
         """At most `count` continuations for each of n positions, after the token that the base has chosen there."""
+
+
+def check_lengths(name: str, tokens: int, least: int, most: int) -> None:
+    """Raises `RescoreError` for drafts or matches of no sensible length."""
+    if not 1 <= tokens <= MOST_TOKENS or not 1 <= least <= most <= MOST_TOKENS:
+        raise RescoreError(
+            f"{name}: give tokens of 1 to {MOST_TOKENS:,}, and matches of least to most tokens, 1 to {MOST_TOKENS:,}"
+        )
 
 
 def as_drafts(found: Continuations, first: int) -> np.ndarray:

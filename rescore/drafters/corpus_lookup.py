@@ -11,7 +11,7 @@ import numpy as np
 from lattices.errors import RescoreError
 from lattices.joined.sources import CORPUS
 from lm.lookup_index import LookupIndex, open_lookup
-from rescore.drafters.base import Continuations, TextDrafter
+from rescore.drafters.base import Continuations, TextDrafter, check_lengths
 from rescore.rescorers.base import Context, Target
 
 TOKENS = 10
@@ -29,12 +29,14 @@ class CorpusLookup(TextDrafter):
     def __init__(self, path: str = "", *, tokens: int = TOKENS, least: int = 2, most: int = 16) -> None:
         if not path:
             raise RescoreError("corpus-lookup needs an index (rescore build-lookup); write corpus-lookup:DIR")
-        if tokens < 1 or not 1 <= least <= most:
-            raise RescoreError("corpus-lookup: give tokens of 1 or more, and matches of least to most tokens")
+        check_lengths("corpus-lookup", tokens, least, most)
         self.tokens, self.least, self.most = tokens, least, most
         self.longest = tokens + 1
-        self.index: LookupIndex = open_lookup(path)
-        self.identity = f"corpus-lookup {self.index.identity} {tokens} {least} {most}"
+        self._take(open_lookup(path))
+
+    def _take(self, index: LookupIndex) -> None:
+        self.index = index
+        self.identity = f"corpus-lookup {index.identity} {self.tokens} {self.least} {self.most}"
 
     @property
     def source(self) -> str:
@@ -44,10 +46,10 @@ class CorpusLookup(TextDrafter):
     def fit(self, target: Target) -> Self:
         """See `Drafter.fit`."""
         fitted = copy.copy(self)
-        fitted.index = open_lookup(
+        fitted._take(open_lookup(
             self.index.path, tokenizer_sha256=target.tokenizer_sha256, vocab_size=target.vocab_size,
             base=target.base.name if target.base else "the base LM",
-        )  # fmt: skip
+        ))  # fmt: skip
         return fitted
 
     def continuations(self, contexts: Sequence[Context], firsts: np.ndarray, count: int) -> list[Continuations]:

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lattices.errors import RescoreError
 from lattices.joined.lookup import Lookup
 from lattices.joined.sources import LOOKUP
-from rescore.drafters.base import Continuations, TextDrafter
+from rescore.drafters.base import Continuations, TextDrafter, check_lengths
 from rescore.rescorers.base import Context
 
 TOKENS = 16
@@ -32,8 +31,7 @@ class PromptLookup(TextDrafter):
     in_context = True
 
     def __init__(self, *, tokens: int = TOKENS, least: int = 1, most: int = MATCHED, first: bool = False) -> None:
-        if tokens < 1 or not 1 <= least <= most:
-            raise RescoreError("lookup: give tokens of 1 or more, and matches of least to most tokens, 1 or more")
+        check_lengths("lookup", tokens, least, most)
         self.tokens, self.least, self.most, self.first = tokens, least, most, first
         self.longest = tokens + 1
         self.identity = f"lookup {tokens} {least} {most} {first}"

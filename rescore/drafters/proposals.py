@@ -13,6 +13,7 @@ from lattices.joined.lookup import NONE, Lookup
 from lattices.joined.sources import Chains, Sources
 from lattices.lattice import Lattice
 from lattices.ngram_search import NgramSearch
+from rescore.drafters.asked import continuations_of, lattices_of
 from rescore.drafters.base import Continuations, Drafter, LatticeDrafter, TextDrafter
 from rescore.drafters.heads import Heads
 from rescore.drafters.lookup import lookup_of
@@ -44,30 +45,31 @@ class Proposals:
     """What drafters propose at n positions; lattices are asked for when they are first looked at.
 
     firsts int32 `[n]`: the tokens that the base has chosen already, slot 1 of all of them.
-    continuations: n by drafter (not of drafters that copy from the context itself).
-    in_context: whether one does.
+    continuations: n by drafter (in a joined lattice not of drafters that copy from the context itself).
+    in_context: whether one does. apart: for so many continuations each, which are no part of a joined lattice.
     """
 
     drafters: Sequence[Drafter]
     contexts: Sequence[Context]
     firsts: np.ndarray
     k: int
+    apart: int | None = None
 
     def __post_init__(self) -> None:
         self.firsts = self.firsts.astype(np.int32)
         text = [drafter for drafter in self.drafters if isinstance(drafter, TextDrafter)]
         self.in_context = any(drafter.in_context for drafter in text)
         self.continuations: dict[Drafter, list[Continuations]] = {
-            drafter: drafter.continuations(self.contexts, self.firsts, FROM_CORPUS)
+            drafter: continuations_of(drafter, self.contexts, self.firsts, self.apart or FROM_CORPUS)
             for drafter in text
-            if not drafter.in_context
+            if self.apart or not drafter.in_context
         }
 
     @cached_property
     def lattices(self) -> dict[Drafter, Lattice]:
         """`[n, h, k]` by drafter."""
         slots = [drafter for drafter in self.drafters if isinstance(drafter, LatticeDrafter)]
-        return {drafter: drafter.lattices(self.contexts, self.firsts, self.k) for drafter in slots}
+        return {drafter: lattices_of(drafter, self.contexts, self.firsts, self.k) for drafter in slots}
 
     @property
     def longest(self) -> int:

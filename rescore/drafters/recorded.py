@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
-from lattices.errors import RescoreError
+from lattices.errors import IncompatibleError, RescoreError
 from lattices.lattice import Lattice
 from lm.files import write_json
 from lm.locks import making, writing_to
 from lm.records import plain
+from rescore.drafters.asked import recorded_of
 from rescore.drafters.base import Drafter, LatticeDrafter
 from rescore.drafters.heads import Heads
 from rescore.drafters.traced import Traced
@@ -73,24 +75,30 @@ def record_drafter(
         known: dict[str, TracedExample] = {}
         with suppress(*(() if folder else (RescoreError,))):  # a broken one in the cache counts as none
             if (place / HEADER_FILE).is_file():
-                recorded = read_trace(place)
-                check_settings(place, recorded.header, h=header.h, settings=settings)
-                header, known = recorded.header, {example.id: example for example in recorded.examples}
+                header, known = _read(place, trace, h=header.h, settings=settings)
         missing = [example for example in trace.examples if example.id not in known]
         for start in range(0, len(missing), PART_EXAMPLES):
-            rows = []
-            for example in missing[start : start + PART_EXAMPLES]:
-                rows.append(_row(example, drafter, k))
-                if progress:
-                    done = len(trace.examples) - len(missing) + start + len(rows)
-                    progress(f"draft {task}", done, len(trace.examples))
-            if not header.parts:  # a drafter may have fewer entries than were asked for
-                (kept,) = {len(row["token_ids"]) // (len(row["output_ids"]) * header.h) for row in rows}
-                header = msgspec.structs.replace(header, k=kept)
-            name = f"part-{len(header.parts):05d}"
-            write_part(place / name, rows)
-            header.parts.append(name)
-            write_json(place / HEADER_FILE, plain(header))
+            rows: list[dict[str, Any]] = []
+            try:
+                for example in missing[start : start + PART_EXAMPLES]:
+                    lattice, entropies = recorded_of(drafter, example.prompt_ids, example.output_ids, k, header.h)
+                    if not rows and not header.parts:  # a drafter may have fewer entries than were asked for
+                        header = msgspec.structs.replace(header, k=lattice.k)
+                    if lattice.k != header.k:
+                        raise RescoreError(
+                            f"the drafter {drafter.name} gave {lattice.k} entries a slot for {example.id}, and "
+                            f"{header.k} before; a trace needs the same number everywhere"
+                        )
+                    rows.append(_row(example, lattice, entropies))
+                    if progress:
+                        done = len(trace.examples) - len(missing) + start + len(rows)
+                        progress(f"draft {task}", done, len(trace.examples))
+            finally:  # what was drafted before Ctrl-C or an error is kept
+                if rows:
+                    name = f"part-{len(header.parts):05d}"
+                    write_part(place / name, rows)
+                    header.parts.append(name)
+                    write_json(place / HEADER_FILE, plain(header))
         if missing:
             known = {example.id: example for example in read_trace(place).examples}
     return Trace(header, tuple(known[example.id] for example in trace.examples))
@@ -103,22 +111,42 @@ def recorded_already(
     some of it is not recorded."""
     folder, settings = _place(task, drafter, settings, trace.header.k)
     with suppress(RescoreError):
-        recorded = read_trace(folder)
-        check_settings(folder, recorded.header, settings=settings)
-        known = {example.id: example.lattice for example in recorded.examples}
-        return known if all(example.id in known for example in trace.examples) else None
+        _, known = _read(folder, trace, settings=settings)
+        if all(example.id in known for example in trace.examples):
+            return {name: example.lattice for name, example in known.items()}
     return None
 
 
+def _read(folder: Path, trace: Trace, **expected: Any) -> tuple[TraceHeader, dict[str, TracedExample]]:
+    """What is recorded, by example. Raises `IncompatibleError` if its header is not the expected one, or for other
+    prompts and outputs than the trace has now: what makes these is no part of any settings."""
+    recorded = read_trace(folder)
+    check_settings(folder, recorded.header, **expected)
+    known = {example.id: example for example in recorded.examples}
+    for own in trace.examples:
+        there = known.get(own.id, own)
+        if not (np.array_equal(there.prompt_ids, own.prompt_ids) and np.array_equal(there.output_ids, own.output_ids)):
+            raise IncompatibleError(
+                f"{folder} holds drafts for another prompt or output of the example {own.id!r} than the trace has; use "
+                "another --out"
+            )
+    return recorded.header, known
+
+
 def _place(task: str, drafter: LatticeDrafter, settings: dict[str, Any], k: int) -> tuple[Path, dict[str, Any]]:
-    """The folder in the cache of what is recorded, and what that is of."""
+    """The folder in the cache of what is recorded, and what that is of. Raises `RescoreError` for a drafter without
+    identity."""
+    if not drafter.identity:
+        raise RescoreError(
+            f"what {type(drafter).__name__} drafts would not be known again: set its `identity`, a hash of what it "
+            "drafts with"
+        )
     # The task belongs to the settings of a trace that was recorded here, and need not to those of others.
     settings = {**settings, "task": task, "drafter": drafter.identity, "k": k}
     return trace_folder(f"{task}-draft", settings, k), settings
 
 
-def _row(example: TracedExample, drafter: LatticeDrafter, k: int) -> dict[str, Any]:
-    lattice, entropies = drafter.record(example.prompt_ids, example.output_ids, k)
+def _row(example: TracedExample, lattice: Lattice, entropies: np.ndarray) -> dict[str, Any]:
     return {
         "id": example.id, "prompt": example.prompt, "references": list(example.references), "output": example.output,
         "prompt_ids": example.prompt_ids, "output_ids": example.output_ids, "token_ids": lattice.token_ids.ravel(),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -11,10 +13,9 @@ from lattices.errors import IncompatibleError, RescoreError
 from lattices.joined.sources import TRACED
 from lattices.lattice import Lattice
 from lattices.paths import user_path
-from lm.files import sha256_of_file
 from rescore.drafters.base import LatticeDrafter
-from rescore.rescorers.base import Context
-from rescore.tracing import HEADER_FILE, Trace, read_header, read_trace
+from rescore.rescorers.base import Context, Target
+from rescore.tracing import Trace, content_sha256, read_header, read_trace
 
 
 class Traced(LatticeDrafter):
@@ -31,13 +32,28 @@ class Traced(LatticeDrafter):
             raise RescoreError("the drafter trace needs a folder; write trace:FOLDER")
         self.path = user_path(path, "trace:")
         header = read_header(self.path)
-        self.longest = header.h
-        self.identity = f"trace {sha256_of_file(self.path / HEADER_FILE)}"
+        self.longest, self.held = header.h, header.k
+        self.identity = self._content()
 
     @property
     def source(self) -> str:
         """See `Drafter.source`."""
         return f"trace {Path(self.path).name}"
+
+    def fit(self, target: Target) -> Self:
+        """See `Drafter.fit`."""
+        header = read_header(self.path)
+        if header.vocab_size > target.vocab_size:
+            raise IncompatibleError(
+                f"the drafter's trace {self.path} has a vocabulary of {header.vocab_size}, more than the base's "
+                f"{target.vocab_size}; give one of the same base LM"
+            )
+        fitted = copy.copy(self)
+        fitted.identity = self._content()
+        return fitted
+
+    def _content(self) -> str:
+        return f"trace {content_sha256(self.path, read_header(self.path).parts)}"
 
     def computed(self, contexts: Sequence[Context], firsts: np.ndarray, k: int) -> Lattice:
         """See `LatticeDrafter.computed`."""
@@ -49,6 +65,8 @@ class Traced(LatticeDrafter):
         Raises `IncompatibleError` if it lacks one of them, or has another output for it.
         """
         theirs = {example.id: example for example in read_trace(self.path).examples}
+        if self._content() != self.identity:
+            raise IncompatibleError(f"the drafter's trace {self.path} was replaced meanwhile; run the command again")
         for example in trace.examples:
             own = theirs.get(example.id)
             if own is None:

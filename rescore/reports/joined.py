@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from lattices.errors import RescoreError
 from lattices.joined.lookup import advance as advance_match
-from lattices.joined.sources import HEADS, MODEL, Sources, first_match, gather, match_before, room_for, still_following
+from lattices.joined.sources import HEADS, MODEL, Sources, first_match, gather, room_for, still_following
 from lattices.lattice import Lattice
 from rescore.drafters import Drafter, LatticeDrafter, load_drafter
+from rescore.drafters.asked import fit_drafter
+from rescore.drafters.heads import Heads
 from rescore.drafters.proposals import Proposals
 from rescore.drafters.recorded import recorded_already
 from rescore.drafters.traced import Traced
@@ -21,7 +24,7 @@ from rescore.rescorers.base import Context
 from rescore.runs.evaluated import Evaluation
 from rescore.runs.records import SOURCES, sources_of
 from rescore.runs.weights import target_of
-from rescore.tracing import TracedExample
+from rescore.tracing import TracedExample, given_settings
 
 
 class JoinedLattices:
@@ -68,19 +71,29 @@ class JoinedLattices:
 
     def _load(self, spec: str) -> Drafter:
         assert self._trace is not None
-        if spec.partition(":")[0] != SOURCES[MODEL]:
-            drafter = load_drafter(spec).fit(target_of(self._trace))
-            if isinstance(drafter, Traced):
-                self._drafted[spec] = drafter.lattices_of(self._trace)
-            return drafter
-        drafter = _Recorded(spec, self._identity(spec))
-        settings = {name: value for name, value in self._run.config.traces[self._task].items() if name != "k"}
-        if self._run.config.inputs[self._task].trace:
-            settings["trace"] = self._run.config.data[self._task]["sha256"]
-        if (known := recorded_already(self._trace, drafter, task=self._task, settings=settings)) is None:
-            raise RescoreError(f"what {spec} drafted is not in the cache; rescore eval with it records it again")
-        self._drafted[spec] = known
+        identity = self._identity(spec)
+        if spec.partition(":")[0] == SOURCES[MODEL]:
+            drafter: Drafter = _Recorded(spec, identity)
+        else:
+            drafter = fit_drafter(load_drafter(spec), target_of(self._trace))
+            if (drafter.identity or spec) != identity:
+                raise RescoreError(f"{spec} is no longer what drafted; rescore eval with it drafts again")
+        if isinstance(drafter, Traced):
+            self._drafted[spec] = drafter.lattices_of(self._trace)
+        elif isinstance(drafter, LatticeDrafter) and not isinstance(drafter, Heads):
+            known = recorded_already(self._trace, drafter, task=self._task, settings=self._settings())
+            if known is None:
+                raise RescoreError(f"what {spec} drafted is not in the cache; rescore eval with it records it again")
+            self._drafted[spec] = known
         return drafter
+
+    def _settings(self) -> dict[str, Any]:
+        """See `Recording.all_settings`."""
+        config = self._run.config
+        settings = {name: value for name, value in config.traces[self._task].items() if name != "k"}
+        if not config.inputs[self._task].trace:
+            return settings
+        return given_settings(settings, config.data[self._task]["sha256"], config.device)
 
     def _identity(self, spec: str) -> str:
         """What a drafter drafted with, by the order in which records and configuration name them."""
@@ -110,8 +123,7 @@ def candidates_along(sources: Sources, path: np.ndarray, accepted: int, top: int
     state, length = first_match(sources.lookup, path[0])
     following = (1 << len(sources.chains.kinds)) - 1
     for depth in range(1, accepted + 1):
-        from_state, _ = match_before(sources.lookup, state, length)
-        count = gather(sources, depth, from_state, following, room)
+        count = gather(sources, depth, state, following, room)
         wanted = path[depth] if depth < len(path) else None
         shown: Counter[str] = Counter()
         candidates = []

@@ -55,6 +55,7 @@ class Target:
     device: str = "cpu"  # to work on
     shared: BaseLM | None = None  # the base LM where it is loaded: its weights need not be loaded twice
     sources: tuple[str, ...] = ()  # what it is to choose among (`rescore.drafters.base.Drafter.source`)
+    traced: str = ""  # identity of the drafter whose lattices a trace holds as the heads'; empty: they are the heads'
 
     @classmethod
     def of(

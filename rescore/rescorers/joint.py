@@ -25,16 +25,17 @@ from lm.keys import key_of
 from lm.neural.learned_bigram import shipped_bigram
 from lm.records import plain
 from rescore.costs import Costs, load_costs
-from rescore.drafters.base import stacked
+from rescore.drafters.base import MOST_TOKENS, stacked
 from rescore.drafters.proposals import Proposals, Statistics
 from rescore.rescorers.base import Context, Rescorer, Target
-from rescore.rescorers.joint_plan import AUTO, MOST_NODES, TEXT_SOURCES, Plan, best_size
+from rescore.rescorers.joint_plan import AUTO, PLANNED_NODES, TEXT_SOURCES, Plan, best_size
 from rescore.rescorers.joint_weights import read_fits, read_weights, shipped_weights
 from rescore.rescorers.learned_bigram import LearnedBigram
 from rescore.rescorers.ngram import Ngram
 
 NONE = "none"
 LONGEST = 16  # tokens of a draft, the base's own included
+MOST_NODES = 1 << 16
 EXPLORED = (24, 3)  # nodes of the tree that is searched: so many, and so many more a draft
 
 
@@ -63,13 +64,15 @@ class Joint(Rescorer):
         nodes: str = "0",
         costs: str = "",
     ) -> None:
-        if tokens < 1 or not (nodes == AUTO or str(nodes).isdecimal()):
+        whole = 0 if nodes == AUTO else int(nodes) if str(nodes).isdecimal() else -1
+        if not 1 <= tokens <= MOST_TOKENS or not 0 <= whole <= MOST_NODES:
             raise RescoreError(
-                "joint: give tokens of 1 or more after the base's own, and nodes of 1 or more, 0 (any) or auto"
+                f"joint: give tokens of 1 to {MOST_TOKENS:,} after the base's own, and nodes of 1 to {MOST_NODES:,} "
+                "(0: any), or auto"
             )
         if costs and nodes != AUTO:
             raise RescoreError("joint: costs are for nodes=auto; drop them")
-        self.tokens, self.nodes = tokens, 0 if nodes == AUTO else int(nodes)
+        self.tokens, self.nodes = tokens, whole
         self._plans, self._costs_file = nodes == AUTO, costs
         self.longest = tokens + 1
         self.ngram, self._bigram = Ngram(ngram), bigram
@@ -140,7 +143,7 @@ class Joint(Rescorer):
 
     def _planned(self, proposals: Proposals, row: int, context: Context, costs: Costs, p: int) -> np.ndarray:
         """The drafts that promise most tokens a second; heads are asked where text alone does not promise as much."""
-        curve = costs.curve(len(context.prompt_ids) + len(context.output_ids), MOST_NODES)
+        curve = costs.curve(len(context.prompt_ids) + len(context.output_ids), PLANNED_NODES)
         plan: Plan = context.state.setdefault("plan", Plan())
         assert self._weights is not None
         statistics, first = self._statistics, int(proposals.firsts[row])
@@ -158,7 +161,7 @@ class Joint(Rescorer):
         return self._cut(tree, nodes, p)
 
     def _tree(self, sources: Sources, weights: np.ndarray, first: int) -> Any:
-        return likeliest_nodes(sources, weights, first, MOST_NODES, self.tokens + 1, self._ends, room_for(sources))
+        return likeliest_nodes(sources, weights, first, PLANNED_NODES, self.tokens + 1, self._ends, room_for(sources))
 
     @staticmethod
     def _cut(tree: Any, nodes: int, p: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 AUTO = "auto"
-MOST_NODES = 32
+PLANNED_NODES = 32
 TEXT_SOURCES = ("lookup",)  # what is asked first, because it costs next to nothing
 SMOOTHING = 0.2  # of the running rate with heads
 PATIENCE = 16  # steps without heads after which they are asked again

@@ -72,7 +72,7 @@ class JointFit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 def write_weights(folder: Path, fit: JointFit) -> Path:
     """Writes fitted weights beside those for other drafters. Raises `OutputError`."""
-    path = folder / f"{'+'.join(source.split()[0] for source in fit.drafters)}.json"
+    path = folder / f"{'+'.join(sorted(source.replace(' ', '-') for source in fit.drafters))}.json"
     write_json(path, plain(fit))
     return path
 

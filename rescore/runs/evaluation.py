@@ -191,12 +191,12 @@ def _work(recording: Recording, asked: Asked, loaded: dict[object, Any], *, live
 
 
 def _check_identities(work: Iterable[_Work]) -> None:
-    """Raises `RescoreError` for a rescorer that a folder's results could not be known to be of."""
+    """Raises `RescoreError` for a rescorer or drafter that a folder's results could not be known to be of."""
     for run, record in (pair for task in work for pair in zip(task.runs, task.records, strict=True)):
-        if isinstance(run.rescorer, Rescorer) and not record.identity:
+        if (isinstance(run.rescorer, Rescorer) and not record.identity) or "" in record.drafters:
             raise RescoreError(
-                f"a folder's results could not be known to be of {run.label}: set its `identity`, a hash of what it "
-                "scores with, or leave out `out` and save the evaluation"
+                f"a folder's results could not be known to be of {run.label}: set its `identity` (and that of its "
+                "drafters), a hash of what it scores or drafts with, or leave out `out` and save the evaluation"
             )
 
 

@@ -8,12 +8,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lattices.errors import IncompatibleError
-from lm.keys import key_of, software
+from lm.keys import key_of
 from lm.records import plain
 from rescore.runs.inputs import Inputs
 from rescore.tasks import Task
 from rescore.tasks.data import TaskData
-from rescore.tracing import RECORDING
+from rescore.tracing import recorded_by
 
 if TYPE_CHECKING:
     from lm.base.model import BaseIdentity, BaseLM
@@ -114,8 +114,7 @@ class Models:
     def trace_settings(self, task: Task, data: TaskData, max_new_tokens: int) -> dict[str, Any]:
         """Everything that a trace depends on, but for its k; none of it needs the weights in memory.
 
-        `recorded_by`: the kind of device, this project's recording and the libraries' minor versions, which all round
-        in their own ways: a trace of another one is not replayed unseen.
+        `recorded_by`: a trace of another device or of other libraries is not replayed unseen.
         """
         from lm.base.catalog import load_tokenizer
 
@@ -134,7 +133,7 @@ class Models:
             "data_sha256": data.source["sha256"],
             "max_new_tokens": max_new_tokens,
             "max_prompt_tokens": self.inputs.max_prompt_tokens or task.limits.prompt_tokens,
-            "recorded_by": {"device": self.device.partition(":")[0], "recording": RECORDING, **software()},
+            "recorded_by": recorded_by(self.device),
         }
         # A task of the user's own is what its file says: with another word in it, it is another task.
         return settings if task.definition is None else {**settings, "definition": dict(task.definition)}

@@ -20,6 +20,7 @@ from lm.records import plain
 from lm.text_files import rows_file
 from rescore.checks import check_held_k, check_k
 from rescore.drafters import LatticeDrafter, load_drafter
+from rescore.drafters.asked import fit_drafter
 from rescore.drafters.heads import Heads
 from rescore.drafters.recorded import record_drafter
 from rescore.groups import digest, held_out
@@ -37,6 +38,7 @@ from rescore.tracing import (
     TraceHeader,
     check_settings,
     content_sha256,
+    given_settings,
     read_header,
     read_trace,
     record_trace,
@@ -86,8 +88,9 @@ class Recording:
 
     @property
     def all_settings(self) -> dict[str, Any]:
-        """All that the trace is of; of a trace that was given: what it says of itself, and its hash."""
-        return {**self.settings, **({"trace": self.source.get("sha256")} if self.given else {})}
+        """All that what is recorded beside the trace is of; `given_settings` of a trace that was given."""
+        own = self.settings
+        return given_settings(own, self.source["sha256"], self.models.device) if self.given else own
 
     def heads(self) -> BlockHeads | None:
         """The heads that are used; None without any."""
@@ -99,9 +102,10 @@ class Recording:
         """What the user should know: examples left out or not the task's own, heads that are not the base's."""
         left_out = self.source.get("left_out") or ()
         shown = ", ".join(left_out[:5]) + (" ..." if len(left_out) > 5 else "")
+        few = "1 example of the data is" if len(left_out) == 1 else f"{len(left_out)} examples of the data are"
         lines = (
             self.data and self.data.notice,
-            f"{self.name}: {len(left_out)} examples of the data are left out ({shown})" if left_out else None,
+            f"{self.name}: {few} left out ({shown})" if left_out else None,
             None if self.given else self.models.about_heads(),
         )
         return [line for line in lines if line]
@@ -357,7 +361,7 @@ def record_task(
     base = recording.settings["base"]
     target = Target.of(base, trace.header.vocab_size, trace.header.eos_token_ids, device=recording.models.device)
     how: dict[str, Any] = {"task": recording.name, "settings": recording.settings, "folder": out, "progress": progress}
-    return record_drafter(trace, loaded.fit(target), k=k, **how)
+    return record_drafter(trace, fit_drafter(loaded, target), k=k, **how)
 
 
 def load_trace(folder: str | Path, *, k: int = 1, **inputs: Any) -> Recording:

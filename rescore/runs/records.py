@@ -15,7 +15,7 @@ from rescore.runs.inputs import Inputs
 
 SCHEMA = "rescore.results/7"
 Interval = tuple[Number, Number]
-# Kinds of drafters by the bits of `lattices.joined.candidates`, which is not imported to name them.
+# Kinds of drafters by the bits of `lattices.joined.sources`, which is not imported to name them.
 SOURCES = {1: "heads", 2: "lookup", 4: "draft-model", 8: "corpus-lookup", 16: "trace"}
 
 

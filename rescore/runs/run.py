@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from rescore.checks import check_alpha, check_k, check_p
 from rescore.drafters import DRAFTERS, HEADS, Drafter, load_drafter
 from rescore.drafting import check_drafters
 from rescore.rescorers import JOINT, RESCORERS, WEIGHT, Rescorer, load_rescorer
-from rescore.rescorers.joint_plan import AUTO, MOST_NODES
+from rescore.rescorers.joint_plan import AUTO, PLANNED_NODES
 from rescore.runs.records import Alpha, is_oracle
 from rescore.specs import format_spec, parse_spec
 
@@ -22,12 +22,24 @@ ORACLE = "oracle"
 Choosing = tuple[Rescorer, tuple[Drafter, ...]]  # a rescorer and the drafters that it chooses among
 NODES = "nodes"  # the key of a rescorer that drafts trees
 OF_DRAFTERS = "drafters"  # the key of a spec that says what a rescorer chooses among: drafters=heads+lookup
+OF_ONE_DRAFTER = ("tokens", "least", "most", "first")  # keys that look like a drafter's behind its spec
 FIXED = (NONE, ORACLE)  # what rescorers are compared with
 
 
 def is_drafter(spec: str) -> bool:
     """Whether a spec, or label, stands for a drafter's own drafts."""
     return DRAFTERS.has(spec) and not RESCORERS.has(spec)
+
+
+def says_drafters(rescorer: str | Rescorer) -> bool:
+    """Whether a spec says itself what is chosen among; an object does not."""
+    return isinstance(rescorer, str) and (is_drafter(rescorer) or OF_DRAFTERS in parse_spec(rescorer)[1])
+
+
+def branches_of(spec: str, arguments: Mapping[str, str]) -> int:
+    """How many branches the tree that a spec asks for has at most: its nodes; 0 for none, or as many as drafts."""
+    nodes = arguments.get(NODES, "0")
+    return PLANNED_NODES if nodes == AUTO else _whole(spec, nodes)
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,15 @@ class Run:
         if OF_DRAFTERS in arguments:
             if self.drafters:
                 raise RescoreError(f"the drafters of {spec} are given twice; drop one")
-            object.__setattr__(self, OF_DRAFTERS, tuple(arguments.pop(OF_DRAFTERS).split("+")))
+            keys = list(arguments)
+            after = [key for key in keys[keys.index(OF_DRAFTERS) + 1 :] if key in OF_ONE_DRAFTER]
+            specs = _split(arguments.pop(OF_DRAFTERS))
+            object.__setattr__(self, OF_DRAFTERS, specs)
+            if after and ":" in specs[-1]:
+                raise RescoreError(
+                    f"{spec}: {after[0]} after a comma would be a setting of {name}; put it before {OF_DRAFTERS}= "
+                    "if it is, or give the drafters by --drafter"
+                )
             object.__setattr__(self, "rescorer", format_spec(name, arguments))
         if self.drafters == (HEADS,) and name != JOINT:  # these are its own
             object.__setattr__(self, OF_DRAFTERS, ())
@@ -126,9 +146,15 @@ class Run:
         loaded = {} if loaded is None else loaded
         for spec in (specs := self.drafters or rescorer.drafters):
             if ("drafter", spec) not in loaded:
-                loaded["drafter", spec] = load_drafter(spec) if isinstance(spec, str) else spec
+                loaded["drafter", spec] = load_drafter(spec) if isinstance(spec, str) else spec.named(name_of(spec))
         drafters = tuple(loaded["drafter", spec] for spec in specs)
         check_drafters(drafters, live=False)
+        for drafter in drafters:
+            if drafter.held is not None and drafter.held < self.k:
+                raise RescoreError(
+                    f"k = {self.k}, but {drafter.name} holds the top {drafter.held} of each slot; choose --k from 1 to "
+                    f"{drafter.held}"
+                )
         return drafters
 
 
@@ -155,8 +181,13 @@ def label_of(rescorer: str | Rescorer, drafters: Sequence[str | Drafter] = ()) -
     label = rescorer if isinstance(rescorer, str) else type(rescorer).__name__
     if not drafters:
         return label
-    names = "+".join(each if isinstance(each, str) else each.name for each in drafters)
+    names = "+".join(map(name_of, drafters))
     return f"{label}{',' if ':' in label else ':'}{OF_DRAFTERS}={names}"
+
+
+def name_of(drafter: str | Drafter) -> str:
+    """What a drafter is called: its spec; an object without a name by its class."""
+    return drafter if isinstance(drafter, str) else drafter.name or type(drafter).__name__
 
 
 def runs_of(
@@ -172,12 +203,15 @@ def runs_of(
     (`ngram:p=16,alpha=0.5`).
 
     drafters: what rescorers choose among, but for those that say it themselves, and drafters' own drafts.
-    nodes: of the trees that `joint` drafts, as many as p drafts unless p is given; `auto`: by their cost.
+    nodes: of the trees that `joint` drafts, all their branches unless p, the most of them, is given; `auto`: by their
+        cost.
     The oracle knows which draft is best: it is run with p = 1 only. Raises `RescoreError` for what makes no sense, and
     for p, k, alpha or drafters that every spec says itself.
     """
+    if isinstance(nodes, int) and nodes < 1:
+        raise RescoreError(f"--nodes {nodes}; a tree has the base's own token at least (--nodes 64)")
     runs: dict[Run, None] = {}
-    asked = (("p", ps), ("k", ks), (WEIGHT, alpha is not None), (OF_DRAFTERS, drafters), (NODES, nodes))
+    asked = (("p", ps), ("k", ks), (WEIGHT, alpha is not None), (OF_DRAFTERS, drafters), (NODES, nodes is not None))
     unused = {name for name, given in asked if given}
     for spec in specs:
         if isinstance(spec, Run):
@@ -192,11 +226,11 @@ def runs_of(
             if name == JOINT and nodes is not None:
                 unused.discard(NODES)
                 arguments.setdefault(NODES, str(nodes))
-            if NODES in arguments and not ps:
-                own.setdefault("p", str(MOST_NODES) if arguments[NODES] == AUTO else arguments[NODES])
+            if not ps and (most := branches_of(spec, arguments)) > 0:
+                own.setdefault("p", str(most))
             rescorer = format_spec(name, arguments)
             weight = None if WEIGHT in arguments else alpha
-            says = OF_DRAFTERS in arguments or is_drafter(spec)
+            says = says_drafters(spec)
             unused &= {*own, *arguments, NODES, *([OF_DRAFTERS] if says else [])}
         else:
             unused.clear()
@@ -204,10 +238,24 @@ def runs_of(
             for p in [_whole(spec, own["p"])] if "p" in own else [1] if _is_oracle(rescorer) else ps or (1,):
                 runs[Run(rescorer, p=p, k=k, alpha=weight, drafters=() if says else tuple(drafters))] = None
     if runs and unused:
-        option = min(unused)
+        of_joint = [spec for spec in specs if isinstance(spec, str) and parse_spec(spec)[0] == JOINT]
+        if (option := min(unused)) == NODES and not of_joint:
+            raise RescoreError(f"--{NODES} is used by no --rescorer but {JOINT}, and there is none; drop it")
         name = OF_DRAFTERS.removesuffix("s") if option == OF_DRAFTERS else option
         raise RescoreError(f"--{name} is used by no --rescorer, each of which says its own {option}; drop it")
     return list(runs)
+
+
+def _split(text: str) -> tuple[str, ...]:
+    """The specs of `heads+lookup`; what follows a plus and is no drafter's name belongs to the value before: a path may
+    have them in it."""
+    specs: list[str] = []
+    for part in text.split("+"):
+        if specs and ":" in specs[-1] and not DRAFTERS.has(part):
+            specs[-1] += f"+{part}"
+        else:
+            specs.append(part)
+    return tuple(specs)
 
 
 def parse_alpha(text: str) -> float | Literal["tuned"]:

@@ -100,7 +100,9 @@ def _overview(document: ResultsDocument, *, more: bool) -> Table:
         "speed-up": "speed-up = tokens a second over those of greedy decoding in the same run",
     }
     note = "; ".join(notes[name] for name in notes if name in shown) + "." + (" --details shows more." if more else "")
-    return Table.of(columns, results, title=_caption(document, apart), note=textwrap.fill(note, NOTE_WIDTH))
+    return Table.of(
+        columns, results, title=_caption(document, apart), note=textwrap.fill(note, NOTE_WIDTH, break_on_hyphens=False)
+    )
 
 
 def _ceiling(results: Sequence[Result]) -> str:

@@ -14,17 +14,17 @@ from lm.records import plain
 from rescore.accounting import block_efficiency
 from rescore.checks import check_held_k
 from rescore.drafters import Drafter
+from rescore.drafters.asked import fit_drafter
 from rescore.drafters.recorded import drafted
 from rescore.replaying import Drafted, replay
 from rescore.rescorers import JOINT, Rescorer
-from rescore.rescorers.joint import Joint
 from rescore.rescorers.joint_fit import JointData
 from rescore.rescorers.joint_weights import JointFit, write_weights
 from rescore.runs.environment import environment
 from rescore.runs.inputs import Notify, Progress
 from rescore.runs.recording import Recording
 from rescore.runs.records import Tuned
-from rescore.runs.run import DEFAULT_K, Run, load_choosing
+from rescore.runs.run import DEFAULT_K, Run, load_choosing, says_drafters
 from rescore.runs.weights import coverage_notices, fit_before, fit_to, target_before, target_of, tuned_path
 from rescore.tracing import Trace
 
@@ -39,6 +39,7 @@ def tune(
     alphas: Sequence[float] = DEFAULT_ALPHAS,
     ks: Sequence[int] = (DEFAULT_K,),
     ps: Sequence[int] = (1, 16),
+    drafters: Sequence[str] = (),
     held_out: int = HELD_OUT,
     evaluated: Collection[str] = (),
     keep: bool = True,
@@ -47,13 +48,17 @@ def tune(
 ) -> list[Tuned]:
     """Sweeps the weight of every rescorer on every task, 0 among the `alphas`.
 
+    drafters: what rescorers choose among that do not say it themselves (none: their own).
     held_out: examples of the last groups of the data, at most half of the groups (`rescore.groups.held_out`).
     evaluated: groups that are not tuned on while there are others.
     keep: keeps the best weights on this machine, for runs whose alpha is `tuned`.
     Raises `RescoreError` for a rescorer without weight and for what `evaluate` refuses.
     """
     swept = tuple(sorted({0.0, *alphas}))
-    runs = [Run(rescorer, p=p, k=k) for rescorer in dict.fromkeys(rescorers) for k in ks for p in ps]
+    runs = []
+    for rescorer in dict.fromkeys(rescorers):
+        among = () if says_drafters(rescorer) else tuple(drafters)
+        runs += [Run(rescorer, p=p, k=k, drafters=among) for k in ks for p in ps]
     for alpha in alphas:
         Run(alpha=alpha)  # refuses what is no weight
     if given := [run for run in runs if run.alpha is not None]:
@@ -69,8 +74,8 @@ def tune(
         for line in coverage_notices(trace, {label: rescorer for label, (rescorer, _) in fitted.items()}, max(ks)):
             if notify:
                 notify(line)
-        drafters = {drafter.name: drafter for _, each in fitted.values() for drafter in each}
-        of_models = _drafted(recording, trace, drafters.values(), progress)
+        named = {drafter.name: drafter for _, each in fitted.values() for drafter in each}
+        of_models = _drafted(recording, trace, named.values(), progress)
         efficiency: dict[Run, list[float]] = {run: [] for run in runs}
         for done, (run, alpha) in enumerate(product(runs, swept), start=1):
             rescorer, chosen = fitted[run.label]
@@ -115,16 +120,20 @@ def _drafted(recording: Recording, trace: Trace, drafters: Iterable[Drafter], pr
     return drafted(trace, drafters, task=recording.name, settings=recording.all_settings, progress=progress)
 
 
-def is_joint(specs: Sequence[str], out: Path | None) -> bool:
+def is_joint(specs: Sequence[str], out: Path | None, without: Sequence[str] = (), alphas: Sequence[float] = ()) -> bool:
     """Whether weights of `joint` are asked for, which are fitted and not swept.
 
-    Raises `RescoreError` for joint beside others, without a folder, and for a folder without joint.
+    Raises `RescoreError` for joint beside others, without a folder or with `alphas` to try, and for a folder, or
+    features to leave out, without joint.
     """
     joint = [spec for spec in specs if spec.partition(":")[0] == JOINT]
     if joint and (len(specs) > 1 or out is None):
         raise RescoreError("the weights of joint are fitted alone, into a folder: --rescorer joint --out DIR")
-    if out is not None and not joint:
-        raise RescoreError("--out is for the weights of joint; drop it, or give --rescorer joint")
+    if joint and alphas:
+        raise RescoreError("the weights of joint are fitted, none are tried; drop --alphas")
+    for option, given in (("--out", out is not None), ("--without", without)):
+        if given and not joint:
+            raise RescoreError(f"{option} is for the weights of joint; drop it, or give --rescorer joint")
     return bool(joint)
 
 
@@ -146,17 +155,19 @@ def fit_joint(
     held_out: examples of each task, as for `tune`. How well the probabilities hold is measured on half of the groups
     with weights of the other half. Raises `RescoreError` for what `evaluate` refuses, `OutputError`.
     """
+    from rescore.rescorers.joint import Joint  # torch, which plans of suites do without
+
     run = Run(spec, k=k, drafters=tuple(drafters))
     joint = run.load()
     assert isinstance(joint, Joint)
     of_run = run.load_drafters(joint)
-    data, bigrams = JointData(), set()
+    data, bigrams, fitted = JointData(), set(), list(of_run)
     for recording in [recordings] if isinstance(recordings, Recording) else recordings:
         recording = recording.held_out(held_out)
         # Not `fit_before`: the weights need not be there yet.
         trace = _trace(recording, k, lambda of: joint.ngram.fit(target_before(of)), progress, notify)
         target = target_of(trace, device=recording.models.device)
-        fitted = [drafter.fit(target) for drafter in of_run]
+        fitted = [fit_drafter(drafter, target) for drafter in of_run]
         of_models = _drafted(recording, trace, fitted, progress)
         groups = [f"{recording.name} {group}" for group in recording.groups]
         statistics, bigram = joint.statistics_for(target)
@@ -164,6 +175,6 @@ def fit_joint(
         data.add(trace.examples, groups, fitted, statistics, k=k, drafted=of_models)
     if len(bigrams) > 1:
         raise RescoreError("the traces are of bases with other learned bigrams; fit weights for each base")
-    fit = data.fit(of_run, ngram=joint.ngram.model.sha256, bigram=bigrams.pop(), k=k, without=without)
+    fit = data.fit(fitted, ngram=joint.ngram.model.sha256, bigram=bigrams.pop(), k=k, without=without)
     write_weights(user_path(out or "", "--out"), fit)
     return fit

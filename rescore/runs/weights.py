@@ -15,12 +15,13 @@ from lm.keys import cache_entry
 from lm.records import read_record
 from rescore.checks import MAX_ALPHA
 from rescore.drafters import HEADS
+from rescore.drafters.asked import fit_drafter
 from rescore.options import written
 from rescore.rescorers import Rescorer, Target
 from rescore.runs.inputs import Inputs
 from rescore.runs.recording import Recording
 from rescore.runs.records import Alpha, RunRecord, Tuned
-from rescore.runs.run import Choosing, Run
+from rescore.runs.run import Choosing, Run, name_of
 from rescore.tracing import Trace
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def fit_before(recording: Recording, choosing: Mapping[str, Choosing]) -> dict[s
 def identities_of(choosing: Choosing) -> tuple[str, list[str]]:
     """What a fitted rescorer scores with, and its drafters draft with (none: heads alone)."""
     rescorer, drafters = choosing
-    names = [drafter.identity or drafter.name for drafter in drafters]
+    names = [drafter.identity for drafter in drafters]
     return rescorer.identity, [] if names == [HEADS] else names
 
 
@@ -83,10 +84,11 @@ def alpha_of(recording: Recording, run: Run, choosing: Choosing) -> Alpha | None
 def _tune_command(inputs: Inputs, run: Run) -> str:
     """The command that tunes the weight of a run."""
     defaults = {field.name: field.default for field in dataclasses.fields(Inputs)}
-    names = ("h", "base", "heads", "data", "max_new_tokens", "max_prompt_tokens", "dtype")
+    names = ("h", "base", "heads", "data", "leave_out", "max_new_tokens", "max_prompt_tokens", "dtype")
     changed = {name: value for name in names if (value := getattr(inputs, name)) != defaults[name]}
     spec = run.rescorer if isinstance(run.rescorer, str) else run.label
-    given = {"task": inputs.task, "trace": inputs.trace, "rescorer": spec, "k": run.k, "p": run.p}
+    drafters = ",".join(map(name_of, run.drafters)) or None
+    given = {"task": inputs.task, "trace": inputs.trace, "rescorer": spec, "drafter": drafters, "k": run.k, "p": run.p}
     return written("tune", given | changed)
 
 
@@ -123,8 +125,9 @@ def _alpha_fact(chosen: Alpha, recording: Recording) -> str | None:
 
 def target_of(trace: Trace, *, device: str = "cpu", shared: BaseLM | None = None) -> Target:
     """The base LM that a trace was recorded with, as far as the trace tells; for work on `device`."""
-    header = trace.header
-    return Target.of(header.settings.get("base"), header.vocab_size, header.eos_token_ids, device=device, shared=shared)
+    header, settings = trace.header, trace.header.settings
+    target = Target.of(settings.get("base"), header.vocab_size, header.eos_token_ids, device=device, shared=shared)
+    return dataclasses.replace(target, traced=str(settings.get("drafter", "")))
 
 
 def fit_to(
@@ -136,10 +139,10 @@ def fit_to(
 
 def fitted_to(target: Target, choosing: Mapping[str, Choosing]) -> dict[str, Choosing]:
     """Rescorers and drafters fitted to a base LM. Raises as their `fit`."""
-    fitted = {drafter: drafter.fit(target) for _, drafters in choosing.values() for drafter in drafters}
+    fitted = {drafter: fit_drafter(drafter, target) for _, drafters in choosing.values() for drafter in drafters}
     return {
         label: (
-            rescorer.fit(dataclasses.replace(target, sources=tuple(drafter.source for drafter in drafters))),
+            rescorer.fit(dataclasses.replace(target, sources=tuple(fitted[drafter].source for drafter in drafters))),
             tuple(fitted[drafter] for drafter in drafters),
         )
         for label, (rescorer, drafters) in choosing.items()
@@ -160,7 +163,10 @@ def coverage_notices(trace: Trace, rescorers: Mapping[str, Rescorer], k: int) ->
 
 def tuned_path(recording: Recording, choosing: Choosing, *, k: int, p: int) -> Path:
     """Where the tuned weight of a rescorer on a task is kept: one file per task (its template, its definition), base,
-    heads, rescorer, drafters, h, k and p. Raises `RescoreError` for a rescorer without identity."""
+    heads (of a trace of another drafter: that), rescorer, drafters, h, k and p.
+
+    Raises `RescoreError` for a rescorer without identity.
+    """
     rescorer, _ = choosing
     _, drafters = identities_of(choosing)
     if not rescorer.identity:
@@ -178,6 +184,7 @@ def tuned_path(recording: Recording, choosing: Choosing, *, k: int, p: int) -> P
         "h": recording.h,
         "rescorer": rescorer.identity,
         **({"drafters": drafters} if drafters else {}),
+        **({"traced": settings["drafter"]} if "drafter" in settings else {}),
         "k": k,
         "p": p,
     }

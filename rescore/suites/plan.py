@@ -16,7 +16,7 @@ from rescore.rescorers import WEIGHT
 from rescore.runs.inputs import Inputs
 from rescore.runs.recording import recorded_task
 from rescore.runs.records import is_oracle
-from rescore.runs.run import DEFAULT_K, Run
+from rescore.runs.run import DEFAULT_K, Run, branches_of
 from rescore.runs.tuning import DEFAULT_ALPHAS, HELD_OUT
 from rescore.specs import parse_spec
 from rescore.tasks import load_task
@@ -195,7 +195,7 @@ def _task_of(folder: Path) -> str:
 
 
 def _rescorers(top: dict[str, Value]) -> tuple[SuiteRescorer, ...]:
-    ps = _wholes(top["p"]) if "p" in top else (1,)
+    ps = _wholes(top["p"]) if "p" in top else ()
 
     def rescorer(value: Value) -> SuiteRescorer:
         fields = (
@@ -214,7 +214,7 @@ def _rescorers(top: dict[str, Value]) -> tuple[SuiteRescorer, ...]:
             raise fields["tune"].wrong("a weight that is given is not tuned; drop tune or alpha")
         if alpha is not None and not 0 <= alpha <= MAX_ALPHA:
             raise fields["alpha"].wrong(f"{alpha:g} is outside 0 to {MAX_ALPHA:g}, where a weight is")
-        own = _wholes(fields["p"]) if "p" in fields else ps
+        own = _wholes(fields["p"]) if "p" in fields else ps or (max(1, branches_of(name, parse_spec(name)[1])),)
         tuning = _tuning(fields["tune"]) if "tune" in fields else None
         return SuiteRescorer(name, (1,) if is_oracle(name) else own, alpha, tuning)
 

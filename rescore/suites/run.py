@@ -126,9 +126,10 @@ def _parts(plan: Plan) -> list[_Part]:
     """All evaluations, each of them checked."""
     parts: list[_Part] = []
     tasks: dict[str, str] = {}  # by folder
+    how: dict[str, Any] = {"k": max(plan.k), "heads_needed": any(run.needs_heads for run in plan.runs)}
     for task in plan.tasks:
         for h in plan.h:
-            recording = open_recording(plan.inputs(task, h), k=max(plan.k))
+            recording = open_recording(plan.inputs(task, h), **how)
             name = re.sub(r"[^\w.-]", "_", recording.name) + (f"-h{h}" if h else "")
             parts.append(_Part(recording, h, f"{RUNS_FOLDER}/{name}"))
             if (other := tasks.setdefault(name, recording.name)) != recording.name:
@@ -213,8 +214,9 @@ def _sweep(
     sweep = weights.find(task=evaluated.name, rescorer=run.label, k=run.k, h=part.h, p=run.p, key=key)
     if sweep is None:
         inputs = dataclasses.replace(evaluated.inputs, limit=None)
+        how: dict[str, Any] = {"k": evaluated.k, "heads_needed": evaluated.models.heads_needed}
         (tuned,) = tune(
-            open_recording(inputs, k=evaluated.k), [run.label], alphas=tuning.alphas, ks=(run.k,), ps=(run.p,),
+            open_recording(inputs, **how), [run.label], alphas=tuning.alphas, ks=(run.k,), ps=(run.p,),
             held_out=tuning.limit, evaluated=set(evaluated.groups), keep=False, progress=progress, notify=notify,
         )  # fmt: skip
         if not evaluated.given:  # a sweep of other files must not be kept under this key

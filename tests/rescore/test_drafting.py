@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
+import msgspec
 import numpy as np
 import pytest
 from conftest import make_heads, refused, save_tiny_base
 from evaluating import Options, evaluated, opened, recorded_trace
 from test_ngram_rescorer import bigram_model, save
+from test_several_p import HalfRight
 
 from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
 from lattices.joined.sources import HEADS, LOOKUP, MODEL
 from lm.lookup_index import LookupOptions, build_lookup
 from rescore.decoding import decode
-from rescore.drafters import DRAFTERS, load_drafter
+from rescore.drafters import DRAFTERS, Drafter, LatticeDrafter, load_drafter
+from rescore.drafters.lookup import PromptLookup
+from rescore.drafters.recorded import record_drafter, recorded_already
+from rescore.drafting import Drafting
 from rescore.live import generate
+from rescore.rescorers import RESCORERS, Context, load_rescorer
 from rescore.rescorers.joint_weights import read_fits
 from rescore.rescorers.ngram import Ngram
+from rescore.runs.evaluation import evaluate
 from rescore.runs.inputs import Inputs
-from rescore.runs.recording import record_task
+from rescore.runs.recording import load_trace, record_task
 from rescore.runs.records import Identical
 from rescore.runs.run import Run, runs_of
-from rescore.runs.tuning import fit_joint
-from rescore.tracing import read_trace
+from rescore.runs.tuning import fit_joint, is_joint, tune
+from rescore.runs.weights import fit_to, target_of, tuned_path
+from rescore.tracing import HEADER_FILE, Trace, read_trace
 
 
 @pytest.fixture
@@ -127,6 +139,32 @@ def test_shares_of_several_drafters(options: Options):
         assert sum(alone[one.label].accepted) == len(example.output_ids)
 
 
+class Asked(PromptLookup):
+    """Notes how many continuations it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name, self.counts = "asked", list[int]()
+
+    def continuations(self, contexts, firsts, count):
+        self.counts.append(count)
+        return super().continuations(contexts, firsts, count)
+
+
+def test_text_is_looked_up_once_and_while_drafters_propose():
+    """Live decoding times apart what drafters and what rescorers take."""
+    drafter, context, firsts = Asked(), Context([5, 6, 7, 5, 8]), np.array([5])
+    for in_context, joined in ((True, []), (False, [4])):
+        drafter.in_context = in_context
+        for rescorer, counts in (("none", [3]), ("oracle", joined)):
+            drafting = Drafting(load_rescorer(rescorer), [drafter], p=3)
+            drafter.counts.clear()
+            proposals = drafting.propose([context], firsts)
+            assert drafter.counts == counts
+            if rescorer == "none":
+                assert drafting.choose(proposals, [context])[0, :, 1].tolist() == [8, 6] and drafter.counts == counts
+
+
 def test_a_tree_of_so_many_nodes(options: Options, tmp_path: Path):
     joint = fitted(options, tmp_path, ["heads", "lookup"])
     (run,) = runs_of([joint], ks=(8,), nodes=5)
@@ -135,13 +173,55 @@ def test_a_tree_of_so_many_nodes(options: Options, tmp_path: Path):
     assert all(len(draft) <= 5 for draft in record.drafts)
     with pytest.raises(RescoreError, match="--nodes is used by no --rescorer"):
         runs_of(["none"], nodes=5)
+    with pytest.raises(RescoreError, match="--nodes 0; a tree has the base's own token at least"):
+        runs_of([joint], nodes=0)
+    assert [run.p for run in runs_of([f"{joint},nodes=0"])] == [1], "0: as many as p branches have"
+    with pytest.raises(RescoreError, match=r"joint: give .* nodes of 1 to"):
+        runs_of([f"{joint},nodes=-2"])[0].load()
+
+
+class TestATraceOfAnotherDrafter:
+    """It holds lattices in the place of the heads'."""
+
+    SAYS: ClassVar = {"drafter": "draft-model 0123456789abcdef 8"}
+
+    def test_weights_for_the_heads_are_none_for_it(self, options: Options):
+        (recording,) = opened(options)
+        trace = recording.trace()
+        other = replace(trace, header=msgspec.structs.replace(trace.header, settings=trace.header.settings | self.SAYS))
+        chosen = {"": (load_rescorer("none"), (load_drafter("heads"), load_drafter("lookup")))}
+        sources = [[drafter.source for drafter in fit_to(of, chosen)[""][1]] for of in (trace, other)]
+        assert sources == [["heads", "lookup"], ["heads-of-draft-model 0123456789ab 8", "lookup"]]
+
+    def test_what_is_tuned_on_it_is_not_for_the_heads(self, options: Options):
+        (recording,) = opened(options)
+        other = replace(recording, settings=recording.settings | self.SAYS)
+        chosen = (HalfRight(), (load_drafter("heads"),))
+        assert tuned_path(recording, chosen, k=8, p=1) != tuned_path(other, chosen, k=8, p=1)
+
+
+class TestTuning:
+    def test_it_is_of_the_drafters_that_are_given(self, options: Options, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setitem(RESCORERS.built_in, "weighted", HalfRight)
+        how: dict[str, Any] = {"alphas": (1.0,), "ks": (8,), "ps": (1,), "drafters": ("lookup", "heads")}
+        sweeps = tune(opened(options), ["weighted", "weighted:drafters=heads"], **how)
+        assert [sweep.rescorer for sweep in sweeps] == ["weighted:drafters=lookup+heads", "weighted"]
+        run = Run("weighted", k=8, alpha="tuned", drafters=("lookup", "heads"))
+        assert evaluated(options | {"rescorers": [run]}).document.results[0].alpha is not None
+        with pytest.raises(RescoreError, match=r"run: rescore tune .*--rescorer weighted:drafters=lookup\+heads "):
+            evaluated(options | {"rescorers": [replace(run, p=3)]})
+
+    def test_what_joint_alone_takes_is_refused_for_others(self, tmp_path: Path):
+        assert is_joint(["joint"], tmp_path, ["recency"]) and not is_joint(["ngram"], None)
+        with pytest.raises(RescoreError, match="--without is for the weights of joint"):
+            is_joint(["ngram"], None, ["recency"])
+        with pytest.raises(RescoreError, match="drop --alphas"):
+            is_joint(["joint"], tmp_path, (), (1.0,))
 
 
 def test_a_base_without_heads_drafts_with_the_text(options: Options, small: str):
     chosen = {**options, "heads": None} | {"rescorers": ("lookup", f"draft-model:{small},tokens=3")}
     (recording,) = opened({**options, "heads": None}, heads_needed=False)
-    from rescore.runs.evaluation import evaluate
-
     evaluation = evaluate(recording, runs_of(chosen["rescorers"], ks=(8,)))
     with_heads = evaluated(options | {"rescorers": chosen["rescorers"]})
     assert [r.accepted_histogram for r in evaluation] == [r.accepted_histogram for r in with_heads]
@@ -149,6 +229,102 @@ def test_a_base_without_heads_drafts_with_the_text(options: Options, small: str)
     live = evaluate(recording, runs_of(chosen["rescorers"], ks=(8,)), live=True)
     assert [r.accepted_histogram for r in live] == [r.accepted_histogram for r in with_heads]
     refused(lambda: evaluate(recording, ["none"]), "none needs block heads")
+
+
+def test_a_weight_is_tuned_for_what_is_chosen_among(options: Options, small: str):
+    spec = f"draft-model:{small},tokens=3"
+    (recording,) = opened({**options, "heads": None}, heads_needed=False)
+    how = {"alphas": (0.5,), "ks": (8,), "ps": (1,), "held_out": 2}
+    (tuned,) = tune(recording, ["context-ngram:none"], drafters=(spec,), **how)
+    assert tuned.rescorer == f"context-ngram:none,drafters={spec}"
+    run = Run("context-ngram:none", drafters=(spec,), k=8, alpha="tuned")
+    alpha = evaluate(recording, [run]).config.runs["squad"][0].alpha
+    assert alpha is not None and (alpha.source, alpha.alpha) == ("tuned", tuned.alpha)
+    other = dataclasses.replace(run, p=2)
+    refused(
+        lambda: evaluate(recording, [other]), "no weight of", f"--rescorer context-ngram:none --drafter {spec} --k 8"
+    )
+    refused(lambda: is_joint(["ngram"], None, ["recency"]), "--without is for the weights of joint")
+
+
+def test_weights_have_a_file_for_each_set_of_drafters(options: Options, small: str, tiny_folder: Path, tmp_path: Path):
+    fitted(options, tmp_path, ["heads", "lookup"])
+    fitted(options, tmp_path, ["lookup", "heads"])
+    assert [path.name for path in (tmp_path / "w").iterdir()] == ["heads+lookup.json"]
+    for model in (small, str(tiny_folder)):
+        fitted(options, tmp_path, [f"draft-model:{model},tokens=2", "heads"])
+    assert len(list((tmp_path / "w").iterdir())) == 3
+
+
+class TestIdentities:
+    """What is drafted with is known again, and nothing that was drafted by something else passes for it."""
+
+    def of(self, drafter: Drafter, trace: Trace) -> str:
+        return drafter.fit(target_of(trace)).identity
+
+    def test_a_trace_by_all_that_is_in_it(self, options: Options, tmp_path: Path):
+        trace = recorded_trace(options, tmp_path / "a")
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+        one, other = (load_drafter(f"trace:{tmp_path / name}") for name in "ab")
+        assert self.of(one, trace) == self.of(other, trace)
+        arrow = next((tmp_path / "b").glob("part-*/*.arrow"))
+        arrow.write_bytes(arrow.read_bytes()[:-1] + b"?")
+        assert self.of(one, trace) != self.of(other, trace)
+
+    def test_a_trace_of_a_larger_vocabulary_is_refused(self, options: Options, tmp_path: Path):
+        trace = recorded_trace(options, tmp_path / "a")
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+        header = json.loads((tmp_path / "b" / HEADER_FILE).read_text())
+        (tmp_path / "b" / HEADER_FILE).write_text(json.dumps(header | {"vocab_size": 1 << 20}))
+        other = load_drafter(f"trace:{tmp_path / 'b'}")
+        refused(lambda: self.of(other, trace), "has a vocabulary of 1048576, more than", IncompatibleError)
+
+    def test_an_index_that_was_built_again(self, options: Options, index: str, tmp_path: Path):
+        drafter, trace = load_drafter(f"corpus-lookup:{index}"), recorded_trace(options, tmp_path / "a")
+        assert self.of(drafter, trace) == drafter.identity
+        (tmp_path / "other.txt").write_text("quite another text\n")
+        build_lookup([tmp_path / "other.txt"], Path(index), LookupOptions(tokenizer=options["base"]))
+        assert self.of(drafter, trace) == load_drafter(f"corpus-lookup:{index}").identity != drafter.identity
+
+    def test_drafts_of_other_outputs_are_not_read_from_the_cache(self, options: Options, small: str, tmp_path: Path):
+        trace = recorded_trace(options, tmp_path / "a")
+        drafter = load_drafter(f"draft-model:{small},tokens=2").fit(target_of(trace))
+        assert isinstance(drafter, LatticeDrafter)
+        how = {"task": "squad", "settings": {"of": "this"}}
+        record_drafter(trace, drafter, **how)
+        record_drafter(trace, drafter, **how, folder=tmp_path / "drafts")
+        first, *others = trace.examples
+        changed = dataclasses.replace(
+            first, output_ids=first.output_ids[:-1], lattice=first.lattice[:-1], entropies=first.entropies[:-1],
+            margins=first.margins[:-1],
+        )  # fmt: skip
+        other = Trace(trace.header, (changed, *others))
+        assert recorded_already(other, drafter, **how) is None
+        refused(lambda: record_drafter(other, drafter, **how, folder=tmp_path / "drafts"), "another prompt or output")
+        made = record_drafter(other, drafter, **how)
+        assert len(made.examples[0].lattice) == len(changed.output_ids)
+        assert (recorded_already(other, drafter, **how) or {}).keys() == {e.id for e in other.examples}
+
+    def test_drafts_beside_a_given_trace_are_those_of_these_libraries(
+        self, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        recorded_trace(options, tmp_path / "a")
+        before = load_trace(tmp_path / "a").all_settings
+        monkeypatch.setattr("rescore.tracing.software", lambda: {"torch": "0.1"})
+        after = load_trace(tmp_path / "a").all_settings
+        assert after["recorded_by"]["torch"] == "0.1" != before["recorded_by"]["torch"]
+        assert {**after, "recorded_by": 0} == {**before, "recorded_by": 0}
+
+    def test_a_drafter_without_one(self, options: Options, tmp_path: Path, small: str):
+        trace = recorded_trace(options, tmp_path / "a")
+        drafter = load_drafter(f"draft-model:{small},tokens=2").fit(target_of(trace))
+        assert isinstance(drafter, LatticeDrafter)
+        drafter.identity = ""
+        refused(lambda: record_drafter(trace, drafter, task="squad", settings={}), "set its `identity`")
+        nameless = PromptLookup()
+        nameless.identity = ""
+        run = Run("none", drafters=(nameless,), k=8)
+        refused(lambda: evaluated(options | {"rescorers": (run,)}, out=tmp_path / "out"), "set its `identity`")
 
 
 class TestTraces:

@@ -61,7 +61,7 @@ class TestLookup:
 
     @pytest.mark.parametrize("spec", ["lookup:tokens=0", "lookup:least=0", "lookup:least=3,most=2"])
     def test_sizes_that_make_no_sense(self, spec: str):
-        refused(lambda: load_drafter(spec), "lookup: give tokens of 1 or more")
+        refused(lambda: load_drafter(spec), "lookup: give tokens of 1 to 1,024")
 
 
 @pytest.fixture

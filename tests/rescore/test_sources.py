@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,9 @@ class Counting(LatticeDrafter):
         ids[:, 0] = firsts[:, None] * (np.arange(k) == 0) + (np.arange(k) > 0) * (
             (firsts[:, None] + np.arange(k)) % 256
         )
-        return Lattice(ids, np.broadcast_to(np.log(0.5) * np.arange(1, k + 1, dtype=np.float32), ids.shape).copy())
+        return Lattice(
+            ids, np.broadcast_to(np.float32(np.log(0.5)) * np.arange(1, k + 1, dtype=np.float32), ids.shape).copy()
+        )
 
 
 def one_head(options: Options, folder: Path) -> str:
@@ -298,6 +301,16 @@ class TestInspect:
         written = report([tmp_path / "run"], tmp_path / "report.html")
         assert any("what draft-model:x drafted is not in the cache" in line for line in written.missing)
 
+    def test_not_of_a_drafter_that_was_replaced(self, options: Options, tmp_path: Path):
+        recorded_trace(options, tmp_path / "drafts")
+        spec = f"oracle:drafters=heads+trace:{tmp_path / 'drafts'}"
+        evaluated(options | {"rescorers": ("none", spec)}, out=tmp_path / "run")
+        assert not inspect_example(tmp_path / "run", "1", rescorers=(spec,)).notices
+        recorded_trace(options | {"k": 4}, tmp_path / "other")
+        shutil.rmtree(tmp_path / "drafts")
+        (tmp_path / "other").rename(tmp_path / "drafts")
+        assert "is no longer what drafted" in inspect_example(tmp_path / "run", "1", rescorers=(spec,)).notices[0]
+
 
 def test_a_comparison_says_that_one_name_stands_for_other_drafters(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -405,3 +418,12 @@ def test_a_suite_of_drafters(options: Options, tmp_path: Path):
     assert "heads (proposed" in (tmp_path / "out" / "table.csv").read_text()
     found = inspect_example(tmp_path / "out", "1", steps="all", rescorers=(f"oracle:{BOTH}",))
     assert all(block.joined for block in found.blocks)
+
+
+def test_a_suite_of_a_base_without_heads(options: Options, tmp_path: Path):
+    path = tmp_path / "table.yaml"
+    lines = [f"{name}: {options[name]}" for name in ("base", "dtype", "device", "max_new_tokens", "k")]
+    lines += ["tasks:", f"  - {{name: squad, data: {options['data']}, limit: 3}}", "rescorers: [lookup]"]
+    path.write_text("\n".join(lines) + "\n")
+    (result,) = run_suite(read_plan(path), tmp_path / "out").document.results
+    assert (result.rescorer, result.h) == ("lookup", 1)

@@ -182,6 +182,13 @@ class TestTable:
         assert [(r.task, r.n) for r in suite.document.results] == [("squad", 3)] * 2
         assert run(write(body=body), tmp_path / "out").document.results == suite.document.results
 
+    @pytest.mark.parametrize(
+        ("line", "ps"), [("", [1, 64]), ("p: [1, 2]", [1, 2, 1, 2]), ("k: 4", [1, 64])], ids=["none", "p", "k"]
+    )
+    def test_a_tree_has_all_its_branches_where_no_p_is_given(self, write: Write, line: str, ps: list[int]):
+        body = f"{line}\ntasks: [{{name: squad, data: DATA/squad.jsonl}}]\nrescorers: [none, 'joint:nodes=64']\n"
+        assert [p for rescorer in read_plan(write(body=body)).rescorers for p in rescorer.p] == ps
+
     def test_what_was_tuned_outside_is_no_part_of_it(self, write: Write, tmp_path: Path):
         path = write(("    tune: {limit: 2, alphas: [0.5, 1]}\n", ""))
         plan = read_plan(path)

@@ -14,7 +14,7 @@ from evaluating import Options, evaluated, inputs_of, recorded_trace
 from lattices.errors import InvalidDataError, RescoreError
 from lm import keys
 from lm.files import cache_directory
-from rescore.runs import models
+from rescore import tracing
 from rescore.runs.evaluated import load_run
 from rescore.runs.models import Models
 
@@ -77,7 +77,7 @@ def test_other_heads_libraries_recordings_and_devices_are_other_traces(options, 
     assert not is_new()
     edit(Path(options["heads"]) / "config.json", lambda d: d.update(base_name="another"))
     assert is_new()
-    monkeypatch.setattr(models, "RECORDING", 99)
+    monkeypatch.setattr(tracing, "RECORDING", 99)
     assert is_new()
     real = keys.importlib.metadata.version
     monkeypatch.setattr(keys.importlib.metadata, "version", lambda n: "5.99.0" if n == "transformers" else real(n))

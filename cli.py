@@ -566,6 +566,20 @@ def verify_curve_command(
     _result(curve, "rescore.studies.tables:verify_curve_table", as_json)
 
 
+@command("costs", group=bench, inputs=Source(INPUTS, only=("base", "heads", "dtype", "device")))
+def costs_command(
+    inputs: "Inputs",
+    out: Annotated[Path | None, "Write the table into this file, too."] = None,
+    cached: Annotated[Sequence[int], "Tokens in the cache."] = (64, 256, 640),
+    repeats: shared.Repeats = 7,
+    as_json: Json = False,
+) -> None:
+    """Measure what a step costs here, for `joint:nodes=auto`: forwards by tokens and context, and the heads."""
+    from rescore.costs import costs_of
+
+    _result(costs_of(inputs, out, contexts=cached, repeats=repeats), "rescore.studies.tables:costs_table", as_json)
+
+
 @command("block-length", group=bench, asked=Source("rescore.studies.block_length:block_lengths_of_trace"))
 def block_length_command(asked: Asked, as_json: Json = False) -> None:
     """Which block length pays here: acceptance from a trace against what verify, heads and rescoring cost."""

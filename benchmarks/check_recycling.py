@@ -51,7 +51,7 @@ def count(example: TracedExample, accepted: list[int], calls: Any, drafters: Any
     for n, (tokens, best) in zip(accepted, calls[1:], strict=False):
         right = best[n - 1][0]
         if tokens[n - 1] in recycled:
-            proposals = Proposals.of(drafters, [context], np.array(tokens[:1]), k)
+            proposals = Proposals(drafters, [context], np.array(tokens[:1]), k)
             sources = proposals.sources(0, context)
             is_new = not sources_along(sources, np.array([*tokens[:n], right], dtype=np.int32), room_for(sources))[-1]
             remembered = recycled[tokens[n - 1]]

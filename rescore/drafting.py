@@ -54,20 +54,23 @@ class Drafting:
 
     def propose(self, contexts: Sequence[Context], firsts: np.ndarray) -> Proposals:
         """What the drafters say comes after `firsts` int `[n]`, the tokens that the base has chosen."""
-        return Proposals.of(self.drafters, contexts, firsts, self.k, apart=None if self.rescorer.joins else self.p)
+        apart = None if self.rescorer.joins else self.p
+        return Proposals(self.drafters, contexts, firsts, self.k, apart)
 
     def choose(self, proposals: Proposals, contexts: Sequence[Context]) -> np.ndarray:
         """Drafts int32 `[n, p', l]` of what was proposed, best first, p' <= p; -1 stands after the end of a shorter
         one."""
         if self.rescorer.joins:
             drafts = self.rescorer.draft_joined(proposals, contexts, self.p)
-        elif len(self.drafters) == 1 and proposals.lattices:
+        elif len(self.drafters) == 1 and proposals.has_lattices:
             (lattice,) = proposals.lattices.values()
             drafts = self.rescorer.draft(lattice, contexts, self.p)
         else:
             drafts = self._shared(proposals, contexts)
-        h = max((lattice.h for lattice in proposals.lattices.values()), default=1)
-        check_drafts(drafts, proposals.firsts, self.p, self.longest(h))
+        longest = self.rescorer.longest
+        if longest is None:
+            longest = self.longest(max((lattice.h for lattice in proposals.lattices.values()), default=1))
+        check_drafts(drafts, proposals.firsts, self.p, longest)
         return drafts
 
     def _shared(self, proposals: Proposals, contexts: Sequence[Context]) -> np.ndarray:

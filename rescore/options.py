@@ -54,9 +54,9 @@ Drafters = Annotated[
 Ks = Annotated[Sequence[int], "Tokens of each head that are in the lattice.", "--k"]
 Ps = Annotated[Sequence[int], "Drafts that one step verifies; 1,16 runs both.", "--p"]
 Nodes = Annotated[
-    int | None,
-    "Tokens of the tree that joint drafts, the base's own included, instead of a number of drafts; with --p: of it the "
-    "p branches that are worth most.",
+    int | Literal["auto"] | None,
+    "Tokens of the tree that joint drafts, the base's own included, instead of a number of drafts (with --p: of it the "
+    "p branches that are worth most); auto: as many as are worth their time here (rescore bench costs).",
 ]
 Alpha = Annotated[
     float | Literal["tuned"] | None,

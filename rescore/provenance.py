@@ -41,7 +41,7 @@ def provenance(
     for n in accepted:
         position = len(context.output_ids)
         ahead = example.output_ids[position:]
-        proposals = Proposals.of(drafters, [context], ahead[:1], k)
+        proposals = Proposals(drafters, [context], ahead[:1], k)
         sources = proposals.sources(0, context)
         origins.append([0, *sources_along(sources, ahead[:n].astype(np.int32), room_for(sources))[1:].tolist()])
         for drafter, draft in _own_drafts(proposals, drafters, context).items():

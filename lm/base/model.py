@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lattices.errors import IncompatibleError, RescoreError, first_line
 from lm.base.cache import KVCache, TreeCache, layer_types
 from lm.base.identity import uses_date, with_fixed_date
+from lm.base.packed import can_pack, pack
 from lm.base.probe import Probe, Scaling
 
 CONTEXT_LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
@@ -103,6 +104,7 @@ class BaseLM:
             )
         self.context_length = _context_length(config)
         self._hidden: torch.Tensor | None = None
+        self._packed = False
         self._projects, self._last = True, 0
         self.output_embeddings.register_forward_pre_hook(self._remember_hidden)
         self.scaling = Scaling()
@@ -111,6 +113,12 @@ class BaseLM:
         self.supports_tree = probe.check_cache(tree=may_be_tree)
         probe.check_window()
         self.position_size = probe.position_size
+
+    def pack(self) -> None:
+        """Lays weights out for steps of a few tokens, where that gains (`lm.base.packed`): for inference only."""
+        if not self._packed and self.from_files and can_pack(self.model):
+            pack(self.model)  # a model that was given in memory may still change
+        self._packed = True
 
     @functools.cached_property
     def body_gives_states(self) -> bool:
@@ -251,7 +259,8 @@ class BaseLM:
         """
         weight, bias = self.output_embeddings.weight, self.output_embeddings.bias
         if token_ids is None or token_ids.numel() >= self.vocab_size:
-            logits = functional.linear(hidden, weight, bias)
+            packed = vars(self.output_embeddings).get("forward")  # without the hook, which notes the states of a call
+            logits = packed(hidden) if packed else functional.linear(hidden, weight, bias)
             if token_ids is not None:
                 logits = logits.gather(-1, token_ids[:, None].expand(-1, hidden.shape[1], -1))
         else:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -39,52 +40,53 @@ class Statistics(NamedTuple):
     right: np.ndarray = NO_PAIRS
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Proposals:
-    """What drafters propose at n positions.
+    """What drafters propose at n positions; lattices are asked for when they are first looked at.
 
     firsts int32 `[n]`: the tokens that the base has chosen already, slot 1 of all of them.
-    lattices: `[n, h, k]` by drafter; continuations: n by drafter (in a joined lattice not of drafters that copy from
-        the context itself).
-    in_context: whether one does; longest: tokens of what is proposed, at most.
+    continuations: n by drafter (in a joined lattice not of drafters that copy from the context itself).
+    in_context: whether one does. apart: for so many continuations each, which are no part of a joined lattice.
     """
 
+    drafters: Sequence[Drafter]
+    contexts: Sequence[Context]
     firsts: np.ndarray
-    lattices: dict[Drafter, Lattice]
-    continuations: dict[Drafter, list[Continuations]]
-    in_context: bool
-    longest: int
+    k: int
+    apart: int | None = None
 
-    @classmethod
-    def of(
-        cls,
-        drafters: Sequence[Drafter],
-        contexts: Sequence[Context],
-        firsts: np.ndarray,
-        k: int,
-        *,
-        apart: int | None = None,
-    ) -> Proposals:
-        """Asks the drafters, for the k likeliest tokens of a slot; `apart`: for so many continuations each, which are
-        no part of a joined lattice."""
-        lattices: dict[Drafter, Lattice] = {
-            d: lattices_of(d, contexts, firsts, k) for d in drafters if isinstance(d, LatticeDrafter)
+    def __post_init__(self) -> None:
+        self.firsts = self.firsts.astype(np.int32)
+        text = [drafter for drafter in self.drafters if isinstance(drafter, TextDrafter)]
+        self.in_context = any(drafter.in_context for drafter in text)
+        self.continuations: dict[Drafter, list[Continuations]] = {
+            drafter: continuations_of(drafter, self.contexts, self.firsts, self.apart or FROM_CORPUS)
+            for drafter in text
+            if self.apart or not drafter.in_context
         }
-        return cls(
-            firsts.astype(np.int32),
-            lattices,
-            {
-                d: continuations_of(d, contexts, firsts, apart or FROM_CORPUS)
-                for d in drafters
-                if isinstance(d, TextDrafter) and (apart or not d.in_context)
-            },
-            any(isinstance(d, TextDrafter) and d.in_context for d in drafters),
-            max([lattice.h for lattice in lattices.values()] + [d.longest or 1 for d in drafters]),
-        )
 
-    def sources(self, row: int, context: Context, statistics: Statistics | None = None) -> Sources:
-        """The joined lattice of one position."""
-        heads = next((lattice[row] for d, lattice in self.lattices.items() if isinstance(d, Heads)), None)
+    @cached_property
+    def lattices(self) -> dict[Drafter, Lattice]:
+        """`[n, h, k]` by drafter."""
+        slots = [drafter for drafter in self.drafters if isinstance(drafter, LatticeDrafter)]
+        return {drafter: lattices_of(drafter, self.contexts, self.firsts, self.k) for drafter in slots}
+
+    @property
+    def longest(self) -> int:
+        """Tokens of what is proposed, at most."""
+        return max([lattice.h for lattice in self.lattices.values()] + [d.longest or 1 for d in self.drafters])
+
+    @property
+    def has_lattices(self) -> bool:
+        """Whether there are any, without asking for them."""
+        return any(isinstance(drafter, LatticeDrafter) for drafter in self.drafters)
+
+    def sources(
+        self, row: int, context: Context, statistics: Statistics | None = None, *, text_only: bool = False
+    ) -> Sources:
+        """The joined lattice of one position; `text_only`: of drafters that copy, without asking the others."""
+        lattices = {} if text_only else self.lattices
+        heads = next((lattice[row] for d, lattice in lattices.items() if isinstance(d, Heads)), None)
         if heads is None:
             heads = Lattice(self.firsts[row].reshape(1, 1), np.zeros((1, 1), dtype=np.float32))
         cells, roots, words = NO_NGRAM
@@ -97,13 +99,13 @@ class Proposals:
         lookup = lookup_of(context).tables if self.in_context else NOTHING
         return Sources(
             np.ascontiguousarray(heads.token_ids), np.ascontiguousarray(heads.logps), lookup, cells, roots, words,
-            state, left, right, self._chains(row),
+            state, left, right, self._chains(row, lattices),
         )  # fmt: skip
 
-    def _chains(self, row: int) -> Chains:
+    def _chains(self, row: int, lattices: Mapping[Drafter, Lattice]) -> Chains:
         chained = [
             (lattice.token_ids[row, 1:], lattice.logps[row, 1:], drafter.kind)
-            for drafter, lattice in self.lattices.items()
+            for drafter, lattice in lattices.items()
             if not isinstance(drafter, Heads) and lattice.h > 1
         ]
         for drafter, each in self.continuations.items():

@@ -55,7 +55,7 @@ class JoinedLattices:
         output, found = example.output_ids, {}
         for position, accepted in sorted(steps.items()):  # the text so far only grows
             context.output_ids[:] = output[:position].tolist()
-            proposals = Proposals.of(chosen, [context], output[position : position + 1], self._k)
+            proposals = Proposals(chosen, [context], output[position : position + 1], self._k)
             path = output[position : position + accepted + 1].astype(np.int32)
             found[position] = candidates_along(proposals.sources(0, context), path, accepted, top)
         return found

@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from lattices.errors import RescoreError
 from lattices.joined.likeliest import best_branches, branches, likeliest_nodes
-from lattices.joined.sources import room_for
+from lattices.joined.sources import Sources, room_for
 from lattices.lattice import Lattice
 from lattices.ngram_search import NgramSearch
 from lattices.paths import user_path
 from lm.keys import key_of
 from lm.neural.learned_bigram import shipped_bigram
+from lm.records import plain
+from rescore.costs import Costs, load_costs
 from rescore.drafters.base import MOST_TOKENS, stacked
 from rescore.drafters.proposals import Proposals, Statistics
 from rescore.rescorers.base import Context, Rescorer, Target
+from rescore.rescorers.joint_plan import AUTO, PLANNED_NODES, TEXT_SOURCES, Plan, best_size
 from rescore.rescorers.joint_weights import read_fits, read_weights, shipped_weights
 from rescore.rescorers.learned_bigram import LearnedBigram
 from rescore.rescorers.ngram import Ngram
@@ -42,21 +46,34 @@ class Joint(Rescorer):
     ngram: the n-gram model as `Ngram` takes it; empty: the one that is shipped.
     bigram: a learned bigram; empty: the one that is shipped for the base, if one is; `none`: none.
     tokens: of a draft after the base's own, at most.
-    nodes: of the tree of all drafts, the base's own token included; 0: as many as p branches have.
+    nodes: of the tree of all drafts, the base's own token included; 0: as many as p branches have; `auto`: as many as
+        are worth their time, by a table of costs, and heads are asked only where text alone promises less.
+    costs: the file of that table; empty: what `rescore bench costs` measured on this machine.
     """
 
     joins = True
     drafters = ("heads", "lookup")
 
     def __init__(
-        self, path: str = "", *, ngram: str = "", bigram: str = "", tokens: int = LONGEST - 1, nodes: int = 0
+        self,
+        path: str = "",
+        *,
+        ngram: str = "",
+        bigram: str = "",
+        tokens: int = LONGEST - 1,
+        nodes: str = "0",
+        costs: str = "",
     ) -> None:
-        if not 1 <= tokens <= MOST_TOKENS or not 0 <= nodes <= MOST_NODES:
+        whole = 0 if nodes == AUTO else int(nodes) if str(nodes).isdecimal() else -1
+        if not 1 <= tokens <= MOST_TOKENS or not 0 <= whole <= MOST_NODES:
             raise RescoreError(
                 f"joint: give tokens of 1 to {MOST_TOKENS:,} after the base's own, and nodes of 1 to {MOST_NODES:,} "
-                "(0: any)"
+                "(0: any), or auto"
             )
-        self.tokens, self.nodes = tokens, nodes
+        if costs and nodes != AUTO:
+            raise RescoreError("joint: costs are for nodes=auto; drop them")
+        self.tokens, self.nodes = tokens, whole
+        self._plans, self._costs_file = nodes == AUTO, costs
         self.longest = tokens + 1
         self.ngram, self._bigram = Ngram(ngram), bigram
         self.path = user_path(path, "joint:") if path else None
@@ -65,6 +82,8 @@ class Joint(Rescorer):
         self.identity = f"joint {self.ngram.identity} {tokens} {nodes}"
         self._weights: np.ndarray | None = None
         self._statistics: Statistics | None = None
+        self._costs: Costs | None = None
+        self._text_weights: np.ndarray | None = None
         self._ends = np.zeros(0, dtype=np.int32)
 
     def fit(self, target: Target) -> Self:
@@ -75,6 +94,13 @@ class Joint(Rescorer):
         weights = read_weights(self.path or shipped_weights(target), target.sources, self.ngram, bigram)
         fitted._weights = weights
         fitted.identity = f"{self.identity} {bigram} {key_of(weights.tolist())}"
+        if self._plans:
+            fitted._costs = load_costs(self._costs_file, identity=target.base, device=target.device)
+            text = [source for source in target.sources if source in TEXT_SOURCES]
+            with suppress(RescoreError):  # without weights for text alone heads are always asked
+                folder = self.path or shipped_weights(target)
+                fitted._text_weights = read_weights(folder, text, self.ngram, bigram) if text else None
+            fitted.identity += f" {key_of(plain(fitted._costs))}"
         return fitted
 
     def statistics_for(self, target: Target) -> tuple[Statistics, str]:
@@ -104,6 +130,9 @@ class Joint(Rescorer):
         count = self.nodes or EXPLORED[0] + EXPLORED[1] * p
         room, drafts = None, []
         for row, context in enumerate(contexts):
+            if self._costs is not None:
+                drafts.append(self._planned(proposals, row, context, self._costs, p))
+                continue
             sources = proposals.sources(row, context, self._statistics)
             room = room_for(sources, room)
             first = int(proposals.firsts[row])
@@ -111,3 +140,30 @@ class Joint(Rescorer):
             token_ids, parents, depths, logps, _ = tree
             drafts.append(branches(token_ids, parents, depths, best_branches(parents, logps, p)))
         return stacked(drafts)
+
+    def _planned(self, proposals: Proposals, row: int, context: Context, costs: Costs, p: int) -> np.ndarray:
+        """The drafts that promise most tokens a second; heads are asked where text alone does not promise as much."""
+        curve = costs.curve(len(context.prompt_ids) + len(context.output_ids), PLANNED_NODES)
+        plan: Plan = context.state.setdefault("plan", Plan())
+        assert self._weights is not None
+        statistics, first = self._statistics, int(proposals.firsts[row])
+        if self._text_weights is not None and proposals.has_lattices:
+            text = proposals.sources(row, context, statistics, text_only=True)
+            tree = self._tree(text, self._text_weights, first)
+            rate, nodes = best_size(tree[3], curve)
+            if not plan.asks(rate):
+                plan.took(heads=False)
+                return self._cut(tree, nodes, p)
+        tree = self._tree(proposals.sources(row, context, statistics), self._weights, first)
+        asked = proposals.has_lattices
+        rate, nodes = best_size(tree[3], curve + ((costs.heads_ms or 0.0) if asked else 0.0))
+        plan.took(heads=asked, rate=rate)
+        return self._cut(tree, nodes, p)
+
+    def _tree(self, sources: Sources, weights: np.ndarray, first: int) -> Any:
+        return likeliest_nodes(sources, weights, first, PLANNED_NODES, self.tokens + 1, self._ends, room_for(sources))
+
+    @staticmethod
+    def _cut(tree: Any, nodes: int, p: int) -> np.ndarray:
+        token_ids, parents, depths, logps = (part[:nodes] for part in tree[:4])
+        return branches(token_ids, parents, depths, best_branches(parents, logps, p))

@@ -124,7 +124,7 @@ def _by_position(
     (context,) = contexts_of([example], drafted)
     for position in range(len(example.output_ids)):
         path = example.output_ids[position : position + AHEAD]
-        sources = Proposals.of(drafters, [context], path[:1], k).sources(0, context, statistics)
+        sources = Proposals(drafters, [context], path[:1], k).sources(0, context, statistics)
         room = room_for(sources, room)
         data = outcomes_for(len(path), room)
         prefixes, used = features_along(sources, path, room, data)

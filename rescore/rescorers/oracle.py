@@ -31,7 +31,7 @@ class Oracle(Rescorer):
 
     def draft_joined(self, proposals: Proposals, contexts: Sequence[Context], p: int) -> np.ndarray:
         """See `Rescorer.draft_joined`; of a joined lattice the path as far as it is proposed, token by token."""
-        if len(proposals.lattices) == 1 and not (proposals.continuations or proposals.in_context):
+        if len(proposals.drafters) == 1 and proposals.has_lattices:
             (lattice,) = proposals.lattices.values()
             return self.draft(lattice, contexts, p)
         paths = []

@@ -11,6 +11,7 @@ from rescore.checks import check_alpha, check_k, check_p
 from rescore.drafters import DRAFTERS, HEADS, Drafter, load_drafter
 from rescore.drafting import check_drafters
 from rescore.rescorers import JOINT, RESCORERS, WEIGHT, Rescorer, load_rescorer
+from rescore.rescorers.joint_plan import AUTO, PLANNED_NODES
 from rescore.runs.records import Alpha, is_oracle
 from rescore.specs import format_spec, parse_spec
 
@@ -37,7 +38,8 @@ def says_drafters(rescorer: str | Rescorer) -> bool:
 
 def branches_of(spec: str, arguments: Mapping[str, str]) -> int:
     """How many branches the tree that a spec asks for has at most: its nodes; 0 for none, or as many as drafts."""
-    return _whole(spec, arguments.get(NODES, "0"))
+    nodes = arguments.get(NODES, "0")
+    return PLANNED_NODES if nodes == AUTO else _whole(spec, nodes)
 
 
 @dataclass(frozen=True)
@@ -195,23 +197,22 @@ def runs_of(
     ks: Sequence[int] = (),
     alpha: float | Literal["tuned"] | None = None,
     drafters: Sequence[str] = (),
-    nodes: int | None = None,
+    nodes: int | Literal["auto"] | None = None,
 ) -> list[Run]:
     """Every rescorer with each p (none: 1) and k (none: `DEFAULT_K`), but for what its spec says itself
     (`ngram:p=16,alpha=0.5`).
 
     drafters: what rescorers choose among, but for those that say it themselves, and drafters' own drafts.
-    nodes: of the trees that `joint` drafts, all their branches unless p, the most of them, is given.
+    nodes: of the trees that `joint` drafts, all their branches unless p, the most of them, is given; `auto`: by their
+        cost.
     The oracle knows which draft is best: it is run with p = 1 only. Raises `RescoreError` for what makes no sense, and
     for p, k, alpha or drafters that every spec says itself.
     """
-    if nodes is not None and nodes < 1:
+    if isinstance(nodes, int) and nodes < 1:
         raise RescoreError(f"--nodes {nodes}; a tree has the base's own token at least (--nodes 64)")
     runs: dict[Run, None] = {}
     asked = (("p", ps), ("k", ks), (WEIGHT, alpha is not None), (OF_DRAFTERS, drafters), (NODES, nodes is not None))
     unused = {name for name, given in asked if given}
-    if nodes is not None and nodes < 1:
-        raise RescoreError(f"--nodes {nodes}; a tree has at least one node, the base's own token (--nodes 1)")
     for spec in specs:
         if isinstance(spec, Run):
             runs[spec] = None

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.lattice import Lattice
@@ -38,7 +37,7 @@ from rescore.rescorers import Context, Rescorer
 from rescore.runs.run import Run
 from rescore.runs.weights import fit_to
 from rescore.studies.records import Record, record_of
-from rescore.studies.verify_curve import median_seconds, verify_curve
+from rescore.studies.verify_curve import heads_milliseconds, verify_curve
 from rescore.tracing import Trace, read_trace
 
 
@@ -185,7 +184,7 @@ def block_lengths(
         examples = trace.first_heads(h).examples
         accepted = [steps for example in examples for steps in replay([example], timed, k=k, drafters=drafters)]
         accounting = account(accepted, Drafting(timed, drafters).longest(h), groups=groups)
-        heads_ms = _heads_ms(base, heads.first(h), k, repeats)
+        heads_ms = heads_milliseconds(base, heads.first(h), k, repeats)
         rescoring_ms = float(np.median(timed.seconds)) * 1e3 if timed.seconds else 0.0
         step_ms = verify_ms + heads_ms + rescoring_ms
         speedup = accounting.block_efficiency * greedy / step_ms
@@ -199,14 +198,3 @@ def block_lengths(
         groups=count_groups(groups), dtype=base.identity.dtype,
         device=str(base.device), cached=cached, greedy_ms=greedy, lengths=lengths,
     )  # fmt: skip
-
-
-@torch.inference_mode()
-def _heads_ms(base: BaseLM, heads: BlockHeads, k: int, repeats: int) -> float:
-    """Median milliseconds from one state to its lattice, head 1's logits given."""
-    state = torch.randn(1, base.hidden_size, generator=torch.Generator().manual_seed(0))
-    hidden = state.to(base.device, base.dtype)
-    first = base.project(hidden)
-    # It ends on the CPU: what was asked of a GPU is done then.
-    (seconds,) = median_seconds([lambda: heads.lattice(base, hidden, first, k)], repeats)
-    return seconds * 1e3

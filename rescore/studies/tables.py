@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lm.ngram.mix import MixedNgram
     from lm.ngram.score import NgramScore
     from lm.training.heads import HeldOutAccuracy
+    from rescore.costs import Costs
     from rescore.studies.block_length import BlockLengths
     from rescore.studies.comparison import Comparison, SideResult
     from rescore.studies.cost.model import CostTable, Decoder, MethodCost
@@ -73,6 +74,23 @@ def verify_curve_table(curve: VerifyCurve) -> Table:
         Column("tok/s", fixed(0)),
     ]  # fmt: skip
     note = f"{curve.base}, {curve.dtype}, {curve.device}: forward of n tokens on {curve.cached} cached ones"
+    return Table(columns, rows, note=note)
+
+
+def costs_table(costs: Costs) -> Table:
+    """Milliseconds of a forward, by tokens and context."""
+    columns = [
+        Column("tokens", COUNT),
+        *(Column(f"{c} cached", MILLISECONDS) for c in costs.contexts),
+        Column("against 1", TIMES),
+    ]
+    first = costs.verify_ms[0][0]
+    rows = [
+        [n, *(row[place] for row in costs.verify_ms), costs.verify_ms[0][place] / first]
+        for place, n in enumerate(costs.nodes)
+    ]
+    heads = "no heads" if costs.heads_ms is None else f"heads {costs.heads_ms:.1f} ms"
+    note = f"{costs.base}, {costs.dtype}, {costs.device}, {costs.threads} threads: median ms of a forward; {heads}."
     return Table(columns, rows, note=note)
 
 

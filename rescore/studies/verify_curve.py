@@ -13,6 +13,7 @@ import torch
 from lattices.errors import RescoreError
 from lm.base.cache import BufferLayer
 from lm.base.model import BaseLM
+from lm.heads.block_heads import BlockHeads
 from rescore.studies.records import Record
 
 VERIFY_SIZES = (1, 2, 4, 9, 16, 32, 64, 144)
@@ -77,3 +78,14 @@ def verify_curve(
         milliseconds=[t * 1e3 for t in medians],
         gb_per_second=[read / t / 1e9 for t in medians],
     )
+
+
+@torch.inference_mode()
+def heads_milliseconds(base: BaseLM, heads: BlockHeads, k: int, repeats: int) -> float:
+    """Median milliseconds from one state to its lattice, head 1's logits given."""
+    state = torch.randn(1, base.hidden_size, generator=torch.Generator().manual_seed(0))
+    hidden = state.to(base.device, base.dtype)
+    first = base.project(hidden)
+    # It ends on the CPU: what was asked of a GPU is done then.
+    (seconds,) = median_seconds([lambda: heads.lattice(base, hidden, first, k)], repeats)
+    return seconds * 1e3

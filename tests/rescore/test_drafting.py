@@ -208,7 +208,7 @@ class TestTuning:
         assert [sweep.rescorer for sweep in sweeps] == ["weighted:drafters=lookup+heads", "weighted"]
         run = Run("weighted", k=8, alpha="tuned", drafters=("lookup", "heads"))
         assert evaluated(options | {"rescorers": [run]}).document.results[0].alpha is not None
-        with pytest.raises(RescoreError, match=r"run: rescore tune .*--rescorer weighted:drafters=lookup\+heads "):
+        with pytest.raises(RescoreError, match=r"run: rescore tune .*--rescorer weighted --drafter lookup,heads "):
             evaluated(options | {"rescorers": [replace(run, p=3)]})
 
     def test_what_joint_alone_takes_is_refused_for_others(self, tmp_path: Path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -64,12 +64,14 @@ def decode(
     max_new_tokens: int = 64,
     verify: str = "tree",
     future: np.ndarray | None = None,
+    accepted: Callable[[list[int]], bool] | None = None,
 ) -> Decoded:
     """Decodes one prompt greedily, in blocks that `drafters` propose (without a rescorer: one token a step).
 
     `verify`: p drafts as one prefix `tree` with a tree attention mask (where the base takes one, else as a batch), or
-    as a `batch` of rows. `future`: the greedy output, for the oracle only. A step whose outcome is known before it (its
-    first token is end-of-text, or only one token remains) is counted but needs no call. Raises as `check_request`.
+    as a `batch` of rows. `future`: the greedy output, for the oracle only. `accepted`: is given the tokens of each step,
+    and ends the output after them where it returns False. A step whose outcome is known before it (its first token is
+    end-of-text, or only one token remains) is counted but needs no call. Raises as `check_request`.
     """
     check_request(base, heads, len(prompt_ids), k=k, p=p, max_new_tokens=max_new_tokens, verify=verify)
     drafting = Drafting(rescorer, drafters, k, p) if rescorer else None
@@ -91,6 +93,8 @@ def decode(
             remaining = max_new_tokens - len(out.output_ids)
             if last.choice in base.eos_token_ids or remaining == 1:
                 out.add([last.choice], 1)
+                if accepted is not None:
+                    accepted([last.choice])
                 break
             # Propose: p drafts, each of which begins with the token that the base has chosen already.
             drafts = np.array([[last.choice]], dtype=np.int64)  # [p, h]
@@ -103,7 +107,8 @@ def decode(
             rows, lengths = accept(drafts[None], call.choices[None], np.array([remaining]), base.eos_token_ids)
             row, n = int(rows[0]), int(lengths[0])
             out.add([token for token in drafts[row].tolist() if token >= 0], n)
-            if out.output_ids[-1] in base.eos_token_ids or n == remaining:
+            goes_on = accepted is None or accepted(out.output_ids[-n:])
+            if not goes_on or out.output_ids[-1] in base.eos_token_ids or n == remaining:
                 break
             # Advance: what was accepted stays in the cache; the call has chosen the next token.
             last = call.keep(cache, row, n)

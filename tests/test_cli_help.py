@@ -50,12 +50,12 @@ class TestHelp:
     def test_a_terminal_shows_panels(self, rescore: Command, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
         panels = re.findall(r"^╭─ (\S+) ─", re.sub(r"\x1b\[[0-9;]*m", "", rescore("--help").out), re.M)
-        assert panels == ["Options", "Measure", "Look", "N-grams", "Train", "Tasks", "Bench"]
+        assert panels == ["Options", "Generate", "Measure", "Look", "N-grams", "Train", "Tasks", "Bench"]
         assert "ngram[:PATH]" in rescore("eval", "--help").out, "brackets are no markup"
 
     def test_plain_help_lists_commands_by_panel(self, rescore: Command):
         assert re.findall(r"^(\S+):\n", rescore("--help").out, re.M)[1:] == [
-            "Measure", "Look", "N-grams", "Train", "Tasks", "Bench"
+            "Generate", "Measure", "Look", "N-grams", "Train", "Tasks", "Bench"
         ]  # fmt: skip
 
     def test_the_help_of_tasks_names_them_all(self, rescore: Command):

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2.exceptions import TemplateError
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lattices.errors import IncompatibleError, RescoreError
+from lattices.errors import IncompatibleError, RescoreError, first_line
 from lm.base.cache import KVCache, TreeCache, layer_types
 from lm.base.identity import uses_date, with_fixed_date
 from lm.base.probe import Probe, Scaling
@@ -176,11 +177,24 @@ class BaseLM:
         return ids[:max_tokens] if max_tokens else ids
 
     def _chat_ids(self, text: str) -> list[int]:
-        messages = [{"role": "user", "content": text}]
+        return self.encode_messages([{"role": "user", "content": text}])
+
+    def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation, `{"role", "content"}` a message, and of what begins the answer.
+
+        Raises `RescoreError` if there is no chat template, or it does not take these messages.
+        """
+        if not self.is_chat:
+            raise IncompatibleError(f"{self.identity.name} has no chat template; give its prompts as plain text")
         arguments: dict[str, Any] = {"add_generation_prompt": True, "return_dict": False}
         if uses_date(self.tokenizer.chat_template):
             arguments["chat_template"] = with_fixed_date(self.tokenizer.get_chat_template())
-        ids: list[int] = self.tokenizer.apply_chat_template(messages, **arguments)
+        try:
+            ids: list[int] = self.tokenizer.apply_chat_template([dict(each) for each in messages], **arguments)
+        except TemplateError as error:  # templates refuse some roles, and some orders of them
+            raise RescoreError(
+                f"the chat template of {self.identity.name} does not take these messages: {first_line(error)}"
+            ) from error
         return ids
 
     def decode_text(self, ids: Sequence[int]) -> str:

@@ -51,6 +51,11 @@ class Decoded:
         self.accepted.append(n)
         self.drafts.append(draft)
 
+    def cut(self, count: int) -> None:
+        """Drops what the last step accepted after the first `count` tokens of the output."""
+        self.accepted[-1] -= len(self.output_ids) - count
+        del self.output_ids[count:]
+
 
 def decode(
     base: BaseLM,

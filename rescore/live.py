@@ -146,16 +146,15 @@ class Generator:
         text = GrowingText(self.base, stop, stream)
         watched = text.accepted if stop or stream is not None else None
         decoded = self.decode(encoded(self.base, prompt, chat), max_new_tokens, watched)
-        accepted = list(decoded.accepted)
         if watched is None:
             text.token_ids = decoded.output_ids
-        accepted[-1] -= len(decoded.output_ids) - len(text.token_ids)  # what came after a stop counts for nothing
+        decoded.cut(len(text.token_ids))  # what came after a stop counts for nothing
         whole = text.finished()
         at_end = text.token_ids[-1] in self.base.eos_token_ids
         return Output(
             text=whole,
             token_ids=text.token_ids,
-            accepted=accepted,
+            accepted=decoded.accepted,
             seconds=decoded.seconds.prefill + decoded.seconds.total,
             verify=decoded.verify,
             parts=decoded.seconds,

@@ -30,7 +30,7 @@ WANTED = ("output_scores", "output_logits", "output_attentions", "output_hidden_
 ASKED_BY = {
     "RepetitionPenaltyLogitsProcessor": "repetition_penalty",
     "NoRepeatNGramLogitsProcessor": "no_repeat_ngram_size",
-    "MinLengthLogitsProcessor": "min_length",
+    "MinLengthLogitsProcessor": "min_length (or min_new_tokens)",
     "MinNewTokensLengthLogitsProcessor": "min_new_tokens",
     "NoBadWordsLogitsProcessor": "bad_words_ids",
     "SequenceBiasLogitsProcessor": "sequence_bias",

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from lattices.errors import IncompatibleError, RescoreError, first_line
 from lm.base.catalog import load_base
@@ -70,11 +72,13 @@ def custom_generate(
     went. transformers does not hand on the call's `streamer`: give it as `stream_to`. Of the call's `tokenizer` nothing
     is seen either, so that `stop_strings` are given as a `StopStringCriteria` among `stopping_criteria`.
     """
-    run = rescorer if isinstance(rescorer, Run) else None
-    if run is None and rescorer is not None:
+    run: Run | None = None
+    if isinstance(rescorer, Run):
+        run = rescorer
+        if drafters or (k, p) != (DEFAULT_K, 1):
+            raise RescoreError("a Run says its own drafters, k and p; leave them out")
+    elif rescorer is not None:
         run = Run(rescorer, p=p, k=k, drafters=tuple(drafters))
-    elif run is not None and (drafters or (k, p) != (DEFAULT_K, 1)):
-        raise RescoreError("a Run says its own drafters, k and p; leave them out")
     return CustomGenerate(heads, run, {"drafters": tuple(drafters), "k": k, "p": p}, verify, tokenizer)
 
 
@@ -125,7 +129,7 @@ class CustomGenerate:
         if stream_to is not None:
             stream_to.end()
         if generation_config.return_dict_in_generate:
-            return GenerateDecoderOnlyOutput(sequences=output.ids)
+            return GenerateDecoderOnlyOutput(sequences=cast(torch.LongTensor, output.ids))
         return output.ids
 
     def _generator(self, model: PreTrainedModel) -> Generator:
@@ -175,8 +179,8 @@ def _check_call(
     mode = config.get_generation_mode()
     if mode != GenerationMode.GREEDY_SEARCH:
         raise RescoreError(
-            f"custom_generate decodes greedily, and the call asks for {mode.value}; set do_sample=False, num_beams=1 and "
-            "leave out what else asks for it"
+            f"custom_generate decodes greedily, and the call asks for {mode.value}; set do_sample=False, num_beams=1 "
+            "and leave out what else asks for it"
         )
     if input_ids.ndim != 2 or len(input_ids) != 1:
         raise RescoreError(f"custom_generate takes one prompt a call, and there are {len(input_ids)}; call it for each")

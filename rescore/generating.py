@@ -104,7 +104,9 @@ def answers(
         needs_heads = run.needs_heads if run else "heads" in drafter
         models = Models(inputs, heads_needed=needs_heads)
         base = models.base
-        heads = models.heads if needs_heads or not (run or drafter) else None  # where nothing is named, if there are some
+        heads = (
+            models.heads if needs_heads or not (run or drafter) else None
+        )  # where nothing is named, if there are some
         if heads is not None and inputs.h is not None:
             heads = heads.first(inputs.h)
         chosen = run or best_run(base, heads, drafters=drafter, **({"k": k} if k else {}), p=p or 1)
@@ -200,7 +202,7 @@ def _request(row: dict[str, Any], where: str, file: TextFile | None = None) -> R
         return Request(messages, chat, identity)
     if not is_text(text):
         raise InvalidDataError(f"{where} has no text in the field 'prompt', and no 'messages'")
-    return Request(text, chat, identity)
+    return Request(str(text), chat, identity)
 
 
 def unescaped(text: str) -> str:

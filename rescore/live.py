@@ -192,9 +192,7 @@ def generate(
     return generator.generate(prompt, max_new_tokens=max_new_tokens, stop=stop, chat=chat, stream=stream)
 
 
-def best_run(
-    base: BaseLM, heads: BlockHeads | None, *, drafters: Sequence[str | Drafter] = (), **settings: Any
-) -> Run:
+def best_run(base: BaseLM, heads: BlockHeads | None, *, drafters: Sequence[str | Drafter] = (), **settings: Any) -> Run:
     """The run that generates where no rescorer is named: `joint` where weights for these drafters are shipped with the
     base's name, else `context-ngram` where there are lattices (with the shipped n-gram model if it is of this
     tokenizer), else the drafters' own drafts.

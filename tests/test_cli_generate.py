@@ -46,7 +46,8 @@ def given_on_stdin(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     "how",
     [
         [], ["--rescorer", "none"], ["--drafter", "lookup"], ["--drafter", "heads,lookup", "--p", 4, "--k", 4],
-        ["--rescorer", "context-ngram:none,p=3", "--alpha", 2, "--verify", "batch"], ["--rescorer", "lookup"], ["--h", 2],
+        ["--rescorer", "context-ngram:none,p=3", "--alpha", 2, "--verify", "batch"], ["--rescorer", "lookup"],
+        ["--h", 2],
     ],
     ids=str,
 )  # fmt: skip
@@ -141,9 +142,7 @@ def test_with_and_without_the_chat_template(rescore: Command, tiny: list[object]
     assert run.out == text_of("A prompt", chat=asked == "yes") + "\n"
 
 
-def test_ctrl_c_keeps_what_was_printed(
-    rescore: Command, tiny: list[object], text_of, monkeypatch: pytest.MonkeyPatch
-):
+def test_ctrl_c_keeps_what_was_printed(rescore: Command, tiny: list[object], text_of, monkeypatch: pytest.MonkeyPatch):
     count = 0
     real = generating.write_piece
 

@@ -32,7 +32,8 @@ def test_progress_without_a_terminal_is_a_line_a_minute(monkeypatch, capsys, ran
 
 
 COMMANDS = [
-    [], ["generate"], ["eval"], ["oracle"], ["trace"], ["generate-corpus"], ["train-heads"], ["bench"], ["bench", "verify-curve"],
+    [], ["generate"], ["eval"], ["oracle"], ["trace"], ["generate-corpus"], ["train-heads"], ["bench"],
+    ["bench", "verify-curve"],
 ]  # fmt: skip
 READERS = ["analyse", "compare", "inspect", "cost", "report", "export-fst", "mix-ngram", "suite"]
 

@@ -84,6 +84,10 @@ def first_new(model: PreTrainedModel, place: int) -> int:
     return int(model.generate(**inputs(), do_sample=False, max_new_tokens=place + 1)[0, -1])
 
 
+def text_of(token: int) -> str:
+    return str(TOKENIZER.decode(token))
+
+
 LIMITS: dict[str, Any] = {
     "new tokens": {"max_new_tokens": 24},
     "length": {"max_length": 50},
@@ -98,7 +102,7 @@ LIMITS: dict[str, Any] = {
     },
     "stop string": lambda model: {
         "max_new_tokens": 24,
-        "stopping_criteria": StoppingCriteriaList([StopStringCriteria(TOKENIZER, [TOKENIZER.decode(first_new(model, 6))])]),
+        "stopping_criteria": StoppingCriteriaList([StopStringCriteria(TOKENIZER, [text_of(first_new(model, 6))])]),
     },
     "normalised": {"max_new_tokens": 9, "renormalize_logits": True},
     "time": {"max_new_tokens": 9, "max_time": 1000.0},

@@ -224,6 +224,7 @@ def generate_command(
             sys.stdout.flush()
             _tell([f"prompt {number}: {answer.output.line()}"] if stats else [])
     except KeyboardInterrupt:
+        print(end="" if as_json else "\n", flush=True)
         _interrupted("what was printed so far is all")
 
 

@@ -36,9 +36,11 @@ if TYPE_CHECKING:
 NONE = (Spec("none"),)
 HEADS = Spec("heads")
 PLAIN_WIDTH = 160  # columns where stdout is no terminal and COLUMNS does not say
+GENERATE = "Generate"
 MEASURE, LOOK, NGRAMS, TRAIN, TASKS, BENCH = "Measure", "Look", "N-grams", "Train", "Tasks", "Bench"
 INPUTS = "rescore.runs.inputs:Inputs"
 MODEL = Source(INPUTS, only=("base", "dtype", "device"))
+OF_TASKS = ("task", "limit", "data", "trace", "leave_out", "max_prompt_tokens")
 OWN = Source("lm.base.own_output:OwnOutput", but=("batch_size", "temperature", "seed"))
 
 Body = TypeVar("Body", bound=Callable[..., None])
@@ -204,6 +206,26 @@ def _result(result: Any, tables: str, as_json: bool, **more: Any) -> None:
     if as_json:
         return _print_json(result.as_dict() if hasattr(result, "as_dict") else asdict(result))
     _show(imported(tables)(result, **more))
+
+
+@command("generate", GENERATE, asked=Source("rescore.generating:answers", but=OF_TASKS))
+def generate_command(
+    asked: Asked,
+    max_new_tokens: Annotated[int, "Tokens of an output, at most."] = 256,
+    stats: Annotated[bool, "Say on stderr how fast each was, and where the time went."] = False,
+    as_json: Annotated[bool, "Print a JSON document for each prompt, with statistics.", "--json"] = False,
+) -> None:
+    """Generate text, greedy decoding's own, in fewer steps: for a prompt, or all of a file in turn."""
+    from rescore.generating import write_piece
+
+    try:
+        for number, answer in enumerate(asked(stream=None if as_json else write_piece), start=1):
+            _print_json(answer.as_dict()) if as_json else print()
+            sys.stdout.flush()
+            _tell([f"prompt {number}: {answer.output.line()}"] if stats else [])
+    except KeyboardInterrupt:
+        print(end="" if as_json else "\n", flush=True)
+        _interrupted("what was printed so far is all")
 
 
 @command("eval", MEASURE, inputs=Source(INPUTS))

@@ -252,7 +252,7 @@ def _json_lines(file: TextFile, errors: str, advice: str) -> Iterator[tuple[int,
     for first, block in blocks(file, errors=errors, advice=advice):
         for number, line in enumerate(block.split(b"\n")[:-1], start=first):
             if line.strip():
-                yield number, _object(line, f"{file.path} line {number}")
+                yield number, json_row(line, f"{file.path} line {number}")
 
 
 class _NamedTwiceError(Exception):
@@ -269,7 +269,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _object(line: bytes, where: str) -> dict[str, Any]:
+def json_row(line: bytes, where: str) -> dict[str, Any]:
+    """The object of a line of JSON lines. Raises `InvalidDataError` that begins with `where`."""
     try:
         value = json.loads(line, object_pairs_hook=_once)
     except _NamedTwiceError as error:

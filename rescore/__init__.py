@@ -6,7 +6,8 @@ The main path, and where it lies:
     tracing       record_trace, read_trace     one greedy run of the base LM, with the lattice of every position
     replaying     replay                       decodes again from the trace, without the base LM
     decoding      decode                       decodes live: propose, verify, accept, advance
-    live          generate                     one prompt, from text to text
+    live          generate, Generator          prompts, from text to text
+    custom        custom_generate              the same inside transformers' generate
     acceptance    accept                       which draft wins, and how many of its tokens
     drafters/     Drafter, load_drafter        what may come next: heads, lookup, a draft model, a trace
     rescorers/    Rescorer, load_rescorer      what they propose in, drafts out; drafting.py joins the two
@@ -31,9 +32,11 @@ if TYPE_CHECKING:
     from lm.base.catalog import load_base as load_base
     from lm.heads.block_heads import load_heads as load_heads
     from rescore.accounting import account as account
+    from rescore.custom import custom_generate as custom_generate
     from rescore.decoding import decode as decode
     from rescore.drafters import Drafter as Drafter
     from rescore.drafters import load_drafter as load_drafter
+    from rescore.live import Generator as Generator
     from rescore.live import generate as generate
     from rescore.replaying import replay as replay
     from rescore.reports.page import report as report
@@ -55,11 +58,13 @@ _PLACES = {
     "Context": "rescore.rescorers",
     "Drafter": "rescore.drafters",
     "Evaluation": "rescore.runs.evaluated",
+    "Generator": "rescore.live",
     "Rescorer": "rescore.rescorers",
     "Run": "rescore.runs.run",
     "account": "rescore.accounting",
     "analyse": "rescore.studies.analysis",
     "compare": "rescore.studies.comparison",
+    "custom_generate": "rescore.custom",
     "decode": "rescore.decoding",
     "evaluate": "rescore.runs.evaluation",
     "generate": "rescore.live",

@@ -51,6 +51,11 @@ class Decoded:
         self.accepted.append(n)
         self.drafts.append(draft)
 
+    def cut(self, count: int) -> None:
+        """Drops what the last step accepted after the first `count` tokens of the output."""
+        self.accepted[-1] -= len(self.output_ids) - count
+        del self.output_ids[count:]
+
 
 def decode(
     base: BaseLM,
@@ -69,9 +74,9 @@ def decode(
     """Decodes one prompt greedily, in blocks that `drafters` propose (without a rescorer: one token a step).
 
     `verify`: p drafts as one prefix `tree` with a tree attention mask (where the base takes one, else as a batch), or
-    as a `batch` of rows. `future`: the greedy output, for the oracle only. `accepted`: is given the tokens of each
-    step, and ends the output after them where it returns False. A step whose outcome is known before it (its first
-    token is end-of-text, or only one token remains) is counted but needs no call. Raises as `check_request`.
+    as a `batch` of rows. `future`: the greedy output, for the oracle only. `accepted`: takes the tokens of each step,
+    and ends the output after them by returning False. A step whose outcome is known before it (its first token is
+    end-of-text, or only one token remains) is counted but needs no call. Raises as `check_request`.
     """
     check_request(base, heads, len(prompt_ids), k=k, p=p, max_new_tokens=max_new_tokens, verify=verify)
     drafting = Drafting(rescorer, drafters, k, p) if rescorer else None

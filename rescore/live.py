@@ -1,26 +1,42 @@
-"""One prompt decoded live, from text to text."""
+"""Prompts decoded live, from text to text."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, Self
 
 from lattices.errors import RescoreError
 from lm.base.model import BaseLM
+from lm.files import SHIPPED
 from lm.heads.block_heads import BlockHeads
 from rescore.accounting import block_efficiency
-from rescore.decoding import decode
-from rescore.rescorers import Rescorer, Target
-from rescore.runs.run import ORACLE, Run
+from rescore.checks import check_new_tokens
+from rescore.decoding import Decoded, decode
+from rescore.drafters import Drafter
+from rescore.drafters.base import LatticeDrafter
+from rescore.growing_text import GrowingText
+from rescore.rescorers import JOINT, Rescorer, Target
+from rescore.runs.records import Seconds
+from rescore.runs.run import NONE, ORACLE, Run
 from rescore.runs.weights import fitted_to
+
+Messages = Sequence[Mapping[str, str]]  # a conversation: {"role": ..., "content": ...} a message
+Accepted = Callable[[list[int]], bool]  # takes the tokens of a step; whether the output goes on
+LOOKUP = "lookup"
+OF_LATTICES = ("context-ngram", "context-ngram:none")  # of what is shipped, the best that a base can have
 
 
 @dataclass(frozen=True)
 class Output:
     """What `generate` gives.
 
-    text: of the output, special tokens left out; token_ids: with end-of-text, where it came.
+    text: of the output, special tokens left out; token_ids: with end-of-text, where it came, and up to the token that
+        completed a stop string, where one did.
     accepted: tokens accepted by each step.
-    seconds: of the whole decode, the prompt included; verify: how drafts were verified, tree or batch.
+    seconds: of the whole decode, the prompt included; parts: where they went.
+    verify: how drafts were verified, tree or batch; rescorer: the label of what chose them.
+    ended: by end-of-text (`end`), a stop string (`stop`) or the limit of tokens (`length`).
     """
 
     text: str
@@ -28,51 +44,192 @@ class Output:
     accepted: list[int]
     seconds: float
     verify: str
+    parts: Seconds = field(default_factory=Seconds)
+    ended: Literal["end", "stop", "length"] = "length"
+    rescorer: str = NONE
 
     @property
     def block_efficiency(self) -> float:
         """Tokens a step."""
         return block_efficiency([self.accepted])
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the whole decode, the prompt included."""
+        return len(self.token_ids) / self.seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return {
+            **asdict(self),
+            "block_efficiency": self.block_efficiency,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+    def line(self) -> str:
+        """Its statistics, in words."""
+        parts = self.parts
+        times = {"prompt": parts.prefill, "verify": parts.verify, "draft": parts.draft, "rescore": parts.rescore}
+        return (
+            f"{len(self.token_ids)} tokens in {self.seconds:.2f} s ({self.tokens_per_second:.1f} tokens/s), "
+            f"{len(self.accepted)} steps of {self.block_efficiency:.2f} tokens by {self.rescorer}; "
+            + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items())
+        )
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A base LM with its drafters and rescorer, loaded and fitted once for many prompts.
+
+    heads: None where no drafter is `heads`. label: of the run.
+    """
+
+    base: BaseLM
+    heads: BlockHeads | None
+    rescorer: Rescorer
+    drafters: tuple[Drafter, ...]
+    p: int
+    k: int
+    verify: str
+    label: str
+
+    @classmethod
+    def of(
+        cls,
+        base: BaseLM,
+        heads: BlockHeads | None,
+        rescorer: str | Run | Rescorer | None = None,
+        *,
+        verify: str = "tree",
+    ) -> Self:
+        """Arguments as for `generate`. Raises `RescoreError` for what can't be decoded with."""
+        run = rescorer if isinstance(rescorer, Run) else Run(rescorer) if rescorer else best_run(base, heads)
+        if run.rescorer == ORACLE:
+            raise RescoreError("the oracle must know the output beforehand; it can be evaluated, not generated with")
+        target = Target.of(base.identity, base.vocab_size, base.eos_token_ids, device=str(base.device), shared=base)
+        loaded = run.load()
+        fitted, drafters = fitted_to(target, {"": (loaded, run.load_drafters(loaded))})[""]
+        if heads is None and any(drafter.name == "heads" for drafter in drafters):
+            raise RescoreError(
+                f"{run.label} drafts with block heads, and there are none for {base.identity.name}; give heads, or "
+                "other drafters (--drafter lookup)"
+            )
+        if run.alpha is not None:
+            if fitted.alpha is None:
+                raise RescoreError(f"the rescorer {run.label} has no weight; drop alpha")
+            if run.number is None:
+                raise RescoreError("a weight is tuned for a task, and a prompt is of none; give alpha as a number")
+            fitted = fitted.weighted(run.number)
+        return cls(base, heads, fitted, drafters, run.p, run.k, verify, run.label)
+
+    def decode(self, prompt_ids: Sequence[int], max_new_tokens: int, accepted: Accepted | None = None) -> Decoded:
+        """From tokens to tokens; see `rescore.decoding.decode`."""
+        return decode(
+            self.base, self.heads, prompt_ids, rescorer=self.rescorer, drafters=self.drafters, k=self.k, p=self.p,
+            max_new_tokens=max_new_tokens, verify=self.verify, accepted=accepted,
+        )  # fmt: skip
+
+    def generate(
+        self,
+        prompt: str | Messages,
+        *,
+        max_new_tokens: int = 64,
+        stop: Sequence[str] = (),
+        chat: bool | None = None,
+        stream: Callable[[str], object] | None = None,
+    ) -> Output:
+        """Arguments as for `generate`. Raises `RescoreError`."""
+        check_new_tokens(max_new_tokens)
+        stop = [stop] if isinstance(stop, str) else stop
+        if not all(stop):
+            raise RescoreError("a stop string is empty; give it some text, or leave it out")
+        text = GrowingText(self.base, stop, stream)
+        watched = text.accepted if stop or stream is not None else None
+        decoded = self.decode(encoded(self.base, prompt, chat), max_new_tokens, watched)
+        if watched is None:
+            text.token_ids = decoded.output_ids
+        decoded.cut(len(text.token_ids))  # what came after a stop counts for nothing
+        whole = text.finished()
+        at_end = text.token_ids[-1] in self.base.eos_token_ids
+        return Output(
+            text=whole,
+            token_ids=text.token_ids,
+            accepted=decoded.accepted,
+            seconds=decoded.seconds.prefill + decoded.seconds.total,
+            verify=decoded.verify,
+            parts=decoded.seconds,
+            ended="stop" if text.stopped else "end" if at_end else "length",
+            rescorer=self.label,
+        )
+
 
 def generate(
     base: BaseLM,
     heads: BlockHeads | None,
-    prompt: str,
+    prompt: str | Messages,
     *,
-    rescorer: str | Run | Rescorer = "none",
+    rescorer: str | Run | Rescorer | None = None,
     max_new_tokens: int = 64,
     verify: str = "tree",
     chat: bool | None = None,
+    stop: Sequence[str] = (),
+    stream: Callable[[str], object] | None = None,
 ) -> Output:
-    """Decodes a prompt in blocks; the text is greedy decoding's own.
+    """Decodes a prompt in blocks; the text is greedy decoding's own, whatever drafts it. Nothing is drawn, so there is
+    no seed. For many prompts make a `Generator` once.
 
     heads: None where no drafter is `heads`.
+    prompt: text, or the messages of a conversation, `{"role": ..., "content": ...}` each.
     rescorer: its spec, an object, or a `Run` with drafters, p, k and weight; the spec of a drafter: its own drafts.
-    chat: whether the prompt goes through the base's chat template (None: where it has one).
+        None: the best that the base has (`best_run`).
+    chat: whether a text goes through the base's chat template (None: where it has one).
+    stop: the text is cut before the first of these; no more is decoded than it takes to see it.
+    stream: takes pieces of the text as they are settled, never half a character or what may begin a stop string;
+        together they are the text.
     Raises `RescoreError` for what can't be decoded.
     """
-    run = rescorer if isinstance(rescorer, Run) else Run(rescorer)
-    if run.rescorer == ORACLE:
-        raise RescoreError("the oracle must know the output beforehand; it can be evaluated, not generated with")
+    generator = Generator.of(base, heads, rescorer, verify=verify)
+    return generator.generate(prompt, max_new_tokens=max_new_tokens, stop=stop, chat=chat, stream=stream)
+
+
+def best_run(base: BaseLM, heads: BlockHeads | None, *, drafters: Sequence[str | Drafter] = (), **settings: Any) -> Run:
+    """The run that generates where no rescorer is named: `joint` where weights for these drafters are shipped with the
+    base's name, else `context-ngram` where there are lattices (with the shipped n-gram model if it is of this
+    tokenizer), else the drafters' own drafts.
+
+    drafters: none: heads if there are some, and lookup. settings: of `Run`. Raises as `Run` and its `load_drafters`.
+    """
     target = Target.of(base.identity, base.vocab_size, base.eos_token_ids, device=str(base.device), shared=base)
-    loaded = run.load()
-    fitted, drafters = fitted_to(target, {"": (loaded, run.load_drafters(loaded))})[""]
-    if run.alpha is not None:
-        if fitted.alpha is None:
-            raise RescoreError(f"the rescorer {run.label} has no weight; drop alpha")
-        if run.number is None:
-            raise RescoreError("a weight is tuned for a task, and a prompt is of none; give alpha as a number")
-        fitted = fitted.weighted(run.number)
-    prompt_ids = base.encode_prompt(prompt, chat=base.is_chat if chat is None else chat)
-    decoded = decode(
-        base, heads, prompt_ids, rescorer=fitted, drafters=drafters, k=run.k, p=run.p, max_new_tokens=max_new_tokens,
-        verify=verify,
-    )  # fmt: skip
-    return Output(
-        text=base.decode_text(decoded.output_ids),
-        token_ids=decoded.output_ids,
-        accepted=decoded.accepted,
-        seconds=decoded.seconds.prefill + decoded.seconds.total,
-        verify=decoded.verify,
-    )
+    own = Run(NONE, drafters=tuple(drafters or (("heads", LOOKUP) if heads else (LOOKUP,))), label="drafts", **settings)
+    objects = own.load_drafters(own.load())
+    lattices = any(isinstance(drafter, LatticeDrafter) for drafter in objects)
+    shipped = (SHIPPED / base.identity.name / JOINT).is_dir()
+    for spec in ((JOINT,) if shipped else ()) + (OF_LATTICES if lattices else ()):
+        run = Run(spec, drafters=own.drafters, **settings)
+        try:
+            run.load().fit(replace(target, sources=tuple(drafter.source for drafter in objects)))
+        except RescoreError:  # of another tokenizer, or fitted for other drafters
+            continue
+        return run
+    return Run(NONE, drafters=own.drafters, label="+".join(drafter.name for drafter in objects), **settings)
+
+
+def encoded(base: BaseLM, prompt: str | Messages, chat: bool | None = None) -> list[int]:
+    """Token ids of a prompt; arguments as for `generate`. Raises `RescoreError`."""
+    if isinstance(prompt, str):
+        return base.encode_prompt(prompt, chat=base.is_chat if chat is None else chat)
+    if chat is False:
+        raise RescoreError("messages go through the chat template; give the prompt as text to go without")
+    check_messages(prompt)
+    return base.encode_messages(prompt)
+
+
+def check_messages(messages: Any, where: str = "messages") -> None:
+    """Raises `RescoreError` for what is no conversation; `where` names it."""
+    fine = isinstance(messages, Sequence) and not isinstance(messages, str)
+    if not fine or not messages or not all(map(_is_message, messages)):
+        raise RescoreError(f'{where}: give a list of {{"role": ..., "content": ...}}, both of them text')
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, Mapping) and all(isinstance(message.get(name), str) for name in ("role", "content"))

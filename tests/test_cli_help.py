@@ -32,7 +32,8 @@ def test_progress_without_a_terminal_is_a_line_a_minute(monkeypatch, capsys, ran
 
 
 COMMANDS = [
-    [], ["eval"], ["oracle"], ["trace"], ["generate-corpus"], ["train-heads"], ["bench"], ["bench", "verify-curve"],
+    [], ["generate"], ["eval"], ["oracle"], ["trace"], ["generate-corpus"], ["train-heads"], ["bench"],
+    ["bench", "verify-curve"],
 ]  # fmt: skip
 READERS = ["analyse", "compare", "inspect", "cost", "report", "export-fst", "mix-ngram", "suite"]
 
@@ -50,12 +51,12 @@ class TestHelp:
     def test_a_terminal_shows_panels(self, rescore: Command, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
         panels = re.findall(r"^╭─ (\S+) ─", re.sub(r"\x1b\[[0-9;]*m", "", rescore("--help").out), re.M)
-        assert panels == ["Options", "Measure", "Look", "N-grams", "Train", "Tasks", "Bench"]
+        assert panels == ["Options", "Generate", "Measure", "Look", "N-grams", "Train", "Tasks", "Bench"]
         assert "ngram[:PATH]" in rescore("eval", "--help").out, "brackets are no markup"
 
     def test_plain_help_lists_commands_by_panel(self, rescore: Command):
         assert re.findall(r"^(\S+):\n", rescore("--help").out, re.M)[1:] == [
-            "Measure", "Look", "N-grams", "Train", "Tasks", "Bench"
+            "Generate", "Measure", "Look", "N-grams", "Train", "Tasks", "Bench"
         ]  # fmt: skip
 
     def test_the_help_of_tasks_names_them_all(self, rescore: Command):

@@ -1,4 +1,4 @@
-"""The README's Python example runs, here on the tiny model; and its commands exist."""
+"""The README's Python examples run, here on the tiny model; and its commands exist."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ README = Path(__file__).parents[1] / "README.md"
 @pytest.mark.usefixtures("converted")
 def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """As it stands, with fewer and shorter examples."""
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    example, in_transformers = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
     assert "limit=8)" in example
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
@@ -32,6 +32,10 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert list(run.to_pandas()["block_efficiency"]) == [r.block_efficiency for r in run]
     assert sum(out.accepted) == len(out.token_ids) and out.text and out.seconds > 0
     assert f"{run['context-ngram'].block_efficiency}" in capsys.readouterr().out
+    exec(in_transformers.replace("max_new_tokens=24", "max_new_tokens=8"), names)
+    ids, model = names["ids"], names["model"]
+    assert ids.tolist() == model.generate(**names["inputs"], max_new_tokens=8, do_sample=False).tolist()
+    assert sum(names["blocks"].decoded.accepted) == 8 and "What is a lattice?" in capsys.readouterr().out
 
 
 def test_public_names():

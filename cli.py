@@ -208,7 +208,7 @@ def _result(result: Any, tables: str, as_json: bool, **more: Any) -> None:
     _show(imported(tables)(result, **more))
 
 
-@command("generate", GENERATE, asked=Source("rescore.generating:answers", but=OF_TASKS))
+@command("generate", GENERATE, asked=Source("rescore.generation.generating:answers", but=OF_TASKS))
 def generate_command(
     asked: Asked,
     max_new_tokens: Annotated[int, "Tokens of an output, at most."] = 256,
@@ -216,7 +216,7 @@ def generate_command(
     as_json: Annotated[bool, "Print a JSON document for each prompt, with statistics.", "--json"] = False,
 ) -> None:
     """Generate text, greedy decoding's own, in fewer steps: for a prompt, or all of a file in turn."""
-    from rescore.generating import write_piece
+    from rescore.generation.generating import write_piece
 
     try:
         for number, answer in enumerate(asked(stream=None if as_json else write_piece), start=1):

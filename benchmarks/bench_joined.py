@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rescore.drafting import Drafting
+from rescore.drafters.drafting import Drafting
 from rescore.replaying import contexts_of
 from rescore.runs.run import Run
 from rescore.runs.weights import fit_to

@@ -19,7 +19,7 @@ import torch
 
 from lm.neural.model import NeuralLM
 from rescore.accounting import account
-from rescore.drafting import Drafting
+from rescore.drafters.drafting import Drafting
 from rescore.replaying import replay
 from rescore.rescorers import Context, Rescorer
 from rescore.rescorers.neural import Neural

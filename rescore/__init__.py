@@ -6,8 +6,7 @@ The main path, and where it lies:
     tracing       record_trace, read_trace     one greedy run of the base LM, with the lattice of every position
     replaying     replay                       decodes again from the trace, without the base LM
     decoding      decode                       decodes live: propose, verify, accept, advance
-    live          generate, Generator          prompts, from text to text
-    custom        custom_generate              the same inside transformers' generate
+    generation/   generate, custom_generate    prompts, from text to text; the same inside transformers' generate
     acceptance    accept                       which draft wins, and how many of its tokens
     drafters/     Drafter, load_drafter        what may come next: heads, lookup, a draft model, a trace
     rescorers/    Rescorer, load_rescorer      what they propose in, drafts out; drafting.py joins the two
@@ -32,12 +31,12 @@ if TYPE_CHECKING:
     from lm.base.catalog import load_base as load_base
     from lm.heads.block_heads import load_heads as load_heads
     from rescore.accounting import account as account
-    from rescore.custom import custom_generate as custom_generate
     from rescore.decoding import decode as decode
     from rescore.drafters import Drafter as Drafter
     from rescore.drafters import load_drafter as load_drafter
-    from rescore.live import Generator as Generator
-    from rescore.live import generate as generate
+    from rescore.generation.custom import custom_generate as custom_generate
+    from rescore.generation.live import Generator as Generator
+    from rescore.generation.live import generate as generate
     from rescore.replaying import replay as replay
     from rescore.reports.page import report as report
     from rescore.rescorers import Context as Context
@@ -58,16 +57,16 @@ _PLACES = {
     "Context": "rescore.rescorers",
     "Drafter": "rescore.drafters",
     "Evaluation": "rescore.runs.evaluated",
-    "Generator": "rescore.live",
+    "Generator": "rescore.generation.live",
     "Rescorer": "rescore.rescorers",
     "Run": "rescore.runs.run",
     "account": "rescore.accounting",
     "analyse": "rescore.studies.analysis",
     "compare": "rescore.studies.comparison",
-    "custom_generate": "rescore.custom",
+    "custom_generate": "rescore.generation.custom",
     "decode": "rescore.decoding",
     "evaluate": "rescore.runs.evaluation",
-    "generate": "rescore.live",
+    "generate": "rescore.generation.live",
     "load_base": "lm.base.catalog",
     "load_drafter": "rescore.drafters",
     "load_heads": "lm.heads.block_heads",

@@ -23,7 +23,7 @@ from rescore.acceptance import accept
 from rescore.checks import VERIFY_MODES, check_fits, check_k, check_new_tokens, check_p
 from rescore.drafters import HEADS
 from rescore.drafters.base import Drafter
-from rescore.drafting import HEADS_ALONE, Drafting, check_drafters
+from rescore.drafters.drafting import HEADS_ALONE, Drafting, check_drafters
 from rescore.rescorers.base import Context, Rescorer
 from rescore.runs.records import Seconds
 

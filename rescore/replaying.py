@@ -16,7 +16,7 @@ from lattices.lattice import Lattice
 from rescore.acceptance import accept
 from rescore.checks import check_held_k, check_p
 from rescore.drafters.base import Drafter
-from rescore.drafting import HEADS_ALONE, Drafting
+from rescore.drafters.drafting import HEADS_ALONE, Drafting
 from rescore.rescorers.base import Context, Rescorer
 from rescore.tracing import TracedExample
 

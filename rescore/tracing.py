@@ -37,8 +37,8 @@ from lm.keys import cache_entry, software
 from lm.locks import writing_to
 from lm.records import plain, read_record
 from rescore.checks import check_fits, check_k
-from rescore.groups import digest, one_of_each_first
 from rescore.tasks.base import Example
+from rescore.tasks.groups import digest, one_of_each_first
 
 if TYPE_CHECKING:
     from lm.base.generation import Generated

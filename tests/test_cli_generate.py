@@ -12,7 +12,7 @@ import pytest
 from conftest import Command, save_tiny_base, write_lines
 
 from lm.base.model import BaseLM
-from rescore import generating
+from rescore.generation import generating
 from rescore.decoding import decode
 
 NEW = 12

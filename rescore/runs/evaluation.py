@@ -20,9 +20,9 @@ from lm.base.catalog import Watch
 from rescore.acceptance import first_difference
 from rescore.checks import VERIFY_MODES, check_held_k
 from rescore.decoding import decode, margin_at, usable_verify
+from rescore.drafters.drafting import Drafting, check_drafters
+from rescore.drafters.provenance import provenance
 from rescore.drafters.recorded import drafted
-from rescore.drafting import Drafting, check_drafters
-from rescore.provenance import provenance
 from rescore.replaying import Drafted, replay, replay_steps, unrescored_at
 from rescore.rescorers import Rescorer, load_rescorer
 from rescore.runs.environment import environment

@@ -23,12 +23,12 @@ from rescore.drafters import LatticeDrafter, load_drafter
 from rescore.drafters.asked import fit_drafter
 from rescore.drafters.heads import Heads
 from rescore.drafters.recorded import record_drafter
-from rescore.groups import digest, held_out
 from rescore.rescorers import Target
 from rescore.runs.inputs import DEFAULT_NEW_TOKENS, DEFAULT_TASK, Inputs, Notify, Progress
 from rescore.runs.models import Models
 from rescore.tasks import Metric, is_task_file, load_task, task_names
 from rescore.tasks.data import TaskData, load_examples
+from rescore.tasks.groups import digest, held_out
 from rescore.tasks.leave_out import read_leave_out
 from rescore.tasks.metrics import find_metric
 from rescore.tracing import (
@@ -56,7 +56,7 @@ class Recording:
 
     name: of the task; metrics: its own.
     source: where its examples are from; settings: what its trace is of.
-    ids, groups: of its examples (`rescore.groups`).
+    ids, groups: of its examples (`rescore.tasks.groups`).
     folder: of the trace; cached: it is the cache's, not the user's.
     k: lattice entries of a slot; inputs: as the user named them; models: that record it.
     data: the examples to record; None for a trace that was `given`.
@@ -122,7 +122,7 @@ class Recording:
 
     def held_out(self, count: int, *, evaluated: Collection[str] = ()) -> Recording:
         """The same with only `count` held-out examples, apart from the `evaluated` groups where there are others; see
-        `rescore.groups.held_out`."""
+        `rescore.tasks.groups.held_out`."""
         return self.at(held_out(self.groups, count, evaluated=evaluated))
 
     def recorded(self) -> Trace | None:

@@ -76,7 +76,7 @@ class ExampleRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     accepted: tokens accepted by each step; drafts: the winning draft of each step.
     oracle_accepted: by each step of the oracle's decode of the trace, also where a live output is another.
     unrescored_accepted: by the unrescored draft where each step began; None where the lattices there are not known.
-    origins, alone_accepted: `rescore.provenance.Provenance`, of several drafters.
+    origins, alone_accepted: `rescore.drafters.provenance.Provenance`, of several drafters.
     quality: the task's metrics by name; cut: whether the output stopped at the limit (None: not known).
     """
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lattices.errors import RescoreError, UnknownNameError
 from rescore.checks import check_alpha, check_k, check_p
 from rescore.drafters import DRAFTERS, HEADS, Drafter, load_drafter
-from rescore.drafting import check_drafters
+from rescore.drafters.drafting import check_drafters
 from rescore.rescorers import JOINT, RESCORERS, WEIGHT, Rescorer, load_rescorer
 from rescore.rescorers.joint_plan import AUTO, PLANNED_NODES
 from rescore.runs.records import Alpha, is_oracle

@@ -49,7 +49,7 @@ def tune(
     """Sweeps the weight of every rescorer on every task, 0 among the `alphas`.
 
     drafters: what rescorers choose among that do not say it themselves (none: their own).
-    held_out: examples of the last groups of the data, at most half of the groups (`rescore.groups.held_out`).
+    held_out: examples of the last groups of the data, at most half of the groups (`rescore.tasks.groups.held_out`).
     evaluated: groups that are not tuned on while there are others.
     keep: keeps the best weights on this machine, for runs whose alpha is `tuned`.
     Raises `RescoreError` for a rescorer without weight and for what `evaluate` refuses.

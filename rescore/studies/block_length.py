@@ -28,9 +28,8 @@ from lm.options import Base, Device, Dtype, Heads, TopK
 from rescore.accounting import account
 from rescore.checks import check_held_k
 from rescore.drafters import Drafter
+from rescore.drafters.drafting import HEADS_ALONE, Drafting
 from rescore.drafters.proposals import Proposals
-from rescore.drafting import HEADS_ALONE, Drafting
-from rescore.groups import count_groups
 from rescore.options import Cached, Repeats
 from rescore.replaying import replay
 from rescore.rescorers import Context, Rescorer
@@ -38,6 +37,7 @@ from rescore.runs.run import Run
 from rescore.runs.weights import fit_to
 from rescore.studies.records import Record, record_of
 from rescore.studies.verify_curve import heads_milliseconds, verify_curve
+from rescore.tasks.groups import count_groups
 from rescore.tracing import Trace, read_trace
 
 

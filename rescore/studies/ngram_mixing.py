@@ -18,13 +18,13 @@ from lm.ngram.load import LoadedNgram
 from lm.ngram.mix import MixedNgram, Mixture, NgramPart, find_parts, mix_ngrams
 from rescore.accounting import account
 from rescore.checks import MAX_ALPHA, check_held_k
-from rescore.groups import held_out
 from rescore.replaying import replay
 from rescore.rescorers import Context, Rescorer
 from rescore.rescorers.ngram import DEFAULT_ALPHA
 from rescore.runs.inputs import Progress
 from rescore.runs.run import DEFAULT_K
 from rescore.runs.weights import target_of
+from rescore.tasks.groups import held_out
 from rescore.tracing import Trace, read_trace
 
 SHARES = tuple(n / 10 for n in range(1, 10))

@@ -20,12 +20,12 @@ import numpy as np
 
 from lattices.errors import RescoreError
 from lm.ngram.corpus import HUB_PREFIX, CorpusSource, find_sources, source_texts
-from rescore.groups import digest
 from rescore.options import Limit
 from rescore.studies.records import Record
 from rescore.table import SHARE, TASK, Column, Table
 from rescore.tasks import Example, load_task
 from rescore.tasks.data import load_examples
+from rescore.tasks.groups import digest
 from rescore.tasks.leave_out import SCHEMA
 
 WORDS_IN_A_ROW = 13
@@ -39,7 +39,7 @@ Progress = Callable[[str, int, int], None]
 class SharedText:
     """An example that shares text.
 
-    prompt: its digest (`rescore.groups.digest`); share: of its runs, those that are in any of the corpora.
+    prompt: its digest (`rescore.tasks.groups.digest`); share: of its runs, those that are in any of the corpora.
     corpora: by name, the share of each that has some.
     """
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lattices.errors import InvalidDataError
-from rescore.groups import digest
+from rescore.tasks.groups import digest
 
 Record = Mapping[str, Any]
 """One line of a JSON lines file, or one row of a hub data set."""
@@ -23,7 +23,7 @@ class Example:
     """One prompt to decode, with the answers that count as right; `id` is unique within its data.
 
     `passage` is the whole text that the base LM's perplexity is of, where the task has one. `group` is the key of the
-    source that the example shares with others (`rescore.groups`); by default that of the prompt: no other has it.
+    source that the example shares with others (`rescore.tasks.groups`); by default that of the prompt: no other has it.
     """
 
     id: str

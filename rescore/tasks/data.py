@@ -18,8 +18,8 @@ from typing import Any
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, unreadable
 from lm.files import sha256_of_file
 from lm.text_files import check_whole, identify, rows
-from rescore.groups import digest, one_of_each_first
 from rescore.tasks.base import Example, HubSource, Record, Task, checked_text, json_kind
+from rescore.tasks.groups import digest, one_of_each_first
 
 HUB_TIMEOUT = 3.0  # seconds for the hub to answer; `datasets` alone retries an unreachable hub for some 23 s
 REFUSALS = {403, 407, 429}  # statuses by which a proxy or the hub turns everybody away; the request carries no token
@@ -46,8 +46,8 @@ def load_examples(
     `lm.text_files` reads), the task's file, the hub or the sample.
 
     Their order is that of the data, but one of each group stands before a second one of any, which before the third
-    ones (`rescore.groups.one_of_each_first`): with a limit as many sources as there are, and the first so many of a
-    smaller limit are those of a larger one. `leave_out`: digests of prompts that are left out, before the limit counts.
+    ones (`rescore.tasks.groups.one_of_each_first`): with a limit as many sources as there are, and the first so many of
+    a smaller limit are those of a larger one. `leave_out`: digests of prompts that are left out, before the limit counts.
 
     Rows that are not the task's (`Task.row`) are passed over and do not count. An example's id is the record's `id`,
     else its line number; one that came before gets `#line` appended. With no network the hub's data set is taken from

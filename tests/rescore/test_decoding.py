@@ -16,7 +16,7 @@ from lm.base.model import BaseLM
 from rescore.acceptance import first_difference
 from rescore.accounting import account
 from rescore.decoding import decode, margin_at
-from rescore.live import generate
+from rescore.generation.live import generate
 from rescore.replaying import replay
 from rescore.rescorers import load_rescorer
 from rescore.runs.run import Run

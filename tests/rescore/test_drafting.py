@@ -23,10 +23,10 @@ from lattices.joined.sources import HEADS, LOOKUP, MODEL
 from lm.lookup_index import LookupOptions, build_lookup
 from rescore.decoding import decode
 from rescore.drafters import DRAFTERS, Drafter, LatticeDrafter, load_drafter
+from rescore.drafters.drafting import Drafting
 from rescore.drafters.lookup import PromptLookup
 from rescore.drafters.recorded import record_drafter, recorded_already
-from rescore.drafting import Drafting
-from rescore.live import generate
+from rescore.generation.live import generate
 from rescore.rescorers import RESCORERS, Context, load_rescorer
 from rescore.rescorers.joint_weights import read_fits
 from rescore.rescorers.ngram import Ngram

@@ -15,7 +15,6 @@ from made_records import example_record
 from msgspec.structs import replace
 
 from lattices.errors import InvalidDataError
-from rescore.groups import count_groups, digest, held_out, one_of_each_first
 from rescore.runs.evaluated import load_run
 from rescore.runs.records import Alpha, RunRecord
 from rescore.runs.summary import is_cut, summarize
@@ -25,6 +24,7 @@ from rescore.suites.plan import read_plan
 from rescore.suites.run import run_suite
 from rescore.tasks import Task, load_task
 from rescore.tasks.data import load_examples
+from rescore.tasks.groups import count_groups, digest, held_out, one_of_each_first
 from rescore.tasks.task_file import load_task_file
 from rescore.tracing import read_trace
 

@@ -18,7 +18,7 @@ from lattices.automaton import Automaton
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.joined.candidates import WEIGHTS
 from rescore.drafters import load_drafter
-from rescore.drafting import Drafting
+from rescore.drafters.drafting import Drafting
 from rescore.rescorers import Rescorer, load_rescorer
 from rescore.rescorers import joint as joint_module
 from rescore.rescorers.base import Context

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from lm.base.catalog import load_base
 from lm.base.model import BaseLM
 from rescore.decoding import decode
-from rescore.growing_text import GrowingText
-from rescore.live import Generator, best_run, generate
+from rescore.generation.growing_text import GrowingText
+from rescore.generation.live import Generator, best_run, generate
 from rescore.rescorers import load_rescorer
 from rescore.runs.run import Run
 
@@ -210,7 +210,7 @@ def test_what_is_chosen_where_no_rescorer_is_named(tiny_base: BaseLM, heads):
 
 
 def test_where_weights_of_joint_are_shipped_they_are_used(tiny_base: BaseLM, heads, monkeypatch: pytest.MonkeyPatch):
-    from rescore import live
+    from rescore.generation import live
 
     made: list[tuple[str, ...]] = []
 

@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lattices.errors import InvalidDataError, RescoreError
-from rescore.groups import digest
 from rescore.studies.overlap import Overlap, find_overlap
 from rescore.suites.plan import read_plan
 from rescore.suites.run import run_suite
 from rescore.tasks import load_task, task_names
 from rescore.tasks.data import load_examples
+from rescore.tasks.groups import digest
 from rescore.tasks.leave_out import SHIPPED, SHIPPED_FILE, read_leave_out, write_leave_out
 
 TASK = """\

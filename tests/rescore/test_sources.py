@@ -22,7 +22,7 @@ from lm.files import write_json
 from lm.records import plain
 from rescore import drafters
 from rescore.drafters import LatticeDrafter, load_drafter
-from rescore.provenance import provenance
+from rescore.drafters.provenance import provenance
 from rescore.reports.inspection import Inspection, inspect_example
 from rescore.reports.inspection_view import inspection_lines
 from rescore.reports.page import report

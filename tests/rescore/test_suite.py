@@ -22,7 +22,6 @@ from lattices.errors import IncompatibleError, InvalidDataError, OutputError
 from lm.files import cache_directory
 from lm.locks import writing_to
 from lm.records import plain
-from rescore.groups import digest
 from rescore.reports.inspection import inspect_example
 from rescore.reports.page import report
 from rescore.reports.sources import load_sources
@@ -41,6 +40,7 @@ from rescore.suites.plan import Plan, read_plan
 from rescore.suites.run import Suite, run_suite
 from rescore.tasks import load_task
 from rescore.tasks.data import load_examples
+from rescore.tasks.groups import digest
 
 BODY = """\
 limit: 4

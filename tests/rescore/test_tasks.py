@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
-from rescore.groups import digest
 from rescore.tasks import Example, HubSource, Record, Task, load_task, task_names
 from rescore.tasks.base import only_reference
+from rescore.tasks.groups import digest
 
 BUILT_IN = ["cnn_dailymail", "gsm8k", "lambada", "multi_news", "newsroom", "samsum", "squad", "xsum"]
 SPEC_BENCH = ["mt_bench", "qa", "rag", "summarization", "translation"]

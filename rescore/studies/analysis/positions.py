@@ -32,7 +32,7 @@ class Positions:
 
     lattice: `[n, h, K]`; entropies: `[n, h]`, nats.
     targets: int32 `[n, h]`, -1 after the end of the output.
-    lengths: int64 `[examples]`, output tokens of each; groups: of the examples (`rescore.groups`).
+    lengths: int64 `[examples]`, output tokens of each; groups: of the examples (`rescore.tasks.groups`).
     """
 
     lattice: Lattice

@@ -9,7 +9,6 @@ import numpy as np
 
 from lattices.errors import UnknownNameError
 from rescore.checks import check_held_k
-from rescore.groups import count_groups
 from rescore.runs.run import DEFAULT_K
 from rescore.studies.analysis.curves import OracleCurves, PCurve, oracle_curves, unrescored_by_p
 from rescore.studies.analysis.drafts import TraceRepetition, trace_repetition
@@ -26,6 +25,7 @@ from rescore.studies.analysis.heads import (
 )
 from rescore.studies.analysis.positions import Positions
 from rescore.studies.records import Record
+from rescore.tasks.groups import count_groups
 from rescore.tracing import Trace
 
 ANALYSES = ("repetition", "entropy", "oracle", "p_curve", "ranks", "acceptance", "calibration")

@@ -21,7 +21,7 @@ from lm.base.catalog import load_base
 from lm.heads.block_heads import BlockHeads, load_heads
 from rescore.decoding import Decoded
 from rescore.drafters import Drafter
-from rescore.live import Generator, best_run
+from rescore.generation.live import Generator, best_run
 from rescore.rescorers import Rescorer
 from rescore.runs.run import DEFAULT_K, Run
 

@@ -19,7 +19,7 @@ from rescore.runs.inputs import Inputs
 from rescore.terminal import printable
 
 if TYPE_CHECKING:
-    from rescore.live import Messages, Output
+    from rescore.generation.live import Messages, Output
     from rescore.runs.run import Run
 
 STDIN = "-"
@@ -98,7 +98,7 @@ def answers(
     stops = [unescaped(text) for text in stop]
 
     def answered() -> Iterator[Answer]:
-        from rescore.live import Generator, best_run
+        from rescore.generation.live import Generator, best_run
         from rescore.runs.models import Models
 
         needs_heads = run.needs_heads if run else "heads" in drafter
@@ -128,7 +128,7 @@ def _run(
     *,
     k: int | None,
     p: int | None,
-    nodes: int | None,
+    nodes: int | Literal["auto"] | None,
     alpha: float | None,
 ) -> Run | None:
     """The run that is asked for, if a rescorer is named."""
@@ -187,7 +187,7 @@ def _from_stdin() -> Iterator[Request]:
 
 
 def _request(row: dict[str, Any], where: str, file: TextFile | None = None) -> Request:
-    from rescore.live import check_messages
+    from rescore.generation.live import check_messages
 
     chat, messages, text = row.get("chat"), row.get("messages"), row.get("prompt")
     if file is not None and file.layout in (CSV, TSV):  # whose values are all text

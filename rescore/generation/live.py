@@ -15,7 +15,7 @@ from rescore.checks import check_new_tokens
 from rescore.decoding import Decoded, decode
 from rescore.drafters import Drafter
 from rescore.drafters.base import LatticeDrafter
-from rescore.growing_text import GrowingText
+from rescore.generation.growing_text import GrowingText
 from rescore.rescorers import JOINT, Rescorer, Target
 from rescore.runs.records import Seconds
 from rescore.runs.run import NONE, ORACLE, Run

@@ -127,7 +127,9 @@ class Option:
     @property
     def is_number(self) -> bool:
         """Whether it is a number, or a number or a word."""
-        return self.kind in (int, float) or (typing.get_origin(self.kind) is not tuple and float in _parts(self.kind))
+        return self.kind in (int, float) or (
+            typing.get_origin(self.kind) is not tuple and any(kind in (int, float) for kind in _parts(self.kind))
+        )
 
     @property
     def label(self) -> str:
@@ -219,11 +221,12 @@ class Option:
         return user_path(text, name) if self.kind is Path else text
 
     def _number(self, text: str, whole: str) -> float:
+        is_whole = int in (self.kind, *_parts(self.kind))
         try:
-            return int(text) if self.kind is int else float(text)
+            return int(text) if is_whole else float(text)
         except ValueError:
             of_list = "numbers with commas between them, like 1,2,4"
-            if self.kind is int:
+            if is_whole:
                 what = f"whole {of_list}" if self.collects else "a whole number, like 16"
             else:
                 what = of_list if self.collects else "a number, like 0.5"

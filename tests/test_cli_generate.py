@@ -12,8 +12,8 @@ import pytest
 from conftest import Command, save_tiny_base, write_lines
 
 from lm.base.model import BaseLM
-from rescore.generation import generating
 from rescore.decoding import decode
+from rescore.generation import generating
 
 NEW = 12
 

@@ -47,7 +47,8 @@ def load_examples(
 
     Their order is that of the data, but one of each group stands before a second one of any, which before the third
     ones (`rescore.tasks.groups.one_of_each_first`): with a limit as many sources as there are, and the first so many of
-    a smaller limit are those of a larger one. `leave_out`: digests of prompts that are left out, before the limit counts.
+    a smaller limit are those of a larger one. `leave_out`: digests of prompts that are left out, before the limit
+    counts.
 
     Rows that are not the task's (`Task.row`) are passed over and do not count. An example's id is the record's `id`,
     else its line number; one that came before gets `#line` appended. With no network the hub's data set is taken from

@@ -114,3 +114,9 @@ def test_a_command_gets_records_and_keywords():
     ((asked, k),) = seen
     assert (asked.func, asked.keywords, k) == (outer, {"name": "x", "inner": Inner(size=3), "flag": True}, 1)
     refused(lambda: run(name=None, size=["3", "4"], flag=False, k=None), "--size is there 2 times")
+
+
+def test_a_whole_number_or_a_word():
+    option = declared(Annotated[int | Literal["auto"] | None, "Some help."])
+    assert (option.value(["8"]), option.value(["auto"]), option.label) == (8, "auto", "<number|auto>")
+    refused(lambda: option.value(["many"]), "--some-name many: give a whole number, like 16, or auto")

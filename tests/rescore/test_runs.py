@@ -182,7 +182,7 @@ class TestObjects:
         def run(rescorer: Turned) -> None:
             evaluated({**options, "rescorers": (rescorer,)}, out=tmp_path / "run")
 
-        refused(lambda: run(Turned(0)), "set its `identity`, a hash of what it scores with", RescoreError)
+        refused(lambda: run(Turned(0)), "set its `identity` (and", RescoreError)
         run(Turned(0, "first"))
         run(Turned(0, "first"))
         refused(lambda: run(Turned(1, "second")), "holds results of another configuration", IncompatibleError)

@@ -17,8 +17,9 @@ from rescore.drafters import Drafter
 from rescore.drafters.base import LatticeDrafter
 from rescore.generation.growing_text import GrowingText
 from rescore.rescorers import JOINT, Rescorer, Target
+from rescore.rescorers.joint_plan import AUTO, PLANNED_NODES
 from rescore.runs.records import Seconds
-from rescore.runs.run import NONE, ORACLE, Run
+from rescore.runs.run import NODES, NONE, ORACLE, Run
 from rescore.runs.weights import fitted_to
 
 Messages = Sequence[Mapping[str, str]]  # a conversation: {"role": ..., "content": ...} a message
@@ -194,8 +195,8 @@ def generate(
 
 def best_run(base: BaseLM, heads: BlockHeads | None, *, drafters: Sequence[str | Drafter] = (), **settings: Any) -> Run:
     """The run that generates where no rescorer is named: `joint` where weights for these drafters are shipped with the
-    base's name, else `context-ngram` where there are lattices (with the shipped n-gram model if it is of this
-    tokenizer), else the drafters' own drafts.
+    base's name (by its costs where they are measured here and no p is given), else `context-ngram` where there are
+    lattices (with the shipped n-gram model if it is of this tokenizer), else the drafters' own drafts.
 
     drafters: none: heads if there are some, and lookup. settings: of `Run`. Raises as `Run` and its `load_drafters`.
     """
@@ -204,8 +205,12 @@ def best_run(base: BaseLM, heads: BlockHeads | None, *, drafters: Sequence[str |
     objects = own.load_drafters(own.load())
     lattices = any(isinstance(drafter, LatticeDrafter) for drafter in objects)
     shipped = (SHIPPED / base.identity.name / JOINT).is_dir()
-    for spec in ((JOINT,) if shipped else ()) + (OF_LATTICES if lattices else ()):
-        run = Run(spec, drafters=own.drafters, **settings)
+    runs: list[tuple[str, dict[str, Any]]] = []
+    if shipped and settings.get("p", 1) == 1:
+        runs.append((f"{JOINT}:{NODES}={AUTO}", {"p": PLANNED_NODES}))
+    runs += [(spec, {}) for spec in ((JOINT,) if shipped else ()) + (OF_LATTICES if lattices else ())]
+    for spec, more in runs:
+        run = Run(spec, drafters=own.drafters, **{**settings, **more})
         try:
             run.load().fit(replace(target, sources=tuple(drafter.source for drafter in objects)))
         except RescoreError:  # of another tokenizer, or fitted for other drafters

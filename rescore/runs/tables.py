@@ -90,6 +90,8 @@ def _overview(document: ResultsDocument, *, more: bool) -> Table:
         *filled(_outcome("won"), _outcome("lost")), *filled(SPEEDUP),
     ]  # fmt: skip
     shown = {column.heading for column in columns}
+    live = [r.identical for r in results if r.identical]
+    same, outputs = (sum(getattr(each, name) for each in live) for name in ("identical", "n"))
     notes = {
         "block eff.": f"block eff. = tokens / steps (1 = no gain, {_ceiling(results)})",
         "gain": "gain over none with p = 1 in this run",
@@ -97,7 +99,8 @@ def _overview(document: ResultsDocument, *, more: bool) -> Table:
         "won": "won, lost: steps that accepted more, fewer tokens than the unrescored draft would have there",
         "95 %": f"95 % = studentised bootstrap by group (examples of one source; - for fewer than {LEAST_GROUPS} "
         "groups)" + (", gains paired" if "gain" in shown else ""),
-        "speed-up": "speed-up = tokens a second over those of greedy decoding in the same run",
+        "speed-up": "speed-up = tokens a second over those of greedy decoding in the same run, to which "
+        f"{same} of {outputs} outputs are identical",
     }
     note = "; ".join(notes[name] for name in notes if name in shown) + "." + (" --details shows more." if more else "")
     return Table.of(

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--heads")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     arguments = parser.parse_args()
-    base = load_base()
+    base, plain = load_base(), load_base()  # transformers' generate has the model as it is loaded
     heads = load_heads(base.identity, arguments.heads, device=base.device)
     examples = load_examples(load_task("squad"), data=load_task("squad").sample, limit=arguments.examples).examples
     prompts = [base.encode_prompt(e.prompt, chat=True) for e in examples]
@@ -43,11 +43,11 @@ def main() -> None:
     tokens = {"ours": 0, "transformers": 0, "blockwise": 0}
     glue: dict[str, list[float]] = {"autoregressive": [], "blockwise p=1": [], "blockwise p=16": []}
     decode(base, heads, prompts[0], rescorer=rescorer, k=16, p=16, max_new_tokens=8)
-    base.model.generate(torch.tensor([prompts[0]], device=base.device), max_new_tokens=8, pad_token_id=0)
+    plain.model.generate(torch.tensor([prompts[0]], device=base.device), max_new_tokens=8, pad_token_id=0)
     for prompt in prompts:
         ids = torch.tensor([prompt], device=base.device)
         start = time.perf_counter()
-        output = base.model.generate(
+        output = plain.model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit, pad_token_id=0
         )
         seconds["transformers"] += time.perf_counter() - start

@@ -33,11 +33,10 @@ if TYPE_CHECKING:
     from rescore.runs.inputs import Inputs
     from rescore.table import Table
 
-NONE = (Spec("none"),)
-HEADS = Spec("heads")
+NONE, HEADS = (Spec("none"),), Spec("heads")
 PLAIN_WIDTH = 160  # columns where stdout is no terminal and COLUMNS does not say
-GENERATE = "Generate"
-MEASURE, LOOK, NGRAMS, TRAIN, TASKS, BENCH = "Measure", "Look", "N-grams", "Train", "Tasks", "Bench"
+GENERATE, MEASURE, LOOK = "Generate", "Measure", "Look"
+NGRAMS, TRAIN, TASKS, BENCH = "N-grams", "Train", "Tasks", "Bench"
 INPUTS = "rescore.runs.inputs:Inputs"
 MODEL = Source(INPUTS, only=("base", "dtype", "device"))
 OF_TASKS = ("task", "limit", "data", "trace", "leave_out", "max_prompt_tokens")
@@ -103,9 +102,8 @@ def _parameter(option: Option) -> inspect.Parameter:
     """An option as typer has it declared. It is text that may be repeated; `rescore.options` makes values of it."""
     # In help with colours brackets are markup.
     text = option.full_help.replace("[", r"\[") if app.rich_markup_mode else option.full_help
-    holds: Any = bool if option.kind is bool else list[str]
+    holds: Any = bool if option.kind is bool else str if option.is_argument and not option.collects else list[str]
     if option.is_argument:
-        holds = list[str] if option.collects else str
         info: Any = typer.Argument(help=text, metavar=option.spelled[0])
     else:
         info = typer.Option(*option.spelled, help=text, metavar=None if option.kind is bool else option.label)
@@ -316,8 +314,7 @@ def tune_command(
     recordings = open_recordings(task, inputs, k=max(k), heads_needed=heads_needed)
     how: dict[str, Any] = {"held_out": held_out, "notify": notify, "drafters": drafter}
     if joint:
-        of_joint = {"without": without, "k": max(k)}
-        fit = _done(fit_joint, recordings, out, rescorer[0], **of_joint, **how)
+        fit = _done(fit_joint, recordings, out, rescorer[0], without=without, k=max(k), **how)
         _result(fit, "rescore.runs.tables:joint_fit_table", as_json)
         among = f" --drafter {','.join(drafter)}" if drafter else ""
         return notify(f"written: rescore eval --rescorer joint:{out}{among} uses these weights")
@@ -425,11 +422,8 @@ def build_ngram_command(
 
     folder = default_folder(corpus, options.order) if out is None else out
     tokenizer = tokenizer or base or DEFAULT_BASE
-    fallback = (0.5, 1.0, 1.5) if discount_fallback else None
-    options, own = (
-        replace(options, tokenizer=tokenizer, discount_fallback=fallback),
-        replace(own, base=base or tokenizer),
-    )
+    own = replace(own, base=base or tokenizer)
+    options = replace(options, tokenizer=tokenizer, discount_fallback=(0.5, 1.0, 1.5) if discount_fallback else None)
     summary = _done(build_ngram, corpus, folder, options, own=own, replace=out is not None)
     _result(summary, "rescore.studies.tables:built_ngram_table", as_json)
     if not as_json:
@@ -469,8 +463,7 @@ def score_ngram_command(asked: Asked, as_json: Json = False) -> None:
     """Perplexity of a text under an n-gram model, with the counts of unknown words."""
     score, given = _done(asked), asked.keywords
     if score.unknown_share > 0.9:
-        share = f"{score.unknown_share:.0%}"
-        notify(f"{given['ngram']} does not know {share} of the words; is this the right --tokenizer?")
+        notify(f"{given['ngram']} does not know {score.unknown_share:.0%} of the words; is this the right --tokenizer?")
     _result(score, "rescore.studies.tables:ngram_score_table", as_json, text=given["text"])
 
 
@@ -574,18 +567,14 @@ def overlap_command(
 
 @command("verify-curve", group=bench, inputs=MODEL)
 def verify_curve_command(
-    inputs: "Inputs",
-    cached: shared.Cached = 256,
-    repeats: shared.Repeats = 7,
-    as_json: Json = False,
+    inputs: "Inputs", cached: shared.Cached = 256, repeats: shared.Repeats = 7, as_json: Json = False
 ) -> None:
     """Time of one forward of 1 to 144 tokens on a cache, with the memory bandwidth reached."""
     from lm.base.catalog import load_base
     from rescore.studies.verify_curve import verify_curve
 
     base = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device)
-    curve = verify_curve(base, cached=cached, repeats=repeats)
-    _result(curve, "rescore.studies.tables:verify_curve_table", as_json)
+    _result(verify_curve(base, cached=cached, repeats=repeats), "rescore.studies.tables:verify_curve_table", as_json)
 
 
 @command("costs", group=bench, inputs=Source(INPUTS, only=("base", "heads", "dtype", "device")))

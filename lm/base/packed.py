@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from lm.base.fast.traceable import multiply
+
 ROWS = 8  # that weights are laid out for
 MOST_ROWS = 64  # of a product; with more the plain one is as fast
 
@@ -20,15 +22,13 @@ class PackedProduct:
     """The forward of a `Linear`: rows `[..., in_features]` -> `[..., out_features]`. Its weight must not change."""
 
     def __init__(self, linear: torch.nn.Linear) -> None:
-        self.linear = linear
+        self.linear, self.bias = linear, linear.bias
         self.packed: Any = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.linear.weight, self.linear.bias
-        if rows.shape[:-1].numel() > MOST_ROWS:
-            return functional.linear(rows, weight, bias)
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, bias, "none", [], "")
-        return product
+        if not torch.compiler.is_exporting() and rows.shape[:-1].numel() > MOST_ROWS:
+            return functional.linear(rows, self.linear.weight, self.bias)
+        return multiply(rows, self.packed, self.bias, self.linear.weight.shape[0])
 
 
 def can_pack(model: torch.nn.Module) -> bool:

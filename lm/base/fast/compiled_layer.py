@@ -1,0 +1,84 @@
+"""The forward of a decoder layer that has a program: which calls the program takes, and what it is given for them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from lm.base.cache import KVCache, TreeCache
+from lm.base.fast.layer_program import MOST_TOKENS, Path, Signature, weights_of
+
+Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]  # takes and gives tensors, in the order of `export`
+
+
+class CompiledLayer:
+    """The forward of a decoder layer: its program for the calls that fit it, else the layer's own (`plain`)."""
+
+    def __init__(self, layer: torch.nn.Module, place: int, signature: Signature, run: Run) -> None:
+        self.plain, self._run, self._weights = layer.forward, run, weights_of(layer)
+        self._place, self._signature = place, signature
+        self._inputs = [(each, getattr(torch, each.dtype)) for each in signature.inputs]
+        paths = [signature.cache, *(each.path for each in signature.inputs), *(path for path, _ in signature.constants)]
+        names = {path[0] for path in paths}
+        self._named = sum(isinstance(name, str) for name in names)
+        self._placed = len(names) - self._named
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.compute(*args, **kwargs)
+        return self.plain(*args, **kwargs) if output is None else output
+
+    def compute(self, *args: Any, **kwargs: Any) -> Any:
+        """What the program gives for a call, having written to the cache; None for a call that it does not take."""
+        if len(args) != self._placed or len(kwargs) != self._named:
+            return None
+        try:
+            cache = _at(self._signature.cache, args, kwargs)
+            tensors = [_at(each.path, args, kwargs) for each, _ in self._inputs]
+            if any(_at(path, args, kwargs) != value for path, value in self._signature.constants):
+                return None
+        except (LookupError, TypeError):
+            return None
+        rows, n = tensors[0].shape[:2]
+        if rows != 1 or n > MOST_TOKENS or not isinstance(cache, KVCache | TreeCache):
+            return None
+        for place, (expected, dtype) in enumerate(self._inputs):
+            tensor = tensors[place]
+            if tensor is None and expected.is_mask and n == 1:
+                continue
+            if tensor is None or tensor.dtype is not dtype or not _fits(tensor.shape, expected.sizes):
+                return None
+            tensors[place] = tensor.contiguous()
+        layer: Any = cache.layers[self._place]
+        start = layer.room(rows, n)
+        if start is None:
+            return None
+        tensors = [_seen(start + 1) if tensor is None else tensor for tensor in tensors]
+        (states,) = self._run([_past(start), *layer.buffers, *tensors, *self._weights])
+        return states if self._signature.nones is None else (states, *(None,) * self._signature.nones)
+
+
+def _at(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    first, *rest = path
+    found = args[first] if isinstance(first, int) else kwargs[first]
+    for step in rest:
+        found = found[step]
+    return found
+
+
+def _fits(shape: torch.Size, sizes: Sequence[int | None]) -> bool:
+    return len(shape) == len(sizes) and all(size is None or n == size for n, size in zip(shape, sizes, strict=True))
+
+
+@functools.lru_cache(maxsize=1)
+def _past(n: int) -> torch.Tensor:
+    """A tensor of n numbers, of which a program reads only how many they are."""
+    return torch.zeros(1).expand(n)
+
+
+@functools.lru_cache(maxsize=1)
+def _seen(n: int) -> torch.Tensor:
+    """The mask `[1, 1, 1, n]` of a token that sees all."""
+    return torch.ones(1, 1, 1, n, dtype=torch.bool)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from lattices.errors import RescoreError
-from lm.text_files import rows_file
 from lm.yaml_input import Value, read_yaml
 from rescore.checks import MAX_ALPHA, VERIFY_MODES
 from rescore.peers import load_peer
@@ -21,6 +20,7 @@ from rescore.runs.run import DEFAULT_K, Run, branches_of
 from rescore.runs.tuning import DEFAULT_ALPHAS, HELD_OUT
 from rescore.specs import parse_spec
 from rescore.tasks import load_task
+from rescore.tasks.data import file_in
 from rescore.tasks.leave_out import read_leave_out
 from rescore.tracing import read_header
 
@@ -178,9 +178,9 @@ def _task(value: Value, data: Path | None) -> SuiteTask:
         name = fields["name"].text() if "name" in fields else _at(fields["trace"], lambda: _task_of(Path(trace)))
     else:
         name = fields["name"].text()
-        known = _at(fields["name"], lambda: load_task(name).name)
+        known = _at(fields["name"], lambda: load_task(name))
         if given is None and data is not None:
-            given = str(rows_file(data, known))
+            given = str(file_in(data, known))
     return SuiteTask(name, given, trace, **_limits(fields))
 
 

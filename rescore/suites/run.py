@@ -38,7 +38,7 @@ from rescore.runs.records import RunConfig
 from rescore.runs.run import Choosing, Run, load_choosing
 from rescore.runs.tables import results_csv
 from rescore.runs.tuning import tune
-from rescore.runs.weights import fit_before, identities_of
+from rescore.runs.weights import fit_before, fitted_to, identities_of, target_before
 from rescore.suites.files import (
     CSV_FILE,
     MANIFEST_FILE,
@@ -142,8 +142,8 @@ def _parts(plan: Plan) -> list[_Part]:
                 raise RescoreError(f"the tasks {other} and {recording.name} would share a folder; rename one of them")
     check_names([part.recording for part in parts if part.h == plan.h[0]])
     choosing = _choosing(plan)
-    for part in parts:
-        fit_before(part.recording, choosing)
+    for target in dict.fromkeys(target_before(part.recording) for part in parts):  # mostly one base
+        fitted_to(target, choosing)
     return parts
 
 

@@ -239,6 +239,7 @@ def eval_command(
     inputs: "Inputs",
     mode: Annotated[Literal["replay", "live"], "From a trace, fast; or decoding, which measures time."] = "replay",
     verify: shared.Verify = "tree",
+    peer: shared.Peers = (),
     out: Annotated[Path | None, "Folder for per-example lines and results.json; resumable."] = None,
     seed: shared.BootstrapSeed = 0,
     details: Details = False,
@@ -254,13 +255,12 @@ def eval_command(
     runs = runs_of(rescorer, ks=k, ps=p, alpha=alpha, drafters=drafter, nodes=nodes)
     needed: dict[str, Any] = {"k": max(run.k for run in runs), "heads_needed": any(run.needs_heads for run in runs)}
     recordings = open_recordings(task, inputs, **needed)
-    how: dict[str, Any] = {"live": mode == "live", "verify": verify, "seed": seed, "out": out}
+    how: dict[str, Any] = {"live": mode == "live", "verify": verify, "peers": peer, "seed": seed, "out": out}
     evaluation = _done(evaluate, recordings, runs, **how, notify=notify)
     _print_json(plain(evaluation.document)) if as_json else _show(evaluation.tables(details=details))
     if evaluation.interrupted:
         kept = f"and kept in {out}: the same command goes on" if out else "(--out DIR would keep them)"
-        shown = f"the finished examples are shown {kept}" if evaluation.results else "none was finished yet"
-        _interrupted(shown)
+        _interrupted(f"the finished examples are shown {kept}" if evaluation.results else "none was finished yet")
 
 
 def _check(tasks: Sequence[str], inputs: "Inputs") -> None:
@@ -347,14 +347,14 @@ def suite_command(
 ) -> None:
     """Run a whole table, tasks x rescorers x k, from one YAML file; goes on where it was stopped."""
     from lm.records import plain
-    from rescore.runs.tables import suite_table
+    from rescore.runs.tables import suite_tables
     from rescore.suites.run import run_suite
 
     suite = _done(run_suite, plan(), out, source=plan.keywords["path"].name, notify=notify)
     if as_json:
         _print_json(plain(suite.document))
     else:
-        _show(suite_table(suite.document.results)) if suite.document.results else print("no finished examples")
+        _show(suite_tables(suite.document.results)) if suite.document.results else print("no finished examples")
     if suite.interrupted:
         _interrupted(f"the finished examples are kept in {out}: the same command goes on")
 

@@ -64,6 +64,12 @@ Alpha = Annotated[
 ]
 Alphas = Annotated[Sequence[float], "Weights to try; 0 is always among them. Default: nine from 0.1 to 5."]
 Verify = Annotated[Literal["tree", "batch"], "Live: p drafts as one prefix tree, or as rows of a batch."]
+Peers = Annotated[
+    Sequence[Spec],
+    "Live: other libraries' own decoders to time in the same turns: transformers (its generate, greedy), "
+    "transformers:lookup=10 (with its prompt lookup of 10 tokens) or a plug-in's name; several.",
+    "--peer",
+]
 Cached = Annotated[int, "Tokens in the cache."]
 Repeats = Annotated[int, "Timed calls of each size; the median counts."]
 BootstrapSeed = Annotated[int, "Seed of the bootstrap intervals."]

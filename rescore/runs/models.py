@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -137,6 +138,12 @@ class Models:
         }
         # A task of the user's own is what its file says: with another word in it, it is another task.
         return settings if task.definition is None else {**settings, "definition": dict(task.definition)}
+
+    def release(self) -> None:
+        """Lets go of what was loaded by name: whoever needs it again has it loaded again."""
+        for name in ("base", "heads"):
+            vars(self).pop(name, None)
+        gc.collect()  # hooks and packed products of a model point back at it
 
     def _identify(self) -> BaseIdentity:
         from lm.base.catalog import identify

@@ -17,7 +17,6 @@ from lattices.errors import IncompatibleError, RescoreError
 from lattices.paths import encodable, user_path
 from lm.locks import making, warn, writing_to
 from lm.records import plain
-from lm.text_files import rows_file
 from rescore.checks import check_held_k, check_k
 from rescore.drafters import LatticeDrafter, load_drafter
 from rescore.drafters.asked import fit_drafter
@@ -27,7 +26,7 @@ from rescore.rescorers import Target
 from rescore.runs.inputs import DEFAULT_NEW_TOKENS, DEFAULT_TASK, Inputs, Notify, Progress
 from rescore.runs.models import Models
 from rescore.tasks import Metric, is_task_file, load_task, task_names
-from rescore.tasks.data import TaskData, load_examples
+from rescore.tasks.data import TaskData, file_in, load_examples
 from rescore.tasks.groups import digest, held_out
 from rescore.tasks.leave_out import read_leave_out
 from rescore.tasks.metrics import find_metric
@@ -245,7 +244,7 @@ def open_recording(
     inputs = dataclasses.replace(inputs, task=inputs.task or DEFAULT_TASK)
     rows = user_path(inputs.data) if inputs.data else None
     data = load_examples(
-        task, data=rows_file(rows, task.name) if rows and rows.is_dir() else rows, limit=inputs.limit,
+        task, data=file_in(rows, task) if rows and rows.is_dir() else rows, limit=inputs.limit,
         leave_out=read_leave_out(inputs.leave_out),
     )  # fmt: skip
     models = Models(inputs, base, heads, heads_needed=heads_needed)

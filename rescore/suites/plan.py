@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from lattices.errors import RescoreError
-from lm.text_files import rows_file
 from lm.yaml_input import Value, read_yaml
 from rescore.checks import MAX_ALPHA, VERIFY_MODES
+from rescore.peers import load_peer
 from rescore.rescorers import WEIGHT
 from rescore.runs.inputs import Inputs
 from rescore.runs.recording import recorded_task
@@ -20,6 +20,7 @@ from rescore.runs.run import DEFAULT_K, Run, branches_of
 from rescore.runs.tuning import DEFAULT_ALPHAS, HELD_OUT
 from rescore.specs import parse_spec
 from rescore.tasks import load_task
+from rescore.tasks.data import file_in
 from rescore.tasks.leave_out import read_leave_out
 from rescore.tracing import read_header
 
@@ -27,7 +28,7 @@ MODES = ("replay", "live")
 LIMITS = ("limit", "max_new_tokens", "max_prompt_tokens")
 KEYS = (
     "base", "heads", "dtype", "device", "mode", "verify", "seed", "tasks", "rescorers", "k", "p", "h", "tune",
-    "leave_out", *LIMITS,
+    "leave_out", "peers", *LIMITS,
 )  # fmt: skip
 Made = TypeVar("Made")
 
@@ -89,6 +90,7 @@ class Plan:
     device: str = Inputs.device
     seed: int = 0
     leave_out: str | None = None
+    peers: tuple[str, ...] = ()
 
     def inputs(self, task: SuiteTask, h: int | None) -> Inputs:
         """One task with one h."""
@@ -148,10 +150,13 @@ def read_plan(
         device=top["device"].text() if "device" in top else Plan.device,
         seed=top["seed"].whole(least=0) if "seed" in top else 0,
         leave_out=_leave_out(top["leave_out"]) if "leave_out" in top else None,
+        peers=tuple(map(_peer, top["peers"].items())) if "peers" in top else (),
         **_limits(top),
     )
     if mode == "replay" and plan.verify != Plan.verify:
         raise top["verify"].wrong(f"{plan.verify} is how live decoding verifies; drop it, or add mode: live")
+    if mode == "replay" and plan.peers:
+        raise top["peers"].wrong("peers are timed beside live decoding; drop them, or add mode: live")
     for task, value in zip(plan.tasks, top["tasks"].items(), strict=True):
         if task.trace and mode == "live":
             raise value.wrong("a trace can be replayed, not decoded live; drop trace, or mode: live")
@@ -173,9 +178,9 @@ def _task(value: Value, data: Path | None) -> SuiteTask:
         name = fields["name"].text() if "name" in fields else _at(fields["trace"], lambda: _task_of(Path(trace)))
     else:
         name = fields["name"].text()
-        known = _at(fields["name"], lambda: load_task(name).name)
+        known = _at(fields["name"], lambda: load_task(name))
         if given is None and data is not None:
-            given = str(rows_file(data, known))
+            given = str(file_in(data, known))
     return SuiteTask(name, given, trace, **_limits(fields))
 
 
@@ -183,6 +188,12 @@ def _leave_out(value: Value) -> str:
     text = value.text()
     _at(value, lambda: read_leave_out(text))
     return text
+
+
+def _peer(value: Value) -> str:
+    name = value.text()
+    _at(value, lambda: load_peer(name))
+    return name
 
 
 def _keys(value: Value) -> set[str]:

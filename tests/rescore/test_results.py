@@ -183,7 +183,7 @@ class TestDocument:
         made = document([result()], seed=7)
         fields = plain(made)
         assert list(fields) == ["schema", "config", "results"]
-        assert fields["schema"] == "rescore.results/7" and fields["config"]["seed"] == 7
+        assert fields["schema"] == "rescore.results/8" and fields["config"]["seed"] == 7
         assert fields["config"] == plain(made.config)
         (found,) = fields["results"]
         assert {

@@ -136,7 +136,8 @@ class _Work:
 
         Raises `IncompatibleError` if a rescorer or drafter is no longer what the records of the runs name.
         """
-        fitted = fit_to(trace, self.choosing, device=device, shared=shared)
+        models = self.recording.loads
+        fitted = fit_to(trace, self.choosing, device=device, shared=shared, models=models)
         for record in self.records:
             if identities_of(fitted[record.rescorer]) != (record.identity, record.drafters):
                 raise IncompatibleError(f"{record.rescorer} was replaced while it was read; run the command again")
@@ -281,7 +282,7 @@ class _Evaluator:
         recording = self.task.recording
         base = recording.models.base
         self._fit(trace, shared=base)
-        heads = recording.heads() if any(drafting.needs_heads for drafting in self.drafting.values()) else None
+        heads = recording.models.used_heads if any(drafting.heads for drafting in self.drafting.values()) else None
         limit = recording.settings["max_new_tokens"]
         watch, warm = Watch(base), False
         recording.models.check_unchanged(recording.settings)

@@ -20,7 +20,7 @@ import typer.core
 import typer.main
 from typer.models import CommandInfo
 
-from lm.options import TEXTS
+from lm.options import Corpora, Writer
 from rescore import options as shared
 from rescore.options import Option, Source, Spec, imported, with_options
 from rescore.runs.inputs import DEFAULT_BASE
@@ -45,13 +45,6 @@ OWN = Source("lm.base.own_output:OwnOutput", but=("batch_size", "temperature", "
 Body = TypeVar("Body", bound=Callable[..., None])
 Asked = functools.partial[Any]  # what a command does, with the values of its options
 Details = Annotated[bool, "Also quality, acceptance by position, and in live mode the times."]
-Corpora = Annotated[
-    Sequence[str],
-    f"One or more of: {TEXTS}; own:PROMPTS for the base LM's own output for a file of prompts, generated once and "
-    "kept.",
-    "CORPUS",
-]
-Writer = Annotated[str | None, "Base LM that writes the output for own:PROMPTS. Default: --tokenizer."]
 Json = Annotated[bool, "Print one JSON document and no table.", "--json"]
 
 
@@ -232,6 +225,7 @@ def eval_command(
     task: shared.Tasks = (),
     rescorer: shared.Rescorers = NONE,
     drafter: shared.Drafters = (),
+    draft_vocabulary: shared.DraftVocabularies = (),
     k: Annotated[shared.Ks, "Tokens of each head that are in the lattice. Default: 16."] = (),
     p: Annotated[shared.Ps, "Drafts that one step verifies; 1,16 runs both. Default: 1."] = (),
     nodes: shared.Nodes = None,
@@ -251,13 +245,16 @@ def eval_command(
     from rescore.runs.evaluation import evaluate
     from rescore.runs.recording import open_recordings
     from rescore.runs.run import runs_of
+    from rescore.studies.draft_vocabulary import VocabularySweep
 
-    runs = runs_of(rescorer, ks=k, ps=p, alpha=alpha, drafters=drafter, nodes=nodes)
+    asked = runs_of(rescorer, ks=k, ps=p, alpha=alpha, drafters=drafter, nodes=nodes)
+    runs = (sweep := VocabularySweep.of(asked, draft_vocabulary)).runs
     needed: dict[str, Any] = {"k": max(run.k for run in runs), "heads_needed": any(run.needs_heads for run in runs)}
     recordings = open_recordings(task, inputs, **needed)
     how: dict[str, Any] = {"live": mode == "live", "verify": verify, "peers": peer, "seed": seed, "out": out}
     evaluation = _done(evaluate, recordings, runs, **how, notify=notify)
-    _print_json(plain(evaluation.document)) if as_json else _show(evaluation.tables(details=details))
+    tables = () if as_json else [*evaluation.tables(details=details), *sweep.tables(evaluation, seed=seed)]
+    _print_json(plain(evaluation.document)) if as_json else _show(tables)
     if evaluation.interrupted:
         kept = f"and kept in {out}: the same command goes on" if out else "(--out DIR would keep them)"
         _interrupted(f"the finished examples are shown {kept}" if evaluation.results else "none was finished yet")
@@ -450,6 +447,12 @@ def build_lookup_command(
     _result(summary, "rescore.studies.tables:built_lookup_table", as_json)
     if not as_json:
         print(f"next: {summary.use()}")
+
+
+@command("build-draft-vocabulary", NGRAMS, asked=Source("lm.draft_vocabulary:build_draft_vocabulary", but=OWN.but))
+def build_draft_vocabulary_command(asked: Asked, as_json: Json = False) -> None:
+    """Rank a base's tokens by their counts in text, so that its heads draft from the most frequent ones."""
+    _result(_done(asked), "rescore.studies.tables:draft_vocabulary_table", as_json)
 
 
 @command("mix-ngram", NGRAMS, asked=Source("rescore.studies.ngram_mixing:mix_models"))

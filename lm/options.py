@@ -8,6 +8,7 @@ take import nothing heavy, so that help is quick.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -30,6 +31,14 @@ TEXTS = (
     "generate-corpus (the base LM's own output, what the rescorer ngram learns from best), or hub:NAME[:SPLIT[:FIELD]] "
     "for a hub data set"
 )
+
+Corpora = Annotated[
+    Sequence[str],
+    f"One or more of: {TEXTS}; own:PROMPTS for the base LM's own output for a file of prompts, generated once and "
+    "kept.",
+    "CORPUS",
+]
+Writer = Annotated[str | None, "Base LM that writes the output for own:PROMPTS. Default: --tokenizer.", "--base"]
 
 
 @dataclass(frozen=True)

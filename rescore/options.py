@@ -47,8 +47,8 @@ Rescorers = Annotated[
 ]
 Drafters = Annotated[
     Sequence[Spec],
-    "What rescorers choose among: heads, lookup, corpus-lookup:DIR, draft-model:NAME, trace:FOLDER or a plug-in's "
-    "name; several are joined. Default: heads (joint: heads, lookup).",
+    "What rescorers choose among: heads[:vocabulary=N], lookup, corpus-lookup:DIR, draft-model:NAME, trace:FOLDER or a "
+    "plug-in's name; several are joined. Default: heads (joint: heads, lookup).",
     "--drafter",
 ]
 Ks = Annotated[Sequence[int], "Tokens of each head that are in the lattice.", "--k"]
@@ -57,6 +57,12 @@ Nodes = Annotated[
     int | Literal["auto"] | None,
     "Tokens of the tree that joint drafts, the base's own included, instead of a number of drafts (with --p: of it the "
     "p branches that are worth most); auto: as many as are worth their time here (rescore bench costs).",
+]
+DraftVocabularies = Annotated[
+    Sequence[int],
+    "Once more with heads that draft from the N most frequent tokens and the prompt's own only, which is cheaper; as "
+    "the drafter heads:vocabulary=N does it (rescore build-draft-vocabulary); several.",
+    "--draft-vocabulary",
 ]
 Alpha = Annotated[
     float | Literal["tuned"] | None,

@@ -31,7 +31,7 @@ import msgspec
 import numpy as np
 
 from lattices.errors import IncompatibleError, InvalidDataError, first_line
-from lattices.lattice import Lattice, put_first
+from lattices.lattice import Lattice, put_first, side_by_side
 from lm.files import atomic_folder, changed_settings, sha256_of_file, write_json
 from lm.keys import cache_entry, software
 from lm.locks import writing_to
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from lm.base.generation import Generated
     from lm.base.model import BaseLM
     from lm.heads.block_heads import BlockHeads
+    from lm.heads.draft_rows import DraftProjection
 
 SCHEMA = "rescore.trace/1"
 RECORDING = 1  # changes with what `record_trace` computes: its prompts, outputs, lattices or rounding
@@ -204,25 +205,8 @@ def trace_folder(task: str, settings: dict[str, Any], k: int) -> Path:
 def _row(
     base: BaseLM, heads: BlockHeads | None, example: Example, prompt_ids: list[int], greedy: Generated, k: int
 ) -> dict[str, Any]:
-    import torch
-
-    from lm.heads.block_heads import entropies_of, lattice_of
-
     assert greedy.hidden is not None and greedy.margins is not None
-    ids, logps, entropies = [], [], []
-    with torch.inference_mode():
-        for start in range(0, len(greedy.output_ids), LATTICE_ROWS):
-            hidden = torch.from_numpy(greedy.hidden[start : start + LATTICE_ROWS]).to(base.device, base.dtype)
-            chosen = torch.from_numpy(greedy.output_ids[start : start + LATTICE_ROWS]).to(base.device)
-            first = base.project(hidden)
-            logits = heads.logits(base, hidden, first, chosen) if heads else first[:, None]
-            lattice = lattice_of(logits, k)
-            ids.append(lattice.token_ids)
-            logps.append(lattice.logps)
-            entropies.append(entropies_of(logits))
-    token_ids, scores = np.concatenate(ids), np.concatenate(logps)
-    # The projection of one state and of many differ in the last bits; the token that was really chosen stays.
-    put_first(token_ids[:, 0], scores[:, 0], greedy.output_ids)
+    lattice, entropies = lattices_along(base, heads, greedy.hidden, greedy.output_ids, k)
     return {
         "id": example.id,
         "prompt": example.prompt,
@@ -230,12 +214,42 @@ def _row(
         "output": base.decode_text(greedy.output_ids.tolist()),
         "prompt_ids": np.asarray(prompt_ids, dtype=np.int32),
         "output_ids": greedy.output_ids.astype(np.int32),
-        "token_ids": token_ids.ravel(),
-        "logps": scores.ravel(),
-        "entropies": np.concatenate(entropies).ravel(),
+        "token_ids": lattice.token_ids.ravel(),
+        "logps": lattice.logps.ravel(),
+        "entropies": entropies.ravel(),
         "margins": greedy.margins,
         "group": example.group,
     }
+
+
+def lattices_along(
+    base: BaseLM,
+    heads: BlockHeads | None,
+    hidden: np.ndarray,
+    output_ids: np.ndarray,
+    k: int,
+    projection: DraftProjection | None = None,
+) -> tuple[Lattice, np.ndarray]:
+    """The lattices `[t, h, k]` before every token of an output and their entropies `[t, h]`, from the states `[t, d]`
+    that chose these tokens; arguments as for `BlockHeads.slots`."""
+    import torch
+
+    from lm.heads.block_heads import Slots, entropies_of
+
+    lattices, entropies = [], []
+    with torch.inference_mode():
+        for start in range(0, len(output_ids), LATTICE_ROWS):
+            states = torch.tensor(hidden[start : start + LATTICE_ROWS], device=base.device, dtype=base.dtype)
+            chosen = torch.tensor(output_ids[start : start + LATTICE_ROWS], device=base.device, dtype=torch.int64)
+            first = base.project(states)
+            how: dict[str, Any] = {"tokens": chosen, "projection": projection}
+            slots = heads.slots(base, states, first, **how) if heads else [Slots(first[:, None])]
+            lattices.append(side_by_side([each.lattice(k) for each in slots]))
+            entropies.append(np.concatenate([entropies_of(each.logits) for each in slots], axis=1))
+    whole = Lattice(np.concatenate([e.token_ids for e in lattices]), np.concatenate([e.logps for e in lattices]))
+    # The projection of one state and of many differ in the last bits; the token that was really chosen stays.
+    put_first(whole.token_ids[:, 0], whole.logps[:, 0], output_ids)
+    return whole, np.concatenate(entropies)
 
 
 def _features() -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,16 +19,29 @@ from msgspec.structs import replace
 from torch import nn
 
 from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
-from lattices.lattice import Lattice
+from lattices.lattice import Lattice, side_by_side
 from lattices.paths import user_path
 from lm.base.adapters import TUNED_FILE
 from lm.base.model import BaseIdentity, BaseLM
 from lm.checkpoint import CONFIG_FILE, WEIGHTS_FILE, check_shapes, read_weights, write_checkpoint
 from lm.checkpoint import read_config as read_checkpoint_config
 from lm.files import SHIPPED, sha256_of_file
+from lm.heads.draft_rows import DraftProjection
 from lm.heads.nets import NETS, SEQUENTIAL, BlockHeadsConfig
 
 HEADS_FOLDER = "heads"
+
+
+class Slots(NamedTuple):
+    """Slots of one vocabulary that follow each other: logits `[n, s, v]`, in float32 at least, of the tokens `[v]`
+    (None: of all, by id)."""
+
+    logits: torch.Tensor
+    token_ids: torch.Tensor | None = None
+
+    def lattice(self, k: int) -> Lattice:
+        """As `lattice_of` has it, `[n, s, k]`."""
+        return lattice_of(self.logits, k, self.token_ids)
 
 
 class BlockHeads(nn.Module):
@@ -63,30 +77,49 @@ class BlockHeads(nn.Module):
         return read
 
     @torch.inference_mode()
-    def logits(
-        self, base: BaseLM, hidden: torch.Tensor, first: torch.Tensor, tokens: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """All heads' logits after each of n states, `[n, h, vocab]`, in float32 at least.
+    def slots(
+        self,
+        base: BaseLM,
+        hidden: torch.Tensor,
+        first: torch.Tensor,
+        tokens: torch.Tensor | None = None,
+        *,
+        projection: DraftProjection | None = None,
+    ) -> list[Slots]:
+        """The slots of all heads after each of n states; those of one vocabulary together.
 
         `hidden` `[n, d]` and head 1's logits `first` `[n, vocab]`, as the base's forward gave them. `tokens` `[n]`:
         what head 1 chose, where that is known better than by the arg-max of `first` (after rounding, for example).
+        `projection`: of the tokens that heads 2 to h draft from (None: all).
         """
         rows = base.output_embeddings.weight[first.argmax(-1) if tokens is None else tokens][:, None].to(self.dtype)
-        every = [first[:, None]]
+        project, token_ids = (projection, projection.token_ids) if projection else (base.project, None)
+        every = []
         # A sequential head is asked when the tokens before its own are known; the others are asked at once.
         sequential = self.config.architecture == SEQUENTIAL
         for heads in [[i] for i in range(self.h - 1)] if sequential else [None]:
-            ahead = base.project(self(hidden.to(self.dtype), rows, heads).to(hidden.dtype))  # [heads, n, vocab]
+            ahead = project(self(hidden.to(self.dtype), rows, heads).to(hidden.dtype))  # [heads, n, vocab]
             every.append(ahead.transpose(0, 1))
             if sequential:
-                best = base.output_embeddings.weight[ahead[0].argmax(-1)]
-                rows = torch.cat([rows, best[:, None].to(self.dtype)], dim=1)
-        logits = torch.cat(every, dim=1)
-        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+                _, best = top_k_lowest_ids(ahead[0], 1, token_ids)
+                rows = torch.cat([rows, base.output_embeddings.weight[best].to(self.dtype)], dim=1)
+        slots = [Slots(first[:, None]), Slots(torch.cat(every, dim=1), token_ids)]
+        if projection is None:
+            slots = [Slots(torch.cat([each.logits for each in slots], dim=1))]
+        half = (torch.float16, torch.bfloat16)
+        return [Slots(logits.float() if logits.dtype in half else logits, ids) for logits, ids in slots]
 
-    def lattice(self, base: BaseLM, hidden: torch.Tensor, first: torch.Tensor, k: int) -> Lattice:
-        """The lattice `[n, h, k]` after each of n states; arguments as for `logits`."""
-        return lattice_of(self.logits(base, hidden, first), k)
+    def lattice(
+        self,
+        base: BaseLM,
+        hidden: torch.Tensor,
+        first: torch.Tensor,
+        k: int,
+        *,
+        projection: DraftProjection | None = None,
+    ) -> Lattice:
+        """The lattice `[n, h, k]` after each of n states; arguments as for `slots`."""
+        return side_by_side([slots.lattice(k) for slots in self.slots(base, hidden, first, projection=projection)])
 
     def first(self, h: int) -> BlockHeads:
         """The same heads cut to a block of h tokens (no head depends on later ones)."""
@@ -104,13 +137,16 @@ class BlockHeads(nn.Module):
         write_checkpoint(folder, self.net.state_dict(), self.config, dtype=dtype)
 
 
-def lattice_of(logits: torch.Tensor, k: int) -> Lattice:
-    """The lattice `[n, h, k]` of logits `[n, h, vocab]`. Raises `RescoreError` for a k outside the vocabulary."""
+def lattice_of(logits: torch.Tensor, k: int, token_ids: torch.Tensor | None = None) -> Lattice:
+    """The lattice `[n, h, k]` of logits `[n, h, v]`; of the tokens `token_ids` `[v]` (None: of all, by id).
+
+    Raises `RescoreError` for a k outside the vocabulary.
+    """
     if not 1 <= k <= logits.shape[-1]:
         raise RescoreError(f"k = {k} is outside 1 to the vocabulary's {logits.shape[-1]}; choose another k")
-    values, token_ids = top_k_lowest_ids(logits, k)
+    values, ids = top_k_lowest_ids(logits, k, token_ids)
     logps = (values - torch.logsumexp(logits, dim=-1, keepdim=True)).clamp(max=0.0)
-    return Lattice(token_ids.to(torch.int32).cpu().numpy(), logps.float().cpu().numpy())
+    return Lattice(ids.to(torch.int32).cpu().numpy(), logps.float().cpu().numpy())
 
 
 def entropies_of(logits: torch.Tensor) -> np.ndarray:
@@ -119,8 +155,11 @@ def entropies_of(logits: torch.Tensor) -> np.ndarray:
     return np.asarray(entropies.float().cpu())
 
 
-def top_k_lowest_ids(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k highest of the last axis, falling, ties by lowest id: values and ids `[..., k]`."""
+def top_k_lowest_ids(
+    logits: torch.Tensor, k: int, token_ids: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k highest of the last axis, falling, ties by lowest id: values and ids `[..., k]`; `token_ids` `[v]`: of the
+    axis, where it is not by id."""
     size = logits.shape[-1]
     taken = min(k + 1, size)
     values, ids = torch.topk(logits, taken, dim=-1)
@@ -129,8 +168,8 @@ def top_k_lowest_ids(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.
     while taken < size and bool((values[..., -1] == values[..., k - 1]).any()):
         taken = min(4 * taken, size)
         values, ids = torch.topk(logits, taken, dim=-1)
-    ids = ids.sort(dim=-1).values
-    values, order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    ids, by_id = (ids if token_ids is None else token_ids[ids]).sort(dim=-1)
+    values, order = values.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
     return values[..., :k], ids.gather(-1, order)[..., :k]
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from lattices.errors import RescoreError
 from lattices.joined.lookup import NONE
+from rescore.drafters import HEADS
 from rescore.drafters.base import SURE, Drafter, LatticeDrafter, as_drafts, stacked
 from rescore.drafters.heads import Heads
 from rescore.drafters.proposals import Proposals
@@ -36,9 +37,9 @@ class Drafting:
     p: int = 1
 
     @property
-    def needs_heads(self) -> bool:
-        """Whether block heads are among the drafters."""
-        return any(isinstance(drafter, Heads) for drafter in self.drafters)
+    def heads(self) -> Heads | None:
+        """The block heads among the drafters."""
+        return next((drafter for drafter in self.drafters if isinstance(drafter, Heads)), None)
 
     def longest(self, h: int) -> int:
         """Tokens of a draft, at most, with so many heads."""
@@ -95,7 +96,7 @@ class Drafting:
 
 def check_drafters(drafters: Sequence[Drafter], *, live: bool) -> None:
     """Raises `RescoreError` for what can't be joined, or not be decoded with."""
-    names = [drafter.name for drafter in drafters]
+    names = [HEADS if isinstance(drafter, Heads) else drafter.name for drafter in drafters]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise RescoreError(f"--drafter {twice} is there twice; give it once")
     for drafter in drafters if live else ():

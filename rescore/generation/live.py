@@ -15,6 +15,7 @@ from rescore.checks import check_new_tokens
 from rescore.decoding import Decoded, decode
 from rescore.drafters import Drafter
 from rescore.drafters.base import LatticeDrafter
+from rescore.drafters.heads import Heads
 from rescore.generation.growing_text import GrowingText
 from rescore.rescorers import JOINT, Rescorer, Target
 from rescore.rescorers.joint_plan import AUTO, PLANNED_NODES
@@ -110,7 +111,7 @@ class Generator:
         target = Target.of(base.identity, base.vocab_size, base.eos_token_ids, device=str(base.device), shared=base)
         loaded = run.load()
         fitted, drafters = fitted_to(target, {"": (loaded, run.load_drafters(loaded))})[""]
-        if heads is None and any(drafter.name == "heads" for drafter in drafters):
+        if heads is None and any(isinstance(drafter, Heads) for drafter in drafters):
             raise RescoreError(
                 f"{run.label} drafts with block heads, and there are none for {base.identity.name}; give heads, or "
                 "other drafters (--drafter lookup)"

@@ -14,6 +14,7 @@ from lattices.lattice import Lattice
 
 if TYPE_CHECKING:
     from lm.base.model import BaseIdentity, BaseLM
+    from lm.heads.block_heads import BlockHeads
     from rescore.drafters.proposals import Proposals
 
 
@@ -55,6 +56,7 @@ class Target:
     device: str = "cpu"  # to work on
     shared: BaseLM | None = None  # the base LM where it is loaded: its weights need not be loaded twice
     sources: tuple[str, ...] = ()  # what it is to choose among (`rescore.drafters.base.Drafter.source`)
+    models: Callable[[], tuple[BaseLM, BlockHeads]] | None = None  # gives base and heads; None: they are not at hand
     traced: str = ""  # identity of the drafter whose lattices a trace holds as the heads'; empty: they are the heads'
 
     @classmethod

@@ -155,7 +155,8 @@ class _Work:
 
         Raises `IncompatibleError` if a rescorer or drafter is no longer what the records of the runs name.
         """
-        fitted = fit_to(trace, self.choosing, device=device, shared=shared)
+        models = self.recording.loads
+        fitted = fit_to(trace, self.choosing, device=device, shared=shared, models=models)
         for record in self.records:
             if identities_of(fitted[record.rescorer]) != (record.identity, record.drafters):
                 raise IncompatibleError(f"{record.rescorer} was replaced while it was read; run the command again")
@@ -305,7 +306,7 @@ class _Evaluator:
         recording, limit = self.task.recording, self.task.recording.settings["max_new_tokens"]
         base = recording.models.base
         self._fit(trace, shared=base)
-        heads = recording.heads() if any(drafting.needs_heads for drafting in self.drafting.values()) else None
+        heads = recording.models.used_heads if any(drafting.heads for drafting in self.drafting.values()) else None
         sides = [side for side in self.task.sides if self._missing(side, trace.examples)]
         peers = {side: side.load(base, self.loaded) for side in sides if isinstance(side, Peer)}
         watch, warm = Watch(base), set[Run | Peer]()  # the first calls of a process allocate and compile

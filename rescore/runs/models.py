@@ -68,6 +68,19 @@ class Models:
         return load_heads(self.identity, self.inputs.heads, device=self.base.device, dtype=self.base.heads_dtype)
 
     @property
+    def used_heads(self) -> BlockHeads | None:
+        """The first h of them, as the inputs say."""
+        heads, h = self.heads, self.inputs.h
+        return heads if h is None or heads is None else heads.first(h)
+
+    def loaded(self, settings: Mapping[str, Any]) -> tuple[BaseLM, BlockHeads]:
+        """Base and heads that are used, of a trace with these settings. Raises as `check_unchanged`."""
+        heads = self.used_heads
+        assert heads is not None, "what drafts with heads is refused without"
+        self.check_unchanged(settings)
+        return self.base, heads
+
+    @property
     def device(self) -> str:
         """Where work is done: `cpu` or `cuda:N`."""
         from lm.base.catalog import choose_device

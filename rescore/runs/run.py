@@ -31,6 +31,11 @@ def is_drafter(spec: str) -> bool:
     return DRAFTERS.has(spec) and not RESCORERS.has(spec)
 
 
+def is_heads(drafter: str | Drafter) -> bool:
+    """Whether a drafter is the base's block heads, of whatever vocabulary."""
+    return name_of(drafter).partition(":")[0] == HEADS
+
+
 def says_drafters(rescorer: str | Rescorer) -> bool:
     """Whether a spec says itself what is chosen among; an object does not."""
     return isinstance(rescorer, str) and (is_drafter(rescorer) or OF_DRAFTERS in parse_spec(rescorer)[1])
@@ -122,7 +127,7 @@ class Run:
     @property
     def needs_heads(self) -> bool:
         """Whether it drafts with block heads."""
-        return not self.drafters or HEADS in [getattr(drafter, "name", drafter) for drafter in self.drafters]
+        return not self.drafters or any(is_heads(drafter) for drafter in self.drafters)
 
     @property
     def number(self) -> float | None:

@@ -38,7 +38,7 @@ PLAIN_WIDTH = 160  # columns where stdout is no terminal and COLUMNS does not sa
 GENERATE, MEASURE, LOOK = "Generate", "Measure", "Look"
 NGRAMS, TRAIN, TASKS, BENCH = "N-grams", "Train", "Tasks", "Bench"
 INPUTS = "rescore.runs.inputs:Inputs"
-MODEL = Source(INPUTS, only=("base", "dtype", "device"))
+OF_CURVE = ("base", "dtype", "device", "cached", "repeats")
 OF_TASKS = ("task", "limit", "data", "trace", "leave_out", "max_prompt_tokens")
 OWN = Source("lm.base.own_output:OwnOutput", but=("batch_size", "temperature", "seed"))
 
@@ -336,9 +336,7 @@ def trace_command(
     _check((task,), inputs)
     from rescore.runs.recording import record_task
 
-    trace = _done(record_task, replace(inputs, task=task), drafter, out, k=k, notify=notify)
-    positions = sum(len(example.output_ids) for example in trace.examples)
-    print(f"{out}: {len(trace.examples)} examples, {positions} positions, h = {trace.header.h}, K = {trace.header.k}")
+    print(f"{out}: {_done(record_task, replace(inputs, task=task), drafter, out, k=k, notify=notify).line()}")
 
 
 @command("suite", MEASURE, plan=Source("rescore.suites.plan:read_plan"))
@@ -401,6 +399,14 @@ def report_command(asked: Asked, as_json: Json = False) -> None:
     written = _done(asked)
     _tell(written.missing)
     _print_json(written.as_dict()) if as_json else print(written.lines())
+
+
+@command("export", LOOK, asked=Source("rescore.exports.result:export"))
+def export_command(asked: Asked) -> None:
+    """Give a result to another program: what makes an engine accept as much, or the file that a benchmark reads."""
+    exported = asked()
+    _tell(exported.notices)
+    print(exported.out or exported)
 
 
 @command("build-ngram", NGRAMS, options=Source("lm.ngram.build:NgramOptions"), own=OWN)
@@ -475,25 +481,10 @@ def export_fst_command(asked: Asked) -> None:
     print(f"{asked.keywords['out']}: {file_sizes(asked())}")
 
 
-@command("generate-corpus", TRAIN, inputs=MODEL, options=Source("lm.base.corpus:GenerationOptions"))
-def generate_corpus_command(
-    prompts: Annotated[Path, 'JSON lines {"prompt", "chat"} (or CSV, Parquet ...) or text, a prompt a line.'],
-    out: Annotated[Path, "Folder for the corpus; resumable."],
-    inputs: "Inputs",
-    options: Any,
-) -> None:
+@command("generate-corpus", TRAIN, asked=Source("lm.base.corpus:write_own_corpus"))
+def generate_corpus_command(asked: Asked) -> None:
     """Write the base LM's own output for many prompts: what block heads and rescorers learn from."""
-    from lm.base.catalog import load_base
-    from lm.base.corpus import generate_corpus, read_prompts
-    from lm.base.machine import share_of_limits
-
-    base = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device)
-    chosen = read_prompts(prompts, default_chat=base.is_chat)
-    with progress_bar() as progress:
-        summary = generate_corpus(base, chosen, out, options, progress=functools.partial(progress, "generate"))
-    print(summary.line())
-    if summary.made:
-        print(f"{summary.speed()}: {share_of_limits(base, summary.work, summary.seconds)}")
+    print(_done(asked))
 
 
 @command("train-heads", TRAIN, asked=Source("lm.training.run:train_heads"))
@@ -565,16 +556,10 @@ def overlap_command(
     _result(overlap, "rescore.studies.overlap:overlap_table", as_json)
 
 
-@command("verify-curve", group=bench, inputs=MODEL)
-def verify_curve_command(
-    inputs: "Inputs", cached: shared.Cached = 256, repeats: shared.Repeats = 7, as_json: Json = False
-) -> None:
+@command("verify-curve", group=bench, asked=Source("rescore.studies.verify_curve:verify_curve_of", only=OF_CURVE))
+def verify_curve_command(asked: Asked, as_json: Json = False) -> None:
     """Time of one forward of 1 to 144 tokens on a cache, with the memory bandwidth reached."""
-    from lm.base.catalog import load_base
-    from rescore.studies.verify_curve import verify_curve
-
-    base = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device)
-    _result(verify_curve(base, cached=cached, repeats=repeats), "rescore.studies.tables:verify_curve_table", as_json)
+    _result(asked(), "rescore.studies.tables:verify_curve_table", as_json)
 
 
 @command("costs", group=bench, inputs=Source(INPUTS, only=("base", "heads", "dtype", "device")))

@@ -16,7 +16,7 @@ The main path, and where it lies:
     suites/                                    tables of evaluations from one YAML file
     studies/      analyse, compare             what traces and results say
     reports/      report                       a page of them
-    exports/                                   what other programs read
+    exports/      export                       what other programs read
 
 The models lie beside it in `lm`, the ground floor (lattices and exact search) in `lattices`. Public names are imported
 when they are first used.
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from rescore.decoding import decode as decode
     from rescore.drafters import Drafter as Drafter
     from rescore.drafters import load_drafter as load_drafter
+    from rescore.exports.result import export as export
     from rescore.generation.custom import custom_generate as custom_generate
     from rescore.generation.live import Generator as Generator
     from rescore.generation.live import generate as generate
@@ -66,6 +67,7 @@ _PLACES = {
     "custom_generate": "rescore.generation.custom",
     "decode": "rescore.decoding",
     "evaluate": "rescore.runs.evaluation",
+    "export": "rescore.exports.result",
     "generate": "rescore.generation.live",
     "load_base": "lm.base.catalog",
     "load_drafter": "rescore.drafters",

@@ -116,6 +116,11 @@ class Trace:
         cut = [replace(e, lattice=e.lattice.first_heads(h), entropies=e.entropies[:, :h]) for e in self.examples]
         return Trace(msgspec.structs.replace(self.header, h=h), tuple(cut))
 
+    def line(self) -> str:
+        """What it holds."""
+        positions = sum(len(example.output_ids) for example in self.examples)
+        return f"{len(self.examples)} examples, {positions} positions, h = {self.header.h}, K = {self.header.k}"
+
 
 def record_trace(
     base: BaseLM,

@@ -339,6 +339,12 @@ def trace_command(
     print(f"{out}: {_done(record_task, replace(inputs, task=task), drafter, out, k=k, notify=notify).line()}")
 
 
+@command("import-trace", MEASURE, asked=Source("rescore.imports.importing:import_trace"))
+def import_trace_command(asked: Asked) -> None:
+    """Make a trace of what another program stored: hidden states, or a log of drafts and the outputs."""
+    print(f"{asked.keywords['out']}: {_done(asked, notify=notify).line()}")
+
+
 @command("suite", MEASURE, plan=Source("rescore.suites.plan:read_plan"))
 def suite_command(
     plan: Asked, out: Annotated[Path, "Folder for results, table.md and table.csv; resumable."], as_json: Json = False

@@ -17,6 +17,7 @@ The main path, and where it lies:
     studies/      analyse, compare             what traces and results say
     reports/      report                       a page of them
     exports/      export                       what other programs read
+    imports/      import_trace                 what they write, as traces
 
 The models lie beside it in `lm`, the ground floor (lattices and exact search) in `lattices`. Public names are imported
 when they are first used.
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from rescore.generation.custom import custom_generate as custom_generate
     from rescore.generation.live import Generator as Generator
     from rescore.generation.live import generate as generate
+    from rescore.imports.importing import import_trace as import_trace
     from rescore.replaying import replay as replay
     from rescore.reports.page import report as report
     from rescore.rescorers import Context as Context
@@ -69,6 +71,7 @@ _PLACES = {
     "evaluate": "rescore.runs.evaluation",
     "export": "rescore.exports.result",
     "generate": "rescore.generation.live",
+    "import_trace": "rescore.imports.importing",
     "load_base": "lm.base.catalog",
     "load_drafter": "rescore.drafters",
     "load_heads": "lm.heads.block_heads",

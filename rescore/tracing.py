@@ -41,7 +41,6 @@ from rescore.tasks.base import Example
 from rescore.tasks.groups import digest, one_of_each_first
 
 if TYPE_CHECKING:
-    from lm.base.generation import Generated
     from lm.base.model import BaseLM
     from lm.heads.block_heads import BlockHeads
 
@@ -175,7 +174,11 @@ def record_trace(
             for greedy in generate(
                 base, ids_of, max_new_tokens=max_new_tokens, batch_size=batch_size, with_hidden=True
             ):
-                rows[greedy.index] = _row(base, heads, part[greedy.index], ids_of[greedy.index], greedy, k)
+                assert greedy.hidden is not None and greedy.margins is not None
+                rows[greedy.index] = row_of_states(
+                    base, heads, part[greedy.index], ids_of[greedy.index], greedy.output_ids,
+                    hidden=greedy.hidden, margins=greedy.margins, k=k,
+                )  # fmt: skip
                 finished += 1
                 if progress:
                     progress(finished, len(examples))
@@ -206,39 +209,48 @@ def trace_folder(task: str, settings: dict[str, Any], k: int) -> Path:
     return cache_entry("traces", task, {"schema": SCHEMA, "k": k, "settings": settings})
 
 
-def _row(
-    base: BaseLM, heads: BlockHeads | None, example: Example, prompt_ids: list[int], greedy: Generated, k: int
+def row_of_states(
+    base: BaseLM,
+    heads: BlockHeads | None,
+    example: Example,
+    prompt_ids: Sequence[int],
+    output_ids: np.ndarray,
+    *,
+    hidden: np.ndarray,
+    margins: np.ndarray,
+    k: int,
 ) -> dict[str, Any]:
+    """The row of an example, of the final hidden states `[t, d]` that its output tokens `[t]` were chosen from, and the
+    margins `[t]` with which they were."""
     import torch
 
     from lm.heads.block_heads import entropies_of, lattice_of
 
-    assert greedy.hidden is not None and greedy.margins is not None
     ids, logps, entropies = [], [], []
     with torch.inference_mode():
-        for start in range(0, len(greedy.output_ids), LATTICE_ROWS):
-            hidden = torch.from_numpy(greedy.hidden[start : start + LATTICE_ROWS]).to(base.device, base.dtype)
-            chosen = torch.from_numpy(greedy.output_ids[start : start + LATTICE_ROWS]).to(base.device)
-            first = base.project(hidden)
-            logits = heads.logits(base, hidden, first, chosen) if heads else first[:, None]
+        for start in range(0, len(output_ids), LATTICE_ROWS):
+            states = torch.from_numpy(hidden[start : start + LATTICE_ROWS]).to(base.device, base.dtype)
+            chosen = torch.from_numpy(output_ids[start : start + LATTICE_ROWS]).to(base.device)
+            first = base.project(states)
+            logits = heads.logits(base, states, first, chosen) if heads else first[:, None]
             lattice = lattice_of(logits, k)
             ids.append(lattice.token_ids)
             logps.append(lattice.logps)
             entropies.append(entropies_of(logits))
     token_ids, scores = np.concatenate(ids), np.concatenate(logps)
     # The projection of one state and of many differ in the last bits; the token that was really chosen stays.
-    put_first(token_ids[:, 0], scores[:, 0], greedy.output_ids)
+    put_first(token_ids[:, 0], scores[:, 0], output_ids)
     return {
         "id": example.id,
         "prompt": example.prompt,
         "references": list(example.references),
-        "output": base.decode_text(greedy.output_ids.tolist()),
+        "output": base.decode_text(output_ids.tolist()),
         "prompt_ids": np.asarray(prompt_ids, dtype=np.int32),
-        "output_ids": greedy.output_ids.astype(np.int32),
+        "output_ids": output_ids.astype(np.int32),
         "token_ids": token_ids.ravel(),
         "logps": scores.ravel(),
         "entropies": np.concatenate(entropies).ravel(),
-        "margins": greedy.margins,
+        "margins": margins,
         "group": example.group,
     }
 

@@ -33,8 +33,8 @@ ADVICE = "get or make it again"
 NOT_LOGGED = -100.0  # log-probability of entries that stand for nothing
 MISSING = ("entropies", "margins", "other entries of slot 1", "lattices at positions where no step began")
 NOTICE = (
-    "the lattices of this trace were logged where steps began only: none replays these steps, and what accepts more than "
-    "they did lands where nothing is known, so it reads as a lower bound"
+    "the lattices of this trace were logged where steps began only: none replays these steps, and what accepts more "
+    "lands where nothing is known, so it reads as a lower bound"
 )
 
 

@@ -38,7 +38,7 @@ PLAIN_WIDTH = 160  # columns where stdout is no terminal and COLUMNS does not sa
 GENERATE, MEASURE, LOOK = "Generate", "Measure", "Look"
 NGRAMS, TRAIN, TASKS, BENCH = "N-grams", "Train", "Tasks", "Bench"
 INPUTS = "rescore.runs.inputs:Inputs"
-OF_CURVE = ("base", "dtype", "device", "cached", "repeats")
+MODEL = Source(INPUTS, only=("base", "dtype", "device"))
 OF_TASKS = ("task", "limit", "data", "trace", "leave_out", "max_prompt_tokens")
 OWN = Source("lm.base.own_output:OwnOutput", but=("batch_size", "temperature", "seed"))
 
@@ -562,10 +562,16 @@ def overlap_command(
     _result(overlap, "rescore.studies.overlap:overlap_table", as_json)
 
 
-@command("verify-curve", group=bench, asked=Source("rescore.studies.verify_curve:verify_curve_of", only=OF_CURVE))
-def verify_curve_command(asked: Asked, as_json: Json = False) -> None:
+@command("verify-curve", group=bench, inputs=MODEL)
+def verify_curve_command(
+    inputs: "Inputs", cached: shared.Cached = 256, repeats: shared.Repeats = 7, as_json: Json = False
+) -> None:
     """Time of one forward of 1 to 144 tokens on a cache, with the memory bandwidth reached."""
-    _result(asked(), "rescore.studies.tables:verify_curve_table", as_json)
+    from lm.base.catalog import load_base
+    from rescore.studies.verify_curve import verify_curve
+
+    base = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device)
+    _result(verify_curve(base, cached=cached, repeats=repeats), "rescore.studies.tables:verify_curve_table", as_json)
 
 
 @command("costs", group=bench, inputs=Source(INPUTS, only=("base", "heads", "dtype", "device")))

@@ -14,8 +14,6 @@ from lattices.errors import RescoreError
 from lm.base.cache import BufferLayer
 from lm.base.model import BaseLM
 from lm.heads.block_heads import BlockHeads
-from rescore.options import Cached, Repeats
-from rescore.runs.inputs import Inputs
 from rescore.studies.records import Record
 
 VERIFY_SIZES = (1, 2, 4, 9, 16, 32, 64, 144)
@@ -45,14 +43,6 @@ def median_seconds(calls: Sequence[Callable[[], object]], repeats: int) -> list[
             if turn:
                 times.append(time.perf_counter() - start)
     return [float(np.median(times)) for times in seconds]
-
-
-def verify_curve_of(inputs: Inputs, *, cached: Cached = 256, repeats: Repeats = 7) -> VerifyCurve:
-    """`verify_curve` of a base LM by name."""
-    from lm.base.catalog import load_base
-
-    base = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device)
-    return verify_curve(base, cached=cached, repeats=repeats)
 
 
 def verify_curve(

@@ -92,7 +92,7 @@ class TestStates:
             np.testing.assert_allclose(own.margins, other.margins, atol=1e-5)
         # What it says of its base is the whole base's identity: results of both compare.
         assert found.header.settings["base"] == recorded.header.settings["base"]
-        run = evaluate(load_trace(tmp_path / "out"), runs_of(["none", "context-ngram"], ks=[8]))
+        run = evaluate(load_trace(tmp_path / "out"), runs_of(["none", "lookup"], ks=[8]))
         assert run["none"].n == 6 and run["none"].groups == 6
 
     def test_turns_of_a_conversation(

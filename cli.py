@@ -333,9 +333,13 @@ def trace_command(
     _check((task,), inputs)
     from rescore.runs.recording import record_task
 
-    trace = _done(record_task, replace(inputs, task=task), drafter, out, k=k, notify=notify)
-    positions = sum(len(example.output_ids) for example in trace.examples)
-    print(f"{out}: {len(trace.examples)} examples, {positions} positions, h = {trace.header.h}, K = {trace.header.k}")
+    print(f"{out}: {_done(record_task, replace(inputs, task=task), drafter, out, k=k, notify=notify).line()}")
+
+
+@command("import-trace", MEASURE, asked=Source("rescore.imports.importing:import_trace"))
+def import_trace_command(asked: Asked) -> None:
+    """Make a trace of what another program stored: hidden states, or a log of drafts and the outputs."""
+    print(f"{asked.keywords['out']}: {_done(asked, notify=notify).line()}")
 
 
 @command("suite", MEASURE, plan=Source("rescore.suites.plan:read_plan"))
@@ -398,6 +402,14 @@ def report_command(asked: Asked, as_json: Json = False) -> None:
     written = _done(asked)
     _tell(written.missing)
     _print_json(written.as_dict()) if as_json else print(written.lines())
+
+
+@command("export", LOOK, asked=Source("rescore.exports.result:export"))
+def export_command(asked: Asked) -> None:
+    """Give a result to another program: what makes an engine accept as much, or the file that a benchmark reads."""
+    exported = asked()
+    _tell(exported.notices)
+    print(exported.out or exported)
 
 
 @command("build-ngram", NGRAMS, options=Source("lm.ngram.build:NgramOptions"), own=OWN)
@@ -478,25 +490,10 @@ def export_fst_command(asked: Asked) -> None:
     print(f"{asked.keywords['out']}: {file_sizes(asked())}")
 
 
-@command("generate-corpus", TRAIN, inputs=MODEL, options=Source("lm.base.corpus:GenerationOptions"))
-def generate_corpus_command(
-    prompts: Annotated[Path, 'JSON lines {"prompt", "chat"} (or CSV, Parquet ...) or text, a prompt a line.'],
-    out: Annotated[Path, "Folder for the corpus; resumable."],
-    inputs: "Inputs",
-    options: Any,
-) -> None:
+@command("generate-corpus", TRAIN, asked=Source("lm.base.corpus:write_own_corpus"))
+def generate_corpus_command(asked: Asked) -> None:
     """Write the base LM's own output for many prompts: what block heads and rescorers learn from."""
-    from lm.base.catalog import load_base
-    from lm.base.corpus import generate_corpus, read_prompts
-    from lm.base.machine import share_of_limits
-
-    base = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device)
-    chosen = read_prompts(prompts, default_chat=base.is_chat)
-    with progress_bar() as progress:
-        summary = generate_corpus(base, chosen, out, options, progress=functools.partial(progress, "generate"))
-    print(summary.line())
-    if summary.made:
-        print(f"{summary.speed()}: {share_of_limits(base, summary.work, summary.seconds)}")
+    print(_done(asked))
 
 
 @command("train-heads", TRAIN, asked=Source("lm.training.run:train_heads"))

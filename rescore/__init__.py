@@ -16,7 +16,8 @@ The main path, and where it lies:
     suites/                                    tables of evaluations from one YAML file
     studies/      analyse, compare             what traces and results say
     reports/      report                       a page of them
-    exports/                                   what other programs read
+    exports/      export                       what other programs read
+    imports/      import_trace                 what they write, as traces
 
 The models lie beside it in `lm`, the ground floor (lattices and exact search) in `lattices`. Public names are imported
 when they are first used.
@@ -34,9 +35,11 @@ if TYPE_CHECKING:
     from rescore.decoding import decode as decode
     from rescore.drafters import Drafter as Drafter
     from rescore.drafters import load_drafter as load_drafter
+    from rescore.exports.result import export as export
     from rescore.generation.custom import custom_generate as custom_generate
     from rescore.generation.live import Generator as Generator
     from rescore.generation.live import generate as generate
+    from rescore.imports.importing import import_trace as import_trace
     from rescore.replaying import replay as replay
     from rescore.reports.page import report as report
     from rescore.rescorers import Context as Context
@@ -66,7 +69,9 @@ _PLACES = {
     "custom_generate": "rescore.generation.custom",
     "decode": "rescore.decoding",
     "evaluate": "rescore.runs.evaluation",
+    "export": "rescore.exports.result",
     "generate": "rescore.generation.live",
+    "import_trace": "rescore.imports.importing",
     "load_base": "lm.base.catalog",
     "load_drafter": "rescore.drafters",
     "load_heads": "lm.heads.block_heads",

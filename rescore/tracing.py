@@ -41,7 +41,6 @@ from rescore.tasks.base import Example
 from rescore.tasks.groups import digest, one_of_each_first
 
 if TYPE_CHECKING:
-    from lm.base.generation import Generated
     from lm.base.model import BaseLM
     from lm.heads.block_heads import BlockHeads
     from lm.heads.draft_rows import DraftProjection
@@ -117,6 +116,11 @@ class Trace:
         cut = [replace(e, lattice=e.lattice.first_heads(h), entropies=e.entropies[:, :h]) for e in self.examples]
         return Trace(msgspec.structs.replace(self.header, h=h), tuple(cut))
 
+    def line(self) -> str:
+        """What it holds."""
+        positions = sum(len(example.output_ids) for example in self.examples)
+        return f"{len(self.examples)} examples, {positions} positions, h = {self.header.h}, K = {self.header.k}"
+
 
 def record_trace(
     base: BaseLM,
@@ -171,7 +175,11 @@ def record_trace(
             for greedy in generate(
                 base, ids_of, max_new_tokens=max_new_tokens, batch_size=batch_size, with_hidden=True
             ):
-                rows[greedy.index] = _row(base, heads, part[greedy.index], ids_of[greedy.index], greedy, k)
+                assert greedy.hidden is not None and greedy.margins is not None
+                rows[greedy.index] = row_of_states(
+                    base, heads, part[greedy.index], ids_of[greedy.index], greedy.output_ids,
+                    hidden=greedy.hidden, margins=greedy.margins, k=k,
+                )  # fmt: skip
                 finished += 1
                 if progress:
                     progress(finished, len(examples))
@@ -202,22 +210,31 @@ def trace_folder(task: str, settings: dict[str, Any], k: int) -> Path:
     return cache_entry("traces", task, {"schema": SCHEMA, "k": k, "settings": settings})
 
 
-def _row(
-    base: BaseLM, heads: BlockHeads | None, example: Example, prompt_ids: list[int], greedy: Generated, k: int
+def row_of_states(
+    base: BaseLM,
+    heads: BlockHeads | None,
+    example: Example,
+    prompt_ids: Sequence[int],
+    output_ids: np.ndarray,
+    *,
+    hidden: np.ndarray,
+    margins: np.ndarray,
+    k: int,
 ) -> dict[str, Any]:
-    assert greedy.hidden is not None and greedy.margins is not None
-    lattice, entropies = lattices_along(base, heads, greedy.hidden, greedy.output_ids, k)
+    """The row of an example, of the final hidden states `[t, d]` that its output tokens `[t]` were chosen from, and the
+    margins `[t]` with which they were."""
+    lattice, entropies = lattices_along(base, heads, hidden, output_ids, k)
     return {
         "id": example.id,
         "prompt": example.prompt,
         "references": list(example.references),
-        "output": base.decode_text(greedy.output_ids.tolist()),
+        "output": base.decode_text(output_ids.tolist()),
         "prompt_ids": np.asarray(prompt_ids, dtype=np.int32),
-        "output_ids": greedy.output_ids.astype(np.int32),
+        "output_ids": output_ids.astype(np.int32),
         "token_ids": lattice.token_ids.ravel(),
         "logps": lattice.logps.ravel(),
         "entropies": entropies.ravel(),
-        "margins": greedy.margins,
+        "margins": margins,
         "group": example.group,
     }
 

@@ -1,5 +1,5 @@
-"""What other programs read: one module for each of them. `openfst` writes an n-gram automaton and a lattice of a trace
-as text.
+"""What other programs read. `openfst` writes an n-gram automaton and a lattice of a trace as text; `result` one result
+of an evaluation for inference engines and benchmarks, whose schemas are in `engines`.
 
-An export takes objects of the main path and writes files; nothing imports it but the command.
+An export takes objects of the main path and gives text or files; nothing imports it but the command.
 """

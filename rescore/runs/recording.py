@@ -98,14 +98,14 @@ class Recording:
 
     @property
     def notices(self) -> list[str]:
-        """What the user should know: examples left out or not the task's own, heads that are not the base's."""
+        """What to know: examples left out or not the task's own, heads not the base's; what a given trace says."""
         left_out = self.source.get("left_out") or ()
         shown = ", ".join(left_out[:5]) + (" ..." if len(left_out) > 5 else "")
         few = "1 example of the data is" if len(left_out) == 1 else f"{len(left_out)} examples of the data are"
         lines = (
             self.data and self.data.notice,
             f"{self.name}: {few} left out ({shown})" if left_out else None,
-            None if self.given else self.models.about_heads(),
+            self.settings.get("notice") if self.given else self.models.about_heads(),
         )
         return [line for line in lines if line]
 

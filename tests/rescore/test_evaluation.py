@@ -147,7 +147,10 @@ class TestNumbers:
         (result,) = run(make(mode="live", rescorers=("none",)))
         assert result.latency is not None
         t = result.latency
-        assert t.verify == "tree" and all(value > 0 for name, value in vars(t).items() if name != "verify")
+        numbers = {name: value for name, value in vars(t).items() if name not in ("verify", "speedup_ci95")}
+        assert t.verify == "tree" and all(value > 0 for value in numbers.values())
+        low, high = t.speedup_ci95 or (0, 0)
+        assert 0 <= low <= high
         spent = t.verify_ms + t.draft_ms + t.rescore_ms
         assert spent / (1 - t.glue_share) * result.steps == pytest.approx(1e3 * result.tokens / t.tokens_per_second)
         assert t.autoregressive_ms * t.autoregressive_tokens_per_second == pytest.approx(1e3)

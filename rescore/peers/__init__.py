@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from lm.base.model import BaseLM
     from rescore.decoding import Decoded
 
-Decoder = Callable[
-    [Sequence[int], int], "Decoded"
-]  # takes the tokens of a prompt, and the most that an output may have
+Decoder = Callable[[Sequence[int], int], "Decoded"]  # tokens of a prompt, and the most an output may have
 
 
 class Peer(ABC):

@@ -48,10 +48,10 @@ def main() -> None:
         "blockwise p=16": many.glue_share,
     }
 
-    rescorer, examples = load_rescorer("none"), recording.trace().examples
-    replay(examples[:1], rescorer, k=16)  # first use compiles and imports
+    rescorer = load_rescorer("none")
+    replay(recording.trace().examples[:1], rescorer, k=16)  # first use compiles and imports
     start = time.perf_counter()
-    steps = replay(examples, rescorer, k=16)
+    steps = replay(recording.trace().examples, rescorer, k=16)
     replayed = time.perf_counter() - start
     live = run.result("none", p=1).tokens / one.tokens_per_second  # seconds
     rate = {
@@ -68,7 +68,7 @@ def main() -> None:
     ]  # fmt: skip
     print(text_table(["what", "rate", "ratio"], rows))
     print(json.dumps({
-        "benchmark": "decoding", "examples": len(examples), "tokens_per_second": rate,
+        "benchmark": "decoding", "examples": len(recording.ids), "tokens_per_second": rate,
         "ours_to_transformers": rate["ours"] / rate["transformers"], "glue": glue,
         "replay_to_live": live / replayed, "threads": torch.get_num_threads(),
     }))  # fmt: skip

@@ -7,6 +7,7 @@ The main path, and where it lies:
     replaying     replay                       decodes again from the trace, without the base LM
     decoding      decode                       decodes live: propose, verify, accept, advance
     generation/   generate, custom_generate    prompts, from text to text; the same inside transformers' generate
+    peers/        Peer, load_peer              other libraries' decoders, measured beside ours
     acceptance    accept                       which draft wins, and how many of its tokens
     drafters/     Drafter, load_drafter        what may come next: heads, lookup, a draft model, a trace
     rescorers/    Rescorer, load_rescorer      what they propose in, drafts out; drafting.py joins the two

@@ -10,13 +10,15 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from lm.base.model import BaseLM
-from rescore.decoding import Decoded
 from rescore.specs import Registry
 
-Decoder = Callable[[Sequence[int], int], Decoded]  # takes the tokens of a prompt, and the most that an output may have
+if TYPE_CHECKING:
+    from lm.base.model import BaseLM
+    from rescore.decoding import Decoded
+
+Decoder = Callable[[Sequence[int], int], "Decoded"]  # tokens of a prompt, and the most an output may have
 
 
 class Peer(ABC):

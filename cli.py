@@ -33,10 +33,9 @@ if TYPE_CHECKING:
     from rescore.runs.inputs import Inputs
     from rescore.table import Table
 
-NONE, HEADS = (Spec("none"),), Spec("heads")
+NONE, ORACLE, HEADS = (Spec("none"),), (Spec("oracle"),), Spec("heads")
 PLAIN_WIDTH = 160  # columns where stdout is no terminal and COLUMNS does not say
-GENERATE, MEASURE, LOOK = "Generate", "Measure", "Look"
-NGRAMS, TRAIN, TASKS, BENCH = "N-grams", "Train", "Tasks", "Bench"
+GENERATE, MEASURE, LOOK, NGRAMS, TRAIN, TASKS = "Generate", "Measure", "Look", "N-grams", "Train", "Tasks"
 INPUTS = "rescore.runs.inputs:Inputs"
 MODEL = Source(INPUTS, only=("base", "dtype", "device"))
 OF_TASKS = ("task", "limit", "data", "trace", "leave_out", "max_prompt_tokens")
@@ -253,14 +252,12 @@ def eval_command(
 
     runs = runs_of(rescorer, ks=k, ps=p, alpha=alpha, drafters=drafter, nodes=nodes)
     needed: dict[str, Any] = {"k": max(run.k for run in runs), "heads_needed": any(run.needs_heads for run in runs)}
-    recordings = open_recordings(task, inputs, **needed)
-    how: dict[str, Any] = {"live": mode == "live", "verify": verify, "seed": seed, "out": out}
-    evaluation = _done(evaluate, recordings, runs, **how, notify=notify)
+    how: dict[str, Any] = {"live": mode == "live", "verify": verify, "seed": seed, "out": out, "notify": notify}
+    evaluation = _done(evaluate, open_recordings(task, inputs, **needed), runs, **how)
     _print_json(plain(evaluation.document)) if as_json else _show(evaluation.tables(details=details))
     if evaluation.interrupted:
         kept = f"and kept in {out}: the same command goes on" if out else "(--out DIR would keep them)"
-        shown = f"the finished examples are shown {kept}" if evaluation.results else "none was finished yet"
-        _interrupted(shown)
+        _interrupted(f"the finished examples are shown {kept}" if evaluation.results else "none was finished yet")
 
 
 def _check(tasks: Sequence[str], inputs: "Inputs") -> None:
@@ -283,8 +280,7 @@ def oracle_command(
     as_json: Json = False,
 ) -> None:
     """Oracle block efficiency by k: the same as rescore eval --rescorer oracle --k 1,2,4,8,16."""
-    how: dict[str, Any] = {"inputs": inputs, "details": details, "as_json": as_json}
-    eval_command(task=task, rescorer=(Spec("oracle"),), drafter=drafter, k=k, **how)
+    eval_command(task=task, rescorer=ORACLE, drafter=drafter, k=k, inputs=inputs, details=details, as_json=as_json)
 
 
 @command("tune", MEASURE, inputs=Source(INPUTS, but=("limit",)))
@@ -339,6 +335,12 @@ def trace_command(
     trace = _done(record_task, replace(inputs, task=task), drafter, out, k=k, notify=notify)
     positions = sum(len(example.output_ids) for example in trace.examples)
     print(f"{out}: {len(trace.examples)} examples, {positions} positions, h = {trace.header.h}, K = {trace.header.k}")
+
+
+@command("build-tree", MEASURE, asked=Source("rescore.studies.tree_building:build_tree"))
+def build_tree_command(asked: Asked, as_json: Json = False) -> None:
+    """Make the tree for --rescorer medusa-tree whose tokens were right most often in traces."""
+    _result(asked(), "rescore.studies.tree_building:tree_table", as_json)
 
 
 @command("suite", MEASURE, plan=Source("rescore.suites.plan:read_plan"))
@@ -470,9 +472,7 @@ def score_ngram_command(asked: Asked, as_json: Json = False) -> None:
 @command("export-fst", NGRAMS, asked=Source("rescore.exports.openfst:export_openfst"))
 def export_fst_command(asked: Asked) -> None:
     """Write an n-gram automaton and one lattice of a trace, with their exact composition, as OpenFst text."""
-    from rescore.studies.tables import file_sizes
-
-    print(f"{asked.keywords['out']}: {file_sizes(asked())}")
+    print(f"{asked.keywords['out']}: {imported('rescore.studies.tables:file_sizes')(asked())}")
 
 
 @command("generate-corpus", TRAIN, inputs=MODEL, options=Source("lm.base.corpus:GenerationOptions"))
@@ -597,4 +597,4 @@ def block_length_command(asked: Asked, as_json: Json = False) -> None:
     _result(_done(asked), "rescore.studies.tables:block_length_table", as_json)
 
 
-app.add_typer(bench, name="bench", rich_help_panel=BENCH)
+app.add_typer(bench, name="bench", rich_help_panel="Bench")

@@ -33,10 +33,9 @@ if TYPE_CHECKING:
     from rescore.runs.inputs import Inputs
     from rescore.table import Table
 
-NONE, HEADS = (Spec("none"),), Spec("heads")
+NONE, ORACLE, HEADS = (Spec("none"),), (Spec("oracle"),), Spec("heads")
 PLAIN_WIDTH = 160  # columns where stdout is no terminal and COLUMNS does not say
-GENERATE, MEASURE, LOOK = "Generate", "Measure", "Look"
-NGRAMS, TRAIN, TASKS, BENCH = "N-grams", "Train", "Tasks", "Bench"
+GENERATE, MEASURE, LOOK, NGRAMS, TRAIN, TASKS = "Generate", "Measure", "Look", "N-grams", "Train", "Tasks"
 INPUTS = "rescore.runs.inputs:Inputs"
 MODEL = Source(INPUTS, only=("base", "dtype", "device"))
 OF_TASKS = ("task", "limit", "data", "trace", "leave_out", "max_prompt_tokens")
@@ -250,9 +249,8 @@ def eval_command(
     asked = runs_of(rescorer, ks=k, ps=p, alpha=alpha, drafters=drafter, nodes=nodes)
     runs = (sweep := VocabularySweep.of(asked, draft_vocabulary)).runs
     needed: dict[str, Any] = {"k": max(run.k for run in runs), "heads_needed": any(run.needs_heads for run in runs)}
-    recordings = open_recordings(task, inputs, **needed)
     how: dict[str, Any] = {"live": mode == "live", "verify": verify, "peers": peer, "seed": seed, "out": out}
-    evaluation = _done(evaluate, recordings, runs, **how, notify=notify)
+    evaluation = _done(evaluate, open_recordings(task, inputs, **needed), runs, **how, notify=notify)
     tables = () if as_json else [*evaluation.tables(details=details), *sweep.tables(evaluation, seed=seed)]
     _print_json(plain(evaluation.document)) if as_json else _show(tables)
     if evaluation.interrupted:
@@ -280,8 +278,7 @@ def oracle_command(
     as_json: Json = False,
 ) -> None:
     """Oracle block efficiency by k: the same as rescore eval --rescorer oracle --k 1,2,4,8,16."""
-    how: dict[str, Any] = {"inputs": inputs, "details": details, "as_json": as_json}
-    eval_command(task=task, rescorer=(Spec("oracle"),), drafter=drafter, k=k, **how)
+    eval_command(task=task, rescorer=ORACLE, drafter=drafter, k=k, inputs=inputs, details=details, as_json=as_json)
 
 
 @command("tune", MEASURE, inputs=Source(INPUTS, but=("limit",)))
@@ -340,6 +337,12 @@ def trace_command(
 def import_trace_command(asked: Asked) -> None:
     """Make a trace of what another program stored: hidden states, or a log of drafts and the outputs."""
     print(f"{asked.keywords['out']}: {_done(asked, notify=notify).line()}")
+
+
+@command("build-tree", MEASURE, asked=Source("rescore.studies.tree_building:build_tree"))
+def build_tree_command(asked: Asked, as_json: Json = False) -> None:
+    """Make the tree for --rescorer medusa-tree whose tokens were right most often in traces."""
+    _result(asked(), "rescore.studies.tree_building:tree_table", as_json)
 
 
 @command("suite", MEASURE, plan=Source("rescore.suites.plan:read_plan"))
@@ -485,9 +488,7 @@ def score_ngram_command(asked: Asked, as_json: Json = False) -> None:
 @command("export-fst", NGRAMS, asked=Source("rescore.exports.openfst:export_openfst"))
 def export_fst_command(asked: Asked) -> None:
     """Write an n-gram automaton and one lattice of a trace, with their exact composition, as OpenFst text."""
-    from rescore.studies.tables import file_sizes
-
-    print(f"{asked.keywords['out']}: {file_sizes(asked())}")
+    print(f"{asked.keywords['out']}: {imported('rescore.studies.tables:file_sizes')(asked())}")
 
 
 @command("generate-corpus", TRAIN, asked=Source("lm.base.corpus:write_own_corpus"))
@@ -597,4 +598,4 @@ def block_length_command(asked: Asked, as_json: Json = False) -> None:
     _result(_done(asked), "rescore.studies.tables:block_length_table", as_json)
 
 
-app.add_typer(bench, name="bench", rich_help_panel=BENCH)
+app.add_typer(bench, name="bench", rich_help_panel="Bench")

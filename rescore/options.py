@@ -41,7 +41,8 @@ Tasks = Annotated[Sequence[str], f"{TASK_NAMES}; several. Default: squad, or the
 Rescorers = Annotated[
     Sequence[Spec],
     "none, oracle, ngram[:PATH], context-ngram[:PATH], neural-32m, neural-61m, neural-94m, neural:PATH, "
-    "ngram-neural[:MODEL], learned-bigram[:PATH], joint[:PATH] or a plug-in's name; or a drafter, for its own drafts; "
+    "ngram-neural[:MODEL], learned-bigram[:PATH], joint[:PATH], medusa-tree[:CHOICES], "
+    "eagle2-tree or a plug-in's name; or a drafter, for its own drafts; "
     "several. Settings as in ngram:p=16,alpha=0.5.",
     "--rescorer",
 ]

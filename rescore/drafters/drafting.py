@@ -43,9 +43,12 @@ class Drafting:
 
     def longest(self, h: int) -> int:
         """Tokens of a draft, at most, with so many heads."""
-        if self.rescorer.longest is not None:
-            return self.rescorer.longest
-        return max((drafter.longest or h for drafter in self.drafters), default=1)
+        own = self.rescorer.longest
+        if own is not None and self.rescorer.joins:
+            return own
+        proposed = max((drafter.longest or h for drafter in self.drafters), default=1)
+        alone = len(self.drafters) == 1 and isinstance(self.drafters[0], LatticeDrafter)
+        return proposed if own is None or not alone else min(own, proposed)  # text is drafted beside what it drafts
 
     def prefill(self, contexts: Sequence[Context]) -> None:
         """Reads the prompts of new examples."""
@@ -68,10 +71,9 @@ class Drafting:
             drafts = self.rescorer.draft(lattice, contexts, self.p)
         else:
             drafts = self._shared(proposals, contexts)
-        longest = self.rescorer.longest
-        if longest is None:
-            longest = self.longest(max((lattice.h for lattice in proposals.lattices.values()), default=1))
-        check_drafts(drafts, proposals.firsts, self.p, longest)
+        asked = self.rescorer.longest is None or not self.rescorer.joins  # what joins may not have asked for lattices
+        h = max((lattice.h for lattice in proposals.lattices.values()), default=1) if asked else 1
+        check_drafts(drafts, proposals.firsts, self.p, self.longest(h))
         return drafts
 
     def _shared(self, proposals: Proposals, contexts: Sequence[Context]) -> np.ndarray:

@@ -20,7 +20,7 @@ from rescore.generation.growing_text import GrowingText
 from rescore.rescorers import JOINT, Rescorer, Target
 from rescore.rescorers.joint_plan import AUTO, PLANNED_NODES
 from rescore.runs.records import Seconds
-from rescore.runs.run import NODES, NONE, ORACLE, Run
+from rescore.runs.run import NODES, NONE, ORACLE, Run, runs_of
 from rescore.runs.weights import fitted_to
 
 Messages = Sequence[Mapping[str, str]]  # a conversation: {"role": ..., "content": ...} a message
@@ -105,7 +105,7 @@ class Generator:
         verify: str = "tree",
     ) -> Self:
         """Arguments as for `generate`. Raises `RescoreError` for what can't be decoded with."""
-        run = rescorer if isinstance(rescorer, Run) else Run(rescorer) if rescorer else best_run(base, heads)
+        run = runs_of([rescorer])[0] if rescorer else best_run(base, heads)
         if run.rescorer == ORACLE:
             raise RescoreError("the oracle must know the output beforehand; it can be evaluated, not generated with")
         target = Target.of(base.identity, base.vocab_size, base.eos_token_ids, device=str(base.device), shared=base)

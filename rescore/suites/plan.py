@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
 
 from lattices.errors import RescoreError
-from lm.yaml_input import Value, read_yaml
+from lm.yaml_input import Value, named_values, read_yaml
 from rescore.checks import MAX_ALPHA, VERIFY_MODES
 from rescore.peers import load_peer
 from rescore.rescorers import WEIGHT
@@ -30,6 +31,7 @@ KEYS = (
     "base", "heads", "dtype", "device", "mode", "verify", "seed", "tasks", "rescorers", "k", "p", "h", "tune",
     "leave_out", "peers", *LIMITS,
 )  # fmt: skip
+NAMES = "names"
 Made = TypeVar("Made")
 
 
@@ -55,11 +57,12 @@ class SuiteTuning:
 
 @dataclass(frozen=True)
 class SuiteRescorer:
-    """A rescorer's spec, each p that it is run with, its weight (None: in the spec, tuned, or the default), and how it
-    is tuned if not as the suite says."""
+    """A rescorer's spec, each p and k that it is run with, its weight (None: in the spec, tuned, or the default), and
+    how it is tuned if not as the suite says."""
 
     name: str
     p: tuple[int, ...]
+    k: tuple[int, ...]
     alpha: float | None = None
     tune: SuiteTuning | None = None
 
@@ -106,7 +109,8 @@ class Plan:
     @property
     def runs(self) -> list[Run]:
         """Every rescorer with each of its p and every k, with the weight that the file says."""
-        return [Run(r.name, p=p, k=k, alpha=r.alpha) for k in self.k for r in self.rescorers for p in r.p]
+        ks = dict.fromkeys([*self.k, *(k for r in self.rescorers for k in r.k)])
+        return [Run(r.name, p=p, k=k, alpha=r.alpha) for k in ks for r in self.rescorers if k in r.k for p in r.p]
 
     def tuning(self, rescorer: str) -> SuiteTuning | None:
         """How the weight of a rescorer that has one is tuned; None: it is given, or the rescorer's own."""
@@ -125,16 +129,21 @@ def read_plan(
     path: Annotated[Path, "Tasks, rescorers, k: see docs/formats.md.", "TABLE.yaml"],
     *,
     data: Annotated[
-        Path | None, "Folder with TASK.jsonl (or .csv ...) for each task whose data the file does not name."
+        Path | None,
+        "Folder with TASK.jsonl (or .csv ...) for each task whose data the YAML does not name, or a file for all.",
     ] = None,
+    names: Annotated[
+        Mapping[str, str], "Values instead of those that the YAML has under names.", "--with", "<NAME=VALUE>"
+    ] = MappingProxyType({}),
 ) -> Plan:
     """The suite in a YAML file (docs/formats.md).
 
-    `data`: a folder with TASK.jsonl (or .csv, .jsonl.gz ...) for each task whose data or trace the file does not name.
+    `data`: a folder with TASK.jsonl (or .csv, .jsonl.gz ...) for each task whose data or trace the file does not name,
+    or one file for all of them. `names`: values of names instead of those that the file gives.
     Raises `RescoreError` with the line of what is wrong: unknown keys with the nearest, wrong types, unknown tasks and
     rescorers.
     """
-    top = read_yaml(path).fields(KEYS, required=("tasks", "rescorers"))
+    top = named_values(read_yaml(path), NAMES, names).fields(KEYS, required=("tasks", "rescorers"))
     mode = top["mode"].choice(MODES) if "mode" in top else "replay"
     plan = Plan(
         tasks=_distinct(top["tasks"], lambda value: _task(value, data), "task"),
@@ -180,7 +189,7 @@ def _task(value: Value, data: Path | None) -> SuiteTask:
         name = fields["name"].text()
         known = _at(fields["name"], lambda: load_task(name))
         if given is None and data is not None:
-            given = str(file_in(data, known))
+            given = str(data if data.is_file() else file_in(data, known))
     return SuiteTask(name, given, trace, **_limits(fields))
 
 
@@ -207,10 +216,13 @@ def _task_of(folder: Path) -> str:
 
 def _rescorers(top: dict[str, Value]) -> tuple[SuiteRescorer, ...]:
     ps = _wholes(top["p"]) if "p" in top else ()
+    ks = _wholes(top["k"]) if "k" in top else Plan.k
 
     def rescorer(value: Value) -> SuiteRescorer:
         fields = (
-            value.fields(("name", "p", "alpha", "tune"), required=("name",)) if value.is_mapping else {"name": value}
+            value.fields(("name", "p", "k", "alpha", "tune"), required=("name",))
+            if value.is_mapping
+            else {"name": value}
         )
         name = fields["name"].text()
         loaded = _at(fields["name"], lambda: Run(name).load())
@@ -227,7 +239,8 @@ def _rescorers(top: dict[str, Value]) -> tuple[SuiteRescorer, ...]:
             raise fields["alpha"].wrong(f"{alpha:g} is outside 0 to {MAX_ALPHA:g}, where a weight is")
         own = _wholes(fields["p"]) if "p" in fields else ps or (max(1, branches_of(name, parse_spec(name)[1])),)
         tuning = _tuning(fields["tune"]) if "tune" in fields else None
-        return SuiteRescorer(name, (1,) if is_oracle(name) else own, alpha, tuning)
+        own_ks = _wholes(fields["k"]) if "k" in fields else ks
+        return SuiteRescorer(name, (1,) if is_oracle(name) else own, own_ks, alpha, tuning)
 
     return _distinct(top["rescorers"], rescorer, "rescorer")
 

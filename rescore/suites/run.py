@@ -132,7 +132,10 @@ def _parts(plan: Plan) -> list[_Part]:
     """All evaluations, each of them checked."""
     parts: list[_Part] = []
     tasks: dict[str, str] = {}  # by folder
-    how: dict[str, Any] = {"k": max(plan.k), "heads_needed": any(run.needs_heads for run in plan.runs)}
+    how: dict[str, Any] = {
+        "k": max(run.k for run in plan.runs),
+        "heads_needed": any(run.needs_heads for run in plan.runs),
+    }
     for task in plan.tasks:
         for h in plan.h:
             recording = open_recording(plan.inputs(task, h), **how)

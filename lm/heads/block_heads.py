@@ -167,7 +167,8 @@ def _tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(raw.data)
     return digest.hexdigest()
 
 

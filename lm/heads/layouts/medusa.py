@@ -5,7 +5,7 @@ bias: our medusa net, with weights transposed, head i being our head i + 2.
 
 | layout | where it comes from | names |
 |---|---|---|
-| `medusa-1` | FasterDecoding/Medusa, the heads alone | `0.0.linear.weight`; `0.1.weight` is head 0's projection, if any |
+| `medusa-1` | FasterDecoding/Medusa, the heads alone | `0.0.linear.weight`; head 0's projection, if any: `0.1.weight` |
 | `medusa-2` | the same, in a whole model | with `medusa_head.` before them |
 | `modelopt` | NVIDIA Model-Optimizer | with `medusa_heads.` before them |
 | `tensorrt-llm` | TensorRT-LLM | `medusa_heads.0.medusa_layers.0.linear.weight`, `medusa_heads.0.lm_head.weight` |
@@ -58,7 +58,7 @@ class Layout:
 
     def is_of_heads(self, name: str) -> bool:
         """Whether a tensor is one of the heads', by the beginning of its name."""
-        if name in (*self.shared, TOKEN_MAP) and not self.in_model:
+        if self.shared and name in (*self.shared, TOKEN_MAP):
             return True
         begins = {re.escape(each.partition("{")[0]) for each in (self.block, self.own)}
         return any(re.match(rf"{begin}\d+\.", name) for begin in begins)
@@ -105,7 +105,7 @@ def layout_of(names: Sequence[str]) -> Layout | None:
         return VLLM
     if any(name.startswith(EAGLE_HEADS) for name in names):
         raise InvalidDataError(
-            f"heads called {EAGLE_HEADS}* read the states of an EAGLE draft model, not the base's; they are no block heads"
+            f"heads called {EAGLE_HEADS}* read the states of an EAGLE draft model, not the base's; give block heads"
         )
     return None
 
@@ -166,8 +166,8 @@ class MedusaHeads:
         first = tensors["block.weight"][:, :1]
         if blocks > 1 and torch.equal(tensors["block.weight"], first.expand(-1, blocks, -1, -1)):
             notices.append(
-                f"the {blocks} blocks of each head in {self.place} are equal: the program that trained them repeats one "
-                "block (FasterDecoding/Medusa does); they are read as they stand"
+                f"the {blocks} blocks of each head in {self.place} are equal: what trained them repeats one block "
+                "(FasterDecoding/Medusa does); they are read as they stand"
             )
         return tensors, tuple(notices)
 
@@ -195,7 +195,7 @@ def find_medusa(place: Path) -> MedusaHeads | None:
     alone = [place / name for name in HEADS_ALONE if (place / name).is_file()]
     if len(alone) > 1:
         raise RescoreError(
-            f"{place} has both {' and '.join(HEADS_ALONE)}, and they may differ; give the one you mean: --heads {alone[0]}"
+            f"{place} has both {' and '.join(HEADS_ALONE)}, and they may differ; give one of them: --heads {alone[0]}"
         )
     ranks = sorted(place.glob("rank*.safetensors"))
     if len(ranks) > 1:
@@ -287,16 +287,16 @@ def _projection_of(
     """The projections of the heads, if they have some, and the tokens of the whole vocabulary, if that is known."""
     each = [name for head in range(heads) if (name := layout.own.format(head=head, blocks=blocks)) in here]
     one = [name for name in layout.shared if name in here]
-    name = (one if layout.shared and len(each) <= 1 else each)[:1]
-    if not name:
+    first = next(iter(one if layout.shared and len(each) <= 1 else each), None)
+    if first is None:
         if TOKEN_MAP in here:
             raise InvalidDataError(f"{file} has a {TOKEN_MAP} without a projection that it could be of; get it again")
         return None, None
-    rows = here[name[0]][0] if here[name[0]] else 0
+    rows = here[first][0] if here[first] else 0
     scale = config.get("logit_scale", 1.0) if layout is VLLM else 1.0
     if not isinstance(scale, int | float) or not scale > 0:
         raise InvalidDataError(f"{file.parent / CONFIG_FILE} has logit_scale {scale!r}; give a positive number")
-    how: dict[str, Any] = {"shared": name == one[:1], "scale": float(scale)}
+    how: dict[str, Any] = {"shared": len(each) <= 1 and first in one, "scale": float(scale)}
     if TOKEN_MAP not in here:
         return OwnProjection(rows=rows, **how), rows
     mapped = here[TOKEN_MAP][0] if here[TOKEN_MAP] else 0
@@ -370,12 +370,12 @@ def _disagreements(
         for name, number in said.items():
             if number != count:
                 lines.append(
-                    f"{CONFIG_FILE} beside the heads in {place} says {name} = {number}, and there are {count} {what}; what "
-                    "is there counts"
+                    f"{CONFIG_FILE} beside the heads in {place} says {name} = {number}, and there are {count} {what}; "
+                    "what is there counts"
                 )
     if of_vllm and has_bias and not config.get("medusa_fc_bias", False):
         lines.append(
-            f"{CONFIG_FILE} of the heads in {place} does not say medusa_fc_bias, without which vLLM drops their biases; "
-            "here they count"
+            f"{CONFIG_FILE} of the heads in {place} does not say medusa_fc_bias: vLLM would drop their biases; here "
+            "they count"
         )
     return lines

@@ -6,6 +6,7 @@ is read: only tensors are let through. Int8 tensors have their scales beside the
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -82,7 +83,8 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file that `torch.save` wrote. Raises `InvalidDataError` for anything besides tensors."""
     advice = "give a state dict of plain tensors, or safetensors"
     try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+        with warnings.catch_warnings(action="ignore"):  # of pickles in another protocol than its own
+            found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except UnpicklingError as error:
         raise InvalidDataError(
             f"{path} holds more than tensors, which may be code and is not read; {advice}"

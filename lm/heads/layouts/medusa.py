@@ -135,8 +135,8 @@ class MedusaHeads:
         heads, blocks, own = config.h - 1, config.blocks, config.own_projection
         names = sorted(name for name in self.source.shapes if layout.is_of_heads(name))
         stored = self.source.read(names)
-        floats = [value.dtype for name, value in stored.items() if name != TOKEN_MAP]
-        dtype = functools.reduce(torch.promote_types, floats)
+        in_blocks = {name for name in stored if layout.block_of(name) is not None}
+        dtype = _one_dtype([stored[name] for name in in_blocks])
 
         def of(part: str) -> list[torch.Tensor]:
             keys = [
@@ -161,7 +161,7 @@ class MedusaHeads:
             if own.mapped:
                 tensors["lm_head.token_map"] = token_map = self._token_map(stored[TOKEN_MAP], len(rows[0]))
                 rows = [each if len(each) == own.rows else each[token_map] for each in rows]
-            tensors["lm_head.weight"] = torch.stack([each.to(dtype) for each in rows])
+            tensors["lm_head.weight"] = torch.stack([each.to(_one_dtype(rows)) for each in rows])
         notices = list(self.notices)
         first = tensors["block.weight"][:, :1]
         if blocks > 1 and torch.equal(tensors["block.weight"], first.expand(-1, blocks, -1, -1)):
@@ -180,6 +180,10 @@ class MedusaHeads:
                 f"the {TOKEN_MAP} of {self.place} is no list of different token ids below {size}; get it again"
             )
         return token_map.long()
+
+
+def _one_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, [each.dtype for each in tensors]) if tensors else torch.float32
 
 
 def find_medusa(place: Path) -> MedusaHeads | None:

@@ -293,6 +293,22 @@ class TestCommand:
         both = [rescore("eval", *asked, "--heads", tmp_path / name).document["results"] for name in ("theirs", "mine")]
         assert both[0] == both[1]
 
+    @pytest.mark.parametrize(
+        ("files", "said"),
+        [
+            ({}, "no block heads in"),
+            ({"medusa_lm_head.pt": made(), "medusa_lm_head.safetensors": made()}, "give one of them"),
+            ({"medusa_lm_head.pt": made(d=16)}, "hidden_size is 16, the base's is 32"),
+            ({"medusa_lm_head.safetensors": made(vocabulary=300)}, "vocab_size is 300"),
+        ],
+    )
+    def test_what_is_wrong_is_one_line(self, rescore: Command, tiny_folder, squad_file, tmp_path, files, said):
+        (tmp_path / "theirs").mkdir()
+        for name, theirs in files.items():
+            write(tmp_path / "theirs", theirs, file=name)
+        for command in (["eval", "--data", squad_file], ["generate", "--prompt", "a"]):
+            rescore(*command, "--base", tiny_folder, "--heads", tmp_path / "theirs").refused(said)
+
     def test_a_pickle_with_code_is_one_line(self, rescore: Command, tiny_folder, tmp_path):
         (tmp_path / "medusa_lm_head.pt").write_bytes(b"cos\nsystem\n(S'echo run'\ntR.")
         rescore("eval", "--base", tiny_folder, "--heads", tmp_path).refused("more than tensors|can't read")

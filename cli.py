@@ -138,9 +138,8 @@ def run_command(arguments: Sequence[str]) -> int:
 
 def _version(asked: bool) -> None:
     if asked:
-        from rescore.runs.environment import versions
-
-        print("\n".join(f"{name} {version}" for name, version in versions().items()))
+        versions = imported("rescore.runs.environment:versions")()
+        print("\n".join(f"{name} {version}" for name, version in versions.items()))
         raise typer.Exit
 
 
@@ -393,10 +392,8 @@ def inspect_command(asked: Asked, as_json: Json = False) -> None:
 @command("cost", LOOK, asked=Source("rescore.studies.cost.inputs:cost_tables"))
 def cost_command(asked: Asked, as_json: Json = False) -> None:
     """Cost model: weights and KV cache read and FLOPs per decoded token, by method and context."""
-    from rescore.studies.tables import cost_table
-
-    costs = asked()
-    _print_json([each.as_dict() for each in costs]) if as_json else _show([cost_table(each) for each in costs])
+    costs, table = asked(), imported("rescore.studies.tables:cost_table")
+    _print_json([each.as_dict() for each in costs]) if as_json else _show([table(each) for each in costs])
 
 
 @command("report", LOOK, asked=Source("rescore.reports.page:report"))
@@ -500,14 +497,18 @@ def generate_corpus_command(asked: Asked) -> None:
 @command("train-heads", TRAIN, asked=Source("lm.training.run:train_heads"))
 def train_heads_command(asked: Asked) -> None:
     """Train block heads, on a frozen base LM or together with it. Several GPUs: torchrun --no-python rescore ..."""
-    from rescore.studies.tables import accuracy_table
-
-    accuracy = _done(asked, notify=notify)
-    if accuracy is not None:
-        _show(accuracy_table(accuracy))
+    if (accuracy := _done(asked, notify=notify)) is not None:
+        _show(imported("rescore.studies.tables:accuracy_table")(accuracy))
         text, options, out = (asked.keywords[name] for name in ("text", "options", "out"))
         use = f"--base {text.base} --heads {out}" if options.tune == "none" else f"--base {out}"
         print(f"{out}: heads 2 to {options.h}; rescore eval {use}")
+
+
+@command("convert-heads", TRAIN, asked=Source("rescore.exports.heads:convert_heads"))
+def convert_heads_command(asked: Asked) -> None:
+    """Write block heads, ours or Medusa heads of others, in a layout that another program serves, or in ours."""
+    _tell((converted := asked()).notices)
+    print(converted.line())
 
 
 @command("train-rescorer", TRAIN, asked=Source("lm.training.run:train_rescorer"))

@@ -17,7 +17,10 @@ from lattices.errors import RescoreError
 Base = Annotated[
     str, "Base LM: smollm2-135m, smollm2-135m-bpd (tuned with its heads), a model folder, .gguf file or hub id."
 ]
-Heads = Annotated[str | None, "Folder of block heads; default: those shipped for the base."]
+Heads = Annotated[
+    str | None,
+    "Block heads: a folder, or others' Medusa heads as they are (folder or file). Default: the base's.",
+]
 TopK = Annotated[int, "Tokens of each head that are in the lattice."]
 Dtype = Annotated[Literal["float32", "float64", "bfloat16", "float16"], "Precision of the base LM."]
 Device = Annotated[str, "cpu, cuda, or auto."]

@@ -205,14 +205,22 @@ def read_model_config(name: str = BUILT_IN, *, local_files_only: bool = False) -
     return resolve_base(name, local_files_only=local_files_only).config()
 
 
+def load_projection(name: str = BUILT_IN) -> BaseLM:
+    """The base LM that `name` stands for with its first layer only, on the CPU: for its vocabulary projection.
+
+    Raises as `load_base` does.
+    """
+    config = read_model_config(name)
+    config.get_text_config(decoder=True).num_hidden_layers = 1
+    return load_base(name, device="cpu", config=config)
+
+
 def load_embeddings(name: str = BUILT_IN) -> tuple[torch.Tensor, str]:
     """The output embeddings `[vocab, d]` of the base LM that `name` stands for, and the sha256 of its weights.
 
     Raises as `load_base` does.
     """
-    config = read_model_config(name)
-    config.get_text_config(decoder=True).num_hidden_layers = 1  # the rest is not needed
-    base = load_base(name, device="cpu", config=config)
+    base = load_projection(name)
     weight: torch.Tensor = base.output_embeddings.weight
     return weight, base.identity.weights_sha256
 

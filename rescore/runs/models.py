@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lattices.errors import IncompatibleError
-from lm.keys import key_of
 from lm.records import plain
 from rescore.runs.inputs import Inputs
 from rescore.tasks import Task
@@ -98,7 +97,7 @@ class Models:
         else:
             folder = heads_folder(self.inputs.heads, self.identity)
             config, weights = read_config(folder), heads_sha256(folder)
-        return {"heads_sha256": weights, "heads_config_sha256": key_of(config), "h": config.h}
+        return {"heads_sha256": weights, "heads_config_sha256": config.sha256, "h": config.h}
 
     def check_unchanged(self, settings: Mapping[str, Any]) -> None:
         """Raises `IncompatibleError` if base or heads are no longer those that the settings of a trace name.

@@ -21,7 +21,6 @@ from lm.base.model import BaseLM
 from lm.heads.block_heads import BlockHeads
 from rescore.acceptance import accept
 from rescore.checks import VERIFY_MODES, check_fits, check_k, check_new_tokens, check_p
-from rescore.drafters import HEADS
 from rescore.drafters.base import Drafter
 from rescore.drafters.drafting import HEADS_ALONE, Drafting, check_drafters
 from rescore.rescorers.base import Context, Rescorer
@@ -80,7 +79,8 @@ def decode(
     """
     check_request(base, heads, len(prompt_ids), k=k, p=p, max_new_tokens=max_new_tokens, verify=verify)
     drafting = Drafting(rescorer, drafters, k, p) if rescorer else None
-    assert not (drafting and drafting.needs_heads and heads is None), "the drafter heads needs block heads"
+    of_heads = drafting.heads if drafting else None
+    assert of_heads is None or heads is not None, "the drafter heads needs block heads"
     check_drafters(drafters, live=True)
     base.pack()
     out = Decoded(verify=usable_verify(base, verify, p))
@@ -93,6 +93,15 @@ def decode(
         last = _Last(logits[0], hidden[0], int(logits[0, 0].argmax()))
         if drafting is not None:
             drafting.prefill([context])
+        if of_heads is not None:
+            projection = of_heads.projection(base, prompt_ids)
+
+            def lattice(k: int) -> Lattice:
+                assert heads is not None
+                with out.seconds.timing("draft"):
+                    return heads.lattice(base, last.hidden, last.logits, k, projection=projection)[0]
+
+            context.lattices = {of_heads.name: lattice}
 
     with out.seconds.timing("total"):
         while True:
@@ -105,7 +114,7 @@ def decode(
             # Propose: p drafts, each of which begins with the token that the base has chosen already.
             drafts = np.array([[last.choice]], dtype=np.int64)  # [p, h]
             if drafting is not None:
-                drafts = _propose(base, heads, drafting, context, last, out)[:, :remaining]
+                drafts = _propose(drafting, context, last.choice, out)[:, :remaining]
             # Verify all of them in one call of the base.
             with out.seconds.timing("verify"):
                 call = _VERIFY[out.verify](base, cache, drafts)
@@ -131,19 +140,10 @@ class _Last:
     choice: int
 
 
-def _propose(
-    base: BaseLM, heads: BlockHeads | None, drafting: Drafting, context: Context, last: _Last, out: Decoded
-) -> np.ndarray:
-    """What the drafters propose, and the drafts that the rescorer makes of it: int64 `[p', l]`."""
-    if heads is not None:
-
-        def of_heads(k: int) -> Lattice:
-            with out.seconds.timing("draft"):
-                return heads.lattice(base, last.hidden, last.logits, k)[0]
-
-        context.lattices = {HEADS: of_heads}
+def _propose(drafting: Drafting, context: Context, first: int, out: Decoded) -> np.ndarray:
+    """What the drafters propose after the base's token, and the rescorer's drafts of it: int64 `[p', l]`."""
     start, of_draft = time.perf_counter(), out.seconds.draft
-    proposals = drafting.propose([context], np.array([last.choice]))
+    proposals = drafting.propose([context], np.array([first]))
     drafts = np.asarray(drafting.choose(proposals, [context])[0], dtype=np.int64)
     # Heads are asked when a rescorer first looks at them.
     out.rescore_seconds.append(time.perf_counter() - start - (out.seconds.draft - of_draft))

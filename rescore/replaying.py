@@ -51,7 +51,7 @@ def replay_steps(examples: Sequence[TracedExample], drafting: Drafting, drafted:
 
     Raises `RescoreError` for k beyond what the trace holds, and for p < 1.
     """
-    if examples and drafting.needs_heads:
+    if examples and drafting.heads:
         check_held_k(examples[0].lattice.k, drafting.k)
     check_p(drafting.p)
     contexts = contexts_of(examples, drafted)

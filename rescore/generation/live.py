@@ -15,11 +15,12 @@ from rescore.checks import check_new_tokens
 from rescore.decoding import Decoded, decode
 from rescore.drafters import Drafter
 from rescore.drafters.base import LatticeDrafter
+from rescore.drafters.heads import Heads
 from rescore.generation.growing_text import GrowingText
 from rescore.rescorers import JOINT, Rescorer, Target
 from rescore.rescorers.joint_plan import AUTO, PLANNED_NODES
 from rescore.runs.records import Seconds
-from rescore.runs.run import NODES, NONE, ORACLE, Run
+from rescore.runs.run import NODES, NONE, ORACLE, Run, runs_of
 from rescore.runs.weights import fitted_to
 
 Messages = Sequence[Mapping[str, str]]  # a conversation: {"role": ..., "content": ...} a message
@@ -104,13 +105,13 @@ class Generator:
         verify: str = "tree",
     ) -> Self:
         """Arguments as for `generate`. Raises `RescoreError` for what can't be decoded with."""
-        run = rescorer if isinstance(rescorer, Run) else Run(rescorer) if rescorer else best_run(base, heads)
+        run = runs_of([rescorer])[0] if rescorer else best_run(base, heads)
         if run.rescorer == ORACLE:
             raise RescoreError("the oracle must know the output beforehand; it can be evaluated, not generated with")
         target = Target.of(base.identity, base.vocab_size, base.eos_token_ids, device=str(base.device), shared=base)
         loaded = run.load()
         fitted, drafters = fitted_to(target, {"": (loaded, run.load_drafters(loaded))})[""]
-        if heads is None and any(drafter.name == "heads" for drafter in drafters):
+        if heads is None and any(isinstance(drafter, Heads) for drafter in drafters):
             raise RescoreError(
                 f"{run.label} drafts with block heads, and there are none for {base.identity.name}; give heads, or "
                 "other drafters (--drafter lookup)"

@@ -6,11 +6,11 @@ Finished examples become results in `rescore.runs.summary`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
 from lm.base.catalog import Watch
 from rescore.acceptance import first_difference
 from rescore.checks import VERIFY_MODES, check_held_k
-from rescore.decoding import decode, margin_at, usable_verify
+from rescore.decoding import Decoded, decode, margin_at, usable_verify
 from rescore.drafters.drafting import Drafting, check_drafters
 from rescore.drafters.provenance import provenance
 from rescore.drafters.recorded import drafted
+from rescore.peers import Peer, load_peer
 from rescore.replaying import Drafted, replay, replay_steps, unrescored_at
 from rescore.rescorers import Rescorer, load_rescorer
 from rescore.runs.environment import environment
@@ -35,6 +36,10 @@ from rescore.runs.run import ORACLE, Choosing, Run, label_of, load_choosing, run
 from rescore.runs.summary import is_cut, summarize
 from rescore.runs.weights import alpha_notices, alpha_of, coverage_notices, fit_before, fit_to, identities_of
 from rescore.tracing import Trace, TracedExample
+
+if TYPE_CHECKING:
+    from lm.base.model import BaseLM
+    from lm.heads.block_heads import BlockHeads
 
 REPLAY_EXAMPLES = 64  # replayed side by side, at most; a kill loses what of these is not finished
 FIRST_EXAMPLES = 4  # of these, before it is known how long they take
@@ -49,6 +54,7 @@ def evaluate(
     *,
     live: bool = False,
     verify: str = "tree",
+    peers: Sequence[str | Peer] = (),
     seed: int = 0,
     out: Path | None = None,
     progress: Progress | None = None,
@@ -59,6 +65,7 @@ def evaluate(
     recordings: of `rescore.record` or `rescore.load_trace`; runs: specs, `Run`s or rescorers, the same on all tasks or
     by task.
     live: decodes with base LM and heads and measures time, p drafts verified as a `tree` or a `batch`; else replays.
+    peers: other libraries' decoders, or their specs, that are measured in the same turns (live).
     seed: of the bootstrap intervals, the one random thing.
     out: a folder for `examples.jsonl` (a line per finished example, resumable) and `results.json` (last).
     notify: gets each of the notices once, before the work that it is about.
@@ -76,10 +83,13 @@ def evaluate(
         raise RescoreError(f"--seed {seed}; a seed is 0 or more")
     if not live and verify != VERIFY_MODES[0]:
         raise RescoreError(f"--verify {verify} is how live decoding verifies; drop it, or add --mode live")
+    if peers and not live:
+        raise RescoreError("peers are timed beside live decoding; drop --peer, or add --mode live")
     if live and any(recording.given for recording in of_tasks):
         raise RescoreError("a given trace can be replayed, not decoded live; drop --trace or --mode live")
     loaded: dict[object, Any] = {}
-    work = [_work(r, runs[r.name] if isinstance(runs, Mapping) else runs, loaded, live=live) for r in of_tasks]
+    beside = [load_peer(peer) if isinstance(peer, str) else peer for peer in peers]
+    work = [_work(r, runs[r.name] if isinstance(runs, Mapping) else runs, loaded, beside, live=live) for r in of_tasks]
     if out is not None:
         _check_identities(work)
     document = ResultsDocument(
@@ -89,6 +99,7 @@ def evaluate(
             seed=seed,
             inputs={task.name: task.recording.inputs for task in work},
             runs={task.name: task.records for task in work},
+            peers={peer.name: peer.identity for peer in beside},
             **environment(),
             device=of_tasks[0].models.device,
             threads=torch.get_num_threads(),
@@ -104,12 +115,12 @@ def evaluate(
     with ExampleLog(out, document.config.decides()) as log:
         try:
             for task in work:
-                _Evaluator(task, document.config, log, progress, add).run(live=live)
+                _Evaluator(task, document.config, log, progress, add, loaded).run(live=live)
         except KeyboardInterrupt:
             interrupted = True
         for task in work:
             task.summarize(log, document, seed=seed)
-        examples = [r for task in work for run in task.runs for r in log.records(task.key(run), task.recording.ids)]
+        examples = [r for task in work for side in task.sides for r in log.records(task.key(side), task.recording.ids)]
         if out is not None and not interrupted:
             save_results(document, out)
     return Evaluation(document, examples, out, interrupted)
@@ -117,26 +128,35 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Work:
-    """The runs of one task: their rescorers with drafters by label, and their records in the order of the runs."""
+    """The runs of one task: their rescorers with drafters by label, and their records in the order of the runs; and the
+    peers."""
 
     recording: Recording
     runs: list[Run]
     choosing: dict[str, Choosing]
     records: list[RunRecord]
+    peers: list[Peer]
 
     @property
     def name(self) -> str:
         return self.recording.name
 
-    def key(self, run: Run) -> Key:
-        return (self.name, *run.key)
+    @property
+    def sides(self) -> list[Run | Peer]:
+        return [*self.runs, *self.peers]
+
+    def key(self, side: Run | Peer) -> Key:
+        # A peer has no lattice: it stands beside the runs with the most entries.
+        own = (side.name, 1, max(run.k for run in self.runs)) if isinstance(side, Peer) else side.key
+        return (self.name, *own)
 
     def fitted(self, trace: Trace, device: str, notify: Notify, shared: Any = None) -> dict[Run, Drafting]:
         """How each run drafts, fitted to a trace, with its weight.
 
         Raises `IncompatibleError` if a rescorer or drafter is no longer what the records of the runs name.
         """
-        fitted = fit_to(trace, self.choosing, device=device, shared=shared)
+        models = self.recording.loads
+        fitted = fit_to(trace, self.choosing, device=device, shared=shared, models=models)
         for record in self.records:
             if identities_of(fitted[record.rescorer]) != (record.identity, record.drafters):
                 raise IncompatibleError(f"{record.rescorer} was replaced while it was read; run the command again")
@@ -151,22 +171,24 @@ class _Work:
         return drafting
 
     def summarize(self, log: ExampleLog, document: ResultsDocument, *, seed: int) -> None:
-        """Adds the results of what is finished, in the order of the runs."""
-        for run, record in zip(self.runs, self.records, strict=True):
-            if records := log.records(self.key(run), self.recording.ids):
-                unrescored = log.records((self.name, "none", 1, run.k), self.recording.ids)
-                alpha = record.alpha.alpha if record.alpha else None
-                _, drafters = self.choosing[run.label]
-                how: dict[str, Any] = {"unrescored": unrescored, "drafters": drafters}
-                document.results.append(summarize(records, seed=seed, alpha=alpha, **how))
+        """Adds the results of what is finished, in the order of the runs, peers last."""
+        alphas = {run: record.alpha.alpha for run, record in zip(self.runs, self.records, strict=True) if record.alpha}
+        for side in self.sides:
+            key = self.key(side)
+            if records := log.records(key, self.recording.ids):
+                unrescored = log.records((self.name, "none", 1, key[-1]), self.recording.ids)
+                how: dict[str, Any] = {"seed": seed, "unrescored": unrescored}
+                if isinstance(side, Run):
+                    how |= {"alpha": alphas.get(side), "drafters": self.choosing[side.label][1]}
+                document.results.append(summarize(records, **how))
 
 
-def _work(recording: Recording, asked: Asked, loaded: dict[object, Any], *, live: bool) -> _Work:
+def _work(recording: Recording, asked: Asked, loaded: dict[object, Any], peers: list[Peer], *, live: bool) -> _Work:
     """The runs of one task, checked; rescorers that other tasks have `loaded` are shared."""
     runs = runs_of(asked)
     if not runs:
         raise RescoreError("nothing is to be run; give a rescorer at least (--rescorer none)")
-    keys = [run.key for run in runs]
+    keys = [*(run.key for run in runs), *((peer.name, 1, max(run.k for run in runs)) for peer in peers)]
     if twice := next((key for key in keys if keys.count(key) > 1), None):
         raise RescoreError("{} with p = {} and k = {} is there twice; give one another label".format(*twice))
     for run in runs:
@@ -187,7 +209,7 @@ def _work(recording: Recording, asked: Asked, loaded: dict[object, Any], *, live
         records.append(
             RunRecord(rescorer=run.label, k=run.k, p=run.p, alpha=alpha, identity=identity, drafters=of_drafters)
         )
-    return _Work(recording, runs, choosing, records)
+    return _Work(recording, runs, choosing, records, peers)
 
 
 def _check_identities(work: Iterable[_Work]) -> None:
@@ -219,6 +241,7 @@ class _Evaluator:
     log: ExampleLog
     progress: Progress | None
     notify: Notify
+    loaded: dict[object, Any]
     drafting: dict[Run, Drafting] = field(default_factory=dict)
     drafted: Drafted = field(default_factory=dict)
 
@@ -248,8 +271,9 @@ class _Evaluator:
             trace, drafters.values(), task=recording.name, settings=recording.all_settings, progress=self.progress
         )
 
-    def _missing(self, run: Run, examples: Iterable[TracedExample]) -> list[TracedExample]:
-        return [example for example in examples if not self.log.has(self.task.key(run), example.id)]
+    def _missing(self, side: Run | Peer, examples: Iterable[TracedExample]) -> list[TracedExample]:
+        key = self.task.key(side)
+        return [example for example in examples if not self.log.has(key, example.id)]
 
     def _replay(self, trace: Trace, progress: Progress | None) -> None:
         self._fit(trace)
@@ -277,57 +301,71 @@ class _Evaluator:
             side_by_side = min(REPLAY_EXAMPLES, 2 * side_by_side) if faster else max(1, side_by_side // 2)
 
     def _decode(self, trace: Trace) -> None:
-        """Decodes every example that is not finished: greedily as the baseline, then with each run, in turns."""
-        recording = self.task.recording
+        """Decodes every example that is not finished: greedily as the baseline, then with each run and each peer, in
+        turns."""
+        recording, limit = self.task.recording, self.task.recording.settings["max_new_tokens"]
         base = recording.models.base
         self._fit(trace, shared=base)
-        heads = recording.heads() if any(drafting.needs_heads for drafting in self.drafting.values()) else None
-        limit = recording.settings["max_new_tokens"]
-        watch, warm = Watch(base), False
+        heads = recording.models.used_heads if any(drafting.heads for drafting in self.drafting.values()) else None
+        sides = [side for side in self.task.sides if self._missing(side, trace.examples)]
+        peers = {side: side.load(base, self.loaded) for side in sides if isinstance(side, Peer)}
+        watch, warm = Watch(base), set[Run | Peer]()  # the first calls of a process allocate and compile
         recording.models.check_unchanged(recording.settings)
         for place, example in enumerate(trace.examples):
-            missing = [run for run in self.drafting if self._missing(run, [example])]
+            missing = [side for side in sides if self._missing(side, [example])]
             if missing:
                 prompt = example.prompt_ids.tolist()
-                if not warm:  # the first calls of a process allocate and compile
+                if not warm:
                     decode(base, None, prompt, max_new_tokens=min(4, limit))
                 baseline = decode(base, None, prompt, max_new_tokens=limit)
                 oracles = self._oracles([example])
-                for run in missing:
-                    drafting = self.drafting[run]
-                    request: dict[str, Any] = {
-                        "rescorer": drafting.rescorer, "drafters": drafting.drafters, "k": run.k, "p": run.p,
-                        "verify": self.config.verify, "future": np.asarray(baseline.output_ids),
-                    }  # fmt: skip
-                    if not warm:
-                        decode(base, heads, prompt, max_new_tokens=min(2 * trace.header.h, limit), **request)
-                    decoded = decode(base, heads, prompt, max_new_tokens=limit, **request)
+                for side in missing:
+                    decoder = partial(peers[side], prompt) if isinstance(side, Peer) else self._decoder(
+                        side, base, heads, prompt, baseline
+                    )  # fmt: skip
+                    if side not in warm:
+                        decoder(min(2 * trace.header.h, limit))
+                        warm.add(side)
+                    decoded = decoder(limit)
                     watch.check()  # before anything is kept that may be of other weights
                     differs = first_difference(decoded.output_ids, baseline.output_ids)
                     margin = None if differs is None else margin_at(base, prompt, baseline.output_ids, differs)
                     # Where the output is the trace's, so are the lattices that the steps began with.
                     traced = first_difference(decoded.output_ids, example.output_ids.tolist()) is None
+                    drafting = None if isinstance(side, Peer) else self.drafting[side]
                     self.log.add(ExampleRecord(
-                        **self._facts(run, trace, example),
+                        **self._facts(side, trace, example),
                         quality=self._quality(base.decode_text(decoded.output_ids), example),
                         cut=is_cut(decoded.output_ids, base.eos_token_ids), accepted=decoded.accepted,
-                        drafts=decoded.drafts, oracle_accepted=oracles[_chosen_among(drafting)][example.id],
-                        output_ids=decoded.output_ids,
-                        **(self._beside(drafting, example, decoded.accepted) if traced else {}),
+                        drafts=decoded.drafts, output_ids=decoded.output_ids,
+                        oracle_accepted=oracles[_chosen_among(drafting)][example.id] if drafting else None,
+                        **(self._beside(drafting, example, decoded.accepted) if traced and drafting else {}),
                         live=LiveExample(
                             first_difference=differs, margin=margin, verify=decoded.verify, seconds=decoded.seconds,
                             rescore_seconds=decoded.rescore_seconds, autoregressive_tokens=len(baseline.output_ids),
                             autoregressive_seconds=baseline.seconds,
                         ),
                     ))  # fmt: skip
-                warm = True
             if self.progress:
                 self.progress(f"decode {self.task.name}", place + 1, len(trace.examples))
 
-    def _facts(self, run: Run, trace: Trace, example: TracedExample) -> dict[str, Any]:
+    def _decoder(
+        self, run: Run, base: BaseLM, heads: BlockHeads | None, prompt: list[int], baseline: Decoded
+    ) -> Callable[[int], Decoded]:
+        """Decodes a prompt with a run, to so many tokens at most."""
+        drafting = self.drafting[run]
+        request: dict[str, Any] = {
+            "rescorer": drafting.rescorer, "drafters": drafting.drafters, "k": run.k, "p": run.p,
+            "verify": self.config.verify, "future": np.asarray(baseline.output_ids),
+        }  # fmt: skip
+        return lambda most: decode(base, heads, prompt, max_new_tokens=most, **request)
+
+    def _facts(self, side: Run | Peer, trace: Trace, example: TracedExample) -> dict[str, Any]:
+        task, label, p, k = self.task.key(side)
+        longest = side.longest if isinstance(side, Peer) else self.drafting[side].longest(trace.header.h)
         return {
-            "task": self.task.name, "rescorer": run.label, "p": run.p, "k": run.k, "id": example.id,
-            "group": example.group, "h": trace.header.h, "longest": self.drafting[run].longest(trace.header.h),
+            "task": task, "rescorer": label, "p": p, "k": k, "id": example.id, "group": example.group,
+            "h": trace.header.h, "longest": longest,
         }  # fmt: skip
 
     def _beside(self, drafting: Drafting, example: TracedExample, accepted: list[int]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from rescore.accounting import Difference, account, paired_difference
+from rescore.accounting import Difference, account, block_efficiency, paired_difference, speedup_interval
 from rescore.drafters import Drafter
 from rescore.runs.records import (
     SOURCES,
@@ -40,8 +40,7 @@ def summarize(
     longest = first.longest or first.h
     groups = [r.group for r in records]
     accounting = account([r.accepted for r in records], longest, groups=groups, seed=seed)
-    reached = max(n for r in records for n in r.oracle_accepted)
-    oracle = account([r.oracle_accepted for r in records], max(first.h, reached))
+    best = [r.oracle_accepted for r in records if r.oracle_accepted is not None]
     live = [r.live for r in records if r.live is not None]
     gain, differ = _gain(records, unrescored, seed=seed), _divergence(records)
     return Result(
@@ -52,7 +51,7 @@ def summarize(
         h=first.h,
         alpha=alpha,
         n=len(records),
-        oracle_block_efficiency=oracle.block_efficiency,
+        oracle_block_efficiency=block_efficiency(best) if best else None,
         gain=gain.gain if gain else None,
         gain_ci95=gain.gain_ci95 if gain else None,
         against_unrescored=_against_unrescored(records),
@@ -61,7 +60,7 @@ def summarize(
         cut_at_limit=_cut_at_limit(records),
         identical=Identical(n=len(records), identical=len(records) - len(differ)) if live else None,
         divergence=differ if live else None,
-        latency=latency(records, accounting.block_efficiency) if live else None,
+        latency=latency(records, accounting.block_efficiency, seed=seed) if live else None,
         sources=_sources(records, drafters),
     )
 
@@ -136,7 +135,7 @@ def _sources(records: Sequence[ExampleRecord], drafters: Sequence[Drafter]) -> l
     return shares
 
 
-def latency(records: Sequence[ExampleRecord], block_efficiency: float) -> Latency:
+def latency(records: Sequence[ExampleRecord], tokens_a_step: float, *, seed: int) -> Latency:
     """Times of live records; all of them are live."""
     live = [r.live for r in records if r.live is not None]
     steps = sum(len(r.accepted) for r in records)
@@ -161,5 +160,11 @@ def latency(records: Sequence[ExampleRecord], block_efficiency: float) -> Latenc
         tokens_per_second=tokens / spent,
         autoregressive_tokens_per_second=greedy_tokens / greedy,
         speedup=(tokens / spent) / (greedy_tokens / greedy),
-        predicted_speedup=block_efficiency * (greedy / greedy_tokens * 1e3) / step if step else None,
+        speedup_ci95=speedup_interval(
+            [(len(r.output_ids), r.live.seconds.total) for r in records if r.live],
+            [(r.autoregressive_tokens, r.autoregressive_seconds.total) for r in live],
+            groups=[r.group for r in records],
+            seed=seed,
+        ),
+        predicted_speedup=tokens_a_step * (greedy / greedy_tokens * 1e3) / step if step else None,
     )

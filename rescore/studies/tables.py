@@ -20,11 +20,14 @@ from rescore.table import (
     MILLISECONDS,
     NUMBER,
     PLAIN,
+    RESCORER,
+    SHARE,
     TASK,
     TIMES,
     Column,
     Format,
     H,
+    K,
     P,
     Table,
     fixed,
@@ -32,6 +35,7 @@ from rescore.table import (
 from rescore.terminal import printable
 
 if TYPE_CHECKING:
+    from lm.draft_vocabulary import DraftVocabularySummary
     from lm.lookup_index import LookupSummary
     from lm.ngram.build import NgramSummary
     from lm.ngram.mix import MixedNgram
@@ -41,9 +45,11 @@ if TYPE_CHECKING:
     from rescore.studies.block_length import BlockLengths
     from rescore.studies.comparison import Comparison, SideResult
     from rescore.studies.cost.model import CostTable, Decoder, MethodCost
+    from rescore.studies.draft_vocabulary import VocabularySize
     from rescore.studies.ngram_mixing import MixedModels, TunedMixture
     from rescore.studies.verify_curve import VerifyCurve
 
+ALL = "all"
 FEW_POSITIONS = 1000  # held out: fewer tell little apart
 WHOLE_STEP = "="  # stands for a change that is not known, where a whole step is shown
 CHANGE = Format(lambda value: value if value == WHOLE_STEP else GAIN.show(value))
@@ -92,6 +98,26 @@ def costs_table(costs: Costs) -> Table:
     heads = "no heads" if costs.heads_ms is None else f"heads {costs.heads_ms:.1f} ms"
     note = f"{costs.base}, {costs.dtype}, {costs.device}, {costs.threads} threads: median ms of a forward; {heads}."
     return Table(columns, rows, note=note)
+
+
+def draft_vocabulary_table(summary: DraftVocabularySummary) -> Table:
+    """What share of what was counted the most frequent tokens are."""
+    columns = [Column("most frequent", COUNT), Column("of the text", SHARE)]
+    counted = f"{summary.tokens:,} tokens, {summary.distinct_tokens:,} of them distinct"
+    note = f"{summary.path}: {counted}; next:\n{summary.use()}"
+    return Table(columns, list(summary.coverage.items()), note=note)
+
+
+def vocabulary_sizes_table(sizes: Sequence[VocabularySize]) -> Table:
+    """What drafting from fewer tokens costs in block efficiency."""
+    columns = [
+        TASK, RESCORER, *([K] if len({size.k for size in sizes}) > 1 else []), P,
+        Column("tokens", Format(lambda n: f"{n:,}" if n else ALL), field=lambda size: size.vocabulary or 0),
+        Column("block eff.", NUMBER, "block_efficiency"), Column("change", GAIN),
+        Column("95 %", GAIN_INTERVAL, "change", "change_ci95"),
+    ]  # fmt: skip
+    note = "tokens = of which heads 2 to h draft, beside those of the prompt; change against all tokens, paired."
+    return Table.of(columns, sizes, note=note)
 
 
 def block_length_table(study: BlockLengths) -> Table:

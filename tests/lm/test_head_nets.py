@@ -47,7 +47,7 @@ class TestEach:
     def test_fresh_heads_are_head_1(self, tiny_base, states, architecture):
         hidden, logits = states
         fresh = heads_of(tiny_base, architecture, random=False, blocks=2 if architecture == "medusa" else 1)
-        every = fresh.logits(tiny_base, hidden, logits)
+        every = fresh.slots(tiny_base, hidden, logits)[0].logits
         for slot in range(1, 5):
             torch.testing.assert_close(every[:, slot], logits.to(every.dtype))
 
@@ -65,11 +65,11 @@ class TestEach:
     def test_a_shorter_block_uses_the_first_heads(self, tiny_base, states, architecture):
         hidden, logits = states
         heads = heads_of(tiny_base, architecture)
-        whole = heads.logits(tiny_base, hidden, logits)
+        whole = heads.slots(tiny_base, hidden, logits)[0].logits
         for h in range(2, 6):
             cut = heads.first(h)
             assert cut.h == h and cut.config.architecture == architecture
-            torch.testing.assert_close(cut.logits(tiny_base, hidden, logits), whole[:, :h])
+            torch.testing.assert_close(cut.slots(tiny_base, hidden, logits)[0].logits, whole[:, :h])
 
     def test_chosen_heads_only(self, tiny_base, states, architecture):
         heads, rows = heads_of(tiny_base, architecture), torch.randn(20, 4, 32, dtype=torch.float64)
@@ -80,7 +80,7 @@ class TestEach:
         heads.save(tmp_path, dtype=torch.float64)
         loaded = load_heads(tiny_base.identity, str(tmp_path), dtype=torch.float64)
         assert loaded.config == heads.config
-        ours, theirs = (lattice_of(x.logits(tiny_base, *states), 5) for x in (heads, loaded))
+        ours, theirs = (lattice_of(x.slots(tiny_base, *states)[0].logits, 5) for x in (heads, loaded))
         np.testing.assert_array_equal(ours.token_ids, theirs.token_ids)
 
     def test_a_byte_a_weight_is_nearly_the_same(self, tiny_base, architecture, tmp_path):
@@ -119,7 +119,7 @@ class TestSequential:
         for slot in range(1, 5):
             rows = torch.stack([weight[tokens] for tokens in drafted], dim=1)
             expected = tiny_base.project(heads(hidden, rows, [slot - 1])[0])
-            torch.testing.assert_close(heads.logits(tiny_base, hidden, logits)[:, slot], expected)
+            torch.testing.assert_close(heads.slots(tiny_base, hidden, logits)[0].logits[:, slot], expected)
             drafted.append(expected.argmax(-1))
 
     def test_no_head_sees_its_own_token_or_later_ones(self, tiny_base, states):

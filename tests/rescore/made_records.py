@@ -36,7 +36,7 @@ def made_latency(**changes: Any) -> Latency:
         "verify": "tree", "prefill_ms": 123.4, "autoregressive_ms": 20.0, "verify_ms": 21.0, "draft_ms": 1.5,
         "rescore_ms": 0.25, "rescore_p50_ms": 0.2, "rescore_p95_ms": 0.4, "glue_share": 0.031,
         "tokens_per_second": 87.6, "autoregressive_tokens_per_second": 50.0, "speedup": 1.752,
-        "predicted_speedup": 1.8,
+        "speedup_ci95": (1.5, 2.0), "predicted_speedup": 1.8,
     }  # fmt: skip
     return Latency(**fields | changes)
 

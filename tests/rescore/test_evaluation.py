@@ -147,7 +147,7 @@ class TestNumbers:
         (result,) = run(make(mode="live", rescorers=("none",)))
         assert result.latency is not None
         t = result.latency
-        assert t.verify == "tree" and all(value > 0 for name, value in vars(t).items() if name != "verify")
+        assert t.verify == "tree" and all(v > 0 for v in vars(t).values() if isinstance(v, float))
         spent = t.verify_ms + t.draft_ms + t.rescore_ms
         assert spent / (1 - t.glue_share) * result.steps == pytest.approx(1e3 * result.tokens / t.tokens_per_second)
         assert t.autoregressive_ms * t.autoregressive_tokens_per_second == pytest.approx(1e3)

@@ -183,7 +183,7 @@ class TestDocument:
         made = document([result()], seed=7)
         fields = plain(made)
         assert list(fields) == ["schema", "config", "results"]
-        assert fields["schema"] == "rescore.results/7" and fields["config"]["seed"] == 7
+        assert fields["schema"] == "rescore.results/8" and fields["config"]["seed"] == 7
         assert fields["config"] == plain(made.config)
         (found,) = fields["results"]
         assert {
@@ -315,8 +315,8 @@ class TestTables:
         text = shown(document([live, without_calls]))
         assert text.startswith("live decode (p drafts as tree) of tiny")
         assert re.search(r"\nsquad +none +16 +1 +2.000 .* 1.75x\nsquad +oracle ", text), "in the first table too"
-        assert re.search(r"squad +none +16 +1 +1/2 +87.6 +50.0 +1.75x +1.80x\n", text)
-        assert re.search(r"oracle +16 +1 +1/2 +87.6 +50.0 +1.75x +-\n", text)
+        assert re.search(r"squad +none +16 +1 +1/2 +87.6 +50.0 +1.75x +1.50x to 2.00x +1.80x\n", text)
+        assert re.search(r"oracle +16 +1 +1/2 +87.6 +50.0 +1.75x +1.50x to 2.00x +-\n", text)
         assert re.search(r"squad +none +16 +1 +20.0 +21.0 +1.5 +0.25 +0.20 +0.40 +3.1% +123\n", text)
 
     def test_how_drafts_were_verified_is_what_was_done(self):

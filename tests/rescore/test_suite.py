@@ -120,7 +120,7 @@ class TestTable:
     def test_the_files(self, write: Write, tmp_path: Path):
         suite = run(write(), tmp_path / "out")
         manifest = json.loads((tmp_path / "out" / "suite.json").read_text())
-        assert manifest["schema"] == "rescore.suite/3" and manifest == plain(suite.document)
+        assert manifest["schema"] == "rescore.suite/4" and manifest == plain(suite.document)
         assert read_manifest(tmp_path / "out") == suite.document
         page = (tmp_path / "out" / "table.md").read_text()
         assert "`rescore suite table.yaml --out DIR`" in page and "3 or 4 examples of a task" in page
@@ -411,7 +411,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"schema": "rescore.suite/1"}, "has schema 'rescore.suite/1'; this version reads 'rescore.suite/3'"),
+            ({"schema": "rescore.suite/1"}, "has schema 'rescore.suite/1'; this version reads 'rescore.suite/4'"),
             ({"runs": [{"task": "squad", "k": 4, "h": None}]}, "required field `folder` - at `runs[0]`"),
             ({"runs": None}, "Expected `array`, got `null` - at `runs`"),
             ({"results": [{}]}, "required field `task` - at `results[0]`"),

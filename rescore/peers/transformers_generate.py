@@ -20,6 +20,7 @@ from lattices.errors import IncompatibleError, RescoreError, first_line
 from lm.base.catalog import load_model, quiet
 from lm.base.model import BaseLM
 from rescore.acceptance import first_difference
+from rescore.calls import NO_CALL, Call
 from rescore.decoding import Decoded
 from rescore.peers import Decoder, Peer
 
@@ -135,8 +136,8 @@ def decoded_by(calls: Sequence[Sequence[int]], prompt: int, output_ids: list[int
         unread = max(0, unread - len(tokens))
         differs = first_difference(draft, ahead[: len(draft)])
         if accepted := len(draft) if differs is None else differs:
-            decoded.add(draft, accepted)
+            decoded.add(draft, accepted, Call(len(draft), 1, heads=False))
     if ahead := output_ids[len(decoded.output_ids) :]:
         assert len(ahead) == 1, "a call of the model was not seen"
-        decoded.add(ahead, 1)
+        decoded.add(ahead, 1, NO_CALL)
     return decoded

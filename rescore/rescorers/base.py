@@ -15,6 +15,8 @@ from lattices.lattice import Lattice
 if TYPE_CHECKING:
     from lm.base.model import BaseIdentity, BaseLM
     from lm.heads.block_heads import BlockHeads
+    from rescore.acceptance.rules import Drawn
+    from rescore.costs.table import Costs
     from rescore.drafters.proposals import Proposals
 
 
@@ -28,6 +30,7 @@ class Context:
     state: what rescorers and drafters remember about the example from step to step, by a name of their own.
     lattices: by drafter, where its lattice is known already (heads live; in replay all that are traced): gives the one
         that stands after the output so far, `[h, k]`, for a k.
+    random_state: what random drafts are drawn by, in sampled decoding; drawn: what the last ones were drawn from.
     """
 
     prompt_ids: Sequence[int]
@@ -35,6 +38,8 @@ class Context:
     future: np.ndarray | None = None
     state: dict[str, Any] = field(default_factory=dict)
     lattices: Mapping[str, Callable[[int], Lattice]] = field(default_factory=dict)
+    random_state: np.random.Generator | None = None
+    drawn: Drawn | None = None
 
     def last(self, count: int) -> list[int]:
         """The last `count` tokens before the lattice, fewer where there are not so many."""
@@ -58,6 +63,7 @@ class Target:
     sources: tuple[str, ...] = ()  # what it is to choose among (`rescore.drafters.base.Drafter.source`)
     models: Callable[[], tuple[BaseLM, BlockHeads]] | None = None  # gives base and heads; None: they are not at hand
     traced: str = ""  # identity of the drafter whose lattices a trace holds as the heads'; empty: they are the heads'
+    costs: Costs | None = None  # what a step takes, for rescorers that draft by it
 
     @classmethod
     def of(
@@ -90,6 +96,8 @@ class Rescorer(ABC):
     branches: of the tree that it drafts, at most: its drafts where p is not given (0: it drafts no tree).
     least_k: entries of a slot that it needs.
     rescores_locally: it can give the lattice itself, rescored slot by slot (`rescored`).
+    random: it draws its drafts, which sampled decoding alone can verify.
+    plans: it drafts by what a step costs, and must be fitted with that (`Target.costs`).
     """
 
     alpha: float | None = None
@@ -100,6 +108,8 @@ class Rescorer(ABC):
     branches: int = 0
     least_k: int = 1
     rescores_locally: bool = False
+    random: bool = False
+    plans: bool = False
 
     @abstractmethod
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:

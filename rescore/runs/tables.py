@@ -46,6 +46,7 @@ GREEDY = Column("greedy tok/s", fixed(1), field="latency.autoregressive_tokens_p
 SPEEDUP = Column("speed-up", TIMES, "speedup", "latency.speedup")
 SPEEDUPS = (SPEEDUP, Column("95 %", interval(TIMES), "speedup", "latency.speedup_ci95"))
 IDENTICAL = Column("identical", Format(lambda i: f"{i.identical}/{i.n}"))
+PREDICTED = Column("predicted", TIMES, "predicted_speedup")
 OUTCOMES = ("won", "tied", "lost")  # of a step against the unrescored draft
 SOURCES = (Column("source"), Column("proposed", SHARE), Column("only it", SHARE, "only"), Column("alone", NUMBER))
 OF_SOURCES = (
@@ -94,6 +95,7 @@ def _overview(document: ResultsDocument, *, more: bool) -> Table:
     columns = [
         *LABEL, *apart, *filled(ALPHA), *EFFICIENCY, *filled(*GAINS), *filled(_gap_share(results)),
         *filled(_outcome("won"), _outcome("lost")), *filled(SPEEDUP),
+        *filled(PREDICTED),
     ]  # fmt: skip
     shown = {column.heading for column in columns}
     live = [r.identical for r in results if r.identical]
@@ -107,11 +109,19 @@ def _overview(document: ResultsDocument, *, more: bool) -> Table:
         "groups)" + (", gains paired" if "gain" in shown else ""),
         "speed-up": "speed-up = tokens a second over those of greedy decoding in the same run, to which "
         f"{same} of {outputs} outputs are identical",
+        "predicted": f"predicted = that speed-up by the costs of a step {_costs_of(document)}",
     }
     note = "; ".join(notes[name] for name in notes if name in shown) + "." + (" --details shows more." if more else "")
     return Table.of(
         columns, results, title=_caption(document, apart), note=textwrap.fill(note, NOTE_WIDTH, break_on_hyphens=False)
     )
+
+
+def _costs_of(document: ResultsDocument) -> str:
+    """What the speed-ups are predicted for, and by what time of the rescorers that were not measured they are not."""
+    lacking = any(r.predicted_speedup is None for r in document.results)
+    of = "; ".join(dict.fromkeys(f"in {costs.dtype} on {costs.machine}" for costs in document.config.costs.values()))
+    return printable(of) + (" (- where these lack the time of the rescorer)" if lacking else "")
 
 
 def _ceiling(results: Sequence[Result]) -> str:
@@ -227,11 +237,10 @@ def _acceptance(results: Sequence[Result]) -> Table:
 def _speed(results: Sequence[Result]) -> Table:
     columns = [
         *LABEL, IDENTICAL, TOKENS_PER_SECOND, GREEDY, *SPEEDUPS,
-        Column("predicted", TIMES, field="latency.predicted_speedup"),
     ]  # fmt: skip
     note = (
         "greedy = autoregressive decoding in the same run; identical = outputs equal to it; prefill is apart; 95 % =\n"
-        "paired, by group; predicted = block eff. x greedy ms / (verify + draft + rescore ms)."
+        "paired, by group."
     )
     return Table.of(columns, [r for r in results if r.latency and r.identical], note=note)
 
@@ -325,7 +334,8 @@ def suite_table(results: Sequence[Result]) -> Table:
     weighted = not live or any(r.alpha is not None for r in results)
     measured = (TOKENS_PER_SECOND, *SPEEDUPS, IDENTICAL) if live else (*GAINS, *map(_outcome, OUTCOMES), ORACLE)
     columns = [
-        TASK, RESCORER, *_several(results), P, EXAMPLES, GROUPS, *([ALPHA] if weighted else []), *EFFICIENCY, *measured
+        TASK, RESCORER, *_several(results), P, EXAMPLES, GROUPS, *([ALPHA] if weighted else []), *EFFICIENCY, *measured,
+        *([PREDICTED] if any(r.predicted_speedup for r in results) else []),
     ]  # fmt: skip
     note = (
         "block eff. = tokens / steps; tok/s: the prompt apart; speed-up: over our greedy decoding in the same run, to\n"
@@ -386,7 +396,7 @@ def results_csv(results: Sequence[Result], *, task: str | None = None, **facts: 
         *(Column(name, field=f"against_unrescored.{name}") for name in OUTCOMES),
         Column("sources", field=lambda r: "; ".join(_source_facts(share) for share in r.sources)),
         Column("quality", field=lambda r: "; ".join(f"{name} {value:.4f}" for name, value in r.quality.items())),
-        Column("cut_at_limit"), *(Column(name, field=f"latency.{name}") for name in times),
+        Column("cut_at_limit"), PREDICTED, *(Column(name, field=f"latency.{name}") for name in times),
         *(Column(f"marginal_{i + 1}", field=f"marginal.{i}") for i in range(max(len(r.marginal) for r in results))),
     ]  # fmt: skip
     return Table.of(columns, results)

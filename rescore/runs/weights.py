@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lm.heads.block_heads import BlockHeads
 
     LoadedModels = Callable[[], tuple[BaseLM, BlockHeads]]
+    from rescore.costs.table import Costs
 
 LEAST_COVERAGE = 0.1
 
@@ -41,12 +42,15 @@ def target_before(recording: Recording) -> Target:
     return Target.of(base, base["vocab_size"])
 
 
-def fit_before(recording: Recording, choosing: Mapping[str, Choosing]) -> dict[str, Choosing]:
+def fit_before(
+    recording: Recording, choosing: Mapping[str, Choosing], costs: Costs | None = None
+) -> dict[str, Choosing]:
     """Rescorers and drafters fitted before anything is decoded: what they score with has its whole `identity` then.
 
+    costs: for rescorers that draft by them.
     Raises as `Rescorer.fit`: for one that was made for another tokenizer, or has no weights for this base LM.
     """
-    return fitted_to(target_before(recording), choosing)
+    return fitted_to(dataclasses.replace(target_before(recording), costs=costs), choosing)
 
 
 def identities_of(choosing: Choosing) -> tuple[str, list[str]]:
@@ -145,10 +149,12 @@ def fit_to(
     device: str = "cpu",
     shared: BaseLM | None = None,
     models: LoadedModels | None = None,
+    costs: Costs | None = None,
 ) -> dict[str, Choosing]:
     """Rescorers and drafters fitted to a trace's base LM, which is `shared` where it is loaded; arguments as for
-    `target_of`."""
-    return fitted_to(target_of(trace, device=device, shared=shared, models=models), choosing)
+    `target_of`; costs: of steps."""
+    target = target_of(trace, device=device, shared=shared, models=models)
+    return fitted_to(dataclasses.replace(target, costs=costs), choosing)
 
 
 def fitted_to(target: Target, choosing: Mapping[str, Choosing]) -> dict[str, Choosing]:

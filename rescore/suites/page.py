@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from rescore.costs import Costs
+from rescore.costs.table import Costs
 from rescore.runs.records import Result, RunConfig
 from rescore.runs.tables import suite_tables
-from rescore.studies.tables import costs_table
+from rescore.studies.tables import costs_tables
 from rescore.suites.plan import Plan
 from rescore.table import Table, escaped
 from rescore.tasks.leave_out import SHIPPED
@@ -44,7 +44,8 @@ def suite_page(
     )
     tables = suite_tables(results)
     if costs is not None:
-        tables.append(dataclasses.replace(costs_table(costs), title="What a step costs there"))
+        steps, *choices = costs_tables(costs)
+        tables += [dataclasses.replace(steps, title="What a step costs there"), *choices]
     return "\n\n".join([f"{_caption(results, plan, configs)} {made}.", *map(_section, tables)]) + "\n"
 
 
@@ -67,7 +68,9 @@ def _caption(results: Sequence[Result], plan: Plan, configs: Sequence[RunConfig]
     facts += ["examples that share text with training corpora left out"] if plan.leave_out == SHIPPED else []
     machines = dict.fromkeys(map(_machine, configs if live else ()))
     facts += [f"on {' and '.join(machines)}"] if machines else []
-    return f"{', '.join(map(escaped, facts))}. {OF_LIVE if live else OF_REPLAY}"
+    predicted = " predicted: the speed-up by the costs of a step (rescore bench costs)."
+    shown = predicted if any(r.predicted_speedup for r in results) else ""
+    return f"{', '.join(map(escaped, facts))}. {OF_LIVE if live else OF_REPLAY}{shown}"
 
 
 def _machine(config: RunConfig) -> str:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 from lattices.errors import RescoreError
 from lm.yaml_input import Value, named_values, read_yaml
 from rescore.checks import MAX_ALPHA, VERIFY_MODES
+from rescore.costs.kept import HERE, read_costs
 from rescore.peers import load_peer
 from rescore.rescorers import WEIGHT
 from rescore.runs.inputs import Inputs
@@ -29,7 +30,7 @@ MODES = ("replay", "live")
 LIMITS = ("limit", "max_new_tokens", "max_prompt_tokens")
 KEYS = (
     "base", "heads", "dtype", "device", "mode", "verify", "seed", "tasks", "rescorers", "k", "p", "h", "tune",
-    "leave_out", "peers", *LIMITS,
+    "leave_out", "peers", "costs", *LIMITS,
 )  # fmt: skip
 NAMES = "names"
 Made = TypeVar("Made")
@@ -94,6 +95,7 @@ class Plan:
     seed: int = 0
     leave_out: str | None = None
     peers: tuple[str, ...] = ()
+    costs: str | None = None
 
     def inputs(self, task: SuiteTask, h: int | None) -> Inputs:
         """One task with one h."""
@@ -160,10 +162,11 @@ def read_plan(
         seed=top["seed"].whole(least=0) if "seed" in top else 0,
         leave_out=_leave_out(top["leave_out"]) if "leave_out" in top else None,
         peers=tuple(map(_peer, top["peers"].items())) if "peers" in top else (),
+        costs=_costs(top["costs"]) if "costs" in top else None,
         **_limits(top),
     )
-    if mode == "replay" and plan.verify != Plan.verify:
-        raise top["verify"].wrong(f"{plan.verify} is how live decoding verifies; drop it, or add mode: live")
+    if mode == "replay" and plan.verify != Plan.verify and plan.costs is None:
+        raise top["verify"].wrong(f"{plan.verify} is how live decoding verifies; drop it, or add mode: live (or costs)")
     if mode == "replay" and plan.peers:
         raise top["peers"].wrong("peers are timed beside live decoding; drop them, or add mode: live")
     for task, value in zip(plan.tasks, top["tasks"].items(), strict=True):
@@ -203,6 +206,13 @@ def _peer(value: Value) -> str:
     name = value.text()
     _at(value, lambda: load_peer(name))
     return name
+
+
+def _costs(value: Value) -> str:
+    text = value.text()
+    if text != HERE:
+        _at(value, lambda: read_costs(text))
+    return text
 
 
 def _keys(value: Value) -> set[str]:

@@ -239,6 +239,7 @@ def eval_command(
     inputs: "Inputs",
     mode: Annotated[Literal["replay", "live"], "From a trace, fast; or decoding, which measures time."] = "replay",
     verify: shared.Verify = "tree",
+    costs: shared.CostsFile = None,
     out: Annotated[Path | None, "Folder for per-example lines and results.json; resumable."] = None,
     seed: shared.BootstrapSeed = 0,
     details: Details = False,
@@ -254,7 +255,7 @@ def eval_command(
     runs = runs_of(rescorer, ks=k, ps=p, alpha=alpha, drafters=drafter, nodes=nodes)
     needed: dict[str, Any] = {"k": max(run.k for run in runs), "heads_needed": any(run.needs_heads for run in runs)}
     recordings = open_recordings(task, inputs, **needed)
-    how: dict[str, Any] = {"live": mode == "live", "verify": verify, "seed": seed, "out": out}
+    how: dict[str, Any] = {"live": mode == "live", "verify": verify, "costs": costs, "seed": seed, "out": out}
     evaluation = _done(evaluate, recordings, runs, **how, notify=notify)
     _print_json(plain(evaluation.document)) if as_json else _show(evaluation.tables(details=details))
     if evaluation.interrupted:
@@ -577,18 +578,10 @@ def verify_curve_command(
     _result(verify_curve(base, cached=cached, repeats=repeats), "rescore.studies.tables:verify_curve_table", as_json)
 
 
-@command("costs", group=bench, inputs=Source(INPUTS, only=("base", "heads", "dtype", "device")))
-def costs_command(
-    inputs: "Inputs",
-    out: Annotated[Path | None, "Write the table into this file, too."] = None,
-    cached: Annotated[Sequence[int], "Tokens in the cache."] = (64, 256, 640),
-    repeats: shared.Repeats = 7,
-    as_json: Json = False,
-) -> None:
-    """Measure what a step costs here, for `joint:nodes=auto`: forwards by tokens and context, and the heads."""
-    from rescore.costs import costs_of
-
-    _result(costs_of(inputs, out, contexts=cached, repeats=repeats), "rescore.studies.tables:costs_table", as_json)
+@command("costs", group=bench, asked=Source("rescore.costs.measuring:costs_of", but=(*OF_TASKS, "max_new_tokens")))
+def costs_command(asked: Asked, as_json: Json = False) -> None:
+    """Measure what a step costs here, by tokens and context, with heads and rescorers: for `rescore eval --costs`."""
+    _result(_done(asked), "rescore.studies.tables:costs_tables", as_json)
 
 
 @command("block-length", group=bench, asked=Source("rescore.studies.block_length:block_lengths_of_trace"))

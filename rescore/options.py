@@ -63,7 +63,13 @@ Alpha = Annotated[
     "Weight of the rescorer: a number, or tuned (what rescore tune kept here). Default: its own.",
 ]
 Alphas = Annotated[Sequence[float], "Weights to try; 0 is always among them. Default: nine from 0.1 to 5."]
-Verify = Annotated[Literal["tree", "batch"], "Live: p drafts as one prefix tree, or as rows of a batch."]
+Verify = Annotated[Literal["tree", "batch"], "Verify p drafts as one prefix tree, or as rows of a batch."]
+CostsFile = Annotated[
+    str | None,
+    "Predict speed-ups by this table of costs, and plan by it with --nodes auto: a file of rescore bench costs --out, "
+    "or here, as measured on this machine. Default: with --nodes auto here, else none.",
+    "<here|path>",
+]
 Cached = Annotated[int, "Tokens in the cache."]
 Repeats = Annotated[int, "Timed calls of each size; the median counts."]
 BootstrapSeed = Annotated[int, "Seed of the bootstrap intervals."]

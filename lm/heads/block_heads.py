@@ -94,6 +94,7 @@ class BlockHeads(nn.Module):
             raise RescoreError(f"h = {h}, but these heads propose blocks of {self.h}; choose --h from 2 to {self.h}")
         cut = BlockHeads(replace(self.config, h=h)).to(next(self.net.parameters()).device, self.dtype)
         cut.net.load_state_dict({name: self.net.cut(name, value, h) for name, value in self.net.state_dict().items()})
+        cut._file_sha256 = self._file_sha256
         return cut.eval().requires_grad_(False)
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:

@@ -17,7 +17,7 @@ class Cell:
     """One decode of one task.
 
     share: of the gap to the oracle of the same drafters recovered (None without the unrescored drafts or a gap).
-    speedup: over autoregressive decoding, live only.
+    speedup: over autoregressive decoding, live only; predicted: by the costs of a step, where there are some.
     best: of several rescorers with this p the one with the most on the task (`none` and oracles apart).
     sure: the interval of its gain lies above zero.
     """
@@ -25,6 +25,7 @@ class Cell:
     result: Result
     share: float | None
     speedup: float | None
+    predicted: float | None
     best: bool
     sure: bool
 
@@ -74,7 +75,7 @@ def _cell(view: TaskView, rescorer: str, p: int) -> Cell | None:
     best = own and len(rivals) > 1 and plain < result.block_efficiency == max(rivals)
     sure = own and result.gain_ci95 is not None and result.gain_ci95[0] > 0
     speedup = result.latency.speedup if result.latency else None
-    return Cell(result, result.gap_share(view.unrescored), speedup, best, sure)
+    return Cell(result, result.gap_share(view.unrescored), speedup, result.predicted_speedup, best, sure)
 
 
 def _sentences(views: Sequence[TaskView], rows: Sequence[Row]) -> list[str]:
@@ -142,9 +143,17 @@ def _best_of(rows: Sequence[Row], p: int, unit: str) -> str | None:
 def _time(rows: Sequence[Row]) -> str:
     timed = [(cell.speedup, row.rescorer, row.p) for row in rows for cell in row.cells if cell and cell.speedup]
     if not timed:
-        return (
+        untimed = (
             "These results were replayed, so no time was measured: rescore eval --mode live with the same task and "
             "rescorers shows whether one is worth its time."
+        )
+        predicted = [(c.predicted, row.rescorer, row.p) for row in rows for c in row.cells if c and c.predicted]
+        if not predicted:
+            return untimed
+        speed, rescorer, p = max(predicted)
+        return (
+            f"{untimed} By the costs of a step the fastest would be {rescorer} with {_drafts(p)} a step, at "
+            f"{speed:.2f} times the speed of autoregressive decoding."
         )
     speed, rescorer, p = max(timed)
     return (

@@ -14,6 +14,7 @@ from lattices.lattice import Lattice
 
 if TYPE_CHECKING:
     from lm.base.model import BaseIdentity, BaseLM
+    from rescore.costs.table import Costs
     from rescore.drafters.proposals import Proposals
 
 
@@ -56,6 +57,7 @@ class Target:
     shared: BaseLM | None = None  # the base LM where it is loaded: its weights need not be loaded twice
     sources: tuple[str, ...] = ()  # what it is to choose among (`rescore.drafters.base.Drafter.source`)
     traced: str = ""  # identity of the drafter whose lattices a trace holds as the heads'; empty: they are the heads'
+    costs: Costs | None = None  # what a step takes, for rescorers that draft by it
 
     @classmethod
     def of(
@@ -85,6 +87,7 @@ class Rescorer(ABC):
     longest: tokens of a draft, at most; None: those of what it drafts from.
     joins: it takes what several drafters propose together (`draft_joined`).
     drafters: the specs of those it chooses among unless others are given.
+    plans: it drafts by what a step costs, and must be fitted with that (`Target.costs`).
     """
 
     alpha: float | None = None
@@ -92,6 +95,7 @@ class Rescorer(ABC):
     longest: int | None = None
     joins: bool = False
     drafters: tuple[str, ...] = ("heads",)
+    plans: bool = False
 
     @abstractmethod
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:

@@ -18,12 +18,16 @@ import torch
 from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
 from lm.base.catalog import Watch
 from rescore.acceptance import first_difference
+from rescore.calls import usable_verify
 from rescore.checks import VERIFY_MODES, check_held_k
-from rescore.decoding import decode, margin_at, usable_verify
+from rescore.costs.kept import costs_for
+from rescore.costs.predicting import not_measured, predicted_speedup
+from rescore.costs.table import Costs
+from rescore.decoding import decode, margin_at
 from rescore.drafters.drafting import Drafting, check_drafters
 from rescore.drafters.provenance import provenance
 from rescore.drafters.recorded import drafted
-from rescore.replaying import Drafted, replay, replay_steps, unrescored_at
+from rescore.replaying import Drafted, Limits, replay, replay_steps, unrescored_at
 from rescore.rescorers import Rescorer, load_rescorer
 from rescore.runs.environment import environment
 from rescore.runs.evaluated import Evaluation
@@ -33,7 +37,15 @@ from rescore.runs.recording import Recording, check_names
 from rescore.runs.records import ExampleRecord, LiveExample, ResultsDocument, RunConfig, RunRecord
 from rescore.runs.run import ORACLE, Choosing, Run, label_of, load_choosing, runs_of
 from rescore.runs.summary import is_cut, summarize
-from rescore.runs.weights import alpha_notices, alpha_of, coverage_notices, fit_before, fit_to, identities_of
+from rescore.runs.weights import (
+    alpha_notices,
+    alpha_of,
+    coverage_notices,
+    fit_before,
+    fit_to,
+    identities_of,
+    target_before,
+)
 from rescore.tracing import Trace, TracedExample
 
 REPLAY_EXAMPLES = 64  # replayed side by side, at most; a kill loses what of these is not finished
@@ -49,6 +61,7 @@ def evaluate(
     *,
     live: bool = False,
     verify: str = "tree",
+    costs: Costs | str | None = None,
     seed: int = 0,
     out: Path | None = None,
     progress: Progress | None = None,
@@ -58,7 +71,9 @@ def evaluate(
 
     recordings: of `rescore.record` or `rescore.load_trace`; runs: specs, `Run`s or rescorers, the same on all tasks or
     by task.
-    live: decodes with base LM and heads and measures time, p drafts verified as a `tree` or a `batch`; else replays.
+    live: decodes with base LM and heads and measures time; else replays. verify: p drafts as a `tree` or a `batch`.
+    costs: what the speed-up of each run is predicted by, and `joint` with `nodes=auto` plans by: a table, its file, or
+        `here` (measured on this machine); None: `here` where a run plans, else nothing is predicted.
     seed: of the bootstrap intervals, the one random thing.
     out: a folder for `examples.jsonl` (a line per finished example, resumable) and `results.json` (last).
     notify: gets each of the notices once, before the work that it is about.
@@ -74,12 +89,13 @@ def evaluate(
         raise UnknownNameError("verify mode", verify, VERIFY_MODES)
     if seed < 0:
         raise RescoreError(f"--seed {seed}; a seed is 0 or more")
-    if not live and verify != VERIFY_MODES[0]:
-        raise RescoreError(f"--verify {verify} is how live decoding verifies; drop it, or add --mode live")
+    if not live and verify != VERIFY_MODES[0] and costs is None:
+        raise RescoreError(f"--verify {verify} is how live decoding verifies; drop it, or add --mode live (or --costs)")
     if live and any(recording.given for recording in of_tasks):
         raise RescoreError("a given trace can be replayed, not decoded live; drop --trace or --mode live")
     loaded: dict[object, Any] = {}
-    work = [_work(r, runs[r.name] if isinstance(runs, Mapping) else runs, loaded, live=live) for r in of_tasks]
+    how: dict[str, Any] = {"live": live, "costs": costs}
+    work = [_work(r, runs[r.name] if isinstance(runs, Mapping) else runs, loaded, **how) for r in of_tasks]
     if out is not None:
         _check_identities(work)
     document = ResultsDocument(
@@ -94,12 +110,15 @@ def evaluate(
             threads=torch.get_num_threads(),
             data={task.name: task.recording.source for task in work},
             traces={task.name: {"k": task.recording.k, **task.recording.settings} for task in work},
+            costs={task.name: task.costs for task in work if task.costs},
         )
     )
     add = partial(add_notice, document.config.notices, notify)
     for task in work:
         for line in [*task.recording.notices, *alpha_notices(task.records, task.recording)]:
             add(line)
+        if task.costs and (lacking := not_measured(task.costs, task.runs)):
+            add(lacking)
     interrupted = False
     with ExampleLog(out, document.config.decides()) as log:
         try:
@@ -117,12 +136,14 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Work:
-    """The runs of one task: their rescorers with drafters by label, and their records in the order of the runs."""
+    """The runs of one task: their rescorers with drafters by label, and their records in the order of the runs; costs:
+    by which they are planned and predicted."""
 
     recording: Recording
     runs: list[Run]
     choosing: dict[str, Choosing]
     records: list[RunRecord]
+    costs: Costs | None = None
 
     @property
     def name(self) -> str:
@@ -136,7 +157,7 @@ class _Work:
 
         Raises `IncompatibleError` if a rescorer or drafter is no longer what the records of the runs name.
         """
-        fitted = fit_to(trace, self.choosing, device=device, shared=shared)
+        fitted = fit_to(trace, self.choosing, device=device, shared=shared, costs=self.costs)
         for record in self.records:
             if identities_of(fitted[record.rescorer]) != (record.identity, record.drafters):
                 raise IncompatibleError(f"{record.rescorer} was replaced while it was read; run the command again")
@@ -158,10 +179,26 @@ class _Work:
                 alpha = record.alpha.alpha if record.alpha else None
                 _, drafters = self.choosing[run.label]
                 how: dict[str, Any] = {"unrescored": unrescored, "drafters": drafters}
+                how |= {"predicted": self._predicted(run, records, document.config.verify)}
                 document.results.append(summarize(records, seed=seed, alpha=alpha, **how))
 
+    def verify(self, asked: str, p: int) -> str:
+        """How a replayed decode would verify p drafts: what the base takes no tree of is a batch, as far as is
+        known."""
+        return usable_verify(asked, p, trees=self.costs is None or self.costs.tree_ms is not None)
 
-def _work(recording: Recording, asked: Asked, loaded: dict[object, Any], *, live: bool) -> _Work:
+    def _predicted(self, run: Run, records: Sequence[ExampleRecord], asked: str) -> float | None:
+        choice_ms = self.costs.choice_ms(run.chooses, run.k, run.p) if self.costs else None
+        if self.costs is None or choice_ms is None:
+            return None
+        live = records[0].live
+        verify = live.verify if live else self.verify(asked, run.p)
+        return predicted_speedup(records, self.costs, choice_ms, verify=verify)
+
+
+def _work(
+    recording: Recording, asked: Asked, loaded: dict[object, Any], *, live: bool, costs: Costs | str | None
+) -> _Work:
     """The runs of one task, checked; rescorers that other tasks have `loaded` are shared."""
     runs = runs_of(asked)
     if not runs:
@@ -179,7 +216,8 @@ def _work(recording: Recording, asked: Asked, loaded: dict[object, Any], *, live
     for _, drafters in choosing.values():
         check_drafters(drafters, live=live)
     _check_weights(runs, {label: rescorer for label, (rescorer, _) in choosing.items()})
-    fitted = fit_before(recording, choosing)
+    table = costs_for(recording, target_before(recording), choosing, costs)
+    fitted = fit_before(recording, choosing, table)
     records = []
     for run in runs:
         identity, of_drafters = identities_of(fitted[run.label])
@@ -187,7 +225,7 @@ def _work(recording: Recording, asked: Asked, loaded: dict[object, Any], *, live
         records.append(
             RunRecord(rescorer=run.label, k=run.k, p=run.p, alpha=alpha, identity=identity, drafters=of_drafters)
         )
-    return _Work(recording, runs, choosing, records)
+    return _Work(recording, runs, choosing, records, table)
 
 
 def _check_identities(work: Iterable[_Work]) -> None:
@@ -226,7 +264,8 @@ class _Evaluator:
         """Finishes the task. Ctrl-C while its trace is recorded: what there is of it is replayed first."""
         recording = self.task.recording
         p = max(run.p for run in self.task.runs)
-        if live and usable_verify(recording.models.base, self.config.verify, p) != self.config.verify:
+        trees = recording.models.base.supports_tree if live else True
+        if usable_verify(self.config.verify, p, trees=trees) != self.config.verify:
             line = f"{recording.inputs.base} takes no tree mask; its {p} drafts a step are verified as a batch"
             self.notify(line)
         try:
@@ -261,13 +300,15 @@ class _Evaluator:
             for run, drafting in self.drafting.items():
                 missing = self._missing(run, examples)
                 began = time.monotonic()
-                replayed = replay_steps(missing, drafting, self.drafted)
+                verify, limits = self.task.verify(self.config.verify, run.p), Limits.of(trace.header)
+                replayed = replay_steps(missing, drafting, self.drafted, verify=verify, limits=limits)
                 slowest = max(slowest, time.monotonic() - began)
                 for example, steps in zip(missing, replayed, strict=True):
                     self.log.add(ExampleRecord(
                         **self._facts(run, trace, example), quality=quality[example.id],
                         cut=is_cut(example.output_ids, trace.header.eos_token_ids), accepted=steps.accepted,
-                        drafts=steps.drafts, oracle_accepted=oracles[_chosen_among(drafting)][example.id],
+                        drafts=steps.drafts, calls=steps.calls,
+                        oracle_accepted=oracles[_chosen_among(drafting)][example.id],
                         output_ids=example.output_ids.tolist(), **self._beside(drafting, example, steps.accepted),
                     ))  # fmt: skip
             if progress:
@@ -311,8 +352,8 @@ class _Evaluator:
                         **self._facts(run, trace, example),
                         quality=self._quality(base.decode_text(decoded.output_ids), example),
                         cut=is_cut(decoded.output_ids, base.eos_token_ids), accepted=decoded.accepted,
-                        drafts=decoded.drafts, oracle_accepted=oracles[_chosen_among(drafting)][example.id],
-                        output_ids=decoded.output_ids,
+                        drafts=decoded.drafts, calls=decoded.calls,
+                        oracle_accepted=oracles[_chosen_among(drafting)][example.id], output_ids=decoded.output_ids,
                         **(self._beside(drafting, example, decoded.accepted) if traced else {}),
                         live=LiveExample(
                             first_difference=differs, margin=margin, verify=decoded.verify, seconds=decoded.seconds,
@@ -328,6 +369,7 @@ class _Evaluator:
         return {
             "task": self.task.name, "rescorer": run.label, "p": run.p, "k": run.k, "id": example.id,
             "group": example.group, "h": trace.header.h, "longest": self.drafting[run].longest(trace.header.h),
+            "prompt_tokens": len(example.prompt_ids),
         }  # fmt: skip
 
     def _beside(self, drafting: Drafting, example: TracedExample, accepted: list[int]) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from lm.records import Count, Number, plain
+from rescore.calls import Call
+from rescore.costs.table import Costs
 from rescore.runs.inputs import Inputs
 
-SCHEMA = "rescore.results/7"
+SCHEMA = "rescore.results/8"
 Interval = tuple[Number, Number]
 # Kinds of drafters by the bits of `lattices.joined.sources`, which is not imported to name them.
 SOURCES = {1: "heads", 2: "lookup", 4: "draft-model", 8: "corpus-lookup", 16: "trace"}
@@ -72,8 +74,9 @@ class ExampleRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
     rescorer: label of the run; k: lattice entries of a slot; p: drafts of a step.
     group: key of the source that the example shares with others.
-    h: heads; longest: tokens of a draft at most (None: h).
-    accepted: tokens accepted by each step; drafts: the winning draft of each step.
+    h: heads; longest: tokens of a draft at most (None: h). prompt_tokens: of the prompt.
+    accepted: tokens accepted by each step; drafts: the winning draft of each step; calls: what each step verified (in
+        replay: would have).
     oracle_accepted: by each step of the oracle's decode of the trace, also where a live output is another.
     unrescored_accepted: by the unrescored draft where each step began; None where the lattices there are not known.
     origins, alone_accepted: `rescore.drafters.provenance.Provenance`, of several drafters.
@@ -88,10 +91,12 @@ class ExampleRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     group: str
     h: Count
     longest: Count | None = None
+    prompt_tokens: Count
     quality: dict[str, float]
     cut: bool | None = None
     accepted: list[Count]
     drafts: list[list[Count]]
+    calls: list[Call]
     oracle_accepted: list[Count]
     unrescored_accepted: list[Count] | None = None
     origins: list[list[Count]] | None = None
@@ -135,7 +140,6 @@ class Latency:
     verify_ms, draft_ms, rescore_ms and its median and 95th percentile: per step.
     glue_share: share of a step's time that is none of these.
     speedup: tokens_per_second over autoregressive_tokens_per_second.
-    predicted_speedup: block efficiency x autoregressive / (verify + draft + rescore); None: no step needed a call.
     """
 
     verify: str
@@ -150,7 +154,6 @@ class Latency:
     tokens_per_second: Number
     autoregressive_tokens_per_second: Number
     speedup: Number
-    predicted_speedup: Number | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +185,8 @@ class Result:
     against_unrescored: None where a live output is not the trace's.
     quality: mean of each metric over the examples with references (empty: the text is not known).
     cut_at_limit: share of outputs that did not come to their end (None: the end-of-text token is not known).
+    predicted_speedup: over greedy decoding, by the run's costs (`rescore.costs.predicting`); None without any, or where
+        they lack the time of this rescorer.
     identical, divergence, latency: of live decoding, else None.
     sources: where accepted tokens came from, of several drafters.
     """
@@ -208,6 +213,7 @@ class Result:
     conditional: list[Number | None]
     quality: dict[str, Number]
     cut_at_limit: Number | None
+    predicted_speedup: Number | None
     identical: Identical | None
     divergence: list[Divergence] | None
     latency: Latency | None
@@ -311,8 +317,9 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class RunConfig:
     """All that the numbers of an evaluation follow from, and what the user was told.
 
-    mode: replay or live; verify: tree or batch (live); seed: of the bootstrap intervals.
+    mode: replay or live; verify: tree or batch (live, and by costs); seed: of the bootstrap intervals.
     inputs, runs: by task. data: by task where its examples are from; traces: by task what its trace is of, and its k.
+    costs: by task what steps cost, where runs were planned or predicted by that.
     """
 
     mode: Literal["replay", "live"] = "replay"
@@ -326,6 +333,7 @@ class RunConfig:
     threads: int
     data: dict[str, dict[str, Any]]
     traces: dict[str, dict[str, Any]]
+    costs: dict[str, Costs] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
     def decides(self) -> dict[str, Any]:
@@ -337,6 +345,8 @@ class RunConfig:
         names = ("mode", "verify", "seed", "inputs", "data", "traces")
         return {name: plain(getattr(self, name)) for name in names} | {
             "runs": {task: ", ".join(map(str, runs)) for task, runs in self.runs.items()},
+            # Of costs only what the calls depend on: others can be predicted by later.
+            "without_trees": [task for task, costs in self.costs.items() if costs.tree_ms is None],
             "weights": {  # by name, so that a difference names them
                 task: {
                     str(run): {

@@ -120,6 +120,14 @@ class Run:
         return self.label, self.p, self.k
 
     @property
+    def chooses(self) -> str:
+        """What takes time in its steps, as tables of costs name it: the label that it has by default, without the
+        weight."""
+        if self.rescorer == NONE and len(self.drafters) == 1:
+            return name_of(self.drafters[0])
+        return label_of(self.rescorer, self.drafters)
+
+    @property
     def needs_heads(self) -> bool:
         """Whether it drafts with block heads."""
         return not self.drafters or HEADS in [getattr(drafter, "name", drafter) for drafter in self.drafters]

@@ -30,11 +30,13 @@ def summarize(
     alpha: float | None = None,
     unrescored: Sequence[ExampleRecord] = (),
     drafters: Sequence[Drafter] = (),
+    predicted: float | None = None,
 ) -> Result:
     """The result of the records (one at least) of one task, rescorer and p.
 
     `alpha` of the rescorer is named in the result; `seed` of the bootstrap; `unrescored`: the records of `none` at
-    p = 1 of the same run, which the gain is over (none: no gain); `drafters`: what the rescorer chose among.
+    p = 1 of the same run, which the gain is over (none: no gain); `drafters`: what the rescorer chose among;
+    `predicted`: its speed-up.
     """
     first = records[0]
     longest = first.longest or first.h
@@ -59,9 +61,10 @@ def summarize(
         **dataclasses.asdict(accounting),
         quality=_quality(records),
         cut_at_limit=_cut_at_limit(records),
+        predicted_speedup=predicted,
         identical=Identical(n=len(records), identical=len(records) - len(differ)) if live else None,
         divergence=differ if live else None,
-        latency=latency(records, accounting.block_efficiency) if live else None,
+        latency=latency(records) if live else None,
         sources=_sources(records, drafters),
     )
 
@@ -136,7 +139,7 @@ def _sources(records: Sequence[ExampleRecord], drafters: Sequence[Drafter]) -> l
     return shares
 
 
-def latency(records: Sequence[ExampleRecord], block_efficiency: float) -> Latency:
+def latency(records: Sequence[ExampleRecord]) -> Latency:
     """Times of live records; all of them are live."""
     live = [r.live for r in records if r.live is not None]
     steps = sum(len(r.accepted) for r in records)
@@ -161,5 +164,4 @@ def latency(records: Sequence[ExampleRecord], block_efficiency: float) -> Latenc
         tokens_per_second=tokens / spent,
         autoregressive_tokens_per_second=greedy_tokens / greedy,
         speedup=(tokens / spent) / (greedy_tokens / greedy),
-        predicted_speedup=block_efficiency * (greedy / greedy_tokens * 1e3) / step if step else None,
     )

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 LABEL = (TASK, RESCORER, K, P)
 ORACLE = Column("oracle", NUMBER, "oracle_block_efficiency")
 SPEEDUP = Column("speed-up", TIMES, "speedup", "latency.speedup")
+PREDICTED = Column("predicted", TIMES, "predicted_speedup")
 OUTCOMES = ("won", "tied", "lost")  # of a step against the unrescored draft
 SOURCES = (Column("source"), Column("proposed", SHARE), Column("only it", SHARE, "only"), Column("alone", NUMBER))
 OF_SOURCES = (
@@ -88,6 +89,7 @@ def _overview(document: ResultsDocument, *, more: bool) -> Table:
     columns = [
         *LABEL, *apart, *filled(ALPHA), *EFFICIENCY, *filled(*GAINS), *filled(_gap_share(results)),
         *filled(_outcome("won"), _outcome("lost")), *filled(SPEEDUP),
+        *filled(PREDICTED),
     ]  # fmt: skip
     shown = {column.heading for column in columns}
     live = [r.identical for r in results if r.identical]
@@ -101,11 +103,19 @@ def _overview(document: ResultsDocument, *, more: bool) -> Table:
         "groups)" + (", gains paired" if "gain" in shown else ""),
         "speed-up": "speed-up = tokens a second over those of greedy decoding in the same run, to which "
         f"{same} of {outputs} outputs are identical",
+        "predicted": f"predicted = that speed-up by the costs of a step {_costs_of(document)}",
     }
     note = "; ".join(notes[name] for name in notes if name in shown) + "." + (" --details shows more." if more else "")
     return Table.of(
         columns, results, title=_caption(document, apart), note=textwrap.fill(note, NOTE_WIDTH, break_on_hyphens=False)
     )
+
+
+def _costs_of(document: ResultsDocument) -> str:
+    """What the speed-ups are predicted for, and by what time of the rescorers that were not measured they are not."""
+    lacking = any(r.predicted_speedup is None for r in document.results)
+    of = "; ".join(dict.fromkeys(f"in {costs.dtype} on {costs.machine}" for costs in document.config.costs.values()))
+    return printable(of) + (" (- where these lack the time of the rescorer)" if lacking else "")
 
 
 def _ceiling(results: Sequence[Result]) -> str:
@@ -218,12 +228,8 @@ def _speed(results: Sequence[Result]) -> Table:
         *LABEL, Column("identical", Format(lambda i: f"{i.identical}/{i.n}")),
         Column("tok/s", fixed(1), field="latency.tokens_per_second"),
         Column("greedy tok/s", fixed(1), field="latency.autoregressive_tokens_per_second"), SPEEDUP,
-        Column("predicted", TIMES, field="latency.predicted_speedup"),
     ]  # fmt: skip
-    note = (
-        "greedy = autoregressive decoding in the same run; identical = outputs equal to it; prefill is apart;\n"
-        "predicted = block eff. x greedy ms / (verify + draft + rescore ms)."
-    )
+    note = "greedy = autoregressive decoding in the same run; identical = outputs equal to it; prefill is apart."
     return Table.of(columns, [r for r in results if r.latency and r.identical], note=note)
 
 
@@ -304,7 +310,7 @@ def suite_table(results: Sequence[Result]) -> Table:
     live = any(r.latency for r in results)
     columns = [
         TASK, RESCORER, *several, P, EXAMPLES, GROUPS, ALPHA, *EFFICIENCY, *GAINS, *map(_outcome, OUTCOMES), ORACLE,
-        *([SPEEDUP] if live else []),
+        *([SPEEDUP] if live else []), *([PREDICTED] if any(r.predicted_speedup for r in results) else []),
     ]  # fmt: skip
     return Table.of(columns, results)
 
@@ -327,7 +333,7 @@ def results_csv(results: Sequence[Result], *, task: str | None = None, **facts: 
         *(Column(name, field=f"against_unrescored.{name}") for name in OUTCOMES),
         Column("sources", field=lambda r: "; ".join(_source_facts(share) for share in r.sources)),
         Column("quality", field=lambda r: "; ".join(f"{name} {value:.4f}" for name, value in r.quality.items())),
-        Column("cut_at_limit"), *(Column(name, field=f"latency.{name}") for name in times),
+        Column("cut_at_limit"), PREDICTED, *(Column(name, field=f"latency.{name}") for name in times),
         *(Column(f"marginal_{i + 1}", field=f"marginal.{i}") for i in range(max(len(r.marginal) for r in results))),
     ]  # fmt: skip
     return Table.of(columns, results)

@@ -26,6 +26,7 @@ from rescore.tracing import Trace
 
 if TYPE_CHECKING:
     from lm.base.model import BaseLM
+    from rescore.costs.table import Costs
 
 LEAST_COVERAGE = 0.1
 
@@ -38,12 +39,15 @@ def target_before(recording: Recording) -> Target:
     return Target.of(base, base["vocab_size"])
 
 
-def fit_before(recording: Recording, choosing: Mapping[str, Choosing]) -> dict[str, Choosing]:
+def fit_before(
+    recording: Recording, choosing: Mapping[str, Choosing], costs: Costs | None = None
+) -> dict[str, Choosing]:
     """Rescorers and drafters fitted before anything is decoded: what they score with has its whole `identity` then.
 
+    costs: for rescorers that draft by them.
     Raises as `Rescorer.fit`: for one that was made for another tokenizer, or has no weights for this base LM.
     """
-    return fitted_to(target_before(recording), choosing)
+    return fitted_to(dataclasses.replace(target_before(recording), costs=costs), choosing)
 
 
 def identities_of(choosing: Choosing) -> tuple[str, list[str]]:
@@ -131,10 +135,16 @@ def target_of(trace: Trace, *, device: str = "cpu", shared: BaseLM | None = None
 
 
 def fit_to(
-    trace: Trace, choosing: Mapping[str, Choosing], *, device: str = "cpu", shared: BaseLM | None = None
+    trace: Trace,
+    choosing: Mapping[str, Choosing],
+    *,
+    device: str = "cpu",
+    shared: BaseLM | None = None,
+    costs: Costs | None = None,
 ) -> dict[str, Choosing]:
     """Rescorers and drafters fitted to a trace's base LM, which is `shared` where it is loaded."""
-    return fitted_to(target_of(trace, device=device, shared=shared), choosing)
+    target = target_of(trace, device=device, shared=shared)
+    return fitted_to(dataclasses.replace(target, costs=costs), choosing)
 
 
 def fitted_to(target: Target, choosing: Mapping[str, Choosing]) -> dict[str, Choosing]:

@@ -20,11 +20,13 @@ from rescore.table import (
     MILLISECONDS,
     NUMBER,
     PLAIN,
+    RESCORER,
     TASK,
     TIMES,
     Column,
     Format,
     H,
+    K,
     P,
     Table,
     fixed,
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from lm.ngram.mix import MixedNgram
     from lm.ngram.score import NgramScore
     from lm.training.heads import HeldOutAccuracy
-    from rescore.costs import Costs
+    from rescore.costs.table import Costs
     from rescore.studies.block_length import BlockLengths
     from rescore.studies.comparison import Comparison, SideResult
     from rescore.studies.cost.model import CostTable, Decoder, MethodCost
@@ -77,21 +79,30 @@ def verify_curve_table(curve: VerifyCurve) -> Table:
     return Table(columns, rows, note=note)
 
 
-def costs_table(costs: Costs) -> Table:
-    """Milliseconds of a forward, by tokens and context."""
+def costs_tables(costs: Costs) -> list[Table]:
+    """Milliseconds of a step, by tokens and context, and of choosing its drafts."""
     columns = [
         Column("tokens", COUNT),
         *(Column(f"{c} cached", MILLISECONDS) for c in costs.contexts),
         Column("against 1", TIMES),
     ]
-    first = costs.verify_ms[0][0]
+    first = costs.step_ms[0][0]
     rows = [
-        [n, *(row[place] for row in costs.verify_ms), costs.verify_ms[0][place] / first]
+        [n, *(row[place] for row in costs.step_ms), costs.step_ms[0][place] / first]
         for place, n in enumerate(costs.nodes)
     ]
-    heads = "no heads" if costs.heads_ms is None else f"heads {costs.heads_ms:.1f} ms"
-    note = f"{costs.base}, {costs.dtype}, {costs.device}, {costs.threads} threads: median ms of a forward; {heads}."
-    return Table(columns, rows, note=note)
+    facts = ["no tree mask" if costs.tree_ms is None else f"several drafts as a tree {costs.tree_ms:.1f} ms more"]
+    facts += [f"heads (h = {costs.heads.h}) {costs.heads.ms:.1f} ms more" if costs.heads else "no heads"]
+    note = (
+        f"{costs.base} in {costs.dtype} on {printable(str(costs.machine))}:\n"
+        f"median ms of a step that verifies one draft of so many tokens; {', '.join(facts)}."
+    )
+    chosen = Table.of(
+        [RESCORER, K, P, Column("ms", fixed(2))],
+        costs.choices,
+        note="ms of drafting and rescoring in a step, the heads apart.",
+    )
+    return [Table(columns, rows, note=note), *([chosen] if costs.choices else [])]
 
 
 def block_length_table(study: BlockLengths) -> Table:

@@ -33,11 +33,14 @@ def _caption(results: Sequence[Result], plan: Plan) -> str:
     if limits := sorted({tuning.limit for name in weighted if (tuning := plan.tuning(name))}):
         facts.append(f"alpha tuned on {' or '.join(map(str, limits))} examples of the last groups of the data")
     facts += ["examples that share text with training corpora left out"] if plan.leave_out == SHIPPED else []
+    predicted = ""
+    if any(r.predicted_speedup for r in results):
+        predicted = "; predicted: the speed-up over greedy decoding by the costs of a step (rescore bench costs)"
     return (
         f"{', '.join(map(escaped, facts))}. Block efficiency and its gain over `none` with p = 1 have 95 % intervals "
         "(studentised bootstrap by group: examples of one source), those of gains paired; won, tied, lost: steps that "
         "accepted more, as many, fewer tokens than the unrescored draft would have there; oracle: the best path of "
-        "what the run's drafters propose."
+        f"what the run's drafters propose{predicted}."
     )
 
 

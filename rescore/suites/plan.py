@@ -12,6 +12,7 @@ from lattices.errors import RescoreError
 from lm.text_files import rows_file
 from lm.yaml_input import Value, read_yaml
 from rescore.checks import MAX_ALPHA, VERIFY_MODES
+from rescore.costs.kept import HERE, read_costs
 from rescore.rescorers import WEIGHT
 from rescore.runs.inputs import Inputs
 from rescore.runs.recording import recorded_task
@@ -27,7 +28,7 @@ MODES = ("replay", "live")
 LIMITS = ("limit", "max_new_tokens", "max_prompt_tokens")
 KEYS = (
     "base", "heads", "dtype", "device", "mode", "verify", "seed", "tasks", "rescorers", "k", "p", "h", "tune",
-    "leave_out", *LIMITS,
+    "leave_out", "costs", *LIMITS,
 )  # fmt: skip
 Made = TypeVar("Made")
 
@@ -89,6 +90,7 @@ class Plan:
     device: str = Inputs.device
     seed: int = 0
     leave_out: str | None = None
+    costs: str | None = None
 
     def inputs(self, task: SuiteTask, h: int | None) -> Inputs:
         """One task with one h."""
@@ -148,10 +150,11 @@ def read_plan(
         device=top["device"].text() if "device" in top else Plan.device,
         seed=top["seed"].whole(least=0) if "seed" in top else 0,
         leave_out=_leave_out(top["leave_out"]) if "leave_out" in top else None,
+        costs=_costs(top["costs"]) if "costs" in top else None,
         **_limits(top),
     )
-    if mode == "replay" and plan.verify != Plan.verify:
-        raise top["verify"].wrong(f"{plan.verify} is how live decoding verifies; drop it, or add mode: live")
+    if mode == "replay" and plan.verify != Plan.verify and plan.costs is None:
+        raise top["verify"].wrong(f"{plan.verify} is how live decoding verifies; drop it, or add mode: live (or costs)")
     for task, value in zip(plan.tasks, top["tasks"].items(), strict=True):
         if task.trace and mode == "live":
             raise value.wrong("a trace can be replayed, not decoded live; drop trace, or mode: live")
@@ -182,6 +185,13 @@ def _task(value: Value, data: Path | None) -> SuiteTask:
 def _leave_out(value: Value) -> str:
     text = value.text()
     _at(value, lambda: read_leave_out(text))
+    return text
+
+
+def _costs(value: Value) -> str:
+    text = value.text()
+    if text != HERE:
+        _at(value, lambda: read_costs(text))
     return text
 
 

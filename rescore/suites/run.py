@@ -25,6 +25,8 @@ from lm.files import (
 from lm.keys import key_of
 from lm.locks import writing_to
 from lm.records import convert_record, plain
+from rescore.costs.kept import costs_for
+from rescore.costs.table import Costs
 from rescore.runs.environment import environment
 from rescore.runs.evaluated import load_run
 from rescore.runs.evaluation import evaluate
@@ -35,7 +37,7 @@ from rescore.runs.records import Result, RunConfig
 from rescore.runs.run import Choosing, Run, load_choosing
 from rescore.runs.tables import results_csv
 from rescore.runs.tuning import tune
-from rescore.runs.weights import fit_before, identities_of
+from rescore.runs.weights import fit_before, identities_of, target_before
 from rescore.suites.files import (
     CSV_FILE,
     MANIFEST_FILE,
@@ -93,9 +95,9 @@ def _run(plan: Plan, out: Path, source: str, progress: Progress | None, notify: 
         try:
             for part in parts:
                 # For each part: files of rescorers may be replaced in between.
-                choosing = fit_before(part.recording, _choosing(plan))
+                choosing, costs = _fitted(plan, part)
                 runs = _weighted(plan, part, choosing, weights, progress, add)
-                results, interrupted = _evaluate(plan, part, runs, choosing, out, progress, add)
+                results, interrupted = _evaluate(plan, part, runs, choosing, costs, out, progress, add)
                 suite.results += results
                 if interrupted:
                     break
@@ -135,10 +137,17 @@ def _parts(plan: Plan) -> list[_Part]:
             if (other := tasks.setdefault(name, recording.name)) != recording.name:
                 raise RescoreError(f"the tasks {other} and {recording.name} would share a folder; rename one of them")
     check_names([part.recording for part in parts if part.h == plan.h[0]])
-    choosing = _choosing(plan)
     for part in parts:
-        fit_before(part.recording, choosing)
+        _fitted(plan, part)
     return parts
+
+
+def _fitted(plan: Plan, part: _Part) -> tuple[dict[str, Choosing], Costs | None]:
+    """The rescorers of a plan with their drafters by name, from the files as they are now, fitted to a part's base; and
+    the costs that its runs are planned and predicted by."""
+    choosing = load_choosing(Run(r.name) for r in plan.rescorers)
+    costs = costs_for(part.recording, target_before(part.recording), choosing, plan.costs)
+    return fit_before(part.recording, choosing, costs), costs
 
 
 class _TunedWeights:
@@ -233,6 +242,7 @@ def _evaluate(
     part: _Part,
     runs: list[Run],
     choosing: dict[str, Choosing],
+    costs: Costs | None,
     out: Path,
     progress: Progress | None,
     notify: Notify,
@@ -241,27 +251,22 @@ def _evaluate(
     folder = out / part.folder
     if (folder / RESULTS_FILE).is_file():
         finished = load_run(folder)
-        if _is_same(part, choosing, finished.config):
+        if _is_same(part, choosing, costs, finished.config):
             for line in finished.notices:
                 notify(line)
             return finished.results, False
     evaluation = evaluate(
-        part.recording, runs, live=plan.mode == "live", verify=plan.verify, seed=plan.seed, out=folder,
-        progress=progress, notify=notify,
+        part.recording, runs, live=plan.mode == "live", verify=plan.verify, costs=plan.costs, seed=plan.seed,
+        out=folder, progress=progress, notify=notify,
     )  # fmt: skip
     return evaluation.results, evaluation.interrupted
 
 
-def _is_same(part: _Part, choosing: dict[str, Choosing], config: RunConfig) -> bool:
-    """Whether these results are of the data, base, heads and rescorers that are there now; if not, `evaluate` tells the
-    change."""
+def _is_same(part: _Part, choosing: dict[str, Choosing], costs: Costs | None, config: RunConfig) -> bool:
+    """Whether these results are of the data, base, heads, rescorers and costs that are there now; if not, `evaluate`
+    tells the change, or predicts by the costs of now."""
     name, recording = part.recording.name, part.recording
-    of_now = [recording.source, {"k": recording.k, **recording.settings}, recording.inputs]
-    of_then = [config.data.get(name), config.traces.get(name), config.inputs.get(name)]
+    of_now = [recording.source, {"k": recording.k, **recording.settings}, recording.inputs, costs]
+    of_then = [config.data.get(name), config.traces.get(name), config.inputs.get(name), config.costs.get(name)]
     then = {r.rescorer: (r.identity, r.drafters) for r in config.runs.get(name, ())}
     return plain(of_now) == plain(of_then) and then == {label: identities_of(each) for label, each in choosing.items()}
-
-
-def _choosing(plan: Plan) -> dict[str, Choosing]:
-    """The rescorers of a plan with their drafters by name, from the files as they are now."""
-    return load_choosing(Run(r.name) for r in plan.rescorers)

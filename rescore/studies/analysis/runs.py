@@ -32,7 +32,6 @@ class Wallclock(Record):
     rescore_p95_ms: float
     glue_share: float
     speedup: float
-    predicted_speedup: float | None
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,7 @@ class RescorerAnalysis(Record):
     oracle_block_efficiency: float
     gain: float | None
     gain_ci95: tuple[float, float] | None
+    predicted_speedup: float | None
     repetition: BeforeAfter | None
     outcomes: Outcomes | None
     wallclock: Wallclock | None

@@ -22,6 +22,7 @@ from lattices.errors import InvalidDataError, RescoreError
 from lm.base.catalog import load_base
 from lm.base.model import BaseLM
 from lm.base.packed import PackedProduct, can_pack, pack
+from lm.heads.block_heads import load_heads
 from rescore.calls import NO_CALL, Call
 from rescore.costs import kept
 from rescore.costs.kept import costs_here, keep_costs, read_costs, this_machine
@@ -29,6 +30,7 @@ from rescore.costs.measuring import measure_costs
 from rescore.costs.predicting import predicted_speedup
 from rescore.costs.table import ChoiceCost, Costs
 from rescore.decoding import decode
+from rescore.generation.live import Generator
 from rescore.rescorers.joint_plan import PATIENCE, Plan, best_size
 from rescore.runs.evaluated import load_run
 from rescore.runs.records import Identical
@@ -128,6 +130,25 @@ def test_where_nothing_pays_nothing_is_drafted(options: Options, tmp_path: Path)
     assert result.block_efficiency == 1.0
     keep_costs(costs)
     refused(lambda: evaluated(options | {"rescorers": [run]}), "no costs of", "are measured on this machine (with")
+
+
+def test_generation_plans_by_what_was_measured_here(options: Options, tmp_path: Path):
+    ngram = save(tmp_path / "ngram", bigram_model())
+    for drafters in (["heads", "lookup"], ["lookup"]):
+        fit_joint(opened(options), tmp_path / "w", f"joint:ngram={ngram}", drafters=drafters, k=8, held_out=2)
+    base = load_base(options["base"], dtype="float64", device="cpu")
+    heads = load_heads(base, options["heads"])
+    (run,) = runs_of([f"joint:{tmp_path / 'w'},ngram={ngram}"], ks=(8,), nodes="auto")
+    refused(lambda: Generator.of(base, heads, run), "with these heads are measured on this machine")
+    keep_costs(measure_costs(base, heads, contexts=(8, 64), nodes=(1, 2, 8), repeats=1))
+    prompt = list(b"the bridge was built in the bridge was")
+    decoded = Generator.of(base, heads, run).decode(prompt, 24)
+    assert decoded.output_ids == decode(base, None, prompt, max_new_tokens=24).output_ids
+    text = Run(f"joint:{tmp_path / 'w'},ngram={ngram},nodes=auto", p=32, k=8, drafters=("lookup",))
+    assert Generator.of(base, None, text).decode(prompt, 24).output_ids == decoded.output_ids, "it needs no heads"
+    cut = heads.first(2)
+    assert cut.sha256 == heads.sha256, "how many are used is told apart"
+    refused(lambda: Generator.of(base, cut, run), "with these heads are measured on this machine")
 
 
 class TestKept:

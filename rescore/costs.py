@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from lm.heads.block_heads import BlockHeads
     from rescore.runs.inputs import Inputs
 
-SCHEMA = "rescore.costs/1"
+SCHEMA = "rescore.costs/2"
 CONTEXTS = (64, 256, 640)  # cached tokens
 NODES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
+VOCABULARIES = (2048, 4096, 8192, 16384)  # tokens that heads draft from
 ADVICE = "measure them: rescore bench costs"
 
 
@@ -37,6 +38,7 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     base, dtype, device, machine, threads: what it was measured with.
     contexts: cached tokens; nodes: tokens of a forward; verify_ms `[contexts][nodes]`: medians.
     heads_ms: from a state to the lattice of all heads (None: the base has none).
+    vocabulary_ms: the same where they draft from so many tokens, the whole vocabulary among them.
     """
 
     base: str
@@ -48,7 +50,15 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     nodes: list[Count]
     verify_ms: list[list[Number]]
     heads_ms: Number | None
+    vocabulary_ms: dict[Count, Number]
     schema: str = SCHEMA
+
+    def heads_of(self, vocabulary: int | None) -> float:
+        """Of heads that draft from so many tokens (None: all): straight lines between what was measured."""
+        if vocabulary is None or not self.vocabulary_ms:
+            return self.heads_ms or 0.0
+        sizes = sorted(self.vocabulary_ms)
+        return float(np.interp(vocabulary, sizes, [self.vocabulary_ms[size] for size in sizes]))
 
     def curve(self, context: int, most: int) -> np.ndarray:
         """Of forwards of 1 to `most` tokens on so many cached ones, float64 `[most]`: between the measured sizes and
@@ -78,9 +88,16 @@ def measure_costs(
 ) -> Costs:
     """Measures them with the weights laid out as decoding has them. Raises `RescoreError` for contexts that do not
     fit."""
+    from lm.heads.draft_rows import DraftRows
     from rescore.studies.verify_curve import heads_milliseconds, verify_curve
 
     base.pack()
+    vocabulary_ms = {}
+    if heads:
+        for size in (size for size in VOCABULARIES if size < base.vocab_size):
+            projection = DraftRows(base, torch.arange(size)).with_tokens(())
+            vocabulary_ms[size] = heads_milliseconds(base, heads, k, repeats, projection)
+        vocabulary_ms[base.vocab_size] = heads_milliseconds(base, heads, k, repeats)
     curves = [verify_curve(base, cached=cached, repeats=repeats, sizes=nodes) for cached in sorted(set(contexts))]
     return Costs(
         base=base.identity.name,
@@ -91,7 +108,8 @@ def measure_costs(
         contexts=[curve.cached for curve in curves],
         nodes=list(nodes),
         verify_ms=[curve.milliseconds for curve in curves],
-        heads_ms=heads_milliseconds(base, heads, k, repeats) if heads else None,
+        heads_ms=vocabulary_ms.get(base.vocab_size),
+        vocabulary_ms=vocabulary_ms,
     )
 
 

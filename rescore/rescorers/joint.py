@@ -156,7 +156,7 @@ class Joint(Rescorer):
                 return self._cut(tree, nodes, p)
         tree = self._tree(proposals.sources(row, context, statistics), self._weights, first)
         asked = proposals.has_lattices
-        rate, nodes = best_size(tree[3], curve + ((costs.heads_ms or 0.0) if asked else 0.0))
+        rate, nodes = best_size(tree[3], curve + (costs.heads_of(proposals.draft_vocabulary) if asked else 0.0))
         plan.took(heads=asked, rate=rate)
         return self._cut(tree, nodes, p)
 

@@ -96,7 +96,9 @@ def costs_table(costs: Costs) -> Table:
         for place, n in enumerate(costs.nodes)
     ]
     heads = "no heads" if costs.heads_ms is None else f"heads {costs.heads_ms:.1f} ms"
-    note = f"{costs.base}, {costs.dtype}, {costs.device}, {costs.threads} threads: median ms of a forward; {heads}."
+    fewer = [f"{size:,}: {ms:.1f}" for size, ms in sorted(costs.vocabulary_ms.items())[:-1]]
+    heads += f" (draft vocabulary of {', '.join(fewer)} ms)" if fewer else ""
+    note = f"{costs.base}, {costs.dtype}, {costs.device}, {costs.threads} threads: median ms of a forward;\n{heads}."
     return Table(columns, rows, note=note)
 
 

@@ -14,6 +14,7 @@ from lattices.errors import RescoreError
 from lm.base.cache import BufferLayer
 from lm.base.model import BaseLM
 from lm.heads.block_heads import BlockHeads
+from lm.heads.draft_rows import DraftProjection
 from rescore.studies.records import Record
 
 VERIFY_SIZES = (1, 2, 4, 9, 16, 32, 64, 144)
@@ -81,11 +82,14 @@ def verify_curve(
 
 
 @torch.inference_mode()
-def heads_milliseconds(base: BaseLM, heads: BlockHeads, k: int, repeats: int) -> float:
-    """Median milliseconds from one state to its lattice, head 1's logits given."""
+def heads_milliseconds(
+    base: BaseLM, heads: BlockHeads, k: int, repeats: int, projection: DraftProjection | None = None
+) -> float:
+    """Median milliseconds from one state to its lattice, head 1's logits given; `projection`: as `BlockHeads.slots` has
+    it."""
     state = torch.randn(1, base.hidden_size, generator=torch.Generator().manual_seed(0))
     hidden = state.to(base.device, base.dtype)
     first = base.project(hidden)
     # It ends on the CPU: what was asked of a GPU is done then.
-    (seconds,) = median_seconds([lambda: heads.lattice(base, hidden, first, k)], repeats)
+    (seconds,) = median_seconds([lambda: heads.lattice(base, hidden, first, k, projection=projection)], repeats)
     return seconds * 1e3

@@ -24,10 +24,12 @@ from rescore.runs.run import Run, runs_of
 from rescore.runs.tuning import fit_joint
 
 
-def costs_of(verify: list[list[float]], *, heads: float | None = 10.0, contexts=(64, 256), nodes=(1, 4, 16)) -> Costs:
+def costs_of(
+    verify: list[list[float]], *, heads: float | None = 10.0, vocabularies=(), contexts=(64, 256), nodes=(1, 4, 16)
+) -> Costs:
     return Costs(
         base="tiny", dtype="float32", device="cpu", machine="m", threads=1, contexts=list(contexts), nodes=list(nodes),
-        verify_ms=verify, heads_ms=heads,
+        verify_ms=verify, heads_ms=heads, vocabulary_ms=dict(vocabularies),
     )  # fmt: skip
 
 

@@ -161,8 +161,7 @@ def read_draft_vocabulary(path: Path | str) -> DraftVocabulary:
     """The draft vocabulary in a file, checked. Raises `RescoreError` if there is none, `InvalidDataError` if it is
     broken or of another version."""
     place = user_path(path, "the draft vocabulary")
-    advice = "give a file of rescore build-draft-vocabulary"
-    missing = f"no draft vocabulary in {place}; {advice}"
+    missing = f"no draft vocabulary in {place}"
     found = read_record(place, DraftVocabulary, missing=missing, advice=REBUILD, schema=SCHEMA)
     token_ids, counts = (np.array(each, dtype=np.int64) for each in (found.token_ids, found.counts))
     if (

@@ -63,9 +63,10 @@ class VocabularySweep:
             raise RescoreError("--draft-vocabulary is of block heads, and no --rescorer drafts with them; drop it")
         return cls(list(every), swept)
 
-    def tables(self, evaluation: Evaluation, *, seed: int) -> list[Table]:
-        """The table of `of_evaluation`; none without sizes."""
-        return [vocabulary_sizes_table(found)] if (found := self.of_evaluation(evaluation, seed=seed)) else []
+    def tables(self, evaluation: Evaluation, *, details: bool = False, seed: int = 0) -> list[Table]:
+        """Those of the evaluation, and with sizes that of `of_evaluation`."""
+        found = self.of_evaluation(evaluation, seed=seed)
+        return [*evaluation.tables(details=details), *([vocabulary_sizes_table(found)] if found else [])]
 
     def of_evaluation(self, evaluation: Evaluation, *, seed: int = 0) -> list[VocabularySize]:
         """What the sizes come to, task by task; of examples that are finished with all tokens and with the size."""

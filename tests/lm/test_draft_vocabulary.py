@@ -163,7 +163,7 @@ class TestRefused:
 
     def test_broken_files(self, file: Path, tmp_path: Path):
         text = file.read_text()
-        refused(lambda: read_draft_vocabulary(tmp_path / "none.json"), "no draft vocabulary in", "give a file of")
+        refused(lambda: read_draft_vocabulary(tmp_path / "none.json"), "no draft vocabulary in", "can't read none.json")
         for broken, told in (
             (text[:50], "not valid JSON"),
             (text.replace("[5, 9", "[-5, 9"), "token_ids"),

@@ -252,8 +252,7 @@ def eval_command(
     recordings = open_recordings(task, inputs, **needed)
     how: dict[str, Any] = {"live": mode == "live", "verify": verify, "costs": costs, "peers": peer, "seed": seed}
     evaluation = _done(evaluate, recordings, runs, **how, out=out, notify=notify)
-    tables = () if as_json else [*evaluation.tables(details=details), *sweep.tables(evaluation, seed=seed)]
-    _print_json(plain(evaluation.document)) if as_json else _show(tables)
+    _print_json(plain(evaluation.document)) if as_json else _show(sweep.tables(evaluation, details=details, seed=seed))
     if evaluation.interrupted:
         kept = f"and kept in {out}: the same command goes on" if out else "(--out DIR would keep them)"
         _interrupted(f"the finished examples are shown {kept}" if evaluation.results else "none was finished yet")
@@ -437,8 +436,7 @@ def build_ngram_command(
     options = replace(options, tokenizer=tokenizer, discount_fallback=(0.5, 1.0, 1.5) if discount_fallback else None)
     summary = _done(build_ngram, corpus, folder, options, own=own, replace=out is not None)
     _result(summary, "rescore.studies.tables:built_ngram_table", as_json)
-    if not as_json:
-        print(f"next: {summary.use(tokenizer)}")
+    None if as_json else print(f"next: {summary.use(tokenizer)}")
 
 
 @command("build-lookup", NGRAMS, options=Source("lm.lookup_index:LookupOptions"), own=OWN)
@@ -459,8 +457,7 @@ def build_lookup_command(
     own, options = replace(own, base=base or tokenizer), replace(options, tokenizer=tokenizer)
     summary = _done(build_lookup, corpus, folder, options, own=own, replace=out is not None)
     _result(summary, "rescore.studies.tables:built_lookup_table", as_json)
-    if not as_json:
-        print(f"next: {summary.use()}")
+    None if as_json else print(f"next: {summary.use()}")
 
 
 @command("build-draft-vocabulary", NGRAMS, asked=Source("lm.draft_vocabulary:build_draft_vocabulary", but=OWN.but))

@@ -69,13 +69,15 @@ class DraftVocabularySummary:
     """What was built: of so many tokens, `coverage` by size is the share of them that the most frequent ones are."""
 
     path: str
+    tokenizer: str
     tokens: int
     distinct_tokens: int
     coverage: dict[int, float]
 
     def use(self) -> str:
         """The command that uses it next."""
-        return f"rescore eval --draft-vocabulary 4096,8192 --drafter {shlex.quote(f'heads:ranking={self.path}')}"
+        base = "" if self.tokenizer == OwnOutput.base else f"--base {shlex.quote(self.tokenizer)} "
+        return f"rescore eval {base}--draft-vocabulary 4096,8192 --drafter {shlex.quote(f'heads:ranking={self.path}')}"
 
 
 def build_draft_vocabulary(
@@ -137,7 +139,7 @@ def build_draft_vocabulary(
     shares = counts[ranked].cumsum() / document.tokens
     sizes = [size for size in SIZES if size < len(ranked)]
     coverage = {size: float(shares[size - 1]) for size in sizes} | {len(ranked): 1.0}
-    return DraftVocabularySummary(str(out), document.tokens, len(ranked), coverage)
+    return DraftVocabularySummary(str(out), name, document.tokens, len(ranked), coverage)
 
 
 def _with_ends(stream: Path, source: CorpusSource, tokenizer: Any) -> np.ndarray:
@@ -159,8 +161,7 @@ def read_draft_vocabulary(path: Path | str) -> DraftVocabulary:
     """The draft vocabulary in a file, checked. Raises `RescoreError` if there is none, `InvalidDataError` if it is
     broken or of another version."""
     place = user_path(path, "the draft vocabulary")
-    advice = "give a file of rescore build-draft-vocabulary"
-    missing = f"no draft vocabulary in {place}; {advice}"
+    missing = f"no draft vocabulary in {place}"
     found = read_record(place, DraftVocabulary, missing=missing, advice=REBUILD, schema=SCHEMA)
     token_ids, counts = (np.array(each, dtype=np.int64) for each in (found.token_ids, found.counts))
     if (

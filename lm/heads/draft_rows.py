@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from lm.base.model import BaseLM
-from lm.base.packed import can_pack, pack
+from lm.base.packed import PackedProduct, can_pack
 
 
 class DraftRows:
@@ -24,13 +24,12 @@ class DraftRows:
         self.base, self.token_ids = base, token_ids.to(base.device)
         weight, bias = base.output_embeddings.weight, base.output_embeddings.bias
         how = {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
-        self.linear = nn.utils.skip_init(nn.Linear, weight.shape[1], len(token_ids), **how).requires_grad_(False)
-        self.linear.weight.copy_(weight[self.token_ids])
+        linear = nn.utils.skip_init(nn.Linear, weight.shape[1], len(token_ids), **how).requires_grad_(False)
+        linear.weight.copy_(weight[self.token_ids])
         if bias is not None:
-            self.linear.bias.copy_(bias[self.token_ids])
-        holder = nn.Sequential(self.linear)
-        if base.from_files and can_pack(holder):
-            pack(holder)
+            linear.bias.copy_(bias[self.token_ids])
+        packs = base.from_files and can_pack(linear)
+        self.project: Callable[[torch.Tensor], torch.Tensor] = PackedProduct(linear) if packs else linear
         self._is_in = torch.zeros(len(weight), dtype=torch.bool, device=base.device)
         self._is_in[self.token_ids] = True
 
@@ -59,5 +58,5 @@ class DraftProjection:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[..., d]` -> logits `[..., v]`, scaled as the base's own."""
-        logits = torch.cat([self.rows.linear(hidden), functional.linear(hidden, self.weight, self.bias)], dim=-1)
+        logits = torch.cat([self.rows.project(hidden), functional.linear(hidden, self.weight, self.bias)], dim=-1)
         return self.rows.base.scaling(logits)

@@ -50,7 +50,9 @@ def counts_of_tokens(folder: Path) -> tuple[np.ndarray, Path, Estimated]:
         raise InvalidDataError(f"{folder}: its words are no token ids; build it with --tokenizer BASE")
     found = word_counts(model, manifest.discounts[-1])
     if found is None:
-        raise InvalidDataError(f"{folder}: its counts can't be recovered (is it pruned?); give its corpus instead")
+        raise InvalidDataError(
+            f"{folder}: its counts can't be recovered (is it pruned, are its discounts given?); give its corpus"
+        )
     token_ids = np.array([int(word) for word in words])
     counts = np.zeros(token_ids.max(initial=-1) + 2, dtype=np.int64)
     counts[token_ids] = found[SENTENCE_END + 1 :]
@@ -61,8 +63,12 @@ def counts_of_tokens(folder: Path) -> tuple[np.ndarray, Path, Estimated]:
 def word_counts(model: NgramModel, discounts: Sequence[float]) -> np.ndarray | None:
     """How often each word stood after order - 1 others of its document, int64 `[vocabulary]`; None where no counts fit.
 
-    discounts: D1, D2, D3+ of the highest order.
+    discounts: D1, D2, D3+ of the highest order. If they are in proportion to counts (0.5, 1, 1.5), those of a word that
+    alone follows a context do not show.
     """
+    shares = np.concatenate([[discounts[0], discounts[1] / 2], discounts[2] / np.arange(3, 100)])
+    if np.diff(np.sort(shares)).min() < ROUNDING * 100:
+        return None
     highest, lower = model.orders[-1], model.orders[-2]
     rows = np.concatenate([lower.words, highest.words[:, :-1], highest.words[:, 1:]])
     _, first, number = np.unique(rows, axis=0, return_index=True, return_inverse=True)

@@ -18,10 +18,15 @@ from rescore.runs.run import Run
 
 
 def predicted_speedup(
-    records: Sequence[ExampleRecord], costs: Costs, choice_ms: float, *, verify: str = "tree"
+    records: Sequence[ExampleRecord],
+    costs: Costs,
+    choice_ms: float,
+    *,
+    verify: str = "tree",
+    vocabulary: int | None = None,
 ) -> float | None:
     """Of the decodes in some records of one run; choice_ms: what its drafting and rescoring take in a step, the heads
-    apart. None where no step needs a call."""
+    apart; vocabulary: tokens that heads draft from (None: all). None where no step needs a call."""
     greedy, steps = 0.0, 0.0
     for record in records:
         accepted = np.array(record.accepted)
@@ -32,7 +37,7 @@ def predicted_speedup(
         if costs.tree_ms is not None and verify == "tree":
             times += np.where(drafts > 1, costs.tree_ms, 0.0)
         if costs.heads is not None:
-            times += np.where(asked > 0, costs.heads.ms, 0.0)
+            times += np.where(asked > 0, costs.heads.of(vocabulary), 0.0)
         steps += float(times[made].sum())
         singles = record.prompt_tokens + np.arange(len(record.output_ids) - 1)
         greedy += float(costs.steps(singles, np.ones_like(singles)).sum())

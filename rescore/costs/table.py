@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import msgspec
@@ -36,11 +36,22 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsCost:
-    """What block heads (sha256 of their weights, `h` of them used) add to a step that asks them."""
+    """What block heads (sha256 of their weights, `h` of them used) add to a step that asks them.
+
+    vocabulary_ms: the same where they draft from so many tokens.
+    """
 
     sha256: str
     h: Count
     ms: Number
+    vocabulary_ms: dict[Count, Number] = field(default_factory=dict)
+
+    def of(self, vocabulary: int | None) -> float:
+        """Of heads that draft from so many tokens (None: all): straight lines between what was measured."""
+        sizes = sorted(self.vocabulary_ms)
+        if vocabulary is None or not sizes:
+            return self.ms
+        return float(np.interp(vocabulary, sizes, [self.vocabulary_ms[size] for size in sizes]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ RESCORERS: Registry[Rescorer] = Registry(
     "rescorer", "--rescorer", Rescorer, "rescore.rescorers", __name__,
     {
         "none": "unrescored:Unrescored",
+        "draws": "unrescored:Draws",
         "oracle": "oracle:Oracle",
         "ngram": "ngram:Ngram",
         "context-ngram": "context_ngram:ContextNgram",

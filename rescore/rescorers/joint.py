@@ -147,7 +147,7 @@ class Joint(Rescorer):
                 return self._cut(tree, nodes, p)
         tree = self._tree(proposals.sources(row, context, statistics), self._weights, first, PLANNED_NODES)
         asked = proposals.has_lattices
-        rate, nodes = best_size(tree[3], curve + (planner.heads_ms if asked else 0.0))
+        rate, nodes = best_size(tree[3], curve + (planner.heads_ms(proposals.draft_vocabulary) if asked else 0.0))
         plan.took(heads=asked, rate=rate)
         return self._cut(tree, nodes, p)
 

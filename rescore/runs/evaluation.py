@@ -25,6 +25,7 @@ from rescore.costs.predicting import not_measured, predicted_speedup
 from rescore.costs.table import Costs
 from rescore.decoding import Decoded, decode, margin_at
 from rescore.drafters.drafting import Drafting, check_drafters
+from rescore.drafters.heads import Heads
 from rescore.drafters.provenance import provenance
 from rescore.drafters.recorded import drafted
 from rescore.peers import Peer, load_peer
@@ -214,7 +215,8 @@ class _Work:
             return None
         live = records[0].live
         verify = live.verify if live else self.verify(asked, run.p)
-        return predicted_speedup(records, self.costs, choice_ms, verify=verify)
+        vocabulary = next((d.size for d in self.choosing[run.label][1] if isinstance(d, Heads)), None)
+        return predicted_speedup(records, self.costs, choice_ms, verify=verify, vocabulary=vocabulary)
 
 
 def _work(

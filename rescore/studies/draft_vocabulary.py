@@ -52,20 +52,21 @@ class VocabularySweep:
         if not sizes:
             return cls(list(runs), swept)
         for run in runs:
-            drafters = run.drafters or run.load().drafters
-            if not any(map(is_heads, drafters)):
+            own = run.load().drafters
+            if not any(map(is_heads, run.drafters or own)):
                 every[run] = None
                 continue
-            whole = _with_heads(run, drafters, None)
-            swept[whole] = {size: _with_heads(run, drafters, size) for size in sizes}
+            whole = _with_heads(run, own, None)
+            swept[whole] = {size: _with_heads(run, own, size) for size in sizes}
             every |= dict.fromkeys([whole, *swept[whole].values()])
         if not swept:
             raise RescoreError("--draft-vocabulary is of block heads, and no --rescorer drafts with them; drop it")
         return cls(list(every), swept)
 
-    def tables(self, evaluation: Evaluation, *, seed: int) -> list[Table]:
-        """The table of `of_evaluation`; none without sizes."""
-        return [vocabulary_sizes_table(found)] if (found := self.of_evaluation(evaluation, seed=seed)) else []
+    def tables(self, evaluation: Evaluation, *, details: bool = False, seed: int = 0) -> list[Table]:
+        """Those of the evaluation, and with sizes that of `of_evaluation`."""
+        found = self.of_evaluation(evaluation, seed=seed)
+        return [*evaluation.tables(details=details), *([vocabulary_sizes_table(found)] if found else [])]
 
     def of_evaluation(self, evaluation: Evaluation, *, seed: int = 0) -> list[VocabularySize]:
         """What the sizes come to, task by task; of examples that are finished with all tokens and with the size."""
@@ -92,16 +93,17 @@ class VocabularySweep:
         return found
 
 
-def _with_heads(run: Run, drafters: Sequence[str | Drafter], size: int | None) -> Run:
-    """The run with heads that draft from so many tokens (None: from all)."""
-    changed = tuple(_sized(drafter, size) for drafter in drafters)
-    if changed == run.drafters or (size is None and changed == drafters):
+def _with_heads(run: Run, own: tuple[str, ...], size: int | None) -> Run:
+    """The run with heads that draft from so many tokens (None: from all); own: drafters of its rescorer by itself."""
+    drafters = tuple(_sized(drafter, size) for drafter in run.drafters or own)
+    if drafters == (run.drafters or own):
         return run
     if is_drafter(run.label):
-        return replace(run, drafters=changed, label=str(changed[0]))
+        return replace(run, drafters=drafters, label=str(drafters[0]))
     name, arguments = parse_spec(run.label)
     arguments.pop(OF_DRAFTERS, None)
-    return replace(run, drafters=changed, label=label_of(format_spec(name, arguments), changed))
+    given = () if drafters == own else drafters
+    return replace(run, drafters=given, label=label_of(format_spec(name, arguments), given))
 
 
 def _sized(drafter: str | Drafter, size: int | None) -> str | Drafter:

@@ -96,7 +96,10 @@ def costs_tables(costs: Costs) -> list[Table]:
         for place, n in enumerate(costs.nodes)
     ]
     facts = ["no tree mask" if costs.tree_ms is None else f"several drafts as a tree {costs.tree_ms:.1f} ms more"]
-    facts += [f"heads (h = {costs.heads.h}) {costs.heads.ms:.1f} ms more" if costs.heads else "no heads"]
+    heads = costs.heads
+    facts += [f"heads (h = {heads.h}) {heads.ms:.1f} ms more" if heads else "no heads"]
+    fewer = [f"{size:,}: {ms:.1f}" for size, ms in sorted(heads.vocabulary_ms.items())] if heads else []
+    facts += [f"from a draft vocabulary of {', '.join(fewer)} ms"] if fewer else []
     note = (
         f"{costs.base} in {costs.dtype} on {printable(str(costs.machine))}:\n"
         f"median ms of a step that verifies one draft of so many tokens; {', '.join(facts)}."

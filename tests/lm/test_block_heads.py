@@ -176,6 +176,18 @@ class TestTopK:
         np.testing.assert_array_equal(ids.numpy(), expected)
         assert torch.equal(values, logits.gather(-1, torch.from_numpy(expected)))
 
+    @exhaustive
+    @given(data=st.data(), seed=st.integers(0, 99), size=st.integers(1, 20))
+    def test_of_some_tokens_in_any_order(self, data: st.DataObject, seed: int, size: int):
+        rng = np.random.default_rng(seed)
+        token_ids = rng.permutation(100)[:size]
+        k = data.draw(st.integers(1, size))
+        logits = rng.integers(3, size=(4, size)).astype(np.float32)
+        values, ids = top_k_lowest_ids(torch.from_numpy(logits), k, torch.from_numpy(token_ids))
+        expected = np.stack([np.lexsort((token_ids, -row))[:k] for row in logits])
+        np.testing.assert_array_equal(ids.numpy(), token_ids[expected])
+        np.testing.assert_array_equal(values.numpy(), np.take_along_axis(logits, expected, -1))
+
     def test_ties_do_not_sort_the_vocabulary(self, monkeypatch: pytest.MonkeyPatch):
         """In half precision almost every lattice has some."""
         sort, sorted_sizes = torch.Tensor.sort, []

@@ -12,7 +12,8 @@ from made_records import made_latency, made_result
 
 import lm.base.catalog
 from lattices.errors import IncompatibleError, InvalidDataError
-from rescore.costs import Costs, keep_costs
+from rescore.costs.kept import keep_costs, this_machine
+from rescore.costs.table import Costs, HeadsCost
 from rescore.peers.transformers_generate import TransformersGenerate
 from rescore.runs.evaluated import load_run
 from rescore.runs.models import Models
@@ -116,16 +117,17 @@ class TestRun:
         assert len(held) == 2 and not any({"base", "heads"} & vars(each).keys() for each in held)
 
     def test_what_a_step_costs_is_shown_where_it_is_measured(self, suite_file: Path, tmp_path: Path):
-        costs = Costs(
-            base="tiny", dtype="float32", device="cpu", machine="m", threads=1, contexts=[64], nodes=[1, 2],
-            verify_ms=[[20.0, 30.0]], heads_ms=5.0,
-        )  # fmt: skip
         identity = lm.base.catalog.identify(str(read_plan(suite_file).base))
-        keep_costs(costs, identity)
+        costs = Costs(
+            base="tiny", weights_sha256=identity.weights_sha256, config_sha256=identity.config_sha256,
+            dtype=identity.dtype, device="cpu", machine=this_machine("cpu"), contexts=[64], nodes=[1, 2],
+            step_ms=[[20.0, 30.0]], tree_ms=0.5, heads=HeadsCost(sha256="x", h=4, ms=5.0),
+        )  # fmt: skip
+        keep_costs(costs)
         run(suite_file, tmp_path / "out")
         page = (tmp_path / "out" / "table.md").read_text()
         shown = page[page.index("## What a step costs there") :]
-        assert "| 2 | 30.0 | 1.50x |" in shown and "median ms of a forward; heads 5.0 ms." in shown
+        assert "| 2 | 30.0 | 1.50x |" in shown and "heads (h = 4) 5.0 ms more" in shown
 
     @pytest.mark.parametrize(
         ("old", "new", "message"),

@@ -138,7 +138,7 @@ def run_command(arguments: Sequence[str]) -> int:
 
 def _version(asked: bool) -> None:
     if asked:
-        versions = imported("rescore.runs.environment:versions")()
+        versions = imported("lm.environment:versions")()
         print("\n".join(f"{name} {version}" for name, version in versions.items()))
         raise typer.Exit
 

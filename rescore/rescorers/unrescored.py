@@ -1,7 +1,7 @@
 """Drafts of a lattice as it is, by the heads' own log-probabilities.
 
-`none`: the p best; p = 1 is the arg-max of every head. `draws`: p that are drawn, for sampled output, where rejected ones
-cost less of the law than the best ones would (`rescore.acceptance.sampling`).
+`none`: the p best; p = 1 is the arg-max of every head. `draws`: p that are drawn, for sampled output, where rejected
+ones cost less of the law than the best ones would (`rescore.acceptance.sampling`).
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any
 
 from lattices.errors import RescoreError
 from lattices.paths import user_path
+from lm.environment import environment
 from lm.files import write_json
 from lm.records import plain
 from rescore.accounting import block_efficiency
@@ -20,7 +21,6 @@ from rescore.replaying import Drafted, replay
 from rescore.rescorers import JOINT, Rescorer
 from rescore.rescorers.joint_fit import JointData
 from rescore.rescorers.joint_weights import JointFit, write_weights
-from rescore.runs.environment import environment
 from rescore.runs.inputs import Notify, Progress
 from rescore.runs.recording import Recording
 from rescore.runs.records import Tuned

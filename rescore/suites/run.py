@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lattices.errors import IncompatibleError, RescoreError
+from lm.environment import environment
 from lm.files import (
     append_json_line,
     atomic_file,
@@ -29,7 +30,6 @@ from lm.records import convert_record, plain
 from rescore.costs.kept import costs_for, costs_here
 from rescore.costs.table import Costs
 from rescore.peers import load_peer
-from rescore.runs.environment import environment
 from rescore.runs.evaluated import Evaluation, load_run
 from rescore.runs.evaluation import evaluate
 from rescore.runs.inputs import Notify, Progress, add_notice

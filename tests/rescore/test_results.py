@@ -15,11 +15,11 @@ from conftest import files_of_at_most
 from made_records import made_latency, made_result, run_config
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError
+from lm import environment as environment_module
+from lm.environment import environment, versions
 from lm.records import plain
 from rescore.accounting import account
 from rescore.calls import Call
-from rescore.runs import environment as environment_module
-from rescore.runs.environment import environment, versions
 from rescore.runs.inputs import Inputs
 from rescore.runs.log import ExampleLog, save_results
 from rescore.runs.records import (

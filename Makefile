@@ -28,13 +28,13 @@ demo: $(VENV)/.installed
 	$(BIN)/rescore eval --task squad --data rescore/tasks/squad_sample.jsonl --limit 6 --mode live --rescorer lookup:tokens=8,joint:nodes=auto
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --dist worksteal
 
 test-latest:
 	grep '^torch==' constraints.txt > .torch-constraint.txt
 	$(call install,$(LATEST),.torch-constraint.txt)
 	rm .torch-constraint.txt
-	$(LATEST)/bin/python -m pytest
+	$(LATEST)/bin/python -m pytest --numprocesses logical --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

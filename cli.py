@@ -20,7 +20,7 @@ import typer.core
 import typer.main
 from typer.models import CommandInfo
 
-from lm.options import TEXTS
+from lm.options import Corpora, Writer
 from rescore import options as shared
 from rescore.options import Option, Source, Spec, imported, with_options
 from rescore.runs.inputs import DEFAULT_BASE
@@ -33,10 +33,9 @@ if TYPE_CHECKING:
     from rescore.runs.inputs import Inputs
     from rescore.table import Table
 
-NONE, HEADS = (Spec("none"),), Spec("heads")
+NONE, ORACLE, HEADS = (Spec("none"),), (Spec("oracle"),), Spec("heads")
 PLAIN_WIDTH = 160  # columns where stdout is no terminal and COLUMNS does not say
-GENERATE, MEASURE, LOOK = "Generate", "Measure", "Look"
-NGRAMS, TRAIN, TASKS, BENCH = "N-grams", "Train", "Tasks", "Bench"
+GENERATE, MEASURE, LOOK, NGRAMS, TRAIN, TASKS = "Generate", "Measure", "Look", "N-grams", "Train", "Tasks"
 INPUTS = "rescore.runs.inputs:Inputs"
 MODEL = Source(INPUTS, only=("base", "dtype", "device"))
 OF_TASKS = ("task", "limit", "data", "trace", "leave_out", "max_prompt_tokens")
@@ -45,13 +44,6 @@ OWN = Source("lm.base.own_output:OwnOutput", but=("batch_size", "temperature", "
 Body = TypeVar("Body", bound=Callable[..., None])
 Asked = functools.partial[Any]  # what a command does, with the values of its options
 Details = Annotated[bool, "Also quality, acceptance by position, and in live mode the times."]
-Corpora = Annotated[
-    Sequence[str],
-    f"One or more of: {TEXTS}; own:PROMPTS for the base LM's own output for a file of prompts, generated once and "
-    "kept.",
-    "CORPUS",
-]
-Writer = Annotated[str | None, "Base LM that writes the output for own:PROMPTS. Default: --tokenizer."]
 Json = Annotated[bool, "Print one JSON document and no table.", "--json"]
 
 
@@ -146,9 +138,8 @@ def run_command(arguments: Sequence[str]) -> int:
 
 def _version(asked: bool) -> None:
     if asked:
-        from rescore.runs.environment import versions
-
-        print("\n".join(f"{name} {version}" for name, version in versions().items()))
+        versions = imported("lm.environment:versions")()
+        print("\n".join(f"{name} {version}" for name, version in versions.items()))
         raise typer.Exit
 
 
@@ -232,6 +223,7 @@ def eval_command(
     task: shared.Tasks = (),
     rescorer: shared.Rescorers = NONE,
     drafter: shared.Drafters = (),
+    draft_vocabulary: shared.DraftVocabularies = (),
     k: Annotated[shared.Ks, "Tokens of each head that are in the lattice. Default: 16."] = (),
     p: Annotated[shared.Ps, "Drafts that one step verifies; 1,16 runs both. Default: 1."] = (),
     nodes: shared.Nodes = None,
@@ -239,6 +231,8 @@ def eval_command(
     inputs: "Inputs",
     mode: Annotated[Literal["replay", "live"], "From a trace, fast; or decoding, which measures time."] = "replay",
     verify: shared.Verify = "tree",
+    peer: shared.Peers = (),
+    costs: shared.CostsFile = None,
     out: Annotated[Path | None, "Folder for per-example lines and results.json; resumable."] = None,
     seed: shared.BootstrapSeed = 0,
     details: Details = False,
@@ -250,17 +244,18 @@ def eval_command(
     from rescore.runs.evaluation import evaluate
     from rescore.runs.recording import open_recordings
     from rescore.runs.run import runs_of
+    from rescore.studies.draft_vocabulary import VocabularySweep
 
-    runs = runs_of(rescorer, ks=k, ps=p, alpha=alpha, drafters=drafter, nodes=nodes)
+    asked = runs_of(rescorer, ks=k, ps=p, alpha=alpha, drafters=drafter, nodes=nodes)
+    runs = (sweep := VocabularySweep.of(asked, draft_vocabulary)).runs
     needed: dict[str, Any] = {"k": max(run.k for run in runs), "heads_needed": any(run.needs_heads for run in runs)}
     recordings = open_recordings(task, inputs, **needed)
-    how: dict[str, Any] = {"live": mode == "live", "verify": verify, "seed": seed, "out": out}
-    evaluation = _done(evaluate, recordings, runs, **how, notify=notify)
-    _print_json(plain(evaluation.document)) if as_json else _show(evaluation.tables(details=details))
+    how: dict[str, Any] = {"live": mode == "live", "verify": verify, "costs": costs, "peers": peer, "seed": seed}
+    evaluation = _done(evaluate, recordings, runs, **how, out=out, notify=notify)
+    _print_json(plain(evaluation.document)) if as_json else _show(sweep.tables(evaluation, details=details, seed=seed))
     if evaluation.interrupted:
         kept = f"and kept in {out}: the same command goes on" if out else "(--out DIR would keep them)"
-        shown = f"the finished examples are shown {kept}" if evaluation.results else "none was finished yet"
-        _interrupted(shown)
+        _interrupted(f"the finished examples are shown {kept}" if evaluation.results else "none was finished yet")
 
 
 def _check(tasks: Sequence[str], inputs: "Inputs") -> None:
@@ -272,7 +267,7 @@ def _check(tasks: Sequence[str], inputs: "Inputs") -> None:
         load_task(name)
 
 
-@command("oracle", MEASURE, inputs=Source(INPUTS))
+@command("oracle", MEASURE, inputs=Source(INPUTS, but=("compile",)))
 def oracle_command(
     *,
     task: shared.Tasks = (),
@@ -283,11 +278,10 @@ def oracle_command(
     as_json: Json = False,
 ) -> None:
     """Oracle block efficiency by k: the same as rescore eval --rescorer oracle --k 1,2,4,8,16."""
-    how: dict[str, Any] = {"inputs": inputs, "details": details, "as_json": as_json}
-    eval_command(task=task, rescorer=(Spec("oracle"),), drafter=drafter, k=k, **how)
+    eval_command(task=task, rescorer=ORACLE, drafter=drafter, k=k, inputs=inputs, details=details, as_json=as_json)
 
 
-@command("tune", MEASURE, inputs=Source(INPUTS, but=("limit",)))
+@command("tune", MEASURE, inputs=Source(INPUTS, but=("limit", "compile")))
 def tune_command(
     *,
     rescorer: Annotated[Sequence[Spec], "A rescorer with a weight, like ngram; several. Or joint, alone."],
@@ -323,7 +317,7 @@ def tune_command(
     notify("kept on this machine: rescore eval --alpha tuned with the same options uses these weights")
 
 
-@command("trace", MEASURE, inputs=Source(INPUTS, but=("trace", "h")))
+@command("trace", MEASURE, inputs=Source(INPUTS, but=("trace", "h", "compile")))
 def trace_command(
     *,
     out: Annotated[Path, "Folder for the trace; resumable."],
@@ -336,9 +330,19 @@ def trace_command(
     _check((task,), inputs)
     from rescore.runs.recording import record_task
 
-    trace = _done(record_task, replace(inputs, task=task), drafter, out, k=k, notify=notify)
-    positions = sum(len(example.output_ids) for example in trace.examples)
-    print(f"{out}: {len(trace.examples)} examples, {positions} positions, h = {trace.header.h}, K = {trace.header.k}")
+    print(f"{out}: {_done(record_task, replace(inputs, task=task), drafter, out, k=k, notify=notify).line()}")
+
+
+@command("import-trace", MEASURE, asked=Source("rescore.imports.importing:import_trace"))
+def import_trace_command(asked: Asked) -> None:
+    """Make a trace of what another program stored: hidden states, or a log of drafts and the outputs."""
+    print(f"{asked.keywords['out']}: {_done(asked, notify=notify).line()}")
+
+
+@command("build-tree", MEASURE, asked=Source("rescore.studies.tree_building:build_tree"))
+def build_tree_command(asked: Asked, as_json: Json = False) -> None:
+    """Make the tree for --rescorer medusa-tree whose tokens were right most often in traces."""
+    _result(asked(), "rescore.studies.tree_building:tree_table", as_json)
 
 
 @command("suite", MEASURE, plan=Source("rescore.suites.plan:read_plan"))
@@ -347,14 +351,14 @@ def suite_command(
 ) -> None:
     """Run a whole table, tasks x rescorers x k, from one YAML file; goes on where it was stopped."""
     from lm.records import plain
-    from rescore.runs.tables import suite_table
+    from rescore.runs.tables import suite_tables
     from rescore.suites.run import run_suite
 
     suite = _done(run_suite, plan(), out, source=plan.keywords["path"].name, notify=notify)
     if as_json:
         _print_json(plain(suite.document))
     else:
-        _show(suite_table(suite.document.results)) if suite.document.results else print("no finished examples")
+        _show(suite_tables(suite.document.results)) if suite.document.results else print("no finished examples")
     if suite.interrupted:
         _interrupted(f"the finished examples are kept in {out}: the same command goes on")
 
@@ -389,10 +393,8 @@ def inspect_command(asked: Asked, as_json: Json = False) -> None:
 @command("cost", LOOK, asked=Source("rescore.studies.cost.inputs:cost_tables"))
 def cost_command(asked: Asked, as_json: Json = False) -> None:
     """Cost model: weights and KV cache read and FLOPs per decoded token, by method and context."""
-    from rescore.studies.tables import cost_table
-
-    costs = asked()
-    _print_json([each.as_dict() for each in costs]) if as_json else _show([cost_table(each) for each in costs])
+    costs, table = asked(), imported("rescore.studies.tables:cost_table")
+    _print_json([each.as_dict() for each in costs]) if as_json else _show([table(each) for each in costs])
 
 
 @command("report", LOOK, asked=Source("rescore.reports.page:report"))
@@ -401,6 +403,14 @@ def report_command(asked: Asked, as_json: Json = False) -> None:
     written = _done(asked)
     _tell(written.missing)
     _print_json(written.as_dict()) if as_json else print(written.lines())
+
+
+@command("export", LOOK, asked=Source("rescore.exports.result:export"))
+def export_command(asked: Asked) -> None:
+    """Give a result to another program: what makes an engine accept as much, or the file that a benchmark reads."""
+    exported = asked()
+    _tell(exported.notices)
+    print(exported.out or exported)
 
 
 @command("build-ngram", NGRAMS, options=Source("lm.ngram.build:NgramOptions"), own=OWN)
@@ -426,8 +436,7 @@ def build_ngram_command(
     options = replace(options, tokenizer=tokenizer, discount_fallback=(0.5, 1.0, 1.5) if discount_fallback else None)
     summary = _done(build_ngram, corpus, folder, options, own=own, replace=out is not None)
     _result(summary, "rescore.studies.tables:built_ngram_table", as_json)
-    if not as_json:
-        print(f"next: {summary.use(tokenizer)}")
+    None if as_json else print(f"next: {summary.use(tokenizer)}")
 
 
 @command("build-lookup", NGRAMS, options=Source("lm.lookup_index:LookupOptions"), own=OWN)
@@ -448,8 +457,13 @@ def build_lookup_command(
     own, options = replace(own, base=base or tokenizer), replace(options, tokenizer=tokenizer)
     summary = _done(build_lookup, corpus, folder, options, own=own, replace=out is not None)
     _result(summary, "rescore.studies.tables:built_lookup_table", as_json)
-    if not as_json:
-        print(f"next: {summary.use()}")
+    None if as_json else print(f"next: {summary.use()}")
+
+
+@command("build-draft-vocabulary", NGRAMS, asked=Source("lm.draft_vocabulary:build_draft_vocabulary", but=OWN.but))
+def build_draft_vocabulary_command(asked: Asked, as_json: Json = False) -> None:
+    """Rank a base's tokens by their counts in text, so that its heads draft from the most frequent ones."""
+    _result(_done(asked), "rescore.studies.tables:draft_vocabulary_table", as_json)
 
 
 @command("mix-ngram", NGRAMS, asked=Source("rescore.studies.ngram_mixing:mix_models"))
@@ -470,43 +484,30 @@ def score_ngram_command(asked: Asked, as_json: Json = False) -> None:
 @command("export-fst", NGRAMS, asked=Source("rescore.exports.openfst:export_openfst"))
 def export_fst_command(asked: Asked) -> None:
     """Write an n-gram automaton and one lattice of a trace, with their exact composition, as OpenFst text."""
-    from rescore.studies.tables import file_sizes
-
-    print(f"{asked.keywords['out']}: {file_sizes(asked())}")
+    print(f"{asked.keywords['out']}: {imported('rescore.studies.tables:file_sizes')(asked())}")
 
 
-@command("generate-corpus", TRAIN, inputs=MODEL, options=Source("lm.base.corpus:GenerationOptions"))
-def generate_corpus_command(
-    prompts: Annotated[Path, 'JSON lines {"prompt", "chat"} (or CSV, Parquet ...) or text, a prompt a line.'],
-    out: Annotated[Path, "Folder for the corpus; resumable."],
-    inputs: "Inputs",
-    options: Any,
-) -> None:
+@command("generate-corpus", TRAIN, asked=Source("lm.base.corpus:write_own_corpus"))
+def generate_corpus_command(asked: Asked) -> None:
     """Write the base LM's own output for many prompts: what block heads and rescorers learn from."""
-    from lm.base.catalog import load_base
-    from lm.base.corpus import generate_corpus, read_prompts
-    from lm.base.machine import share_of_limits
-
-    base = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device)
-    chosen = read_prompts(prompts, default_chat=base.is_chat)
-    with progress_bar() as progress:
-        summary = generate_corpus(base, chosen, out, options, progress=functools.partial(progress, "generate"))
-    print(summary.line())
-    if summary.made:
-        print(f"{summary.speed()}: {share_of_limits(base, summary.work, summary.seconds)}")
+    print(_done(asked))
 
 
 @command("train-heads", TRAIN, asked=Source("lm.training.run:train_heads"))
 def train_heads_command(asked: Asked) -> None:
     """Train block heads, on a frozen base LM or together with it. Several GPUs: torchrun --no-python rescore ..."""
-    from rescore.studies.tables import accuracy_table
-
-    accuracy = _done(asked, notify=notify)
-    if accuracy is not None:
-        _show(accuracy_table(accuracy))
+    if (accuracy := _done(asked, notify=notify)) is not None:
+        _show(imported("rescore.studies.tables:accuracy_table")(accuracy))
         text, options, out = (asked.keywords[name] for name in ("text", "options", "out"))
         use = f"--base {text.base} --heads {out}" if options.tune == "none" else f"--base {out}"
         print(f"{out}: heads 2 to {options.h}; rescore eval {use}")
+
+
+@command("convert-heads", TRAIN, asked=Source("rescore.exports.heads:convert_heads"))
+def convert_heads_command(asked: Asked) -> None:
+    """Write block heads, ours or Medusa heads of others, in a layout that another program serves, or in ours."""
+    _tell((converted := asked()).notices)
+    print(converted.line())
 
 
 @command("train-rescorer", TRAIN, asked=Source("lm.training.run:train_rescorer"))
@@ -565,30 +566,22 @@ def overlap_command(
     _result(overlap, "rescore.studies.overlap:overlap_table", as_json)
 
 
-@command("verify-curve", group=bench, inputs=MODEL)
+@command("verify-curve", group=bench, inputs=Source(INPUTS, only=("base", "dtype", "device", "compile")))
 def verify_curve_command(
     inputs: "Inputs", cached: shared.Cached = 256, repeats: shared.Repeats = 7, as_json: Json = False
 ) -> None:
-    """Time of one forward of 1 to 144 tokens on a cache, with the memory bandwidth reached."""
+    """Time of one forward of 1 to 144 tokens on a cache, as decoding has it, with the memory bandwidth reached."""
     from lm.base.catalog import load_base
     from rescore.studies.verify_curve import verify_curve
 
-    base = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device)
+    base = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device, compile=inputs.compile)
     _result(verify_curve(base, cached=cached, repeats=repeats), "rescore.studies.tables:verify_curve_table", as_json)
 
 
-@command("costs", group=bench, inputs=Source(INPUTS, only=("base", "heads", "dtype", "device")))
-def costs_command(
-    inputs: "Inputs",
-    out: Annotated[Path | None, "Write the table into this file, too."] = None,
-    cached: Annotated[Sequence[int], "Tokens in the cache."] = (64, 256, 640),
-    repeats: shared.Repeats = 7,
-    as_json: Json = False,
-) -> None:
-    """Measure what a step costs here, for `joint:nodes=auto`: forwards by tokens and context, and the heads."""
-    from rescore.costs import costs_of
-
-    _result(costs_of(inputs, out, contexts=cached, repeats=repeats), "rescore.studies.tables:costs_table", as_json)
+@command("costs", group=bench, asked=Source("rescore.costs.measuring:costs_of", but=(*OF_TASKS, "max_new_tokens")))
+def costs_command(asked: Asked, as_json: Json = False) -> None:
+    """Measure what a step costs here, by tokens and context, with heads and rescorers: for `rescore eval --costs`."""
+    _result(_done(asked), "rescore.studies.tables:costs_tables", as_json)
 
 
 @command("block-length", group=bench, asked=Source("rescore.studies.block_length:block_lengths_of_trace"))
@@ -597,4 +590,4 @@ def block_length_command(asked: Asked, as_json: Json = False) -> None:
     _result(_done(asked), "rescore.studies.tables:block_length_table", as_json)
 
 
-app.add_typer(bench, name="bench", rich_help_panel=BENCH)
+app.add_typer(bench, name="bench", rich_help_panel="Bench")

@@ -7,6 +7,7 @@ made, because decoding makes one per step; `validate` checks what comes from out
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +131,13 @@ def put_first(token_ids: np.ndarray, logps: np.ndarray, chosen: np.ndarray) -> N
         token_ids[position, 1 : end + 1] = token_ids[position, :end].copy()
         logps[position, 1 : end + 1] = logps[position, :end].copy()
         token_ids[position, 0] = chosen[position]
+
+
+def side_by_side(parts: Sequence[Lattice]) -> Lattice:
+    """Slots that follow each other, `[n, h_i, k]` each, as one lattice `[n, sum of h_i, k]`."""
+    if len(parts) == 1:
+        return parts[0]
+    return Lattice(np.concatenate([p.token_ids for p in parts], 1), np.concatenate([p.logps for p in parts], 1))
 
 
 def _refuse(bad: np.ndarray, reason: str, values: np.ndarray) -> None:

@@ -4,7 +4,7 @@
 that rescore; `training` makes heads and rescorers. At the top lies what all of them need: `files` (whole or not
 there), `keys` (cache entries), `locks`, `records` (typed JSON), `checkpoint` (weights and configuration) and
 `text_files` (text and rows of users; `packed_streams` unpacks them; `yaml_input` reads their YAML). `lookup_index` has
-corpora to look continuations up in, which it reads as `ngram` does.
+corpora to look continuations up in, `draft_vocabulary` counts their tokens; both read them as `ngram` does.
 
 May import `lattices`, never `rescore`: nothing here knows tasks, rescorers' names or reports.
 """

@@ -18,7 +18,7 @@ from safetensors.torch import save as to_bytes
 
 from lattices.errors import InvalidDataError, RescoreError
 from lm.files import atomic_file, read_json_object, write_json
-from lm.records import convert_record
+from lm.records import convert_record, plain
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 SCALE = ".scale"
@@ -43,11 +43,12 @@ def read_config(folder: Path, kind: type[C], *, what: str, missing: str) -> C:
 
 
 def write_checkpoint(
-    folder: Path, tensors: Mapping[str, torch.Tensor], config: Config, *, dtype: torch.dtype = torch.float16
+    folder: Path, tensors: Mapping[str, torch.Tensor], config: Config, *, dtype: torch.dtype | None = torch.float16
 ) -> None:
-    """Writes the weights and then the configuration, each whole or not at all. Raises `OutputError`."""
+    """Writes the weights (`dtype` None: as they are) and then the configuration, each whole or not at all. Raises
+    `OutputError`."""
     write_tensors(folder / WEIGHTS_FILE, to_int8(tensors) if dtype == torch.int8 else tensors, dtype=dtype)
-    write_json(folder / CONFIG_FILE, msgspec.structs.asdict(config))
+    write_json(folder / CONFIG_FILE, plain(config))
 
 
 def read_weights(folder: Path, *, missing: str, what: str = "it") -> dict[str, torch.Tensor]:
@@ -74,7 +75,10 @@ def write_tensors(
 ) -> None:
     """Writes tensors as safetensors, whole or not at all; floats as `dtype` (None, int8: as they are)."""
     cast = None if dtype == torch.int8 else dtype
-    stored = {name: value.detach().to("cpu", cast).contiguous() for name, value in tensors.items()}
+    stored = {
+        name: value.detach().to("cpu", cast if value.is_floating_point() else None).contiguous()
+        for name, value in tensors.items()
+    }
     with atomic_file(path) as temporary:
         temporary.write_bytes(to_bytes(stored, metadata=metadata))
 
@@ -92,9 +96,13 @@ def check_shapes(
 
 
 def to_int8(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Matrices and stacks of matrices or vectors as int8 beside their scales, single vectors as float32."""
+    """Matrices and stacks of matrices or vectors as int8 beside their scales, single vectors as float32; whole numbers
+    as they are."""
     stored: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            stored[name] = tensor
+            continue
         value = tensor.detach().float().cpu()
         if value.ndim < 2:
             stored[name] = value

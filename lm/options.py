@@ -8,6 +8,7 @@ take import nothing heavy, so that help is quick.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -16,10 +17,18 @@ from lattices.errors import RescoreError
 Base = Annotated[
     str, "Base LM: smollm2-135m, smollm2-135m-bpd (tuned with its heads), a model folder, .gguf file or hub id."
 ]
-Heads = Annotated[str | None, "Folder of block heads; default: those shipped for the base."]
+Heads = Annotated[
+    str | None,
+    "Block heads: a folder, or others' Medusa heads as they are (folder or file). Default: the base's.",
+]
 TopK = Annotated[int, "Tokens of each head that are in the lattice."]
 Dtype = Annotated[Literal["float32", "float64", "bfloat16", "float16"], "Precision of the base LM."]
 Device = Annotated[str, "cpu, cuda, or auto."]
+Compile = Annotated[
+    Literal["auto", "off"],
+    "Live, compile the base LM's layers, which takes some 15 s once on a machine; auto: of float32 on a CPU. On a GPU: "
+    "record its forwards.",
+]
 Precision = Annotated[
     Literal["auto", "float32", "bfloat16"], "Of what is multiplied to learn; auto: what the machine is fast in."
 ]
@@ -30,6 +39,14 @@ TEXTS = (
     "generate-corpus (the base LM's own output, what the rescorer ngram learns from best), or hub:NAME[:SPLIT[:FIELD]] "
     "for a hub data set"
 )
+
+Corpora = Annotated[
+    Sequence[str],
+    f"One or more of: {TEXTS}; own:PROMPTS for the base LM's own output for a file of prompts, generated once and "
+    "kept.",
+    "CORPUS",
+]
+Writer = Annotated[str | None, "Base LM that writes the output for own:PROMPTS. Default: --tokenizer.", "--base"]
 
 
 @dataclass(frozen=True)

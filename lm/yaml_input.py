@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ TAG = "tag:yaml.org,2002:"
 DECIMAL = re.compile(
     r"[-+]?(0|[1-9][0-9]*|[1-9][0-9]{0,2}(_[0-9]{3})+)?(\.[0-9]*)?([eE][-+]?[0-9]+)?|[-+]?\.(inf|nan)", re.I
 )
+NAME = re.compile(r"\w+")
+PLACE = re.compile(r"\$\{(\w*)\}")  # where the value of a name goes
 KINDS = {"str": "text", "int": "a number", "float": "a number", "bool": "true or false", "null": "nothing"}
 
 
@@ -156,6 +158,45 @@ def _nearest(text: str, known: Collection[str]) -> str:
     """What to do about a word that is none of those known."""
     near = difflib.get_close_matches(text, sorted(known), n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+
+
+def named_values(top: Value, key: str, given: Mapping[str, str]) -> Value:
+    """The document with what stands for names in it: `${name}` in a value is what the mapping under `key`, which goes,
+    or else (first) `given` says of the name.
+
+    Raises `InvalidDataError` with the line for a name that the mapping lacks or that is no word, and `RescoreError` for
+    a given one that it lacks.
+    """
+    if not isinstance(top.node, yaml.MappingNode):
+        return top
+    entries = [(name, node) for name, node in top.node.value if name.value == key]
+    texts: dict[str, str] = {}
+    for name, value in Value(top.path, key, entries[0][1]).fields(None).items() if entries else ():
+        if not isinstance(value.node, yaml.ScalarNode) or not NAME.fullmatch(name):
+            raise value.wrong("give a name of letters, digits and _ with one value")
+        texts[name] = str(value.node.value)
+    if unknown := [name for name in given if name not in texts]:
+        known = f"{_nearest(unknown[0], texts)}" if texts else f"it has no {key}"
+        raise RescoreError(f"{top.path} has no name {unknown[0]!r} to be given a value; {known}")
+    texts |= given
+
+    def replaced(node: yaml.Node) -> yaml.Node:
+        if isinstance(node, yaml.CollectionNode):
+            node.value = [
+                tuple(map(replaced, each)) if isinstance(each, tuple) else replaced(each) for each in node.value
+            ]
+        elif "${" in node.value:
+            for name in PLACE.findall(node.value):
+                if name not in texts:
+                    raise top._wrong(node, f"${{{name}}} stands for nothing; give it a value under {key}")
+            text = PLACE.sub(lambda match: texts[match[1]], node.value)
+            resolve = yaml.SafeLoader("").resolve
+            tag = resolve(yaml.ScalarNode, text, (node.style is None, node.style is not None))
+            return yaml.ScalarNode(tag, text, node.start_mark, node.end_mark, node.style)
+        return node
+
+    rest = [pair for pair in top.node.value if pair not in entries]
+    return Value(top.path, top.name, replaced(yaml.MappingNode(top.node.tag, rest, top.node.start_mark)))
 
 
 def read_yaml(path: Path) -> Value:

@@ -7,6 +7,7 @@ The main path, and where it lies:
     replaying     replay                       decodes again from the trace, without the base LM
     decoding      decode                       decodes live: propose, verify, accept, advance
     generation/   generate, custom_generate    prompts, from text to text; the same inside transformers' generate
+    peers/        Peer, load_peer              other libraries' decoders, measured beside ours
     acceptance    accept                       which draft wins, and how many of its tokens
     drafters/     Drafter, load_drafter        what may come next: heads, lookup, a draft model, a trace
     rescorers/    Rescorer, load_rescorer      what they propose in, drafts out; drafting.py joins the two
@@ -16,7 +17,8 @@ The main path, and where it lies:
     suites/                                    tables of evaluations from one YAML file
     studies/      analyse, compare             what traces and results say
     reports/      report                       a page of them
-    exports/                                   what other programs read
+    exports/      export                       what other programs read
+    imports/      import_trace                 what they write, as traces
 
 The models lie beside it in `lm`, the ground floor (lattices and exact search) in `lattices`. Public names are imported
 when they are first used.
@@ -34,9 +36,11 @@ if TYPE_CHECKING:
     from rescore.decoding import decode as decode
     from rescore.drafters import Drafter as Drafter
     from rescore.drafters import load_drafter as load_drafter
+    from rescore.exports.result import export as export
     from rescore.generation.custom import custom_generate as custom_generate
     from rescore.generation.live import Generator as Generator
     from rescore.generation.live import generate as generate
+    from rescore.imports.importing import import_trace as import_trace
     from rescore.replaying import replay as replay
     from rescore.reports.page import report as report
     from rescore.rescorers import Context as Context
@@ -66,7 +70,9 @@ _PLACES = {
     "custom_generate": "rescore.generation.custom",
     "decode": "rescore.decoding",
     "evaluate": "rescore.runs.evaluation",
+    "export": "rescore.exports.result",
     "generate": "rescore.generation.live",
+    "import_trace": "rescore.imports.importing",
     "load_base": "lm.base.catalog",
     "load_drafter": "rescore.drafters",
     "load_heads": "lm.heads.block_heads",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lattices.errors import RescoreError
 
 MAX_ALPHA = 64.0
+NEAR_TIE = {"float64": 1e-6, "float32": 1e-2, "float16": 0.1, "bfloat16": 0.5}  # of logits, in this precision
 VERIFY_MODES = ("tree", "batch")  # how several drafts are verified in one call
 
 

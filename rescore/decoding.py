@@ -20,8 +20,8 @@ from lm.base.cache import KVCache
 from lm.base.model import BaseLM
 from lm.heads.block_heads import BlockHeads
 from rescore.acceptance import accept
+from rescore.calls import NO_CALL, Call, as_read, usable_verify
 from rescore.checks import VERIFY_MODES, check_fits, check_k, check_new_tokens, check_p
-from rescore.drafters import HEADS
 from rescore.drafters.base import Drafter
 from rescore.drafters.drafting import HEADS_ALONE, Drafting, check_drafters
 from rescore.rescorers.base import Context, Rescorer
@@ -34,6 +34,7 @@ class Decoded:
 
     output_ids: tokens, end-of-text included.
     accepted, drafts: length accepted by each step, and its winning draft as far as the output may still grow.
+    calls: the verify call of each step.
     rescore_seconds: of each step that rescored.
     verify: how drafts were verified, which need not be how it was asked for (`usable_verify`).
     """
@@ -41,15 +42,17 @@ class Decoded:
     output_ids: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     drafts: list[list[int]] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     rescore_seconds: list[float] = field(default_factory=list)
     seconds: Seconds = field(default_factory=Seconds)
     verify: str = "tree"
 
-    def add(self, draft: list[int], n: int) -> None:
+    def add(self, draft: list[int], n: int, call: Call) -> None:
         """Adds a step that accepted n tokens of a draft."""
         self.output_ids.extend(draft[:n])
         self.accepted.append(n)
         self.drafts.append(draft)
+        self.calls.append(call)
 
     def cut(self, count: int) -> None:
         """Drops what the last step accepted after the first `count` tokens of the output."""
@@ -80,50 +83,62 @@ def decode(
     """
     check_request(base, heads, len(prompt_ids), k=k, p=p, max_new_tokens=max_new_tokens, verify=verify)
     drafting = Drafting(rescorer, drafters, k, p) if rescorer else None
-    assert not (drafting and drafting.needs_heads and heads is None), "the drafter heads needs block heads"
+    of_heads = drafting.heads if drafting else None
+    assert of_heads is None or heads is not None, "the drafter heads needs block heads"
     check_drafters(drafters, live=True)
     base.pack()
-    out = Decoded(verify=usable_verify(base, verify, p))
+    out = Decoded(verify=usable_verify(verify, p, trees=base.supports_tree))
     context = Context(prompt_ids, out.output_ids, future=future)
     with out.seconds.timing("prefill"):
         longest = drafting.longest(heads.h if heads else 1) if drafting else 1
         cache = base.new_decoding_cache(len(prompt_ids) + max_new_tokens + p * longest)
         logits, hidden = base.forward(torch.tensor([list(prompt_ids)], device=base.device), cache, last=1)
         cache.keep(range(len(prompt_ids)))
-        last = _Last(logits[0], hidden[0], int(logits[0, 0].argmax()))
+        last = Last(logits[0], hidden[0], int(logits[0, 0].argmax()))
         if drafting is not None:
             drafting.prefill([context])
+        if of_heads is not None:
+            projection = of_heads.projection(base, prompt_ids)
+
+            def lattice(k: int) -> Lattice:
+                assert heads is not None
+                with out.seconds.timing("draft"):
+                    return heads.lattice(base, last.hidden, last.logits, k, projection=projection)[0]
+
+            context.lattices = {of_heads.name: lattice}
 
     with out.seconds.timing("total"):
         while True:
             remaining = max_new_tokens - len(out.output_ids)
             if last.choice in base.eos_token_ids or remaining == 1:
-                out.add([last.choice], 1)
+                out.add([last.choice], 1, NO_CALL)
                 if accepted is not None:
                     accepted([last.choice])
                 break
             # Propose: p drafts, each of which begins with the token that the base has chosen already.
-            drafts = np.array([[last.choice]], dtype=np.int64)  # [p, h]
+            drafts, asked = np.array([[last.choice]], dtype=np.int64), False  # [p, h]
             if drafting is not None:
-                drafts = _propose(base, heads, drafting, context, last, out)[:, :remaining]
+                drafts, asked = _propose(drafting, context, last.choice, out)
+                drafts = as_read(drafts, remaining)
             # Verify all of them in one call of the base.
             with out.seconds.timing("verify"):
-                call = _VERIFY[out.verify](base, cache, drafts)
+                verified = VERIFY[out.verify](base, cache, drafts)
             # Accept the longest prefix of any that is the base's own greedy output.
-            rows, lengths = accept(drafts[None], call.choices[None], np.array([remaining]), base.eos_token_ids)
+            rows, lengths = accept(drafts[None], verified.choices[None], np.array([remaining]), base.eos_token_ids)
             row, n = int(rows[0]), int(lengths[0])
-            out.add([token for token in drafts[row].tolist() if token >= 0], n)
+            call = Call(verified.tokens, len(drafts), asked)
+            out.add([token for token in drafts[row].tolist() if token >= 0], n, call)
             goes_on = accepted is None or accepted(out.output_ids[-n:])
             if not goes_on or out.output_ids[-1] in base.eos_token_ids or n == remaining:
                 break
             # Advance: what was accepted stays in the cache; the call has chosen the next token.
-            last = call.keep(cache, row, n)
+            last = verified.keep(cache, row, n)
     out.seconds.rescore = sum(out.rescore_seconds)
     return out
 
 
 @dataclass(frozen=True)
-class _Last:
+class Last:
     """The last position that the base has settled: logits `[1, vocab]`, state `[1, d]`, its greedy choice after it."""
 
     logits: torch.Tensor
@@ -131,28 +146,21 @@ class _Last:
     choice: int
 
 
-def _propose(
-    base: BaseLM, heads: BlockHeads | None, drafting: Drafting, context: Context, last: _Last, out: Decoded
-) -> np.ndarray:
-    """What the drafters propose, and the drafts that the rescorer makes of it: int64 `[p', l]`."""
-    if heads is not None:
-
-        def of_heads(k: int) -> Lattice:
-            with out.seconds.timing("draft"):
-                return heads.lattice(base, last.hidden, last.logits, k)[0]
-
-        context.lattices = {HEADS: of_heads}
+def _propose(drafting: Drafting, context: Context, first: int, out: Decoded) -> tuple[np.ndarray, bool]:
+    """The rescorer's drafts of what is proposed after the base's token, int64 `[p', l]`, and whether heads were
+    asked."""
     start, of_draft = time.perf_counter(), out.seconds.draft
-    proposals = drafting.propose([context], np.array([last.choice]))
+    proposals = drafting.propose([context], np.array([first]))
     drafts = np.asarray(drafting.choose(proposals, [context])[0], dtype=np.int64)
     # Heads are asked when a rescorer first looks at them.
     out.rescore_seconds.append(time.perf_counter() - start - (out.seconds.draft - of_draft))
-    return drafts[:, : int((drafts >= 0).sum(axis=1).max())]
+    return drafts, bool(proposals.heads_asked[0])
 
 
 @dataclass(frozen=True)
-class _Call:
-    """A verify call: the base's choice after every draft token `[p, h]`, and where that token stands in the output."""
+class Verified:
+    """What a verify call gave: the base's choice after every draft token `[p, h]`, and where that token stands in the
+    output."""
 
     choices: np.ndarray
     logits: torch.Tensor  # [b, m, vocab]
@@ -160,22 +168,27 @@ class _Call:
     rows: np.ndarray  # [p, h], batch row of each draft token
     columns: np.ndarray  # [p, h], its column
 
-    def keep(self, cache: KVCache, row: int, n: int) -> _Last:
+    @property
+    def tokens(self) -> int:
+        """That the base read."""
+        return self.logits.shape[0] * self.logits.shape[1]
+
+    def keep(self, cache: KVCache, row: int, n: int) -> Last:
         """Keeps the first n tokens of a draft in the cache; what the base says after them."""
         cache.keep(self.columns[row, :n].tolist(), row=int(self.rows[row, 0]))
         b, m = int(self.rows[row, n - 1]), int(self.columns[row, n - 1])
-        return _Last(self.logits[b, m : m + 1], self.hidden[b, m : m + 1], int(self.choices[row, n - 1]))
+        return Last(self.logits[b, m : m + 1], self.hidden[b, m : m + 1], int(self.choices[row, n - 1]))
 
 
-def _verify_batch(base: BaseLM, cache: KVCache, drafts: np.ndarray) -> _Call:
+def _verify_batch(base: BaseLM, cache: KVCache, drafts: np.ndarray) -> Verified:
     tokens = torch.from_numpy(drafts.clip(min=0)).to(base.device)  # what stands after an end is never accepted
     logits, hidden = base.forward(tokens, cache)
     p, h = drafts.shape
     rows, columns = np.broadcast_to(np.arange(p)[:, None], (p, h)), np.broadcast_to(np.arange(h), (p, h))
-    return _Call(logits.argmax(-1).cpu().numpy(), logits, hidden, rows, columns)
+    return Verified(logits.argmax(-1).cpu().numpy(), logits, hidden, rows, columns)
 
 
-def _verify_tree(base: BaseLM, cache: KVCache, drafts: np.ndarray) -> _Call:
+def _verify_tree(base: BaseLM, cache: KVCache, drafts: np.ndarray) -> Verified:
     if len(drafts) == 1:  # a tree of one branch is a sequence: no mask of its own
         return _verify_batch(base, cache, drafts)
     tree = build_prefix_tree(drafts)
@@ -189,15 +202,10 @@ def _verify_tree(base: BaseLM, cache: KVCache, drafts: np.ndarray) -> _Call:
         attention_mask=mask.to(base.device),
     )
     choices = logits[0].argmax(-1).cpu().numpy()
-    return _Call(choices[tree.nodes], logits, hidden, np.zeros_like(tree.nodes), tree.nodes)
+    return Verified(choices[tree.nodes], logits, hidden, np.zeros_like(tree.nodes), tree.nodes)
 
 
-_VERIFY = {"tree": _verify_tree, "batch": _verify_batch}
-
-
-def usable_verify(base: BaseLM, verify: str, p: int) -> str:
-    """`verify`, but `batch` where p drafts as a tree would need a mask that the base does not take."""
-    return verify if p == 1 or base.supports_tree else "batch"
+VERIFY = {"tree": _verify_tree, "batch": _verify_batch}
 
 
 def check_request(

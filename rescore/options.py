@@ -41,14 +41,15 @@ Tasks = Annotated[Sequence[str], f"{TASK_NAMES}; several. Default: squad, or the
 Rescorers = Annotated[
     Sequence[Spec],
     "none, oracle, ngram[:PATH], context-ngram[:PATH], neural-32m, neural-61m, neural-94m, neural:PATH, "
-    "ngram-neural[:MODEL], learned-bigram[:PATH], joint[:PATH] or a plug-in's name; or a drafter, for its own drafts; "
+    "ngram-neural[:MODEL], learned-bigram[:PATH], joint[:PATH], medusa-tree[:CHOICES], "
+    "eagle2-tree or a plug-in's name; or a drafter, for its own drafts; "
     "several. Settings as in ngram:p=16,alpha=0.5.",
     "--rescorer",
 ]
 Drafters = Annotated[
     Sequence[Spec],
-    "What rescorers choose among: heads, lookup, corpus-lookup:DIR, draft-model:NAME, trace:FOLDER or a plug-in's "
-    "name; several are joined. Default: heads (joint: heads, lookup).",
+    "What rescorers choose among: heads[:vocabulary=N], lookup, corpus-lookup:DIR, draft-model:NAME, trace:FOLDER or a "
+    "plug-in's name; several are joined. Default: heads (joint: heads, lookup).",
     "--drafter",
 ]
 Ks = Annotated[Sequence[int], "Tokens of each head that are in the lattice.", "--k"]
@@ -58,12 +59,30 @@ Nodes = Annotated[
     "Tokens of the tree that joint drafts, the base's own included, instead of a number of drafts (with --p: of it the "
     "p branches that are worth most); auto: as many as are worth their time here (rescore bench costs).",
 ]
+DraftVocabularies = Annotated[
+    Sequence[int],
+    "Once more with heads that draft from the N most frequent tokens and the prompt's own only, which is cheaper; as "
+    "the drafter heads:vocabulary=N does it (rescore build-draft-vocabulary); several.",
+    "--draft-vocabulary",
+]
 Alpha = Annotated[
     float | Literal["tuned"] | None,
     "Weight of the rescorer: a number, or tuned (what rescore tune kept here). Default: its own.",
 ]
 Alphas = Annotated[Sequence[float], "Weights to try; 0 is always among them. Default: nine from 0.1 to 5."]
-Verify = Annotated[Literal["tree", "batch"], "Live: p drafts as one prefix tree, or as rows of a batch."]
+Verify = Annotated[Literal["tree", "batch"], "Verify p drafts as one prefix tree, or as rows of a batch."]
+Peers = Annotated[
+    Sequence[Spec],
+    "Live: other libraries' own decoders to time in the same turns: transformers (its generate, greedy), "
+    "transformers:lookup=10 (with its prompt lookup of 10 tokens) or a plug-in's name; several.",
+    "--peer",
+]
+CostsFile = Annotated[
+    str | None,
+    "Predict speed-ups by this table of costs, and plan by it with --nodes auto: a file of rescore bench costs --out, "
+    "or here, as measured on this machine. Default: with --nodes auto here, else none.",
+    "<here|path>",
+]
 Cached = Annotated[int, "Tokens in the cache."]
 Repeats = Annotated[int, "Timed calls of each size; the median counts."]
 BootstrapSeed = Annotated[int, "Seed of the bootstrap intervals."]

@@ -14,22 +14,51 @@ import numpy as np
 
 from lattices.lattice import Lattice
 from rescore.acceptance import accept
+from rescore.calls import NO_CALL, Call, sizes
 from rescore.checks import check_held_k, check_p
 from rescore.drafters.base import Drafter
 from rescore.drafters.drafting import HEADS_ALONE, Drafting
+from rescore.drafters.proposals import Proposals
 from rescore.rescorers.base import Context, Rescorer
-from rescore.tracing import TracedExample
+from rescore.tracing import TracedExample, TraceHeader
 
+UNLIMITED = 1 << 30
 Drafted = Mapping[str, Mapping[str, Lattice]]  # by drafter, by example: lattices [t, h, K] beside those of the trace
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of one decode: tokens `accepted` by each, and its winning draft (at the end of the output the tokens
-    after it included)."""
+    """The steps of one decode: tokens `accepted` by each, its winning draft (at the end of the output the tokens after
+    it included), and the call that would verify its drafts."""
 
     accepted: list[int] = field(default_factory=list)
     drafts: list[list[int]] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How a decode comes to its end, which the calls of its last steps depend on.
+
+    max_new_tokens: of an output; None: not known.
+    """
+
+    eos_token_ids: tuple[int, ...] = ()
+    max_new_tokens: int | None = None
+
+    @classmethod
+    def of(cls, header: TraceHeader) -> Limits:
+        """As a trace was recorded; one that was made elsewhere need not say its limit."""
+        limit = header.settings.get("max_new_tokens")
+        return cls(tuple(header.eos_token_ids), limit if isinstance(limit, int) else None)
+
+    def remaining(self, example: TracedExample, position: int) -> int:
+        """How many tokens an output may still grow by: where the limit is not known, no more than it has, unless it
+        ended by itself."""
+        output = example.output_ids
+        if self.max_new_tokens is not None:
+            return max(self.max_new_tokens, len(output)) - position
+        return UNLIMITED if int(output[-1]) in self.eos_token_ids else len(output) - position
 
 
 def replay(
@@ -46,22 +75,31 @@ def replay(
     return [steps.accepted for steps in replay_steps(examples, drafting, drafted)]
 
 
-def replay_steps(examples: Sequence[TracedExample], drafting: Drafting, drafted: Drafted | None = None) -> list[Steps]:
+def replay_steps(
+    examples: Sequence[TracedExample],
+    drafting: Drafting,
+    drafted: Drafted | None = None,
+    *,
+    verify: str = "tree",
+    limits: Limits | None = None,
+) -> list[Steps]:
     """The steps of every example; `drafted`: what drafters that run a model of their own gave at every position.
 
-    Raises `RescoreError` for k beyond what the trace holds, and for p < 1.
+    verify: as `rescore.decoding.decode` takes it; it and the limits decide the calls only. Raises `RescoreError` for k
+    beyond what the trace holds, and for p < 1.
     """
-    if examples and drafting.needs_heads:
+    if examples and drafting.heads:
         check_held_k(examples[0].lattice.k, drafting.k)
     check_p(drafting.p)
-    contexts = contexts_of(examples, drafted)
+    contexts, limits = contexts_of(examples, drafted), limits or Limits()
     steps = [Steps() for _ in examples]
     walking = list(range(len(examples)))
     while walking:
         places = [(examples[i], len(contexts[i].output_ids)) for i in walking]
         firsts = np.array([e.output_ids[position] for e, position in places])
         at = [contexts[i] for i in walking]
-        drafts = drafting.choose(drafting.propose(at, firsts), at)  # [b, p', l]
+        proposals = drafting.propose(at, firsts)
+        drafts = drafting.choose(proposals, at)  # [b, p', l]
         length = drafts.shape[-1]
         choices = np.full((len(walking), length), -1, dtype=np.int32)  # -1 after the end: nothing matches there
         for row, (e, position) in enumerate(places):
@@ -70,12 +108,24 @@ def replay_steps(examples: Sequence[TracedExample], drafting: Drafting, drafted:
         remaining = np.array([len(e.output_ids) - position for e, position in places])
         rows, lengths = accept(drafts, np.broadcast_to(choices[:, None], drafts.shape), remaining, ())
         winning = np.take_along_axis(drafts, rows[:, None, None], axis=1)[:, 0].tolist()
-        for i, (e, position), n, draft in zip(walking, places, lengths.tolist(), winning, strict=True):
+        calls = _calls(drafts, proposals, [limits.remaining(*place) for place in places], verify, limits)
+        for i, (e, position), n, draft, call in zip(walking, places, lengths.tolist(), winning, calls, strict=True):
             contexts[i].output_ids.extend(e.output_ids[position : position + n].tolist())
             steps[i].accepted.append(n)
             steps[i].drafts.append([token for token in draft if token >= 0])
+            steps[i].calls.append(call)
         walking = [i for i in walking if len(contexts[i].output_ids) < len(examples[i].output_ids)]
     return steps
+
+
+def _calls(
+    drafts: np.ndarray, proposals: Proposals, remaining: Sequence[int], verify: str, limits: Limits
+) -> list[Call]:
+    """The calls of steps with these drafts `[n, p, l]`."""
+    left = np.array(remaining)
+    known = (left == 1) | np.isin(proposals.firsts, limits.eos_token_ids)  # see `rescore.decoding.decode`
+    told = [each.tolist() for each in (*sizes(drafts, left, verify), proposals.heads_asked, known)]
+    return [NO_CALL if no_call else Call(*call) for *call, no_call in zip(*told, strict=True)]
 
 
 def contexts_of(examples: Sequence[TracedExample], drafted: Drafted | None = None) -> list[Context]:

@@ -22,7 +22,7 @@ from rescore.checks import check_alpha
 
 MAIN = ""  # the key of a value that is given without one
 _KEY = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
-_VALUES = {float: "a number", int: "a whole number", bool: "true or false"}
+_VALUES = {float: "a number", int: "a whole number", int | None: "a whole number", bool: "true or false"}
 Made = TypeVar("Made")
 
 

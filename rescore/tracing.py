@@ -31,7 +31,7 @@ import msgspec
 import numpy as np
 
 from lattices.errors import IncompatibleError, InvalidDataError, first_line
-from lattices.lattice import Lattice, put_first
+from lattices.lattice import Lattice, put_first, side_by_side
 from lm.files import atomic_folder, changed_settings, sha256_of_file, write_json
 from lm.keys import cache_entry, software
 from lm.locks import writing_to
@@ -41,9 +41,9 @@ from rescore.tasks.base import Example
 from rescore.tasks.groups import digest, one_of_each_first
 
 if TYPE_CHECKING:
-    from lm.base.generation import Generated
     from lm.base.model import BaseLM
     from lm.heads.block_heads import BlockHeads
+    from lm.heads.draft_rows import DraftProjection
 
 SCHEMA = "rescore.trace/1"
 RECORDING = 1  # changes with what `record_trace` computes: its prompts, outputs, lattices or rounding
@@ -116,6 +116,11 @@ class Trace:
         cut = [replace(e, lattice=e.lattice.first_heads(h), entropies=e.entropies[:, :h]) for e in self.examples]
         return Trace(msgspec.structs.replace(self.header, h=h), tuple(cut))
 
+    def line(self) -> str:
+        """What it holds."""
+        positions = sum(len(example.output_ids) for example in self.examples)
+        return f"{len(self.examples)} examples, {positions} positions, h = {self.header.h}, K = {self.header.k}"
+
 
 def record_trace(
     base: BaseLM,
@@ -170,7 +175,11 @@ def record_trace(
             for greedy in generate(
                 base, ids_of, max_new_tokens=max_new_tokens, batch_size=batch_size, with_hidden=True
             ):
-                rows[greedy.index] = _row(base, heads, part[greedy.index], ids_of[greedy.index], greedy, k)
+                assert greedy.hidden is not None and greedy.margins is not None
+                rows[greedy.index] = row_of_states(
+                    base, heads, part[greedy.index], ids_of[greedy.index], greedy.output_ids,
+                    hidden=greedy.hidden, margins=greedy.margins, k=k,
+                )  # fmt: skip
                 finished += 1
                 if progress:
                     progress(finished, len(examples))
@@ -201,41 +210,63 @@ def trace_folder(task: str, settings: dict[str, Any], k: int) -> Path:
     return cache_entry("traces", task, {"schema": SCHEMA, "k": k, "settings": settings})
 
 
-def _row(
-    base: BaseLM, heads: BlockHeads | None, example: Example, prompt_ids: list[int], greedy: Generated, k: int
+def row_of_states(
+    base: BaseLM,
+    heads: BlockHeads | None,
+    example: Example,
+    prompt_ids: Sequence[int],
+    output_ids: np.ndarray,
+    *,
+    hidden: np.ndarray,
+    margins: np.ndarray,
+    k: int,
 ) -> dict[str, Any]:
-    import torch
-
-    from lm.heads.block_heads import entropies_of, lattice_of
-
-    assert greedy.hidden is not None and greedy.margins is not None
-    ids, logps, entropies = [], [], []
-    with torch.inference_mode():
-        for start in range(0, len(greedy.output_ids), LATTICE_ROWS):
-            hidden = torch.from_numpy(greedy.hidden[start : start + LATTICE_ROWS]).to(base.device, base.dtype)
-            chosen = torch.from_numpy(greedy.output_ids[start : start + LATTICE_ROWS]).to(base.device)
-            first = base.project(hidden)
-            logits = heads.logits(base, hidden, first, chosen) if heads else first[:, None]
-            lattice = lattice_of(logits, k)
-            ids.append(lattice.token_ids)
-            logps.append(lattice.logps)
-            entropies.append(entropies_of(logits))
-    token_ids, scores = np.concatenate(ids), np.concatenate(logps)
-    # The projection of one state and of many differ in the last bits; the token that was really chosen stays.
-    put_first(token_ids[:, 0], scores[:, 0], greedy.output_ids)
+    """The row of an example, of the final hidden states `[t, d]` that its output tokens `[t]` were chosen from, and the
+    margins `[t]` with which they were."""
+    lattice, entropies = lattices_along(base, heads, hidden, output_ids, k)
     return {
         "id": example.id,
         "prompt": example.prompt,
         "references": list(example.references),
-        "output": base.decode_text(greedy.output_ids.tolist()),
+        "output": base.decode_text(output_ids.tolist()),
         "prompt_ids": np.asarray(prompt_ids, dtype=np.int32),
-        "output_ids": greedy.output_ids.astype(np.int32),
-        "token_ids": token_ids.ravel(),
-        "logps": scores.ravel(),
-        "entropies": np.concatenate(entropies).ravel(),
-        "margins": greedy.margins,
+        "output_ids": output_ids.astype(np.int32),
+        "token_ids": lattice.token_ids.ravel(),
+        "logps": lattice.logps.ravel(),
+        "entropies": entropies.ravel(),
+        "margins": margins,
         "group": example.group,
     }
+
+
+def lattices_along(
+    base: BaseLM,
+    heads: BlockHeads | None,
+    hidden: np.ndarray,
+    output_ids: np.ndarray,
+    k: int,
+    projection: DraftProjection | None = None,
+) -> tuple[Lattice, np.ndarray]:
+    """The lattices `[t, h, k]` before every token of an output and their entropies `[t, h]`, from the states `[t, d]`
+    that chose these tokens; arguments as for `BlockHeads.slots`."""
+    import torch
+
+    from lm.heads.block_heads import Slots, entropies_of
+
+    lattices, entropies = [], []
+    with torch.inference_mode():
+        for start in range(0, len(output_ids), LATTICE_ROWS):
+            states = torch.tensor(hidden[start : start + LATTICE_ROWS], device=base.device, dtype=base.dtype)
+            chosen = torch.tensor(output_ids[start : start + LATTICE_ROWS], device=base.device, dtype=torch.int64)
+            first = base.project(states)
+            how: dict[str, Any] = {"tokens": chosen, "projection": projection}
+            slots = heads.slots(base, states, first, **how) if heads else [Slots(first[:, None])]
+            lattices.append(side_by_side([each.lattice(k) for each in slots]))
+            entropies.append(np.concatenate([entropies_of(each.logits) for each in slots], axis=1))
+    whole = Lattice(np.concatenate([e.token_ids for e in lattices]), np.concatenate([e.logps for e in lattices]))
+    # The projection of one state and of many differ in the last bits; the token that was really chosen stays.
+    put_first(whole.token_ids[:, 0], whole.logps[:, 0], output_ids)
+    return whole, np.concatenate(entropies)
 
 
 def _features() -> Any:

@@ -95,7 +95,7 @@ class TestSuite:
         assert (run.code, run.err) == (0, "")
         assert re.search(r"\nsquad +oracle +1 +4 +4 +- +\d\.\d{3} +\d\.\d{3} to \d\.\d{3} ", run.out)
         assert rescore(*asked).out == run.out
-        assert rescore(*asked, "--json").document["schema"] == "rescore.suite/3"
+        assert rescore(*asked, "--json").document["schema"] == "rescore.suite/4"
         plan.write_text(plan.read_text().replace("limit: 4", "limit: 5"))
         rescore(*asked).refused("limit: 4 -> 5.; use another --out")
         plan.write_text(plan.read_text() + "rescorer: none\n")

@@ -85,13 +85,31 @@ def load_base(
     source = resolve_base(model)
     chosen, tokenizer = config or source.config(), source.tokenizer()
     identity = source.identity(dtype, chosen, tokenizer)
-    with _reading(f"can't load the model {model}"):
-        implementation = attention.PACKED if device == "cpu" and _takes_sdpa(chosen) else None
+    packed = attention.PACKED if device == "cpu" and _takes_sdpa(chosen) else None
+    weights = _weights(source, chosen, dtype, device, packed, cut=config is not None)
+    return BaseLM(weights, tokenizer, identity=identity, from_files=True, compiles=compile == "auto")
+
+
+def load_model(name: str, *, dtype: str = "float32", device: str = "auto") -> PreTrainedModel:
+    """The model alone, as transformers loads it by itself: with the attention that it chooses, and plain products.
+
+    Arguments and errors as of `load_base`; dtype: one of `DTYPES`.
+    """
+    source = resolve_base(name)
+    return _weights(source, source.config(), dtype, choose_device(device), None)
+
+
+def _weights(
+    source: ModelFolder, config: Any, dtype: str, device: str, implementation: str | None, *, cut: bool = False
+) -> PreTrainedModel:
+    """The model of a folder; implementation: of its attention (None: transformers' choice); cut: the configuration asks
+    for a part of the weights only."""
+    with _reading(f"can't load the model {source.name}"):
         # transformers' grouped products of experts know no float64.
         experts = {"experts_implementation": "eager"} if dtype == "float64" else {}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
-            config=chosen,
+            config=config,
             dtype=DTYPES[dtype],
             attn_implementation=implementation,
             use_safetensors=True,
@@ -99,17 +117,18 @@ def load_base(
             ignore_mismatched_sizes=True,  # reported below, with names
             **experts,
         )
-        weights, report = loaded[0].to(device), loaded[1]
+        weights: PreTrainedModel = loaded[0].to(device)
+        report = loaded[1]
     # transformers would fill these with random numbers and a warning.
     if absent := sorted(report["missing_keys"]) or sorted(str(key[0]) for key in report["mismatched_keys"]):
         raise InvalidDataError(
-            f"{model} has weights that don't fit its config.json: {absent[0]} (of {len(absent)}) is missing or has "
-            f"another shape; get the model's folder again"
+            f"{source.name} has weights that don't fit its config.json: {absent[0]} (of {len(absent)}) is missing or "
+            "has another shape; get the model's folder again"
         )
     if source.adapter is not None:
         with _reading(f"can't apply the adapter in {source.adapter}"):
-            weights = merged(weights, source.adapter, cut=config is not None)
-    return BaseLM(weights, tokenizer, identity=identity, from_files=True, compiles=compile == "auto")
+            weights = merged(weights, source.adapter, cut=cut)
+    return weights
 
 
 def _identity_in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> BaseIdentity:
@@ -191,14 +210,22 @@ def read_model_config(name: str = BUILT_IN, *, local_files_only: bool = False) -
     return resolve_base(name, local_files_only=local_files_only).config()
 
 
+def load_projection(name: str = BUILT_IN) -> BaseLM:
+    """The base LM that `name` stands for with its first layer only, on the CPU: for its vocabulary projection.
+
+    Raises as `load_base` does.
+    """
+    config = read_model_config(name)
+    config.get_text_config(decoder=True).num_hidden_layers = 1
+    return load_base(name, device="cpu", config=config)
+
+
 def load_embeddings(name: str = BUILT_IN) -> tuple[torch.Tensor, str]:
     """The output embeddings `[vocab, d]` of the base LM that `name` stands for, and the sha256 of its weights.
 
     Raises as `load_base` does.
     """
-    config = read_model_config(name)
-    config.get_text_config(decoder=True).num_hidden_layers = 1  # the rest is not needed
-    base = load_base(name, device="cpu", config=config)
+    base = load_projection(name)
     weight: torch.Tensor = base.output_embeddings.weight
     return weight, base.identity.weights_sha256
 
@@ -222,15 +249,23 @@ def tokenization_of(name: str) -> str:
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
     """One line for whatever transformers raises over a broken file, and none of its bars and reports meanwhile."""
+    try:
+        with quiet():
+            yield
+    except RescoreError:
+        raise
+    except Exception as error:  # OSError, KeyError, TypeError, SafetensorError, ...: as the broken part leads it to
+        raise InvalidDataError(f"{what}: {first_line(error)}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No bars and reports of transformers meanwhile."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
-    except RescoreError:
-        raise
-    except Exception as error:  # OSError, KeyError, TypeError, SafetensorError, ...: as the broken part leads it to
-        raise InvalidDataError(f"{what}: {first_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:

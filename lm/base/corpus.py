@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,6 +40,7 @@ from lm.files import (
     writing,
 )
 from lm.locks import writing_to
+from lm.options import Base, Device, Dtype
 from lm.text_files import CSV, TSV, TextFile, identify, rows, text_lines
 
 if TYPE_CHECKING:
@@ -101,6 +103,32 @@ class CorpusSummary:
     def speed(self) -> str:
         """How fast this run was, in words."""
         return f"{self.decoded / self.seconds:.0f} output tokens a second"
+
+
+def write_own_corpus(
+    prompts: Annotated[Path, 'JSON lines {"prompt", "chat"} (or CSV, Parquet ...) or text, a prompt a line.'],
+    out: Annotated[Path, "Folder for the corpus; resumable."],
+    *,
+    base: Base = "smollm2-135m",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    options: GenerationOptions,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> str:
+    """`generate_corpus` for a file of prompts and a base LM by name; says in words what there is, and how fast it was.
+
+    Raises as `load_base`, `read_prompts` and `generate_corpus`.
+    """
+    from lm.base.catalog import load_base
+    from lm.base.machine import share_of_limits
+
+    loaded = load_base(base, dtype=dtype, device=device)
+    chosen = read_prompts(prompts, default_chat=loaded.is_chat)
+    shown = partial(progress, "generate") if progress else None
+    summary = generate_corpus(loaded, chosen, out, options, progress=shown)
+    if not summary.made:
+        return summary.line()
+    return f"{summary.line()}\n{summary.speed()}: {share_of_limits(loaded, summary.work, summary.seconds)}"
 
 
 def read_prompts(path: Path, *, default_chat: bool) -> list[Prompt]:

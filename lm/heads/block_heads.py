@@ -1,16 +1,19 @@
 """Block heads: from one final hidden state of the base LM to the lattice of the next h tokens.
 
 Head 1 is the base LM's own vocabulary projection. Heads 2..h are a network (`lm.heads.nets`) followed by the same
-projection ([A] section 3). Head 1's choice is known before the other heads are asked, so they can see it beside the
-state (`token_size`), which neither paper does. A checkpoint is a folder: `model.safetensors`, the network's tensors,
-and `config.json` (`BlockHeadsConfig`).
+projection ([A] section 3), or by projections of their own, as others' have them (`lm.heads.projection`). Head 1's
+choice is known before the other heads are asked, so they can see it beside the state (`token_size`), which neither
+paper does. A checkpoint is a folder: `model.safetensors`, the network's tensors, and `config.json`
+(`BlockHeadsConfig`); or what others wrote (`lm.heads.layouts`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,16 +21,34 @@ from msgspec.structs import replace
 from torch import nn
 
 from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
-from lattices.lattice import Lattice
+from lattices.lattice import Lattice, side_by_side
 from lattices.paths import user_path
 from lm.base.adapters import TUNED_FILE
 from lm.base.model import BaseIdentity, BaseLM
 from lm.checkpoint import CONFIG_FILE, WEIGHTS_FILE, check_shapes, read_weights, write_checkpoint
 from lm.checkpoint import read_config as read_checkpoint_config
 from lm.files import SHIPPED, sha256_of_file
+from lm.heads.draft_rows import DraftProjection
+from lm.heads.layouts.medusa import find_medusa, medusa_of_model
 from lm.heads.nets import NETS, SEQUENTIAL, BlockHeadsConfig
+from lm.heads.projection import Projection
+from lm.locks import warn
 
 HEADS_FOLDER = "heads"
+PROJECTION = "lm_head."  # begins the names of its tensors in a checkpoint
+_told: set[str] = set()  # notices of this process
+
+
+class Slots(NamedTuple):
+    """Slots of one vocabulary that follow each other: logits `[n, s, v]`, in float32 at least, of the tokens `[v]`
+    (None: of all, by id)."""
+
+    logits: torch.Tensor
+    token_ids: torch.Tensor | None = None
+
+    def lattice(self, k: int) -> Lattice:
+        """As `lattice_of` has it, `[n, s, k]`."""
+        return lattice_of(self.logits, k, self.token_ids)
 
 
 class BlockHeads(nn.Module):
@@ -37,6 +58,8 @@ class BlockHeads(nn.Module):
         super().__init__()
         self.config = config
         self.net = NETS[config.architecture](config)
+        own = config.own_projection
+        self.projection = Projection(own, config.h - 1, config.hidden_size) if own else None
         self._file_sha256: str | None = None
 
     @property
@@ -51,7 +74,19 @@ class BlockHeads(nn.Module):
     @property
     def sha256(self) -> str:
         """Of the file that the weights were read from, else of the weights in memory."""
-        return self._file_sha256 or _tensors_sha256(self.net)
+        return self._file_sha256 or _tensors_sha256(self.tensors())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its weights under the names of a checkpoint."""
+        own = {PROJECTION + n: value for n, value in self.projection.state_dict().items()} if self.projection else {}
+        return {**self.net.state_dict(), **own}
+
+    def take(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Makes these weights its own; they fit."""
+        self.net.load_state_dict({n: value for n, value in tensors.items() if not n.startswith(PROJECTION)})
+        if self.projection is not None:  # which is large: not copied
+            own = {n.removeprefix(PROJECTION): value for n, value in tensors.items() if n.startswith(PROJECTION)}
+            self.projection.load_state_dict(own, assign=True)
 
     def forward(self, hidden: torch.Tensor, rows: torch.Tensor, heads: list[int] | None = None) -> torch.Tensor:
         """Final hidden states `[n, d]` -> what the projection reads for heads 2..h, `[h-1, n, d]`.
@@ -63,30 +98,59 @@ class BlockHeads(nn.Module):
         return read
 
     @torch.inference_mode()
-    def logits(
-        self, base: BaseLM, hidden: torch.Tensor, first: torch.Tensor, tokens: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """All heads' logits after each of n states, `[n, h, vocab]`, in float32 at least.
+    def slots(
+        self,
+        base: BaseLM,
+        hidden: torch.Tensor,
+        first: torch.Tensor,
+        tokens: torch.Tensor | None = None,
+        *,
+        projection: DraftProjection | None = None,
+    ) -> list[Slots]:
+        """The slots of all heads after each of n states; those of one vocabulary together.
 
         `hidden` `[n, d]` and head 1's logits `first` `[n, vocab]`, as the base's forward gave them. `tokens` `[n]`:
         what head 1 chose, where that is known better than by the arg-max of `first` (after rounding, for example).
+        `projection`: of the tokens that heads 2 to h draft from (None: all); raises `RescoreError` if the heads have
+        projections of their own.
         """
+        if projection is not None and self.projection is not None:
+            raise RescoreError(
+                "these heads have vocabulary projections of their own, and a draft vocabulary takes rows of the "
+                "base's; leave it out"
+            )
         rows = base.output_embeddings.weight[first.argmax(-1) if tokens is None else tokens][:, None].to(self.dtype)
-        every = [first[:, None]]
+        project, token_ids = (projection, projection.token_ids) if projection else (base.project, None)
+        every = []
         # A sequential head is asked when the tokens before its own are known; the others are asked at once.
         sequential = self.config.architecture == SEQUENTIAL
         for heads in [[i] for i in range(self.h - 1)] if sequential else [None]:
-            ahead = base.project(self(hidden.to(self.dtype), rows, heads).to(hidden.dtype))  # [heads, n, vocab]
+            read = self(hidden.to(self.dtype), rows, heads).to(hidden.dtype)  # [heads, n, d]
+            if self.projection is None:
+                ahead = project(read)  # [heads, n, v]
+            else:
+                ahead = self.projection(read, heads or range(self.h - 1), first.shape[-1])
             every.append(ahead.transpose(0, 1))
             if sequential:
-                best = base.output_embeddings.weight[ahead[0].argmax(-1)]
-                rows = torch.cat([rows, best[:, None].to(self.dtype)], dim=1)
-        logits = torch.cat(every, dim=1)
-        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+                _, best = top_k_lowest_ids(ahead[0], 1, token_ids)
+                rows = torch.cat([rows, base.output_embeddings.weight[best].to(self.dtype)], dim=1)
+        slots = [Slots(first[:, None]), Slots(torch.cat(every, dim=1), token_ids)]
+        if projection is None:
+            slots = [Slots(torch.cat([each.logits for each in slots], dim=1))]
+        half = (torch.float16, torch.bfloat16)
+        return [Slots(logits.float() if logits.dtype in half else logits, ids) for logits, ids in slots]
 
-    def lattice(self, base: BaseLM, hidden: torch.Tensor, first: torch.Tensor, k: int) -> Lattice:
-        """The lattice `[n, h, k]` after each of n states; arguments as for `logits`."""
-        return lattice_of(self.logits(base, hidden, first), k)
+    def lattice(
+        self,
+        base: BaseLM,
+        hidden: torch.Tensor,
+        first: torch.Tensor,
+        k: int,
+        *,
+        projection: DraftProjection | None = None,
+    ) -> Lattice:
+        """The lattice `[n, h, k]` after each of n states; arguments as for `slots`."""
+        return side_by_side([slots.lattice(k) for slots in self.slots(base, hidden, first, projection=projection)])
 
     def first(self, h: int) -> BlockHeads:
         """The same heads cut to a block of h tokens (no head depends on later ones)."""
@@ -94,6 +158,8 @@ class BlockHeads(nn.Module):
             raise RescoreError(f"h = {h}, but these heads propose blocks of {self.h}; choose --h from 2 to {self.h}")
         cut = BlockHeads(replace(self.config, h=h)).to(next(self.net.parameters()).device, self.dtype)
         cut.net.load_state_dict({name: self.net.cut(name, value, h) for name, value in self.net.state_dict().items()})
+        cut.projection = self.projection and self.projection.first(h - 1)
+        cut._file_sha256 = self._file_sha256
         return cut.eval().requires_grad_(False)
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
@@ -101,16 +167,22 @@ class BlockHeads(nn.Module):
 
         `dtype` int8: as `lm.checkpoint` has it, half the size. Raises `OutputError` if the folder can't be written.
         """
-        write_checkpoint(folder, self.net.state_dict(), self.config, dtype=dtype)
+        write_checkpoint(folder, self.tensors(), self.config, dtype=dtype)
 
 
-def lattice_of(logits: torch.Tensor, k: int) -> Lattice:
-    """The lattice `[n, h, k]` of logits `[n, h, vocab]`. Raises `RescoreError` for a k outside the vocabulary."""
+def lattice_of(logits: torch.Tensor, k: int, token_ids: torch.Tensor | None = None) -> Lattice:
+    """The lattice `[n, h, k]` of logits `[n, h, v]`; of the tokens `token_ids` `[v]` (None: of all, by id).
+
+    Raises `RescoreError` for a k outside the vocabulary.
+    """
     if not 1 <= k <= logits.shape[-1]:
         raise RescoreError(f"k = {k} is outside 1 to the vocabulary's {logits.shape[-1]}; choose another k")
-    values, token_ids = top_k_lowest_ids(logits, k)
-    logps = (values - torch.logsumexp(logits, dim=-1, keepdim=True)).clamp(max=0.0)
-    return Lattice(token_ids.to(torch.int32).cpu().numpy(), logps.float().cpu().numpy())
+    values, ids = top_k_lowest_ids(logits, k, token_ids)
+    logps = (values - torch.logsumexp(logits, dim=-1, keepdim=True)).clamp(max=0.0).float().cpu().numpy()
+    if logps.min(initial=0.0) == -np.inf:  # tokens outside a head's token map
+        least = int(np.isfinite(logps).sum(axis=-1).min())
+        raise RescoreError(f"k = {k}, but a head proposes {least} tokens only; choose --k from 1 to {least}")
+    return Lattice(ids.to(torch.int32).cpu().numpy(), logps)
 
 
 def entropies_of(logits: torch.Tensor) -> np.ndarray:
@@ -119,8 +191,11 @@ def entropies_of(logits: torch.Tensor) -> np.ndarray:
     return np.asarray(entropies.float().cpu())
 
 
-def top_k_lowest_ids(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k highest of the last axis, falling, ties by lowest id: values and ids `[..., k]`."""
+def top_k_lowest_ids(
+    logits: torch.Tensor, k: int, token_ids: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k highest of the last axis, falling, ties by lowest id: values and ids `[..., k]`; `token_ids` `[v]`: of the
+    axis, where it is not by id."""
     size = logits.shape[-1]
     taken = min(k + 1, size)
     values, ids = torch.topk(logits, taken, dim=-1)
@@ -129,27 +204,28 @@ def top_k_lowest_ids(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.
     while taken < size and bool((values[..., -1] == values[..., k - 1]).any()):
         taken = min(4 * taken, size)
         values, ids = torch.topk(logits, taken, dim=-1)
-    ids = ids.sort(dim=-1).values
-    values, order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    ids, by_id = (ids if token_ids is None else token_ids[ids]).sort(dim=-1)
+    values, order = values.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
     return values[..., :k], ids.gather(-1, order)[..., :k]
 
 
-def _tensors_sha256(net: nn.Module) -> str:
+def _tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(net.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(raw.data)
     return digest.hexdigest()
 
 
 def known_heads(name: str) -> Path | None:
-    """The checkpoint folder of the heads tuned with the base LM of this name, or shipped for it; None without any."""
+    """Where the heads lie that were tuned with the base LM of this name, or are shipped for it; None without any."""
     if (shipped := _shipped().get(name)) is not None:  # a built-in name is no folder that happens to be called so
         return shipped
     beside = Path(os.path.expanduser(name)) / HEADS_FOLDER
     if (beside.parent / TUNED_FILE).is_file() and (beside / CONFIG_FILE).is_file():
         return beside  # trained together with this base
-    return None
+    return beside.parent if medusa_of_model(beside.parent) else None
 
 
 def _shipped() -> dict[str, Path]:
@@ -157,7 +233,7 @@ def _shipped() -> dict[str, Path]:
 
 
 def heads_folder(path: str | None, identity: BaseIdentity) -> Path:
-    """The checkpoint folder of `path`; without one, of the heads tuned with the base, or shipped for its name."""
+    """The place that `path` names; without one, that of heads tuned with the base, or shipped for its name."""
     if path is not None:
         return user_path(path, "--heads")
     if (folder := known_heads(identity.name)) is not None:
@@ -179,37 +255,85 @@ def load_heads(
 ) -> BlockHeads:
     """Heads for a base LM, or for what is known of one.
 
-    path: a checkpoint folder; None: those shipped with the base's name.
-    device, dtype: by default the base's own, or without one the CPU and float32.
-    Raises `IncompatibleError` if they were made for another hidden size, vocabulary or tokenizer, `InvalidDataError`
-    for a broken file, `RescoreError` if there are none.
+    path: a checkpoint folder, or Medusa heads as others write them (a folder, or a file of one); None: those shipped
+        with the base's name.
+    device, dtype: by default the base's own, or without one the CPU and float32. A projection of the heads' own has
+        the base's precision.
+    What can't be checked of others' heads is told, once. Raises `IncompatibleError` if they were made for another
+    hidden size, vocabulary or tokenizer, `InvalidDataError` for a broken file, `RescoreError` if there are none.
     """
     identity = base.identity if isinstance(base, BaseLM) else base
     device = device or (base.device if isinstance(base, BaseLM) else "cpu")
     dtype = dtype or (base.heads_dtype if isinstance(base, BaseLM) else torch.float32)
     folder = heads_folder(path, identity)
     config = read_config(folder)
+    check_fit(config, folder, identity)
+    heads = BlockHeads(config)
+    tensors, notices = read_tensors(folder, config)
+    own_map = tensors.get(f"{PROJECTION}token_map")
+    if own_map is not None and not 0 <= int(own_map.min()) <= int(own_map.max()) < identity.vocab_size:
+        raise IncompatibleError(
+            f"the heads in {folder} have a token map beyond the {identity.vocab_size} tokens of {identity.name}; give "
+            "other --heads"
+        )
+    heads.take(tensors)
+    heads._file_sha256 = heads_sha256(folder)
+    for line in (*notices, *_unchecked(config, folder, identity)):
+        if line not in _told:
+            _told.add(line)
+            warn(line)
+    heads.net.to(device, dtype)
+    if heads.projection is not None:
+        heads.projection.to(device, getattr(torch, identity.dtype))
+    return heads.eval().requires_grad_(False)
+
+
+def check_fit(config: BlockHeadsConfig, folder: Path, identity: BaseIdentity) -> None:
+    """Raises `IncompatibleError` if heads were made for another hidden size, vocabulary or tokenizer than a base's."""
     for field in ("hidden_size", "vocab_size", "tokenizer_sha256"):
-        if (made_for := getattr(config, field)) != (actual := getattr(identity, field)):
+        made_for, actual = getattr(config, field), getattr(identity, field)
+        if made_for not in (None, actual):
             raise IncompatibleError(
                 f"the heads in {folder} were made for {config.base_name}, not for {identity.name}: "
                 f"{field} is {made_for}, the base's is {actual}; give other --heads"
             )
-    heads = BlockHeads(config)
+
+
+def _unchecked(config: BlockHeadsConfig, folder: Path, identity: BaseIdentity) -> list[str]:
+    """What could not be checked, in a line."""
+    if config.tokenizer_sha256 is not None:
+        return []
+    sizes = f"hidden size {config.hidden_size}"
+    if config.vocab_size is not None:
+        sizes += f" and {config.vocab_size} tokens"
+    return [
+        f"the heads in {folder} (h = {config.h}) do not say which tokenizer they are for; that they fit "
+        f"{identity.name} was checked by {sizes} alone"
+    ]
+
+
+def read_tensors(folder: Path, config: BlockHeadsConfig) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """The weights at a place of heads, as `BlockHeads.tensors` names them, and what the user should know of them.
+
+    Raises as `load_heads`.
+    """
+    if (theirs := find_medusa(folder)) is not None:
+        return theirs.tensors()
     tensors = read_weights(folder, missing=f"no block heads in {folder}", what="the heads")
-    shapes, expected = ({n: v.shape for n, v in state.items()} for state in (tensors, heads.net.state_dict()))
-    check_shapes(folder, shapes, expected, CONFIG_FILE)
-    heads.net.load_state_dict(tensors)
-    heads._file_sha256 = heads_sha256(folder)
-    return heads.to(device, dtype).eval().requires_grad_(False)
+    with torch.device("meta"):
+        expected = {name: value.shape for name, value in BlockHeads(config).tensors().items()}
+    check_shapes(folder, {name: value.shape for name, value in tensors.items()}, expected, CONFIG_FILE)
+    return tensors, ()
 
 
 def read_config(folder: Path) -> BlockHeadsConfig:
-    """`config.json` of a checkpoint folder.
+    """What the heads at a place are: `config.json` of a checkpoint folder, or what others' tensors say.
 
     Raises `RescoreError` if there is none, `InvalidDataError` for anything but a `BlockHeadsConfig`,
     `UnknownNameError` for an architecture from elsewhere.
     """
+    if (theirs := find_medusa(folder)) is not None:
+        return theirs.config
     what = "a block heads configuration"
     config = read_checkpoint_config(folder, BlockHeadsConfig, what=what, missing=_no_heads(folder))
     if config.architecture not in NETS:
@@ -233,7 +357,9 @@ def of_other_weights(path: str | None, identity: BaseIdentity) -> str | None:
 
 
 def heads_sha256(folder: Path) -> str:
-    """sha256 of a checkpoint's weights."""
+    """sha256 of the weights at a place of heads."""
+    if (theirs := find_medusa(folder)) is not None:
+        return theirs.sha256
     try:
         return sha256_of_file(folder / WEIGHTS_FILE)
     except OSError as error:

@@ -18,10 +18,13 @@ from typing import Annotated
 
 import torch
 from msgspec import Meta
+from msgspec.structs import asdict
 from torch import nn
 from torch.nn import functional
 
 from lm.checkpoint import Config
+from lm.heads.projection import OwnProjection
+from lm.keys import key_of
 
 FEED_FORWARD, SHARED, MEDUSA, SEQUENTIAL = "feed_forward", "shared", "medusa", "sequential"
 
@@ -35,17 +38,28 @@ class BlockHeadsConfig(Config, frozen=True, kw_only=True):
     h: Annotated[int, Meta(ge=2)]  # head 1 is counted
     hidden_size: Size  # of the base
     inner_size: Size  # width of the hidden layer (medusa: the hidden size)
-    vocab_size: Size
+    vocab_size: Size | None  # None: heads of others that use the base's projection do not say
     base_name: str
-    tokenizer_sha256: str
+    tokenizer_sha256: str | None  # None: those of others do not say
     architecture: str = FEED_FORWARD
     token_size: Annotated[int, Meta(ge=0)] = 0  # width in which heads see drafted tokens; 0: they see the state only
-    blocks: Size = 1  # residual blocks of a medusa head
+    blocks: Annotated[int, Meta(ge=0)] = 1  # residual blocks of a medusa head
     base_weights_sha256: str | None = None  # the weights they were trained for; None: not known
+    own_projection: OwnProjection | None = None  # None: heads read through the base's vocabulary projection
 
     def __post_init__(self) -> None:
         if self.architecture == SEQUENTIAL and not self.token_size:
             raise ValueError("token_size is 0; sequential heads see drafted tokens and need a width for them")
+        if not self.blocks and (self.architecture != MEDUSA or self.own_projection is None):
+            raise ValueError("blocks is 0; only medusa heads with a projection of their own may have none")
+
+    @property
+    def sha256(self) -> str:
+        """Of all that it says; one without a projection of its own keeps that of before there were any."""
+        fields = asdict(self)
+        if self.own_projection is None:
+            fields.pop("own_projection")
+        return key_of(fields)
 
 
 class HeadNet(nn.Module):
@@ -179,7 +193,9 @@ class Medusa(HeadNet):
         self._see_tokens(count, config.token_size, d)
 
     def forward(self, hidden: torch.Tensor, rows: torch.Tensor, heads: list[int]) -> torch.Tensor:
-        weight, bias = self.block["weight"][heads], self.block["bias"][heads]
+        weight, bias = self.block["weight"], self.block["bias"]
+        if len(heads) < len(weight):  # else they are not copied
+            weight, bias = weight[heads], bias[heads]
         x = hidden.expand(len(heads), -1, -1)
         for block in range(self.config.blocks):
             inner = torch.matmul(x, weight[:, block]) + bias[:, block, None]

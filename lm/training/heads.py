@@ -118,6 +118,11 @@ class HeadTrainer(TextTrainer[HeldOutAccuracy, TrainingOptions]):
                 f"the heads in {folder} have {differs[0]} = {theirs}, not {ours}; training starts from the same "
                 f"shape: give --{differs[0].replace('_', '-')} {theirs}"
             )
+        if earlier.projection is not None:
+            raise IncompatibleError(
+                f"the heads in {folder} have vocabulary projections of their own, and heads that are trained here use "
+                "the base's; give other --initial heads"
+            )
         state = earlier.net.state_dict()
         self.heads.net.load_state_dict(as_sequential(state) if grows else state)
         self.initial_sha256 = heads_sha256(folder)

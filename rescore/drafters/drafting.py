@@ -15,6 +15,7 @@ import numpy as np
 
 from lattices.errors import RescoreError
 from lattices.joined.lookup import NONE
+from rescore.drafters import HEADS
 from rescore.drafters.base import SURE, Drafter, LatticeDrafter, as_drafts, stacked
 from rescore.drafters.heads import Heads
 from rescore.drafters.proposals import Proposals
@@ -36,15 +37,18 @@ class Drafting:
     p: int = 1
 
     @property
-    def needs_heads(self) -> bool:
-        """Whether block heads are among the drafters."""
-        return any(isinstance(drafter, Heads) for drafter in self.drafters)
+    def heads(self) -> Heads | None:
+        """The block heads among the drafters."""
+        return next((drafter for drafter in self.drafters if isinstance(drafter, Heads)), None)
 
     def longest(self, h: int) -> int:
         """Tokens of a draft, at most, with so many heads."""
-        if self.rescorer.longest is not None:
-            return self.rescorer.longest
-        return max((drafter.longest or h for drafter in self.drafters), default=1)
+        own = self.rescorer.longest
+        if own is not None and self.rescorer.joins:
+            return own
+        proposed = max((drafter.longest or h for drafter in self.drafters), default=1)
+        alone = len(self.drafters) == 1 and isinstance(self.drafters[0], LatticeDrafter)
+        return proposed if own is None or not alone else min(own, proposed)  # text is drafted beside what it drafts
 
     def prefill(self, contexts: Sequence[Context]) -> None:
         """Reads the prompts of new examples."""
@@ -67,10 +71,9 @@ class Drafting:
             drafts = self.rescorer.draft(lattice, contexts, self.p)
         else:
             drafts = self._shared(proposals, contexts)
-        longest = self.rescorer.longest
-        if longest is None:
-            longest = self.longest(max((lattice.h for lattice in proposals.lattices.values()), default=1))
-        check_drafts(drafts, proposals.firsts, self.p, longest)
+        asked = self.rescorer.longest is None or not self.rescorer.joins  # what joins may not have asked for lattices
+        h = max((lattice.h for lattice in proposals.lattices.values()), default=1) if asked else 1
+        check_drafts(drafts, proposals.firsts, self.p, self.longest(h))
         return drafts
 
     def _shared(self, proposals: Proposals, contexts: Sequence[Context]) -> np.ndarray:
@@ -95,7 +98,7 @@ class Drafting:
 
 def check_drafters(drafters: Sequence[Drafter], *, live: bool) -> None:
     """Raises `RescoreError` for what can't be joined, or not be decoded with."""
-    names = [drafter.name for drafter in drafters]
+    names = [HEADS if isinstance(drafter, Heads) else drafter.name for drafter in drafters]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise RescoreError(f"--drafter {twice} is there twice; give it once")
     for drafter in drafters if live else ():

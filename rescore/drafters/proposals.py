@@ -47,6 +47,7 @@ class Proposals:
     firsts int32 `[n]`: the tokens that the base has chosen already, slot 1 of all of them.
     continuations: n by drafter (in a joined lattice not of drafters that copy from the context itself).
     in_context: whether one does. apart: for so many continuations each, which are no part of a joined lattice.
+    asked bool `[n]`: where lattices were looked at.
     """
 
     drafters: Sequence[Drafter]
@@ -57,6 +58,7 @@ class Proposals:
 
     def __post_init__(self) -> None:
         self.firsts = self.firsts.astype(np.int32)
+        self.asked = np.zeros(len(self.contexts), dtype=bool)
         text = [drafter for drafter in self.drafters if isinstance(drafter, TextDrafter)]
         self.in_context = any(drafter.in_context for drafter in text)
         self.continuations: dict[Drafter, list[Continuations]] = {
@@ -65,9 +67,14 @@ class Proposals:
             if self.apart or not drafter.in_context
         }
 
-    @cached_property
+    @property
     def lattices(self) -> dict[Drafter, Lattice]:
         """`[n, h, k]` by drafter."""
+        self.asked[:] = True
+        return self._lattices
+
+    @cached_property
+    def _lattices(self) -> dict[Drafter, Lattice]:
         slots = [drafter for drafter in self.drafters if isinstance(drafter, LatticeDrafter)]
         return {drafter: lattices_of(drafter, self.contexts, self.firsts, self.k) for drafter in slots}
 
@@ -75,6 +82,16 @@ class Proposals:
     def longest(self) -> int:
         """Tokens of what is proposed, at most."""
         return max([lattice.h for lattice in self.lattices.values()] + [d.longest or 1 for d in self.drafters])
+
+    @property
+    def heads_asked(self) -> np.ndarray:
+        """Where block heads were asked, bool `[n]`."""
+        return self.asked & any(isinstance(drafter, Heads) for drafter in self.drafters)
+
+    @property
+    def draft_vocabulary(self) -> int | None:
+        """Tokens that block heads draft from, beside the prompt's; None: all."""
+        return next((drafter.size for drafter in self.drafters if isinstance(drafter, Heads)), None)
 
     @property
     def has_lattices(self) -> bool:
@@ -85,7 +102,8 @@ class Proposals:
         self, row: int, context: Context, statistics: Statistics | None = None, *, text_only: bool = False
     ) -> Sources:
         """The joined lattice of one position; `text_only`: of drafters that copy, without asking the others."""
-        lattices = {} if text_only else self.lattices
+        self.asked[row] |= not text_only
+        lattices = {} if text_only else self._lattices
         heads = next((lattice[row] for d, lattice in lattices.items() if isinstance(d, Heads)), None)
         if heads is None:
             heads = Lattice(self.firsts[row].reshape(1, 1), np.zeros((1, 1), dtype=np.float32))

@@ -45,7 +45,9 @@ def drafted(
     for drafter in drafters:
         if isinstance(drafter, Traced):
             found[drafter.name] = drafter.lattices_of(trace)
-        elif isinstance(drafter, LatticeDrafter) and not isinstance(drafter, Heads):
+        elif isinstance(drafter, Heads) and drafter.draws_on_all:
+            found[drafter.name] = {example.id: example.lattice for example in trace.examples}
+        elif isinstance(drafter, LatticeDrafter):
             recorded = record_drafter(trace, drafter, task=task, settings=settings, progress=progress)
             found[drafter.name] = {example.id: example.lattice for example in recorded.examples}
     return found
@@ -66,7 +68,7 @@ def record_drafter(
     k: lattice entries of a slot (None: as the trace has); folder: of the user (None: in the cache).
     """
     k = k or trace.header.k
-    cached, settings = _place(task, drafter, settings, k)
+    cached, settings = _place(trace, task, drafter, settings, k)
     place = folder or cached
     with writing_to(place) if folder else making(place, f"what {drafter.name} drafts for {task}"):
         header = TraceHeader(
@@ -109,7 +111,9 @@ def recorded_already(
 ) -> dict[str, Lattice] | None:
     """What `drafted` would give of a drafter with a model of its own (by its identity), without that model; None where
     some of it is not recorded."""
-    folder, settings = _place(task, drafter, settings, trace.header.k)
+    if isinstance(drafter, Heads) and drafter.draws_on_all:
+        return {example.id: example.lattice for example in trace.examples}
+    folder, settings = _place(trace, task, drafter, settings, trace.header.k)
     with suppress(RescoreError):
         _, known = _read(folder, trace, settings=settings)
         if all(example.id in known for example in trace.examples):
@@ -133,7 +137,9 @@ def _read(folder: Path, trace: Trace, **expected: Any) -> tuple[TraceHeader, dic
     return recorded.header, known
 
 
-def _place(task: str, drafter: LatticeDrafter, settings: dict[str, Any], k: int) -> tuple[Path, dict[str, Any]]:
+def _place(
+    trace: Trace, task: str, drafter: LatticeDrafter, settings: dict[str, Any], k: int
+) -> tuple[Path, dict[str, Any]]:
     """The folder in the cache of what is recorded, and what that is of. Raises `RescoreError` for a drafter without
     identity."""
     if not drafter.identity:
@@ -143,6 +149,8 @@ def _place(task: str, drafter: LatticeDrafter, settings: dict[str, Any], k: int)
         )
     # The task belongs to the settings of a trace that was recorded here, and need not to those of others.
     settings = {**settings, "task": task, "drafter": drafter.identity, "k": k}
+    if drafter.longest is None:  # as long as the heads that are used, which need not be all
+        settings["h"] = trace.header.h
     return trace_folder(f"{task}-draft", settings, k), settings
 
 

@@ -100,15 +100,13 @@ def answers(
     def answered() -> Iterator[Answer]:
         from rescore.generation.live import Generator, best_run
         from rescore.runs.models import Models
+        from rescore.runs.run import is_heads
 
-        needs_heads = run.needs_heads if run else "heads" in drafter
+        needs_heads = run.needs_heads if run else any(map(is_heads, drafter))
         models = Models(inputs, heads_needed=needs_heads)
         base = models.base
-        heads = (
-            models.heads if needs_heads or not (run or drafter) else None
-        )  # where nothing is named, if there are some
-        if heads is not None and inputs.h is not None:
-            heads = heads.first(inputs.h)
+        # Where nothing is named, if there are some.
+        heads = models.used_heads if needs_heads or not (run or drafter) else None
         chosen = run or best_run(base, heads, drafters=drafter, **({"k": k} if k else {}), p=p or 1)
         generator = Generator.of(base, heads, chosen, verify=verify)
         for number, request in enumerate(requests):

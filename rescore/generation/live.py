@@ -12,14 +12,17 @@ from lm.files import SHIPPED
 from lm.heads.block_heads import BlockHeads
 from rescore.accounting import block_efficiency
 from rescore.checks import check_new_tokens
+from rescore.costs.kept import costs_here
+from rescore.costs.table import Costs
 from rescore.decoding import Decoded, decode
-from rescore.drafters import Drafter
+from rescore.drafters import HEADS, Drafter
 from rescore.drafters.base import LatticeDrafter
+from rescore.drafters.heads import Heads
 from rescore.generation.growing_text import GrowingText
 from rescore.rescorers import JOINT, Rescorer, Target
 from rescore.rescorers.joint_plan import AUTO, PLANNED_NODES
 from rescore.runs.records import Seconds
-from rescore.runs.run import NODES, NONE, ORACLE, Run
+from rescore.runs.run import NODES, NONE, ORACLE, Run, runs_of
 from rescore.runs.weights import fitted_to
 
 Messages = Sequence[Mapping[str, str]]  # a conversation: {"role": ..., "content": ...} a message
@@ -102,19 +105,25 @@ class Generator:
         rescorer: str | Run | Rescorer | None = None,
         *,
         verify: str = "tree",
+        costs: Costs | None = None,
     ) -> Self:
-        """Arguments as for `generate`. Raises `RescoreError` for what can't be decoded with."""
-        run = rescorer if isinstance(rescorer, Run) else Run(rescorer) if rescorer else best_run(base, heads)
+        """Arguments as for `generate`; costs: of a rescorer that drafts by them (None: measured on this machine).
+
+        Raises `RescoreError` for what can't be decoded with.
+        """
+        run = runs_of([rescorer])[0] if rescorer else best_run(base, heads)
         if run.rescorer == ORACLE:
             raise RescoreError("the oracle must know the output beforehand; it can be evaluated, not generated with")
-        target = Target.of(base.identity, base.vocab_size, base.eos_token_ids, device=str(base.device), shared=base)
         loaded = run.load()
-        fitted, drafters = fitted_to(target, {"": (loaded, run.load_drafters(loaded))})[""]
-        if heads is None and any(drafter.name == "heads" for drafter in drafters):
+        drafters = run.load_drafters(loaded)
+        if heads is None and any(isinstance(drafter, Heads) for drafter in drafters):
             raise RescoreError(
                 f"{run.label} drafts with block heads, and there are none for {base.identity.name}; give heads, or "
                 "other drafters (--drafter lookup)"
             )
+        if loaded.plans and costs is None:
+            costs = _costs(base, heads, drafters)
+        fitted, drafters = fitted_to(_target(base, costs=costs), {"": (loaded, drafters)})[""]
         if run.alpha is not None:
             if fitted.alpha is None:
                 raise RescoreError(f"the rescorer {run.label} has no weight; drop alpha")
@@ -200,7 +209,6 @@ def best_run(base: BaseLM, heads: BlockHeads | None, *, drafters: Sequence[str |
 
     drafters: none: heads if there are some, and lookup. settings: of `Run`. Raises as `Run` and its `load_drafters`.
     """
-    target = Target.of(base.identity, base.vocab_size, base.eos_token_ids, device=str(base.device), shared=base)
     own = Run(NONE, drafters=tuple(drafters or (("heads", LOOKUP) if heads else (LOOKUP,))), label="drafts", **settings)
     objects = own.load_drafters(own.load())
     lattices = any(isinstance(drafter, LatticeDrafter) for drafter in objects)
@@ -212,11 +220,24 @@ def best_run(base: BaseLM, heads: BlockHeads | None, *, drafters: Sequence[str |
     for spec, more in runs:
         run = Run(spec, drafters=own.drafters, **{**settings, **more})
         try:
-            run.load().fit(replace(target, sources=tuple(drafter.source for drafter in objects)))
+            loaded = run.load()
+            costs = _costs(base, heads, objects) if loaded.plans else None
+            loaded.fit(_target(base, costs=costs, sources=tuple(drafter.source for drafter in objects)))
         except RescoreError:  # of another tokenizer, or fitted for other drafters
             continue
         return run
     return Run(NONE, drafters=own.drafters, label="+".join(drafter.name for drafter in objects), **settings)
+
+
+def _target(base: BaseLM, **more: Any) -> Target:
+    target = Target.of(base.identity, base.vocab_size, base.eos_token_ids, device=str(base.device), shared=base)
+    return replace(target, **more)
+
+
+def _costs(base: BaseLM, heads: BlockHeads | None, drafters: Sequence[Drafter]) -> Costs:
+    """Those measured on this machine, with the heads if they are among the drafters."""
+    asked = heads is not None and any(drafter.name == HEADS for drafter in drafters)
+    return costs_here(base.identity, (heads.sha256, heads.h) if heads and asked else None, str(base.device))
 
 
 def encoded(base: BaseLM, prompt: str | Messages, chat: bool | None = None) -> list[int]:

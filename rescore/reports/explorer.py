@@ -79,7 +79,8 @@ def explorer_data(view: TaskView, palette: Palette, tokenizer: Any, *, examples:
 def _most_telling(view: TaskView) -> int:
     """The decode that the explorer begins with: the best rescored one with the fewest drafts."""
     results = list(enumerate(view.results))
-    rescored = [(place, r) for place, r in results if r.rescorer != "none" and not r.is_oracle] or results
+    own = [(place, r) for place, r in results if not r.is_peer]
+    rescored = [(place, r) for place, r in own if r.rescorer != "none" and not r.is_oracle] or own
     return min(rescored, key=lambda choice: (choice[1].p, -choice[1].block_efficiency))[0]
 
 

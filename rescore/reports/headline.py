@@ -17,7 +17,7 @@ class Cell:
     """One decode of one task.
 
     share: of the gap to the oracle of the same drafters recovered (None without the unrescored drafts or a gap).
-    speedup: over autoregressive decoding, live only.
+    speedup: over autoregressive decoding, live only; predicted: by the costs of a step, where there are some.
     best: of several rescorers with this p the one with the most on the task (`none` and oracles apart).
     sure: the interval of its gain lies above zero.
     """
@@ -25,6 +25,7 @@ class Cell:
     result: Result
     share: float | None
     speedup: float | None
+    predicted: float | None
     best: bool
     sure: bool
 
@@ -41,6 +42,11 @@ class Row:
     def is_oracle(self) -> bool:
         """Whether it is a ceiling."""
         return is_oracle(self.rescorer)
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether it is another library's decoder."""
+        return any(cell and cell.result.is_peer for cell in self.cells)
 
 
 @dataclass(frozen=True)
@@ -68,25 +74,26 @@ def _cell(view: TaskView, rescorer: str, p: int) -> Cell | None:
     result = next((r for r in view.results if (r.rescorer, r.p) == (rescorer, p)), None)
     if result is None:
         return None
-    own = _contends(rescorer)
-    rivals = [r.block_efficiency for r in view.results if r.p == p and _contends(r.rescorer)]
+    own = _contends(result)
+    rivals = [r.block_efficiency for r in view.results if r.p == p and _contends(r)]
     plain = next((r.block_efficiency for r in view.results if (r.rescorer, r.p) == (NONE, p)), 0.0)
     best = own and len(rivals) > 1 and plain < result.block_efficiency == max(rivals)
     sure = own and result.gain_ci95 is not None and result.gain_ci95[0] > 0
     speedup = result.latency.speedup if result.latency else None
-    return Cell(result, result.gap_share(view.unrescored), speedup, best, sure)
+    return Cell(result, result.gap_share(view.unrescored), speedup, result.predicted_speedup, best, sure)
 
 
 def _sentences(views: Sequence[TaskView], rows: Sequence[Row]) -> list[str]:
     plain = [view.unrescored.block_efficiency for view in views if view.unrescored]
-    ceiling = _range(fixed(2), [(view.unrescored or view.results[0]).oracle_block_efficiency for view in views])
+    of_views = [(view.unrescored or view.results[0]).oracle_block_efficiency or view.oracles[0] for view in views]
+    ceiling = _range(fixed(2), of_views)
     lines = [
         f"A step of the unrescored drafts accepts {_range(fixed(2), plain)} tokens; a perfect choice from the same "
         f"lattices would get {ceiling}."
         if plain
         else f"A perfect choice from the lattices would get {ceiling} tokens out of a step."
     ]
-    joined = [[r.oracle_block_efficiency for r in view.results if r.sources] for view in views]
+    joined = [[r.oracle_block_efficiency or 0.0 for r in view.results if r.sources] for view in views]
     if any(joined):
         widest = _range(fixed(2), [max(oracles) for oracles in joined if oracles])
         lines.append(f"From what several drafters propose together a perfect choice would get {widest}.")
@@ -95,9 +102,9 @@ def _sentences(views: Sequence[TaskView], rows: Sequence[Row]) -> list[str]:
     return [*lines, _time(rows)]
 
 
-def _contends(rescorer: str) -> bool:
-    """Whether it may be the best: it is no ceiling, and not what all are compared with."""
-    return rescorer != NONE and not is_oracle(rescorer)
+def _contends(side: Row | Result) -> bool:
+    """Whether it may be the best: it is no ceiling, not what all are compared with, and of this project."""
+    return side.rescorer != NONE and not side.is_oracle and not side.is_peer
 
 
 def _gains(row: Row) -> list[tuple[Cell, float]]:
@@ -106,7 +113,7 @@ def _gains(row: Row) -> list[tuple[Cell, float]]:
 
 def _best_of(rows: Sequence[Row], p: int, unit: str) -> str | None:
     """Which rescorer is best at this p: the one with the highest mean gain over the tasks that all of them have."""
-    gains = {row.rescorer: _gains(row) for row in rows if row.p == p and _contends(row.rescorer)}
+    gains = {row.rescorer: _gains(row) for row in rows if row.p == p and _contends(row)}
     most = max(map(len, gains.values()), default=0)
     whole = {name: cells for name, cells in gains.items() if cells and len(cells) == most}
     unrescored = [gain for row in rows if (row.rescorer, row.p) == (NONE, p) and p > 1 for _, gain in _gains(row)]
@@ -142,9 +149,17 @@ def _best_of(rows: Sequence[Row], p: int, unit: str) -> str | None:
 def _time(rows: Sequence[Row]) -> str:
     timed = [(cell.speedup, row.rescorer, row.p) for row in rows for cell in row.cells if cell and cell.speedup]
     if not timed:
-        return (
+        untimed = (
             "These results were replayed, so no time was measured: rescore eval --mode live with the same task and "
             "rescorers shows whether one is worth its time."
+        )
+        predicted = [(c.predicted, row.rescorer, row.p) for row in rows for c in row.cells if c and c.predicted]
+        if not predicted:
+            return untimed
+        speed, rescorer, p = max(predicted)
+        return (
+            f"{untimed} By the costs of a step the fastest would be {rescorer} with {_drafts(p)} a step, at "
+            f"{speed:.2f} times the speed of autoregressive decoding."
         )
     speed, rescorer, p = max(timed)
     return (

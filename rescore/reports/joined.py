@@ -14,7 +14,6 @@ from lattices.joined.sources import HEADS, MODEL, Sources, first_match, gather, 
 from lattices.lattice import Lattice
 from rescore.drafters import Drafter, LatticeDrafter, load_drafter
 from rescore.drafters.asked import fit_drafter
-from rescore.drafters.heads import Heads
 from rescore.drafters.proposals import Proposals
 from rescore.drafters.recorded import recorded_already
 from rescore.drafters.traced import Traced
@@ -80,7 +79,7 @@ class JoinedLattices:
                 raise RescoreError(f"{spec} is no longer what drafted; rescore eval with it drafts again")
         if isinstance(drafter, Traced):
             self._drafted[spec] = drafter.lattices_of(self._trace)
-        elif isinstance(drafter, LatticeDrafter) and not isinstance(drafter, Heads):
+        elif isinstance(drafter, LatticeDrafter):
             known = recorded_already(self._trace, drafter, task=self._task, settings=self._settings())
             if known is None:
                 raise RescoreError(f"what {spec} drafted is not in the cache; rescore eval with it records it again")

@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from lattices.errors import RescoreError
 from lattices.paths import user_path
+from lm.environment import versions
 from lm.files import atomic_file
 from rescore.bootstrap import LEAST_GROUPS
 from rescore.reports.charts.cost_charts import cost_sections
@@ -30,7 +31,6 @@ from rescore.reports.explorer import explorer_data
 from rescore.reports.headline import make_headline
 from rescore.reports.sources import TaskView, load_sources
 from rescore.reports.token_text import harmless, tokenizer_of
-from rescore.runs.environment import versions
 from rescore.runs.evaluated import Evaluation
 from rescore.runs.inputs import Progress
 from rescore.runs.tables import results_csv

@@ -55,7 +55,8 @@ class TaskView:
     @property
     def oracles(self) -> list[float]:
         """Block efficiency of a perfect choice among what drafters propose, of each set of drafters that was run."""
-        return list(dict.fromkeys(result.oracle_block_efficiency for result in self.results))
+        of_each = (result.oracle_block_efficiency for result in self.results)
+        return list(dict.fromkeys(oracle for oracle in of_each if oracle is not None))
 
     @property
     def rescored(self) -> list[RescorerAnalysis]:

@@ -8,15 +8,19 @@ from rescore.specs import Registry
 __all__ = ["RESCORERS", "Context", "Rescorer", "Target", "load_rescorer"]
 
 JOINT = "joint"
+TREES = ("medusa-tree", "eagle2-tree")
 WEIGHT = "alpha"  # the key that every rescorer with a weight takes
 RESCORERS: Registry[Rescorer] = Registry(
     "rescorer", "--rescorer", Rescorer, "rescore.rescorers", __name__,
     {
         "none": "unrescored:Unrescored",
+        "draws": "unrescored:Draws",
         "oracle": "oracle:Oracle",
         "ngram": "ngram:Ngram",
         "context-ngram": "context_ngram:ContextNgram",
         JOINT: "joint:Joint",
+        "medusa-tree": "trees.medusa:MedusaTree",
+        "eagle2-tree": "trees.eagle2:Eagle2Tree",
         "learned-bigram": "learned_bigram:LearnedBigram",
         "neural": "neural:Neural",
         "ngram-neural": "ngram_neural:NgramNeural",

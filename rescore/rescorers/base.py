@@ -14,6 +14,9 @@ from lattices.lattice import Lattice
 
 if TYPE_CHECKING:
     from lm.base.model import BaseIdentity, BaseLM
+    from lm.heads.block_heads import BlockHeads
+    from rescore.acceptance.rules import Drawn
+    from rescore.costs.table import Costs
     from rescore.drafters.proposals import Proposals
 
 
@@ -27,6 +30,7 @@ class Context:
     state: what rescorers and drafters remember about the example from step to step, by a name of their own.
     lattices: by drafter, where its lattice is known already (heads live; in replay all that are traced): gives the one
         that stands after the output so far, `[h, k]`, for a k.
+    random_state: what random drafts are drawn by, in sampled decoding; drawn: what the last ones were drawn from.
     """
 
     prompt_ids: Sequence[int]
@@ -34,6 +38,8 @@ class Context:
     future: np.ndarray | None = None
     state: dict[str, Any] = field(default_factory=dict)
     lattices: Mapping[str, Callable[[int], Lattice]] = field(default_factory=dict)
+    random_state: np.random.Generator | None = None
+    drawn: Drawn | None = None
 
     def last(self, count: int) -> list[int]:
         """The last `count` tokens before the lattice, fewer where there are not so many."""
@@ -55,7 +61,9 @@ class Target:
     device: str = "cpu"  # to work on
     shared: BaseLM | None = None  # the base LM where it is loaded: its weights need not be loaded twice
     sources: tuple[str, ...] = ()  # what it is to choose among (`rescore.drafters.base.Drafter.source`)
+    models: Callable[[], tuple[BaseLM, BlockHeads]] | None = None  # gives base and heads; None: they are not at hand
     traced: str = ""  # identity of the drafter whose lattices a trace holds as the heads'; empty: they are the heads'
+    costs: Costs | None = None  # what a step takes, for rescorers that draft by it
 
     @classmethod
     def of(
@@ -85,6 +93,11 @@ class Rescorer(ABC):
     longest: tokens of a draft, at most; None: those of what it drafts from.
     joins: it takes what several drafters propose together (`draft_joined`).
     drafters: the specs of those it chooses among unless others are given.
+    branches: of the tree that it drafts, at most: its drafts where p is not given (0: it drafts no tree).
+    least_k: entries of a slot that it needs.
+    rescores_locally: it can give the lattice itself, rescored slot by slot (`rescored`).
+    random: it draws its drafts, which sampled decoding alone can verify.
+    plans: it drafts by what a step costs, and must be fitted with that (`Target.costs`).
     """
 
     alpha: float | None = None
@@ -92,6 +105,11 @@ class Rescorer(ABC):
     longest: int | None = None
     joins: bool = False
     drafters: tuple[str, ...] = ("heads",)
+    branches: int = 0
+    least_k: int = 1
+    rescores_locally: bool = False
+    random: bool = False
+    plans: bool = False
 
     @abstractmethod
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
@@ -104,6 +122,10 @@ class Rescorer(ABC):
     def draft_joined(self, proposals: Proposals, contexts: Sequence[Context], p: int) -> np.ndarray:
         """What drafters propose at n positions, with their contexts -> drafts as `draft` gives them, of any lengths."""
         raise NotImplementedError(f"{type(self).__name__} takes one lattice only")
+
+    def rescored(self, lattices: Lattice, contexts: Sequence[Context]) -> Lattice:
+        """Lattices `[n, h, k]` with the same tokens, in the order of this rescorer's scores along its own draft."""
+        raise NotImplementedError(f"{type(self).__name__} does not rescore slot by slot")
 
     def fit(self, target: Target) -> Self:
         """The rescorer for a base LM. Raises `IncompatibleError` if it was made for another tokenizer."""

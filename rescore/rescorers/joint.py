@@ -17,18 +17,16 @@ import numpy as np
 
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.joined.likeliest import best_branches, branches, likeliest_nodes
-from lattices.joined.sources import Sources, room_for
+from lattices.joined.sources import Room, Sources, room_for
 from lattices.lattice import Lattice
 from lattices.ngram_search import NgramSearch
 from lattices.paths import user_path
 from lm.keys import key_of
 from lm.neural.learned_bigram import shipped_bigram
-from lm.records import plain
-from rescore.costs import Costs, load_costs
 from rescore.drafters.base import MOST_TOKENS, stacked
 from rescore.drafters.proposals import Proposals, Statistics
 from rescore.rescorers.base import Context, Rescorer, Target
-from rescore.rescorers.joint_plan import AUTO, PLANNED_NODES, TEXT_SOURCES, Plan, best_size
+from rescore.rescorers.joint_plan import AUTO, PLANNED_NODES, TEXT_SOURCES, Plan, Planner, best_size
 from rescore.rescorers.joint_weights import read_fits, read_weights, shipped_weights
 from rescore.rescorers.learned_bigram import LearnedBigram
 from rescore.rescorers.ngram import Ngram
@@ -48,7 +46,6 @@ class Joint(Rescorer):
     tokens: of a draft after the base's own, at most.
     nodes: of the tree of all drafts, the base's own token included; 0: as many as p branches have; `auto`: as many as
         are worth their time, by a table of costs, and heads are asked only where text alone promises less.
-    costs: the file of that table; empty: what `rescore bench costs` measured on this machine.
     """
 
     joins = True
@@ -62,7 +59,6 @@ class Joint(Rescorer):
         bigram: str = "",
         tokens: int = LONGEST - 1,
         nodes: str = "0",
-        costs: str = "",
     ) -> None:
         whole = 0 if nodes == AUTO else int(nodes) if str(nodes).isdecimal() else -1
         if not 1 <= tokens <= MOST_TOKENS or not 0 <= whole <= MOST_NODES:
@@ -70,11 +66,8 @@ class Joint(Rescorer):
                 f"joint: give tokens of 1 to {MOST_TOKENS:,} after the base's own, and nodes of 1 to {MOST_NODES:,} "
                 "(0: any), or auto"
             )
-        if costs and nodes != AUTO:
-            raise RescoreError("joint: costs are for nodes=auto; drop them")
-        self.tokens, self.nodes = tokens, whole
-        self._plans, self._costs_file = nodes == AUTO, costs
-        self.longest = tokens + 1
+        self.nodes, self.plans = whole, nodes == AUTO
+        self.longest: int = tokens + 1
         self.ngram, self._bigram = Ngram(ngram), bigram
         self.path = user_path(path, "joint:") if path else None
         if self.path:
@@ -82,8 +75,9 @@ class Joint(Rescorer):
         self.identity = f"joint {self.ngram.identity} {tokens} {nodes}"
         self._weights: np.ndarray | None = None
         self._statistics: Statistics | None = None
-        self._costs: Costs | None = None
+        self._planner: Planner | None = None
         self._text_weights: np.ndarray | None = None
+        self._room: Room | None = None
         self._ends = np.zeros(0, dtype=np.int32)
 
     def fit(self, target: Target) -> Self:
@@ -95,12 +89,14 @@ class Joint(Rescorer):
         weights = read_weights(folder, target.sources, self.ngram, bigram)
         fitted._weights = weights
         fitted.identity = f"{self.identity} {bigram} {key_of(weights.tolist())}"
-        if self._plans:
-            fitted._costs = load_costs(self._costs_file, identity=target.base, device=target.device)
+        if self.plans:
+            if target.costs is None:
+                raise RescoreError(f"joint with {AUTO} nodes drafts by what a step costs; give its costs")
+            fitted._planner = Planner(target.costs)
             text = [source for source in target.sources if source in TEXT_SOURCES]
             with suppress(IncompatibleError):  # without weights for text alone heads are always asked
                 fitted._text_weights = read_weights(folder, text, self.ngram, bigram) if text else None
-            fitted.identity += f" {key_of(plain(fitted._costs))}"
+            fitted.identity += f" {fitted._planner.identity}"
         return fitted
 
     def statistics_for(self, target: Target) -> tuple[Statistics, str]:
@@ -126,42 +122,39 @@ class Joint(Rescorer):
         """See `Rescorer.draft_joined`."""
         if self._statistics is None or self._weights is None:
             raise RescoreError("joint must be fitted to a base LM first (fit)")
-        longest = self.tokens + 1
+        if self._planner is not None:
+            each = [self._planned(proposals, row, context, self._planner, p) for row, context in enumerate(contexts)]
+            return stacked(each)
         count = self.nodes or EXPLORED[0] + EXPLORED[1] * p
-        room, drafts = None, []
+        drafts = []
         for row, context in enumerate(contexts):
-            if self._costs is not None:
-                drafts.append(self._planned(proposals, row, context, self._costs, p))
-                continue
-            sources = proposals.sources(row, context, self._statistics)
-            room = room_for(sources, room)
-            first = int(proposals.firsts[row])
-            tree = likeliest_nodes(sources, self._weights, first, count, longest, self._ends, room)
-            token_ids, parents, depths, logps, _ = tree
-            drafts.append(branches(token_ids, parents, depths, best_branches(parents, logps, p)))
+            sources, first = proposals.sources(row, context, self._statistics), int(proposals.firsts[row])
+            drafts.append(self._cut(self._tree(sources, self._weights, first, count), count, p))
         return stacked(drafts)
 
-    def _planned(self, proposals: Proposals, row: int, context: Context, costs: Costs, p: int) -> np.ndarray:
+    def _planned(self, proposals: Proposals, row: int, context: Context, planner: Planner, p: int) -> np.ndarray:
         """The drafts that promise most tokens a second; heads are asked where text alone does not promise as much."""
-        curve = costs.curve(len(context.prompt_ids) + len(context.output_ids), PLANNED_NODES)
+        curve = planner.curve(len(context.prompt_ids) + len(context.output_ids))
         plan: Plan = context.state.setdefault("plan", Plan())
         assert self._weights is not None
         statistics, first = self._statistics, int(proposals.firsts[row])
         if self._text_weights is not None and proposals.has_lattices:
             text = proposals.sources(row, context, statistics, text_only=True)
-            tree = self._tree(text, self._text_weights, first)
+            tree = self._tree(text, self._text_weights, first, PLANNED_NODES)
             rate, nodes = best_size(tree[3], curve)
             if not plan.asks(rate):
                 plan.took(heads=False)
                 return self._cut(tree, nodes, p)
-        tree = self._tree(proposals.sources(row, context, statistics), self._weights, first)
+        tree = self._tree(proposals.sources(row, context, statistics), self._weights, first, PLANNED_NODES)
         asked = proposals.has_lattices
-        rate, nodes = best_size(tree[3], curve + ((costs.heads_ms or 0.0) if asked else 0.0))
+        rate, nodes = best_size(tree[3], curve + (planner.heads_ms(proposals.draft_vocabulary) if asked else 0.0))
         plan.took(heads=asked, rate=rate)
         return self._cut(tree, nodes, p)
 
-    def _tree(self, sources: Sources, weights: np.ndarray, first: int) -> Any:
-        return likeliest_nodes(sources, weights, first, PLANNED_NODES, self.tokens + 1, self._ends, room_for(sources))
+    def _tree(self, sources: Sources, weights: np.ndarray, first: int, count: int) -> Any:
+        """See `likeliest_nodes`."""
+        self._room = room_for(sources, self._room)
+        return likeliest_nodes(sources, weights, first, count, self.longest, self._ends, self._room)
 
     @staticmethod
     def _cut(tree: Any, nodes: int, p: int) -> np.ndarray:

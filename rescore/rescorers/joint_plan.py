@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from lm.keys import key_of
+from lm.records import plain
+from rescore.costs.table import Costs, between
+
 AUTO = "auto"
 PLANNED_NODES = 32
 TEXT_SOURCES = ("lookup",)  # what is asked first, because it costs next to nothing
@@ -25,6 +29,26 @@ def best_size(logps: np.ndarray, milliseconds: np.ndarray) -> tuple[float, int]:
     rates = np.cumsum(np.exp(logps)) / milliseconds[: len(logps)]
     nodes = int(rates.argmax())
     return float(rates[nodes]), nodes + 1
+
+
+class Planner:
+    """What steps of 1 to `PLANNED_NODES` tokens take by a table of costs, and asking the heads.
+
+    identity: a hash of all that plans follow from.
+    """
+
+    def __init__(self, costs: Costs) -> None:
+        self._heads = costs.heads
+        self._contexts, self._curves = costs.contexts, costs.curves(PLANNED_NODES)
+        self.identity = key_of([plain(self._heads), self._contexts, self._curves.tolist()])
+
+    def heads_ms(self, vocabulary: int | None) -> float:
+        """Of heads that draft from so many tokens (None: all); 0 where no costs of heads are known."""
+        return self._heads.of(vocabulary) if self._heads else 0.0
+
+    def curve(self, context: int) -> np.ndarray:
+        """Of a step with so many tokens before it, float64 `[PLANNED_NODES]`."""
+        return between(self._contexts, self._curves, np.array(context))
 
 
 class Plan:

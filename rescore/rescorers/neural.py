@@ -126,9 +126,22 @@ class Neural(FollowsExamples):
     the base's tokenizer.
     """
 
+    rescores_locally = True
+
     def __init__(self, path: str = "") -> None:
         self.model = NeuralModel(path)
         self.identity = self.model.identity
+
+    def rescored(self, lattices: Lattice, contexts: Sequence[Context]) -> Lattice:
+        """See `Rescorer.rescored`."""
+        if self.alpha == 0:
+            return lattices
+        model = self.model.load()
+        token_ids, logps = lattices.token_ids.copy(), lattices.logps.copy()
+        for group, rows in self._groups(contexts):
+            rescored = local_lattice(model, group, lattices[rows], self.alpha)
+            token_ids[rows], logps[rows] = rescored.token_ids, rescored.logps
+        return Lattice(token_ids, logps)
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
         """See `Rescorer.draft`."""
@@ -162,6 +175,29 @@ def local_drafts(model: NeuralLM, group: Group, lattices: Lattice, alpha: float,
             hidden = group.read(paths[:, :, -1], np.take_along_axis(nodes, extended, axis=1))
             nodes = np.broadcast_to(np.arange(before, group.cache.nodes), extended.shape)
     return paths.astype(np.int32)
+
+
+def local_lattice(model: NeuralLM, group: Group, lattices: Lattice, alpha: float) -> Lattice:
+    """The lattices `[b, h, k]` after a group's contexts with the slots from the second on rescored: the heads'
+    log-probs + alpha x the LM's logits, as log-probabilities among the slot's tokens, which then fall.
+
+    What the LM reads is the arg-max of the slots before, the draft of [A]; equal scores stand by lowest ids.
+    """
+    token_ids, logps = lattices.token_ids.copy(), lattices.logps.astype(np.float64)
+    hidden = group.begin(token_ids[:, 0, 0])[:, None]  # [b, 1, d]
+    nodes = np.full((len(token_ids), 1), -1)
+    for slot in range(1, lattices.h):
+        ids = token_ids[:, slot]  # [b, k]
+        scores = logps[:, slot] + alpha * model.score(hidden, ids)[:, 0]
+        scores -= np.logaddexp.reduce(scores, axis=-1, keepdims=True)
+        order = np.lexsort((ids, -scores), axis=1)
+        token_ids[:, slot] = np.take_along_axis(ids, order, axis=1)
+        logps[:, slot] = np.take_along_axis(scores, order, axis=1)
+        if slot < lattices.h - 1:
+            before = group.cache.nodes
+            hidden = group.read(token_ids[:, slot, :1], nodes)
+            nodes = np.full_like(nodes, before)
+    return Lattice(token_ids, np.minimum(logps, 0.0).astype(np.float32))  # rounding may leave one above 0
 
 
 def _extend(

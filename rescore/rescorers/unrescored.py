@@ -1,4 +1,8 @@
-"""`none`: the p best drafts by the heads' own log-probabilities; p = 1 is the arg-max of every head."""
+"""Drafts of a lattice as it is, by the heads' own log-probabilities.
+
+`none`: the p best; p = 1 is the arg-max of every head. `draws`: p that are drawn, for sampled output, where rejected
+ones cost less of the law than the best ones would (`rescore.acceptance.sampling`).
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lattices.errors import RescoreError
 from lattices.lattice import Lattice
 from lattices.search import p_best
+from rescore.acceptance.rules import Drawn
 from rescore.rescorers.base import Context, Rescorer
 
 
@@ -17,3 +23,42 @@ class Unrescored(Rescorer):
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
         """See `Rescorer.draft`."""
         return p_best(lattices, p).drafts
+
+
+class Draws(Rescorer):
+    """See `rescore.rescorers.base.Rescorer`: the p drafts differ in the second slot, whose tokens are drawn without
+    replacement; each goes on with a token drawn from every later slot.
+
+    temperature: of the drawing; 1: as the lattice says.
+    """
+
+    random = True
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        if not 0 < temperature < float("inf"):
+            raise RescoreError(f"draws: temperature = {temperature:g}; give one above 0")
+        self.temperature = temperature
+
+    def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
+        """See `Rescorer.draft`."""
+        scores = lattices.logps.astype(np.float64) / self.temperature
+        probs = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        probs /= probs.sum(axis=-1, keepdims=True)
+        count = min(p, lattices.k) if lattices.h > 1 else 1
+        drafts = np.zeros((len(contexts), count, lattices.h), dtype=np.int32)
+        for row, context in enumerate(contexts):
+            if context.random_state is None:
+                raise RescoreError("draws draws its drafts, which is for sampled output only; add --temperature")
+            ids, of_slots = lattices.token_ids[row], probs[row]
+            drafts[row, :, 0] = ids[0, 0]
+            for slot in range(1, lattices.h):
+                apart = slot == 1
+                possible = int((of_slots[slot] > 0).sum())
+                drawn = context.random_state.choice(
+                    ids[slot], size=min(count, possible) if apart else count, replace=not apart, p=of_slots[slot]
+                )
+                if len(drawn) < count:  # fewer tokens than drafts have any probability
+                    count, drafts = len(drawn), drafts[:, : len(drawn)]
+                drafts[row, :, slot] = drawn
+            context.drawn = Drawn(ids, of_slots)
+        return drafts

@@ -6,41 +6,50 @@ Finished examples become results in `rescore.runs.summary`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
+from lattices.errors import RescoreError, UnknownNameError
 from lm.base.catalog import Watch
+from lm.environment import environment
 from rescore.acceptance import first_difference
-from rescore.checks import VERIFY_MODES, check_held_k
-from rescore.decoding import decode, margin_at, usable_verify
-from rescore.drafters.drafting import Drafting, check_drafters
+from rescore.calls import usable_verify
+from rescore.checks import VERIFY_MODES
+from rescore.costs.predicting import not_measured
+from rescore.costs.table import Costs
+from rescore.decoding import Decoded, decode, margin_at
+from rescore.drafters.drafting import Drafting
 from rescore.drafters.provenance import provenance
 from rescore.drafters.recorded import drafted
-from rescore.replaying import Drafted, replay, replay_steps, unrescored_at
-from rescore.rescorers import Rescorer, load_rescorer
-from rescore.runs.environment import environment
+from rescore.peers import Peer, load_peer
+from rescore.replaying import Drafted, Limits, replay, replay_steps, unrescored_at
+from rescore.rescorers import load_rescorer
 from rescore.runs.evaluated import Evaluation
 from rescore.runs.inputs import Notify, Progress, add_notice
-from rescore.runs.log import ExampleLog, Key, save_results
+from rescore.runs.log import ExampleLog, save_results
 from rescore.runs.recording import Recording, check_names
-from rescore.runs.records import ExampleRecord, LiveExample, ResultsDocument, RunConfig, RunRecord
-from rescore.runs.run import ORACLE, Choosing, Run, label_of, load_choosing, runs_of
-from rescore.runs.summary import is_cut, summarize
-from rescore.runs.weights import alpha_notices, alpha_of, coverage_notices, fit_before, fit_to, identities_of
+from rescore.runs.records import ExampleRecord, LiveExample, ResultsDocument, RunConfig
+from rescore.runs.run import ORACLE, Run
+from rescore.runs.summary import is_cut
+from rescore.runs.weights import (
+    alpha_notices,
+)
+from rescore.runs.work import Asked, Work, check_identities, prepared
 from rescore.tracing import Trace, TracedExample
+
+if TYPE_CHECKING:
+    from lm.base.model import BaseLM
+    from lm.heads.block_heads import BlockHeads
 
 REPLAY_EXAMPLES = 64  # replayed side by side, at most; a kill loses what of these is not finished
 FIRST_EXAMPLES = 4  # of these, before it is known how long they take
 REPLAY_SECONDS = 20.0  # where a rescorer took longer, half as many follow side by side, else twice
-
-Asked = Sequence[str | Run | Rescorer]  # runs, as a caller names them
 
 
 def evaluate(
@@ -49,6 +58,8 @@ def evaluate(
     *,
     live: bool = False,
     verify: str = "tree",
+    peers: Sequence[str | Peer] = (),
+    costs: Costs | str | None = None,
     seed: int = 0,
     out: Path | None = None,
     progress: Progress | None = None,
@@ -58,7 +69,10 @@ def evaluate(
 
     recordings: of `rescore.record` or `rescore.load_trace`; runs: specs, `Run`s or rescorers, the same on all tasks or
     by task.
-    live: decodes with base LM and heads and measures time, p drafts verified as a `tree` or a `batch`; else replays.
+    live: decodes with base LM and heads and measures time; else replays. verify: p drafts as a `tree` or a `batch`.
+    peers: other libraries' decoders, or their specs, that are measured in the same turns (live).
+    costs: what the speed-up of each run is predicted by, and `joint` with `nodes=auto` plans by: a table, its file, or
+        `here` (measured on this machine); None: `here` where a run plans, else nothing is predicted.
     seed: of the bootstrap intervals, the one random thing.
     out: a folder for `examples.jsonl` (a line per finished example, resumable) and `results.json` (last).
     notify: gets each of the notices once, before the work that it is about.
@@ -74,14 +88,18 @@ def evaluate(
         raise UnknownNameError("verify mode", verify, VERIFY_MODES)
     if seed < 0:
         raise RescoreError(f"--seed {seed}; a seed is 0 or more")
-    if not live and verify != VERIFY_MODES[0]:
-        raise RescoreError(f"--verify {verify} is how live decoding verifies; drop it, or add --mode live")
+    if not live and verify != VERIFY_MODES[0] and costs is None:
+        raise RescoreError(f"--verify {verify} is how live decoding verifies; drop it, or add --mode live (or --costs)")
+    if peers and not live:
+        raise RescoreError("peers are timed beside live decoding; drop --peer, or add --mode live")
     if live and any(recording.given for recording in of_tasks):
         raise RescoreError("a given trace can be replayed, not decoded live; drop --trace or --mode live")
     loaded: dict[object, Any] = {}
-    work = [_work(r, runs[r.name] if isinstance(runs, Mapping) else runs, loaded, live=live) for r in of_tasks]
+    beside = [load_peer(peer) if isinstance(peer, str) else peer for peer in peers]
+    how: dict[str, Any] = {"live": live, "costs": costs, "peers": beside}
+    work = [prepared(r, runs[r.name] if isinstance(runs, Mapping) else runs, loaded, **how) for r in of_tasks]
     if out is not None:
-        _check_identities(work)
+        check_identities(work)
     document = ResultsDocument(
         config=RunConfig(
             mode="live" if live else "replay",
@@ -89,136 +107,46 @@ def evaluate(
             seed=seed,
             inputs={task.name: task.recording.inputs for task in work},
             runs={task.name: task.records for task in work},
+            peers={peer.name: peer.identity for peer in beside},
             **environment(),
             device=of_tasks[0].models.device,
             threads=torch.get_num_threads(),
             data={task.name: task.recording.source for task in work},
             traces={task.name: {"k": task.recording.k, **task.recording.settings} for task in work},
+            costs={task.name: task.costs for task in work if task.costs},
         )
     )
     add = partial(add_notice, document.config.notices, notify)
     for task in work:
         for line in [*task.recording.notices, *alpha_notices(task.records, task.recording)]:
             add(line)
+        if task.costs and (lacking := not_measured(task.costs, task.runs)):
+            add(lacking)
     interrupted = False
     with ExampleLog(out, document.config.decides()) as log:
         try:
             for task in work:
-                _Evaluator(task, document.config, log, progress, add).run(live=live)
+                _Evaluator(task, document.config, log, progress, add, loaded).run(live=live)
         except KeyboardInterrupt:
             interrupted = True
         for task in work:
             task.summarize(log, document, seed=seed)
-        examples = [r for task in work for run in task.runs for r in log.records(task.key(run), task.recording.ids)]
+        examples = [r for task in work for side in task.sides for r in log.records(task.key(side), task.recording.ids)]
         if out is not None and not interrupted:
             save_results(document, out)
     return Evaluation(document, examples, out, interrupted)
-
-
-@dataclass(frozen=True)
-class _Work:
-    """The runs of one task: their rescorers with drafters by label, and their records in the order of the runs."""
-
-    recording: Recording
-    runs: list[Run]
-    choosing: dict[str, Choosing]
-    records: list[RunRecord]
-
-    @property
-    def name(self) -> str:
-        return self.recording.name
-
-    def key(self, run: Run) -> Key:
-        return (self.name, *run.key)
-
-    def fitted(self, trace: Trace, device: str, notify: Notify, shared: Any = None) -> dict[Run, Drafting]:
-        """How each run drafts, fitted to a trace, with its weight.
-
-        Raises `IncompatibleError` if a rescorer or drafter is no longer what the records of the runs name.
-        """
-        fitted = fit_to(trace, self.choosing, device=device, shared=shared)
-        for record in self.records:
-            if identities_of(fitted[record.rescorer]) != (record.identity, record.drafters):
-                raise IncompatibleError(f"{record.rescorer} was replaced while it was read; run the command again")
-        rescorers = {label: rescorer for label, (rescorer, _) in fitted.items()}
-        for line in coverage_notices(trace, rescorers, max(run.k for run in self.runs)):
-            notify(line)
-        drafting = {}
-        for run, record in zip(self.runs, self.records, strict=True):
-            rescorer, drafters = fitted[run.label]
-            rescorer = rescorer.weighted(record.alpha.alpha) if record.alpha else rescorer
-            drafting[run] = Drafting(rescorer, drafters, run.k, run.p)
-        return drafting
-
-    def summarize(self, log: ExampleLog, document: ResultsDocument, *, seed: int) -> None:
-        """Adds the results of what is finished, in the order of the runs."""
-        for run, record in zip(self.runs, self.records, strict=True):
-            if records := log.records(self.key(run), self.recording.ids):
-                unrescored = log.records((self.name, "none", 1, run.k), self.recording.ids)
-                alpha = record.alpha.alpha if record.alpha else None
-                _, drafters = self.choosing[run.label]
-                how: dict[str, Any] = {"unrescored": unrescored, "drafters": drafters}
-                document.results.append(summarize(records, seed=seed, alpha=alpha, **how))
-
-
-def _work(recording: Recording, asked: Asked, loaded: dict[object, Any], *, live: bool) -> _Work:
-    """The runs of one task, checked; rescorers that other tasks have `loaded` are shared."""
-    runs = runs_of(asked)
-    if not runs:
-        raise RescoreError("nothing is to be run; give a rescorer at least (--rescorer none)")
-    keys = [run.key for run in runs]
-    if twice := next((key for key in keys if keys.count(key) > 1), None):
-        raise RescoreError("{} with p = {} and k = {} is there twice; give one another label".format(*twice))
-    for run in runs:
-        if run.needs_heads and recording.h == 1 and not recording.given:
-            raise RescoreError(
-                f"{run.label} needs block heads, and {recording.name} was recorded without; record again"
-            )
-        check_held_k(recording.k, run.k)
-    choosing = load_choosing(runs, loaded)
-    for _, drafters in choosing.values():
-        check_drafters(drafters, live=live)
-    _check_weights(runs, {label: rescorer for label, (rescorer, _) in choosing.items()})
-    fitted = fit_before(recording, choosing)
-    records = []
-    for run in runs:
-        identity, of_drafters = identities_of(fitted[run.label])
-        alpha = alpha_of(recording, run, fitted[run.label])
-        records.append(
-            RunRecord(rescorer=run.label, k=run.k, p=run.p, alpha=alpha, identity=identity, drafters=of_drafters)
-        )
-    return _Work(recording, runs, choosing, records)
-
-
-def _check_identities(work: Iterable[_Work]) -> None:
-    """Raises `RescoreError` for a rescorer or drafter that a folder's results could not be known to be of."""
-    for run, record in (pair for task in work for pair in zip(task.runs, task.records, strict=True)):
-        if (isinstance(run.rescorer, Rescorer) and not record.identity) or "" in record.drafters:
-            raise RescoreError(
-                f"a folder's results could not be known to be of {run.label}: set its `identity` (and that of its "
-                "drafters), a hash of what it scores or drafts with, or leave out `out` and save the evaluation"
-            )
-
-
-def _check_weights(runs: Sequence[Run], rescorers: Mapping[str, Rescorer]) -> None:
-    """Raises `RescoreError` for weights that change nothing: one for all runs need not be used by each of them."""
-    unused = [run for run in runs if run.alpha is not None and rescorers[run.label].alpha is None]
-    own = [run for run in unused if run.label != label_of(run.rescorer)]
-    shared = [run for run in runs if run.alpha is not None and run.label == label_of(run.rescorer)]
-    if own or (unused and len(shared) == len(unused)):
-        labels = dict.fromkeys(run.label for run in own or unused)
-        raise RescoreError(f"no weight is used by --rescorer {' or '.join(labels)}; drop --alpha")
 
 
 @dataclass
 class _Evaluator:
     """Finishes the examples of one task that the log lacks."""
 
-    task: _Work
+    task: Work
     config: RunConfig
     log: ExampleLog
     progress: Progress | None
     notify: Notify
+    loaded: dict[object, Any]
     drafting: dict[Run, Drafting] = field(default_factory=dict)
     drafted: Drafted = field(default_factory=dict)
 
@@ -226,7 +154,8 @@ class _Evaluator:
         """Finishes the task. Ctrl-C while its trace is recorded: what there is of it is replayed first."""
         recording = self.task.recording
         p = max(run.p for run in self.task.runs)
-        if live and usable_verify(recording.models.base, self.config.verify, p) != self.config.verify:
+        trees = recording.models.base.supports_tree if live else True
+        if usable_verify(self.config.verify, p, trees=trees) != self.config.verify:
             line = f"{recording.inputs.base} takes no tree mask; its {p} drafts a step are verified as a batch"
             self.notify(line)
         try:
@@ -248,8 +177,9 @@ class _Evaluator:
             trace, drafters.values(), task=recording.name, settings=recording.all_settings, progress=self.progress
         )
 
-    def _missing(self, run: Run, examples: Iterable[TracedExample]) -> list[TracedExample]:
-        return [example for example in examples if not self.log.has(self.task.key(run), example.id)]
+    def _missing(self, side: Run | Peer, examples: Iterable[TracedExample]) -> list[TracedExample]:
+        key = self.task.key(side)
+        return [example for example in examples if not self.log.has(key, example.id)]
 
     def _replay(self, trace: Trace, progress: Progress | None) -> None:
         self._fit(trace)
@@ -261,13 +191,15 @@ class _Evaluator:
             for run, drafting in self.drafting.items():
                 missing = self._missing(run, examples)
                 began = time.monotonic()
-                replayed = replay_steps(missing, drafting, self.drafted)
+                verify, limits = self.task.verify(self.config.verify, run.p), Limits.of(trace.header)
+                replayed = replay_steps(missing, drafting, self.drafted, verify=verify, limits=limits)
                 slowest = max(slowest, time.monotonic() - began)
                 for example, steps in zip(missing, replayed, strict=True):
                     self.log.add(ExampleRecord(
                         **self._facts(run, trace, example), quality=quality[example.id],
                         cut=is_cut(example.output_ids, trace.header.eos_token_ids), accepted=steps.accepted,
-                        drafts=steps.drafts, oracle_accepted=oracles[_chosen_among(drafting)][example.id],
+                        drafts=steps.drafts, calls=steps.calls,
+                        oracle_accepted=oracles[_chosen_among(drafting)][example.id],
                         output_ids=example.output_ids.tolist(), **self._beside(drafting, example, steps.accepted),
                     ))  # fmt: skip
             if progress:
@@ -277,57 +209,71 @@ class _Evaluator:
             side_by_side = min(REPLAY_EXAMPLES, 2 * side_by_side) if faster else max(1, side_by_side // 2)
 
     def _decode(self, trace: Trace) -> None:
-        """Decodes every example that is not finished: greedily as the baseline, then with each run, in turns."""
-        recording = self.task.recording
+        """Decodes every example that is not finished: greedily as the baseline, then with each run and each peer, in
+        turns."""
+        recording, limit = self.task.recording, self.task.recording.settings["max_new_tokens"]
         base = recording.models.base
         self._fit(trace, shared=base)
-        heads = recording.heads() if any(drafting.needs_heads for drafting in self.drafting.values()) else None
-        limit = recording.settings["max_new_tokens"]
-        watch, warm = Watch(base), False
+        heads = recording.models.used_heads if any(drafting.heads for drafting in self.drafting.values()) else None
+        sides = [side for side in self.task.sides if self._missing(side, trace.examples)]
+        peers = {side: side.load(base, self.loaded) for side in sides if isinstance(side, Peer)}
+        watch, warm = Watch(base), set[Run | Peer]()  # the first calls of a process allocate and compile
         recording.models.check_unchanged(recording.settings)
         for place, example in enumerate(trace.examples):
-            missing = [run for run in self.drafting if self._missing(run, [example])]
+            missing = [side for side in sides if self._missing(side, [example])]
             if missing:
                 prompt = example.prompt_ids.tolist()
-                if not warm:  # the first calls of a process allocate and compile
+                if not warm:
                     decode(base, None, prompt, max_new_tokens=min(4, limit))
                 baseline = decode(base, None, prompt, max_new_tokens=limit)
                 oracles = self._oracles([example])
-                for run in missing:
-                    drafting = self.drafting[run]
-                    request: dict[str, Any] = {
-                        "rescorer": drafting.rescorer, "drafters": drafting.drafters, "k": run.k, "p": run.p,
-                        "verify": self.config.verify, "future": np.asarray(baseline.output_ids),
-                    }  # fmt: skip
-                    if not warm:
-                        decode(base, heads, prompt, max_new_tokens=min(2 * trace.header.h, limit), **request)
-                    decoded = decode(base, heads, prompt, max_new_tokens=limit, **request)
+                for side in missing:
+                    decoder = partial(peers[side], prompt) if isinstance(side, Peer) else self._decoder(
+                        side, base, heads, prompt, baseline
+                    )  # fmt: skip
+                    if side not in warm:
+                        decoder(min(2 * trace.header.h, limit))
+                        warm.add(side)
+                    decoded = decoder(limit)
                     watch.check()  # before anything is kept that may be of other weights
                     differs = first_difference(decoded.output_ids, baseline.output_ids)
                     margin = None if differs is None else margin_at(base, prompt, baseline.output_ids, differs)
                     # Where the output is the trace's, so are the lattices that the steps began with.
                     traced = first_difference(decoded.output_ids, example.output_ids.tolist()) is None
+                    drafting = None if isinstance(side, Peer) else self.drafting[side]
                     self.log.add(ExampleRecord(
-                        **self._facts(run, trace, example),
+                        **self._facts(side, trace, example),
                         quality=self._quality(base.decode_text(decoded.output_ids), example),
                         cut=is_cut(decoded.output_ids, base.eos_token_ids), accepted=decoded.accepted,
-                        drafts=decoded.drafts, oracle_accepted=oracles[_chosen_among(drafting)][example.id],
-                        output_ids=decoded.output_ids,
-                        **(self._beside(drafting, example, decoded.accepted) if traced else {}),
+                        drafts=decoded.drafts, calls=decoded.calls, output_ids=decoded.output_ids,
+                        oracle_accepted=oracles[_chosen_among(drafting)][example.id] if drafting else None,
+                        **(self._beside(drafting, example, decoded.accepted) if traced and drafting else {}),
                         live=LiveExample(
                             first_difference=differs, margin=margin, verify=decoded.verify, seconds=decoded.seconds,
                             rescore_seconds=decoded.rescore_seconds, autoregressive_tokens=len(baseline.output_ids),
                             autoregressive_seconds=baseline.seconds,
                         ),
                     ))  # fmt: skip
-                warm = True
             if self.progress:
                 self.progress(f"decode {self.task.name}", place + 1, len(trace.examples))
 
-    def _facts(self, run: Run, trace: Trace, example: TracedExample) -> dict[str, Any]:
+    def _decoder(
+        self, run: Run, base: BaseLM, heads: BlockHeads | None, prompt: list[int], baseline: Decoded
+    ) -> Callable[[int], Decoded]:
+        """Decodes a prompt with a run, to so many tokens at most."""
+        drafting = self.drafting[run]
+        request: dict[str, Any] = {
+            "rescorer": drafting.rescorer, "drafters": drafting.drafters, "k": run.k, "p": run.p,
+            "verify": self.config.verify, "future": np.asarray(baseline.output_ids),
+        }  # fmt: skip
+        return lambda most: decode(base, heads, prompt, max_new_tokens=most, **request)
+
+    def _facts(self, side: Run | Peer, trace: Trace, example: TracedExample) -> dict[str, Any]:
+        task, label, p, k = self.task.key(side)
+        longest = side.longest if isinstance(side, Peer) else self.drafting[side].longest(trace.header.h)
         return {
-            "task": self.task.name, "rescorer": run.label, "p": run.p, "k": run.k, "id": example.id,
-            "group": example.group, "h": trace.header.h, "longest": self.drafting[run].longest(trace.header.h),
+            "task": task, "rescorer": label, "p": p, "k": k, "id": example.id, "group": example.group,
+            "h": trace.header.h, "longest": longest, "prompt_tokens": len(example.prompt_ids),
         }  # fmt: skip
 
     def _beside(self, drafting: Drafting, example: TracedExample, accepted: list[int]) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lattices.errors import IncompatibleError
-from lm.keys import key_of
 from lm.records import plain
 from rescore.runs.inputs import Inputs
 from rescore.tasks import Task
@@ -42,7 +42,10 @@ class Models:
         """The base LM."""
         from lm.base.catalog import load_base
 
-        return self._given_base or load_base(self.inputs.base, dtype=self.inputs.dtype, device=self.inputs.device)
+        inputs = self.inputs
+        return self._given_base or load_base(
+            inputs.base, dtype=inputs.dtype, device=inputs.device, compile=inputs.compile
+        )
 
     @cached_property
     def identity(self) -> BaseIdentity:
@@ -67,6 +70,19 @@ class Models:
         return load_heads(self.identity, self.inputs.heads, device=self.base.device, dtype=self.base.heads_dtype)
 
     @property
+    def used_heads(self) -> BlockHeads | None:
+        """The first h of them, as the inputs say."""
+        heads, h = self.heads, self.inputs.h
+        return heads if h is None or heads is None else heads.first(h)
+
+    def loaded(self, settings: Mapping[str, Any]) -> tuple[BaseLM, BlockHeads]:
+        """Base and heads that are used, of a trace with these settings. Raises as `check_unchanged`."""
+        heads = self.used_heads
+        assert heads is not None, "what drafts with heads is refused without"
+        self.check_unchanged(settings)
+        return self.base, heads
+
+    @property
     def device(self) -> str:
         """Where work is done: `cpu` or `cuda:N`."""
         from lm.base.catalog import choose_device
@@ -84,7 +100,7 @@ class Models:
         else:
             folder = heads_folder(self.inputs.heads, self.identity)
             config, weights = read_config(folder), heads_sha256(folder)
-        return {"heads_sha256": weights, "heads_config_sha256": key_of(config), "h": config.h}
+        return {"heads_sha256": weights, "heads_config_sha256": config.sha256, "h": config.h}
 
     def check_unchanged(self, settings: Mapping[str, Any]) -> None:
         """Raises `IncompatibleError` if base or heads are no longer those that the settings of a trace name.
@@ -137,6 +153,12 @@ class Models:
         }
         # A task of the user's own is what its file says: with another word in it, it is another task.
         return settings if task.definition is None else {**settings, "definition": dict(task.definition)}
+
+    def release(self) -> None:
+        """Lets go of what was loaded by name: whoever needs it again has it loaded again."""
+        for name in ("base", "heads"):
+            vars(self).pop(name, None)
+        gc.collect()  # hooks and packed products of a model point back at it
 
     def _identify(self) -> BaseIdentity:
         from lm.base.catalog import identify

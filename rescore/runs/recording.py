@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,6 @@ from lattices.errors import IncompatibleError, RescoreError
 from lattices.paths import encodable, user_path
 from lm.locks import making, warn, writing_to
 from lm.records import plain
-from lm.text_files import rows_file
 from rescore.checks import check_held_k, check_k
 from rescore.drafters import LatticeDrafter, load_drafter
 from rescore.drafters.asked import fit_drafter
@@ -27,7 +27,7 @@ from rescore.rescorers import Target
 from rescore.runs.inputs import DEFAULT_NEW_TOKENS, DEFAULT_TASK, Inputs, Notify, Progress
 from rescore.runs.models import Models
 from rescore.tasks import Metric, is_task_file, load_task, task_names
-from rescore.tasks.data import TaskData, load_examples
+from rescore.tasks.data import TaskData, file_in, load_examples
 from rescore.tasks.groups import digest, held_out
 from rescore.tasks.leave_out import read_leave_out
 from rescore.tasks.metrics import find_metric
@@ -89,24 +89,23 @@ class Recording:
     @property
     def all_settings(self) -> dict[str, Any]:
         """All that what is recorded beside the trace is of; `given_settings` of a trace that was given."""
-        own = self.settings
-        return given_settings(own, self.source["sha256"], self.models.device) if self.given else own
+        return given_settings(self.settings, self.source["sha256"], self.models.device) if self.given else self.settings
 
-    def heads(self) -> BlockHeads | None:
-        """The heads that are used; None without any."""
-        heads = self.models.heads
-        return heads if self.inputs.h is None or heads is None else heads.first(self.inputs.h)
+    @property
+    def loads(self) -> Callable[[], tuple[BaseLM, BlockHeads]] | None:
+        """Gives the base and the heads that are used; None of a given trace."""
+        return None if self.given else partial(self.models.loaded, self.settings)
 
     @property
     def notices(self) -> list[str]:
-        """What the user should know: examples left out or not the task's own, heads that are not the base's."""
+        """What to know: examples left out or not the task's own, heads not the base's; what a given trace says."""
         left_out = self.source.get("left_out") or ()
         shown = ", ".join(left_out[:5]) + (" ..." if len(left_out) > 5 else "")
         few = "1 example of the data is" if len(left_out) == 1 else f"{len(left_out)} examples of the data are"
         lines = (
             self.data and self.data.notice,
             f"{self.name}: {few} left out ({shown})" if left_out else None,
-            None if self.given else self.models.about_heads(),
+            self.settings.get("notice") if self.given else self.models.about_heads(),
         )
         return [line for line in lines if line]
 
@@ -245,7 +244,7 @@ def open_recording(
     inputs = dataclasses.replace(inputs, task=inputs.task or DEFAULT_TASK)
     rows = user_path(inputs.data) if inputs.data else None
     data = load_examples(
-        task, data=rows_file(rows, task.name) if rows and rows.is_dir() else rows, limit=inputs.limit,
+        task, data=file_in(rows, task) if rows and rows.is_dir() else rows, limit=inputs.limit,
         leave_out=read_leave_out(inputs.leave_out),
     )  # fmt: skip
     models = Models(inputs, base, heads, heads_needed=heads_needed)
@@ -345,23 +344,23 @@ def record_task(
 ) -> Trace:
     """Records a task with the lattices of a drafter, k entries a slot, into the folder `out`, or goes on with it.
 
-    The base's own outputs are recorded in the cache first where the drafter is not its heads. Raises `RescoreError` for
-    a drafter that has no lattices, and as `open_recording`.
+    The base's own outputs are recorded in the cache first where the drafter is not its heads of all tokens. Raises
+    `RescoreError` for a drafter that has no lattices, and as `open_recording`.
     """
     loaded = load_drafter(drafter)
     if not isinstance(loaded, LatticeDrafter) or not loaded.decodes:
         raise RescoreError(f"--drafter {drafter} has no lattices of its own to record; give heads or draft-model:NAME")
-    of_heads = isinstance(loaded, Heads)
-    recording = open_recording(inputs, k=k, out=out if of_heads else None, heads_needed=of_heads)
+    in_trace = isinstance(loaded, Heads) and loaded.size is None
+    recording = open_recording(inputs, k=k, out=out if in_trace else None, heads_needed=isinstance(loaded, Heads))
     for line in recording.notices if notify else ():
         notify(line)  # type: ignore[misc]
     trace = recording.trace(progress=progress)
-    if of_heads:
+    if in_trace:
         return trace
-    base = recording.settings["base"]
-    target = Target.of(base, trace.header.vocab_size, trace.header.eos_token_ids, device=recording.models.device)
-    how: dict[str, Any] = {"task": recording.name, "settings": recording.settings, "folder": out, "progress": progress}
-    return record_drafter(trace, fit_drafter(loaded, target), k=k, **how)
+    header, device, settings = trace.header, recording.models.device, recording.settings
+    target = Target.of(settings["base"], header.vocab_size, header.eos_token_ids, device=device)
+    fitted = fit_drafter(loaded, dataclasses.replace(target, models=recording.loads))
+    return record_drafter(trace, fitted, task=recording.name, settings=settings, k=k, folder=out, progress=progress)
 
 
 def load_trace(folder: str | Path, *, k: int = 1, **inputs: Any) -> Recording:

@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from lm.records import Count, Number, plain
+from rescore.calls import Call
+from rescore.costs.table import Costs
 from rescore.runs.inputs import Inputs
 
-SCHEMA = "rescore.results/7"
+SCHEMA = "rescore.results/8"
 Interval = tuple[Number, Number]
 # Kinds of drafters by the bits of `lattices.joined.sources`, which is not imported to name them.
 SOURCES = {1: "heads", 2: "lookup", 4: "draft-model", 8: "corpus-lookup", 16: "trace"}
@@ -72,9 +74,11 @@ class ExampleRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
     rescorer: label of the run; k: lattice entries of a slot; p: drafts of a step.
     group: key of the source that the example shares with others.
-    h: heads; longest: tokens of a draft at most (None: h).
-    accepted: tokens accepted by each step; drafts: the winning draft of each step.
-    oracle_accepted: by each step of the oracle's decode of the trace, also where a live output is another.
+    h: heads; longest: tokens of a draft at most (None: h). prompt_tokens: of the prompt.
+    accepted: tokens accepted by each step; drafts: the winning draft of each step; calls: what each step verified (in
+        replay: would have; none of a peer).
+    oracle_accepted: by each step of the oracle's decode of the trace, also where a live output is another; None of a
+        peer, which has no drafts to choose among.
     unrescored_accepted: by the unrescored draft where each step began; None where the lattices there are not known.
     origins, alone_accepted: `rescore.drafters.provenance.Provenance`, of several drafters.
     quality: the task's metrics by name; cut: whether the output stopped at the limit (None: not known).
@@ -88,11 +92,13 @@ class ExampleRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     group: str
     h: Count
     longest: Count | None = None
+    prompt_tokens: Count
     quality: dict[str, float]
     cut: bool | None = None
     accepted: list[Count]
     drafts: list[list[Count]]
-    oracle_accepted: list[Count]
+    calls: list[Call] = []
+    oracle_accepted: list[Count] | None = None
     unrescored_accepted: list[Count] | None = None
     origins: list[list[Count]] | None = None
     alone_accepted: dict[str, list[Count]] | None = None
@@ -133,9 +139,8 @@ class Latency:
     verify: how drafts were verified (tree or batch).
     prefill_ms: per example; autoregressive_ms: per token.
     verify_ms, draft_ms, rescore_ms and its median and 95th percentile: per step.
-    glue_share: share of a step's time that is none of these.
-    speedup: tokens_per_second over autoregressive_tokens_per_second.
-    predicted_speedup: block efficiency x autoregressive / (verify + draft + rescore); None: no step needed a call.
+    glue_share: share of a step's time that is none of these; of a peer, what is not in the base LM.
+    speedup: tokens_per_second over autoregressive_tokens_per_second; speedup_ci95: by group, paired.
     """
 
     verify: str
@@ -150,7 +155,7 @@ class Latency:
     tokens_per_second: Number
     autoregressive_tokens_per_second: Number
     speedup: Number
-    predicted_speedup: Number | None
+    speedup_ci95: Interval | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,15 +178,17 @@ class SourceShare:
 class Result:
     """One run on one task.
 
-    rescorer: label of the run, by default its spec; k, p, h: as in `ExampleRecord`; alpha: the weight (None: it has
-    none).
+    rescorer: label of the run, by default its spec, or spec of a peer; k, p, h: as in `ExampleRecord`; alpha: the
+    weight (None: it has none).
     n: examples, of so many groups.
     block_efficiency ... conditional: see `rescore.accounting.Accounting`.
-    oracle_block_efficiency: of the best path of what the run's own drafters proposed.
+    oracle_block_efficiency: of the best path of what the run's own drafters proposed; None of a peer.
     gain, gain_ci95: over `none` with p = 1 in the same run, paired; None where that was not run, and for it itself.
-    against_unrescored: None where a live output is not the trace's.
+    against_unrescored: None where a live output is not the trace's, and of a peer.
     quality: mean of each metric over the examples with references (empty: the text is not known).
     cut_at_limit: share of outputs that did not come to their end (None: the end-of-text token is not known).
+    predicted_speedup: over greedy decoding, by the run's costs (`rescore.costs.predicting`); None without any, or where
+        they lack the time of this rescorer.
     identical, divergence, latency: of live decoding, else None.
     sources: where accepted tokens came from, of several drafters.
     """
@@ -197,7 +204,7 @@ class Result:
     block_efficiency: Number
     block_efficiency_ci95: Interval | None
     block_efficiency_macro: Number
-    oracle_block_efficiency: Number
+    oracle_block_efficiency: Number | None
     gain: Number | None
     gain_ci95: Interval | None
     against_unrescored: Outcomes | None
@@ -208,6 +215,7 @@ class Result:
     conditional: list[Number | None]
     quality: dict[str, Number]
     cut_at_limit: Number | None
+    predicted_speedup: Number | None
     identical: Identical | None
     divergence: list[Divergence] | None
     latency: Latency | None
@@ -224,6 +232,11 @@ class Result:
         return is_oracle(self.rescorer)
 
     @property
+    def is_peer(self) -> bool:
+        """Whether another library decoded (`rescore.peers`), beside the runs."""
+        return self.oracle_block_efficiency is None
+
+    @property
     def is_unrescored(self) -> bool:
         """Whether this is what gains are over."""
         return (self.rescorer, self.p) == ("none", 1)
@@ -231,7 +244,7 @@ class Result:
     def gap_share(self, unrescored: Result | None) -> float | None:
         """How much of the way from the unrescored drafts to the oracle of its own drafters this is; None where there is
         no way."""
-        if unrescored is None or self.is_unrescored:
+        if unrescored is None or self.is_unrescored or self.oracle_block_efficiency is None:
             return None
         gap = self.oracle_block_efficiency - unrescored.block_efficiency
         return None if gap <= 0 else (self.block_efficiency - unrescored.block_efficiency) / gap
@@ -311,8 +324,10 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class RunConfig:
     """All that the numbers of an evaluation follow from, and what the user was told.
 
-    mode: replay or live; verify: tree or batch (live); seed: of the bootstrap intervals.
-    inputs, runs: by task. data: by task where its examples are from; traces: by task what its trace is of, and its k.
+    mode: replay or live; verify: tree or batch (live, and by costs); seed: of the bootstrap intervals.
+    peers: what was measured beside the runs, by spec, and its version. inputs, runs: by task.
+    data: by task where its examples are from; traces: by task what its trace is of, and its k.
+    costs: by task what steps cost, where runs were planned or predicted by that.
     """
 
     mode: Literal["replay", "live"] = "replay"
@@ -320,12 +335,14 @@ class RunConfig:
     seed: Count = 0
     inputs: dict[str, Inputs]
     runs: dict[str, list[RunRecord]]
+    peers: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str]
     git_revision: str | None
     device: str
     threads: int
     data: dict[str, dict[str, Any]]
     traces: dict[str, dict[str, Any]]
+    costs: dict[str, Costs] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
     def decides(self) -> dict[str, Any]:
@@ -334,9 +351,11 @@ class RunConfig:
         Not in it: the versions (those that the numbers follow from are the traces') and notices (why the hub did not
         serve, this time).
         """
-        names = ("mode", "verify", "seed", "inputs", "data", "traces")
+        names = ("mode", "verify", "seed", "peers", "inputs", "data", "traces")
         return {name: plain(getattr(self, name)) for name in names} | {
             "runs": {task: ", ".join(map(str, runs)) for task, runs in self.runs.items()},
+            # Of costs only what the calls depend on: others can be predicted by later.
+            "without_trees": [task for task, costs in self.costs.items() if costs.tree_ms is None],
             "weights": {  # by name, so that a difference names them
                 task: {
                     str(run): {

@@ -10,7 +10,7 @@ from lattices.errors import RescoreError, UnknownNameError
 from rescore.checks import check_alpha, check_k, check_p
 from rescore.drafters import DRAFTERS, HEADS, Drafter, load_drafter
 from rescore.drafters.drafting import check_drafters
-from rescore.rescorers import JOINT, RESCORERS, WEIGHT, Rescorer, load_rescorer
+from rescore.rescorers import JOINT, RESCORERS, TREES, WEIGHT, Rescorer, load_rescorer
 from rescore.rescorers.joint_plan import AUTO, PLANNED_NODES
 from rescore.runs.records import Alpha, is_oracle
 from rescore.specs import format_spec, parse_spec
@@ -22,6 +22,7 @@ ORACLE = "oracle"
 Choosing = tuple[Rescorer, tuple[Drafter, ...]]  # a rescorer and the drafters that it chooses among
 NODES = "nodes"  # the key of a rescorer that drafts trees
 OF_DRAFTERS = "drafters"  # the key of a spec that says what a rescorer chooses among: drafters=heads+lookup
+OF_SCORES = "scores"  # the key of a tree that says whose scores it is of
 OF_ONE_DRAFTER = ("tokens", "least", "most", "first")  # keys that look like a drafter's behind its spec
 FIXED = (NONE, ORACLE)  # what rescorers are compared with
 
@@ -31,6 +32,11 @@ def is_drafter(spec: str) -> bool:
     return DRAFTERS.has(spec) and not RESCORERS.has(spec)
 
 
+def is_heads(drafter: str | Drafter) -> bool:
+    """Whether a drafter is the base's block heads, of whatever vocabulary."""
+    return name_of(drafter).partition(":")[0] == HEADS
+
+
 def says_drafters(rescorer: str | Rescorer) -> bool:
     """Whether a spec says itself what is chosen among; an object does not."""
     return isinstance(rescorer, str) and (is_drafter(rescorer) or OF_DRAFTERS in parse_spec(rescorer)[1])
@@ -38,6 +44,9 @@ def says_drafters(rescorer: str | Rescorer) -> bool:
 
 def branches_of(spec: str, arguments: Mapping[str, str]) -> int:
     """How many branches the tree that a spec asks for has at most: its nodes; 0 for none, or as many as drafts."""
+    if (name := parse_spec(spec)[0]) in TREES:
+        of_tree = {key: value for key, value in arguments.items() if key not in (OF_DRAFTERS, OF_SCORES, WEIGHT)}
+        return load_rescorer(format_spec(name, of_tree)).branches
     nodes = arguments.get(NODES, "0")
     return PLANNED_NODES if nodes == AUTO else _whole(spec, nodes)
 
@@ -120,9 +129,17 @@ class Run:
         return self.label, self.p, self.k
 
     @property
+    def chooses(self) -> str:
+        """What takes time in its steps, as tables of costs name it: the label that it has by default, without the
+        weight."""
+        if self.rescorer == NONE and len(self.drafters) == 1:
+            return name_of(self.drafters[0])
+        return label_of(self.rescorer, self.drafters)
+
+    @property
     def needs_heads(self) -> bool:
         """Whether it drafts with block heads."""
-        return not self.drafters or HEADS in [getattr(drafter, "name", drafter) for drafter in self.drafters]
+        return not self.drafters or any(is_heads(drafter) for drafter in self.drafters)
 
     @property
     def number(self) -> float | None:
@@ -149,6 +166,11 @@ class Run:
                 loaded["drafter", spec] = load_drafter(spec) if isinstance(spec, str) else spec.named(name_of(spec))
         drafters = tuple(loaded["drafter", spec] for spec in specs)
         check_drafters(drafters, live=False)
+        if rescorer.least_k > self.k:
+            raise RescoreError(
+                f"{self.label} takes {rescorer.least_k} entries of a slot, and k = {self.k}; give --k "
+                f"{rescorer.least_k} or more"
+            )
         for drafter in drafters:
             if drafter.held is not None and drafter.held < self.k:
                 raise RescoreError(

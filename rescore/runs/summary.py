@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from rescore.accounting import Difference, account, paired_difference
+from rescore.accounting import Difference, account, block_efficiency, paired_difference, speedup_interval
 from rescore.drafters import Drafter
 from rescore.runs.records import (
     SOURCES,
@@ -30,18 +30,19 @@ def summarize(
     alpha: float | None = None,
     unrescored: Sequence[ExampleRecord] = (),
     drafters: Sequence[Drafter] = (),
+    predicted: float | None = None,
 ) -> Result:
     """The result of the records (one at least) of one task, rescorer and p.
 
     `alpha` of the rescorer is named in the result; `seed` of the bootstrap; `unrescored`: the records of `none` at
-    p = 1 of the same run, which the gain is over (none: no gain); `drafters`: what the rescorer chose among.
+    p = 1 of the same run, which the gain is over (none: no gain); `drafters`: what the rescorer chose among;
+    `predicted`: its speed-up.
     """
     first = records[0]
     longest = first.longest or first.h
     groups = [r.group for r in records]
     accounting = account([r.accepted for r in records], longest, groups=groups, seed=seed)
-    reached = max(n for r in records for n in r.oracle_accepted)
-    oracle = account([r.oracle_accepted for r in records], max(first.h, reached))
+    best = [r.oracle_accepted for r in records if r.oracle_accepted is not None]
     live = [r.live for r in records if r.live is not None]
     gain, differ = _gain(records, unrescored, seed=seed), _divergence(records)
     return Result(
@@ -52,16 +53,17 @@ def summarize(
         h=first.h,
         alpha=alpha,
         n=len(records),
-        oracle_block_efficiency=oracle.block_efficiency,
+        oracle_block_efficiency=block_efficiency(best) if best else None,
         gain=gain.gain if gain else None,
         gain_ci95=gain.gain_ci95 if gain else None,
         against_unrescored=_against_unrescored(records),
         **dataclasses.asdict(accounting),
         quality=_quality(records),
         cut_at_limit=_cut_at_limit(records),
+        predicted_speedup=predicted,
         identical=Identical(n=len(records), identical=len(records) - len(differ)) if live else None,
         divergence=differ if live else None,
-        latency=latency(records, accounting.block_efficiency) if live else None,
+        latency=latency(records, seed=seed) if live else None,
         sources=_sources(records, drafters),
     )
 
@@ -136,7 +138,7 @@ def _sources(records: Sequence[ExampleRecord], drafters: Sequence[Drafter]) -> l
     return shares
 
 
-def latency(records: Sequence[ExampleRecord], block_efficiency: float) -> Latency:
+def latency(records: Sequence[ExampleRecord], *, seed: int) -> Latency:
     """Times of live records; all of them are live."""
     live = [r.live for r in records if r.live is not None]
     steps = sum(len(r.accepted) for r in records)
@@ -161,5 +163,10 @@ def latency(records: Sequence[ExampleRecord], block_efficiency: float) -> Latenc
         tokens_per_second=tokens / spent,
         autoregressive_tokens_per_second=greedy_tokens / greedy,
         speedup=(tokens / spent) / (greedy_tokens / greedy),
-        predicted_speedup=block_efficiency * (greedy / greedy_tokens * 1e3) / step if step else None,
+        speedup_ci95=speedup_interval(
+            [(len(r.output_ids), r.live.seconds.total) for r in records if r.live],
+            [(r.autoregressive_tokens, r.autoregressive_seconds.total) for r in live],
+            groups=[r.group for r in records],
+            seed=seed,
+        ),
     )

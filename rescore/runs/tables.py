@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Collection, Sequence
 from operator import attrgetter
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rescore.bootstrap import LEAST_GROUPS
@@ -30,6 +31,7 @@ from rescore.table import (
     P,
     Table,
     fixed,
+    interval,
     percent,
 )  # fmt: skip
 from rescore.terminal import printable
@@ -39,7 +41,12 @@ if TYPE_CHECKING:
 
 LABEL = (TASK, RESCORER, K, P)
 ORACLE = Column("oracle", NUMBER, "oracle_block_efficiency")
+TOKENS_PER_SECOND = Column("tok/s", fixed(1), field="latency.tokens_per_second")
+GREEDY = Column("greedy tok/s", fixed(1), field="latency.autoregressive_tokens_per_second")
 SPEEDUP = Column("speed-up", TIMES, "speedup", "latency.speedup")
+SPEEDUPS = (SPEEDUP, Column("95 %", interval(TIMES), "speedup", "latency.speedup_ci95"))
+IDENTICAL = Column("identical", Format(lambda i: f"{i.identical}/{i.n}"))
+PREDICTED = Column("predicted", TIMES, "predicted_speedup")
 OUTCOMES = ("won", "tied", "lost")  # of a step against the unrescored draft
 SOURCES = (Column("source"), Column("proposed", SHARE), Column("only it", SHARE, "only"), Column("alone", NUMBER))
 OF_SOURCES = (
@@ -57,7 +64,7 @@ def results_tables(document: ResultsDocument, *, details: bool = False) -> list[
         return [overview]
     tables = [overview, _efficiency(results), _sources(results), _quality(results), _acceptance(results)]
     if any(r.latency for r in results):
-        tables += [_speed(results), _times(results), _divergence(results)]
+        tables += [_speed(results), _times(results), divergence_table(results)]
     return [table for table in tables if table.rows]
 
 
@@ -88,6 +95,7 @@ def _overview(document: ResultsDocument, *, more: bool) -> Table:
     columns = [
         *LABEL, *apart, *filled(ALPHA), *EFFICIENCY, *filled(*GAINS), *filled(_gap_share(results)),
         *filled(_outcome("won"), _outcome("lost")), *filled(SPEEDUP),
+        *filled(PREDICTED),
     ]  # fmt: skip
     shown = {column.heading for column in columns}
     live = [r.identical for r in results if r.identical]
@@ -101,6 +109,7 @@ def _overview(document: ResultsDocument, *, more: bool) -> Table:
         "groups)" + (", gains paired" if "gain" in shown else ""),
         "speed-up": "speed-up = tokens a second over those of greedy decoding in the same run, to which "
         f"{same} of {outputs} outputs are identical",
+        "predicted": f"predicted = that speed-up by the costs of a step {_costs_of(document)}",
     }
     note = "; ".join(notes[name] for name in notes if name in shown) + "." + (" --details shows more." if more else "")
     return Table.of(
@@ -108,11 +117,18 @@ def _overview(document: ResultsDocument, *, more: bool) -> Table:
     )
 
 
+def _costs_of(document: ResultsDocument) -> str:
+    """What the speed-ups are predicted for, and by what time of the rescorers that were not measured they are not."""
+    lacking = any(r.predicted_speedup is None for r in document.results)
+    of = "; ".join(dict.fromkeys(f"in {costs.dtype} on {costs.machine}" for costs in document.config.costs.values()))
+    return printable(of) + (" (- where these lack the time of the rescorer)" if lacking else "")
+
+
 def _ceiling(results: Sequence[Result]) -> str:
     """What block efficiencies can't be above: h, where no drafts are longer than the heads' blocks."""
     beyond: dict[int, list[str]] = {}
     for r in results:
-        if r.longest != r.h and r.rescorer not in (of := beyond.setdefault(r.longest, [])):
+        if r.longest not in (1, r.h) and r.rescorer not in (of := beyond.setdefault(r.longest, [])):
             of.append(r.rescorer)
     if not beyond:
         return "h = ceiling"
@@ -121,7 +137,7 @@ def _ceiling(results: Sequence[Result]) -> str:
 
 def _of_drafters(results: Sequence[Result]) -> str:
     """Which oracle is meant, where runs choose among what different drafters propose."""
-    oracles = {(r.task, r.k, r.h, r.oracle_block_efficiency) for r in results}
+    oracles = {(r.task, r.k, r.h, r.oracle_block_efficiency) for r in results if not r.is_peer}
     return " of the run's own drafters" if len(oracles) > len({key[:3] for key in oracles}) else ""
 
 
@@ -131,7 +147,12 @@ def _apart(results: Sequence[Result]) -> list[Column]:
     columns = [EXAMPLES, GROUPS]
     if not all(r.is_oracle for r in results):  # else it is their block efficiency
         columns.append(ORACLE)
-    return [column for column in columns if len({(r.task, column.value(r)) for r in results}) > len(tasks)]
+
+    def differing(column: Column) -> bool:
+        known = {(r.task, column.value(r)) for r in results if column != ORACLE or not r.is_peer}
+        return len(known) > len(tasks)
+
+    return [column for column in columns if differing(column)]
 
 
 def _caption(document: ResultsDocument, apart: Collection[Column]) -> str:
@@ -142,7 +163,7 @@ def _caption(document: ResultsDocument, apart: Collection[Column]) -> str:
     same = made[results[0].task] if len(set(made.values())) == 1 else ""
     several_k = len({r.k for r in results}) > 1
     lines = {}
-    for r in results:
+    for r in (r for r in results if not r.is_peer):
         facts = [] if same else [made[r.task]]
         facts += [] if {EXAMPLES, GROUPS} & set(apart) else [f"{r.n} examples of {r.groups} groups"]
         if ORACLE not in apart and not several_k:
@@ -215,14 +236,11 @@ def _acceptance(results: Sequence[Result]) -> Table:
 
 def _speed(results: Sequence[Result]) -> Table:
     columns = [
-        *LABEL, Column("identical", Format(lambda i: f"{i.identical}/{i.n}")),
-        Column("tok/s", fixed(1), field="latency.tokens_per_second"),
-        Column("greedy tok/s", fixed(1), field="latency.autoregressive_tokens_per_second"), SPEEDUP,
-        Column("predicted", TIMES, field="latency.predicted_speedup"),
+        *LABEL, IDENTICAL, TOKENS_PER_SECOND, GREEDY, *SPEEDUPS,
     ]  # fmt: skip
     note = (
-        "greedy = autoregressive decoding in the same run; identical = outputs equal to it; prefill is apart;\n"
-        "predicted = block eff. x greedy ms / (verify + draft + rescore ms)."
+        "greedy = autoregressive decoding in the same run; identical = outputs equal to it; prefill is apart; 95 % =\n"
+        "paired, by group."
     )
     return Table.of(columns, [r for r in results if r.latency and r.identical], note=note)
 
@@ -240,14 +258,17 @@ def _times(results: Sequence[Result]) -> Table:
             )
         ),
     ]  # fmt: skip
+    peers = any(r.is_peer for r in results)
     note = (
         "ms per step (greedy: per token; prefill: per example); p50 and p95 are of rescore;\n"
-        "glue = share of a step that is none of these."
+        "glue = share of a step that is none of these" + (", of peers all but the base's calls." if peers else ".")
     )
     return Table.of(columns, [r for r in results if r.latency], note=note)
 
 
-def _divergence(results: Sequence[Result]) -> Table:
+def divergence_table(results: Sequence[Result]) -> Table:
+    """A line for each result of which outputs differ from greedy decoding's."""
+
     def earliest(field: str) -> Callable[[Any], Any]:
         return lambda r: getattr(min(r.divergence, key=attrgetter("position")), field)
 
@@ -258,10 +279,11 @@ def _divergence(results: Sequence[Result]) -> Table:
         Column("largest margin", fixed(4), field=lambda r: max(d.margin for d in r.divergence)),
     ]  # fmt: skip
     note = (
-        "outputs that differ from greedy decoding's, the first token that does (from 0), and the greedy logit margin\n"
-        "over the runner-up there: near-ties are decided differently in half precision, and hardly ever in float32."
+        "the first token that differs (from 0), and the greedy logit margin over the runner-up there: near-ties are\n"
+        "decided differently in half precision, and hardly ever in float32."
     )
-    return Table.of(columns, [r for r in results if r.divergence], note=note)
+    title = "Outputs that differ from greedy decoding's"
+    return Table.of(columns, [r for r in results if r.divergence], title=title, note=note)
 
 
 def tuning_table(sweeps: Sequence[Tuned]) -> Table:
@@ -298,15 +320,62 @@ def joint_fit_table(fit: JointFit) -> Table:
     return Table(columns, rows, title=f"weights of joint: {facts}", note=note)
 
 
+def suite_tables(results: Sequence[Result]) -> list[Table]:
+    """All tables of a suite: of a replay one; of live decoding also one of speed alone, and of outputs that differ."""
+    if not any(r.latency for r in results):
+        return [suite_table(results)]
+    tables = [speed_table(results), suite_table(results), divergence_table(results)]
+    return [table for table in tables if table.rows]
+
+
 def suite_table(results: Sequence[Result]) -> Table:
-    """A line for each task, rescorer and p of a suite; k, h and speed only where they say something."""
-    several = [column for column in (K, H) if len({column.value(r) for r in results}) > 1]
+    """A line for each task, rescorer and p of a suite; k, h and alpha only where they say something."""
     live = any(r.latency for r in results)
+    weighted = not live or any(r.alpha is not None for r in results)
+    measured = (TOKENS_PER_SECOND, *SPEEDUPS, IDENTICAL) if live else (*GAINS, *map(_outcome, OUTCOMES), ORACLE)
     columns = [
-        TASK, RESCORER, *several, P, EXAMPLES, GROUPS, ALPHA, *EFFICIENCY, *GAINS, *map(_outcome, OUTCOMES), ORACLE,
-        *([SPEEDUP] if live else []),
+        TASK, RESCORER, *_several(results), P, EXAMPLES, GROUPS, *([ALPHA] if weighted else []), *EFFICIENCY, *measured,
+        *([PREDICTED] if any(r.predicted_speedup for r in results) else []),
     ]  # fmt: skip
-    return Table.of(columns, results)
+    note = (
+        "block eff. = tokens / steps; tok/s: the prompt apart; speed-up: over our greedy decoding in the same run, to\n"
+        "which so many outputs are identical; 95 % = studentised bootstrap by group (examples of one source), that of\n"
+        "speed-ups paired."
+    )
+    return Table.of(columns, results, title="All runs" if live else "", note=note if live else "")
+
+
+def speed_table(results: Sequence[Result]) -> Table:
+    """Tasks x runs: the speed-up over greedy decoding, and its mean over the tasks; the fastest of each is marked."""
+    several = _several(results)
+    runs = dict.fromkeys((r.rescorer, r.p) for r in results)
+    labels = [label for label, _ in runs]
+    heads = [label if labels.count(label) == 1 else f"{label}, p = {p}" for label, p in runs]
+    by_place: dict[tuple[Any, ...], dict[tuple[str, int], Result]] = {}
+    for r in results:
+        place = (r.task, *(column.value(r) for column in several))
+        by_place.setdefault(place, {})[r.rescorer, r.p] = r
+    rows: list[list[Any]] = []
+    for place, of_runs in by_place.items():
+        speedups = [SPEEDUP.value(of_runs[run]) if run in of_runs else None for run in runs]
+        rows.append([*place, GREEDY.value(next(iter(of_runs.values()))), *speedups])
+    first = 2 + len(several)
+    by_run = list(zip(*(row[first:] for row in rows), strict=True))
+    rows.append(["mean", *[None] * (first - 1), *(None if None in each else fmean(each) for each in by_run)])
+    columns = [TASK, *several, GREEDY, *(Column(head, TIMES) for head in heads)]
+    best = [
+        (place, columns[column].heading)
+        for place, row in enumerate(rows)
+        for column in range(first, len(columns))
+        if row[column] is not None and row[column] == max(s for s in row[first:] if s is not None)
+    ]
+    note = "* the fastest of a task; mean: of the tasks' speed-ups."
+    return Table(columns, rows, title="Speed-up over greedy decoding", note=note, best=best)
+
+
+def _several(results: Sequence[Result]) -> list[Column]:
+    """Of k and h those of which there are several."""
+    return [column for column in (K, H) if len({column.value(r) for r in results}) > 1]
 
 
 def results_csv(results: Sequence[Result], *, task: str | None = None, **facts: object) -> Table:
@@ -327,7 +396,7 @@ def results_csv(results: Sequence[Result], *, task: str | None = None, **facts: 
         *(Column(name, field=f"against_unrescored.{name}") for name in OUTCOMES),
         Column("sources", field=lambda r: "; ".join(_source_facts(share) for share in r.sources)),
         Column("quality", field=lambda r: "; ".join(f"{name} {value:.4f}" for name, value in r.quality.items())),
-        Column("cut_at_limit"), *(Column(name, field=f"latency.{name}") for name in times),
+        Column("cut_at_limit"), PREDICTED, *(Column(name, field=f"latency.{name}") for name in times),
         *(Column(f"marginal_{i + 1}", field=f"marginal.{i}") for i in range(max(len(r.marginal) for r in results))),
     ]  # fmt: skip
     return Table.of(columns, results)

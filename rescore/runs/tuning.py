@@ -9,6 +9,7 @@ from typing import Any
 
 from lattices.errors import RescoreError
 from lattices.paths import user_path
+from lm.environment import environment
 from lm.files import write_json
 from lm.records import plain
 from rescore.accounting import block_efficiency
@@ -20,7 +21,6 @@ from rescore.replaying import Drafted, replay
 from rescore.rescorers import JOINT, Rescorer
 from rescore.rescorers.joint_fit import JointData
 from rescore.rescorers.joint_weights import JointFit, write_weights
-from rescore.runs.environment import environment
 from rescore.runs.inputs import Notify, Progress
 from rescore.runs.recording import Recording
 from rescore.runs.records import Tuned
@@ -70,7 +70,7 @@ def tune(
     for recording in [recordings] if isinstance(recordings, Recording) else recordings:
         recording = recording.held_out(held_out, evaluated=evaluated)
         trace = _trace(recording, max(ks), lambda of: fit_before(of, choosing), progress, notify)
-        fitted = fit_to(trace, choosing, device=recording.models.device)
+        fitted = fit_to(trace, choosing, device=recording.models.device, models=recording.loads)
         for line in coverage_notices(trace, {label: rescorer for label, (rescorer, _) in fitted.items()}, max(ks)):
             if notify:
                 notify(line)
@@ -166,7 +166,7 @@ def fit_joint(
         recording = recording.held_out(held_out)
         # Not `fit_before`: the weights need not be there yet.
         trace = _trace(recording, k, lambda of: joint.ngram.fit(target_before(of)), progress, notify)
-        target = target_of(trace, device=recording.models.device)
+        target = target_of(trace, device=recording.models.device, models=recording.loads)
         fitted = [fit_drafter(drafter, target) for drafter in of_run]
         of_models = _drafted(recording, trace, fitted, progress)
         groups = [f"{recording.name} {group}" for group in recording.groups]

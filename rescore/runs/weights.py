@@ -4,7 +4,7 @@ rescorers to a base LM."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,10 @@ from rescore.tracing import Trace
 
 if TYPE_CHECKING:
     from lm.base.model import BaseLM
+    from lm.heads.block_heads import BlockHeads
+
+    LoadedModels = Callable[[], tuple[BaseLM, BlockHeads]]
+    from rescore.costs.table import Costs
 
 LEAST_COVERAGE = 0.1
 
@@ -38,12 +42,15 @@ def target_before(recording: Recording) -> Target:
     return Target.of(base, base["vocab_size"])
 
 
-def fit_before(recording: Recording, choosing: Mapping[str, Choosing]) -> dict[str, Choosing]:
+def fit_before(
+    recording: Recording, choosing: Mapping[str, Choosing], costs: Costs | None = None
+) -> dict[str, Choosing]:
     """Rescorers and drafters fitted before anything is decoded: what they score with has its whole `identity` then.
 
+    costs: for rescorers that draft by them.
     Raises as `Rescorer.fit`: for one that was made for another tokenizer, or has no weights for this base LM.
     """
-    return fitted_to(target_before(recording), choosing)
+    return fitted_to(dataclasses.replace(target_before(recording), costs=costs), choosing)
 
 
 def identities_of(choosing: Choosing) -> tuple[str, list[str]]:
@@ -123,18 +130,31 @@ def _alpha_fact(chosen: Alpha, recording: Recording) -> str | None:
     return "; ".join(facts) or None
 
 
-def target_of(trace: Trace, *, device: str = "cpu", shared: BaseLM | None = None) -> Target:
-    """The base LM that a trace was recorded with, as far as the trace tells; for work on `device`."""
+def target_of(
+    trace: Trace, *, device: str = "cpu", shared: BaseLM | None = None, models: LoadedModels | None = None
+) -> Target:
+    """The base LM that a trace was recorded with, as far as the trace tells; for work on `device`.
+
+    models: gives it with its heads (`Recording.loaded_models`).
+    """
     header, settings = trace.header, trace.header.settings
     target = Target.of(settings.get("base"), header.vocab_size, header.eos_token_ids, device=device, shared=shared)
-    return dataclasses.replace(target, traced=str(settings.get("drafter", "")))
+    return dataclasses.replace(target, traced=str(settings.get("drafter", "")), models=models)
 
 
 def fit_to(
-    trace: Trace, choosing: Mapping[str, Choosing], *, device: str = "cpu", shared: BaseLM | None = None
+    trace: Trace,
+    choosing: Mapping[str, Choosing],
+    *,
+    device: str = "cpu",
+    shared: BaseLM | None = None,
+    models: LoadedModels | None = None,
+    costs: Costs | None = None,
 ) -> dict[str, Choosing]:
-    """Rescorers and drafters fitted to a trace's base LM, which is `shared` where it is loaded."""
-    return fitted_to(target_of(trace, device=device, shared=shared), choosing)
+    """Rescorers and drafters fitted to a trace's base LM, which is `shared` where it is loaded; arguments as for
+    `target_of`; costs: of steps."""
+    target = target_of(trace, device=device, shared=shared, models=models)
+    return fitted_to(dataclasses.replace(target, costs=costs), choosing)
 
 
 def fitted_to(target: Target, choosing: Mapping[str, Choosing]) -> dict[str, Choosing]:

@@ -1,9 +1,10 @@
 """Studies: traces or evaluations in, records of numbers out, and the tables that show them (docs/analyses.md).
 
 `analysis` reads traces and evaluations (repetition, confidence, oracle curves, ranks, calibration, outcomes),
-`comparison` sets one evaluation against another, `block_length` and `verify_curve` measure this machine, `cost` counts
-what a decoded token costs, `ngram_mixing` chooses weights of n-gram models by replay, `perplexity` is the base's own,
-`overlap` finds text that was trained on. N-gram models side by side are a suite: docs/suites/ngrams.yaml.
+`comparison` sets one evaluation against another, `draft_vocabulary` heads of few tokens against those of all,
+`block_length` and `verify_curve` measure this machine, `cost` counts what a decoded token costs, `ngram_mixing` chooses
+weights of n-gram models by replay, `perplexity` is the base's own, `overlap` finds text that was trained on. N-gram
+models side by side are a suite: docs/suites/ngrams.yaml.
 
 A new study is a module with a function that returns a frozen `records.Record`, a table in `tables`, and a definition of
 every number in docs/analyses.md. Imports runs and the main path; never reports.

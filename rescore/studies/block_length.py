@@ -3,7 +3,7 @@
 A long block accepts more tokens a step and costs more to verify. For every h from 2 to the heads' own the trace is
 replayed with the first h heads, and a step is timed in its parts:
 
-    speed-up(h) = block efficiency(h) x t(forward of 1 token) / (t(forward of h tokens) + t(heads) + t(rescoring))
+    speed-up(h) = block efficiency(h) x t(step of 1 token) / (t(step of h tokens) + t(heads) + t(rescoring))
 
 which predicts the net speed-up of a live run. Only `rescore eval --mode live` measures it.
 """
@@ -27,6 +27,8 @@ from lm.heads.block_heads import BlockHeads, heads_folder, heads_sha256, load_he
 from lm.options import Base, Device, Dtype, Heads, TopK
 from rescore.accounting import account
 from rescore.checks import check_held_k
+from rescore.costs.kept import costs_here
+from rescore.costs.measuring import StandingDecode, heads_added, heads_calls, step_calls, times_of
 from rescore.drafters import Drafter
 from rescore.drafters.drafting import HEADS_ALONE, Drafting
 from rescore.drafters.proposals import Proposals
@@ -36,7 +38,6 @@ from rescore.rescorers import Context, Rescorer
 from rescore.runs.run import Run
 from rescore.runs.weights import fit_to
 from rescore.studies.records import Record, record_of
-from rescore.studies.verify_curve import heads_milliseconds, verify_curve
 from rescore.tasks.groups import count_groups
 from rescore.tracing import Trace, read_trace
 
@@ -141,7 +142,9 @@ def block_lengths_of_trace(
         raise IncompatibleError(f"{folder} was recorded with other heads than those in {place}; give its own: --heads")
     block_heads = load_heads(model, heads)
     choosing = {rescorer: (loaded, drafters)}
-    fitted, drafters = fit_to(trace, choosing, device=str(model.device), shared=model)[rescorer]
+    key, at = (block_heads.sha256, block_heads.h), str(model.device)
+    costs = costs_here(model.identity, key, at) if loaded.plans else None
+    fitted, drafters = fit_to(trace, choosing, device=at, shared=model, costs=costs)[rescorer]
     shown = partial(progress, "block lengths") if progress else None
     return block_lengths(
         model, block_heads, trace, fitted, drafters, name=rescorer, k=k, cached=cached, repeats=repeats, progress=shown
@@ -175,21 +178,23 @@ def block_lengths(
     if longest < 2:
         raise RescoreError("the trace holds head 1 only; a block needs at least two")
     hs = list(range(2, longest + 1))
-    curve = verify_curve(base, cached=cached, repeats=repeats, sizes=(1, *hs))
-    greedy = curve.milliseconds[0]
+    decode = StandingDecode(base, cached, longest)
+    of_heads = [heads_calls(decode, heads.first(h), k, sizes=(h,)) for h in hs]
+    of_steps, *added = times_of([step_calls(decode, (1, *hs)), *of_heads], repeats)
+    greedy, *steps = np.median(of_steps, axis=0).tolist()
     groups = [example.group for example in trace.examples]
     lengths = []
-    for h, verify_ms in zip(hs, curve.milliseconds[1:], strict=True):
+    for h, verify_ms, times in zip(hs, steps, added, strict=True):
         timed = TimedRescorer(rescorer)
         examples = trace.first_heads(h).examples
         accepted = [steps for example in examples for steps in replay([example], timed, k=k, drafters=drafters)]
         accounting = account(accepted, Drafting(timed, drafters).longest(h), groups=groups)
-        heads_ms = heads_milliseconds(base, heads.first(h), k, repeats)
         rescoring_ms = float(np.median(timed.seconds)) * 1e3 if timed.seconds else 0.0
+        heads_ms = heads_added(times)
         step_ms = verify_ms + heads_ms + rescoring_ms
         speedup = accounting.block_efficiency * greedy / step_ms
-        times = {"verify_ms": verify_ms, "heads_ms": heads_ms, "rescoring_ms": rescoring_ms, "speedup": speedup}
-        lengths.append(record_of(BlockLength, accounting, h=h, **times))
+        parts = {"verify_ms": verify_ms, "heads_ms": heads_ms, "rescoring_ms": rescoring_ms, "speedup": speedup}
+        lengths.append(record_of(BlockLength, accounting, h=h, **parts))
         if progress:
             progress(len(lengths), len(hs))
     return BlockLengths(

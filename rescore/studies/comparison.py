@@ -16,6 +16,7 @@ from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, U
 from rescore.acceptance import first_difference
 from rescore.accounting import Difference, block_efficiency, paired_difference
 from rescore.bootstrap import LEAST_GROUPS
+from rescore.checks import NEAR_TIE
 from rescore.runs.evaluated import Evaluation
 from rescore.runs.inputs import add_notice
 from rescore.runs.records import Result
@@ -29,7 +30,6 @@ OF_BASE = ("weights_sha256", "tokenizer_sha256", "config_sha256", "tokenization_
 HASHES = (*(f"base.{name}" for name in OF_BASE), "data_sha256")
 SAME = (*HASHES, "base.dtype", "template", "chat", "chat_template", "max_new_tokens", "max_prompt_tokens")
 PROOF = ("base.weights_sha256", "data_sha256")  # settings that both must name, or else the outputs have to tell
-NEAR_TIE = {"float64": 1e-6, "float32": 1e-2, "float16": 0.1, "bfloat16": 0.5}  # of logits, in this precision
 Choice = tuple[str | None, int | None]  # a rescorer and p, None for any
 
 

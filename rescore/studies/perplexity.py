@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 from lattices.errors import RescoreError
 from lattices.paths import user_path
+from lm.environment import environment
 from lm.options import Base, Device, Dtype
 from rescore.options import Data, Limit
-from rescore.runs.environment import environment
 from rescore.studies.records import record_of
 from rescore.tasks import load_task, task_names
 from rescore.tasks.data import load_examples

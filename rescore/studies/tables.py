@@ -20,11 +20,14 @@ from rescore.table import (
     MILLISECONDS,
     NUMBER,
     PLAIN,
+    RESCORER,
+    SHARE,
     TASK,
     TIMES,
     Column,
     Format,
     H,
+    K,
     P,
     Table,
     fixed,
@@ -32,18 +35,21 @@ from rescore.table import (
 from rescore.terminal import printable
 
 if TYPE_CHECKING:
+    from lm.draft_vocabulary import DraftVocabularySummary
     from lm.lookup_index import LookupSummary
     from lm.ngram.build import NgramSummary
     from lm.ngram.mix import MixedNgram
     from lm.ngram.score import NgramScore
     from lm.training.heads import HeldOutAccuracy
-    from rescore.costs import Costs
+    from rescore.costs.table import Costs
     from rescore.studies.block_length import BlockLengths
     from rescore.studies.comparison import Comparison, SideResult
     from rescore.studies.cost.model import CostTable, Decoder, MethodCost
+    from rescore.studies.draft_vocabulary import VocabularySize
     from rescore.studies.ngram_mixing import MixedModels, TunedMixture
     from rescore.studies.verify_curve import VerifyCurve
 
+ALL = "all"
 FEW_POSITIONS = 1000  # held out: fewer tell little apart
 WHOLE_STEP = "="  # stands for a change that is not known, where a whole step is shown
 CHANGE = Format(lambda value: value if value == WHOLE_STEP else GAIN.show(value))
@@ -77,21 +83,53 @@ def verify_curve_table(curve: VerifyCurve) -> Table:
     return Table(columns, rows, note=note)
 
 
-def costs_table(costs: Costs) -> Table:
-    """Milliseconds of a forward, by tokens and context."""
+def costs_tables(costs: Costs) -> list[Table]:
+    """Milliseconds of a step, by tokens and context, and of choosing its drafts."""
     columns = [
         Column("tokens", COUNT),
         *(Column(f"{c} cached", MILLISECONDS) for c in costs.contexts),
         Column("against 1", TIMES),
     ]
-    first = costs.verify_ms[0][0]
+    first = costs.step_ms[0][0]
     rows = [
-        [n, *(row[place] for row in costs.verify_ms), costs.verify_ms[0][place] / first]
+        [n, *(row[place] for row in costs.step_ms), costs.step_ms[0][place] / first]
         for place, n in enumerate(costs.nodes)
     ]
-    heads = "no heads" if costs.heads_ms is None else f"heads {costs.heads_ms:.1f} ms"
-    note = f"{costs.base}, {costs.dtype}, {costs.device}, {costs.threads} threads: median ms of a forward; {heads}."
-    return Table(columns, rows, note=note)
+    facts = ["no tree mask" if costs.tree_ms is None else f"several drafts as a tree {costs.tree_ms:.1f} ms more"]
+    heads = costs.heads
+    facts += [f"heads (h = {heads.h}) {heads.ms:.1f} ms more" if heads else "no heads"]
+    fewer = [f"{size:,}: {ms:.1f}" for size, ms in sorted(heads.vocabulary_ms.items())] if heads else []
+    facts += [f"from a draft vocabulary of {', '.join(fewer)} ms"] if fewer else []
+    note = (
+        f"{costs.base} in {costs.dtype} on {printable(str(costs.machine))}:\n"
+        f"median ms of a step that verifies one draft of so many tokens; {', '.join(facts)}."
+    )
+    chosen = Table.of(
+        [RESCORER, K, P, Column("ms", fixed(2))],
+        costs.choices,
+        note="ms of drafting and rescoring in a step, the heads apart.",
+    )
+    return [Table(columns, rows, note=note), *([chosen] if costs.choices else [])]
+
+
+def draft_vocabulary_table(summary: DraftVocabularySummary) -> Table:
+    """What share of what was counted the most frequent tokens are."""
+    columns = [Column("most frequent", COUNT), Column("of the text", SHARE)]
+    counted = f"{summary.tokens:,} tokens, {summary.distinct_tokens:,} of them distinct"
+    note = f"{summary.path}: {counted}; next:\n{summary.use()}"
+    return Table(columns, list(summary.coverage.items()), note=note)
+
+
+def vocabulary_sizes_table(sizes: Sequence[VocabularySize]) -> Table:
+    """What drafting from fewer tokens costs in block efficiency."""
+    columns = [
+        TASK, RESCORER, *([K] if len({size.k for size in sizes}) > 1 else []), P,
+        Column("tokens", Format(lambda n: f"{n:,}" if n else ALL), field=lambda size: size.vocabulary or 0),
+        Column("block eff.", NUMBER, "block_efficiency"), Column("change", GAIN),
+        Column("95 %", GAIN_INTERVAL, "change", "change_ci95"),
+    ]  # fmt: skip
+    note = "tokens = of which heads 2 to h draft, beside those of the prompt; change against all tokens, paired."
+    return Table.of(columns, sizes, note=note)
 
 
 def block_length_table(study: BlockLengths) -> Table:

@@ -11,7 +11,7 @@ from lm.records import read_record
 from rescore.runs.evaluated import Evaluation, load_run
 from rescore.runs.records import Result, Tuned
 
-SCHEMA = "rescore.suite/3"
+SCHEMA = "rescore.suite/4"
 PLAN_FILE, MANIFEST_FILE, TUNED_FILE = "plan.json", "suite.json", "tuned.jsonl"
 TABLE_FILE, CSV_FILE, RUNS_FOLDER = "table.md", "table.csv", "runs"
 

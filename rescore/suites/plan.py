@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
 
 from lattices.errors import RescoreError
-from lm.text_files import rows_file
-from lm.yaml_input import Value, read_yaml
+from lm.yaml_input import Value, named_values, read_yaml
 from rescore.checks import MAX_ALPHA, VERIFY_MODES
+from rescore.costs.kept import HERE, read_costs
+from rescore.peers import load_peer
 from rescore.rescorers import WEIGHT
 from rescore.runs.inputs import Inputs
 from rescore.runs.recording import recorded_task
@@ -20,6 +22,7 @@ from rescore.runs.run import DEFAULT_K, Run, branches_of
 from rescore.runs.tuning import DEFAULT_ALPHAS, HELD_OUT
 from rescore.specs import parse_spec
 from rescore.tasks import load_task
+from rescore.tasks.data import file_in
 from rescore.tasks.leave_out import read_leave_out
 from rescore.tracing import read_header
 
@@ -27,8 +30,9 @@ MODES = ("replay", "live")
 LIMITS = ("limit", "max_new_tokens", "max_prompt_tokens")
 KEYS = (
     "base", "heads", "dtype", "device", "mode", "verify", "seed", "tasks", "rescorers", "k", "p", "h", "tune",
-    "leave_out", *LIMITS,
+    "leave_out", "peers", "costs", *LIMITS,
 )  # fmt: skip
+NAMES = "names"
 Made = TypeVar("Made")
 
 
@@ -54,11 +58,12 @@ class SuiteTuning:
 
 @dataclass(frozen=True)
 class SuiteRescorer:
-    """A rescorer's spec, each p that it is run with, its weight (None: in the spec, tuned, or the default), and how it
-    is tuned if not as the suite says."""
+    """A rescorer's spec, each p and k that it is run with, its weight (None: in the spec, tuned, or the default), and
+    how it is tuned if not as the suite says."""
 
     name: str
     p: tuple[int, ...]
+    k: tuple[int, ...]
     alpha: float | None = None
     tune: SuiteTuning | None = None
 
@@ -89,6 +94,8 @@ class Plan:
     device: str = Inputs.device
     seed: int = 0
     leave_out: str | None = None
+    peers: tuple[str, ...] = ()
+    costs: str | None = None
 
     def inputs(self, task: SuiteTask, h: int | None) -> Inputs:
         """One task with one h."""
@@ -104,7 +111,8 @@ class Plan:
     @property
     def runs(self) -> list[Run]:
         """Every rescorer with each of its p and every k, with the weight that the file says."""
-        return [Run(r.name, p=p, k=k, alpha=r.alpha) for k in self.k for r in self.rescorers for p in r.p]
+        ks = dict.fromkeys([*self.k, *(k for r in self.rescorers for k in r.k)])
+        return [Run(r.name, p=p, k=k, alpha=r.alpha) for k in ks for r in self.rescorers if k in r.k for p in r.p]
 
     def tuning(self, rescorer: str) -> SuiteTuning | None:
         """How the weight of a rescorer that has one is tuned; None: it is given, or the rescorer's own."""
@@ -123,16 +131,21 @@ def read_plan(
     path: Annotated[Path, "Tasks, rescorers, k: see docs/formats.md.", "TABLE.yaml"],
     *,
     data: Annotated[
-        Path | None, "Folder with TASK.jsonl (or .csv ...) for each task whose data the file does not name."
+        Path | None,
+        "Folder with TASK.jsonl (or .csv ...) for each task whose data the YAML does not name, or a file for all.",
     ] = None,
+    names: Annotated[
+        Mapping[str, str], "Values instead of those that the YAML has under names.", "--with", "<NAME=VALUE>"
+    ] = MappingProxyType({}),
 ) -> Plan:
     """The suite in a YAML file (docs/formats.md).
 
-    `data`: a folder with TASK.jsonl (or .csv, .jsonl.gz ...) for each task whose data or trace the file does not name.
+    `data`: a folder with TASK.jsonl (or .csv, .jsonl.gz ...) for each task whose data or trace the file does not name,
+    or one file for all of them. `names`: values of names instead of those that the file gives.
     Raises `RescoreError` with the line of what is wrong: unknown keys with the nearest, wrong types, unknown tasks and
     rescorers.
     """
-    top = read_yaml(path).fields(KEYS, required=("tasks", "rescorers"))
+    top = named_values(read_yaml(path), NAMES, names).fields(KEYS, required=("tasks", "rescorers"))
     mode = top["mode"].choice(MODES) if "mode" in top else "replay"
     plan = Plan(
         tasks=_distinct(top["tasks"], lambda value: _task(value, data), "task"),
@@ -148,10 +161,14 @@ def read_plan(
         device=top["device"].text() if "device" in top else Plan.device,
         seed=top["seed"].whole(least=0) if "seed" in top else 0,
         leave_out=_leave_out(top["leave_out"]) if "leave_out" in top else None,
+        peers=tuple(map(_peer, top["peers"].items())) if "peers" in top else (),
+        costs=_costs(top["costs"]) if "costs" in top else None,
         **_limits(top),
     )
-    if mode == "replay" and plan.verify != Plan.verify:
-        raise top["verify"].wrong(f"{plan.verify} is how live decoding verifies; drop it, or add mode: live")
+    if mode == "replay" and plan.verify != Plan.verify and plan.costs is None:
+        raise top["verify"].wrong(f"{plan.verify} is how live decoding verifies; drop it, or add mode: live (or costs)")
+    if mode == "replay" and plan.peers:
+        raise top["peers"].wrong("peers are timed beside live decoding; drop them, or add mode: live")
     for task, value in zip(plan.tasks, top["tasks"].items(), strict=True):
         if task.trace and mode == "live":
             raise value.wrong("a trace can be replayed, not decoded live; drop trace, or mode: live")
@@ -173,15 +190,28 @@ def _task(value: Value, data: Path | None) -> SuiteTask:
         name = fields["name"].text() if "name" in fields else _at(fields["trace"], lambda: _task_of(Path(trace)))
     else:
         name = fields["name"].text()
-        known = _at(fields["name"], lambda: load_task(name).name)
+        known = _at(fields["name"], lambda: load_task(name))
         if given is None and data is not None:
-            given = str(rows_file(data, known))
+            given = str(data if data.is_file() else file_in(data, known))
     return SuiteTask(name, given, trace, **_limits(fields))
 
 
 def _leave_out(value: Value) -> str:
     text = value.text()
     _at(value, lambda: read_leave_out(text))
+    return text
+
+
+def _peer(value: Value) -> str:
+    name = value.text()
+    _at(value, lambda: load_peer(name))
+    return name
+
+
+def _costs(value: Value) -> str:
+    text = value.text()
+    if text != HERE:
+        _at(value, lambda: read_costs(text))
     return text
 
 
@@ -196,10 +226,13 @@ def _task_of(folder: Path) -> str:
 
 def _rescorers(top: dict[str, Value]) -> tuple[SuiteRescorer, ...]:
     ps = _wholes(top["p"]) if "p" in top else ()
+    ks = _wholes(top["k"]) if "k" in top else Plan.k
 
     def rescorer(value: Value) -> SuiteRescorer:
         fields = (
-            value.fields(("name", "p", "alpha", "tune"), required=("name",)) if value.is_mapping else {"name": value}
+            value.fields(("name", "p", "k", "alpha", "tune"), required=("name",))
+            if value.is_mapping
+            else {"name": value}
         )
         name = fields["name"].text()
         loaded = _at(fields["name"], lambda: Run(name).load())
@@ -216,7 +249,8 @@ def _rescorers(top: dict[str, Value]) -> tuple[SuiteRescorer, ...]:
             raise fields["alpha"].wrong(f"{alpha:g} is outside 0 to {MAX_ALPHA:g}, where a weight is")
         own = _wholes(fields["p"]) if "p" in fields else ps or (max(1, branches_of(name, parse_spec(name)[1])),)
         tuning = _tuning(fields["tune"]) if "tune" in fields else None
-        return SuiteRescorer(name, (1,) if is_oracle(name) else own, alpha, tuning)
+        own_ks = _wholes(fields["k"]) if "k" in fields else ks
+        return SuiteRescorer(name, (1,) if is_oracle(name) else own, own_ks, alpha, tuning)
 
     return _distinct(top["rescorers"], rescorer, "rescorer")
 

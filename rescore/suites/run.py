@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lattices.errors import IncompatibleError, RescoreError
+from lm.environment import environment
 from lm.files import (
     append_json_line,
     atomic_file,
@@ -25,17 +27,19 @@ from lm.files import (
 from lm.keys import key_of
 from lm.locks import writing_to
 from lm.records import convert_record, plain
-from rescore.runs.environment import environment
-from rescore.runs.evaluated import load_run
+from rescore.costs.kept import costs_for, costs_here
+from rescore.costs.table import Costs
+from rescore.peers import load_peer
+from rescore.runs.evaluated import Evaluation, load_run
 from rescore.runs.evaluation import evaluate
 from rescore.runs.inputs import Notify, Progress, add_notice
 from rescore.runs.log import RESULTS_FILE, claim
 from rescore.runs.recording import Recording, check_names, open_recording
-from rescore.runs.records import Result, RunConfig
+from rescore.runs.records import RunConfig
 from rescore.runs.run import Choosing, Run, load_choosing
 from rescore.runs.tables import results_csv
 from rescore.runs.tuning import tune
-from rescore.runs.weights import fit_before, identities_of
+from rescore.runs.weights import fit_before, identities_of, target_before
 from rescore.suites.files import (
     CSV_FILE,
     MANIFEST_FILE,
@@ -87,17 +91,19 @@ def _run(plan: Plan, out: Path, source: str, progress: Progress | None, notify: 
     suite = SuiteDocument(source=source, plan=plain(plan.as_dict()), **environment())
     interrupted = False
     add = partial(add_notice, suite.notices, notify)
+    configs: list[RunConfig] = []
     parts = _parts(plan)  # refused before the folder is this plan's
     claim(out / PLAN_FILE, suite.plan, holds="a suite of another plan", whole=True)
     with _TunedWeights(out / TUNED_FILE) as weights:
         try:
             for part in parts:
                 # For each part: files of rescorers may be replaced in between.
-                choosing = fit_before(part.recording, _choosing(plan))
+                choosing, costs = _fitted(plan, part)
                 runs = _weighted(plan, part, choosing, weights, progress, add)
-                results, interrupted = _evaluate(plan, part, runs, choosing, out, progress, add)
-                suite.results += results
-                if interrupted:
+                evaluation = _evaluate(plan, part, runs, choosing, costs, out, progress, add)
+                suite.results += evaluation.results
+                configs.append(evaluation.config)
+                if interrupted := evaluation.interrupted:
                     break
                 suite.runs.append(SuiteRun(task=part.recording.name, h=part.h, folder=part.folder))
         except KeyboardInterrupt:
@@ -105,7 +111,8 @@ def _run(plan: Plan, out: Path, source: str, progress: Progress | None, notify: 
         suite.tuned = weights.latest
     if not interrupted:
         with atomic_file(out / TABLE_FILE) as temporary:
-            temporary.write_text(suite_page(suite.results, plan, source), encoding="utf-8")
+            page = suite_page(suite.results, plan, source, configs=configs, costs=_costs(plan, parts[0]))
+            temporary.write_text(page, encoding="utf-8")
         with atomic_file(out / CSV_FILE) as temporary:
             temporary.write_text(results_csv(suite.results).csv(), encoding="utf-8", newline="")
         write_json(out / MANIFEST_FILE, plain(suite))
@@ -126,7 +133,10 @@ def _parts(plan: Plan) -> list[_Part]:
     """All evaluations, each of them checked."""
     parts: list[_Part] = []
     tasks: dict[str, str] = {}  # by folder
-    how: dict[str, Any] = {"k": max(plan.k), "heads_needed": any(run.needs_heads for run in plan.runs)}
+    how: dict[str, Any] = {
+        "k": max(run.k for run in plan.runs),
+        "heads_needed": any(run.needs_heads for run in plan.runs),
+    }
     for task in plan.tasks:
         for h in plan.h:
             recording = open_recording(plan.inputs(task, h), **how)
@@ -135,10 +145,17 @@ def _parts(plan: Plan) -> list[_Part]:
             if (other := tasks.setdefault(name, recording.name)) != recording.name:
                 raise RescoreError(f"the tasks {other} and {recording.name} would share a folder; rename one of them")
     check_names([part.recording for part in parts if part.h == plan.h[0]])
-    choosing = _choosing(plan)
     for part in parts:
-        fit_before(part.recording, choosing)
+        _fitted(plan, part)
     return parts
+
+
+def _fitted(plan: Plan, part: _Part) -> tuple[dict[str, Choosing], Costs | None]:
+    """The rescorers of a plan with their drafters by name, from the files as they are now, fitted to a part's base; and
+    the costs that its runs are planned and predicted by."""
+    choosing = load_choosing(Run(r.name) for r in plan.rescorers)
+    costs = costs_for(part.recording, target_before(part.recording), choosing, plan.costs)
+    return fit_before(part.recording, choosing, costs), costs
 
 
 class _TunedWeights:
@@ -233,35 +250,43 @@ def _evaluate(
     part: _Part,
     runs: list[Run],
     choosing: dict[str, Choosing],
+    costs: Costs | None,
     out: Path,
     progress: Progress | None,
     notify: Notify,
-) -> tuple[list[Result], bool]:
-    """The results of one evaluation, and whether Ctrl-C cut it short."""
+) -> Evaluation:
+    """One evaluation, as far as Ctrl-C let it come."""
     folder = out / part.folder
     if (folder / RESULTS_FILE).is_file():
         finished = load_run(folder)
-        if _is_same(part, choosing, finished.config):
+        if _is_same(plan, part, choosing, costs, finished.config):
             for line in finished.notices:
                 notify(line)
-            return finished.results, False
+            return finished
     evaluation = evaluate(
-        part.recording, runs, live=plan.mode == "live", verify=plan.verify, seed=plan.seed, out=folder,
-        progress=progress, notify=notify,
+        part.recording, runs, live=plan.mode == "live", verify=plan.verify, peers=plan.peers, costs=plan.costs,
+        seed=plan.seed,
+        out=folder, progress=progress, notify=notify,
     )  # fmt: skip
-    return evaluation.results, evaluation.interrupted
+    part.recording.models.release()  # many tasks: each would keep a base LM of its own in memory
+    return evaluation
 
 
-def _is_same(part: _Part, choosing: dict[str, Choosing], config: RunConfig) -> bool:
-    """Whether these results are of the data, base, heads and rescorers that are there now; if not, `evaluate` tells the
-    change."""
+def _costs(plan: Plan, part: _Part) -> Costs | None:
+    """What a step costs on this machine, where that is measured and the suite is about time."""
+    with suppress(RescoreError):
+        if plan.mode == "live":
+            return costs_here(part.recording.models.identity, None, part.recording.models.device)
+    return None
+
+
+def _is_same(plan: Plan, part: _Part, choosing: dict[str, Choosing], costs: Costs | None, config: RunConfig) -> bool:
+    """Whether these results are of the data, base, heads, rescorers, peers and costs that are there now; if not,
+    `evaluate` tells the change, or predicts by the costs of now."""
     name, recording = part.recording.name, part.recording
-    of_now = [recording.source, {"k": recording.k, **recording.settings}, recording.inputs]
-    of_then = [config.data.get(name), config.traces.get(name), config.inputs.get(name)]
+    of_now = [recording.source, {"k": recording.k, **recording.settings}, recording.inputs, costs]
+    of_then = [config.data.get(name), config.traces.get(name), config.inputs.get(name), config.costs.get(name)]
     then = {r.rescorer: (r.identity, r.drafters) for r in config.runs.get(name, ())}
-    return plain(of_now) == plain(of_then) and then == {label: identities_of(each) for label, each in choosing.items()}
-
-
-def _choosing(plan: Plan) -> dict[str, Choosing]:
-    """The rescorers of a plan with their drafters by name, from the files as they are now."""
-    return load_choosing(Run(r.name) for r in plan.rescorers)
+    now = {label: identities_of(each) for label, each in choosing.items()}
+    peers = {spec: load_peer(spec).identity for spec in plan.peers}
+    return plain(of_now) == plain(of_then) and then == now and config.peers == peers

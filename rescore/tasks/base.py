@@ -79,6 +79,7 @@ class Task:
     group: gives the text of the source that examples share (a passage, a document, a conversation); without it only
         examples that ask the same are of one group.
     file: the task's own data (JSON lines).
+    shared: what a file of a data folder is called that holds rows of several tasks, this one among them.
     hub: where the hub keeps its data; `without_hub` tells a user why it does not, and what to do.
     sample: a JSON lines file in the package that stands in where neither `--data` nor the hub gives data.
     definition: all that a user's own file says of the task (None: built in), part of what a trace is made of.
@@ -98,6 +99,7 @@ class Task:
     group: Callable[[Record], str] | None = None
     limits: Limits = field(default_factory=Limits)
     file: Path | None = None
+    shared: str = ""
     hub: HubSource | None = None
     without_hub: str = "it has no data set on the hub"
     sample: Path | None = None

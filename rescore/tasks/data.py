@@ -17,7 +17,7 @@ from typing import Any
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, unreadable
 from lm.files import sha256_of_file
-from lm.text_files import check_whole, identify, rows
+from lm.text_files import check_whole, identify, rows, rows_file
 from rescore.tasks.base import Example, HubSource, Record, Task, checked_text, json_kind
 from rescore.tasks.groups import digest, one_of_each_first
 
@@ -76,6 +76,14 @@ def load_examples(
         "whose numbers do not compare with the real data set's (--data PATH gives other data)"
     )
     return replace(sample, notice=notice)
+
+
+def file_in(folder: Path, task: Task) -> Path:
+    """The file of a task's rows in a data folder: called like the task, else one that it shares with others; the first,
+    which need not be there, where there is neither. Raises as `rows_file`."""
+    own = rows_file(folder, task.name)
+    shared = rows_file(folder, task.shared) if task.shared and not own.exists() else own
+    return shared if shared.exists() else own
 
 
 def wanted_rows(task: Task) -> str:

@@ -66,6 +66,7 @@ def _task(
         template="{prompt}",
         references=lambda record: tuple(dict.fromkeys(record["references"])),
         row=row_of(*categories),
+        shared="spec_bench",
         rows=f"Spec-Bench's rows of category {', '.join(categories)} (question_id, category, turns, reference)",
         # The authors publish on GitHub; this copy has a file for each category, rows unchanged.
         hub=hub or HubSource("RedHatAI/speculator_benchmarks", None, "train", data_files=f"{name}.jsonl"),

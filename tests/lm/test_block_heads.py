@@ -54,7 +54,7 @@ class TestLattice:
         fresh = BlockHeads(make_heads(tiny_base, h=5).config).double().requires_grad_(False)
         for output in fresh(hidden, hidden[:, None]):
             torch.testing.assert_close(output, hidden)
-        every = fresh.logits(tiny_base, hidden, logits)
+        every = fresh.slots(tiny_base, hidden, logits)[0].logits
         lattice, entropies = lattice_of(every, 7), entropies_of(every)
         for slot in range(1, 5):
             np.testing.assert_array_equal(lattice.token_ids[:, slot], lattice.token_ids[:, 0])
@@ -65,7 +65,7 @@ class TestLattice:
     def test_it_is_the_top_of_the_log_softmax(self, tiny_base, states, k):
         hidden, logits = states
         heads = make_heads(tiny_base, h=4)
-        every = heads.logits(tiny_base, hidden, logits)
+        every = heads.slots(tiny_base, hidden, logits)[0].logits
         lattice, entropies = lattice_of(every, k), entropies_of(every)
         lattice.validate(tiny_base.vocab_size)
         assert lattice.token_ids.shape == (20, 4, k) and entropies.shape == (20, 4)
@@ -81,14 +81,14 @@ class TestLattice:
     def test_heads_see_the_token_that_head_1_chose(self, tiny_base, states):
         hidden, logits = states
         heads = make_heads(tiny_base)
-        chosen = heads.logits(tiny_base, hidden, logits, logits.argmax(-1))
-        torch.testing.assert_close(chosen, heads.logits(tiny_base, hidden, logits))
-        other = heads.logits(tiny_base, hidden, logits, torch.zeros(20, dtype=torch.long))
+        chosen = heads.slots(tiny_base, hidden, logits, logits.argmax(-1))[0].logits
+        torch.testing.assert_close(chosen, heads.slots(tiny_base, hidden, logits)[0].logits)
+        other = heads.slots(tiny_base, hidden, logits, torch.zeros(20, dtype=torch.long))[0].logits
         assert not torch.allclose(other[:, 1:], chosen[:, 1:]) and torch.equal(other[:, 0], chosen[:, 0])
         blind = BlockHeads(msgspec.structs.replace(heads.config, token_size=0)).double().requires_grad_(False)
         zero = torch.zeros(20, dtype=torch.long)
         torch.testing.assert_close(
-            blind.logits(tiny_base, hidden, logits, zero), blind.logits(tiny_base, hidden, logits)
+            blind.slots(tiny_base, hidden, logits, zero)[0].logits, blind.slots(tiny_base, hidden, logits)[0].logits
         )
 
     def test_slot_1_is_the_logits_as_given(self, tiny_base, states):
@@ -100,7 +100,7 @@ class TestLattice:
         hidden, _ = states
         certain = torch.full((20, 257), -1e4, dtype=torch.float64)
         certain[:, 5] = 0
-        every = make_heads(tiny_base).logits(tiny_base, hidden, certain)
+        every = make_heads(tiny_base).slots(tiny_base, hidden, certain)[0].logits
         lattice, entropies = lattice_of(every, 2), entropies_of(every)
         assert (lattice.token_ids[:, 0, 0] == 5).all() and (lattice.logps[:, 0, 0] == 0).all()
         np.testing.assert_allclose(entropies[:, 0], 0, atol=1e-6)
@@ -109,7 +109,7 @@ class TestLattice:
     def test_half_precision_is_summed_in_float32(self, tiny_base, states, dtype, monkeypatch):
         hidden, logits = (x.to(dtype) for x in states)
         monkeypatch.setattr(tiny_base, "project", lambda x: (x.float() @ torch.ones(32, 257)).to(dtype))
-        every = make_heads(tiny_base).float().logits(tiny_base, hidden, logits)
+        every = make_heads(tiny_base).float().slots(tiny_base, hidden, logits)[0].logits
         lattice, entropies = lattice_of(every, 4), entropies_of(every)
         lattice.validate(257)
         expected = torch.log_softmax(logits.float(), -1).max(-1).values
@@ -175,6 +175,18 @@ class TestTopK:
         values, ids = top_k_lowest_ids(logits, k)
         np.testing.assert_array_equal(ids.numpy(), expected)
         assert torch.equal(values, logits.gather(-1, torch.from_numpy(expected)))
+
+    @exhaustive
+    @given(data=st.data(), seed=st.integers(0, 99), size=st.integers(1, 20))
+    def test_of_some_tokens_in_any_order(self, data: st.DataObject, seed: int, size: int):
+        rng = np.random.default_rng(seed)
+        token_ids = rng.permutation(100)[:size]
+        k = data.draw(st.integers(1, size))
+        logits = rng.integers(3, size=(4, size)).astype(np.float32)
+        values, ids = top_k_lowest_ids(torch.from_numpy(logits), k, torch.from_numpy(token_ids))
+        expected = np.stack([np.lexsort((token_ids, -row))[:k] for row in logits])
+        np.testing.assert_array_equal(ids.numpy(), token_ids[expected])
+        np.testing.assert_array_equal(values.numpy(), np.take_along_axis(logits, expected, -1))
 
     def test_ties_do_not_sort_the_vocabulary(self, monkeypatch: pytest.MonkeyPatch):
         """In half precision almost every lattice has some."""

@@ -10,7 +10,8 @@ import torch
 from test_training import SMALL, make_data
 
 from lattices.errors import RescoreError, UnknownNameError
-from lm.heads.block_heads import BlockHeads, lattice_of, load_heads
+from lm.heads.block_heads import BlockHeads, entropies_of, lattice_of, load_heads
+from lm.heads.draft_rows import DraftRows
 from lm.heads.nets import NETS, BlockHeadsConfig
 from lm.training.data import Rows
 from lm.training.heads import HeadTrainer
@@ -47,7 +48,7 @@ class TestEach:
     def test_fresh_heads_are_head_1(self, tiny_base, states, architecture):
         hidden, logits = states
         fresh = heads_of(tiny_base, architecture, random=False, blocks=2 if architecture == "medusa" else 1)
-        every = fresh.logits(tiny_base, hidden, logits)
+        every = fresh.slots(tiny_base, hidden, logits)[0].logits
         for slot in range(1, 5):
             torch.testing.assert_close(every[:, slot], logits.to(every.dtype))
 
@@ -65,11 +66,41 @@ class TestEach:
     def test_a_shorter_block_uses_the_first_heads(self, tiny_base, states, architecture):
         hidden, logits = states
         heads = heads_of(tiny_base, architecture)
-        whole = heads.logits(tiny_base, hidden, logits)
+        whole = heads.slots(tiny_base, hidden, logits)[0].logits
         for h in range(2, 6):
             cut = heads.first(h)
             assert cut.h == h and cut.config.architecture == architecture
-            torch.testing.assert_close(cut.logits(tiny_base, hidden, logits), whole[:, :h])
+            torch.testing.assert_close(cut.slots(tiny_base, hidden, logits)[0].logits, whole[:, :h])
+
+    def test_drafting_from_some_tokens_is_the_softmax_over_these(self, tiny_base, states, architecture):
+        hidden, logits = states
+        heads = heads_of(tiny_base, architecture)
+        common, prompt = torch.tensor([200, 3, 77, 9, 150, 31]), [9, 256, 5, 5, 4]
+        projection = DraftRows(tiny_base, common).with_tokens(prompt)
+        inside = sorted({*common.tolist(), *prompt})
+        assert sorted(projection.token_ids.tolist()) == inside
+        first, ahead = heads.slots(tiny_base, hidden, logits, projection=projection)
+        assert torch.equal(first.logits[:, 0], logits) and first.token_ids is None
+        entropies = entropies_of(ahead.logits)
+        found = heads.lattice(tiny_base, hidden, logits, 6, projection=projection)
+        weight, drafted = tiny_base.output_embeddings.weight, [logits.argmax(-1)]
+        for slot in range(1, 5):
+            seen = torch.stack([weight[tokens] for tokens in drafted], dim=1)
+            every = tiny_base.project(heads(hidden, seen, [slot - 1])[0])
+            outside = torch.ones(257, dtype=torch.bool)
+            outside[inside] = False
+            logps = torch.log_softmax(every.masked_fill(outside, -torch.inf), dim=-1)
+            best = logps.sort(dim=-1, descending=True, stable=True)
+            np.testing.assert_array_equal(found.token_ids[:, slot], best.indices[:, :6])
+            np.testing.assert_allclose(found.logps[:, slot], best.values[:, :6], rtol=1e-5, atol=1e-6)
+            expected = -(logps.exp() * logps.masked_fill(outside, 0.0)).sum(-1)
+            np.testing.assert_allclose(entropies[:, slot - 1], expected, rtol=1e-4, atol=1e-6)
+            drafted.append(best.indices[:, 0])
+        whole = heads.lattice(tiny_base, hidden, logits, 6)
+        np.testing.assert_array_equal(found.token_ids[:, 0], whole.token_ids[:, 0])
+        every_token = DraftRows(tiny_base, torch.arange(257).flip(0)).with_tokens([1, 2])
+        same = heads.lattice(tiny_base, hidden, logits, 6, projection=every_token)
+        np.testing.assert_array_equal(same.token_ids, whole.token_ids)
 
     def test_chosen_heads_only(self, tiny_base, states, architecture):
         heads, rows = heads_of(tiny_base, architecture), torch.randn(20, 4, 32, dtype=torch.float64)
@@ -80,7 +111,7 @@ class TestEach:
         heads.save(tmp_path, dtype=torch.float64)
         loaded = load_heads(tiny_base.identity, str(tmp_path), dtype=torch.float64)
         assert loaded.config == heads.config
-        ours, theirs = (lattice_of(x.logits(tiny_base, *states), 5) for x in (heads, loaded))
+        ours, theirs = (lattice_of(x.slots(tiny_base, *states)[0].logits, 5) for x in (heads, loaded))
         np.testing.assert_array_equal(ours.token_ids, theirs.token_ids)
 
     def test_a_byte_a_weight_is_nearly_the_same(self, tiny_base, architecture, tmp_path):
@@ -119,7 +150,7 @@ class TestSequential:
         for slot in range(1, 5):
             rows = torch.stack([weight[tokens] for tokens in drafted], dim=1)
             expected = tiny_base.project(heads(hidden, rows, [slot - 1])[0])
-            torch.testing.assert_close(heads.logits(tiny_base, hidden, logits)[:, slot], expected)
+            torch.testing.assert_close(heads.slots(tiny_base, hidden, logits)[0].logits[:, slot], expected)
             drafted.append(expected.argmax(-1))
 
     def test_no_head_sees_its_own_token_or_later_ones(self, tiny_base, states):

@@ -110,7 +110,7 @@ class TestRows:
     @pytest.mark.parametrize(
         ("name", "content"),
         [
-            ("x.csv", table()), ("x.CSV", b"\xef\xbb\xbf" + table()), ("x.csv.gz", gzip.compress(table())),
+            ("x.csv", table()), ("x.CSV", b"\xef\xbb\xbf" + table()), ("x.csv.gz", gzip.compress(table(), mtime=0)),
             ("x.tsv", table("\t")), ("x.parquet", parquet()), ("x", parquet()), ("x.txt", parquet()),
             ("x.arrow", arrow(True)), ("x.arrow", arrow(False)), ("x.jsonl", arrow(False)),
         ],
@@ -151,7 +151,7 @@ class TestRows:
             ("x.parquet", parquet()[:-8], "not a whole Parquet file"),
             ("x.parquet", LINES, "is not Parquet, as its name says"),
             ("x.arrow", arrow(False)[:200], "not a whole Arrow file"),
-            ("x.parquet.gz", gzip.compress(parquet()), "is Parquet in a gzip file; unpack it"),
+            ("x.parquet.gz", gzip.compress(parquet(), mtime=0), "is Parquet in a gzip file; unpack it"),
             ("x.jsonl", b'{"a": "\xff"}\n', "line 1 is not UTF-8 text"),
         ],
     )

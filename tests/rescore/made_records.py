@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rescore.calls import Call
 from rescore.runs.inputs import Inputs
 from rescore.runs.records import ExampleRecord, Latency, Result, RunConfig
 
@@ -12,7 +13,8 @@ def example_record(**changes: Any) -> ExampleRecord:
     """An example of one step that accepted one token."""
     fields: dict[str, Any] = {
         "task": "squad", "rescorer": "none", "k": 16, "p": 1, "id": "a", "group": "g", "h": 2, "quality": {},
-        "accepted": [1], "drafts": [[1, 2]], "oracle_accepted": [1], "output_ids": [1],
+        "prompt_tokens": 5, "accepted": [1], "drafts": [[1, 2]], "calls": [Call(2, 1, True)], "oracle_accepted": [1],
+        "output_ids": [1],
     }  # fmt: skip
     return ExampleRecord(**fields | changes)
 
@@ -25,7 +27,8 @@ def made_result(**changes: Any) -> Result:
         "block_efficiency": 1.2, "block_efficiency_ci95": None, "block_efficiency_macro": 1.2,
         "oracle_block_efficiency": 2.5, "gain": None, "gain_ci95": None, "against_unrescored": None, "steps": 10,
         "tokens": 12, "accepted_histogram": [0, 8, 2, 0], "marginal": marginal, "conditional": marginal, "quality": {},
-        "cut_at_limit": None, "identical": None, "divergence": None, "latency": None, "sources": [],
+        "cut_at_limit": None, "predicted_speedup": None, "identical": None, "divergence": None, "latency": None,
+        "sources": [],
     }  # fmt: skip
     return Result(**fields | changes)
 
@@ -36,7 +39,7 @@ def made_latency(**changes: Any) -> Latency:
         "verify": "tree", "prefill_ms": 123.4, "autoregressive_ms": 20.0, "verify_ms": 21.0, "draft_ms": 1.5,
         "rescore_ms": 0.25, "rescore_p50_ms": 0.2, "rescore_p95_ms": 0.4, "glue_share": 0.031,
         "tokens_per_second": 87.6, "autoregressive_tokens_per_second": 50.0, "speedup": 1.752,
-        "predicted_speedup": 1.8,
+        "speedup_ci95": (1.5, 2.0),
     }  # fmt: skip
     return Latency(**fields | changes)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -11,41 +14,72 @@ from conftest import make_heads, refused
 from evaluating import Options, evaluated, opened
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_costs import costs_for, costs_of, options_fixture  # noqa: F401
+from made_records import example_record
 from test_ngram_rescorer import bigram_model, save
 
-from lattices.errors import RescoreError
+from lattices.errors import InvalidDataError, RescoreError
 from lm.base.catalog import load_base
+from lm.base.model import BaseLM
 from lm.base.packed import PackedProduct, can_pack, pack
-from rescore.costs import Costs, keep_costs, load_costs, measure_costs
+from lm.heads.block_heads import load_heads
+from rescore.calls import NO_CALL, Call
+from rescore.costs import kept
+from rescore.costs.kept import costs_here, keep_costs, read_costs, this_machine
+from rescore.costs.measuring import measure_costs
+from rescore.costs.predicting import predicted_speedup
+from rescore.costs.table import ChoiceCost, Costs
 from rescore.decoding import decode
+from rescore.generation.live import Generator
 from rescore.rescorers.joint_plan import PATIENCE, Plan, best_size
+from rescore.runs.evaluated import load_run
 from rescore.runs.records import Identical
 from rescore.runs.run import Run, runs_of
 from rescore.runs.tuning import fit_joint
 
 
-def costs_of(verify: list[list[float]], *, heads: float | None = 10.0, contexts=(64, 256), nodes=(1, 4, 16)) -> Costs:
-    return Costs(
-        base="tiny", dtype="float32", device="cpu", machine="m", threads=1, contexts=list(contexts), nodes=list(nodes),
-        verify_ms=verify, heads_ms=heads,
-    )  # fmt: skip
-
-
-@pytest.fixture
-def options(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path) -> Options:
-    return dict(
-        base=str(tiny_folder), heads=str(tiny_heads_folder), data=str(squad_file), dtype="float64", device="cpu", k=8,
-        max_new_tokens=24,
-    )  # fmt: skip
-
-
 def test_between_and_beyond_what_was_measured_are_straight_lines():
     costs = costs_of([[10, 13, 25], [20, 23, 35]])
-    assert costs.curve(64, 4).tolist() == [10, 11, 12, 13] and costs.curve(160, 1).tolist() == [15]
-    assert costs.curve(256, 18)[[15, 17]].tolist() == [35, 37] and costs.curve(448, 1).tolist() == [30]
-    assert costs.curve(1, 1).tolist() == [10]
-    noisy = costs_of([[10, 9, 25]], contexts=(64,))
-    assert (np.diff(noisy.curve(64, 16)) >= 0).all(), "a larger forward never costs less"
+    assert costs.curves(4).tolist() == [[10, 11, 12, 13], [20, 21, 22, 23]]
+    found = costs.steps(np.array([64, 64, 160, 256, 256, 448, 1]), np.array([2, 16, 1, 16, 18, 1, 1]))
+    assert found.tolist() == [11, 25, 15, 35, 37, 30, 10]
+    alone = costs_of([[10, 8, 25]], contexts=(64,))
+    assert alone.steps(np.array([1, 900]), np.array([4, 4])).tolist() == [8, 8], (
+        "as measured: a larger one may be faster"
+    )
+    assert costs_of([[3.0]], contexts=(64,), nodes=(1,)).steps(np.array([9]), np.array([5])).tolist() == [3]
+
+
+@settings(deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 4), st.sampled_from(["tree", "batch"]), st.booleans())
+def test_a_predicted_speed_up_is_greedy_s_time_over_that_of_the_steps(seed: int, count: int, verify: str, trees: bool):
+    """Against sums by hand, over records drawn at random."""
+    random = np.random.default_rng(seed)
+    tables = dict(tree_ms=0.5 if trees else None, heads_ms=4.0 if seed % 3 else None)
+    costs = costs_of(np.sort(random.uniform(5, 50, (2, 3))).tolist(), **tables)
+    records, greedy, spent = [], 0.0, 0.0
+
+    def at(context: int, tokens: int) -> float:
+        return float(costs.steps(np.array([context]), np.array([tokens]))[0])
+
+    for _ in range(count):
+        accepted = random.integers(1, 5, random.integers(1, 6)).tolist()
+        calls = [
+            Call(int(random.integers(1, 40)), int(random.integers(1, 4)), bool(random.integers(2))) for _ in accepted
+        ]
+        if random.integers(2):
+            calls[-1] = NO_CALL
+        output = list(range(sum(accepted)))
+        records.append(example_record(prompt_tokens=100, accepted=accepted, calls=calls, output_ids=output))
+        for place, (n, call) in enumerate(zip(accepted, calls, strict=True)):
+            if call.tokens:
+                spent += at(100 + sum(accepted[:place]), call.tokens) + 0.25
+                spent += 0.5 if trees and verify == "tree" and call.drafts > 1 else 0.0
+                spent += costs.heads.ms if costs.heads and call.heads else 0.0
+            assert n
+        greedy += sum(at(100 + place, 1) for place in range(len(output) - 1))
+    found = predicted_speedup(records, costs, 0.25, verify=verify)
+    assert found == (pytest.approx(greedy / spent) if spent else None)
 
 
 @settings(deadline=None)
@@ -69,6 +103,7 @@ def test_heads_are_asked_where_text_promises_less_and_now_and_then():
     assert plan.asks(3.0)
     plan.took(heads=True, rate=1.0)
     assert plan.rate == pytest.approx(1.8) and plan.since == 0 and not plan.asks(3.0)
+    refused(lambda: Run("joint:nodes=some").load(), "joint: give tokens of 1 to", RescoreError)
 
 
 @pytest.mark.parametrize("cheap", [False, True])
@@ -76,12 +111,10 @@ def test_live_plans_as_replay_and_the_output_is_greedy_s(options: Options, tmp_p
     ngram = save(tmp_path / "ngram", bigram_model())
     for drafters in (["heads", "lookup"], ["lookup"]) if cheap else (["heads", "lookup"],):
         fit_joint(opened(options), tmp_path / "w", f"joint:ngram={ngram}", drafters=drafters, k=8, held_out=2)
-    table = tmp_path / "costs.json"
-    base = load_base(options["base"])
-    keep_costs(costs_of([[10, 12, 20], [11, 13, 22]], heads=4.0), base.identity, table)
-    (run,) = runs_of([f"joint:{tmp_path / 'w'},ngram={ngram},costs={table}"], ks=(8,), nodes="auto")
+    costs = costs_for(options, [[10, 12, 20], [11, 13, 22]], heads_ms=4.0)
+    (run,) = runs_of([f"joint:{tmp_path / 'w'},ngram={ngram}"], ks=(8,), nodes="auto")
     chosen = options | {"rescorers": ["none", run]}
-    replayed, live = (evaluated(chosen | {"mode": mode}) for mode in ("replay", "live"))
+    replayed, live = (evaluated(chosen | {"mode": mode}, costs=costs) for mode in ("replay", "live"))
     assert [r.identical for r in live] == [Identical(n=6, identical=6)] * 2
     assert [r.accepted_histogram for r in live] == [r.accepted_histogram for r in replayed]
     drafted = [len(draft) for e in replayed.records("squad", run.label, run.p) for draft in e.drafts]
@@ -91,22 +124,170 @@ def test_live_plans_as_replay_and_the_output_is_greedy_s(options: Options, tmp_p
 def test_where_nothing_pays_nothing_is_drafted(options: Options, tmp_path: Path):
     ngram = save(tmp_path / "ngram", bigram_model())
     fit_joint(opened(options), tmp_path / "w", f"joint:ngram={ngram}", drafters=["lookup"], k=8, held_out=2)
-    table = tmp_path / "costs.json"
-    keep_costs(costs_of([[1, 1000, 9000]], contexts=(64,)), load_base(options["base"]).identity, table)
-    run = Run(f"joint:{tmp_path / 'w'},ngram={ngram},nodes=auto,costs={table}", p=32, k=8, drafters=("lookup",))
-    (result,) = evaluated(options | {"rescorers": [run]}).results
+    costs = costs_for(options, [[1, 1000, 9000]], contexts=(64,))
+    run = Run(f"joint:{tmp_path / 'w'},ngram={ngram},nodes=auto", p=32, k=8, drafters=("lookup",))
+    (result,) = evaluated(options | {"rescorers": [run]}, costs=costs).results
     assert result.block_efficiency == 1.0
+    keep_costs(costs)
+    refused(lambda: evaluated(options | {"rescorers": [run]}), "no costs of", "are measured on this machine (with")
 
 
-def test_a_table_is_found_again_on_this_machine_for_this_base(tiny_base, options: Options):
-    refused(lambda: load_costs(identity=tiny_base.identity), "are measured on this machine; run: rescore bench costs")
-    refused(lambda: load_costs(), "does not name its base LM")
-    heads = make_heads(tiny_base)
-    costs = measure_costs(tiny_base, heads, contexts=(8, 16), nodes=(1, 2, 4), repeats=1)
-    keep_costs(costs, tiny_base.identity)
-    assert load_costs(identity=tiny_base.identity) == costs and costs.heads_ms is not None
-    refused(lambda: load_costs("/nowhere/costs.json"), "no costs in /nowhere/costs.json; measure them")
-    refused(lambda: Run("joint:nodes=some").load(), "joint: give tokens of 1 to", RescoreError)
+def test_generation_plans_by_what_was_measured_here(options: Options, tmp_path: Path):
+    ngram = save(tmp_path / "ngram", bigram_model())
+    for drafters in (["heads", "lookup"], ["lookup"]):
+        fit_joint(opened(options), tmp_path / "w", f"joint:ngram={ngram}", drafters=drafters, k=8, held_out=2)
+    base = load_base(options["base"], dtype="float64", device="cpu")
+    heads = load_heads(base, options["heads"])
+    (run,) = runs_of([f"joint:{tmp_path / 'w'},ngram={ngram}"], ks=(8,), nodes="auto")
+    refused(lambda: Generator.of(base, heads, run), "with these heads are measured on this machine")
+    keep_costs(measure_costs(base, heads, contexts=(8, 64), nodes=(1, 2, 8), repeats=1))
+    prompt = list(b"the bridge was built in the bridge was")
+    decoded = Generator.of(base, heads, run).decode(prompt, 24)
+    assert decoded.output_ids == decode(base, None, prompt, max_new_tokens=24).output_ids
+    text = Run(f"joint:{tmp_path / 'w'},ngram={ngram},nodes=auto", p=32, k=8, drafters=("lookup",))
+    assert Generator.of(base, None, text).decode(prompt, 24).output_ids == decoded.output_ids, "it needs no heads"
+    cut = heads.first(2)
+    assert cut.sha256 == heads.sha256, "how many are used is told apart"
+    refused(lambda: Generator.of(base, cut, run), "with these heads are measured on this machine")
+
+
+class TestKept:
+    """Which table is found: that of this base, precision, heads and machine."""
+
+    @pytest.fixture(name="measured")
+    def measured_fixture(self, tiny_base: BaseLM) -> Costs:
+        return measure_costs(tiny_base, make_heads(tiny_base), contexts=(8, 16), nodes=(1, 2, 4), repeats=1)
+
+    def test_by_the_heads_and_how_many_of_them(self, tiny_base: BaseLM, measured: Costs):
+        identity = tiny_base.identity
+        assert measured.heads is not None and measured.heads.h == 4 and measured.heads.ms > 0
+        assert measured.tree_ms is not None and measured.machine == this_machine("cpu")
+        heads = (measured.heads.sha256, 4)
+        missing = "with these heads are measured on this machine"
+        refused(lambda: costs_here(identity, heads, "cpu"), missing, "run: rescore bench costs --base")
+        keep_costs(measured)
+        assert costs_here(identity, heads, "cpu") == costs_here(identity, None, "cpu") == measured
+        others = measure_costs(tiny_base, make_heads(tiny_base, seed=1), contexts=(8,), nodes=(1, 2), repeats=1)
+        keep_costs(others)
+        assert costs_here(identity, heads, "cpu") == measured, "others do not take their place"
+        cut = make_heads(tiny_base).first(2)
+        assert cut.h == 2
+        refused(lambda: costs_here(identity, (measured.heads.sha256, 2), "cpu"), missing)
+        refused(lambda: costs_here(None, None, "cpu"), "does not name its base LM", "--costs FILE")
+
+    def test_by_the_machine(self, tiny_base: BaseLM, measured: Costs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        keep_costs(measured)
+        cpuinfo = tmp_path / "cpuinfo"
+        cpuinfo.write_text(
+            "processor\t: 0\nmodel name\t: Some CPU @ 3 GHz\nprocessor\t: 1\nmodel name\t: Some CPU @ 3 GHz\n"
+        )
+        monkeypatch.setattr(kept, "CPUINFO", cpuinfo)
+        assert this_machine("cpu").cpu == "Some CPU @ 3 GHz"
+        refused(lambda: costs_here(tiny_base.identity, None, "cpu"), "Some CPU @ 3 GHz")
+        cpuinfo.write_text("processor\t: 0\n")
+        assert this_machine("cpu").cpu, "by what the system says"
+        monkeypatch.setattr(kept, "CPUINFO", tmp_path / "nowhere")
+        assert this_machine("cpu").cpu
+
+    def test_files(self, measured: Costs, tmp_path: Path):
+        keep_costs(measured, tmp_path / "costs.json")
+        assert read_costs(tmp_path / "costs.json") == measured
+        refused(
+            lambda: read_costs("/nowhere/costs.json"),
+            "no costs in /nowhere/costs.json; measure them: rescore bench costs",
+        )
+        old = tmp_path / "old.json"
+        old.write_text('{"schema": "rescore.costs/1", "base": "tiny"}')
+        refused(lambda: read_costs(old), "has schema 'rescore.costs/1'", "measure them again: rescore bench costs")
+        for broken in (
+            dict(contexts=[64, 64]),
+            dict(nodes=[1, 4]),
+            dict(step_ms=[[1, 2, 3]]),
+            dict(contexts=[256, 64]),
+        ):
+            keep_costs(msgspec.structs.replace(costs_of([[1, 2, 3], [4, 5, 6]]), **broken), tmp_path / "broken.json")
+            refused(lambda: read_costs(tmp_path / "broken.json"), "has other sizes than it says", InvalidDataError)
+
+
+class TestEvaluated:
+    """A table in an evaluation: what is predicted by it, and which ones are refused."""
+
+    @pytest.fixture(name="costs")
+    def costs_fixture(self, options: Options) -> Costs:
+        choices = [
+            ChoiceCost(rescorer=name, k=8, p=p, ms=0.25) for name, p in (("none", 1), ("none", 4), ("lookup", 1))
+        ]
+        return costs_for(options, [[10, 12, 20], [11, 13, 22]], heads_ms=4.0, choices=choices)
+
+    def test_live_and_replay_predict_the_same(self, options: Options, costs: Costs):
+        chosen = options | {"rescorers": ["none", "lookup", "oracle"]}
+        replayed, live = (evaluated(chosen | {"mode": mode}, costs=costs) for mode in ("replay", "live"))
+        predicted = [r.predicted_speedup for r in replayed]
+        assert predicted == [r.predicted_speedup for r in live] and predicted[2] is None
+        assert all(p is not None and 0 < p < r.block_efficiency for p, r in zip(predicted[:2], replayed, strict=False))
+        assert replayed.config.costs == {"squad": costs} and not replayed.notices
+        (table,) = live.tables()
+        assert [c.heading for c in table.columns][-2:] == ["speed-up", "predicted"]
+        assert "predicted = that speed-up by the costs of a step in float32 on a CPU, 2 cores, 1 threads" in " ".join(
+            table.note.split()
+        )
+        assert evaluated(chosen).config.costs == {}, "nothing is predicted that was not asked for"
+
+    def test_what_has_no_time_is_said_and_not_predicted(self, options: Options, costs: Costs, tmp_path: Path):
+        chosen = options | {"rescorers": ["none", "lookup:tokens=8", "oracle"], "p": (1, 4)}
+        found = evaluated(chosen, costs=costs, out=tmp_path / "run")
+        assert [r.predicted_speedup is None for r in found] == [False, False, True, True, True]
+        (line,) = found.notices
+        assert line.startswith(
+            "no predicted speed-up of lookup:tokens=8 (k = 8, p = 1), lookup:tokens=8 (k = 8, p = 4): the"
+        )
+        more = [ChoiceCost(rescorer="lookup:tokens=8", k=8, p=1, ms=0.5), *costs.choices]
+        again = evaluated(chosen, costs=msgspec.structs.replace(costs, choices=more), out=tmp_path / "run")
+        assert [r.predicted_speedup is None for r in again] == [False, False, False, True, True]
+        assert load_run(tmp_path / "run").results == again.results
+
+    def test_a_batch_costs_all_its_tokens(self, options: Options, costs: Costs):
+        chosen = options | {"rescorers": ["none"], "p": 4}
+        (tree,), (batch,) = (evaluated(chosen | {"verify": how}, costs=costs).results for how in ("tree", "batch"))
+        without = msgspec.structs.replace(costs, tree_ms=None)
+        (neither,) = evaluated(chosen, costs=without).results
+        assert batch.predicted_speedup == neither.predicted_speedup < tree.predicted_speedup
+        refused(lambda: evaluated(chosen | {"verify": "batch"}), "--verify batch is how live decoding verifies")
+
+    def test_tables_of_other_models_are_refused(
+        self, options: Options, costs: Costs, tiny_base: BaseLM, tmp_path: Path
+    ):
+        chosen = options | {"rescorers": ["none"]}
+        of_other = msgspec.structs.replace(costs, weights_sha256="0" * 64, base="another")
+        refused(
+            lambda: evaluated(chosen, costs=of_other), "the costs are of another, and squad is decoded by", "--base"
+        )
+        assert costs.heads is not None
+        for heads in (dataclasses.replace(costs.heads, sha256="0" * 64), dataclasses.replace(costs.heads, h=3), None):
+            other = msgspec.structs.replace(costs, heads=heads)
+            message = refused(lambda other=other: evaluated(chosen, costs=other), "rescore bench costs --heads --h")
+            assert "no heads" in message if heads is None else "with others" in message
+            (alone,) = evaluated(options | {"rescorers": ["lookup"]}, costs=other).results
+            assert alone.predicted_speedup, "it needs no heads"
+        refused(
+            lambda: evaluated(chosen | {"h": 3}, costs=costs), "h = 4 heads, and squad is decoded with others, h = 3"
+        )
+        keep_costs(costs, tmp_path / "costs.json")
+        assert evaluated(chosen, costs=str(tmp_path / "costs.json")).config.costs == {"squad": costs}
+        refused(lambda: evaluated(chosen, costs="here"), "no costs of", "run: rescore bench costs --base", "--heads")
+
+    def test_a_trace_that_does_not_name_its_heads_has_no_costs_of_them(
+        self, options: Options, costs: Costs, tmp_path: Path
+    ):
+        (recording,) = opened(options, out=tmp_path / "trace")
+        recording.trace()
+        header = json.loads((tmp_path / "trace" / "trace.json").read_text())
+        header["settings"] = {}
+        (tmp_path / "trace" / "trace.json").write_text(json.dumps(header))
+        given = {"trace": str(tmp_path / "trace"), "k": 8}
+        refused(lambda: evaluated(given, costs=costs), "does not hold what block heads of a known base LM proposed")
+        (result,) = evaluated(given | {"rescorers": ["lookup"]}, costs=costs).results
+        assert result.predicted_speedup
 
 
 class TestPacked:

@@ -188,7 +188,7 @@ def test_a_streamer_prints_what_transformers_would(skip: bool, capsys: pytest.Ca
         ({"max_new_tokens": 400}, "do not fit into the context of 256"),
         ({"inputs_embeds": torch.zeros(1, 3, 32, dtype=torch.float64), "input_ids": None}, "input_ids"),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else str(value),  # a function has no name that stays
 )
 def test_what_is_not_greedys_is_refused_by_name(asked: dict[str, Any], told: str):
     model, custom = MODELS["llama"], CUSTOM["llama", "heads"]

@@ -141,18 +141,16 @@ class TestNumbers:
     def test_the_shortest_outputs_can_be_timed(self, make: Make, limit: int):
         (result,) = run(make(mode="live", max_new_tokens=limit, rescorers=("none",)))
         assert result.latency is not None and result.identical == Identical(n=6, identical=6)
-        assert (result.latency.predicted_speedup is None) == (limit == 1), "one token needs no call"
 
     def test_times_are_made_of_their_parts(self, make: Make):
         (result,) = run(make(mode="live", rescorers=("none",)))
         assert result.latency is not None
         t = result.latency
-        assert t.verify == "tree" and all(value > 0 for name, value in vars(t).items() if name != "verify")
+        assert t.verify == "tree" and all(v > 0 for v in vars(t).values() if isinstance(v, float))
         spent = t.verify_ms + t.draft_ms + t.rescore_ms
         assert spent / (1 - t.glue_share) * result.steps == pytest.approx(1e3 * result.tokens / t.tokens_per_second)
         assert t.autoregressive_ms * t.autoregressive_tokens_per_second == pytest.approx(1e3)
         assert t.speedup == pytest.approx(t.tokens_per_second / t.autoregressive_tokens_per_second)
-        assert t.predicted_speedup == pytest.approx(result.block_efficiency * t.autoregressive_ms / spent)
 
 
 class TestOracleByK:

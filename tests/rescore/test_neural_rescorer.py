@@ -101,6 +101,30 @@ class TestLocal:
             greedy(small, lattices[i], context, alpha) for i, context in enumerate(contexts)
         ]
 
+    @pytest.mark.parametrize("alpha", [0.3, 4.0])
+    def test_a_rescored_lattice_is_in_the_order_of_its_scores(self, tiny_base, small, small_folder, alpha):
+        """Slot by slot along the draft, whose tokens come first; what a tree of it is made of."""
+        rescorer = load_rescorer(f"neural:{small_folder}").fit(target(tiny_base)).weighted(alpha)
+        lattices, contexts = lattices_at(11, 4), contexts_at(12, 4)
+        rescored = rescorer.rescored(lattices, contexts_at(12, 4))
+        rescored.validate(257)
+        assert (rescored.token_ids[:, :, 0] == rescorer.draft(lattices, contexts_at(12, 4), 1)[:, 0]).all()
+        for i, context in enumerate(contexts):
+            draft = greedy(small, lattices[i], context, alpha)
+            for slot in range(1, H):
+                ids = lattices.token_ids[i, slot]
+                r = plain_logits(small, [*context.prompt_ids, *context.output_ids, *draft[:slot]])[ids]
+                z = lattices.logps[i, slot] + alpha * r
+                order = sorted(range(K), key=lambda place: (-z[place], ids[place]))
+                assert rescored.token_ids[i, slot].tolist() == ids[order].tolist()
+                assert rescored.logps[i, slot] == pytest.approx((z - np.logaddexp.reduce(z))[order], abs=1e-4)
+        assert rescorer.weighted(0.0).rescored(lattices, contexts) is lattices
+        tree = load_rescorer(f"eagle2-tree:nodes=9,scores=neural:{small_folder}").fit(target(tiny_base))
+        plain = load_rescorer("eagle2-tree:nodes=9")
+        drafts = tree.weighted(alpha).draft(lattices, contexts_at(12, 4), 9)
+        assert drafts.tolist() == plain.draft(rescored, contexts, 9).tolist()
+        assert tree.weighted(0.0).draft(lattices, contexts, 9).tolist() == plain.draft(lattices, contexts, 9).tolist()
+
     def test_a_huge_weight_is_the_rescorers_own_choice_within_each_slot(self, tiny_base, small, small_folder):
         rescorer = load_rescorer(f"neural:{small_folder}").fit(target(tiny_base)).weighted(1e9)
         lattices, contexts = lattices_at(3, 4), contexts_at(4, 4)
@@ -280,7 +304,8 @@ class TestEndToEnd:
         self, tiny_folder, tiny_heads_folder, squad_file, small_folder, tmp_path
     ):
         ngram = save(tmp_path / "ngram", bigram_model())
-        names = ("none", f"neural:{small_folder}", both(small_folder, ngram))
+        tree = f"eagle2-tree:nodes=12,scores=neural:{small_folder}"
+        names = ("none", f"neural:{small_folder}", both(small_folder, ngram), tree)
         options = dict(
             base=str(tiny_folder), heads=str(tiny_heads_folder), data=str(squad_file), dtype="float64", device="cpu",
             max_new_tokens=14, k=8, p=(1, 3), rescorers=names, alpha=0.8,

@@ -112,6 +112,12 @@ def test_the_first_screen_says_who_is_best_and_how_much_is_left():
     assert "no time was measured" in found.sentences[-1]
 
 
+def test_where_no_time_was_measured_the_costs_predict_it():
+    found = make_headline([view(made_result(predicted_speedup=1.1), made_result(rescorer="a", predicted_speedup=1.3))])
+    assert [cell.predicted for row in found.rows for cell in row.cells] == [1.1, 1.3]
+    assert "By the costs of a step the fastest would be a with one draft a step, at 1.30 times" in found.sentences[-1]
+
+
 def test_what_more_drafts_bring_by_themselves_stands_beside_the_rescorers_gain():
     drafts = result("none", 1.5, p=16, gain=0.25), result("a", 1.8, p=16, gain=0.5, low=0.4)
     (line,) = [s for s in make_headline([view(result("none", 1.2), *drafts)]).sentences if "16 drafts a step" in s]

@@ -15,10 +15,11 @@ from conftest import files_of_at_most
 from made_records import made_latency, made_result, run_config
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError
+from lm import environment as environment_module
+from lm.environment import environment, versions
 from lm.records import plain
 from rescore.accounting import account
-from rescore.runs import environment as environment_module
-from rescore.runs.environment import environment, versions
+from rescore.calls import Call
 from rescore.runs.inputs import Inputs
 from rescore.runs.log import ExampleLog, save_results
 from rescore.runs.records import (
@@ -38,7 +39,8 @@ CONFIG = {"options": {"k": 16, "p": 1}, "traces": {"squad": {"base": {"weights_s
 def record(example: str, rescorer: str = "none", p: int = 1, task: str = "squad") -> ExampleRecord:
     return ExampleRecord(
         task=task, rescorer=rescorer, k=16, p=p, id=example, group=example, h=2, accepted=[1, 2], cut=False,
-        drafts=[[3, 4], [5, 6]], oracle_accepted=[2, 1], output_ids=[3, 5, 6], quality={"F1": 0.5},
+        drafts=[[3, 4], [5, 6]], calls=[Call(2, 1, True)] * 2, oracle_accepted=[2, 1], output_ids=[3, 5, 6],
+        quality={"F1": 0.5}, prompt_tokens=9,
     )  # fmt: skip
 
 
@@ -183,7 +185,7 @@ class TestDocument:
         made = document([result()], seed=7)
         fields = plain(made)
         assert list(fields) == ["schema", "config", "results"]
-        assert fields["schema"] == "rescore.results/7" and fields["config"]["seed"] == 7
+        assert fields["schema"] == "rescore.results/8" and fields["config"]["seed"] == 7
         assert fields["config"] == plain(made.config)
         (found,) = fields["results"]
         assert {
@@ -309,14 +311,11 @@ class TestTables:
 
     def test_times_are_shown_in_live_mode(self):
         live = result(identical=Identical(n=2, identical=1), latency=LATENCY)
-        without_calls = result(
-            rescorer="oracle", identical=live.identical, latency=dataclasses.replace(LATENCY, predicted_speedup=None)
-        )
-        text = shown(document([live, without_calls]))
-        assert text.startswith("live decode (p drafts as tree) of tiny")
+        oracle = result(rescorer="oracle", identical=live.identical, latency=LATENCY)
+        text = shown(document([live, oracle]))
+        assert text.startswith("live decode (p drafts as tree) of tiny") and "predicted" not in text
         assert re.search(r"\nsquad +none +16 +1 +2.000 .* 1.75x\nsquad +oracle ", text), "in the first table too"
-        assert re.search(r"squad +none +16 +1 +1/2 +87.6 +50.0 +1.75x +1.80x\n", text)
-        assert re.search(r"oracle +16 +1 +1/2 +87.6 +50.0 +1.75x +-\n", text)
+        assert re.search(r"squad +none +16 +1 +1/2 +87.6 +50.0 +1.75x +1.50x to 2.00x\n", text)
         assert re.search(r"squad +none +16 +1 +20.0 +21.0 +1.5 +0.25 +0.20 +0.40 +3.1% +123\n", text)
 
     def test_how_drafts_were_verified_is_what_was_done(self):

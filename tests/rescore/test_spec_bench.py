@@ -10,7 +10,7 @@ import pytest
 
 from lattices.errors import InvalidDataError
 from rescore.tasks import Example, load_task
-from rescore.tasks.data import load_examples
+from rescore.tasks.data import file_in, load_examples
 from rescore.tasks.spec_bench import MT_BENCH, TASKS
 
 ROWS: list[dict[str, Any]] = [
@@ -100,3 +100,13 @@ def test_another_file_has_no_rows_of_the_task(tmp_path: Path, file: Path) -> Non
     with pytest.raises(InvalidDataError, match=r"no field 'answer' \(task gsm8k needs: question, answer\)"):
         path.write_text('{"category": "math_reasoning", "turns": ["1?"]}\n')
         load_examples(load_task("gsm8k"), data=path)
+
+
+def test_the_one_file_of_a_data_folder_is_found(tmp_path: Path) -> None:
+    """Unless the task has a file of its own there; where there is neither, its own is what is missing."""
+    qa, squad = load_task("qa"), load_task("squad")
+    assert file_in(tmp_path, qa) == tmp_path / "qa.jsonl"
+    (tmp_path / "spec_bench.jsonl").touch()
+    assert file_in(tmp_path, qa) == tmp_path / "spec_bench.jsonl" and file_in(tmp_path, squad).name == "squad.jsonl"
+    (tmp_path / "qa.csv").touch()
+    assert file_in(tmp_path, qa) == tmp_path / "qa.csv"

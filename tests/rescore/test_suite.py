@@ -15,13 +15,18 @@ from typing import Any
 import pytest
 from conftest import refused, squad_records, write_lines
 from evaluating import evaluated, recorded_trace, swept
+from made_costs import costs_of
 
 import lm.base.catalog
 import lm.base.generation
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError
+from lm.base.catalog import identify
 from lm.files import cache_directory
+from lm.heads.block_heads import heads_sha256
 from lm.locks import writing_to
 from lm.records import plain
+from rescore.costs.kept import keep_costs
+from rescore.costs.table import ChoiceCost
 from rescore.reports.inspection import inspect_example
 from rescore.reports.page import report
 from rescore.reports.sources import load_sources
@@ -120,7 +125,7 @@ class TestTable:
     def test_the_files(self, write: Write, tmp_path: Path):
         suite = run(write(), tmp_path / "out")
         manifest = json.loads((tmp_path / "out" / "suite.json").read_text())
-        assert manifest["schema"] == "rescore.suite/3" and manifest == plain(suite.document)
+        assert manifest["schema"] == "rescore.suite/4" and manifest == plain(suite.document)
         assert read_manifest(tmp_path / "out") == suite.document
         page = (tmp_path / "out" / "table.md").read_text()
         assert "`rescore suite table.yaml --out DIR`" in page and "3 or 4 examples of a task" in page
@@ -188,6 +193,31 @@ class TestTable:
     def test_a_tree_has_all_its_branches_where_no_p_is_given(self, write: Write, line: str, ps: list[int]):
         body = f"{line}\ntasks: [{{name: squad, data: DATA/squad.jsonl}}]\nrescorers: [none, 'joint:nodes=64']\n"
         assert [p for rescorer in read_plan(write(body=body)).rescorers for p in rescorer.p] == ps
+
+    def test_speed_ups_are_predicted_by_its_costs(
+        self, write: Write, tmp_path: Path, tiny_folder: Path, tiny_heads_folder: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        """Measured again, they are predicted again, and nothing is decoded again for it."""
+        body = "costs: DATA/costs.json\nk: 4\nlimit: 2\nmax_new_tokens: 8\ndevice: cpu\nrescorers: [none, oracle]\n"
+        path = write(body=f"{body}tasks: [{{name: squad, data: DATA/squad.jsonl}}]\n")
+        refused(lambda: read_plan(path), "table.yaml", "line 3", "no costs in", "measure them: rescore bench costs")
+        base = identify(str(tiny_folder))
+        of = {"weights_sha256": base.weights_sha256, "config_sha256": base.config_sha256}
+        choices = [ChoiceCost(rescorer="none", k=4, p=1, ms=1.0)]
+        slow, fast = (
+            costs_of([[5.0, 5.0 + more]], contexts=(9,), nodes=(1, 4), heads=heads_sha256(tiny_heads_folder),
+                     choices=choices, **of) for more in (4.0, 0.0)
+        )  # fmt: skip
+        keep_costs(slow, tmp_path / "costs.json")
+        first = run(path, tmp_path / "out").document.results[0]
+        keep_costs(fast, tmp_path / "costs.json")
+        monkeypatch.setattr(lm.base.catalog, "load_base", lambda *_, **__: pytest.fail("the base LM was loaded"))
+        suite = run(path, tmp_path / "out")
+        then, oracle = suite.document.results
+        assert first.predicted_speedup < then.predicted_speedup and oracle.predicted_speedup is None
+        assert dataclasses.replace(first, predicted_speedup=then.predicted_speedup) == then
+        page = (tmp_path / "out" / "table.md").read_text()
+        assert "| predicted |" in page and "predicted: the speed-up over greedy decoding by the costs" in page
 
     def test_what_was_tuned_outside_is_no_part_of_it(self, write: Write, tmp_path: Path):
         path = write(("    tune: {limit: 2, alphas: [0.5, 1]}\n", ""))
@@ -411,7 +441,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"schema": "rescore.suite/1"}, "has schema 'rescore.suite/1'; this version reads 'rescore.suite/3'"),
+            ({"schema": "rescore.suite/1"}, "has schema 'rescore.suite/1'; this version reads 'rescore.suite/4'"),
             ({"runs": [{"task": "squad", "k": 4, "h": None}]}, "required field `folder` - at `runs[0]`"),
             ({"runs": None}, "Expected `array`, got `null` - at `runs`"),
             ({"results": [{}]}, "required field `task` - at `results[0]`"),

@@ -47,7 +47,7 @@ def _time(views: Sequence[TaskView], palette: Palette) -> Section:
         timed = [(r, r.latency) for r in view.results if r.latency is not None]
         section.rows += [
             [view.label, r.rescorer, r.p, r.gain, t.autoregressive_ms, t.verify_ms, t.draft_ms, t.rescore_ms,
-             t.rescore_p50_ms, t.rescore_p95_ms, t.speedup, t.predicted_speedup]
+             t.rescore_p50_ms, t.rescore_p95_ms, t.speedup, r.predicted_speedup]
             for r, t in timed
         ]  # fmt: skip
         step = next((_step_ms(t) for r, t in timed if r.is_unrescored), None)

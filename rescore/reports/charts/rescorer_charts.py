@@ -23,7 +23,7 @@ from rescore.reports.charts.figures import (
 )
 from rescore.reports.charts.style import SEVERAL, SOURCE_COLOURS, UNRESCORED, Palette, Pen
 from rescore.reports.sources import TaskView
-from rescore.runs.tables import SOURCES
+from rescore.runs.tables import PREDICTED, SOURCES
 from rescore.table import COUNT, EFFICIENCY, GAINS, NUMBER, NUMBER_INTERVAL, SHARE, Column, Format, fixed
 
 
@@ -34,7 +34,7 @@ def rescorer_sections(views: Sequence[TaskView], palette: Palette) -> list[Secti
 
 def _efficiency(views: Sequence[TaskView], palette: Palette) -> Section:
     """Block efficiency of every decode."""
-    numbers = (*EFFICIENCY, *GAINS, *columns(NUMBER, "macro"), *columns(COUNT, "steps", "tokens"))
+    numbers = (*EFFICIENCY, *GAINS, *columns(NUMBER, "macro"), *columns(COUNT, "steps", "tokens"), PREDICTED)
     section = Section("efficiency", (*DECODE, *numbers))
     for view in views:
         marks = []
@@ -46,7 +46,7 @@ def _efficiency(views: Sequence[TaskView], palette: Palette) -> Section:
             ))  # fmt: skip
             section.rows.append([
                 view.label, r.rescorer, r.p, value, ci95, r.gain, r.gain_ci95, r.block_efficiency_macro, r.steps,
-                r.tokens,
+                r.tokens, r.predicted_speedup,
             ])  # fmt: skip
         section.draw(
             view.label, marks, **one_below_the_other([mark.name for mark in marks]), xaxis=axis("tokens a step"),

@@ -32,7 +32,6 @@ class Wallclock(Record):
     rescore_p95_ms: float
     glue_share: float
     speedup: float
-    predicted_speedup: float | None
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,10 @@ class RescorerAnalysis(Record):
     alpha: float | None
     alpha_source: str | None
     efficiency: Efficiency
-    oracle_block_efficiency: float
+    oracle_block_efficiency: float | None
     gain: float | None
     gain_ci95: tuple[float, float] | None
+    predicted_speedup: float | None
     repetition: BeforeAfter | None
     outcomes: Outcomes | None
     wallclock: Wallclock | None
@@ -160,7 +160,7 @@ def _rescorer(run: Evaluation, result: Result, examples: Sequence[TracedExample]
         result,
         alpha_source=alpha_source(run.config, result),
         efficiency=record_of(Efficiency, result),
-        repetition=before_after(records, examples),
+        repetition=None if result.is_peer else before_after(records, examples),
         outcomes=outcomes_of(records, result.h, examples),
         wallclock=record_of(Wallclock, result.latency) if result.latency else None,
         sources=tuple(result.sources),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rescore.runs.tables import OF_SOURCES, SOURCES
+from rescore.runs.tables import OF_SOURCES, PREDICTED, SOURCES
 from rescore.studies.analysis.collect import Findings
 from rescore.studies.analysis.curves import OracleCurves, PCurve
 from rescore.studies.analysis.drafts import TraceRepetition
@@ -248,6 +248,6 @@ def _times(rescorers: Sequence[RescorerAnalysis]) -> Table:
         Column("ms", field="rescorer"), P,
         *(Column(heading, HUNDREDTHS, field=f"wallclock.{name}") for heading, name in milliseconds.items()),
         Column("speed-up", TIMES, field="wallclock.speedup"),
-        Column("predicted", TIMES, field="wallclock.predicted_speedup"),
+        PREDICTED,
     ]  # fmt: skip
-    return Table.of(columns, [r for r in rescorers if r.wallclock])
+    return Table.of(columns, [r for r in rescorers if r.wallclock or r.predicted_speedup])

@@ -1,15 +1,17 @@
-"""Which draft wins and how many of its tokens are accepted: the one rule for live decoding and for replay.
+"""The greedy rule, for live decoding and for replay.
 
 The first token of a draft is the base LM's own choice from the call before, so it is always accepted ([B] section 4).
-A later token is accepted while it equals what the base chooses after the tokens before it. Knows arrays only.
+A later token is accepted while it equals what the base chooses after the tokens before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import zip_longest
 
 import numpy as np
+
+from rescore.acceptance.rules import Drawn, Rule, Said, Verdict
 
 
 def accept(
@@ -27,6 +29,25 @@ def accept(
     lengths = np.minimum(lengths, remaining[:, None])
     rows = lengths.argmax(axis=-1)
     return rows, np.take_along_axis(lengths, rows[:, None], axis=-1)[:, 0]
+
+
+class Greedy(Rule):
+    """See `rescore.acceptance.rules.Rule`: the output is greedy decoding's."""
+
+    name = "greedy"
+
+    def judge(
+        self,
+        drafts: np.ndarray,
+        said: Said,
+        remaining: int,
+        eos_token_ids: Collection[int],
+        drawn: Drawn | None = None,
+    ) -> Verdict:
+        """See `Rule.judge`."""
+        rows, lengths = accept(drafts[None], said.choices[None], np.array([remaining]), eos_token_ids)
+        row, n = int(rows[0]), int(lengths[0])
+        return Verdict(row, n, int(said.choices[row, n - 1]))
 
 
 def first_difference(output_ids: Iterable[int], reference_ids: Iterable[int]) -> int | None:

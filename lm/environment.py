@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
 
 def _git_revision() -> str | None:
     """The commit, with `-dirty` where tracked files are changed; None outside a checkout."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[1]
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

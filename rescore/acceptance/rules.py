@@ -1,0 +1,98 @@
+"""What an acceptance rule is: drafts and what the base LM says after each of their tokens in, a verdict out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from rescore.specs import Registry
+
+
+class Said(Protocol):
+    """What a verify call gave.
+
+    choices int `[p, l]`: the base's likeliest token after every draft token. logits `[b, m, vocab]` after every token
+    read; rows, columns int `[p, l]`: where in them each draft token stands.
+    """
+
+    choices: np.ndarray
+    logits: torch.Tensor
+    rows: np.ndarray
+    columns: np.ndarray
+
+
+class Drawn(NamedTuple):
+    """The distributions that the tokens of a step's drafts were drawn from, slot by slot.
+
+    token_ids int `[l, k]`, probs float64 `[l, k]`, each row summing to 1 (the first slot is not drawn). The children of
+    a node were drawn from its slot's without replacement, in the order of the drafts.
+    """
+
+    token_ids: np.ndarray
+    probs: np.ndarray
+
+
+class Verdict(NamedTuple):
+    """row: of the winning draft; n: its tokens that are accepted, 1 <= n; choice: the token that comes after them."""
+
+    row: int
+    n: int
+    choice: int
+
+
+class Rule(ABC):
+    """Decides what of the drafts is kept, and the token after it.
+
+    name: its spec. lossy: its output is not the base's. random: it draws, see `started`.
+    """
+
+    name: str = ""
+    lossy: bool = False
+    random: bool = False
+
+    def started(self, *key: object) -> Rule:
+        """The rule for one output; a random one draws by its seed and this key from the beginning."""
+        return self
+
+    def first(self, logits: torch.Tensor) -> int:
+        """The token after the prompt, of logits `[vocab]`."""
+        return int(logits.argmax())
+
+    @abstractmethod
+    def judge(
+        self,
+        drafts: np.ndarray,
+        said: Said,
+        remaining: int,
+        eos_token_ids: Collection[int],
+        drawn: Drawn | None = None,
+    ) -> Verdict:
+        """The verdict on drafts int `[p, l]` that begin with the same token, which is accepted already; -1 stands after
+        the end of a shorter one.
+
+        remaining: tokens that the output may still grow by, at least as many as the drafts have. Nothing follows
+        end-of-text. drawn: None where nothing was drawn.
+        """
+
+
+RULES: Registry[Rule] = Registry(
+    "acceptance rule", "--acceptance", Rule, "rescore.acceptance", __name__.rpartition(".")[0],
+    {
+        "greedy": "greedy:Greedy",
+        "typical": "lossy:Typical",
+        "top-k": "lossy:TopK",
+        "distance": "lossy:Distance",
+        "min-block": "lossy:MinBlock",
+    },
+)  # fmt: skip
+
+
+def load_rule(spec: str) -> Rule:
+    """The rule of a spec. Raises as `Registry.load`."""
+    rule = RULES.load(spec)
+    rule.name = spec
+    return rule

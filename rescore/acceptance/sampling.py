@@ -1,0 +1,153 @@
+"""Acceptance for sampled output: whatever is drafted, tokens have the law of drawing them from the base LM one by one.
+
+At a node the candidates for the next token, its children in the drafts, are tried in order. A *given* one (chosen
+without drawing: a rescorer's, a lookup's) is accepted with the probability p that is left to it; if not, it keeps none
+and the rest is scaled to 1. A *drawn* one, of the distribution q, is accepted with probability p / q; if not, p becomes
+what it has more than q, scaled to 1, and q goes on without the token. Where none is accepted the next token is drawn
+from what p has become; where all of a draft is accepted, from the base's distribution after it.
+Sources: the rule for given candidates as in EAGLE's verification, that for drawn ones in Sequoia (Chen et al. 2024).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Collection, Sequence
+from typing import Self
+
+import numpy as np
+import torch
+
+from lattices.errors import RescoreError
+from rescore.acceptance.rules import Drawn, Rule, Said, Verdict
+
+Warp = Callable[[torch.Tensor], torch.Tensor]  # scores [1, vocab] -> what is drawn from, as logits
+
+
+class Sampling(Rule):
+    """See `rescore.acceptance.rules.Rule`.
+
+    temperature: above 0. top_k: only so many of the likeliest tokens (0: all); top_p: only the likeliest that together
+    have so much. All as transformers' `generate` has them, in its order.
+    seed: of all draws.
+    """
+
+    random = True
+
+    def __init__(self, temperature: float = 1.0, *, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> None:
+        if not 0 < temperature < float("inf"):
+            raise RescoreError(
+                f"--temperature {temperature:g}; sampling needs one above 0 (without it, or with 0: greedy)"
+            )
+        if top_k < 0:
+            raise RescoreError(f"--top-k {top_k}; give 1 or more (0: all tokens)")
+        if not 0 < top_p <= 1:
+            raise RescoreError(f"--top-p {top_p:g}; give a share above 0, up to 1 (all tokens)")
+        if seed < 0:
+            raise RescoreError(f"--sampling-seed {seed}; a seed is 0 or more")
+        self.seed = seed
+        self.name = f"temperature {temperature:g}"
+        self.name += f", top-k {top_k}" if top_k else ""
+        self.name += f", top-p {top_p:g}" if top_p < 1 else ""
+        self.warp = _warp(temperature, top_k, top_p)
+        self.random_state = np.random.default_rng(seed)
+
+    @classmethod
+    def by(cls, warp: Warp, random_state: np.random.Generator) -> Self:
+        """Draws from what `warp` makes of the base's logits."""
+        rule = cls()
+        rule.warp, rule.random_state = warp, random_state
+        return rule
+
+    def started(self, *key: object) -> Self:
+        """See `Rule.started`."""
+        fresh = copy.copy(self)
+        words = np.frombuffer(hashlib.sha256(repr(key).encode()).digest(), dtype=np.uint32)
+        fresh.random_state = np.random.default_rng([self.seed, *words.tolist()])
+        return fresh
+
+    def law(self, logits: torch.Tensor) -> np.ndarray:
+        """What a token after logits `[vocab]` is drawn from: float64 `[vocab]`, sum 1."""
+        probs = torch.softmax(self.warp(logits[None].float())[0].double(), dim=-1).cpu().numpy()
+        return np.asarray(probs / probs.sum())
+
+    def first(self, logits: torch.Tensor) -> int:
+        """See `Rule.first`."""
+        return draw(self.law(logits), self.random_state)
+
+    def judge(
+        self,
+        drafts: np.ndarray,
+        said: Said,
+        remaining: int,
+        eos_token_ids: Collection[int],
+        drawn: Drawn | None = None,
+    ) -> Verdict:
+        """See `Rule.judge`."""
+        alive = np.arange(len(drafts))  # the drafts that begin with what was accepted
+        n = 1
+        while True:
+            row = int(alive[0])
+            if n == remaining or drafts[row, n - 1] in eos_token_ids:
+                return Verdict(row, n, -1)  # the output ends here: nothing comes after
+            law = self.law(said.logits[int(said.rows[row, n - 1]), int(said.columns[row, n - 1])])
+            tokens = drafts[alive, n] if n < drafts.shape[1] else np.zeros(0, dtype=np.int64)
+            candidates = list(dict.fromkeys(tokens[tokens >= 0].tolist()))
+            slot = (drawn.token_ids[n], drawn.probs[n]) if drawn is not None and candidates else None
+            token, law = try_candidates(law, candidates, self.random_state, slot)
+            if token is None:
+                return Verdict(row, n, draw(law, self.random_state))
+            alive = alive[tokens == token]
+            n += 1
+
+
+def try_candidates(
+    law: np.ndarray,
+    candidates: Sequence[int],
+    random_state: np.random.Generator,
+    drawn: tuple[np.ndarray, np.ndarray] | None = None,
+) -> tuple[int | None, np.ndarray]:
+    """The accepted one of the candidates (None: none of them), and what p has become then.
+
+    law: float64 `[vocab]`. drawn: token ids `[k]` and probabilities `[k]` that the candidates were drawn from without
+    replacement, in this order; None: they are given.
+    """
+    law = law.copy()
+    q = None
+    if drawn is not None:
+        q = np.zeros(len(law))
+        q[drawn[0]] = drawn[1]
+    for token in candidates:
+        # Below, never equal: a random number may be 0, and what has no probability must not come.
+        if random_state.random() * (1.0 if q is None else q[token]) < law[token]:
+            return token, law
+        if q is None:
+            law[token] = 0.0
+        else:
+            law = np.maximum(law - q, 0.0)
+            q[token] = 0.0
+            q /= q.sum() or 1.0
+        law /= law.sum() or 1.0
+    return None, law
+
+
+def draw(law: np.ndarray, random_state: np.random.Generator) -> int:
+    """A token of this distribution."""
+    sums = np.cumsum(law)
+    place = int(np.searchsorted(sums, random_state.random() * sums[-1], side="right"))
+    return place if place < len(law) else int(np.flatnonzero(law)[-1])  # where the product was rounded up
+
+
+def _warp(temperature: float, top_k: int, top_p: float) -> Warp:
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    warpers: list[Callable[..., torch.Tensor]] = [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
+    warpers += [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+
+    def warp(scores: torch.Tensor) -> torch.Tensor:
+        for each in warpers:
+            scores = each(None, scores)
+        return scores
+
+    return warp

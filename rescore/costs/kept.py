@@ -1,0 +1,147 @@
+"""Tables of costs on disk: those measured on this machine, in the cache under all that they are of; users' files."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lattices.paths import user_path
+from lm.files import write_json
+from lm.keys import cache_entry
+from lm.records import plain, read_record
+from rescore.costs.table import SCHEMA, Costs, Machine
+from rescore.drafters.heads import Heads
+from rescore.options import written
+from rescore.runs.inputs import Inputs
+
+if TYPE_CHECKING:
+    from lm.base.model import BaseIdentity
+    from rescore.rescorers import Target
+    from rescore.runs.recording import Recording
+    from rescore.runs.run import Choosing
+
+HERE = "here"
+COMMAND = "rescore bench costs"
+CPUINFO = Path("/proc/cpuinfo")
+HeadsKey = tuple[str, int]  # sha256 of block heads' weights, and how many are used
+
+
+def this_machine(device: str) -> Machine:
+    """The machine of this process, for work on a device."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+    return Machine(cpu=_cpu(), cores=cores, threads=torch.get_num_threads(), torch=str(torch.__version__), gpu=gpu)
+
+
+def _cpu() -> str:
+    """The model of the CPU; where that is not told, its architecture."""
+    try:
+        named = re.search(r"^model name\s*:\s*(.+)$", CPUINFO.read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:  # another system than Linux
+        named = None
+    return named[1].strip() if named else platform.processor() or platform.machine()
+
+
+def keep_costs(costs: Costs, out: Path | None = None) -> None:
+    """Writes a table where `costs_here` finds it, and into a file if one is given. Raises `OutputError`."""
+    heads = (costs.heads.sha256, costs.heads.h) if costs.heads else None
+    # What needs no heads finds it, whatever heads were measured last.
+    places = {_place(costs, costs.machine, costs.device, each) for each in (heads, None)}
+    for path in (*places, *([out] if out else [])):
+        write_json(path, plain(costs))
+
+
+def read_costs(path: str | Path) -> Costs:
+    """The table in a file. Raises `RescoreError` if there is none, `InvalidDataError` for a broken or older one."""
+    place = user_path(path, "--costs")
+    return _read(place, missing=f"no costs in {place}; measure them: {COMMAND} --out FILE")
+
+
+def costs_here(
+    base: BaseIdentity | None, heads: HeadsKey | None, device: str, *, inputs: Inputs | None = None
+) -> Costs:
+    """The table that was measured on this machine for a base LM with these heads (None: none are needed).
+
+    inputs: as the user named them, for the command that measures it. Raises `RescoreError` if it was not measured.
+    """
+    if base is None:
+        advice = f"give a file of {COMMAND} --out (--costs FILE)"
+        raise RescoreError(f"the trace does not name its base LM, whose costs are needed; {advice}")
+    given = {name: getattr(inputs, name) for name in ("base", "heads", "h", "dtype")} if inputs else {"base": base.name}
+    defaults = {"base": Inputs.base, "dtype": Inputs.dtype}
+    command = written("bench costs", {name: value for name, value in given.items() if value != defaults.get(name)})
+    which = f"{base.name} with these heads" if heads else base.name
+    missing = f"no costs of {which} are measured on this machine (with {this_machine(device)}); run: {command}"
+    return _read(_place(base, this_machine(device), device, heads), missing=missing)
+
+
+def _place(base: BaseIdentity | Costs, machine: Machine, device: str, heads: HeadsKey | None) -> Path:
+    of = {
+        "schema": SCHEMA,
+        "base": [base.weights_sha256, base.dtype, base.config_sha256],
+        "machine": machine,
+        "device": device,
+        "heads": heads,
+    }
+    name = base.base if isinstance(base, Costs) else base.name  # it may be a path
+    return cache_entry("costs", re.sub(r"[^\w.-]", "_", Path(name).name), of, suffix=".json")
+
+
+def _read(path: Path, *, missing: str) -> Costs:
+    advice = f"measure them again: {COMMAND}"
+    costs = read_record(path, Costs, missing=missing, advice=advice, schema=SCHEMA)
+    shape = (len(costs.contexts), len(costs.nodes))
+    rising = all((np.diff([0, *sizes]) > 0).all() for sizes in (costs.contexts, costs.nodes))
+    if {len(row) for row in costs.step_ms} != {shape[1]} or len(costs.step_ms) != shape[0] or not rising:
+        raise InvalidDataError(f"{path} has other sizes than it says, or they do not rise; {advice}")
+    return costs
+
+
+def costs_for(
+    recording: Recording, base: Target, choosing: Mapping[str, Choosing], asked: Costs | str | None
+) -> Costs | None:
+    """The table by which the runs of a task are planned and predicted.
+
+    base: the task's; asked: a table, its file, or `here`; None: `here` where a rescorer drafts by costs, else none.
+    Raises `RescoreError` for one of another base LM or of other heads, and as `read_costs` and `costs_here`.
+    """
+    if asked is None and not any(rescorer.plans for rescorer, _ in choosing.values()):
+        return None
+    name, said = recording.name, recording.settings
+    heads = None
+    if any(isinstance(drafter, Heads) for _, drafters in choosing.values() for drafter in drafters):
+        if base.traced or not isinstance(said.get("heads_sha256"), str):
+            raise RescoreError(
+                f"the trace of {name} does not hold what block heads of a known base LM proposed, so that no costs are "
+                "known of them; give other drafters, or drop --costs"
+            )
+        heads = said["heads_sha256"], recording.h
+    if asked is None or asked == HERE:
+        return costs_here(base.base, heads, recording.models.device, inputs=recording.inputs)
+    costs = asked if isinstance(asked, Costs) else read_costs(asked)
+    _check(costs, name, base.base, heads)
+    return costs
+
+
+def _check(costs: Costs, name: str, base: BaseIdentity | None, heads: HeadsKey | None) -> None:
+    of = (costs.weights_sha256, costs.config_sha256)
+    if base is not None and of != (base.weights_sha256, base.config_sha256):
+        raise IncompatibleError(
+            f"the costs are of {costs.base}, and {name} is decoded by {base.name} (or one of them has changed); "
+            f"{COMMAND} --base measures those of another"
+        )
+    if heads is not None and (costs.heads is None or heads != (costs.heads.sha256, costs.heads.h)):
+        there = f"h = {costs.heads.h} heads" if costs.heads else "no heads"
+        raise IncompatibleError(
+            f"the costs were measured with {there}, and {name} is decoded with {'others' if costs.heads else 'some'}, "
+            f"h = {heads[1]}; {COMMAND} --heads --h measures those of others"
+        )

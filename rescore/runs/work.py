@@ -1,0 +1,166 @@
+"""What is to be done for one task: its runs, checked and fitted, with the peers beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lattices.errors import IncompatibleError, RescoreError
+from rescore.calls import usable_verify
+from rescore.checks import check_held_k
+from rescore.costs.kept import costs_for
+from rescore.costs.predicting import predicted_speedup
+from rescore.costs.table import Costs
+from rescore.drafters.drafting import Drafting, check_drafters
+from rescore.drafters.heads import Heads
+from rescore.peers import Peer
+from rescore.rescorers import Rescorer
+from rescore.runs.inputs import Notify
+from rescore.runs.log import ExampleLog, Key
+from rescore.runs.recording import Recording
+from rescore.runs.records import ExampleRecord, ResultsDocument, RunRecord
+from rescore.runs.run import Choosing, Run, label_of, load_choosing, runs_of
+from rescore.runs.summary import summarize
+from rescore.runs.weights import (
+    alpha_of,
+    coverage_notices,
+    fit_before,
+    fit_to,
+    identities_of,
+    target_before,
+)
+from rescore.tracing import Trace
+
+Asked = Sequence[str | Run | Rescorer]  # runs, as a caller names them
+
+
+@dataclass(frozen=True)
+class Work:
+    """The runs of one task: their rescorers with drafters by label, and their records in the order of the runs; and the
+    peers. costs: by which runs are planned and predicted."""
+
+    recording: Recording
+    runs: list[Run]
+    choosing: dict[str, Choosing]
+    records: list[RunRecord]
+    peers: list[Peer]
+    costs: Costs | None = None
+
+    @property
+    def name(self) -> str:
+        return self.recording.name
+
+    @property
+    def sides(self) -> list[Run | Peer]:
+        return [*self.runs, *self.peers]
+
+    def key(self, side: Run | Peer) -> Key:
+        # A peer has no lattice: it stands beside the runs with the most entries.
+        own = (side.name, 1, max(run.k for run in self.runs)) if isinstance(side, Peer) else side.key
+        return (self.name, *own)
+
+    def fitted(self, trace: Trace, device: str, notify: Notify, shared: Any = None) -> dict[Run, Drafting]:
+        """How each run drafts, fitted to a trace, with its weight.
+
+        Raises `IncompatibleError` if a rescorer or drafter is no longer what the records of the runs name.
+        """
+        models = self.recording.loads
+        fitted = fit_to(trace, self.choosing, device=device, shared=shared, models=models, costs=self.costs)
+        for record in self.records:
+            if identities_of(fitted[record.rescorer]) != (record.identity, record.drafters):
+                raise IncompatibleError(f"{record.rescorer} was replaced while it was read; run the command again")
+        rescorers = {label: rescorer for label, (rescorer, _) in fitted.items()}
+        for line in coverage_notices(trace, rescorers, max(run.k for run in self.runs)):
+            notify(line)
+        drafting = {}
+        for run, record in zip(self.runs, self.records, strict=True):
+            rescorer, drafters = fitted[run.label]
+            rescorer = rescorer.weighted(record.alpha.alpha) if record.alpha else rescorer
+            drafting[run] = Drafting(rescorer, drafters, run.k, run.p)
+        return drafting
+
+    def summarize(self, log: ExampleLog, document: ResultsDocument, *, seed: int) -> None:
+        """Adds the results of what is finished, in the order of the runs, peers last."""
+        alphas = {run: record.alpha.alpha for run, record in zip(self.runs, self.records, strict=True) if record.alpha}
+        for side in self.sides:
+            key = self.key(side)
+            if records := log.records(key, self.recording.ids):
+                unrescored = log.records((self.name, "none", 1, key[-1]), self.recording.ids)
+                how: dict[str, Any] = {"seed": seed, "unrescored": unrescored}
+                if isinstance(side, Run):
+                    how |= {"alpha": alphas.get(side), "drafters": self.choosing[side.label][1]}
+                    how |= {"predicted": self._predicted(side, records, document.config.verify)}
+                document.results.append(summarize(records, **how))
+
+    def verify(self, asked: str, p: int) -> str:
+        """How a replayed decode would verify p drafts: what the base takes no tree of is a batch, as far as is
+        known."""
+        return usable_verify(asked, p, trees=self.costs is None or self.costs.tree_ms is not None)
+
+    def _predicted(self, run: Run, records: Sequence[ExampleRecord], asked: str) -> float | None:
+        choice_ms = self.costs.choice_ms(run.chooses, run.k, run.p) if self.costs else None
+        if self.costs is None or choice_ms is None:
+            return None
+        live = records[0].live
+        verify = live.verify if live else self.verify(asked, run.p)
+        vocabulary = next((d.size for d in self.choosing[run.label][1] if isinstance(d, Heads)), None)
+        return predicted_speedup(records, self.costs, choice_ms, verify=verify, vocabulary=vocabulary)
+
+
+def prepared(
+    recording: Recording,
+    asked: Asked,
+    loaded: dict[object, Any],
+    *,
+    live: bool,
+    costs: Costs | str | None,
+    peers: list[Peer],
+) -> Work:
+    """The runs of one task, checked; rescorers that other tasks have `loaded` are shared."""
+    runs = runs_of(asked)
+    if not runs:
+        raise RescoreError("nothing is to be run; give a rescorer at least (--rescorer none)")
+    keys = [*(run.key for run in runs), *((peer.name, 1, max(run.k for run in runs)) for peer in peers)]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise RescoreError("{} with p = {} and k = {} is there twice; give one another label".format(*twice))
+    for run in runs:
+        if run.needs_heads and recording.h == 1 and not recording.given:
+            raise RescoreError(
+                f"{run.label} needs block heads, and {recording.name} was recorded without; record again"
+            )
+        check_held_k(recording.k, run.k)
+    choosing = load_choosing(runs, loaded)
+    for _, drafters in choosing.values():
+        check_drafters(drafters, live=live)
+    _check_weights(runs, {label: rescorer for label, (rescorer, _) in choosing.items()})
+    table = costs_for(recording, target_before(recording), choosing, costs)
+    fitted = fit_before(recording, choosing, table)
+    records = []
+    for run in runs:
+        identity, of_drafters = identities_of(fitted[run.label])
+        alpha = alpha_of(recording, run, fitted[run.label])
+        records.append(
+            RunRecord(rescorer=run.label, k=run.k, p=run.p, alpha=alpha, identity=identity, drafters=of_drafters)
+        )
+    return Work(recording, runs, choosing, records, peers, table)
+
+
+def check_identities(work: Iterable[Work]) -> None:
+    """Raises `RescoreError` for a rescorer or drafter that a folder's results could not be known to be of."""
+    for run, record in (pair for task in work for pair in zip(task.runs, task.records, strict=True)):
+        if (isinstance(run.rescorer, Rescorer) and not record.identity) or "" in record.drafters:
+            raise RescoreError(
+                f"a folder's results could not be known to be of {run.label}: set its `identity` (and that of its "
+                "drafters), a hash of what it scores or drafts with, or leave out `out` and save the evaluation"
+            )
+
+
+def _check_weights(runs: Sequence[Run], rescorers: Mapping[str, Rescorer]) -> None:
+    """Raises `RescoreError` for weights that change nothing: one for all runs need not be used by each of them."""
+    unused = [run for run in runs if run.alpha is not None and rescorers[run.label].alpha is None]
+    own = [run for run in unused if run.label != label_of(run.rescorer)]
+    shared = [run for run in runs if run.alpha is not None and run.label == label_of(run.rescorer)]
+    if own or (unused and len(shared) == len(unused)):
+        labels = dict.fromkeys(run.label for run in own or unused)
+        raise RescoreError(f"no weight is used by --rescorer {' or '.join(labels)}; drop --alpha")

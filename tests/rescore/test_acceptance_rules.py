@@ -1,0 +1,260 @@
+"""Acceptance rules by themselves: the law of sampled output, exactly, and what the lossy rules keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lattices.errors import RescoreError
+from rescore.acceptance import Greedy, load_rule
+from rescore.acceptance.rules import Drawn, Verdict
+from rescore.acceptance.sampling import Sampling, draw, try_candidates
+from tests.conftest import refused
+
+
+@dataclass
+class Said:
+    """What a base says after every token of drafts, `[p, l, vocab]`, as a batch of rows."""
+
+    logits: torch.Tensor
+
+    def __post_init__(self) -> None:
+        self.choices = self.logits.argmax(-1).numpy()
+        p, length = self.choices.shape
+        self.rows = np.broadcast_to(np.arange(p)[:, None], (p, length))
+        self.columns = np.broadcast_to(np.arange(length), (p, length))
+
+
+class Told:
+    """A random state that says what it is told, and 0.5 afterwards."""
+
+    def __init__(self, *numbers: float) -> None:
+        self.numbers = list(numbers)
+
+    def random(self) -> float:
+        return self.numbers.pop(0) if self.numbers else 0.5
+
+
+REJECTS = 1 - 2.0**-53  # the largest number that a random state gives
+
+
+def acceptance(law: np.ndarray, candidates: list[int], drawn: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
+    """The law of the next token as the code has it: how far the random number may go for each candidate to be accepted
+    is found by halving, all else follows."""
+    out, left = np.zeros(len(law)), 1.0
+    for place, token in enumerate(candidates):
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            numbers = Told(*[REJECTS] * place, middle)
+            accepted, _ = try_candidates(law, candidates[: place + 1], numbers, drawn)  # type: ignore[arg-type]
+            low, high = (middle, high) if accepted == token else (low, middle)
+        out[token] += left * low
+        left *= 1 - low
+    if left > 1e-12:
+        _, rest = try_candidates(law, candidates, Told(*[REJECTS] * len(candidates)), drawn)  # type: ignore[arg-type]
+        out += left * rest
+    return out
+
+
+laws = st.lists(st.integers(0, 9), min_size=5, max_size=5).filter(any).map(lambda x: np.array(x) / sum(x))
+
+
+@given(laws, st.permutations(range(5)), st.integers(0, 5))
+@settings(deadline=None)
+def test_given_candidates_leave_the_law(law: np.ndarray, order: list[int], count: int):
+    if law.max() == 1.0 and int(law.argmax()) in order[:count]:
+        count = order.index(int(law.argmax())) + 1  # it is accepted: none comes after
+    np.testing.assert_allclose(acceptance(law, order[:count], None), law, atol=1e-9)
+
+
+@given(laws, laws, st.integers(1, 3))
+@settings(deadline=None)
+def test_drawn_candidates_leave_the_law(law: np.ndarray, q: np.ndarray, count: int):
+    """Over all ways in which so many candidates can be drawn without replacement."""
+    ids = np.arange(5)
+    out = np.zeros(5)
+
+    def every(chosen: list[int], weight: float) -> None:
+        left = q.copy()
+        left[chosen] = 0.0
+        if len(chosen) == count or left.sum() == 0:
+            nonlocal out
+            out += weight * acceptance(law, chosen, (ids, q))
+            return
+        for token in np.flatnonzero(left):
+            every([*chosen, int(token)], weight * left[token] / left.sum())
+
+    every([], 1.0)
+    np.testing.assert_allclose(out, law, atol=1e-9)
+
+
+def test_what_has_no_probability_never_comes():
+    law = np.array([0.0, 0.0, 1.0, 0.0])
+    assert try_candidates(law, [0], Told(0.0))[0] is None  # type: ignore[arg-type]
+    assert try_candidates(law, [0], Told(0.0), (np.array([0]), np.array([1.0])))[0] is None  # type: ignore[arg-type]
+    for number in (0.0, 0.5, REJECTS):
+        assert draw(law, Told(number)) == 2  # type: ignore[arg-type]
+
+
+def test_a_tree_has_the_law_of_its_tokens():
+    """Three drafts of two tokens after the first: the frequencies of the two tokens that come next, against the law."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, 6, generator=generator)  # after the first token, and after each of six that may follow
+    drafts = np.array([[0, 1, 2], [0, 1, 3], [0, 4, 2]])
+    said = Said(torch.stack([torch.stack([logits[0], logits[1 + d[1]], logits[0]]) for d in drafts.tolist()]))
+    rule = Sampling(0.8, top_k=5).started("tree")
+    law = {"": rule.law(logits[0]), **{str(t): rule.law(logits[1 + t]) for t in range(6)}}
+    rule.law = lambda row: known[row.data_ptr()]  # type: ignore[assignment, method-assign]
+    known = {
+        said.logits[row, column].data_ptr(): law["" if column == 0 else str(int(drafts[row, 1]))]
+        for row in range(3)
+        for column in range(2)
+    }
+    known |= {said.logits[row, 2].data_ptr(): law[""] for row in range(3)}
+    counts = np.zeros((6, 6))
+    draws = 20_000
+    for _ in range(draws):
+        row, n, choice = rule.judge(drafts, said, 9, ())
+        first = int(drafts[row, 1]) if n > 1 else choice
+        second = int(drafts[row, 2]) if n > 2 else choice if n == 2 else draw(law[str(choice)], rule.random_state)
+        counts[first, second] += 1
+    exact = law[""][:, None] * np.stack([law[str(t)] for t in range(6)])
+    direct = np.random.default_rng(1).multinomial(draws, exact.ravel()) / draws
+    other = np.random.default_rng(2).multinomial(draws, exact.ravel()) / draws
+    distance = np.abs(counts / draws - exact).sum() / 2
+    assert distance <= np.abs(direct - other).sum() / 2
+
+
+def test_the_laws_are_those_of_transformers():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    ).eval()
+    ids = torch.tensor([[1, 2, 3]])
+    for settings_ in (
+        {"temperature": 0.6},
+        {"top_k": 4},
+        {"top_p": 0.7},
+        {"temperature": 1.4, "top_k": 6, "top_p": 0.8},
+    ):
+        asked = {"top_k": 0, **settings_}
+        out = model.generate(
+            ids,
+            do_sample=True,
+            max_new_tokens=1,
+            return_dict_in_generate=True,
+            output_scores=True,
+            pad_token_id=0,
+            **asked,
+        )
+        theirs = torch.softmax(out.scores[0][0].double(), -1).numpy()
+        ours = Sampling(**settings_).law(model(ids).logits[0, -1].detach())
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_the_same_seed_and_key_draw_the_same():
+    law, rule = np.full(100, 0.01), Sampling(seed=3)
+    one, again, other = (
+        [draw(law, rule.started(key).random_state) for _ in range(1)]
+        + [draw(law, r.random_state) for r in [rule.started(key)] * 8]
+        for key in ("a", "a", "b")
+    )
+    assert one == again != other
+
+
+LOGITS = torch.tensor([[2.0, 1, 0, 0, -1], [0, 3, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
+ROWS = np.array([[4, 0, 1, 2], [4, 1, 1, 2], [4, 2, 1, 2]])
+SAID = Said(LOGITS[None].expand(3, -1, -1))
+
+
+class TestLossy:
+    """The vectors of the reference implementations' rules, where there are some."""
+
+    def test_greedy(self):
+        assert Greedy().judge(ROWS, SAID, 9, ()) == Verdict(0, 3, 0)
+
+    @pytest.mark.parametrize("temperature", [1.0, 0.7])
+    def test_typical(self, temperature: float):
+        rule = load_rule(f"typical:temperature={temperature}")
+        assert rule.lossy and rule.judge(ROWS, SAID, 9, ()) == Verdict(0, 4, 0)
+
+    def test_typical_takes_the_likeliest_of_equally_long_ones(self):
+        logits = torch.zeros(2, 2, 4)
+        logits[:, 0] = torch.tensor([0.0, 1.0, 2.0, 0.0])
+        drafts = np.array([[0, 1], [0, 2]])
+        assert load_rule("typical:eps=0.05,alpha=1").judge(drafts, Said(logits), 9, ())[:2] == (1, 2)
+
+    @pytest.mark.parametrize(("k", "n"), [(1, 1), (2, 2), (3, 3), (4, 4)])
+    def test_top_k(self, k: int, n: int):
+        logits = torch.tensor([[0.0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]])
+        drafts = np.array([[0, 3, 2, 3]])  # ranks 2, 3, 4 (of equal ones)
+        assert load_rule(f"top-k:{k}").judge(drafts, Said(logits[None]), 9, ()).n == n
+
+    @pytest.mark.parametrize(("eps", "n"), [(0, 1), (1, 2), (2, 2), (3, 3)])
+    def test_distance(self, eps: int, n: int):
+        logits = torch.eye(5)[[4, 0, 0]][None]
+        assert load_rule(f"distance:eps={eps}").judge(np.array([[0, 3, 3]]), Said(logits), 9, ()).n == n
+
+    def test_min_block(self):
+        logits = torch.eye(5)[[4, 0, 0]][None]
+        drafts = np.array([[0, 3, 3]])
+        assert load_rule("min-block:2").judge(drafts, Said(logits), 9, ()) == Verdict(0, 2, 0)
+        assert load_rule("min-block:3").judge(drafts, Said(logits), 9, ()).n == 3
+        assert load_rule("min-block:3").judge(drafts, Said(logits), 9, (3,)).n == 2  # nothing follows end-of-text
+        assert load_rule("min-block:9").judge(drafts, Said(logits), 3, ()).n == 3
+        short = np.array([[0, 3, -1]])
+        assert load_rule("min-block:3").judge(short, Said(logits), 3, ()).n == 2  # as far as the draft goes
+
+    def test_a_step_with_the_greedy_tokens_is_the_greedy_one(self):
+        logits = torch.eye(5)[[3, 2, 0]][None]
+        for spec in ("typical", "top-k:2", "distance:0", "min-block:2"):
+            assert load_rule(spec).judge(np.array([[0, 3, 2]]), Said(logits), 9, ()) == Verdict(0, 3, 0)
+
+    def test_the_limit_holds(self):
+        logits = torch.eye(5)[[3, 2, 0]][None]
+        for spec in ("greedy", "typical", "top-k:2", "distance:0", "min-block:3"):
+            assert load_rule(spec).judge(np.array([[0, 3]]), Said(logits[:, :2]), 2, ()).n == 2
+
+    @pytest.mark.parametrize(
+        ("spec", "told"),
+        [
+            ("typical:eps=0", "eps between 0 and 1"), ("typical:alpha=-1", "alpha and temperature above 0"),
+            ("typical:temperature=0", "temperature above 0"), ("top-k:0", "k and least of 1 or more"),
+            ("distance:eps=-1", "eps of 0 or more"), ("min-block:1", "with 1 it is greedy"),
+            ("nucleus", "unknown acceptance rule 'nucleus'"), ("top-k:k=x", "k is a whole number"),
+        ],
+    )  # fmt: skip
+    def test_bad_input(self, spec: str, told: str):
+        refused(lambda: load_rule(spec), told)
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"temperature": 0.0}, "--temperature 0"), ({"temperature": -1.0}, "--temperature -1"),
+        ({"top_p": 0.0}, "--top-p 0"), ({"top_p": 1.5}, "--top-p 1.5"), ({"top_k": -1}, "--top-k -1"),
+        ({"seed": -1}, "--sampling-seed -1"), ({"temperature": float("nan")}, "--temperature nan"),
+    ],
+)  # fmt: skip
+def test_sampling_that_makes_no_sense_is_refused(asked: dict[str, float], told: str):
+    with pytest.raises(RescoreError, match=told):
+        Sampling(**asked)  # type: ignore[arg-type]
+
+
+def test_drawn_is_by_slot():
+    """The second slot's distribution is that of the tokens after the first."""
+    logits = torch.zeros(1, 2, 3)
+    drawn = Drawn(np.array([[0, 1], [1, 2]]), np.array([[1.0, 0.0], [0.5, 0.5]]))
+    rule = Sampling()
+    rule.random_state = Told(0.6, 0.5)  # type: ignore[assignment]
+    assert rule.judge(np.array([[0, 1]]), Said(logits), 9, (), drawn).n == 2  # 0.6 * 0.5 < 1/3
+    rule.random_state = Told(0.7, 0.5)  # type: ignore[assignment]
+    assert rule.judge(np.array([[0, 1]]), Said(logits), 9, (), drawn).n == 1

@@ -22,7 +22,8 @@ class PackedProduct:
     """The forward of a `Linear`: rows `[..., in_features]` -> `[..., out_features]`. Its weight must not change."""
 
     def __init__(self, linear: torch.nn.Linear) -> None:
-        self.linear, self.bias = linear, linear.bias
+        self.linear = linear
+        self.bias: torch.Tensor | None = linear.bias
         self.packed: Any = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,5 @@
-"""Decoder layers that are compiled: beside its products most of a small step's time is torch's own overhead, some hundred
-calls of Python and of small kernels a layer, and a program makes one call with a few fused loops of them.
+"""Compiled decoder layers. Beside its products most of a small step's time is torch's own overhead, some hundred calls
+of Python and of small kernels a layer; a compiled layer makes one call, with a few fused loops of them.
 
 torch's ahead-of-time compiler makes a library of a layer's program, once for a machine and an architecture, in some ten
 seconds. It is kept in the cache directory and loads in milliseconds. Every layer runs it with its own weights; what a
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -22,9 +23,7 @@ import torch
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, first_line
 from lm.base.fast.compiled_layer import CompiledLayer, Run
-from lm.base.fast.layer_program import (
-    Call, Signature, decoder_layers, export, quiet, signature_of, watch, weights_of,
-)  # fmt: skip
+from lm.base.fast.layer_program import Call, Signature, decoder_layers, export, quiet, signature_of, watch, weights_of
 from lm.files import atomic_folder, write_json
 from lm.keys import cache_entry, cached, file_stamp, software
 from lm.locks import warn
@@ -59,10 +58,10 @@ def compile_layers(base: BaseLM) -> None:
     compiled, which a line says. If that can't be done, the layers stay as they are, and a line says why."""
     name, compiler = base.identity.name, shutil.which(os.environ.get("CXX", "g++"))
     document = {
-        "schema": SCHEMA, "software": software("torch", "transformers"), "machine": _machine(),
+        "schema": SCHEMA, "software": [torch.__version__, software("transformers")], "machine": _machine(),
         "config": base.identity.config_sha256, "layout": [[str(w.dtype), w.shape] for w in weights_of(base.model)],
     }  # fmt: skip
-    entry = cache_entry("layers", name, document)
+    entry = cache_entry("layers", re.sub(r"[^\w.-]", "_", Path(name).name), document)
 
     def read(folder: Path) -> Layers | None:
         try:
@@ -101,7 +100,7 @@ def compiled(base: BaseLM, folder: Path, make: Make) -> Layers:
     layers: list[tuple[int, int]] = []
     for layer, calls in watch(base):
         signature, place = signature_of(calls), calls[0].place
-        shapes = [(each.dtype, each.shape) for each in (*weights_of(layer), *calls[0].cache.layers[place].buffers)]
+        shapes = [(each.dtype, each.shape) for each in (*weights_of(layer), *calls[0].buffers)]
         alike = [n for n, kind in enumerate(kinds) if kind[:2] == (signature, shapes)]
         fits = [n for n in alike if is_same(layer, calls, signature, kinds[n][2])]
         if not fits:
@@ -122,14 +121,15 @@ def is_same(layer: torch.nn.Module, calls: Sequence[Call], signature: Signature,
     those that the program was traced with."""
     for call in calls:
         tried = CompiledLayer(layer, call.place, signature, run)
-        buffers, results = call.cache.layers[call.place].buffers, []
+        results: list[list[torch.Tensor]] = []
         for compute in (tried.plain, tried.compute):
-            for buffer in buffers:
+            for buffer in call.buffers:
                 buffer[:, :, call.cache.length :] = 0
             output = compute(*call.args, **call.kwargs)
             if output is None:
                 return False
-            results.append([output[0] if isinstance(output, tuple) else output, *(each.clone() for each in buffers)])
+            states = output[0] if isinstance(output, tuple) else output
+            results.append([states, *(buffer.clone() for buffer in call.buffers)])
         for ours, theirs in zip(*results, strict=True):
             largest = float(theirs.abs().max())
             if ours.shape != theirs.shape or not float((ours - theirs).abs().max()) <= TOLERANCE * largest:
@@ -182,13 +182,13 @@ def load_program(path: Path) -> Run:
 
 def _machine() -> list[str]:
     """What a compiled program depends on, of the processor."""
-    lines: dict[str, str] = {}
+    processor = ""
     if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            lines.setdefault(name.strip(), value.strip())
-    known = [lines[name] for name in ("model name", "flags", "Features") if name in lines]
-    return [platform.system(), platform.machine(), platform.processor(), torch.backends.cpu.get_cpu_capability(), *known]
+        first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
+        lines = [line for line in first.splitlines() if line.startswith(("model name", "flags", "Features"))]
+        processor = "\n".join(lines)
+    kind = torch.backends.cpu.get_cpu_capability()
+    return [platform.system(), platform.machine(), platform.processor(), kind, processor]
 
 
 def _stamp(compiler: str | None) -> str:

@@ -4,14 +4,36 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lm.base.cache import KVCache, TreeCache
-from lm.base.fast.layer_program import MOST_TOKENS, Path, Signature, weights_of
+from lm.base.fast.layer_program import MOST_TOKENS, Input, Path, Signature, weights_of
 
 Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]  # takes and gives tensors, in the order of `export`
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What a tensor of a call must be."""
+
+    path: Path
+    is_mask: bool
+    dtype: torch.dtype
+    ndim: int
+    sizes: tuple[tuple[int, int], ...]  # those that are always the same, with their places
+
+    @classmethod
+    def of(cls, given: Input) -> _Expected:
+        sizes = tuple((place, size) for place, size in enumerate(given.sizes) if size is not None)
+        return cls(given.path, given.is_mask, getattr(torch, given.dtype), len(given.sizes), sizes)
+
+    def fits(self, tensor: torch.Tensor) -> bool:
+        shape = tensor.shape
+        same = tensor.dtype is self.dtype and len(shape) == self.ndim
+        return same and all(shape[place] == size for place, size in self.sizes)
 
 
 class CompiledLayer:
@@ -20,7 +42,7 @@ class CompiledLayer:
     def __init__(self, layer: torch.nn.Module, place: int, signature: Signature, run: Run) -> None:
         self.plain, self._run, self._weights = layer.forward, run, weights_of(layer)
         self._place, self._signature = place, signature
-        self._inputs = [(each, getattr(torch, each.dtype)) for each in signature.inputs]
+        self._inputs = [_Expected.of(each) for each in signature.inputs]
         paths = [signature.cache, *(each.path for each in signature.inputs), *(path for path, _ in signature.constants)]
         names = {path[0] for path in paths}
         self._named = sum(isinstance(name, str) for name in names)
@@ -36,7 +58,7 @@ class CompiledLayer:
             return None
         try:
             cache = _at(self._signature.cache, args, kwargs)
-            tensors = [_at(each.path, args, kwargs) for each, _ in self._inputs]
+            tensors = [_at(each.path, args, kwargs) for each in self._inputs]
             if any(_at(path, args, kwargs) != value for path, value in self._signature.constants):
                 return None
         except (LookupError, TypeError):
@@ -44,11 +66,11 @@ class CompiledLayer:
         rows, n = tensors[0].shape[:2]
         if rows != 1 or n > MOST_TOKENS or not isinstance(cache, KVCache | TreeCache):
             return None
-        for place, (expected, dtype) in enumerate(self._inputs):
+        for place, expected in enumerate(self._inputs):
             tensor = tensors[place]
             if tensor is None and expected.is_mask and n == 1:
                 continue
-            if tensor is None or tensor.dtype is not dtype or not _fits(tensor.shape, expected.sizes):
+            if tensor is None or not expected.fits(tensor):
                 return None
             tensors[place] = tensor.contiguous()
         layer: Any = cache.layers[self._place]
@@ -66,10 +88,6 @@ def _at(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     for step in rest:
         found = found[step]
     return found
-
-
-def _fits(shape: torch.Size, sizes: Sequence[int | None]) -> bool:
-    return len(shape) == len(sizes) and all(size is None or n == size for n, size in zip(shape, sizes, strict=True))
 
 
 @functools.lru_cache(maxsize=1)

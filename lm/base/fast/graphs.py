@@ -136,7 +136,7 @@ class FixedForwards:
     def __call__(
         self, ids: torch.Tensor, cache: FixedCache, positions: torch.Tensor, mask: torch.Tensor | None
     ) -> Outputs:
-        """Logits `[1, n, vocab]` and states `[1, n, d]` of n tokens, at most `SIZES[-1]`, after what the cache holds."""
+        """Logits `[1, n, vocab]` and states `[1, n, d]` of at most `SIZES[-1]` tokens after what the cache holds."""
         n = ids.shape[1]
         size = next(size for size in SIZES if size >= n)
         if size not in self._shapes:

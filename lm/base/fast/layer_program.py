@@ -73,6 +73,13 @@ class Call:
     cache: KVCache
     place: int
 
+    @property
+    def buffers(self) -> tuple[torch.Tensor, ...]:
+        """The keys and values of the layer, with room for more."""
+        layer: Any = self.cache.layers[self.place]
+        buffers: tuple[torch.Tensor, ...] = layer.buffers
+        return buffers
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -116,9 +123,9 @@ def _watch(
     begun: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     update = cache.update
 
-    def note_write(keys: torch.Tensor, values: torch.Tensor, place: int, *args: Any, **kwargs: Any) -> Any:
-        written.append(place)
-        return update(keys, values, place, *args, **kwargs)
+    def note_write(keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        written.append(layer_idx)
+        return update(keys, values, layer_idx, *args, **kwargs)
 
     def note_begin(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         written.clear()
@@ -132,7 +139,7 @@ def _watch(
     known = dict(calls)
     handles = [each.register_forward_pre_hook(note_begin, with_kwargs=True) for each in known]
     handles += [each.register_forward_hook(note_end) for each in known]
-    cache.update = note_write  # type: ignore[method-assign]
+    vars(cache)["update"] = note_write
     try:
         base.forward(ids, cache)
     finally:
@@ -223,7 +230,7 @@ class _Traced(torch.nn.Module):
         tensors: list[torch.Tensor],
         weights: list[torch.Tensor],
     ) -> torch.Tensor:
-        given = {each.path: tensor for each, tensor in zip(self._signature.inputs, tensors, strict=True)}
+        given: dict[Path, Any] = dict(zip((each.path for each in self._signature.inputs), tensors, strict=True))
         given[self._signature.cache] = _Slots(keys, values, past.shape[0])
         leaves = [given.get(path, leaf) for path, leaf in zip(self._paths, self._leaves, strict=True)]
         args, kwargs = pytree.tree_unflatten(leaves, self._tree)
@@ -262,8 +269,8 @@ def _given_weights(layer: torch.nn.Module, weights: Sequence[torch.Tensor]) -> I
             product.packed, product.bias = next(rest), None if product.bias is None else next(rest)
         yield dict(zip(_named(layer), rest, strict=True))
     finally:
-        for product, (product.packed, product.bias) in zip(products, own, strict=True):
-            pass
+        for product, (packed, bias) in zip(products, own, strict=True):
+            product.packed, product.bias = packed, bias
 
 
 @torch.no_grad()
@@ -274,17 +281,17 @@ def export(layer: torch.nn.Module, call: Call, signature: Signature) -> torch.ex
     `weights_of(layer)`, and gives the layer's states. Raises `IncompatibleError` for what can't be traced.
     """
     leaves, changes = _leaves(call), torch.export.Dim.DYNAMIC
-    buffers = [torch.zeros(each.shape, dtype=each.dtype) for each in call.cache.layers[call.place].buffers]
+    buffers = [torch.zeros(each.shape, dtype=each.dtype) for each in call.buffers]
     tensors = [leaves[each.path].clone() for each in signature.inputs]
     # Packed weights lie in a layout of their own; for a program they are numbers that it hands on.
     weights = [torch.empty(each.shape, dtype=each.dtype) for each in weights_of(layer)]
-    shapes = (
+    shapes: Any = (
         {0: changes}, {2: changes}, {2: changes},
         [{place: changes for place, size in enumerate(each.sizes) if size is None} for each in signature.inputs],
         [{} for _ in weights],
     )  # fmt: skip
     try:
-        with quiet(), torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        with quiet():
             exported = torch.export.export(
                 _Traced(layer, call, signature), (torch.zeros(call.cache.length), *buffers, tensors, weights),
                 dynamic_shapes=shapes, strict=False,

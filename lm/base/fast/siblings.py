@@ -1,4 +1,4 @@
-"""Linear layers that read the same rows, multiplied as one: queries, keys and values; the gate and what it lets through.
+"""Linear layers that read the same rows, as one product: queries, keys and values; a gate and what it lets through.
 
 A step of decoding asks for some hundred products, and each one costs a start however small it is. Which layers are
 siblings is seen in a forward, not told by names: those of one module that are given the very same tensor.

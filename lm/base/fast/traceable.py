@@ -17,9 +17,11 @@ def _product(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None
 _library.impl("packed_linear", _product, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("rescore::packed_linear")
 def _shape(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, size: int) -> torch.Tensor:
     return rows.new_empty(*rows.shape[:-1], size)
+
+
+torch.library.register_fake("rescore::packed_linear", _shape)
 
 
 def multiply(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, size: int) -> torch.Tensor:

@@ -94,6 +94,11 @@ class LatticeDrafter(Drafter):
         return lattice, -(mass * lattice.logps).sum(axis=-1).astype(np.float32)
 
 
+def is_lattice_alone(drafters: Sequence[Drafter]) -> bool:
+    """Whether what is proposed are the slots of one drafter."""
+    return len(drafters) == 1 and isinstance(drafters[0], LatticeDrafter)
+
+
 @dataclass(frozen=True)
 class Continuations:
     """What once followed, at one position.

@@ -31,14 +31,6 @@ def costs_of(verify: list[list[float]], *, heads: float | None = 10.0, contexts=
     )  # fmt: skip
 
 
-@pytest.fixture
-def options(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path) -> Options:
-    return dict(
-        base=str(tiny_folder), heads=str(tiny_heads_folder), data=str(squad_file), dtype="float64", device="cpu", k=8,
-        max_new_tokens=24,
-    )  # fmt: skip
-
-
 def test_between_and_beyond_what_was_measured_are_straight_lines():
     costs = costs_of([[10, 13, 25], [20, 23, 35]])
     assert costs.curve(64, 4).tolist() == [10, 11, 12, 13] and costs.curve(160, 1).tolist() == [15]

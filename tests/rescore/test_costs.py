@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import make_heads, refused
 from evaluating import Options, evaluated, opened
 from hypothesis import given, settings
@@ -15,9 +14,7 @@ from test_ngram_rescorer import bigram_model, save
 
 from lattices.errors import RescoreError
 from lm.base.catalog import load_base
-from lm.base.packed import PackedProduct, can_pack, pack
 from rescore.costs import Costs, keep_costs, load_costs, measure_costs
-from rescore.decoding import decode
 from rescore.rescorers.joint_plan import PATIENCE, Plan, best_size
 from rescore.runs.records import Identical
 from rescore.runs.run import Run, runs_of
@@ -99,36 +96,3 @@ def test_a_table_is_found_again_on_this_machine_for_this_base(tiny_base, options
     assert load_costs(identity=tiny_base.identity) == costs and costs.heads_ms is not None
     refused(lambda: load_costs("/nowhere/costs.json"), "no costs in /nowhere/costs.json; measure them")
     refused(lambda: Run("joint:nodes=some").load(), "joint: give tokens of 1 to", RescoreError)
-
-
-class TestPacked:
-    @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-    def test_the_products_are_the_same_but_for_rounding(self):
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.ReLU(), torch.nn.Linear(40, 8, bias=False))
-        model.requires_grad_(False)
-        assert can_pack(model) and not can_pack(model.double())
-        model.float()
-        rows = [torch.randn(1, n, 24) for n in (1, 3, 9, 64, 100)]
-        plain = [model(each) for each in rows]
-        pack(model)
-        assert isinstance(vars(model[0])["forward"], PackedProduct)
-        with torch.inference_mode():
-            for each, expected in zip(rows, plain, strict=True):
-                torch.testing.assert_close(model(each), expected)
-
-    def test_decoding_says_the_same_with_them(self, tiny_folder: Path):
-        plain, packed = (load_base(str(tiny_folder), dtype="float32", device="cpu") for _ in range(2))
-        packed.pack()
-        prompt = list(b"the bridge was built in")
-        outputs = [base.forward(torch.tensor([prompt]))[0].argmax(-1) for base in (plain, packed)]
-        assert (outputs[0] == outputs[1]).all()
-        assert decode(packed, None, prompt, max_new_tokens=8).output_ids
-
-    def test_a_model_in_memory_is_left_as_it_is(self, tiny_base):
-        from transformers import LlamaForCausalLM
-
-        model = LlamaForCausalLM(tiny_base.model.config)
-        base = load_base(model, tokenizer=tiny_base.tokenizer)
-        base.pack()
-        assert not any("forward" in vars(module) for module in model.modules())

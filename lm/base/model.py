@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lattices.errors import IncompatibleError, RescoreError, first_line
 from lm.base.cache import KVCache, TreeCache, layer_types
 from lm.base.identity import uses_date, with_fixed_date
-from lm.base.packed import can_pack, pack
+from lm.base.packed import can_pack, pack, product_of, unpack
 from lm.base.probe import Probe, Scaling
 
 CONTEXT_LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
@@ -104,7 +104,6 @@ class BaseLM:
             )
         self.context_length = _context_length(config)
         self._hidden: torch.Tensor | None = None
-        self._packed = False
         self._projects, self._last = True, 0
         self.output_embeddings.register_forward_pre_hook(self._remember_hidden)
         self.scaling = Scaling()
@@ -115,10 +114,16 @@ class BaseLM:
         self.position_size = probe.position_size
 
     def pack(self) -> None:
-        """Lays weights out for steps of a few tokens, where that gains (`lm.base.packed`): for inference only."""
-        if not self._packed and self.from_files and can_pack(self.model):
-            pack(self.model)  # a model that was given in memory may still change
-        self._packed = True
+        """Lays weights out for steps of a few tokens, where that gains (`lm.base.packed`): for inference only.
+
+        Of a linear layer's plain weight only the shape stays then, but for the vocabulary projection.
+        """
+        if self.from_files and can_pack(self.model):  # a model that was given in memory may still change
+            pack(self.model, self.output_embeddings)
+
+    def unpack(self) -> None:
+        """Has all weights as they were read: to train them, or to compute as before `pack` to the last bit."""
+        unpack(self.model)
 
     @functools.cached_property
     def body_gives_states(self) -> bool:
@@ -138,7 +143,7 @@ class BaseLM:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.model.device
+        device: torch.device = self.output_embeddings.weight.device  # where all are, or were before `pack`
         return device
 
     @property
@@ -259,7 +264,7 @@ class BaseLM:
         """
         weight, bias = self.output_embeddings.weight, self.output_embeddings.bias
         if token_ids is None or token_ids.numel() >= self.vocab_size:
-            packed = vars(self.output_embeddings).get("forward")  # without the hook, which notes the states of a call
+            packed = product_of(self.output_embeddings)  # without the hook, which notes the states of a call
             logits = packed(hidden) if packed else functional.linear(hidden, weight, bias)
             if token_ids is not None:
                 logits = logits.gather(-1, token_ids[:, None].expand(-1, hidden.shape[1], -1))

@@ -1,8 +1,10 @@
-"""Linear layers for steps of a few tokens on a CPU: oneDNN with weights that are laid out for it beforehand.
+"""Linear layers for decoding on a CPU: oneDNN with weights that are laid out for it beforehand.
 
 A step of decoding multiplies one to some dozen rows by every weight. As torch keeps them each further row costs almost
-as much as the first; laid out for few rows they cost little more than reading the weights once. Prompts, which have
-many rows, are multiplied as before. Results differ from the plain product by rounding only.
+as much as the first; laid out for few rows they cost little more than reading the weights once, and prompts, which
+have many rows, lose nothing. Results differ from the plain product by rounding only.
+
+The weights are then in memory once: the plain ones go as soon as they are laid out, and `unpack` brings them back.
 """
 
 from __future__ import annotations
@@ -10,24 +12,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import functional
+
+from lm.base.pages import release
 
 ROWS = 8  # that weights are laid out for
-MOST_ROWS = 64  # of a product; with more the plain one is as fast
 
 
 class PackedProduct:
-    """The forward of a `Linear`: rows `[..., in_features]` -> `[..., out_features]`. Its weight must not change."""
+    """The forward of a `Linear`: rows `[..., in_features]` -> `[..., out_features]`. For inference only."""
 
     def __init__(self, linear: torch.nn.Linear) -> None:
-        self.linear = linear
+        self.bias = linear.bias
         self.packed: Any = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.linear.weight, self.linear.bias
-        if rows.shape[:-1].numel() > MOST_ROWS:
-            return functional.linear(rows, weight, bias)
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, bias, "none", [], "")
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
         return product
 
 
@@ -45,8 +44,32 @@ def can_pack(model: torch.nn.Module) -> bool:
 
 
 @torch.inference_mode()
-def pack(model: torch.nn.Module) -> None:
-    """Gives all plain `Linear`s of a model packed products, once; for inference only."""
+def pack(model: torch.nn.Module, kept: torch.nn.Module) -> None:
+    """Gives all plain `Linear`s of a model packed products in place of their weights, whose shapes stay (on the device
+    `meta`). `kept` keeps its weight, too: single rows of it are read.
+
+    At no time is more than one of them in memory twice, the largest while there is least beside it.
+    """
+    linears = [m for m in model.modules() if type(m) is torch.nn.Linear and product_of(m) is None]
+    for weight in model.parameters() if linears else ():
+        release(weight)
+    for linear in sorted(linears, key=lambda each: -each.weight.numel()):
+        linear.forward = PackedProduct(linear)  # type: ignore[assignment]
+        release(linear.weight)
+        if linear is not kept:
+            linear.weight = torch.nn.Parameter(torch.empty_like(linear.weight, device="meta"), requires_grad=False)
+
+
+def unpack(model: torch.nn.Module) -> None:
+    """Takes back what `pack` did: the weights are bit for bit what they were."""
     for module in model.modules():
-        if type(module) is torch.nn.Linear and "forward" not in vars(module):
-            module.forward = PackedProduct(module)  # type: ignore[assignment]
+        if (product := product_of(module)) is not None:
+            if module.weight.is_meta:
+                module.weight = torch.nn.Parameter(product.packed.to_dense(), requires_grad=False)
+            del module.forward
+
+
+def product_of(module: torch.nn.Module) -> PackedProduct | None:
+    """The packed product of a layer; None: it has none."""
+    product = vars(module).get("forward")
+    return product if isinstance(product, PackedProduct) else None

@@ -18,6 +18,7 @@ DRAFTERS: Registry[Drafter] = Registry(
         "lookup": "lookup:PromptLookup",
         "corpus-lookup": "corpus_lookup:CorpusLookup",
         "draft-model": "draft_model:DraftModel",
+        "eagle": "draft_layers:Eagle",
         "trace": "traced:Traced",
     },
 )  # fmt: skip

@@ -14,6 +14,7 @@ from lattices.lattice import Lattice
 
 if TYPE_CHECKING:
     from lm.base.model import BaseIdentity, BaseLM
+    from lm.base.states import LayerStates
     from lm.heads.block_heads import BlockHeads
     from rescore.drafters.proposals import Proposals
 
@@ -28,6 +29,7 @@ class Context:
     state: what rescorers and drafters remember about the example from step to step, by a name of their own.
     lattices: by drafter, where its lattice is known already (heads live; in replay all that are traced): gives the one
         that stands after the output so far, `[h, k]`, for a k.
+    states: of the base at the tokens so far, live, where a drafter reads some (`Drafter.layers`).
     """
 
     prompt_ids: Sequence[int]
@@ -35,6 +37,7 @@ class Context:
     future: np.ndarray | None = None
     state: dict[str, Any] = field(default_factory=dict)
     lattices: Mapping[str, Callable[[int], Lattice]] = field(default_factory=dict)
+    states: LayerStates | None = None
 
     def last(self, count: int) -> list[int]:
         """The last `count` tokens before the lattice, fewer where there are not so many."""
@@ -56,7 +59,7 @@ class Target:
     device: str = "cpu"  # to work on
     shared: BaseLM | None = None  # the base LM where it is loaded: its weights need not be loaded twice
     sources: tuple[str, ...] = ()  # what it is to choose among (`rescore.drafters.base.Drafter.source`)
-    models: Callable[[], tuple[BaseLM, BlockHeads]] | None = None  # gives base and heads; None: they are not at hand
+    models: Callable[[], tuple[BaseLM, BlockHeads | None]] | None = None  # gives base and heads; None: not at hand
     traced: str = ""  # identity of the drafter whose lattices a trace holds as the heads'; empty: they are the heads'
 
     @classmethod

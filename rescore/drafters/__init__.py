@@ -19,6 +19,7 @@ DRAFTERS: Registry[Drafter] = Registry(
         "corpus-lookup": "corpus_lookup:CorpusLookup",
         "draft-model": "draft_model:DraftModel",
         "eagle": "draft_layers:Eagle",
+        "mtp": "draft_layers:Mtp",
         "trace": "traced:Traced",
     },
 )  # fmt: skip

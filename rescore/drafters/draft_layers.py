@@ -1,4 +1,4 @@
-"""`eagle:FOLDER`: draft layers that read the base's own states (`lm.draft_layers`).
+"""`eagle:FOLDER`, `mtp`: draft layers that read the base's own states (`lm.draft_layers`).
 
 A chain goes on greedily from the base's token, each token with the state that the layers gave before it; the top k of
 every step is a lattice, conditioned on the chain. Live, the layers read on where they were, with the states of what
@@ -25,13 +25,14 @@ from lm.base.cache import TreeCache
 from lm.base.model import BaseLM
 from lm.base.states import LayerStates
 from lm.draft_layers.eagle import EagleSource
+from lm.draft_layers.mtp import MtpSource
 from lm.draft_layers.net import DraftNet, NetSource
 from lm.heads.block_heads import entropies_of, lattice_of
 from rescore.checks import check_k
 from rescore.drafters.base import LatticeDrafter
 from rescore.rescorers.base import Context, Target
 
-TOKENS = 7
+TOKENS, MTP_TOKENS = 7, 3
 MAX_TOKENS = 64
 NODES = 1024  # of the positions of an output that are drafted at a time
 LOGIT_ROWS = 64  # states whose full-vocabulary logits are alive at a time
@@ -230,6 +231,26 @@ class Eagle(DraftLayers):
         source = EagleSource(user_path(path, "eagle:"), f"eagle:{path}")
         super().__init__(source, "eagle", tokens)
         self.held = source.drafted
+
+
+class Mtp(DraftLayers):
+    """`mtp`, `mtp:FOLDER`: the base's own multi-token prediction layer, which lies in its files or in a folder beside;
+    see `DraftLayers`."""
+
+    def __init__(self, path: str = "", *, tokens: int = MTP_TOKENS) -> None:
+        folder = user_path(path, "mtp:") if path else None
+        super().__init__(MtpSource(folder, f"mtp:{path}" if path else "mtp"), "mtp", tokens)
+        self._in_base = not path
+
+    def fit(self, target: Target) -> Self:
+        """See `DraftLayers.fit`."""
+        found = copy.copy(self)
+        if self._in_base:
+            if target.base is None:
+                raise RescoreError("mtp drafts with a layer in the base's files, and the trace does not name its base")
+            found._from = MtpSource(None, "mtp").beside(target.base)
+            found._say_identity()
+        return super(Mtp, found).fit(target)
 
 
 def _empty(shape: tuple[int, ...]) -> Lattice:

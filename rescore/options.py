@@ -48,7 +48,8 @@ Rescorers = Annotated[
 Drafters = Annotated[
     Sequence[Spec],
     "What rescorers choose among: heads[:vocabulary=N], lookup, corpus-lookup:DIR, draft-model:NAME, eagle:FOLDER, "
-    "mtp[:FOLDER], trace:FOLDER or a plug-in's name; several are joined. Default: heads (joint: heads, lookup).",
+    "hydra:FOLDER, mtp[:FOLDER], trace:FOLDER or a plug-in's name; several are joined. Default: heads (joint: heads, "
+    "lookup).",
     "--drafter",
 ]
 Ks = Annotated[Sequence[int], "Tokens of each head that are in the lattice.", "--k"]

@@ -30,6 +30,7 @@ from lm.keys import key_of
 LAYER, MIDLAYER = "layers.0.", "midlayer."  # one layer's two names
 PROJECTIONS = tuple(f"{LAYER}self_attn.{name}_proj" for name in "qkv")
 AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
+OTHER_OPTIONS = ("norm_output", "fc_norm", "norm_before_residual", "norm_before_fc")  # they change the arithmetic
 FILES = ("model.safetensors", "pytorch_model.bin")
 Shapes = dict[str, tuple[int, ...]]
 
@@ -40,13 +41,15 @@ class EagleSource(NetSource):
 
     third: whether it is of EAGLE-3. drafted: tokens that it has logits of; None: all of the base's.
     Raises `RescoreError` if there is none, `InvalidDataError` for tensors that are missing, too many or of other shapes
-    than the configuration says.
+    than the configuration says, `IncompatibleError` for later kinds.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
         self.name, self.folder = name, folder
         fields = read_json_object(folder / CONFIG_FILE, missing=f"no EAGLE checkpoint in {folder}")
         self.config = _llama_config(fields, folder / CONFIG_FILE)
+        if other := [option for option in OTHER_OPTIONS if fields.get(option)]:
+            raise IncompatibleError(f"{folder} is of a kind of EAGLE that is not read here: its {other[0]} is set")
         file = next((path for each in FILES if (path := folder / each).is_file()), None)
         if file is None:
             raise RescoreError(f"no EAGLE checkpoint in {folder}: it has no {' or '.join(FILES)}")

@@ -19,6 +19,7 @@ DRAFTERS: Registry[Drafter] = Registry(
         "corpus-lookup": "corpus_lookup:CorpusLookup",
         "draft-model": "draft_model:DraftModel",
         "eagle": "draft_layers:Eagle",
+        "hydra": "draft_layers:Hydra",
         "mtp": "draft_layers:Mtp",
         "trace": "traced:Traced",
     },

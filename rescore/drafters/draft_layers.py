@@ -1,4 +1,4 @@
-"""`eagle:FOLDER`, `mtp`: draft layers that read the base's own states (`lm.draft_layers`).
+"""`eagle:FOLDER`, `mtp`, `hydra:FOLDER`: draft layers that read the base's own states (`lm.draft_layers`).
 
 A chain goes on greedily from the base's token, each token with the state that the layers gave before it; the top k of
 every step is a lattice, conditioned on the chain. Live, the layers read on where they were, with the states of what
@@ -25,6 +25,7 @@ from lm.base.cache import TreeCache
 from lm.base.model import BaseLM
 from lm.base.states import LayerStates
 from lm.draft_layers.eagle import EagleSource
+from lm.draft_layers.hydra import HydraSource
 from lm.draft_layers.mtp import MtpSource
 from lm.draft_layers.net import DraftNet, NetSource
 from lm.heads.block_heads import entropies_of, lattice_of
@@ -251,6 +252,19 @@ class Mtp(DraftLayers):
             found._from = MtpSource(None, "mtp").beside(target.base)
             found._say_identity()
         return super(Mtp, found).fit(target)
+
+
+class Hydra(DraftLayers):
+    """`hydra:FOLDER`: Hydra's mlp heads for this very base; see `DraftLayers`. They draft as many tokens as there are
+    heads, or the first `tokens` of these."""
+
+    def __init__(self, path: str = "", *, tokens: int | None = None) -> None:
+        if not path:
+            raise RescoreError("hydra needs a checkpoint; write hydra:FOLDER")
+        source = HydraSource(user_path(path, "hydra:"), f"hydra:{path}")
+        if tokens is not None and tokens > source.heads:
+            raise RescoreError(f"hydra:{path} has {source.heads} heads; give tokens from 1 to {source.heads}")
+        super().__init__(source, "hydra", source.heads if tokens is None else tokens)
 
 
 def _empty(shape: tuple[int, ...]) -> Lattice:

@@ -349,9 +349,7 @@ def record_task(
     """
     loaded = load_drafter(drafter)
     if not isinstance(loaded, LatticeDrafter) or not loaded.decodes:
-        raise RescoreError(
-            f"--drafter {drafter} has no lattices to record; give heads, draft-model:NAME, eagle:FOLDER, mtp"
-        )
+        raise RescoreError(f"--drafter {drafter} has no lattices of its own to record; give heads or draft-model:NAME")
     in_trace = isinstance(loaded, Heads) and loaded.size is None
     recording = open_recording(inputs, k=k, out=out if in_trace else None, heads_needed=isinstance(loaded, Heads))
     for line in recording.notices if notify else ():

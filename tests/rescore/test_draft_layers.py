@@ -167,6 +167,18 @@ def nearly_right(model, tensors, said):
     return {**tensors, **little, "fc.weight": fitted, "fc.bias": torch.zeros(D)}
 
 
+def test_without_such_drafters_nothing_is_noted(base):
+    cache = base.new_cache(8)
+    base.forward(torch.tensor([[1, 2, 3]]), cache)
+    assert cache.states is None
+    noting = base.new_cache(8, (3,))
+    base.forward(torch.tensor([[1, 2, 3]]), noting)
+    noting.keep([0, 1])
+    assert noting.states.since((3,), 1).shape == (1, D)
+    modules = list(base.model.modules())
+    assert not any(m._forward_hooks for m in modules) and sum(len(m._forward_pre_hooks) for m in modules) == 1
+
+
 class TestRuns:
     @pytest.fixture
     def options(self, deep, squad_file):
@@ -278,6 +290,8 @@ class TestRefusals:
         refused(lambda: Eagle(folder), InvalidDataError, "may be code")
         folder = save_eagle(tmp_path / "heads", tensors_of(False), num_attention_heads="four")
         refused(lambda: Eagle(folder), InvalidDataError, "is no configuration of a Llama layer")
+        later = save_eagle(tmp_path / "later", tensors_of(True), norm_output=True)
+        refused(lambda: Eagle(later), IncompatibleError, "its norm_output is set")
         for tokens in (0, 65):
             refused(lambda tokens=tokens: Eagle(folder, tokens=tokens))
 

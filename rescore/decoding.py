@@ -96,7 +96,9 @@ def decode(
     context = Context(prompt_ids, out.output_ids, future=future, random_state=rule.random_state)
     with out.seconds.timing("prefill"):
         longest = drafting.longest(heads.h if heads else 1) if drafting else 1
-        cache = base.new_cache(len(prompt_ids) + max_new_tokens + p * longest)
+        layers = drafting.layers if drafting else ()
+        cache = base.new_cache(len(prompt_ids) + max_new_tokens + p * longest, layers)
+        context.states = cache.states
         logits, hidden = base.forward(torch.tensor([list(prompt_ids)], device=base.device), cache, last=1)
         cache.keep(range(len(prompt_ids)))
         last = Last(logits[0], hidden[0], rule.first(logits[0, 0]))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,9 +216,9 @@ class BaseLM:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def new_cache(self, capacity: int) -> KVCache:
-        """An empty cache for up to `capacity` positions."""
-        return KVCache(self.model.config, capacity)
+    def new_cache(self, capacity: int, layers: Collection[int] = ()) -> KVCache:
+        """An empty cache for up to `capacity` positions; with the states that enter these layers (`lm.base.states`)."""
+        return KVCache(self.model.config, capacity, layers)
 
     @torch.inference_mode()
     def forward(
@@ -248,13 +249,17 @@ class BaseLM:
         if self._takes_last:
             arguments["logits_to_keep"] = last
         self._projects, self._last = projects, last
+        states = cache.states if isinstance(cache, KVCache) else None
         try:
-            output = self.model(input_ids=input_ids, attention_mask=attention_mask, **arguments)
+            with states.noting(self) if states else nullcontext():
+                output = self.model(input_ids=input_ids, attention_mask=attention_mask, **arguments)
         finally:
             self._projects, self._last = True, 0
         if self._hidden is None:
             raise IncompatibleError(f"{self.identity.name} does not call its vocabulary projection, which heads need")
         hidden, self._hidden = self._hidden, None
+        if states:
+            states.note_logits(output.logits)
         return output.logits, hidden
 
     def project(self, hidden: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:

@@ -44,7 +44,7 @@ def can_pack(model: torch.nn.Module) -> bool:
 
 
 @torch.inference_mode()
-def pack(model: torch.nn.Module, kept: torch.nn.Module) -> None:
+def pack(model: torch.nn.Module, kept: torch.nn.Module | None = None) -> None:
     """Gives all plain `Linear`s of a model packed products in place of their weights, whose shapes stay (on the device
     `meta`). `kept` keeps its weight, too: single rows of it are read.
 

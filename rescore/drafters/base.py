@@ -33,6 +33,7 @@ class Drafter(ABC):
     longest: tokens of a draft, the base's own first one included; None: those of the heads.
     held: entries of a slot that it has at most (None: as many as are asked for).
     vocabulary: tokens of the base that it was fitted to (`rescore.drafters.asked`); 0: not known.
+    layers: of the base, whose states it reads in `Context.states` (`lm.base.states`); set once it is fitted.
     """
 
     name: str = ""
@@ -41,6 +42,7 @@ class Drafter(ABC):
     longest: int | None = None
     held: int | None = None
     vocabulary: int = 0
+    layers: tuple[int, ...] = ()
 
     def fit(self, target: Target) -> Self:
         """The drafter for a base LM. Raises `IncompatibleError` if it was made for another tokenizer."""

@@ -204,7 +204,7 @@ def generate_command(
     stats: Annotated[bool, "Say on stderr how fast each was, and where the time went."] = False,
     as_json: Annotated[bool, "Print a JSON document for each prompt, with statistics.", "--json"] = False,
 ) -> None:
-    """Generate text, greedy decoding's own, in fewer steps: for a prompt, or all of a file in turn."""
+    """Generate text, the base's own, in fewer steps: for a prompt, or all of a file in turn."""
     from rescore.generation.generating import write_piece
 
     try:
@@ -217,7 +217,7 @@ def generate_command(
         _interrupted("what was printed so far is all")
 
 
-@command("eval", MEASURE, inputs=Source(INPUTS))
+@command("eval", MEASURE, inputs=Source(INPUTS), accepting=Source("rescore.acceptance.options:Acceptance"))
 def eval_command(
     *,
     task: shared.Tasks = (),
@@ -231,6 +231,7 @@ def eval_command(
     inputs: "Inputs",
     mode: Annotated[Literal["replay", "live"], "From a trace, fast; or decoding, which measures time."] = "replay",
     verify: shared.Verify = "tree",
+    accepting: Any = None,
     peer: shared.Peers = (),
     costs: shared.CostsFile = None,
     out: Annotated[Path | None, "Folder for per-example lines and results.json; resumable."] = None,
@@ -249,9 +250,14 @@ def eval_command(
     asked = runs_of(rescorer, ks=k, ps=p, alpha=alpha, drafters=drafter, nodes=nodes)
     runs = (sweep := VocabularySweep.of(asked, draft_vocabulary)).runs
     needed: dict[str, Any] = {"k": max(run.k for run in runs), "heads_needed": any(run.needs_heads for run in runs)}
+    how: dict[str, Any] = {
+        "live": mode == "live",
+        "verify": verify,
+        "costs": costs,
+        **({"rule": accepting.rule()} if accepting else {}),
+    }
     recordings = open_recordings(task, inputs, **needed)
-    how: dict[str, Any] = {"live": mode == "live", "verify": verify, "costs": costs, "peers": peer, "seed": seed}
-    evaluation = _done(evaluate, recordings, runs, **how, out=out, notify=notify)
+    evaluation = _done(evaluate, recordings, runs, **how, peers=peer, seed=seed, out=out, notify=notify)
     _print_json(plain(evaluation.document)) if as_json else _show(sweep.tables(evaluation, details=details, seed=seed))
     if evaluation.interrupted:
         kept = f"and kept in {out}: the same command goes on" if out else "(--out DIR would keep them)"
@@ -323,7 +329,7 @@ def trace_command(
     out: Annotated[Path, "Folder for the trace; resumable."],
     task: shared.Task = "squad",
     k: Annotated[int, "Lattice entries kept per head."] = 32,
-    drafter: Annotated[Spec, "Whose lattices: heads, draft-model:NAME or a plug-in's name."] = HEADS,
+    drafter: Annotated[Spec, "Whose lattices: heads, draft-model:, eagle:, hydra:, mtp or a plug-in's name."] = HEADS,
     inputs: "Inputs",
 ) -> None:
     """Record a trace: greedy output and lattices of a task, for replay with `rescore eval --trace`."""

@@ -1,9 +1,12 @@
 """Time of rescoring a block as live decoding does it, one example at a time, beside bare forwards of the same model.
 
-`python benchmarks/bench_rescoring.py --trace TRACE --rescorer neural-61m --rescorer ngram-neural ...` prints a table,
-then one JSON line. The examples of the trace are walked as a decoder would walk them; every block's first rescoring of
-an example (which reads the prompt) is left out. Rescorers take turns, example by example, so that noise falls on all.
-`bare`: h - 1 forwards of one token through the neural LM on as many cached tokens, without its vocabulary projection.
+    python benchmarks/bench_rescoring.py --trace TRACE --rescorer neural-61m --rescorer draft-model:neural-61m ...
+
+The examples of the trace are walked as a decoder would walk them; every block's first rescoring of an example (which
+reads the prompt) is left out, as is the first example. Rescorers, or drafters by themselves, take turns, example by
+example, so that noise falls on all. Small LMs are laid out as beside a base LM that decodes; with `--plain` each is
+measured as in a replay, too. `bare`: as many dependent forwards of one token as there are slots behind the first,
+through the same LM on as many cached tokens, without its vocabulary projection. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -11,39 +14,63 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from lm.base.catalog import load_base
 from lm.neural.model import NeuralLM
 from rescore.accounting import account
+from rescore.drafters.draft_model import DraftModel
 from rescore.drafters.drafting import Drafting
-from rescore.replaying import replay
-from rescore.rescorers import Context, Rescorer
-from rescore.rescorers.neural import Neural
-from rescore.rescorers.ngram_neural import NgramNeural
+from rescore.drafters.proposals import Proposals
+from rescore.replaying import replay_steps
+from rescore.rescorers import Context
+from rescore.rescorers.neural import FollowsExamples
 from rescore.runs.run import Run
 from rescore.runs.weights import fit_to
-from rescore.studies.block_length import TimedRescorer
 from rescore.table import text_table
 from rescore.tracing import TracedExample, read_trace
 
 
-class Timed(TimedRescorer):
-    """Notes the tokens that the neural LM read in these calls, too."""
+@dataclass(frozen=True)
+class Timed(Drafting):
+    """Notes what every block takes, and what its neural LM (`model`) reads, but for an example's first block."""
 
-    def __init__(self, rescorer: Rescorer, model: NeuralLM | None) -> None:
-        super().__init__(rescorer)
-        self.model, self.tokens = model, 0
+    model: NeuralLM | None = None
+    began: list[tuple[float, int]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    bare: list[float] = field(default_factory=list)
+    accepted: list[list[int]] = field(default_factory=list)
 
-    def _timed(self, contexts: Sequence[Context], call: Callable[[], np.ndarray]) -> np.ndarray:
-        before = self.model.tokens_read if self.model else 0
-        drafts = super()._timed(contexts, call)
+    def propose(self, contexts: Sequence[Context], firsts: np.ndarray) -> Proposals:
+        """See `Drafting.propose`."""
+        self.began.append((time.perf_counter(), self.model.tokens_read if self.model else 0))
+        return super().propose(contexts, firsts)
+
+    def choose(self, proposals: Proposals, contexts: Sequence[Context]) -> np.ndarray:
+        """See `Drafting.choose`; for one example at a time."""
+        drafts = super().choose(proposals, contexts)
+        began, read = self.began.pop()
         if contexts[0].output_ids:
-            self.tokens += self.model.tokens_read - before if self.model else 0
+            self.seconds.append(time.perf_counter() - began)
+            self.tokens.append(self.model.tokens_read - read if self.model else 0)
         return drafts
+
+    def walk(self, example: TracedExample, h: int) -> None:
+        """Measures all of an example."""
+        if self.model:
+            self.bare.append(bare_seconds(self.model, example, self.longest(h)))
+        self.accepted.append(replay_steps([example], self)[0].accepted)
+
+    def forget(self) -> None:
+        """Drops what was measured so far."""
+        for measured in (self.seconds, self.tokens, self.bare, self.accepted):
+            measured.clear()
 
 
 def bare_seconds(model: NeuralLM, example: TracedExample, h: int) -> float:
@@ -67,6 +94,12 @@ def sizes_of(model: NeuralLM) -> tuple[int, int]:
     return sum(size for size, _ in sizes), 2 * sum(size for size, shape in sizes if shape != projection)
 
 
+def neural_of(drafting: Drafting) -> NeuralLM | None:
+    """The neural LM that is asked for every block, if any."""
+    asked = [each for each in (drafting.rescorer, *drafting.drafters) if isinstance(each, FollowsExamples | DraftModel)]
+    return asked[0].model.load() if asked else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path, required=True)
@@ -75,66 +108,47 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--p", type=int, default=1)
     parser.add_argument("--alpha", type=float, default=0.5)
+    parser.add_argument("--plain", action="store_true")
     arguments = parser.parse_args()
     trace = read_trace(arguments.trace)
     examples, h = trace.examples[: arguments.limit + 1], trace.header.h
     runs = {name: Run(name) for name in arguments.rescorer}
     loaded = {name: run.load() for name, run in runs.items()}
-    choosing = fit_to(trace, {name: (loaded[name], run.load_drafters(loaded[name])) for name, run in runs.items()})
-    fitted = {name: rescorer for name, (rescorer, _) in choosing.items()}
-    drafters = {name: each for name, (_, each) in choosing.items()}
-    models = {name: r.model.load() for name, r in fitted.items() if isinstance(r, Neural | NgramNeural)}
-    timed = {
-        name: Timed(r if r.alpha is None else r.weighted(arguments.alpha), models.get(name))
-        for name, r in fitted.items()
-    }
-    bare: dict[str, list[float]] = {name: [] for name in models}
-    accepted: dict[str, list[list[int]]] = {name: [] for name in timed}
+    choosing = {name: (loaded[name], run.load_drafters(loaded[name])) for name, run in runs.items()}
+    base = load_base(trace.header.settings["base"]["name"])
+    timed: dict[str, Timed] = {}
+    for how, shared in (("", base), (", plain", None))[: 1 + arguments.plain]:
+        for name, (rescorer, drafters) in fit_to(trace, choosing, shared=shared).items():
+            weighted = rescorer if rescorer.alpha is None else rescorer.weighted(arguments.alpha)
+            drafting = Timed(weighted, drafters, arguments.k, arguments.p)
+            model = neural_of(drafting)
+            if model is not None or not how:
+                timed[name + how] = Timed(weighted, drafters, arguments.k, arguments.p, model)
     for turn, example in enumerate(examples):
-        for name, rescorer in timed.items():
-            if name in models:
-                bare[name].append(bare_seconds(models[name], example, h))
-            accepted[name] += replay([example], rescorer, k=arguments.k, p=arguments.p, drafters=drafters[name])
+        for each in timed.values():
+            each.walk(example, h)
             if turn == 0:  # the first example warms up
-                rescorer.seconds.clear()
-                rescorer.tokens = 0
-                accepted[name].clear()
-                bare.get(name, []).clear()
-    sequential = next((n for n, r in fitted.items() if isinstance(r, Neural)), None)
+                each.forget()
     rows, results = [], []
-    for name, rescorer in timed.items():
-        ms = np.array(rescorer.seconds) * 1e3
+    for name, each in timed.items():
+        ms = np.array(each.seconds) * 1e3
         p50, p95 = float(np.median(ms)), float(np.quantile(ms, 0.95))
-        plain = float(np.median(bare[name])) * 1e3 if name in models else None
-        against = p50 / float(np.median(timed[sequential].seconds)) / 1e3 if sequential else None
-        longest = Drafting(fitted[name], drafters[name]).longest(h)
-        efficiency = account(accepted[name], longest).block_efficiency
-        parameters, flops = sizes_of(models[name]) if name in models else (None, None)
-        gflops = flops and flops * rescorer.tokens / len(ms) / 1e9
+        bare = float(np.median(each.bare)) * 1e3 if each.model else None
+        efficiency = account(each.accepted, each.longest(h)).block_efficiency
+        parameters, flops = sizes_of(each.model) if each.model else (None, None)
+        gflops = flops and flops * sum(each.tokens) / len(ms) / 1e9
         results.append({
             "rescorer": name, "p": arguments.p, "p50_ms": round(p50, 3), "p95_ms": round(p95, 3),
-            "bare_ms": plain and round(plain, 3), "against_bare": plain and round(p50 / plain, 3),
-            "against_sequential": against and round(against, 3), "parameters": parameters,
-            "gflops_per_block": gflops and round(gflops, 3),
+            "bare_ms": bare and round(bare, 3), "against_bare": bare and round(p50 / bare, 3),
+            "parameters": parameters, "gflops_per_block": gflops and round(gflops, 3),
             "block_efficiency": round(efficiency, 4), "blocks": len(ms),
         })  # fmt: skip
         rows.append([
-            name, f"{p50:.2f}", f"{p95:.2f}", "-" if plain is None else f"{plain:.2f}",
-            "-" if plain is None else f"{p50 / plain:.2f}x", "-" if against is None else f"{against:.3f}x",
-            "-" if parameters is None else f"{parameters / 1e6:.1f} M", "-" if gflops is None else f"{gflops:.2f}",
-            f"{efficiency:.3f}",
+            name, f"{p50:.2f}", f"{p95:.2f}", "-" if bare is None else f"{bare:.2f}",
+            "-" if bare is None else f"{p50 / bare:.2f}x", "-" if parameters is None else f"{parameters / 1e6:.1f} M",
+            "-" if gflops is None else f"{gflops:.2f}", f"{efficiency:.3f}",
         ])  # fmt: skip
-    header = [
-        "rescorer",
-        "p50 ms",
-        "p95 ms",
-        "bare ms",
-        "against bare",
-        f"against {sequential}",
-        "weights",
-        "GFLOP",
-        "block eff.",
-    ]
+    header = ["rescorer", "p50 ms", "p95 ms", "bare ms", "against bare", "weights", "GFLOP", "block eff."]
     print(f"{arguments.trace}, {len(examples) - 1} examples, h = {h}, k = {arguments.k}, p = {arguments.p}\n")
     print(text_table(header, rows))
     print()

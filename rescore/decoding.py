@@ -1,7 +1,8 @@
 """Blockwise parallel decoding, live: predict a lattice, choose drafts, verify them in one call, keep what is right.
 
-Greedy and exact: whatever the heads and the rescorer propose, the output is the base LM's own. Autoregressive decoding
-is the same loop with blocks of one token (no heads). Source: [B] section 4 (verify and predict in one call), [A].
+Exact: whatever the heads and the rescorer propose, the output is the base LM's own, or has the law of what it would
+draw (`rescore.acceptance`; only the rules called lossy keep neither). Autoregressive decoding is the same loop with
+blocks of one token (no heads). Source: [B] section 4 (verify and predict in one call), [A].
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from lattices.prefix_tree import build_prefix_tree
 from lm.base.cache import KVCache
 from lm.base.model import BaseLM
 from lm.heads.block_heads import BlockHeads
-from rescore.acceptance import accept
+from rescore.acceptance import Greedy, Rule
 from rescore.calls import NO_CALL, Call, as_read, usable_verify
 from rescore.checks import VERIFY_MODES, check_fits, check_k, check_new_tokens, check_p
 from rescore.drafters.base import Drafter
 from rescore.drafters.drafting import HEADS_ALONE, Drafting, check_drafters
 from rescore.rescorers.base import Context, Rescorer
 from rescore.runs.records import Seconds
+
+GREEDY = Greedy()
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,15 @@ def decode(
     verify: str = "tree",
     future: np.ndarray | None = None,
     accepted: Callable[[list[int]], bool] | None = None,
+    rule: Rule = GREEDY,
 ) -> Decoded:
-    """Decodes one prompt greedily, in blocks that `drafters` propose (without a rescorer: one token a step).
+    """Decodes one prompt in blocks that `drafters` propose (without a rescorer: one token a step).
 
     `verify`: p drafts as one prefix `tree` with a tree attention mask (where the base takes one, else as a batch), or
     as a `batch` of rows. `future`: the greedy output, for the oracle only. `accepted`: takes the tokens of each step,
-    and ends the output after them by returning False. A step whose outcome is known before it (its first token is
-    end-of-text, or only one token remains) is counted but needs no call. Raises as `check_request`.
+    and ends the output after them by returning False. `rule`: what is accepted, and what comes then, greedily unless
+    another is given; a random one is `started` for this output. A step whose outcome is known before it (its first
+    token is end-of-text, or only one token remains) is counted but needs no call. Raises as `check_request`.
     """
     check_request(base, heads, len(prompt_ids), k=k, p=p, max_new_tokens=max_new_tokens, verify=verify)
     drafting = Drafting(rescorer, drafters, k, p) if rescorer else None
@@ -88,13 +93,15 @@ def decode(
     check_drafters(drafters, live=True)
     base.pack()
     out = Decoded(verify=usable_verify(verify, p, trees=base.supports_tree))
-    context = Context(prompt_ids, out.output_ids, future=future)
+    context = Context(prompt_ids, out.output_ids, future=future, random_state=rule.random_state)
     with out.seconds.timing("prefill"):
         longest = drafting.longest(heads.h if heads else 1) if drafting else 1
-        cache = base.new_decoding_cache(len(prompt_ids) + max_new_tokens + p * longest)
+        layers = drafting.layers if drafting else ()
+        cache = base.new_decoding_cache(len(prompt_ids) + max_new_tokens + p * longest, layers)
+        context.states = cache.states
         logits, hidden = base.forward(torch.tensor([list(prompt_ids)], device=base.device), cache, last=1)
         cache.keep(range(len(prompt_ids)))
-        last = Last(logits[0], hidden[0], int(logits[0, 0].argmax()))
+        last = Last(logits[0], hidden[0], rule.first(logits[0, 0]))
         if drafting is not None:
             drafting.prefill([context])
         if of_heads is not None:
@@ -103,7 +110,8 @@ def decode(
             def lattice(k: int) -> Lattice:
                 assert heads is not None
                 with out.seconds.timing("draft"):
-                    return heads.lattice(base, last.hidden, last.logits, k, projection=projection)[0]
+                    chosen = torch.tensor([last.choice], device=base.device)
+                    return heads.lattice(base, last.hidden, last.logits, k, tokens=chosen, projection=projection)[0]
 
             context.lattices = {of_heads.name: lattice}
 
@@ -123,23 +131,22 @@ def decode(
             # Verify all of them in one call of the base.
             with out.seconds.timing("verify"):
                 verified = VERIFY[out.verify](base, cache, drafts)
-            # Accept the longest prefix of any that is the base's own greedy output.
-            rows, lengths = accept(drafts[None], verified.choices[None], np.array([remaining]), base.eos_token_ids)
-            row, n = int(rows[0]), int(lengths[0])
+            # Accept what the rule keeps of them: greedily the longest prefix of any that is the base's own output.
+            row, n, choice = rule.judge(drafts, verified, remaining, base.eos_token_ids, context.drawn)
             call = Call(verified.tokens, len(drafts), asked)
             out.add([token for token in drafts[row].tolist() if token >= 0], n, call)
             goes_on = accepted is None or accepted(out.output_ids[-n:])
             if not goes_on or out.output_ids[-1] in base.eos_token_ids or n == remaining:
                 break
-            # Advance: what was accepted stays in the cache; the call has chosen the next token.
-            last = verified.keep(cache, row, n)
+            # Advance: what was accepted stays in the cache; the next token is chosen.
+            last = verified.keep(cache, row, n, choice)
     out.seconds.rescore = sum(out.rescore_seconds)
     return out
 
 
 @dataclass(frozen=True)
 class Last:
-    """The last position that the base has settled: logits `[1, vocab]`, state `[1, d]`, its greedy choice after it."""
+    """The last position that the base has settled: logits `[1, vocab]`, state `[1, d]`, the token chosen after it."""
 
     logits: torch.Tensor
     hidden: torch.Tensor
@@ -173,11 +180,11 @@ class Verified:
         """That the base read."""
         return self.logits.shape[0] * self.logits.shape[1]
 
-    def keep(self, cache: KVCache, row: int, n: int) -> Last:
-        """Keeps the first n tokens of a draft in the cache; what the base says after them."""
+    def keep(self, cache: KVCache, row: int, n: int, choice: int) -> Last:
+        """Keeps the first n tokens of a draft in the cache; what the base says after them, and the token chosen."""
         cache.keep(self.columns[row, :n].tolist(), row=int(self.rows[row, 0]))
         b, m = int(self.rows[row, n - 1]), int(self.columns[row, n - 1])
-        return Last(self.logits[b, m : m + 1], self.hidden[b, m : m + 1], int(self.choices[row, n - 1]))
+        return Last(self.logits[b, m : m + 1], self.hidden[b, m : m + 1], choice)
 
 
 def _verify_batch(base: BaseLM, cache: KVCache, drafts: np.ndarray) -> Verified:

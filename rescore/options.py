@@ -48,8 +48,9 @@ Rescorers = Annotated[
 ]
 Drafters = Annotated[
     Sequence[Spec],
-    "What rescorers choose among: heads[:vocabulary=N], lookup, corpus-lookup:DIR, draft-model:NAME, trace:FOLDER or a "
-    "plug-in's name; several are joined. Default: heads (joint: heads, lookup).",
+    "What rescorers choose among: heads[:vocabulary=N], lookup, corpus-lookup:DIR, draft-model:NAME, eagle:FOLDER, "
+    "hydra:FOLDER, mtp[:FOLDER], trace:FOLDER or a plug-in's name; several are joined. Default: heads (joint: heads, "
+    "lookup).",
     "--drafter",
 ]
 Ks = Annotated[Sequence[int], "Tokens of each head that are in the lattice.", "--k"]

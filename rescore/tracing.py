@@ -169,6 +169,8 @@ def record_trace(
         for example, ids in zip(missing, prompts, strict=True):
             check_fits(len(ids), max_new_tokens, base.context_length, what=f"example {example.id}: a prompt")
         finished = len(examples) - len(missing)
+        if missing:
+            base.unpack()  # what is recorded is the same to the last bit whatever was decoded before
         for start in range(0, len(missing), PART_EXAMPLES):
             part, ids_of = missing[start : start + PART_EXAMPLES], prompts[start : start + PART_EXAMPLES]
             rows: dict[int, dict[str, Any]] = {}

@@ -232,6 +232,15 @@ def squad_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_lines(tmp_path_factory.mktemp("data") / "squad.jsonl", squad_records(6))
 
 
+@pytest.fixture
+def options(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path) -> dict[str, Any]:
+    """An evaluation of these examples, for `evaluating`: rescorers and the like are added to it."""
+    return dict(
+        base=str(tiny_folder), heads=str(tiny_heads_folder), data=str(squad_file), dtype="float64", device="cpu", k=8,
+        max_new_tokens=24,
+    )  # fmt: skip
+
+
 @contextmanager
 def no_root_rights() -> Iterator[None]:
     """Permissions of files hold, also for root: the capabilities that pass over them are laid down meanwhile."""

@@ -13,7 +13,7 @@ Knows nothing about heads, drafts or acceptance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lattices.errors import IncompatibleError
+from lm.base.states import LayerStates
 
 GROWTH = 64  # positions by which a full buffer of a `TreeCache` grows
 # Whose layers are keys and values of every token, and no more: what a mask hides of them is the model's affair.
@@ -129,13 +130,15 @@ class KVCache(Cache):
 
     length: positions kept.
     written: those and the block of the last forward.
+    states: the base's own at the kept positions, of one row, where some are asked for (`layers`).
     """
 
-    def __init__(self, config: PreTrainedConfig, capacity: int) -> None:
+    def __init__(self, config: PreTrainedConfig, capacity: int, layers: Collection[int] = ()) -> None:
         self.capacity = capacity
+        self.states = LayerStates(layers, capacity) if layers else None
         self.length = self.written = 0
-        layers, self.buffers = cache_layers(config, self._new_layer)
-        super().__init__(layers=layers)
+        every, self.buffers = cache_layers(config, self._new_layer)
+        super().__init__(layers=every)
 
     def _new_layer(self) -> BufferLayer:
         return BufferLayer(self)
@@ -144,6 +147,8 @@ class KVCache(Cache):
     def keep(self, columns: Sequence[int], row: int = 0) -> None:
         """Of the tokens in the last forward keep `columns` (from 0, in order), of batch row `row`."""
         chosen = list(columns)
+        if self.states is not None:
+            self.states.keep(chosen, row)
         in_place = chosen == list(range(len(chosen)))
         index: Any = slice(len(chosen))
         if not in_place:
@@ -162,6 +167,7 @@ class KVCache(Cache):
     def keep_all(self) -> None:
         """Keeps every token of the last forward, all rows."""
         assert all(layer.block is None for layer in self.buffers), "drafts on a past of one row can't all be kept"
+        assert self.states is None, "states are kept of one row, by `keep`"
         self.length = self.written
 
     @torch.inference_mode()

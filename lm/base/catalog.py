@@ -13,7 +13,7 @@ import importlib.metadata
 import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +57,7 @@ def load_base(
     device: str = "auto",
     config: Any = None,
     compile: str = "auto",
+    prepare: Callable[[PreTrainedModel], object] | None = None,
 ) -> BaseLM:
     """Loads a base LM.
 
@@ -66,6 +67,7 @@ def load_base(
     dtype, device: of a model that is loaded by name.
     compile: whether its layers are compiled once it decodes: auto, where that gains, or off.
     config: another configuration than its own, of which the weights hold all that it asks for (fewer layers).
+    prepare: changes weights before any is read from its file.
 
     Raises `RescoreError` with what to do if there is no such model, it can't be read or can't be reached.
     """
@@ -87,6 +89,8 @@ def load_base(
     identity = source.identity(dtype, chosen, tokenizer)
     packed = attention.PACKED if device == "cpu" and _takes_sdpa(chosen) else None
     weights = _weights(source, chosen, dtype, device, packed, cut=config is not None)
+    if prepare is not None:
+        prepare(weights)
     return BaseLM(weights, tokenizer, identity=identity, from_files=True, compiles=compile == "auto")
 
 

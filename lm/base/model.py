@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lattices.errors import IncompatibleError, RescoreError, first_line
 from lm.base.cache import KVCache, TreeCache, layer_types
-from lm.base.fast.compiled import compile_layers
+from lm.base.fast.compiled import compile_layers, remove
 from lm.base.fast.graphs import SIZES, FixedCache, FixedForwards
-from lm.base.fast.siblings import join_siblings
+from lm.base.fast.siblings import pack_joined
 from lm.base.identity import uses_date, with_fixed_date
-from lm.base.packed import can_pack, pack
+from lm.base.packed import can_pack, product_of, unpack
 from lm.base.probe import Probe, Scaling
 
 LEAST_WEIGHTS = 1 << 24  # of a model whose layers are compiled; what a smaller one saves is not worth the wait
@@ -110,8 +111,8 @@ class BaseLM:
             )
         self.context_length = _context_length(config)
         self._hidden: torch.Tensor | None = None
-        self._packed = False
         self._fixed: FixedForwards | None = None
+        self._may_compile = compiles
         self._projects, self._last = True, 0
         self.output_embeddings.register_forward_pre_hook(self._remember_hidden)
         self.scaling = Scaling()
@@ -124,14 +125,23 @@ class BaseLM:
 
     def pack(self) -> None:
         """Makes the model ready for steps of a few tokens, where that gains: its weights are laid out for them
-        (`lm.base.packed`), products are joined and layers compiled (`lm.base.fast`). For inference only."""
-        if not self._packed and self.from_files and can_pack(self.model):  # one given in memory may still change
-            few = torch.arange(3, device=self.device)[None]
-            join_siblings(self.model, lambda: self.forward(few)[0])
-            pack(self.model)
-            if self.compiles and sum(weight.numel() for weight in self.model.parameters()) >= LEAST_WEIGHTS:
-                compile_layers(self)
-        self._packed = True
+        (`lm.base.packed`), and layers compiled (`lm.base.fast`). For inference only.
+
+        Of a linear layer's plain weight only the shape stays then, but for the vocabulary projection.
+        """
+        if not self.from_files or not can_pack(self.model):  # a model that was given in memory may still change
+            return
+        few = torch.arange(3, device=self.device)[None]
+        pack_joined(self.model, self.output_embeddings, lambda: self.forward(few)[0])
+        if self._may_compile and sum(weight.numel() for weight in self.model.parameters()) >= LEAST_WEIGHTS:
+            compile_layers(self)
+        self._may_compile = False
+
+    def unpack(self) -> None:
+        """Has all weights as they were read: to train them, or to compute as before `pack` to the last bit."""
+        remove(self.model)
+        unpack(self.model)
+        self._may_compile = self.compiles
 
     @functools.cached_property
     def body_gives_states(self) -> bool:
@@ -151,7 +161,7 @@ class BaseLM:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.model.device
+        device: torch.device = self.output_embeddings.weight.device  # where all are, or were before `pack`
         return device
 
     @property
@@ -223,15 +233,15 @@ class BaseLM:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def new_cache(self, capacity: int) -> KVCache:
-        """An empty cache for up to `capacity` positions."""
-        return KVCache(self.model.config, capacity)
+    def new_cache(self, capacity: int, layers: Collection[int] = ()) -> KVCache:
+        """An empty cache for up to `capacity` positions; with the states that enter these layers (`lm.base.states`)."""
+        return KVCache(self.model.config, capacity, layers)
 
-    def new_decoding_cache(self, capacity: int) -> KVCache:
-        """An empty cache for up to `capacity` positions of one sequence that is decoded in steps of a few tokens: on a
-        GPU its forwards are of fixed shapes, and recorded."""
-        if not self.has_fixed_shapes:
-            return self.new_cache(capacity)
+    def new_decoding_cache(self, capacity: int, layers: Collection[int] = ()) -> KVCache:
+        """`new_cache` for one sequence that is decoded in steps of a few tokens: on a GPU its forwards are of fixed
+        shapes, and recorded (but not those whose states are asked for)."""
+        if layers or not self.has_fixed_shapes:
+            return self.new_cache(capacity, layers)
         if self._fixed is None or not self._fixed.has_room(capacity):
             self._fixed = FixedForwards(self._fixed_forward, self.model.config, capacity, self.device)
         return self._fixed.new_cache()
@@ -287,13 +297,17 @@ class BaseLM:
         if self._takes_last:
             arguments["logits_to_keep"] = last
         self._projects, self._last = projects, last
+        states = cache.states if isinstance(cache, KVCache) else None
         try:
-            output = self.model(input_ids=input_ids, attention_mask=attention_mask, **arguments)
+            with states.noting(self) if states else nullcontext():
+                output = self.model(input_ids=input_ids, attention_mask=attention_mask, **arguments)
         finally:
             self._projects, self._last = True, 0
         if self._hidden is None:
             raise IncompatibleError(f"{self.identity.name} does not call its vocabulary projection, which heads need")
         hidden, self._hidden = self._hidden, None
+        if states:
+            states.note_logits(output.logits)
         return output.logits, hidden
 
     def project(self, hidden: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
@@ -303,7 +317,7 @@ class BaseLM:
         """
         weight, bias = self.output_embeddings.weight, self.output_embeddings.bias
         if token_ids is None or token_ids.numel() >= self.vocab_size:
-            packed = vars(self.output_embeddings).get("forward")  # without the hook, which notes the states of a call
+            packed = product_of(self.output_embeddings)  # without the hook, which notes the states of a call
             logits = packed(hidden) if packed else functional.linear(hidden, weight, bias)
             if token_ids is not None:
                 logits = logits.gather(-1, token_ids[:, None].expand(-1, hidden.shape[1], -1))

@@ -1,35 +1,78 @@
-"""Linear layers for steps of a few tokens on a CPU: oneDNN with weights that are laid out for it beforehand.
+"""Linear layers for decoding on a CPU: oneDNN with weights that are laid out for it beforehand.
 
 A step of decoding multiplies one to some dozen rows by every weight. As torch keeps them each further row costs almost
-as much as the first; laid out for few rows they cost little more than reading the weights once. Prompts, which have
-many rows, are multiplied as before. Results differ from the plain product by rounding only.
+as much as the first; laid out for few rows they cost little more than reading the weights once, and prompts, which
+have many rows, lose nothing. Results differ from the plain product by rounding only.
+
+The weights are then in memory once: the plain ones go as soon as they are laid out, and `unpack` brings them back.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from lm.base.fast.traceable import multiply
+from lm.base.pages import release
 
 ROWS = 8  # that weights are laid out for
-MOST_ROWS = 64  # of a product; with more the plain one is as fast
 
 
 class PackedProduct:
-    """The forward of a `Linear`: rows `[..., in_features]` -> `[..., out_features]`. Its weight must not change."""
+    """The forward of a `Linear`: rows `[..., in_features]` -> `[..., out_features]`. For inference only."""
 
     def __init__(self, linear: torch.nn.Linear) -> None:
-        self.linear = linear
         self.bias: torch.Tensor | None = linear.bias
+        self.size = linear.weight.shape[0]
         self.packed: Any = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        if not torch.compiler.is_exporting() and rows.shape[:-1].numel() > MOST_ROWS:
-            return functional.linear(rows, self.linear.weight, self.bias)
-        return multiply(rows, self.packed, self.bias, self.linear.weight.shape[0])
+        return multiply(rows, self.packed, self.bias, self.size)
+
+    def weight(self) -> torch.Tensor:
+        """The weight as it was, bit for bit."""
+        weight: torch.Tensor = self.packed.to_dense()
+        return weight
+
+
+class Siblings:
+    """Layers that read the same rows, as one product: it is computed when the first of them is called, and its parts
+    given to the others. Every product costs a start, however small it is."""
+
+    def __init__(self, linears: Sequence[torch.nn.Linear]) -> None:
+        self.sizes = [linear.weight.shape[0] for linear in linears]
+        joined = torch.nn.Linear(linears[0].weight.shape[1], sum(self.sizes), bias=False, device="meta")
+        joined.weight = torch.nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
+        if linears[0].bias is not None:
+            joined.bias = torch.nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
+        self.product = PackedProduct(joined)
+        self._rows: torch.Tensor | None = None
+        self._parts: dict[int, torch.Tensor] = {}
+
+    def part(self, place: int, rows: torch.Tensor) -> torch.Tensor:
+        """The product of one of the layers; a tensor of rows is multiplied once for all of them."""
+        if rows is not self._rows or place not in self._parts:
+            self._rows, self._parts = rows, dict(enumerate(self.product(rows).split(self.sizes, dim=-1)))
+        part = self._parts.pop(place)
+        if not self._parts:
+            self._rows = None
+        return part
+
+
+class Sibling:
+    """The forward of one of several layers that are one product."""
+
+    def __init__(self, siblings: Siblings, place: int) -> None:
+        self.siblings, self.place = siblings, place
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.siblings.part(self.place, rows)
+
+    def weight(self) -> torch.Tensor:
+        """The layer's weight as it was, bit for bit."""
+        return self.siblings.product.weight().split(self.siblings.sizes)[self.place].clone()
 
 
 def can_pack(model: torch.nn.Module) -> bool:
@@ -46,8 +89,52 @@ def can_pack(model: torch.nn.Module) -> bool:
 
 
 @torch.inference_mode()
-def pack(model: torch.nn.Module) -> None:
-    """Gives all plain `Linear`s of a model packed products, once; for inference only."""
+def pack(
+    model: torch.nn.Module,
+    kept: torch.nn.Module | None = None,
+    groups: Sequence[Sequence[torch.nn.Linear]] = (),
+) -> None:
+    """Gives all plain `Linear`s of a model packed products in place of their weights, whose shapes stay (on the device
+    `meta`), those of each group a product in common. `kept` keeps its weight, too: single rows of it are read.
+
+    At no time are more than those of one product in memory twice, the largest while there is least beside it.
+    """
+    linears = plain_linears(model)
+    for weight in model.parameters() if linears else ():
+        release(weight)
+    grouped = {linear for group in groups for linear in group}
+    parts = [*groups, *([linear] for linear in linears if linear not in grouped)]
+    for part in sorted(parts, key=lambda each: -sum(linear.weight.numel() for linear in each)):
+        siblings = Siblings(part) if len(part) > 1 else None
+        for place, linear in enumerate(part):
+            linear.forward = Sibling(siblings, place) if siblings else PackedProduct(linear)  # type: ignore[assignment]
+            release(linear.weight)
+            if linear is not kept:
+                linear.weight = torch.nn.Parameter(torch.empty_like(linear.weight, device="meta"), requires_grad=False)
+
+
+def plain_linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
+    """The `Linear`s of a model that are as torch has them."""
+    return [m for m in model.modules() if type(m) is torch.nn.Linear and product_of(m) is None]
+
+
+def unpack(model: torch.nn.Module) -> None:
+    """Takes back what `pack` did: the weights are bit for bit what they were."""
     for module in model.modules():
-        if type(module) is torch.nn.Linear and "forward" not in vars(module):
-            module.forward = PackedProduct(module)  # type: ignore[assignment]
+        if (product := product_of(module)) is not None:
+            if module.weight.is_meta:
+                module.weight = torch.nn.Parameter(product.weight(), requires_grad=False)
+            del module.forward
+
+
+def product_of(module: torch.nn.Module) -> PackedProduct | Sibling | None:
+    """The packed product of a layer, or its part in one; None: it has none."""
+    product = vars(module).get("forward")
+    return product if isinstance(product, PackedProduct | Sibling) else None
+
+
+def products_in(module: torch.nn.Module) -> list[PackedProduct]:
+    """The packed products of a module and of all in it, each once."""
+    found = [product for each in module.modules() if (product := product_of(each)) is not None]
+    whole = [product.siblings.product if isinstance(product, Sibling) else product for product in found]
+    return list({id(product): product for product in whole}.values())

@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from torch import nn
 
 from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
-from lattices.lattice import Lattice, side_by_side
+from lattices.lattice import Lattice, put_first, side_by_side
 from lattices.paths import user_path
 from lm.base.adapters import TUNED_FILE
 from lm.base.model import BaseIdentity, BaseLM
@@ -147,10 +147,16 @@ class BlockHeads(nn.Module):
         first: torch.Tensor,
         k: int,
         *,
+        tokens: torch.Tensor | None = None,
         projection: DraftProjection | None = None,
     ) -> Lattice:
-        """The lattice `[n, h, k]` after each of n states; arguments as for `slots`."""
-        return side_by_side([slots.lattice(k) for slots in self.slots(base, hidden, first, projection=projection)])
+        """The lattice `[n, h, k]` after each of n states; arguments as for `slots`. Slot 1 begins with `tokens`, where
+        they are given."""
+        of_heads = self.slots(base, hidden, first, tokens, projection=projection)
+        lattice = side_by_side([slots.lattice(k) for slots in of_heads])
+        if tokens is not None:
+            put_first(lattice.token_ids[:, 0], lattice.logps[:, 0], tokens.cpu().numpy())
+        return lattice
 
     def first(self, h: int) -> BlockHeads:
         """The same heads cut to a block of h tokens (no head depends on later ones)."""

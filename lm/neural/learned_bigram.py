@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lm.base.pages import release
 from lm.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Config, check_shapes, read_config, read_weights
 from lm.files import SHIPPED, sha256_of_file
 
@@ -41,7 +42,9 @@ class LearnedBigram:
     def tables(self, embeddings: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """What each token has to say as the first and as the second of a pair: float32 `[vocab, rank]` each."""
         every = embeddings.float().cpu()
-        return (every @ self.left).numpy(), (every @ self.right).numpy()
+        tables = (every @ self.left).numpy(), (every @ self.right).numpy()
+        release(embeddings)  # all of it was read, which is not needed any more
+        return tables
 
 
 def shipped_bigram(base_name: str) -> Path:

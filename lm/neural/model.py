@@ -11,14 +11,14 @@ A rescorer is a causal LM over the base's own tokens, in one of two forms:
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
 from lm.base.cache import TreeCache
@@ -33,6 +33,7 @@ from lm.base.catalog import (
 from lm.base.identity import tokenizer_sha256
 from lm.base.machine import enough_memory
 from lm.base.model import BaseIdentity, BaseLM
+from lm.base.packed import product_of
 from lm.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Config, check_shapes, read_config, read_weights, write_checkpoint
 from lm.files import SHIPPED, read_json_object, sha256_of_file
 from lm.keys import key_of
@@ -111,8 +112,11 @@ def named_size(name: str) -> NeuralSize:
     return SIZES[name]
 
 
-def first_layers(name: str, layers: int, *, dtype: str = "float32", device: str = "cpu") -> BaseLM:
-    """The base `name` cut to its first `layers` layers. Raises as `load_base`; `RescoreError` if it has fewer."""
+def first_layers(name: str, layers: int, **options: Any) -> BaseLM:
+    """The base `name` cut to its first `layers` layers, on the CPU unless the options of `load_base` say otherwise.
+
+    Raises as `load_base`; `RescoreError` if it has fewer.
+    """
     config = read_model_config(name)
     text_config = config.get_text_config(decoder=True)
     if text_config.num_hidden_layers < layers:
@@ -123,7 +127,7 @@ def first_layers(name: str, layers: int, *, dtype: str = "float32", device: str 
     text_config.num_hidden_layers = layers
     if getattr(text_config, "layer_types", None):
         text_config.layer_types = text_config.layer_types[:layers]
-    return load_base(name, dtype=dtype, device=device, config=config)
+    return load_base(name, config=config, **{"device": "cpu", **options})
 
 
 def save_delta(model: torch.nn.Module, names: list[str], config: DeltaConfig, folder: Path) -> None:
@@ -225,33 +229,25 @@ def load_neural(
     device: str = "cpu",
     shared: BaseLM | None = None,
 ) -> NeuralLM:
-    """The small LM for the base `base_name` (`shared`: the base itself, where it is loaded: they share its weights).
+    """The small LM for the base `base_name`.
 
+    shared: the base itself, where it decodes: both are laid out for that (`BaseLM.pack`), and share what they can.
     vocab_size: tokens that it must know. `check_fits` comes first. Raises `IncompatibleError` for a vocabulary that is
     too small or a model without tree attention, `InvalidDataError` for broken files.
     """
-    if source.delta is None:
-        model = load_base(str(source.folder), dtype=dtype, device=device)
+    options: dict[str, Any] = {"dtype": dtype, "device": device}
+    if (delta := source.delta) is None:
+        model = load_base(str(source.folder), **options)
     else:
         under = under_adapter(base_name)
-        if under is not None and under.weights_sha256 == source.delta.base_weights_sha256:
-            base_name, shared = under.name, None  # the base in memory is the changed one
-        model = first_layers(base_name, source.delta.layers, dtype=dtype, device=device)
-        if model.identity.weights_sha256 != source.delta.base_weights_sha256:
+        if under is not None and under.weights_sha256 == delta.base_weights_sha256:
+            base_name = under.name  # the base in memory is the changed one
+        if identify(base_name).weights_sha256 != delta.base_weights_sha256:
             raise IncompatibleError(
                 f"what {base_name} stands for has changed: the {source.use.name} {source.name} needs other weights "
                 "of it"
             )
-        tensors = read_weights(
-            source.folder, missing=f"no {source.use.name} weights in {source.folder}", what=f"the {source.use.name}"
-        )
-        state: dict[str, torch.Tensor] = model.model.state_dict()
-        expected = {name: state[name].shape for name in tensors if name in state}
-        check_shapes(source.folder, {name: value.shape for name, value in tensors.items()}, expected, "base")
-        for name, value in tensors.items():
-            state[name].copy_(value)
-        if shared is not None and shared.dtype == model.dtype and shared.device == model.device:
-            _share(model.model, shared.model, tensors)
+        model = first_layers(base_name, delta.layers, **options, prepare=lambda cut: _become(cut, source, shared))
     if model.vocab_size < vocab_size:
         raise IncompatibleError(
             f"the {source.use.name} {source.name} knows {model.vocab_size} tokens, {base_name} has {vocab_size}; "
@@ -259,15 +255,37 @@ def load_neural(
         )
     if not model.supports_tree:
         raise IncompatibleError(f"the {source.use.name} {source.name} takes no tree mask; give one with full attention")
+    if shared is not None:
+        model.pack()
     return NeuralLM(model)
 
 
-def _share(model: torch.nn.Module, base: torch.nn.Module, own: dict[str, torch.Tensor]) -> None:
-    """Lets a cut base use the whole base's tensors wherever it has none of its own."""
-    theirs: dict[str, Any] = dict(base.named_parameters())
-    for name, parameter in model.named_parameters():
-        if name not in own and name in theirs:
-            parameter.data = theirs[name].data
+def _become(cut: PreTrainedModel, source: NeuralSource, shared: BaseLM | None) -> None:
+    """Gives a cut base the tensors of a delta, and of the whole base, if that is in memory, all others."""
+    assert source.delta is not None
+    name = source.use.name
+    tensors = read_weights(source.folder, missing=f"no {name} weights in {source.folder}", what=f"the {name}")
+    state: dict[str, torch.Tensor] = cut.state_dict()
+    expected = {name: state[name].shape for name in tensors if name in state}
+    check_shapes(source.folder, {name: value.shape for name, value in tensors.items()}, expected, "base")
+    # Put in place of the base's, whose file is mapped and stays unread.
+    cut.load_state_dict({name: value.to(state[name]) for name, value in tensors.items()}, strict=False, assign=True)
+    same = shared is not None and shared.identity.weights_sha256 == source.delta.base_weights_sha256
+    if shared is not None and same and (shared.dtype, shared.device) == (cut.dtype, cut.device):
+        shared.pack()
+        _share(cut, shared.model, tensors)
+
+
+def _share(model: torch.nn.Module, base: torch.nn.Module, own: Collection[str]) -> None:
+    """Lets a cut base use the whole base's weights and products in all layers in which it has no tensor of its own."""
+    theirs = dict(base.named_modules())
+    for name, module in model.named_modules():
+        parts = [part for part, _ in module.named_parameters(recurse=False)]
+        if not any(f"{name}.{part}" in own for part in parts):
+            for part in parts:
+                setattr(module, part, getattr(theirs[name], part))
+            if (product := product_of(theirs[name])) is not None:
+                module.forward = product
 
 
 class NeuralLM:

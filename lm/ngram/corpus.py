@@ -149,24 +149,12 @@ def encode_corpora(
     """
     if errors not in ("strict", "replace"):
         raise RescoreError(f"errors = {errors!r}; choose strict or replace")
-    progress = progress or no_progress
     numbering: _Numbering = _Words(field, errors)
     if tokenizer is not None:
         numbering = _Tokens(field, errors, tokenizer, left_context=left_context, surface=surface)
-    documents = tokens = done = 0
-    total = sum(source.size for source in sources)
-    with writing(path), path.open("wb") as out:
-        for source in sources:
-            for ids in numbering.parts(source):
-                write_array(out, ids)
-                ends = int(np.count_nonzero((ids == SENTENCE_END) | (ids == BREAK)))
-                documents += ends
-                tokens += len(ids) - ends
-                progress("reading", done, total)
-            done += source.size
-    progress("reading", total, total)
-    if not tokens:
-        raise InvalidDataError(f"there is no word in {', '.join(source.name for source in sources)}")
+    documents, tokens = _write(
+        path, sources, numbering, lambda _, ids: ids, ends=(SENTENCE_END, BREAK), unit="word", progress=progress
+    )
     return EncodedCorpus(path, (*SPECIAL_WORDS, *numbering.names()), documents, tokens)
 
 
@@ -186,25 +174,45 @@ def encode_tokens(
     Of own output that the base finished the end-of-text token is one of them: it says it there itself. Other options
     and errors are those of `encode_corpora`.
     """
-    progress = progress or no_progress
     numbering = _Tokens(field, errors, tokenizer, left_context=left_context, surface=False)
+
+    def token_ids(source: CorpusSource, words: np.ndarray) -> np.ndarray:
+        ids = np.array([*[END] * len(SPECIAL_WORDS), *numbering.token_ids], np.int32)[np.maximum(words, 0)]
+        if source.kind == "own":
+            ids = np.insert(ids, np.flatnonzero(words == SENTENCE_END), numbering.end_of_text)
+        return np.asarray(ids)
+
+    return _write(path, sources, numbering, token_ids, ends=(END,), unit="token", progress=progress)
+
+
+def _write(
+    path: Path,
+    sources: Sequence[CorpusSource],
+    numbering: _Numbering,
+    ids_of: Callable[[CorpusSource, np.ndarray], np.ndarray],
+    *,
+    ends: tuple[int, ...],
+    unit: str,
+    progress: Progress | None,
+) -> tuple[int, int]:
+    """Writes what `ids_of` makes of the word ids of each part of the sources; gives the documents, after each of which
+    stands one of `ends`, and the ids beside those. Raises as `encode_corpora`; `unit`: what it calls an id."""
+    progress = progress or no_progress
     documents = tokens = done = 0
     total = sum(source.size for source in sources)
     with writing(path), path.open("wb") as out:
         for source in sources:
             for words in numbering.parts(source):
-                ids = np.array([*[END] * len(SPECIAL_WORDS), *numbering.token_ids], np.int32)[np.maximum(words, 0)]
-                if source.kind == "own":
-                    ids = np.insert(ids, np.flatnonzero(words == SENTENCE_END), numbering.end_of_text)
+                ids = ids_of(source, words)
                 write_array(out, ids)
-                ends = int(np.count_nonzero(ids == END))
-                documents += ends
-                tokens += len(ids) - ends
+                ended = int(np.count_nonzero(np.isin(ids, ends)))
+                documents += ended
+                tokens += len(ids) - ended
                 progress("reading", done, total)
             done += source.size
     progress("reading", total, total)
     if not tokens:
-        raise InvalidDataError(f"there is no token in {', '.join(source.name for source in sources)}")
+        raise InvalidDataError(f"there is no {unit} in {', '.join(source.name for source in sources)}")
     return documents, tokens
 
 

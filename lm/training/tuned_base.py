@@ -48,6 +48,7 @@ class TunedBase:
         total = base.config.num_hidden_layers
         if layers is not None and layers > total:
             raise RescoreError(f"tuned_layers = {layers}, but {base.identity.name} has {total} layers")
+        base.unpack()
         if how == LORA:
             self._add_adapter(rank, None if layers is None else list(range(total - layers, total)))
         else:

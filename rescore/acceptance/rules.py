@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from lattices.errors import RescoreError
 from rescore.specs import Registry
 
 
@@ -19,10 +20,14 @@ class Said(Protocol):
     read; rows, columns int `[p, l]`: where in them each draft token stands.
     """
 
-    choices: np.ndarray
-    logits: torch.Tensor
-    rows: np.ndarray
-    columns: np.ndarray
+    @property
+    def choices(self) -> np.ndarray: ...
+    @property
+    def logits(self) -> torch.Tensor: ...
+    @property
+    def rows(self) -> np.ndarray: ...
+    @property
+    def columns(self) -> np.ndarray: ...
 
 
 class Drawn(NamedTuple):
@@ -47,12 +52,13 @@ class Verdict(NamedTuple):
 class Rule(ABC):
     """Decides what of the drafts is kept, and the token after it.
 
-    name: its spec. lossy: its output is not the base's. random: it draws, see `started`.
+    name: its spec. lossy: its output is not the base's. random: it draws, by its `random_state`, see `started`.
     """
 
     name: str = ""
     lossy: bool = False
     random: bool = False
+    random_state: np.random.Generator | None = None
 
     def started(self, *key: object) -> Rule:
         """The rule for one output; a random one draws by its seed and this key from the beginning."""
@@ -89,6 +95,17 @@ RULES: Registry[Rule] = Registry(
         "min-block": "lossy:MinBlock",
     },
 )  # fmt: skip
+
+
+def check_rule(rule: Rule, label: str, *, draws: bool, lattices_only: bool) -> None:
+    """Raises `RescoreError` for a run that a rule can't judge.
+
+    draws: its rescorer draws its drafts; lattices_only: of the slots of one drafter.
+    """
+    if draws and not rule.random:
+        raise RescoreError(f"{label} draws its drafts, which is for sampled output only; add --temperature")
+    if draws and not lattices_only:
+        raise RescoreError(f"{label} draws from the slots of one drafter; give one (--drafter heads)")
 
 
 def load_rule(spec: str) -> Rule:

@@ -33,6 +33,7 @@ class Sampling(Rule):
     """
 
     random = True
+    random_state: np.random.Generator
 
     def __init__(self, temperature: float = 1.0, *, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> None:
         if not 0 < temperature < float("inf"):

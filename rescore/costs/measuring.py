@@ -20,10 +20,9 @@ import torch
 from lattices.errors import RescoreError
 from lm.heads.draft_rows import DraftRows
 from rescore import options as shared
-from rescore.acceptance import accept
 from rescore.costs.kept import keep_costs, this_machine
 from rescore.costs.table import ChoiceCost, Costs, HeadsCost
-from rescore.decoding import VERIFY, Last
+from rescore.decoding import GREEDY, VERIFY, Last
 from rescore.generation.live import Generator
 from rescore.options import Spec
 from rescore.runs.inputs import Inputs, Progress
@@ -160,9 +159,8 @@ class StandingDecode:
         if heads is not None:
             heads.lattice(self.base, self.last.hidden, self.last.logits, k)
         verified = VERIFY["tree"](self.base, self.cache, drafts)
-        room = np.array([drafts.shape[1]])
-        rows, lengths = accept(drafts[None], verified.choices[None], room, self.base.eos_token_ids)
-        self.last = verified.keep(self.cache, int(rows[0]), int(lengths[0]))
+        row, n, choice = GREEDY.judge(drafts, verified, drafts.shape[1], self.base.eos_token_ids)
+        self.last = verified.keep(self.cache, row, n, choice)
         self.cache.length = self.cached
 
 

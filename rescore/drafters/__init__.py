@@ -18,6 +18,9 @@ DRAFTERS: Registry[Drafter] = Registry(
         "lookup": "lookup:PromptLookup",
         "corpus-lookup": "corpus_lookup:CorpusLookup",
         "draft-model": "draft_model:DraftModel",
+        "eagle": "draft_layers:Eagle",
+        "hydra": "draft_layers:Hydra",
+        "mtp": "draft_layers:Mtp",
         "trace": "traced:Traced",
     },
 )  # fmt: skip

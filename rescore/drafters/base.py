@@ -33,6 +33,7 @@ class Drafter(ABC):
     longest: tokens of a draft, the base's own first one included; None: those of the heads.
     held: entries of a slot that it has at most (None: as many as are asked for).
     vocabulary: tokens of the base that it was fitted to (`rescore.drafters.asked`); 0: not known.
+    layers: of the base, whose states it reads in `Context.states` (`lm.base.states`); set once it is fitted.
     """
 
     name: str = ""
@@ -41,6 +42,7 @@ class Drafter(ABC):
     longest: int | None = None
     held: int | None = None
     vocabulary: int = 0
+    layers: tuple[int, ...] = ()
 
     def fit(self, target: Target) -> Self:
         """The drafter for a base LM. Raises `IncompatibleError` if it was made for another tokenizer."""
@@ -92,6 +94,11 @@ class LatticeDrafter(Drafter):
         # Of the k entries only: a lattice does not tell the rest.
         mass = np.exp(lattice.logps.astype(np.float64))
         return lattice, -(mass * lattice.logps).sum(axis=-1).astype(np.float32)
+
+
+def is_lattice_alone(drafters: Sequence[Drafter]) -> bool:
+    """Whether what is proposed are the slots of one drafter."""
+    return len(drafters) == 1 and isinstance(drafters[0], LatticeDrafter)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ cache follows the accepted output as a neural rescorer's does; of a known output
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from typing import Self
 
@@ -50,7 +51,7 @@ class DraftModel(LatticeDrafter):
     def __init__(self, path: str = "", *, tokens: int = TOKENS) -> None:
         if not 1 <= tokens <= MAX_TOKENS:
             raise RescoreError(f"draft-model: tokens = {tokens}; give 1 to {MAX_TOKENS}")
-        self.model = NeuralModel(path, DRAFT_MODEL)
+        self.model = self.recorder = NeuralModel(path, DRAFT_MODEL)
         self.tokens, self.longest = tokens, 1 + tokens
         self.identity = f"draft-model {self.model.sha256} {tokens}"
         self.vocab_size = 0  # of what it may propose, once it is fitted
@@ -66,6 +67,8 @@ class DraftModel(LatticeDrafter):
         fitted = copy.copy(self)
         fitted.vocab_size = self._known(target.vocab_size)
         fitted.model = self.model.fit(target, least=fitted.vocab_size)
+        # What is recorded is the same to the last bit whatever decodes beside it.
+        fitted.recorder = self.model.fit(dataclasses.replace(target, shared=None), least=fitted.vocab_size)
         return fitted
 
     def _known(self, vocab_size: int) -> int:
@@ -122,7 +125,7 @@ class DraftModel(LatticeDrafter):
         The nodes of all positions are read together, each below its own token of the output.
         """
         check_k(k, self.vocab_size)
-        lm = self.model.load()
+        lm = self.recorder.load()
         prompt, output = (np.asarray(ids, dtype=np.int64) for ids in (prompt_ids, output_ids))
         lm.check_context(len(prompt) + len(output))
         cache = lm.new_cache(1)

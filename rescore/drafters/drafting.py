@@ -41,6 +41,11 @@ class Drafting:
         """The block heads among the drafters."""
         return next((drafter for drafter in self.drafters if isinstance(drafter, Heads)), None)
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Of the base, whose states its drafters read (`lm.base.states`)."""
+        return tuple(sorted({layer for drafter in self.drafters for layer in drafter.layers}))
+
     def longest(self, h: int) -> int:
         """Tokens of a draft, at most, with so many heads."""
         own = self.rescorer.longest

@@ -99,6 +99,7 @@ class Heads(LatticeDrafter):
                 "of all tokens; drop --trace"
             )
         base, heads = self._target.models()
+        assert heads is not None, "what drafts with heads is refused without"
         text = torch.tensor([[*prompt_ids.tolist(), *output_ids[:-1].tolist()]], device=base.device)
         _, hidden = base.forward(text, last=len(output_ids), projects=False)
         projection = self.projection(base, prompt_ids.tolist())

@@ -14,6 +14,7 @@ from lattices.paths import user_path
 from lm.files import is_text
 from lm.text_files import CSV, JSON_OBJECT, TSV, TextFile, identify, json_row, rows, text_lines
 from rescore import options as shared
+from rescore.acceptance.options import Acceptance
 from rescore.options import Spec
 from rescore.runs.inputs import Inputs
 from rescore.terminal import printable
@@ -84,6 +85,7 @@ def answers(
         Literal["auto", "yes", "no"], "Put prompts into the base's chat template; auto: where it has one."
     ] = "auto",
     verify: shared.Verify = "tree",
+    accepting: Acceptance = Acceptance(),  # noqa: B008 (it is frozen)
     inputs: Inputs,
     stream: Callable[[str], object] | None = None,
 ) -> Iterator[Answer]:
@@ -95,7 +97,7 @@ def answers(
     inputs.check()
     requests = _requests(prompt, prompts)
     run = _run(rescorer, drafter, k=k, p=p, nodes=nodes, alpha=alpha)
-    stops = [unescaped(text) for text in stop]
+    stops, rule = [unescaped(text) for text in stop], accepting.rule()
 
     def answered() -> Iterator[Answer]:
         from rescore.generation.live import Generator, best_run
@@ -108,7 +110,7 @@ def answers(
         # Where nothing is named, if there are some.
         heads = models.used_heads if needs_heads or not (run or drafter) else None
         chosen = run or best_run(base, heads, drafters=drafter, **({"k": k} if k else {}), p=p or 1)
-        generator = Generator.of(base, heads, chosen, verify=verify)
+        generator = Generator.of(base, heads, chosen, verify=verify, rule=rule)
         for number, request in enumerate(requests):
             if stream is not None and number:
                 stream("\n")  # an empty line between outputs

@@ -10,15 +10,19 @@ from lattices.errors import RescoreError
 from lm.base.model import BaseLM
 from lm.files import SHIPPED
 from lm.heads.block_heads import BlockHeads
+from rescore.acceptance import Rule
+from rescore.acceptance.options import Acceptance
+from rescore.acceptance.rules import check_rule
 from rescore.accounting import block_efficiency
 from rescore.checks import check_new_tokens
 from rescore.costs.kept import costs_here
 from rescore.costs.table import Costs
-from rescore.decoding import Decoded, decode
+from rescore.decoding import GREEDY, Decoded, decode
 from rescore.drafters import HEADS, Drafter
-from rescore.drafters.base import LatticeDrafter
+from rescore.drafters.base import LatticeDrafter, is_lattice_alone
 from rescore.drafters.heads import Heads
 from rescore.generation.growing_text import GrowingText
+from rescore.options import Spec
 from rescore.rescorers import JOINT, Rescorer, Target
 from rescore.rescorers.joint_plan import AUTO, PLANNED_NODES
 from rescore.runs.records import Seconds
@@ -40,6 +44,7 @@ class Output:
     accepted: tokens accepted by each step.
     seconds: of the whole decode, the prompt included; parts: where they went.
     verify: how drafts were verified, tree or batch; rescorer: the label of what chose them.
+    acceptance: the rule by which tokens came about, or how they were drawn; lossy: it is not the base's output.
     ended: by end-of-text (`end`), a stop string (`stop`) or the limit of tokens (`length`).
     """
 
@@ -51,6 +56,8 @@ class Output:
     parts: Seconds = field(default_factory=Seconds)
     ended: Literal["end", "stop", "length"] = "length"
     rescorer: str = NONE
+    acceptance: str = GREEDY.name
+    lossy: bool = False
 
     @property
     def block_efficiency(self) -> float:
@@ -76,7 +83,8 @@ class Output:
         times = {"prompt": parts.prefill, "verify": parts.verify, "draft": parts.draft, "rescore": parts.rescore}
         return (
             f"{len(self.token_ids)} tokens in {self.seconds:.2f} s ({self.tokens_per_second:.1f} tokens/s), "
-            f"{len(self.accepted)} steps of {self.block_efficiency:.2f} tokens by {self.rescorer}; "
+            f"{len(self.accepted)} steps of {self.block_efficiency:.2f} tokens by {self.rescorer}"
+            f"{f' (lossy acceptance: {self.acceptance})' if self.lossy else ''}; "
             + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items())
         )
 
@@ -96,6 +104,7 @@ class Generator:
     k: int
     verify: str
     label: str
+    rule: Rule = GREEDY
 
     @classmethod
     def of(
@@ -106,6 +115,7 @@ class Generator:
         *,
         verify: str = "tree",
         costs: Costs | None = None,
+        rule: Rule = GREEDY,
     ) -> Self:
         """Arguments as for `generate`; costs: of a rescorer that drafts by them (None: measured on this machine).
 
@@ -121,6 +131,7 @@ class Generator:
                 f"{run.label} drafts with block heads, and there are none for {base.identity.name}; give heads, or "
                 "other drafters (--drafter lookup)"
             )
+        check_rule(rule, run.label, draws=loaded.random, lattices_only=is_lattice_alone(drafters))
         if loaded.plans and costs is None:
             costs = _costs(base, heads, drafters)
         fitted, drafters = fitted_to(_target(base, costs=costs), {"": (loaded, drafters)})[""]
@@ -130,13 +141,13 @@ class Generator:
             if run.number is None:
                 raise RescoreError("a weight is tuned for a task, and a prompt is of none; give alpha as a number")
             fitted = fitted.weighted(run.number)
-        return cls(base, heads, fitted, drafters, run.p, run.k, verify, run.label)
+        return cls(base, heads, fitted, drafters, run.p, run.k, verify, run.label, rule)
 
     def decode(self, prompt_ids: Sequence[int], max_new_tokens: int, accepted: Accepted | None = None) -> Decoded:
-        """From tokens to tokens; see `rescore.decoding.decode`."""
+        """From tokens to tokens; see `rescore.decoding.decode`. What is drawn follows from the seed and the prompt."""
         return decode(
             self.base, self.heads, prompt_ids, rescorer=self.rescorer, drafters=self.drafters, k=self.k, p=self.p,
-            max_new_tokens=max_new_tokens, verify=self.verify, accepted=accepted,
+            max_new_tokens=max_new_tokens, verify=self.verify, accepted=accepted, rule=self.rule.started(*prompt_ids),
         )  # fmt: skip
 
     def generate(
@@ -170,6 +181,8 @@ class Generator:
             parts=decoded.seconds,
             ended="stop" if text.stopped else "end" if at_end else "length",
             rescorer=self.label,
+            acceptance=self.rule.name,
+            lossy=self.rule.lossy,
         )
 
 
@@ -184,9 +197,14 @@ def generate(
     chat: bool | None = None,
     stop: Sequence[str] = (),
     stream: Callable[[str], object] | None = None,
+    acceptance: str = GREEDY.name,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
 ) -> Output:
-    """Decodes a prompt in blocks; the text is greedy decoding's own, whatever drafts it. Nothing is drawn, so there is
-    no seed. For many prompts make a `Generator` once.
+    """Decodes a prompt in blocks; the text is greedy decoding's own, whatever drafts it, or with a temperature has the
+    law of sampling. For many prompts make a `Generator` once.
 
     heads: None where no drafter is `heads`.
     prompt: text, or the messages of a conversation, `{"role": ..., "content": ...}` each.
@@ -196,9 +214,12 @@ def generate(
     stop: the text is cut before the first of these; no more is decoded than it takes to see it.
     stream: takes pieces of the text as they are settled, never half a character or what may begin a stop string;
         together they are the text.
+    temperature: above 0: the output is drawn, with top_k and top_p as transformers has them, by the seed.
+    acceptance: the spec of a lossy rule (`rescore.acceptance.lossy`), whose output is not the base's.
     Raises `RescoreError` for what can't be decoded.
     """
-    generator = Generator.of(base, heads, rescorer, verify=verify)
+    rule = Acceptance(Spec(acceptance), temperature, top_k, top_p, seed).rule()
+    generator = Generator.of(base, heads, rescorer, verify=verify, rule=rule)
     return generator.generate(prompt, max_new_tokens=max_new_tokens, stop=stop, chat=chat, stream=stream)
 
 

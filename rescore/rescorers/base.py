@@ -14,6 +14,7 @@ from lattices.lattice import Lattice
 
 if TYPE_CHECKING:
     from lm.base.model import BaseIdentity, BaseLM
+    from lm.base.states import LayerStates
     from lm.heads.block_heads import BlockHeads
     from rescore.acceptance.rules import Drawn
     from rescore.costs.table import Costs
@@ -31,6 +32,7 @@ class Context:
     lattices: by drafter, where its lattice is known already (heads live; in replay all that are traced): gives the one
         that stands after the output so far, `[h, k]`, for a k.
     random_state: what random drafts are drawn by, in sampled decoding; drawn: what the last ones were drawn from.
+    states: of the base at the tokens so far, live, where a drafter reads some (`Drafter.layers`).
     """
 
     prompt_ids: Sequence[int]
@@ -40,6 +42,7 @@ class Context:
     lattices: Mapping[str, Callable[[int], Lattice]] = field(default_factory=dict)
     random_state: np.random.Generator | None = None
     drawn: Drawn | None = None
+    states: LayerStates | None = None
 
     def last(self, count: int) -> list[int]:
         """The last `count` tokens before the lattice, fewer where there are not so many."""
@@ -61,7 +64,7 @@ class Target:
     device: str = "cpu"  # to work on
     shared: BaseLM | None = None  # the base LM where it is loaded: its weights need not be loaded twice
     sources: tuple[str, ...] = ()  # what it is to choose among (`rescore.drafters.base.Drafter.source`)
-    models: Callable[[], tuple[BaseLM, BlockHeads]] | None = None  # gives base and heads; None: they are not at hand
+    models: Callable[[], tuple[BaseLM, BlockHeads | None]] | None = None  # gives base and heads; None: not at hand
     traced: str = ""  # identity of the drafter whose lattices a trace holds as the heads'; empty: they are the heads'
     costs: Costs | None = None  # what a step takes, for rescorers that draft by it
 

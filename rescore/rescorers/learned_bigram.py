@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Self
+from dataclasses import replace
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from lm.neural.learned_bigram import load_bigram, shipped_bigram
 from lm.neural.model import base_with
 from rescore.rescorers.base import Context, Rescorer, Target
 
+if TYPE_CHECKING:
+    from lm.base.model import BaseLM
+
 
 class LearnedBigram(Rescorer):
     """See `rescore.rescorers.base.Rescorer`. path: a folder of `rescore train-bigram`; empty: the shipped one."""
@@ -29,6 +33,7 @@ class LearnedBigram(Rescorer):
         self.model = load_bigram(self.path)
         self.identity = f"learned-bigram {self.model.sha256}"
         self._base: str | None = None
+        self._shared: BaseLM | None = None  # the same, where it is in memory as it would be loaded
         # By base: what each token says as the first and as the second of a pair, float32 [vocab, rank] each. Made when
         # first needed, and one for all copies, whatever their weights.
         self._tables: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -46,6 +51,8 @@ class LearnedBigram(Rescorer):
             )
         fitted = copy.copy(self)
         fitted._base = base.name
+        in_memory = target.shared is not None and target.shared.identity == replace(base, dtype="float32")
+        fitted._shared = target.shared if in_memory else None
         return fitted
 
     def prefill(self, contexts: Sequence[Context]) -> None:
@@ -68,7 +75,10 @@ class LearnedBigram(Rescorer):
         if base is None:
             raise RescoreError("a learned bigram must be fitted to a base LM first (fit)")
         if base not in self._tables:
-            embeddings, weights_sha256 = load_embeddings(base)
+            if self._shared is not None:
+                embeddings, weights_sha256 = self._shared.output_embeddings.weight, self._shared.identity.weights_sha256
+            else:
+                embeddings, weights_sha256 = load_embeddings(base)
             if weights_sha256 != self.model.config.base_weights_sha256:
                 raise IncompatibleError(f"what {base} stands for has changed: the learned bigram needs other weights")
             self._tables[base] = self.model.tables(embeddings)

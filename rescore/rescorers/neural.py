@@ -3,7 +3,7 @@
 One draft: left to right over the slots, the heads' log-probs + alpha x the LM's logits within the lattice's k tokens,
 arg-max, go on. p drafts, beyond [A]: a beam of p paths by the sum of the heads' log-probs + alpha x the LM's
 log-probs among the k tokens of each slot. The first slot is never rescored. Either way h - 1 dependent forwards a
-block; the key/value cache follows the accepted output.
+block, of one draft for one example about half as many (`draft_ahead`); the key/value cache follows the accepted output.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Self
 from weakref import WeakValueDictionary
 
 import numpy as np
+import torch
 
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.lattice import Lattice
@@ -150,7 +151,10 @@ class Neural(FollowsExamples):
         model = self.model.load()
         drafts = np.zeros((len(contexts), min(p, lattices.k ** (lattices.h - 1)), lattices.h), dtype=np.int32)
         for group, rows in self._groups(contexts):
-            drafts[rows] = local_drafts(model, group, lattices[rows], self.alpha, p)
+            if p == len(rows) == 1:
+                drafts[rows] = draft_ahead(model, group, lattices[rows], self.alpha)
+            else:
+                drafts[rows] = local_drafts(model, group, lattices[rows], self.alpha, p)
         return drafts
 
 
@@ -198,6 +202,37 @@ def local_lattice(model: NeuralLM, group: Group, lattices: Lattice, alpha: float
             hidden = group.read(token_ids[:, slot, :1], nodes)
             nodes = np.full_like(nodes, before)
     return Lattice(token_ids, np.minimum(logps, 0.0).astype(np.float32))  # rounding may leave one above 0
+
+
+def draft_ahead(model: NeuralLM, group: Group, lattices: Lattice, alpha: float) -> np.ndarray:
+    """What `local_drafts` gives with p = 1, of one lattice `[1, h, k]`: int32 `[1, 1, h]`, in fewer forwards.
+
+    All slots are guessed and read in one forward, for which a single example leaves room. Up to the first wrong guess
+    the LM has read what it was to read, so its choice there is right; the slots behind it are guessed anew by what it
+    said after the wrong ones, and read again. The first guesses are the heads' own. (Fixed-point, or Jacobi, decoding.)
+    """
+    (ids,), (logps,) = lattices.token_ids, lattices.logps.astype(np.float64)
+    h = len(ids)
+    order = np.argsort(ids, axis=1)  # equals: the lowest id
+    path, parents = ids[:, 0].copy(), np.arange(-1, h - 3)
+    first, after = group.begin_with_trees(path[:1], path[None, 1:-1], parents[None], np.array([h - 2]))
+    states = torch.cat([first[:, None], after], dim=1)[0]  # [h - 1, d], after each slot but the last
+    nodes = group.cache.nodes - h + 1 + np.arange(h - 1)  # of the same slots
+    slot = 1  # the first that is not known to be right
+    while slot < h:
+        scores = logps[slot:] + alpha * model.score(states[slot - 1 :, None], ids[slot:])[:, 0]
+        best = np.take_along_axis(scores, order[slot:], axis=1).argmax(axis=1)
+        chosen = ids[np.arange(slot, h), order[np.arange(slot, h), best]]
+        wrong = np.flatnonzero(chosen != path[slot:])
+        path[slot:] = chosen
+        slot = slot + int(wrong[0]) if len(wrong) else h
+        if slot < h - 1:  # nothing is read after the last one
+            start = group.cache.nodes
+            parents = np.concatenate([nodes[slot - 1 : slot], np.arange(start, start + h - 2 - slot)])
+            states[slot:] = group.read(path[None, slot:-1], parents[None])[0]
+            nodes[slot:] = np.arange(start, group.cache.nodes)
+        slot += 1
+    return np.asarray(path[None, None])
 
 
 def _extend(

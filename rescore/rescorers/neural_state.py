@@ -81,6 +81,7 @@ class Group:
         pending = self._pending(first)
         lengths = np.array([len(chain) for chain in pending])
         longest = int(lengths.max())
+        self.model.check_context(int((self.cache.lengths + lengths).max()))
         chains, chain_parents = _padded(pending)
         offset = np.where(parents < 0, lengths[:, None] - 1, parents + longest)
         hidden = self.model.read(

@@ -18,12 +18,12 @@ import torch
 from lattices.errors import RescoreError, UnknownNameError
 from lm.base.catalog import Watch
 from lm.environment import environment
-from rescore.acceptance import first_difference
+from rescore.acceptance import Rule, first_difference
 from rescore.calls import usable_verify
 from rescore.checks import VERIFY_MODES
 from rescore.costs.predicting import not_measured
 from rescore.costs.table import Costs
-from rescore.decoding import Decoded, decode, margin_at
+from rescore.decoding import GREEDY, Decoded, decode, margin_at
 from rescore.drafters.drafting import Drafting
 from rescore.drafters.provenance import provenance
 from rescore.drafters.recorded import drafted
@@ -58,6 +58,7 @@ def evaluate(
     *,
     live: bool = False,
     verify: str = "tree",
+    rule: Rule = GREEDY,
     peers: Sequence[str | Peer] = (),
     costs: Costs | str | None = None,
     seed: int = 0,
@@ -70,6 +71,7 @@ def evaluate(
     recordings: of `rescore.record` or `rescore.load_trace`; runs: specs, `Run`s or rescorers, the same on all tasks or
     by task.
     live: decodes with base LM and heads and measures time; else replays. verify: p drafts as a `tree` or a `batch`.
+    rule: what is accepted, or how the output is drawn (live); what is not greedy is compared with nothing greedy.
     peers: other libraries' decoders, or their specs, that are measured in the same turns (live).
     costs: what the speed-up of each run is predicted by, and `joint` with `nodes=auto` plans by: a table, its file, or
         `here` (measured on this machine); None: `here` where a run plans, else nothing is predicted.
@@ -90,13 +92,21 @@ def evaluate(
         raise RescoreError(f"--seed {seed}; a seed is 0 or more")
     if not live and verify != VERIFY_MODES[0] and costs is None:
         raise RescoreError(f"--verify {verify} is how live decoding verifies; drop it, or add --mode live (or --costs)")
+    if rule.name != GREEDY.name and not live:
+        what = "drawn" if rule.random else f"kept by {rule.name} acceptance"
+        raise RescoreError(
+            f"what is {what} leaves a trace at its first token that is not greedy decoding's, and what is drafted "
+            "there is not in it; add --mode live"
+        )
+    if peers and rule.name != GREEDY.name:
+        raise RescoreError("peers are timed decoding greedily; drop --peer, or what is not greedy")
     if peers and not live:
         raise RescoreError("peers are timed beside live decoding; drop --peer, or add --mode live")
     if live and any(recording.given for recording in of_tasks):
         raise RescoreError("a given trace can be replayed, not decoded live; drop --trace or --mode live")
     loaded: dict[object, Any] = {}
     beside = [load_peer(peer) if isinstance(peer, str) else peer for peer in peers]
-    how: dict[str, Any] = {"live": live, "costs": costs, "peers": beside}
+    how: dict[str, Any] = {"live": live, "costs": costs, "peers": beside, "rule": rule}
     work = [prepared(r, runs[r.name] if isinstance(runs, Mapping) else runs, loaded, **how) for r in of_tasks]
     if out is not None:
         check_identities(work)
@@ -104,6 +114,10 @@ def evaluate(
         config=RunConfig(
             mode="live" if live else "replay",
             verify=verify,  # type: ignore[arg-type]
+            acceptance=rule.name,
+            lossy=rule.lossy,
+            sampled=rule.random,
+            sampling_seed=getattr(rule, "seed", 0),
             seed=seed,
             inputs={task.name: task.recording.inputs for task in work},
             runs={task.name: task.records for task in work},
@@ -126,7 +140,7 @@ def evaluate(
     with ExampleLog(out, document.config.decides()) as log:
         try:
             for task in work:
-                _Evaluator(task, document.config, log, progress, add, loaded).run(live=live)
+                _Evaluator(task, document.config, log, progress, add, loaded, rule).run(live=live)
         except KeyboardInterrupt:
             interrupted = True
         for task in work:
@@ -147,6 +161,7 @@ class _Evaluator:
     progress: Progress | None
     notify: Notify
     loaded: dict[object, Any]
+    rule: Rule = GREEDY
     drafting: dict[Run, Drafting] = field(default_factory=dict)
     drafted: Drafted = field(default_factory=dict)
 
@@ -209,14 +224,15 @@ class _Evaluator:
             side_by_side = min(REPLAY_EXAMPLES, 2 * side_by_side) if faster else max(1, side_by_side // 2)
 
     def _decode(self, trace: Trace) -> None:
-        """Decodes every example that is not finished: greedily as the baseline, then with each run and each peer, in
-        turns."""
+        """Decodes every example that is not finished: token by token as the baseline, then with each run and each peer,
+        in turns. What is not greedy is compared with no trace and no oracle."""
         recording, limit = self.task.recording, self.task.recording.settings["max_new_tokens"]
         base = recording.models.base
         self._fit(trace, shared=base)
         heads = recording.models.used_heads if any(drafting.heads for drafting in self.drafting.values()) else None
         sides = [side for side in self.task.sides if self._missing(side, trace.examples)]
         peers = {side: side.load(base, self.loaded) for side in sides if isinstance(side, Peer)}
+        greedy = self.rule.name == GREEDY.name
         watch, warm = Watch(base), set[Run | Peer]()  # the first calls of a process allocate and compile
         recording.models.check_unchanged(recording.settings)
         for place, example in enumerate(trace.examples):
@@ -225,18 +241,21 @@ class _Evaluator:
                 prompt = example.prompt_ids.tolist()
                 if not warm:
                     decode(base, None, prompt, max_new_tokens=min(4, limit))
-                baseline = decode(base, None, prompt, max_new_tokens=limit)
-                oracles = self._oracles([example])
+                alone = self.rule.started(example.id) if self.rule.random else GREEDY
+                baseline = decode(base, None, prompt, max_new_tokens=limit, rule=alone)
+                oracles = self._oracles([example]) if greedy else {}
                 for side in missing:
                     decoder = partial(peers[side], prompt) if isinstance(side, Peer) else self._decoder(
-                        side, base, heads, prompt, baseline
+                        side, base, heads, example, baseline
                     )  # fmt: skip
                     if side not in warm:
                         decoder(min(2 * trace.header.h, limit))
                         warm.add(side)
                     decoded = decoder(limit)
                     watch.check()  # before anything is kept that may be of other weights
-                    differs = first_difference(decoded.output_ids, baseline.output_ids)
+                    differs = None
+                    if not self.rule.random:
+                        differs = first_difference(decoded.output_ids, baseline.output_ids)
                     margin = None if differs is None else margin_at(base, prompt, baseline.output_ids, differs)
                     # Where the output is the trace's, so are the lattices that the steps began with.
                     traced = first_difference(decoded.output_ids, example.output_ids.tolist()) is None
@@ -246,27 +265,29 @@ class _Evaluator:
                         quality=self._quality(base.decode_text(decoded.output_ids), example),
                         cut=is_cut(decoded.output_ids, base.eos_token_ids), accepted=decoded.accepted,
                         drafts=decoded.drafts, calls=decoded.calls, output_ids=decoded.output_ids,
-                        oracle_accepted=oracles[_chosen_among(drafting)][example.id] if drafting else None,
-                        **(self._beside(drafting, example, decoded.accepted) if traced and drafting else {}),
+                        oracle_accepted=oracles[_chosen_among(drafting)][example.id] if drafting and greedy else None,
+                        **(self._beside(drafting, example, decoded.accepted) if traced and drafting and greedy else {}),
                         live=LiveExample(
                             first_difference=differs, margin=margin, verify=decoded.verify, seconds=decoded.seconds,
                             rescore_seconds=decoded.rescore_seconds, autoregressive_tokens=len(baseline.output_ids),
                             autoregressive_seconds=baseline.seconds,
+                            autoregressive_quality=self._quality(base.decode_text(baseline.output_ids), example),
                         ),
                     ))  # fmt: skip
             if self.progress:
                 self.progress(f"decode {self.task.name}", place + 1, len(trace.examples))
 
     def _decoder(
-        self, run: Run, base: BaseLM, heads: BlockHeads | None, prompt: list[int], baseline: Decoded
+        self, run: Run, base: BaseLM, heads: BlockHeads | None, example: TracedExample, baseline: Decoded
     ) -> Callable[[int], Decoded]:
-        """Decodes a prompt with a run, to so many tokens at most."""
+        """Decodes an example with a run, to so many tokens at most."""
         drafting = self.drafting[run]
         request: dict[str, Any] = {
             "rescorer": drafting.rescorer, "drafters": drafting.drafters, "k": run.k, "p": run.p,
             "verify": self.config.verify, "future": np.asarray(baseline.output_ids),
         }  # fmt: skip
-        return lambda most: decode(base, heads, prompt, max_new_tokens=most, **request)
+        prompt, key = example.prompt_ids.tolist(), (example.id, *run.key)
+        return lambda most: decode(base, heads, prompt, max_new_tokens=most, **request, rule=self.rule.started(*key))
 
     def _facts(self, side: Run | Peer, trace: Trace, example: TracedExample) -> dict[str, Any]:
         task, label, p, k = self.task.key(side)

@@ -92,7 +92,7 @@ class Recording:
         return given_settings(self.settings, self.source["sha256"], self.models.device) if self.given else self.settings
 
     @property
-    def loads(self) -> Callable[[], tuple[BaseLM, BlockHeads]] | None:
+    def loads(self) -> Callable[[], tuple[BaseLM, BlockHeads | None]] | None:
         """Gives the base and the heads that are used; None of a given trace."""
         return None if self.given else partial(self.models.loaded, self.settings)
 

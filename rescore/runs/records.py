@@ -67,6 +67,7 @@ class LiveExample:
     rescore_seconds: list[float]
     autoregressive_tokens: Count
     autoregressive_seconds: Seconds
+    autoregressive_quality: dict[str, float] = field(default_factory=dict)
 
 
 class ExampleRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -185,6 +186,7 @@ class Result:
     oracle_block_efficiency: of the best path of what the run's own drafters proposed; None of a peer.
     gain, gain_ci95: over `none` with p = 1 in the same run, paired; None where that was not run, and for it itself.
     against_unrescored: None where a live output is not the trace's, and of a peer.
+    autoregressive_quality: that of decoding token by token beside it (live), greedily or drawn alike.
     quality: mean of each metric over the examples with references (empty: the text is not known).
     cut_at_limit: share of outputs that did not come to their end (None: the end-of-text token is not known).
     predicted_speedup: over greedy decoding, by the run's costs (`rescore.costs.predicting`); None without any, or where
@@ -214,6 +216,7 @@ class Result:
     marginal: Annotated[list[Number], msgspec.Meta(min_length=1)]
     conditional: list[Number | None]
     quality: dict[str, Number]
+    autoregressive_quality: dict[str, Number] | None
     cut_at_limit: Number | None
     predicted_speedup: Number | None
     identical: Identical | None
@@ -325,12 +328,18 @@ class RunConfig:
     """All that the numbers of an evaluation follow from, and what the user was told.
 
     mode: replay or live; verify: tree or batch (live, and by costs); seed: of the bootstrap intervals.
+    acceptance: the rule by which tokens came about, or how they were drawn (sampled), by which seed; lossy: the outputs
+        are not the base's.
     peers: what was measured beside the runs, by spec, and its version. inputs, runs: by task.
     data: by task where its examples are from; traces: by task what its trace is of, and its k.
     costs: by task what steps cost, where runs were planned or predicted by that.
     """
 
     mode: Literal["replay", "live"] = "replay"
+    acceptance: str = "greedy"
+    lossy: bool = False
+    sampled: bool = False
+    sampling_seed: Count = 0
     verify: Literal["tree", "batch"] = "tree"
     seed: Count = 0
     inputs: dict[str, Inputs]
@@ -351,7 +360,7 @@ class RunConfig:
         Not in it: the versions (those that the numbers follow from are the traces') and notices (why the hub did not
         serve, this time).
         """
-        names = ("mode", "verify", "seed", "peers", "inputs", "data", "traces")
+        names = ("mode", "acceptance", "sampling_seed", "verify", "seed", "peers", "inputs", "data", "traces")
         return {name: plain(getattr(self, name)) for name in names} | {
             "runs": {task: ", ".join(map(str, runs)) for task, runs in self.runs.items()},
             # Of costs only what the calls depend on: others can be predicted by later.

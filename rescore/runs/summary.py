@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -31,12 +31,13 @@ def summarize(
     unrescored: Sequence[ExampleRecord] = (),
     drafters: Sequence[Drafter] = (),
     predicted: float | None = None,
+    sampled: bool = False,
 ) -> Result:
     """The result of the records (one at least) of one task, rescorer and p.
 
     `alpha` of the rescorer is named in the result; `seed` of the bootstrap; `unrescored`: the records of `none` at
     p = 1 of the same run, which the gain is over (none: no gain); `drafters`: what the rescorer chose among;
-    `predicted`: its speed-up.
+    `predicted`: its speed-up; `sampled`: outputs were drawn, and are nobody else's.
     """
     first = records[0]
     longest = first.longest or first.h
@@ -58,11 +59,12 @@ def summarize(
         gain_ci95=gain.gain_ci95 if gain else None,
         against_unrescored=_against_unrescored(records),
         **dataclasses.asdict(accounting),
-        quality=_quality(records),
+        quality=_means(r.quality for r in records),
+        autoregressive_quality=_means(each.autoregressive_quality for each in live) if live else None,
         cut_at_limit=_cut_at_limit(records),
         predicted_speedup=predicted,
-        identical=Identical(n=len(records), identical=len(records) - len(differ)) if live else None,
-        divergence=differ if live else None,
+        identical=Identical(n=len(records), identical=len(records) - len(differ)) if live and not sampled else None,
+        divergence=differ if live and not sampled else None,
         latency=latency(records, seed=seed) if live else None,
         sources=_sources(records, drafters),
     )
@@ -80,11 +82,11 @@ def _gain(records: Sequence[ExampleRecord], unrescored: Sequence[ExampleRecord],
     return paired_difference([plain[r.id] for r in both], [r.accepted for r in both], groups=groups, seed=seed)
 
 
-def _quality(records: Sequence[ExampleRecord]) -> dict[str, float]:
+def _means(qualities: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """By metric the mean over the examples that have it."""
     scores: dict[str, list[float]] = {}
-    for r in records:
-        for name, score in r.quality.items():
+    for quality in qualities:
+        for name, score in quality.items():
             scores.setdefault(name, []).append(score)
     return {name: float(np.mean(values)) for name, values in scores.items()}
 

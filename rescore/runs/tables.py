@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import attrgetter
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,10 @@ SPEEDUP = Column("speed-up", TIMES, "speedup", "latency.speedup")
 SPEEDUPS = (SPEEDUP, Column("95 %", interval(TIMES), "speedup", "latency.speedup_ci95"))
 IDENTICAL = Column("identical", Format(lambda i: f"{i.identical}/{i.n}"))
 PREDICTED = Column("predicted", TIMES, "predicted_speedup")
+QUALITIES = (
+    Column("quality", Format(str), field=lambda r: _scores(r.quality)),
+    Column("without drafts", Format(str), field=lambda r: _scores(r.autoregressive_quality)),
+)
 OUTCOMES = ("won", "tied", "lost")  # of a step against the unrescored draft
 SOURCES = (Column("source"), Column("proposed", SHARE), Column("only it", SHARE, "only"), Column("alone", NUMBER))
 OF_SOURCES = (
@@ -95,7 +99,7 @@ def _overview(document: ResultsDocument, *, more: bool) -> Table:
     columns = [
         *LABEL, *apart, *filled(ALPHA), *EFFICIENCY, *filled(*GAINS), *filled(_gap_share(results)),
         *filled(_outcome("won"), _outcome("lost")), *filled(SPEEDUP),
-        *filled(PREDICTED),
+        *filled(PREDICTED), *(QUALITIES if document.config.acceptance != "greedy" else ()),
     ]  # fmt: skip
     shown = {column.heading for column in columns}
     live = [r.identical for r in results if r.identical]
@@ -107,14 +111,23 @@ def _overview(document: ResultsDocument, *, more: bool) -> Table:
         "won": "won, lost: steps that accepted more, fewer tokens than the unrescored draft would have there",
         "95 %": f"95 % = studentised bootstrap by group (examples of one source; - for fewer than {LEAST_GROUPS} "
         "groups)" + (", gains paired" if "gain" in shown else ""),
-        "speed-up": "speed-up = tokens a second over those of greedy decoding in the same run, to which "
-        f"{same} of {outputs} outputs are identical",
+        "speed-up": f"speed-up = tokens a second over those of {_baseline(document)} in the same run"
+        + (f", to which {same} of {outputs} outputs are identical" if outputs else ""),
+        "quality": f"quality = mean scores of the outputs, and of those of {_baseline(document)}",
         "predicted": f"predicted = that speed-up by the costs of a step {_costs_of(document)}",
     }
     note = "; ".join(notes[name] for name in notes if name in shown) + "." + (" --details shows more." if more else "")
     return Table.of(
         columns, results, title=_caption(document, apart), note=textwrap.fill(note, NOTE_WIDTH, break_on_hyphens=False)
     )
+
+
+def _baseline(document: ResultsDocument) -> str:
+    return "drawing token by token" if document.config.sampled else "greedy decoding"
+
+
+def _scores(quality: Mapping[str, float] | None) -> str | None:
+    return ", ".join(f"{NUMBER.show(value)} {metric}" for metric, value in quality.items()) if quality else None
 
 
 def _costs_of(document: ResultsDocument) -> str:
@@ -159,6 +172,11 @@ def _caption(document: ResultsDocument, apart: Collection[Column]) -> str:
     results = document.results
     most = max(results, key=lambda r: r.p)
     way = f"live decode (p drafts as {most.latency.verify})" if most.latency else "replayed decode"
+    config = document.config
+    if config.lossy:
+        way = f"LOSSY {way}, {config.acceptance} acceptance: the outputs are not the base's;"
+    elif config.sampled:
+        way = f"{way}, sampled ({config.acceptance}, seed {config.sampling_seed}),"
     made = {r.task: _made_of(document, r.task) for r in results}
     same = made[results[0].task] if len(set(made.values())) == 1 else ""
     several_k = len({r.k for r in results}) > 1
@@ -242,7 +260,7 @@ def _speed(results: Sequence[Result]) -> Table:
         "greedy = autoregressive decoding in the same run; identical = outputs equal to it; prefill is apart; 95 % =\n"
         "paired, by group."
     )
-    return Table.of(columns, [r for r in results if r.latency and r.identical], note=note)
+    return Table.of(columns, [r for r in results if r.latency], note=note)
 
 
 def _times(results: Sequence[Result]) -> Table:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lm.base.model import BaseLM
     from lm.heads.block_heads import BlockHeads
 
-    LoadedModels = Callable[[], tuple[BaseLM, BlockHeads]]
+    LoadedModels = Callable[[], tuple[BaseLM, BlockHeads | None]]
     from rescore.costs.table import Costs
 
 LEAST_COVERAGE = 0.1

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lattices.errors import IncompatibleError, RescoreError
+from rescore.acceptance import Rule
+from rescore.acceptance.rules import check_rule
 from rescore.calls import usable_verify
 from rescore.checks import check_held_k
 from rescore.costs.kept import costs_for
 from rescore.costs.predicting import predicted_speedup
 from rescore.costs.table import Costs
+from rescore.decoding import GREEDY
+from rescore.drafters.base import is_lattice_alone
 from rescore.drafters.drafting import Drafting, check_drafters
 from rescore.drafters.heads import Heads
 from rescore.peers import Peer
@@ -19,7 +23,7 @@ from rescore.rescorers import Rescorer
 from rescore.runs.inputs import Notify
 from rescore.runs.log import ExampleLog, Key
 from rescore.runs.recording import Recording
-from rescore.runs.records import ExampleRecord, ResultsDocument, RunRecord
+from rescore.runs.records import ExampleRecord, ResultsDocument, RunRecord, is_oracle
 from rescore.runs.run import Choosing, Run, label_of, load_choosing, runs_of
 from rescore.runs.summary import summarize
 from rescore.runs.weights import (
@@ -87,7 +91,7 @@ class Work:
             key = self.key(side)
             if records := log.records(key, self.recording.ids):
                 unrescored = log.records((self.name, "none", 1, key[-1]), self.recording.ids)
-                how: dict[str, Any] = {"seed": seed, "unrescored": unrescored}
+                how: dict[str, Any] = {"seed": seed, "unrescored": unrescored, "sampled": document.config.sampled}
                 if isinstance(side, Run):
                     how |= {"alpha": alphas.get(side), "drafters": self.choosing[side.label][1]}
                     how |= {"predicted": self._predicted(side, records, document.config.verify)}
@@ -116,9 +120,12 @@ def prepared(
     live: bool,
     costs: Costs | str | None,
     peers: list[Peer],
+    rule: Rule,
 ) -> Work:
     """The runs of one task, checked; rescorers that other tasks have `loaded` are shared."""
     runs = runs_of(asked)
+    if rule.lossy:  # wherever its numbers go, this goes with them
+        runs = [replace(run, label=f"{run.label} [lossy: {rule.name}]") for run in runs]
     if not runs:
         raise RescoreError("nothing is to be run; give a rescorer at least (--rescorer none)")
     keys = [*(run.key for run in runs), *((peer.name, 1, max(run.k for run in runs)) for peer in peers)]
@@ -131,8 +138,11 @@ def prepared(
             )
         check_held_k(recording.k, run.k)
     choosing = load_choosing(runs, loaded)
-    for _, drafters in choosing.values():
+    for label, (rescorer, drafters) in choosing.items():
         check_drafters(drafters, live=live)
+        check_rule(rule, label, draws=rescorer.random, lattices_only=is_lattice_alone(drafters))
+        if is_oracle(label) and rule.name != GREEDY.name:
+            raise RescoreError("the oracle knows greedy decoding's output, and this will be another; leave it out")
     _check_weights(runs, {label: rescorer for label, (rescorer, _) in choosing.items()})
     table = costs_for(recording, target_before(recording), choosing, costs)
     fitted = fit_before(recording, choosing, table)

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lattices.errors import IncompatibleError, InvalidDataError, UnknownNameError
 from lm.base.catalog import load_base
 from lm.base.model import BaseLM
+from lm.base.packed import product_of
 from lm.checkpoint import SCALE
 from lm.neural import model as neural
 from lm.neural.model import (
@@ -75,6 +76,11 @@ def delta(base, tuned, tmp_path) -> Path:
 def weights_of(loaded: NeuralLM) -> int:
     """Number of weights, tied ones once."""
     return sum(p.numel() for p in loaded.model.model.parameters())
+
+
+def base_logits(folder: Path, dtype: str, ids: np.ndarray) -> torch.Tensor:
+    """What the base says after ids, as it is loaded."""
+    return load_base(str(folder), dtype=dtype, device="cpu").forward(torch.from_numpy(ids))[0]
 
 
 def load(folder: Path, base: BaseLM, **options):
@@ -158,20 +164,30 @@ class TestDelta:
         loaded = load(tmp_path, base).model.model.state_dict()[name]
         assert (loaded[3] == 0).all() and loaded.isfinite().all()
 
-    def test_with_the_base_at_hand_its_weights_are_shared(self, base, tuned, delta):
-        shared = load(delta, base, shared=base)
-        alone = load(delta, base)
-        whole = {name: p.data_ptr() for name, p in base.model.named_parameters()}
-        for name, parameter in shared.model.model.named_parameters():
-            assert (parameter.data_ptr() == whole[name]) == (name not in names_of(tuned)), name
-        embeddings = shared.model.model.get_input_embeddings().weight
-        assert embeddings.data_ptr() == shared.model.output_embeddings.weight.data_ptr()
-        ids = np.arange(5)[None]
-        parents = np.arange(5)[None] - 1
-        states = [m.read(m.new_cache(1), ids, parents) for m in (shared, alone)]
-        assert torch.equal(*states)
-        for name, p in base.model.named_parameters():  # the base is as it was
-            assert p.data_ptr() == whole[name]
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])  # of which the first is laid out for decoding
+    @pytest.mark.parametrize("layers", [1, 2])
+    def test_beside_a_base_that_decodes_its_weights_and_products_are_shared(self, tiny_folder, tmp_path, dtype, layers):
+        base, cut = load_base(str(tiny_folder), dtype=dtype, device="cpu"), first_layers(str(tiny_folder), layers)
+        own = [name for name, _ in cut.model.named_parameters() if f".layers.{layers - 1}." in name]
+        torch.manual_seed(1)
+        for name in own:
+            cut.model.get_parameter(name).add_(0.05 * torch.randn_like(cut.model.get_parameter(name)))
+        save_delta(cut.model, own, config_for(base, layers=layers), tmp_path)
+        shared, alone = load(tmp_path, base, dtype=dtype, shared=base), load(tmp_path, base, dtype=dtype)
+        whole = dict(base.model.named_modules())
+        for name, module in shared.model.model.named_modules():
+            for part, parameter in module.named_parameters(recurse=False):
+                assert (parameter is getattr(whole[name], part)) == (f"{name}.{part}" not in own), name
+            product = product_of(module)
+            assert (product is None) == (dtype == "float64" or type(module) is not torch.nn.Linear)
+            assert product is None or (product is product_of(whole[name])) == (f"{name}.weight" not in own)
+        assert shared.model.output_embeddings.weight is shared.model.model.get_input_embeddings().weight
+        ids, parents = np.arange(5)[None], np.arange(5)[None] - 1
+        read = [m.read(m.new_cache(1), ids, parents) for m in (shared, alone)]
+        torch.testing.assert_close(*read, rtol=0, atol=1e-5 * float(read[1].abs().max()))
+        shared.model.unpack()  # and the base goes on as it was
+        torch.testing.assert_close(base.forward(torch.from_numpy(ids))[0], base_logits(tiny_folder, dtype, ids))
+        assert torch.equal(shared.read(shared.new_cache(1), ids, parents), read[1])
 
     def test_a_base_in_another_precision_is_not_shared(self, base, tiny_base, delta):
         loaded = load(delta, base, shared=tiny_base)

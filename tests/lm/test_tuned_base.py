@@ -57,6 +57,7 @@ def test_a_delta_of_the_untuned_base_rescores_for_the_tuned_one(folder, pairs, t
     check_fits(source, tuned.identity)
     given = {"vocab_size": base.vocab_size, "base_name": tuned.identity.name}
     found = load_neural(source, **given, shared=tuned)
+    found.model.unpack()
     expected = load_neural(source, vocab_size=base.vocab_size, base_name=folder)
     for (name, a), (_, b) in zip(*(m.model.model.named_parameters() for m in (found, expected)), strict=True):
         assert torch.equal(a, b), name
@@ -85,6 +86,8 @@ def test_a_delta_of_the_tuned_base_is_of_its_own_layers(folder, pairs, tmp_path)
     source = find_neural(str(tmp_path / "delta"))
     check_fits(source, identity)
     found = load_neural(source, vocab_size=tuned.vocab_size, base_name=name, shared=tuned)
+    for model in (found.model, tuned):
+        model.unpack()
     weight = found.model.model.model.layers[0].mlp.up_proj.weight
     torch.testing.assert_close(weight, tuned.model.model.layers[0].mlp.up_proj.weight)
 

@@ -13,6 +13,7 @@ def example_record(**changes: Any) -> ExampleRecord:
     """An example of one step that accepted one token."""
     fields: dict[str, Any] = {
         "task": "squad", "rescorer": "none", "k": 16, "p": 1, "id": "a", "group": "g", "h": 2, "quality": {},
+        "autoregressive_quality": None,
         "prompt_tokens": 5, "accepted": [1], "drafts": [[1, 2]], "calls": [Call(2, 1, True)], "oracle_accepted": [1],
         "output_ids": [1],
     }  # fmt: skip

@@ -9,7 +9,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-import torch
 from conftest import make_heads, refused
 from evaluating import Options, evaluated, opened
 from hypothesis import given, settings
@@ -21,7 +20,6 @@ from test_ngram_rescorer import bigram_model, save
 from lattices.errors import InvalidDataError, RescoreError
 from lm.base.catalog import load_base
 from lm.base.model import BaseLM
-from lm.base.packed import PackedProduct, can_pack, pack
 from lm.heads.block_heads import load_heads
 from rescore.calls import NO_CALL, Call
 from rescore.costs import kept
@@ -288,36 +286,3 @@ class TestEvaluated:
         refused(lambda: evaluated(given, costs=costs), "does not hold what block heads of a known base LM proposed")
         (result,) = evaluated(given | {"rescorers": ["lookup"]}, costs=costs).results
         assert result.predicted_speedup
-
-
-class TestPacked:
-    @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-    def test_the_products_are_the_same_but_for_rounding(self):
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.ReLU(), torch.nn.Linear(40, 8, bias=False))
-        model.requires_grad_(False)
-        assert can_pack(model) and not can_pack(model.double())
-        model.float()
-        rows = [torch.randn(1, n, 24) for n in (1, 3, 9, 64, 100)]
-        plain = [model(each) for each in rows]
-        pack(model)
-        assert isinstance(vars(model[0])["forward"], PackedProduct)
-        with torch.inference_mode():
-            for each, expected in zip(rows, plain, strict=True):
-                torch.testing.assert_close(model(each), expected)
-
-    def test_decoding_says_the_same_with_them(self, tiny_folder: Path):
-        plain, packed = (load_base(str(tiny_folder), dtype="float32", device="cpu") for _ in range(2))
-        packed.pack()
-        prompt = list(b"the bridge was built in")
-        outputs = [base.forward(torch.tensor([prompt]))[0].argmax(-1) for base in (plain, packed)]
-        assert (outputs[0] == outputs[1]).all()
-        assert decode(packed, None, prompt, max_new_tokens=8).output_ids
-
-    def test_a_model_in_memory_is_left_as_it_is(self, tiny_base):
-        from transformers import LlamaForCausalLM
-
-        model = LlamaForCausalLM(tiny_base.model.config)
-        base = load_base(model, tokenizer=tiny_base.tokenizer)
-        base.pack()
-        assert not any("forward" in vars(module) for module in model.modules())

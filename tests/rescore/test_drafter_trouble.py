@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import refused
 from evaluating import Options, evaluated, opened
-from test_drafting import fitted, index, options, small  # noqa: F401 (fixtures)
+from test_drafting import fitted, index, small  # noqa: F401 (fixtures)
 
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.joined.sources import MODEL
@@ -86,46 +86,46 @@ OF_TEXT: dict[str, tuple[Change, str]] = {
 OF_TEXT["a hole"] = (
     lambda ids, logps: Continuations(np.array([[65, -1, 65]], dtype=np.int32), logps, 2), "tokens after its end",
 )  # fmt: skip
+WRONG: dict[type, dict[str, tuple[Change, str]]] = {Slots: OF_SLOTS, Text: OF_TEXT}
 
 
 class TestOtherPackages:
     @pytest.mark.parametrize("mode", ["replay", "live"])
-    @pytest.mark.parametrize("what", OF_SLOTS)
-    def test_lattices(self, options: Options, monkeypatch: pytest.MonkeyPatch, what: str, mode: str):  # noqa: F811
-        change, message = OF_SLOTS[what]
-        made = type("Made", (Slots,), {"change": staticmethod(change), "__module__": __name__})
+    @pytest.mark.parametrize(
+        ("kind", "change", "message"),
+        [
+            pytest.param(kind, *row, id=f"{kind.__name__}, {name}")
+            for kind in WRONG
+            for name, row in WRONG[kind].items()
+        ],
+    )
+    def test_answers(
+        self, options: Options, monkeypatch: pytest.MonkeyPatch, kind: type, change: Change, message: str, mode: str
+    ):
+        made = type("Made", (kind,), {"change": staticmethod(change), "__module__": __name__})
         monkeypatch.setitem(DRAFTERS.built_in, "made", made)
         chosen = options | {"limit": 2, "rescorers": ["made"], "mode": mode}
         refused(lambda: evaluated(chosen), "the drafter made ", message, "mend its package (test_drafter_trouble)")
-        monkeypatch.setitem(DRAFTERS.built_in, "made", Slots)
+        monkeypatch.setitem(DRAFTERS.built_in, "made", kind)
         assert len(evaluated(chosen).examples) == 2, "nothing of the broken one was kept"
-
-    @pytest.mark.parametrize("mode", ["replay", "live"])
-    @pytest.mark.parametrize("what", OF_TEXT)
-    def test_text(self, options: Options, monkeypatch: pytest.MonkeyPatch, what: str, mode: str):  # noqa: F811
-        change, message = OF_TEXT[what]
-        made = type("Made", (Text,), {"change": staticmethod(change), "__module__": __name__})
-        monkeypatch.setitem(DRAFTERS.built_in, "made", made)
-        chosen = options | {"limit": 2, "rescorers": ["made"], "mode": mode}
-        refused(lambda: evaluated(chosen), "the drafter made ", message, "mend its package (test_drafter_trouble)")
 
     @pytest.mark.parametrize(
         ("values", "message"),
         [({"kind": 3}, "has no kind"), ({"longest": 0}, "has longest = 0"), ({"identity": ""}, "set its `identity`")],
     )
     def test_what_a_drafter_must_have(
-        self, options: Options, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], message: str  # noqa: F811
+        self, options: Options, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], message: str
     ):  # fmt: skip
         monkeypatch.setitem(DRAFTERS.built_in, "made", type("Made", (Slots,), values))
         refused(lambda: evaluated(options | {"limit": 2, "rescorers": ["made"]}), message)
 
-    def test_an_object_without_a_name(self, options: Options):  # noqa: F811
+    def test_an_object_without_a_name(self, options: Options):
         run = Run("none", k=8, drafters=(Slots(), "heads"))
         assert run.label == "none:drafters=Slots+heads"
         (record, _) = evaluated(options | {"limit": 2, "rescorers": [run]}).examples
         assert record.alone_accepted is not None and list(record.alone_accepted) == ["Slots", "heads"]
 
-    def test_entries_that_vary(self, options: Options, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    def test_entries_that_vary(self, options: Options, monkeypatch: pytest.MonkeyPatch):
         def change(ids: np.ndarray, logps: np.ndarray) -> Lattice:
             width = 1 if len(seen) < 3 else 2
             return Lattice(ids[:, :, :width], logps[:, :, :width])
@@ -229,7 +229,7 @@ class TestSizes:
         refused(lambda: load_drafter(f"lookup:{values}"), "lookup: give tokens of 1 to 1,024")
         refused(lambda: load_drafter(f"corpus-lookup:{index},{values}"), "corpus-lookup: give tokens of 1 to 1,024")
 
-    def test_of_trees(self, options: Options, tmp_path: Path):  # noqa: F811
+    def test_of_trees(self, options: Options, tmp_path: Path):
         joint = fitted(options, tmp_path, ["heads", "lookup"])
         refused(lambda: runs_of([joint], nodes=0), "--nodes 0; a tree has")
         for values in ("tokens=1000000000", "nodes=1000000000", "nodes=-1", "nodes=99999999999999999999"):
@@ -258,6 +258,6 @@ def test_a_path_with_a_plus_in_a_spec(options: Options, index: str, tmp_path: Pa
         evaluated(options | {"rescorers": ["none:drafters=heads+lookp"]})
 
 
-def test_the_command_that_tunes_names_the_drafters(options: Options):  # noqa: F811
+def test_the_command_that_tunes_names_the_drafters(options: Options):
     run = Run("context-ngram:none", k=8, alpha="tuned", drafters=("heads", "lookup"))
     refused(lambda: evaluated(options | {"rescorers": [run]}), "--drafter heads,lookup --k 8")

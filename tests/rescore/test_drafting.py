@@ -40,14 +40,6 @@ from rescore.runs.weights import fit_to, target_of, tuned_path
 from rescore.tracing import HEADER_FILE, Trace, read_trace
 
 
-@pytest.fixture
-def options(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path) -> Options:
-    return dict(
-        base=str(tiny_folder), heads=str(tiny_heads_folder), data=str(squad_file), dtype="float64", device="cpu", k=8,
-        max_new_tokens=24,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A draft model: another tiny one."""

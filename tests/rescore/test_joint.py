@@ -64,14 +64,6 @@ class TestLookup:
         refused(lambda: load_drafter(spec), "lookup: give tokens of 1 to 1,024")
 
 
-@pytest.fixture
-def options(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path) -> Options:
-    return dict(
-        base=str(tiny_folder), heads=str(tiny_heads_folder), data=str(squad_file), dtype="float64", device="cpu", k=8,
-        max_new_tokens=24,
-    )  # fmt: skip
-
-
 class Ragged(Rescorer):
     """Drafts of one to seven tokens, right to their end or but for their last token; beyond what the heads reach."""
 

@@ -44,14 +44,6 @@ BOTH_P = Selection(a_rescorer="none", b_rescorer="draft-model:x")
 
 
 @pytest.fixture
-def options(tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path) -> Options:
-    return dict(
-        base=str(tiny_folder), heads=str(tiny_heads_folder), data=str(squad_file), dtype="float64", device="cpu", k=8,
-        max_new_tokens=24,
-    )  # fmt: skip
-
-
-@pytest.fixture
 def run(options: Options, tmp_path: Path) -> Evaluation:
     specs = ("none", "oracle", "lookup", f"oracle:{BOTH}", f"none:{BOTH}")
     return evaluated(options | {"rescorers": specs, "p": (1, 4)}, out=tmp_path / "run")

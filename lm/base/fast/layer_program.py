@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from lattices.errors import IncompatibleError, first_line
 from lm.base.cache import KVCache
-from lm.base.fast.siblings import products_of
+from lm.base.packed import product_of, products_in
 
 if TYPE_CHECKING:
     from lm.base.model import BaseLM
@@ -243,14 +243,14 @@ class _Traced(torch.nn.Module):
 
 def weights_of(layer: torch.nn.Module) -> list[torch.Tensor]:
     """The tensors of a layer, in the order in which its program takes them."""
-    products = products_of(layer)
+    products = products_in(layer)
     own = [each for product in products for each in (product.packed, product.bias) if each is not None]
     return [each.detach() for each in (*own, *_named(layer).values())]
 
 
 def _named(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers but for those of packed products."""
-    packed = {id(each) for each in layer.modules() if "forward" in vars(each) and type(each) is torch.nn.Linear}
+    packed = {id(each) for each in layer.modules() if product_of(each) is not None}
     return {
         f"{name}.{part}".removeprefix("."): tensor
         for name, module in layer.named_modules() if id(module) not in packed
@@ -261,7 +261,7 @@ def _named(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
 @contextmanager
 def _given_weights(layer: torch.nn.Module, weights: Sequence[torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
     """The weights of a layer by name, while its packed products have those that are given in place of their own."""
-    products = products_of(layer)
+    products = products_in(layer)
     own = [(product.packed, product.bias) for product in products]
     rest = iter(weights)
     try:

@@ -72,7 +72,8 @@ class Sibling:
 
     def weight(self) -> torch.Tensor:
         """The layer's weight as it was, bit for bit."""
-        return self.siblings.product.weight().split(self.siblings.sizes)[self.place].clone()
+        weight: torch.Tensor = self.siblings.product.weight().split(self.siblings.sizes)[self.place].clone()
+        return weight
 
 
 def can_pack(model: torch.nn.Module) -> bool:

@@ -231,11 +231,12 @@ def load_neural(
 ) -> NeuralLM:
     """The small LM for the base `base_name`.
 
-    shared: the base itself, where it decodes: both are laid out for that (`BaseLM.pack`), and share what they can.
+    shared: the base itself, where it decodes: both are made ready for that (`BaseLM.pack`), and share what they can.
     vocab_size: tokens that it must know. `check_fits` comes first. Raises `IncompatibleError` for a vocabulary that is
     too small or a model without tree attention, `InvalidDataError` for broken files.
     """
-    options: dict[str, Any] = {"dtype": dtype, "device": device}
+    compiles = shared is not None and shared.compiles
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "compile": "auto" if compiles else "off"}
     if (delta := source.delta) is None:
         model = load_base(str(source.folder), **options)
     else:

@@ -23,8 +23,9 @@ from lm.base.fast import compiled as compiling
 from lm.base.fast.compiled import Layers, compiled, install, remove
 from lm.base.fast.compiled_layer import CompiledLayer, Run
 from lm.base.fast.graphs import SIZES, FixedCache
-from lm.base.fast.siblings import Sibling, join_siblings, products_of
+from lm.base.fast.siblings import pack_joined
 from lm.base.model import BaseIdentity, BaseLM, state_size
+from lm.base.packed import PackedProduct, Sibling, products_in
 from rescore.decoding import decode
 from rescore.rescorers import load_rescorer
 
@@ -85,7 +86,7 @@ class TestSiblings:
     def test_what_reads_the_same_rows_is_one_product(self, tiny_folder: Path, float32_base: BaseLM):
         float32_base.pack()
         layer = float32_base.model.model.layers[0]
-        assert [len(products_of(part)) for part in (layer.self_attn, layer.mlp, layer)] == [2, 2, 4]
+        assert [len(products_in(part)) for part in (layer.self_attn, layer.mlp, layer)] == [2, 2, 4]
         shared = {id(each.forward.siblings) for each in (layer.self_attn.q_proj, layer.self_attn.v_proj)}
         assert len(shared) == 1 and not isinstance(layer.self_attn.o_proj.forward, Sibling)
         plain = load_base(str(tiny_folder), dtype="float32", device="cpu")
@@ -93,12 +94,23 @@ class TestSiblings:
             ids = torch.randint(0, 256, (1, n), generator=torch.Generator().manual_seed(n))
             torch.testing.assert_close(float32_base.forward(ids)[0], plain.forward(ids)[0], rtol=1e-3, atol=1e-3)
 
-    def test_rows_are_multiplied_anew_whenever_they_are_others(self):
+    def test_weights_come_back_bit_for_bit(self, tiny_folder: Path, float32_base: BaseLM):
+        plain = dict(load_base(str(tiny_folder), dtype="float32", device="cpu").model.named_parameters())
+        float32_base.pack()
+        assert float32_base.model.model.layers[0].mlp.gate_proj.weight.is_meta
+        float32_base.unpack()
+        for name, weight in float32_base.model.named_parameters():
+            assert torch.equal(weight, plain[name]), name
+
+    @staticmethod
+    def joined(*sizes: int, bias: bool = True) -> torch.nn.ModuleList:
         torch.manual_seed(0)
-        pair = torch.nn.ModuleList([torch.nn.Linear(8, 4), torch.nn.Linear(8, 6)]).requires_grad_(False)
-        rows = torch.randn(3, 8)
+        return torch.nn.ModuleList([torch.nn.Linear(8, n, bias=bias) for n in sizes]).requires_grad_(False)
+
+    def test_rows_are_multiplied_anew_whenever_they_are_others(self):
+        pair, rows = self.joined(4, 6), torch.randn(3, 8)
         plain = [layer(rows) for layer in pair]
-        join_siblings(pair, lambda: torch.cat([layer(rows) for layer in pair], dim=-1))
+        pack_joined(pair, torch.nn.Linear(1, 1), lambda: torch.cat([layer(rows) for layer in pair], dim=-1))
         assert all(isinstance(layer.forward, Sibling) for layer in pair)
         first, second = pair
         with torch.inference_mode():
@@ -106,21 +118,38 @@ class TestSiblings:
             torch.testing.assert_close(second(rows), plain[1])  # twice, before the other
             torch.testing.assert_close(first(rows + 1), first(rows.clone() + 1))
             torch.testing.assert_close(first(rows), plain[0])
-            rows.mul_(2)  # both were given out: the same tensor is read anew
+            torch.testing.assert_close(second(rows), plain[1])
+            rows.mul_(2)  # both were given out: the same tensor is multiplied anew
             assert not torch.allclose(first(rows), plain[0]) and not torch.allclose(second(rows), plain[1])
 
-    def test_a_model_that_needs_products_of_their_own_keeps_them(self):
+    def test_only_products_of_one_module_and_of_one_kind_are_joined(self):
+        trio, other, rows = self.joined(4, 5), self.joined(3, bias=False), torch.randn(2, 8)
+        model = torch.nn.ModuleList([trio, other, *self.joined(7, 7)])
+
+        def forward() -> torch.Tensor:
+            first, second = (model[2](rows), model[2](rows))  # twice
+            parts = [trio[0](rows), trio[1](rows), other[0](rows), first, second, model[3](rows + 0)]
+            return torch.cat(parts, dim=-1)
+
+        pack_joined(model, torch.nn.Linear(1, 1), forward)
+        layers = [*trio, other[0], model[2], model[3]]
+        assert [isinstance(layer.forward, Sibling) for layer in layers] == [True, True, False, False, False]
+
+    def test_a_model_that_needs_products_of_their_own_has_them(self):
         class Viewed(torch.nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                self.a, self.b = torch.nn.Linear(8, 4), torch.nn.Linear(8, 4)
+                self.a, self.b = TestSiblings.joined(4, 4)
 
             def forward(self, rows: torch.Tensor) -> torch.Tensor:
                 return self.a(rows).view(-1) + self.b(rows).view(-1)
 
-        model, rows = Viewed().requires_grad_(False), torch.randn(3, 8)
-        join_siblings(model, lambda: model(rows))
-        assert not any("forward" in vars(module) for module in model.modules())
+        model, rows = Viewed(), torch.randn(3, 8)
+        expected = model(rows)
+        pack_joined(model, torch.nn.Linear(1, 1), lambda: model(rows))
+        assert [isinstance(layer.forward, PackedProduct) for layer in (model.a, model.b)] == [True, True]
+        with torch.inference_mode():
+            torch.testing.assert_close(model(rows), expected)
 
 
 class TestPrograms:

@@ -10,12 +10,13 @@ from collections.abc import Callable
 import torch
 
 from lm.base.packed import pack, plain_linears, unpack
+from lm.base.pages import release
 
 TOLERANCE = 1e-4  # share of the largest logit by which joined products may change any
 
 
 @torch.inference_mode()
-def pack_joined(model: torch.nn.Module, kept: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> None:
+def pack_joined(model: torch.nn.Module, kept: torch.nn.Linear, forward: Callable[[], torch.Tensor]) -> None:
     """Packs what is not packed yet (`lm.base.packed.pack`), with one product for those that read the same rows.
 
     forward: of the whole model, gives its logits. If they would not be the same then, every layer has its own product.
@@ -31,6 +32,7 @@ def pack_joined(model: torch.nn.Module, kept: torch.nn.Module, forward: Callable
     if not same:
         unpack(model)
         pack(model, kept)
+    release(kept.weight)  # whose rows were read meanwhile
 
 
 def _watched(

@@ -15,7 +15,7 @@ from lm.base.model import BaseLM
 from rescore.costs.measuring import times_of
 from rescore.studies.records import Record
 
-VERIFY_SIZES = (1, 2, 4, 9, 16, 32, 64, 144)
+VERIFY_SIZES = (1, 2, 4, 5, 9, 16, 32, 64, 144)
 
 
 @dataclass(frozen=True)

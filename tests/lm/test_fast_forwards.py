@@ -60,7 +60,6 @@ class Programs:
     """Makes programs that run as torch traced them, and counts their calls."""
 
     def __init__(self) -> None:
-        self.runs: list[Run] = []
         self.calls = 0
 
     def __call__(self, exported: torch.export.ExportedProgram, path: Path) -> Run:
@@ -72,7 +71,6 @@ class Programs:
             past, keys, values, *rest = tensors
             return [module(past, keys, values, rest[:of_call], rest[of_call:])]
 
-        self.runs.append(run)
         return run
 
 
@@ -157,9 +155,9 @@ class TestPrograms:
     def test_decoding_says_the_same_with_them(self, name: str, tmp_path: Path):
         base = base_of(name)
         expected, make = outputs(base), Programs()
-        layers = compiled(base, tmp_path, make)
+        layers, runs = compiled(base, tmp_path, make)
         assert len(layers.layers) == base.config.num_hidden_layers
-        install(base, layers, make.runs)
+        install(base, layers, runs)
         make.calls = 0
         assert outputs(base) == expected
         # Of all that is called only prompts, and four drafts as a batch, are no programs'.
@@ -211,8 +209,8 @@ class TestPrograms:
             return found
 
         expected = read()
-        layers = compiled(base, tmp_path, make)
-        install(base, layers, make.runs)
+        layers, runs = compiled(base, tmp_path, make)
+        install(base, layers, runs)
         make.calls = 0
         for ours, theirs in zip(read(), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -220,7 +218,7 @@ class TestPrograms:
 
     def test_calls_that_do_not_fit_are_the_layers_own(self, tmp_path: Path):
         base, make = base_of("llama"), Programs()
-        install(base, compiled(base, tmp_path, make), make.runs)
+        install(base, *compiled(base, tmp_path, make))
         make.calls = 0
         cache = base.new_cache(200)
         base.forward(torch.arange(7)[None], cache)  # a prompt
@@ -234,10 +232,15 @@ class TestPrograms:
 @needs_packing
 class TestCompiling:
     @pytest.fixture
-    def lines(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-        told: list[str] = []
-        monkeypatch.setattr(compiling, "warn", told.append)
+    def lines(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+        """What was told since it was asked last."""
         monkeypatch.setattr(model_module, "LEAST_WEIGHTS", 0)
+
+        def told() -> list[str]:
+            found = [record.getMessage() for record in caplog.records if record.name == "rescore"]
+            caplog.clear()
+            return found
+
         return told
 
     @pytest.fixture
@@ -253,27 +256,31 @@ class TestCompiling:
         expected = outputs(load(compile="off"))
         first = load()
         assert outputs(first) == expected and self.are_compiled(first)
-        assert len(lines) == 1 and lines[0].startswith("compiling the layers of ") and "--compile off" in lines[0]
+        (line,) = lines()
+        assert line.startswith("compiling the layers of ") and "--compile off" in line
         assert not list(cache_folder.rglob("*.cpp"))
 
-        def never(*_: object) -> Run:
-            raise AssertionError("it was compiled already")
+        def fails(*_: object) -> Run:
+            raise IncompatibleError("the compiler failed (for a test)")
 
-        monkeypatch.setattr(compiling, "compile_program", never)
+        monkeypatch.setattr(compiling, "compile_program", fails)
         second = load()
-        assert outputs(second) == expected and self.are_compiled(second) and len(lines) == 1
+        assert outputs(second) == expected and self.are_compiled(second) and not lines()
         torch.testing.assert_close(second.forward(torch.tensor([PROMPT]))[0], first.forward(torch.tensor([PROMPT]))[0])
         (program,) = cache_folder.rglob("*.pt2")
         program.write_bytes(b"broken")
         third = load()
         assert outputs(third) == expected and not self.are_compiled(third)
-        assert "decodes without compiled layers" in lines[1] and "remove its folder" in lines[1]
+        again, _, failed = lines()
+        assert "is broken; it is made again" in again
+        assert failed.endswith("decodes without compiled layers: the compiler failed (for a test)")
 
     def test_without_a_compiler_it_says_so(self, load, lines, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("CXX", "no-such-compiler")
         base = load()
         assert outputs(base) == outputs(load(compile="off")) and not self.are_compiled(base)
-        assert len(lines) == 1 and "decodes without compiled layers: there is no C++ compiler" in lines[0]
+        (line,) = lines()
+        assert "decodes without compiled layers: there is no C++ compiler" in line
 
     @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler here")
     def test_what_failed_is_not_tried_again(self, load, lines, monkeypatch: pytest.MonkeyPatch):
@@ -289,7 +296,7 @@ class TestCompiling:
             base.pack()
             assert not self.are_compiled(base)
         assert len(tried) == 1
-        assert [line.endswith("a layer can't be traced (for a test)") for line in lines] == [False, True, True]
+        assert [line.endswith("a layer can't be traced (for a test)") for line in lines()] == [False, True, True]
         monkeypatch.setenv("CXX", "gcc")  # another compiler may do better
         load().pack()
         assert len(tried) == 2
@@ -300,7 +307,7 @@ class TestCompiling:
         for base in bases:
             base.pack()
             assert not self.are_compiled(base)
-        assert not lines
+        assert not lines()
 
     def test_a_choice_that_there_is_not(self, load):
         with pytest.raises(RescoreError, match="choice of compile 'on'"):

@@ -32,7 +32,8 @@ from lm.records import plain, read_record
 if TYPE_CHECKING:
     from lm.base.model import BaseLM
 
-SCHEMA, RECORD = "rescore.layers/1", "layers.json"
+SCHEMA = "rescore.layers/1"  # changes with what a program is given, and with what of ours is traced into it
+RECORD = "layers.json"
 MOST_KINDS = 4  # of layers in a model
 TOLERANCE = 1e-4  # share of the largest number by which a program may differ from its layer
 Make = Callable[[torch.export.ExportedProgram, Path], Run]
@@ -63,35 +64,42 @@ def compile_layers(base: BaseLM) -> None:
     }  # fmt: skip
     entry = cache_entry("layers", re.sub(r"[^\w.-]", "_", Path(name).name), document)
 
-    def read(folder: Path) -> Layers | None:
+    def read(folder: Path) -> tuple[Layers, list[Run]] | None:
         try:
-            found = read_record(folder / RECORD, Layers, missing=f"no layers in {folder}", schema=SCHEMA)
+            layers = _read(folder)
+            runs = [load_program(folder / f"{kind}.pt2") for kind in range(len(layers.kinds))]
         except RescoreError:
             return None
-        return None if found.reason and found.compiler != _stamp(compiler) else found
+        return None if layers.reason and layers.compiler != _stamp(compiler) else (layers, runs)
 
-    def make(folder: Path) -> Layers:
+    def make(folder: Path) -> tuple[Layers, list[Run]]:
         if compiler is None:
             raise IncompatibleError("there is no C++ compiler (g++, or what CXX names)")
         warn(f"compiling the layers of {name} for decoding on this machine, this once (--compile off goes without)")
         with atomic_folder(folder) as temporary:
             try:
-                made = compiled(base, temporary, compile_program)
+                layers, runs = compiled(base, temporary, compile_program)
             except IncompatibleError as error:
-                made = Layers(reason=str(error), compiler=_stamp(compiler))
-            write_json(temporary / RECORD, plain(made))
-        return made
+                layers, runs = Layers(reason=str(error), compiler=_stamp(compiler)), []
+            write_json(temporary / RECORD, plain(layers))
+        return layers, runs
+
+    def is_broken(folder: Path) -> bool:
+        try:
+            return folder.exists() and not _read(folder).reason
+        except RescoreError:
+            return True
 
     try:
-        layers = cached(entry, f"compiled layers of {name}", read=read, make=make, is_broken=lambda _: False)
+        layers, runs = cached(entry, f"compiled layers of {name}", read=read, make=make, is_broken=is_broken)
         if layers.reason:
             raise IncompatibleError(layers.reason)
-        install(base, layers, [load_program(entry / f"{kind}.pt2") for kind in range(len(layers.kinds))])
+        install(base, layers, runs)
     except RescoreError as error:
         warn(f"{name} decodes without compiled layers: {first_line(error)}")
 
 
-def compiled(base: BaseLM, folder: Path, make: Make) -> Layers:
+def compiled(base: BaseLM, folder: Path, make: Make) -> tuple[Layers, list[Run]]:
     """Programs for all layers of a base LM, each layer's checked against the layer itself.
 
     make: makes a program, at a path in the folder. Raises `IncompatibleError` for a model that can't be compiled.
@@ -112,7 +120,7 @@ def compiled(base: BaseLM, folder: Path, make: Make) -> Layers:
             kinds.append((signature, shapes, run))
             fits = [len(kinds) - 1]
         layers.append((fits[0], place))
-    return Layers(tuple(signature for signature, _, _ in kinds), tuple(layers))
+    return Layers(tuple(signature for signature, _, _ in kinds), tuple(layers)), [run for _, _, run in kinds]
 
 
 @torch.inference_mode()
@@ -175,9 +183,10 @@ def load_program(path: Path) -> Run:
 
     try:
         with quiet():
-            return aoti_load_package(str(path)).loader.boxed_run  # type: ignore[no-any-return]
+            run: Run = aoti_load_package(str(path)).loader.boxed_run
     except Exception as error:
-        raise InvalidDataError(f"{path} can't be loaded ({first_line(error)}); remove its folder") from error
+        raise InvalidDataError(f"{path} can't be loaded ({first_line(error)})") from error
+    return run
 
 
 def _machine() -> list[str]:
@@ -193,3 +202,7 @@ def _machine() -> list[str]:
 
 def _stamp(compiler: str | None) -> str:
     return "" if compiler is None else " ".join(map(str, file_stamp(Path(compiler))))
+
+
+def _read(folder: Path) -> Layers:
+    return read_record(folder / RECORD, Layers, missing=f"no layers in {folder}", schema=SCHEMA)

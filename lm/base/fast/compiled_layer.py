@@ -63,7 +63,10 @@ class CompiledLayer:
                 return None
         except (LookupError, TypeError):
             return None
-        rows, n = tensors[0].shape[:2]
+        states = tensors[self._signature.states]
+        if states is None or states.ndim != 3:
+            return None
+        rows, n, _ = states.shape
         if rows != 1 or n > MOST_TOKENS or not isinstance(cache, KVCache | TreeCache):
             return None
         for place, expected in enumerate(self._inputs):

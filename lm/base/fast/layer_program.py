@@ -52,12 +52,14 @@ class Input(msgspec.Struct, frozen=True):
 class Signature(msgspec.Struct, frozen=True):
     """How a layer is called: what its program must be given, and what it takes for granted.
 
+    states: which of the inputs are the states `[1, n, d]` that the layer changes.
     cache: where that is among the arguments.
     constants: all that is neither cache nor tensor.
     nones: of a layer whose output is a tuple: so many None come after the tensor.
     """
 
     inputs: tuple[Input, ...]
+    states: int
     cache: Path
     constants: tuple[tuple[Path, bool | int | float | str | None], ...]
     nones: int | None
@@ -171,7 +173,16 @@ def signature_of(calls: Sequence[Call]) -> Signature:
     if len(caches) != 1 or not alike:
         raise IncompatibleError("its layers take or give more than their states and the cache")
     nones = len(outputs[0]) - 1 if isinstance(calls[0].output, tuple) else None
-    return Signature(tuple(inputs), caches[0], tuple(constants), nones)
+    given = [[leaf[each.path] for leaf in leaves] for each in inputs]
+    states = [place for place, each in enumerate(given) if _are_like(each, [output[0] for output in outputs])]
+    if not states:
+        raise IncompatibleError("its layers change the size of their states")
+    return Signature(tuple(inputs), states[0], caches[0], tuple(constants), nones)
+
+
+def _are_like(tensors: Sequence[Any], others: Sequence[torch.Tensor]) -> bool:
+    pairs = zip(tensors, others, strict=True)
+    return all(a is not None and a.dtype == b.dtype and a.shape == b.shape and a.ndim == 3 for a, b in pairs)
 
 
 def _leaves(call: Call) -> dict[Path, Any]:

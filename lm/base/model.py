@@ -117,7 +117,7 @@ class BaseLM:
     def pack(self) -> None:
         """Lays weights out for steps of a few tokens, where that gains (`lm.base.packed`): for inference only.
 
-        Of a linear layer's plain weight only the shape stays then, but for the vocabulary projection.
+        Of a weight that no file holds as it is only the shape stays then (but for the vocabulary projection).
         """
         if self.from_files and can_pack(self.model):  # a model that was given in memory may still change
             pack(self.model, self.output_embeddings)

@@ -13,20 +13,22 @@ _ENTRIES = "/proc/self/pagemap"  # of Linux: 64 bits for every page of the proce
 _IN_MEMORY, _SWAPPED, _OF_A_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
 
 
-def release(tensor: torch.Tensor) -> None:
-    """Takes the pages of a tensor out of the process's memory where a file holds the same, on Linux; else nothing.
+def release(tensor: torch.Tensor) -> bool:
+    """Takes the pages of a tensor, which was read, out of the process's memory if a file holds the same (on Linux).
 
-    The tensor stays what it is: whoever reads it has them mapped again.
+    The tensor stays what it is: whoever reads it has them mapped again. Returns whether they went.
     """
     address = tensor.data_ptr()
     start, end = -(-address // mmap.PAGESIZE), (address + tensor.nbytes) // mmap.PAGESIZE
     if sys.platform != "linux" or not tensor.is_contiguous() or start >= end:
-        return
+        return False
     try:
         entries = np.fromfile(_ENTRIES, dtype=np.uint64, count=end - start, offset=start * 8)
     except OSError:
-        return
+        return False
     there = entries & (_IN_MEMORY | _SWAPPED) != 0
-    if there.any() and (entries[there] & _OF_A_FILE != 0).all():  # a page that was written to is no longer the file's
-        size = (end - start) * mmap.PAGESIZE
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start * mmap.PAGESIZE), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+    if not there.any() or not (entries[there] & _OF_A_FILE != 0).all():  # what was written to is no longer the file's
+        return False
+    place, size = ctypes.c_void_p(start * mmap.PAGESIZE), ctypes.c_size_t((end - start) * mmap.PAGESIZE)
+    failed: int = ctypes.CDLL(None, use_errno=True).madvise(place, size, mmap.MADV_DONTNEED)
+    return not failed

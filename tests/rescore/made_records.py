@@ -29,7 +29,7 @@ def made_result(**changes: Any) -> Result:
         "oracle_block_efficiency": 2.5, "gain": None, "gain_ci95": None, "against_unrescored": None, "steps": 10,
         "tokens": 12, "accepted_histogram": [0, 8, 2, 0], "marginal": marginal, "conditional": marginal, "quality": {},
         "cut_at_limit": None, "predicted_speedup": None, "identical": None, "divergence": None, "latency": None,
-        "sources": [],
+        "sources": [], "peer": changes.get("oracle_block_efficiency", 2.5) is None,
     }  # fmt: skip
     return Result(**fields | changes)
 

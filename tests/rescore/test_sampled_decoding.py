@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -123,14 +124,18 @@ class TestCommand:
         ]  # fmt: skip
 
     def test_sampled(self, rescore: Command, model: list[object], tmp_path: Path):
-        asked = ["eval", *model, "--mode", "live", "--rescorer", "none,draws", "--temperature", 1, "--top-p", 0.9]
-        runs = [rescore(*asked, "--json", "--sampling-seed", seed) for seed in (0, 0, 1)]
-        outputs = [[(r["rescorer"], r["tokens"], r["steps"]) for r in run.document["results"]] for run in runs]
+        asked = ["eval", *model, "--mode", "live", "--rescorer", "none,draws", "--temperature", 3, "--top-p", 0.9]
+        runs, outputs = [], []
+        for place, seed in enumerate((0, 0, 1)):
+            out = tmp_path / str(place)
+            runs.append(rescore(*asked, "--json", "--sampling-seed", seed, "--out", out))
+            lines = (out / "examples.jsonl").read_text().splitlines()
+            outputs.append([json.loads(line)["output_ids"] for line in lines])
         assert outputs[0] == outputs[1] != outputs[2]
         assert all(r["identical"] is None and r["oracle_block_efficiency"] is None for r in runs[0].document["results"])
         assert runs[0].document["config"]["sampled"] is True
         text = rescore(*asked, "--details").out
-        assert "sampled (temperature 1, top-p 0.9, seed 0)" in text and "drawing token by token" in text
+        assert "sampled (temperature 3, top-p 0.9, seed 0)" in text and "drawing token by token" in text
 
     def test_lossy_numbers_are_called_so_wherever_they_stand(
         self, rescore: Command, model: list[object], tmp_path: Path

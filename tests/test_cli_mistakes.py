@@ -240,5 +240,7 @@ class TestInterruption:
         assert 2 <= finished < 30 and f"\nsquad: {finished} examples of {finished} groups, " in out
         whole = rescore(*live, "--json").document["results"]
         replayed = rescore("eval", *options, "--json").document["results"]
-        assert [{**r, "identical": None, "divergence": None, "latency": None} for r in whole] == replayed
+        assert [
+            {**r, "identical": None, "divergence": None, "latency": None, "autoregressive_quality": None} for r in whole
+        ] == replayed
         assert whole[0]["identical"] == {"n": 30, "identical": 30}

@@ -217,7 +217,7 @@ class Result:
     marginal: Annotated[list[Number], msgspec.Meta(min_length=1)]
     conditional: list[Number | None]
     quality: dict[str, Number]
-    autoregressive_quality: dict[str, Number] | None
+    autoregressive_quality: dict[str, Number] | None = None
     cut_at_limit: Number | None
     predicted_speedup: Number | None
     identical: Identical | None

@@ -204,7 +204,7 @@ class TestInterruption:
 
     def test_a_recording_goes_on(self, rescore: Command, model: list[object], tmp_path: Path, monkeypatch):
         monkeypatch.setattr(tracing, "PART_EXAMPLES", 4)
-        row, calls = tracing._row, []
+        row, calls = tracing.row_of_states, []
 
         def interrupted_row(*arguments: Any) -> Any:
             calls.append(1)
@@ -212,7 +212,7 @@ class TestInterruption:
                 raise KeyboardInterrupt
             return row(*arguments)
 
-        monkeypatch.setattr(tracing, "_row", interrupted_row)
+        monkeypatch.setattr(tracing, "row_of_states", interrupted_row)
         run = rescore("trace", *model, "--out", tmp_path)
         assert run == Run(130, "", "rescore: interrupted; what is finished is kept, the same command goes on\n")
         assert rescore("trace", *model, "--out", tmp_path).out.endswith("6 examples, 72 positions, h = 4, K = 32\n")

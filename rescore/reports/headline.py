@@ -85,9 +85,10 @@ def _cell(view: TaskView, rescorer: str, p: int) -> Cell | None:
 
 def _sentences(views: Sequence[TaskView], rows: Sequence[Row]) -> list[str]:
     plain = [view.unrescored.block_efficiency for view in views if view.unrescored]
-    known = [view for view in views if view.oracles]  # none of what is not greedy, or of peers alone
-    of_views = [(view.unrescored or view.results[0]).oracle_block_efficiency or view.oracles[0] for view in known]
-    ceiling = _range(fixed(2), of_views)
+    first = [(view, (view.unrescored or view.results[0]).oracle_block_efficiency) for view in views]
+    # There is none of what is not greedy, or of peers alone.
+    known = [oracle or view.oracles[0] for view, oracle in first if oracle or view.oracles]
+    ceiling = _range(fixed(2), known)
     lines = [
         f"A step of the unrescored drafts accepts {_range(fixed(2), plain)} tokens; a perfect choice from the same "
         f"lattices would get {ceiling}."

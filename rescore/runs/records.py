@@ -217,14 +217,14 @@ class Result:
     marginal: Annotated[list[Number], msgspec.Meta(min_length=1)]
     conditional: list[Number | None]
     quality: dict[str, Number]
-    autoregressive_quality: dict[str, Number] | None = None
+    autoregressive_quality: dict[str, Number] | None
     cut_at_limit: Number | None
     predicted_speedup: Number | None
     identical: Identical | None
     divergence: list[Divergence] | None
     latency: Latency | None
     sources: list[SourceShare]
-    peer: bool = False
+    peer: bool
 
     @property
     def longest(self) -> int:

@@ -206,11 +206,11 @@ class TestInterruption:
         monkeypatch.setattr(tracing, "PART_EXAMPLES", 4)
         row, calls = tracing.row_of_states, []
 
-        def interrupted_row(*arguments: Any) -> Any:
+        def interrupted_row(*arguments: Any, **more: Any) -> Any:
             calls.append(1)
             if len(calls) == 6:
                 raise KeyboardInterrupt
-            return row(*arguments)
+            return row(*arguments, **more)
 
         monkeypatch.setattr(tracing, "row_of_states", interrupted_row)
         run = rescore("trace", *model, "--out", tmp_path)

@@ -125,7 +125,7 @@ class TestArithmetic:
 class _Partly:
     """Drafts of the real output, some steps wrong after a few tokens: chains are accepted to all lengths."""
 
-    longest, joins, alpha = 1 + TOKENS, False, None
+    longest, joins, alpha, branches = 1 + TOKENS, False, None, 0
 
     def __init__(self, output: list[int]) -> None:
         self.output = output

@@ -80,7 +80,6 @@ def measure_costs(
     fit."""
     from rescore.studies.verify_curve import heads_milliseconds, verify_curve
 
-    base.pack()
     curves = [verify_curve(base, cached=cached, repeats=repeats, sizes=nodes) for cached in sorted(set(contexts))]
     return Costs(
         base=base.identity.name,

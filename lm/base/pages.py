@@ -20,7 +20,7 @@ def release(tensor: torch.Tensor) -> bool:
     """
     address = tensor.data_ptr()
     start, end = -(-address // mmap.PAGESIZE), (address + tensor.nbytes) // mmap.PAGESIZE
-    if sys.platform != "linux" or not tensor.is_contiguous() or start >= end:
+    if sys.platform != "linux" or tensor.device.type != "cpu" or not tensor.is_contiguous() or start >= end:
         return False
     try:
         entries = np.fromfile(_ENTRIES, dtype=np.uint64, count=end - start, offset=start * 8)

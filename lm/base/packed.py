@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lm.base.pages import release
+from lm.pages import release
 
 ROWS = 8  # that weights are laid out for
 

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from lm.base.catalog import load_base
 from lm.base.model import BaseLM
 from lm.base.packed import can_pack, pack, product_of, unpack
-from lm.base.pages import release
+from lm.pages import release
 from lm.training.tuned_base import TunedBase
 from rescore.decoding import decode
 from rescore.tasks.base import Example

@@ -149,6 +149,7 @@ class TestCommand:
         report = rescore("report", out, "--out", tmp_path / "r.html")
         assert report.code == 0 and "[lossy: top-k:2]" in (tmp_path / "r.html").read_text()
         rescore("eval", *model, "--mode", "live", "--rescorer", "none", "--out", out).refused("acceptance")
+        rescore("export", out, "--to", "acceptance-histogram").refused("whose outputs are not the base's")
 
     @pytest.mark.parametrize(
         ("asked", "told"),

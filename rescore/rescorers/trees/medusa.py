@@ -41,4 +41,5 @@ class MedusaTree(TreeRescorer):
         for node in range(1, len(layout.parents)):
             steps[:, node] += steps[:, layout.parents[node]]
         kept = np.array([best_branches(layout.parents, logps, p)[layout.leaves] for logps in steps])  # [n, leaves]
-        return drafts[kept].reshape(n, p, -1)
+        worth_most: np.ndarray = drafts[kept].reshape(n, p, -1)
+        return worth_most

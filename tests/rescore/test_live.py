@@ -215,7 +215,7 @@ def test_where_weights_of_joint_are_shipped_they_are_used(tiny_base: BaseLM, hea
     made: list[tuple[str, ...]] = []
 
     class Fits:
-        drafters = ("heads", "lookup")
+        drafters, plans = ("heads", "lookup"), False
 
         def fit(self, target):
             made.append(target.sources)

@@ -23,6 +23,6 @@ def test_a_built_in_model_decodes_exactly_and_gains(base):
 
 @pytest.mark.usefixtures("converted")
 def test_small_models_that_share_what_the_base_has_laid_out_change_no_output():
-    options = dict(mode="live", rescorers=("neural-61m", "draft-model:neural-61m"), limit=3, max_new_tokens=24)
+    options = dict(mode="live", rescorers=("neural-61m", "draft-model:neural-61m"), limit=2, max_new_tokens=16)
     for result in evaluated(options | {"base": "smollm2-135m"}).document.results:
-        assert result.identical == Identical(n=3, identical=3) and result.block_efficiency > 1.0
+        assert result.identical == Identical(n=2, identical=2) and result.block_efficiency > 1.0

@@ -45,7 +45,13 @@ class TestEval:
         for run in live:
             for r, other in zip(run.document["results"], replayed.document["results"], strict=True):
                 assert r["identical"] == {"n": 6, "identical": 6} and r["latency"]["verify_ms"] > 0
-                assert {**r, "identical": None, "divergence": None, "latency": None} == other
+                assert {
+                    **r,
+                    "identical": None,
+                    "divergence": None,
+                    "latency": None,
+                    "autoregressive_quality": None,
+                } == other
 
     def test_the_table(self, rescore: Command, model: list[object]):
         run = rescore("eval", *model, "--rescorer", "none", "--rescorer", "oracle", "--mode", "live", "--limit", 2)

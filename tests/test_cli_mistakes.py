@@ -204,15 +204,15 @@ class TestInterruption:
 
     def test_a_recording_goes_on(self, rescore: Command, model: list[object], tmp_path: Path, monkeypatch):
         monkeypatch.setattr(tracing, "PART_EXAMPLES", 4)
-        row, calls = tracing._row, []
+        row, calls = tracing.row_of_states, []
 
-        def interrupted_row(*arguments: Any) -> Any:
+        def interrupted_row(*arguments: Any, **more: Any) -> Any:
             calls.append(1)
             if len(calls) == 6:
                 raise KeyboardInterrupt
-            return row(*arguments)
+            return row(*arguments, **more)
 
-        monkeypatch.setattr(tracing, "_row", interrupted_row)
+        monkeypatch.setattr(tracing, "row_of_states", interrupted_row)
         run = rescore("trace", *model, "--out", tmp_path)
         assert run == Run(130, "", "rescore: interrupted; what is finished is kept, the same command goes on\n")
         assert rescore("trace", *model, "--out", tmp_path).out.endswith("6 examples, 72 positions, h = 4, K = 32\n")
@@ -240,5 +240,7 @@ class TestInterruption:
         assert 2 <= finished < 30 and f"\nsquad: {finished} examples of {finished} groups, " in out
         whole = rescore(*live, "--json").document["results"]
         replayed = rescore("eval", *options, "--json").document["results"]
-        assert [{**r, "identical": None, "divergence": None, "latency": None} for r in whole] == replayed
+        assert [
+            {**r, "identical": None, "divergence": None, "latency": None, "autoregressive_quality": None} for r in whole
+        ] == replayed
         assert whole[0]["identical"] == {"n": 30, "identical": 30}

@@ -35,6 +35,7 @@ from lm.base import attention
 from lm.base.adapters import ADAPTER_FILE, base_of_adapter, check_base, is_adapter, merged
 from lm.base.identity import config_sha256, tensors_sha256, tokenization_sha256, tokenizer_sha256, weights_sha256
 from lm.base.model import BaseIdentity, BaseLM, state_size
+from lm.base.packed import unpack
 from lm.files import SHIPPED, atomic_folder, read_json_object, sha256_of_file, write_json
 from lm.keys import cache_entry, cached, file_stamp, remembered_sha256, software
 
@@ -74,6 +75,7 @@ def load_base(
     if not isinstance(model, str | os.PathLike):
         if tokenizer is None:
             raise RescoreError("a model in memory needs its tokenizer; call load_base(model, tokenizer)")
+        unpack(model)  # it may be that of a base LM that has decoded
         return BaseLM(model, tokenizer, identity=_identity_in_memory(model, tokenizer))
     model = os.fspath(model)
     if tokenizer is not None:

@@ -127,7 +127,7 @@ class BaseLM:
         """Makes the model ready for steps of a few tokens, where that gains: its weights are laid out for them
         (`lm.base.packed`), and layers compiled (`lm.base.fast`). For inference only.
 
-        Of a linear layer's plain weight only the shape stays then, but for the vocabulary projection.
+        Of a weight that no file holds as it is only the shape stays then (but for the vocabulary projection).
         """
         if not self.from_files or not can_pack(self.model):  # a model that was given in memory may still change
             return

@@ -4,7 +4,8 @@ A step of decoding multiplies one to some dozen rows by every weight. As torch k
 as much as the first; laid out for few rows they cost little more than reading the weights once, and prompts, which
 have many rows, lose nothing. Results differ from the plain product by rounding only.
 
-The weights are then in memory once: the plain ones go as soon as they are laid out, and `unpack` brings them back.
+The weights are then in memory once. Plain ones that are mapped from a file leave it as soon as they are laid out, and
+come back if somebody reads them; others (converted to another precision, or changed) are dropped, until `unpack`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from lm.base.fast.traceable import multiply
-from lm.base.pages import release
+from lm.pages import release
 
 ROWS = 8  # that weights are laid out for
 
@@ -95,8 +96,9 @@ def pack(
     kept: torch.nn.Module | None = None,
     groups: Sequence[Sequence[torch.nn.Linear]] = (),
 ) -> None:
-    """Gives all plain `Linear`s of a model packed products in place of their weights, whose shapes stay (on the device
-    `meta`), those of each group a product in common. `kept` keeps its weight, too: single rows of it are read.
+    """Gives all plain `Linear`s of a model packed products, those of each group one in common. What no file holds of
+    their weights is dropped but for its shape (on the device `meta`); not that of `kept`, of which single rows are
+    read.
 
     At no time are more than those of one product in memory twice, the largest while there is least beside it.
     """
@@ -109,8 +111,7 @@ def pack(
         siblings = Siblings(part) if len(part) > 1 else None
         for place, linear in enumerate(part):
             linear.forward = Sibling(siblings, place) if siblings else PackedProduct(linear)  # type: ignore[assignment]
-            release(linear.weight)
-            if linear is not kept:
+            if not release(linear.weight) and linear is not kept:
                 linear.weight = torch.nn.Parameter(torch.empty_like(linear.weight, device="meta"), requires_grad=False)
 
 

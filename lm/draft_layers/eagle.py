@@ -23,9 +23,8 @@ from lm.base.packed import can_pack, pack
 from lm.base.states import FINAL, check_layers, decoder_layers
 from lm.checkpoint import CONFIG_FILE
 from lm.draft_layers.net import DraftNet, NetSource
-from lm.files import read_json_object, sha256_of_file
+from lm.files import read_json_object
 from lm.heads.layouts.tensor_files import TensorFiles
-from lm.keys import key_of
 
 LAYER, MIDLAYER = "layers.0.", "midlayer."  # one layer's two names
 PROJECTIONS = tuple(f"{LAYER}self_attn.{name}_proj" for name in "qkv")
@@ -67,7 +66,7 @@ class EagleSource(NetSource):
             isinstance(self._aux, list) and len(self._aux) == 3 and all(type(each) is int for each in self._aux)
         ):
             raise InvalidDataError(f"{folder / CONFIG_FILE}: {AUX_LAYERS} are not three layers; get it again")
-        self.sha256 = key_of([sha256_of_file(file), fields])
+        self._identify([file], fields)
 
     def _hidden_size(self, fields: dict[str, Any], shapes: Shapes) -> int:
         """Of the base."""

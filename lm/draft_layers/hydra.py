@@ -19,9 +19,8 @@ from lm.base.model import BaseLM
 from lm.base.states import FINAL, check_layers, decoder_layers
 from lm.checkpoint import CONFIG_FILE
 from lm.draft_layers.net import DraftNet, NetSource
-from lm.files import read_json_object, sha256_of_file
+from lm.files import read_json_object
 from lm.heads.layouts.tensor_files import TensorFiles
-from lm.keys import key_of
 
 FILES = ("hydra_lm_head.safetensors", "hydra_lm_head.pt", "model.safetensors")
 NAME = re.compile(r"hydra_mlp\.(\d+)\.(\d+)\.linear\.weight")
@@ -74,7 +73,7 @@ class HydraSource(NetSource):
                     f"{file} holds no whole Hydra mlp heads: {each} is {has}, due is "
                     f"{'no such tensor' if due == 'missing' else due}"
                 )
-        self.sha256 = key_of([sha256_of_file(file), self.offset])
+        self._identify([file], self.offset)
 
     def layers(self, base: BaseLM) -> tuple[int, ...]:
         """See `NetSource.layers`."""

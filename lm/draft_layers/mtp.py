@@ -22,7 +22,6 @@ from lm.base.model import BaseIdentity, BaseLM
 from lm.base.states import FINAL, check_layers, decoder_layers
 from lm.draft_layers.net import DraftNet, NetSource
 from lm.heads.layouts.tensor_files import TensorFiles, names_by_file
-from lm.keys import key_of, remembered_sha256
 
 INDEX = "model.safetensors.index.json"
 OF_LAYER = re.compile(r"(.*\blayers\.(\d+)\.)eh_proj\.weight")
@@ -40,11 +39,11 @@ class MtpSource(NetSource):
     """
 
     def __init__(self, folder: Path | None, name: str) -> None:
-        self.name, self.sha256 = name, ""
+        self.name = name
         if folder is None:
             return
-        self.files = _files(folder)
-        self.tensors = TensorFiles(self.files)
+        files = _files(folder)
+        self.tensors = TensorFiles(files)
         found = sorted({(int(m[2]), m[1]) for each in self.tensors.shapes if (m := OF_LAYER.fullmatch(each))})
         if not found:
             raise RescoreError(f"no MTP layer in {folder}: no tensor is called model.layers.N.eh_proj.weight")
@@ -55,7 +54,7 @@ class MtpSource(NetSource):
         if len(shape) != 2 or shape[1] != 2 * shape[0]:
             raise InvalidDataError(f"{folder}: {self.prefix}eh_proj.weight has shape {list(shape)}, not [d, 2 d]")
         self.hidden_size = shape[0]
-        self.sha256 = key_of([remembered_sha256(file) for file in self.files])
+        self._identify(files)
 
     def beside(self, base: BaseIdentity) -> MtpSource:
         """The layer in the files of this base."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from lattices.errors import IncompatibleError
 from lm.base.cache import TreeCache
 from lm.base.model import BaseLM
+from lm.keys import key_of, remembered_sha256
 
 
 class DraftNet(ABC):
@@ -73,9 +77,20 @@ class NetSource(ABC):
     """
 
     name: str
-    sha256: str
+    sha256: str = ""
+    _hashes: Mapping[Path, str]
     hidden_size: int | None = None
     vocab_size: int | None = None
+
+    def _identify(self, files: Sequence[Path], *settings: Any) -> None:
+        """Says what is in these files, read with these settings."""
+        self._hashes = {file: remembered_sha256(file) for file in files}
+        self.sha256 = key_of([*self._hashes.values(), *settings])
+
+    def check_unchanged(self) -> None:
+        """Raises `IncompatibleError` if the files are no longer those that were looked up."""
+        if any(remembered_sha256(file) != known for file, known in self._hashes.items()):
+            raise IncompatibleError(f"the files of {self.name} were replaced while they were read; run it again")
 
     @abstractmethod
     def layers(self, base: BaseLM) -> tuple[int, ...]:

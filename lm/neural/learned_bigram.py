@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lm.base.pages import release
 from lm.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Config, check_shapes, read_config, read_weights
 from lm.files import SHIPPED, sha256_of_file
+from lm.pages import release
 
 FOLDER = "learned-bigram"
 

@@ -177,7 +177,7 @@ def encode_tokens(
     numbering = _Tokens(field, errors, tokenizer, left_context=left_context, surface=False)
 
     def token_ids(source: CorpusSource, words: np.ndarray) -> np.ndarray:
-        ids = np.array([*[END] * len(SPECIAL_WORDS), *numbering.token_ids], np.int32)[np.maximum(words, 0)]
+        ids: np.ndarray = np.array([*[END] * len(SPECIAL_WORDS), *numbering.token_ids], np.int32)[np.maximum(words, 0)]
         if source.kind == "own":
             ids = np.insert(ids, np.flatnonzero(words == SENTENCE_END), numbering.end_of_text)
         return np.asarray(ids)

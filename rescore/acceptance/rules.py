@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
-import torch
 
 from lattices.errors import RescoreError
 from rescore.specs import Registry
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Said(Protocol):

@@ -17,7 +17,6 @@ from lm.files import write_json
 from lm.keys import cache_entry
 from lm.records import plain, read_record
 from rescore.costs.table import SCHEMA, Costs, Machine
-from rescore.drafters.heads import Heads
 from rescore.options import written
 from rescore.runs.inputs import Inputs
 
@@ -114,6 +113,8 @@ def costs_for(
     base: the task's; asked: a table, its file, or `here`; None: `here` where a rescorer drafts by costs, else none.
     Raises `RescoreError` for one of another base LM or of other heads, and as `read_costs` and `costs_here`.
     """
+    from rescore.drafters.heads import Heads
+
     if asked is None and not any(rescorer.plans for rescorer, _ in choosing.values()):
         return None
     name, said = recording.name, recording.settings

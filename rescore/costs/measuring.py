@@ -100,6 +100,8 @@ def measure_costs(
     out. k: lattice entries of a slot, of the heads. Raises `RescoreError` for contexts that do not fit.
     """
     contexts, nodes, identity = sorted(set(contexts)), sorted(set(nodes)), base.identity
+    # What can't be had is refused before the work; what plans is made when there are costs to plan by.
+    made = {run: _generator(base, heads, run, must) for run in runs if not run.load().plans}
 
     def told(done: int) -> None:
         if progress:
@@ -123,16 +125,22 @@ def measure_costs(
     )  # fmt: skip
     choices = []
     for done, run in enumerate(runs, start=1):
-        try:
-            generator = Generator.of(base, heads, run, costs=costs)
-        except RescoreError:
-            if must:
-                raise
-        else:
+        if generator := made[run] if run in made else _generator(base, heads, run, must, costs):
             ms = choice_milliseconds(generator)
             choices.append(ChoiceCost(rescorer=run.chooses, k=run.k, p=run.p, ms=ms))
         told(repeats + 1 + done)
     return msgspec.structs.replace(costs, choices=choices)
+
+
+def _generator(
+    base: BaseLM, heads: BlockHeads | None, run: Run, must: bool, costs: Costs | None = None
+) -> Generator | None:
+    try:
+        return Generator.of(base, heads, run, costs=costs)
+    except RescoreError:
+        if must:
+            raise
+    return None
 
 
 class StandingDecode:

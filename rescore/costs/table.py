@@ -30,8 +30,12 @@ class Machine:
     gpu: str | None
 
     def __str__(self) -> str:
-        where = self.gpu or f"{self.cpu}, {self.cores} cores"
-        return f"{where}, {self.threads} threads, torch {self.torch}"
+        where = self.gpu or f"{self.cpu}, {_several(self.cores, 'core')}"
+        return f"{where}, {_several(self.threads, 'thread')}, torch {self.torch}"
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}" + ("" if count == 1 else "s")
 
 
 @dataclass(frozen=True, kw_only=True)

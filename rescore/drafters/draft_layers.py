@@ -98,6 +98,7 @@ class DraftLayers(LatticeDrafter):
             net = _LOADED.get((self.identity, id(base)))
             if net is None or net.base is not base:
                 net = self._from.load(base)
+                self._from.check_unchanged()
                 _LOADED[self.identity, id(base)] = net
             self._net = net
         return self._net

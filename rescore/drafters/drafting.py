@@ -49,11 +49,11 @@ class Drafting:
     def longest(self, h: int) -> int:
         """Tokens of a draft, at most, with so many heads."""
         own = self.rescorer.longest
-        if own is not None and self.rescorer.joins:
+        if own is not None and (self.rescorer.joins or not self.rescorer.branches):
             return own
         proposed = max((drafter.longest or h for drafter in self.drafters), default=1)
         alone = len(self.drafters) == 1 and isinstance(self.drafters[0], LatticeDrafter)
-        return proposed if own is None or not alone else min(own, proposed)  # text is drafted beside what it drafts
+        return proposed if own is None or not alone else min(own, proposed)  # a tree is no deeper than the slots
 
     def prefill(self, contexts: Sequence[Context]) -> None:
         """Reads the prompts of new examples."""

@@ -10,20 +10,21 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
-import torch
 
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.joined.sources import HEADS
 from lattices.lattice import Lattice
-from lm.base.model import BaseLM
 from lm.draft_vocabulary import find_draft_vocabulary
-from lm.heads.draft_rows import DraftProjection, DraftRows
 from rescore.drafters.base import LatticeDrafter
 from rescore.rescorers.base import Context, Target
 from rescore.tracing import lattices_along
+
+if TYPE_CHECKING:
+    from lm.base.model import BaseLM
+    from lm.heads.draft_rows import DraftProjection, DraftRows
 
 
 class Heads(LatticeDrafter):
@@ -82,6 +83,10 @@ class Heads(LatticeDrafter):
         """The projection to what they draft from at a request; None: to all tokens."""
         if self.draws_on_all:
             return None
+        import torch
+
+        from lm.heads.draft_rows import DraftRows
+
         if self._rows is None or self._rows.base is not base or not base.from_files:  # weights in memory may change
             self._rows = DraftRows(base, torch.from_numpy(self._token_ids))
         return self._rows.with_tokens(prompt_ids)
@@ -98,6 +103,8 @@ class Heads(LatticeDrafter):
                 f"{self.name} drafts with the base and its heads, and a trace that is given has only what they propose "
                 "of all tokens; drop --trace"
             )
+        import torch
+
         base, heads = self._target.models()
         assert heads is not None, "what drafts with heads is refused without"
         text = torch.tensor([[*prompt_ids.tolist(), *output_ids[:-1].tolist()]], device=base.device)

@@ -141,6 +141,11 @@ def _fits(result: Result, name: str, asked: Any) -> bool:
 def _counts(chosen: _Chosen) -> Counts:
     """The accepted lengths of a result, checked against what it says of itself and against its examples."""
     result, records = chosen.result, chosen.records
+    if chosen.run.config.lossy:
+        raise RescoreError(
+            f"{chosen} was decoded by {chosen.run.config.acceptance} acceptance, whose outputs are not the base's: no "
+            "engine accepts so; export a run with greedy acceptance"
+        )
     drafted: dict[int, list[int]] = {}
     for record in records:
         for accepted, draft in zip(record.accepted, record.drafts, strict=True):

@@ -23,7 +23,7 @@ from rescore.decoding import Decoded
 from rescore.drafters import Drafter
 from rescore.generation.live import Generator, best_run
 from rescore.rescorers import Rescorer
-from rescore.runs.run import DEFAULT_K, Run
+from rescore.runs.run import DEFAULT_K, Run, runs_of
 
 PREPARED = ("attention_mask", "position_ids", "logits_to_keep", "use_cache", "cache_position")  # nothing of the user's
 CACHES = ("cache", "past_key_values")
@@ -63,7 +63,8 @@ def custom_generate(
     """What `model.generate(..., custom_generate=...)` of transformers takes: the same output in fewer steps.
 
     heads: of the model, or their folder; None: no drafter is `heads`.
-    rescorer, drafters, k, p, verify: as for `rescore.generate` and `Run`; a `Run` says all of them but `verify`.
+    rescorer, drafters, k, p, verify: as for `rescore.generate` and `Run`; a `Run` says all of them but `verify`. With
+        p = 1 a tree has all its branches.
     tokenizer: of the model; None: the one that lies where the model was loaded from.
 
     Greedy, and one prompt a call: what asks for more raises `RescoreError`, as does what changes the logits. All
@@ -78,7 +79,7 @@ def custom_generate(
         if drafters or (k, p) != (DEFAULT_K, 1):
             raise RescoreError("a Run says its own drafters, k and p; leave them out")
     elif rescorer is not None:
-        run = Run(rescorer, p=p, k=k, drafters=tuple(drafters))
+        (run,) = runs_of([rescorer], ps=() if p == 1 else [p], ks=[k], drafters=tuple(drafters))
     return CustomGenerate(heads, run, {"drafters": tuple(drafters), "k": k, "p": p}, verify, tokenizer)
 
 

@@ -85,14 +85,17 @@ def _cell(view: TaskView, rescorer: str, p: int) -> Cell | None:
 
 def _sentences(views: Sequence[TaskView], rows: Sequence[Row]) -> list[str]:
     plain = [view.unrescored.block_efficiency for view in views if view.unrescored]
-    of_views = [(view.unrescored or view.results[0]).oracle_block_efficiency or view.oracles[0] for view in views]
-    ceiling = _range(fixed(2), of_views)
+    first = [(view, (view.unrescored or view.results[0]).oracle_block_efficiency) for view in views]
+    # There is none of what is not greedy, or of peers alone.
+    known = [oracle or view.oracles[0] for view, oracle in first if oracle or view.oracles]
+    ceiling = _range(fixed(2), known)
     lines = [
         f"A step of the unrescored drafts accepts {_range(fixed(2), plain)} tokens; a perfect choice from the same "
         f"lattices would get {ceiling}."
         if plain
         else f"A perfect choice from the lattices would get {ceiling} tokens out of a step."
     ]
+    lines = lines if known else []
     joined = [[r.oracle_block_efficiency or 0.0 for r in view.results if r.sources] for view in views]
     if any(joined):
         widest = _range(fixed(2), [max(oracles) for oracles in joined if oracles])
@@ -173,6 +176,8 @@ def _drafts(p: int) -> str:
 
 
 def _range(format: Format, values: Sequence[float]) -> str:
-    """From the lowest to the highest, or the one number that both are shown as."""
+    """From the lowest to the highest, or the one number that both are shown as; - for none."""
+    if not values:
+        return "-"
     low, high = format.show(min(values)), format.show(max(values))
     return low if low == high else f"{low} to {high}"

@@ -211,10 +211,10 @@ def draft_ahead(model: NeuralLM, group: Group, lattices: Lattice, alpha: float) 
     the LM has read what it was to read, so its choice there is right; the slots behind it are guessed anew by what it
     said after the wrong ones, and read again. The first guesses are the heads' own. (Fixed-point, or Jacobi, decoding.)
     """
-    (ids,), (logps,) = lattices.token_ids, lattices.logps.astype(np.float64)
-    h = len(ids)
+    ids, logps, h = lattices.token_ids[0], lattices.logps[0].astype(np.float64), lattices.h
     order = np.argsort(ids, axis=1)  # equals: the lowest id
-    path, parents = ids[:, 0].copy(), np.arange(-1, h - 3)
+    path: np.ndarray = ids[:, 0].copy()
+    parents = np.arange(-1, h - 3)
     first, after = group.begin_with_trees(path[:1], path[None, 1:-1], parents[None], np.array([h - 2]))
     states = torch.cat([first[:, None], after], dim=1)[0]  # [h - 1, d], after each slot but the last
     nodes = group.cache.nodes - h + 1 + np.arange(h - 1)  # of the same slots

@@ -183,7 +183,8 @@ class Result:
     weight (None: it has none).
     n: examples, of so many groups.
     block_efficiency ... conditional: see `rescore.accounting.Accounting`.
-    oracle_block_efficiency: of the best path of what the run's own drafters proposed; None of a peer.
+    oracle_block_efficiency: of the best path of what the run's own drafters proposed; None of a peer, and where
+        outputs are not greedy decoding's. peer: it is one.
     gain, gain_ci95: over `none` with p = 1 in the same run, paired; None where that was not run, and for it itself.
     against_unrescored: None where a live output is not the trace's, and of a peer.
     autoregressive_quality: that of decoding token by token beside it (live), greedily or drawn alike.
@@ -223,6 +224,7 @@ class Result:
     divergence: list[Divergence] | None
     latency: Latency | None
     sources: list[SourceShare]
+    peer: bool
 
     @property
     def longest(self) -> int:
@@ -237,7 +239,7 @@ class Result:
     @property
     def is_peer(self) -> bool:
         """Whether another library decoded (`rescore.peers`), beside the runs."""
-        return self.oracle_block_efficiency is None
+        return self.peer
 
     @property
     def is_unrescored(self) -> bool:

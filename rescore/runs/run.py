@@ -218,7 +218,7 @@ def runs_of(
     ps: Sequence[int] = (),
     ks: Sequence[int] = (),
     alpha: float | Literal["tuned"] | None = None,
-    drafters: Sequence[str] = (),
+    drafters: Sequence[str | Drafter] = (),
     nodes: int | Literal["auto"] | None = None,
 ) -> list[Run]:
     """Every rescorer with each p (none: 1) and k (none: `DEFAULT_K`), but for what its spec says itself

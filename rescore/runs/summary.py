@@ -32,12 +32,14 @@ def summarize(
     drafters: Sequence[Drafter] = (),
     predicted: float | None = None,
     sampled: bool = False,
+    peer: bool = False,
 ) -> Result:
     """The result of the records (one at least) of one task, rescorer and p.
 
     `alpha` of the rescorer is named in the result; `seed` of the bootstrap; `unrescored`: the records of `none` at
     p = 1 of the same run, which the gain is over (none: no gain); `drafters`: what the rescorer chose among;
-    `predicted`: its speed-up; `sampled`: outputs were drawn, and are nobody else's.
+    `predicted`: its speed-up; `sampled`: outputs were drawn, and are nobody else's;
+    `peer`: another library decoded.
     """
     first = records[0]
     longest = first.longest or first.h
@@ -67,6 +69,7 @@ def summarize(
         divergence=differ if live and not sampled else None,
         latency=latency(records, seed=seed) if live else None,
         sources=_sources(records, drafters),
+        peer=peer,
     )
 
 

@@ -184,7 +184,7 @@ def _caption(document: ResultsDocument, apart: Collection[Column]) -> str:
     for r in (r for r in results if not r.is_peer):
         facts = [] if same else [made[r.task]]
         facts += [] if {EXAMPLES, GROUPS} & set(apart) else [f"{r.n} examples of {r.groups} groups"]
-        if ORACLE not in apart and not several_k:
+        if ORACLE not in apart and not several_k and r.oracle_block_efficiency is not None:
             facts.append(f"oracle {NUMBER.show(r.oracle_block_efficiency)}")
         lines[r.task] = f"{printable(r.task)}: {', '.join(facts)}" if facts else ""
     return "\n".join([f"{way} of {same}" if same else way, *filter(None, lines.values()), ""])

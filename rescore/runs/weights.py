@@ -135,7 +135,7 @@ def target_of(
 ) -> Target:
     """The base LM that a trace was recorded with, as far as the trace tells; for work on `device`.
 
-    models: gives it with its heads (`Recording.loaded_models`).
+    models: gives it with its heads (`Recording.loads`).
     """
     header, settings = trace.header, trace.header.settings
     target = Target.of(settings.get("base"), header.vocab_size, header.eos_token_ids, device=device, shared=shared)

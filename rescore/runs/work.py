@@ -92,6 +92,7 @@ class Work:
             if records := log.records(key, self.recording.ids):
                 unrescored = log.records((self.name, "none", 1, key[-1]), self.recording.ids)
                 how: dict[str, Any] = {"seed": seed, "unrescored": unrescored, "sampled": document.config.sampled}
+                how["peer"] = isinstance(side, Peer)
                 if isinstance(side, Run):
                     how |= {"alpha": alphas.get(side), "drafters": self.choosing[side.label][1]}
                     how |= {"predicted": self._predicted(side, records, document.config.verify)}

@@ -35,14 +35,14 @@ class VerifyCurve(Record):
 def verify_curve(
     base: BaseLM, *, cached: int = 256, repeats: int = 7, sizes: Sequence[int] = VERIFY_SIZES
 ) -> VerifyCurve:
-    """Times one forward of 1 to 144 tokens on a cache, as decoding has it."""
+    """Times one forward of 1 to 144 tokens on a cache, with the weights laid out as decoding has them."""
     if cached < 1:
         raise RescoreError("--cached must be at least 1")
     if cached + max(sizes) > base.context_length:
         raise RescoreError(f"{cached} cached tokens do not fit into the context of {base.context_length}")
+    base.pack()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(base.vocab_size, (1, cached + max(sizes)), generator=generator).to(base.device)
-    base.pack()
     cache = base.new_decoding_cache(cached + max(sizes))
     base.forward(ids[:, :cached], cache, last=1)
     cache.keep(range(cached))

@@ -68,7 +68,7 @@ def _caption(results: Sequence[Result], plan: Plan, configs: Sequence[RunConfig]
     facts += ["examples that share text with training corpora left out"] if plan.leave_out == SHIPPED else []
     machines = dict.fromkeys(map(_machine, configs if live else ()))
     facts += [f"on {' and '.join(machines)}"] if machines else []
-    predicted = " predicted: the speed-up by the costs of a step (rescore bench costs)."
+    predicted = " predicted: the speed-up over greedy decoding by the costs of a step (rescore bench costs)."
     shown = predicted if any(r.predicted_speedup for r in results) else ""
     return f"{', '.join(map(escaped, facts))}. {OF_LIVE if live else OF_REPLAY}{shown}"
 

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from lm.base.catalog import load_base
 from lm.base.model import BaseLM
 from lm.base.packed import can_pack, pack, product_of, unpack
-from lm.base.pages import release
+from lm.pages import release
 from lm.training.tuned_base import TunedBase
 from rescore.decoding import decode
 from rescore.tasks.base import Example
@@ -55,13 +55,17 @@ class TestPacked:
 
     @pytest.mark.parametrize("saved", ["float32", "bfloat16"])  # of which the first is mapped, the second converted
     def test_every_weight_comes_back_bit_for_bit(self, tmp_path: Path, saved: str):
-        folder = save_tiny_base(tmp_path / "base", hidden_size=64)
+        folder = save_tiny_base(tmp_path / "base", hidden_size=128)
         loaded(folder, dtype=saved).model.save_pretrained(folder)
         plain, base = loaded(folder), loaded(folder)
         base.pack()
         base.pack()
-        for name, layer in layers(base.model).items():
-            assert product_of(layer) is not None and layer.weight.is_meta == (name != "lm_head")
+        dropped = {name for name, layer in layers(base.model).items() if layer.weight.is_meta}
+        assert all(product_of(layer) for layer in layers(base.model).values())
+        if saved == "bfloat16":
+            assert dropped == set(layers(base.model)) - {"lm_head"}
+        elif sys.platform == "linux":
+            assert not dropped, "a file holds them"
         assert base.device.type == "cpu" and base.dtype == torch.float32
         parameters = dict(plain.model.named_parameters())
         for name, weight in base.model.named_parameters():
@@ -88,6 +92,15 @@ class TestPacked:
         base = load_base(model, tokenizer=tiny_base.tokenizer)
         base.pack()
         assert not any(product_of(module) for module in model.modules())
+
+    def test_the_model_of_a_base_that_decoded_makes_another(self, tmp_path: Path):
+        folder = save_tiny_base(tmp_path / "base")
+        loaded(folder, dtype="bfloat16").model.save_pretrained(folder)
+        base = loaded(folder)
+        said = decode(base, None, PROMPT, max_new_tokens=12).output_ids
+        other = load_base(base.model, tokenizer=base.tokenizer)
+        assert decode(other, None, PROMPT, max_new_tokens=12).output_ids == said
+        assert decode(base, None, PROMPT, max_new_tokens=12).output_ids == said
 
     def test_what_is_trained_has_its_weights(self, tiny_folder: Path):
         base = loaded(tiny_folder)
@@ -130,20 +143,17 @@ class TestRelease:
         return weight
 
     def test_pages_of_a_file_go_and_come_back(self, weight: torch.Tensor):
-        release(weight)
-        assert pages_of(weight) == 0
+        assert release(weight) and pages_of(weight) == 0
         assert torch.equal(weight, torch.arange(1 << 20, dtype=torch.float32))
 
     def test_what_was_written_to_stays(self, weight: torch.Tensor):
         weight[3000:3010] = -1
-        release(weight)
+        assert not release(weight)
         assert (weight[3000:3010] == -1).all() and weight[2999] == 2999
 
     def test_what_no_file_holds_stays(self):
         weight = torch.arange(1 << 20, dtype=torch.float32)
-        release(weight)
-        release(weight[:3])
-        release(weight.reshape(1024, 1024).T)
+        assert not any(release(each) for each in (weight, weight[:3], weight.reshape(1024, 1024).T))
         assert torch.equal(weight, torch.arange(1 << 20, dtype=torch.float32))
 
     @needs_onednn

@@ -52,7 +52,10 @@ def run(options: Options, **more: Any) -> list[Result]:
 
 
 def without_times(results: list[Result]) -> list[Result]:
-    return [dataclasses.replace(r, latency=None, identical=None, divergence=None) for r in results]
+    return [
+        dataclasses.replace(r, latency=None, identical=None, divergence=None, autoregressive_quality=None)
+        for r in results
+    ]
 
 
 def no_base(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ def costs_of(
     tree_ms: float | None = 0.5,
     heads_ms: float | None = 10.0,
     heads: str = "ab" * 32,
+    vocabulary_ms: Mapping[int, float] = MappingProxyType({}),
     choices: Sequence[ChoiceCost] = (),
     **base: str,
 ) -> Costs:
@@ -37,7 +39,9 @@ def costs_of(
         base="tiny", **{"weights_sha256": "w", "config_sha256": "c"} | base, dtype="float32", device="cpu",
         machine=Machine(cpu="a CPU", cores=2, threads=1, torch="2", gpu=None), contexts=list(contexts),
         nodes=list(nodes), step_ms=step_ms, tree_ms=tree_ms, choices=list(choices),
-        heads=None if heads_ms is None else HeadsCost(sha256=heads, h=4, ms=heads_ms),
+        heads=None if heads_ms is None else HeadsCost(
+            sha256=heads, h=4, ms=heads_ms, vocabulary_ms=dict(vocabulary_ms)
+        ),
     )  # fmt: skip
 
 

@@ -13,7 +13,6 @@ def example_record(**changes: Any) -> ExampleRecord:
     """An example of one step that accepted one token."""
     fields: dict[str, Any] = {
         "task": "squad", "rescorer": "none", "k": 16, "p": 1, "id": "a", "group": "g", "h": 2, "quality": {},
-        "autoregressive_quality": None,
         "prompt_tokens": 5, "accepted": [1], "drafts": [[1, 2]], "calls": [Call(2, 1, True)], "oracle_accepted": [1],
         "output_ids": [1],
     }  # fmt: skip
@@ -29,7 +28,7 @@ def made_result(**changes: Any) -> Result:
         "oracle_block_efficiency": 2.5, "gain": None, "gain_ci95": None, "against_unrescored": None, "steps": 10,
         "tokens": 12, "accepted_histogram": [0, 8, 2, 0], "marginal": marginal, "conditional": marginal, "quality": {},
         "cut_at_limit": None, "predicted_speedup": None, "identical": None, "divergence": None, "latency": None,
-        "sources": [],
+        "autoregressive_quality": None, "sources": [], "peer": changes.get("oracle_block_efficiency", 2.5) is None,
     }  # fmt: skip
     return Result(**fields | changes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import types
@@ -14,10 +15,12 @@ import torch
 from conftest import Command, make_heads, refused, save_tiny_base
 from medusa_files import LAYOUTS, Theirs, made, mapped, write
 from safetensors.torch import load_file, save_file
+from test_learned_bigram_rescorer import folder as bigram  # noqa: F401
 
 from lattices.errors import IncompatibleError
 from lm.heads.block_heads import BlockHeads, lattice_of, load_heads, read_config
 from lm.heads.nets import BlockHeadsConfig
+from lm.neural.learned_bigram import load_bigram
 from rescore.exports import vllm_heads
 from rescore.exports.heads import convert_heads, narrowed
 from rescore.exports.vllm_heads import RescoreHeads
@@ -242,6 +245,25 @@ class TestPlugin:
         expected = (scores + 0.5 * np.log(10) * log10p).argmax(-1)
         np.testing.assert_array_equal(tokens.numpy(), expected)
         assert (expected != logits[:, 1:].argmax(-1).numpy()).mean() > 0.2
+
+    def test_a_learned_bigram_chooses(self, tiny_base, tmp_path, bigram):  # noqa: F811
+        mine, base = ours(tiny_base, tmp_path / "mine", dtype=torch.float32, token_size=8), tiny_base.identity.name
+        convert_heads(mine, tmp_path / "served", to="vllm-plugin", base=base, rescorer=f"learned-bigram:{bigram}", k=5)
+        _, hidden = tiny_base.forward(torch.tensor([list(range(30))]))
+        heads = load_heads(tiny_base, str(mine))
+        lattice = heads.lattice(tiny_base, hidden[0], tiny_base.project(hidden[0]), 5)
+        model, embeddings = load_bigram(bigram), tiny_base.output_embeddings.weight
+        left, right = embeddings @ model.left.double(), embeddings @ model.right.double()
+        tokens = proposed(served(tmp_path / "served"), hidden[0].float())
+        for place in range(30):
+            paths = [(0, *rest) for rest in itertools.product(range(5), repeat=3)]
+            scores = []
+            for path in paths:
+                ids = lattice.token_ids[place, range(4), path]
+                of_pairs = sum(float(left[a] @ right[b]) for a, b in itertools.pairwise(ids))
+                scores.append(lattice.logps[place, range(4), path].sum() + of_pairs)
+            best = lattice.token_ids[place, range(4), paths[int(np.argmax(scores))]]
+            assert tokens[place].tolist() == best[1:].tolist()
 
     @pytest.mark.parametrize("rescorer", ["context-ngram", "neural-32m", "oracle"])
     def test_what_needs_the_text_is_refused(self, tiny_base, tmp_path, rescore: Command, rescorer):

@@ -226,7 +226,7 @@ class TestEvaluated:
         assert replayed.config.costs == {"squad": costs} and not replayed.notices
         (table,) = live.tables()
         assert [c.heading for c in table.columns][-2:] == ["speed-up", "predicted"]
-        assert "predicted = that speed-up by the costs of a step in float32 on a CPU, 2 cores, 1 threads" in " ".join(
+        assert "predicted = that speed-up by the costs of a step in float32 on a CPU, 2 cores, 1 thread," in " ".join(
             table.note.split()
         )
         assert evaluated(chosen).config.costs == {}, "nothing is predicted that was not asked for"

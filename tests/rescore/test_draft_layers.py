@@ -125,7 +125,7 @@ class TestArithmetic:
 class _Partly:
     """Drafts of the real output, some steps wrong after a few tokens: chains are accepted to all lengths."""
 
-    longest, joins, alpha = 1 + TOKENS, False, None
+    longest, joins, alpha, branches = 1 + TOKENS, False, None, 0
 
     def __init__(self, output: list[int]) -> None:
         self.output = output
@@ -318,6 +318,16 @@ class TestRefusals:
         tensors["d2t"][-1] = moved
         drafter = Eagle(save_eagle(tmp_path, tensors), tokens=2).fit(target(base))
         refused(lambda: drafter.record(*text_of(1, 5, 4), K), InvalidDataError, said)
+
+    def test_files_that_were_replaced_meanwhile(self, base, tmp_path):
+        drafter = Eagle(save_eagle(tmp_path, tensors_of(False)), tokens=2).fit(target(base))
+        save_eagle(tmp_path, tensors_of(False, seed=6))
+        refused(lambda: drafter.record(*text_of(1, 5, 4), K), IncompatibleError, "were replaced while they were read")
+
+    def test_the_identity_tells_weights_tokens_and_configurations_apart(self, tmp_path):
+        folders = [save_eagle(tmp_path / str(seed), tensors_of(False, seed=seed)) for seed in (5, 6)]
+        folders.append(save_eagle(tmp_path / "theta", tensors_of(False), rope_theta=500.0))
+        assert len({Eagle(folder, tokens=tokens).identity for folder in folders for tokens in (2, 3)}) == 6
 
     def test_another_base(self, base, tiny_base, tmp_path):
         wide = save_eagle(tmp_path / "wide", tensors_of(False, d=16), hidden_size=16)

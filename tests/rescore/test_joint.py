@@ -22,7 +22,7 @@ from rescore.drafters.drafting import Drafting
 from rescore.rescorers import Rescorer, load_rescorer
 from rescore.rescorers import joint as joint_module
 from rescore.rescorers.base import Context
-from rescore.runs import evaluation
+from rescore.runs import work
 from rescore.runs.records import Identical
 from rescore.runs.run import Run
 from rescore.runs.tuning import fit_joint
@@ -175,13 +175,13 @@ class TestReplaced:
     ):
         monkeypatch.setattr(joint_module, "shipped_weights", lambda _: tmp_path / "weights")
         evaluated(options)  # the trace is there: only the rescorer is read again
-        fit_to = evaluation.fit_to
+        fit_to = work.fit_to
 
         def replaced(*arguments: Any, **more: Any) -> Any:
             fit_other_weights(options, joint, tmp_path)
             return fit_to(*arguments, **more)
 
-        monkeypatch.setattr(evaluation, "fit_to", replaced)
+        monkeypatch.setattr(work, "fit_to", replaced)
         chosen = options | {"rescorers": (f"joint:ngram={joint.partition('ngram=')[2]}",)}
         refused(lambda: evaluated(chosen, out=tmp_path / "run"), "was replaced while it was read", IncompatibleError)
         assert (tmp_path / "run" / "examples.jsonl").read_text() == ""

@@ -216,6 +216,7 @@ def test_where_weights_of_joint_are_shipped_they_are_used(tiny_base: BaseLM, hea
 
     class Fits:
         drafters = ("heads", "lookup")
+        plans = random = False
 
         def fit(self, target):
             made.append(target.sources)

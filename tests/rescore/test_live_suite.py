@@ -196,7 +196,7 @@ class TestTables:
         assert "alpha" in suite_table([live("squad", "ngram", 1.0, alpha=0.5)]).text()
 
     def test_the_page_escapes_what_its_tables_say(self):
-        plan = Plan((SuiteTask("squad"),), (SuiteRescorer("none", (1,)),), mode="live")
+        plan = Plan((SuiteTask("squad"),), (SuiteRescorer("none", (1,), (16,)),), mode="live")
         page = suite_page([live("a|b", "none", 1.0)], plan, "x.yaml")
         assert r"| a\|b | 40.0 | 1.00x\* |" in page and r"\* the fastest of a task" in page
 

@@ -138,15 +138,15 @@ def test_unknown_names_are_told_the_nearest(plug_in):
     plug_in(fixed=f"{__name__}:Fixed")
     with pytest.raises(UnknownNameError, match="unknown rescorer 'orakle'; did you mean oracle"):
         load_rescorer("orakle")
-    with pytest.raises(UnknownNameError, match="known: context-ngram, eagle2-tree, fixed, joint, learned-bigram"):
+    with pytest.raises(UnknownNameError, match="known: context-ngram, draws, eagle2-tree, fixed, joint"):
         load_rescorer("zzz:4")
 
 
 def test_other_packages_register_rescorers(plug_in):
     plug_in(fixed=f"{__name__}:Fixed", none=f"{__name__}:Fixed")
     assert RESCORERS.names() == [
-        "context-ngram", "eagle2-tree", "fixed", "joint", "learned-bigram", "medusa-tree", "neural", "neural-32m",
-        "neural-61m", "neural-94m", "ngram", "ngram-neural", "none", "oracle",
+        "context-ngram", "draws", "eagle2-tree", "fixed", "joint", "learned-bigram", "medusa-tree", "neural",
+        "neural-32m", "neural-61m", "neural-94m", "ngram", "ngram-neural", "none", "oracle",
     ]  # fmt: skip
     assert load_rescorer("fixed:8,9").draft(LATTICE, [Context([])], 1).tolist() == [[[5, 8, 9]]]
     assert load_rescorer("fixed:times=3,rest=1,2").draft(LATTICE, [Context([])], 1).tolist() == [[[5, 3, 6]]]

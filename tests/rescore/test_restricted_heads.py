@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import Command, make_heads, refused, save_tiny_base, write_lines
 from evaluating import Options, evaluated, opened, recorded_trace
-from test_costs import costs_of
+from made_costs import costs_for
 from test_learned_bigram_rescorer import folder as bigram  # noqa: F401 (a fixture)
 from test_ngram_rescorer import bigram_model, save
 
@@ -20,7 +20,7 @@ from lm.base.catalog import load_base
 from lm.base.own_output import OwnOutput
 from lm.draft_vocabulary import build_draft_vocabulary, read_draft_vocabulary
 from lm.heads.block_heads import BlockHeads
-from rescore.costs import keep_costs, measure_costs
+from rescore.costs.measuring import measure_costs
 from rescore.decoding import decode
 from rescore.drafters import load_drafter
 from rescore.drafters.drafting import check_drafters
@@ -223,24 +223,27 @@ class TestSweep:
 def test_costs_by_size_plan_live_as_in_replay(options: Options, heads: str, tmp_path: Path):
     ngram = save(tmp_path / "ngram", bigram_model())
     fit_joint(opened(options), tmp_path / "w", f"joint:ngram={ngram}", drafters=["heads", "lookup"], k=8, held_out=2)
-    table = tmp_path / "costs.json"
-    costs = costs_of([[10, 12, 20], [11, 13, 22]], heads=40.0, vocabularies={30: 0.5, 50: 2.5, 257: 40.0})
-    assert [costs.heads_of(size) for size in (None, 1, 40, 50, 257)] == [40.0, 0.5, 1.5, 2.5, 40.0]
-    assert costs_of([[10, 12, 20]], contexts=(64,)).heads_of(40) == 10.0, "nothing of it was measured"
-    keep_costs(costs, load_base(options["base"]).identity, table)
-    spec = f"joint:{tmp_path / 'w'},ngram={ngram},nodes=auto,costs={table}"
+    sizes = {30: 0.5, 50: 2.5, 257: 40.0}
+    costs = costs_for(options, [[10, 12, 20], [11, 13, 22]], heads_ms=40.0, vocabulary_ms=sizes)
+    assert costs.heads is not None
+    assert [costs.heads.of(size) for size in (None, 1, 40, 50, 257)] == [40.0, 0.5, 1.5, 2.5, 40.0]
+    alone = costs_for(options, [[10, 12, 20], [11, 13, 22]]).heads
+    assert alone is not None and alone.of(40) == 10.0, "nothing of it was measured"
+    spec = f"joint:{tmp_path / 'w'},ngram={ngram},nodes=auto"
     runs = [Run(spec, p=32, k=8, drafters=(each, "lookup"), label=each[:7]) for each in ("heads", heads)]
-    replayed, live = (evaluated(options | {"rescorers": runs, "mode": mode}) for mode in ("replay", "live"))
+    modes = ("replay", "live")
+    replayed, live = (evaluated(options | {"rescorers": runs, "mode": mode}, costs=costs) for mode in modes)
     assert [r.accepted_histogram for r in live] == [r.accepted_histogram for r in replayed]
     drafted = [sum(len(d) for e in replayed.records("squad", run.label, 32) for d in e.drafts) for run in runs]
     assert drafted[0] != drafted[1], "cheap heads are asked more often"
 
 
 def test_measured_costs_have_the_sizes_that_the_base_has(tiny_base, monkeypatch):
-    monkeypatch.setattr("rescore.costs.VOCABULARIES", (16, 64, 1024))
-    costs = measure_costs(tiny_base, make_heads(tiny_base), contexts=(8,), nodes=(1, 2), repeats=1)
-    assert list(costs.vocabulary_ms) == [16, 64, 257] and costs.heads_ms == costs.vocabulary_ms[257]
-    assert measure_costs(tiny_base, None, contexts=(8,), nodes=(1, 2), repeats=1).vocabulary_ms == {}
+    monkeypatch.setattr("rescore.costs.measuring.VOCABULARIES", (16, 64, 1024))
+    heads = measure_costs(tiny_base, make_heads(tiny_base), contexts=(8,), nodes=(1, 2), repeats=1).heads
+    assert heads is not None
+    assert list(heads.vocabulary_ms) == [16, 64, 257] and heads.ms == heads.vocabulary_ms[257]
+    assert measure_costs(tiny_base, None, contexts=(8,), nodes=(1, 2), repeats=1).heads is None
 
 
 def test_generation_drafts_from_the_prompt_s_tokens_as_well(options: Options, heads: str, tiny_base, monkeypatch):

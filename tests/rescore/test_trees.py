@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import Command, make_heads, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from lattices.prefix_tree import build_prefix_tree
 from lm.base.model import BaseLM
 from rescore.acceptance import accept
 from rescore.decoding import decode
+from rescore.generation.custom import custom_generate
 from rescore.generation.live import generate
 from rescore.replaying import replay
 from rescore.rescorers import load_rescorer
@@ -262,6 +264,12 @@ def test_all_branches_are_drafted_unless_p_is_given(tiny_base: BaseLM):
     heads = make_heads(tiny_base, h=4)
     out = generate(tiny_base, heads, "abc", rescorer="medusa-tree", max_new_tokens=12)
     assert out.token_ids == generate(tiny_base, None, "abc", rescorer="lookup", max_new_tokens=12).token_ids
+    blocks, ids = (
+        custom_generate(heads=heads, rescorer="medusa-tree"),
+        torch.tensor([tiny_base.encode_prompt("abc", chat=True)]),
+    )
+    tiny_base.model.generate(ids, max_new_tokens=12, do_sample=False, custom_generate=blocks)
+    assert blocks.decoded.accepted == out.accepted
     beside = generate(tiny_base, heads, "abc", rescorer="eagle2-tree:drafters=heads+lookup", max_new_tokens=12)
     assert beside.token_ids == out.token_ids
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from lm.base.packed import pack, plain_linears, unpack
-from lm.base.pages import release
+from lm.pages import release
 
 TOLERANCE = 1e-4  # share of the largest logit by which joined products may change any
 

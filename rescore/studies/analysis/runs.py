@@ -160,7 +160,7 @@ def _rescorer(run: Evaluation, result: Result, examples: Sequence[TracedExample]
         result,
         alpha_source=alpha_source(run.config, result),
         efficiency=record_of(Efficiency, result),
-        repetition=None if result.is_peer else before_after(records, examples),
+        repetition=None if result.oracle_block_efficiency is None else before_after(records, examples),
         outcomes=outcomes_of(records, result.h, examples),
         wallclock=record_of(Wallclock, result.latency) if result.latency else None,
         sources=tuple(result.sources),

@@ -1,0 +1,178 @@
+"""Decoding with other rules than the greedy one: the law of sampled output, whatever drafts it; lossy acceptance."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import rescore as api
+from lm.base.model import BaseLM
+from lm.heads.block_heads import load_heads
+from rescore.acceptance import load_rule
+from rescore.acceptance.sampling import Sampling
+from rescore.decoding import decode
+from rescore.drafters.drafting import HEADS_ALONE
+from rescore.generation.live import Generator
+from rescore.rescorers import load_rescorer
+from rescore.runs.run import Run
+from tests.conftest import Command, refused
+
+PROMPT = list(b"the bridge was built in the bridge was")
+DRAWS = 150
+LENGTH = 3  # tokens of an output
+
+
+def law_of(base: BaseLM, rule: Sampling, count: int) -> dict[tuple[int, ...], float]:
+    """The law of the first tokens of an output, by its tree."""
+    law: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(count):
+        longer = {}
+        for prefix, share in law.items():
+            if prefix and prefix[-1] in base.eos_token_ids:
+                longer[prefix] = share
+                continue
+            logits, _ = base.forward(torch.tensor([[*PROMPT, *prefix]]), last=1)
+            for token, p in enumerate(rule.law(logits[0, 0]).tolist()):
+                if p > 0:
+                    longer[(*prefix, token)] = share * p
+        law = longer
+    return law
+
+
+def distance(counts: dict[tuple[int, ...], int], law: dict[tuple[int, ...], float]) -> float:
+    """Total variation distance of frequencies from a law; what the law does not have counts whole."""
+    total = sum(counts.values())
+    return sum(abs(counts.get(key, 0) / total - law.get(key, 0.0)) for key in {*counts, *law}) / 2
+
+
+RUNS = {
+    "alone": None,
+    "none": Run("none", k=4),
+    "none, 4 as a tree": Run("none", p=4, k=4),
+    "draws": Run("draws", k=4),
+    "draws, 3 as a tree": Run("draws", p=3, k=4),
+    "lookup": Run("lookup"),
+    "lookup and heads": Run("none", p=4, k=4, drafters=("lookup", "heads")),
+    "eagle2-tree": Run("eagle2-tree:nodes=8,depth=2,beams=2", p=4, k=4),
+}
+
+
+@pytest.mark.parametrize("verify", ["tree", "batch"])
+@pytest.mark.parametrize("name", RUNS)
+def test_whatever_drafts_it_the_output_has_the_same_law(
+    tiny_base: BaseLM, tiny_heads_folder: Path, name: str, verify: str
+):
+    run, rule = RUNS[name], Sampling(1.5, top_k=3)
+    if verify == "batch" and (run is None or run.p == 1):
+        pytest.skip("one draft is verified alike")
+    heads = load_heads(tiny_base, str(tiny_heads_folder))
+    generator = Generator.of(tiny_base, heads, run, verify=verify, rule=rule) if run else None
+    how: dict[str, Any] = {"max_new_tokens": LENGTH, "verify": verify}
+    if generator:
+        how |= {"rescorer": generator.rescorer, "drafters": generator.drafters, "k": generator.k, "p": generator.p}
+    counts: dict[tuple[int, ...], int] = {}
+    steps = 0
+    for draw in range(DRAWS):
+        decoded = decode(tiny_base, heads if generator else None, PROMPT, **how, rule=rule.started(name, draw))
+        steps += len(decoded.accepted)
+        first = tuple(decoded.output_ids[:2])
+        counts[first] = counts.get(first, 0) + 1
+    law = law_of(tiny_base, rule, 2)
+    keys, shares = list(law), np.array(list(law.values()))
+    random = np.random.default_rng(0)
+    direct = [random.multinomial(DRAWS, shares / shares.sum()) for _ in range(200)]
+    usual = [distance(dict(zip(keys, each.tolist(), strict=True)), law) for each in direct]
+    assert distance(counts, law) <= max(usual)
+    if name not in ("alone", "lookup"):
+        assert steps < DRAWS * LENGTH, "drafts are accepted at all"
+
+
+def test_a_seed_and_a_prompt_decide_the_output(tiny_base: BaseLM, tiny_heads_folder: Path):
+    heads = load_heads(tiny_base, str(tiny_heads_folder))
+    asked: dict[str, Any] = {"rescorer": Run("none", k=4), "temperature": 2.0, "max_new_tokens": 24, "chat": False}
+    one, again, other = (api.generate(tiny_base, heads, "a bridge", seed=seed, **asked) for seed in (1, 1, 2))
+    assert one.token_ids == again.token_ids != other.token_ids
+    assert one.acceptance == "temperature 2" and not one.lossy
+    greedy = api.generate(tiny_base, heads, "a bridge", rescorer=Run("none", k=4), max_new_tokens=24, chat=False)
+    assert greedy.acceptance == "greedy" and greedy.token_ids != one.token_ids
+
+
+def test_a_lossy_rule_keeps_longer_drafts_and_says_so(tiny_base: BaseLM, tiny_heads_folder: Path):
+    heads = load_heads(tiny_base, str(tiny_heads_folder))
+    how: dict[str, Any] = {"rescorer": load_rescorer("none"), "k": 4, "max_new_tokens": 24}
+    exact = decode(tiny_base, heads, PROMPT, drafters=HEADS_ALONE, **how)
+    lossy = decode(tiny_base, heads, PROMPT, drafters=HEADS_ALONE, **how, rule=load_rule("min-block:4"))
+    assert set(lossy.accepted[:-1]) == {4} and len(lossy.accepted) < len(exact.accepted)
+    assert lossy.output_ids != exact.output_ids
+    same = decode(tiny_base, heads, PROMPT, drafters=HEADS_ALONE, **how, rule=load_rule("top-k:1"))
+    assert (same.output_ids, same.accepted) == (exact.output_ids, exact.accepted)
+    out = api.generate(tiny_base, heads, "a bridge", rescorer=Run("none", k=4), acceptance="min-block:4", chat=False)
+    assert out.lossy and "(lossy acceptance: min-block:4)" in out.line()
+
+
+class TestCommand:
+    @pytest.fixture
+    def model(self, tiny_folder: Path, tiny_heads_folder: Path, squad_file: Path) -> list[object]:
+        return [
+            "--base", tiny_folder, "--heads", tiny_heads_folder, "--data", squad_file, "--dtype", "float64", "--k", 4,
+            "--limit", 2, "--max-new-tokens", 12, "--device", "cpu",
+        ]  # fmt: skip
+
+    def test_sampled(self, rescore: Command, model: list[object], tmp_path: Path):
+        asked = ["eval", *model, "--mode", "live", "--rescorer", "none,draws", "--temperature", 3, "--top-p", 0.9]
+        runs, outputs = [], []
+        for place, seed in enumerate((0, 0, 1)):
+            out = tmp_path / str(place)
+            runs.append(rescore(*asked, "--json", "--sampling-seed", seed, "--out", out))
+            lines = (out / "examples.jsonl").read_text().splitlines()
+            outputs.append([json.loads(line)["output_ids"] for line in lines])
+        assert outputs[0] == outputs[1] != outputs[2]
+        assert all(r["identical"] is None and r["oracle_block_efficiency"] is None for r in runs[0].document["results"])
+        assert runs[0].document["config"]["sampled"] is True
+        text = rescore(*asked, "--details").out
+        assert "sampled (temperature 3, top-p 0.9, seed 0)" in text and "drawing token by token" in text
+
+    def test_lossy_numbers_are_called_so_wherever_they_stand(
+        self, rescore: Command, model: list[object], tmp_path: Path
+    ):
+        out = tmp_path / "run"
+        run = rescore(
+            "eval", *model, "--mode", "live", "--rescorer", "none", "--acceptance", "top-k:2", "--out", out, "--details"
+        )
+        assert run.code == 0 and run.out.startswith("LOSSY live decode"), run.err
+        assert "none [lossy: top-k:2]" in run.out and "without drafts" in run.out
+        report = rescore("report", out, "--out", tmp_path / "r.html")
+        assert report.code == 0 and "[lossy: top-k:2]" in (tmp_path / "r.html").read_text()
+        rescore("eval", *model, "--mode", "live", "--rescorer", "none", "--out", out).refused("acceptance")
+        rescore("export", out, "--to", "acceptance-histogram").refused("whose outputs are not the base's")
+
+    @pytest.mark.parametrize(
+        ("asked", "told"),
+        [
+            (["--temperature", 1], "leaves a trace at its first token"),
+            (["--acceptance", "typical"], "leaves a trace at its first token"),
+            (["--temperature", -1, "--mode", "live"], "sampling needs one above 0"),
+            (["--temperature", 1, "--acceptance", "typical", "--mode", "live"], "draws nothing; drop it"),
+            (["--top-p", 0.5], "--top-p is for sampling"),
+            (["--temperature", 1, "--top-p", 0, "--mode", "live"], "--top-p 0"),
+            (["--temperature", 1, "--mode", "live", "--rescorer", "oracle"], "the oracle knows greedy"),
+            (["--mode", "live", "--rescorer", "draws"], "draws its drafts, which is for sampled output only"),
+            (["--acceptance", "top", "--mode", "live"], "unknown acceptance rule"),
+            (["--temperature", 1, "--mode", "live", "--peer", "transformers"], "peers are timed decoding greedily"),
+        ],
+    )
+    def test_what_makes_no_sense_is_refused(
+        self, rescore: Command, model: list[object], asked: list[object], told: str
+    ):
+        rescore("eval", *model, *asked).refused(told)
+
+
+def test_draws_need_one_drafter_with_slots(tiny_base: BaseLM, tiny_heads_folder: Path):
+    heads = load_heads(tiny_base, str(tiny_heads_folder))
+    run = Run("draws", k=4, drafters=("heads", "lookup"))
+    refused(lambda: Generator.of(tiny_base, heads, run, rule=Sampling()), "draws from the slots of one drafter")

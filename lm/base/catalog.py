@@ -33,9 +33,9 @@ from transformers.utils import logging as transformers_logging
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError, first_line, unreadable
 from lm.base import attention
 from lm.base.adapters import ADAPTER_FILE, base_of_adapter, check_base, is_adapter, merged
+from lm.base.fast.packed import unpack
 from lm.base.identity import config_sha256, tensors_sha256, tokenization_sha256, tokenizer_sha256, weights_sha256
 from lm.base.model import BaseIdentity, BaseLM, state_size
-from lm.base.packed import unpack
 from lm.files import SHIPPED, atomic_folder, read_json_object, sha256_of_file, write_json
 from lm.keys import cache_entry, cached, file_stamp, remembered_sha256, software
 

@@ -22,9 +22,9 @@ from lattices.errors import IncompatibleError, RescoreError, first_line
 from lm.base.cache import KVCache, TreeCache, layer_types
 from lm.base.fast.compiled import compile_layers, remove
 from lm.base.fast.graphs import SIZES, FixedCache, FixedForwards
+from lm.base.fast.packed import can_pack, product_of, unpack
 from lm.base.fast.siblings import pack_joined
 from lm.base.identity import uses_date, with_fixed_date
-from lm.base.packed import can_pack, product_of, unpack
 from lm.base.probe import Probe, Scaling
 
 LEAST_WEIGHTS = 1 << 24  # of a model whose layers are compiled; what a smaller one saves is not worth the wait
@@ -125,7 +125,7 @@ class BaseLM:
 
     def pack(self) -> None:
         """Makes the model ready for steps of a few tokens, where that gains: its weights are laid out for them
-        (`lm.base.packed`), and layers compiled (`lm.base.fast`). For inference only.
+        (`lm.base.fast.packed`), and layers compiled (`lm.base.fast`). For inference only.
 
         Of a weight that no file holds as it is only the shape stays then (but for the vocabulary projection).
         """

@@ -30,10 +30,10 @@ from lm.base.catalog import (
     resolve_base,
     under_adapter,
 )
+from lm.base.fast.packed import product_of
 from lm.base.identity import tokenizer_sha256
 from lm.base.machine import enough_memory
 from lm.base.model import BaseIdentity, BaseLM
-from lm.base.packed import product_of
 from lm.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Config, check_shapes, read_config, read_weights, write_checkpoint
 from lm.files import SHIPPED, read_json_object, sha256_of_file
 from lm.keys import key_of

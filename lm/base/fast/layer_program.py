@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from lattices.errors import IncompatibleError, first_line
 from lm.base.cache import KVCache
-from lm.base.packed import product_of, products_in
+from lm.base.fast.packed import product_of, products_in
 
 if TYPE_CHECKING:
     from lm.base.model import BaseLM

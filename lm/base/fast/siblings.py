@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from lm.base.packed import pack, plain_linears, unpack
+from lm.base.fast.packed import pack, plain_linears, unpack
 from lm.pages import release
 
 TOLERANCE = 1e-4  # share of the largest logit by which joined products may change any
@@ -17,7 +17,7 @@ TOLERANCE = 1e-4  # share of the largest logit by which joined products may chan
 
 @torch.inference_mode()
 def pack_joined(model: torch.nn.Module, kept: torch.nn.Linear, forward: Callable[[], torch.Tensor]) -> None:
-    """Packs what is not packed yet (`lm.base.packed.pack`), with one product for those that read the same rows.
+    """Packs what is not packed yet (`lm.base.fast.packed.pack`), with one product for those that read the same rows.
 
     forward: of the whole model, gives its logits. If they would not be the same then, every layer has its own product.
     """

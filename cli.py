@@ -273,7 +273,7 @@ def _check(tasks: Sequence[str], inputs: "Inputs") -> None:
         load_task(name)
 
 
-@command("oracle", MEASURE, inputs=Source(INPUTS))
+@command("oracle", MEASURE, inputs=Source(INPUTS, but=("compile",)))
 def oracle_command(
     *,
     task: shared.Tasks = (),
@@ -287,7 +287,7 @@ def oracle_command(
     eval_command(task=task, rescorer=ORACLE, drafter=drafter, k=k, inputs=inputs, details=details, as_json=as_json)
 
 
-@command("tune", MEASURE, inputs=Source(INPUTS, but=("limit",)))
+@command("tune", MEASURE, inputs=Source(INPUTS, but=("limit", "compile")))
 def tune_command(
     *,
     rescorer: Annotated[Sequence[Spec], "A rescorer with a weight, like ngram; several. Or joint, alone."],
@@ -323,7 +323,7 @@ def tune_command(
     notify("kept on this machine: rescore eval --alpha tuned with the same options uses these weights")
 
 
-@command("trace", MEASURE, inputs=Source(INPUTS, but=("trace", "h")))
+@command("trace", MEASURE, inputs=Source(INPUTS, but=("trace", "h", "compile")))
 def trace_command(
     *,
     out: Annotated[Path, "Folder for the trace; resumable."],
@@ -572,15 +572,15 @@ def overlap_command(
     _result(overlap, "rescore.studies.overlap:overlap_table", as_json)
 
 
-@command("verify-curve", group=bench, inputs=MODEL)
+@command("verify-curve", group=bench, inputs=Source(INPUTS, only=("base", "dtype", "device", "compile")))
 def verify_curve_command(
     inputs: "Inputs", cached: shared.Cached = 256, repeats: shared.Repeats = 7, as_json: Json = False
 ) -> None:
-    """Time of one forward of 1 to 144 tokens on a cache, with the memory bandwidth reached."""
+    """Time of one forward of 1 to 144 tokens on a cache, as decoding has it, with the memory bandwidth reached."""
     from lm.base.catalog import load_base
     from rescore.studies.verify_curve import verify_curve
 
-    base = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device)
+    base = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device, compile=inputs.compile)
     _result(verify_curve(base, cached=cached, repeats=repeats), "rescore.studies.tables:verify_curve_table", as_json)
 
 

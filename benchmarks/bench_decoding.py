@@ -1,4 +1,5 @@
-"""Live decoding: our autoregressive loop against transformers' `generate`, glue per step, and replay against live.
+"""Live decoding: our autoregressive loop against transformers' `generate`, glue per step, forwards of a few tokens
+against one, and replay against live.
 
     python benchmarks/bench_decoding.py [--examples N] [--heads DIR] [--max-new-tokens T]
 
@@ -21,8 +22,11 @@ from rescore.rescorers import load_rescorer
 from rescore.runs.evaluation import evaluate
 from rescore.runs.recording import record
 from rescore.runs.run import Run
+from rescore.studies.verify_curve import verify_curve
 from rescore.table import text_table
 from rescore.tasks import load_task
+
+FEW = (5, 9)  # tokens of a forward
 
 
 def main() -> None:
@@ -48,6 +52,9 @@ def main() -> None:
         "blockwise p=16": many.glue_share,
     }
 
+    curve = verify_curve(base, sizes=(1, *FEW), repeats=15)
+    against_one = {n: ms / curve.milliseconds[0] for n, ms in zip(curve.tokens, curve.milliseconds, strict=True)}
+
     rescorer = load_rescorer("none")
     replay(recording.trace().examples[:1], rescorer, k=16)  # first use compiles and imports
     start = time.perf_counter()
@@ -64,12 +71,15 @@ def main() -> None:
         ["blockwise, unrescored", f"{rate['blockwise']:.1f} tok/s", f"{rate['blockwise'] / rate['transformers']:.2f}x"],
         ["replay of the same examples", f"{sum(map(len, steps)) / replayed:.0f} steps/s",
          f"{live / replayed:.0f}x live"],
+        *([f"forward of {n} tokens", f"{ms:.1f} ms", f"{against_one[n]:.2f}x of one"]
+          for n, ms in zip(curve.tokens, curve.milliseconds, strict=True)),
         *([f"glue, {name}", f"{share:.2%}", "of a step"] for name, share in glue.items()),
     ]  # fmt: skip
     print(text_table(["what", "rate", "ratio"], rows))
     print(json.dumps({
         "benchmark": "decoding", "examples": len(recording.ids), "tokens_per_second": rate,
-        "ours_to_transformers": rate["ours"] / rate["transformers"], "glue": glue,
+        "ours_to_transformers": rate["ours"] / rate["transformers"], "glue": glue, "forward_to_one": against_one,
+        "forward_ms": curve.milliseconds,
         "replay_to_live": live / replayed, "threads": torch.get_num_threads(),
     }))  # fmt: skip
 

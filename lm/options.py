@@ -24,6 +24,11 @@ Heads = Annotated[
 TopK = Annotated[int, "Tokens of each head that are in the lattice."]
 Dtype = Annotated[Literal["float32", "float64", "bfloat16", "float16"], "Precision of the base LM."]
 Device = Annotated[str, "cpu, cuda, or auto."]
+Compile = Annotated[
+    Literal["auto", "off"],
+    "Live, compile the base LM's layers, which takes some 15 s once on a machine; auto: of float32 on a CPU. On a GPU: "
+    "record its forwards.",
+]
 Precision = Annotated[
     Literal["auto", "float32", "bfloat16"], "Of what is multiplied to learn; auto: what the machine is fast in."
 ]

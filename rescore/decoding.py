@@ -97,7 +97,7 @@ def decode(
     with out.seconds.timing("prefill"):
         longest = drafting.longest(heads.h if heads else 1) if drafting else 1
         layers = drafting.layers if drafting else ()
-        cache = base.new_cache(len(prompt_ids) + max_new_tokens + p * longest, layers)
+        cache = base.new_decoding_cache(len(prompt_ids) + max_new_tokens + p * longest, layers)
         context.states = cache.states
         logits, hidden = base.forward(torch.tensor([list(prompt_ids)], device=base.device), cache, last=1)
         cache.keep(range(len(prompt_ids)))

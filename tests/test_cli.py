@@ -236,7 +236,7 @@ class TestOtherCommands:
         run = rescore(*command, "--json")
         assert run.code == 0 and run.out.count("\n") == 1
         curve = run.document
-        assert curve["tokens"] == [1, 2, 4, 9, 16, 32, 64, 144] and curve["cached"] == 16
+        assert curve["tokens"] == [1, 2, 4, 5, 9, 16, 32, 64, 144] and curve["cached"] == 16
         assert all(value > 0 for value in curve["milliseconds"] + curve["gb_per_second"])
         out = rescore(*command).out
         assert re.match(r"tokens +ms +against 1 +GB/s +tok/s\n", out) and "{" not in out, "the table alone"

@@ -3,7 +3,7 @@
 `catalog` turns a name into a loaded `model`; `probe` finds out what its architecture can do, `adapters` and
 `attention` change it as it is loaded. `cache` holds keys and values of what was read, and with `states` what layers saw
 of it. `generation` continues many prompts, `corpus` keeps such output in a folder, `own_output` in the cache directory.
-`perplexity` scores texts, `machine` counts work.
+`perplexity` scores texts, `machine` counts work. `fast` makes steps of a few tokens cheaper.
 
 A new architecture needs nothing here unless `probe` refuses it. Must not import `lm.heads`, `lm.neural`, `lm.ngram` or
 `lm.training`: the base knows nothing of drafts.

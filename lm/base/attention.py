@@ -47,7 +47,7 @@ def packed_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     packed = query.reshape(rows, kv_heads, groups * n, query.shape[-1])
-    if attention_mask is not None and n > 1:
+    if attention_mask is not None:
         attention_mask = attention_mask.repeat(1, 1, groups, 1)
     out = functional.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
     return out.reshape(rows, heads, n, value.shape[-1]).transpose(1, 2).contiguous(), None

@@ -74,6 +74,11 @@ class _Buffers(DynamicLayer):
             self.lazy_initialization(*states)
             self.buffers = tuple(s.new_empty(*s.shape[:2], capacity, s.shape[3]) for s in states)
 
+    def room(self, rows: int, n: int) -> int | None:
+        """Where a forward may write n positions into the buffers by itself, in place of `update`, and read all up to
+        them; None where only `update` can."""
+        raise NotImplementedError
+
     def first(self, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of the keys and values of the first `end` positions."""
         keys, values = (buffer[:, :, :end] for buffer in self.buffers)
@@ -109,6 +114,13 @@ class BufferLayer(_Buffers):
             buffer[:, :, length:end] = new
         return self.first(end)
 
+    def room(self, rows: int, n: int) -> int | None:
+        length, end = self.cache.length, self.cache.length + n
+        if not self.is_initialized or rows != self.buffers[0].shape[0] or end > self.cache.capacity:
+            return None
+        self.block, self.cache.written = None, end
+        return length
+
     def get_seq_length(self) -> int:
         return self.cache.length
 
@@ -125,8 +137,11 @@ class KVCache(Cache):
         self.capacity = capacity
         self.states = LayerStates(layers, capacity) if layers else None
         self.length = self.written = 0
-        every, self.buffers = cache_layers(config, lambda: BufferLayer(self))
+        every, self.buffers = cache_layers(config, self._new_layer)
         super().__init__(layers=every)
+
+    def _new_layer(self) -> BufferLayer:
+        return BufferLayer(self)
 
     @torch.inference_mode()
     def keep(self, columns: Sequence[int], row: int = 0) -> None:
@@ -176,9 +191,8 @@ class RowsLayer(_Buffers):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         states, end, start = (key_states, value_states), self.cache.end, self.cache.start
         self.allocate(states, 0)
+        self._grow()
         rows, n = key_states.shape[0], key_states.shape[2]
-        if (more := end - self.buffers[0].shape[2]) > 0:  # zeros: what is masked out must still be a number
-            self.buffers = tuple(torch.nn.functional.pad(b, (0, 0, 0, more + GROWTH)) for b in self.buffers)
         every = torch.arange(rows, device=key_states.device)[:, None]
         for buffer, new in zip(self.buffers, states, strict=True):
             if start is not None:  # all rows are equally long: one slice
@@ -186,6 +200,17 @@ class RowsLayer(_Buffers):
             else:
                 buffer[every, :, self.cache.columns] = new.transpose(1, 2)
         return self.first(end)
+
+    def room(self, rows: int, n: int) -> int | None:
+        start = self.cache.start
+        if not self.is_initialized or start is None or start + n != self.cache.end:
+            return None
+        self._grow()
+        return start
+
+    def _grow(self) -> None:
+        if (more := self.cache.end - self.buffers[0].shape[2]) > 0:  # zeros: what is masked must still be a number
+            self.buffers = tuple(torch.nn.functional.pad(b, (0, 0, 0, more + GROWTH)) for b in self.buffers)
 
     def get_seq_length(self) -> int:
         return self.cache.end

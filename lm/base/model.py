@@ -20,10 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lattices.errors import IncompatibleError, RescoreError, first_line
 from lm.base.cache import KVCache, TreeCache, layer_types
+from lm.base.fast.compiled import compile_layers, remove
+from lm.base.fast.graphs import SIZES, FixedCache, FixedForwards
+from lm.base.fast.packed import can_pack, product_of, unpack
+from lm.base.fast.siblings import pack_joined
 from lm.base.identity import uses_date, with_fixed_date
-from lm.base.packed import can_pack, pack, product_of, unpack
 from lm.base.probe import Probe, Scaling
 
+LEAST_WEIGHTS = 1 << 24  # of a model whose layers are compiled; what a smaller one saves is not worth the wait
 CONTEXT_LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # its name now, and before transformers 5.24
 
@@ -54,6 +58,7 @@ class BaseLM:
     eos_token_ids: any of them ends the output.
     is_chat: has a chat template.
     from_files: was read from the files that its identity names, not given in memory.
+    compiles: has its layers compiled where it decodes, if that gains (`lm.base.fast`).
     takes_positions: is given the places of tokens.
     supports_tree: takes a 4D attention mask with every layer looking at the whole cache.
     position_size: numbers that the cache holds for one position.
@@ -69,12 +74,13 @@ class BaseLM:
         *,
         identity: BaseIdentity,
         from_files: bool = False,
+        compiles: bool = False,
     ) -> None:
         config = model.config.get_text_config(decoder=True)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer: Any = tokenizer
         self.identity = identity
-        self.from_files = from_files
+        self.from_files, self.compiles = from_files, compiles
         self.config = config
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
         if getattr(model, "_is_stateful", False):  # transformers' mark of recurrent architectures
@@ -105,6 +111,8 @@ class BaseLM:
             )
         self.context_length = _context_length(config)
         self._hidden: torch.Tensor | None = None
+        self._fixed: FixedForwards | None = None
+        self._may_compile = compiles
         self._projects, self._last = True, 0
         self.output_embeddings.register_forward_pre_hook(self._remember_hidden)
         self.scaling = Scaling()
@@ -113,18 +121,27 @@ class BaseLM:
         self.supports_tree = probe.check_cache(tree=may_be_tree)
         probe.check_window()
         self.position_size = probe.position_size
+        self.has_fixed_shapes = compiles and self.supports_tree and self.device.type == "cuda"
 
     def pack(self) -> None:
-        """Lays weights out for steps of a few tokens, where that gains (`lm.base.packed`): for inference only.
+        """Makes the model ready for steps of a few tokens, where that gains: its weights are laid out for them
+        (`lm.base.fast.packed`), and layers compiled (`lm.base.fast`). For inference only.
 
         Of a weight that no file holds as it is only the shape stays then (but for the vocabulary projection).
         """
-        if self.from_files and can_pack(self.model):  # a model that was given in memory may still change
-            pack(self.model, self.output_embeddings)
+        if not self.from_files or not can_pack(self.model):  # a model that was given in memory may still change
+            return
+        few = torch.arange(3, device=self.device)[None]
+        pack_joined(self.model, self.output_embeddings, lambda: self.forward(few)[0])
+        if self._may_compile and sum(weight.numel() for weight in self.model.parameters()) >= LEAST_WEIGHTS:
+            compile_layers(self)
+        self._may_compile = False
 
     def unpack(self) -> None:
         """Has all weights as they were read: to train them, or to compute as before `pack` to the last bit."""
+        remove(self.model)
         unpack(self.model)
+        self._may_compile = self.compiles
 
     @functools.cached_property
     def body_gives_states(self) -> bool:
@@ -220,6 +237,20 @@ class BaseLM:
         """An empty cache for up to `capacity` positions; with the states that enter these layers (`lm.base.states`)."""
         return KVCache(self.model.config, capacity, layers)
 
+    def new_decoding_cache(self, capacity: int, layers: Collection[int] = ()) -> KVCache:
+        """`new_cache` for one sequence that is decoded in steps of a few tokens: on a GPU its forwards are of fixed
+        shapes, and recorded (but not those whose states are asked for)."""
+        if layers or not self.has_fixed_shapes:
+            return self.new_cache(capacity, layers)
+        if self._fixed is None or not self._fixed.has_room(capacity):
+            self._fixed = FixedForwards(self._fixed_forward, self.model.config, capacity, self.device)
+        return self._fixed.new_cache()
+
+    def _fixed_forward(
+        self, ids: torch.Tensor, cache: KVCache, positions: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._call(ids, cache, position_ids=positions, attention_mask=mask)
+
     @torch.inference_mode()
     def forward(
         self,
@@ -243,6 +274,23 @@ class BaseLM:
             start = 0 if cache is None else cache.length
             position_ids = torch.arange(start, start + input_ids.shape[1], device=self.device)[None]
             position_ids = position_ids.expand(len(input_ids), -1)
+        few = len(input_ids) == 1 and input_ids.shape[1] <= SIZES[-1]
+        if isinstance(cache, FixedCache) and cache.length and few and projects and not last:
+            return cache.forwards(input_ids, cache, position_ids, attention_mask)
+        return self._call(
+            input_ids, cache, position_ids=position_ids, attention_mask=attention_mask, last=last, projects=projects
+        )
+
+    def _call(
+        self,
+        input_ids: torch.Tensor,
+        cache: KVCache | TreeCache | None,
+        *,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        last: int = 0,
+        projects: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         arguments: dict[str, Any] = {self._cache_argument: cache, "use_cache": cache is not None}
         if self.takes_positions:
             arguments["position_ids"] = position_ids

@@ -18,8 +18,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, first_line
 from lm.base.cache import TreeCache
+from lm.base.fast.packed import can_pack, pack
 from lm.base.model import BaseLM
-from lm.base.packed import can_pack, pack
 from lm.base.states import FINAL, check_layers, decoder_layers
 from lm.checkpoint import CONFIG_FILE
 from lm.draft_layers.net import DraftNet, NetSource

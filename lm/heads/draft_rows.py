@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lm.base.fast.packed import PackedProduct, can_pack
 from lm.base.model import BaseLM
-from lm.base.packed import PackedProduct, can_pack
 
 
 class DraftRows:

@@ -30,10 +30,10 @@ from lm.base.catalog import (
     resolve_base,
     under_adapter,
 )
+from lm.base.fast.packed import product_of
 from lm.base.identity import tokenizer_sha256
 from lm.base.machine import enough_memory
 from lm.base.model import BaseIdentity, BaseLM
-from lm.base.packed import product_of
 from lm.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Config, check_shapes, read_config, read_weights, write_checkpoint
 from lm.files import SHIPPED, read_json_object, sha256_of_file
 from lm.keys import key_of
@@ -231,11 +231,12 @@ def load_neural(
 ) -> NeuralLM:
     """The small LM for the base `base_name`.
 
-    shared: the base itself, where it decodes: both are laid out for that (`BaseLM.pack`), and share what they can.
+    shared: the base itself, where it decodes: both are made ready for that (`BaseLM.pack`), and share what they can.
     vocab_size: tokens that it must know. `check_fits` comes first. Raises `IncompatibleError` for a vocabulary that is
     too small or a model without tree attention, `InvalidDataError` for broken files.
     """
-    options: dict[str, Any] = {"dtype": dtype, "device": device}
+    compiles = shared is not None and shared.compiles
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "compile": "auto" if compiles else "off"}
     if (delta := source.delta) is None:
         model = load_base(str(source.folder), **options)
     else:

@@ -157,7 +157,7 @@ class StandingDecode:
         base.pack()
         self.base, self.cached = base, cached
         ids = torch.randint(base.vocab_size, (1, cached), generator=torch.Generator().manual_seed(0))
-        self.cache = base.new_cache(cached + longest)
+        self.cache = base.new_decoding_cache(cached + longest)
         logits, hidden = base.forward(ids.to(base.device), self.cache, last=1)
         self.cache.keep(range(cached))
         self.last = Last(logits[0], hidden[0], 0)

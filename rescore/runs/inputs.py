@@ -9,7 +9,7 @@ from typing import Annotated
 
 from lattices.errors import RescoreError
 from lattices.paths import user_path
-from lm.options import Base, Device, Dtype, Heads
+from lm.options import Base, Compile, Device, Dtype, Heads
 from rescore.checks import check_new_tokens
 from rescore.options import Data, Limit
 
@@ -55,6 +55,7 @@ class Inputs:
     max_prompt_tokens: Annotated[int | None, "Cut prompts to this many tokens."] = None
     dtype: Dtype = "float32"
     device: Device = "auto"
+    compile: Compile = "auto"
 
     def check(self) -> None:
         """Raises `RescoreError` for what makes no sense, whatever the models and data are."""

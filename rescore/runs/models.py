@@ -42,7 +42,10 @@ class Models:
         """The base LM."""
         from lm.base.catalog import load_base
 
-        return self._given_base or load_base(self.inputs.base, dtype=self.inputs.dtype, device=self.inputs.device)
+        inputs = self.inputs
+        return self._given_base or load_base(
+            inputs.base, dtype=inputs.dtype, device=inputs.device, compile=inputs.compile
+        )
 
     @cached_property
     def identity(self) -> BaseIdentity:

@@ -15,7 +15,7 @@ from lm.base.model import BaseLM
 from rescore.costs.measuring import times_of
 from rescore.studies.records import Record
 
-VERIFY_SIZES = (1, 2, 4, 9, 16, 32, 64, 144)
+VERIFY_SIZES = (1, 2, 4, 5, 9, 16, 32, 64, 144)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def verify_curve(
     base.pack()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(base.vocab_size, (1, cached + max(sizes)), generator=generator).to(base.device)
-    cache = base.new_cache(cached + max(sizes))
+    cache = base.new_decoding_cache(cached + max(sizes))
     base.forward(ids[:, :cached], cache, last=1)
     cache.keep(range(cached))
 

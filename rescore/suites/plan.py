@@ -29,8 +29,8 @@ from rescore.tracing import read_header
 MODES = ("replay", "live")
 LIMITS = ("limit", "max_new_tokens", "max_prompt_tokens")
 KEYS = (
-    "base", "heads", "dtype", "device", "mode", "verify", "seed", "tasks", "rescorers", "k", "p", "h", "tune",
-    "leave_out", "peers", "costs", *LIMITS,
+    "base", "heads", "dtype", "device", "compile", "mode", "verify", "seed", "tasks", "rescorers", "k", "p", "h",
+    "tune", "leave_out", "peers", "costs", *LIMITS,
 )  # fmt: skip
 NAMES = "names"
 Made = TypeVar("Made")
@@ -92,6 +92,7 @@ class Plan:
     verify: str = "tree"
     dtype: str = Inputs.dtype
     device: str = Inputs.device
+    compile: str = Inputs.compile
     seed: int = 0
     leave_out: str | None = None
     peers: tuple[str, ...] = ()
@@ -100,7 +101,7 @@ class Plan:
     def inputs(self, task: SuiteTask, h: int | None) -> Inputs:
         """One task with one h."""
         given: dict[str, Any] = {"trace": task.trace} if task.trace else {
-            "data": task.data, "base": self.base, "heads": self.heads, "dtype": self.dtype,
+            "data": task.data, "base": self.base, "heads": self.heads, "dtype": self.dtype, "compile": self.compile,
             "max_new_tokens": task.max_new_tokens or self.max_new_tokens,
             "max_prompt_tokens": task.max_prompt_tokens or self.max_prompt_tokens,
         }  # fmt: skip
@@ -159,6 +160,7 @@ def read_plan(
         verify=top["verify"].choice(VERIFY_MODES) if "verify" in top else Plan.verify,
         dtype=top["dtype"].choice(("float32", "float64", "bfloat16", "float16")) if "dtype" in top else Plan.dtype,
         device=top["device"].text() if "device" in top else Plan.device,
+        compile=top["compile"].choice(("auto", "off")) if "compile" in top else Plan.compile,
         seed=top["seed"].whole(least=0) if "seed" in top else 0,
         leave_out=_leave_out(top["leave_out"]) if "leave_out" in top else None,
         peers=tuple(map(_peer, top["peers"].items())) if "peers" in top else (),

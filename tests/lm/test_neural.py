@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lattices.errors import IncompatibleError, InvalidDataError, UnknownNameError
 from lm.base.catalog import load_base
+from lm.base.fast.packed import product_of
 from lm.base.model import BaseLM
-from lm.base.packed import product_of
 from lm.checkpoint import SCALE
 from lm.neural import model as neural
 from lm.neural.model import (

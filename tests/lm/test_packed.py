@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
 from lm.base.catalog import load_base
+from lm.base.fast.packed import can_pack, pack, product_of, unpack
 from lm.base.model import BaseLM
-from lm.base.packed import can_pack, pack, product_of, unpack
 from lm.pages import release
 from lm.training.tuned_base import TunedBase
 from rescore.decoding import decode

@@ -1,0 +1,393 @@
+"""Faster forwards say the same: joined products, programs of layers, compiled ones, fixed shapes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import byte_tokenizer, make_heads
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_models import tiny_model
+
+from lattices.errors import IncompatibleError, RescoreError
+from lattices.prefix_tree import build_prefix_tree
+from lm.base import model as model_module
+from lm.base.cache import TreeCache
+from lm.base.catalog import load_base
+from lm.base.fast import compiled as compiling
+from lm.base.fast.compiled import Layers, compiled, install, remove
+from lm.base.fast.compiled_layer import CompiledLayer, Run
+from lm.base.fast.graphs import SIZES, FixedCache
+from lm.base.fast.packed import PackedProduct, Sibling, products_in
+from lm.base.fast.siblings import pack_joined
+from lm.base.model import BaseIdentity, BaseLM, state_size
+from rescore.decoding import decode
+from rescore.rescorers import load_rescorer
+
+HAS_COMPILER = shutil.which("g++") is not None
+needs_packing = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+PROMPT = [3, 9, 27, 11, 40]
+
+
+def base_of(name: str) -> BaseLM:
+    model = tiny_model(name).eval()
+    config = model.config.get_text_config(decoder=True)
+    dtype = str(model.dtype).removeprefix("torch.")
+    identity = BaseIdentity(name, "w", "t", state_size(config), config.vocab_size, dtype)
+    return BaseLM(model, byte_tokenizer(), identity=identity)
+
+
+def outputs(base: BaseLM) -> list[list[int]]:
+    """Greedy, then in blocks: one draft and four, as a tree and as a batch, and drafts that are accepted whole."""
+    heads, found = make_heads(base, h=4, strength=0.05), [decode(base, None, PROMPT, max_new_tokens=18)]
+    future = np.array(found[0].output_ids)
+    for rescorer, k, p, verify in (("none", 4, 1, "tree"), ("none", 4, 4, "tree"), ("none", 4, 4, "batch"),
+                                   ("oracle", base.vocab_size, 1, "tree")):  # fmt: skip
+        found.append(
+            decode(base, heads, PROMPT, rescorer=load_rescorer(rescorer), k=k, p=p, max_new_tokens=18, verify=verify,
+                   future=future)
+        )  # fmt: skip
+    assert max(found[-1].accepted) == 4
+    return [each.output_ids for each in found]
+
+
+class Programs:
+    """Makes programs that run as torch traced them, and counts their calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, exported: torch.export.ExportedProgram, path: Path) -> Run:
+        module = exported.module(check_guards=False)  # the compiled ones have no guards either: calls are checked
+        of_call = exported.call_spec.in_spec.child(0).child(3).num_children
+
+        def run(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+            self.calls += 1
+            past, keys, values, *rest = tensors
+            return [module(past, keys, values, rest[:of_call], rest[of_call:])]
+
+        return run
+
+
+@pytest.fixture
+def float32_base(tiny_folder: Path) -> BaseLM:
+    return load_base(str(tiny_folder), dtype="float32", device="cpu", compile="off")
+
+
+@needs_packing
+class TestSiblings:
+    def test_what_reads_the_same_rows_is_one_product(self, tiny_folder: Path, float32_base: BaseLM):
+        float32_base.pack()
+        layer = float32_base.model.model.layers[0]
+        assert [len(products_in(part)) for part in (layer.self_attn, layer.mlp, layer)] == [2, 2, 4]
+        shared = {id(each.forward.siblings) for each in (layer.self_attn.q_proj, layer.self_attn.v_proj)}
+        assert len(shared) == 1 and not isinstance(layer.self_attn.o_proj.forward, Sibling)
+        plain = load_base(str(tiny_folder), dtype="float32", device="cpu")
+        for n in (1, 3, 9, 64, 100):
+            ids = torch.randint(0, 256, (1, n), generator=torch.Generator().manual_seed(n))
+            torch.testing.assert_close(float32_base.forward(ids)[0], plain.forward(ids)[0], rtol=1e-3, atol=1e-3)
+
+    def test_weights_come_back_bit_for_bit(self, tiny_folder: Path, float32_base: BaseLM):
+        plain = dict(load_base(str(tiny_folder), dtype="float32", device="cpu").model.named_parameters())
+        float32_base.pack()
+        assert float32_base.model.model.layers[0].mlp.gate_proj.weight.is_meta
+        float32_base.unpack()
+        for name, weight in float32_base.model.named_parameters():
+            assert torch.equal(weight, plain[name]), name
+
+    @staticmethod
+    def joined(*sizes: int, bias: bool = True) -> torch.nn.ModuleList:
+        torch.manual_seed(0)
+        return torch.nn.ModuleList([torch.nn.Linear(8, n, bias=bias) for n in sizes]).requires_grad_(False)
+
+    def test_rows_are_multiplied_anew_whenever_they_are_others(self):
+        pair, rows = self.joined(4, 6), torch.randn(3, 8)
+        plain = [layer(rows) for layer in pair]
+        pack_joined(pair, torch.nn.Linear(1, 1), lambda: torch.cat([layer(rows) for layer in pair], dim=-1))
+        assert all(isinstance(layer.forward, Sibling) for layer in pair)
+        first, second = pair
+        with torch.inference_mode():
+            torch.testing.assert_close(second(rows), plain[1])  # in any order
+            torch.testing.assert_close(second(rows), plain[1])  # twice, before the other
+            torch.testing.assert_close(first(rows + 1), first(rows.clone() + 1))
+            torch.testing.assert_close(first(rows), plain[0])
+            torch.testing.assert_close(second(rows), plain[1])
+            rows.mul_(2)  # both were given out: the same tensor is multiplied anew
+            assert not torch.allclose(first(rows), plain[0]) and not torch.allclose(second(rows), plain[1])
+
+    def test_only_products_of_one_module_and_of_one_kind_are_joined(self):
+        trio, other, rows = self.joined(4, 5), self.joined(3, bias=False), torch.randn(2, 8)
+        model = torch.nn.ModuleList([trio, other, *self.joined(7, 7)])
+
+        def forward() -> torch.Tensor:
+            first, second = (model[2](rows), model[2](rows))  # twice
+            parts = [trio[0](rows), trio[1](rows), other[0](rows), first, second, model[3](rows + 0)]
+            return torch.cat(parts, dim=-1)
+
+        pack_joined(model, torch.nn.Linear(1, 1), forward)
+        layers = [*trio, other[0], model[2], model[3]]
+        assert [isinstance(layer.forward, Sibling) for layer in layers] == [True, True, False, False, False]
+
+    def test_a_model_that_needs_products_of_their_own_has_them(self):
+        class Viewed(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b = TestSiblings.joined(4, 4)
+
+            def forward(self, rows: torch.Tensor) -> torch.Tensor:
+                return self.a(rows).view(-1) + self.b(rows).view(-1)
+
+        model, rows = Viewed(), torch.randn(3, 8)
+        expected = model(rows)
+        pack_joined(model, torch.nn.Linear(1, 1), lambda: model(rows))
+        assert [isinstance(layer.forward, PackedProduct) for layer in (model.a, model.b)] == [True, True]
+        with torch.inference_mode():
+            torch.testing.assert_close(model(rows), expected)
+
+
+class TestPrograms:
+    @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt", "qwen3", "phi3", "gemma2", "gemma3_text"])
+    def test_decoding_says_the_same_with_them(self, name: str, tmp_path: Path):
+        base = base_of(name)
+        expected, make = outputs(base), Programs()
+        layers, runs = compiled(base, tmp_path, make)
+        assert len(layers.layers) == base.config.num_hidden_layers
+        install(base, layers, runs)
+        make.calls = 0
+        assert outputs(base) == expected
+        # Of all that is called only prompts, and four drafts as a batch, are no programs'.
+        assert make.calls >= 17 * base.config.num_hidden_layers
+        remove(base.model)
+        make.calls = 0
+        assert outputs(base) == expected and make.calls == 0
+
+    @pytest.mark.parametrize(
+        ("name", "reason"),
+        [
+            ("mixtral", "a layer can't be traced"),
+            ("bloom", "take or give more than their states"),
+            ("falcon", "has numbers that are no weights"),
+        ],
+    )
+    def test_what_has_none_is_told_why(self, name: str, reason: str, tmp_path: Path):
+        with pytest.raises(IncompatibleError, match=reason):
+            compiled(base_of(name), tmp_path, Programs())
+
+    def test_layers_of_other_sizes_have_programs_of_their_own(self, tmp_path: Path):
+        """DeepSeek's first layer is dense; its others have experts, which can't be programs."""
+        with pytest.raises(IncompatibleError, match="traced"):
+            compiled(base_of("deepseek_v3"), tmp_path, Programs())
+
+    def test_a_wrong_program_is_found_out(self, tmp_path: Path):
+        make = Programs()
+
+        def wrong(exported: torch.export.ExportedProgram, path: Path) -> Run:
+            run = make(exported, path)
+            return lambda tensors: [each * 1.01 for each in run(tensors)]
+
+        with pytest.raises(IncompatibleError, match="does not compute what the layer does"):
+            compiled(base_of("llama"), tmp_path, wrong)
+
+    def test_trees_of_a_growing_cache(self, tmp_path: Path):
+        """A rescorer's cache: rows of their own length, with nodes after what is settled."""
+        base, make = base_of("llama"), Programs()
+
+        def read() -> list[torch.Tensor]:
+            cache = TreeCache(base.model.config, 1, base.device)
+            found = []
+            for parents in ([-1, 0, 1, 2, 3], [-1], [-1, -1, 0], [1, 2, 3]):
+                positions, mask = cache.place(np.array([parents]))
+                ids = torch.arange(len(parents))[None] + 5
+                found.append(base.forward(ids, cache, position_ids=positions, attention_mask=mask)[0])
+                if parents[-1] == 3 or len(parents) == 1:
+                    cache.settle([range(len(parents))])
+            return found
+
+        expected = read()
+        layers, runs = compiled(base, tmp_path, make)
+        install(base, layers, runs)
+        make.calls = 0
+        for ours, theirs in zip(read(), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert make.calls == 3 * base.config.num_hidden_layers  # the first call makes the buffers
+
+    def test_calls_that_do_not_fit_are_the_layers_own(self, tmp_path: Path):
+        base, make = base_of("llama"), Programs()
+        install(base, *compiled(base, tmp_path, make))
+        make.calls = 0
+        cache = base.new_cache(200)
+        base.forward(torch.arange(7)[None], cache)  # a prompt
+        cache.keep(range(7))
+        base.forward(torch.arange(8).reshape(2, 4), cache)  # two drafts
+        base.forward(torch.arange(7)[None])  # no cache
+        base.forward(torch.arange(9)[None] % 7, cache, attention_mask=torch.ones(1, 16, dtype=torch.bool))
+        assert make.calls == base.config.num_hidden_layers  # the last one, whose mask becomes an ordinary one
+
+
+@needs_packing
+class TestCompiling:
+    @pytest.fixture
+    def lines(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+        """What was told since it was asked last."""
+        monkeypatch.setattr(model_module, "LEAST_WEIGHTS", 0)
+
+        def told() -> list[str]:
+            found = [record.getMessage() for record in caplog.records if record.name == "rescore"]
+            caplog.clear()
+            return found
+
+        return told
+
+    @pytest.fixture
+    def load(self, tiny_folder: Path) -> Callable[..., BaseLM]:
+        return lambda **how: load_base(str(tiny_folder), dtype="float32", device="cpu", **how)
+
+    @staticmethod
+    def are_compiled(base: BaseLM) -> bool:
+        return all(isinstance(layer.forward, CompiledLayer) for layer in base.model.model.layers)
+
+    @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler here")
+    def test_it_is_done_once_for_a_machine(self, load, lines, monkeypatch: pytest.MonkeyPatch, cache_folder: Path):
+        expected = outputs(load(compile="off"))
+        first = load()
+        assert outputs(first) == expected and self.are_compiled(first)
+        (line,) = lines()
+        assert line.startswith("compiling the layers of ") and "--compile off" in line
+        assert not list(cache_folder.rglob("*.cpp"))
+
+        def fails(*_: object) -> Run:
+            raise IncompatibleError("the compiler failed (for a test)")
+
+        monkeypatch.setattr(compiling, "compile_program", fails)
+        second = load()
+        assert outputs(second) == expected and self.are_compiled(second) and not lines()
+        torch.testing.assert_close(second.forward(torch.tensor([PROMPT]))[0], first.forward(torch.tensor([PROMPT]))[0])
+        (program,) = cache_folder.rglob("*.pt2")
+        program.write_bytes(b"broken")
+        third = load()
+        assert outputs(third) == expected and not self.are_compiled(third)
+        again, _, failed = lines()
+        assert "is broken; it is made again" in again
+        assert failed.endswith("decodes without compiled layers: the compiler failed (for a test)")
+
+    def test_without_a_compiler_it_says_so(self, load, lines, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        base = load()
+        assert outputs(base) == outputs(load(compile="off")) and not self.are_compiled(base)
+        (line,) = lines()
+        assert "decodes without compiled layers: there is no C++ compiler" in line
+
+    @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler here")
+    def test_what_failed_is_not_tried_again(self, load, lines, monkeypatch: pytest.MonkeyPatch):
+        tried = []
+
+        def fails(*_: object) -> Layers:
+            tried.append(1)
+            raise IncompatibleError("a layer can't be traced (for a test)")
+
+        monkeypatch.setattr(compiling, "compiled", fails)
+        for _ in range(2):
+            base = load()
+            base.pack()
+            assert not self.are_compiled(base)
+        assert len(tried) == 1
+        assert [line.endswith("a layer can't be traced (for a test)") for line in lines()] == [False, True, True]
+        monkeypatch.setenv("CXX", "gcc")  # another compiler may do better
+        load().pack()
+        assert len(tried) == 2
+
+    def test_small_models_and_those_in_memory_are_left_alone(self, load, lines, monkeypatch, tiny_base):
+        monkeypatch.setattr(model_module, "LEAST_WEIGHTS", 1 << 24)
+        bases = [load(), load_base(load().model, tiny_base.tokenizer), tiny_base]
+        for base in bases:
+            base.pack()
+            assert not self.are_compiled(base)
+        assert not lines()
+
+    def test_a_choice_that_there_is_not(self, load):
+        with pytest.raises(RescoreError, match="choice of compile 'on'"):
+            load(compile="on")
+
+
+few = settings(
+    deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+class TestFixedShapes:
+    @pytest.fixture
+    def fixed(self, tiny_base: BaseLM, monkeypatch: pytest.MonkeyPatch) -> BaseLM:
+        monkeypatch.setattr(tiny_base, "has_fixed_shapes", True)
+        return tiny_base
+
+    @few
+    @given(
+        past=st.integers(1, 30),
+        n=st.integers(1, SIZES[-1]),
+        drafts=st.none() | st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=2, max_size=9),
+        seed=st.integers(0, 9),
+    )
+    def test_logits_and_states_are_those_of_the_forward(self, fixed, past, n, drafts, seed):
+        generator = torch.Generator().manual_seed(seed)
+        prompt = torch.randint(0, 256, (1, past), generator=generator)
+        ids, how = torch.randint(0, 256, (1, n), generator=generator), {}
+        if drafts:
+            tree = build_prefix_tree(np.array([[7, *draft] for draft in drafts]))
+            sees = torch.ones(1, 1, len(tree.tokens), past + len(tree.tokens), dtype=torch.bool)
+            sees[0, 0, :, past:] = torch.from_numpy(tree.mask)
+            ids = torch.from_numpy(tree.tokens)[None]
+            how = {"attention_mask": sees, "position_ids": torch.from_numpy(tree.depths + past)[None]}
+        caches = [fixed.new_decoding_cache(past + 2 * SIZES[-1]), fixed.new_cache(past + 2 * SIZES[-1])]
+        assert isinstance(caches[0], FixedCache)
+        kept = torch.randperm(ids.shape[1], generator=generator)[: 1 + ids.shape[1] // 2].sort().values.tolist()
+        answers = []
+        for cache in caches:
+            fixed.forward(prompt, cache, last=1)
+            cache.keep(range(past))
+            first = fixed.forward(ids, cache, **how)
+            assert cache.written == past + ids.shape[1]
+            cache.keep(kept)  # and so nothing of what padded
+            second = fixed.forward(ids[:, :3], cache)
+            answers.append([*first, *second])
+        for ours, theirs in zip(*answers, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt", "qwen3", "falcon", "mixtral"])
+    def test_decoding_says_the_same_with_them(self, name: str):
+        base = base_of(name)
+        expected = outputs(base)
+        base.has_fixed_shapes = True
+        assert outputs(base) == expected
+
+    def test_buffers_are_lent_again_when_nobody_has_them(self, fixed):
+        def used(capacity: int) -> FixedCache:
+            cache = fixed.new_decoding_cache(capacity)
+            assert isinstance(cache, FixedCache) and cache.length == 0
+            fixed.forward(torch.tensor([PROMPT]), cache)
+            cache.keep(range(3))
+            return cache
+
+        first = used(20)
+        buffer = first.buffers[0].buffers[0]
+        second = used(20)  # while the first one is in use
+        assert second.buffers[0].buffers[0] is not buffer
+        buffer = second.buffers[0].buffers[0]
+        del first, second
+        for capacity in (20, 30):
+            assert used(capacity).buffers[0].buffers[0] is buffer
+        large = used(1000)
+        assert large.buffers[0].buffers[0].shape[2] == large.capacity >= 1000 + SIZES[-1]
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+    def test_a_gpu_records_them(self, tiny_folder: Path):
+        plain, recorded = (load_base(str(tiny_folder), device="cuda", compile=how) for how in ("off", "auto"))
+        assert recorded.has_fixed_shapes and not plain.has_fixed_shapes
+        for _ in range(2):  # the second time what was recorded is played back on a cache of its own
+            assert outputs(recorded) == outputs(plain)
+        cache = recorded.new_decoding_cache(20)
+        assert cache.forwards._recorded.keys() >= {1, 4}

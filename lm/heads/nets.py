@@ -88,6 +88,11 @@ class HeadNet(nn.Module):
         """A tensor of the state, as the first h heads have it."""
         return value if name == "token.shared" else value[: h - 1]
 
+    def of(self, weights: torch.Tensor, heads: list[int]) -> torch.Tensor:
+        """The rows of weights `[h-1, ...]` that are these heads'; those of all are not copied, which would take longer
+        than a step's products."""
+        return weights if heads == list(range(len(weights))) else weights[heads]
+
     def seen(self, rows: torch.Tensor) -> torch.Tensor:
         """What heads see of the tokens: `[n, s, token_size]`."""
         seen: torch.Tensor = functional.layer_norm(rows, rows.shape[-1:]) @ self.token["shared"]
@@ -115,22 +120,22 @@ class FeedForward(HeadNet):
     def _token_weights(self) -> int:
         return self.config.h - 1
 
-    def _of(self, weights: nn.Parameter, heads: list[int]) -> torch.Tensor:
+    def of_inner(self, weights: torch.Tensor, heads: list[int]) -> torch.Tensor:
         """The weights of these heads in the hidden layer."""
-        return weights[heads]
+        return self.of(weights, heads)
 
     def forward(self, hidden: torch.Tensor, rows: torch.Tensor, heads: list[int]) -> torch.Tensor:
-        weight, bias = (self._of(self.inner[name], heads) for name in ("weight", "bias"))
+        weight, bias = (self.of_inner(self.inner[name], heads) for name in ("weight", "bias"))
         inner = torch.matmul(hidden, weight) + bias[..., None, :]
         if self.sees:
             inner = inner + self._seen_tokens(rows, heads)
-        outer = torch.matmul(functional.silu(inner), self.outer["weight"][heads])
-        read: torch.Tensor = hidden + outer + self.outer["bias"][heads][:, None]
+        weight, bias = (self.of(self.outer[name], heads) for name in ("weight", "bias"))
+        read: torch.Tensor = hidden + torch.matmul(functional.silu(inner), weight) + bias[:, None]
         return read
 
     def _seen_tokens(self, rows: torch.Tensor, heads: list[int]) -> torch.Tensor:
         """What the tokens add to the hidden layer, `[len(heads), n, inner]`."""
-        return torch.matmul(self.seen(rows)[:, 0], self._of(self.token["weight"], heads))
+        return torch.matmul(self.seen(rows)[:, 0], self.of_inner(self.token["weight"], heads))
 
 
 class Shared(FeedForward):
@@ -140,7 +145,7 @@ class Shared(FeedForward):
     def _own(self, count: int) -> tuple[int, ...]:
         return ()
 
-    def _of(self, weights: nn.Parameter, heads: list[int]) -> torch.Tensor:
+    def of_inner(self, weights: torch.Tensor, heads: list[int]) -> torch.Tensor:
         return weights
 
     def cut(self, name: str, value: torch.Tensor, h: int) -> torch.Tensor:
@@ -193,14 +198,12 @@ class Medusa(HeadNet):
         self._see_tokens(count, config.token_size, d)
 
     def forward(self, hidden: torch.Tensor, rows: torch.Tensor, heads: list[int]) -> torch.Tensor:
-        weight, bias = self.block["weight"], self.block["bias"]
-        if len(heads) < len(weight):  # else they are not copied
-            weight, bias = weight[heads], bias[heads]
+        weight, bias = (self.of(self.block[name], heads) for name in ("weight", "bias"))
         x = hidden.expand(len(heads), -1, -1)
         for block in range(self.config.blocks):
             inner = torch.matmul(x, weight[:, block]) + bias[:, block, None]
             if block == 0 and self.sees:
-                inner = inner + torch.matmul(self.seen(rows)[:, 0], self.token["weight"][heads])
+                inner = inner + torch.matmul(self.seen(rows)[:, 0], self.of(self.token["weight"], heads))
             x = x + functional.silu(inner)
         return x
 

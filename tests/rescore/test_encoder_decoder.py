@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_hydra
 import torch
 from tokenizers import processors
 from transformers import (
@@ -170,6 +171,13 @@ def test_a_decoder_without_a_beginning_is_refused(tmp_path: Path):
 
 def test_a_text_alone_has_no_perplexity(base: BaseLM):
     refused(lambda: perplexity(base, ["a text"]), "has an encoder")
+
+
+def test_layers_that_read_on_from_the_prompt_are_refused(rescore: Command, options, tmp_path: Path, monkeypatch: Any):
+    monkeypatch.setattr(test_hydra, "VOCABULARY", 258)
+    folder = test_hydra.save_hydra(tmp_path / "hydra", test_hydra.tensors_of())
+    for mode in ("replay", "live"):
+        rescore("eval", *options, "--rescorer", f"hydra:{folder}", "--mode", mode).refused("with an encoder")
 
 
 def test_too_long_a_prompt_is_refused(base: BaseLM):

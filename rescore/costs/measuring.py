@@ -20,6 +20,7 @@ import torch
 from lattices.errors import RescoreError
 from lm.heads.draft_rows import DraftRows
 from rescore import options as shared
+from rescore.checks import check_fits
 from rescore.costs.kept import keep_costs, this_machine
 from rescore.costs.table import ChoiceCost, Costs, HeadsCost
 from rescore.decoding import GREEDY, VERIFY, Last

@@ -1,8 +1,8 @@
 """The tasks by name: built-in ones, those that other packages bring, and YAML files of the user's own.
 
 `base` says what a task is. To add one that comes with this package, put it among its kin: `summaries`, `answers`,
-`spec_bench`, `images`; `task_file` reads users' YAML files. `data` gives a task's examples (file, hub or sample), `metrics`
-score outputs, `listing` shows tasks in words. Must not import `rescore.runs`, nor know base LMs or traces.
+`spec_bench`, `images`; `task_file` reads users' YAML files. `data` gives a task's examples (file, hub or sample),
+`metrics` score outputs, `listing` shows tasks in words. Must not import `rescore.runs`, nor know base LMs or traces.
 
 Another package adds a task with an entry point in the group `rescore.tasks` that loads to a `Task`.
 """

@@ -118,8 +118,9 @@ def measure_costs(
     steps, added = times[: len(decodes)], times[len(decodes) :]
     costs = Costs(
         base=identity.name, weights_sha256=identity.weights_sha256, config_sha256=identity.config_sha256,
-        dtype=identity.dtype, device=str(base.device), machine=this_machine(str(base.device)), contexts=contexts,
-        nodes=nodes, step_ms=[np.median(each, axis=0).tolist() for each in steps],
+        dtype=identity.dtype, device=str(base.device), compiles=base.compiles,
+        machine=this_machine(str(base.device)), contexts=contexts, nodes=nodes,
+        step_ms=[np.median(each, axis=0).tolist() for each in steps],
         tree_ms=max(0.0, added_by(added[0])) if base.supports_tree else None,
         heads=heads_cost(base, heads, beside, added[-1], k, repeats) if heads else None,
     )  # fmt: skip

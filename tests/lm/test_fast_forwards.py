@@ -439,6 +439,19 @@ class TestFixedShapes:
         large = used(1000)
         assert large.buffers[0].buffers[0].shape[2] == large.capacity >= 1000 + SIZES[-1]
 
+    def test_nothing_of_a_former_decode_is_seen(self, fixed):
+        """Half precision overflows to what is no number, which a mask does not keep out."""
+        expected = decode(fixed, None, PROMPT, max_new_tokens=8).output_ids
+        cache = fixed.new_decoding_cache(20)
+        fixed.forward(torch.tensor([PROMPT]), cache)
+        kept = cache.buffers[0].buffers[0]
+        for layer in cache.buffers:
+            for buffer in layer.buffers:
+                buffer.fill_(torch.nan)
+        del cache, layer
+        assert decode(fixed, None, PROMPT, max_new_tokens=8).output_ids == expected
+        assert fixed.new_decoding_cache(20).forwards._buffers[0][0] is kept, "the same buffers"
+
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
     def test_a_gpu_records_them(self, tiny_folder: Path):
         plain, recorded = (load_base(str(tiny_folder), device="cuda", compile=how) for how in ("off", "auto"))

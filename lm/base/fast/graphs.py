@@ -121,7 +121,10 @@ class FixedForwards:
         return capacity + SIZES[-1] <= self.capacity and (self._lent is None or self._lent() is None)
 
     def new_cache(self) -> FixedCache:
-        """An empty cache."""
+        """An empty cache. What another one left in its buffers is cleared: all of them is read, and what is no number
+        comes through a mask."""
+        for buffer in (buffer for pair in self._buffers.values() for buffer in pair):
+            buffer.zero_()
         cache = FixedCache(self._config, self)
         self._lent = weakref.ref(cache)
         return cache

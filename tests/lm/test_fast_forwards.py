@@ -445,10 +445,10 @@ class TestFixedShapes:
         cache = fixed.new_decoding_cache(20)
         fixed.forward(torch.tensor([PROMPT]), cache)
         kept = cache.buffers[0].buffers[0]
-        for layer in cache.buffers:
-            for buffer in layer.buffers:
+        with torch.inference_mode():
+            for buffer in (buffer for layer in cache.buffers for buffer in layer.buffers):
                 buffer.fill_(torch.nan)
-        del cache, layer
+        del cache
         assert decode(fixed, None, PROMPT, max_new_tokens=8).output_ids == expected
         assert fixed.new_decoding_cache(20).forwards._buffers[0][0] is kept, "the same buffers"
 

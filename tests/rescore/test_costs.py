@@ -158,15 +158,12 @@ def test_generation_plans_by_what_was_measured_here(options: Options, tmp_path: 
 
 def test_one_draft_is_planned_as_one(options: Options, tmp_path: Path):
     """With p = 1 other branches would be paid for in vain; as a batch, which is all that some bases verify, twice."""
-    ngram = save(tmp_path / "ngram", bigram_model())
-    fit_joint(opened(options), tmp_path / "w", f"joint:ngram={ngram}", drafters=["lookup"], k=8, held_out=2)
-    spec, step_ms = f"joint:{tmp_path / 'w'},ngram={ngram},nodes=auto", [[10, 10.3, 15]]
-    found = []
+    ngram, drafters = save(tmp_path / "ngram", bigram_model()), ("heads", "lookup")
+    fit_joint(opened(options), tmp_path / "w", f"joint:ngram={ngram}", drafters=drafters, k=8, held_out=2)
+    spec, found = f"joint:{tmp_path / 'w'},ngram={ngram},nodes=auto", []
     for p, tree_ms in ((1, 0.5), (32, None), (32, 0.5)):
-        run, costs = (
-            Run(spec, p=p, k=8, drafters=("lookup",)),
-            costs_for(options, step_ms, contexts=(64,), tree_ms=tree_ms),
-        )
+        costs = costs_for(options, [[10, 10.01, 10.1]], contexts=(64,), tree_ms=tree_ms, heads_ms=0.1)
+        run = Run(spec, p=p, k=8, drafters=drafters)
         found.append([record.calls for record in evaluated(options | {"rescorers": [run]}, costs=costs).examples])
     of_one, without_trees, of_trees = found
     assert of_one == without_trees and {call.drafts for calls in of_one for call in calls} <= {0, 1}

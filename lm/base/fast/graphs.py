@@ -120,6 +120,7 @@ class FixedForwards:
         """Whether it can lend its buffers for so many positions now: nobody else has a cache of them."""
         return capacity + SIZES[-1] <= self.capacity and (self._lent is None or self._lent() is None)
 
+    @torch.inference_mode()
     def new_cache(self) -> FixedCache:
         """An empty cache. What another one left in its buffers is cleared: all of them is read, and what is no number
         comes through a mask."""

@@ -107,6 +107,7 @@ class Heads(LatticeDrafter):
 
         base, heads = self._target.models()
         assert heads is not None, "what drafts with heads is refused without"
+        base.unpack()  # what is recorded is the same to the last bit whatever was decoded before
         text = torch.tensor([[*prompt_ids.tolist(), *output_ids[:-1].tolist()]], device=base.device)
         _, hidden = base.forward(text, last=len(output_ids), projects=False)
         projection = self.projection(base, prompt_ids.tolist())

@@ -35,6 +35,7 @@ from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, U
 from lm.base import attention
 from lm.base.adapters import ADAPTER_FILE, base_of_adapter, check_base, is_adapter, merged
 from lm.base.encoder_decoder import EncoderDecoderLM
+from lm.base.fast.compiled import remove
 from lm.base.fast.packed import unpack
 from lm.base.identity import config_sha256, tensors_sha256, tokenization_sha256, tokenizer_sha256, weights_sha256
 from lm.base.model import BaseIdentity, BaseLM, state_size
@@ -77,7 +78,8 @@ def load_base(
     if not isinstance(model, str | os.PathLike):
         if tokenizer is None:
             raise RescoreError("a model in memory needs its tokenizer; call load_base(model, tokenizer)")
-        unpack(model)  # it may be that of a base LM that has decoded
+        remove(model)  # it may be that of a base LM that has decoded
+        unpack(model)
         return _base_class(model.config)(model, tokenizer, identity=_identity_in_memory(model, tokenizer))
     model = os.fspath(model)
     if tokenizer is not None:

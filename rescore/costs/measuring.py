@@ -32,8 +32,6 @@ from rescore.runs.run import DEFAULT_K, Run, runs_of
 from rescore.tasks import load_task
 from rescore.tasks.data import load_examples
 
-VOCABULARIES = (2048, 4096, 8192, 16384)  # tokens that heads draft from
-
 if TYPE_CHECKING:
     from lm.base.model import BaseLM
     from lm.heads.block_heads import BlockHeads
@@ -42,6 +40,7 @@ CONTEXTS = (64, 256, 640)  # cached tokens
 NODES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 72, 144)
 ADDED_TO = (5, 9, 16)  # tokens of the steps that heads or a tree are added to
 ADDED_AT = 256  # cached tokens there, at most
+VOCABULARIES = (2048, 4096, 8192, 16384)  # tokens that heads draft from
 # What a base can have by what is shipped, as far as it is for this base.
 RESCORERS = ("none", "context-ngram", "lookup", "joint", "joint:nodes=auto", "neural-61m")
 Made = Callable[[], object]  # a call that is timed
@@ -119,8 +118,9 @@ def measure_costs(
     steps, added = times[: len(decodes)], times[len(decodes) :]
     costs = Costs(
         base=identity.name, weights_sha256=identity.weights_sha256, config_sha256=identity.config_sha256,
-        dtype=identity.dtype, device=str(base.device), machine=this_machine(str(base.device)), contexts=contexts,
-        nodes=nodes, step_ms=[np.median(each, axis=0).tolist() for each in steps],
+        dtype=identity.dtype, device=str(base.device), compiles=base.compiles,
+        machine=this_machine(str(base.device)), contexts=contexts, nodes=nodes,
+        step_ms=[np.median(each, axis=0).tolist() for each in steps],
         tree_ms=max(0.0, added_by(added[0])) if base.supports_tree else None,
         heads=heads_cost(base, heads, beside, added[-1], k, repeats) if heads else None,
     )  # fmt: skip
@@ -203,7 +203,7 @@ def heads_cost(
     """What heads add to a step, of the times of `heads_calls`: with fewer tokens to draft from so much less as asking
     them alone takes less."""
     whole, alone = heads_added(times), float(np.median(times[:, -1]))
-    sizes = [size for size in VOCABULARIES if size < base.vocab_size] if heads.projection is None else []
+    sizes = [size for size in VOCABULARIES if k <= size < base.vocab_size] if heads.projection is None else []
     projections = [DraftRows(base, torch.arange(size)).with_tokens(()) for size in sizes]
     state = (base, decode.last.hidden, decode.last.logits, k)
     asks = [partial(heads.lattice, *state, projection=projection) for projection in projections]

@@ -165,6 +165,7 @@ class DraftLayers(LatticeDrafter):
                 "have; drop --trace"
             )
         base, _ = self._target.models()
+        base.unpack()  # what is recorded is the same to the last bit whatever was decoded before
         net = self._loaded(base)
         k = self._fitting(net, k)
         text = np.concatenate([prompt_ids, output_ids]).astype(np.int64)

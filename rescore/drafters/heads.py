@@ -105,6 +105,7 @@ class Heads(LatticeDrafter):
             )
         base, heads = self._target.models()
         assert heads is not None, "what drafts with heads is refused without"
+        base.unpack()  # what is recorded is the same to the last bit whatever was decoded before
         (hidden,) = base.states_before([prompt_ids.tolist()], [output_ids.tolist()])
         projection = self.projection(base, prompt_ids.tolist())
         states = hidden.to(base.heads_dtype).cpu().numpy()

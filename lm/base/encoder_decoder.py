@@ -182,6 +182,11 @@ class EncoderDecoderLM(BaseLM):
         return False
 
 
+def base_class(config: Any) -> type[BaseLM]:
+    """What reads a model of this configuration of transformers."""
+    return EncoderDecoderLM if config.is_encoder_decoder else BaseLM
+
+
 class Source:
     """What the encoder made of prompts: states `[b, s, d]`, mask `[b, s]` (0 where a shorter one is padded), and the
     keys and values that the decoder's layers make of the states at the first call."""
@@ -217,12 +222,14 @@ class _SourceLayer(DynamicLayer):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.held: tuple[torch.Tensor, ...] = ()
+        self.shown = 0
 
     def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Takes these for the source's."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         self.held = self.keys, self.values = keys, values
+        self.shown = len(keys)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
@@ -233,8 +240,9 @@ class _SourceLayer(DynamicLayer):
 
     def show(self, rows: int) -> None:
         """Has the keys and values for so many rows."""
-        if self.held and self.keys.shape[0] != rows:
+        if self.held and self.shown != rows:
             self.keys, self.values = (each[:1].expand(rows, -1, -1, -1) for each in self.held)
+            self.shown = rows
 
     def get_seq_length(self) -> int:
         return self.held[0].shape[2] if self.held else 0

@@ -247,7 +247,7 @@ class BaseLM:
         return self.model.config
 
     @property
-    def decoder(self) -> torch.nn.Module:
+    def decoder(self) -> Any:
         """What reads a token of the output."""
         return self.model
 

@@ -20,6 +20,7 @@ import torch
 from lattices.errors import RescoreError
 from lm.heads.draft_rows import DraftRows
 from rescore import options as shared
+from rescore.checks import check_fits
 from rescore.costs.kept import keep_costs, this_machine
 from rescore.costs.table import ChoiceCost, Costs, HeadsCost
 from rescore.decoding import GREEDY, VERIFY, Last
@@ -152,15 +153,12 @@ class StandingDecode:
     def __init__(self, base: BaseLM, cached: int, longest: int) -> None:
         if cached < 1:
             raise RescoreError("--cached must be at least 1")
-        if cached + longest > base.context_length:
-            raise RescoreError(f"{cached} cached tokens do not fit into the context of {base.context_length}")
+        check_fits(base, cached, longest, what="a context")
         base.pack()
-        self.base, self.cached = base, cached
-        ids = torch.randint(base.vocab_size, (1, cached), generator=torch.Generator().manual_seed(0))
-        self.cache = base.new_decoding_cache(cached + longest)
-        logits, hidden = base.forward(ids.to(base.device), self.cache, last=1)
-        self.cache.keep(range(cached))
-        self.last = Last(logits[0], hidden[0], 0)
+        prompt = torch.randint(base.vocab_size, (cached,), generator=torch.Generator().manual_seed(0)).tolist()
+        self.base, self.cached = base, len(base.prefix(prompt))
+        self.cache = base.new_decoding_cache(self.cached + longest)
+        self.last = Last(*base.read_prompt(prompt, self.cache), 0)
 
     def step(self, drafts: np.ndarray, heads: BlockHeads | None = None, k: int = 1) -> None:
         """A step of drafts int64 `[p, l]` as a tree, the heads asked before it if they are given."""

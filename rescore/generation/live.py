@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 
 from lattices.errors import RescoreError
 from lm.base.model import BaseLM
+from lm.draft_vocabulary import find_draft_vocabulary
 from lm.files import SHIPPED
 from lm.heads.block_heads import BlockHeads
 from rescore.acceptance import Rule
@@ -18,7 +19,7 @@ from rescore.checks import check_new_tokens
 from rescore.costs.kept import costs_here
 from rescore.costs.table import Costs
 from rescore.decoding import GREEDY, Decoded, decode
-from rescore.drafters import Drafter
+from rescore.drafters import HEADS, Drafter
 from rescore.drafters.base import LatticeDrafter, is_lattice_alone
 from rescore.drafters.heads import Heads
 from rescore.generation.growing_text import GrowingText
@@ -32,6 +33,7 @@ from rescore.runs.weights import fitted_to
 Messages = Sequence[Mapping[str, str]]  # a conversation: {"role": ..., "content": ...} a message
 Accepted = Callable[[list[int]], bool]  # takes the tokens of a step; whether the output goes on
 LOOKUP = "lookup"
+FEWER = 8192  # tokens that heads draft from where nothing else is said
 OF_LATTICES = ("context-ngram", "context-ngram:none")  # of what is shipped, the best that a base can have
 
 
@@ -228,9 +230,10 @@ def best_run(base: BaseLM, heads: BlockHeads | None, *, drafters: Sequence[str |
     base's name (by its costs where they are measured here and no p is given), else `context-ngram` where there are
     lattices (with the shipped n-gram model if it is of this tokenizer), else the drafters' own drafts.
 
-    drafters: none: heads if there are some, and lookup. settings: of `Run`. Raises as `Run` and its `load_drafters`.
+    drafters: none: heads if there are some, which draft from `FEWER` tokens where it is known which come most often
+    (cheaper, and hardly less is accepted), and lookup. settings: of `Run`. Raises as `Run` and its `load_drafters`.
     """
-    own = Run(NONE, drafters=tuple(drafters or (("heads", LOOKUP) if heads else (LOOKUP,))), label="drafts", **settings)
+    own = Run(NONE, drafters=tuple(drafters or _own_drafters(base, heads)), label="drafts", **settings)
     objects = own.load_drafters(own.load())
     lattices = any(isinstance(drafter, LatticeDrafter) for drafter in objects)
     shipped = (SHIPPED / base.identity.name / JOINT).is_dir()
@@ -248,6 +251,16 @@ def best_run(base: BaseLM, heads: BlockHeads | None, *, drafters: Sequence[str |
             continue
         return run
     return Run(NONE, drafters=own.drafters, label="+".join(drafter.name for drafter in objects), **settings)
+
+
+def _own_drafters(base: BaseLM, heads: BlockHeads | None) -> tuple[str, ...]:
+    if heads is None:
+        return (LOOKUP,)
+    try:
+        find_draft_vocabulary("", tokenizer_sha256=base.identity.tokenizer_sha256, base=base.identity.name)
+    except RescoreError:
+        return (HEADS, LOOKUP)
+    return (f"{HEADS}:vocabulary={FEWER}" if heads.projection is None and base.vocab_size > FEWER else HEADS, LOOKUP)
 
 
 def _target(base: BaseLM, **more: Any) -> Target:

@@ -18,7 +18,7 @@ from rescore.checks import check_new_tokens
 from rescore.costs.kept import costs_here
 from rescore.costs.table import Costs
 from rescore.decoding import GREEDY, Decoded, decode
-from rescore.drafters import HEADS, Drafter
+from rescore.drafters import Drafter
 from rescore.drafters.base import LatticeDrafter, is_lattice_alone
 from rescore.drafters.heads import Heads
 from rescore.generation.growing_text import GrowingText
@@ -257,7 +257,7 @@ def _target(base: BaseLM, **more: Any) -> Target:
 
 def _costs(base: BaseLM, heads: BlockHeads | None, drafters: Sequence[Drafter]) -> Costs:
     """Those measured on this machine, with the heads if they are among the drafters."""
-    asked = heads is not None and any(drafter.name == HEADS for drafter in drafters)
+    asked = any(isinstance(drafter, Heads) for drafter in drafters)  # of all tokens or of fewer
     return costs_here(base.identity, (heads.sha256, heads.h) if heads and asked else None, str(base.device))
 
 

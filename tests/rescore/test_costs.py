@@ -147,6 +147,8 @@ def test_generation_plans_by_what_was_measured_here(options: Options, tmp_path: 
     cut = heads.first(2)
     assert cut.sha256 == heads.sha256, "how many are used is told apart"
     refused(lambda: Generator.of(base, cut, run), "with these heads are measured on this machine")
+    fewer = dataclasses.replace(run, drafters=("heads:vocabulary=64", "lookup"))  # are heads as well
+    refused(lambda: Generator.of(base, cut, fewer), "with these heads are measured on this machine")
 
 
 class TestKept:

@@ -41,12 +41,18 @@ def check_new_tokens(max_new_tokens: int) -> None:
         raise RescoreError(f"--max-new-tokens {max_new_tokens}; at least one token must be decoded")
 
 
-def check_fits(prompt_tokens: int, max_new_tokens: int, context_length: int, *, what: str = "a prompt") -> None:
-    """Raises `RescoreError` unless a prompt and its output fit into the base LM's context."""
+def check_fits(
+    prompt_tokens: int,
+    max_new_tokens: int,
+    context_length: int,
+    *,
+    what: str = "a prompt",
+    shorter: str = "cut prompts with --max-prompt-tokens",
+) -> None:
+    """Raises `RescoreError` unless a prompt and its output fit into the base LM's context; `shorter`: how a prompt gets
+    so."""
     if prompt_tokens + max_new_tokens > context_length:
-        advice = (
-            "lower --max-new-tokens" if max_new_tokens >= context_length else "cut prompts with --max-prompt-tokens"
-        )
+        advice = "lower --max-new-tokens" if max_new_tokens >= context_length else shorter
         raise RescoreError(
             f"{what} of {prompt_tokens} tokens and {max_new_tokens} new ones do not fit into the context of "
             f"{context_length}; {advice}"

@@ -46,18 +46,25 @@ def check_new_tokens(max_new_tokens: int) -> None:
         raise RescoreError(f"--max-new-tokens {max_new_tokens}; at least one token must be decoded")
 
 
-def check_fits(base: BaseLM, prompt_tokens: int, max_new_tokens: int, *, what: str = "a prompt") -> None:
-    """Raises `RescoreError` unless a prompt and its output fit into the base LM's context."""
+def check_fits(
+    base: BaseLM,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    *,
+    what: str = "a prompt",
+    shorter: str = "cut prompts with --max-prompt-tokens",
+) -> None:
+    """Raises `RescoreError` unless a prompt and its output fit into the base LM's context; `shorter`: how a prompt gets
+    so."""
     read_by_encoder = base.prompt_length if base.has_encoder else None
     if read_by_encoder is not None and prompt_tokens > read_by_encoder:
         raise RescoreError(
-            f"{what} of {prompt_tokens} tokens is longer than the {read_by_encoder} that the encoder reads; cut "
-            "prompts with --max-prompt-tokens"
+            f"{what} of {prompt_tokens} tokens is longer than the {read_by_encoder} that the encoder reads; {shorter}"
         )
     before = prompt_tokens if read_by_encoder is None else len(base.prefix([]))
     if before + max_new_tokens > base.context_length:
-        shorter = max_new_tokens >= base.context_length or read_by_encoder is not None
-        advice = "lower --max-new-tokens" if shorter else "cut prompts with --max-prompt-tokens"
+        output_alone = max_new_tokens >= base.context_length or read_by_encoder is not None
+        advice = "lower --max-new-tokens" if output_alone else shorter
         raise RescoreError(
             f"{what} of {prompt_tokens} tokens and {max_new_tokens} new ones do not fit into the context of "
             f"{base.context_length}; {advice}"

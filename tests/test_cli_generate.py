@@ -192,8 +192,9 @@ class TestMistakes:
             (["--prompt", "x", "--alpha", 2], "give --rescorer as well"),
             (["--prompt", "x", "--nodes", 8], "give --rescorer as well"),
             (["--prompt", "x", "--p", -1], "p = -1"),
+            (["--prompt", "x", "--k", 0, "--rescorer", "none"], "k = 0"),
             (["--prompt", "x", "--h", 9], "choose --h from 2 to 4"),
-            (["--prompt", "x" * 600], "do not fit into the context of 512"),
+            (["--prompt", "x" * 600], "do not fit into the context of 512; give a shorter one"),
         ],
         ids=str,
     )
@@ -201,6 +202,19 @@ class TestMistakes:
         if "--max-new-tokens" in options:
             tiny = tiny[:-2]
         rescore("generate", *tiny, *options).refused(told)
+
+    @pytest.mark.parametrize(
+        ("options", "told"),
+        [
+            (["--drafter", "nonsense"], "unknown drafter"),
+            (["--drafter", "heads:vocabulary=0"], "give 1 token or more"),
+            (["--p", 0], "p = 0"),
+            (["--k", -1], "k = -1"),
+        ],
+        ids=str,
+    )
+    def test_no_model_is_loaded_for_it(self, rescore: Command, tmp_path: Path, options: list[object], told: str):
+        rescore("generate", "--prompt", "x", "--base", tmp_path / "nowhere", *options).refused(told)
 
     @pytest.mark.parametrize(
         ("row", "told"),

@@ -103,6 +103,8 @@ def _place(base: BaseIdentity | Costs, machine: Machine, device: str, compiles: 
 
 
 def _read(path: Path, *, missing: str) -> Costs:
+    if not path.exists():  # it says what to do by itself
+        raise RescoreError(missing)
     advice = f"measure them again: {COMMAND}"
     costs = read_record(path, Costs, missing=missing, advice=advice, schema=SCHEMA)
     shape = (len(costs.contexts), len(costs.nodes))

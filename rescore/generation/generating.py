@@ -96,7 +96,8 @@ def answers(
     """
     inputs.check()
     requests = _requests(prompt, prompts)
-    run = _run(rescorer, drafter, k=k, p=p, nodes=nodes, alpha=alpha)
+    sizes: dict[str, Any] = {name: size for name, size in (("k", k), ("p", p)) if size is not None}
+    run = _run(rescorer, drafter, sizes, nodes=nodes, alpha=alpha)
     stops, rule = [unescaped(text) for text in stop], accepting.rule()
 
     def answered() -> Iterator[Answer]:
@@ -109,7 +110,7 @@ def answers(
         base = models.base
         # Where nothing is named, if there are some.
         heads = models.used_heads if needs_heads or not (run or drafter) else None
-        chosen = run or best_run(base, heads, drafters=drafter, **({"k": k} if k else {}), p=p or 1)
+        chosen = run or best_run(base, heads, drafters=drafter, **sizes)
         generator = Generator.of(base, heads, chosen, verify=verify, rule=rule)
         for number, request in enumerate(requests):
             if stream is not None and number:
@@ -125,20 +126,21 @@ def answers(
 def _run(
     rescorer: Spec | None,
     drafters: Sequence[Spec],
+    sizes: dict[str, Any],
     *,
-    k: int | None,
-    p: int | None,
     nodes: int | Literal["auto"] | None,
     alpha: float | None,
 ) -> Run | None:
-    """The run that is asked for, if a rescorer is named."""
-    from rescore.runs.run import runs_of
+    """The run that is asked for, if a rescorer is named; sizes: k and p, where they are given."""
+    from rescore.runs.run import Run, runs_of
 
     if rescorer is not None:
-        ks, ps = [k] if k else (), [p] if p else ()
+        ks, ps = ([sizes[name]] if name in sizes else () for name in ("k", "p"))
         return runs_of([rescorer], drafters=drafters, ks=ks, ps=ps, alpha=alpha, nodes=nodes)[0]
     if nodes is not None or alpha is not None:
         raise RescoreError(f"--{'alpha' if nodes is None else 'nodes'} is a rescorer's; give --rescorer as well")
+    unnamed = Run(drafters=tuple(drafters), **sizes)
+    unnamed.load_drafters(unnamed.load())  # what is none is refused before a model is loaded
     return None
 
 

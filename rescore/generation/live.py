@@ -15,11 +15,11 @@ from rescore.acceptance import Rule
 from rescore.acceptance.options import Acceptance
 from rescore.acceptance.rules import check_rule
 from rescore.accounting import block_efficiency
-from rescore.checks import check_new_tokens
+from rescore.checks import check_fits, check_new_tokens
 from rescore.costs.kept import costs_here
 from rescore.costs.table import Costs
 from rescore.decoding import GREEDY, Decoded, decode
-from rescore.drafters import HEADS, Drafter
+from rescore.drafters import Drafter
 from rescore.drafters.base import LatticeDrafter, is_lattice_alone
 from rescore.drafters.heads import Heads
 from rescore.generation.growing_text import GrowingText
@@ -166,9 +166,11 @@ class Generator:
         stop = [stop] if isinstance(stop, str) else stop
         if not all(stop):
             raise RescoreError("a stop string is empty; give it some text, or leave it out")
+        prompt_ids = encoded(self.base, prompt, chat)
+        check_fits(self.base, len(prompt_ids), max_new_tokens, shorter="give a shorter one")
         text = GrowingText(self.base, stop, stream)
         watched = text.accepted if stop or stream is not None else None
-        decoded = self.decode(encoded(self.base, prompt, chat), max_new_tokens, watched)
+        decoded = self.decode(prompt_ids, max_new_tokens, watched)
         if watched is None:
             text.token_ids = decoded.output_ids
         decoded.cut(len(text.token_ids))  # what came after a stop counts for nothing

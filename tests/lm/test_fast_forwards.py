@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 from conftest import byte_tokenizer, make_heads
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import tiny_model
+from tiny_models import VARIANTS, tiny_model
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lattices.errors import IncompatibleError, RescoreError
@@ -356,6 +357,34 @@ class TestCompiling:
         base = load()
         assert outputs(base) == outputs(load(compile="off")) and not self.are_compiled(base)
         assert "decodes without compiled layers: KeyError: 'what it lacks' is missing (kept: remove " in lines()[-1]
+
+    def test_kept_programs_are_compared_with_layers_of_other_weights(self, monkeypatch, cache_folder: Path):
+        """Layers that scale their attention by their place are alike while attention adds nothing: a program that was
+        compiled then is no other checkpoint's."""
+        monkeypatch.setitem(VARIANTS, "gpt2, by place", ("gpt2", {"scale_attn_by_inverse_layer_idx": True}))
+        make, runs = Programs(), []
+
+        def keeps(exported: torch.export.ExportedProgram, path: Path) -> Run:
+            path.write_text(str(len(runs)))
+            runs.append(make(exported, path))
+            return runs[-1]
+
+        monkeypatch.setattr(compiling, "compile_program", keeps)
+        monkeypatch.setattr(compiling, "load_program", lambda path: runs[int(path.read_text())])
+        trained, untrained = base_of("gpt2, by place"), base_of("gpt2, by place")
+        with torch.no_grad():
+            for layer in trained.model.transformer.h:
+                layer.attn.c_attn.weight.mul_(20)  # so that the scale matters
+            for layer in untrained.model.transformer.h:
+                layer.attn.c_proj.weight.zero_()
+        expected = outputs(trained)
+        for base, weights, programs in ((untrained, "untrained", 1), (trained, "trained", 3), (untrained, "other", 3)):
+            base.identity = dataclasses.replace(base.identity, weights_sha256=weights)
+            compiling.compile_layers(base)
+            assert len(runs) == programs  # the last one finds those of the second, which fit
+        make.calls = 0
+        assert outputs(trained) == expected and make.calls
+        assert len(list(cache_folder.rglob("*.pt2"))) == 2
 
     def test_small_models_and_those_in_memory_are_left_alone(self, load, lines, monkeypatch, tiny_base):
         monkeypatch.setattr(model_module, "LEAST_WEIGHTS", 1 << 24)

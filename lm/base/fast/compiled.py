@@ -33,7 +33,7 @@ from lm.records import plain, read_record
 if TYPE_CHECKING:
     from lm.base.model import BaseLM
 
-SCHEMA = "rescore.layers/1"  # changes with what a program is given, and with what of ours is traced into it
+SCHEMA = "rescore.layers/2"  # changes with what a program is given, and with what of ours is traced into it
 RECORD = "layers.json"
 MOST_KINDS = 4  # of layers in a model
 TOLERANCE = 1e-4  # share of the largest number by which a program may differ from its layer
@@ -45,11 +45,13 @@ class Layers(msgspec.Struct, frozen=True):
 
     kinds: how layers with the program `0.pt2`, `1.pt2` ... are called.
     layers: of every layer its kind and its place in the cache.
+    weights: sha256 of those with which layers and programs were compared.
     reason: why there are no programs, of this `compiler`.
     """
 
     kinds: tuple[Signature, ...] = ()
     layers: tuple[tuple[int, int], ...] = ()
+    weights: str = ""
     reason: str = ""
     compiler: str = ""
     schema: str = SCHEMA
@@ -59,6 +61,7 @@ def compile_layers(base: BaseLM) -> None:
     """Gives the layers of a base LM, packed or not, their programs. If they are not kept on this machine, they are
     compiled, which a line says. If that can't be done, the layers stay as they are, and a line says why."""
     name, compiler = base.identity.name, shutil.which(os.environ.get("CXX", "g++"))
+    weights = base.identity.weights_sha256
     document = {
         "schema": SCHEMA, "software": [torch.__version__, transformers.__version__], "machine": _machine(),
         "config": base.identity.config_sha256, "layout": [[str(w.dtype), w.shape] for w in weights_of(base.model)],
@@ -71,7 +74,9 @@ def compile_layers(base: BaseLM) -> None:
             runs = [load_program(folder / f"{kind}.pt2") for kind in range(len(layers.kinds))]
         except RescoreError:
             return None
-        return None if layers.reason and layers.compiler != _stamp(compiler) else (layers, runs)
+        if layers.reason:
+            return (layers, runs) if layers.compiler == _stamp(compiler) else None
+        return (layers, runs) if layers.weights == weights or _fit(base, layers, runs) else None
 
     def make(folder: Path) -> tuple[Layers, list[Run]]:
         if compiler is None:
@@ -83,12 +88,12 @@ def compile_layers(base: BaseLM) -> None:
             except Exception as error:  # architectures fail in their own ways
                 why = "" if isinstance(error, RescoreError) else f"{type(error).__name__}: "
                 layers, runs = Layers(reason=why + first_line(error), compiler=_stamp(compiler)), []
-            write_json(temporary / RECORD, plain(layers))
+            write_json(temporary / RECORD, plain(msgspec.structs.replace(layers, weights=weights)))
         return layers, runs
 
     def is_broken(folder: Path) -> bool:
         try:
-            return folder.exists() and not _read(folder).reason
+            return folder.exists() and not (layers := _read(folder)).reason and layers.weights == weights
         except RescoreError:
             return True
 
@@ -145,6 +150,15 @@ def is_same(layer: torch.nn.Module, calls: Sequence[Call], signature: Signature,
             if ours.shape != theirs.shape or not float((ours - theirs).abs().max()) <= TOLERANCE * largest:
                 return False
     return True
+
+
+def _fit(base: BaseLM, layers: Layers, programs: Sequence[Run]) -> bool:
+    """Whether programs that were compared with layers of other weights, which may hide how layers differ (those of a
+    model that is not trained yet), compute what the layers of a base LM do."""
+    return all(
+        is_same(layer, calls, layers.kinds[kind], programs[kind])
+        for (layer, calls), (kind, _) in zip(watch(base), layers.layers, strict=True)
+    )
 
 
 def install(base: BaseLM, layers: Layers, programs: Sequence[Run]) -> None:

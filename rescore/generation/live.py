@@ -19,7 +19,7 @@ from rescore.checks import check_fits, check_new_tokens
 from rescore.costs.kept import costs_here
 from rescore.costs.table import Costs
 from rescore.decoding import GREEDY, Decoded, decode
-from rescore.drafters import Drafter
+from rescore.drafters import HEADS, Drafter
 from rescore.drafters.base import LatticeDrafter, is_lattice_alone
 from rescore.drafters.heads import Heads
 from rescore.generation.growing_text import GrowingText

@@ -58,18 +58,19 @@ class First:
 
 @dataclass(frozen=True)
 class Drawing:
-    """Asks for drafts that are drawn."""
+    """Asks for drafts that are drawn; read: how many of their tokens the output has room for."""
 
     rescorer: Draws
     lattices: Lattice
     p: int
+    read: int
 
     def answer(self, rule: Sampling) -> tuple[np.ndarray, Drawn | None]:
         context = Context((), random_state=rule.random_state)
         return self.rescorer.draft(self.lattices, [context], self.p), context.drawn
 
     def place(self, before: Place, answer: tuple[np.ndarray, Drawn | None]) -> Place:
-        return Place(before.tokens, before.accepted, answer[0].tobytes())
+        return Place(before.tokens, before.accepted, answer[0][:, :, : self.read].tobytes())
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,9 @@ class Script:
         self._answers = iter(answers)
 
     def __call__(self, question: Question) -> Any:
-        for answer in self._answers:
-            return answer
-        raise UnansweredError(question)
+        if (answer := next(self._answers, None)) is None:
+            raise UnansweredError(question)
+        return answer
 
 
 class Scripted(Rule):
@@ -124,12 +125,13 @@ class Scripted(Rule):
 class ScriptedDraws(Draws):
     """See `rescore.rescorers.base.Rescorer`."""
 
-    def __init__(self, inner: Draws, script: Script) -> None:
-        self.inner, self.script = inner, script
+    def __init__(self, inner: Draws, script: Script, tokens: int) -> None:
+        self.inner, self.script, self.tokens = inner, script, tokens
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
         drafts: np.ndarray
-        drafts, contexts[0].drawn = self.script(Drawing(self.inner, lattices, p))
+        read = self.tokens - len(contexts[0].output_ids)
+        drafts, contexts[0].drawn = self.script(Drawing(self.inner, lattices, p, read))
         return drafts
 
 
@@ -149,7 +151,7 @@ class Decodes:
             return decode(self.tiny.base, None, PROMPT, max_new_tokens=self.tokens, rule=rule)
         one, rescorer = self.generator, self.generator.rescorer
         if script is not None and isinstance(rescorer, Draws):
-            rescorer = ScriptedDraws(rescorer, script)
+            rescorer = ScriptedDraws(rescorer, script, self.tokens)
         return decode(
             one.base, one.heads, PROMPT, rescorer=rescorer, drafters=one.drafters, k=one.k, p=one.p,
             max_new_tokens=self.tokens, verify=one.verify, rule=rule,

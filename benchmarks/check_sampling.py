@@ -76,7 +76,7 @@ def main() -> int:
                 f"{apart(counted.outputs, one):.5f}", f"{counted.whole - counted.differing}/{counted.whole}",
                 "holds" if holds else "does not hold",
             ])  # fmt: skip
-            print(f"{len(rows)}/{1 + len(ways) + len(WRONG_RULES)} {label}", file=sys.stderr)
+            print(f"{len(rows)}/{1 + len(ways) + len(WRONG_RULES)} {', '.join(rows[-1])}", file=sys.stderr)
             return holds is right and not counted.differing
 
         fine = [

@@ -140,9 +140,11 @@ class Decodes:
 
     def __init__(self, tiny: Tiny, way: Way, tokens: int) -> None:
         self.tiny, self.way, self.tokens = tiny, way, tokens
-        self.generator = way.run and Generator.of(
-            tiny.base, tiny.heads, way.run, verify=way.verify, costs=COSTS, rule=Sampling()
-        )
+        self.generator: Generator | None = None
+        if way.run:
+            self.generator = Generator.of(
+                tiny.base, tiny.heads, way.run, verify=way.verify, costs=COSTS, rule=Sampling()
+            )
         self._known: dict[Place, Question | Decoded] = {}
 
     def whole(self, rule: Rule, script: Script | None = None) -> Decoded:

@@ -61,7 +61,9 @@ def make_tiny(folder: Path) -> Tiny:
     pairs = np.argwhere(random.random((v, v)) < 0.4).astype(np.int32)
     pairs = pairs[(pairs >= len(SPECIAL_WORDS)).all(axis=1)]
     unigrams = NgramArrays(np.arange(v, dtype=np.int32)[:, None], *-random.uniform(0.5, 2, (2, v)).astype(np.float32))
-    bigrams = NgramArrays(pairs, *np.float32([-random.uniform(0, 1, len(pairs)), np.zeros(len(pairs))]))
+    bigrams = NgramArrays(
+        pairs, -random.uniform(0, 1, len(pairs)).astype(np.float32), np.zeros(len(pairs), dtype=np.float32)
+    )
     tiny.at("ngram").mkdir()
     Automaton.compile(NgramModel(words, (unigrams, bigrams))).save(tiny.at("ngram") / "automaton.bin")
     write_json(tiny.at("ngram") / "manifest.json", {"tokenizer_sha256": identity.tokenizer_sha256})

@@ -165,7 +165,8 @@ def _save_joint(tiny: Tiny, random: np.random.Generator) -> None:
 
 
 COSTS = Costs(
-    base="tiny", weights_sha256="", config_sha256="", dtype="float64", device="cpu", compiles=False, contexts=[1, 64], nodes=[1, 8],
+    base="tiny", weights_sha256="", config_sha256="", dtype="float64", device="cpu", compiles=False,
+    contexts=[1, 64], nodes=[1, 8],
     machine=Machine(cpu="none", cores=1, threads=1, torch="", transformers="", gpu=None),
     step_ms=[[1.0, 2.0], [1.0, 2.0]], tree_ms=0.1, heads=HeadsCost(sha256="", h=H, ms=0.5),
 )  # fmt: skip

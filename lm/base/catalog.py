@@ -147,7 +147,8 @@ def _identity_in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     with _reading(f"can't identify {name}, a model in memory"), tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if model.can_generate():
-            model.generation_config.save_pretrained(folder)
+            # As `save_pretrained` writes it, which would refuse settings of sampling where sampling is not set.
+            model.generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
         tokenizer.save_pretrained(folder)
         dtype = str(model.dtype).removeprefix("torch.")
         return _identity(ModelFolder(name, name, folder), tensors_sha256(model), dtype, model.config, tokenizer)

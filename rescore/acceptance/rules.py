@@ -14,6 +14,8 @@ from rescore.specs import Registry
 if TYPE_CHECKING:
     import torch
 
+SAMPLE = "add --temperature (in transformers: do_sample=True)"  # what to do about drafts that are drawn
+
 
 class Said(Protocol):
     """What a verify call gave.
@@ -105,9 +107,12 @@ def check_rule(rule: Rule, label: str, *, draws: bool, lattices_only: bool) -> N
     draws: its rescorer draws its drafts; lattices_only: of the slots of one drafter.
     """
     if draws and not rule.random:
-        raise RescoreError(f"{label} draws its drafts, which is for sampled output only; add --temperature")
+        raise RescoreError(f"{label} draws its drafts, which is for sampled output only; {SAMPLE}")
     if draws and not lattices_only:
-        raise RescoreError(f"{label} draws from the slots of one drafter; give one (--drafter heads)")
+        raise RescoreError(
+            f"{label} draws from the slots of one drafter; give one that has slots (--drafter heads), or several to a "
+            "rescorer that does not draw (--rescorer joint)"
+        )
 
 
 def load_rule(spec: str) -> Rule:

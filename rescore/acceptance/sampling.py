@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Collection, Sequence
-from typing import Self
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ import torch
 from lattices.errors import RescoreError
 from rescore.acceptance.rules import Drawn, Rule, Said, Verdict
 
-Warp = Callable[[torch.Tensor], torch.Tensor]  # scores [1, vocab] -> what is drawn from, as logits
+# input_ids (which nothing here looks at) and scores [1, vocab] -> what is drawn from, as logits [1, vocab]
+Warper = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
 class Sampling(Rule):
@@ -50,14 +51,15 @@ class Sampling(Rule):
         self.name = f"temperature {temperature:g}"
         self.name += f", top-k {top_k}" if top_k else ""
         self.name += f", top-p {top_p:g}" if top_p < 1 else ""
-        self.warp = _warp(temperature, top_k, top_p)
+        self.warpers = tuple(_warpers(temperature, top_k, top_p))
         self.random_state = np.random.default_rng(seed)
 
     @classmethod
-    def by(cls, warp: Warp, random_state: np.random.Generator) -> Self:
-        """Draws from what `warp` makes of the base's logits."""
-        rule = cls()
-        rule.warp, rule.random_state = warp, random_state
+    def by(cls, warpers: Sequence[Warper], *, seed: int) -> Self:
+        """Draws from what transformers' warpers make of the base's logits, one after the other."""
+        rule = cls(seed=seed)
+        rule.warpers = tuple(warpers)
+        rule.name = "transformers' sampling"
         return rule
 
     def started(self, *key: object) -> Self:
@@ -69,7 +71,10 @@ class Sampling(Rule):
 
     def law(self, logits: torch.Tensor) -> np.ndarray:
         """What a token after logits `[vocab]` is drawn from: float64 `[vocab]`, sum 1."""
-        probs = torch.softmax(self.warp(logits[None].float())[0].double(), dim=-1).cpu().numpy()
+        scores = logits[None].float()
+        for warper in self.warpers:
+            scores = warper(None, scores)
+        probs = torch.softmax(scores[0].double(), dim=-1).cpu().numpy()
         return np.asarray(probs / probs.sum())
 
     def first(self, logits: torch.Tensor) -> int:
@@ -139,16 +144,12 @@ def draw(law: np.ndarray, random_state: np.random.Generator) -> int:
     return place if place < len(law) else int(np.flatnonzero(law)[-1])  # where the product was rounded up
 
 
-def _warp(temperature: float, top_k: int, top_p: float) -> Warp:
+def _warpers(temperature: float, top_k: int, top_p: float) -> Iterator[Warper]:
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    warpers: list[Callable[..., torch.Tensor]] = [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
-    warpers += [TopKLogitsWarper(top_k)] if top_k else []
-    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-
-    def warp(scores: torch.Tensor) -> torch.Tensor:
-        for each in warpers:
-            scores = each(None, scores)
-        return scores
-
-    return warp
+    if temperature != 1:
+        yield TemperatureLogitsWarper(temperature)
+    if top_k:
+        yield TopKLogitsWarper(top_k)
+    if top_p < 1:
+        yield TopPLogitsWarper(top_p)

@@ -19,7 +19,9 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from lattices.errors import IncompatibleError, RescoreError, first_line
 from lm.base.catalog import load_base
 from lm.heads.block_heads import BlockHeads, load_heads
-from rescore.decoding import Decoded
+from rescore.acceptance import Rule
+from rescore.acceptance.sampling import Sampling
+from rescore.decoding import GREEDY, Decoded
 from rescore.drafters import Drafter
 from rescore.generation.live import Generator, best_run
 from rescore.rescorers import Rescorer
@@ -46,8 +48,16 @@ ASKED_BY = {
     "InfNanRemoveLogitsProcessor": "remove_invalid_values",
     "WatermarkLogitsProcessor": "watermarking_config",
     "SynthIDTextWatermarkLogitsProcessor": "watermarking_config",
+    "TopHLogitsWarper": "top_h",
+    "MinPLogitsWarper": "min_p",
+    "TypicalLogitsWarper": "typical_p",
+    "EpsilonLogitsWarper": "epsilon_cutoff",
+    "EtaLogitsWarper": "eta_cutoff",
 }
 HARMLESS = ("LogitNormalization",)  # the likeliest token stays the likeliest
+WARPERS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")  # of sampling
+MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+SEEDS = 1 << 62
 
 
 def custom_generate(
@@ -67,8 +77,12 @@ def custom_generate(
         p = 1 a tree has all its branches.
     tokenizer: of the model; None: the one that lies where the model was loaded from.
 
-    Greedy, and one prompt a call: what asks for more raises `RescoreError`, as does what changes the logits. All
-    stopping criteria hold, token by token. The model must be in evaluation mode. It is prepared at its first call
+    One prompt a call, greedily or sampled; what asks for more raises `RescoreError`. With `do_sample=True` the output
+    is drawn, with exactly the law of transformers' own sampling: `temperature`, `top_k` and `top_p` are the call's, or
+    those of the model's `generation_config`, or transformers' defaults (a `top_k` of 50 among them). The seed of each
+    call is drawn from torch's global generator on the CPU, so that the same `torch.manual_seed` gives the same output;
+    not the one of transformers, which draws every token from there. What else changes the logits is refused by name.
+    All stopping criteria hold, token by token. The model must be in evaluation mode. It is prepared at its first call
     (its weights are hashed); make another callable when its weights have changed. `decoded` then says how the last call
     went. transformers does not hand on the call's `streamer`: give it as `stream_to`. Of the call's `tokenizer` nothing
     is seen either, so that `stop_strings` are given as a `StopStringCriteria` among `stopping_criteria`.
@@ -117,8 +131,7 @@ class CustomGenerate:
         stream_to: a streamer of transformers. Raises `RescoreError`.
         """
         _check_call(model, input_ids, generation_config, model_kwargs)
-        _check_processors(logits_processor)
-        generator = self._generator(model)
+        generator = self._generator(model, _rule(generation_config, logits_processor))
         base, length = generator.base, input_ids.shape[1]
         ends = [each.eos_token_id.tolist() for each in stopping_criteria if isinstance(each, EosTokenCriteria)]
         base.eos_token_ids = frozenset(token for tokens in ends for token in tokens)  # of this call, not of the model
@@ -133,17 +146,17 @@ class CustomGenerate:
             return GenerateDecoderOnlyOutput(sequences=cast(torch.LongTensor, output.ids))
         return output.ids
 
-    def _generator(self, model: PreTrainedModel) -> Generator:
-        """Of this model; made once."""
+    def _generator(self, model: PreTrainedModel, rule: Rule) -> Generator:
+        """Of this model, made once, with the rule of a call."""
         if self._ready is not None and self._ready[0]() is model:
-            return self._ready[1]
+            return self._ready[1].under(rule)
         learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
         base = load_base(model, self._tokenizer or _tokenizer_of(model))
         for parameter in learns:  # what is the user's to train stays so
             parameter.requires_grad_(True)
         heads = load_heads(base, self._heads) if isinstance(self._heads, str) else self._heads
         run = self._run or best_run(base, heads, **self._settings)
-        generator = Generator.of(base, heads, run, verify=self._verify)
+        generator = Generator.of(base, heads, run, verify=self._verify, rule=rule)
         self._ready = weakref.ref(model), generator
         return generator
 
@@ -178,10 +191,10 @@ def _check_call(
     if model.config.is_encoder_decoder:
         raise IncompatibleError(f"{type(model).__name__} has an encoder; custom_generate takes decoders only")
     mode = config.get_generation_mode()
-    if mode != GenerationMode.GREEDY_SEARCH:
+    if mode not in MODES:
         raise RescoreError(
-            f"custom_generate decodes greedily, and the call asks for {mode.value}; set do_sample=False, num_beams=1 "
-            "and leave out what else asks for it"
+            f"custom_generate decodes greedily or samples, and the call asks for {mode.value}; set num_beams=1 and "
+            "leave out what else asks for it"
         )
     if input_ids.ndim != 2 or len(input_ids) != 1:
         raise RescoreError(f"custom_generate takes one prompt a call, and there are {len(input_ids)}; call it for each")
@@ -201,12 +214,14 @@ def _check_call(
         raise RescoreError(f"custom_generate does not pass {min(given)} to the model; leave it out")
 
 
-def _check_processors(processors: Sequence[Any]) -> None:
-    """Raises `RescoreError` for one that may change what greedy decoding chooses."""
+def _rule(config: GenerationConfig, processors: Sequence[Any]) -> Rule:
+    """How tokens come about; raises `RescoreError` for a processor that may change that otherwise."""
     for processor in processors:
-        if (kind := type(processor).__name__) not in HARMLESS:
+        kind = type(processor).__name__
+        if kind not in HARMLESS and not (config.do_sample and kind in WARPERS):
             asked = ASKED_BY.get(kind, kind)
             raise RescoreError(f"custom_generate can't change the logits as {asked} does; leave it out, or unset it")
+    return Sampling.by(processors, seed=int(torch.randint(SEEDS, ()))) if config.do_sample else GREEDY
 
 
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -145,6 +145,11 @@ class Generator:
             fitted = fitted.weighted(run.number)
         return cls(base, heads, fitted, drafters, run.p, run.k, verify, run.label, rule)
 
+    def under(self, rule: Rule) -> Self:
+        """The same with another rule. Raises `RescoreError` for one that can't judge its drafts."""
+        check_rule(rule, self.label, draws=self.rescorer.random, lattices_only=is_lattice_alone(self.drafters))
+        return replace(self, rule=rule)
+
     def decode(self, prompt_ids: Sequence[int], max_new_tokens: int, accepted: Accepted | None = None) -> Decoded:
         """From tokens to tokens; see `rescore.decoding.decode`. What is drawn follows from the seed and the prompt."""
         return decode(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Self
 from weakref import WeakValueDictionary
 
@@ -71,7 +72,7 @@ class NeuralModel:
         elif target.tokenizer_sha256 not in (None, tokenizer_sha256_of(self.source.folder)):
             raise IncompatibleError(f"the {use.name} {name} has another tokenizer than the trace's base LM")
         fitted = copy.copy(self)
-        fitted.target = target
+        fitted.target = replace(target, costs=None)  # which are nothing to a model, and have no hash
         fitted.least = target.vocab_size if least is None else least
         return fitted
 

@@ -13,7 +13,7 @@ import numpy as np
 from lattices.errors import RescoreError
 from lattices.lattice import Lattice
 from lattices.search import p_best
-from rescore.acceptance.rules import Drawn
+from rescore.acceptance.rules import SAMPLE, Drawn
 from rescore.rescorers.base import Context, Rescorer
 
 
@@ -48,7 +48,7 @@ class Draws(Rescorer):
         drafts = np.zeros((len(contexts), count, lattices.h), dtype=np.int32)
         for row, context in enumerate(contexts):
             if context.random_state is None:
-                raise RescoreError("draws draws its drafts, which is for sampled output only; add --temperature")
+                raise RescoreError(f"draws draws its drafts, which is for sampled output only; {SAMPLE}")
             ids, of_slots = lattices.token_ids[row], probs[row]
             drafts[row, :, 0] = ids[0, 0]
             for slot in range(1, lattices.h):

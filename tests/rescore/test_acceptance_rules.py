@@ -102,6 +102,25 @@ def test_what_has_no_probability_never_comes():
         assert draw(law, Told(number)) == 2  # type: ignore[arg-type]
 
 
+@given(laws, st.lists(st.permutations(range(5)), min_size=1, max_size=3), laws, st.booleans())
+@settings(deadline=None)
+def test_random_numbers_of_0_accept_nothing_without_probability(
+    law: np.ndarray, drafts: list[list[int]], q: np.ndarray, drawn: bool
+):
+    """Tokens 0 to 4 follow each other after token 5, each of the same law: "at most p" would accept one of p = 0."""
+    rows = np.array([[5, *draft] for draft in drafts])
+    with np.errstate(divide="ignore"):
+        said = Said(torch.from_numpy(np.log([*law, 0.0])).expand(len(rows), 6, -1))
+    rule = Sampling()
+    rule.random_state = Told(*[0.0] * 40)  # type: ignore[assignment]
+    of_slots = Drawn(np.tile(np.arange(5), (6, 1)), np.tile(q, (6, 1))) if drawn else None
+    row, n, choice = rule.judge(rows, said, 7, (), of_slots)
+    assert all(law[token] > 0 for token in [*rows[row, 1:n].tolist(), choice])
+    if not drawn:  # the first candidate that has any is accepted
+        possible = [next((t for t in dict.fromkeys(rows[:, 1].tolist()) if law[t] > 0), None)]
+        assert (rows[row, 1] if n > 1 else None) == possible[0]
+
+
 def test_a_tree_has_the_law_of_its_tokens():
     """Three drafts of two tokens after the first: the frequencies of the two tokens that come next, against the law."""
     generator = torch.Generator().manual_seed(0)

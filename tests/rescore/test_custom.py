@@ -1,4 +1,5 @@
-"""`model.generate(..., custom_generate=...)` gives transformers' own greedy output, token for token, or refuses."""
+"""`model.generate(..., custom_generate=...)` gives transformers' own greedy output, token for token, or samples with
+its law, or refuses."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import byte_tokenizer, make_heads, refused, save_tiny_base
@@ -25,6 +27,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StopStr
 
 import rescore
 from lm.base.catalog import load_base
+from rescore.acceptance.sampling import Sampling
 
 TOKENIZER = byte_tokenizer()
 PROMPTS = ("A prompt, a prompt", "the bridge was built in the bridge", "x")
@@ -163,7 +166,14 @@ def test_a_streamer_prints_what_transformers_would(skip: bool, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ({"do_sample": True}, "asks for sample"),
+        ({"do_sample": True, "min_p": 0.1}, "as min_p does; leave it out"),
+        ({"do_sample": True, "typical_p": 0.5}, "typical_p"),
+        ({"do_sample": True, "epsilon_cutoff": 0.01}, "epsilon_cutoff"),
+        ({"do_sample": True, "eta_cutoff": 0.01}, "eta_cutoff"),
+        ({"do_sample": True, "top_h": 0.5}, "top_h"),
+        ({"do_sample": True, "repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"do_sample": True, "num_beams": 2}, "asks for beam_sample"),
+        ({"do_sample": True, "num_return_sequences": 2}, "one prompt a call, and there are 2"),
         ({"num_beams": 2}, "asks for beam_search"),
         ({"prompt_lookup_num_tokens": 3}, "asks for assisted_generation"),
         ({"repetition_penalty": 1.1}, "as repetition_penalty does; leave it out"),
@@ -190,12 +200,64 @@ def test_a_streamer_prints_what_transformers_would(skip: bool, capsys: pytest.Ca
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else str(value),  # a function has no name that stays
 )
-def test_what_is_not_greedys_is_refused_by_name(asked: dict[str, Any], told: str):
+def test_what_can_not_be_had_is_refused_by_name(asked: dict[str, Any], told: str):
     model, custom = MODELS["llama"], CUSTOM["llama", "heads"]
     given = {**inputs(), "max_new_tokens": 8, **asked}
     if given["input_ids"] is None:
         del given["input_ids"]
     refused(lambda: model.generate(**given, custom_generate=custom), told)
+
+
+LAWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what the call says, and the model's generation_config
+    "defaults": ({}, {}),
+    "all tokens": ({"top_k": 0}, {}),
+    "temperature": ({"temperature": 0.6}, {}),
+    "all three": ({"temperature": 1.7, "top_k": 20, "top_p": 0.8}, {}),
+    "the model's": ({}, {"temperature": 0.5, "top_k": 7}),
+    "of both": ({"top_p": 0.6, "renormalize_logits": True}, {"top_k": 30, "do_sample": True}),
+}
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_what_is_sampled_has_the_law_of_transformers(name: str, monkeypatch: pytest.MonkeyPatch):
+    asked, of_model = LAWS[name]
+    model, laws = llama(), []
+
+    def first(rule: Sampling, logits: torch.Tensor) -> int:
+        laws.append(rule.law(logits))
+        return int(laws[-1].argmax())
+
+    monkeypatch.setattr(Sampling, "first", first)
+    for key, value in of_model.items():
+        setattr(model.generation_config, key, value)
+    how = {"max_new_tokens": 1} | ({} if "do_sample" in of_model else {"do_sample": True}) | asked
+    theirs = model.generate(**inputs(), **how, return_dict_in_generate=True, output_scores=True)
+    model.generate(**inputs(), **how, custom_generate=rescore.custom_generate(tokenizer=TOKENIZER))
+    np.testing.assert_allclose(laws[0], torch.softmax(theirs.scores[0][0], -1).numpy(), atol=1e-6)
+    assert (laws[0] > 0).sum() == (theirs.scores[0][0] > -torch.inf).sum()
+
+
+def test_torchs_seed_decides_what_is_sampled():
+    model, outputs = MODELS["llama"], []
+    how = {"max_new_tokens": 12, "custom_generate": CUSTOM["llama", "heads"]}
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append([model.generate(**inputs(), do_sample=True, **how).tolist() for _ in range(2)])
+    assert outputs[0] == outputs[1] != outputs[2] and outputs[0][0] != outputs[0][1]
+    state = torch.get_rng_state()
+    greedy = model.generate(**inputs(), do_sample=False, max_new_tokens=12)
+    assert model.generate(**inputs(), do_sample=False, **how).tolist() == greedy.tolist()
+    assert torch.equal(torch.get_rng_state(), state), "greedy decoding draws nothing"
+
+
+def test_drafts_that_are_drawn_are_for_sampling():
+    model = MODELS["llama"]
+    heads, run = make_heads(load_base(model, TOKENIZER)), rescore.Run("draws", k=4)
+    custom = rescore.custom_generate(heads=heads, rescorer=run, tokenizer=TOKENIZER)
+    how = {**inputs(), "max_new_tokens": 4, "custom_generate": custom}
+    refused(lambda: model.generate(**how), "draws its drafts, which is for sampled output only; add", "do_sample=True")
+    assert model.generate(**how, do_sample=True).shape[1] > inputs()["input_ids"].shape[1]
+    refused(lambda: model.generate(**how), "draws its drafts, which is for sampled output only")
 
 
 def test_a_cache_with_something_in_it_is_refused():

@@ -34,7 +34,7 @@ from rescore.rescorers import load_rescorer
 from rescore.runs.evaluated import load_run
 from rescore.runs.log import ExampleLog
 from rescore.runs.records import ExampleRecord
-from rescore.runs.tables import results_csv, suite_table
+from rescore.runs.tables import results_csv
 from rescore.studies.analysis.collect import analyse_folders
 from rescore.studies.comparison import Selection
 from rescore.studies.comparison import compare_folders as compared
@@ -43,6 +43,7 @@ from rescore.suites.files import load_runs, read_manifest, run_of_task
 from rescore.suites.page import suite_page
 from rescore.suites.plan import Plan, read_plan
 from rescore.suites.run import Suite, run_suite
+from rescore.suites.tables import suite_table
 from rescore.tasks import load_task
 from rescore.tasks.data import load_examples
 from rescore.tasks.groups import digest

@@ -112,7 +112,7 @@ class BaseLM:
         self.context_length = _context_length(config)
         self._hidden: torch.Tensor | None = None
         self._fixed: FixedForwards | None = None
-        self._may_compile = compiles
+        self._packs, self._may_compile = from_files, compiles  # a model that was given in memory may still change
         self._projects, self._last = True, 0
         self.output_embeddings.register_forward_pre_hook(self._remember_hidden)
         self.scaling = Scaling()
@@ -129,10 +129,10 @@ class BaseLM:
 
         Of a weight that no file holds as it is only the shape stays then (but for the vocabulary projection).
         """
-        if not self.from_files or not can_pack(self.model):  # a model that was given in memory may still change
+        if not self._packs or not can_pack(self.model):
             return
         few = torch.arange(3, device=self.device)[None]
-        pack_joined(self.model, self.output_embeddings, lambda: self.forward(few)[0])
+        self._packs = pack_joined(self.model, self.output_embeddings, lambda: self.forward(few)[0])
         if self._may_compile and sum(weight.numel() for weight in self.model.parameters()) >= LEAST_WEIGHTS:
             compile_layers(self)
         self._may_compile = False

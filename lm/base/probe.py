@@ -107,7 +107,7 @@ class Probe:
         sees[:, :3] = sees[[0, 1, 2, 3], [3, 4, 5, 6]] = sees[[1, 3], [3, 5]] = True
         positions = torch.tensor([[3, 4, 3, 4]], device=self.base.device)
         nodes = self.drafts.reshape(1, 4)
-        logits = _attempt(
+        logits = attempt(
             lambda: self.base.forward(nodes, cache, position_ids=positions, attention_mask=sees[None, None])[0]
         )
         return logits is not None and self._same(logits.reshape(2, 2, -1), self.plain[:, 3:])
@@ -146,7 +146,7 @@ class Probe:
             positions = {"position_ids": torch.arange(3, device=base.device)[None]} if takes else {}
             return body(input_ids=ids, use_cache=False, **positions)[0], base.forward(ids)[1]
 
-        both = _attempt(states)
+        both = attempt(states)
         return both is not None and self._same(*both)
 
     def follows_padding(self, *, mask_4d: bool) -> bool:
@@ -170,7 +170,7 @@ class Probe:
             return torch.cat([prompts, after], dim=1)
 
         expected = torch.stack([self.plain[0, 2:4], self.plain[1, 3:5]])
-        both = _attempt(logits)
+        both = attempt(logits)
         return both is not None and self._same(both, expected)
 
     def _same(self, computed: torch.Tensor, expected: torch.Tensor, *, half: float = HALF_TOLERANCE) -> bool:
@@ -181,7 +181,7 @@ class Probe:
         return bool(difference.max() <= tolerance * expected.double().abs().max())
 
 
-def _attempt(call: Callable[[], Result]) -> Result | None:
+def attempt(call: Callable[[], Result]) -> Result | None:
     """What a call gives; None where it fails, with whatever error: architectures fail in their own ways."""
     try:
         return call()

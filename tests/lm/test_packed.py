@@ -13,6 +13,7 @@ from conftest import make_heads, save_tiny_base, squad_records
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lm.base.catalog import load_base
 from lm.base.fast.packed import can_pack, pack, product_of, unpack
@@ -101,6 +102,20 @@ class TestPacked:
         other = load_base(base.model, tokenizer=base.tokenizer)
         assert decode(other, None, PROMPT, max_new_tokens=12).output_ids == said
         assert decode(base, None, PROMPT, max_new_tokens=12).output_ids == said
+
+    def test_an_architecture_that_reads_weights_itself_is_left_as_it_is(self, tmp_path: Path, monkeypatch):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            inner = torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)
+            return torch.nn.functional.linear(inner, self.down_proj.weight)
+
+        monkeypatch.setattr(LlamaMLP, "forward", forward)
+        folder = save_tiny_base(tmp_path / "base")
+        loaded(folder, dtype="bfloat16").model.save_pretrained(folder)
+        plain, base = loaded(folder), loaded(folder)
+        for _ in range(2):
+            base.pack()
+            assert not any(product_of(layer) for layer in layers(base.model).values())
+        assert torch.equal(base.forward(torch.tensor([PROMPT]))[0], plain.forward(torch.tensor([PROMPT]))[0])
 
     def test_what_is_trained_has_its_weights(self, tiny_folder: Path):
         base = loaded(tiny_folder)

@@ -10,29 +10,32 @@ from collections.abc import Callable
 import torch
 
 from lm.base.fast.packed import pack, plain_linears, unpack
+from lm.base.probe import attempt
 from lm.pages import release
 
 TOLERANCE = 1e-4  # share of the largest logit by which joined products may change any
 
 
 @torch.inference_mode()
-def pack_joined(model: torch.nn.Module, kept: torch.nn.Linear, forward: Callable[[], torch.Tensor]) -> None:
+def pack_joined(model: torch.nn.Module, kept: torch.nn.Linear, forward: Callable[[], torch.Tensor]) -> bool:
     """Packs what is not packed yet (`lm.base.fast.packed.pack`), with one product for those that read the same rows.
 
-    forward: of the whole model, gives its logits. If they would not be the same then, every layer has its own product.
+    forward: of the whole model, gives its logits. If they would not be the same then, every layer has its own product;
+    if not even then, since an architecture reads a layer's weight itself, none has, and it returns False.
     """
     if not plain_linears(model):
-        return
-    groups, before = _watched(model, forward)
-    pack(model, kept, groups)
-    try:
-        same = torch.allclose(forward(), before, rtol=TOLERANCE, atol=TOLERANCE * float(before.abs().max()))
-    except RuntimeError:  # of a view that the parts of a product do not have
-        same = False
-    if not same:
+        return True
+    joined, before = _watched(model, forward)
+    for groups in (joined, ()):
+        pack(model, kept, groups)
+        after = attempt(forward)
+        if after is not None and torch.allclose(
+            after, before, rtol=TOLERANCE, atol=TOLERANCE * float(before.abs().max())
+        ):
+            release(kept.weight)  # whose rows were read meanwhile
+            return True
         unpack(model)
-        pack(model, kept)
-    release(kept.weight)  # whose rows were read meanwhile
+    return False
 
 
 def _watched(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Command, refused, squad_records, write_lines
 from made_records import made_latency, made_result
+from suite_runs import Write, run, writer
 
 import lm.base.catalog
 from lattices.errors import InvalidDataError
@@ -25,7 +25,6 @@ from rescore.studies.comparison import Selection, compare_folders
 from rescore.suites import run as suite_module
 from rescore.suites.files import run_of_task
 from rescore.suites.plan import read_plan
-from rescore.suites.run import Suite, run_suite
 from rescore.suites.tables import speed_table, suite_table, suite_tables
 
 BODY = """\
@@ -51,29 +50,13 @@ rescorers:
   - oracle
 """
 LOSSY, SAMPLED = " [lossy: top-k:2]", " [sampled: temperature 2, top-p 0.9]"
-Write = Callable[..., Path]
 
 
 @pytest.fixture
 def write(tmp_path: Path, tiny_folder: Path, tiny_heads_folder: Path) -> Write:
     """A suite for the tiny model, with lines of it replaced."""
     write_lines(tmp_path / "squad.jsonl", squad_records(6))
-
-    def written(*changes: tuple[str, str], body: str = BODY) -> Path:
-        text = f"base: {tiny_folder}\nheads: {tiny_heads_folder}\ndtype: float64\n" + body.replace(
-            "DATA", str(tmp_path)
-        )
-        for old, new in changes:
-            assert old in text
-            text = text.replace(old, new)
-        (tmp_path / "table.yaml").write_text(text)
-        return tmp_path / "table.yaml"
-
-    return written
-
-
-def run(path: Path, out: Path) -> Suite:
-    return run_suite(read_plan(path), out, source=path.name)
+    return writer(tmp_path, f"base: {tiny_folder}\nheads: {tiny_heads_folder}\ndtype: float64\n", BODY)
 
 
 @pytest.fixture

@@ -91,8 +91,7 @@ class Output:
         return (
             f"{len(self.token_ids)} tokens in {self.seconds:.2f} s ({self.tokens_per_second:.1f} tokens/s), "
             f"{len(self.accepted)} steps of {self.block_efficiency:.2f} tokens by {self.rescorer}"
-            f"{self._of_rule}; "
-            + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items())
+            f"{self._of_rule}; " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items())
         )
 
 

@@ -68,7 +68,8 @@ def test_it_is_measured_like_heads_and_beside_others(drafts: Path, options: Opti
     here = evaluated(options | {"rescorers": alone["rescorers"]}).results
     assert [r.block_efficiency for r in evaluated(alone | {"p": (1,)})] == [r.block_efficiency for r in here]
     among = f"trace:{drafts}"
-    beside = alone | {"trace": str(tmp_path / "outputs"), "rescorers": ("lookup", among, f"oracle:drafters=lookup+{among}")}
+    sides = ("lookup", among, f"oracle:drafters=lookup+{among}")
+    beside = alone | {"trace": str(tmp_path / "outputs"), "rescorers": sides}
     lookup, own, both = evaluated(beside).results
     assert own.block_efficiency == here[0].block_efficiency
     assert both.block_efficiency >= max(lookup.block_efficiency, own.block_efficiency)

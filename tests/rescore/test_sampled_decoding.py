@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evaluating import Options, evaluated
 
 import rescore as api
 from lm.base.model import BaseLM
@@ -21,7 +22,6 @@ from rescore.generation.live import Generator
 from rescore.rescorers import load_rescorer
 from rescore.runs.run import Run
 from tests.conftest import Command, refused
-from evaluating import Options, evaluated
 
 PROMPT = list(b"the bridge was built in the bridge was")
 DRAWS = 150

@@ -25,7 +25,7 @@ endef
 demo: $(VENV)/.installed
 	$(BIN)/rescore eval --task squad --data rescore/tasks/squad_sample.jsonl --k 16 --rescorer none,context-ngram,neural-61m,lookup,joint,oracle,oracle:drafters=heads+lookup
 	$(BIN)/rescore bench costs --repeats 5
-	$(BIN)/rescore eval --task squad --data rescore/tasks/squad_sample.jsonl --limit 6 --mode live --rescorer lookup:tokens=8,joint:nodes=auto
+	$(BIN)/rescore eval --task squad --data rescore/tasks/squad_sample.jsonl --limit 6 --mode live --rescorer lookup:tokens=8,joint:nodes=auto --rescorer joint:nodes=auto,drafters=heads:vocabulary=8192+lookup
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses logical --dist worksteal

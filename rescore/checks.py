@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from lattices.errors import RescoreError
+
+if TYPE_CHECKING:
+    from lm.base.model import BaseLM
 
 MAX_ALPHA = 64.0
 NEAR_TIE = {"float64": 1e-6, "float32": 1e-2, "float16": 0.1, "bfloat16": 0.5}  # of logits, in this precision
@@ -41,13 +46,19 @@ def check_new_tokens(max_new_tokens: int) -> None:
         raise RescoreError(f"--max-new-tokens {max_new_tokens}; at least one token must be decoded")
 
 
-def check_fits(prompt_tokens: int, max_new_tokens: int, context_length: int, *, what: str = "a prompt") -> None:
+def check_fits(base: BaseLM, prompt_tokens: int, max_new_tokens: int, *, what: str = "a prompt") -> None:
     """Raises `RescoreError` unless a prompt and its output fit into the base LM's context."""
-    if prompt_tokens + max_new_tokens > context_length:
-        advice = (
-            "lower --max-new-tokens" if max_new_tokens >= context_length else "cut prompts with --max-prompt-tokens"
+    read_by_encoder = base.prompt_length if base.has_encoder else None
+    if read_by_encoder is not None and prompt_tokens > read_by_encoder:
+        raise RescoreError(
+            f"{what} of {prompt_tokens} tokens is longer than the {read_by_encoder} that the encoder reads; cut "
+            "prompts with --max-prompt-tokens"
         )
+    before = prompt_tokens if read_by_encoder is None else len(base.prefix([]))
+    if before + max_new_tokens > base.context_length:
+        shorter = max_new_tokens >= base.context_length or read_by_encoder is not None
+        advice = "lower --max-new-tokens" if shorter else "cut prompts with --max-prompt-tokens"
         raise RescoreError(
             f"{what} of {prompt_tokens} tokens and {max_new_tokens} new ones do not fit into the context of "
-            f"{context_length}; {advice}"
+            f"{base.context_length}; {advice}"
         )

@@ -97,11 +97,10 @@ def decode(
     with out.seconds.timing("prefill"):
         longest = drafting.longest(heads.h if heads else 1) if drafting else 1
         layers = drafting.layers if drafting else ()
-        cache = base.new_decoding_cache(len(prompt_ids) + max_new_tokens + p * longest, layers)
+        cache = base.new_decoding_cache(len(base.prefix(prompt_ids)) + max_new_tokens + p * longest, layers)
         context.states = cache.states
-        logits, hidden = base.forward(torch.tensor([list(prompt_ids)], device=base.device), cache, last=1)
-        cache.keep(range(len(prompt_ids)))
-        last = Last(logits[0], hidden[0], rule.first(logits[0, 0]))
+        logits, hidden = base.read_prompt(prompt_ids, cache)
+        last = Last(logits, hidden, rule.first(logits[0]))
         if drafting is not None:
             drafting.prefill([context])
         if of_heads is not None:
@@ -237,7 +236,7 @@ def check_request(
     check_new_tokens(max_new_tokens)
     if heads is not None:
         check_k(k, base.vocab_size)
-    check_fits(prompt_tokens, max_new_tokens, base.context_length)
+    check_fits(base, prompt_tokens, max_new_tokens)
 
 
 def margin_at(base: BaseLM, prompt_ids: Sequence[int], output_ids: Sequence[int], place: int) -> float:
@@ -245,7 +244,6 @@ def margin_at(base: BaseLM, prompt_ids: Sequence[int], output_ids: Sequence[int]
 
     Near 0, two ways of computing the same logits may choose differently; in half precision they do.
     """
-    before = torch.tensor([[*prompt_ids, *output_ids[:place]]], device=base.device)
-    logits, _ = base.forward(before, last=1)
-    best = logits[0, -1].topk(2).values.to(base.heads_dtype)
+    (states,) = base.states_before([prompt_ids], [output_ids[: place + 1]])
+    best = base.project(states[-1]).topk(2).values.to(base.heads_dtype)
     return float(best[0] - best[1])

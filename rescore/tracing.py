@@ -167,7 +167,7 @@ def record_trace(
         missing = [e for e in examples if e.id not in done]
         prompts = [base.encode_prompt(e.prompt, chat=chat, max_tokens=max_prompt_tokens) for e in missing]
         for example, ids in zip(missing, prompts, strict=True):
-            check_fits(len(ids), max_new_tokens, base.context_length, what=f"example {example.id}: a prompt")
+            check_fits(base, len(ids), max_new_tokens, what=f"example {example.id}: a prompt")
         finished = len(examples) - len(missing)
         if missing:
             base.unpack()  # what is recorded is the same to the last bit whatever was decoded before

@@ -252,7 +252,7 @@ class TestOtherCommands:
         assert re.match(r"tokens +8 cached +16 cached +against 1\n", run.out) and "heads (h = 4) " in run.out
         assert re.search(r"\nrescorer +k +p +ms\n.*\nnone +4 +1 +\d\.\d\d\nnone +4 +2 +", run.out)
         found = rescore(*command, "--h", 2, "--json").document
-        assert (found["schema"], found["contexts"], found["nodes"][:3]) == ("rescore.costs/2", [8, 16], [1, 2, 3])
+        assert (found["schema"], found["contexts"], found["nodes"][:3]) == ("rescore.costs/3", [8, 16], [1, 2, 3])
         assert found["heads"]["h"] == 2 and found["heads"]["ms"] > 0 and found["machine"]["threads"] == 1
         measured = {(c["rescorer"], c["p"]) for c in found["choices"]}
         assert measured == {("none", 1), ("lookup", 1)}, "what is not shipped for a base is passed over"

@@ -57,3 +57,11 @@ def register() -> None:
     """Makes `packed` known to transformers (idempotent)."""
     AttentionInterface.register(PACKED, packed_attention)
     AttentionMaskInterface.register(PACKED, sdpa_mask)
+
+
+def takes_packed(config: Any, classes: Any) -> bool:
+    """Whether a model of this configuration, that one of transformers' auto classes reads, takes `packed`."""
+    softcap = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    architecture: Any = classes._model_mapping.get(type(config), None)
+    takes_ours = getattr(architecture, "_supports_attention_backend", False)
+    return softcap is None and bool(takes_ours and getattr(architecture, "_supports_sdpa", False))

@@ -14,7 +14,7 @@ Knows nothing about heads, drafts or acceptance.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from lattices.errors import IncompatibleError
 from lm.base.states import LayerStates
+
+if TYPE_CHECKING:
+    from lm.base.encoder_decoder import Source
 
 GROWTH = 64  # positions by which a full buffer of a `TreeCache` grows
 # Whose layers are keys and values of every token, and no more: what a mask hides of them is the model's affair.
@@ -131,12 +134,14 @@ class KVCache(Cache):
     length: positions kept.
     written: those and the block of the last forward.
     states: the base's own at the kept positions, of one row, where some are asked for (`layers`).
+    source: what an encoder made of the prompts, where there is one.
     """
 
     def __init__(self, config: PreTrainedConfig, capacity: int, layers: Collection[int] = ()) -> None:
         self.capacity = capacity
         self.states = LayerStates(layers, capacity) if layers else None
         self.length = self.written = 0
+        self.source: Source | None = None
         every, self.buffers = cache_layers(config, self._new_layer)
         super().__init__(layers=every)
 
@@ -177,6 +182,8 @@ class KVCache(Cache):
             old, layer.buffers = layer.buffers, tuple(b.new_empty(len(rows), *b.shape[1:]) for b in layer.buffers)
             for before, buffer in zip(old, layer.buffers, strict=True):
                 buffer[:, :, : self.length] = before[rows, :, : self.length]
+        if self.source is not None:
+            self.source = self.source.rows(rows)
 
 
 class RowsLayer(_Buffers):

@@ -23,6 +23,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GgufConfig,
     PreTrainedModel,
@@ -33,6 +34,8 @@ from transformers.utils import logging as transformers_logging
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError, first_line, unreadable
 from lm.base import attention
 from lm.base.adapters import ADAPTER_FILE, base_of_adapter, check_base, is_adapter, merged
+from lm.base.encoder_decoder import base_class
+from lm.base.fast.compiled import remove
 from lm.base.fast.packed import unpack
 from lm.base.identity import config_sha256, tensors_sha256, tokenization_sha256, tokenizer_sha256, weights_sha256
 from lm.base.model import BaseIdentity, BaseLM, state_size
@@ -75,8 +78,9 @@ def load_base(
     if not isinstance(model, str | os.PathLike):
         if tokenizer is None:
             raise RescoreError("a model in memory needs its tokenizer; call load_base(model, tokenizer)")
-        unpack(model)  # it may be that of a base LM that has decoded
-        return BaseLM(model, tokenizer, identity=_identity_in_memory(model, tokenizer))
+        remove(model)  # it may be that of a base LM that has decoded
+        unpack(model)
+        return base_class(model.config)(model, tokenizer, identity=_identity_in_memory(model, tokenizer))
     model = os.fspath(model)
     if tokenizer is not None:
         raise RescoreError(f"{model} brings its own tokenizer; give one with a model in memory only")
@@ -89,11 +93,12 @@ def load_base(
     source = resolve_base(model)
     chosen, tokenizer = config or source.config(), source.tokenizer()
     identity = source.identity(dtype, chosen, tokenizer)
-    packed = attention.PACKED if device == "cpu" and _takes_sdpa(chosen) else None
+    packed = attention.PACKED if device == "cpu" and attention.takes_packed(chosen, _classes(chosen)) else None
     weights = _weights(source, chosen, dtype, device, packed, cut=config is not None)
     if prepare is not None:
         prepare(weights)
-    return BaseLM(weights, tokenizer, identity=identity, from_files=True, compiles=compile == "auto")
+    loaded = base_class(chosen)
+    return loaded(weights, tokenizer, identity=identity, from_files=True, compiles=compile == "auto")
 
 
 def load_model(name: str, *, dtype: str = "float32", device: str = "auto") -> PreTrainedModel:
@@ -113,7 +118,7 @@ def _weights(
     with _reading(f"can't load the model {source.name}"):
         # transformers' grouped products of experts know no float64.
         experts = {"experts_implementation": "eager"} if dtype == "float64" else {}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _classes(config).from_pretrained(
             source.folder,
             config=config,
             dtype=DTYPES[dtype],
@@ -437,8 +442,6 @@ def _convert(gguf: Path, folder: Path, digest: str) -> Path:
     return folder
 
 
-def _takes_sdpa(config: Any) -> bool:
-    softcap = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
-    architecture: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    takes_ours = getattr(architecture, "_supports_attention_backend", False)
-    return softcap is None and bool(takes_ours and getattr(architecture, "_supports_sdpa", False))
+def _classes(config: Any) -> Any:
+    """transformers' class that reads a model of this configuration."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

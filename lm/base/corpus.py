@@ -234,12 +234,16 @@ def generate_corpus(
 def _encoded(base: BaseLM, prompts: Sequence[Prompt], options: GenerationOptions) -> list[list[int]]:
     """Token ids of the prompts, which with their output must fit into the base's context."""
     encoded = [base.encode_prompt(p.text, chat=p.chat, max_tokens=options.max_prompt_tokens) for p in prompts]
-    longest = max(map(len, encoded), default=0) + options.max_new_tokens
-    if longest > base.context_length:
-        raise RescoreError(
-            f"prompts and output of {longest} tokens exceed the context of {base.context_length} of "
-            f"{base.identity.name}; lower max_prompt_tokens or max_new_tokens"
-        )
+    longest = max(encoded, key=len, default=[])
+    positions = len(base.prefix(longest)) + options.max_new_tokens
+    for what, tokens, limit in (
+        ("prompts", len(longest), base.prompt_length), ("prompts and output", positions, base.context_length)
+    ):  # fmt: skip
+        if tokens > limit:
+            raise RescoreError(
+                f"{what} of {tokens} tokens exceed the context of {limit} of {base.identity.name}; lower "
+                "max_prompt_tokens or max_new_tokens"
+            )
     return encoded
 
 

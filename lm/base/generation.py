@@ -71,14 +71,15 @@ class _Batch:
 
     def __init__(self, base: BaseLM, prompts: list[Sequence[int]], max_new_tokens: int, work: Work | None) -> None:
         self.base, self.prompts, self.max_new_tokens, self.work = base, prompts, max_new_tokens, work
-        self.width, rows = max(map(len, prompts)), len(prompts)
+        self.before = [base.prefix(prompt) for prompt in prompts]
+        self.width, rows = max(map(len, self.before)), len(prompts)
         self.input_ids = torch.zeros(rows, self.width, dtype=torch.long, device=base.device)
         self.attended = torch.ones(rows, self.width + max_new_tokens, dtype=torch.bool, device=base.device)
-        for row, prompt in enumerate(prompts):
-            start = self.width - len(prompt)
-            self.input_ids[row, start:] = torch.tensor(list(prompt), device=base.device)
+        for row, before in enumerate(self.before):
+            start = self.width - len(before)
+            self.input_ids[row, start:] = torch.tensor(before, device=base.device)
             self.attended[row, :start] = False
-        self.ragged = any(len(prompt) < self.width for prompt in prompts)
+        self.ragged = any(len(before) < self.width for before in self.before)
         self.alive: list[int | None] = list(range(rows))
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.places: list[list[int]] = [[] for _ in prompts]
@@ -122,12 +123,13 @@ class _Batch:
         mask = self.attended[:, : self.width]
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
         self.cache = self.base.new_cache(self.width + self.max_new_tokens)
+        self.cache.source = self.base.encoded(self.prompts)
         read = self.base.forward(
             self.input_ids, self.cache, position_ids=positions, attention_mask=mask if self.ragged else None, last=1
         )
         self.cache.keep_all()
         if self.work:
-            self.work.add(tokens=sum(map(len, self.prompts)), projected=len(self.prompts), cached=0)
+            self.work.add(tokens=sum(map(len, self.before)), projected=len(self.prompts), cached=0)
         self.positions = positions[:, -1:]
         return read
 
@@ -155,7 +157,7 @@ class _Batch:
         read = self.base.forward(best[:, None], self.cache, position_ids=self.positions, attention_mask=mask)
         self.cache.keep_all()
         if self.work:
-            cached = sum(len(self.prompts[row]) + step + 1 for row in self.alive if row is not None)
+            cached = sum(len(self.before[row]) + step + 1 for row in self.alive if row is not None)
             self.work.add(tokens=len(living), projected=len(living), cached=cached)
         return read
 

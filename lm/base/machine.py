@@ -34,14 +34,15 @@ def enough_memory(advice: str, *, at: str) -> Iterator[None]:
 
 
 class Work:
-    """What a base LM asked of a machine: `flops`, and `bytes_read` of weights and cache."""
+    """What a base LM asked of a machine: `flops`, and `bytes_read` of weights and cache; not what an encoder did."""
 
     def __init__(self, base: BaseLM) -> None:
         self.flops = self.bytes_read = 0.0
         embeddings, projection = base.model.get_input_embeddings().weight, base.output_embeddings.weight
         apart = {id(weight): weight.numel() for weight in (embeddings, projection)}  # they may be one
         self._projection = projection.numel()
-        self._body = sum(p.numel() for p in base.model.parameters()) - sum(apart.values())
+        body = {id(weight): weight.numel() for weight in base.decoder.parameters()}
+        self._body = sum(size for weight, size in body.items() if weight not in apart)
         self._size = projection.element_size()
         self._position = base.position_size
 

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jinja2.exceptions import TemplateError
@@ -26,6 +26,10 @@ from lm.base.fast.packed import can_pack, product_of, unpack
 from lm.base.fast.siblings import pack_joined
 from lm.base.identity import uses_date, with_fixed_date
 from lm.base.probe import Probe, Scaling
+from lm.base.states import causal_arguments
+
+if TYPE_CHECKING:
+    from lm.base.encoder_decoder import Source
 
 LEAST_WEIGHTS = 1 << 24  # of a model whose layers are compiled; what a smaller one saves is not worth the wait
 CONTEXT_LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
@@ -54,7 +58,8 @@ class BaseIdentity:
 class BaseLM:
     """A causal LM with its tokenizer, in evaluation mode, on one device.
 
-    context_length: positions; 2^30 where there is no limit.
+    context_length: positions of the decoder; 2^30 where there is no limit.
+    prompt_length: tokens of a prompt at most.
     eos_token_ids: any of them ends the output.
     is_chat: has a chat template.
     from_files: was read from the files that its identity names, not given in memory.
@@ -67,6 +72,8 @@ class BaseLM:
     decoded in blocks with the output it has by itself.
     """
 
+    has_encoder = False  # which reads the prompt apart (`lm.base.encoder_decoder`)
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -76,8 +83,8 @@ class BaseLM:
         from_files: bool = False,
         compiles: bool = False,
     ) -> None:
-        config = model.config.get_text_config(decoder=True)
         self.model = model.eval().requires_grad_(False)
+        config = self.decoder_config.get_text_config(decoder=True)
         self.tokenizer: Any = tokenizer
         self.identity = identity
         self.from_files, self.compiles = from_files, compiles
@@ -109,7 +116,7 @@ class BaseLM:
                 f"{identity.name} projects {self.hidden_size} numbers to {self.vocab_size} tokens, and by its "
                 f"configuration it would be {sizes[0]} to {sizes[1]}"
             )
-        self.context_length = _context_length(config)
+        self.context_length = self.prompt_length = _context_length(config)
         self._hidden: torch.Tensor | None = None
         self._fixed: FixedForwards | None = None
         self._packs, self._may_compile = from_files, compiles  # a model that was given in memory may still change
@@ -132,7 +139,8 @@ class BaseLM:
         if not self._packs or not can_pack(self.model):
             return
         few = torch.arange(3, device=self.device)[None]
-        self._packs = pack_joined(self.model, self.output_embeddings, lambda: self.forward(few)[0])
+        source = self.encoded(few.tolist())
+        self._packs = pack_joined(self.model, self.output_embeddings, lambda: self.forward(few, source=source)[0])
         if self._may_compile and sum(weight.numel() for weight in self.model.parameters()) >= LEAST_WEIGHTS:
             compile_layers(self)
         self._may_compile = False
@@ -233,9 +241,59 @@ class BaseLM:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
+    @property
+    def decoder_config(self) -> Any:
+        """The configuration that says which layers write to a cache."""
+        return self.model.config
+
+    @property
+    def decoder(self) -> Any:
+        """What reads a token of the output."""
+        return self.model
+
+    @property
+    def generation_settings(self) -> dict[str, Any]:
+        """What transformers' `generate` must be told to give the same output, by the names of a `GenerationConfig`."""
+        return {}
+
+    def prefix(self, prompt_ids: Sequence[int]) -> list[int]:
+        """What stands before the output of a prompt: the prompt; where an encoder reads that, what the decoder begins
+        with."""
+        return list(prompt_ids)
+
+    def encoded(self, prompts: Sequence[Sequence[int]]) -> Source | None:
+        """What the encoder makes of prompts; None for a base LM without one, which reads them before its output."""
+        return None
+
+    def read_prompt(self, prompt_ids: Sequence[int], cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reads a prompt into an empty cache; logits `[1, vocab]` and state `[1, d]` after it."""
+        cache.source = self.encoded([prompt_ids])
+        ids = torch.tensor([self.prefix(prompt_ids)], device=self.device)
+        logits, hidden = self.forward(ids, cache, last=1)
+        cache.keep(range(ids.shape[1]))
+        return logits[0], hidden[0]
+
+    def states_before(self, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """The final states `[t, d]` from which each of the t tokens of an output is chosen, of several prompts with
+        their outputs in one call."""
+        before = [self.prefix(prompt) for prompt in prompts]
+        texts = [[*first, *output[:-1]] for first, output in zip(before, outputs, strict=True)]
+        ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
+        for row, text in enumerate(texts):  # padded at the end: no token sees what stands after it
+            ids[row, : len(text)] = torch.tensor(text)
+        _, hidden = self.forward(ids.to(self.device), projects=False, source=self.encoded(prompts))
+        return [
+            hidden[row, len(first) - 1 : len(text)] for row, (first, text) in enumerate(zip(before, texts, strict=True))
+        ]
+
+    def body_arguments(self, prompts: Sequence[Sequence[int]], ids: torch.Tensor) -> dict[str, Any]:
+        """What the model's body (`body_gives_states`) is given to read texts `[b, n]`, padded at the end, that begin
+        with the `prefix` of the prompts."""
+        return causal_arguments(self.model.base_model, ids, masked=self.supports_tree)
+
     def new_cache(self, capacity: int, layers: Collection[int] = ()) -> KVCache:
         """An empty cache for up to `capacity` positions; with the states that enter these layers (`lm.base.states`)."""
-        return KVCache(self.model.config, capacity, layers)
+        return KVCache(self.decoder_config, capacity, layers)
 
     def new_decoding_cache(self, capacity: int, layers: Collection[int] = ()) -> KVCache:
         """`new_cache` for one sequence that is decoded in steps of a few tokens: on a GPU its forwards are of fixed
@@ -261,13 +319,15 @@ class BaseLM:
         attention_mask: torch.Tensor | None = None,
         last: int = 0,
         projects: bool = True,
+        source: Source | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One call of the model.
 
         input_ids `[b, n]`; `attention_mask` `[b, m]`, or bool `[b, 1, n, m]` with m = cached + n positions. Returns
         logits `[b, l, vocab]` and final hidden states `[b, l, d]` of the last `last` tokens (0: of all n). The caller
         then calls the cache's `keep`. Without `projects` there are no logits (`[b, 0, vocab]`): where only the states
-        are used, the vocabulary projection would be a large part of the work.
+        are used, the vocabulary projection would be a large part of the work. `source`: for a call without cache, where
+        there is an encoder (`encoded`).
         """
         if position_ids is None:  # always given: some architectures would count from elsewhere than `generate` does
             assert not isinstance(cache, TreeCache), "the nodes of a tree have positions of their own"
@@ -278,8 +338,27 @@ class BaseLM:
         if isinstance(cache, FixedCache) and cache.length and few and projects and not last:
             return cache.forwards(input_ids, cache, position_ids, attention_mask)
         return self._call(
-            input_ids, cache, position_ids=position_ids, attention_mask=attention_mask, last=last, projects=projects
-        )
+            input_ids, cache, position_ids=position_ids, attention_mask=attention_mask, last=last, projects=projects,
+            source=source,
+        )  # fmt: skip
+
+    def arguments(
+        self,
+        input_ids: torch.Tensor,
+        cache: KVCache | TreeCache | None,
+        *,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        source: Source | None,
+    ) -> dict[str, Any]:
+        """What the model's forward is given; see `forward`."""
+        arguments = {
+            "input_ids": input_ids, "attention_mask": attention_mask, self._cache_argument: cache,
+            "use_cache": cache is not None,
+        }  # fmt: skip
+        if self.takes_positions:
+            arguments["position_ids"] = position_ids
+        return arguments
 
     def _call(
         self,
@@ -290,17 +369,18 @@ class BaseLM:
         attention_mask: torch.Tensor | None,
         last: int = 0,
         projects: bool = True,
+        source: Source | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        arguments: dict[str, Any] = {self._cache_argument: cache, "use_cache": cache is not None}
-        if self.takes_positions:
-            arguments["position_ids"] = position_ids
+        arguments = self.arguments(
+            input_ids, cache, position_ids=position_ids, attention_mask=attention_mask, source=source
+        )
         if self._takes_last:
             arguments["logits_to_keep"] = last
         self._projects, self._last = projects, last
         states = cache.states if isinstance(cache, KVCache) else None
         try:
             with states.noting(self) if states else nullcontext():
-                output = self.model(input_ids=input_ids, attention_mask=attention_mask, **arguments)
+                output = self.model(**arguments)
         finally:
             self._projects, self._last = True, 0
         if self._hidden is None:
@@ -324,7 +404,20 @@ class BaseLM:
         else:
             logits = hidden @ weight[token_ids].transpose(1, 2)
             logits = logits if bias is None else logits + bias[token_ids][:, None]
+        if self.added_bias is not None:
+            logits = logits + (self.added_bias if token_ids is None else self.added_bias[token_ids][:, None])
         return self.scaling(logits)
+
+    @property
+    def added_bias(self) -> torch.Tensor | None:
+        """What an architecture adds to the logits after its projection, `[vocab]`."""
+        return None
+
+    @property
+    def output_bias(self) -> torch.Tensor | None:
+        """Of the vocabulary projection, `[vocab]`, with what is added after it."""
+        parts = [part for part in (self.output_embeddings.bias, self.added_bias) if part is not None]
+        return sum(parts[1:], parts[0]) if parts else None
 
 
 def state_size(config: Any) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from lattices.errors import RescoreError
+from lattices.errors import IncompatibleError, RescoreError
 from lm.base.model import BaseLM
 
 BATCH_TOKENS = 4096  # positions of one forward, padding included
@@ -63,6 +63,8 @@ def perplexity(
     `progress(done, total)` counts windows. Raises `RescoreError` for a window or stride out of range, and if no text
     has two tokens.
     """
+    if base.has_encoder:
+        raise IncompatibleError(f"{base.identity.name} has an encoder; a text alone has no perplexity by it")
     window = base.context_length if window is None else window
     if not 1 <= window <= base.context_length:
         raise RescoreError(f"--window {window}; this base LM reads 1 to {base.context_length} tokens at a time")

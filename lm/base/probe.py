@@ -6,7 +6,6 @@ different lengths; and everything is compared with plain forwards of the same te
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,7 +64,8 @@ class Probe:
         ids = ((torch.arange(7, device=base.device) + 0.5) * size / 7).long().clamp(max=size - 1)  # none is special
         self.past, self.drafts = ids[None, :3], ids[3:].reshape(2, 2)
         with refusal(self.name):
-            self.plain, hidden = base.forward(torch.cat([self.past.expand(2, -1), self.drafts], dim=1))
+            self.source = base.encoded(self.past.tolist())
+            self.plain, hidden = self._without_cache()
         if not bool(self.plain.isfinite().all()):
             raise IncompatibleError(
                 f"{self.name} gives logits that are not finite in {base.identity.dtype}; choose another --dtype"
@@ -76,6 +76,10 @@ class Probe:
                 return
         raise IncompatibleError(f"{self.name} changes its logits in a way that block heads can't follow")
 
+    def _without_cache(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and states of both drafts after the past."""
+        return self.base.forward(torch.cat([self.past.expand(2, -1), self.drafts], dim=1), source=self.source)
+
     def check_cache(self, *, tree: bool) -> bool:
         """Raises `IncompatibleError` if drafts after a cached past are not read as the same texts without cache.
 
@@ -83,6 +87,7 @@ class Probe:
         """
         with refusal(self.name):
             cache = self.base.new_cache(9)
+            cache.source = self.source
             past, _ = self.base.forward(self.past, cache)
             cache.keep(range(3))
             tree = tree and self._follows_tree(cache)
@@ -126,7 +131,7 @@ class Probe:
             for name in sizes:
                 setattr(config, name, 2)
             with refusal(self.name):
-                narrow, _ = self.base.forward(torch.cat([self.past.expand(2, -1), self.drafts], dim=1))
+                narrow, _ = self._without_cache()
         finally:
             for name, value in sizes.items():
                 setattr(config, name, value)
@@ -137,14 +142,13 @@ class Probe:
 
     def body_gives_states(self) -> bool:
         """Whether what the projection reads is the output of the model's body, with nothing in between."""
-        base, ids = self.base, self.past
+        base, prompt = self.base, self.past.tolist()
 
         @torch.inference_mode()
         def states() -> tuple[torch.Tensor, torch.Tensor]:
+            ids = self.past if self.source is None else self.drafts[:1]
             body = base.model.base_model
-            takes = "position_ids" in inspect.signature(body.forward).parameters
-            positions = {"position_ids": torch.arange(3, device=base.device)[None]} if takes else {}
-            return body(input_ids=ids, use_cache=False, **positions)[0], base.forward(ids)[1]
+            return body(**base.body_arguments(prompt, ids))[0], base.forward(ids, source=self.source)[1]
 
         both = attempt(states)
         return both is not None and self._same(*both)

@@ -6,6 +6,7 @@ and values. Without, nothing is noted.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -106,3 +107,16 @@ def check_layers(base: BaseLM, layers: Collection[int]) -> None:
             f"{base.identity.name} has {count} layers, and the states before layers "
             f"{', '.join(map(str, sorted(inner)))} (from 0) are needed"
         )
+
+
+def causal_arguments(body: torch.nn.Module, ids: torch.Tensor, *, masked: bool) -> dict[str, Any]:
+    """What the body of a causal LM is given to make states of whole texts int64 `[b, n]`, padded at the end: there no
+    token sees what stands after it. masked: whether it takes a mask, which makes attention faster."""
+    rows, longest = ids.shape
+    arguments: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if masked:
+        causal = torch.ones(longest, longest, dtype=torch.bool, device=ids.device).tril()
+        arguments["attention_mask"] = causal.expand(rows, 1, -1, -1)
+    if "position_ids" in inspect.signature(body.forward).parameters:  # as `BaseLM.forward` gives them
+        arguments["position_ids"] = torch.arange(longest, device=ids.device).expand(rows, -1)
+    return arguments

@@ -22,7 +22,7 @@ class DraftRows:
     @torch.inference_mode()
     def __init__(self, base: BaseLM, token_ids: torch.Tensor) -> None:
         self.base, self.token_ids = base, token_ids.to(base.device)
-        weight, bias = base.output_embeddings.weight, base.output_embeddings.bias
+        weight, bias = base.output_embeddings.weight, base.output_bias
         how = {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
         linear = nn.utils.skip_init(nn.Linear, weight.shape[1], len(token_ids), **how).requires_grad_(False)
         linear.weight.copy_(weight[self.token_ids])
@@ -38,7 +38,7 @@ class DraftRows:
         """The projection to these rows and those of further tokens."""
         given = torch.tensor(list(token_ids), dtype=torch.int64, device=self.base.device).unique()
         more = given[~self._is_in[given]]
-        weight, bias = self.base.output_embeddings.weight, self.base.output_embeddings.bias
+        weight, bias = self.base.output_embeddings.weight, self.base.output_bias
         return DraftProjection(
             self, torch.cat([self.token_ids, more]), weight[more], None if bias is None else bias[more]
         )

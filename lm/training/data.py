@@ -10,7 +10,6 @@ interrupted run has finished is not done again.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -159,31 +158,31 @@ def body_states(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    takes_masks: bool,
+    arguments: Callable[[list[list[int]], torch.Tensor], dict[str, Any]],
+    prefix: Callable[[list[int]], list[int]] = list,
 ) -> torch.Tensor:
-    """What the body of a transformers causal LM makes of whole segments: float32 `[n, d]`, a state per target.
+    """What the body of a transformers LM makes of whole segments: float32 `[n, d]`, a state per target.
 
-    takes_masks: whether all that the model lets tokens see is in a mask it is given (`BaseLM.supports_tree`).
+    arguments: what it is given to read texts `[b, n]` after prompts, and prefix: what of a prompt they begin with
+    (`BaseLM.body_arguments`, `BaseLM.prefix`).
     """
-    b, longest = len(segments), max(tokens_read(data, segment) for segment in segments)
-    ids = torch.zeros(b, longest, dtype=torch.long)
-    before = []  # the row and column of the token before each target
-    for row, (place, number, start, end) in enumerate(segments):
-        context = data[place].context(number)
-        tokens = np.concatenate([context, data[place].targets[start : end - 1]])
-        ids[row, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
-        before += [(row, column) for column in range(len(context) - 1, len(tokens))]
-    # Right padding: no token sees what stands after it. A mask, where the model takes one, makes attention faster.
-    causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril().expand(b, 1, -1, -1)
-    body = model.base_model
-    positions = {}  # as `BaseLM.forward` gives them
-    if "position_ids" in inspect.signature(body.forward).parameters:
-        positions["position_ids"] = torch.arange(longest, device=device).expand(b, -1)
+    prompts = [data[place].context(number).tolist() for place, number, _, _ in segments]
+    before = [prefix(prompt) for prompt in prompts]
+    texts = [
+        np.concatenate([np.array(first, dtype=np.int64), data[place].targets[start : end - 1]])
+        for first, (place, _, start, end) in zip(before, segments, strict=True)
+    ]
+    ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = torch.from_numpy(text)
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        output = body(
-            input_ids=ids.to(device), attention_mask=causal if takes_masks else None, use_cache=False, **positions
-        )
-    rows, columns = torch.tensor(before, device=device).T
+        output = model.base_model(**arguments(prompts, ids.to(device)))
+    places = [  # the row and column of the token before each target
+        (row, column)
+        for row, (first, text) in enumerate(zip(before, texts, strict=True))
+        for column in range(len(first) - 1, len(text))
+    ]
+    rows, columns = torch.tensor(places, device=device).T
     states: torch.Tensor = output.last_hidden_state[rows, columns].float()
     return states
 
@@ -329,6 +328,11 @@ def _mapped_states(path: Path, rows: int, hidden_size: int) -> np.ndarray:
 def _segments_of_text(base: BaseLM, file: TextFile, max_tokens: int | None, cache_gb: float) -> dict[str, np.ndarray]:
     """What is to be read of a text, in the order in which its states are kept; `shards` has the first segment of each
     shard, and the number of segments."""
+    if base.has_encoder and not file.has_rows:
+        raise IncompatibleError(
+            f"{base.identity.name} has an encoder, and {file.path} is text without prompts; give pairs of prompt and "
+            "response (.jsonl), or a folder of generate-corpus"
+        )
     sequences = _bounded(list(_pairs(base, file) if file.has_rows else _chunks(base, file)), max_tokens)
     if not sequences:
         what = "empty" if file.path.stat().st_size == 0 else "too short to train on"
@@ -395,19 +399,11 @@ def _write_states(
     """Writes the states of some segments, which come by falling length."""
     bounds = data.segments()
     while numbers:
-        tokens = []
-        for number in numbers:
-            tokens.append(np.concatenate([data.context(number), data.targets[slice(*bounds[number])]]))
-            if len(tokens) == max(1, BATCH_TOKENS // len(tokens[0])):
-                break
-        ids = torch.zeros(len(tokens), len(tokens[0]), dtype=torch.long, device=base.device)
-        for row, both in enumerate(tokens):
-            ids[row, : len(both)] = torch.from_numpy(both)
-        # Right padding: no token sees what stands after it, so no mask is needed.
-        _, hidden = base.forward(ids, projects=False)
-        for row, both in enumerate(tokens):
-            states = hidden[row, len(data.context(numbers[row])) - 1 : len(both) - 1]
+        longest = len(data.context(numbers[0])) + int(np.diff(bounds[numbers[0]])[0])
+        batch = numbers[: max(1, BATCH_TOKENS // longest)]
+        contexts = [data.context(number).tolist() for number in batch]
+        for states in base.states_before(contexts, [data.targets[slice(*bounds[n])].tolist() for n in batch]):
             stream.write(states.to(torch.float16).cpu().numpy().tobytes())
-        numbers = numbers[len(tokens) :]
+        numbers = numbers[len(batch) :]
         if progress:
             progress(numbers.start, len(bounds))

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lattices.errors import IncompatibleError, InvalidDataError
+from lm.base.states import causal_arguments
 from lm.checkpoint import write_tensors
 from lm.files import replaced_files
 from lm.neural.model import DeltaConfig, first_layers, named_size, save_delta, scratch_model
@@ -118,8 +119,9 @@ class RescorerTrainer(TextTrainer[HeldOutText, RescorerOptions]):
     def _forward(self, segments: list[Segment]) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         """Final states of the rescorer `[n, d]` and of the base `[n, d]` before each of the targets `[n]`."""
         hidden = body_states(
-            self.model, self.data, segments, device=self.device, dtype=self.dtype, takes_masks=self.takes_masks
-        )
+            self.model, self.data, segments, device=self.device, dtype=self.dtype,
+            arguments=lambda _, ids: causal_arguments(self.model.base_model, ids, masked=self.takes_masks),
+        )  # fmt: skip
         states, targets = cached(self.data, segments)
         return hidden, torch.from_numpy(states).to(self.device).float(), targets
 

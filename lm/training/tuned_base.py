@@ -81,8 +81,9 @@ class TunedBase:
         if not linear:
             raise IncompatibleError(f"{name} has no linear layers for LoRA; tune it in full (tune: full)")
         config = LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules=linear, layers_to_transform=layers, task_type="CAUSAL_LM"
-        )
+            r=rank, lora_alpha=2 * rank, target_modules=linear, layers_to_transform=layers,
+            task_type="SEQ_2_SEQ_LM" if self.base.has_encoder else "CAUSAL_LM",
+        )  # fmt: skip
         # Puts the adapter into the model's own layers; the wrapper knows the names that other readers expect.
         with peft_of_old_names():
             self.adapted = get_peft_model(self.model, config)
@@ -93,8 +94,9 @@ class TunedBase:
     def states(self, data: Sequence[HeadData], segments: Sequence[Segment]) -> torch.Tensor:
         """Final states before every target of the segments, float32 `[n, d]`, with their gradients."""
         return body_states(
-            self.model, data, segments, device=self.base.device, dtype=self.dtype, takes_masks=self.base.supports_tree
-        )
+            self.model, data, segments, device=self.base.device, dtype=self.dtype,
+            arguments=self.base.body_arguments, prefix=self.base.prefix,
+        )  # fmt: skip
 
     def save(self, out: Path) -> None:
         """Writes what was learned as a base LM's folder."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import re
@@ -38,7 +39,10 @@ def this_machine(device: str) -> Machine:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
-    return Machine(cpu=_cpu(), cores=cores, threads=torch.get_num_threads(), torch=str(torch.__version__), gpu=gpu)
+    return Machine(
+        cpu=_cpu(), cores=cores, threads=torch.get_num_threads(), torch=str(torch.__version__),
+        transformers=importlib.metadata.version("transformers"), gpu=gpu,
+    )  # fmt: skip
 
 
 def _cpu() -> str:
@@ -54,7 +58,7 @@ def keep_costs(costs: Costs, out: Path | None = None) -> None:
     """Writes a table where `costs_here` finds it, and into a file if one is given. Raises `OutputError`."""
     heads = (costs.heads.sha256, costs.heads.h) if costs.heads else None
     # What needs no heads finds it, whatever heads were measured last.
-    places = {_place(costs, costs.machine, costs.device, each) for each in (heads, None)}
+    places = {_place(costs, costs.machine, costs.device, costs.compiles, each) for each in (heads, None)}
     for path in (*places, *([out] if out else [])):
         write_json(path, plain(costs))
 
@@ -66,29 +70,32 @@ def read_costs(path: str | Path) -> Costs:
 
 
 def costs_here(
-    base: BaseIdentity | None, heads: HeadsKey | None, device: str, *, inputs: Inputs | None = None
+    base: BaseIdentity | None, heads: HeadsKey | None, device: str, *, compiles: bool, inputs: Inputs | None = None
 ) -> Costs:
     """The table that was measured on this machine for a base LM with these heads (None: none are needed).
 
-    inputs: as the user named them, for the command that measures it. Raises `RescoreError` if it was not measured.
+    compiles: as `lm.base.model.BaseLM` has it. inputs: as the user named them, for the command that measures it.
+    Raises `RescoreError` if it was not measured.
     """
     if base is None:
         advice = f"give a file of {COMMAND} --out (--costs FILE)"
         raise RescoreError(f"the trace does not name its base LM, whose costs are needed; {advice}")
-    given = {name: getattr(inputs, name) for name in ("base", "heads", "h", "dtype")} if inputs else {"base": base.name}
-    defaults = {"base": Inputs.base, "dtype": Inputs.dtype}
-    command = written("bench costs", {name: value for name, value in given.items() if value != defaults.get(name)})
+    names = ("base", "heads", "h", "dtype", "device", "compile") if inputs else ("base",)
+    given = {name: getattr(inputs, name) if inputs else base.name for name in names}
+    changed = {name: value for name, value in given.items() if value != getattr(Inputs, name)}
+    command = written("bench costs", changed)
     which = f"{base.name} with these heads" if heads else base.name
     missing = f"no costs of {which} are measured on this machine (with {this_machine(device)}); run: {command}"
-    return _read(_place(base, this_machine(device), device, heads), missing=missing)
+    return _read(_place(base, this_machine(device), device, compiles, heads), missing=missing)
 
 
-def _place(base: BaseIdentity | Costs, machine: Machine, device: str, heads: HeadsKey | None) -> Path:
+def _place(base: BaseIdentity | Costs, machine: Machine, device: str, compiles: bool, heads: HeadsKey | None) -> Path:
     of = {
         "schema": SCHEMA,
         "base": [base.weights_sha256, base.dtype, base.config_sha256],
         "machine": machine,
         "device": device,
+        "compiles": compiles,
         "heads": heads,
     }
     name = base.base if isinstance(base, Costs) else base.name  # it may be a path
@@ -127,7 +134,8 @@ def costs_for(
             )
         heads = said["heads_sha256"], recording.h
     if asked is None or asked == HERE:
-        return costs_here(base.base, heads, recording.models.device, inputs=recording.inputs)
+        models = recording.models
+        return costs_here(base.base, heads, models.device, compiles=models.compiles, inputs=recording.inputs)
     costs = asked if isinstance(asked, Costs) else read_costs(asked)
     _check(costs, name, base.base, heads)
     return costs

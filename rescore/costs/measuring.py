@@ -20,6 +20,7 @@ import torch
 from lattices.errors import RescoreError
 from lm.heads.draft_rows import DraftRows
 from rescore import options as shared
+from rescore.checks import check_fits
 from rescore.costs.kept import keep_costs, this_machine
 from rescore.costs.table import ChoiceCost, Costs, HeadsCost
 from rescore.decoding import GREEDY, VERIFY, Last
@@ -31,8 +32,6 @@ from rescore.runs.run import DEFAULT_K, Run, runs_of
 from rescore.tasks import load_task
 from rescore.tasks.data import load_examples
 
-VOCABULARIES = (2048, 4096, 8192, 16384)  # tokens that heads draft from
-
 if TYPE_CHECKING:
     from lm.base.model import BaseLM
     from lm.heads.block_heads import BlockHeads
@@ -41,6 +40,7 @@ CONTEXTS = (64, 256, 640)  # cached tokens
 NODES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 72, 144)
 ADDED_TO = (5, 9, 16)  # tokens of the steps that heads or a tree are added to
 ADDED_AT = 256  # cached tokens there, at most
+VOCABULARIES = (2048, 4096, 8192, 16384)  # tokens that heads draft from
 # What a base can have by what is shipped, as far as it is for this base.
 RESCORERS = ("none", "context-ngram", "lookup", "joint", "joint:nodes=auto", "neural-61m")
 Made = Callable[[], object]  # a call that is timed
@@ -118,8 +118,9 @@ def measure_costs(
     steps, added = times[: len(decodes)], times[len(decodes) :]
     costs = Costs(
         base=identity.name, weights_sha256=identity.weights_sha256, config_sha256=identity.config_sha256,
-        dtype=identity.dtype, device=str(base.device), machine=this_machine(str(base.device)), contexts=contexts,
-        nodes=nodes, step_ms=[np.median(each, axis=0).tolist() for each in steps],
+        dtype=identity.dtype, device=str(base.device), compiles=base.compiles,
+        machine=this_machine(str(base.device)), contexts=contexts, nodes=nodes,
+        step_ms=[np.median(each, axis=0).tolist() for each in steps],
         tree_ms=max(0.0, added_by(added[0])) if base.supports_tree else None,
         heads=heads_cost(base, heads, beside, added[-1], k, repeats) if heads else None,
     )  # fmt: skip
@@ -152,15 +153,12 @@ class StandingDecode:
     def __init__(self, base: BaseLM, cached: int, longest: int) -> None:
         if cached < 1:
             raise RescoreError("--cached must be at least 1")
-        if cached + longest > base.context_length:
-            raise RescoreError(f"{cached} cached tokens do not fit into the context of {base.context_length}")
+        check_fits(base, cached, longest, what="a context")
         base.pack()
-        self.base, self.cached = base, cached
-        ids = torch.randint(base.vocab_size, (1, cached), generator=torch.Generator().manual_seed(0))
-        self.cache = base.new_decoding_cache(cached + longest)
-        logits, hidden = base.forward(ids.to(base.device), self.cache, last=1)
-        self.cache.keep(range(cached))
-        self.last = Last(logits[0], hidden[0], 0)
+        prompt = torch.randint(base.vocab_size, (cached,), generator=torch.Generator().manual_seed(0)).tolist()
+        self.base, self.cached = base, len(base.prefix(prompt))
+        self.cache = base.new_decoding_cache(self.cached + longest)
+        self.last = Last(*base.read_prompt(prompt, self.cache), 0)
 
     def step(self, drafts: np.ndarray, heads: BlockHeads | None = None, k: int = 1) -> None:
         """A step of drafts int64 `[p, l]` as a tree, the heads asked before it if they are given."""
@@ -205,7 +203,7 @@ def heads_cost(
     """What heads add to a step, of the times of `heads_calls`: with fewer tokens to draft from so much less as asking
     them alone takes less."""
     whole, alone = heads_added(times), float(np.median(times[:, -1]))
-    sizes = [size for size in VOCABULARIES if size < base.vocab_size] if heads.projection is None else []
+    sizes = [size for size in VOCABULARIES if k <= size < base.vocab_size] if heads.projection is None else []
     projections = [DraftRows(base, torch.arange(size)).with_tokens(()) for size in sizes]
     state = (base, decode.last.hidden, decode.last.logits, k)
     asks = [partial(heads.lattice, *state, projection=projection) for projection in projections]

@@ -11,7 +11,7 @@ import numpy as np
 
 from lm.records import Count, Number, plain
 
-SCHEMA = "rescore.costs/2"
+SCHEMA = "rescore.costs/3"
 LEAST_MS = 1e-3  # of a step
 
 
@@ -19,19 +19,21 @@ LEAST_MS = 1e-3  # of a step
 class Machine:
     """Where it was measured.
 
-    cpu: model; cores: that the process may use; threads: of torch, whose version is `torch`; gpu: model, where that
-    does the work.
+    cpu: model; cores: that the process may use; threads: of torch; gpu: model, where that does the work. torch,
+    transformers: versions.
     """
 
     cpu: str
     cores: Count
     threads: Count
     torch: str
+    transformers: str
     gpu: str | None
 
     def __str__(self) -> str:
         where = self.gpu or f"{self.cpu}, {_several(self.cores, 'core')}"
-        return f"{where}, {_several(self.threads, 'thread')}, torch {self.torch}"
+        libraries = f"torch {self.torch}, transformers {self.transformers}"
+        return f"{where}, {_several(self.threads, 'thread')}, {libraries}"
 
 
 def _several(count: int, what: str) -> str:
@@ -74,7 +76,8 @@ class ChoiceCost:
 class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A table of costs.
 
-    base, weights_sha256, config_sha256, dtype: of the base LM (`lm.base.model.BaseIdentity`); device: it ran on.
+    base, weights_sha256, config_sha256, dtype: of the base LM (`lm.base.model.BaseIdentity`); device: it ran on;
+    compiles: as `lm.base.model.BaseLM` has it.
     contexts: cached tokens; nodes: tokens of the verify call; both rising.
     step_ms `[contexts][nodes]`: medians of a step of one draft: the call, accepting, and keeping what was accepted.
     tree_ms: what several drafts as a tree add to it (None: the base takes no tree mask, drafts are a batch).
@@ -86,6 +89,7 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     config_sha256: str
     dtype: str
     device: str
+    compiles: bool
     machine: Machine
     contexts: Annotated[list[Count], msgspec.Meta(min_length=1)]
     nodes: Annotated[list[Count], msgspec.Meta(min_length=1)]

@@ -89,6 +89,7 @@ class DraftLayers(LatticeDrafter):
                     f"{size}; give a checkpoint of this base"
                 )
         if target.shared is not None:
+            _check_states(target.shared, self._from.name)
             fitted.layers = self._from.layers(target.shared)
         return fitted
 
@@ -97,6 +98,7 @@ class DraftLayers(LatticeDrafter):
         if self._net is None or self._net.base is not base:
             net = _LOADED.get((self.identity, id(base)))
             if net is None or net.base is not base:
+                _check_states(base, self._from.name)
                 net = self._from.load(base)
                 self._from.check_unchanged()
                 _LOADED[self.identity, id(base)] = net
@@ -163,6 +165,7 @@ class DraftLayers(LatticeDrafter):
                 "have; drop --trace"
             )
         base, _ = self._target.models()
+        base.unpack()  # what is recorded is the same to the last bit whatever was decoded before
         net = self._loaded(base)
         k = self._fitting(net, k)
         text = np.concatenate([prompt_ids, output_ids]).astype(np.int64)
@@ -266,6 +269,14 @@ class Hydra(DraftLayers):
         if tokens is not None and tokens > source.heads:
             raise RescoreError(f"hydra:{path} has {source.heads} heads; give tokens from 1 to {source.heads}")
         super().__init__(source, "hydra", source.heads if tokens is None else tokens)
+
+
+def _check_states(base: BaseLM, name: str) -> None:
+    if base.has_encoder:
+        raise IncompatibleError(
+            f"{name} drafts from states along the prompt, and {base.identity.name} reads that with an encoder; give "
+            "other drafters"
+        )
 
 
 def _empty(shape: tuple[int, ...]) -> Lattice:

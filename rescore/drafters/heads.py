@@ -103,12 +103,10 @@ class Heads(LatticeDrafter):
                 f"{self.name} drafts with the base and its heads, and a trace that is given has only what they propose "
                 "of all tokens; drop --trace"
             )
-        import torch
-
         base, heads = self._target.models()
         assert heads is not None, "what drafts with heads is refused without"
-        text = torch.tensor([[*prompt_ids.tolist(), *output_ids[:-1].tolist()]], device=base.device)
-        _, hidden = base.forward(text, last=len(output_ids), projects=False)
+        base.unpack()  # what is recorded is the same to the last bit whatever was decoded before
+        (hidden,) = base.states_before([prompt_ids.tolist()], [output_ids.tolist()])
         projection = self.projection(base, prompt_ids.tolist())
-        states = hidden[0].to(base.heads_dtype).cpu().numpy()
+        states = hidden.to(base.heads_dtype).cpu().numpy()
         return lattices_along(base, heads, states, output_ids, min(k, self.size or k), projection)

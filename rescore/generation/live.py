@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 
 from lattices.errors import RescoreError
 from lm.base.model import BaseLM
+from lm.draft_vocabulary import find_draft_vocabulary
 from lm.files import SHIPPED
 from lm.heads.block_heads import BlockHeads
 from rescore.acceptance import Rule
@@ -32,6 +33,7 @@ from rescore.runs.weights import fitted_to
 Messages = Sequence[Mapping[str, str]]  # a conversation: {"role": ..., "content": ...} a message
 Accepted = Callable[[list[int]], bool]  # takes the tokens of a step; whether the output goes on
 LOOKUP = "lookup"
+FEWER = 8192  # tokens that heads draft from where nothing else is said
 OF_LATTICES = ("context-ngram", "context-ngram:none")  # of what is shipped, the best that a base can have
 
 
@@ -234,9 +236,10 @@ def best_run(base: BaseLM, heads: BlockHeads | None, *, drafters: Sequence[str |
     base's name (by its costs where they are measured here and no p is given), else `context-ngram` where there are
     lattices (with the shipped n-gram model if it is of this tokenizer), else the drafters' own drafts.
 
-    drafters: none: heads if there are some, and lookup. settings: of `Run`. Raises as `Run` and its `load_drafters`.
+    drafters: none: heads if there are some, which draft from `FEWER` tokens where it is known which come most often
+    (cheaper, and hardly less is accepted), and lookup. settings: of `Run`. Raises as `Run` and its `load_drafters`.
     """
-    own = Run(NONE, drafters=tuple(drafters or (("heads", LOOKUP) if heads else (LOOKUP,))), label="drafts", **settings)
+    own = Run(NONE, drafters=tuple(drafters or _own_drafters(base, heads)), label="drafts", **settings)
     objects = own.load_drafters(own.load())
     lattices = any(isinstance(drafter, LatticeDrafter) for drafter in objects)
     shipped = (SHIPPED / base.identity.name / JOINT).is_dir()
@@ -256,6 +259,16 @@ def best_run(base: BaseLM, heads: BlockHeads | None, *, drafters: Sequence[str |
     return Run(NONE, drafters=own.drafters, label="+".join(drafter.name for drafter in objects), **settings)
 
 
+def _own_drafters(base: BaseLM, heads: BlockHeads | None) -> tuple[str, ...]:
+    if heads is None:
+        return (LOOKUP,)
+    try:
+        find_draft_vocabulary("", tokenizer_sha256=base.identity.tokenizer_sha256, base=base.identity.name)
+    except RescoreError:
+        return (HEADS, LOOKUP)
+    return (f"{HEADS}:vocabulary={FEWER}" if heads.projection is None and base.vocab_size > FEWER else HEADS, LOOKUP)
+
+
 def _target(base: BaseLM, **more: Any) -> Target:
     target = Target.of(base.identity, base.vocab_size, base.eos_token_ids, device=str(base.device), shared=base)
     return replace(target, **more)
@@ -263,8 +276,9 @@ def _target(base: BaseLM, **more: Any) -> Target:
 
 def _costs(base: BaseLM, heads: BlockHeads | None, drafters: Sequence[Drafter]) -> Costs:
     """Those measured on this machine, with the heads if they are among the drafters."""
-    asked = heads is not None and any(drafter.name == HEADS for drafter in drafters)
-    return costs_here(base.identity, (heads.sha256, heads.h) if heads and asked else None, str(base.device))
+    asked = heads is not None and any(isinstance(drafter, Heads) for drafter in drafters)
+    key = (heads.sha256, heads.h) if heads and asked else None
+    return costs_here(base.identity, key, str(base.device), compiles=base.compiles)
 
 
 def encoded(base: BaseLM, prompt: str | Messages, chat: bool | None = None) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,24 +47,27 @@ class TransformersGenerate(Peer):
         ends = sorted(base.eos_token_ids)
         config = GenerationConfig(
             do_sample=False, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0,
-            prompt_lookup_num_tokens=self.lookup or None,
+            prompt_lookup_num_tokens=self.lookup or None, **base.generation_settings,
         )  # fmt: skip
-        return _Generate(model, config, self.name)
+        return _Generate(model, config, self.name, base.prefix)
 
 
 @dataclass(frozen=True)
 class _Generate:
-    """Decodes with `model.generate`; name: of the peer, for messages."""
+    """Decodes with `model.generate`; name: of the peer, for messages; prefix: what stands before the output of a
+    prompt."""
 
     model: Any
     config: GenerationConfig
     name: str
+    prefix: Callable[[Sequence[int]], list[int]]
 
     @torch.inference_mode()
     def __call__(self, prompt_ids: Sequence[int], max_new_tokens: int) -> Decoded:
         """One prompt. `seconds`: the prompt's call is its prefill, though it may verify a draft already; `verify` is
         the time in later calls (on a GPU, where calls return before they are done, all time after the prompt)."""
-        model, calls = self.model, _Calls(len(prompt_ids))
+        before = len(self.prefix(prompt_ids))
+        model, calls = self.model, _Calls(before)
         hooks = [
             model.register_forward_pre_hook(calls.begin, with_kwargs=True), model.register_forward_hook(calls.end)
         ]  # fmt: skip
@@ -75,8 +78,9 @@ class _Generate:
                 warnings.simplefilter("ignore")
                 ids = torch.tensor([list(prompt_ids)], device=model.device)
                 mask = torch.ones_like(ids)
-                found: Any = model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens)
-                output_ids = found[0, len(prompt_ids) :].tolist()
+                forced = before - 1 if model.config.is_encoder_decoder else 0  # after the decoder's start token
+                found: Any = model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens + forced)
+                output_ids = found[0, before:].tolist()
         except Exception as error:  # whatever it raises over a model that it can't decode in this way
             raise IncompatibleError(
                 f"transformers can't decode with this model ({first_line(error)}); drop --peer {self.name}"
@@ -86,7 +90,7 @@ class _Generate:
             model.generation_config = own
             for hook in hooks:
                 hook.remove()
-        decoded = decoded_by([tokens[0].tolist() for tokens in calls.tokens], len(prompt_ids), output_ids)
+        decoded = decoded_by([tokens[0].tolist() for tokens in calls.tokens], before, output_ids)
         decoded.seconds.prefill, decoded.seconds.total = calls.read_at - start, end - calls.read_at
         decoded.seconds.verify = calls.seconds if model.device.type == "cpu" else decoded.seconds.total
         return decoded
@@ -105,7 +109,7 @@ class _Calls:
 
     def begin(self, _model: torch.nn.Module, _args: tuple[Any, ...], given: dict[str, Any]) -> None:
         """Before a call."""
-        self.tokens.append(given["input_ids"])
+        self.tokens.append(given["decoder_input_ids" if "decoder_input_ids" in given else "input_ids"])
         self.began = time.perf_counter()
 
     def end(self, model: Any, _args: tuple[Any, ...], _output: Any) -> None:

@@ -31,6 +31,8 @@ from rescore.rescorers.joint_weights import read_fits, read_weights, shipped_wei
 from rescore.rescorers.learned_bigram import LearnedBigram
 from rescore.rescorers.ngram import Ngram
 
+# Tokens, parents, depths, log-probabilities of whole paths, as of `lattices.joined.likeliest.likeliest_nodes`.
+Tree = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 NONE = "none"
 LONGEST = 16  # tokens of a draft, the base's own included
 MOST_NODES = 1 << 16
@@ -138,25 +140,39 @@ class Joint(Rescorer):
         plan: Plan = context.state.setdefault("plan", Plan())
         assert self._weights is not None
         statistics, first = self._statistics, int(proposals.firsts[row])
+
+        def planned(sources: Sources, weights: np.ndarray) -> Tree:
+            tree = self._tree(sources, weights, first, PLANNED_NODES)
+            return tree if planner.trees and p > 1 else _best_branch(tree)
+
         if self._text_weights is not None and proposals.has_lattices:
             text = proposals.sources(row, context, statistics, text_only=True)
-            tree = self._tree(text, self._text_weights, first, PLANNED_NODES)
+            tree = planned(text, self._text_weights)
             rate, nodes = best_size(tree[3], curve)
             if not plan.asks(rate):
                 plan.took(heads=False)
                 return self._cut(tree, nodes, p)
-        tree = self._tree(proposals.sources(row, context, statistics), self._weights, first, PLANNED_NODES)
-        asked = proposals.has_lattices
-        rate, nodes = best_size(tree[3], curve + (planner.heads_ms(proposals.draft_vocabulary) if asked else 0.0))
-        plan.took(heads=asked, rate=rate)
+        tree = planned(proposals.sources(row, context, statistics), self._weights)
+        asks_heads = bool(proposals.heads_asked[row])
+        rate, nodes = best_size(tree[3], curve + (planner.heads_ms(proposals.draft_vocabulary) if asks_heads else 0.0))
+        plan.took(heads=proposals.has_lattices, rate=rate)
         return self._cut(tree, nodes, p)
 
-    def _tree(self, sources: Sources, weights: np.ndarray, first: int, count: int) -> Any:
+    def _tree(self, sources: Sources, weights: np.ndarray, first: int, count: int) -> Tree:
         """See `likeliest_nodes`."""
         self._room = room_for(sources, self._room)
-        return likeliest_nodes(sources, weights, first, count, self.longest, self._ends, self._room)
+        found: Any = likeliest_nodes(sources, weights, first, count, self.longest, self._ends, self._room)
+        token_ids, parents, depths, logps, _ = found
+        return token_ids, parents, depths, logps
 
     @staticmethod
-    def _cut(tree: Any, nodes: int, p: int) -> np.ndarray:
-        token_ids, parents, depths, logps = (part[:nodes] for part in tree[:4])
+    def _cut(tree: Tree, nodes: int, p: int) -> np.ndarray:
+        token_ids, parents, depths, logps = (part[:nodes] for part in tree)
         return branches(token_ids, parents, depths, best_branches(parents, logps, p))
+
+
+def _best_branch(tree: Tree) -> Tree:
+    """The branch of a tree that is worth most, as a tree of its own."""
+    stays = best_branches(tree[1], tree[3], 1)
+    token_ids, _, depths, logps = (part[stays] for part in tree)
+    return token_ids, np.arange(-1, len(depths) - 1, dtype=np.int32), depths, logps

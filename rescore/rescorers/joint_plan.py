@@ -2,7 +2,8 @@
 
 With calibrated probabilities the first n of the likeliest nodes are the best tree of n, whose expected accepted length
 is the sum of their probabilities; a table says what verifying n costs. The rate (expected tokens a millisecond) has one
-best n. Only the table and the probabilities decide, so a replay with the same table plans as live decoding does.
+best n. Where one draft alone has that price, it is so much of the tree's best branch. Only the table and the
+probabilities decide, so a replay with the same table plans as live decoding does.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ def best_size(logps: np.ndarray, milliseconds: np.ndarray) -> tuple[float, int]:
 class Planner:
     """What steps of 1 to `PLANNED_NODES` tokens take by a table of costs, and asking the heads.
 
+    trees: whether the base verifies several drafts as a tree, whose tokens cost what those of one draft do.
     identity: a hash of all that plans follow from.
     """
 
     def __init__(self, costs: Costs) -> None:
-        self._heads = costs.heads
+        self._heads, self.trees = costs.heads, costs.tree_ms is not None
         self._contexts, self._curves = costs.contexts, costs.curves(PLANNED_NODES)
-        self.identity = key_of([plain(self._heads), self._contexts, self._curves.tolist()])
+        self.identity = key_of([plain(self._heads), self._contexts, self._curves.tolist(), self.trees])
 
     def heads_ms(self, vocabulary: int | None) -> float:
         """Of heads that draft from so many tokens (None: all); 0 where no costs of heads are known."""

@@ -19,6 +19,7 @@ import torch
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.lattice import Lattice
 from lattices.search import p_best
+from lm.base.model import BaseIdentity, BaseLM
 from lm.neural.model import (
     RESCORER,
     NeuralLM,
@@ -33,7 +34,8 @@ from rescore.rescorers.base import Context, Rescorer, Target
 from rescore.rescorers.neural_state import Group, groups_of
 
 # Several rescorers of a run, and their weights, use one LM. The sha256 tells a retrained one in the same folder.
-_LOADED: WeakValueDictionary[tuple[NeuralSource, str, Target, int], NeuralLM] = WeakValueDictionary()
+_Of = tuple[NeuralSource, str, int, BaseIdentity | None, str, BaseLM | None]  # all that `load_neural` is given
+_LOADED: WeakValueDictionary[_Of, NeuralLM] = WeakValueDictionary()
 
 
 class NeuralModel:
@@ -77,16 +79,16 @@ class NeuralModel:
         """The LM. Raises as `load_neural`, and `RescoreError` if it is not what it was when it was looked up."""
         if self.target is None:
             raise RescoreError(f"a {self.source.use.name} must be fitted to a base LM first (fit)")
-        key = (self.source, self.sha256, self.target, self.least)
+        base, device, shared = self.target.base, self.target.device, self.target.shared
+        key = (self.source, self.sha256, self.least, base, device, shared)
         if (model := _LOADED.get(key)) is None:
-            base = self.target.base
             model = load_neural(
                 self.source,
                 vocab_size=self.least,
                 base_name=base.name if base else "the base LM",
                 dtype=base.dtype if base else "float32",
-                device=self.target.device,
-                shared=self.target.shared,
+                device=device,
+                shared=shared,
             )
             if self.source.sha256 != self.sha256:
                 raise RescoreError(

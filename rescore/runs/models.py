@@ -88,6 +88,11 @@ class Models:
 
         return str(self._given_base.device) if self._given_base else choose_device(self.inputs.device)
 
+    @property
+    def compiles(self) -> bool:
+        """Whether the base's layers are compiled where that gains."""
+        return self._given_base.compiles if self._given_base else self.inputs.compile == "auto"
+
     def heads_facts(self) -> dict[str, Any]:
         """What a trace says of the heads: hashes of weights and configuration, and h."""
         from lm.heads.block_heads import heads_folder, heads_sha256, read_config

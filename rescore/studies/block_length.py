@@ -143,7 +143,7 @@ def block_lengths_of_trace(
     block_heads = load_heads(model, heads)
     choosing = {rescorer: (loaded, drafters)}
     key, at = (block_heads.sha256, block_heads.h), str(model.device)
-    costs = costs_here(model.identity, key, at) if loaded.plans else None
+    costs = costs_here(model.identity, key, at, compiles=model.compiles) if loaded.plans else None
     fitted, drafters = fit_to(trace, choosing, device=at, shared=model, costs=costs)[rescorer]
     shown = partial(progress, "block lengths") if progress else None
     return block_lengths(

@@ -43,9 +43,9 @@ def verify_curve(
     base.pack()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(base.vocab_size, (1, cached + max(sizes)), generator=generator).to(base.device)
-    cache = base.new_decoding_cache(cached + max(sizes))
-    base.forward(ids[:, :cached], cache, last=1)
-    cache.keep(range(cached))
+    prompt = ids[0, :cached].tolist()
+    cache = base.new_decoding_cache(len(base.prefix(prompt)) + max(sizes))
+    base.read_prompt(prompt, cache)
 
     def verify(n: int) -> None:
         base.forward(ids[:, :n], cache)

@@ -297,7 +297,10 @@ def _costs(plan: Plan, part: _Part) -> Costs | None:
     """What a step costs on this machine, where that is measured and the suite is about time."""
     with suppress(RescoreError):
         if plan.mode == "live":
-            return costs_here(part.recording.models.identity, None, part.recording.models.device)
+            recording, models = part.recording, part.recording.models
+            sha256 = recording.settings.get("heads_sha256")
+            heads = (sha256, recording.h) if sha256 else None
+            return costs_here(models.identity, heads, models.device, compiles=models.compiles)
     return None
 
 

@@ -21,6 +21,7 @@ from rescore.tasks.base import Metric
 
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
+_LEVELS = 256  # of a pixel
 _NUMBER = re.compile(
     r"""
     (?: (?<![^\W_]) (?<![)\]}%]) (?P<sign>[-\u2212]) )?    # no sign after a digit, letter or bracket: 9-4 ends with 4
@@ -138,6 +139,22 @@ def bleu(output: str, references: tuple[str, ...]) -> float:
     return min(1.0, score / 100)  # it rounds above 100
 
 
+def closeness(output: str, references: tuple[str, ...]) -> float:
+    """1 less the mean distance of an output's pixels from a reference's, as a share of the range of intensities; the
+    best over the references. Pixels that are missing, too many, or no intensities are as far off as can be."""
+    return max((_closeness(output.split(), reference.split()) for reference in references), default=0.0)
+
+
+def _closeness(pixels: list[str], reference: list[str]) -> float:
+    count = max(len(pixels), len(reference), 1)
+    pairs = zip(pixels, reference, strict=False)
+    return sum(1 - abs(int(a) - int(b)) / (_LEVELS - 1) for a, b in pairs if _is_level(a) and _is_level(b)) / count
+
+
+def _is_level(word: str) -> bool:
+    return word.isascii() and word.isdecimal() and int(word) < _LEVELS
+
+
 EXACT_MATCH = Metric("exact match", exact_match)
 F1 = Metric("F1", f1)
 FINAL_ANSWER = Metric("final answer", final_answer)
@@ -147,8 +164,10 @@ ROUGE_2 = Metric("ROUGE-2", partial(rouge, "rouge2"))
 ROUGE_L = Metric("ROUGE-L", partial(rouge, "rougeL"))
 CHRF = Metric("chrF", chrf)
 BLEU = Metric("BLEU", bleu)
+CLOSENESS = Metric("closeness", closeness)
 METRICS: dict[str, Metric] = {
-    metric.name: metric for metric in (EXACT_MATCH, F1, ROUGE_1, ROUGE_2, ROUGE_L, CHRF, BLEU, FINAL_ANSWER, LAST_WORD)
+    metric.name: metric
+    for metric in (EXACT_MATCH, F1, ROUGE_1, ROUGE_2, ROUGE_L, CHRF, BLEU, FINAL_ANSWER, LAST_WORD, CLOSENESS)
 }
 
 

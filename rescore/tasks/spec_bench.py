@@ -10,9 +10,10 @@ text or a list. Hub copies that hold one category only need no `category`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from lattices.errors import InvalidDataError
-from rescore.tasks.base import HubSource, Metric, Record, Task, checked_text, json_kind
+from rescore.tasks.base import HubSource, Metric, Record, Task, checked_text, json_kind, text_field
 from rescore.tasks.metrics import BLEU, CHRF, EXACT_MATCH, F1, ROUGE_L
 
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
@@ -74,12 +75,29 @@ def _task(
     )
 
 
+def _sentence(record: Record) -> Record | None:
+    """Rows with a source and its translation as they are, Spec-Bench's in the same shape, None for other categories."""
+    if "source" not in record:
+        return row_of("translation")(record)
+    return {
+        "id": record.get("id"),
+        "prompt": text_field(record, "source"),
+        "references": _first_references(record.get("reference")),
+    }
+
+
 TASKS = (
     _task(
         "mt_bench", "open questions, first turns (MT-bench, in Spec-Bench)", *MT_BENCH,
         hub=HubSource("lighteval/mt-bench", None, "train"), metrics=(),  # judged by a model elsewhere
     ),
-    _task("translation", "German to English (WMT14, in Spec-Bench)", "translation", metrics=(CHRF, BLEU)),
+    replace(
+        _task(
+            "translation", "sentences with their translation; German to English (WMT14, in Spec-Bench)", "translation",
+            metrics=(CHRF, BLEU),
+        ),
+        row=_sentence, rows="the fields source, reference (or Spec-Bench's rows of category translation)",
+    ),
     _task(
         "summarization", "summaries of news articles (CNN/DailyMail, in Spec-Bench)", "summarization",
         metrics=(ROUGE_L,),

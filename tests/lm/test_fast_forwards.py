@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from conftest import byte_tokenizer, make_heads
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_model
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.prefix_tree import build_prefix_tree
@@ -172,11 +175,57 @@ class TestPrograms:
             ("mixtral", "a layer can't be traced"),
             ("bloom", "take or give more than their states"),
             ("falcon", "has numbers that are no weights"),
+            ("doge", "computes otherwise where the text is longer"),  # whose attention has a window of its own
         ],
     )
     def test_what_has_none_is_told_why(self, name: str, reason: str, tmp_path: Path):
         with pytest.raises(IncompatibleError, match=reason):
             compiled(base_of(name), tmp_path, Programs())
+
+    @pytest.mark.parametrize("long", [2, 9, 33])
+    def test_a_layer_that_asks_for_the_length_has_none(self, long: int, tmp_path: Path, monkeypatch):
+        """Tracing takes one of the branches, and a compiled program does not tell for which sizes that is right."""
+        forward = LlamaDecoderLayer.forward
+
+        def branching(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            states = forward(self, hidden_states, *args, **kwargs)
+            return states * 2 if hidden_states.shape[1] > long else states
+
+        base = base_of("llama")
+        monkeypatch.setattr(LlamaDecoderLayer, "forward", branching)
+        with pytest.raises(IncompatibleError, match="computes otherwise where the text is longer"):
+            compiled(base, tmp_path, Programs())
+
+    def test_layers_that_are_called_twice_have_none(self, tmp_path: Path):
+        base = base_of("llama")
+        layers = base.model.model.layers
+        forward = layers[0].forward
+        layers[0].forward = lambda *args, **kwargs: layers[1](forward(*args, **kwargs), *args[1:], **kwargs)
+        with pytest.raises(IncompatibleError, match="does not call every layer once"):
+            compiled(base, tmp_path, Programs())
+
+    def test_after_a_single_token_the_layers_read_by_themselves(self, tmp_path: Path):
+        """0 and 1 are no sizes that a trace leaves open."""
+        base, make = base_of("llama"), Programs()
+        expected = decode(base, None, PROMPT[:1], max_new_tokens=6).output_ids
+        install(base, *compiled(base, tmp_path, make))
+        make.calls = 0
+        assert decode(base, None, PROMPT[:1], max_new_tokens=6).output_ids == expected
+        assert make.calls == 4 * base.config.num_hidden_layers  # of five calls after the prompt's
+
+    def test_a_model_that_is_given_in_memory_has_none(self, tmp_path: Path):
+        """It may be that of a base LM that decoded, and its weights may change."""
+        base, make = base_of("llama"), Programs()
+        install(base, *compiled(base, tmp_path, make))
+        with torch.no_grad():
+            for layer in base.model.model.layers:
+                layer.mlp.down_proj.weight = torch.nn.Parameter(layer.mlp.down_proj.weight * 3, requires_grad=False)
+        other = load_base(base.model, base.tokenizer)
+        prompt = torch.tensor([PROMPT])
+        said = other.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
+        make.calls = 0
+        assert decode(other, None, PROMPT, max_new_tokens=8).output_ids == said[0, len(PROMPT) :].tolist()
+        assert make.calls == 0
 
     def test_layers_of_other_sizes_have_programs_of_their_own(self, tmp_path: Path):
         """DeepSeek's first layer is dense; its others have experts, which can't be programs."""
@@ -273,7 +322,7 @@ class TestCompiling:
         assert outputs(third) == expected and not self.are_compiled(third)
         again, _, failed = lines()
         assert "is broken; it is made again" in again
-        assert failed.endswith("decodes without compiled layers: the compiler failed (for a test)")
+        assert "decodes without compiled layers: the compiler failed (for a test) (kept: remove " in failed
 
     def test_without_a_compiler_it_says_so(self, load, lines, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("CXX", "no-such-compiler")
@@ -296,10 +345,17 @@ class TestCompiling:
             base.pack()
             assert not self.are_compiled(base)
         assert len(tried) == 1
-        assert [line.endswith("a layer can't be traced (for a test)") for line in lines()] == [False, True, True]
+        assert ["a layer can't be traced (for a test) (kept: " in line for line in lines()] == [False, True, True]
         monkeypatch.setenv("CXX", "gcc")  # another compiler may do better
         load().pack()
         assert len(tried) == 2
+
+    def test_whatever_an_architecture_fails_with_is_told_in_a_line(self, load, lines, monkeypatch):
+        monkeypatch.setattr(compiling, "watch", lambda base: {}["what it lacks"])
+        monkeypatch.setattr(compiling.shutil, "which", lambda name: sys.executable)
+        base = load()
+        assert outputs(base) == outputs(load(compile="off")) and not self.are_compiled(base)
+        assert "decodes without compiled layers: KeyError: 'what it lacks' is missing (kept: remove " in lines()[-1]
 
     def test_small_models_and_those_in_memory_are_left_alone(self, load, lines, monkeypatch, tiny_base):
         monkeypatch.setattr(model_module, "LEAST_WEIGHTS", 1 << 24)
@@ -382,6 +438,19 @@ class TestFixedShapes:
             assert used(capacity).buffers[0].buffers[0] is buffer
         large = used(1000)
         assert large.buffers[0].buffers[0].shape[2] == large.capacity >= 1000 + SIZES[-1]
+
+    def test_nothing_of_a_former_decode_is_seen(self, fixed):
+        """Half precision overflows to what is no number, which a mask does not keep out."""
+        expected = decode(fixed, None, PROMPT, max_new_tokens=8).output_ids
+        cache = fixed.new_decoding_cache(20)
+        fixed.forward(torch.tensor([PROMPT]), cache)
+        kept = cache.buffers[0].buffers[0]
+        with torch.inference_mode():
+            for buffer in (buffer for layer in cache.buffers for buffer in layer.buffers):
+                buffer.fill_(torch.nan)
+        del cache
+        assert decode(fixed, None, PROMPT, max_new_tokens=8).output_ids == expected
+        assert fixed.new_decoding_cache(20).forwards._buffers[0][0] is kept, "the same buffers"
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
     def test_a_gpu_records_them(self, tiny_folder: Path):

@@ -272,7 +272,7 @@ class TestBodyStates:
         segments = segments_of([data])
         assert len(segments) > 1
         found = body_states(
-            model, [data], segments, device=base.device, dtype=torch.float32, takes_masks=base.supports_tree
+            model, [data], segments, device=base.device, dtype=torch.float32, arguments=base.body_arguments
         )
         np.testing.assert_allclose(found.detach().numpy(), data.states[:].astype(np.float32), rtol=5e-3, atol=5e-3)
 

@@ -37,8 +37,8 @@ def costs_of(
     """An invented table; base: `weights_sha256` and `config_sha256`."""
     return Costs(
         base="tiny", **{"weights_sha256": "w", "config_sha256": "c"} | base, dtype="float32", device="cpu",
-        machine=Machine(cpu="a CPU", cores=2, threads=1, torch="2", gpu=None), contexts=list(contexts),
-        nodes=list(nodes), step_ms=step_ms, tree_ms=tree_ms, choices=list(choices),
+        compiles=True, machine=Machine(cpu="a CPU", cores=2, threads=1, torch="2", transformers="5", gpu=None),
+        contexts=list(contexts), nodes=list(nodes), step_ms=step_ms, tree_ms=tree_ms, choices=list(choices),
         heads=None if heads_ms is None else HeadsCost(
             sha256=heads, h=4, ms=heads_ms, vocabulary_ms=dict(vocabulary_ms)
         ),

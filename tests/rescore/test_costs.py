@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from conftest import make_heads, refused
+from conftest import make_heads, refused, save_tiny_base
 from evaluating import Options, evaluated, opened
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +19,7 @@ from test_ngram_rescorer import bigram_model, save
 
 from lattices.errors import InvalidDataError, RescoreError
 from lm.base.catalog import load_base
-from lm.base.model import BaseLM
+from lm.base.model import BaseIdentity, BaseLM
 from lm.heads.block_heads import load_heads
 from rescore.calls import NO_CALL, Call
 from rescore.costs import kept
@@ -34,6 +34,11 @@ from rescore.runs.evaluated import load_run
 from rescore.runs.records import Identical
 from rescore.runs.run import Run, runs_of
 from rescore.runs.tuning import fit_joint
+
+
+def kept_of(base: BaseIdentity | None, heads: tuple[str, int] | None) -> Costs:
+    """The table that is kept for models on the CPU here, compiled where that gains."""
+    return costs_here(base, heads, "cpu", compiles=True)
 
 
 def test_between_and_beyond_what_was_measured_are_straight_lines():
@@ -146,7 +151,38 @@ def test_generation_plans_by_what_was_measured_here(options: Options, tmp_path: 
     assert Generator.of(base, None, text).decode(prompt, 24).output_ids == decoded.output_ids, "it needs no heads"
     cut = heads.first(2)
     assert cut.sha256 == heads.sha256, "how many are used is told apart"
-    refused(lambda: Generator.of(base, cut, run), "with these heads are measured on this machine")
+    few = Run("joint:nodes=auto", p=32, k=8, drafters=("heads:vocabulary=40", "lookup"))  # whose spec is not `heads`
+    for other in (run, few):
+        refused(lambda other=other: Generator.of(base, cut, other), "with these heads are measured on this machine")
+
+
+def test_one_draft_is_planned_as_one(options: Options, tmp_path: Path):
+    """With p = 1 other branches would be paid for in vain; as a batch, which is all that some bases verify, twice."""
+    ngram, drafters = save(tmp_path / "ngram", bigram_model()), ("heads", "lookup")
+    fit_joint(opened(options), tmp_path / "w", f"joint:ngram={ngram}", drafters=drafters, k=8, held_out=2)
+    spec, found = f"joint:{tmp_path / 'w'},ngram={ngram},nodes=auto", []
+    for p, tree_ms in ((1, 0.5), (32, None), (32, 0.5)):
+        costs = costs_for(options, [[10, 10.01, 10.1]], contexts=(64,), tree_ms=tree_ms, heads_ms=0.1)
+        run = Run(spec, p=p, k=8, drafters=drafters)
+        found.append([record.calls for record in evaluated(options | {"rescorers": [run]}, costs=costs).examples])
+    of_one, without_trees, of_trees = found
+    assert of_one == without_trees and {call.drafts for calls in of_one for call in calls} <= {0, 1}
+    assert max(call.drafts for calls in of_trees for call in calls) > 1
+    assert max(call.tokens for calls in of_one for call in calls) > 4
+
+
+def test_what_heads_cost_counts_only_where_heads_are_asked(options: Options, tmp_path: Path):
+    """A table may be of heads that nothing drafts with: those that were measured last."""
+    ngram = save(tmp_path / "ngram", bigram_model())
+    drafters = (f"draft-model:{save_tiny_base(tmp_path / 'small', seed=3, hidden_size=16)}", "lookup")
+    fit_joint(opened(options), tmp_path / "w", f"joint:ngram={ngram}", drafters=drafters, k=8, held_out=2)
+    run = Run(f"joint:{tmp_path / 'w'},ngram={ngram},nodes=auto", p=32, k=8, drafters=drafters)
+    found = []
+    for heads_ms in (None, 1000.0):
+        costs = costs_for(options, [[10, 12, 20], [11, 13, 22]], heads_ms=heads_ms)
+        (result,) = evaluated(options | {"rescorers": [run]}, costs=costs).results
+        found.append(result.accepted_histogram)
+    assert found[0] == found[1]
 
 
 class TestKept:
@@ -162,16 +198,25 @@ class TestKept:
         assert measured.tree_ms is not None and measured.machine == this_machine("cpu")
         heads = (measured.heads.sha256, 4)
         missing = "with these heads are measured on this machine"
-        refused(lambda: costs_here(identity, heads, "cpu"), missing, "run: rescore bench costs --base")
+        refused(lambda: kept_of(identity, heads), missing, "run: rescore bench costs --base")
         keep_costs(measured)
-        assert costs_here(identity, heads, "cpu") == costs_here(identity, None, "cpu") == measured
+        assert kept_of(identity, heads) == kept_of(identity, None) == measured
         others = measure_costs(tiny_base, make_heads(tiny_base, seed=1), contexts=(8,), nodes=(1, 2), repeats=1)
         keep_costs(others)
-        assert costs_here(identity, heads, "cpu") == measured, "others do not take their place"
+        assert kept_of(identity, heads) == measured, "others do not take their place"
         cut = make_heads(tiny_base).first(2)
         assert cut.h == 2
-        refused(lambda: costs_here(identity, (measured.heads.sha256, 2), "cpu"), missing)
-        refused(lambda: costs_here(None, None, "cpu"), "does not name its base LM", "--costs FILE")
+        refused(lambda: kept_of(identity, (measured.heads.sha256, 2)), missing)
+        refused(lambda: kept_of(None, None), "does not name its base LM", "--costs FILE")
+
+    def test_by_whether_layers_are_compiled(self, tiny_base: BaseLM, measured: Costs, options: Options):
+        assert tiny_base.compiles and measured.compiles
+        keep_costs(msgspec.structs.replace(measured, compiles=False))
+        refused(lambda: kept_of(tiny_base.identity, None), "no costs of", "are measured on this machine")
+        keep_costs(measured)
+        assert kept_of(tiny_base.identity, None) == measured
+        other = {"rescorers": ["lookup"], "compile": "off", "dtype": "bfloat16"}
+        refused(lambda: evaluated(options | other, costs="here"), "--dtype bfloat16 --device cpu --compile off")
 
     def test_by_the_machine(self, tiny_base: BaseLM, measured: Costs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         keep_costs(measured)
@@ -181,7 +226,7 @@ class TestKept:
         )
         monkeypatch.setattr(kept, "CPUINFO", cpuinfo)
         assert this_machine("cpu").cpu == "Some CPU @ 3 GHz"
-        refused(lambda: costs_here(tiny_base.identity, None, "cpu"), "Some CPU @ 3 GHz")
+        refused(lambda: kept_of(tiny_base.identity, None), "Some CPU @ 3 GHz")
         cpuinfo.write_text("processor\t: 0\n")
         assert this_machine("cpu").cpu, "by what the system says"
         monkeypatch.setattr(kept, "CPUINFO", tmp_path / "nowhere")

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from lm.base.catalog import load_base
 from lm.base.model import BaseLM
 from rescore.decoding import decode
+from rescore.generation import live
 from rescore.generation.growing_text import GrowingText
 from rescore.generation.live import Generator, best_run, generate
 from rescore.rescorers import load_rescorer
@@ -201,10 +202,14 @@ def test_requests_that_make_no_sense(tiny_base: BaseLM, heads, tmp_path, monkeyp
     assert generate(plain, None, "x", max_new_tokens=3).accepted
 
 
-def test_what_is_chosen_where_no_rescorer_is_named(tiny_base: BaseLM, heads):
+def test_what_is_chosen_where_no_rescorer_is_named(tiny_base: BaseLM, heads, monkeypatch: pytest.MonkeyPatch):
     """Without weights of its own name, and another tokenizer than the shipped n-gram model's."""
     assert best_run(tiny_base, heads).label == "context-ngram:none,drafters=heads+lookup"
     assert best_run(tiny_base, None).label == "lookup"
+    with monkeypatch.context() as patch:  # a ranking of its tokens would be shipped
+        patch.setattr(live, "FEWER", 100)
+        patch.setattr(live, "find_draft_vocabulary", lambda *_, **__: None)
+        assert live._own_drafters(tiny_base, heads) == ("heads:vocabulary=100", "lookup")
     assert best_run(tiny_base, heads, drafters=("lookup",)).drafters == ("lookup",)
     assert best_run(tiny_base, heads, drafters=("heads",), p=3).p == 3
 

@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from conftest import refused, squad_records, write_lines
 from made_records import made_latency, made_result
 
 import lm.base.catalog
 from lattices.errors import IncompatibleError, InvalidDataError
+from lm.heads.block_heads import heads_sha256
 from rescore.costs.kept import keep_costs, this_machine
 from rescore.costs.table import Costs, HeadsCost
 from rescore.peers.transformers_generate import TransformersGenerate
@@ -117,13 +119,15 @@ class TestRun:
         assert len(held) == 2 and not any({"base", "heads"} & vars(each).keys() for each in held)
 
     def test_what_a_step_costs_is_shown_where_it_is_measured(self, suite_file: Path, tmp_path: Path):
-        identity = lm.base.catalog.identify(str(read_plan(suite_file).base))
+        plan = read_plan(suite_file)
+        identity, heads = lm.base.catalog.identify(str(plan.base)), heads_sha256(Path(str(plan.heads)))
         costs = Costs(
             base="tiny", weights_sha256=identity.weights_sha256, config_sha256=identity.config_sha256,
-            dtype=identity.dtype, device="cpu", machine=this_machine("cpu"), contexts=[64], nodes=[1, 2],
-            step_ms=[[20.0, 30.0]], tree_ms=0.5, heads=HeadsCost(sha256="x", h=4, ms=5.0),
+            dtype=identity.dtype, device="cpu", compiles=True, machine=this_machine("cpu"), contexts=[64],
+            nodes=[1, 2], step_ms=[[20.0, 30.0]], tree_ms=0.5, heads=HeadsCost(sha256=heads, h=4, ms=5.0),
         )  # fmt: skip
         keep_costs(costs)
+        keep_costs(msgspec.structs.replace(costs, heads=HeadsCost(sha256="of others", h=9, ms=7.0)))
         run(suite_file, tmp_path / "out")
         page = (tmp_path / "out" / "table.md").read_text()
         shown = page[page.index("## What a step costs there") :]

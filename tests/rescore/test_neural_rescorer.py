@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import save_tiny_base
 from evaluating import evaluated
+from made_costs import costs_of
 from test_ngram_rescorer import bigram_model, save
 from test_replay import traced
 
@@ -175,6 +176,13 @@ class TestLocal:
         half = dataclasses.replace(target(tiny_base), base=dataclasses.replace(tiny_base.identity, dtype=dtype))
         rescorer = load_rescorer(f"neural:{small_folder}").fit(half).weighted(0.7)
         assert rescorer.draft(lattices_at(1, 5), contexts_at(2, 5), p).shape == (5, p, H)
+
+    def test_rescorers_of_one_base_share_the_lm(self, tiny_base, small_folder):
+        """Whatever else they are told: what they choose among, and what a step costs."""
+        plain = target(tiny_base)
+        other = dataclasses.replace(plain, sources=("lookup",), costs=costs_of([[1, 2, 3], [4, 5, 6]]))
+        first, second = (load_rescorer(f"neural:{small_folder}").fit(each).model for each in (plain, other))
+        assert first.load() is second.load()
 
     def test_examples_without_a_prompt(self, tiny_base, small, small_folder):
         rescorer = load_rescorer(f"neural:{small_folder}").fit(target(tiny_base)).weighted(0.7)

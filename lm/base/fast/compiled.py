@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
+import transformers
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, first_line
 from lm.base.fast.compiled_layer import CompiledLayer, Run
 from lm.base.fast.layer_program import Call, Signature, decoder_layers, export, quiet, signature_of, watch, weights_of
 from lm.files import atomic_folder, write_json
-from lm.keys import cache_entry, cached, file_stamp, software
+from lm.keys import cache_entry, cached, file_stamp
 from lm.locks import warn
 from lm.records import plain, read_record
 
@@ -59,7 +60,7 @@ def compile_layers(base: BaseLM) -> None:
     compiled, which a line says. If that can't be done, the layers stay as they are, and a line says why."""
     name, compiler = base.identity.name, shutil.which(os.environ.get("CXX", "g++"))
     document = {
-        "schema": SCHEMA, "software": [torch.__version__, software("transformers")], "machine": _machine(),
+        "schema": SCHEMA, "software": [torch.__version__, transformers.__version__], "machine": _machine(),
         "config": base.identity.config_sha256, "layout": [[str(w.dtype), w.shape] for w in weights_of(base.model)],
     }  # fmt: skip
     entry = cache_entry("layers", re.sub(r"[^\w.-]", "_", Path(name).name), document)
@@ -79,8 +80,9 @@ def compile_layers(base: BaseLM) -> None:
         with atomic_folder(folder) as temporary:
             try:
                 layers, runs = compiled(base, temporary, compile_program)
-            except IncompatibleError as error:
-                layers, runs = Layers(reason=str(error), compiler=_stamp(compiler)), []
+            except Exception as error:  # architectures fail in their own ways
+                why = "" if isinstance(error, RescoreError) else f"{type(error).__name__}: "
+                layers, runs = Layers(reason=why + first_line(error), compiler=_stamp(compiler)), []
             write_json(temporary / RECORD, plain(layers))
         return layers, runs
 
@@ -93,7 +95,7 @@ def compile_layers(base: BaseLM) -> None:
     try:
         layers, runs = cached(entry, f"compiled layers of {name}", read=read, make=make, is_broken=is_broken)
         if layers.reason:
-            raise IncompatibleError(layers.reason)
+            raise IncompatibleError(f"{layers.reason} (kept: remove {entry} to have it tried again)")
         install(base, layers, runs)
     except RescoreError as error:
         warn(f"{name} decodes without compiled layers: {first_line(error)}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lm.base.cache import KVCache, TreeCache
-from lm.base.fast.layer_program import MOST_TOKENS, Input, Path, Signature, weights_of
+from lm.base.fast.layer_program import LEAST_CACHED, MOST_TOKENS, Input, Path, Signature, weights_of
 
 Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]  # takes and gives tensors, in the order of `export`
 
@@ -78,7 +78,7 @@ class CompiledLayer:
             tensors[place] = tensor.contiguous()
         layer: Any = cache.layers[self._place]
         start = layer.room(rows, n)
-        if start is None:
+        if start is None or start < LEAST_CACHED:
             return None
         tensors = [_seen(start + 1) if tensor is None else tensor for tensor in tensors]
         (states,) = self._run([_past(start), *layer.buffers, *tensors, *self._weights])

@@ -120,8 +120,12 @@ class FixedForwards:
         """Whether it can lend its buffers for so many positions now: nobody else has a cache of them."""
         return capacity + SIZES[-1] <= self.capacity and (self._lent is None or self._lent() is None)
 
+    @torch.inference_mode()
     def new_cache(self) -> FixedCache:
-        """An empty cache."""
+        """An empty cache. What another one left in its buffers is cleared: all of them is read, and what is no number
+        comes through a mask."""
+        for buffer in (buffer for pair in self._buffers.values() for buffer in pair):
+            buffer.zero_()
         cache = FixedCache(self._config, self)
         self._lent = weakref.ref(cache)
         return cache

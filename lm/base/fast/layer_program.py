@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.numbers import int_oo
 
 from lattices.errors import IncompatibleError, first_line
 from lm.base.cache import KVCache
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from lm.base.model import BaseLM
 
 MOST_TOKENS = 64  # of a forward that a program takes; larger ones gain nothing
+LEAST_CACHED = 2  # positions of the cache of a call that a program takes: a trace tells 0 and 1 from all other sizes
 CAPACITY = 40  # positions of the cache of calls that are watched
 # Tokens and cached positions of the calls that are watched. The first one is traced.
 CALLS = ((5, 11), (7, 19), (1, 11))
@@ -138,7 +140,7 @@ def _watch(
             raise IncompatibleError("a layer does not keep keys and values once")
         known[layer].append(Call(*begun.pop(), output, cache, written[0]))
 
-    known = dict(calls)
+    known, before = dict(calls), len(calls[0][1])
     handles = [each.register_forward_pre_hook(note_begin, with_kwargs=True) for each in known]
     handles += [each.register_forward_hook(note_end) for each in known]
     vars(cache)["update"] = note_write
@@ -148,7 +150,7 @@ def _watch(
         del cache.update
         for handle in handles:
             handle.remove()
-    if len({len(found) for found in known.values()}) != 1:
+    if any(len(found) != before + 1 for found in known.values()):
         raise IncompatibleError("its forward does not call every layer once")
 
 
@@ -311,4 +313,16 @@ def export(layer: torch.nn.Module, call: Call, signature: Signature) -> torch.ex
         raise IncompatibleError(f"a layer can't be traced ({type(error).__name__}: {first_line(error)})") from error
     if exported.constants:
         raise IncompatibleError("a layer has numbers that are no weights")
+    _check_sizes(exported, signature)
     return exported
+
+
+def _check_sizes(exported: torch.export.ExportedProgram, signature: Signature) -> None:
+    """Raises `IncompatibleError` where the layer asked how long something is: the program has one of both answers, for
+    the sizes of which that is right, and nothing tells when it is run for others."""
+    given = [node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"]
+    past, tokens = given[0].shape[0], given[3 + signature.states].shape[1]
+    ranges = exported.range_constraints
+    begins = [int(ranges[size.node.expr].lower) for size in (past, tokens)]  # one token is compared apart
+    if any(each.upper is not int_oo for each in ranges.values()) or max(begins) > LEAST_CACHED:
+        raise IncompatibleError("a layer computes otherwise where the text is longer")

@@ -1,0 +1,265 @@
+"""Base LMs with an encoder: T5, BART, Marian and their kin. The encoder reads a prompt once; the decoder begins with a
+start token and looks at what the encoder made of it, by keys and values that each layer computes once.
+
+Blocks are verified as rows of a batch: these decoders are not told where tokens stand, so that they read no trees.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutput
+
+from lattices.errors import IncompatibleError, RescoreError
+from lm.base.cache import KVCache, TreeCache
+from lm.base.model import BaseLM
+from lm.base.probe import attempt
+
+UNLIMITED = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}  # whose positions are distances
+ENCODER_LENGTHS = ("max_source_positions", "max_encoder_position_embeddings", "max_position_embeddings")
+PADDING_TOLERANCE = 1e-4  # share of the largest logit by which padding a prompt may change any
+
+
+class EncoderDecoderLM(BaseLM):
+    """See `BaseLM`. Tokens that the model's `generation_config` forbids (`bad_words_ids` of one token) never come, and
+    `forced_bos_token_id` is a part of what the decoder begins with, not of the output.
+    """
+
+    has_encoder = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "compiles": False})
+        self.prompt_length = _encoder_length(self.model.config)
+        self.prefix([])  # which it may lack
+
+    @property
+    def decoder_config(self) -> Any:
+        """See `BaseLM`."""
+        return self.decoder.config
+
+    @property
+    def decoder(self) -> Any:
+        """See `BaseLM`."""
+        return self.model.get_decoder()
+
+    @functools.cached_property
+    def _before(self) -> list[int]:
+        generation, config = self.model.generation_config, self.model.config
+        start = next(
+            (
+                value
+                for name in ("decoder_start_token_id", "bos_token_id") for of in (generation, config)
+                if (value := getattr(of, name, None)) is not None
+            ),
+            None,
+        )  # fmt: skip
+        if not isinstance(start, int):
+            raise IncompatibleError(
+                f"{self.identity.name} does not say what its decoder begins with; put decoder_start_token_id into its "
+                "generation_config.json"
+            )
+        forced = getattr(generation, "forced_bos_token_id", None)
+        return [start, *([forced] if isinstance(forced, int) else [])]
+
+    @property
+    def _forbidden_ids(self) -> list[int]:
+        words = getattr(self.model.generation_config, "bad_words_ids", None) or []
+        return [word[0] for word in words if len(word) == 1]
+
+    @functools.cached_property
+    def _forbidden(self) -> torch.Tensor | None:
+        """What makes tokens never come, `[vocab]`."""
+        if not self._forbidden_ids:
+            return None
+        never = torch.zeros(self.vocab_size, dtype=self.dtype, device=self.device)
+        # A number that is one in float32 too, so that a lattice may hold all tokens.
+        never[self._forbidden_ids] = max(torch.finfo(self.dtype).min / 2, -1e30)
+        return never
+
+    @functools.cached_property
+    def added_bias(self) -> torch.Tensor | None:
+        """See `BaseLM`."""
+        bias = getattr(self.model, "final_logits_bias", None)
+        shift = None if bias is None or not bias.any() else bias[0]
+        parts = [part for part in (shift, self._forbidden) if part is not None]
+        return sum(parts[1:], parts[0]) if parts else None
+
+    def _call(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, hidden = super()._call(*args, **kwargs)
+        return logits if self._forbidden is None else logits + self._forbidden, hidden
+
+    @property
+    def generation_settings(self) -> dict[str, Any]:
+        """See `BaseLM`."""
+        words = [[token] for token in self._forbidden_ids]
+        names = ("decoder_start_token_id", "forced_bos_token_id")
+        return {**dict(zip(names, self._before, strict=False)), "bad_words_ids": words or None}
+
+    def prefix(self, prompt_ids: Sequence[int]) -> list[int]:
+        """See `BaseLM`."""
+        return list(self._before)
+
+    @torch.inference_mode()
+    def encoded(self, prompts: Sequence[Sequence[int]]) -> Source:
+        """See `BaseLM`."""
+        ids, mask = self._padded(prompts)
+        states = self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+        return Source(states, mask)
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask `[b, s]`."""
+        ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)], mask[row, : len(prompt)] = torch.tensor(list(prompt)), 1
+        return ids.to(self.device), mask.to(self.device)
+
+    def arguments(
+        self,
+        input_ids: torch.Tensor,
+        cache: KVCache | TreeCache | None,
+        *,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        source: Source | None,
+    ) -> dict[str, Any]:
+        """See `BaseLM`."""
+        given = super().arguments(
+            input_ids, cache, position_ids=position_ids, attention_mask=attention_mask, source=None
+        )
+        if isinstance(cache, KVCache):
+            source = cache.source
+            assert source is not None, "the decoder reads what the encoder made of a prompt (`read_prompt`)"
+            given[self._cache_argument] = EncoderDecoderCache(cache, source.cross(len(input_ids), len(cache.layers)))
+        assert source is not None, "a call without cache is given a source"
+        states, mask = source.of_rows(len(input_ids))
+        given["decoder_input_ids"], given["decoder_attention_mask"] = given.pop("input_ids"), given["attention_mask"]
+        return {**given, "encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": mask}
+
+    def body_arguments(self, prompts: Sequence[Sequence[int]], ids: torch.Tensor) -> dict[str, Any]:
+        """See `BaseLM`; the encoder is a part of the body."""
+        sources, mask = self._padded(prompts)
+        return {"input_ids": sources, "attention_mask": mask, "decoder_input_ids": ids, "use_cache": False}
+
+    @functools.cached_property
+    def supports_padding(self) -> bool:
+        """See `BaseLM`: whether a prompt is read the same beside a longer one."""
+        first = torch.tensor([self._before], device=self.device)
+        short, long = [3, 4], [3, 4, 5, 6]
+
+        def logits() -> torch.Tensor:
+            both = self.forward(first.expand(2, -1), source=self.encoded([short, long]))[0][0]
+            return torch.stack([both, self.forward(first, source=self.encoded([short]))[0][0]])
+
+        found = attempt(logits)
+        if found is None:
+            return False
+        return bool((found[0] - found[1]).abs().max() <= PADDING_TOLERANCE * found[1].abs().max())
+
+    def encode_prompt(self, text: str, *, chat: bool, max_tokens: int | None = None) -> list[int]:
+        """Token ids of a prompt as the encoder reads it, of which more than `max_tokens` are cut before the tokens that
+        end it. Raises as `BaseLM.encode_prompt`."""
+        if not text:
+            raise RescoreError("a prompt is empty; every example needs text to start from")
+        if chat:
+            return self.encode_messages([])
+        ids: list[int] = self.tokenizer(text, truncation=max_tokens is not None, max_length=max_tokens)["input_ids"]
+        if not ids:
+            raise RescoreError(f"a prompt has no tokens: {text[:40]!r}")
+        return ids
+
+    def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Raises `IncompatibleError`: an encoder reads a text."""
+        raise IncompatibleError(f"{self.identity.name} has no chat template; give its prompts as plain text")
+
+    @property
+    def is_chat(self) -> bool:
+        return False
+
+
+def base_class(config: Any) -> type[BaseLM]:
+    """What reads a model of this configuration of transformers."""
+    return EncoderDecoderLM if config.is_encoder_decoder else BaseLM
+
+
+class Source:
+    """What the encoder made of prompts: states `[b, s, d]`, mask `[b, s]` (0 where a shorter one is padded), and the
+    keys and values that the decoder's layers make of the states at the first call."""
+
+    def __init__(self, states: torch.Tensor, mask: torch.Tensor) -> None:
+        self.states, self.mask = states, mask
+        self._cross: _SourceCache | None = None
+
+    def of_rows(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """States and mask for so many rows of the decoder: of one prompt for all, else a row each."""
+        return self.states.expand(rows, -1, -1), self.mask.expand(rows, -1)
+
+    def cross(self, rows: int, layers: int) -> _SourceCache:
+        """The keys and values for so many rows, of so many layers."""
+        self._cross = self._cross or _SourceCache(layers)
+        for layer in self._cross.layers:
+            layer.show(rows)
+        return self._cross
+
+    def rows(self, chosen: torch.Tensor) -> Source:
+        """That of these rows only."""
+        source = Source(self.states[chosen], self.mask[chosen])
+        if self._cross is not None:
+            source._cross = _SourceCache(len(self._cross.layers))
+            for ours, theirs in zip(self._cross.layers, source._cross.layers, strict=True):
+                theirs.hold(*(each[chosen] for each in ours.held))
+        return source
+
+
+class _SourceLayer(DynamicLayer):
+    """One layer's keys and values of a source, `[b, heads, s, d_head]`; shown for several rows where b is 1."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.held: tuple[torch.Tensor, ...] = ()
+        self.shown = 0
+
+    def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Takes these for the source's."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        self.held = self.keys, self.values = keys, values
+        self.shown = len(keys)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # Of a call of several rows on one prompt all rows are the same.
+        self.hold(key_states, value_states)
+        return key_states, value_states
+
+    def show(self, rows: int) -> None:
+        """Has the keys and values for so many rows."""
+        if self.held and self.shown != rows:
+            self.keys, self.values = (each[:1].expand(rows, -1, -1, -1) for each in self.held)
+            self.shown = rows
+
+    def get_seq_length(self) -> int:
+        return self.held[0].shape[2] if self.held else 0
+
+
+class _SourceCache(Cache):
+    """The keys and values of all layers of a decoder."""
+
+    layers: list[Any]
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(layers=[_SourceLayer() for _ in range(layers)])
+
+
+def _encoder_length(config: Any) -> int:
+    """Tokens that the encoder reads at most; 2^30 where there is no limit."""
+    if config.model_type in UNLIMITED:
+        return 1 << 30
+    sizes = [getattr(config, name, None) for name in ENCODER_LENGTHS]
+    return next((size for size in sizes if type(size) is int and size > 0), 1 << 30)

@@ -329,9 +329,7 @@ def trace_command(
     out: Annotated[Path, "Folder for the trace; resumable."],
     task: shared.Task = "squad",
     k: Annotated[int, "Lattice entries kept per head."] = 32,
-    drafter: Annotated[
-        Spec, "Whose lattices: heads, draft-model:, eagle:, hydra:, mtp, a plug-in's name; or none."
-    ] = HEADS,
+    drafter: Annotated[Spec, "Whose lattices: heads, draft-model:, eagle:, hydra:, mtp, a plug-in's; or none."] = HEADS,
     inputs: "Inputs",
 ) -> None:
     """Record a trace: greedy output and lattices of a task, for replay with `rescore eval --trace`."""

@@ -264,7 +264,7 @@ class Result:
 
 def is_oracle(rescorer: str) -> bool:
     """Whether a run of this label is a perfect choice, of whatever drafters (`oracle:drafters=heads+lookup`)."""
-    return rescorer.partition(":")[0] == "oracle"
+    return unmarked(rescorer).partition(":")[0] == "oracle"
 
 
 def is_unrescored(rescorer: str, p: int) -> bool:

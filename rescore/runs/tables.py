@@ -366,7 +366,7 @@ def results_csv(results: Sequence[Result], *, task: str | None = None, **facts: 
 
 
 def _scores_in_full(quality: Mapping[str, float] | None) -> str | None:
-    return quality and "; ".join(f"{name} {value:.4f}" for name, value in quality.items())
+    return None if quality is None else "; ".join(f"{name} {value:.4f}" for name, value in quality.items())
 
 
 def _source_facts(share: SourceShare) -> str:

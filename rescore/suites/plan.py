@@ -297,7 +297,7 @@ def _rules(
     for own, other in (("acceptance", "temperature"), ("temperature", "acceptance")):
         if own in given and other not in given:
             said.pop(other, None)
-    drawn = {
+    drawn: dict[str, Any] = {
         "top_k": said["top_k"].whole(least=0) if "top_k" in said else 0,
         "top_p": said["top_p"].number() if "top_p" in said else 1.0,
         "sampling_seed": said["sampling_seed"].whole(least=0) if "sampling_seed" in said else 0,
@@ -313,11 +313,11 @@ def _rules(
         rules = [*kept] or [(None, Acceptance())]
     elif kept and not {rule for _, rule in kept} & {rule for _, rule in rules}:
         raise said["acceptance"].wrong("it draws nothing; drop it, or let temperature have 0 as well")
-    for value, rule in rules:
-        if value is not None:
-            _at(value, rule.rule)
+    for asked, rule in rules:
+        if asked is not None:
+            _at(asked, rule.rule)
             if not live and rule != Acceptance():
-                raise value.wrong(
+                raise asked.wrong(
                     "what is not greedy leaves a trace at its first token that is not greedy decoding's; add mode: live"
                 )
     if unused := [key for key in OF_SAMPLING if key in given and not any(rule.temperature for _, rule in rules)]:

@@ -96,7 +96,7 @@ def speed_table(results: Sequence[Result]) -> Table:
         rows.append([*place, *baseline, *of_each])
     first = 1 + len(several) + len(alone)
     speeds = range(first, first + len(runs) * len(of_run), len(of_run))
-    mean = ["mean", *[None] * (first + len(runs) * len(of_run) - 1)]
+    mean: list[Any] = ["mean", *[None] * (first + len(runs) * len(of_run) - 1)]
     for column in speeds:
         of_tasks = [row[column] for row in rows]
         mean[column] = None if None in of_tasks else fmean(of_tasks)

@@ -317,7 +317,7 @@ def tune_command(
         fit = _done(fit_joint, recordings, out, rescorer[0], without=without, k=max(k), **how)
         _result(fit, "rescore.runs.tables:joint_fit_table", as_json)
         among = f" --drafter {','.join(drafter)}" if drafter else ""
-        return notify(f"written: rescore eval --rescorer {fitted_spec(rescorer[0], str(out))}{among} uses these weights")
+        return notify(f"written: rescore eval --rescorer {fitted_spec(rescorer[0], out)}{among} uses these weights")
     sweeps = _done(tune, recordings, rescorer, alphas=alphas or DEFAULT_ALPHAS, ks=k, ps=p, **how)
     _print_json([asdict(sweep) for sweep in sweeps]) if as_json else _show(tuning_table(sweeps))
     notify("kept on this machine: rescore eval --alpha tuned with the same options uses these weights")

@@ -138,10 +138,10 @@ def is_joint(specs: Sequence[str], out: Path | None, without: Sequence[str] = ()
     return bool(joint)
 
 
-def fitted_spec(spec: str, out: str) -> str:
+def fitted_spec(spec: str, out: Path | None) -> str:
     """What uses the weights that were fitted for `spec` into a folder, all else as it was asked for."""
     _, arguments = parse_spec(spec)
-    return format_spec(JOINT, {MAIN: out, **{key: value for key, value in arguments.items() if key != MAIN}})
+    return format_spec(JOINT, {MAIN: str(out), **{key: value for key, value in arguments.items() if key != MAIN}})
 
 
 def fit_joint(

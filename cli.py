@@ -246,18 +246,18 @@ def eval_command(
     from rescore.runs.recording import open_recordings
     from rescore.runs.run import runs_of
     from rescore.studies.draft_vocabulary import VocabularySweep
+    from rescore.studies.until_divergence import until_divergence
 
     asked = runs_of(rescorer, ks=k, ps=p, alpha=alpha, drafters=drafter, nodes=nodes)
     runs = (sweep := VocabularySweep.of(asked, draft_vocabulary)).runs
     needed: dict[str, Any] = {"k": max(run.k for run in runs), "heads_needed": any(run.needs_heads for run in runs)}
-    how: dict[str, Any] = {
-        "live": mode == "live",
-        "verify": verify,
-        "costs": costs,
-        **({"rule": accepting.rule()} if accepting else {}),
-    }
+    rule = accepting.rule() if accepting else None
+    how: dict[str, Any] = {"costs": costs, "peers": peer, "seed": seed, "out": out, **({"rule": rule} if rule else {})}
     recordings = open_recordings(task, inputs, **needed)
-    evaluation = _done(evaluate, recordings, runs, **how, peers=peer, seed=seed, out=out, notify=notify)
+    if mode == "replay" and rule is not None and rule.lossy:
+        found = _done(until_divergence, recordings, runs, **how)
+        return _result(found, "rescore.studies.until_divergence:until_divergence_table", as_json)
+    evaluation = _done(evaluate, recordings, runs, live=mode == "live", verify=verify, notify=notify, **how)
     _print_json(plain(evaluation.document)) if as_json else _show(sweep.tables(evaluation, details=details, seed=seed))
     if evaluation.interrupted:
         kept = f"and kept in {out}: the same command goes on" if out else "(--out DIR would keep them)"
@@ -307,7 +307,7 @@ def tune_command(
     from rescore.runs.recording import open_recordings
     from rescore.runs.run import runs_of
     from rescore.runs.tables import tuning_table
-    from rescore.runs.tuning import DEFAULT_ALPHAS, fit_joint, is_joint, tune
+    from rescore.runs.tuning import DEFAULT_ALPHAS, fit_joint, fitted_spec, is_joint, tune
 
     joint = is_joint(rescorer, out, without, alphas)
     heads_needed = any(run.needs_heads for run in runs_of(rescorer, drafters=drafter))
@@ -317,7 +317,7 @@ def tune_command(
         fit = _done(fit_joint, recordings, out, rescorer[0], without=without, k=max(k), **how)
         _result(fit, "rescore.runs.tables:joint_fit_table", as_json)
         among = f" --drafter {','.join(drafter)}" if drafter else ""
-        return notify(f"written: rescore eval --rescorer joint:{out}{among} uses these weights")
+        return notify(f"written: rescore eval --rescorer {fitted_spec(rescorer[0], out)}{among} uses these weights")
     sweeps = _done(tune, recordings, rescorer, alphas=alphas or DEFAULT_ALPHAS, ks=k, ps=p, **how)
     _print_json([asdict(sweep) for sweep in sweeps]) if as_json else _show(tuning_table(sweeps))
     notify("kept on this machine: rescore eval --alpha tuned with the same options uses these weights")
@@ -329,7 +329,7 @@ def trace_command(
     out: Annotated[Path, "Folder for the trace; resumable."],
     task: shared.Task = "squad",
     k: Annotated[int, "Lattice entries kept per head."] = 32,
-    drafter: Annotated[Spec, "Whose lattices: heads, draft-model:, eagle:, hydra:, mtp or a plug-in's name."] = HEADS,
+    drafter: Annotated[Spec, "Whose lattices: heads, draft-model:, eagle:, hydra:, mtp, a plug-in's; or none."] = HEADS,
     inputs: "Inputs",
 ) -> None:
     """Record a trace: greedy output and lattices of a task, for replay with `rescore eval --trace`."""
@@ -357,8 +357,8 @@ def suite_command(
 ) -> None:
     """Run a whole table, tasks x rescorers x k, from one YAML file; goes on where it was stopped."""
     from lm.records import plain
-    from rescore.runs.tables import suite_tables
     from rescore.suites.run import run_suite
+    from rescore.suites.tables import suite_tables
 
     suite = _done(run_suite, plan(), out, source=plan.keywords["path"].name, notify=notify)
     if as_json:

@@ -19,7 +19,7 @@ from lattices.lattice import Lattice
 from lattices.prefix_tree import build_prefix_tree
 from lm.base.cache import KVCache
 from lm.base.model import BaseLM
-from lm.heads.block_heads import BlockHeads
+from lm.heads.block_heads import BlockHeads, top_k_lowest_ids
 from rescore.acceptance import Greedy, Rule
 from rescore.calls import NO_CALL, Call, as_read, usable_verify
 from rescore.checks import VERIFY_MODES, check_fits, check_k, check_new_tokens, check_p
@@ -178,6 +178,11 @@ class Verified:
     def tokens(self) -> int:
         """That the base read."""
         return self.logits.shape[0] * self.logits.shape[1]
+
+    def best(self, k: int) -> np.ndarray:
+        """See `rescore.acceptance.rules.Likeliest`."""
+        best = top_k_lowest_ids(self.logits, min(k, self.logits.shape[-1]))[1].cpu().numpy()  # [b, m, k]
+        return np.asarray(best[self.rows, self.columns])
 
     def keep(self, cache: KVCache, row: int, n: int, choice: int) -> Last:
         """Keeps the first n tokens of a draft in the cache; what the base says after them, and the token chosen."""

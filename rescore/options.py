@@ -210,7 +210,7 @@ class Option:
         if "," in path and Path(path).exists():
             return [text]
         parts: list[str] = []
-        for part in text.split(","):
+        for part in re.split(r",(?![^\[]*\])", text):  # the rule in brackets behind a label may have commas
             if self.kind is Spec and parts and ":" in parts[-1] and re.match("[a-z_]+=", part):
                 parts[-1] += f",{part}"  # another setting of the same rescorer
             else:

@@ -14,6 +14,7 @@ import numpy as np
 
 from lattices.lattice import Lattice
 from rescore.acceptance import accept
+from rescore.acceptance.lossy import OfLikeliest
 from rescore.calls import NO_CALL, Call, sizes
 from rescore.checks import check_held_k, check_p
 from rescore.drafters.base import Drafter
@@ -26,14 +27,22 @@ UNLIMITED = 1 << 30
 Drafted = Mapping[str, Mapping[str, Lattice]]  # by drafter, by example: lattices [t, h, K] beside those of the trace
 
 
-@dataclass(frozen=True)
+NOT_KNOWN = -1 << 30  # stands for a token, far from any
+
+
+@dataclass
 class Steps:
     """The steps of one decode: tokens `accepted` by each, its winning draft (at the end of the output the tokens after
-    it included), and the call that would verify its drafts."""
+    it included), and the call that would verify its drafts.
+
+    diverged: tokens that the last step keeps at least by a lossy rule (`OfLikeliest.diverges`), where it is the first
+    one to keep one that greedy decoding would not; None: there is no such step, or no such rule.
+    """
 
     accepted: list[int] = field(default_factory=list)
     drafts: list[list[int]] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    diverged: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,11 +91,14 @@ def replay_steps(
     *,
     verify: str = "tree",
     limits: Limits | None = None,
+    rule: OfLikeliest | None = None,
 ) -> list[Steps]:
     """The steps of every example; `drafted`: what drafters that run a model of their own gave at every position.
 
-    verify: as `rescore.decoding.decode` takes it; it and the limits decide the calls only. Raises `RescoreError` for k
-    beyond what the trace holds, and for p < 1.
+    verify: as `rescore.decoding.decode` takes it; it and the limits decide the calls, and what a rule may keep.
+    rule: the steps end with the first one in which it keeps a token that greedy decoding would not. All that is
+    `accepted` is by greedy acceptance, which up to there is the rule's as well.
+    Raises `RescoreError` for k beyond what the trace holds, and for p < 1.
     """
     if examples and drafting.heads:
         check_held_k(examples[0].lattice.k, drafting.k)
@@ -109,13 +121,45 @@ def replay_steps(
         rows, lengths = accept(drafts, np.broadcast_to(choices[:, None], drafts.shape), remaining, ())
         winning = np.take_along_axis(drafts, rows[:, None, None], axis=1)[:, 0].tolist()
         calls = _calls(drafts, proposals, [limits.remaining(*place) for place in places], verify, limits)
+        if rule is not None:
+            for i, (e, position), of_step in zip(walking, places, drafts, strict=True):
+                said, left = _Along(e, position, length), limits.remaining(e, position)
+                steps[i].diverged = rule.diverges(of_step, said, left, limits.eos_token_ids)
         for i, (e, position), n, draft, call in zip(walking, places, lengths.tolist(), winning, calls, strict=True):
             contexts[i].output_ids.extend(e.output_ids[position : position + n].tolist())
             steps[i].accepted.append(n)
             steps[i].drafts.append([token for token in draft if token >= 0])
             steps[i].calls.append(call)
-        walking = [i for i in walking if len(contexts[i].output_ids) < len(examples[i].output_ids)]
+        walking = [
+            i
+            for i in walking
+            if len(contexts[i].output_ids) < len(examples[i].output_ids) and steps[i].diverged is None
+        ]
     return steps
+
+
+@dataclass(frozen=True)
+class _Along:
+    """What the base says after the tokens of drafts of some length at a position, as long as they are the output's; see
+    `rescore.acceptance.rules.Likeliest`."""
+
+    example: TracedExample
+    position: int
+    length: int
+
+    @property
+    def choices(self) -> np.ndarray:
+        """`[1, l]`."""
+        return self._ahead(self.example.output_ids)[None]
+
+    def best(self, k: int) -> np.ndarray:
+        """`[1, l, k]`."""
+        return self._ahead(self.example.lattice.token_ids[:, 0, :k])[None]
+
+    def _ahead(self, of_positions: np.ndarray) -> np.ndarray:
+        ahead = of_positions[self.position + 1 : self.position + 1 + self.length]
+        after_end = np.full((self.length - len(ahead), *ahead.shape[1:]), NOT_KNOWN)
+        return np.concatenate([ahead, after_end])
 
 
 def _calls(

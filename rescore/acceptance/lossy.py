@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 from lattices.errors import RescoreError
-from lm.heads.block_heads import top_k_lowest_ids
-from rescore.acceptance.rules import Drawn, Rule, Said, Verdict
+from rescore.acceptance.rules import Drawn, Likeliest, Rule, Said, Verdict
 
 
 class Lossy(Rule):
@@ -43,14 +42,19 @@ class Lossy(Rule):
         drawn: Drawn | None = None,
     ) -> Verdict:
         """See `Rule.judge`."""
-        there = (drafts[:, 1:] >= 0) & ~np.isin(drafts[:, :-1], list(eos_token_ids))
-        there = np.cumprod(there, axis=1).astype(bool)
+        there = _there(drafts, eos_token_ids)
         kept = np.cumprod(self.fits(drafts, said) & there, axis=1).astype(bool)
         lengths = np.minimum(1 + kept.sum(axis=1), remaining)
         scores = np.where(kept, self.score(drafts, said), 0.0).sum(axis=1)
         row = int(np.lexsort((np.arange(len(drafts)), -scores, -lengths))[0])
         n = max(int(lengths[row]), min(self.least, 1 + int(there[row].sum()), remaining))
         return Verdict(row, n, int(said.choices[row, n - 1]))
+
+
+def _there(drafts: np.ndarray, eos_token_ids: Collection[int]) -> np.ndarray:
+    """Which of the tokens after the first can be kept at all, bool `[p, l - 1]`: nothing follows end-of-text."""
+    there = (drafts[:, 1:] >= 0) & ~np.isin(drafts[:, :-1], list(eos_token_ids))
+    return np.cumprod(there, axis=1).astype(bool)
 
 
 class Typical(Lossy):
@@ -88,22 +92,51 @@ def _of_drafts(values: torch.Tensor, drafts: np.ndarray, said: Said) -> np.ndarr
     return np.asarray(values[rows, columns, after].cpu())
 
 
-class TopK(Lossy):
+class OfLikeliest(Lossy):
+    """Lossy rules that keep all that greedy acceptance keeps, and for the rest look at nothing but the base's `width`
+    likeliest tokens. So the greedy output with these tells what they keep, until the first token that is not in it.
+    """
+
+    width: int = 1
+
+    @abstractmethod
+    def fits(self, drafts: np.ndarray, said: Likeliest) -> np.ndarray:
+        """See `Lossy.fits`."""
+
+    def diverges(
+        self, drafts: np.ndarray, said: Likeliest, remaining: int, eos_token_ids: Collection[int]
+    ) -> int | None:
+        """Tokens that a step keeps at least, up to the first one that greedy decoding would not; None where it keeps
+        none such, but what greedy acceptance keeps.
+
+        said: of the base along its greedy output; so of a draft what is said after its tokens holds up to the first one
+        that is not in that output. remaining, eos_token_ids: as for `judge`.
+        """
+        there = _there(drafts, eos_token_ids)
+        same = np.cumprod((drafts[:, 1:] == said.choices[:, :-1]) & there, axis=1).sum(axis=1)  # [p]
+        fits = np.pad(self.fits(drafts, said) & there, ((0, 0), (0, 1)))
+        other = fits[np.arange(len(drafts)), same] & (1 + same < remaining)
+        lengths = np.minimum(1 + same + other, remaining)
+        n, row = int(lengths.max()), int(lengths.argmax())
+        if other.any():
+            return n
+        return n + 1 if n < min(self.least, 1 + int(there[row].sum()), remaining) else None
+
+
+class TopK(OfLikeliest):
     """Keeps a token among the k likeliest of the base; equal ones count by lowest id. Source: [B] section 5.1."""
 
     def __init__(self, k: int = 2, *, least: int = 1) -> None:
         if k < 1 or least < 1:
             raise RescoreError("top-k acceptance: give k and least of 1 or more")
-        self.k, self.least = k, least
+        self.k, self.width, self.least = k, k, least
 
-    def fits(self, drafts: np.ndarray, said: Said) -> np.ndarray:
+    def fits(self, drafts: np.ndarray, said: Likeliest) -> np.ndarray:
         """See `Lossy.fits`."""
-        best = top_k_lowest_ids(said.logits, min(self.k, said.logits.shape[-1]))[1].cpu().numpy()  # [b, m, k]
-        after = best[said.rows[:, :-1], said.columns[:, :-1]]  # [p, l - 1, k]
-        return np.asarray((after == drafts[:, 1:, None]).any(axis=-1))
+        return np.asarray((said.best(self.k)[:, :-1] == drafts[:, 1:, None]).any(axis=-1))
 
 
-class Distance(Lossy):
+class Distance(OfLikeliest):
     """Keeps a token whose id is at most eps from that of the base's likeliest: for tokens that are numbers, such as the
     intensities of pixels. Source: [B] section 5.2."""
 
@@ -112,12 +145,12 @@ class Distance(Lossy):
             raise RescoreError("distance acceptance: give eps of 0 or more, and least of 1 or more")
         self.eps, self.least = eps, least
 
-    def fits(self, drafts: np.ndarray, said: Said) -> np.ndarray:
+    def fits(self, drafts: np.ndarray, said: Likeliest) -> np.ndarray:
         """See `Lossy.fits`."""
         return np.asarray(np.abs(drafts[:, 1:] - said.choices[:, :-1]) <= self.eps)
 
 
-class MinBlock(Lossy):
+class MinBlock(OfLikeliest):
     """Keeps what greedy decoding would, and `least` tokens of the winning draft at least. Source: [B] section 5.3."""
 
     def __init__(self, least: int = 2) -> None:
@@ -125,6 +158,6 @@ class MinBlock(Lossy):
             raise RescoreError("min-block acceptance: give least of 2 or more; with 1 it is greedy acceptance")
         self.least = least
 
-    def fits(self, drafts: np.ndarray, said: Said) -> np.ndarray:
+    def fits(self, drafts: np.ndarray, said: Likeliest) -> np.ndarray:
         """See `Lossy.fits`."""
         return np.asarray(drafts[:, 1:] == said.choices[:, :-1])

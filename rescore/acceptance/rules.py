@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -17,15 +18,50 @@ if TYPE_CHECKING:
 SAMPLE = "add --temperature (in transformers: do_sample=True)"  # what to do about drafts that are drawn
 
 
-class Said(Protocol):
-    """What a verify call gave.
+# Behind the label of a run that is not greedy: of what kind, and its rule.
+MARK = re.compile(r" \[(lossy|sampled): ([^\[\]]*)\]$")
 
-    choices int `[p, l]`: the base's likeliest token after every draft token. logits `[b, m, vocab]` after every token
-    read; rows, columns int `[p, l]`: where in them each draft token stands.
+
+def marked(label: str, acceptance: str, *, lossy: bool, sampled: bool) -> str:
+    """The label of a run with the rule that its output came about by, where that is not greedy acceptance."""
+    kind = "lossy" if lossy else "sampled" if sampled else ""
+    return f"{label} [{kind}: {acceptance}]" if kind else label
+
+
+def unmarked(label: str) -> str:
+    """The same without the rule."""
+    return MARK.sub("", label)
+
+
+def mark_of(label: str) -> str:
+    """The rule that a label ends with, as ` [lossy: top-k:2]`; empty for greedy acceptance."""
+    found = MARK.search(label)
+    return found[0] if found else ""
+
+
+def is_lossy(label: str) -> bool:
+    """Whether a label says that the outputs are not the base's."""
+    return mark_of(label).startswith(" [lossy")
+
+
+class Likeliest(Protocol):
+    """What the base says after every draft token, as far as its likeliest tokens tell.
+
+    choices int `[p, l]`: the likeliest one. best: ids `[p, l, k]` of the k likeliest, equal ones by lowest id; -1 where
+    that is not known.
     """
 
     @property
     def choices(self) -> np.ndarray: ...
+    def best(self, k: int) -> np.ndarray: ...
+
+
+class Said(Likeliest, Protocol):
+    """What a verify call gave.
+
+    logits `[b, m, vocab]` after every token read; rows, columns int `[p, l]`: where in them each draft token stands.
+    """
+
     @property
     def logits(self) -> torch.Tensor: ...
     @property
@@ -63,6 +99,10 @@ class Rule(ABC):
     lossy: bool = False
     random: bool = False
     random_state: np.random.Generator | None = None
+
+    def marked(self, label: str) -> str:
+        """The label of a run whose output comes about by this rule: wherever its numbers go, that goes with them."""
+        return marked(label, self.name, lossy=self.lossy, sampled=self.random)
 
     def started(self, *key: object) -> Rule:
         """The rule for one output; a random one draws by its seed and this key from the beginning."""

@@ -48,9 +48,10 @@ class Sampling(Rule):
         if seed < 0:
             raise RescoreError(f"--sampling-seed {seed}; a seed is 0 or more")
         self.seed = seed
-        self.name = f"temperature {temperature:g}"
-        self.name += f", top-k {top_k}" if top_k else ""
-        self.name += f", top-p {top_p:g}" if top_p < 1 else ""
+        given = {"temperature": temperature, "top-k": top_k or None, "top-p": top_p if top_p < 1 else None}
+        # With all digits: a folder goes on with the results of this name.
+        named = (f"{name} {str(value).removesuffix('.0')}" for name, value in given.items() if value is not None)
+        self.name = ", ".join(named)
         self.warpers = tuple(_warpers(temperature, top_k, top_p))
         self.random_state = np.random.default_rng(seed)
 

@@ -206,7 +206,7 @@ def _made(chosen: _Chosen, counts: Counts, to: Format, drafter: EngineDrafter | 
                 target={"name": chosen.base.get("name"), "weights_sha256": chosen.base.get("weights_sha256")},
                 conditions={
                     "dataset": result.task, "osl": trace.get("max_new_tokens"), "num_samples": result.n,
-                    "validation": f"{config.mode} of rescore, greedy: {chosen}",
+                    "validation": f"{config.mode} of rescore, {config.acceptance}: {chosen}",
                 },
             )  # fmt: skip
 

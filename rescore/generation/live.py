@@ -79,6 +79,13 @@ class Output:
             "tokens_per_second": self.tokens_per_second,
         }
 
+    @property
+    def _of_rule(self) -> str:
+        """Whose text it is, where it is not greedy decoding's."""
+        if self.lossy:
+            return f" (lossy acceptance: {self.acceptance}; the text is not the base's own, and nothing scores it)"
+        return "" if self.acceptance == GREEDY.name else f" (drawn: {self.acceptance})"
+
     def line(self) -> str:
         """Its statistics, in words."""
         parts = self.parts
@@ -86,8 +93,7 @@ class Output:
         return (
             f"{len(self.token_ids)} tokens in {self.seconds:.2f} s ({self.tokens_per_second:.1f} tokens/s), "
             f"{len(self.accepted)} steps of {self.block_efficiency:.2f} tokens by {self.rescorer}"
-            f"{f' (lossy acceptance: {self.acceptance})' if self.lossy else ''}; "
-            + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items())
+            f"{self._of_rule}; " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items())
         )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rescore.acceptance.rules import unmarked
 from rescore.accounting import block_efficiency
 from rescore.reports.charts.style import SOURCE_COLOURS, Palette, decode_name
 from rescore.reports.sources import TaskView
@@ -80,7 +81,7 @@ def _most_telling(view: TaskView) -> int:
     """The decode that the explorer begins with: the best rescored one with the fewest drafts."""
     results = list(enumerate(view.results))
     own = [(place, r) for place, r in results if not r.is_peer]
-    rescored = [(place, r) for place, r in own if r.rescorer != "none" and not r.is_oracle] or own
+    rescored = [(place, r) for place, r in own if unmarked(r.rescorer) != "none" and not r.is_oracle] or own
     return min(rescored, key=lambda choice: (choice[1].p, -choice[1].block_efficiency))[0]
 
 

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from rescore.acceptance.rules import is_lossy, mark_of, unmarked
 from rescore.reports.sources import TaskView
 from rescore.runs.records import Result, is_oracle
 from rescore.runs.run import NONE, is_drafter
-from rescore.table import GAIN, Format, fixed, percent
+from rescore.runs.tables import QUALITIES
+from rescore.table import GAIN, Column, Format, fixed, percent
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class Cell:
 
     share: of the gap to the oracle of the same drafters recovered (None without the unrescored drafts or a gap).
     speedup: over autoregressive decoding, live only; predicted: by the costs of a step, where there are some.
+    scores: of outputs that are not greedy decoding's, which every speed stands beside (empty: of those that are).
     best: of several rescorers with this p the one with the most on the task (`none` and oracles apart).
     sure: the interval of its gain lies above zero.
     """
@@ -26,6 +29,7 @@ class Cell:
     share: float | None
     speedup: float | None
     predicted: float | None
+    scores: str
     best: bool
     sure: bool
 
@@ -44,6 +48,11 @@ class Row:
         return is_oracle(self.rescorer)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is the drafts as they come, by whatever rule they are accepted."""
+        return unmarked(self.rescorer) == NONE
+
+    @property
     def is_peer(self) -> bool:
         """Whether it is another library's decoder."""
         return any(cell and cell.result.is_peer for cell in self.cells)
@@ -51,7 +60,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Headline:
-    """Rows by p, the oracles above all and `none` first of each p; `sentences`: what they say."""
+    """Rows by p, the oracles above all and `none` first of each p; `sentences`: what they say, of each acceptance rule
+    apart."""
 
     rows: tuple[Row, ...]
     sentences: tuple[str, ...]
@@ -60,14 +70,20 @@ class Headline:
 def make_headline(views: Sequence[TaskView]) -> Headline:
     """The table and its sentences."""
     decodes = [(r.rescorer, r.p) for view in views for r in view.results]
-    names = ["oracle", NONE, *(rescorer for rescorer, _ in decodes)]
+    names = ["oracle", *(name for name, _ in decodes if unmarked(name) == NONE), *(name for name, _ in decodes)]
     rows = [
         Row(rescorer, p, tuple(_cell(view, rescorer, p) for view in views))
         for rescorer, p in sorted(
             dict.fromkeys(decodes), key=lambda decode: (not is_oracle(decode[0]), decode[1], names.index(decode[0]))
         )
     ]
-    return Headline(tuple(rows), tuple(_sentences(views, rows)))
+    lines: list[str] = []
+    for mark in dict.fromkeys(view.mark for view in views):
+        of_rule = _sentences([v for v in views if v.mark == mark], [r for r in rows if mark_of(r.rescorer) == mark])
+        outputs = "the outputs are not the base model's" if is_lossy(mark) else "the outputs are drawn"
+        lines += [f"{'LOSSY,' if is_lossy(mark) else 'Sampled,'}{mark}: {outputs}."] if mark else []
+        lines += of_rule
+    return Headline(tuple(rows), tuple(lines))
 
 
 def _cell(view: TaskView, rescorer: str, p: int) -> Cell | None:
@@ -76,11 +92,17 @@ def _cell(view: TaskView, rescorer: str, p: int) -> Cell | None:
         return None
     own = _contends(result)
     rivals = [r.block_efficiency for r in view.results if r.p == p and _contends(r)]
-    plain = next((r.block_efficiency for r in view.results if (r.rescorer, r.p) == (NONE, p)), 0.0)
+    plain = next((r.block_efficiency for r in view.results if (unmarked(r.rescorer), r.p) == (NONE, p)), 0.0)
     best = own and len(rivals) > 1 and plain < result.block_efficiency == max(rivals)
     sure = own and result.gain_ci95 is not None and result.gain_ci95[0] > 0
     speedup = result.latency.speedup if result.latency else None
-    return Cell(result, result.gap_share(view.unrescored), speedup, result.predicted_speedup, best, sure)
+    scores = ", ".join(f"{c.heading} {c.format.show(c.value(result))}" for c in _scored(result))
+    return Cell(result, result.gap_share(view.unrescored), speedup, result.predicted_speedup, scores, best, sure)
+
+
+def _scored(result: Result) -> list[Column]:
+    """The scores of outputs that are not greedy decoding's, as far as they are known."""
+    return [column for column in QUALITIES if result.mark and column.value(result) is not None]
 
 
 def _sentences(views: Sequence[TaskView], rows: Sequence[Row]) -> list[str]:
@@ -107,7 +129,7 @@ def _sentences(views: Sequence[TaskView], rows: Sequence[Row]) -> list[str]:
 
 def _contends(side: Row | Result) -> bool:
     """Whether it may be the best: it is no ceiling, not what all are compared with, and of this project."""
-    return side.rescorer != NONE and not side.is_oracle and not side.is_peer
+    return unmarked(side.rescorer) != NONE and not side.is_oracle and not side.is_peer
 
 
 def _gains(row: Row) -> list[tuple[Cell, float]]:
@@ -119,7 +141,7 @@ def _best_of(rows: Sequence[Row], p: int, unit: str) -> str | None:
     gains = {row.rescorer: _gains(row) for row in rows if row.p == p and _contends(row)}
     most = max(map(len, gains.values()), default=0)
     whole = {name: cells for name, cells in gains.items() if cells and len(cells) == most}
-    unrescored = [gain for row in rows if (row.rescorer, row.p) == (NONE, p) and p > 1 for _, gain in _gains(row)]
+    unrescored = [gain for row in rows if row.is_plain and row.p == p > 1 for _, gain in _gains(row)]
     if not whole:
         gain = _range(GAIN, unrescored) if unrescored else None
         return gain and f"With {_drafts(p)} a step and no rescoring the gain is {gain}."

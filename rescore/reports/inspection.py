@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
+from rescore.acceptance.rules import mark_of, unmarked
 from rescore.options import Spec
 from rescore.reports.token_text import token_texts, tokenizer_of
 from rescore.reports.walks import Candidate, Slot, slots_at, walk_of
@@ -128,7 +129,7 @@ def inspect_example(
 
     if top < 1:
         raise RescoreError(f"--top {top}; show at least one token of each slot")
-    run, task = _choose_run(folder, task, k=k, h=h)
+    run, task = _choose_run(folder, task, rescorers, k=k, h=h)
     results = _choose_results(run, task, rescorers, p)
     records = [(r, {record.id: record for record in run.records(task, r.rescorer, r.p)}) for r in results]
     ids = list(dict.fromkeys(name for _, by_id in records for name in by_id))
@@ -189,8 +190,10 @@ def inspect_example(
     )
 
 
-def _choose_run(folder: Path, task: str | None, **shape: int | None) -> tuple[Evaluation, str]:
-    """The run of a task with this k and h (None: the only one there is)."""
+def _choose_run(
+    folder: Path, task: str | None, rescorers: Collection[str], **shape: int | None
+) -> tuple[Evaluation, str]:
+    """The run of a task with this k and h (None: the only one there is), by the acceptance rule of the rescorers."""
     runs = load_runs(folder)
     tasks = list(dict.fromkeys(name for run in runs for name in run.tasks))
     if task is None and len(tasks) > 1:
@@ -207,7 +210,14 @@ def _choose_run(folder: Path, task: str | None, **shape: int | None) -> tuple[Ev
         if value is not None and value not in there:
             raise RescoreError(f"{folder} has no results of {task} with {name} = {value}, only {listed}")
         choices = [(run, result) for run, result in choices if value in (None, getattr(result, name))]
-    return choices[0][0], task
+    rules = dict.fromkeys(map(mark_of, rescorers)) or dict.fromkeys(result.mark for _, result in choices)
+    if len(rules) > 1:
+        listed = ", ".join(rule.strip() or "greedy" for rule in rules)
+        raise RescoreError(
+            f"{folder} has several acceptance rules of {task} ({listed}); choose one with --rescorer, as in "
+            f"--rescorer '{unmarked(choices[0][1].rescorer)}{list(rules)[-1]}'"
+        )
+    return next((run for run, result in choices if result.mark in rules), choices[0][0]), task
 
 
 def _choose_results(run: Evaluation, task: str, rescorers: Collection[str], p: int | None) -> list[Result]:

@@ -21,7 +21,7 @@ from rescore.options import written
 from rescore.runs.evaluated import Evaluation
 from rescore.runs.inputs import Progress
 from rescore.runs.log import CONFIG_FILE, RESULTS_FILE
-from rescore.runs.records import Result, Tuned
+from rescore.runs.records import Result, Tuned, is_unrescored
 from rescore.studies.analysis import HmaxCorrelation, RescorerAnalysis, RunAnalysis, analyse_run, correlate_h_max
 from rescore.suites.files import PLAN_FILE, RUNS_FOLDER, TUNED_FILE, load_runs
 from rescore.tracing import trace_folder
@@ -61,7 +61,12 @@ class TaskView:
     @property
     def rescored(self) -> list[RescorerAnalysis]:
         """The analyses of the other decodes."""
-        return [a for a in self.analysis.rescorers if (a.rescorer, a.p) != ("none", 1)]
+        return [a for a in self.analysis.rescorers if not is_unrescored(a.rescorer, a.p)]
+
+    @property
+    def mark(self) -> str:
+        """The acceptance rule of all its results (`Result.mark`)."""
+        return self.results[0].mark
 
     @property
     def base(self) -> dict[str, Any]:
@@ -172,7 +177,7 @@ def _labels(pairs: Sequence[tuple[Evaluation, str]]) -> list[str]:
 
 
 def _place(run: Evaluation, ks: Collection[int]) -> str:
-    """Folder and, where there are several, k."""
+    """Folder (whose name tells the acceptance rule, in a suite) and, where there are several, k."""
     name = run.folder.resolve().name if run.folder else "in memory"
     return f"{name}, k = {run.results[0].k}" if len(ks) > 1 else name
 
@@ -190,8 +195,8 @@ def _gaps(views: Sequence[TaskView]) -> list[str]:
             f"{', '.join(plain)}: the unrescored drafts were not run, so there are no gains; "
             "add --rescorer none to rescore eval, and 1 to its --p."
         )
-    decodes = {(r.rescorer, r.p) for view in views for r in view.results}
     for view in views:
+        decodes = {(r.rescorer, r.p) for other in views if other.mark == view.mark for r in other.results}
         if lacking := decodes - {(r.rescorer, r.p) for r in view.results}:
             names = ", ".join(f"{rescorer} (p = {p})" for rescorer, p in sorted(lacking))
             lines.append(f"{view.label}: not run there, so its cells of the tables are empty: {names}.")

@@ -56,7 +56,7 @@ class Ngram(Rescorer):
         if made_for and target.tokenizer_sha256 and made_for != target.tokenizer_sha256:
             raise IncompatibleError(
                 f"the n-gram model {self.path} was made for another tokenizer than the base LM's; build one with "
-                "rescore build-ngram --tokenizer BASE"
+                "rescore build-ngram --tokenizer BASE (context-ngram:none needs none)"
             )
         fitted = copy.copy(self)
         fitted._search = self.model.search(target.vocab_size, target.eos_token_ids)

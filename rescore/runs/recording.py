@@ -344,18 +344,18 @@ def record_task(
 ) -> Trace:
     """Records a task with the lattices of a drafter, k entries a slot, into the folder `out`, or goes on with it.
 
-    The base's own outputs are recorded in the cache first where the drafter is not its heads of all tokens. Raises
-    `RescoreError` for a drafter that has no lattices, and as `open_recording`.
+    The base's own outputs are recorded in the cache first where the drafter is not its heads of all tokens; `none`:
+    they alone, where there are no heads. Raises `RescoreError` for a drafter without lattices, and as `open_recording`.
     """
-    loaded = load_drafter(drafter)
-    if not isinstance(loaded, LatticeDrafter) or not loaded.decodes:
+    loaded = None if drafter == "none" else load_drafter(drafter)
+    if loaded is not None and not (isinstance(loaded, LatticeDrafter) and loaded.decodes):
         raise RescoreError(f"--drafter {drafter} has no lattices of its own to record; give heads or draft-model:NAME")
-    in_trace = isinstance(loaded, Heads) and loaded.size is None
+    in_trace = loaded is None or (isinstance(loaded, Heads) and loaded.size is None)
     recording = open_recording(inputs, k=k, out=out if in_trace else None, heads_needed=isinstance(loaded, Heads))
     for line in recording.notices if notify else ():
         notify(line)  # type: ignore[misc]
     trace = recording.trace(progress=progress)
-    if in_trace:
+    if loaded is None or in_trace:
         return trace
     header, device, settings = trace.header, recording.models.device, recording.settings
     target = Target.of(settings["base"], header.vocab_size, header.eos_token_ids, device=device)

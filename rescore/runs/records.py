@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from lm.records import Count, Number, plain
+from rescore.acceptance.rules import mark_of, marked, unmarked
 from rescore.calls import Call
 from rescore.costs.table import Costs
 from rescore.runs.inputs import Inputs
@@ -185,7 +186,8 @@ class Result:
     block_efficiency ... conditional: see `rescore.accounting.Accounting`.
     oracle_block_efficiency: of the best path of what the run's own drafters proposed; None of a peer, and where
         outputs are not greedy decoding's. peer: it is one.
-    gain, gain_ci95: over `none` with p = 1 in the same run, paired; None where that was not run, and for it itself.
+    gain, gain_ci95: over `none` with p = 1 (by the same rule) in the same run, paired; None where that was not run,
+        and for it itself.
     against_unrescored: None where a live output is not the trace's, and of a peer.
     autoregressive_quality: that of decoding token by token beside it (live), greedily or drawn alike.
     quality: mean of each metric over the examples with references (empty: the text is not known).
@@ -244,7 +246,12 @@ class Result:
     @property
     def is_unrescored(self) -> bool:
         """Whether this is what gains are over."""
-        return (self.rescorer, self.p) == ("none", 1)
+        return is_unrescored(self.rescorer, self.p)
+
+    @property
+    def mark(self) -> str:
+        """The rule that the output came about by, as the label says it; empty: greedy decoding's own."""
+        return mark_of(self.rescorer)
 
     def gap_share(self, unrescored: Result | None) -> float | None:
         """How much of the way from the unrescored drafts to the oracle of its own drafters this is; None where there is
@@ -257,7 +264,12 @@ class Result:
 
 def is_oracle(rescorer: str) -> bool:
     """Whether a run of this label is a perfect choice, of whatever drafters (`oracle:drafters=heads+lookup`)."""
-    return rescorer.partition(":")[0] == "oracle"
+    return unmarked(rescorer).partition(":")[0] == "oracle"
+
+
+def is_unrescored(rescorer: str, p: int) -> bool:
+    """Whether a run of this label is what the others by its rule are compared with."""
+    return (unmarked(rescorer), p) == ("none", 1)
 
 
 class Alpha(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename={"source": "from"}):
@@ -380,6 +392,10 @@ class RunConfig:
                 for task, runs in self.runs.items()
             },
         }
+
+    def marked(self, label: str) -> str:
+        """The label of a run as its results have it."""
+        return marked(label, self.acceptance, lossy=self.lossy, sampled=self.sampled)
 
     def alpha(self, task: str, rescorer: str, p: int, k: int) -> Alpha | None:
         """The weight of a run and where it came from; None where it has none."""

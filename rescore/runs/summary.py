@@ -20,6 +20,7 @@ from rescore.runs.records import (
     Outcomes,
     Result,
     SourceShare,
+    is_unrescored,
 )
 
 
@@ -37,8 +38,8 @@ def summarize(
     """The result of the records (one at least) of one task, rescorer and p.
 
     `alpha` of the rescorer is named in the result; `seed` of the bootstrap; `unrescored`: the records of `none` at
-    p = 1 of the same run, which the gain is over (none: no gain); `drafters`: what the rescorer chose among;
-    `predicted`: its speed-up; `sampled`: outputs were drawn, and are nobody else's;
+    p = 1, by the same rule, of the same run, which the gain is over (none: no gain); `drafters`: what the rescorer
+    chose among; `predicted`: its speed-up; `sampled`: outputs were drawn, and are nobody else's;
     `peer`: another library decoded.
     """
     first = records[0]
@@ -75,7 +76,7 @@ def summarize(
 
 def _gain(records: Sequence[ExampleRecord], unrescored: Sequence[ExampleRecord], *, seed: int) -> Difference | None:
     """The gain over the unrescored draft on the examples that both finished; None for it itself or without any."""
-    if (records[0].rescorer, records[0].p) == ("none", 1):
+    if is_unrescored(records[0].rescorer, records[0].p):
         return None
     plain = {r.id: r.accepted for r in unrescored}
     both = [r for r in records if r.id in plain]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import attrgetter
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rescore.bootstrap import LEAST_GROUPS
@@ -47,9 +46,11 @@ SPEEDUP = Column("speed-up", TIMES, "speedup", "latency.speedup")
 SPEEDUPS = (SPEEDUP, Column("95 %", interval(TIMES), "speedup", "latency.speedup_ci95"))
 IDENTICAL = Column("identical", Format(lambda i: f"{i.identical}/{i.n}"))
 PREDICTED = Column("predicted", TIMES, "predicted_speedup")
-QUALITIES = (
+CUT = Column("cut at limit", percent(0))
+QUALITIES = (  # beside every number of outputs that are not greedy decoding's
     Column("quality", Format(str), field=lambda r: _scores(r.quality)),
     Column("without drafts", Format(str), field=lambda r: _scores(r.autoregressive_quality)),
+    CUT,
 )
 OUTCOMES = ("won", "tied", "lost")  # of a step against the unrescored draft
 SOURCES = (Column("source"), Column("proposed", SHARE), Column("only it", SHARE, "only"), Column("alone", NUMBER))
@@ -74,14 +75,15 @@ def results_tables(document: ResultsDocument, *, details: bool = False) -> list[
 
 def unrescored_of(results: Sequence[Result], r: Result) -> Result | None:
     """What the gain of a result is over."""
-    return next((o for o in results if o.is_unrescored and (o.task, o.k, o.h) == (r.task, r.k, r.h)), None)
+    same = (r.task, r.k, r.h, r.mark)
+    return next((o for o in results if o.is_unrescored and (o.task, o.k, o.h, o.mark) == same), None)
 
 
 def _gap_share(results: Sequence[Result]) -> Column:
     return Column("of the gap", percent(0), field=lambda r: r.gap_share(unrescored_of(results, r)))
 
 
-def _outcome(name: str) -> Column:
+def outcome(name: str) -> Column:
     """A share of the steps; None for the unrescored drafts themselves."""
     return Column(name, SHARE, field=lambda r: getattr(None if r.is_unrescored else r.against_unrescored, name, None))
 
@@ -98,7 +100,7 @@ def _overview(document: ResultsDocument, *, more: bool) -> Table:
     apart = _apart(results)
     columns = [
         *LABEL, *apart, *filled(ALPHA), *EFFICIENCY, *filled(*GAINS), *filled(_gap_share(results)),
-        *filled(_outcome("won"), _outcome("lost")), *filled(SPEEDUP),
+        *filled(outcome("won"), outcome("lost")), *filled(SPEEDUP),
         *filled(PREDICTED), *(QUALITIES if document.config.acceptance != "greedy" else ()),
     ]  # fmt: skip
     shown = {column.heading for column in columns}
@@ -113,7 +115,8 @@ def _overview(document: ResultsDocument, *, more: bool) -> Table:
         "groups)" + (", gains paired" if "gain" in shown else ""),
         "speed-up": f"speed-up = tokens a second over those of {_baseline(document)} in the same run"
         + (f", to which {same} of {outputs} outputs are identical" if outputs else ""),
-        "quality": f"quality = mean scores of the outputs, and of those of {_baseline(document)}",
+        "quality": f"quality = mean scores of the outputs, and of those of {_baseline(document)}; cut at limit = "
+        "outputs that did not come to their end",
         "predicted": f"predicted = that speed-up by the costs of a step {_costs_of(document)}",
     }
     note = "; ".join(notes[name] for name in notes if name in shown) + "." + (" --details shows more." if more else "")
@@ -203,7 +206,7 @@ def _made_of(document: ResultsDocument, task: str) -> str:
 def _efficiency(results: Sequence[Result]) -> Table:
     columns = [
         *LABEL, EXAMPLES, GROUPS, Column("steps", COUNT), Column("tokens", COUNT),
-        Column("macro", NUMBER, field="block_efficiency_macro"), ORACLE, *map(_outcome, OUTCOMES),
+        Column("macro", NUMBER, field="block_efficiency_macro"), ORACLE, *map(outcome, OUTCOMES),
     ]  # fmt: skip
     note = (
         "macro = mean block efficiency over examples; oracle = that of the best path of what the run's drafters\n"
@@ -233,7 +236,7 @@ def _quality(results: Sequence[Result]) -> Table:
             label = [task, "all"] if same and len(of_task) > 1 else [task, f"{r.rescorer}, p = {r.p}"]
             rows.append([*label, scores, r.cut_at_limit])
     note = "cut at limit = outputs that did not come to their end: a score of cut outputs says little about the model."
-    columns = [Column("task"), Column("rescorer"), Column("quality of the output"), Column("cut at limit", percent(0))]
+    columns = [Column("task"), Column("rescorer"), Column("quality of the output"), CUT]
     return Table(columns, rows, note=note)
 
 
@@ -253,12 +256,11 @@ def _acceptance(results: Sequence[Result]) -> Table:
 
 
 def _speed(results: Sequence[Result]) -> Table:
-    columns = [
-        *LABEL, IDENTICAL, TOKENS_PER_SECOND, GREEDY, *SPEEDUPS,
-    ]  # fmt: skip
+    qualities = QUALITIES if any(r.mark for r in results) else ()
+    columns = [*LABEL, IDENTICAL, TOKENS_PER_SECOND, GREEDY, *SPEEDUPS, *qualities]
     note = (
-        "greedy = autoregressive decoding in the same run; identical = outputs equal to it; prefill is apart; 95 % =\n"
-        "paired, by group."
+        "greedy = autoregressive decoding in the same run (drawn, where the runs are); identical = outputs equal to\n"
+        "it; prefill is apart; 95 % = paired, by group."
     )
     return Table.of(columns, [r for r in results if r.latency], note=note)
 
@@ -285,7 +287,7 @@ def _times(results: Sequence[Result]) -> Table:
 
 
 def divergence_table(results: Sequence[Result]) -> Table:
-    """A line for each result of which outputs differ from greedy decoding's."""
+    """A line for each result of which outputs differ from greedy decoding's and should not."""
 
     def earliest(field: str) -> Callable[[Any], Any]:
         return lambda r: getattr(min(r.divergence, key=attrgetter("position")), field)
@@ -301,7 +303,7 @@ def divergence_table(results: Sequence[Result]) -> Table:
         "decided differently in half precision, and hardly ever in float32."
     )
     title = "Outputs that differ from greedy decoding's"
-    return Table.of(columns, [r for r in results if r.divergence], title=title, note=note)
+    return Table.of(columns, [r for r in results if r.divergence and not r.mark], title=title, note=note)
 
 
 def tuning_table(sweeps: Sequence[Tuned]) -> Table:
@@ -338,64 +340,6 @@ def joint_fit_table(fit: JointFit) -> Table:
     return Table(columns, rows, title=f"weights of joint: {facts}", note=note)
 
 
-def suite_tables(results: Sequence[Result]) -> list[Table]:
-    """All tables of a suite: of a replay one; of live decoding also one of speed alone, and of outputs that differ."""
-    if not any(r.latency for r in results):
-        return [suite_table(results)]
-    tables = [speed_table(results), suite_table(results), divergence_table(results)]
-    return [table for table in tables if table.rows]
-
-
-def suite_table(results: Sequence[Result]) -> Table:
-    """A line for each task, rescorer and p of a suite; k, h and alpha only where they say something."""
-    live = any(r.latency for r in results)
-    weighted = not live or any(r.alpha is not None for r in results)
-    measured = (TOKENS_PER_SECOND, *SPEEDUPS, IDENTICAL) if live else (*GAINS, *map(_outcome, OUTCOMES), ORACLE)
-    columns = [
-        TASK, RESCORER, *_several(results), P, EXAMPLES, GROUPS, *([ALPHA] if weighted else []), *EFFICIENCY, *measured,
-        *([PREDICTED] if any(r.predicted_speedup for r in results) else []),
-    ]  # fmt: skip
-    note = (
-        "block eff. = tokens / steps; tok/s: the prompt apart; speed-up: over our greedy decoding in the same run, to\n"
-        "which so many outputs are identical; 95 % = studentised bootstrap by group (examples of one source), that of\n"
-        "speed-ups paired."
-    )
-    return Table.of(columns, results, title="All runs" if live else "", note=note if live else "")
-
-
-def speed_table(results: Sequence[Result]) -> Table:
-    """Tasks x runs: the speed-up over greedy decoding, and its mean over the tasks; the fastest of each is marked."""
-    several = _several(results)
-    runs = dict.fromkeys((r.rescorer, r.p) for r in results)
-    labels = [label for label, _ in runs]
-    heads = [label if labels.count(label) == 1 else f"{label}, p = {p}" for label, p in runs]
-    by_place: dict[tuple[Any, ...], dict[tuple[str, int], Result]] = {}
-    for r in results:
-        place = (r.task, *(column.value(r) for column in several))
-        by_place.setdefault(place, {})[r.rescorer, r.p] = r
-    rows: list[list[Any]] = []
-    for place, of_runs in by_place.items():
-        speedups = [SPEEDUP.value(of_runs[run]) if run in of_runs else None for run in runs]
-        rows.append([*place, GREEDY.value(next(iter(of_runs.values()))), *speedups])
-    first = 2 + len(several)
-    by_run = list(zip(*(row[first:] for row in rows), strict=True))
-    rows.append(["mean", *[None] * (first - 1), *(None if None in each else fmean(each) for each in by_run)])
-    columns = [TASK, *several, GREEDY, *(Column(head, TIMES) for head in heads)]
-    best = [
-        (place, columns[column].heading)
-        for place, row in enumerate(rows)
-        for column in range(first, len(columns))
-        if row[column] is not None and row[column] == max(s for s in row[first:] if s is not None)
-    ]
-    note = "* the fastest of a task; mean: of the tasks' speed-ups."
-    return Table(columns, rows, title="Speed-up over greedy decoding", note=note, best=best)
-
-
-def _several(results: Sequence[Result]) -> list[Column]:
-    """Of k and h those of which there are several."""
-    return [column for column in (K, H) if len({column.value(r) for r in results}) > 1]
-
-
 def results_csv(results: Sequence[Result], *, task: str | None = None, **facts: object) -> Table:
     """Everything that the results of a run say, a line each, for CSV; numbers with all digits.
 
@@ -413,11 +357,16 @@ def results_csv(results: Sequence[Result], *, task: str | None = None, **facts: 
         Column("oracle_gap_recovered", field=_gap_share(results).field), Column("longest"),
         *(Column(name, field=f"against_unrescored.{name}") for name in OUTCOMES),
         Column("sources", field=lambda r: "; ".join(_source_facts(share) for share in r.sources)),
-        Column("quality", field=lambda r: "; ".join(f"{name} {value:.4f}" for name, value in r.quality.items())),
+        Column("quality", field=lambda r: _scores_in_full(r.quality)),
+        Column("quality_without_drafts", field=lambda r: _scores_in_full(r.autoregressive_quality)),
         Column("cut_at_limit"), PREDICTED, *(Column(name, field=f"latency.{name}") for name in times),
         *(Column(f"marginal_{i + 1}", field=f"marginal.{i}") for i in range(max(len(r.marginal) for r in results))),
     ]  # fmt: skip
     return Table.of(columns, results)
+
+
+def _scores_in_full(quality: Mapping[str, float] | None) -> str | None:
+    return None if quality is None else "; ".join(f"{name} {value:.4f}" for name, value in quality.items())
 
 
 def _source_facts(share: SourceShare) -> str:

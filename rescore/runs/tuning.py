@@ -26,6 +26,7 @@ from rescore.runs.recording import Recording
 from rescore.runs.records import Tuned
 from rescore.runs.run import DEFAULT_K, Run, load_choosing, says_drafters
 from rescore.runs.weights import coverage_notices, fit_before, fit_to, target_before, target_of, tuned_path
+from rescore.specs import MAIN, format_spec, parse_spec
 from rescore.tracing import Trace
 
 DEFAULT_ALPHAS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
@@ -135,6 +136,12 @@ def is_joint(specs: Sequence[str], out: Path | None, without: Sequence[str] = ()
         if given and not joint:
             raise RescoreError(f"{option} is for the weights of joint; drop it, or give --rescorer joint")
     return bool(joint)
+
+
+def fitted_spec(spec: str, out: Path | None) -> str:
+    """What uses the weights that were fitted for `spec` into a folder, all else as it was asked for."""
+    _, arguments = parse_spec(spec)
+    return format_spec(JOINT, {MAIN: str(out), **{key: value for key, value in arguments.items() if key != MAIN}})
 
 
 def fit_joint(

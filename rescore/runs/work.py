@@ -24,7 +24,7 @@ from rescore.runs.inputs import Notify
 from rescore.runs.log import ExampleLog, Key
 from rescore.runs.recording import Recording
 from rescore.runs.records import ExampleRecord, ResultsDocument, RunRecord, is_oracle
-from rescore.runs.run import Choosing, Run, label_of, load_choosing, runs_of
+from rescore.runs.run import NONE, Choosing, Run, label_of, load_choosing, runs_of
 from rescore.runs.summary import summarize
 from rescore.runs.weights import (
     alpha_of,
@@ -42,13 +42,14 @@ Asked = Sequence[str | Run | Rescorer]  # runs, as a caller names them
 @dataclass(frozen=True)
 class Work:
     """The runs of one task: their rescorers with drafters by label, and their records in the order of the runs; and the
-    peers. costs: by which runs are planned and predicted."""
+    peers. rule: what the runs' labels say of it; costs: by which runs are planned and predicted."""
 
     recording: Recording
     runs: list[Run]
     choosing: dict[str, Choosing]
     records: list[RunRecord]
     peers: list[Peer]
+    rule: Rule = GREEDY
     costs: Costs | None = None
 
     @property
@@ -90,7 +91,7 @@ class Work:
         for side in self.sides:
             key = self.key(side)
             if records := log.records(key, self.recording.ids):
-                unrescored = log.records((self.name, "none", 1, key[-1]), self.recording.ids)
+                unrescored = log.records((self.name, self.rule.marked(NONE), 1, key[-1]), self.recording.ids)
                 how: dict[str, Any] = {"seed": seed, "unrescored": unrescored, "sampled": document.config.sampled}
                 how["peer"] = isinstance(side, Peer)
                 if isinstance(side, Run):
@@ -124,11 +125,10 @@ def prepared(
     rule: Rule,
 ) -> Work:
     """The runs of one task, checked; rescorers that other tasks have `loaded` are shared."""
-    runs = runs_of(asked)
-    if rule.lossy:  # wherever its numbers go, this goes with them
-        runs = [replace(run, label=f"{run.label} [lossy: {rule.name}]") for run in runs]
-    if not runs:
+    named = runs_of(asked)
+    if not named:
         raise RescoreError("nothing is to be run; give a rescorer at least (--rescorer none)")
+    runs = [replace(run, label=rule.marked(run.label)) for run in named]
     keys = [*(run.key for run in runs), *((peer.name, 1, max(run.k for run in runs)) for peer in peers)]
     if twice := next((key for key in keys if keys.count(key) > 1), None):
         raise RescoreError("{} with p = {} and k = {} is there twice; give one another label".format(*twice))
@@ -139,12 +139,8 @@ def prepared(
             )
         check_held_k(recording.k, run.k)
     choosing = load_choosing(runs, loaded)
-    for label, (rescorer, drafters) in choosing.items():
-        check_drafters(drafters, live=live)
-        check_rule(rule, label, draws=rescorer.random, lattices_only=is_lattice_alone(drafters))
-        if is_oracle(label) and rule.name != GREEDY.name:
-            raise RescoreError("the oracle knows greedy decoding's output, and this will be another; leave it out")
-    _check_weights(runs, {label: rescorer for label, (rescorer, _) in choosing.items()})
+    check_choosing(choosing, rule, live=live)
+    _check_weights(named, [choosing[run.label][0] for run in runs])
     table = costs_for(recording, target_before(recording), choosing, costs)
     fitted = fit_before(recording, choosing, table)
     records = []
@@ -154,7 +150,16 @@ def prepared(
         records.append(
             RunRecord(rescorer=run.label, k=run.k, p=run.p, alpha=alpha, identity=identity, drafters=of_drafters)
         )
-    return Work(recording, runs, choosing, records, peers, table)
+    return Work(recording, runs, choosing, records, peers, rule, table)
+
+
+def check_choosing(choosing: Mapping[str, Choosing], rule: Rule, *, live: bool) -> None:
+    """Raises `RescoreError` for rescorers and drafters that can't be decoded with, or not be judged by the rule."""
+    for label, (rescorer, drafters) in choosing.items():
+        check_drafters(drafters, live=live)
+        check_rule(rule, label, draws=rescorer.random, lattices_only=is_lattice_alone(drafters))
+        if is_oracle(label) and rule.name != GREEDY.name:
+            raise RescoreError("the oracle knows greedy decoding's output, and this will be another; leave it out")
 
 
 def check_identities(work: Iterable[Work]) -> None:
@@ -167,11 +172,13 @@ def check_identities(work: Iterable[Work]) -> None:
             )
 
 
-def _check_weights(runs: Sequence[Run], rescorers: Mapping[str, Rescorer]) -> None:
+def _check_weights(runs: Sequence[Run], rescorers: Sequence[Rescorer]) -> None:
     """Raises `RescoreError` for weights that change nothing: one for all runs need not be used by each of them."""
-    unused = [run for run in runs if run.alpha is not None and rescorers[run.label].alpha is None]
-    own = [run for run in unused if run.label != label_of(run.rescorer)]
-    shared = [run for run in runs if run.alpha is not None and run.label == label_of(run.rescorer)]
-    if own or (unused and len(shared) == len(unused)):
+    weighted = [(run, rescorer.alpha) for run, rescorer in zip(runs, rescorers, strict=True) if run.alpha is not None]
+    unused = [run for run, weight in weighted if weight is None]
+    # What says its weight itself, or is called something else, is not called as it would be without.
+    of_all = [run for run, _ in weighted if run.label in (run.chooses, label_of(run.rescorer, run.drafters))]
+    own = [run for run in unused if run not in of_all]
+    if own or (unused and len(of_all) == len(unused)):
         labels = dict.fromkeys(run.label for run in own or unused)
         raise RescoreError(f"no weight is used by --rescorer {' or '.join(labels)}; drop --alpha")

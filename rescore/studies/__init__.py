@@ -2,9 +2,10 @@
 
 `analysis` reads traces and evaluations (repetition, confidence, oracle curves, ranks, calibration, outcomes),
 `comparison` sets one evaluation against another, `draft_vocabulary` heads of few tokens against those of all,
-`block_length` and `verify_curve` measure this machine, `cost` counts what a decoded token costs, `ngram_mixing` chooses
-weights of n-gram models by replay, `perplexity` is the base's own, `overlap` finds text that was trained on. N-gram
-models side by side are a suite: docs/suites/ngrams.yaml.
+`until_divergence` says what lossy acceptance keeps as far as a trace knows it (docs/numbers.md), `block_length` and
+`verify_curve` measure this machine, `cost` counts what a decoded token costs, `ngram_mixing` chooses weights of n-gram
+models by replay, `perplexity` is the base's own, `overlap` finds text that was trained on. N-gram models side by side
+are a suite: docs/suites/ngrams.yaml.
 
 A new study is a module with a function that returns a frozen `records.Record`, a table in `tables`, and a definition of
 every number in docs/analyses.md. Imports runs and the main path; never reports.

@@ -1,7 +1,8 @@
 """Two finished results against each other, paired by example: is B really better than A, and by how much.
 
 Only what decodes the same outputs is compared: results of other base weights, tokenizers, prompts, limits or h are
-refused with the difference. Heads, k, rescorers, p and alpha are what a comparison is about.
+refused with the difference. Heads, k, rescorers, p and alpha are what a comparison is about. Results by another
+acceptance rule have other outputs: they are compared where they are named, and told apart.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from rescore.acceptance import first_difference
+from rescore.acceptance.rules import is_lossy, mark_of
 from rescore.accounting import Difference, block_efficiency, paired_difference
 from rescore.bootstrap import LEAST_GROUPS
 from rescore.checks import NEAR_TIE
@@ -150,7 +152,8 @@ def _compare(
     if runs_a is runs_b and chosen.of_a == chosen.of_b:
         raise RescoreError(f"{comparison.a} would be compared with itself; {_advice(runs_a)}")
     _check_choice(runs_b, "B", *chosen.of_b)
-    for task, run_a, run_b in _run_pairs(runs_a, runs_b, comparison):
+    marks = tuple(None if name is None else mark_of(name) for name, _ in (chosen.of_a, chosen.of_b))
+    for task, run_a, run_b in _run_pairs(runs_a, runs_b, marks, comparison):
         _check_same(task, run_a, run_b, comparison)
         for result_a, result_b in _result_pairs(task, run_a, run_b, chosen, comparison):
             of_a, of_b = _drafters(run_a, result_a), _drafters(run_b, result_b)
@@ -185,14 +188,23 @@ def _check_choice(runs: Sequence[Evaluation], letter: str, rescorer: str | None,
 
 
 def _run_pairs(
-    runs_a: Sequence[Evaluation], runs_b: Sequence[Evaluation], comparison: Comparison
+    runs_a: Sequence[Evaluation],
+    runs_b: Sequence[Evaluation],
+    marks: tuple[str | None, ...],
+    comparison: Comparison,
 ) -> Iterator[tuple[str, Evaluation, Evaluation]]:
-    """The runs of each task that belong together: of the same k and h, or the only ones there are."""
-    by_task: list[dict[str, dict[tuple[int, int], Evaluation]]] = [{}, {}]  # of A and B: task -> k and h -> run
-    for runs, tasks in zip((runs_a, runs_b), by_task, strict=True):
+    """The runs of each task that belong together: of the same k, h and acceptance rule, or the only ones there are.
+
+    marks: of the rules of A and B, where their rescorers are named, which may then be two.
+    """
+    # Of A and B: task -> k, h and rule -> run
+    by_task: list[dict[str, dict[tuple[int, int, str], Evaluation]]] = [{}, {}]
+    for runs, tasks, mark in zip((runs_a, runs_b), by_task, marks, strict=True):
         for run in runs:
             for result in run.results:
-                tasks.setdefault(result.task, {})[result.k, result.h] = run
+                if mark in (None, result.mark):
+                    rule = result.mark if None in marks else ""
+                    tasks.setdefault(result.task, {})[result.k, result.h, rule] = run
     for task in dict.fromkeys([*by_task[0], *by_task[1]]):
         of_a, of_b = (tasks.get(task, {}) for tasks in by_task)
         if not of_a or not of_b:
@@ -201,13 +213,14 @@ def _run_pairs(
             for key in both:
                 yield task, of_a[key], of_b[key]
             for letter, keys in (("A", of_a), ("B", of_b)):
-                for k, h in (key for key in keys if key not in both):
-                    comparison.notice(f"{task} with k = {k}, h = {h} is only in {letter}: left out")
+                for k, h, rule in (key for key in keys if key not in both):
+                    comparison.notice(f"{task} with k = {k}, h = {h}{rule} is only in {letter}: left out")
         elif len(of_a) == len(of_b) == 1:
-            ((k_a, h_a), run_a), ((k_b, h_b), run_b) = *of_a.items(), *of_b.items()
+            ((k_a, h_a, _), run_a), ((k_b, h_b, _), run_b) = *of_a.items(), *of_b.items()
             if h_a != h_b:
                 raise IncompatibleError(f"A and B don't compare on {task}: h: {h_a} -> {h_b}; evaluate both with one h")
-            comparison.notice(f"{task}: k = {k_a} in A and {k_b} in B")
+            if k_a != k_b:
+                comparison.notice(f"{task}: k = {k_a} in A and {k_b} in B")
             yield task, run_a, run_b
         else:
             comparison.notice(f"{task}: A and B have no k and h in common: left out")
@@ -225,6 +238,9 @@ def _check_same(task: str, run_a: Evaluation, run_b: Evaluation, comparison: Com
         )
     if a.get("heads_sha256") != b.get("heads_sha256"):
         comparison.notice(f"{task}: A and B have different block heads")
+    rules = [next(r.mark for r in run.results if r.task == task) for run in (run_a, run_b)]
+    if any(rules):
+        return _tell_rules(task, rules, comparison)
     outputs_a, outputs_b = _outputs(run_a, task), _outputs(run_b, task)
     common = [name for name in outputs_a if name in outputs_b]
     if not (differ := [name for name in common if outputs_a[name] != outputs_b[name]]):
@@ -238,6 +254,14 @@ def _check_same(task: str, run_a: Evaluation, run_b: Evaluation, comparison: Com
     leads = [*_leads(task, run_a, outputs_a, places), *_leads(task, run_b, outputs_b, places)]
     cause = _cause(leads, a.get("base.dtype", "float32"))
     comparison.notice(f"{task}: {len(differ)} of {len(common)} outputs differ between A and B ({cause})")
+
+
+def _tell_rules(task: str, rules: Sequence[str], comparison: Comparison) -> None:
+    """Says whose outputs are not greedy decoding's, so that nobody takes the sides for decodes of the same text."""
+    for letter, rule in zip("AB", rules, strict=True):
+        if rule:
+            what = "LOSSY, its outputs are not the base's" if is_lossy(rule) else "its outputs are drawn"
+            comparison.notice(f"{task}: {letter} is{rule}: {what}; the sides decode other texts")
 
 
 def _drafters(run: Evaluation, result: Result) -> list[str]:

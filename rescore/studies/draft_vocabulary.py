@@ -71,22 +71,24 @@ class VocabularySweep:
     def of_evaluation(self, evaluation: Evaluation, *, seed: int = 0) -> list[VocabularySize]:
         """What the sizes come to, task by task; of examples that are finished with all tokens and with the size."""
         found = []
+        marked = evaluation.config.marked
         for task in evaluation.tasks:
             for whole, by_size in self.sizes.items():
-                base = {r.id: r for r in evaluation.records(task, *whole.key)}
+                base = {r.id: r for r in evaluation.records(task, marked(whole.label), whole.p, whole.k)}
                 every: list[tuple[int | None, Run]] = [(None, whole), *by_size.items()]
                 for size, run in every:
-                    both = [r for r in evaluation.records(task, *run.key) if r.id in base]
+                    of_size = evaluation.records(task, marked(run.label), run.p, run.k)
+                    both = [r for r in of_size if r.id in base]
                     if not both:
                         continue
                     change = paired_difference(
                         [base[r.id].accepted for r in both], [r.accepted for r in both],
                         groups=[r.group for r in both], seed=seed,
                     )  # fmt: skip
-                    result = evaluation.result(run.label, p=run.p, k=run.k, task=task)
+                    result = evaluation.result(marked(run.label), p=run.p, k=run.k, task=task)
                     known = size is not None
                     found.append(VocabularySize(
-                        task=task, rescorer=whole.label, k=run.k, p=run.p, vocabulary=size,
+                        task=task, rescorer=marked(whole.label), k=run.k, p=run.p, vocabulary=size,
                         block_efficiency=result.block_efficiency, change=change.gain if known else None,
                         change_ci95=change.gain_ci95 if known else None,
                     ))  # fmt: skip

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from rescore.acceptance.rules import unmarked
 from rescore.costs.table import Costs
 from rescore.runs.records import Result, RunConfig
-from rescore.runs.tables import suite_tables
 from rescore.studies.tables import costs_tables
 from rescore.suites.plan import Plan
+from rescore.suites.tables import suite_tables
 from rescore.table import Table, escaped
 from rescore.tasks.leave_out import SHIPPED
 from rescore.terminal import printable
@@ -62,7 +63,9 @@ def _caption(results: Sequence[Result], plan: Plan, configs: Sequence[RunConfig]
     facts += [f"up to {plan.max_new_tokens} new tokens"] if plan.max_new_tokens else []
     facts += [f"prompts cut to {plan.max_prompt_tokens} tokens"] if plan.max_prompt_tokens else []
     facts += [f"{_values(results, 'n')} examples of a task"]
-    weighted = {r.rescorer for r in results if r.alpha is not None}
+    marks = dict.fromkeys(r.mark for r in results)
+    facts += [" or".join(mark or " greedy" for mark in marks).strip()] if any(marks) else []
+    weighted = {unmarked(r.rescorer) for r in results if r.alpha is not None}
     if limits := sorted({tuning.limit for name in weighted if (tuning := plan.tuning(name))}):
         facts.append(f"alpha tuned on {' or '.join(map(str, limits))} examples of the last groups of the data")
     facts += ["examples that share text with training corpora left out"] if plan.leave_out == SHIPPED else []

@@ -11,8 +11,10 @@ from typing import Annotated, Any, TypeVar
 
 from lattices.errors import RescoreError
 from lm.yaml_input import Value, named_values, read_yaml
+from rescore.acceptance.options import Acceptance
 from rescore.checks import MAX_ALPHA, VERIFY_MODES
 from rescore.costs.kept import HERE, read_costs
+from rescore.options import Spec
 from rescore.peers import load_peer
 from rescore.rescorers import WEIGHT
 from rescore.runs.inputs import Inputs
@@ -28,9 +30,11 @@ from rescore.tracing import read_header
 
 MODES = ("replay", "live")
 LIMITS = ("limit", "max_new_tokens", "max_prompt_tokens")
+OF_SAMPLING = ("top_k", "top_p", "sampling_seed")  # keys that are for a temperature only
+OF_RULES = ("acceptance", "temperature", *OF_SAMPLING)
 KEYS = (
     "base", "heads", "dtype", "device", "compile", "mode", "verify", "seed", "tasks", "rescorers", "k", "p", "h",
-    "tune", "leave_out", "peers", "costs", *LIMITS,
+    "tune", "leave_out", "peers", "costs", *LIMITS, *OF_RULES,
 )  # fmt: skip
 NAMES = "names"
 Made = TypeVar("Made")
@@ -58,14 +62,15 @@ class SuiteTuning:
 
 @dataclass(frozen=True)
 class SuiteRescorer:
-    """A rescorer's spec, each p and k that it is run with, its weight (None: in the spec, tuned, or the default), and
-    how it is tuned if not as the suite says."""
+    """A rescorer's spec, each p and k that it is run with, its weight (None: in the spec, tuned, or the default), how
+    it is tuned if not as the suite says, and each way in which its outputs come about."""
 
     name: str
     p: tuple[int, ...]
     k: tuple[int, ...]
     alpha: float | None = None
     tune: SuiteTuning | None = None
+    rules: tuple[Acceptance, ...] = (Acceptance(),)
 
     @property
     def is_weight_given(self) -> bool:
@@ -110,10 +115,21 @@ class Plan:
         )
 
     @property
+    def rules(self) -> list[Acceptance]:
+        """How outputs come about, in each way that a rescorer is run with."""
+        return list(dict.fromkeys(rule for r in self.rescorers for rule in r.rules))
+
+    @property
     def runs(self) -> list[Run]:
-        """Every rescorer with each of its p and every k, with the weight that the file says."""
+        """All runs, whatever judges them."""
+        return list(dict.fromkeys(run for rule in self.rules for run in self.runs_by(rule)))
+
+    def runs_by(self, rule: Acceptance) -> list[Run]:
+        """Every rescorer that is run with a rule, with each of its p and every k, with the weight that the file
+        says."""
         ks = dict.fromkeys([*self.k, *(k for r in self.rescorers for k in r.k)])
-        return [Run(r.name, p=p, k=k, alpha=r.alpha) for k in ks for r in self.rescorers if k in r.k for p in r.p]
+        judged = [r for r in self.rescorers if rule in r.rules]
+        return [Run(r.name, p=p, k=k, alpha=r.alpha) for k in ks for r in judged if k in r.k for p in r.p]
 
     def tuning(self, rescorer: str) -> SuiteTuning | None:
         """How the weight of a rescorer that has one is tuned; None: it is given, or the rescorer's own."""
@@ -123,6 +139,9 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """For `plan.json`: tasks and rescorers by name, so that a difference names them."""
         document = dataclasses.asdict(self)
+        for rescorer, entry in zip(self.rescorers, document["rescorers"], strict=True):
+            if rescorer.rules == SuiteRescorer.rules:  # a folder that was begun before there were others goes on
+                del entry["rules"]
         for name in ("tasks", "rescorers"):
             document[name] = {entry.pop("name"): entry for entry in document[name]}
         return document
@@ -150,7 +169,7 @@ def read_plan(
     mode = top["mode"].choice(MODES) if "mode" in top else "replay"
     plan = Plan(
         tasks=_distinct(top["tasks"], lambda value: _task(value, data), "task"),
-        rescorers=_rescorers(top),
+        rescorers=_rescorers(top, live=mode == "live"),
         base=top["base"].text() if "base" in top else Plan.base,
         heads=top["heads"].text() if "heads" in top else None,
         k=_wholes(top["k"]) if "k" in top else Plan.k,
@@ -171,6 +190,8 @@ def read_plan(
         raise top["verify"].wrong(f"{plan.verify} is how live decoding verifies; drop it, or add mode: live (or costs)")
     if mode == "replay" and plan.peers:
         raise top["peers"].wrong("peers are timed beside live decoding; drop them, or add mode: live")
+    if plan.peers and Acceptance() not in plan.rules:
+        raise top["peers"].wrong("peers are timed decoding greedily; drop them, or let acceptance have greedy")
     for task, value in zip(plan.tasks, top["tasks"].items(), strict=True):
         if task.trace and mode == "live":
             raise value.wrong("a trace can be replayed, not decoded live; drop trace, or mode: live")
@@ -226,13 +247,15 @@ def _task_of(folder: Path) -> str:
     return recorded_task(read_header(folder)) or folder.resolve().name
 
 
-def _rescorers(top: dict[str, Value]) -> tuple[SuiteRescorer, ...]:
+def _rescorers(top: dict[str, Value], *, live: bool) -> tuple[SuiteRescorer, ...]:
     ps = _wholes(top["p"]) if "p" in top else ()
     ks = _wholes(top["k"]) if "k" in top else Plan.k
+    of_suite = {key: top[key] for key in OF_RULES if key in top}
+    all_rules = _rules(of_suite, live=live)
 
     def rescorer(value: Value) -> SuiteRescorer:
         fields = (
-            value.fields(("name", "p", "k", "alpha", "tune"), required=("name",))
+            value.fields(("name", "p", "k", "alpha", "tune", *OF_RULES), required=("name",))
             if value.is_mapping
             else {"name": value}
         )
@@ -252,9 +275,58 @@ def _rescorers(top: dict[str, Value]) -> tuple[SuiteRescorer, ...]:
         own = _wholes(fields["p"]) if "p" in fields else ps or (max(1, branches_of(name, parse_spec(name)[1])),)
         tuning = _tuning(fields["tune"]) if "tune" in fields else None
         own_ks = _wholes(fields["k"]) if "k" in fields else ks
-        return SuiteRescorer(name, (1,) if is_oracle(name) else own, own_ks, alpha, tuning)
+        of_own = {key: fields[key] for key in OF_RULES if key in fields}
+        rules = _rules(of_own, of_suite, live=live) if of_own else all_rules
+        if is_oracle(name):
+            own, rules = (1,), tuple(rule for rule in rules if rule == Acceptance())
+            if not rules:
+                raise fields["name"].wrong("the oracle knows greedy decoding's output; drop it, or let it have greedy")
+        return SuiteRescorer(name, own, own_ks, alpha, tuning, rules)
 
     return _distinct(top["rescorers"], rescorer, "rescorer")
+
+
+def _rules(
+    given: dict[str, Value], of_suite: Mapping[str, Value] = MappingProxyType({}), *, live: bool
+) -> tuple[Acceptance, ...]:
+    """Each way in which the outputs of a rescorer come about: by every acceptance rule, or drawn at every temperature.
+
+    given: the keys that say it; of_suite: those of the suite, which hold for a rescorer that does not say it otherwise.
+    """
+    said = {**of_suite, **given}
+    for own, other in (("acceptance", "temperature"), ("temperature", "acceptance")):
+        if own in given and other not in given:
+            said.pop(other, None)
+    drawn: dict[str, Any] = {
+        "top_k": said["top_k"].whole(least=0) if "top_k" in said else 0,
+        "top_p": said["top_p"].number() if "top_p" in said else 1.0,
+        "sampling_seed": said["sampling_seed"].whole(least=0) if "sampling_seed" in said else 0,
+    }
+    kept = [(value, Acceptance(Spec(value.text()))) for value in _items(said, "acceptance")]
+    rules: list[tuple[Value | None, Acceptance]] = []
+    for value in _items(said, "temperature"):
+        if temperature := value.number():
+            rules.append((value, Acceptance(temperature=temperature, **drawn)))
+        else:
+            rules += kept or [(value, Acceptance())]
+    if "temperature" not in said:
+        rules = [*kept] or [(None, Acceptance())]
+    elif kept and not {rule for _, rule in kept} & {rule for _, rule in rules}:
+        raise said["acceptance"].wrong("it draws nothing; drop it, or let temperature have 0 as well")
+    for asked, rule in rules:
+        if asked is not None:
+            _at(asked, rule.rule)
+            if not live and rule != Acceptance():
+                raise asked.wrong(
+                    "what is not greedy leaves a trace at its first token that is not greedy decoding's; add mode: live"
+                )
+    if unused := [key for key in OF_SAMPLING if key in given and not any(rule.temperature for _, rule in rules)]:
+        raise given[unused[0]].wrong("it is for sampling; drop it, or add temperature")
+    return tuple(dict.fromkeys(rule for _, rule in rules))
+
+
+def _items(fields: Mapping[str, Value], key: str) -> list[Value]:
+    return fields[key].items() if key in fields else []
 
 
 def _tuning(value: Value) -> SuiteTuning:

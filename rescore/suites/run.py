@@ -1,7 +1,8 @@
 """Runs a whole table of evaluations, and goes on where it was stopped, at the next example.
 
-Each task and h has a results folder of its own, as `rescore eval --out` writes them; weights are tuned first and
-kept; every trace is recorded once. The tables and the manifest are written when all is finished.
+Each task, h and acceptance rule has a results folder of its own, as `rescore eval --out` writes them; weights are tuned
+first (by greedy acceptance) and kept; every trace is recorded once. The tables and the manifest are written when all is
+finished.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lm.files import (
 from lm.keys import key_of
 from lm.locks import writing_to
 from lm.records import convert_record, plain
+from rescore.acceptance.options import Acceptance
 from rescore.costs.kept import costs_for, costs_here
 from rescore.costs.table import Costs
 from rescore.peers import load_peer
@@ -40,6 +42,7 @@ from rescore.runs.run import Choosing, Run, load_choosing
 from rescore.runs.tables import results_csv
 from rescore.runs.tuning import tune
 from rescore.runs.weights import fit_before, identities_of, target_before
+from rescore.runs.work import check_choosing
 from rescore.suites.files import (
     CSV_FILE,
     MANIFEST_FILE,
@@ -66,10 +69,12 @@ class Suite:
 
 @dataclass(frozen=True)
 class _Part:
-    """One evaluation of the suite: a task with one h, every rescorer, k and p."""
+    """One evaluation of the suite: a task with one h and one acceptance rule, every rescorer that has the rule, with
+    every k and p."""
 
     recording: Recording
     h: int | None
+    rule: Acceptance
     folder: str
 
 
@@ -132,7 +137,7 @@ def _check_place(out: Path) -> None:
 def _parts(plan: Plan) -> list[_Part]:
     """All evaluations, each of them checked."""
     parts: list[_Part] = []
-    tasks: dict[str, str] = {}  # by folder
+    made: dict[str, tuple[str, Acceptance]] = {}  # by folder
     how: dict[str, Any] = {
         "k": max(run.k for run in plan.runs),
         "heads_needed": any(run.needs_heads for run in plan.runs),
@@ -140,20 +145,32 @@ def _parts(plan: Plan) -> list[_Part]:
     for task in plan.tasks:
         for h in plan.h:
             recording = open_recording(plan.inputs(task, h), **how)
-            name = re.sub(r"[^\w.-]", "_", recording.name) + (f"-h{h}" if h else "")
-            parts.append(_Part(recording, h, f"{RUNS_FOLDER}/{name}"))
-            if (other := tasks.setdefault(name, recording.name)) != recording.name:
-                raise RescoreError(f"the tasks {other} and {recording.name} would share a folder; rename one of them")
-    check_names([part.recording for part in parts if part.h == plan.h[0]])
+            for rule in plan.rules:
+                name = re.sub(r"[^\w.-]", "_", recording.name) + (f"-h{h}" if h else "") + _folder_of(rule)
+                parts.append(_Part(recording, h, rule, f"{RUNS_FOLDER}/{name}"))
+                if (other := made.setdefault(name, (recording.name, rule))) != (recording.name, rule):
+                    raise RescoreError(
+                        f"the tasks {other[0]} and {recording.name} would share a folder; rename one of them"
+                    )
+    check_names([part.recording for part in parts if (part.h, part.rule) == (plan.h[0], plan.rules[0])])
     for part in parts:
         _fitted(plan, part)
     return parts
 
 
+def _folder_of(rule: Acceptance) -> str:
+    """What a folder's name ends with; nothing for greedy acceptance."""
+    if rule == Acceptance():
+        return ""
+    seed = f"-seed-{rule.sampling_seed}" if rule.sampling_seed else ""
+    return "-" + re.sub(r"[^\w.]+", "-", rule.rule().name) + seed
+
+
 def _fitted(plan: Plan, part: _Part) -> tuple[dict[str, Choosing], Costs | None]:
-    """The rescorers of a plan with their drafters by name, from the files as they are now, fitted to a part's base; and
-    the costs that its runs are planned and predicted by."""
-    choosing = load_choosing(Run(r.name) for r in plan.rescorers)
+    """The rescorers of a part with their drafters by name, from the files as they are now, fitted to its base; and the
+    costs that its runs are planned and predicted by."""
+    choosing = load_choosing(Run(r.name) for r in plan.rescorers if part.rule in r.rules)
+    check_choosing(choosing, part.rule.rule(), live=plan.mode == "live")
     costs = costs_for(part.recording, target_before(part.recording), choosing, plan.costs)
     return fit_before(part.recording, choosing, costs), costs
 
@@ -203,7 +220,7 @@ def _weighted(
 ) -> list[Run]:
     """The runs of one evaluation, with tuned weights where the plan asks for them."""
     runs = []
-    for run in plan.runs:
+    for run in plan.runs_by(part.rule):
         chosen, tuning = choosing[run.label], plan.tuning(run.label)
         if run.alpha is None and chosen[0].alpha is not None and tuning is not None:
             sweep = _sweep(part, run, chosen, tuning, weights, progress, notify)
@@ -264,12 +281,16 @@ def _evaluate(
                 notify(line)
             return finished
     evaluation = evaluate(
-        part.recording, runs, live=plan.mode == "live", verify=plan.verify, peers=plan.peers, costs=plan.costs,
-        seed=plan.seed,
-        out=folder, progress=progress, notify=notify,
+        part.recording, runs, live=plan.mode == "live", verify=plan.verify, rule=part.rule.rule(),
+        peers=_peers(plan, part), costs=plan.costs, seed=plan.seed, out=folder, progress=progress, notify=notify,
     )  # fmt: skip
     part.recording.models.release()  # many tasks: each would keep a base LM of its own in memory
     return evaluation
+
+
+def _peers(plan: Plan, part: _Part) -> tuple[str, ...]:
+    """The peers, which decode greedily, stand beside the runs that do."""
+    return plan.peers if part.rule == Acceptance() else ()
 
 
 def _costs(plan: Plan, part: _Part) -> Costs | None:
@@ -284,12 +305,14 @@ def _costs(plan: Plan, part: _Part) -> Costs | None:
 
 
 def _is_same(plan: Plan, part: _Part, choosing: dict[str, Choosing], costs: Costs | None, config: RunConfig) -> bool:
-    """Whether these results are of the data, base, heads, rescorers, peers and costs that are there now; if not,
+    """Whether these results are of the data, base, heads, rescorers, peers, rule and costs that are there now; if not,
     `evaluate` tells the change, or predicts by the costs of now."""
+    rule = part.rule.rule()
     name, recording = part.recording.name, part.recording
     of_now = [recording.source, {"k": recording.k, **recording.settings}, recording.inputs, costs]
     of_then = [config.data.get(name), config.traces.get(name), config.inputs.get(name), config.costs.get(name)]
     then = {r.rescorer: (r.identity, r.drafters) for r in config.runs.get(name, ())}
-    now = {label: identities_of(each) for label, each in choosing.items()}
-    peers = {spec: load_peer(spec).identity for spec in plan.peers}
-    return plain(of_now) == plain(of_then) and then == now and config.peers == peers
+    now = {rule.marked(label): identities_of(each) for label, each in choosing.items()}
+    peers = {spec: load_peer(spec).identity for spec in _peers(plan, part)}
+    judged = (config.acceptance, config.sampling_seed) == (rule.name, part.rule.sampling_seed)
+    return plain(of_now) == plain(of_then) and then == now and config.peers == peers and judged

@@ -20,6 +20,7 @@ from lm.base.catalog import load_base
 from lm.base.own_output import OwnOutput
 from lm.draft_vocabulary import build_draft_vocabulary, read_draft_vocabulary
 from lm.heads.block_heads import BlockHeads
+from rescore.acceptance import load_rule
 from rescore.costs.measuring import measure_costs
 from rescore.decoding import decode
 from rescore.drafters import load_drafter
@@ -198,6 +199,14 @@ class TestSweep:
                 assert row.change == pytest.approx(row.block_efficiency / all_tokens - 1)
         changes = {(row.rescorer, row.vocabulary): row.change for row in rows}
         assert changes["none", 257] == changes["oracle", 257] == 0.0 != changes["oracle", 10]
+
+    def test_by_a_lossy_rule(self, options: Options, ranking: Path):
+        """The results are found under the labels that say the rule, which the sizes have as well."""
+        sweep = VocabularySweep.of(runs_of(["none"], ks=(8,), drafters=(f"heads:ranking={ranking}",)), (SIZE,))
+        few = options | {"limit": 2, "max_new_tokens": 6, "mode": "live"}
+        evaluation = evaluated(few | {"rescorers": sweep.runs}, rule=load_rule("top-k:2"))
+        rows = [(row.rescorer, row.vocabulary) for row in sweep.of_evaluation(evaluation)]
+        assert rows == [("none [lossy: top-k:2]", None), ("none [lossy: top-k:2]", SIZE)]
 
     def test_nothing_without_sizes(self):
         runs = runs_of(["none", "joint"])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evaluating import Options, evaluated
 
 import rescore as api
 from lm.base.model import BaseLM
@@ -97,7 +98,7 @@ def test_a_seed_and_a_prompt_decide_the_output(tiny_base: BaseLM, tiny_heads_fol
     asked: dict[str, Any] = {"rescorer": Run("none", k=4), "temperature": 2.0, "max_new_tokens": 24, "chat": False}
     one, again, other = (api.generate(tiny_base, heads, "a bridge", seed=seed, **asked) for seed in (1, 1, 2))
     assert one.token_ids == again.token_ids != other.token_ids
-    assert one.acceptance == "temperature 2" and not one.lossy
+    assert one.acceptance == "temperature 2" and not one.lossy and "(drawn: temperature 2)" in one.line()
     greedy = api.generate(tiny_base, heads, "a bridge", rescorer=Run("none", k=4), max_new_tokens=24, chat=False)
     assert greedy.acceptance == "greedy" and greedy.token_ids != one.token_ids
 
@@ -112,7 +113,7 @@ def test_a_lossy_rule_keeps_longer_drafts_and_says_so(tiny_base: BaseLM, tiny_he
     same = decode(tiny_base, heads, PROMPT, drafters=HEADS_ALONE, **how, rule=load_rule("top-k:1"))
     assert (same.output_ids, same.accepted) == (exact.output_ids, exact.accepted)
     out = api.generate(tiny_base, heads, "a bridge", rescorer=Run("none", k=4), acceptance="min-block:4", chat=False)
-    assert out.lossy and "(lossy acceptance: min-block:4)" in out.line()
+    assert out.lossy and "(lossy acceptance: min-block:4; the text is not the base's own, and" in out.line()
 
 
 class TestCommand:
@@ -134,6 +135,8 @@ class TestCommand:
         assert outputs[0] == outputs[1] != outputs[2]
         assert all(r["identical"] is None and r["oracle_block_efficiency"] is None for r in runs[0].document["results"])
         assert runs[0].document["config"]["sampled"] is True
+        labels = [r["rescorer"] for r in runs[0].document["results"]]
+        assert labels == [f"{name} [sampled: temperature 3, top-p 0.9]" for name in ("none", "draws")]
         text = rescore(*asked, "--details").out
         assert "sampled (temperature 3, top-p 0.9, seed 0)" in text and "drawing token by token" in text
 
@@ -145,7 +148,8 @@ class TestCommand:
             "eval", *model, "--mode", "live", "--rescorer", "none", "--acceptance", "top-k:2", "--out", out, "--details"
         )
         assert run.code == 0 and run.out.startswith("LOSSY live decode"), run.err
-        assert "none [lossy: top-k:2]" in run.out and "without drafts" in run.out
+        assert "none [lossy: top-k:2]" in run.out
+        assert run.out.count("without drafts") == 2, "wherever there is a speed-up: at a glance, and among the details"
         report = rescore("report", out, "--out", tmp_path / "r.html")
         assert report.code == 0 and "[lossy: top-k:2]" in (tmp_path / "r.html").read_text()
         rescore("eval", *model, "--mode", "live", "--rescorer", "none", "--out", out).refused("acceptance")
@@ -155,7 +159,7 @@ class TestCommand:
         ("asked", "told"),
         [
             (["--temperature", 1], "leaves a trace at its first token"),
-            (["--acceptance", "typical"], "leaves a trace at its first token"),
+            (["--acceptance", "typical"], "goes by the base's whole distribution"),
             (["--temperature", -1, "--mode", "live"], "sampling needs one above 0"),
             (["--temperature", 1, "--acceptance", "typical", "--mode", "live"], "draws nothing; drop it"),
             (["--top-p", 0.5], "--top-p is for sampling"),
@@ -170,6 +174,41 @@ class TestCommand:
         self, rescore: Command, model: list[object], asked: list[object], told: str
     ):
         rescore("eval", *model, *asked).refused(told)
+
+
+def test_a_rule_is_named_with_all_its_digits():
+    """Results by another temperature are other results."""
+    names = [Sampling(temperature, top_p=0.87654321).name for temperature in (1.0, 0.12345678)]
+    assert names == ["temperature 1, top-p 0.87654321", "temperature 0.12345678, top-p 0.87654321"]
+
+
+class TestWeights:
+    """A weight for all runs need not be used by each of them, whatever their labels say besides."""
+
+    @pytest.fixture
+    def asked(self, options: Options) -> Options:
+        return options | {"k": 4, "limit": 1, "max_new_tokens": 4, "mode": "live", "alpha": 0.5}
+
+    def test_by_a_lossy_rule(self, asked: Options):
+        rule = load_rule("top-k:2")
+        run = evaluated(asked | {"rescorers": ("none", "context-ngram:none")}, rule=rule)
+        assert [(r.rescorer, r.alpha) for r in run] == [
+            ("none [lossy: top-k:2]", None), ("context-ngram:none [lossy: top-k:2]", 0.5)
+        ]  # fmt: skip
+        assert run.results[1].gain == run.results[1].block_efficiency / run.results[0].block_efficiency - 1
+        message = "no weight is used by --rescorer none; drop --alpha"
+        refused(lambda: evaluated(asked | {"rescorers": ("none",)}, rule=rule), message)
+
+    @pytest.mark.parametrize("drafted", [("lookup",), ("none:drafters=heads+lookup",), ("none:drafters=lookup",)])
+    def test_of_other_drafters(self, asked: Options, drafted: tuple[str, ...]):
+        run = evaluated(asked | {"rescorers": (*drafted, "context-ngram:none"), "mode": "replay"})
+        assert [r.alpha for r in run] == [None, 0.5]
+        told = f"no weight is used by --rescorer {drafted[0]}; drop --alpha"
+        refused(lambda: evaluated(asked | {"rescorers": drafted, "mode": "replay"}), told)
+
+    def test_of_its_own_it_must_be_used(self, asked: Options):
+        own = asked | {"rescorers": ("none:alpha=2", "context-ngram:none")}
+        refused(lambda: evaluated(own, rule=load_rule("top-k:2")), "no weight is used by --rescorer none:alpha=2; drop")
 
 
 def test_draws_need_one_drafter_with_slots(tiny_base: BaseLM, tiny_heads_folder: Path):

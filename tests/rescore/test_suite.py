@@ -1,4 +1,4 @@
-"""A whole table from one YAML: what it makes, how it goes on at the next example, what it refuses and on which line."""
+"""A whole table from one YAML: what it makes, and how it goes on at the next example."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ import pytest
 from conftest import refused, squad_records, write_lines
 from evaluating import evaluated, recorded_trace, swept
 from made_costs import costs_of
+from suite_runs import Write, run, write_fixture  # noqa: F401 (fixtures)
 
 import lm.base.catalog
 import lm.base.generation
-from lattices.errors import IncompatibleError, InvalidDataError, OutputError
+from lattices.errors import IncompatibleError, OutputError
 from lm.base.catalog import identify
 from lm.files import cache_directory
 from lm.heads.block_heads import heads_sha256
@@ -34,60 +34,19 @@ from rescore.rescorers import load_rescorer
 from rescore.runs.evaluated import load_run
 from rescore.runs.log import ExampleLog
 from rescore.runs.records import ExampleRecord
-from rescore.runs.tables import results_csv, suite_table
+from rescore.runs.tables import results_csv
 from rescore.studies.analysis.collect import analyse_folders
 from rescore.studies.comparison import Selection
 from rescore.studies.comparison import compare_folders as compared
 from rescore.suites import run as suite_module
 from rescore.suites.files import load_runs, read_manifest, run_of_task
 from rescore.suites.page import suite_page
-from rescore.suites.plan import Plan, read_plan
-from rescore.suites.run import Suite, run_suite
+from rescore.suites.plan import read_plan
+from rescore.suites.run import run_suite
+from rescore.suites.tables import suite_table
 from rescore.tasks import load_task
 from rescore.tasks.data import load_examples
 from rescore.tasks.groups import digest
-
-BODY = """\
-limit: 4
-max_new_tokens: 8
-k: [4, 2]
-p: [1, 2]
-device: cpu
-tasks:
-  - name: squad
-    data: DATA/squad.jsonl
-  - name: gsm8k
-    data: DATA/gsm8k.jsonl
-    limit: 3
-rescorers:
-  - none
-  - name: context-ngram:none
-    p: 1
-    tune: {limit: 2, alphas: [0.5, 1]}
-  - oracle
-"""
-Write = Callable[..., Path]
-
-
-@pytest.fixture
-def write(tmp_path: Path, tiny_folder: Path, tiny_heads_folder: Path) -> Write:
-    """A suite for the tiny model, with lines of it replaced."""
-    write_lines(tmp_path / "squad.jsonl", squad_records(6))
-    write_lines(tmp_path / "gsm8k.jsonl", [r | {"answer": "42"} for r in squad_records(6)])
-
-    def written(*changes: tuple[str, str], body: str = BODY) -> Path:
-        text = f"base: {tiny_folder}\nheads: {tiny_heads_folder}\n" + body.replace("DATA", str(tmp_path))
-        for old, new in changes:
-            assert old in text
-            text = text.replace(old, new)
-        (tmp_path / "table.yaml").write_text(text)
-        return tmp_path / "table.yaml"
-
-    return written
-
-
-def run(path: Path, out: Path, **more: Any) -> Suite:
-    return run_suite(read_plan(path), out, source=path.name, **more)
 
 
 def records(out: Path) -> list[tuple[Any, ...]]:
@@ -370,104 +329,3 @@ class TestGoingOn:
         run(write(), tmp_path / "out")
         write_lines(tmp_path / "squad.jsonl", squad_records(5))
         refused(lambda: run(write(), tmp_path / "out"), "data.squad.sha256", IncompatibleError)
-
-
-class TestRefused:
-    @pytest.mark.parametrize(
-        ("old", "new", "message"),
-        [
-            ("limit: 4", "limt: 4", "line 3: unknown key 'limt'; did you mean 'limit'?"),
-            ("limit: 3", "lines: 3", "line 13: unknown key 'lines' in 'tasks[2]'"),
-            ("limit: 4", "limit: four", "line 3: limit: text ('four') stands where a whole number is needed"),
-            ("limit: 4", "limit: 0", "line 3: limit: 0 is too small"),
-            ("k: [4, 2]", "k: [4, x]", "line 5: k[2]: text ('x')"),
-            ("k: [4, 2]", "h: 1", "line 5: h: 1 is too small; give 2 or more"),
-            ("name: gsm8k", "name: gsmk", "line 11: tasks[2].name: unknown task 'gsmk'; did you mean gsm8k"),
-            ("name: gsm8k", "name: squad", "line 11: tasks[2]: the task squad is there twice"),
-            ("- oracle", "- orcale", "line 19: rescorers[3]: unknown rescorer 'orcale'; did you mean oracle"),
-            ("- oracle", "- none", "line 19: rescorers[3]: the rescorer none is there twice"),
-            ("- oracle", "- {name: oracle, alpha: 1}", "has no weight; drop alpha"),
-            ("tune: {", "alpha: 1\n    tune: {", "a weight that is given is not tuned"),
-            ("name: context-ngram:none", "name: context-ngram:none,alpha=2", "a weight that is given is not tuned"),
-            ("tune: {", "alpha: 65\n    x: {", "unknown key 'x' in 'rescorers[2]'"),
-            ("alphas: [0.5, 1]", "alphas: [0.5, -1]", "line 18: rescorers[2].tune.alphas[2]: -1 is outside 0 to 64"),
-            ("device: cpu", "mode: lives", "line 7: mode: 'lives' is not known; did you mean 'live'?"),
-            ("device: cpu", "verify: batch", "line 7: verify: batch is how live decoding verifies; drop it, or add"),
-            ("name: gsm8k", "trace: x", "a trace has its own examples; drop data or trace"),
-            ("- oracle\n", "- oracle\ntasks: {trace: x, max_new_tokens: 3}\n", "there twice"),
-        ],
-    )
-    def test_with_the_line(self, write: Write, old: str, new: str, message: str):
-        refused(lambda: read_plan(write((old, new))), message, InvalidDataError)
-
-    def test_no_tasks(self, write: Write):
-        refused(lambda: read_plan(write(body="rescorers: none\n")), "line 1: the key 'tasks' is missing")
-
-    def test_data_that_are_not_there_before_any_work(self, write: Write, tmp_path: Path, monkeypatch: Any):
-        monkeypatch.setattr(lm.base.catalog, "load_base", lambda *_, **__: pytest.fail("the base LM was loaded"))
-        refused(lambda: run(write(("gsm8k.jsonl", "none.jsonl")), tmp_path / "out"), "no such file")
-        refused(lambda: run(write(("k: [4, 2]", "k: 258")), tmp_path / "b"), "vocabulary's 257")
-
-    def test_what_is_refused_claims_no_folder(self, write: Write, tmp_path: Path):
-        refused(lambda: run(write(("gsm8k.jsonl", "none.jsonl")), tmp_path / "out"), "no such file")
-        assert len(run(write(("k: [4, 2]", "k: 4")), tmp_path / "out").document.results) == 8
-
-    def test_tasks_that_would_share_a_folder(self, write: Write, tmp_path: Path):
-        plan, trace = read_plan(write()), tmp_path / "trace"
-        recorded_trace(dataclasses.asdict(plan.inputs(plan.tasks[0], None)) | {"limit": 2, "k": 4}, trace)
-        header = json.loads((trace / "trace.json").read_text())
-        del header["settings"]["task"]  # as one made elsewhere, which may go by any name
-        (trace / "trace.json").write_text(json.dumps(header))
-        tasks = [{"name": name, "trace": str(trace)} for name in ("my task", "my_task")]
-        plan = read_plan(write(body=f"k: 4\ntasks: {json.dumps(tasks)}\nrescorers: none\n"))
-        refused(lambda: run_suite(plan, tmp_path / "out"), "my task and my_task would share a folder; rename one")
-
-    def test_a_weight_in_a_spec_is_not_tuned(self, write: Write):
-        body = BODY.replace("context-ngram:none", "context-ngram:alpha=0.5").replace("  tune: {limit: 2", "  #")
-        plan = read_plan(write(body=f"{body}tune: {{limit: 3}}\n"))
-        assert plan.tuning("context-ngram:alpha=0.5") is None and plan.tuning("oracle") is not None
-
-    def test_a_changed_plan_with_the_difference(self, write: Write, tmp_path: Path):
-        run(write(("k: [4, 2]", "k: 4")), tmp_path / "out")
-        changes = ("k: [4, 2]", "k: 4"), ("limit: 3", "limit: 2"), ("  - oracle\n", "")
-        message = "tasks.gsm8k.limit: 3 -> 2; rescorers.oracle: removed)"
-        refused(lambda: run(write(*changes), tmp_path / "out"), message, IncompatibleError)
-
-    def test_a_folder_of_something_else(self, write: Write, tmp_path: Path):
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "notes").touch()
-        refused(lambda: run(write(), tmp_path / "out"), "holds something else than a suite")
-
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"schema": "rescore.suite/1"}, "has schema 'rescore.suite/1'; this version reads 'rescore.suite/4'"),
-            ({"runs": [{"task": "squad", "k": 4, "h": None}]}, "required field `folder` - at `runs[0]`"),
-            ({"runs": None}, "Expected `array`, got `null` - at `runs`"),
-            ({"results": [{}]}, "required field `task` - at `results[0]`"),
-        ],
-    )
-    def test_a_broken_manifest(self, write: Write, tmp_path: Path, changes: dict[str, Any], message: str):
-        run(write(("k: [4, 2]", "k: 4")), tmp_path / "out")
-        path = tmp_path / "out" / "suite.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-        refused(lambda: load_runs(tmp_path / "out"), message, InvalidDataError)
-        refused(lambda: load_runs(tmp_path / "out"), "suite.json", InvalidDataError)
-        refused(lambda: load_runs(tmp_path / "out"), "; run the suite again", InvalidDataError)
-
-    def test_a_broken_list_of_weights(self, write: Write, tmp_path: Path):
-        run(write(), tmp_path / "out")
-        (tmp_path / "out" / "tuned.jsonl").write_text("{}\n")
-        refused(lambda: run(write(), tmp_path / "out"), "tuned.jsonl line 1 is no tuned weight: ", InvalidDataError)
-
-
-def test_the_suite_of_the_readme_can_be_read():
-    path = Path(__file__).parents[2] / "docs" / "suites" / "main.yaml"
-    plan = read_plan(path, data=Path("folder"))
-    assert isinstance(plan, Plan) and plan.tasks[0].data == "folder/squad.jsonl" and len(plan.tasks) == 7
-    assert [(r.name, r.p) for r in plan.rescorers][:2] == [("none", (1, 16)), ("ngram", (1, 16))]
-    tuned = {r.name: tuning.limit for r in plan.rescorers if (tuning := plan.tuning(r.name))}
-    assert {name: tuned[name] for name in ("ngram", "context-ngram", "learned-bigram")} == {
-        "ngram": 50, "context-ngram": 50, "learned-bigram": 50,
-    }  # fmt: skip
-    assert {run.alpha for run in plan.runs if run.label == "neural-61m" and run.p == 1} == {0.5}

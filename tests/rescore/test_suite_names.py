@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,8 @@ def medusa_heads(tiny_base: BaseLM, tmp_path: Path) -> Path:
 def test_the_vicuna_suite_runs_with_small_models(
     rescore: Command, tiny_folder: Path, medusa_heads: Path, tmp_path: Path
 ):
-    """The same file, with models of the same kinds in place of its own: the outputs are greedy decoding's."""
+    """The same file, with models of the same kinds in place of its own: by greedy acceptance the outputs are greedy
+    decoding's, and nothing by typical acceptance stands without its mark and its scores."""
     rows = [
         {"question_id": i, "category": category, "turns": [f"{category} {i % 2} {i}?", "And then?"], "reference": ["7"]}
         for i, category in enumerate(category for category in CATEGORIES for _ in range(2))
@@ -74,11 +76,13 @@ def test_the_vicuna_suite_runs_with_small_models(
     ran = rescore("suite", SUITES / "vicuna.yaml", "--data", data, *given, "--out", tmp_path / "out")
     assert ran.code == 0, ran.err
     runs = load_runs(tmp_path / "out")
-    assert {task for run in runs for task in run.tasks} == set(CATEGORIES.values())
-    for run in runs:
-        for result in run.results:
-            assert result.identical.identical == result.identical.n == 1, "exact"
-            assert result.longest == 5 and 1 <= result.block_efficiency <= 5
+    typical = " [lossy: typical:eps=0.09,alpha=0.3]"
+    for mark in ("", typical):
+        judged = [run for run in runs if run.config.lossy == bool(mark)]
+        assert {task for run in judged for task in run.tasks} == set(CATEGORIES.values())
+        for result in (result for run in judged for result in run.results):
+            assert result.mark == mark and result.longest == 5 and 1 <= result.block_efficiency <= 5
+            assert mark or result.identical.identical == result.identical.n == 1, "exact"
     mt_bench = load_run(tmp_path / "out" / "runs" / "mt_bench-h5").results
     tree = "medusa-tree:mc_sim_7b_63"
     assert [(r.rescorer, r.k, r.p) for r in mt_bench] == [
@@ -86,6 +90,16 @@ def test_the_vicuna_suite_runs_with_small_models(
         ("none", 257, 1), (f"neural:{lm}", 257, 1), (f"{tree},scores=neural:{lm}", 257, 42),
     ]  # fmt: skip
     assert [r.alpha for r in mt_bench] == [None, 0.2, None, None, None, 1.0, 1.0]
+    lossy = load_run(tmp_path / "out" / "runs" / "mt_bench-h5-typical-eps-0.09-alpha-0.3").results
+    assert [(r.rescorer, r.k, r.p) for r in lossy] == [
+        (r.rescorer + typical, r.k, r.p) for r in mt_bench if not r.is_oracle
+    ]
+    page = (tmp_path / "out" / "table.md").read_text()
+    exact, rest = page.split("## LOSSY, typical:eps=0.09,alpha=0.3 acceptance: speed-up over greedy decoding")
+    assert "## Speed-up over greedy decoding" in exact and "lossy" not in exact.split("##")[1]
+    of_lossy = rest.split("##")[0]
+    assert "| task | k | greedy tok/s | without drafts | none | quality |" in of_lossy
+    assert len(re.findall(r"^\| gsm8k \| \d+ \|.* \d\.\d{3} final answer \|", of_lossy, re.M)) == 2
     assert json.loads((tmp_path / "out" / "plan.json").read_text())["base"] == str(tiny_folder)
     assert "float64" in (tmp_path / "out" / "table.md").read_text()
 

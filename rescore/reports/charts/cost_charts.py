@@ -22,6 +22,7 @@ from rescore.reports.charts.figures import (
 from rescore.reports.charts.style import ORACLE, Palette, Pen
 from rescore.reports.sources import TaskView
 from rescore.runs.records import Latency
+from rescore.runs.tables import QUALITIES
 from rescore.studies.cost.inputs import cost_inputs
 from rescore.studies.cost.model import AUTOREGRESSIVE, MethodCost, cost_table
 from rescore.table import COUNT, GAIN, MILLISECONDS, NUMBER, PLAIN, TIMES, Column, fixed, percent
@@ -39,15 +40,18 @@ def cost_sections(views: Sequence[TaskView], palette: Palette) -> list[Section]:
 
 def _time(views: Sequence[TaskView], palette: Palette) -> Section:
     """Time that a rescorer adds to a step against its gain; break-even: gain = added time / unrescored step."""
+    scores = QUALITIES if any(view.mark for view in views) else ()
     section = Section("time", (
         *DECODE, *columns(GAIN, "gain"), *columns(MILLISECONDS, "greedy ms", "verify ms", "draft ms"),
         *columns(fixed(2), "rescore ms", "median", "95th percentile"), *columns(TIMES, "speed-up", "predicted"),
+        *scores,
     ))  # fmt: skip
     for view in views:
         timed = [(r, r.latency) for r in view.results if r.latency is not None]
         section.rows += [
             [view.label, r.rescorer, r.p, r.gain, t.autoregressive_ms, t.verify_ms, t.draft_ms, t.rescore_ms,
-             t.rescore_p50_ms, t.rescore_p95_ms, t.speedup, r.predicted_speedup]
+             t.rescore_p50_ms, t.rescore_p95_ms, t.speedup, r.predicted_speedup,
+             *(column.value(r) if r.mark else None for column in scores)]
             for r, t in timed
         ]  # fmt: skip
         step = next((_step_ms(t) for r, t in timed if r.is_unrescored), None)

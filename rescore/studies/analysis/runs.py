@@ -55,6 +55,9 @@ class RescorerAnalysis(Record):
     repetition: BeforeAfter | None
     outcomes: Outcomes | None
     wallclock: Wallclock | None
+    quality: dict[str, float]
+    autoregressive_quality: dict[str, float] | None
+    cut_at_limit: float | None
     sources: tuple[SourceShare, ...]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rescore.runs.tables import OF_SOURCES, PREDICTED, SOURCES
+from rescore.acceptance.rules import mark_of
+from rescore.runs.tables import OF_SOURCES, PREDICTED, QUALITIES, SOURCES
 from rescore.studies.analysis.collect import Findings
 from rescore.studies.analysis.curves import OracleCurves, PCurve
 from rescore.studies.analysis.drafts import TraceRepetition
@@ -248,6 +249,6 @@ def _times(rescorers: Sequence[RescorerAnalysis]) -> Table:
         Column("ms", field="rescorer"), P,
         *(Column(heading, HUNDREDTHS, field=f"wallclock.{name}") for heading, name in milliseconds.items()),
         Column("speed-up", TIMES, field="wallclock.speedup"),
-        PREDICTED,
+        PREDICTED, *(QUALITIES if any(mark_of(r.rescorer) for r in rescorers) else ()),
     ]  # fmt: skip
     return Table.of(columns, [r for r in rescorers if r.wallclock or r.predicted_speedup])

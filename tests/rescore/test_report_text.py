@@ -98,7 +98,7 @@ def result(rescorer: str, value: float, *, p: int = 1, gain: float | None = None
 
 def view(*results: Result):
     plain = next((r for r in results if r.is_unrescored), None)
-    return SimpleNamespace(label="squad", task="squad", results=results, unrescored=plain)
+    return SimpleNamespace(label="squad", task="squad", results=results, mark="", unrescored=plain)
 
 
 def test_the_first_screen_says_who_is_best_and_how_much_is_left():

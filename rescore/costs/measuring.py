@@ -20,7 +20,6 @@ import torch
 from lattices.errors import RescoreError
 from lm.heads.draft_rows import DraftRows
 from rescore import options as shared
-from rescore.checks import check_fits
 from rescore.costs.kept import keep_costs, this_machine
 from rescore.costs.table import ChoiceCost, Costs, HeadsCost
 from rescore.decoding import GREEDY, VERIFY, Last
@@ -153,9 +152,10 @@ class StandingDecode:
     def __init__(self, base: BaseLM, cached: int, longest: int) -> None:
         if cached < 1:
             raise RescoreError("--cached must be at least 1")
-        check_fits(base, cached, longest, what="a context")
-        base.pack()
         prompt = torch.randint(base.vocab_size, (cached,), generator=torch.Generator().manual_seed(0)).tolist()
+        if len(base.prefix(prompt)) + longest > base.context_length or cached > base.prompt_length:
+            raise RescoreError(f"{cached} cached tokens do not fit into the context of {base.context_length}")
+        base.pack()
         self.base, self.cached = base, len(base.prefix(prompt))
         self.cache = base.new_decoding_cache(self.cached + longest)
         self.last = Last(*base.read_prompt(prompt, self.cache), 0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny_base
+from conftest import refused, save_tiny_base
 from evaluating import evaluated
 from made_costs import costs_of
 from test_ngram_rescorer import bigram_model, save
@@ -440,8 +440,7 @@ class TestRefusals:
             load_rescorer("neural:weights.pt")
 
     def test_no_model(self, tmp_path):
-        with pytest.raises(RescoreError, match="neural:FOLDER"):
-            load_rescorer("neural")
+        refused(lambda: load_rescorer("neural"), "neural:FOLDER")
         for name in (f"neural:{tmp_path}", f"neural:{tmp_path}/none"):
             with pytest.raises(RescoreError, match="train-rescorer"):
                 load_rescorer(name)

@@ -34,7 +34,8 @@ Data = Annotated[
 Limit = Annotated[int | None, "Only N examples: one of each source (passage, document) before a second one of any."]
 TASK_NAMES = (
     "cnn_dailymail, gsm8k, lambada, mt_bench, multi_news, newsroom, qa, rag, samsum, squad, summarization, "
-    "translation, xsum (rescore tasks shows them), a plug-in's, or a YAML file of your own, like ./mine.yaml"
+    "superresolution, translation, xsum (rescore tasks shows them), a plug-in's, or a YAML file of your own, like "
+    "./mine.yaml"
 )
 Task = Annotated[str, f"{TASK_NAMES}."]
 Tasks = Annotated[Sequence[str], f"{TASK_NAMES}; several. Default: squad, or the task of --trace.", "--task"]

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lattices.lattice import Lattice
 from rescore.acceptance import accept
-from rescore.acceptance.lossy import OfLikeliest
 from rescore.calls import NO_CALL, Call, sizes
 from rescore.checks import check_held_k, check_p
 from rescore.drafters.base import Drafter
@@ -22,6 +22,9 @@ from rescore.drafters.drafting import HEADS_ALONE, Drafting
 from rescore.drafters.proposals import Proposals
 from rescore.rescorers.base import Context, Rescorer
 from rescore.tracing import TracedExample, TraceHeader
+
+if TYPE_CHECKING:
+    from rescore.acceptance.lossy import OfLikeliest
 
 UNLIMITED = 1 << 30
 Drafted = Mapping[str, Mapping[str, Lattice]]  # by drafter, by example: lattices [t, h, K] beside those of the trace

@@ -230,7 +230,7 @@ def tiny_model(name: str, *, dtype: torch.dtype = torch.float64) -> Any:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         config,
-        attn_implementation=attention.PACKED if catalog._takes_sdpa(config) else None,
+        attn_implementation=attention.PACKED if attention.takes_packed(config, AutoModelForCausalLM) else None,
         experts_implementation="eager",
     )
     with torch.no_grad():

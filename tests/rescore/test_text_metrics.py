@@ -70,7 +70,7 @@ class TestEvery:
 
     def test_the_reference_itself_is_the_best(self, metric) -> None:
         text = "In all she sold 24 clips in 1920."
-        text = "dock" if metric.name == "last word" else text
+        text = {"last word": "dock", "closeness": "0 17 255 3"}.get(metric.name, text)
         assert metric.score(text, ("something else", text)) == pytest.approx(1.0)
 
     @pytest.mark.parametrize(

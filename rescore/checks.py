@@ -56,14 +56,13 @@ def check_fits(
 ) -> None:
     """Raises `RescoreError` unless a prompt and its output fit into the base LM's context; `shorter`: how a prompt gets
     so."""
-    read_by_encoder = base.prompt_length if base.has_encoder else None
-    if read_by_encoder is not None and prompt_tokens > read_by_encoder:
+    if base.has_encoder and prompt_tokens > base.prompt_length:
         raise RescoreError(
-            f"{what} of {prompt_tokens} tokens is longer than the {read_by_encoder} that the encoder reads; {shorter}"
+            f"{what} of {prompt_tokens} tokens is longer than the {base.prompt_length} that the encoder reads; "
+            f"{shorter}"
         )
-    before = prompt_tokens if read_by_encoder is None else len(base.prefix([]))
-    if before + max_new_tokens > base.context_length:
-        output_alone = max_new_tokens >= base.context_length or read_by_encoder is not None
+    if len(base.prefix(range(prompt_tokens))) + max_new_tokens > base.context_length:
+        output_alone = base.has_encoder or max_new_tokens >= base.context_length
         advice = "lower --max-new-tokens" if output_alone else shorter
         raise RescoreError(
             f"{what} of {prompt_tokens} tokens and {max_new_tokens} new ones do not fit into the context of "

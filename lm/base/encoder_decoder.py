@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import EncoderDecoderCache
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
@@ -113,10 +114,8 @@ class EncoderDecoderLM(BaseLM):
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask `[b, s]`."""
-        ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)], mask[row, : len(prompt)] = torch.tensor(list(prompt)), 1
+        rows = [torch.tensor(list(prompt)) for prompt in prompts]
+        ids, mask = (pad_sequence(each, batch_first=True) for each in (rows, [torch.ones_like(row) for row in rows]))
         return ids.to(self.device), mask.to(self.device)
 
     def arguments(

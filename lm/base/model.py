@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jinja2.exceptions import TemplateError
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lattices.errors import IncompatibleError, RescoreError, first_line
@@ -278,9 +279,8 @@ class BaseLM:
         their outputs in one call."""
         before = [self.prefix(prompt) for prompt in prompts]
         texts = [[*first, *output[:-1]] for first, output in zip(before, outputs, strict=True)]
-        ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
-        for row, text in enumerate(texts):  # padded at the end: no token sees what stands after it
-            ids[row, : len(text)] = torch.tensor(text)
+        # Padded at the end: no token sees what stands after it.
+        ids = pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
         _, hidden = self.forward(ids.to(self.device), projects=False, source=self.encoded(prompts))
         return [
             hidden[row, len(first) - 1 : len(text)] for row, (first, text) in enumerate(zip(before, texts, strict=True))

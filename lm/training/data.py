@@ -20,6 +20,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lm.base.corpus import CORPUS_FILE, HIDDEN_FILE, STATE_BYTES, corpus_lines, read_settings
@@ -172,9 +173,7 @@ def body_states(
         np.concatenate([np.array(first, dtype=np.int64), data[place].targets[start : end - 1]])
         for first, (place, _, start, end) in zip(before, segments, strict=True)
     ]
-    ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
-    for row, text in enumerate(texts):
-        ids[row, : len(text)] = torch.from_numpy(text)
+    ids = pad_sequence([torch.from_numpy(text) for text in texts], batch_first=True)
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         output = model.base_model(**arguments(prompts, ids.to(device)))
     places = [  # the row and column of the token before each target

@@ -65,8 +65,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast, size: int, layers: int) -> Ma
     config = MarianConfig(
         vocab_size=len(tokenizer), decoder_vocab_size=len(tokenizer), d_model=size, encoder_layers=layers,
         decoder_layers=layers, encoder_attention_heads=size // 64, decoder_attention_heads=size // 64,
-        encoder_ffn_dim=4 * size, decoder_ffn_dim=4 * size, dropout=DROPOUT, attention_dropout=0.1,
-        activation_dropout=0.1, activation_function="relu", scale_embedding=True,
+        encoder_ffn_dim=4 * size, decoder_ffn_dim=4 * size, dropout=DROPOUT,  # within layers it costs a fifth of a step
+        attention_dropout=0.0, activation_dropout=0.0, activation_function="relu", scale_embedding=True,
         max_position_embeddings=2 * MOST_TOKENS,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
         decoder_start_token_id=tokenizer.pad_token_id, forced_eos_token_id=None, bos_token_id=None, init_std=size**-0.5,

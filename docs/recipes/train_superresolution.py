@@ -47,7 +47,7 @@ OF_SKLEARN = ("china", "flower")
 SIZE, LOW = 16, 4
 LEVELS = 256
 PAD, END, START = LEVELS, LEVELS + 1, LEVELS + 2
-SCALES = (1, 2, 3, 4)  # by which an image is shrunk before patches are cut
+SCALES = (2, 3, 4)  # by which an image is shrunk before patches are cut
 PEAK, WARMUP, DECAY = 1e-3, 500, 0.999
 BATCH = 48
 EVALUATE_EVERY = 250
@@ -108,7 +108,7 @@ def make_model() -> BartForConditionalGeneration:
     config = BartConfig(
         vocab_size=LEVELS + 3, d_model=128, encoder_layers=2, decoder_layers=4, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=512, decoder_ffn_dim=512, max_position_embeddings=SIZE * SIZE + 8,
-        dropout=0.05, attention_dropout=0.0, activation_dropout=0.0, pad_token_id=PAD, eos_token_id=END,
+        dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, pad_token_id=PAD, eos_token_id=END,
         bos_token_id=START, decoder_start_token_id=START, forced_eos_token_id=None, scale_embedding=True,
     )  # fmt: skip
     model = BartForConditionalGeneration(config)

@@ -27,6 +27,7 @@ from lm.base.encoder_decoder import EncoderDecoderLM
 from lm.base.generation import generate
 from lm.base.model import BaseLM
 from lm.base.perplexity import perplexity
+from lm.training.data import read_head_data
 from rescore.decoding import decode, margin_at
 from rescore.rescorers import load_rescorer
 from tests.conftest import Command, byte_tokenizer, make_heads, refused
@@ -115,6 +116,13 @@ def test_blocks_change_nothing(base: BaseLM, rescorer: str, p: int):
         decoded = decode(base, heads, prompt, rescorer=loaded, k=4, p=p, max_new_tokens=20, **how)
         assert decoded.output_ids == expected
         assert sum(decoded.accepted) == len(expected)
+
+
+def test_a_pair_has_the_room_of_both_sides(base: BaseLM, tmp_path: Path):
+    pair = {"prompt": "x" * 90, "response": "y" * 90}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    data = read_head_data(base, tmp_path / "pairs.jsonl", tmp_path / "cache")
+    assert (len(data.context(0)), len(data)) == (91, 91), "the text and what ends it, twice"
 
 
 def test_batches_read_prompts_of_several_lengths_as_if_alone(base: BaseLM):

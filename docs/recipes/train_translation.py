@@ -123,15 +123,17 @@ def loss_of(model: MarianMTModel, batch: list[Pair]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def translate(model: MarianMTModel, tokenizer: PreTrainedTokenizerFast, sources: list[list[int]]) -> list[str]:
-    """Greedy translations."""
+def translate(
+    model: MarianMTModel, tokenizer: PreTrainedTokenizerFast, sources: list[list[int]], *, beams: int = 1
+) -> list[str]:
+    """Greedy translations, or by beam search."""
     texts: dict[int, str] = {}
     by_length = sorted(range(len(sources)), key=lambda place: len(sources[place]))
     for start in range(0, len(by_length), 64):
         places = by_length[start : start + 64]
         ids = padded([sources[place] for place in places], tokenizer.pad_token_id)
         mask = (ids != tokenizer.pad_token_id).long()
-        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=80, do_sample=False, num_beams=1)
+        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=80, do_sample=False, num_beams=beams)
         texts.update(zip(places, tokenizer.batch_decode(out, skip_special_tokens=True), strict=True))
     return [texts[place].strip() for place in range(len(sources))]
 

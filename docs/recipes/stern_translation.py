@@ -1,0 +1,193 @@
+"""The experiments of Stern et al. (2018) on translation, at a small scale: trains, decodes, prints the tables.
+
+    python docs/recipes/stern_translation.py DATA OUT            # all of it; what is done is not done again
+    python docs/recipes/stern_translation.py DATA OUT --tables   # only what the results in OUT say
+
+DATA has multi30k_train.jsonl, multi30k_dev.jsonl and multi30k_test.jsonl, whose lines are
+`{"source": ..., "reference": ...}`.
+Every command is printed before it runs. The times in the last table are worth something on an idle machine only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import sacrebleu
+from transformers import MarianMTModel, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parent))
+from train_translation import read, translate
+
+BLOCKS = (2, 4, 6, 8, 10)  # k of [B], h here
+SHARED = (8, "both")  # the model on which acceptance rules are tried
+RULES = ("greedy", "top-k:2", "top-k:3", "top-k:5", "min-block:2", "min-block:3")
+SETTINGS = {  # base, what is learned, whether the base learns as well
+    "frozen": ("base", "gold", False),
+    "fine-tuned": ("base", "gold", True),
+    "distilled": ("distilled", "beam", False),
+    "both": ("distilled", "beam", True),
+    "greedy": ("base", "greedy", False),
+    "greedy, fine-tuned": ("base", "greedy", True),
+}
+HEAD_STEPS, TUNED_STEPS, POSITIONS = 400, 250, 4096
+TIMED = 200  # examples
+
+
+def run(*command: Any) -> None:
+    words = [str(word) for word in command]
+    print("+", shlex.join(words), file=sys.stderr, flush=True)
+    subprocess.run([sys.executable, *words] if words[0].endswith(".py") else words, check=True)
+
+
+def rescore(*command: Any) -> None:
+    run(Path(sys.executable).with_name("rescore"), *command)
+
+
+def write(path: Path, records: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+
+
+def prepare(data: Path, out: Path) -> None:
+    """The base, its translations of the training part, and the base that learned from those."""
+    train, dev = data / "multi30k_train.jsonl", data / "multi30k_dev.jsonl"
+    trainer = Path(__file__).with_name("train_translation.py")
+    if not (out / "base.done").exists():
+        run(trainer, train, dev, out / "base", "--epochs", 30)
+        (out / "base.done").touch()
+    for name, path in (("gold", train), ("dev", dev)):
+        write(out / f"{name}.jsonl", [{"prompt": source, "response": text} for source, text in read(path)])
+    write(out / "prompts.jsonl", [{"prompt": source} for source, _ in read(train)])
+    rescore(
+        "generate-corpus", "--base", out / "base", "--prompts", out / "prompts.jsonl", "--out", out / "greedy",
+        "--max-new-tokens", 80, "--batch-size", 128,
+    )  # fmt: skip
+    if not (out / "beam.jsonl").exists():
+        model, sources = MarianMTModel.from_pretrained(out / "base").eval(), [source for source, _ in read(train)]
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "base")
+        texts = translate(model, tokenizer, tokenizer(sources, truncation=True)["input_ids"], beams=4)
+        pairs = list(zip(sources, texts, strict=True))
+        write(out / "beam_pairs.jsonl", [{"source": source, "reference": text} for source, text in pairs])
+        write(out / "beam.jsonl", [{"prompt": source, "response": text} for source, text in pairs])
+    run(trainer, out / "beam_pairs.jsonl", dev, out / "distilled", "--initial", out / "base", "--epochs", 4)
+
+
+def name_of(setting: str, h: int) -> str:
+    return f"{setting.replace(', ', '-')}-{h}"
+
+
+def train(out: Path, setting: str, h: int) -> tuple[Path, Path]:
+    """Trains heads, with a base of their own where it learns as well; the folders of both."""
+    base, corpus, tuned = SETTINGS[setting]
+    heads = out / "heads" / name_of(setting, h)
+    path = out / corpus if corpus == "greedy" else out / f"{corpus}.jsonl"
+    common = [
+        "--base", out / base, "--corpus", path, "--held-out-corpus", out / "dev.jsonl", "--h", h,
+        "--architecture", "shared", "--token-size", 0, "--inner-size", 256 * h, "--heads-per-step", 1, "--soft", 0,
+        "--vocabulary", 0, "--positions", POSITIONS,
+    ]  # fmt: skip
+    untuned = {"fine-tuned": "frozen", "both": "distilled", "greedy, fine-tuned": "greedy"}.get(setting)
+    if not (heads / "trained").exists():
+        if untuned is None:
+            rescore("train-heads", *common, "--out", heads, "--steps", HEAD_STEPS, "--evaluate-every", HEAD_STEPS // 2)
+        else:
+            initial, _ = train(out, untuned, h)
+            rescore(
+                "train-heads", *common, "--initial", initial, "--tune", "full", "--base-learning-rate", 3e-4,
+                "--out", heads, "--steps", TUNED_STEPS, "--evaluate-every", TUNED_STEPS // 2,
+            )  # fmt: skip
+        (heads / "trained").touch()
+    return (heads / "heads", heads) if tuned else (heads, out / base)
+
+
+def evaluate(data: Path, out: Path, setting: str, h: int, *how: Any, name: str) -> Path:
+    heads, base = train(out, setting, h)
+    results = out / "results" / name
+    if not (results / "done").exists():
+        rescore(
+            "eval", "--base", base, "--heads", heads, "--task", "translation", "--data", data / "multi30k_test.jsonl",
+            "--max-new-tokens", 80, *how, "--out", results,
+        )  # fmt: skip
+        (results / "done").touch()
+    return results
+
+
+def result_of(results: Path, rescorer: str = "none") -> dict[str, Any]:
+    document = json.loads((results / "results.json").read_text())
+    return next(each for each in document["results"] if each["rescorer"] == rescorer)
+
+
+def bleu_of(results: Path, base: Path, data: Path) -> float:
+    """Of the whole corpus, as sacrebleu has it."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    lines = [json.loads(line) for line in (results / "examples.jsonl").open()]
+    outputs = {line["id"]: line["output_ids"] for line in lines if line["rescorer"] == "none"}
+    rows = [json.loads(line) for line in (data / "multi30k_test.jsonl").open()]
+    texts = [tokenizer.decode(outputs[row["id"]], skip_special_tokens=True).strip() for row in rows]
+    return float(sacrebleu.corpus_bleu(texts, [[row["reference"] for row in rows]]).score)
+
+
+def row(*cells: Any) -> None:
+    print("| " + " | ".join(str(cell) for cell in cells) + " |")
+
+
+def tables(data: Path, out: Path) -> None:
+    def cell(setting: str, h: int) -> str:
+        results = out / "results" / name_of(setting, h)
+        if not (results / "done").exists():
+            return "-"
+        _, base = train(out, setting, h)
+        found = result_of(results)
+        return f"{found['block_efficiency']:.2f} / {bleu_of(results, base, data):.1f}"
+
+    row("k", *SETTINGS)
+    row(*["---"] * (1 + len(SETTINGS)))
+    for h in BLOCKS:
+        row(h, *(cell(setting, h) for setting in SETTINGS))
+    print()
+    row("rule", "block", "BLEU")
+    row(*["---"] * 3)
+    for rule in RULES:
+        results = out / "results" / f"rule-{rule.replace(':', '-')}"
+        if (results / "done").exists():
+            _, base = train(out, SHARED[1], SHARED[0])
+            row(rule, f"{result_of(results)['block_efficiency']:.2f}", f"{bleu_of(results, base, data):.1f}")
+    print()
+    row("k", "block", "speed-up")
+    row(*["---"] * 3)
+    for h in BLOCKS:
+        results = out / "results" / f"timed-{h}"
+        if (results / "done").exists():
+            found = result_of(results)
+            row(h, f"{found['block_efficiency']:.2f}", f"{found['latency']['speed_up']:.2f}x")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tables", action="store_true")
+    given = parser.parse_args()
+    data, out = given.data, given.out
+    if not given.tables:
+        out.mkdir(parents=True, exist_ok=True)
+        prepare(data, out)
+        for setting in SETTINGS:
+            for h in BLOCKS if "greedy" not in setting else (8,):
+                evaluate(data, out, setting, h, "--rescorer", "none,oracle", name=name_of(setting, h))
+        h, setting = SHARED
+        for rule in RULES:
+            how = ["--mode", "live", "--rescorer", "none", "--acceptance", rule]
+            evaluate(data, out, setting, h, *how, name=f"rule-{rule.replace(':', '-')}")
+        for h in BLOCKS:
+            evaluate(data, out, "both", h, "--mode", "live", "--rescorer", "none", "--limit", TIMED, name=f"timed-{h}")
+    tables(data, out)
+
+
+if __name__ == "__main__":
+    main()

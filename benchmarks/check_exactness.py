@@ -4,7 +4,7 @@
 
 Float32, one example at a time, with a line on stderr after each. Prints, for one draft and for p drafts as batch and as
 tree: outputs identical token for token, whether replay's accepted lengths equal the live decoder's at every step, and
-the live steps and tokens; then one JSON line. Refuses a base LM that takes no tree mask.
+the live steps and tokens; then one JSON line. A base LM that takes no tree mask (an encoder-decoder) has no tree.
 """
 
 from __future__ import annotations
@@ -41,13 +41,12 @@ def main() -> None:
     arguments = parser.parse_args()
     task, limit = load_task(arguments.task), arguments.max_new_tokens
     base = load_base(arguments.base)
-    if not base.supports_tree:
-        raise SystemExit(f"{arguments.base} takes no tree mask; there are no three ways to compare")
     heads = load_heads(base.identity, arguments.heads, device=base.device)
     examples = load_examples(task, data=arguments.data, limit=arguments.limit).examples
     rescorer = load_rescorer("none")
-    ways = {"p = 1": (1, "tree"), f"p = {arguments.p}, batch": (arguments.p, "batch"),
-            f"p = {arguments.p}, tree": (arguments.p, "tree")}  # fmt: skip
+    ways = {"p = 1": (1, "batch"), f"p = {arguments.p}, batch": (arguments.p, "batch")}
+    if base.supports_tree:
+        ways[f"p = {arguments.p}, tree"] = arguments.p, "tree"
     with tempfile.TemporaryDirectory() as folder:
         chat = task.chat and base.is_chat
         trace = record_trace(
@@ -62,9 +61,10 @@ def main() -> None:
             ids = torch.tensor([prompt], device=base.device)
             mask = torch.ones_like(ids)
             output = base.model.generate(
-                ids, attention_mask=mask, do_sample=False, max_new_tokens=limit, pad_token_id=0
-            )
-            expected = output[0, len(prompt) :].tolist()
+                ids, attention_mask=mask, do_sample=False, num_beams=1, max_new_tokens=limit,
+                pad_token_id=base.model.generation_config.pad_token_id or 0,
+            )  # fmt: skip
+            expected = output[0, len(base.prefix(prompt)) :].tolist()
             traced += expected == example.output_ids.tolist()
             for way, (p, verify) in ways.items():
                 decoded = decode(

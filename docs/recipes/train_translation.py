@@ -30,7 +30,8 @@ PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 VOCABULARY = 8192
 MOST_TOKENS = 128  # of a sentence, with its end
 BATCH = 3000  # target tokens of a step, padding included
-SMOOTHING, DROPOUT, DECAY = 0.1, 0.3, 0.999
+SMOOTHING, DECAY = 0.1, 0.999
+DROPOUT, DROPOUT_LATER, LATER = 0.3, 0.1, 15  # until that epoch and after it, where the model still learns too little
 WARMUP, PEAK = 1000, 2e-3  # steps, learning rate
 PARTS = 8  # of a file that are sorted by length apart
 
@@ -177,6 +178,13 @@ def main() -> None:
         average, done, best, step, seconds = (kept[key] for key in ("average", "done", "best", "step", "seconds"))
     for epoch in range(done, given.epochs):
         model.train()
+        for layer in (
+            *model.model.encoder.layers,
+            *model.model.decoder.layers,
+            model.model.encoder,
+            model.model.decoder,
+        ):
+            layer.dropout = DROPOUT if epoch < LATER and given.initial is None else DROPOUT_LATER
         losses, begun = [], time.perf_counter()
         torch.manual_seed(given.seed + 1 + epoch)
         for batch in batches(pairs, random.Random(given.seed * 1000 + epoch)):

@@ -95,7 +95,7 @@ def convert_heads(
         config, tensors = _for_base(config, tensors, of_base)
     if to == "rescore":
         write_checkpoint(out, tensors, config, dtype=None)
-        use = f"rescore eval --heads {out}" + (f" --base {base}" if base else "")
+        use = f"rescore eval --heads {shlex.quote(str(out))} --base {_told_base(config)}"
     elif to == "vllm-plugin":
         use = _write_plugin(out, config, tensors, _needed(of_base, to), rescorer, k)
     else:
@@ -216,8 +216,12 @@ def _write_vllm(out: Path, config: BlockHeadsConfig, tensors: Tensors, base: Bas
 def _vllm_command(out: Path, config: BlockHeadsConfig) -> str:
     settings = {"method": "medusa", "model": str(out), "num_speculative_tokens": config.h - 1}
     told = shlex.quote(json.dumps(settings, separators=(",", ":"), ensure_ascii=False))
-    model = "MODEL" if is_unnamed(config) else shlex.quote(config.base_name)
-    return f"vllm serve {model} --speculative-config {told}"
+    return f"vllm serve {_told_base(config)} --speculative-config {told}"
+
+
+def _told_base(config: BlockHeadsConfig) -> str:
+    """The base in a command."""
+    return "MODEL" if is_unnamed(config) else shlex.quote(config.base_name)
 
 
 def _beside_base(config: BlockHeadsConfig) -> dict[str, str]:

@@ -210,6 +210,7 @@ class TestTheirs:
         converted = convert_heads(first, tmp_path / "vllm dir", to="medusa-vllm")
         assert converted.use.startswith('vllm serve MODEL --speculative-config \'{"method":"medusa","model":')
         assert "base_model_name_or_path" not in json.loads((tmp_path / "vllm dir" / "config.json").read_text())
+        assert convert_heads(first, tmp_path / "mine", to="rescore").use.endswith(f"{tmp_path / 'mine'} --base MODEL")
         for to in ("medusa-tgi", "medusa-original"):
             assert "give --base" in refused(lambda to=to: convert_heads(first, tmp_path / "x", to=to))
             assert not (tmp_path / "x").exists()

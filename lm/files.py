@@ -154,6 +154,10 @@ def write_json(path: Path, document: Any) -> None:
         stream.write("\n")
 
 
+# What to do where a checkpoint of others is not on this machine: nothing of theirs is fetched.
+FETCH = "give a folder on this machine (hf download REPOSITORY --local-dir FOLDER gets one)"
+
+
 def read_json_object(path: Path, *, missing: str, advice: str = "get or make it again") -> dict[str, Any]:
     """The object in a JSON file.
 

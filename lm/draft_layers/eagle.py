@@ -23,7 +23,7 @@ from lm.base.model import BaseLM
 from lm.base.states import FINAL, check_layers, decoder_layers
 from lm.checkpoint import CONFIG_FILE
 from lm.draft_layers.net import DraftNet, NetSource
-from lm.files import read_json_object
+from lm.files import FETCH, read_json_object
 from lm.heads.layouts.tensor_files import TensorFiles
 
 LAYER, MIDLAYER = "layers.0.", "midlayer."  # one layer's two names
@@ -45,13 +45,13 @@ class EagleSource(NetSource):
 
     def __init__(self, folder: Path, name: str) -> None:
         self.name, self.folder = name, folder
-        fields = read_json_object(folder / CONFIG_FILE, missing=f"no EAGLE checkpoint in {folder}")
+        fields = read_json_object(folder / CONFIG_FILE, missing=f"no EAGLE checkpoint in {folder}", advice=FETCH)
         self.config = _llama_config(fields, folder / CONFIG_FILE)
         if other := [option for option in OTHER_OPTIONS if fields.get(option)]:
             raise IncompatibleError(f"{folder} is of a kind of EAGLE that is not read here: its {other[0]} is set")
         file = next((path for each in FILES if (path := folder / each).is_file()), None)
         if file is None:
-            raise RescoreError(f"no EAGLE checkpoint in {folder}: it has no {' or '.join(FILES)}")
+            raise RescoreError(f"no EAGLE checkpoint in {folder}: it has no {' or '.join(FILES)}; {FETCH}")
         self.file, self.tensors = file, TensorFiles([file])
         self._names = {name.replace(MIDLAYER, LAYER): name for name in self.tensors.shapes}
         shapes = {name: self.tensors.shapes[stored] for name, stored in self._names.items()}

@@ -19,7 +19,7 @@ from lm.base.model import BaseLM
 from lm.base.states import FINAL, check_layers, decoder_layers
 from lm.checkpoint import CONFIG_FILE
 from lm.draft_layers.net import DraftNet, NetSource
-from lm.files import read_json_object
+from lm.files import FETCH, read_json_object
 from lm.heads.layouts.tensor_files import TensorFiles
 
 FILES = ("hydra_lm_head.safetensors", "hydra_lm_head.pt", "model.safetensors")
@@ -36,7 +36,7 @@ class HydraSource(NetSource):
 
     def __init__(self, folder: Path, name: str) -> None:
         self.name, self.folder = name, folder
-        fields = read_json_object(folder / CONFIG_FILE, missing=f"no Hydra heads in {folder}")
+        fields = read_json_object(folder / CONFIG_FILE, missing=f"no Hydra heads in {folder}", advice=FETCH)
         kind = fields.get("hydra_head_arch", "mlp")
         if kind != "mlp" or fields.get("grounded_heads") is False:
             what = f"hydra_head_arch is {kind}" if kind != "mlp" else "grounded_heads is false"
@@ -46,7 +46,7 @@ class HydraSource(NetSource):
             raise InvalidDataError(f"{folder / CONFIG_FILE}: hidden_state_offset is no number of layers; get it again")
         file = next((path for each in FILES if (path := folder / each).is_file()), None)
         if file is None:
-            raise RescoreError(f"no Hydra heads in {folder}: it has no {' or '.join(FILES)}")
+            raise RescoreError(f"no Hydra heads in {folder}: it has no {' or '.join(FILES)}; {FETCH}")
         self.tensors = TensorFiles([file])
         shapes = self.tensors.shapes
         places = {(int(m[1]), int(m[2])) for each in shapes if (m := NAME.fullmatch(each))}
@@ -55,7 +55,7 @@ class HydraSource(NetSource):
         first = shapes.get("hydra_lm_head.0.weight", ())
         if not places or len(first) != 2:
             raise InvalidDataError(
-                f"{file} has no Hydra mlp heads: hydra_mlp.0.0.linear.weight, hydra_lm_head.0.weight"
+                f"{file} has no Hydra mlp heads: hydra_mlp.0.0.linear.weight, hydra_lm_head.0.weight; {FETCH}"
             )
         self.vocab_size, self.hidden_size = first
         v, d = first

@@ -21,6 +21,7 @@ from lm.base.catalog import resolve_base
 from lm.base.model import BaseIdentity, BaseLM
 from lm.base.states import FINAL, check_layers, decoder_layers
 from lm.draft_layers.net import DraftNet, NetSource
+from lm.files import FETCH
 from lm.heads.layouts.tensor_files import TensorFiles, names_by_file
 
 INDEX = "model.safetensors.index.json"
@@ -46,7 +47,10 @@ class MtpSource(NetSource):
         self.tensors = TensorFiles(files)
         found = sorted({(int(m[2]), m[1]) for each in self.tensors.shapes if (m := OF_LAYER.fullmatch(each))})
         if not found:
-            raise RescoreError(f"no MTP layer in {folder}: no tensor is called model.layers.N.eh_proj.weight")
+            raise RescoreError(
+                f"no MTP layer in {folder}: no tensor is called model.layers.N.eh_proj.weight; "
+                "give the folder of a base that has one, as DeepSeek-V3 and GLM-4.5 do, or another drafter"
+            )
         if len(found) > 1:
             raise IncompatibleError(f"{folder} has {len(found)} MTP layers, and only a single one is read here")
         ((self.place, self.prefix),) = found
@@ -195,5 +199,5 @@ def _files(folder: Path) -> list[Path]:
         return [folder / file for file in sorted({f for n, f in shards.items() if n.startswith(tuple(places))})]
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files:
-        raise RescoreError(f"no MTP layer in {folder}: it has no *.safetensors or *.bin")
+        raise RescoreError(f"no MTP layer in {folder}: it has no *.safetensors or *.bin; {FETCH}")
     return files

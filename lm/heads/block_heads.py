@@ -27,7 +27,7 @@ from lm.base.adapters import TUNED_FILE
 from lm.base.model import BaseIdentity, BaseLM
 from lm.checkpoint import CONFIG_FILE, WEIGHTS_FILE, check_shapes, read_weights, write_checkpoint
 from lm.checkpoint import read_config as read_checkpoint_config
-from lm.files import SHIPPED, sha256_of_file
+from lm.files import FETCH, SHIPPED, sha256_of_file
 from lm.heads.draft_rows import DraftProjection
 from lm.heads.layouts.medusa import find_medusa, medusa_of_model
 from lm.heads.nets import NETS, SEQUENTIAL, BlockHeadsConfig
@@ -341,7 +341,9 @@ def read_config(folder: Path) -> BlockHeadsConfig:
     if (theirs := find_medusa(folder)) is not None:
         return theirs.config
     what = "a block heads configuration"
-    config = read_checkpoint_config(folder, BlockHeadsConfig, what=what, missing=_no_heads(folder))
+    drafters = f"an EAGLE layer or Hydra's heads are drafters, --drafter eagle:{folder} or hydra:{folder}"
+    advice = f"get or make it again; {drafters}" if folder.is_dir() else FETCH
+    config = read_checkpoint_config(folder, BlockHeadsConfig, what=what, missing=_no_heads(folder), advice=advice)
     if config.architecture not in NETS:
         raise UnknownNameError("block head architecture", config.architecture, NETS)
     return config

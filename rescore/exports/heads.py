@@ -4,8 +4,8 @@
 |---|---|
 | `rescore` | `model.safetensors` and `config.json` as `rescore train-heads` writes them |
 | `medusa-vllm` | what vLLM's `"method": "medusa"` loads |
-| `medusa-tgi` | `medusa_lm_head.safetensors` for text-generation-inference, which takes one block a head |
-| `medusa-original` | the same file for FasterDecoding/Medusa, with the heads' own projections if they have some |
+| `medusa-tgi` | `medusa_lm_head.safetensors` for text-generation-inference |
+| `medusa-original` | `medusa_lm_head.pt`, the file that FasterDecoding/Medusa opens, with a projection for each head |
 | `vllm-plugin` | what `rescore.exports.vllm_heads` serves in vLLM: any architecture, and a rescorer's choice |
 
 Weights keep their precision and every bit (int8 ones become the float32 that they stand for); what a layout can't hold
@@ -15,6 +15,8 @@ is refused. Sources: the loaders of these projects; docs/formats.md has their na
 from __future__ import annotations
 
 import dataclasses
+import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,19 +30,22 @@ from lm.base.catalog import load_projection
 from lm.base.model import BaseLM
 from lm.base.probe import Scaling
 from lm.checkpoint import CONFIG_FILE, WEIGHTS_FILE, write_checkpoint, write_tensors
-from lm.files import write_json
+from lm.files import atomic_file, write_json
 from lm.heads.block_heads import check_fit, read_config, read_tensors
-from lm.heads.layouts.medusa import HEADS_ALONE, MEDUSA_1, TOKEN_MAP, VLLM, Layout
+from lm.heads.layouts.medusa import HEADS_ALONE, MEDUSA_1, TOKEN_MAP, VLLM, Layout, is_unnamed
 from lm.heads.nets import MEDUSA, SEQUENTIAL, BlockHeadsConfig
 from lm.records import plain
 from rescore.checks import check_k
 from rescore.options import Spec
 
 To = Literal["rescore", "medusa-vllm", "medusa-tgi", "medusa-original", "vllm-plugin"]
-ENGINES = {"medusa-vllm": "vLLM", "medusa-tgi": "text-generation-inference", "medusa-original": "FasterDecoding/Medusa"}
+TGI, ORIGINAL = "medusa-tgi", "medusa-original"
+ENGINES = {"medusa-vllm": "vLLM", TGI: "text-generation-inference", ORIGINAL: "FasterDecoding/Medusa"}
 CHOOSING = ("ngram", "learned-bigram")  # without the text before, which vLLM does not tell
 PLUGIN = "RescoreHeads"  # the architecture's name in vLLM
 BASE_ROWS = "base.weight"
+TGI_FILE, ORIGINAL_FILE = HEADS_ALONE
+ORIGINAL_HEADS = 5  # that its loader makes of any checkpoint of heads alone
 
 Tensors = dict[str, torch.Tensor]
 
@@ -90,13 +95,19 @@ def convert_heads(
         config, tensors = _for_base(config, tensors, of_base)
     if to == "rescore":
         write_checkpoint(out, tensors, config, dtype=None)
-        use = f"rescore eval --heads {out}" + (f" --base {base}" if base else "")
+        use = f"rescore eval --heads {shlex.quote(str(out))} --base {_told_base(config)}"
     elif to == "vllm-plugin":
         use = _write_plugin(out, config, tensors, _needed(of_base, to), rescorer, k)
     else:
         _check_medusa(config, tensors, to)
-        use = _write_vllm(out, config, tensors, of_base) if to == "medusa-vllm" else _write_alone(out, config, tensors)
+        write = {"medusa-vllm": _write_vllm, TGI: _write_tgi, ORIGINAL: _write_original}[to]
+        use = write(out, config, tensors, of_base)
     said = list(notices)
+    if to == ORIGINAL and config.h - 1 < ORIGINAL_HEADS:
+        said.append(
+            f"FasterDecoding/Medusa makes {ORIGINAL_HEADS} heads whatever {CONFIG_FILE} says, and leaves those beyond "
+            f"these {config.h - 1} random; its own trees use the first 4"
+        )
     if to == "medusa-vllm" and config.own_projection and config.own_projection.mapped:
         said.append("vLLM 0.29 does not load a token_map unless it is patched")
     return ConvertedHeads(out, to, config, use, said)
@@ -141,12 +152,12 @@ def _check_medusa(config: BlockHeadsConfig, tensors: Tensors, to: str) -> None:
         reason = f"{config.architecture} heads have a second matrix each, for which Medusa's blocks have no place"
     elif config.token_size:
         reason = f"they see the token that head 1 chose (token_size {config.token_size})"
-    elif to == "medusa-tgi" and (config.blocks != 1 or own):
-        reason = "they have projections of their own" if own else f"they have {config.blocks} blocks a head, not 1"
+    elif to == TGI and config.blocks != 1 and not own:
+        reason = f"they have {config.blocks} blocks a head, not 1, and no projections of their own"
         advice = "; --to medusa-vllm holds them"
-    elif to == "medusa-original" and config.blocks > 1 and not _repeats(tensors["block.weight"], tensors["block.bias"]):
+    elif to == ORIGINAL and config.blocks > 1 and not _repeats(tensors["block.weight"], tensors["block.bias"]):
         reason, advice = "it repeats one block, and these have several", "; --to medusa-vllm holds them"
-    elif to == "medusa-original" and own and (own.mapped or own.scale != 1.0):
+    elif to in (TGI, ORIGINAL) and own and (own.mapped or own.scale != 1.0):
         reason, advice = "it knows no token map and no scale of logits", "; --to medusa-vllm holds them"
     if reason:
         raise IncompatibleError(f"{engine} can't hold these heads: {reason}{advice}")
@@ -196,28 +207,69 @@ def _write_vllm(out: Path, config: BlockHeadsConfig, tensors: Tensors, base: Bas
             "num_heads": heads, "num_hidden_layers": config.blocks, "vocab_size": config.vocab_size,
             "truncated_vocab_size": own.rows if own else config.vocab_size,
             "original_lm_head": own is None or own.shared, "medusa_fc_bias": has_bias, "logit_scale": scale,
-            "torch_dtype": _dtype_name(tensors), "base_model_name_or_path": config.base_name,
+            "torch_dtype": _dtype_name(tensors), **_beside_base(config),
         },
     )  # fmt: skip
-    return _vllm_command(out, config, "medusa")
+    return _vllm_command(out, config)
 
 
-def _vllm_command(out: Path, config: BlockHeadsConfig, method: str) -> str:
-    settings = f'{{"method":"{method}","model":"{out}","num_speculative_tokens":{config.h - 1}}}'
-    return f"vllm serve {config.base_name} --speculative-config '{settings}'"
+def _vllm_command(out: Path, config: BlockHeadsConfig) -> str:
+    settings = {"method": "medusa", "model": str(out), "num_speculative_tokens": config.h - 1}
+    told = shlex.quote(json.dumps(settings, separators=(",", ":"), ensure_ascii=False))
+    return f"vllm serve {_told_base(config)} --speculative-config {told}"
 
 
-def _write_alone(out: Path, config: BlockHeadsConfig, tensors: Tensors) -> str:
-    named, own = _named(MEDUSA_1, tensors, has_bias=True), config.own_projection
-    if own is not None:
-        for head in range(config.h - 1):
-            rows = tensors["lm_head.weight"][0 if own.shared else head]
-            named[MEDUSA_1.own.format(head=head, blocks=config.blocks)] = rows.clone() if own.shared else rows
-    write_tensors(out / HEADS_ALONE[0], named)
-    counts = {"medusa_num_heads": config.h - 1, "medusa_num_layers": config.blocks}
-    version = {} if own else {"version": "2"}
-    write_json(out / CONFIG_FILE, {"base_model_name_or_path": config.base_name, **counts, **version})
-    return f"their base is {config.base_name}"
+def _told_base(config: BlockHeadsConfig) -> str:
+    """The base in a command."""
+    return "MODEL" if is_unnamed(config) else shlex.quote(config.base_name)
+
+
+def _beside_base(config: BlockHeadsConfig) -> dict[str, str]:
+    """The name of the base for a configuration, by which its reader finds it from any folder."""
+    if is_unnamed(config):
+        return {}
+    folder = Path(config.base_name).expanduser()
+    return {"base_model_name_or_path": str(folder.resolve()) if folder.is_dir() else config.base_name}
+
+
+def _write_tgi(out: Path, config: BlockHeadsConfig, tensors: Tensors, base: BaseLM | None) -> str:
+    own = config.own_projection is not None  # else version 2, which takes the base's
+    write_json(out / CONFIG_FILE, _config_alone(config, TGI) | ({} if own else {"version": "2"}))
+    rows = _projections(config, tensors["lm_head.weight"]) if own else {}
+    write_tensors(out / TGI_FILE, _named(MEDUSA_1, tensors, has_bias=True) | rows)
+    return f"text-generation-launcher --model-id {shlex.quote(str(out))}"
+
+
+def _write_original(out: Path, config: BlockHeadsConfig, tensors: Tensors, base: BaseLM | None) -> str:
+    """With a projection for every head: where one is not there, one of its loaders leaves it random."""
+    if config.own_projection is None:
+        of_base = _needed(base, ORIGINAL)
+        if of_base.scaling != Scaling():
+            name = of_base.identity.name
+            raise IncompatibleError(f"{name} scales its logits, for which FasterDecoding/Medusa has no place")
+        rows = narrowed(of_base.output_embeddings.weight)[None]
+    else:
+        rows = tensors["lm_head.weight"]
+    write_json(out / CONFIG_FILE, _config_alone(config, ORIGINAL))
+    named = _named(MEDUSA_1, tensors, has_bias=True) | _projections(config, rows)
+    with atomic_file(out / ORIGINAL_FILE) as temporary:
+        torch.save({name: value.detach().cpu().clone() for name, value in named.items()}, temporary)
+    return f"python -m medusa.inference.cli --model {shlex.quote(str(out))}"
+
+
+def _config_alone(config: BlockHeadsConfig, to: str) -> dict[str, Any]:
+    """Of heads without their base, which these programs find by its name there."""
+    if is_unnamed(config):
+        raise RescoreError(f"--to {to} writes the name of the base, and these heads do not say it; give --base")
+    return _beside_base(config) | {"medusa_num_heads": config.h - 1, "medusa_num_layers": config.blocks}
+
+
+def _projections(config: BlockHeadsConfig, rows: torch.Tensor) -> Tensors:
+    """One for each head, of one for each or one for all."""
+    return {
+        MEDUSA_1.own.format(head=head, blocks=config.blocks): rows[head if len(rows) > 1 else 0].clone()
+        for head in range(config.h - 1)
+    }
 
 
 def _write_plugin(
@@ -248,7 +300,7 @@ def _write_plugin(
             },
         },
     )  # fmt: skip
-    return _vllm_command(out, config, "medusa")
+    return _vllm_command(out, config)
 
 
 def narrowed(weight: torch.Tensor) -> torch.Tensor:

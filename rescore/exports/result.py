@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lm.files import atomic_file
+from rescore.drafters import HEADS
 from rescore.exports.engines import (
     AcceptanceHistogram,
     Counts,
@@ -200,15 +201,24 @@ def _made(chosen: _Chosen, counts: Counts, to: Format, drafter: EngineDrafter | 
             return SpecBenchAnswers(answers=_answers(chosen))
         case "speculation-profile":
             trace = config.traces[result.task]
-            known = {"heads_sha256": trace.get("heads_sha256")}
             return SpeculationProfile.of(
-                counts, drafter, macro=result.block_efficiency_macro, category=result.task, draft=known,
+                counts, drafter, macro=result.block_efficiency_macro, category=result.task, draft=_draft_of(chosen),
                 target={"name": chosen.base.get("name"), "weights_sha256": chosen.base.get("weights_sha256")},
                 conditions={
                     "dataset": result.task, "osl": trace.get("max_new_tokens"), "num_samples": result.n,
                     "validation": f"{config.mode} of rescore, {config.acceptance}: {chosen}",
                 },
             )  # fmt: skip
+
+
+def _draft_of(chosen: _Chosen) -> dict[str, Any]:
+    """What proposed the drafts: the hash of the heads where they did, and the other drafters as the run names them."""
+    result, config = chosen.result, chosen.run.config
+    of_run = {(config.marked(run.rescorer), run.k): run.drafters for run in config.runs[result.task]}  # whatever its p
+    drafters = of_run[result.rescorer, result.k]
+    of_heads = not drafters or any(each.partition(" ")[0] == HEADS for each in drafters)
+    heads = {"heads_sha256": config.traces[result.task].get("heads_sha256")} if of_heads else {}
+    return heads | ({"drafters": drafters} if drafters else {})
 
 
 def _notices(chosen: _Chosen, counts: Counts, to: Format, drafter: EngineDrafter | None) -> list[str]:

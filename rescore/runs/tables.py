@@ -148,7 +148,11 @@ def _ceiling(results: Sequence[Result]) -> str:
             of.append(r.rescorer)
     if not beyond:
         return "h = ceiling"
-    return "ceiling: h, but " + ", ".join(f"{longest} of {', '.join(of)}" for longest, of in beyond.items())
+    by_h = any(r.longest == r.h > 1 for r in results)
+    if len(beyond) == 1 and not by_h:
+        return f"ceiling: {next(iter(beyond))}"
+    others = ", ".join(f"{longest} of {', '.join(of)}" for longest, of in beyond.items())
+    return f"ceiling: h, but {others}" if by_h else f"ceiling: {others}"
 
 
 def _of_drafters(results: Sequence[Result]) -> str:
@@ -196,11 +200,12 @@ def _caption(document: ResultsDocument, apart: Collection[Column]) -> str:
 def _made_of(document: ResultsDocument, task: str) -> str:
     """What the results of a task were decoded with: models and limits, or a trace."""
     inputs = document.config.inputs[task]
-    h = max(r.h for r in document.results if r.task == task)
+    most = max(r.h for r in document.results if r.task == task)
+    h = f"h = {most}" if most > 1 else "without block heads"
     if inputs.trace:
-        return f"the trace {printable(inputs.trace)}, h = {h}"
+        return f"the trace {printable(inputs.trace)}, {h}"
     limit = document.config.traces[task]["max_new_tokens"]
-    return f"{printable(inputs.base)} in {inputs.dtype}, h = {h}, up to {limit} new tokens"
+    return f"{printable(inputs.base)} in {inputs.dtype}, {h}, up to {limit} new tokens"
 
 
 def _efficiency(results: Sequence[Result]) -> Table:

@@ -17,6 +17,7 @@ from hypothesis.extra import numpy as arrays
 from safetensors.torch import load_file, save_file
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, UnknownNameError
+from lm.files import FETCH
 from lm.heads import block_heads
 from lm.heads.block_heads import (
     BlockHeads,
@@ -277,7 +278,10 @@ class TestFiles:
         assert f"config.json {message}" in refused(lambda: read_config(folder), InvalidDataError)
 
     def test_missing_files(self, tiny_base, tmp_path, folder):
-        assert "no block heads in" in refused(lambda: load_heads(tiny_base.identity, str(tmp_path / "none")))
+        said = refused(lambda: load_heads(tiny_base.identity, str(tmp_path / "none")))
+        assert "no block heads in" in said and said.endswith(FETCH), "heads are not fetched"
+        (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+        assert f"--drafter eagle:{tmp_path} or hydra:{tmp_path}" in refused(lambda: read_config(tmp_path))
         (folder / "model.safetensors").unlink()
         assert "model.safetensors" in refused(lambda: load_heads(tiny_base.identity, str(folder)))
         assert "model.safetensors" in refused(lambda: heads_sha256(folder))

@@ -49,9 +49,15 @@ def write_unigrams(path: Path) -> np.ndarray:
     return log10p
 
 
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    """Of the only file of weights in a folder."""
+    (file,) = [*folder.glob("*.safetensors"), *folder.glob("*.pt")]
+    return torch.load(file, weights_only=True) if file.suffix == ".pt" else load_file(file)
+
+
 def same_tensors(a: Path, b: Path) -> None:
     """The same names, types and bits."""
-    a, b = (load_file(next(iter(folder.glob("*.safetensors")))) for folder in (a, b))
+    a, b = map(tensors_in, (a, b))
     assert a.keys() == b.keys()
     for name, value in a.items():
         assert value.dtype == b[name].dtype and torch.equal(value, b[name]), name
@@ -98,6 +104,33 @@ class TestOurs:
         config = json.loads((tmp_path / "theirs" / "config.json").read_text())
         assert (config["medusa_num_heads"], config["medusa_num_layers"], config["version"]) == (3, 1, "2")
 
+    def test_what_the_original_reads(self, tiny_base, tmp_path):
+        """Its loaders open `medusa_lm_head.pt` alone, and one of them leaves projections that are not there random."""
+        base = tiny_base.identity.name
+        mine = ours(tiny_base, tmp_path / "mine")
+        converted = convert_heads(mine, tmp_path / "theirs", to="medusa-original", base=base)
+        assert [file.name for file in sorted((tmp_path / "theirs").iterdir())] == ["config.json", "medusa_lm_head.pt"]
+        tensors = tensors_in(tmp_path / "theirs")
+        assert set(tensors) == {
+            name for i in range(3) for name in (f"{i}.0.linear.weight", f"{i}.0.linear.bias", f"{i}.1.weight")
+        }
+        for i in range(3):
+            assert torch.equal(tensors[f"{i}.1.weight"].double(), tiny_base.output_embeddings.weight)
+        assert json.loads((tmp_path / "theirs" / "config.json").read_text()) == {
+            "base_model_name_or_path": base, "medusa_num_heads": 3, "medusa_num_layers": 1,
+        }  # fmt: skip
+        assert converted.use == f"python -m medusa.inference.cli --model {tmp_path / 'theirs'}"
+        assert "makes 5 heads" in converted.notices[-1]
+
+    def test_the_base_is_found_from_any_folder(self, tiny_base, tiny_folder, tmp_path, monkeypatch):
+        """A folder's name is written whole, a hub id as it is."""
+        mine = ours(tiny_base, tmp_path / "mine")
+        monkeypatch.chdir(tiny_folder.parent)
+        converted = convert_heads(mine, tmp_path / "tgi", to="medusa-tgi", base=tiny_folder.name)
+        config = json.loads((tmp_path / "tgi" / "config.json").read_text())
+        assert Path(config["base_model_name_or_path"]) == tiny_folder.resolve()
+        assert converted.use == f"text-generation-launcher --model-id {tmp_path / 'tgi'}"
+
     def test_int8_becomes_what_it_stands_for(self, tiny_base, tmp_path):
         mine = ours(tiny_base, tmp_path / "mine", dtype=torch.int8)
         convert_heads(mine, tmp_path / "theirs", to="medusa-tgi")
@@ -124,7 +157,7 @@ class TestOurs:
 
     def test_a_base_is_needed_for_its_projection(self, tiny_base, tmp_path):
         mine = ours(tiny_base, tmp_path / "mine")
-        for to in ("medusa-vllm", "vllm-plugin"):
+        for to in ("medusa-vllm", "medusa-original", "vllm-plugin"):
             assert "give --base" in refused(lambda to=to: convert_heads(mine, tmp_path / "theirs", to=to))
 
     def test_another_base(self, tiny_base, tmp_path):
@@ -137,10 +170,13 @@ class TestOurs:
         assert "give a new folder" in refused(lambda: convert_heads(mine, mine, to="medusa-tgi"))
 
 
+THEIR_BASE = {"base_model_name_or_path": "someone/base"}
+
+
 class TestTheirs:
     CASES = (
         ("medusa-1", "medusa-original", made(dtype=torch.bfloat16)),
-        ("medusa-1", "medusa-original", made(projections=0, dtype=torch.float16)),
+        ("medusa-1", "medusa-tgi", made(layers=2)),
         ("medusa-1", "medusa-tgi", made(projections=0)),
         ("vllm", "medusa-vllm", made(layers=2, bias=False, dtype=torch.bfloat16)),
         ("vllm", "medusa-vllm", made(layers=2, projections=1)),
@@ -151,7 +187,7 @@ class TestTheirs:
 
     @pytest.mark.parametrize(("layout", "to", "theirs"), CASES, ids=range(len(CASES)))
     def test_there_and_back(self, tiny_base, tmp_path, layout: str, to, theirs: Theirs):
-        config = {"vocab_size": 257, "num_hidden_layers": len(theirs.weights[0])} if layout == "vllm" else {}
+        config = {"vocab_size": 257, "num_hidden_layers": len(theirs.weights[0])} if layout == "vllm" else THEIR_BASE
         first = write(tmp_path / "theirs", theirs, layout, config=config)
         convert_heads(first, tmp_path / "mine", to="rescore")
         convert_heads(tmp_path / "mine", tmp_path / "again", to=to)
@@ -169,17 +205,27 @@ class TestTheirs:
         convert_heads(write(tmp_path / "theirs", theirs, layout), tmp_path / "vllm", to="medusa-vllm")
         same_tensors(write(tmp_path / "expected", theirs, "vllm"), tmp_path / "vllm")
 
+    def test_heads_that_do_not_say_their_base(self, tmp_path):
+        first = write(tmp_path / "theirs", made())
+        converted = convert_heads(first, tmp_path / "vllm dir", to="medusa-vllm")
+        assert converted.use.startswith('vllm serve MODEL --speculative-config \'{"method":"medusa","model":')
+        assert "base_model_name_or_path" not in json.loads((tmp_path / "vllm dir" / "config.json").read_text())
+        assert convert_heads(first, tmp_path / "mine", to="rescore").use.endswith(f"{tmp_path / 'mine'} --base MODEL")
+        for to in ("medusa-tgi", "medusa-original"):
+            assert "give --base" in refused(lambda to=to: convert_heads(first, tmp_path / "x", to=to))
+            assert not (tmp_path / "x").exists()
+
     def test_repeated_blocks_for_the_original(self, tmp_path):
         theirs = made(layers=2)
         for weights, biases in zip(theirs.weights, theirs.biases, strict=True):
             weights[1], biases[1] = weights[0].clone(), biases[0].clone()
-        first = write(tmp_path / "theirs", theirs)
+        first = write(tmp_path / "theirs", theirs, config=THEIR_BASE)
         assert any("2 blocks" in line for line in convert_heads(first, tmp_path / "x", to="medusa-original").notices)
         same_tensors(first, tmp_path / "x")
 
     @pytest.mark.parametrize(
         ("theirs", "to", "reason"),
-        [(made(), "medusa-tgi", "projections of their own"), (mapped(made(), [1]), "medusa-original", "no token map")],
+        [(mapped(made(), [1]), "medusa-tgi", "no token map"), (mapped(made(), [1]), "medusa-original", "no token map")],
     )
     def test_what_they_cannot_hold(self, tmp_path, theirs, to, reason):
         first = write(tmp_path / "theirs", theirs, "vllm", config={"vocab_size": 257})

@@ -283,7 +283,7 @@ def without(tensors, *names):
 class TestRefusals:
     def test_files(self, tmp_path):
         refused(lambda: Eagle(), "write eagle:FOLDER")
-        refused(lambda: Eagle(str(tmp_path)), "no EAGLE checkpoint in")
+        refused(lambda: Eagle(str(tmp_path)), "no EAGLE checkpoint in", "hf download")
         (tmp_path / "config.json").write_text("{}")
         refused(lambda: Eagle(str(tmp_path)), "has no model.safetensors or pytorch_model.bin")
         folder = save_eagle(tmp_path / "pickle", {"fc.weight": _Code()}, pickled=True)

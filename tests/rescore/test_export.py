@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from rescore import export
 from rescore.accounting import account
 from rescore.exports.engines import AcceptanceHistogram, SpecBenchChoice, VllmSynthetic
 from rescore.runs.evaluated import Evaluation
-from rescore.runs.records import ResultsDocument
+from rescore.runs.records import ResultsDocument, RunRecord
 
 Steps = list[list[tuple[int, int]]]  # of each example, of each step: tokens of its draft and accepted ones
 
@@ -32,7 +33,9 @@ def all_steps(draw: st.DrawFn) -> Steps:
     return [[(length, draw(st.integers(1, length))) for length in example] for example in lengths]
 
 
-def evaluation(steps: Steps, *, p: int = 1, changed: dict[str, Any] | None = None, longest: int = 0) -> Evaluation:
+def evaluation(
+    steps: Steps, *, p: int = 1, changed: dict[str, Any] | None = None, longest: int = 0, drafters: Sequence[str] = (),
+) -> Evaluation:  # fmt: skip
     """Results of a made decode with these steps."""
     longest = max(longest, *(length for example in steps for length, _ in example))
     accepted = [[n for _, n in example] for example in steps]
@@ -48,7 +51,11 @@ def evaluation(steps: Steps, *, p: int = 1, changed: dict[str, Any] | None = Non
         )
         for i, (example, lengths) in enumerate(zip(steps, accepted, strict=True))
     ]
-    return Evaluation(ResultsDocument(config=run_config(), results=[result]), records)
+    run = RunRecord(rescorer=result.rescorer, k=result.k, p=p, drafters=list(drafters))
+    traces = {"squad": {"k": 16, "heads_sha256": "f0"}}
+    return Evaluation(
+        ResultsDocument(config=run_config(runs={"squad": [run]}, traces=traces), results=[result]), records
+    )
 
 
 def document(run: Evaluation, to: Any, **how: Any) -> dict[str, Any]:
@@ -110,6 +117,20 @@ def test_profile(steps: Steps):
     for rate, given_rate in zip(marginal, conditional, strict=True):
         assert before * given_rate == pytest.approx(rate, abs=2e-6)
         before = rate
+
+
+@pytest.mark.parametrize(
+    ("drafters", "draft"),
+    [
+        ([], {"heads_sha256": "f0"}),
+        (["lookup 16 1 32 False"], {"drafters": ["lookup 16 1 32 False"]}),
+        (["heads of 9 tokens ab", "mtp c"], {"heads_sha256": "f0", "drafters": ["heads of 9 tokens ab", "mtp c"]}),
+    ],
+)
+def test_a_profile_names_what_drafted(drafters: list[str], draft: dict[str, Any]):
+    """The heads of the trace did not draft where something else did."""
+    run = evaluation([[(3, 2), (3, 1)]], drafters=drafters)
+    assert document(run, "speculation-profile", unstable=True)["draft_checkpoint"] == draft
 
 
 class TestRefusals:

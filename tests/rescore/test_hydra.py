@@ -118,9 +118,11 @@ def test_replay_equals_live(tiny_folder, squad_file, tmp_path):
 class TestRefusals:
     def test_folders(self, tmp_path):
         refused(lambda: Hydra(), "write hydra:FOLDER")
-        refused(lambda: Hydra(str(tmp_path)), RescoreError, "no Hydra heads in")
+        refused(lambda: Hydra(str(tmp_path)), RescoreError, "no Hydra heads in", "hf download")
         (tmp_path / "config.json").write_text("{}")
-        refused(lambda: Hydra(str(tmp_path)), RescoreError, "has no hydra_lm_head.safetensors or hydra_lm_head.pt")
+        refused(
+            lambda: Hydra(str(tmp_path)), RescoreError, "has no hydra_lm_head.safetensors or hydra_lm_head.pt", "hf"
+        )
         other = save_hydra(tmp_path / "prefix", tensors_of(), hydra_head_arch="prefix-mlp")
         refused(lambda: Hydra(other), IncompatibleError, "hydra_head_arch is prefix-mlp")
         other = save_hydra(tmp_path / "ground", tensors_of(), grounded_heads=False)

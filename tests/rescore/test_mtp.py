@@ -118,7 +118,7 @@ class TestFiles:
         refused(lambda: Mtp(odd), InvalidDataError, "not [d, 2 d]")
 
     def test_another_base(self, family, base, tiny_base, tmp_path):
-        refused(lambda: Mtp().fit(target(tiny_base)), RescoreError, "no MTP layer in")
+        refused(lambda: Mtp().fit(target(tiny_base)), RescoreError, "no MTP layer in", "give the folder of a base")
         refused(lambda: Mtp().fit(Target(257, (), None)), RescoreError, "the trace does not name its base")
         drafter = Mtp(str(family[1])).fit(target(tiny_base))
         refused(lambda: drafter.record(*text_of(4, 7, 6), K), IncompatibleError, "no MTP layer is known of")

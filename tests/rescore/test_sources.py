@@ -185,6 +185,8 @@ class TestCaption:
         assert "(1 = no gain, h = ceiling)" in note(none)
         assert "(1 = no gain, ceiling: h, but 5 of lookup, 4 of joint)" in note(none, lookup, joint)
         assert "5 of lookup, other)" in note(none, lookup, made_result(rescorer="other", h=3, marginal=[1.0] * 5))
+        alone = made_result(rescorer="eagle:layer", h=1, marginal=[1.0] * 8)
+        assert "(1 = no gain, ceiling: 8)" in note(made_result(h=1, marginal=[1.0]), alone)
 
     def test_the_gap_is_to_the_oracle_of_the_runs_own_drafters(self, run: Evaluation):
         note = " ".join(results_tables(run.document)[0].note.split())
@@ -385,7 +387,8 @@ class TestWithoutHeads:
             run.result("oracle:drafters=lookup").block_efficiency - 1
         )
         note = " ".join(results_tables(run.document, details=True)[0].note.split())
-        assert "ceiling: h, but 17 of lookup, oracle:drafters=lookup, 4 of lookup:tokens=3" in note
+        assert "ceiling: 17 of lookup, oracle:drafters=lookup, 4 of lookup:tokens=3" in note
+        assert "without block heads" in results_tables(run.document)[0].title
         (found,) = analyse(run).runs
         won = [of.outcomes and of.outcomes.won for of in found.rescorers]
         assert won[0] == 0 and max(w or 0 for w in won) > 0 and str(analyse(run))

@@ -38,6 +38,7 @@ HEADS_ALONE = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 MODELS = ("model.safetensors", "pytorch_model.bin")  # whole models, and vLLM's heads; or indexes of their shards
 TOKEN_MAP = "token_map"
 CONFIG_FILE = "config.json"
+UNNAMED = "the base of "
 HEAD_COUNTS = ("medusa_num_heads", "num_medusa_heads")
 LAYER_COUNTS = ("medusa_num_layers", "num_medusa_layers")
 
@@ -347,7 +348,12 @@ def _config_beside(place: Path) -> dict[str, Any]:
 
 def _name_of_base(config: Mapping[str, Any], place: Path) -> str:
     name = config.get("base_model_name_or_path")
-    return name if isinstance(name, str) and name else f"the base of {place.name}"
+    return name if isinstance(name, str) and name else f"{UNNAMED}{place.name}"
+
+
+def is_unnamed(config: BlockHeadsConfig) -> bool:
+    """Whether the heads, of others, did not say the name of their base."""
+    return config.base_name.startswith(UNNAMED)
 
 
 def _sha256_of_base(layout: Layout, source: TensorFiles) -> str | None:

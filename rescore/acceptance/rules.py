@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from lattices.errors import RescoreError
+from rescore.acceptance.random_source import RandomSource
 from rescore.specs import Registry
 
 if TYPE_CHECKING:
@@ -92,13 +93,13 @@ class Verdict(NamedTuple):
 class Rule(ABC):
     """Decides what of the drafts is kept, and the token after it.
 
-    name: its spec. lossy: its output is not the base's. random: it draws, by its `random_state`, see `started`.
+    name: its spec. lossy: its output is not the base's. random: it draws, by its `random_source`, see `started`.
     """
 
     name: str = ""
     lossy: bool = False
     random: bool = False
-    random_state: np.random.Generator | None = None
+    random_source: RandomSource | None = None
 
     def marked(self, label: str) -> str:
         """The label of a run whose output comes about by this rule: wherever its numbers go, that goes with them."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lm.base.model import BaseIdentity, BaseLM
     from lm.base.states import LayerStates
     from lm.heads.block_heads import BlockHeads
+    from rescore.acceptance.random_source import RandomSource
     from rescore.acceptance.rules import Drawn
     from rescore.costs.table import Costs
     from rescore.drafters.proposals import Proposals
@@ -31,7 +32,7 @@ class Context:
     state: what rescorers and drafters remember about the example from step to step, by a name of their own.
     lattices: by drafter, where its lattice is known already (heads live; in replay all that are traced): gives the one
         that stands after the output so far, `[h, k]`, for a k.
-    random_state: what random drafts are drawn by, in sampled decoding; drawn: what the last ones were drawn from.
+    random_source: what random drafts are drawn by, in sampled decoding; drawn: what the last ones were drawn from.
     states: of the base at the tokens so far, live, where a drafter reads some (`Drafter.layers`).
     """
 
@@ -40,7 +41,7 @@ class Context:
     future: np.ndarray | None = None
     state: dict[str, Any] = field(default_factory=dict)
     lattices: Mapping[str, Callable[[int], Lattice]] = field(default_factory=dict)
-    random_state: np.random.Generator | None = None
+    random_source: RandomSource | None = None
     drawn: Drawn | None = None
     states: LayerStates | None = None
 

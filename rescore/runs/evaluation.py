@@ -106,8 +106,13 @@ def evaluate(
         raise RescoreError("a given trace can be replayed, not decoded live; drop --trace or --mode live")
     loaded: dict[object, Any] = {}
     beside = [load_peer(peer) if isinstance(peer, str) else peer for peer in peers]
-    how: dict[str, Any] = {"live": live, "costs": costs, "peers": beside, "rule": rule}
-    work = [prepared(r, runs[r.name] if isinstance(runs, Mapping) else runs, loaded, **how) for r in of_tasks]
+    work = [
+        prepared(
+            recording, runs[recording.name] if isinstance(runs, Mapping) else runs, loaded,
+            live=live, costs=costs, peers=beside, rule=rule,
+        )
+        for recording in of_tasks
+    ]  # fmt: skip
     if out is not None:
         check_identities(work)
     document = ResultsDocument(

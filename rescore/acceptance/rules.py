@@ -40,9 +40,15 @@ def mark_of(label: str) -> str:
     return found[0] if found else ""
 
 
+def kind_of(label: str) -> str:
+    """Of what kind the rule is that a label ends with: `lossy` or `sampled`; `greedy` where there is none."""
+    found = MARK.search(label)
+    return found[1] if found else "greedy"
+
+
 def is_lossy(label: str) -> bool:
     """Whether a label says that the outputs are not the base's."""
-    return mark_of(label).startswith(" [lossy")
+    return kind_of(label) == "lossy"
 
 
 class Likeliest(Protocol):

@@ -255,7 +255,7 @@ def eval_command(
     how: dict[str, Any] = {"costs": costs, "peers": peer, "seed": seed, "out": out, **({"rule": rule} if rule else {})}
     recordings = open_recordings(task, inputs, **needed)
     if mode == "replay" and rule is not None and rule.lossy:
-        found = _done(until_divergence, recordings, runs, **how)
+        found = _done(until_divergence, recordings, runs, verify=verify, details=details, **how)
         return _result(found, "rescore.studies.until_divergence:until_divergence_table", as_json)
     evaluation = _done(evaluate, recordings, runs, live=mode == "live", verify=verify, notify=notify, **how)
     _print_json(plain(evaluation.document)) if as_json else _show(sweep.tables(evaluation, details=details, seed=seed))

@@ -93,7 +93,7 @@ def decode(
     check_drafters(drafters, live=True)
     base.pack()
     out = Decoded(verify=usable_verify(verify, p, trees=base.supports_tree))
-    context = Context(prompt_ids, out.output_ids, future=future, random_state=rule.random_state)
+    context = Context(prompt_ids, out.output_ids, future=future, random_source=rule.random_source)
     with out.seconds.timing("prefill"):
         longest = drafting.longest(heads.h if heads else 1) if drafting else 1
         layers = drafting.layers if drafting else ()

@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM
 
 from lattices.lattice import Lattice
 from rescore.acceptance import Rule, Verdict
+from rescore.acceptance.random_source import RandomSource
 from rescore.acceptance.rules import Drawn
 from rescore.acceptance.sampling import Sampling, try_candidates
 from rescore.decoding import Decoded, decode
@@ -66,7 +67,7 @@ class Drawing:
     read: int
 
     def answer(self, rule: Sampling) -> tuple[np.ndarray, Drawn | None]:
-        context = Context((), random_state=rule.random_state)
+        context = Context((), random_source=rule.random_source)
         return self.rescorer.draft(self.lattices, [context], self.p), context.drawn
 
     def place(self, before: Place, answer: tuple[np.ndarray, Drawn | None]) -> Place:
@@ -163,19 +164,22 @@ class Decodes:
         """The same, from what is known of decodes that went the same way."""
         place, answers = Place(), list[Any]()
         while True:
-            if (asked := self._known.get(place)) is None:
-                asked = self._known[place] = self._goes_on(answers)
+            asked = self.asked(place, answers)
             if isinstance(asked, Decoded):
                 return asked
             answers.append(asked.answer(rule))
             place = asked.place(place, answers[-1])
 
-    def _goes_on(self, answers: Sequence[Any]) -> Question | Decoded:
-        script = Script(answers)
-        try:
-            return self.whole(Scripted(script), script)
-        except UnansweredError as stopped:
-            return stopped.question
+    def asked(self, place: Place, answers: Sequence[Any]) -> Question | Decoded:
+        """What a decode asks at a place, to which these answers lead; the decode itself where it ends there."""
+        if (known := self._known.get(place)) is None:
+            script = Script(answers)
+            try:
+                known = self.whole(Scripted(script), script)
+            except UnansweredError as stopped:
+                known = stopped.question
+            self._known[place] = known
+        return known
 
 
 # Rules that miss the law, in place of `try_candidates`
@@ -183,14 +187,14 @@ Tried = tuple[int | None, np.ndarray]
 Slot = tuple[np.ndarray, np.ndarray] | None
 
 
-class _Doubled:
-    """A random state of doubled numbers."""
+class _Halved(RandomSource):
+    """Accepts half as often as another."""
 
-    def __init__(self, inner: np.random.Generator) -> None:
+    def __init__(self, inner: RandomSource) -> None:
         self.inner = inner
 
-    def random(self) -> float:
-        return 2 * self.inner.random()
+    def accepts(self, p: float, q: float = 1.0) -> bool:
+        return self.inner.accepts(p, 2 * q)
 
 
 def _rejected(law: np.ndarray, candidates: Sequence[int]) -> Tried:
@@ -198,37 +202,61 @@ def _rejected(law: np.ndarray, candidates: Sequence[int]) -> Tried:
     return (None, law) if law.sum() > 0 else (candidates[-1], law)
 
 
-def accepts_half(law: np.ndarray, candidates: Sequence[int], random_state: Any, drawn: Slot = None) -> Tried:
+def accepts_half(law: np.ndarray, candidates: Sequence[int], source: RandomSource, drawn: Slot = None) -> Tried:
     """Accepts with p / 2."""
-    accepted, law = try_candidates(law, candidates, _Doubled(random_state), drawn)  # type: ignore[arg-type]
+    accepted, law = try_candidates(law, candidates, _Halved(source), drawn)
     return _rejected(law, candidates) if accepted is None else (accepted, law)
 
 
-def does_not_scale(law: np.ndarray, candidates: Sequence[int], random_state: Any, drawn: Slot = None) -> Tried:
+def does_not_scale(law: np.ndarray, candidates: Sequence[int], source: RandomSource, drawn: Slot = None) -> Tried:
     """Leaves what is left as it is where a candidate is rejected."""
     law = law.copy()
     for token in candidates:
-        if random_state.random() < law[token]:
+        if source.accepts(law[token]):
             return token, law
         law[token] = 0.0
     return _rejected(law, candidates)
 
 
-def takes_nothing(law: np.ndarray, candidates: Sequence[int], random_state: Any, drawn: Slot = None) -> Tried:
+def takes_nothing(law: np.ndarray, candidates: Sequence[int], source: RandomSource, drawn: Slot = None) -> Tried:
     """Leaves a rejected candidate its probability."""
-    return next((token for token in candidates if random_state.random() < law[token]), None), law
+    return next((token for token in candidates if source.accepts(law[token])), None), law
 
 
-def takes_all(law: np.ndarray, candidates: Sequence[int], random_state: Any, drawn: Slot = None) -> Tried:
+def takes_all(law: np.ndarray, candidates: Sequence[int], source: RandomSource, drawn: Slot = None) -> Tried:
     """Accepts drawn candidates with p / q, but takes rejected ones all of their probability, as given ones."""
-    law, q = law.copy(), np.ones(len(law))
-    if drawn is not None:
-        q[drawn[0]] = drawn[1]
+    return _tried(law, candidates, source, drawn, takes_q=False)
+
+
+def accepts_with_p(law: np.ndarray, candidates: Sequence[int], source: RandomSource, drawn: Slot = None) -> Tried:
+    """Accepts drawn candidates with p, as given ones, but takes rejected ones no more than q."""
+    return _tried(law, candidates, source, drawn, asks_q=False)
+
+
+def keeps_siblings(law: np.ndarray, candidates: Sequence[int], source: RandomSource, drawn: Slot = None) -> Tried:
+    """Goes on with the same q after a candidate that was drawn from it and rejected."""
+    return _tried(law, candidates, source, drawn, removes=False)
+
+
+def _tried(
+    law: np.ndarray, candidates: Sequence[int], source: RandomSource, drawn: Slot, *,
+    asks_q: bool = True, takes_q: bool = True, removes: bool = True,
+) -> Tried:  # fmt: skip
+    """The right rule for drawn candidates, but for what is left out."""
+    assert drawn is not None
+    law, q = law.copy(), np.zeros(len(law))
+    q[drawn[0]] = drawn[1]
     for token in candidates:
-        if random_state.random() * q[token] < law[token]:
+        if source.accepts(law[token], q[token] if asks_q else 1.0):
             return token, law
-        law[token] = 0.0
+        if takes_q:
+            law = np.maximum(law - q, 0.0)
+        else:
+            law[token] = 0.0
         law /= law.sum() or 1.0
+        if removes:
+            q[token] = 0.0
+            q /= q.sum() or 1.0
     return _rejected(law, candidates)
 
 
@@ -237,6 +265,8 @@ WRONG_RULES: dict[Callable[..., Tried], str] = {  # by the way of drafting that 
     does_not_scale: "heads, tree of 4",
     takes_nothing: "heads, tree of 4",
     takes_all: "draws, tree of 2",
+    accepts_with_p: "draws, tree of 2",
+    keeps_siblings: "draws, tree of 2",
 }
 
 

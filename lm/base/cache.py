@@ -13,6 +13,7 @@ Knows nothing about heads, drafts or acceptance.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -77,10 +78,10 @@ class _Buffers(DynamicLayer):
             self.lazy_initialization(*states)
             self.buffers = tuple(s.new_empty(*s.shape[:2], capacity, s.shape[3]) for s in states)
 
+    @abstractmethod
     def room(self, rows: int, n: int) -> int | None:
         """Where a forward may write n positions into the buffers by itself, in place of `update`, and read all up to
         them; None where only `update` can."""
-        raise NotImplementedError
 
     def first(self, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of the keys and values of the first `end` positions."""

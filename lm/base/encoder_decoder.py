@@ -7,7 +7,7 @@ Blocks are verified as rows of a batch: these decoders are not told where tokens
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from transformers import EncoderDecoderCache
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from lattices.errors import IncompatibleError, RescoreError
+from lattices.errors import IncompatibleError
 from lm.base.cache import KVCache, TreeCache
 from lm.base.model import BaseLM
 from lm.base.probe import attempt
@@ -160,21 +160,9 @@ class EncoderDecoderLM(BaseLM):
             return False
         return bool((found[0] - found[1]).abs().max() <= PADDING_TOLERANCE * found[1].abs().max())
 
-    def encode_prompt(self, text: str, *, chat: bool, max_tokens: int | None = None) -> list[int]:
-        """Token ids of a prompt as the encoder reads it, of which more than `max_tokens` are cut before the tokens that
-        end it. Raises as `BaseLM.encode_prompt`."""
-        if not text:
-            raise RescoreError("a prompt is empty; every example needs text to start from")
-        if chat:
-            return self.encode_messages([])
-        ids: list[int] = self.tokenizer(text, truncation=max_tokens is not None, max_length=max_tokens)["input_ids"]
-        if not ids:
-            raise RescoreError(f"a prompt has no tokens: {text[:40]!r}")
-        return ids
-
-    def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Raises `IncompatibleError`: an encoder reads a text."""
-        raise IncompatibleError(f"{self.identity.name} has no chat template; give its prompts as plain text")
+    def _ids(self, text: str, *, chat: bool, max_tokens: int | None) -> list[int]:
+        """As the encoder reads a text, of which more than `max_tokens` are cut before the tokens that end it."""
+        return list(self.tokenizer.encode(text, truncation=max_tokens is not None, max_length=max_tokens))
 
     @property
     def is_chat(self) -> bool:

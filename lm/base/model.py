@@ -202,7 +202,7 @@ class BaseLM:
             raise RescoreError("a prompt is empty; every example needs text to start from")
         if chat and not self.is_chat:
             raise IncompatibleError(f"{self.identity.name} has no chat template; give its prompts as plain text")
-        ids: list[int] = self._chat_ids(text) if chat else self.tokenizer(text)["input_ids"]
+        ids = self._ids(text, chat=chat, max_tokens=max_tokens)
         while chat and max_tokens and len(ids) > max_tokens:
             pieces = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
             keep = len(pieces) - (len(ids) - max_tokens)
@@ -211,13 +211,13 @@ class BaseLM:
             if end == 0:
                 raise RescoreError(f"a limit of {max_tokens} prompt tokens leaves no room beside the chat template")
             text = text[:end]
-            ids = self._chat_ids(text)
+            ids = self._ids(text, chat=chat, max_tokens=max_tokens)
         if not ids:
             raise RescoreError(f"a prompt has no tokens: {text[:40]!r}")
         return ids[:max_tokens] if max_tokens else ids
 
-    def _chat_ids(self, text: str) -> list[int]:
-        return self.encode_messages([{"role": "user", "content": text}])
+    def _ids(self, text: str, *, chat: bool, max_tokens: int | None) -> list[int]:
+        return self.encode_messages([{"role": "user", "content": text}]) if chat else list(self.tokenizer.encode(text))
 
     def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation, `{"role", "content"}` a message, and of what begins the answer.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from lattices.errors import RescoreError
+from rescore.acceptance.random_source import RandomSource
 from rescore.specs import Registry
 
 if TYPE_CHECKING:
@@ -39,9 +40,15 @@ def mark_of(label: str) -> str:
     return found[0] if found else ""
 
 
+def kind_of(label: str) -> str:
+    """Of what kind the rule is that a label ends with: `lossy` or `sampled`; `greedy` where there is none."""
+    found = MARK.search(label)
+    return found[1] if found else "greedy"
+
+
 def is_lossy(label: str) -> bool:
     """Whether a label says that the outputs are not the base's."""
-    return mark_of(label).startswith(" [lossy")
+    return kind_of(label) == "lossy"
 
 
 class Likeliest(Protocol):
@@ -92,13 +99,13 @@ class Verdict(NamedTuple):
 class Rule(ABC):
     """Decides what of the drafts is kept, and the token after it.
 
-    name: its spec. lossy: its output is not the base's. random: it draws, by its `random_state`, see `started`.
+    name: its spec. lossy: its output is not the base's. random: it draws, by its `random_source`, see `started`.
     """
 
     name: str = ""
     lossy: bool = False
     random: bool = False
-    random_state: np.random.Generator | None = None
+    random_source: RandomSource | None = None
 
     def marked(self, label: str) -> str:
         """The label of a run whose output comes about by this rule: wherever its numbers go, that goes with them."""

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from lattices.errors import RescoreError
+from rescore.acceptance.random_source import RandomSource
 from rescore.acceptance.rules import Drawn, Rule, Said, Verdict
 
 # input_ids (which nothing here looks at) and scores [1, vocab] -> what is drawn from, as logits [1, vocab]
@@ -34,7 +35,7 @@ class Sampling(Rule):
     """
 
     random = True
-    random_state: np.random.Generator
+    random_source: RandomSource
 
     def __init__(self, temperature: float = 1.0, *, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> None:
         if not 0 < temperature < float("inf"):
@@ -53,7 +54,7 @@ class Sampling(Rule):
         named = (f"{name} {str(value).removesuffix('.0')}" for name, value in given.items() if value is not None)
         self.name = ", ".join(named)
         self.warpers = tuple(_warpers(temperature, top_k, top_p))
-        self.random_state = np.random.default_rng(seed)
+        self.random_source = RandomSource(seed)
 
     @classmethod
     def by(cls, warpers: Sequence[Warper], *, seed: int) -> Self:
@@ -67,7 +68,7 @@ class Sampling(Rule):
         """See `Rule.started`."""
         fresh = copy.copy(self)
         words = np.frombuffer(hashlib.sha256(repr(key).encode()).digest(), dtype=np.uint32)
-        fresh.random_state = np.random.default_rng([self.seed, *words.tolist()])
+        fresh.random_source = RandomSource(self.seed, *words.tolist())
         return fresh
 
     def law(self, logits: torch.Tensor) -> np.ndarray:
@@ -80,7 +81,7 @@ class Sampling(Rule):
 
     def first(self, logits: torch.Tensor) -> int:
         """See `Rule.first`."""
-        return draw(self.law(logits), self.random_state)
+        return self.random_source.draw(self.law(logits))
 
     def judge(
         self,
@@ -101,9 +102,9 @@ class Sampling(Rule):
             tokens = drafts[alive, n] if n < drafts.shape[1] else np.zeros(0, dtype=np.int64)
             candidates = list(dict.fromkeys(tokens[tokens >= 0].tolist()))
             slot = (drawn.token_ids[n], drawn.probs[n]) if drawn is not None and candidates else None
-            token, law = try_candidates(law, candidates, self.random_state, slot)
+            token, law = try_candidates(law, candidates, self.random_source, slot)
             if token is None:
-                return Verdict(row, n, draw(law, self.random_state))
+                return Verdict(row, n, self.random_source.draw(law))
             alive = alive[tokens == token]
             n += 1
 
@@ -111,7 +112,7 @@ class Sampling(Rule):
 def try_candidates(
     law: np.ndarray,
     candidates: Sequence[int],
-    random_state: np.random.Generator,
+    random_source: RandomSource,
     drawn: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[int | None, np.ndarray]:
     """The accepted one of the candidates (None: none of them), and what p has become then.
@@ -119,30 +120,23 @@ def try_candidates(
     law: float64 `[vocab]`. drawn: token ids `[k]` and probabilities `[k]` that the candidates were drawn from without
     replacement, in this order; None: they are given.
     """
-    law = law.copy()
     q = None
     if drawn is not None:
         q = np.zeros(len(law))
         q[drawn[0]] = drawn[1]
     for token in candidates:
-        # Below, never equal: a random number may be 0, and what has no probability must not come.
-        if random_state.random() * (1.0 if q is None else q[token]) < law[token]:
+        if random_source.accepts(law[token], 1.0 if q is None else q[token]):
             return token, law
         if q is None:
-            law[token] = 0.0
+            left = law.copy()
+            left[token] = 0.0
         else:
-            law = np.maximum(law - q, 0.0)
+            left = np.maximum(law - q, 0.0)
             q[token] = 0.0
             q /= q.sum() or 1.0
-        law /= law.sum() or 1.0
+        # Nothing is left where it was rejected in spite of a probability of 1, but for rounding.
+        law = left / left.sum() if left.any() else law
     return None, law
-
-
-def draw(law: np.ndarray, random_state: np.random.Generator) -> int:
-    """A token of this distribution."""
-    sums = np.cumsum(law)
-    place = int(np.searchsorted(sums, random_state.random() * sums[-1], side="right"))
-    return place if place < len(law) else int(np.flatnonzero(law)[-1])  # where the product was rounded up
 
 
 def _warpers(temperature: float, top_k: int, top_p: float) -> Iterator[Warper]:

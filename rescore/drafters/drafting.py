@@ -1,7 +1,7 @@
 """How the drafts of a step are made: drafters propose, a rescorer chooses among what they propose.
 
 One lattice: the rescorer's drafts of it. Text alone: what it continues with. Several drafters and a rescorer that takes
-all of them together (`Rescorer.joins`): its drafts of the joined lattice. Several drafters and another rescorer: each
+all of them together (`JoiningRescorer`): its drafts of the joined lattice. Several drafters and another rescorer: each
 drafter has its share of the p drafts, rescored where they are of a lattice; the first places go to copied text that
 matches well enough (`SURE`), then to lattices, then to the rest.
 """
@@ -19,7 +19,7 @@ from rescore.drafters import HEADS
 from rescore.drafters.base import SURE, Drafter, LatticeDrafter, as_drafts, stacked
 from rescore.drafters.heads import Heads
 from rescore.drafters.proposals import Proposals
-from rescore.rescorers.base import Context, Rescorer, check_drafts
+from rescore.rescorers.base import Context, JoiningRescorer, Rescorer, check_drafts
 
 HEADS_ALONE: tuple[Drafter, ...] = (Heads(),)
 
@@ -49,7 +49,7 @@ class Drafting:
     def longest(self, h: int) -> int:
         """Tokens of a draft, at most, with so many heads."""
         own = self.rescorer.longest
-        if own is not None and (self.rescorer.joins or not self.rescorer.branches):
+        if own is not None and (isinstance(self.rescorer, JoiningRescorer) or not self.rescorer.branches):
             return own
         proposed = max((drafter.longest or h for drafter in self.drafters), default=1)
         alone = len(self.drafters) == 1 and isinstance(self.drafters[0], LatticeDrafter)
@@ -63,20 +63,21 @@ class Drafting:
 
     def propose(self, contexts: Sequence[Context], firsts: np.ndarray) -> Proposals:
         """What the drafters say comes after `firsts` int `[n]`, the tokens that the base has chosen."""
-        apart = None if self.rescorer.joins else self.p
+        apart = None if isinstance(self.rescorer, JoiningRescorer) else self.p
         return Proposals(self.drafters, contexts, firsts, self.k, apart)
 
     def choose(self, proposals: Proposals, contexts: Sequence[Context]) -> np.ndarray:
         """Drafts int32 `[n, p', l]` of what was proposed, best first, p' <= p; -1 stands after the end of a shorter
         one."""
-        if self.rescorer.joins:
+        joins = isinstance(self.rescorer, JoiningRescorer)
+        if isinstance(self.rescorer, JoiningRescorer):
             drafts = self.rescorer.draft_joined(proposals, contexts, self.p)
         elif len(self.drafters) == 1 and proposals.has_lattices:
             (lattice,) = proposals.lattices.values()
             drafts = self.rescorer.draft(lattice, contexts, self.p)
         else:
             drafts = self._shared(proposals, contexts)
-        asked = self.rescorer.longest is None or not self.rescorer.joins  # what joins may not have asked for lattices
+        asked = self.rescorer.longest is None or not joins  # what joins may not have asked for lattices
         h = max((lattice.h for lattice in proposals.lattices.values()), default=1) if asked else 1
         check_drafts(drafts, proposals.firsts, self.p, self.longest(h))
         return drafts

@@ -7,7 +7,8 @@ form does not hand on is named where it can't be seen from here: the `streamer` 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from lattices.errors import IncompatibleError, RescoreError, first_line
 from lm.base.catalog import load_base
+from lm.base.model import BaseLM
 from lm.heads.block_heads import BlockHeads, load_heads
 from rescore.acceptance import Rule
 from rescore.acceptance.sampling import Sampling
@@ -94,7 +96,8 @@ def custom_generate(
             raise RescoreError("a Run says its own drafters, k and p; leave them out")
     elif rescorer is not None:
         (run,) = runs_of([rescorer], ps=() if p == 1 else [p], ks=[k], drafters=tuple(drafters))
-    return CustomGenerate(heads, run, {"drafters": tuple(drafters), "k": k, "p": p}, verify, tokenizer)
+    best = partial(best_run, drafters=tuple(drafters), k=k, p=p)
+    return CustomGenerate(heads, run or best, verify, tokenizer)
 
 
 class CustomGenerate:
@@ -106,13 +109,12 @@ class CustomGenerate:
     def __init__(
         self,
         heads: BlockHeads | str | None,
-        run: Run | None,
-        settings: dict[str, Any],
+        run: Run | Callable[[BaseLM, BlockHeads | None], Run],
         verify: str,
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
         self.decoded: Decoded | None = None
-        self._heads, self._run, self._settings = heads, run, settings
+        self._heads, self._run = heads, run
         self._verify, self._tokenizer = verify, tokenizer
         self._ready: tuple[weakref.ref[PreTrainedModel], Generator] | None = None
 
@@ -155,7 +157,7 @@ class CustomGenerate:
         for parameter in learns:  # what is the user's to train stays so
             parameter.requires_grad_(True)
         heads = load_heads(base, self._heads) if isinstance(self._heads, str) else self._heads
-        run = self._run or best_run(base, heads, **self._settings)
+        run = self._run if isinstance(self._run, Run) else self._run(base, heads)
         generator = Generator.of(base, heads, run, verify=self._verify, rule=rule)
         self._ready = weakref.ref(model), generator
         return generator

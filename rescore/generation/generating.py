@@ -96,21 +96,20 @@ def answers(
     """
     inputs.check()
     requests = _requests(prompt, prompts)
-    sizes: dict[str, Any] = {name: size for name, size in (("k", k), ("p", p)) if size is not None}
-    run = _run(rescorer, drafter, sizes, nodes=nodes, alpha=alpha)
+    run = _run(rescorer, drafter, k=k, p=p, nodes=nodes, alpha=alpha)
     stops, rule = [unescaped(text) for text in stop], accepting.rule()
 
     def answered() -> Iterator[Answer]:
         from rescore.generation.live import Generator, best_run
         from rescore.runs.models import Models
-        from rescore.runs.run import is_heads
+        from rescore.runs.run import DEFAULT_K, is_heads
 
         needs_heads = run.needs_heads if run else any(map(is_heads, drafter))
         models = Models(inputs, heads_needed=needs_heads)
         base = models.base
         # Where nothing is named, if there are some.
         heads = models.used_heads if needs_heads or not (run or drafter) else None
-        chosen = run or best_run(base, heads, drafters=drafter, **sizes)
+        chosen = run or best_run(base, heads, drafters=drafter, k=_or(k, DEFAULT_K), p=_or(p, 1))
         generator = Generator.of(base, heads, chosen, verify=verify, rule=rule)
         for number, request in enumerate(requests):
             if stream is not None and number:
@@ -126,22 +125,27 @@ def answers(
 def _run(
     rescorer: Spec | None,
     drafters: Sequence[Spec],
-    sizes: dict[str, Any],
     *,
+    k: int | None,
+    p: int | None,
     nodes: int | Literal["auto"] | None,
     alpha: float | None,
 ) -> Run | None:
-    """The run that is asked for, if a rescorer is named; sizes: k and p, where they are given."""
-    from rescore.runs.run import Run, runs_of
+    """The run that is asked for, if a rescorer is named."""
+    from rescore.runs.run import DEFAULT_K, Run, runs_of
 
     if rescorer is not None:
-        ks, ps = ([sizes[name]] if name in sizes else () for name in ("k", "p"))
+        ks, ps = (() if size is None else [size] for size in (k, p))
         return runs_of([rescorer], drafters=drafters, ks=ks, ps=ps, alpha=alpha, nodes=nodes)[0]
     if nodes is not None or alpha is not None:
         raise RescoreError(f"--{'alpha' if nodes is None else 'nodes'} is a rescorer's; give --rescorer as well")
-    unnamed = Run(drafters=tuple(drafters), **sizes)
+    unnamed = Run(drafters=tuple(drafters), k=_or(k, DEFAULT_K), p=_or(p, 1))
     unnamed.load_drafters(unnamed.load())  # what is none is refused before a model is loaded
     return None
+
+
+def _or(size: int | None, default: int) -> int:
+    return default if size is None else size
 
 
 def _requests(prompt: str | None, prompts: str | None) -> Iterable[Request]:

@@ -27,7 +27,7 @@ from rescore.options import Spec
 from rescore.rescorers import JOINT, Rescorer, Target
 from rescore.rescorers.joint_plan import AUTO, PLANNED_NODES
 from rescore.runs.records import Seconds
-from rescore.runs.run import NODES, NONE, ORACLE, Run, runs_of
+from rescore.runs.run import DEFAULT_K, NODES, NONE, ORACLE, Run, runs_of
 from rescore.runs.weights import fitted_to
 
 Messages = Sequence[Mapping[str, str]]  # a conversation: {"role": ..., "content": ...} a message
@@ -238,24 +238,24 @@ def generate(
     return generator.generate(prompt, max_new_tokens=max_new_tokens, stop=stop, chat=chat, stream=stream)
 
 
-def best_run(base: BaseLM, heads: BlockHeads | None, *, drafters: Sequence[str | Drafter] = (), **settings: Any) -> Run:
+def best_run(
+    base: BaseLM, heads: BlockHeads | None, *, drafters: Sequence[str | Drafter] = (), k: int = DEFAULT_K, p: int = 1
+) -> Run:
     """The run that generates where no rescorer is named: `joint` where weights for these drafters are shipped with the
     base's name (by its costs where they are measured here and no p is given), else `context-ngram` where there are
     lattices (with the shipped n-gram model if it is of this tokenizer), else the drafters' own drafts.
 
     drafters: none: heads if there are some, which draft from `FEWER` tokens where it is known which come most often
-    (cheaper, and hardly less is accepted), and lookup. settings: of `Run`. Raises as `Run` and its `load_drafters`.
+    (cheaper, and hardly less is accepted), and lookup. k, p: as for `Run`. Raises as `Run` and its `load_drafters`.
     """
-    own = Run(NONE, drafters=tuple(drafters or _own_drafters(base, heads)), label="drafts", **settings)
+    own = Run(NONE, drafters=tuple(drafters or _own_drafters(base, heads)), label="drafts", k=k, p=p)
     objects = own.load_drafters(own.load())
     lattices = any(isinstance(drafter, LatticeDrafter) for drafter in objects)
     shipped = (SHIPPED / base.identity.name / JOINT).is_dir()
-    runs: list[tuple[str, dict[str, Any]]] = []
-    if shipped and settings.get("p", 1) == 1:
-        runs.append((f"{JOINT}:{NODES}={AUTO}", {"p": PLANNED_NODES}))
-    runs += [(spec, {}) for spec in ((JOINT,) if shipped else ()) + (OF_LATTICES if lattices else ())]
-    for spec, more in runs:
-        run = Run(spec, drafters=own.drafters, **{**settings, **more})
+    specs = [(f"{JOINT}:{NODES}={AUTO}", PLANNED_NODES)] if shipped and p == 1 else []
+    specs += [(spec, p) for spec in ((JOINT,) if shipped else ()) + (OF_LATTICES if lattices else ())]
+    for spec, drafts in specs:
+        run = Run(spec, drafters=own.drafters, k=k, p=drafts)
         try:
             loaded = run.load()
             costs = _costs(base, heads, objects) if loaded.plans else None
@@ -263,7 +263,7 @@ def best_run(base: BaseLM, heads: BlockHeads | None, *, drafters: Sequence[str |
         except RescoreError:  # of another tokenizer, or fitted for other drafters
             continue
         return run
-    return Run(NONE, drafters=own.drafters, label="+".join(drafter.name for drafter in objects), **settings)
+    return Run(NONE, drafters=own.drafters, label="+".join(drafter.name for drafter in objects), k=k, p=p)
 
 
 def _own_drafters(base: BaseLM, heads: BlockHeads | None) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rescore.acceptance.rules import unmarked
+from rescore.acceptance.rules import kind_of, unmarked
 from rescore.accounting import block_efficiency
 from rescore.reports.charts.style import SOURCE_COLOURS, Palette, decode_name
 from rescore.reports.sources import TaskView
@@ -34,7 +34,8 @@ def explorer_data(view: TaskView, palette: Palette, tokenizer: Any, *, examples:
 
     label; h, k; shown: entries of each slot; lattices: whether the trace is there.
     sources: name and colour of each kind of drafter, which the examples name by its place.
-    decodes: name, rescorer, p and colour of each; walked: the one to begin with; vocabulary: id -> text.
+    decodes: name, rescorer, p, colour and kind of acceptance of each; walked: the one to begin with.
+    vocabulary: id -> text.
     chosen: a sentence on which examples these are; examples: see `_example`.
     """
     from rescore.reports.joined import JoinedLattices
@@ -61,7 +62,7 @@ def explorer_data(view: TaskView, palette: Palette, tokenizer: Any, *, examples:
         "label": harmless(view.label),
         "decodes": [
             {"name": harmless(decode_name(r.rescorer, r.p)), "rescorer": harmless(r.rescorer), "p": r.p,
-             "colour": palette.looks[r.rescorer].colour}
+             "colour": palette.looks[r.rescorer].colour, "kind": kind_of(r.rescorer)}
             for r in view.results
         ],
         "walked": walked,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
+from rescore.acceptance.rules import kind_of
 from rescore.reports.inspection import Block, Draft, Inspection, Joined
 from rescore.runs.records import SOURCES
 from rescore.terminal import isolated, printable, shortened
@@ -15,10 +16,11 @@ WIDEST_TOKEN = 14  # cells
 GAP = 2  # cells between columns
 HEAD, TAIL = 500, 200  # characters of a long prompt that are shown
 ACCEPTED, REJECTED, UNSEEN, WANTED = "green", "bold red", "dim", "cyan"
-LEGEND = (
-    "[token] accepted, !token! rejected: the base wanted another; after it: not looked at; * in the lattice: what the "
-    "base wanted; rank: its place there"
-)
+REASONS = {  # for which a token is not accepted, by the kind of acceptance
+    "greedy": "rejected: the base wanted another",
+    "sampled": "not accepted: another was drawn",
+    "lossy": "rejected: it does not fit",
+}
 MARKS = {name: name[0].upper() for name in SOURCES.values()}  # of drafters
 Column = list[tuple[str, str]]  # text and style of each cell, the title first
 
@@ -52,13 +54,26 @@ def _head(inspection: Inspection) -> list[Text]:
         weight = "" if of.alpha is None else f", alpha {of.alpha:g}"
         each = f"{of.tokens / of.steps:.2f} a step"
         lines.append(Text(f"{_name(of.rescorer, of.p)}{weight}: {of.tokens} tokens in {of.steps} steps, {each}"))
-    lines.append(Text(LEGEND, style=UNSEEN))
+    legend = f"[token] accepted, !token! {REASONS[_kind(inspection)]}; after it: not looked at"
+    lines.append(Text(f"{legend}; * in the lattice: {_wanted(inspection)}; rank: its place there", style=UNSEEN))
     slots = [slot for block in inspection.blocks for joined in block.joined for slot in joined.slots]
     of_drafts = [names for block in inspection.blocks for draft in block.drafts for names in draft.sources]
     if found := {name for names in [*of_drafts, *(of.sources for slot in slots for of in slot)] for name in names}:
         marks = ", ".join(f"{mark} {name}" for name, mark in MARKS.items() if name in found)
         lines.append(Text(f"behind a token, which drafters had proposed it there: {marks}", style=UNSEEN))
     return lines
+
+
+def _kind(inspection: Inspection) -> str:
+    """Of the acceptance that all its decodes are by."""
+    return kind_of(inspection.decodes[0].rescorer)
+
+
+def _wanted(inspection: Inspection) -> str:
+    """What the tokens are that stand beside the lattice."""
+    if _kind(inspection) == "greedy":
+        return "what the base wanted"
+    return "greedy decoding's token" if inspection.output is not None else "the output's token"
 
 
 def _name(rescorer: str, p: int) -> str:
@@ -70,7 +85,10 @@ def _block(inspection: Inspection, block: Block, width: int) -> list[Text]:
     lines = [Text(f"block {block.number}, output token {block.position + 1}: {accepted}", style="bold")]
     fixed = [
         _column("slot", [(str(n), UNSEEN) for n in range(1, len(block.slots) + 1)]),
-        _column("base wanted", [(_token(inspection, slot.wanted), WANTED) for slot in block.slots]),
+        _column(
+            _wanted(inspection).removeprefix("what the "),
+            [(_token(inspection, slot.wanted), WANTED) for slot in block.slots],
+        ),
     ]
     drafts = [_column(_name(d.rescorer, d.p), _cells(inspection, block, d)) for d in block.drafts]
     for band in _bands(fixed, [*_lattice(inspection, block), *drafts], width):

@@ -82,7 +82,7 @@ class JoinedLattices:
         elif isinstance(drafter, LatticeDrafter):
             known = recorded_already(self._trace, drafter, task=self._task, settings=self._settings())
             if known is None:
-                raise RescoreError(f"what {spec} drafted is not in the cache; rescore eval with it records it again")
+                raise _unrecorded(spec)
             self._drafted[spec] = known
         return drafter
 
@@ -112,7 +112,12 @@ class _Recorded(LatticeDrafter):
         self.name, self.identity = name, identity
 
     def computed(self, contexts: Sequence[Context], firsts: np.ndarray, k: int) -> Lattice:
-        raise NotImplementedError("it is recorded")
+        """Refused: what is not in the context."""
+        raise _unrecorded(self.name)
+
+
+def _unrecorded(spec: str) -> RescoreError:
+    return RescoreError(f"what {spec} drafted is not in the cache; rescore eval with it records it again")
 
 
 def candidates_along(sources: Sources, path: np.ndarray, accepted: int, top: int) -> list[list[Candidate]]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lm.base.model import BaseIdentity, BaseLM
     from lm.base.states import LayerStates
     from lm.heads.block_heads import BlockHeads
+    from rescore.acceptance.random_source import RandomSource
     from rescore.acceptance.rules import Drawn
     from rescore.costs.table import Costs
     from rescore.drafters.proposals import Proposals
@@ -31,7 +32,7 @@ class Context:
     state: what rescorers and drafters remember about the example from step to step, by a name of their own.
     lattices: by drafter, where its lattice is known already (heads live; in replay all that are traced): gives the one
         that stands after the output so far, `[h, k]`, for a k.
-    random_state: what random drafts are drawn by, in sampled decoding; drawn: what the last ones were drawn from.
+    random_source: what random drafts are drawn by, in sampled decoding; drawn: what the last ones were drawn from.
     states: of the base at the tokens so far, live, where a drafter reads some (`Drafter.layers`).
     """
 
@@ -40,7 +41,7 @@ class Context:
     future: np.ndarray | None = None
     state: dict[str, Any] = field(default_factory=dict)
     lattices: Mapping[str, Callable[[int], Lattice]] = field(default_factory=dict)
-    random_state: np.random.Generator | None = None
+    random_source: RandomSource | None = None
     drawn: Drawn | None = None
     states: LayerStates | None = None
 
@@ -94,11 +95,9 @@ class Rescorer(ABC):
     identity: what it scores with (hashes), so that tuned weights are known again and results say what made them; whole
         once it is fitted.
     longest: tokens of a draft, at most; None: those of what it drafts from.
-    joins: it takes what several drafters propose together (`draft_joined`).
     drafters: the specs of those it chooses among unless others are given.
     branches: of the tree that it drafts, at most: its drafts where p is not given (0: it drafts no tree).
     least_k: entries of a slot that it needs.
-    rescores_locally: it can give the lattice itself, rescored slot by slot (`rescored`).
     random: it draws its drafts, which sampled decoding alone can verify.
     plans: it drafts by what a step costs, and must be fitted with that (`Target.costs`).
     """
@@ -106,11 +105,9 @@ class Rescorer(ABC):
     alpha: float | None = None
     identity: str = ""
     longest: int | None = None
-    joins: bool = False
     drafters: tuple[str, ...] = ("heads",)
     branches: int = 0
     least_k: int = 1
-    rescores_locally: bool = False
     random: bool = False
     plans: bool = False
 
@@ -121,14 +118,6 @@ class Rescorer(ABC):
         The first token of every draft is the lattice's first: it is never rescored. Drafts of a rescorer that says how
         long they are at most (`longest`) may have fewer tokens than the array: -1 stands after their ends.
         """
-
-    def draft_joined(self, proposals: Proposals, contexts: Sequence[Context], p: int) -> np.ndarray:
-        """What drafters propose at n positions, with their contexts -> drafts as `draft` gives them, of any lengths."""
-        raise NotImplementedError(f"{type(self).__name__} takes one lattice only")
-
-    def rescored(self, lattices: Lattice, contexts: Sequence[Context]) -> Lattice:
-        """Lattices `[n, h, k]` with the same tokens, in the order of this rescorer's scores along its own draft."""
-        raise NotImplementedError(f"{type(self).__name__} does not rescore slot by slot")
 
     def fit(self, target: Target) -> Self:
         """The rescorer for a base LM. Raises `IncompatibleError` if it was made for another tokenizer."""
@@ -146,6 +135,22 @@ class Rescorer(ABC):
 
     def prefill(self, contexts: Sequence[Context]) -> None:  # noqa: B027 (most have nothing to read)
         """Reads the prompts of new examples, before the first lattice comes; live decoding times that apart."""
+
+
+class JoiningRescorer(Rescorer):
+    """A rescorer that takes what several drafters propose together."""
+
+    @abstractmethod
+    def draft_joined(self, proposals: Proposals, contexts: Sequence[Context], p: int) -> np.ndarray:
+        """What drafters propose at n positions, with their contexts -> drafts as `draft` gives them, of any lengths."""
+
+
+class LocalRescorer(Rescorer):
+    """A rescorer that can give the lattice itself, rescored slot by slot."""
+
+    @abstractmethod
+    def rescored(self, lattices: Lattice, contexts: Sequence[Context]) -> Lattice:
+        """Lattices `[n, h, k]` with the same tokens, in the order of this rescorer's scores along its own draft."""
 
 
 def check_drafts(drafts: np.ndarray, firsts: np.ndarray, p: int, longest: int) -> None:

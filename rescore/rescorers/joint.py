@@ -25,7 +25,7 @@ from lm.keys import key_of
 from lm.neural.learned_bigram import shipped_bigram
 from rescore.drafters.base import MOST_TOKENS, stacked
 from rescore.drafters.proposals import Proposals, Statistics
-from rescore.rescorers.base import Context, Rescorer, Target
+from rescore.rescorers.base import Context, JoiningRescorer, Target
 from rescore.rescorers.joint_plan import AUTO, PLANNED_NODES, TEXT_SOURCES, Plan, Planner, best_size
 from rescore.rescorers.joint_weights import read_fits, read_weights, shipped_weights
 from rescore.rescorers.learned_bigram import LearnedBigram
@@ -39,7 +39,7 @@ MOST_NODES = 1 << 16
 EXPLORED = (24, 3)  # nodes of the tree that is searched: so many, and so many more a draft
 
 
-class Joint(Rescorer):
+class Joint(JoiningRescorer):
     """See `rescore.rescorers.base.Rescorer`.
 
     path: the folder of fitted weights; empty: those that are shipped for the base.
@@ -50,7 +50,6 @@ class Joint(Rescorer):
         are worth their time, by a table of costs, and heads are asked only where text alone promises less.
     """
 
-    joins = True
     drafters = ("heads", "lookup")
 
     def __init__(
@@ -121,7 +120,7 @@ class Joint(Rescorer):
         raise RescoreError("joint takes what drafters propose together (draft_joined)")
 
     def draft_joined(self, proposals: Proposals, contexts: Sequence[Context], p: int) -> np.ndarray:
-        """See `Rescorer.draft_joined`."""
+        """See `JoiningRescorer.draft_joined`."""
         if self._statistics is None or self._weights is None:
             raise RescoreError("joint must be fitted to a base LM first (fit)")
         if self._planner is not None:

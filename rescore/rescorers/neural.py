@@ -31,7 +31,7 @@ from lm.neural.model import (
     load_neural,
     tokenizer_sha256_of,
 )
-from rescore.rescorers.base import Context, Rescorer, Target
+from rescore.rescorers.base import Context, LocalRescorer, Rescorer, Target
 from rescore.rescorers.neural_state import Group, groups_of
 
 # Several rescorers of a run, and their weights, use one LM. The sha256 tells a retrained one in the same folder.
@@ -123,21 +123,19 @@ class FollowsExamples(Rescorer):
         return groups_of(model, f"{self.identity} {id(model)}", contexts)
 
 
-class Neural(FollowsExamples):
+class Neural(FollowsExamples, LocalRescorer):
     """See `rescore.rescorers.base.Rescorer`.
 
     path: a named size (shipped), a folder of `rescore train-rescorer`, or any small causal LM (folder or hub id) with
     the base's tokenizer.
     """
 
-    rescores_locally = True
-
     def __init__(self, path: str = "") -> None:
         self.model = NeuralModel(path)
         self.identity = self.model.identity
 
     def rescored(self, lattices: Lattice, contexts: Sequence[Context]) -> Lattice:
-        """See `Rescorer.rescored`."""
+        """See `LocalRescorer.rescored`."""
         if self.alpha == 0:
             return lattices
         model = self.model.load()

@@ -11,13 +11,11 @@ from lattices.lattice import Lattice
 from lattices.oracle import oracle_path
 from rescore.drafters.base import stacked
 from rescore.drafters.proposals import Proposals
-from rescore.rescorers.base import Context, Rescorer
+from rescore.rescorers.base import Context, JoiningRescorer
 
 
-class Oracle(Rescorer):
+class Oracle(JoiningRescorer):
     """The oracle path; it reads the context's future, so one draft (p = 1) says all."""
-
-    joins = True
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
         """See `Rescorer.draft`; the contexts must know their future."""
@@ -30,7 +28,7 @@ class Oracle(Rescorer):
         return oracle_path(lattices.token_ids, targets)[:, None]
 
     def draft_joined(self, proposals: Proposals, contexts: Sequence[Context], p: int) -> np.ndarray:
-        """See `Rescorer.draft_joined`; of a joined lattice the path as far as it is proposed, token by token."""
+        """See `JoiningRescorer.draft_joined`; of a joined lattice the path as far as it is proposed, token by token."""
         if len(proposals.drafters) == 1 and proposals.has_lattices:
             (lattice,) = proposals.lattices.values()
             return self.draft(lattice, contexts, p)

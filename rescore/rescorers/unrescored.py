@@ -47,18 +47,18 @@ class Draws(Rescorer):
         count = min(p, lattices.k) if lattices.h > 1 else 1
         drafts = np.zeros((len(contexts), count, lattices.h), dtype=np.int32)
         for row, context in enumerate(contexts):
-            if context.random_state is None:
+            if (source := context.random_source) is None:
                 raise RescoreError(f"draws draws its drafts, which is for sampled output only; {SAMPLE}")
             ids, of_slots = lattices.token_ids[row], probs[row]
             drafts[row, :, 0] = ids[0, 0]
             for slot in range(1, lattices.h):
-                apart = slot == 1
-                possible = int((of_slots[slot] > 0).sum())
-                drawn = context.random_state.choice(
-                    ids[slot], size=min(count, possible) if apart else count, replace=not apart, p=of_slots[slot]
-                )
-                if len(drawn) < count:  # fewer tokens than drafts have any probability
-                    count, drafts = len(drawn), drafts[:, : len(drawn)]
-                drafts[row, :, slot] = drawn
+                left = of_slots[slot].copy()
+                if slot == 1 and (possible := int((left > 0).sum())) < count:
+                    count, drafts = possible, drafts[:, :possible]  # fewer tokens than drafts have any probability
+                for draft in range(count):
+                    place = source.draw(left)
+                    drafts[row, draft, slot] = ids[slot, place]
+                    if slot == 1:  # without replacement
+                        left[place] = 0.0
             context.drawn = Drawn(ids, of_slots)
         return drafts

@@ -106,8 +106,13 @@ def evaluate(
         raise RescoreError("a given trace can be replayed, not decoded live; drop --trace or --mode live")
     loaded: dict[object, Any] = {}
     beside = [load_peer(peer) if isinstance(peer, str) else peer for peer in peers]
-    how: dict[str, Any] = {"live": live, "costs": costs, "peers": beside, "rule": rule}
-    work = [prepared(r, runs[r.name] if isinstance(runs, Mapping) else runs, loaded, **how) for r in of_tasks]
+    work = [
+        prepared(
+            recording, runs[recording.name] if isinstance(runs, Mapping) else runs, loaded,
+            live=live, costs=costs, peers=beside, rule=rule,
+        )
+        for recording in of_tasks
+    ]  # fmt: skip
     if out is not None:
         check_identities(work)
     document = ResultsDocument(
@@ -241,6 +246,8 @@ class _Evaluator:
                 prompt = example.prompt_ids.tolist()
                 if not warm:
                     decode(base, None, prompt, max_new_tokens=min(4, limit))
+                # Decoded anew beside the runs of every rule: the speed of a machine drifts within minutes, so that the
+                # seconds of another turn would not make an honest ratio.
                 alone = self.rule.started(example.id) if self.rule.random else GREEDY
                 baseline = decode(base, None, prompt, max_new_tokens=limit, rule=alone)
                 oracles = self._oracles([example]) if greedy else {}
@@ -282,12 +289,12 @@ class _Evaluator:
     ) -> Callable[[int], Decoded]:
         """Decodes an example with a run, to so many tokens at most."""
         drafting = self.drafting[run]
-        request: dict[str, Any] = {
-            "rescorer": drafting.rescorer, "drafters": drafting.drafters, "k": run.k, "p": run.p,
-            "verify": self.config.verify, "future": np.asarray(baseline.output_ids),
-        }  # fmt: skip
-        prompt, key = example.prompt_ids.tolist(), (example.id, *run.key)
-        return lambda most: decode(base, heads, prompt, max_new_tokens=most, **request, rule=self.rule.started(*key))
+        prompt, future = example.prompt_ids.tolist(), np.asarray(baseline.output_ids)
+        return lambda most: decode(
+            base, heads, prompt, rescorer=drafting.rescorer, drafters=drafting.drafters, k=run.k, p=run.p,
+            max_new_tokens=most, verify=self.config.verify, future=future,
+            rule=self.rule.started(example.id, *run.key),
+        )  # fmt: skip
 
     def _facts(self, side: Run | Peer, trace: Trace, example: TracedExample) -> dict[str, Any]:
         task, label, p, k = self.task.key(side)
@@ -311,8 +318,8 @@ class _Evaluator:
         for run, drafting in self.drafting.items():
             key = _chosen_among(drafting)
             if key not in oracles and self._missing(run, examples):
-                how: dict[str, Any] = {"k": drafting.k, "drafters": drafting.drafters, "drafted": self.drafted}
-                accepted = replay(examples, load_rescorer(ORACLE), **how)
+                oracle = load_rescorer(ORACLE)
+                accepted = replay(examples, oracle, k=drafting.k, drafters=drafting.drafters, drafted=self.drafted)
                 oracles[key] = {e.id: lengths for e, lengths in zip(examples, accepted, strict=True)}
         return oracles
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from lattices.errors import IncompatibleError, RescoreError
@@ -92,12 +93,13 @@ class Work:
             key = self.key(side)
             if records := log.records(key, self.recording.ids):
                 unrescored = log.records((self.name, self.rule.marked(NONE), 1, key[-1]), self.recording.ids)
-                how: dict[str, Any] = {"seed": seed, "unrescored": unrescored, "sampled": document.config.sampled}
-                how["peer"] = isinstance(side, Peer)
-                if isinstance(side, Run):
-                    how |= {"alpha": alphas.get(side), "drafters": self.choosing[side.label][1]}
-                    how |= {"predicted": self._predicted(side, records, document.config.verify)}
-                document.results.append(summarize(records, **how))
+                summed = partial(summarize, records, seed=seed, unrescored=unrescored, sampled=document.config.sampled)
+                if isinstance(side, Peer):
+                    document.results.append(summed(peer=True))
+                    continue
+                predicted = self._predicted(side, records, document.config.verify)
+                drafters = self.choosing[side.label][1]
+                document.results.append(summed(alpha=alphas.get(side), drafters=drafters, predicted=predicted))
 
     def verify(self, asked: str, p: int) -> str:
         """How a replayed decode would verify p drafts: what the base takes no tree of is a batch, as far as is

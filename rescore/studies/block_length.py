@@ -10,6 +10,7 @@ which predicts the net speed-up of a live run. Only `rescore eval --mode live` m
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from rescore.drafters.proposals import Proposals
 from rescore.options import Cached, Repeats
 from rescore.replaying import replay
 from rescore.rescorers import Context, Rescorer
+from rescore.rescorers.base import JoiningRescorer
 from rescore.runs.run import Run
 from rescore.runs.weights import fit_to
 from rescore.studies.records import Record, record_of
@@ -83,27 +85,22 @@ class BlockLengths(Record):
         return {**super().as_dict(), "best_h": self.best.h}
 
 
-class TimedRescorer(Rescorer):
-    """A rescorer that notes the seconds of every call but an example's first, which reads the prompt."""
+def timed(rescorer: Rescorer, seconds: list[float]) -> Rescorer:
+    """The rescorer, adding the seconds of every call but an example's first, which reads the prompt; for one example
+    at a time."""
+    asked = "draft_joined" if isinstance(rescorer, JoiningRescorer) else "draft"
+    choose: Callable[..., np.ndarray] = getattr(rescorer, asked)
 
-    def __init__(self, rescorer: Rescorer) -> None:
-        self.rescorer, self.longest, self.joins = rescorer, rescorer.longest, rescorer.joins
-        self.seconds: list[float] = []
-
-    def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
-        """See `Rescorer.draft`; for one example at a time."""
-        return self._timed(contexts, lambda: self.rescorer.draft(lattices, contexts, p))
-
-    def draft_joined(self, proposals: Proposals, contexts: Sequence[Context], p: int) -> np.ndarray:
-        """See `Rescorer.draft_joined`; for one example at a time."""
-        return self._timed(contexts, lambda: self.rescorer.draft_joined(proposals, contexts, p))
-
-    def _timed(self, contexts: Sequence[Context], call: Callable[[], np.ndarray]) -> np.ndarray:
+    def drafts(proposed: Lattice | Proposals, contexts: Sequence[Context], p: int) -> np.ndarray:
         start = time.perf_counter()
-        drafts = call()
+        found = choose(proposed, contexts, p)
         if contexts[0].output_ids:
-            self.seconds.append(time.perf_counter() - start)
-        return drafts
+            seconds.append(time.perf_counter() - start)
+        return found
+
+    noting = copy.copy(rescorer)
+    setattr(noting, asked, drafts)
+    return noting
 
 
 def block_lengths_of_trace(
@@ -185,11 +182,12 @@ def block_lengths(
     groups = [example.group for example in trace.examples]
     lengths = []
     for h, verify_ms, times in zip(hs, steps, added, strict=True):
-        timed = TimedRescorer(rescorer)
+        seconds: list[float] = []
+        noting = timed(rescorer, seconds)
         examples = trace.first_heads(h).examples
-        accepted = [steps for example in examples for steps in replay([example], timed, k=k, drafters=drafters)]
-        accounting = account(accepted, Drafting(timed, drafters).longest(h), groups=groups)
-        rescoring_ms = float(np.median(timed.seconds)) * 1e3 if timed.seconds else 0.0
+        accepted = [steps for example in examples for steps in replay([example], noting, k=k, drafters=drafters)]
+        accounting = account(accepted, Drafting(noting, drafters).longest(h), groups=groups)
+        rescoring_ms = float(np.median(seconds)) * 1e3 if seconds else 0.0
         heads_ms = heads_added(times)
         step_ms = verify_ms + heads_ms + rescoring_ms
         speedup = accounting.block_efficiency * greedy / step_ms

@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from lattices.errors import RescoreError
 from rescore.acceptance import Rule
 from rescore.acceptance.lossy import OfLikeliest
 from rescore.accounting import account, block_efficiency
+from rescore.checks import VERIFY_MODES
 from rescore.costs.table import Costs
 from rescore.drafters.recorded import drafted
 from rescore.peers import Peer
@@ -40,6 +43,11 @@ from rescore.table import (
     P,
     Table,
 )  # fmt: skip
+from rescore.tracing import Trace
+
+TREE = VERIFY_MODES[0]
+LIVE = "decode with it: --mode live"
+MARGIN = 0.1  # nats, on average: half precision rounds by as much; what a drafter guesses is off by far more
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,8 @@ def until_divergence(
     runs: Asked,
     rule: Rule,
     *,
+    verify: str = TREE,
+    details: bool = False,
     costs: Costs | str | None = None,
     peers: Iterable[str | Peer] = (),
     out: Path | None = None,
@@ -89,11 +99,19 @@ def until_divergence(
     """Replays every run on every task up to the first token that the rule keeps and greedy decoding would not.
 
     Arguments as for `rescore.runs.evaluation.evaluate`. Raises `RescoreError` for a rule that asks for more than a
-    trace knows, for peers and a folder, which are for whole evaluations, and as `evaluate`.
+    trace knows, for what is of whole evaluations (a way to verify, details, peers, a folder), and as `evaluate`.
     """
-    if peers or out is not None:
-        option = "--out keeps" if out is not None else "--peer is for"
-        raise RescoreError(f"{option} whole evaluations, and a trace knows no whole output of {rule.name} acceptance")
+    of_whole = {
+        "--out": out is not None,
+        "--peer": bool(peers),
+        "--details": details,
+        f"--verify {verify}": verify != TREE,
+    }
+    if asked := next((option for option, given in of_whole.items() if given), None):
+        raise RescoreError(
+            f"{asked} is for whole evaluations, and a trace knows no whole output of {rule.name} acceptance; drop it, "
+            "or add --mode live"
+        )
     found = UntilDivergences(rule.name)
     tell = partial(add_notice, found.notices, None)
     for recording in recordings:
@@ -102,6 +120,7 @@ def until_divergence(
         for line in [*recording.notices, *alpha_notices(work.records, recording)]:
             tell(line)
         trace = recording.trace(progress=progress)
+        _check_first_slot(judging, recording, trace)
         drafting = work.fitted(trace, recording.models.device, tell)
         drafters = {drafter.name: drafter for each in drafting.values() for drafter in each.drafters}.values()
         of_models = drafted(trace, drafters, task=recording.name, settings=recording.all_settings, progress=progress)
@@ -125,26 +144,37 @@ def until_divergence(
 
 def _decidable(rule: Rule, recording: Recording) -> OfLikeliest:
     """The rule. Raises `RescoreError` with the reason where a trace can't tell what it keeps."""
-    live = "decode with it: --mode live"
     if not isinstance(rule, OfLikeliest):
         raise RescoreError(
             f"{rule.name} acceptance goes by the base's whole distribution, its entropy too, and a trace keeps the "
-            f"{recording.k} likeliest tokens of it; {live}"
+            f"{recording.k} likeliest tokens of it; {LIVE}"
         )
     if rule.width > recording.k:
         raise RescoreError(
             f"{rule.name} acceptance goes by the {rule.width} likeliest tokens, and the trace of {recording.name} "
-            f"keeps {recording.k}; give fewer, or --k {rule.width} where it is recorded anew, or {live}"
+            f"keeps {recording.k}; give fewer, or --k {rule.width} where it is recorded anew, or {LIVE}"
         )
-    settings = recording.settings
-    imported = settings.get("imported")
-    lacking = imported.get("missing") if isinstance(imported, dict) else None
-    if lacking or (rule.width > 1 and "drafter" in settings):
-        why = "they were not logged" if lacking else "its slot 1 is a drafter's but for the first entry"
-        raise RescoreError(
-            f"the trace of {recording.name} does not hold the base's own likeliest tokens: {why}; {live}"
-        )
+    imported = recording.settings.get("imported")
+    if isinstance(imported, dict) and imported.get("missing"):
+        raise RescoreError(_lacks(recording, "they were not logged"))
     return rule
+
+
+def _check_first_slot(rule: OfLikeliest, recording: Recording, trace: Trace) -> None:
+    """Raises `RescoreError` where a rule goes by more than the first entry of slot 1 and these are not the base's own.
+
+    A drafter's trace may have the base's slot 1 or, beside the base's token, its own guesses at it. It is the base's
+    where its first two entries are as far apart as the base's margin, which every trace has.
+    """
+    if rule.width == 1 or "drafter" not in recording.settings:
+        return
+    apart = [e.lattice.logps[:, 0, 0] - e.lattice.logps[:, 0, 1] - e.margins for e in trace.examples]
+    if not np.abs(np.concatenate(apart)).mean() <= MARGIN:  # so written, an infinite one is refused, too
+        raise RescoreError(_lacks(recording, "its slot 1 is a drafter's but for the first entry"))
+
+
+def _lacks(recording: Recording, why: str) -> str:
+    return f"the trace of {recording.name} does not hold the base's own likeliest tokens: {why}; {LIVE}"
 
 
 def until_divergence_table(found: UntilDivergences) -> Table:

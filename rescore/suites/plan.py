@@ -38,6 +38,7 @@ KEYS = (
 )  # fmt: skip
 NAMES = "names"
 Made = TypeVar("Made")
+AskedRule = tuple[Value | None, Acceptance]  # and what asks for it; None: nothing does
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,18 @@ class Plan:
 
     def inputs(self, task: SuiteTask, h: int | None) -> Inputs:
         """One task with one h."""
-        given: dict[str, Any] = {"trace": task.trace} if task.trace else {
-            "data": task.data, "base": self.base, "heads": self.heads, "dtype": self.dtype, "compile": self.compile,
-            "max_new_tokens": task.max_new_tokens or self.max_new_tokens,
-            "max_prompt_tokens": task.max_prompt_tokens or self.max_prompt_tokens,
-        }  # fmt: skip
-        return Inputs(
-            task=task.name, h=h, limit=task.limit or self.limit, leave_out=self.leave_out, device=self.device, **given
-        )
+        inputs = Inputs(
+            task=task.name, trace=task.trace, h=h, limit=task.limit or self.limit, leave_out=self.leave_out,
+            device=self.device,
+        )  # fmt: skip
+        if task.trace:
+            return inputs
+        return dataclasses.replace(
+            inputs, data=task.data, base=self.base, heads=self.heads,
+            dtype=self.dtype, compile=self.compile,  # type: ignore[arg-type]  # checked when the file was read
+            max_new_tokens=task.max_new_tokens or self.max_new_tokens,
+            max_prompt_tokens=task.max_prompt_tokens or self.max_prompt_tokens,
+        )  # fmt: skip
 
     @property
     def rules(self) -> list[Acceptance]:
@@ -293,36 +298,51 @@ def _rules(
 
     given: the keys that say it; of_suite: those of the suite, which hold for a rescorer that does not say it otherwise.
     """
+    said = _said(given, of_suite)
+    kept: list[AskedRule] = [(value, Acceptance(Spec(value.text()))) for value in _items(said, "acceptance")]
+    if "temperature" in said:
+        asked = [each for value in said["temperature"].items() for each in _at_temperature(value, said, kept)]
+        if kept and kept[0] not in asked:
+            raise said["acceptance"].wrong("it draws nothing; drop it, or let temperature have 0 as well")
+    else:
+        asked = kept or [(None, Acceptance())]
+    for value, rule in asked:
+        if value is not None:
+            _check_rule(value, rule, live=live)
+    if unused := [key for key in OF_SAMPLING if key in given and not any(rule.temperature for _, rule in asked)]:
+        raise given[unused[0]].wrong("it is for sampling; drop it, or add temperature")
+    return tuple(dict.fromkeys(rule for _, rule in asked))
+
+
+def _said(given: dict[str, Value], of_suite: Mapping[str, Value]) -> dict[str, Value]:
+    """What is said of a rescorer's rules: whoever names one of acceptance and temperature passes the suite's other."""
     said = {**of_suite, **given}
     for own, other in (("acceptance", "temperature"), ("temperature", "acceptance")):
         if own in given and other not in given:
             said.pop(other, None)
-    drawn: dict[str, Any] = {
-        "top_k": said["top_k"].whole(least=0) if "top_k" in said else 0,
-        "top_p": said["top_p"].number() if "top_p" in said else 1.0,
-        "sampling_seed": said["sampling_seed"].whole(least=0) if "sampling_seed" in said else 0,
-    }
-    kept = [(value, Acceptance(Spec(value.text()))) for value in _items(said, "acceptance")]
-    rules: list[tuple[Value | None, Acceptance]] = []
-    for value in _items(said, "temperature"):
-        if temperature := value.number():
-            rules.append((value, Acceptance(temperature=temperature, **drawn)))
-        else:
-            rules += kept or [(value, Acceptance())]
-    if "temperature" not in said:
-        rules = [*kept] or [(None, Acceptance())]
-    elif kept and not {rule for _, rule in kept} & {rule for _, rule in rules}:
-        raise said["acceptance"].wrong("it draws nothing; drop it, or let temperature have 0 as well")
-    for asked, rule in rules:
-        if asked is not None:
-            _at(asked, rule.rule)
-            if not live and rule != Acceptance():
-                raise asked.wrong(
-                    "what is not greedy leaves a trace at its first token that is not greedy decoding's; add mode: live"
-                )
-    if unused := [key for key in OF_SAMPLING if key in given and not any(rule.temperature for _, rule in rules)]:
-        raise given[unused[0]].wrong("it is for sampling; drop it, or add temperature")
-    return tuple(dict.fromkeys(rule for _, rule in rules))
+    return said
+
+
+def _at_temperature(value: Value, said: Mapping[str, Value], kept: list[AskedRule]) -> list[AskedRule]:
+    """The rules of one temperature: at 0 what is kept, greedily if nothing is said."""
+    temperature = value.number()
+    if not temperature:
+        return kept or [(value, Acceptance())]
+    rule = Acceptance(
+        temperature=temperature,
+        top_k=said["top_k"].whole(least=0) if "top_k" in said else Acceptance.top_k,
+        top_p=said["top_p"].number() if "top_p" in said else Acceptance.top_p,
+        sampling_seed=said["sampling_seed"].whole(least=0) if "sampling_seed" in said else Acceptance.sampling_seed,
+    )
+    return [(value, rule)]
+
+
+def _check_rule(value: Value, rule: Acceptance, *, live: bool) -> None:
+    _at(value, rule.rule)
+    if not live and rule != Acceptance():
+        raise value.wrong(
+            "what is not greedy leaves a trace at its first token that is not greedy decoding's; add mode: live"
+        )
 
 
 def _items(fields: Mapping[str, Value], key: str) -> list[Value]:

@@ -138,13 +138,10 @@ def _parts(plan: Plan) -> list[_Part]:
     """All evaluations, each of them checked."""
     parts: list[_Part] = []
     made: dict[str, tuple[str, Acceptance]] = {}  # by folder
-    how: dict[str, Any] = {
-        "k": max(run.k for run in plan.runs),
-        "heads_needed": any(run.needs_heads for run in plan.runs),
-    }
+    k, heads_needed = max(run.k for run in plan.runs), any(run.needs_heads for run in plan.runs)
     for task in plan.tasks:
         for h in plan.h:
-            recording = open_recording(plan.inputs(task, h), **how)
+            recording = open_recording(plan.inputs(task, h), k=k, heads_needed=heads_needed)
             for rule in plan.rules:
                 name = re.sub(r"[^\w.-]", "_", recording.name) + (f"-h{h}" if h else "") + _folder_of(rule)
                 parts.append(_Part(recording, h, rule, f"{RUNS_FOLDER}/{name}"))
@@ -248,9 +245,9 @@ def _sweep(
     sweep = weights.find(task=evaluated.name, rescorer=run.label, k=run.k, h=part.h, p=run.p, key=key)
     if sweep is None:
         inputs = dataclasses.replace(evaluated.inputs, limit=None)
-        how: dict[str, Any] = {"k": evaluated.k, "heads_needed": evaluated.models.heads_needed}
+        recording = open_recording(inputs, k=evaluated.k, heads_needed=evaluated.models.heads_needed)
         (tuned,) = tune(
-            open_recording(inputs, **how), [run.label], alphas=tuning.alphas, ks=(run.k,), ps=(run.p,),
+            recording, [run.label], alphas=tuning.alphas, ks=(run.k,), ps=(run.p,),
             held_out=tuning.limit, evaluated=set(evaluated.groups), keep=False, progress=progress, notify=notify,
         )  # fmt: skip
         if not evaluated.given:  # a sweep of other files must not be kept under this key

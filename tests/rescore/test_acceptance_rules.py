@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampled.enumerated import decided_by, outcomes
 
 from lattices.errors import RescoreError
 from rescore.acceptance import Greedy, load_rule
+from rescore.acceptance.random_source import RandomSource
 from rescore.acceptance.rules import Drawn, Verdict
-from rescore.acceptance.sampling import Sampling, draw, try_candidates
+from rescore.acceptance.sampling import Sampling, try_candidates
 from tests.conftest import refused
 
 
@@ -35,7 +38,7 @@ class Said:
 
 
 class Told:
-    """A random state that says what it is told, and 0.5 afterwards."""
+    """Random numbers that are given, and 0.5 afterwards."""
 
     def __init__(self, *numbers: float) -> None:
         self.numbers = list(numbers)
@@ -44,25 +47,25 @@ class Told:
         return self.numbers.pop(0) if self.numbers else 0.5
 
 
-REJECTS = 1 - 2.0**-53  # the largest number that a random state gives
+def told(*numbers: float) -> RandomSource:
+    source = RandomSource(0)
+    source._numbers = Told(*numbers)  # type: ignore[assignment]
+    return source
+
+
+REJECTS = 1 - 2.0**-53  # the largest random number
 
 
 def acceptance(law: np.ndarray, candidates: list[int], drawn: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
-    """The law of the next token as the code has it: how far the random number may go for each candidate to be accepted
-    is found by halving, all else follows."""
-    out, left = np.zeros(len(law)), 1.0
-    for place, token in enumerate(candidates):
-        low, high = 0.0, 1.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            numbers = Told(*[REJECTS] * place, middle)
-            accepted, _ = try_candidates(law, candidates[: place + 1], numbers, drawn)  # type: ignore[arg-type]
-            low, high = (middle, high) if accepted == token else (low, middle)
-        out[token] += left * low
-        left *= 1 - low
-    if left > 1e-12:
-        _, rest = try_candidates(law, candidates, Told(*[REJECTS] * len(candidates)), drawn)  # type: ignore[arg-type]
-        out += left * rest
+    """The law of the next token as the code has it: every outcome of every verdict, and of the draw after them."""
+
+    def next_token(source: RandomSource) -> int:
+        accepted, left = try_candidates(law, candidates, source, drawn)
+        return source.draw(left) if accepted is None else accepted
+
+    out = np.zeros(len(law))
+    for token, probability in outcomes(next_token):
+        out[token] += probability
     return out
 
 
@@ -72,8 +75,6 @@ laws = st.lists(st.integers(0, 9), min_size=5, max_size=5).filter(any).map(lambd
 @given(laws, st.permutations(range(5)), st.integers(0, 5))
 @settings(deadline=None)
 def test_given_candidates_leave_the_law(law: np.ndarray, order: list[int], count: int):
-    if law.max() == 1.0 and int(law.argmax()) in order[:count]:
-        count = order.index(int(law.argmax())) + 1  # it is accepted: none comes after
     np.testing.assert_allclose(acceptance(law, order[:count], None), law, atol=1e-9)
 
 
@@ -98,12 +99,38 @@ def test_drawn_candidates_leave_the_law(law: np.ndarray, q: np.ndarray, count: i
     np.testing.assert_allclose(out, law, atol=1e-9)
 
 
+@given(laws, st.floats(0.01, 1))
+def test_a_random_source_answers_with_these_probabilities(law: np.ndarray, q: float):
+    """How far the random number may go for each answer, found by halving."""
+
+    def bound(holds: Callable[[RandomSource], bool]) -> float:
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if holds(told(middle)) else (low, middle)
+        return low
+
+    for p in law.tolist():
+        assert bound(lambda source, p=p: source.accepts(p, q)) == pytest.approx(min(1.0, p / q), abs=1e-12)
+    for place in range(len(law)):
+        for probs in (law, 3 * law):
+            upper = bound(lambda source, place=place, probs=probs: source.draw(probs) <= place)
+            assert upper == pytest.approx(law[: place + 1].sum(), abs=1e-12)
+
+
 def test_what_has_no_probability_never_comes():
     law = np.array([0.0, 0.0, 1.0, 0.0])
-    assert try_candidates(law, [0], Told(0.0))[0] is None  # type: ignore[arg-type]
-    assert try_candidates(law, [0], Told(0.0), (np.array([0]), np.array([1.0])))[0] is None  # type: ignore[arg-type]
+    assert try_candidates(law, [0], told(0.0))[0] is None
+    assert try_candidates(law, [0], told(0.0), (np.array([0]), np.array([1.0])))[0] is None
     for number in (0.0, 0.5, REJECTS):
-        assert draw(law, Told(number)) == 2  # type: ignore[arg-type]
+        assert told(number).draw(law) == 2
+
+
+@pytest.mark.parametrize("q", [None, 1.0])
+def test_a_rejection_by_rounding_leaves_something_to_draw_from(q: float | None):
+    law = np.array([0.0, REJECTS])
+    accepted, left = try_candidates(law, [1], told(REJECTS), q and (np.array([1]), np.array([q])))
+    assert accepted is None and told().draw(left) == 1
 
 
 @given(laws, st.lists(st.permutations(range(5)), min_size=1, max_size=3), laws, st.booleans())
@@ -116,7 +143,7 @@ def test_random_numbers_of_0_accept_nothing_without_probability(
     with np.errstate(divide="ignore"):
         said = Said(torch.from_numpy(np.log([*law, 0.0])).expand(len(rows), 6, -1))
     rule = Sampling()
-    rule.random_state = Told(*[0.0] * 40)  # type: ignore[assignment]
+    rule.random_source = told(*[0.0] * 40)
     of_slots = Drawn(np.tile(np.arange(5), (6, 1)), np.tile(q, (6, 1))) if drawn else None
     row, n, choice = rule.judge(rows, said, 7, (), of_slots)
     assert all(law[token] > 0 for token in [*rows[row, 1:n].tolist(), choice])
@@ -126,32 +153,23 @@ def test_random_numbers_of_0_accept_nothing_without_probability(
 
 
 def test_a_tree_has_the_law_of_its_tokens():
-    """Three drafts of two tokens after the first: the frequencies of the two tokens that come next, against the law."""
+    """Three drafts of two tokens after the first: the probabilities of the two tokens that come next."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(7, 6, generator=generator)  # after the first token, and after each of six that may follow
     drafts = np.array([[0, 1, 2], [0, 1, 3], [0, 4, 2]])
     said = Said(torch.stack([torch.stack([logits[0], logits[1 + d[1]], logits[0]]) for d in drafts.tolist()]))
-    rule = Sampling(0.8, top_k=5).started("tree")
-    law = {"": rule.law(logits[0]), **{str(t): rule.law(logits[1 + t]) for t in range(6)}}
-    rule.law = lambda row: known[row.data_ptr()]  # type: ignore[assignment, method-assign]
-    known = {
-        said.logits[row, column].data_ptr(): law["" if column == 0 else str(int(drafts[row, 1]))]
-        for row in range(3)
-        for column in range(2)
-    }
-    known |= {said.logits[row, 2].data_ptr(): law[""] for row in range(3)}
-    counts = np.zeros((6, 6))
-    draws = 20_000
-    for _ in range(draws):
-        row, n, choice = rule.judge(drafts, said, 9, ())
-        first = int(drafts[row, 1]) if n > 1 else choice
-        second = int(drafts[row, 2]) if n > 2 else choice if n == 2 else draw(law[str(choice)], rule.random_state)
-        counts[first, second] += 1
-    exact = law[""][:, None] * np.stack([law[str(t)] for t in range(6)])
-    direct = np.random.default_rng(1).multinomial(draws, exact.ravel()) / draws
-    other = np.random.default_rng(2).multinomial(draws, exact.ravel()) / draws
-    distance = np.abs(counts / draws - exact).sum() / 2
-    assert distance <= np.abs(direct - other).sum() / 2
+    rule = Sampling(0.8, top_k=5)
+    after = [rule.law(logits[1 + token]) for token in range(6)]
+
+    def next_two(source: RandomSource) -> tuple[int, int]:
+        row, n, choice = decided_by(rule, source).judge(drafts, said, 9, ())
+        two = [*drafts[row, 1:n].tolist(), choice][:2]
+        return two[0], two[1] if len(two) == 2 else source.draw(after[choice])
+
+    found = np.zeros((6, 6))
+    for two, probability in outcomes(next_two):
+        found[two] += probability
+    np.testing.assert_allclose(found, rule.law(logits[0])[:, None] * np.stack(after), atol=1e-12)
 
 
 def test_the_laws_are_those_of_transformers():
@@ -185,11 +203,7 @@ def test_the_laws_are_those_of_transformers():
 
 def test_the_same_seed_and_key_draw_the_same():
     law, rule = np.full(100, 0.01), Sampling(seed=3)
-    one, again, other = (
-        [draw(law, rule.started(key).random_state) for _ in range(1)]
-        + [draw(law, r.random_state) for r in [rule.started(key)] * 8]
-        for key in ("a", "a", "b")
-    )
+    one, again, other = (rule.started(key).random_source.draw(law) for key in ("a", "a", "b"))
     assert one == again != other
 
 
@@ -277,7 +291,7 @@ def test_drawn_is_by_slot():
     logits = torch.zeros(1, 2, 3)
     drawn = Drawn(np.array([[0, 1], [1, 2]]), np.array([[1.0, 0.0], [0.5, 0.5]]))
     rule = Sampling()
-    rule.random_state = Told(0.6, 0.5)  # type: ignore[assignment]
+    rule.random_source = told(0.6, 0.5)
     assert rule.judge(np.array([[0, 1]]), Said(logits), 9, (), drawn).n == 2  # 0.6 * 0.5 < 1/3
-    rule.random_state = Told(0.7, 0.5)  # type: ignore[assignment]
+    rule.random_source = told(0.7, 0.5)
     assert rule.judge(np.array([[0, 1]]), Said(logits), 9, (), drawn).n == 1

@@ -14,6 +14,9 @@ from conftest import refused, squad_records, write_lines
 from evaluating import evaluated
 
 from lattices.errors import InvalidDataError, UnknownNameError
+from rescore.acceptance import Rule, load_rule
+from rescore.acceptance.sampling import Sampling
+from rescore.decoding import GREEDY
 from rescore.reports.inspection import Inspection, inspect_example
 from rescore.reports.inspection_view import inspection_lines
 from rescore.runs.evaluated import load_run
@@ -29,15 +32,29 @@ def make(tiny_folder: Path, tiny_heads_folder: Path, tmp_path: Path) -> Callable
     records[2]["context"] = "x " * 50_000
     data = write_lines(tmp_path / "squad.jsonl", records)
 
-    def made(**changes: Any) -> Path:
+    def made(*, rule: Rule = GREEDY, **changes: Any) -> Path:
         options: dict[str, Any] = {
             "base": str(tiny_folder), "heads": str(tiny_heads_folder), "data": str(data), "device": "cpu", "k": 4,
             "max_new_tokens": 10, "max_prompt_tokens": 60, "rescorers": ("none", "oracle"), "p": (1, 2),
         }  # fmt: skip
-        evaluated(dict(**{**options, **changes}), out=tmp_path / "run")
+        evaluated({**options, **changes}, rule=rule, out=tmp_path / "run")
         return tmp_path / "run"
 
     return made
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        (Sampling(3.0), "!token! not accepted: another was drawn"), (load_rule("top-k:2"), "it does not fit"),
+        (load_rule("greedy"), "!token! rejected: the base wanted another"),
+    ],
+)  # fmt: skip
+def test_a_draft_stops_by_its_rule(make: Callable[..., Path], rule: Rule, reason: str):
+    run = make(mode="live", rescorers=("none",), rule=rule)
+    shown = text(inspect_example(run, steps="all"))
+    assert reason in shown
+    assert ("greedy decoding's token" in shown) == (rule.name != "greedy") != ("base wanted" in shown)
 
 
 def text(inspection: Inspection, width: int = 120) -> str:

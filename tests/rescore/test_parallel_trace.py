@@ -9,7 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from conftest import Command, refused
+from conftest import Command, once, refused
 from evaluating import Options, evaluated, recorded_trace
 
 from lm.base.model import BaseLM
@@ -74,6 +74,17 @@ def test_it_is_measured_like_heads_and_beside_others(drafts: Path, options: Opti
     assert own.block_efficiency == here[0].block_efficiency
     assert both.block_efficiency >= max(lookup.block_efficiency, own.block_efficiency)
     assert both.oracle_block_efficiency == both.block_efficiency
+
+
+def test_slot_1_is_the_bases_own_for_lossy_rules(drafts: Path, rescore: Command, model: list[object]):
+    asked = ("--rescorer", "none", "--k", 8, "--acceptance", "top-k:2", "--json")
+    theirs, ours = (
+        rescore("eval", "--trace", drafts, *asked),
+        rescore("eval", *once(*model, "--max-new-tokens", 24, *asked)),
+    )
+    assert theirs.code == ours.code == 0, (theirs.err, ours.err)
+    (one,), (other,) = theirs.document["rows"], ours.document["rows"]
+    assert (one["diverged"], one["steps"], one["hit_rate"]) == (other["diverged"], other["steps"], other["hit_rate"])
 
 
 def test_more_entries_than_the_outputs_have(script: ModuleType, drafts: Path, tmp_path: Path):

@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from evaluating import evaluated
 from test_report_page import data_file, options, results, run_into  # noqa: F401 (fixtures)
 
+from rescore.acceptance import load_rule
+from rescore.acceptance.sampling import Sampling
 from rescore.reports.page import report
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install rescore[dev])")
@@ -101,6 +104,25 @@ def test_the_explorer_by_mouse(browser, address):
     assert page.locator("#ex-lattice td.wanted").count() >= 1
     rows = page.locator("#ex-drafts tbody tr")
     assert "base" in rows.first.text_content() and rows.count() >= 3
+    assert page.complaints == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (Sampling(3.0), " was not accepted; drawn instead: "),
+        (load_rule("top-k:2"), " does not fit; the base"),
+    ],
+)
+def test_a_draft_stops_by_its_rule(browser, options, tmp_path, rule, words):  # noqa: F811
+    evaluated(options | {"mode": "live", "rescorers": ("none",), "p": (1,)}, rule=rule, out=tmp_path / "live")
+    page = opened(browser, report([tmp_path / "live"], tmp_path / "live.html").html.as_uri())
+    reasons = []
+    for step in range(page.locator(".block").count()):
+        page.locator(".block").nth(step).click()
+        reasons.append(page.locator("#ex-drafts tr.walked td.why").text_content())
+    assert any(words in reason for reason in reasons), reasons
+    assert not any("the base wants" in reason for reason in reasons)
     assert page.complaints == []
 
 

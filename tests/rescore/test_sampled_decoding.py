@@ -1,4 +1,4 @@
-"""Decoding with other rules than the greedy one: the law of sampled output, whatever drafts it; lossy acceptance."""
+"""Decoding with other rules than the greedy one, from the command and from Python; its law: `test_sampling_law`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from evaluating import Options, evaluated
 
 import rescore as api
@@ -24,73 +22,6 @@ from rescore.runs.run import Run
 from tests.conftest import Command, refused
 
 PROMPT = list(b"the bridge was built in the bridge was")
-DRAWS = 150
-LENGTH = 3  # tokens of an output
-
-
-def law_of(base: BaseLM, rule: Sampling, count: int) -> dict[tuple[int, ...], float]:
-    """The law of the first tokens of an output, by its tree."""
-    law: dict[tuple[int, ...], float] = {(): 1.0}
-    for _ in range(count):
-        longer = {}
-        for prefix, share in law.items():
-            if prefix and prefix[-1] in base.eos_token_ids:
-                longer[prefix] = share
-                continue
-            logits, _ = base.forward(torch.tensor([[*PROMPT, *prefix]]), last=1)
-            for token, p in enumerate(rule.law(logits[0, 0]).tolist()):
-                if p > 0:
-                    longer[(*prefix, token)] = share * p
-        law = longer
-    return law
-
-
-def distance(counts: dict[tuple[int, ...], int], law: dict[tuple[int, ...], float]) -> float:
-    """Total variation distance of frequencies from a law; what the law does not have counts whole."""
-    total = sum(counts.values())
-    return sum(abs(counts.get(key, 0) / total - law.get(key, 0.0)) for key in {*counts, *law}) / 2
-
-
-RUNS = {
-    "alone": None,
-    "none": Run("none", k=4),
-    "none, 4 as a tree": Run("none", p=4, k=4),
-    "draws": Run("draws", k=4),
-    "draws, 3 as a tree": Run("draws", p=3, k=4),
-    "lookup": Run("lookup"),
-    "lookup and heads": Run("none", p=4, k=4, drafters=("lookup", "heads")),
-    "eagle2-tree": Run("eagle2-tree:nodes=8,depth=2,beams=2", p=4, k=4),
-}
-
-
-@pytest.mark.parametrize("verify", ["tree", "batch"])
-@pytest.mark.parametrize("name", RUNS)
-def test_whatever_drafts_it_the_output_has_the_same_law(
-    tiny_base: BaseLM, tiny_heads_folder: Path, name: str, verify: str
-):
-    run, rule = RUNS[name], Sampling(1.5, top_k=3)
-    if verify == "batch" and (run is None or run.p == 1):
-        pytest.skip("one draft is verified alike")
-    heads = load_heads(tiny_base, str(tiny_heads_folder))
-    generator = Generator.of(tiny_base, heads, run, verify=verify, rule=rule) if run else None
-    how: dict[str, Any] = {"max_new_tokens": LENGTH, "verify": verify}
-    if generator:
-        how |= {"rescorer": generator.rescorer, "drafters": generator.drafters, "k": generator.k, "p": generator.p}
-    counts: dict[tuple[int, ...], int] = {}
-    steps = 0
-    for draw in range(DRAWS):
-        decoded = decode(tiny_base, heads if generator else None, PROMPT, **how, rule=rule.started(name, draw))
-        steps += len(decoded.accepted)
-        first = tuple(decoded.output_ids[:2])
-        counts[first] = counts.get(first, 0) + 1
-    law = law_of(tiny_base, rule, 2)
-    keys, shares = list(law), np.array(list(law.values()))
-    random = np.random.default_rng(0)
-    direct = [random.multinomial(DRAWS, shares / shares.sum()) for _ in range(200)]
-    usual = [distance(dict(zip(keys, each.tolist(), strict=True)), law) for each in direct]
-    assert distance(counts, law) <= max(usual)
-    if name not in ("alone", "lookup"):
-        assert steps < DRAWS * LENGTH, "drafts are accepted at all"
 
 
 def test_a_seed_and_a_prompt_decide_the_output(tiny_base: BaseLM, tiny_heads_folder: Path):

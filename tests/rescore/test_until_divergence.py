@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Command, refused
+from conftest import Command, refused, save_tiny_base
 from evaluating import Options, opened, recorded_trace
 
 from lattices.lattice import Lattice
@@ -21,7 +21,8 @@ from rescore.decoding import decode
 from rescore.drafters.drafting import HEADS_ALONE, Drafting
 from rescore.replaying import Limits, replay_steps
 from rescore.rescorers import load_rescorer
-from rescore.studies.until_divergence import UntilDivergence, until_divergence
+from rescore.runs.run import Run
+from rescore.studies.until_divergence import LIVE, UntilDivergence, until_divergence
 from rescore.tracing import TracedExample
 
 RULES = ["top-k:2", "top-k:3", "top-k:2,least=3", "distance:eps=40", "min-block:2"]
@@ -119,7 +120,7 @@ class TestByHand:
 
 
 class TestStudy:
-    def study(self, options: Options, rule: Rule | str, *runs: str) -> list[UntilDivergence]:
+    def study(self, options: Options, rule: Rule | str, *runs: str | Run) -> list[UntilDivergence]:
         rule = load_rule(rule) if isinstance(rule, str) else rule
         return until_divergence(opened(options), runs or ("none",), rule).rows
 
@@ -155,7 +156,6 @@ class TestStudy:
     @pytest.mark.parametrize(
         ("settings", "told"),
         [
-            ({"drafter": "draft-model x"}, "its slot 1 is a drafter's but for the first entry"),
             ({"imported": {"missing": ["other entries of slot 1"]}}, "they were not logged"),
         ],
     )
@@ -168,6 +168,24 @@ class TestStudy:
         write_json(tmp_path / "trace" / "trace.json", header)
         given = {"trace": str(tmp_path / "trace"), "device": "cpu", "k": 8}
         refused(lambda: self.study(given, "top-k:2"), told)
+
+    def test_a_drafters_trace_with_the_bases_first_slot(
+        self, options: Options, rescore: Command, model: list[object], tmp_path: Path
+    ):
+        """It is told by the margins: a trace that says a drafter's name but has the base's slot 1 is as good as any;
+        that of a draft model has this model's guesses in slot 1."""
+        recorded_trace(options, tmp_path / "trace")
+        header = json.loads((tmp_path / "trace" / "trace.json").read_text())
+        header["settings"] |= {"drafter": "mine"}
+        write_json(tmp_path / "trace" / "trace.json", header)
+        given, run = {"trace": str(tmp_path / "trace"), "device": "cpu", "k": 8}, Run("none", k=4)
+        assert self.study(given, "top-k:2", run) == self.study(options, "top-k:2", run)
+        other = save_tiny_base(tmp_path / "other", seed=5)
+        ran = rescore("trace", *model, "--task", "squad", "--drafter", f"draft-model:{other}", "--out", tmp_path / "of")
+        assert ran.code == 0, ran.err
+        given = given | {"trace": str(tmp_path / "of")}
+        refused(lambda: self.study(given, "top-k:2", run), "its slot 1 is a drafter's but for the first entry", LIVE)
+        assert self.study(given, "min-block:2", run)
 
     def test_other_rules_of_a_package_are_live_only(self, options: Options):
         class Whole(Lossy):
@@ -191,6 +209,8 @@ class TestCommand:
 
     def test_what_is_for_whole_outputs_is_refused(self, rescore: Command, model: list[object], tmp_path: Path):
         asked = ("eval", *model, "--acceptance", "top-k:2")
-        rescore(*asked, "--out", tmp_path / "out").refused("--out keeps whole evaluations, and a trace knows no whole")
+        rescore(*asked, "--out", tmp_path / "out").refused("--out is for whole evaluations, and a trace knows no whole")
+        rescore(*asked, "--details").refused("--details is for whole evaluations")
+        rescore(*asked, "--verify", "batch").refused("--verify batch is for whole evaluations")
         rescore(*asked, "--peer", "transformers").refused("--peer is for whole evaluations")
         rescore(*asked, "--rescorer", "oracle").refused("the oracle knows greedy decoding's output")

@@ -142,14 +142,22 @@
     return marks;
   }
 
-  function why(ids, n, start, output, lattice) {
+  // Before and after the token at which a draft stopped, by the kind of acceptance; then comes what the output has there.
+  const STOPS = {
+    greedy: ["it has ", ", the base wants "],
+    sampled: ["", " was not accepted; drawn instead: "],
+    lossy: ["", " does not fit; the base’s likeliest is "],
+  };
+
+  function why({ ids, n, kind }, start, output, lattice) {
     const { h, k } = view();
     const cell = make("td", { className: "why" });
     if (start + n >= output.length) cell.append("the output ends here");
     else if (n >= ids.length) cell.append("accepted whole");
     else {
-      cell.append(`at slot ${n + 1} it has `, quoted(ids[n]), ", the base wants ", quoted(output[start + n]));
-      if (lattice && n < h) {
+      const [before, after] = STOPS[kind];
+      cell.append(`at slot ${n + 1} ${before}`, quoted(ids[n]), after, quoted(output[start + n]));
+      if (lattice && n < h && output[start + n] === example().output[start + n]) {
         const rank = lattice.r[n];
         const p = rank >= 0 && rank < lattice.p[n].length ? ` (${share(lattice.p[n][rank])})` : "";
         cell.append(rank < 0 ? `: not in the top ${k} of the slot` : `: entry ${rank + 1} of the slot${p}`);
@@ -158,7 +166,9 @@
     return cell;
   }
 
-  function draftRow(name, colour, ids, n, start, output, lattice, className, origins, slots) {
+  function draftRow(draft, start, lattice, slots) {
+    const { name, colour, ids, n, walked, origins } = draft, className = walked ? "walked" : "";
+    const output = draft.added ? example().output : outputOf(draft.index);
     const head = make("th", { scope: "row" }, make("span", { className: "swatch", style: `color:${colour}` }, "●"), ` ${name}`);
     head.firstChild.setAttribute("aria-hidden", "true");
     const row = make("tr", { className }, head, make("td", {}, String(n)));
@@ -169,7 +179,7 @@
       row.append(cell);
     });
     for (let slot = ids.length; slot < slots; slot++) row.append(make("td", {}));
-    row.append(why(ids, n, start, output, lattice));
+    row.append(why(draft, start, output, lattice));
     return row;
   }
 
@@ -192,13 +202,13 @@
       const best = lattice.t.map((slot) => slot[0]);
       const reach = (ids) => { let n = 1; while (n < ids.length && start + n < output.length && ids[n] === output[start + n]) n++; return n; };
       if (!found.some((d) => d.rescorer === "none" && d.p === 1)) {
-        found.unshift({ name: "unrescored draft", colour: "#7d8590", ids: best, n: reach(best), rescorer: "none", added: true });
+        found.unshift({ name: "unrescored draft", colour: "#7d8590", ids: best, n: reach(best), rescorer: "none", kind: "greedy", added: true });
       }
       if (!found.some((d) => d.rescorer === "oracle")) {
         let run = 1;
         while (run < h && start + run < output.length && lattice.r[run] >= 0) run++;
         const path = best.map((id, slot) => (slot < run ? output[start + slot] : id));
-        found.push({ name: "oracle path", colour: "#b8860b", ids: path, n: run, rescorer: "oracle", added: true });
+        found.push({ name: "oracle path", colour: "#b8860b", ids: path, n: run, rescorer: "oracle", kind: "greedy", added: true });
       }
     }
     return { found, elsewhere, lattice };
@@ -211,12 +221,12 @@
     const header = make("tr", {}, make("th", { scope: "col" }, "draft of"), make("th", { scope: "col" }, "accepted"));
     for (let slot = 1; slot <= slots; slot++) header.append(make("th", { scope: "col" }, `slot ${slot}`));
     header.append(make("th", { scope: "col" }, "why it stopped"));
-    const base = make("tr", { className: "base" }, make("th", { scope: "row" }, "base model’s own"), make("td", {}, ""));
+    const base = make("tr", { className: "base" }, make("th", { scope: "row" }, view().decodes[state.decode].kind === "greedy" ? "base model’s own" : "this decode’s own"), make("td", {}, ""));
     for (let slot = 0; slot < slots; slot++) {
       base.append(make("td", {}, start + slot < output.length ? token(output[start + slot]) : ""));
     }
     base.append(make("td", { className: "why" }, "what the output goes on with"));
-    const rows = found.map((d) => draftRow(d.name, d.colour, d.ids, d.n, start, output, lattice, d.walked ? "walked" : "", d.origins, slots));
+    const rows = found.map((d) => draftRow(d, start, lattice, slots));
     $("ex-drafts").replaceChildren(make("thead", {}, header), make("tbody", {}, base, ...rows));
     $("ex-elsewhere").textContent = elsewhere.length
       ? `Each decode walks its own places. Not shown, since their decodes did not stop here: ${elsewhere.join(", ")}.`
@@ -258,8 +268,8 @@
     $("ex-lattice").replaceChildren(make("thead", {}, header), make("tbody", {}, ...rows));
     const cut = shown < k ? ` The ${shown} likeliest of ${k} entries are shown.` : "";
     $("ex-lattice-note").textContent =
-      "Columns are the heads, rows their choices from the likeliest down, darker the likelier. Framed with ✓: what the base model goes " +
-      "on with. Dots: which drafts of the table above pass through (★ the oracle). The top row is the unrescored draft." + cut;
+      "Columns are the heads, rows their choices from the likeliest down, darker the likelier. Framed with ✓: what greedy decoding " +
+      "goes on with. Dots: which drafts of the table above pass through (★ the oracle). The top row is the unrescored draft." + cut;
   }
 
   // What several drafters proposed along the tokens that were accepted, of each set of them.

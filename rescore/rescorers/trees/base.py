@@ -11,7 +11,7 @@ import numpy as np
 
 from lattices.errors import RescoreError
 from lattices.lattice import Lattice
-from rescore.rescorers.base import Context, Rescorer, Target
+from rescore.rescorers.base import Context, LocalRescorer, Rescorer, Target
 
 
 class TreeRescorer(Rescorer):
@@ -21,15 +21,16 @@ class TreeRescorer(Rescorer):
     empty: the heads' own. Its weight is the tree's.
     """
 
-    scored: Rescorer | None = None
+    scored: LocalRescorer | None = None
 
     def __init__(self, name: str, scores: str) -> None:
         if scores:
             from rescore.rescorers import load_rescorer
 
-            self.scored = load_rescorer(scores)
-            if not self.scored.rescores_locally:
+            local = load_rescorer(scores)
+            if not isinstance(local, LocalRescorer):
                 raise RescoreError(f"{name}: scores={scores} does not rescore slot by slot; give a neural rescorer")
+            self.scored = local
             self.alpha = self.scored.alpha
         self.identity = f"{name} {self.scored.identity if self.scored else ''}".strip()
 

@@ -139,11 +139,13 @@ def costs_for(
         models = recording.models
         return costs_here(base.base, heads, models.device, compiles=models.compiles, inputs=recording.inputs)
     costs = asked if isinstance(asked, Costs) else read_costs(asked)
-    _check(costs, name, base.base, heads)
+    check_costs(costs, name, base.base, heads)
     return costs
 
 
-def _check(costs: Costs, name: str, base: BaseIdentity | None, heads: HeadsKey | None) -> None:
+def check_costs(costs: Costs, name: str, base: BaseIdentity | None, heads: HeadsKey | None) -> None:
+    """Raises `IncompatibleError` for a table of another base LM, or of other heads than those that draft (None: none
+    do), than `name` is decoded with. Of another precision or machine it may be (`of_elsewhere`)."""
     of = (costs.weights_sha256, costs.config_sha256)
     if base is not None and of != (base.weights_sha256, base.config_sha256):
         raise IncompatibleError(
@@ -156,3 +158,31 @@ def _check(costs: Costs, name: str, base: BaseIdentity | None, heads: HeadsKey |
             f"the costs were measured with {there}, and {name} is decoded with {'others' if costs.heads else 'some'}, "
             f"h = {heads[1]}; {COMMAND} --heads --h measures those of others"
         )
+
+
+def of_elsewhere(costs: Costs, recording: Recording, base: Target, *, live: bool) -> str | None:
+    """A line about a table that is of another precision than what is decoded, or of a base LM that is not known; if
+    that is decoded `live`, beside times of this machine, of another machine too. None where there is nothing to say.
+
+    base: as `costs_for` takes it.
+    """
+    if base.base is None:
+        return (
+            f"the trace of {recording.name} does not name its base LM; whether the costs, of {costs.base}, are of that "
+            "can't be checked"
+        )
+    there, here = f"in {costs.dtype}", f"in {base.base.dtype}"
+    if live:
+        models = recording.models
+        there += _where(costs.machine, compiles=costs.compiles)
+        here += _where(this_machine(models.device), compiles=models.compiles)
+    if there == here:
+        return None
+    return (
+        f"the costs are of decoding {there}, and {recording.name} is decoded {here}: what is planned and predicted is "
+        f"for there; {COMMAND} measures those of here"
+    )
+
+
+def _where(machine: Machine, *, compiles: bool) -> str:
+    return f" on {machine}" + ("" if compiles else ", layers not compiled")

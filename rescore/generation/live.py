@@ -16,7 +16,7 @@ from rescore.acceptance.options import Acceptance
 from rescore.acceptance.rules import check_rule
 from rescore.accounting import block_efficiency
 from rescore.checks import check_fits, check_new_tokens
-from rescore.costs.kept import costs_here
+from rescore.costs.kept import HeadsKey, check_costs, costs_here
 from rescore.costs.table import Costs
 from rescore.decoding import GREEDY, Decoded, decode
 from rescore.drafters import HEADS, Drafter
@@ -125,9 +125,10 @@ class Generator:
         costs: Costs | None = None,
         rule: Rule = GREEDY,
     ) -> Self:
-        """Arguments as for `generate`; costs: of a rescorer that drafts by them (None: measured on this machine).
+        """Arguments as for `generate`; costs: of this base and these heads, for a rescorer that drafts by them (None:
+        those measured on this machine).
 
-        Raises `RescoreError` for what can't be decoded with.
+        Raises `RescoreError` for what can't be decoded with, `IncompatibleError` for costs of other models.
         """
         run = runs_of([rescorer])[0] if rescorer else best_run(base, heads)
         if run.rescorer == ORACLE:
@@ -140,7 +141,9 @@ class Generator:
                 "other drafters (--drafter lookup)"
             )
         check_rule(rule, run.label, draws=loaded.random, lattices_only=is_lattice_alone(drafters))
-        if loaded.plans and costs is None:
+        if costs is not None:
+            check_costs(costs, "the output", base.identity, _heads_key(heads, drafters))
+        elif loaded.plans:
             costs = _costs(base, heads, drafters)
         fitted, drafters = fitted_to(_target(base, costs=costs), {"": (loaded, drafters)})[""]
         if run.alpha is not None:
@@ -283,9 +286,12 @@ def _target(base: BaseLM, **more: Any) -> Target:
 
 def _costs(base: BaseLM, heads: BlockHeads | None, drafters: Sequence[Drafter]) -> Costs:
     """Those measured on this machine, with the heads if they are among the drafters."""
+    return costs_here(base.identity, _heads_key(heads, drafters), str(base.device), compiles=base.compiles)
+
+
+def _heads_key(heads: BlockHeads | None, drafters: Sequence[Drafter]) -> HeadsKey | None:
     asked = heads is not None and any(isinstance(drafter, Heads) for drafter in drafters)
-    key = (heads.sha256, heads.h) if heads and asked else None
-    return costs_here(base.identity, key, str(base.device), compiles=base.compiles)
+    return (heads.sha256, heads.h) if heads and asked else None
 
 
 def encoded(base: BaseLM, prompt: str | Messages, chat: bool | None = None) -> list[int]:

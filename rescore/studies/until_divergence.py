@@ -16,6 +16,7 @@ from lattices.errors import RescoreError
 from rescore.acceptance import Rule
 from rescore.acceptance.lossy import OfLikeliest
 from rescore.accounting import account, block_efficiency
+from rescore.costs.kept import of_elsewhere
 from rescore.costs.table import Costs
 from rescore.drafters.recorded import drafted
 from rescore.peers import Peer
@@ -23,7 +24,7 @@ from rescore.replaying import Limits, replay_steps
 from rescore.runs.inputs import Progress, add_notice
 from rescore.runs.recording import Recording
 from rescore.runs.records import Interval
-from rescore.runs.weights import alpha_notices
+from rescore.runs.weights import alpha_notices, target_before
 from rescore.runs.work import Asked, prepared
 from rescore.studies.records import Record
 from rescore.table import (
@@ -99,7 +100,8 @@ def until_divergence(
     for recording in recordings:
         judging = _decidable(rule, recording)
         work = prepared(recording, runs, {}, live=False, costs=costs, peers=[], rule=rule)
-        for line in [*recording.notices, *alpha_notices(work.records, recording)]:
+        elsewhere = work.costs and of_elsewhere(work.costs, recording, target_before(recording), live=False)
+        for line in filter(None, [*recording.notices, *alpha_notices(work.records, recording), elsewhere]):
             tell(line)
         trace = recording.trace(progress=progress)
         drafting = work.fitted(trace, recording.models.device, tell)

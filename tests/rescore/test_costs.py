@@ -21,6 +21,7 @@ from lattices.errors import InvalidDataError, RescoreError
 from lm.base.catalog import load_base
 from lm.base.model import BaseIdentity, BaseLM
 from lm.heads.block_heads import load_heads
+from rescore.acceptance.options import Acceptance
 from rescore.calls import NO_CALL, Call
 from rescore.costs import kept
 from rescore.costs.kept import costs_here, keep_costs, read_costs, this_machine
@@ -34,6 +35,7 @@ from rescore.runs.evaluated import load_run
 from rescore.runs.records import Identical
 from rescore.runs.run import Run, runs_of
 from rescore.runs.tuning import fit_joint
+from rescore.studies.until_divergence import until_divergence
 
 
 def kept_of(base: BaseIdentity | None, heads: tuple[str, int] | None) -> Costs:
@@ -272,7 +274,7 @@ class TestEvaluated:
         assert replayed.config.costs == {"squad": costs} and not replayed.notices
         (table,) = live.tables()
         assert [c.heading for c in table.columns][-2:] == ["speed-up", "predicted"]
-        assert "predicted = that speed-up by the costs of a step in float32 on a CPU, 2 cores, 1 thread," in " ".join(
+        assert "predicted = that speed-up by the costs of a step in float64 on a CPU, 2 cores, 1 thread," in " ".join(
             table.note.split()
         )
         assert evaluated(chosen).config.costs == {}, "nothing is predicted that was not asked for"
@@ -320,6 +322,30 @@ class TestEvaluated:
         assert evaluated(chosen, costs=str(tmp_path / "costs.json")).config.costs == {"squad": costs}
         refused(lambda: evaluated(chosen, costs="here"), "no costs of", "run: rescore bench costs --base", "--heads")
 
+    def test_what_generates_takes_no_table_of_other_models(self, options: Options, costs: Costs):
+        base = load_base(options["base"], dtype="float64", device="cpu")
+        heads = load_heads(base, options["heads"])
+        assert Generator.of(base, heads, Run("none"), costs=costs).drafters
+        of_other = msgspec.structs.replace(costs, config_sha256="0" * 64, base="another")
+        refused(lambda: Generator.of(base, heads, Run("none"), costs=of_other), "the costs are of another, and the")
+        refused(lambda: Generator.of(base, heads.first(2), Run("none"), costs=costs), "with others, h = 2")
+        assert Generator.of(base, None, Run("lookup"), costs=costs).drafters, "it needs no heads"
+
+    def test_tables_of_another_precision_or_machine_are_told(self, options: Options, costs: Costs):
+        chosen = options | {"rescorers": ["none"]}
+        half = msgspec.structs.replace(costs, dtype="bfloat16")
+        (line,) = evaluated(chosen, costs=half).notices
+        assert line.startswith("the costs are of decoding in bfloat16, and squad is decoded in float64: what is planned")
+        (line,) = evaluated(chosen | {"mode": "live"}, costs=costs).notices
+        assert "in float64 on a CPU, 2 cores" in line and f"decoded in float64 on {this_machine('cpu')}: what" in line
+        ours = msgspec.structs.replace(costs, machine=this_machine("cpu"))
+        assert not evaluated(chosen | {"mode": "live"}, costs=ours).notices
+        other = msgspec.structs.replace(ours, compiles=False)
+        (line,) = evaluated(chosen | {"mode": "live"}, costs=other).notices
+        assert line.count("layers not compiled") == 1
+        (line,) = until_divergence(opened(chosen), ["none"], Acceptance("top-k:2").rule(), costs=half).notices
+        assert "in bfloat16, and squad" in line
+
     def test_a_trace_that_does_not_name_its_heads_has_no_costs_of_them(
         self, options: Options, costs: Costs, tmp_path: Path
     ):
@@ -330,5 +356,6 @@ class TestEvaluated:
         (tmp_path / "trace" / "trace.json").write_text(json.dumps(header))
         given = {"trace": str(tmp_path / "trace"), "k": 8}
         refused(lambda: evaluated(given, costs=costs), "does not hold what block heads of a known base LM proposed")
-        (result,) = evaluated(given | {"rescorers": ["lookup"]}, costs=costs).results
-        assert result.predicted_speedup
+        found = evaluated(given | {"rescorers": ["lookup"]}, costs=costs)
+        assert found.results[0].predicted_speedup
+        assert any("does not name its base LM; whether the costs, of tiny, are" in line for line in found.notices)

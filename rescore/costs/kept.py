@@ -66,7 +66,7 @@ def keep_costs(costs: Costs, out: Path | None = None) -> None:
 def read_costs(path: str | Path) -> Costs:
     """The table in a file. Raises `RescoreError` if there is none, `InvalidDataError` for a broken or older one."""
     place = user_path(path, "--costs")
-    return _read(place, missing=f"no costs in {place}; measure them: {COMMAND} --out FILE")
+    return _read(place, missing=f"no costs in {place}; measure them: {COMMAND} --out FILE", command=COMMAND)
 
 
 def costs_here(
@@ -75,7 +75,7 @@ def costs_here(
     """The table that was measured on this machine for a base LM with these heads (None: none are needed).
 
     compiles: as `lm.base.model.BaseLM` has it. inputs: as the user named them, for the command that measures it.
-    Raises `RescoreError` if it was not measured.
+    Raises `RescoreError` if it was not measured, `InvalidDataError` if what is kept of it is broken.
     """
     if base is None:
         advice = f"give a file of {COMMAND} --out (--costs FILE)"
@@ -86,7 +86,7 @@ def costs_here(
     command = written("bench costs", changed)
     which = f"{base.name} with these heads" if heads else base.name
     missing = f"no costs of {which} are measured on this machine (with {this_machine(device)}); run: {command}"
-    return _read(_place(base, this_machine(device), device, compiles, heads), missing=missing)
+    return _read(_place(base, this_machine(device), device, compiles, heads), missing=missing, command=command)
 
 
 def _place(base: BaseIdentity | Costs, machine: Machine, device: str, compiles: bool, heads: HeadsKey | None) -> Path:
@@ -102,10 +102,11 @@ def _place(base: BaseIdentity | Costs, machine: Machine, device: str, compiles: 
     return cache_entry("costs", re.sub(r"[^\w.-]", "_", Path(name).name), of, suffix=".json")
 
 
-def _read(path: Path, *, missing: str) -> Costs:
+def _read(path: Path, *, missing: str, command: str) -> Costs:
+    """The table in a file; command: measures it."""
     if not path.exists():  # it says what to do by itself
         raise RescoreError(missing)
-    advice = f"measure them again: {COMMAND}"
+    advice = f"measure them again: {command}"
     costs = read_record(path, Costs, missing=missing, advice=advice, schema=SCHEMA)
     shape = (len(costs.contexts), len(costs.nodes))
     rising = all((np.diff([0, *sizes]) > 0).all() for sizes in (costs.contexts, costs.nodes))

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self
 
-from lattices.errors import RescoreError
+from lattices.errors import InvalidDataError, RescoreError, first_line
 from lm.base.model import BaseLM
 from lm.draft_vocabulary import find_draft_vocabulary
 from lm.files import SHIPPED
 from lm.heads.block_heads import BlockHeads
+from lm.locks import warn
 from rescore.acceptance import Rule
 from rescore.acceptance.options import Acceptance
 from rescore.acceptance.rules import check_rule
@@ -263,7 +264,10 @@ def best_run(base: BaseLM, heads: BlockHeads | None, *, drafters: Sequence[str |
             loaded = run.load()
             costs = _costs(base, heads, objects) if loaded.plans else None
             loaded.fit(_target(base, costs=costs, sources=tuple(drafter.source for drafter in objects)))
-        except RescoreError:  # of another tokenizer, or fitted for other drafters
+        except InvalidDataError as error:
+            warn(f"{spec} is left out: {first_line(error)}")
+            continue
+        except RescoreError:  # of another tokenizer, fitted for other drafters, or without costs
             continue
         return run
     return Run(NONE, drafters=own.drafters, label="+".join(drafter.name for drafter in objects), **settings)

@@ -100,8 +100,9 @@ def until_divergence(
     for recording in recordings:
         judging = _decidable(rule, recording)
         work = prepared(recording, runs, {}, live=False, costs=costs, peers=[], rule=rule)
-        elsewhere = work.costs and of_elsewhere(work.costs, recording, target_before(recording), live=False)
-        for line in filter(None, [*recording.notices, *alpha_notices(work.records, recording), elsewhere]):
+        for line in [*recording.notices, *alpha_notices(work.records, recording)]:
+            tell(line)
+        if work.costs and (line := of_elsewhere(work.costs, recording, target_before(recording), live=False)):
             tell(line)
         trace = recording.trace(progress=progress)
         drafting = work.fitted(trace, recording.models.device, tell)

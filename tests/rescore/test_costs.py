@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,12 +19,14 @@ from made_records import example_record
 from test_ngram_rescorer import bigram_model, save
 
 from lattices.errors import InvalidDataError, RescoreError
+from lm.base import catalog
 from lm.base.catalog import load_base
 from lm.base.model import BaseIdentity, BaseLM
+from lm.files import cache_directory
 from lm.heads.block_heads import load_heads
 from rescore.acceptance.options import Acceptance
 from rescore.calls import NO_CALL, Call
-from rescore.costs import kept
+from rescore.costs import kept, measuring
 from rescore.costs.kept import costs_here, keep_costs, read_costs, this_machine
 from rescore.costs.measuring import measure_costs
 from rescore.costs.predicting import predicted_speedup
@@ -32,9 +35,12 @@ from rescore.decoding import decode
 from rescore.generation.live import Generator
 from rescore.rescorers.joint_plan import PATIENCE, Plan, best_size
 from rescore.runs.evaluated import load_run
+from rescore.runs.inputs import Inputs
 from rescore.runs.records import Identical
 from rescore.runs.run import Run, runs_of
 from rescore.runs.tuning import fit_joint
+from rescore.studies import block_length
+from rescore.studies import verify_curve as verify_curves
 from rescore.studies.until_divergence import until_divergence
 
 
@@ -253,6 +259,56 @@ class TestKept:
         ):
             keep_costs(msgspec.structs.replace(costs_of([[1, 2, 3], [4, 5, 6]]), **broken), tmp_path / "broken.json")
             refused(lambda: read_costs(tmp_path / "broken.json"), "has other sizes than it says", InvalidDataError)
+        document = json.loads((tmp_path / "costs.json").read_text())
+        for damage in ({"tree_ms": -1.0}, {"step_ms": [[1.0, -2.0, 3.0]] * 2}, {"step_ms": "none"}, {"nodes": []}):
+            old.write_text(json.dumps(document | damage))
+            line = refused(lambda: read_costs(old), str(old), InvalidDataError)
+            assert line.endswith("measure them again: rescore bench costs") and "\n" not in line
+
+    @pytest.mark.parametrize("damage", ["", "{", "[1]", '{"schema": "rescore.costs/3"}', "\xff"])
+    def test_a_broken_one_in_the_cache_is_measured_again(self, tiny_base: BaseLM, measured: Costs, damage: str):
+        keep_costs(measured)
+        (place, _) = sorted((cache_directory() / "costs").iterdir())
+        for each in place.parent.iterdir():
+            each.write_bytes(damage.encode("latin-1"))
+        line = refused(lambda: kept_of(tiny_base.identity, None), "measure them again: rescore bench costs --base")
+        assert str(place.parent) in line and "\n" not in line
+        keep_costs(measured)
+        assert kept_of(tiny_base.identity, None) == measured
+
+
+class TestRefusedBeforeAModelIsLoaded:
+    """What needs no model to be refused."""
+
+    @pytest.fixture(autouse=True)
+    def no_base_fixture(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: object, **__: object) -> None:
+            pytest.fail("the base LM was loaded")
+
+        for place in (catalog, verify_curves, block_length):
+            monkeypatch.setattr(place, "load_base", fail)
+
+    @pytest.mark.parametrize(
+        ("given", "said"),
+        [
+            ({"repeats": 0}, "--repeats 0; it must be at least 1"),
+            ({"cached": (64, 0)}, "--cached 0; it must be at least 1"),
+            ({"k": (0,)}, "k = 0; a lattice"),
+            ({"p": (0,)}, "p = 0; at least one draft"),
+            ({"rescorer": ("nonee",)}, "unknown rescorer 'nonee'"),
+            ({"rescorer": ("ngram:/nowhere",)}, "/nowhere"),
+            ({"drafter": ("heads", "lookupp")}, "unknown drafter 'lookupp'"),
+            ({"inputs": Inputs(h=1)}, "h = 1; a block has"),
+        ],
+    )
+    def test_costs(self, given: dict[str, Any], said: str):
+        refused(lambda: measuring.costs_of(**{"inputs": Inputs()} | given), said, RescoreError)
+
+    def test_curves_and_block_lengths(self, options: Options, tmp_path: Path):
+        refused(lambda: verify_curves.verify_curve_of(repeats=0), "--repeats 0", RescoreError)
+        refused(lambda: verify_curves.verify_curve_of(cached=-1), "--cached -1", RescoreError)
+        for wrong in ({"repeats": 0}, {"cached": 0}, {"limit": 0}):
+            refused(lambda wrong=wrong: block_length.block_lengths_of_trace(tmp_path, **wrong), "--", RescoreError)
 
 
 class TestEvaluated:
@@ -335,7 +391,9 @@ class TestEvaluated:
         chosen = options | {"rescorers": ["none"]}
         half = msgspec.structs.replace(costs, dtype="bfloat16")
         (line,) = evaluated(chosen, costs=half).notices
-        assert line.startswith("the costs are of decoding in bfloat16, and squad is decoded in float64: what is planned")
+        assert line.startswith(
+            "the costs are of decoding in bfloat16, and squad is decoded in float64: what is planned"
+        )
         (line,) = evaluated(chosen | {"mode": "live"}, costs=costs).notices
         assert "in float64 on a CPU, 2 cores" in line and f"decoded in float64 on {this_machine('cpu')}: what" in line
         ours = msgspec.structs.replace(costs, machine=this_machine("cpu"))

@@ -102,8 +102,8 @@ def until_divergence(
         work = prepared(recording, runs, {}, live=False, costs=costs, peers=[], rule=rule)
         for line in [*recording.notices, *alpha_notices(work.records, recording)]:
             tell(line)
-        if work.costs and (line := of_elsewhere(work.costs, recording, target_before(recording), live=False)):
-            tell(line)
+        if work.costs and (told := of_elsewhere(work.costs, recording, target_before(recording), live=False)):
+            tell(told)
         trace = recording.trace(progress=progress)
         drafting = work.fitted(trace, recording.models.device, tell)
         drafters = {drafter.name: drafter for each in drafting.values() for drafter in each.drafters}.values()

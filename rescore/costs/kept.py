@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError, first_line
 from lattices.paths import user_path
 from lm.files import write_json
 from lm.keys import cache_entry
+from lm.locks import warn
 from lm.records import plain, read_record
 from rescore.costs.table import SCHEMA, Costs, Machine
 from rescore.options import written
@@ -55,12 +56,18 @@ def _cpu() -> str:
 
 
 def keep_costs(costs: Costs, out: Path | None = None) -> None:
-    """Writes a table where `costs_here` finds it, and into a file if one is given. Raises `OutputError`."""
+    """Writes a table into a file, if one is given, and where `costs_here` finds it; where the cache directory can't be
+    written, a line says so. Raises `OutputError` for the file."""
+    if out:
+        write_json(out, plain(costs))
     heads = (costs.heads.sha256, costs.heads.h) if costs.heads else None
     # What needs no heads finds it, whatever heads were measured last.
     places = {_place(costs, costs.machine, costs.device, costs.compiles, each) for each in (heads, None)}
-    for path in (*places, *([out] if out else [])):
-        write_json(path, plain(costs))
+    try:
+        for path in places:
+            write_json(path, plain(costs))
+    except OutputError as error:  # it took minutes to measure them, and they are shown
+        warn(f"these costs are not kept for --costs {HERE} and --nodes auto: {first_line(error)}")
 
 
 def read_costs(path: str | Path) -> Costs:

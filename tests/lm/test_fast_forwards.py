@@ -417,11 +417,11 @@ class TestCompiling:
         whole = json.loads(record.read_text())
         lines()
         made.clear()
-        (kind,), (first, *rest) = whole["kinds"], whole["layers"]
+        (kind,), (_, *rest) = whole["kinds"], whole["layers"]
         damages = [
             {"layers": [[7, 0], *rest]}, {"layers": [[-1, 0], *rest]}, {"layers": [[0, 99], *rest]}, {"layers": rest},
             {"layers": []}, {"kinds": []}, {"kinds": [kind, kind]}, {"kinds": [kind | {"states": 9}]},
-            {"kinds": [kind | {"cache": ["nowhere"]}]}, {"programs": []}, {"checksum": ""}, {"schema": "rescore.layers/1"},
+            {"kinds": [kind | {"cache": ["nowhere"]}]}, {"programs": []}, {"checksum": ""}, {"schema": "older"},
             {"kinds": [kind | {"inputs": [each | {"dtype": "none"} for each in kind["inputs"]]}]}, {"weights": 3},
         ]  # fmt: skip
         texts = [json.dumps(whole | damage) for damage in damages] + ["", "{", "[]", "null", record.read_text()[:-40]]

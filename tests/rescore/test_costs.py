@@ -265,6 +265,17 @@ class TestKept:
             line = refused(lambda: read_costs(old), str(old), InvalidDataError)
             assert line.endswith("measure them again: rescore bench costs") and "\n" not in line
 
+    def test_a_cache_that_cannot_be_written_loses_nothing(
+        self, measured: Costs, tmp_path: Path, cache_folder: Path, caplog: pytest.LogCaptureFixture
+    ):
+        (cache_folder / "costs").write_text("in the way")
+        keep_costs(measured, tmp_path / "costs.json")
+        assert read_costs(tmp_path / "costs.json") == measured
+        (line,) = [record.getMessage() for record in caplog.records if record.name == "rescore"]
+        assert (
+            line.startswith("these costs are not kept for --costs here") and "; set RESCORE_CACHE to a folder" in line
+        )
+
     @pytest.mark.parametrize("damage", ["", "{", "[1]", '{"schema": "rescore.costs/3"}', "\xff"])
     def test_a_broken_one_in_the_cache_is_measured_again(self, tiny_base: BaseLM, measured: Costs, damage: str):
         keep_costs(measured)

@@ -242,16 +242,28 @@ def generate(
     return generator.generate(prompt, max_new_tokens=max_new_tokens, stop=stop, chat=chat, stream=stream)
 
 
-def best_run(base: BaseLM, heads: BlockHeads | None, *, drafters: Sequence[str | Drafter] = (), **settings: Any) -> Run:
+def best_run(
+    base: BaseLM,
+    heads: BlockHeads | None,
+    *,
+    drafters: Sequence[str | Drafter] = (),
+    nodes: int | Literal["auto"] | None = None,
+    **settings: Any,
+) -> Run:
     """The run that generates where no rescorer is named: `joint` where weights for these drafters are shipped with the
     base's name (by its costs where they are measured here and no p is given), else `context-ngram` where there are
     lattices (with the shipped n-gram model if it is of this tokenizer), else the drafters' own drafts.
 
     drafters: none: heads if there are some, which draft from `FEWER` tokens where it is known which come most often
-    (cheaper, and hardly less is accepted), and lookup. settings: of `Run`. Raises as `Run` and its `load_drafters`.
+    (cheaper, and hardly less is accepted), and lookup. nodes: of trees, which are `joint`'s (`runs_of`).
+    settings: of `Run`. Raises as `Run` and its `load_drafters`.
     """
     own = Run(NONE, drafters=tuple(drafters or _own_drafters(base, heads)), label="drafts", **settings)
     objects = own.load_drafters(own.load())
+    if nodes is not None:
+        sizes: dict[str, Any] = {f"{name}s": [settings[name]] for name in ("k", "p") if name in settings}
+        (run,) = runs_of([JOINT], drafters=own.drafters, nodes=nodes, **sizes)
+        return run
     lattices = any(isinstance(drafter, LatticeDrafter) for drafter in objects)
     shipped = (SHIPPED / base.identity.name / JOINT).is_dir()
     runs: list[tuple[str, dict[str, Any]]] = []

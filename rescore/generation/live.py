@@ -103,6 +103,9 @@ class Generator:
     """A base LM with its drafters and rescorer, loaded and fitted once for many prompts.
 
     heads: None where no drafter is `heads`. label: of the run.
+
+    For one thread at a time, as is its base LM (`lm.base.model.BaseLM`): give each thread a base and a generator of its
+    own, or have them take turns with a lock.
     """
 
     base: BaseLM
@@ -223,7 +226,7 @@ def generate(
     seed: int = 0,
 ) -> Output:
     """Decodes a prompt in blocks; the text is greedy decoding's own, whatever drafts it, or with a temperature has the
-    law of sampling. For many prompts make a `Generator` once.
+    law of sampling. For many prompts make a `Generator` once. One thread at a time may use a base LM (`Generator`).
 
     heads: None where no drafter is `heads`.
     prompt: text, or the messages of a conversation, `{"role": ..., "content": ...}` each.

@@ -84,8 +84,8 @@ def decode(
     as a `batch` of rows. `future`: the greedy output, for the oracle only. `accepted`: takes the tokens of each step,
     and ends the output after them by returning False. `rule`: what is accepted, and what comes then, greedily unless
     another is given; a random one is `started` for this output. A step whose outcome is known before it (its first
-    token is end-of-text, or only one token remains) is counted but needs no call. Base, rescorer and drafters are for one
-    thread at a time. Raises as `check_request`.
+    token is end-of-text, or only one token remains) is counted but needs no call. Base, rescorer and
+    drafters are for one thread at a time. Raises as `check_request`.
     """
     check_request(base, heads, len(prompt_ids), k=k, p=p, max_new_tokens=max_new_tokens, verify=verify)
     drafting = Drafting(rescorer, drafters, k, p) if rescorer else None

@@ -32,8 +32,9 @@ from rescore.costs.measuring import measure_costs
 from rescore.costs.predicting import predicted_speedup
 from rescore.costs.table import ChoiceCost, Costs
 from rescore.decoding import decode
+from rescore.drafters import load_drafter
 from rescore.generation.live import Generator
-from rescore.rescorers.joint_plan import PATIENCE, Plan, best_size
+from rescore.rescorers.joint_plan import PATIENCE, Plan, Planner, best_size
 from rescore.runs.evaluated import load_run
 from rescore.runs.inputs import Inputs
 from rescore.runs.records import Identical
@@ -42,6 +43,8 @@ from rescore.runs.tuning import fit_joint
 from rescore.studies import block_length
 from rescore.studies import verify_curve as verify_curves
 from rescore.studies.until_divergence import until_divergence
+
+TOOK = Plan.took
 
 
 def kept_of(base: BaseIdentity | None, heads: tuple[str, int] | None) -> Costs:
@@ -177,6 +180,79 @@ def test_one_draft_is_planned_as_one(options: Options, tmp_path: Path):
     assert of_one == without_trees and {call.drafts for calls in of_one for call in calls} <= {0, 1}
     assert max(call.drafts for calls in of_trees for call in calls) > 1
     assert max(call.tokens for calls in of_one for call in calls) > 4
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=20), st.integers(0, 1000), st.sampled_from([0.0, 0.5, 9.0]))
+def test_a_tree_s_mask_counts_from_where_it_branches(above: list[int], seed: int, tree_ms: float):
+    """Against the rates of all sizes."""
+    random = np.random.default_rng(seed)
+    parents = np.array([-1, *(min(parent, place) for place, parent in enumerate(above))], dtype=np.int32)
+    logps = np.concatenate([[0.0], np.log(np.sort(random.uniform(0.01, 1, len(above)))[::-1])])
+    milliseconds = np.cumsum(random.uniform(0.1, 3, 32)) + 5
+    planner = Planner(costs_of([[10, 12, 20], [11, 13, 22]], tree_ms=tree_ms))
+    rate, nodes = planner.best_size((parents, parents, parents, logps), milliseconds)
+    rates = []
+    for n in range(1, len(parents) + 1):
+        leaves = set(range(n)) - set(parents[:n].tolist())
+        rates.append(np.exp(logps[:n]).sum() / (milliseconds[n - 1] + (tree_ms if len(leaves) > 1 else 0.0)))
+    assert rate == pytest.approx(max(rates)) and rates[nodes - 1] == pytest.approx(rate)
+
+
+def test_what_drafters_take_is_what_the_table_has_of_them():
+    choices = [
+        ChoiceCost(rescorer=spec, k=k, p=p, ms=ms)
+        for spec, k, p, ms in (
+            ("draft-model:neural-61m", 8, 1, 30.0), ("draft-model:neural-61m", 8, 4, 33.0), ("lookup", 8, 1, 0.2),
+            ("joint:nodes=auto", 8, 32, 1.0),
+        )
+    ]  # fmt: skip
+    without = costs_of([[10, 12, 20], [11, 13, 22]], heads_ms=4.0, vocabulary_ms={100: 1.0, 200: 4.0})
+    planner = Planner(msgspec.structs.replace(without, choices=choices))
+    model, heads, lookup = (load_drafter(spec) for spec in ("draft-model:neural-61m", "heads", "lookup"))
+    assert planner.drafting_ms([model, heads, lookup], 8) == 34.0
+    assert planner.drafting_ms([load_drafter("heads:vocabulary=150"), lookup], 8) == 2.5
+    assert planner.drafting_ms([model, lookup], 4) == planner.drafting_ms([lookup], 8) == 0.0, "not measured"
+    assert planner.identity != Planner(without).identity
+    later = msgspec.structs.replace(without, choices=choices[1:])
+    assert Planner(later).identity == Planner(without).identity, "plans do not follow from it"
+
+
+def test_a_tree_that_costs_more_than_it_brings_is_one_draft(options: Options, tmp_path: Path):
+    ngram, drafters = save(tmp_path / "ngram", bigram_model()), ("heads", "lookup")
+    fit_joint(opened(options), tmp_path / "w", f"joint:ngram={ngram}", drafters=drafters, k=8, held_out=2)
+    run, found = Run(f"joint:{tmp_path / 'w'},ngram={ngram},nodes=auto", p=32, k=8, drafters=drafters), []
+    for tree_ms in (0.0, 1000.0):
+        costs = costs_for(options, [[10, 10.01, 10.1]], contexts=(64,), tree_ms=tree_ms, heads_ms=0.1)
+        examples = evaluated(options | {"rescorers": [run]}, costs=costs).examples
+        found.append([call for record in examples for call in record.calls])
+    free, dear = found
+    assert max(call.drafts for call in free) > 1 and max(call.drafts for call in dear) == 1
+    assert max(call.tokens for call in dear) > 4
+
+
+def test_a_draft_model_that_costs_more_than_text_is_not_asked(options: Options, tmp_path: Path):
+    """But for the first step, and every `PATIENCE` after it."""
+    ngram = save(tmp_path / "ngram", bigram_model())
+    spec = f"draft-model:{save_tiny_base(tmp_path / 'small', seed=3, hidden_size=16)}"
+    for drafters in ((spec, "lookup"), ("lookup",)):
+        fit_joint(opened(options), tmp_path / "w", f"joint:ngram={ngram}", drafters=drafters, k=8, held_out=2)
+    run = Run(f"joint:{tmp_path / 'w'},ngram={ngram},nodes=auto", p=32, k=8, drafters=(spec, "lookup"))
+    asked = []
+    for ms in (None, 1000.0):
+        choices = [] if ms is None else [ChoiceCost(rescorer=spec, k=8, p=1, ms=ms)]
+        costs = costs_for(options, [[10, 12, 20], [11, 13, 22]], heads_ms=None, choices=choices)
+        plans = list[bool]()
+        with pytest.MonkeyPatch.context() as patch:
+
+            def took(plan: Plan, plans: list[bool] = plans, **how: Any) -> None:
+                plans.append(how["heads"])
+                TOOK(plan, **how)
+
+            patch.setattr(Plan, "took", took)
+            evaluated(options | {"rescorers": [run]}, costs=costs)
+        asked.append(sum(plans) / len(plans))
+    assert asked[1] < asked[0] and asked[1] <= 0.2
 
 
 def test_what_heads_cost_counts_only_where_heads_are_asked(options: Options, tmp_path: Path):

@@ -96,11 +96,12 @@ def decode(
     out = Decoded(verify=usable_verify(verify, p, trees=base.supports_tree))
     context = Context(prompt_ids, out.output_ids, future=future, random_state=rule.random_state)
     with out.seconds.timing("prefill"):
-        longest = drafting.longest(heads.h if heads else 1) if drafting else 1
+        most = drafting.most_tokens(heads.h if heads else 1) if drafting else 1
         layers = drafting.layers if drafting else ()
-        cache = base.new_decoding_cache(len(base.prefix(prompt_ids)) + max_new_tokens + p * longest, layers)
+        cache = base.new_decoding_cache(len(base.prefix(prompt_ids)) + max_new_tokens + most, layers)
         context.states = cache.states
         logits, hidden = base.read_prompt(prompt_ids, cache)
+        cache.prepare(most)
         last = Last(logits, hidden, rule.first(logits[0]))
         if drafting is not None:
             drafting.prefill([context])

@@ -97,6 +97,7 @@ class Rescorer(ABC):
     joins: it takes what several drafters propose together (`draft_joined`).
     drafters: the specs of those it chooses among unless others are given.
     branches: of the tree that it drafts, at most: its drafts where p is not given (0: it drafts no tree).
+    most_nodes: of the tree of all drafts, at most; None: as many as they have tokens.
     least_k: entries of a slot that it needs.
     rescores_locally: it can give the lattice itself, rescored slot by slot (`rescored`).
     random: it draws its drafts, which sampled decoding alone can verify.
@@ -109,6 +110,7 @@ class Rescorer(ABC):
     joins: bool = False
     drafters: tuple[str, ...] = ("heads",)
     branches: int = 0
+    most_nodes: int | None = None
     least_k: int = 1
     rescores_locally: bool = False
     random: bool = False

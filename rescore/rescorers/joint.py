@@ -68,6 +68,7 @@ class Joint(Rescorer):
             )
         self.nodes, self.plans = whole, nodes == AUTO
         self.longest: int = tokens + 1
+        self.most_nodes = PLANNED_NODES if self.plans else whole or None
         self.ngram, self._bigram = Ngram(ngram), bigram
         self.path = user_path(path, "joint:") if path else None
         if self.path:

@@ -33,7 +33,10 @@ from rescore.costs.predicting import predicted_speedup
 from rescore.costs.table import ChoiceCost, Costs
 from rescore.decoding import decode
 from rescore.drafters import load_drafter
+from rescore.drafters.drafting import Drafting
+from rescore.drafters.heads import Heads
 from rescore.generation.live import Generator
+from rescore.rescorers import load_rescorer
 from rescore.rescorers.joint_plan import PATIENCE, Plan, Planner, best_size
 from rescore.runs.evaluated import load_run
 from rescore.runs.inputs import Inputs
@@ -216,6 +219,13 @@ def test_what_drafters_take_is_what_the_table_has_of_them():
     assert planner.identity != Planner(without).identity
     later = msgspec.structs.replace(without, choices=choices[1:])
     assert Planner(later).identity == Planner(without).identity, "plans do not follow from it"
+
+
+def test_room_is_made_for_the_largest_tree_there_can_be():
+    for spec, p, most in (("joint:nodes=auto", 32, 32), ("joint:nodes=12", 12, 12), ("joint:nodes=100,tokens=3", 2, 8)):
+        assert Drafting(load_rescorer(spec), (Heads(),), 8, p).most_tokens(9) == most
+    assert Drafting(load_rescorer("joint"), (Heads(),), 8, 3).most_tokens(9) == 48
+    assert Drafting(load_rescorer("none"), (Heads(),), 8, 3).most_tokens(9) == 27
 
 
 def test_a_tree_that_costs_more_than_it_brings_is_one_draft(options: Options, tmp_path: Path):

@@ -149,3 +149,6 @@ class TestFixedShapes:
             assert outputs(recorded) == outputs(plain)
         cache = recorded.new_decoding_cache(20)
         assert cache.forwards._recorded.keys() >= {1, 4}
+        recorded.read_prompt(PROMPT, cache)
+        cache.prepare(20)
+        assert cache.forwards._recorded.keys() == {1, 2, 4, 8, 16, 32}

@@ -572,10 +572,13 @@ def overlap_command(
     _result(overlap, "rescore.studies.overlap:overlap_table", as_json)
 
 
-@command("verify-curve", group=bench, asked=Source("rescore.studies.verify_curve:verify_curve_of"))
-def verify_curve_command(asked: Asked, as_json: Json = False) -> None:
+@command("verify-curve", group=bench, inputs=Source(INPUTS, only=("base", "dtype", "device", "compile")))
+def verify_curve_command(
+    inputs: "Inputs", cached: shared.Cached = 256, repeats: shared.Repeats = 7, as_json: Json = False
+) -> None:
     """Time of one forward of 1 to 144 tokens on a cache, as decoding has it, with the memory bandwidth reached."""
-    _result(asked(), "rescore.studies.tables:verify_curve_table", as_json)
+    curve = imported("rescore.studies.verify_curve:verify_curve_of")(inputs, cached=cached, repeats=repeats)
+    _result(curve, "rescore.studies.tables:verify_curve_table", as_json)
 
 
 @command("costs", group=bench, asked=Source("rescore.costs.measuring:costs_of", but=(*OF_TASKS, "max_new_tokens")))

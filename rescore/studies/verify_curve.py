@@ -13,10 +13,9 @@ from lattices.errors import RescoreError
 from lm.base.cache import BufferLayer
 from lm.base.catalog import load_base
 from lm.base.model import BaseLM
-from lm.options import Base, Compile, Device, Dtype
 from rescore.checks import check_timing
 from rescore.costs.measuring import times_of
-from rescore.options import Cached, Repeats
+from rescore.runs.inputs import Inputs
 from rescore.studies.records import Record
 
 VERIFY_SIZES = (1, 2, 4, 5, 9, 16, 32, 64, 144)
@@ -36,18 +35,11 @@ class VerifyCurve(Record):
     gb_per_second: list[float]
 
 
-def verify_curve_of(
-    *,
-    base: Base = "smollm2-135m",
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-    compile: Compile = "auto",
-    cached: Cached = 256,
-    repeats: Repeats = 7,
-) -> VerifyCurve:
+def verify_curve_of(inputs: Inputs, *, cached: int = 256, repeats: int = 7) -> VerifyCurve:
     """`verify_curve` of a base LM by its name. Raises `RescoreError` as that and `load_base`."""
     check_timing([cached], repeats)
-    return verify_curve(load_base(base, dtype=dtype, device=device, compile=compile), cached=cached, repeats=repeats)
+    base = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device, compile=inputs.compile)
+    return verify_curve(base, cached=cached, repeats=repeats)
 
 
 def verify_curve(

@@ -402,8 +402,8 @@ class TestRefusedBeforeAModelIsLoaded:
         refused(lambda: measuring.costs_of(**{"inputs": Inputs()} | given), said, RescoreError)
 
     def test_curves_and_block_lengths(self, options: Options, tmp_path: Path):
-        refused(lambda: verify_curves.verify_curve_of(repeats=0), "--repeats 0", RescoreError)
-        refused(lambda: verify_curves.verify_curve_of(cached=-1), "--cached -1", RescoreError)
+        refused(lambda: verify_curves.verify_curve_of(Inputs(), repeats=0), "--repeats 0", RescoreError)
+        refused(lambda: verify_curves.verify_curve_of(Inputs(), cached=-1), "--cached -1", RescoreError)
         for wrong in ({"repeats": 0}, {"cached": 0}, {"limit": 0}):
             refused(lambda wrong=wrong: block_length.block_lengths_of_trace(tmp_path, **wrong), "--", RescoreError)
 

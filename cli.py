@@ -577,11 +577,8 @@ def verify_curve_command(
     inputs: "Inputs", cached: shared.Cached = 256, repeats: shared.Repeats = 7, as_json: Json = False
 ) -> None:
     """Time of one forward of 1 to 144 tokens on a cache, as decoding has it, with the memory bandwidth reached."""
-    from lm.base.catalog import load_base
-    from rescore.studies.verify_curve import verify_curve
-
-    base = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device, compile=inputs.compile)
-    _result(verify_curve(base, cached=cached, repeats=repeats), "rescore.studies.tables:verify_curve_table", as_json)
+    curve = imported("rescore.studies.verify_curve:verify_curve_of")(inputs, cached=cached, repeats=repeats)
+    _result(curve, "rescore.studies.tables:verify_curve_table", as_json)
 
 
 @command("costs", group=bench, asked=Source("rescore.costs.measuring:costs_of", but=(*OF_TASKS, "max_new_tokens")))

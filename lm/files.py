@@ -49,7 +49,8 @@ def writing(path: Path) -> Iterator[None]:
         with suppress(RescoreError):
             if path.is_relative_to(cache_directory()):
                 advice = "; set RESCORE_CACHE to a folder where rescore may keep files"
-        if path.exists() or not isinstance(error, NO_PLACE):  # else nothing was written there
+        nothing_written = isinstance(error, NO_PLACE) or getattr(error, "errno", None) == errno.EROFS
+        if path.exists() or not nothing_written:
             advice += "; what was written before is kept"
         raise OutputError(f"can't write {path}: {reason}{advice}") from error
 

@@ -90,7 +90,8 @@ def _locked(path: Path, target: Path, *, refusal: str = "", waiting: str = "") -
                 lock.acquire(timeout=-1, poll_interval=POLL_SECONDS)
         except (OSError, NotImplementedError) as error:  # `Timeout` is an `OSError`, and is caught above
             if isinstance(error, OSError) and error.errno not in NO_LOCKS:
-                raise OutputError(f"can't write {target}: {error.strerror or error}") from error
+                with writing(target):
+                    raise
             warn(f"the file system of {path.parent} has no locks; let no second process write to {target} meanwhile")
     _locked_here.add(key)
     try:

@@ -1,4 +1,5 @@
-"""Memory of weights that are mapped from a file: what is not needed for now can go, and comes back when it is read."""
+"""Memory that is not needed for now: pages of weights that are mapped from a file, which come back when they are read,
+and what the C library keeps of memory that was freed."""
 
 from __future__ import annotations
 
@@ -32,3 +33,12 @@ def release(tensor: torch.Tensor) -> bool:
     place, size = ctypes.c_void_p(start * mmap.PAGESIZE), ctypes.c_size_t((end - start) * mmap.PAGESIZE)
     failed: int = ctypes.CDLL(None, use_errno=True).madvise(place, size, mmap.MADV_DONTNEED)
     return not failed
+
+
+def trim_heap() -> bool:
+    """Gives memory that was freed back to the system, where the C library keeps it between what is still in use (glibc
+    does, of blocks that are too small for a mapping of their own). Returns whether some went."""
+    if sys.platform != "linux":
+        return False
+    library = ctypes.CDLL(None)
+    return hasattr(library, "malloc_trim") and bool(library.malloc_trim(0))

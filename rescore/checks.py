@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from lattices.errors import RescoreError
@@ -44,6 +45,14 @@ def check_new_tokens(max_new_tokens: int) -> None:
     """Raises `RescoreError` unless an output may have at least one token."""
     if max_new_tokens < 1:
         raise RescoreError(f"--max-new-tokens {max_new_tokens}; at least one token must be decoded")
+
+
+def check_timing(cached: Iterable[int], repeats: int) -> None:
+    """Raises `RescoreError` unless calls are timed at least once, on at least one token in the cache."""
+    if repeats < 1:
+        raise RescoreError(f"--repeats {repeats}; it must be at least 1")
+    if (least := min(cached, default=0)) < 1:
+        raise RescoreError(f"--cached {least}; it must be at least 1")
 
 
 def check_fits(

@@ -84,7 +84,8 @@ def decode(
     as a `batch` of rows. `future`: the greedy output, for the oracle only. `accepted`: takes the tokens of each step,
     and ends the output after them by returning False. `rule`: what is accepted, and what comes then, greedily unless
     another is given; a random one is `started` for this output. A step whose outcome is known before it (its first
-    token is end-of-text, or only one token remains) is counted but needs no call. Raises as `check_request`.
+    token is end-of-text, or only one token remains) is counted but needs no call. Base, rescorer and
+    drafters are for one thread at a time. Raises as `check_request`.
     """
     check_request(base, heads, len(prompt_ids), k=k, p=p, max_new_tokens=max_new_tokens, verify=verify)
     drafting = Drafting(rescorer, drafters, k, p) if rescorer else None
@@ -95,11 +96,12 @@ def decode(
     out = Decoded(verify=usable_verify(verify, p, trees=base.supports_tree))
     context = Context(prompt_ids, out.output_ids, future=future, random_source=rule.random_source)
     with out.seconds.timing("prefill"):
-        longest = drafting.longest(heads.h if heads else 1) if drafting else 1
+        most = drafting.most_tokens(heads.h if heads else 1) if drafting else 1
         layers = drafting.layers if drafting else ()
-        cache = base.new_decoding_cache(len(base.prefix(prompt_ids)) + max_new_tokens + p * longest, layers)
+        cache = base.new_decoding_cache(len(base.prefix(prompt_ids)) + max_new_tokens + most, layers)
         context.states = cache.states
         logits, hidden = base.read_prompt(prompt_ids, cache)
+        cache.prepare(most)
         last = Last(logits, hidden, rule.first(logits[0]))
         if drafting is not None:
             drafting.prefill([context])

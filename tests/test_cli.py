@@ -265,7 +265,7 @@ class TestOtherCommands:
         assert by_file["config"]["costs"]["squad"] == found and by_file["results"][0]["predicted_speedup"]
         rescore(*ask, tmp_path / "none.json").refused("no costs in .*none.json; measure them: rescore bench costs")
         rescore(*command, "--rescorer", "joint").refused("was made for another tokenizer than the base LM's")
-        rescore(*once(*command, "--repeats", 0)).refused("--repeats must be at least 1")
+        rescore(*once(*command, "--repeats", 0)).refused("--repeats 0; it must be at least 1")
         rescore(*once(*command, "--cached", 500)).refused("500 cached tokens do not fit into the context of 512")
 
     def test_block_length(self, rescore: Command, model: list[object], tiny_base: BaseLM, tmp_path: Path):

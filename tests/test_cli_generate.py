@@ -190,7 +190,10 @@ class TestMistakes:
             (["--prompt", "x", "--rescorer", "joint"], "was made for another tokenizer"),
             (["--prompt", "x", "--drafter", "nonsense"], "unknown drafter 'nonsense'"),
             (["--prompt", "x", "--alpha", 2], "give --rescorer as well"),
-            (["--prompt", "x", "--nodes", 8], "give --rescorer as well"),
+            (["--prompt", "x", "--nodes", 8, "--alpha", 2], "give --rescorer as well"),
+            (["--prompt", "x", "--nodes", 8], "was made for another tokenizer"),  # joint, which has trees
+            (["--prompt", "x", "--nodes", 0], "--nodes 0; a tree has"),
+            (["--prompt", "x", "--nodes", "auto", "--drafter", "nonsense"], "unknown drafter 'nonsense'"),
             (["--prompt", "x", "--p", -1], "p = -1"),
             (["--prompt", "x", "--k", 0, "--rescorer", "none"], "k = 0"),
             (["--prompt", "x", "--h", 9], "choose --h from 2 to 4"),

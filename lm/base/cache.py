@@ -149,6 +149,9 @@ class KVCache(Cache):
     def _new_layer(self) -> BufferLayer:
         return BufferLayer(self)
 
+    def prepare(self, most: int) -> None:
+        """Makes all ready for forwards of 1 to `most` tokens on what it holds, so that none of them does."""
+
     @torch.inference_mode()
     def keep(self, columns: Sequence[int], row: int = 0) -> None:
         """Of the tokens in the last forward keep `columns` (from 0, in order), of batch row `row`."""

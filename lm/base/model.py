@@ -69,6 +69,7 @@ class BaseLM:
     supports_tree: takes a 4D attention mask with every layer looking at the whole cache.
     position_size: numbers that the cache holds for one position.
 
+    For one thread at a time: what a forward goes by, and what it leaves, lies in the object.
     What an architecture can do is tried, see `lm.base.probe`. Raises `IncompatibleError` for one that can't be
     decoded in blocks with the output it has by itself.
     """

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError, first_line
 from lattices.paths import user_path
 from lm.files import write_json
 from lm.keys import cache_entry
+from lm.locks import warn
 from lm.records import plain, read_record
 from rescore.costs.table import SCHEMA, Costs, Machine
 from rescore.options import written
@@ -55,18 +56,24 @@ def _cpu() -> str:
 
 
 def keep_costs(costs: Costs, out: Path | None = None) -> None:
-    """Writes a table where `costs_here` finds it, and into a file if one is given. Raises `OutputError`."""
+    """Writes a table into a file, if one is given, and where `costs_here` finds it; where the cache directory can't be
+    written, a line says so. Raises `OutputError` for the file."""
+    if out:
+        write_json(out, plain(costs))
     heads = (costs.heads.sha256, costs.heads.h) if costs.heads else None
     # What needs no heads finds it, whatever heads were measured last.
     places = {_place(costs, costs.machine, costs.device, costs.compiles, each) for each in (heads, None)}
-    for path in (*places, *([out] if out else [])):
-        write_json(path, plain(costs))
+    try:
+        for path in places:
+            write_json(path, plain(costs))
+    except OutputError as error:  # it took minutes to measure them, and they are shown
+        warn(f"these costs are not kept for --costs {HERE} and --nodes auto: {first_line(error)}")
 
 
 def read_costs(path: str | Path) -> Costs:
     """The table in a file. Raises `RescoreError` if there is none, `InvalidDataError` for a broken or older one."""
     place = user_path(path, "--costs")
-    return _read(place, missing=f"no costs in {place}; measure them: {COMMAND} --out FILE")
+    return _read(place, missing=f"no costs in {place}; measure them: {COMMAND} --out FILE", command=COMMAND)
 
 
 def costs_here(
@@ -75,7 +82,7 @@ def costs_here(
     """The table that was measured on this machine for a base LM with these heads (None: none are needed).
 
     compiles: as `lm.base.model.BaseLM` has it. inputs: as the user named them, for the command that measures it.
-    Raises `RescoreError` if it was not measured.
+    Raises `RescoreError` if it was not measured, `InvalidDataError` if what is kept of it is broken.
     """
     if base is None:
         advice = f"give a file of {COMMAND} --out (--costs FILE)"
@@ -86,7 +93,7 @@ def costs_here(
     command = written("bench costs", changed)
     which = f"{base.name} with these heads" if heads else base.name
     missing = f"no costs of {which} are measured on this machine (with {this_machine(device)}); run: {command}"
-    return _read(_place(base, this_machine(device), device, compiles, heads), missing=missing)
+    return _read(_place(base, this_machine(device), device, compiles, heads), missing=missing, command=command)
 
 
 def _place(base: BaseIdentity | Costs, machine: Machine, device: str, compiles: bool, heads: HeadsKey | None) -> Path:
@@ -102,10 +109,11 @@ def _place(base: BaseIdentity | Costs, machine: Machine, device: str, compiles: 
     return cache_entry("costs", re.sub(r"[^\w.-]", "_", Path(name).name), of, suffix=".json")
 
 
-def _read(path: Path, *, missing: str) -> Costs:
+def _read(path: Path, *, missing: str, command: str) -> Costs:
+    """The table in a file; command: measures it."""
     if not path.exists():  # it says what to do by itself
         raise RescoreError(missing)
-    advice = f"measure them again: {COMMAND}"
+    advice = f"measure them again: {command}"
     costs = read_record(path, Costs, missing=missing, advice=advice, schema=SCHEMA)
     shape = (len(costs.contexts), len(costs.nodes))
     rising = all((np.diff([0, *sizes]) > 0).all() for sizes in (costs.contexts, costs.nodes))
@@ -139,11 +147,13 @@ def costs_for(
         models = recording.models
         return costs_here(base.base, heads, models.device, compiles=models.compiles, inputs=recording.inputs)
     costs = asked if isinstance(asked, Costs) else read_costs(asked)
-    _check(costs, name, base.base, heads)
+    check_costs(costs, name, base.base, heads)
     return costs
 
 
-def _check(costs: Costs, name: str, base: BaseIdentity | None, heads: HeadsKey | None) -> None:
+def check_costs(costs: Costs, name: str, base: BaseIdentity | None, heads: HeadsKey | None) -> None:
+    """Raises `IncompatibleError` for a table of another base LM, or of other heads than those that draft (None: none
+    do), than `name` is decoded with. Of another precision or machine it may be (`of_elsewhere`)."""
     of = (costs.weights_sha256, costs.config_sha256)
     if base is not None and of != (base.weights_sha256, base.config_sha256):
         raise IncompatibleError(
@@ -156,3 +166,31 @@ def _check(costs: Costs, name: str, base: BaseIdentity | None, heads: HeadsKey |
             f"the costs were measured with {there}, and {name} is decoded with {'others' if costs.heads else 'some'}, "
             f"h = {heads[1]}; {COMMAND} --heads --h measures those of others"
         )
+
+
+def of_elsewhere(costs: Costs, recording: Recording, base: Target, *, live: bool) -> str | None:
+    """A line about a table that is of another precision than what is decoded, or of a base LM that is not known; if
+    that is decoded `live`, beside times of this machine, of another machine too. None where there is nothing to say.
+
+    base: as `costs_for` takes it.
+    """
+    if base.base is None:
+        return (
+            f"the trace of {recording.name} does not name its base LM; whether the costs, of {costs.base}, are of that "
+            "can't be checked"
+        )
+    there, here = f"in {costs.dtype}", f"in {base.base.dtype}"
+    if live:
+        models = recording.models
+        there += _where(costs.machine, compiles=costs.compiles)
+        here += _where(this_machine(models.device), compiles=models.compiles)
+    if there == here:
+        return None
+    return (
+        f"the costs are of decoding {there}, and {recording.name} is decoded {here}: what is planned and predicted is "
+        f"for there; {COMMAND} measures those of here"
+    )
+
+
+def _where(machine: Machine, *, compiles: bool) -> str:
+    return f" on {machine}" + ("" if compiles else ", layers not compiled")

@@ -20,6 +20,7 @@ import torch
 from lattices.errors import RescoreError
 from lm.heads.draft_rows import DraftRows
 from rescore import options as shared
+from rescore.checks import check_timing
 from rescore.costs.kept import keep_costs, this_machine
 from rescore.costs.table import ChoiceCost, Costs, HeadsCost
 from rescore.decoding import GREEDY, VERIFY, Last
@@ -65,10 +66,13 @@ def costs_of(
     """Measures the costs of a base LM with its heads, if it has some, and keeps them on this machine.
 
     Raises `RescoreError` for models that can't be loaded, for rescorers and drafters that can't be had, and as
-    `measure_costs` and `keep_costs`.
+    `measure_costs` and `keep_costs`; what needs no model to be refused, before one is loaded.
     """
     inputs.check()
+    check_timing(cached, repeats)
     runs = runs_of(rescorer or RESCORERS, ks=k, ps=p, drafters=drafter)
+    for run in runs:
+        run.load_drafters(run.load())
     models = Models(inputs, heads_needed=False)
     base, heads = models.base, models.heads
     if inputs.h is not None:
@@ -98,6 +102,7 @@ def measure_costs(
     runs: whose drafting and rescoring is measured; those that can't be had are refused if they `must` be, else left
     out. k: lattice entries of a slot, of the heads. Raises `RescoreError` for contexts that do not fit.
     """
+    check_timing(contexts, repeats)
     contexts, nodes, identity = sorted(set(contexts)), sorted(set(nodes)), base.identity
     # What can't be had is refused before the work; what plans is made when there are costs to plan by.
     made = {run: _generator(base, heads, run, must) for run in runs if not run.load().plans}
@@ -150,8 +155,7 @@ class StandingDecode:
     """
 
     def __init__(self, base: BaseLM, cached: int, longest: int) -> None:
-        if cached < 1:
-            raise RescoreError("--cached must be at least 1")
+        check_timing([cached], repeats=1)
         prompt = torch.randint(base.vocab_size, (cached,), generator=torch.Generator().manual_seed(0)).tolist()
         if len(base.prefix(prompt)) + longest > base.context_length or cached > base.prompt_length:
             raise RescoreError(f"{cached} cached tokens do not fit into the context of {base.context_length}")
@@ -237,8 +241,6 @@ def times_of(
     once more before each turn, untimed: what a larger one leaves in the caches makes a small one slower, and in a
     decode calls of about the same size follow each other. So a group is in the order of size. told: after each turn.
     """
-    if repeats < 1:
-        raise RescoreError("--repeats must be at least 1")
     times = [np.zeros((repeats + 1, len(group))) for group in groups]
     for turn in range(repeats + 1):
         for group, of in zip(groups, times, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -9,8 +10,9 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-from lm.records import Count, Number, plain
+from lm.records import Count, plain
 
+Milliseconds = Annotated[float, msgspec.Meta(ge=0, le=sys.float_info.max)]  # finite
 SCHEMA = "rescore.costs/3"
 LEAST_MS = 1e-3  # of a step
 
@@ -49,8 +51,8 @@ class HeadsCost:
 
     sha256: str
     h: Count
-    ms: Number
-    vocabulary_ms: dict[Count, Number] = field(default_factory=dict)
+    ms: Milliseconds
+    vocabulary_ms: dict[Count, Milliseconds] = field(default_factory=dict)
 
     def of(self, vocabulary: int | None) -> float:
         """Of heads that draft from so many tokens (None: all): straight lines between what was measured."""
@@ -70,7 +72,7 @@ class ChoiceCost:
     rescorer: str
     k: Count
     p: Count
-    ms: Number
+    ms: Milliseconds
 
 
 class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -93,8 +95,8 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     machine: Machine
     contexts: Annotated[list[Count], msgspec.Meta(min_length=1)]
     nodes: Annotated[list[Count], msgspec.Meta(min_length=1)]
-    step_ms: list[list[Number]]
-    tree_ms: Number | None
+    step_ms: list[list[Milliseconds]]
+    tree_ms: Milliseconds | None
     heads: HeadsCost | None
     choices: list[ChoiceCost] = []
     schema: str = SCHEMA

@@ -55,6 +55,11 @@ class Drafting:
         alone = len(self.drafters) == 1 and isinstance(self.drafters[0], LatticeDrafter)
         return proposed if own is None or not alone else min(own, proposed)  # a tree is no deeper than the slots
 
+    def most_tokens(self, h: int) -> int:
+        """Tokens of all drafts of a step, at most, with so many heads."""
+        tokens, nodes = self.p * self.longest(h), self.rescorer.most_nodes
+        return tokens if nodes is None else min(tokens, nodes)
+
     def prefill(self, contexts: Sequence[Context]) -> None:
         """Reads the prompts of new examples."""
         for drafter in self.drafters:

@@ -89,11 +89,6 @@ class Proposals:
         return self.asked & any(isinstance(drafter, Heads) for drafter in self.drafters)
 
     @property
-    def draft_vocabulary(self) -> int | None:
-        """Tokens that block heads draft from, beside the prompt's; None: all."""
-        return next((drafter.size for drafter in self.drafters if isinstance(drafter, Heads)), None)
-
-    @property
     def has_lattices(self) -> bool:
         """Whether there are any, without asking for them."""
         return any(isinstance(drafter, LatticeDrafter) for drafter in self.drafters)

@@ -104,6 +104,7 @@ class CustomGenerate:
     """See `custom_generate`.
 
     decoded: of the last call: tokens accepted by each step, and seconds; None before the first.
+    For one thread at a time, as is the model that it decodes with.
     """
 
     def __init__(

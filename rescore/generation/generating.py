@@ -109,7 +109,7 @@ def answers(
         base = models.base
         # Where nothing is named, if there are some.
         heads = models.used_heads if needs_heads or not (run or drafter) else None
-        chosen = run or best_run(base, heads, drafters=drafter, k=_or(k, DEFAULT_K), p=_or(p, 1))
+        chosen = run or best_run(base, heads, drafters=drafter, nodes=nodes, k=_or(k, DEFAULT_K), p=p)
         generator = Generator.of(base, heads, chosen, verify=verify, rule=rule)
         for number, request in enumerate(requests):
             if stream is not None and number:
@@ -132,16 +132,18 @@ def _run(
     alpha: float | None,
 ) -> Run | None:
     """The run that is asked for, if a rescorer is named."""
+    from rescore.rescorers import JOINT
     from rescore.runs.run import DEFAULT_K, Run, runs_of
 
-    if rescorer is not None:
+    if rescorer is None and alpha is not None:
+        raise RescoreError("--alpha is a rescorer's; give --rescorer as well")
+    if rescorer is not None or nodes is not None:
         ks, ps = (() if size is None else [size] for size in (k, p))
-        return runs_of([rescorer], drafters=drafters, ks=ks, ps=ps, alpha=alpha, nodes=nodes)[0]
-    if nodes is not None or alpha is not None:
-        raise RescoreError(f"--{'alpha' if nodes is None else 'nodes'} is a rescorer's; give --rescorer as well")
-    unnamed = Run(drafters=tuple(drafters), k=_or(k, DEFAULT_K), p=_or(p, 1))
-    unnamed.load_drafters(unnamed.load())  # what is none is refused before a model is loaded
-    return None
+        run = runs_of([rescorer or JOINT], drafters=drafters, ks=ks, ps=ps, alpha=alpha, nodes=nodes)[0]
+    else:
+        run = Run(drafters=tuple(drafters), k=_or(k, DEFAULT_K), p=_or(p, 1))
+    run.load_drafters(run.load())  # what is none is refused before a model is loaded
+    return run if rescorer is not None else None
 
 
 def _or(size: int | None, default: int) -> int:

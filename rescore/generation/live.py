@@ -6,17 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self
 
-from lattices.errors import RescoreError
+from lattices.errors import InvalidDataError, RescoreError, first_line
 from lm.base.model import BaseLM
 from lm.draft_vocabulary import find_draft_vocabulary
 from lm.files import SHIPPED
 from lm.heads.block_heads import BlockHeads
+from lm.locks import warn
 from rescore.acceptance import Rule
 from rescore.acceptance.options import Acceptance
 from rescore.acceptance.rules import check_rule
 from rescore.accounting import block_efficiency
 from rescore.checks import check_fits, check_new_tokens
-from rescore.costs.kept import costs_here
+from rescore.costs.kept import HeadsKey, check_costs, costs_here
 from rescore.costs.table import Costs
 from rescore.decoding import GREEDY, Decoded, decode
 from rescore.drafters import HEADS, Drafter
@@ -102,6 +103,9 @@ class Generator:
     """A base LM with its drafters and rescorer, loaded and fitted once for many prompts.
 
     heads: None where no drafter is `heads`. label: of the run.
+
+    For one thread at a time, as is its base LM (`lm.base.model.BaseLM`): give each thread a base and a generator of its
+    own, or have them take turns with a lock.
     """
 
     base: BaseLM
@@ -125,9 +129,10 @@ class Generator:
         costs: Costs | None = None,
         rule: Rule = GREEDY,
     ) -> Self:
-        """Arguments as for `generate`; costs: of a rescorer that drafts by them (None: measured on this machine).
+        """Arguments as for `generate`; costs: of this base and these heads, for a rescorer that drafts by them (None:
+        those measured on this machine).
 
-        Raises `RescoreError` for what can't be decoded with.
+        Raises `RescoreError` for what can't be decoded with, `IncompatibleError` for costs of other models.
         """
         run = runs_of([rescorer])[0] if rescorer else best_run(base, heads)
         if run.rescorer == ORACLE:
@@ -140,7 +145,9 @@ class Generator:
                 "other drafters (--drafter lookup)"
             )
         check_rule(rule, run.label, draws=loaded.random, lattices_only=is_lattice_alone(drafters))
-        if loaded.plans and costs is None:
+        if costs is not None:
+            check_costs(costs, "the output", base.identity, _heads_key(heads, drafters))
+        elif loaded.plans:
             costs = _costs(base, heads, drafters)
         fitted, drafters = fitted_to(_target(base, costs=costs), {"": (loaded, drafters)})[""]
         if run.alpha is not None:
@@ -219,7 +226,7 @@ def generate(
     seed: int = 0,
 ) -> Output:
     """Decodes a prompt in blocks; the text is greedy decoding's own, whatever drafts it, or with a temperature has the
-    law of sampling. For many prompts make a `Generator` once.
+    law of sampling. For many prompts make a `Generator` once. One thread at a time may use a base LM (`Generator`).
 
     heads: None where no drafter is `heads`.
     prompt: text, or the messages of a conversation, `{"role": ..., "content": ...}` each.
@@ -239,31 +246,45 @@ def generate(
 
 
 def best_run(
-    base: BaseLM, heads: BlockHeads | None, *, drafters: Sequence[str | Drafter] = (), k: int = DEFAULT_K, p: int = 1
+    base: BaseLM,
+    heads: BlockHeads | None,
+    *,
+    drafters: Sequence[str | Drafter] = (),
+    nodes: int | Literal["auto"] | None = None,
+    k: int = DEFAULT_K,
+    p: int | None = None,
 ) -> Run:
     """The run that generates where no rescorer is named: `joint` where weights for these drafters are shipped with the
     base's name (by its costs where they are measured here and no p is given), else `context-ngram` where there are
     lattices (with the shipped n-gram model if it is of this tokenizer), else the drafters' own drafts.
 
     drafters: none: heads if there are some, which draft from `FEWER` tokens where it is known which come most often
-    (cheaper, and hardly less is accepted), and lookup. k, p: as for `Run`. Raises as `Run` and its `load_drafters`.
+    (cheaper, and hardly less is accepted), and lookup. nodes: of trees, which are `joint`'s (`runs_of`). k, p: as for
+    `Run`; None: one draft, or of a tree all that it has. Raises as `Run` and its `load_drafters`.
     """
-    own = Run(NONE, drafters=tuple(drafters or _own_drafters(base, heads)), label="drafts", k=k, p=p)
+    own = Run(
+        NONE, drafters=tuple(drafters or _own_drafters(base, heads)), label="drafts", k=k, p=1 if p is None else p
+    )
     objects = own.load_drafters(own.load())
+    if nodes is not None:
+        return runs_of([JOINT], drafters=own.drafters, nodes=nodes, ks=[k], ps=[] if p is None else [p])[0]
     lattices = any(isinstance(drafter, LatticeDrafter) for drafter in objects)
     shipped = (SHIPPED / base.identity.name / JOINT).is_dir()
-    specs = [(f"{JOINT}:{NODES}={AUTO}", PLANNED_NODES)] if shipped and p == 1 else []
-    specs += [(spec, p) for spec in ((JOINT,) if shipped else ()) + (OF_LATTICES if lattices else ())]
+    specs = [(f"{JOINT}:{NODES}={AUTO}", PLANNED_NODES)] if shipped and own.p == 1 else []
+    specs += [(spec, own.p) for spec in ((JOINT,) if shipped else ()) + (OF_LATTICES if lattices else ())]
     for spec, drafts in specs:
         run = Run(spec, drafters=own.drafters, k=k, p=drafts)
         try:
             loaded = run.load()
             costs = _costs(base, heads, objects) if loaded.plans else None
             loaded.fit(_target(base, costs=costs, sources=tuple(drafter.source for drafter in objects)))
-        except RescoreError:  # of another tokenizer, or fitted for other drafters
+        except InvalidDataError as error:
+            warn(f"{spec} is left out: {first_line(error)}")
+            continue
+        except RescoreError:  # of another tokenizer, fitted for other drafters, or without costs
             continue
         return run
-    return Run(NONE, drafters=own.drafters, label="+".join(drafter.name for drafter in objects), k=k, p=p)
+    return Run(NONE, drafters=own.drafters, label="+".join(drafter.name for drafter in objects), k=k, p=own.p)
 
 
 def _own_drafters(base: BaseLM, heads: BlockHeads | None) -> tuple[str, ...]:
@@ -283,9 +304,12 @@ def _target(base: BaseLM, **more: Any) -> Target:
 
 def _costs(base: BaseLM, heads: BlockHeads | None, drafters: Sequence[Drafter]) -> Costs:
     """Those measured on this machine, with the heads if they are among the drafters."""
+    return costs_here(base.identity, _heads_key(heads, drafters), str(base.device), compiles=base.compiles)
+
+
+def _heads_key(heads: BlockHeads | None, drafters: Sequence[Drafter]) -> HeadsKey | None:
     asked = heads is not None and any(isinstance(drafter, Heads) for drafter in drafters)
-    key = (heads.sha256, heads.h) if heads and asked else None
-    return costs_here(base.identity, key, str(base.device), compiles=base.compiles)
+    return (heads.sha256, heads.h) if heads and asked else None
 
 
 def encoded(base: BaseLM, prompt: str | Messages, chat: bool | None = None) -> list[int]:

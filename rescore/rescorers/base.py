@@ -97,6 +97,7 @@ class Rescorer(ABC):
     longest: tokens of a draft, at most; None: those of what it drafts from.
     drafters: the specs of those it chooses among unless others are given.
     branches: of the tree that it drafts, at most: its drafts where p is not given (0: it drafts no tree).
+    most_nodes: of the tree of all drafts, at most; None: as many as they have tokens.
     least_k: entries of a slot that it needs.
     random: it draws its drafts, which sampled decoding alone can verify.
     plans: it drafts by what a step costs, and must be fitted with that (`Target.costs`).
@@ -107,6 +108,7 @@ class Rescorer(ABC):
     longest: int | None = None
     drafters: tuple[str, ...] = ("heads",)
     branches: int = 0
+    most_nodes: int | None = None
     least_k: int = 1
     random: bool = False
     plans: bool = False

@@ -26,13 +26,11 @@ from lm.neural.learned_bigram import shipped_bigram
 from rescore.drafters.base import MOST_TOKENS, stacked
 from rescore.drafters.proposals import Proposals, Statistics
 from rescore.rescorers.base import Context, JoiningRescorer, Target
-from rescore.rescorers.joint_plan import AUTO, PLANNED_NODES, TEXT_SOURCES, Plan, Planner, best_size
+from rescore.rescorers.joint_plan import AUTO, PLANNED_NODES, TEXT_SOURCES, Plan, Planner, Tree
 from rescore.rescorers.joint_weights import read_fits, read_weights, shipped_weights
 from rescore.rescorers.learned_bigram import LearnedBigram
 from rescore.rescorers.ngram import Ngram
 
-# Tokens, parents, depths, log-probabilities of whole paths, as of `lattices.joined.likeliest.likeliest_nodes`.
-Tree = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 NONE = "none"
 LONGEST = 16  # tokens of a draft, the base's own included
 MOST_NODES = 1 << 16
@@ -69,6 +67,7 @@ class Joint(JoiningRescorer):
             )
         self.nodes, self.plans = whole, nodes == AUTO
         self.longest: int = tokens + 1
+        self.most_nodes = PLANNED_NODES if self.plans else whole or None
         self.ngram, self._bigram = Ngram(ngram), bigram
         self.path = user_path(path, "joint:") if path else None
         if self.path:
@@ -140,20 +139,23 @@ class Joint(JoiningRescorer):
         assert self._weights is not None
         statistics, first = self._statistics, int(proposals.firsts[row])
 
-        def planned(sources: Sources, weights: np.ndarray) -> Tree:
+        def planned(sources: Sources, weights: np.ndarray, milliseconds: np.ndarray) -> tuple[float, int, Tree]:
+            """The tree, or its best branch alone, with the higher rate; and how much of it."""
             tree = self._tree(sources, weights, first, PLANNED_NODES)
-            return tree if planner.trees and p > 1 else _best_branch(tree)
+            shapes = [tree] if planner.trees and p > 1 else []
+            if not shapes or planner.tree_ms:
+                shapes.append(_best_branch(tree))
+            each = [(*planner.best_size(shape, milliseconds), shape) for shape in shapes]
+            return max(each, key=lambda one: one[0])
 
         if self._text_weights is not None and proposals.has_lattices:
             text = proposals.sources(row, context, statistics, text_only=True)
-            tree = planned(text, self._text_weights)
-            rate, nodes = best_size(tree[3], curve)
+            rate, nodes, tree = planned(text, self._text_weights, curve)
             if not plan.asks(rate):
                 plan.took(heads=False)
                 return self._cut(tree, nodes, p)
-        tree = planned(proposals.sources(row, context, statistics), self._weights)
-        asks_heads = bool(proposals.heads_asked[row])
-        rate, nodes = best_size(tree[3], curve + (planner.heads_ms(proposals.draft_vocabulary) if asks_heads else 0.0))
+        curve = curve + planner.drafting_ms(proposals.drafters, proposals.k)
+        rate, nodes, tree = planned(proposals.sources(row, context, statistics), self._weights, curve)
         plan.took(heads=proposals.has_lattices, rate=rate)
         return self._cut(tree, nodes, p)
 

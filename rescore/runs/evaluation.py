@@ -21,6 +21,7 @@ from lm.environment import environment
 from rescore.acceptance import Rule, first_difference
 from rescore.calls import usable_verify
 from rescore.checks import VERIFY_MODES
+from rescore.costs.kept import of_elsewhere
 from rescore.costs.predicting import not_measured
 from rescore.costs.table import Costs
 from rescore.decoding import GREEDY, Decoded, decode, margin_at
@@ -37,9 +38,7 @@ from rescore.runs.recording import Recording, check_names
 from rescore.runs.records import ExampleRecord, LiveExample, ResultsDocument, RunConfig
 from rescore.runs.run import ORACLE, Run
 from rescore.runs.summary import is_cut
-from rescore.runs.weights import (
-    alpha_notices,
-)
+from rescore.runs.weights import alpha_notices, target_before
 from rescore.runs.work import Asked, Work, check_identities, prepared
 from rescore.tracing import Trace, TracedExample
 
@@ -139,8 +138,10 @@ def evaluate(
     for task in work:
         for line in [*task.recording.notices, *alpha_notices(task.records, task.recording)]:
             add(line)
-        if task.costs and (lacking := not_measured(task.costs, task.runs)):
-            add(lacking)
+        if task.costs:
+            elsewhere = of_elsewhere(task.costs, task.recording, target_before(task.recording), live=live)
+            for line in filter(None, (elsewhere, not_measured(task.costs, task.runs))):
+                add(line)
     interrupted = False
     with ExampleLog(out, document.config.decides()) as log:
         try:

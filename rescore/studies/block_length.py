@@ -27,7 +27,7 @@ from lm.base.model import BaseLM
 from lm.heads.block_heads import BlockHeads, heads_folder, heads_sha256, load_heads
 from lm.options import Base, Device, Dtype, Heads, TopK
 from rescore.accounting import account
-from rescore.checks import check_held_k
+from rescore.checks import check_held_k, check_timing
 from rescore.costs.kept import costs_here
 from rescore.costs.measuring import StandingDecode, heads_added, heads_calls, step_calls, times_of
 from rescore.drafters import Drafter
@@ -132,7 +132,9 @@ def block_lengths_of_trace(
         loaded = loaded.weighted(alpha)
     if limit < 1:
         raise RescoreError(f"--limit {limit}; at least one example must be replayed")
+    check_timing([cached], repeats)
     trace = read_trace(folder).first_examples(limit)
+    check_held_k(trace.header.k, k)
     model = load_base(base, dtype=dtype, device=device)
     place = heads_folder(heads, model.identity)
     if trace.header.settings.get("heads_sha256") not in (None, heads_sha256(place)):
@@ -166,6 +168,7 @@ def block_lengths(
     Drafts are one a step. Raises `IncompatibleError` for a trace of another base LM, `RescoreError` for k beyond the
     trace.
     """
+    check_timing([cached], repeats)
     check_held_k(trace.header.k, k)
     recorded = trace.header.settings.get("base")
     weights = recorded.get("weights_sha256") if isinstance(recorded, dict) else None

@@ -11,8 +11,11 @@ import torch
 
 from lattices.errors import RescoreError
 from lm.base.cache import BufferLayer
+from lm.base.catalog import load_base
 from lm.base.model import BaseLM
+from rescore.checks import check_timing
 from rescore.costs.measuring import times_of
+from rescore.runs.inputs import Inputs
 from rescore.studies.records import Record
 
 VERIFY_SIZES = (1, 2, 4, 5, 9, 16, 32, 64, 144)
@@ -32,12 +35,21 @@ class VerifyCurve(Record):
     gb_per_second: list[float]
 
 
+def verify_curve_of(inputs: Inputs, *, cached: int = 256, repeats: int = 7) -> VerifyCurve:
+    """`verify_curve` of a base LM by its name. Raises `RescoreError` as that and `load_base`."""
+    check_timing([cached], repeats)
+    base = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device, compile=inputs.compile)
+    return verify_curve(base, cached=cached, repeats=repeats)
+
+
 def verify_curve(
     base: BaseLM, *, cached: int = 256, repeats: int = 7, sizes: Sequence[int] = VERIFY_SIZES
 ) -> VerifyCurve:
-    """Times one forward of 1 to 144 tokens on a cache, with the weights laid out as decoding has them."""
-    if cached < 1:
-        raise RescoreError("--cached must be at least 1")
+    """Times one forward of 1 to 144 tokens on a cache, with the weights laid out as decoding has them.
+
+    Raises `RescoreError` for a cache that does not fit.
+    """
+    check_timing([cached], repeats)
     if cached + max(sizes) > base.context_length:
         raise RescoreError(f"{cached} cached tokens do not fit into the context of {base.context_length}")
     base.pack()

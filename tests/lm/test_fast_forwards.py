@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -346,6 +347,97 @@ class TestCompiling:
         monkeypatch.setenv("CXX", "gcc")  # another compiler may do better
         load().pack()
         assert len(tried) == 2
+        monkeypatch.setattr(compiling, "versions", lambda: {"rescore": "0.0.0"})  # and so may another version of ours
+        load().pack()
+        assert len(tried) == 3
+
+    def test_what_failed_with_other_weights_is_tried(self, load, lines, monkeypatch: pytest.MonkeyPatch):
+        """A model that fails by its weights (numbers that are none) switches compiling off for no other checkpoint of
+        its architecture, nor takes the place of the programs of one that was compiled."""
+        make, runs = Programs(), list[Run]()
+
+        def keeps(exported: torch.export.ExportedProgram, path: Path) -> Run:
+            path.write_text(str(len(runs)))
+            runs.append(make(exported, path))
+            return runs[-1]
+
+        monkeypatch.setattr(compiling, "compile_program", keeps)
+        monkeypatch.setattr(compiling, "load_program", lambda path: runs[int(path.read_text())])
+        monkeypatch.setattr(compiling.shutil, "which", lambda name: sys.executable)
+
+        def of(weights: str) -> BaseLM:
+            base = load()
+            base.identity = dataclasses.replace(base.identity, weights_sha256=weights)
+            if weights == "broken":
+                for layer in base.model.model.layers:
+                    layer.input_layernorm.weight = torch.nn.Parameter(
+                        torch.full_like(layer.input_layernorm.weight, torch.nan), requires_grad=False
+                    )
+            compiling.compile_layers(base)
+            return base
+
+        expected = [("broken", False, 1), ("one", True, 2), ("broken", False, 2), ("other", True, 2), ("one", True, 2)]
+        for weights, compiles, count in expected:
+            assert (self.are_compiled(of(weights)), len(runs)) == (compiles, count), weights
+        failed = [line for line in lines() if "decodes without" in line]
+        assert len(failed) == 2 and all("does not compute what the layer does (kept: remove" in line for line in failed)
+
+    @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError("no memory")])
+    def test_what_a_machine_fails_with_is_tried_again(self, load, lines, monkeypatch, cache_folder: Path, error):
+        tried = []
+
+        def fails(*_: object) -> Layers:
+            tried.append(1)
+            raise error
+
+        monkeypatch.setattr(compiling, "compiled", fails)
+        monkeypatch.setattr(compiling.shutil, "which", lambda name: sys.executable)
+        for _ in range(2):
+            load().pack()
+        assert len(tried) == 2 and not list(cache_folder.rglob("*failed*"))
+        assert all("decodes without compiled layers: " in line and "kept: " not in line for line in lines()[1::2])
+
+    def test_any_damage_has_them_made_again(
+        self, load, lines, monkeypatch: pytest.MonkeyPatch, cache_folder: Path, tmp_path: Path
+    ):
+        made, library = list[Path](), b"a program"
+        layers, runs = compiled(load(), tmp_path, Programs())
+
+        def makes(base: BaseLM, folder: Path, _: object) -> tuple[Layers, list[Run]]:
+            made.append(folder)
+            (folder / "0.pt2").write_bytes(library)
+            return layers, runs
+
+        monkeypatch.setattr(compiling, "compiled", makes)
+        monkeypatch.setattr(compiling, "load_program", lambda path: runs[0])
+        monkeypatch.setattr(compiling.shutil, "which", lambda name: sys.executable)
+        fresh = load()
+        compiling.compile_layers(fresh)
+        (record,), (program,) = cache_folder.rglob(compiling.RECORD), cache_folder.rglob("*.pt2")
+        whole = json.loads(record.read_text())
+        lines()
+        made.clear()
+        (kind,), (_, *rest) = whole["kinds"], whole["layers"]
+        damages = [
+            {"layers": [[7, 0], *rest]}, {"layers": [[-1, 0], *rest]}, {"layers": [[0, 99], *rest]}, {"layers": rest},
+            {"layers": []}, {"kinds": []}, {"kinds": [kind, kind]}, {"kinds": [kind | {"states": 9}]},
+            {"kinds": [kind | {"cache": ["nowhere"]}]}, {"programs": []}, {"checksum": ""}, {"schema": "older"},
+            {"kinds": [kind | {"inputs": [each | {"dtype": "none"} for each in kind["inputs"]]}]}, {"weights": 3},
+        ]  # fmt: skip
+        texts = [json.dumps(whole | damage) for damage in damages] + ["", "{", "[]", "null", record.read_text()[:-40]]
+        for count, text in enumerate(texts, start=1):
+            record.write_text(text)
+            compiling.compile_layers(fresh)
+            assert self.are_compiled(fresh) and len(made) == count, text
+            again, compiling_again = lines()
+            assert "is broken; it is made again" in again and compiling_again.startswith("compiling the layers of ")
+            assert json.loads(record.read_text()) == whole
+        for damage in (lambda: program.write_bytes(library[:-1]), program.unlink, record.unlink):
+            damage()
+            compiling.compile_layers(fresh)
+            assert "is broken" in lines()[0]
+        compiling.compile_layers(fresh)
+        assert not lines() and len(made) == len(texts) + 3
 
     def test_whatever_an_architecture_fails_with_is_told_in_a_line(self, load, lines, monkeypatch):
         monkeypatch.setattr(compiling, "watch", lambda base: {}["what it lacks"])

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import make_heads
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_fast_forwards import PROMPT, base_of, outputs
 
 from lattices.prefix_tree import build_prefix_tree
 from lm.base.catalog import load_base
-from lm.base.fast.graphs import SIZES, FixedCache
+from lm.base.fast.graphs import SIZES, FixedCache, FixedForwards
 from lm.base.model import BaseLM
 from rescore.decoding import decode
+from rescore.rescorers import load_rescorer
 
 few = settings(
     deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -67,6 +70,45 @@ class TestFixedShapes:
         base.has_fixed_shapes = True
         assert outputs(base) == expected
 
+    @pytest.mark.parametrize(("p", "sizes"), [(1, [1, 2, 4]), (4, [1, 2, 4, 8, 16])])
+    def test_what_is_recorded_is_recorded_before_the_steps(self, fixed, monkeypatch, p: int, sizes: list[int]):
+        """Sizes of all calls that there can be, once, before the first that is timed; nothing of it is seen."""
+        recorded, calls, known = list[int](), list[int](), FixedForwards._compute
+        expected = decode(fixed, make_heads(fixed), PROMPT, rescorer=load_rescorer("none"), k=4, p=p).output_ids
+        init = FixedForwards.__init__
+
+        def with_recording(self: FixedForwards, *args: Any) -> None:
+            init(self, *args)
+            self._records = True
+
+        def record(self: FixedForwards, size: int, cache: FixedCache) -> None:
+            assert not calls, "within a step"
+            recorded.append(size)
+            self._recorded[size] = Graph(), known(self, self._shapes[size], cache)
+
+        class Graph:
+            """A forward of its size, written over the outputs that are given out, as a CUDA graph does."""
+
+            def replay(self) -> None:
+                (size,) = (size for size, (graph, _) in forwards._recorded.items() if graph is self)
+                calls.append(size)
+                cache = forwards._lent()
+                for output, new in zip(
+                    forwards._recorded[size][1], known(forwards, forwards._shapes[size], cache), strict=True
+                ):
+                    output.copy_(new)
+
+        monkeypatch.setattr(FixedForwards, "__init__", with_recording)
+        monkeypatch.setattr(FixedForwards, "_record", torch.inference_mode()(record))
+        monkeypatch.setattr(fixed, "_fixed", None)
+        forwards = FixedForwards(fixed._fixed_forward, fixed.model.config, 100, fixed.device)
+        fixed._fixed = forwards
+        for _ in range(2):
+            calls.clear()
+            found = decode(fixed, make_heads(fixed), PROMPT, rescorer=load_rescorer("none"), k=4, p=p)
+            assert found.output_ids == expected and calls
+        assert recorded == sizes
+
     def test_buffers_are_lent_again_when_nobody_has_them(self, fixed):
         def used(capacity: int) -> FixedCache:
             cache = fixed.new_decoding_cache(capacity)
@@ -107,3 +149,6 @@ class TestFixedShapes:
             assert outputs(recorded) == outputs(plain)
         cache = recorded.new_decoding_cache(20)
         assert cache.forwards._recorded.keys() >= {1, 4}
+        recorded.read_prompt(PROMPT, cache)
+        cache.prepare(20)
+        assert cache.forwards._recorded.keys() == {1, 2, 4, 8, 16, 32}

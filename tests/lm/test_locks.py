@@ -107,3 +107,20 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path: Path, monkeypatc
         (tmp_path / "out" / "x").touch()
     (line,) = told
     assert "has no locks; let no second process write to" in line
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_a_cache_that_cannot_be_written_is_told_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, cache_folder: Path, code: int
+):
+    """Also where the folder of locks is there already."""
+
+    def refuses(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(locks.FileLock, "acquire", refuses)
+    with pytest.raises(OutputError) as caught, making(cache_folder / "traces" / "it", "it"):
+        pytest.fail("it is not locked")
+    place = cache_folder / "traces" / "it"
+    advice = "set RESCORE_CACHE to a folder where rescore may keep files"
+    assert str(caught.value) == f"can't write {place}: {os.strerror(code)}; {advice}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from lm.base.catalog import load_base
 from lm.base.fast.packed import can_pack, pack, product_of, unpack
 from lm.base.model import BaseLM
-from lm.pages import release
+from lm.pages import release, trim_heap
 from lm.training.tuned_base import TunedBase
 from rescore.decoding import decode
 from rescore.tasks.base import Example
@@ -179,3 +180,17 @@ class TestRelease:
         base.pack()
         assert pages_of(embeddings) < 32  # Linux maps some beside those of what lies next to it
         decode(base, None, PROMPT, max_new_tokens=4)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="no glibc here")
+def test_freed_memory_goes_back_to_the_system():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    blocks = [torch.ones(6000) for _ in range(4000)]  # 24 kB each, which the C library gives no mapping of its own
+    kept = blocks[::100]
+    del blocks
+    before = resident()
+    assert trim_heap()
+    assert before - resident() > 3000 * 24000
+    assert all(bool((block == 1).all()) for block in kept)

@@ -34,9 +34,9 @@ def costs_of(
     choices: Sequence[ChoiceCost] = (),
     **base: str,
 ) -> Costs:
-    """An invented table; base: `weights_sha256` and `config_sha256`."""
+    """An invented table; base: `weights_sha256`, `config_sha256` and `dtype`."""
     return Costs(
-        base="tiny", **{"weights_sha256": "w", "config_sha256": "c"} | base, dtype="float32", device="cpu",
+        base="tiny", **{"weights_sha256": "w", "config_sha256": "c", "dtype": "float32"} | base, device="cpu",
         compiles=True, machine=Machine(cpu="a CPU", cores=2, threads=1, torch="2", transformers="5", gpu=None),
         contexts=list(contexts), nodes=list(nodes), step_ms=step_ms, tree_ms=tree_ms, choices=list(choices),
         heads=None if heads_ms is None else HeadsCost(
@@ -49,5 +49,5 @@ def costs_for(options: Options, step_ms: list[list[float]], **more: Any) -> Cost
     """An invented table of the base and heads that are evaluated."""
     (recording,) = opened(options)
     identity, heads = recording.models.identity, recording.settings["heads_sha256"]
-    base = {"weights_sha256": identity.weights_sha256, "config_sha256": identity.config_sha256}
-    return costs_of(step_ms, heads=heads, **base, **more)
+    names = ("weights_sha256", "config_sha256", "dtype")
+    return costs_of(step_ms, heads=heads, **{name: getattr(identity, name) for name in names}, **more)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,22 +19,35 @@ from made_records import example_record
 from test_ngram_rescorer import bigram_model, save
 
 from lattices.errors import InvalidDataError, RescoreError
+from lm.base import catalog
 from lm.base.catalog import load_base
 from lm.base.model import BaseIdentity, BaseLM
+from lm.files import cache_directory
 from lm.heads.block_heads import load_heads
+from rescore.acceptance.options import Acceptance
 from rescore.calls import NO_CALL, Call
-from rescore.costs import kept
+from rescore.costs import kept, measuring
 from rescore.costs.kept import costs_here, keep_costs, read_costs, this_machine
 from rescore.costs.measuring import measure_costs
 from rescore.costs.predicting import predicted_speedup
 from rescore.costs.table import ChoiceCost, Costs
 from rescore.decoding import decode
+from rescore.drafters import load_drafter
+from rescore.drafters.drafting import Drafting
+from rescore.drafters.heads import Heads
 from rescore.generation.live import Generator
-from rescore.rescorers.joint_plan import PATIENCE, Plan, best_size
+from rescore.rescorers import load_rescorer
+from rescore.rescorers.joint_plan import PATIENCE, Plan, Planner, best_size
 from rescore.runs.evaluated import load_run
+from rescore.runs.inputs import Inputs
 from rescore.runs.records import Identical
 from rescore.runs.run import Run, runs_of
 from rescore.runs.tuning import fit_joint
+from rescore.studies import block_length
+from rescore.studies import verify_curve as verify_curves
+from rescore.studies.until_divergence import until_divergence
+
+TOOK = Plan.took
 
 
 def kept_of(base: BaseIdentity | None, heads: tuple[str, int] | None) -> Costs:
@@ -171,6 +185,86 @@ def test_one_draft_is_planned_as_one(options: Options, tmp_path: Path):
     assert max(call.tokens for calls in of_one for call in calls) > 4
 
 
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=20), st.integers(0, 1000), st.sampled_from([0.0, 0.5, 9.0]))
+def test_a_tree_s_mask_counts_from_where_it_branches(above: list[int], seed: int, tree_ms: float):
+    """Against the rates of all sizes."""
+    random = np.random.default_rng(seed)
+    parents = np.array([-1, *(min(parent, place) for place, parent in enumerate(above))], dtype=np.int32)
+    logps = np.concatenate([[0.0], np.log(np.sort(random.uniform(0.01, 1, len(above)))[::-1])])
+    milliseconds = np.cumsum(random.uniform(0.1, 3, 32)) + 5
+    planner = Planner(costs_of([[10, 12, 20], [11, 13, 22]], tree_ms=tree_ms))
+    rate, nodes = planner.best_size((parents, parents, parents, logps), milliseconds)
+    rates = []
+    for n in range(1, len(parents) + 1):
+        leaves = set(range(n)) - set(parents[:n].tolist())
+        rates.append(np.exp(logps[:n]).sum() / (milliseconds[n - 1] + (tree_ms if len(leaves) > 1 else 0.0)))
+    assert rate == pytest.approx(max(rates)) and rates[nodes - 1] == pytest.approx(rate)
+
+
+def test_what_drafters_take_is_what_the_table_has_of_them():
+    choices = [
+        ChoiceCost(rescorer=spec, k=k, p=p, ms=ms)
+        for spec, k, p, ms in (
+            ("draft-model:neural-61m", 8, 1, 30.0), ("draft-model:neural-61m", 8, 4, 33.0), ("lookup", 8, 1, 0.2),
+            ("joint:nodes=auto", 8, 32, 1.0),
+        )
+    ]  # fmt: skip
+    without = costs_of([[10, 12, 20], [11, 13, 22]], heads_ms=4.0, vocabulary_ms={100: 1.0, 200: 4.0})
+    planner = Planner(msgspec.structs.replace(without, choices=choices))
+    model, heads, lookup = (load_drafter(spec) for spec in ("draft-model:neural-61m", "heads", "lookup"))
+    assert planner.drafting_ms([model, heads, lookup], 8) == 34.0
+    assert planner.drafting_ms([load_drafter("heads:vocabulary=150"), lookup], 8) == 2.5
+    assert planner.drafting_ms([model, lookup], 4) == planner.drafting_ms([lookup], 8) == 0.0, "not measured"
+    assert planner.identity != Planner(without).identity
+    later = msgspec.structs.replace(without, choices=choices[1:])
+    assert Planner(later).identity == Planner(without).identity, "plans do not follow from it"
+
+
+def test_room_is_made_for_the_largest_tree_there_can_be():
+    for spec, p, most in (("joint:nodes=auto", 32, 32), ("joint:nodes=12", 12, 12), ("joint:nodes=100,tokens=3", 2, 8)):
+        assert Drafting(load_rescorer(spec), (Heads(),), 8, p).most_tokens(9) == most
+    assert Drafting(load_rescorer("joint"), (Heads(),), 8, 3).most_tokens(9) == 48
+    assert Drafting(load_rescorer("none"), (Heads(),), 8, 3).most_tokens(9) == 27
+
+
+def test_a_tree_that_costs_more_than_it_brings_is_one_draft(options: Options, tmp_path: Path):
+    ngram, drafters = save(tmp_path / "ngram", bigram_model()), ("heads", "lookup")
+    fit_joint(opened(options), tmp_path / "w", f"joint:ngram={ngram}", drafters=drafters, k=8, held_out=2)
+    run, found = Run(f"joint:{tmp_path / 'w'},ngram={ngram},nodes=auto", p=32, k=8, drafters=drafters), []
+    for tree_ms in (0.0, 1000.0):
+        costs = costs_for(options, [[10, 10.01, 10.1]], contexts=(64,), tree_ms=tree_ms, heads_ms=0.1)
+        examples = evaluated(options | {"rescorers": [run]}, costs=costs).examples
+        found.append([call for record in examples for call in record.calls])
+    free, dear = found
+    assert max(call.drafts for call in free) > 1 and max(call.drafts for call in dear) == 1
+    assert max(call.tokens for call in dear) > 4
+
+
+def test_a_draft_model_that_costs_more_than_text_is_not_asked(options: Options, tmp_path: Path):
+    """But for the first step, and every `PATIENCE` after it."""
+    ngram = save(tmp_path / "ngram", bigram_model())
+    spec = f"draft-model:{save_tiny_base(tmp_path / 'small', seed=3, hidden_size=16)}"
+    for drafters in ((spec, "lookup"), ("lookup",)):
+        fit_joint(opened(options), tmp_path / "w", f"joint:ngram={ngram}", drafters=drafters, k=8, held_out=2)
+    run = Run(f"joint:{tmp_path / 'w'},ngram={ngram},nodes=auto", p=32, k=8, drafters=(spec, "lookup"))
+    asked = []
+    for ms in (None, 1000.0):
+        choices = [] if ms is None else [ChoiceCost(rescorer=spec, k=8, p=1, ms=ms)]
+        costs = costs_for(options, [[10, 12, 20], [11, 13, 22]], heads_ms=None, choices=choices)
+        plans = list[bool]()
+        with pytest.MonkeyPatch.context() as patch:
+
+            def took(plan: Plan, plans: list[bool] = plans, **how: Any) -> None:
+                plans.append(how["heads"])
+                TOOK(plan, **how)
+
+            patch.setattr(Plan, "took", took)
+            evaluated(options | {"rescorers": [run]}, costs=costs)
+        asked.append(sum(plans) / len(plans))
+    assert asked[1] < asked[0] and asked[1] <= 0.2
+
+
 def test_what_heads_cost_counts_only_where_heads_are_asked(options: Options, tmp_path: Path):
     """A table may be of heads that nothing drafts with: those that were measured last."""
     ngram = save(tmp_path / "ngram", bigram_model())
@@ -251,6 +345,67 @@ class TestKept:
         ):
             keep_costs(msgspec.structs.replace(costs_of([[1, 2, 3], [4, 5, 6]]), **broken), tmp_path / "broken.json")
             refused(lambda: read_costs(tmp_path / "broken.json"), "has other sizes than it says", InvalidDataError)
+        document = json.loads((tmp_path / "costs.json").read_text())
+        for damage in ({"tree_ms": -1.0}, {"step_ms": [[1.0, -2.0, 3.0]] * 2}, {"step_ms": "none"}, {"nodes": []}):
+            old.write_text(json.dumps(document | damage))
+            line = refused(lambda: read_costs(old), str(old), InvalidDataError)
+            assert line.endswith("measure them again: rescore bench costs") and "\n" not in line
+
+    def test_a_cache_that_cannot_be_written_loses_nothing(
+        self, measured: Costs, tmp_path: Path, cache_folder: Path, caplog: pytest.LogCaptureFixture
+    ):
+        (cache_folder / "costs").write_text("in the way")
+        keep_costs(measured, tmp_path / "costs.json")
+        assert read_costs(tmp_path / "costs.json") == measured
+        (line,) = [record.getMessage() for record in caplog.records if record.name == "rescore"]
+        assert (
+            line.startswith("these costs are not kept for --costs here") and "; set RESCORE_CACHE to a folder" in line
+        )
+
+    @pytest.mark.parametrize("damage", ["", "{", "[1]", '{"schema": "rescore.costs/3"}', "\xff"])
+    def test_a_broken_one_in_the_cache_is_measured_again(self, tiny_base: BaseLM, measured: Costs, damage: str):
+        keep_costs(measured)
+        (place, _) = sorted((cache_directory() / "costs").iterdir())
+        for each in place.parent.iterdir():
+            each.write_bytes(damage.encode("latin-1"))
+        line = refused(lambda: kept_of(tiny_base.identity, None), "measure them again: rescore bench costs --base")
+        assert str(place.parent) in line and "\n" not in line
+        keep_costs(measured)
+        assert kept_of(tiny_base.identity, None) == measured
+
+
+class TestRefusedBeforeAModelIsLoaded:
+    """What needs no model to be refused."""
+
+    @pytest.fixture(autouse=True)
+    def no_base_fixture(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: object, **__: object) -> None:
+            pytest.fail("the base LM was loaded")
+
+        for place in (catalog, verify_curves, block_length):
+            monkeypatch.setattr(place, "load_base", fail)
+
+    @pytest.mark.parametrize(
+        ("given", "said"),
+        [
+            ({"repeats": 0}, "--repeats 0; it must be at least 1"),
+            ({"cached": (64, 0)}, "--cached 0; it must be at least 1"),
+            ({"k": (0,)}, "k = 0; a lattice"),
+            ({"p": (0,)}, "p = 0; at least one draft"),
+            ({"rescorer": ("nonee",)}, "unknown rescorer 'nonee'"),
+            ({"rescorer": ("ngram:/nowhere",)}, "/nowhere"),
+            ({"drafter": ("heads", "lookupp")}, "unknown drafter 'lookupp'"),
+            ({"inputs": Inputs(h=1)}, "h = 1; a block has"),
+        ],
+    )
+    def test_costs(self, given: dict[str, Any], said: str):
+        refused(lambda: measuring.costs_of(**{"inputs": Inputs()} | given), said, RescoreError)
+
+    def test_curves_and_block_lengths(self, options: Options, tmp_path: Path):
+        refused(lambda: verify_curves.verify_curve_of(Inputs(), repeats=0), "--repeats 0", RescoreError)
+        refused(lambda: verify_curves.verify_curve_of(Inputs(), cached=-1), "--cached -1", RescoreError)
+        for wrong in ({"repeats": 0}, {"cached": 0}, {"limit": 0}):
+            refused(lambda wrong=wrong: block_length.block_lengths_of_trace(tmp_path, **wrong), "--", RescoreError)
 
 
 class TestEvaluated:
@@ -272,7 +427,7 @@ class TestEvaluated:
         assert replayed.config.costs == {"squad": costs} and not replayed.notices
         (table,) = live.tables()
         assert [c.heading for c in table.columns][-2:] == ["speed-up", "predicted"]
-        assert "predicted = that speed-up by the costs of a step in float32 on a CPU, 2 cores, 1 thread," in " ".join(
+        assert "predicted = that speed-up by the costs of a step in float64 on a CPU, 2 cores, 1 thread," in " ".join(
             table.note.split()
         )
         assert evaluated(chosen).config.costs == {}, "nothing is predicted that was not asked for"
@@ -320,6 +475,32 @@ class TestEvaluated:
         assert evaluated(chosen, costs=str(tmp_path / "costs.json")).config.costs == {"squad": costs}
         refused(lambda: evaluated(chosen, costs="here"), "no costs of", "run: rescore bench costs --base", "--heads")
 
+    def test_what_generates_takes_no_table_of_other_models(self, options: Options, costs: Costs):
+        base = load_base(options["base"], dtype="float64", device="cpu")
+        heads = load_heads(base, options["heads"])
+        assert Generator.of(base, heads, Run("none"), costs=costs).drafters
+        of_other = msgspec.structs.replace(costs, config_sha256="0" * 64, base="another")
+        refused(lambda: Generator.of(base, heads, Run("none"), costs=of_other), "the costs are of another, and the")
+        refused(lambda: Generator.of(base, heads.first(2), Run("none"), costs=costs), "with others, h = 2")
+        assert Generator.of(base, None, Run("lookup"), costs=costs).drafters, "it needs no heads"
+
+    def test_tables_of_another_precision_or_machine_are_told(self, options: Options, costs: Costs):
+        chosen = options | {"rescorers": ["none"]}
+        half = msgspec.structs.replace(costs, dtype="bfloat16")
+        (line,) = evaluated(chosen, costs=half).notices
+        assert line.startswith(
+            "the costs are of decoding in bfloat16, and squad is decoded in float64: what is planned"
+        )
+        (line,) = evaluated(chosen | {"mode": "live"}, costs=costs).notices
+        assert "in float64 on a CPU, 2 cores" in line and f"decoded in float64 on {this_machine('cpu')}: what" in line
+        ours = msgspec.structs.replace(costs, machine=this_machine("cpu"))
+        assert not evaluated(chosen | {"mode": "live"}, costs=ours).notices
+        other = msgspec.structs.replace(ours, compiles=False)
+        (line,) = evaluated(chosen | {"mode": "live"}, costs=other).notices
+        assert line.count("layers not compiled") == 1
+        (line,) = until_divergence(opened(chosen), ["none"], Acceptance("top-k:2").rule(), costs=half).notices
+        assert "in bfloat16, and squad" in line
+
     def test_a_trace_that_does_not_name_its_heads_has_no_costs_of_them(
         self, options: Options, costs: Costs, tmp_path: Path
     ):
@@ -330,5 +511,6 @@ class TestEvaluated:
         (tmp_path / "trace" / "trace.json").write_text(json.dumps(header))
         given = {"trace": str(tmp_path / "trace"), "k": 8}
         refused(lambda: evaluated(given, costs=costs), "does not hold what block heads of a known base LM proposed")
-        (result,) = evaluated(given | {"rescorers": ["lookup"]}, costs=costs).results
-        assert result.predicted_speedup
+        found = evaluated(given | {"rescorers": ["lookup"]}, costs=costs)
+        assert found.results[0].predicted_speedup
+        assert any("does not name its base LM; whether the costs, of tiny, are" in line for line in found.notices)

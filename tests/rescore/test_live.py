@@ -20,6 +20,7 @@ from rescore.generation import live
 from rescore.generation.growing_text import GrowingText
 from rescore.generation.live import Generator, best_run, generate
 from rescore.rescorers import load_rescorer
+from rescore.rescorers.joint_plan import PLANNED_NODES
 from rescore.runs.run import Run
 
 FAST = Run("context-ngram:none", k=4, p=4)  # several tokens a step
@@ -212,6 +213,10 @@ def test_what_is_chosen_where_no_rescorer_is_named(tiny_base: BaseLM, heads, mon
         assert live._own_drafters(tiny_base, heads) == ("heads:vocabulary=100", "lookup")
     assert best_run(tiny_base, heads, drafters=("lookup",)).drafters == ("lookup",)
     assert best_run(tiny_base, heads, drafters=("heads",), p=3).p == 3
+    for nodes, sizes, p in ((8, {}, 8), ("auto", {}, PLANNED_NODES), (8, {"p": 2}, 2)):
+        run = best_run(tiny_base, heads, nodes=nodes, k=4, **sizes)
+        assert (run.rescorer, run.drafters, run.p, run.k) == (f"joint:nodes={nodes}", ("heads", "lookup"), p, 4)
+    assert best_run(tiny_base, None, nodes="auto").drafters == ("lookup",)
 
 
 def test_where_weights_of_joint_are_shipped_they_are_used(tiny_base: BaseLM, heads, monkeypatch: pytest.MonkeyPatch):

@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,21 +23,23 @@ import msgspec
 import torch
 import transformers
 
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, first_line
+from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError, first_line
 from lm.base.fast.compiled_layer import CompiledLayer, Run
 from lm.base.fast.layer_program import Call, Signature, decoder_layers, export, quiet, signature_of, watch, weights_of
-from lm.files import atomic_folder, write_json
-from lm.keys import cache_entry, cached, file_stamp
+from lm.environment import versions
+from lm.files import atomic_folder, sha256_of_file, write_json
+from lm.keys import cache_entry, cached, file_stamp, key_of
 from lm.locks import warn
 from lm.records import plain, read_record
 
 if TYPE_CHECKING:
     from lm.base.model import BaseLM
 
-SCHEMA = "rescore.layers/2"  # changes with what a program is given, and with what of ours is traced into it
+SCHEMA = "rescore.layers/3"  # changes with what a program is given, and with what of ours is traced into it
 RECORD = "layers.json"
 MOST_KINDS = 4  # of layers in a model
 TOLERANCE = 1e-4  # share of the largest number by which a program may differ from its layer
+NOT_OF_THE_MODEL = (OSError, MemoryError, OutputError)  # a full disk and the like: the next process tries again
 Make = Callable[[torch.export.ExportedProgram, Path], Run]
 
 
@@ -46,63 +49,84 @@ class Layers(msgspec.Struct, frozen=True):
     kinds: how layers with the program `0.pt2`, `1.pt2` ... are called.
     layers: of every layer its kind and its place in the cache.
     weights: sha256 of those with which layers and programs were compared.
-    reason: why there are no programs, of this `compiler`.
+    programs: sha256 of their files; checksum: of all of this, so that no damage is run.
     """
 
-    kinds: tuple[Signature, ...] = ()
-    layers: tuple[tuple[int, int], ...] = ()
+    kinds: tuple[Signature, ...]
+    layers: tuple[tuple[int, int], ...]
     weights: str = ""
-    reason: str = ""
-    compiler: str = ""
+    programs: tuple[str, ...] = ()
+    checksum: str = ""
+    schema: str = SCHEMA
+
+    def signed(self) -> Layers:
+        """The same with its checksum."""
+        return msgspec.structs.replace(self, checksum=key_of(plain(msgspec.structs.replace(self, checksum=""))))
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """Why the layers of a base LM have no programs."""
+
+    reason: str
     schema: str = SCHEMA
 
 
 def compile_layers(base: BaseLM) -> None:
     """Gives the layers of a base LM, packed or not, their programs. If they are not kept on this machine, they are
-    compiled, which a line says. If that can't be done, the layers stay as they are, and a line says why."""
+    compiled, which a line says. If that can't be done, the layers stay as they are, and a line says why. What failed is
+    not tried again with the same weights, compiler and version of this project; other weights may not fail."""
     name, compiler = base.identity.name, shutil.which(os.environ.get("CXX", "g++"))
     weights = base.identity.weights_sha256
     document = {
         "schema": SCHEMA, "software": [torch.__version__, transformers.__version__], "machine": _machine(),
         "config": base.identity.config_sha256, "layout": [[str(w.dtype), w.shape] for w in weights_of(base.model)],
     }  # fmt: skip
-    entry = cache_entry("layers", re.sub(r"[^\w.-]", "_", Path(name).name), document)
+    safe_name = re.sub(r"[^\w.-]", "_", Path(name).name)
+    entry = cache_entry("layers", safe_name, document)
+    tried = {**document, "weights": weights, "compiler": _stamp(compiler), "version": versions()["rescore"]}
+    failed = cache_entry("layers", f"{safe_name}-failed", tried, suffix=".json")
 
-    def read(folder: Path) -> tuple[Layers, list[Run]] | None:
-        try:
+    def read(folder: Path) -> tuple[Layers, list[Run]] | Failure | None:
+        with suppress(RescoreError):
             layers = _read(folder)
             runs = [load_program(folder / f"{kind}.pt2") for kind in range(len(layers.kinds))]
-        except RescoreError:
-            return None
-        if layers.reason:
-            return (layers, runs) if layers.compiler == _stamp(compiler) else None
-        return (layers, runs) if layers.weights == weights or _fit(base, layers, runs) else None
+            if layers.weights == weights or _fit(base, layers, runs):
+                return layers, runs
+        with suppress(RescoreError):
+            return read_record(failed, Failure, missing="", schema=SCHEMA)
+        return None
 
-    def make(folder: Path) -> tuple[Layers, list[Run]]:
+    def make(folder: Path) -> tuple[Layers, list[Run]] | Failure:
         if compiler is None:
             raise IncompatibleError("there is no C++ compiler (g++, or what CXX names)")
         warn(f"compiling the layers of {name} for decoding on this machine, this once (--compile off goes without)")
-        with atomic_folder(folder) as temporary:
-            try:
+        try:
+            with atomic_folder(folder) as temporary:
                 layers, runs = compiled(base, temporary, compile_program)
-            except Exception as error:  # architectures fail in their own ways
-                why = "" if isinstance(error, RescoreError) else f"{type(error).__name__}: "
-                layers, runs = Layers(reason=why + first_line(error), compiler=_stamp(compiler)), []
-            write_json(temporary / RECORD, plain(msgspec.structs.replace(layers, weights=weights)))
+                files = [sha256_of_file(temporary / f"{kind}.pt2") for kind in range(len(runs))]
+                layers = msgspec.structs.replace(layers, weights=weights, programs=tuple(files)).signed()
+                write_json(temporary / RECORD, plain(layers))
+        except NOT_OF_THE_MODEL:
+            raise
+        except Exception as error:  # architectures fail in their own ways
+            why = "" if isinstance(error, RescoreError) else f"{type(error).__name__}: "
+            failure = Failure(why + first_line(error))
+            write_json(failed, plain(failure))
+            return failure
         return layers, runs
 
     def is_broken(folder: Path) -> bool:
         try:
-            return folder.exists() and not (layers := _read(folder)).reason and layers.weights == weights
+            return folder.exists() and _read(folder).weights == weights
         except RescoreError:
             return True
 
     try:
-        layers, runs = cached(entry, f"compiled layers of {name}", read=read, make=make, is_broken=is_broken)
-        if layers.reason:
-            raise IncompatibleError(f"{layers.reason} (kept: remove {entry} to have it tried again)")
-        install(base, layers, runs)
-    except RescoreError as error:
+        found = cached(entry, f"compiled layers of {name}", read=read, make=make, is_broken=is_broken)
+        if isinstance(found, Failure):
+            raise IncompatibleError(f"{found.reason} (kept: remove {failed} to have it tried again)")
+        install(base, *found)
+    except (RescoreError, *NOT_OF_THE_MODEL) as error:
         warn(f"{name} decodes without compiled layers: {first_line(error)}")
 
 
@@ -188,6 +212,8 @@ def compile_program(exported: torch.export.ExportedProgram, path: Path) -> Run:
     try:
         with quiet(), tempfile.TemporaryDirectory() as scratch, temporary_cache_dir(scratch):
             aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
+    except NOT_OF_THE_MODEL:
+        raise
     except Exception as error:
         raise IncompatibleError(f"the compiler failed ({type(error).__name__}: {first_line(error)})") from error
     return load_program(path)
@@ -221,4 +247,12 @@ def _stamp(compiler: str | None) -> str:
 
 
 def _read(folder: Path) -> Layers:
-    return read_record(folder / RECORD, Layers, missing=f"no layers in {folder}", schema=SCHEMA)
+    """The record of a folder. Raises `InvalidDataError` where it or a program is not what was written."""
+    layers = read_record(folder / RECORD, Layers, missing=f"no layers in {folder}", schema=SCHEMA)
+    try:
+        programs = [sha256_of_file(folder / f"{kind}.pt2") for kind in range(len(layers.kinds))]
+    except OSError as error:
+        raise InvalidDataError(f"{folder} lacks a program ({error.strerror})") from error
+    if layers != layers.signed() or programs != list(layers.programs):
+        raise InvalidDataError(f"{folder} does not hold what was written to it")
+    return layers

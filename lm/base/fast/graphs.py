@@ -63,6 +63,10 @@ class FixedCache(KVCache):
         self._made += 1
         return FixedLayer(weakref.proxy(self), self._made - 1)  # a cycle would keep the cache until it is looked for
 
+    def prepare(self, most: int) -> None:
+        """See `KVCache.prepare`: it has what a GPU is to play back recorded."""
+        self.forwards.record(self, most)
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -143,9 +147,7 @@ class FixedForwards:
         """Logits `[1, n, vocab]` and states `[1, n, d]` of at most `SIZES[-1]` tokens after what the cache holds."""
         n = ids.shape[1]
         size = next(size for size in SIZES if size >= n)
-        if size not in self._shapes:
-            self._shapes[size] = Shape.of(size, self.capacity, self._device)
-        shape = self._shapes[size]
+        shape = self._shape(size)
         shape.fill(ids, positions, mask, cache.length)
         if self._records and size not in self._recorded:
             self._record(size, cache)
@@ -160,6 +162,21 @@ class FixedForwards:
         logits, states = (each[:, :n].clone() for each in outputs)  # the next call writes over them
         return logits, states
 
+    def record(self, cache: FixedCache, most: int) -> None:
+        """Records forwards of all sizes of up to `most` tokens that are not recorded yet, where they are at all. What
+        they write after the cache's positions is not kept."""
+        for before, size in zip((0, *SIZES), SIZES, strict=False):
+            if self._records and before < most and size not in self._recorded:
+                ids = torch.zeros(1, size, dtype=torch.int64, device=self._device)
+                places = torch.arange(cache.length, cache.length + size, device=self._device)
+                self._shape(size).fill(ids, places[None], None, cache.length)
+                self._record(size, cache)
+
+    def _shape(self, size: int) -> Shape:
+        if size not in self._shapes:
+            self._shapes[size] = Shape.of(size, self.capacity, self._device)
+        return self._shapes[size]
+
     def _compute(self, shape: Shape, cache: FixedCache) -> Outputs:
         cache.columns = shape.columns
         try:
@@ -167,6 +184,7 @@ class FixedForwards:
         finally:
             cache.columns = None
 
+    @torch.inference_mode()
     def _record(self, size: int, cache: FixedCache) -> None:
         """Records a forward of a size, with what its tensors hold: each time it writes the same."""
         shape, graph, stream = self._shapes[size], torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)

@@ -25,7 +25,7 @@ from rescore.decoding import Decoded, decode
 from rescore.generation.live import Generator
 from rescore.rescorers import Context
 from rescore.rescorers.unrescored import Draws
-from sampled.models import COSTS, LETTERS, PROMPT, Tiny, Way
+from sampled.models import LETTERS, PROMPT, Tiny, Way, costs_of
 
 
 class Question(Protocol):
@@ -144,7 +144,7 @@ class Decodes:
         self.generator: Generator | None = None
         if way.run:
             self.generator = Generator.of(
-                tiny.base, tiny.heads, way.run, verify=way.verify, costs=COSTS, rule=Sampling()
+                tiny.base, tiny.heads, way.run, verify=way.verify, costs=costs_of(tiny), rule=Sampling()
             )
         self._known: dict[Place, Question | Decoded] = {}
 

@@ -164,12 +164,15 @@ def _save_joint(tiny: Tiny, random: np.random.Generator) -> None:
         write_weights(tiny.at("joint"), fit)
 
 
-COSTS = Costs(
-    base="tiny", weights_sha256="", config_sha256="", dtype="float64", device="cpu", compiles=False,
-    contexts=[1, 64], nodes=[1, 8],
-    machine=Machine(cpu="none", cores=1, threads=1, torch="", transformers="", gpu=None),
-    step_ms=[[1.0, 2.0], [1.0, 2.0]], tree_ms=0.1, heads=HeadsCost(sha256="", h=H, ms=0.5),
-)  # fmt: skip
+def costs_of(tiny: Tiny) -> Costs:
+    """What steps of the tiny base may cost."""
+    of, heads = tiny.base.identity, tiny.heads
+    return Costs(
+        base=of.name, weights_sha256=of.weights_sha256, config_sha256=of.config_sha256, dtype=of.dtype, device="cpu",
+        compiles=False, contexts=[1, 64], nodes=[1, 8],
+        machine=Machine(cpu="none", cores=1, threads=1, torch="", transformers="", gpu=None),
+        step_ms=[[1.0, 2.0], [1.0, 2.0]], tree_ms=0.1, heads=HeadsCost(sha256=heads.sha256, h=heads.h, ms=0.5),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

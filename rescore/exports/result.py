@@ -214,7 +214,7 @@ def _made(chosen: _Chosen, counts: Counts, to: Format, drafter: EngineDrafter | 
 def _draft_of(chosen: _Chosen) -> dict[str, Any]:
     """What proposed the drafts: the hash of the heads where they did, and the other drafters as the run names them."""
     result, config = chosen.result, chosen.run.config
-    of_run = {(config.marked(run.rescorer), run.k): run.drafters for run in config.runs[result.task]}  # whatever its p
+    of_run = {(run.rescorer, run.k): run.drafters for run in config.runs[result.task]}  # whatever its p
     drafters = of_run[result.rescorer, result.k]
     of_heads = not drafters or any(each.partition(" ")[0] == HEADS for each in drafters)
     heads = {"heads_sha256": config.traces[result.task].get("heads_sha256")} if of_heads else {}

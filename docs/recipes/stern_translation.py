@@ -58,7 +58,7 @@ def prepare(data: Path, out: Path) -> None:
     train, dev = data / "multi30k_train.jsonl", data / "multi30k_dev.jsonl"
     trainer = Path(__file__).with_name("train_translation.py")
     if not (out / "base.done").exists():
-        run(trainer, train, dev, out / "base", "--epochs", 30)
+        run(trainer, train, dev, out / "base", "--epochs", 28)
         (out / "base.done").touch()
     for name, path in (("gold", train), ("dev", dev)):
         write(out / f"{name}.jsonl", [{"prompt": source, "response": text} for source, text in read(path)])

@@ -33,6 +33,7 @@ BATCH = 3000  # target tokens of a step, padding included
 SMOOTHING, DECAY = 0.1, 0.999
 DROPOUT, DROPOUT_LATER, LATER = 0.3, 0.1, 15  # until that epoch and after it, where the model still learns too little
 WARMUP, PEAK = 1000, 2e-3  # steps, learning rate
+COOLDOWN = 0.25  # share of the epochs, the last ones, over which it falls to nothing
 PARTS = 8  # of a file that are sorted by length apart
 
 Pair = tuple[list[int], list[int]]
@@ -144,7 +145,7 @@ def main() -> None:
     parser.add_argument("train", type=Path)
     parser.add_argument("dev", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=28)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--initial", type=Path)
@@ -187,10 +188,12 @@ def main() -> None:
             layer.dropout = DROPOUT if epoch < LATER and given.initial is None else DROPOUT_LATER
         losses, begun = [], time.perf_counter()
         torch.manual_seed(given.seed + 1 + epoch)
-        for batch in batches(pairs, random.Random(given.seed * 1000 + epoch)):
+        epoch_batches = list(batches(pairs, random.Random(given.seed * 1000 + epoch)))
+        for place, batch in enumerate(epoch_batches):
             step += 1
+            left = 1 - (epoch + place / len(epoch_batches)) / given.epochs
             for group in optimizer.param_groups:
-                group["lr"] = PEAK * min(step / WARMUP, math.sqrt(WARMUP / step))
+                group["lr"] = PEAK * min(step / WARMUP, math.sqrt(WARMUP / step)) * min(1.0, left / COOLDOWN)
             loss = loss_of(model, batch)
             optimizer.zero_grad()
             loss.backward()

@@ -52,6 +52,7 @@ PEAK, WARMUP, DECAY = 1e-3, 500, 0.999
 BATCH = 48
 EVALUATE_EVERY = 250
 HELD_OUT, TESTED = 64, 100  # patches
+HIDDEN = 0.9
 
 
 def image(name: str) -> np.ndarray:
@@ -116,12 +117,18 @@ def make_model() -> BartForConditionalGeneration:
     return model
 
 
-def loss_of(model: BartForConditionalGeneration, high: np.ndarray) -> torch.Tensor:
-    """Mean cross-entropy of pixels and the end."""
+def loss_of(
+    model: BartForConditionalGeneration, high: np.ndarray, *, rng: np.random.Generator | None = None
+) -> torch.Tensor:
+    """Mean cross-entropy of pixels and the end. rng: hides some of the pixels before from the decoder, of each patch
+    another share up to `HIDDEN`: a model that sees them all copies the last one and forgets the image it is given."""
     ends = np.full((len(high), 1), END)
     source = torch.from_numpy(np.concatenate([low_of(high).reshape(len(high), -1), ends], axis=1))
     target = torch.from_numpy(np.concatenate([high.reshape(len(high), -1), ends], axis=1))
     before = torch.cat([torch.full((len(high), 1), START), target[:, :-1]], dim=1)
+    if rng is not None:
+        hidden = rng.random(before.shape) < HIDDEN * rng.random((len(high), 1))
+        before = before.masked_fill(torch.from_numpy(hidden), START)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=source, decoder_input_ids=before).logits
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), target.flatten())
@@ -185,7 +192,7 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = PEAK * min(step / WARMUP, math.sqrt(WARMUP / step))
             rng = np.random.default_rng([given.seed, 99, step])
-            loss = loss_of(model, patches(train, BATCH, rng, flip=True))
+            loss = loss_of(model, patches(train, BATCH, rng, flip=True), rng=rng)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

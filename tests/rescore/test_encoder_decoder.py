@@ -147,7 +147,9 @@ def test_several_prompts_states_in_one_call(base: BaseLM):
 
 
 @pytest.mark.parametrize("family", ["marian", "t5"])
-def test_in_float32_with_packed_weights(family: str, tmp_path: Path):
+def test_in_float32_with_packed_weights(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lm.base.model.LEAST_WEIGHTS", 0)
+    monkeypatch.setattr("lm.base.model.compile_layers", lambda base: pytest.fail("its layers are not compiled"))
     base = load_base(str(save(tmp_path / "model", family)), device="cpu")
     exact = load_base(base.identity.name, dtype="float64", device="cpu")
     for prompt in prompts_of(base):
@@ -211,6 +213,16 @@ def test_a_command_for_costs_has_the_models_as_they_were_given(rescore: Command,
     models = ["--base", base.identity.name, "--heads", tmp_path / "heads", "--dtype", "float64", "--device", "cpu"]
     asked = rescore("generate", *models, "--nodes", "auto", "--prompt", "a")
     asked.refused("run: rescore bench costs " + " ".join(map(str, models)))
+
+
+@pytest.mark.parametrize("options", ["t5"], indirect=True)
+def test_its_costs_are_found_again(rescore: Command, options: list[object]):
+    how = ["--cached", 4, "--repeats", 1, "--rescorer", "none", "--k", 4]
+    measured = rescore("bench", "costs", *options[4:12], *how)
+    assert measured.code == 0, measured.err
+    predicted = rescore("eval", *options, "--rescorer", "none", "--costs", "here", "--json")
+    assert predicted.code == 0, predicted.err
+    assert predicted.document["results"][0]["predicted_speedup"] > 0
 
 
 def test_too_long_a_prompt_is_refused(base: BaseLM):

@@ -31,6 +31,7 @@ RULES = ("greedy", "distance:eps=1", "distance:eps=2", "distance:eps=4")
 SETTINGS = ("frozen", "fine-tuned")
 TAUGHT, SEED = 6000, 7  # patches that the heads learn from
 HEAD_STEPS, TUNED_STEPS, POSITIONS = 300, 200, 4096
+WIDTH = 128  # inner size of the heads' layer, times k: the base's d_model ([B]: its feed-forward layers' inner size)
 DECODED = 30  # patches of the test part
 PICTURED, RULE_PICTURED, BLOCK_PICTURED, ZOOM = 6, "distance:eps=2", 8, 6
 
@@ -72,7 +73,7 @@ def train(out: Path, setting: str, h: int) -> tuple[Path, Path]:
     heads = out / "heads" / f"{setting}-{h}"
     common = [
         "--base", out / "base", "--corpus", out / "pairs.jsonl", "--held-out-corpus", out / "dev.jsonl", "--h", h,
-        "--architecture", "shared", "--token-size", 0, "--inner-size", 128 * h, "--heads-per-step", 1, "--soft", 0,
+        "--architecture", "shared", "--token-size", 0, "--inner-size", WIDTH * h, "--heads-per-step", 1, "--soft", 0,
         "--vocabulary", 0, "--positions", POSITIONS,
     ]  # fmt: skip
     tuned = setting == "fine-tuned"

@@ -38,6 +38,7 @@ SETTINGS = {  # base, what is learned, whether the base learns as well
     "greedy, fine-tuned": ("base", "greedy", True),
 }
 HEAD_STEPS, TUNED_STEPS, POSITIONS = 400, 250, 4096
+WIDTH = 256  # inner size of the heads' layer, times k: the base's d_model ([B]: its feed-forward layers' inner size)
 TIMED = 200  # examples
 
 
@@ -90,7 +91,7 @@ def train(out: Path, setting: str, h: int) -> tuple[Path, Path]:
     path = out / corpus if corpus == "greedy" else out / f"{corpus}.jsonl"
     common = [
         "--base", out / base, "--corpus", path, "--held-out-corpus", out / "dev.jsonl", "--h", h,
-        "--architecture", "shared", "--token-size", 0, "--inner-size", 256 * h, "--heads-per-step", 1, "--soft", 0,
+        "--architecture", "shared", "--token-size", 0, "--inner-size", WIDTH * h, "--heads-per-step", 1, "--soft", 0,
         "--vocabulary", 0, "--positions", POSITIONS,
     ]  # fmt: skip
     untuned = {"fine-tuned": "frozen", "both": "distilled", "greedy, fine-tuned": "greedy"}.get(setting)

@@ -15,11 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 from lm.base.catalog import load_base
 from lm.heads.block_heads import load_heads
 from rescore.decoding import decode
+from rescore.peers import load_peer
 from rescore.replaying import replay
 from rescore.rescorers import load_rescorer
 from rescore.table import text_table
@@ -43,7 +42,7 @@ def main() -> None:
     base = load_base(arguments.base)
     heads = load_heads(base.identity, arguments.heads, device=base.device)
     examples = load_examples(task, data=arguments.data, limit=arguments.limit).examples
-    rescorer = load_rescorer("none")
+    rescorer, theirs = load_rescorer("none"), load_peer("transformers").load(base, {})
     ways = {"p = 1": (1, "batch"), f"p = {arguments.p}, batch": (arguments.p, "batch")}
     if base.supports_tree:
         ways[f"p = {arguments.p}, tree"] = arguments.p, "tree"
@@ -58,13 +57,7 @@ def main() -> None:
         traced = 0
         for place, example in enumerate(trace.examples):
             prompt = example.prompt_ids.tolist()
-            ids = torch.tensor([prompt], device=base.device)
-            mask = torch.ones_like(ids)
-            output = base.model.generate(
-                ids, attention_mask=mask, do_sample=False, num_beams=1, max_new_tokens=limit,
-                pad_token_id=base.model.generation_config.pad_token_id or 0,
-            )  # fmt: skip
-            expected = output[0, len(base.prefix(prompt)) :].tolist()
+            expected = theirs(prompt, limit).output_ids
             traced += expected == example.output_ids.tolist()
             for way, (p, verify) in ways.items():
                 decoded = decode(

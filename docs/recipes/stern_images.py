@@ -21,6 +21,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from rescore.acceptance.rules import unmarked
+
 sys.path.insert(0, str(Path(__file__).parent))
 from train_superresolution import LEVELS, LOW, SIZE, TRAIN, image, low_of, patches, shrunk, words
 
@@ -29,6 +31,7 @@ RULES = ("greedy", "distance:eps=1", "distance:eps=2", "distance:eps=4")
 SETTINGS = ("frozen", "fine-tuned")
 TAUGHT, SEED = 6000, 7  # patches that the heads learn from
 HEAD_STEPS, TUNED_STEPS, POSITIONS = 300, 200, 4096
+WIDTH = 128  # inner size of the heads' layer, times k: the base's d_model ([B]: its feed-forward layers' inner size)
 DECODED = 30  # patches of the test part
 PICTURED, RULE_PICTURED, BLOCK_PICTURED, ZOOM = 6, "distance:eps=2", 8, 6
 
@@ -60,7 +63,8 @@ def prepare(out: Path) -> None:
         (out / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (out / "pixels.txt").write_text("".join(words(patch) + "\n" for patch in high))
     if not (out / "ngram.done").exists():
-        rescore("build-ngram", out / "pixels.txt", "--base", out / "base", "--out", out / "ngram")
+        how = ["--base", out / "base", "--out", out / "ngram", "--discount-fallback"]  # no intensity is rare
+        rescore("build-ngram", out / "pixels.txt", *how)
         (out / "ngram.done").touch()
 
 
@@ -69,7 +73,7 @@ def train(out: Path, setting: str, h: int) -> tuple[Path, Path]:
     heads = out / "heads" / f"{setting}-{h}"
     common = [
         "--base", out / "base", "--corpus", out / "pairs.jsonl", "--held-out-corpus", out / "dev.jsonl", "--h", h,
-        "--architecture", "shared", "--token-size", 0, "--inner-size", 128 * h, "--heads-per-step", 1, "--soft", 0,
+        "--architecture", "shared", "--token-size", 0, "--inner-size", WIDTH * h, "--heads-per-step", 1, "--soft", 0,
         "--vocabulary", 0, "--positions", POSITIONS,
     ]  # fmt: skip
     tuned = setting == "fine-tuned"
@@ -91,7 +95,8 @@ def evaluate(out: Path, setting: str, h: int, rule: str) -> Path:
     heads, base = train(out, setting, h)
     results = out / "results" / f"{setting}-{h}-{rule.replace(':', '-')}"
     if not (results / "done").exists():
-        replayed = ["--rescorer", f"none,context-ngram,ngram:{out / 'ngram'},oracle"]
+        ngram = out / "ngram"  # what is shipped is of other tokens
+        replayed = ["--rescorer", f"none,context-ngram:{ngram},ngram:{ngram},oracle"]
         lossy = ["--mode", "live", "--acceptance", rule]
         rescore(
             "eval", "--base", base, "--heads", heads, "--task", "superresolution",
@@ -103,16 +108,16 @@ def evaluate(out: Path, setting: str, h: int, rule: str) -> Path:
 
 
 def efficiencies(results: Path) -> dict[str, float]:
-    """By rescorer."""
+    """By rescorer, without the rule that a label names."""
     document = json.loads((results / "results.json").read_text())
-    return {each["rescorer"].split(":")[0]: each["block_efficiency"] for each in document["results"]}
+    return {unmarked(each["rescorer"]).split(":")[0]: each["block_efficiency"] for each in document["results"]}
 
 
 def pixels(results: Path, rescorer: str = "none") -> dict[str, np.ndarray]:
     """What was written, by example, int64 `[SIZE, SIZE]`; 0 for what is no pixel."""
     found = {}
     for line in map(json.loads, (results / "examples.jsonl").open()):
-        if line["rescorer"] == rescorer:
+        if unmarked(line["rescorer"]) == rescorer:
             ids = np.zeros(SIZE * SIZE, dtype=np.int64)
             ids[: len(line["output_ids"])] = line["output_ids"]
             found[line["id"]] = np.where(ids < LEVELS, ids, 0).reshape(SIZE, SIZE)

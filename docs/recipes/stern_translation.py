@@ -21,6 +21,8 @@ from typing import Any
 import sacrebleu
 from transformers import MarianMTModel, PreTrainedTokenizerFast
 
+from rescore.acceptance.rules import unmarked
+
 sys.path.insert(0, str(Path(__file__).parent))
 from train_translation import read, translate
 
@@ -36,6 +38,7 @@ SETTINGS = {  # base, what is learned, whether the base learns as well
     "greedy, fine-tuned": ("base", "greedy", True),
 }
 HEAD_STEPS, TUNED_STEPS, POSITIONS = 400, 250, 4096
+WIDTH = 256  # inner size of the heads' layer, times k: the base's d_model ([B]: its feed-forward layers' inner size)
 TIMED = 200  # examples
 
 
@@ -88,7 +91,7 @@ def train(out: Path, setting: str, h: int) -> tuple[Path, Path]:
     path = out / corpus if corpus == "greedy" else out / f"{corpus}.jsonl"
     common = [
         "--base", out / base, "--corpus", path, "--held-out-corpus", out / "dev.jsonl", "--h", h,
-        "--architecture", "shared", "--token-size", 0, "--inner-size", 256 * h, "--heads-per-step", 1, "--soft", 0,
+        "--architecture", "shared", "--token-size", 0, "--inner-size", WIDTH * h, "--heads-per-step", 1, "--soft", 0,
         "--vocabulary", 0, "--positions", POSITIONS,
     ]  # fmt: skip
     untuned = {"fine-tuned": "frozen", "both": "distilled", "greedy, fine-tuned": "greedy"}.get(setting)
@@ -118,15 +121,16 @@ def evaluate(data: Path, out: Path, setting: str, h: int, *how: Any, name: str) 
 
 
 def result_of(results: Path, rescorer: str = "none") -> dict[str, Any]:
+    """Of a rescorer; a label names a lossy rule as well."""
     document = json.loads((results / "results.json").read_text())
-    return next(each for each in document["results"] if each["rescorer"] == rescorer)
+    return next(each for each in document["results"] if unmarked(each["rescorer"]) == rescorer)
 
 
 def bleu_of(results: Path, base: Path, data: Path) -> float:
     """Of the whole corpus, as sacrebleu has it."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
     lines = [json.loads(line) for line in (results / "examples.jsonl").open()]
-    outputs = {line["id"]: line["output_ids"] for line in lines if line["rescorer"] == "none"}
+    outputs = {line["id"]: line["output_ids"] for line in lines if unmarked(line["rescorer"]) == "none"}
     rows = [json.loads(line) for line in (data / "multi30k_test.jsonl").open()]
     texts = [tokenizer.decode(outputs[row["id"]], skip_special_tokens=True).strip() for row in rows]
     return float(sacrebleu.corpus_bleu(texts, [[row["reference"] for row in rows]]).score)
@@ -164,7 +168,7 @@ def tables(data: Path, out: Path) -> None:
         results = out / "results" / f"timed-{h}"
         if (results / "done").exists():
             found = result_of(results)
-            row(h, f"{found['block_efficiency']:.2f}", f"{found['latency']['speed_up']:.2f}x")
+            row(h, f"{found['block_efficiency']:.2f}", f"{found['latency']['speedup']:.2f}x")
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ class EncoderDecoderLM(BaseLM):
     has_encoder = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "compiles": False})
+        super().__init__(*args, **kwargs)
         self.prompt_length = _encoder_length(self.model.config)
         self.prefix([])  # which it may lack
 

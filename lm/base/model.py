@@ -143,7 +143,8 @@ class BaseLM:
         few = torch.arange(3, device=self.device)[None]
         source = self.encoded(few.tolist())
         self._packs = pack_joined(self.model, self.output_embeddings, lambda: self.forward(few, source=source)[0])
-        if self._may_compile and sum(weight.numel() for weight in self.model.parameters()) >= LEAST_WEIGHTS:
+        gains = not self.has_encoder and sum(weight.numel() for weight in self.model.parameters()) >= LEAST_WEIGHTS
+        if self._may_compile and gains:
             compile_layers(self)
         self._may_compile = False
 

@@ -255,7 +255,9 @@ def load_neural(
             "train one for it: rescore train-rescorer"
         )
     if not model.supports_tree:
-        raise IncompatibleError(f"the {source.use.name} {source.name} takes no tree mask; give one with full attention")
+        has_encoder, no_tree = "has an encoder; give a causal LM", "takes no tree mask; give one with full attention"
+        why = has_encoder if model.has_encoder else no_tree
+        raise IncompatibleError(f"the {source.use.name} {source.name} {why}")
     if shared is not None:
         model.pack()
     return NeuralLM(model)

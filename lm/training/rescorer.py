@@ -26,7 +26,7 @@ from lm.neural.model import DeltaConfig, first_layers, named_size, save_delta, s
 from lm.training.data import Segment, body_states, cached, tokens_read
 from lm.training.losses import CHUNK_ROWS, soft_cross_entropy, teacher_probabilities
 from lm.training.options import RescorerOptions
-from lm.training.trainer import TextTrainer, Trainer
+from lm.training.trainer import TextTrainer, Trainer, save_model
 
 BEST_FILE = "best.safetensors"
 POOL = 8  # batches drawn at a time and sorted by length: less padding
@@ -171,8 +171,7 @@ class RescorerTrainer(TextTrainer[HeldOutText, RescorerOptions]):
     def _save(self, out: Path) -> None:
         if self.options.init == "scratch":
             with replaced_files(out) as temporary:
-                self.model.save_pretrained(temporary)
-                self.base.tokenizer.save_pretrained(temporary)
+                save_model(self.model, self.base, temporary)
             return
         identity = self.base.identity
         layers = named_size(self.options.size).base_layers

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.paths import encodable
+from lm.base.catalog import quiet
 from lm.base.machine import enough_memory
 from lm.base.model import BaseLM
 from lm.checkpoint import write_tensors
@@ -372,3 +373,10 @@ def rate_at(step: int, schedule: Schedule) -> float:
         return (step + 1) / schedule.warmup
     share = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))
+
+
+def save_model(model: Any, base: BaseLM, folder: Path) -> None:
+    """Writes a model folder as transformers reads it, with the tokenizer of a base LM."""
+    with quiet():
+        model.save_pretrained(folder)
+        base.tokenizer.save_pretrained(folder)

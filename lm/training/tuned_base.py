@@ -24,6 +24,7 @@ from lm.base.model import BaseLM
 from lm.files import replaced_files, write_json
 from lm.training.data import HeadData, Segment, body_states
 from lm.training.options import FULL, LORA
+from lm.training.trainer import save_model
 
 
 class TunedBase:
@@ -105,8 +106,7 @@ class TunedBase:
             tuned = TunedFrom(identity.name, identity.weights_sha256, identity.tokenizer_sha256)
             write_json(temporary / TUNED_FILE, dataclasses.asdict(tuned))
             if self.how == FULL:
-                self.model.save_pretrained(temporary)
-                self.base.tokenizer.save_pretrained(temporary)
+                save_model(self.model, self.base, temporary)
             else:
                 tensors = get_peft_model_state_dict(self.adapted, save_embedding_layers=False)
                 halves = {n: value.detach().to("cpu", torch.float16).contiguous() for n, value in tensors.items()}

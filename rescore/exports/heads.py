@@ -91,6 +91,10 @@ def convert_heads(
     tensors, notices = read_tensors(heads, config)
     of_base = load_projection(base) if base is not None else None
     if of_base is not None:
+        if of_base.has_encoder and to != "rescore":
+            raise IncompatibleError(
+                f"{of_base.identity.name} has an encoder, and --to {to} is for heads of causal LMs; give --to rescore"
+            )
         check_fit(config, heads, of_base.identity)
         config, tensors = _for_base(config, tensors, of_base)
     if to == "rescore":

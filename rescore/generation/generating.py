@@ -110,7 +110,7 @@ def answers(
         # Where nothing is named, if there are some.
         heads = models.used_heads if needs_heads or not (run or drafter) else None
         chosen = run or best_run(base, heads, drafters=drafter, nodes=nodes, k=_or(k, DEFAULT_K), p=p)
-        generator = Generator.of(base, heads, chosen, verify=verify, rule=rule)
+        generator = Generator.of(base, heads, chosen, verify=verify, inputs=inputs, rule=rule)
         for number, request in enumerate(requests):
             if stream is not None and number:
                 stream("\n")  # an empty line between outputs

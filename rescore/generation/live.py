@@ -27,6 +27,7 @@ from rescore.generation.growing_text import GrowingText
 from rescore.options import Spec
 from rescore.rescorers import JOINT, Rescorer, Target
 from rescore.rescorers.joint_plan import AUTO, PLANNED_NODES
+from rescore.runs.inputs import Inputs
 from rescore.runs.records import Seconds
 from rescore.runs.run import DEFAULT_K, NODES, NONE, ORACLE, Run, runs_of
 from rescore.runs.weights import fitted_to
@@ -127,10 +128,11 @@ class Generator:
         *,
         verify: str = "tree",
         costs: Costs | None = None,
+        inputs: Inputs | None = None,
         rule: Rule = GREEDY,
     ) -> Self:
         """Arguments as for `generate`; costs: of this base and these heads, for a rescorer that drafts by them (None:
-        those measured on this machine).
+        those measured on this machine, for which `inputs` has the models as the user named them).
 
         Raises `RescoreError` for what can't be decoded with, `IncompatibleError` for costs of other models.
         """
@@ -148,7 +150,7 @@ class Generator:
         if costs is not None:
             check_costs(costs, "the output", base.identity, _heads_key(heads, drafters))
         elif loaded.plans:
-            costs = _costs(base, heads, drafters)
+            costs = _costs(base, heads, drafters, inputs)
         fitted, drafters = fitted_to(_target(base, costs=costs), {"": (loaded, drafters)})[""]
         if run.alpha is not None:
             if fitted.alpha is None:
@@ -302,9 +304,10 @@ def _target(base: BaseLM, **more: Any) -> Target:
     return replace(target, **more)
 
 
-def _costs(base: BaseLM, heads: BlockHeads | None, drafters: Sequence[Drafter]) -> Costs:
+def _costs(base: BaseLM, heads: BlockHeads | None, drafters: Sequence[Drafter], inputs: Inputs | None = None) -> Costs:
     """Those measured on this machine, with the heads if they are among the drafters."""
-    return costs_here(base.identity, _heads_key(heads, drafters), str(base.device), compiles=base.compiles)
+    key = _heads_key(heads, drafters)
+    return costs_here(base.identity, key, str(base.device), compiles=base.compiles, inputs=inputs)
 
 
 def _heads_key(heads: BlockHeads | None, drafters: Sequence[Drafter]) -> HeadsKey | None:

@@ -140,11 +140,11 @@ class Joint(JoiningRescorer):
         statistics, first = self._statistics, int(proposals.firsts[row])
 
         def planned(sources: Sources, weights: np.ndarray, milliseconds: np.ndarray) -> tuple[float, int, Tree]:
-            """The tree, or its best branch alone, with the higher rate; and how much of it."""
+            """The tree of p branches, or its best one alone, with the higher rate; and how much of it."""
             tree = self._tree(sources, weights, first, PLANNED_NODES)
-            shapes = [tree] if planner.trees and p > 1 else []
+            shapes = [of_best_branches(tree, p)] if planner.trees and p > 1 else []
             if not shapes or planner.tree_ms:
-                shapes.append(_best_branch(tree))
+                shapes.append(of_best_branches(tree, 1))
             each = [(*planner.best_size(shape, milliseconds), shape) for shape in shapes]
             return max(each, key=lambda one: one[0])
 
@@ -172,8 +172,9 @@ class Joint(JoiningRescorer):
         return branches(token_ids, parents, depths, best_branches(parents, logps, p))
 
 
-def _best_branch(tree: Tree) -> Tree:
-    """The branch of a tree that is worth most, as a tree of its own."""
-    stays = best_branches(tree[1], tree[3], 1)
-    token_ids, _, depths, logps = (part[stays] for part in tree)
-    return token_ids, np.arange(-1, len(depths) - 1, dtype=np.int32), depths, logps
+def of_best_branches(tree: Tree, p: int) -> Tree:
+    """As much of a tree as the p branches have that are worth most together."""
+    stays = best_branches(tree[1], tree[3], p)
+    token_ids, above, depths, logps = (part[stays] for part in tree)
+    places = np.cumsum(stays, dtype=np.int32) - 1  # of what stays
+    return token_ids, np.where(above < 0, above, places[above]), depths, logps

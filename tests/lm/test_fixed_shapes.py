@@ -83,6 +83,7 @@ class TestFixedShapes:
 
         def record(self: FixedForwards, size: int, cache: FixedCache) -> None:
             assert not calls, "within a step"
+            assert int(self._shapes[size].positions.max()) == cache.length, "the context may end after it"
             recorded.append(size)
             self._recorded[size] = Graph(), known(self, self._shapes[size], cache)
 

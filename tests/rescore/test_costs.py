@@ -37,6 +37,7 @@ from rescore.drafters.drafting import Drafting
 from rescore.drafters.heads import Heads
 from rescore.generation.live import Generator
 from rescore.rescorers import load_rescorer
+from rescore.rescorers.joint import of_best_branches
 from rescore.rescorers.joint_plan import PATIENCE, Plan, Planner, best_size
 from rescore.runs.evaluated import load_run
 from rescore.runs.inputs import Inputs
@@ -183,6 +184,22 @@ def test_one_draft_is_planned_as_one(options: Options, tmp_path: Path):
     assert of_one == without_trees and {call.drafts for calls in of_one for call in calls} <= {0, 1}
     assert max(call.drafts for calls in of_trees for call in calls) > 1
     assert max(call.tokens for calls in of_one for call in calls) > 4
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=20), st.integers(0, 1000), st.integers(1, 5))
+def test_what_is_planned_has_no_more_branches_than_drafts(above: list[int], seed: int, p: int):
+    """However much of it is taken; its paths are the tree's."""
+    parents = np.array([-1, *(min(parent, place) for place, parent in enumerate(above))], dtype=np.int32)
+    shares = np.sort(np.random.default_rng(seed).uniform(0.01, 1, len(above)))[::-1]
+    logps, ids = np.concatenate([[0.0], np.log(shares)]), np.arange(len(parents), dtype=np.int32)
+    token_ids, kept, depths, kept_logps = of_best_branches((ids, parents, ids + 1, logps), p)
+    assert kept.dtype == parents.dtype and (depths == token_ids + 1).all() and (kept_logps == logps[token_ids]).all()
+    assert [-1, *token_ids[kept[1:]].tolist()] == parents[token_ids].tolist()
+    for n in range(1, len(kept) + 1):
+        assert len(set(range(n)) - set(kept[:n].tolist())) <= p
+    if p >= len(set(ids.tolist()) - set(parents.tolist())):
+        assert len(kept) == len(parents), "nothing is lost where all fit"
 
 
 @settings(deadline=None)

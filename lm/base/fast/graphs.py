@@ -167,9 +167,8 @@ class FixedForwards:
         they write after the cache's positions is not kept."""
         for before, size in zip((0, *SIZES), SIZES, strict=False):
             if self._records and before < most and size not in self._recorded:
-                ids = torch.zeros(1, size, dtype=torch.int64, device=self._device)
-                places = torch.arange(cache.length, cache.length + size, device=self._device)
-                self._shape(size).fill(ids, places[None], None, cache.length)
+                one = torch.zeros(1, 1, dtype=torch.int64, device=self._device)  # more might not fit into the context
+                self._shape(size).fill(one, one + cache.length, None, cache.length)
                 self._record(size, cache)
 
     def _shape(self, size: int) -> Shape:

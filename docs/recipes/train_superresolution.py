@@ -46,7 +46,8 @@ IMAGES = (*TRAIN, *DEV, *TEST)
 OF_SKLEARN = ("china", "flower")
 SIZE, LOW = 16, 4
 LEVELS = 256
-PAD, END, START = LEVELS, LEVELS + 1, LEVELS + 2
+GAP = 8  # ids that nothing has: whoever takes white for a near token (--acceptance distance) must not meet the end
+PAD, END, START = (LEVELS + GAP + place for place in range(3))
 SCALES = (2, 3, 4)  # by which an image is shrunk before patches are cut
 PEAK, WARMUP, DECAY = 1e-3, 500, 0.999
 BATCH = 48
@@ -96,6 +97,7 @@ def words(pixels: np.ndarray) -> str:
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A word for every intensity."""
     vocabulary = {str(level): level for level in range(LEVELS)} | {"<pad>": PAD, "</s>": END, "<s>": START}
+    vocabulary |= {f"<{level}>": level for level in range(LEVELS, LEVELS + GAP)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", END)])
@@ -107,7 +109,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_model() -> BartForConditionalGeneration:
     """A BART with weights drawn anew."""
     config = BartConfig(
-        vocab_size=LEVELS + 3, d_model=128, encoder_layers=2, decoder_layers=4, encoder_attention_heads=4,
+        vocab_size=START + 1, d_model=128, encoder_layers=2, decoder_layers=4, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=512, decoder_ffn_dim=512, max_position_embeddings=SIZE * SIZE + 8,
         dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, pad_token_id=PAD, eos_token_id=END,
         bos_token_id=START, decoder_start_token_id=START, forced_eos_token_id=None, scale_embedding=True,

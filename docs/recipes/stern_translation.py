@@ -32,14 +32,16 @@ RULES = ("greedy", "top-k:2", "top-k:3", "top-k:5", "min-block:2", "min-block:3"
 SETTINGS = {  # base, what is learned, whether the base learns as well
     "frozen": ("base", "gold", False),
     "fine-tuned": ("base", "gold", True),
-    "distilled": ("distilled", "beam", False),
-    "both": ("distilled", "beam", True),
-    "greedy": ("base", "greedy", False),
-    "greedy, fine-tuned": ("base", "greedy", True),
+    "distilled": ("base", "greedy", False),
+    "both": ("base", "greedy", True),
+    "beam": ("distilled", "beam", False),
+    "beam, fine-tuned": ("distilled", "beam", True),
 }
+BEGUN_WITH = {"fine-tuned": "frozen", "both": "distilled", "beam, fine-tuned": "beam"}  # the heads of that
 HEAD_STEPS, TUNED_STEPS, POSITIONS = 400, 250, 4096
 WIDTH = 256  # inner size of the heads' layer, times k: the base's d_model ([B]: its feed-forward layers' inner size)
 TIMED = 200  # examples
+TRAINER = Path(__file__).with_name("train_translation.py")
 
 
 def run(*command: Any) -> None:
@@ -57,11 +59,10 @@ def write(path: Path, records: list[dict[str, str]]) -> None:
 
 
 def prepare(data: Path, out: Path) -> None:
-    """The base, its translations of the training part, and the base that learned from those."""
+    """The base, and its greedy translations of the training part."""
     train, dev = data / "multi30k_train.jsonl", data / "multi30k_dev.jsonl"
-    trainer = Path(__file__).with_name("train_translation.py")
     if not (out / "base.done").exists():
-        run(trainer, train, dev, out / "base", "--epochs", 28)
+        run(TRAINER, train, dev, out / "base", "--epochs", 28)
         (out / "base.done").touch()
     for name, path in (("gold", train), ("dev", dev)):
         write(out / f"{name}.jsonl", [{"prompt": source, "response": text} for source, text in read(path)])
@@ -70,6 +71,11 @@ def prepare(data: Path, out: Path) -> None:
         "generate-corpus", "--base", out / "base", "--prompts", out / "prompts.jsonl", "--out", out / "greedy",
         "--max-new-tokens", 80, "--batch-size", 128,
     )  # fmt: skip
+
+
+def prepare_beams(data: Path, out: Path) -> None:
+    """The base's translations by beam search, and the base that learned from them."""
+    train, dev = data / "multi30k_train.jsonl", data / "multi30k_dev.jsonl"
     if not (out / "beam.jsonl").exists():
         model, sources = MarianMTModel.from_pretrained(out / "base").eval(), [source for source, _ in read(train)]
         tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "base")
@@ -77,7 +83,7 @@ def prepare(data: Path, out: Path) -> None:
         pairs = list(zip(sources, texts, strict=True))
         write(out / "beam_pairs.jsonl", [{"source": source, "reference": text} for source, text in pairs])
         write(out / "beam.jsonl", [{"prompt": source, "response": text} for source, text in pairs])
-    run(trainer, out / "beam_pairs.jsonl", dev, out / "distilled", "--initial", out / "base", "--epochs", 4)
+    run(TRAINER, out / "beam_pairs.jsonl", dev, out / "distilled", "--initial", out / "base", "--epochs", 4)
 
 
 def name_of(setting: str, h: int) -> str:
@@ -94,7 +100,7 @@ def train(out: Path, setting: str, h: int) -> tuple[Path, Path]:
         "--architecture", "shared", "--token-size", 0, "--inner-size", WIDTH * h, "--heads-per-step", 1, "--soft", 0,
         "--vocabulary", 0, "--positions", POSITIONS,
     ]  # fmt: skip
-    untuned = {"fine-tuned": "frozen", "both": "distilled", "greedy, fine-tuned": "greedy"}.get(setting)
+    untuned = BEGUN_WITH.get(setting)
     if not (heads / "trained").exists():
         if untuned is None:
             rescore("train-heads", *common, "--out", heads, "--steps", HEAD_STEPS, "--evaluate-every", HEAD_STEPS // 2)
@@ -181,8 +187,10 @@ def main() -> None:
     if not given.tables:
         out.mkdir(parents=True, exist_ok=True)
         prepare(data, out)
-        for setting in SETTINGS:
-            for h in BLOCKS if "greedy" not in setting else (8,):
+        for setting, (base, _, _) in SETTINGS.items():
+            if base != "base":
+                prepare_beams(data, out)
+            for h in BLOCKS if base == "base" else (SHARED[0],):
                 evaluate(data, out, setting, h, "--rescorer", "none,oracle", name=name_of(setting, h))
         h, setting = SHARED
         for rule in RULES:

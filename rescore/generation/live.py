@@ -27,6 +27,7 @@ from rescore.generation.growing_text import GrowingText
 from rescore.options import Spec
 from rescore.rescorers import JOINT, Rescorer, Target
 from rescore.rescorers.joint_plan import AUTO, PLANNED_NODES
+from rescore.runs.inputs import Inputs
 from rescore.runs.records import Seconds
 from rescore.runs.run import DEFAULT_K, NODES, NONE, ORACLE, Run, runs_of
 from rescore.runs.weights import fitted_to
@@ -128,9 +129,10 @@ class Generator:
         verify: str = "tree",
         costs: Costs | None = None,
         rule: Rule = GREEDY,
+        inputs: Inputs | None = None,
     ) -> Self:
         """Arguments as for `generate`; costs: of this base and these heads, for a rescorer that drafts by them (None:
-        those measured on this machine).
+        those measured on this machine); inputs: as for `costs_here`.
 
         Raises `RescoreError` for what can't be decoded with, `IncompatibleError` for costs of other models.
         """
@@ -148,7 +150,7 @@ class Generator:
         if costs is not None:
             check_costs(costs, "the output", base.identity, _heads_key(heads, drafters))
         elif loaded.plans:
-            costs = _costs(base, heads, drafters)
+            costs = _costs(base, heads, drafters, inputs)
         fitted, drafters = fitted_to(_target(base, costs=costs), {"": (loaded, drafters)})[""]
         if run.alpha is not None:
             if fitted.alpha is None:
@@ -253,6 +255,7 @@ def best_run(
     nodes: int | Literal["auto"] | None = None,
     k: int = DEFAULT_K,
     p: int | None = None,
+    inputs: Inputs | None = None,
 ) -> Run:
     """The run that generates where no rescorer is named: `joint` where weights for these drafters are shipped with the
     base's name (by its costs where they are measured here and no p is given), else `context-ngram` where there are
@@ -260,7 +263,8 @@ def best_run(
 
     drafters: none: heads if there are some, which draft from `FEWER` tokens where it is known which come most often
     (cheaper, and hardly less is accepted), and lookup. nodes: of trees, which are `joint`'s (`runs_of`). k, p: as for
-    `Run`; None: one draft, or of a tree all that it has. Raises as `Run` and its `load_drafters`.
+    `Run`; None: one draft, or of a tree all that it has. inputs: as for `costs_here`. Raises as `Run` and its
+    `load_drafters`.
     """
     own = Run(
         NONE, drafters=tuple(drafters or _own_drafters(base, heads)), label="drafts", k=k, p=1 if p is None else p
@@ -276,7 +280,7 @@ def best_run(
         run = Run(spec, drafters=own.drafters, k=k, p=drafts)
         try:
             loaded = run.load()
-            costs = _costs(base, heads, objects) if loaded.plans else None
+            costs = _costs(base, heads, objects, inputs) if loaded.plans else None
             loaded.fit(_target(base, costs=costs, sources=tuple(drafter.source for drafter in objects)))
         except InvalidDataError as error:
             warn(f"{spec} is left out: {first_line(error)}")
@@ -302,9 +306,10 @@ def _target(base: BaseLM, **more: Any) -> Target:
     return replace(target, **more)
 
 
-def _costs(base: BaseLM, heads: BlockHeads | None, drafters: Sequence[Drafter]) -> Costs:
+def _costs(base: BaseLM, heads: BlockHeads | None, drafters: Sequence[Drafter], inputs: Inputs | None = None) -> Costs:
     """Those measured on this machine, with the heads if they are among the drafters."""
-    return costs_here(base.identity, _heads_key(heads, drafters), str(base.device), compiles=base.compiles)
+    key = _heads_key(heads, drafters)
+    return costs_here(base.identity, key, str(base.device), compiles=base.compiles, inputs=inputs)
 
 
 def _heads_key(heads: BlockHeads | None, drafters: Sequence[Drafter]) -> HeadsKey | None:

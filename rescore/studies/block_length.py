@@ -37,6 +37,7 @@ from rescore.options import Cached, Repeats
 from rescore.replaying import replay
 from rescore.rescorers import Context, Rescorer
 from rescore.rescorers.base import JoiningRescorer
+from rescore.runs.inputs import Inputs
 from rescore.runs.run import Run
 from rescore.runs.weights import fit_to
 from rescore.studies.records import Record, record_of
@@ -142,7 +143,8 @@ def block_lengths_of_trace(
     block_heads = load_heads(model, heads)
     choosing = {rescorer: (loaded, drafters)}
     key, at = (block_heads.sha256, block_heads.h), str(model.device)
-    costs = costs_here(model.identity, key, at, compiles=model.compiles) if loaded.plans else None
+    inputs = Inputs(base=base, heads=heads, dtype=dtype, device=device)
+    costs = costs_here(model.identity, key, at, compiles=model.compiles, inputs=inputs) if loaded.plans else None
     fitted, drafters = fit_to(trace, choosing, device=at, shared=model, costs=costs)[rescorer]
     shown = partial(progress, "block lengths") if progress else None
     return block_lengths(

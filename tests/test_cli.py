@@ -241,7 +241,9 @@ class TestOtherCommands:
         out = rescore(*command).out
         assert re.match(r"tokens +ms +against 1 +GB/s +tok/s\n", out) and "{" not in out, "the table alone"
         rescore(*once(*command, "--repeats", 0)).refused("at least 1")
-        rescore(*once(*command, "--cached", 500)).refused("500 cached tokens do not fit into the context of 512")
+        rescore(*once(*command, "--cached", 500)).refused(
+            "500 cached tokens do not fit into the context of 512 with a call of 144; lower --cached"
+        )
 
     def test_costs(self, rescore: Command, model: list[object], tmp_path: Path):
         """Measured, kept, and what speed-ups are predicted by."""
@@ -266,7 +268,9 @@ class TestOtherCommands:
         rescore(*ask, tmp_path / "none.json").refused("no costs in .*none.json; measure them: rescore bench costs")
         rescore(*command, "--rescorer", "joint").refused("was made for another tokenizer than the base LM's")
         rescore(*once(*command, "--repeats", 0)).refused("--repeats 0; it must be at least 1")
-        rescore(*once(*command, "--cached", 500)).refused("500 cached tokens do not fit into the context of 512")
+        rescore(*once(*command, "--cached", 500)).refused(
+            "500 cached tokens do not fit into the context of 512 with a call of 144; lower --cached"
+        )
 
     def test_block_length(self, rescore: Command, model: list[object], tiny_base: BaseLM, tmp_path: Path):
         assert rescore("trace", *model, "--out", tmp_path / "trace", "--limit", 3).code == 0

@@ -266,3 +266,22 @@ class TestMistakes:
         options = ["--base", folder, "--device", "cpu"]
         rescore("generate", *options, "--prompts", rows).refused("has no chat template")
         rescore("generate", *options, "--prompt", "x", "--chat", "yes").refused("has no chat template")
+
+
+def test_a_byte_order_mark_on_stdin_is_no_part_of_a_prompt(
+    rescore: Command, tiny: list[object], text_of, monkeypatch: pytest.MonkeyPatch
+):
+    given_on_stdin(monkeypatch, b"\xef\xbb\xbfA prompt\r\n")
+    assert rescore("generate", *tiny, "--prompts", "-").out == text_of("A prompt") + "\n"
+    given_on_stdin(monkeypatch, b'\xef\xbb\xbf{"prompt": "A prompt", "id": 7}\r\n')
+    answer = json.loads(rescore("generate", *tiny, "--prompts", "-", "--json").out)
+    assert (answer["id"], answer["text"]) == (7, text_of("A prompt"))
+
+
+def test_costs_that_are_not_measured_are_asked_for_with_the_same_models(
+    rescore: Command, tiny: list[object], tiny_heads_folder: Path
+):
+    run = rescore("generate", *tiny, "--h", 3, "--prompt", "A prompt", "--nodes", "auto")
+    command = run.err.partition("run: ")[2]
+    assert run.code == 2 and command.startswith("rescore bench costs --base")
+    assert all(part in command for part in (f"--heads {tiny_heads_folder}", "--h 3", "--dtype float64"))

@@ -158,7 +158,10 @@ class StandingDecode:
         check_timing([cached], repeats=1)
         prompt = torch.randint(base.vocab_size, (cached,), generator=torch.Generator().manual_seed(0)).tolist()
         if len(base.prefix(prompt)) + longest > base.context_length or cached > base.prompt_length:
-            raise RescoreError(f"{cached} cached tokens do not fit into the context of {base.context_length}")
+            raise RescoreError(
+                f"{cached} cached tokens do not fit into the context of {base.context_length} with a call of "
+                f"{longest}; lower --cached"
+            )
         base.pack()
         self.base, self.cached = base, len(base.prefix(prompt))
         self.cache = base.new_decoding_cache(self.cached + longest)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from lattices.errors import InvalidDataError, RescoreError
 from lattices.paths import user_path
 from lm.files import is_text
-from lm.text_files import CSV, JSON_OBJECT, TSV, TextFile, identify, json_row, rows, text_lines
+from lm.text_files import BYTE_ORDER_MARK, CSV, JSON_OBJECT, TSV, TextFile, identify, json_row, rows, text_lines
 from rescore import options as shared
 from rescore.acceptance.options import Acceptance
 from rescore.options import Spec
@@ -109,8 +109,8 @@ def answers(
         base = models.base
         # Where nothing is named, if there are some.
         heads = models.used_heads if needs_heads or not (run or drafter) else None
-        chosen = run or best_run(base, heads, drafters=drafter, nodes=nodes, k=_or(k, DEFAULT_K), p=p)
-        generator = Generator.of(base, heads, chosen, verify=verify, inputs=inputs, rule=rule)
+        chosen = run or best_run(base, heads, drafters=drafter, nodes=nodes, k=_or(k, DEFAULT_K), p=p, inputs=inputs)
+        generator = Generator.of(base, heads, chosen, verify=verify, rule=rule, inputs=inputs)
         for number, request in enumerate(requests):
             if stream is not None and number:
                 stream("\n")  # an empty line between outputs
@@ -179,6 +179,8 @@ def _from_stdin() -> Iterator[Request]:
         raise RescoreError("--prompts -: stdin is closed; give a file")
     is_json, found = None, False
     for number, line in enumerate(iter(sys.stdin.buffer.readline, b""), start=1):
+        if number == 1:
+            line = line.removeprefix(BYTE_ORDER_MARK)
         if not line.strip():
             continue
         found = True
@@ -189,7 +191,9 @@ def _from_stdin() -> Iterator[Request]:
         try:
             yield Request(line.decode("utf-8").rstrip("\r\n"))
         except UnicodeDecodeError as error:
-            raise InvalidDataError(f"stdin line {number} is not UTF-8 text ({error.reason})") from error
+            raise InvalidDataError(
+                f"stdin line {number} is not UTF-8 text ({error.reason}); give it as UTF-8"
+            ) from error
     if not found:
         raise InvalidDataError("stdin holds no prompts")
 

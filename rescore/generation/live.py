@@ -255,6 +255,7 @@ def best_run(
     nodes: int | Literal["auto"] | None = None,
     k: int = DEFAULT_K,
     p: int | None = None,
+    inputs: Inputs | None = None,
 ) -> Run:
     """The run that generates where no rescorer is named: `joint` where weights for these drafters are shipped with the
     base's name (by its costs where they are measured here and no p is given), else `context-ngram` where there are
@@ -262,7 +263,8 @@ def best_run(
 
     drafters: none: heads if there are some, which draft from `FEWER` tokens where it is known which come most often
     (cheaper, and hardly less is accepted), and lookup. nodes: of trees, which are `joint`'s (`runs_of`). k, p: as for
-    `Run`; None: one draft, or of a tree all that it has. Raises as `Run` and its `load_drafters`.
+    `Run`; None: one draft, or of a tree all that it has. inputs: as for `costs_here`. Raises as `Run` and its
+    `load_drafters`.
     """
     own = Run(
         NONE, drafters=tuple(drafters or _own_drafters(base, heads)), label="drafts", k=k, p=1 if p is None else p
@@ -278,7 +280,7 @@ def best_run(
         run = Run(spec, drafters=own.drafters, k=k, p=drafts)
         try:
             loaded = run.load()
-            costs = _costs(base, heads, objects) if loaded.plans else None
+            costs = _costs(base, heads, objects, inputs) if loaded.plans else None
             loaded.fit(_target(base, costs=costs, sources=tuple(drafter.source for drafter in objects)))
         except InvalidDataError as error:
             warn(f"{spec} is left out: {first_line(error)}")

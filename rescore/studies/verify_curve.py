@@ -51,7 +51,10 @@ def verify_curve(
     """
     check_timing([cached], repeats)
     if cached + max(sizes) > base.context_length:
-        raise RescoreError(f"{cached} cached tokens do not fit into the context of {base.context_length}")
+        raise RescoreError(
+            f"{cached} cached tokens do not fit into the context of {base.context_length} with a call of {max(sizes)}; "
+            "lower --cached"
+        )
     base.pack()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(base.vocab_size, (1, cached + max(sizes)), generator=generator).to(base.device)

@@ -363,7 +363,13 @@ class TestKept:
             keep_costs(msgspec.structs.replace(costs_of([[1, 2, 3], [4, 5, 6]]), **broken), tmp_path / "broken.json")
             refused(lambda: read_costs(tmp_path / "broken.json"), "has other sizes than it says", InvalidDataError)
         document = json.loads((tmp_path / "costs.json").read_text())
-        for damage in ({"tree_ms": -1.0}, {"step_ms": [[1.0, -2.0, 3.0]] * 2}, {"step_ms": "none"}, {"nodes": []}):
+        for damage in (
+            {"tree_ms": -1.0},
+            {"tree_ms": 1e308},
+            {"step_ms": [[1.0, -2.0, 3.0]] * 2},
+            {"step_ms": "none"},
+            {"nodes": []},
+        ):
             old.write_text(json.dumps(document | damage))
             line = refused(lambda: read_costs(old), str(old), InvalidDataError)
             assert line.endswith("measure them again: rescore bench costs") and "\n" not in line

@@ -20,7 +20,7 @@ from rescore.decoding import decode
 from rescore.drafters import draft_layers
 from rescore.drafters.draft_layers import Eagle
 from rescore.generation.live import generate
-from rescore.rescorers import Target, load_rescorer
+from rescore.rescorers import Rescorer, Target, load_rescorer
 from rescore.runs.evaluation import evaluate
 from rescore.runs.recording import load_trace, record_task
 from rescore.runs.records import Identical
@@ -122,16 +122,11 @@ class TestArithmetic:
             np.testing.assert_allclose(lattice.logps, recorded[place].logps, rtol=1e-9, atol=1e-9)
 
 
-class _Partly:
+class _Partly(Rescorer):
     """Drafts of the real output, some steps wrong after a few tokens: chains are accepted to all lengths."""
-
-    longest, joins, alpha, branches = 1 + TOKENS, False, None, 0
 
     def __init__(self, output: list[int]) -> None:
         self.output = output
-
-    def prefill(self, contexts) -> None:
-        pass
 
     def draft(self, lattices, contexts, p):
         place = len(contexts[0].output_ids)

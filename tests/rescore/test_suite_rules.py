@@ -52,11 +52,15 @@ rescorers:
 LOSSY, SAMPLED = " [lossy: top-k:2]", " [sampled: temperature 2, top-p 0.9]"
 
 
+def writer_in(folder: Path, base: Path, heads: Path) -> Write:
+    """Of suites for the tiny model in a folder, with lines of them replaced."""
+    write_lines(folder / "squad.jsonl", squad_records(6))
+    return writer(folder, f"base: {base}\nheads: {heads}\ndtype: float64\n", BODY)
+
+
 @pytest.fixture
 def write(tmp_path: Path, tiny_folder: Path, tiny_heads_folder: Path) -> Write:
-    """A suite for the tiny model, with lines of it replaced."""
-    write_lines(tmp_path / "squad.jsonl", squad_records(6))
-    return writer(tmp_path, f"base: {tiny_folder}\nheads: {tiny_heads_folder}\ndtype: float64\n", BODY)
+    return writer_in(tmp_path, tiny_folder, tiny_heads_folder)
 
 
 @pytest.fixture
@@ -64,6 +68,14 @@ def finished(write: Write, tmp_path: Path) -> Path:
     """The folder of the suite, and its document beside it."""
     run(write(), tmp_path / "out")
     return tmp_path / "out"
+
+
+@pytest.fixture(scope="module")
+def only_read(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, tiny_heads_folder: Path) -> Path:
+    """The same once, for tests that change nothing in it."""
+    folder = tmp_path_factory.mktemp("rules")
+    run(writer_in(folder, tiny_folder, tiny_heads_folder)(), folder / "out")
+    return folder / "out"
 
 
 class TestRun:
@@ -125,6 +137,10 @@ class TestRun:
 
 class TestReaders:
     """Whatever reads the folder of a suite keeps its rules apart."""
+
+    @pytest.fixture
+    def finished(self, only_read: Path) -> Path:
+        return only_read
 
     def test_compare(self, finished: Path):
         both = Selection(a_rescorer="none", b_rescorer=f"none{LOSSY}")

@@ -37,6 +37,7 @@ NONE, ORACLE, HEADS = (Spec("none"),), (Spec("oracle"),), Spec("heads")
 PLAIN_WIDTH = 160  # columns where stdout is no terminal and COLUMNS does not say
 GENERATE, MEASURE, LOOK, NGRAMS, TRAIN, TASKS = "Generate", "Measure", "Look", "N-grams", "Train", "Tasks"
 INPUTS = "rescore.runs.inputs:Inputs"
+EXECUTION = Source("lm.executors:ExecutorOptions")
 MODEL = Source(INPUTS, only=("base", "dtype", "device"))
 OF_TASKS = ("task", "limit", "data", "trace", "leave_out", "max_prompt_tokens")
 OWN = Source("lm.base.own_output:OwnOutput", but=("batch_size", "temperature", "seed"))
@@ -323,7 +324,7 @@ def tune_command(
     notify("kept on this machine: rescore eval --alpha tuned with the same options uses these weights")
 
 
-@command("trace", MEASURE, inputs=Source(INPUTS, but=("trace", "h", "compile")))
+@command("trace", MEASURE, inputs=Source(INPUTS, but=("trace", "h", "compile")), execution=EXECUTION)
 def trace_command(
     *,
     out: Annotated[Path, "Folder for the trace; resumable."],
@@ -331,12 +332,14 @@ def trace_command(
     k: Annotated[int, "Lattice entries kept per head."] = 32,
     drafter: Annotated[Spec, "Whose lattices: heads, draft-model:, eagle:, hydra:, mtp, a plug-in's; or none."] = HEADS,
     inputs: "Inputs",
+    execution: Any,
 ) -> None:
     """Record a trace: greedy output and lattices of a task, for replay with `rescore eval --trace`."""
     _check((task,), inputs)
     from rescore.runs.recording import record_task
 
-    print(f"{out}: {_done(record_task, replace(inputs, task=task), drafter, out, k=k, notify=notify).line()}")
+    how: dict[str, Any] = {"k": k, "execution": execution, "notify": notify}
+    print(f"{out}: {_done(record_task, replace(inputs, task=task), drafter, out, **how).line()}")
 
 
 @command("import-trace", MEASURE, asked=Source("rescore.imports.importing:import_trace"))
@@ -351,16 +354,17 @@ def build_tree_command(asked: Asked, as_json: Json = False) -> None:
     _result(asked(), "rescore.studies.tree_building:tree_table", as_json)
 
 
-@command("suite", MEASURE, plan=Source("rescore.suites.plan:read_plan"))
+@command("suite", MEASURE, plan=Source("rescore.suites.plan:read_plan"), execution=EXECUTION)
 def suite_command(
-    plan: Asked, out: Annotated[Path, "Folder for results, table.md and table.csv; resumable."], as_json: Json = False
+    plan: Asked, execution: Any, out: Annotated[Path, "Folder for its results; resumable."], as_json: Json = False
 ) -> None:
     """Run a whole table, tasks x rescorers x k, from one YAML file; goes on where it was stopped."""
     from lm.records import plain
     from rescore.suites.run import run_suite
     from rescore.suites.tables import suite_tables
 
-    suite = _done(run_suite, plan(), out, source=plan.keywords["path"].name, notify=notify)
+    how: dict[str, Any] = {"source": plan.keywords["path"].name, "execution": execution, "notify": notify}
+    suite = _done(run_suite, plan(), out, **how)
     if as_json:
         _print_json(plain(suite.document))
     else:
@@ -419,11 +423,12 @@ def export_command(asked: Asked) -> None:
     print(exported.out or exported)
 
 
-@command("build-ngram", NGRAMS, options=Source("lm.ngram.build:NgramOptions"), own=OWN)
+@command("build-ngram", NGRAMS, options=Source("lm.ngram.build:NgramOptions"), own=OWN, execution=EXECUTION)
 def build_ngram_command(
     corpus: Corpora,
     options: "NgramOptions",
     own: Any,
+    execution: Any,
     out: Annotated[Path | None, "Folder; resumable. Default: beside the corpus, NAME-4gram for NAME.txt."] = None,
     tokenizer: Annotated[
         str | None,
@@ -440,7 +445,8 @@ def build_ngram_command(
     tokenizer = tokenizer or base or DEFAULT_BASE
     own = replace(own, base=base or tokenizer)
     options = replace(options, tokenizer=tokenizer, discount_fallback=(0.5, 1.0, 1.5) if discount_fallback else None)
-    summary = _done(build_ngram, corpus, folder, options, own=own, replace=out is not None)
+    how: dict[str, Any] = {"own": own, "replace": out is not None, "execution": execution}
+    summary = _done(build_ngram, corpus, folder, options, **how)
     _result(summary, "rescore.studies.tables:built_ngram_table", as_json)
     None if as_json else print(f"next: {summary.use(tokenizer)}")
 

@@ -50,10 +50,12 @@ RECORDING = 1  # changes with what `record_trace` computes: its prompts, outputs
 HEADER_FILE = "trace.json"
 LATTICE_ROWS = 16  # positions whose full-vocabulary logits are alive at a time
 PART_EXAMPLES = 32  # examples per part: what a kill can lose, and the window in which prompts are sorted by length
+BATCH_SIZE = 16
 TRACE_K = 32
 ROUNDING = 1e-3  # nats below 0 that an entropy may have by rounding
 OPTIONAL = ("group",)  # columns that older traces and those of others may lack
 Positive = Annotated[int, msgspec.Meta(ge=1)]
+RecordParts = Callable[[Sequence[Sequence[Example]]], Iterator[list[dict[str, Any]]]]
 
 
 class TraceHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -133,8 +135,9 @@ def record_trace(
     max_new_tokens: int = 64,
     max_prompt_tokens: int | None = None,
     k: int = TRACE_K,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     recorded: Trace | None = None,
+    elsewhere: RecordParts | None = None,
     check: Callable[[], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Trace:
@@ -143,16 +146,14 @@ def record_trace(
     heads: None for a trace of the base's own next token only (h = 1).
 
     A part is written after every `PART_EXAMPLES`, so a killed recording goes on where it stopped. `recorded`: what
-    `read_trace` gave of the folder, at least the examples asked for, if it has been called already. `check` is called
-    before a part is written, and raises if what the settings say no longer holds. `progress(done, total)` is called
-    after every example.
+    `read_trace` gave of the folder, at least the examples asked for, if it has been called already. `elsewhere` gives
+    the rows of parts, in their order, where they are not recorded here. `check` is called before a part is written, and
+    raises if what the settings say no longer holds. `progress(done, total)` is called after every example.
 
     Raises `IncompatibleError` if the folder holds a trace with other settings, `OutputError` if it can't be written or
     another process writes to it, `RescoreError` for prompts that do not fit into the context and for k beyond the
     vocabulary.
     """
-    from lm.base.generation import generate
-
     check_k(k, base.vocab_size)
     header = TraceHeader(heads.h if heads else 1, k, base.vocab_size, sorted(base.eos_token_ids), settings, [])
     with writing_to(folder):  # before the work: a place that can't be written to is refused at once
@@ -165,35 +166,63 @@ def record_trace(
                 recorded = read_trace(folder)
         done = {e.id: e for e in recorded.examples} if recorded else {}
         missing = [e for e in examples if e.id not in done]
-        prompts = [base.encode_prompt(e.prompt, chat=chat, max_tokens=max_prompt_tokens) for e in missing]
-        for example, ids in zip(missing, prompts, strict=True):
+        for example in missing:
+            ids = base.encode_prompt(example.prompt, chat=chat, max_tokens=max_prompt_tokens)
             check_fits(base, len(ids), max_new_tokens, what=f"example {example.id}: a prompt")
         finished = len(examples) - len(missing)
         if missing:
             base.unpack()  # what is recorded is the same to the last bit whatever was decoded before
-        for start in range(0, len(missing), PART_EXAMPLES):
-            part, ids_of = missing[start : start + PART_EXAMPLES], prompts[start : start + PART_EXAMPLES]
-            rows: dict[int, dict[str, Any]] = {}
-            for greedy in generate(
-                base, ids_of, max_new_tokens=max_new_tokens, batch_size=batch_size, with_hidden=True
-            ):
-                assert greedy.hidden is not None and greedy.margins is not None
-                rows[greedy.index] = row_of_states(
-                    base, heads, part[greedy.index], ids_of[greedy.index], greedy.output_ids,
-                    hidden=greedy.hidden, margins=greedy.margins, k=k,
-                )  # fmt: skip
-                finished += 1
-                if progress:
-                    progress(finished, len(examples))
+
+        def one_more() -> None:
+            nonlocal finished
+            finished += 1
+            if progress:
+                progress(finished, len(examples))
+
+        how = {"chat": chat, "max_new_tokens": max_new_tokens, "max_prompt_tokens": max_prompt_tokens, "k": k}
+        parts = [missing[start : start + PART_EXAMPLES] for start in range(0, len(missing), PART_EXAMPLES)]
+        here = (rows_of(base, heads, part, **how, batch_size=batch_size, each=one_more) for part in parts)
+        for part, rows in zip(parts, elsewhere(parts) if elsewhere else here, strict=True):
+            for _ in part if elsewhere else ():
+                one_more()
             if check:
                 check()
             name = f"part-{len(header.parts):05d}"
-            # In the order of the data, so that a trace cut to its first examples is what --limit would record.
-            write_part(folder / name, [rows[place] for place in range(len(part))])
+            write_part(folder / name, rows)
             header = msgspec.structs.replace(header, parts=[*header.parts, name])
             write_json(folder / HEADER_FILE, plain(header))
             done |= {e.id: e for e in _read_part(folder / name, header)}
         return Trace(header, tuple(done[e.id] for e in examples))
+
+
+def rows_of(
+    base: BaseLM,
+    heads: BlockHeads | None,
+    examples: Sequence[Example],
+    *,
+    chat: bool,
+    max_new_tokens: int,
+    max_prompt_tokens: int | None,
+    k: int,
+    batch_size: int = BATCH_SIZE,
+    each: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """The rows of a part; `each` is called after every example. Arguments as of `record_trace`.
+
+    They stand in the order of the data, so that a trace cut to its first examples is what --limit would record.
+    """
+    from lm.base.generation import generate
+
+    prompts = [base.encode_prompt(e.prompt, chat=chat, max_tokens=max_prompt_tokens) for e in examples]
+    rows: dict[int, dict[str, Any]] = {}
+    for greedy in generate(base, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, with_hidden=True):
+        assert greedy.hidden is not None and greedy.margins is not None
+        rows[greedy.index] = row_of_states(
+            base, heads, examples[greedy.index], prompts[greedy.index], greedy.output_ids, hidden=greedy.hidden,
+            margins=greedy.margins, k=k,
+        )  # fmt: skip
+        each()
+    return [rows[place] for place in range(len(examples))]
 
 
 def recorded_by(device: str) -> dict[str, str | int]:

@@ -21,13 +21,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
+from lm.executors import HERE, Executor, ExecutorOptions
 from lm.files import (
     append_json_line,
     changed_settings,
@@ -44,8 +45,9 @@ from lm.options import Base, Device, Dtype
 from lm.text_files import CSV, TSV, TextFile, identify, rows, text_lines
 
 if TYPE_CHECKING:
+    from lm.base.generation import Generated
     from lm.base.machine import Work
-    from lm.base.model import BaseLM
+    from lm.base.model import BaseIdentity, BaseLM
 
 CORPUS_FILE, HIDDEN_FILE = "corpus.jsonl", "hidden.f16"
 MANIFEST_FILE, SETTINGS_FILE = "manifest.json", "settings.json"
@@ -113,6 +115,7 @@ def write_own_corpus(
     dtype: Dtype = "float32",
     device: Device = "auto",
     options: GenerationOptions,
+    execution: ExecutorOptions = ExecutorOptions(),
     progress: Callable[[str, int, int], None] | None = None,
 ) -> str:
     """`generate_corpus` for a file of prompts and a base LM by name; says in words what there is, and how fast it was.
@@ -125,9 +128,12 @@ def write_own_corpus(
     loaded = load_base(base, dtype=dtype, device=device)
     chosen = read_prompts(prompts, default_chat=loaded.is_chat)
     shown = partial(progress, "generate") if progress else None
-    summary = generate_corpus(loaded, chosen, out, options, progress=shown)
+    with execution.started(device) as executor:
+        summary = generate_corpus(loaded, chosen, out, options, executor=executor, progress=shown)
     if not summary.made:
         return summary.line()
+    if not executor.is_local:
+        return f"{summary.line()}\n{summary.speed()}"
     return f"{summary.line()}\n{summary.speed()}: {share_of_limits(loaded, summary.work, summary.seconds)}"
 
 
@@ -164,6 +170,7 @@ def generate_corpus(
     out: Path,
     options: GenerationOptions = GenerationOptions(),
     *,
+    executor: Executor = HERE,
     progress: Callable[[int, int], None] | None = None,
 ) -> CorpusSummary:
     """Writes the output of every prompt to `out`; what an earlier, interrupted run made is kept.
@@ -176,8 +183,7 @@ def generate_corpus(
     files are replaced meanwhile, `RescoreError` for options that make no sense, `OutputError` if `out` can't be written
     or another process is writing to it.
     """
-    from lm.base.catalog import Watch
-    from lm.base.generation import generate  # torch, which n-gram models do not need
+    from lm.base.catalog import Watch  # torch, which n-gram models do not need
     from lm.base.machine import Work
 
     options.check()
@@ -205,10 +211,7 @@ def generate_corpus(
         total, decoded, work, began = len(corpus.prompts) + len(missing), 0, Work(base), time.perf_counter()
         watch = Watch(base)
         with writing(out), corpus.appending(base.hidden_size) as append:
-            for generated in generate(
-                base, encoded, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size, with_hidden=True,
-                temperature=options.temperature, seed=options.seed, work=work,
-            ):  # fmt: skip
+            for generated in _generated(base, encoded, options, executor, work):
                 ids = generated.output_ids.tolist()
                 fields = {
                     "prompt_ids": encoded[generated.index], "output_ids": ids, "text": base.decode_text(ids)
@@ -229,6 +232,50 @@ def generate_corpus(
             str(corpus.path), **corpus.counts(), made=len(missing), seconds=time.perf_counter() - began,
             decoded=decoded, work=work,
         )  # fmt: skip
+
+
+def _generated(
+    base: BaseLM, prompts: Sequence[Sequence[int]], options: GenerationOptions, executor: Executor, work: Work
+) -> Iterator[Generated]:
+    """The output of every prompt, wherever it is made."""
+    from lm.base.generation import batches_of, generate
+
+    if executor.is_local:
+        yield from generate(base, prompts, batch_size=options.batch_size, work=work, **_how(options))
+        return
+    batches = list(batches_of(base, prompts, options.batch_size))
+    shards = ([prompts[i] for i in rows] for rows in batches)
+    for rows, outputs in zip(batches, executor.map(_OutputsByWorkers(base.identity, options), shards), strict=True):
+        for generated in outputs:
+            yield dataclasses.replace(generated, index=rows[generated.index])
+
+
+def _how(options: GenerationOptions) -> dict[str, Any]:
+    named = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "seed")}
+    return {**named, "with_hidden": True}
+
+
+@dataclass(frozen=True)
+class _OutputsByWorkers:
+    """Continues a batch of prompts in a worker, which loads the base itself: it must be the same."""
+
+    identity: BaseIdentity
+    options: GenerationOptions
+
+    def __call__(self, prompts: Sequence[Sequence[int]]) -> list[Generated]:
+        from lm.base.generation import generate
+
+        base = _base_of_worker(self.identity.name, self.identity.dtype)
+        if base.identity != self.identity:
+            raise IncompatibleError(f"a worker finds another {self.identity.name} than there is here")
+        return list(generate(base, prompts, batch_size=len(prompts), **_how(self.options)))
+
+
+@lru_cache(maxsize=1)
+def _base_of_worker(name: str, dtype: str) -> BaseLM:
+    from lm.base.catalog import load_base
+
+    return load_base(name, dtype=dtype)
 
 
 def _encoded(base: BaseLM, prompts: Sequence[Prompt], options: GenerationOptions) -> list[list[int]]:

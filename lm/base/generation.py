@@ -14,6 +14,7 @@ import torch
 from lm.base.machine import Work
 from lm.base.model import BaseLM
 
+WINDOW = 1024  # prompts that are sorted by length together
 ATTENTION_CELLS = 1 << 22  # prompt tokens squared x rows of a batch: 16 rows of 512, 1 of 2,048
 
 
@@ -33,7 +34,7 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int = 64,
-    window: int = 1024,
+    window: int = WINDOW,
     with_hidden: bool = False,
     temperature: float = 0.0,
     seed: int = 0,
@@ -48,6 +49,16 @@ def generate(
     temperature: 0 is greedy; above it tokens are drawn, by random numbers that follow from the seed and the prompt.
     work: counts what the base does for prompts and tokens that are yielded.
     """
+    for rows in batches_of(base, prompts, batch_size, window):
+        batch = _Batch(base, [prompts[i] for i in rows], max_new_tokens, work)
+        draws = _draws(batch.prompts, max_new_tokens, seed) if temperature > 0 else None  # [rows, steps]
+        yield from batch.generate(rows, draws, temperature, with_hidden=with_hidden)
+
+
+def batches_of(
+    base: BaseLM, prompts: Sequence[Sequence[int]], batch_size: int, window: int = WINDOW
+) -> Iterator[list[int]]:
+    """Which prompts `generate` decodes side by side: one batch alone is decoded the same."""
     for start in range(0, len(prompts), window):
         indices = sorted(range(start, min(start + window, len(prompts))), key=lambda i: -len(prompts[i]))
         while indices:
@@ -57,9 +68,7 @@ def generate(
             if alike < len(indices[:count]) and not base.supports_padding:
                 count = alike
             rows, indices = indices[:count], indices[count:]
-            batch = _Batch(base, [prompts[i] for i in rows], max_new_tokens, work)
-            draws = _draws(batch.prompts, max_new_tokens, seed) if temperature > 0 else None  # [rows, steps]
-            yield from batch.generate(rows, draws, temperature, with_hidden=with_hidden)
+            yield rows
 
 
 class _Batch:

@@ -29,6 +29,7 @@ from lattices.errors import IncompatibleError, InvalidDataError, OutputError, Re
 from lattices.ngrams import MAX_ORDER, SENTENCE_END, NgramModel
 from lattices.paths import is_writable, user_path
 from lm.base.own_output import OWN_PREFIX, OwnOutput, own_output
+from lm.executors import Executor, ExecutorOptions
 from lm.files import atomic_folder, changed_settings, read_json_object, sha256_of_file, write_json, writing
 from lm.locks import warn, writing_to
 from lm.ngram.corpus import HUB_PREFIX, CorpusSource, EncodedCorpus, encode_corpora, find_sources, is_unchanged
@@ -122,19 +123,21 @@ def build_ngram(
     *,
     own: OwnOutput | None = None,
     replace: bool = True,
+    execution: ExecutorOptions = ExecutorOptions(),
     progress: Progress | None = None,
 ) -> NgramSummary:
     """Estimates an n-gram model from `corpora` (see `lm.ngram.corpus`) and writes it to the folder `out`.
 
     A corpus may also be `own:PROMPTS`: greedy output for a file of prompts, generated as `own` says (default: by the
     base of the tokenizer) and kept in the cache directory. `replace`: whether a finished model in `out` that was made
-    of other things may be replaced; it is refused with the difference if not (`IncompatibleError`).
+    of other things may be replaced; it is refused with the difference if not (`IncompatibleError`). `execution`: who counts.
 
     Raises `RescoreError` for options that make no sense, `InvalidDataError` for corpora that can't be used,
     `OutputError` where `out` can't be written or another process writes to it. `progress(stage, done, total)` is called
     now and then; an exception from it interrupts the build.
     """
     options, progress = options.checked(), progress or no_progress
+    execution.check()
     check_place(out)
     with writing_to(out, beside=True):
         tokenizer, tokenizer_hash, tokenization_hash = _load(options.tokenizer)
@@ -159,7 +162,11 @@ def build_ngram(
         counted = json.loads(json.dumps({"format": COUNTING_FORMAT, **reading}))
         earlier = _read_encoded(work, counted)
         encoded = earlier or _encode(sources, work, tokenizer, options, counted, progress)
-        estimated = (_run_lmplz if options.estimator == "lmplz" else _estimate)(encoded, work, options, progress)
+        if options.estimator == "lmplz":
+            estimated = _run_lmplz(encoded, work, options, progress)
+        else:
+            with execution.started() as executor:
+                estimated = _estimate(encoded, work, options, executor, progress)
         summary = NgramSummary(
             str(out), options.order, tuple(map(len, estimated.model.orders)), encoded.documents, encoded.tokens,
             estimated.discounts, estimated.fallback_orders, earlier is not None,
@@ -170,12 +177,14 @@ def build_ngram(
         return summary
 
 
-def _estimate(encoded: EncodedCorpus, work: Path, options: NgramOptions, progress: Progress) -> Estimate:
+def _estimate(
+    encoded: EncodedCorpus, work: Path, options: NgramOptions, executor: Executor, progress: Progress
+) -> Estimate:
     room, threads = max(options.memory - OVERHEAD, 1), options.threads or os.cpu_count() or 1
     with writing(work):
         full = count_full(
             encoded.ids(), order=options.order, vocabulary_size=len(encoded.vocabulary), folder=work, memory=room,
-            threads=threads, progress=progress,
+            threads=max(threads, executor.workers), executor=executor, progress=progress,
         )  # fmt: skip
     workspace = Workspace(work, room // 2)  # the rest for what comes and goes
     table = build_table(full, workspace, threads=threads)

@@ -13,7 +13,7 @@ context is found from the context of its suffix: the two differ by the first wor
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -25,6 +25,7 @@ from numba import njit
 
 from lattices.errors import RescoreError
 from lattices.ngrams import SENTENCE_END, SENTENCE_START
+from lm.executors import HERE, Executor
 from lm.files import write_array, writing
 
 BREAK = -1
@@ -118,12 +119,14 @@ def count_full(
     folder: Path,
     memory: int,
     threads: int,
+    executor: Executor = HERE,
     progress: Progress | None = None,
 ) -> FullCounts:
     """Counts the n-grams of the highest order in a stream `ids` int32 `[t]` (may be memory-mapped).
 
     Runs are written to `folder`; those that an earlier call with the same arguments finished are used again, so the
     caller empties the folder when anything changes. `memory` (bytes) bounds the arrays of all `threads` together.
+    `executor`: who sorts and merges; runs are written here in any case.
     Raises `OutputError` if the folder can't be written.
     """
     layout, progress = key_layout(order, vocabulary_size), progress or no_progress
@@ -132,29 +135,36 @@ def count_full(
     chunk = max(LEAST_CHUNK, min(memory // (2 * threads * per_token), -(-len(ids) // threads)))
     starts = range(0, len(ids), chunk)
 
+    def place(begin: int) -> Path:
+        return folder / f"run-{chunk}-{begin // chunk:05d}.keys"
+
+    def shard(begin: int) -> _Shard:
+        return ids[max(0, begin - order + 1) : begin + chunk], min(begin, order - 1)
+
     def make(begin: int) -> Path:
-        path = folder / f"run-{chunk}-{begin // chunk:05d}.keys"
-        if not path.is_file():
-            end = min(begin + chunk, len(ids))
-            keys = np.empty((end - begin, columns), np.uint64)
-            keys = _sorted(keys[: _fill_keys(ids, begin, end, layout, keys)])
-            is_new = np.ones(len(keys) + 1, np.bool_)
-            is_new[1:-1] = np.any([column[1:] != column[:-1] for column in keys.T], axis=0)
-            first = np.flatnonzero(is_new)
-            _write_run(path, keys[first[:-1]], np.diff(first))
-        return path
+        if not place(begin).is_file():
+            _write_run(place(begin), *_counted(layout, shard(begin)))
+        return place(begin)
+
+    def by_workers() -> Iterator[Path]:
+        missing = [begin for begin in starts if not place(begin).is_file()]
+        done = executor.map(partial(_counted, layout), map(shard, missing))
+        for begin in starts:
+            if begin in missing:
+                _write_run(place(begin), *next(done))
+            yield place(begin)
 
     with writing(folder), ThreadPoolExecutor(threads) as pool:
         folder.mkdir(parents=True, exist_ok=True)
         runs = []
         try:
-            for path in pool.map(make, starts):
+            for path in pool.map(make, starts) if executor.is_local else by_workers():
                 runs.append(_read_run(path, columns))
                 progress("counting", min(len(ids), len(runs) * chunk), len(ids))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    keys, counts = runs[0] if len(runs) == 1 else _merge_runs(runs, folder, memory, threads, progress)
+    keys, counts = runs[0] if len(runs) == 1 else _merge_runs(runs, folder, memory, threads, executor, progress)
     return FullCounts(keys, counts, order, vocabulary_size)
 
 
@@ -195,6 +205,20 @@ def build_table(full: FullCounts, workspace: Workspace, *, threads: int = 1) -> 
     return table._replace(closing=current[1 : depth + 1].copy())
 
 
+_Shard = tuple[np.ndarray, int]  # token ids, of which so many first ones only stand before the n-grams
+
+
+def _counted(layout: Layout, shard: _Shard) -> Run:
+    """The n-grams that end in a shard, sorted, and how often each is there."""
+    ids, begin = shard
+    keys = np.empty((len(ids) - begin, layout.columns), np.uint64)
+    keys = _sorted(keys[: _fill_keys(ids, begin, len(ids), layout, keys)])
+    is_new = np.ones(len(keys) + 1, np.bool_)
+    is_new[1:-1] = np.any([column[1:] != column[:-1] for column in keys.T], axis=0)
+    first = np.flatnonzero(is_new)
+    return keys[first[:-1]], np.diff(first)
+
+
 def _write_run(path: Path, keys: np.ndarray, counts: np.ndarray) -> None:
     # The keys take their name last: a run is there when its keys are.
     for array, ending in ((counts, ".counts"), (keys, ".part")):
@@ -211,7 +235,9 @@ def _read_run(path: Path, columns: int) -> Run:
     return np.asarray(keys), np.asarray(np.memmap(path.with_suffix(".counts"), np.int64, "r+"))
 
 
-def _merge_runs(runs: Sequence[Run], folder: Path, memory: int, threads: int, progress: Progress) -> Run:
+def _merge_runs(
+    runs: Sequence[Run], folder: Path, memory: int, threads: int, executor: Executor, progress: Progress
+) -> Run:
     """One run out of several: ranges of keys, small enough for the memory, are merged side by side."""
     columns = runs[0][0].shape[1]
     entries = sum(len(counts) for _, counts in runs)
@@ -221,23 +247,28 @@ def _merge_runs(runs: Sequence[Run], folder: Path, memory: int, threads: int, pr
     borders = sample[np.linspace(0, len(sample), parts, endpoint=False).astype(np.int64)[1:]]
     edges = [np.concatenate(([0], np.searchsorted(k[:, 0], borders), [len(k)])) for k, _ in runs]
 
-    def merge(part: int) -> Run:
-        pieces = [(k[e[part] : e[part + 1]], c[e[part] : e[part + 1]]) for (k, c), e in zip(runs, edges, strict=True)]
-        while len(pieces) > 1:
-            pieces = [_merge_two(*pieces[i : i + 2]) for i in range(0, len(pieces) - 1, 2)] + (
-                pieces[-1:] if len(pieces) % 2 else []
-            )
-        return pieces[0]
+    def pieces(part: int) -> list[Run]:
+        return [(k[e[part] : e[part + 1]], c[e[part] : e[part + 1]]) for (k, c), e in zip(runs, edges, strict=True)]
 
     path = folder / "merged.keys"
     with writing(path), ThreadPoolExecutor(threads) as pool, ExitStack() as stack:
         keys_out, counts_out = (stack.enter_context(p.open("wb")) for p in (path, path.with_suffix(".counts")))
         for begin in range(0, parts, threads):  # no more at a time than there is memory for
-            for keys, counts in pool.map(merge, range(begin, min(begin + threads, parts))):
+            some = map(pieces, range(begin, min(begin + threads, parts)))
+            for keys, counts in pool.map(_merged, some) if executor.is_local else executor.map(_merged, some):
                 write_array(keys_out, keys)
                 write_array(counts_out, counts)
             progress("merging", min(begin + threads, parts), parts)
     return _read_run(path, columns)
+
+
+def _merged(pieces: list[Run]) -> Run:
+    """One range of keys, of several runs."""
+    while len(pieces) > 1:
+        pieces = [_merge_two(*pieces[i : i + 2]) for i in range(0, len(pieces) - 1, 2)] + (
+            pieces[-1:] if len(pieces) % 2 else []
+        )
+    return pieces[0]
 
 
 def _merge_two(one: Run, two: Run) -> Run:

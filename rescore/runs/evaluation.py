@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lattices.errors import RescoreError, UnknownNameError
+from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
 from lm.base.catalog import Watch
 from lm.environment import environment
+from lm.executors import HERE, Executor
+from lm.keys import key_of
+from lm.records import plain
 from rescore.acceptance import Rule, first_difference
 from rescore.calls import usable_verify
 from rescore.checks import VERIFY_MODES
@@ -32,15 +35,15 @@ from rescore.peers import Peer, load_peer
 from rescore.replaying import Drafted, Limits, replay, replay_steps, unrescored_at
 from rescore.rescorers import load_rescorer
 from rescore.runs.evaluated import Evaluation
-from rescore.runs.inputs import Notify, Progress, add_notice
-from rescore.runs.log import ExampleLog, save_results
-from rescore.runs.recording import Recording, check_names
-from rescore.runs.records import ExampleRecord, LiveExample, ResultsDocument, RunConfig
+from rescore.runs.inputs import Inputs, Notify, Progress, add_notice
+from rescore.runs.log import ExampleLog, key_of_record, save_results
+from rescore.runs.recording import Recording, check_names, open_recording
+from rescore.runs.records import ExampleRecord, LiveExample, ResultsDocument, RunConfig, RunRecord
 from rescore.runs.run import ORACLE, Run
 from rescore.runs.summary import is_cut
 from rescore.runs.weights import alpha_notices, target_before
 from rescore.runs.work import Asked, Work, check_identities, prepared
-from rescore.tracing import Trace, TracedExample
+from rescore.tracing import Trace, TracedExample, TraceHeader
 
 if TYPE_CHECKING:
     from lm.base.model import BaseLM
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
 
 REPLAY_EXAMPLES = 64  # replayed side by side, at most; a kill loses what of these is not finished
 FIRST_EXAMPLES = 4  # of these, before it is known how long they take
+SHARD_EXAMPLES = 16  # replayed by a worker at a time
 REPLAY_SECONDS = 20.0  # where a rescorer took longer, half as many follow side by side, else twice
 
 
@@ -62,6 +66,7 @@ def evaluate(
     costs: Costs | str | None = None,
     seed: int = 0,
     out: Path | None = None,
+    executor: Executor = HERE,
     progress: Progress | None = None,
     notify: Notify | None = None,
 ) -> Evaluation:
@@ -76,6 +81,7 @@ def evaluate(
         `here` (measured on this machine); None: `here` where a run plans, else nothing is predicted.
     seed: of the bootstrap intervals, the one random thing.
     out: a folder for `examples.jsonl` (a line per finished example, resumable) and `results.json` (last).
+    executor: who records and replays.
     notify: gets each of the notices once, before the work that it is about.
     Ctrl-C keeps what is finished and returns it with `interrupted` set. Raises `RescoreError` for what can't be done.
     """
@@ -101,6 +107,8 @@ def evaluate(
         raise RescoreError("peers are timed decoding greedily; drop --peer, or what is not greedy")
     if peers and not live:
         raise RescoreError("peers are timed beside live decoding; drop --peer, or add --mode live")
+    if live and not executor.is_local:
+        raise RescoreError("live decoding measures the time that it takes here; drop --executor, or --mode live")
     if live and any(recording.given for recording in of_tasks):
         raise RescoreError("a given trace can be replayed, not decoded live; drop --trace or --mode live")
     loaded: dict[object, Any] = {}
@@ -146,7 +154,7 @@ def evaluate(
     with ExampleLog(out, document.config.decides()) as log:
         try:
             for task in work:
-                _Evaluator(task, document.config, log, progress, add, loaded, rule).run(live=live)
+                _Evaluator(task, document.config, log, executor, progress, add, loaded, rule).run(live=live)
         except KeyboardInterrupt:
             interrupted = True
         for task in work:
@@ -164,6 +172,7 @@ class _Evaluator:
     task: Work
     config: RunConfig
     log: ExampleLog
+    executor: Executor
     progress: Progress | None
     notify: Notify
     loaded: dict[object, Any]
@@ -180,15 +189,17 @@ class _Evaluator:
             line = f"{recording.inputs.base} takes no tree mask; its {p} drafts a step are verified as a batch"
             self.notify(line)
         try:
-            trace = recording.trace(progress=self.progress)
+            trace = recording.trace(executor=self.executor, progress=self.progress)
         except KeyboardInterrupt:
             if not live and (trace_so_far := recording.recorded()) is not None:
                 self._replay(trace_so_far, None)
             raise
         if live:
             self._decode(trace)
-        else:
+        elif self.executor.is_local:
             self._replay(trace, self.progress)
+        else:
+            self._replay_by_workers(trace)
 
     def _fit(self, trace: Trace, shared: Any = None) -> None:
         recording = self.task.recording
@@ -206,28 +217,57 @@ class _Evaluator:
         self._fit(trace)
         start, side_by_side = 0, FIRST_EXAMPLES
         while examples := trace.examples[start : start + side_by_side]:
-            slowest = 0.0
-            quality = {example.id: self._quality(example.output, example) for example in examples}
-            oracles = self._oracles(examples)
-            for run, drafting in self.drafting.items():
-                missing = self._missing(run, examples)
-                began = time.monotonic()
-                verify, limits = self.task.verify(self.config.verify, run.p), Limits.of(trace.header)
-                replayed = replay_steps(missing, drafting, self.drafted, verify=verify, limits=limits)
-                slowest = max(slowest, time.monotonic() - began)
-                for example, steps in zip(missing, replayed, strict=True):
-                    self.log.add(ExampleRecord(
-                        **self._facts(run, trace, example), quality=quality[example.id],
-                        cut=is_cut(example.output_ids, trace.header.eos_token_ids), accepted=steps.accepted,
-                        drafts=steps.drafts, calls=steps.calls,
-                        oracle_accepted=oracles[_chosen_among(drafting)][example.id],
-                        output_ids=example.output_ids.tolist(), **self._beside(drafting, example, steps.accepted),
-                    ))  # fmt: skip
-            if progress:
-                progress(f"replay {self.task.name}", start + len(examples), len(trace.examples))
+            slowest = self._replay_side_by_side(trace.header, examples)
             start += len(examples)
+            if progress:
+                progress(f"replay {self.task.name}", start, len(trace.examples))
             faster = slowest < REPLAY_SECONDS
             side_by_side = min(REPLAY_EXAMPLES, 2 * side_by_side) if faster else max(1, side_by_side // 2)
+
+    def _replay_side_by_side(self, header: TraceHeader, examples: Sequence[TracedExample]) -> float:
+        """Finishes examples; seconds of the run that took longest."""
+        slowest = 0.0
+        quality = {example.id: self._quality(example.output, example) for example in examples}
+        oracles = self._oracles(examples)
+        for run, drafting in self.drafting.items():
+            missing = self._missing(run, examples)
+            began = time.monotonic()
+            verify, limits = self.task.verify(self.config.verify, run.p), Limits.of(header)
+            replayed = replay_steps(missing, drafting, self.drafted, verify=verify, limits=limits)
+            slowest = max(slowest, time.monotonic() - began)
+            for example, steps in zip(missing, replayed, strict=True):
+                self.log.add(ExampleRecord(
+                    **self._facts(run, header, example), quality=quality[example.id],
+                    cut=is_cut(example.output_ids, header.eos_token_ids), accepted=steps.accepted,
+                    drafts=steps.drafts, calls=steps.calls,
+                    oracle_accepted=oracles[_chosen_among(drafting)][example.id],
+                    output_ids=example.output_ids.tolist(), **self._beside(drafting, example, steps.accepted),
+                ))  # fmt: skip
+        return slowest
+
+    def _replay_by_workers(self, trace: Trace) -> None:
+        """Finishes the examples of the task in shards of always the same ones."""
+        self._fit(trace)  # what is refused is refused here, and drafters with a model propose here
+        work, recording = self.task, self.task.recording
+        by_workers = _ReplayedByWorkers(
+            trace.header, recording.inputs, recording.k, recording.models.heads_needed, work.runs, work.records,
+            work.costs, self.config,
+        )  # fmt: skip
+        every = [trace.examples[at : at + SHARD_EXAMPLES] for at in range(0, len(trace.examples), SHARD_EXAMPLES)]
+        shards = [shard for shard in every if any(self._missing(run, shard) for run in self.drafting)]
+        drafted = [
+            {name: {example.id: of[example.id] for example in shard} for name, of in self.drafted.items()}
+            for shard in shards
+        ]
+        finished = len(trace.examples) - sum(map(len, shards))
+        found = self.executor.map(by_workers, zip(shards, drafted, strict=True))
+        for shard, records in zip(shards, found, strict=True):
+            for record in records:
+                if not self.log.has(key_of_record(record), record.id):
+                    self.log.add(record)
+            finished += len(shard)
+            if self.progress:
+                self.progress(f"replay {self.task.name}", finished, len(trace.examples))
 
     def _decode(self, trace: Trace) -> None:
         """Decodes every example that is not finished: token by token as the baseline, then with each run and each peer,
@@ -269,7 +309,7 @@ class _Evaluator:
                     traced = first_difference(decoded.output_ids, example.output_ids.tolist()) is None
                     drafting = None if isinstance(side, Peer) else self.drafting[side]
                     self.log.add(ExampleRecord(
-                        **self._facts(side, trace, example),
+                        **self._facts(side, trace.header, example),
                         quality=self._quality(base.decode_text(decoded.output_ids), example),
                         cut=is_cut(decoded.output_ids, base.eos_token_ids), accepted=decoded.accepted,
                         drafts=decoded.drafts, calls=decoded.calls, output_ids=decoded.output_ids,
@@ -297,12 +337,12 @@ class _Evaluator:
             rule=self.rule.started(example.id, *run.key),
         )  # fmt: skip
 
-    def _facts(self, side: Run | Peer, trace: Trace, example: TracedExample) -> dict[str, Any]:
+    def _facts(self, side: Run | Peer, header: TraceHeader, example: TracedExample) -> dict[str, Any]:
         task, label, p, k = self.task.key(side)
-        longest = side.longest if isinstance(side, Peer) else self.drafting[side].longest(trace.header.h)
+        longest = side.longest if isinstance(side, Peer) else self.drafting[side].longest(header.h)
         return {
             "task": task, "rescorer": label, "p": p, "k": k, "id": example.id, "group": example.group,
-            "h": trace.header.h, "longest": longest, "prompt_tokens": len(example.prompt_ids),
+            "h": header.h, "longest": longest, "prompt_tokens": len(example.prompt_ids),
         }  # fmt: skip
 
     def _beside(self, drafting: Drafting, example: TracedExample, accepted: list[int]) -> dict[str, Any]:
@@ -339,3 +379,45 @@ _Oracles = dict[_Among, dict[str, list[int]]]
 def _chosen_among(drafting: Drafting) -> _Among:
     """Drafters and k: what a rescorer chooses among."""
     return tuple(drafter.name for drafter in drafting.drafters), drafting.k
+
+
+@dataclass(frozen=True)
+class _ReplayedByWorkers:
+    """Replays a shard in a worker: examples, and what drafters with a model of their own propose along them.
+
+    The worker opens the task and loads rescorers itself, as the fields name them; they must be those of the records.
+    """
+
+    header: TraceHeader
+    inputs: Inputs
+    k: int
+    heads_needed: bool
+    runs: list[Run]
+    records: list[RunRecord]
+    costs: Costs | None
+    config: RunConfig
+
+    def __call__(self, shard: tuple[Sequence[TracedExample], Drafted]) -> list[ExampleRecord]:
+        examples, drafted = shard
+        evaluator = self._evaluator()
+        evaluator.drafted = drafted
+        with ExampleLog(None, {}) as evaluator.log:
+            evaluator._replay_side_by_side(self.header, examples)
+            return evaluator.log.all
+
+    def _evaluator(self) -> _Evaluator:
+        key = key_of([plain(each) for each in (self.header, self.inputs, self.k, self.records, self.costs)])
+        if key not in _OF_WORKER:
+            recording = open_recording(self.inputs, k=self.k, heads_needed=self.heads_needed)
+            work = prepared(recording, self.runs, {}, live=False, costs=self.costs, peers=[], rule=GREEDY)
+            if plain(work.records) != plain(self.records):
+                raise IncompatibleError("a worker finds other rescorers than there are here; give all the same files")
+            _OF_WORKER.clear()
+            evaluator = _OF_WORKER[key] = _Evaluator(
+                work, self.config, ExampleLog(None, {}), HERE, None, lambda line: None, {}
+            )
+            evaluator.drafting = work.fitted(Trace(self.header, ()), recording.models.device, evaluator.notify)
+        return _OF_WORKER[key]
+
+
+_OF_WORKER: dict[str, _Evaluator] = {}  # of its last shard

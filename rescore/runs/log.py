@@ -73,6 +73,11 @@ class ExampleLog:
             with writing(Path(self._stream.name)):
                 append_json_line(self._stream, plain(record))
 
+    @property
+    def all(self) -> list[ExampleRecord]:
+        """All finished examples, in the order of finishing; those of before first."""
+        return list(self._records.values())
+
     def records(self, key: Key, ids: Sequence[str]) -> list[ExampleRecord]:
         """Finished examples of one run on one task, in the order of `ids` (not in that of finishing)."""
         return [self._records[key, example] for example in ids if (key, example) in self._records]

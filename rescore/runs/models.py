@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from lattices.errors import IncompatibleError
 from lm.records import plain
 from rescore.runs.inputs import Inputs
-from rescore.tasks import Task
+from rescore.tasks import Example, Task
 from rescore.tasks.data import TaskData
-from rescore.tracing import recorded_by
+from rescore.tracing import recorded_by, rows_of
 
 if TYPE_CHECKING:
     from lm.base.model import BaseIdentity, BaseLM
@@ -171,3 +172,25 @@ class Models:
         from lm.base.catalog import identify
 
         return identify(self.inputs.base, dtype=self.inputs.dtype)
+
+
+@dataclass(frozen=True)
+class RowsByWorkers:
+    """Records the rows of a part in a worker, with models of its own, which must be those of the settings."""
+
+    inputs: Inputs
+    heads_needed: bool
+    settings: dict[str, Any]
+    k: int
+
+    def __call__(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        models = _models_of_worker(self.inputs, self.heads_needed)
+        how = {name: self.settings[name] for name in ("chat", "max_new_tokens", "max_prompt_tokens")}
+        rows = rows_of(models.base, models.heads, examples, k=self.k, **how)
+        models.check_unchanged(self.settings)
+        return rows
+
+
+@lru_cache(maxsize=1)
+def _models_of_worker(inputs: Inputs, heads_needed: bool) -> Models:
+    return Models(inputs, heads_needed=heads_needed)

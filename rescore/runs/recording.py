@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.paths import encodable, user_path
+from lm.executors import HERE, Executor, ExecutorOptions
 from lm.locks import making, warn, writing_to
 from lm.records import plain
 from rescore.checks import check_held_k, check_k
@@ -25,7 +26,7 @@ from rescore.drafters.heads import Heads
 from rescore.drafters.recorded import record_drafter
 from rescore.rescorers import Target
 from rescore.runs.inputs import DEFAULT_NEW_TOKENS, DEFAULT_TASK, Inputs, Notify, Progress
-from rescore.runs.models import Models
+from rescore.runs.models import Models, RowsByWorkers
 from rescore.tasks import Metric, is_task_file, load_task, task_names
 from rescore.tasks.data import TaskData, file_in, load_examples
 from rescore.tasks.groups import digest, held_out
@@ -138,15 +139,15 @@ class Recording:
             raise
         return trace and trace.first_heads(self.inputs.h)
 
-    def trace(self, *, progress: Progress | None = None) -> Trace:
+    def trace(self, *, executor: Executor = HERE, progress: Progress | None = None) -> Trace:
         """The whole trace, of the first h heads; what it lacks is recorded now. Ctrl-C leaves what `recorded` gives.
 
         One process records it: where it is the cache's the others wait, and replay it; where it is the user's they are
         refused (`OutputError`).
         """
-        return self._whole(progress).first_heads(self.inputs.h)
+        return self._whole(executor, progress).first_heads(self.inputs.h)
 
-    def _whole(self, progress: Progress | None) -> Trace:
+    def _whole(self, executor: Executor, progress: Progress | None) -> Trace:
         trace = None
         with suppress(*((RescoreError,) if self.cached else ())):
             trace = self._read()
@@ -157,7 +158,7 @@ class Recording:
                 trace = self._read_or_remove()
                 if trace is not None and len(trace.examples) == len(self.ids):
                     return trace
-            return self._record(trace, progress)
+            return self._record(trace, executor, progress)
 
     def _has_grown(self, trace: Trace) -> bool:
         try:
@@ -202,9 +203,10 @@ class Recording:
             shutil.rmtree(self.folder, ignore_errors=True)
             return None
 
-    def _record(self, recorded: Trace | None, progress: Progress | None) -> Trace:
+    def _record(self, recorded: Trace | None, executor: Executor, progress: Progress | None) -> Trace:
         assert self.data is not None, "a trace that was given is whole"
         models = self.models
+        by_workers = RowsByWorkers(self.inputs, models.heads_needed, self.settings, self.k)
         return record_trace(
             models.base,
             models.heads,
@@ -216,6 +218,7 @@ class Recording:
             max_prompt_tokens=self.settings["max_prompt_tokens"],
             k=self.k,
             recorded=recorded,
+            elsewhere=None if executor.is_local else partial(executor.map, by_workers),
             check=lambda: models.check_unchanged(self.settings),
             progress=(lambda done, total: progress(f"trace {self.name}", done, total)) if progress else None,
         )
@@ -339,6 +342,7 @@ def record_task(
     out: Path,
     *,
     k: int,
+    execution: ExecutorOptions = ExecutorOptions(),
     progress: Progress | None = None,
     notify: Notify | None = None,
 ) -> Trace:
@@ -354,7 +358,8 @@ def record_task(
     recording = open_recording(inputs, k=k, out=out if in_trace else None, heads_needed=isinstance(loaded, Heads))
     for line in recording.notices if notify else ():
         notify(line)  # type: ignore[misc]
-    trace = recording.trace(progress=progress)
+    with execution.started(inputs.device) as executor:
+        trace = recording.trace(executor=executor, progress=progress)
     if loaded is None or in_trace:
         return trace
     header, device, settings = trace.header, recording.models.device, recording.settings

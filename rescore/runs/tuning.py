@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from lattices.errors import RescoreError
+from lattices.errors import IncompatibleError, RescoreError
 from lattices.paths import user_path
 from lm.environment import environment
+from lm.executors import HERE, Executor
 from lm.files import write_json
+from lm.keys import key_of
 from lm.records import plain
 from rescore.accounting import block_efficiency
 from rescore.checks import check_held_k
@@ -21,11 +24,19 @@ from rescore.replaying import Drafted, replay
 from rescore.rescorers import JOINT, Rescorer
 from rescore.rescorers.joint_fit import JointData
 from rescore.rescorers.joint_weights import JointFit, write_weights
-from rescore.runs.inputs import Notify, Progress
-from rescore.runs.recording import Recording
+from rescore.runs.inputs import Inputs, Notify, Progress
+from rescore.runs.recording import Recording, open_recording
 from rescore.runs.records import Tuned
-from rescore.runs.run import DEFAULT_K, Run, load_choosing, says_drafters
-from rescore.runs.weights import coverage_notices, fit_before, fit_to, target_before, target_of, tuned_path
+from rescore.runs.run import DEFAULT_K, Choosing, Run, load_choosing, says_drafters
+from rescore.runs.weights import (
+    coverage_notices,
+    fit_before,
+    fit_to,
+    identities_of,
+    target_before,
+    target_of,
+    tuned_path,
+)
 from rescore.specs import MAIN, format_spec, parse_spec
 from rescore.tracing import Trace
 
@@ -44,6 +55,7 @@ def tune(
     held_out: int = HELD_OUT,
     evaluated: Collection[str] = (),
     keep: bool = True,
+    executor: Executor = HERE,
     progress: Progress | None = None,
     notify: Notify | None = None,
 ) -> list[Tuned]:
@@ -53,6 +65,7 @@ def tune(
     held_out: examples of the last groups of the data, at most half of the groups (`rescore.tasks.groups.held_out`).
     evaluated: groups that are not tuned on while there are others.
     keep: keeps the best weights on this machine, for runs whose alpha is `tuned`.
+    executor: who records and replays.
     Raises `RescoreError` for a rescorer without weight and for what `evaluate` refuses.
     """
     swept = tuple(sorted({0.0, *alphas}))
@@ -70,7 +83,7 @@ def tune(
     sweeps = []
     for recording in [recordings] if isinstance(recordings, Recording) else recordings:
         recording = recording.held_out(held_out, evaluated=evaluated)
-        trace = _trace(recording, max(ks), lambda of: fit_before(of, choosing), progress, notify)
+        trace = _trace(recording, max(ks), lambda of: fit_before(of, choosing), progress, notify, executor)
         fitted = fit_to(trace, choosing, device=recording.models.device, models=recording.loads)
         for line in coverage_notices(trace, {label: rescorer for label, (rescorer, _) in fitted.items()}, max(ks)):
             if notify:
@@ -78,11 +91,13 @@ def tune(
         named = {drafter.name: drafter for _, each in fitted.values() for drafter in each}
         of_models = _drafted(recording, trace, named.values(), progress)
         efficiency: dict[Run, list[float]] = {run: [] for run in runs}
-        for done, (run, alpha) in enumerate(product(runs, swept), start=1):
-            rescorer, chosen = fitted[run.label]
-            how: dict[str, Any] = {"k": run.k, "p": run.p, "drafters": chosen, "drafted": of_models}
-            accepted = replay(trace.examples, rescorer.weighted(alpha), **how)
-            efficiency[run].append(block_efficiency(accepted))
+        sweep: Callable[[tuple[Run, float]], float] = _Sweep(trace, of_models, fitted)
+        if not executor.is_local:
+            names = {label: identities_of(each) for label, each in fitted.items()}
+            sweep = _SweepByWorkers(trace, of_models, recording.inputs, recording.k, runs, names)
+        every = list(product(runs, swept))
+        for done, ((run, _), value) in enumerate(zip(every, executor.map(sweep, every), strict=True), start=1):
+            efficiency[run].append(value)
             if progress:
                 progress(f"tune {recording.name}", done, len(runs) * len(swept))
         for run, values in efficiency.items():
@@ -99,12 +114,55 @@ def tune(
     return sweeps
 
 
+@dataclass(frozen=True)
+class _Sweep:
+    """Gives the block efficiency of a run with a weight."""
+
+    trace: Trace
+    drafted: Drafted
+    fitted: Mapping[str, Choosing]
+
+    def __call__(self, weighted: tuple[Run, float]) -> float:
+        run, alpha = weighted
+        rescorer, drafters = self.fitted[run.label]
+        how: dict[str, Any] = {"k": run.k, "p": run.p, "drafters": drafters, "drafted": self.drafted}
+        return block_efficiency(replay(self.trace.examples, rescorer.weighted(alpha), **how))
+
+
+@dataclass(frozen=True)
+class _SweepByWorkers:
+    """The same in a worker, which loads rescorers itself: they must be those that are `named` (`identities_of`)."""
+
+    trace: Trace
+    drafted: Drafted
+    inputs: Inputs
+    k: int
+    runs: list[Run]
+    named: dict[str, tuple[str, list[str]]]
+
+    def __call__(self, weighted: tuple[Run, float]) -> float:
+        key = key_of([plain(self.trace.header), self.named, [(run.label, run.k, run.p) for run in self.runs]])
+        if key not in _OF_WORKER:
+            recording = open_recording(self.inputs, k=self.k)
+            device, models = recording.models.device, recording.loads
+            fitted = fit_to(self.trace, load_choosing(self.runs), device=device, models=models)
+            if {label: identities_of(each) for label, each in fitted.items()} != self.named:
+                raise IncompatibleError("a worker finds other rescorers than there are here; give all the same files")
+            _OF_WORKER.clear()
+            _OF_WORKER[key] = fitted
+        return _Sweep(self.trace, self.drafted, _OF_WORKER[key])(weighted)
+
+
+_OF_WORKER: dict[str, Mapping[str, Choosing]] = {}  # of its last sweep
+
+
 def _trace(
     recording: Recording,
     k: int,
     check: Callable[[Recording], object],
     progress: Progress | None,
     notify: Notify | None,
+    executor: Executor = HERE,
 ) -> Trace:
     """The trace of examples to tune on; before anything is decoded it is known that it holds k, and what `check`
     refuses."""
@@ -113,7 +171,7 @@ def _trace(
         for line in recording.notices:
             notify(line)
     check(recording)
-    return recording.trace(progress=progress)
+    return recording.trace(executor=executor, progress=progress)
 
 
 def _drafted(recording: Recording, trace: Trace, drafters: Iterable[Drafter], progress: Progress | None) -> Drafted:

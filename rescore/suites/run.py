@@ -17,6 +17,7 @@ from typing import Any
 
 from lattices.errors import IncompatibleError, RescoreError
 from lm.environment import environment
+from lm.executors import Executor, ExecutorOptions
 from lm.files import (
     append_json_line,
     atomic_file,
@@ -79,19 +80,27 @@ class _Part:
 
 
 def run_suite(
-    plan: Plan, out: Path, *, source: str = "", progress: Progress | None = None, notify: Notify | None = None
+    plan: Plan,
+    out: Path,
+    *,
+    source: str = "",
+    execution: ExecutorOptions = ExecutorOptions(),
+    progress: Progress | None = None,
+    notify: Notify | None = None,
 ) -> Suite:
-    """Runs what `out` lacks of a plan; `source` is the name of its file.
+    """Runs what `out` lacks of a plan; `source` is the name of its file, `execution` who records and replays.
 
     Everything that can be refused is refused before the first model runs. Ctrl-C keeps what is finished and returns it
     with `interrupted` set. Raises `IncompatibleError` with the difference if `out` belongs to another plan,
     `OutputError` if another process is writing to it.
     """
-    with writing_to(out):
-        return _run(plan, out, source, progress, notify)
+    with writing_to(out), execution.started(plan.device) as executor:
+        return _run(plan, out, source, executor, progress, notify)
 
 
-def _run(plan: Plan, out: Path, source: str, progress: Progress | None, notify: Notify | None) -> Suite:
+def _run(
+    plan: Plan, out: Path, source: str, executor: Executor, progress: Progress | None, notify: Notify | None
+) -> Suite:
     _check_place(out)
     suite = SuiteDocument(source=source, plan=plain(plan.as_dict()), **environment())
     interrupted = False
@@ -104,8 +113,8 @@ def _run(plan: Plan, out: Path, source: str, progress: Progress | None, notify: 
             for part in parts:
                 # For each part: files of rescorers may be replaced in between.
                 choosing, costs = _fitted(plan, part)
-                runs = _weighted(plan, part, choosing, weights, progress, add)
-                evaluation = _evaluate(plan, part, runs, choosing, costs, out, progress, add)
+                runs = _weighted(plan, part, choosing, weights, executor, progress, add)
+                evaluation = _evaluate(plan, part, runs, choosing, costs, out, executor, progress, add)
                 suite.results += evaluation.results
                 configs.append(evaluation.config)
                 if interrupted := evaluation.interrupted:
@@ -212,6 +221,7 @@ def _weighted(
     part: _Part,
     choosing: dict[str, Choosing],
     weights: _TunedWeights,
+    executor: Executor,
     progress: Progress | None,
     notify: Notify,
 ) -> list[Run]:
@@ -220,7 +230,7 @@ def _weighted(
     for run in plan.runs_by(part.rule):
         chosen, tuning = choosing[run.label], plan.tuning(run.label)
         if run.alpha is None and chosen[0].alpha is not None and tuning is not None:
-            sweep = _sweep(part, run, chosen, tuning, weights, progress, notify)
+            sweep = _sweep(part, run, chosen, tuning, weights, executor, progress, notify)
             run = dataclasses.replace(run, alpha=sweep.as_alpha(data_sha256=sweep.data_sha256))
         runs.append(run)
     return runs
@@ -232,6 +242,7 @@ def _sweep(
     choosing: Choosing,
     tuning: SuiteTuning,
     weights: _TunedWeights,
+    executor: Executor,
     progress: Progress | None,
     notify: Notify,
 ) -> SuiteSweep:
@@ -248,7 +259,8 @@ def _sweep(
         recording = open_recording(inputs, k=evaluated.k, heads_needed=evaluated.models.heads_needed)
         (tuned,) = tune(
             recording, [run.label], alphas=tuning.alphas, ks=(run.k,), ps=(run.p,),
-            held_out=tuning.limit, evaluated=set(evaluated.groups), keep=False, progress=progress, notify=notify,
+            held_out=tuning.limit, evaluated=set(evaluated.groups), keep=False, executor=executor, progress=progress,
+            notify=notify,
         )  # fmt: skip
         if not evaluated.given:  # a sweep of other files must not be kept under this key
             evaluated.models.check_unchanged(evaluated.settings)
@@ -266,6 +278,7 @@ def _evaluate(
     choosing: dict[str, Choosing],
     costs: Costs | None,
     out: Path,
+    executor: Executor,
     progress: Progress | None,
     notify: Notify,
 ) -> Evaluation:
@@ -279,7 +292,8 @@ def _evaluate(
             return finished
     evaluation = evaluate(
         part.recording, runs, live=plan.mode == "live", verify=plan.verify, rule=part.rule.rule(),
-        peers=_peers(plan, part), costs=plan.costs, seed=plan.seed, out=folder, progress=progress, notify=notify,
+        peers=_peers(plan, part), costs=plan.costs, seed=plan.seed, out=folder, executor=executor, progress=progress,
+        notify=notify,
     )  # fmt: skip
     part.recording.models.release()  # many tasks: each would keep a base LM of its own in memory
     return evaluation

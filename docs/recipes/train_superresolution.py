@@ -54,6 +54,7 @@ BATCH = 48
 EVALUATE_EVERY = 250
 HELD_OUT, TESTED = 64, 100  # patches
 HIDDEN = 0.9
+INTENSITY, PLACE = 0.05, 0.5  # amplitudes in the embeddings as they begin
 
 
 def image(name: str) -> np.ndarray:
@@ -107,7 +108,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model() -> BartForConditionalGeneration:
-    """A BART with weights drawn anew."""
+    """A BART with weights drawn anew, but for two things that it would take long to find out: near intensities begin
+    alike, and so do the places, row and column, of a pixel and of the one that it was averaged into."""
     config = BartConfig(
         vocab_size=START + 1, d_model=128, encoder_layers=2, decoder_layers=4, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=512, decoder_ffn_dim=512, max_position_embeddings=SIZE * SIZE + 8,
@@ -116,7 +118,23 @@ def make_model() -> BartForConditionalGeneration:
     )  # fmt: skip
     model = BartForConditionalGeneration(config)
     model.generation_config.max_length = None
+    step = SIZE // LOW
+    given = (np.arange(LOW * LOW)[:, None] // [LOW, 1] % LOW + 0.5) * step - 0.5  # the middles of their squares
+    made = np.arange(SIZE * SIZE)[:, None] // [SIZE, 1] % SIZE
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:LEVELS] = INTENSITY * waves(np.arange(LEVELS), config.d_model, LEVELS)
+        for stack, places in ((model.model.encoder, given), (model.model.decoder, made)):
+            both = [waves(places[:, axis], config.d_model // 2, SIZE) for axis in range(2)]
+            first = stack.embed_positions.offset
+            stack.embed_positions.weight[first : first + len(places)] = PLACE * torch.cat(both, dim=1)
     return model
+
+
+def waves(at: np.ndarray, width: int, span: int) -> torch.Tensor:
+    """Sines and cosines of numbers within a span, float32 `[n, width]`: what is near is alike."""
+    lengths = np.geomspace(4, 4 * span, width // 2)
+    angles = 2 * np.pi * at[:, None] / lengths
+    return torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32))
 
 
 def loss_of(

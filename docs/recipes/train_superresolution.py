@@ -53,7 +53,7 @@ PEAK, WARMUP, DECAY = 1e-3, 500, 0.999
 BATCH = 48
 EVALUATE_EVERY = 250
 HELD_OUT, TESTED = 64, 100  # patches
-HIDDEN = 0.9
+HIDDEN, SPREAD = 0.9, 2.0
 INTENSITY, PLACE = 0.05, 0.5  # amplitudes in the embeddings as they begin
 
 
@@ -140,8 +140,10 @@ def waves(at: np.ndarray, width: int, span: int) -> torch.Tensor:
 def loss_of(
     model: BartForConditionalGeneration, high: np.ndarray, *, rng: np.random.Generator | None = None
 ) -> torch.Tensor:
-    """Mean cross-entropy of pixels and the end. rng: hides some of the pixels before from the decoder, of each patch
-    another share up to `HIDDEN`: a model that sees them all copies the last one and forgets the image it is given."""
+    """Mean cross-entropy of pixels and the end. rng: in training. Then some of the pixels before are hidden from the
+    decoder, of each patch another share up to `HIDDEN`: a model that sees them all copies the last one and forgets the
+    image it is given. And the intensities beside a pixel's are nearly as good (a normal curve of `SPREAD`), so that the
+    likeliest one, which greedy decoding takes, is not one that happened to be seen."""
     ends = np.full((len(high), 1), END)
     source = torch.from_numpy(np.concatenate([low_of(high).reshape(len(high), -1), ends], axis=1))
     target = torch.from_numpy(np.concatenate([high.reshape(len(high), -1), ends], axis=1))
@@ -151,7 +153,21 @@ def loss_of(
         before = before.masked_fill(torch.from_numpy(hidden), START)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=source, decoder_input_ids=before).logits
-    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), target.flatten())
+    logits, target = logits.float().flatten(0, 1), target.flatten()
+    if rng is None:
+        return torch.nn.functional.cross_entropy(logits, target)
+    return torch.nn.functional.cross_entropy(logits, SPREAD_TARGETS[target])
+
+
+def spread_targets() -> torch.Tensor:
+    """What is to be learned where a token stands, `[tokens, tokens]`."""
+    levels = torch.arange(LEVELS, dtype=torch.float32)
+    targets = torch.eye(START + 1)
+    targets[:LEVELS, :LEVELS] = torch.softmax(-0.5 * ((levels[:, None] - levels) / SPREAD) ** 2, dim=1)
+    return targets
+
+
+SPREAD_TARGETS = spread_targets()
 
 
 @torch.inference_mode()

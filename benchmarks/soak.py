@@ -1,4 +1,4 @@
-"""What kills, interrupts, full disks, damaged files and second processes leave: real commands, at random, for some time.
+"""What kills, interrupts, full disks, damaged files and second processes leave: real commands, drawn at random.
 
     python benchmarks/soak.py [--minutes 30] [--seed 0] [--only eval,suite]
 
@@ -289,7 +289,7 @@ class Soak:
         arguments = [*map(str, job.arguments), *(["--out", str(place.out)] if job.has_out else [])]
         environment = {"RESCORE_CACHE": str(place.cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         # Files, not pipes: a process that is killed leaves nobody who reads on.
-        streams = [tempfile.TemporaryFile("w+", dir=self.folder) for _ in range(2)]
+        streams = [tempfile.TemporaryFile("w+", dir=self.folder) for _ in range(2)]  # noqa: SIM115 (`_ended` closes)
         process = subprocess.Popen(
             [*COMMAND, *arguments], stdout=streams[0], stderr=streams[1], text=True, start_new_session=True,
             env={**os.environ, **environment}, preexec_fn=limited,
@@ -308,7 +308,7 @@ class Soak:
             stream.seek(0)
             texts.append(stream.read())
             stream.close()
-        return Ran(process.returncode, *texts, seconds=time.monotonic() - process.began)
+        return Ran(process.returncode, texts[0], texts[1], time.monotonic() - process.began)
 
 
 class Apart(Place):
@@ -357,7 +357,7 @@ def jobs(inputs: Path) -> list[Job]:
         Job("live", ["eval", *decoding, *task, "--mode", "live", "--rescorer", "none,lookup"], outputs),
         Job("trace", ["trace", *decoding, *task, "--k", 8], traced),
         Job("suite", ["suite", inputs / "suite.yaml", "--data", inputs / "data"], suite_results),
-        Job("tune", ["tune", *decoding, *task, "--rescorer", "context-ngram", "--held-out", 6, "--json"], printed, False),
+        Job("tune", ["tune", *decoding, *task, "--rescorer", "context-ngram", "--held-out", 6, "--json"], said, False),
         Job("generate", ["generate", *decoding, "--prompts", inputs / "prompts.jsonl", "--json"], generated, False),
         Job(
             "generate-corpus",
@@ -410,7 +410,7 @@ def generated(_: Path, out: str) -> Any:
     return [(row["id"], row["text"]) for row in map(json.loads, out.splitlines())]
 
 
-def printed(_: Path, out: str) -> Any:
+def said(_: Path, out: str) -> Any:
     return json.loads(out)
 
 

@@ -141,10 +141,11 @@ def save_delta(
     *,
     changes: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> None:
-    """Writes the tensors `names` of a model as a delta, weights first, and changes (up `[out, rank]`, down `[rank, in]`)
-    of others by their names. Raises `OutputError`."""
+    """Writes the tensors `names` of a model as a delta, weights first, and changes of others by their names (up
+    `[out, rank]`, down `[rank, in]`). Raises `OutputError`."""
     state = model.state_dict()
-    factors = {name + part: f for name, both in (changes or {}).items() for part, f in zip((UP, DOWN), both, strict=True)}
+    parts = {name: zip((UP, DOWN), both, strict=True) for name, both in (changes or {}).items()}
+    factors = {name + part: factor for name, both in parts.items() for part, factor in both}
     write_checkpoint(folder, {**{name: state[name] for name in names}, **factors}, config, dtype=torch.int8)
 
 
@@ -282,7 +283,7 @@ def _become(cut: PreTrainedModel, source: NeuralSource, shared: BaseLM | None) -
     tensors = read_weights(source.folder, missing=f"no {name} weights in {source.folder}", what=f"the {name}")
     state: dict[str, torch.Tensor] = cut.state_dict()
     rank = source.delta.lora_rank
-    expected = {}
+    expected: dict[str, Collection[int]] = {}
     for weight, value in state.items():
         if weight in tensors:
             expected[weight] = value.shape

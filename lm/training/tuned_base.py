@@ -108,13 +108,14 @@ class TunedBase:
 
 
 def with_low_rank(base: BaseLM, rank: int, layers: list[int] | None) -> Any:
-    """peft's wrapper of a base's model, in whose layers (None: all) every linear one has a low-rank change (LoRA, alpha =
-    2 x rank); only these changes learn.
+    """peft's wrapper of a base's model, in whose layers (None: all) every linear one has a low-rank change (LoRA,
+    alpha = 2 x rank); only these changes learn.
 
     Raises `IncompatibleError` for a model without linear layers.
     """
     model: Any = base.model
-    linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.base_model.named_modules() if isinstance(m, torch.nn.Linear)})
+    body = model.base_model.named_modules()
+    linear = sorted({name.rsplit(".", 1)[-1] for name, part in body if isinstance(part, torch.nn.Linear)})
     if not linear:
         raise IncompatibleError(f"{base.identity.name} has no linear layers for LoRA; tune its layers in full")
     config = LoraConfig(
@@ -130,11 +131,16 @@ def low_rank_changes(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, to
     """Of each weight that `with_low_rank` changes, by its name in the model as it was: up `[out, rank]`, scale in it,
     and down `[rank, in]`; the change is up @ down."""
     return {
-        f"{name}.weight": (module.scaling[part] * module.lora_B[part].weight, module.lora_A[part].weight)
+        f"{name}.weight": (module.scaling[part] * _weight(module.lora_B[part]), _weight(module.lora_A[part]))
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
         for part in module.active_adapters
     }
+
+
+def _weight(linear: Any) -> torch.Tensor:
+    weight: torch.Tensor = linear.weight
+    return weight
 
 
 def _without_dropout(model: torch.nn.Module) -> None:

@@ -29,7 +29,7 @@ SMALL = RescorerOptions(
     warmup=2, held_out=0.2, evaluate_every=2, precision="float32",
 )  # fmt: skip
 SCRATCH = dataclasses.replace(SMALL, size=TINY, init="scratch")
-LOW_RANK = dataclasses.replace(SMALL, tuned_layers=0, lora_rank=3)
+LOW_RANK = dataclasses.replace(SMALL, tuned_layers=0, lora_rank=3, learning_rate=1e-2)
 
 
 class StopError(Exception):
@@ -208,12 +208,12 @@ class TestTraining:
         loaded = load_neural(find_neural(str(tmp_path)), vocab_size=257, base_name=tiny_base.identity.name)
         whole = dict(tiny_base.model.named_parameters())
         for name, parameter in loaded.model.model.named_parameters():
-            change = (parameter - whole[name]).float()
+            moved = (parameter - whole[name]).float()
             if name.startswith("model.layers.0.") and parameter.ndim == 2:
                 assert name not in stored and stored[name + ".up"].shape == (len(parameter), 3)
-                assert torch.linalg.matrix_rank(change, atol=1e-5) in (1, 2, 3), name
+                assert torch.linalg.matrix_rank(moved, atol=1e-5) in (1, 2, 3), name
             else:
-                assert bool(change.any()) == (name in stored), name
+                assert bool(moved.any()) == (name in stored), name
 
     @pytest.mark.parametrize("options", [SMALL, LOW_RANK, SCRATCH], ids=["base", "low-rank", "scratch"])
     @pytest.mark.parametrize("stop", range(1, 7))

@@ -77,7 +77,8 @@ class DraftVocabularySummary:
     def use(self) -> str:
         """The command that uses it next."""
         base = "" if self.tokenizer == OwnOutput.base else f"--base {shlex.quote(self.tokenizer)} "
-        return f"rescore eval {base}--draft-vocabulary 4096,8192 --drafter {shlex.quote(f'heads:ranking={self.path}')}"
+        sizes = ",".join(str(size) for size in (4096, 8192) if size in self.coverage) or max(self.coverage)
+        return f"rescore eval {base}--draft-vocabulary {sizes} --drafter {shlex.quote(f'heads:ranking={self.path}')}"
 
 
 def build_draft_vocabulary(

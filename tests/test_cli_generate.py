@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
-from conftest import Command, save_tiny_base, write_lines
+from conftest import Command, make_heads, once, save_tiny_base, write_lines
 
 from lm.base.model import BaseLM
 from rescore.decoding import decode
@@ -125,6 +126,15 @@ def test_stop_strings(rescore: Command, tiny: list[object], text_of):
     assert rescore("generate", *tiny, "--prompt", "A prompt", "--stop", code, "--stop", r"\n\n").out == run.out
 
 
+def test_heads_of_another_base_are_told(rescore: Command, tiny: list[object], text_of, tiny_base, tmp_path: Path):
+    heads = make_heads(tiny_base)
+    heads.config = msgspec.structs.replace(heads.config, base_weights_sha256="0" * 64)
+    heads.save(tmp_path / "heads")
+    ran = rescore("generate", *once(*tiny, "--heads", tmp_path / "heads"), "--prompt", "the bridge")
+    assert (ran.code, ran.out) == (0, text_of("the bridge") + "\n")
+    assert "were trained for other weights than" in ran.err and ran.err.count("\n") == 1
+
+
 def test_how_stop_strings_are_written():
     assert generating.unescaped(r"a\nb\t\x2c\u20ac\\n\q") == "a\nb\t,\N{EURO SIGN}\\n\\q"
     assert generating.unescaped("\N{EURO SIGN}") == "\N{EURO SIGN}"
@@ -227,6 +237,8 @@ class TestMistakes:
             ({"prompt": "x", "messages": []}, "line 1 has both 'prompt' and 'messages'"),
             ({"messages": [{"role": "user"}]}, "line 1, the field 'messages': give a list"),
             ({"prompt": "x", "chat": "perhaps"}, "line 1 has 'perhaps' in the field 'chat'"),
+            ({"prompt": "x", "id": 1.5}, "line 1 has 1.5 in the field 'id' where text or a whole number is needed"),
+            ({"prompt": "x", "id": True}, "line 1 has true in the field 'id' where"),
             ({"messages": [{"role": "user", "content": "x"}], "chat": False}, "messages go through the chat template"),
         ],
         ids=str,

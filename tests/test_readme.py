@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,6 @@ def test_no_text_waits_to_be_filled_in():
 
 
 def test_the_reference_of_commands_is_what_the_commands_say():
-    import runpy
 
     written = runpy.run_path(str(README.parent / "docs" / "make_cli.py"))
     assert (README.parent / "docs" / "cli.md").read_text() == written["reference"](), "run python docs/make_cli.py"
@@ -142,3 +142,10 @@ def test_the_diagram_of_joint_is_of_the_shipped_weights():
     assert made["PICTURE"].read_text() == made["diagram"](fit), "run python docs/make_joint.py"
     assert made["diagram"](fit).count("<circle") == sum(count > 0 for count in fit.counts)
     assert f"{fit.calibration_error:.4f}" in made["PICTURE"].read_text()
+
+
+def test_tables_of_figures_are_those_of_the_runs():
+    written = runpy.run_path(str(ROOT / "docs" / "make_tables.py"))
+    for path in written["PAGES"]:
+        assert path.read_text() == written["page"](path.read_text()), f"{path.name}: run python docs/make_tables.py"
+    assert sum(len(written["BLOCK"].findall(path.read_text())) for path in written["PAGES"]) == len(written["TABLES"])

@@ -53,7 +53,8 @@ PEAK, WARMUP, DECAY = 1e-3, 500, 0.999
 BATCH = 48
 EVALUATE_EVERY = 250
 HELD_OUT, TESTED = 64, 100  # patches
-HIDDEN = 0.9
+HIDDEN, SPREAD = 0.9, 2.0
+INTENSITY, PLACE = 0.05, 0.5  # amplitudes in the embeddings as they begin
 
 
 def image(name: str) -> np.ndarray:
@@ -107,7 +108,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model() -> BartForConditionalGeneration:
-    """A BART with weights drawn anew."""
+    """A BART with weights drawn anew, but for two things that it would take long to find out: near intensities begin
+    alike, and so do the places, row and column, of a pixel and of the one that it was averaged into."""
     config = BartConfig(
         vocab_size=START + 1, d_model=128, encoder_layers=2, decoder_layers=4, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=512, decoder_ffn_dim=512, max_position_embeddings=SIZE * SIZE + 8,
@@ -116,14 +118,32 @@ def make_model() -> BartForConditionalGeneration:
     )  # fmt: skip
     model = BartForConditionalGeneration(config)
     model.generation_config.max_length = None
+    step = SIZE // LOW
+    given = (np.arange(LOW * LOW)[:, None] // [LOW, 1] % LOW + 0.5) * step - 0.5  # the middles of their squares
+    made = np.arange(SIZE * SIZE)[:, None] // [SIZE, 1] % SIZE
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:LEVELS] = INTENSITY * waves(np.arange(LEVELS), config.d_model, LEVELS)
+        for stack, places in ((model.model.encoder, given), (model.model.decoder, made)):
+            both = [waves(places[:, axis], config.d_model // 2, SIZE) for axis in range(2)]
+            first = stack.embed_positions.offset
+            stack.embed_positions.weight[first : first + len(places)] = PLACE * torch.cat(both, dim=1)
     return model
+
+
+def waves(at: np.ndarray, width: int, span: int) -> torch.Tensor:
+    """Sines and cosines of numbers within a span, float32 `[n, width]`: what is near is alike."""
+    lengths = np.geomspace(4, 4 * span, width // 2)
+    angles = 2 * np.pi * at[:, None] / lengths
+    return torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32))
 
 
 def loss_of(
     model: BartForConditionalGeneration, high: np.ndarray, *, rng: np.random.Generator | None = None
 ) -> torch.Tensor:
-    """Mean cross-entropy of pixels and the end. rng: hides some of the pixels before from the decoder, of each patch
-    another share up to `HIDDEN`: a model that sees them all copies the last one and forgets the image it is given."""
+    """Mean cross-entropy of pixels and the end. rng: in training. Then some of the pixels before are hidden from the
+    decoder, of each patch another share up to `HIDDEN`: a model that sees them all copies the last one and forgets the
+    image it is given. And the intensities beside a pixel's are nearly as good (a normal curve of `SPREAD`), so that the
+    likeliest one, which greedy decoding takes, is not one that happened to be seen."""
     ends = np.full((len(high), 1), END)
     source = torch.from_numpy(np.concatenate([low_of(high).reshape(len(high), -1), ends], axis=1))
     target = torch.from_numpy(np.concatenate([high.reshape(len(high), -1), ends], axis=1))
@@ -133,7 +153,21 @@ def loss_of(
         before = before.masked_fill(torch.from_numpy(hidden), START)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=source, decoder_input_ids=before).logits
-    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), target.flatten())
+    logits, target = logits.float().flatten(0, 1), target.flatten()
+    if rng is None:
+        return torch.nn.functional.cross_entropy(logits, target)
+    return torch.nn.functional.cross_entropy(logits, SPREAD_TARGETS[target])
+
+
+def spread_targets() -> torch.Tensor:
+    """What is to be learned where a token stands, `[tokens, tokens]`."""
+    levels = torch.arange(LEVELS, dtype=torch.float32)
+    targets = torch.eye(START + 1)
+    targets[:LEVELS, :LEVELS] = torch.softmax(-0.5 * ((levels[:, None] - levels) / SPREAD) ** 2, dim=1)
+    return targets
+
+
+SPREAD_TARGETS = spread_targets()
 
 
 @torch.inference_mode()

@@ -3,15 +3,16 @@
 A rescorer is a causal LM over the base's own tokens, in one of two forms:
 
     whole  any folder that `save_pretrained` wrote (or a hub id)
-    delta  the base's embeddings and first L layers, of which the last few and the final norm were trained further; a
-           folder with `config.json` (`DeltaConfig`) and `model.safetensors`, which holds these tensors only, int8 with
-           one float32 scale per row (`NAME` and `NAME.scale`), vectors as float32. It needs the very base it was
-           trained on (sha256)
+    delta  the base's embeddings and first L layers, of which the last few and the final norm were trained further, the
+           layers below perhaps changed by low-rank products; a folder with `config.json` (`DeltaConfig`) and
+           `model.safetensors`, which holds the trained tensors and the factors (`NAME.up` `[out, rank]`, `NAME.down`
+           `[rank, in]`) only, int8 with one float32 scale per row (`NAME.scale`), vectors as float32. It needs the
+           very base it was trained on (sha256)
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from lm.files import SHIPPED, read_json_object, sha256_of_file
 from lm.keys import key_of
 
 DELTA = "delta"
+UP, DOWN = ".up", ".down"  # factors of what is added to a weight
 ADVICE = "a lower --k, --p or --max-prompt-tokens needs less"
 REMEMBERED_BYTES = 1 << 30
 
@@ -68,6 +70,7 @@ class DeltaConfig(Config, frozen=True, kw_only=True):
     size: str  # by name
     layers: int  # of the base, from its first one on
     tuned_layers: int  # the last of these, which were trained further
+    lora_rank: int = 0  # of the changes of the layers below; 0: none
     base_name: str
     base_weights_sha256: str
     tokenizer_sha256: str
@@ -130,10 +133,20 @@ def first_layers(name: str, layers: int, **options: Any) -> BaseLM:
     return load_base(name, config=config, **{"device": "cpu", **options})
 
 
-def save_delta(model: torch.nn.Module, names: list[str], config: DeltaConfig, folder: Path) -> None:
-    """Writes the tensors `names` of a model as a delta, weights first. Raises `OutputError`."""
+def save_delta(
+    model: torch.nn.Module,
+    names: Collection[str],
+    config: DeltaConfig,
+    folder: Path,
+    *,
+    changes: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+) -> None:
+    """Writes the tensors `names` of a model as a delta, weights first, and changes of others by their names (up
+    `[out, rank]`, down `[rank, in]`). Raises `OutputError`."""
     state = model.state_dict()
-    write_checkpoint(folder, {name: state[name] for name in names}, config, dtype=torch.int8)
+    parts = {name: zip((UP, DOWN), both, strict=True) for name, both in (changes or {}).items()}
+    factors = {name + part: factor for name, both in parts.items() for part, factor in both}
+    write_checkpoint(folder, {**{name: state[name] for name in names}, **factors}, config, dtype=torch.int8)
 
 
 @dataclass(frozen=True)
@@ -269,8 +282,17 @@ def _become(cut: PreTrainedModel, source: NeuralSource, shared: BaseLM | None) -
     name = source.use.name
     tensors = read_weights(source.folder, missing=f"no {name} weights in {source.folder}", what=f"the {name}")
     state: dict[str, torch.Tensor] = cut.state_dict()
-    expected = {name: state[name].shape for name in tensors if name in state}
+    rank = source.delta.lora_rank
+    expected: dict[str, Collection[int]] = {}
+    for weight, value in state.items():
+        if weight in tensors:
+            expected[weight] = value.shape
+        if rank and weight + UP in tensors:
+            expected |= {weight + UP: (value.shape[0], rank), weight + DOWN: (rank, value.shape[-1])}
     check_shapes(source.folder, {name: value.shape for name, value in tensors.items()}, expected, "base")
+    for weight in [n.removesuffix(UP) for n in tensors if n.endswith(UP)]:
+        up, down = (tensors.pop(weight + part) for part in (UP, DOWN))
+        tensors[weight] = state[weight].float().cpu() + up @ down
     # Put in place of the base's, whose file is mapped and stays unread.
     cut.load_state_dict({name: value.to(state[name]) for name, value in tensors.items()}, strict=False, assign=True)
     same = shared is not None and shared.identity.weights_sha256 == source.delta.base_weights_sha256

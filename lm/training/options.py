@@ -164,7 +164,8 @@ class RescorerOptions(TextOptions):
 
     size: Annotated[str, "neural-32m, neural-61m or neural-94m."] = "neural-61m"
     init: Annotated[Init, "base: the base's first layers, of which the last ones are trained; scratch: none."] = "base"
-    tuned_layers: Annotated[int, "Last layers that are trained, at most all (init base)."] = 3
+    tuned_layers: Annotated[int, "Last layers that are trained in full, at most all (init base)."] = 3
+    lora_rank: Annotated[int, "Rank of the changes of the layers below these (init base); 0: they stay."] = 0
     steps: Steps = 1000
     positions: Annotated[int, "Tokens per step, prompts and padding included."] = 4096
     micro_batch: MicroBatch = 4096
@@ -175,7 +176,7 @@ class RescorerOptions(TextOptions):
     # The best weights are the result.
     patience: Annotated[int, "Checkpoints without a better held-out loss before it stops."] = 5
 
-    LEAST: ClassVar = TextOptions.LEAST | {"tuned_layers": 1, "patience": 1}
+    LEAST: ClassVar = TextOptions.LEAST | {"tuned_layers": 0, "lora_rank": 0, "patience": 1}
 
     def check(self) -> None:
         from lm.neural.model import named_size
@@ -183,6 +184,8 @@ class RescorerOptions(TextOptions):
         named_size(self.size)
         _check("init", self.init, get_args(Init))
         super().check()
+        if self.init != "base" and self.lora_rank:
+            raise RescoreError(f"lora_rank = {self.lora_rank} is for one that begins as the base's layers (init: base)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ from lm.training.data import Segment, body_states, cached, tokens_read
 from lm.training.losses import CHUNK_ROWS, soft_cross_entropy, teacher_probabilities
 from lm.training.options import RescorerOptions
 from lm.training.trainer import TextTrainer, Trainer, save_model
+from lm.training.tuned_base import LORA_PART, low_rank_changes, with_low_rank
 
 BEST_FILE = "best.safetensors"
 POOL = 8  # batches drawn at a time and sorted by length: less padding
@@ -73,7 +74,10 @@ class RescorerTrainer(TextTrainer[HeldOutText, RescorerOptions]):
         body = first.model.base_model
         if not (hasattr(body, "layers") and hasattr(body, "norm") and first.body_gives_states):
             raise IncompatibleError(f"{name} does not name its layers as Llama does; use --init scratch for it")
-        for part in (*body.layers[-options.tuned_layers :], body.norm):
+        below = max(0, len(body.layers) - options.tuned_layers)
+        if options.lora_rank and below:
+            with_low_rank(first, options.lora_rank, list(range(below)))
+        for part in (*body.layers[below:], body.norm):
             part.requires_grad_(True)
         return first.supports_tree, first.model
 
@@ -179,11 +183,13 @@ class RescorerTrainer(TextTrainer[HeldOutText, RescorerOptions]):
             size=self.options.size,
             layers=layers,
             tuned_layers=min(self.options.tuned_layers, layers),
+            lora_rank=self.options.lora_rank,
             base_name=identity.name,
             base_weights_sha256=identity.weights_sha256,
             tokenizer_sha256=identity.tokenizer_sha256,
         )
-        save_delta(self.model, sorted(self.parameters), config, out)
+        whole = sorted(name for name in self.parameters if LORA_PART not in name)
+        save_delta(self.model, whole, config, out, changes=low_rank_changes(self.model))
 
 
 def _perplexity(loss: float) -> float:

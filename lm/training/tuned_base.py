@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 from lattices.errors import IncompatibleError, RescoreError
@@ -25,6 +26,8 @@ from lm.files import replaced_files, write_json
 from lm.training.data import HeadData, Segment, body_states
 from lm.training.options import FULL, LORA
 from lm.training.trainer import save_model
+
+LORA_PART = ".lora_"  # in the names of what peft adds to a model
 
 
 class TunedBase:
@@ -77,17 +80,7 @@ class TunedBase:
                 f"{name} is an adapter itself, and one on top of it could not be loaded; tune it in full (tune: full), "
                 "or begin from the base that it changes"
             )
-        body = self.model.base_model.named_modules()
-        linear = sorted({part.rsplit(".", 1)[-1] for part, m in body if isinstance(m, torch.nn.Linear)})
-        if not linear:
-            raise IncompatibleError(f"{name} has no linear layers for LoRA; tune it in full (tune: full)")
-        config = LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules=linear, layers_to_transform=layers,
-            task_type="SEQ_2_SEQ_LM" if self.base.has_encoder else "CAUSAL_LM",
-        )  # fmt: skip
-        # Puts the adapter into the model's own layers; the wrapper knows the names that other readers expect.
-        with peft_of_old_names():
-            self.adapted = get_peft_model(self.model, config)
+        self.adapted = with_low_rank(self.base, rank, layers)
         local = Path(os.path.expanduser(name))
         absolute = str(local.resolve()) if local.exists() and name != BUILT_IN else name
         self.adapted.peft_config["default"].base_model_name_or_path = absolute
@@ -112,6 +105,42 @@ class TunedBase:
                 halves = {n: value.detach().to("cpu", torch.float16).contiguous() for n, value in tensors.items()}
                 save_file(halves, temporary / ADAPTER_FILE, metadata={"format": "pt"})
                 self.adapted.peft_config["default"].save_pretrained(str(temporary))
+
+
+def with_low_rank(base: BaseLM, rank: int, layers: list[int] | None) -> Any:
+    """peft's wrapper of a base's model, in whose layers (None: all) every linear one has a low-rank change (LoRA,
+    alpha = 2 x rank); only these changes learn.
+
+    Raises `IncompatibleError` for a model without linear layers.
+    """
+    model: Any = base.model
+    body = model.base_model.named_modules()
+    linear = sorted({name.rsplit(".", 1)[-1] for name, part in body if isinstance(part, torch.nn.Linear)})
+    if not linear:
+        raise IncompatibleError(f"{base.identity.name} has no linear layers for LoRA; tune its layers in full")
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=linear, layers_to_transform=layers,
+        task_type="SEQ_2_SEQ_LM" if base.has_encoder else "CAUSAL_LM",
+    )  # fmt: skip
+    # The changes go into the model's own layers; the wrapper knows the names that other readers expect.
+    with peft_of_old_names():
+        return get_peft_model(model, config)
+
+
+def low_rank_changes(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Of each weight that `with_low_rank` changes, by its name in the model as it was: up `[out, rank]`, scale in it,
+    and down `[rank, in]`; the change is up @ down."""
+    return {
+        f"{name}.weight": (module.scaling[part] * _weight(module.lora_B[part]), _weight(module.lora_A[part]))
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        for part in module.active_adapters
+    }
+
+
+def _weight(linear: Any) -> torch.Tensor:
+    weight: torch.Tensor = linear.weight
+    return weight
 
 
 def _without_dropout(model: torch.nn.Module) -> None:

@@ -114,7 +114,7 @@ def _read(path: Path, *, missing: str, command: str) -> Costs:
     if not path.exists():  # it says what to do by itself
         raise RescoreError(missing)
     advice = f"measure them again: {command}"
-    costs = read_record(path, Costs, missing=missing, advice=advice, schema=SCHEMA)
+    costs = read_record(path, Costs, missing=f"no table of costs in {path}", advice=advice, schema=SCHEMA)
     shape = (len(costs.contexts), len(costs.nodes))
     rising = all((np.diff([0, *sizes]) > 0).all() for sizes in (costs.contexts, costs.nodes))
     if {len(row) for row in costs.step_ms} != {shape[1]} or len(costs.step_ms) != shape[0] or not rising:

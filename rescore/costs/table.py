@@ -11,7 +11,9 @@ import numpy as np
 
 from lm.records import Count, plain
 
-Milliseconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]  # of one step, so that sums of them stay finite
+MOST_MS = 1e9  # of one step, so that sums of them stay finite
+Milliseconds = Annotated[float, msgspec.Meta(ge=0, le=MOST_MS)]
+StepMilliseconds = Annotated[float, msgspec.Meta(gt=0, le=MOST_MS)]
 SCHEMA = "rescore.costs/3"
 LEAST_MS = 1e-3  # of a step
 
@@ -94,7 +96,7 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     machine: Machine
     contexts: Annotated[list[Count], msgspec.Meta(min_length=1)]
     nodes: Annotated[list[Count], msgspec.Meta(min_length=1)]
-    step_ms: list[list[Milliseconds]]
+    step_ms: list[list[StepMilliseconds]]
     tree_ms: Milliseconds | None
     heads: HeadsCost | None
     choices: list[ChoiceCost] = []

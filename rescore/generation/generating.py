@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from lattices.errors import InvalidDataError, RescoreError
 from lattices.paths import user_path
 from lm.files import is_text
+from lm.locks import warn
 from lm.text_files import BYTE_ORDER_MARK, CSV, JSON_OBJECT, TSV, TextFile, identify, json_row, rows, text_lines
 from rescore import options as shared
 from rescore.acceptance.options import Acceptance
@@ -109,6 +111,8 @@ def answers(
         base = models.base
         # Where nothing is named, if there are some.
         heads = models.used_heads if needs_heads or not (run or drafter) else None
+        if heads is not None and (line := models.about_heads()):
+            warn(line)
         chosen = run or best_run(base, heads, drafters=drafter, nodes=nodes, k=_or(k, DEFAULT_K), p=p, inputs=inputs)
         generator = Generator.of(base, heads, chosen, verify=verify, rule=rule, inputs=inputs)
         for number, request in enumerate(requests):
@@ -206,7 +210,11 @@ def _request(row: dict[str, Any], where: str, file: TextFile | None = None) -> R
         chat = TEXT_CHAT.get(str(chat or "").lower(), chat)
     if chat is not None and not isinstance(chat, bool):
         raise InvalidDataError(f"{where} has {chat!r} in the field 'chat'; write true or false")
-    identity = row.get("id") if isinstance(row.get("id"), str | int) else None
+    identity = row.get("id")
+    if identity is not None and (isinstance(identity, bool) or not isinstance(identity, str | int)):
+        raise InvalidDataError(
+            f"{where} has {json.dumps(identity)} in the field 'id' where text or a whole number is needed"
+        )
     if messages is not None and text is not None:
         raise InvalidDataError(f"{where} has both 'prompt' and 'messages'; keep one of them")
     if messages is not None:

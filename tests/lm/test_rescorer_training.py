@@ -29,6 +29,7 @@ SMALL = RescorerOptions(
     warmup=2, held_out=0.2, evaluate_every=2, precision="float32",
 )  # fmt: skip
 SCRATCH = dataclasses.replace(SMALL, size=TINY, init="scratch")
+LOW_RANK = dataclasses.replace(SMALL, tuned_layers=0, lora_rank=3, learning_rate=1e-2)
 
 
 class StopError(Exception):
@@ -167,7 +168,7 @@ class TestHeldOut:
 
 
 class TestTraining:
-    @pytest.mark.parametrize("options", [SMALL, SCRATCH], ids=["base", "scratch"])
+    @pytest.mark.parametrize("options", [SMALL, LOW_RANK, SCRATCH], ids=["base", "low-rank", "scratch"])
     def test_it_learns_and_is_found_again(self, tiny_base, data, tmp_path, options):
         """The result, loaded as a rescorer, has the held-out perplexity that was told."""
         trainer = RescorerTrainer(tiny_base, [data], change(options, steps=40, soft=0.0, evaluate_every=20, patience=9))
@@ -198,10 +199,25 @@ class TestTraining:
         assert (config.size, config.layers, config.tuned_layers) == (TINY, 2, 1)
         assert config.base_weights_sha256 == tiny_base.identity.weights_sha256
 
-    @pytest.mark.parametrize("init", ["base", "scratch"])
+    def test_layers_below_the_tuned_ones_change_by_products_of_low_rank(self, tiny_base, data, tmp_path, monkeypatch):
+        monkeypatch.setitem(neural.SIZES, TINY, NeuralSize(2, 16, 24, 1, 2))
+        RescorerTrainer(tiny_base, [data], change(LOW_RANK, size=TINY, tuned_layers=1)).train(tmp_path)
+        config = find_neural(str(tmp_path)).delta
+        assert (config.layers, config.tuned_layers, config.lora_rank) == (2, 1, 3)
+        stored = load_file(tmp_path / "model.safetensors")
+        loaded = load_neural(find_neural(str(tmp_path)), vocab_size=257, base_name=tiny_base.identity.name)
+        whole = dict(tiny_base.model.named_parameters())
+        for name, parameter in loaded.model.model.named_parameters():
+            moved = (parameter - whole[name]).float()
+            if name.startswith("model.layers.0.") and parameter.ndim == 2:
+                assert name not in stored and stored[name + ".up"].shape == (len(parameter), 3)
+                assert torch.linalg.matrix_rank(moved, atol=1e-5) in (1, 2, 3), name
+            else:
+                assert bool(moved.any()) == (name in stored), name
+
+    @pytest.mark.parametrize("options", [SMALL, LOW_RANK, SCRATCH], ids=["base", "low-rank", "scratch"])
     @pytest.mark.parametrize("stop", range(1, 7))
-    def test_an_interrupted_training_is_the_same_training(self, tiny_base, data, tmp_path, init, stop):
-        options = SMALL if init == "base" else SCRATCH
+    def test_an_interrupted_training_is_the_same_training(self, tiny_base, data, tmp_path, options, stop):
         curves: dict[str, dict[int, float]] = {"whole": {}, "parts": {}}
         expected = RescorerTrainer(tiny_base, [data], options).train(
             tmp_path / "whole", progress=lambda step, _, loss: curves["whole"].update({step: loss})
@@ -327,7 +343,9 @@ class TestTrouble:
         [
             ({"size": "neural-60m"}, "unknown rescorer size 'neural-60m'"),
             ({"init": "bases"}, "unknown init 'bases'; did you mean base"),
-            ({"tuned_layers": 0}, "tuned_layers = 0; it must be at least 1"),
+            ({"tuned_layers": -1}, "tuned_layers = -1; it must be at least 0"),
+            ({"lora_rank": -1}, "lora_rank = -1; it must be at least 0"),
+            ({"lora_rank": 2, "init": "scratch"}, "lora_rank = 2 is for one that begins as the base's layers"),
             ({"steps": 0}, "steps = 0"),
             ({"positions": 0}, "positions = 0"),
             ({"micro_batch": 0}, "micro_batch = 0"),

@@ -159,6 +159,7 @@ class TestKept:
             {"tree_ms": -1.0},
             {"tree_ms": 1e308},
             {"step_ms": [[1.0, -2.0, 3.0]] * 2},
+            {"step_ms": [[1.0, 0.0, 3.0]] * 2},  # a step takes some time
             {"step_ms": "none"},
             {"nodes": []},
         ):

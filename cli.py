@@ -338,8 +338,8 @@ def trace_command(
     _check((task,), inputs)
     from rescore.runs.recording import record_task
 
-    how: dict[str, Any] = {"k": k, "execution": execution, "notify": notify}
-    print(f"{out}: {_done(record_task, replace(inputs, task=task), drafter, out, **how).line()}")
+    record = functools.partial(record_task, k=k, execution=execution, notify=notify)
+    print(f"{out}: {_done(record, replace(inputs, task=task), drafter, out).line()}")
 
 
 @command("import-trace", MEASURE, asked=Source("rescore.imports.importing:import_trace"))
@@ -363,8 +363,7 @@ def suite_command(
     from rescore.suites.run import run_suite
     from rescore.suites.tables import suite_tables
 
-    how: dict[str, Any] = {"source": plan.keywords["path"].name, "execution": execution, "notify": notify}
-    suite = _done(run_suite, plan(), out, **how)
+    suite = _done(run_suite, plan(), out, source=plan.keywords["path"].name, execution=execution, notify=notify)
     if as_json:
         _print_json(plain(suite.document))
     else:
@@ -445,8 +444,7 @@ def build_ngram_command(
     tokenizer = tokenizer or base or DEFAULT_BASE
     own = replace(own, base=base or tokenizer)
     options = replace(options, tokenizer=tokenizer, discount_fallback=(0.5, 1.0, 1.5) if discount_fallback else None)
-    how: dict[str, Any] = {"own": own, "replace": out is not None, "execution": execution}
-    summary = _done(build_ngram, corpus, folder, options, **how)
+    summary = _done(build_ngram, corpus, folder, options, own=own, replace=out is not None, execution=execution)
     _result(summary, "rescore.studies.tables:built_ngram_table", as_json)
     None if as_json else print(f"next: {summary.use(tokenizer)}")
 

@@ -7,19 +7,24 @@ Who asks writes what it gets in the order of the shards, so that one who is kill
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated, Any, Literal, TypeVar
 
 from lattices.errors import RescoreError
+from lm.locks import warn
 
-Shard, Result = TypeVar("Shard"), TypeVar("Result")
+Shard = TypeVar("Shard")
+Result = TypeVar("Result")
 LOCAL, RAY = "local", "ray"
 AGAIN = 3  # times that a shard is done again whose worker died
+CONNECT_SECONDS = 10.0
 AHEAD = 4  # shards for each worker that are done or at work, while the first of them is not
 # What of the environment workers on other machines need to do the same; there the folders must be the same, too.
 PASSED = ("RESCORE_CACHE", "HF_HOME", "HF_HUB_OFFLINE")
@@ -75,24 +80,46 @@ class ExecutorOptions:
             import ray
         except ImportError as error:
             raise RescoreError("--executor ray needs Ray: pip install 'rescore[ray]'") from error
-        passed = {name: os.environ[name] for name in PASSED if name in os.environ}
-        own: dict[str, Any] = {} if self.address else {"num_cpus": self.workers, "include_dashboard": False}
+        mine = not ray.is_initialized()  # else this process is connected to a cluster, which is used as it is
+        if mine:
+            self._connect()
         try:
-            ray.init(
-                address=self.address, runtime_env={"env_vars": passed} if self.address else None, log_to_driver=False,
-                logging_level="critical", configure_logging=True, **own,
-            )  # fmt: skip
-        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-            where = f"no Ray cluster answers at {self.address}" if self.address else "Ray can't be started here"
-            raise RescoreError(f"{where} ({str(error).splitlines()[0]})") from error
-        try:
-            has = ray.cluster_resources()
+            has: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
             kind = "GPU" if device != "cpu" and on_gpu(device) else "CPU"
             if not has.get(kind):
                 raise RescoreError(f"the Ray cluster has no {kind} for a worker")
             yield RayExecutor(self.workers or int(has[kind]), {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 1})
         finally:
-            ray.shutdown()
+            if mine:
+                ray.shutdown()
+
+    def _connect(self) -> None:
+        import ray
+
+        passed = {name: os.environ[name] for name in PASSED if name in os.environ}
+        own: dict[str, Any] = {} if self.address else {"num_cpus": self.workers, "include_dashboard": False}
+        host, _, port = (self.address or "").rpartition(":")
+        try:
+            if port.isdigit() and "://" not in host:  # Ray itself would wait for minutes, and end the process
+                socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+            ray.init(
+                address=self.address, runtime_env={"env_vars": passed} if self.address else None, log_to_driver=False,
+                logging_level=logging.CRITICAL, configure_logging=True, **own,
+            )  # fmt: skip
+        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+            where = f"no Ray cluster answers at {self.address}" if self.address else "Ray can't be started here"
+            raise RescoreError(f"{where} ({str(error).splitlines()[0]})") from error
+        with suppress(AttributeError):  # else what a cluster has to say would stand in the results on stdout
+            ray._private.worker.print_to_stdstream = _told  # type: ignore[assignment]
+
+
+def _told(message: dict[str, Any], **_: Any) -> None:
+    """Says in one line what of a cluster's messages matters."""
+    if any("worker died" in line for line in message.get("lines", ())):
+        warn("a worker of the Ray cluster died; what it was at is done again")
+
+
+LOCALLY = ExecutorOptions()
 
 
 def on_gpu(device: str) -> bool:
@@ -119,7 +146,8 @@ class RayExecutor(Executor):
         import ray
         from ray.exceptions import RayError, RayTaskError
 
-        call = ray.remote(max_retries=AGAIN, **self.needs)(_done)
+        remote: Any = ray.remote  # its annotations know a function alone, or its options alone
+        call = remote(max_retries=AGAIN, **self.needs)(_done)
         shared, waiting = ray.put(function), iter(shards)
         asked, running = deque[Any](), set[Any]()  # in the order of the shards; those that are not done yet
         try:

@@ -31,7 +31,7 @@ import msgspec
 import numpy as np
 
 from lattices.errors import IncompatibleError, InvalidDataError, first_line
-from lattices.lattice import Lattice, put_first, side_by_side
+from lattices.lattice import Lattice
 from lm.files import atomic_folder, changed_settings, sha256_of_file, write_json
 from lm.keys import cache_entry, software
 from lm.locks import writing_to
@@ -39,18 +39,16 @@ from lm.records import plain, read_record
 from rescore.checks import check_fits, check_k
 from rescore.tasks.base import Example
 from rescore.tasks.groups import digest, one_of_each_first
+from rescore.traced_rows import BATCH_SIZE, rows_of
 
 if TYPE_CHECKING:
     from lm.base.model import BaseLM
     from lm.heads.block_heads import BlockHeads
-    from lm.heads.draft_rows import DraftProjection
 
 SCHEMA = "rescore.trace/1"
 RECORDING = 1  # changes with what `record_trace` computes: its prompts, outputs, lattices or rounding
 HEADER_FILE = "trace.json"
-LATTICE_ROWS = 16  # positions whose full-vocabulary logits are alive at a time
 PART_EXAMPLES = 32  # examples per part: what a kill can lose, and the window in which prompts are sorted by length
-BATCH_SIZE = 16
 TRACE_K = 32
 ROUNDING = 1e-3  # nats below 0 that an entropy may have by rounding
 OPTIONAL = ("group",)  # columns that older traces and those of others may lack
@@ -74,6 +72,12 @@ class TraceHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     settings: dict[str, Any]
     parts: list[str]
     schema: str = SCHEMA
+
+    @property
+    def task(self) -> str | None:
+        """The task that it was recorded for; None where it does not say."""
+        task = self.settings.get("task")
+        return task if isinstance(task, str) else None
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,12 @@ def record_trace(
             if progress:
                 progress(finished, len(examples))
 
-        how = {"chat": chat, "max_new_tokens": max_new_tokens, "max_prompt_tokens": max_prompt_tokens, "k": k}
+        how: dict[str, Any] = {
+            "chat": chat,
+            "max_new_tokens": max_new_tokens,
+            "max_prompt_tokens": max_prompt_tokens,
+            "k": k,
+        }
         parts = [missing[start : start + PART_EXAMPLES] for start in range(0, len(missing), PART_EXAMPLES)]
         here = (rows_of(base, heads, part, **how, batch_size=batch_size, each=one_more) for part in parts)
         for part, rows in zip(parts, elsewhere(parts) if elsewhere else here, strict=True):
@@ -193,36 +202,6 @@ def record_trace(
             write_json(folder / HEADER_FILE, plain(header))
             done |= {e.id: e for e in _read_part(folder / name, header)}
         return Trace(header, tuple(done[e.id] for e in examples))
-
-
-def rows_of(
-    base: BaseLM,
-    heads: BlockHeads | None,
-    examples: Sequence[Example],
-    *,
-    chat: bool,
-    max_new_tokens: int,
-    max_prompt_tokens: int | None,
-    k: int,
-    batch_size: int = BATCH_SIZE,
-    each: Callable[[], None] = lambda: None,
-) -> list[dict[str, Any]]:
-    """The rows of a part; `each` is called after every example. Arguments as of `record_trace`.
-
-    They stand in the order of the data, so that a trace cut to its first examples is what --limit would record.
-    """
-    from lm.base.generation import generate
-
-    prompts = [base.encode_prompt(e.prompt, chat=chat, max_tokens=max_prompt_tokens) for e in examples]
-    rows: dict[int, dict[str, Any]] = {}
-    for greedy in generate(base, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, with_hidden=True):
-        assert greedy.hidden is not None and greedy.margins is not None
-        rows[greedy.index] = row_of_states(
-            base, heads, examples[greedy.index], prompts[greedy.index], greedy.output_ids, hidden=greedy.hidden,
-            margins=greedy.margins, k=k,
-        )  # fmt: skip
-        each()
-    return [rows[place] for place in range(len(examples))]
 
 
 def recorded_by(device: str) -> dict[str, str | int]:
@@ -239,65 +218,6 @@ def given_settings(settings: dict[str, Any], sha256: str, device: str) -> dict[s
 def trace_folder(task: str, settings: dict[str, Any], k: int) -> Path:
     """Where the cache keeps the trace of a task with these settings and k entries per slot."""
     return cache_entry("traces", task, {"schema": SCHEMA, "k": k, "settings": settings})
-
-
-def row_of_states(
-    base: BaseLM,
-    heads: BlockHeads | None,
-    example: Example,
-    prompt_ids: Sequence[int],
-    output_ids: np.ndarray,
-    *,
-    hidden: np.ndarray,
-    margins: np.ndarray,
-    k: int,
-) -> dict[str, Any]:
-    """The row of an example, of the final hidden states `[t, d]` that its output tokens `[t]` were chosen from, and the
-    margins `[t]` with which they were."""
-    lattice, entropies = lattices_along(base, heads, hidden, output_ids, k)
-    return {
-        "id": example.id,
-        "prompt": example.prompt,
-        "references": list(example.references),
-        "output": base.decode_text(output_ids.tolist()),
-        "prompt_ids": np.asarray(prompt_ids, dtype=np.int32),
-        "output_ids": output_ids.astype(np.int32),
-        "token_ids": lattice.token_ids.ravel(),
-        "logps": lattice.logps.ravel(),
-        "entropies": entropies.ravel(),
-        "margins": margins,
-        "group": example.group,
-    }
-
-
-def lattices_along(
-    base: BaseLM,
-    heads: BlockHeads | None,
-    hidden: np.ndarray,
-    output_ids: np.ndarray,
-    k: int,
-    projection: DraftProjection | None = None,
-) -> tuple[Lattice, np.ndarray]:
-    """The lattices `[t, h, k]` before every token of an output and their entropies `[t, h]`, from the states `[t, d]`
-    that chose these tokens; arguments as for `BlockHeads.slots`."""
-    import torch
-
-    from lm.heads.block_heads import Slots, entropies_of
-
-    lattices, entropies = [], []
-    with torch.inference_mode():
-        for start in range(0, len(output_ids), LATTICE_ROWS):
-            states = torch.tensor(hidden[start : start + LATTICE_ROWS], device=base.device, dtype=base.dtype)
-            chosen = torch.tensor(output_ids[start : start + LATTICE_ROWS], device=base.device, dtype=torch.int64)
-            first = base.project(states)
-            how: dict[str, Any] = {"tokens": chosen, "projection": projection}
-            slots = heads.slots(base, states, first, **how) if heads else [Slots(first[:, None])]
-            lattices.append(side_by_side([each.lattice(k) for each in slots]))
-            entropies.append(np.concatenate([entropies_of(each.logits) for each in slots], axis=1))
-    whole = Lattice(np.concatenate([e.token_ids for e in lattices]), np.concatenate([e.logps for e in lattices]))
-    # The projection of one state and of many differ in the last bits; the token that was really chosen stays.
-    put_first(whole.token_ids[:, 0], whole.logps[:, 0], output_ids)
-    return whole, np.concatenate(entropies)
 
 
 def _features() -> Any:

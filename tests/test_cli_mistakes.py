@@ -24,7 +24,7 @@ from conftest import (
     write_lines,
 )
 
-from rescore import tracing
+from rescore import traced_rows, tracing
 from rescore.runs import evaluation
 
 
@@ -204,7 +204,7 @@ class TestInterruption:
 
     def test_a_recording_goes_on(self, rescore: Command, model: list[object], tmp_path: Path, monkeypatch):
         monkeypatch.setattr(tracing, "PART_EXAMPLES", 4)
-        row, calls = tracing.row_of_states, []
+        row, calls = traced_rows.row_of_states, []
 
         def interrupted_row(*arguments: Any, **more: Any) -> Any:
             calls.append(1)
@@ -212,7 +212,7 @@ class TestInterruption:
                 raise KeyboardInterrupt
             return row(*arguments, **more)
 
-        monkeypatch.setattr(tracing, "row_of_states", interrupted_row)
+        monkeypatch.setattr(traced_rows, "row_of_states", interrupted_row)
         run = rescore("trace", *model, "--out", tmp_path)
         assert run == Run(130, "", "rescore: interrupted; what is finished is kept, the same command goes on\n")
         assert rescore("trace", *model, "--out", tmp_path).out.endswith("6 examples, 72 positions, h = 4, K = 32\n")

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError, RescoreError
-from lm.executors import HERE, Executor, ExecutorOptions
+from lm.executors import HERE, LOCALLY, Executor, ExecutorOptions
 from lm.files import (
     append_json_line,
     changed_settings,
@@ -115,7 +115,7 @@ def write_own_corpus(
     dtype: Dtype = "float32",
     device: Device = "auto",
     options: GenerationOptions,
-    execution: ExecutorOptions = ExecutorOptions(),
+    execution: ExecutorOptions = LOCALLY,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> str:
     """`generate_corpus` for a file of prompts and a base LM by name; says in words what there is, and how fast it was.
@@ -244,10 +244,11 @@ def _generated(
         yield from generate(base, prompts, batch_size=options.batch_size, work=work, **_how(options))
         return
     batches = list(batches_of(base, prompts, options.batch_size))
-    shards = ([prompts[i] for i in rows] for rows in batches)
-    for rows, outputs in zip(batches, executor.map(_OutputsByWorkers(base.identity, options), shards), strict=True):
+    shards = ([prompts[place] for place in batch] for batch in batches)
+    found = executor.map(_OutputsByWorkers(base.identity, options), shards)
+    for places, outputs in zip(batches, found, strict=True):
         for generated in outputs:
-            yield dataclasses.replace(generated, index=rows[generated.index])
+            yield dataclasses.replace(generated, index=places[generated.index])
 
 
 def _how(options: GenerationOptions) -> dict[str, Any]:

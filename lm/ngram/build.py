@@ -29,7 +29,7 @@ from lattices.errors import IncompatibleError, InvalidDataError, OutputError, Re
 from lattices.ngrams import MAX_ORDER, SENTENCE_END, NgramModel
 from lattices.paths import is_writable, user_path
 from lm.base.own_output import OWN_PREFIX, OwnOutput, own_output
-from lm.executors import Executor, ExecutorOptions
+from lm.executors import LOCALLY, Executor, ExecutorOptions
 from lm.files import atomic_folder, changed_settings, read_json_object, sha256_of_file, write_json, writing
 from lm.locks import warn, writing_to
 from lm.ngram.corpus import HUB_PREFIX, CorpusSource, EncodedCorpus, encode_corpora, find_sources, is_unchanged
@@ -123,14 +123,15 @@ def build_ngram(
     *,
     own: OwnOutput | None = None,
     replace: bool = True,
-    execution: ExecutorOptions = ExecutorOptions(),
+    execution: ExecutorOptions = LOCALLY,
     progress: Progress | None = None,
 ) -> NgramSummary:
     """Estimates an n-gram model from `corpora` (see `lm.ngram.corpus`) and writes it to the folder `out`.
 
     A corpus may also be `own:PROMPTS`: greedy output for a file of prompts, generated as `own` says (default: by the
     base of the tokenizer) and kept in the cache directory. `replace`: whether a finished model in `out` that was made
-    of other things may be replaced; it is refused with the difference if not (`IncompatibleError`). `execution`: who counts.
+    of other things may be replaced; it is refused with the difference if not (`IncompatibleError`). `execution`: who
+    counts.
 
     Raises `RescoreError` for options that make no sense, `InvalidDataError` for corpora that can't be used,
     `OutputError` where `out` can't be written or another process writes to it. `progress(stage, done, total)` is called

@@ -20,7 +20,7 @@ from lattices.lattice import Lattice
 from lm.draft_vocabulary import find_draft_vocabulary
 from rescore.drafters.base import LatticeDrafter
 from rescore.rescorers.base import Context, Target
-from rescore.tracing import lattices_along
+from rescore.traced_rows import lattices_along
 
 if TYPE_CHECKING:
     from lm.base.model import BaseLM

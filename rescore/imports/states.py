@@ -34,7 +34,8 @@ from rescore.runs.inputs import Inputs
 from rescore.runs.models import Models
 from rescore.tasks.base import Example
 from rescore.tasks.groups import digest
-from rescore.tracing import TraceHeader, recorded_by, row_of_states
+from rescore.traced_rows import row_of_states
+from rescore.tracing import TraceHeader, recorded_by
 
 # Share of an example's output tokens that its states must choose. A token whose logit is below the best by no more than
 # a near-tie of the precision in which the states are stored counts as chosen.

@@ -14,7 +14,8 @@ from lm.records import plain
 from rescore.runs.inputs import Inputs
 from rescore.tasks import Example, Task
 from rescore.tasks.data import TaskData
-from rescore.tracing import recorded_by, rows_of
+from rescore.traced_rows import rows_of
+from rescore.tracing import recorded_by
 
 if TYPE_CHECKING:
     from lm.base.model import BaseIdentity, BaseLM

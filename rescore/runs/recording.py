@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.paths import encodable, user_path
-from lm.executors import HERE, Executor, ExecutorOptions
+from lm.executors import HERE, LOCALLY, Executor, ExecutorOptions
 from lm.locks import making, warn, writing_to
 from lm.records import plain
 from rescore.checks import check_held_k, check_k
@@ -342,7 +342,7 @@ def record_task(
     out: Path,
     *,
     k: int,
-    execution: ExecutorOptions = ExecutorOptions(),
+    execution: ExecutorOptions = LOCALLY,
     progress: Progress | None = None,
     notify: Notify | None = None,
 ) -> Trace:
@@ -383,7 +383,7 @@ def _given(inputs: Inputs, k: int) -> Recording:
     assert inputs.trace is not None
     folder = user_path(inputs.trace)
     trace = read_trace(folder)
-    recorded = recorded_task(trace.header)
+    recorded = trace.header.task
     own = load_task(inputs.task) if inputs.task and is_task_file(inputs.task) else None
     name = own.name if own else inputs.task or recorded or folder.resolve().name
     if recorded not in (None, name):
@@ -418,12 +418,6 @@ def _given(inputs: Inputs, k: int) -> Recording:
     )
 
 
-def recorded_task(header: TraceHeader) -> str | None:
-    """The task that a trace was recorded for; None where it does not say."""
-    task = header.settings.get("task")
-    return task if isinstance(task, str) else None
-
-
 def _without(trace: Trace, leave_out: Collection[str]) -> tuple[Trace, dict[str, Any]]:
     """The trace without the examples that have these prompts, and for its source which these are."""
     if not leave_out:
@@ -437,7 +431,7 @@ def _without(trace: Trace, leave_out: Collection[str]) -> tuple[Trace, dict[str,
 
 def _recorded_metrics(header: TraceHeader) -> tuple[Metric, ...]:
     """The metrics of the task that a trace was recorded for, as far as they are known here."""
-    task = recorded_task(header)
+    task = header.task
     if task in task_names():
         return load_task(task).metrics
     definition = header.settings.get("definition")

@@ -201,7 +201,7 @@ def block_lengths(
         if progress:
             progress(len(lengths), len(hs))
     return BlockLengths(
-        base=base.identity.name, task=trace.header.settings.get("task"), rescorer=name,
+        base=base.identity.name, task=trace.header.task, rescorer=name,
         alpha=getattr(rescorer, "alpha", None), k=k, examples=len(trace.examples),
         groups=count_groups(groups), dtype=base.identity.dtype,
         device=str(base.device), cached=cached, greedy_ms=greedy, lengths=lengths,

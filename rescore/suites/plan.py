@@ -18,7 +18,6 @@ from rescore.options import Spec
 from rescore.peers import load_peer
 from rescore.rescorers import WEIGHT
 from rescore.runs.inputs import Inputs
-from rescore.runs.recording import recorded_task
 from rescore.runs.records import is_oracle
 from rescore.runs.run import DEFAULT_K, Run, branches_of
 from rescore.runs.tuning import DEFAULT_ALPHAS, HELD_OUT
@@ -249,7 +248,7 @@ def _keys(value: Value) -> set[str]:
 
 def _task_of(folder: Path) -> str:
     """The task of a trace that does not go by another name in the file."""
-    return recorded_task(read_header(folder)) or folder.resolve().name
+    return read_header(folder).task or folder.resolve().name
 
 
 def _rescorers(top: dict[str, Value], *, live: bool) -> tuple[SuiteRescorer, ...]:

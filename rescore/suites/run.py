@@ -17,7 +17,7 @@ from typing import Any
 
 from lattices.errors import IncompatibleError, RescoreError
 from lm.environment import environment
-from lm.executors import Executor, ExecutorOptions
+from lm.executors import LOCALLY, Executor, ExecutorOptions
 from lm.files import (
     append_json_line,
     atomic_file,
@@ -84,7 +84,7 @@ def run_suite(
     out: Path,
     *,
     source: str = "",
-    execution: ExecutorOptions = ExecutorOptions(),
+    execution: ExecutorOptions = LOCALLY,
     progress: Progress | None = None,
     notify: Notify | None = None,
 ) -> Suite:

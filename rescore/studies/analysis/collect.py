@@ -117,7 +117,7 @@ def analyse_folders(
         trace = read_trace(folder).first_heads(h)
         if limit is not None:
             trace = trace.first_examples(limit)
-        name = str(trace.header.settings.get("task") or folder.resolve().name)
+        name = trace.header.task or folder.resolve().name
         of_traces.append(analyse_trace(trace, name=name, only=only, k=k, bins=bins, seed=seed))
     return _findings(of_traces, [run for folder in results for run in load_runs(folder)], only, against, seed)
 

@@ -1,0 +1,32 @@
+"""What workers do in tests; imports nothing heavy, as every worker does it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from lattices.errors import InvalidDataError
+
+
+def square(number: int) -> int:
+    return number**2
+
+
+def refuse(number: int) -> int:
+    if number == 3:
+        raise InvalidDataError("number 3 is broken; give another")
+    return number
+
+
+def die_once(folder: Path, number: int) -> int:
+    """Takes its worker along, the first time that it is asked for 5."""
+    died = folder / "died"
+    if number == 5 and not died.exists():
+        died.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def die(_: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

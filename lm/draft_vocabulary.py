@@ -27,7 +27,7 @@ from lm.base.own_output import OwnOutput, own_output
 from lm.files import SHIPPED, atomic_file
 from lm.keys import remembered_sha256
 from lm.ngram.build import KIND, MANIFEST_FILE
-from lm.ngram.corpus import CorpusSource, encode_tokens, find_sources, is_unchanged
+from lm.ngram.corpus import CorpusSource, check_there, encode_tokens, find_sources, is_unchanged
 from lm.ngram.counting import Progress, no_progress
 from lm.ngram.recover import counts_of_tokens
 from lm.options import Corpora, Field, Utf8Errors, Writer
@@ -102,6 +102,7 @@ def build_draft_vocabulary(
     from lm.base.catalog import load_tokenizer  # torch, which reading one does without
     from lm.base.identity import tokenizer_sha256
 
+    check_there(corpus)
     progress, name = progress or no_progress, tokenizer or base or OwnOutput.base
     loaded: Any = load_tokenizer(name)
     digest, vocab_size = tokenizer_sha256(loaded), max(loaded.get_vocab().values()) + 1

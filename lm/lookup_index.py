@@ -26,7 +26,7 @@ from lm.files import atomic_folder, changed_settings, sha256_of_file, write_arra
 from lm.keys import key_of, remembered_sha256
 from lm.locks import warn, writing_to
 from lm.ngram.build import folder_beside
-from lm.ngram.corpus import CorpusSource, encode_tokens, find_sources, is_unchanged
+from lm.ngram.corpus import CorpusSource, check_there, encode_tokens, find_sources, is_unchanged
 from lm.ngram.counting import Progress, no_progress
 from lm.options import Field, Utf8Errors
 from lm.records import Count, plain, read_record
@@ -123,6 +123,7 @@ def build_lookup(
 
     progress = progress or no_progress
     check_place(out)
+    check_there(corpora)
     with writing_to(out, beside=True):
         tokenizer: Any = load_tokenizer(options.tokenizer)
         tokenizer_hash = tokenizer_sha256(tokenizer)

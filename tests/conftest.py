@@ -119,9 +119,12 @@ def tiny_heads_folder(tiny_base: BaseLM, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def converted_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache's `models` with the converted copy of the built-in model, which takes longer to make than to run."""
+    """The cache's `models` with the converted copy of the built-in model, which takes longer to make than to run: one
+    of several processes of pytest-xdist makes it for all."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RESCORE_CACHE", str(tmp_path_factory.mktemp("converted")))
+        patch.setenv("RESCORE_CACHE", str(shared / "converted"))
         return resolve_base(BUILT_IN).folder.parent
 
 

@@ -286,6 +286,14 @@ def command(*arguments: object, **options: object) -> subprocess.CompletedProces
     )  # type: ignore[call-overload, no-any-return]
 
 
+@pytest.mark.parametrize("command", ["build-ngram", "build-lookup", "build-draft-vocabulary"])
+def test_no_tokenizer_is_loaded_for_a_corpus_that_is_not_there(
+    rescore: Command, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lm.base.catalog.load_tokenizer", lambda *_, **__: pytest.fail("a tokenizer was loaded"))
+    rescore(command, tmp_path / "no.txt", "--out", tmp_path / "out").refused("can't read .*no.txt")
+
+
 class TestStreams:
     @pytest.mark.parametrize("arguments", [["tasks"], ["--help"], ["train-heads", "--help"], ["tasks", "--json"]])
     def test_a_full_stdout(self, arguments: list[str]):

@@ -32,7 +32,15 @@ from lm.base.own_output import OWN_PREFIX, OwnOutput, own_output
 from lm.executors import LOCALLY, Executor, ExecutorOptions
 from lm.files import atomic_folder, changed_settings, read_json_object, sha256_of_file, write_json, writing
 from lm.locks import warn, writing_to
-from lm.ngram.corpus import HUB_PREFIX, CorpusSource, EncodedCorpus, encode_corpora, find_sources, is_unchanged
+from lm.ngram.corpus import (
+    HUB_PREFIX,
+    CorpusSource,
+    EncodedCorpus,
+    check_there,
+    encode_corpora,
+    find_sources,
+    is_unchanged,
+)
 from lm.ngram.counting import BREAK, Progress, Workspace, build_table, count_full, no_progress
 from lm.ngram.estimation import Estimate, check_fallback, check_thresholds, estimate
 from lm.options import Field, Size, Utf8Errors
@@ -140,6 +148,7 @@ def build_ngram(
     options, progress = options.checked(), progress or no_progress
     execution.check()
     check_place(out)
+    check_there(corpora)
     with writing_to(out, beside=True):
         tokenizer, tokenizer_hash, tokenization_hash = _load(options.tokenizer)
         settings = own or OwnOutput(base=options.tokenizer)

@@ -95,6 +95,17 @@ def find_sources(
     return [source for corpus in corpora for source in sources[str(corpus)]]
 
 
+def check_there(corpora: Sequence[Path | str]) -> None:
+    """Raises `RescoreError` for a file or folder that is not there, before a tokenizer is loaded for it."""
+    for corpus in corpora:
+        if not str(corpus).startswith((HUB_PREFIX, OWN_PREFIX)):
+            path = user_path(corpus, "the corpus")
+            try:
+                path.stat()
+            except OSError as error:
+                raise unreadable(path, error) from error
+
+
 def is_unchanged(source: CorpusSource) -> bool:
     """Whether a source's file still holds what was found (a hub data set does not change in its cache)."""
     return source.kind == "hub" or remembered_sha256(source.path) == source.sha256

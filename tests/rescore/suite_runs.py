@@ -49,12 +49,17 @@ def writer(folder: Path, models: str, body: str) -> Write:
     return written
 
 
+def writer_in(folder: Path, base: Path, heads: Path) -> Write:
+    """Of the suite for the tiny model, with its data, in a folder."""
+    write_lines(folder / "squad.jsonl", squad_records(6))
+    write_lines(folder / "gsm8k.jsonl", [r | {"answer": "42"} for r in squad_records(6)])
+    return writer(folder, f"base: {base}\nheads: {heads}\n", BODY)
+
+
 @pytest.fixture(name="write")
 def write_fixture(tmp_path: Path, tiny_folder: Path, tiny_heads_folder: Path) -> Write:
     """The suite for the tiny model, with lines of it replaced."""
-    write_lines(tmp_path / "squad.jsonl", squad_records(6))
-    write_lines(tmp_path / "gsm8k.jsonl", [r | {"answer": "42"} for r in squad_records(6)])
-    return writer(tmp_path, f"base: {tiny_folder}\nheads: {tiny_heads_folder}\n", BODY)
+    return writer_in(tmp_path, tiny_folder, tiny_heads_folder)
 
 
 def run(path: Path, out: Path, **more: Any) -> Suite:

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from conftest import refused, squad_records, write_lines
 from evaluating import evaluated, recorded_trace, swept
 from made_costs import costs_of
-from suite_runs import Write, run, write_fixture  # noqa: F401 (fixtures)
+from suite_runs import Write, run, write_fixture, writer_in  # noqa: F401 (fixtures)
 
 import lm.base.catalog
 import lm.base.generation
@@ -42,7 +43,7 @@ from rescore.suites import run as suite_module
 from rescore.suites.files import load_runs, read_manifest, run_of_task
 from rescore.suites.page import suite_page
 from rescore.suites.plan import read_plan
-from rescore.suites.run import run_suite
+from rescore.suites.run import Suite, run_suite
 from rescore.suites.tables import suite_table
 from rescore.tasks import load_task
 from rescore.tasks.data import load_examples
@@ -57,9 +58,21 @@ def records(out: Path) -> list[tuple[Any, ...]]:
     return found
 
 
+@pytest.fixture(scope="module")
+def only_read(
+    tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, tiny_heads_folder: Path
+) -> Iterator[tuple[Suite, Path]]:
+    """The suite and its folder, for tests that change nothing in it; with its cache."""
+    folder = tmp_path_factory.mktemp("suite")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RESCORE_CACHE", str(folder / "cache"))
+        suite = run(writer_in(folder, tiny_folder, tiny_heads_folder)(), folder / "out")
+    yield suite, folder / "out"
+
+
 class TestTable:
-    def test_every_task_k_and_rescorer_has_its_result(self, write: Write, tmp_path: Path):
-        suite = run(write(), tmp_path / "out")
+    def test_every_task_k_and_rescorer_has_its_result(self, only_read: tuple[Suite, Path]):
+        suite, out = only_read
         ran = [("none", 1), ("none", 2), ("context-ngram:none", 1), ("oracle", 1)]
         wanted = [(task, k, *side) for task in ("squad", "gsm8k") for k in (4, 2) for side in ran]
         assert [(r.task, r.k, r.rescorer, r.p) for r in suite.document.results] == wanted
@@ -68,32 +81,32 @@ class TestTable:
         assert [(t.task, t.k, t.p, len(t.held_out)) for t in suite.document.tuned] == [
             ("squad", 4, 1, 2), ("squad", 2, 1, 2), ("gsm8k", 4, 1, 2), ("gsm8k", 2, 1, 2)
         ]  # fmt: skip
-        assert len(list((cache_directory() / "traces").iterdir())) == 2, "k shares the trace of its task"
-        assert not (cache_directory() / "tuned").exists(), "the weights are the suite's own"
+        assert len(list((out.parent / "cache" / "traces").iterdir())) == 2, "k shares the trace of its task"
+        assert not (out.parent / "cache" / "tuned").exists(), "the weights are the suite's own"
 
-    def test_its_folders_are_those_of_eval(self, write: Write, tmp_path: Path):
-        suite = run(write(), tmp_path / "out")
+    def test_its_folders_are_those_of_eval(self, only_read: tuple[Suite, Path]):
+        suite, out = only_read
         assert [r.folder for r in suite.document.runs] == ["runs/squad", "runs/gsm8k"]
-        found = load_run(tmp_path / "out" / "runs/squad")
+        found = load_run(out / "runs/squad")
         options = dataclasses.asdict(found.config.inputs["squad"]) | {"rescorers": ("none", "oracle"), "p": (1, 2)}
         same = [r for r in suite.document.results if (r.task, r.k) == ("squad", 4) and r.alpha is None]
         assert same == evaluated(options | {"k": 4}).results
-        assert compared(tmp_path / "out", selection=Selection(a_rescorer="none", b_rescorer="oracle")).rows[0].n == 4
-        assert inspect_example(tmp_path / "out", "2", task="gsm8k", k=2).k == 2
+        assert compared(out, selection=Selection(a_rescorer="none", b_rescorer="oracle")).rows[0].n == 4
+        assert inspect_example(out, "2", task="gsm8k", k=2).k == 2
 
-    def test_the_files(self, write: Write, tmp_path: Path):
-        suite = run(write(), tmp_path / "out")
-        manifest = json.loads((tmp_path / "out" / "suite.json").read_text())
+    def test_the_files(self, only_read: tuple[Suite, Path]):
+        suite, out = only_read
+        manifest = json.loads((out / "suite.json").read_text())
         assert manifest["schema"] == "rescore.suite/4" and manifest == plain(suite.document)
-        assert read_manifest(tmp_path / "out") == suite.document
-        page = (tmp_path / "out" / "table.md").read_text()
+        assert read_manifest(out) == suite.document
+        page = (out / "table.md").read_text()
         assert "`rescore suite table.yaml --out DIR`" in page and "3 or 4 examples of a task" in page
         head = "task rescorer k p examples groups alpha block.eff. 95.% gain 95.% won tied lost oracle"
         assert re.search(rf"^\| {' . '.join(head.split())} \|$", page, re.M)
         number = r"\d\.\d{3}"
         cells = ["squad", "oracle", "4", "1", "4", "4", "-", number, f"{number} to {number}", r"\+\S+%", r"\S+ to \S+%"]
         assert re.search(rf"^\| {' . '.join([*cells, *[r'[0-9.]+%'] * 3, number])} \|$", page, re.M)
-        rows = list(csv.reader((tmp_path / "out" / "table.csv").open()))
+        rows = list(csv.reader((out / "table.csv").open()))
         assert rows[0] == results_csv(suite.document.results).csv().splitlines()[0].split(",") and len(rows) == 17
         assert rows[0][10:13] == ["block_efficiency", "block_efficiency_low", "block_efficiency_high"]
         assert rows[1][:6] == ["squad", "none", "1", "4", "4", ""]
@@ -107,14 +120,14 @@ class TestTable:
         assert len(list((cache_directory() / "traces").iterdir())) == 1
         assert "| 40 | 4 |" in suite_page(suite.document.results, suite.plan, "")
 
-    def test_every_reader_takes_its_folder(self, write: Write, tmp_path: Path):
-        run(write(), tmp_path / "out")
-        runs = load_runs(tmp_path / "out")
+    def test_every_reader_takes_its_folder(self, only_read: tuple[Suite, Path], tmp_path: Path):
+        _, out = only_read
+        runs = load_runs(out)
         assert [r.folder.name for r in runs] == ["squad", "squad", "gsm8k", "gsm8k"]
-        written = report([tmp_path / "out"], tmp_path / "report.html", examples=0)
+        written = report([out], tmp_path / "report.html", examples=0)
         assert len(list(csv.DictReader(written.csv.open()))) == 16
-        assert report([tmp_path], tmp_path / "again.html", examples=0).csv.read_text() == written.csv.read_text()
-        found = analyse_folders(results=[tmp_path / "out"])
+        assert report([out.parent], tmp_path / "again.html", examples=0).csv.read_text() == written.csv.read_text()
+        found = analyse_folders(results=[out])
         assert [(r.task, r.k) for r in found.runs] == [("squad", 4), ("squad", 2), ("gsm8k", 4), ("gsm8k", 2)]
 
     def test_its_sweeps_are_in_the_report(self, write: Write, tmp_path: Path):

@@ -360,7 +360,7 @@ class TestCommand:
         assert (run.code, run.err) == (0, "")
         assert f"{tmp_path / 'v.json'}: 8 tokens, 7 of them distinct; next:" in run.out
         assert (
-            f"--base {tiny_folder} --draft-vocabulary 4096,8192 --drafter heads:ranking={tmp_path / 'v.json'}"
+            f"--base {tiny_folder} --draft-vocabulary 7 --drafter heads:ranking={tmp_path / 'v.json'}"
             in run.out
         )
         document = rescore(

@@ -359,10 +359,7 @@ class TestCommand:
         run = rescore("build-draft-vocabulary", corpus, "--tokenizer", tiny_folder, "--out", tmp_path / "v.json")
         assert (run.code, run.err) == (0, "")
         assert f"{tmp_path / 'v.json'}: 8 tokens, 7 of them distinct; next:" in run.out
-        assert (
-            f"--base {tiny_folder} --draft-vocabulary 7 --drafter heads:ranking={tmp_path / 'v.json'}"
-            in run.out
-        )
+        assert f"--base {tiny_folder} --draft-vocabulary 7 --drafter heads:ranking={tmp_path / 'v.json'}" in run.out
         document = rescore(
             "build-draft-vocabulary", corpus, "--tokenizer", tiny_folder, "--out", tmp_path / "v.json", "--json"
         ).document

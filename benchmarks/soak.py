@@ -45,6 +45,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from rescore.runs.evaluated import load_run
 from rescore.table import text_table
@@ -351,7 +352,7 @@ def jobs(inputs: Path) -> list[Job]:
     base = ["--base", inputs / "base", "--device", "cpu"]
     decoding = [*base, "--heads", inputs / "heads", "--dtype", "float64", "--max-new-tokens", 16]
     task = ["--task", "squad", "--data", inputs / "data" / "squad.jsonl"]
-    learning = ["--steps", 6, "--evaluate-every", 2, "--warmup", 1, "--positions", 256, "--precision", "float32"]
+    learning = ["--steps", 6, "--evaluate-every", 2, "--positions", 256, "--precision", "float32"]
     return [
         Job("eval", ["eval", *decoding, *task, "--rescorer", "none,lookup,context-ngram,joint", "--p", "1,4"], results),
         Job("live", ["eval", *decoding, *task, "--mode", "live", "--rescorer", "none,lookup"], outputs),
@@ -436,6 +437,7 @@ def save_base(folder: Path) -> None:
         num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.6, tie_word_embeddings=True,
         eos_token_id=fast.eos_token_id, bos_token_id=None,
     )  # fmt: skip
+    disable_progress_bar()
     LlamaForCausalLM(config).save_pretrained(folder)
     fast.save_pretrained(folder)
 
@@ -467,7 +469,7 @@ def prepare(inputs: Path) -> None:
     for command in (
         ["generate-corpus", *base, "--prompts", str(inputs / "prompts.jsonl"), "--out", str(inputs / "corpus")],
         ["train-heads", *base, "--corpus", str(inputs / "corpus"), "--out", str(inputs / "heads"), "--h", "4",
-         "--steps", "20", "--warmup", "2", "--precision", "float32"],
+         "--steps", "20", "--precision", "float32"],
     ):  # fmt: skip
         subprocess.run([*COMMAND, *command], check=True, env=environment, stdout=subprocess.DEVNULL)
 

@@ -83,6 +83,8 @@ class ExecutorOptions:
         mine = not ray.is_initialized()  # else this process is connected to a cluster, which is used as it is
         if mine:
             self._connect()
+        elif self.address not in (None, "auto", there := ray.get_runtime_context().gcs_address):
+            raise RescoreError(f"this process is connected to the Ray cluster at {there}, not to {self.address}")
         try:
             has: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
             kind = "GPU" if device != "cpu" and on_gpu(device) else "CPU"

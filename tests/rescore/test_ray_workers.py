@@ -122,6 +122,11 @@ class TestWork:
         build_ngram([text], tmp_path / "there", options, execution=by(3))
         assert sha256_of_file(tmp_path / "here" / "model.arpa") == sha256_of_file(tmp_path / "there" / "model.arpa")
 
+    def test_another_cluster_than_this_process_is_connected_to(self):
+        elsewhere = ExecutorOptions(executor="ray", address="127.0.0.1:1")
+        with pytest.raises(RescoreError, match=r"connected to the Ray cluster at .*, not to 127.0.0.1:1"):
+            elsewhere.started().__enter__()
+
     def test_live_decoding_is_refused(self, write: Write, tmp_path: Path):
         path = write(("limit: 4\n", "limit: 4\nmode: live\n"))
         refused(lambda: run(path, tmp_path / "out", execution=by(1)), "live decoding measures the time")
@@ -140,7 +145,10 @@ class TestCommand:
         assert [r.message for r in caplog.records] == ["a worker of the Ray cluster died; what it was at is done again"]
         assert capsys.readouterr().out == ""
 
-    def test_no_cluster_at_the_address(self, rescore: Command, model: list[object], tmp_path: Path):
+    def test_no_cluster_at_the_address(
+        self, rescore: Command, model: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)  # another test's may be up
         asked = ["--executor", "ray", "--address", "127.0.0.1:1"]
         rescore("trace", *model, "--out", tmp_path / "t", *asked).refused("no Ray cluster answers at 127.0.0.1:1")
 

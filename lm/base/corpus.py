@@ -125,6 +125,7 @@ def write_own_corpus(
     from lm.base.catalog import load_base
     from lm.base.machine import share_of_limits
 
+    execution.check()
     loaded = load_base(base, dtype=dtype, device=device)
     chosen = read_prompts(prompts, default_chat=loaded.is_chat)
     shown = partial(progress, "generate") if progress else None
@@ -245,7 +246,7 @@ def _generated(
         return
     batches = list(batches_of(base, prompts, options.batch_size))
     shards = ([prompts[place] for place in batch] for batch in batches)
-    found = executor.map(_OutputsByWorkers(base.identity, options), shards)
+    found = executor.map(_OutputsByWorkers(base.identity, base.device.type, options), shards)
     for places, outputs in zip(batches, found, strict=True):
         for generated in outputs:
             yield dataclasses.replace(generated, index=places[generated.index])
@@ -261,22 +262,23 @@ class _OutputsByWorkers:
     """Continues a batch of prompts in a worker, which loads the base itself: it must be the same."""
 
     identity: BaseIdentity
+    device: str  # cpu or cuda: which GPU is a worker's own is Ray's to say
     options: GenerationOptions
 
     def __call__(self, prompts: Sequence[Sequence[int]]) -> list[Generated]:
         from lm.base.generation import generate
 
-        base = _base_of_worker(self.identity.name, self.identity.dtype)
+        base = _base_of_worker(self.identity.name, self.identity.dtype, self.device)
         if base.identity != self.identity:
             raise IncompatibleError(f"a worker finds another {self.identity.name} than there is here")
         return list(generate(base, prompts, batch_size=len(prompts), **_how(self.options)))
 
 
 @lru_cache(maxsize=1)
-def _base_of_worker(name: str, dtype: str) -> BaseLM:
+def _base_of_worker(name: str, dtype: str, device: str) -> BaseLM:
     from lm.base.catalog import load_base
 
-    return load_base(name, dtype=dtype)
+    return load_base(name, dtype=dtype, device=device)
 
 
 def _encoded(base: BaseLM, prompts: Sequence[Prompt], options: GenerationOptions) -> list[list[int]]:

@@ -406,7 +406,8 @@ class _ReplayedByWorkers:
             return evaluator.log.all
 
     def _evaluator(self) -> _Evaluator:
-        key = key_of([plain(each) for each in (self.header, self.inputs, self.k, self.records, self.costs)])
+        of = (self.header, self.inputs, self.k, self.records, self.costs, self.config.verify)
+        key = key_of([plain(each) for each in of])
         if key not in _OF_WORKER:
             recording = open_recording(self.inputs, k=self.k, heads_needed=self.heads_needed)
             work = prepared(recording, self.runs, {}, live=False, costs=self.costs, peers=[], rule=GREEDY)

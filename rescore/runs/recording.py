@@ -351,6 +351,7 @@ def record_task(
     The base's own outputs are recorded in the cache first where the drafter is not its heads of all tokens; `none`:
     they alone, where there are no heads. Raises `RescoreError` for a drafter without lattices, and as `open_recording`.
     """
+    execution.check()
     loaded = None if drafter == "none" else load_drafter(drafter)
     if loaded is not None and not (isinstance(loaded, LatticeDrafter) and loaded.decodes):
         raise RescoreError(f"--drafter {drafter} has no lattices of its own to record; give heads or draft-model:NAME")

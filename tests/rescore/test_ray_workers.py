@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from conftest import Command, refused, squad_records, write_lines
-from evaluating import inputs_of
+from evaluating import inputs_of, opened
+from made_costs import costs_for
 from shards import die, die_once, refuse, square
 from suite_runs import Write, run, write_fixture  # noqa: F401 (a fixture)
 
@@ -23,7 +24,9 @@ from lm.base.model import BaseLM
 from lm.executors import ExecutorOptions, RayExecutor
 from lm.files import sha256_of_file
 from lm.ngram.build import NgramOptions, build_ngram
+from rescore.runs.evaluation import evaluate
 from rescore.runs.recording import record_task
+from rescore.runs.run import Run
 from rescore.tracing import PART_EXAMPLES, read_trace
 
 ray = pytest.importorskip("ray")
@@ -126,6 +129,14 @@ class TestWork:
         elsewhere = ExecutorOptions(executor="ray", address="127.0.0.1:1")
         with pytest.raises(RescoreError, match=r"connected to the Ray cluster at .*, not to 127.0.0.1:1"):
             elsewhere.started().__enter__()
+
+    def test_drafts_verified_as_a_batch_after_a_tree(self, options: dict[str, Any]):
+        """A worker keeps what it has loaded, not how the evaluation before verified."""
+        runs, costs = [Run("none", p=4)], costs_for(options, [[20.0, 30.0]])
+        for verify in ("tree", "batch"):
+            how: dict[str, Any] = {"verify": verify, "costs": costs}
+            here, there = (evaluate(opened(options), runs, **how, **by) for by in ({}, {"executor": workers(1)}))
+            assert [e.calls for e in there.examples] == [e.calls for e in here.examples]
 
     def test_live_decoding_is_refused(self, write: Write, tmp_path: Path):
         path = write(("limit: 4\n", "limit: 4\nmode: live\n"))

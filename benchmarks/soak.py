@@ -351,14 +351,15 @@ def jobs(inputs: Path) -> list[Job]:
     """The commands, which end in some seconds each."""
     base = ["--base", inputs / "base", "--device", "cpu"]
     decoding = [*base, "--heads", inputs / "heads", "--dtype", "float64", "--max-new-tokens", 16]
+    context, joint = (f"{name}:{inputs / 'ngram'}" for name in ("context-ngram", "joint"))
     task = ["--task", "squad", "--data", inputs / "data" / "squad.jsonl"]
     learning = ["--steps", 6, "--evaluate-every", 2, "--positions", 256, "--precision", "float32"]
     return [
-        Job("eval", ["eval", *decoding, *task, "--rescorer", "none,lookup,context-ngram,joint", "--p", "1,4"], results),
+        Job("eval", ["eval", *decoding, *task, "--rescorer", f"none,lookup,{context},{joint}", "--p", "1,4"], results),
         Job("live", ["eval", *decoding, *task, "--mode", "live", "--rescorer", "none,lookup"], outputs),
         Job("trace", ["trace", *decoding, *task, "--k", 8], traced),
         Job("suite", ["suite", inputs / "suite.yaml", "--data", inputs / "data"], suite_results),
-        Job("tune", ["tune", *decoding, *task, "--rescorer", "context-ngram", "--held-out", 6, "--json"], said, False),
+        Job("tune", ["tune", *decoding, *task, "--rescorer", context, "--held-out", 6, "--json"], said, False),
         Job("generate", ["generate", *decoding, "--prompts", inputs / "prompts.jsonl", "--json"], generated, False),
         Job(
             "generate-corpus",
@@ -462,7 +463,8 @@ def prepare(inputs: Path) -> None:
     (inputs / "text.txt").write_text(text + "\n")
     (inputs / "suite.yaml").write_text(
         f"base: {inputs / 'base'}\nheads: {inputs / 'heads'}\ndtype: float64\ndevice: cpu\nmax_new_tokens: 16\n"
-        "limit: 12\ntasks: [squad]\nh: [2, 4]\np: [1, 4]\nrescorers: [none, context-ngram, lookup]\n"
+        f"limit: 12\ntasks: [squad]\nh: [2, 4]\np: [1, 4]\n"
+        f"rescorers: [none, context-ngram:{inputs / 'ngram'}, lookup]\n"
     )
     base = ["--base", str(inputs / "base"), "--device", "cpu"]
     environment = {**os.environ, "RESCORE_CACHE": str(inputs / "cache"), "OMP_NUM_THREADS": "1"}
@@ -470,6 +472,8 @@ def prepare(inputs: Path) -> None:
         ["generate-corpus", *base, "--prompts", str(inputs / "prompts.jsonl"), "--out", str(inputs / "corpus")],
         ["train-heads", *base, "--corpus", str(inputs / "corpus"), "--out", str(inputs / "heads"), "--h", "4",
          "--steps", "20", "--precision", "float32"],
+        ["build-ngram", str(inputs / "text.txt"), "--tokenizer", str(inputs / "base"), "--order", "3",
+         "--discount-fallback", "--out", str(inputs / "ngram")],
     ):  # fmt: skip
         subprocess.run([*COMMAND, *command], check=True, env=environment, stdout=subprocess.DEVNULL)
 

@@ -29,11 +29,13 @@ offsets), the arrays at multiples of 64 bytes, the vocabulary as UTF-8 lines. Ne
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -162,18 +164,30 @@ class Automaton:
         end = 16 + int.from_bytes(data[8:16].tobytes(), "little")
         try:
             header = json.loads(data[16:end].tobytes())
-            parts = {}
-            for name in ("cells", "roots", "vocabulary"):
-                shape, dtype = header[name]["shape"], np.uint8 if name == "vocabulary" else np.int32
-                start = end + header[name]["offset"]
-                stop = start + int(np.prod(shape)) * np.dtype(dtype).itemsize
-                if stop > len(data) or min(start - end, *shape) < 0:
-                    raise broken
-                parts[name] = np.frombuffer(data, dtype, int(np.prod(shape)), start).reshape(shape)
-            order, counts, starts = int(header["order"]), tuple(header["counts"]), tuple(header["level_starts"])
-        except (ValueError, KeyError, TypeError) as error:
+            counts, starts = _numbers(header["counts"]), _numbers(header["level_starts"])
+            cells, roots = (_mapped(data[end:], header[name], np.int32) for name in ("cells", "roots"))
+            vocabulary = _mapped(data[end:], header["vocabulary"], np.uint8)
+            if (header["order"], len(starts)) != (len(counts), MAX_ORDER + 1):
+                raise broken
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise broken from error
-        return cls(order, counts, starts, parts["cells"], parts["roots"], parts["vocabulary"])
+        return cls(len(counts), counts, starts, cells, roots, vocabulary)
+
+
+def _numbers(given: object) -> tuple[int, ...]:
+    """A header's list of counts. Raises `ValueError` for anything else."""
+    if not isinstance(given, list) or not all(type(each) is int and each >= 0 for each in given):
+        raise ValueError
+    return tuple(given)
+
+
+def _mapped(data: np.ndarray, part: dict[str, Any], dtype: type[np.generic]) -> np.ndarray:
+    """An array of a file, int32 in rows of four or uint8. Raises `ValueError` where the file does not hold it."""
+    shape, (offset,) = _numbers(part["shape"]), _numbers([part["offset"]])
+    count = math.prod(shape)  # of Python's numbers, which don't overflow
+    if shape[1:] != ((4,) if dtype is np.int32 else ()) or offset + count * np.dtype(dtype).itemsize > len(data):
+        raise ValueError
+    return np.frombuffer(data, dtype, count, offset).reshape(shape)
 
 
 @njit(cache=True, nogil=True, inline="always")

@@ -373,6 +373,11 @@ def test_no_file_and_a_folder_are_refused(tmp_path: Path) -> None:
         (b'"order"', b'"ordre"'),
         (b'"cells"', b'"celsl"'),
         (b'"level_starts": [0', b'"level_starts": [x'),
+        (b'"order": 3', b'"order": 1e999'),
+        (b'"order": 3', b'"order": 2'),
+        (b'"counts": [', b'"counts": [1, '),
+        (b'"offset": 0', b'"offset": 1e9'),
+        (b'"shape": [', b'"shape": [1.5, '),
     ],
 )
 def test_a_damaged_header_is_refused_in_one_line(change: tuple[bytes, bytes], tmp_path: Path) -> None:

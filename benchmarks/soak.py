@@ -372,7 +372,11 @@ def jobs(inputs: Path) -> list[Job]:
             ["train-rescorer", "neural-32m", *base, "--corpus", inputs / "corpus", *learning, "--tuned-layers", 1],
             files(WEIGHTS),
         ),
-        Job("build-ngram", ["build-ngram", inputs / "text.txt", "--tokenizer", "words", "--order", 4], arpa),
+        Job(
+            "build-ngram",
+            ["build-ngram", inputs / "text.txt", "--tokenizer", "words", "--order", 4, "--discount-fallback"],
+            arpa,
+        ),
     ]
 
 

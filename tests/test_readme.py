@@ -149,3 +149,14 @@ def test_tables_of_figures_are_those_of_the_runs():
     for path in written["PAGES"]:
         assert path.read_text() == written["page"](path.read_text()), f"{path.name}: run python docs/make_tables.py"
     assert sum(len(written["BLOCK"].findall(path.read_text())) for path in written["PAGES"]) == len(written["TABLES"])
+
+
+def test_the_tests_that_hold_a_promise_exist():
+    root = README.parent
+    named = set(re.findall(r"`(test_\w+)`", (root / "docs" / "reliability.md").read_text()))
+    there = {
+        name
+        for path in (root / "tests").rglob("test_*.py")
+        for name in re.findall(r"def (test_\w+)\(", path.read_text())
+    }
+    assert len(named) > 20 and named <= there

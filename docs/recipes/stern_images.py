@@ -30,7 +30,8 @@ BLOCKS = (2, 4, 6, 8, 10)  # k of [B], h here
 RULES = ("greedy", "distance:eps=1", "distance:eps=2", "distance:eps=4")
 SETTINGS = ("frozen", "fine-tuned")
 TAUGHT, SEED = 6000, 7  # patches that the heads learn from
-HEAD_STEPS, TUNED_STEPS, POSITIONS = 300, 200, 4096
+HEAD_STEPS, POSITIONS = 300, 4096
+TUNED_STEPS, TUNED_POSITIONS, TUNED_RATE, HEADS_SHARE = 400, 2048, 2e-4, 0.5  # as stern_translation.py has it
 WIDTH = 128  # inner size of the heads' layer, times k: the base's d_model ([B]: its feed-forward layers' inner size)
 DECODED = 30  # patches of the test part
 PICTURED, RULE_PICTURED, BLOCK_PICTURED, ZOOM = 6, "distance:eps=2", 8, 6
@@ -74,18 +75,22 @@ def train(out: Path, setting: str, h: int) -> tuple[Path, Path]:
     common = [
         "--base", out / "base", "--corpus", out / "pairs.jsonl", "--held-out-corpus", out / "dev.jsonl", "--h", h,
         "--architecture", "shared", "--token-size", 0, "--inner-size", WIDTH * h, "--heads-per-step", 1, "--soft", 0,
-        "--vocabulary", 0, "--positions", POSITIONS,
+        "--vocabulary", 0,
     ]  # fmt: skip
     tuned = setting == "fine-tuned"
     if not (heads / "trained").exists():
         if tuned:
             initial, _ = train(out, "frozen", h)
             rescore(
-                "train-heads", *common, "--initial", initial, "--tune", "full", "--base-learning-rate", 3e-4,
-                "--out", heads, "--steps", TUNED_STEPS, "--evaluate-every", TUNED_STEPS // 2,
+                "train-heads", *common, "--initial", initial, "--tune", "full", "--base-learning-rate", TUNED_RATE,
+                "--head-weights", ",".join([f"{HEADS_SHARE / (h - 1):.3g}"] * (h - 1)), "--out", heads,
+                "--positions", TUNED_POSITIONS, "--steps", TUNED_STEPS, "--evaluate-every", TUNED_STEPS // 4,
             )  # fmt: skip
         else:
-            rescore("train-heads", *common, "--out", heads, "--steps", HEAD_STEPS, "--evaluate-every", HEAD_STEPS // 2)
+            rescore(
+                "train-heads", *common, "--out", heads, "--positions", POSITIONS, "--steps", HEAD_STEPS,
+                "--evaluate-every", HEAD_STEPS // 2,
+            )  # fmt: skip
         (heads / "trained").touch()
     return (heads / "heads", heads) if tuned else (heads, out / "base")
 
@@ -207,7 +212,7 @@ def main() -> None:
         prepare(out)
         for setting in SETTINGS:
             for h in BLOCKS:
-                for rule in RULES if setting == "fine-tuned" or h == BLOCK_PICTURED else ("greedy",):
+                for rule in RULES:
                     evaluate(out, setting, h, rule)
     tables(out)
     picture(out)

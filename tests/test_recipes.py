@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import byte_tokenizer, write_lines
 
+# torch's own, at the import of what it compiles by.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
 
 @pytest.fixture(autouse=True)
 def recipes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,17 +63,19 @@ def train(out: Path, setting: str, h: int) -> tuple[Path, Path]:
     """Trains heads, with a base of their own where it learns as well; the folders of both."""
     heads = out / "heads" / f"{setting}-{h}"
     common = of_paper(out / "base", out / "pairs.jsonl", out / "dev.jsonl", h, WIDTH)
-    common += ["--positions", POSITIONS]
     tuned = setting == "fine-tuned"
     if not (heads / "trained").exists():
         if tuned:
             initial, _ = train(out, "frozen", h)
             rescore(
                 "train-heads", *common, "--initial", initial, "--tune", "full", "--base-learning-rate", 3e-4,
-                "--out", heads, "--steps", TUNED_STEPS, "--evaluate-every", TUNED_STEPS // 2,
+                "--out", heads, "--positions", POSITIONS, "--steps", TUNED_STEPS, "--evaluate-every", TUNED_STEPS // 2,
             )  # fmt: skip
         else:
-            rescore("train-heads", *common, "--out", heads, "--steps", HEAD_STEPS, "--evaluate-every", HEAD_STEPS // 2)
+            rescore(
+                "train-heads", *common, "--out", heads, "--positions", POSITIONS, "--steps", HEAD_STEPS,
+                "--evaluate-every", HEAD_STEPS // 2,
+            )  # fmt: skip
         (heads / "trained").touch()
     return (heads / "heads", heads) if tuned else (heads, out / "base")
 

@@ -85,8 +85,9 @@ def decode(
     and ends the output after them by returning False. `rule`: what is accepted, and what comes then, greedily unless
     another is given; a random one is `started` for this output. A step whose outcome is known before it (its first
     token is end-of-text, or only one token remains) is counted but needs no call. Base, rescorer and
-    drafters are for one thread at a time. Raises as `check_request`.
+    drafters are for one thread at a time. Raises as `check_request` and `BaseLM.check_ids`.
     """
+    base.check_ids(prompt_ids)
     check_request(base, heads, len(prompt_ids), k=k, p=p, max_new_tokens=max_new_tokens, verify=verify)
     drafting = Drafting(rescorer, drafters, k, p) if rescorer else None
     of_heads = drafting.heads if drafting else None

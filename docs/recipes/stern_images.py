@@ -11,40 +11,35 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-
-from rescore.acceptance.rules import unmarked
-
-sys.path.insert(0, str(Path(__file__).parent))
+from stern import (
+    BLOCKS,
+    evaluate,
+    heading,
+    is_done,
+    named,
+    of_paper,
+    outputs_of,
+    rescore,
+    results_of,
+    row,
+    run,
+    write,
+)
 from train_superresolution import LEVELS, LOW, SIZE, TRAIN, image, low_of, patches, shrunk, words
 
-BLOCKS = (2, 4, 6, 8, 10)  # k of [B], h here
 RULES = ("greedy", "distance:eps=1", "distance:eps=2", "distance:eps=4")
 SETTINGS = ("frozen", "fine-tuned")
 TAUGHT, SEED = 6000, 7  # patches that the heads learn from
 HEAD_STEPS, POSITIONS = 300, 4096
 TUNED_STEPS, TUNED_POSITIONS, TUNED_RATE, HEADS_SHARE = 400, 2048, 2e-4, 0.5  # as stern_translation.py has it
-WIDTH = 128  # inner size of the heads' layer, times k: the base's d_model ([B]: its feed-forward layers' inner size)
+WIDTH = 128  # of the heads' layer
 DECODED = 30  # patches of the test part
 PICTURED, RULE_PICTURED, BLOCK_PICTURED, ZOOM = 6, "distance:eps=2", 8, 6
-
-
-def run(*command: Any) -> None:
-    words_of = [str(word) for word in command]
-    print("+", shlex.join(words_of), file=sys.stderr, flush=True)
-    subprocess.run([sys.executable, *words_of] if words_of[0].endswith(".py") else words_of, check=True)
-
-
-def rescore(*command: Any) -> None:
-    run(Path(sys.executable).with_name("rescore"), *command)
 
 
 def prepare(out: Path) -> None:
@@ -56,12 +51,8 @@ def prepare(out: Path) -> None:
     high = patches(found, TAUGHT, np.random.default_rng(SEED), flip=True)
     held_out = [json.loads(line) for line in (out / "base" / "dev.jsonl").open()]
     taught = zip(low_of(high), high, strict=True)
-    pairs = {
-        "pairs": [{"prompt": words(low), "response": words(patch)} for low, patch in taught],
-        "dev": [{"prompt": each["low"], "response": each["high"]} for each in held_out],
-    }
-    for name, records in pairs.items():
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    write(out / "pairs.jsonl", [{"prompt": words(low), "response": words(patch)} for low, patch in taught])
+    write(out / "dev.jsonl", [{"prompt": each["low"], "response": each["high"]} for each in held_out])
     (out / "pixels.txt").write_text("".join(words(patch) + "\n" for patch in high))
     if not (out / "ngram.done").exists():
         how = ["--base", out / "base", "--out", out / "ngram", "--discount-fallback"]  # no intensity is rare
@@ -72,11 +63,7 @@ def prepare(out: Path) -> None:
 def train(out: Path, setting: str, h: int) -> tuple[Path, Path]:
     """Trains heads, with a base of their own where it learns as well; the folders of both."""
     heads = out / "heads" / f"{setting}-{h}"
-    common = [
-        "--base", out / "base", "--corpus", out / "pairs.jsonl", "--held-out-corpus", out / "dev.jsonl", "--h", h,
-        "--architecture", "shared", "--token-size", 0, "--inner-size", WIDTH * h, "--heads-per-step", 1, "--soft", 0,
-        "--vocabulary", 0,
-    ]  # fmt: skip
+    common = of_paper(out / "base", out / "pairs.jsonl", out / "dev.jsonl", h, WIDTH)
     tuned = setting == "fine-tuned"
     if not (heads / "trained").exists():
         if tuned:
@@ -95,37 +82,36 @@ def train(out: Path, setting: str, h: int) -> tuple[Path, Path]:
     return (heads / "heads", heads) if tuned else (heads, out / "base")
 
 
-def evaluate(out: Path, setting: str, h: int, rule: str) -> Path:
+def folder(out: Path, setting: str, h: int, rule: str) -> Path:
+    """Of results."""
+    return out / "results" / f"{setting}-{h}-{named(rule)}"
+
+
+def decode(out: Path, setting: str, h: int, rule: str) -> None:
     """Exact acceptance by replay, also of rescored drafts; others live."""
     heads, base = train(out, setting, h)
-    results = out / "results" / f"{setting}-{h}-{rule.replace(':', '-')}"
-    if not (results / "done").exists():
-        ngram = out / "ngram"  # what is shipped is of other tokens
-        replayed = ["--rescorer", f"none,context-ngram:{ngram},ngram:{ngram},oracle"]
-        lossy = ["--mode", "live", "--acceptance", rule]
-        rescore(
-            "eval", "--base", base, "--heads", heads, "--task", "superresolution",
-            "--data", out / "base" / "test.jsonl", "--limit", DECODED, "--max-new-tokens", SIZE * SIZE,
-            *(replayed if rule == "greedy" else lossy), "--out", results,
-        )  # fmt: skip
-        (results / "done").touch()
-    return results
+    ngram = out / "ngram"  # what is shipped is of other tokens
+    replayed = ["--rescorer", f"none,context-ngram:{ngram},ngram:{ngram},oracle"]
+    lossy = ["--mode", "live", "--acceptance", rule]
+    evaluate(
+        folder(out, setting, h, rule), "--base", base, "--heads", heads, "--task", "superresolution", "--data",
+        out / "base" / "test.jsonl", "--limit", DECODED, "--max-new-tokens", SIZE * SIZE,
+        *(replayed if rule == "greedy" else lossy),
+    )  # fmt: skip
 
 
-def efficiencies(results: Path) -> dict[str, float]:
-    """By rescorer, without the rule that a label names."""
-    document = json.loads((results / "results.json").read_text())
-    return {unmarked(each["rescorer"]).split(":")[0]: each["block_efficiency"] for each in document["results"]}
+def block(results: Path, rescorer: str = "none") -> str:
+    """The mean accepted block; a dash where the results are not done."""
+    return f"{results_of(results)[rescorer]['block_efficiency']:.2f}" if is_done(results) else "-"
 
 
-def pixels(results: Path, rescorer: str = "none") -> dict[str, np.ndarray]:
+def pixels(results: Path) -> dict[str, np.ndarray]:
     """What was written, by example, int64 `[SIZE, SIZE]`; 0 for what is no pixel."""
     found = {}
-    for line in map(json.loads, (results / "examples.jsonl").open()):
-        if unmarked(line["rescorer"]) == rescorer:
-            ids = np.zeros(SIZE * SIZE, dtype=np.int64)
-            ids[: len(line["output_ids"])] = line["output_ids"]
-            found[line["id"]] = np.where(ids < LEVELS, ids, 0).reshape(SIZE, SIZE)
+    for name, output in outputs_of(results).items():
+        ids = np.zeros(SIZE * SIZE, dtype=np.int64)
+        ids[: len(output)] = output
+        found[name] = np.where(ids < LEVELS, ids, 0).reshape(SIZE, SIZE)
     return found
 
 
@@ -142,46 +128,35 @@ def truth(out: Path) -> dict[str, np.ndarray]:
     return {row["id"]: np.array(row["high"].split(), dtype=np.int64).reshape(SIZE, SIZE) for row in rows}
 
 
-def row(*cells: Any) -> None:
-    print("| " + " | ".join(str(cell) for cell in cells) + " |")
-
-
 def tables(out: Path) -> None:
     high = truth(out)
-
-    def folder(setting: str, h: int, rule: str) -> Path:
-        return out / "results" / f"{setting}-{h}-{rule.replace(':', '-')}"
-
-    row("k", *(f"{setting}, {rule}" for setting in SETTINGS for rule in RULES))
-    row(*["---"] * (1 + len(SETTINGS) * len(RULES)))
+    heading("k", *(f"{setting}, {rule}" for setting in SETTINGS for rule in RULES))
     for h in BLOCKS:
-        found = [folder(setting, h, rule) for setting in SETTINGS for rule in RULES]
-        row(h, *(f"{efficiencies(each)['none']:.2f}" if (each / "done").exists() else "-" for each in found))
+        row(h, *(block(folder(out, setting, h, rule)) for setting in SETTINGS for rule in RULES))
     print()
-    row("setting", "k", "rule", "PSNR", "SSIM", "PSNR to exact", "SSIM to exact")
-    row(*["---"] * 7)
+    heading("setting", "k", "rule", "PSNR", "SSIM", "PSNR to exact", "SSIM to exact")
     for setting in SETTINGS:
         for h in BLOCKS:
             for rule in RULES:
-                if (folder(setting, h, rule) / "done").exists():
-                    made, exact = pixels(folder(setting, h, rule)), pixels(folder(setting, h, "greedy"))
+                if is_done(folder(out, setting, h, rule)):
+                    made, exact = (pixels(folder(out, setting, h, each)) for each in (rule, "greedy"))
                     of_truth, of_exact = likeness(made, high), likeness(made, exact)
                     row(setting, h, rule, *(f"{value:.2f}" for value in (*of_truth, *of_exact)))
     print()
-    row("setting", "k", "none", "context-ngram", "ngram", "oracle")
-    row(*["---"] * 6)
+    rescorers = ("none", "context-ngram", "ngram", "oracle")
+    heading("setting", "k", *rescorers)
     for setting in SETTINGS:
         for h in BLOCKS:
-            if (folder(setting, h, "greedy") / "done").exists():
-                found = efficiencies(folder(setting, h, "greedy"))
-                row(setting, h, *(f"{found[name]:.2f}" for name in ("none", "context-ngram", "ngram", "oracle")))
+            if is_done(results := folder(out, setting, h, "greedy")):
+                row(setting, h, *(block(results, name) for name in rescorers))
 
 
 def picture(out: Path) -> None:
     """Writes OUT/images.png: a column for each patch."""
-    setting, h = SETTINGS[1], BLOCK_PICTURED
-    exact = pixels(out / "results" / f"{setting}-{h}-greedy")
-    made = pixels(out / "results" / f"{setting}-{h}-{RULE_PICTURED.replace(':', '-')}")
+    both = [folder(out, SETTINGS[1], BLOCK_PICTURED, rule) for rule in ("greedy", RULE_PICTURED)]
+    if not all(map(is_done, both)):
+        return
+    exact, made = map(pixels, both)
     high = truth(out)
     names = sorted(exact, key=lambda name: -high[name].std())[:PICTURED]  # those with most to see
     lines = {
@@ -213,7 +188,7 @@ def main() -> None:
         for setting in SETTINGS:
             for h in BLOCKS:
                 for rule in RULES:
-                    evaluate(out, setting, h, rule)
+                    decode(out, setting, h, rule)
     tables(out)
     picture(out)
 

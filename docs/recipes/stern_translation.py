@@ -11,22 +11,30 @@ Every command is printed before it runs. The times in the last table are worth s
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import sacrebleu
+from stern import (
+    BLOCKS,
+    evaluate,
+    heading,
+    is_done,
+    named,
+    of_paper,
+    outputs_of,
+    rescore,
+    results_of,
+    row,
+    run,
+    write,
+)
+from train_translation import read, translate
 from transformers import MarianMTModel, PreTrainedTokenizerFast
 
-from rescore.acceptance.rules import unmarked
+from rescore.tasks import load_task
+from rescore.tasks.data import load_examples
 
-sys.path.insert(0, str(Path(__file__).parent))
-from train_translation import read, translate
-
-BLOCKS = (2, 4, 6, 8, 10)  # k of [B], h here
 SHARED = (8, "both")  # the model on which acceptance rules are tried
 RULES = ("greedy", "top-k:2", "top-k:3", "top-k:5", "min-block:2", "min-block:3")
 SETTINGS = {  # base, what is learned, whether the base learns as well
@@ -43,23 +51,9 @@ HEAD_STEPS, POSITIONS = 400, 4096
 # as all heads together. One head a step, each as heavy, drew a base at k = 8 from 50 % to 42 % right; chosen on the
 # held-out part.
 TUNED_STEPS, TUNED_POSITIONS, TUNED_RATE, HEADS_SHARE = 800, 1024, 2e-4, 0.5
-WIDTH = 256  # inner size of the heads' layer, times k: the base's d_model ([B]: its feed-forward layers' inner size)
+WIDTH = 256  # of the heads' layer
 TIMED = 200  # examples
 TRAINER = Path(__file__).with_name("train_translation.py")
-
-
-def run(*command: Any) -> None:
-    words = [str(word) for word in command]
-    print("+", shlex.join(words), file=sys.stderr, flush=True)
-    subprocess.run([sys.executable, *words] if words[0].endswith(".py") else words, check=True)
-
-
-def rescore(*command: Any) -> None:
-    run(Path(sys.executable).with_name("rescore"), *command)
-
-
-def write(path: Path, records: list[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
 def prepare(data: Path, out: Path) -> None:
@@ -99,11 +93,7 @@ def train(out: Path, setting: str, h: int) -> tuple[Path, Path]:
     base, corpus, tuned = SETTINGS[setting]
     heads = out / "heads" / name_of(setting, h)
     path = out / corpus if corpus == "greedy" else out / f"{corpus}.jsonl"
-    common = [
-        "--base", out / base, "--corpus", path, "--held-out-corpus", out / "dev.jsonl", "--h", h,
-        "--architecture", "shared", "--token-size", 0, "--inner-size", WIDTH * h, "--heads-per-step", 1, "--soft", 0,
-        "--vocabulary", 0,
-    ]  # fmt: skip
+    common = of_paper(out / base, path, out / "dev.jsonl", h, WIDTH)
     untuned = BEGUN_WITH.get(setting)
     if not (heads / "trained").exists():
         if untuned is None:
@@ -122,67 +112,52 @@ def train(out: Path, setting: str, h: int) -> tuple[Path, Path]:
     return (heads / "heads", heads) if tuned else (heads, out / base)
 
 
-def evaluate(data: Path, out: Path, setting: str, h: int, *how: Any, name: str) -> Path:
+def decode(data: Path, out: Path, setting: str, h: int, *how: Any, name: str) -> None:
     heads, base = train(out, setting, h)
-    results = out / "results" / name
-    if not (results / "done").exists():
-        rescore(
-            "eval", "--base", base, "--heads", heads, "--task", "translation", "--data", data / "multi30k_test.jsonl",
-            "--max-new-tokens", 80, *how, "--out", results,
-        )  # fmt: skip
-        (results / "done").touch()
-    return results
-
-
-def result_of(results: Path, rescorer: str = "none") -> dict[str, Any]:
-    """Of a rescorer; a label names a lossy rule as well."""
-    document = json.loads((results / "results.json").read_text())
-    return next(each for each in document["results"] if unmarked(each["rescorer"]) == rescorer)
+    evaluate(
+        out / "results" / name, "--base", base, "--heads", heads, "--task", "translation", "--data",
+        data / "multi30k_test.jsonl", "--max-new-tokens", 80, *how,
+    )  # fmt: skip
 
 
 def bleu_of(results: Path, base: Path, data: Path) -> float:
     """Of the whole corpus, as sacrebleu has it."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
-    lines = [json.loads(line) for line in (results / "examples.jsonl").open()]
-    outputs = {line["id"]: line["output_ids"] for line in lines if unmarked(line["rescorer"]) == "none"}
-    rows = [json.loads(line) for line in (data / "multi30k_test.jsonl").open()]
-    texts = [tokenizer.decode(outputs[row["id"]], skip_special_tokens=True).strip() for row in rows]
-    return float(sacrebleu.corpus_bleu(texts, [[row["reference"] for row in rows]]).score)
+    outputs = outputs_of(results)
+    examples = load_examples(load_task("translation"), data=data / "multi30k_test.jsonl").examples
+    texts = [tokenizer.decode(outputs[example.id], skip_special_tokens=True).strip() for example in examples]
+    return float(sacrebleu.corpus_bleu(texts, [[example.references[0] for example in examples]]).score)
 
 
-def row(*cells: Any) -> None:
-    print("| " + " | ".join(str(cell) for cell in cells) + " |")
+def block(results: Path) -> str:
+    """The mean accepted block."""
+    return f"{results_of(results)['none']['block_efficiency']:.2f}"
 
 
 def tables(data: Path, out: Path) -> None:
     def cell(setting: str, h: int) -> str:
         results = out / "results" / name_of(setting, h)
-        if not (results / "done").exists():
+        if not is_done(results):
             return "-"
         _, base = train(out, setting, h)
-        found = result_of(results)
-        return f"{found['block_efficiency']:.2f} / {bleu_of(results, base, data):.1f}"
+        return f"{block(results)} / {bleu_of(results, base, data):.1f}"
 
-    row("k", *SETTINGS)
-    row(*["---"] * (1 + len(SETTINGS)))
+    heading("k", *SETTINGS)
     for h in BLOCKS:
         row(h, *(cell(setting, h) for setting in SETTINGS))
     print()
-    row("rule", "block", "BLEU")
-    row(*["---"] * 3)
+    heading("rule", "block", "BLEU")
     for rule in RULES:
-        results = out / "results" / f"rule-{rule.replace(':', '-')}"
-        if (results / "done").exists():
+        results = out / "results" / f"rule-{named(rule)}"
+        if is_done(results):
             _, base = train(out, SHARED[1], SHARED[0])
-            row(rule, f"{result_of(results)['block_efficiency']:.2f}", f"{bleu_of(results, base, data):.1f}")
+            row(rule, block(results), f"{bleu_of(results, base, data):.1f}")
     print()
-    row("k", "block", "speed-up")
-    row(*["---"] * 3)
+    heading("k", "block", "speed-up")
     for h in BLOCKS:
         results = out / "results" / f"timed-{h}"
-        if (results / "done").exists():
-            found = result_of(results)
-            row(h, f"{found['block_efficiency']:.2f}", f"{found['latency']['speedup']:.2f}x")
+        if is_done(results):
+            row(h, block(results), f"{results_of(results)['none']['latency']['speedup']:.2f}x")
 
 
 def main() -> None:
@@ -199,13 +174,13 @@ def main() -> None:
             if base != "base":
                 prepare_beams(data, out)
             for h in BLOCKS if base == "base" else (SHARED[0],):
-                evaluate(data, out, setting, h, "--rescorer", "none,oracle", name=name_of(setting, h))
+                decode(data, out, setting, h, "--rescorer", "none,oracle", name=name_of(setting, h))
         h, setting = SHARED
         for rule in RULES:
             how = ["--mode", "live", "--rescorer", "none", "--acceptance", rule]
-            evaluate(data, out, setting, h, *how, name=f"rule-{rule.replace(':', '-')}")
+            decode(data, out, setting, h, *how, name=f"rule-{named(rule)}")
         for h in BLOCKS:
-            evaluate(data, out, "both", h, "--mode", "live", "--rescorer", "none", "--limit", TIMED, name=f"timed-{h}")
+            decode(data, out, "both", h, "--mode", "live", "--rescorer", "none", "--limit", TIMED, name=f"timed-{h}")
     tables(data, out)
 
 

@@ -34,11 +34,12 @@ from transformers.utils import logging as transformers_logging
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError, first_line, unreadable
 from lm.base import attention
 from lm.base.adapters import ADAPTER_FILE, base_of_adapter, check_base, is_adapter, merged
-from lm.base.encoder_decoder import base_class
+from lm.base.encoder_decoder import make_base
 from lm.base.fast.compiled import remove
 from lm.base.fast.packed import unpack
 from lm.base.identity import config_sha256, tensors_sha256, tokenization_sha256, tokenizer_sha256, weights_sha256
-from lm.base.model import BaseIdentity, BaseLM, state_size
+from lm.base.model import BaseIdentity, BaseLM
+from lm.base.probe import state_size
 from lm.files import SHIPPED, atomic_folder, read_json_object, sha256_of_file, write_json
 from lm.keys import cache_entry, cached, file_stamp, remembered_sha256, software
 
@@ -80,7 +81,7 @@ def load_base(
             raise RescoreError("a model in memory needs its tokenizer; call load_base(model, tokenizer)")
         remove(model)  # it may be that of a base LM that has decoded
         unpack(model)
-        return base_class(model.config)(model, tokenizer, identity=_identity_in_memory(model, tokenizer))
+        return make_base(model, tokenizer, identity=_identity_in_memory(model, tokenizer))
     model = os.fspath(model)
     if tokenizer is not None:
         raise RescoreError(f"{model} brings its own tokenizer; give one with a model in memory only")
@@ -97,8 +98,7 @@ def load_base(
     weights = _weights(source, chosen, dtype, device, packed, cut=config is not None)
     if prepare is not None:
         prepare(weights)
-    loaded = base_class(chosen)
-    return loaded(weights, tokenizer, identity=identity, from_files=True, compiles=compile == "auto")
+    return make_base(weights, tokenizer, identity=identity, from_files=True, compiles=compile == "auto")
 
 
 def load_model(name: str, *, dtype: str = "float32", device: str = "auto") -> PreTrainedModel:

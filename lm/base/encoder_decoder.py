@@ -18,10 +18,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from lattices.errors import IncompatibleError
 from lm.base.cache import KVCache, TreeCache
-from lm.base.model import BaseLM
-from lm.base.probe import attempt
+from lm.base.model import BaseIdentity, BaseLM
+from lm.base.probe import attempt, refusal
 
-UNLIMITED = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}  # whose positions are distances
 ENCODER_LENGTHS = ("max_source_positions", "max_encoder_position_embeddings", "max_position_embeddings")
 PADDING_TOLERANCE = 1e-4  # share of the largest logit by which padding a prompt may change any
 
@@ -35,8 +34,8 @@ class EncoderDecoderLM(BaseLM):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.prompt_length = _encoder_length(self.model.config)
-        self.prefix([])  # which it may lack
+        self.prompt_length = _encoder_length(self.prompt_reader.config.get_text_config())
+        self._check_begin()
 
     @property
     def decoder_config(self) -> Any:
@@ -47,6 +46,15 @@ class EncoderDecoderLM(BaseLM):
     def decoder(self) -> Any:
         """See `BaseLM`."""
         return self.model.get_decoder()
+
+    @property
+    def prompt_reader(self) -> Any:
+        """See `BaseLM`."""
+        return self.model.get_encoder()
+
+    def prompt_room(self, new_tokens: int) -> int:
+        """See `BaseLM`."""
+        return self.prompt_length
 
     @functools.cached_property
     def _before(self) -> list[int]:
@@ -67,10 +75,17 @@ class EncoderDecoderLM(BaseLM):
         forced = getattr(generation, "forced_bos_token_id", None)
         return [start, *([forced] if isinstance(forced, int) else [])]
 
+    def _check_begin(self) -> None:
+        if unknown := next((token for token in self._before if not 0 <= token < self.vocab_size), None):
+            raise IncompatibleError(
+                f"{self.identity.name} begins with token {unknown}, and writes 0 to {self.vocab_size - 1}; mend "
+                "decoder_start_token_id or forced_bos_token_id in its generation_config.json"
+            )
+
     @property
     def _forbidden_ids(self) -> list[int]:
         words = getattr(self.model.generation_config, "bad_words_ids", None) or []
-        return [word[0] for word in words if len(word) == 1]
+        return [word[0] for word in words if len(word) == 1 and word[0] not in self.eos_token_ids]  # as transformers
 
     @functools.cached_property
     def _forbidden(self) -> torch.Tensor | None:
@@ -109,7 +124,7 @@ class EncoderDecoderLM(BaseLM):
     def encoded(self, prompts: Sequence[Sequence[int]]) -> Source:
         """See `BaseLM`."""
         ids, mask = self._padded(prompts)
-        states = self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+        states = self.prompt_reader(input_ids=ids, attention_mask=mask).last_hidden_state
         return Source(states, mask)
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,16 +177,16 @@ class EncoderDecoderLM(BaseLM):
 
     def _ids(self, text: str, *, chat: bool, max_tokens: int | None) -> list[int]:
         """As the encoder reads a text, of which more than `max_tokens` are cut before the tokens that end it."""
+        if chat:
+            return super()._ids(text, chat=chat, max_tokens=max_tokens)
         return list(self.tokenizer.encode(text, truncation=max_tokens is not None, max_length=max_tokens))
 
-    @property
-    def is_chat(self) -> bool:
-        return False
 
-
-def base_class(config: Any) -> type[BaseLM]:
-    """What reads a model of this configuration of transformers."""
-    return EncoderDecoderLM if config.is_encoder_decoder else BaseLM
+def make_base(model: Any, tokenizer: Any, *, identity: BaseIdentity, **how: bool) -> BaseLM:
+    """The base LM around a model of transformers, with an encoder or without; arguments and errors as of `BaseLM`."""
+    kind = EncoderDecoderLM if model.config.is_encoder_decoder else BaseLM
+    with refusal(identity.name):
+        return kind(model, tokenizer, identity=identity, **how)
 
 
 class Source:
@@ -245,8 +260,6 @@ class _SourceCache(Cache):
 
 
 def _encoder_length(config: Any) -> int:
-    """Tokens that the encoder reads at most; 2^30 where there is no limit."""
-    if config.model_type in UNLIMITED:
-        return 1 << 30
+    """Tokens that an encoder reads at most by its configuration; 2^30 where there is no limit."""
     sizes = [getattr(config, name, None) for name in ENCODER_LENGTHS]
     return next((size for size in sizes if type(size) is int and size > 0), 1 << 30)

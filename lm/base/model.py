@@ -26,14 +26,13 @@ from lm.base.fast.graphs import SIZES, FixedCache, FixedForwards
 from lm.base.fast.packed import can_pack, product_of, unpack
 from lm.base.fast.siblings import pack_joined
 from lm.base.identity import uses_date, with_fixed_date
-from lm.base.probe import Probe, Scaling
+from lm.base.probe import Probe, Scaling, context_length
 from lm.base.states import causal_arguments
 
 if TYPE_CHECKING:
     from lm.base.encoder_decoder import Source
 
 LEAST_WEIGHTS = 1 << 24  # of a model whose layers are compiled; what a smaller one saves is not worth the wait
-CONTEXT_LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # its name now, and before transformers 5.24
 
 
@@ -118,7 +117,7 @@ class BaseLM:
                 f"{identity.name} projects {self.hidden_size} numbers to {self.vocab_size} tokens, and by its "
                 f"configuration it would be {sizes[0]} to {sizes[1]}"
             )
-        self.context_length = self.prompt_length = _context_length(config)
+        self.context_length = self.prompt_length = context_length(config)
         self._hidden: torch.Tensor | None = None
         self._fixed: FixedForwards | None = None
         self._packs, self._may_compile = from_files, compiles  # a model that was given in memory may still change
@@ -198,12 +197,14 @@ class BaseLM:
         """Token ids of a prompt; `chat` puts it as the user's turn into the chat template.
 
         More than `max_tokens` are cut from the end of `text`, never from the template. Raises `RescoreError` if there
-        is no text, no chat template, or no room for text beside the template.
+        is no text, no chat template, no room for text beside template or special tokens, and as `check_ids`.
         """
         if not text:
             raise RescoreError("a prompt is empty; every example needs text to start from")
         if chat and not self.is_chat:
             raise IncompatibleError(f"{self.identity.name} has no chat template; give its prompts as plain text")
+        if max_tokens and not chat and max_tokens <= self.tokenizer.num_special_tokens_to_add():
+            raise RescoreError(f"a limit of {max_tokens} prompt tokens leaves no room beside the special ones")
         ids = self._ids(text, chat=chat, max_tokens=max_tokens)
         while chat and max_tokens and len(ids) > max_tokens:
             pieces = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
@@ -214,9 +215,16 @@ class BaseLM:
                 raise RescoreError(f"a limit of {max_tokens} prompt tokens leaves no room beside the chat template")
             text = text[:end]
             ids = self._ids(text, chat=chat, max_tokens=max_tokens)
-        if not ids:
-            raise RescoreError(f"a prompt has no tokens: {text[:40]!r}")
+        self.check_ids(ids)
         return ids[:max_tokens] if max_tokens else ids
+
+    def check_ids(self, prompt_ids: Sequence[int]) -> None:
+        """Raises `RescoreError` for a prompt without tokens, `IncompatibleError` for tokens that the model lacks."""
+        if not len(prompt_ids):
+            raise RescoreError("a prompt has no tokens; it needs one at least")
+        known = len(self.prompt_reader.get_input_embeddings().weight)
+        if unknown := next((token for token in prompt_ids if not 0 <= token < known), None):
+            raise IncompatibleError(f"a prompt has token {unknown}, and {self.identity.name} reads 0 to {known - 1}")
 
     def _ids(self, text: str, *, chat: bool, max_tokens: int | None) -> list[int]:
         return self.encode_messages([{"role": "user", "content": text}]) if chat else list(self.tokenizer.encode(text))
@@ -253,6 +261,15 @@ class BaseLM:
     def decoder(self) -> Any:
         """What reads a token of the output."""
         return self.model
+
+    @property
+    def prompt_reader(self) -> Any:
+        """What reads a prompt."""
+        return self.model
+
+    def prompt_room(self, new_tokens: int) -> int:
+        """Tokens of a prompt at most, beside so many of an output."""
+        return self.context_length - new_tokens
 
     @property
     def generation_settings(self) -> dict[str, Any]:
@@ -420,24 +437,6 @@ class BaseLM:
         """Of the vocabulary projection, `[vocab]`, with what is added after it."""
         parts = [part for part in (self.output_embeddings.bias, self.added_bias) if part is not None]
         return sum(parts[1:], parts[0]) if parts else None
-
-
-def state_size(config: Any) -> int:
-    """What a text configuration says of the size of the states that the vocabulary projection reads."""
-    sizes = [getattr(config, name, None) for name in ("word_embed_proj_dim", "output_embedding_size", "embedding_size")]
-    return int(next((size for size in sizes if type(size) is int), None) or config.hidden_size)
-
-
-def _context_length(config: Any) -> int:
-    sizes = [getattr(config, name, None) for name in CONTEXT_LENGTHS]
-    rope = getattr(config, "rope_parameters", None) or {}
-    for part in (rope, *rope.values()):
-        # Beyond the original context these change how every token is turned, by the longest text seen so far: what is
-        # cached was turned otherwise, and a block would be where single tokens are not yet.
-        if isinstance(part, dict) and part.get("rope_type", part.get("type")) in ("dynamic", "longrope"):
-            sizes.append(part.get("original_max_position_embeddings"))
-            sizes.append(getattr(config, "original_max_position_embeddings", None))
-    return min((size for size in sizes if type(size) is int and size > 0), default=1 << 30)
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

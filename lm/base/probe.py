@@ -27,6 +27,7 @@ TOLERANCE, HALF_TOLERANCE = 1e-3, 0.02
 REFUSED_FROM = 0.1  # in half precision: only what is surely wrong is refused, not what rounds badly
 
 Result = TypeVar("Result")
+CONTEXT_LENGTHS = ("max_position_embeddings", "max_decoder_position_embeddings", "max_target_positions", "max_seq_len")
 WINDOWS = ("sliding_window", "attention_chunk_size")  # what masks read when they are made
 
 
@@ -50,6 +51,25 @@ def scalings(config: Any) -> list[Scaling]:
     numbers = [float(v) if isinstance(v := getattr(config, name, None), int | float) and v else None for name in names]
     choices = [(number, None) if number is not None else (None,) for number in numbers]
     return [Scaling(*chosen) for chosen in itertools.product(*choices)]
+
+
+def state_size(config: Any) -> int:
+    """What a text configuration says of the size of the states that the vocabulary projection reads."""
+    sizes = [getattr(config, name, None) for name in ("word_embed_proj_dim", "output_embedding_size", "embedding_size")]
+    return int(next((size for size in sizes if type(size) is int), None) or config.hidden_size)
+
+
+def context_length(config: Any) -> int:
+    """Positions of a decoder, as its text configuration says; 2^30 where there is no limit."""
+    sizes = [getattr(config, name, None) for name in CONTEXT_LENGTHS]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *rope.values()):
+        # Beyond the original context these change how every token is turned, by the longest text seen so far: what is
+        # cached was turned otherwise, and a block would be where single tokens are not yet.
+        if isinstance(part, dict) and part.get("rope_type", part.get("type")) in ("dynamic", "longrope"):
+            sizes.append(part.get("original_max_position_embeddings"))
+            sizes.append(getattr(config, "original_max_position_embeddings", None))
+    return min((size for size in sizes if type(size) is int and size > 0), default=1 << 30)
 
 
 class Probe:

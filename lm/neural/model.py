@@ -92,6 +92,8 @@ DRAFT_MODEL = Use("draft model", "--drafter draft-model:")
 def scratch_model(size: str, base: BaseLM) -> LlamaForCausalLM:
     """A Llama of a named size over the base's tokens, with random weights."""
     shape = named_size(size)
+    # It reads a prompt and its output as one text.
+    longest = base.prompt_length + base.context_length if base.has_encoder else base.context_length
     config = LlamaConfig(
         vocab_size=base.vocab_size,
         hidden_size=shape.hidden_size,
@@ -99,7 +101,7 @@ def scratch_model(size: str, base: BaseLM) -> LlamaForCausalLM:
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.attention_heads,
         num_key_value_heads=shape.attention_heads,
-        max_position_embeddings=base.context_length,
+        max_position_embeddings=longest,
         tie_word_embeddings=True,
         eos_token_id=sorted(base.eos_token_ids),
         bos_token_id=None,

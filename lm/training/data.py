@@ -357,11 +357,13 @@ def _pairs(base: BaseLM, file: TextFile) -> Iterator[Tokens]:
             if not is_text(record.get(field)):
                 raise InvalidDataError(f"{file.path} {file.unit} {number} has no text in the field {field!r}")
         end = [base.tokenizer.eos_token_id] if base.tokenizer.eos_token_id is not None else []
-        response_ids = base.tokenizer(record["response"], add_special_tokens=False)["input_ids"]
-        whole = base.has_encoder  # which leaves the context to the answer
-        longest = min(CHUNK, base.context_length - len(base.prefix([])) if whole else base.context_length // 2)
+        # As what is written, which some tokenizers (Marian's) cut otherwise than what is read.
+        response_ids = base.tokenizer(text_target=record["response"], add_special_tokens=False)["input_ids"]
+        # An encoder leaves the context to the answer.
+        most = base.context_length - len(base.prefix([])) if base.has_encoder else base.context_length // 2
+        longest = min(CHUNK, most)
         answer = response_ids[:longest] if len(response_ids) > longest else response_ids + end
-        room = min(2 * CHUNK, base.prompt_length if whole else base.context_length - len(answer))
+        room = min(2 * CHUNK, base.prompt_room(len(answer)))
         yield base.encode_prompt(record["prompt"], chat=base.is_chat, max_tokens=room), answer
 
 

@@ -106,11 +106,12 @@ class OfLikeliest(Lossy):
     def diverges(
         self, drafts: np.ndarray, said: Likeliest, remaining: int, eos_token_ids: Collection[int]
     ) -> int | None:
-        """Tokens that a step keeps at least, up to the first one that greedy decoding would not; None where it keeps
-        none such, but what greedy acceptance keeps.
+        """Tokens that a step keeps at least, up to the first one that greedy decoding would not; None where it surely
+        keeps none such, but what greedy acceptance keeps.
 
         said: of the base along its greedy output; so of a draft what is said after its tokens holds up to the first one
-        that is not in that output. remaining, eos_token_ids: as for `judge`.
+        that is not in that output: of several drafts, which one is the longest need not be known. remaining,
+        eos_token_ids: as for `judge`.
         """
         there = _there(drafts, eos_token_ids)
         same = np.cumprod((drafts[:, 1:] == said.choices[:, :-1]) & there, axis=1).sum(axis=1)  # [p]
@@ -118,7 +119,9 @@ class OfLikeliest(Lossy):
         other = fits[np.arange(len(drafts)), same] & (1 + same < remaining)
         lengths = np.minimum(1 + same + other, remaining)
         n, row = int(lengths.max()), int(lengths.argmax())
-        if other.any():
+        longest = np.minimum(1 + there.sum(axis=1), remaining)
+        before = np.arange(len(drafts)) <= row  # the first one of equally long drafts wins
+        if (other & ((longest > n) | ((longest == n) & before))).any():
             return n
         return n + 1 if n < min(self.least, 1 + int(there[row].sum()), remaining) else None
 

@@ -113,7 +113,7 @@ def measure_costs(
 
     decodes = [StandingDecode(base, cached, max(nodes)) for cached in contexts]
     groups = [step_calls(decode, nodes) for decode in decodes]
-    beside = StandingDecode(base, max(1, min(ADDED_AT, base.context_length - max(ADDED_TO))), max(ADDED_TO))
+    beside = StandingDecode(base, max(1, min(ADDED_AT, base.prompt_room(max(ADDED_TO)))), max(ADDED_TO))
     if base.supports_tree:
         groups.append(tree_calls(beside))
     if heads:
@@ -157,11 +157,15 @@ class StandingDecode:
     def __init__(self, base: BaseLM, cached: int, longest: int) -> None:
         check_timing([cached], repeats=1)
         prompt = torch.randint(base.vocab_size, (cached,), generator=torch.Generator().manual_seed(0)).tolist()
-        if len(base.prefix(prompt)) + longest > base.context_length or cached > base.prompt_length:
+        if len(base.prefix(prompt[:1])) + longest > base.context_length:
             raise RescoreError(
-                f"{cached} cached tokens do not fit into the context of {base.context_length} with a call of "
-                f"{longest}; lower --cached"
+                f"calls of up to {longest} tokens are measured, and the context of {base.identity.name} is "
+                f"{base.context_length}; give another --base"
             )
+        if cached > base.prompt_room(longest):
+            context = f"do not fit into the context of {base.context_length} with a call of {longest}"
+            encoder = f"are more than the {base.prompt_length} that the encoder reads"
+            raise RescoreError(f"{cached} cached tokens {encoder if base.has_encoder else context}; lower --cached")
         base.pack()
         self.base, self.cached = base, len(base.prefix(prompt))
         self.cache = base.new_decoding_cache(self.cached + longest)
@@ -225,7 +229,7 @@ def choice_milliseconds(generator: Generator) -> float:
     """The median of what drafting and rescoring take in a step, the heads apart, over steps of some of the task's
     embedded sample."""
     base, task = generator.base, load_task(SAMPLE)
-    most = min(PROMPT_TOKENS, base.context_length - NEW_TOKENS)
+    most = min(PROMPT_TOKENS, base.prompt_room(NEW_TOKENS))
     seconds = []
     for place, example in enumerate(load_examples(task, data=task.sample, limit=EXAMPLES).examples):
         prompt_ids = base.encode_prompt(example.prompt, chat=task.chat and base.is_chat, max_tokens=most)

@@ -9,12 +9,11 @@ from functools import partial
 import numpy as np
 import torch
 
-from lattices.errors import RescoreError
-from lm.base.cache import BufferLayer
 from lm.base.catalog import load_base
+from lm.base.machine import Work
 from lm.base.model import BaseLM
 from rescore.checks import check_timing
-from rescore.costs.measuring import times_of
+from rescore.costs.measuring import StandingDecode, times_of
 from rescore.runs.inputs import Inputs
 from rescore.studies.records import Record
 
@@ -50,29 +49,18 @@ def verify_curve(
     Raises `RescoreError` for a cache that does not fit.
     """
     check_timing([cached], repeats)
-    if cached + max(sizes) > base.context_length:
-        raise RescoreError(
-            f"{cached} cached tokens do not fit into the context of {base.context_length} with a call of {max(sizes)}; "
-            "lower --cached"
-        )
-    base.pack()
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(base.vocab_size, (1, cached + max(sizes)), generator=generator).to(base.device)
-    prompt = ids[0, :cached].tolist()
-    cache = base.new_decoding_cache(len(base.prefix(prompt)) + max(sizes))
-    base.read_prompt(prompt, cache)
+    decode = StandingDecode(base, cached, max(sizes))
+    ids = torch.randint(base.vocab_size, (1, max(sizes)), generator=torch.Generator().manual_seed(0)).to(base.device)
 
     def verify(n: int) -> None:
-        base.forward(ids[:, :n], cache)
+        base.forward(ids[:, :n], decode.cache)
         if base.device.type == "cuda":
             torch.cuda.synchronize()
 
     (times,) = times_of([[partial(verify, n) for n in sizes]], repeats)
     medians = np.median(times, axis=0).tolist()
-    weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
-    layer = cache.layers[0]
-    assert isinstance(layer, BufferLayer)
-    read = weights + 2 * len(cache.layers) * layer.buffers[0][:, :, :cached].nbytes  # keys and values
+    work = Work(base)
+    work.add(tokens=0, projected=0, cached=cached)
     return VerifyCurve(
         base=base.identity.name,
         dtype=base.identity.dtype,
@@ -80,5 +68,5 @@ def verify_curve(
         cached=cached,
         tokens=list(sizes),
         milliseconds=medians,
-        gb_per_second=[read / ms / 1e6 for ms in medians],
+        gb_per_second=[work.bytes_read / ms / 1e6 for ms in medians],
     )

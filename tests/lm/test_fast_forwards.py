@@ -26,7 +26,8 @@ from lm.base.fast.compiled import Layers, compiled, install, remove
 from lm.base.fast.compiled_layer import CompiledLayer, Run
 from lm.base.fast.packed import PackedProduct, Sibling, products_in
 from lm.base.fast.siblings import pack_joined
-from lm.base.model import BaseIdentity, BaseLM, state_size
+from lm.base.model import BaseIdentity, BaseLM
+from lm.base.probe import state_size
 from rescore.decoding import decode
 from rescore.rescorers import load_rescorer
 

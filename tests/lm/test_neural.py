@@ -93,7 +93,7 @@ class TestSizes:
     @pytest.mark.parametrize("size", SIZES)
     def test_from_scratch(self, size):
         """Embeddings counted, tied ones once, at a vocabulary of 50,000."""
-        fake = SimpleNamespace(vocab_size=50_000, context_length=8192, eos_token_ids=frozenset({2}))
+        fake = SimpleNamespace(vocab_size=50_000, context_length=8192, eos_token_ids=frozenset({2}), has_encoder=False)
         with torch.device("meta"):
             model = scratch_model(size, fake)
         assert sum(p.numel() for p in model.parameters()) == pytest.approx(MILLIONS[size], rel=0.03)

@@ -13,7 +13,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lattices.errors import RescoreError
 from lm.base import attention, catalog
-from lm.base.model import BaseIdentity, BaseLM, state_size
+from lm.base.model import BaseIdentity, BaseLM
+from lm.base.probe import state_size
 
 TINY = dict(
     vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

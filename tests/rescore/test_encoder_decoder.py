@@ -14,6 +14,13 @@ from tokenizers import processors
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    FSMTConfig,
+    FSMTForConditionalGeneration,
+    LEDConfig,
+    LEDForConditionalGeneration,
     MarianConfig,
     MarianMTModel,
     MBartConfig,
@@ -22,15 +29,18 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from lattices.errors import IncompatibleError
 from lm.base.catalog import load_base
 from lm.base.encoder_decoder import EncoderDecoderLM
 from lm.base.generation import generate
 from lm.base.model import BaseLM
 from lm.base.perplexity import perplexity
+from lm.neural.model import scratch_model
 from lm.training.data import read_head_data
 from rescore.decoding import decode, margin_at
 from rescore.generation.custom import custom_generate
 from rescore.rescorers import load_rescorer
+from rescore.studies.verify_curve import verify_curve
 from tests.conftest import Command, byte_tokenizer, make_heads, refused
 
 SIZES = {
@@ -52,9 +62,16 @@ TEXTS = ["Zwei Hunde laufen.", "Ein Mann steht am Haus und liest.", "Der Hund"]
 
 
 def save(
-    folder: Path, family: str, *, forced: int | None = None, never: int | None = None, biased: bool = True
+    folder: Path,
+    family: str,
+    *,
+    forced: int | None = None,
+    never: int | None = None,
+    biased: bool = True,
+    template: str | None = None,
+    **changes: Any,
 ) -> Path:
-    """A random model of a family over bytes, as a model folder."""
+    """A random model of a family over bytes, as a model folder; template: for chat; changes: of its configuration."""
     tokenizer = byte_tokenizer(chat=False)
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     end = (tokenizer.eos_token, tokenizer.eos_token_id)
@@ -63,12 +80,13 @@ def save(
     )
     torch.manual_seed(1)
     model_class, config_class, sizes = FAMILIES[family]
-    model: Any = model_class(config_class(vocab_size=len(tokenizer), **sizes))
+    model: Any = model_class(config_class(vocab_size=len(tokenizer), **sizes | changes))
     if biased and "final_logits_bias" in dict(model.named_buffers()):
         model.final_logits_bias.normal_()
     model.generation_config.forced_bos_token_id = forced
     model.generation_config.bad_words_ids = None if never is None else [[never]]
     model.save_pretrained(folder)
+    tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -101,6 +119,16 @@ def test_its_prompt_is_read_by_the_encoder(base: BaseLM):
     refused(lambda: base.encode_prompt("a", chat=True), "no chat template")
 
 
+def test_a_limit_without_room_for_text_is_refused(base: BaseLM):
+    assert len(base.encode_prompt("abc", chat=False, max_tokens=2)) == 2
+    refused(lambda: base.encode_prompt("abc", chat=False, max_tokens=1), "limit of 1 prompt tokens leaves no room")
+
+
+def test_ids_that_are_no_tokens_are_refused(base: BaseLM):
+    for ids, told in (([], "no tokens"), ([5, 258], "token 258, and"), ([-1], "token -1, and")):
+        refused(lambda ids=ids: decode(base, None, ids, max_new_tokens=4), told)  # type: ignore[misc]
+
+
 def test_greedy_output_is_transformers(base: BaseLM):
     for prompt in prompts_of(base):
         assert decode(base, None, prompt, max_new_tokens=20).output_ids == greedy(base, prompt, 20)
@@ -124,6 +152,27 @@ def test_a_pair_has_the_room_of_both_sides(base: BaseLM, tmp_path: Path):
     (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
     data = read_head_data(base, tmp_path / "pairs.jsonl", tmp_path / "cache")
     assert (len(data.context(0)), len(data)) == (91, 91), "the text and what ends it, twice"
+
+
+def test_a_response_is_cut_into_tokens_as_what_is_written(
+    base: BaseLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By tokenizers that cut what is read otherwise, Marian's with two models of pieces."""
+    plain = type(base.tokenizer).__call__
+
+    def cut(self: Any, text: Any = None, text_target: Any = None, **how: Any) -> Any:
+        return plain(self, text if text_target is None else text_target.upper(), **how)
+
+    monkeypatch.setattr(type(base.tokenizer), "__call__", cut)
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "abc", "response": "def"}) + "\n")
+    data = read_head_data(base, tmp_path / "pairs.jsonl", tmp_path / "cache")
+    assert base.decode_text(data.context(0).tolist()) == "abc" and base.decode_text(data.targets.tolist()) == "DEF"
+
+
+def test_a_rescorer_from_scratch_reads_prompt_and_output(base: BaseLM):
+    with torch.device("meta"):
+        config = scratch_model("neural-32m", base).config
+    assert config.max_position_embeddings == base.prompt_length + base.context_length
 
 
 def test_batches_read_prompts_of_several_lengths_as_if_alone(base: BaseLM):
@@ -173,6 +222,73 @@ def test_what_is_forbidden_never_comes(tmp_path: Path):
     assert decoded.output_ids == greedy(base, prompt, 12) and never not in decoded.output_ids
 
 
+def test_the_end_of_an_output_is_never_forbidden(tmp_path: Path):
+    """transformers passes it over, too."""
+    base = load_base(str(save(tmp_path / "model", "marian", never=256)), dtype="float64", device="cpu")
+    assert base.output_bias is not None and base.output_bias.min() > -100
+    plain = load_base(str(save(tmp_path / "plain", "marian")), dtype="float64", device="cpu")
+    for prompt in prompts_of(base):
+        assert decode(base, None, prompt, max_new_tokens=8).output_ids == greedy(plain, prompt, 8)
+
+
+def test_beginning_with_no_token_is_refused(rescore: Command, tmp_path: Path):
+    for changed, number in ({"forced": 5000}, 5000), ({"decoder_start_token_id": 300}, 300):
+        folder = save(tmp_path / str(number), "mbart", **changed)  # type: ignore[arg-type]
+        rescore("generate", "--base", folder, "--prompt", "a").refused(f"token {number}, and writes 0 to 257; mend")
+
+
+@pytest.mark.parametrize("family", ["marian", "t5"])
+def test_chat_goes_through_the_template(rescore: Command, family: str, tmp_path: Path):
+    folder = save(
+        tmp_path / "model", family, template="{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    )
+    base = load_base(str(folder), dtype="float64", device="cpu")
+    ids = base.encode_prompt("abc", chat=base.is_chat)
+    assert base.is_chat and ids == base.encode_messages([{"role": "user", "content": "abc"}])
+    assert base.decode_text(ids) == "<user>abc"
+    (tmp_path / "translation.jsonl").write_text(json.dumps({"source": "abc", "reference": "d"}))
+    how = ["--base", folder, "--dtype", "float64", "--device", "cpu", "--max-new-tokens", 8]
+    run = rescore(
+        "eval", *how, "--task", "translation", "--data", tmp_path / "translation.jsonl", "--rescorer", "lookup",
+        "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert run.code == 0, run.err
+    (example,) = map(json.loads, (tmp_path / "run" / "examples.jsonl").open())
+    assert example["output_ids"] == greedy(base, ids, 8)
+
+
+def test_lengths_by_other_names(tmp_path: Path):
+    """Of LED, and of an encoder and a decoder with configurations of their own."""
+    tokenizer = byte_tokenizer(chat=False)
+    led = LEDForConditionalGeneration(LEDConfig(
+        vocab_size=257, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, pad_token_id=0,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_encoder_position_embeddings=48,
+        max_decoder_position_embeddings=20, attention_window=8, decoder_start_token_id=1,
+    ))  # fmt: skip
+    sizes: dict[str, Any] = {
+        "vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+    }  # fmt: skip
+    decoder = BertConfig(**sizes, max_position_embeddings=20, is_decoder=True, add_cross_attention=True)
+    encoder = BertConfig(**sizes, max_position_embeddings=48)
+    both = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder))
+    both.generation_config.decoder_start_token_id = 1
+    for model in (led, both):
+        base = load_base(model.double(), tokenizer)
+        assert (base.prompt_length, base.context_length) == (48, 20)
+        for count in (3, 48):
+            output = decode(base, make_heads(base), [5] * count, rescorer=load_rescorer("none"), max_new_tokens=19)
+            assert output.output_ids == greedy(base, [5] * count, 19)
+        refused(lambda base=base: decode(base, None, [5] * 49, max_new_tokens=4), "49 tokens")  # type: ignore[misc]
+        refused(lambda base=base: decode(base, None, [5], max_new_tokens=20), "--max-new-tokens")  # type: ignore[misc]
+
+
+def test_whatever_an_architecture_lacks_is_one_line():
+    sizes = dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"), 1)
+    config = FSMTConfig(src_vocab_size=257, tgt_vocab_size=257, d_model=8, langs=["en", "de"], **sizes)
+    model = FSMTForConditionalGeneration(config)
+    refused(lambda: load_base(model, byte_tokenizer(chat=False)), "can't be decoded in blocks", IncompatibleError)
+
+
 def test_a_decoder_without_a_beginning_is_refused(tmp_path: Path):
     base = load_base(str(save(tmp_path / "model", "bart")), device="cpu")
     for settings in (base.model.config, base.model.generation_config):
@@ -213,6 +329,21 @@ def test_a_command_for_costs_has_the_models_as_they_were_given(rescore: Command,
     models = ["--base", base.identity.name, "--heads", tmp_path / "heads", "--dtype", "float64", "--device", "cpu"]
     asked = rescore("generate", *models, "--nodes", "auto", "--prompt", "a")
     asked.refused("run: rescore bench costs " + " ".join(map(str, models)))
+
+
+def test_the_verify_curve_is_of_the_decoder(base: BaseLM):
+    curve = verify_curve(base, cached=20, sizes=(1, 4), repeats=1)
+    size, apart = 8, {id(base.output_embeddings.weight), id(base.model.get_input_embeddings().weight)}
+    body = sum({id(w): w.numel() for w in base.decoder.parameters() if id(w) not in apart}.values())
+    read = size * (body + base.output_embeddings.weight.numel() + 20 * base.position_size)
+    for milliseconds, speed in zip(curve.milliseconds, curve.gb_per_second, strict=True):
+        assert speed * milliseconds * 1e6 == pytest.approx(read)
+    if base.prompt_length < 1000:
+        message = refused(lambda: verify_curve(base, cached=97, sizes=(1,), repeats=1), "the 96 that the encoder reads")
+        assert message.endswith("lower --cached")
+        refused(
+            lambda: verify_curve(base, cached=20, sizes=(96,), repeats=1), "calls of up to 96", "give another --base"
+        )
 
 
 @pytest.mark.parametrize("options", ["t5"], indirect=True)

@@ -19,7 +19,7 @@ from rescore.acceptance import Rule, load_rule
 from rescore.acceptance.lossy import Lossy
 from rescore.decoding import decode
 from rescore.drafters.drafting import HEADS_ALONE, Drafting
-from rescore.replaying import Limits, replay_steps
+from rescore.replaying import Limits, _Along, replay_steps
 from rescore.rescorers import load_rescorer
 from rescore.runs.run import Run
 from rescore.studies.until_divergence import LIVE, UntilDivergence, until_divergence
@@ -108,6 +108,20 @@ class TestByHand:
     def test_the_least_of_a_block(self):
         assert self.steps([[6, 9], [7, 9], [9, 9], [9, 9]], "min-block:2") == ([2, 1], 2)
         assert self.steps([[6, 9], [7, 9], [9, 9], [9, 9]], "min-block:3") == ([2], 3)
+
+    def test_of_several_drafts_the_longest_counts(self):
+        """One is greedy decoding's for three tokens; another has a token that is not, and more after it, or not."""
+        right, other, short = [5, 6, 7, 9], [5, 16, 9, -1], [5, 16, -1, -1]
+        example = traced([5, 6, 7, 8], [15, 16, 17, 18], [[90]] * 4)
+
+        def diverges(*drafts: list[int]) -> int | None:
+            rule: Any = load_rule("top-k:2")
+            return rule.diverges(np.array(drafts), _Along(example, 0, 4), 9, ())
+
+        assert diverges(short) == 2
+        assert diverges(right, short) is None and diverges(short, right) is None, "it is shorter"
+        assert diverges(right, other) is None, "the first one of one length wins"
+        assert diverges(other, right) == 3, "whether its end fits is in no trace"
 
     def test_nothing_is_kept_beyond_the_end(self):
         """The output ends with 8: by itself, or by the limit."""

@@ -88,6 +88,11 @@ class Recording:
         return self.settings.get("data_sha256") or self.source.get("sha256")
 
     @property
+    def inputs_of_worker(self) -> Inputs:
+        """The inputs in a worker elsewhere: on the same kind of device as here, of which it has its own."""
+        return dataclasses.replace(self.inputs, device=self.models.device.partition(":")[0])
+
+    @property
     def all_settings(self) -> dict[str, Any]:
         """All that what is recorded beside the trace is of; `given_settings` of a trace that was given."""
         return given_settings(self.settings, self.source["sha256"], self.models.device) if self.given else self.settings
@@ -205,8 +210,9 @@ class Recording:
 
     def _record(self, recorded: Trace | None, executor: Executor, progress: Progress | None) -> Trace:
         assert self.data is not None, "a trace that was given is whole"
+        executor.begin()
         models = self.models
-        by_workers = RowsByWorkers(self.inputs, models.heads_needed, self.settings, self.k)
+        by_workers = RowsByWorkers(self.inputs_of_worker, models.heads_needed, self.settings, self.k)
         return record_trace(
             models.base,
             models.heads,
@@ -351,7 +357,7 @@ def record_task(
     The base's own outputs are recorded in the cache first where the drafter is not its heads of all tokens; `none`:
     they alone, where there are no heads. Raises `RescoreError` for a drafter without lattices, and as `open_recording`.
     """
-    execution.check()
+    execution.check(inputs.device)
     loaded = None if drafter == "none" else load_drafter(drafter)
     if loaded is not None and not (isinstance(loaded, LatticeDrafter) and loaded.decodes):
         raise RescoreError(f"--drafter {drafter} has no lattices of its own to record; give heads or draft-model:NAME")

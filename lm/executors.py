@@ -127,23 +127,43 @@ class ExecutorOptions:
         own: dict[str, Any] = {"num_cpus": self.workers, "include_dashboard": False}
         there = {"runtime_env": {"env_vars": passed}} if self.address else own
         try:
-            ray.init(
-                address=self.address or LOCAL,  # not what RAY_ADDRESS says
-                log_to_driver=False, logging_level=logging.CRITICAL, configure_logging=True, **there,
-            )  # fmt: skip
+            with _silent():  # Ray's own library says each of its attempts
+                ray.init(
+                    address=self.address or LOCAL,  # not what RAY_ADDRESS says
+                    log_to_driver=False, logging_level=logging.CRITICAL, configure_logging=True, **there,
+                )  # fmt: skip
         except (OSError, RuntimeError, ValueError) as error:
-            raise self._no_cluster(error) from error
+            # Ray sends a token to no address that it is given, unless it is told to.
+            hint = "; where it asks for a token, set RAY_AUTH_MODE=token"
+            raise self._no_cluster(error, hint if self.address else "") from error
         with suppress(AttributeError):  # else what a cluster has to say would stand in the results on stdout
             ray._private.worker.print_to_stdstream = _told  # type: ignore[assignment]
         return True
 
-    def _no_cluster(self, error: Exception) -> RescoreError:
+    def _no_cluster(self, error: Exception, hint: str = "") -> RescoreError:
         where = f"no Ray cluster answers at {self.address}" if self.address else "Ray can't be started here"
-        return RescoreError(f"{where} ({first_line(error)})")
+        return RescoreError(f"{where} ({first_line(error)}){hint}")
 
 
 def _is_connected() -> bool:
     return "ray" in sys.modules and sys.modules["ray"].is_initialized()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing is written to the process's stderr meanwhile."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _knock(host: str, port: int) -> None:
@@ -267,7 +287,7 @@ class _Place:
 
 def _as_here(error: Any) -> Exception:
     """What a worker raised, as it would have been raised here."""
-    cause = error.cause
+    cause = getattr(error.cause, "client_exc", error.cause)  # what could not be read in a worker is wrapped once more
     if isinstance(cause, ModuleNotFoundError):
         return RescoreError(f"a worker of the Ray cluster finds no module {cause.name}; install it on all its machines")
     return cause if isinstance(cause, Exception) else error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import shutil
 import socket
@@ -147,6 +148,12 @@ class TestMap:
             list(workers(1).map(without_room, [1]))
         assert caught.value.errno == errno.ENOSPC
         refused(lambda: list(workers(1).map(without_module, [1])), "finds no module not_installed_anywhere")
+
+    def test_a_module_that_is_here_alone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        (tmp_path / "only_here.py").write_text("def same(number):\n    return number\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        function = importlib.import_module("only_here").same
+        refused(lambda: list(workers(1).map(function, [1])), "finds no module only_here; install it")
 
     def test_what_is_given_up_after_the_end_starts_nothing(self, monkeypatch: pytest.MonkeyPatch):
         found = workers(2).map(square, range(9))
@@ -323,6 +330,18 @@ class TestCommand:
     def test_no_cluster_at_the_address(self, rescore: Command, model: list[object], tmp_path: Path):
         asked = ["--executor", "ray", "--address", "127.0.0.1:1"]
         rescore("trace", *model, "--out", tmp_path / "t", *asked).refused("no Ray cluster answers at 127.0.0.1:1")
+
+    @pytest.mark.usefixtures("unconnected")
+    def test_a_cluster_that_does_not_let_us_in(self, monkeypatch: pytest.MonkeyPatch, capfd):
+        def init(**_: Any) -> None:
+            os.write(2, b"gcs_client.cc:210: Failed to get cluster ID\n")  # as Ray's library does
+            raise ConnectionError("Failed to connect to Ray cluster")
+
+        monkeypatch.setattr(ray, "init", init)
+        monkeypatch.setattr(executors, "_knock", lambda *_: None)
+        refused(RayExecutor(NOWHERE).begin, "at 127.0.0.1:1 (Failed to connect", "set RAY_AUTH_MODE=token")
+        os.write(2, b"after\n")
+        assert capfd.readouterr().err == "after\n"
 
     def test_without_ray(self, rescore: Command, model: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setitem(sys.modules, "ray", None)

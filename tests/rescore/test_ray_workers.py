@@ -48,7 +48,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for name, value in executors.RAY_SETTINGS.items():
             patch.setenv(name, value)
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # workers import what is beside this module, too
-        ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level=50)
+        ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level=50)
         yield
     ray.shutdown()
 

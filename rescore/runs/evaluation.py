@@ -255,7 +255,7 @@ class _Evaluator:
             self.executor.begin()
         self._fit(trace)  # what is refused is refused here, and drafters with a model propose here
         by_workers = _ReplayedByWorkers(
-            trace.header, recording.inputs_of_worker, recording.k, recording.models.heads_needed, work.runs,
+            trace.header, recording.models.inputs_of_worker, recording.k, recording.models.heads_needed, work.runs,
             work.records, work.costs, self.config,
         )  # fmt: skip
         drafted = [

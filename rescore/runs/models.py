@@ -92,6 +92,11 @@ class Models:
         return str(self._given_base.device) if self._given_base else choose_device(self.inputs.device)
 
     @property
+    def inputs_of_worker(self) -> Inputs:
+        """The inputs in a worker elsewhere: on the same kind of device as here, of which it has its own."""
+        return dataclasses.replace(self.inputs, device=self.device.partition(":")[0])
+
+    @property
     def compiles(self) -> bool:
         """Whether the base's layers are compiled where that gains."""
         return self._given_base.compiles if self._given_base else self.inputs.compile == "auto"

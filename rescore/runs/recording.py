@@ -88,11 +88,6 @@ class Recording:
         return self.settings.get("data_sha256") or self.source.get("sha256")
 
     @property
-    def inputs_of_worker(self) -> Inputs:
-        """The inputs in a worker elsewhere: on the same kind of device as here, of which it has its own."""
-        return dataclasses.replace(self.inputs, device=self.models.device.partition(":")[0])
-
-    @property
     def all_settings(self) -> dict[str, Any]:
         """All that what is recorded beside the trace is of; `given_settings` of a trace that was given."""
         return given_settings(self.settings, self.source["sha256"], self.models.device) if self.given else self.settings
@@ -212,7 +207,7 @@ class Recording:
         assert self.data is not None, "a trace that was given is whole"
         executor.begin()
         models = self.models
-        by_workers = RowsByWorkers(self.inputs_of_worker, models.heads_needed, self.settings, self.k)
+        by_workers = RowsByWorkers(models.inputs_of_worker, models.heads_needed, self.settings, self.k)
         return record_trace(
             models.base,
             models.heads,

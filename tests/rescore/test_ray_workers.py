@@ -218,7 +218,7 @@ class TestWork:
 
     def test_a_worker_works_on_the_kind_of_device_that_there_is_here(self, options: dict[str, Any]):
         (recording,) = opened(options | {"device": "auto"})
-        assert recording.inputs_of_worker.device == recording.models.device.partition(":")[0] != "auto"
+        assert recording.models.inputs_of_worker.device == recording.models.device.partition(":")[0] != "auto"
 
     def test_a_corpus(self, tiny_base: BaseLM, tmp_path: Path):
         rows = [{"prompt": f"{n} " + "stone " * (n % 5)} for n in range(40)]

@@ -7,17 +7,21 @@ Who asks writes what it gets in the order of the shards, so that one who is kill
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import socket
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from lattices.errors import RescoreError
+from lattices.errors import IncompatibleError, RescoreError, first_line
+from lm.environment import versions
 from lm.locks import warn
 
 Shard = TypeVar("Shard")
@@ -28,7 +32,14 @@ CONNECT_SECONDS = 10.0
 AHEAD = 4  # shards for each worker that are done or at work, while the first of them is not
 # What of the environment workers on other machines need to do the same; there the folders must be the same, too.
 PASSED = ("RESCORE_CACHE", "HF_HOME", "HF_HUB_OFFLINE")
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DEDUP_LOGS": "0"}
+# How Ray is started: it says nothing to its makers, nor of later versions to us, and its workers are as urgent as the
+# command that they work for (their usual niceness leaves them nothing of a machine that has other work).
+RAY_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DEDUP_LOGS": "0",
+    "RAY_worker_niceness": "0",
+}  # fmt: skip
+# How HTTP/2 begins, which Ray's servers speak: the client's first words with settings; the kind of the first answer.
+HELLO, SETTINGS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5), 4
 
 
 class Executor:
@@ -36,6 +47,9 @@ class Executor:
 
     is_local = True
     workers = 1  # at a time
+
+    def begin(self) -> None:
+        """Gets ready to do shards, before models are loaded for them. Raises `RescoreError` where it can't."""
 
     def map(self, function: Callable[[Shard], Result], shards: Iterable[Shard]) -> Iterator[Result]:
         """What the function gives for each of the shards, in their order."""
@@ -57,62 +71,112 @@ class ExecutorOptions:
     ] = None
     workers: Annotated[int | None, "Workers at a time. Default: one for each core, or GPU, of the cluster."] = None
 
-    def check(self) -> None:
-        """Raises `RescoreError` for what makes no sense together."""
+    def check(self, device: str = "cpu") -> None:
+        """Raises `RescoreError` for what makes no sense together, where there is no Ray, and where nothing that could
+        be Ray answers at the address; starts and loads nothing. device: as the user named it."""
         if self.workers is not None and self.workers < 1:
             raise RescoreError(f"--workers {self.workers}; at least one is needed")
         for name in ("address", "workers"):
             if self.executor == LOCAL and getattr(self, name) is not None:
                 raise RescoreError(f"--{name} is of a Ray cluster; add --executor ray, or drop it")
+        if self.executor == LOCAL:
+            return
+        if device.startswith("cuda:"):
+            raise RescoreError(
+                f"--device {device} is one GPU of this machine, and each worker has one of its own; give --device cuda"
+            )
+        if importlib.util.find_spec("ray") is None:
+            raise RescoreError("--executor ray needs Ray: pip install 'rescore[ray]'")
+        host, _, port = (self.address or "").rpartition(":")
+        if port.isdigit() and not _is_connected():
+            try:  # Ray itself would wait for minutes, print what it thinks, and end the process
+                _knock(host.rpartition("://")[2].strip("[]"), int(port))
+            except (OSError, OverflowError, ValueError) as error:
+                raise self._no_cluster(error) from error
 
     @contextmanager
     def started(self, device: str = "cpu") -> Iterator[Executor]:
         """The executor, as long as the work goes on; device: as the user named it, of which a worker needs one.
 
-        Raises `RescoreError` where there is no Ray, or no cluster at the address.
+        Ray is started, or connected to, when there is work for it. Raises as `check`.
         """
-        self.check()
+        self.check(device)
         if self.executor == LOCAL:
             yield HERE
             return
-        os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
+        executor = RayExecutor(self, device)
         try:
-            import ray
-        except ImportError as error:
-            raise RescoreError("--executor ray needs Ray: pip install 'rescore[ray]'") from error
-        mine = not ray.is_initialized()  # else this process is connected to a cluster, which is used as it is
-        if mine:
-            self._connect()
-        elif self.address not in (None, "auto", there := ray.get_runtime_context().gcs_address):
-            raise RescoreError(f"this process is connected to the Ray cluster at {there}, not to {self.address}")
-        try:
-            has: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-            kind = "GPU" if device != "cpu" and on_gpu(device) else "CPU"
-            if not has.get(kind):
-                raise RescoreError(f"the Ray cluster has no {kind} for a worker")
-            yield RayExecutor(self.workers or int(has[kind]), {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 1})
+            yield executor
         finally:
-            if mine:
-                ray.shutdown()
+            executor.close()
 
-    def _connect(self) -> None:
+    def connect(self) -> bool:
+        """Connects this process to the cluster; False where it was connected before, to the same.
+
+        Raises `RescoreError` where there is no cluster, or another one.
+        """
+        for name, value in RAY_SETTINGS.items():
+            os.environ.setdefault(name, value)
         import ray
 
+        if _is_connected():
+            if self.address not in (None, "auto", there := ray.get_runtime_context().gcs_address):
+                raise RescoreError(f"this process is connected to the Ray cluster at {there}, not to {self.address}")
+            return False
         passed = {name: os.environ[name] for name in PASSED if name in os.environ}
-        own: dict[str, Any] = {} if self.address else {"num_cpus": self.workers, "include_dashboard": False}
-        host, _, port = (self.address or "").rpartition(":")
+        own: dict[str, Any] = {"num_cpus": self.workers, "include_dashboard": False}
+        there = {"runtime_env": {"env_vars": passed}} if self.address else own
         try:
-            if port.isdigit() and "://" not in host:  # Ray itself would wait for minutes, and end the process
-                socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
-            ray.init(
-                address=self.address, runtime_env={"env_vars": passed} if self.address else None, log_to_driver=False,
-                logging_level=logging.CRITICAL, configure_logging=True, **own,
-            )  # fmt: skip
-        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-            where = f"no Ray cluster answers at {self.address}" if self.address else "Ray can't be started here"
-            raise RescoreError(f"{where} ({str(error).splitlines()[0]})") from error
+            with _silent():  # Ray's own library says each of its attempts
+                ray.init(
+                    address=self.address or LOCAL,  # not what RAY_ADDRESS says
+                    log_to_driver=False, logging_level=logging.CRITICAL, configure_logging=True, **there,
+                )  # fmt: skip
+        except (OSError, RuntimeError, ValueError) as error:
+            # Ray sends a token to no address that it is given, unless it is told to.
+            hint = "; where it asks for a token, set RAY_AUTH_MODE=token"
+            raise self._no_cluster(error, hint if self.address else "") from error
         with suppress(AttributeError):  # else what a cluster has to say would stand in the results on stdout
             ray._private.worker.print_to_stdstream = _told  # type: ignore[assignment]
+        return True
+
+    def _no_cluster(self, error: Exception, hint: str = "") -> RescoreError:
+        where = f"no Ray cluster answers at {self.address}" if self.address else "Ray can't be started here"
+        return RescoreError(f"{where} ({first_line(error)}){hint}")
+
+
+def _is_connected() -> bool:
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing is written to the process's stderr meanwhile."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _knock(host: str, port: int) -> None:
+    """Raises `OSError` where nothing listens, and where what listens does not speak as Ray does."""
+    with socket.create_connection((host, port), timeout=CONNECT_SECONDS) as there:
+        if os.environ.get("RAY_USE_TLS", "0") != "0":
+            return
+        there.sendall(HELLO)
+        answer = b""
+        while len(answer) < 4 and (more := there.recv(4 - len(answer))):
+            answer += more
+        if len(answer) < 4 or answer[3] != SETTINGS:
+            raise ConnectionError("what listens there is no cluster")
 
 
 def _told(message: dict[str, Any], **_: Any) -> None:
@@ -124,38 +188,74 @@ def _told(message: dict[str, Any], **_: Any) -> None:
 LOCALLY = ExecutorOptions()
 
 
-def on_gpu(device: str) -> bool:
-    """Whether work on this device, as a user names it, is done on a GPU here."""
-    from lm.base.catalog import choose_device
-
-    return choose_device(device).startswith("cuda")
-
-
 class RayExecutor(Executor):
-    """Has shards done by the workers of the cluster that this process is connected to.
+    """Has shards done by the workers of a cluster, which this process connects to when there are some.
 
-    workers: at a time; needs: what Ray reserves for each. On a CPU that is one core, so that a worker counts in one
-    thread, whatever the machine: sums in other parts would be rounded otherwise.
+    device: of which a worker needs one, as the user named it. On a CPU that is one core. A worker counts in one thread,
+    whatever the machine: sums in other parts would be rounded otherwise.
     """
 
     is_local = False
 
-    def __init__(self, workers: int, needs: dict[str, float]) -> None:
-        self.workers, self.needs = workers, needs
+    def __init__(self, options: ExecutorOptions, device: str = "cpu") -> None:
+        self._options, self._device = options, device
+        self._needs: dict[str, int] = {}  # of each worker; empty: not connected yet
+        self._workers, self._connected = 0, False
+
+    @property
+    def workers(self) -> int:  # type: ignore[override]
+        """Workers at a time."""
+        self.begin()
+        return self._workers
+
+    def begin(self) -> None:
+        """Starts or finds the cluster. Raises `RescoreError` where there is none, or no machine of it has what a worker
+        needs."""
+        if self._needs:
+            return
+        kind = "CPU"
+        if self._device != "cpu":
+            from lm.base.catalog import choose_device  # torch, which n-gram counts do without
+
+            kind = "GPU" if choose_device(self._device).startswith("cuda") else "CPU"
+        self._connected = self._options.connect()
+        import ray
+
+        needs = {"num_cpus": 1, **({"num_gpus": 1} if kind == "GPU" else {})}
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        for name in ("CPU", kind):
+            machines = [each for each in machines if each.get(name, 0) >= 1]
+            if not machines:
+                raise RescoreError(f"the Ray cluster has no {name} for a worker")
+        self._workers = self._options.workers or sum(int(each[kind]) for each in machines)
+        self._needs = needs
+
+    def close(self) -> None:
+        """Leaves the cluster that `begin` connected to."""
+        if self._connected:
+            import ray
+
+            ray.shutdown()
+        self._needs, self._connected = {}, False
 
     def map(self, function: Callable[[Shard], Result], shards: Iterable[Shard]) -> Iterator[Result]:
         """See `Executor.map`. Raises what the function raises, `RescoreError` for a shard whose workers die."""
+        waiting = iter(shards)
+        if not (first := list(islice(waiting, 1))):
+            return
+        waiting = chain(first, waiting)
+        self.begin()
         import ray
         from ray.exceptions import RayError, RayTaskError
 
         remote: Any = ray.remote  # its annotations know a function alone, or its options alone
-        call = remote(max_retries=AGAIN, **self.needs)(_done)
-        shared, waiting = ray.put(function), iter(shards)
+        call = remote(max_retries=AGAIN, **self._needs)(_done)
+        shared, place = ray.put(function), _Place(os.getcwd(), versions())
         asked, running = deque[Any](), set[Any]()  # in the order of the shards; those that are not done yet
         try:
             while True:
                 for shard in islice(waiting, min(self.workers - len(running), AHEAD * self.workers - len(asked))):
-                    asked.append(call.remote(shared, shard))
+                    asked.append(call.remote(place, shared, shard))
                     running.add(asked[-1])
                 if not asked:
                     return
@@ -165,7 +265,7 @@ class RayExecutor(Executor):
                 try:
                     result = ray.get(asked.popleft())
                 except RayTaskError as error:
-                    raise error.cause if isinstance(error.cause, RescoreError) else error from None
+                    raise _as_here(error) from error
                 except RayError as error:
                     raise RescoreError(
                         f"a worker died {AGAIN + 1} times at the same shard ({type(error).__name__}); is there memory "
@@ -173,9 +273,35 @@ class RayExecutor(Executor):
                     ) from error
                 yield result
         finally:
-            for each in running:
+            for each in running if ray.is_initialized() else ():  # else Ray would be started for it once more
                 ray.cancel(each, force=True)
 
 
-def _done(function: Callable[[Any], Any], shard: Any) -> Any:
-    return function(shard)
+@dataclass(frozen=True)
+class _Place:
+    """Where a command runs: its working folder, in which its paths begin, and its versions of what counts."""
+
+    folder: str
+    versions: dict[str, str]
+
+
+def _as_here(error: Any) -> Exception:
+    """What a worker raised, as it would have been raised here."""
+    cause = getattr(error.cause, "client_exc", error.cause)  # what could not be read in a worker is wrapped once more
+    if isinstance(cause, ModuleNotFoundError):
+        return RescoreError(f"a worker of the Ray cluster finds no module {cause.name}; install it on all its machines")
+    return cause if isinstance(cause, Exception) else error
+
+
+def _done(place: _Place, function: Callable[[Any], Any], shard: Any) -> Any:
+    """One shard, in a worker."""
+    other = [f"{name} {there}, here {place.versions[name]}" for name, there in versions().items()
+             if there != place.versions[name]]  # fmt: skip
+    if other:
+        raise IncompatibleError(f"a worker of the Ray cluster has {'; '.join(other)}; give all its machines the same")
+    # Results are the same to the last bit whatever the environment of a machine says of threads.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+    with chdir(place.folder if Path(place.folder).is_dir() else "."):
+        return function(shard)

@@ -125,7 +125,7 @@ def write_own_corpus(
     from lm.base.catalog import load_base
     from lm.base.machine import share_of_limits
 
-    execution.check()
+    execution.check(device)
     loaded = load_base(base, dtype=dtype, device=device)
     chosen = read_prompts(prompts, default_chat=loaded.is_chat)
     shown = partial(progress, "generate") if progress else None
@@ -268,17 +268,17 @@ class _OutputsByWorkers:
     def __call__(self, prompts: Sequence[Sequence[int]]) -> list[Generated]:
         from lm.base.generation import generate
 
-        base = _base_of_worker(self.identity.name, self.identity.dtype, self.device)
+        base = _base_of_worker(self.identity, self.device)
         if base.identity != self.identity:
             raise IncompatibleError(f"a worker finds another {self.identity.name} than there is here")
         return list(generate(base, prompts, batch_size=len(prompts), **_how(self.options)))
 
 
 @lru_cache(maxsize=1)
-def _base_of_worker(name: str, dtype: str, device: str) -> BaseLM:
+def _base_of_worker(identity: BaseIdentity, device: str) -> BaseLM:
     from lm.base.catalog import load_base
 
-    return load_base(name, dtype=dtype, device=device)
+    return load_base(identity.name, dtype=identity.dtype, device=device)
 
 
 def _encoded(base: BaseLM, prompts: Sequence[Prompt], options: GenerationOptions) -> list[list[int]]:

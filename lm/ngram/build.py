@@ -29,7 +29,7 @@ from lattices.errors import IncompatibleError, InvalidDataError, OutputError, Re
 from lattices.ngrams import MAX_ORDER, SENTENCE_END, NgramModel
 from lattices.paths import is_writable, user_path
 from lm.base.own_output import OWN_PREFIX, OwnOutput, own_output
-from lm.executors import LOCALLY, Executor, ExecutorOptions
+from lm.executors import LOCAL, LOCALLY, Executor, ExecutorOptions
 from lm.files import atomic_folder, changed_settings, read_json_object, sha256_of_file, write_json, writing
 from lm.locks import warn, writing_to
 from lm.ngram.corpus import (
@@ -147,6 +147,8 @@ def build_ngram(
     """
     options, progress = options.checked(), progress or no_progress
     execution.check()
+    if options.estimator == "lmplz" and execution.executor != LOCAL:
+        raise RescoreError("lmplz counts by itself, here; drop --executor, or --estimator lmplz")
     check_place(out)
     check_there(corpora)
     with writing_to(out, beside=True):

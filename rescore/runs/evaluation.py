@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 REPLAY_EXAMPLES = 64  # replayed side by side, at most; a kill loses what of these is not finished
 FIRST_EXAMPLES = 4  # of these, before it is known how long they take
 SHARD_EXAMPLES = 16  # replayed by a worker at a time
+LIVE_IS_HERE = "live decoding measures the time that it takes here; drop --executor, or --mode live"
 REPLAY_SECONDS = 20.0  # where a rescorer took longer, half as many follow side by side, else twice
 
 
@@ -108,7 +109,7 @@ def evaluate(
     if peers and not live:
         raise RescoreError("peers are timed beside live decoding; drop --peer, or add --mode live")
     if live and not executor.is_local:
-        raise RescoreError("live decoding measures the time that it takes here; drop --executor, or --mode live")
+        raise RescoreError(LIVE_IS_HERE)
     if live and any(recording.given for recording in of_tasks):
         raise RescoreError("a given trace can be replayed, not decoded live; drop --trace or --mode live")
     loaded: dict[object, Any] = {}
@@ -247,14 +248,16 @@ class _Evaluator:
 
     def _replay_by_workers(self, trace: Trace) -> None:
         """Finishes the examples of the task in shards of always the same ones."""
-        self._fit(trace)  # what is refused is refused here, and drafters with a model propose here
         work, recording = self.task, self.task.recording
-        by_workers = _ReplayedByWorkers(
-            trace.header, recording.inputs, recording.k, recording.models.heads_needed, work.runs, work.records,
-            work.costs, self.config,
-        )  # fmt: skip
         every = [trace.examples[at : at + SHARD_EXAMPLES] for at in range(0, len(trace.examples), SHARD_EXAMPLES)]
-        shards = [shard for shard in every if any(self._missing(run, shard) for run in self.drafting)]
+        shards = [shard for shard in every if any(self._missing(run, shard) for run in work.runs)]
+        if shards:
+            self.executor.begin()
+        self._fit(trace)  # what is refused is refused here, and drafters with a model propose here
+        by_workers = _ReplayedByWorkers(
+            trace.header, recording.models.inputs_of_worker, recording.k, recording.models.heads_needed, work.runs,
+            work.records, work.costs, self.config,
+        )  # fmt: skip
         drafted = [
             {name: {example.id: of[example.id] for example in shard} for name, of in self.drafted.items()}
             for shard in shards

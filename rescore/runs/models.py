@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from lattices.errors import IncompatibleError
+from lm.keys import key_of
 from lm.records import plain
 from rescore.runs.inputs import Inputs
 from rescore.tasks import Example, Task
@@ -89,6 +90,11 @@ class Models:
         from lm.base.catalog import choose_device
 
         return str(self._given_base.device) if self._given_base else choose_device(self.inputs.device)
+
+    @property
+    def inputs_of_worker(self) -> Inputs:
+        """The inputs in a worker elsewhere: on the same kind of device as here, of which it has its own."""
+        return dataclasses.replace(self.inputs, device=self.device.partition(":")[0])
 
     @property
     def compiles(self) -> bool:
@@ -185,7 +191,7 @@ class RowsByWorkers:
     k: int
 
     def __call__(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
-        models = _models_of_worker(self.inputs, self.heads_needed)
+        models = _models_of_worker(self.inputs, self.heads_needed, key_of(self.settings))
         how = {name: self.settings[name] for name in ("chat", "max_new_tokens", "max_prompt_tokens")}
         rows = rows_of(models.base, models.heads, examples, k=self.k, **how)
         models.check_unchanged(self.settings)
@@ -193,5 +199,6 @@ class RowsByWorkers:
 
 
 @lru_cache(maxsize=1)
-def _models_of_worker(inputs: Inputs, heads_needed: bool) -> Models:
+def _models_of_worker(inputs: Inputs, heads_needed: bool, _: str) -> Models:
+    """Those of settings with this key: files may be replaced between two commands that one worker works for."""
     return Models(inputs, heads_needed=heads_needed)

@@ -205,8 +205,9 @@ class Recording:
 
     def _record(self, recorded: Trace | None, executor: Executor, progress: Progress | None) -> Trace:
         assert self.data is not None, "a trace that was given is whole"
+        executor.begin()
         models = self.models
-        by_workers = RowsByWorkers(self.inputs, models.heads_needed, self.settings, self.k)
+        by_workers = RowsByWorkers(models.inputs_of_worker, models.heads_needed, self.settings, self.k)
         return record_trace(
             models.base,
             models.heads,
@@ -351,7 +352,7 @@ def record_task(
     The base's own outputs are recorded in the cache first where the drafter is not its heads of all tokens; `none`:
     they alone, where there are no heads. Raises `RescoreError` for a drafter without lattices, and as `open_recording`.
     """
-    execution.check()
+    execution.check(inputs.device)
     loaded = None if drafter == "none" else load_drafter(drafter)
     if loaded is not None and not (isinstance(loaded, LatticeDrafter) and loaded.decodes):
         raise RescoreError(f"--drafter {drafter} has no lattices of its own to record; give heads or draft-model:NAME")

@@ -80,6 +80,7 @@ def tune(
     choosing = load_choosing(runs)
     if weightless := [label for label, (rescorer, _) in choosing.items() if rescorer.alpha is None]:
         raise RescoreError(f"the rescorer {weightless[0]} has no weight to tune; give one that has, like ngram")
+    executor.begin()
     sweeps = []
     for recording in [recordings] if isinstance(recordings, Recording) else recordings:
         recording = recording.held_out(held_out, evaluated=evaluated)
@@ -94,7 +95,7 @@ def tune(
         sweep: Callable[[tuple[Run, float]], float] = _Sweep(trace, of_models, fitted)
         if not executor.is_local:
             names = {label: identities_of(each) for label, each in fitted.items()}
-            sweep = _SweepByWorkers(trace, of_models, recording.inputs, recording.k, runs, names)
+            sweep = _SweepByWorkers(trace, of_models, recording.models.inputs_of_worker, recording.k, runs, names)
         every = list(product(runs, swept))
         for done, ((run, _), value) in enumerate(zip(every, executor.map(sweep, every), strict=True), start=1):
             efficiency[run].append(value)

@@ -17,7 +17,7 @@ from typing import Any
 
 from lattices.errors import IncompatibleError, RescoreError
 from lm.environment import environment
-from lm.executors import LOCALLY, Executor, ExecutorOptions
+from lm.executors import LOCAL, LOCALLY, Executor, ExecutorOptions
 from lm.files import (
     append_json_line,
     atomic_file,
@@ -34,7 +34,7 @@ from rescore.costs.kept import costs_for, costs_here
 from rescore.costs.table import Costs
 from rescore.peers import load_peer
 from rescore.runs.evaluated import Evaluation, load_run
-from rescore.runs.evaluation import evaluate
+from rescore.runs.evaluation import LIVE_IS_HERE, evaluate
 from rescore.runs.inputs import Notify, Progress, add_notice
 from rescore.runs.log import RESULTS_FILE, claim
 from rescore.runs.recording import Recording, check_names, open_recording
@@ -94,6 +94,9 @@ def run_suite(
     with `interrupted` set. Raises `IncompatibleError` with the difference if `out` belongs to another plan,
     `OutputError` if another process is writing to it.
     """
+    if plan.mode == "live" and execution.executor != LOCAL:
+        raise RescoreError(LIVE_IS_HERE)
+    execution.check(plan.device)
     with writing_to(out), execution.started(plan.device) as executor:
         return _run(plan, out, source, executor, progress, notify)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -30,3 +31,25 @@ def die_once(folder: Path, number: int) -> int:
 
 def die(_: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def where(_: int) -> tuple[str, int]:
+    """The working folder and the niceness of a worker."""
+    return os.getcwd(), os.nice(0)
+
+
+def threads(asked: int) -> int:
+    """Those that torch counts in; it is told to count in other ones after that."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(asked)
+    return before
+
+
+def without_room(_: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/full/file")
+
+
+def without_module(_: int) -> None:
+    import not_installed_anywhere  # type: ignore[import-not-found]  # noqa: F401

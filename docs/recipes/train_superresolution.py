@@ -3,12 +3,12 @@
     pip install scikit-image scikit-learn
     python docs/recipes/train_superresolution.py OUT [--minutes 60] [--seed 1]
 
-The images are those that scikit-image and scikit-learn bring along (`IMAGES`; their licences stand in these packages'
-`skimage/data/README.txt` and `sklearn/datasets/images/README.txt`). Patches are cut from the training images at several
-scales. OUT becomes a model folder as transformers reads it: a BART of float32 whose tokens 0 to 255 are intensities,
-with the moving average of its weights. OUT/dev.jsonl and OUT/test.jsonl have patches of images that were not trained
-on, for `rescore eval --task superresolution --data OUT/test.jsonl --base OUT`; OUT/log.jsonl has a line for every
-evaluation. Stop it whenever you like: the same command goes on at the last evaluation.
+The images are those that scikit-image and scikit-learn bring along (`IMAGES`; their licences stand in the help of
+`skimage.data`'s functions and in `sklearn/datasets/images/README.txt`). Patches are cut from the training images at
+several scales. OUT becomes a model folder as transformers reads it: a BART of float32 whose tokens 0 to 255 are
+intensities, with the moving average of its weights. OUT/dev.jsonl and OUT/test.jsonl have patches of images that were
+not trained on, for `rescore eval --task superresolution --data OUT/test.jsonl --base OUT`; OUT/log.jsonl has a line for
+every evaluation. Stop it whenever you like: the same command goes on at the last evaluation.
 """
 
 from __future__ import annotations

@@ -359,7 +359,21 @@ def test_its_costs_are_found_again(rescore: Command, options: list[object]):
 def test_too_long_a_prompt_is_refused(base: BaseLM):
     if base.prompt_length < 1000:
         refused(lambda: decode(base, None, [5] * 97, max_new_tokens=4), "97 tokens", "encoder reads")
-        refused(lambda: decode(base, None, [5, 256], max_new_tokens=96), "--max-new-tokens")
+        message = "an output of 96 tokens does not fit into the decoder's context of 96; lower --max-new-tokens to 95"
+        refused(lambda: decode(base, None, [5, 256], max_new_tokens=96), message)
+
+
+def test_what_is_generated_by_default_fits_into_the_decoder(rescore: Command, tmp_path: Path):
+    folder = save(tmp_path / "model", "marian")
+    done = rescore("generate", "--base", folder, "--prompt", "a b a b", "--dtype", "float64", "--json")
+    assert done.code == 0, done.err
+    assert 1 <= len(done.document["token_ids"]) <= SIZES["max_position_embeddings"] - 1
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "a"}))
+    own = ("generate-corpus", "--base", folder, "--prompts", prompts, "--out", tmp_path / "own")
+    rescore(*own, "--max-new-tokens", 96).refused(
+        f"the decoder's start and an output of 97 tokens exceed the context of 96 of {folder}; lower --max-new-tokens"
+    )
 
 
 @pytest.fixture(params=FAMILIES)

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import numpy as np
 
-from lattices.errors import IncompatibleError, InvalidDataError, first_line
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, first_line
 from lattices.lattice import Lattice
 from lm.files import atomic_folder, changed_settings, sha256_of_file, write_json
 from lm.keys import cache_entry, software

@@ -14,9 +14,10 @@ from lattices.joined import candidates as features
 from lattices.joined.candidates import BOTH, CLASSES, WEIGHTS
 from lattices.joined.sources import KINDS
 from lm.files import SHIPPED, write_json
+from lm.ngram.load import SHIPPED_NGRAM
 from lm.records import Count, Number, plain, read_record
 from rescore.rescorers.base import Target
-from rescore.rescorers.ngram import SHIPPED_NGRAM, Ngram
+from rescore.rescorers.ngram import Ngram
 
 SCHEMA = "rescore.joint/2"
 MATCHED = (
@@ -81,8 +82,8 @@ def _advice(ngram: Ngram, base: str = "BASE") -> str:
     model = "" if ngram.path == SHIPPED_NGRAM else f"ngram={ngram.path}"
     asked, used = (f"joint:{model}", f"joint:DIR,{model}") if model else ("joint", "joint:DIR")
     return (
-        f"fit some: rescore tune --base {base} --rescorer {asked} --out DIR, with the same --heads, --drafter, --task and "
-        f"--data, then --rescorer {used}"
+        f"fit some: rescore tune --base {base} --rescorer {asked} --out DIR, with the same --heads, --drafter, "
+        f"--task and --data, then --rescorer {used}"
     )
 
 
@@ -98,8 +99,8 @@ def read_fits(folder: Path, ngram: Ngram) -> list[JointFit]:
     fits = [read_record(path, JointFit, missing=f"no {path}", advice=advice, schema=SCHEMA) for path in paths]
     if not (with_it := [fit for fit in fits if fit.ngram == ngram.model.sha256]):
         raise IncompatibleError(
-            f"{paths[0]} was fitted with another n-gram model than {ngram.path}; name that one, joint:{folder},ngram=..., "
-            f"or {advice}"
+            f"{paths[0]} was fitted with another n-gram model than {ngram.path}; name that one, "
+            f"joint:{folder},ngram=..., or {advice}"
         )
     return with_it
 

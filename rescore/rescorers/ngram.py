@@ -57,8 +57,8 @@ class Ngram(Rescorer):
             base = target.base.name if target.base else "BASE"
             raise IncompatibleError(
                 f"the n-gram model {self.path} was made for another tokenizer than the base LM's; build one, rescore "
-                f"build-ngram CORPUS --base {base} --out DIR, and name it: ngram:DIR, context-ngram:DIR or joint:ngram=DIR "
-                "(context-ngram:none needs none)"
+                f"build-ngram CORPUS --base {base} --out DIR, and name it: ngram:DIR, context-ngram:DIR or "
+                "joint:ngram=DIR (context-ngram:none needs none)"
             )
         fitted = copy.copy(self)
         fitted._search = self.model.search(target.vocab_size, target.eos_token_ids)

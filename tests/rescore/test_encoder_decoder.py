@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,20 @@ def test_a_limit_without_room_for_text_is_refused(base: BaseLM):
 def test_ids_that_are_no_tokens_are_refused(base: BaseLM):
     for ids, told in (([], "no tokens"), ([5, 258], "token 258, and"), ([-1], "token -1, and")):
         refused(lambda ids=ids: decode(base, None, ids, max_new_tokens=4), told)  # type: ignore[misc]
+
+
+def test_no_library_speaks_of_a_tokenizers_own_limit(base: BaseLM, monkeypatch: pytest.MonkeyPatch):
+    told: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = told.append  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    monkeypatch.setattr(base.tokenizer, "model_max_length", 2)
+    monkeypatch.setattr(base.tokenizer, "deprecation_warnings", {})
+    monkeypatch.setattr(logger, "level", logging.WARNING)
+    monkeypatch.setattr(logger, "handlers", [handler])
+    assert len(base.encode_prompt("abcdef", chat=False)) > 2 and not told
+    base.tokenizer.encode("abcdef")
+    assert told, "which it would"
 
 
 def test_greedy_output_is_transformers(base: BaseLM):

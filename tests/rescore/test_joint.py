@@ -223,4 +223,8 @@ class TestTrouble:
         ngram = save(tmp_path / "ngram", bigram_model())
         chosen = options | {"rescorers": (f"joint:ngram={ngram}",)}
         never_decoded(monkeypatch)
-        refused(lambda: evaluated(chosen), "no weights of joint are shipped for", f"--rescorer joint:ngram={ngram} --out DIR")
+        refused(
+            lambda: evaluated(chosen),
+            "no weights of joint are shipped for",
+            f"--rescorer joint:ngram={ngram} --out DIR",
+        )

@@ -227,9 +227,8 @@ class BaseLM:
             raise IncompatibleError(f"a prompt has token {unknown}, and {self.identity.name} reads 0 to {known - 1}")
 
     def _ids(self, text: str, *, chat: bool, max_tokens: int | None) -> list[int]:
-        if chat:
-            return self.encode_messages([{"role": "user", "content": text}])
-        return list(self.tokenizer.encode(text, verbose=False))  # what is too long is told by whoever checks it
+        messages = [{"role": "user", "content": text}]  # not verbose: we tell what is too long
+        return self.encode_messages(messages) if chat else list(self.tokenizer.encode(text, verbose=False))
 
     def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation, `{"role", "content"}` a message, and of what begins the answer.

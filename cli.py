@@ -201,7 +201,7 @@ def _result(result: Any, tables: str, as_json: bool, **more: Any) -> None:
 @command("generate", GENERATE, asked=Source("rescore.generation.generating:answers", but=OF_TASKS))
 def generate_command(
     asked: Asked,
-    max_new_tokens: Annotated[int, "Tokens of an output, at most."] = 256,
+    max_new_tokens: Annotated[int | None, "Tokens of an output, at most. Default: 256, or its context."] = None,
     stats: Annotated[bool, "Say on stderr how fast each was, and where the time went."] = False,
     as_json: Annotated[bool, "Print a JSON document for each prompt, with statistics.", "--json"] = False,
 ) -> None:

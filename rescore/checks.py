@@ -70,9 +70,14 @@ def check_fits(
             f"{what} of {prompt_tokens} tokens is longer than the {base.prompt_length} that the encoder reads; "
             f"{shorter}"
         )
-    if len(base.prefix(range(prompt_tokens))) + max_new_tokens > base.context_length:
-        output_alone = base.has_encoder or max_new_tokens >= base.context_length
-        advice = "lower --max-new-tokens" if output_alone else shorter
+    before = len(base.prefix(range(prompt_tokens)))
+    if before + max_new_tokens > base.context_length:
+        if base.has_encoder:  # the prompt takes no place there
+            raise RescoreError(
+                f"an output of {max_new_tokens} tokens does not fit into the decoder's context of "
+                f"{base.context_length}; lower --max-new-tokens to {base.context_length - before}"
+            )
+        advice = "lower --max-new-tokens" if max_new_tokens >= base.context_length else shorter
         raise RescoreError(
             f"{what} of {prompt_tokens} tokens and {max_new_tokens} new ones do not fit into the context of "
             f"{base.context_length}; {advice}"

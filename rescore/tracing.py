@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import numpy as np
 
-from lattices.errors import IncompatibleError, InvalidDataError, first_line
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, first_line
 from lattices.lattice import Lattice
 from lm.files import atomic_folder, changed_settings, sha256_of_file, write_json
 from lm.keys import cache_entry, software
@@ -171,6 +171,8 @@ def record_trace(
         done = {e.id: e for e in recorded.examples} if recorded else {}
         missing = [e for e in examples if e.id not in done]
         for example in missing:
+            if not example.prompt:
+                raise RescoreError(f"example {example.id}: the prompt is empty; give it text, or leave the example out")
             ids = base.encode_prompt(example.prompt, chat=chat, max_tokens=max_prompt_tokens)
             check_fits(base, len(ids), max_new_tokens, what=f"example {example.id}: a prompt")
         finished = len(examples) - len(missing)

@@ -266,6 +266,8 @@ class TestOtherCommands:
         by_file = rescore(*ask, table, "--h", 2).document
         assert by_file["config"]["costs"]["squad"] == found and by_file["results"][0]["predicted_speedup"]
         rescore(*ask, tmp_path / "none.json").refused("no costs in .*none.json; measure them: rescore bench costs")
+        of_room = ["bench", "costs", *own, "--repeats", 1, "--k", 4, "--rescorer", "none", "--json"]
+        assert rescore(*of_room).document["contexts"] == [64, 256], "640 are more than its 512"
         rescore(*command, "--rescorer", "joint").refused("was made for another tokenizer than the base LM's")
         rescore(*once(*command, "--repeats", 0)).refused("--repeats 0; it must be at least 1")
         rescore(*once(*command, "--cached", 500)).refused(

@@ -259,7 +259,7 @@ def tokenization_of(name: str) -> str:
 
 
 @contextmanager
-def _reading(what: str) -> Iterator[None]:
+def _reading(what: str, advice: str = "") -> Iterator[None]:
     """One line for whatever transformers raises over a broken file, and none of its bars and reports meanwhile."""
     try:
         with quiet():
@@ -267,7 +267,8 @@ def _reading(what: str) -> Iterator[None]:
     except RescoreError:
         raise
     except Exception as error:  # OSError, KeyError, TypeError, SafetensorError, ...: as the broken part leads it to
-        raise InvalidDataError(f"{what}: {first_line(error)}") from error
+        said = first_line(error).rstrip(" ,.:;")
+        raise InvalidDataError("; ".join(filter(None, (f"{what}: {said}", advice)))) from error
 
 
 @contextmanager
@@ -327,7 +328,8 @@ class ModelFolder:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer."""
-        with _reading(f"can't load the tokenizer of {self.name}"):
+        advice = f"put what the tokenizer's save_pretrained writes into {self.folder}"
+        with _reading(f"can't load the tokenizer of {self.name}", advice):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder)
         return tokenizer
 

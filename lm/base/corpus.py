@@ -286,13 +286,16 @@ def _encoded(base: BaseLM, prompts: Sequence[Prompt], options: GenerationOptions
     encoded = [base.encode_prompt(p.text, chat=p.chat, max_tokens=options.max_prompt_tokens) for p in prompts]
     longest = max(encoded, key=len, default=[])
     positions = len(base.prefix(longest)) + options.max_new_tokens
-    for what, tokens, limit in (
-        ("prompts", len(longest), base.prompt_length), ("prompts and output", positions, base.context_length)
-    ):  # fmt: skip
+    both, advice = "prompts and output", "lower --max-prompt-tokens or --max-new-tokens"
+    if base.has_encoder:  # which has a context of its own
+        both, advice = "the decoder's start and an output", "lower --max-new-tokens"
+    for what, tokens, limit, how in (
+        ("prompts", len(longest), base.prompt_length, "lower --max-prompt-tokens"),
+        (both, positions, base.context_length, advice),
+    ):
         if tokens > limit:
             raise RescoreError(
-                f"{what} of {tokens} tokens exceed the context of {limit} of {base.identity.name}; lower "
-                "max_prompt_tokens or max_new_tokens"
+                f"{what} of {tokens} tokens exceed the context of {limit} of {base.identity.name}; {how}"
             )
     return encoded
 

@@ -179,7 +179,8 @@ class EncoderDecoderLM(BaseLM):
         """As the encoder reads a text, of which more than `max_tokens` are cut before the tokens that end it."""
         if chat:
             return super()._ids(text, chat=chat, max_tokens=max_tokens)
-        return list(self.tokenizer.encode(text, truncation=max_tokens is not None, max_length=max_tokens))
+        how = {"truncation": max_tokens is not None, "max_length": max_tokens, "verbose": False}
+        return list(self.tokenizer.encode(text, **how))
 
 
 def make_base(model: Any, tokenizer: Any, *, identity: BaseIdentity, **how: bool) -> BaseLM:

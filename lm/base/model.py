@@ -227,7 +227,8 @@ class BaseLM:
             raise IncompatibleError(f"a prompt has token {unknown}, and {self.identity.name} reads 0 to {known - 1}")
 
     def _ids(self, text: str, *, chat: bool, max_tokens: int | None) -> list[int]:
-        return self.encode_messages([{"role": "user", "content": text}]) if chat else list(self.tokenizer.encode(text))
+        messages = [{"role": "user", "content": text}]  # not verbose: we tell what is too long
+        return self.encode_messages(messages) if chat else list(self.tokenizer.encode(text, verbose=False))
 
     def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation, `{"role", "content"}` a message, and of what begins the answer.

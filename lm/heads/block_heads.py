@@ -355,9 +355,14 @@ def _no_heads(folder: Path) -> str:
 
 
 def of_other_weights(path: str | None, identity: BaseIdentity) -> str | None:
-    """A line about heads (`path` as for `load_heads`) that were trained for other weights of a base; None if not."""
+    """A line about heads (`path` as for `load_heads`) that were trained for other weights of a base; None if not.
+
+    Raises as `check_fit` for those that fit no such base at all: nobody need wait for it to load.
+    """
     folder = heads_folder(path, identity)
-    if read_config(folder).base_weights_sha256 in (None, identity.weights_sha256):
+    config = read_config(folder)
+    check_fit(config, folder, identity)
+    if config.base_weights_sha256 in (None, identity.weights_sha256):
         return None
     own = known_heads(identity.name)
     hint = f"; its own lie in {own}" if own is not None else ""

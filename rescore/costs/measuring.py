@@ -59,7 +59,9 @@ def costs_of(
     drafter: shared.Drafters = (),
     k: Annotated[shared.Ks, "Tokens of each head that are in the lattice. Default: 16."] = (),
     p: Annotated[shared.Ps, "Drafts that one step verifies. Default: 1."] = (),
-    cached: Annotated[Sequence[int], "Tokens in the cache."] = CONTEXTS,
+    cached: Annotated[
+        Sequence[int], "Tokens in the cache. Default: of 64, 256 and 640 those that the base has room for."
+    ] = (),
     repeats: shared.Repeats = 5,
     progress: Progress | None = None,
 ) -> Costs:
@@ -69,7 +71,7 @@ def costs_of(
     `measure_costs` and `keep_costs`; what needs no model to be refused, before one is loaded.
     """
     inputs.check()
-    check_timing(cached, repeats)
+    check_timing(cached or CONTEXTS, repeats)
     runs = runs_of(rescorer or RESCORERS, ks=k, ps=p, drafters=drafter)
     for run in runs:
         run.load_drafters(run.load())
@@ -79,7 +81,9 @@ def costs_of(
         if heads is None:
             raise RescoreError(f"--h {inputs.h} is of block heads, and {base.identity.name} has none; drop it")
         heads = heads.first(inputs.h)
-    how = {"contexts": cached, "repeats": repeats, "k": max(k, default=DEFAULT_K), "progress": progress}
+    room = base.prompt_room(max(NODES))
+    contexts = cached or [each for each in CONTEXTS if each <= room] or CONTEXTS[:1]  # which says what room there is
+    how = {"contexts": contexts, "repeats": repeats, "k": max(k, default=DEFAULT_K), "progress": progress}
     costs = measure_costs(base, heads, runs, must=bool(rescorer), **how)  # type: ignore[arg-type]
     keep_costs(costs, out)
     return costs

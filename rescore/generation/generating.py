@@ -119,7 +119,7 @@ def answers(
             if stream is not None and number:
                 stream("\n")  # an empty line between outputs
             how = CHAT[chat] if request.chat is None else request.chat
-            limit = inputs.max_new_tokens or NEW_TOKENS
+            limit = inputs.max_new_tokens or min(NEW_TOKENS, base.context_length - len(base.prefix([])))
             output = generator.generate(request.prompt, max_new_tokens=limit, stop=stops, stream=stream, chat=how)
             yield Answer(request, output)
 

@@ -85,7 +85,7 @@ class Joint(JoiningRescorer):
         fitted = copy.copy(self)
         fitted._statistics, bigram = self.statistics_for(target)
         fitted._ends = np.array(target.eos_token_ids, dtype=np.int32)
-        folder = self.path or shipped_weights(target)
+        folder = self.path or shipped_weights(target, self.ngram)
         weights = read_weights(folder, target.sources, self.ngram, bigram)
         fitted._weights = weights
         fitted.identity = f"{self.identity} {bigram} {key_of(weights.tolist())}"

@@ -14,12 +14,12 @@ from lattices.joined import candidates as features
 from lattices.joined.candidates import BOTH, CLASSES, WEIGHTS
 from lattices.joined.sources import KINDS
 from lm.files import SHIPPED, write_json
+from lm.ngram.load import SHIPPED_NGRAM
 from lm.records import Count, Number, plain, read_record
 from rescore.rescorers.base import Target
 from rescore.rescorers.ngram import Ngram
 
 SCHEMA = "rescore.joint/2"
-ADVICE = "fit them again: rescore tune --rescorer joint --out DIR"
 MATCHED = (
     features.HEAD, features.LACKS, features.TOP, features.TEXT, features.NGRAM, features.PAIR, features.OTHER,
 )  # fmt: skip
@@ -77,18 +77,31 @@ def write_weights(folder: Path, fit: JointFit) -> Path:
     return path
 
 
+def _advice(ngram: Ngram, base: str = "BASE") -> str:
+    """How weights are fitted, and used, with this n-gram model."""
+    model = "" if ngram.path == SHIPPED_NGRAM else f"ngram={ngram.path}"
+    asked, used = (f"joint:{model}", f"joint:DIR,{model}") if model else ("joint", "joint:DIR")
+    return (
+        f"fit some: rescore tune --base {base} --rescorer {asked} --out DIR, with the same --heads, --drafter, "
+        f"--task and --data, then --rescorer {used}"
+    )
+
+
 def read_fits(folder: Path, ngram: Ngram) -> list[JointFit]:
     """All fits with an n-gram model in a folder.
 
     Raises `RescoreError` if there are none, `InvalidDataError` for a broken file, `IncompatibleError` if all are of
     other n-gram models.
     """
-    paths = sorted(folder.glob("*.json"))
+    paths, advice = sorted(folder.glob("*.json")), _advice(ngram)
     if not paths:
-        raise RescoreError(f"no weights of joint in {folder}; {ADVICE}")
-    fits = [read_record(path, JointFit, missing=f"no {path}", advice=ADVICE, schema=SCHEMA) for path in paths]
+        raise RescoreError(f"no weights of joint in {folder}; {advice}")
+    fits = [read_record(path, JointFit, missing=f"no {path}", advice=advice, schema=SCHEMA) for path in paths]
     if not (with_it := [fit for fit in fits if fit.ngram == ngram.model.sha256]):
-        raise IncompatibleError(f"{paths[0]} was fitted with another n-gram model than {ngram.path}; {ADVICE}")
+        raise IncompatibleError(
+            f"{paths[0]} was fitted with another n-gram model than {ngram.path}; name that one, "
+            f"joint:{folder},ngram=..., or {advice}"
+        )
     return with_it
 
 
@@ -103,22 +116,22 @@ def read_weights(folder: Path, sources: Sequence[str], ngram: Ngram, bigram: str
         if sorted(fit.drafters) == sorted(sources):
             if fit.bigram != bigram:
                 told = "another learned bigram, or with none" if bigram else "a learned bigram, and there is none"
-                raise IncompatibleError(f"the weights of joint in {folder} were fitted with {told}; {ADVICE}")
+                raise IncompatibleError(f"the weights of joint in {folder} were fitted with {told}; {_advice(ngram)}")
             return np.array(fit.weights, dtype=np.float64)
     fitted = " or ".join("+".join(fit.drafters) for fit in fits)
     raise IncompatibleError(
         f"the weights of joint in {folder} were fitted for the drafters {fitted}, not for {'+'.join(sources)}; "
-        "fit some: rescore tune --rescorer joint --drafter ... --out DIR"
+        + _advice(ngram)
     )
 
 
-def shipped_weights(target: Target) -> Path:
+def shipped_weights(target: Target, ngram: Ngram) -> Path:
     """The folder of the weights for a base. Raises `RescoreError` if none are shipped."""
     name = target.base.name if target.base else ""
     folder = SHIPPED / name / "joint"
     if not name or not folder.is_dir():
         raise RescoreError(
-            f"no weights of joint are shipped for {name or 'a base that the trace does not name'}; fit some: "
-            "rescore tune --rescorer joint --out DIR, then --rescorer joint:DIR"
+            f"no weights of joint are shipped for {name or 'a base that the trace does not name'}; "
+            + _advice(ngram, name or "BASE")
         )
     return folder

@@ -54,9 +54,11 @@ class Ngram(Rescorer):
         """See `Rescorer.fit`."""
         made_for = self.model.tokenizer_sha256
         if made_for and target.tokenizer_sha256 and made_for != target.tokenizer_sha256:
+            base = target.base.name if target.base else "BASE"
             raise IncompatibleError(
-                f"the n-gram model {self.path} was made for another tokenizer than the base LM's; build one with "
-                "rescore build-ngram --tokenizer BASE (context-ngram:none needs none)"
+                f"the n-gram model {self.path} was made for another tokenizer than the base LM's; build one, rescore "
+                f"build-ngram CORPUS --base {base} --out DIR, and name it: ngram:DIR, context-ngram:DIR or "
+                "joint:ngram=DIR (context-ngram:none needs none)"
             )
         fitted = copy.copy(self)
         fitted._search = self.model.search(target.vocab_size, target.eos_token_ids)

@@ -78,6 +78,8 @@ def _task(
 def _sentence(record: Record) -> Record | None:
     """Rows with a source and its translation as they are, Spec-Bench's in the same shape, None for other categories."""
     if "source" not in record:
+        if not {"turns", "prompt", "category"} & record.keys():
+            raise InvalidDataError("no field 'source' (nor 'turns', as Spec-Bench's rows have)")
         return row_of("translation")(record)
     return {
         "id": record.get("id"),

@@ -163,7 +163,9 @@ class TestBrokenFolders:
         (folder / "tokenizer.json").unlink()
         if content:
             (folder / "tokenizer.json").write_text(content)
-        assert "can't load the tokenizer of" in refused(folder, InvalidDataError)
+        message = refused(folder, InvalidDataError)
+        assert "can't load the tokenizer of" in message
+        assert message.endswith(f"; put what the tokenizer's save_pretrained writes into {folder}")
 
 
 class TestIdentity:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,20 @@ def test_a_limit_without_room_for_text_is_refused(base: BaseLM):
 def test_ids_that_are_no_tokens_are_refused(base: BaseLM):
     for ids, told in (([], "no tokens"), ([5, 258], "token 258, and"), ([-1], "token -1, and")):
         refused(lambda ids=ids: decode(base, None, ids, max_new_tokens=4), told)  # type: ignore[misc]
+
+
+def test_no_library_speaks_of_a_tokenizers_own_limit(base: BaseLM, monkeypatch: pytest.MonkeyPatch):
+    told: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = told.append  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    monkeypatch.setattr(base.tokenizer, "model_max_length", 2)
+    monkeypatch.setattr(base.tokenizer, "deprecation_warnings", {})
+    monkeypatch.setattr(logger, "level", logging.WARNING)
+    monkeypatch.setattr(logger, "handlers", [handler])
+    assert len(base.encode_prompt("abcdef", chat=False)) > 2 and not told
+    base.tokenizer.encode("abcdef")
+    assert told, "which it would"
 
 
 def test_greedy_output_is_transformers(base: BaseLM):
@@ -359,7 +374,21 @@ def test_its_costs_are_found_again(rescore: Command, options: list[object]):
 def test_too_long_a_prompt_is_refused(base: BaseLM):
     if base.prompt_length < 1000:
         refused(lambda: decode(base, None, [5] * 97, max_new_tokens=4), "97 tokens", "encoder reads")
-        refused(lambda: decode(base, None, [5, 256], max_new_tokens=96), "--max-new-tokens")
+        message = "an output of 96 tokens does not fit into the decoder's context of 96; lower --max-new-tokens to 95"
+        refused(lambda: decode(base, None, [5, 256], max_new_tokens=96), message)
+
+
+def test_what_is_generated_by_default_fits_into_the_decoder(rescore: Command, tmp_path: Path):
+    folder = save(tmp_path / "model", "marian")
+    done = rescore("generate", "--base", folder, "--prompt", "a b a b", "--dtype", "float64", "--json")
+    assert done.code == 0, done.err
+    assert 1 <= len(done.document["token_ids"]) <= SIZES["max_position_embeddings"] - 1
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "a"}))
+    own = ("generate-corpus", "--base", folder, "--prompts", prompts, "--out", tmp_path / "own")
+    rescore(*own, "--max-new-tokens", 96).refused(
+        f"the decoder's start and an output of 97 tokens exceed the context of 96 of {folder}; lower --max-new-tokens"
+    )
 
 
 @pytest.fixture(params=FAMILIES)

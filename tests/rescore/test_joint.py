@@ -143,7 +143,7 @@ class TestReplaced:
     def test_nor_where_the_weights_are_the_shipped_ones(
         self, options: Options, joint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
-        monkeypatch.setattr(joint_module, "shipped_weights", lambda _: tmp_path / "weights")
+        monkeypatch.setattr(joint_module, "shipped_weights", lambda *_: tmp_path / "weights")
         shipped = f"joint:ngram={joint.partition('ngram=')[2]}"
         chosen = options | {"rescorers": (shipped,)}
         (found,) = evaluated(chosen, out=tmp_path / "run").config.runs["squad"]
@@ -173,7 +173,7 @@ class TestReplaced:
     def test_between_two_looks_at_them(
         self, options: Options, joint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
-        monkeypatch.setattr(joint_module, "shipped_weights", lambda _: tmp_path / "weights")
+        monkeypatch.setattr(joint_module, "shipped_weights", lambda *_: tmp_path / "weights")
         evaluated(options)  # the trace is there: only the rescorer is read again
         fit_to = work.fit_to
 
@@ -207,9 +207,9 @@ class TestTrouble:
         path = tmp_path / "weights" / "heads+lookup.json"
         whole: dict[str, Any] = json.loads(path.read_text())
         for change, message, kind in (
-            ({"schema": "rescore.joint/0"}, "fit them again", InvalidDataError),
+            ({"schema": "rescore.joint/0"}, "fit some: rescore tune", InvalidDataError),
             ({"weights": ["a"] * WEIGHTS}, "`weights[0]`", InvalidDataError),
-            ({"weights": [1.0]}, "at `weights`; fit them again", InvalidDataError),
+            ({"weights": [1.0]}, "at `weights`; fit some", InvalidDataError),
             ({"ngram": "0"}, "was fitted with another n-gram model", IncompatibleError),
         ):
             path.write_text(json.dumps(whole | change))
@@ -223,4 +223,8 @@ class TestTrouble:
         ngram = save(tmp_path / "ngram", bigram_model())
         chosen = options | {"rescorers": (f"joint:ngram={ngram}",)}
         never_decoded(monkeypatch)
-        refused(lambda: evaluated(chosen), "no weights of joint are shipped for", "rescore tune --rescorer joint --out")
+        refused(
+            lambda: evaluated(chosen),
+            "no weights of joint are shipped for",
+            f"--rescorer joint:ngram={ngram} --out DIR",
+        )

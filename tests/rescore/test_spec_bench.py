@@ -12,6 +12,7 @@ from lattices.errors import InvalidDataError
 from rescore.tasks import Example, load_task
 from rescore.tasks.data import file_in, load_examples
 from rescore.tasks.spec_bench import MT_BENCH, TASKS
+from tests.conftest import refused
 
 ROWS: list[dict[str, Any]] = [
     {"question_id": 81, "category": "writing", "turns": ["Write a post.", "Once more."]},
@@ -110,3 +111,9 @@ def test_the_one_file_of_a_data_folder_is_found(tmp_path: Path) -> None:
     assert file_in(tmp_path, qa) == tmp_path / "spec_bench.jsonl" and file_in(tmp_path, squad).name == "squad.jsonl"
     (tmp_path / "qa.csv").touch()
     assert file_in(tmp_path, qa) == tmp_path / "qa.csv"
+
+
+def test_a_row_without_a_source_is_told_as_one_of_translation(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"src": "Hund", "reference": "dog"}\n')
+    refused(lambda: load_examples(load_task("translation"), data=path), "line 1", "no field 'source'")

@@ -350,3 +350,11 @@ def test_a_near_tie_rounded_the_other_way_keeps_the_chosen_token_first(place: in
     rest = {1: [10, 12, 13], 3: [10, 11, 12], None: [10, 11, 12]}[place]
     assert ids.tolist() == [[chosen, *rest]]
     Lattice(ids[None], logps[None]).validate(100)
+
+
+def test_an_example_without_a_prompt_is_named(tiny_base, tmp_path: Path):
+    with pytest.raises(RescoreError, match="example e2: the prompt is empty"):
+        record_trace(
+            tiny_base, None, [EXAMPLES[0], Example("e2", "", ())], tmp_path, settings={}, chat=False,
+            max_new_tokens=2, k=2,
+        )  # fmt: skip

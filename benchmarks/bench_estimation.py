@@ -68,8 +68,9 @@ def estimate_ours(text: Path, work: Path, order: int, memory: int, threads: int)
     from lm.ngram.arpa import write_arpa
     from lm.ngram.build import OVERHEAD
     from lm.ngram.corpus import encode_corpora, find_sources
-    from lm.ngram.counting import Workspace, build_table, count_full
+    from lm.ngram.counting import Workspace, count_full
     from lm.ngram.estimation import DEFAULT_FALLBACK, estimate
+    from lm.ngram.tables import build_table
 
     room = max(memory - OVERHEAD, 1)
     times = [time.perf_counter()]

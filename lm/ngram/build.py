@@ -41,8 +41,9 @@ from lm.ngram.corpus import (
     find_sources,
     is_unchanged,
 )
-from lm.ngram.counting import BREAK, Progress, Workspace, build_table, count_full, no_progress
+from lm.ngram.counting import BREAK, Progress, Workspace, count_full, no_progress
 from lm.ngram.estimation import Estimate, check_fallback, check_thresholds, estimate
+from lm.ngram.tables import build_table
 from lm.options import Field, Size, Utf8Errors
 from lm.text_files import name_without_endings
 

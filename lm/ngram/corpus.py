@@ -434,23 +434,3 @@ def _writable(surface: str, token_id: int) -> str:
     """A token's string if an ARPA file can hold it, else a name made of its id."""
     usable = surface and surface not in SPECIAL_WORDS and not any(c in surface for c in " \t\r\n\0")
     return surface if usable else f"<token-{token_id}>"
-
-
-def source_texts(source: CorpusSource) -> Iterator[tuple[str, bool]]:
-    """All text of a source (not of the hub), in pieces, and whether a piece goes on where the one before it stopped: a
-    text file in blocks of whole lines, of records every string apart. Raises as `encode_corpora` does for bad files."""
-    file = identify(source.path)
-    if source.kind == "text":
-        yield from ((block.decode("utf-8"), True) for _, block in blocks(file, advice=MEND_UTF8))
-        return
-    for _, record in rows(file, advice=MEND_UTF8):
-        yield from ((text, False) for text in _strings(record))
-
-
-def _strings(value: object) -> Iterator[str]:
-    """Every string in a JSON value."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _strings(part)

@@ -29,7 +29,8 @@ from numba import njit
 
 from lattices.errors import InvalidDataError, RescoreError
 from lattices.ngrams import SENTENCE_START, SPECIAL_WORDS, NgramArrays, NgramModel
-from lm.ngram.counting import NgramTable, Workspace
+from lm.ngram.counting import Workspace
+from lm.ngram.tables import NgramTable
 
 DEFAULT_FALLBACK = (0.5, 1.0, 1.5)  # lmplz's
 GOOD_TURING_LIMIT = 5  # counts above are taken as they are (Katz's k)

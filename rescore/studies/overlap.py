@@ -19,7 +19,8 @@ from typing import Annotated, Any
 import numpy as np
 
 from lattices.errors import RescoreError
-from lm.ngram.corpus import HUB_PREFIX, CorpusSource, find_sources, source_texts
+from lm.ngram.corpus import HUB_PREFIX, MEND_UTF8, CorpusSource, find_sources
+from lm.text_files import blocks, identify, rows
 from rescore.options import Limit
 from rescore.studies.records import Record
 from rescore.table import SHARE, TASK, Column, Table
@@ -175,7 +176,7 @@ class _Runs:
         keys: list[int] = []
         self.words = 0
         get = self._keys.get
-        for text, goes_on in source_texts(source):
+        for text, goes_on in _texts(source):
             if not goes_on:
                 keys.append(0)
             words = _words(text)
@@ -213,3 +214,23 @@ def _names(sources: Sequence[CorpusSource]) -> list[str]:
     """The names of files; their paths where two have one name."""
     short = [Path(source.name).name for source in sources]
     return [name if short.count(name) == 1 else source.name for name, source in zip(short, sources, strict=True)]
+
+
+def _texts(source: CorpusSource) -> Iterator[tuple[str, bool]]:
+    """All text of a source (not of the hub), in pieces, and whether a piece goes on where the one before it stopped: a
+    text file in blocks of whole lines, of records every string apart. Raises as `encode_corpora` does for bad files."""
+    file = identify(source.path)
+    if source.kind == "text":
+        yield from ((block.decode("utf-8"), True) for _, block in blocks(file, advice=MEND_UTF8))
+        return
+    for _, record in rows(file, advice=MEND_UTF8):
+        yield from ((text, False) for text in _strings(record))
+
+
+def _strings(value: object) -> Iterator[str]:
+    """Every string in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)

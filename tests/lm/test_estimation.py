@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from lattices.errors import InvalidDataError, OutputError, RescoreError
 from lattices.ngrams import NgramModel
-from lm.ngram import counting
-from lm.ngram.counting import BREAK, NgramTable, Workspace, build_table, count_full
+from lm.ngram import counting, tables
+from lm.ngram.counting import BREAK, Workspace, count_full
 from lm.ngram.estimation import DEFAULT_FALLBACK, estimate, good_turing_factors, kneser_ney_discounts
+from lm.ngram.tables import NgramTable, build_table
 
 REFERENCE = Path(__file__).parent / "reference"
 TOLERANCE = 1e-5  # in log10: what the files' single precision leaves
@@ -249,7 +250,8 @@ def test_counts_in_any_runs_and_keys_are_the_same(
     whole = table_of(ids, len(vocabulary), order, folder)
     per_key = -(-order // columns)
     monkeypatch.setattr(counting, "LEAST_CHUNK", 17)
-    monkeypatch.setattr(counting, "key_layout", lambda n, size: counting.Layout(n, 5, per_key))
+    for module in (counting, tables):
+        monkeypatch.setattr(module, "key_layout", lambda n, size: counting.Layout(n, 5, per_key))
     for threads in (1, 2):
         parts = table_of(ids, len(vocabulary), order, folder, memory=1000, threads=threads)  # tables on disk as well
         for name in NgramTable._fields:

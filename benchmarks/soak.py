@@ -351,11 +351,11 @@ def jobs(inputs: Path) -> list[Job]:
     """The commands, which end in some seconds each."""
     base = ["--base", inputs / "base", "--device", "cpu"]
     decoding = [*base, "--heads", inputs / "heads", "--dtype", "float64", "--max-new-tokens", 16]
-    context, joint = (f"{name}:{inputs / 'ngram'}" for name in ("context-ngram", "joint"))
+    context, ngram = (f"{name}:{inputs / 'ngram'}" for name in ("context-ngram", "ngram"))
     task = ["--task", "squad", "--data", inputs / "data" / "squad.jsonl"]
     learning = ["--steps", 6, "--evaluate-every", 2, "--positions", 256, "--precision", "float32"]
     return [
-        Job("eval", ["eval", *decoding, *task, "--rescorer", f"none,lookup,{context},{joint}", "--p", "1,4"], results),
+        Job("eval", ["eval", *decoding, *task, "--rescorer", f"none,lookup,{context},{ngram}", "--p", "1,4"], results),
         Job("live", ["eval", *decoding, *task, "--mode", "live", "--rescorer", "none,lookup"], outputs),
         Job("trace", ["trace", *decoding, *task, "--k", 8], traced),
         Job("suite", ["suite", inputs / "suite.yaml", "--data", inputs / "data"], suite_results),

@@ -361,6 +361,7 @@ def _arrow(file: TextFile, errors: str, advice: str) -> Iterator[tuple[int, dict
 def _numbered(file: TextFile, batches: Iterator[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     for batch in batches:
+        batch.validate(full=True)  # else what a damaged one points to may lie anywhere in memory
         _check_columns(file, batch.schema.names)
         try:
             rows_of_batch: list[dict[str, Any]] = batch.to_pylist()

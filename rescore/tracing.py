@@ -300,6 +300,7 @@ def _read_part(folder: Path, header: TraceHeader) -> Iterator[TracedExample]:
 
     try:
         table = datasets.Dataset.load_from_disk(str(folder)).data.table
+        table.validate(full=True)  # else what is read from a damaged file may lie anywhere in memory
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pyarrow.ArrowException) as error:
         raise InvalidDataError(f"can't read the trace part {folder}: {first_line(error)}") from error
     columns = dict(zip(table.column_names, table.schema.types, strict=True))

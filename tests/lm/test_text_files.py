@@ -166,6 +166,18 @@ def test_a_table_that_is_cut_short_is_refused(tmp_path: Path, name: str, content
         assert "is not a whole" in said, cut
 
 
+@pytest.mark.parametrize("file", [True, False])
+def test_a_table_whose_texts_lie_outside_of_it_is_refused(tmp_path: Path, file: bool):
+    def places(*ends: int) -> bytes:
+        return np.array([0, *ends], np.int32).tobytes()
+
+    content = arrow(file, pyarrow.table({"a": ["b" * 77, "c" * 14]}))
+    assert content.count(places(77, 91)) == 1
+    for damaged in ((1 << 30, 91), (-5, 91), (77, 1 << 30)):
+        path = written(tmp_path / "x.arrow", content.replace(places(77, 91), places(*damaged)))
+        assert "is not a whole Arrow file" in refused(path)
+
+
 class TestText:
     @pytest.mark.parametrize("packing", [None, *PACKERS])
     def test_lines(self, tmp_path: Path, packing: str | None, monkeypatch: pytest.MonkeyPatch):

@@ -195,6 +195,21 @@ def test_a_wrong_header_is_refused(tmp_path: Path, header: Row, message: str):
         read_trace(write_trace(tmp_path, rows(), header=header))
 
 
+def test_damage_anywhere_in_a_part_is_read_or_refused(tmp_path: Path):
+    """Its lists begin where the file says: unchecked, that may be outside of it, and end the process."""
+    folder = write_trace(tmp_path / "trace", rows())
+    arrow = next((folder / "p0").glob("*.arrow"))
+    whole, refused = arrow.read_bytes(), 0
+    for at in range(0, len(whole), 44):
+        arrow.write_bytes(whole[:at] + b"\xff\xff\xff\x7f" + whole[at + 4 :])
+        try:
+            read_trace(folder)
+        except InvalidDataError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 20
+
+
 def test_files_that_are_no_trace_are_refused(tmp_path: Path):
     with pytest.raises(RescoreError, match=r"no trace in .*nowhere: can't read trace.json \(No such file"):
         read_trace(tmp_path / "nowhere")

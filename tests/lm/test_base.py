@@ -98,7 +98,7 @@ class TestPrompts:
                 tiny_base.encode_prompt("", chat=chat)
 
     def test_text_without_tokens_is_refused(self, tiny_base, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(tiny_base.tokenizer, "encode", lambda _text: [])
+        monkeypatch.setattr(tiny_base.tokenizer, "encode", lambda _text, **_: [])
         with pytest.raises(RescoreError, match="has no tokens"):
             tiny_base.encode_prompt("\u200b", chat=False)
 

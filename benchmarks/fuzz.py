@@ -1,13 +1,11 @@
 """Files damaged at random into every reader: each must be read, or be refused in one line, and in little time.
 
-    python benchmarks/fuzz.py [--minutes 10] [--seed 0] [--only arpa,trace] [--engine random|atheris]
+    python benchmarks/fuzz.py [--minutes 10] [--seed 0] [--only arpa,trace]
 
 Real commands make a small valid file of every kind. Then, kind by kind, in a process of its own and over and over, one
 file is changed (by cuts, other bytes, other numbers, words and lines) and read as the product reads it. A finding is
 whatever is no `RescoreError` of one line: another exception, a warning, more than `LIMIT_S` seconds or `LIMIT_GB` more
 of memory, the end of the process. Each is kept in a folder, with what was read.
-
-Of the engines `random` draws changes blindly; `atheris` (pip install atheris) also follows what a change reaches.
 
 Prints a table and one JSON line; exit status 1 if anything was found.
 """
@@ -97,7 +95,6 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0, help="for all kinds together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="these kinds, with commas between them: " + ", ".join(KINDS))
-    parser.add_argument("--engine", choices=("random", "atheris"), default="random")
     parser.add_argument("--inputs", type=Path, help=argparse.SUPPRESS)  # of a process that reads one kind
     options = parser.parse_args()
     if options.inputs is not None:
@@ -109,7 +106,7 @@ def main() -> None:
     tallies = {name: in_a_process(name, folder, options, options.minutes / len(names)) for name in names}
     rows = [[name, *map(str, (t.runs, t.read, t.refused, len(t.findings)))] for name, t in tallies.items()]
     print(text_table(["kind", "runs", "read", "refused", "findings"], rows))
-    print(json.dumps({"seed": options.seed, "engine": options.engine, **{n: asdict(t) for n, t in tallies.items()}}))
+    print(json.dumps({"seed": options.seed, **{n: asdict(t) for n, t in tallies.items()}}))
     if any(tally.findings for tally in tallies.values()):
         sys.exit(f"the files are in {folder / 'found'}")
     shutil.rmtree(folder)
@@ -121,7 +118,7 @@ def in_a_process(name: str, folder: Path, options: argparse.Namespace, minutes: 
     all_of_it, end, seed = Tally(), time.monotonic() + 60 * minutes, options.seed
     while (left := end - time.monotonic()) > 0:
         arguments = ["--inputs", folder, "--only", name, "--seed", seed, "--minutes", left / 60]
-        command = [sys.executable, __file__, *map(str, arguments), "--engine", options.engine]
+        command = [sys.executable, __file__, *map(str, arguments)]
         with (folder / "stderr").open("w+b") as stderr:  # what libraries say; the end of it tells of a crash
             ran = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=stderr)
         written = folder / "tally.json"
@@ -150,7 +147,7 @@ class Fuzzer:
     """Changes and reads the files of one kind, in `inputs`/now."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.name, self.engine, self.seed = options.only, options.engine, options.seed
+        self.name, self.seed = options.only, options.seed
         self.folder, self.seconds = options.inputs, 60 * options.minutes
         self.draws, self.tally = random.Random(options.seed), Tally()
         self.read = KINDS[self.name].read
@@ -167,32 +164,10 @@ class Fuzzer:
             sys.exit(f"the valid {self.name} is not read: {self.tally}")
         resource.setrlimit(resource.RLIMIT_AS, (in_use() + LIMIT_GB * 10**9, resource.RLIM_INFINITY))
         names = list(self.contents)
-        if self.engine == "random":
-            while time.monotonic() < self.end:
-                name = self.draws.choice(names)
-                self._with(name, changed(self.contents[name], self.draws))
-            self._write()
-        else:
-            self._follow(names)
-
-    def _follow(self, names: list[Path]) -> None:
-        """By atheris: the first byte of what it makes chooses the file, the rest is its content."""
-        import atheris  # type: ignore[import-untyped]  # has no stubs
-
-        seeds = Path(tempfile.mkdtemp(dir=self.folder))
-        for number, name in enumerate(names):
-            (seeds / str(number)).write_bytes(bytes([number]) + self.contents[name])
-
-        def one(made: bytes) -> None:
-            if made:
-                self._with(names[made[0] % len(names)], made[1:])
-                if self.tally.runs % 100 == 0:
-                    self._write()
-
-        limits = [f"-max_total_time={max(1, int(self.seconds))}", "-rss_limit_mb=0", f"-seed={self.seed % 2**31 or 1}"]
-        atheris.instrument_all()
-        atheris.Setup([sys.argv[0], *limits, f"-max_len={LARGEST}", str(seeds)], one)
-        atheris.Fuzz()
+        while time.monotonic() < self.end:
+            name = self.draws.choice(names)
+            self._with(name, changed(self.contents[name], self.draws))
+        self._write()
 
     def _with(self, name: Path, content: bytes) -> None:
         (self.now / name).write_bytes(content)

@@ -29,7 +29,7 @@ def convert_record(value: Any, kind: type[Record], *, where: str, advice: str) -
     """The record of a type in what JSON gave. Raises `InvalidDataError`: `where`, what is wrong, `advice`."""
     try:
         return msgspec.convert(value, type=kind, str_keys=True)  # keys of JSON objects are text, those of p too
-    except (msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.ValidationError, RecursionError, UnicodeEncodeError) as error:  # the last: half a surrogate pair
         reason = str(error).replace("`$.", "`").replace("`$", "`").rstrip(".")  # paths without msgspec's dollar
         raise InvalidDataError(f"{where}: {reason}; {advice}") from error
 

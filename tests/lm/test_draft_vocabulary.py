@@ -168,7 +168,7 @@ class TestRefused:
             (text[:50], "not valid JSON"),
             (text.replace("[5, 9", "[-5, 9"), "token_ids"),
             (text.replace('"vocab_size"', '"size"'), "size"),
-            (text.replace('"tokenizer": "', '"tokenizer": "\\ud800'), "surrogates not allowed"),
+            (text.replace('"vocab_size"', '"\\ud800"'), "surrogates not allowed"),
             (text.replace("draft-vocabulary/1", "draft-vocabulary/9"), "this version reads"),
         ):
             file.write_text(broken)

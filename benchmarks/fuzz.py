@@ -44,7 +44,7 @@ from lm.ngram.build import AUTOMATON_FILE
 from lm.ngram.load import load_ngram
 from lm.training.data import read_head_data
 from rescore.costs.kept import read_costs
-from rescore.rescorers.trees.choices import load_choices, published
+from rescore.rescorers.trees.choices import load_choices
 from rescore.suites.files import load_runs
 from rescore.suites.plan import read_plan
 from rescore.table import text_table
@@ -68,7 +68,7 @@ NUMBERS = (
     b"NaN",
     b"1.5",
     b"4294967296",
-    b"9223372036854775808",
+    str(1 << 63).encode(),
     b"9" * 40,
 )
 WORDS = (b"null", b"true", b'""', b"[]", b"{}", b'"\\ud800"', b"\xff\xfe", b"\x00", b"\xe2\x80\xa8", b"../x", b"&a *a")
@@ -144,11 +144,11 @@ def keep(folder: Path, name: str, number: int) -> str:
 
 
 class Fuzzer:
-    """Changes and reads the files of one kind, in `inputs`/now."""
+    """Changes the files of one kind in the folder `now`, and reads them there."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.name, self.seed = options.only, options.seed
-        self.folder, self.seconds = options.inputs, 60 * options.minutes
+        self.folder = options.inputs
         self.draws, self.tally = random.Random(options.seed), Tally()
         self.read = KINDS[self.name].read
         self.valid, self.now = self.folder / "valid" / self.name, self.folder / "now"
@@ -156,7 +156,7 @@ class Fuzzer:
         shutil.copytree(self.valid, self.now)
         files = [path for path in sorted(self.valid.rglob("*")) if path.is_file()]
         self.contents = {p.relative_to(self.valid): c for p in files if len(c := p.read_bytes()) <= LARGEST and c}
-        self.end = time.monotonic() + self.seconds
+        self.end = time.monotonic() + 60 * options.minutes
 
     def run(self) -> None:
         self._once()  # compiles, imports
@@ -349,7 +349,6 @@ def make_costs(_: Path, out: Path) -> None:
 
 def make_choices(_: Path, out: Path) -> None:
     paths = [[0], [1], [0, 0], [0, 1], [1, 0]]
-    assert published()
     (out / "choices.json").write_text(json.dumps(paths))
 
 
@@ -377,10 +376,6 @@ def read_corpus(path: Path) -> object:
     return read_head_data(base, path, path.parent / "states")
 
 
-def read_results(path: Path) -> object:
-    return [list(run.examples) for run in [rescore.load_run(path)]]
-
-
 KINDS: dict[str, Kind] = {
     "arpa": Kind(made_ngram("model.arpa"), read_arpa),
     "arpa.gz": Kind(made_ngram("model.arpa", pack=True), read_arpa),
@@ -390,7 +385,7 @@ KINDS: dict[str, Kind] = {
     "lookup": Kind(make_lookup, open_lookup),
     "vocabulary": Kind(make_vocabulary, read_draft_vocabulary),
     "trace": Kind(by_job("trace"), lambda path: list(read_trace(path).examples)),
-    "results": Kind(by_job("eval"), read_results),
+    "results": Kind(by_job("eval"), lambda path: list(rescore.load_run(path).examples)),
     "suite results": Kind(by_job("suite"), load_runs),
     "suite": Kind(copied("suite.yaml"), read_plan),
     "task": Kind(make_task, load_task_file),

@@ -381,17 +381,13 @@ def jobs(inputs: Path) -> list[Job]:
 
 
 WEIGHTS = "model.safetensors"
-FACTS = ("block_efficiency", "gain", "oracle", "accepted", "steps", "p", "k", "rescorer", "task")
 
 
 def results(out: Path, _: str) -> Any:
     """An evaluation's results and its finished examples, in the order of their names."""
     run = load_run(out)
-    return [plain_result(out / "results.json"), sorted(repr(example) for example in run.examples)]
-
-
-def plain_result(path: Path) -> Any:
-    return json.loads(path.read_text())["results"]
+    document = json.loads((out / "results.json").read_text())
+    return [document["results"], sorted(repr(example) for example in run.examples)]
 
 
 def outputs(out: Path, _: str) -> Any:

@@ -227,7 +227,7 @@ class BaseLM:
             raise IncompatibleError(f"a prompt has token {unknown}, and {self.identity.name} reads 0 to {known - 1}")
 
     def _ids(self, text: str, *, chat: bool, max_tokens: int | None) -> list[int]:
-        messages = [{"role": "user", "content": text}]  # not verbose: we tell what is too long
+        messages = [{"role": "user", "content": text}]  # a verbose tokenizer warns of what is too long: that is ours
         return self.encode_messages(messages) if chat else list(self.tokenizer.encode(text, verbose=False))
 
     def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:

@@ -40,7 +40,7 @@ INPUTS = "rescore.runs.inputs:Inputs"
 EXECUTION = Source("lm.executors:ExecutorOptions")
 MODEL = Source(INPUTS, only=("base", "dtype", "device"))
 OF_TASKS = ("task", "limit", "data", "trace", "leave_out", "max_prompt_tokens")
-OWN = Source("lm.base.own_output:OwnOutput", but=("batch_size", "temperature", "seed"))
+OWN = Source("lm.base.own_output:OwnOutput", but=("batch_size", "temperature", "seed", "with_prompts"))
 
 Body = TypeVar("Body", bound=Callable[..., None])
 Asked = functools.partial[Any]  # what a command does, with the values of its options

@@ -54,15 +54,15 @@ def byte_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_tiny_base(folder: Path, *, seed: int = 0, hidden_size: int = 32, chat: bool = True) -> Path:
-    """A random two-layer Llama with grouped-query attention over bytes, as a model folder."""
+def save_tiny_base(folder: Path, *, seed: int = 0, hidden_size: int = 32, layers: int = 2, chat: bool = True) -> Path:
+    """A random Llama with grouped-query attention over bytes, as a model folder."""
     tokenizer = byte_tokenizer(chat=chat)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,

@@ -7,7 +7,8 @@ line. The corpus is a folder:
 - `corpus.jsonl`: a finished example a line, `{"prompt", "chat", "prompt_ids", "output_ids", "text"}`, appended as they
   come; an output that was there before: `"duplicate": true` and no tokens.
 - `hidden.f16`: the state that chose each output token (raw float16 rows of `hidden_size`, in the order of the lines),
-  so that training need not run the base LM again.
+  so that training need not run the base LM again; `with_prompts`: before them those after the prompt's tokens but the
+  last one, which predict the prompt's other tokens.
 - `settings.json`: what it was begun with; `manifest.json`, written last.
 """
 
@@ -72,6 +73,9 @@ class GenerationOptions:
     batch_size: Annotated[int, "Prompts decoded side by side."] = 64
     temperature: Annotated[float, "0: greedy; above: tokens are drawn."] = 0.0
     seed: Annotated[int, "Seed of what is drawn."] = 0
+    with_prompts: Annotated[
+        bool, "Keep the states over the prompts as well: what learns from the corpus then learns to predict these, too."
+    ] = False
 
     def check(self) -> None:
         """Raises `RescoreError` for the first option that makes no sense."""
@@ -196,15 +200,12 @@ def generate_corpus(
         "max_prompt_tokens": options.max_prompt_tokens,
         "temperature": options.temperature,
         "seed": options.seed if options.temperature else 0,  # greedy output has none
+        "with_prompts": options.with_prompts,
     }
     with writing_to(out):
-        if (out / SETTINGS_FILE).is_file():
-            recorded = {"temperature": 0.0, "seed": 0, **read_settings(out)}  # corpora from before there was sampling
-            if changed := changed_settings(recorded, settings):
-                raise IncompatibleError(
-                    f"{out} was begun with other settings ({'; '.join(changed)}); use another --out"
-                )
-        corpus = _Corpus(out)
+        if (out / SETTINGS_FILE).is_file() and (changed := changed_settings(read_settings(out), settings)):
+            raise IncompatibleError(f"{out} was begun with other settings ({'; '.join(changed)}); use another --out")
+        corpus = _Corpus(out, with_prompts=options.with_prompts)
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in corpus.prompts]
         encoded = _encoded(base, missing, options)
         if not (out / SETTINGS_FILE).is_file():
@@ -253,7 +254,7 @@ def _generated(
 
 
 def _how(options: GenerationOptions) -> dict[str, Any]:
-    named = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "seed")}
+    named = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "seed", "with_prompts")}
     return {**named, "with_hidden": True}
 
 
@@ -287,6 +288,8 @@ def _encoded(base: BaseLM, prompts: Sequence[Prompt], options: GenerationOptions
     longest = max(encoded, key=len, default=[])
     positions = len(base.prefix(longest)) + options.max_new_tokens
     both, advice = "prompts and output", "lower --max-prompt-tokens or --max-new-tokens"
+    if base.has_encoder and options.with_prompts:
+        raise RescoreError(f"{base.identity.name} has an encoder, which reads the prompts; leave out --with-prompts")
     if base.has_encoder:  # which has a context of its own
         both, advice = "the decoder's start and an output", "lower --max-new-tokens"
     for what, tokens, limit, how in (
@@ -303,13 +306,14 @@ def _encoded(base: BaseLM, prompts: Sequence[Prompt], options: GenerationOptions
 class _Corpus:
     """The corpus in a folder as it grows."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, with_prompts: bool) -> None:
         self.path, self.hidden_path = folder / CORPUS_FILE, folder / HIDDEN_FILE
+        self.with_prompts = with_prompts
         self.prompts: set[Prompt] = set()
-        self.duplicates = self.output_tokens = 0
+        self.duplicates = self.output_tokens = self.states = 0
         self._outputs: set[tuple[int, ...]] = set()
         for number, record in corpus_lines(folder) if self.path.is_file() else ():
-            if not record.keys() >= {"prompt", "chat", "output_ids"}:
+            if not record.keys() >= {"prompt", "chat", "prompt_ids", "output_ids"}:
                 raise InvalidDataError(
                     f"{self.path} line {number} is not an example of generate-corpus; use another --out"
                 )
@@ -319,6 +323,8 @@ class _Corpus:
         self.prompts.add(Prompt(record["prompt"], record["chat"]))
         self.duplicates += bool(record.get("duplicate"))
         self.output_tokens += len(record["output_ids"])
+        _, predicted = tokens_of(record, with_prompts=self.with_prompts)
+        self.states += len(predicted)
         self._outputs.add(tuple(record["output_ids"]))
 
     def counts(self) -> dict[str, int]:
@@ -330,7 +336,7 @@ class _Corpus:
         """What appends an example: its prompt, its other fields, the states `[t, hidden_size]` of its output."""
         with open_appending(self.path) as stream, self.hidden_path.open("ab") as hidden_stream:
             # The line is written after its states: a kill in between leaves states without a line, which go here.
-            if (size := self.output_tokens * hidden_size * STATE_BYTES) > hidden_stream.tell():
+            if (size := self.states * hidden_size * STATE_BYTES) > hidden_stream.tell():
                 folder = self.path.parent
                 raise InvalidDataError(
                     f"{self.hidden_path} lacks states of {self.path}; remove {folder} or use another --out"
@@ -370,8 +376,14 @@ def corpus_lines(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, record
 
 
+def tokens_of(record: dict[str, Any], *, with_prompts: bool) -> tuple[list[int], list[int]]:
+    """Of a line of a corpus: the tokens before those whose states there are, and these."""
+    prompt, output = record["prompt_ids"], record["output_ids"]
+    return (prompt[:1], prompt[1:] + output) if with_prompts else (prompt, output)
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What the corpus in a folder was begun with: `base` (fields of `BaseIdentity`) and limits.
+    """What the corpus in a folder was begun with: `base` (fields of `BaseIdentity`) and the options.
 
     Raises `RescoreError` if the folder was not made by `generate_corpus`.
     """
@@ -381,4 +393,4 @@ def read_settings(folder: Path) -> dict[str, Any]:
     base = settings.get("base")
     if not isinstance(base, dict) or not base.keys() >= {"name", "weights_sha256", "tokenizer_sha256"}:
         raise InvalidDataError(f"{path} does not say which base LM made the corpus; {advice}")
-    return settings
+    return {"temperature": 0.0, "seed": 0, "with_prompts": False, **settings}  # older corpora lack these

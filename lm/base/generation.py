@@ -24,7 +24,9 @@ class Generated:
 
     index: int  # of the prompt
     output_ids: np.ndarray  # int64 [t], end-of-text included where it came
-    hidden: np.ndarray | None = None  # [t, d] in the base's `heads_dtype`; row i is the state that chose token i
+    # [t, d] in the base's `heads_dtype`; row i is the state that chose token i. `with_prompts`: before them those after
+    # each token of the prompt but the last.
+    hidden: np.ndarray | None = None
     margins: np.ndarray | None = None  # float32 [t], the highest logit, which greedy output follows, less the next one
 
 
@@ -36,6 +38,7 @@ def generate(
     batch_size: int = 64,
     window: int = WINDOW,
     with_hidden: bool = False,
+    with_prompts: bool = False,
     temperature: float = 0.0,
     seed: int = 0,
     work: Work | None = None,
@@ -46,13 +49,14 @@ def generate(
     Long ones share it with fewer others than `batch_size`: attention takes memory by the square of the length. A base
     that takes padding for text reads prompts of one length only together.
 
+    with_prompts: with the states over the prompts, where there is no encoder.
     temperature: 0 is greedy; above it tokens are drawn, by random numbers that follow from the seed and the prompt.
     work: counts what the base does for prompts and tokens that are yielded.
     """
     for rows in batches_of(base, prompts, batch_size, window):
         batch = _Batch(base, [prompts[i] for i in rows], max_new_tokens, work)
         draws = _draws(batch.prompts, max_new_tokens, seed) if temperature > 0 else None  # [rows, steps]
-        yield from batch.generate(rows, draws, temperature, with_hidden=with_hidden)
+        yield from batch.generate(rows, draws, temperature, with_hidden=with_hidden, with_prompts=with_prompts)
 
 
 def batches_of(
@@ -95,10 +99,17 @@ class _Batch:
 
     @torch.inference_mode()
     def generate(
-        self, indices: list[int], draws: torch.Tensor | None, temperature: float, *, with_hidden: bool
+        self,
+        indices: list[int],
+        draws: torch.Tensor | None,
+        temperature: float,
+        *,
+        with_hidden: bool,
+        with_prompts: bool,
     ) -> Iterator[Generated]:
         base = self.base
-        logits, hidden = self._read_prompts()
+        logits, hidden = self._read_prompts(whole=with_prompts)
+        over_prompts = hidden[:, :-1].to(base.heads_dtype).cpu().numpy() if with_prompts else None
         states: list[torch.Tensor] = []  # [alive, d] of each step; they stay on the device until the batch is done
         margins: list[torch.Tensor] = []  # [alive]
         for step in range(self.max_new_tokens):
@@ -120,27 +131,34 @@ class _Batch:
         margins_of = [of_step.float().cpu().numpy() for of_step in margins]
         for row, index in enumerate(indices):
             steps = list(enumerate(self.places[row]))
+            chosen_by = [states_of[step][place] for step, place in steps] if with_hidden else []
+            if over_prompts is not None:
+                chosen_by = [*over_prompts[row, self.width - len(self.before[row]) :], *chosen_by]
             yield Generated(
                 index=index,
                 output_ids=np.asarray(self.tokens[row], dtype=np.int64),
-                hidden=np.stack([states_of[step][place] for step, place in steps]) if with_hidden else None,
+                hidden=np.stack(chosen_by) if with_hidden else None,
                 margins=np.stack([margins_of[step][place] for step, place in steps]) if with_hidden else None,
             )
 
-    def _read_prompts(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits `[rows, 1, vocab]` and states `[rows, 1, d]` after the prompts."""
+    def _read_prompts(self, *, whole: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits `[rows, 1, vocab]` and states `[rows, 1, d]` after the prompts, states over them `[rows, n, d]` if
+        `whole`."""
         mask = self.attended[:, : self.width]
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
         self.cache = self.base.new_cache(self.width + self.max_new_tokens)
         self.cache.source = self.base.encoded(self.prompts)
-        read = self.base.forward(
-            self.input_ids, self.cache, position_ids=positions, attention_mask=mask if self.ragged else None, last=1
-        )
+        logits, hidden = self.base.forward(
+            self.input_ids, self.cache, position_ids=positions, attention_mask=mask if self.ragged else None,
+            last=0 if whole else 1, projects=not whole,
+        )  # fmt: skip
+        if whole:  # not the logits of all
+            logits = self.base.project(hidden[:, -1:])
         self.cache.keep_all()
         if self.work:
             self.work.add(tokens=sum(map(len, self.before)), projected=len(self.prompts), cached=0)
         self.positions = positions[:, -1:]
-        return read
+        return logits, hidden
 
     def _take(self, tokens: list[int]) -> None:
         """Notes a step's tokens, one a row of the cache."""

@@ -3,8 +3,8 @@
 A rescorer is a causal LM over the base's own tokens, in one of two forms:
 
     whole  any folder that `save_pretrained` wrote (or a hub id)
-    delta  the base's embeddings and first L layers, of which the last few and the final norm were trained further, the
-           layers below perhaps changed by low-rank products; a folder with `config.json` (`DeltaConfig`) and
+    delta  the base's embeddings and some of its layers, of which the last few and the final norm were trained further,
+           the others perhaps changed by low-rank products; a folder with `config.json` (`DeltaConfig`) and
            `model.safetensors`, which holds the trained tensors and the factors (`NAME.up` `[out, rank]`, `NAME.down`
            `[rank, in]`) only, int8 with one float32 scale per row (`NAME.scale`), vectors as float32. It needs the
            very base it was trained on (sha256)
@@ -12,7 +12,8 @@ A rescorer is a causal LM over the base's own tokens, in one of two forms:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping
+import re
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,9 @@ class DeltaConfig(Config, frozen=True, kw_only=True):
     """What a delta is."""
 
     size: str  # by name
-    layers: int  # of the base, from its first one on
+    layers: tuple[int, ...]  # of the base, numbered from 0, in rising order
     tuned_layers: int  # the last of these, which were trained further
-    lora_rank: int = 0  # of the changes of the layers below; 0: none
+    lora_rank: int = 0  # of the changes of the others; 0: none
     base_name: str
     base_weights_sha256: str
     tokenizer_sha256: str
@@ -117,22 +118,49 @@ def named_size(name: str) -> NeuralSize:
     return SIZES[name]
 
 
-def first_layers(name: str, layers: int, **options: Any) -> BaseLM:
-    """The base `name` cut to its first `layers` layers, on the CPU unless the options of `load_base` say otherwise.
+def some_layers(
+    name: str, layers: Sequence[int], *, prepare: Callable[[PreTrainedModel], object] | None = None, **options: Any
+) -> BaseLM:
+    """The base `name` with some of its layers only (numbered from 0, rising), on the CPU unless the options of
+    `load_base` say otherwise.
 
     Raises as `load_base`; `RescoreError` if it has fewer.
     """
     config = read_model_config(name)
     text_config = config.get_text_config(decoder=True)
-    if text_config.num_hidden_layers < layers:
+    if text_config.num_hidden_layers <= layers[-1]:
         raise RescoreError(
-            f"{name} has {text_config.num_hidden_layers} layers, fewer than the {layers} of this size; use --init "
-            "scratch or a smaller one"
+            f"{name} has {text_config.num_hidden_layers} layers, and this rescorer takes layer {layers[-1]} of it, "
+            "counted from 0; use --init scratch, a smaller size or other --layers"
         )
-    text_config.num_hidden_layers = layers
-    if getattr(text_config, "layer_types", None):
-        text_config.layer_types = text_config.layer_types[:layers]
-    return load_base(name, config=config, **{"device": "cpu", **options})
+    _set_layers(text_config, range(layers[-1] + 1))
+
+    def keep(model: PreTrainedModel) -> None:
+        if len(layers) <= layers[-1]:
+            _keep_layers(name, model, layers)
+        if prepare is not None:
+            prepare(model)
+
+    return load_base(name, config=config, prepare=keep, **{"device": "cpu", **options})
+
+
+def _set_layers(config: Any, layers: Sequence[int]) -> None:
+    config.num_hidden_layers = len(layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in layers]
+
+
+def _keep_layers(name: str, model: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Leaves a model these layers only."""
+    body: Any = model.base_model
+    if not isinstance(getattr(body, "layers", None), torch.nn.ModuleList):
+        raise IncompatibleError(f"{name} does not name its layers as Llama does; take its first ones (no --layers)")
+    body.layers = torch.nn.ModuleList(body.layers[layer] for layer in layers)
+    for place, layer in enumerate(body.layers):
+        for part in layer.modules():
+            if hasattr(part, "layer_idx"):
+                part.layer_idx = place  # where its keys and values lie in a cache
+    _set_layers(model.config.get_text_config(decoder=True), layers)
 
 
 def save_delta(
@@ -263,7 +291,7 @@ def load_neural(
                 f"what {base_name} stands for has changed: the {source.use.name} {source.name} needs other weights "
                 "of it"
             )
-        model = first_layers(base_name, delta.layers, **options, prepare=lambda cut: _become(cut, source, shared))
+        model = some_layers(base_name, delta.layers, **options, prepare=lambda cut: _become(cut, source, shared))
     if model.vocab_size < vocab_size:
         raise IncompatibleError(
             f"the {source.use.name} {source.name} knows {model.vocab_size} tokens, {base_name} has {vocab_size}; "
@@ -300,18 +328,19 @@ def _become(cut: PreTrainedModel, source: NeuralSource, shared: BaseLM | None) -
     same = shared is not None and shared.identity.weights_sha256 == source.delta.base_weights_sha256
     if shared is not None and same and (shared.dtype, shared.device) == (cut.dtype, cut.device):
         shared.pack()
-        _share(cut, shared.model, tensors)
+        _share(cut, shared.model, tensors, source.delta.layers)
 
 
-def _share(model: torch.nn.Module, base: torch.nn.Module, own: Collection[str]) -> None:
+def _share(model: torch.nn.Module, base: torch.nn.Module, own: Collection[str], layers: Sequence[int]) -> None:
     """Lets a cut base use the whole base's weights and products in all layers in which it has no tensor of its own."""
-    theirs = dict(base.named_modules())
+    modules = dict(base.named_modules())
     for name, module in model.named_modules():
         parts = [part for part, _ in module.named_parameters(recurse=False)]
         if not any(f"{name}.{part}" in own for part in parts):
+            theirs = modules[re.sub(r"(?<=\blayers\.)\d+", lambda place: str(layers[int(place[0])]), name, count=1)]
             for part in parts:
-                setattr(module, part, getattr(theirs[name], part))
-            if (product := product_of(theirs[name])) is not None:
+                setattr(module, part, getattr(theirs, part))
+            if (product := product_of(theirs)) is not None:
                 module.forward = product
 
 

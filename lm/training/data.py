@@ -23,7 +23,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
-from lm.base.corpus import CORPUS_FILE, HIDDEN_FILE, STATE_BYTES, corpus_lines, read_settings
+from lm.base.corpus import CORPUS_FILE, HIDDEN_FILE, STATE_BYTES, corpus_lines, read_settings, tokens_of
 from lm.base.model import BaseLM
 from lm.files import atomic_file, is_text, sha256_of_file
 from lm.keys import key_of
@@ -276,7 +276,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _own_output(base: BaseLM, folder: Path) -> HeadData:
-    made_by = read_settings(folder)["base"]
+    settings = read_settings(folder)
+    made_by = settings["base"]
     for field in ("weights_sha256", "tokenizer_sha256"):  # the name and dtype may differ
         if made_by[field] != getattr(base.identity, field):
             raise IncompatibleError(
@@ -295,7 +296,7 @@ def _own_output(base: BaseLM, folder: Path) -> HeadData:
                     f"{path} line {number} has other things than token ids below {base.vocab_size} in the field "
                     f"{field!r}; make the corpus again"
                 )
-        sequences.append((record["prompt_ids"], record["output_ids"]))
+        sequences.append(tokens_of(record, with_prompts=settings["with_prompts"]))
     arrays = _arrays(sequences)
     if not len(arrays["targets"]):
         raise InvalidDataError(f"the corpus in {folder} is empty")

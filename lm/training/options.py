@@ -5,6 +5,7 @@ The help on the fields is that of the command line (`lm.options`). Imports nothi
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -163,7 +164,11 @@ class RescorerOptions(TextOptions):
     """How a rescorer is trained."""
 
     size: Annotated[str, "neural-32m, neural-61m or neural-94m."] = "neural-61m"
-    init: Annotated[Init, "base: the base's first layers, of which the last ones are trained; scratch: none."] = "base"
+    init: Annotated[Init, "base: layers of the base, of which the last ones are trained; scratch: none."] = "base"
+    layers: Annotated[
+        tuple[int, ...] | None,
+        "The base's layers, from 0, like 0,1,28,29 (init base). Default: its first ones.",
+    ] = None
     tuned_layers: Annotated[int, "Last layers that are trained in full, at most all (init base)."] = 3
     lora_rank: Annotated[int, "Rank of the changes of the layers below these (init base); 0: they stay."] = 0
     steps: Steps = 1000
@@ -184,8 +189,22 @@ class RescorerOptions(TextOptions):
         named_size(self.size)
         _check("init", self.init, get_args(Init))
         super().check()
-        if self.init != "base" and self.lora_rank:
-            raise RescoreError(f"lora_rank = {self.lora_rank} is for one that begins as the base's layers (init: base)")
+        for name in ("lora_rank", "layers"):
+            if self.init != "base" and (value := getattr(self, name)):
+                raise RescoreError(f"{name} = {value} is for one that begins as the base's layers (init: base)")
+        if self.layers is not None:
+            count = named_size(self.size).base_layers
+            if len(self.layers) != count or any(a >= b for a, b in itertools.pairwise((-1, *self.layers))):
+                raise RescoreError(
+                    f"layers = {','.join(map(str, self.layers))}; {self.size} takes {count} layers, each once, in "
+                    "rising order"
+                )
+
+    def chosen_layers(self) -> tuple[int, ...]:
+        """The base's layers that it begins with, from 0."""
+        from lm.neural.model import named_size
+
+        return self.layers or tuple(range(named_size(self.size).base_layers))
 
 
 @dataclass(frozen=True, kw_only=True)

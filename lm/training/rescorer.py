@@ -1,4 +1,4 @@
-"""Trains small neural LMs as rescorers: from scratch ([A] section 5), or from the base's own first layers.
+"""Trains small neural LMs as rescorers: from scratch ([A] section 5), or from layers of the base itself.
 
 Data as for heads (`lm.training.data`): segments of text with the base's final states, best the base's own greedy output
 after its prompts. Loss at a token of a segment: cross-entropy against (1 - soft) x the token + soft x the base's own
@@ -22,7 +22,7 @@ from lattices.errors import IncompatibleError, InvalidDataError
 from lm.base.states import causal_arguments
 from lm.checkpoint import write_tensors
 from lm.files import replaced_files
-from lm.neural.model import DeltaConfig, first_layers, named_size, save_delta, scratch_model
+from lm.neural.model import DeltaConfig, save_delta, scratch_model, some_layers
 from lm.training.data import Segment, body_states, cached, tokens_read
 from lm.training.losses import CHUNK_ROWS, soft_cross_entropy, teacher_probabilities
 from lm.training.options import RescorerOptions
@@ -70,7 +70,7 @@ class RescorerTrainer(TextTrainer[HeldOutText, RescorerOptions]):
         if options.init == "scratch":
             scratch: Any = scratch_model(options.size, self.base)
             return True, scratch.to(device)
-        first = first_layers(name, named_size(options.size).base_layers, device=str(device))
+        first = some_layers(name, options.chosen_layers(), device=str(device))
         body = first.model.base_model
         if not (hasattr(body, "layers") and hasattr(body, "norm") and first.body_gives_states):
             raise IncompatibleError(f"{name} does not name its layers as Llama does; use --init scratch for it")
@@ -178,11 +178,11 @@ class RescorerTrainer(TextTrainer[HeldOutText, RescorerOptions]):
                 save_model(self.model, self.base, temporary)
             return
         identity = self.base.identity
-        layers = named_size(self.options.size).base_layers
+        layers = self.options.chosen_layers()
         config = DeltaConfig(
             size=self.options.size,
             layers=layers,
-            tuned_layers=min(self.options.tuned_layers, layers),
+            tuned_layers=min(self.options.tuned_layers, len(layers)),
             lora_rank=self.options.lora_rank,
             base_name=identity.name,
             base_weights_sha256=identity.weights_sha256,

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]  # what is being done, done, total
 Notify = Callable[[str], None]  # takes a line for the user
+HeldOut = Annotated[
+    Path | None,
+    "Corpus to measure on (its first thousands of tokens), never trained on; default: a share of --corpus.",
+    "--held-out-corpus",
+]
 Measured = TypeVar("Measured", bound=Any)  # what a trainer's evaluations give
 
 
@@ -58,6 +63,13 @@ class _Session:
         if self.workers.is_first:
             self.workers.wait()
         return data
+
+    def read_both(
+        self, text: TrainingText, held_out: Path | None, precision: str
+    ) -> tuple[list[HeadData], HeadData | None]:
+        """The data to learn from, and of the corpus to measure on."""
+        data = self.read([*text.corpus, *([held_out] if held_out else [])], text, precision)
+        return (data[:-1], data[-1]) if held_out else (data, None)
 
     def train(self, trainer: Trainer[Measured], line: Callable[[Measured], str] | None = None) -> Measured | None:
         """Trains, and gives the first process what was measured last; each evaluation is told by its `line`."""
@@ -91,11 +103,7 @@ def train_heads(
     options: TrainingOptions,
     *,
     initial: Annotated[Path | None, "Folder of heads to start from; sequential from feed_forward ones, too."] = None,
-    held_out: Annotated[
-        Path | None,
-        "Corpus to measure on (4,096 tokens of it), never trained on; default: a share of --corpus.",
-        "--held-out-corpus",
-    ] = None,
+    held_out: HeldOut = None,
     progress: Progress | None = None,
     notify: Notify | None = None,
 ) -> HeldOutAccuracy | None:
@@ -109,13 +117,11 @@ def train_heads(
     from lm.training.heads import HeadTrainer
 
     options.check()
-    corpora = [*text.corpus, held_out] if held_out else list(text.corpus)
-    check_there(corpora)
+    check_there([*text.corpus, *([held_out] if held_out else [])])
     if initial:
         read_config(initial)
     with _session(text, out, progress, notify) as session:
-        data = session.read(corpora, text, options.precision)
-        measured_on = data.pop() if held_out else None
+        data, measured_on = session.read_both(text, held_out, options.precision)
         trainer = HeadTrainer(session.base, data, options, initial=initial, held_out=measured_on)
         return session.train(trainer, lambda of: f"accepted {of.accepted:.3f} (best of top 16: {of.accepted_16:.3f})")
 
@@ -125,19 +131,21 @@ def train_rescorer(
     out: Annotated[Path, "Folder for the rescorer; resumable."],
     options: RescorerOptions,
     *,
+    held_out: HeldOut = None,
     progress: Progress | None = None,
     notify: Notify | None = None,
 ) -> HeldOutText | None:
-    """Trains a small neural LM that rescores drafts, into the folder `out`; resumable. Raises as `train_heads`."""
+    """Trains a small neural LM that rescores drafts, into the folder `out`; resumable. Arguments and errors as of
+    `train_heads`."""
     from lm.training.data import check_there
     from lm.training.rescorer import RescorerTrainer
 
     options.check()
-    check_there(text.corpus)
+    check_there([*text.corpus, *([held_out] if held_out else [])])
     with _session(text, out, progress, notify) as session:
-        data = session.read(text.corpus, text, options.precision)
+        data, measured_on = session.read_both(text, held_out, options.precision)
         return session.train(
-            RescorerTrainer(session.base, data, options),
+            RescorerTrainer(session.base, data, options, held_out=measured_on),
             lambda of: f"held-out perplexity {of.perplexity:.3f} (the base's own: {of.base_perplexity:.3f})",
         )
 

@@ -141,6 +141,7 @@ class TestGeneration:
             "duplicates": 0,
             "temperature": 0.0,
             "seed": 0,
+            "with_prompts": False,
             "output_tokens": sum(len(r["output_ids"]) for r in records(tmp_path)),
             "prompts_sha256": hashlib.sha256(json.dumps([[p.text, p.chat] for p in PROMPTS]).encode()).hexdigest(),
             "corpus_sha256": hashlib.sha256((tmp_path / "corpus.jsonl").read_bytes()).hexdigest(),

@@ -207,6 +207,23 @@ class TestOwnOutput:
         read_head_data(tiny_base, own_output, tmp_path / "cache")
         assert not (tmp_path / "cache").exists()
 
+    def test_a_corpus_with_its_prompts(self, tiny_base, tmp_path):
+        """Every token but a prompt's first has its state; a run that is interrupted goes on to the same file."""
+        prompts = [Prompt(text, False) for text in ("ab", "c", "defg", "hij")]
+        options = GenerationOptions(max_new_tokens=5, batch_size=3, with_prompts=True)
+        whole, parts = tmp_path / "whole", tmp_path / "parts"
+        generate_corpus(tiny_base, prompts, whole, options)
+        generate_corpus(tiny_base, prompts[:3], parts, options)
+        generate_corpus(tiny_base, prompts, parts, options)
+        lines = [json.loads(line) for line in (whole / "corpus.jsonl").read_text().splitlines()]
+        contexts = {(*x["prompt_ids"][1:], *x["output_ids"]): x["prompt_ids"][:1] for x in lines}
+        for folder in (whole, parts):
+            data = read_head_data(tiny_base, folder, tmp_path / "cache")
+            assert len(data) == sum(map(len, contexts))
+            check_against_a_direct_forward(tiny_base, data, contexts)
+        said = refused(lambda: generate_corpus(tiny_base, prompts, whole, GenerationOptions(max_new_tokens=5)))
+        assert "with_prompts" in said
+
     def test_a_corpus_still_being_written_is_read_up_to_its_last_line(self, tiny_base, own_output, tmp_path):
         whole = read_head_data(tiny_base, own_output, tmp_path)
         with (own_output / "corpus.jsonl").open("a") as stream:

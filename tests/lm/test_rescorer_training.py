@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,19 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError
+from lm.base.cache import TreeCache
 from lm.base.catalog import load_base
 from lm.neural import model as neural
-from lm.neural.model import NeuralSize, check_fits, find_neural, load_neural
+from lm.neural.model import (
+    DeltaConfig,
+    NeuralLM,
+    NeuralSize,
+    check_fits,
+    find_neural,
+    load_neural,
+    save_delta,
+    some_layers,
+)
 from lm.training import rescorer as rescorer_training
 from lm.training.data import HeadData, read_head_data, tokens_read
 from lm.training.rescorer import RescorerOptions, RescorerTrainer
@@ -196,14 +207,14 @@ class TestTraining:
         for name, parameter in trainer.model.named_parameters():
             assert torch.equal(parameter, whole[name].float()) == (name not in trainer.parameters), name
         config = find_neural(str(tmp_path)).delta
-        assert (config.size, config.layers, config.tuned_layers) == (TINY, 2, 1)
+        assert (config.size, config.layers, config.tuned_layers) == (TINY, (0, 1), 1)
         assert config.base_weights_sha256 == tiny_base.identity.weights_sha256
 
     def test_layers_below_the_tuned_ones_change_by_products_of_low_rank(self, tiny_base, data, tmp_path, monkeypatch):
         monkeypatch.setitem(neural.SIZES, TINY, NeuralSize(2, 16, 24, 1, 2))
         RescorerTrainer(tiny_base, [data], change(LOW_RANK, size=TINY, tuned_layers=1)).train(tmp_path)
         config = find_neural(str(tmp_path)).delta
-        assert (config.layers, config.tuned_layers, config.lora_rank) == (2, 1, 3)
+        assert (config.layers, config.tuned_layers, config.lora_rank) == ((0, 1), 1, 3)
         stored = load_file(tmp_path / "model.safetensors")
         loaded = load_neural(find_neural(str(tmp_path)), vocab_size=257, base_name=tiny_base.identity.name)
         whole = dict(tiny_base.model.named_parameters())
@@ -214,6 +225,39 @@ class TestTraining:
                 assert torch.linalg.matrix_rank(moved, atol=1e-5) in (1, 2, 3), name
             else:
                 assert bool(moved.any()) == (name in stored), name
+
+    def test_any_of_the_bases_layers(self, tmp_path):
+        """A rescorer of layers 0 and 2 of three is the base without the middle one, trained or not."""
+        folder = save_tiny_base(tmp_path / "three", layers=3)
+        base = load_base(str(folder))
+        cut = some_layers(str(folder), (0, 2))
+        whole: Any = base.model
+        ids = torch.tensor([[5, 9, 3, 7]])
+        expected = some_layers(str(folder), (0, 1))
+        expected.model.model.layers[1].load_state_dict(whole.model.layers[2].state_dict())  # type: ignore[attr-defined]
+        assert torch.equal(cut.forward(ids)[0], expected.forward(ids)[0])
+        assert not torch.equal(cut.forward(ids)[0], some_layers(str(folder), (0, 1)).forward(ids)[0])
+
+        identity = base.identity
+        config = DeltaConfig(
+            size=TINY, layers=(0, 2), tuned_layers=1, base_name=str(folder),
+            base_weights_sha256=identity.weights_sha256, tokenizer_sha256=identity.tokenizer_sha256,
+        )  # fmt: skip
+        name = "model.layers.1.mlp.down_proj.weight"
+        with torch.no_grad():
+            cut.model.get_parameter(name).sign_()  # which int8 keeps as they are
+        save_delta(cut.model, [name], config, tmp_path / "delta")
+        for shared in (None, base):
+            kept = load_neural(
+                find_neural(str(tmp_path / "delta")), vocab_size=257, base_name=str(folder), shared=shared
+            ).model
+            torch.testing.assert_close(kept.forward(ids)[0], cut.forward(ids)[0], rtol=1e-5, atol=1e-5)
+            with torch.no_grad():
+                tree = TreeCache(kept.model.config, 1, kept.device)
+                states = NeuralLM(kept).read(tree, ids.numpy(), np.array([[-1, 0, 1, 2]]))
+            torch.testing.assert_close(kept.project(states), cut.forward(ids)[0], rtol=1e-5, atol=1e-5)
+        mine, theirs = (model.get_parameter("model.norm.weight") for model in (kept.model, whole))
+        assert mine is theirs
 
     @pytest.mark.parametrize("options", [SMALL, LOW_RANK, SCRATCH], ids=["base", "low-rank", "scratch"])
     @pytest.mark.parametrize("stop", range(1, 7))
@@ -334,7 +378,7 @@ class TestTrouble:
         refused(lambda: RescorerTrainer(tiny_base, [], SMALL), InvalidDataError)
 
     def test_a_size_that_wants_more_layers_than_the_base_has(self, tiny_base, data):
-        assert "has 2 layers, fewer than the 9" in refused(
+        assert "has 2 layers, and this rescorer takes layer 8 of it" in refused(
             lambda: RescorerTrainer(tiny_base, [data], change(size="neural-61m"))
         )
 
@@ -345,6 +389,9 @@ class TestTrouble:
             ({"init": "bases"}, "unknown init 'bases'; did you mean base"),
             ({"tuned_layers": -1}, "tuned_layers = -1; it must be at least 0"),
             ({"lora_rank": -1}, "lora_rank = -1; it must be at least 0"),
+            ({"layers": (1, 1)}, "layers = 1,1; neural-32m takes 1 layers"),
+            ({"layers": (-1,)}, "layers = -1; neural-32m takes 1 layers"),
+            ({"layers": (1,), "init": "scratch"}, "layers = (1,) is for one that begins as the base's layers"),
             ({"lora_rank": 2, "init": "scratch"}, "lora_rank = 2 is for one that begins as the base's layers"),
             ({"steps": 0}, "steps = 0"),
             ({"positions": 0}, "positions = 0"),

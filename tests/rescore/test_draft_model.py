@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.lattice import Lattice
 from lm.base.model import BaseLM
-from lm.neural.model import DeltaConfig, first_layers, save_delta
+from lm.neural.model import DeltaConfig, save_delta, some_layers
 from rescore.drafters import draft_model
 from rescore.drafters.draft_model import DraftModel
 from rescore.rescorers import Context, Target
@@ -289,9 +289,13 @@ def save_layers(base: BaseLM, folder: Path, **changes) -> str:
     identity = base.identity
     given = dict(base_name=identity.name, base_weights_sha256=identity.weights_sha256)
     config = DeltaConfig(
-        size="neural-32m", layers=1, tuned_layers=1, tokenizer_sha256=identity.tokenizer_sha256, **{**given, **changes}
+        size="neural-32m",
+        layers=(0,),
+        tuned_layers=1,
+        tokenizer_sha256=identity.tokenizer_sha256,
+        **{**given, **changes},
     )
-    cut = first_layers(identity.name, 1)
+    cut = some_layers(identity.name, [0])
     name = "model.layers.0.mlp.down_proj.weight"
     torch.manual_seed(1)
     weight = cut.model.get_parameter(name)

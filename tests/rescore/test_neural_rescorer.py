@@ -22,7 +22,7 @@ from lattices.lattice import Lattice
 from lattices.search import p_best
 from lm.base.catalog import load_base
 from lm.base.model import BaseLM
-from lm.neural.model import DeltaConfig, first_layers, save_delta
+from lm.neural.model import DeltaConfig, save_delta, some_layers
 from rescore.replaying import replay
 from rescore.rescorers import Context, Rescorer, Target, load_rescorer, neural_state
 from rescore.rescorers.ngram_neural import CANDIDATES, path_logps
@@ -383,10 +383,10 @@ def replaced(request, tiny_base, tmp_path) -> tuple[str, Callable[[int], None]]:
             return
         identity = tiny_base.identity
         config = DeltaConfig(
-            size="neural-32m", layers=1, tuned_layers=1, base_name=identity.name,
+            size="neural-32m", layers=(0,), tuned_layers=1, base_name=identity.name,
             base_weights_sha256=identity.weights_sha256, tokenizer_sha256=identity.tokenizer_sha256,
         )  # fmt: skip
-        cut = first_layers(identity.name, 1)
+        cut = some_layers(identity.name, [0])
         torch.manual_seed(seed)
         weight = cut.model.get_parameter("model.layers.0.mlp.down_proj.weight")
         weight.copy_(torch.randn(weight.shape))

@@ -171,6 +171,9 @@ class RescorerOptions(TextOptions):
     ] = None
     tuned_layers: Annotated[int, "Last layers that are trained in full, at most all (init base)."] = 3
     lora_rank: Annotated[int, "Rank of the changes of the layers below these (init base); 0: they stay."] = 0
+    lattice: Annotated[
+        float, "Share of the loss that is over the choice among a head's best 16 tokens, by both scores, 0 to 1."
+    ] = 0.0
     steps: Steps = 1000
     positions: Annotated[int, "Tokens per step, prompts and padding included."] = 4096
     micro_batch: MicroBatch = 4096
@@ -189,6 +192,8 @@ class RescorerOptions(TextOptions):
         named_size(self.size)
         _check("init", self.init, get_args(Init))
         super().check()
+        if not 0 <= self.lattice <= 1:
+            raise RescoreError(f"lattice = {self.lattice}; it is a share, from 0 to 1")
         for name in ("lora_rank", "layers"):
             if self.init != "base" and (value := getattr(self, name)):
                 raise RescoreError(f"{name} = {value} is for one that begins as the base's layers (init: base)")

@@ -131,21 +131,24 @@ def train_rescorer(
     out: Annotated[Path, "Folder for the rescorer; resumable."],
     options: RescorerOptions,
     *,
+    heads: Heads = None,
     held_out: HeldOut = None,
     progress: Progress | None = None,
     notify: Notify | None = None,
 ) -> HeldOutText | None:
     """Trains a small neural LM that rescores drafts, into the folder `out`; resumable. Arguments and errors as of
-    `train_heads`."""
+    `train_heads`; heads: whose tokens it learns to choose among (None: those shipped), with `lattice`."""
+    from lm.heads.block_heads import load_heads
     from lm.training.data import check_there
     from lm.training.rescorer import RescorerTrainer
 
     options.check()
     check_there([*text.corpus, *([held_out] if held_out else [])])
     with _session(text, out, progress, notify) as session:
+        block_heads = load_heads(session.base, heads) if options.lattice else None
         data, measured_on = session.read_both(text, held_out, options.precision)
         return session.train(
-            RescorerTrainer(session.base, data, options, held_out=measured_on),
+            RescorerTrainer(session.base, data, options, heads=block_heads, held_out=measured_on),
             lambda of: f"held-out perplexity {of.perplexity:.3f} (the base's own: {of.base_perplexity:.3f})",
         )
 

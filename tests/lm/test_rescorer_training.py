@@ -19,6 +19,7 @@ from torch.nn import functional
 from lattices.errors import IncompatibleError, InvalidDataError, OutputError
 from lm.base.cache import TreeCache
 from lm.base.catalog import load_base
+from lm.heads.block_heads import load_heads
 from lm.neural import model as neural
 from lm.neural.model import (
     DeltaConfig,
@@ -259,6 +260,41 @@ class TestTraining:
         mine, theirs = (model.get_parameter("model.norm.weight") for model in (kept.model, whole))
         assert mine is theirs
 
+    @pytest.mark.parametrize("soft", [0.0, 0.3])
+    def test_the_loss_of_a_choice_among_a_heads_tokens(self, tiny_base, tiny_heads_folder, data, soft, monkeypatch):
+        """Against the definition, a target at a time: cross-entropy among the head's best tokens, by both scores."""
+        monkeypatch.setattr(rescorer_training, "TOP_K", 5)
+        tiny_heads = load_heads(tiny_base, str(tiny_heads_folder), dtype=torch.float32)
+        options = change(lattice=1.0, soft=soft, vocabulary=257, precision="float32")
+        trainer = RescorerTrainer(tiny_base, [data], options, heads=tiny_heads)
+        chosen = trainer.segments[:3]
+        for head in (2, 3):
+            found = trainer._loss(chosen, np.arange(257), head)
+            hidden, states, targets = trainer._forward(chosen)
+            expected, row = 0.0, 0
+            for segment in chosen:
+                for place in range(segment.targets):
+                    before = row - (head - 1)
+                    if place >= head - 1:
+                        slots = tiny_heads.slots(
+                            tiny_base, states[before : before + 1].to(tiny_base.dtype),
+                            tiny_base.project(states[before : before + 1].to(tiny_base.dtype)),
+                            tokens=torch.tensor([int(targets[before])]),
+                        )  # fmt: skip
+                        logps = torch.log_softmax(slots[0].logits[0, head - 1].float(), -1)
+                        best = logps.topk(5).indices
+                        weight = trainer.model.get_output_embeddings().weight
+                        chances = torch.log_softmax(logps[best] + weight[best].float() @ hidden[row], -1)
+                        of_base = torch.softmax(states[row].float() @ trainer.projection.float().T, -1)
+                        for token, chance in zip(best.tolist(), chances.tolist(), strict=True):
+                            goal = soft * float(of_base[token]) + (1 - soft) * (token == targets[row])
+                            expected -= goal * chance
+                    row += 1
+            assert float(found.detach()) == pytest.approx(expected, rel=2e-3)
+        measured = trainer.evaluate()
+        assert measured.chosen is not None and measured.unrescored is not None
+        assert 0 <= measured.unrescored <= 1
+
     @pytest.mark.parametrize("options", [SMALL, LOW_RANK, SCRATCH], ids=["base", "low-rank", "scratch"])
     @pytest.mark.parametrize("stop", range(1, 7))
     def test_an_interrupted_training_is_the_same_training(self, tiny_base, data, tmp_path, options, stop):
@@ -392,6 +428,8 @@ class TestTrouble:
             ({"layers": (1, 1)}, "layers = 1,1; neural-32m takes 1 layers"),
             ({"layers": (-1,)}, "layers = -1; neural-32m takes 1 layers"),
             ({"layers": (1,), "init": "scratch"}, "layers = (1,) is for one that begins as the base's layers"),
+            ({"lattice": 1.5}, "lattice = 1.5; it is a share"),
+            ({"lattice": 0.5}, "there are no heads to choose among"),
             ({"lora_rank": 2, "init": "scratch"}, "lora_rank = 2 is for one that begins as the base's layers"),
             ({"steps": 0}, "steps = 0"),
             ({"positions": 0}, "positions = 0"),

@@ -2,6 +2,7 @@
 
     python docs/make_tables.py                            # from docs/evidence
     python docs/make_tables.py live=RUN/suite.json        # a new run: what `rescore suite docs/suites/live.yaml` left
+    python docs/make_tables.py evidence=RUN/suite.json neural=RUN/suite.json    # the other suites
     python docs/make_tables.py costs=FILE                 # what `rescore bench costs --out` wrote before it
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`, and is replaced as a whole. A test compares the pages
@@ -24,6 +25,7 @@ BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
 PAPER = ("squad", "xsum", "samsum", "gsm8k")
 OTHERS = ("cnn_dailymail", "multi_news", "lambada", "mt_bench", "translation", "summarization", "qa", "rag")
+TASKS = ("squad", "samsum", "xsum", "cnn_dailymail", "multi_news", "lambada", "gsm8k", *OTHERS[3:])
 TREES = "joint:nodes=auto,drafters=heads:vocabulary=8192+lookup"
 WAYS = {
     "none": "heads, unrescored",
@@ -39,10 +41,16 @@ WAYS = {
 Results = dict[tuple[str, str], dict[str, Any]]  # by task and rescorer
 
 
-def results(name: str) -> Results:
-    """Of a suite with one k and p."""
-    document = json.loads((EVIDENCE / f"{name}.json").read_text())
-    return {(each["task"], each["rescorer"]): each for each in document["results"]}
+def results(name: str, **chosen: int) -> Results:
+    """Of a suite, those with some p and h."""
+    found = [each for each in document(name)["results"] if all(each[key] == value for key, value in chosen.items())]
+    return {(each["task"], each["rescorer"]): each for each in found}
+
+
+def document(name: str) -> dict[str, Any]:
+    """What is kept of a suite's run."""
+    kept: dict[str, Any] = json.loads((EVIDENCE / f"{name}.json").read_text())
+    return kept
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -108,7 +116,119 @@ def costs() -> str:
     return markdown(["tokens of a step", f"{first} cached, ms", *others, "against 1"], rows)
 
 
+def efficiency(entry: dict[str, Any], *, gain: bool = True) -> str:
+    """Block efficiency, with the interval of its gain over the unrescored draft."""
+    value = f"{entry['block_efficiency']:.3f}"
+    if not gain or entry["gain_ci95"] is None:
+        return value
+    low, high = (f"{100 * bound:+.1f}" for bound in entry["gain_ci95"])
+    return f"{value} ({low} to {high} %)"
+
+
+def table_of(columns: Sequence[tuple[str, str, int, bool]], *, tasks: Sequence[str] = TASKS, h: int = 9) -> str:
+    """Tasks x columns of the evidence: a title, a rescorer, its p, and whether its gain is shown."""
+    of_p = {p: results("evidence", p=p, h=h) for p in (1, 16)}
+    rows = [
+        [task, *(efficiency(of_p[p][task, rescorer], gain=gain) for _, rescorer, p, gain in columns)] for task in tasks
+    ]
+    return markdown(["task", *(title for title, *_ in columns)], rows)
+
+
+def main_table() -> str:
+    """The README's."""
+    return table_of([
+        ("heads", "none", 1, False),
+        ("`context-ngram`", "context-ngram", 1, True),
+        ("lookup", "lookup", 1, True),
+        ("`joint`", "joint", 1, True),
+        ("16 drafts: heads", "none", 16, False),
+        ("`context-ngram`", "context-ngram", 16, True),
+        ("`joint`", "joint", 16, True),
+        ("oracle of the heads", "oracle", 1, False),
+        ("of heads and lookup", "oracle:drafters=heads+lookup", 1, False),
+    ])  # fmt: skip
+
+
+def ngrams() -> str:
+    """n-gram rescorers by what they were estimated from."""
+    names = {"ngram": "own output (shipped)", "ngram:c4-4gram": "general (C4)", "ngram:in-domain-4gram": "in-domain"}
+    return table_of([
+        *((f"{title}, p = {p}", name, p, True) for p in (1, 16) for name, title in names.items()),
+        ("learned bigram, p = 1", "learned-bigram", 1, True),
+        ("p = 16", "learned-bigram", 16, True),
+    ])  # fmt: skip
+
+
+def drafters() -> str:
+    """What is proposed, and what chooses."""
+    joined = "context-ngram:drafters=heads+lookup"
+    return table_of([
+        ("lookup, 8 tokens", "lookup:tokens=8", 1, False),
+        ("16 tokens", "lookup", 1, False),
+        ("heads and lookup by `context-ngram`", joined, 1, False),
+        ("by `joint`", "joint", 1, False),
+        ("16 drafts: lookup, 16 tokens", "lookup", 16, False),
+        ("heads and lookup by `context-ngram`", joined, 16, False),
+        ("by `joint`", "joint", 16, False),
+    ])  # fmt: skip
+
+
+def blocks() -> str:
+    """Block efficiency by h."""
+    rows = []
+    for task in TASKS:
+        cells = []
+        for rescorer, p in (("none", 1), ("context-ngram", 1), ("joint", 1), ("joint", 16), ("oracle", 1)):
+            cells.append(" / ".join(
+                f"{results('evidence', p=p, h=h)[task, rescorer]['block_efficiency']:.2f}" for h in (3, 6, 9)
+            ))  # fmt: skip
+        rows.append([task, *cells])
+    return markdown(["task", "heads", "`context-ngram`", "`joint`", "`joint`, 16 drafts", "oracle of the heads"], rows)
+
+
+def everything() -> str:
+    """Every run with h = 9 of both suites."""
+    rows = []
+    for name in ("evidence", "neural"):
+        for entry in document(name)["results"]:
+            if entry["h"] != 9 or (name == "neural" and not entry["rescorer"].startswith(("neural", "ngram-neural"))):
+                continue
+            outcome = entry["against_unrescored"]
+            rows.append([
+                entry["task"],
+                f"{entry['rescorer']} ({entry['p']})",
+                "-" if entry["alpha"] is None else f"{entry['alpha']:g}",
+                str(entry["groups"]),
+                "{:.3f} ({:.3f} to {:.3f})".format(entry["block_efficiency"], *entry["block_efficiency_ci95"]),
+                "" if entry["gain"] is None else "{:+.1f} % ({:+.1f} to {:+.1f})".format(
+                    *(100 * value for value in (entry["gain"], *entry["gain_ci95"]))
+                ),
+                " / ".join(f"{100 * outcome[key]:.1f}" for key in ("won", "tied", "lost")) if outcome else "",
+                f"{entry['oracle_block_efficiency']:.3f}",
+            ])  # fmt: skip
+    rows.sort(key=lambda row: TASKS.index(row[0]))
+    head = ["task", "rescorer (p)", "alpha", "groups", "block efficiency (95 %)", "gain (95 %)"]
+    return markdown([*head, "won / tied / lost, %", "oracle"], rows)
+
+
+def neural() -> str:
+    """Small LMs as rescorers, one draft."""
+    found = results("neural", p=1, h=9)
+    names = ("neural-32m", "neural-61m", "neural-94m", "ngram-neural", "context-ngram")
+    rows = []
+    for task in dict.fromkeys(task for task, _ in found):
+        cells = [f"{efficiency(found[task, name])}, {found[task, name]['alpha']:g}" for name in names]
+        rows.append([task, efficiency(found[task, "none"]), *cells, efficiency(found[task, "oracle"], gain=False)])
+    return markdown(["task", "heads", *(f"`{name}`" for name in names), "oracle"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "main": main_table,
+    "ngrams": ngrams,
+    "drafters": drafters,
+    "blocks": blocks,
+    "everything": everything,
+    "neural": neural,
     "live-speedups": lambda: live_speedups(PAPER, mean=True),
     "live-speedups-others": lambda: live_speedups(OTHERS, mean=False),
     "live-trees": live_trees,
@@ -123,8 +243,8 @@ def page(text: str) -> str:
 
 def take(name: str, path: Path) -> None:
     """Keeps a run's document; not its plan, which names folders."""
-    document = json.loads(path.read_text())
-    kept = {key: value for key, value in document.items() if key not in ("plan", "runs")}
+    run = json.loads(path.read_text())
+    kept = {key: value for key, value in run.items() if key not in ("plan", "runs")}
     (EVIDENCE / f"{name}.json").write_text(json.dumps(kept, ensure_ascii=False) + "\n")
 
 

@@ -13,6 +13,7 @@ import torch
 
 from lm.base.machine import Work
 from lm.base.model import BaseLM
+from lm.pages import trim_heap
 
 WINDOW = 1024  # prompts that are sorted by length together
 ATTENTION_CELLS = 1 << 22  # prompt tokens squared x rows of a batch: 16 rows of 512, 1 of 2,048
@@ -57,6 +58,7 @@ def generate(
         batch = _Batch(base, [prompts[i] for i in rows], max_new_tokens, work)
         draws = _draws(batch.prompts, max_new_tokens, seed) if temperature > 0 else None  # [rows, steps]
         yield from batch.generate(rows, draws, temperature, with_hidden=with_hidden, with_prompts=with_prompts)
+        trim_heap()  # batches have many sizes, and what one leaves does not fit the next: the process would grow
 
 
 def batches_of(

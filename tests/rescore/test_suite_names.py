@@ -151,4 +151,4 @@ class TestNames:
         refused(
             lambda: read_plan(path, names={"mani": "3"}), "no name 'mani' to be given a value; did you mean 'many'?"
         )
-        refused(lambda: read_plan(SUITES / "main.yaml", names={"base": "x"}), "it has no names", RescoreError)
+        refused(lambda: read_plan(SUITES / "ngrams.yaml", names={"base": "x"}), "it has no names", RescoreError)

@@ -14,8 +14,9 @@ from suite_runs import BODY, Write, run, write_fixture  # noqa: F401 (fixtures)
 
 import lm.base.catalog
 from lattices.errors import IncompatibleError, InvalidDataError
+from lm.files import SHIPPED
 from rescore.suites.files import load_runs
-from rescore.suites.plan import Plan, read_plan
+from rescore.suites.plan import read_plan
 from rescore.suites.run import run_suite
 
 
@@ -108,13 +109,16 @@ class TestRefused:
         refused(lambda: run(write(), tmp_path / "out"), "tuned.jsonl line 1 is no tuned weight: ", InvalidDataError)
 
 
-def test_the_suite_of_the_readme_can_be_read():
-    path = Path(__file__).parents[2] / "docs" / "suites" / "main.yaml"
-    plan = read_plan(path, data=Path("folder"))
-    assert isinstance(plan, Plan) and plan.tasks[0].data == "folder/squad.jsonl" and len(plan.tasks) == 7
-    assert [(r.name, r.p) for r in plan.rescorers][:2] == [("none", (1, 16)), ("ngram", (1, 16))]
-    tuned = {r.name: tuning.limit for r in plan.rescorers if (tuning := plan.tuning(r.name))}
-    assert {name: tuned[name] for name in ("ngram", "context-ngram", "learned-bigram")} == {
-        "ngram": 50, "context-ngram": 50, "learned-bigram": 50,
-    }  # fmt: skip
-    assert {run.alpha for run in plan.runs if run.label == "neural-61m" and run.p == 1} == {0.5}
+@pytest.mark.parametrize(("name", "tasks"), [("evidence", 12), ("neural", 4), ("live", 12)])
+def test_the_suites_of_the_readme_can_be_read(name: str, tasks: int, tmp_path: Path):
+    for model in ("general", "in_domain"):
+        (tmp_path / model).symlink_to(SHIPPED / "smollm2-135m" / "ngram")
+    names = {model: str(tmp_path / model) for model in ("general", "in_domain")} if name == "evidence" else {}
+    plan = read_plan(Path(__file__).parents[2] / "docs" / "suites" / f"{name}.yaml", data=Path("folder"), names=names)
+    assert plan.tasks[0].data == "folder/squad.jsonl" and len(plan.tasks) == tasks
+    assert (plan.rescorers[0].name, plan.leave_out) == ("none", "shipped")
+    if name == "evidence":
+        assert plan.h == (9, 6, 3) and plan.rescorers[0].p == (1, 16)
+        assert {r.name: tuning.limit for r in plan.rescorers if (tuning := plan.tuning(r.name))}["ngram"] == 30
+    if name == "neural":
+        assert (tuning := plan.tuning("neural-61m")) and tuning.alphas == (0.25, 0.5, 1.0, 1.5)

@@ -134,7 +134,29 @@ def speed() -> str:
     return dots(title, "times our own greedy decoding (live, 2 CPU cores, float32)", TASKS, chosen, ends=(0, 4))
 
 
-PICTURES: dict[str, Callable[[], str]] = {"lattices": lattices, "speed": speed}
+def choosers() -> str:
+    """Small LMs against n-grams of the text, over the heads' lattice alone."""
+    found = results("neural")
+    tasks = [task for task in TASKS if (task, "none", 1, 9) in found]
+
+    def series(name: str, colour: str, rescorer: str, *, hollow: bool = False) -> Series:
+        each = [found[task, rescorer, 1, 9] for task in tasks]
+        bounds = [tuple(one["block_efficiency_ci95"]) for one in each]
+        return Series(name, colour, [one["block_efficiency"] for one in each], bounds, hollow)
+
+    chosen = [
+        series("heads, unrescored", GREY, "none"),
+        series("neural-32m", AMBER, "neural-32m"),
+        series("neural-61m", RED, "neural-61m"),
+        series("neural-94m", BLUE, "neural-94m"),
+        series("context-ngram", GREEN, "context-ngram"),
+        series("oracle of the heads", GREY, "oracle", hollow=True),
+    ]
+    title = "A small LM of the right layers chooses as well as one half again as large"
+    return dots(title, "tokens a step accepts, one draft (replayed decode, h = 9)", tasks, chosen, ends=(1, 5))
+
+
+PICTURES: dict[str, Callable[[], str]] = {"lattices": lattices, "speed": speed, "choosers": choosers}
 
 if __name__ == "__main__":
     for name, picture in PICTURES.items():

@@ -20,7 +20,8 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 EVIDENCE = DOCS / "evidence"
-PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
+CARDS = DOCS.parent / "lm" / "weights" / "smollm2-135m"
+PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md")), *sorted(CARDS.glob("*/README.md"))]
 BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
 PAPER = ("squad", "xsum", "samsum", "gsm8k")
@@ -125,6 +126,11 @@ def efficiency(entry: dict[str, Any], *, gain: bool = True) -> str:
     return f"{value} ({low} to {high} %)"
 
 
+def interval_of(entry: dict[str, Any]) -> str:
+    """Block efficiency with its interval."""
+    return "{:.3f} ({:.3f} to {:.3f})".format(entry["block_efficiency"], *entry["block_efficiency_ci95"])
+
+
 def table_of(columns: Sequence[tuple[str, str, int, bool]], *, tasks: Sequence[str] = TASKS, h: int = 9) -> str:
     """Tasks x columns of the evidence: a title, a rescorer, its p, and whether its gain is shown."""
     of_p = {p: results("evidence", p=p, h=h) for p in (1, 16)}
@@ -147,6 +153,13 @@ def main_table() -> str:
         ("oracle of the heads", "oracle", 1, False),
         ("of heads and lookup", "oracle:drafters=heads+lookup", 1, False),
     ])  # fmt: skip
+
+
+def heads() -> str:
+    """The card of the shipped heads."""
+    found = results("evidence", p=1, h=9)
+    rows = [[task, *(interval_of(found[task, rescorer]) for rescorer in ("none", "oracle"))] for task in TASKS]
+    return markdown(["task", "unrescored", "oracle of the top 16"], rows)
 
 
 def ngrams() -> str:
@@ -199,7 +212,7 @@ def everything() -> str:
                 f"{entry['rescorer']} ({entry['p']})",
                 "-" if entry["alpha"] is None else f"{entry['alpha']:g}",
                 str(entry["groups"]),
-                "{:.3f} ({:.3f} to {:.3f})".format(entry["block_efficiency"], *entry["block_efficiency_ci95"]),
+                interval_of(entry),
                 "" if entry["gain"] is None else "{:+.1f} % ({:+.1f} to {:+.1f})".format(
                     *(100 * value for value in (entry["gain"], *entry["gain_ci95"]))
                 ),
@@ -224,6 +237,7 @@ def neural() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "main": main_table,
+    "heads": heads,
     "ngrams": ngrams,
     "drafters": drafters,
     "blocks": blocks,
@@ -236,9 +250,59 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
+def mean(rescorer: str, p: int, tasks: Sequence[str], *, h: int = 9) -> float:
+    """Block efficiency, mean of tasks."""
+    found = results("evidence", p=p, h=h)
+    return sum(found[task, rescorer]["block_efficiency"] for task in tasks) / len(tasks)
+
+
+def gains(rescorer: str, p: int, tasks: Sequence[str], *, over: str = "none", over_p: int = 1) -> str:
+    """The smallest and the largest gain of tasks, in words."""
+    ours, theirs = results("evidence", p=p, h=9), results("evidence", p=over_p, h=9)
+    values = [ours[t, rescorer]["block_efficiency"] / theirs[t, over]["block_efficiency"] - 1 for t in tasks]
+    return f"{100 * min(values):.0f} to {100 * max(values):.0f} %"
+
+
+def claims() -> dict[str, list[str]]:
+    """What pages say in words, by page: each must stand in it as it is here."""
+    joined = "joint accepts {:.2f} tokens a step on average over these twelve tasks with one draft and {:.2f} with 16"
+    both = joined.replace("joint", "`joint`", 1).format(mean("joint", 1, TASKS), mean("joint", 16, TASKS))
+    alone = f"heads alone get {mean('none', 1, TASKS):.2f} and lookup alone {mean('lookup', 1, TASKS):.2f}"
+    return {
+        "README.md": [both, alone],
+        "findings.md": [
+            both,
+            alone,
+            f"the oracle of the heads' top 16 is at {mean('oracle', 1, TASKS):.2f}",
+            f"that of heads and lookup at {mean('oracle:drafters=heads+lookup', 1, TASKS):.2f}",
+            f"`context-ngram` gains {gains('context-ngram', 1, TASKS)}",
+        ],
+        "results.md": [
+            f"`context-ngram` gains {gains('context-ngram', 1, TASKS)} with one draft and "
+            f"{gains('context-ngram', 16, TASKS)} with 16",
+            f"the shipped 4-gram, of the base's own output, {gains('ngram', 1, TASKS)}",
+            f"the general one {gains('ngram:c4-4gram', 1, TASKS)}",
+            f"the in-domain one {gains('ngram:in-domain-4gram', 1, TASKS)}",
+            f"the learned bigram gains {gains('learned-bigram', 1, TASKS)}",
+            f"16 unrescored drafts accept {mean('none', 16, TASKS, h=3):.2f} tokens a step with h = 3, "
+            f"{mean('none', 16, TASKS, h=6):.2f} with 6 and {mean('none', 16, TASKS):.2f} with 9",
+            f"{mean('context-ngram', 16, TASKS, h=3):.2f}, {mean('context-ngram', 16, TASKS, h=6):.2f} and "
+            f"{mean('context-ngram', 16, TASKS):.2f} by `context-ngram`",
+            f"`joint` accepts {gains('joint', 1, TASKS, over='lookup')} more than lookup alone",
+        ],
+    }  # fmt: skip
+
+
 def page(text: str) -> str:
     """A page with its tables as they are measured."""
     return BLOCK.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n{found[3]}", text)
+
+
+def missing(name: str, said: Sequence[str]) -> list[str]:
+    """Of what a page should say, what it does not."""
+    (path,) = (path for path in PAGES if path.name == name and path.parent in (DOCS, DOCS.parent))
+    text = " ".join(path.read_text().split())
+    return [sentence for sentence in said if sentence not in text]
 
 
 def take(name: str, path: Path) -> None:
@@ -254,3 +318,6 @@ if __name__ == "__main__":
         take(name, Path(document))
     for path in PAGES:
         path.write_text(page(path.read_text()))
+    for name, said in claims().items():
+        for sentence in missing(name, said):
+            print(f"{name} does not say: {sentence}")

@@ -189,7 +189,11 @@ def refusals(tiny: Path, heads: Path, corpus: Path, folder: Path) -> Iterator[tu
     yield "no size", ["train-rescorer", *base, *out, "--corpus", corpus], "Missing argument"
     unknown = ["train-rescorer", "neural-60m", *rescorer[2:]]
     yield "an unknown size", unknown, "unknown rescorer size 'neural-60m'; did you mean neural-61m"
-    yield "a base too small", ["train-rescorer", "neural-61m", *rescorer[2:]], "has 2 layers, fewer than the 9"
+    yield (
+        "a base too small",
+        ["train-rescorer", "neural-61m", *rescorer[2:]],
+        "has 2 layers, and this rescorer takes layer 8 of it",
+    )
     yield "an unknown start", [*rescorer, "--init", "none"], "unknown --init 'none'; known: base, scratch"
     yield "an unknown precision", [*rescorer, "--precision", "fp8"], "unknown --precision 'fp8'"
     yield "soft above 1", [*rescorer, "--soft", 2], "soft = 2.0; it is a share"

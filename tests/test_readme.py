@@ -149,6 +149,14 @@ def test_tables_of_figures_are_those_of_the_runs():
     for path in written["PAGES"]:
         assert path.read_text() == written["page"](path.read_text()), f"{path.name}: run python docs/make_tables.py"
     assert sum(len(written["BLOCK"].findall(path.read_text())) for path in written["PAGES"]) == len(written["TABLES"])
+    for name, said in written["claims"]().items():
+        assert not written["missing"](name, said), f"{name}: run python docs/make_tables.py"
+
+
+def test_the_pictures_of_the_findings_are_of_the_runs():
+    made = runpy.run_path(str(ROOT / "docs" / "make_findings.py"))
+    for name, picture in made["PICTURES"].items():
+        assert (ROOT / "docs" / f"found-{name}.svg").read_text() == picture(), "run python docs/make_findings.py"
 
 
 def test_the_tests_that_hold_a_promise_exist():

@@ -27,7 +27,7 @@ from lm.heads.nets import FEED_FORWARD, MEDUSA, SEQUENTIAL, BlockHeadsConfig, as
 from lm.training.data import HeadData, Segment, cached, tokens_read, until
 from lm.training.losses import soft_cross_entropy, teacher_probabilities
 from lm.training.options import BASE_LEARNING_RATES, FROZEN, INNER_SIZE, LORA_RANK, TrainingOptions
-from lm.training.trainer import TextTrainer, source_of
+from lm.training.trainer import TextTrainer
 from lm.training.tuned_base import TunedBase
 
 HELD_OUT_POSITIONS = 4096
@@ -240,8 +240,7 @@ class HeadTrainer(TextTrainer[HeldOutAccuracy, TrainingOptions]):
             raise RescoreError(f"{self.initial} would be replaced by what is trained from it; use another --out")
 
     def _settings(self) -> dict[str, Any]:
-        measured_on = None if self.measured_on is None else source_of(self.measured_on)
-        return {**super()._settings(), "initial_sha256": self.initial_sha256, "measured_on": measured_on}
+        return {**super()._settings(), "initial_sha256": self.initial_sha256}
 
     def _save(self, out: Path) -> None:
         stored = STORED[self.options.stored]

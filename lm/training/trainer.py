@@ -337,6 +337,7 @@ class TextTrainer(Trainer[Measured], Generic[Measured, Options]):
             "options": dataclasses.asdict(self.options),
             "base": dataclasses.asdict(self.base.identity),
             "data": [source_of(source) for source in learned],
+            "measured_on": None if self.measured_on is None else source_of(self.measured_on),
         }
 
 

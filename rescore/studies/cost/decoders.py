@@ -69,7 +69,7 @@ def paper_base() -> Decoder:
 
 def neural_for(base: Decoder) -> Decoder:
     """The small LM neural-61m over a base's tokens: for the base of [A] one of 61M parameters; where the shipped one
-    serves the base, that (the base's first layers); else what `rescore train-rescorer neural-61m --init scratch` makes.
+    serves the base, that (layers of the base); else what `rescore train-rescorer neural-61m --init scratch` makes.
     """
     if base.name == PAPER_BASE:
         return dense_decoder(

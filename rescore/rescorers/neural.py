@@ -105,7 +105,7 @@ class FollowsExamples(Rescorer):
     """What the rescorers with a neural LM share: they read on where they were in each example."""
 
     model: NeuralModel
-    alpha: float = 0.5
+    alpha: float
 
     def fit(self, target: Target) -> Self:
         """See `Rescorer.fit`."""
@@ -129,6 +129,8 @@ class Neural(FollowsExamples, LocalRescorer):
     path: a named size (shipped), a folder of `rescore train-rescorer`, or any small causal LM (folder or hub id) with
     the base's tokenizer.
     """
+
+    alpha: float = 1.0
 
     def __init__(self, path: str = "") -> None:
         self.model = NeuralModel(path)

@@ -35,6 +35,8 @@ class NgramNeural(FollowsExamples):
     share: of the context's n-grams (`context-ngram` only).
     """
 
+    alpha: float = 0.1
+
     def __init__(
         self, path: str = "neural-61m", *, first: str = "context-ngram", ngram: str = "", share: float | None = None
     ) -> None:

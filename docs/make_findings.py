@@ -40,12 +40,22 @@ def results(name: str) -> dict[tuple[str, str, int, int], dict[str, Any]]:
     return {(each["task"], each["rescorer"], each["p"], each["h"]): each for each in document["results"]}
 
 
-def dots(title: str, unit: str, rows: Sequence[str], series: Sequence[Series], *, ends: tuple[float, float]) -> str:
-    """A picture: a row of marks on one scale for each of the rows, the intervals as lines."""
+def dots(
+    title: str,
+    unit: str,
+    rows: Sequence[str],
+    series: Sequence[Series],
+    *,
+    ends: tuple[float, float],
+    apart: float = 0.0,
+) -> str:
+    """A picture: a row of marks on one scale for each of the rows, the intervals as lines; `apart`: pixels between the
+    marks of a row, from top to bottom."""
     low, high = ends
+    height = ROW + apart * (len(series) - 1)
     legend_lines = -(-len(series) // 4)
     top = TOP + 22 * legend_lines
-    bottom = top + ROW * len(rows)
+    bottom = top + height * len(rows)
     scale = (WIDTH - LEFT - RIGHT) / (high - low)
 
     def place(value: float) -> float:
@@ -57,10 +67,12 @@ def dots(title: str, unit: str, rows: Sequence[str], series: Sequence[Series], *
         parts.append(f'<path d="M{x:.1f} {top - 6}V{bottom}" stroke="{SOFT if tick == 1 else LINE}"/>')
         parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" fill="{SOFT}" text-anchor="middle">{tick}</text>')
     for number, name in enumerate(rows):
-        y = top + ROW * (number + 0.5)
+        y = top + height * (number + 0.5)
         parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="{LINE}"/>')
         parts.append(f'<text x="{LEFT - 12}" y="{y + 5:.1f}" fill="{INK}" text-anchor="end">{escape(name)}</text>')
-        for each in series:
+        y -= apart * (len(series) - 1) / 2
+        for place_in_row, each in enumerate(series):
+            y += apart * bool(place_in_row)
             value, colour = each.values[number], each.colour
             said = f"{name}, {each.name}: {value:.2f}"
             if each.bounds:
@@ -131,7 +143,7 @@ def speed() -> str:
         series("transformers, lookup", AMBER, "transformers:lookup=10", hollow=True),
     ]
     title = "It saves time where the verify call is planned by what it costs"
-    return dots(title, "times our own greedy decoding (live, 2 CPU cores, float32)", TASKS, chosen, ends=(0, 4))
+    return dots(title, "times our own greedy decoding (live, 2 CPU cores, float32)", TASKS, chosen, ends=(0, 3))
 
 
 def choosers() -> str:
@@ -152,8 +164,10 @@ def choosers() -> str:
         series("context-ngram", GREEN, "context-ngram"),
         series("oracle of the heads", GREY, "oracle", hollow=True),
     ]
-    title = "A small LM of the right layers chooses as well as one half again as large"
-    return dots(title, "tokens a step accepts, one draft (replayed decode, h = 9)", tasks, chosen, ends=(1, 5))
+    title = "Nine layers from all of the base choose about as well as its first eighteen"
+    return dots(
+        title, "tokens a step accepts, one draft (replayed decode, h = 9)", tasks, chosen, ends=(1, 4), apart=11
+    )
 
 
 PICTURES: dict[str, Callable[[], str]] = {"lattices": lattices, "speed": speed, "choosers": choosers}

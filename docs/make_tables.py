@@ -4,6 +4,7 @@
     python docs/make_tables.py live=RUN/suite.json        # a new run: what `rescore suite docs/suites/live.yaml` left
     python docs/make_tables.py evidence=RUN/suite.json neural=RUN/suite.json    # the other suites
     python docs/make_tables.py analysis=FILE      # `rescore analyse --results RUN --only repetition,entropy --json`
+    python docs/make_tables.py draft-model=RUN/results.json    # an evaluation: docs/results.md has the command
     python docs/make_tables.py costs=FILE                 # what `rescore bench costs --out` wrote before it
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`, and is replaced as a whole. A test compares the pages
@@ -192,6 +193,27 @@ def drafters() -> str:
     ])  # fmt: skip
 
 
+def draft_model() -> str:
+    """A small LM as one of the drafters of `joint`."""
+    of_p = {p: results("draft-model", p=p, h=9) for p in (1, 16)}
+    joined = "joint:drafters=heads+lookup+draft-model:neural-61m"
+    ways = [
+        ("`draft-model:neural-61m` alone", "draft-model:neural-61m", 1),
+        ("heads and lookup, `joint`", "joint", 1),
+        ("heads, lookup and `draft-model:neural-61m`, `joint`", joined, 1),
+        ("16 drafts: `draft-model:neural-61m` alone", "draft-model:neural-61m", 16),
+        ("heads and lookup, `joint`", "joint", 16),
+        ("heads, lookup and `draft-model:neural-61m`, `joint`", joined, 16),
+        ("oracle of these three", joined.replace("joint", "oracle", 1), 1),
+    ]
+    rows = []
+    for title, name, p in ways:
+        each = [of_p[p][task, name] for task in PAPER]
+        middle = sum(one["block_efficiency"] for one in each) / len(each)
+        rows.append([title, *map(interval_of, each), f"{middle:.2f}"])
+    return markdown(["drafts", *PAPER, "mean"], rows)
+
+
 def blocks() -> str:
     """Block efficiency by h."""
     rows = []
@@ -326,6 +348,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "heads": heads,
     "ngrams": ngrams,
     "drafters": drafters,
+    "draft-model": draft_model,
     "blocks": blocks,
     "everything": everything,
     "neural": neural,
@@ -427,7 +450,7 @@ def take(name: str, path: Path) -> None:
     if name == "analysis":
         kept = of_analysis(run)
     elif name != "live" and "results" in run:
-        kept = {key: run[key] for key in ("schema", "source", "versions", "git_revision")}
+        kept = {key: run[key] for key in ("schema", "source", "versions", "git_revision") if key in run}
         kept["results"] = [{key: each[key] for key in OF_REPLAY} for each in run["results"]]
     (EVIDENCE / f"{name}.json").write_text(json.dumps(kept, ensure_ascii=False) + "\n")
 

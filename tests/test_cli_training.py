@@ -104,7 +104,7 @@ class TestTrainRescorer:
         assert re.fullmatch(rf"{out}: {told}, \d+\.\d% of \d+ tokens are its first choice\n", run.out)
         assert re.fullmatch(rf"rescore: step 1 of 2, {told}\nrescore: step 2 of 2, {told}\n", run.err)
         config = json.loads((out / "config.json").read_text())
-        assert (config["kind"], config["size"], config["layers"]) == ("delta", "neural-32m", 1)
+        assert (config["kind"], config["size"], config["layers"]) == ("delta", "neural-32m", [0])
         again = rescore(*command, *QUICK_RESCORER)
         assert (again.code, again.out, again.err) == (0, run.out, "")  # it was finished
         rescore(*command, *QUICK_RESCORER, "--soft", 0.1).refused(

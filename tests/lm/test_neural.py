@@ -27,11 +27,11 @@ from lm.neural.model import (
     NeuralLM,
     check_fits,
     find_neural,
-    first_layers,
     load_neural,
     named_size,
     save_delta,
     scratch_model,
+    some_layers,
 )
 
 MILLIONS = {"neural-32m": 32e6, "neural-61m": 61e6, "neural-94m": 94e6}
@@ -45,7 +45,7 @@ def base(tiny_folder) -> BaseLM:
 @pytest.fixture(scope="module")
 def tuned(tiny_folder) -> BaseLM:
     """The base's first layer, moved a little, as training would."""
-    cut = first_layers(str(tiny_folder), 1)
+    cut = some_layers(str(tiny_folder), [0])
     torch.manual_seed(1)
     for name in names_of(cut):
         parameter = dict(cut.model.named_parameters())[name]
@@ -61,7 +61,7 @@ def names_of(cut: BaseLM) -> list[str]:
 def config_for(base: BaseLM, **changes) -> DeltaConfig:
     identity = base.identity
     config = DeltaConfig(
-        size="neural-32m", layers=1, tuned_layers=1, base_name=identity.name,
+        size="neural-32m", layers=(0,), tuned_layers=1, base_name=identity.name,
         base_weights_sha256=identity.weights_sha256, tokenizer_sha256=identity.tokenizer_sha256,
     )  # fmt: skip
     return msgspec.structs.replace(config, **changes)
@@ -121,11 +121,11 @@ class TestSizes:
         )
 
     def test_a_base_with_fewer_layers(self, tiny_folder):
-        message = refused(lambda: first_layers(str(tiny_folder), 9))
-        assert "has 2 layers, fewer than the 9" in message and "--init scratch" in message
+        message = refused(lambda: some_layers(str(tiny_folder), range(9)))
+        assert "has 2 layers, and this rescorer takes layer 8" in message and "--init scratch" in message
 
     def test_the_first_layers_are_the_bases_own(self, base, tiny_folder):
-        cut = first_layers(str(tiny_folder), 1)
+        cut = some_layers(str(tiny_folder), [0])
         whole = dict(base.model.named_parameters())
         assert len(cut.model.model.layers) == 1 and cut.vocab_size == base.vocab_size
         for name, parameter in cut.model.named_parameters():
@@ -157,7 +157,7 @@ class TestDelta:
         assert json.loads((delta / "config.json").read_text())["kind"] == "delta"
 
     def test_a_row_of_zeros(self, base, tiny_folder, tmp_path):
-        cut = first_layers(str(tiny_folder), 1)
+        cut = some_layers(str(tiny_folder), [0])
         name = "model.layers.0.mlp.up_proj.weight"
         dict(cut.model.named_parameters())[name].data[3] = 0
         save_delta(cut.model, [name], config_for(base), tmp_path)
@@ -167,12 +167,12 @@ class TestDelta:
     @pytest.mark.parametrize("dtype", ["float32", "float64"])  # of which the first is laid out for decoding
     @pytest.mark.parametrize("layers", [1, 2])
     def test_beside_a_base_that_decodes_its_weights_and_products_are_shared(self, tiny_folder, tmp_path, dtype, layers):
-        base, cut = load_base(str(tiny_folder), dtype=dtype, device="cpu"), first_layers(str(tiny_folder), layers)
+        base, cut = load_base(str(tiny_folder), dtype=dtype, device="cpu"), some_layers(str(tiny_folder), range(layers))
         own = [name for name, _ in cut.model.named_parameters() if f".layers.{layers - 1}." in name]
         torch.manual_seed(1)
         for name in own:
             cut.model.get_parameter(name).add_(0.05 * torch.randn_like(cut.model.get_parameter(name)))
-        save_delta(cut.model, own, config_for(base, layers=layers), tmp_path)
+        save_delta(cut.model, own, config_for(base, layers=tuple(range(layers))), tmp_path)
         shared, alone = load(tmp_path, base, dtype=dtype, shared=base), load(tmp_path, base, dtype=dtype)
         whole = dict(base.model.named_modules())
         for name, module in shared.model.model.named_modules():
@@ -315,8 +315,8 @@ class TestRefusals:
         assert str(path) in message
 
     def test_more_layers_than_the_base_has(self, base, tuned, tmp_path):
-        save_delta(tuned.model, names_of(tuned), config_for(base, layers=5), tmp_path)
-        assert "has 2 layers, fewer than the 5" in refused(lambda: load(tmp_path, base))
+        save_delta(tuned.model, names_of(tuned), config_for(base, layers=tuple(range(5))), tmp_path)
+        assert "has 2 layers, and this rescorer takes layer 4 of it" in refused(lambda: load(tmp_path, base))
 
     def test_a_vocabulary_that_is_too_small(self, base, tmp_path):
         source = find_neural(str(save_tiny_base(tmp_path / "small", seed=3, hidden_size=16)))

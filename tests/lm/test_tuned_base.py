@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lm.base.catalog import identify, load_base, load_embeddings
 from lm.heads.block_heads import heads_folder, load_heads, of_other_weights
-from lm.neural.model import DeltaConfig, check_fits, find_neural, first_layers, load_neural, save_delta
+from lm.neural.model import DeltaConfig, check_fits, find_neural, load_neural, save_delta, some_layers
 from lm.training.data import read_head_data
 from lm.training.heads import HeadTrainer, TrainingOptions
 from rescore.acceptance import first_difference
@@ -40,7 +40,7 @@ def lora_of_last_layer(folder: str, pairs: Path, tmp_path: Path) -> Path:
 def test_a_base_cut_below_its_changed_layers_is_the_untuned_one(folder, pairs, tmp_path):
     tuned = lora_of_last_layer(folder, pairs, tmp_path)
     ids = torch.tensor([[5, 6, 7]])
-    cut, of_base = first_layers(str(tuned), 1), first_layers(folder, 1)
+    cut, of_base = some_layers(str(tuned), [0]), some_layers(folder, [0])
     assert torch.equal(cut.forward(ids)[1], of_base.forward(ids)[1])
     assert torch.equal(load_embeddings(str(tuned))[0], load_embeddings(folder)[0])
     assert not torch.equal(load_base(str(tuned)).forward(ids)[1], load_base(folder).forward(ids)[1])
@@ -49,10 +49,10 @@ def test_a_base_cut_below_its_changed_layers_is_the_untuned_one(folder, pairs, t
 def test_a_delta_of_the_untuned_base_rescores_for_the_tuned_one(folder, pairs, tmp_path):
     base, tuned = load_base(folder), load_base(str(lora_of_last_layer(folder, pairs, tmp_path)))
     config = DeltaConfig(
-        size="neural-32m", layers=1, tuned_layers=1, base_name=folder,
+        size="neural-32m", layers=(0,), tuned_layers=1, base_name=folder,
         base_weights_sha256=base.identity.weights_sha256, tokenizer_sha256=base.identity.tokenizer_sha256,
     )  # fmt: skip
-    save_delta(first_layers(folder, 1).model, ["model.norm.weight"], config, tmp_path / "delta")
+    save_delta(some_layers(folder, [0]).model, ["model.norm.weight"], config, tmp_path / "delta")
     source = find_neural(str(tmp_path / "delta"))
     check_fits(source, tuned.identity)
     given = {"vocab_size": base.vocab_size, "base_name": tuned.identity.name}
@@ -72,14 +72,14 @@ def test_a_delta_of_the_untuned_base_rescores_for_the_tuned_one(folder, pairs, t
 def test_a_delta_of_the_tuned_base_is_of_its_own_layers(folder, pairs, tmp_path):
     trainer_of(folder, pairs, TUNED, tmp_path).train(tmp_path / "adapter")  # changes all layers
     name = str(tmp_path / "adapter")
-    tuned, cut = load_base(name), first_layers(name, 1)
+    tuned, cut = load_base(name), some_layers(name, [0])
     for (at, a), (_, b) in zip(
         cut.model.model.layers[0].named_parameters(), tuned.model.model.layers[0].named_parameters(), strict=True
     ):
         torch.testing.assert_close(a, b, msg=at)
     identity = tuned.identity
     config = DeltaConfig(
-        size="neural-32m", layers=1, tuned_layers=1, base_name=name,
+        size="neural-32m", layers=(0,), tuned_layers=1, base_name=name,
         base_weights_sha256=identity.weights_sha256, tokenizer_sha256=identity.tokenizer_sha256,
     )  # fmt: skip
     save_delta(cut.model, ["model.norm.weight"], config, tmp_path / "delta")

@@ -333,7 +333,7 @@ class _Corpus:
 
     @contextmanager
     def appending(self, hidden_size: int) -> Iterator[Callable[[Prompt, dict[str, Any], np.ndarray | None], None]]:
-        """What appends an example: its prompt, its other fields, the states `[t, hidden_size]` of its output."""
+        """What appends an example: its prompt, its other fields, the states `[t, hidden_size]` before its targets."""
         with open_appending(self.path) as stream, self.hidden_path.open("ab") as hidden_stream:
             # The line is written after its states: a kill in between leaves states without a line, which go here.
             if (size := self.states * hidden_size * STATE_BYTES) > hidden_stream.tell():
@@ -377,7 +377,7 @@ def corpus_lines(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def tokens_of(record: dict[str, Any], *, with_prompts: bool) -> tuple[list[int], list[int]]:
-    """Of a line of a corpus: the tokens before those whose states there are, and these."""
+    """(context, targets) of a line of a corpus: the tokens before those that kept states predict, and these."""
     prompt, output = record["prompt_ids"], record["output_ids"]
     return (prompt[:1], prompt[1:] + output) if with_prompts else (prompt, output)
 

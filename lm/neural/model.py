@@ -12,6 +12,7 @@ A rescorer is a causal LM over the base's own tokens, in one of two forms:
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
+from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lm.base.cache import TreeCache
 from lm.base.catalog import (
     identify,
@@ -69,7 +70,7 @@ class DeltaConfig(Config, frozen=True, kw_only=True):
     """What a delta is."""
 
     size: str  # by name
-    layers: tuple[int, ...]  # of the base, numbered from 0, in rising order
+    layers: tuple[int, ...]  # of the base, numbered from 0, rising
     tuned_layers: int  # the last of these, which were trained further
     lora_rank: int = 0  # of the changes of the others; 0: none
     base_name: str
@@ -225,9 +226,20 @@ def find_neural(text: str, *, shipped_for: str = "smollm2-135m", use: Use = RESC
             )
         folder = model.folder
     missing = f"no {use.name} in {folder}"
-    if read_json_object(folder / CONFIG_FILE, missing=missing).get("kind") != DELTA:
+    config = read_json_object(folder / CONFIG_FILE, missing=missing)
+    if config.get("kind") != DELTA:
         return NeuralSource(text, folder, None, use)
+    if isinstance(count := config.get("layers"), int):
+        raise InvalidDataError(
+            f"{folder / CONFIG_FILE} was written by an older version, with the number of layers; write their numbers "
+            f'instead of {count}: "layers": [0, 1, ...] up to {count - 1}'
+        )
     delta = read_config(folder, DeltaConfig, what="the configuration of a delta", missing=missing)
+    if not delta.layers or any(a >= b for a, b in itertools.pairwise((-1, *delta.layers))):
+        raise InvalidDataError(
+            f"{folder / CONFIG_FILE} has layers = {list(delta.layers)}, and they are numbers from 0, rising; "
+            "get or make it again"
+        )
     if not (folder / WEIGHTS_FILE).is_file():
         raise RescoreError(f"no {use.name} weights in {folder}: {WEIGHTS_FILE} is missing; get or train it again")
     return NeuralSource(text, folder, delta, use)

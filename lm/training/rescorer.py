@@ -82,7 +82,9 @@ class RescorerTrainer(TextTrainer[HeldOutText, RescorerOptions]):
                 "base's; give other --heads, or leave out --lattice"
             )
         options.check()
-        if options.lattice and heads is None:
+        if not options.lattice:
+            heads = None
+        elif heads is None:
             raise RescoreError(f"lattice = {options.lattice}, but there are no heads to choose among the tokens of")
         self.heads = heads
         super().__init__(base, data, options, held_out=held_out)
@@ -99,16 +101,16 @@ class RescorerTrainer(TextTrainer[HeldOutText, RescorerOptions]):
         if options.init == "scratch":
             scratch: Any = scratch_model(options.size, self.base)
             return True, scratch.to(device)
-        first = some_layers(name, options.chosen_layers(), device=str(device))
-        body = first.model.base_model
-        if not (hasattr(body, "layers") and hasattr(body, "norm") and first.body_gives_states):
+        cut = some_layers(name, options.chosen_layers(), device=str(device))
+        body = cut.model.base_model
+        if not (hasattr(body, "layers") and hasattr(body, "norm") and cut.body_gives_states):
             raise IncompatibleError(f"{name} does not name its layers as Llama does; use --init scratch for it")
         below = max(0, len(body.layers) - options.tuned_layers)
         if options.lora_rank and below:
-            with_low_rank(first, options.lora_rank, list(range(below)))
+            with_low_rank(cut, options.lora_rank, list(range(below)))
         for part in (*body.layers[below:], body.norm):
             part.requires_grad_(True)
-        return first.supports_tree, first.model
+        return cut.supports_tree, cut.model
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "heads_sha256": self.heads.sha256 if self.heads else None}
@@ -170,7 +172,8 @@ class RescorerTrainer(TextTrainer[HeldOutText, RescorerOptions]):
         goal = (1.0 - soft) * (found == places[at][:, None])
         if teacher is not None:
             goal = goal + soft * teacher[at].gather(1, found).float()
-        among = -(goal * torch.log_softmax(scores, dim=-1)).sum()
+        known = places[at][:, None] >= 0  # as in the other part: other targets count nothing
+        among = -(known * goal * torch.log_softmax(scores, dim=-1)).sum()
         return (1.0 - self.options.lattice) * loss + self.options.lattice * among
 
     @torch.no_grad()
@@ -186,12 +189,10 @@ class RescorerTrainer(TextTrainer[HeldOutText, RescorerOptions]):
         rows = self.projection[torch.from_numpy(targets[drafted].astype(np.int64)).to(self.device)].float()
         before = torch.from_numpy(at - (head - 1)).to(self.device)
         read = self.heads(states[before], rows, [head - 2])[0].to(projection.dtype)
-        parts = [torch.log_softmax((chunk @ projection.T).float(), -1).topk(TOP_K) for chunk in read.split(CHUNK_ROWS)]
-        found = [torch.cat(part) for part in zip(*parts, strict=True)] if parts else []
-        if not found:
-            empty = torch.zeros((0, TOP_K), device=self.device)
-            found = [empty, empty.long()]
-        return torch.from_numpy(at).to(self.device), found[1], found[0]
+        most = min(TOP_K, len(projection))
+        parts = [torch.log_softmax((chunk @ projection.T).float(), -1).topk(most) for chunk in read.split(CHUNK_ROWS)]
+        logps, found = (torch.cat(part) for part in zip(*parts, strict=True))
+        return torch.from_numpy(at).to(self.device), found, logps
 
     def _forward(self, segments: list[Segment]) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         """Final states of the rescorer `[n, d]` and of the base `[n, d]` before each of the targets `[n]`."""

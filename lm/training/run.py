@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+from lattices.errors import RescoreError
 from lattices.paths import encodable
 from lm.locks import writing_to
 from lm.options import Heads
@@ -143,6 +144,8 @@ def train_rescorer(
     from lm.training.rescorer import RescorerTrainer
 
     options.check()
+    if heads and not options.lattice:
+        raise RescoreError("heads are for a loss over their choices; add --lattice 0.5, or leave out --heads")
     check_there([*text.corpus, *([held_out] if held_out else [])])
     with _session(text, out, progress, notify) as session:
         block_heads = load_heads(session.base, heads) if options.lattice else None

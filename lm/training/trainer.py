@@ -313,7 +313,7 @@ class TextTrainer(Trainer[Measured], Generic[Measured, Options]):
             measured = segments_of([held_out], least=self.least_targets)
             measured = [segment._replace(place=len(data)) for segment in measured]
             if not measured:
-                raise InvalidDataError(f"{held_out.source} has no text of two tokens; heads can't be measured on it")
+                raise InvalidDataError(f"{held_out.source} has no text that {self.learner} can be measured on")
         self.held_out = until(self.measured_targets, measured)
         self.subset = VocabularySubset(
             [d.targets for d in data], base.vocab_size, options.vocabulary, options.negatives

@@ -314,6 +314,19 @@ class TestRefusals:
         message = refused(lambda: load(delta, base), InvalidDataError)
         assert str(path) in message
 
+    @pytest.mark.parametrize(
+        ("layers", "said"),
+        [
+            (2, 'write their numbers instead of 2: "layers": [0, 1, ...] up to 1'),
+            ([], "has layers = []"), ([1, 0], "has layers = [1, 0]"), ([-1, 1], "has layers = [-1, 1]"),
+        ],
+    )  # fmt: skip
+    def test_layers_that_are_none(self, base, tuned, tmp_path, layers, said):
+        save_delta(tuned.model, names_of(tuned), config_for(base, layers=(0, 1)), tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "layers": layers}))
+        assert said in refused(lambda: load(tmp_path, base), InvalidDataError)
+
     def test_more_layers_than_the_base_has(self, base, tuned, tmp_path):
         save_delta(tuned.model, names_of(tuned), config_for(base, layers=tuple(range(5))), tmp_path)
         assert "has 2 layers, and this rescorer takes layer 4 of it" in refused(lambda: load(tmp_path, base))

@@ -189,7 +189,7 @@ class TestHeldOut:
         assert trainer._settings()["data"] == alone._settings()["data"]
         assert trainer._settings()["measured_on"]["sha256"] == "seed 2"
         message = refused(lambda: HeadTrainer(tiny_base, [data], SMALL, held_out=make_data(tiny_base, [1], seed=3)))
-        assert "measured on it" in message
+        assert "can be measured on" in message
         message = refused(lambda: HeadTrainer(tiny_base, [data], SMALL, held_out=data))
         assert message == "made can't be both trained on and held out"
 

@@ -13,6 +13,7 @@ with what this would write, so that no figure in them can be another than was me
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import statistics
@@ -55,8 +56,9 @@ def results(name: str, **chosen: int) -> Results:
     return {(each["task"], each["rescorer"]): each for each in found}
 
 
+@functools.cache
 def document(name: str) -> dict[str, Any]:
-    """What is kept of a suite's run."""
+    """What is kept of a run; not to be changed."""
     kept: dict[str, Any] = json.loads((EVIDENCE / f"{name}.json").read_text())
     return kept
 
@@ -112,7 +114,7 @@ def live_trees() -> str:
 
 def costs() -> str:
     """What steps of some numbers of tokens take."""
-    table = json.loads((EVIDENCE / "costs.json").read_text())
+    table = document("costs")
     contexts, nodes, step_ms = (table[name] for name in ("contexts", "nodes", "step_ms"))
     middle = step_ms[len(contexts) // 2]
     rows = [
@@ -366,11 +368,11 @@ def mean(rescorer: str, p: int, tasks: Sequence[str], *, h: int = 9) -> float:
     return sum(found[task, rescorer]["block_efficiency"] for task in tasks) / len(tasks)
 
 
-def gains(rescorer: str, p: int, tasks: Sequence[str], *, over: str = "none", over_p: int = 1) -> str:
-    """The smallest and the largest gain of tasks, in words."""
-    ours, theirs = results("evidence", p=p, h=9), results("evidence", p=over_p, h=9)
+def gains(rescorer: str, p: int, tasks: Sequence[str], *, over: str = "none") -> str:
+    """The smallest and the largest gain over one draft of another rescorer, in words."""
+    ours, theirs = results("evidence", p=p, h=9), results("evidence", p=1, h=9)
     values = [ours[t, rescorer]["block_efficiency"] / theirs[t, over]["block_efficiency"] - 1 for t in tasks]
-    return f"{100 * min(values):.0f} to {100 * max(values):.0f} %"
+    return percent(values)
 
 
 def of_small(name: str) -> str:

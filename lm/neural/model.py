@@ -112,6 +112,11 @@ def scratch_model(size: str, base: BaseLM) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def are_layers(layers: Sequence[int]) -> bool:
+    """Whether these can be layers of a base: numbers from 0, rising, at least one."""
+    return bool(layers) and all(a < b for a, b in itertools.pairwise((-1, *layers)))
+
+
 def named_size(name: str) -> NeuralSize:
     """The size called `name`. Raises `UnknownNameError`."""
     if name not in SIZES:
@@ -235,7 +240,7 @@ def find_neural(text: str, *, shipped_for: str = "smollm2-135m", use: Use = RESC
             f'instead of {count}: "layers": [0, 1, ...] up to {count - 1}'
         )
     delta = read_config(folder, DeltaConfig, what="the configuration of a delta", missing=missing)
-    if not delta.layers or any(a >= b for a, b in itertools.pairwise((-1, *delta.layers))):
+    if not are_layers(delta.layers):
         raise InvalidDataError(
             f"{folder / CONFIG_FILE} has layers = {list(delta.layers)}, and they are numbers from 0, rising; "
             "get or make it again"

@@ -5,7 +5,6 @@ The help on the fields is that of the command line (`lm.options`). Imports nothi
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -187,7 +186,7 @@ class RescorerOptions(TextOptions):
     LEAST: ClassVar = TextOptions.LEAST | {"tuned_layers": 0, "lora_rank": 0, "patience": 1}
 
     def check(self) -> None:
-        from lm.neural.model import named_size
+        from lm.neural.model import are_layers, named_size
 
         named_size(self.size)
         _check("init", self.init, get_args(Init))
@@ -199,7 +198,7 @@ class RescorerOptions(TextOptions):
                 raise RescoreError(f"{name} = {value} is for one that begins as the base's layers (init: base)")
         if self.layers is not None:
             count = named_size(self.size).base_layers
-            if len(self.layers) != count or any(a >= b for a, b in itertools.pairwise((-1, *self.layers))):
+            if len(self.layers) != count or not are_layers(self.layers):
                 raise RescoreError(
                     f"layers = {','.join(map(str, self.layers))}; {self.size} takes {count} layers, each once, in "
                     "rising order"

@@ -69,7 +69,7 @@ class _Session:
         self, text: TrainingText, held_out: Path | None, precision: str
     ) -> tuple[list[HeadData], HeadData | None]:
         """The data to learn from, and of the corpus to measure on."""
-        data = self.read([*text.corpus, *([held_out] if held_out else [])], text, precision)
+        data = self.read(_corpora(text, held_out), text, precision)
         return (data[:-1], data[-1]) if held_out else (data, None)
 
     def train(self, trainer: Trainer[Measured], line: Callable[[Measured], str] | None = None) -> Measured | None:
@@ -84,6 +84,11 @@ class _Session:
 
         measured = trainer.train(self.out, progress=step, evaluated=evaluated)
         return measured if self.workers.is_first else None
+
+
+def _corpora(text: TrainingText, held_out: Path | None) -> list[Path]:
+    """All that is read: to learn from, and last what is measured on, if that is a corpus apart."""
+    return [*text.corpus, *([held_out] if held_out else [])]
 
 
 @contextmanager
@@ -118,7 +123,7 @@ def train_heads(
     from lm.training.heads import HeadTrainer
 
     options.check()
-    check_there([*text.corpus, *([held_out] if held_out else [])])
+    check_there(_corpora(text, held_out))
     if initial:
         read_config(initial)
     with _session(text, out, progress, notify) as session:
@@ -146,7 +151,7 @@ def train_rescorer(
     options.check()
     if heads and not options.lattice:
         raise RescoreError("heads are for a loss over their choices; add --lattice 0.5, or leave out --heads")
-    check_there([*text.corpus, *([held_out] if held_out else [])])
+    check_there(_corpora(text, held_out))
     with _session(text, out, progress, notify) as session:
         block_heads = load_heads(session.base, heads) if options.lattice else None
         data, measured_on = session.read_both(text, held_out, options.precision)

@@ -158,7 +158,7 @@ class TestRefused:
 
 
 class TestDecoders:
-    def test_the_small_lm_shipped_for_a_base_is_its_first_layers(self, monkeypatch):
+    def test_the_small_lm_shipped_for_a_base_has_nine_of_its_layers(self, monkeypatch):
         shape = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
         config = LlamaConfig(vocab_size=49152, num_hidden_layers=30, tie_word_embeddings=True, **shape)
         monkeypatch.setattr("lm.base.catalog.read_model_config", lambda name, **options: config)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import chdir, contextmanager, suppress
@@ -136,6 +138,9 @@ class ExecutorOptions:
             # Ray sends a token to no address that it is given, unless it is told to.
             hint = "; where it asks for a token, set RAY_AUTH_MODE=token"
             raise self._no_cluster(error, hint if self.address else "") from error
+        if threading.current_thread() is threading.main_thread():
+            # Ray's own handler says where each of its libraries stood, aborts, and leaves processes behind.
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         with suppress(AttributeError):  # else what a cluster has to say would stand in the results on stdout
             ray._private.worker.print_to_stdstream = _told  # type: ignore[assignment]
         return True

@@ -6,6 +6,7 @@ import errno
 import importlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -196,11 +197,15 @@ class TestWork:
         there, address = tmp_path / "there", ray.get_runtime_context().gcs_address
         asked = ["trace", *model[:4], "--data", data, *model[6:-1], 4, "--k", 8, "--out", there]
         asked += ["--executor", "ray", "--address", address, "--workers", 1]
-        driver = subprocess.Popen([sys.executable, "-m", "rescore", *map(str, asked)], stdout=subprocess.DEVNULL)
-        while driver.poll() is None and not (there / "part-00000").exists():
-            time.sleep(0.01)
-        driver.kill()
-        assert driver.wait() == -9 and len(list(there.glob("part-*"))) < 3
+        for part, (how, code) in enumerate({signal.SIGKILL: -9, signal.SIGTERM: 143}.items()):
+            command = [sys.executable, "-m", "rescore", *map(str, asked)]
+            with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as driver:
+                while driver.poll() is None and not (there / f"part-0000{part}").exists():
+                    time.sleep(0.01)
+                driver.send_signal(how)
+                said = driver.stderr.read() if driver.stderr else ""
+            assert driver.returncode == code and len(list(there.glob("part-*"))) < 3
+            assert all(line.startswith("rescore: ") for line in said.splitlines()), said
         inputs = inputs_of(options | {"data": str(data), "max_new_tokens": 4})
         for out, how in (("here", {}), ("there", {"execution": by(1)})):
             record_task(inputs, "heads", tmp_path / out, k=8, **how)

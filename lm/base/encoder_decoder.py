@@ -34,7 +34,10 @@ class EncoderDecoderLM(BaseLM):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.prompt_length = _encoder_length(self.prompt_reader.config.get_text_config())
+        self.prompt_length = min(
+            _encoder_length(self.prompt_reader.config.get_text_config()), _numbered(self.prompt_reader)
+        )
+        self.context_length = min(self.context_length, _numbered(self.decoder))
         self._check_begin()
 
     @property
@@ -264,3 +267,13 @@ def _encoder_length(config: Any) -> int:
     """Tokens that an encoder reads at most by its configuration; 2^30 where there is no limit."""
     sizes = [getattr(config, name, None) for name in ENCODER_LENGTHS]
     return next((size for size in sizes if type(size) is int and size > 0), 1 << 30)
+
+
+def _numbered(model: torch.nn.Module) -> int:
+    """Positions of a table that is read from after its padding's on, as Roberta reads it; 2^30 where there is none."""
+    tables = [
+        module.num_embeddings - module.padding_idx - 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    return min(tables, default=1 << 30)

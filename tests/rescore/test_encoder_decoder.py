@@ -26,6 +26,7 @@ from transformers import (
     MarianMTModel,
     MBartConfig,
     MBartForConditionalGeneration,
+    RobertaConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -283,11 +284,17 @@ def test_lengths_by_other_names(tmp_path: Path):
     sizes: dict[str, Any] = {
         "vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
     }  # fmt: skip
-    decoder = BertConfig(**sizes, max_position_embeddings=20, is_decoder=True, add_cross_attention=True)
-    encoder = BertConfig(**sizes, max_position_embeddings=48)
-    both = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder))
-    both.generation_config.decoder_start_token_id = 1
-    for model in (led, both):
+    pairs = []
+    # Roberta's first token stands where its table has one after the padding token's.
+    for config, before in ((BertConfig, 0), (RobertaConfig, 2)):
+        decoder, encoder = (
+            config(**sizes, **more, max_position_embeddings=before + length)
+            for length, more in ((20, {"is_decoder": True, "add_cross_attention": True}), (48, {}))
+        )
+        both = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder))
+        both.generation_config.decoder_start_token_id = 2
+        pairs.append(both)
+    for model in (led, *pairs):
         base = load_base(model.double(), tokenizer)
         assert (base.prompt_length, base.context_length) == (48, 20)
         for count in (3, 48):

@@ -1,4 +1,4 @@
-"""Files damaged at random into every reader: each must be read, or be refused in one line, and in little time.
+"""Files of twenty kinds, damaged at random: each must be read, or be refused in one line, and in little time.
 
     python benchmarks/fuzz.py [--minutes 10] [--seed 0] [--only arpa,trace]
 
@@ -120,13 +120,18 @@ def in_a_process(name: str, folder: Path, options: argparse.Namespace, minutes: 
         arguments = ["--inputs", folder, "--only", name, "--seed", seed, "--minutes", left / 60]
         command = [sys.executable, __file__, *map(str, arguments)]
         with (folder / "stderr").open("w+b") as stderr:  # what libraries say; the end of it tells of a crash
-            ran = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=stderr)
+            try:
+                code = subprocess.run(
+                    command, stdout=subprocess.DEVNULL, stderr=stderr, timeout=left + 2 * LIMIT_S
+                ).returncode
+            except subprocess.TimeoutExpired:  # in native code, which hears no alarm
+                code = signal.SIGKILL
         written = folder / "tally.json"
         part = Tally(**json.loads(written.read_text())) if written.exists() else Tally()
         written.unlink(missing_ok=True)
-        if ran.returncode:
+        if code:
             said = (folder / "stderr").read_bytes().decode("utf-8", "replace").strip()[-300:]
-            part.findings[f"the process ended with {ran.returncode}: {said}"] = keep(folder, name, seed)
+            part.findings[f"the process ended with {code}: {said}"] = keep(folder, name, seed)
         for count in ("runs", "read", "refused"):
             setattr(all_of_it, count, getattr(all_of_it, count) + getattr(part, count))
         all_of_it.findings = part.findings | all_of_it.findings

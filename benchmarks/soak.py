@@ -14,8 +14,8 @@ round, one command and one fault are drawn:
     race      two to four processes of the same command at once, in one cache, into one folder or each into its own
 
 and the same command runs again, undisturbed. Whatever happened, that must end with the result of the reference, or
-refuse in one line; then what it names is removed, and it must end with it the next time. No finished example may be
-gone or changed, no training go back behind its checkpoint, no traceback come.
+refuse in one line that names what is damaged; then that is removed, and it must end with it the next time. No finished
+example may be gone or changed, no traceback come.
 
 Prints a table and one JSON line; exit status 1 if anything was wrong, and the folder is kept.
 """
@@ -56,7 +56,6 @@ FAULTS = ("kill", "stop", "disk", "damage", "race")
 LIMIT = 300.0  # seconds, of a command that took some: longer is a fault, too
 PASSED = (0, 2, 130)  # done, refused, stopped by Ctrl-C
 KEPT = ".rescore.lock"
-MEGABYTE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,10 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     soak = Soak(folder, random.Random(options.seed))
-    only = options.only.split(",") if options.only else [job.name for job in soak.jobs]
+    names = [job.name for job in soak.jobs]
+    only = options.only.split(",") if options.only else names
+    if unknown := set(only) - set(names):
+        parser.error(f"no command {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     soak.jobs = [job for job in soak.jobs if job.name in only]
     soak.run(60 * options.minutes)
     report(soak, options)
@@ -249,7 +251,9 @@ class Soak:
                 tally.wrong.append(f"{place.root.name}: exit status {ran.code} after the fault: {ran.err.strip()}")
                 return
             tally.refused += 1
-            self._follow(ran.err, place)
+            if not self._follow(ran.err, place):
+                tally.wrong.append(f"{place.root.name}: refused, and named nothing: {ran.err.strip()}")
+                return
         else:
             tally.wrong.append(f"{place.root.name}: still refused: {ran.err.strip()}")
             return
@@ -259,15 +263,16 @@ class Soak:
             tally.wrong.append(f"{place.root.name}: another result")
 
     @staticmethod
-    def _follow(line: str, place: Place) -> None:
-        """Does what a refusal says: removes the file or folder of ours that it names, else takes another --out."""
-        for word in re.findall(r"[^\s();,']+", line):
-            path = Path(word.rstrip(".:"))
-            inside = path.is_absolute() and place.root in path.parents and path not in (place.out, place.cache)
-            if inside and path.exists() and place.cache in path.parents:
+    def _follow(line: str, place: Place) -> bool:
+        """Does what a refusal says: removes what it names of the cache, else the results; whether it names anything."""
+        words = (word.rstrip(".:") for word in re.findall(r"[^\s();,']+", line))
+        named = [path for path in map(Path, words) if place.root in path.parents and path.exists()]
+        for path in named:
+            if place.cache in path.parents:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-                return
+                return True
         shutil.rmtree(place.out, ignore_errors=True)
+        return bool(named)
 
     def _check(self, job: Job, ran: Ran, place: Place, tally: Tally) -> None:
         tally.runs += 1
@@ -326,7 +331,7 @@ class Apart(Place):
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[bool]:
-    """A disk at `folder` with so many bytes left beside some megabytes in use, if one can be mounted; whether it is."""
+    """A disk at `folder` with so many bytes, if one can be mounted; whether it is."""
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size // 4096 * 4096 + 4096}", "soak", str(folder)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         yield False

@@ -16,7 +16,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import chdir, contextmanager, suppress
+from contextlib import ExitStack, chdir, contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -28,7 +28,7 @@ from lm.locks import warn
 
 Shard = TypeVar("Shard")
 Result = TypeVar("Result")
-LOCAL, RAY = "local", "ray"
+LOCAL = "local"
 AGAIN = 3  # times that a shard is done again whose worker died
 CONNECT_SECONDS = 10.0
 AHEAD = 4  # shards for each worker that are done or at work, while the first of them is not
@@ -112,8 +112,8 @@ class ExecutorOptions:
         finally:
             executor.close()
 
-    def connect(self) -> bool:
-        """Connects this process to the cluster; False where it was connected before, to the same.
+    def connect(self) -> Callable[[], object]:
+        """Connects this process to the cluster; gives what leaves it (nothing does where it was connected before).
 
         Raises `RescoreError` where there is no cluster, or another one.
         """
@@ -124,26 +124,32 @@ class ExecutorOptions:
         if _is_connected():
             if self.address not in (None, "auto", there := ray.get_runtime_context().gcs_address):
                 raise RescoreError(f"this process is connected to the Ray cluster at {there}, not to {self.address}")
-            return False
+            return lambda: None
         passed = {name: os.environ[name] for name in PASSED if name in os.environ}
         own: dict[str, Any] = {"num_cpus": self.workers, "include_dashboard": False}
         there = {"runtime_env": {"env_vars": passed}} if self.address else own
-        try:
-            with _silent():  # Ray's own library says each of its attempts
-                ray.init(
-                    address=self.address or LOCAL,  # not what RAY_ADDRESS says
-                    log_to_driver=False, logging_level=logging.CRITICAL, configure_logging=True, **there,
-                )  # fmt: skip
-        except (OSError, RuntimeError, ValueError) as error:
-            # Ray sends a token to no address that it is given, unless it is told to.
-            hint = "; where it asks for a token, set RAY_AUTH_MODE=token"
-            raise self._no_cluster(error, hint if self.address else "") from error
-        if threading.current_thread() is threading.main_thread():
-            # Ray's own handler says where each of its libraries stood, aborts, and leaves processes behind.
-            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-        with suppress(AttributeError):  # else what a cluster has to say would stand in the results on stdout
-            ray._private.worker.print_to_stdstream = _told  # type: ignore[assignment]
-        return True
+        with ExitStack() as undone:
+            if is_main := threading.current_thread() is threading.main_thread():
+                undone.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
+            try:
+                with _silent():  # Ray's own library says each of its attempts
+                    ray.init(
+                        address=self.address or LOCAL,  # not what RAY_ADDRESS says
+                        log_to_driver=False, logging_level=logging.CRITICAL, configure_logging=True, **there,
+                    )  # fmt: skip
+            except (OSError, RuntimeError, ValueError) as error:
+                # Ray sends a token to no address that it is given, unless it is told to.
+                hint = "; where it asks for a token, set RAY_AUTH_MODE=token"
+                raise self._no_cluster(error, hint if self.address else "") from error
+            undone.callback(ray.shutdown)
+            if is_main:
+                # Ray's own handler says where each of its libraries stood, aborts, and leaves processes behind.
+                signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+            teller: Any = ray._private.worker
+            if hasattr(teller, "print_to_stdstream"):  # else what a cluster has to say stands in the results on stdout
+                undone.callback(setattr, teller, "print_to_stdstream", teller.print_to_stdstream)
+                teller.print_to_stdstream = _told
+            return undone.pop_all().close
 
     def _no_cluster(self, error: Exception, hint: str = "") -> RescoreError:
         where = f"no Ray cluster answers at {self.address}" if self.address else "Ray can't be started here"
@@ -205,7 +211,8 @@ class RayExecutor(Executor):
     def __init__(self, options: ExecutorOptions, device: str = "cpu") -> None:
         self._options, self._device = options, device
         self._needs: dict[str, int] = {}  # of each worker; empty: not connected yet
-        self._workers, self._connected = 0, False
+        self._workers = 0
+        self._leave: Callable[[], object] | None = None  # None: not connected by `begin`
 
     @property
     def workers(self) -> int:  # type: ignore[override]
@@ -223,7 +230,7 @@ class RayExecutor(Executor):
             from lm.base.catalog import choose_device  # torch, which n-gram counts do without
 
             kind = "GPU" if choose_device(self._device).startswith("cuda") else "CPU"
-        self._connected = self._options.connect()
+        self._leave = self._leave or self._options.connect()
         import ray
 
         needs = {"num_cpus": 1, **({"num_gpus": 1} if kind == "GPU" else {})}
@@ -237,11 +244,9 @@ class RayExecutor(Executor):
 
     def close(self) -> None:
         """Leaves the cluster that `begin` connected to."""
-        if self._connected:
-            import ray
-
-            ray.shutdown()
-        self._needs, self._connected = {}, False
+        if self._leave:
+            self._leave()
+        self._needs, self._leave = {}, None
 
     def map(self, function: Callable[[Shard], Result], shards: Iterable[Shard]) -> Iterator[Result]:
         """See `Executor.map`. Raises what the function raises, `RescoreError` for a shard whose workers die."""

@@ -253,7 +253,7 @@ def joined(tables: Iterable[Table]) -> str:
     return "\n\n".join(table.text() for table in tables)
 
 
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> str:
-    """A table of cells that are text already, the first `text_columns` columns aligned left."""
-    columns = [Column(name, Format(str, left=place < text_columns)) for place, name in enumerate(header)]
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of cells that are text already, the first column aligned left."""
+    columns = [Column(name, Format(str, left=place == 0)) for place, name in enumerate(header)]
     return Table(columns, rows).text()

@@ -173,8 +173,7 @@ class TestInterruption:
     def test_what_is_finished_is_shown_and_kept(
         self, rescore: Command, model: list[object], tmp_path: Path, monkeypatch
     ):
-        monkeypatch.setattr(evaluation, "FIRST_EXAMPLES", 2)
-        monkeypatch.setattr(evaluation, "REPLAY_EXAMPLES", 2)
+        monkeypatch.setattr(evaluation, "SHARD_EXAMPLES", 2)
         true_replay, calls = evaluation.replay_steps, []
 
         def interrupted_replay(*arguments: Any, **options: Any) -> Any:

@@ -136,7 +136,7 @@ def some_layers(
     text_config = config.get_text_config(decoder=True)
     if text_config.num_hidden_layers <= layers[-1]:
         raise RescoreError(
-            f"{name} has {text_config.num_hidden_layers} layers, and this rescorer takes layer {layers[-1]} of it, "
+            f"{name} has {text_config.num_hidden_layers} layers, and layer {layers[-1]} of it is asked for, "
             "counted from 0; use --init scratch, a smaller size or other --layers"
         )
     _set_layers(text_config, range(layers[-1] + 1))

@@ -101,7 +101,8 @@ def count_full(
 
     Runs are written to `folder`; those that an earlier call with the same arguments finished are used again, so the
     caller empties the folder when anything changes. `memory` (bytes) bounds the arrays of all `threads` together.
-    `executor`: who sorts and merges; runs are written here in any case.
+    `executor`: who sorts and merges; runs are written here in any case. Its workers have their share of `memory` each;
+    up to four runs of each wait in the cluster's own store.
     Raises `OutputError` if the folder can't be written.
     """
     layout, progress = key_layout(order, vocabulary_size), progress or no_progress
@@ -122,7 +123,7 @@ def count_full(
         return place(begin)
 
     def by_workers() -> Iterator[Path]:
-        missing = [begin for begin in starts if not place(begin).is_file()]
+        missing = {begin: None for begin in starts if not place(begin).is_file()}  # in their order
         done = executor.map(partial(_counted, layout), map(shard, missing))
         for begin in starts:
             if begin in missing:

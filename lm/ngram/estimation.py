@@ -78,7 +78,7 @@ def estimate(
     else:
         p, backoff, discounts, fallback_orders = _kneser_ney(table, kept, fallback, workspace)
     if max_ngrams is not None and int(kept.sum()) > max_ngrams:
-        kept = _entropy_pruned(table, kept, p, backoff, max_ngrams)
+        kept = _entropy_pruned(table, kept, p, max_ngrams)
         _normalise(table, kept, p, backoff)
     model = _to_model(table, kept, p, backoff, vocabulary, workspace)
     return Estimate(model, tuple(discounts), tuple(fallback_orders))
@@ -289,9 +289,7 @@ def _seen_mass(table: NgramTable, n: int, kept: np.ndarray, p: np.ndarray) -> tu
     return np.bincount(context, p[here], size), np.bincount(context, p[table.suffix[here]], size)
 
 
-def _entropy_pruned(
-    table: NgramTable, kept: np.ndarray, p: np.ndarray, backoff: np.ndarray, max_ngrams: int
-) -> np.ndarray:
+def _entropy_pruned(table: NgramTable, kept: np.ndarray, p: np.ndarray, max_ngrams: int) -> np.ndarray:
     """Which n-grams stay when all but `max_ngrams` go (fewer where equals would be cut through); unigrams all stay.
 
     The change of relative entropy is Stolcke's equation 5, of each n-gram alone against the whole model. The

@@ -2,9 +2,9 @@
 
 Data as for heads (`lm.training.data`): segments of text with the base's final states, best the base's own greedy output
 after its prompts. Loss at a token of a segment: cross-entropy against (1 - soft) x the token + soft x the base's own
-distribution there; a share of it (`lattice`) among the best tokens of one head only, drawn anew each step with odds 1/i
-for head i, by the head's log-probabilities plus the rescorer's logits: what local rescoring chooses by. Everything
-random follows from (seed, step).
+distribution there; a share of it (`lattice`) among the best tokens of one head only (of the step's vocabulary), drawn
+anew each step with odds 1/i for head i, by the head's log-probabilities plus the rescorer's logits: what local
+rescoring chooses by. Everything random follows from (seed, step).
 """
 
 from __future__ import annotations

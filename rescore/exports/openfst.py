@@ -25,7 +25,7 @@ the composition.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -226,12 +226,12 @@ def composition_text(lattice: Lattice, words: np.ndarray, automaton: Automaton, 
     return "".join(lines) + "".join(f"{target}\n" for target in level.values())
 
 
-def token_symbols(vocab_size: int, *, text_of: Callable[[int], str] = str) -> Iterator[str]:
-    """The symbol table of token labels, line by line; `text_of` gives a token's symbol (default: its id).
+def token_symbols(vocab_size: int) -> Iterator[str]:
+    """The symbol table of token labels, line by line; a token's symbol is its id.
 
     White space, control characters and backslashes become \\uXXXX; a symbol that was there before ends in its label.
     """
-    return _symbols(text_of(token) for token in range(vocab_size))
+    return _symbols(map(str, range(vocab_size)))
 
 
 def word_symbols(automaton: Automaton, *, phi: bool = False) -> Iterator[str]:

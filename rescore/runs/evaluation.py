@@ -5,8 +5,7 @@ Finished examples become results in `rescore.runs.summary`.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -49,11 +48,10 @@ if TYPE_CHECKING:
     from lm.base.model import BaseLM
     from lm.heads.block_heads import BlockHeads
 
-REPLAY_EXAMPLES = 64  # replayed side by side, at most; a kill loses what of these is not finished
-FIRST_EXAMPLES = 4  # of these, before it is known how long they take
-SHARD_EXAMPLES = 16  # replayed by a worker at a time
+# Replayed side by side, here or by a worker, and always the same ones: a neural rescorer's sums are rounded by the
+# shape of its batch. A kill loses what of these is not finished.
+SHARD_EXAMPLES = 16
 LIVE_IS_HERE = "live decoding measures the time that it takes here; drop --executor, or --mode live"
-REPLAY_SECONDS = 20.0  # where a rescorer took longer, half as many follow side by side, else twice
 
 
 def evaluate(
@@ -137,7 +135,7 @@ def evaluate(
             peers={peer.name: peer.identity for peer in beside},
             **environment(),
             device=of_tasks[0].models.device,
-            threads=torch.get_num_threads(),
+            threads=torch.get_num_threads() if executor.is_local else 1,
             data={task.name: task.recording.source for task in work},
             traces={task.name: {"k": task.recording.k, **task.recording.settings} for task in work},
             costs={task.name: task.costs for task in work if task.costs},
@@ -216,27 +214,26 @@ class _Evaluator:
 
     def _replay(self, trace: Trace, progress: Progress | None) -> None:
         self._fit(trace)
-        start, side_by_side = 0, FIRST_EXAMPLES
-        while examples := trace.examples[start : start + side_by_side]:
-            slowest = self._replay_side_by_side(trace.header, examples)
-            start += len(examples)
+        finished = 0
+        for shard in _shards(trace):
+            self._replay_side_by_side(trace.header, shard)
+            finished += len(shard)
             if progress:
-                progress(f"replay {self.task.name}", start, len(trace.examples))
-            faster = slowest < REPLAY_SECONDS
-            side_by_side = min(REPLAY_EXAMPLES, 2 * side_by_side) if faster else max(1, side_by_side // 2)
+                progress(f"replay {self.task.name}", finished, len(trace.examples))
 
-    def _replay_side_by_side(self, header: TraceHeader, examples: Sequence[TracedExample]) -> float:
-        """Finishes examples; seconds of the run that took longest."""
-        slowest = 0.0
+    def _replay_side_by_side(self, header: TraceHeader, examples: Sequence[TracedExample]) -> None:
+        """Finishes the examples of a shard; those that are finished already are replayed with those that are not."""
         quality = {example.id: self._quality(example.output, example) for example in examples}
         oracles = self._oracles(examples)
         for run, drafting in self.drafting.items():
-            missing = self._missing(run, examples)
-            began = time.monotonic()
+            missing = {example.id for example in self._missing(run, examples)}
+            if not missing:
+                continue
             verify, limits = self.task.verify(self.config.verify, run.p), Limits.of(header)
-            replayed = replay_steps(missing, drafting, self.drafted, verify=verify, limits=limits)
-            slowest = max(slowest, time.monotonic() - began)
-            for example, steps in zip(missing, replayed, strict=True):
+            replayed = replay_steps(examples, drafting, self.drafted, verify=verify, limits=limits)
+            for example, steps in zip(examples, replayed, strict=True):
+                if example.id not in missing:
+                    continue
                 self.log.add(ExampleRecord(
                     **self._facts(run, header, example), quality=quality[example.id],
                     cut=is_cut(example.output_ids, header.eos_token_ids), accepted=steps.accepted,
@@ -244,13 +241,10 @@ class _Evaluator:
                     oracle_accepted=oracles[_chosen_among(drafting)][example.id],
                     output_ids=example.output_ids.tolist(), **self._beside(drafting, example, steps.accepted),
                 ))  # fmt: skip
-        return slowest
 
     def _replay_by_workers(self, trace: Trace) -> None:
-        """Finishes the examples of the task in shards of always the same ones."""
         work, recording = self.task, self.task.recording
-        every = [trace.examples[at : at + SHARD_EXAMPLES] for at in range(0, len(trace.examples), SHARD_EXAMPLES)]
-        shards = [shard for shard in every if any(self._missing(run, shard) for run in work.runs)]
+        shards = [shard for shard in _shards(trace) if any(self._missing(run, shard) for run in work.runs)]
         if shards:
             self.executor.begin()
         self._fit(trace)  # what is refused is refused here, and drafters with a model propose here
@@ -373,6 +367,11 @@ class _Evaluator:
         if output is None or not example.references:
             return {}
         return {m.name: m.score(output, example.references) for m in self.task.recording.metrics}
+
+
+def _shards(trace: Trace) -> Iterator[Sequence[TracedExample]]:
+    for begin in range(0, len(trace.examples), SHARD_EXAMPLES):
+        yield trace.examples[begin : begin + SHARD_EXAMPLES]
 
 
 _Among = tuple[tuple[str, ...], int]

@@ -95,7 +95,10 @@ def tune(
         sweep: Callable[[tuple[Run, float]], float] = _Sweep(trace, of_models, fitted)
         if not executor.is_local:
             names = {label: identities_of(each) for label, each in fitted.items()}
-            sweep = _SweepByWorkers(trace, of_models, recording.models.inputs_of_worker, recording.k, runs, names)
+            models = recording.models
+            sweep = _SweepByWorkers(
+                trace, of_models, models.inputs_of_worker, recording.k, models.heads_needed, runs, names
+            )
         every = list(product(runs, swept))
         for done, ((run, _), value) in enumerate(zip(every, executor.map(sweep, every), strict=True), start=1):
             efficiency[run].append(value)
@@ -138,13 +141,14 @@ class _SweepByWorkers:
     drafted: Drafted
     inputs: Inputs
     k: int
+    heads_needed: bool
     runs: list[Run]
     named: dict[str, tuple[str, list[str]]]
 
     def __call__(self, weighted: tuple[Run, float]) -> float:
         key = key_of([plain(self.trace.header), self.named, [(run.label, run.k, run.p) for run in self.runs]])
         if key not in _OF_WORKER:
-            recording = open_recording(self.inputs, k=self.k)
+            recording = open_recording(self.inputs, k=self.k, heads_needed=self.heads_needed)
             device, models = recording.models.device, recording.loads
             fitted = fit_to(self.trace, load_choosing(self.runs), device=device, models=models)
             if {label: identities_of(each) for label, each in fitted.items()} != self.named:

@@ -122,7 +122,7 @@ class TestSizes:
 
     def test_a_base_with_fewer_layers(self, tiny_folder):
         message = refused(lambda: some_layers(str(tiny_folder), range(9)))
-        assert "has 2 layers, and this rescorer takes layer 8" in message and "--init scratch" in message
+        assert "has 2 layers, and layer 8 of it is asked for" in message and "--init scratch" in message
 
     def test_the_first_layers_are_the_bases_own(self, base, tiny_folder):
         cut = some_layers(str(tiny_folder), [0])
@@ -329,7 +329,7 @@ class TestRefusals:
 
     def test_more_layers_than_the_base_has(self, base, tuned, tmp_path):
         save_delta(tuned.model, names_of(tuned), config_for(base, layers=tuple(range(5))), tmp_path)
-        assert "has 2 layers, and this rescorer takes layer 4 of it" in refused(lambda: load(tmp_path, base))
+        assert "has 2 layers, and layer 4 of it is asked for" in refused(lambda: load(tmp_path, base))
 
     def test_a_vocabulary_that_is_too_small(self, base, tmp_path):
         source = find_neural(str(save_tiny_base(tmp_path / "small", seed=3, hidden_size=16)))

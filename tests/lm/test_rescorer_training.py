@@ -414,7 +414,7 @@ class TestTrouble:
         refused(lambda: RescorerTrainer(tiny_base, [], SMALL), InvalidDataError)
 
     def test_a_size_that_wants_more_layers_than_the_base_has(self, tiny_base, data):
-        assert "has 2 layers, and this rescorer takes layer 8 of it" in refused(
+        assert "has 2 layers, and layer 8 of it is asked for" in refused(
             lambda: RescorerTrainer(tiny_base, [data], change(size="neural-61m"))
         )
 

@@ -45,8 +45,7 @@ class TestInterruption:
     def test_finished_examples_are_kept_and_the_same_command_goes_on(
         self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, how: Callable[[], Any]
     ):
-        monkeypatch.setattr(evaluation, "FIRST_EXAMPLES", 2)
-        monkeypatch.setattr(evaluation, "REPLAY_EXAMPLES", 2)
+        monkeypatch.setattr(evaluation, "SHARD_EXAMPLES", 2)
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             cut = evaluated(make(mode=mode), out=tmp_path, progress=stop_after(2, how))
@@ -68,8 +67,7 @@ class TestInterruption:
         assert saved == plain(whole.document.results)
 
     def test_ctrl_c_inside_a_rescorer(self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(evaluation, "FIRST_EXAMPLES", 2)
-        monkeypatch.setattr(evaluation, "REPLAY_EXAMPLES", 2)
+        monkeypatch.setattr(evaluation, "SHARD_EXAMPLES", 2)
         calls: list[int] = []
 
         class Slow(Peek):

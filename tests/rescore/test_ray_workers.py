@@ -36,6 +36,7 @@ from lm.ngram.build import NgramOptions, build_ngram
 from rescore.runs.evaluation import evaluate
 from rescore.runs.recording import record_task
 from rescore.runs.run import Run
+from rescore.runs.tuning import tune
 from rescore.tracing import PART_EXAMPLES, read_trace
 
 ray = pytest.importorskip("ray")
@@ -173,8 +174,13 @@ class TestWork:
         assert documents["one"] == documents["three"] == documents["here"]
         files = [sorted((tmp_path / name).glob("runs/*/examples.jsonl")) for name in documents]
         for here, one, three in zip(*files, strict=True):
-            assert one.read_text() == three.read_text()
-            assert sorted(here.read_text().splitlines()) == sorted(one.read_text().splitlines())
+            assert one.read_text() == three.read_text() == here.read_text()
+
+    def test_a_weight_is_tuned_for_a_base_without_heads(self, options: dict[str, Any]):
+        (recording,) = opened(options | {"heads": None}, heads_needed=False)
+        how: dict[str, Any] = {"drafters": ("lookup",), "alphas": (0.5,), "held_out": 2}
+        here, there = (tune(recording, ["context-ngram:none"], **how, **by) for by in ({}, {"executor": workers(2)}))
+        assert here == there and len(here[0].block_efficiency) == 2
 
     def test_a_trace_goes_on_where_it_was_stopped(self, options: dict[str, Any], tmp_path: Path):
         count = 2 * PART_EXAMPLES + 5
@@ -322,7 +328,7 @@ class TestCommand:
         monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # of another cluster, which nobody asked for
         asked = ["trace", *model, "--out", tmp_path / "t", "--executor", "ray", "--workers", 1]
         ran = subprocess.run([sys.executable, "-m", "rescore", *map(str, asked)], capture_output=True, text=True)
-        assert (ran.returncode, ran.stderr) == (0, ""), ran.stderr
+        assert ran.returncode == 0 and all(line.startswith("rescore: ") for line in ran.stderr.splitlines()), ran.stderr
         assert ran.stdout.endswith("6 examples, 72 positions, h = 4, K = 32\n") and ran.stdout.count("\n") == 1
 
     def test_what_a_cluster_says_is_one_line(self, caplog: pytest.LogCaptureFixture, capsys):

@@ -98,8 +98,7 @@ class TestSeveralP:
     @pytest.mark.parametrize("mode", ["replay", "live"])
     def test_it_goes_on_where_it_stopped(self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str):
         """One p of an example may be finished and the other not; the gain is over examples that both finished."""
-        monkeypatch.setattr(evaluation, "FIRST_EXAMPLES", 2)
-        monkeypatch.setattr(evaluation, "REPLAY_EXAMPLES", 2)
+        monkeypatch.setattr(evaluation, "SHARD_EXAMPLES", 2)
         options, add = make(p=(1, 4), mode=mode), ExampleLog.add
 
         def stop(self: ExampleLog, record: ExampleRecord) -> None:

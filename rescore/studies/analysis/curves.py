@@ -82,13 +82,13 @@ def _by_heads(positions: Positions, accepted: np.ndarray) -> tuple[float | None,
     return tuple(positions.block_efficiency(accepted.clip(max=heads)) for heads in range(1, positions.h + 1))
 
 
-def unrescored_by_p(positions: Positions, k: int, ps: Sequence[int] = PS, *, seed: int = 0) -> PCurve:
-    """The p best drafts of the heads alone ("0-gram") for each of `ps`, by replay.
+def unrescored_by_p(positions: Positions, k: int, *, seed: int = 0) -> PCurve:
+    """The p best drafts of the heads alone ("0-gram") for each of `PS`, by replay.
 
-    Raises `RescoreError` for a k outside 1 to the trace's K and for p < 1.
+    Raises `RescoreError` for a k outside 1 to the trace's K.
     """
-    drafts = p_best(positions.lattice.top(k), max(ps)).drafts  # [n, p', h]; the first q of the p best are the q best
+    drafts = p_best(positions.lattice.top(k), max(PS)).drafts  # [n, p', h]; the first q of the p best are the q best
     right = drafts == positions.targets[:, None]  # [n, p', h]
     lengths = np.stack([leading(right[:, i]) for i in range(right.shape[1])], axis=1)  # [n, p']
-    points = [positions.efficiency(lengths[:, :p].max(axis=1, initial=1), seed=seed) for p in ps]
-    return PCurve("none", k, tuple(ps), (None,) * len(ps), tuple(points))
+    points = [positions.efficiency(lengths[:, :p].max(axis=1, initial=1), seed=seed) for p in PS]
+    return PCurve("none", k, tuple(PS), (None,) * len(PS), tuple(points))

@@ -174,7 +174,6 @@ def test_symbol_tables_name_every_label_once() -> None:
     assert len({symbol for symbol, _ in rows}) == len(rows)
     assert all(symbol and symbol.isprintable() and " " not in symbol for symbol, _ in rows)
     assert list(token_symbols(3)) == ["<eps>\t0\n", "0\t1\n", "1\t2\n", "2\t3\n"]
-    assert list(token_symbols(3, text_of=lambda _: "x"))[1:] == ["x\t1\n", "x\\2\t2\n", "x\\3\t3\n"]
     assert list(word_symbols(automaton))[-1].endswith(f"\t{len(vocabulary)}\n")
 
 

@@ -196,8 +196,13 @@ class RescorerOptions(TextOptions):
         for name in ("lora_rank", "layers"):
             if self.init != "base" and (value := getattr(self, name)):
                 raise RescoreError(f"{name} = {value} is for one that begins as the base's layers (init: base)")
+        count = named_size(self.size).base_layers
+        if self.lora_rank and self.tuned_layers >= count:
+            raise RescoreError(
+                f"lora_rank = {self.lora_rank} is for layers below those that are trained in full, and "
+                f"{self.size} has {count} in all; lower tuned_layers"
+            )
         if self.layers is not None:
-            count = named_size(self.size).base_layers
             if len(self.layers) != count or not are_layers(self.layers):
                 raise RescoreError(
                     f"layers = {','.join(map(str, self.layers))}; {self.size} takes {count} layers, each once, in "

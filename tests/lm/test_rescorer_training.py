@@ -430,6 +430,7 @@ class TestTrouble:
             ({"layers": (1,), "init": "scratch"}, "layers = (1,) is for one that begins as the base's layers"),
             ({"lattice": 1.5}, "lattice = 1.5; it is a share"),
             ({"lattice": 0.5}, "there are no heads to choose among"),
+            ({"lora_rank": 2, "tuned_layers": 1}, "neural-32m has 1 in all; lower tuned_layers"),
             ({"lora_rank": 2, "init": "scratch"}, "lora_rank = 2 is for one that begins as the base's layers"),
             ({"steps": 0}, "steps = 0"),
             ({"positions": 0}, "positions = 0"),

@@ -5,11 +5,13 @@ Exit codes: 0 fine, 1 the run failed, 2 something the user can mend, 130 interru
 
 from __future__ import annotations
 
+import atexit
 import errno
 import io
 import os
 import re
 import select
+import signal
 import sys
 import traceback
 import warnings
@@ -29,6 +31,8 @@ def main() -> None:
         code = _run()
     except KeyboardInterrupt:  # while the command line is loaded
         code = INTERRUPTED
+    # All is done and said: a Ctrl-C while Python takes itself apart would change the exit code alone.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     sys.exit(code)
 
 

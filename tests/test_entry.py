@@ -38,6 +38,16 @@ def test_files_of_the_users_own_are_not_taken_for_ours(shadowed: Path, start: li
     assert "question: " in run.stdout
 
 
+def test_a_ctrl_c_after_the_end_changes_nothing():
+    program = (
+        "import atexit, os, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"  # what is registered first is called last
+        "from rescore.__main__ import main; main()"
+    )
+    run = subprocess.run([sys.executable, "-c", program, "tasks"], capture_output=True, text=True, cwd=ROOT)
+    assert (run.returncode, run.stderr) == (0, "") and "squad" in run.stdout
+
+
 def test_a_module_of_another_project_that_is_loaded_already_is_told(shadowed: Path):
     (shadowed / "lm" / "__init__.py").write_text("")
     program = "import sys; sys.path.insert(0, '.'); import lm; import rescore"

@@ -202,12 +202,11 @@ class RescorerOptions(TextOptions):
                 f"lora_rank = {self.lora_rank} is for layers below those that are trained in full, and "
                 f"{self.size} has {count} in all; lower tuned_layers"
             )
-        if self.layers is not None:
-            if len(self.layers) != count or not are_layers(self.layers):
-                raise RescoreError(
-                    f"layers = {','.join(map(str, self.layers))}; {self.size} takes {count} layers, each once, in "
-                    "rising order"
-                )
+        if self.layers is not None and (len(self.layers) != count or not are_layers(self.layers)):
+            raise RescoreError(
+                f"layers = {','.join(map(str, self.layers))}; {self.size} takes {count} layers, each once, in "
+                "rising order"
+            )
 
     def chosen_layers(self) -> tuple[int, ...]:
         """The base's layers that it begins with, from 0."""

@@ -38,7 +38,7 @@ PASSED = ("RESCORE_CACHE", "HF_HOME", "HF_HUB_OFFLINE")
 # command that they work for (their usual niceness leaves them nothing of a machine that has other work).
 RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DEDUP_LOGS": "0",
-    "RAY_worker_niceness": "0",
+    "RAY_worker_niceness": "0", "RAY_task_oom_retries": str(AGAIN),
 }  # fmt: skip
 # How HTTP/2 begins, which Ray's servers speak: the client's first words with settings; the kind of the first answer.
 HELLO, SETTINGS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5), 4
@@ -90,6 +90,8 @@ class ExecutorOptions:
         if importlib.util.find_spec("ray") is None:
             raise RescoreError("--executor ray needs Ray: pip install 'rescore[ray]'")
         host, _, port = (self.address or "").rpartition(":")
+        if self.address not in (None, "auto") and not (host and port.isdigit()):
+            raise RescoreError(f"--address {self.address}; give HOST:PORT of a Ray cluster, or auto")
         if port.isdigit() and not _is_connected():
             try:  # Ray itself would wait for minutes, print what it thinks, and end the process
                 _knock(host.rpartition("://")[2].strip("[]"), int(port))
@@ -143,8 +145,8 @@ class ExecutorOptions:
                 raise self._no_cluster(error, hint if self.address else "") from error
             undone.callback(ray.shutdown)
             if is_main:
-                # Ray's own handler says where each of its libraries stood, aborts, and leaves processes behind.
-                signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+                # As Ctrl-C. Ray's own handler says where its libraries stood, aborts, and leaves processes behind.
+                signal.signal(signal.SIGTERM, signal.default_int_handler)
             teller: Any = ray._private.worker
             if hasattr(teller, "print_to_stdstream"):  # else what a cluster has to say stands in the results on stdout
                 undone.callback(setattr, teller, "print_to_stdstream", teller.print_to_stdstream)
@@ -192,8 +194,11 @@ def _knock(host: str, port: int) -> None:
 
 def _told(message: dict[str, Any], **_: Any) -> None:
     """Says in one line what of a cluster's messages matters."""
-    if any("worker died" in line for line in message.get("lines", ())):
+    lines = message.get("lines", ())
+    if any("worker died" in line for line in lines):
         warn("a worker of the Ray cluster died; what it was at is done again")
+    elif any("memory" in line and "killed" in line for line in lines):
+        warn("a worker of the Ray cluster was ended for want of memory; what it was at is done again")
 
 
 LOCALLY = ExecutorOptions()

@@ -206,8 +206,8 @@ def _gaps(views: Sequence[TaskView]) -> list[str]:
 def sweeps_of(run: Evaluation, task: str) -> tuple[Tuned, ...]:
     """The sweeps from which the tuned weights of a task of a run came, in the run's order.
 
-    A sweep belongs to a weight if task, rescorer, k, h (where it says), p, the held-out examples and the best weight
-    are the same. Files that can't be read are passed over: a sweep is shown where there is one.
+    A sweep belongs to a weight if task, rescorer, k, h (where it says), p, the data, the held-out examples and the best
+    weight are the same. Files that can't be read are passed over: a sweep is shown where there is one.
     """
     k, h = run.results[0].k, run.config.inputs[task].h
     weights = {
@@ -224,6 +224,7 @@ def sweeps_of(run: Evaluation, task: str) -> tuple[Tuned, ...]:
                 weight is not None
                 and (tuned.task, tuned.k, fields.get("h", h)) == (task, k, h)
                 and (tuned.alpha, tuned.held_out) == (weight.alpha, weight.held_out)
+                and tuned.data_sha256 == weight.data_sha256
                 and len(tuned.alphas) == len(tuned.block_efficiency)
             ):
                 sweeps.setdefault((tuned.rescorer, tuned.p), tuned)

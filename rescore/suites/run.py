@@ -90,7 +90,7 @@ def run_suite(
 ) -> Suite:
     """Runs what `out` lacks of a plan; `source` is the name of its file, `execution` who records and replays.
 
-    Everything that can be refused is refused before the first model runs. Ctrl-C keeps what is finished and returns it
+    What the plan and its files say is checked before the first model runs. Ctrl-C keeps what is finished and returns it
     with `interrupted` set. Raises `IncompatibleError` with the difference if `out` belongs to another plan,
     `OutputError` if another process is writing to it.
     """
@@ -125,7 +125,7 @@ def _run(
                 suite.runs.append(SuiteRun(task=part.recording.name, h=part.h, folder=part.folder))
         except KeyboardInterrupt:
             interrupted = True
-        suite.tuned = weights.latest
+        suite.tuned = weights.used
     if not interrupted:
         with atomic_file(out / TABLE_FILE) as temporary:
             page = suite_page(suite.results, plan, source, configs=configs, costs=_costs(plan, parts[0]))
@@ -185,9 +185,13 @@ def _fitted(plan: Plan, part: _Part) -> tuple[dict[str, Choosing], Costs | None]
 
 
 class _TunedWeights:
-    """Tuned weights, kept line by line: a sweep that is finished is not run again, and no later one changes it."""
+    """Tuned weights, kept line by line: a sweep that is finished is not run again, and no later one changes it.
+
+    used: those that this run has taken, in their order; the file may have others, of other data or models.
+    """
 
     def __init__(self, path: Path) -> None:
+        self.used: list[SuiteSweep] = []
         with writing(path):
             self._stream = open_appending(path)
         self._sweeps = [
@@ -202,11 +206,6 @@ class _TunedWeights:
 
     def __exit__(self, *error: object) -> None:
         self._stream.close()
-
-    @property
-    def latest(self) -> list[SuiteSweep]:
-        """The last sweep of each task, rescorer, k, h and p: one of other data or of another model is passed."""
-        return list({(s.task, s.rescorer, s.k, s.h, s.p): s for s in self._sweeps}.values())
 
     def find(self, **key: Any) -> SuiteSweep | None:
         """The sweep that has these fields."""
@@ -271,6 +270,8 @@ def _sweep(
             raise IncompatibleError(f"{run.label} was replaced while it was tuned; run the command again")
         sweep = SuiteSweep(**{f.name: getattr(tuned, f.name) for f in fields(tuned)}, h=part.h, key=key)
         weights.add(sweep)
+    if sweep not in weights.used:  # which other rules of acceptance may have taken before
+        weights.used.append(sweep)
     return sweep
 
 

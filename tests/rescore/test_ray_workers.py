@@ -203,7 +203,7 @@ class TestWork:
         there, address = tmp_path / "there", ray.get_runtime_context().gcs_address
         asked = ["trace", *model[:4], "--data", data, *model[6:-1], 4, "--k", 8, "--out", there]
         asked += ["--executor", "ray", "--address", address, "--workers", 1]
-        for part, (how, code) in enumerate({signal.SIGKILL: -9, signal.SIGTERM: 143}.items()):
+        for part, (how, code) in enumerate({signal.SIGKILL: -9, signal.SIGTERM: 130}.items()):
             command = [sys.executable, "-m", "rescore", *map(str, asked)]
             with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as driver:
                 while driver.poll() is None and not (there / f"part-0000{part}").exists():
@@ -334,7 +334,11 @@ class TestCommand:
     def test_what_a_cluster_says_is_one_line(self, caplog: pytest.LogCaptureFixture, capsys):
         executors._told({"lines": ["A worker died or was killed while executing a task by an unexpected ..."]})
         executors._told({"lines": ["Task _done failed. There are 1 retries remaining"]})
-        assert [r.message for r in caplog.records] == ["a worker of the Ray cluster died; what it was at is done again"]
+        executors._told({"lines": ["The node was over its memory threshold. Ray killed this worker ..."]})
+        assert [r.message for r in caplog.records] == [
+            "a worker of the Ray cluster died; what it was at is done again",
+            "a worker of the Ray cluster was ended for want of memory; what it was at is done again",
+        ]
         assert capsys.readouterr().out == ""
 
     @pytest.mark.usefixtures("unconnected")

@@ -116,7 +116,7 @@ class Value:
             with suppress(ValueError):
                 value = float(self.node.value)
         if not math.isfinite(value):
-            raise self.wrong(f"{self._kind()} stands where a number is needed")
+            raise self.wrong(f"{self._kind()} stands where a finite number is needed")
         return value
 
     def flag(self) -> bool:

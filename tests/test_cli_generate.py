@@ -206,7 +206,7 @@ class TestMistakes:
             (["--prompt", "x", "--nodes", "auto", "--drafter", "nonsense"], "unknown drafter 'nonsense'"),
             (["--prompt", "x", "--p", -1], "p = -1"),
             (["--prompt", "x", "--k", 0, "--rescorer", "none"], "k = 0"),
-            (["--prompt", "x", "--h", 9], "choose --h from 2 to 4"),
+            (["--prompt", "x", "--h", 9], "choose h from 2 to 4"),
             (["--prompt", "x" * 600], "do not fit into the context of 512; give a shorter one"),
         ],
         ids=str,

@@ -161,7 +161,7 @@ class BlockHeads(nn.Module):
     def first(self, h: int) -> BlockHeads:
         """The same heads cut to a block of h tokens (no head depends on later ones)."""
         if not 2 <= h <= self.h:
-            raise RescoreError(f"h = {h}, but these heads propose blocks of {self.h}; choose --h from 2 to {self.h}")
+            raise RescoreError(f"h = {h}, but these heads propose blocks of {self.h}; choose h from 2 to {self.h}")
         cut = BlockHeads(replace(self.config, h=h)).to(next(self.net.parameters()).device, self.dtype)
         cut.net.load_state_dict({name: self.net.cut(name, value, h) for name, value in self.net.state_dict().items()})
         cut.projection = self.projection and self.projection.first(h - 1)

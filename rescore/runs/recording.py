@@ -447,4 +447,4 @@ def _recorded_metrics(header: TraceHeader) -> tuple[Metric, ...]:
 
 def _check_h(available: int, h: int | None) -> None:
     if h is not None and h > available:
-        raise RescoreError(f"h = {h}, but these heads propose blocks of {available}; choose --h from 2 to {available}")
+        raise RescoreError(f"h = {h}, but these heads propose blocks of {available}; choose h from 2 to {available}")

@@ -281,7 +281,7 @@ class TestDecoders:
         assert heads_of(base, tiny_heads_folder, 4) == HeadsShape(3 * (512 + 16 + 512 + 32 + 128) + 256)
         assert heads_of(base, tiny_heads_folder, 2) == HeadsShape(1200 + 256)
         assert heads_of(base, None, 3) == HeadsShape(heads_parameters(3, 32))
-        with pytest.raises(RescoreError, match="choose --h from 2 to 4"):
+        with pytest.raises(RescoreError, match="choose h from 2 to 4"):
             heads_of(base, tiny_heads_folder, 5)
         with pytest.raises(IncompatibleError, match="hidden size of 32"):
             heads_of(TOY, tiny_heads_folder, 3)

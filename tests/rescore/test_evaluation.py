@@ -63,7 +63,7 @@ class TestNumbers:
         make_heads(tiny_base).first(3).save(tmp_path / "heads", dtype=tiny_base.dtype)
         cut = run(make(heads=str(tmp_path / "heads")))
         assert run(make(h=3)) == cut == without_times(run(make(h=3, mode="live")))
-        with pytest.raises(RescoreError, match="h = 5, but these heads propose blocks of 4; choose --h from 2 to 4"):
+        with pytest.raises(RescoreError, match="h = 5, but these heads propose blocks of 4; choose h from 2 to 4"):
             run(make(h=5))
 
     def test_the_oracle_of_the_whole_vocabulary_fills_blocks(self, make: Make):

@@ -236,7 +236,7 @@ def heads_of(base: Decoder, folder: Path | None, h: int) -> HeadsShape:
         )
     if not 2 <= h <= config.h:
         raise RescoreError(
-            f"h = {h}, but the heads in {folder} propose blocks of {config.h}; choose --h from 2 to {config.h}"
+            f"h = {h}, but the heads in {folder} propose blocks of {config.h}; choose h from 2 to {config.h}"
         )
     with torch.device("meta"):
         heads = BlockHeads(msgspec.structs.replace(config, h=h))

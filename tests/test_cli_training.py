@@ -192,7 +192,7 @@ def refusals(tiny: Path, heads: Path, corpus: Path, folder: Path) -> Iterator[tu
     yield (
         "a base too small",
         ["train-rescorer", "neural-61m", *rescorer[2:]],
-        "has 2 layers, and this rescorer takes layer 8 of it",
+        "has 2 layers, and layer 8 of it is asked for",
     )
     yield "an unknown start", [*rescorer, "--init", "none"], "unknown --init 'none'; known: base, scratch"
     yield "an unknown precision", [*rescorer, "--precision", "fp8"], "unknown --precision 'fp8'"

@@ -141,7 +141,7 @@ class TestFirst:
 
     @pytest.mark.parametrize("h", [1, 0, 6])
     def test_a_block_that_they_do_not_propose_is_refused(self, tiny_base, h):
-        assert "--h from 2 to 5" in refused(lambda: make_heads(tiny_base, h=5).first(h))
+        assert "choose h from 2 to 5" in refused(lambda: make_heads(tiny_base, h=5).first(h))
 
 
 class TestTopK:

@@ -29,6 +29,7 @@ from lm.locks import making, warn
 SETTLED = 3.0  # seconds after which a change leaves other times, on every file system
 _HASHES: dict[str, str] = {}  # those remembered, of this process
 Content = TypeVar("Content")
+Stamp = tuple[str, int, int, int, int, int]
 
 
 def key_of(document: Any, length: int = 64) -> str:
@@ -120,7 +121,7 @@ def remembered_sha256(path: Path) -> str:
     return digest
 
 
-def file_stamp(path: Path) -> list[Any]:
+def file_stamp(path: Path) -> Stamp:
     """Place, size and times of a file: while they stay, so does what was read of it."""
     status = path.stat()
-    return [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev]
+    return str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev

@@ -9,10 +9,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from importlib.metadata import entry_points
+from functools import lru_cache, partial
+from importlib.metadata import EntryPoints, entry_points
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -24,6 +25,16 @@ MAIN = ""  # the key of a value that is given without one
 _KEY = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 _VALUES = {float: "a number", int: "a whole number", int | None: "a whole number", bool: "true or false"}
 Made = TypeVar("Made")
+
+
+def plug_ins(group: str) -> EntryPoints:
+    """What other packages register in a group of entry points; what is installed later is seen by a new process."""
+    return _registered(group, tuple(sys.path))
+
+
+@lru_cache
+def _registered(group: str, _: tuple[str, ...]) -> EntryPoints:
+    return entry_points(group=group)  # reads the files of every package
 
 
 def parse_spec(text: str, option: str = "--rescorer") -> tuple[str, dict[str, str]]:
@@ -77,11 +88,12 @@ class Registry(Generic[Made]):
 
     def names(self) -> list[str]:
         """Names that `load` takes, sorted."""
-        return sorted({*self.built_in, *(point.name for point in entry_points(group=self.group))})
+        return sorted({*self.built_in, *plug_ins(self.group).names})
 
     def has(self, spec: str) -> bool:
         """Whether a spec is of this kind, by its name."""
-        return spec.partition(":")[0] in self.names()
+        name, _, _ = spec.partition(":")
+        return name in self.built_in or name in plug_ins(self.group).names
 
     def load(self, spec: str) -> Made:
         """The object of a spec; a built-in one goes before another package's of that name.
@@ -93,7 +105,7 @@ class Registry(Generic[Made]):
         if name in self.built_in:
             built_in: Made = self._build(name, self._built_in(name), arguments)
             return built_in
-        for point in entry_points(group=self.group, name=name):
+        for point in plug_ins(self.group).select(name=name):
             origin = f"the {self.word} {name!r} of the package {point.dist.name if point.dist else point.value}"
             try:
                 other = self._build(name, point.load(), arguments)

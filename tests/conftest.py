@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import re
 import resource
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,18 +28,27 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lattices.errors import RescoreError
 from lm.base.catalog import BUILT_IN, load_base, resolve_base
 from lm.base.model import BaseLM
+from lm.files import cache_directory
 from lm.heads.block_heads import BlockHeads
 from lm.heads.nets import BlockHeadsConfig
+from lm.ngram.load import SHIPPED_NGRAM, load_ngram
 from rescore.__main__ import main
 
 END = "<|end|>"
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays to the end: no collection of garbage need look through it again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test has a cache directory of its own."""
-    folder = tmp_path_factory.mktemp("cache")
+    # `mktemp` looks through all folders that there are for the next number: with thousands, most of a test's time.
+    folder = Path(tempfile.mkdtemp(prefix="cache-", dir=tmp_path_factory.getbasetemp()))
     monkeypatch.setenv("RESCORE_CACHE", str(folder))
     return folder
 
@@ -132,6 +143,21 @@ def converted_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def converted(cache_folder: Path, converted_models: Path) -> None:
     """The test's own cache has that copy, too."""
     (cache_folder / converted_models.name).symlink_to(converted_models)
+
+
+@pytest.fixture(scope="session")
+def compiled_ngrams(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache's `ngrams` with the automaton of the shipped n-gram, which takes longer to compile than a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RESCORE_CACHE", str(tmp_path_factory.mktemp("compiled")))
+        load_ngram(SHIPPED_NGRAM)
+        return cache_directory() / "ngrams"
+
+
+@pytest.fixture
+def shipped_ngram(cache_folder: Path, compiled_ngrams: Path) -> None:
+    """The test's own cache has it, too."""
+    (cache_folder / compiled_ngrams.name).symlink_to(compiled_ngrams)
 
 
 def refused(call: Callable[[], object], *expected: str | type[RescoreError]) -> str:

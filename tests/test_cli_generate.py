@@ -16,6 +16,8 @@ from lm.base.model import BaseLM
 from rescore.decoding import decode
 from rescore.generation import generating
 
+pytestmark = pytest.mark.usefixtures("shipped_ngram")
+
 NEW = 12
 
 

@@ -14,7 +14,7 @@ from lattices.lattice import Lattice
 from lattices.pair_search import pair_p_best
 from lattices.paths import user_path
 from lattices.search import p_best
-from lm.base.catalog import BUILT_IN, load_embeddings
+from lm.base.catalog import BUILT_IN, load_projection
 from lm.neural.learned_bigram import load_bigram, shipped_bigram
 from lm.neural.model import base_with
 from rescore.rescorers.base import Context, Rescorer, Target
@@ -75,11 +75,8 @@ class LearnedBigram(Rescorer):
         if base is None:
             raise RescoreError("a learned bigram must be fitted to a base LM first (fit)")
         if base not in self._tables:
-            if self._shared is not None:
-                embeddings, weights_sha256 = self._shared.output_embeddings.weight, self._shared.identity.weights_sha256
-            else:
-                embeddings, weights_sha256 = load_embeddings(base)
-            if weights_sha256 != self.model.config.base_weights_sha256:
+            loaded = load_projection(base) if self._shared is None else self._shared
+            if loaded.identity.weights_sha256 != self.model.config.base_weights_sha256:
                 raise IncompatibleError(f"what {base} stands for has changed: the learned bigram needs other weights")
-            self._tables[base] = self.model.tables(embeddings)
+            self._tables[base] = self.model.tables(loaded.output_embeddings.weight)
         return self._tables[base]

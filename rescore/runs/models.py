@@ -170,10 +170,9 @@ class Models:
         """Lets go of what was loaded by name: whoever needs it again has it loaded again."""
         from lm.pages import trim_heap
 
-        for name in ("base", "heads"):
-            vars(self).pop(name, None)
-        gc.collect()  # hooks and packed products of a model point back at it
-        trim_heap()  # what was freed lies between what is still in use, and would stay with the process
+        if [vars(self).pop(name) for name in ("base", "heads") if name in vars(self)]:
+            gc.collect()  # hooks and packed products of a model point back at it
+            trim_heap()  # what was freed lies between what is still in use, and would stay with the process
 
     def _identify(self) -> BaseIdentity:
         from lm.base.catalog import identify

@@ -9,11 +9,12 @@ Another package adds a task with an entry point in the group `rescore.tasks` tha
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
 from lattices.paths import user_path
+from rescore.specs import plug_ins
 from rescore.tasks import answers, images, spec_bench, summaries
 from rescore.tasks.base import Example, HubSource, Limits, Metric, Record, Task
 from rescore.tasks.task_file import SUFFIXES, is_task_file, load_task_file
@@ -39,7 +40,7 @@ def load_task(name: str) -> Task:
         return task
     if name in _BUILT_IN:
         return _BUILT_IN[name]
-    for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
+    for point in plug_ins(ENTRY_POINT_GROUP).select(name=name):
         return _load_entry_point(point)
     files = [file for suffix in SUFFIXES if (file := Path(f"{name}{suffix}")).is_file()]
     hint = f"there is a file {files[0]}" if files else "a task of your own is a YAML file, like ./mine.yaml"
@@ -48,7 +49,7 @@ def load_task(name: str) -> Task:
 
 def task_names() -> list[str]:
     """The names that `load_task` knows, sorted."""
-    return sorted({*_BUILT_IN, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
+    return sorted({*_BUILT_IN, *plug_ins(ENTRY_POINT_GROUP).names})
 
 
 def _load_entry_point(point: EntryPoint) -> Task:

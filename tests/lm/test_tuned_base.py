@@ -15,7 +15,7 @@ from test_training import SMALL
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
-from lm.base.catalog import identify, load_base, load_embeddings
+from lm.base.catalog import identify, load_base, load_projection
 from lm.heads.block_heads import heads_folder, load_heads, of_other_weights
 from lm.neural.model import DeltaConfig, check_fits, find_neural, load_neural, save_delta, some_layers
 from lm.training.data import read_head_data
@@ -42,7 +42,8 @@ def test_a_base_cut_below_its_changed_layers_is_the_untuned_one(folder, pairs, t
     ids = torch.tensor([[5, 6, 7]])
     cut, of_base = some_layers(str(tuned), [0]), some_layers(folder, [0])
     assert torch.equal(cut.forward(ids)[1], of_base.forward(ids)[1])
-    assert torch.equal(load_embeddings(str(tuned))[0], load_embeddings(folder)[0])
+    embeddings = [load_projection(name).output_embeddings.weight for name in (str(tuned), folder)]
+    assert torch.equal(*embeddings)
     assert not torch.equal(load_base(str(tuned)).forward(ids)[1], load_base(folder).forward(ids)[1])
 
 

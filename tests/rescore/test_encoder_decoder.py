@@ -45,6 +45,8 @@ from rescore.rescorers import load_rescorer
 from rescore.studies.verify_curve import verify_curve
 from tests.conftest import Command, byte_tokenizer, make_heads, refused
 
+pytestmark = pytest.mark.usefixtures("shipped_ngram")
+
 SIZES = {
     "d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 96,

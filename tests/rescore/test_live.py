@@ -23,6 +23,8 @@ from rescore.rescorers import load_rescorer
 from rescore.rescorers.joint_plan import PLANNED_NODES
 from rescore.runs.run import Run
 
+pytestmark = pytest.mark.usefixtures("shipped_ngram")
+
 FAST = Run("context-ngram:none", k=4, p=4)  # several tokens a step
 PROMPTS = ("A prompt", "the bridge, the bridge", "\N{SNOWMAN} in Z\N{LATIN SMALL LETTER U WITH DIAERESIS}rich", "x")
 

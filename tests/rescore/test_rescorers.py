@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
 import numpy as np
@@ -61,10 +61,8 @@ def plug_in(monkeypatch: pytest.MonkeyPatch):
     """Makes other packages register what the test says."""
 
     def register(**values: str) -> None:
-        points = [EntryPoint(name, value, RESCORERS.group) for name, value in values.items()]
-        monkeypatch.setattr(
-            specs, "entry_points", lambda group, name=None: [p for p in points if name in (None, p.name)]
-        )
+        points = EntryPoints(EntryPoint(name, value, RESCORERS.group) for name, value in values.items())
+        monkeypatch.setattr(specs, "plug_ins", lambda group: points.select(group=group))
 
     return register
 

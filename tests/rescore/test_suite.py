@@ -162,6 +162,7 @@ class TestTable:
     @pytest.mark.parametrize(
         ("line", "ps"), [("", [1, 64]), ("p: [1, 2]", [1, 2, 1, 2]), ("k: 4", [1, 64])], ids=["none", "p", "k"]
     )
+    @pytest.mark.usefixtures("shipped_ngram")
     def test_a_tree_has_all_its_branches_where_no_p_is_given(self, write: Write, line: str, ps: list[int]):
         body = f"{line}\ntasks: [{{name: squad, data: DATA/squad.jsonl}}]\nrescorers: [none, 'joint:nodes=64']\n"
         assert [p for rescorer in read_plan(write(body=body)).rescorers for p in rescorer.p] == ps

@@ -19,6 +19,8 @@ from rescore.suites.files import load_runs
 from rescore.suites.plan import read_plan
 from rescore.suites.run import run_suite
 
+pytestmark = pytest.mark.usefixtures("shipped_ngram")
+
 
 class TestRefused:
     @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from soak import jobs, lines, prepare, save_base
+from soak_commands import jobs, lines, prepare, save_base
 
 import rescore
 from lattices.errors import RescoreError

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 
 from lattices.errors import RescoreError
-from rescore.acceptance.random_source import RandomSource
-from rescore.acceptance.rules import Drawn, Rule, Said, Verdict
+from rescore.acceptance.rules import Drawn, RandomSource, Rule, Said, Verdict
 
 # input_ids (which nothing here looks at) and scores [1, vocab] -> what is drawn from, as logits [1, vocab]
 Warper = Callable[[Any, torch.Tensor], torch.Tensor]

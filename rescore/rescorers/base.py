@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from lm.base.model import BaseIdentity, BaseLM
     from lm.base.states import LayerStates
     from lm.heads.block_heads import BlockHeads
-    from rescore.acceptance.random_source import RandomSource
-    from rescore.acceptance.rules import Drawn
+    from rescore.acceptance.rules import Drawn, RandomSource
     from rescore.costs.table import Costs
     from rescore.drafters.proposals import Proposals
 

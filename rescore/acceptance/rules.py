@@ -1,10 +1,14 @@
-"""What an acceptance rule is: drafts and what the base LM says after each of their tokens in, a verdict out."""
+"""What an acceptance rule is: drafts and what the base LM says after each of their tokens in, a verdict out.
+
+`Greedy` is the rule of every number unless another is named.
+"""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -153,10 +157,56 @@ class Rule(ABC):
         """
 
 
+class Greedy(Rule):
+    """The greedy rule, for live decoding and for replay: the output is greedy decoding's.
+
+    The first token of a draft is the base LM's own choice from the call before, so it is always accepted ([B] section
+    4). A later token is accepted while it equals what the base chooses after the tokens before it.
+    """
+
+    name = "greedy"
+
+    def judge(
+        self,
+        drafts: np.ndarray,
+        said: Said,
+        remaining: int,
+        eos_token_ids: Collection[int],
+        drawn: Drawn | None = None,
+    ) -> Verdict:
+        """See `Rule.judge`."""
+        rows, lengths = accept(drafts[None], said.choices[None], np.array([remaining]), eos_token_ids)
+        row, n = int(rows[0]), int(lengths[0])
+        return Verdict(row, n, int(said.choices[row, n - 1]))
+
+
+def accept(
+    drafts: np.ndarray, choices: np.ndarray, remaining: np.ndarray, eos_token_ids: Iterable[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The winning draft and its accepted length n, 1 <= n <= h, for each of b blocks.
+
+    drafts int `[b, p, h]`, -1 after the end of a shorter one; choices int `[b, p, h]`: the base's greedy token after
+    draft token j and all before it (anything where the tokens before are wrong); remaining int `[b]`: tokens that the
+    output may still grow by. Nothing follows end-of-text. Returns `[b]` and `[b]`; of equal lengths the first wins.
+    """
+    ended = np.isin(drafts[..., :-1], list(eos_token_ids))
+    match = (drafts[..., 1:] == choices[..., :-1]) & (drafts[..., 1:] >= 0) & ~ended
+    lengths = 1 + np.cumprod(match, axis=-1).sum(axis=-1)  # [b, p]
+    lengths = np.minimum(lengths, remaining[:, None])
+    rows = lengths.argmax(axis=-1)
+    return rows, np.take_along_axis(lengths, rows[:, None], axis=-1)[:, 0]
+
+
+def first_difference(output_ids: Iterable[int], reference_ids: Iterable[int]) -> int | None:
+    """Position of the first token that differs (or is missing on one side); None if both are the same."""
+    pairs = enumerate(zip_longest(output_ids, reference_ids))
+    return next((place for place, (a, b) in pairs if a != b), None)
+
+
 RULES: Registry[Rule] = Registry(
     "acceptance rule", "--acceptance", Rule, "rescore.acceptance", __name__.rpartition(".")[0],
     {
-        "greedy": "greedy:Greedy",
+        "greedy": Greedy,
         "typical": "lossy:Typical",
         "top-k": "lossy:TopK",
         "distance": "lossy:Distance",

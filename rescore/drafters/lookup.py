@@ -54,7 +54,5 @@ class PromptLookup(TextDrafter):
 def lookup_of(context: Context) -> Lookup:
     """The suffix automaton of prompt and output so far, grown on from where it was at the step before."""
     lookup: Lookup = context.state.setdefault("lookup", Lookup())
-    if not len(lookup):
-        lookup.extend(context.prompt_ids)
-    lookup.extend(context.output_ids[len(lookup) - len(context.prompt_ids) :])
+    lookup.extend(context.since(len(lookup)))
     return lookup

@@ -67,7 +67,5 @@ class ContextNgram(Rescorer):
 def _counts(context: Context) -> ContextCounts:
     """The context's n-grams, counted on from where they were at the step before."""
     counts: ContextCounts = context.state.setdefault("context n-grams", ContextCounts())
-    if not len(counts.tokens):
-        counts.extend(context.prompt_ids)
-    counts.extend(context.output_ids[len(counts.tokens) - len(context.prompt_ids) :])
+    counts.extend(context.since(len(counts.tokens)))
     return counts

@@ -61,7 +61,18 @@ class Choices:
     @cached_property
     def layout(self) -> Layout:
         """The tree as arrays."""
-        return Layout.of(self)
+        in_order = [(), *sorted(self.paths, key=lambda path: (len(path), path))]
+        number = {path: place for place, path in enumerate(in_order)}
+        leaves, depth = self.leaves, self.depth
+        return Layout(
+            parents=np.array([number[path[:-1]] if path else NONE for path in in_order], dtype=np.int32),
+            depths=np.array([len(path) for path in in_order], dtype=np.int32),
+            ranks=np.array([path[-1] if path else 0 for path in in_order], dtype=np.int32),
+            leaves=np.array([number[path] for path in leaves], dtype=np.int32),
+            paths=np.array([[*path, *[NONE] * (depth - len(path))] for path in leaves], dtype=np.int32).reshape(
+                len(leaves), depth
+            ),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,22 +89,6 @@ class Layout:
     ranks: np.ndarray
     leaves: np.ndarray
     paths: np.ndarray
-
-    @classmethod
-    def of(cls, choices: Choices) -> Layout:
-        """Of a tree."""
-        in_order = [(), *sorted(choices.paths, key=lambda path: (len(path), path))]
-        number = {path: place for place, path in enumerate(in_order)}
-        leaves = choices.leaves
-        return cls(
-            parents=np.array([number[path[:-1]] if path else NONE for path in in_order], dtype=np.int32),
-            depths=np.array([len(path) for path in in_order], dtype=np.int32),
-            ranks=np.array([path[-1] if path else 0 for path in in_order], dtype=np.int32),
-            leaves=np.array([number[path] for path in leaves], dtype=np.int32),
-            paths=np.array([[*path, *[NONE] * (choices.depth - len(path))] for path in leaves], dtype=np.int32).reshape(
-                len(leaves), choices.depth
-            ),
-        )
 
 
 @cache

@@ -136,11 +136,9 @@ class LlamaSynthetic(Exportable, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, counts: Counts) -> LlamaSynthetic:
-        """Of a result."""
         return cls(rates=counts.rates)
 
     def file(self) -> str:
-        """The option."""
         return f"--spec-synthetic-acceptance-rates {','.join(f'{rate:.{DIGITS}f}' for rate in self.rates)}"
 
 
@@ -156,7 +154,6 @@ class SglangSimulated(Exportable, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, counts: Counts) -> SglangSimulated:
-        """Of a result."""
         return cls(SGLANG_SIMULATE_ACC_LEN=round(counts.mean, DIGITS))
 
     def command(self) -> str:
@@ -164,7 +161,6 @@ class SglangSimulated(Exportable, frozen=True, kw_only=True):
         return " ".join(self.file().splitlines())
 
     def file(self) -> str:
-        """A line for each variable."""
         return "\n".join(f"{name}={value}" for name, value in msgspec.structs.asdict(self).items())
 
 
@@ -200,7 +196,6 @@ class AcceptanceHistogram(Exportable, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, counts: Counts) -> AcceptanceHistogram:
-        """Of a result."""
         accepted, drafted = counts.tokens - counts.steps, counts.drafted
         total = sum(j * sum(steps) for j, steps in drafted.items()) if drafted is not None else None
         return cls(
@@ -252,7 +247,6 @@ class SpecBenchAnswers(Exportable, frozen=True, kw_only=True):
     answers: list[SpecBenchAnswer]
 
     def file(self) -> str:
-        """Its lines."""
         return "\n".join(msgspec.json.encode(answer).decode() for answer in self.answers)
 
 

@@ -174,7 +174,6 @@ class Greedy(Rule):
         eos_token_ids: Collection[int],
         drawn: Drawn | None = None,
     ) -> Verdict:
-        """See `Rule.judge`."""
         rows, lengths = accept(drafts[None], said.choices[None], np.array([remaining]), eos_token_ids)
         row, n = int(rows[0]), int(lengths[0])
         return Verdict(row, n, int(said.choices[row, n - 1]))

@@ -64,7 +64,6 @@ class Sampling(Rule):
         return rule
 
     def started(self, *key: object) -> Self:
-        """See `Rule.started`."""
         fresh = copy.copy(self)
         words = np.frombuffer(hashlib.sha256(repr(key).encode()).digest(), dtype=np.uint32)
         fresh.random_source = RandomSource(self.seed, *words.tolist())
@@ -79,7 +78,6 @@ class Sampling(Rule):
         return np.asarray(probs / probs.sum())
 
     def first(self, logits: torch.Tensor) -> int:
-        """See `Rule.first`."""
         return self.random_source.draw(self.law(logits))
 
     def judge(
@@ -90,7 +88,6 @@ class Sampling(Rule):
         eos_token_ids: Collection[int],
         drawn: Drawn | None = None,
     ) -> Verdict:
-        """See `Rule.judge`."""
         alive = np.arange(len(drafts))  # the drafts that begin with what was accepted
         n = 1
         while True:

@@ -72,7 +72,6 @@ class DraftLayers(LatticeDrafter):
 
     @property
     def source(self) -> str:
-        """See `Drafter.source`."""
         return f"{self._word} {self._from.sha256[:12]}"
 
     def fit(self, target: Target) -> Self:
@@ -248,7 +247,6 @@ class Mtp(DraftLayers):
         self._in_base = not path
 
     def fit(self, target: Target) -> Self:
-        """See `DraftLayers.fit`."""
         found = copy.copy(self)
         if self._in_base:
             if target.base is None:

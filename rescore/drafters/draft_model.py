@@ -58,7 +58,6 @@ class DraftModel(LatticeDrafter):
 
     @property
     def source(self) -> str:
-        """See `Drafter.source`."""
         return f"draft-model {self.model.sha256[:12]}"
 
     def fit(self, target: Target) -> Self:

@@ -92,7 +92,6 @@ class Heads(LatticeDrafter):
         return self._rows.with_tokens(prompt_ids)
 
     def computed(self, contexts: Sequence[Context], firsts: np.ndarray, k: int) -> Lattice:
-        """See `LatticeDrafter.computed`."""
         raise RescoreError("there are no block heads to draft with; give some (--heads), or other drafters only")
 
     def record(self, prompt_ids: np.ndarray, output_ids: np.ndarray, k: int) -> tuple[Lattice, np.ndarray]:

@@ -37,12 +37,10 @@ class PromptLookup(TextDrafter):
         self.identity = f"lookup {tokens} {least} {most} {first}"
 
     def prefill(self, contexts: Sequence[Context]) -> None:
-        """See `Drafter.prefill`."""
         for context in contexts:
             lookup_of(context)
 
     def continuations(self, contexts: Sequence[Context], firsts: np.ndarray, count: int) -> list[Continuations]:
-        """See `TextDrafter.continuations`."""
         return [self._after(lookup_of(c), int(first), count) for c, first in zip(contexts, firsts, strict=True)]
 
     def _after(self, lookup: Lookup, first: int, count: int) -> Continuations:

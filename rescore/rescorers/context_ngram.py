@@ -38,7 +38,6 @@ class ContextNgram(Rescorer):
         self._search: NgramSearch | None = None
 
     def fit(self, target: Target) -> Self:
-        """See `Rescorer.fit`."""
         fitted = copy.copy(self)
         if self.general:
             search = self.general.fit(target).search()
@@ -52,7 +51,6 @@ class ContextNgram(Rescorer):
         return self._search.coverage(token_ids) if self._search else 1.0
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
-        """See `Rescorer.draft`."""
         return self.best(lattices, contexts, p).drafts
 
     def best(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> PBest:

@@ -81,7 +81,6 @@ class Joint(JoiningRescorer):
         self._ends = np.zeros(0, dtype=np.int32)
 
     def fit(self, target: Target) -> Self:
-        """See `Rescorer.fit`."""
         fitted = copy.copy(self)
         fitted._statistics, bigram = self.statistics_for(target)
         fitted._ends = np.array(target.eos_token_ids, dtype=np.int32)
@@ -115,11 +114,9 @@ class Joint(JoiningRescorer):
         return self._statistics.search.coverage(token_ids) if self._statistics else 1.0
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
-        """See `Rescorer.draft`."""
         raise RescoreError("joint takes what drafters propose together (draft_joined)")
 
     def draft_joined(self, proposals: Proposals, contexts: Sequence[Context], p: int) -> np.ndarray:
-        """See `JoiningRescorer.draft_joined`."""
         if self._statistics is None or self._weights is None:
             raise RescoreError("joint must be fitted to a base LM first (fit)")
         if self._planner is not None:

@@ -54,7 +54,6 @@ class NgramNeural(FollowsExamples):
         self.eos_token_ids: tuple[int, ...] = ()
 
     def fit(self, target: Target) -> Self:
-        """See `Rescorer.fit`."""
         fitted = super().fit(target)
         fitted.first, fitted.eos_token_ids = self.first.fit(target), target.eos_token_ids
         return fitted
@@ -64,7 +63,6 @@ class NgramNeural(FollowsExamples):
         return self.first.coverage(token_ids)
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
-        """See `Rescorer.draft`."""
         if self.alpha == 0:
             return p_best(lattices, p).drafts
         best = self.first.best(lattices, contexts, max(p, CANDIDATES))

@@ -45,24 +45,20 @@ class TreeRescorer(Rescorer):
         self.identity = f"{name} {self.scored.identity if self.scored else ''}".strip()
 
     def fit(self, target: Target) -> Self:
-        """See `Rescorer.fit`."""
         fitted = copy.copy(self)
         fitted.scored = self.scored and self.scored.fit(target)
         return fitted
 
     def weighted(self, alpha: float) -> Self:
-        """See `Rescorer.weighted`."""
         changed = super().weighted(alpha)
         changed.scored = self.scored and self.scored.weighted(alpha)
         return changed
 
     def prefill(self, contexts: Sequence[Context]) -> None:
-        """See `Rescorer.prefill`."""
         if self.scored:
             self.scored.prefill(contexts)
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
-        """See `Rescorer.draft`."""
         return self.branches_of(self.scored.rescored(lattices, contexts) if self.scored else lattices, p)
 
     @abstractmethod

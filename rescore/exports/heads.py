@@ -222,7 +222,6 @@ def _vllm_command(out: Path, config: BlockHeadsConfig) -> str:
 
 
 def _told_base(config: BlockHeadsConfig) -> str:
-    """The base in a command."""
     return "MODEL" if is_unnamed(config) else shlex.quote(config.base_name)
 
 

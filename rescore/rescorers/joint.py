@@ -157,7 +157,6 @@ class Joint(JoiningRescorer):
         return self._cut(tree, nodes, p)
 
     def _tree(self, sources: Sources, weights: np.ndarray, first: int, count: int) -> Tree:
-        """See `likeliest_nodes`."""
         self._room = room_for(sources, self._room)
         found: Any = likeliest_nodes(sources, weights, first, count, self.longest, self._ends, self._room)
         token_ids, parents, depths, logps, _ = found

@@ -7,17 +7,15 @@ base's own token, is the root, which no choice names). A file is a JSON list of 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
 
-from lattices.errors import InvalidDataError, RescoreError, UnknownNameError, unreadable
+from lattices.errors import InvalidDataError, UnknownNameError, unreadable
 from lattices.joined.lookup import NONE
 from lattices.paths import user_path
-from lm.files import write_json
 
 PUBLISHED = Path(__file__).parent / "published.json"
 MOST_NODES = 1 << 16
@@ -143,18 +141,3 @@ def checked(document: object, where: str) -> Choices:
         if len(path) > 1 and path[:-1] not in seen:
             raise InvalidDataError(f"{where}: the choice {list(path)} lacks its parent {list(path[:-1])}; add it")
     return Choices(tuple(seen))
-
-
-def write_choices(path: Path, paths: Iterable[Sequence[int]]) -> None:
-    """Writes a file that `load_choices` and Medusa read. Raises `OutputError`."""
-    write_json(path, [list(path) for path in paths])
-
-
-def check_ranks(choices: Choices, k: int, name: str) -> None:
-    """Raises `RescoreError` for a tree that takes entries which lattices of k entries a slot lack."""
-    if choices.ranks > k:
-        path = next(path for path in choices.paths if max(path) >= k)
-        raise RescoreError(
-            f"{name}: the choice {list(path)} takes entry {max(path)} of a slot, and k = {k} has 0 to {k - 1}; "
-            f"give k of {choices.ranks} or more, or another list"
-        )

@@ -21,7 +21,7 @@ from lattices.lattice import Lattice
 from lm.keys import key_of
 from rescore.drafters.base import stacked
 from rescore.rescorers.base import Context, LocalRescorer, Rescorer, Target
-from rescore.rescorers.trees.choices import DEEPEST, MOST_NODES, check_ranks, load_choices
+from rescore.rescorers.trees.choices import DEEPEST, MOST_NODES, load_choices
 
 
 class TreeRescorer(Rescorer):
@@ -82,7 +82,12 @@ class MedusaTree(TreeRescorer):
     def branches_of(self, lattices: Lattice, p: int) -> np.ndarray:
         """See `TreeRescorer.branches_of`: those with the lowest ranks first. Raises `RescoreError` for k too small."""
         choices = self.choices.of_depth(lattices.h - 1)
-        check_ranks(choices, lattices.k, f"medusa-tree:{self.name}")
+        if choices.ranks > (k := lattices.k):
+            path = next(path for path in choices.paths if max(path) >= k)
+            raise RescoreError(
+                f"medusa-tree:{self.name}: the choice {list(path)} takes entry {max(path)} of a slot, and k = {k} has "
+                f"0 to {k - 1}; give k of {choices.ranks} or more, or another list"
+            )
         layout, n = choices.layout, len(lattices)
         slots = 1 + np.arange(choices.depth)
         drafts = np.full((n, len(layout.paths), 1 + choices.depth), NONE, dtype=np.int32)

@@ -148,13 +148,10 @@ class Distance(OfLikeliest):
         return np.asarray(np.abs(drafts[:, 1:] - said.choices[:, :-1]) <= self.eps)
 
 
-class MinBlock(OfLikeliest):
+class MinBlock(Distance):
     """Keeps what greedy decoding would, and `least` tokens of the winning draft at least. Source: [B] section 5.3."""
 
     def __init__(self, least: int = 2) -> None:
         if least < 2:
             raise RescoreError("min-block acceptance: give least of 2 or more; with 1 it is greedy acceptance")
-        self.least = least
-
-    def fits(self, drafts: np.ndarray, said: Likeliest) -> np.ndarray:
-        return np.asarray(drafts[:, 1:] == said.choices[:, :-1])
+        super().__init__(0, least=least)

@@ -18,9 +18,7 @@ TOKENS = 10
 
 
 class CorpusLookup(TextDrafter):
-    """See `rescore.drafters.base.TextDrafter`.
-
-    path: the folder of `rescore build-lookup`.
+    """path: the folder of `rescore build-lookup`.
     tokens: of a draft after the base's own, at most; least, most: tokens of a match.
     """
 

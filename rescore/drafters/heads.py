@@ -28,11 +28,8 @@ if TYPE_CHECKING:
 
 
 class Heads(LatticeDrafter):
-    """See `rescore.drafters.base.LatticeDrafter`.
-
-    vocabulary: of the most frequent tokens; None: all tokens. ranking: the file that ranks them; empty: the one that is
-    shipped for the base's tokenizer.
-    """
+    """vocabulary: of the most frequent tokens; None: all tokens. ranking: the file that ranks them; empty: the one that
+    is shipped for the base's tokenizer."""
 
     name = identity = "heads"
     kind = HEADS

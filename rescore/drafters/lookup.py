@@ -21,9 +21,7 @@ MATCHED = 32
 
 
 class PromptLookup(TextDrafter):
-    """See `rescore.drafters.base.TextDrafter`.
-
-    tokens: of a draft after the base's own, at most; least, most: tokens of a match.
+    """tokens: of a draft after the base's own, at most; least, most: tokens of a match.
     first: take the earliest occurrence instead of the most recent one.
     """
 

@@ -19,10 +19,7 @@ from rescore.tracing import Trace, content_sha256, read_header, read_trace
 
 
 class Traced(LatticeDrafter):
-    """See `rescore.drafters.base.LatticeDrafter`.
-
-    path: the folder of the trace, of the very outputs that are replayed.
-    """
+    """path: the folder of the trace, of the very outputs that are replayed."""
 
     kind = TRACED
     decodes = False

@@ -21,9 +21,7 @@ NO_MODEL = "none"
 
 
 class ContextNgram(Rescorer):
-    """See `rescore.rescorers.base.Rescorer`.
-
-    path: the general model, as `Ngram` takes it; `none` for none.
+    """path: the general model, as `Ngram` takes it; `none` for none.
     share: of the context's n-grams in the mixture, 0 to 1.
     """
 

@@ -38,9 +38,7 @@ EXPLORED = (24, 3)  # nodes of the tree that is searched: so many, and so many m
 
 
 class Joint(JoiningRescorer):
-    """See `rescore.rescorers.base.Rescorer`.
-
-    path: the folder of fitted weights; empty: those that are shipped for the base.
+    """path: the folder of fitted weights; empty: those that are shipped for the base.
     ngram: the n-gram model as `Ngram` takes it; empty: the one that is shipped.
     bigram: a learned bigram; empty: the one that is shipped for the base, if one is; `none`: none.
     tokens: of a draft after the base's own, at most.

@@ -122,11 +122,8 @@ class FollowsExamples(Rescorer):
 
 
 class Neural(FollowsExamples, LocalRescorer):
-    """See `rescore.rescorers.base.Rescorer`.
-
-    path: a named size (shipped), a folder of `rescore train-rescorer`, or any small causal LM (folder or hub id) with
-    the base's tokenizer.
-    """
+    """path: a named size (shipped), a folder of `rescore train-rescorer`, or any small causal LM (folder or hub id)
+    with the base's tokenizer."""
 
     alpha: float = 1.0
 

@@ -27,9 +27,7 @@ CANDIDATES = 8  # the forward reads every node of their tree
 
 
 class NgramNeural(FollowsExamples):
-    """See `rescore.rescorers.base.Rescorer`.
-
-    path: the LM, as `Neural` takes it.
+    """path: the LM, as `Neural` takes it.
     first: what gives the candidates, `context-ngram` or `ngram`.
     ngram: its model, as it takes it.
     share: of the context's n-grams (`context-ngram` only).

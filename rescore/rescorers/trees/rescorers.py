@@ -67,10 +67,7 @@ class TreeRescorer(Rescorer):
 
 
 class MedusaTree(TreeRescorer):
-    """See `rescore.rescorers.base.Rescorer` and `TreeRescorer`.
-
-    choices: the name of a published list, or a file of choices. Paths longer than there are heads are dropped.
-    """
+    """choices: the name of a published list, or a file of choices. Paths longer than there are heads are dropped."""
 
     def __init__(self, choices: str = "mc_sim_7b_63", *, scores: str = "") -> None:
         self.choices, self.name = load_choices(choices), choices

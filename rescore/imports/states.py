@@ -83,11 +83,10 @@ class StatesImport:
         return Imported(self._rows(files, limit), len(files), lambda: self._header(files))
 
     def _header(self, files: Sequence[Path]) -> TraceHeader:
-        facts = self.models.heads_facts()
         content = hashlib.sha256("".join(map(sha256_of_file, files)).encode()).hexdigest()
         settings = {
             "base": asdict(self.models.identity),
-            **facts,
+            **self.models.heads_facts(),
             "data_sha256": content,
             "imported": {
                 "from": self.source,

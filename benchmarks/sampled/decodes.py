@@ -18,8 +18,7 @@ from transformers import LlamaForCausalLM
 
 from lattices.lattice import Lattice
 from rescore.acceptance import Rule, Verdict
-from rescore.acceptance.random_source import RandomSource
-from rescore.acceptance.rules import Drawn
+from rescore.acceptance.rules import Drawn, RandomSource
 from rescore.acceptance.sampling import Sampling, try_candidates
 from rescore.decoding import Decoded, decode
 from rescore.generation.live import Generator

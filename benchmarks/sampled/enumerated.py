@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rescore.acceptance.random_source import RandomSource
+from rescore.acceptance.rules import RandomSource
 from rescore.acceptance.sampling import Sampling
 from rescore.decoding import Decoded
 from sampled.decodes import Decodes, Output, Place, Question

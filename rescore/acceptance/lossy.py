@@ -41,7 +41,6 @@ class Lossy(Rule):
         eos_token_ids: Collection[int],
         drawn: Drawn | None = None,
     ) -> Verdict:
-        """See `Rule.judge`."""
         there = _there(drafts, eos_token_ids)
         kept = np.cumprod(self.fits(drafts, said) & there, axis=1).astype(bool)
         lengths = np.minimum(1 + kept.sum(axis=1), remaining)
@@ -69,13 +68,11 @@ class Typical(Lossy):
         self.eps, self.alpha, self.temperature = eps, alpha, temperature
 
     def fits(self, drafts: np.ndarray, said: Said) -> np.ndarray:
-        """See `Lossy.fits`."""
         probs, entropies = self._of_base(said)
         thresholds = np.minimum(self.eps, self.alpha * np.exp(-entropies))
         return np.asarray(_of_drafts(probs, drafts, said) > thresholds[said.rows[:, :-1], said.columns[:, :-1]])
 
     def score(self, drafts: np.ndarray, said: Said) -> np.ndarray:
-        """See `Lossy.score`."""
         with np.errstate(divide="ignore"):
             return np.asarray(np.log(_of_drafts(self._of_base(said)[0], drafts, said)))
 
@@ -135,7 +132,6 @@ class TopK(OfLikeliest):
         self.k, self.width, self.least = k, k, least
 
     def fits(self, drafts: np.ndarray, said: Likeliest) -> np.ndarray:
-        """See `Lossy.fits`."""
         return np.asarray((said.best(self.k)[:, :-1] == drafts[:, 1:, None]).any(axis=-1))
 
 
@@ -149,18 +145,13 @@ class Distance(OfLikeliest):
         self.eps, self.least = eps, least
 
     def fits(self, drafts: np.ndarray, said: Likeliest) -> np.ndarray:
-        """See `Lossy.fits`."""
         return np.asarray(np.abs(drafts[:, 1:] - said.choices[:, :-1]) <= self.eps)
 
 
-class MinBlock(OfLikeliest):
+class MinBlock(Distance):
     """Keeps what greedy decoding would, and `least` tokens of the winning draft at least. Source: [B] section 5.3."""
 
     def __init__(self, least: int = 2) -> None:
         if least < 2:
             raise RescoreError("min-block acceptance: give least of 2 or more; with 1 it is greedy acceptance")
-        self.least = least
-
-    def fits(self, drafts: np.ndarray, said: Likeliest) -> np.ndarray:
-        """See `Lossy.fits`."""
-        return np.asarray(drafts[:, 1:] == said.choices[:, :-1])
+        super().__init__(0, least=least)

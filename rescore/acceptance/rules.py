@@ -1,23 +1,25 @@
-"""What an acceptance rule is: drafts and what the base LM says after each of their tokens in, a verdict out."""
+"""What an acceptance rule is: drafts and what the base LM says after each of their tokens in, a verdict out.
+
+`Greedy` is the rule of every number unless another is named.
+"""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from lattices.errors import RescoreError
-from rescore.acceptance.random_source import RandomSource
 from rescore.specs import Registry
 
 if TYPE_CHECKING:
     import torch
 
 SAMPLE = "add --temperature (in transformers: do_sample=True)"  # what to do about drafts that are drawn
-
 
 # Behind the label of a run that is not greedy: of what kind, and its rule.
 MARK = re.compile(r" \[(lossy|sampled): ([^\[\]]*)\]$")
@@ -96,6 +98,25 @@ class Verdict(NamedTuple):
     choice: int
 
 
+class RandomSource:
+    """Where all that is random in sampled decoding comes from (verdicts on candidates, drawn tokens, drawn drafts): the
+    answers to the two questions that it asks, by numbers that follow from `seed`."""
+
+    def __init__(self, *seed: int) -> None:
+        self._numbers = np.random.default_rng(seed)
+
+    def accepts(self, p: float, q: float = 1.0) -> bool:
+        """True with probability min(1, p / q); q is above 0."""
+        # Below, never equal: a random number may be 0, and what has no probability must not come.
+        return bool(self._numbers.random() * q < p)
+
+    def draw(self, probs: np.ndarray) -> int:
+        """A place in probs `[n]` with the probability that stands there; of any positive sum."""
+        sums = np.cumsum(probs)
+        place = int(np.searchsorted(sums, self._numbers.random() * sums[-1], side="right"))
+        return place if place < len(probs) else int(np.flatnonzero(probs)[-1])  # where the product was rounded up
+
+
 class Rule(ABC):
     """Decides what of the drafts is kept, and the token after it.
 
@@ -136,10 +157,55 @@ class Rule(ABC):
         """
 
 
+class Greedy(Rule):
+    """The greedy rule, for live decoding and for replay: the output is greedy decoding's.
+
+    The first token of a draft is the base LM's own choice from the call before, so it is always accepted ([B] section
+    4). A later token is accepted while it equals what the base chooses after the tokens before it.
+    """
+
+    name = "greedy"
+
+    def judge(
+        self,
+        drafts: np.ndarray,
+        said: Said,
+        remaining: int,
+        eos_token_ids: Collection[int],
+        drawn: Drawn | None = None,
+    ) -> Verdict:
+        rows, lengths = accept(drafts[None], said.choices[None], np.array([remaining]), eos_token_ids)
+        row, n = int(rows[0]), int(lengths[0])
+        return Verdict(row, n, int(said.choices[row, n - 1]))
+
+
+def accept(
+    drafts: np.ndarray, choices: np.ndarray, remaining: np.ndarray, eos_token_ids: Iterable[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The winning draft and its accepted length n, 1 <= n <= h, for each of b blocks.
+
+    drafts int `[b, p, h]`, -1 after the end of a shorter one; choices int `[b, p, h]`: the base's greedy token after
+    draft token j and all before it (anything where the tokens before are wrong); remaining int `[b]`: tokens that the
+    output may still grow by. Nothing follows end-of-text. Returns `[b]` and `[b]`; of equal lengths the first wins.
+    """
+    ended = np.isin(drafts[..., :-1], list(eos_token_ids))
+    match = (drafts[..., 1:] == choices[..., :-1]) & (drafts[..., 1:] >= 0) & ~ended
+    lengths = 1 + np.cumprod(match, axis=-1).sum(axis=-1)  # [b, p]
+    lengths = np.minimum(lengths, remaining[:, None])
+    rows = lengths.argmax(axis=-1)
+    return rows, np.take_along_axis(lengths, rows[:, None], axis=-1)[:, 0]
+
+
+def first_difference(output_ids: Iterable[int], reference_ids: Iterable[int]) -> int | None:
+    """Position of the first token that differs (or is missing on one side); None if both are the same."""
+    pairs = enumerate(zip_longest(output_ids, reference_ids))
+    return next((place for place, (a, b) in pairs if a != b), None)
+
+
 RULES: Registry[Rule] = Registry(
     "acceptance rule", "--acceptance", Rule, "rescore.acceptance", __name__.rpartition(".")[0],
     {
-        "greedy": "greedy:Greedy",
+        "greedy": Greedy,
         "typical": "lossy:Typical",
         "top-k": "lossy:TopK",
         "distance": "lossy:Distance",

@@ -19,18 +19,15 @@ import numpy as np
 import torch
 
 from lattices.errors import RescoreError
-from rescore.acceptance.random_source import RandomSource
-from rescore.acceptance.rules import Drawn, Rule, Said, Verdict
+from rescore.acceptance.rules import Drawn, RandomSource, Rule, Said, Verdict
 
 # input_ids (which nothing here looks at) and scores [1, vocab] -> what is drawn from, as logits [1, vocab]
 Warper = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
 class Sampling(Rule):
-    """See `rescore.acceptance.rules.Rule`.
-
-    temperature: above 0. top_k: only so many of the likeliest tokens (0: all); top_p: only the likeliest that together
-    have so much. All as transformers' `generate` has them, in its order.
+    """temperature: above 0. top_k: only so many of the likeliest tokens (0: all); top_p: only the likeliest that
+    together have so much. All as transformers' `generate` has them, in its order.
     seed: of all draws.
     """
 
@@ -65,7 +62,6 @@ class Sampling(Rule):
         return rule
 
     def started(self, *key: object) -> Self:
-        """See `Rule.started`."""
         fresh = copy.copy(self)
         words = np.frombuffer(hashlib.sha256(repr(key).encode()).digest(), dtype=np.uint32)
         fresh.random_source = RandomSource(self.seed, *words.tolist())
@@ -80,7 +76,6 @@ class Sampling(Rule):
         return np.asarray(probs / probs.sum())
 
     def first(self, logits: torch.Tensor) -> int:
-        """See `Rule.first`."""
         return self.random_source.draw(self.law(logits))
 
     def judge(
@@ -91,7 +86,6 @@ class Sampling(Rule):
         eos_token_ids: Collection[int],
         drawn: Drawn | None = None,
     ) -> Verdict:
-        """See `Rule.judge`."""
         alive = np.arange(len(drafts))  # the drafts that begin with what was accepted
         n = 1
         while True:

@@ -18,9 +18,7 @@ TOKENS = 10
 
 
 class CorpusLookup(TextDrafter):
-    """See `rescore.drafters.base.TextDrafter`.
-
-    path: the folder of `rescore build-lookup`.
+    """path: the folder of `rescore build-lookup`.
     tokens: of a draft after the base's own, at most; least, most: tokens of a match.
     """
 
@@ -40,11 +38,9 @@ class CorpusLookup(TextDrafter):
 
     @property
     def source(self) -> str:
-        """See `Drafter.source`."""
         return f"corpus-lookup {self.index.identity[:12]}"
 
     def fit(self, target: Target) -> Self:
-        """See `Drafter.fit`."""
         fitted = copy.copy(self)
         fitted._take(open_lookup(
             self.index.path, tokenizer_sha256=target.tokenizer_sha256, vocab_size=target.vocab_size,
@@ -53,7 +49,6 @@ class CorpusLookup(TextDrafter):
         return fitted
 
     def continuations(self, contexts: Sequence[Context], firsts: np.ndarray, count: int) -> list[Continuations]:
-        """See `TextDrafter.continuations`."""
         how = {"count": count, "length": self.tokens, "least": self.least, "most": self.most}
         return [
             Continuations(*self.index.corpus.continuations([*context.last(self.most - 1), int(first)], **how))

@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 
-from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
+from lattices.errors import IncompatibleError, RescoreError
 from lattices.joined.sources import MODEL
 from lattices.lattice import Lattice, put_first
 from lattices.paths import user_path
@@ -28,15 +28,13 @@ from lm.draft_layers.eagle import EagleSource
 from lm.draft_layers.hydra import HydraSource
 from lm.draft_layers.mtp import MtpSource
 from lm.draft_layers.net import DraftNet, NetSource
-from lm.heads.block_heads import entropies_of, lattice_of
+from lm.heads.block_heads import lattice_of
 from rescore.checks import check_k
 from rescore.drafters.base import LatticeDrafter
+from rescore.drafters.draft_model import MAX_TOKENS, NODES, empty_lattice, slots_after
 from rescore.rescorers.base import Context, Target
 
 TOKENS, MTP_TOKENS = 7, 3
-MAX_TOKENS = 64
-NODES = 1024  # of the positions of an output that are drafted at a time
-LOGIT_ROWS = 64  # states whose full-vocabulary logits are alive at a time
 
 _LOADED: WeakValueDictionary[tuple[str, int], DraftNet] = WeakValueDictionary()  # by identity and base: runs share them
 
@@ -72,7 +70,6 @@ class DraftLayers(LatticeDrafter):
 
     @property
     def source(self) -> str:
-        """See `Drafter.source`."""
         return f"{self._word} {self._from.sha256[:12]}"
 
     def fit(self, target: Target) -> Self:
@@ -94,7 +91,6 @@ class DraftLayers(LatticeDrafter):
         return fitted
 
     def _loaded(self, base: BaseLM) -> DraftNet:
-        """The layers beside this base."""
         if self._net is None or self._net.base is not base:
             net = _LOADED.get((self.identity, id(base)))
             if net is None or net.base is not base:
@@ -139,7 +135,7 @@ class DraftLayers(LatticeDrafter):
         text = [*context.prompt_ids, *context.output_ids, first]
         assert of_base.length == len(text) - 1, "the states must be those of the text so far"
         k = self._fitting(net, k)
-        whole = _empty((self.longest, k))
+        whole = empty_lattice((self.longest, k))
         logits = of_base.logits[:, None].double()
         self._put(whole, 0, lattice_of(logits, k))
         reading, after = self._read_on(context, text, len(text) - 1)
@@ -179,7 +175,7 @@ class DraftLayers(LatticeDrafter):
         cache = net.new_cache()
         if start_of_output:
             net.read_text(cache, text[1 : start_of_output + 1], begun[:start_of_output])
-        whole = _empty((len(output_ids), self.longest, k))
+        whole = empty_lattice((len(output_ids), self.longest, k))
         entropies = np.zeros(whole.token_ids.shape[:2], dtype=np.float32)
 
         def put(begin: int, slot: int, of_slot: tuple[Lattice, np.ndarray]) -> None:
@@ -206,20 +202,9 @@ class DraftLayers(LatticeDrafter):
 
     def _slots(self, of: DraftNet | BaseLM, states: torch.Tensor, k: int) -> tuple[Lattice, np.ndarray]:
         """The top k after each of the states `[n, d]`, as one lattice `[n, 1, k]`, and the entropies `[n, 1]`."""
-        slots, entropies = [], []
-        for start in range(0, len(states), LOGIT_ROWS):
-            rows = states[start : start + LOGIT_ROWS]
-            with torch.inference_mode():
-                logits = (of.project(rows) if isinstance(of, BaseLM) else of.logits(rows))[:, None].double()
-            slots.append(lattice_of(logits, k, None if isinstance(of, BaseLM) else of.token_ids))
-            entropies.append(entropies_of(logits))
-        token_ids, logps = (np.concatenate([getattr(s, name) for s in slots]) for name in ("token_ids", "logps"))
-        if not np.isfinite(logps).all():
-            raise InvalidDataError(
-                f"{self._from.name} gave log-probabilities that are not finite; check its weights, or take another "
-                "--dtype"
-            )
-        return Lattice(token_ids, logps), np.concatenate(entropies)
+        if isinstance(of, BaseLM):
+            return slots_after(of.project, states, k, name=self._from.name)
+        return slots_after(of.logits, states, k, name=self._from.name, token_ids=of.token_ids)
 
     def _fitting(self, net: DraftNet, k: int) -> int:
         """Entries of a slot: no more than the layers have tokens."""
@@ -248,7 +233,6 @@ class Mtp(DraftLayers):
         self._in_base = not path
 
     def fit(self, target: Target) -> Self:
-        """See `DraftLayers.fit`."""
         found = copy.copy(self)
         if self._in_base:
             if target.base is None:
@@ -277,7 +261,3 @@ def _check_states(base: BaseLM, name: str) -> None:
             f"{name} drafts from states along the prompt, and {base.identity.name} reads that with an encoder; give "
             "other drafters"
         )
-
-
-def _empty(shape: tuple[int, ...]) -> Lattice:
-    return Lattice(np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.float32))

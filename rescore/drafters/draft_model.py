@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import numpy as np
@@ -58,7 +58,6 @@ class DraftModel(LatticeDrafter):
 
     @property
     def source(self) -> str:
-        """See `Drafter.source`."""
         return f"draft-model {self.model.sha256[:12]}"
 
     def fit(self, target: Target) -> Self:
@@ -100,7 +99,7 @@ class DraftModel(LatticeDrafter):
         What was read of an example stays in its `Context.state`, what the base accepted of a chain included.
         """
         check_k(k, self.vocab_size)
-        lattices = _empty((len(contexts), self.longest, k))
+        lattices = empty_lattice((len(contexts), self.longest, k))
         for group, rows in groups_of(*self._place(), contexts):
             first = firsts[rows]
             before, hidden = group.begin_behind(first)
@@ -134,7 +133,7 @@ class DraftModel(LatticeDrafter):
             cache.settle([range(len(prompt) - 1)])
         unread = len(prompt) == 0  # a token that no other one sees stands before the output then
         text = np.concatenate([[0] if unread else prompt[-1:], output])
-        whole = _empty((len(output), self.longest, k))
+        whole = empty_lattice((len(output), self.longest, k))
         entropies = np.zeros((len(output), self.longest), dtype=np.float32)
         at_a_time = max(1, NODES // self.tokens)
         for start in range(0, len(output), at_a_time):
@@ -165,26 +164,44 @@ class DraftModel(LatticeDrafter):
 
     def _slots(self, lm: NeuralLM, hidden: torch.Tensor, k: int) -> tuple[Lattice, np.ndarray]:
         """The model's top k after each of the states `[b, n, d]`, as one lattice `[b, n, k]`, and the entropies."""
-        states = hidden.reshape(-1, hidden.shape[-1])
-        slots, entropies = [], []
-        for start in range(0, len(states), LOGIT_ROWS):
-            logits = lm.logits(states[start : start + LOGIT_ROWS])[:, None, : self.vocab_size].double()
-            slots.append(lattice_of(logits, k))
-            entropies.append(entropies_of(logits))
-        shape = (*hidden.shape[:2], k)
-        token_ids = np.concatenate([slot.token_ids for slot in slots]).reshape(shape)
-        logps = np.concatenate([slot.logps for slot in slots]).reshape(shape)
-        if not np.isfinite(logps).all():
-            raise InvalidDataError(
-                f"the draft model {self.model.source.name} gave log-probabilities that are not finite; check its "
-                "weights, or take another --dtype"
-            )
-        return Lattice(token_ids, logps), np.concatenate(entropies).reshape(hidden.shape[:2])
+        slots, entropies = slots_after(
+            lambda states: lm.logits(states)[:, : self.vocab_size], hidden.flatten(0, 1), k,
+            name=f"the draft model {self.model.source.name}",
+        )  # fmt: skip
+        b, n, _ = hidden.shape
+        return Lattice(slots.token_ids.reshape(b, n, k), slots.logps.reshape(b, n, k)), entropies.reshape(b, n)
 
     def _unread(self, token_ids: np.ndarray, logps: np.ndarray) -> None:
         """Makes slots `[n, k]` even, in place: those of a model that has read nothing."""
         token_ids[:], logps[:] = np.arange(token_ids.shape[1]), -np.log(self.vocab_size)
 
 
-def _empty(shape: tuple[int, ...]) -> Lattice:
+def slots_after(
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    states: torch.Tensor,
+    k: int,
+    *,
+    name: str,
+    token_ids: torch.Tensor | None = None,
+) -> tuple[Lattice, np.ndarray]:
+    """The top k after each of the states `[n, d]`, as one lattice `[n, 1, k]`, and the entropies `[n, 1]`.
+
+    name: of the model; token_ids: as for `lattice_of`. Raises `InvalidDataError` for what is not finite.
+    """
+    slots, entropies = [], []
+    for start in range(0, len(states), LOGIT_ROWS):
+        with torch.inference_mode():
+            logits = logits_of(states[start : start + LOGIT_ROWS])[:, None].double()
+        slots.append(lattice_of(logits, k, token_ids))
+        entropies.append(entropies_of(logits))
+    whole = Lattice(np.concatenate([slot.token_ids for slot in slots]), np.concatenate([slot.logps for slot in slots]))
+    if not np.isfinite(whole.logps).all():
+        raise InvalidDataError(
+            f"{name} gave log-probabilities that are not finite; check its weights, or take another --dtype"
+        )
+    return whole, np.concatenate(entropies)
+
+
+def empty_lattice(shape: tuple[int, ...]) -> Lattice:
+    """Zeros, to be filled."""
     return Lattice(np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.float32))

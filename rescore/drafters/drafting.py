@@ -16,7 +16,7 @@ import numpy as np
 from lattices.errors import RescoreError
 from lattices.joined.lookup import NONE
 from rescore.drafters import HEADS
-from rescore.drafters.base import SURE, Drafter, LatticeDrafter, as_drafts, stacked
+from rescore.drafters.base import SURE, Drafter, LatticeDrafter, as_drafts, is_lattice_alone, stacked
 from rescore.drafters.heads import Heads
 from rescore.drafters.proposals import Proposals
 from rescore.rescorers.base import Context, JoiningRescorer, Rescorer, check_drafts
@@ -52,8 +52,9 @@ class Drafting:
         if own is not None and (isinstance(self.rescorer, JoiningRescorer) or not self.rescorer.branches):
             return own
         proposed = max((drafter.longest or h for drafter in self.drafters), default=1)
-        alone = len(self.drafters) == 1 and isinstance(self.drafters[0], LatticeDrafter)
-        return proposed if own is None or not alone else min(own, proposed)  # a tree is no deeper than the slots
+        if own is None or not is_lattice_alone(self.drafters):
+            return proposed
+        return min(own, proposed)  # a tree is no deeper than the slots
 
     def most_tokens(self, h: int) -> int:
         """Tokens of all drafts of a step, at most, with so many heads."""

@@ -28,11 +28,8 @@ if TYPE_CHECKING:
 
 
 class Heads(LatticeDrafter):
-    """See `rescore.drafters.base.LatticeDrafter`.
-
-    vocabulary: of the most frequent tokens; None: all tokens. ranking: the file that ranks them; empty: the one that is
-    shipped for the base's tokenizer.
-    """
+    """vocabulary: of the most frequent tokens; None: all tokens. ranking: the file that ranks them; empty: the one that
+    is shipped for the base's tokenizer."""
 
     name = identity = "heads"
     kind = HEADS
@@ -92,7 +89,6 @@ class Heads(LatticeDrafter):
         return self._rows.with_tokens(prompt_ids)
 
     def computed(self, contexts: Sequence[Context], firsts: np.ndarray, k: int) -> Lattice:
-        """See `LatticeDrafter.computed`."""
         raise RescoreError("there are no block heads to draft with; give some (--heads), or other drafters only")
 
     def record(self, prompt_ids: np.ndarray, output_ids: np.ndarray, k: int) -> tuple[Lattice, np.ndarray]:

@@ -21,9 +21,7 @@ MATCHED = 32
 
 
 class PromptLookup(TextDrafter):
-    """See `rescore.drafters.base.TextDrafter`.
-
-    tokens: of a draft after the base's own, at most; least, most: tokens of a match.
+    """tokens: of a draft after the base's own, at most; least, most: tokens of a match.
     first: take the earliest occurrence instead of the most recent one.
     """
 
@@ -37,12 +35,10 @@ class PromptLookup(TextDrafter):
         self.identity = f"lookup {tokens} {least} {most} {first}"
 
     def prefill(self, contexts: Sequence[Context]) -> None:
-        """See `Drafter.prefill`."""
         for context in contexts:
             lookup_of(context)
 
     def continuations(self, contexts: Sequence[Context], firsts: np.ndarray, count: int) -> list[Continuations]:
-        """See `TextDrafter.continuations`."""
         return [self._after(lookup_of(c), int(first), count) for c, first in zip(contexts, firsts, strict=True)]
 
     def _after(self, lookup: Lookup, first: int, count: int) -> Continuations:
@@ -54,7 +50,5 @@ class PromptLookup(TextDrafter):
 def lookup_of(context: Context) -> Lookup:
     """The suffix automaton of prompt and output so far, grown on from where it was at the step before."""
     lookup: Lookup = context.state.setdefault("lookup", Lookup())
-    if not len(lookup):
-        lookup.extend(context.prompt_ids)
-    lookup.extend(context.output_ids[len(lookup) - len(context.prompt_ids) :])
+    lookup.extend(context.since(len(lookup)))
     return lookup

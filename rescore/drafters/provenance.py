@@ -37,7 +37,6 @@ def provenance(
     (context,) = contexts_of([example], drafted)
     origins: list[list[int]] = []
     alone: dict[str, list[int]] = {drafter.name: [] for drafter in drafters}
-    kinds = {drafter.name: drafter.kind for drafter in drafters}
     for n in accepted:
         position = len(context.output_ids)
         ahead = example.output_ids[position:]
@@ -48,18 +47,18 @@ def provenance(
             length = min(len(draft), len(ahead) - 1)
             same = draft[:length] == ahead[1 : 1 + length]
             reached = 1 + (length if same.all() else int(same.argmin()))
-            alone[drafter].append(reached)
+            alone[drafter.name].append(reached)
             for place in range(1, min(reached, n)):  # of many continuations the joined lattice holds some only
-                origins[-1][place] |= kinds[drafter]
+                origins[-1][place] |= drafter.kind
         context.output_ids.extend(ahead[:n].tolist())
     return Provenance(origins, alone)
 
 
-def _own_drafts(proposals: Proposals, drafters: Sequence[Drafter], context: Context) -> dict[str, np.ndarray]:
+def _own_drafts(proposals: Proposals, drafters: Sequence[Drafter], context: Context) -> dict[Drafter, np.ndarray]:
     """By drafter, its best draft from slot 2 on."""
-    drafts = {drafter.name: lattice.token_ids[0, 1:, 0] for drafter, lattice in proposals.lattices.items()}
+    drafts = {drafter: lattice.token_ids[0, 1:, 0] for drafter, lattice in proposals.lattices.items()}
     for drafter in drafters:
         if isinstance(drafter, TextDrafter):
             (found,) = continuations_of(drafter, [context], proposals.firsts, 1)
-            drafts[drafter.name] = found.token_ids[0] if len(found.token_ids) else np.zeros(0, dtype=np.int32)
+            drafts[drafter] = found.token_ids[0] if len(found.token_ids) else np.zeros(0, dtype=np.int32)
     return drafts

@@ -19,10 +19,7 @@ from rescore.tracing import Trace, content_sha256, read_header, read_trace
 
 
 class Traced(LatticeDrafter):
-    """See `rescore.drafters.base.LatticeDrafter`.
-
-    path: the folder of the trace, of the very outputs that are replayed.
-    """
+    """path: the folder of the trace, of the very outputs that are replayed."""
 
     kind = TRACED
     decodes = False
@@ -37,11 +34,9 @@ class Traced(LatticeDrafter):
 
     @property
     def source(self) -> str:
-        """See `Drafter.source`."""
         return f"trace {Path(self.path).name}"
 
     def fit(self, target: Target) -> Self:
-        """See `Drafter.fit`."""
         header = read_header(self.path)
         if header.vocab_size > target.vocab_size:
             raise IncompatibleError(
@@ -56,7 +51,6 @@ class Traced(LatticeDrafter):
         return f"trace {content_sha256(self.path, read_header(self.path).parts)}"
 
     def computed(self, contexts: Sequence[Context], firsts: np.ndarray, k: int) -> Lattice:
-        """See `LatticeDrafter.computed`."""
         raise RescoreError(f"--drafter trace:{self.path} is a trace, which can be replayed only; drop --mode live")
 
     def lattices_of(self, trace: Trace) -> dict[str, Lattice]:

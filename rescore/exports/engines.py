@@ -88,7 +88,19 @@ def _check_rates(schema: str, rates: Sequence[float], count: int, mean: float | 
         _check(near, schema, f"1 and the rates are {1 + sum(rates):.6f}, the mean length {mean:.6f}")
 
 
-class VllmSynthetic(msgspec.Struct, frozen=True, kw_only=True):
+class Exportable(msgspec.Struct, frozen=True, kw_only=True):
+    """What a program takes: one JSON document, printed as it is written, where a schema does not say otherwise."""
+
+    def command(self) -> str:
+        """What is printed, to be pasted."""
+        return self.file()
+
+    def file(self) -> str:
+        """What is written."""
+        return msgspec.json.encode(self).decode()
+
+
+class VllmSynthetic(Exportable, frozen=True, kw_only=True):
     """The value of vLLM's `--speculative-config` for synthetic acceptance: unconditional rates of drafted tokens."""
 
     method: str | UnsetType = UNSET
@@ -113,12 +125,8 @@ class VllmSynthetic(msgspec.Struct, frozen=True, kw_only=True):
         """The option as it is pasted."""
         return f"--speculative-config {shlex.quote(self.file())}"
 
-    def file(self) -> str:
-        """Its value."""
-        return msgspec.json.encode(self).decode()
 
-
-class LlamaSynthetic(msgspec.Struct, frozen=True, kw_only=True):
+class LlamaSynthetic(Exportable, frozen=True, kw_only=True):
     """llama.cpp's option for synthetic acceptance (llama-server, llama-cli): unconditional rates of drafted tokens."""
 
     rates: list[Rate]
@@ -128,17 +136,13 @@ class LlamaSynthetic(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, counts: Counts) -> LlamaSynthetic:
-        """Of a result."""
         return cls(rates=counts.rates)
 
-    def command(self) -> str:
-        """The option as it is pasted."""
+    def file(self) -> str:
         return f"--spec-synthetic-acceptance-rates {','.join(f'{rate:.{DIGITS}f}' for rate in self.rates)}"
 
-    file = command
 
-
-class SglangSimulated(msgspec.Struct, frozen=True, kw_only=True):
+class SglangSimulated(Exportable, frozen=True, kw_only=True):
     """SGLang's environment for simulated acceptance: a mean length, the bonus token counted, and no profile.
 
     `match-expected` draws between the two whole numbers around the mean; drafts of K tokens accept at most K + 1.
@@ -150,7 +154,6 @@ class SglangSimulated(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, counts: Counts) -> SglangSimulated:
-        """Of a result."""
         return cls(SGLANG_SIMULATE_ACC_LEN=round(counts.mean, DIGITS))
 
     def command(self) -> str:
@@ -158,23 +161,10 @@ class SglangSimulated(msgspec.Struct, frozen=True, kw_only=True):
         return " ".join(self.file().splitlines())
 
     def file(self) -> str:
-        """A line for each variable."""
         return "\n".join(f"{name}={value}" for name, value in msgspec.structs.asdict(self).items())
 
 
-class _Document(msgspec.Struct, frozen=True, kw_only=True):
-    """A schema that is one JSON document, printed as it is written."""
-
-    def command(self) -> str:
-        """The document, as it is printed."""
-        return self.file()
-
-    def file(self) -> str:
-        """The document."""
-        return msgspec.json.encode(self).decode()
-
-
-class AcceptanceHistogram(_Document, frozen=True, kw_only=True):
+class AcceptanceHistogram(Exportable, frozen=True, kw_only=True):
     """What vLLM reports as `metrics.speculative_decoding`, here of all steps of a result.
 
     acceptance_histogram: [j] = steps that accepted j drafted tokens.
@@ -206,7 +196,6 @@ class AcceptanceHistogram(_Document, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, counts: Counts) -> AcceptanceHistogram:
-        """Of a result."""
         accepted, drafted = counts.tokens - counts.steps, counts.drafted
         total = sum(j * sum(steps) for j, steps in drafted.items()) if drafted is not None else None
         return cls(
@@ -252,21 +241,16 @@ class SpecBenchAnswer(msgspec.Struct, frozen=True, kw_only=True):
     tstamp: Number
 
 
-class SpecBenchAnswers(msgspec.Struct, frozen=True, kw_only=True):
+class SpecBenchAnswers(Exportable, frozen=True, kw_only=True):
     """A whole answer file."""
 
     answers: list[SpecBenchAnswer]
 
-    def command(self) -> str:
-        """Its lines, as they are printed."""
-        return self.file()
-
     def file(self) -> str:
-        """Its lines."""
         return "\n".join(msgspec.json.encode(answer).decode() for answer in self.answers)
 
 
-class SpeculationProfile(_Document, frozen=True, kw_only=True):
+class SpeculationProfile(Exportable, frozen=True, kw_only=True):
     """NVIDIA's `speculation_profile.json`, of proposals that are not merged: the schema may change.
 
     Lengths count the bonus token: `marginal_accept_rates[i]` = share of steps with a length of i + 2 or more.
@@ -329,8 +313,3 @@ class SpeculationProfile(_Document, frozen=True, kw_only=True):
             per_category={category: {"mean_accept_length": mean}},
             measurement_conditions=plain(conditions),
         )
-
-
-Exportable = (
-    VllmSynthetic | LlamaSynthetic | SglangSimulated | AcceptanceHistogram | SpecBenchAnswers | SpeculationProfile
-)

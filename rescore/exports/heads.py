@@ -135,14 +135,12 @@ def _for_base(config: BlockHeadsConfig, tensors: Tensors, base: BaseLM) -> tuple
     )
     rows = tensors.get("lm_head.weight")
     plain_base = base.scaling == Scaling() and base.output_embeddings.bias is None
-    if own is None or rows is None or own.mapped or own.scale != 1.0 or not plain_base:
-        return config, tensors
+    if own is None or rows is None or own.mapped or own.scale != 1.0 or not plain_base or not config.blocks:
+        return config, tensors  # without a block the projection is all of them
     weight = base.output_embeddings.weight
     if not all(torch.equal(each.to(weight.dtype), weight) for each in rows):
         return config, tensors
     kept = {name: value for name, value in tensors.items() if not name.startswith("lm_head.")}
-    if not config.blocks:  # without a block the projection is all of them
-        return config, tensors
     return msgspec.structs.replace(config, own_projection=None), kept
 
 
@@ -224,7 +222,6 @@ def _vllm_command(out: Path, config: BlockHeadsConfig) -> str:
 
 
 def _told_base(config: BlockHeadsConfig) -> str:
-    """The base in a command."""
     return "MODEL" if is_unnamed(config) else shlex.quote(config.base_name)
 
 

@@ -72,9 +72,8 @@ def export_openfst(
 ) -> list[Path]:
     """Writes the files into the folder `out` and gives their paths.
 
-    `ngram`: folder of build-ngram, automaton or ARPA file; `alpha`: weight of its log-probabilities; `phi`: back-off
-    arcs get a label of their own. With a `trace`: also the lattice `[h, k]` that stands before output token `position`
-    of the `example` (an id, default the first), and the automaton then starts where the tokens before it lead to.
+    With a `trace`: also the lattice `[h, k]` that stands before output token `position` of the `example`, and the
+    automaton then starts where the tokens before it lead to.
 
     Raises `RescoreError` for a KenLM binary, a lattice without a trace, a position or k that the trace does not hold;
     `IncompatibleError` for a model made for another tokenizer than the trace's; `UnknownNameError` for an example that

@@ -6,8 +6,9 @@ Refuses what another format can't say, and tells what its numbers stand for wher
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -109,13 +110,11 @@ def export(
     counts = _counts(chosen)
     drafter = _drafter(engine_drafter)
     record = _made(chosen, counts, to, drafter)
-    exported = Exported(record, tuple(_notices(chosen, counts, to, drafter)))
-    if out is None:
-        return exported
-    path = Path(out).expanduser()
-    with atomic_file(path) as temporary:
-        temporary.write_text(record.file() + "\n", encoding="utf-8")
-    return replace(exported, out=path)
+    path = None if out is None else Path(out).expanduser()
+    if path is not None:
+        with atomic_file(path) as temporary:
+            temporary.write_text(record.file() + "\n", encoding="utf-8")
+    return Exported(record, tuple(_notices(chosen, counts, to, drafter)), path)
 
 
 def _choose(runs: Iterable[Evaluation], asked: dict[str, Any]) -> _Chosen:
@@ -158,10 +157,8 @@ def _counts(chosen: _Chosen) -> Counts:
             by_accepted = drafted.setdefault(len(draft) - 1, [0] * len(draft))
             by_accepted[accepted - 1] += 1
     counts = Counts(result.accepted_histogram, drafted if result.p == 1 else None)
-    of_examples = [0] * len(result.accepted_histogram)
-    for by_accepted in drafted.values():
-        for place, steps in enumerate(by_accepted, start=1):
-            of_examples[min(place, len(of_examples) - 1)] += steps
+    lengths = Counter(accepted for record in records for accepted in record.accepted)
+    of_examples = [lengths[length] for length in range(len(result.accepted_histogram))]
     if (
         (counts.steps, counts.tokens, of_examples) != (result.steps, result.tokens, result.accepted_histogram)
         or len(result.accepted_histogram) != result.longest + 1
@@ -260,7 +257,7 @@ def _answers(chosen: _Chosen) -> list[SpecBenchAnswer]:
             f"spec-bench wants the seconds of every answer, and {chosen} was replayed, which measures none; evaluate "
             "with --mode live"
         )
-    texts = _texts(chosen, [record.output_ids for record in chosen.records])
+    texts = _texts(chosen)
     name = f"rescore-{chosen.result.rescorer}-p{chosen.result.p}"
     made = []
     for record, text in zip(chosen.records, texts, strict=True):
@@ -274,11 +271,10 @@ def _answers(chosen: _Chosen) -> list[SpecBenchAnswer]:
             accept_lengths=record.accepted,
         )
         number = int(record.id) if record.id.isascii() and record.id.isdecimal() else record.id
-        answer = SpecBenchAnswer(
+        made.append(SpecBenchAnswer(
             question_id=number, category=_category(record.task, number), answer_id=digest(f"{name} {record.id}"),
             model_id=name, choices=[choice], tstamp=time.time(),
-        )  # fmt: skip
-        made.append(answer)
+        ))  # fmt: skip
     return made
 
 
@@ -290,7 +286,7 @@ def _category(task: str, question: int | str) -> str:
     return MATH if task == "gsm8k" else task
 
 
-def _texts(chosen: _Chosen, outputs: Sequence[list[int]]) -> list[str]:
+def _texts(chosen: _Chosen) -> list[str]:
     """Outputs as text, special tokens left out. Raises `IncompatibleError` if the tokenizer is another one now."""
     from lm.base.catalog import load_tokenizer
     from lm.base.identity import tokenizer_sha256
@@ -299,4 +295,4 @@ def _texts(chosen: _Chosen, outputs: Sequence[list[int]]) -> list[str]:
     tokenizer: Any = load_tokenizer(name)
     if tokenizer_sha256(tokenizer) != chosen.base.get("tokenizer_sha256"):
         raise IncompatibleError(f"the tokenizer of {name} is another one than when {chosen} was decoded")
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in outputs]
+    return [tokenizer.decode(record.output_ids, skip_special_tokens=True) for record in chosen.records]

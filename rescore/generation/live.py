@@ -75,11 +75,8 @@ class Output:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""
-        return {
-            **asdict(self),
-            "block_efficiency": self.block_efficiency,
-            "tokens_per_second": self.tokens_per_second,
-        }
+        rates = {"block_efficiency": self.block_efficiency, "tokens_per_second": self.tokens_per_second}
+        return asdict(self) | rates
 
     @property
     def _of_rule(self) -> str:

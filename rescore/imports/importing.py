@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +16,7 @@ from lattices.paths import user_path
 from lm.files import atomic_folder, write_json
 from lm.options import Base, Device, Dtype, Heads
 from lm.records import plain
-from rescore.runs.inputs import DEFAULT_BASE, Notify, Progress
+from rescore.runs.inputs import DEFAULT_BASE, Inputs, Notify, Progress
 from rescore.tracing import HEADER_FILE, PART_EXAMPLES, TRACE_K, Trace, TraceHeader, read_trace, write_part
 
 SourceFormat = Literal["llama-cpp", "speculators", "model-optimizer", "specforge"]
@@ -80,12 +81,11 @@ def import_trace(
     if of_states:
         from rescore.imports.states import StatesImport
 
-        reading = StatesImport(
-            source, base=base, heads=heads, k=k, prompt_tokens=prompt_tokens, dtype=dtype, device=device
-        )
+        inputs = Inputs(base=base, heads=heads, dtype=dtype, device=device)
+        reading = StatesImport(source, inputs, k=k, prompt_tokens=prompt_tokens)
         imported = reading.of_files(files, limit=limit)
-        for line in filter(None, [reading.models.about_heads()] if notify else ()):
-            notify(line)  # type: ignore[misc]
+        if notify and (line := reading.models.about_heads()):
+            notify(line)
     else:
         from rescore.imports.llama_cpp import of_dump
 
@@ -114,26 +114,20 @@ def _files(dump: Path, ending: str) -> list[Path]:
 
 def _write(folder: Path, imported: Imported, progress: Progress | None) -> None:
     """The whole folder, or nothing."""
-    with atomic_folder(folder) as temporary:
-        names: list[str] = []
-        rows: list[Row] = []
-        done = 0
 
-        def write() -> None:
-            names.append(f"part-{len(names):05d}")
-            write_part(temporary / names[-1], rows)
-            rows.clear()
-
-        for row in imported.rows:
-            rows.append(row)
-            done += 1
+    def counted() -> Iterator[Row]:
+        for done, row in enumerate(imported.rows, start=1):
             if progress:
                 progress("import", done, max(done, imported.count))
-            if len(rows) == PART_EXAMPLES:
-                write()
-        if rows:
-            write()
-        if not done:
+            yield row
+
+    with atomic_folder(folder) as temporary:
+        names: list[str] = []
+        rows = counted()
+        while part := list(islice(rows, PART_EXAMPLES)):
+            names.append(f"part-{len(names):05d}")
+            write_part(temporary / names[-1], part)
+        if not names:
             raise InvalidDataError("there is no output to make a trace of; give other files or another split")
         header = msgspec.structs.replace(imported.header(), parts=names)
         write_json(temporary / HEADER_FILE, plain(header))

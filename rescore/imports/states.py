@@ -28,6 +28,7 @@ from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, f
 from lm.base.catalog import load_base, read_model_config
 from lm.base.model import BaseLM
 from lm.files import sha256_of_file
+from lm.heads.block_heads import load_heads
 from rescore.checks import NEAR_TIE, check_k
 from rescore.imports.importing import Imported, Row, SourceFormat
 from rescore.runs.inputs import Inputs
@@ -60,39 +61,32 @@ class Stored:
 class StatesImport:
     """Base, heads and split with which files of stored states become rows; of the base, one layer is loaded."""
 
-    def __init__(
-        self, source: SourceFormat, *, base: str, heads: str | None, k: int, prompt_tokens: int | None, dtype: Any,
-        device: str,
-    ) -> None:  # fmt: skip
+    def __init__(self, source: SourceFormat, inputs: Inputs, *, k: int, prompt_tokens: int | None) -> None:
         if prompt_tokens is not None and prompt_tokens < 1:
             raise RescoreError(f"--prompt-tokens {prompt_tokens}; a prompt needs at least one token")
         self.source, self.k, self.prompt_tokens = source, k, prompt_tokens
-        config = read_model_config(base)
+        config = read_model_config(inputs.base)
         config.get_text_config(decoder=True).num_hidden_layers = 1  # the rest made the states already
-        self.base = load_base(base, dtype=dtype, device=device, config=config)
-        self.models = Models(Inputs(base=base, heads=heads, dtype=dtype, device=device))
+        self.base = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device, config=config)
+        self.models = Models(inputs)
         check_k(k, self.base.vocab_size)
-        self.heads = self._load_heads(heads)
+        # By the whole base's identity: that of one layer would be another one.
+        self.heads = load_heads(
+            self.models.identity, inputs.heads, device=self.base.device, dtype=self.base.heads_dtype
+        )
         self.norm = final_norm(self.base) if source == "speculators" else None
         self.dtypes: set[str] = set()
         self.chosen = self.tokens = 0  # output tokens that are their states' arg-max, and all of them
-
-    def _load_heads(self, heads: str | None) -> Any:
-        from lm.heads.block_heads import load_heads
-
-        # By the whole base's identity: that of one layer would be another one.
-        return load_heads(self.models.identity, heads, device=self.base.device, dtype=self.base.heads_dtype)
 
     def of_files(self, files: Sequence[Path], *, limit: int | None) -> Imported:
         """The examples of files, in their order."""
         return Imported(self._rows(files, limit), len(files), lambda: self._header(files))
 
     def _header(self, files: Sequence[Path]) -> TraceHeader:
-        facts = self.models.heads_facts()
         content = hashlib.sha256("".join(map(sha256_of_file, files)).encode()).hexdigest()
         settings = {
             "base": asdict(self.models.identity),
-            **facts,
+            **self.models.heads_facts(),
             "data_sha256": content,
             "imported": {
                 "from": self.source,

@@ -7,10 +7,9 @@ for few rows, attention, cache, drafters). Peers go by their spec (`rescore.spec
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from rescore.specs import Registry
 
@@ -38,12 +37,6 @@ class Peer(ABC):
         """What decodes with the model of `base`, the prompt's time apart (`Seconds.prefill`); several peers find in
         `shared` what one of them has loaded. Raises `RescoreError` where it can't be had."""
 
-    def named(self, name: str) -> Self:
-        """The same under its spec."""
-        changed = copy.copy(self)
-        changed.name = name
-        return changed
-
 
 PEERS: Registry[Peer] = Registry(
     "peer", "--peer", Peer, "rescore.peers", __name__, {"transformers": "transformers_generate:TransformersGenerate"}
@@ -52,4 +45,6 @@ PEERS: Registry[Peer] = Registry(
 
 def load_peer(spec: str) -> Peer:
     """The peer of a spec. Raises as `Registry.load`."""
-    return PEERS.load(spec).named(spec)
+    peer = PEERS.load(spec)
+    peer.name = spec
+    return peer

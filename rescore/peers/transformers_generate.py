@@ -108,12 +108,11 @@ class _Calls:
     began: float = 0.0
 
     def begin(self, _model: torch.nn.Module, _args: tuple[Any, ...], given: dict[str, Any]) -> None:
-        """Before a call."""
         self.tokens.append(given["decoder_input_ids" if "decoder_input_ids" in given else "input_ids"])
         self.began = time.perf_counter()
 
     def end(self, model: Any, _args: tuple[Any, ...], _output: Any) -> None:
-        """After a call. Long prompts may take several."""
+        # Long prompts may take several calls.
         if self.read >= self.prompt:
             self.seconds += time.perf_counter() - self.began
             return

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from lm.base.model import BaseIdentity, BaseLM
     from lm.base.states import LayerStates
     from lm.heads.block_heads import BlockHeads
-    from rescore.acceptance.random_source import RandomSource
-    from rescore.acceptance.rules import Drawn
+    from rescore.acceptance.rules import Drawn, RandomSource
     from rescore.costs.table import Costs
     from rescore.drafters.proposals import Proposals
 
@@ -47,11 +46,12 @@ class Context:
 
     def last(self, count: int) -> list[int]:
         """The last `count` tokens before the lattice, fewer where there are not so many."""
-        if count <= 0:
-            return []
-        if len(self.output_ids) >= count:
-            return self.output_ids[-count:]
-        return [*self.prompt_ids, *self.output_ids][-count:]
+        return self.since(max(0, len(self.prompt_ids) + len(self.output_ids) - max(0, count)))
+
+    def since(self, count: int) -> list[int]:
+        """The tokens after the first `count`."""
+        before = len(self.prompt_ids)
+        return self.output_ids[count - before :] if count >= before else [*self.prompt_ids[count:], *self.output_ids]
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,7 @@ NO_MODEL = "none"
 
 
 class ContextNgram(Rescorer):
-    """See `rescore.rescorers.base.Rescorer`.
-
-    path: the general model, as `Ngram` takes it; `none` for none.
+    """path: the general model, as `Ngram` takes it; `none` for none.
     share: of the context's n-grams in the mixture, 0 to 1.
     """
 
@@ -38,7 +36,6 @@ class ContextNgram(Rescorer):
         self._search: NgramSearch | None = None
 
     def fit(self, target: Target) -> Self:
-        """See `Rescorer.fit`."""
         fitted = copy.copy(self)
         if self.general:
             search = self.general.fit(target).search()
@@ -52,7 +49,6 @@ class ContextNgram(Rescorer):
         return self._search.coverage(token_ids) if self._search else 1.0
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
-        """See `Rescorer.draft`."""
         return self.best(lattices, contexts, p).drafts
 
     def best(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> PBest:
@@ -67,7 +63,5 @@ class ContextNgram(Rescorer):
 def _counts(context: Context) -> ContextCounts:
     """The context's n-grams, counted on from where they were at the step before."""
     counts: ContextCounts = context.state.setdefault("context n-grams", ContextCounts())
-    if not len(counts.tokens):
-        counts.extend(context.prompt_ids)
-    counts.extend(context.output_ids[len(counts.tokens) - len(context.prompt_ids) :])
+    counts.extend(context.since(len(counts.tokens)))
     return counts

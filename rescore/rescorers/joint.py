@@ -38,9 +38,7 @@ EXPLORED = (24, 3)  # nodes of the tree that is searched: so many, and so many m
 
 
 class Joint(JoiningRescorer):
-    """See `rescore.rescorers.base.Rescorer`.
-
-    path: the folder of fitted weights; empty: those that are shipped for the base.
+    """path: the folder of fitted weights; empty: those that are shipped for the base.
     ngram: the n-gram model as `Ngram` takes it; empty: the one that is shipped.
     bigram: a learned bigram; empty: the one that is shipped for the base, if one is; `none`: none.
     tokens: of a draft after the base's own, at most.
@@ -81,7 +79,6 @@ class Joint(JoiningRescorer):
         self._ends = np.zeros(0, dtype=np.int32)
 
     def fit(self, target: Target) -> Self:
-        """See `Rescorer.fit`."""
         fitted = copy.copy(self)
         fitted._statistics, bigram = self.statistics_for(target)
         fitted._ends = np.array(target.eos_token_ids, dtype=np.int32)
@@ -115,11 +112,9 @@ class Joint(JoiningRescorer):
         return self._statistics.search.coverage(token_ids) if self._statistics else 1.0
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
-        """See `Rescorer.draft`."""
         raise RescoreError("joint takes what drafters propose together (draft_joined)")
 
     def draft_joined(self, proposals: Proposals, contexts: Sequence[Context], p: int) -> np.ndarray:
-        """See `JoiningRescorer.draft_joined`."""
         if self._statistics is None or self._weights is None:
             raise RescoreError("joint must be fitted to a base LM first (fit)")
         if self._planner is not None:
@@ -160,7 +155,6 @@ class Joint(JoiningRescorer):
         return self._cut(tree, nodes, p)
 
     def _tree(self, sources: Sources, weights: np.ndarray, first: int, count: int) -> Tree:
-        """See `likeliest_nodes`."""
         self._room = room_for(sources, self._room)
         found: Any = likeliest_nodes(sources, weights, first, count, self.longest, self._ends, self._room)
         token_ids, parents, depths, logps, _ = found

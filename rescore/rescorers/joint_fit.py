@@ -70,12 +70,9 @@ class JointData:
             ends = of_side.counts.cumsum()
             places = ends - of_side.counts + of_side.targets
             losses.append(-measured[places].sum())
-            is_right = np.zeros(len(measured), dtype=np.bool_)
-            is_right[places] = True
-            is_candidate = np.ones(len(measured), dtype=np.bool_)
-            is_candidate[ends - 1] = False
-            logps.append(measured[is_candidate])
-            right.append(is_right[is_candidate])
+            candidates = np.delete(np.arange(len(measured)), ends - 1)  # the last outcome of each prefix is none
+            logps.append(measured[candidates])
+            right.append(np.isin(candidates, places))
         data = _joined(self.outcomes)
         bins = reliability(np.exp(np.concatenate(logps)), np.concatenate(right), BINS)
         return JointFit(

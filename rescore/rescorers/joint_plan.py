@@ -30,17 +30,6 @@ SMOOTHING = 0.2  # of the running rate with heads
 PATIENCE = 16  # steps without heads after which they are asked again
 
 
-def best_size(logps: np.ndarray, milliseconds: np.ndarray) -> tuple[float, int]:
-    """The highest rate, expected tokens a millisecond, and with how many nodes.
-
-    logps `[n]`: of the likeliest nodes, in falling order, slot 1 first; milliseconds `[m]`, m >= n: of a step with 1
-    to m.
-    """
-    rates = np.cumsum(np.exp(logps)) / milliseconds[: len(logps)]
-    nodes = int(rates.argmax())
-    return float(rates[nodes]), nodes + 1
-
-
 class Planner:
     """What steps of 1 to `PLANNED_NODES` tokens take by a table of costs, and asking drafters.
 
@@ -74,13 +63,19 @@ class Planner:
         return between(self._contexts, self._curves, np.array(context))
 
     def best_size(self, tree: Tree, milliseconds: np.ndarray) -> tuple[float, int]:
-        """`best_size` of a tree, milliseconds those of one draft: from where it branches on, its mask takes time."""
-        parents = tree[1]
+        """The highest rate, expected tokens a millisecond, and with how many nodes of a tree, the likeliest first.
+
+        milliseconds `[m]`: of a step of one draft with 1 to m tokens, m the nodes at least; from where the tree
+        branches on, its mask takes time.
+        """
+        _, parents, _, logps = tree
         branches = np.flatnonzero(parents != np.arange(-1, len(parents) - 1))
-        whole = milliseconds.copy()
+        whole = milliseconds[: len(logps)].copy()
         if len(branches):
             whole[branches[0] :] += self.tree_ms
-        return best_size(tree[3], whole)
+        rates = np.cumsum(np.exp(logps)) / whole
+        nodes = int(rates.argmax())
+        return float(rates[nodes]), nodes + 1
 
 
 class Plan:

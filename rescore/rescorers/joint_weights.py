@@ -34,9 +34,8 @@ FEATURES = {
     "counts": range(features.COUNTED, features.ALONE + CLASSES),
     "agreement": range(features.AGREE, features.AGREE + 2),
     "chains": range(features.CHAINED, features.CHAIN_LACKS + 2 * KINDS),
-    "matches": [  # the second weights of all features
-        *(feature + place for feature in MATCHED for place in range(features.SLOTS, BOTH)),
-    ],
+    # The second weights of all features.
+    "matches": [feature + place for feature in MATCHED for place in range(features.SLOTS, BOTH)],
 }
 
 

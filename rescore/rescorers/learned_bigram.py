@@ -39,7 +39,6 @@ class LearnedBigram(Rescorer):
         self._tables: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def fit(self, target: Target) -> Self:
-        """See `Rescorer.fit`."""
         config = self.model.config
         if target.base is None:
             raise IncompatibleError(f"the trace does not name its base LM, and {self.path} needs its embeddings")
@@ -61,7 +60,6 @@ class LearnedBigram(Rescorer):
             self.pair_tables()
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
-        """See `Rescorer.draft`."""
         if self.alpha == 0:
             return p_best(lattices, p).drafts
         left, right = self.pair_tables()

@@ -108,13 +108,11 @@ class FollowsExamples(Rescorer):
     alpha: float
 
     def fit(self, target: Target) -> Self:
-        """See `Rescorer.fit`."""
         fitted = copy.copy(self)
         fitted.model = self.model.fit(target)
         return fitted
 
     def prefill(self, contexts: Sequence[Context]) -> None:
-        """See `Rescorer.prefill`."""
         if self.alpha != 0:
             self._groups(contexts)
 
@@ -124,11 +122,8 @@ class FollowsExamples(Rescorer):
 
 
 class Neural(FollowsExamples, LocalRescorer):
-    """See `rescore.rescorers.base.Rescorer`.
-
-    path: a named size (shipped), a folder of `rescore train-rescorer`, or any small causal LM (folder or hub id) with
-    the base's tokenizer.
-    """
+    """path: a named size (shipped), a folder of `rescore train-rescorer`, or any small causal LM (folder or hub id)
+    with the base's tokenizer."""
 
     alpha: float = 1.0
 
@@ -137,7 +132,6 @@ class Neural(FollowsExamples, LocalRescorer):
         self.identity = self.model.identity
 
     def rescored(self, lattices: Lattice, contexts: Sequence[Context]) -> Lattice:
-        """See `LocalRescorer.rescored`."""
         if self.alpha == 0:
             return lattices
         model = self.model.load()
@@ -148,7 +142,6 @@ class Neural(FollowsExamples, LocalRescorer):
         return Lattice(token_ids, logps)
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
-        """See `Rescorer.draft`."""
         if self.alpha == 0:
             return p_best(lattices, p).drafts
         model = self.model.load()

@@ -112,11 +112,7 @@ class Group:
         return [[*self._unsettled(row), int(token)] for row, token in enumerate(first)]
 
     def _unsettled(self, row: int) -> list[int]:
-        context, settled = self.contexts[row], int(self.cache.lengths[row])
-        prompt = len(context.prompt_ids)
-        if settled >= prompt:
-            return context.output_ids[settled - prompt :]
-        return [*context.prompt_ids[settled:], *context.output_ids]
+        return self.contexts[row].since(int(self.cache.lengths[row]))
 
     def _settle_nodes(self) -> None:
         paths = []

@@ -51,7 +51,6 @@ class Ngram(Rescorer):
         return self._search
 
     def fit(self, target: Target) -> Self:
-        """See `Rescorer.fit`."""
         made_for = self.model.tokenizer_sha256
         if made_for and target.tokenizer_sha256 and made_for != target.tokenizer_sha256:
             base = target.base.name if target.base else "BASE"
@@ -69,11 +68,9 @@ class Ngram(Rescorer):
         return fitted
 
     def coverage(self, token_ids: np.ndarray) -> float:
-        """See `Rescorer.coverage`."""
         return self.search().coverage(token_ids)
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
-        """See `Rescorer.draft`."""
         return self.best(lattices, contexts, p).drafts
 
     def best(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> PBest:

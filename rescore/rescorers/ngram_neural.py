@@ -27,9 +27,7 @@ CANDIDATES = 8  # the forward reads every node of their tree
 
 
 class NgramNeural(FollowsExamples):
-    """See `rescore.rescorers.base.Rescorer`.
-
-    path: the LM, as `Neural` takes it.
+    """path: the LM, as `Neural` takes it.
     first: what gives the candidates, `context-ngram` or `ngram`.
     ngram: its model, as it takes it.
     share: of the context's n-grams (`context-ngram` only).
@@ -54,7 +52,6 @@ class NgramNeural(FollowsExamples):
         self.eos_token_ids: tuple[int, ...] = ()
 
     def fit(self, target: Target) -> Self:
-        """See `Rescorer.fit`."""
         fitted = super().fit(target)
         fitted.first, fitted.eos_token_ids = self.first.fit(target), target.eos_token_ids
         return fitted
@@ -64,7 +61,6 @@ class NgramNeural(FollowsExamples):
         return self.first.coverage(token_ids)
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
-        """See `Rescorer.draft`."""
         if self.alpha == 0:
             return p_best(lattices, p).drafts
         best = self.first.best(lattices, contexts, max(p, CANDIDATES))

@@ -21,7 +21,6 @@ class Unrescored(Rescorer):
     """p-best drafts of the lattice as it is ("p-best 0-gram" of [A])."""
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
-        """See `Rescorer.draft`."""
         return p_best(lattices, p).drafts
 
 
@@ -40,7 +39,6 @@ class Draws(Rescorer):
         self.temperature = temperature
 
     def draft(self, lattices: Lattice, contexts: Sequence[Context], p: int) -> np.ndarray:
-        """See `Rescorer.draft`."""
         scores = lattices.logps.astype(np.float64) / self.temperature
         probs = np.exp(scores - scores.max(axis=-1, keepdims=True))
         probs /= probs.sum(axis=-1, keepdims=True)

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from lattices.errors import RescoreError
-from rescore.rescorers.trees.choices import MOST_NODES, Choices, published, write_choices
+from lm.files import write_json
+from rescore.rescorers.trees.choices import MOST_NODES, Choices, published
 from rescore.rescorers.trees.growth import Frequencies, grow, hits
 from rescore.table import NUMBER, PLAIN, Column, Table
 from rescore.tasks.groups import held_out as held_out_places
@@ -93,7 +94,7 @@ def build_tree(
         name: grow(value, count=nodes - 1, depth=heads, ranks=ranks)
         for name, value in (("joint", here.joint), ("product", here.product))
     }
-    write_choices(out, grown[by])
+    write_json(out, grown[by])
     trees = {**{name: Choices(paths) for name, paths in grown.items()}, PEER: published()[PEER].of_depth(heads)}
     return BuiltTree(
         path=str(out), by=by, choices=grown[by], examples=examples, positions=here.positions,

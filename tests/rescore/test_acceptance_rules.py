@@ -14,8 +14,7 @@ from sampled.enumerated import decided_by, outcomes
 
 from lattices.errors import RescoreError
 from rescore.acceptance import Greedy, load_rule
-from rescore.acceptance.random_source import RandomSource
-from rescore.acceptance.rules import Drawn, Verdict
+from rescore.acceptance.rules import Drawn, RandomSource, Verdict
 from rescore.acceptance.sampling import Sampling, try_candidates
 from tests.conftest import refused
 

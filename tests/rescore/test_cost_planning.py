@@ -28,7 +28,7 @@ from rescore.drafters.heads import Heads
 from rescore.generation.live import Generator
 from rescore.rescorers import load_rescorer
 from rescore.rescorers.joint import of_best_branches
-from rescore.rescorers.joint_plan import PATIENCE, Plan, Planner, best_size
+from rescore.rescorers.joint_plan import PATIENCE, Plan, Planner
 from rescore.runs.records import Identical
 from rescore.runs.run import Run, runs_of
 from rescore.runs.tuning import fit_joint
@@ -41,7 +41,9 @@ TOOK = Plan.took
 def test_the_best_size_has_the_highest_rate(factors: list[float], seed: int):
     logps = np.concatenate([[0.0], np.log(np.sort(factors)[::-1])])
     milliseconds = np.cumsum(np.random.default_rng(seed).uniform(0.1, 3, 20)) + 5
-    rate, nodes = best_size(logps, milliseconds)
+    parents = np.arange(-1, len(logps) - 1)
+    planner = Planner(costs_of([[10, 12, 20], [11, 13, 22]]))
+    rate, nodes = planner.best_size((parents, parents, parents, logps), milliseconds)
     rates = [np.exp(logps[:n]).sum() / milliseconds[n - 1] for n in range(1, len(logps) + 1)]
     assert rate == pytest.approx(max(rates)) and rates[nodes - 1] == pytest.approx(rate)
 

@@ -323,11 +323,10 @@ def test_the_command(
 
 def test_only_one_layer_of_the_base_is_loaded(tiny_folder: Path, tiny_heads_folder: Path):
     from rescore.imports.states import StatesImport
+    from rescore.runs.inputs import Inputs
 
-    reading = StatesImport(
-        "specforge", base=str(tiny_folder), heads=str(tiny_heads_folder), k=4, prompt_tokens=None, dtype="float64",
-        device="cpu",
-    )  # fmt: skip
+    inputs = Inputs(base=str(tiny_folder), heads=str(tiny_heads_folder), dtype="float64", device="cpu")
+    reading = StatesImport("specforge", inputs, k=4, prompt_tokens=None)
     whole = load_base(str(tiny_folder), dtype="float64", device="cpu")
     layers = [len(base.model.model.layers) for base in (reading.base, whole)]  # type: ignore[attr-defined]
     assert layers == [1, 2] and reading.models.identity == whole.identity

@@ -17,13 +17,14 @@ from lattices.errors import InvalidDataError, UnknownNameError
 from lattices.lattice import Lattice
 from lattices.prefix_tree import build_prefix_tree
 from lm.base.model import BaseLM
+from lm.files import write_json
 from rescore.acceptance import accept
 from rescore.decoding import decode
 from rescore.generation.custom import custom_generate
 from rescore.generation.live import generate
 from rescore.replaying import replay
 from rescore.rescorers import load_rescorer
-from rescore.rescorers.trees.choices import Choices, checked, load_choices, published, write_choices
+from rescore.rescorers.trees.choices import Choices, checked, load_choices, published
 from rescore.rescorers.trees.growth import BEYOND, MISSED, Frequencies, grow, hits
 from rescore.runs.run import Run, runs_of
 from rescore.studies.tree_building import build_tree
@@ -105,7 +106,7 @@ class TestChoices:
             np.array([[[0, *range(900, 909)], *(range(10 * i + 1, 10 * i + 11) for i in range(3))]], dtype=np.int32),
             np.zeros((1, 4, 10), dtype=np.float32),
         )
-        write_choices(Path("list.json"), choices.paths)
+        write_json(Path("list.json"), choices.paths)
         drafts = load_rescorer("medusa-tree:list.json").draft(pool, [], 9)[0]
         tree = build_prefix_tree(drafts)
         paths = {node: tuple(tree.tokens[np.flatnonzero(tree.mask[node])].tolist()) for node in range(7)}
@@ -171,7 +172,7 @@ class TestMedusaTree:
     @quick
     @given(tree=trees(), lattices=batches())
     def test_it_drafts_the_entries_that_the_choices_name(self, tree: Choices, lattices: Lattice):
-        write_choices(Path("list.json"), tree.paths)
+        write_json(Path("list.json"), tree.paths)
         drafts = load_rescorer("medusa-tree:list.json").draft(lattices, [], len(tree.leaves))
         kept = [path for path in tree.paths if len(path) < lattices.h]  # longer ones are dropped
         for row, ids in enumerate(lattices.token_ids.tolist()):
@@ -182,7 +183,7 @@ class TestMedusaTree:
     @quick
     @given(tree=trees(), lattices=batches(), p=st.integers(1, 4))
     def test_fewer_drafts_are_the_branches_that_are_worth_most(self, tree: Choices, lattices: Lattice, p: int):
-        write_choices(Path("list.json"), tree.paths)
+        write_json(Path("list.json"), tree.paths)
         rescorer = load_rescorer("medusa-tree:list.json")
         whole, drafts = rescorer.draft(lattices, [], len(tree.leaves)), rescorer.draft(lattices, [], p)
         assert drafts.shape[1] == min(p, whole.shape[1])
@@ -243,7 +244,7 @@ SPECS = ("medusa-tree", "medusa-tree:list.json", "eagle2-tree:nodes=20,depth=2,b
 def test_the_output_is_greedy_and_replay_takes_the_live_steps(
     tiny_base: BaseLM, tmp_path_factory, texts, tree, h, spec, all_branches, verify
 ):
-    write_choices(Path("list.json"), tree.paths)
+    write_json(Path("list.json"), tree.paths)
     heads = make_heads(tiny_base, h=h, strength=0.05)
     examples = [Example(str(i), text, ()) for i, text in enumerate(texts)]
     folder = tmp_path_factory.mktemp("trace")

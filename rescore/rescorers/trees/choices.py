@@ -7,17 +7,15 @@ base's own token, is the root, which no choice names). A file is a JSON list of 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
 
-from lattices.errors import InvalidDataError, RescoreError, UnknownNameError, unreadable
+from lattices.errors import InvalidDataError, UnknownNameError, unreadable
 from lattices.joined.lookup import NONE
 from lattices.paths import user_path
-from lm.files import write_json
 
 PUBLISHED = Path(__file__).parent / "published.json"
 MOST_NODES = 1 << 16
@@ -61,7 +59,18 @@ class Choices:
     @cached_property
     def layout(self) -> Layout:
         """The tree as arrays."""
-        return Layout.of(self)
+        in_order = [(), *sorted(self.paths, key=lambda path: (len(path), path))]
+        number = {path: place for place, path in enumerate(in_order)}
+        leaves, depth = self.leaves, self.depth
+        return Layout(
+            parents=np.array([number[path[:-1]] if path else NONE for path in in_order], dtype=np.int32),
+            depths=np.array([len(path) for path in in_order], dtype=np.int32),
+            ranks=np.array([path[-1] if path else 0 for path in in_order], dtype=np.int32),
+            leaves=np.array([number[path] for path in leaves], dtype=np.int32),
+            paths=np.array([[*path, *[NONE] * (depth - len(path))] for path in leaves], dtype=np.int32).reshape(
+                len(leaves), depth
+            ),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,22 +87,6 @@ class Layout:
     ranks: np.ndarray
     leaves: np.ndarray
     paths: np.ndarray
-
-    @classmethod
-    def of(cls, choices: Choices) -> Layout:
-        """Of a tree."""
-        in_order = [(), *sorted(choices.paths, key=lambda path: (len(path), path))]
-        number = {path: place for place, path in enumerate(in_order)}
-        leaves = choices.leaves
-        return cls(
-            parents=np.array([number[path[:-1]] if path else NONE for path in in_order], dtype=np.int32),
-            depths=np.array([len(path) for path in in_order], dtype=np.int32),
-            ranks=np.array([path[-1] if path else 0 for path in in_order], dtype=np.int32),
-            leaves=np.array([number[path] for path in leaves], dtype=np.int32),
-            paths=np.array([[*path, *[NONE] * (choices.depth - len(path))] for path in leaves], dtype=np.int32).reshape(
-                len(leaves), choices.depth
-            ),
-        )
 
 
 @cache
@@ -148,18 +141,3 @@ def checked(document: object, where: str) -> Choices:
         if len(path) > 1 and path[:-1] not in seen:
             raise InvalidDataError(f"{where}: the choice {list(path)} lacks its parent {list(path[:-1])}; add it")
     return Choices(tuple(seen))
-
-
-def write_choices(path: Path, paths: Iterable[Sequence[int]]) -> None:
-    """Writes a file that `load_choices` and Medusa read. Raises `OutputError`."""
-    write_json(path, [list(path) for path in paths])
-
-
-def check_ranks(choices: Choices, k: int, name: str) -> None:
-    """Raises `RescoreError` for a tree that takes entries which lattices of k entries a slot lack."""
-    if choices.ranks > k:
-        path = next(path for path in choices.paths if max(path) >= k)
-        raise RescoreError(
-            f"{name}: the choice {list(path)} takes entry {max(path)} of a slot, and k = {k} has 0 to {k - 1}; "
-            f"give k of {choices.ranks} or more, or another list"
-        )

@@ -26,8 +26,10 @@ Warper = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
 class Sampling(Rule):
-    """temperature: above 0. top_k: only so many of the likeliest tokens (0: all); top_p: only the likeliest that
-    together have so much. All as transformers' `generate` has them, in its order.
+    """Keeps the law of what is sampled from the base LM.
+
+    temperature: above 0. top_k: only so many of the likeliest tokens (0: all); top_p: only the likeliest that together
+    have so much. All as transformers' `generate` has them, in its order.
     seed: of all draws.
     """
 

@@ -18,7 +18,9 @@ TOKENS = 10
 
 
 class CorpusLookup(TextDrafter):
-    """path: the folder of `rescore build-lookup`.
+    """Proposes what followed the last tokens in a corpus.
+
+    path: the folder of `rescore build-lookup`.
     tokens: of a draft after the base's own, at most; least, most: tokens of a match.
     """
 

@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 
 
 class Heads(LatticeDrafter):
-    """vocabulary: of the most frequent tokens; None: all tokens. ranking: the file that ranks them; empty: the one that
-    is shipped for the base's tokenizer."""
+    """Proposes what the block heads do.
+
+    vocabulary: of the most frequent tokens; None: all tokens. ranking: the file that ranks them; empty: the one that is
+    shipped for the base's tokenizer.
+    """
 
     name = identity = "heads"
     kind = HEADS

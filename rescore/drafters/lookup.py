@@ -21,7 +21,9 @@ MATCHED = 32
 
 
 class PromptLookup(TextDrafter):
-    """tokens: of a draft after the base's own, at most; least, most: tokens of a match.
+    """Proposes what followed the last tokens where they stood before, in the prompt or the output.
+
+    tokens: of a draft after the base's own, at most; least, most: tokens of a match.
     first: take the earliest occurrence instead of the most recent one.
     """
 

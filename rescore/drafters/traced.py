@@ -19,7 +19,10 @@ from rescore.tracing import Trace, content_sha256, read_header, read_trace
 
 
 class Traced(LatticeDrafter):
-    """path: the folder of the trace, of the very outputs that are replayed."""
+    """Proposes what is recorded in a trace.
+
+    path: the folder of the trace, of the very outputs that are replayed.
+    """
 
     kind = TRACED
     decodes = False

@@ -21,7 +21,9 @@ NO_MODEL = "none"
 
 
 class ContextNgram(Rescorer):
-    """path: the general model, as `Ngram` takes it; `none` for none.
+    """Scores drafts by the n-grams of the prompt and the output so far, backed by a general model.
+
+    path: the general model, as `Ngram` takes it; `none` for none.
     share: of the context's n-grams in the mixture, 0 to 1.
     """
 

@@ -38,7 +38,9 @@ EXPLORED = (24, 3)  # nodes of the tree that is searched: so many, and so many m
 
 
 class Joint(JoiningRescorer):
-    """path: the folder of fitted weights; empty: those that are shipped for the base.
+    """Chooses the drafts that are likeliest to be accepted, among what all drafters propose.
+
+    path: the folder of fitted weights; empty: those that are shipped for the base.
     ngram: the n-gram model as `Ngram` takes it; empty: the one that is shipped.
     bigram: a learned bigram; empty: the one that is shipped for the base, if one is; `none`: none.
     tokens: of a draft after the base's own, at most.

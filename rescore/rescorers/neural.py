@@ -122,8 +122,11 @@ class FollowsExamples(Rescorer):
 
 
 class Neural(FollowsExamples, LocalRescorer):
-    """path: a named size (shipped), a folder of `rescore train-rescorer`, or any small causal LM (folder or hub id)
-    with the base's tokenizer."""
+    """Scores drafts by a small LM, left to right.
+
+    path: a named size (shipped), a folder of `rescore train-rescorer`, or any small causal LM (folder or hub id) with
+    the base's tokenizer.
+    """
 
     alpha: float = 1.0
 

@@ -27,7 +27,9 @@ CANDIDATES = 8  # the forward reads every node of their tree
 
 
 class NgramNeural(FollowsExamples):
-    """path: the LM, as `Neural` takes it.
+    """A small LM chooses among the best drafts of an n-gram model.
+
+    path: the LM, as `Neural` takes it.
     first: what gives the candidates, `context-ngram` or `ngram`.
     ngram: its model, as it takes it.
     share: of the context's n-grams (`context-ngram` only).

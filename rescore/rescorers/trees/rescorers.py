@@ -67,7 +67,10 @@ class TreeRescorer(Rescorer):
 
 
 class MedusaTree(TreeRescorer):
-    """choices: the name of a published list, or a file of choices. Paths longer than there are heads are dropped."""
+    """Verifies a tree of fixed places among the candidates.
+
+    choices: the name of a published list, or a file of choices. Paths longer than there are heads are dropped.
+    """
 
     def __init__(self, choices: str = "mc_sim_7b_63", *, scores: str = "") -> None:
         self.choices, self.name = load_choices(choices), choices

@@ -64,11 +64,6 @@ class Layout:
         begins = {re.escape(each.partition("{")[0]) for each in (self.block, self.own)}
         return any(re.match(rf"{begin}\d+\.", name) for begin in begins)
 
-    def head_of(self, name: str) -> int:
-        """The number in the name of a head's tensor."""
-        found = re.search(r"\d+", name)
-        return int(found[0]) if found else 0
-
     def block_of(self, name: str) -> int | None:
         """The number of a residual block in the name of a tensor; None for another tensor."""
         pattern = re.escape(self.block).replace(r"\{head\}", r"\d+").replace(r"\{block\}", r"(\d+)")
@@ -254,7 +249,11 @@ def _understood(place: Path, source: TensorFiles, *, needed: bool = False) -> Me
     if extra := sorted(source.shapes.keys() - here.keys()) if not layout.in_model else []:
         raise InvalidDataError(f"{file} holds {extra[0]} beside the heads, which has no place there; get it again")
     heads, blocks = _counted(layout, here, file)
-    config = _config_beside(place)
+    beside = (place if place.is_dir() else place.parent) / CONFIG_FILE
+    config = read_json_object(beside, missing="") if beside.is_file() else {}
+    base_name = config.get("base_model_name_or_path")
+    if not isinstance(base_name, str) or not base_name:
+        base_name = f"{UNNAMED}{place.name}"
     own, vocab_size = _projection_of(layout, here, heads, blocks, config, file)
     has_bias = any(name.endswith(".bias") for name in here)
     d = _check(layout, here, heads, blocks, own, has_bias, file)
@@ -262,7 +261,7 @@ def _understood(place: Path, source: TensorFiles, *, needed: bool = False) -> Me
         place,
         layout,
         BlockHeadsConfig(
-            h=heads + 1, hidden_size=d, inner_size=d, vocab_size=vocab_size, base_name=_name_of_base(config, place),
+            h=heads + 1, hidden_size=d, inner_size=d, vocab_size=vocab_size, base_name=base_name,
             tokenizer_sha256=None, architecture=MEDUSA, blocks=blocks, own_projection=own,
             base_weights_sha256=_sha256_of_base(layout, source),
         ),
@@ -276,7 +275,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def _counted(layout: Layout, here: Shapes, file: Path) -> tuple[int, int]:
     """How many heads there are, and blocks of each, by their numbers."""
-    numbers = {layout.head_of(name) for name in here if re.search(r"\d", name)}
+    numbers = {int(found[0]) for name in here if (found := re.search(r"\d+", name))}
     of_blocks = {number for name in here if (number := layout.block_of(name)) is not None}
     for what, found in (("head", numbers), ("block", of_blocks)):
         if absent := sorted(set(range(len(found))) - found):
@@ -339,16 +338,6 @@ def _check(
             shapes = f"shape {list(here[name])}, not {list(expected[name])}"
             raise InvalidDataError(f"{file} has {name} of {shapes} ({what}); get it again")
     return d
-
-
-def _config_beside(place: Path) -> dict[str, Any]:
-    path = (place if place.is_dir() else place.parent) / CONFIG_FILE
-    return read_json_object(path, missing="") if path.is_file() else {}
-
-
-def _name_of_base(config: Mapping[str, Any], place: Path) -> str:
-    name = config.get("base_model_name_or_path")
-    return name if isinstance(name, str) and name else f"{UNNAMED}{place.name}"
 
 
 def is_unnamed(config: BlockHeadsConfig) -> bool:

@@ -23,7 +23,7 @@ any context that ends in the state's; of a state, the most that back-off from lo
 least 0).
 
 File: 8 bytes magic, 8 bytes length of a JSON header, the header (`order`, `counts`, `level_starts`, shapes and
-offsets), the arrays at multiples of 64 bytes, the vocabulary as UTF-8 lines. Needs numpy and numba only.
+offsets), the arrays at multiples of 64 bytes, the vocabulary as UTF-8 lines.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ the shortest level is the share of the word among all. A word's probability is t
     (1 - share) x P_general(w | true left context and path) + share x P_context(w | the same)
 
 Such a mixture has no small automaton, so the search is a beam (width `BEAM`), not exact: paths are ranked by their
-score and the most that the heads alone can still give. Needs numpy and numba only.
+score and the most that the heads alone can still give.
 """
 
 from __future__ import annotations

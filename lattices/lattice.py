@@ -1,8 +1,8 @@
 """The lattice: the top-k (token, log-probability) pairs of every block head, for a batch of positions.
 
 A sausage of h slots x k tokens with k^h paths. A batch `[n, h, k]` is the normal case; one lattice is `[h, k]`. Inside
-a slot log-probabilities (natural) fall, and ties stand by lowest token id. Nothing is checked when a lattice is
-made, because decoding makes one per step; `validate` checks what comes from outside. Needs numpy only.
+a slot log-probabilities (natural) fall, and ties stand by lowest token id. Nothing is checked when a lattice is made,
+because decoding makes one per step; `validate` checks what comes from outside.
 """
 
 from __future__ import annotations

@@ -302,14 +302,12 @@ def load_neural(
     if (delta := source.delta) is None:
         model = load_base(str(source.folder), **options)
     else:
-        under = under_adapter(base_name)
-        if under is not None and under.weights_sha256 == delta.base_weights_sha256:
-            base_name = under.name  # the base in memory is the changed one
-        if identify(base_name).weights_sha256 != delta.base_weights_sha256:
+        if (base := base_with(delta.base_weights_sha256, identify(base_name))) is None:
             raise IncompatibleError(
                 f"what {base_name} stands for has changed: the {source.use.name} {source.name} needs other weights "
                 "of it"
             )
+        base_name = base.name  # that in memory may be an adapter on it
         model = some_layers(base_name, delta.layers, **options, prepare=lambda cut: _become(cut, source, shared))
     if model.vocab_size < vocab_size:
         raise IncompatibleError(

@@ -4,7 +4,7 @@ Data as for heads (`lm.training.data`): segments of text with the base's final s
 after its prompts. Loss at a token of a segment: cross-entropy against (1 - soft) x the token + soft x the base's own
 distribution there; a share of it (`lattice`) among the best tokens of one head only (of the step's vocabulary), drawn
 anew each step with odds 1/i for head i, by the head's log-probabilities plus the rescorer's logits: what local
-rescoring chooses by. Everything random follows from (seed, step).
+rescoring chooses by.
 """
 
 from __future__ import annotations

@@ -176,13 +176,10 @@ def body_states(
     ids = pad_sequence([torch.from_numpy(text) for text in texts], batch_first=True)
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         output = model.base_model(**arguments(prompts, ids.to(device)))
-    places = [  # the row and column of the token before each target
-        (row, column)
-        for row, (first, text) in enumerate(zip(before, texts, strict=True))
-        for column in range(len(first) - 1, len(text))
-    ]
-    rows, columns = torch.tensor(places, device=device).T
-    states: torch.Tensor = output.last_hidden_state[rows, columns].float()
+    starts, ends = (torch.tensor([len(part) for part in parts])[:, None] for parts in (before, texts))
+    columns = torch.arange(ids.shape[1])
+    at = (columns >= starts - 1) & (columns < ends)  # [b, n], the token before each target
+    states: torch.Tensor = output.last_hidden_state[at.to(device)].float()
     return states
 
 

@@ -80,7 +80,7 @@ class Lattice:
         if not np.isfinite(highest).all():
             raise InvalidDataError("the logits hold NaN, +inf or a slot of nothing but -inf; check the model's output")
         log_normaliser = highest + np.log(np.exp(exact - highest).sum(axis=-1, keepdims=True))  # [*, h, 1]
-        # What is below the k-th value counts as the same, which sorts in no time; equals stay in the order of their ids.
+        # All below the k-th value is made equal, which sorts in no time; equals stay in the order of their ids.
         kth = np.partition(exact, vocab_size - k, axis=-1)[..., vocab_size - k, None]  # [*, h, 1]
         token_ids = np.argsort(np.where(exact < kth, np.inf, -exact), axis=-1, kind="stable")[..., :k]  # [*, h, k]
         logps = np.take_along_axis(exact, token_ids, axis=-1) - log_normaliser

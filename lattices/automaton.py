@@ -23,15 +23,13 @@ any context that ends in the state's; of a state, the most that back-off from lo
 least 0).
 
 File: 8 bytes magic, 8 bytes length of a JSON header, the header (`order`, `counts`, `level_starts`, shapes and
-offsets), the arrays at multiples of 64 bytes, the vocabulary as UTF-8 lines. Needs numpy and numba only.
+offsets), the arrays at multiples of 64 bytes, the vocabulary as UTF-8 lines.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +39,7 @@ import numpy as np
 from numba import njit
 
 from lattices.errors import InvalidDataError, RescoreError
-from lattices.ngrams import MAX_ORDER as MAX_ORDER
-from lattices.ngrams import SENTENCE_START, UNKNOWN, NgramModel
+from lattices.ngrams import MAX_ORDER, SENTENCE_START, UNKNOWN, NgramModel
 
 SCORE_SCALE = 1 << 22  # units per nat
 LN10 = float(np.log(10.0))
@@ -127,7 +124,7 @@ class Automaton:
         return cls(model.order, counts, starts, cells, roots, np.frombuffer(vocabulary, dtype=np.uint8))
 
     def save(self, path: Path) -> None:
-        """Writes the automaton, whole or not at all. `OSError` if the place can't be written to."""
+        """Writes the automaton. `OSError` if the place can't be written to, which may leave a part of it."""
         header: dict[str, object] = {"order": self.order, "counts": self.counts, "level_starts": self.level_starts}
         arrays = {"cells": self.cells, "roots": self.roots, "vocabulary": self.vocabulary_bytes}
         offset = 0
@@ -136,17 +133,11 @@ class Automaton:
             offset += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
         text = json.dumps(header).encode()
         text += b" " * (-(len(text) + 16) % ALIGNMENT)
-        temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-        try:
-            with temporary.open("wb") as stream:
-                stream.write(MAGIC + len(text).to_bytes(8, "little") + text)
-                for array in arrays.values():
-                    stream.write(array.tobytes())
-                    stream.write(bytes(-array.nbytes % ALIGNMENT))
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with path.open("wb") as stream:
+            stream.write(MAGIC + len(text).to_bytes(8, "little") + text)
+            for array in arrays.values():
+                stream.write(array.tobytes())
+                stream.write(bytes(-array.nbytes % ALIGNMENT))
 
     @classmethod
     def load(cls, path: Path) -> Automaton:

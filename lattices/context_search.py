@@ -8,7 +8,7 @@ the shortest level is the share of the word among all. A word's probability is t
     (1 - share) x P_general(w | true left context and path) + share x P_context(w | the same)
 
 Such a mixture has no small automaton, so the search is a beam (width `BEAM`), not exact: paths are ranked by their
-score and the most that the heads alone can still give. Needs numpy and numba only.
+score and the most that the heads alone can still give.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lattices.automaton import ROOT, ROOT_SCORE, SCORE_SCALE, advance
 from lattices.errors import RescoreError
 from lattices.lattice import Lattice
 from lattices.ngram_search import NgramSearch
-from lattices.search import PBest, p_best, put_in_order
+from lattices.search import PBest, draft_count, p_best, put_in_order
 
 CONTEXT_ORDER = 4
 BEAM = 64
@@ -93,8 +93,7 @@ def context_p_best(
     """
     if not 0 <= share <= 1:
         raise RescoreError(f"a share of {share:g} for the context; it is from 0 to 1")
-    if p < 1:
-        raise RescoreError(f"p = {p} asks for no drafts; choose p of at least 1")
+    count = draft_count(lattice, p)
     if weight == 0:
         return p_best(lattice, p)
     n, h, k = lattice.token_ids.shape
@@ -106,7 +105,6 @@ def context_p_best(
     else:
         states = [general.state_after(left) for left in lefts]
         cells, roots, slot_words = general.automaton.cells, general.automaton.roots, general.words[lattice.token_ids]
-    count = min(p, k ** (h - 1))
     drafts, scores = np.zeros((n, count, h), dtype=np.int32), np.full((n, count), -np.inf)
     token_ids, logps = np.ascontiguousarray(lattice.token_ids), np.ascontiguousarray(lattice.logps)
     for i in range(n):

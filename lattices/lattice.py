@@ -1,8 +1,8 @@
 """The lattice: the top-k (token, log-probability) pairs of every block head, for a batch of positions.
 
 A sausage of h slots x k tokens with k^h paths. A batch `[n, h, k]` is the normal case; one lattice is `[h, k]`. Inside
-a slot log-probabilities (natural) fall, and ties stand by lowest token id. Nothing is checked when a lattice is
-made, because decoding makes one per step; `validate` checks what comes from outside. Needs numpy only.
+a slot log-probabilities (natural) fall, and ties stand by lowest token id. Nothing is checked when a lattice is made,
+because decoding makes one per step; `validate` checks what comes from outside.
 """
 
 from __future__ import annotations
@@ -80,16 +80,9 @@ class Lattice:
         if not np.isfinite(highest).all():
             raise InvalidDataError("the logits hold NaN, +inf or a slot of nothing but -inf; check the model's output")
         log_normaliser = highest + np.log(np.exp(exact - highest).sum(axis=-1, keepdims=True))  # [*, h, 1]
-
-        # Everything above the k-th value, and of those equal to it as many of the lowest ids as there is room for.
+        # All below the k-th value is made equal, which sorts in no time; equals stay in the order of their ids.
         kth = np.partition(exact, vocab_size - k, axis=-1)[..., vocab_size - k, None]  # [*, h, 1]
-        above, level = exact > kth, exact == kth
-        room = k - above.sum(axis=-1, keepdims=True)
-        chosen = above | (level & (np.cumsum(level, axis=-1) <= room))
-        by_id = np.nonzero(chosen)[-1].reshape(*exact.shape[:-1], k)  # rising ids, [*, h, k]
-
-        order = np.argsort(-np.take_along_axis(exact, by_id, axis=-1), axis=-1, kind="stable")
-        token_ids = np.take_along_axis(by_id, order, axis=-1)
+        token_ids = np.argsort(np.where(exact < kth, np.inf, -exact), axis=-1, kind="stable")[..., :k]  # [*, h, k]
         logps = np.take_along_axis(exact, token_ids, axis=-1) - log_normaliser
         return cls(token_ids.astype(np.int32), logps.astype(np.float32))
 

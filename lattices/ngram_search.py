@@ -27,8 +27,8 @@ import numpy as np
 from lattices.automaton import ROOT, SCORE_SCALE, Automaton, advance
 from lattices.errors import RescoreError
 from lattices.lattice import Lattice
-from lattices.ngram_rows import NONE as NONE
 from lattices.ngram_rows import (
+    NONE,
     WORST,
     Model,
     Query,
@@ -43,7 +43,7 @@ from lattices.ngram_rows import (
     short_rows,
 )
 from lattices.ngrams import UNKNOWN
-from lattices.search import PBest, keep_path, p_best, put_in_order, stands_before
+from lattices.search import PBest, draft_count, keep_path, p_best, put_in_order, stands_before
 
 WEIGHT_SCALE = 1 << 16
 ARC_SCALE = SCORE_SCALE * WEIGHT_SCALE  # units per nat of a path's score
@@ -54,10 +54,8 @@ FIRST_ROWS = 2048
 LAST_RUN = 1 << 22  # runs that the hash table's keys can tell apart
 
 
-def checked_weight(p: int, weight: float) -> int:
-    """The weight in units of 1 / `WEIGHT_SCALE`; raises `RescoreError` for p < 1 or a weight outside its range."""
-    if p < 1:
-        raise RescoreError(f"p = {p} asks for no drafts; choose p of at least 1")
+def checked_weight(weight: float) -> int:
+    """The weight in units of 1 / `WEIGHT_SCALE`; raises `RescoreError` for one outside its range."""
     if not 0 <= weight <= MAX_WEIGHT:
         raise RescoreError(f"an n-gram weight of {weight}; choose one from 0 to {MAX_WEIGHT:g}")
     return round(weight * WEIGHT_SCALE)
@@ -96,12 +94,11 @@ class NgramSearch:
         Gives p' = min(p, k^(h-1)) drafts each; `scores` in nats. A weight of 0 gives `lattices.search.p_best`, bit for
         bit. Raises `RescoreError` for p < 1 or a weight outside 0 to `MAX_WEIGHT`.
         """
-        factor = checked_weight(p, weight)
+        count, factor = draft_count(lattice, p), checked_weight(weight)
         if factor == 0:
             return p_best(lattice, p)
         n, h, k = lattice.token_ids.shape
         token_ids, logps = np.ascontiguousarray(lattice.token_ids), np.ascontiguousarray(lattice.logps, np.float64)
-        count = min(p, k ** (h - 1))
         drafts, scores = np.empty((n, count, h), dtype=np.int32), np.empty((n, count), dtype=np.int64)
         end = -1 if self.end_token is None else int(self.end_token)
         states = np.asarray(states, dtype=np.int32)

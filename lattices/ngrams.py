@@ -1,6 +1,6 @@
 """A back-off n-gram model as arrays: what an ARPA file holds, what estimation makes and the automaton is compiled from.
 
-Needs numpy only. Source: the ARPA format as `lmplz` writes it; scores are log10 there and here.
+Source: the ARPA format as `lmplz` writes it; scores are log10 there and here.
 """
 
 from __future__ import annotations

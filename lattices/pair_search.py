@@ -11,9 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from lattices.errors import RescoreError
 from lattices.lattice import Lattice
-from lattices.search import PBest, p_best
+from lattices.search import PBest, draft_count, p_best
 
 SCALE = 2.0**22  # fixed-point steps of a nat
 LOWEST = -1e9  # nats; a lower score counts as this
@@ -25,12 +24,10 @@ def pair_p_best(lattice: Lattice, pairs: np.ndarray, p: int, *, weight: float) -
     Slot 1's token is fixed. Gives p' = min(p, k^(h-1)) drafts; equal scores stand by lowest ids. A weight of 0 gives
     `lattices.search.p_best`, bit for bit. Raises `RescoreError` if p < 1.
     """
-    if p < 1:
-        raise RescoreError(f"p = {p} asks for no drafts; choose p of at least 1")
+    count = draft_count(lattice, p)
     if weight == 0:
         return p_best(lattice, p)
-    n, h, k = lattice.token_ids.shape
-    count = min(p, k ** (h - 1))
+    n, h, _ = lattice.token_ids.shape
     steps = lattice.logps[:, 1:, None, :].astype(np.float64) + weight * pairs  # [n, h-1, k, k]
     fixed = np.rint(np.maximum(steps, LOWEST) * SCALE).astype(np.int64)
     first = np.rint(np.maximum(lattice.logps[:, 0, 0], LOWEST).astype(np.float64) * SCALE).astype(np.int64)

@@ -16,8 +16,6 @@ from pathlib import Path
 
 from lattices.errors import RescoreError
 
-PACKAGE = Path(__file__).parent
-
 
 def user_path(given: str | Path, what: str = "the path") -> Path:
     """A path as a user gives it, with `~` and `~name` expanded; `what` names it in errors (`--data`).
@@ -104,7 +102,7 @@ def place_compiled_code() -> None:
     refuses to compile at all ("no locator available")."""
     if "NUMBA_CACHE_DIR" in os.environ:
         return
-    beside = PACKAGE / "__pycache__"
+    beside = Path(__file__).with_name("__pycache__")
     with suppress(OSError):
         beside.mkdir(exist_ok=True)
     if is_writable(beside):

@@ -1,7 +1,7 @@
 """Prefix tree: p drafts that share their common prefixes, laid out for one verify call.
 
 One node per distinct draft prefix. The mask lets a node see itself and its ancestors, so that all drafts fit into one
-row ([A] verifies the p drafts as a batch; tree attention is [C]'s). Needs numpy only; knows nothing of models.
+row ([A] verifies the p drafts as a batch; tree attention is [C]'s).
 """
 
 from __future__ import annotations

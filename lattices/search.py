@@ -43,12 +43,10 @@ def p_best(lattice: Lattice, p: int) -> PBest:
     `lattice` `[n, h, k]`, or `[h, k]` for n = 1, as `Lattice.validate` wants it. Gives p' = min(p, k^(h-1)) drafts
     each, since no lattice has more paths. Raises `RescoreError` if p < 1.
     """
-    if p < 1:
-        raise RescoreError(f"p = {p} asks for no drafts; choose p of at least 1")
-    h, k = lattice.h, lattice.k
+    count, h, k = draft_count(lattice, p), lattice.h, lattice.k
     token_ids = lattice.token_ids.reshape(-1, h, k)
     logps = lattice.logps.reshape(-1, h, k)
-    n, count = len(token_ids), min(p, k ** (h - 1))
+    n = len(token_ids)
     drafts, scores = np.empty((n, count, h), dtype=np.int32), np.empty((n, count), dtype=np.float64)
     drafts[:, 0] = token_ids[:, :, 0]
     scores[:, 0] = logps[:, 0, 0]
@@ -66,6 +64,13 @@ def p_best(lattice: Lattice, p: int) -> PBest:
             scores,
         )
     return PBest(drafts, scores)
+
+
+def draft_count(lattice: Lattice, p: int) -> int:
+    """How many drafts a search for the p best gives: no more than there are paths. Raises `RescoreError` if p < 1."""
+    if p < 1:
+        raise RescoreError(f"p = {p} asks for no drafts; choose p of at least 1")
+    return int(min(p, lattice.k ** (lattice.h - 1)))
 
 
 @njit(cache=True, nogil=True)

@@ -13,7 +13,7 @@ from rescore.tasks.base import Example
 if TYPE_CHECKING:
     from lm.base.model import BaseLM
     from lm.heads.block_heads import BlockHeads
-    from lm.heads.draft_rows import DraftProjection
+    from lm.heads.projection import DraftProjection
 
 BATCH_SIZE = 16  # prompts that are continued side by side
 LATTICE_ROWS = 16  # positions whose full-vocabulary logits are alive at a time

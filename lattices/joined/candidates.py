@@ -3,7 +3,7 @@
 The candidates after a path (`lattices.joined.sources`) and the outcome that it is none of them (`OTHER`) have weighted
 features, each a number or a mark; a softmax makes probabilities of them that the base says exactly this. With them the
 expected accepted length of a prefix tree is the sum over its nodes of the products along their paths, so the best tree
-of n nodes is the n likeliest nodes (`lattices.joined.likeliest`). Needs numpy and numba only.
+of n nodes is the n likeliest nodes (`lattices.joined.likeliest`).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ question reads a few hundred places of it. Built by prefix doubling (Manber and 
 a trie of frequencies, as REST does (He et al. 2024). `lattices.joined.lookup` is the same for a text that grows.
 
 A corpus is one array: each document's tokens, then `END`. Ends are all different and before every token, so that no
-match and no continuation runs on into the next document. Needs numpy and numba only.
+match and no continuation runs on into the next document.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The likeliest prefix tree of a joined lattice (`lattices.joined.candidates`), and the drafts that it is made of.
 
 Probabilities fall along a path, so taking the likeliest open node again and again finds the likeliest nodes of all, in
-falling order, and every parent before its children. Needs numpy and numba only.
+falling order, and every parent before its children.
 """
 
 from __future__ import annotations

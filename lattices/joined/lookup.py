@@ -45,10 +45,7 @@ STATES, EDGES, TOKENS, LAST = range(4)
 
 
 class Lookup:
-    """The suffix automaton of the tokens given so far.
-
-    A *match* is a state with a length: the longest suffix of what was read that stands in the sequence.
-    """
+    """The suffix automaton of the tokens given so far."""
 
     def __init__(self, token_ids: Sequence[int] | np.ndarray = ()) -> None:
         self.tables = _tables(max(FIRST_TOKENS, len(token_ids)))
@@ -57,11 +54,6 @@ class Lookup:
     def __len__(self) -> int:
         """Tokens of the sequence."""
         return int(self.tables.sizes[TOKENS])
-
-    @property
-    def token_ids(self) -> np.ndarray:
-        """The sequence, int32 `[n]`."""
-        return self.tables.tokens[: len(self)]
 
     def extend(self, token_ids: Sequence[int] | np.ndarray) -> None:
         """Adds tokens at the end. Raises `RescoreError` for a negative one."""
@@ -72,11 +64,6 @@ class Lookup:
         if needed > len(self.tables.tokens):
             self.tables = _grown(self.tables, needed)
         extend(self.tables, added)
-
-    def match(self, token_ids: Sequence[int] | np.ndarray = ()) -> tuple[int, int]:
-        """The longest suffix of the sequence and these further tokens that stands in the sequence and is followed by
-        something there: state and length, (`ROOT`, 0) without any."""
-        return follow(self.tables, np.asarray(token_ids, dtype=np.int32))
 
     def continuations(
         self,
@@ -224,7 +211,7 @@ def _split(tables: Tables, state: int, token: int) -> Any:
 
 @njit(cache=True)
 def advance(tables: Tables, state: int, length: int, token: int) -> tuple[int, int]:
-    """The match after one more token: the longest suffix that still stands in the sequence."""
+    """The match after one more token, a state and a length: the longest suffix that still stands in the sequence."""
     while True:
         target = step(tables, state, token)
         if target != NONE:
@@ -237,7 +224,8 @@ def advance(tables: Tables, state: int, length: int, token: int) -> tuple[int, i
 
 @njit(cache=True)
 def follow(tables: Tables, token_ids: np.ndarray) -> tuple[int, int]:
-    """The match of the sequence and further tokens that something follows; see `Lookup.match`."""
+    """The longest suffix of the sequence and these further tokens that stands in the sequence and is followed by
+    something there: state and length, (`ROOT`, 0) without any."""
     states = tables.states
     state = tables.sizes[LAST]
     length = tables.sizes[TOKENS]

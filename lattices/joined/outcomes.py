@@ -1,6 +1,6 @@
 """What came after right prefixes, and the weights that make it likeliest: a convex loss and its gradient.
 
-Needs numpy and numba only; `rescore.rescorers.joint_fit` minimises it.
+`rescore.rescorers.joint_fit` minimises it.
 """
 
 from __future__ import annotations

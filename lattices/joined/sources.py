@@ -3,7 +3,7 @@
 It is not laid out as slots: what a lookup proposes depends on the path before, so candidates are found path by path. A
 path begins with the token that the base LM has already chosen (slot 1). The candidates after it are the entries of the
 next head, what followed the path's longest suffixes earlier in the text (`lookup`), and the next tokens of chains that
-other drafters gave. Needs numpy and numba only.
+other drafters gave.
 """
 
 from __future__ import annotations

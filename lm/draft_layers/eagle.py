@@ -106,7 +106,6 @@ class EagleSource(NetSource):
         return needed, {**optional, "t2d": (vocabulary,)}
 
     def layers(self, base: BaseLM) -> tuple[int, ...]:
-        """See `NetSource.layers`."""
         if not self.third:
             return (FINAL,)
         count = len(decoder_layers(base))
@@ -119,7 +118,6 @@ class EagleSource(NetSource):
         return layers
 
     def load(self, base: BaseLM) -> DraftNet:
-        """See `NetSource.load`."""
         layers = self.layers(base)
         check_layers(base, layers)
         names = [name for name in self._names if name != "t2d"]
@@ -158,14 +156,12 @@ class Eagle(DraftNet):
 
     @torch.inference_mode()
     def begun(self, states: torch.Tensor) -> torch.Tensor:
-        """See `DraftNet.begun`."""
         begun: torch.Tensor = self._net["fc"](states) if self._third else states
         return begun
 
     def forward(
         self, tokens: torch.Tensor, states: torch.Tensor, cache: TreeCache, positions: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """See `DraftNet.forward`."""
         layer = self._net["layers"][0]
         embedded = functional.embedding(tokens, self._embeddings)
         if self._third:
@@ -180,7 +176,6 @@ class Eagle(DraftNet):
 
     @torch.inference_mode()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """See `DraftNet.logits`."""
         if not self._third:
             return self.base.project(states)
         logits: torch.Tensor = self._net["lm_head"](self._net["norm"](states))

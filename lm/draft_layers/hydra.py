@@ -76,7 +76,6 @@ class HydraSource(NetSource):
         self._identify([file], self.offset)
 
     def layers(self, base: BaseLM) -> tuple[int, ...]:
-        """See `NetSource.layers`."""
         if not self.offset:
             return (FINAL,)
         count = len(decoder_layers(base))
@@ -87,7 +86,6 @@ class HydraSource(NetSource):
         return (count - self.offset,)
 
     def load(self, base: BaseLM) -> DraftNet:
-        """See `NetSource.load`."""
         layers = self.layers(base)
         check_layers(base, layers)
         return Hydra(self, base, layers)
@@ -109,12 +107,10 @@ class Hydra(DraftNet):
     def forward(
         self, tokens: torch.Tensor, states: torch.Tensor, cache: TreeCache, positions: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """See `DraftNet.forward`."""
         return torch.cat([states, functional.embedding(tokens, self._embeddings)], dim=-1)
 
     @torch.inference_mode()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """See `DraftNet.logits`."""
         head = states.shape[-1] // self._size - 2
         first = f"hydra_mlp.{head}.0"
         read = self._linear(states, f"{first}.res_connection") + functional.silu(

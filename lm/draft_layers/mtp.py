@@ -66,7 +66,6 @@ class MtpSource(NetSource):
         return MtpSource(folder, f"the MTP layer of {base.name}")
 
     def layers(self, base: BaseLM) -> tuple[int, ...]:
-        """See `NetSource.layers`."""
         count = len(decoder_layers(base))
         if self.place != count:
             raise IncompatibleError(
@@ -76,7 +75,6 @@ class MtpSource(NetSource):
         return (FINAL,)
 
     def load(self, base: BaseLM) -> DraftNet:
-        """See `NetSource.load`."""
         check_layers(base, self.layers(base))
         return Mtp(self, base)
 
@@ -122,7 +120,6 @@ class Mtp(DraftNet):
     def forward(
         self, tokens: torch.Tensor, states: torch.Tensor, cache: TreeCache, positions: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """See `DraftNet.forward`."""
         own = self._embeddings
         embedded = self.base.model.get_input_embeddings()(tokens) if own is None else functional.embedding(tokens, own)
         positions = positions + 1  # of the token, not of the state before it
@@ -134,7 +131,6 @@ class Mtp(DraftNet):
 
     @torch.inference_mode()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """See `DraftNet.logits`."""
         if self._head is None:
             return self.base.project(states)
         return self.base.scaling(functional.linear(states, self._head, self.base.output_embeddings.bias))

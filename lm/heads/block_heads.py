@@ -28,10 +28,9 @@ from lm.base.model import BaseIdentity, BaseLM
 from lm.checkpoint import CONFIG_FILE, WEIGHTS_FILE, check_shapes, read_weights, write_checkpoint
 from lm.checkpoint import read_config as read_checkpoint_config
 from lm.files import FETCH, SHIPPED, sha256_of_file
-from lm.heads.draft_rows import DraftProjection
 from lm.heads.layouts.medusa import find_medusa, medusa_of_model
 from lm.heads.nets import NETS, SEQUENTIAL, BlockHeadsConfig
-from lm.heads.projection import Projection
+from lm.heads.projection import DraftProjection, Projection
 from lm.locks import warn
 
 HEADS_FOLDER = "heads"

@@ -103,29 +103,27 @@ class FeedForward(HeadNet):
     """`inner.weight [h-1, d, inner]`, `inner.bias [h-1, inner]`, `outer.weight [h-1, inner, d]`, `outer.bias [h-1, d]`;
     with a token size `token.shared [d, size]`, `token.weight [h-1, size, inner]`."""
 
+    own_layer = True  # whether each head has a hidden layer of its own
+
     def __init__(self, config: BlockHeadsConfig) -> None:
         super().__init__(config)
         heads, d, inner = config.h - 1, config.hidden_size, config.inner_size
-        own = self._own(heads)
+        own = (heads,) if self.own_layer else ()
         self.inner = nn.ParameterDict(
             {"weight": nn.Parameter(torch.randn(*own, d, inner) * d**-0.5), "bias": torch.zeros(*own, inner)}
         )
         self.outer = nn.ParameterDict({"weight": torch.zeros(heads, inner, d), "bias": torch.zeros(heads, d)})
-        self._see_tokens(*self._own(self._token_weights()), config.token_size, inner)
-
-    def _own(self, count: int) -> tuple[int, ...]:
-        """The leading axis of the hidden layer's weights, if each head has its own."""
-        return (count,)
+        self._see_tokens(*([self._token_weights()] if own else []), config.token_size, inner)
 
     def _token_weights(self) -> int:
         return self.config.h - 1
 
-    def of_inner(self, weights: torch.Tensor, heads: list[int]) -> torch.Tensor:
+    def _of_inner(self, weights: torch.Tensor, heads: list[int]) -> torch.Tensor:
         """The weights of these heads in the hidden layer."""
-        return self.of(weights, heads)
+        return self.of(weights, heads) if self.own_layer else weights
 
     def forward(self, hidden: torch.Tensor, rows: torch.Tensor, heads: list[int]) -> torch.Tensor:
-        weight, bias = (self.of_inner(self.inner[name], heads) for name in ("weight", "bias"))
+        weight, bias = (self._of_inner(self.inner[name], heads) for name in ("weight", "bias"))
         inner = torch.matmul(hidden, weight) + bias[..., None, :]
         if self.sees:
             inner = inner + self._seen_tokens(rows, heads)
@@ -135,18 +133,14 @@ class FeedForward(HeadNet):
 
     def _seen_tokens(self, rows: torch.Tensor, heads: list[int]) -> torch.Tensor:
         """What the tokens add to the hidden layer, `[len(heads), n, inner]`."""
-        return torch.matmul(self.seen(rows)[:, 0], self.of_inner(self.token["weight"], heads))
+        return torch.matmul(self.seen(rows)[:, 0], self._of_inner(self.token["weight"], heads))
 
 
 class Shared(FeedForward):
     """`inner.weight [d, inner]`, `inner.bias [inner]`, `outer.weight [h-1, inner, d]`, `outer.bias [h-1, d]`; with a
     token size `token.shared [d, size]`, `token.weight [size, inner]`."""
 
-    def _own(self, count: int) -> tuple[int, ...]:
-        return ()
-
-    def of_inner(self, weights: torch.Tensor, heads: list[int]) -> torch.Tensor:
-        return weights
+    own_layer = False
 
     def cut(self, name: str, value: torch.Tensor, h: int) -> torch.Tensor:
         return value[: h - 1] if name.startswith("outer.") else value

@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
 from lm.base.cache import TreeCache
 from lm.base.catalog import (
+    BUILT_IN,
     identify,
     load_base,
     load_tokenizer,
@@ -180,9 +181,10 @@ def save_delta(
     """Writes the tensors `names` of a model as a delta, weights first, and changes of others by their names (up
     `[out, rank]`, down `[rank, in]`). Raises `OutputError`."""
     state = model.state_dict()
-    parts = {name: zip((UP, DOWN), both, strict=True) for name, both in (changes or {}).items()}
-    factors = {name + part: factor for name, both in parts.items() for part, factor in both}
-    write_checkpoint(folder, {**{name: state[name] for name in names}, **factors}, config, dtype=torch.int8)
+    tensors = {name: state[name] for name in names}
+    for name, (up, down) in (changes or {}).items():
+        tensors |= {name + UP: up, name + DOWN: down}
+    write_checkpoint(folder, tensors, config, dtype=torch.int8)
 
 
 @dataclass(frozen=True)
@@ -203,16 +205,16 @@ class NeuralSource:
         return key_of([sha256_of_file(self.folder / WEIGHTS_FILE), self.delta])
 
 
-def find_neural(text: str, *, shipped_for: str = "smollm2-135m", use: Use = RESCORER) -> NeuralSource:
+def find_neural(text: str, *, use: Use = RESCORER) -> NeuralSource:
     """The small LM that a named size (shipped) or a path or hub id stands for; its weights are not read yet.
 
     Raises `RescoreError` if there is none, with the command that trains one.
     """
     if text in SIZES:
-        folder = SHIPPED / shipped_for / text
+        folder = SHIPPED / BUILT_IN / text
         if not (folder / CONFIG_FILE).is_file():
             raise RescoreError(
-                f"no weights of {text} for {shipped_for} in this installation; train them: rescore train-rescorer "
+                f"no weights of {text} for {BUILT_IN} in this installation; train them: rescore train-rescorer "
                 f"{text} --corpus ... --out DIR, then {use.option}DIR"
             )
     elif text.endswith((".pt", ".pth", ".bin")):
@@ -300,14 +302,12 @@ def load_neural(
     if (delta := source.delta) is None:
         model = load_base(str(source.folder), **options)
     else:
-        under = under_adapter(base_name)
-        if under is not None and under.weights_sha256 == delta.base_weights_sha256:
-            base_name = under.name  # the base in memory is the changed one
-        if identify(base_name).weights_sha256 != delta.base_weights_sha256:
+        if (base := base_with(delta.base_weights_sha256, identify(base_name))) is None:
             raise IncompatibleError(
                 f"what {base_name} stands for has changed: the {source.use.name} {source.name} needs other weights "
                 "of it"
             )
+        base_name = base.name  # that in memory may be an adapter on it
         model = some_layers(base_name, delta.layers, **options, prepare=lambda cut: _become(cut, source, shared))
     if model.vocab_size < vocab_size:
         raise IncompatibleError(

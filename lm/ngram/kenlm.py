@@ -30,7 +30,7 @@ from lattices.errors import InvalidDataError, unreadable
 from lattices.lattice import Lattice
 from lattices.ngram_search import ARC_SCALE, LOWEST_HEAD, checked_weight
 from lattices.ngrams import SENTENCE_END, SENTENCE_START, SPECIAL_WORDS, UNKNOWN
-from lattices.search import PBest, p_best
+from lattices.search import PBest, draft_count, p_best
 from lm.ngram.arpa import KENLM_MAGIC
 
 # After 88 bytes of magic and sanity values: order, probing multiplier, model type, whether the file ends with its
@@ -223,11 +223,10 @@ class KenlmSearch:
 
     def p_best_after(self, lattice: Lattice, lefts: Sequence[Sequence[int]], p: int, *, weight: float) -> PBest:
         """The p best drafts of every lattice `[n, h, k]` after its left context; see `NgramSearch.p_best`."""
-        factor = checked_weight(p, weight)
+        count, factor = draft_count(lattice, p), checked_weight(weight)
         if factor == 0:
             return p_best(lattice, p)
-        n, h, k = lattice.token_ids.shape
-        count = min(p, k ** (h - 1))
+        n, h, _ = lattice.token_ids.shape
         drafts, scores = np.zeros((n, count, h), dtype=np.int32), np.zeros((n, count), dtype=np.int64)
         heads = np.rint(np.maximum(lattice.logps, LOWEST_HEAD).astype(np.float64) * ARC_SCALE).astype(np.int64)
         for i in range(n):

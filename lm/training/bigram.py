@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ def lattices_of_corpus(
     k: int,
     rows: int,
     seed: int,
-    cache: Path | None = None,
+    cache: Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> TargetLattices:
     """Lattices at up to `rows` positions of a corpus, drawn at random; targets as the corpus has them.
@@ -60,7 +60,7 @@ def lattices_of_corpus(
     cache: folder for them, from which an interrupted call goes on.
     """
     inputs_sha256 = _sha256_of_inputs(base, heads, data, k, rows, seed)
-    folder = cache / f"lattices-{inputs_sha256[:16]}" if cache else None
+    folder = cache / f"lattices-{inputs_sha256[:16]}"
     rng = np.random.default_rng([seed, 0xB16])
     chosen = np.sort(rng.permutation(len(data))[:rows])
     segments = np.searchsorted(data.ends, chosen, side="right")
@@ -80,17 +80,13 @@ def lattices_of_corpus(
                 progress(start + first + len(hidden), len(chosen))
         return _joined(parts)
 
-    def kept(start: int, folder: Path) -> Lattice:
-        arrays = kept_file(
-            folder / f"{start:09d}.npz",
-            "the lattices",
-            read_arrays,
-            lambda stream: np.savez(stream, **vars(computed(start))),
-        )
-        return Lattice(**arrays)
+    def kept(start: int) -> Lattice:
+        def write(stream: IO[bytes]) -> None:
+            np.savez(stream, **vars(computed(start)))
 
-    starts = range(0, len(chosen), SHARD_ROWS)
-    lattice = _joined([kept(start, folder) if folder else computed(start) for start in starts])
+        return Lattice(**kept_file(folder / f"{start:09d}.npz", "the lattices", read_arrays, write))
+
+    lattice = _joined([kept(start) for start in range(0, len(chosen), SHARD_ROWS)])
     return TargetLattices(lattice, targets, segments, data.source, data.sha256, inputs_sha256)
 
 

@@ -176,13 +176,10 @@ def body_states(
     ids = pad_sequence([torch.from_numpy(text) for text in texts], batch_first=True)
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         output = model.base_model(**arguments(prompts, ids.to(device)))
-    places = [  # the row and column of the token before each target
-        (row, column)
-        for row, (first, text) in enumerate(zip(before, texts, strict=True))
-        for column in range(len(first) - 1, len(text))
-    ]
-    rows, columns = torch.tensor(places, device=device).T
-    states: torch.Tensor = output.last_hidden_state[rows, columns].float()
+    starts, ends = (torch.tensor([len(part) for part in parts])[:, None] for parts in (before, texts))
+    columns = torch.arange(ids.shape[1])
+    at = (columns >= starts - 1) & (columns < ends)  # [b, n], the token before each target
+    states: torch.Tensor = output.last_hidden_state[at.to(device)].float()
     return states
 
 
@@ -233,19 +230,19 @@ def read_head_data(
     arrays = kept_file(folder / SEGMENTS_FILE, "the segments", read_arrays, write_segments)
     bounds = arrays.pop("shards").tolist()
     data = HeadData(Rows([]), **arrays, source=path.name, sha256=digest)
-    parts = []
-    for number, (first, last) in enumerate(itertools.pairwise(bounds)):
-        targets = data.ends[last - 1] - (data.ends[first - 1] if first else 0)
 
-        def read_states(shard: Path, targets: int = targets) -> np.ndarray:
-            return _mapped_states(shard, targets, base.hidden_size)
+    def shard(number: int, first: int, last: int) -> np.ndarray:
+        def read(path: Path) -> np.ndarray:
+            return _mapped_states(path, data.ends[last - 1] - (data.ends[first - 1] if first else 0), base.hidden_size)
 
-        def write_states(stream: IO[bytes], first: int = first, last: int = last) -> None:
+        def write(stream: IO[bytes]) -> None:
             with torch.autocast(base.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 _write_states(base, data, range(first, last), stream, progress)
 
-        parts.append(kept_file(folder / f"shard-{number:05d}.f16", "the states", read_states, write_states))
-    return dataclasses.replace(data, states=Rows(parts))
+        return kept_file(folder / f"shard-{number:05d}.f16", "the states", read, write)
+
+    shards = [shard(number, *ends) for number, ends in enumerate(itertools.pairwise(bounds))]
+    return dataclasses.replace(data, states=Rows(shards))
 
 
 def kept_file(path: Path, what: str, read: Callable[[Path], T], write: Callable[[IO[bytes]], None]) -> T:

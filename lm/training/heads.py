@@ -3,9 +3,8 @@
 Loss of head i at a position: cross-entropy against (1 - soft) x the token that stands i steps ahead + soft x the base's
 own distribution there, which the cached state of that position gives through the vocabulary projection. A step draws
 whole segments and some of the heads. With a base that is fine-tuned head 1, the base itself, is one of them: its
-targets are the same text, so what it is taught is to write it. Everything random follows from (seed, step), so a
-resumed training is the same training. Sources: [A] section 3 (sum of the heads' cross-entropies), [B] section 6
-(distilled data, one random head a step, fine-tuning).
+targets are the same text, so what it is taught is to write it. Sources: [A] section 3 (sum of the heads'
+cross-entropies), [B] section 6 (distilled data, one random head a step, fine-tuning).
 """
 
 from __future__ import annotations

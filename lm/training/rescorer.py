@@ -4,7 +4,7 @@ Data as for heads (`lm.training.data`): segments of text with the base's final s
 after its prompts. Loss at a token of a segment: cross-entropy against (1 - soft) x the token + soft x the base's own
 distribution there; a share of it (`lattice`) among the best tokens of one head only (of the step's vocabulary), drawn
 anew each step with odds 1/i for head i, by the head's log-probabilities plus the rescorer's logits: what local
-rescoring chooses by. Everything random follows from (seed, step).
+rescoring chooses by.
 """
 
 from __future__ import annotations
@@ -134,17 +134,13 @@ class RescorerTrainer(TextTrainer[HeldOutText, RescorerOptions]):
         rng = np.random.default_rng([self.options.seed, step])
         segments = self._batch(rng)
         tokens = self.subset.draw(rng)
-        head = self._drawn_head(rng)
+        head = 0  # whose tokens the step is about, counted as always (the base is 1); 0: no head's
+        if self.heads is not None:
+            candidates = np.arange(2, self.heads.h + 1)
+            head = int(rng.choice(candidates, p=(1.0 / candidates) / (1.0 / candidates).sum()))
         count = sum(s.targets for s in segments)  # over all processes
         for batch in self._micro_batches(segments)[self.workers.rank :: self.workers.count]:
             yield self._loss(batch, tokens, head) / count
-
-    def _drawn_head(self, rng: np.random.Generator) -> int:
-        """Which head's tokens a step is about, counted as always (the base is 1)."""
-        if self.heads is None:
-            return 0
-        candidates = np.arange(2, self.heads.h + 1)
-        return int(rng.choice(candidates, p=(1.0 / candidates) / (1.0 / candidates).sum()))
 
     def _micro_batches(self, segments: list[Segment]) -> list[list[Segment]]:
         size = max(1, self.options.micro_batch // max(tokens_read(self.data, s) for s in segments))

@@ -6,7 +6,7 @@ Ctrl-C leaves the last checkpoint, from which the same call goes on. Heavy libra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +47,11 @@ class _Session:
     progress: Progress
     notify: Notify
 
-    def read(self, corpora: Sequence[Path], text: TrainingText, precision: str = "auto") -> list[HeadData]:
-        """The data of corpora. The first process runs the base over text, once; the others wait for it."""
+    def read(
+        self, text: TrainingText, held_out: Path | None = None, precision: str = "auto"
+    ) -> tuple[list[HeadData], HeadData | None]:
+        """The data to learn from, and of the corpus to measure on. The first process runs the base over text, once; the
+        others wait for it."""
         from lm.training.data import read_head_data
 
         encodable(self.out, "--out")
@@ -59,17 +62,10 @@ class _Session:
                 self.base, path, self.out, max_tokens=text.max_tokens, cache_gb=text.cache_gb, precision=precision,
                 progress=lambda done, total: self.progress("hidden states", done, total),
             )
-            for path in corpora
+            for path in _corpora(text, held_out)
         ]  # fmt: skip
         if self.workers.is_first:
             self.workers.wait()
-        return data
-
-    def read_both(
-        self, text: TrainingText, held_out: Path | None, precision: str
-    ) -> tuple[list[HeadData], HeadData | None]:
-        """The data to learn from, and of the corpus to measure on."""
-        data = self.read(_corpora(text, held_out), text, precision)
         return (data[:-1], data[-1]) if held_out else (data, None)
 
     def train(self, trainer: Trainer[Measured], line: Callable[[Measured], str] | None = None) -> Measured | None:
@@ -127,7 +123,7 @@ def train_heads(
     if initial:
         read_config(initial)
     with _session(text, out, progress, notify) as session:
-        data, measured_on = session.read_both(text, held_out, options.precision)
+        data, measured_on = session.read(text, held_out, options.precision)
         trainer = HeadTrainer(session.base, data, options, initial=initial, held_out=measured_on)
         return session.train(trainer, lambda of: f"accepted {of.accepted:.3f} (best of top 16: {of.accepted_16:.3f})")
 
@@ -154,7 +150,7 @@ def train_rescorer(
     check_there(_corpora(text, held_out))
     with _session(text, out, progress, notify) as session:
         block_heads = load_heads(session.base, heads) if options.lattice else None
-        data, measured_on = session.read_both(text, held_out, options.precision)
+        data, measured_on = session.read(text, held_out, options.precision)
         return session.train(
             RescorerTrainer(session.base, data, options, heads=block_heads, held_out=measured_on),
             lambda of: f"held-out perplexity {of.perplexity:.3f} (the base's own: {of.base_perplexity:.3f})",
@@ -184,6 +180,6 @@ def train_bigram(
                 base, block_heads, source, k=options.k, rows=options.rows, seed=options.seed, cache=out,
                 progress=lambda done, total: session.progress("lattices", done, total),
             )
-            for source in session.read(text.corpus, text)
+            for source in session.read(text)[0]
         ]  # fmt: skip
         return session.train(BigramTrainer(base, data, options))

@@ -332,18 +332,14 @@ class TextTrainer(Trainer[Measured], Generic[Measured, Options]):
         return {}
 
     def _settings(self) -> dict[str, Any]:
-        learned = self.data if self.measured_on is None else self.data[:-1]
+        sources = [{"source": each.source, "sha256": each.sha256, "tokens": len(each)} for each in self.data]
+        measured_on = None if self.measured_on is None else sources.pop()
         return {
             "options": dataclasses.asdict(self.options),
             "base": dataclasses.asdict(self.base.identity),
-            "data": [source_of(source) for source in learned],
-            "measured_on": None if self.measured_on is None else source_of(self.measured_on),
+            "data": sources,
+            "measured_on": measured_on,
         }
-
-
-def source_of(data: HeadData) -> dict[str, Any]:
-    """What a training's record says of its data."""
-    return {"source": data.source, "sha256": data.sha256, "tokens": len(data)}
 
 
 @contextmanager

@@ -130,17 +130,13 @@ def with_low_rank(base: BaseLM, rank: int, layers: list[int] | None) -> Any:
 def low_rank_changes(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Of each weight that `with_low_rank` changes, by its name in the model as it was: up `[out, rank]`, scale in it,
     and down `[rank, in]`; the change is up @ down."""
-    return {
-        f"{name}.weight": (module.scaling[part] * _weight(module.lora_B[part]), _weight(module.lora_A[part]))
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-        for part in module.active_adapters
-    }
-
-
-def _weight(linear: Any) -> torch.Tensor:
-    weight: torch.Tensor = linear.weight
-    return weight
+    changes: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            for part in module.active_adapters:
+                up, down = (factors[part].get_parameter("weight") for factors in (module.lora_B, module.lora_A))
+                changes[f"{name}.weight"] = (module.scaling[part] * up, down)
+    return changes
 
 
 def _without_dropout(model: torch.nn.Module) -> None:

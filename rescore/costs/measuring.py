@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from lattices.errors import RescoreError
-from lm.heads.draft_rows import DraftRows
+from lm.heads.projection import DraftRows
 from rescore import options as shared
 from rescore.checks import check_timing
 from rescore.costs.kept import keep_costs, this_machine

@@ -24,7 +24,7 @@ from rescore.traced_rows import lattices_along
 
 if TYPE_CHECKING:
     from lm.base.model import BaseLM
-    from lm.heads.draft_rows import DraftProjection, DraftRows
+    from lm.heads.projection import DraftProjection, DraftRows
 
 
 class Heads(LatticeDrafter):
@@ -85,7 +85,7 @@ class Heads(LatticeDrafter):
             return None
         import torch
 
-        from lm.heads.draft_rows import DraftRows
+        from lm.heads.projection import DraftRows
 
         if self._rows is None or self._rows.base is not base or not base.from_files:  # weights in memory may change
             self._rows = DraftRows(base, torch.from_numpy(self._token_ids))

@@ -8,11 +8,11 @@ from typing import Self
 
 import numpy as np
 
-from lattices.automaton import MAX_ORDER
 from lattices.context_search import ContextCounts, context_p_best
 from lattices.errors import RescoreError
 from lattices.lattice import Lattice
 from lattices.ngram_search import NgramSearch
+from lattices.ngrams import MAX_ORDER
 from lattices.search import PBest
 from rescore.rescorers.base import Context, Rescorer, Target
 from rescore.rescorers.ngram import Ngram

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from ngram_models import BackOff, brute_force, random_lattices, random_model
 
 from lattices import ngram_search
-from lattices.automaton import LINEAR, LN10, MAX_ORDER, ROOT, SLOTS, Automaton
+from lattices.automaton import LINEAR, LN10, ROOT, SLOTS, Automaton
 from lattices.errors import RescoreError
 from lattices.lattice import Lattice
 from lattices.ngram_search import ARC_SCALE, LAST_RUN, MAX_WEIGHT, NgramSearch
-from lattices.ngrams import SENTENCE_END, SENTENCE_START, UNKNOWN
+from lattices.ngrams import MAX_ORDER, SENTENCE_END, SENTENCE_START, UNKNOWN
 from lattices.search import p_best
 from lm.ngram.arpa import read_arpa, write_arpa
 

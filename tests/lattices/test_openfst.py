@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from ngram_models import BackOff, brute_force, random_lattices, random_model
 
-from lattices.automaton import LN10, MAX_ORDER, ROOT, Automaton
+from lattices.automaton import LN10, ROOT, Automaton
 from lattices.errors import RescoreError
 from lattices.lattice import Lattice
 from lattices.ngram_search import ARC_SCALE, NgramSearch
-from lattices.ngrams import SPECIAL_WORDS, NgramArrays, NgramModel
+from lattices.ngrams import MAX_ORDER, SPECIAL_WORDS, NgramArrays, NgramModel
 from rescore.exports.openfst import (
     automaton_text,
     composition_text,

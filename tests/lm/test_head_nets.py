@@ -11,8 +11,8 @@ from test_training import SMALL, make_data
 
 from lattices.errors import RescoreError, UnknownNameError
 from lm.heads.block_heads import BlockHeads, entropies_of, lattice_of, load_heads
-from lm.heads.draft_rows import DraftRows
 from lm.heads.nets import NETS, BlockHeadsConfig
+from lm.heads.projection import DraftRows
 from lm.training.data import Rows
 from lm.training.heads import HeadTrainer
 

@@ -219,7 +219,7 @@ class TestCorpus:
         data = read_head_data(tiny_base, tmp_path / "pairs.jsonl", tmp_path)
         heads, seen = make_heads(tiny_base), []
         found = lattices_of_corpus(
-            tiny_base, heads, data, k=3, rows=rows, seed=0, progress=lambda *now: seen.append(now)
+            tiny_base, heads, data, k=3, rows=rows, seed=0, cache=tmp_path, progress=lambda *now: seen.append(now)
         )
         every = []
         for start, end in data.segments():
@@ -237,7 +237,7 @@ class TestCorpus:
             places.append(at)
         assert len(set(places)) == count or rows > len(data)
         np.testing.assert_allclose(found.lattice.logps, whole.logps[places], rtol=1e-5)
-        again = lattices_of_corpus(tiny_base, heads, data, k=3, rows=rows, seed=0)
+        again = lattices_of_corpus(tiny_base, heads, data, k=3, rows=rows, seed=0, cache=tmp_path / "again")
         assert (again.targets == found.targets).all()
         BigramTrainer(tiny_base, [found], SMALL).train(tmp_path / "out")  # a text that the base did not write
 
@@ -245,7 +245,7 @@ class TestCorpus:
         monkeypatch.setattr(bigram, "SHARD_ROWS", 4)
         (tmp_path / "text.txt").write_text("the cat sat on the mat")
         data, heads = read_head_data(tiny_base, tmp_path / "text.txt", tmp_path), make_heads(tiny_base)
-        expected = lattices_of_corpus(tiny_base, heads, data, k=3, rows=10, seed=0)
+        expected = lattices_of_corpus(tiny_base, heads, data, k=3, rows=10, seed=0, cache=tmp_path / "whole")
         made = []
 
         def interrupt(done: int, total: int) -> None:
@@ -280,7 +280,7 @@ class TestCorpus:
         for most in (300, 600):
             data = read_head_data(tiny_base, tmp_path / "text.txt", tmp_path, max_tokens=most)
             kept = lattices_of_corpus(tiny_base, heads, data, k=3, rows=40, seed=0, cache=tmp_path / "out")
-            fresh = lattices_of_corpus(tiny_base, heads, data, k=3, rows=40, seed=0)
+            fresh = lattices_of_corpus(tiny_base, heads, data, k=3, rows=40, seed=0, cache=tmp_path / str(most))
             assert (kept.lattice.token_ids == fresh.lattice.token_ids).all()
             assert (kept.targets == fresh.targets).all()
             found[most] = kept.inputs_sha256
@@ -290,7 +290,7 @@ class TestCorpus:
         (tmp_path / "text.txt").write_text("the cat sat")
         data = read_head_data(tiny_base, tmp_path / "text.txt", tmp_path)
         assert "k = 258" in refused(
-            lambda: lattices_of_corpus(tiny_base, make_heads(tiny_base), data, k=258, rows=5, seed=0)
+            lambda: lattices_of_corpus(tiny_base, make_heads(tiny_base), data, k=258, rows=5, seed=0, cache=tmp_path)
         )
 
 

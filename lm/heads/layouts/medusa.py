@@ -19,8 +19,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,6 @@ class Layout:
         begins = {re.escape(each.partition("{")[0]) for each in (self.block, self.own)}
         return any(re.match(rf"{begin}\d+\.", name) for begin in begins)
 
-    def head_of(self, name: str) -> int:
-        """The number in the name of a head's tensor."""
-        found = re.search(r"\d+", name)
-        return int(found[0]) if found else 0
-
     def block_of(self, name: str) -> int | None:
         """The number of a residual block in the name of a tensor; None for another tensor."""
         pattern = re.escape(self.block).replace(r"\{head\}", r"\d+").replace(r"\{block\}", r"(\d+)")
@@ -111,18 +106,35 @@ def layout_of(names: Sequence[str]) -> Layout | None:
     return None
 
 
-@dataclass(frozen=True)
 class MedusaHeads:
     """Medusa heads that others wrote.
 
     config: what they are, by their tensors. notices: what the user should know of them.
+    Raises `InvalidDataError` for tensors that are missing, too many or of the wrong shape.
     """
 
-    place: Path
-    layout: Layout
-    config: BlockHeadsConfig
-    notices: tuple[str, ...]
-    source: TensorFiles = field(repr=False)
+    def __init__(self, place: Path, source: TensorFiles, layout: Layout) -> None:
+        self.place, self.source, self.layout, self._file = place, source, layout, source.files[0]
+        self._shapes = {name: shape for name, shape in source.shapes.items() if layout.is_of_heads(name)}
+        if extra := sorted(source.shapes.keys() - self._shapes.keys()) if not layout.in_model else []:
+            raise InvalidDataError(
+                f"{self._file} holds {extra[0]} beside the heads, which has no place there; get it again"
+            )
+        self._heads, self._blocks = self._counted()
+        beside = (place if place.is_dir() else place.parent) / CONFIG_FILE
+        self._said: dict[str, Any] = read_json_object(beside, missing="") if beside.is_file() else {}
+        own, vocab_size = self._projection()
+        has_bias = any(name.endswith(".bias") for name in self._shapes)
+        d = self._checked_size(own, has_bias)
+        base_name = self._said.get("base_model_name_or_path")
+        if not isinstance(base_name, str) or not base_name:
+            base_name = f"{UNNAMED}{place.name}"
+        self.config = BlockHeadsConfig(
+            h=self._heads + 1, hidden_size=d, inner_size=d, vocab_size=vocab_size, base_name=base_name,
+            tokenizer_sha256=None, architecture=MEDUSA, blocks=self._blocks, own_projection=own,
+            base_weights_sha256=self._base_sha256(),
+        )  # fmt: skip
+        self.notices = tuple(self._disagreements(has_bias))
 
     @property
     def sha256(self) -> str:
@@ -134,10 +146,8 @@ class MedusaHeads:
         """As `BlockHeads.tensors` names them, in the precision they have, and the notices, with those about values."""
         config, layout, d = self.config, self.layout, self.config.hidden_size
         heads, blocks, own = config.h - 1, config.blocks, config.own_projection
-        names = sorted(name for name in self.source.shapes if layout.is_of_heads(name))
-        stored = self.source.read(names)
-        in_blocks = {name for name in stored if layout.block_of(name) is not None}
-        dtype = _one_dtype([stored[name] for name in in_blocks])
+        stored = self.source.read(sorted(self._shapes))
+        dtype = _one_dtype([value for name, value in stored.items() if layout.block_of(name) is not None])
 
         def of(part: str) -> list[torch.Tensor]:
             keys = [
@@ -157,7 +167,7 @@ class MedusaHeads:
         }
         if own is not None:
             keys = [name for name in layout.shared if name in stored][:1] if own.shared else []
-            keys = keys or [layout.own.format(head=head, blocks=blocks) for head in range(heads)]
+            keys = keys or self._own_names()
             rows = [stored[key] for key in keys]
             if own.mapped:
                 tensors["lm_head.token_map"] = token_map = self._token_map(stored[TOKEN_MAP], len(rows[0]))
@@ -181,6 +191,105 @@ class MedusaHeads:
                 f"the {TOKEN_MAP} of {self.place} is no list of different token ids below {size}; get it again"
             )
         return token_map.long()
+
+    def _counted(self) -> tuple[int, int]:
+        """How many heads there are, and blocks of each, by their numbers."""
+        numbers = {int(digits[0]) for name in self._shapes if (digits := re.search(r"\d+", name))}
+        of_blocks = {number for name in self._shapes if (number := self.layout.block_of(name)) is not None}
+        for what, found in (("head", numbers), ("block", of_blocks)):
+            if absent := sorted(set(range(len(found))) - found):
+                raise InvalidDataError(
+                    f"{self._file} has a {what} {max(found)}, but no {what} {absent[0]} (numbers from 0); get it again"
+                )
+        return len(numbers), len(of_blocks)
+
+    def _own_names(self) -> list[str]:
+        return [self.layout.own.format(head=head, blocks=self._blocks) for head in range(self._heads)]
+
+    def _projection(self) -> tuple[OwnProjection | None, int | None]:
+        """The projections of the heads, if they have some, and the tokens of the whole vocabulary, if that is known."""
+        here, layout, file = self._shapes, self.layout, self._file
+        each = [name for name in self._own_names() if name in here]
+        one = [name for name in layout.shared if name in here]
+        first = next(iter(one if layout.shared and len(each) <= 1 else each), None)
+        if first is None:
+            if TOKEN_MAP in here:
+                raise InvalidDataError(
+                    f"{file} has a {TOKEN_MAP} without a projection that it could be of; get it again"
+                )
+            return None, None
+        rows = here[first][0] if here[first] else 0
+        scale = self._said.get("logit_scale", 1.0) if layout is VLLM else 1.0
+        if not isinstance(scale, int | float) or not scale > 0:
+            raise InvalidDataError(f"{file.parent / CONFIG_FILE} has logit_scale {scale!r}; give a positive number")
+        how: dict[str, Any] = {"shared": len(each) <= 1 and first in one, "scale": float(scale)}
+        if TOKEN_MAP not in here:
+            return OwnProjection(rows=rows, **how), rows
+        mapped = here[TOKEN_MAP][0] if here[TOKEN_MAP] else 0
+        if not 0 < mapped <= rows:
+            raise InvalidDataError(f"{file} has a {TOKEN_MAP} of {mapped} tokens for {rows} rows; get it again")
+        size = self._said.get("vocab_size")
+        known = rows if rows > mapped else size if isinstance(size, int) and size > 0 else None
+        return OwnProjection(rows=mapped, mapped=True, **how), known
+
+    def _checked_size(self, own: OwnProjection | None, has_bias: bool) -> int:
+        """The hidden size. Raises `InvalidDataError` for tensors that are missing, too many, or of the wrong shape."""
+        here, layout, file = self._shapes, self.layout, self._file
+        places = [(head, block) for head in range(self._heads) for block in range(self._blocks)]
+        parts = ("weight", "bias") if has_bias else ("weight",)
+        named = {layout.block.format(head=h, block=b, part=part): part for h, b in places for part in parts}
+        projections = self._own_names() if own else []
+        if own and own.shared:
+            projections = [name for name in layout.shared if name in here][:1]
+        sized = [shape[-1] for name, shape in here.items() if len(shape) == 2]
+        d = sized[0] if sized else 0
+        expected: dict[str, tuple[int, ...]] = {n: (d, d) if part == "weight" else (d,) for n, part in named.items()}
+        rows = here[projections[0]][0] if projections and projections[0] in here else 0
+        expected |= {name: (rows, d) for name in projections}
+        if own and own.mapped:
+            expected[TOKEN_MAP] = (own.rows,)
+        what = f"{self._heads} heads of {self._blocks} blocks"
+        for name in sorted({*expected, *here}):
+            if name not in here:
+                raise InvalidDataError(f"{file} lacks {name} ({what}); get it again")
+            if name not in expected:
+                raise InvalidDataError(f"{file} holds {name}, which {what} have no place for; get it again")
+            if here[name] != expected[name]:
+                shapes = f"shape {list(here[name])}, not {list(expected[name])}"
+                raise InvalidDataError(f"{file} has {name} of {shapes} ({what}); get it again")
+        return d
+
+    def _base_sha256(self) -> str | None:
+        """Of the weights beside the heads, in transformers' layout: what the heads were trained with."""
+        source, layout, folder = self.source, self.layout, self._file.parent
+        if layout not in (MEDUSA_2, MODELOPT) or self._file.suffix != SAFETENSORS:
+            return None
+        whole = len(source.files) > 1 or any(not layout.is_of_heads(name) for name in source.shapes)
+        return weights_sha256(folder) if whole or any(folder.glob("*.index.json")) else None
+
+    def _disagreements(self, has_bias: bool) -> list[str]:
+        """What the configuration says otherwise than the tensors, which are right."""
+        config, place = self._said, self.place
+        parts = [config, *(p for name in ("medusa", "pretrained_config") if isinstance(p := config.get(name), dict))]
+        of_vllm = self.layout is VLLM
+        lines = []
+        for what, count, names in (
+            ("heads", self._heads, (*HEAD_COUNTS, *(("num_heads",) if of_vllm else ()))),
+            ("blocks a head", self._blocks, (*LAYER_COUNTS, *(("num_hidden_layers",) if of_vllm else ()))),
+        ):
+            said = {name: part[name] for part in parts for name in names if name in part}
+            for name, number in said.items():
+                if number != count:
+                    lines.append(
+                        f"{CONFIG_FILE} beside the heads in {place} says {name} = {number}, and there are {count} "
+                        f"{what}; what is there counts"
+                    )
+        if of_vllm and has_bias and not config.get("medusa_fc_bias", False):
+            lines.append(
+                f"{CONFIG_FILE} of the heads in {place} does not say medusa_fc_bias: vLLM would drop their biases; "
+                "here they count"
+            )
+        return lines
 
 
 def _one_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
@@ -240,152 +349,18 @@ def _in_model(folder: Path, name: str) -> MedusaHeads | None:
 
 def _understood(place: Path, source: TensorFiles, *, needed: bool = False) -> MedusaHeads | None:
     """What the tensors are; None if they are none of the heads' (`needed`: an error)."""
-    file = source.files[0]
     names = sorted(source.shapes)
     layout = layout_of(names)
     if layout is None:
         if needed:
             first = f"its first tensor is {names[0]}" if names else "it is empty"
             raise InvalidDataError(
-                f"{file} holds no heads in a layout that is known here ({first}); see docs/formats.md"
+                f"{source.files[0]} holds no heads in a layout that is known here ({first}); see docs/formats.md"
             )
         return None
-    here = {name: shape for name, shape in source.shapes.items() if layout.is_of_heads(name)}
-    if extra := sorted(source.shapes.keys() - here.keys()) if not layout.in_model else []:
-        raise InvalidDataError(f"{file} holds {extra[0]} beside the heads, which has no place there; get it again")
-    heads, blocks = _counted(layout, here, file)
-    config = _config_beside(place)
-    own, vocab_size = _projection_of(layout, here, heads, blocks, config, file)
-    has_bias = any(name.endswith(".bias") for name in here)
-    d = _check(layout, here, heads, blocks, own, has_bias, file)
-    return MedusaHeads(
-        place,
-        layout,
-        BlockHeadsConfig(
-            h=heads + 1, hidden_size=d, inner_size=d, vocab_size=vocab_size, base_name=_name_of_base(config, place),
-            tokenizer_sha256=None, architecture=MEDUSA, blocks=blocks, own_projection=own,
-            base_weights_sha256=_sha256_of_base(layout, source),
-        ),
-        tuple(_disagreements(layout, config, place, heads, blocks, has_bias)),
-        source,
-    )  # fmt: skip
-
-
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-def _counted(layout: Layout, here: Shapes, file: Path) -> tuple[int, int]:
-    """How many heads there are, and blocks of each, by their numbers."""
-    numbers = {layout.head_of(name) for name in here if re.search(r"\d", name)}
-    of_blocks = {number for name in here if (number := layout.block_of(name)) is not None}
-    for what, found in (("head", numbers), ("block", of_blocks)):
-        if absent := sorted(set(range(len(found))) - found):
-            raise InvalidDataError(
-                f"{file} has a {what} {max(found)}, but no {what} {absent[0]} (numbers from 0); get it again"
-            )
-    return len(numbers), len(of_blocks)
-
-
-def _projection_of(
-    layout: Layout, here: Shapes, heads: int, blocks: int, config: Mapping[str, Any], file: Path
-) -> tuple[OwnProjection | None, int | None]:
-    """The projections of the heads, if they have some, and the tokens of the whole vocabulary, if that is known."""
-    each = [name for head in range(heads) if (name := layout.own.format(head=head, blocks=blocks)) in here]
-    one = [name for name in layout.shared if name in here]
-    first = next(iter(one if layout.shared and len(each) <= 1 else each), None)
-    if first is None:
-        if TOKEN_MAP in here:
-            raise InvalidDataError(f"{file} has a {TOKEN_MAP} without a projection that it could be of; get it again")
-        return None, None
-    rows = here[first][0] if here[first] else 0
-    scale = config.get("logit_scale", 1.0) if layout is VLLM else 1.0
-    if not isinstance(scale, int | float) or not scale > 0:
-        raise InvalidDataError(f"{file.parent / CONFIG_FILE} has logit_scale {scale!r}; give a positive number")
-    how: dict[str, Any] = {"shared": len(each) <= 1 and first in one, "scale": float(scale)}
-    if TOKEN_MAP not in here:
-        return OwnProjection(rows=rows, **how), rows
-    mapped = here[TOKEN_MAP][0] if here[TOKEN_MAP] else 0
-    if not 0 < mapped <= rows:
-        raise InvalidDataError(f"{file} has a {TOKEN_MAP} of {mapped} tokens for {rows} rows; get it again")
-    size = config.get("vocab_size")
-    known = rows if rows > mapped else size if isinstance(size, int) and size > 0 else None
-    return OwnProjection(rows=mapped, mapped=True, **how), known
-
-
-def _check(
-    layout: Layout, here: Shapes, heads: int, blocks: int, own: OwnProjection | None, has_bias: bool, file: Path
-) -> int:
-    """The hidden size. Raises `InvalidDataError` for tensors that are missing, too many, or of the wrong shape."""
-    places = [(head, block) for head in range(heads) for block in range(blocks)]
-    parts = ("weight", "bias") if has_bias else ("weight",)
-    named = {layout.block.format(head=h, block=b, part=part): part for h, b in places for part in parts}
-    projections = [layout.own.format(head=head, blocks=blocks) for head in range(heads)] if own else []
-    if own and own.shared:
-        projections = [name for name in layout.shared if name in here][:1]
-    sized = [shape[-1] for name, shape in here.items() if len(shape) == 2]
-    d = sized[0] if sized else 0
-    expected: dict[str, tuple[int, ...]] = {n: (d, d) if part == "weight" else (d,) for n, part in named.items()}
-    rows = here[projections[0]][0] if projections and projections[0] in here else 0
-    expected |= {name: (rows, d) for name in projections}
-    if own and own.mapped:
-        expected[TOKEN_MAP] = (own.rows,)
-    what = f"{heads} heads of {blocks} blocks"
-    for name in sorted({*expected, *here}):
-        if name not in here:
-            raise InvalidDataError(f"{file} lacks {name} ({what}); get it again")
-        if name not in expected:
-            raise InvalidDataError(f"{file} holds {name}, which {what} have no place for; get it again")
-        if here[name] != expected[name]:
-            shapes = f"shape {list(here[name])}, not {list(expected[name])}"
-            raise InvalidDataError(f"{file} has {name} of {shapes} ({what}); get it again")
-    return d
-
-
-def _config_beside(place: Path) -> dict[str, Any]:
-    path = (place if place.is_dir() else place.parent) / CONFIG_FILE
-    return read_json_object(path, missing="") if path.is_file() else {}
-
-
-def _name_of_base(config: Mapping[str, Any], place: Path) -> str:
-    name = config.get("base_model_name_or_path")
-    return name if isinstance(name, str) and name else f"{UNNAMED}{place.name}"
+    return MedusaHeads(place, source, layout)
 
 
 def is_unnamed(config: BlockHeadsConfig) -> bool:
     """Whether the heads, of others, did not say the name of their base."""
     return config.base_name.startswith(UNNAMED)
-
-
-def _sha256_of_base(layout: Layout, source: TensorFiles) -> str | None:
-    """Of the weights beside the heads, in transformers' layout: what the heads were trained with."""
-    folder = source.files[0].parent
-    if layout not in (MEDUSA_2, MODELOPT) or source.files[0].suffix != SAFETENSORS:
-        return None
-    whole = len(source.files) > 1 or any(not layout.is_of_heads(name) for name in source.shapes)
-    return weights_sha256(folder) if whole or any(folder.glob("*.index.json")) else None
-
-
-def _disagreements(
-    layout: Layout, config: Mapping[str, Any], place: Path, heads: int, blocks: int, has_bias: bool
-) -> list[str]:
-    """What the configuration says otherwise than the tensors, which are right."""
-    parts = [config, *(p for name in ("medusa", "pretrained_config") if isinstance(p := config.get(name), dict))]
-    of_vllm = layout is VLLM
-    lines = []
-    for what, count, names in (
-        ("heads", heads, (*HEAD_COUNTS, *(("num_heads",) if of_vllm else ()))),
-        ("blocks a head", blocks, (*LAYER_COUNTS, *(("num_hidden_layers",) if of_vllm else ()))),
-    ):
-        said = {name: part[name] for part in parts for name in names if name in part}
-        for name, number in said.items():
-            if number != count:
-                lines.append(
-                    f"{CONFIG_FILE} beside the heads in {place} says {name} = {number}, and there are {count} {what}; "
-                    "what is there counts"
-                )
-    if of_vllm and has_bias and not config.get("medusa_fc_bias", False):
-        lines.append(
-            f"{CONFIG_FILE} of the heads in {place} does not say medusa_fc_bias: vLLM would drop their biases; here "
-            "they count"
-        )
-    return lines

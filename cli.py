@@ -545,7 +545,7 @@ def tasks_command(asked: Asked, as_json: Json = False) -> None:
 
     facts = asked()
     if as_json:
-        _print_json([each.as_dict() for each in facts])
+        _print_json([asdict(each) for each in facts])
     elif asked.keywords["names"]:
         print("\n\n".join(each.in_full() for each in facts))
     else:

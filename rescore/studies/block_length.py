@@ -41,7 +41,6 @@ from rescore.runs.inputs import Inputs
 from rescore.runs.run import Run
 from rescore.runs.weights import fit_to
 from rescore.studies.records import Record, record_of
-from rescore.tasks.groups import count_groups
 from rescore.tracing import Trace, read_trace
 
 
@@ -203,6 +202,6 @@ def block_lengths(
     return BlockLengths(
         base=base.identity.name, task=trace.header.task, rescorer=name,
         alpha=getattr(rescorer, "alpha", None), k=k, examples=len(trace.examples),
-        groups=count_groups(groups), dtype=base.identity.dtype,
+        groups=len(set(groups)), dtype=base.identity.dtype,
         device=str(base.device), cached=cached, greedy_ms=greedy, lengths=lengths,
     )  # fmt: skip

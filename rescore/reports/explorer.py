@@ -123,16 +123,7 @@ def _example(
     walks = [walk_of(record, output) if record else None for record in by_decode]
     positions = {step.start for walk in walks if walk for step in walk.steps}
     lattice = {position: _lattice(output, position, k, traced) for position in sorted(positions) if traced}
-    reached: dict[tuple[str, ...], dict[int, int]] = {}
-    for record, walk in zip(by_decode, walks, strict=True):
-        of_drafters = reached.setdefault(tuple(record.alone_accepted or ()) if record else (), {})
-        for step in walk.steps if walk else ():
-            of_drafters[step.start] = max(step.accepted, of_drafters.get(step.start, 0))
-    joined = {
-        "+".join(drafters): lattices.at(traced, drafters, steps, top=JOINED)
-        for drafters, steps in reached.items()
-        if drafters and traced
-    }
+    joined = lattices.along(traced, filter(None, walks), top=JOINED) if traced else {}
     return {
         "id": harmless(first.id),
         "prompt": dict(zip(("head", "tail", "leftOut"), excerpt(traced.prompt), strict=True)) if traced else None,
@@ -143,15 +134,12 @@ def _example(
         "accepted": [record and record.accepted for record in by_decode],
         "drafts": [record and record.drafts for record in by_decode],
         "lattice": lattice,
-        "among": [
-            harmless("+".join(record.alone_accepted)) if record and record.alone_accepted else None
-            for record in by_decode
-        ],
+        "among": [harmless("+".join(walk.drafters)) if walk and walk.drafters else None for walk in walks],
         "origins": [
             [[_places(names) for names in step.sources] for step in walk.steps] if walk else None for walk in walks
         ],
         "joined": {
-            harmless(drafters): {
+            harmless("+".join(drafters)): {
                 position: [[_candidate(of) for of in slot] for slot in slots] for position, slots in steps.items()
             }
             for drafters, steps in joined.items()

@@ -25,7 +25,6 @@ def head_sections(views: Sequence[TaskView], h_max: HmaxCorrelation | None) -> l
 
 
 def _pens(traces: Traces) -> list[Pen]:
-    """The pen of each head, from 1."""
     most = max((trace.h for trace in traces.values()), default=0)
     return [Pen(f"head {head + 1}", of_sequence(head, most)) for head in range(most)]
 

@@ -33,7 +33,6 @@ def rescorer_sections(views: Sequence[TaskView], palette: Palette) -> list[Secti
 
 
 def _efficiency(views: Sequence[TaskView], palette: Palette) -> Section:
-    """Block efficiency of every decode."""
     numbers = (*EFFICIENCY, *GAINS, *columns(NUMBER, "macro"), *columns(COUNT, "steps", "tokens"), PREDICTED)
     section = Section("efficiency", (*DECODE, *numbers))
     for view in views:
@@ -56,7 +55,6 @@ def _efficiency(views: Sequence[TaskView], palette: Palette) -> Section:
 
 
 def _sources(views: Sequence[TaskView], palette: Palette) -> Section:
-    """Which drafters the accepted tokens came from."""
     found = {share.source for view in views for r in view.results for share in r.sources}
     pens = {name: Pen(f"only {name}", colour) for name, colour in SOURCE_COLOURS.items() if name in found}
     several = Pen("several of them", SEVERAL)
@@ -93,7 +91,6 @@ def _sources(views: Sequence[TaskView], palette: Palette) -> Section:
 
 
 def _acceptance(views: Sequence[TaskView], palette: Palette) -> Section:
-    """Share of steps that accepted at least i tokens."""
     places = list(range(1, max(len(r.marginal) for view in views for r in view.results) + 1))
     number = Format(str)  # that is text already
     section = Section("acceptance", (*DECODE, Column("share of steps"), *columns(number, *map(str, places))))
@@ -103,7 +100,7 @@ def _acceptance(views: Sequence[TaskView], palette: Palette) -> Section:
             records = view.run.records(view.task, r.rescorer, r.p)
             known = marginal_intervals(
                 [record.accepted for record in records], len(r.marginal), groups=[record.group for record in records],
-                seed=view.seed,
+                seed=view.run.config.seed,
             )  # fmt: skip
             intervals: Sequence[tuple[float, float] | None] = known or [None] * len(r.marginal)
             pen = palette.pen(r.rescorer, r.p)
@@ -128,7 +125,6 @@ def _acceptance(views: Sequence[TaskView], palette: Palette) -> Section:
 
 
 def _outcomes(views: Sequence[TaskView], palette: Palette) -> Section:
-    """Steps that accepted more and fewer tokens than the unrescored draft would have."""
     section = Section("outcomes", (
         *DECODE, *columns(COUNT, "steps"), *columns(SHARE, "won", "tied", "lost"),
         *columns(COUNT, "tokens won", "tokens lost"),
@@ -158,7 +154,6 @@ def _outcomes(views: Sequence[TaskView], palette: Palette) -> Section:
 
 
 def _drafts(views: Sequence[TaskView], palette: Palette) -> Section:
-    """Block efficiency by number of drafts."""
     section = Section("drafts", (*DECODE, *EFFICIENCY))
     for view in views:
         curves, trace = list(view.analysis.by_p), view.analysis.trace
@@ -181,7 +176,6 @@ def _drafts(views: Sequence[TaskView], palette: Palette) -> Section:
 
 
 def _repetition(views: Sequence[TaskView], palette: Palette) -> Section:
-    """Equal neighbours in drafts, before and after rescoring."""
     section = Section("repetition", (
         *DECODE, *columns(SHARE, "equal neighbours before", "after"),
         *columns(fixed(2), "mean longest run before", "after"),

@@ -83,8 +83,10 @@ def costs_of(
         heads = heads.first(inputs.h)
     room = base.prompt_room(max(NODES))
     contexts = cached or [each for each in CONTEXTS if each <= room] or CONTEXTS[:1]  # which says what room there is
-    how = {"contexts": contexts, "repeats": repeats, "k": max(k, default=DEFAULT_K), "progress": progress}
-    costs = measure_costs(base, heads, runs, must=bool(rescorer), **how)  # type: ignore[arg-type]
+    costs = measure_costs(
+        base, heads, runs, contexts=contexts, k=max(k, default=DEFAULT_K), repeats=repeats, must=bool(rescorer),
+        progress=progress,
+    )  # fmt: skip
     keep_costs(costs, out)
     return costs
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 from lattices.errors import RescoreError
@@ -61,8 +61,6 @@ def perplexity_of_task(
     `name` of the task or a YAML file, `data` and `limit` as for an evaluation, `stride` and `window` as for
     `lm.base.perplexity.perplexity`. Raises `RescoreError` for a task without passages and for what can't be used.
     """
-    from dataclasses import asdict
-
     task = load_task(name)
     if task.passage is None:
         known = ", ".join(other for other in task_names() if load_task(other).passage)

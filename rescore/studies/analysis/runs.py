@@ -179,19 +179,15 @@ def alpha_source(config: RunConfig, result: Result) -> str | None:
 def curves_of_results(results: Sequence[Result]) -> tuple[PCurve, ...]:
     """Block efficiency by p of every rescorer that the results (of one task) have with several p."""
     by_rescorer: dict[str, list[Result]] = {}
-    for result in sorted(results, key=lambda r: r.p):
+    for result in results:
         by_rescorer.setdefault(result.rescorer, []).append(result)
-    return tuple(
-        PCurve(
-            rescorer,
-            of_it[0].k,
-            tuple(r.p for r in of_it),
-            tuple(r.alpha for r in of_it),
-            tuple(record_of(Efficiency, r) for r in of_it),
-        )
-        for rescorer in dict.fromkeys(result.rescorer for result in results)
-        if len(of_it := by_rescorer[rescorer]) > 1
-    )
+    curves = []
+    for rescorer, of_it in by_rescorer.items():
+        if len(of_it) > 1:
+            of_it.sort(key=lambda r: r.p)
+            ps, alphas = tuple(r.p for r in of_it), tuple(r.alpha for r in of_it)
+            curves.append(PCurve(rescorer, of_it[0].k, ps, alphas, tuple(record_of(Efficiency, r) for r in of_it)))
+    return tuple(curves)
 
 
 def efficiency_table(runs: Sequence[Evaluation]) -> EfficiencyTable:

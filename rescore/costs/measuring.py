@@ -161,7 +161,6 @@ class StandingDecode:
     """
 
     def __init__(self, base: BaseLM, cached: int, longest: int) -> None:
-        check_timing([cached], repeats=1)
         prompt = torch.randint(base.vocab_size, (cached,), generator=torch.Generator().manual_seed(0)).tolist()
         if len(base.prefix(prompt[:1])) + longest > base.context_length:
             raise RescoreError(

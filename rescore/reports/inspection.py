@@ -115,12 +115,7 @@ def inspect_example(
     h: Annotated[int | None, "Of a suite with several h: this one."] = None,
     top: Annotated[int, "Tokens of each slot of the lattice to show."] = SHOWN_TOKENS,
 ) -> Inspection:
-    """One example of the results in a folder (of `rescore eval --out` or `rescore suite`).
-
-    `example`: its id, or its number from 1; `task`, `k`, `h`: needed where there are several; `rescorers` (specs) and
-    `p` (all by default); `steps`: the blocks to show, `3`, `1-5`, `6-` or `all`; `top`: the best so many tokens of each
-    slot. Raises `RescoreError` for what is not there, and what `load_runs` raises.
-    """
+    """One example of the results in a folder. Raises `RescoreError` for what is not there, and as `load_runs`."""
     from rescore.reports.joined import JoinedLattices
 
     if top < 1:
@@ -263,7 +258,6 @@ def _chosen_blocks(text: str, total: int) -> range:
 
 
 def _tokens(blocks: Iterable[Block]) -> set[int]:
-    """Every token id that occurs."""
     tokens: set[int] = set()
     for block in blocks:
         tokens.update(*(draft.tokens for draft in block.drafts))

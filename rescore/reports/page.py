@@ -113,7 +113,6 @@ def report(
 
 
 def _explorers(views: Sequence[TaskView], palette: Palette, examples: int) -> tuple[list[Any], list[str]]:
-    """The explorer's data of every view, and sentences on what it lacks."""
     tokenizers: dict[str, Any] = {}  # and the sentence where there is none, by the base model
     data = []
     for view in views if examples else ():

@@ -227,7 +227,6 @@ def _run_pairs(
 
 
 def _check_same(task: str, run_a: Evaluation, run_b: Evaluation, comparison: Comparison) -> None:
-    """Raises `IncompatibleError` if the two decoded other prompts or with another base."""
     a, b = _flat(run_a.config.traces[task]), _flat(run_b.config.traces[task])
     both = [name for name in SAME if name in a and name in b]
     if changed := [
@@ -379,7 +378,6 @@ def compared_row(
 
 
 def _steps(run: Evaluation, result: Result, comparison: Comparison) -> dict[str, tuple[list[int], str]]:
-    """Accepted lengths and group by example."""
     steps: dict[str, tuple[list[int], str]] = {}
     for record in run.records(result.task, result.rescorer, result.p):
         if not all(n >= 1 for n in record.accepted):

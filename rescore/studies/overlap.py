@@ -137,7 +137,6 @@ def find_overlap(
 
 
 def _joined(hashes: Iterable[np.ndarray]) -> np.ndarray:
-    """The different hashes of several arrays, sorted."""
     return np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes]))
 
 
@@ -211,7 +210,6 @@ def _words(text: str) -> list[str]:
 
 
 def _names(sources: Sequence[CorpusSource]) -> list[str]:
-    """The names of files; their paths where two have one name."""
     short = [Path(source.name).name for source in sources]
     return [name if short.count(name) == 1 else source.name for name, source in zip(short, sources, strict=True)]
 

@@ -58,8 +58,7 @@ def perplexity_of_task(
 ) -> TaskPerplexity:
     """Perplexity of a task's passages (`Task.passage`), each read by itself, as plain text.
 
-    `name` of the task or a YAML file, `data` and `limit` as for an evaluation, `stride` and `window` as for
-    `lm.base.perplexity.perplexity`. Raises `RescoreError` for a task without passages and for what can't be used.
+    Raises `RescoreError` for a task without passages and for what can't be used.
     """
     task = load_task(name)
     if task.passage is None:

@@ -167,7 +167,6 @@ def _base_of(
 
 
 def _heads_of(run: Evaluation, task: str, heads: Path | None, base: str | None) -> Path | None:
-    """The folder of a run's heads; None where nothing says which they are."""
     from lm.heads.block_heads import heads_sha256, known_heads
 
     given = run.config.inputs[task].heads

@@ -121,7 +121,8 @@ def measure_costs(
     groups = [step_calls(decode, nodes) for decode in decodes]
     beside = StandingDecode(base, max(1, min(ADDED_AT, base.prompt_room(max(ADDED_TO)))), max(ADDED_TO))
     if base.supports_tree:
-        groups.append(tree_calls(beside))
+        # Steps of one draft, each beside one of two drafts as a tree of as many tokens: with its mask, which is made.
+        groups.append([partial(beside.step, drafts) for n in ADDED_TO for drafts in (np.arange(n)[None], _fork(n))])
     if heads:
         groups.append(heads_calls(beside, heads, k))
     times = times_of(groups, repeats, told)
@@ -189,11 +190,6 @@ class StandingDecode:
 def step_calls(decode: StandingDecode, sizes: Sequence[int]) -> list[Made]:
     """Steps of one draft of each of the sizes (rising)."""
     return [partial(decode.step, np.arange(n)[None]) for n in sizes]
-
-
-def tree_calls(decode: StandingDecode) -> list[Made]:
-    """Steps of one draft, each beside one of two drafts as a tree of as many tokens: with its mask, which is made."""
-    return [partial(decode.step, drafts) for n in ADDED_TO for drafts in (np.arange(n)[None], _fork(n))]
 
 
 def heads_calls(decode: StandingDecode, heads: BlockHeads, k: int, sizes: Sequence[int] = ADDED_TO) -> list[Made]:

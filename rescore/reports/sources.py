@@ -84,7 +84,7 @@ class Sources:
     """
 
     views: tuple[TaskView, ...]
-    h_max: HmaxCorrelation | None
+    h_max: HmaxCorrelation
     missing: tuple[str, ...]
 
 
@@ -111,7 +111,7 @@ def load_sources(results: Sequence[Evaluation | Path], *, progress: Progress | N
         for view in views if view.is_sample
     ]  # fmt: skip
     missing = (*samples, *lacking, *_gaps(views))
-    return Sources(tuple(views), correlate_h_max(traces) if traces else None, missing)
+    return Sources(tuple(views), correlate_h_max(traces), missing)
 
 
 def _runs_in(given: Evaluation | Path) -> list[Evaluation]:

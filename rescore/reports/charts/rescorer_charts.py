@@ -61,31 +61,30 @@ def _sources(views: Sequence[TaskView], palette: Palette) -> Section:
     legend = legend_of([*pens.values(), several])
     section = Section("sources", (*DECODE, *columns(NUMBER, "block eff."), *SOURCES), legend=legend)
     for view in views:
-        joined = [r for r in view.results if r.sources]
-        names = [palette.pen(r.rescorer, r.p).name for r in joined]
+        joined = [(r, palette.pen(r.rescorer, r.p)) for r in view.results if r.sources]
         section.rows += [
             [view.label, r.rescorer, r.p, r.block_efficiency, *(column.value(share) for column in SOURCES)]
-            for r in joined
+            for r, _ in joined
             for share in r.sources
         ]
         bars = []
-        for r, name in zip(joined, names, strict=True):
-            meta = palette.pen(r.rescorer, r.p).meta
+        for r, decode in joined:
             rest = 1.0
             for share in r.sources:
                 rest -= share.only or 0.0
-                pen = replace(pens[share.source], meta=meta)
+                pen = replace(pens[share.source], meta=decode.meta)
                 bars.append(bar(
-                    [share.only or 0.0], [name], pen, customdata=[[share.proposed or 0.0, share.alone]],
+                    [share.only or 0.0], [decode.name], pen, customdata=[[share.proposed or 0.0, share.alone]],
                     hover=f"%{{x:.1%}} of accepted drafted tokens: {pen.name}<br>it had proposed "
                     "%{customdata[0]:.1%}; alone %{customdata[1]:.2f} tokens a step",
                 ))  # fmt: skip
             bars.append(bar(
-                [max(rest, 0.0)], [name], replace(several, meta=meta), hover="%{x:.1%}: several drafters alike",
+                [max(rest, 0.0)], [decode.name], replace(several, meta=decode.meta),
+                hover="%{x:.1%}: several drafters alike",
             ))  # fmt: skip
         section.draw(
-            view.label, bars, **one_below_the_other(names), barmode="stack", bargap=0.35,
-            xaxis=axis("share of accepted drafted tokens", tickformat=".0%", range=[0, 1]),
+            view.label, bars, **one_below_the_other([decode.name for _, decode in joined]), barmode="stack",
+            bargap=0.35, xaxis=axis("share of accepted drafted tokens", tickformat=".0%", range=[0, 1]),
         )  # fmt: skip
     return section
 

@@ -207,15 +207,11 @@ def efficiency_table(runs: Sequence[Evaluation]) -> EfficiencyTable:
                     f"second is {run.folder}); give one of them"
                 )
             cells[r.task] = record_of(TableCell, r, alpha_source=alpha_source(run.config, r))
-    return EfficiencyTable(
-        tasks,
-        tuple(TableRow(*key, tuple(cells.get(t) for t in tasks), _mean_gain(cells)) for key, cells in rows.items()),
-    )
-
-
-def _mean_gain(cells: dict[str, TableCell]) -> float | None:
-    gains = [cell.gain for cell in cells.values() if cell.gain is not None]
-    return float(np.mean(gains)) if gains else None
+    made = []
+    for key, cells in rows.items():
+        gains = [cell.gain for cell in cells.values() if cell.gain is not None]
+        made.append(TableRow(*key, tuple(map(cells.get, tasks)), float(np.mean(gains)) if gains else None))
+    return EfficiencyTable(tasks, tuple(made))
 
 
 def contrast(run: Evaluation, task: str, rescorer: str, against: str, *, p: int = 1, seed: int = 0) -> Contrast:

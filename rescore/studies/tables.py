@@ -39,13 +39,13 @@ if TYPE_CHECKING:
     from lm.ngram.build import NgramSummary
     from lm.ngram.score import NgramScore
     from lm.training.heads import HeldOutAccuracy
+    from rescore.costs.measuring import VerifyCurve
     from rescore.costs.table import Costs
     from rescore.studies.block_length import BlockLengths
     from rescore.studies.comparison import Comparison, SideResult
     from rescore.studies.cost.model import CostTable, Decoder
     from rescore.studies.draft_vocabulary import VocabularySize
     from rescore.studies.ngram_mixing import MixedModels
-    from rescore.studies.verify_curve import VerifyCurve
 
 ALL = "all"
 FEW_POSITIONS = 1000  # held out: fewer tell little apart

@@ -238,8 +238,12 @@ def _check_same(task: str, run_a: Evaluation, run_b: Evaluation, comparison: Com
     if a.get("heads_sha256") != b.get("heads_sha256"):
         comparison.notice(f"{task}: A and B have different block heads")
     rules = [next(r.mark for r in run.results if r.task == task) for run in (run_a, run_b)]
+    for letter, rule in zip("AB", rules, strict=True):
+        if rule:  # so that nobody takes the sides for decodes of the same text
+            what = "LOSSY, its outputs are not the base's" if is_lossy(rule) else "its outputs are drawn"
+            comparison.notice(f"{task}: {letter} is{rule}: {what}; the sides decode other texts")
     if any(rules):
-        return _tell_rules(task, rules, comparison)
+        return
     outputs_a, outputs_b = _outputs(run_a, task), _outputs(run_b, task)
     common = [name for name in outputs_a if name in outputs_b]
     if not (differ := [name for name in common if outputs_a[name] != outputs_b[name]]):
@@ -253,14 +257,6 @@ def _check_same(task: str, run_a: Evaluation, run_b: Evaluation, comparison: Com
     leads = [*_leads(task, run_a, outputs_a, places), *_leads(task, run_b, outputs_b, places)]
     cause = _cause(leads, a.get("base.dtype", "float32"))
     comparison.notice(f"{task}: {len(differ)} of {len(common)} outputs differ between A and B ({cause})")
-
-
-def _tell_rules(task: str, rules: Sequence[str], comparison: Comparison) -> None:
-    """Says whose outputs are not greedy decoding's, so that nobody takes the sides for decodes of the same text."""
-    for letter, rule in zip("AB", rules, strict=True):
-        if rule:
-            what = "LOSSY, its outputs are not the base's" if is_lossy(rule) else "its outputs are drawn"
-            comparison.notice(f"{task}: {letter} is{rule}: {what}; the sides decode other texts")
 
 
 def _drafters(run: Evaluation, result: Result) -> list[str]:

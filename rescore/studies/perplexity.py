@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from lattices.errors import RescoreError
@@ -73,10 +74,8 @@ def perplexity_of_task(
     from lm.base.perplexity import perplexity
 
     model = load_base(base, dtype=dtype, device=device)
-    scored = perplexity(
-        model, passages, stride=stride, window=window,
-        progress=(lambda done, total: progress(f"perplexity {task.name}", done, total)) if progress else None,
-    )  # fmt: skip
+    shown = partial(progress, f"perplexity {task.name}") if progress else None
+    scored = perplexity(model, passages, stride=stride, window=window, progress=shown)
     Watch(model).check()  # what was scored is what is named
     return record_of(
         TaskPerplexity, scored, task=task.name, passages=scored.texts, base=asdict(model.identity),

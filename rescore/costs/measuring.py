@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -21,6 +21,8 @@ import torch
 from lattices.errors import RescoreError
 from lm.base.catalog import load_base
 from lm.base.machine import Work
+from lm.base.model import BaseLM
+from lm.heads.block_heads import BlockHeads
 from lm.heads.draft_rows import DraftRows
 from rescore import options as shared
 from rescore.checks import check_timing
@@ -34,10 +36,6 @@ from rescore.runs.models import Models
 from rescore.runs.run import DEFAULT_K, Run, runs_of
 from rescore.tasks import load_task
 from rescore.tasks.data import load_examples
-
-if TYPE_CHECKING:
-    from lm.base.model import BaseLM
-    from lm.heads.block_heads import BlockHeads
 
 CONTEXTS = (64, 256, 640)  # cached tokens
 NODES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 72, 144)

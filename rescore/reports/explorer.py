@@ -6,21 +6,19 @@ Built for a page: JSON-ready, texts made harmless.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from rescore.acceptance.rules import kind_of, unmarked
 from rescore.accounting import block_efficiency
 from rescore.reports.charts.style import SOURCE_COLOURS, Palette, decode_name
+from rescore.reports.joined import JoinedLattices
 from rescore.reports.sources import TaskView
 from rescore.reports.token_text import excerpt, harmless, token_texts
 from rescore.reports.walks import Candidate, slots_at, walk_of
 from rescore.runs.records import SOURCES, ExampleRecord
 from rescore.tracing import TracedExample
-
-if TYPE_CHECKING:
-    from rescore.reports.joined import JoinedLattices
 
 SHOWN = 8  # entries of a slot that are shown
 JOINED = 4  # candidates of each source that are shown
@@ -38,8 +36,6 @@ def explorer_data(view: TaskView, palette: Palette, tokenizer: Any, *, examples:
     vocabulary: id -> text.
     chosen: a sentence on which examples these are; examples: see `_example`.
     """
-    from rescore.reports.joined import JoinedLattices
-
     trace = view.run.trace(view.task)
     traced = {example.id: example for example in trace.examples} if trace else {}
     by_id: dict[str, dict[int, ExampleRecord]] = {}

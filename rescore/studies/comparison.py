@@ -23,6 +23,7 @@ from rescore.runs.evaluated import Evaluation
 from rescore.runs.inputs import add_notice
 from rescore.runs.records import Result
 from rescore.studies.records import Record, record_of
+from rescore.studies.tables import comparison_table
 from rescore.suites.files import load_runs
 from rescore.table import Table, joined
 from rescore.terminal import shortened
@@ -99,8 +100,6 @@ class Comparison(Record):
 
     def tables(self) -> list[Table]:
         """One table, a line for each row."""
-        from rescore.studies.tables import comparison_table
-
         return [comparison_table(self)]
 
     def __str__(self) -> str:

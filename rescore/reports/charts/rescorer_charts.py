@@ -166,7 +166,7 @@ def _drafts(views: Sequence[TaskView], palette: Palette) -> Section:
             ]
         section.draw(
             view.label,
-            [curve(of.ps, of.points, palette.pen_of_all_p(of.rescorer), hover="%{x} drafts a step: %{y:.3f} tokens")
+            [curve(of.ps, of.points, palette.pen(of.rescorer), hover="%{x} drafts a step: %{y:.3f} tokens")
              for of in curves],
             xaxis=log_axis("drafts a step, p", sorted({p for of in curves for p in of.ps})),
             yaxis=axis("tokens a step"), shapes=[rule(y=oracle) for oracle in view.oracles],

@@ -545,7 +545,7 @@ def tasks_command(asked: Asked, as_json: Json = False) -> None:
 
     facts = asked()
     if as_json:
-        _print_json([each.as_dict() for each in facts])
+        _print_json([asdict(each) for each in facts])
     elif asked.keywords["names"]:
         print("\n\n".join(each.in_full() for each in facts))
     else:
@@ -581,7 +581,7 @@ def verify_curve_command(
     inputs: "Inputs", cached: shared.Cached = 256, repeats: shared.Repeats = 7, as_json: Json = False
 ) -> None:
     """Time of one forward of 1 to 144 tokens on a cache, as decoding has it, with the memory bandwidth reached."""
-    curve = imported("rescore.studies.verify_curve:verify_curve_of")(inputs, cached=cached, repeats=repeats)
+    curve = imported("rescore.costs.measuring:verify_curve_of")(inputs, cached=cached, repeats=repeats)
     _result(curve, "rescore.studies.tables:verify_curve_table", as_json)
 
 

@@ -17,12 +17,12 @@ import torch
 
 from lm.base.catalog import load_base
 from lm.heads.block_heads import load_heads
+from rescore.costs.measuring import verify_curve
 from rescore.replaying import replay
 from rescore.rescorers import load_rescorer
 from rescore.runs.evaluation import evaluate
 from rescore.runs.recording import record
 from rescore.runs.run import Run
-from rescore.studies.verify_curve import verify_curve
 from rescore.table import text_table
 from rescore.tasks import load_task
 

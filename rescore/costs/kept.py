@@ -110,7 +110,6 @@ def _place(base: BaseIdentity | Costs, machine: Machine, device: str, compiles: 
 
 
 def _read(path: Path, *, missing: str, command: str) -> Costs:
-    """The table in a file; command: measures it."""
     if not path.exists():  # it says what to do by itself
         raise RescoreError(missing)
     advice = f"measure them again: {command}"

@@ -1,4 +1,4 @@
-"""Measures a table of costs, each part as a decode has it.
+"""Measures a table of costs, each part as a decode has it; and the forwards of many sizes alone.
 
 Steps are whole ones of the decoder at one length of context: call, accepting, keeping. Heads and trees are what a step
 takes more with them than without: the forward after the heads is slower as well. What choosing drafts takes is told by
@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import msgspec
 import numpy as np
 import torch
 
 from lattices.errors import RescoreError
+from lm.base.catalog import load_base
+from lm.base.machine import Work
+from lm.base.model import BaseLM
+from lm.heads.block_heads import BlockHeads
 from lm.heads.projection import DraftRows
 from rescore import options as shared
 from rescore.checks import check_timing
@@ -32,12 +37,9 @@ from rescore.runs.run import DEFAULT_K, Run, runs_of
 from rescore.tasks import load_task
 from rescore.tasks.data import load_examples
 
-if TYPE_CHECKING:
-    from lm.base.model import BaseLM
-    from lm.heads.block_heads import BlockHeads
-
 CONTEXTS = (64, 256, 640)  # cached tokens
 NODES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 72, 144)
+VERIFY_SIZES = (1, 2, 4, 5, 9, 16, 32, 64, 144)  # tokens of forwards alone
 ADDED_TO = (5, 9, 16)  # tokens of the steps that heads or a tree are added to
 ADDED_AT = 256  # cached tokens there, at most
 VOCABULARIES = (2048, 4096, 8192, 16384)  # tokens that heads draft from
@@ -45,6 +47,20 @@ VOCABULARIES = (2048, 4096, 8192, 16384)  # tokens that heads draft from
 RESCORERS = ("none", "context-ngram", "lookup", "joint", "joint:nodes=auto", "neural-61m")
 Made = Callable[[], object]  # a call that is timed
 SAMPLE, EXAMPLES, PROMPT_TOKENS, NEW_TOKENS = "squad", 3, 256, 32  # that each of them decodes
+
+
+@dataclass(frozen=True)
+class VerifyCurve:
+    """Median `milliseconds` of a forward of `tokens[i]` tokens on `cached` cached ones, and the bytes of weights and
+    cache read over that time."""
+
+    base: str
+    dtype: str
+    device: str
+    cached: int
+    tokens: list[int]
+    milliseconds: list[float]
+    gb_per_second: list[float]
 
 
 def costs_of(
@@ -83,8 +99,10 @@ def costs_of(
         heads = heads.first(inputs.h)
     room = base.prompt_room(max(NODES))
     contexts = cached or [each for each in CONTEXTS if each <= room] or CONTEXTS[:1]  # which says what room there is
-    how = {"contexts": contexts, "repeats": repeats, "k": max(k, default=DEFAULT_K), "progress": progress}
-    costs = measure_costs(base, heads, runs, must=bool(rescorer), **how)  # type: ignore[arg-type]
+    costs = measure_costs(
+        base, heads, runs, contexts=contexts, k=max(k, default=DEFAULT_K), repeats=repeats, must=bool(rescorer),
+        progress=progress,
+    )  # fmt: skip
     keep_costs(costs, out)
     return costs
 
@@ -119,7 +137,8 @@ def measure_costs(
     groups = [step_calls(decode, nodes) for decode in decodes]
     beside = StandingDecode(base, max(1, min(ADDED_AT, base.prompt_room(max(ADDED_TO)))), max(ADDED_TO))
     if base.supports_tree:
-        groups.append(tree_calls(beside))
+        # Steps of one draft, each beside one of two drafts as a tree of as many tokens: with its mask, which is made.
+        groups.append([partial(beside.step, drafts) for n in ADDED_TO for drafts in (np.arange(n)[None], _fork(n))])
     if heads:
         groups.append(heads_calls(beside, heads, k))
     times = times_of(groups, repeats, told)
@@ -159,7 +178,6 @@ class StandingDecode:
     """
 
     def __init__(self, base: BaseLM, cached: int, longest: int) -> None:
-        check_timing([cached], repeats=1)
         prompt = torch.randint(base.vocab_size, (cached,), generator=torch.Generator().manual_seed(0)).tolist()
         if len(base.prefix(prompt[:1])) + longest > base.context_length:
             raise RescoreError(
@@ -188,11 +206,6 @@ class StandingDecode:
 def step_calls(decode: StandingDecode, sizes: Sequence[int]) -> list[Made]:
     """Steps of one draft of each of the sizes (rising)."""
     return [partial(decode.step, np.arange(n)[None]) for n in sizes]
-
-
-def tree_calls(decode: StandingDecode) -> list[Made]:
-    """Steps of one draft, each beside one of two drafts as a tree of as many tokens: with its mask, which is made."""
-    return [partial(decode.step, drafts) for n in ADDED_TO for drafts in (np.arange(n)[None], _fork(n))]
 
 
 def heads_calls(decode: StandingDecode, heads: BlockHeads, k: int, sizes: Sequence[int] = ADDED_TO) -> list[Made]:
@@ -269,3 +282,41 @@ def _fork(n: int) -> np.ndarray:
     first = np.arange(n // 2 + 1)
     second = np.concatenate([[0], np.arange(len(first), n)])
     return np.stack([first, np.pad(second, (0, len(first) - len(second)), constant_values=-1)])
+
+
+def verify_curve_of(inputs: Inputs, *, cached: int = 256, repeats: int = 7) -> VerifyCurve:
+    """`verify_curve` of a base LM by its name. Raises `RescoreError` as that and `load_base`."""
+    check_timing([cached], repeats)
+    base = load_base(inputs.base, dtype=inputs.dtype, device=inputs.device, compile=inputs.compile)
+    return verify_curve(base, cached=cached, repeats=repeats)
+
+
+def verify_curve(
+    base: BaseLM, *, cached: int = 256, repeats: int = 7, sizes: Sequence[int] = VERIFY_SIZES
+) -> VerifyCurve:
+    """Times one forward of 1 to 144 tokens on a cache, with the weights laid out as decoding has them.
+
+    Raises `RescoreError` for a cache that does not fit.
+    """
+    check_timing([cached], repeats)
+    decode = StandingDecode(base, cached, max(sizes))
+    ids = torch.randint(base.vocab_size, (1, max(sizes)), generator=torch.Generator().manual_seed(0)).to(base.device)
+
+    def verify(n: int) -> None:
+        base.forward(ids[:, :n], decode.cache)
+        if base.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    (times,) = times_of([[partial(verify, n) for n in sizes]], repeats)
+    medians = np.median(times, axis=0).tolist()
+    work = Work(base)
+    work.add(tokens=0, projected=0, cached=cached)
+    return VerifyCurve(
+        base=base.identity.name,
+        dtype=base.identity.dtype,
+        device=str(base.device),
+        cached=cached,
+        tokens=list(sizes),
+        milliseconds=medians,
+        gb_per_second=[work.bytes_read / ms / 1e6 for ms in medians],
+    )

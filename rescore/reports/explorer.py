@@ -6,21 +6,19 @@ Built for a page: JSON-ready, texts made harmless.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from rescore.acceptance.rules import kind_of, unmarked
 from rescore.accounting import block_efficiency
 from rescore.reports.charts.style import SOURCE_COLOURS, Palette, decode_name
+from rescore.reports.joined import JoinedLattices
 from rescore.reports.sources import TaskView
 from rescore.reports.token_text import excerpt, harmless, token_texts
 from rescore.reports.walks import Candidate, slots_at, walk_of
 from rescore.runs.records import SOURCES, ExampleRecord
 from rescore.tracing import TracedExample
-
-if TYPE_CHECKING:
-    from rescore.reports.joined import JoinedLattices
 
 SHOWN = 8  # entries of a slot that are shown
 JOINED = 4  # candidates of each source that are shown
@@ -38,8 +36,6 @@ def explorer_data(view: TaskView, palette: Palette, tokenizer: Any, *, examples:
     vocabulary: id -> text.
     chosen: a sentence on which examples these are; examples: see `_example`.
     """
-    from rescore.reports.joined import JoinedLattices
-
     trace = view.run.trace(view.task)
     traced = {example.id: example for example in trace.examples} if trace else {}
     by_id: dict[str, dict[int, ExampleRecord]] = {}
@@ -123,16 +119,7 @@ def _example(
     walks = [walk_of(record, output) if record else None for record in by_decode]
     positions = {step.start for walk in walks if walk for step in walk.steps}
     lattice = {position: _lattice(output, position, k, traced) for position in sorted(positions) if traced}
-    reached: dict[tuple[str, ...], dict[int, int]] = {}
-    for record, walk in zip(by_decode, walks, strict=True):
-        of_drafters = reached.setdefault(tuple(record.alone_accepted or ()) if record else (), {})
-        for step in walk.steps if walk else ():
-            of_drafters[step.start] = max(step.accepted, of_drafters.get(step.start, 0))
-    joined = {
-        "+".join(drafters): lattices.at(traced, drafters, steps, top=JOINED)
-        for drafters, steps in reached.items()
-        if drafters and traced
-    }
+    joined = lattices.along(traced, filter(None, walks), top=JOINED) if traced else {}
     return {
         "id": harmless(first.id),
         "prompt": dict(zip(("head", "tail", "leftOut"), excerpt(traced.prompt), strict=True)) if traced else None,
@@ -143,15 +130,12 @@ def _example(
         "accepted": [record and record.accepted for record in by_decode],
         "drafts": [record and record.drafts for record in by_decode],
         "lattice": lattice,
-        "among": [
-            harmless("+".join(record.alone_accepted)) if record and record.alone_accepted else None
-            for record in by_decode
-        ],
+        "among": [harmless("+".join(walk.drafters)) if walk and walk.drafters else None for walk in walks],
         "origins": [
             [[_places(names) for names in step.sources] for step in walk.steps] if walk else None for walk in walks
         ],
         "joined": {
-            harmless(drafters): {
+            harmless("+".join(drafters)): {
                 position: [[_candidate(of) for of in slot] for slot in slots] for position, slots in steps.items()
             }
             for drafters, steps in joined.items()

@@ -11,7 +11,7 @@ from rescore.reports.sources import TaskView
 from rescore.runs.records import Result, is_oracle
 from rescore.runs.run import NONE, is_drafter
 from rescore.runs.tables import QUALITIES
-from rescore.table import GAIN, Column, Format, fixed, percent
+from rescore.table import GAIN, Format, fixed, percent
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,9 @@ def _cell(view: TaskView, rescorer: str, p: int) -> Cell | None:
     best = own and len(rivals) > 1 and plain < result.block_efficiency == max(rivals)
     sure = own and result.gain_ci95 is not None and result.gain_ci95[0] > 0
     speedup = result.latency.speedup if result.latency else None
-    scores = ", ".join(f"{c.heading} {c.format.show(c.value(result))}" for c in _scored(result))
+    known = [column for column in QUALITIES if result.mark and column.value(result) is not None]
+    scores = ", ".join(f"{column.heading} {column.format.show(column.value(result))}" for column in known)
     return Cell(result, result.gap_share(view.unrescored), speedup, result.predicted_speedup, scores, best, sure)
-
-
-def _scored(result: Result) -> list[Column]:
-    """The scores of outputs that are not greedy decoding's, as far as they are known."""
-    return [column for column in QUALITIES if result.mark and column.value(result) is not None]
 
 
 def _sentences(views: Sequence[TaskView], rows: Sequence[Row]) -> list[str]:

@@ -7,11 +7,10 @@ steps at different positions; a block lists those that began one there.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
 from rescore.acceptance.rules import mark_of, unmarked
@@ -20,6 +19,7 @@ from rescore.reports.token_text import token_texts, tokenizer_of
 from rescore.reports.walks import Candidate, Slot, slots_at, walk_of
 from rescore.runs.evaluated import Evaluation
 from rescore.runs.records import ExampleRecord, Result
+from rescore.studies.records import Record
 from rescore.suites.files import load_runs
 
 SHOWN_BLOCKS = 5
@@ -79,7 +79,7 @@ class Decode:
 
 
 @dataclass(frozen=True)
-class Inspection:
+class Inspection(Record):
     """All that is known of one example.
 
     number: of the `examples`, from 1; total: number of blocks, of which `blocks` are those asked for.
@@ -102,10 +102,6 @@ class Inspection:
     texts: dict[int, str]
     notices: list[str] = field(default_factory=list)
 
-    def as_dict(self) -> dict[str, Any]:
-        """The JSON document."""
-        return dataclasses.asdict(self)
-
 
 def inspect_example(
     folder: Annotated[Path, "Folder of rescore eval --out or rescore suite.", "RESULTS"],
@@ -119,12 +115,7 @@ def inspect_example(
     h: Annotated[int | None, "Of a suite with several h: this one."] = None,
     top: Annotated[int, "Tokens of each slot of the lattice to show."] = SHOWN_TOKENS,
 ) -> Inspection:
-    """One example of the results in a folder (of `rescore eval --out` or `rescore suite`).
-
-    `example`: its id, or its number from 1; `task`, `k`, `h`: needed where there are several; `rescorers` (specs) and
-    `p` (all by default); `steps`: the blocks to show, `3`, `1-5`, `6-` or `all`; `top`: the best so many tokens of each
-    slot. Raises `RescoreError` for what is not there, and what `load_runs` raises.
-    """
+    """One example of the results in a folder. Raises `RescoreError` for what is not there, and as `load_runs`."""
     from rescore.reports.joined import JoinedLattices
 
     if top < 1:
@@ -144,13 +135,10 @@ def inspect_example(
         notices.append("the trace of these results is gone: there are no prompt and no lattices to show")
     output = traced.output_ids.tolist() if traced else decodes[0][1].output_ids
     drafts: dict[int, list[Draft]] = {}  # by position
-    reached: dict[tuple[str, ...], dict[int, int]] = {}  # by drafters and position: the most that was accepted
-    for r, record in decodes:
-        walk = walk_of(record, output)
-        of_drafters = reached.setdefault(tuple(record.alone_accepted or ()), {})
+    walks = [walk_of(record, output) for _, record in decodes]
+    for (r, _), walk in zip(decodes, walks, strict=True):
         for step in walk.steps:
             drafts.setdefault(step.start, []).append(Draft(r.rescorer, r.p, step.tokens, step.accepted, step.sources))
-            of_drafters[step.start] = max(step.accepted, of_drafters.get(step.start, 0))
         if walk.differs:
             notices.append(
                 f"{r.rescorer} (p = {r.p}) decoded another output from token {walk.shared} on; that part is not shown"
@@ -162,10 +150,10 @@ def inspect_example(
     chosen = {positions[number - 1]: number for number in _chosen_blocks(steps, len(positions))}
     joined: dict[int, list[Joined]] = {}
     lattices = JoinedLattices(run, task, k)
-    for drafters, of_drafters in reached.items():
-        at = {position: of_drafters[position] for position in chosen if position in of_drafters}
-        for position, along in (lattices.at(traced, drafters, at, top=top) if traced and drafters else {}).items():
-            joined.setdefault(position, []).append(Joined(list(drafters), along))
+    proposed = lattices.along(traced, walks, top=top, positions=chosen) if traced else {}
+    for drafters, by_position in proposed.items():
+        for position, slots_there in by_position.items():
+            joined.setdefault(position, []).append(Joined(list(drafters), slots_there))
     notices += lattices.notices
     blocks = []
     for position, number in chosen.items():
@@ -270,7 +258,6 @@ def _chosen_blocks(text: str, total: int) -> range:
 
 
 def _tokens(blocks: Iterable[Block]) -> set[int]:
-    """Every token id that occurs."""
     tokens: set[int] = set()
     for block in blocks:
         tokens.update(*(draft.tokens for draft in block.drafts))

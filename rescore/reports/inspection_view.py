@@ -96,11 +96,7 @@ def _block(inspection: Inspection, block: Block, width: int) -> list[Text]:
     for joined in block.joined:
         names = printable("+".join(joined.drafters))
         lines.append(Text(f"  what {names} proposed after each of the tokens accepted there", style=UNSEEN))
-        slots = len(joined.slots)
-        beside = [
-            [title, *cells[1 : 1 + slots]]
-            for title, *cells in ([*column, *[("", "")] * (2 + slots - len(column))] for column in fixed)
-        ]
+        beside = [[title, *cells[1 : 1 + len(joined.slots)]] for title, *cells in fixed]
         for band in _bands(beside, _joined(inspection, block, joined), width):
             lines += _rows([*beside, *band])
     return lines
@@ -126,7 +122,6 @@ def _lattice(inspection: Inspection, block: Block) -> list[Column]:
 
 
 def _joined(inspection: Inspection, block: Block, joined: Joined) -> list[Column]:
-    """Columns of what was proposed in slots 2, 3, ...: the first of each, the second ..."""
     columns = []
     for place in range(max(map(len, joined.slots), default=0)):
         cells = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from rescore.drafters.proposals import Proposals
 from rescore.drafters.recorded import recorded_already
 from rescore.drafters.traced import Traced
 from rescore.replaying import contexts_of
-from rescore.reports.walks import Candidate
+from rescore.reports.walks import Candidate, Walk
 from rescore.rescorers.base import Context
 from rescore.runs.evaluated import Evaluation
 from rescore.runs.records import SOURCES, sources_of
@@ -39,15 +39,26 @@ class JoinedLattices:
         self._drafters: dict[tuple[str, ...], tuple[Drafter, ...]] = {}
         self._drafted: dict[str, dict[str, Lattice]] = {}
 
-    def at(
-        self, example: TracedExample, drafters: Sequence[str], steps: Mapping[int, int], *, top: int
-    ) -> dict[int, list[list[Candidate]]]:
-        """By position where steps began, of which so many tokens were accepted: what the drafters proposed after each
-        of these tokens (slots 2, 3, ...), the `top` of each source and what the base chose.
+    def along(
+        self, example: TracedExample, walks: Iterable[Walk], *, top: int, positions: Container[int] | None = None
+    ) -> dict[tuple[str, ...], dict[int, list[list[Candidate]]]]:
+        """By the drafters of the walks, and the position where steps began: what they proposed after each token that
+        the longest of these steps accepted (slots 2, 3, ...), the `top` of each source and what the base chose.
 
-        drafters: their specs, as `ExampleRecord.alone_accepted` has them. Empty where they can't be read.
+        positions: only these (None: all). No positions where the drafters can't be read.
         """
-        chosen = self._loaded(tuple(drafters))
+        reached: dict[tuple[str, ...], dict[int, int]] = {}
+        for walk in walks:
+            steps = reached.setdefault(walk.drafters, {})
+            for step in walk.steps:
+                if positions is None or step.start in positions:
+                    steps[step.start] = max(step.accepted, steps.get(step.start, 0))
+        return {drafters: self._at(example, drafters, steps, top) for drafters, steps in reached.items() if drafters}
+
+    def _at(
+        self, example: TracedExample, drafters: tuple[str, ...], steps: Mapping[int, int], top: int
+    ) -> dict[int, list[list[Candidate]]]:
+        chosen = self._loaded(drafters)
         if not chosen:
             return {}
         (context,) = contexts_of([example], self._drafted)

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import jinja2
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
+from plotly.offline import get_plotlyjs
 
 from lattices.errors import RescoreError
 from lattices.paths import user_path
@@ -113,7 +114,6 @@ def report(
 
 
 def _explorers(views: Sequence[TaskView], palette: Palette, examples: int) -> tuple[list[Any], list[str]]:
-    """The explorer's data of every view, and sentences on what it lacks."""
     tokenizers: dict[str, Any] = {}  # and the sentence where there is none, by the base model
     data = []
     for view in views if examples else ():
@@ -148,8 +148,6 @@ def _environment() -> jinja2.Environment:
 
 def _html(*, views: Sequence[TaskView], sections: Sequence[Any], explorers: Sequence[Any], **content: Any) -> str:
     """The page; a function of its arguments alone, so that equal results give equal pages."""
-    from plotly.offline import get_plotlyjs
-
     library = get_plotlyjs()
     assert "</script" not in library.lower()
     scripts = [(TEMPLATES / name).read_text(encoding="utf-8") for name in ("charts.js", "explorer.js")]

@@ -74,11 +74,6 @@ class TaskView:
         base = self.run.config.traces[self.task].get("base")
         return base if isinstance(base, dict) else {}
 
-    @property
-    def seed(self) -> int:
-        """Of the run's bootstrap intervals."""
-        return self.run.config.seed
-
 
 @dataclass(frozen=True)
 class Sources:
@@ -89,7 +84,7 @@ class Sources:
     """
 
     views: tuple[TaskView, ...]
-    h_max: HmaxCorrelation | None
+    h_max: HmaxCorrelation
     missing: tuple[str, ...]
 
 
@@ -116,7 +111,7 @@ def load_sources(results: Sequence[Evaluation | Path], *, progress: Progress | N
         for view in views if view.is_sample
     ]  # fmt: skip
     missing = (*samples, *lacking, *_gaps(views))
-    return Sources(tuple(views), correlate_h_max(traces) if traces else None, missing)
+    return Sources(tuple(views), correlate_h_max(traces), missing)
 
 
 def _runs_in(given: Evaluation | Path) -> list[Evaluation]:
@@ -168,7 +163,6 @@ def trace_command(run: Evaluation, task: str) -> str:
 
 
 def _labels(pairs: Sequence[tuple[Evaluation, str]]) -> list[str]:
-    """Names of the views, every one different."""
     often = Counter(task for _, task in pairs)
     ks = {run.results[0].k for run, _ in pairs}
     names = [task if often[task] == 1 else f"{task} ({_place(run, ks)})" for run, task in pairs]
@@ -183,7 +177,6 @@ def _place(run: Evaluation, ks: Collection[int]) -> str:
 
 
 def _gaps(views: Sequence[TaskView]) -> list[str]:
-    """What the results themselves leave open."""
     lines = []
     if few := [view.label for view in views if view.analysis.groups < LEAST_GROUPS]:
         lines.append(

@@ -72,17 +72,12 @@ def _text(tokenizer: PreTrainedTokenizerBase, token: int, piece: str | None) -> 
 
 
 def _bytes_of(piece: str) -> bytes | None:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     if piece.startswith("<0x") and piece.endswith(">"):
         return bytes([int(piece[3:-1], 16)])
-    alphabet = _byte_alphabet()
+    alphabet = {character: byte for byte, character in bytes_to_unicode().items()}  # of byte-level BPE
     return bytes(alphabet[c] for c in piece) if all(c in alphabet for c in piece) else None
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level BPE writes bytes as (GPT-2's table)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def tokenizer_of(base: Any) -> tuple[PreTrainedTokenizerBase | None, str | None]:

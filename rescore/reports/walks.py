@@ -43,10 +43,12 @@ class Step:
 class Walk:
     """One decode of an example beside the example's output.
 
+    drafters: specs of those that it had, where they were several (empty: one, or not known).
     shared: the tokens that the decode's own output begins with like it; differs: whether they are not all.
     steps: those that began where the decode had not left the output, nor come to its end.
     """
 
+    drafters: tuple[str, ...]
     shared: int
     differs: bool
     steps: list[Step]
@@ -65,7 +67,7 @@ def walk_of(record: ExampleRecord, output: Sequence[int]) -> Walk:
         for start, tokens, accepted, of_step in zip(starts, record.drafts, record.accepted, origins, strict=True)
         if start <= shared and start < len(output)
     ]
-    return Walk(shared, shared < max(len(own), len(output)), steps)
+    return Walk(tuple(record.alone_accepted or ()), shared, shared < max(len(own), len(output)), steps)
 
 
 def slots_at(

@@ -2,8 +2,8 @@
 
 `analysis` reads traces and evaluations (repetition, confidence, oracle curves, ranks, calibration, outcomes),
 `comparison` sets one evaluation against another, `draft_vocabulary` heads of few tokens against those of all,
-`until_divergence` says what lossy acceptance keeps as far as a trace knows it (docs/numbers.md), `block_length` and
-`verify_curve` measure this machine, `cost` counts what a decoded token costs, `ngram_mixing` chooses weights of n-gram
+`until_divergence` says what lossy acceptance keeps as far as a trace knows it (docs/numbers.md), `block_length` says
+which blocks pay on this machine, `cost` counts what a decoded token costs, `ngram_mixing` chooses weights of n-gram
 models by replay, `perplexity` is the base's own, `overlap` finds text that was trained on. N-gram models side by side
 are a suite: docs/suites/ngrams.yaml.
 

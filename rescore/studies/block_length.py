@@ -14,7 +14,6 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,15 +22,13 @@ import numpy as np
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.lattice import Lattice
 from lm.base.catalog import load_base
-from lm.base.model import BaseLM
-from lm.heads.block_heads import BlockHeads, heads_folder, heads_sha256, load_heads
+from lm.heads.block_heads import heads_folder, heads_sha256, load_heads
 from lm.options import Base, Device, Dtype, Heads, TopK
 from rescore.accounting import account
 from rescore.checks import check_held_k, check_timing
 from rescore.costs.kept import costs_here
 from rescore.costs.measuring import StandingDecode, heads_added, heads_calls, step_calls, times_of
-from rescore.drafters import Drafter
-from rescore.drafters.drafting import HEADS_ALONE, Drafting
+from rescore.drafters.drafting import Drafting
 from rescore.drafters.proposals import Proposals
 from rescore.options import Cached, Repeats
 from rescore.replaying import replay
@@ -41,8 +38,7 @@ from rescore.runs.inputs import Inputs
 from rescore.runs.run import Run
 from rescore.runs.weights import fit_to
 from rescore.studies.records import Record, record_of
-from rescore.tasks.groups import count_groups
-from rescore.tracing import Trace, read_trace
+from rescore.tracing import read_trace
 
 
 @dataclass(frozen=True)
@@ -119,10 +115,10 @@ def block_lengths_of_trace(
     device: Device = "auto",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> BlockLengths:
-    """Every block length of the trace in a folder, with the models and the rescorer by name.
+    """Every block length of the trace in a folder, with the models and the rescorer by name; drafts are one a step.
 
-    Raises `IncompatibleError` for a trace of other heads, `RescoreError` for a weight that the rescorer has not, and as
-    `block_lengths` does.
+    Raises `IncompatibleError` for a trace of another base LM or other heads, `RescoreError` for a weight that the
+    rescorer has not and for k beyond the trace.
     """
     run = Run(rescorer)
     loaded = run.load()
@@ -146,49 +142,23 @@ def block_lengths_of_trace(
     named = Inputs(base=base, heads=heads, dtype=dtype, device=device)
     costs = costs_here(model.identity, key, at, compiles=model.compiles, inputs=named) if loaded.plans else None
     fitted, drafters = fit_to(trace, choosing, device=at, shared=model, costs=costs)[rescorer]
-    shown = partial(progress, "block lengths") if progress else None
-    return block_lengths(
-        model, block_heads, trace, fitted, drafters, name=rescorer, k=k, cached=cached, repeats=repeats, progress=shown
-    )
-
-
-def block_lengths(
-    base: BaseLM,
-    heads: BlockHeads,
-    trace: Trace,
-    rescorer: Rescorer,
-    drafters: Sequence[Drafter] = HEADS_ALONE,
-    *,
-    name: str,
-    k: int = 16,
-    cached: int = 256,
-    repeats: int = 7,
-    progress: Callable[[int, int], None] | None = None,
-) -> BlockLengths:
-    """Every block length of a trace that `base` and `heads` recorded; `rescorer` (called `name`) is fitted to it.
-
-    Drafts are one a step. Raises `IncompatibleError` for a trace of another base LM, `RescoreError` for k beyond the
-    trace.
-    """
-    check_timing([cached], repeats)
-    check_held_k(trace.header.k, k)
     recorded = trace.header.settings.get("base")
     weights = recorded.get("weights_sha256") if isinstance(recorded, dict) else None
-    if weights not in (None, base.identity.weights_sha256):
-        raise IncompatibleError(f"the trace is of another base LM than {base.identity.name}; give --base")
-    longest = min(trace.header.h, heads.h)
+    if weights not in (None, model.identity.weights_sha256):
+        raise IncompatibleError(f"the trace is of another base LM than {model.identity.name}; give --base")
+    longest = min(trace.header.h, block_heads.h)
     if longest < 2:
         raise RescoreError("the trace holds head 1 only; a block needs at least two")
     hs = list(range(2, longest + 1))
-    decode = StandingDecode(base, cached, longest)
-    of_heads = [heads_calls(decode, heads.first(h), k, sizes=(h,)) for h in hs]
+    decode = StandingDecode(model, cached, longest)
+    of_heads = [heads_calls(decode, block_heads.first(h), k, sizes=(h,)) for h in hs]
     of_steps, *added = times_of([step_calls(decode, (1, *hs)), *of_heads], repeats)
     greedy, *steps = np.median(of_steps, axis=0).tolist()
     groups = [example.group for example in trace.examples]
     lengths = []
     for h, verify_ms, times in zip(hs, steps, added, strict=True):
         seconds: list[float] = []
-        noting = timed(rescorer, seconds)
+        noting = timed(fitted, seconds)
         examples = trace.first_heads(h).examples
         accepted = [steps for example in examples for steps in replay([example], noting, k=k, drafters=drafters)]
         accounting = account(accepted, Drafting(noting, drafters).longest(h), groups=groups)
@@ -199,10 +169,9 @@ def block_lengths(
         parts = {"verify_ms": verify_ms, "heads_ms": heads_ms, "rescoring_ms": rescoring_ms, "speedup": speedup}
         lengths.append(record_of(BlockLength, accounting, h=h, **parts))
         if progress:
-            progress(len(lengths), len(hs))
+            progress("block lengths", len(lengths), len(hs))
     return BlockLengths(
-        base=base.identity.name, task=trace.header.task, rescorer=name,
-        alpha=getattr(rescorer, "alpha", None), k=k, examples=len(trace.examples),
-        groups=count_groups(groups), dtype=base.identity.dtype,
-        device=str(base.device), cached=cached, greedy_ms=greedy, lengths=lengths,
+        base=model.identity.name, task=trace.header.task, rescorer=rescorer, alpha=fitted.alpha, k=k,
+        examples=len(trace.examples), groups=len(set(groups)), dtype=model.identity.dtype, device=str(model.device),
+        cached=cached, greedy_ms=greedy, lengths=lengths,
     )  # fmt: skip

@@ -23,6 +23,7 @@ from rescore.runs.evaluated import Evaluation
 from rescore.runs.inputs import add_notice
 from rescore.runs.records import Result
 from rescore.studies.records import Record, record_of
+from rescore.studies.tables import comparison_table
 from rescore.suites.files import load_runs
 from rescore.table import Table, joined
 from rescore.terminal import shortened
@@ -99,8 +100,6 @@ class Comparison(Record):
 
     def tables(self) -> list[Table]:
         """One table, a line for each row."""
-        from rescore.studies.tables import comparison_table
-
         return [comparison_table(self)]
 
     def __str__(self) -> str:
@@ -227,7 +226,6 @@ def _run_pairs(
 
 
 def _check_same(task: str, run_a: Evaluation, run_b: Evaluation, comparison: Comparison) -> None:
-    """Raises `IncompatibleError` if the two decoded other prompts or with another base."""
     a, b = _flat(run_a.config.traces[task]), _flat(run_b.config.traces[task])
     both = [name for name in SAME if name in a and name in b]
     if changed := [
@@ -239,8 +237,12 @@ def _check_same(task: str, run_a: Evaluation, run_b: Evaluation, comparison: Com
     if a.get("heads_sha256") != b.get("heads_sha256"):
         comparison.notice(f"{task}: A and B have different block heads")
     rules = [next(r.mark for r in run.results if r.task == task) for run in (run_a, run_b)]
+    for letter, rule in zip("AB", rules, strict=True):
+        if rule:  # so that nobody takes the sides for decodes of the same text
+            what = "LOSSY, its outputs are not the base's" if is_lossy(rule) else "its outputs are drawn"
+            comparison.notice(f"{task}: {letter} is{rule}: {what}; the sides decode other texts")
     if any(rules):
-        return _tell_rules(task, rules, comparison)
+        return
     outputs_a, outputs_b = _outputs(run_a, task), _outputs(run_b, task)
     common = [name for name in outputs_a if name in outputs_b]
     if not (differ := [name for name in common if outputs_a[name] != outputs_b[name]]):
@@ -254,14 +256,6 @@ def _check_same(task: str, run_a: Evaluation, run_b: Evaluation, comparison: Com
     leads = [*_leads(task, run_a, outputs_a, places), *_leads(task, run_b, outputs_b, places)]
     cause = _cause(leads, a.get("base.dtype", "float32"))
     comparison.notice(f"{task}: {len(differ)} of {len(common)} outputs differ between A and B ({cause})")
-
-
-def _tell_rules(task: str, rules: Sequence[str], comparison: Comparison) -> None:
-    """Says whose outputs are not greedy decoding's, so that nobody takes the sides for decodes of the same text."""
-    for letter, rule in zip("AB", rules, strict=True):
-        if rule:
-            what = "LOSSY, its outputs are not the base's" if is_lossy(rule) else "its outputs are drawn"
-            comparison.notice(f"{task}: {letter} is{rule}: {what}; the sides decode other texts")
 
 
 def _drafters(run: Evaluation, result: Result) -> list[str]:
@@ -379,7 +373,6 @@ def compared_row(
 
 
 def _steps(run: Evaluation, result: Result, comparison: Comparison) -> dict[str, tuple[list[int], str]]:
-    """Accepted lengths and group by example."""
     steps: dict[str, tuple[list[int], str]] = {}
     for record in run.records(result.task, result.rescorer, result.p):
         if not all(n >= 1 for n in record.accepted):

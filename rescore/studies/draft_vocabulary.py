@@ -12,7 +12,6 @@ from rescore.runs.evaluated import Evaluation
 from rescore.runs.records import Interval
 from rescore.runs.run import OF_DRAFTERS, Run, is_drafter, is_heads, label_of
 from rescore.specs import format_spec, parse_spec
-from rescore.studies.records import Record
 from rescore.studies.tables import vocabulary_sizes_table
 from rescore.table import Table
 
@@ -20,7 +19,7 @@ VOCABULARY, RANKING = "vocabulary", "ranking"  # keys of heads
 
 
 @dataclass(frozen=True)
-class VocabularySize(Record):
+class VocabularySize:
     """One size on one task: `vocabulary` tokens beside the prompt's (None: all), and the change against all of them,
     paired (None: it is that)."""
 

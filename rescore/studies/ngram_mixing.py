@@ -176,6 +176,5 @@ def best_weights(models: int, efficiency: Callable[[Weights], float]) -> Weights
 
 
 def _with_share(weights: Weights, place: int, share: float) -> Weights:
-    """The weights with one of them changed, the others in their proportions."""
     rest = (1 - share) / (1 - weights[place])
     return tuple(round(share if i == place else w * rest, 6) for i, w in enumerate(weights))

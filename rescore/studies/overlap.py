@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +22,7 @@ from lattices.errors import RescoreError
 from lm.ngram.corpus import HUB_PREFIX, MEND_UTF8, CorpusSource, find_sources
 from lm.text_files import blocks, identify, rows
 from rescore.options import Limit
+from rescore.runs.inputs import Progress
 from rescore.studies.records import Record
 from rescore.table import SHARE, TASK, Column, Table
 from rescore.tasks import Example, load_task
@@ -33,7 +34,6 @@ WORDS_IN_A_ROW = 13
 WORD = re.compile(r"\w+")
 BATCH = 1 << 20  # words of a corpus that are compared at a time
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd: no word of a run is lost
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,6 @@ def find_overlap(
 
 
 def _joined(hashes: Iterable[np.ndarray]) -> np.ndarray:
-    """The different hashes of several arrays, sorted."""
     return np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes]))
 
 
@@ -211,7 +210,6 @@ def _words(text: str) -> list[str]:
 
 
 def _names(sources: Sequence[CorpusSource]) -> list[str]:
-    """The names of files; their paths where two have one name."""
     short = [Path(source.name).name for source in sources]
     return [name if short.count(name) == 1 else source.name for name, source in zip(short, sources, strict=True)]
 
@@ -228,7 +226,6 @@ def _texts(source: CorpusSource) -> Iterator[tuple[str, bool]]:
 
 
 def _strings(value: object) -> Iterator[str]:
-    """Every string in a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from lattices.errors import RescoreError
@@ -58,11 +59,8 @@ def perplexity_of_task(
 ) -> TaskPerplexity:
     """Perplexity of a task's passages (`Task.passage`), each read by itself, as plain text.
 
-    `name` of the task or a YAML file, `data` and `limit` as for an evaluation, `stride` and `window` as for
-    `lm.base.perplexity.perplexity`. Raises `RescoreError` for a task without passages and for what can't be used.
+    Raises `RescoreError` for a task without passages and for what can't be used.
     """
-    from dataclasses import asdict
-
     task = load_task(name)
     if task.passage is None:
         known = ", ".join(other for other in task_names() if load_task(other).passage)
@@ -76,10 +74,8 @@ def perplexity_of_task(
     from lm.base.perplexity import perplexity
 
     model = load_base(base, dtype=dtype, device=device)
-    scored = perplexity(
-        model, passages, stride=stride, window=window,
-        progress=(lambda done, total: progress(f"perplexity {task.name}", done, total)) if progress else None,
-    )  # fmt: skip
+    shown = partial(progress, f"perplexity {task.name}") if progress else None
+    scored = perplexity(model, passages, stride=stride, window=window, progress=shown)
     Watch(model).check()  # what was scored is what is named
     return record_of(
         TaskPerplexity, scored, task=task.name, passages=scored.texts, base=asdict(model.identity),

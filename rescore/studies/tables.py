@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,16 +37,15 @@ if TYPE_CHECKING:
     from lm.draft_vocabulary import DraftVocabularySummary
     from lm.lookup_index import LookupSummary
     from lm.ngram.build import NgramSummary
-    from lm.ngram.mix import MixedNgram
     from lm.ngram.score import NgramScore
     from lm.training.heads import HeldOutAccuracy
+    from rescore.costs.measuring import VerifyCurve
     from rescore.costs.table import Costs
     from rescore.studies.block_length import BlockLengths
     from rescore.studies.comparison import Comparison, SideResult
-    from rescore.studies.cost.model import CostTable, Decoder, MethodCost
+    from rescore.studies.cost.model import CostTable, Decoder
     from rescore.studies.draft_vocabulary import VocabularySize
-    from rescore.studies.ngram_mixing import MixedModels, TunedMixture
-    from rescore.studies.verify_curve import VerifyCurve
+    from rescore.studies.ngram_mixing import MixedModels
 
 ALL = "all"
 FEW_POSITIONS = 1000  # held out: fewer tell little apart
@@ -225,31 +223,25 @@ def ngram_score_table(score: NgramScore, text: str) -> Table:
 
 
 def mixing_tables(of: MixedModels) -> list[Table]:
-    """How weights were found, where they were not given, and the mixture."""
-    return [*([mixture_tuning_table(of.tuned)] if of.tuned else []), mixture_table(of.mixed)]
-
-
-def mixture_tuning_table(study: TunedMixture) -> Table:
-    """Block efficiency by weights, the best mixture marked."""
-    rows = [[*weights, efficiency] for weights, efficiency in zip(study.curve, study.block_efficiency, strict=True)]
-    best = [(place, "block eff.") for place, weights in enumerate(study.curve) if weights == study.weights]
-    note = (
-        f"by weight of each model, on {len(study.held_out)} held-out examples at k = {study.k}, p = 1, alpha = "
-        f"{study.alpha:g}; * the best mixture."
-    )
-    columns = [*(Column(Path(part).name, PLAIN) for part in study.parts), Column("block eff.", NUMBER)]
-    return Table(columns, rows, note=note, best=best)
-
-
-def mixture_table(mixed: MixedNgram) -> Table:
-    """What was mixed with which weight, n-grams by order, and the files written."""
+    """Block efficiency by weights, the best mixture marked, where they were not given; then what was mixed with which
+    weight, n-grams by order, and the files written."""
+    tables = []
+    if study := of.tuned:
+        note = (
+            f"by weight of each model, on {len(study.held_out)} held-out examples at k = {study.k}, p = 1, alpha = "
+            f"{study.alpha:g}; * the best mixture."
+        )
+        columns = [*(Column(Path(part).name, PLAIN) for part in study.parts), Column("block eff.", NUMBER)]
+        curve = [
+            [*weights, efficiency] for weights, efficiency in zip(study.curve, study.block_efficiency, strict=True)
+        ]
+        best = [(place, "block eff.") for place, weights in enumerate(study.curve) if weights == study.weights]
+        tables.append(Table(columns, curve, note=note, best=best))
+    mixed = of.mixed
     counts = ", ".join(f"{count:,} of order {n}" for n, count in enumerate(mixed.ngrams, start=1))
     rows = list(zip(mixed.parts, mixed.weights, strict=True))
-    files = file_sizes(sorted(Path(mixed.path).iterdir()))
-    return Table(
-        [Column("model"), Column("weight", NUMBER)], rows, title=f"{mixed.path}: n-grams: {counts}\n",
-        note=f"\nfiles: {files}",
-    )  # fmt: skip
+    title, note = f"{mixed.path}: n-grams: {counts}\n", f"\nfiles: {file_sizes(sorted(Path(mixed.path).iterdir()))}"
+    return [*tables, Table([Column("model"), Column("weight", NUMBER)], rows, title=title, note=note)]
 
 
 def file_sizes(paths: Sequence[Path]) -> str:
@@ -266,29 +258,23 @@ def cost_table(study: CostTable) -> Table:
     lines = [f"{study.dtype}, h = {study.h}, drafts verified as a {study.verify}; {heads}", _shape(study.base)]
     if study.neural:
         lines.append(_shape(study.neural))
+    amounts = {"weights GB": ("weight_bytes", 3, 1e9), "KV MB": ("kv_bytes", 2, 1e6), "GFLOPs": ("flops", 2, 1e9)}
     columns = [Column("method"), P, Column("context", COUNT), EFFICIENCY[0]]
-    for heading, digits, name, unit in (
-        ("weights GB", 3, "weight_bytes", 1e9), ("KV MB", 2, "kv_bytes", 1e6), ("GFLOPs", 2, "flops", 1e9)
-    ):  # fmt: skip
-        columns += [
-            Column(heading, fixed(digits), field=partial(_token_or_step, name=name, unit=unit)),
-            Column("", CHANGE, f"{heading} change", partial(_change, name=f"{name}_change")),
-        ]
+    for heading, (_, digits, _) in amounts.items():
+        columns += [Column(heading, fixed(digits)), Column("", CHANGE, f"{heading} change")]
+    rows = []
+    for cost in study.costs:
+        row = [cost.method, cost.p, cost.context, cost.block_efficiency]
+        for name, _, unit in amounts.values():
+            of_token, change = getattr(cost, name), getattr(cost, f"{name}_change")
+            shown = getattr(cost, f"step_{name}") if of_token is None else of_token
+            row += [shown / unit, WHOLE_STEP if change is None else change]
+        rows.append(row)
     note = (
         "per decoded token, and the change against autoregressive decoding; methods whose block efficiency is not\n"
         "known show a whole step (=)."
     )
-    return Table.of(columns, study.costs, title="\n".join([*lines, ""]), note=note)
-
-
-def _change(cost: MethodCost, *, name: str) -> float | str:
-    change: float | None = getattr(cost, name)
-    return WHOLE_STEP if change is None else change
-
-
-def _token_or_step(cost: MethodCost, *, name: str, unit: float) -> float:
-    of_token: float | None = getattr(cost, name)
-    return (getattr(cost, f"step_{name}") if of_token is None else of_token) / unit
+    return Table(columns, rows, title="\n".join([*lines, ""]), note=note)
 
 
 def _shape(decoder: Decoder) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from rescore.rescorers.trees.choices import MOST_NODES, Choices, published
 from rescore.rescorers.trees.growth import Frequencies, grow, hits
 from rescore.table import NUMBER, PLAIN, Column, Table
 from rescore.tasks.groups import held_out as held_out_places
-from rescore.tracing import TracedExample, read_trace
+from rescore.tracing import read_trace
 
 PEER = "mc_sim_7b_63"  # what the trees are compared with
 
@@ -44,10 +44,6 @@ class BuiltTree:
     examples: int
     positions: int
     elsewhere: int  # positions of the other examples
-
-    def as_dict(self) -> dict[str, Any]:
-        """As one JSON document."""
-        return asdict(self)
 
 
 def build_tree(
@@ -87,7 +83,7 @@ def build_tree(
             places = set(held_out_places([example.group for example in loaded.examples], held_out))
         examples += len(places)
         for place, example in enumerate(loaded.examples):
-            (counted if place in places else others).append(_hits(example, ranks))
+            (counted if place in places else others).append(hits(example.lattice.token_ids, example.output_ids, ranks))
     heads = depth or min(found.shape[1] for found in counted)
     here, there = (Frequencies(_joined(found, heads), ranks) for found in (counted, others))
     grown = {
@@ -107,10 +103,6 @@ def build_tree(
             for name, tree in trees.items()
         ),
     )  # fmt: skip
-
-
-def _hits(example: TracedExample, ranks: int) -> np.ndarray:
-    return hits(example.lattice.token_ids, example.output_ids, ranks)
 
 
 def _joined(found: Sequence[np.ndarray], heads: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """The tasks by name: built-in ones, those that other packages bring, and YAML files of the user's own.
 
-`base` says what a task is. To add one that comes with this package, put it among its kin: `summaries`, `answers`,
-`spec_bench`, `images`; `task_file` reads users' YAML files. `data` gives a task's examples (file, hub or sample),
-`metrics` score outputs, `listing` shows tasks in words. Must not import `rescore.runs`, nor know base LMs or traces.
+`base` says what a task is. To add one that comes with this package, put it into `built_in` or `spec_bench`; `task_file`
+reads users' YAML files. `data` gives a task's examples (file, hub or sample), `metrics` score outputs, `listing` shows
+tasks in words. Must not import `rescore.runs`, nor know base LMs or traces.
 
 Another package adds a task with an entry point in the group `rescore.tasks` that loads to a `Task`.
 """
@@ -15,16 +15,14 @@ from pathlib import Path
 from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
 from lattices.paths import user_path
 from rescore.specs import plug_ins
-from rescore.tasks import answers, images, spec_bench, summaries
+from rescore.tasks import built_in, spec_bench
 from rescore.tasks.base import Example, HubSource, Limits, Metric, Record, Task
 from rescore.tasks.task_file import SUFFIXES, is_task_file, load_task_file
 
 __all__ = ["Example", "HubSource", "Limits", "Metric", "Record", "Task", "is_task_file", "load_task", "task_names"]
 
 ENTRY_POINT_GROUP = "rescore.tasks"
-_BUILT_IN: dict[str, Task] = {
-    task.name: task for task in (*answers.TASKS, *summaries.TASKS, *spec_bench.TASKS, *images.TASKS)
-}
+_BUILT_IN: dict[str, Task] = {task.name: task for task in (*built_in.TASKS, *spec_bench.TASKS)}
 
 
 def load_task(name: str) -> Task:

@@ -47,8 +47,3 @@ def held_out(groups: Sequence[str], count: int, *, evaluated: Collection[str] = 
     of_them = [place for place, group in enumerate(groups) if group in chosen]
     turns = one_of_each_first([groups[place] for place in of_them])
     return sorted(of_them[turn] for turn in turns[:count])
-
-
-def count_groups(groups: Sequence[str]) -> int:
-    """How many different groups there are."""
-    return len(set(groups))

@@ -44,10 +44,6 @@ def read_leave_out(name: str | None) -> frozenset[str]:
     path = SHIPPED_FILE if name == SHIPPED else Path(name).expanduser()
     if not os.path.exists(path):
         raise RescoreError(f"no such file: {name}; give a file of rescore overlap --out, or --leave-out {SHIPPED}")
-    return _read(path)
-
-
-def _read(path: Path) -> frozenset[str]:
     top = read_yaml(path)
     fields = top.fields(("schema", "n", "tasks"), required=("schema",))
     if (schema := fields["schema"].text()) != SCHEMA:
@@ -64,18 +60,15 @@ def _read(path: Path) -> frozenset[str]:
 
 def write_leave_out(overlap: Overlap, path: Path, *, about: str = "") -> None:
     """Writes the found examples as a list, without their text; `about`: a comment at its top. Raises `OutputError`."""
+    quoted = json.dumps  # YAML takes JSON's strings, and one in quotes is text whatever stands in it
     lines = [f"# {line}" for paragraph in about.splitlines() for line in textwrap.wrap(paragraph, 110)]
     lines += [f"schema: {SCHEMA}", f"n: {overlap.n}"]
     tasks = [task for task in overlap.tasks if task.found]
     lines += ["tasks:"] if tasks else []
     for task in tasks:
-        lines.append(f"  {_scalar(task.task)}:")
+        lines.append(f"  {quoted(task.task)}:")
         for shared in task.found:
-            corpora = ", ".join(map(_scalar, shared.corpora))
-            lines.append(f"  - {{id: {_scalar(shared.id)}, prompt: {_scalar(shared.prompt)}, corpora: [{corpora}]}}")
+            corpora = ", ".join(map(quoted, shared.corpora))
+            lines.append(f"  - {{id: {quoted(shared.id)}, prompt: {quoted(shared.prompt)}, corpora: [{corpora}]}}")
     with atomic_file(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _scalar(text: str) -> str:
-    return json.dumps(text)  # YAML takes JSON's strings, and one in quotes is text whatever stands in it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from lattices.errors import RescoreError
 from rescore.table import Column, Table
@@ -38,10 +38,6 @@ class TaskFacts:
     examples: int | None = None
     first_prompt: str | None = None
     problem: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        return asdict(self)
 
     def in_full(self) -> str:
         """Everything, one line each."""

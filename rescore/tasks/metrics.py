@@ -102,7 +102,6 @@ def _begins_with(output: str, word: str) -> bool:
 
 @cache
 def _scorer(name: str) -> Any:
-    """The scorer of a library, made once."""
     if name == "chrF":
         from sacrebleu.metrics.chrf import CHRF
 

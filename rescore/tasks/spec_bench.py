@@ -59,7 +59,6 @@ def _first_references(value: object) -> list[str]:
 def _task(
     name: str, description: str, *categories: str, hub: HubSource | None = None, metrics: tuple[Metric, ...]
 ) -> Task:
-    """The task of some categories."""
     return Task(
         name=name,
         description=description,

@@ -16,10 +16,10 @@ from msgspec.structs import replace
 from lattices.errors import RescoreError, UnknownNameError
 from rescore.runs.evaluated import load_run
 from rescore.runs.records import Alpha, RunRecord
-from rescore.studies.analysis import analyse_run, contrast, efficiency_table
+from rescore.studies.analysis import analyse_run
 from rescore.studies.analysis.collect import _pairs_of
 from rescore.studies.analysis.drafts import before_after, outcomes_of
-from rescore.studies.analysis.runs import Wallclock, alpha_source, curves_of_results
+from rescore.studies.analysis.runs import Wallclock, alpha_source, contrast, curves_of_results, efficiency_table
 from rescore.studies.records import record_of
 
 # A decode of `small_trace` (output 1 2 3 4 5, unrescored drafts 1 1 1, 2 3 3, 3 8 5, 4 5 5, 5 5 8):
@@ -231,8 +231,8 @@ def cache_of() -> Path:
 def test_texts_of_nothing():
     from analysis_traces import trace_of
 
-    from rescore.studies.analysis import analyse_trace
     from rescore.studies.analysis.text import trace_tables
+    from rescore.studies.analysis.traces import analyse_trace
     from rescore.table import joined
 
     assert "0 examples" in joined(trace_tables(analyse_trace(trace_of([]))))
@@ -241,8 +241,8 @@ def test_texts_of_nothing():
 def test_names_of_others_stay_on_their_line():
     from analysis_traces import trace_of
 
-    from rescore.studies.analysis import analyse_trace
     from rescore.studies.analysis.text import trace_tables
+    from rescore.studies.analysis.traces import analyse_trace
 
     title = trace_tables(analyse_trace(trace_of([]), name="a\nb\x1b[2J"))[0].text()
     assert title.startswith("a\\nb\\x1b[2J: 0 examples (0 groups), ") and "\n" not in title

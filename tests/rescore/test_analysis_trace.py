@@ -15,12 +15,11 @@ from lattices.oracle import oracle_accepted
 from rescore.accounting import account
 from rescore.replaying import replay
 from rescore.rescorers import load_rescorer
-from rescore.studies.analysis import ANALYSES, analyse_trace, correlate_h_max
-from rescore.studies.analysis.curves import oracle_curves
+from rescore.studies.analysis import correlate_h_max
 from rescore.studies.analysis.heads import doubling
 from rescore.studies.analysis.positions import Positions
 from rescore.studies.analysis.text import h_max
-from rescore.studies.analysis.traces import HmaxPoint, correlation
+from rescore.studies.analysis.traces import ANALYSES, HmaxPoint, analyse_trace, correlation
 from rescore.tracing import Trace, TracedExample
 
 
@@ -217,8 +216,6 @@ def test_only_what_is_asked_for():
 
 
 def test_refused():
-    with pytest.raises(RescoreError, match="the trace holds the top 3"):
-        oracle_curves(Positions.of(small_trace()), (1, 4))
     with pytest.raises(UnknownNameError, match="did you mean entropy"):
         analyse_trace(small_trace(), only=("entropi",))
     with pytest.raises(RescoreError, match="the trace holds the top 3"):

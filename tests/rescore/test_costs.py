@@ -35,7 +35,6 @@ from rescore.runs.evaluated import load_run
 from rescore.runs.inputs import Inputs
 from rescore.runs.run import Run
 from rescore.studies import block_length
-from rescore.studies import verify_curve as verify_curves
 from rescore.studies.until_divergence import until_divergence
 
 
@@ -198,7 +197,7 @@ class TestRefusedBeforeAModelIsLoaded:
         def fail(*_: object, **__: object) -> None:
             pytest.fail("the base LM was loaded")
 
-        for place in (catalog, verify_curves, block_length):
+        for place in (catalog, measuring, block_length):
             monkeypatch.setattr(place, "load_base", fail)
 
     @pytest.mark.parametrize(
@@ -218,8 +217,8 @@ class TestRefusedBeforeAModelIsLoaded:
         refused(lambda: measuring.costs_of(**{"inputs": Inputs()} | given), said, RescoreError)
 
     def test_curves_and_block_lengths(self, options: Options, tmp_path: Path):
-        refused(lambda: verify_curves.verify_curve_of(Inputs(), repeats=0), "--repeats 0", RescoreError)
-        refused(lambda: verify_curves.verify_curve_of(Inputs(), cached=-1), "--cached -1", RescoreError)
+        refused(lambda: measuring.verify_curve_of(Inputs(), repeats=0), "--repeats 0", RescoreError)
+        refused(lambda: measuring.verify_curve_of(Inputs(), cached=-1), "--cached -1", RescoreError)
         for wrong in ({"repeats": 0}, {"cached": 0}, {"limit": 0}):
             refused(lambda wrong=wrong: block_length.block_lengths_of_trace(tmp_path, **wrong), "--", RescoreError)
 

@@ -39,10 +39,10 @@ from lm.base.model import BaseLM
 from lm.base.perplexity import perplexity
 from lm.neural.model import scratch_model
 from lm.training.data import read_head_data
+from rescore.costs.measuring import verify_curve
 from rescore.decoding import decode, margin_at
 from rescore.generation.custom import custom_generate
 from rescore.rescorers import load_rescorer
-from rescore.studies.verify_curve import verify_curve
 from tests.conftest import Command, byte_tokenizer, make_heads, refused
 
 pytestmark = pytest.mark.usefixtures("shipped_ngram")

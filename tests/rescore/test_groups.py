@@ -24,7 +24,7 @@ from rescore.suites.plan import read_plan
 from rescore.suites.run import run_suite
 from rescore.tasks import Task, load_task
 from rescore.tasks.data import load_examples
-from rescore.tasks.groups import count_groups, digest, held_out, one_of_each_first
+from rescore.tasks.groups import digest, held_out, one_of_each_first
 from rescore.tasks.task_file import load_task_file
 from rescore.tracing import read_trace
 
@@ -56,7 +56,7 @@ class TestOrder:
         assert sorted(order) == list(range(len(groups)))
         taken = [groups[place] for place in order]
         for size in range(len(groups) + 1):
-            assert count_groups(taken[:size]) == min(size, count_groups(groups))
+            assert len(set(taken[:size])) == min(size, len(set(groups)))
         assert [taken[place] for place in one_of_each_first(taken)] == taken, "in order already"
 
 
@@ -176,7 +176,7 @@ class TestRuns:
         records = run.records("squad", "none", 1)
         assert {r.id: r.group for r in records}["p0q2"] == digest("Bridge 0 was built in 1900.")
         trace = run.trace("squad")
-        assert trace is not None and count_groups([e.group for e in trace.examples]) == 4
+        assert trace is not None and len({e.group for e in trace.examples}) == 4
 
     def test_a_trace_without_the_column_takes_them_from_the_data(
         self, model: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -198,7 +198,7 @@ class TestRuns:
         (result,) = evaluated(dict(**model, data=data), out=tmp_path / "run").document.results
         assert result.groups == 2
         trace = load_run(tmp_path / "run").trace("squad")
-        assert trace is not None and count_groups([e.group for e in trace.examples]) == 2
+        assert trace is not None and len({e.group for e in trace.examples}) == 2
 
     def test_tuning_is_on_other_sources(self, model: dict[str, Any], tmp_path: Path):
         data = str(write_lines(tmp_path / "squad.jsonl", paragraphs(3, 3, 3, 3)))

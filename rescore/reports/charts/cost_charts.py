@@ -24,7 +24,7 @@ from rescore.reports.sources import TaskView
 from rescore.runs.records import Latency
 from rescore.runs.tables import QUALITIES
 from rescore.studies.cost.inputs import cost_inputs
-from rescore.studies.cost.model import AUTOREGRESSIVE, MethodCost, cost_table
+from rescore.studies.cost.model import AUTOREGRESSIVE, MethodCost
 from rescore.table import COUNT, GAIN, MILLISECONDS, NUMBER, PLAIN, TIMES, Column, fixed, percent
 
 SHOWN_CONTEXT = 512  # tokens in the cache, of the cost model's charts; the table has all
@@ -152,7 +152,6 @@ def _costs(view: TaskView) -> Sequence[MethodCost]:
     """The costs of the task's methods in the run's precision; none where the shape of the base model or of its heads
     can't be read."""
     from lm.base.catalog import resolve_base
-    from rescore.studies.cost.decoders import neural_for
 
     name = view.base.get("name")
     if not isinstance(name, str):
@@ -160,9 +159,6 @@ def _costs(view: TaskView) -> Sequence[MethodCost]:
     try:
         resolve_base(name, local_files_only=True)  # and what it is an adapter of; nothing is fetched for a page
         inputs = cost_inputs(view.run, view.task, local_files_only=True)
-        return cost_table(
-            inputs.base, h=inputs.h, heads=inputs.heads, neural=neural_for(inputs.base), verify=inputs.verify,
-            dtype=str(view.base.get("dtype", "float32")), block_efficiency=inputs.block_efficiency,
-        ).costs  # fmt: skip
+        return inputs.table(str(view.base.get("dtype", "float32"))).costs
     except RescoreError:  # a model or heads that have gone since, or a kind that the model does not describe
         return ()

@@ -15,7 +15,7 @@ HEAD = (TASK, *columns(COUNT, "head"))
 Traces = dict[str, TraceAnalysis]  # by the label of the task
 
 
-def head_sections(views: Sequence[TaskView], h_max: HmaxCorrelation | None) -> list[Section]:
+def head_sections(views: Sequence[TaskView], h_max: HmaxCorrelation) -> list[Section]:
     """All sections of this module, in the order of the page."""
     traces = {view.label: view.analysis.trace for view in views if view.analysis.trace is not None}
     return [
@@ -25,7 +25,6 @@ def head_sections(views: Sequence[TaskView], h_max: HmaxCorrelation | None) -> l
 
 
 def _pens(traces: Traces) -> list[Pen]:
-    """The pen of each head, from 1."""
     most = max((trace.h for trace in traces.values()), default=0)
     return [Pen(f"head {head + 1}", of_sequence(head, most)) for head in range(most)]
 
@@ -121,12 +120,12 @@ def _label_places(points: Sequence[tuple[int, float]]) -> list[str]:
     return places
 
 
-def _h_max(tasks: HmaxCorrelation | None, labels: Sequence[str]) -> Section:
-    points = tasks.points if tasks is not None else ()
+def _h_max(tasks: HmaxCorrelation, labels: Sequence[str]) -> Section:
+    points = tasks.points
     names = labels if len(labels) == len(points) else [point.name for point in points]
     section = Section("h-max", (TASK, *columns(COUNT, "h_max"), *columns(NUMBER, "unrescored block eff.")))
     section.rows += [[name, p.h_max, p.block_efficiency] for name, p in zip(names, points, strict=True)]
-    if tasks is None or len(points) < 2:
+    if len(points) < 2:
         return section
     marks = line(
         [p.h_max for p in points], [p.block_efficiency for p in points], Pen("", UNRESCORED), mode="markers+text",

@@ -33,7 +33,6 @@ def rescorer_sections(views: Sequence[TaskView], palette: Palette) -> list[Secti
 
 
 def _efficiency(views: Sequence[TaskView], palette: Palette) -> Section:
-    """Block efficiency of every decode."""
     numbers = (*EFFICIENCY, *GAINS, *columns(NUMBER, "macro"), *columns(COUNT, "steps", "tokens"), PREDICTED)
     section = Section("efficiency", (*DECODE, *numbers))
     for view in views:
@@ -56,44 +55,41 @@ def _efficiency(views: Sequence[TaskView], palette: Palette) -> Section:
 
 
 def _sources(views: Sequence[TaskView], palette: Palette) -> Section:
-    """Which drafters the accepted tokens came from."""
     found = {share.source for view in views for r in view.results for share in r.sources}
     pens = {name: Pen(f"only {name}", colour) for name, colour in SOURCE_COLOURS.items() if name in found}
     several = Pen("several of them", SEVERAL)
     legend = legend_of([*pens.values(), several])
     section = Section("sources", (*DECODE, *columns(NUMBER, "block eff."), *SOURCES), legend=legend)
     for view in views:
-        joined = [r for r in view.results if r.sources]
-        names = [palette.pen(r.rescorer, r.p).name for r in joined]
+        joined = [(r, palette.pen(r.rescorer, r.p)) for r in view.results if r.sources]
         section.rows += [
             [view.label, r.rescorer, r.p, r.block_efficiency, *(column.value(share) for column in SOURCES)]
-            for r in joined
+            for r, _ in joined
             for share in r.sources
         ]
         bars = []
-        for r, name in zip(joined, names, strict=True):
-            meta = palette.pen(r.rescorer, r.p).meta
+        for r, decode in joined:
             rest = 1.0
             for share in r.sources:
                 rest -= share.only or 0.0
-                pen = replace(pens[share.source], meta=meta)
+                pen = replace(pens[share.source], meta=decode.meta)
                 bars.append(bar(
-                    [share.only or 0.0], [name], pen, customdata=[[share.proposed or 0.0, share.alone]],
+                    [share.only or 0.0], [decode.name], pen, customdata=[[share.proposed or 0.0, share.alone]],
                     hover=f"%{{x:.1%}} of accepted drafted tokens: {pen.name}<br>it had proposed "
                     "%{customdata[0]:.1%}; alone %{customdata[1]:.2f} tokens a step",
                 ))  # fmt: skip
             bars.append(bar(
-                [max(rest, 0.0)], [name], replace(several, meta=meta), hover="%{x:.1%}: several drafters alike",
+                [max(rest, 0.0)], [decode.name], replace(several, meta=decode.meta),
+                hover="%{x:.1%}: several drafters alike",
             ))  # fmt: skip
         section.draw(
-            view.label, bars, **one_below_the_other(names), barmode="stack", bargap=0.35,
-            xaxis=axis("share of accepted drafted tokens", tickformat=".0%", range=[0, 1]),
+            view.label, bars, **one_below_the_other([decode.name for _, decode in joined]), barmode="stack",
+            bargap=0.35, xaxis=axis("share of accepted drafted tokens", tickformat=".0%", range=[0, 1]),
         )  # fmt: skip
     return section
 
 
 def _acceptance(views: Sequence[TaskView], palette: Palette) -> Section:
-    """Share of steps that accepted at least i tokens."""
     places = list(range(1, max(len(r.marginal) for view in views for r in view.results) + 1))
     number = Format(str)  # that is text already
     section = Section("acceptance", (*DECODE, Column("share of steps"), *columns(number, *map(str, places))))
@@ -103,7 +99,7 @@ def _acceptance(views: Sequence[TaskView], palette: Palette) -> Section:
             records = view.run.records(view.task, r.rescorer, r.p)
             known = marginal_intervals(
                 [record.accepted for record in records], len(r.marginal), groups=[record.group for record in records],
-                seed=view.seed,
+                seed=view.run.config.seed,
             )  # fmt: skip
             intervals: Sequence[tuple[float, float] | None] = known or [None] * len(r.marginal)
             pen = palette.pen(r.rescorer, r.p)
@@ -128,7 +124,6 @@ def _acceptance(views: Sequence[TaskView], palette: Palette) -> Section:
 
 
 def _outcomes(views: Sequence[TaskView], palette: Palette) -> Section:
-    """Steps that accepted more and fewer tokens than the unrescored draft would have."""
     section = Section("outcomes", (
         *DECODE, *columns(COUNT, "steps"), *columns(SHARE, "won", "tied", "lost"),
         *columns(COUNT, "tokens won", "tokens lost"),
@@ -158,7 +153,6 @@ def _outcomes(views: Sequence[TaskView], palette: Palette) -> Section:
 
 
 def _drafts(views: Sequence[TaskView], palette: Palette) -> Section:
-    """Block efficiency by number of drafts."""
     section = Section("drafts", (*DECODE, *EFFICIENCY))
     for view in views:
         curves, trace = list(view.analysis.by_p), view.analysis.trace
@@ -172,7 +166,7 @@ def _drafts(views: Sequence[TaskView], palette: Palette) -> Section:
             ]
         section.draw(
             view.label,
-            [curve(of.ps, of.points, palette.pen_of_all_p(of.rescorer), hover="%{x} drafts a step: %{y:.3f} tokens")
+            [curve(of.ps, of.points, palette.pen(of.rescorer), hover="%{x} drafts a step: %{y:.3f} tokens")
              for of in curves],
             xaxis=log_axis("drafts a step, p", sorted({p for of in curves for p in of.ps})),
             yaxis=axis("tokens a step"), shapes=[rule(y=oracle) for oracle in view.oracles],
@@ -181,7 +175,6 @@ def _drafts(views: Sequence[TaskView], palette: Palette) -> Section:
 
 
 def _repetition(views: Sequence[TaskView], palette: Palette) -> Section:
-    """Equal neighbours in drafts, before and after rescoring."""
     section = Section("repetition", (
         *DECODE, *columns(SHARE, "equal neighbours before", "after"),
         *columns(fixed(2), "mean longest run before", "after"),

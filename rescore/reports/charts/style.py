@@ -66,16 +66,10 @@ class Palette:
     looks: dict[str, Look]
     dashes: dict[int, str]
 
-    def pen(self, rescorer: str, p: int) -> Pen:
-        """The pen of one decode."""
-        return self._pen(decode_name(rescorer, p), rescorer, p)
-
-    def pen_of_all_p(self, rescorer: str) -> Pen:
-        """The pen of a rescorer, whatever p."""
-        return self._pen(rescorer, rescorer, 0)
-
-    def _pen(self, name: str, rescorer: str, p: int) -> Pen:
+    def pen(self, rescorer: str, p: int = 0) -> Pen:
+        """The pen of one decode; p = 0: of a rescorer, whatever p."""
         look, meta = self.looks[rescorer], {"rescorer": harmless(rescorer), "p": p}
+        name = decode_name(rescorer, p) if p else rescorer
         return Pen(safe(name), look.colour, look.marker, self.dashes.get(p, "solid"), meta)
 
 

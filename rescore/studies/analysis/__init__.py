@@ -5,14 +5,12 @@ a trace; `collect` is what the command does with folders, and `text` makes table
 position ("every position") and what walks it as a decoder would ("decode") are never mixed: the records say which.
 """
 
-from rescore.studies.analysis.collect import Findings, analyse
-from rescore.studies.analysis.curves import PCurve
-from rescore.studies.analysis.drafts import Outcomes
+from rescore.studies.analysis.collect import analyse
 from rescore.studies.analysis.positions import Efficiency
-from rescore.studies.analysis.runs import RescorerAnalysis, RunAnalysis, analyse_run, contrast, efficiency_table
-from rescore.studies.analysis.traces import ANALYSES, HmaxCorrelation, TraceAnalysis, analyse_trace, correlate_h_max
+from rescore.studies.analysis.runs import RescorerAnalysis, RunAnalysis, analyse_run
+from rescore.studies.analysis.traces import HmaxCorrelation, TraceAnalysis, correlate_h_max
 
 __all__ = [
-    "ANALYSES", "Efficiency", "Findings", "HmaxCorrelation", "Outcomes", "PCurve", "RescorerAnalysis", "RunAnalysis",
-    "TraceAnalysis", "analyse", "analyse_run", "analyse_trace", "contrast", "correlate_h_max", "efficiency_table",
+    "Efficiency", "HmaxCorrelation", "RescorerAnalysis", "RunAnalysis", "TraceAnalysis", "analyse", "analyse_run",
+    "correlate_h_max",
 ]  # fmt: skip

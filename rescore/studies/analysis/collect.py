@@ -90,11 +90,10 @@ def analyse_folders(
     bins: Annotated[int | None, "With --trace: bins of the calibration. Default: 15."] = None,
     seed: Annotated[int, "Seed of the bootstrap intervals."] = 0,
 ) -> Findings:
-    """Analyses of trace folders (with the first h heads, `limit` examples) and of results folders.
+    """Analyses of trace folders or of results folders.
 
-    `against`: pairs of rescorers of the results, which are compared wherever both were run; h, `k`, `limit`
-    and `bins` are for traces alone. Raises `RescoreError` for options that the folders have no use for, and as
-    `read_trace`, `load_run`, `analyse_trace` and `efficiency_table` do.
+    Raises `RescoreError` for options that the folders have no use for, and as `read_trace`, `load_run`, `analyse_trace`
+    and `efficiency_table` do.
     """
     if traces and results:
         raise RescoreError("traces and results are analysed apart; drop --trace or --results")

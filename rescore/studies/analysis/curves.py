@@ -3,13 +3,11 @@ the block, read from the ranks of the base LM's own tokens alone; and the p best
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lattices.search import p_best
-from rescore.checks import check_held_k
 from rescore.studies.analysis.heads import doubling
 from rescore.studies.analysis.positions import Efficiency, Positions, leading
 from rescore.studies.records import Record
@@ -46,17 +44,13 @@ class PCurve(Record):
     points: tuple[Efficiency, ...]
 
 
-def oracle_curves(positions: Positions, ks: Sequence[int] | None = None, *, seed: int = 0) -> OracleCurves:
-    """Oracle block efficiency for each of `ks` (default: 1, 2, 4, ... up to the trace's K) and number of refined heads.
-
-    Raises `RescoreError` for a k outside 1 to K.
-    """
+def oracle_curves(positions: Positions, *, seed: int = 0) -> OracleCurves:
+    """Oracle block efficiency for k = 1, 2, 4, ... up to the trace's K and number of refined heads."""
     h, ranks, efficiency = positions.h, positions.ranks, positions.block_efficiency
-    ks = tuple(ks) if ks is not None else doubling(positions.lattice.k)
+    ks = doubling(positions.lattice.k)
     plain = efficiency(positions.unrescored)
     by_k, by_refined, by_heads = [], [], []
     for k in ks:
-        check_held_k(positions.lattice.k, k)
         row = []
         for refined in range(h):
             right = ranks == 0

@@ -105,14 +105,13 @@ def entropies_of(positions: Positions, vocab_size: int) -> Entropies:
     """Distribution of every head's entropy over all positions; the bins go up to log(vocab_size)."""
     edges = np.arange(0.0, np.log(max(vocab_size, 2)) + ENTROPY_BIN, ENTROPY_BIN)
     found = positions.entropies.astype(np.float64)  # [n, h]
-    some = len(found) > 0
-    means = found.mean(axis=0) if some else None
-    quantiles = np.quantile(found, LEVELS, axis=0) if some else np.zeros((0, positions.h))  # [levels, h]
+    means = found.mean(axis=0) if len(found) else None
+    quantiles = np.quantile(found, LEVELS, axis=0) if len(found) else np.zeros((0, positions.h))  # [levels, h]
     heads = tuple(
         HeadEntropy(
             head=slot + 1,
             mean=None if means is None else float(means[slot]),
-            std=float(found[:, slot].std()) if some else None,
+            std=float(found[:, slot].std()) if len(found) else None,
             quantiles=tuple(quantiles[:, slot].tolist()),
             histogram=tuple(np.histogram(np.clip(found[:, slot], 0.0, edges[-1]), edges)[0].tolist()),
         )
@@ -182,16 +181,15 @@ def calibration_of(positions: Positions, bins: int = DEFAULT_BINS) -> tuple[Head
         known = positions.known[:, slot]
         sure, right = confidence[known, slot], positions.ranks[known, slot] == 0
         curve = statistics.reliability(sure, right, bins)
-        some = len(sure) > 0
         columns = zip(curve.edges[:-1], curve.edges[1:], curve.count, curve.confidence, curve.accuracy, strict=True)
         heads.append(
             HeadCalibration(
                 head=slot + 1,
                 positions=len(sure),
                 ece=number(curve.error),
-                confidence=float(sure.mean()) if some else None,
-                accuracy=float(right.mean()) if some else None,
-                brier=float(((sure - right) ** 2).mean()) if some else None,
+                confidence=share(sure.sum(), len(sure)),
+                accuracy=share(right.sum(), len(right)),
+                brier=share(((sure - right) ** 2).sum(), len(sure)),
                 bins=tuple(
                     ReliabilityBin(float(low), float(high), int(count), number(mean), number(accuracy))
                     for low, high, count, mean, accuracy in columns

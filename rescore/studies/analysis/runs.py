@@ -179,19 +179,15 @@ def alpha_source(config: RunConfig, result: Result) -> str | None:
 def curves_of_results(results: Sequence[Result]) -> tuple[PCurve, ...]:
     """Block efficiency by p of every rescorer that the results (of one task) have with several p."""
     by_rescorer: dict[str, list[Result]] = {}
-    for result in sorted(results, key=lambda r: r.p):
+    for result in results:
         by_rescorer.setdefault(result.rescorer, []).append(result)
-    return tuple(
-        PCurve(
-            rescorer,
-            of_it[0].k,
-            tuple(r.p for r in of_it),
-            tuple(r.alpha for r in of_it),
-            tuple(record_of(Efficiency, r) for r in of_it),
-        )
-        for rescorer in dict.fromkeys(result.rescorer for result in results)
-        if len(of_it := by_rescorer[rescorer]) > 1
-    )
+    curves = []
+    for rescorer, of_it in by_rescorer.items():
+        if len(of_it) > 1:
+            of_it.sort(key=lambda r: r.p)
+            ps, alphas = tuple(r.p for r in of_it), tuple(r.alpha for r in of_it)
+            curves.append(PCurve(rescorer, of_it[0].k, ps, alphas, tuple(record_of(Efficiency, r) for r in of_it)))
+    return tuple(curves)
 
 
 def efficiency_table(runs: Sequence[Evaluation]) -> EfficiencyTable:
@@ -211,15 +207,11 @@ def efficiency_table(runs: Sequence[Evaluation]) -> EfficiencyTable:
                     f"second is {run.folder}); give one of them"
                 )
             cells[r.task] = record_of(TableCell, r, alpha_source=alpha_source(run.config, r))
-    return EfficiencyTable(
-        tasks,
-        tuple(TableRow(*key, tuple(cells.get(t) for t in tasks), _mean_gain(cells)) for key, cells in rows.items()),
-    )
-
-
-def _mean_gain(cells: dict[str, TableCell]) -> float | None:
-    gains = [cell.gain for cell in cells.values() if cell.gain is not None]
-    return float(np.mean(gains)) if gains else None
+    made = []
+    for key, cells in rows.items():
+        gains = [cell.gain for cell in cells.values() if cell.gain is not None]
+        made.append(TableRow(*key, tuple(map(cells.get, tasks)), float(np.mean(gains)) if gains else None))
+    return EfficiencyTable(tasks, tuple(made))
 
 
 def contrast(run: Evaluation, task: str, rescorer: str, against: str, *, p: int = 1, seed: int = 0) -> Contrast:

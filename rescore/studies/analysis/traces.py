@@ -25,7 +25,6 @@ from rescore.studies.analysis.heads import (
 )
 from rescore.studies.analysis.positions import Positions
 from rescore.studies.records import Record
-from rescore.tasks.groups import count_groups
 from rescore.tracing import Trace
 
 ANALYSES = ("repetition", "entropy", "oracle", "p_curve", "ranks", "acceptance", "calibration")
@@ -99,7 +98,7 @@ def analyse_trace(
     return TraceAnalysis(
         name=name or str(header.settings.get("task", "trace")),
         examples=len(trace.examples),
-        groups=count_groups(positions.groups),
+        groups=len(set(positions.groups)),
         positions=len(positions),
         h=header.h,
         k=k,

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.paths import user_path
+from rescore.checks import VERIFY_MODES
 from rescore.runs.evaluated import Evaluation
 from rescore.runs.inputs import Inputs
 from rescore.runs.records import Result
@@ -16,7 +17,6 @@ from rescore.studies.cost.decoders import decoder_of, decoder_of_file, heads_of,
 from rescore.studies.cost.model import (
     CONTEXTS,
     DEFAULT_H,
-    VERIFY,
     CostTable,
     Decoder,
     HeadsShape,
@@ -30,13 +30,20 @@ SHAPE = ("hidden_size", "vocab_size")  # all that a run says of the shape of its
 
 @dataclass(frozen=True)
 class CostInputs:
-    """Arguments of `rescore.studies.cost.model.cost_table` that belong together."""
+    """What the costs of decoding are of, as `rescore.studies.cost.model.cost_table` takes it."""
 
     base: Decoder
     h: int
     heads: HeadsShape
     verify: str
     block_efficiency: dict[str, float]
+
+    def table(self, dtype: str, contexts: Sequence[int] = CONTEXTS) -> CostTable:
+        """The costs in a precision, neural-61m being what serves the base."""
+        return cost_table(
+            self.base, h=self.h, heads=self.heads, neural=neural_for(self.base), dtype=dtype,
+            block_efficiency=self.block_efficiency, verify=self.verify, contexts=contexts,
+        )  # fmt: skip
 
 
 def cost_tables(
@@ -79,13 +86,7 @@ def cost_tables(
     inputs = cost_inputs(
         run, task, base=base, config=config, heads=heads, h=h, verify=verify, block_efficiency=block_efficiency
     )
-    return [
-        cost_table(
-            inputs.base, h=inputs.h, heads=inputs.heads, neural=neural_for(inputs.base), dtype=precision,
-            block_efficiency=inputs.block_efficiency, verify=inputs.verify, contexts=contexts,
-        )
-        for precision in dtype
-    ]  # fmt: skip
+    return [inputs.table(precision, contexts) for precision in dtype]
 
 
 def cost_inputs(
@@ -113,7 +114,7 @@ def cost_inputs(
     if run is None:
         decoder = decoder_of_file(config) if config else decoder_of(base or Inputs.base)
         h = DEFAULT_H if h is None else h
-        return CostInputs(decoder, h, heads_of(decoder, heads, h), verify or VERIFY[0], known)
+        return CostInputs(decoder, h, heads_of(decoder, heads, h), verify or VERIFY_MODES[0], known)
     if task is None and len(run.tasks) > 1:
         raise RescoreError(f"{run.folder} has several tasks; give one with --task: {', '.join(run.tasks)}")
     if task is not None and task not in run.tasks:
@@ -166,7 +167,6 @@ def _base_of(
 
 
 def _heads_of(run: Evaluation, task: str, heads: Path | None, base: str | None) -> Path | None:
-    """The folder of a run's heads; None where nothing says which they are."""
     from lm.heads.block_heads import heads_sha256, known_heads
 
     given = run.config.inputs[task].heads
@@ -183,4 +183,4 @@ def _heads_of(run: Evaluation, task: str, heads: Path | None, base: str | None) 
 def _verify_of(run: Evaluation, results: Sequence[Result]) -> str:
     """As several drafts were verified live; as the options have it where none were; a tree in a replay."""
     used = [result.latency.verify for result in results if result.latency and result.p > 1]
-    return str((used or [run.config.verify])[0]) if run.config.mode == "live" else VERIFY[0]
+    return str((used or [run.config.verify])[0]) if run.config.mode == "live" else VERIFY_MODES[0]

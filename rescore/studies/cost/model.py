@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
+from rescore.checks import VERIFY_MODES
 from rescore.runs.records import Result
 from rescore.studies.records import Record
 
 CONTEXTS = (128, 512, 1024, 2048)  # tokens ([A])
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # per number
-VERIFY = ("tree", "batch")
 DEFAULT_H = 9  # tokens of a block ([A])
 AUTOREGRESSIVE, NEURAL = "autoregressive", "neural-61m"
 
@@ -157,7 +157,7 @@ def cost_table(
     Raises `RescoreError` for an h below 2, a context below 1, a block efficiency outside 1 to h or a small LM over
     another vocabulary, `UnknownNameError` for a method, dtype or way of verifying that there is not.
     """
-    for kind, name, known in (("dtype", dtype, BYTES), ("verify mode", verify, VERIFY)):
+    for kind, name, known in (("dtype", dtype, BYTES), ("verify mode", verify, VERIFY_MODES)):
         if name not in known:
             raise UnknownNameError(kind, name, known)
     if h < 2:
@@ -205,11 +205,9 @@ def cost_table(
     return CostTable(base, dtype, h, heads, neural, verify, tuple(contexts), tuple(costs))
 
 
-def heads_parameters(h: int, hidden_size: int, inner_size: int | None = None) -> int:
-    """Parameters of heads 2..h as [A] section 3 has them: a hidden layer of `inner_size` (default: the hidden size) and
-    an output layer each, with biases."""
-    inner = hidden_size if inner_size is None else inner_size
-    return (h - 1) * (2 * hidden_size * inner + inner + hidden_size)
+def heads_parameters(h: int, hidden_size: int) -> int:
+    """Parameters of heads 2..h as [A] section 3 has them: two layers of the hidden size each, with biases."""
+    return (h - 1) * 2 * (hidden_size * hidden_size + hidden_size)
 
 
 def block_efficiencies(results: Sequence[Result], task: str) -> dict[str, float]:

@@ -201,8 +201,6 @@ class BaseLM:
         """
         if not text:
             raise RescoreError("a prompt is empty; every example needs text to start from")
-        if chat and not self.is_chat:
-            raise IncompatibleError(f"{self.identity.name} has no chat template; give its prompts as plain text")
         if max_tokens and not chat and max_tokens <= self.tokenizer.num_special_tokens_to_add():
             raise RescoreError(f"a limit of {max_tokens} prompt tokens leaves no room beside the special ones")
         ids = self._ids(text, chat=chat, max_tokens=max_tokens)
@@ -321,13 +319,8 @@ class BaseLM:
         if layers or not self.has_fixed_shapes:
             return self.new_cache(capacity, layers)
         if self._fixed is None or not self._fixed.has_room(capacity):
-            self._fixed = FixedForwards(self._fixed_forward, self.model.config, capacity, self.device)
+            self._fixed = FixedForwards(self._call, self.model.config, capacity, self.device)
         return self._fixed.new_cache()
-
-    def _fixed_forward(
-        self, ids: torch.Tensor, cache: KVCache, positions: torch.Tensor, mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._call(ids, cache, position_ids=positions, attention_mask=mask)
 
     @torch.inference_mode()
     def forward(
@@ -357,16 +350,12 @@ class BaseLM:
         few = len(input_ids) == 1 and input_ids.shape[1] <= SIZES[-1]
         if isinstance(cache, FixedCache) and cache.length and few and projects and not last:
             return cache.forwards(input_ids, cache, position_ids, attention_mask)
-        return self._call(
-            input_ids, cache, position_ids=position_ids, attention_mask=attention_mask, last=last, projects=projects,
-            source=source,
-        )  # fmt: skip
+        return self._call(input_ids, cache, position_ids, attention_mask, last=last, projects=projects, source=source)
 
     def arguments(
         self,
         input_ids: torch.Tensor,
         cache: KVCache | TreeCache | None,
-        *,
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         source: Source | None,
@@ -384,16 +373,14 @@ class BaseLM:
         self,
         input_ids: torch.Tensor,
         cache: KVCache | TreeCache | None,
-        *,
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        *,
         last: int = 0,
         projects: bool = True,
         source: Source | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        arguments = self.arguments(
-            input_ids, cache, position_ids=position_ids, attention_mask=attention_mask, source=source
-        )
+        arguments = self.arguments(input_ids, cache, position_ids, attention_mask, source)
         if self._takes_last:
             arguments["logits_to_keep"] = last
         self._projects, self._last = projects, last

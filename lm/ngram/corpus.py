@@ -314,7 +314,6 @@ class _Words(_Numbering):
         self._ids = {b"": -2, **{word.encode(): -1 for word in SPECIAL_WORDS}, b"\n": SENTENCE_END}
 
     def parts(self, source: CorpusSource) -> Iterator[np.ndarray]:
-        """See `_Numbering.parts`."""
         if source.kind == "own":
             raise RescoreError(f"{source.name} holds token ids; choose the tokenizer of its base instead of words")
         if source.kind == "text":
@@ -345,7 +344,6 @@ class _Words(_Numbering):
         return np.asarray(ids[ids >= 0])
 
     def names(self) -> list[str]:
-        """See `_Numbering.names`."""
         return [word.decode() for word in list(self._ids)[len(SPECIAL_WORDS) + 2 :]]
 
 
@@ -361,7 +359,6 @@ class _Tokens(_Numbering):
         self._number = np.zeros(self.limit, np.int32)  # 0: not seen
 
     def parts(self, source: CorpusSource) -> Iterator[np.ndarray]:
-        """See `_Numbering.parts`."""
         documents: Iterable[str | list[int]]
         if source.kind == "own":
             documents = self._own_output(source)
@@ -399,7 +396,6 @@ class _Tokens(_Numbering):
         return ids
 
     def names(self) -> list[str]:
-        """See `_Numbering.names`."""
         if not self.surface:
             return list(map(str, self.token_ids))
         return list(map(_writable, self.tokenizer.convert_ids_to_tokens(self.token_ids), self.token_ids))

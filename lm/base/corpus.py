@@ -247,7 +247,7 @@ def _generated(
         return
     batches = list(batches_of(base, prompts, options.batch_size))
     shards = ([prompts[place] for place in batch] for batch in batches)
-    found = executor.map(_OutputsByWorkers(base.identity, base.device.type, options), shards)
+    found = executor.map(partial(_outputs_by_worker, base.identity, base.device.type, options), shards)
     for places, outputs in zip(batches, found, strict=True):
         for generated in outputs:
             yield dataclasses.replace(generated, index=places[generated.index])
@@ -258,21 +258,17 @@ def _how(options: GenerationOptions) -> dict[str, Any]:
     return {**named, "with_hidden": True}
 
 
-@dataclass(frozen=True)
-class _OutputsByWorkers:
-    """Continues a batch of prompts in a worker, which loads the base itself: it must be the same."""
+def _outputs_by_worker(
+    identity: BaseIdentity, device: str, options: GenerationOptions, prompts: Sequence[Sequence[int]]
+) -> list[Generated]:
+    """Continues a batch of prompts in a worker, which loads the base itself: it must be the same. device: cpu or cuda;
+    which GPU is a worker's own is Ray's to say."""
+    from lm.base.generation import generate
 
-    identity: BaseIdentity
-    device: str  # cpu or cuda: which GPU is a worker's own is Ray's to say
-    options: GenerationOptions
-
-    def __call__(self, prompts: Sequence[Sequence[int]]) -> list[Generated]:
-        from lm.base.generation import generate
-
-        base = _base_of_worker(self.identity, self.device)
-        if base.identity != self.identity:
-            raise IncompatibleError(f"a worker finds another {self.identity.name} than there is here")
-        return list(generate(base, prompts, batch_size=len(prompts), **_how(self.options)))
+    base = _base_of_worker(identity, device)
+    if base.identity != identity:
+        raise IncompatibleError(f"a worker finds another {identity.name} than there is here")
+    return list(generate(base, prompts, batch_size=len(prompts), **_how(options)))
 
 
 @lru_cache(maxsize=1)

@@ -37,7 +37,6 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int = 64,
-    window: int = WINDOW,
     with_hidden: bool = False,
     with_prompts: bool = False,
     temperature: float = 0.0,
@@ -46,7 +45,7 @@ def generate(
 ) -> Iterator[Generated]:
     """Yields the output of every prompt, batch by batch, in an order of its own (see `Generated.index`).
 
-    Prompts are taken in windows of `window`; within one, those of similar length share a batch, so little is padding.
+    Prompts are taken in windows; within one, those of similar length share a batch, so little is padding.
     Long ones share it with fewer others than `batch_size`: attention takes memory by the square of the length. A base
     that takes padding for text reads prompts of one length only together.
 
@@ -54,19 +53,17 @@ def generate(
     temperature: 0 is greedy; above it tokens are drawn, by random numbers that follow from the seed and the prompt.
     work: counts what the base does for prompts and tokens that are yielded.
     """
-    for rows in batches_of(base, prompts, batch_size, window):
+    for rows in batches_of(base, prompts, batch_size):
         batch = _Batch(base, [prompts[i] for i in rows], max_new_tokens, work)
         draws = _draws(batch.prompts, max_new_tokens, seed) if temperature > 0 else None  # [rows, steps]
         yield from batch.generate(rows, draws, temperature, with_hidden=with_hidden, with_prompts=with_prompts)
         trim_heap()  # batches have many sizes, and what one leaves does not fit the next: the process would grow
 
 
-def batches_of(
-    base: BaseLM, prompts: Sequence[Sequence[int]], batch_size: int, window: int = WINDOW
-) -> Iterator[list[int]]:
+def batches_of(base: BaseLM, prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
     """Which prompts `generate` decodes side by side: one batch alone is decoded the same."""
-    for start in range(0, len(prompts), window):
-        indices = sorted(range(start, min(start + window, len(prompts))), key=lambda i: -len(prompts[i]))
+    for start in range(0, len(prompts), WINDOW):
+        indices = sorted(range(start, min(start + WINDOW, len(prompts))), key=lambda i: -len(prompts[i]))
         while indices:
             longest = max(1, len(prompts[indices[0]]))
             count = max(1, min(batch_size, ATTENTION_CELLS // longest**2))

@@ -23,8 +23,7 @@ from lattices.errors import IncompatibleError, RescoreError, first_line
 from lm.base.cache import KVCache, TreeCache, layer_types
 from lm.base.fast.compiled import compile_layers, remove
 from lm.base.fast.graphs import SIZES, FixedCache, FixedForwards
-from lm.base.fast.packed import can_pack, product_of, unpack
-from lm.base.fast.siblings import pack_joined
+from lm.base.fast.packed import can_pack, pack_joined, product_of, unpack
 from lm.base.identity import uses_date, with_fixed_date
 from lm.base.probe import Probe, Scaling, context_length
 from lm.base.states import causal_arguments

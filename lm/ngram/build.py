@@ -37,14 +37,15 @@ from lm.ngram.corpus import (
     CorpusSource,
     EncodedCorpus,
     check_there,
+    check_unchanged,
     encode_corpora,
     find_sources,
-    is_unchanged,
 )
 from lm.ngram.counting import BREAK, Progress, Workspace, count_full, no_progress
 from lm.ngram.estimation import Estimate, check_fallback, check_thresholds, estimate
 from lm.ngram.tables import build_table
 from lm.options import Field, Size, Utf8Errors
+from lm.records import plain
 from lm.text_files import name_without_endings
 
 WORDS = "words"  # the tokenizer's name that stands for none
@@ -161,18 +162,14 @@ def build_ngram(
             **{name: getattr(options, name) for name in READING},
             "tokenizer_sha256": tokenizer_hash,
             "tokenization_sha256": tokenization_hash,
-            "corpora": [dataclasses.asdict(source) for source in sources],
+            "corpora": sources,
         }
-        # Where a file lay says nothing about the model; its hash does.
-        corpora_read = [
-            {**dataclasses.asdict(s), "name": s.name if s.kind == "hub" else Path(s.name).name} for s in sources
-        ]
         estimating = {name: getattr(options, name) for name in ESTIMATING}
-        manifest = json.loads(json.dumps({**reading, "corpora": corpora_read, **estimating}))
+        manifest = plain({**reading, "corpora": [source.without_place() for source in sources], **estimating})
         if _is_there(out / MANIFEST_FILE, manifest, replace=replace):
             warn(f"{out} holds this model already; it is made again")
         work = out / COUNTING_FOLDER
-        counted = json.loads(json.dumps({"format": COUNTING_FORMAT, **reading}))
+        counted = plain({"format": COUNTING_FORMAT, **reading})
         earlier = _read_encoded(work, counted)
         encoded = earlier or _encode(sources, work, tokenizer, options, counted, progress)
         if options.estimator == "lmplz":
@@ -230,11 +227,6 @@ def write_model(model: NgramModel, out: Path, manifest: dict[str, Any], *, progr
 # Where a model goes
 
 
-def default_folder(corpora: Sequence[Path | str], order: int) -> Path:
-    """Where a model goes if the user does not say: `NAME-4gram` beside a corpus. Raises as `folder_beside`."""
-    return folder_beside(corpora, f"-{order}gram")
-
-
 def folder_beside(corpora: Sequence[Path | str], ending: str, *, what: str = "model") -> Path:
     """The folder NAME and `ending` beside a corpus NAME.txt, NAME.jsonl.gz ... or a folder NAME.
 
@@ -261,13 +253,17 @@ def check_place(out: Path) -> None:
     """The whole folder is replaced, so it must be new, empty or an earlier model's."""
     if out.is_file():
         raise OutputError(f"{out} is a file; the model is a folder, choose another --out")
-    if not out.is_dir():
+    if not out.is_dir() or is_model_folder(out):
         return
-    with suppress(OSError, ValueError):
-        if json.loads((out / MANIFEST_FILE).read_text(encoding="utf-8")).get("kind") == KIND:
-            return
     if any(path.name != COUNTING_FOLDER for path in out.iterdir()):
         raise OutputError(f"{out} holds files that are no n-gram model, which would be lost; choose another --out")
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether the manifest in a folder says that an n-gram model was built there."""
+    with suppress(OSError, ValueError, AttributeError):
+        return bool(json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")).get("kind") == KIND)
+    return False
 
 
 def _is_there(path: Path, manifest: Mapping[str, Any], *, replace: bool) -> bool:
@@ -328,8 +324,7 @@ def _encode(
             sources, stream, tokenizer=tokenizer, left_context=options.order - 1, field=options.field,
             errors=options.errors, surface=options.surface, progress=progress,
         )  # fmt: skip
-        if not all(map(is_unchanged, sources)):
-            raise IncompatibleError("the corpora were replaced while they were read; run the command again")
+        check_unchanged(sources)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)  # a part of a stream is of no use
         with suppress(OSError):

@@ -63,6 +63,10 @@ class CorpusSource:
         """The file that is read (not of a hub data set)."""
         return Path(self.name) / CORPUS_FILE if self.kind == "own" else Path(self.name)
 
+    def without_place(self) -> CorpusSource:
+        """The same, named without its folder: where a file lay says nothing about what is made of it; its hash does."""
+        return self if self.kind == "hub" else dataclasses.replace(self, name=Path(self.name).name)
+
 
 @dataclass(frozen=True)
 class EncodedCorpus:
@@ -106,8 +110,13 @@ def check_there(corpora: Sequence[Path | str]) -> None:
                 raise unreadable(path, error) from error
 
 
-def is_unchanged(source: CorpusSource) -> bool:
-    """Whether a source's file still holds what was found (a hub data set does not change in its cache)."""
+def check_unchanged(sources: Iterable[CorpusSource]) -> None:
+    """Raises `IncompatibleError` if a file no longer holds what was found there."""
+    if not all(map(_is_unchanged, sources)):
+        raise IncompatibleError("the corpora were replaced while they were read; run the command again")
+
+
+def _is_unchanged(source: CorpusSource) -> bool:  # a hub data set does not change in its cache
     return source.kind == "hub" or remembered_sha256(source.path) == source.sha256
 
 

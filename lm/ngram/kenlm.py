@@ -74,21 +74,16 @@ elif not any(scores):
 
 
 class KenlmModel:
-    """A model scored by KenLM; `KenlmModel.load` makes one.
+    """A model scored by KenLM; `KenlmModel.load` makes one. Words are strings as in the file; states never change."""
 
-    Words are strings as in the file; a word given as an id stands for `words[id]`, or, without `words`, for the id in
-    decimal digits, which is how `build-ngram` writes token ids. States are KenLM's and never change.
-    """
-
-    def __init__(self, model: Any, *, words: Sequence[str] | None = None) -> None:
-        self.words = words
+    def __init__(self, model: Any) -> None:
         self.order: int = model.order
         self._model = model
         self._start = kenlm.State()
         model.BeginSentenceWrite(self._start)
 
     @classmethod
-    def load(cls, path: Path, *, words: Sequence[str] | None = None) -> KenlmModel:
+    def load(cls, path: Path) -> KenlmModel:
         """Loads `.arpa`, `.arpa.gz` or a KenLM binary (told apart by content, not by name).
 
         Raises `InvalidDataError` in one line for what KenLM can't load or would load wrongly, `RescoreError` if the
@@ -109,26 +104,11 @@ class KenlmModel:
             model = kenlm.Model(str(path), config)
         except (OSError, RuntimeError, ValueError) as error:
             raise InvalidDataError(f"KenLM can't load {path}: {_reason(str(error))}") from error
-        return cls(model, words=words)
+        return cls(model)
 
-    def word_of(self, word: str | int) -> str:
-        """The file's string of a word that may be an id."""
-        if isinstance(word, str):
-            return word
-        return str(int(word)) if self.words is None else self.words[word]
-
-    def __contains__(self, word: str | int) -> bool:
-        """Whether the model knows the word; `<unk>` itself counts as unknown, as in KenLM."""
-        return self.word_of(word) in self._model
-
-    def is_unknown(self, word: str | int) -> bool:
-        """Whether the word is scored as `<unk>`."""
-        return word not in self
-
-    @property
-    def sentence_end(self) -> str:
-        """The word that ends a sentence."""
-        return SPECIAL_WORDS[SENTENCE_END]
+    def is_unknown(self, word: str) -> bool:
+        """Whether the word is scored as `<unk>`; that itself counts as unknown, as in KenLM."""
+        return word not in self._model
 
     def begin_sentence(self) -> Any:
         """The state after `<s>`."""
@@ -140,15 +120,15 @@ class KenlmModel:
         self._model.NullContextWrite(state)
         return state
 
-    def score(self, state: Any, word: str | int) -> tuple[float, Any]:
+    def score(self, state: Any, word: str) -> tuple[float, Any]:
         """log10 probability of a word after `state`, and the state after the word."""
         after = kenlm.State()
-        return self._model.BaseScore(state, self.word_of(word), after), after
+        return self._model.BaseScore(state, word, after), after
 
-    def full_score(self, state: Any, word: str | int) -> tuple[float, int, Any]:
+    def full_score(self, state: Any, word: str) -> tuple[float, int, Any]:
         """As `score`, with the length of the longest n-gram of the file that ends in the word (1: no context used)."""
         after = kenlm.State()
-        result = self._model.BaseFullScore(state, self.word_of(word), after)
+        result = self._model.BaseFullScore(state, word, after)
         return result.log_prob, result.ngram_length, after
 
 
@@ -213,12 +193,12 @@ class KenlmSearch:
 
     def __init__(self, model: KenlmModel, eos_token_ids: Sequence[int], *, end_token: int | None = None) -> None:
         self.model, self.end_token = model, end_token
-        self._word = {token: model.sentence_end for token in eos_token_ids}
+        self._word = {token: SPECIAL_WORDS[SENTENCE_END] for token in eos_token_ids}
 
     def coverage(self, token_ids: np.ndarray) -> float:
         """Share of these tokens that the model knows."""
         tokens = np.unique(token_ids, return_counts=True)
-        known = [count for token, count in zip(*tokens, strict=True) if self._of(int(token)) in self.model]
+        known = [count for token, count in zip(*tokens, strict=True) if not self.model.is_unknown(self._of(token))]
         return float(sum(known) / max(1, token_ids.size))
 
     def p_best_after(self, lattice: Lattice, lefts: Sequence[Sequence[int]], p: int, *, weight: float) -> PBest:

@@ -65,9 +65,8 @@ def test_every_prompt_gets_its_own_greedy_output(
     free = [token for prompt in prompts[:4] for token in greedy(base, prompt, 16, set())]
     end_tokens = {free[place % len(free)] for place in ends}  # rows end at different steps, some never
     monkeypatch.setattr(base, "eos_token_ids", frozenset(end_tokens))
-    results = list(
-        generate(base, prompts, max_new_tokens=limit, batch_size=batch_size, window=window, with_hidden=with_hidden)
-    )
+    monkeypatch.setattr("lm.base.generation.WINDOW", window)
+    results = list(generate(base, prompts, max_new_tokens=limit, batch_size=batch_size, with_hidden=with_hidden))
     assert sorted(result.index for result in results) == list(range(len(prompts)))
     for result in results:
         prompt = prompts[result.index]
@@ -91,9 +90,10 @@ def test_every_prompt_gets_its_own_greedy_output(
 
 @exhaustive
 @given(prompts=prompt_lists, batch_size=st.integers(1, 10), window=st.integers(1, 10), seed=st.integers(0, 3))
-def test_sampled_output_does_not_depend_on_the_batch(base, prompts, batch_size, window, seed):
+def test_sampled_output_does_not_depend_on_the_batch(base, monkeypatch, prompts, batch_size, window, seed):
+    monkeypatch.setattr("lm.base.generation.WINDOW", window)
     options = {"max_new_tokens": 6, "temperature": 0.8, "seed": seed, "with_hidden": True}
-    together = {r.index: r for r in generate(base, prompts, batch_size=batch_size, window=window, **options)}
+    together = {r.index: r for r in generate(base, prompts, batch_size=batch_size, **options)}
     for index, prompt in enumerate(prompts):
         (alone,) = generate(base, [prompt], **options)
         assert together[index].output_ids.tolist() == alone.output_ids.tolist()

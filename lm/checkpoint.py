@@ -32,14 +32,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 C = TypeVar("C", bound=msgspec.Struct)
 
 
-def read_config(folder: Path, kind: type[C], *, what: str, missing: str) -> C:
-    """The configuration in a checkpoint's folder; `what` names it in errors.
+def read_config(folder: Path, kind: type[C], *, what: str, missing: str, advice: str = "get or make it again") -> C:
+    """The configuration in a checkpoint's folder; `what` names it in errors, which end with `advice`.
 
     Raises `RescoreError` that begins with `missing` if there is none, `InvalidDataError` if it is broken.
     """
     path = folder / CONFIG_FILE
-    fields = read_json_object(path, missing=missing)
-    return convert_record(fields, kind, where=f"{path} is not {what}", advice="get or make it again")
+    fields = read_json_object(path, missing=missing, advice=advice)
+    return convert_record(fields, kind, where=f"{path} is not {what}", advice=advice)
 
 
 def write_checkpoint(

@@ -115,8 +115,9 @@ def build_draft_vocabulary(
     with tempfile.TemporaryDirectory(prefix="rescore-") as folder:
         stream = Path(folder) / "tokens.i32"
         for source in sources:
-            how: dict[str, Any] = {"tokenizer": loaded, "left_context": 0, "field": field, "errors": errors}
-            encode_tokens([source], stream, **how, progress=progress)
+            encode_tokens(
+                [source], stream, tokenizer=loaded, left_context=0, field=field, errors=errors, progress=progress
+            )
             token_ids = np.fromfile(stream, np.int32)
             if source.kind != "own" and loaded.eos_token_id is not None:  # own output has it where the base ended it
                 token_ids[token_ids < 0] = loaded.eos_token_id

@@ -23,7 +23,8 @@ from lattices.paths import user_path
 from lm.base.own_output import OwnOutput, own_output
 from lm.files import atomic_folder, changed_settings, sha256_of_file, write_array, write_json
 from lm.keys import key_of, remembered_sha256
-from lm.locks import warn, writing_to
+from lm.locks import writing_to
+from lm.ngram.build import check_earlier
 from lm.ngram.corpus import CorpusSource, check_there, check_unchanged, encode_tokens, find_sources
 from lm.ngram.counting import Progress, no_progress
 from lm.options import Field, Utf8Errors
@@ -193,12 +194,7 @@ def _check_earlier(out: Path, made_of: dict[str, Any], *, replace: bool) -> None
             return
         raise
     before = _of_what(earlier.tokenizer_sha256, earlier.field, earlier.errors, earlier.corpora)
-    if not (changed := changed_settings(before, made_of, whole=True)):
-        warn(f"{out} holds this index already; it is made again")
-    elif not replace:
-        raise IncompatibleError(
-            f"{out} holds another index ({'; '.join(changed)}); remove it, or give this one --out DIR"
-        )
+    check_earlier(out, changed_settings(before, made_of, whole=True), what="index", replace=replace)
 
 
 # Opening

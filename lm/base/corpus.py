@@ -239,7 +239,6 @@ def generate_corpus(
 def _generated(
     base: BaseLM, prompts: Sequence[Sequence[int]], options: GenerationOptions, executor: Executor, work: Work
 ) -> Iterator[Generated]:
-    """The output of every prompt, wherever it is made."""
     from lm.base.generation import batches_of, generate
 
     if executor.is_local:
@@ -324,7 +323,6 @@ class _Corpus:
         self._outputs.add(tuple(record["output_ids"]))
 
     def counts(self) -> dict[str, int]:
-        """What is in it."""
         return {"examples": len(self.prompts), "duplicates": self.duplicates, "output_tokens": self.output_tokens}
 
     @contextmanager

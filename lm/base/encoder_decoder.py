@@ -216,7 +216,6 @@ class _SourceLayer(DynamicLayer):
         self.shown = 0
 
     def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Takes these for the source's."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         self.held = self.keys, self.values = keys, values

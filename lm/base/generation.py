@@ -160,7 +160,6 @@ class _Batch:
         return logits, hidden
 
     def _take(self, tokens: list[int]) -> None:
-        """Notes a step's tokens, one a row of the cache."""
         for place, token in enumerate(tokens):
             if (row := self.alive[place]) is not None:
                 self.tokens[row].append(token)

@@ -90,7 +90,6 @@ class _Reader:
         return b""
 
     def expect(self, header: bytes, what: str) -> None:
-        """Passes over a line that must come next."""
         if not (text := self.next_text()):
             self.cut_short(what)
         if text != header:
@@ -197,7 +196,6 @@ class _Reader:
         return Rows(numbers, words, log10p, log10_backoff)
 
     def number_words(self, words: Sequence[bytes], numbers: np.ndarray) -> None:
-        """Gives the words of 1-grams ids."""
         if _fails(b"\n".join(words).decode):
             row = next(i for i, word in enumerate(words) if _fails(word.decode))
             self.fail(numbers[row], f"is not UTF-8: {_shown(words[row])}")

@@ -166,8 +166,8 @@ def build_ngram(
         }
         estimating = {name: getattr(options, name) for name in ESTIMATING}
         manifest = plain({**reading, "corpora": [source.without_place() for source in sources], **estimating})
-        if _is_there(out / MANIFEST_FILE, manifest, replace=replace):
-            warn(f"{out} holds this model already; it is made again")
+        if (out / MANIFEST_FILE).is_file():
+            check_earlier(out, _changed_since(out / MANIFEST_FILE, manifest), what="model", replace=replace)
         work = out / COUNTING_FOLDER
         counted = plain({"format": COUNTING_FORMAT, **reading})
         earlier = _read_encoded(work, counted)
@@ -266,23 +266,26 @@ def is_model_folder(folder: Path) -> bool:
     return False
 
 
-def _is_there(path: Path, manifest: Mapping[str, Any], *, replace: bool) -> bool:
-    """Whether a manifest is there and of a model made of the same things. Raises `IncompatibleError` with the
-    difference if it is of another one, unless that may be replaced."""
-    if not path.is_file():
-        return False
+def check_earlier(out: Path, changed: Sequence[str], *, what: str, replace: bool) -> None:
+    """Says that what is finished in `out` is made again if nothing has changed since. Raises `IncompatibleError` with
+    the difference if it was made of other things, unless that may be replaced."""
+    if not changed:
+        warn(f"{out} holds this {what} already; it is made again")
+    elif not replace:
+        raise IncompatibleError(
+            f"{out} holds another {what} ({'; '.join(changed)}); remove it, or give this one --out DIR"
+        )
+
+
+def _changed_since(path: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """In what the model of the manifest at `path` was made of other things."""
     earlier = read_json_object(path, missing=f"no n-gram model in {path.parent}", advice="give another --out")
     before, now = (
         {name: made.get(name) for name in DISTINGUISHING}
         | {"corpora": {c.get("name"): str(c.get("sha256"))[:12] for c in made.get("corpora") or () if c}}
         for made in (earlier, manifest)
     )
-    changed = changed_settings(before, now)
-    if changed and not replace:
-        raise IncompatibleError(
-            f"{path.parent} holds another model ({'; '.join(changed)}); remove it, or give this one --out DIR"
-        )
-    return not changed
+    return changed_settings(before, now)
 
 
 # Reading

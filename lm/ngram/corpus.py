@@ -158,7 +158,7 @@ def encode_corpora(
     field: str = "text",
     errors: str = "strict",
     surface: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> EncodedCorpus:
     """Writes the stream of word ids of all sources to `path`.
 
@@ -186,7 +186,7 @@ def encode_tokens(
     left_context: int,
     field: str = "text",
     errors: str = "strict",
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> tuple[int, int]:
     """Writes the token ids of all sources to `path`, raw int32, with `END` of `lattices.joined.corpus_index` after each
     document; gives the documents and their tokens.
@@ -213,11 +213,10 @@ def _write(
     *,
     ends: tuple[int, ...],
     unit: str,
-    progress: Progress | None,
+    progress: Progress,
 ) -> tuple[int, int]:
     """Writes what `ids_of` makes of the word ids of each part of the sources; gives the documents, after each of which
     stands one of `ends`, and the ids beside those. Raises as `encode_corpora`; `unit`: what it calls an id."""
-    progress = progress or no_progress
     documents = tokens = done = 0
     total = sum(source.size for source in sources)
     with writing(path), path.open("wb") as out:

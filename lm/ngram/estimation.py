@@ -32,7 +32,6 @@ from lattices.ngrams import SENTENCE_START, SPECIAL_WORDS, NgramArrays, NgramMod
 from lm.ngram.counting import Workspace
 from lm.ngram.tables import NgramTable
 
-DEFAULT_FALLBACK = (0.5, 1.0, 1.5)  # lmplz's
 GOOD_TURING_LIMIT = 5  # counts above are taken as they are (Katz's k)
 KATZ_CUTOFFS = (0, 0, 1, 3)  # trigrams seen twice, longer ones four times: [A]
 SPECIALS = len(SPECIAL_WORDS)

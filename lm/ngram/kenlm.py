@@ -19,6 +19,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ LOWEST_LOG10P = -10_000.0  # below it a score is a damaged number, not a probabi
 PROBE_TIMEOUT_S = 60.0  # KenLM searches a damaged hash table for ever
 BEAM = 64
 _Prefix = tuple[int, tuple[int, ...], Any]  # minus the score (so that sorting puts the best first), tokens, state
+_order = itemgetter(0, 1)
 
 # Runs in the child: stdin holds words (JSON), stdout gets what is wrong with the model, or nothing.
 _PROBE = """
@@ -234,10 +236,13 @@ class KenlmSearch:
                 return [(minus, (*tokens, ids[j][0]), None)]
             key = (j, tokens[max(0, len(tokens) - kept) :])
             if key not in known:  # what KenLM says depends on these tokens only (and what stood before slot 1)
-                scored = (self.model.score(before, self._of(token)) for token in ids[j])
-                known[key] = [(round(log10p * LN10 * SCORE_SCALE), after) for log10p, after in scored]
+                scored = ((token, *self.model.score(before, self._of(token))) for token in ids[j])
+                known[key] = [
+                    (round(log10p * LN10 * SCORE_SCALE), None if token == self.end_token else after)
+                    for token, log10p, after in scored
+                ]
             return [
-                (minus - heads[j][e] - factor * score, (*tokens, ids[j][e]), None if self._ends(ids[j][e]) else after)
+                (minus - heads[j][e] - factor * score, (*tokens, ids[j][e]), after)
                 for e, (score, after) in enumerate(known[key])
             ]
 
@@ -259,17 +264,10 @@ class KenlmSearch:
             groups = {key: sorted(group, key=_order)[:p] for key, group in grown.items()}
         return sorted((prefix for group in groups.values() for prefix in group), key=_order)[:p]
 
-    def _ends(self, token: int) -> bool:
-        return token == self.end_token
-
     def _remaining(self, ids: list[list[int]], heads: list[list[int]]) -> list[int]:
         """The most that the heads give from the slots after each: all of them, or up to an end-of-text."""
         remaining = [0]
         for slot, scores in zip(ids[:0:-1], heads[:0:-1], strict=True):
-            ends = [score for token, score in zip(slot, scores, strict=True) if self._ends(token)]
+            ends = [score for token, score in zip(slot, scores, strict=True) if token == self.end_token]
             remaining.insert(0, max([scores[0] + remaining[0], *ends]))
         return remaining
-
-
-def _order(prefix: _Prefix) -> tuple[int, tuple[int, ...]]:
-    return prefix[0], prefix[1]

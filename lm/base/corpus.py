@@ -253,8 +253,7 @@ def _generated(
 
 
 def _how(options: GenerationOptions) -> dict[str, Any]:
-    named = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "seed", "with_prompts")}
-    return {**named, "with_hidden": True}
+    return {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "seed", "with_prompts")}
 
 
 def _outputs_by_worker(
@@ -326,7 +325,7 @@ class _Corpus:
         return {"examples": len(self.prompts), "duplicates": self.duplicates, "output_tokens": self.output_tokens}
 
     @contextmanager
-    def appending(self, hidden_size: int) -> Iterator[Callable[[Prompt, dict[str, Any], np.ndarray | None], None]]:
+    def appending(self, hidden_size: int) -> Iterator[Callable[[Prompt, dict[str, Any], np.ndarray], None]]:
         """What appends an example: its prompt, its other fields, the states `[t, hidden_size]` before its targets."""
         with open_appending(self.path) as stream, self.hidden_path.open("ab") as hidden_stream:
             # The line is written after its states: a kill in between leaves states without a line, which go here.
@@ -337,11 +336,10 @@ class _Corpus:
                 )
             hidden_stream.truncate(size)
 
-            def append(prompt: Prompt, fields: dict[str, Any], hidden: np.ndarray | None) -> None:
+            def append(prompt: Prompt, fields: dict[str, Any], hidden: np.ndarray) -> None:
                 if tuple(fields["output_ids"]) in self._outputs:
                     fields = {"prompt_ids": [], "output_ids": [], "text": "", "duplicate": True}
                 else:
-                    assert hidden is not None
                     hidden_stream.write(hidden.astype(np.float16).tobytes())
                     hidden_stream.flush()
                 record = {"prompt": prompt.text, "chat": prompt.chat, **fields}

@@ -1,4 +1,4 @@
-"""Greedy output of a base LM for many prompts: batched, grouped by length, with the hidden states on request.
+"""Greedy output of a base LM for many prompts: batched, grouped by length, with the hidden states that chose it.
 
 Two users: the corpus of a base's own output that heads learn from, and traces. Knows nothing about heads or tasks.
 """
@@ -21,14 +21,14 @@ ATTENTION_CELLS = 1 << 22  # prompt tokens squared x rows of a batch: 16 rows of
 
 @dataclass(frozen=True)
 class Generated:
-    """The output for one prompt; states and margins if they were asked for."""
+    """The output for one prompt."""
 
     index: int  # of the prompt
     output_ids: np.ndarray  # int64 [t], end-of-text included where it came
     # [t, d] in the base's `heads_dtype`; row i is the state that chose token i. `with_prompts`: before them those after
     # each token of the prompt but the last.
-    hidden: np.ndarray | None = None
-    margins: np.ndarray | None = None  # float32 [t], the highest logit, which greedy output follows, less the next one
+    hidden: np.ndarray
+    margins: np.ndarray  # float32 [t], the highest logit, which greedy output follows, less the next one
 
 
 def generate(
@@ -37,7 +37,6 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int = 64,
-    with_hidden: bool = False,
     with_prompts: bool = False,
     temperature: float = 0.0,
     seed: int = 0,
@@ -56,7 +55,7 @@ def generate(
     for rows in batches_of(base, prompts, batch_size):
         batch = _Batch(base, [prompts[i] for i in rows], max_new_tokens, work)
         draws = _draws(batch.prompts, max_new_tokens, seed) if temperature > 0 else None  # [rows, steps]
-        yield from batch.generate(rows, draws, temperature, with_hidden=with_hidden, with_prompts=with_prompts)
+        yield from batch.generate(rows, draws, temperature, with_prompts=with_prompts)
         trim_heap()  # batches have many sizes, and what one leaves does not fit the next: the process would grow
 
 
@@ -98,13 +97,7 @@ class _Batch:
 
     @torch.inference_mode()
     def generate(
-        self,
-        indices: list[int],
-        draws: torch.Tensor | None,
-        temperature: float,
-        *,
-        with_hidden: bool,
-        with_prompts: bool,
+        self, indices: list[int], draws: torch.Tensor | None, temperature: float, *, with_prompts: bool
     ) -> Iterator[Generated]:
         base = self.base
         logits, hidden = self._read_prompts(whole=with_prompts)
@@ -118,10 +111,9 @@ class _Batch:
                 best = sampled(
                     logits[:, -1], draws[[row or 0 for row in self.alive], step].to(base.device), temperature
                 )
-            if with_hidden:
-                top = logits[:, -1].topk(2, dim=-1).values.to(base.heads_dtype)
-                margins.append(top[:, 0] - top[:, 1])
-                states.append(hidden[:, -1].to(base.heads_dtype))
+            top = logits[:, -1].topk(2, dim=-1).values.to(base.heads_dtype)
+            margins.append(top[:, 0] - top[:, 1])
+            states.append(hidden[:, -1].to(base.heads_dtype))
             self._take(best.tolist())  # the only thing that a step waits for
             if step + 1 == self.max_new_tokens or not any(row is not None for row in self.alive):
                 break
@@ -130,14 +122,14 @@ class _Batch:
         margins_of = [of_step.float().cpu().numpy() for of_step in margins]
         for row, index in enumerate(indices):
             steps = list(enumerate(self.places[row]))
-            chosen_by = [states_of[step][place] for step, place in steps] if with_hidden else []
+            chosen_by = [states_of[step][place] for step, place in steps]
             if over_prompts is not None:
                 chosen_by = [*over_prompts[row, self.width - len(self.before[row]) :], *chosen_by]
             yield Generated(
                 index=index,
                 output_ids=np.asarray(self.tokens[row], dtype=np.int64),
-                hidden=np.stack(chosen_by) if with_hidden else None,
-                margins=np.stack([margins_of[step][place] for step, place in steps]) if with_hidden else None,
+                hidden=np.stack(chosen_by),
+                margins=np.stack([margins_of[step][place] for step, place in steps]),
             )
 
     def _read_prompts(self, *, whole: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -46,14 +46,6 @@ def _shape(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, 
 torch.library.register_fake("rescore::packed_linear", _shape)
 
 
-def multiply(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, size: int) -> torch.Tensor:
-    """Rows `[..., in]` by a weight that oneDNN laid out -> `[..., size]`."""
-    if torch.compiler.is_exporting():
-        traced: torch.Tensor = torch.ops.rescore.packed_linear(rows, packed, bias, size)
-        return traced
-    return _product(rows, packed, bias, size)
-
-
 class PackedProduct:
     """The forward of a `Linear`: rows `[..., in_features]` -> `[..., out_features]`. For inference only."""
 
@@ -63,7 +55,10 @@ class PackedProduct:
         self.packed: Any = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        return multiply(rows, self.packed, self.bias, self.size)
+        if torch.compiler.is_exporting():
+            traced: torch.Tensor = torch.ops.rescore.packed_linear(rows, self.packed, self.bias, self.size)
+            return traced
+        return _product(rows, self.packed, self.bias, self.size)
 
     def weight(self) -> torch.Tensor:
         """The weight as it was, bit for bit."""

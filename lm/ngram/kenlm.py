@@ -27,12 +27,11 @@ import kenlm
 import numpy as np
 
 from lattices.automaton import LN10, SCORE_SCALE
-from lattices.errors import InvalidDataError, unreadable
+from lattices.errors import InvalidDataError
 from lattices.lattice import Lattice
 from lattices.ngram_search import ARC_SCALE, LOWEST_HEAD, checked_weight
 from lattices.ngrams import SENTENCE_END, SENTENCE_START, SPECIAL_WORDS, UNKNOWN
 from lattices.search import PBest, p_best
-from lm.ngram.arpa import KENLM_MAGIC
 
 # After 88 bytes of magic and sanity values: order, probing multiplier, model type, whether the file ends with its
 # words, version of the search, number of 1-grams.
@@ -86,22 +85,11 @@ class KenlmModel:
 
     @classmethod
     def load(cls, path: Path) -> KenlmModel:
-        """Loads `.arpa`, `.arpa.gz` or a KenLM binary (told apart by content, not by name).
-
-        Raises `InvalidDataError` in one line for what KenLM can't load or would load wrongly, `RescoreError` if the
-        file can't be read.
-        """
-        try:
-            with path.open("rb") as stream:
-                start = stream.read(len(KENLM_MAGIC))
-        except OSError as error:
-            raise unreadable(path, error) from error
-        if not start:
-            raise InvalidDataError(f"{path} is empty; get it again")
-        if start == KENLM_MAGIC:
-            _probe(path, _own_words(path))
+        """Loads a KenLM binary, by its first bytes. Raises `InvalidDataError` in one line for what KenLM can't load or
+        would load wrongly."""
+        _probe(path, _own_words(path))
         config = kenlm.Config()
-        config.show_progress, config.arpa_complain = False, kenlm.ARPALoadComplain.NONE
+        config.show_progress = False
         try:
             model = kenlm.Model(str(path), config)
         except (OSError, RuntimeError, ValueError) as error:

@@ -31,7 +31,7 @@ def ended(text: list[list[str]]) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def model() -> KenlmModel:
-    return KenlmModel.load(TINY)
+    return KenlmModel(kenlm.Model(str(TINY)))
 
 
 @dataclass(frozen=True)

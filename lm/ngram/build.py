@@ -54,6 +54,7 @@ OVERHEAD = 1 << 28  # libraries, compiled code and the blocks of text in hand
 COUNTING_FOLDER, ENCODED_FILE, STREAM_FILE = ".counting", "encoded.json", "stream.i32"
 ARPA_FILE, AUTOMATON_FILE, MANIFEST_FILE = "model.arpa", "automaton.bin", "manifest.json"
 KIND = "n-gram model"
+WRITTEN_WORDS = 1 << 18  # of lmplz's text at a time
 COUNTING_FORMAT = 1  # changes with what the files of `.counting` mean
 Estimator = Literal["own", "lmplz"]
 Smoothing = Literal["kneser-ney", "katz"]
@@ -346,8 +347,12 @@ def _run_lmplz(encoded: EncodedCorpus, work: Path, options: NgramOptions, progre
     from lm.ngram.arpa import read_arpa
 
     text, arpa = work / "stream.txt", work / "lmplz.arpa"
-    with writing(text):
-        _write_text(encoded, text)
+    ids, words = encoded.ids(), np.array([word + " " for word in encoded.vocabulary], dtype=object)
+    words[SENTENCE_END] = "\n"
+    with writing(text), text.open("w", encoding="utf-8", newline="\n") as stream:
+        for begin in range(0, len(ids), WRITTEN_WORDS):
+            part = ids[begin : begin + WRITTEN_WORDS]
+            stream.write("".join(words[np.where(part == BREAK, SENTENCE_END, part)]))
     arguments = ["--order", str(options.order), "--memory", f"{options.memory}b"]
     arguments += ["--temp_prefix", f"{work.resolve()}{os.sep}", "--vocab_estimate", str(len(encoded.vocabulary))]
     arguments += ["--text", str(text), "--arpa", str(arpa), "--prune", *map(str, options.prune)]
@@ -362,14 +367,3 @@ def _run_lmplz(encoded: EncodedCorpus, work: Path, options: NgramOptions, progre
     discounts = re.findall(r"^\d+ \S+ D1=(\S+) D2=(\S+) D3\+=(\S+)$", done.stderr, re.MULTILINE)
     text.unlink()
     return Estimate(read_arpa(arpa), tuple(tuple(map(float, of_order)) for of_order in discounts), ())
-
-
-def _write_text(encoded: EncodedCorpus, path: Path) -> None:
-    ids = encoded.ids()
-    words = np.array([w + " " for w in encoded.vocabulary], dtype=object)
-    words[SENTENCE_END] = "\n"
-    step = 1 << 18
-    with path.open("w", encoding="utf-8", newline="\n") as stream:
-        for begin in range(0, len(ids), step):
-            part = ids[begin : begin + step]
-            stream.write("".join(words[np.where(part == BREAK, SENTENCE_END, part)]))

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -51,31 +50,28 @@ def estimate(
     table: NgramTable,
     vocabulary: Sequence[str],
     *,
-    smoothing: str = "kneser-ney",
-    prune: Sequence[int] = (),
-    discount_fallback: Sequence[float] | None = None,
-    max_ngrams: int | None = None,
-    workspace: Workspace | None = None,
+    smoothing: str,
+    prune: Sequence[int],
+    discount_fallback: Sequence[float] | None,
+    max_ngrams: int | None,
+    workspace: Workspace,
 ) -> Estimate:
     """The back-off model of the counts in `table`; `vocabulary[i]` is the word with id i.
 
-    `prune` gives the counts up to which n-grams are dropped, order by order, never falling; its last value holds for
-    the rest. With `smoothing="katz"` and no `prune`, `KATZ_CUTOFFS` hold. `discount_fallback` (up to three numbers) is
-    used where Kneser-Ney's discounts can't be estimated. `max_ngrams` prunes by entropy down to so many n-grams in all.
-    `workspace` gives the large arrays, so that they can lie on disk.
-    Raises `InvalidDataError` where the corpus is too small or too regular to estimate discounts, `RescoreError` for
-    settings that make no sense.
+    `prune` gives the counts up to which n-grams are dropped, order by order (of `check_thresholds`).
+    `discount_fallback` (of `check_fallback`) is used where Kneser-Ney's discounts can't be estimated. `max_ngrams`
+    prunes by entropy down to so many n-grams in all. `workspace` gives the large arrays, so that they can lie on disk.
+    Raises `InvalidDataError` where the corpus is too small or too regular to estimate discounts, `RescoreError` where
+    `max_ngrams` leaves no room for the words.
     """
-    thresholds, fallback = check_thresholds(prune, table.order, smoothing), check_fallback(discount_fallback)
-    workspace = workspace or Workspace(Path(), 1 << 62)  # all in memory
     kept = workspace.empty(len(table.raw), np.bool_)
     for n in range(1, table.order + 1):
-        kept[table.span(n)] = table.raw[table.span(n)] > thresholds[n - 1]
+        kept[table.span(n)] = table.raw[table.span(n)] > prune[n - 1]
     kept[:SPECIALS] = True
     if smoothing == "katz":
         p, backoff, discounts, fallback_orders = _katz(table, kept, workspace)
     else:
-        p, backoff, discounts, fallback_orders = _kneser_ney(table, kept, fallback, workspace)
+        p, backoff, discounts, fallback_orders = _kneser_ney(table, kept, discount_fallback, workspace)
     if max_ngrams is not None and int(kept.sum()) > max_ngrams:
         kept = _entropy_pruned(table, kept, p, max_ngrams)
         _normalise(table, kept, p, backoff)
@@ -84,7 +80,8 @@ def estimate(
 
 
 def check_thresholds(prune: Sequence[int], order: int, smoothing: str) -> tuple[int, ...]:
-    """One threshold an order; the last given one holds for the rest. Raises `RescoreError`."""
+    """One threshold an order, never falling; the last given one holds for the rest, and without any Katz has
+    `KATZ_CUTOFFS`. Raises `RescoreError`."""
     values = [int(v) for v in prune] or list(KATZ_CUTOFFS[:order] if smoothing == "katz" else (0,))
     if len(values) > order:
         raise RescoreError(f"{len(values)} pruning thresholds for a model of order {order}; give at most {order}")
@@ -152,7 +149,7 @@ _Smoothed = tuple[np.ndarray, np.ndarray, list[tuple[float, ...]], list[int]]
 
 
 def _kneser_ney(
-    table: NgramTable, kept: np.ndarray, fallback: tuple[float, float, float] | None, workspace: Workspace
+    table: NgramTable, kept: np.ndarray, fallback: Sequence[float] | None, workspace: Workspace
 ) -> _Smoothed:
     p, backoff = workspace.empty(len(kept), np.float64), workspace.empty(len(kept), np.float64)
     backoff[:] = 1.0
@@ -161,11 +158,11 @@ def _kneser_ney(
     for n in range(1, table.order + 1):
         span = table.span(n)
         try:
-            discounts = kneser_ney_discounts(count_statistics(table, n), n)
+            discounts: tuple[float, ...] = kneser_ney_discounts(count_statistics(table, n), n)
         except InvalidDataError:
             if fallback is None:
                 raise
-            discounts = fallback
+            discounts = tuple(fallback)
             fallback_orders.append(n)
         by_order.append(discounts)
         subtracted = np.array((0.0, *discounts))

@@ -101,15 +101,6 @@ class CorpusSummary:
     decoded: int  # output tokens of this run, those of duplicates too
     work: Work
 
-    def line(self) -> str:
-        """What there is, in words."""
-        counts = f"{self.examples} examples ({self.made} new, {self.duplicates} duplicates)"
-        return f"{self.path}: {counts}, {self.output_tokens} output tokens"
-
-    def speed(self) -> str:
-        """How fast this run was, in words."""
-        return f"{self.decoded / self.seconds:.0f} output tokens a second"
-
 
 def write_own_corpus(
     prompts: Annotated[Path, 'JSON lines {"prompt", "chat"} (or CSV, Parquet ...) or text, a prompt a line.'],
@@ -135,11 +126,13 @@ def write_own_corpus(
     shown = partial(progress, "generate") if progress else None
     with execution.started(device) as executor:
         summary = generate_corpus(loaded, chosen, out, options, executor=executor, progress=shown)
-    if not summary.made:
-        return summary.line()
-    if not executor.is_local:
-        return f"{summary.line()}\n{summary.speed()}"
-    return f"{summary.line()}\n{summary.speed()}: {share_of_limits(loaded, summary.work, summary.seconds)}"
+    counts = f"{summary.examples} examples ({summary.made} new, {summary.duplicates} duplicates)"
+    told = f"{summary.path}: {counts}, {summary.output_tokens} output tokens"
+    if summary.made:
+        told += f"\n{summary.decoded / summary.seconds:.0f} output tokens a second"
+        if executor.is_local:
+            told += f": {share_of_limits(loaded, summary.work, summary.seconds)}"
+    return told
 
 
 def read_prompts(path: Path, *, default_chat: bool) -> list[Prompt]:

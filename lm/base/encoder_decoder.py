@@ -139,7 +139,8 @@ class EncoderDecoderLM(BaseLM):
             assert source is not None, "the decoder reads what the encoder made of a prompt (`read_prompt`)"
             given[self._cache_argument] = EncoderDecoderCache(cache, source.cross(len(input_ids), len(cache.layers)))
         assert source is not None, "a call without cache is given a source"
-        states, mask = source.of_rows(len(input_ids))
+        rows = len(input_ids)  # of one prompt for all, else a row each
+        states, mask = source.states.expand(rows, -1, -1), source.mask.expand(rows, -1)
         given["decoder_input_ids"], given["decoder_attention_mask"] = given.pop("input_ids"), given["attention_mask"]
         return {**given, "encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": mask}
 
@@ -185,10 +186,6 @@ class Source:
     def __init__(self, states: torch.Tensor, mask: torch.Tensor) -> None:
         self.states, self.mask = states, mask
         self._cross: _SourceCache | None = None
-
-    def of_rows(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """States and mask for so many rows of the decoder: of one prompt for all, else a row each."""
-        return self.states.expand(rows, -1, -1), self.mask.expand(rows, -1)
 
     def cross(self, rows: int, layers: int) -> _SourceCache:
         """The keys and values for so many rows, of so many layers."""

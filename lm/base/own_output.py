@@ -44,7 +44,9 @@ class OwnOutput(GenerationOptions):
     device: Device = "auto"
 
 
-def own_output(prompts: Path, settings: OwnOutput, *, tokenizer_sha256: str | None, progress: Progress) -> Path:
+def own_output(
+    prompts: Path, settings: OwnOutput, *, tokenizer_sha256: str | None, progress: Progress | None = None
+) -> Path:
     """The folder of the base's output for `prompts` (a file as `lm.base.corpus.read_prompts` takes it), generated if
     it is not there or not whole.
 
@@ -82,7 +84,7 @@ def own_output(prompts: Path, settings: OwnOutput, *, tokenizer_sha256: str | No
             raise IncompatibleError(f"the files of {settings.base} were replaced while they were read; run it again")
         generate = partial(
             generate_corpus, base, chosen, folder, settings,
-            progress=partial(progress, f"generate {prompts.name}"),
+            progress=partial(progress, f"generate {prompts.name}") if progress else None,
         )  # fmt: skip
         try:
             generate()

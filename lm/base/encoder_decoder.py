@@ -125,24 +125,19 @@ class EncoderDecoderLM(BaseLM):
         ids, mask = (pad_sequence(each, batch_first=True) for each in (rows, [torch.ones_like(row) for row in rows]))
         return ids.to(self.device), mask.to(self.device)
 
-    def arguments(
-        self,
-        input_ids: torch.Tensor,
-        cache: KVCache | TreeCache | None,
-        position_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        source: Source | None,
+    def adapted(
+        self, arguments: dict[str, Any], cache: KVCache | TreeCache | None, source: Source | None
     ) -> dict[str, Any]:
-        given = super().arguments(input_ids, cache, position_ids, attention_mask, None)
+        ids = arguments.pop("input_ids")
+        rows = len(ids)  # of one prompt for all, else a row each
         if isinstance(cache, KVCache):
             source = cache.source
             assert source is not None, "the decoder reads what the encoder made of a prompt (`read_prompt`)"
-            given[self._cache_argument] = EncoderDecoderCache(cache, source.cross(len(input_ids), len(cache.layers)))
+            arguments[self._cache_argument] = EncoderDecoderCache(cache, source.cross(rows, len(cache.layers)))
         assert source is not None, "a call without cache is given a source"
-        rows = len(input_ids)  # of one prompt for all, else a row each
         states, mask = source.states.expand(rows, -1, -1), source.mask.expand(rows, -1)
-        given["decoder_input_ids"], given["decoder_attention_mask"] = given.pop("input_ids"), given["attention_mask"]
-        return {**given, "encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": mask}
+        arguments["decoder_input_ids"], arguments["decoder_attention_mask"] = ids, arguments["attention_mask"]
+        return {**arguments, "encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": mask}
 
     def body_arguments(self, prompts: Sequence[Sequence[int]], ids: torch.Tensor) -> dict[str, Any]:
         """See `BaseLM`; the encoder is a part of the body."""

@@ -351,21 +351,10 @@ class BaseLM:
             return cache.forwards(input_ids, cache, position_ids, attention_mask)
         return self._call(input_ids, cache, position_ids, attention_mask, last=last, projects=projects, source=source)
 
-    def arguments(
-        self,
-        input_ids: torch.Tensor,
-        cache: KVCache | TreeCache | None,
-        position_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        source: Source | None,
+    def adapted(
+        self, arguments: dict[str, Any], cache: KVCache | TreeCache | None, source: Source | None
     ) -> dict[str, Any]:
-        """What the model's forward is given; see `forward`."""
-        arguments = {
-            "input_ids": input_ids, "attention_mask": attention_mask, self._cache_argument: cache,
-            "use_cache": cache is not None,
-        }  # fmt: skip
-        if self.takes_positions:
-            arguments["position_ids"] = position_ids
+        """What the model's forward is given, of what a decoder alone is; see `forward`."""
         return arguments
 
     def _call(
@@ -379,14 +368,19 @@ class BaseLM:
         projects: bool = True,
         source: Source | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        arguments = self.arguments(input_ids, cache, position_ids, attention_mask, source)
+        arguments: dict[str, Any] = {
+            "input_ids": input_ids, "attention_mask": attention_mask, self._cache_argument: cache,
+            "use_cache": cache is not None,
+        }  # fmt: skip
+        if self.takes_positions:
+            arguments["position_ids"] = position_ids
         if self._takes_last:
             arguments["logits_to_keep"] = last
         self._projects, self._last = projects, last
         states = cache.states if isinstance(cache, KVCache) else None
         try:
             with states.noting(self) if states else nullcontext():
-                output = self.model(**arguments)
+                output = self.model(**self.adapted(arguments, cache, source))
         finally:
             self._projects, self._last = True, 0
         if self._hidden is None:

@@ -68,10 +68,12 @@ def estimate(
     for n in range(1, table.order + 1):
         kept[table.span(n)] = table.raw[table.span(n)] > prune[n - 1]
     kept[:SPECIALS] = True
+    p, backoff = (workspace.empty(len(kept), np.float64) for _ in range(2))
+    backoff[:] = 1.0
     if smoothing == "katz":
-        p, backoff, discounts, fallback_orders = _katz(table, kept, workspace)
+        discounts, fallback_orders = _katz(table, kept, p, backoff)
     else:
-        p, backoff, discounts, fallback_orders = _kneser_ney(table, kept, discount_fallback, workspace)
+        discounts, fallback_orders = _kneser_ney(table, kept, discount_fallback, p, backoff)
     if max_ngrams is not None and int(kept.sum()) > max_ngrams:
         kept = _entropy_pruned(table, kept, p, max_ngrams)
         _normalise(table, kept, p, backoff)
@@ -143,16 +145,14 @@ def kneser_ney_discounts(numbers: np.ndarray, n: int) -> tuple[float, float, flo
     return float(discounts[0]), float(discounts[1]), float(discounts[2])
 
 
-# Probabilities per n-gram and back-offs per context, float64, by the table's indices; discounts by order; the orders
-# whose discounts stand in for an estimate.
-_Smoothed = tuple[np.ndarray, np.ndarray, list[tuple[float, ...]], list[int]]
+# Discounts by order; the orders whose discounts stand in for an estimate. Probabilities per n-gram and back-offs per
+# context are written to arrays, by the table's indices.
+_Discounts = tuple[list[tuple[float, ...]], list[int]]
 
 
 def _kneser_ney(
-    table: NgramTable, kept: np.ndarray, fallback: Sequence[float] | None, workspace: Workspace
-) -> _Smoothed:
-    p, backoff = workspace.empty(len(kept), np.float64), workspace.empty(len(kept), np.float64)
-    backoff[:] = 1.0
+    table: NgramTable, kept: np.ndarray, fallback: Sequence[float] | None, p: np.ndarray, backoff: np.ndarray
+) -> _Discounts:
     by_order: list[tuple[float, ...]] = []
     fallback_orders = []
     for n in range(1, table.order + 1):
@@ -182,7 +182,7 @@ def _kneser_ney(
             used = denominator > 0
             backoff[contexts] = np.divide(backoff[contexts], denominator, out=np.ones(len(used)), where=used)
             _interpolate(table, n, subtracted, denominator, backoff, p)
-    return p, backoff, by_order, fallback_orders
+    return by_order, fallback_orders
 
 
 @njit(cache=True, nogil=True)
@@ -230,9 +230,7 @@ def good_turing_factors(raw: np.ndarray) -> tuple[np.ndarray, bool]:
     return factors, stood_in
 
 
-def _katz(table: NgramTable, kept: np.ndarray, workspace: Workspace) -> _Smoothed:
-    p, backoff = workspace.empty(len(kept), np.float64), workspace.empty(len(kept), np.float64)
-    backoff[:] = 1.0
+def _katz(table: NgramTable, kept: np.ndarray, p: np.ndarray, backoff: np.ndarray) -> _Discounts:
     by_order: list[tuple[float, ...]] = []
     fallback_orders = []
     for n in range(1, table.order + 1):
@@ -265,7 +263,7 @@ def _katz(table: NgramTable, kept: np.ndarray, workspace: Workspace) -> _Smoothe
         denominator[(denominator > 0) & (denominator - seen < LEAST_MASS * denominator)] += 1
         p[span] = discounted / denominator[local]
     _normalise(table, kept, p, backoff)
-    return p, backoff, by_order, fallback_orders
+    return by_order, fallback_orders
 
 
 def _normalise(table: NgramTable, kept: np.ndarray, p: np.ndarray, backoff: np.ndarray) -> None:

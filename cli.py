@@ -438,9 +438,9 @@ def build_ngram_command(
     as_json: Json = False,
 ) -> None:
     """Estimate an n-gram model from text: ARPA file, compiled automaton and manifest in one folder."""
-    from lm.ngram.build import build_ngram, default_folder
+    from lm.ngram.build import build_ngram, folder_beside
 
-    folder = default_folder(corpus, options.order) if out is None else out
+    folder = folder_beside(corpus, f"-{options.order}gram") if out is None else out
     tokenizer = tokenizer or base or DEFAULT_BASE
     own = replace(own, base=base or tokenizer)
     options = replace(options, tokenizer=tokenizer, discount_fallback=(0.5, 1.0, 1.5) if discount_fallback else None)
@@ -460,9 +460,10 @@ def build_lookup_command(
     as_json: Json = False,
 ) -> None:
     """Index a corpus, so that continuations of the last tokens are looked up in it: a static suffix array."""
-    from lm.lookup_index import build_lookup, default_folder
+    from lm.lookup_index import build_lookup
+    from lm.ngram.build import folder_beside
 
-    folder = default_folder(corpus) if out is None else out
+    folder = folder_beside(corpus, "-lookup", what="index") if out is None else out
     tokenizer = tokenizer or base or DEFAULT_BASE
     own, options = replace(own, base=base or tokenizer), replace(options, tokenizer=tokenizer)
     summary = _done(build_lookup, corpus, folder, options, own=own, replace=out is not None)

@@ -69,7 +69,7 @@ def estimate_ours(text: Path, work: Path, order: int, memory: int, threads: int)
     from lm.ngram.build import OVERHEAD
     from lm.ngram.corpus import encode_corpora, find_sources
     from lm.ngram.counting import Workspace, count_full
-    from lm.ngram.estimation import DEFAULT_FALLBACK, estimate
+    from lm.ngram.estimation import estimate
     from lm.ngram.tables import build_table
 
     room = max(memory - OVERHEAD, 1)
@@ -83,7 +83,10 @@ def estimate_ours(text: Path, work: Path, order: int, memory: int, threads: int)
     workspace = Workspace(work, room // 2)
     table = build_table(full, workspace, threads=threads)
     times.append(time.perf_counter())
-    model = estimate(table, encoded.vocabulary, discount_fallback=DEFAULT_FALLBACK, workspace=workspace).model
+    model = estimate(
+        table, encoded.vocabulary, smoothing="kneser-ney", prune=(0,) * order, discount_fallback=(0.5, 1.0, 1.5),
+        max_ngrams=None, workspace=workspace,
+    ).model  # fmt: skip
     times.append(time.perf_counter())
     write_arpa(model, work / "ours.arpa")
     times.append(time.perf_counter())

@@ -47,7 +47,13 @@ def write_checkpoint(
 ) -> None:
     """Writes the weights (`dtype` None: as they are) and then the configuration, each whole or not at all. Raises
     `OutputError`."""
-    write_tensors(folder / WEIGHTS_FILE, to_int8(tensors) if dtype == torch.int8 else tensors, dtype=dtype)
+    if dtype == torch.int8:
+        tensors = to_int8(tensors)
+    elif dtype is not None:
+        tensors = {
+            name: value.to("cpu", dtype) if value.is_floating_point() else value for name, value in tensors.items()
+        }
+    write_tensors(folder / WEIGHTS_FILE, tensors)
     write_json(folder / CONFIG_FILE, plain(config))
 
 
@@ -66,19 +72,9 @@ def read_weights(folder: Path, *, missing: str, what: str = "it") -> dict[str, t
         raise InvalidDataError(f"can't read {path}: {error}; get or train {what} again") from error
 
 
-def write_tensors(
-    path: Path,
-    tensors: Mapping[str, torch.Tensor],
-    *,
-    dtype: torch.dtype | None = None,
-    metadata: dict[str, str] | None = None,
-) -> None:
-    """Writes tensors as safetensors, whole or not at all; floats as `dtype` (None, int8: as they are)."""
-    cast = None if dtype == torch.int8 else dtype
-    stored = {
-        name: value.detach().to("cpu", cast if value.is_floating_point() else None).contiguous()
-        for name, value in tensors.items()
-    }
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], *, metadata: dict[str, str] | None = None) -> None:
+    """Writes tensors as safetensors, whole or not at all."""
+    stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with atomic_file(path) as temporary:
         temporary.write_bytes(to_bytes(stored, metadata=metadata))
 

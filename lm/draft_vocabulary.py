@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import shlex
 import tempfile
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,8 +25,8 @@ from lattices.paths import user_path
 from lm.base.own_output import OwnOutput, own_output
 from lm.files import SHIPPED, atomic_file
 from lm.keys import remembered_sha256
-from lm.ngram.build import KIND, MANIFEST_FILE
-from lm.ngram.corpus import CorpusSource, check_there, encode_tokens, find_sources, is_unchanged
+from lm.ngram.build import is_model_folder
+from lm.ngram.corpus import CorpusSource, check_there, check_unchanged, encode_tokens, find_sources
 from lm.ngram.counting import Progress, no_progress
 from lm.ngram.recover import counts_of_tokens
 from lm.options import Corpora, Field, Utf8Errors, Writer
@@ -110,17 +109,20 @@ def build_draft_vocabulary(
         own_output, settings=dataclasses.replace(own, base=base or name), tokenizer_sha256=digest, progress=progress
     )
     counts = np.zeros(vocab_size, dtype=np.int64)
-    models = [each for each in corpus if _is_ngram(Path(each))]
+    models = [each for each in corpus if is_model_folder(Path(each))]
     texts = [each for each in corpus if each not in models]
     sources = find_sources(texts, generate=generate) if texts or not models else []
     with tempfile.TemporaryDirectory(prefix="rescore-") as folder:
         stream = Path(folder) / "tokens.i32"
         for source in sources:
-            how: dict[str, Any] = {"tokenizer": loaded, "left_context": 0, "field": field, "errors": errors}
-            encode_tokens([source], stream, **how, progress=progress)
-            counts += np.bincount(_with_ends(stream, source, loaded), minlength=vocab_size)
-    if not all(map(is_unchanged, sources)):
-        raise IncompatibleError("the corpora were replaced while they were read; run the command again")
+            encode_tokens(
+                [source], stream, tokenizer=loaded, left_context=0, field=field, errors=errors, progress=progress
+            )
+            token_ids = np.fromfile(stream, np.int32)
+            if source.kind != "own" and loaded.eos_token_id is not None:  # own output has it where the base ended it
+                token_ids[token_ids < 0] = loaded.eos_token_id
+            counts += np.bincount(token_ids[token_ids >= 0], minlength=vocab_size)
+    check_unchanged(sources)
     for model in models:
         found, file, manifest = counts_of_tokens(Path(model))
         if manifest.tokenizer_sha256 != digest or len(found) > vocab_size + 1:
@@ -133,8 +135,7 @@ def build_draft_vocabulary(
     document = DraftVocabulary(
         version=importlib.metadata.version("rescore"), tokenizer=name, tokenizer_sha256=digest, vocab_size=vocab_size,
         tokens=int(counts.sum()), token_ids=ranked.tolist(), counts=counts[ranked].tolist(),
-        # Where a file lay says nothing about the counts; its hash does.
-        corpora=tuple(s if s.kind == "hub" else dataclasses.replace(s, name=Path(s.name).name) for s in sources),
+        corpora=tuple(source.without_place() for source in sources),
     )  # fmt: skip
     with atomic_file(out) as temporary:  # in one line: a number a line would be twice as much
         temporary.write_text(json.dumps(plain(document)) + "\n", encoding="utf-8")
@@ -142,21 +143,6 @@ def build_draft_vocabulary(
     sizes = [size for size in SIZES if size < len(ranked)]
     coverage = {size: float(shares[size - 1]) for size in sizes} | {len(ranked): 1.0}
     return DraftVocabularySummary(str(out), name, document.tokens, len(ranked), coverage)
-
-
-def _with_ends(stream: Path, source: CorpusSource, tokenizer: Any) -> np.ndarray:
-    """The token ids of a source; where a text ends, end-of-text (of own output it stands there, if it ended)."""
-    token_ids = np.fromfile(stream, np.int32)
-    if source.kind != "own" and tokenizer.eos_token_id is not None:
-        token_ids[token_ids < 0] = tokenizer.eos_token_id
-    return token_ids[token_ids >= 0]
-
-
-def _is_ngram(folder: Path) -> bool:
-    with suppress(OSError, ValueError, AttributeError):
-        kind = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")).get("kind")
-        return bool(kind == KIND)
-    return False
 
 
 def read_draft_vocabulary(path: Path | str) -> DraftVocabulary:

@@ -265,12 +265,12 @@ class RayExecutor(Executor):
 
         remote: Any = ray.remote  # its annotations know a function alone, or its options alone
         call = remote(max_retries=AGAIN, **self._needs)(_done)
-        shared, place = ray.put(function), _Place(os.getcwd(), versions())
+        shared, folder, here = ray.put(function), os.getcwd(), versions()
         asked, running = deque[Any](), set[Any]()  # in the order of the shards; those that are not done yet
         try:
             while True:
                 for shard in islice(waiting, min(self.workers - len(running), AHEAD * self.workers - len(asked))):
-                    asked.append(call.remote(place, shared, shard))
+                    asked.append(call.remote(folder, here, shared, shard))
                     running.add(asked[-1])
                 if not asked:
                     return
@@ -292,14 +292,6 @@ class RayExecutor(Executor):
                 ray.cancel(each, force=True)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a command runs: its working folder, in which its paths begin, and its versions of what counts."""
-
-    folder: str
-    versions: dict[str, str]
-
-
 def _as_here(error: Any) -> Exception:
     """What a worker raised, as it would have been raised here."""
     cause = getattr(error.cause, "client_exc", error.cause)  # what could not be read in a worker is wrapped once more
@@ -308,15 +300,15 @@ def _as_here(error: Any) -> Exception:
     return cause if isinstance(cause, Exception) else error
 
 
-def _done(place: _Place, function: Callable[[Any], Any], shard: Any) -> Any:
-    """One shard, in a worker."""
-    other = [f"{name} {there}, here {place.versions[name]}" for name, there in versions().items()
-             if there != place.versions[name]]  # fmt: skip
+def _done(folder: str, here: dict[str, str], function: Callable[[Any], Any], shard: Any) -> Any:
+    """One shard, in a worker; folder, here: the command's working folder, in which its paths begin, and its versions of
+    what counts."""
+    other = [f"{name} {there}, here {here[name]}" for name, there in versions().items() if there != here[name]]
     if other:
         raise IncompatibleError(f"a worker of the Ray cluster has {'; '.join(other)}; give all its machines the same")
     # Results are the same to the last bit whatever the environment of a machine says of threads.
     os.environ["OMP_NUM_THREADS"] = "1"
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
-    with chdir(place.folder if Path(place.folder).is_dir() else "."):
+    with chdir(folder if Path(folder).is_dir() else "."):
         return function(shard)

@@ -6,7 +6,6 @@ last, `lookup.json` (`LookupRecord`). It takes its place as a whole. Corpora are
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import shlex
 from collections.abc import Mapping, Sequence
@@ -24,9 +23,9 @@ from lattices.paths import user_path
 from lm.base.own_output import OwnOutput, own_output
 from lm.files import atomic_folder, changed_settings, sha256_of_file, write_array, write_json
 from lm.keys import key_of, remembered_sha256
-from lm.locks import warn, writing_to
-from lm.ngram.build import folder_beside
-from lm.ngram.corpus import CorpusSource, check_there, encode_tokens, find_sources, is_unchanged
+from lm.locks import writing_to
+from lm.ngram.build import check_earlier
+from lm.ngram.corpus import CorpusSource, check_there, check_unchanged, encode_tokens, find_sources
 from lm.ngram.counting import Progress, no_progress
 from lm.options import Field, Utf8Errors
 from lm.records import Count, plain, read_record
@@ -130,8 +129,7 @@ def build_lookup(
         settings = own or OwnOutput(base=options.tokenizer)
         generate = partial(own_output, settings=settings, tokenizer_sha256=tokenizer_hash, progress=progress)
         sources = find_sources(corpora, generate=generate)
-        # Where a file lay says nothing about the index; its hash does.
-        named = tuple(s if s.kind == "hub" else dataclasses.replace(s, name=Path(s.name).name) for s in sources)
+        named = tuple(source.without_place() for source in sources)
         _check_earlier(out, _of_what(tokenizer_hash, options.field, options.errors, named), replace=replace)
         with atomic_folder(out) as temporary:
             stream = temporary / "tokens.i32"
@@ -139,8 +137,7 @@ def build_lookup(
                 sources, stream, tokenizer=tokenizer, left_context=LEFT_CONTEXT, field=options.field,
                 errors=options.errors, progress=progress,
             )  # fmt: skip
-            if not all(map(is_unchanged, sources)):
-                raise IncompatibleError("the corpora were replaced while they were read; run the command again")
+            check_unchanged(sources)
             if tokens == documents:
                 raise InvalidDataError("no document of the corpora has two tokens, so nothing follows anything in them")
             token_ids = np.fromfile(stream, np.int32)
@@ -162,11 +159,6 @@ def build_lookup(
         str(out), options.tokenizer, documents, tokens, distinct_tokens=len(np.unique(token_ids)) - 1,
         longest_document=int(np.diff(ends, prepend=-1).max()) - 1,
     )  # fmt: skip
-
-
-def default_folder(corpora: Sequence[Path | str]) -> Path:
-    """Where an index goes if the user does not say: `NAME-lookup` beside a corpus. Raises as `folder_beside`."""
-    return folder_beside(corpora, "-lookup", what="index")
 
 
 def check_place(out: Path) -> None:
@@ -202,12 +194,7 @@ def _check_earlier(out: Path, made_of: dict[str, Any], *, replace: bool) -> None
             return
         raise
     before = _of_what(earlier.tokenizer_sha256, earlier.field, earlier.errors, earlier.corpora)
-    if not (changed := changed_settings(before, made_of, whole=True)):
-        warn(f"{out} holds this index already; it is made again")
-    elif not replace:
-        raise IncompatibleError(
-            f"{out} holds another index ({'; '.join(changed)}); remove it, or give this one --out DIR"
-        )
+    check_earlier(out, changed_settings(before, made_of, whole=True), what="index", replace=replace)
 
 
 # Opening

@@ -39,8 +39,7 @@ def rows_of(
 
     prompts = [base.encode_prompt(e.prompt, chat=chat, max_tokens=max_prompt_tokens) for e in examples]
     rows: dict[int, dict[str, Any]] = {}
-    for greedy in generate(base, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, with_hidden=True):
-        assert greedy.hidden is not None and greedy.margins is not None
+    for greedy in generate(base, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size):
         rows[greedy.index] = row_of_states(
             base, heads, examples[greedy.index], prompts[greedy.index], greedy.output_ids, hidden=greedy.hidden,
             margins=greedy.margins, k=k,

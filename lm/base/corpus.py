@@ -101,15 +101,6 @@ class CorpusSummary:
     decoded: int  # output tokens of this run, those of duplicates too
     work: Work
 
-    def line(self) -> str:
-        """What there is, in words."""
-        counts = f"{self.examples} examples ({self.made} new, {self.duplicates} duplicates)"
-        return f"{self.path}: {counts}, {self.output_tokens} output tokens"
-
-    def speed(self) -> str:
-        """How fast this run was, in words."""
-        return f"{self.decoded / self.seconds:.0f} output tokens a second"
-
 
 def write_own_corpus(
     prompts: Annotated[Path, 'JSON lines {"prompt", "chat"} (or CSV, Parquet ...) or text, a prompt a line.'],
@@ -135,11 +126,13 @@ def write_own_corpus(
     shown = partial(progress, "generate") if progress else None
     with execution.started(device) as executor:
         summary = generate_corpus(loaded, chosen, out, options, executor=executor, progress=shown)
-    if not summary.made:
-        return summary.line()
-    if not executor.is_local:
-        return f"{summary.line()}\n{summary.speed()}"
-    return f"{summary.line()}\n{summary.speed()}: {share_of_limits(loaded, summary.work, summary.seconds)}"
+    counts = f"{summary.examples} examples ({summary.made} new, {summary.duplicates} duplicates)"
+    told = f"{summary.path}: {counts}, {summary.output_tokens} output tokens"
+    if summary.made:
+        told += f"\n{summary.decoded / summary.seconds:.0f} output tokens a second"
+        if executor.is_local:
+            told += f": {share_of_limits(loaded, summary.work, summary.seconds)}"
+    return told
 
 
 def read_prompts(path: Path, *, default_chat: bool) -> list[Prompt]:
@@ -239,7 +232,6 @@ def generate_corpus(
 def _generated(
     base: BaseLM, prompts: Sequence[Sequence[int]], options: GenerationOptions, executor: Executor, work: Work
 ) -> Iterator[Generated]:
-    """The output of every prompt, wherever it is made."""
     from lm.base.generation import batches_of, generate
 
     if executor.is_local:
@@ -247,32 +239,27 @@ def _generated(
         return
     batches = list(batches_of(base, prompts, options.batch_size))
     shards = ([prompts[place] for place in batch] for batch in batches)
-    found = executor.map(_OutputsByWorkers(base.identity, base.device.type, options), shards)
+    found = executor.map(partial(_outputs_by_worker, base.identity, base.device.type, options), shards)
     for places, outputs in zip(batches, found, strict=True):
         for generated in outputs:
             yield dataclasses.replace(generated, index=places[generated.index])
 
 
 def _how(options: GenerationOptions) -> dict[str, Any]:
-    named = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "seed", "with_prompts")}
-    return {**named, "with_hidden": True}
+    return {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "seed", "with_prompts")}
 
 
-@dataclass(frozen=True)
-class _OutputsByWorkers:
-    """Continues a batch of prompts in a worker, which loads the base itself: it must be the same."""
+def _outputs_by_worker(
+    identity: BaseIdentity, device: str, options: GenerationOptions, prompts: Sequence[Sequence[int]]
+) -> list[Generated]:
+    """Continues a batch of prompts in a worker, which loads the base itself: it must be the same. device: cpu or cuda;
+    which GPU is a worker's own is Ray's to say."""
+    from lm.base.generation import generate
 
-    identity: BaseIdentity
-    device: str  # cpu or cuda: which GPU is a worker's own is Ray's to say
-    options: GenerationOptions
-
-    def __call__(self, prompts: Sequence[Sequence[int]]) -> list[Generated]:
-        from lm.base.generation import generate
-
-        base = _base_of_worker(self.identity, self.device)
-        if base.identity != self.identity:
-            raise IncompatibleError(f"a worker finds another {self.identity.name} than there is here")
-        return list(generate(base, prompts, batch_size=len(prompts), **_how(self.options)))
+    base = _base_of_worker(identity, device)
+    if base.identity != identity:
+        raise IncompatibleError(f"a worker finds another {identity.name} than there is here")
+    return list(generate(base, prompts, batch_size=len(prompts), **_how(options)))
 
 
 @lru_cache(maxsize=1)
@@ -328,11 +315,10 @@ class _Corpus:
         self._outputs.add(tuple(record["output_ids"]))
 
     def counts(self) -> dict[str, int]:
-        """What is in it."""
         return {"examples": len(self.prompts), "duplicates": self.duplicates, "output_tokens": self.output_tokens}
 
     @contextmanager
-    def appending(self, hidden_size: int) -> Iterator[Callable[[Prompt, dict[str, Any], np.ndarray | None], None]]:
+    def appending(self, hidden_size: int) -> Iterator[Callable[[Prompt, dict[str, Any], np.ndarray], None]]:
         """What appends an example: its prompt, its other fields, the states `[t, hidden_size]` before its targets."""
         with open_appending(self.path) as stream, self.hidden_path.open("ab") as hidden_stream:
             # The line is written after its states: a kill in between leaves states without a line, which go here.
@@ -343,11 +329,10 @@ class _Corpus:
                 )
             hidden_stream.truncate(size)
 
-            def append(prompt: Prompt, fields: dict[str, Any], hidden: np.ndarray | None) -> None:
+            def append(prompt: Prompt, fields: dict[str, Any], hidden: np.ndarray) -> None:
                 if tuple(fields["output_ids"]) in self._outputs:
                     fields = {"prompt_ids": [], "output_ids": [], "text": "", "duplicate": True}
                 else:
-                    assert hidden is not None
                     hidden_stream.write(hidden.astype(np.float16).tobytes())
                     hidden_stream.flush()
                 record = {"prompt": prompt.text, "chat": prompt.chat, **fields}

@@ -38,25 +38,25 @@ class EncoderDecoderLM(BaseLM):
             _encoder_length(self.prompt_reader.config.get_text_config()), _numbered(self.prompt_reader)
         )
         self.context_length = min(self.context_length, _numbered(self.decoder))
-        self._check_begin()
+        if unknown := next((token for token in self._before if not 0 <= token < self.vocab_size), None):
+            raise IncompatibleError(
+                f"{self.identity.name} begins with token {unknown}, and writes 0 to {self.vocab_size - 1}; mend "
+                "decoder_start_token_id or forced_bos_token_id in its generation_config.json"
+            )
 
     @property
     def decoder_config(self) -> Any:
-        """See `BaseLM`."""
         return self.decoder.config
 
     @property
     def decoder(self) -> Any:
-        """See `BaseLM`."""
         return self.model.get_decoder()
 
     @property
     def prompt_reader(self) -> Any:
-        """See `BaseLM`."""
         return self.model.get_encoder()
 
     def prompt_room(self, new_tokens: int) -> int:
-        """See `BaseLM`."""
         return self.prompt_length
 
     @functools.cached_property
@@ -78,13 +78,6 @@ class EncoderDecoderLM(BaseLM):
         forced = getattr(generation, "forced_bos_token_id", None)
         return [start, *([forced] if isinstance(forced, int) else [])]
 
-    def _check_begin(self) -> None:
-        if unknown := next((token for token in self._before if not 0 <= token < self.vocab_size), None):
-            raise IncompatibleError(
-                f"{self.identity.name} begins with token {unknown}, and writes 0 to {self.vocab_size - 1}; mend "
-                "decoder_start_token_id or forced_bos_token_id in its generation_config.json"
-            )
-
     @property
     def _forbidden_ids(self) -> list[int]:
         words = getattr(self.model.generation_config, "bad_words_ids", None) or []
@@ -102,7 +95,6 @@ class EncoderDecoderLM(BaseLM):
 
     @functools.cached_property
     def added_bias(self) -> torch.Tensor | None:
-        """See `BaseLM`."""
         bias = getattr(self.model, "final_logits_bias", None)
         shift = None if bias is None or not bias.any() else bias[0]
         parts = [part for part in (shift, self._forbidden) if part is not None]
@@ -114,18 +106,15 @@ class EncoderDecoderLM(BaseLM):
 
     @property
     def generation_settings(self) -> dict[str, Any]:
-        """See `BaseLM`."""
         words = [[token] for token in self._forbidden_ids]
         names = ("decoder_start_token_id", "forced_bos_token_id")
         return {**dict(zip(names, self._before, strict=False)), "bad_words_ids": words or None}
 
     def prefix(self, prompt_ids: Sequence[int]) -> list[int]:
-        """See `BaseLM`."""
         return list(self._before)
 
     @torch.inference_mode()
     def encoded(self, prompts: Sequence[Sequence[int]]) -> Source:
-        """See `BaseLM`."""
         ids, mask = self._padded(prompts)
         states = self.prompt_reader(input_ids=ids, attention_mask=mask).last_hidden_state
         return Source(states, mask)
@@ -136,27 +125,19 @@ class EncoderDecoderLM(BaseLM):
         ids, mask = (pad_sequence(each, batch_first=True) for each in (rows, [torch.ones_like(row) for row in rows]))
         return ids.to(self.device), mask.to(self.device)
 
-    def arguments(
-        self,
-        input_ids: torch.Tensor,
-        cache: KVCache | TreeCache | None,
-        *,
-        position_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        source: Source | None,
+    def adapted(
+        self, arguments: dict[str, Any], cache: KVCache | TreeCache | None, source: Source | None
     ) -> dict[str, Any]:
-        """See `BaseLM`."""
-        given = super().arguments(
-            input_ids, cache, position_ids=position_ids, attention_mask=attention_mask, source=None
-        )
+        ids = arguments.pop("input_ids")
+        rows = len(ids)  # of one prompt for all, else a row each
         if isinstance(cache, KVCache):
             source = cache.source
             assert source is not None, "the decoder reads what the encoder made of a prompt (`read_prompt`)"
-            given[self._cache_argument] = EncoderDecoderCache(cache, source.cross(len(input_ids), len(cache.layers)))
+            arguments[self._cache_argument] = EncoderDecoderCache(cache, source.cross(rows, len(cache.layers)))
         assert source is not None, "a call without cache is given a source"
-        states, mask = source.of_rows(len(input_ids))
-        given["decoder_input_ids"], given["decoder_attention_mask"] = given.pop("input_ids"), given["attention_mask"]
-        return {**given, "encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": mask}
+        states, mask = source.states.expand(rows, -1, -1), source.mask.expand(rows, -1)
+        arguments["decoder_input_ids"], arguments["decoder_attention_mask"] = ids, arguments["attention_mask"]
+        return {**arguments, "encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": mask}
 
     def body_arguments(self, prompts: Sequence[Sequence[int]], ids: torch.Tensor) -> dict[str, Any]:
         """See `BaseLM`; the encoder is a part of the body."""
@@ -201,10 +182,6 @@ class Source:
         self.states, self.mask = states, mask
         self._cross: _SourceCache | None = None
 
-    def of_rows(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """States and mask for so many rows of the decoder: of one prompt for all, else a row each."""
-        return self.states.expand(rows, -1, -1), self.mask.expand(rows, -1)
-
     def cross(self, rows: int, layers: int) -> _SourceCache:
         """The keys and values for so many rows, of so many layers."""
         self._cross = self._cross or _SourceCache(layers)
@@ -231,7 +208,6 @@ class _SourceLayer(DynamicLayer):
         self.shown = 0
 
     def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Takes these for the source's."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         self.held = self.keys, self.values = keys, values

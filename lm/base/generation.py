@@ -1,4 +1,4 @@
-"""Greedy output of a base LM for many prompts: batched, grouped by length, with the hidden states on request.
+"""Greedy output of a base LM for many prompts: batched, grouped by length, with the hidden states that chose it.
 
 Two users: the corpus of a base's own output that heads learn from, and traces. Knows nothing about heads or tasks.
 """
@@ -21,14 +21,14 @@ ATTENTION_CELLS = 1 << 22  # prompt tokens squared x rows of a batch: 16 rows of
 
 @dataclass(frozen=True)
 class Generated:
-    """The output for one prompt; states and margins if they were asked for."""
+    """The output for one prompt."""
 
     index: int  # of the prompt
     output_ids: np.ndarray  # int64 [t], end-of-text included where it came
     # [t, d] in the base's `heads_dtype`; row i is the state that chose token i. `with_prompts`: before them those after
     # each token of the prompt but the last.
-    hidden: np.ndarray | None = None
-    margins: np.ndarray | None = None  # float32 [t], the highest logit, which greedy output follows, less the next one
+    hidden: np.ndarray
+    margins: np.ndarray  # float32 [t], the highest logit, which greedy output follows, less the next one
 
 
 def generate(
@@ -37,8 +37,6 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int = 64,
-    window: int = WINDOW,
-    with_hidden: bool = False,
     with_prompts: bool = False,
     temperature: float = 0.0,
     seed: int = 0,
@@ -46,7 +44,7 @@ def generate(
 ) -> Iterator[Generated]:
     """Yields the output of every prompt, batch by batch, in an order of its own (see `Generated.index`).
 
-    Prompts are taken in windows of `window`; within one, those of similar length share a batch, so little is padding.
+    Prompts are taken in windows; within one, those of similar length share a batch, so little is padding.
     Long ones share it with fewer others than `batch_size`: attention takes memory by the square of the length. A base
     that takes padding for text reads prompts of one length only together.
 
@@ -54,19 +52,17 @@ def generate(
     temperature: 0 is greedy; above it tokens are drawn, by random numbers that follow from the seed and the prompt.
     work: counts what the base does for prompts and tokens that are yielded.
     """
-    for rows in batches_of(base, prompts, batch_size, window):
+    for rows in batches_of(base, prompts, batch_size):
         batch = _Batch(base, [prompts[i] for i in rows], max_new_tokens, work)
         draws = _draws(batch.prompts, max_new_tokens, seed) if temperature > 0 else None  # [rows, steps]
-        yield from batch.generate(rows, draws, temperature, with_hidden=with_hidden, with_prompts=with_prompts)
+        yield from batch.generate(rows, draws, temperature, with_prompts=with_prompts)
         trim_heap()  # batches have many sizes, and what one leaves does not fit the next: the process would grow
 
 
-def batches_of(
-    base: BaseLM, prompts: Sequence[Sequence[int]], batch_size: int, window: int = WINDOW
-) -> Iterator[list[int]]:
+def batches_of(base: BaseLM, prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
     """Which prompts `generate` decodes side by side: one batch alone is decoded the same."""
-    for start in range(0, len(prompts), window):
-        indices = sorted(range(start, min(start + window, len(prompts))), key=lambda i: -len(prompts[i]))
+    for start in range(0, len(prompts), WINDOW):
+        indices = sorted(range(start, min(start + WINDOW, len(prompts))), key=lambda i: -len(prompts[i]))
         while indices:
             longest = max(1, len(prompts[indices[0]]))
             count = max(1, min(batch_size, ATTENTION_CELLS // longest**2))
@@ -101,13 +97,7 @@ class _Batch:
 
     @torch.inference_mode()
     def generate(
-        self,
-        indices: list[int],
-        draws: torch.Tensor | None,
-        temperature: float,
-        *,
-        with_hidden: bool,
-        with_prompts: bool,
+        self, indices: list[int], draws: torch.Tensor | None, temperature: float, *, with_prompts: bool
     ) -> Iterator[Generated]:
         base = self.base
         logits, hidden = self._read_prompts(whole=with_prompts)
@@ -121,10 +111,9 @@ class _Batch:
                 best = sampled(
                     logits[:, -1], draws[[row or 0 for row in self.alive], step].to(base.device), temperature
                 )
-            if with_hidden:
-                top = logits[:, -1].topk(2, dim=-1).values.to(base.heads_dtype)
-                margins.append(top[:, 0] - top[:, 1])
-                states.append(hidden[:, -1].to(base.heads_dtype))
+            top = logits[:, -1].topk(2, dim=-1).values.to(base.heads_dtype)
+            margins.append(top[:, 0] - top[:, 1])
+            states.append(hidden[:, -1].to(base.heads_dtype))
             self._take(best.tolist())  # the only thing that a step waits for
             if step + 1 == self.max_new_tokens or not any(row is not None for row in self.alive):
                 break
@@ -133,14 +122,14 @@ class _Batch:
         margins_of = [of_step.float().cpu().numpy() for of_step in margins]
         for row, index in enumerate(indices):
             steps = list(enumerate(self.places[row]))
-            chosen_by = [states_of[step][place] for step, place in steps] if with_hidden else []
+            chosen_by = [states_of[step][place] for step, place in steps]
             if over_prompts is not None:
                 chosen_by = [*over_prompts[row, self.width - len(self.before[row]) :], *chosen_by]
             yield Generated(
                 index=index,
                 output_ids=np.asarray(self.tokens[row], dtype=np.int64),
-                hidden=np.stack(chosen_by) if with_hidden else None,
-                margins=np.stack([margins_of[step][place] for step, place in steps]) if with_hidden else None,
+                hidden=np.stack(chosen_by),
+                margins=np.stack([margins_of[step][place] for step, place in steps]),
             )
 
     def _read_prompts(self, *, whole: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,7 +152,6 @@ class _Batch:
         return logits, hidden
 
     def _take(self, tokens: list[int]) -> None:
-        """Notes a step's tokens, one a row of the cache."""
         for place, token in enumerate(tokens):
             if (row := self.alive[place]) is not None:
                 self.tokens[row].append(token)

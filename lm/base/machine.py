@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
@@ -53,32 +52,22 @@ class Work:
         self.bytes_read += float(self._size) * (self._body + self._projection + self._position * cached)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a device gives at best, as measured."""
-
-    flops: float  # a second, of a matrix product
-    bytes_read: float  # a second, from memory
-
-
-def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
-    """Measures both, in under a second: a large matrix product, and a pass over more than a CPU's caches hold."""
+def measure_limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """What a device gives at best, measured in under a second: FLOPs a second, of a large matrix product, and bytes a
+    second from memory, of a pass over more than a CPU's caches hold."""
     large = device.type == "cuda"
     n = 8192 if large else 1536
     a, b = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
     many = torch.ones((4 if large else 1) << 27, device=device, dtype=torch.uint8).view(torch.int64)
-    return Limits(
-        flops=2.0 * n**3 / _fastest(lambda: a @ b, device),
-        bytes_read=many.numel() * many.element_size() / _fastest(many.max, device),
-    )
+    return 2.0 * n**3 / _fastest(lambda: a @ b, device), many.nbytes / _fastest(many.max, device)
 
 
 def share_of_limits(base: BaseLM, work: Work, seconds: float) -> str:
     """How much of what this machine reaches at best some work made use of, in words."""
-    limits = measure_limits(base.device, base.dtype)
+    flops, bytes_read = measure_limits(base.device, base.dtype)
     return (
-        f"{work.flops / seconds / limits.flops:.0%} of the {str(base.dtype).removeprefix('torch.')} FLOPs and "
-        f"{work.bytes_read / seconds / limits.bytes_read:.0%} of the memory bandwidth that this machine reaches at best"
+        f"{work.flops / seconds / flops:.0%} of the {str(base.dtype).removeprefix('torch.')} FLOPs and "
+        f"{work.bytes_read / seconds / bytes_read:.0%} of the memory bandwidth that this machine reaches at best"
     )
 
 

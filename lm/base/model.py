@@ -23,8 +23,7 @@ from lattices.errors import IncompatibleError, RescoreError, first_line
 from lm.base.cache import KVCache, TreeCache, layer_types
 from lm.base.fast.compiled import compile_layers, remove
 from lm.base.fast.graphs import SIZES, FixedCache, FixedForwards
-from lm.base.fast.packed import can_pack, product_of, unpack
-from lm.base.fast.siblings import pack_joined
+from lm.base.fast.packed import can_pack, pack_joined, product_of, unpack
 from lm.base.identity import uses_date, with_fixed_date
 from lm.base.probe import Probe, Scaling, context_length
 from lm.base.states import causal_arguments
@@ -201,8 +200,6 @@ class BaseLM:
         """
         if not text:
             raise RescoreError("a prompt is empty; every example needs text to start from")
-        if chat and not self.is_chat:
-            raise IncompatibleError(f"{self.identity.name} has no chat template; give its prompts as plain text")
         if max_tokens and not chat and max_tokens <= self.tokenizer.num_special_tokens_to_add():
             raise RescoreError(f"a limit of {max_tokens} prompt tokens leaves no room beside the special ones")
         ids = self._ids(text, chat=chat, max_tokens=max_tokens)
@@ -321,13 +318,8 @@ class BaseLM:
         if layers or not self.has_fixed_shapes:
             return self.new_cache(capacity, layers)
         if self._fixed is None or not self._fixed.has_room(capacity):
-            self._fixed = FixedForwards(self._fixed_forward, self.model.config, capacity, self.device)
+            self._fixed = FixedForwards(self._call, self.model.config, capacity, self.device)
         return self._fixed.new_cache()
-
-    def _fixed_forward(
-        self, ids: torch.Tensor, cache: KVCache, positions: torch.Tensor, mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._call(ids, cache, position_ids=positions, attention_mask=mask)
 
     @torch.inference_mode()
     def forward(
@@ -357,50 +349,38 @@ class BaseLM:
         few = len(input_ids) == 1 and input_ids.shape[1] <= SIZES[-1]
         if isinstance(cache, FixedCache) and cache.length and few and projects and not last:
             return cache.forwards(input_ids, cache, position_ids, attention_mask)
-        return self._call(
-            input_ids, cache, position_ids=position_ids, attention_mask=attention_mask, last=last, projects=projects,
-            source=source,
-        )  # fmt: skip
+        return self._call(input_ids, cache, position_ids, attention_mask, last=last, projects=projects, source=source)
 
-    def arguments(
-        self,
-        input_ids: torch.Tensor,
-        cache: KVCache | TreeCache | None,
-        *,
-        position_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        source: Source | None,
+    def adapted(
+        self, arguments: dict[str, Any], cache: KVCache | TreeCache | None, source: Source | None
     ) -> dict[str, Any]:
-        """What the model's forward is given; see `forward`."""
-        arguments = {
-            "input_ids": input_ids, "attention_mask": attention_mask, self._cache_argument: cache,
-            "use_cache": cache is not None,
-        }  # fmt: skip
-        if self.takes_positions:
-            arguments["position_ids"] = position_ids
+        """What the model's forward is given, of what a decoder alone is; see `forward`."""
         return arguments
 
     def _call(
         self,
         input_ids: torch.Tensor,
         cache: KVCache | TreeCache | None,
-        *,
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        *,
         last: int = 0,
         projects: bool = True,
         source: Source | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        arguments = self.arguments(
-            input_ids, cache, position_ids=position_ids, attention_mask=attention_mask, source=source
-        )
+        arguments: dict[str, Any] = {
+            "input_ids": input_ids, "attention_mask": attention_mask, self._cache_argument: cache,
+            "use_cache": cache is not None,
+        }  # fmt: skip
+        if self.takes_positions:
+            arguments["position_ids"] = position_ids
         if self._takes_last:
             arguments["logits_to_keep"] = last
         self._projects, self._last = projects, last
         states = cache.states if isinstance(cache, KVCache) else None
         try:
             with states.noting(self) if states else nullcontext():
-                output = self.model(**arguments)
+                output = self.model(**self.adapted(arguments, cache, source))
         finally:
             self._projects, self._last = True, 0
         if self._hidden is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,13 +50,16 @@ class LayerStates:
             if layer == FINAL:
                 hooks.append(base.model.base_model.register_forward_hook(self._note_output))
             else:
-                note = _Note(self._noted, layer)
+                note = partial(self._note_input, layer)
                 hooks.append(decoder_layers(base)[layer].register_forward_pre_hook(note, with_kwargs=True))
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _note_input(self, layer: int, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._noted[layer] = args[0] if args else kwargs["hidden_states"]
 
     def _note_output(self, _module: torch.nn.Module, _args: Any, output: Any) -> None:
         self._noted[FINAL] = output[0]
@@ -77,16 +81,6 @@ class LayerStates:
             self.logits = self._projected[row, -behind][None]
         self.length += len(columns)
         self._noted.clear()
-
-
-class _Note:
-    """A hook that notes what enters a layer."""
-
-    def __init__(self, noted: dict[int, torch.Tensor], layer: int) -> None:
-        self.noted, self.layer = noted, layer
-
-    def __call__(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.noted[self.layer] = args[0] if args else kwargs["hidden_states"]
 
 
 def decoder_layers(base: BaseLM) -> torch.nn.ModuleList:

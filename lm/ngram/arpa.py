@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from decimal import Decimal
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -90,7 +90,6 @@ class _Reader:
         return b""
 
     def expect(self, header: bytes, what: str) -> None:
-        """Passes over a line that must come next."""
         if not (text := self.next_text()):
             self.cut_short(what)
         if text != header:
@@ -197,7 +196,6 @@ class _Reader:
         return Rows(numbers, words, log10p, log10_backoff)
 
     def number_words(self, words: Sequence[bytes], numbers: np.ndarray) -> None:
-        """Gives the words of 1-grams ids."""
         if _fails(b"\n".join(words).decode):
             row = next(i for i, word in enumerate(words) if _fails(word.decode))
             self.fail(numbers[row], f"is not UTF-8: {_shown(words[row])}")
@@ -306,7 +304,7 @@ def _shown(text: bytes) -> str:
 
 
 def write_arpa(model: NgramModel, path: Path) -> None:
-    """Writes a model as ARPA, atomically; compressed if the name ends in `.gz`.
+    """Writes a model as ARPA, atomically.
 
     Numbers are written as `lmplz` writes them: the fewest digits that read back as the same float32, plain from 1e-6
     to 1e21, with an exponent outside of that (`1e-7`), negative zero as 0. Raises `InvalidDataError` for a model that
@@ -314,11 +312,7 @@ def write_arpa(model: NgramModel, path: Path) -> None:
     `path` can't be written.
     """
     _check_writable(model, path)
-    with atomic_file(path) as temporary, ExitStack() as stack:
-        stream: BinaryIO | gzip.GzipFile = stack.enter_context(temporary.open("wb"))
-        if path.suffix == ".gz":
-            # No name and no time in the header: the same model gives the same bytes.
-            stream = stack.enter_context(gzip.GzipFile("", "wb", compresslevel=6, fileobj=stream, mtime=0))
+    with atomic_file(path) as temporary, temporary.open("wb") as stream:
         header = "".join(f"ngram {n}={len(ngrams)}\n" for n, ngrams in enumerate(model.orders, start=1))
         stream.write(f"\\data\\\n{header}".encode())
         for n, ngrams in enumerate(model.orders, start=1):

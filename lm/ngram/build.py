@@ -37,14 +37,15 @@ from lm.ngram.corpus import (
     CorpusSource,
     EncodedCorpus,
     check_there,
+    check_unchanged,
     encode_corpora,
     find_sources,
-    is_unchanged,
 )
 from lm.ngram.counting import BREAK, Progress, Workspace, count_full, no_progress
 from lm.ngram.estimation import Estimate, check_fallback, check_thresholds, estimate
 from lm.ngram.tables import build_table
 from lm.options import Field, Size, Utf8Errors
+from lm.records import plain
 from lm.text_files import name_without_endings
 
 WORDS = "words"  # the tokenizer's name that stands for none
@@ -53,6 +54,7 @@ OVERHEAD = 1 << 28  # libraries, compiled code and the blocks of text in hand
 COUNTING_FOLDER, ENCODED_FILE, STREAM_FILE = ".counting", "encoded.json", "stream.i32"
 ARPA_FILE, AUTOMATON_FILE, MANIFEST_FILE = "model.arpa", "automaton.bin", "manifest.json"
 KIND = "n-gram model"
+WRITTEN_WORDS = 1 << 18  # of lmplz's text at a time
 COUNTING_FORMAT = 1  # changes with what the files of `.counting` mean
 Estimator = Literal["own", "lmplz"]
 Smoothing = Literal["kneser-ney", "katz"]
@@ -161,18 +163,14 @@ def build_ngram(
             **{name: getattr(options, name) for name in READING},
             "tokenizer_sha256": tokenizer_hash,
             "tokenization_sha256": tokenization_hash,
-            "corpora": [dataclasses.asdict(source) for source in sources],
+            "corpora": sources,
         }
-        # Where a file lay says nothing about the model; its hash does.
-        corpora_read = [
-            {**dataclasses.asdict(s), "name": s.name if s.kind == "hub" else Path(s.name).name} for s in sources
-        ]
         estimating = {name: getattr(options, name) for name in ESTIMATING}
-        manifest = json.loads(json.dumps({**reading, "corpora": corpora_read, **estimating}))
-        if _is_there(out / MANIFEST_FILE, manifest, replace=replace):
-            warn(f"{out} holds this model already; it is made again")
+        manifest = plain({**reading, "corpora": [source.without_place() for source in sources], **estimating})
+        if (out / MANIFEST_FILE).is_file():
+            check_earlier(out, _changed_since(out / MANIFEST_FILE, manifest), what="model", replace=replace)
         work = out / COUNTING_FOLDER
-        counted = json.loads(json.dumps({"format": COUNTING_FORMAT, **reading}))
+        counted = plain({"format": COUNTING_FORMAT, **reading})
         earlier = _read_encoded(work, counted)
         encoded = earlier or _encode(sources, work, tokenizer, options, counted, progress)
         if options.estimator == "lmplz":
@@ -230,11 +228,6 @@ def write_model(model: NgramModel, out: Path, manifest: dict[str, Any], *, progr
 # Where a model goes
 
 
-def default_folder(corpora: Sequence[Path | str], order: int) -> Path:
-    """Where a model goes if the user does not say: `NAME-4gram` beside a corpus. Raises as `folder_beside`."""
-    return folder_beside(corpora, f"-{order}gram")
-
-
 def folder_beside(corpora: Sequence[Path | str], ending: str, *, what: str = "model") -> Path:
     """The folder NAME and `ending` beside a corpus NAME.txt, NAME.jsonl.gz ... or a folder NAME.
 
@@ -261,32 +254,39 @@ def check_place(out: Path) -> None:
     """The whole folder is replaced, so it must be new, empty or an earlier model's."""
     if out.is_file():
         raise OutputError(f"{out} is a file; the model is a folder, choose another --out")
-    if not out.is_dir():
+    if not out.is_dir() or is_model_folder(out):
         return
-    with suppress(OSError, ValueError):
-        if json.loads((out / MANIFEST_FILE).read_text(encoding="utf-8")).get("kind") == KIND:
-            return
     if any(path.name != COUNTING_FOLDER for path in out.iterdir()):
         raise OutputError(f"{out} holds files that are no n-gram model, which would be lost; choose another --out")
 
 
-def _is_there(path: Path, manifest: Mapping[str, Any], *, replace: bool) -> bool:
-    """Whether a manifest is there and of a model made of the same things. Raises `IncompatibleError` with the
-    difference if it is of another one, unless that may be replaced."""
-    if not path.is_file():
-        return False
+def is_model_folder(folder: Path) -> bool:
+    """Whether the manifest in a folder says that an n-gram model was built there."""
+    with suppress(OSError, ValueError, AttributeError):
+        return bool(json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")).get("kind") == KIND)
+    return False
+
+
+def check_earlier(out: Path, changed: Sequence[str], *, what: str, replace: bool) -> None:
+    """Says that what is finished in `out` is made again if nothing has changed since. Raises `IncompatibleError` with
+    the difference if it was made of other things, unless that may be replaced."""
+    if not changed:
+        warn(f"{out} holds this {what} already; it is made again")
+    elif not replace:
+        raise IncompatibleError(
+            f"{out} holds another {what} ({'; '.join(changed)}); remove it, or give this one --out DIR"
+        )
+
+
+def _changed_since(path: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """In what the model of the manifest at `path` was made of other things."""
     earlier = read_json_object(path, missing=f"no n-gram model in {path.parent}", advice="give another --out")
     before, now = (
         {name: made.get(name) for name in DISTINGUISHING}
         | {"corpora": {c.get("name"): str(c.get("sha256"))[:12] for c in made.get("corpora") or () if c}}
         for made in (earlier, manifest)
     )
-    changed = changed_settings(before, now)
-    if changed and not replace:
-        raise IncompatibleError(
-            f"{path.parent} holds another model ({'; '.join(changed)}); remove it, or give this one --out DIR"
-        )
-    return not changed
+    return changed_settings(before, now)
 
 
 # Reading
@@ -328,8 +328,7 @@ def _encode(
             sources, stream, tokenizer=tokenizer, left_context=options.order - 1, field=options.field,
             errors=options.errors, surface=options.surface, progress=progress,
         )  # fmt: skip
-        if not all(map(is_unchanged, sources)):
-            raise IncompatibleError("the corpora were replaced while they were read; run the command again")
+        check_unchanged(sources)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)  # a part of a stream is of no use
         with suppress(OSError):
@@ -348,8 +347,12 @@ def _run_lmplz(encoded: EncodedCorpus, work: Path, options: NgramOptions, progre
     from lm.ngram.arpa import read_arpa
 
     text, arpa = work / "stream.txt", work / "lmplz.arpa"
-    with writing(text):
-        _write_text(encoded, text)
+    ids, words = encoded.ids(), np.array([word + " " for word in encoded.vocabulary], dtype=object)
+    words[SENTENCE_END] = "\n"
+    with writing(text), text.open("w", encoding="utf-8", newline="\n") as stream:
+        for begin in range(0, len(ids), WRITTEN_WORDS):
+            part = ids[begin : begin + WRITTEN_WORDS]
+            stream.write("".join(words[np.where(part == BREAK, SENTENCE_END, part)]))
     arguments = ["--order", str(options.order), "--memory", f"{options.memory}b"]
     arguments += ["--temp_prefix", f"{work.resolve()}{os.sep}", "--vocab_estimate", str(len(encoded.vocabulary))]
     arguments += ["--text", str(text), "--arpa", str(arpa), "--prune", *map(str, options.prune)]
@@ -364,14 +367,3 @@ def _run_lmplz(encoded: EncodedCorpus, work: Path, options: NgramOptions, progre
     discounts = re.findall(r"^\d+ \S+ D1=(\S+) D2=(\S+) D3\+=(\S+)$", done.stderr, re.MULTILINE)
     text.unlink()
     return Estimate(read_arpa(arpa), tuple(tuple(map(float, of_order)) for of_order in discounts), ())
-
-
-def _write_text(encoded: EncodedCorpus, path: Path) -> None:
-    ids = encoded.ids()
-    words = np.array([w + " " for w in encoded.vocabulary], dtype=object)
-    words[SENTENCE_END] = "\n"
-    step = 1 << 18
-    with path.open("w", encoding="utf-8", newline="\n") as stream:
-        for begin in range(0, len(ids), step):
-            part = ids[begin : begin + step]
-            stream.write("".join(words[np.where(part == BREAK, SENTENCE_END, part)]))

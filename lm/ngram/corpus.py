@@ -63,6 +63,10 @@ class CorpusSource:
         """The file that is read (not of a hub data set)."""
         return Path(self.name) / CORPUS_FILE if self.kind == "own" else Path(self.name)
 
+    def without_place(self) -> CorpusSource:
+        """The same, named without its folder: where a file lay says nothing about what is made of it; its hash does."""
+        return self if self.kind == "hub" else dataclasses.replace(self, name=Path(self.name).name)
+
 
 @dataclass(frozen=True)
 class EncodedCorpus:
@@ -106,8 +110,13 @@ def check_there(corpora: Sequence[Path | str]) -> None:
                 raise unreadable(path, error) from error
 
 
-def is_unchanged(source: CorpusSource) -> bool:
-    """Whether a source's file still holds what was found (a hub data set does not change in its cache)."""
+def check_unchanged(sources: Iterable[CorpusSource]) -> None:
+    """Raises `IncompatibleError` if a file no longer holds what was found there."""
+    if not all(map(_is_unchanged, sources)):
+        raise IncompatibleError("the corpora were replaced while they were read; run the command again")
+
+
+def _is_unchanged(source: CorpusSource) -> bool:  # a hub data set does not change in its cache
     return source.kind == "hub" or remembered_sha256(source.path) == source.sha256
 
 
@@ -149,7 +158,7 @@ def encode_corpora(
     field: str = "text",
     errors: str = "strict",
     surface: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> EncodedCorpus:
     """Writes the stream of word ids of all sources to `path`.
 
@@ -177,7 +186,7 @@ def encode_tokens(
     left_context: int,
     field: str = "text",
     errors: str = "strict",
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> tuple[int, int]:
     """Writes the token ids of all sources to `path`, raw int32, with `END` of `lattices.joined.corpus_index` after each
     document; gives the documents and their tokens.
@@ -204,11 +213,10 @@ def _write(
     *,
     ends: tuple[int, ...],
     unit: str,
-    progress: Progress | None,
+    progress: Progress,
 ) -> tuple[int, int]:
     """Writes what `ids_of` makes of the word ids of each part of the sources; gives the documents, after each of which
     stands one of `ends`, and the ids beside those. Raises as `encode_corpora`; `unit`: what it calls an id."""
-    progress = progress or no_progress
     documents = tokens = done = 0
     total = sum(source.size for source in sources)
     with writing(path), path.open("wb") as out:
@@ -314,7 +322,6 @@ class _Words(_Numbering):
         self._ids = {b"": -2, **{word.encode(): -1 for word in SPECIAL_WORDS}, b"\n": SENTENCE_END}
 
     def parts(self, source: CorpusSource) -> Iterator[np.ndarray]:
-        """See `_Numbering.parts`."""
         if source.kind == "own":
             raise RescoreError(f"{source.name} holds token ids; choose the tokenizer of its base instead of words")
         if source.kind == "text":
@@ -345,7 +352,6 @@ class _Words(_Numbering):
         return np.asarray(ids[ids >= 0])
 
     def names(self) -> list[str]:
-        """See `_Numbering.names`."""
         return [word.decode() for word in list(self._ids)[len(SPECIAL_WORDS) + 2 :]]
 
 
@@ -361,7 +367,6 @@ class _Tokens(_Numbering):
         self._number = np.zeros(self.limit, np.int32)  # 0: not seen
 
     def parts(self, source: CorpusSource) -> Iterator[np.ndarray]:
-        """See `_Numbering.parts`."""
         documents: Iterable[str | list[int]]
         if source.kind == "own":
             documents = self._own_output(source)
@@ -399,7 +404,6 @@ class _Tokens(_Numbering):
         return ids
 
     def names(self) -> list[str]:
-        """See `_Numbering.names`."""
         if not self.surface:
             return list(map(str, self.token_ids))
         return list(map(_writable, self.tokenizer.convert_ids_to_tokens(self.token_ids), self.token_ids))

@@ -95,7 +95,7 @@ def count_full(
     memory: int,
     threads: int,
     executor: Executor = HERE,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> FullCounts:
     """Counts the n-grams of the highest order in a stream `ids` int32 `[t]` (may be memory-mapped).
 
@@ -105,7 +105,7 @@ def count_full(
     up to four runs of each wait in the cluster's own store.
     Raises `OutputError` if the folder can't be written.
     """
-    layout, progress = key_layout(order, vocabulary_size), progress or no_progress
+    layout = key_layout(order, vocabulary_size)
     columns = layout.columns
     per_token = 8 * columns * (2 if columns == 1 else 3) + 17
     chunk = max(LEAST_CHUNK, min(memory // (2 * threads * per_token), -(-len(ids) // threads)))
@@ -202,7 +202,6 @@ def _merge_runs(
 
 
 def _merged(pieces: list[Run]) -> Run:
-    """One range of keys, of several runs."""
     while len(pieces) > 1:
         pieces = [_merge_two(*pieces[i : i + 2]) for i in range(0, len(pieces) - 1, 2)] + (
             pieces[-1:] if len(pieces) % 2 else []

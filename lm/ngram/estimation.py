@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +31,6 @@ from lattices.ngrams import SENTENCE_START, SPECIAL_WORDS, NgramArrays, NgramMod
 from lm.ngram.counting import Workspace
 from lm.ngram.tables import NgramTable
 
-DEFAULT_FALLBACK = (0.5, 1.0, 1.5)  # lmplz's
 GOOD_TURING_LIMIT = 5  # counts above are taken as they are (Katz's k)
 KATZ_CUTOFFS = (0, 0, 1, 3)  # trigrams seen twice, longer ones four times: [A]
 SPECIALS = len(SPECIAL_WORDS)
@@ -52,31 +50,30 @@ def estimate(
     table: NgramTable,
     vocabulary: Sequence[str],
     *,
-    smoothing: str = "kneser-ney",
-    prune: Sequence[int] = (),
-    discount_fallback: Sequence[float] | None = None,
-    max_ngrams: int | None = None,
-    workspace: Workspace | None = None,
+    smoothing: str,
+    prune: Sequence[int],
+    discount_fallback: Sequence[float] | None,
+    max_ngrams: int | None,
+    workspace: Workspace,
 ) -> Estimate:
     """The back-off model of the counts in `table`; `vocabulary[i]` is the word with id i.
 
-    `prune` gives the counts up to which n-grams are dropped, order by order, never falling; its last value holds for
-    the rest. With `smoothing="katz"` and no `prune`, `KATZ_CUTOFFS` hold. `discount_fallback` (up to three numbers) is
-    used where Kneser-Ney's discounts can't be estimated. `max_ngrams` prunes by entropy down to so many n-grams in all.
-    `workspace` gives the large arrays, so that they can lie on disk.
-    Raises `InvalidDataError` where the corpus is too small or too regular to estimate discounts, `RescoreError` for
-    settings that make no sense.
+    `prune` gives the counts up to which n-grams are dropped, order by order (of `check_thresholds`).
+    `discount_fallback` (of `check_fallback`) is used where Kneser-Ney's discounts can't be estimated. `max_ngrams`
+    prunes by entropy down to so many n-grams in all. `workspace` gives the large arrays, so that they can lie on disk.
+    Raises `InvalidDataError` where the corpus is too small or too regular to estimate discounts, `RescoreError` where
+    `max_ngrams` leaves no room for the words.
     """
-    thresholds, fallback = check_thresholds(prune, table.order, smoothing), check_fallback(discount_fallback)
-    workspace = workspace or Workspace(Path(), 1 << 62)  # all in memory
     kept = workspace.empty(len(table.raw), np.bool_)
     for n in range(1, table.order + 1):
-        kept[table.span(n)] = table.raw[table.span(n)] > thresholds[n - 1]
+        kept[table.span(n)] = table.raw[table.span(n)] > prune[n - 1]
     kept[:SPECIALS] = True
+    p, backoff = (workspace.empty(len(kept), np.float64) for _ in range(2))
+    backoff[:] = 1.0
     if smoothing == "katz":
-        p, backoff, discounts, fallback_orders = _katz(table, kept, workspace)
+        discounts, fallback_orders = _katz(table, kept, p, backoff)
     else:
-        p, backoff, discounts, fallback_orders = _kneser_ney(table, kept, fallback, workspace)
+        discounts, fallback_orders = _kneser_ney(table, kept, discount_fallback, p, backoff)
     if max_ngrams is not None and int(kept.sum()) > max_ngrams:
         kept = _entropy_pruned(table, kept, p, max_ngrams)
         _normalise(table, kept, p, backoff)
@@ -85,7 +82,8 @@ def estimate(
 
 
 def check_thresholds(prune: Sequence[int], order: int, smoothing: str) -> tuple[int, ...]:
-    """One threshold an order; the last given one holds for the rest. Raises `RescoreError`."""
+    """One threshold an order, never falling; the last given one holds for the rest, and without any Katz has
+    `KATZ_CUTOFFS`. Raises `RescoreError`."""
     values = [int(v) for v in prune] or list(KATZ_CUTOFFS[:order] if smoothing == "katz" else (0,))
     if len(values) > order:
         raise RescoreError(f"{len(values)} pruning thresholds for a model of order {order}; give at most {order}")
@@ -147,26 +145,24 @@ def kneser_ney_discounts(numbers: np.ndarray, n: int) -> tuple[float, float, flo
     return float(discounts[0]), float(discounts[1]), float(discounts[2])
 
 
-# Probabilities per n-gram and back-offs per context, float64, by the table's indices; discounts by order; the orders
-# whose discounts stand in for an estimate.
-_Smoothed = tuple[np.ndarray, np.ndarray, list[tuple[float, ...]], list[int]]
+# Discounts by order; the orders whose discounts stand in for an estimate. Probabilities per n-gram and back-offs per
+# context are written to arrays, by the table's indices.
+_Discounts = tuple[list[tuple[float, ...]], list[int]]
 
 
 def _kneser_ney(
-    table: NgramTable, kept: np.ndarray, fallback: tuple[float, float, float] | None, workspace: Workspace
-) -> _Smoothed:
-    p, backoff = workspace.empty(len(kept), np.float64), workspace.empty(len(kept), np.float64)
-    backoff[:] = 1.0
+    table: NgramTable, kept: np.ndarray, fallback: Sequence[float] | None, p: np.ndarray, backoff: np.ndarray
+) -> _Discounts:
     by_order: list[tuple[float, ...]] = []
     fallback_orders = []
     for n in range(1, table.order + 1):
         span = table.span(n)
         try:
-            discounts = kneser_ney_discounts(count_statistics(table, n), n)
+            discounts: tuple[float, ...] = kneser_ney_discounts(count_statistics(table, n), n)
         except InvalidDataError:
             if fallback is None:
                 raise
-            discounts = fallback
+            discounts = tuple(fallback)
             fallback_orders.append(n)
         by_order.append(discounts)
         subtracted = np.array((0.0, *discounts))
@@ -186,7 +182,7 @@ def _kneser_ney(
             used = denominator > 0
             backoff[contexts] = np.divide(backoff[contexts], denominator, out=np.ones(len(used)), where=used)
             _interpolate(table, n, subtracted, denominator, backoff, p)
-    return p, backoff, by_order, fallback_orders
+    return by_order, fallback_orders
 
 
 @njit(cache=True, nogil=True)
@@ -234,9 +230,7 @@ def good_turing_factors(raw: np.ndarray) -> tuple[np.ndarray, bool]:
     return factors, stood_in
 
 
-def _katz(table: NgramTable, kept: np.ndarray, workspace: Workspace) -> _Smoothed:
-    p, backoff = workspace.empty(len(kept), np.float64), workspace.empty(len(kept), np.float64)
-    backoff[:] = 1.0
+def _katz(table: NgramTable, kept: np.ndarray, p: np.ndarray, backoff: np.ndarray) -> _Discounts:
     by_order: list[tuple[float, ...]] = []
     fallback_orders = []
     for n in range(1, table.order + 1):
@@ -269,7 +263,7 @@ def _katz(table: NgramTable, kept: np.ndarray, workspace: Workspace) -> _Smoothe
         denominator[(denominator > 0) & (denominator - seen < LEAST_MASS * denominator)] += 1
         p[span] = discounted / denominator[local]
     _normalise(table, kept, p, backoff)
-    return p, backoff, by_order, fallback_orders
+    return by_order, fallback_orders
 
 
 def _normalise(table: NgramTable, kept: np.ndarray, p: np.ndarray, backoff: np.ndarray) -> None:

@@ -19,6 +19,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,11 @@ import kenlm
 import numpy as np
 
 from lattices.automaton import LN10, SCORE_SCALE
-from lattices.errors import InvalidDataError, unreadable
+from lattices.errors import InvalidDataError
 from lattices.lattice import Lattice
 from lattices.ngram_search import ARC_SCALE, LOWEST_HEAD, checked_weight
 from lattices.ngrams import SENTENCE_END, SENTENCE_START, SPECIAL_WORDS, UNKNOWN
 from lattices.search import PBest, draft_count, p_best
-from lm.ngram.arpa import KENLM_MAGIC
 
 # After 88 bytes of magic and sanity values: order, probing multiplier, model type, whether the file ends with its
 # words, version of the search, number of 1-grams.
@@ -41,6 +41,7 @@ LOWEST_LOG10P = -10_000.0  # below it a score is a damaged number, not a probabi
 PROBE_TIMEOUT_S = 60.0  # KenLM searches a damaged hash table for ever
 BEAM = 64
 _Prefix = tuple[int, tuple[int, ...], Any]  # minus the score (so that sorting puts the best first), tokens, state
+_order = itemgetter(0, 1)
 
 # Runs in the child: stdin holds words (JSON), stdout gets what is wrong with the model, or nothing.
 _PROBE = """
@@ -74,61 +75,30 @@ elif not any(scores):
 
 
 class KenlmModel:
-    """A model scored by KenLM; `KenlmModel.load` makes one.
+    """A model scored by KenLM; `KenlmModel.load` makes one. Words are strings as in the file; states never change."""
 
-    Words are strings as in the file; a word given as an id stands for `words[id]`, or, without `words`, for the id in
-    decimal digits, which is how `build-ngram` writes token ids. States are KenLM's and never change.
-    """
-
-    def __init__(self, model: Any, *, words: Sequence[str] | None = None) -> None:
-        self.words = words
+    def __init__(self, model: Any) -> None:
         self.order: int = model.order
         self._model = model
         self._start = kenlm.State()
         model.BeginSentenceWrite(self._start)
 
     @classmethod
-    def load(cls, path: Path, *, words: Sequence[str] | None = None) -> KenlmModel:
-        """Loads `.arpa`, `.arpa.gz` or a KenLM binary (told apart by content, not by name).
-
-        Raises `InvalidDataError` in one line for what KenLM can't load or would load wrongly, `RescoreError` if the
-        file can't be read.
-        """
-        try:
-            with path.open("rb") as stream:
-                start = stream.read(len(KENLM_MAGIC))
-        except OSError as error:
-            raise unreadable(path, error) from error
-        if not start:
-            raise InvalidDataError(f"{path} is empty; get it again")
-        if start == KENLM_MAGIC:
-            _probe(path, _own_words(path))
+    def load(cls, path: Path) -> KenlmModel:
+        """Loads a KenLM binary, by its first bytes. Raises `InvalidDataError` in one line for what KenLM can't load or
+        would load wrongly."""
+        _probe(path, _own_words(path))
         config = kenlm.Config()
-        config.show_progress, config.arpa_complain = False, kenlm.ARPALoadComplain.NONE
+        config.show_progress = False
         try:
             model = kenlm.Model(str(path), config)
         except (OSError, RuntimeError, ValueError) as error:
             raise InvalidDataError(f"KenLM can't load {path}: {_reason(str(error))}") from error
-        return cls(model, words=words)
+        return cls(model)
 
-    def word_of(self, word: str | int) -> str:
-        """The file's string of a word that may be an id."""
-        if isinstance(word, str):
-            return word
-        return str(int(word)) if self.words is None else self.words[word]
-
-    def __contains__(self, word: str | int) -> bool:
-        """Whether the model knows the word; `<unk>` itself counts as unknown, as in KenLM."""
-        return self.word_of(word) in self._model
-
-    def is_unknown(self, word: str | int) -> bool:
-        """Whether the word is scored as `<unk>`."""
-        return word not in self
-
-    @property
-    def sentence_end(self) -> str:
-        """The word that ends a sentence."""
-        return SPECIAL_WORDS[SENTENCE_END]
+    def is_unknown(self, word: str) -> bool:
+        """Whether the word is scored as `<unk>`; that itself counts as unknown, as in KenLM."""
+        return word not in self._model
 
     def begin_sentence(self) -> Any:
         """The state after `<s>`."""
@@ -140,15 +110,15 @@ class KenlmModel:
         self._model.NullContextWrite(state)
         return state
 
-    def score(self, state: Any, word: str | int) -> tuple[float, Any]:
+    def score(self, state: Any, word: str) -> tuple[float, Any]:
         """log10 probability of a word after `state`, and the state after the word."""
         after = kenlm.State()
-        return self._model.BaseScore(state, self.word_of(word), after), after
+        return self._model.BaseScore(state, word, after), after
 
-    def full_score(self, state: Any, word: str | int) -> tuple[float, int, Any]:
+    def full_score(self, state: Any, word: str) -> tuple[float, int, Any]:
         """As `score`, with the length of the longest n-gram of the file that ends in the word (1: no context used)."""
         after = kenlm.State()
-        result = self._model.BaseFullScore(state, self.word_of(word), after)
+        result = self._model.BaseFullScore(state, word, after)
         return result.log_prob, result.ngram_length, after
 
 
@@ -213,12 +183,12 @@ class KenlmSearch:
 
     def __init__(self, model: KenlmModel, eos_token_ids: Sequence[int], *, end_token: int | None = None) -> None:
         self.model, self.end_token = model, end_token
-        self._word = {token: model.sentence_end for token in eos_token_ids}
+        self._word = {token: SPECIAL_WORDS[SENTENCE_END] for token in eos_token_ids}
 
     def coverage(self, token_ids: np.ndarray) -> float:
         """Share of these tokens that the model knows."""
         tokens = np.unique(token_ids, return_counts=True)
-        known = [count for token, count in zip(*tokens, strict=True) if self._of(int(token)) in self.model]
+        known = [count for token, count in zip(*tokens, strict=True) if not self.model.is_unknown(self._of(token))]
         return float(sum(known) / max(1, token_ids.size))
 
     def p_best_after(self, lattice: Lattice, lefts: Sequence[Sequence[int]], p: int, *, weight: float) -> PBest:
@@ -253,10 +223,13 @@ class KenlmSearch:
                 return [(minus, (*tokens, ids[j][0]), None)]
             key = (j, tokens[max(0, len(tokens) - kept) :])
             if key not in known:  # what KenLM says depends on these tokens only (and what stood before slot 1)
-                scored = (self.model.score(before, self._of(token)) for token in ids[j])
-                known[key] = [(round(log10p * LN10 * SCORE_SCALE), after) for log10p, after in scored]
+                scored = ((token, *self.model.score(before, self._of(token))) for token in ids[j])
+                known[key] = [
+                    (round(log10p * LN10 * SCORE_SCALE), None if token == self.end_token else after)
+                    for token, log10p, after in scored
+                ]
             return [
-                (minus - heads[j][e] - factor * score, (*tokens, ids[j][e]), None if self._ends(ids[j][e]) else after)
+                (minus - heads[j][e] - factor * score, (*tokens, ids[j][e]), after)
                 for e, (score, after) in enumerate(known[key])
             ]
 
@@ -278,17 +251,10 @@ class KenlmSearch:
             groups = {key: sorted(group, key=_order)[:p] for key, group in grown.items()}
         return sorted((prefix for group in groups.values() for prefix in group), key=_order)[:p]
 
-    def _ends(self, token: int) -> bool:
-        return token == self.end_token
-
     def _remaining(self, ids: list[list[int]], heads: list[list[int]]) -> list[int]:
         """The most that the heads give from the slots after each: all of them, or up to an end-of-text."""
         remaining = [0]
         for slot, scores in zip(ids[:0:-1], heads[:0:-1], strict=True):
-            ends = [score for token, score in zip(slot, scores, strict=True) if self._ends(token)]
+            ends = [score for token, score in zip(slot, scores, strict=True) if token == self.end_token]
             remaining.insert(0, max([scores[0] + remaining[0], *ends]))
         return remaining
-
-
-def _order(prefix: _Prefix) -> tuple[int, tuple[int, ...]]:
-    return prefix[0], prefix[1]

@@ -30,11 +30,13 @@ ARPA_SUFFIXES = (".arpa", ".arpa.gz", ".lm", ".gz")
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """What the manifest of a model's folder says of its words."""
+    """What the manifest of a model's folder says of its words, and of its estimation."""
 
     tokenizer: str | None = None  # the base LM's name, or `words`; None: not known
     tokenizer_sha256: str | None = None
     surface: bool = False  # words are token strings, not ids
+    smoothing: str = ""
+    discounts: tuple[tuple[float, ...], ...] = ()  # by order
     files: dict[str, str] | None = None  # sha256 by name; None: an earlier version's, or a shipped model's
 
 

@@ -110,7 +110,12 @@ def mix_ngrams(
     `tuned` goes into the manifest: how the weights were found. Raises `RescoreError` for weights that make no sense,
     `InvalidDataError` for a broken part, `OutputError` where `out` can't be written, is a part or is being written to.
     """
-    _check_weights(weights, len(parts))
+    if len(parts) < 2:
+        raise RescoreError("a mixture is made of two n-gram models or more")
+    if len(parts) != len(weights):
+        raise RescoreError(f"{len(weights)} weights for {len(parts)} n-gram models; give one for each")
+    if min(weights) <= 0 or not np.isfinite(sum(weights)):
+        raise RescoreError("the weights of a mixture must be numbers above 0")
     check_place(out)
     if out.resolve() in [part.file.resolve().parent for part in parts]:
         raise OutputError(f"{out} is one of the models to mix, which would be lost; choose another --out")
@@ -121,7 +126,7 @@ def mix_ngrams(
             progress("reading", done, len(parts))
             models.append(part.read())
         progress("mixing", 0, 1)
-        model = mix(models, weights)
+        model = Mixture(models).at(weights)
         shares = tuple(weight / sum(weights) for weight in weights)
         mixed = MixedNgram(
             str(out), model.order, tuple(map(len, model.orders)), tuple(part.name for part in parts), shares
@@ -144,27 +149,9 @@ def mix_ngrams(
         return mixed
 
 
-def mix(models: Sequence[NgramModel], weights: Sequence[float]) -> NgramModel:
-    """The mixture of models with these weights (each above 0; they are scaled to sum to one).
-
-    A word that a model does not know has probability 0 there. Raises `RescoreError` for weights that make no sense.
-    """
-    _check_weights(weights, len(models))
-    return Mixture(models).at(weights)
-
-
-def _check_weights(weights: Sequence[float], models: int) -> None:
-    """Raises `RescoreError` unless there is a weight above 0 for each of so many models, two or more."""
-    if models < 2:
-        raise RescoreError("a mixture is made of two n-gram models or more")
-    if models != len(weights):
-        raise RescoreError(f"{len(weights)} weights for {models} n-gram models; give one for each")
-    if min(weights) <= 0 or not np.isfinite(sum(weights)):
-        raise RescoreError("the weights of a mixture must be numbers above 0")
-
-
 class Mixture:
-    """The probabilities that models give to every n-gram of any of them: looked up once, mixed by any weights."""
+    """The probabilities that models give to every n-gram of any of them: looked up once, mixed by any weights. A word
+    that a model does not know has probability 0 there."""
 
     def __init__(self, models: Sequence[NgramModel]) -> None:
         place = {word: i for i, word in enumerate(SPECIAL_WORDS)}
@@ -195,7 +182,7 @@ class Mixture:
         return probabilities
 
     def at(self, weights: Sequence[float]) -> NgramModel:
-        """The mixture with these weights, above 0."""
+        """The mixture with these weights, each above 0; they are scaled to sum to one."""
         shares = np.asarray(weights, dtype=np.float64) / sum(weights)
         mixed = [
             sum((share * p for share, p in zip(shares, of_models, strict=True)), np.zeros(1))

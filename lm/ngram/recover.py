@@ -14,22 +14,14 @@ import numpy as np
 
 from lattices.errors import InvalidDataError
 from lattices.ngrams import SENTENCE_END, SENTENCE_START, NgramModel
-from lm.ngram.build import ARPA_FILE, MANIFEST_FILE
+from lm.ngram.build import ARPA_FILE
 from lm.ngram.load import Manifest, check_files, find_ngram
-from lm.records import read_record
 
 ROUNDING = 3e-7  # of a probability in an ARPA file, at most
 MOST = 300_000  # occurrences of a context: of more, rounding hides which whole number it was
 
 
-class Estimated(Manifest, frozen=True):
-    """What the manifest of a model's folder says of its estimation."""
-
-    smoothing: str = ""
-    discounts: tuple[tuple[float, ...], ...] = ()  # by order
-
-
-def counts_of_tokens(folder: Path) -> tuple[np.ndarray, Path, Estimated]:
+def counts_of_tokens(folder: Path) -> tuple[np.ndarray, Path, Manifest]:
     """How often each token stood in the text of the n-gram model in a folder, int64 by token id, the last `</s>`; the
     model's file; its manifest.
 
@@ -39,8 +31,7 @@ def counts_of_tokens(folder: Path) -> tuple[np.ndarray, Path, Estimated]:
     """
     from lm.ngram.arpa import read_arpa
 
-    file, _ = find_ngram(folder, ARPA_FILE)
-    manifest = read_record(folder / MANIFEST_FILE, Estimated, missing=f"no n-gram model in {folder}")
+    file, manifest = find_ngram(folder, ARPA_FILE)
     check_files(file, manifest)
     model = read_arpa(file)
     if manifest.smoothing != "kneser-ney" or model.order < 2 or len(manifest.discounts) != model.order:

@@ -1,8 +1,8 @@
 """Perplexity of a text under an n-gram model, with the counts that say what it is worth: unknown words, n-gram lengths.
 
 `score_file` is what the command `score-ngram` does; `score_text` knows nothing about files. A model reads a sentence
-word by word: `lm.ngram.kenlm.KenlmModel` strings or ids, an automaton through `AutomatonScorer` its word ids. The
-numbers are those of KenLM's `query`.
+word by word: `lm.ngram.kenlm.KenlmModel` strings, an automaton through `AutomatonScorer` its word ids. The numbers are
+those of KenLM's `query`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SCORED_WORDS = 100_000  # between two calls of `progress`
 class AutomatonScorer:
     """An automaton that is asked as `lm.ngram.kenlm.KenlmModel` is: by word ids, of which 0 is unknown."""
 
-    order, sentence_end = 0, SENTENCE_END  # no order: it does not tell how long the n-gram was that gave a score
+    order = 0  # it does not tell how long the n-gram was that gave a score
 
     def __init__(self, automaton: Automaton) -> None:
         self.automaton = automaton
@@ -115,16 +115,12 @@ def score_file(
             sources, Path(work) / "stream.i32", tokenizer=cut, left_context=loaded.order - 1, field=field,
             errors=errors, surface=manifest.surface, progress=progress,
         )  # fmt: skip
-        words = np.arange(len(encoded.vocabulary))
-        scorer: AutomatonScorer | KenlmModel
-        if isinstance(loaded.model, Automaton):
-            place = {word: i for i, word in enumerate(loaded.model.vocabulary)}
-            words = np.array([place.get(word, UNKNOWN) for word in encoded.vocabulary])
-            scorer = AutomatonScorer(loaded.model)
-        else:
-            loaded.model.words = encoded.vocabulary
-            scorer = loaded.model
-        return score_text(scorer, _sentences(encoded, words, progress), end=False)
+        if isinstance(loaded.model, KenlmModel):
+            words = np.array(encoded.vocabulary, dtype=object)
+            return score_text(loaded.model, _sentences(encoded, words, progress))
+        place = {word: i for i, word in enumerate(loaded.model.vocabulary)}
+        words = np.array([place.get(word, UNKNOWN) for word in encoded.vocabulary])
+        return score_text(AutomatonScorer(loaded.model), _sentences(encoded, words, progress))
 
 
 def _manifest(ngram: Path) -> Manifest:
@@ -159,7 +155,7 @@ def _tokenizer(asked: str | None, manifest: Manifest, ngram: Path) -> Any | None
     return loaded
 
 
-def _sentences(encoded: EncodedCorpus, words: np.ndarray, progress: Progress) -> Iterator[list[int]]:
+def _sentences(encoded: EncodedCorpus, words: np.ndarray, progress: Progress) -> Iterator[list[Any]]:
     """The model's words of every document, `</s>` included; there is none where a document was cut."""
     ids = encoded.ids()
     begin = reported = 0
@@ -171,32 +167,29 @@ def _sentences(encoded: EncodedCorpus, words: np.ndarray, progress: Progress) ->
         begin = end + 1
 
 
-def score_text(
-    model: AutomatonScorer | KenlmModel, sequences: Iterable[Sequence[Any]], *, end: bool = True
-) -> NgramScore:
-    """Scores every sequence as a sentence after `<s>`, followed by `</s>` unless `end` is False.
+def score_text(model: AutomatonScorer | KenlmModel, sentences: Iterable[Sequence[Any]]) -> NgramScore:
+    """Scores sentences, each after `<s>`, of the words that the model takes, the `</s>` that ends one among them.
 
-    Words are what the model takes (strings or ids). An empty sequence is a sentence of `</s>` alone, as in KenLM's
-    `query`. Raises `RescoreError` if there is no sequence at all.
+    Raises `RescoreError` if there is no sentence at all.
     """
     hits = [0] * model.order
-    sentences = tokens = unknown = 0
+    count = tokens = unknown = 0
     log10p = log10p_unknown = 0.0
-    for sequence in sequences:
-        sentences += 1
+    for sentence in sentences:
+        count += 1
         state = model.begin_sentence()
-        for position, word in enumerate([*sequence, model.sentence_end] if end else sequence):
+        for word in sentence:
             token_log10p, length, state = model.full_score(state, word)
             if hits:
                 hits[length - 1] += 1
             tokens += 1
             log10p += token_log10p
-            if position < len(sequence) and model.is_unknown(word):  # the final </s> is never counted as unknown
+            if model.is_unknown(word):
                 unknown += 1
                 log10p_unknown += token_log10p
-    if not sentences:
+    if not count:
         raise RescoreError("there is no text to score; give at least one line")
-    return NgramScore(sentences, tokens, unknown, log10p, log10p_unknown, tuple(hits) or None)
+    return NgramScore(count, tokens, unknown, log10p, log10p_unknown, tuple(hits) or None)
 
 
 def _perplexity(log10p: float, tokens: int) -> float:

@@ -290,10 +290,10 @@ class TestWriting:
         )
 
     @random_models
-    @given(model=models(), name=st.sampled_from(["x.arpa", "x.arpa.gz"]))
-    def test_a_read_gives_the_model_back(self, tmp_path: Path, model: NgramModel, name: str):
-        write_arpa(model, tmp_path / name)
-        assert_equal(read_arpa(tmp_path / name), model)
+    @given(model=models())
+    def test_a_read_gives_the_model_back(self, tmp_path: Path, model: NgramModel):
+        write_arpa(model, tmp_path / "x.arpa")
+        assert_equal(read_arpa(tmp_path / "x.arpa"), model)
 
     @random_models
     @given(model=models(min_order=2))
@@ -311,12 +311,6 @@ class TestWriting:
                 found = theirs.BaseScore(state, model.vocabulary[word], after)
                 assert found == pytest.approx(explicit_log10p(model, context, word), abs=2e-4, rel=1e-5)
                 state, context = after, (*context, word)
-
-    def test_equal_models_give_equal_files(self, tmp_path: Path):
-        model = read_arpa(TINY)
-        for name in ("a.arpa.gz", "b.arpa.gz"):
-            write_arpa(model, tmp_path / name)
-        assert (tmp_path / "a.arpa.gz").read_bytes() == (tmp_path / "b.arpa.gz").read_bytes()
 
     def test_blocks_do_not_show(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         write_arpa(read_arpa(TINY), tmp_path / "a.arpa")

@@ -185,6 +185,6 @@ class TestRefused:
         assert not (tmp_path / "w.json").exists()
 
     def test_corpora_replaced_meanwhile(self, file: Path, tmp_path: Path, tiny_folder: Path, monkeypatch):
-        monkeypatch.setattr(module, "is_unchanged", lambda source: False)
+        monkeypatch.setattr("lm.ngram.corpus._is_unchanged", lambda source: False)
         refused(lambda: build(file, tiny_folder, tmp_path / "x.jsonl"), IncompatibleError, "were replaced")
         assert isinstance(read_draft_vocabulary(file), DraftVocabulary), "what was there stays"

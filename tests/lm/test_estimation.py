@@ -19,10 +19,11 @@ from lattices.errors import InvalidDataError, OutputError, RescoreError
 from lattices.ngrams import NgramModel
 from lm.ngram import counting, tables
 from lm.ngram.counting import BREAK, Workspace, count_full
-from lm.ngram.estimation import DEFAULT_FALLBACK, estimate, good_turing_factors, kneser_ney_discounts
+from lm.ngram.estimation import check_fallback, check_thresholds, estimate, good_turing_factors, kneser_ney_discounts
 from lm.ngram.tables import NgramTable, build_table
 
 REFERENCE = Path(__file__).parent / "reference"
+DEFAULT_FALLBACK = (0.5, 1.0, 1.5)  # lmplz's
 TOLERANCE = 1e-5  # in log10: what the files' single precision leaves
 thorough = settings(
     deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -52,9 +53,22 @@ def table_of(
     return build_table(full, Workspace(folder, memory), threads=threads)
 
 
-def estimated(sentences: Sequence[Sequence[str]], order: int, folder: Path, **options) -> NgramModel:
+def estimated(
+    sentences: Sequence[Sequence[str]],
+    order: int,
+    folder: Path,
+    *,
+    smoothing: str = "kneser-ney",
+    prune: Sequence[int] = (),
+    discount_fallback: Sequence[float] | None = None,
+    max_ngrams: int | None = None,
+) -> NgramModel:
     ids, vocabulary = numbered(sentences)
-    return estimate(table_of(ids, len(vocabulary), order, folder), vocabulary, **options).model
+    return estimate(
+        table_of(ids, len(vocabulary), order, folder), vocabulary, smoothing=smoothing,
+        prune=check_thresholds(prune, order, smoothing), discount_fallback=check_fallback(discount_fallback),
+        max_ngrams=max_ngrams, workspace=Workspace(folder, 1 << 26),
+    ).model  # fmt: skip
 
 
 def as_ngrams(model: NgramModel) -> Ngrams:

@@ -24,8 +24,7 @@ from lm.base.catalog import load_base
 from lm.base.fast import compiled as compiling
 from lm.base.fast.compiled import Layers, compiled, install, remove
 from lm.base.fast.compiled_layer import CompiledLayer, Run
-from lm.base.fast.packed import PackedProduct, Sibling, products_in
-from lm.base.fast.siblings import pack_joined
+from lm.base.fast.packed import PackedProduct, Sibling, pack_joined, products_in
 from lm.base.model import BaseIdentity, BaseLM
 from lm.base.probe import state_size
 from rescore.decoding import decode

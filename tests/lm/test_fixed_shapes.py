@@ -102,7 +102,7 @@ class TestFixedShapes:
         monkeypatch.setattr(FixedForwards, "__init__", with_recording)
         monkeypatch.setattr(FixedForwards, "_record", torch.inference_mode()(record))
         monkeypatch.setattr(fixed, "_fixed", None)
-        forwards = FixedForwards(fixed._fixed_forward, fixed.model.config, 100, fixed.device)
+        forwards = FixedForwards(fixed._call, fixed.model.config, 100, fixed.device)
         fixed._fixed = forwards
         for _ in range(2):
             calls.clear()

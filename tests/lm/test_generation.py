@@ -57,25 +57,18 @@ def base(request: pytest.FixtureRequest) -> BaseLM:
     batch_size=st.integers(1, 10),
     window=st.integers(1, 10),
     ends=st.sets(st.integers(0, 60), max_size=5),
-    with_hidden=st.booleans(),
 )
-def test_every_prompt_gets_its_own_greedy_output(
-    base, monkeypatch, prompts, limit, batch_size, window, ends, with_hidden
-):
+def test_every_prompt_gets_its_own_greedy_output(base, monkeypatch, prompts, limit, batch_size, window, ends):
     free = [token for prompt in prompts[:4] for token in greedy(base, prompt, 16, set())]
     end_tokens = {free[place % len(free)] for place in ends}  # rows end at different steps, some never
     monkeypatch.setattr(base, "eos_token_ids", frozenset(end_tokens))
-    results = list(
-        generate(base, prompts, max_new_tokens=limit, batch_size=batch_size, window=window, with_hidden=with_hidden)
-    )
+    monkeypatch.setattr("lm.base.generation.WINDOW", window)
+    results = list(generate(base, prompts, max_new_tokens=limit, batch_size=batch_size))
     assert sorted(result.index for result in results) == list(range(len(prompts)))
     for result in results:
         prompt = prompts[result.index]
         assert result.output_ids.dtype == np.int64
         assert result.output_ids.tolist() == greedy(base, prompt, limit, end_tokens)
-        if not with_hidden:
-            assert result.hidden is None and result.margins is None
-            continue
         # Row i is the state that chose token i, and the margin is its lead.
         whole = torch.tensor([[*prompt, *result.output_ids.tolist()]])
         logits, hidden = base.forward(whole)
@@ -91,9 +84,10 @@ def test_every_prompt_gets_its_own_greedy_output(
 
 @exhaustive
 @given(prompts=prompt_lists, batch_size=st.integers(1, 10), window=st.integers(1, 10), seed=st.integers(0, 3))
-def test_sampled_output_does_not_depend_on_the_batch(base, prompts, batch_size, window, seed):
-    options = {"max_new_tokens": 6, "temperature": 0.8, "seed": seed, "with_hidden": True}
-    together = {r.index: r for r in generate(base, prompts, batch_size=batch_size, window=window, **options)}
+def test_sampled_output_does_not_depend_on_the_batch(base, monkeypatch, prompts, batch_size, window, seed):
+    monkeypatch.setattr("lm.base.generation.WINDOW", window)
+    options = {"max_new_tokens": 6, "temperature": 0.8, "seed": seed}
+    together = {r.index: r for r in generate(base, prompts, batch_size=batch_size, **options)}
     for index, prompt in enumerate(prompts):
         (alone,) = generate(base, [prompt], **options)
         assert together[index].output_ids.tolist() == alone.output_ids.tolist()
@@ -160,12 +154,13 @@ def test_finished_rows_are_dropped(tiny_base, monkeypatch):
 
 def test_states_of_half_precision_are_float32(tiny_folder):
     half = load_base(str(tiny_folder), dtype="bfloat16", device="cpu")
-    (result,) = generate(half, [[1, 2]], max_new_tokens=3, with_hidden=True)
+    (result,) = generate(half, [[1, 2]], max_new_tokens=3)
     assert (result.hidden.dtype, result.margins.dtype) == (np.float32, np.float32)
 
 
 def test_a_step_asks_the_device_once(tiny_base, monkeypatch):
-    """On a GPU every value that the host reads waits for all work before it."""
+    """On a GPU every value that the host reads waits for all work before it: a step's tokens, and at the end its states
+    and margins."""
     monkeypatch.setattr(tiny_base, "eos_token_ids", frozenset())
     reads = []
     for name in ("tolist", "item", "cpu", "__bool__", "__int__"):
@@ -181,7 +176,7 @@ def test_a_step_asks_the_device_once(tiny_base, monkeypatch):
         reads.clear()
         list(generate(tiny_base, [[1, 2], [3]], max_new_tokens=steps))
         of_steps.append(len(reads))
-    assert of_steps[1] - of_steps[0] == 5
+    assert of_steps[1] - of_steps[0] == 5 * 3
 
 
 def test_long_prompts_share_a_batch_with_fewer(tiny_base, monkeypatch):

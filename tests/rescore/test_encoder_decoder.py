@@ -195,7 +195,7 @@ def test_a_rescorer_from_scratch_reads_prompt_and_output(base: BaseLM):
 
 def test_batches_read_prompts_of_several_lengths_as_if_alone(base: BaseLM):
     prompts = prompts_of(base)
-    for made in generate(base, prompts, max_new_tokens=16, with_hidden=True):
+    for made in generate(base, prompts, max_new_tokens=16):
         assert made.output_ids.tolist() == greedy(base, prompts[made.index], 16)
         assert made.hidden is not None
         (states,) = base.states_before([prompts[made.index]], [made.output_ids.tolist()])

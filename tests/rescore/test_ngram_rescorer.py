@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -142,8 +143,9 @@ class TestDrafts:
 
 class TestLoading:
     def test_an_arpa_file_gives_the_same_drafts_and_is_compiled_once(self, ngram: Path, tmp_path: Path, monkeypatch):
-        arpa = tmp_path / "model.arpa.gz"
-        write_arpa(bigram_model(), arpa)
+        plain, arpa = tmp_path / "model.arpa", tmp_path / "model.arpa.gz"
+        write_arpa(bigram_model(), plain)
+        arpa.write_bytes(gzip.compress(plain.read_bytes()))
         lattices, contexts = random_lattices(2), [Context([5])] * 20
         expected = fitted(ngram, 1.0).draft(lattices, contexts, 4).tolist()
         assert fitted(arpa, 1.0).draft(lattices, contexts, 4).tolist() == expected

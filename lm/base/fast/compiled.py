@@ -83,7 +83,8 @@ def compile_layers(base: BaseLM) -> None:
     }  # fmt: skip
     safe_name = re.sub(r"[^\w.-]", "_", Path(name).name)
     entry = cache_entry("layers", safe_name, document)
-    tried = {**document, "weights": weights, "compiler": _stamp(compiler), "version": versions()["rescore"]}
+    stamp = "" if compiler is None else " ".join(map(str, file_stamp(Path(compiler))))
+    tried = {**document, "weights": weights, "compiler": stamp, "version": versions()["rescore"]}
     failed = cache_entry("layers", f"{safe_name}-failed", tried, suffix=".json")
 
     def read(folder: Path) -> tuple[Layers, list[Run]] | Failure | None:
@@ -240,10 +241,6 @@ def _machine() -> list[str]:
         processor = "\n".join(lines)
     kind = torch.backends.cpu.get_cpu_capability()
     return [platform.system(), platform.machine(), platform.processor(), kind, processor]
-
-
-def _stamp(compiler: str | None) -> str:
-    return "" if compiler is None else " ".join(map(str, file_stamp(Path(compiler))))
 
 
 def _read(folder: Path) -> Layers:

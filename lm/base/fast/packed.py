@@ -4,20 +4,26 @@ A step of decoding multiplies one to some dozen rows by every weight. As torch k
 as much as the first; laid out for few rows they cost little more than reading the weights once, and prompts, which
 have many rows, lose nothing. Results differ from the plain product by rounding only.
 
+Linear layers that read the same rows can be one product: queries, keys and values; a gate and what it lets through.
+They are seen in a forward, not told by names: layers of one module that are given the very same tensor.
+
 The weights are then in memory once. Plain ones that are mapped from a file leave it as soon as they are laid out, and
 come back if somebody reads them; others (converted to another precision, or changed) are dropped, until `unpack`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from lm.base.probe import attempt
 from lm.pages import release
 
 ROWS = 8  # that weights are laid out for
+TOLERANCE = 1e-4  # share of the largest logit by which joined products may change any
 
 # The product as an operator of its own, so that a program of tensors can have the packed weight as an input. torch's
 # compiler takes oneDNN's layout for constants only, which would be another program for every layer.
@@ -40,14 +46,6 @@ def _shape(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, 
 torch.library.register_fake("rescore::packed_linear", _shape)
 
 
-def multiply(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, size: int) -> torch.Tensor:
-    """Rows `[..., in]` by a weight that oneDNN laid out -> `[..., size]`."""
-    if torch.compiler.is_exporting():
-        traced: torch.Tensor = torch.ops.rescore.packed_linear(rows, packed, bias, size)
-        return traced
-    return _product(rows, packed, bias, size)
-
-
 class PackedProduct:
     """The forward of a `Linear`: rows `[..., in_features]` -> `[..., out_features]`. For inference only."""
 
@@ -57,7 +55,10 @@ class PackedProduct:
         self.packed: Any = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        return multiply(rows, self.packed, self.bias, self.size)
+        if torch.compiler.is_exporting():
+            traced: torch.Tensor = torch.ops.rescore.packed_linear(rows, self.packed, self.bias, self.size)
+            return traced
+        return _product(rows, self.packed, self.bias, self.size)
 
     def weight(self) -> torch.Tensor:
         """The weight as it was, bit for bit."""
@@ -167,3 +168,51 @@ def products_in(module: torch.nn.Module) -> list[PackedProduct]:
     found = [product for each in module.modules() if (product := product_of(each)) is not None]
     whole = [product.siblings.product if isinstance(product, Sibling) else product for product in found]
     return list({id(product): product for product in whole}.values())
+
+
+@torch.inference_mode()
+def pack_joined(model: torch.nn.Module, kept: torch.nn.Linear, forward: Callable[[], torch.Tensor]) -> bool:
+    """Packs what is not packed yet (`pack`), with one product for those that read the same rows.
+
+    forward: of the whole model, gives its logits. If they would not be the same then, every layer has its own product;
+    if not even then, since an architecture reads a layer's weight itself, none has, and it returns False.
+    """
+    if not plain_linears(model):
+        return True
+    joined, before = _watched(model, forward)
+    for groups in (joined, ()):
+        pack(model, kept, groups)
+        after = attempt(forward)
+        if after is not None and torch.allclose(
+            after, before, rtol=TOLERANCE, atol=TOLERANCE * float(before.abs().max())
+        ):
+            release(kept.weight)  # whose rows were read meanwhile
+            return True
+        unpack(model)
+    return False
+
+
+def _watched(
+    model: torch.nn.Module, forward: Callable[[], torch.Tensor]
+) -> tuple[list[list[torch.nn.Linear]], torch.Tensor]:
+    """Groups of plain linear layers of one module that a forward gives the same rows, in the order in which they are
+    called; and what the forward gave. Layers that are called more than once are in none."""
+    called: dict[torch.nn.Linear, list[torch.Tensor]] = defaultdict(list)  # their rows, kept until all are compared
+
+    def watch(layer: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(layer, torch.nn.Linear)
+        called[layer].append(args[0])
+
+    plain = set(plain_linears(model))
+    parents = {child: name for name, parent in model.named_modules() for child in parent.children() if child in plain}
+    handles = [layer.register_forward_pre_hook(watch) for layer in parents]
+    try:
+        logits = forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups: dict[tuple[str, int, bool], list[torch.nn.Linear]] = defaultdict(list)
+    for layer, rows in called.items():
+        if len(rows) == 1:
+            groups[parents[layer], id(rows[0]), layer.bias is None].append(layer)
+    return [group for group in groups.values() if len(group) > 1], logits

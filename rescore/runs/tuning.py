@@ -31,7 +31,7 @@ from rescore.runs.run import DEFAULT_K, Choosing, Run, load_choosing, says_draft
 from rescore.runs.weights import (
     coverage_notices,
     fit_before,
-    fit_to,
+    fitted_to,
     identities_of,
     target_before,
     target_of,
@@ -85,7 +85,7 @@ def tune(
     for recording in [recordings] if isinstance(recordings, Recording) else recordings:
         recording = recording.held_out(held_out, evaluated=evaluated)
         trace = _trace(recording, max(ks), lambda of: fit_before(of, choosing), progress, notify, executor)
-        fitted = fit_to(trace, choosing, device=recording.models.device, models=recording.loads)
+        fitted = fitted_to(target_of(trace, device=recording.models.device, models=recording.loads), choosing)
         for line in coverage_notices(trace, {label: rescorer for label, (rescorer, _) in fitted.items()}, max(ks)):
             if notify:
                 notify(line)
@@ -149,8 +149,8 @@ class _SweepByWorkers:
         key = key_of([plain(self.trace.header), self.named, [(run.label, run.k, run.p) for run in self.runs]])
         if key not in _OF_WORKER:
             recording = open_recording(self.inputs, k=self.k, heads_needed=self.heads_needed)
-            device, models = recording.models.device, recording.loads
-            fitted = fit_to(self.trace, load_choosing(self.runs), device=device, models=models)
+            target = target_of(self.trace, device=recording.models.device, models=recording.loads)
+            fitted = fitted_to(target, load_choosing(self.runs))
             if {label: identities_of(each) for label, each in fitted.items()} != self.named:
                 raise IncompatibleError("a worker finds other rescorers than there are here; give all the same files")
             _OF_WORKER.clear()

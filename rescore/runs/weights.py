@@ -131,30 +131,20 @@ def _alpha_fact(chosen: Alpha, recording: Recording) -> str | None:
 
 
 def target_of(
-    trace: Trace, *, device: str = "cpu", shared: BaseLM | None = None, models: LoadedModels | None = None
-) -> Target:
-    """The base LM that a trace was recorded with, as far as the trace tells; for work on `device`.
-
-    models: gives it with its heads (`Recording.loads`).
-    """
-    header, settings = trace.header, trace.header.settings
-    target = Target.of(settings.get("base"), header.vocab_size, header.eos_token_ids, device=device, shared=shared)
-    return dataclasses.replace(target, traced=str(settings.get("drafter", "")), models=models)
-
-
-def fit_to(
     trace: Trace,
-    choosing: Mapping[str, Choosing],
     *,
     device: str = "cpu",
     shared: BaseLM | None = None,
     models: LoadedModels | None = None,
     costs: Costs | None = None,
-) -> dict[str, Choosing]:
-    """Rescorers and drafters fitted to a trace's base LM, which is `shared` where it is loaded; arguments as for
-    `target_of`; costs: of steps."""
-    target = target_of(trace, device=device, shared=shared, models=models)
-    return fitted_to(dataclasses.replace(target, costs=costs), choosing)
+) -> Target:
+    """The base LM that a trace was recorded with, as far as the trace tells; for work on `device`.
+
+    shared: it, where it is loaded; models: gives it with its heads (`Recording.loads`); costs: of its steps.
+    """
+    header, settings = trace.header, trace.header.settings
+    target = Target.of(settings.get("base"), header.vocab_size, header.eos_token_ids, device=device, shared=shared)
+    return dataclasses.replace(target, traced=str(settings.get("drafter", "")), models=models, costs=costs)
 
 
 def fitted_to(target: Target, choosing: Mapping[str, Choosing]) -> dict[str, Choosing]:

@@ -31,9 +31,10 @@ from rescore.runs.weights import (
     alpha_of,
     coverage_notices,
     fit_before,
-    fit_to,
+    fitted_to,
     identities_of,
     target_before,
+    target_of,
 )
 from rescore.tracing import Trace
 
@@ -71,8 +72,8 @@ class Work:
 
         Raises `IncompatibleError` if a rescorer or drafter is no longer what the records of the runs name.
         """
-        models = self.recording.loads
-        fitted = fit_to(trace, self.choosing, device=device, shared=shared, models=models, costs=self.costs)
+        target = target_of(trace, device=device, shared=shared, models=self.recording.loads, costs=self.costs)
+        fitted = fitted_to(target, self.choosing)
         for record in self.records:
             if identities_of(fitted[record.rescorer]) != (record.identity, record.drafters):
                 raise IncompatibleError(f"{record.rescorer} was replaced while it was read; run the command again")

@@ -112,12 +112,10 @@ def _run(
     parts = _parts(plan)  # refused before the folder is this plan's
     claim(out / PLAN_FILE, suite.plan, holds="a suite of another plan", whole=True)
     with _TunedWeights(out / TUNED_FILE) as weights:
+        running = _Running(plan, out, weights, executor, progress, add)
         try:
             for part in parts:
-                # For each part: files of rescorers may be replaced in between.
-                choosing, costs = _fitted(plan, part)
-                runs = _weighted(plan, part, choosing, weights, executor, progress, add)
-                evaluation = _evaluate(plan, part, runs, choosing, costs, out, executor, progress, add)
+                evaluation = running.evaluated(part)
                 suite.results += evaluation.results
                 configs.append(evaluation.config)
                 if interrupted := evaluation.interrupted:
@@ -218,89 +216,73 @@ class _TunedWeights:
         self._sweeps.append(sweep)
 
 
-def _weighted(
-    plan: Plan,
-    part: _Part,
-    choosing: dict[str, Choosing],
-    weights: _TunedWeights,
-    executor: Executor,
-    progress: Progress | None,
-    notify: Notify,
-) -> list[Run]:
-    """The runs of one evaluation, with tuned weights where the plan asks for them."""
-    runs = []
-    for run in plan.runs_by(part.rule):
-        chosen, tuning = choosing[run.label], plan.tuning(run.label)
-        if run.alpha is None and chosen[0].alpha is not None and tuning is not None:
-            sweep = _sweep(part, run, chosen, tuning, weights, executor, progress, notify)
-            run = dataclasses.replace(run, alpha=sweep.as_alpha(data_sha256=sweep.data_sha256))
-        runs.append(run)
-    return runs
+@dataclass(frozen=True)
+class _Running:
+    """What the parts of a plan are run with."""
 
+    plan: Plan
+    out: Path
+    weights: _TunedWeights
+    executor: Executor
+    progress: Progress | None
+    notify: Notify
 
-def _sweep(
-    part: _Part,
-    run: Run,
-    choosing: Choosing,
-    tuning: SuiteTuning,
-    weights: _TunedWeights,
-    executor: Executor,
-    progress: Progress | None,
-    notify: Notify,
-) -> SuiteSweep:
-    """The sweep of one run's weight, made now if it is missing: also where the model, the data or the rescorer is
-    another one than when it was made."""
-    evaluated = part.recording
-    # Not all of it is in the settings: what a trace made elsewhere holds, and a list of examples to leave out.
-    examples = [evaluated.data_sha256, evaluated.source.get("left_out")]
-    identity, drafters = identities_of(choosing)
-    key = key_of([evaluated.settings, examples, {run.label: identity}, *drafters], 24)
-    sweep = weights.find(task=evaluated.name, rescorer=run.label, k=run.k, h=part.h, p=run.p, key=key)
-    if sweep is None:
-        inputs = dataclasses.replace(evaluated.inputs, limit=None)
-        recording = open_recording(inputs, k=evaluated.k, heads_needed=evaluated.models.heads_needed)
-        (tuned,) = tune(
-            recording, [run.label], alphas=tuning.alphas, ks=(run.k,), ps=(run.p,),
-            held_out=tuning.limit, evaluated=set(evaluated.groups), keep=False, executor=executor, progress=progress,
-            notify=notify,
+    def _weighted(self, part: _Part, choosing: dict[str, Choosing]) -> list[Run]:
+        """The runs of one evaluation, with tuned weights where the plan asks for them."""
+        runs = []
+        for run in self.plan.runs_by(part.rule):
+            chosen, tuning = choosing[run.label], self.plan.tuning(run.label)
+            if run.alpha is None and chosen[0].alpha is not None and tuning is not None:
+                sweep = self._sweep(part, run, chosen, tuning)
+                run = dataclasses.replace(run, alpha=sweep.as_alpha(data_sha256=sweep.data_sha256))
+            runs.append(run)
+        return runs
+
+    def _sweep(self, part: _Part, run: Run, choosing: Choosing, tuning: SuiteTuning) -> SuiteSweep:
+        """The sweep of one run's weight, made now if it is missing: also where the model, the data or the rescorer is
+        another one than when it was made."""
+        evaluated = part.recording
+        # Not all of it is in the settings: what a trace made elsewhere holds, and a list of examples to leave out.
+        examples = [evaluated.data_sha256, evaluated.source.get("left_out")]
+        identity, drafters = identities_of(choosing)
+        key = key_of([evaluated.settings, examples, {run.label: identity}, *drafters], 24)
+        sweep = self.weights.find(task=evaluated.name, rescorer=run.label, k=run.k, h=part.h, p=run.p, key=key)
+        if sweep is None:
+            inputs = dataclasses.replace(evaluated.inputs, limit=None)
+            recording = open_recording(inputs, k=evaluated.k, heads_needed=evaluated.models.heads_needed)
+            (tuned,) = tune(
+                recording, [run.label], alphas=tuning.alphas, ks=(run.k,), ps=(run.p,),
+                held_out=tuning.limit, evaluated=set(evaluated.groups), keep=False, executor=self.executor,
+                progress=self.progress, notify=self.notify,
+            )  # fmt: skip
+            if not evaluated.given:  # a sweep of other files must not be kept under this key
+                evaluated.models.check_unchanged(evaluated.settings)
+            if tuned.identity != identity:
+                raise IncompatibleError(f"{run.label} was replaced while it was tuned; run the command again")
+            sweep = SuiteSweep(**{f.name: getattr(tuned, f.name) for f in fields(tuned)}, h=part.h, key=key)
+            self.weights.add(sweep)
+        if sweep not in self.weights.used:  # which other rules of acceptance may have taken before
+            self.weights.used.append(sweep)
+        return sweep
+
+    def evaluated(self, part: _Part) -> Evaluation:
+        """One evaluation, as far as Ctrl-C let it come."""
+        plan, folder = self.plan, self.out / part.folder
+        choosing, costs = _fitted(plan, part)  # for each part: files of rescorers may be replaced in between
+        runs = self._weighted(part, choosing)
+        if (folder / RESULTS_FILE).is_file():
+            finished = load_run(folder)
+            if _is_same(plan, part, choosing, costs, finished.config):
+                for line in finished.notices:
+                    self.notify(line)
+                return finished
+        evaluation = evaluate(
+            part.recording, runs, live=plan.mode == "live", verify=plan.verify, rule=part.rule.rule(),
+            peers=_peers(plan, part), costs=plan.costs, seed=plan.seed, out=folder, executor=self.executor,
+            progress=self.progress, notify=self.notify,
         )  # fmt: skip
-        if not evaluated.given:  # a sweep of other files must not be kept under this key
-            evaluated.models.check_unchanged(evaluated.settings)
-        if tuned.identity != identity:
-            raise IncompatibleError(f"{run.label} was replaced while it was tuned; run the command again")
-        sweep = SuiteSweep(**{f.name: getattr(tuned, f.name) for f in fields(tuned)}, h=part.h, key=key)
-        weights.add(sweep)
-    if sweep not in weights.used:  # which other rules of acceptance may have taken before
-        weights.used.append(sweep)
-    return sweep
-
-
-def _evaluate(
-    plan: Plan,
-    part: _Part,
-    runs: list[Run],
-    choosing: dict[str, Choosing],
-    costs: Costs | None,
-    out: Path,
-    executor: Executor,
-    progress: Progress | None,
-    notify: Notify,
-) -> Evaluation:
-    """One evaluation, as far as Ctrl-C let it come."""
-    folder = out / part.folder
-    if (folder / RESULTS_FILE).is_file():
-        finished = load_run(folder)
-        if _is_same(plan, part, choosing, costs, finished.config):
-            for line in finished.notices:
-                notify(line)
-            return finished
-    evaluation = evaluate(
-        part.recording, runs, live=plan.mode == "live", verify=plan.verify, rule=part.rule.rule(),
-        peers=_peers(plan, part), costs=plan.costs, seed=plan.seed, out=folder, executor=executor, progress=progress,
-        notify=notify,
-    )  # fmt: skip
-    part.recording.models.release()  # many tasks: each would keep a base LM of its own in memory
-    return evaluation
+        part.recording.models.release()  # many tasks: each would keep a base LM of its own in memory
+        return evaluation
 
 
 def _peers(plan: Plan, part: _Part) -> tuple[str, ...]:

@@ -147,7 +147,7 @@ class Registry(Generic[Made]):
         if getattr(made, self.weight) is None:
             raise self._unknown_key(name, self.weight, factory, keys)
         check_alpha(weight)
-        return made.weighted(weight)  # type: ignore[attr-defined]
+        return made.weighted(weight)  # type: ignore[attr-defined, no-any-return]
 
     def _value(self, name: str, key: str, text: str, kind: Any) -> Any:
         if kind in (inspect.Parameter.empty, str):

@@ -29,7 +29,6 @@ from rescore.costs.table import Costs
 from rescore.decoding import GREEDY, Decoded, decode, margin_at
 from rescore.drafters.drafting import Drafting
 from rescore.drafters.provenance import provenance
-from rescore.drafters.recorded import drafted
 from rescore.peers import Peer, load_peer
 from rescore.replaying import Drafted, Limits, replay, replay_steps, unrescored_at
 from rescore.rescorers import load_rescorer
@@ -203,10 +202,8 @@ class _Evaluator:
     def _fit(self, trace: Trace, shared: Any = None) -> None:
         recording = self.task.recording
         self.drafting = self.task.fitted(trace, recording.models.device, self.notify, shared)
-        drafters = {drafter.name: drafter for drafting in self.drafting.values() for drafter in drafting.drafters}
-        self.drafted = drafted(
-            trace, drafters.values(), task=recording.name, settings=recording.all_settings, progress=self.progress
-        )
+        drafters = (drafter for drafting in self.drafting.values() for drafter in drafting.drafters)
+        self.drafted = recording.drafted(trace, drafters, self.progress)
 
     def _missing(self, side: Run | Peer, examples: Iterable[TracedExample]) -> list[TracedExample]:
         key = self.task.key(side)

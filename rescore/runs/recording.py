@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lattices.errors import IncompatibleError, RescoreError
+from lattices.lattice import Lattice
 from lattices.paths import encodable, user_path
 from lm.executors import HERE, LOCALLY, Executor, ExecutorOptions
 from lm.locks import making, warn, writing_to
 from lm.records import plain
 from rescore.checks import check_held_k, check_k
-from rescore.drafters import LatticeDrafter, load_drafter
+from rescore.drafters import Drafter, LatticeDrafter, load_drafter
 from rescore.drafters.asked import fit_drafter
 from rescore.drafters.heads import Heads
-from rescore.drafters.recorded import record_drafter
+from rescore.drafters.recorded import drafted, record_drafter
 from rescore.rescorers import Target
 from rescore.runs.inputs import DEFAULT_NEW_TOKENS, DEFAULT_TASK, Inputs, Notify, Progress
 from rescore.runs.models import Models, RowsByWorkers
@@ -131,12 +132,7 @@ class Recording:
 
         Raises `IncompatibleError` if the user's folder holds another trace, `InvalidDataError` if it is broken.
         """
-        try:
-            trace = self._read()
-        except RescoreError:
-            if self.cached:
-                return None
-            raise
+        trace = self._known()
         return trace and trace.first_heads(self.inputs.h)
 
     def trace(self, *, executor: Executor = HERE, progress: Progress | None = None) -> Trace:
@@ -147,10 +143,15 @@ class Recording:
         """
         return self._whole(executor, progress).first_heads(self.inputs.h)
 
+    def drafted(
+        self, trace: Trace, drafters: Iterable[Drafter], progress: Progress | None
+    ) -> dict[str, dict[str, Lattice]]:
+        """See `rescore.drafters.recorded.drafted`; of drafters of one name the last counts."""
+        named = {drafter.name: drafter for drafter in drafters}.values()
+        return drafted(trace, named, task=self.name, settings=self.all_settings, progress=progress)
+
     def _whole(self, executor: Executor, progress: Progress | None) -> Trace:
-        trace = None
-        with suppress(*((RescoreError,) if self.cached else ())):
-            trace = self._read()
+        trace = self._known()
         if trace is not None and len(trace.examples) == len(self.ids):
             return trace
         with making(self.folder, f"the trace of {self.name}") if self.cached else writing_to(self.folder):
@@ -159,6 +160,11 @@ class Recording:
                 if trace is not None and len(trace.examples) == len(self.ids):
                     return trace
             return self._record(trace, executor, progress)
+
+    def _known(self) -> Trace | None:
+        with suppress(*((RescoreError,) if self.cached else ())):
+            return self._read()
+        return None
 
     def _has_grown(self, trace: Trace) -> bool:
         try:
@@ -282,8 +288,9 @@ def open_recordings(tasks: Iterable[str], inputs: Inputs, *, k: int = 1, heads_n
     names: list[str | None] = [*dict.fromkeys(tasks)] or [inputs.task]
     if inputs.trace is not None and len(names) > 1:
         raise RescoreError(f"{inputs.trace} is the trace of one task; give one --task, or none")
-    how: dict[str, Any] = {"k": k, "heads_needed": heads_needed}
-    recordings = [open_recording(dataclasses.replace(inputs, task=name), **how) for name in names]
+    recordings = [
+        open_recording(dataclasses.replace(inputs, task=name), k=k, heads_needed=heads_needed) for name in names
+    ]
     check_names(recordings)
     return recordings
 
@@ -314,25 +321,17 @@ def record(
     k: lattice entries of a slot; out: a folder for the trace (default: in the cache, where it is found again).
     inputs: further fields of `rescore.runs.inputs.Inputs` (limit, data, max_new_tokens ...).
     """
-    named = Inputs(
-        task=task,
-        base=base if isinstance(base, str) else base.identity.name,
-        heads=heads if isinstance(heads, str) else None,
-        **inputs,
-    )
-    if not isinstance(base, str):
-        named = dataclasses.replace(named, dtype=base.identity.dtype)  # type: ignore[arg-type]
+    inputs |= {"base": base} if isinstance(base, str) else {"base": base.identity.name, "dtype": base.identity.dtype}
     recording = open_recording(
-        named,
+        Inputs(task=task, heads=heads if isinstance(heads, str) else None, **inputs),
         k=k,
         out=None if out is None else user_path(out, "out"),
         base=None if isinstance(base, str) else base,
         heads=None if isinstance(heads, str) else heads,
         heads_needed=heads_needed,
     )
-    if notify:
-        for line in recording.notices:
-            notify(line)
+    for line in recording.notices if notify else ():
+        notify(line)  # type: ignore[misc]
     recording.trace(progress=progress)
     return recording
 

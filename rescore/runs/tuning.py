@@ -17,9 +17,7 @@ from lm.keys import key_of
 from lm.records import plain
 from rescore.accounting import block_efficiency
 from rescore.checks import check_held_k
-from rescore.drafters import Drafter
 from rescore.drafters.asked import fit_drafter
-from rescore.drafters.recorded import drafted
 from rescore.replaying import Drafted, replay
 from rescore.rescorers import JOINT, Rescorer
 from rescore.rescorers.joint_fit import JointData
@@ -89,8 +87,7 @@ def tune(
         for line in coverage_notices(trace, {label: rescorer for label, (rescorer, _) in fitted.items()}, max(ks)):
             if notify:
                 notify(line)
-        named = {drafter.name: drafter for _, each in fitted.values() for drafter in each}
-        of_models = _drafted(recording, trace, named.values(), progress)
+        of_models = recording.drafted(trace, (drafter for _, each in fitted.values() for drafter in each), progress)
         efficiency: dict[Run, list[float]] = {run: [] for run in runs}
         sweep: Callable[[tuple[Run, float]], float] = _Sweep(trace, of_models, fitted)
         if not executor.is_local:
@@ -179,11 +176,6 @@ def _trace(
     return recording.trace(executor=executor, progress=progress)
 
 
-def _drafted(recording: Recording, trace: Trace, drafters: Iterable[Drafter], progress: Progress | None) -> Drafted:
-    """What drafters with a model of their own propose at every position."""
-    return drafted(trace, drafters, task=recording.name, settings=recording.all_settings, progress=progress)
-
-
 def is_joint(specs: Sequence[str], out: Path | None, without: Sequence[str] = (), alphas: Sequence[float] = ()) -> bool:
     """Whether weights of `joint` are asked for, which are fitted and not swept.
 
@@ -238,7 +230,7 @@ def fit_joint(
         trace = _trace(recording, k, lambda of: joint.ngram.fit(target_before(of)), progress, notify)
         target = target_of(trace, device=recording.models.device, models=recording.loads)
         fitted = [fit_drafter(drafter, target) for drafter in of_run]
-        of_models = _drafted(recording, trace, fitted, progress)
+        of_models = recording.drafted(trace, fitted, progress)
         groups = [f"{recording.name} {group}" for group in recording.groups]
         statistics, bigram = joint.statistics_for(target)
         bigrams.add(bigram)

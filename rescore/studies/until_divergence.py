@@ -21,7 +21,6 @@ from rescore.accounting import account, block_efficiency
 from rescore.checks import VERIFY_MODES
 from rescore.costs.kept import of_elsewhere
 from rescore.costs.table import Costs
-from rescore.drafters.recorded import drafted
 from rescore.peers import Peer
 from rescore.replaying import Limits, replay_steps
 from rescore.runs.inputs import Progress, add_notice
@@ -125,8 +124,8 @@ def until_divergence(
         trace = recording.trace(progress=progress)
         _check_first_slot(judging, recording, trace)
         drafting = work.fitted(trace, recording.models.device, tell)
-        drafters = {drafter.name: drafter for each in drafting.values() for drafter in each.drafters}.values()
-        of_models = drafted(trace, drafters, task=recording.name, settings=recording.all_settings, progress=progress)
+        drafters = (drafter for each in drafting.values() for drafter in each.drafters)
+        of_models = recording.drafted(trace, drafters, progress)
         for run, each in drafting.items():
             limits = Limits.of(trace.header)
             whole = replay_steps(trace.examples, each, of_models, limits=limits)

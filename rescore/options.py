@@ -8,6 +8,7 @@ values (`<A=B>`). A list is given by repeating its option or with commas. Knows 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import re
@@ -268,7 +269,7 @@ def _unwrapped(hint: Any) -> tuple[Any, bool, list[Any]]:
             extras += reversed(more)
         elif get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint):
             optional = True
-            hint = Union[tuple(kind for kind in get_args(hint) if kind is not type(None))]
+            hint = functools.reduce(lambda a, b: a | b, (kind for kind in get_args(hint) if kind is not type(None)))
         else:
             return hint, optional, extras
 

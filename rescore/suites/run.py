@@ -55,8 +55,8 @@ from rescore.suites.files import (
     SuiteRun,
     SuiteSweep,
 )  # fmt: skip
-from rescore.suites.page import suite_page
 from rescore.suites.plan import Plan, SuiteTuning
+from rescore.suites.tables import suite_page
 
 
 @dataclass

@@ -134,7 +134,7 @@ class Table:
         return shown + "*" if (row, column.heading) in self.best else shown
 
     def printable_cells(self, lines: Iterable[Sequence[str]]) -> list[list[str]]:
-        """Lines of cells that can't control a terminal; a star hangs out to the right of the digits below each other."""
+        """Lines of cells that can't control a terminal; a star hangs out to the right of digits below each other."""
         shown = [[printable(cell) for cell in line] for line in lines]
         for i, column in enumerate(self.columns):
             if not column.format.left and any(line[i].endswith("*") for line in shown):

@@ -124,10 +124,8 @@ class Models:
 
         if self._given_base:
             Watch(self._given_base).check()
-        weights = self.heads_facts()["heads_sha256"]
-        if plain([dataclasses.asdict(self._identify()), weights]) != plain(
-            [settings["base"], settings["heads_sha256"]]
-        ):
+        now = [dataclasses.asdict(self._identify()), self.heads_facts()["heads_sha256"]]
+        if plain(now) != plain([settings["base"], settings["heads_sha256"]]):
             raise IncompatibleError(
                 f"the files of {self.inputs.base} or of its heads were replaced while they were read; run the command "
                 "again"

@@ -52,7 +52,6 @@ class Group(typer.core.TyperGroup):
     """A group whose plain help lists the commands panel by panel, as the help with colours does."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Writes the lists."""
         panels: dict[str, list[tuple[str, str]]] = {}
         for name, each in self.commands.items():
             panels.setdefault(getattr(each, "rich_help_panel", None) or "Commands", []).append((name, each.help or ""))
@@ -79,7 +78,6 @@ class Command(typer.core.TyperCommand):
 
     @property
     def params(self) -> Any:  # type: ignore[override]
-        """Options and arguments."""
         return self._looked_up.params
 
     @params.setter
@@ -87,7 +85,6 @@ class Command(typer.core.TyperCommand):
         """Nothing: the library sets those of the callback, which has none."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs the command."""
         return self._looked_up.invoke(ctx)
 
 

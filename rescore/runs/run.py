@@ -115,7 +115,6 @@ class Run:
             object.__setattr__(self, OF_DRAFTERS, ())
 
     def _take_weight(self, spec: str) -> None:
-        """The weight that the spec says is the run's."""
         name, arguments = parse_spec(spec)
         if WEIGHT in arguments:
             if self.alpha is not None:

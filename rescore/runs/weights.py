@@ -89,10 +89,8 @@ def alpha_of(recording: Recording, run: Run, choosing: Choosing) -> Alpha | None
 
 
 def _tune_command(inputs: Inputs, run: Run) -> str:
-    """The command that tunes the weight of a run."""
-    defaults = {field.name: field.default for field in dataclasses.fields(Inputs)}
     names = ("h", "base", "heads", "data", "leave_out", "max_new_tokens", "max_prompt_tokens", "dtype")
-    changed = {name: value for name in names if (value := getattr(inputs, name)) != defaults[name]}
+    changed = {name: value for name in names if (value := getattr(inputs, name)) != getattr(Inputs, name)}
     spec = run.rescorer if isinstance(run.rescorer, str) else run.label
     drafters = ",".join(map(name_of, run.drafters)) or None
     given = {"task": inputs.task, "trace": inputs.trace, "rescorer": spec, "drafter": drafters, "k": run.k, "p": run.p}

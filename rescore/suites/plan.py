@@ -278,7 +278,11 @@ def _rules(
         asked = kept or [(None, Acceptance())]
     for value, rule in asked:
         if value is not None:
-            _check_rule(value, rule, live=live)
+            _at(value, rule.rule)
+            if not live and rule != Acceptance():
+                raise value.wrong(
+                    "what is not greedy leaves a trace at its first token that is not greedy decoding's; add mode: live"
+                )
     if unused := [key for key in OF_SAMPLING if key in given and not any(rule.temperature for _, rule in asked)]:
         raise given[unused[0]].wrong("it is for sampling; drop it, or add temperature")
     return tuple(dict.fromkeys(rule for _, rule in asked))
@@ -300,14 +304,6 @@ def _at_temperature(value: Value, said: Mapping[str, Value], kept: list[AskedRul
         return kept or [(value, Acceptance())]
     drawn = _read(said, {"top_k": _natural, "top_p": Value.number, "sampling_seed": _natural})
     return [(value, Acceptance(temperature=temperature, **drawn))]
-
-
-def _check_rule(value: Value, rule: Acceptance, *, live: bool) -> None:
-    _at(value, rule.rule)
-    if not live and rule != Acceptance():
-        raise value.wrong(
-            "what is not greedy leaves a trace at its first token that is not greedy decoding's; add mode: live"
-        )
 
 
 def _read(fields: Mapping[str, Value], readers: Readers) -> dict[str, Any]:

@@ -98,39 +98,32 @@ def run_suite(
         raise RescoreError(LIVE_IS_HERE)
     execution.check(plan.device)
     with writing_to(out), execution.started(plan.device) as executor:
-        return _run(plan, out, source, executor, progress, notify)
-
-
-def _run(
-    plan: Plan, out: Path, source: str, executor: Executor, progress: Progress | None, notify: Notify | None
-) -> Suite:
-    _check_place(out)
-    suite = SuiteDocument(source=source, plan=plain(plan.as_dict()), **environment())
-    interrupted = False
-    add = partial(add_notice, suite.notices, notify)
-    configs: list[RunConfig] = []
-    parts = _parts(plan)  # refused before the folder is this plan's
-    claim(out / PLAN_FILE, suite.plan, holds="a suite of another plan", whole=True)
-    with _TunedWeights(out / TUNED_FILE) as weights:
-        running = _Running(plan, out, weights, executor, progress, add)
-        try:
-            for part in parts:
-                evaluation = running.evaluated(part)
-                suite.results += evaluation.results
-                configs.append(evaluation.config)
-                if interrupted := evaluation.interrupted:
-                    break
-                suite.runs.append(SuiteRun(task=part.recording.name, h=part.h, folder=part.folder))
-        except KeyboardInterrupt:
-            interrupted = True
-        suite.tuned = weights.used
-    if not interrupted:
-        with atomic_file(out / TABLE_FILE) as temporary:
-            page = suite_page(suite.results, plan, source, configs=configs, costs=_costs(plan, parts[0]))
-            temporary.write_text(page, encoding="utf-8")
-        with atomic_file(out / CSV_FILE) as temporary:
-            temporary.write_text(results_csv(suite.results).csv(), encoding="utf-8", newline="")
-        write_json(out / MANIFEST_FILE, plain(suite))
+        _check_place(out)
+        suite = SuiteDocument(source=source, plan=plain(plan.as_dict()), **environment())
+        interrupted = False
+        configs: list[RunConfig] = []
+        parts = _parts(plan)  # refused before the folder is this plan's
+        claim(out / PLAN_FILE, suite.plan, holds="a suite of another plan", whole=True)
+        with _TunedWeights(out / TUNED_FILE) as weights:
+            running = _Running(plan, out, weights, executor, progress, partial(add_notice, suite.notices, notify))
+            try:
+                for part in parts:
+                    evaluation = running.evaluated(part)
+                    suite.results += evaluation.results
+                    configs.append(evaluation.config)
+                    if interrupted := evaluation.interrupted:
+                        break
+                    suite.runs.append(SuiteRun(task=part.recording.name, h=part.h, folder=part.folder))
+            except KeyboardInterrupt:
+                interrupted = True
+            suite.tuned = weights.used
+        if not interrupted:
+            with atomic_file(out / TABLE_FILE) as temporary:
+                page = suite_page(suite.results, plan, source, configs=configs, costs=_costs(plan, parts[0]))
+                temporary.write_text(page, encoding="utf-8")
+            with atomic_file(out / CSV_FILE) as temporary:
+                temporary.write_text(results_csv(suite.results).csv(), encoding="utf-8", newline="")
+            write_json(out / MANIFEST_FILE, plain(suite))
     return Suite(plan, suite, interrupted)
 
 

@@ -155,16 +155,13 @@ def suite_page(
 
     configs: of its evaluations, which say where live decoding was measured; costs: what a step costs there.
     """
-    made = (
-        f"Made by `rescore suite {printable(source).replace('`', '')} --out DIR`"
-        if source
-        else "Made by `rescore suite`"
-    )
+    of = f" {printable(source).replace('`', '')} --out DIR" if source else ""
     tables = suite_tables(results)
     if costs is not None:
         steps, *choices = costs_tables(costs)
         tables += [dataclasses.replace(steps, title="What a step costs there"), *choices]
-    return "\n\n".join([f"{_caption(results, plan, configs)} {made}.", *map(_section, tables)]) + "\n"
+    caption = f"{_caption(results, plan, configs)} Made by `rescore suite{of}`."
+    return "\n\n".join([caption, *map(_section, tables)]) + "\n"
 
 
 def _section(table: Table) -> str:

@@ -84,7 +84,7 @@ def tune(
         recording = recording.held_out(held_out, evaluated=evaluated)
         trace = _trace(recording, max(ks), lambda of: fit_before(of, choosing), progress, notify, executor)
         fitted = fitted_to(target_of(trace, device=recording.models.device, models=recording.loads), choosing)
-        for line in coverage_notices(trace, {label: rescorer for label, (rescorer, _) in fitted.items()}, max(ks)):
+        for line in coverage_notices(trace, fitted, max(ks)):
             if notify:
                 notify(line)
         of_models = recording.drafted(trace, (drafter for _, each in fitted.values() for drafter in each), progress)

@@ -75,11 +75,6 @@ class SuiteRescorer:
     tune: SuiteTuning | None = None
     rules: tuple[Acceptance, ...] = (Acceptance(),)
 
-    @property
-    def is_weight_given(self) -> bool:
-        """Whether the file says its weight, beside its spec or in it."""
-        return self.alpha is not None or WEIGHT in parse_spec(self.name)[1]
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -141,7 +136,8 @@ class Plan:
     def tuning(self, rescorer: str) -> SuiteTuning | None:
         """How the weight of a rescorer that has one is tuned; None: it is given, or the rescorer's own."""
         (chosen,) = (r for r in self.rescorers if r.name == rescorer)
-        return None if chosen.is_weight_given else chosen.tune or self.tune
+        is_given = chosen.alpha is not None or WEIGHT in parse_spec(chosen.name)[1]
+        return None if is_given else chosen.tune or self.tune
 
     def as_dict(self) -> dict[str, Any]:
         """For `plan.json`: tasks and rescorers by name, so that a difference names them."""
@@ -167,8 +163,6 @@ def read_plan(
 ) -> Plan:
     """The suite in a YAML file (docs/formats.md).
 
-    `data`: a folder with TASK.jsonl (or .csv, .jsonl.gz ...) for each task whose data or trace the file does not name,
-    or one file for all of them. `names`: values of names instead of those that the file gives.
     Raises `RescoreError` with the line of what is wrong: unknown keys with the nearest, wrong types, unknown tasks and
     rescorers.
     """

@@ -30,7 +30,7 @@ from lm.keys import key_of
 from lm.locks import writing_to
 from lm.records import convert_record, plain
 from rescore.acceptance.options import Acceptance
-from rescore.costs.kept import costs_for, costs_here
+from rescore.costs.kept import costs_here
 from rescore.costs.table import Costs
 from rescore.peers import load_peer
 from rescore.runs.evaluated import Evaluation, load_run
@@ -42,7 +42,7 @@ from rescore.runs.records import RunConfig
 from rescore.runs.run import Choosing, Run, load_choosing
 from rescore.runs.tables import results_csv
 from rescore.runs.tuning import tune
-from rescore.runs.weights import fit_before, identities_of, target_before
+from rescore.runs.weights import fit_before, identities_of
 from rescore.runs.work import check_choosing
 from rescore.suites.files import (
     CSV_FILE,
@@ -171,8 +171,7 @@ def _fitted(plan: Plan, part: _Part) -> tuple[dict[str, Choosing], Costs | None]
     costs that its runs are planned and predicted by."""
     choosing = load_choosing(Run(r.name) for r in plan.rescorers if part.rule in r.rules)
     check_choosing(choosing, part.rule.rule(), live=plan.mode == "live")
-    costs = costs_for(part.recording, target_before(part.recording), choosing, plan.costs)
-    return fit_before(part.recording, choosing, costs), costs
+    return fit_before(part.recording, choosing, plan.costs)
 
 
 class _TunedWeights:

@@ -38,7 +38,6 @@ PLAIN_WIDTH = 160  # columns where stdout is no terminal and COLUMNS does not sa
 GENERATE, MEASURE, LOOK, NGRAMS, TRAIN, TASKS = "Generate", "Measure", "Look", "N-grams", "Train", "Tasks"
 INPUTS = "rescore.runs.inputs:Inputs"
 EXECUTION = Source("lm.executors:ExecutorOptions")
-MODEL = Source(INPUTS, only=("base", "dtype", "device"))
 OF_TASKS = ("task", "limit", "data", "trace", "leave_out", "max_prompt_tokens")
 OWN = Source("lm.base.own_output:OwnOutput", but=("batch_size", "temperature", "seed", "with_prompts"))
 

@@ -111,6 +111,12 @@ class Recording:
         )
         return [line for line in lines if line]
 
+    def announce(self, notify: Notify | None) -> None:
+        """Passes the notices on."""
+        if notify:
+            for line in self.notices:
+                notify(line)
+
     def at(self, places: Sequence[int]) -> Recording:
         """The same with only the examples at these places."""
         examples = tuple(self.data.examples[place] for place in places) if self.data else ()
@@ -189,14 +195,9 @@ class Recording:
                     "task gives now; use another --out"
                 )
         # The data say what belongs together: a trace may be older than its column.
-        return Trace(
-            trace.header,
-            tuple(
-                dataclasses.replace(by_id[name], group=group)
-                for name, group in zip(self.ids, self.groups, strict=True)
-                if name in by_id
-            ),
-        )
+        groups = zip(self.ids, self.groups, strict=True)
+        examples = tuple(dataclasses.replace(by_id[name], group=group) for name, group in groups if name in by_id)
+        return Trace(trace.header, examples)
 
     def _read_or_remove(self) -> Trace | None:
         """What is recorded; a broken trace in the cache makes room for a whole one."""
@@ -213,6 +214,7 @@ class Recording:
         assert self.data is not None, "a trace that was given is whole"
         executor.begin()
         models = self.models
+        limits = {name: self.settings[name] for name in ("chat", "max_new_tokens", "max_prompt_tokens")}
         by_workers = RowsByWorkers(models.inputs_of_worker, models.heads_needed, self.settings, self.k)
         return record_trace(
             models.base,
@@ -220,9 +222,7 @@ class Recording:
             self.data.examples,
             self.folder,
             settings=self.settings,
-            chat=self.settings["chat"],
-            max_new_tokens=self.settings["max_new_tokens"],
-            max_prompt_tokens=self.settings["max_prompt_tokens"],
+            **limits,
             k=self.k,
             recorded=recorded,
             elsewhere=None if executor.is_local else partial(executor.map, by_workers),
@@ -330,8 +330,7 @@ def record(
         heads=None if isinstance(heads, str) else heads,
         heads_needed=heads_needed,
     )
-    for line in recording.notices if notify else ():
-        notify(line)  # type: ignore[misc]
+    recording.announce(notify)
     recording.trace(progress=progress)
     return recording
 
@@ -357,8 +356,7 @@ def record_task(
         raise RescoreError(f"--drafter {drafter} has no lattices of its own to record; give heads or draft-model:NAME")
     in_trace = loaded is None or (isinstance(loaded, Heads) and loaded.size is None)
     recording = open_recording(inputs, k=k, out=out if in_trace else None, heads_needed=isinstance(loaded, Heads))
-    for line in recording.notices if notify else ():
-        notify(line)  # type: ignore[misc]
+    recording.announce(notify)
     with execution.started(inputs.device) as executor:
         trace = recording.trace(executor=executor, progress=progress)
     if loaded is None or in_trace:

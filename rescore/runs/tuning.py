@@ -82,7 +82,10 @@ def tune(
     sweeps = []
     for recording in [recordings] if isinstance(recordings, Recording) else recordings:
         recording = recording.held_out(held_out, evaluated=evaluated)
-        trace = _trace(recording, max(ks), lambda of: fit_before(of, choosing), progress, notify, executor)
+        check_held_k(recording.k, max(ks))
+        recording.announce(notify)
+        fit_before(recording, choosing)  # refuses what it does before anything is decoded
+        trace = recording.trace(executor=executor, progress=progress)
         fitted = fitted_to(target_of(trace, device=recording.models.device, models=recording.loads), choosing)
         for line in coverage_notices(trace, fitted, max(ks)):
             if notify:
@@ -158,24 +161,6 @@ class _SweepByWorkers:
 _OF_WORKER: dict[str, Mapping[str, Choosing]] = {}  # of its last sweep
 
 
-def _trace(
-    recording: Recording,
-    k: int,
-    check: Callable[[Recording], object],
-    progress: Progress | None,
-    notify: Notify | None,
-    executor: Executor = HERE,
-) -> Trace:
-    """The trace of examples to tune on; before anything is decoded it is known that it holds k, and what `check`
-    refuses."""
-    check_held_k(recording.k, k)
-    if notify:
-        for line in recording.notices:
-            notify(line)
-    check(recording)
-    return recording.trace(executor=executor, progress=progress)
-
-
 def is_joint(specs: Sequence[str], out: Path | None, without: Sequence[str] = (), alphas: Sequence[float] = ()) -> bool:
     """Whether weights of `joint` are asked for, which are fitted and not swept.
 
@@ -226,8 +211,10 @@ def fit_joint(
     data, bigrams, fitted = JointData(), set(), list(of_run)
     for recording in [recordings] if isinstance(recordings, Recording) else recordings:
         recording = recording.held_out(held_out)
-        # Not `fit_before`: the weights need not be there yet.
-        trace = _trace(recording, k, lambda of: joint.ngram.fit(target_before(of)), progress, notify)
+        check_held_k(recording.k, k)
+        recording.announce(notify)
+        joint.ngram.fit(target_before(recording))  # not `fit_before`: the weights need not be there yet
+        trace = recording.trace(progress=progress)
         target = target_of(trace, device=recording.models.device, models=recording.loads)
         fitted = [fit_drafter(drafter, target) for drafter in of_run]
         of_models = recording.drafted(trace, fitted, progress)

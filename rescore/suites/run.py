@@ -10,10 +10,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lattices.errors import IncompatibleError, RescoreError
 from lm.environment import environment
@@ -104,19 +103,19 @@ def run_suite(
         configs: list[RunConfig] = []
         parts = _parts(plan)  # refused before the folder is this plan's
         claim(out / PLAN_FILE, suite.plan, holds="a suite of another plan", whole=True)
-        with _TunedWeights(out / TUNED_FILE) as weights:
-            running = _Running(plan, out, weights, executor, progress, partial(add_notice, suite.notices, notify))
-            try:
-                for part in parts:
-                    evaluation = running.evaluated(part)
-                    suite.results += evaluation.results
-                    configs.append(evaluation.config)
-                    if interrupted := evaluation.interrupted:
-                        break
-                    suite.runs.append(SuiteRun(task=part.recording.name, h=part.h, folder=part.folder))
-            except KeyboardInterrupt:
-                interrupted = True
-            suite.tuned = weights.used
+        add = partial(add_notice, suite.notices, notify)
+        running = _Running(plan, out, executor, progress, add, _kept_sweeps(out / TUNED_FILE))
+        try:
+            for part in parts:
+                evaluation = running.evaluated(part)
+                suite.results += evaluation.results
+                configs.append(evaluation.config)
+                if interrupted := evaluation.interrupted:
+                    break
+                suite.runs.append(SuiteRun(task=part.recording.name, h=part.h, folder=part.folder))
+        except KeyboardInterrupt:
+            interrupted = True
+        suite.tuned = running.used
         if not interrupted:
             with atomic_file(out / TABLE_FILE) as temporary:
                 page = suite_page(suite.results, plan, source, configs=configs, costs=_costs(plan, parts[0]))
@@ -174,50 +173,30 @@ def _fitted(plan: Plan, part: _Part) -> tuple[dict[str, Choosing], Costs | None]
     return fit_before(part.recording, choosing, plan.costs)
 
 
-class _TunedWeights:
-    """Tuned weights, kept line by line: a sweep that is finished is not run again, and no later one changes it.
-
-    used: those that this run has taken, in their order; the file may have others, of other data or models.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.used: list[SuiteSweep] = []
-        with writing(path):
-            self._stream = open_appending(path)
-        self._sweeps = [
-            convert_record(
-                fields, SuiteSweep, where=f"{path} line {number} is no tuned weight", advice="use another --out"
-            )
-            for number, fields in read_json_lines(path)
-        ]
-
-    def __enter__(self) -> _TunedWeights:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stream.close()
-
-    def find(self, **key: Any) -> SuiteSweep | None:
-        """The sweep that has these fields."""
-        return next((s for s in self._sweeps if all(getattr(s, name) == value for name, value in key.items())), None)
-
-    def add(self, sweep: SuiteSweep) -> None:
-        """Keeps a sweep. Raises `OutputError`."""
-        with writing(Path(self._stream.name)):
-            append_json_line(self._stream, plain(sweep))
-        self._sweeps.append(sweep)
+def _kept_sweeps(path: Path) -> list[SuiteSweep]:
+    with writing(path):
+        open_appending(path).close()  # which cuts off a torn last line
+    return [
+        convert_record(fields, SuiteSweep, where=f"{path} line {number} is no tuned weight", advice="use another --out")
+        for number, fields in read_json_lines(path)
+    ]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Running:
-    """What the parts of a plan are run with."""
+    """What the parts of a plan are run with.
+
+    sweeps: that are kept, line by line: one that is finished is not run again, and no later one changes it; also those
+    of other data or models. used: those that this run has taken, in their order.
+    """
 
     plan: Plan
     out: Path
-    weights: _TunedWeights
     executor: Executor
     progress: Progress | None
     notify: Notify
+    sweeps: list[SuiteSweep]
+    used: list[SuiteSweep] = field(default_factory=list)
 
     def _weighted(self, part: _Part, choosing: dict[str, Choosing]) -> list[Run]:
         """The runs of one evaluation, with tuned weights where the plan asks for them."""
@@ -238,7 +217,9 @@ class _Running:
         examples = [evaluated.data_sha256, evaluated.source.get("left_out")]
         identity, drafters = identities_of(choosing)
         key = key_of([evaluated.settings, examples, {run.label: identity}, *drafters], 24)
-        sweep = self.weights.find(task=evaluated.name, rescorer=run.label, k=run.k, h=part.h, p=run.p, key=key)
+        asked = {"task": evaluated.name, "rescorer": run.label, "k": run.k, "h": part.h, "p": run.p, "key": key}
+        fitting = (s for s in self.sweeps if all(getattr(s, name) == value for name, value in asked.items()))
+        sweep = next(fitting, None)
         if sweep is None:
             inputs = dataclasses.replace(evaluated.inputs, limit=None)
             recording = open_recording(inputs, k=evaluated.k, heads_needed=evaluated.models.heads_needed)
@@ -251,10 +232,13 @@ class _Running:
                 evaluated.models.check_unchanged(evaluated.settings)
             if tuned.identity != identity:
                 raise IncompatibleError(f"{run.label} was replaced while it was tuned; run the command again")
-            sweep = SuiteSweep(**{f.name: getattr(tuned, f.name) for f in fields(tuned)}, h=part.h, key=key)
-            self.weights.add(sweep)
-        if sweep not in self.weights.used:  # which other rules of acceptance may have taken before
-            self.weights.used.append(sweep)
+            sweep = SuiteSweep(**vars(tuned), h=part.h, key=key)
+            path = self.out / TUNED_FILE
+            with writing(path), open_appending(path) as stream:
+                append_json_line(stream, plain(sweep))
+            self.sweeps.append(sweep)
+        if sweep not in self.used:  # which other rules of acceptance may have taken before
+            self.used.append(sweep)
         return sweep
 
     def evaluated(self, part: _Part) -> Evaluation:

@@ -147,9 +147,8 @@ class Option:
     @property
     def is_number(self) -> bool:
         """Whether it is a number, or a number or a word."""
-        return self.kind in (int, float) or (
-            get_origin(self.kind) is not tuple and any(kind in (int, float) for kind in get_args(self.kind))
-        )
+        kinds = (self.kind, *get_args(self.kind))
+        return get_origin(self.kind) is not tuple and any(kind in (int, float) for kind in kinds)
 
     @property
     def label(self) -> str:
@@ -296,11 +295,9 @@ class Source:
     only: tuple[str, ...] = ()
     but: tuple[str, ...] = ()
 
-    def look_up(self) -> _Declared:
-        """Imports it."""
-        return _Declared.of(
-            imported(self.place), lambda name: (not self.only or name in self.only) and name not in self.but
-        )
+    def has(self, name: str) -> bool:
+        """Whether an option is one of these."""
+        return (not self.only or name in self.only) and name not in self.but
 
 
 @dataclass(frozen=True)
@@ -352,7 +349,7 @@ def with_options(body: Callable[..., None], sources: Mapping[str, Source]) -> tu
     or of a function, which then has them as keywords (a `partial`). Raises `CutShortError` for Ctrl-C and a pipe that
     breaks.
     """
-    found = {name: source.look_up() for name, source in sources.items()}
+    found = {name: _Declared.of(imported(source.place), source.has) for name, source in sources.items()}
     own = _Declared.of(body).parts
     options: list[Option] = []
     for name in inspect.signature(body).parameters:

@@ -38,7 +38,6 @@ PLAIN_WIDTH = 160  # columns where stdout is no terminal and COLUMNS does not sa
 GENERATE, MEASURE, LOOK, NGRAMS, TRAIN, TASKS = "Generate", "Measure", "Look", "N-grams", "Train", "Tasks"
 INPUTS = "rescore.runs.inputs:Inputs"
 EXECUTION = Source("lm.executors:ExecutorOptions")
-MODEL = Source(INPUTS, only=("base", "dtype", "device"))
 OF_TASKS = ("task", "limit", "data", "trace", "leave_out", "max_prompt_tokens")
 OWN = Source("lm.base.own_output:OwnOutput", but=("batch_size", "temperature", "seed", "with_prompts"))
 
@@ -52,7 +51,6 @@ class Group(typer.core.TyperGroup):
     """A group whose plain help lists the commands panel by panel, as the help with colours does."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Writes the lists."""
         panels: dict[str, list[tuple[str, str]]] = {}
         for name, each in self.commands.items():
             panels.setdefault(getattr(each, "rich_help_panel", None) or "Commands", []).append((name, each.help or ""))
@@ -79,7 +77,6 @@ class Command(typer.core.TyperCommand):
 
     @property
     def params(self) -> Any:  # type: ignore[override]
-        """Options and arguments."""
         return self._looked_up.params
 
     @params.setter
@@ -87,7 +84,6 @@ class Command(typer.core.TyperCommand):
         """Nothing: the library sets those of the callback, which has none."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs the command."""
         return self._looked_up.invoke(ctx)
 
 

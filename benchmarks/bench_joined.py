@@ -17,7 +17,7 @@ import numpy as np
 from rescore.drafters.drafting import Drafting
 from rescore.replaying import contexts_of
 from rescore.runs.run import Run
-from rescore.runs.weights import fit_to
+from rescore.runs.weights import fitted_to, target_of
 from rescore.table import text_table
 from rescore.tracing import read_trace
 
@@ -36,7 +36,7 @@ def main() -> None:
     for run in runs:
         loaded = run.load()
         choosing[run.label] = (loaded, run.load_drafters(loaded))
-    fitted = fit_to(trace, choosing)
+    fitted = fitted_to(target_of(trace), choosing)
     rows, results = [], []
     for run in runs:
         drafting = Drafting(*fitted[run.label], run.k, run.p)

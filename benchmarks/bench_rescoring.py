@@ -31,7 +31,7 @@ from rescore.replaying import replay_steps
 from rescore.rescorers import Context
 from rescore.rescorers.neural import FollowsExamples
 from rescore.runs.run import Run
-from rescore.runs.weights import fit_to
+from rescore.runs.weights import fitted_to, target_of
 from rescore.table import text_table
 from rescore.tracing import TracedExample, read_trace
 
@@ -118,7 +118,7 @@ def main() -> None:
     base = load_base(trace.header.settings["base"]["name"])
     timed: dict[str, Timed] = {}
     for how, shared in (("", base), (", plain", None))[: 1 + arguments.plain]:
-        for name, (rescorer, drafters) in fit_to(trace, choosing, shared=shared).items():
+        for name, (rescorer, drafters) in fitted_to(target_of(trace, shared=shared), choosing).items():
             weighted = rescorer if rescorer.alpha is None else rescorer.weighted(arguments.alpha)
             drafting = Timed(weighted, drafters, arguments.k, arguments.p)
             model = neural_of(drafting)

@@ -21,7 +21,7 @@ from rescore.decoding import decode
 from rescore.drafters.proposals import Proposals
 from rescore.replaying import contexts_of
 from rescore.runs.run import Run
-from rescore.runs.weights import fit_to
+from rescore.runs.weights import fitted_to, target_of
 from rescore.table import text_table
 from rescore.tracing import TracedExample, read_trace
 
@@ -76,7 +76,8 @@ def main() -> None:
     heads = rescore.load_heads(base)
     run = Run("joint")
     loaded = run.load()
-    rescorer, drafters = fit_to(trace, {"joint": (loaded, run.load_drafters(loaded))}, shared=base)["joint"]
+    target = target_of(trace, shared=base)
+    rescorer, drafters = fitted_to(target, {"joint": (loaded, run.load_drafters(loaded))})["joint"]
     watched, found = Watched(base), Counter[str]()
     for example in trace.examples:
         watched.calls.clear()

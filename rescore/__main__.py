@@ -99,7 +99,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, RescoreError):
         message, code = str(error), 2
     elif hasattr(error, "format_message"):  # of click, which typer imports or, in later versions, brings along
-        message, code = _plainer(error.format_message()), 2
+        message, code = error.format_message(), 2
+        message = re.sub(r"^Missing command\.", "Missing command; --help lists them", message)
     elif isinstance(error, BrokenPipeError):
         message, code = f"the connection to another process broke ({error}) (--debug shows where)", 1
     elif isinstance(error, OSError) and error.strerror and (error.filename is not None or error.errno in NO_ROOM):
@@ -111,13 +112,6 @@ def _explain(error: BaseException) -> tuple[str, int]:
     else:
         message, code = f"{type(error).__name__}: {error} (--debug shows where)", 1
     return " ".join(message.split()), code
-
-
-def _plainer(message: str) -> str:
-    """What the library says of a value that is no number, or of a missing command, as we say it."""
-    message = re.sub(r"^Missing command\.", "Missing command; --help lists them", message)
-    message = re.sub(r"Input should be a valid integer.*", "give a whole number, like 16", message)
-    return re.sub(r"Input should be a valid number.*", "give a number, like 0.5", message)
 
 
 if __name__ == "__main__":

@@ -76,8 +76,7 @@ def account(accepted: Sequence[Sequence[int]], h: int, *, groups: Groups = None,
     histogram = np.bincount(lengths, minlength=h + 1)
     total = int(steps.sum())
     at_least = histogram[::-1].cumsum()[::-1]  # steps that accepted at least i, i = 0..h
-    marginal = at_least[1:] / total
-    before = [1.0, *marginal[:-1].tolist()]
+    marginal = (at_least[1:] / total).tolist()
     totals = _by_group(np.stack([tokens, steps], axis=1), groups)
     return Accounting(
         groups=len(totals),
@@ -87,8 +86,8 @@ def account(accepted: Sequence[Sequence[int]], h: int, *, groups: Groups = None,
         steps=total,
         tokens=int(tokens.sum()),
         accepted_histogram=histogram.tolist(),
-        marginal=marginal.tolist(),
-        conditional=[m / b if b else None for m, b in zip(marginal.tolist(), before, strict=True)],
+        marginal=marginal,
+        conditional=[m / b if b else None for m, b in zip(marginal, [1.0, *marginal[:-1]], strict=True)],
     )
 
 

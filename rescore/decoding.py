@@ -85,10 +85,17 @@ def decode(
     and ends the output after them by returning False. `rule`: what is accepted, and what comes then, greedily unless
     another is given; a random one is `started` for this output. A step whose outcome is known before it (its first
     token is end-of-text, or only one token remains) is counted but needs no call. Base, rescorer and
-    drafters are for one thread at a time. Raises as `check_request` and `BaseLM.check_ids`.
+    drafters are for one thread at a time. Raises as `BaseLM.check_ids`, and `RescoreError` for what can't be decoded:
+    sizes out of range, a prompt longer than the context.
     """
     base.check_ids(prompt_ids)
-    check_request(base, heads, len(prompt_ids), k=k, p=p, max_new_tokens=max_new_tokens, verify=verify)
+    if verify not in VERIFY_MODES:
+        raise UnknownNameError("verify mode", verify, VERIFY_MODES)
+    check_p(p)
+    check_new_tokens(max_new_tokens)
+    if heads is not None:
+        check_k(k, base.vocab_size)
+    check_fits(base, len(prompt_ids), max_new_tokens)
     drafting = Drafting(rescorer, drafters, k, p) if rescorer else None
     of_heads = drafting.heads if drafting else None
     assert of_heads is None or heads is not None, "the drafter heads needs block heads"
@@ -220,26 +227,6 @@ def _verify_tree(base: BaseLM, cache: KVCache, drafts: np.ndarray) -> Verified:
 
 
 VERIFY = {"tree": _verify_tree, "batch": _verify_batch}
-
-
-def check_request(
-    base: BaseLM,
-    heads: BlockHeads | None,
-    prompt_tokens: int,
-    *,
-    k: int,
-    p: int,
-    max_new_tokens: int,
-    verify: str = "tree",
-) -> None:
-    """Raises `RescoreError` for what can't be decoded: sizes out of range, a prompt longer than the context."""
-    if verify not in VERIFY_MODES:
-        raise UnknownNameError("verify mode", verify, VERIFY_MODES)
-    check_p(p)
-    check_new_tokens(max_new_tokens)
-    if heads is not None:
-        check_k(k, base.vocab_size)
-    check_fits(base, prompt_tokens, max_new_tokens)
 
 
 def margin_at(base: BaseLM, prompt_ids: Sequence[int], output_ids: Sequence[int], place: int) -> float:

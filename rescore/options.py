@@ -14,12 +14,11 @@ import inspect
 import re
 import shlex
 import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NewType
+from typing import Annotated, Any, Literal, NewType, Union, get_args, get_origin, get_type_hints
 
 from lattices.errors import RescoreError, UnknownNameError
 from lattices.paths import user_path
@@ -124,9 +123,9 @@ class Option:
         if not helps:
             return None
         spelled = tuple(text for text in texts if " " not in text and not text.startswith("<"))
-        origin = typing.get_origin(hint)
+        origin = get_origin(hint)
         collects = None if origin not in LISTS else dict if origin is Mapping else tuple
-        kinds = tuple(map(_as_given, typing.get_args(hint)))
+        kinds = tuple(map(_as_given, get_args(hint)))
         return cls(
             name=name, spelled=spelled or (f"--{name.replace('_', '-')}",), help=helps[0], collects=collects,
             kind=hint if collects is None else types.GenericAlias(tuple, kinds) if collects is dict else kinds[0],
@@ -142,15 +141,14 @@ class Option:
     @property
     def choices(self) -> tuple[str, ...]:
         """The words that it may be, if there are some."""
-        kinds = [self.kind] if typing.get_origin(self.kind) is Literal else typing.get_args(self.kind)
-        return tuple(word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind))
+        kinds = [self.kind] if get_origin(self.kind) is Literal else get_args(self.kind)
+        return tuple(word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind))
 
     @property
     def is_number(self) -> bool:
         """Whether it is a number, or a number or a word."""
-        return self.kind in (int, float) or (
-            typing.get_origin(self.kind) is not tuple and any(kind in (int, float) for kind in _parts(self.kind))
-        )
+        kinds = (self.kind, *get_args(self.kind))
+        return get_origin(self.kind) is not tuple and any(kind in (int, float) for kind in kinds)
 
     @property
     def label(self) -> str:
@@ -231,18 +229,18 @@ class Option:
             return self._number(text, whole)
         if self.choices:
             raise UnknownNameError(name, text, self.choices)
-        if typing.get_origin(self.kind) is tuple:
+        if get_origin(self.kind) is tuple:
             key, _, value = text.rpartition("=")
             try:
                 if key and value:
-                    return tuple(kind(part) for kind, part in zip(_parts(self.kind), (key, value), strict=True))
+                    return tuple(kind(part) for kind, part in zip(get_args(self.kind), (key, value), strict=True))
             except ValueError:
                 pass
             raise RescoreError(f"{name} {text}: give {self.values}")
         return user_path(text, name) if self.kind is Path else text
 
     def _number(self, text: str, whole: str) -> float:
-        is_whole = int in (self.kind, *_parts(self.kind))
+        is_whole = int in (self.kind, *get_args(self.kind))
         try:
             return int(text) if is_whole else float(text)
         except ValueError:
@@ -252,10 +250,6 @@ class Option:
             else:
                 what = of_list if self.collects else "a number, like 0.5"
             raise RescoreError(f"{self.spelled[0]} {whole}: give {', or '.join((what, *self.choices))}") from None
-
-
-def _parts(kind: Any) -> tuple[Any, ...]:
-    return typing.get_args(kind)
 
 
 def written(command: str, values: Mapping[str, Any]) -> str:
@@ -269,20 +263,20 @@ def _unwrapped(hint: Any) -> tuple[Any, bool, list[Any]]:
     extras: list[Any] = []
     optional = False
     while True:
-        if typing.get_origin(hint) is Annotated:
-            hint, *more = typing.get_args(hint)
+        if get_origin(hint) is Annotated:
+            hint, *more = get_args(hint)
             extras += reversed(more)
-        elif typing.get_origin(hint) in (typing.Union, types.UnionType) and type(None) in _parts(hint):
+        elif get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint):
             optional = True
-            hint = functools.reduce(lambda a, b: a | b, (kind for kind in _parts(hint) if kind is not type(None)))
+            hint = functools.reduce(lambda a, b: a | b, (kind for kind in get_args(hint) if kind is not type(None)))
         else:
             return hint, optional, extras
 
 
 def _as_given(hint: Any) -> Any:
     """Of what may be an object as well as a path, or one as well as several: several paths."""
-    kinds = _parts(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else ()
-    several = [kind for kind in kinds if typing.get_origin(kind) in LISTS]
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
+    several = [kind for kind in kinds if get_origin(kind) in LISTS]
     return several[0] if several else Path if Path in kinds and str not in kinds else hint
 
 
@@ -301,11 +295,9 @@ class Source:
     only: tuple[str, ...] = ()
     but: tuple[str, ...] = ()
 
-    def look_up(self) -> _Declared:
-        """Imports it."""
-        return _Declared.of(
-            imported(self.place), lambda name: (not self.only or name in self.only) and name not in self.but
-        )
+    def has(self, name: str) -> bool:
+        """Whether an option is one of these."""
+        return (not self.only or name in self.only) and name not in self.but
 
 
 @dataclass(frozen=True)
@@ -342,7 +334,7 @@ class _Declared:
 def _hints(declares: Callable[..., Any]) -> dict[str, Any]:
     """The types of fields or parameters; of a function, without those that are known to type checkers only."""
     if isinstance(declares, type):
-        return typing.get_type_hints(declares, include_extras=True)
+        return get_type_hints(declares, include_extras=True)
     hints = {}
     for name, hint in inspect.get_annotations(declares).items():
         with contextlib.suppress(NameError):
@@ -357,7 +349,7 @@ def with_options(body: Callable[..., None], sources: Mapping[str, Source]) -> tu
     or of a function, which then has them as keywords (a `partial`). Raises `CutShortError` for Ctrl-C and a pipe that
     breaks.
     """
-    found = {name: source.look_up() for name, source in sources.items()}
+    found = {name: _Declared.of(imported(source.place), source.has) for name, source in sources.items()}
     own = _Declared.of(body).parts
     options: list[Option] = []
     for name in inspect.signature(body).parameters:

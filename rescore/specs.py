@@ -103,8 +103,7 @@ class Registry(Generic[Made]):
         """
         name, arguments = parse_spec(spec, self.option)
         if name in self.built_in:
-            built_in: Made = self._build(name, self._built_in(name), arguments)
-            return built_in
+            return self._build(name, self._built_in(name), arguments)
         for point in plug_ins(self.group).select(name=name):
             origin = f"the {self.word} {name!r} of the package {point.dist.name if point.dist else point.value}"
             try:
@@ -118,8 +117,7 @@ class Registry(Generic[Made]):
                     f"{origin} is no {self.package}.{self.kind.__name__} ({point.value}); mend or uninstall that "
                     "package"
                 )
-            made: Made = other
-            return made
+            return other
         raise UnknownNameError(self.word, name, self.names())
 
     def _built_in(self, name: str) -> Callable[..., Made]:
@@ -130,7 +128,7 @@ class Registry(Generic[Made]):
         factory: Callable[..., Made] = getattr(importlib.import_module(f"{self.package}.{module}"), kind)
         return partial(factory, name) if name.startswith("neural-") else factory
 
-    def _build(self, name: str, factory: Callable[..., Any], arguments: Mapping[str, str]) -> Any:
+    def _build(self, name: str, factory: Callable[..., Any], arguments: Mapping[str, str]) -> Made:
         """What a factory makes of its arguments, each turned into the type that its parameter has."""
         kinds = {key: p.annotation for key, p in inspect.signature(factory, eval_str=True).parameters.items()}
         keys = list(kinds)
@@ -143,13 +141,13 @@ class Registry(Generic[Made]):
                 raise self._unknown_key(name, key, factory, keys)
             values[key] = self._value(name, key, text, kinds.get(key, float))
         weight = None if self.weight in keys else values.pop(self.weight, None)
-        made = factory(**values)
+        made: Made = factory(**values)
         if weight is None or not isinstance(made, self.kind):
             return made
         if getattr(made, self.weight) is None:
             raise self._unknown_key(name, self.weight, factory, keys)
         check_alpha(weight)
-        return made.weighted(weight)  # type: ignore[attr-defined]
+        return made.weighted(weight)  # type: ignore[attr-defined, no-any-return]
 
     def _value(self, name: str, key: str, text: str, kind: Any) -> Any:
         if kind in (inspect.Parameter.empty, str):

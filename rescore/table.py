@@ -1,4 +1,4 @@
-"""Tables: columns of values, and how they are shown as text, Markdown, CSV or JSON.
+"""Tables: columns of values, and how they are shown as text, Markdown or CSV.
 
 The one place where a number, an interval or a percentage becomes text. Cells hold values, never text made of them;
 None is a value that is not known or makes no sense there.
@@ -37,16 +37,12 @@ def fixed(digits: int, unit: str = "", *, sign: bool = False) -> Format:
 
 def percent(digits: int = 1, *, sign: bool = False) -> Format:
     """A share (0.25) as a percentage (25.0%)."""
-    return Format(lambda value: f"{_no_negative_zero(value, digits + 2):{'+' if sign else ''}.{digits}%}")
+    return Format(lambda value: f"{value:{'+' if sign else ''}z.{digits}%}")  # z: no negative zero
 
 
 def interval(each: Format) -> Format:
     """A pair of numbers, from the lower to the upper one."""
     return Format(lambda value: " to ".join(map(each.show, value)))
-
-
-def _no_negative_zero(value: float, digits: int) -> float:
-    return 0.0 if round(value, digits) == 0 else value
 
 
 TEXT = Format(str, left=True)
@@ -65,8 +61,8 @@ MILLISECONDS = fixed(1)
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its heading, how its values are shown, its name in CSV and JSON (default: the heading), and where the
-    value is in a record.
+    """One column: its heading, how its values are shown, its name in CSV (default: the heading), and where the value is
+    in a record.
 
     field: the path of an attribute or of an item (`latency.speedup`, `recall.0`; default: the name), or a function of
     the record.
@@ -79,7 +75,7 @@ class Column:
 
     @property
     def name(self) -> str:
-        """What the column is called in CSV and JSON."""
+        """What the column is called in CSV."""
         return self.key or re.sub(r"\W+", "_", self.heading.lower()).strip("_")
 
     def value(self, record: Any) -> Any:
@@ -137,18 +133,21 @@ class Table:
         shown = self.none if value is None else column.format.show(value)
         return shown + "*" if (row, column.heading) in self.best else shown
 
+    def printable_cells(self, lines: Iterable[Sequence[str]]) -> list[list[str]]:
+        """Lines of cells that can't control a terminal; a star hangs out to the right of digits below each other."""
+        shown = [[printable(cell) for cell in line] for line in lines]
+        for i, column in enumerate(self.columns):
+            if not column.format.left and any(line[i].endswith("*") for line in shown):
+                for line in shown:
+                    line[i] += "" if line[i].endswith("*") else " "
+        return shown
+
     def text(self) -> str:
         """Aligned plain text, safe to paste; no cell can control a terminal."""
         if not self.columns:
             return "\n".join(printable_lines(part) for part in (self.title, self.note) if part)
         head = [column.heading for column in self.columns]
-        lines = [[printable(cell) for cell in line] for line in [head, *self.cells()]]
-        # A star hangs out to the right, so that the digits stay below each other.
-        starred = [any(line[i].endswith("*") for line in lines) for i in range(len(head))]
-        for line in lines:
-            for i, cell in enumerate(line):
-                if starred[i] and not cell.endswith("*") and not self.columns[i].format.left:
-                    line[i] = cell + " "
+        lines = self.printable_cells([head, *self.cells()])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
 
         def aligned(line: Sequence[str]) -> str:
@@ -195,11 +194,6 @@ class Table:
             writer.writerow([_csv_cell(value) for group in split for value in group])
         return stream.getvalue()
 
-    def records(self) -> list[dict[str, Any]]:
-        """A JSON object for each row, by the names of the columns."""
-        names = [column.name for column in self.columns]
-        return [dict(zip(names, row, strict=True)) for row in self.rows]
-
 
 def for_terminal(tables: Iterable[Table]) -> Group:
     """What `rich` prints for tables: with lines and colours, as wide as the terminal lets them be."""
@@ -214,11 +208,8 @@ def for_terminal(tables: Iterable[Table]) -> Group:
         parts += [Text(printable_lines(table.title), style="bold")] if table.title else []
         if table.columns:
             lines = Lines(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False, padding=(0, 1, 0, 0))
-            cells = [[printable(cell) for cell in row] for row in table.cells()]
+            cells = table.printable_cells(table.cells())
             for number, column in enumerate(table.columns):
-                if not column.format.left and any(row[number].endswith("*") for row in cells):
-                    for row in cells:  # a star hangs out to the right here too
-                        row[number] += "" if row[number].endswith("*") else " "
                 words = [word for row in cells for word in row[number].split()]
                 side: Literal["left", "right"] = "left" if column.format.left else "right"
                 # Where it is narrow, intervals take several lines and text is cut into pieces; numbers stay whole.

@@ -43,11 +43,9 @@ def isolated(text: str) -> str:
 def shortened(text: str, *, head: int, tail: int) -> str:
     """The text itself, or its first `head` and last `tail` characters and how many were left out between them."""
     left_out = len(text) - head - tail
-    return (
-        text
-        if left_out <= 0
-        else f"{text[:head]} ... ({left_out:,} characters) ... {text[len(text) - tail :]}".rstrip()
-    )
+    if left_out <= 0:
+        return text
+    return f"{text[:head]} ... ({left_out:,} characters) ... {text[len(text) - tail :]}".rstrip()
 
 
 def _shown(character: str, joiners: bool) -> str:

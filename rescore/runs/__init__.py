@@ -4,7 +4,7 @@
 decoded: `evaluation` replays or decodes live every run on every task. `weights` and `tuning` give the rescorers'
 alphas, `summary` makes a `Result` of finished examples. `records` are the typed records of the files that an
 evaluation leaves (docs/formats.md), `log` writes them and goes on with them, `evaluated` reads them; `tables` shows
-them, `environment` says by what they were made.
+them.
 
 May be changed freely but for the records, which are file formats: a changed field needs a new schema number and
 docs/formats.md. Imports tasks, rescorers and the main path (`rescore.tracing`, `replaying`, `decoding`, `accounting`);

@@ -9,27 +9,27 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from lattices.errors import IncompatibleError, RescoreError, UnknownNameError
 from lm.base.catalog import Watch
+from lm.base.model import BaseLM
 from lm.environment import environment
 from lm.executors import HERE, Executor
+from lm.heads.block_heads import BlockHeads
 from lm.keys import key_of
 from lm.records import plain
 from rescore.acceptance import Rule, first_difference
 from rescore.calls import usable_verify
 from rescore.checks import VERIFY_MODES
-from rescore.costs.kept import of_elsewhere
 from rescore.costs.predicting import not_measured
 from rescore.costs.table import Costs
 from rescore.decoding import GREEDY, Decoded, decode, margin_at
 from rescore.drafters.drafting import Drafting
 from rescore.drafters.provenance import provenance
-from rescore.drafters.recorded import drafted
 from rescore.peers import Peer, load_peer
 from rescore.replaying import Drafted, Limits, replay, replay_steps, unrescored_at
 from rescore.rescorers import load_rescorer
@@ -40,13 +40,8 @@ from rescore.runs.recording import Recording, check_names, open_recording
 from rescore.runs.records import ExampleRecord, LiveExample, ResultsDocument, RunConfig, RunRecord
 from rescore.runs.run import ORACLE, Run
 from rescore.runs.summary import is_cut
-from rescore.runs.weights import alpha_notices, target_before
 from rescore.runs.work import Asked, Work, check_identities, prepared
 from rescore.tracing import Trace, TracedExample, TraceHeader
-
-if TYPE_CHECKING:
-    from lm.base.model import BaseLM
-    from lm.heads.block_heads import BlockHeads
 
 # Replayed side by side, here or by a worker, and always the same ones: a neural rescorer's sums are rounded by the
 # shape of its batch. A kill loses what of these is not finished.
@@ -143,12 +138,10 @@ def evaluate(
     )
     add = partial(add_notice, document.config.notices, notify)
     for task in work:
-        for line in [*task.recording.notices, *alpha_notices(task.records, task.recording)]:
+        for line in task.notices(live=live):
             add(line)
-        if task.costs:
-            elsewhere = of_elsewhere(task.costs, task.recording, target_before(task.recording), live=live)
-            for line in filter(None, (elsewhere, not_measured(task.costs, task.runs))):
-                add(line)
+        if task.costs and (lacking := not_measured(task.costs, task.runs)):
+            add(lacking)
     interrupted = False
     with ExampleLog(out, document.config.decides()) as log:
         try:
@@ -200,13 +193,11 @@ class _Evaluator:
         else:
             self._replay_by_workers(trace)
 
-    def _fit(self, trace: Trace, shared: Any = None) -> None:
+    def _fit(self, trace: Trace, shared: BaseLM | None = None) -> None:
         recording = self.task.recording
-        self.drafting = self.task.fitted(trace, recording.models.device, self.notify, shared)
-        drafters = {drafter.name: drafter for drafting in self.drafting.values() for drafter in drafting.drafters}
-        self.drafted = drafted(
-            trace, drafters.values(), task=recording.name, settings=recording.all_settings, progress=self.progress
-        )
+        self.drafting = self.task.fitted(trace, self.notify, shared)
+        drafters = (drafter for drafting in self.drafting.values() for drafter in drafting.drafters)
+        self.drafted = recording.drafted(trace, drafters, self.progress)
 
     def _missing(self, side: Run | Peer, examples: Iterable[TracedExample]) -> list[TracedExample]:
         key = self.task.key(side)
@@ -419,7 +410,7 @@ class _ReplayedByWorkers:
             evaluator = _OF_WORKER[key] = _Evaluator(
                 work, self.config, ExampleLog(None, {}), HERE, None, lambda line: None, {}
             )
-            evaluator.drafting = work.fitted(Trace(self.header, ()), recording.models.device, evaluator.notify)
+            evaluator.drafting = work.fitted(Trace(self.header, ()), evaluator.notify)
         return _OF_WORKER[key]
 
 

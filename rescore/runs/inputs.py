@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
@@ -78,8 +77,7 @@ class Inputs:
         for name in ("data", "heads"):
             if getattr(self, name) is not None:
                 raise RescoreError(f"a given trace has its own examples and lattices; drop --{name} or --trace")
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name in ("base", "dtype", "max_new_tokens", "max_prompt_tokens"):
-            if getattr(self, name) != defaults[name]:
+            if getattr(self, name) != getattr(Inputs, name):
                 option = "--" + name.replace("_", "-")
                 raise RescoreError(f"a given trace is replayed as it was recorded; drop {option} or --trace")

@@ -39,9 +39,8 @@ class ExampleLog:
         self._lock = ExitStack()
         if folder is None:
             return
-        self._lock.enter_context(writing_to(folder))
-        with ExitStack() as undone:
-            undone.push(self._lock)
+        with ExitStack() as lock:
+            lock.enter_context(writing_to(folder))
             path = folder / EXAMPLES_FILE
             if path.exists() and not (folder / CONFIG_FILE).exists():
                 raise IncompatibleError(
@@ -51,7 +50,7 @@ class ExampleLog:
             with writing(path):
                 self._stream = open_appending(path)  # cuts off a torn last line
             self._records = {(key_of_record(r), r.id): r for r in read_examples(path, advice="use another --out")}
-            undone.pop_all()
+            self._lock = lock.pop_all()
 
     def __enter__(self) -> ExampleLog:
         return self

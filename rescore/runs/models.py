@@ -53,7 +53,7 @@ class Models:
     @cached_property
     def identity(self) -> BaseIdentity:
         """Which base LM that is, told without its weights in memory."""
-        return self._given_base.identity if self._given_base else self._identify()
+        return self._identify()
 
     @cached_property
     def has_heads(self) -> bool:
@@ -124,9 +124,8 @@ class Models:
 
         if self._given_base:
             Watch(self._given_base).check()
-        identity = self.identity if self._given_base else self._identify()
-        weights = self.heads_facts()["heads_sha256"]
-        if plain([dataclasses.asdict(identity), weights]) != plain([settings["base"], settings["heads_sha256"]]):
+        now = [dataclasses.asdict(self._identify()), self.heads_facts()["heads_sha256"]]
+        if plain(now) != plain([settings["base"], settings["heads_sha256"]]):
             raise IncompatibleError(
                 f"the files of {self.inputs.base} or of its heads were replaced while they were read; run the command "
                 "again"
@@ -148,12 +147,9 @@ class Models:
 
         tokenizer = self._given_base.tokenizer if self._given_base else load_tokenizer(self.inputs.base)
         template = tokenizer.chat_template if task.chat else None
-        facts = self.heads_facts()
         settings = {
             "base": dataclasses.asdict(self.identity),
-            "heads_sha256": facts["heads_sha256"],
-            "heads_config_sha256": facts["heads_config_sha256"],
-            "h": facts["h"],
+            **self.heads_facts(),
             "task": task.name,
             "template": task.template,
             "chat": bool(template),
@@ -177,7 +173,7 @@ class Models:
     def _identify(self) -> BaseIdentity:
         from lm.base.catalog import identify
 
-        return identify(self.inputs.base, dtype=self.inputs.dtype)
+        return self._given_base.identity if self._given_base else identify(self.inputs.base, dtype=self.inputs.dtype)
 
 
 @dataclass(frozen=True)

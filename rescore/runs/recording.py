@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lattices.errors import IncompatibleError, RescoreError
+from lattices.lattice import Lattice
 from lattices.paths import encodable, user_path
 from lm.executors import HERE, LOCALLY, Executor, ExecutorOptions
 from lm.locks import making, warn, writing_to
 from lm.records import plain
 from rescore.checks import check_held_k, check_k
-from rescore.drafters import LatticeDrafter, load_drafter
+from rescore.drafters import Drafter, LatticeDrafter, load_drafter
 from rescore.drafters.asked import fit_drafter
 from rescore.drafters.heads import Heads
-from rescore.drafters.recorded import record_drafter
+from rescore.drafters.recorded import drafted, record_drafter
 from rescore.rescorers import Target
 from rescore.runs.inputs import DEFAULT_NEW_TOKENS, DEFAULT_TASK, Inputs, Notify, Progress
 from rescore.runs.models import Models, RowsByWorkers
@@ -110,6 +111,12 @@ class Recording:
         )
         return [line for line in lines if line]
 
+    def announce(self, notify: Notify | None) -> None:
+        """Passes the notices on."""
+        if notify:
+            for line in self.notices:
+                notify(line)
+
     def at(self, places: Sequence[int]) -> Recording:
         """The same with only the examples at these places."""
         examples = tuple(self.data.examples[place] for place in places) if self.data else ()
@@ -131,12 +138,7 @@ class Recording:
 
         Raises `IncompatibleError` if the user's folder holds another trace, `InvalidDataError` if it is broken.
         """
-        try:
-            trace = self._read()
-        except RescoreError:
-            if self.cached:
-                return None
-            raise
+        trace = self._known()
         return trace and trace.first_heads(self.inputs.h)
 
     def trace(self, *, executor: Executor = HERE, progress: Progress | None = None) -> Trace:
@@ -147,10 +149,15 @@ class Recording:
         """
         return self._whole(executor, progress).first_heads(self.inputs.h)
 
+    def drafted(
+        self, trace: Trace, drafters: Iterable[Drafter], progress: Progress | None
+    ) -> dict[str, dict[str, Lattice]]:
+        """See `rescore.drafters.recorded.drafted`; of drafters of one name the last counts."""
+        named = {drafter.name: drafter for drafter in drafters}.values()
+        return drafted(trace, named, task=self.name, settings=self.all_settings, progress=progress)
+
     def _whole(self, executor: Executor, progress: Progress | None) -> Trace:
-        trace = None
-        with suppress(*((RescoreError,) if self.cached else ())):
-            trace = self._read()
+        trace = self._known()
         if trace is not None and len(trace.examples) == len(self.ids):
             return trace
         with making(self.folder, f"the trace of {self.name}") if self.cached else writing_to(self.folder):
@@ -159,6 +166,11 @@ class Recording:
                 if trace is not None and len(trace.examples) == len(self.ids):
                     return trace
             return self._record(trace, executor, progress)
+
+    def _known(self) -> Trace | None:
+        with suppress(*((RescoreError,) if self.cached else ())):
+            return self._read()
+        return None
 
     def _has_grown(self, trace: Trace) -> bool:
         try:
@@ -183,14 +195,9 @@ class Recording:
                     "task gives now; use another --out"
                 )
         # The data say what belongs together: a trace may be older than its column.
-        return Trace(
-            trace.header,
-            tuple(
-                dataclasses.replace(by_id[name], group=group)
-                for name, group in zip(self.ids, self.groups, strict=True)
-                if name in by_id
-            ),
-        )
+        groups = zip(self.ids, self.groups, strict=True)
+        examples = tuple(dataclasses.replace(by_id[name], group=group) for name, group in groups if name in by_id)
+        return Trace(trace.header, examples)
 
     def _read_or_remove(self) -> Trace | None:
         """What is recorded; a broken trace in the cache makes room for a whole one."""
@@ -207,6 +214,7 @@ class Recording:
         assert self.data is not None, "a trace that was given is whole"
         executor.begin()
         models = self.models
+        limits = {name: self.settings[name] for name in ("chat", "max_new_tokens", "max_prompt_tokens")}
         by_workers = RowsByWorkers(models.inputs_of_worker, models.heads_needed, self.settings, self.k)
         return record_trace(
             models.base,
@@ -214,9 +222,7 @@ class Recording:
             self.data.examples,
             self.folder,
             settings=self.settings,
-            chat=self.settings["chat"],
-            max_new_tokens=self.settings["max_new_tokens"],
-            max_prompt_tokens=self.settings["max_prompt_tokens"],
+            **limits,
             k=self.k,
             recorded=recorded,
             elsewhere=None if executor.is_local else partial(executor.map, by_workers),
@@ -282,8 +288,9 @@ def open_recordings(tasks: Iterable[str], inputs: Inputs, *, k: int = 1, heads_n
     names: list[str | None] = [*dict.fromkeys(tasks)] or [inputs.task]
     if inputs.trace is not None and len(names) > 1:
         raise RescoreError(f"{inputs.trace} is the trace of one task; give one --task, or none")
-    how: dict[str, Any] = {"k": k, "heads_needed": heads_needed}
-    recordings = [open_recording(dataclasses.replace(inputs, task=name), **how) for name in names]
+    recordings = [
+        open_recording(dataclasses.replace(inputs, task=name), k=k, heads_needed=heads_needed) for name in names
+    ]
     check_names(recordings)
     return recordings
 
@@ -314,25 +321,16 @@ def record(
     k: lattice entries of a slot; out: a folder for the trace (default: in the cache, where it is found again).
     inputs: further fields of `rescore.runs.inputs.Inputs` (limit, data, max_new_tokens ...).
     """
-    named = Inputs(
-        task=task,
-        base=base if isinstance(base, str) else base.identity.name,
-        heads=heads if isinstance(heads, str) else None,
-        **inputs,
-    )
-    if not isinstance(base, str):
-        named = dataclasses.replace(named, dtype=base.identity.dtype)  # type: ignore[arg-type]
+    inputs |= {"base": base} if isinstance(base, str) else {"base": base.identity.name, "dtype": base.identity.dtype}
     recording = open_recording(
-        named,
+        Inputs(task=task, heads=heads if isinstance(heads, str) else None, **inputs),
         k=k,
         out=None if out is None else user_path(out, "out"),
         base=None if isinstance(base, str) else base,
         heads=None if isinstance(heads, str) else heads,
         heads_needed=heads_needed,
     )
-    if notify:
-        for line in recording.notices:
-            notify(line)
+    recording.announce(notify)
     recording.trace(progress=progress)
     return recording
 
@@ -358,8 +356,7 @@ def record_task(
         raise RescoreError(f"--drafter {drafter} has no lattices of its own to record; give heads or draft-model:NAME")
     in_trace = loaded is None or (isinstance(loaded, Heads) and loaded.size is None)
     recording = open_recording(inputs, k=k, out=out if in_trace else None, heads_needed=isinstance(loaded, Heads))
-    for line in recording.notices if notify else ():
-        notify(line)  # type: ignore[misc]
+    recording.announce(notify)
     with execution.started(inputs.device) as executor:
         trace = recording.trace(executor=executor, progress=progress)
     if loaded is None or in_trace:

@@ -115,12 +115,15 @@ class Run:
             object.__setattr__(self, OF_DRAFTERS, ())
 
     def _take_weight(self, spec: str) -> None:
-        """The weight that the spec says is the run's."""
         name, arguments = parse_spec(spec)
         if WEIGHT in arguments:
             if self.alpha is not None:
                 raise RescoreError(f"the weight of {spec} is given twice; drop one")
-            object.__setattr__(self, "alpha", parse_alpha(arguments.pop(WEIGHT)))
+            text = arguments.pop(WEIGHT)
+            try:
+                object.__setattr__(self, "alpha", TUNED if text == TUNED else float(text))
+            except ValueError:
+                raise RescoreError(f"--alpha {text}: give a number, or tuned (what rescore tune kept)") from None
             object.__setattr__(self, "rescorer", format_spec(name, arguments))
 
     @property
@@ -256,8 +259,9 @@ def runs_of(
             unused &= {*own, *arguments, NODES, *([OF_DRAFTERS] if says else [])}
         else:
             unused.clear()
+        own_ps = (1,) if isinstance(rescorer, str) and is_oracle(rescorer) else ps or (1,)
         for k in [_whole(spec, own["k"])] if "k" in own else ks or (DEFAULT_K,):
-            for p in [_whole(spec, own["p"])] if "p" in own else [1] if _is_oracle(rescorer) else ps or (1,):
+            for p in [_whole(spec, own["p"])] if "p" in own else own_ps:
                 runs[Run(rescorer, p=p, k=k, alpha=weight, drafters=() if says else tuple(drafters))] = None
     if runs and unused:
         of_joint = [spec for spec in specs if isinstance(spec, str) and parse_spec(spec)[0] == JOINT]
@@ -278,20 +282,6 @@ def _split(text: str) -> tuple[str, ...]:
         else:
             specs.append(part)
     return tuple(specs)
-
-
-def parse_alpha(text: str) -> float | Literal["tuned"]:
-    """A weight as it is written. Raises `RescoreError`."""
-    if text == TUNED:
-        return TUNED
-    try:
-        return float(text)
-    except ValueError:
-        raise RescoreError(f"--alpha {text}: give a number, or tuned (what rescore tune kept)") from None
-
-
-def _is_oracle(rescorer: str | Rescorer) -> bool:
-    return isinstance(rescorer, str) and is_oracle(rescorer)
 
 
 def _whole(spec: object, text: str) -> int:

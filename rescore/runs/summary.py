@@ -115,13 +115,11 @@ def _divergence(records: Sequence[ExampleRecord]) -> list[Divergence]:
 
 
 def _against_unrescored(records: Sequence[ExampleRecord]) -> Outcomes | None:
-    """Shares of steps that accepted more (`won`), as many (`tied`) or fewer tokens than the unrescored draft there."""
     if any(r.unrescored_accepted is None for r in records):
         return None
     pairs = [pair for r in records for pair in zip(r.accepted, r.unrescored_accepted or (), strict=True)]
     won, lost = sum(n > plain for n, plain in pairs), sum(n < plain for n, plain in pairs)
-    total = len(pairs)
-    return Outcomes(won=won / total, tied=(total - won - lost) / total, lost=lost / total)
+    return Outcomes(won=won / len(pairs), tied=(len(pairs) - won - lost) / len(pairs), lost=lost / len(pairs))
 
 
 def _sources(records: Sequence[ExampleRecord], drafters: Sequence[Drafter]) -> list[SourceShare]:

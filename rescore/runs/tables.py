@@ -221,7 +221,6 @@ def _efficiency(results: Sequence[Result]) -> Table:
 
 
 def _sources(results: Sequence[Result]) -> Table:
-    """A line for each source of each result of several drafters."""
     rows = [
         [r.task, r.rescorer, r.k, r.p, *(column.value(share) for column in SOURCES)]
         for r in results
@@ -237,12 +236,10 @@ def _quality(results: Sequence[Result]) -> Table:
         of_task = [r for r in results if r.task == task and r.quality]
         same = all((r.quality, r.cut_at_limit) == (of_task[0].quality, of_task[0].cut_at_limit) for r in of_task)
         for r in of_task[:1] if same else of_task:
-            scores = ", ".join(f"{NUMBER.show(value)} {metric}" for metric, value in r.quality.items())
             label = [task, "all"] if same and len(of_task) > 1 else [task, f"{r.rescorer}, p = {r.p}"]
-            rows.append([*label, scores, r.cut_at_limit])
+            rows.append([*label, _scores(r.quality), r.cut_at_limit])
     note = "cut at limit = outputs that did not come to their end: a score of cut outputs says little about the model."
-    columns = [Column("task"), Column("rescorer"), Column("quality of the output"), CUT]
-    return Table(columns, rows, note=note)
+    return Table([TASK, RESCORER, Column("quality of the output"), CUT], rows, note=note)
 
 
 def _acceptance(results: Sequence[Result]) -> Table:

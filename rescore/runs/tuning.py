@@ -17,9 +17,7 @@ from lm.keys import key_of
 from lm.records import plain
 from rescore.accounting import block_efficiency
 from rescore.checks import check_held_k
-from rescore.drafters import Drafter
 from rescore.drafters.asked import fit_drafter
-from rescore.drafters.recorded import drafted
 from rescore.replaying import Drafted, replay
 from rescore.rescorers import JOINT, Rescorer
 from rescore.rescorers.joint_fit import JointData
@@ -31,7 +29,7 @@ from rescore.runs.run import DEFAULT_K, Choosing, Run, load_choosing, says_draft
 from rescore.runs.weights import (
     coverage_notices,
     fit_before,
-    fit_to,
+    fitted_to,
     identities_of,
     target_before,
     target_of,
@@ -84,13 +82,15 @@ def tune(
     sweeps = []
     for recording in [recordings] if isinstance(recordings, Recording) else recordings:
         recording = recording.held_out(held_out, evaluated=evaluated)
-        trace = _trace(recording, max(ks), lambda of: fit_before(of, choosing), progress, notify, executor)
-        fitted = fit_to(trace, choosing, device=recording.models.device, models=recording.loads)
-        for line in coverage_notices(trace, {label: rescorer for label, (rescorer, _) in fitted.items()}, max(ks)):
+        check_held_k(recording.k, max(ks))
+        recording.announce(notify)
+        fit_before(recording, choosing)  # refuses what it does before anything is decoded
+        trace = recording.trace(executor=executor, progress=progress)
+        fitted = fitted_to(target_of(trace, device=recording.models.device, models=recording.loads), choosing)
+        for line in coverage_notices(trace, fitted, max(ks)):
             if notify:
                 notify(line)
-        named = {drafter.name: drafter for _, each in fitted.values() for drafter in each}
-        of_models = _drafted(recording, trace, named.values(), progress)
+        of_models = recording.drafted(trace, (drafter for _, each in fitted.values() for drafter in each), progress)
         efficiency: dict[Run, list[float]] = {run: [] for run in runs}
         sweep: Callable[[tuple[Run, float]], float] = _Sweep(trace, of_models, fitted)
         if not executor.is_local:
@@ -149,8 +149,8 @@ class _SweepByWorkers:
         key = key_of([plain(self.trace.header), self.named, [(run.label, run.k, run.p) for run in self.runs]])
         if key not in _OF_WORKER:
             recording = open_recording(self.inputs, k=self.k, heads_needed=self.heads_needed)
-            device, models = recording.models.device, recording.loads
-            fitted = fit_to(self.trace, load_choosing(self.runs), device=device, models=models)
+            target = target_of(self.trace, device=recording.models.device, models=recording.loads)
+            fitted = fitted_to(target, load_choosing(self.runs))
             if {label: identities_of(each) for label, each in fitted.items()} != self.named:
                 raise IncompatibleError("a worker finds other rescorers than there are here; give all the same files")
             _OF_WORKER.clear()
@@ -159,29 +159,6 @@ class _SweepByWorkers:
 
 
 _OF_WORKER: dict[str, Mapping[str, Choosing]] = {}  # of its last sweep
-
-
-def _trace(
-    recording: Recording,
-    k: int,
-    check: Callable[[Recording], object],
-    progress: Progress | None,
-    notify: Notify | None,
-    executor: Executor = HERE,
-) -> Trace:
-    """The trace of examples to tune on; before anything is decoded it is known that it holds k, and what `check`
-    refuses."""
-    check_held_k(recording.k, k)
-    if notify:
-        for line in recording.notices:
-            notify(line)
-    check(recording)
-    return recording.trace(executor=executor, progress=progress)
-
-
-def _drafted(recording: Recording, trace: Trace, drafters: Iterable[Drafter], progress: Progress | None) -> Drafted:
-    """What drafters with a model of their own propose at every position."""
-    return drafted(trace, drafters, task=recording.name, settings=recording.all_settings, progress=progress)
 
 
 def is_joint(specs: Sequence[str], out: Path | None, without: Sequence[str] = (), alphas: Sequence[float] = ()) -> bool:
@@ -234,11 +211,13 @@ def fit_joint(
     data, bigrams, fitted = JointData(), set(), list(of_run)
     for recording in [recordings] if isinstance(recordings, Recording) else recordings:
         recording = recording.held_out(held_out)
-        # Not `fit_before`: the weights need not be there yet.
-        trace = _trace(recording, k, lambda of: joint.ngram.fit(target_before(of)), progress, notify)
+        check_held_k(recording.k, k)
+        recording.announce(notify)
+        joint.ngram.fit(target_before(recording))  # not `fit_before`: the weights need not be there yet
+        trace = recording.trace(progress=progress)
         target = target_of(trace, device=recording.models.device, models=recording.loads)
         fitted = [fit_drafter(drafter, target) for drafter in of_run]
-        of_models = _drafted(recording, trace, fitted, progress)
+        of_models = recording.drafted(trace, fitted, progress)
         groups = [f"{recording.name} {group}" for group in recording.groups]
         statistics, bigram = joint.statistics_for(target)
         bigrams.add(bigram)

@@ -14,10 +14,11 @@ from lattices.errors import InvalidDataError, RescoreError
 from lm.keys import cache_entry
 from lm.records import read_record
 from rescore.checks import MAX_ALPHA
+from rescore.costs.kept import costs_for
 from rescore.drafters import HEADS
 from rescore.drafters.asked import fit_drafter
 from rescore.options import written
-from rescore.rescorers import Rescorer, Target
+from rescore.rescorers import Target
 from rescore.runs.inputs import Inputs
 from rescore.runs.recording import Recording
 from rescore.runs.records import Alpha, RunRecord, Tuned
@@ -43,14 +44,16 @@ def target_before(recording: Recording) -> Target:
 
 
 def fit_before(
-    recording: Recording, choosing: Mapping[str, Choosing], costs: Costs | None = None
-) -> dict[str, Choosing]:
-    """Rescorers and drafters fitted before anything is decoded: what they score with has its whole `identity` then.
+    recording: Recording, choosing: Mapping[str, Choosing], costs: Costs | str | None = None
+) -> tuple[dict[str, Choosing], Costs | None]:
+    """Rescorers and drafters fitted before anything is decoded, when what they score with has its whole `identity`; and
+    the table of `costs` (as `costs_for` takes them) that they draft and are predicted by.
 
-    costs: for rescorers that draft by them.
     Raises as `Rescorer.fit`: for one that was made for another tokenizer, or has no weights for this base LM.
     """
-    return fitted_to(dataclasses.replace(target_before(recording), costs=costs), choosing)
+    target = target_before(recording)
+    table = costs_for(recording, target, choosing, costs)
+    return fitted_to(dataclasses.replace(target, costs=table), choosing), table
 
 
 def identities_of(choosing: Choosing) -> tuple[str, list[str]]:
@@ -89,10 +92,8 @@ def alpha_of(recording: Recording, run: Run, choosing: Choosing) -> Alpha | None
 
 
 def _tune_command(inputs: Inputs, run: Run) -> str:
-    """The command that tunes the weight of a run."""
-    defaults = {field.name: field.default for field in dataclasses.fields(Inputs)}
     names = ("h", "base", "heads", "data", "leave_out", "max_new_tokens", "max_prompt_tokens", "dtype")
-    changed = {name: value for name in names if (value := getattr(inputs, name)) != defaults[name]}
+    changed = {name: value for name in names if (value := getattr(inputs, name)) != getattr(Inputs, name)}
     spec = run.rescorer if isinstance(run.rescorer, str) else run.label
     drafters = ",".join(map(name_of, run.drafters)) or None
     given = {"task": inputs.task, "trace": inputs.trace, "rescorer": spec, "drafter": drafters, "k": run.k, "p": run.p}
@@ -131,30 +132,20 @@ def _alpha_fact(chosen: Alpha, recording: Recording) -> str | None:
 
 
 def target_of(
-    trace: Trace, *, device: str = "cpu", shared: BaseLM | None = None, models: LoadedModels | None = None
-) -> Target:
-    """The base LM that a trace was recorded with, as far as the trace tells; for work on `device`.
-
-    models: gives it with its heads (`Recording.loads`).
-    """
-    header, settings = trace.header, trace.header.settings
-    target = Target.of(settings.get("base"), header.vocab_size, header.eos_token_ids, device=device, shared=shared)
-    return dataclasses.replace(target, traced=str(settings.get("drafter", "")), models=models)
-
-
-def fit_to(
     trace: Trace,
-    choosing: Mapping[str, Choosing],
     *,
     device: str = "cpu",
     shared: BaseLM | None = None,
     models: LoadedModels | None = None,
     costs: Costs | None = None,
-) -> dict[str, Choosing]:
-    """Rescorers and drafters fitted to a trace's base LM, which is `shared` where it is loaded; arguments as for
-    `target_of`; costs: of steps."""
-    target = target_of(trace, device=device, shared=shared, models=models)
-    return fitted_to(dataclasses.replace(target, costs=costs), choosing)
+) -> Target:
+    """The base LM that a trace was recorded with, as far as the trace tells; for work on `device`.
+
+    shared: it, where it is loaded; models: gives it with its heads (`Recording.loads`); costs: of its steps.
+    """
+    header, settings = trace.header, trace.header.settings
+    target = Target.of(settings.get("base"), header.vocab_size, header.eos_token_ids, device=device, shared=shared)
+    return dataclasses.replace(target, traced=str(settings.get("drafter", "")), models=models, costs=costs)
 
 
 def fitted_to(target: Target, choosing: Mapping[str, Choosing]) -> dict[str, Choosing]:
@@ -169,13 +160,13 @@ def fitted_to(target: Target, choosing: Mapping[str, Choosing]) -> dict[str, Cho
     }
 
 
-def coverage_notices(trace: Trace, rescorers: Mapping[str, Rescorer], k: int) -> list[str]:
+def coverage_notices(trace: Trace, fitted: Mapping[str, Choosing], k: int) -> list[str]:
     """A line for each fitted rescorer that knows less than `LEAST_COVERAGE` of the lattices' tokens."""
     if not trace.examples:
         return []
     tokens = np.concatenate([e.lattice.token_ids[:, :, :k].ravel() for e in trace.examples[:32]])
     lines = []
-    for label, rescorer in rescorers.items():
+    for label, (rescorer, _) in fitted.items():
         if (share := rescorer.coverage(tokens)) < LEAST_COVERAGE:
             lines.append(f"{label} knows only {share:.1%} of the lattices' tokens; was it built for this tokenizer?")
     return lines

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lattices.errors import IncompatibleError, RescoreError
 from rescore.acceptance import Rule
 from rescore.acceptance.rules import check_rule
 from rescore.calls import usable_verify
 from rescore.checks import check_held_k
-from rescore.costs.kept import costs_for
+from rescore.costs.kept import of_elsewhere
 from rescore.costs.predicting import predicted_speedup
 from rescore.costs.table import Costs
 from rescore.decoding import GREEDY
@@ -28,14 +28,19 @@ from rescore.runs.records import ExampleRecord, ResultsDocument, RunRecord, is_o
 from rescore.runs.run import NONE, Choosing, Run, label_of, load_choosing, runs_of
 from rescore.runs.summary import summarize
 from rescore.runs.weights import (
+    alpha_notices,
     alpha_of,
     coverage_notices,
     fit_before,
-    fit_to,
+    fitted_to,
     identities_of,
     target_before,
+    target_of,
 )
 from rescore.tracing import Trace
+
+if TYPE_CHECKING:
+    from lm.base.model import BaseLM
 
 Asked = Sequence[str | Run | Rescorer]  # runs, as a caller names them
 
@@ -66,18 +71,25 @@ class Work:
         own = (side.name, 1, max(run.k for run in self.runs)) if isinstance(side, Peer) else side.key
         return (self.name, *own)
 
-    def fitted(self, trace: Trace, device: str, notify: Notify, shared: Any = None) -> dict[Run, Drafting]:
+    def notices(self, *, live: bool) -> list[str]:
+        """What to know of the recording, of the runs' weights and of the costs."""
+        recording, costs = self.recording, self.costs
+        lines = [*recording.notices, *alpha_notices(self.records, recording)]
+        elsewhere = of_elsewhere(costs, recording, target_before(recording), live=live) if costs else None
+        return [*lines, elsewhere] if elsewhere else lines
+
+    def fitted(self, trace: Trace, notify: Notify, shared: BaseLM | None = None) -> dict[Run, Drafting]:
         """How each run drafts, fitted to a trace, with its weight.
 
         Raises `IncompatibleError` if a rescorer or drafter is no longer what the records of the runs name.
         """
-        models = self.recording.loads
-        fitted = fit_to(trace, self.choosing, device=device, shared=shared, models=models, costs=self.costs)
+        device, models = self.recording.models.device, self.recording.loads
+        target = target_of(trace, device=device, shared=shared, models=models, costs=self.costs)
+        fitted = fitted_to(target, self.choosing)
         for record in self.records:
             if identities_of(fitted[record.rescorer]) != (record.identity, record.drafters):
                 raise IncompatibleError(f"{record.rescorer} was replaced while it was read; run the command again")
-        rescorers = {label: rescorer for label, (rescorer, _) in fitted.items()}
-        for line in coverage_notices(trace, rescorers, max(run.k for run in self.runs)):
+        for line in coverage_notices(trace, fitted, max(run.k for run in self.runs)):
             notify(line)
         drafting = {}
         for run, record in zip(self.runs, self.records, strict=True):
@@ -143,8 +155,7 @@ def prepared(
     choosing = load_choosing(runs, loaded)
     check_choosing(choosing, rule, live=live)
     _check_weights(named, [choosing[run.label][0] for run in runs])
-    table = costs_for(recording, target_before(recording), choosing, costs)
-    fitted = fit_before(recording, choosing, table)
+    fitted, table = fit_before(recording, choosing, costs)
     records = []
     for run in runs:
         identity, of_drafters = identities_of(fitted[run.label])

@@ -36,7 +36,7 @@ from rescore.rescorers import Context, Rescorer
 from rescore.rescorers.base import JoiningRescorer
 from rescore.runs.inputs import Inputs
 from rescore.runs.run import Run
-from rescore.runs.weights import fit_to
+from rescore.runs.weights import fitted_to, target_of
 from rescore.studies.records import Record, record_of
 from rescore.tracing import read_trace
 
@@ -141,7 +141,7 @@ def block_lengths_of_trace(
     key, at = (block_heads.sha256, block_heads.h), str(model.device)
     named = Inputs(base=base, heads=heads, dtype=dtype, device=device)
     costs = costs_here(model.identity, key, at, compiles=model.compiles, inputs=named) if loaded.plans else None
-    fitted, drafters = fit_to(trace, choosing, device=at, shared=model, costs=costs)[rescorer]
+    fitted, drafters = fitted_to(target_of(trace, device=at, shared=model, costs=costs), choosing)[rescorer]
     recorded = trace.header.settings.get("base")
     weights = recorded.get("weights_sha256") if isinstance(recorded, dict) else None
     if weights not in (None, model.identity.weights_sha256):

@@ -19,15 +19,12 @@ from rescore.acceptance import Rule
 from rescore.acceptance.lossy import OfLikeliest
 from rescore.accounting import account, block_efficiency
 from rescore.checks import VERIFY_MODES
-from rescore.costs.kept import of_elsewhere
 from rescore.costs.table import Costs
-from rescore.drafters.recorded import drafted
 from rescore.peers import Peer
 from rescore.replaying import Limits, replay_steps
 from rescore.runs.inputs import Progress, add_notice
 from rescore.runs.recording import Recording
 from rescore.runs.records import Interval
-from rescore.runs.weights import alpha_notices, target_before
 from rescore.runs.work import Asked, prepared
 from rescore.studies.records import Record
 from rescore.table import (
@@ -118,15 +115,13 @@ def until_divergence(
     for recording in recordings:
         judging = _decidable(rule, recording)
         work = prepared(recording, runs, {}, live=False, costs=costs, peers=[], rule=rule)
-        for line in [*recording.notices, *alpha_notices(work.records, recording)]:
+        for line in work.notices(live=False):
             tell(line)
-        if work.costs and (told := of_elsewhere(work.costs, recording, target_before(recording), live=False)):
-            tell(told)
         trace = recording.trace(progress=progress)
         _check_first_slot(judging, recording, trace)
-        drafting = work.fitted(trace, recording.models.device, tell)
-        drafters = {drafter.name: drafter for each in drafting.values() for drafter in each.drafters}.values()
-        of_models = drafted(trace, drafters, task=recording.name, settings=recording.all_settings, progress=progress)
+        drafting = work.fitted(trace, tell)
+        drafters = (drafter for each in drafting.values() for drafter in each.drafters)
+        of_models = recording.drafted(trace, drafters, progress)
         for run, each in drafting.items():
             limits = Limits.of(trace.header)
             whole = replay_steps(trace.examples, each, of_models, limits=limits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
@@ -36,6 +37,8 @@ KEYS = (
     "tune", "leave_out", "peers", "costs", *LIMITS, *OF_RULES,
 )  # fmt: skip
 NAMES = "names"
+Readers = Mapping[str, Callable[[Value], Any]]
+OF_LIMITS: Readers = dict.fromkeys(LIMITS, lambda value: value.whole(least=1))
 Made = TypeVar("Made")
 AskedRule = tuple[Value | None, Acceptance]  # and what asks for it; None: nothing does
 
@@ -71,11 +74,6 @@ class SuiteRescorer:
     alpha: float | None = None
     tune: SuiteTuning | None = None
     rules: tuple[Acceptance, ...] = (Acceptance(),)
-
-    @property
-    def is_weight_given(self) -> bool:
-        """Whether the file says its weight, beside its spec or in it."""
-        return self.alpha is not None or WEIGHT in parse_spec(self.name)[1]
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,8 @@ class Plan:
     def tuning(self, rescorer: str) -> SuiteTuning | None:
         """How the weight of a rescorer that has one is tuned; None: it is given, or the rescorer's own."""
         (chosen,) = (r for r in self.rescorers if r.name == rescorer)
-        return None if chosen.is_weight_given else chosen.tune or self.tune
+        is_given = chosen.alpha is not None or WEIGHT in parse_spec(chosen.name)[1]
+        return None if is_given else chosen.tune or self.tune
 
     def as_dict(self) -> dict[str, Any]:
         """For `plan.json`: tasks and rescorers by name, so that a difference names them."""
@@ -164,31 +163,25 @@ def read_plan(
 ) -> Plan:
     """The suite in a YAML file (docs/formats.md).
 
-    `data`: a folder with TASK.jsonl (or .csv, .jsonl.gz ...) for each task whose data or trace the file does not name,
-    or one file for all of them. `names`: values of names instead of those that the file gives.
     Raises `RescoreError` with the line of what is wrong: unknown keys with the nearest, wrong types, unknown tasks and
     rescorers.
     """
     top = named_values(read_yaml(path), NAMES, names).fields(KEYS, required=("tasks", "rescorers"))
     mode = top["mode"].choice(MODES) if "mode" in top else "replay"
+    readers: Readers = {
+        "base": Value.text, "heads": Value.text, "k": _wholes, "h": partial(_wholes, least=2), "tune": _tuning,
+        "verify": lambda value: value.choice(VERIFY_MODES),
+        "dtype": lambda value: value.choice(("float32", "float64", "bfloat16", "float16")),
+        "device": Value.text, "compile": lambda value: value.choice(("auto", "off")), "seed": _natural,
+        "leave_out": partial(_text, check=read_leave_out),
+        "peers": lambda value: tuple(_text(each, check=load_peer) for each in value.items()),
+        "costs": partial(_text, check=lambda text: text == HERE or read_costs(text)), **OF_LIMITS,
+    }  # fmt: skip
     plan = Plan(
         tasks=_distinct(top["tasks"], lambda value: _task(value, data), "task"),
         rescorers=_rescorers(top, live=mode == "live"),
-        base=top["base"].text() if "base" in top else Plan.base,
-        heads=top["heads"].text() if "heads" in top else None,
-        k=_wholes(top["k"]) if "k" in top else Plan.k,
-        h=_wholes(top["h"], least=2) if "h" in top else Plan.h,
-        tune=_tuning(top["tune"]) if "tune" in top else None,
         mode=mode,
-        verify=top["verify"].choice(VERIFY_MODES) if "verify" in top else Plan.verify,
-        dtype=top["dtype"].choice(("float32", "float64", "bfloat16", "float16")) if "dtype" in top else Plan.dtype,
-        device=top["device"].text() if "device" in top else Plan.device,
-        compile=top["compile"].choice(("auto", "off")) if "compile" in top else Plan.compile,
-        seed=top["seed"].whole(least=0) if "seed" in top else 0,
-        leave_out=_leave_out(top["leave_out"]) if "leave_out" in top else None,
-        peers=tuple(map(_peer, top["peers"].items())) if "peers" in top else (),
-        costs=_costs(top["costs"]) if "costs" in top else None,
-        **_limits(top),
+        **_read(top, readers),
     )
     if mode == "replay" and plan.verify != Plan.verify and plan.costs is None:
         raise top["verify"].wrong(f"{plan.verify} is how live decoding verifies; drop it, or add mode: live (or costs)")
@@ -204,7 +197,7 @@ def read_plan(
 
 def _task(value: Value, data: Path | None) -> SuiteTask:
     fields = {"name": value} if not value.is_mapping else value.fields(
-        ("name", "data", "trace", *LIMITS), required=() if "trace" in _keys(value) else ("name",)
+        ("name", "data", "trace", *LIMITS), required=() if "trace" in value.fields(None) else ("name",)
     )  # fmt: skip
     trace = fields["trace"].text() if "trace" in fields else None
     given = fields["data"].text() if "data" in fields else None
@@ -214,41 +207,16 @@ def _task(value: Value, data: Path | None) -> SuiteTask:
         for limit in LIMITS[1:]:
             if limit in fields:
                 raise fields[limit].wrong(f"a trace is replayed as it was recorded; drop {limit} or trace")
-        name = fields["name"].text() if "name" in fields else _at(fields["trace"], lambda: _task_of(Path(trace)))
+        if "name" in fields:
+            name = fields["name"].text()
+        else:  # the task of a trace that does not go by another name in the file
+            name = _at(fields["trace"], lambda: read_header(Path(trace)).task) or Path(trace).resolve().name
     else:
         name = fields["name"].text()
         known = _at(fields["name"], lambda: load_task(name))
         if given is None and data is not None:
             given = str(data if data.is_file() else file_in(data, known))
-    return SuiteTask(name, given, trace, **_limits(fields))
-
-
-def _leave_out(value: Value) -> str:
-    text = value.text()
-    _at(value, lambda: read_leave_out(text))
-    return text
-
-
-def _peer(value: Value) -> str:
-    name = value.text()
-    _at(value, lambda: load_peer(name))
-    return name
-
-
-def _costs(value: Value) -> str:
-    text = value.text()
-    if text != HERE:
-        _at(value, lambda: read_costs(text))
-    return text
-
-
-def _keys(value: Value) -> set[str]:
-    return set(value.fields(None))
-
-
-def _task_of(folder: Path) -> str:
-    """The task of a trace that does not go by another name in the file."""
-    return read_header(folder).task or folder.resolve().name
+    return SuiteTask(name, given, trace, **_read(fields, OF_LIMITS))
 
 
 def _rescorers(top: dict[str, Value], *, live: bool) -> tuple[SuiteRescorer, ...]:
@@ -265,27 +233,23 @@ def _rescorers(top: dict[str, Value], *, live: bool) -> tuple[SuiteRescorer, ...
         )
         name = fields["name"].text()
         loaded = _at(fields["name"], lambda: Run(name).load())
-        alpha = fields["alpha"].number() if "alpha" in fields else None
         for key in ("alpha", "tune"):
             if key in fields and loaded.alpha is None:
                 raise fields[key].wrong(f"the rescorer {name} has no weight; drop {key}")
-        given = WEIGHT in parse_spec(name)[1]
-        if given and alpha is not None:
+        arguments = parse_spec(name)[1]
+        if WEIGHT in arguments and "alpha" in fields:
             raise fields["alpha"].wrong(f"{name} says its weight; drop alpha")
-        if (given or alpha is not None) and "tune" in fields:
+        if (WEIGHT in arguments or "alpha" in fields) and "tune" in fields:
             raise fields["tune"].wrong("a weight that is given is not tuned; drop tune or alpha")
-        if alpha is not None and not 0 <= alpha <= MAX_ALPHA:
-            raise fields["alpha"].wrong(f"{alpha:g} is outside 0 to {MAX_ALPHA:g}, where a weight is")
-        own = _wholes(fields["p"]) if "p" in fields else ps or (max(1, branches_of(name, parse_spec(name)[1])),)
-        tuning = _tuning(fields["tune"]) if "tune" in fields else None
-        own_ks = _wholes(fields["k"]) if "k" in fields else ks
+        read = _read(fields, {"alpha": _weight, "p": _wholes, "tune": _tuning, "k": _wholes})
+        own = read.pop("p", ps) or (max(1, branches_of(name, arguments)),)
         of_own = {key: fields[key] for key in OF_RULES if key in fields}
         rules = _rules(of_own, of_suite, live=live) if of_own else all_rules
         if is_oracle(name):
             own, rules = (1,), tuple(rule for rule in rules if rule == Acceptance())
             if not rules:
                 raise fields["name"].wrong("the oracle knows greedy decoding's output; drop it, or let it have greedy")
-        return SuiteRescorer(name, own, own_ks, alpha, tuning, rules)
+        return SuiteRescorer(name, own, rules=rules, **{"k": ks, **read})
 
     return _distinct(top["rescorers"], rescorer, "rescorer")
 
@@ -298,7 +262,8 @@ def _rules(
     given: the keys that say it; of_suite: those of the suite, which hold for a rescorer that does not say it otherwise.
     """
     said = _said(given, of_suite)
-    kept: list[AskedRule] = [(value, Acceptance(Spec(value.text()))) for value in _items(said, "acceptance")]
+    of_acceptance = said["acceptance"].items() if "acceptance" in said else []
+    kept: list[AskedRule] = [(value, Acceptance(Spec(value.text()))) for value in of_acceptance]
     if "temperature" in said:
         asked = [each for value in said["temperature"].items() for each in _at_temperature(value, said, kept)]
         if kept and kept[0] not in asked:
@@ -307,7 +272,11 @@ def _rules(
         asked = kept or [(None, Acceptance())]
     for value, rule in asked:
         if value is not None:
-            _check_rule(value, rule, live=live)
+            _at(value, rule.rule)
+            if not live and rule != Acceptance():
+                raise value.wrong(
+                    "what is not greedy leaves a trace at its first token that is not greedy decoding's; add mode: live"
+                )
     if unused := [key for key in OF_SAMPLING if key in given and not any(rule.temperature for _, rule in asked)]:
         raise given[unused[0]].wrong("it is for sampling; drop it, or add temperature")
     return tuple(dict.fromkeys(rule for _, rule in asked))
@@ -327,41 +296,38 @@ def _at_temperature(value: Value, said: Mapping[str, Value], kept: list[AskedRul
     temperature = value.number()
     if not temperature:
         return kept or [(value, Acceptance())]
-    rule = Acceptance(
-        temperature=temperature,
-        top_k=said["top_k"].whole(least=0) if "top_k" in said else Acceptance.top_k,
-        top_p=said["top_p"].number() if "top_p" in said else Acceptance.top_p,
-        sampling_seed=said["sampling_seed"].whole(least=0) if "sampling_seed" in said else Acceptance.sampling_seed,
-    )
-    return [(value, rule)]
+    drawn = _read(said, {"top_k": _natural, "top_p": Value.number, "sampling_seed": _natural})
+    return [(value, Acceptance(temperature=temperature, **drawn))]
 
 
-def _check_rule(value: Value, rule: Acceptance, *, live: bool) -> None:
-    _at(value, rule.rule)
-    if not live and rule != Acceptance():
-        raise value.wrong(
-            "what is not greedy leaves a trace at its first token that is not greedy decoding's; add mode: live"
-        )
+def _read(fields: Mapping[str, Value], readers: Readers) -> dict[str, Any]:
+    """What there is of some keys."""
+    return {name: read(fields[name]) for name, read in readers.items() if name in fields}
 
 
-def _items(fields: Mapping[str, Value], key: str) -> list[Value]:
-    return fields[key].items() if key in fields else []
+def _text(value: Value, *, check: Callable[[str], object]) -> str:
+    text = value.text()
+    _at(value, lambda: check(text))
+    return text
 
 
 def _tuning(value: Value) -> SuiteTuning:
-    fields = value.fields(("limit", "alphas"))
-    alphas = SuiteTuning.alphas
-    if "alphas" in fields:
-        entries = fields["alphas"].items()
-        alphas = tuple(dict.fromkeys(entry.number() for entry in entries))
-        for entry, alpha in zip(entries, (entry.number() for entry in entries), strict=True):
-            if not 0 <= alpha <= MAX_ALPHA:
-                raise entry.wrong(f"{alpha:g} is outside 0 to {MAX_ALPHA:g}, where a weight is")
-    return SuiteTuning(fields["limit"].whole(least=1) if "limit" in fields else SuiteTuning.limit, alphas)
+    readers: Readers = {
+        "alphas": lambda entries: tuple(dict.fromkeys(map(_weight, entries.items()))),
+        "limit": OF_LIMITS["limit"],
+    }
+    return SuiteTuning(**_read(value.fields(("limit", "alphas")), readers))
 
 
-def _limits(fields: dict[str, Value]) -> dict[str, Any]:
-    return {name: fields[name].whole(least=1) for name in LIMITS if name in fields}
+def _weight(value: Value) -> float:
+    alpha = value.number()
+    if not 0 <= alpha <= MAX_ALPHA:
+        raise value.wrong(f"{alpha:g} is outside 0 to {MAX_ALPHA:g}, where a weight is")
+    return alpha
+
+
+def _natural(value: Value) -> int:
+    return value.whole(least=0)
 
 
 def _wholes(value: Value, *, least: int = 1) -> tuple[int, ...]:

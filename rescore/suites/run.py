@@ -10,10 +10,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lattices.errors import IncompatibleError, RescoreError
 from lm.environment import environment
@@ -30,7 +29,7 @@ from lm.keys import key_of
 from lm.locks import writing_to
 from lm.records import convert_record, plain
 from rescore.acceptance.options import Acceptance
-from rescore.costs.kept import costs_for, costs_here
+from rescore.costs.kept import costs_here
 from rescore.costs.table import Costs
 from rescore.peers import load_peer
 from rescore.runs.evaluated import Evaluation, load_run
@@ -42,7 +41,7 @@ from rescore.runs.records import RunConfig
 from rescore.runs.run import Choosing, Run, load_choosing
 from rescore.runs.tables import results_csv
 from rescore.runs.tuning import tune
-from rescore.runs.weights import fit_before, identities_of, target_before
+from rescore.runs.weights import fit_before, identities_of
 from rescore.runs.work import check_choosing
 from rescore.suites.files import (
     CSV_FILE,
@@ -55,8 +54,8 @@ from rescore.suites.files import (
     SuiteRun,
     SuiteSweep,
 )  # fmt: skip
-from rescore.suites.page import suite_page
 from rescore.suites.plan import Plan, SuiteTuning
+from rescore.suites.tables import suite_page
 
 
 @dataclass
@@ -98,26 +97,17 @@ def run_suite(
         raise RescoreError(LIVE_IS_HERE)
     execution.check(plan.device)
     with writing_to(out), execution.started(plan.device) as executor:
-        return _run(plan, out, source, executor, progress, notify)
-
-
-def _run(
-    plan: Plan, out: Path, source: str, executor: Executor, progress: Progress | None, notify: Notify | None
-) -> Suite:
-    _check_place(out)
-    suite = SuiteDocument(source=source, plan=plain(plan.as_dict()), **environment())
-    interrupted = False
-    add = partial(add_notice, suite.notices, notify)
-    configs: list[RunConfig] = []
-    parts = _parts(plan)  # refused before the folder is this plan's
-    claim(out / PLAN_FILE, suite.plan, holds="a suite of another plan", whole=True)
-    with _TunedWeights(out / TUNED_FILE) as weights:
+        _check_place(out)
+        suite = SuiteDocument(source=source, plan=plain(plan.as_dict()), **environment())
+        interrupted = False
+        configs: list[RunConfig] = []
+        parts = _parts(plan)  # refused before the folder is this plan's
+        claim(out / PLAN_FILE, suite.plan, holds="a suite of another plan", whole=True)
+        add = partial(add_notice, suite.notices, notify)
+        running = _Running(plan, out, executor, progress, add, _kept_sweeps(out / TUNED_FILE))
         try:
             for part in parts:
-                # For each part: files of rescorers may be replaced in between.
-                choosing, costs = _fitted(plan, part)
-                runs = _weighted(plan, part, choosing, weights, executor, progress, add)
-                evaluation = _evaluate(plan, part, runs, choosing, costs, out, executor, progress, add)
+                evaluation = running.evaluated(part)
                 suite.results += evaluation.results
                 configs.append(evaluation.config)
                 if interrupted := evaluation.interrupted:
@@ -125,14 +115,14 @@ def _run(
                 suite.runs.append(SuiteRun(task=part.recording.name, h=part.h, folder=part.folder))
         except KeyboardInterrupt:
             interrupted = True
-        suite.tuned = weights.used
-    if not interrupted:
-        with atomic_file(out / TABLE_FILE) as temporary:
-            page = suite_page(suite.results, plan, source, configs=configs, costs=_costs(plan, parts[0]))
-            temporary.write_text(page, encoding="utf-8")
-        with atomic_file(out / CSV_FILE) as temporary:
-            temporary.write_text(results_csv(suite.results).csv(), encoding="utf-8", newline="")
-        write_json(out / MANIFEST_FILE, plain(suite))
+        suite.tuned = running.used
+        if not interrupted:
+            with atomic_file(out / TABLE_FILE) as temporary:
+                page = suite_page(suite.results, plan, source, configs=configs, costs=_costs(plan, parts[0]))
+                temporary.write_text(page, encoding="utf-8")
+            with atomic_file(out / CSV_FILE) as temporary:
+                temporary.write_text(results_csv(suite.results).csv(), encoding="utf-8", newline="")
+            write_json(out / MANIFEST_FILE, plain(suite))
     return Suite(plan, suite, interrupted)
 
 
@@ -180,127 +170,95 @@ def _fitted(plan: Plan, part: _Part) -> tuple[dict[str, Choosing], Costs | None]
     costs that its runs are planned and predicted by."""
     choosing = load_choosing(Run(r.name) for r in plan.rescorers if part.rule in r.rules)
     check_choosing(choosing, part.rule.rule(), live=plan.mode == "live")
-    costs = costs_for(part.recording, target_before(part.recording), choosing, plan.costs)
-    return fit_before(part.recording, choosing, costs), costs
+    return fit_before(part.recording, choosing, plan.costs)
 
 
-class _TunedWeights:
-    """Tuned weights, kept line by line: a sweep that is finished is not run again, and no later one changes it.
+def _kept_sweeps(path: Path) -> list[SuiteSweep]:
+    with writing(path):
+        open_appending(path).close()  # which cuts off a torn last line
+    return [
+        convert_record(fields, SuiteSweep, where=f"{path} line {number} is no tuned weight", advice="use another --out")
+        for number, fields in read_json_lines(path)
+    ]
 
-    used: those that this run has taken, in their order; the file may have others, of other data or models.
+
+@dataclass
+class _Running:
+    """What the parts of a plan are run with.
+
+    sweeps: that are kept, line by line: one that is finished is not run again, and no later one changes it; also those
+    of other data or models. used: those that this run has taken, in their order.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.used: list[SuiteSweep] = []
-        with writing(path):
-            self._stream = open_appending(path)
-        self._sweeps = [
-            convert_record(
-                fields, SuiteSweep, where=f"{path} line {number} is no tuned weight", advice="use another --out"
-            )
-            for number, fields in read_json_lines(path)
-        ]
+    plan: Plan
+    out: Path
+    executor: Executor
+    progress: Progress | None
+    notify: Notify
+    sweeps: list[SuiteSweep]
+    used: list[SuiteSweep] = field(default_factory=list)
 
-    def __enter__(self) -> _TunedWeights:
-        return self
+    def _weighted(self, part: _Part, choosing: dict[str, Choosing]) -> list[Run]:
+        """The runs of one evaluation, with tuned weights where the plan asks for them."""
+        runs = []
+        for run in self.plan.runs_by(part.rule):
+            chosen, tuning = choosing[run.label], self.plan.tuning(run.label)
+            if run.alpha is None and chosen[0].alpha is not None and tuning is not None:
+                sweep = self._sweep(part, run, chosen, tuning)
+                run = dataclasses.replace(run, alpha=sweep.as_alpha(data_sha256=sweep.data_sha256))
+            runs.append(run)
+        return runs
 
-    def __exit__(self, *error: object) -> None:
-        self._stream.close()
+    def _sweep(self, part: _Part, run: Run, choosing: Choosing, tuning: SuiteTuning) -> SuiteSweep:
+        """The sweep of one run's weight, made now if it is missing: also where the model, the data or the rescorer is
+        another one than when it was made."""
+        evaluated = part.recording
+        # Not all of it is in the settings: what a trace made elsewhere holds, and a list of examples to leave out.
+        examples = [evaluated.data_sha256, evaluated.source.get("left_out")]
+        identity, drafters = identities_of(choosing)
+        key = key_of([evaluated.settings, examples, {run.label: identity}, *drafters], 24)
+        asked = {"task": evaluated.name, "rescorer": run.label, "k": run.k, "h": part.h, "p": run.p, "key": key}
+        fitting = (s for s in self.sweeps if all(getattr(s, name) == value for name, value in asked.items()))
+        sweep = next(fitting, None)
+        if sweep is None:
+            inputs = dataclasses.replace(evaluated.inputs, limit=None)
+            recording = open_recording(inputs, k=evaluated.k, heads_needed=evaluated.models.heads_needed)
+            (tuned,) = tune(
+                recording, [run.label], alphas=tuning.alphas, ks=(run.k,), ps=(run.p,),
+                held_out=tuning.limit, evaluated=set(evaluated.groups), keep=False, executor=self.executor,
+                progress=self.progress, notify=self.notify,
+            )  # fmt: skip
+            if not evaluated.given:  # a sweep of other files must not be kept under this key
+                evaluated.models.check_unchanged(evaluated.settings)
+            if tuned.identity != identity:
+                raise IncompatibleError(f"{run.label} was replaced while it was tuned; run the command again")
+            sweep = SuiteSweep(**vars(tuned), h=part.h, key=key)
+            path = self.out / TUNED_FILE
+            with writing(path), open_appending(path) as stream:
+                append_json_line(stream, plain(sweep))
+            self.sweeps.append(sweep)
+        if sweep not in self.used:  # which other rules of acceptance may have taken before
+            self.used.append(sweep)
+        return sweep
 
-    def find(self, **key: Any) -> SuiteSweep | None:
-        """The sweep that has these fields."""
-        return next((s for s in self._sweeps if all(getattr(s, name) == value for name, value in key.items())), None)
-
-    def add(self, sweep: SuiteSweep) -> None:
-        """Keeps a sweep. Raises `OutputError`."""
-        with writing(Path(self._stream.name)):
-            append_json_line(self._stream, plain(sweep))
-        self._sweeps.append(sweep)
-
-
-def _weighted(
-    plan: Plan,
-    part: _Part,
-    choosing: dict[str, Choosing],
-    weights: _TunedWeights,
-    executor: Executor,
-    progress: Progress | None,
-    notify: Notify,
-) -> list[Run]:
-    """The runs of one evaluation, with tuned weights where the plan asks for them."""
-    runs = []
-    for run in plan.runs_by(part.rule):
-        chosen, tuning = choosing[run.label], plan.tuning(run.label)
-        if run.alpha is None and chosen[0].alpha is not None and tuning is not None:
-            sweep = _sweep(part, run, chosen, tuning, weights, executor, progress, notify)
-            run = dataclasses.replace(run, alpha=sweep.as_alpha(data_sha256=sweep.data_sha256))
-        runs.append(run)
-    return runs
-
-
-def _sweep(
-    part: _Part,
-    run: Run,
-    choosing: Choosing,
-    tuning: SuiteTuning,
-    weights: _TunedWeights,
-    executor: Executor,
-    progress: Progress | None,
-    notify: Notify,
-) -> SuiteSweep:
-    """The sweep of one run's weight, made now if it is missing: also where the model, the data or the rescorer is
-    another one than when it was made."""
-    evaluated = part.recording
-    # Not all of it is in the settings: what a trace made elsewhere holds, and a list of examples to leave out.
-    examples = [evaluated.data_sha256, evaluated.source.get("left_out")]
-    identity, drafters = identities_of(choosing)
-    key = key_of([evaluated.settings, examples, {run.label: identity}, *drafters], 24)
-    sweep = weights.find(task=evaluated.name, rescorer=run.label, k=run.k, h=part.h, p=run.p, key=key)
-    if sweep is None:
-        inputs = dataclasses.replace(evaluated.inputs, limit=None)
-        recording = open_recording(inputs, k=evaluated.k, heads_needed=evaluated.models.heads_needed)
-        (tuned,) = tune(
-            recording, [run.label], alphas=tuning.alphas, ks=(run.k,), ps=(run.p,),
-            held_out=tuning.limit, evaluated=set(evaluated.groups), keep=False, executor=executor, progress=progress,
-            notify=notify,
+    def evaluated(self, part: _Part) -> Evaluation:
+        """One evaluation, as far as Ctrl-C let it come."""
+        plan, folder = self.plan, self.out / part.folder
+        choosing, costs = _fitted(plan, part)  # for each part: files of rescorers may be replaced in between
+        runs = self._weighted(part, choosing)
+        if (folder / RESULTS_FILE).is_file():
+            finished = load_run(folder)
+            if _is_same(plan, part, choosing, costs, finished.config):
+                for line in finished.notices:
+                    self.notify(line)
+                return finished
+        evaluation = evaluate(
+            part.recording, runs, live=plan.mode == "live", verify=plan.verify, rule=part.rule.rule(),
+            peers=_peers(plan, part), costs=plan.costs, seed=plan.seed, out=folder, executor=self.executor,
+            progress=self.progress, notify=self.notify,
         )  # fmt: skip
-        if not evaluated.given:  # a sweep of other files must not be kept under this key
-            evaluated.models.check_unchanged(evaluated.settings)
-        if tuned.identity != identity:
-            raise IncompatibleError(f"{run.label} was replaced while it was tuned; run the command again")
-        sweep = SuiteSweep(**{f.name: getattr(tuned, f.name) for f in fields(tuned)}, h=part.h, key=key)
-        weights.add(sweep)
-    if sweep not in weights.used:  # which other rules of acceptance may have taken before
-        weights.used.append(sweep)
-    return sweep
-
-
-def _evaluate(
-    plan: Plan,
-    part: _Part,
-    runs: list[Run],
-    choosing: dict[str, Choosing],
-    costs: Costs | None,
-    out: Path,
-    executor: Executor,
-    progress: Progress | None,
-    notify: Notify,
-) -> Evaluation:
-    """One evaluation, as far as Ctrl-C let it come."""
-    folder = out / part.folder
-    if (folder / RESULTS_FILE).is_file():
-        finished = load_run(folder)
-        if _is_same(plan, part, choosing, costs, finished.config):
-            for line in finished.notices:
-                notify(line)
-            return finished
-    evaluation = evaluate(
-        part.recording, runs, live=plan.mode == "live", verify=plan.verify, rule=part.rule.rule(),
-        peers=_peers(plan, part), costs=plan.costs, seed=plan.seed, out=folder, executor=executor, progress=progress,
-        notify=notify,
-    )  # fmt: skip
-    part.recording.models.release()  # many tasks: each would keep a base LM of its own in memory
-    return evaluation
+        part.recording.models.release()  # many tasks: each would keep a base LM of its own in memory
+        return evaluation
 
 
 def _peers(plan: Plan, part: _Part) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ from rescore.runs.recording import load_trace, record_task
 from rescore.runs.records import Identical
 from rescore.runs.run import Run, runs_of
 from rescore.runs.tuning import fit_joint, is_joint, tune
-from rescore.runs.weights import fit_to, target_of, tuned_path
+from rescore.runs.weights import fitted_to, target_of, tuned_path
 from rescore.tracing import HEADER_FILE, Trace, read_trace
 
 
@@ -182,7 +182,7 @@ class TestATraceOfAnotherDrafter:
         trace = recording.trace()
         other = replace(trace, header=msgspec.structs.replace(trace.header, settings=trace.header.settings | self.SAYS))
         chosen = {"": (load_rescorer("none"), (load_drafter("heads"), load_drafter("lookup")))}
-        sources = [[drafter.source for drafter in fit_to(of, chosen)[""][1]] for of in (trace, other)]
+        sources = [[drafter.source for drafter in fitted_to(target_of(of), chosen)[""][1]] for of in (trace, other)]
         assert sources == [["heads", "lookup"], ["heads-of-draft-model 0123456789ab 8", "lookup"]]
 
     def test_what_is_tuned_on_it_is_not_for_the_heads(self, options: Options):

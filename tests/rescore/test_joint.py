@@ -175,13 +175,13 @@ class TestReplaced:
     ):
         monkeypatch.setattr(joint_module, "shipped_weights", lambda *_: tmp_path / "weights")
         evaluated(options)  # the trace is there: only the rescorer is read again
-        fit_to = work.fit_to
+        fitted_to = work.fitted_to
 
         def replaced(*arguments: Any, **more: Any) -> Any:
             fit_other_weights(options, joint, tmp_path)
-            return fit_to(*arguments, **more)
+            return fitted_to(*arguments, **more)
 
-        monkeypatch.setattr(work, "fit_to", replaced)
+        monkeypatch.setattr(work, "fitted_to", replaced)
         chosen = options | {"rescorers": (f"joint:ngram={joint.partition('ngram=')[2]}",)}
         refused(lambda: evaluated(chosen, out=tmp_path / "run"), "was replaced while it was read", IncompatibleError)
         assert (tmp_path / "run" / "examples.jsonl").read_text() == ""

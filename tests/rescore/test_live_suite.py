@@ -22,10 +22,9 @@ from rescore.runs.models import Models
 from rescore.runs.records import Divergence, Identical, Result
 from rescore.suites import run as suite_module
 from rescore.suites.files import read_manifest
-from rescore.suites.page import suite_page
 from rescore.suites.plan import Plan, SuiteRescorer, SuiteTask, read_plan
 from rescore.suites.run import Suite, run_suite
-from rescore.suites.tables import speed_table, suite_table, suite_tables
+from rescore.suites.tables import speed_table, suite_page, suite_table, suite_tables
 
 SUITES = Path(__file__).parents[2] / "docs" / "suites"
 BODY = """\

@@ -41,10 +41,9 @@ from rescore.studies.comparison import Selection
 from rescore.studies.comparison import compare_folders as compared
 from rescore.suites import run as suite_module
 from rescore.suites.files import load_runs, read_manifest, run_of_task
-from rescore.suites.page import suite_page
 from rescore.suites.plan import read_plan
 from rescore.suites.run import Suite, run_suite
-from rescore.suites.tables import suite_table
+from rescore.suites.tables import suite_page, suite_table
 from rescore.tasks import load_task
 from rescore.tasks.data import load_examples
 from rescore.tasks.groups import digest

@@ -59,14 +59,6 @@ def test_as_csv_with_all_digits_and_both_ends_of_an_interval():
     assert TABLE.csv() == "task,n,block_eff,block_eff_low,block_eff_high\nsquad,1200,1.23456,1.2,1.3\na,3,2.0,,\n"
 
 
-def test_as_records():
-    columns = [Column("task"), Column("p", COUNT)]
-    assert Table(columns, [["squad", 1], ["a", None]]).records() == [
-        {"task": "squad", "p": 1},
-        {"task": "a", "p": None},
-    ]
-
-
 def test_a_csv_of_unknown_intervals_has_their_columns():
     assert Table(COLUMNS[2:], [[1.5, None]]).csv() == "block_eff,block_eff_low,block_eff_high\n1.5,,\n"
 

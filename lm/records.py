@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -23,6 +24,12 @@ Number = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info
 def plain(record: Any) -> Any:
     """A record as dictionaries, lists, text and numbers, as it is read back from JSON."""
     return json.loads(json.dumps(msgspec.to_builtins(record, str_keys=True)))  # which leaves tuples
+
+
+def object_of(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The JSON object under a name among settings that anybody may have written; empty where there is none."""
+    value = settings.get(name)
+    return value if isinstance(value, dict) else {}
 
 
 def convert_record(value: Any, kind: type[Record], *, where: str, advice: str) -> Record:

@@ -68,9 +68,8 @@ class _Chosen:
 
     @property
     def base(self) -> dict[str, Any]:
-        """What the trace says of the base; empty where it was made elsewhere and does not."""
-        base = self.run.config.traces[self.result.task].get("base")
-        return base if isinstance(base, dict) else {}
+        """What the trace says of the base (`RunConfig.base`)."""
+        return self.run.config.base(self.result.task)
 
     def __str__(self) -> str:
         r = self.result

@@ -143,7 +143,7 @@ def inspect_example(
             notices.append(
                 f"{r.rescorer} (p = {r.p}) decoded another output from token {walk.shared} on; that part is not shown"
             )
-    tokenizer, trouble = tokenizer_of(run.config.traces[task].get("base"))
+    tokenizer, trouble = tokenizer_of(run.config.base(task))
     if trouble:
         notices.append(trouble)
     positions, (h, k) = sorted(drafts), (results[0].h, results[0].k)

@@ -15,7 +15,7 @@ from typing import Any
 
 from lattices.errors import RescoreError
 from lm.files import cache_directory, read_json_lines, read_json_object
-from lm.records import convert_record
+from lm.records import convert_record, object_of
 from rescore.bootstrap import LEAST_GROUPS
 from rescore.options import written
 from rescore.runs.evaluated import Evaluation
@@ -70,9 +70,8 @@ class TaskView:
 
     @property
     def base(self) -> dict[str, Any]:
-        """The settings of the base LM that made the trace; empty where a trace made elsewhere does not name it."""
-        base = self.run.config.traces[self.task].get("base")
-        return base if isinstance(base, dict) else {}
+        """What the trace says of its base LM (`RunConfig.base`)."""
+        return self.run.config.base(self.task)
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def trace_command(run: Evaluation, task: str) -> str:
     """The command that records the trace of a task of the run where the run looks for it."""
     inputs, settings = run.config.inputs[task], dict(run.config.traces[task])
     k = settings.pop("k")
-    base = settings.get("base") or {}
+    base = object_of(settings, "base")
     return written("trace", {
         "task": task,
         "base": base.get("name"),
@@ -157,7 +156,7 @@ def trace_command(run: Evaluation, task: str) -> str:
         "data": inputs.data,
         "leave_out": inputs.leave_out,
         "dtype": None if base.get("dtype") == "float32" else base.get("dtype"),
-        "device": (settings.get("recorded_by") or {}).get("device"),
+        "device": object_of(settings, "recorded_by").get("device"),
         "out": inputs.trace or trace_folder(task, settings, k),
     })  # fmt: skip
 

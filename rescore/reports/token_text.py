@@ -6,7 +6,7 @@ A token need not be text: it may be part of a character. Then its bytes are show
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lattices.errors import RescoreError
@@ -80,7 +80,7 @@ def _bytes_of(piece: str) -> bytes | None:
     return bytes(alphabet[c] for c in piece) if all(c in alphabet for c in piece) else None
 
 
-def tokenizer_of(base: Any) -> tuple[PreTrainedTokenizerBase | None, str | None]:
+def tokenizer_of(base: Mapping[str, Any]) -> tuple[PreTrainedTokenizerBase | None, str | None]:
     """The tokenizer of a trace's base (`name` and `tokenizer_sha256` of its settings), and a sentence if there is none.
 
     Nothing is fetched: a model of the hub must be on this machine already.
@@ -88,7 +88,7 @@ def tokenizer_of(base: Any) -> tuple[PreTrainedTokenizerBase | None, str | None]
     from lm.base.catalog import load_tokenizer
     from lm.base.identity import tokenizer_sha256
 
-    name = base.get("name") if isinstance(base, dict) else None
+    name = base.get("name")
     if not isinstance(name, str):
         return None, "The trace does not name its base model, so tokens are shown as ids."
     ids = "so tokens are shown as ids; rescore report on a machine that has the model shows text."

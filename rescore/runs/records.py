@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from lm.records import Count, Number, plain
+from lm.records import Count, Number, object_of, plain
 from rescore.acceptance.rules import mark_of, marked, unmarked
 from rescore.calls import Call
 from rescore.costs.table import Costs
@@ -392,6 +392,10 @@ class RunConfig:
                 for task, runs in self.runs.items()
             },
         }
+
+    def base(self, task: str) -> dict[str, Any]:
+        """What the trace of a task says of its base LM; empty where it was made elsewhere and does not."""
+        return object_of(self.traces[task], "base")
 
     def marked(self, label: str) -> str:
         """The label of a run as its results have it."""

@@ -24,6 +24,7 @@ from lattices.lattice import Lattice
 from lm.base.catalog import load_base
 from lm.heads.block_heads import heads_folder, heads_sha256, load_heads
 from lm.options import Base, Device, Dtype, Heads, TopK
+from lm.records import object_of
 from rescore.accounting import account
 from rescore.checks import check_held_k, check_timing
 from rescore.costs.kept import costs_here
@@ -142,9 +143,7 @@ def block_lengths_of_trace(
     named = Inputs(base=base, heads=heads, dtype=dtype, device=device)
     costs = costs_here(model.identity, key, at, compiles=model.compiles, inputs=named) if loaded.plans else None
     fitted, drafters = fitted_to(target_of(trace, device=at, shared=model, costs=costs), choosing)[rescorer]
-    recorded = trace.header.settings.get("base")
-    weights = recorded.get("weights_sha256") if isinstance(recorded, dict) else None
-    if weights not in (None, model.identity.weights_sha256):
+    if object_of(trace.header.settings, "base").get("weights_sha256") not in (None, model.identity.weights_sha256):
         raise IncompatibleError(f"the trace is of another base LM than {model.identity.name}; give --base")
     longest = min(trace.header.h, block_heads.h)
     if longest < 2:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError, UnknownNameError
+from lm.records import object_of
 from rescore.acceptance import first_difference
 from rescore.acceptance.rules import is_lossy, mark_of
 from rescore.accounting import Difference, block_efficiency, paired_difference
@@ -299,8 +300,7 @@ def _cause(leads: Sequence[float], dtype: str) -> str:
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of a trace with those of its base beside the others, `base.` before their names."""
-    base = settings.get("base")
-    return {**settings, **({f"base.{name}": value for name, value in base.items()} if isinstance(base, dict) else {})}
+    return {**settings, **{f"base.{name}": value for name, value in object_of(settings, "base").items()}}
 
 
 def _brief(name: str, value: Any) -> str:

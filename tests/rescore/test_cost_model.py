@@ -19,6 +19,7 @@ from lm.heads.block_heads import BlockHeads
 from lm.heads.nets import BlockHeadsConfig
 from lm.neural.model import find_neural
 from rescore.reports.charts.cost_charts import cost_model_section
+from rescore.reports.sources import trace_command
 from rescore.runs.evaluated import Evaluation, load_run
 from rescore.studies.cost.decoders import (
     _layers,
@@ -374,9 +375,11 @@ class TestInputs:
     def test_what_a_run_does_not_say(self, run, tiny_folder: Path):
         with pytest.raises(RescoreError, match="where its heads lie"):  # a run of a given trace
             cost_inputs(changed(run, heads=None))
-        elsewhere = changed(run, heads=None, settings={"base": None, "heads_sha256": None})
-        with pytest.raises(RescoreError, match="what its base LM is"):
-            cost_inputs(elsewhere)
+        for base in (None, "a name", {"name": 5}):  # what other programs wrote
+            elsewhere = changed(run, heads=None, settings={"base": base, "heads_sha256": None, "recorded_by": "them"})
+            with pytest.raises(RescoreError, match="what its base LM is"):
+                cost_inputs(elsewhere)
+            assert trace_command(elsewhere, "squad").startswith("rescore trace --task squad --")
         assert cost_inputs(elsewhere, base=str(tiny_folder)).heads == HeadsShape(heads_parameters(3, 32))
 
     def test_verified_as_the_live_run_was(self, run):

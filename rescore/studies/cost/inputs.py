@@ -136,7 +136,7 @@ def _base_of(
     run: Evaluation, task: str, base: str | None, config: Path | None, local_files_only: bool
 ) -> tuple[Decoder, str | None]:
     """The base LM of a run and its name; `base` and `config` are checked against what the run says of it."""
-    recorded = run.config.traces[task].get("base") or {}
+    recorded = run.config.base(task)
     name = recorded.get("name")
     if config is not None:
         decoder = decoder_of_file(config)
@@ -148,7 +148,7 @@ def _base_of(
                 )
         return decoder, name
     chosen = base or name
-    if chosen is None:
+    if not isinstance(chosen, str):
         raise RescoreError(f"{run.folder} does not say what its base LM is; give it: --base or --config")
     decoder = decoder_of(chosen, local_files_only=local_files_only)
     if name not in (None, chosen) and decoder.assumption:

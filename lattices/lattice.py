@@ -126,6 +126,16 @@ def put_first(token_ids: np.ndarray, logps: np.ndarray, chosen: np.ndarray) -> N
         token_ids[position, 0] = chosen[position]
 
 
+def stacked_lattices(parts: Sequence[Lattice]) -> Lattice:
+    """Lattices of one position, `[h, k]` each, as one `[n, h, k]`."""
+    return Lattice(np.stack([p.token_ids for p in parts]), np.stack([p.logps for p in parts]))
+
+
+def concatenated(parts: Sequence[Lattice]) -> Lattice:
+    """Positions that follow each other, `[n_i, h, k]` each, as one lattice `[sum of n_i, h, k]`."""
+    return Lattice(np.concatenate([p.token_ids for p in parts]), np.concatenate([p.logps for p in parts]))
+
+
 def side_by_side(parts: Sequence[Lattice]) -> Lattice:
     """Slots that follow each other, `[n, h_i, k]` each, as one lattice `[n, sum of h_i, k]`."""
     if len(parts) == 1:

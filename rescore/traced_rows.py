@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lattices.lattice import Lattice, put_first, side_by_side
+from lattices.lattice import Lattice, concatenated, put_first, side_by_side
 from rescore.tasks.base import Example
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def lattices_along(
             slots = heads.slots(base, states, first, **how) if heads else [Slots(first[:, None])]
             lattices.append(side_by_side([each.lattice(k) for each in slots]))
             entropies.append(np.concatenate([entropies_of(each.logits) for each in slots], axis=1))
-    whole = Lattice(np.concatenate([e.token_ids for e in lattices]), np.concatenate([e.logps for e in lattices]))
+    whole = concatenated(lattices)
     # The projection of one state and of many differ in the last bits; the token that was really chosen stays.
     put_first(whole.token_ids[:, 0], whole.logps[:, 0], output_ids)
     return whole, np.concatenate(entropies)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from lattices.errors import InvalidDataError
-from lattices.lattice import Lattice
+from lattices.lattice import Lattice, concatenated
 from lm.base.model import BaseLM
 from lm.checkpoint import write_checkpoint
 from lm.heads.block_heads import BlockHeads
@@ -78,7 +78,7 @@ def lattices_of_corpus(
             parts.append(heads.lattice(base, hidden, base.project(hidden), k))
             if progress:
                 progress(start + first + len(hidden), len(chosen))
-        return _joined(parts)
+        return concatenated(parts)
 
     def kept(start: int) -> Lattice:
         def write(stream: IO[bytes]) -> None:
@@ -86,12 +86,8 @@ def lattices_of_corpus(
 
         return Lattice(**kept_file(folder / f"{start:09d}.npz", "the lattices", read_arrays, write))
 
-    lattice = _joined([kept(start) for start in range(0, len(chosen), SHARD_ROWS)])
+    lattice = concatenated([kept(start) for start in range(0, len(chosen), SHARD_ROWS)])
     return TargetLattices(lattice, targets, segments, data.source, data.sha256, inputs_sha256)
-
-
-def _joined(parts: Sequence[Lattice]) -> Lattice:
-    return Lattice(np.concatenate([p.token_ids for p in parts]), np.concatenate([p.logps for p in parts]))
 
 
 def _sha256_of_inputs(base: BaseLM, heads: BlockHeads, data: HeadData, k: int, rows: int, seed: int) -> str:
@@ -133,7 +129,7 @@ class BigramTrainer(Trainer[HeldOutPaths]):
         check_apart(data)
         if sum(len(d.targets) for d in self.data) == 0:
             raise InvalidDataError("the corpus gives no lattices; a bigram needs text to learn from")
-        self.lattice = _joined([d.lattice for d in self.data])
+        self.lattice = concatenated([d.lattice for d in self.data])
         self.targets = np.concatenate([d.targets for d in self.data])
         # Whole segments are held out: neighbouring lattices share most of their targets.
         pairs = [np.stack([np.full(len(d.segments), i), d.segments], 1) for i, d in enumerate(self.data)]

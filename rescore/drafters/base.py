@@ -16,7 +16,7 @@ import numpy as np
 
 from lattices.errors import RescoreError
 from lattices.joined.lookup import NONE
-from lattices.lattice import Lattice
+from lattices.lattice import Lattice, concatenated, stacked_lattices
 from rescore.rescorers.base import Context, Target
 
 MOST_TOKENS = 1024  # of a draft, or of a match: what is longer is a slip, and would fill the memory
@@ -76,8 +76,7 @@ class LatticeDrafter(Drafter):
         given = [context.lattices.get(self.name) for context in contexts]
         if None in given:
             return self.computed(contexts, firsts, k)
-        each = [lattice(k) for lattice in given if lattice is not None]
-        return Lattice(np.stack([one.token_ids for one in each]), np.stack([one.logps for one in each]))
+        return stacked_lattices([lattice(k) for lattice in given if lattice is not None])
 
     @abstractmethod
     def computed(self, contexts: Sequence[Context], firsts: np.ndarray, k: int) -> Lattice:
@@ -90,7 +89,7 @@ class LatticeDrafter(Drafter):
         for token in output_ids:
             each.append(self.computed([context], np.array([token]), k))
             context.output_ids.append(int(token))
-        lattice = Lattice(np.concatenate([e.token_ids for e in each]), np.concatenate([e.logps for e in each]))
+        lattice = concatenated(each)
         # Of the k entries only: a lattice does not tell the rest.
         mass = np.exp(lattice.logps.astype(np.float64))
         return lattice, -(mass * lattice.logps).sum(axis=-1).astype(np.float32)

@@ -19,7 +19,7 @@ import torch
 
 from lattices.errors import IncompatibleError, RescoreError
 from lattices.joined.sources import MODEL
-from lattices.lattice import Lattice, put_first
+from lattices.lattice import Lattice, put_first, stacked_lattices
 from lattices.paths import user_path
 from lm.base.cache import TreeCache
 from lm.base.model import BaseLM
@@ -126,8 +126,9 @@ class DraftLayers(LatticeDrafter):
 
     def computed(self, contexts: Sequence[Context], firsts: np.ndarray, k: int) -> Lattice:
         """See `LatticeDrafter.computed`; h = 1 + tokens. What was read of an example stays in its `Context.state`."""
-        each = [self._chain(context, int(first), k) for context, first in zip(contexts, firsts, strict=True)]
-        return Lattice(np.stack([one.token_ids for one in each]), np.stack([one.logps for one in each]))
+        return stacked_lattices(
+            [self._chain(context, int(first), k) for context, first in zip(contexts, firsts, strict=True)]
+        )
 
     def _chain(self, context: Context, first: int, k: int) -> Lattice:
         """The lattice `[h, k]` at one position."""

@@ -17,7 +17,7 @@ import torch
 
 from lattices.errors import IncompatibleError, InvalidDataError, RescoreError
 from lattices.joined.sources import MODEL
-from lattices.lattice import Lattice, put_first
+from lattices.lattice import Lattice, concatenated, put_first
 from lm.base.catalog import load_tokenizer, read_model_config
 from lm.heads.block_heads import entropies_of, lattice_of
 from lm.neural.model import DRAFT_MODEL, NeuralLM
@@ -194,7 +194,7 @@ def slots_after(
             logits = logits_of(states[start : start + LOGIT_ROWS])[:, None].double()
         slots.append(lattice_of(logits, k, token_ids))
         entropies.append(entropies_of(logits))
-    whole = Lattice(np.concatenate([slot.token_ids for slot in slots]), np.concatenate([slot.logps for slot in slots]))
+    whole = concatenated(slots)
     if not np.isfinite(whole.logps).all():
         raise InvalidDataError(
             f"{name} gave log-probabilities that are not finite; check its weights, or take another --dtype"

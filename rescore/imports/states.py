@@ -13,7 +13,6 @@ prompt. Files are read as plain tensors: a pickle that would run code is refused
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from lm.base.catalog import load_base, read_model_config
 from lm.base.model import BaseLM
 from lm.files import sha256_of_file
 from lm.heads.block_heads import load_heads
+from lm.heads.layouts.tensor_files import unpickled
 from rescore.checks import NEAR_TIE, check_k
 from rescore.imports.importing import Imported, Row, SourceFormat
 from rescore.runs.inputs import Inputs
@@ -223,14 +223,7 @@ def _safetensors(path: Path) -> Mapping[str, Any]:
 
 
 def _pickled(path: Path) -> Mapping[str, Any]:
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, PermissionError) as error:
-        raise unreadable(path, error) from error
-    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise InvalidDataError(
-            f"{path} holds no plain tensors, or is cut short: what a pickle would run is not run; get or make it again"
-        ) from error
+    loaded = unpickled(path, "give plain tensors by name")
     if not isinstance(loaded, Mapping):
         raise InvalidDataError(f"{path} holds no tensors by name; is --from right?")
     return loaded

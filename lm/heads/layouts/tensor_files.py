@@ -82,9 +82,18 @@ class TensorFiles:
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file that `torch.save` wrote. Raises `InvalidDataError` for anything besides tensors."""
     advice = "give a state dict of plain tensors, or safetensors"
+    found = unpickled(path, advice)
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise InvalidDataError(f"{path} is no state dict, names and tensors; {advice}")
+    return {str(name): value for name, value in found.items()}
+
+
+def unpickled(path: Path, advice: str) -> Any:
+    """What `torch.save` wrote to a file, of plain data. Raises `InvalidDataError` with `advice` for what may be code,
+    and for a file that can't be read."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of pickles in another protocol than its own
-            found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except UnpicklingError as error:
         raise InvalidDataError(
             f"{path} holds more than tensors, which may be code and is not read; {advice}"
@@ -93,9 +102,6 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise unreadable(path, error) from error
     except Exception as error:  # EOFError, RuntimeError, ...: as the broken part leads it to
         raise InvalidDataError(f"can't read {path} ({first_line(error)}); get it again") from error
-    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise InvalidDataError(f"{path} is no state dict, names and tensors; {advice}")
-    return {str(name): value for name, value in found.items()}
 
 
 def names_by_file(index: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from lattices.lattice import Lattice
+from lattices.lattice import Lattice, concatenated
 from lattices.oracle import target_ranks
 from lattices.statistics import decode_starts, targets_ahead
 from rescore.accounting import account
@@ -45,10 +45,8 @@ class Positions:
     def of(cls, trace: Trace) -> Positions:
         """The positions of a trace; none if it has no examples."""
         h, k, examples = trace.header.h, trace.header.k, trace.examples
-        lattice = Lattice(
-            np.concatenate([np.zeros((0, h, k), np.int32), *(e.lattice.token_ids for e in examples)]),
-            np.concatenate([np.zeros((0, h, k), np.float32), *(e.lattice.logps for e in examples)]),
-        )
+        nothing = Lattice(np.zeros((0, h, k), np.int32), np.zeros((0, h, k), np.float32))
+        lattice = concatenated([nothing, *(e.lattice for e in examples)])
         return cls(
             lattice,
             entropies=np.concatenate([np.zeros((0, h), np.float32), *(e.entropies for e in examples)]),

@@ -98,7 +98,7 @@ def unpickled(path: Path, advice: str) -> Any:
         raise InvalidDataError(
             f"{path} holds more than tensors, which may be code and is not read; {advice}"
         ) from error
-    except OSError as error:
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise unreadable(path, error) from error
     except Exception as error:  # EOFError, RuntimeError, ...: as the broken part leads it to
         raise InvalidDataError(f"can't read {path} ({first_line(error)}); get it again") from error

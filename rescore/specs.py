@@ -6,6 +6,7 @@ returns the object.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import re
@@ -119,6 +120,13 @@ class Registry(Generic[Made]):
                 )
             return other
         raise UnknownNameError(self.word, name, self.names())
+
+    def load_named(self, spec: str) -> Made:
+        """The object of a spec, whose `name` that is; a copy, as another package may give one object for all of its
+        specs. Raises as `load`."""
+        made = copy.copy(self.load(spec))
+        made.name = spec  # type: ignore[attr-defined]
+        return made
 
     def _built_in(self, name: str) -> Callable[..., Made]:
         place = self.built_in[name]

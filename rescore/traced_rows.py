@@ -28,6 +28,7 @@ def rows_of(
     max_new_tokens: int,
     max_prompt_tokens: int | None,
     k: int,
+    batch_size: int = BATCH_SIZE,
     each: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """The rows of a part; `each` is called after every example. Arguments as of `record_trace`.
@@ -38,7 +39,7 @@ def rows_of(
 
     prompts = [base.encode_prompt(e.prompt, chat=chat, max_tokens=max_prompt_tokens) for e in examples]
     rows: dict[int, dict[str, Any]] = {}
-    for greedy in generate(base, prompts, max_new_tokens=max_new_tokens, batch_size=BATCH_SIZE):
+    for greedy in generate(base, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size):
         rows[greedy.index] = row_of_states(
             base, heads, examples[greedy.index], prompts[greedy.index], greedy.output_ids, hidden=greedy.hidden,
             margins=greedy.margins, k=k,

@@ -39,7 +39,7 @@ from lm.records import plain, read_record
 from rescore.checks import check_fits, check_k
 from rescore.tasks.base import Example
 from rescore.tasks.groups import digest, one_of_each_first
-from rescore.traced_rows import rows_of
+from rescore.traced_rows import BATCH_SIZE, rows_of
 
 if TYPE_CHECKING:
     from lm.base.model import BaseLM
@@ -139,6 +139,7 @@ def record_trace(
     max_new_tokens: int = 64,
     max_prompt_tokens: int | None = None,
     k: int = TRACE_K,
+    batch_size: int = BATCH_SIZE,
     recorded: Trace | None = None,
     elsewhere: RecordParts | None = None,
     check: Callable[[], None] | None = None,
@@ -184,9 +185,12 @@ def record_trace(
             if progress:
                 progress(finished, len(examples))
 
-        limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "max_prompt_tokens": max_prompt_tokens}
+        how: dict[str, Any] = {
+            "chat": chat, "max_new_tokens": max_new_tokens, "max_prompt_tokens": max_prompt_tokens, "k": k,
+            "batch_size": batch_size,
+        }  # fmt: skip
         parts = [missing[start : start + PART_EXAMPLES] for start in range(0, len(missing), PART_EXAMPLES)]
-        here = (rows_of(base, heads, part, chat=chat, **limits, k=k, each=one_more) for part in parts)
+        here = (rows_of(base, heads, part, **how, each=one_more) for part in parts)
         for part, rows in zip(parts, elsewhere(parts) if elsewhere else here, strict=True):
             for _ in part if elsewhere else ():
                 one_more()

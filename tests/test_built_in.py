@@ -13,7 +13,7 @@ from rescore.runs.records import Identical
 def test_a_built_in_model_decodes_exactly_and_gains(base):
     # What compiling changes is the same for both, and takes long.
     compiled, count = ("auto", 2) if base == "smollm2-135m" else ("off", 1)
-    options = dict(base=base, rescorers=("none", "oracle"), limit=count, max_new_tokens=16, compile=compiled)
+    options = dict(base=base, rescorers=("none", "oracle"), limit=count, max_new_tokens=24, compile=compiled)
     replayed = evaluated(options).document.results
     live = evaluated(dict(options, mode="live")).document.results
     for a, b in zip(replayed, live, strict=True):
@@ -26,6 +26,6 @@ def test_a_built_in_model_decodes_exactly_and_gains(base):
 @pytest.mark.usefixtures("converted")
 def test_small_models_that_share_what_the_base_has_laid_out_change_no_output():
     rescorers = ("neural-61m", "draft-model:neural-61m")
-    options = dict(mode="live", rescorers=rescorers, limit=1, max_new_tokens=16, compile="off")
+    options = dict(mode="live", rescorers=rescorers, limit=1, max_new_tokens=24, compile="off")
     for result in evaluated(options | {"base": "smollm2-135m"}).document.results:
         assert result.identical == Identical(n=1, identical=1) and result.block_efficiency > 1.0

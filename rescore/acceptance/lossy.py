@@ -17,7 +17,7 @@ from rescore.acceptance.rules import Drawn, Likeliest, Rule, Said, Verdict
 
 
 class Lossy(Rule):
-    """What the lossy rules share. See `rescore.acceptance.rules.Rule`.
+    """What the lossy rules share.
 
     least: tokens that a step adds at least, whatever fits, as far as the winning draft has them.
     """

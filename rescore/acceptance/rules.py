@@ -99,8 +99,8 @@ class Verdict(NamedTuple):
 
 
 class RandomSource:
-    """Where all that is random in sampled decoding comes from (verdicts on candidates, drawn tokens, drawn drafts): the
-    answers to the two questions that it asks, by numbers that follow from `seed`."""
+    """Answers the two questions that sampled decoding asks, whether a token is accepted and which one is drawn, by
+    numbers that follow from `seed`: nothing else in it is random."""
 
     def __init__(self, *seed: int) -> None:
         self._numbers = np.random.default_rng(seed)
@@ -229,7 +229,5 @@ def check_rule(rule: Rule, label: str, *, draws: bool, lattices_only: bool) -> N
 
 
 def load_rule(spec: str) -> Rule:
-    """The rule of a spec. Raises as `Registry.load`."""
-    rule = RULES.load(spec)
-    rule.name = spec
-    return rule
+    """The rule of a spec. Raises as `Registry.load_named`."""
+    return RULES.load_named(spec)

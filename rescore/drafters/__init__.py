@@ -27,5 +27,5 @@ DRAFTERS: Registry[Drafter] = Registry(
 
 
 def load_drafter(spec: str) -> Drafter:
-    """The drafter of a spec. Raises as `Registry.load`."""
-    return DRAFTERS.load(spec).named(spec)
+    """The drafter of a spec. Raises as `Registry.load_named`."""
+    return DRAFTERS.load_named(spec)

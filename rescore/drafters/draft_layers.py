@@ -48,7 +48,7 @@ class _Reading:
 
 
 class DraftLayers(LatticeDrafter):
-    """See `rescore.drafters.base.LatticeDrafter`. Slot 1 is the base's own top k, the others are the layers'.
+    """Proposes what draft layers (EAGLE, MTP) do: slot 1 is the base's own top k, the others are theirs.
 
     tokens: of a chain after the base's own.
     """

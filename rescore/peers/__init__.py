@@ -44,7 +44,5 @@ PEERS: Registry[Peer] = Registry(
 
 
 def load_peer(spec: str) -> Peer:
-    """The peer of a spec. Raises as `Registry.load`."""
-    peer = PEERS.load(spec)
-    peer.name = spec
-    return peer
+    """The peer of a spec. Raises as `Registry.load_named`."""
+    return PEERS.load_named(spec)

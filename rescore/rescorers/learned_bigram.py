@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 
 class LearnedBigram(Rescorer):
-    """See `rescore.rescorers.base.Rescorer`. path: a folder of `rescore train-bigram`; empty: the shipped one."""
+    """Scores neighbouring tokens of a draft by a trained low-rank table.
+
+    path: a folder of `rescore train-bigram`; empty: the shipped one.
+    """
 
     alpha: float = 1.0  # it was trained to stand beside the heads at this weight
 

@@ -25,7 +25,7 @@ class Unrescored(Rescorer):
 
 
 class Draws(Rescorer):
-    """See `rescore.rescorers.base.Rescorer`: the p drafts differ in the second slot, whose tokens are drawn without
+    """Draws drafts from the lattice: the p drafts differ in the second slot, whose tokens are drawn without
     replacement; each goes on with a token drawn from every later slot.
 
     temperature: of the drawing; 1: as the lattice says.

@@ -168,6 +168,7 @@ class Recording:
             return self._record(trace, executor, progress)
 
     def _known(self) -> Trace | None:
+        """What is recorded already; a broken trace in the cache counts as none."""
         with suppress(*((RescoreError,) if self.cached else ())):
             return self._read()
         return None

@@ -28,7 +28,6 @@ from rescore.runs.records import Tuned
 from rescore.runs.run import DEFAULT_K, Choosing, Run, load_choosing, says_drafters
 from rescore.runs.weights import (
     coverage_notices,
-    fit_before,
     fitted_to,
     identities_of,
     target_before,
@@ -84,7 +83,7 @@ def tune(
         recording = recording.held_out(held_out, evaluated=evaluated)
         check_held_k(recording.k, max(ks))
         recording.announce(notify)
-        fit_before(recording, choosing)  # refuses what it does before anything is decoded
+        fitted_to(target_before(recording), choosing)  # refuses what it does before anything is decoded
         trace = recording.trace(executor=executor, progress=progress)
         fitted = fitted_to(target_of(trace, device=recording.models.device, models=recording.loads), choosing)
         for line in coverage_notices(trace, fitted, max(ks)):
@@ -213,7 +212,7 @@ def fit_joint(
         recording = recording.held_out(held_out)
         check_held_k(recording.k, k)
         recording.announce(notify)
-        joint.ngram.fit(target_before(recording))  # not `fit_before`: the weights need not be there yet
+        joint.ngram.fit(target_before(recording))  # not `fitted_to`: the weights need not be there yet
         trace = recording.trace(progress=progress)
         target = target_of(trace, device=recording.models.device, models=recording.loads)
         fitted = [fit_drafter(drafter, target) for drafter in of_run]

@@ -43,13 +43,14 @@ def target_before(recording: Recording) -> Target:
     return Target.of(base, base["vocab_size"])
 
 
-def fit_before(
+def fit_with_costs(
     recording: Recording, choosing: Mapping[str, Choosing], costs: Costs | str | None = None
 ) -> tuple[dict[str, Choosing], Costs | None]:
     """Rescorers and drafters fitted before anything is decoded, when what they score with has its whole `identity`; and
     the table of `costs` (as `costs_for` takes them) that they draft and are predicted by.
 
-    Raises as `Rescorer.fit`: for one that was made for another tokenizer, or has no weights for this base LM.
+    Raises as `Rescorer.fit`: for one that was made for another tokenizer, or has no weights for this base LM; and as
+    `costs_for`.
     """
     target = target_before(recording)
     table = costs_for(recording, target, choosing, costs)

@@ -31,7 +31,7 @@ from rescore.runs.weights import (
     alpha_notices,
     alpha_of,
     coverage_notices,
-    fit_before,
+    fit_with_costs,
     fitted_to,
     identities_of,
     target_before,
@@ -155,7 +155,7 @@ def prepared(
     choosing = load_choosing(runs, loaded)
     check_choosing(choosing, rule, live=live)
     _check_weights(named, [choosing[run.label][0] for run in runs])
-    fitted, table = fit_before(recording, choosing, costs)
+    fitted, table = fit_with_costs(recording, choosing, costs)
     records = []
     for run in runs:
         identity, of_drafters = identities_of(fitted[run.label])

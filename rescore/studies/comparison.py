@@ -227,6 +227,7 @@ def _run_pairs(
 
 
 def _check_same(task: str, run_a: Evaluation, run_b: Evaluation, comparison: Comparison) -> None:
+    """Raises `IncompatibleError` if the two decoded other prompts or with another base."""
     a, b = _flat(run_a.config.traces[task]), _flat(run_b.config.traces[task])
     both = [name for name in SAME if name in a and name in b]
     if changed := [

@@ -242,14 +242,16 @@ def _rescorers(top: dict[str, Value], *, live: bool) -> tuple[SuiteRescorer, ...
         if (WEIGHT in arguments or "alpha" in fields) and "tune" in fields:
             raise fields["tune"].wrong("a weight that is given is not tuned; drop tune or alpha")
         read = _read(fields, {"alpha": _weight, "p": _wholes, "tune": _tuning, "k": _wholes})
-        own = read.pop("p", ps) or (max(1, branches_of(name, arguments)),)
+        own = read.get("p", ps) or (max(1, branches_of(name, arguments)),)
         of_own = {key: fields[key] for key in OF_RULES if key in fields}
         rules = _rules(of_own, of_suite, live=live) if of_own else all_rules
         if is_oracle(name):
             own, rules = (1,), tuple(rule for rule in rules if rule == Acceptance())
             if not rules:
                 raise fields["name"].wrong("the oracle knows greedy decoding's output; drop it, or let it have greedy")
-        return SuiteRescorer(name, own, rules=rules, **{"k": ks, **read})
+        return SuiteRescorer(
+            name, own, k=read.get("k", ks), alpha=read.get("alpha"), tune=read.get("tune"), rules=rules
+        )
 
     return _distinct(top["rescorers"], rescorer, "rescorer")
 
@@ -301,7 +303,7 @@ def _at_temperature(value: Value, said: Mapping[str, Value], kept: list[AskedRul
 
 
 def _read(fields: Mapping[str, Value], readers: Readers) -> dict[str, Any]:
-    """What there is of some keys."""
+    """What is given under these keys, each read by its reader."""
     return {name: read(fields[name]) for name, read in readers.items() if name in fields}
 
 

@@ -41,7 +41,7 @@ from rescore.runs.records import RunConfig
 from rescore.runs.run import Choosing, Run, load_choosing
 from rescore.runs.tables import results_csv
 from rescore.runs.tuning import tune
-from rescore.runs.weights import fit_before, identities_of
+from rescore.runs.weights import fit_with_costs, identities_of
 from rescore.runs.work import check_choosing
 from rescore.suites.files import (
     CSV_FILE,
@@ -104,10 +104,10 @@ def run_suite(
         parts = _parts(plan)  # refused before the folder is this plan's
         claim(out / PLAN_FILE, suite.plan, holds="a suite of another plan", whole=True)
         add = partial(add_notice, suite.notices, notify)
-        running = _Running(plan, out, executor, progress, add, _kept_sweeps(out / TUNED_FILE))
+        running = _SuiteRun(plan, out, executor, progress, add, _kept_sweeps(out / TUNED_FILE))
         try:
             for part in parts:
-                evaluation = running.evaluated(part)
+                evaluation = running.evaluate(part)
                 suite.results += evaluation.results
                 configs.append(evaluation.config)
                 if interrupted := evaluation.interrupted:
@@ -170,7 +170,7 @@ def _fitted(plan: Plan, part: _Part) -> tuple[dict[str, Choosing], Costs | None]
     costs that its runs are planned and predicted by."""
     choosing = load_choosing(Run(r.name) for r in plan.rescorers if part.rule in r.rules)
     check_choosing(choosing, part.rule.rule(), live=plan.mode == "live")
-    return fit_before(part.recording, choosing, plan.costs)
+    return fit_with_costs(part.recording, choosing, plan.costs)
 
 
 def _kept_sweeps(path: Path) -> list[SuiteSweep]:
@@ -183,11 +183,11 @@ def _kept_sweeps(path: Path) -> list[SuiteSweep]:
 
 
 @dataclass
-class _Running:
+class _SuiteRun:
     """What the parts of a plan are run with.
 
-    sweeps: that are kept, line by line: one that is finished is not run again, and no later one changes it; also those
-    of other data or models. used: those that this run has taken, in their order.
+    sweeps: all that are kept in the suite's folder, also those of other data or models; none is run twice.
+    used: those that this run has taken, in their order.
     """
 
     plan: Plan
@@ -241,7 +241,7 @@ class _Running:
             self.used.append(sweep)
         return sweep
 
-    def evaluated(self, part: _Part) -> Evaluation:
+    def evaluate(self, part: _Part) -> Evaluation:
         """One evaluation, as far as Ctrl-C let it come."""
         plan, folder = self.plan, self.out / part.folder
         choosing, costs = _fitted(plan, part)  # for each part: files of rescorers may be replaced in between

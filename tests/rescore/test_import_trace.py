@@ -183,7 +183,11 @@ class TestStates:
                 return (Path.touch, (tmp_path / "ran",))
 
         torch.save({"input_ids": Runs()}, tmp_path / "a.pt")
-        refused(lambda: imports(tmp_path / "a.pt", "model-optimizer"), "may be code and is not read; give plain tensors", InvalidDataError)
+        refused(
+            lambda: imports(tmp_path / "a.pt", "model-optimizer"),
+            "may be code and is not read; give plain tensors",
+            InvalidDataError,
+        )
         assert not (tmp_path / "ran").exists()
 
     def test_another_base(self, tiny_base: BaseLM, recorded: Trace, imports: Callable[..., Trace], tmp_path: Path):

@@ -184,6 +184,13 @@ class TestTransformers:
         model.generate = own
         assert len(decoder(PROMPT, 3).output_ids) == 3
 
+    def test_one_object_for_all_specs(self, monkeypatch: pytest.MonkeyPatch):
+        """As another package may give it: each spec keeps its name."""
+        shared = load_peer("transformers")
+        monkeypatch.setitem(peers.PEERS.built_in, "theirs", lambda size="": shared)
+        found = [load_peer(spec) for spec in ("theirs:1", "theirs:2")]
+        assert [peer.name for peer in found] == ["theirs:1", "theirs:2"]
+
     @pytest.mark.parametrize(
         ("spec", "message"),
         [

@@ -67,7 +67,7 @@ class TreeRescorer(Rescorer):
 
 
 class MedusaTree(TreeRescorer):
-    """Verifies a tree of fixed places among the candidates.
+    """Drafts the same tree of ranks at every step.
 
     choices: the name of a published list, or a file of choices. Paths longer than there are heads are dropped.
     """
@@ -105,7 +105,7 @@ class MedusaTree(TreeRescorer):
 
 
 class Eagle2Tree(TreeRescorer):
-    """See `rescore.rescorers.base.Rescorer` and `TreeRescorer`; EAGLE-2's own settings are the defaults.
+    """Drafts the tree that scores highest at each step; EAGLE-2's own settings are the defaults.
 
     nodes: of the tree, the base's own token included.
     depth: levels that are expanded after the first, so that paths have up to depth + 1 tokens after the base's own.

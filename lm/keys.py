@@ -112,9 +112,7 @@ def remembered_sha256(path: Path) -> str:
             _HASHES[key] = text
             return text
     digest = sha256_of_file(path)
-    status = path.stat()
-    age = time.time() - max(status.st_mtime, status.st_ctime)
-    if file_stamp(path) == before and age > SETTLED:
+    if file_stamp(path) == before and is_settled(before):
         _HASHES[key] = digest
         with suppress(OutputError), atomic_file(memo) as temporary:  # a cache that can't be written costs time only
             temporary.write_text(digest)
@@ -125,3 +123,8 @@ def file_stamp(path: Path) -> Stamp:
     """Place, size and times of a file: while they stay, so does what was read of it."""
     status = path.stat()
     return str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev
+
+
+def is_settled(*stamps: Stamp) -> bool:
+    """Whether a change of these files from now on gives them other times, however coarse a file system keeps them."""
+    return time.time() - max((max(stamp[2:4]) for stamp in stamps), default=0) / 1e9 > SETTLED

@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.metadata import EntryPoints, entry_points
@@ -29,13 +31,20 @@ Made = TypeVar("Made")
 
 
 def plug_ins(group: str) -> EntryPoints:
-    """What other packages register in a group of entry points; what is installed later is seen by a new process."""
-    return _registered(group, tuple(sys.path))
+    """What other packages register in a group of entry points."""
+    return _registered(group, tuple(map(_changed, sys.path)))
 
 
 @lru_cache
-def _registered(group: str, _: tuple[str, ...]) -> EntryPoints:
+def _registered(group: str, _: tuple[tuple[str, int], ...]) -> EntryPoints:
     return entry_points(group=group)  # reads the files of every package
+
+
+def _changed(place: str) -> tuple[str, int]:
+    """A place where packages are installed, and when that was last done."""
+    with suppress(OSError):
+        return place, os.stat(place or os.curdir).st_mtime_ns
+    return place, 0
 
 
 def parse_spec(text: str, option: str = "--rescorer") -> tuple[str, dict[str, str]]:

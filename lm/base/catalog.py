@@ -42,7 +42,7 @@ from lm.base.identity import config_sha256, tensors_sha256, tokenization_sha256,
 from lm.base.model import BaseIdentity, BaseLM
 from lm.base.probe import state_size
 from lm.files import SHIPPED, atomic_folder, read_json_object, sha256_of_file, write_json
-from lm.keys import Stamp, cache_entry, cached, file_stamp, remembered_sha256, software
+from lm.keys import Stamp, cache_entry, cached, file_stamp, is_settled, remembered_sha256, software
 
 BUILT_IN = "smollm2-135m"
 FINE_TUNED = "smollm2-135m-bpd"  # an adapter of it, in `SHIPPED`
@@ -51,7 +51,6 @@ BUILT_IN_VERSION = "0.1.2"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICES = ("auto", "cpu", "cuda")
 COMPILE = ("auto", "off")
-CHAT_TEMPLATES = "additional_chat_templates/*"  # which a tokenizer reads, too
 CONVERSION = 1  # changes with what `_convert` makes of a GGUF file
 SOURCE_FILE = "source.json"  # of a converted copy: what it was made of, and the sha256 of its files
 
@@ -175,7 +174,8 @@ def _identity(
 def identify(name: str, *, dtype: str = "float32") -> BaseIdentity:
     """What `load_base` would load, without loading its weights. Raises as `load_base` does."""
     source = resolve_base(name)
-    return _identified(source, dtype, _stamp(source))
+    identified = _identified if is_settled(*(stamp := _stamp(source))) else _identified.__wrapped__
+    return identified(source, dtype, stamp)
 
 
 @lru_cache(maxsize=16)
@@ -190,7 +190,7 @@ class Watch:
 
     def __init__(self, base: BaseLM) -> None:
         self._base = base
-        self._stamp: tuple[Stamp, ...] = ()
+        self._stamp: tuple[Stamp, ...] | None = None
 
     def check(self) -> None:
         """Raises `IncompatibleError` if the files are no longer those that the model was read from."""
@@ -208,8 +208,8 @@ class Watch:
 
 def _stamp(source: ModelFolder) -> tuple[Stamp, ...]:
     folders = [source.folder, *([source.adapter] if source.adapter else [])]
-    files = [path for folder in folders for pattern in ("*", CHAT_TEMPLATES) for path in sorted(folder.glob(pattern))]
-    return tuple(file_stamp(path) for path in files if path.is_file())
+    folders += [beside for folder in folders if (beside := folder / "additional_chat_templates").is_dir()]
+    return tuple(file_stamp(path) for folder in folders for path in sorted(folder.iterdir()) if path.is_file())
 
 
 def under_adapter(name: str) -> BaseIdentity | None:

@@ -26,7 +26,9 @@ PADDING_TOLERANCE = 1e-4  # share of the largest logit by which padding a prompt
 
 
 class EncoderDecoderLM(BaseLM):
-    """See `BaseLM`. Tokens that the model's `generation_config` forbids (`bad_words_ids` of one token) never come, and
+    """A base LM whose encoder reads the prompt.
+
+    Tokens that the model's `generation_config` forbids (`bad_words_ids` of one token) never come, and
     `forced_bos_token_id` is a part of what the decoder begins with, not of the output.
     """
 

@@ -127,7 +127,7 @@ class EagleSource(NetSource):
 
 
 class Eagle(DraftNet):
-    """See `DraftNet`. tensors: as `EagleSource` has checked them."""
+    """The layers of EAGLE-1 and EAGLE-3. tensors: as `EagleSource` has checked them."""
 
     def __init__(
         self, source: EagleSource, base: BaseLM, layers: tuple[int, ...], tensors: dict[str, torch.Tensor]

@@ -92,7 +92,7 @@ class HydraSource(NetSource):
 
 
 class Hydra(DraftNet):
-    """See `DraftNet`."""
+    """Hydra's heads, each of which reads the token before."""
 
     def __init__(self, source: HydraSource, base: BaseLM, layers: tuple[int, ...]) -> None:
         self.base, self.layers, self.config = base, layers, base.model.config

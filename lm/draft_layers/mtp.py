@@ -80,7 +80,7 @@ class MtpSource(NetSource):
 
 
 class Mtp(DraftNet):
-    """See `DraftNet`."""
+    """The layer with which a model was trained to predict one token more."""
 
     layers = (FINAL,)
 

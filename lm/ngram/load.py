@@ -150,8 +150,11 @@ def is_arpa(path: Path) -> bool:
 
 
 def _begins(path: Path, magic: bytes) -> bool:
-    with path.open("rb") as stream:
-        return stream.read(len(magic)) == magic
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(magic)) == magic
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def _compiled(arpa: Path) -> Automaton:

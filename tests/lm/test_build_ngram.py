@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -287,3 +288,12 @@ def test_a_corpus_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     corpus.write_text(TEXT.read_text())
     build(tmp_path / "model", corpus)
     assert hashed == [corpus]
+
+
+def test_a_model_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def denied(path: Path, *_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (tmp_path / "model.arpa").write_text("any")
+    monkeypatch.setattr(Path, "open", denied)
+    refused(lambda: load_ngram(tmp_path / "model.arpa"), f"can't read {tmp_path / 'model.arpa'}", "Permission denied")

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import gguf
@@ -16,6 +17,7 @@ from conftest import byte_tokenizer, save_tiny_base
 from safetensors.torch import load_file, save_file
 
 from lattices.errors import InvalidDataError, RescoreError, UnknownNameError
+from lm import keys
 from lm.base import catalog, identity
 from lm.base.catalog import BUILT_IN, identify, load_base, load_tokenizer
 from lm.files import cache_directory
@@ -284,3 +286,40 @@ class TestGguf:
         second = identify(str(write_gguf(tmp_path / "tiny.gguf", seed=1)))
         assert first.weights_sha256 != second.weights_sha256
         assert first.tokenizer_sha256 == second.tokenizer_sha256
+
+
+class TestIdentify:
+    @pytest.fixture
+    def reads(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """The models whose tokenizers were read."""
+        names: list[str] = []
+        tokenizer = catalog.ModelFolder.tokenizer
+        monkeypatch.setattr(
+            catalog.ModelFolder, "tokenizer", lambda source: names.append(source.name) or tokenizer(source)
+        )
+        return names
+
+    @pytest.mark.parametrize("file", ["config.json", "additional_chat_templates/tools.jinja"])
+    def test_files_are_read_again_when_one_changes(
+        self, folder: Path, file: str, reads: list[str], monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(keys, "SETTLED", -1.0)
+        (folder / file).parent.mkdir(exist_ok=True)
+        name = str(folder)
+        first = identify(name)
+        assert identify(name) == first and len(reads) == 1
+        edit_config(folder, rms_norm_eps=0.5) if file == "config.json" else (folder / file).write_text("{{ tools }}")
+        assert identify(name) != first and len(reads) == 2
+        identify(name, dtype="float64")
+        assert len(reads) == 3
+
+    def test_files_that_may_change_and_keep_their_times_are_read_each_time(
+        self, folder: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+    ):
+        """As on a file system that keeps two seconds."""
+        stamp = keys.file_stamp
+        monkeypatch.setattr(catalog, "file_stamp", lambda path: (*stamp(path)[:2], now, now, *stamp(path)[4:]))
+        now = time.time_ns()
+        first = identify(str(folder))
+        edit_config(folder, rms_norm_eps=0.5)
+        assert identify(str(folder)) != first and len(reads) == 2

@@ -1,9 +1,10 @@
-"""The ground floor: lattices, exact searches over them, their statistics. Needs numpy and numba, nothing else.
+"""The ground floor: lattices, searches over them (exact, but for the beam of `context_search`), their statistics. Needs
+numpy and numba, nothing else.
 
 `lattice` is what block heads propose. `search` finds its p best paths by the heads alone, `ngram_search` (with
 `ngram_rows`) by an n-gram `automaton` besides, `context_search` by the text so far, `pair_search` by scores of
-neighbours; each refers a weight of 0 to `search`. `joined` gathers what heads and the text so far propose
-together, `likeliest` finds its best prefix tree. `oracle` and `statistics` measure, `prefix_tree` lays drafts out for
+neighbours; each refers a weight of 0 to `search`. `joined` gathers what heads and the text so far propose together;
+its `likeliest` finds the best prefix tree. `oracle` and `statistics` measure, `prefix_tree` lays drafts out for
 one verify call. `ngrams` is a model as arrays, `errors` the tree of a user's errors, `paths` the user's files and
 folders.
 

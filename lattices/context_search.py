@@ -29,6 +29,8 @@ CONTEXT_ORDER = 4
 BEAM = 64
 FIRST_SLOTS = 1 << 12
 UNIFORM = 50_000  # words that are equally likely where there is no general model
+# The same tokens have two keys: by the one they are counted as an n-gram, by the other as what stands before a token.
+AS_GRAM, AS_HISTORY = np.int64(0x5555), -7
 
 
 class _Mixture(NamedTuple):
@@ -44,8 +46,8 @@ class _Mixture(NamedTuple):
 class ContextCounts:
     """N-grams of order 1 to `CONTEXT_ORDER` of a growing sequence of token ids.
 
-    `table` int64 `[t, 4]`: key (a 64-bit hash of the n-gram's length and tokens), its occurrences, its occurrences with
-    a token behind it, different tokens behind it. Two n-grams with one hash would be one; at the 10^4 n-grams of a
+    `table` int64 `[t, 4]`: key (a 64-bit hash of the n-gram's length and tokens), how often it occurs, how often a token
+    follows it, and how many different ones do. Two n-grams with one hash would be one; at the 10^4 n-grams of a
     prompt this happens once in 10^11.
     """
 
@@ -55,7 +57,7 @@ class ContextCounts:
         self.used = 0
 
     def extend(self, token_ids: Sequence[int]) -> None:
-        """Counts on through the tokens that follow those before."""
+        """Adds the tokens that follow those counted before."""
         if not len(token_ids):
             return
         done = len(self.tokens)
@@ -141,15 +143,15 @@ def _count(table, tokens, begin, used):  # type: ignore[no-untyped-def]
             history = np.int64(1)
             for j in range(1, n):
                 history = _mix(history, tokens[i - j])
-            gram = _find(table, _mix(history ^ np.int64(0x5555), tokens[i]))
+            gram = _find(table, _mix(history ^ AS_GRAM, tokens[i]))
             new = table[gram, 0] == 0
             if new:
-                table[gram, 0] = _mix(history ^ np.int64(0x5555), tokens[i])
+                table[gram, 0] = _mix(history ^ AS_GRAM, tokens[i])
                 used += 1
             table[gram, 1] += 1
-            before = _find(table, _mix(history, -7))
+            before = _find(table, _mix(history, AS_HISTORY))
             if table[before, 0] == 0:
-                table[before, 0] = _mix(history, -7)
+                table[before, 0] = _mix(history, AS_HISTORY)
                 used += 1
             table[before, 2] += 1
             if new:
@@ -188,7 +190,7 @@ def _search(mixture, state, slots, width, drafts, scores):  # type: ignore[no-un
                     if token < 0:
                         break
                     key = _mix(key, token)
-                slot = _find(table, _mix(key, -7))
+                slot = _find(table, _mix(key, AS_HISTORY))
                 if table[slot, 0] == 0:
                     break
                 history[n], total_of[n], types_of[n] = key, table[slot, 2], table[slot, 3]
@@ -197,7 +199,7 @@ def _search(mixture, state, slots, width, drafts, scores):  # type: ignore[no-un
                 general, _ = advance(cells, roots, states[now, b], words[j, e])
                 likely = 0.0
                 for n in range(levels):
-                    slot = _find(table, _mix(history[n] ^ np.int64(0x5555), token_ids[j, e]))
+                    slot = _find(table, _mix(history[n] ^ AS_GRAM, token_ids[j, e]))
                     occurred = table[slot, 1] if table[slot, 0] != 0 else 0
                     if n == 0:
                         likely = occurred / total_of[0]

@@ -1,10 +1,12 @@
 """The models: base LM, block heads, n-gram LMs, small neural LMs, their training and their files.
 
-`base` reads tokens and gives states and logits; `heads` make lattices of states; `neural` and `ngram` are the models
-that rescore; `training` makes heads and rescorers. At the top lies what all of them need: `files` (whole or not
-there), `keys` (cache entries), `locks`, `records` (typed JSON), `checkpoint` (weights and configuration) and
-`text_files` (text and rows of users; `packed_streams` unpacks them; `yaml_input` reads their YAML). `lookup_index` has
-corpora to look continuations up in, `draft_vocabulary` counts their tokens; both read them as `ngram` does.
+`base` reads tokens and gives states and logits; `heads` make lattices of states, `draft_layers` (EAGLE, MTP, Hydra)
+draft from states inside the base; `neural` and `ngram` are the models that rescore; `training` makes heads and
+rescorers. At the top lies what all of them need: `files` (whole or not there), `keys` (cache entries), `locks`,
+`records` (typed JSON), `checkpoint` (weights and configuration), `options` (arguments with their help), `executors`
+(work here or by the workers of a Ray cluster), `pages` (memory), `environment` (versions) and `text_files` (text and
+rows of users; `packed_streams` unpacks them; `yaml_input` reads their YAML). `lookup_index` has corpora to look
+continuations up in, `draft_vocabulary` counts their tokens; both read them as `ngram` does.
 
 May import `lattices`, never `rescore`: nothing here knows tasks, rescorers' names or reports.
 """

@@ -8,9 +8,9 @@ The main path, and where it lies:
     decoding      decode                       decodes live: propose, verify, accept, advance
     generation/   generate, custom_generate    prompts, from text to text; the same inside transformers' generate
     peers/        Peer, load_peer              other libraries' decoders, measured beside ours
-    acceptance    accept                       which draft wins, and how many of its tokens
+    acceptance/   accept                       which draft wins, and how many of its tokens
     drafters/     Drafter, load_drafter        what may come next: heads, lookup, a draft model, a trace
-    rescorers/    Rescorer, load_rescorer      what they propose in, drafts out; drafting.py joins the two
+    rescorers/    Rescorer, load_rescorer      what they propose in, drafts out; drafters/drafting.py joins the two
     accounting    account                      accepted lengths -> block efficiency, gains, intervals
     runs/         record, load_trace           a task's examples and its trace
                   Run, evaluate, tune          whole evaluations; load_run reads them back
@@ -19,7 +19,10 @@ The main path, and where it lies:
     reports/      report                       a page of them
     exports/      export                       what other programs read
     imports/      import_trace                 what they write, as traces
+    costs/                                     what a step takes on a machine, and the speed-up that this predicts
 
+Beside them: `calls` (what a verify call reads), `traced_rows` (what is recorded), `bootstrap` (intervals), `checks`
+(limits), `specs` and `options` (text to objects), `table` and `terminal` (what is printed).
 The models lie beside it in `lm`, the ground floor (lattices and exact search) in `lattices`. Public names are imported
 when they are first used.
 """

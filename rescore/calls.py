@@ -1,4 +1,4 @@
-"""The verify call of a step: what the base LM reads in it, told alike in live decoding and in replay.
+"""What the base LM reads in the verify call of a step (`rescore.decoding` makes it), alike in live decoding and replay.
 
 That decides what a step costs (`rescore.costs`). Knows arrays only.
 """

@@ -1,4 +1,4 @@
-"""Plug-ins by their spec, `name:key=value,key=value`: rescorers and drafters.
+"""Plug-ins by their spec, `name:key=value,key=value`: rescorers, drafters, acceptance rules and peers.
 
 Others register an entry point in the group of their kind: a callable that takes the values as keyword arguments and
 returns the object.

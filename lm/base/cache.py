@@ -3,8 +3,8 @@
 transformers' dynamic cache copies everything it holds at every step and can only be cut at the end. Verification and
 rescoring write proposals after the kept tokens without copying these, and then keep an arbitrary path of them:
 
-- `KVCache`, of the base LM: equally long rows; of a block of proposals (one row of a batch of drafts, or a tree) the
-  accepted ones stay.
+- `KVCache`, of the base LM: equally long rows; after a forward over proposals (a batch of drafts, or a tree in one row)
+  the accepted ones of one row stay.
 - `TreeCache`, of a rescorer: rows of different lengths, each with drafted trees after its settled tokens; a node sees
   these and its own ancestors. Accepted nodes join the settled tokens, so nothing is computed twice.
 
@@ -47,7 +47,7 @@ def layer_types(config: Any) -> set[str]:
 
 
 def cache_layers(config: PreTrainedConfig, make: Callable[[], Layer]) -> tuple[list[Any], list[Layer]]:
-    """The layers of a cache for a model, of those that hold keys and values one from `make`; and the latter alone.
+    """All layers of a model's cache, and those alone that hold keys and values, each of which is from `make`.
 
     Raises `IncompatibleError` if a layer keeps more than keys and values, so that it can't forget a rejected token.
     """
@@ -150,7 +150,7 @@ class KVCache(Cache):
         return BufferLayer(self)
 
     def prepare(self, most: int) -> None:
-        """Makes all ready for forwards of 1 to `most` tokens on what it holds, so that none of them does."""
+        """Makes all ready for forwards of 1 to `most` tokens on what it holds, so that no forward has to."""
 
     @torch.inference_mode()
     def keep(self, columns: Sequence[int], row: int = 0) -> None:
@@ -274,7 +274,7 @@ class TreeCache(Cache):
         return torch.from_numpy(positions).to(self.device), torch.from_numpy(mask)[:, None].to(self.device)
 
     def place_text(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`place` for n nodes a row that follow each other, the first the last settled token: to be settled next."""
+        """As `place`, for text: n nodes a row that follow each other after the settled tokens, and are settled next."""
         assert self.nodes == 0, "text comes after settled tokens only"
         self.nodes = n
         columns = self.lengths[:, None] + np.arange(n)

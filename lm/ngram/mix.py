@@ -27,7 +27,7 @@ from lm.ngram.build import ARPA_FILE, WORDS, check_place, write_model
 from lm.ngram.counting import Progress, no_progress
 from lm.ngram.load import SHIPPED_NGRAM, Manifest, check_files, find_ngram, is_arpa
 
-SHIPPED = "shipped"  # the name that stands for the shipped model; a folder of that name is ./shipped
+SHIPPED_NAME = "shipped"  # the name that stands for the shipped model; a folder of that name is ./shipped
 LEAST = 1e-99  # of a probability, as ARPA files have it
 
 
@@ -89,7 +89,7 @@ def _words(manifest: Manifest) -> str:
 
 
 def _find(name: str) -> NgramPart:
-    path = SHIPPED_NGRAM if name == SHIPPED else user_path(name, "the model")
+    path = SHIPPED_NGRAM if name == SHIPPED_NAME else user_path(name, "the model")
     file, manifest = find_ngram(path, ARPA_FILE)
     if not is_arpa(file):
         raise RescoreError(f"{path} is no ARPA file, and only these can be mixed; give the folder or the ARPA file")
@@ -163,7 +163,8 @@ class Mixture:
         self._levels = _all_ngrams(models, ids)  # by order, int32 [n-grams, order]
         self._probabilities = [self._look_up(model) for model in models]  # of each model, by order, [n-grams]
         self._below = [
-            (_places(words, longer[:, :-1]), _places(words, longer[:, 1:]))  # context and suffix of the longer ones
+            # Of each n-gram of the next order: the places of its context and of its suffix here.
+            (_places(words, longer[:, :-1]), _places(words, longer[:, 1:]))
             for words, longer in pairwise(self._levels)
         ]
 
@@ -193,6 +194,7 @@ class Mixture:
             backoff = np.zeros(len(words))
             if n < len(self._below):
                 context, suffix = self._below[n]
+                # The mass that the longer n-grams leave, spread over what the shorter ones give all other words.
                 left = 1.0 - np.bincount(context, mixed[n + 1], minlength=len(words))
                 lower = 1.0 - np.bincount(context, p[suffix], minlength=len(words))
                 extended = np.bincount(context, minlength=len(words)) > 0

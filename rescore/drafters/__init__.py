@@ -1,6 +1,11 @@
 """Drafters by their spec (`rescore.specs`): what proposes tokens, and what a rescorer then chooses among.
 
-Others register in the group `rescore.drafters`; see docs/drafters.md. `proposals` asks several drafters together.
+`base` says what a drafter is, of lattices or of text; a new one is a module of its own (`lookup`, `traced`,
+`draft_model` ...) with an entry in `DRAFTERS`. `asked` asks one and checks its answer, `proposals` joins those of
+several, `drafting` has a rescorer choose among them. `recorded` keeps what drafters with a model of their own propose
+along a trace, `provenance` says where accepted tokens came from.
+
+Others register in the group `rescore.drafters` (docs/drafters.md).
 """
 
 from __future__ import annotations

@@ -82,13 +82,14 @@ class Drafting:
             (lattice,) = proposals.lattices.values()
             drafts = self.rescorer.draft(lattice, contexts, self.p)
         else:
-            drafts = self._shared(proposals, contexts)
-        asked = self.rescorer.longest is None or not joins  # what joins may not have asked for lattices
+            drafts = self._by_shares(proposals, contexts)
+        asked = self.rescorer.longest is None or not joins  # to look at lattices would be to ask for them
         h = max((lattice.h for lattice in proposals.lattices.values()), default=1) if asked else 1
         check_drafts(drafts, proposals.firsts, self.p, self.longest(h))
         return drafts
 
-    def _shared(self, proposals: Proposals, contexts: Sequence[Context]) -> np.ndarray:
+    def _by_shares(self, proposals: Proposals, contexts: Sequence[Context]) -> np.ndarray:
+        """Of each drafter its share of the p drafts."""
         rescored = {
             drafter: self.rescorer.draft(lattice, contexts, self.p) for drafter, lattice in proposals.lattices.items()
         }

@@ -45,8 +45,8 @@ class Proposals:
     """What drafters propose at n positions; lattices are asked for when they are first looked at.
 
     firsts int32 `[n]`: the tokens that the base has chosen already, slot 1 of all of them.
-    continuations: n by drafter (in a joined lattice not of drafters that copy from the context itself).
-    in_context: whether one does. apart: for so many continuations each, which are no part of a joined lattice.
+    continuations: n of each drafter (in a joined lattice not of drafters that copy from the context itself).
+    in_context: whether one does. apart: continuations of each drafter where they are not joined; None: they are.
     asked bool `[n]`: where lattices were looked at.
     """
 

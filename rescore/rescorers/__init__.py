@@ -1,4 +1,11 @@
-"""Rescorers by their spec (`rescore.specs`). Others register in the group `rescore.rescorers` (docs/rescorers.md)."""
+"""Rescorers by their spec (`rescore.specs`): what chooses drafts among what drafters propose.
+
+`base` says what a rescorer is; a new one is a module of its own with an entry in `RESCORERS`. `joint` has its weights'
+files, fit and trees by cost in the modules behind its name, `neural_state` is what neural rescorers keep of a text, and
+`trees` draft whole trees of a lattice.
+
+Others register in the group `rescore.rescorers` (docs/rescorers.md).
+"""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Recording:
     """One task's trace with all that belongs to it.
 
     name: of the task; metrics: its own.
-    source: where its examples are from; settings: what its trace is of.
+    source: where its examples are from; settings: all that its trace depends on.
     ids, groups: of its examples (`rescore.tasks.groups`).
     folder: of the trace; cached: it is the cache's, not the user's.
     k: lattice entries of a slot; inputs: as the user named them; models: that record it.
@@ -90,7 +90,7 @@ class Recording:
 
     @property
     def all_settings(self) -> dict[str, Any]:
-        """All that what is recorded beside the trace is of; `given_settings` of a trace that was given."""
+        """All that is recorded beside the trace depends on these; `given_settings` of a trace that was given."""
         return given_settings(self.settings, self.source["sha256"], self.models.device) if self.given else self.settings
 
     @property
@@ -348,8 +348,8 @@ def record_task(
 ) -> Trace:
     """Records a task with the lattices of a drafter, k entries a slot, into the folder `out`, or goes on with it.
 
-    The base's own outputs are recorded in the cache first where the drafter is not its heads of all tokens; `none`:
-    they alone, where there are no heads. Raises `RescoreError` for a drafter without lattices, and as `open_recording`.
+    With any drafter but heads of all tokens the base's own outputs are recorded in the cache first; `none` records
+    these alone, where there are no heads. Raises `RescoreError` for a drafter without lattices, and as `open_recording`.
     """
     execution.check(inputs.device)
     loaded = None if drafter == "none" else load_drafter(drafter)
@@ -378,8 +378,8 @@ def load_trace(folder: str | Path, *, k: int = 1, **inputs: Any) -> Recording:
 
 
 def _given(inputs: Inputs, k: int) -> Recording:
-    """The recording of a trace folder, wherever it was made. It knows its task, or is called what the user likes, else
-    like its folder."""
+    """The recording of a trace folder, wherever it was made; it is called by its own task, else by the one that the user
+    gives, else like its folder."""
     assert inputs.trace is not None
     folder = user_path(inputs.trace)
     trace = read_trace(folder)

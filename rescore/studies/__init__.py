@@ -7,6 +7,9 @@ which blocks pay on this machine, `cost` counts what a decoded token costs, `ngr
 models by replay, `perplexity` is the base's own, `overlap` finds text that was trained on. N-gram models side by side
 are a suite: docs/suites/ngrams.yaml.
 
+`tree_building` finds the lists of choices that would have been accepted longest.
+
 A new study is a module with a function that returns a frozen `records.Record`, a table in `tables`, and a definition of
-every number in docs/analyses.md. Imports runs and the main path; never reports.
+every number in docs/analyses.md; `analysis` says how an analysis is added there. Imports runs and the main path; never
+reports.
 """

@@ -2,7 +2,8 @@
 
 `base` says what a task is. To add one that comes with this package, put it into `built_in` or `spec_bench`; `task_file`
 reads users' YAML files. `data` gives a task's examples (file, hub or sample), `metrics` score outputs, `listing` shows
-tasks in words. Must not import `rescore.runs`, nor know base LMs or traces.
+tasks in words. `groups` says which examples come of one source, `leave_out` which were trained on. Must not import
+`rescore.runs`, nor know base LMs or traces.
 
 Another package adds a task with an entry point in the group `rescore.tasks` that loads to a `Task`.
 """

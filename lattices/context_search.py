@@ -46,8 +46,8 @@ class _Mixture(NamedTuple):
 class ContextCounts:
     """N-grams of order 1 to `CONTEXT_ORDER` of a growing sequence of token ids.
 
-    `table` int64 `[t, 4]`: key (a 64-bit hash of the n-gram's length and tokens), how often it occurs, how often a token
-    follows it, and how many different ones do. Two n-grams with one hash would be one; at the 10^4 n-grams of a
+    `table` int64 `[t, 4]`: key (a 64-bit hash of the n-gram's length and tokens), how often it occurs, how often a
+    token follows it, and how many different ones do. Two n-grams with one hash would be one; at the 10^4 n-grams of a
     prompt this happens once in 10^11.
     """
 

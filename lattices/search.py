@@ -8,8 +8,8 @@ place p cuts through them. Keeping the p best prefixes of every slot does not en
 different sums can round them to one, and then the prefix that was dropped as the lower one may have had the lower ids.
 So the search goes over whole paths, depth first, and relies only on rounded addition being monotone (a >= b gives
 fl(a + x) >= fl(b + x)): what a prefix can still reach is the sum that goes on with the arg-max of every later slot, an
-exact bound. A prefix is given up once p paths are known that stand before everything it leads to. Entries are taken by what
-they reach, best first, so the p paths are soon good ones.
+exact bound. A prefix is given up once p paths are known that stand before everything it leads to. Entries are taken by
+what they reach, best first, so the p paths are soon good ones.
 
 One rule stands above the ids: the unrescored draft comes first. No path scores higher, and one that only rounding made
 equal does not displace it. Hence the first q of the p best are the q best, down to q = 1.
@@ -77,9 +77,9 @@ def draft_count(lattice: Lattice, p: int) -> int:
 def _search(token_ids, logps, steps, reach, path, sums, drafts, scores):  # type: ignore[no-untyped-def]
     """`[n, h, k]` ids and log-probs -> the p best of each, after the first, which `drafts` and `scores` hold already.
 
-    Room to work in: `steps[slot]`: the numbers of up to k entries, best first, then the place of the next one to take and
-    how many there are; `reach[slot]`: what each entry reaches, then the sum of the prefix before the slot; `path` `[h]`;
-    `sums` `[2, p]`.
+    Room to work in: `steps[slot]`: the numbers of up to k entries, best first, then the place of the next one to take
+    and how many there are; `reach[slot]`: what each entry reaches, then the sum of the prefix before the slot; `path`
+    `[h]`; `sums` `[2, p]`.
     """
     n, h, k = token_ids.shape
     p = scores.shape[1]

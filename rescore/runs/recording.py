@@ -349,7 +349,8 @@ def record_task(
     """Records a task with the lattices of a drafter, k entries a slot, into the folder `out`, or goes on with it.
 
     With any drafter but heads of all tokens the base's own outputs are recorded in the cache first; `none` records
-    these alone, where there are no heads. Raises `RescoreError` for a drafter without lattices, and as `open_recording`.
+    these alone, where there are no heads. Raises `RescoreError` for a drafter without lattices, and as
+    `open_recording`.
     """
     execution.check(inputs.device)
     loaded = None if drafter == "none" else load_drafter(drafter)
@@ -378,8 +379,8 @@ def load_trace(folder: str | Path, *, k: int = 1, **inputs: Any) -> Recording:
 
 
 def _given(inputs: Inputs, k: int) -> Recording:
-    """The recording of a trace folder, wherever it was made; it is called by its own task, else by the one that the user
-    gives, else like its folder."""
+    """The recording of a trace folder, wherever it was made; it is called by its own task, else by the one that the
+    user gives, else like its folder."""
     assert inputs.trace is not None
     folder = user_path(inputs.trace)
     trace = read_trace(folder)

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
@@ -166,7 +166,9 @@ def _console() -> "Console":
 
 
 def _print_json(document: Any) -> None:
-    print(json.dumps(document, ensure_ascii=False))
+    from lm.records import plain
+
+    print(json.dumps(plain(document), ensure_ascii=False))
 
 
 def _done(call: Callable[..., Any], *given: Any, **more: Any) -> Any:
@@ -190,7 +192,7 @@ def _result(result: Any, tables: str, as_json: bool, **more: Any) -> None:
     `tables` makes of it."""
     _tell(getattr(result, "notices", ()))
     if as_json:
-        return _print_json(result.as_dict() if hasattr(result, "as_dict") else asdict(result))
+        return _print_json(result.as_dict() if hasattr(result, "as_dict") else result)
     _show(imported(tables)(result, **more))
 
 
@@ -238,7 +240,6 @@ def eval_command(
 ) -> None:
     """Block efficiency of rescorers on tasks: what a step accepts, and what it could (oracle)."""
     _check(task, inputs)
-    from lm.records import plain
     from rescore.runs.evaluation import evaluate
     from rescore.runs.recording import open_recordings
     from rescore.runs.run import runs_of
@@ -255,7 +256,7 @@ def eval_command(
         found = _done(until_divergence, recordings, runs, verify=verify, details=details, **how)
         return _result(found, "rescore.studies.until_divergence:until_divergence_table", as_json)
     evaluation = _done(evaluate, recordings, runs, live=mode == "live", verify=verify, notify=notify, **how)
-    _print_json(plain(evaluation.document)) if as_json else _show(sweep.tables(evaluation, details=details, seed=seed))
+    _print_json(evaluation.document) if as_json else _show(sweep.tables(evaluation, details=details, seed=seed))
     if evaluation.interrupted:
         kept = f"and kept in {out}: the same command goes on" if out else "(--out DIR would keep them)"
         _interrupted(f"the finished examples are shown {kept}" if evaluation.results else "none was finished yet")
@@ -316,7 +317,7 @@ def tune_command(
         among = f" --drafter {','.join(drafter)}" if drafter else ""
         return notify(f"written: rescore eval --rescorer {fitted_spec(rescorer[0], out)}{among} uses these weights")
     sweeps = _done(tune, recordings, rescorer, alphas=alphas or DEFAULT_ALPHAS, ks=k, ps=p, **how)
-    _print_json([asdict(sweep) for sweep in sweeps]) if as_json else _show(tuning_table(sweeps))
+    _print_json(sweeps) if as_json else _show(tuning_table(sweeps))
     notify("kept on this machine: rescore eval --alpha tuned with the same options uses these weights")
 
 
@@ -355,13 +356,12 @@ def suite_command(
     plan: Asked, execution: Any, out: Annotated[Path, "Folder for its results; resumable."], as_json: Json = False
 ) -> None:
     """Run a whole table, tasks x rescorers x k, from one YAML file; goes on where it was stopped."""
-    from lm.records import plain
     from rescore.suites.run import run_suite
     from rescore.suites.tables import suite_tables
 
     suite = _done(run_suite, plan(), out, source=plan.keywords["path"].name, execution=execution, notify=notify)
     if as_json:
-        _print_json(plain(suite.document))
+        _print_json(suite.document)
     else:
         _show(suite_tables(suite.document.results)) if suite.document.results else print("no finished examples")
     if suite.interrupted:
@@ -542,7 +542,7 @@ def tasks_command(asked: Asked, as_json: Json = False) -> None:
 
     facts = asked()
     if as_json:
-        _print_json([asdict(each) for each in facts])
+        _print_json(facts)
     elif asked.keywords["names"]:
         print("\n\n".join(each.in_full() for each in facts))
     else:
@@ -554,7 +554,7 @@ def perplexity_command(asked: Asked, as_json: Json = False) -> None:
     """Perplexity of the base LM on a task's passages, by a window that moves on with a stride."""
     found, given = _done(asked), asked.keywords
     _tell([found.notice] if found.notice else [])
-    _print_json(asdict(found)) if as_json else print(found.line(given["base"], given["dtype"]))
+    _print_json(found) if as_json else print(found.line(given["base"], given["dtype"]))
 
 
 @command("overlap", TASKS, asked=Source("rescore.studies.overlap:find_overlap"))

@@ -300,7 +300,7 @@ class _Corpus:
         self.duplicates = self.output_tokens = self.states = 0
         self._outputs: set[tuple[int, ...]] = set()
         for number, record in corpus_lines(folder) if self.path.is_file() else ():
-            if not record.keys() >= {"prompt", "chat", "prompt_ids", "output_ids"}:
+            if not is_example(record):
                 raise InvalidDataError(
                     f"{self.path} line {number} is not an example of generate-corpus; use another --out"
                 )
@@ -359,6 +359,16 @@ def corpus_lines(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 )
             seen.add((prompt, chat))
         yield number, record
+
+
+def is_example(record: dict[str, Any]) -> bool:
+    """Whether a line of a corpus has what `generate_corpus` writes."""
+    ids = [record.get("prompt_ids"), record.get("output_ids")]
+    return (
+        isinstance(record.get("prompt"), str)
+        and isinstance(record.get("chat"), bool)
+        and all(isinstance(each, list) and all(type(token) is int for token in each) for each in ids)
+    )
 
 
 def tokens_of(record: dict[str, Any], *, with_prompts: bool) -> tuple[list[int], list[int]]:

@@ -346,9 +346,18 @@ class TestRefusals:
         (tmp_path / "settings.json").write_text(content)
         assert "settings.json" in refused(lambda: generate_corpus(tiny_base, PROMPTS, tmp_path), InvalidDataError)
 
-    def test_lines_from_elsewhere(self, tiny_base, tmp_path: Path):
-        (tmp_path / "corpus.jsonl").write_text('{"prompt": "a"}\n')
-        assert "line 1" in refused(lambda: generate_corpus(tiny_base, PROMPTS, tmp_path), InvalidDataError)
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"output_ids": None}, {"output_ids": [1, {"a": 1}]}, {"output_ids": [True]}, {"prompt_ids": "1"},
+            {"prompt": ["a"]}, {"chat": None},
+        ],
+    )  # fmt: skip
+    def test_lines_from_elsewhere(self, tiny_base, tmp_path: Path, changes: dict[str, object]):
+        record = {"prompt": "a", "chat": False, "prompt_ids": [1], "output_ids": [2]}
+        (tmp_path / "corpus.jsonl").write_text(json.dumps(record | changes) + "\n")
+        message = refused(lambda: generate_corpus(tiny_base, PROMPTS, tmp_path), InvalidDataError)
+        assert "line 1 is not an example of generate-corpus" in message
 
     def test_a_file_in_the_way(self, tiny_base, tmp_path: Path):
         (tmp_path / "file").write_text("")

@@ -268,9 +268,11 @@ class TestDecoders:
         (tmp_path / "config.json").write_text("{}")
         with pytest.raises(InvalidDataError, match="no model_type"):
             decoder_of_file(tmp_path / "config.json")
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing-like-it"}))
-        with pytest.raises(InvalidDataError, match="no configuration that transformers knows"):
-            decoder_of_file(tmp_path / "config.json")
+        fields = json.loads((tiny_folder / "config.json").read_text())
+        for wrong in ({"model_type": "nothing-like-it"}, {"vocab_size": [None]}, {"intermediate_size": []}):
+            (tmp_path / "config.json").write_text(json.dumps(fields | wrong))
+            with pytest.raises(InvalidDataError, match="no configuration that transformers knows"):
+                decoder_of_file(tmp_path / "config.json")
         with pytest.raises(RescoreError, match="no configuration in"):
             decoder_of_file(tmp_path / "absent.json")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import refused
+from conftest import Command, refused
 from evaluating import Options, evaluated, opened, recorded_trace
 from test_ngram_rescorer import bigram_model, save
 
@@ -228,3 +228,12 @@ class TestTrouble:
             "no weights of joint are shipped for",
             f"--rescorer joint:ngram={ngram} --out DIR",
         )
+
+
+def test_weights_that_are_written_are_told_as_json(rescore: Command, model: list[object], tmp_path: Path):
+    ngram, out = save(tmp_path / "ngram", bigram_model()), tmp_path / "weights"
+    asked = ["--rescorer", f"joint:ngram={ngram}", "--drafter", "lookup", "--held-out", 2, "--k", 8]
+    ran = rescore("tune", *model, *asked, "--out", out, "--json")
+    assert ran.code == 0, ran.err
+    (kept,) = (json.loads(path.read_text()) for path in out.glob("*.json"))
+    assert ran.document["drafters"] == kept["drafters"] == ["lookup"] and ran.document["weights"] == kept["weights"]

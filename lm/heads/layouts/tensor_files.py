@@ -96,12 +96,13 @@ def unpickled(path: Path, advice: str) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except UnpicklingError as error:
         raise InvalidDataError(
-            f"{path} holds more than tensors, which may be code and is not read; {advice}"
+            f"{path} holds no tensors, or more than tensors, which may be code and is not read; {advice}"
         ) from error
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise unreadable(path, error) from error
     except Exception as error:  # EOFError, RuntimeError, ...: as the broken part leads it to
-        raise InvalidDataError(f"can't read {path} ({first_line(error)}); get it again") from error
+        reason = f"can't read {path} ({first_line(error)})"
+        raise InvalidDataError(f"{reason}; it is cut short, or torch.save did not write it: get it again") from error
 
 
 def names_by_file(index: Path) -> dict[str, str]:

@@ -133,7 +133,7 @@ def decoder_of_file(path: Path) -> Decoder:
         raise InvalidDataError(f"{path} has no model_type; give the config.json of a transformers model")
     try:
         config = AutoConfig.for_model(kind, **fields)
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # of transformers, of huggingface_hub: as the broken field leads it to
         raise InvalidDataError(f"{path} is no configuration that transformers knows: {first_line(error)}") from error
     return decoder_of_config(config, name=str(path))
 

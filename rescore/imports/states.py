@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class StatesImport:
 
     def of_files(self, files: Sequence[Path], *, limit: int | None) -> Imported:
         """The examples of files, in their order."""
-        return Imported(self._rows(files, limit), len(files), lambda: self._header(files))
+        return Imported(islice(self._rows(files), limit), len(files), lambda: self._header(files))
 
     def _header(self, files: Sequence[Path]) -> TraceHeader:
         content = hashlib.sha256("".join(map(sha256_of_file, files)).encode()).hexdigest()
@@ -99,15 +100,11 @@ class StatesImport:
         eos = sorted(self.base.eos_token_ids)
         return TraceHeader(self.heads.h, self.k, self.base.vocab_size, eos, settings, [])
 
-    def _rows(self, files: Sequence[Path], limit: int | None) -> Iterator[Row]:
-        made = 0
+    def _rows(self, files: Sequence[Path]) -> Iterator[Row]:
         for path in files:
             stored = self._read(path)
             for number, (start, end) in enumerate(turns := self._turns(stored), start=1):
-                if made == limit:
-                    return
                 yield self._row(stored, f"{stored.name}:{number}" if len(turns) > 1 else stored.name, start, end)
-                made += 1
 
     def _read(self, path: Path) -> Stored:
         tensors = _safetensors(path) if self.source == "speculators" else _pickled(path)

@@ -112,6 +112,8 @@ class TestStates:
         whole = imports(path, "specforge", "whole", prompt_tokens=start)
         assert whole.examples[0].output_ids.tolist() == example.output_ids.tolist()
         assert len(imports(path, "specforge", "one", limit=1).examples) == 1
+        path.with_stem("data_1").write_bytes(b"not read")
+        assert len(imports(path.parent, "specforge", "two", limit=2).examples) == 2
 
     def test_outputs_that_are_not_greedy(
         self, tiny_base: BaseLM, recorded: Trace, imports: Callable[..., Trace], tmp_path: Path

@@ -47,6 +47,13 @@ def _changed(place: str) -> tuple[str, int]:
     return place, 0
 
 
+def named(made: Made, name: str) -> Made:
+    """The same under a name: a copy, for another package may give one object for all of its specs."""
+    changed = copy.copy(made)
+    changed.name = name  # type: ignore[attr-defined]
+    return changed
+
+
 def parse_spec(text: str, option: str = "--rescorer") -> tuple[str, dict[str, str]]:
     """The name and the arguments of `name:key=value,key=value`; a first value without key is under `MAIN`.
 
@@ -131,11 +138,8 @@ class Registry(Generic[Made]):
         raise UnknownNameError(self.word, name, self.names())
 
     def load_named(self, spec: str) -> Made:
-        """The object of a spec, whose `name` that is; a copy, as another package may give one object for all of its
-        specs. Raises as `load`."""
-        made = copy.copy(self.load(spec))
-        made.name = spec  # type: ignore[attr-defined]
-        return made
+        """The object of a spec, `named` by it. Raises as `load`."""
+        return named(self.load(spec), spec)
 
     def _built_in(self, name: str) -> Callable[..., Made]:
         place = self.built_in[name]

@@ -30,6 +30,7 @@ FEED_FORWARD, SHARED, MEDUSA, SEQUENTIAL = "feed_forward", "shared", "medusa", "
 
 
 Size = Annotated[int, Meta(ge=1, le=1 << 31)]
+TokenSize = Annotated[int, Meta(ge=0, le=1 << 16)]
 
 
 class BlockHeadsConfig(Config, frozen=True, kw_only=True):
@@ -42,9 +43,7 @@ class BlockHeadsConfig(Config, frozen=True, kw_only=True):
     base_name: str
     tokenizer_sha256: str | None  # None: those of others do not say
     architecture: str = FEED_FORWARD
-    token_size: Annotated[int, Meta(ge=0, le=1 << 16)] = (
-        0  # width in which heads see drafted tokens; 0: they see the state only
-    )
+    token_size: TokenSize = 0  # width in which heads see drafted tokens; 0: they see the state only
     blocks: Annotated[int, Meta(ge=0)] = 1  # residual blocks of a medusa head
     base_weights_sha256: str | None = None  # the weights they were trained for; None: not known
     own_projection: OwnProjection | None = None  # None: heads read through the base's vocabulary projection

@@ -100,7 +100,7 @@ class Verdict(NamedTuple):
 
 class RandomSource:
     """Answers the two questions that sampled decoding asks, whether a token is accepted and which one is drawn, by
-    numbers that follow from `seed`: nothing else in it is random."""
+    numbers that follow from `seed`: nothing else there is random."""
 
     def __init__(self, *seed: int) -> None:
         self._numbers = np.random.default_rng(seed)

@@ -6,7 +6,6 @@ it gave, that is read. A `TextDrafter` copies what once followed the last tokens
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,12 +51,6 @@ class Drafter(ABC):
     def source(self) -> str:
         """What weights that are fitted for it depend on: its name, and the model if it has one."""
         return self.name.partition(":")[0]
-
-    def named(self, name: str) -> Self:
-        """The same under its spec."""
-        changed = copy.copy(self)
-        changed.name = name
-        return changed
 
     def prefill(self, contexts: Sequence[Context]) -> None:  # noqa: B027 (most have nothing to read)
         """Reads the prompts of new examples, before the first position comes; live decoding times that apart."""

@@ -13,7 +13,7 @@ from rescore.drafters.drafting import check_drafters
 from rescore.rescorers import JOINT, RESCORERS, TREES, WEIGHT, Rescorer, load_rescorer
 from rescore.rescorers.joint_plan import AUTO, PLANNED_NODES
 from rescore.runs.records import Alpha, is_oracle
-from rescore.specs import format_spec, parse_spec
+from rescore.specs import format_spec, named, parse_spec
 
 DEFAULT_K = 16
 TUNED: Literal["tuned"] = "tuned"  # the alpha that stands for what `rescore tune` kept
@@ -166,7 +166,7 @@ class Run:
         loaded = {} if loaded is None else loaded
         for spec in (specs := self.drafters or rescorer.drafters):
             if ("drafter", spec) not in loaded:
-                loaded["drafter", spec] = load_drafter(spec) if isinstance(spec, str) else spec.named(name_of(spec))
+                loaded["drafter", spec] = load_drafter(spec) if isinstance(spec, str) else named(spec, name_of(spec))
         drafters = tuple(loaded["drafter", spec] for spec in specs)
         check_drafters(drafters, live=False)
         if rescorer.least_k > self.k:

@@ -26,6 +26,7 @@ from rescore.runs.recording import load_trace, record_task
 from rescore.runs.records import Identical
 from rescore.runs.run import Run
 from rescore.runs.tuning import fit_joint
+from rescore.specs import named
 
 TOKENS, K = 4, 6
 VERSIONS = {"eagle-1": False, "eagle-3": True}
@@ -100,7 +101,7 @@ class TestArithmetic:
     def test_what_is_drafted_live_is_what_is_recorded(self, base, checkpoint, p, verify):
         """Steps of all lengths: accepted chains, partly accepted ones, none."""
         drafter = Eagle(checkpoint[0], tokens=TOKENS).fit(target(base))
-        drafter = drafter.named("eagle:x")
+        drafter = named(drafter, "eagle:x")
         prompt = text_of(3, 12, 0)[0].tolist()
         greedy = decode(base, None, prompt, max_new_tokens=30).output_ids
         recorded, _ = drafter.record(np.array(prompt), np.array(greedy), K)

@@ -109,6 +109,7 @@ def layout_of(names: Sequence[str]) -> Layout | None:
 class MedusaHeads:
     """Medusa heads that others wrote.
 
+    place: their file or folder; source: its tensors; layout: which one that is, by their names.
     config: what they are, by their tensors. notices: what the user should know of them.
     Raises `InvalidDataError` for tensors that are missing, too many or of the wrong shape.
     """

@@ -66,11 +66,11 @@ class Palette:
     looks: dict[str, Look]
     dashes: dict[int, str]
 
-    def pen(self, rescorer: str, p: int = 0) -> Pen:
-        """The pen of one decode; p = 0: of a rescorer, whatever p."""
-        look, meta = self.looks[rescorer], {"rescorer": harmless(rescorer), "p": p}
+    def pen(self, rescorer: str, p: int | None = None) -> Pen:
+        """The pen of one decode; p None: of a rescorer, whatever p."""
+        look, meta = self.looks[rescorer], {"rescorer": harmless(rescorer), "p": p or 0}
         name = decode_name(rescorer, p) if p else rescorer
-        return Pen(safe(name), look.colour, look.marker, self.dashes.get(p, "solid"), meta)
+        return Pen(safe(name), look.colour, look.marker, self.dashes.get(p or 0, "solid"), meta)
 
 
 def palette_of(decodes: Iterable[tuple[str, int]]) -> Palette:
